@@ -1,0 +1,20 @@
+"""The `lisa-dist` command. Each verb hands over to its module."""
+
+import sys
+
+USAGE = """usage: lisa-dist train --config recipe.yaml [--any_flag value]
+
+  train   train a model by LISA, on one device; on several: deepspeed launch/train.py with the same flags
+"""
+
+
+def main() -> None:
+    """Run one verb of the command line."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else None
+    if verb == "train":
+        from lisa_dist.train import main as train
+
+        train(sys.argv[2:])
+        return
+    print(USAGE, end="")
+    raise SystemExit(0 if verb in ("-h", "--help") else 2)

@@ -1,0 +1,123 @@
+"""The settings of LISA, validated where they are written down.
+
+Source: Algorithm 1 of Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model
+Fine-Tuning" (arXiv 2403.17919). Flag names follow the ones in use elsewhere.
+"""
+
+from dataclasses import asdict, dataclass, field
+
+SAMPLERS = ("uniform", "reshuffle", "cyclic", "fixed", "weighted")
+STATE_POLICIES = ("reset", "reset_all")
+OUTER_BLOCKS = ("embed", "head", "rest")
+
+
+@dataclass
+class LisaConfig:
+    """What LISA trains, for how long, and what becomes of the optimizer states.
+
+    Raises ValueError, naming the flag, the value and the rule, for every setting that cannot work. What depends on
+    the model (more layers than it has, tied matrices) is checked when the model is known.
+    """
+
+    lisa_activated_layers: int = field(
+        default=2,
+        metadata={"help": "Decoder layers that train in each period (gamma in the paper)."},
+    )
+    lisa_interval_steps: int = field(
+        default=20,
+        metadata={"help": "Optimizer steps in a period; then another set of layers is drawn (K in the paper)."},
+    )
+    lisa_sampler: str = field(
+        default="uniform",
+        metadata={
+            "help": "How layers are drawn: uniform (the paper), reshuffle (each layer once before any repeats), cyclic "
+            "(in order), fixed (the first draw for ever), weighted (by --lisa_weights_file)."
+        },
+    )
+    lisa_weights_file: str | None = field(
+        default=None,
+        metadata={"help": "JSON list with one non-negative weight for each decoder layer, for the weighted sampler."},
+    )
+    lisa_always_on: str = field(
+        default="embed,head,rest",
+        metadata={
+            "help": "Blocks that train in every period, of embed, head, rest (the final norm and whatever else is "
+            "neither)."
+        },
+    )
+    lisa_frozen: str = field(
+        default="",
+        metadata={"help": "Blocks that never train, of embed, head, rest."},
+    )
+    lisa_state: str = field(
+        default="reset",
+        metadata={
+            "help": "Optimizer states at a switch: reset (a layer that falls asleep loses its own) or reset_all (every "
+            "block starts afresh, as in the paper's runs)."
+        },
+    )
+    lisa_layers_attribute: str | None = field(
+        default=None,
+        metadata={"help": "Dotted path of the list of decoder layers, where it cannot be found (model.layers)."},
+    )
+    lisa_seed: int = field(
+        default=0,
+        metadata={"help": "Seed of the draws; the same seed gives the same layers on any number of GPUs."},
+    )
+    lisa_debug: bool = field(
+        default=False,
+        metadata={"help": "Check at every switch that sleeping weights did not change and that all ranks agree."},
+    )
+
+    def __post_init__(self):
+        if self.lisa_activated_layers < 1:
+            raise ValueError(
+                f"--lisa_activated_layers {self.lisa_activated_layers}: at least 1 decoder layer trains in a period."
+            )
+        if self.lisa_interval_steps < 1:
+            raise ValueError(
+                f"--lisa_interval_steps {self.lisa_interval_steps}: a period lasts at least 1 optimizer step."
+            )
+        if self.lisa_sampler not in SAMPLERS:
+            raise ValueError(f"--lisa_sampler {self.lisa_sampler}: unknown; choose one of {', '.join(SAMPLERS)}.")
+        if (self.lisa_sampler == "weighted") != (self.lisa_weights_file is not None):
+            raise ValueError(
+                f"--lisa_sampler {self.lisa_sampler} with --lisa_weights_file {self.lisa_weights_file}: "
+                "the weighted sampler needs a weights file, and no other sampler reads one."
+            )
+        if self.lisa_state not in STATE_POLICIES:
+            raise ValueError(f"--lisa_state {self.lisa_state}: unknown; choose one of {', '.join(STATE_POLICIES)}.")
+        both = set(self.always_on) & set(self.frozen)
+        if both:
+            raise ValueError(
+                f"--lisa_always_on {self.lisa_always_on} and --lisa_frozen {self.lisa_frozen} both name "
+                f"{', '.join(sorted(both))}: a block is one or the other."
+            )
+        neither = [block for block in OUTER_BLOCKS if block not in self.always_on and block not in self.frozen]
+        if neither:
+            raise ValueError(
+                f"--lisa_always_on {self.lisa_always_on} leaves out {', '.join(neither)}: these blocks cannot be "
+                f"sampled yet; add them to --lisa_frozen to train without them."
+            )
+
+    @property
+    def always_on(self) -> tuple[str, ...]:
+        """Outer blocks that train in every period."""
+        return _block_names("--lisa_always_on", self.lisa_always_on)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Outer blocks that never train."""
+        return _block_names("--lisa_frozen", self.lisa_frozen)
+
+    def to_dict(self) -> dict:
+        """The settings as plain values, for logs and checkpoints."""
+        return asdict(self)
+
+
+def _block_names(flag: str, value: str) -> tuple[str, ...]:
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    unknown = [name for name in names if name not in OUTER_BLOCKS]
+    if unknown:
+        raise ValueError(f"{flag} {value}: unknown block {unknown[0]!r}; choose from {', '.join(OUTER_BLOCKS)}.")
+    return tuple(block for block in OUTER_BLOCKS if block in names)

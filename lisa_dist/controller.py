@@ -1,0 +1,341 @@
+"""When to switch, and the order of a switch.
+
+One period, K optimizer steps long, as it runs on every rank::
+
+    on_step_begin()                 step s, s % K == 0: the step before has written its weights back
+      draw       rank 0 draws the layers of period s / K and broadcasts (period, layers): 8 (gamma + 1) bytes
+      flip       requires_grad of what sleeps and what wakes; gradients of what sleeps become None
+      partition  ZeroPartitions.repartition: states of staying blocks move over, of waking blocks are new
+      verify     each rank hashes what it now holds and all compare: 8 W bytes gathered
+    forward, backward, step         K times; on_step_begin() between them is one comparison
+    ...
+
+Source: Algorithm 1 of the LISA paper. A switch never happens inside the optimizer's step, where the last update of the
+period would be lost.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch import distributed as dist
+
+from lisa_dist.blocks import Block, find_blocks
+from lisa_dist.config import LisaConfig
+from lisa_dist.ds_config import check_ds_config, load_ds_config, uses_optimizer_offload
+from lisa_dist.invariants import SleepingWeights
+from lisa_dist.memory import live_tensor_bytes
+from lisa_dist.optimizer import build_optimizer, build_param_groups, check_same_kinds
+from lisa_dist.sampling import load_layer_weights, sample_layers
+from lisa_dist.states import states_to_carry
+from lisa_dist.zero import ZeroPartitions, check_deepspeed
+
+LOG_NAME = "lisa_log.jsonl"
+STATE_VERSION = 1
+
+
+@dataclass
+class PeriodRecord:
+    """One line of lisa_log.jsonl. Seconds are of the switch; bytes are of this rank, after the period's first step."""
+
+    period: int
+    step: int
+    layers: list[int]
+    seconds: float
+    state_bytes_per_rank: int
+    bytes_released: int
+    live_bytes: int
+
+
+class LisaController:
+    """Draws the active layers, freezes the rest, and switches both at the start of every period.
+
+    Build it on the model before the optimizer exists: it finds the blocks and activates the layers of period 0. Then
+    `param_groups` is for the optimizer, `attach` for the DeepSpeed engine, and `on_step_begin` for every step.
+
+    Raises ValueError for a model or an engine that LISA cannot train, RuntimeError when a switch was missed or ranks
+    disagree.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: LisaConfig):
+        check_deepspeed()
+        self.config = config
+        self.blocks = find_blocks(model, config.lisa_layers_attribute)
+        num_layers = len(self.blocks.layers)
+        if config.lisa_activated_layers > num_layers:
+            raise ValueError(
+                f"--lisa_activated_layers {config.lisa_activated_layers}: the model has {num_layers} decoder layers."
+            )
+        if self.blocks.tied and ("embed" in config.frozen) != ("head" in config.frozen):
+            raise ValueError(
+                f"--lisa_frozen {config.lisa_frozen}: embed and head of this model are one tied matrix; freeze both or "
+                "neither."
+            )
+        check_same_kinds(self.blocks.layers)
+        self._weights = None
+        if config.lisa_weights_file is not None:
+            self._weights = load_layer_weights(config.lisa_weights_file, num_layers, config.lisa_activated_layers)
+
+        self.period = 0
+        self.active_layers = self._draw(0)
+        self.visit_counts = [0] * num_layers
+        self.records: list[PeriodRecord] = []
+        self._model = model
+        self._engine: deepspeed.DeepSpeedEngine | None = None
+        self._partitions: ZeroPartitions | None = None
+        self._log_path: Path | None = None
+        self._begun_step = -1  # the last step that on_step_begin has seen
+        self._unlogged: PeriodRecord | None = None
+        self._watch: SleepingWeights | None = None
+        self._activate()
+
+    # For the optimizer and the engine
+
+    def param_groups(self, weight_decay: float = 0.0) -> list[dict]:
+        """Parameter groups of the active blocks for the optimizer, the same number and order in every period."""
+        return build_param_groups(self._trained_outer_blocks(), self._active_blocks(), weight_decay)
+
+    def attach(self, engine: deepspeed.DeepSpeedEngine, output_dir: str | None = None) -> None:
+        """Take over a DeepSpeed engine whose optimizer was built from `param_groups`.
+
+        With `output_dir`, rank 0 writes a line for each period to lisa_log.jsonl there.
+        """
+        self._partitions = ZeroPartitions(engine)
+        self._engine = engine
+        mine = self._group_names()
+        theirs = self._partitions.keys()
+        if mine != theirs:
+            raise ValueError(
+                f"the engine optimizes {len(theirs)} groups of parameters that are not the {len(mine)} groups of the "
+                "active blocks: build its optimizer from param_groups() of this controller, and keep "
+                "zero_optimization.sub_group_size larger than a block."
+            )
+        if output_dir is not None and dist.get_rank() == 0:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            self._log_path = Path(output_dir) / LOG_NAME
+            self._log_path.write_text("", encoding="utf-8")
+        self._agree()
+        self._verify()
+        if self.config.lisa_debug:
+            self._watch = SleepingWeights(self._partitions)
+            self._watch.remember(self._sleeping_blocks())
+        engine.module.register_forward_pre_hook(self._refuse_missed_switch)
+        self._open_record(seconds=0.0, bytes_released=0)
+
+    # The loop
+
+    def on_step_begin(self) -> bool:
+        """Call before every step, or before every micro-batch: switches when a period begins. Returns whether it did.
+
+        It goes by the engine's own step count, so a period is K optimizer steps whatever the accumulation.
+        """
+        assert self._engine is not None, "attach the controller to a DeepSpeed engine first"
+        step = self._engine.global_steps
+        if step == self._begun_step:
+            return False
+        self._close_record(step)
+        period = step // self.config.lisa_interval_steps
+        due = period != self.period
+        if due:
+            if period != self.period + 1 or step % self.config.lisa_interval_steps != 0:
+                raise RuntimeError(self._missed(step))
+            self._switch(period)
+        self._begun_step = step
+        return due
+
+    def partition_states(self) -> dict:
+        """This rank's masters and optimizer states, keyed by the names of the parameters they were cut from."""
+        return self._partitions.states()
+
+    def live_bytes(self) -> int:
+        """Bytes that tensors hold on this rank's device right now."""
+        return live_tensor_bytes(self._engine.device)
+
+    def close(self) -> None:
+        """Write the last period's line of the log; call after the last step."""
+        if self._watch is not None:
+            self._watch.check(self.period)
+        self._close_record(self._engine.global_steps)
+
+    # A switch, in order
+
+    def _switch(self, period: int) -> None:
+        if self._watch is not None:
+            self._watch.check(self.period)
+        started = time.perf_counter()
+        self.period = period
+        self.active_layers = self._agree()
+        self._activate()
+        states = self._partitions.states()
+        carried = states_to_carry(states, self.config.lisa_state, self._group_names())
+        released = sum(state.nbytes for state in states.values()) - sum(state.nbytes for state in carried.values())
+        if released:  # else the same blocks go on with all they have
+            self._partitions.repartition([group["params"] for group in self.param_groups()], carried)
+        self._verify()
+        self._open_record(time.perf_counter() - started, released)
+        if self._watch is not None:
+            self._watch.remember(self._sleeping_blocks())
+
+    def _draw(self, period: int) -> tuple[int, ...]:
+        config = self.config
+        return sample_layers(
+            config.lisa_sampler,
+            len(self.blocks.layers),
+            config.lisa_activated_layers,
+            config.lisa_seed,
+            period,
+            self._weights,
+        )
+
+    def _agree(self) -> tuple[int, ...]:
+        """Rank 0's draw for the period, on every rank."""
+        drawn = torch.tensor([self.period, *self._draw(self.period)], dtype=torch.int64, device=self._engine.device)
+        dist.broadcast(drawn, src=0)
+        period, *layers = drawn.tolist()
+        if period != self.period:
+            raise RuntimeError(
+                f"rank {dist.get_rank()} begins period {self.period}, but rank 0 begins period {period}: the ranks are "
+                "not at the same step."
+            )
+        return tuple(layers)
+
+    def _activate(self) -> None:
+        """Let exactly the active blocks require gradients."""
+        asleep = self._sleeping_blocks()
+        for block in self.blocks:
+            block.requires_grad_(block not in asleep)
+
+    def _verify(self) -> None:
+        """Compare what the ranks hold; raise RuntimeError naming those that differ from rank 0."""
+        held = json.dumps([self.period, self.active_layers, self._partitions.keys()])
+        digest = int.from_bytes(hashlib.sha256(held.encode()).digest()[:7], "big")
+        mine = torch.tensor([digest], dtype=torch.int64, device=self._engine.device)
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, mine)
+        differing = [rank for rank, theirs in enumerate(every) if theirs.item() != every[0].item()]
+        if differing:
+            raise RuntimeError(
+                f"period {self.period}: ranks {differing} hold other layers or partitions than rank 0 (this is rank "
+                f"{dist.get_rank()} with layers {list(self.active_layers)}): all ranks need the same model, the same "
+                "--lisa_* settings and the same package versions."
+            )
+
+    # What is active
+
+    def _trained_outer_blocks(self) -> list[Block]:
+        blocks = [self.blocks.outer(name) for name in ("embed", "head", "rest") if name not in self.config.frozen]
+        return [block for block in blocks if block.parameters]
+
+    def _active_blocks(self) -> list[Block]:
+        return [self.blocks.layers[layer] for layer in self.active_layers]
+
+    def _sleeping_blocks(self) -> list[Block]:
+        active = [*self._trained_outer_blocks(), *self._active_blocks()]
+        return [block for block in self.blocks if block not in active]
+
+    def _group_names(self) -> list[tuple[str, ...]]:
+        names = {id(parameter): name for block in self.blocks for name, parameter in block.parameters.items()}
+        return [tuple(names[id(parameter)] for parameter in group["params"]) for group in self.param_groups()]
+
+    # A switch must not be missed
+
+    def _refuse_missed_switch(self, module: torch.nn.Module, *_) -> None:
+        step = self._engine.global_steps
+        if module.training and torch.is_grad_enabled() and step // self.config.lisa_interval_steps != self.period:
+            raise RuntimeError(self._missed(step))
+
+    def _missed(self, step: int) -> str:
+        interval = self.config.lisa_interval_steps
+        return (
+            f"step {step} is in period {step // interval} (of {interval} steps), but the layers of period "
+            f"{self.period} are still active: call on_step_begin() before every step."
+        )
+
+    # The log
+
+    def _open_record(self, seconds: float, bytes_released: int) -> None:
+        for layer in self.active_layers:
+            self.visit_counts[layer] += 1
+        self._unlogged = PeriodRecord(
+            self.period, self._engine.global_steps, list(self.active_layers), seconds, 0, bytes_released, 0
+        )
+
+    def _close_record(self, step: int) -> None:
+        """Complete and write the period's line once its first step has made the moments."""
+        record = self._unlogged
+        if record is None or step == record.step:
+            return
+        self._unlogged = None
+        record.state_bytes_per_rank = sum(state.nbytes for state in self.partition_states().values())
+        record.live_bytes = self.live_bytes()
+        self.records.append(record)
+        if self._log_path is not None:
+            with self._log_path.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(vars(record)) + "\n")
+
+    # State, for a resume
+
+    def state_dict(self) -> dict:
+        """Everything that a resumed run needs to activate the same layers before it loads the optimizer."""
+        return {
+            "version": STATE_VERSION,
+            "period": self.period,
+            "active_layers": list(self.active_layers),
+            "visit_counts": list(self.visit_counts),
+            "config": self.config.to_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Activate the saved period's layers; re-partitions when an engine is attached."""
+        if state["version"] != STATE_VERSION:
+            raise ValueError(f"the LISA state has version {state['version']}; this release reads {STATE_VERSION}.")
+        if len(state["visit_counts"]) != len(self.blocks.layers):
+            raise ValueError(
+                f"the LISA state is of a model with {len(state['visit_counts'])} decoder layers; this one has "
+                f"{len(self.blocks.layers)}."
+            )
+        self.period = state["period"]
+        self.active_layers = tuple(state["active_layers"])
+        self.visit_counts = list(state["visit_counts"])
+        self._activate()
+        if self._partitions is not None:
+            self._partitions.repartition([group["params"] for group in self.param_groups()], {})
+            self._verify()
+
+
+def initialize(
+    model: torch.nn.Module,
+    ds_config: str | dict,
+    config: LisaConfig | None = None,
+    *,
+    lr: float = 1e-5,
+    weight_decay: float = 0.0,
+    optim: str = "adamw_torch",
+    micro_batch_size: int = 1,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float = 1.0,
+    output_dir: str | None = None,
+) -> tuple[deepspeed.DeepSpeedEngine, LisaController]:
+    """A DeepSpeed engine that trains `model` by LISA, and its controller: the short way for a loop of one's own.
+
+    `ds_config` is a shipped short name (zero1, zero2, zero3, zero2_offload, ...), a path, or a dict; its "auto" values
+    are filled in from the arguments. Call `lisa.on_step_begin()` before every step.
+    """
+    filled = load_ds_config(
+        ds_config,
+        model=model,
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        max_grad_norm=max_grad_norm,
+    )
+    check_ds_config(filled)
+    lisa = LisaController(model, config or LisaConfig())
+    groups = lisa.param_groups(weight_decay)
+    optimizer = build_optimizer(groups, optim, lr=lr, offload=uses_optimizer_offload(filled))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=filled)
+    lisa.attach(engine, output_dir)
+    return engine, lisa

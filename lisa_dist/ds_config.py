@@ -1,0 +1,126 @@
+"""DeepSpeed configs: finding them by short name, and filling in what "auto" leaves to the run.
+
+Under the Hugging Face Trainer the "auto" values are filled in from its arguments. DeepSpeed itself does not know the
+word, so a loop of one's own takes the config from `load_ds_config`.
+"""
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+
+def shipped_ds_configs() -> list[str]:
+    """Short names of the configs that come with the package, such as zero2."""
+    folder = resources.files("lisa_dist") / "ds_configs"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def find_ds_config(name_or_path: str) -> str:
+    """The file behind `--deepspeed`: a shipped short name or a path. Raises ValueError when it is neither."""
+    if name_or_path in shipped_ds_configs():
+        return str(resources.files("lisa_dist") / "ds_configs" / f"{name_or_path}.json")
+    if Path(name_or_path).is_file():
+        return name_or_path
+    raise ValueError(
+        f"--deepspeed {name_or_path}: neither a file nor a shipped config; shipped are "
+        f"{', '.join(shipped_ds_configs())}."
+    )
+
+
+def read_ds_config(name_or_path: str) -> dict:
+    """The config as it stands in the file, "auto" included."""
+    path = find_ds_config(name_or_path)
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--deepspeed {name_or_path}: {path} is not JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"--deepspeed {name_or_path}: {path} must hold a JSON object.")
+    return config
+
+
+def check_ds_config(config: dict) -> None:
+    """Refuse what LISA cannot run under, before a model is loaded: ValueError with the key and the way out."""
+    zero = config.get("zero_optimization") or {}
+    stage = zero.get("stage", 0)
+    if stage == 0:
+        raise ValueError(
+            "the DeepSpeed config has zero_optimization.stage = 0 (or none): LISA re-partitions ZeRO states; use stage "
+            "1, which costs nothing more on one GPU (--deepspeed zero1)."
+        )
+    if "optimizer" in config:
+        raise ValueError(
+            'the DeepSpeed config has an "optimizer" section, but LISA builds the optimizer from its own blocks: '
+            "remove the section and use --optim, --learning_rate, --weight_decay."
+        )
+    offload = zero.get("offload_optimizer") or {}
+    if offload.get("device") == "nvme":
+        raise ValueError(
+            'the DeepSpeed config has offload_optimizer.device = "nvme": only the active blocks have optimizer states '
+            'under LISA, and they fit on the host; use "cpu". Parameters may be on NVMe (offload_param).'
+        )
+    if offload.get("ratio", 1.0) != 1.0:
+        raise ValueError(
+            f"the DeepSpeed config has offload_optimizer.ratio = {offload['ratio']}: LISA moves whole blocks; use 1.0."
+        )
+    if zero.get("zenflow"):
+        raise ValueError('the DeepSpeed config has a "zenflow" section: it picks parameters itself; remove it.')
+    if zero.get("zero_hpz_partition_size", 1) != 1:
+        raise ValueError(
+            f"the DeepSpeed config has zero_hpz_partition_size = {zero['zero_hpz_partition_size']}: secondary "
+            "partitions are not moved at a switch; use 1."
+        )
+
+
+def uses_optimizer_offload(config: dict) -> bool:
+    """Whether ZeRO keeps the optimizer states on the host."""
+    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
+def load_ds_config(
+    name_or_path: str | dict,
+    *,
+    model: torch.nn.Module,
+    micro_batch_size: int = 1,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float = 1.0,
+) -> dict:
+    """The config with every "auto" filled in, ready for `deepspeed.initialize`.
+
+    Batch sizes in rows: `micro_batch_size` a GPU and step. The precision is that of the model's parameters; bucket
+    sizes, in elements, follow its hidden size as the Hugging Face integration has them.
+    """
+    config = read_ds_config(name_or_path) if isinstance(name_or_path, str) else json.loads(json.dumps(name_or_path))
+    dtype = next(model.parameters()).dtype
+    hidden_size = _hidden_size(model)
+    filling = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "gradient_clipping": max_grad_norm,
+        "bf16.enabled": dtype == torch.bfloat16,
+        "fp16.enabled": dtype == torch.float16,
+        "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    for dotted, value in filling.items():
+        *parents, key = dotted.split(".")
+        section = config
+        for parent in parents:
+            section = section.get(parent, {})
+        if section.get(key) == "auto":
+            section[key] = value
+    if config.get("train_batch_size") == "auto":
+        del config["train_batch_size"]  # DeepSpeed derives it from the other two and the world size
+    return config
+
+
+def _hidden_size(model: torch.nn.Module) -> int:
+    config = getattr(model, "config", None)
+    if config is None:
+        return 1024
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return text_config.hidden_size

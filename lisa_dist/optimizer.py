@@ -1,0 +1,105 @@
+"""Parameter groups in constant number and order, and the optimizer over them.
+
+Schedulers keep one base learning rate for each group and DeepSpeed one flat buffer, so the groups must not change in
+number or order when other layers wake up. Each outer block has its own groups, and each of the gamma active layers
+fills one slot; a block has one group for what decays and one for what does not.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from lisa_dist.blocks import Block, parameter_ndim
+
+# Optimizers that work on any flat piece of a parameter, which is what a ZeRO partition is.
+TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
+BITSANDBYTES_ADAMW = ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit")
+SUPPORTED_OPTIMIZERS = TORCH_ADAMW + BITSANDBYTES_ADAMW
+
+
+def decays(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices, not to norms and biases."""
+    return parameter_ndim(parameter) >= 2 and not name.endswith("bias")
+
+
+def split_by_decay(block: Block) -> dict[str, list[torch.nn.Parameter]]:
+    """The parameters of a block as {"decay": [...], "no_decay": [...]}, without an empty entry."""
+    kinds: dict[str, list[torch.nn.Parameter]] = {"decay": [], "no_decay": []}
+    for name, parameter in block.parameters.items():
+        kinds["decay" if decays(name, parameter) else "no_decay"].append(parameter)
+    return {kind: parameters for kind, parameters in kinds.items() if parameters}
+
+
+def build_param_groups(outer: Iterable[Block], active_layers: Iterable[Block], weight_decay: float) -> list[dict]:
+    """Parameter groups: the outer blocks first, then one slot for each active layer.
+
+    Every group carries a `lisa_group` name, such as "embed/decay" or "slot1/no_decay".
+    """
+    named = [(block.name, block) for block in outer]
+    named += [(f"slot{slot}", layer) for slot, layer in enumerate(active_layers)]
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if kind == "decay" else 0.0,
+            "lisa_group": f"{name}/{kind}",
+        }
+        for name, block in named
+        for kind, parameters in split_by_decay(block).items()
+    ]
+
+
+def check_same_kinds(layers: list[Block]) -> None:
+    """Raise ValueError when layers differ in which kinds of group they need, so that slots could not stay constant."""
+    kinds = [tuple(split_by_decay(layer)) for layer in layers]
+    for layer, kind in zip(layers, kinds, strict=True):
+        if kind != kinds[0]:
+            raise ValueError(
+                f"{layer.name} has parameters of the kinds {kind}, but {layers[0].name} has {kinds[0]}: decoder layers "
+                "must all have matrices, and all or none have norms or biases. Choose other layers with "
+                "--lisa_layers_attribute."
+            )
+
+
+def check_optim(optim: str, offload: bool) -> None:
+    """Refuse an optimizer that LISA cannot run, before anything is built."""
+    if optim not in SUPPORTED_OPTIMIZERS:
+        raise ValueError(
+            f"--optim {optim}: LISA runs AdamW over ZeRO partitions; choose one of {', '.join(SUPPORTED_OPTIMIZERS)}."
+        )
+    if offload and optim in BITSANDBYTES_ADAMW:
+        raise ValueError(
+            f"--optim {optim} with offload_optimizer: DeepSpeed steps offloaded states on the host with its own AdamW; "
+            "use --optim adamw_torch, or a DeepSpeed config without offload_optimizer."
+        )
+
+
+def build_optimizer(
+    param_groups: list[dict],
+    optim: str = "adamw_torch",
+    *,
+    lr: float = 1e-5,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    offload: bool = False,
+) -> torch.optim.Optimizer:
+    """The optimizer that DeepSpeed will wrap: AdamW as named by `--optim`, DeepSpeedCPUAdam under offload.
+
+    `lr` is the peak learning rate; weight decay is in the groups. Raises ValueError for an optimizer that cannot work.
+    """
+    check_optim(optim, offload)
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(param_groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)
+    if optim in TORCH_ADAMW:
+        return torch.optim.AdamW(param_groups, lr=lr, betas=betas, eps=eps, fused=optim == "adamw_torch_fused")
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW(
+        param_groups,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        optim_bits=8 if "8bit" in optim else 32,
+        is_paged=optim.startswith("paged"),
+    )

@@ -1,0 +1,224 @@
+"""A training run from the command line: what `launch/train.py` and `lisa-dist train` do.
+
+TRL's parser reads the flags and the YAML of `--config`; TRL's SFTTrainer loads the model, tokenizes and trains. Here
+are the few arguments of our own, and the order of a run.
+"""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+
+import torch
+from datasets import Dataset
+from torch import distributed as dist
+from transformers import AutoTokenizer, TrainerCallback
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
+
+from lisa_dist.attention import choose_attention
+from lisa_dist.config import LisaConfig
+from lisa_dist.data import load_rows, prepare_rows
+from lisa_dist.ds_config import check_ds_config, find_ds_config, read_ds_config, uses_optimizer_offload
+from lisa_dist.metrics import format_table
+from lisa_dist.optimizer import check_optim
+from lisa_dist.trainer import LisaTrainer
+
+METHODS = ("lisa", "full")
+
+
+@dataclass
+class RunArguments:
+    """What to train, on which rows."""
+
+    method: str = field(default="lisa", metadata={"help": "lisa, or full to train every parameter in every step."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A .json or .jsonl file, or a dataset of the hub."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a hub dataset."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out rows, as --dataset_name."})
+    eval_rows: int = field(
+        default=0, metadata={"help": "Hold out this many rows of --dataset_name, drawn by --seed, for evaluation."}
+    )
+    sample_prompt: str | None = field(
+        default=None, metadata={"help": "A prompt to answer before and after training, printed on rank 0."}
+    )
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
+        if self.dataset_name is None:
+            raise ValueError("--dataset_name is missing: give a .json or .jsonl file, or a dataset of the hub.")
+        if self.eval_rows < 0:
+            raise ValueError(f"--eval_rows {self.eval_rows}: a number of rows is not negative.")
+        if self.eval_rows and self.eval_dataset_name:
+            raise ValueError(
+                f"--eval_rows {self.eval_rows} and --eval_dataset_name {self.eval_dataset_name}: give one of them."
+            )
+
+
+@dataclass
+class LisaSFTConfig(SFTConfig):
+    """TRL's SFTConfig; `--deepspeed` also takes the short name of a shipped config, and CPU ranks work."""
+
+    deepspeed: dict | str | None = field(
+        default="zero2", metadata={"help": "Short name (zero1, zero2, zero3, zero2_offload, ...), path, or JSON."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
+            self.deepspeed = find_ds_config(self.deepspeed)
+        if not torch.cuda.is_available():
+            self.use_cpu = True  # has Accelerate start gloo
+            self.bf16 = bool(self.bf16)  # asked for, not by default: few CPUs multiply in bf16
+        super().__post_init__()
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RunArguments, LisaSFTConfig, ModelConfig, LisaConfig]:
+    """The arguments of a run from flags and `--config file.yaml`; flags win. Unknown keys and flags are errors."""
+    _default_to_one_rank()
+    parser = TrlParser((RunArguments, LisaSFTConfig, ModelConfig, LisaConfig))
+    return parser.parse_args_and_config(argv)
+
+
+def run(run_args: RunArguments, training_args: LisaSFTConfig, model_args: ModelConfig, lisa_config: LisaConfig) -> None:
+    """Train and save: arguments checked, data, model, training, the model in `output_dir`."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is missing: give a folder or a model of the hub.")
+    if run_args.method == "lisa":
+        ds_config = training_args.deepspeed
+        ds_config = ds_config if isinstance(ds_config, dict) else read_ds_config(ds_config)
+        check_ds_config(ds_config)
+        check_optim(training_args.optim, uses_optimizer_offload(ds_config))
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    train_rows, eval_rows = _load_datasets(run_args, training_args, chat=tokenizer.chat_template is not None)
+    attention, why = choose_attention(model_args.attn_implementation)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": attention,
+        "dtype": model_args.dtype
+        or {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[_precision(training_args)],
+    } | (training_args.model_init_kwargs or {})
+    arguments = {
+        "model": model_args.model_name_or_path,
+        "args": training_args,
+        "train_dataset": train_rows,
+        "eval_dataset": eval_rows,
+        "processing_class": tokenizer,
+    }
+    if run_args.method == "lisa":
+        trainer = LisaTrainer(lisa_config=lisa_config, **arguments)
+    else:
+        trainer = SFTTrainer(**arguments)
+    if run_args.sample_prompt:
+        trainer.add_callback(_SampleCallback(trainer, run_args.sample_prompt))
+    trainer.accelerator.print(_describe_run(run_args, training_args, model_args, f"{attention} ({why})"))
+
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.accelerator.print(f"saved {training_args.output_dir}; load it with from_pretrained")
+    # Ranks that simply exit tear down gloo under each other's feet.
+    dist.barrier()
+    trainer.end()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse and run. An error of the user's is one line on rank 0, without a traceback, and exit status 2."""
+    try:
+        run(*parse_arguments(argv))
+    except ValueError as error:
+        if os.environ.get("LISA_DIST_TRACEBACK"):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"lisa-dist: {error}", flush=True)
+        raise SystemExit(2) from error
+
+
+def _load_datasets(run_args: RunArguments, training_args: SFTConfig, chat: bool) -> tuple[Dataset, Dataset | None]:
+    rows = load_rows(run_args.dataset_name, run_args.dataset_config, run_args.dataset_split)
+    rows = prepare_rows(rows, run_args.dataset_name, chat)
+    held_out = None
+    if run_args.eval_dataset_name:
+        held_out = prepare_rows(load_rows(run_args.eval_dataset_name), run_args.eval_dataset_name, chat)
+    elif run_args.eval_rows:
+        if run_args.eval_rows >= len(rows):
+            raise ValueError(
+                f"--eval_rows {run_args.eval_rows}: {run_args.dataset_name} has only {len(rows)} rows to hold out of."
+            )
+        split = rows.train_test_split(test_size=run_args.eval_rows, seed=training_args.seed)
+        rows, held_out = split["train"], split["test"]
+    return rows, held_out
+
+
+def _precision(args: SFTConfig) -> str:
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+
+
+def _describe_run(run_args: RunArguments, args: SFTConfig, model_args: ModelConfig, attention: str) -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    batch = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "deepspeed", "transformers", "trl"))
+    rows = [
+        ("method", run_args.method),
+        ("model from", str(model_args.model_name_or_path)),
+        ("rows from", str(run_args.dataset_name)),
+        ("devices", f"{args.world_size} x {device}, {_precision(args)}"),
+        ("attention", attention),
+        ("optimizer", f"{args.optim.value}, learning rate {args.learning_rate}, weight decay {args.weight_decay}"),
+        ("rows a step", str(batch)),
+        ("versions", versions),
+    ]
+    return "run\n" + format_table(rows)
+
+
+def _default_to_one_rank() -> None:
+    """Started as plain `python`, be the only rank: DeepSpeed would otherwise look for MPI."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
+    for name, value in (alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
+        os.environ.setdefault(name, str(value))
+
+
+class _SampleCallback(TrainerCallback):
+    """Answers one prompt before and after training; all ranks take part, as ZeRO-3 gathers weights for it."""
+
+    def __init__(self, trainer: SFTTrainer, prompt: str):
+        self._trainer = trainer
+        self._prompt = prompt
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._answer("before")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._answer("after")
+
+    def _answer(self, when: str) -> None:
+        trainer, tokenizer = self._trainer, self._trainer.processing_class
+        inputs = {"text": self._prompt}
+        if tokenizer.chat_template is not None:
+            turn = [{"role": "user", "content": self._prompt}]
+            inputs = {"text": tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)}
+        encoded = tokenizer(**inputs, return_tensors="pt", add_special_tokens=tokenizer.chat_template is None)
+        model = trainer.model_wrapped.module
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            generated = model.generate(
+                **encoded.to(trainer.args.device),
+                max_new_tokens=64,
+                do_sample=False,
+                synced_gpus=trainer.args.world_size > 1,
+            )
+        model.train(training)
+        answer = tokenizer.decode(generated[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+        trainer.accelerator.print(f"\n{when} training, asked: {self._prompt}\nanswer: {answer.strip()}\n")

@@ -1,0 +1,287 @@
+"""The partitions of DeepSpeed's ZeRO optimizer, rebuilt in place: the only file that touches DeepSpeed's privates.
+
+DeepSpeed fixes at start which parameters it optimizes. To change them, the SAME optimizer object is taken down to an
+empty shell and its class's own `__init__` is run on it again, through the engine's own construction path and with the
+same inner optimizer object. So the LR scheduler, Accelerate's wrappers and user code stay bound to it, and DeepSpeed's
+own code builds groups, flat buffers, partitions, hooks and buckets.
+
+Who holds what, on each of W ranks, for A active elements:
+
+- weights: stages 1 and 2 hold all of them whole; the parameters of one group are views of one flat buffer. Stage 3
+  holds 1/W of each parameter (`ds_tensor`); those of all active parameters are views of one buffer.
+- masters and moments: A/W elements each, flat, one partition a group; on the host under offload. Sleeping blocks: none.
+
+What a switch sends: nothing on stages 1 and 2, since every rank cuts its partition from weights it already holds. On
+stage 3 DeepSpeed gathers each active parameter once to hang its hook on (A elements in the model's dtype). Masters and
+moments never travel: a group of the same parameters has the same partition on the same rank.
+"""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module, metadata
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from packaging.version import Version
+
+from lisa_dist.states import PartitionKey, PartitionState
+
+SUPPORTED_DEEPSPEED = ("0.19.6", "0.20")  # from, up to but not including
+_INSTALL = "pip install 'deepspeed>={},<{}'".format(*SUPPORTED_DEEPSPEED)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Where one of DeepSpeed's optimizer classes keeps its things."""
+
+    module: str  # where the engine looks the class up when it constructs it
+    class_name: str
+    groups: str  # lists of the model's parameters
+    masters: str  # this rank's fp32 partition of each list
+    private_names: tuple[str, ...]  # what else this file needs of an instance
+
+
+_STAGE_1_2 = _Stage(
+    module="deepspeed.runtime.engine",
+    class_name="DeepSpeedZeroOptimizer",
+    groups="bit16_groups",
+    masters="single_partition_of_fp32_groups",
+    private_names=("_wait_for_offload_copies",),
+)
+_STAGE_3 = _Stage(
+    module="deepspeed.runtime.zero.stage3",
+    class_name="DeepSpeedZeroOptimizer_Stage3",
+    groups="fp16_groups",
+    masters="fp32_partitioned_groups_flat",
+    private_names=("parameter_offload", "_leaf_module_hooks", "initialize_ds_offload", "offload_param_pin_memory"),
+)
+_PRIVATE_NAMES = ("_grad_acc_hooks", "_unpin_offload_buffers", "ipg_buckets", "optimizer", "state", "param_groups")
+
+# What __init__ would set back and a run must keep: the fp16 scaler, hooks the engine registered, and the last norms.
+_CARRIED_FIELDS = (
+    "loss_scaler",
+    "dynamic_loss_scale",
+    "custom_loss_scaler",
+    "external_loss_scale",
+    "torch_autocast_gradscaler",
+    "overflow",
+    "micro_step_id",
+    "_global_grad_norm",
+    "_grad_acc_post_hooks",
+    "_coalesce_grad_reduction",
+    "_is_gradient_accumulation_boundary",
+)
+# What a parameter keeps of the partition that it was in, and that would keep the partition alive.
+_STALE_ATTRIBUTES = ("_hp_mapping", "grad_accum")
+
+
+def check_deepspeed() -> None:
+    """Raise ValueError when the installed DeepSpeed is outside the range that this file was tested with."""
+    version = Version(metadata.version("deepspeed"))
+    lowest, below = SUPPORTED_DEEPSPEED
+    if not Version(lowest) <= version < Version(below):
+        raise ValueError(
+            f"DeepSpeed {version} is installed; LISA re-partitions its optimizer and supports {lowest} up to, not "
+            f"including, {below}: {_INSTALL}."
+        )
+
+
+def build_cpu_ops() -> None:
+    """Compile the C++ ops that DeepSpeed would build at first use, so that ranks do not race to build them."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import ShareMemCommBuilder
+
+    DeepSpeedCPUAdam([torch.nn.Parameter(torch.zeros(1))])
+    if get_accelerator().device_name() == "cpu":
+        ShareMemCommBuilder().load()
+
+
+class ZeroPartitions:
+    """This rank's ZeRO partitions of one engine: read them, take them down, build them over other parameters."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine):
+        check_deepspeed()
+        self.engine = engine
+        self._stage = _stage_of(engine)
+        self._names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+        self._check_private_names()
+
+    # What is there
+
+    def keys(self) -> list[PartitionKey]:
+        """The partitions in order, each known by the names of its parameters."""
+        groups = getattr(self._zero, self._stage.groups)
+        return [tuple(self._names[id(parameter)] for parameter in group) for group in groups]
+
+    def states(self) -> dict[PartitionKey, PartitionState]:
+        """This rank's masters and optimizer states as they are now; moments appear with a partition's first step."""
+        masters = getattr(self._zero, self._stage.masters)
+        inner_state = self._zero.optimizer.state
+        return {
+            key: PartitionState(master, dict(inner_state.get(master, {})))
+            for key, master in zip(self.keys(), masters, strict=True)
+        }
+
+    # What a switch does
+
+    def repartition(self, params_of_group: list[list[torch.nn.Parameter]], carried: dict) -> None:
+        """Rebuild the partitions over `params_of_group`, one list for each parameter group, as many as before.
+
+        `carried` maps partition keys to the states that go on; every other partition starts with a master cloned from
+        the weights and without moments. Gradients must have been used up: call it between two optimizer steps.
+        """
+        zero, inner = self._zero, self._zero.optimizer
+        assert len(params_of_group) == len(inner.param_groups)
+        assert all(params_of_group)
+        kept_fields = {name: getattr(zero, name) for name in _CARRIED_FIELDS if hasattr(zero, name)}
+        coordinator_owner = getattr(zero, "parameter_offload", None)
+
+        with _cheap_gc():
+            self._take_down(params_of_group)
+            inner.state.clear()
+            for group, params in zip(inner.param_groups, params_of_group, strict=True):
+                group["params"] = params
+            if coordinator_owner is not None:
+                _forget_trace(coordinator_owner)
+            with _construct_in_place(zero, self._stage, coordinator_owner):
+                rebuilt = self.engine._configure_zero_optimizer(inner)
+            assert rebuilt is zero
+            for name, value in kept_fields.items():
+                setattr(zero, name, value)
+            self._put_back(carried)
+
+    def _take_down(self, next_params_of_group: list[list[torch.nn.Parameter]]) -> None:
+        """Let go of everything that the optimizer object holds or has hung onto the model."""
+        zero = self._zero
+        staying = {id(parameter) for params in next_params_of_group for parameter in params}
+        get_accelerator().synchronize()
+        if self._stage is _STAGE_1_2:
+            zero._wait_for_offload_copies()
+        for hook in [*zero._grad_acc_hooks, *getattr(zero, "_leaf_module_hooks", ())]:
+            hook.remove()
+        for group in getattr(zero, self._stage.groups):
+            for parameter in group:
+                for name in _STALE_ATTRIBUTES:
+                    if hasattr(parameter, name):
+                        setattr(parameter, name, None)
+                if self._stage is _STAGE_3 and id(parameter) not in staying:
+                    _give_own_storage(parameter, pin=zero.offload_param_pin_memory)
+        zero._unpin_offload_buffers()
+        zero.__dict__.clear()
+
+    def _put_back(self, carried: dict[PartitionKey, PartitionState]) -> None:
+        """Fill the new partitions with the states that go on."""
+        zero = self._zero
+        for key, master in zip(self.keys(), getattr(zero, self._stage.masters), strict=True):
+            state = carried.get(key)
+            if state is None:
+                continue
+            assert state.master.shape == master.shape, key
+            master.data.copy_(state.master.data)
+            if state.optimizer_state:
+                zero.optimizer.state[master] = state.optimizer_state
+
+    def local_weights(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """What this rank holds of a parameter: its 1/W on stage 3 (nothing while it is on NVMe), else all of it."""
+        return parameter.ds_tensor.data if self._stage is _STAGE_3 else parameter.data
+
+    @property
+    def weights_are_sharded(self) -> bool:
+        """Whether ranks hold different pieces of the weights (stage 3) or each holds all of them."""
+        return self._stage is _STAGE_3
+
+    @property
+    def _zero(self):
+        return self.engine.optimizer
+
+    def _check_private_names(self) -> None:
+        missing = [name for name in _PRIVATE_NAMES + self._stage.private_names if not hasattr(self._zero, name)]
+        missing += [name for name in (self._stage.groups, self._stage.masters) if not hasattr(self._zero, name)]
+        if not hasattr(self.engine, "_configure_zero_optimizer"):
+            missing.append("engine._configure_zero_optimizer")
+        if self._stage is _STAGE_3:
+            coordinator = self._zero.parameter_offload.get_param_coordinator()
+            missing += [name for name in ("_invalidate_trace", "is_invalid_trace") if not hasattr(coordinator, name)]
+        if missing:
+            raise ValueError(
+                f"DeepSpeed {metadata.version('deepspeed')} lacks {', '.join(missing)}, which LISA needs to "
+                f"re-partition its {self._stage.class_name}: {_INSTALL}."
+            )
+
+
+def _stage_of(engine: deepspeed.DeepSpeedEngine) -> _Stage:
+    if engine.zero_optimization_stage() == 0:
+        raise ValueError(
+            "the DeepSpeed engine runs ZeRO stage 0: LISA re-partitions ZeRO states; set zero_optimization.stage to 1, "
+            "which costs nothing more on one GPU (--deepspeed zero1)."
+        )
+    class_name = type(engine.optimizer).__name__
+    for stage in (_STAGE_1_2, _STAGE_3):
+        if class_name == stage.class_name:
+            return stage
+    if class_name == "BF16_Optimizer":
+        raise ValueError(
+            "the DeepSpeed config has data_types.grad_accum_dtype = fp32 with bf16 at ZeRO stage 1, for which "
+            "DeepSpeed takes an optimizer that LISA cannot re-partition: use stage 2, or leave grad_accum_dtype out."
+        )
+    raise ValueError(f"DeepSpeed built a {class_name}, which LISA cannot re-partition: use plain ZeRO stage 1, 2 or 3.")
+
+
+@contextlib.contextmanager
+def _construct_in_place(zero, stage: _Stage, parameter_offload) -> Iterator[None]:
+    """While this lasts, the engine's construction of its ZeRO optimizer runs `__init__` on `zero` instead.
+
+    Stage 3 gets its `parameter_offload` back: destroyed and rebuilt, non-reentrant checkpointing with frozen parameters
+    crashes, and hanging the module hooks anew costs most of a switch.
+    """
+
+    def construct(*args, **kwargs):
+        if parameter_offload is not None:
+            zero.initialize_ds_offload = lambda **_: parameter_offload
+        type(zero).__init__(zero, *args, **kwargs)
+        if parameter_offload is not None:
+            del zero.initialize_ds_offload
+        return zero
+
+    module = import_module(stage.module)
+    original = getattr(module, stage.class_name)
+    setattr(module, stage.class_name, construct)
+    try:
+        yield
+    finally:
+        setattr(module, stage.class_name, original)
+
+
+def _forget_trace(parameter_offload) -> None:
+    """Make stage 3 record anew in which order modules run: frozen and trained ones differ in their backward."""
+    coordinator = parameter_offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+
+
+def _give_own_storage(parameter: torch.nn.Parameter, pin: bool) -> None:
+    """Copy a stage-3 partition out of the buffer of all active partitions, which it would keep alive whole."""
+    partition = parameter.ds_tensor
+    if partition.data.numel() == 0:  # on NVMe
+        return
+    own = partition.data.clone()
+    partition.data = get_accelerator().pin_memory(own) if pin else own
+
+
+@contextlib.contextmanager
+def _cheap_gc() -> Iterator[None]:
+    """Keep DeepSpeed's explicit `gc.collect()` from walking every object of the program.
+
+    What exists now is set aside; only what the rebuild itself makes is collected.
+    """
+    already_frozen = gc.get_freeze_count() > 0
+    if not already_frozen:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if not already_frozen:
+            gc.unfreeze()

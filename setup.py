@@ -1,0 +1,35 @@
+"""Packaging of lisa_dist. `lisa_dist/kernels` and `lisa_dist/ds_configs` are links to the folders at the top."""
+
+from setuptools import setup
+
+LAUNCHER = ["ninja>=1.11"]  # DeepSpeed compiles its C++ ops with it at first use
+QUICKSTART = ["gguf>=0.10", "tensorboard>=2.14"]
+DEV = ["pytest>=8", "ruff>=0.6,<1"]
+
+setup(
+    name="lisa_dist",
+    version="0.1.0",
+    description="Distributed LLM training by LISA, Layerwise Importance Sampled AdamW, on DeepSpeed",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["lisa_dist", "lisa_dist.kernels", "lisa_dist.ds_configs"],
+    package_data={"lisa_dist.ds_configs": ["*.json"], "lisa_dist.kernels": ["*"]},
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.19.6,<0.20",
+        "transformers>=5.13,<6",
+        "accelerate>=1.10",
+        "datasets>=3",
+        "bitsandbytes>=0.46",
+        "trl>=1.16,<2",
+        "peft>=0.17",
+        *LAUNCHER,
+    ],
+    extras_require={
+        "gpu": ["flash-attn>=2.6", "liger-kernel>=0.5"],
+        "eval": ["lm-eval>=0.4"],
+        "quickstart": QUICKSTART,
+        "dev": DEV + QUICKSTART,
+    },
+    entry_points={"console_scripts": ["lisa-dist=lisa_dist.cli:main"]},
+)

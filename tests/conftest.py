@@ -1,0 +1,39 @@
+"""Set-up of all tests: CPU ranks, no hub, C++ ops built before ranks need them."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["LISA_DIST_TRACEBACK"] = ""
+_caches = tempfile.mkdtemp(prefix="lisa_dist_tests_")
+os.environ["HF_HOME"] = _caches  # data may be read-only, and nothing is left in the user's cache
+
+import ranks  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def cpu_ops() -> None:
+    """DeepSpeed's C++ ops, built once: two ranks would race for the build."""
+    from lisa_dist.zero import build_cpu_ops
+
+    build_cpu_ops()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stop_ranks_at_the_end():
+    yield
+    ranks.stop_ranks()
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data, beside the repository or where LISA_DIST_DATA points; skips where it is absent."""
+    folder = Path(os.environ.get("LISA_DIST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set LISA_DIST_DATA")
+    return folder

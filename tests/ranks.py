@@ -1,0 +1,115 @@
+"""Run a function on several CPU ranks, as DeepSpeed on gloo sees them.
+
+Ranks are spawned once for each world size and serve all tests, since importing torch and DeepSpeed takes longer than
+most tests. A rank that raises fails the test with the traceback of every rank; a rank that hangs is killed.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+_pools: dict[int, "_Pool"] = {}
+
+
+class RankError(AssertionError):
+    """At least one rank raised, died or hung."""
+
+
+def run_ranks(function: Callable, world_size: int, *args, timeout: float = 300) -> list:
+    """Call the top-level `function(*args)` on every rank and return what each returned, in rank order."""
+    pool = _pools.get(world_size)
+    if pool is None:
+        pool = _pools[world_size] = _Pool(world_size)
+    try:
+        return pool.run(function, args, timeout)
+    except RankError:
+        del _pools[world_size]
+        pool.kill()
+        raise
+
+
+def stop_ranks() -> None:
+    """End all ranks."""
+    while _pools:
+        _pools.popitem()[1].kill()
+
+
+class _Pool:
+    def __init__(self, world_size: int):
+        self._folder = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn")
+        self._connections: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, world_size, str(Path(self._folder.name) / "store"), theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable, args: tuple, timeout: float) -> list:
+        for connection in self._connections:
+            connection.send((function, args))
+        deadline = time.monotonic() + timeout
+        outcomes: dict[int, tuple[str, object]] = {}
+        while len(outcomes) < len(self._connections):
+            waiting = {self._connections[r]: r for r in range(len(self._connections)) if r not in outcomes}
+            # After the first failure the others may wait for it in a collective: give them a moment, no more.
+            failed = any(kind != "value" for kind, _ in outcomes.values())
+            patience = 5.0 if failed else deadline - time.monotonic()
+            ready = wait(list(waiting), timeout=max(0.0, patience))
+            if not ready:
+                outcomes |= {rank: ("hung", "did not finish") for rank in waiting.values()}
+            for connection in ready:
+                try:
+                    outcomes[waiting[connection]] = connection.recv()
+                except (EOFError, ConnectionResetError):
+                    outcomes[waiting[connection]] = ("died", "ended without an answer")
+        failures = {rank: outcome for rank, outcome in outcomes.items() if outcome[0] != "value"}
+        if failures:
+            raise RankError("".join(f"\nrank {rank} {kind}:\n{text}" for rank, (kind, text) in sorted(failures.items())))
+        return [outcomes[rank][1] for rank in range(len(outcomes))]
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._folder.cleanup()
+
+
+def _serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_SIZE=str(world_size),
+        DS_ACCELERATOR="cpu",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",  # never used: the store is a file
+    )
+    import deepspeed
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    deepspeed.init_distributed("gloo")
+    while True:
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            function, args = connection.recv()
+            try:
+                outcome = ("value", function(*args))
+            except BaseException:  # whatever it is, the test must see it
+                outcome = ("raised", traceback.format_exc())
+            connection.send(outcome)
+            continue
+        return
