@@ -78,6 +78,10 @@ def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers_path = layers_attribute or _find_layers_path(model, names[id(embedding)])
     layer_list = _module_at(model, layers_path)
+    if not isinstance(layer_list, nn.ModuleList | nn.Sequential):
+        raise ValueError(
+            f"--lisa_layers_attribute {layers_path}: a {type(layer_list).__name__}, which is no list of modules."
+        )
 
     # The smallest module that holds both the embedding and the layers is the language model's backbone.
     backbone = _common_prefix(names[id(embedding)], layers_path)

@@ -13,13 +13,20 @@ def live_tensor_bytes(device: torch.device | None = None) -> int:
     """
     if device is not None and device.type == "cuda":
         return torch.cuda.memory_allocated(device)
+    kinds = _tensor_classes()
     storages: dict[int, int] = {}
-    for candidate in gc.get_objects():
-        # type() first: isinstance asks some lazy proxies for __class__, which makes them load.
-        if not issubclass(type(candidate), torch.Tensor) or candidate.is_meta:
-            continue
+    # By exact class: isinstance would be slower, and asks lazy proxies for __class__, which makes them load.
+    for candidate in [thing for thing in gc.get_objects() if type(thing) in kinds]:
         for tensor in (candidate, candidate.grad if candidate.is_leaf else None):
-            if tensor is not None and tensor.layout == torch.strided:
+            if tensor is not None and tensor.layout == torch.strided and not tensor.is_meta:
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def _tensor_classes() -> set[type]:
+    classes, found = [torch.Tensor], set()
+    while classes:
+        found.add(kind := classes.pop())
+        classes += kind.__subclasses__()
+    return found

@@ -68,7 +68,7 @@ class _Pool:
             patience = 5.0 if failed else deadline - time.monotonic()
             ready = wait(list(waiting), timeout=max(0.0, patience))
             if not ready:
-                outcomes |= {rank: ("hung", "did not finish") for rank in waiting.values()}
+                outcomes |= dict.fromkeys(waiting.values(), ("hung", "did not finish"))
             for connection in ready:
                 try:
                     outcomes[waiting[connection]] = connection.recv()
@@ -76,7 +76,9 @@ class _Pool:
                     outcomes[waiting[connection]] = ("died", "ended without an answer")
         failures = {rank: outcome for rank, outcome in outcomes.items() if outcome[0] != "value"}
         if failures:
-            raise RankError("".join(f"\nrank {rank} {kind}:\n{text}" for rank, (kind, text) in sorted(failures.items())))
+            raise RankError(
+                "".join(f"\nrank {rank} {kind}:\n{text}" for rank, (kind, text) in sorted(failures.items()))
+            )
         return [outcomes[rank][1] for rank in range(len(outcomes))]
 
     def kill(self) -> None:
@@ -108,7 +110,7 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
             function, args = connection.recv()
             try:
                 outcome = ("value", function(*args))
-            except BaseException:  # whatever it is, the test must see it
+            except BaseException:  # noqa: BLE001 - whatever it is, the test must see it
                 outcome = ("raised", traceback.format_exc())
             connection.send(outcome)
             continue

@@ -1,0 +1,44 @@
+"""Tiny models with random weights, the same on every rank for the same seed."""
+
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 128
+
+
+def tiny_llama(seed: int = 0, num_layers: int = 6, tied: bool = False) -> LlamaForCausalLM:
+    """A Llama of `num_layers` layers, 64 wide, in fp32."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=num_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def tiny_gpt2(seed: int = 0, num_layers: int = 6):
+    """A GPT-2: tied embeddings, learned positions, biases, no dropout."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=64,
+        n_layer=num_layers,
+        n_head=4,
+        n_positions=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def token_batches(num_steps: int, rows: int, micro_batches: int = 1, length: int = 16) -> torch.Tensor:
+    """Token ids of shape (steps, micro-batches, rows, length): the same on every rank, for it to take its rows."""
+    generator = torch.Generator().manual_seed(1234)
+    return torch.randint(0, VOCABULARY, (num_steps, micro_batches, rows, length), generator=generator)

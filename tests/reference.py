@@ -1,0 +1,70 @@
+"""LISA on one process in plain torch: the independent reference that the library is held against.
+
+It shares no code with `lisa_dist` and knows nothing of DeepSpeed: AdamW is written out, one parameter at a time, in
+fp32. It is told which layers train in which period, since how they are drawn is another test's business.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def train_reference(
+    model: torch.nn.Module,
+    layers: Sequence[torch.nn.Module],
+    layers_of_period: Sequence[Sequence[int]],
+    period_steps: int,
+    batches: Sequence[Sequence[torch.Tensor]],
+    *,
+    lr: float | Callable[[int], float],
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    max_grad_norm: float = 1.0,
+    never_trained: Sequence[torch.nn.Parameter] = (),
+    drop_all_states: bool = False,
+) -> list[float]:
+    """Train `model` in place and return each step's loss.
+
+    `batches[s]` holds the micro-batches of step s (token ids, labels the same), each the whole global batch. A layer
+    that falls asleep loses its moments; with `drop_all_states` every parameter does at every switch.
+    """
+    layer_of = {id(p): index for index, layer in enumerate(layers) for p in layer.parameters()}
+    never = {id(p) for p in never_trained}
+    moments: dict[int, list] = {}
+    losses = []
+    for step, micro_batches in enumerate(batches):
+        period = step // period_steps
+        active = set(layers_of_period[period])
+        trained = [p for p in model.parameters() if id(p) not in never and layer_of.get(id(p)) in active | {None}]
+        if step % period_steps == 0:
+            awake = {id(p) for p in trained}
+            moments = {} if drop_all_states else {key: value for key, value in moments.items() if key in awake}
+
+        for p in model.parameters():
+            p.grad = None
+        total = 0.0
+        for tokens in micro_batches:
+            loss = model(input_ids=tokens, labels=tokens).loss / len(micro_batches)
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
+
+        norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in trained))
+        shrink = min(1.0, max_grad_norm / (norm + 1e-6))
+        step_lr = lr(step) if callable(lr) else lr
+        with torch.no_grad():
+            for p in trained:
+                first, second, count = moments.get(id(p), [torch.zeros_like(p), torch.zeros_like(p), 0])
+                gradient = p.grad * shrink
+                count += 1
+                first = betas[0] * first + (1 - betas[0]) * gradient
+                second = betas[1] * second + (1 - betas[1]) * gradient * gradient
+                moments[id(p)] = [first, second, count]
+                if p.ndim > 1:
+                    p -= step_lr * weight_decay * p
+                first_hat = first / (1 - betas[0] ** count)
+                second_hat = second / (1 - betas[1] ** count)
+                p -= step_lr * first_hat / (second_hat.sqrt() + eps)
+    return losses

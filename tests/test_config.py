@@ -1,0 +1,31 @@
+"""LisaConfig refuses what cannot work, naming the flag, the value and the rule."""
+
+import pytest
+
+from lisa_dist import LisaConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lisa_activated_layers": 0}, "--lisa_activated_layers 0: at least 1"),
+        ({"lisa_interval_steps": 0}, "--lisa_interval_steps 0: a period lasts at least 1"),
+        ({"lisa_sampler": "random"}, "--lisa_sampler random: unknown; choose one of uniform"),
+        ({"lisa_sampler": "weighted"}, "--lisa_weights_file None: the weighted sampler needs"),
+        ({"lisa_weights_file": "w.json"}, "--lisa_sampler uniform with --lisa_weights_file w.json"),
+        ({"lisa_state": "forget"}, "--lisa_state forget: unknown; choose one of reset"),
+        ({"lisa_always_on": "embed,tail"}, "--lisa_always_on embed,tail: unknown block 'tail'"),
+        ({"lisa_frozen": "embed"}, "both name embed"),
+        ({"lisa_always_on": "embed,rest"}, "leaves out head"),
+    ],
+)
+def test_bad_settings_are_named(settings, said):
+    with pytest.raises(ValueError, match="lisa_") as error:
+        LisaConfig(**settings)
+    assert said in str(error.value)
+
+
+def test_blocks_come_in_model_order():
+    config = LisaConfig(lisa_always_on=" rest , head", lisa_frozen="embed")
+    assert config.always_on == ("head", "rest")
+    assert config.frozen == ("embed",)

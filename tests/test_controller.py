@@ -1,0 +1,334 @@
+"""The controller's contract: when it switches, what it refuses, what it logs, its state."""
+
+import json
+
+import deepspeed
+import pytest
+import torch
+from models import tiny_gpt2, tiny_llama, token_batches
+from ranks import run_ranks
+from torch import distributed as dist
+
+import lisa_dist
+from lisa_dist import zero
+from lisa_dist.controller import LisaController
+
+pytestmark = pytest.mark.usefixtures("cpu_ops")
+
+
+def micro_step(engine, tokens) -> None:
+    rows = tokens.chunk(dist.get_world_size())[dist.get_rank()]
+    engine.backward(engine(input_ids=rows, labels=rows).loss)
+    engine.step()
+
+
+def start(ds_config="zero2", accumulation=1, output_dir=None, model=None, **settings):
+    return lisa_dist.initialize(
+        model or tiny_llama(),
+        ds_config,
+        lisa_dist.LisaConfig(**{"lisa_interval_steps": 2} | settings),
+        lr=1e-3,
+        gradient_accumulation_steps=accumulation,
+        output_dir=output_dir,
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "settings", "said"),
+    [
+        (tiny_llama, {"lisa_activated_layers": 7}, "--lisa_activated_layers 7: the model has 6 decoder layers"),
+        (tiny_gpt2, {"lisa_always_on": "head,rest", "lisa_frozen": "embed"}, "one tied matrix"),
+        (tiny_llama, {"lisa_layers_attribute": "model.nothing"}, "--lisa_layers_attribute model.nothing"),
+        (tiny_llama, {"lisa_sampler": "weighted", "lisa_weights_file": "absent.json"}, "absent.json: cannot be read"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(build, settings, said):
+    with pytest.raises(ValueError, match="--lisa_") as error:
+        LisaController(build(), lisa_dist.LisaConfig(**settings))
+    assert said in str(error.value)
+
+
+def test_only_the_active_blocks_require_gradients():
+    model = tiny_llama()
+    lisa = LisaController(model, lisa_dist.LisaConfig(lisa_always_on="head,rest", lisa_frozen="embed"))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = {"lm_head.weight", "model.norm.weight"}
+    for layer in lisa.active_layers:
+        expected |= {name for name, _ in model.named_parameters() if name.startswith(f"model.layers.{layer}.")}
+    assert trained == expected
+    assert len(lisa.active_layers) == 2
+
+
+def switch_at_accumulation_boundaries() -> list[int]:
+    engine, lisa = start(accumulation=3)
+    switched_at = []
+    for (tokens,) in token_batches(18, rows=4):
+        if lisa.on_step_begin():
+            switched_at.append(engine.micro_steps)
+        assert not lisa.on_step_begin(), "a second call in the same step does nothing"
+        micro_step(engine, tokens)
+    engine.destroy()
+    return switched_at
+
+
+def test_it_switches_at_accumulation_boundaries_only():
+    assert run_ranks(switch_at_accumulation_boundaries, 2) == [[6, 12], [6, 12]]
+
+
+def miss_a_switch(how: str) -> str:
+    engine, lisa = start(accumulation=2)
+    batches = [tokens for (tokens,) in token_batches(8, rows=4)]
+    for tokens in batches[:4]:
+        lisa.on_step_begin()
+        micro_step(engine, tokens)
+    with pytest.raises(RuntimeError) as error:
+        if how == "forward":
+            micro_step(engine, batches[4])
+        else:
+            engine.global_steps = 5
+            lisa.on_step_begin()
+    engine.destroy()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("how", "step"), [("forward", 2), ("call", 5)])
+def test_a_missed_switch_is_an_error(how, step):
+    message = run_ranks(miss_a_switch, 2, how)[0]
+    assert message.startswith(f"step {step} is in period {step // 2}")
+    assert "call on_step_begin() before every step" in message
+
+
+def evaluate_at_a_boundary() -> None:
+    """An evaluation between the last step of a period and the switch is no training."""
+    engine, lisa = start()
+    for (tokens,) in token_batches(2, rows=4):
+        lisa.on_step_begin()
+        micro_step(engine, tokens)
+    engine.eval()
+    engine(input_ids=tokens, labels=tokens)
+    engine.train()
+    with torch.no_grad():
+        engine(input_ids=tokens, labels=tokens)
+    assert lisa.on_step_begin()
+    engine.destroy()
+
+
+def test_evaluation_at_a_boundary_is_allowed():
+    run_ranks(evaluate_at_a_boundary, 2)
+
+
+def disagree(what: str) -> str:
+    rank = dist.get_rank()
+    with pytest.raises(RuntimeError) as error:
+        if what == "seed":
+            start(lisa_seed=rank)
+        else:
+            engine, lisa = start()
+            for step, (tokens,) in enumerate(token_batches(4, rows=4)):
+                if step == 2 and rank == 1:  # a rank whose controller went astray
+                    lisa._agree = lambda: (0, 1)
+                if step == 2 and rank == 0:
+                    lisa._agree = lambda: (2, 3)
+                lisa.on_step_begin()
+                micro_step(engine, tokens)
+    return str(error.value)
+
+
+def engine_for(model, lisa, ds_config="zero2"):
+    from lisa_dist.optimizer import build_optimizer
+
+    filled = lisa_dist.load_ds_config(ds_config, model=model)
+    optimizer = build_optimizer(lisa.param_groups(), lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=filled)
+    return engine, optimizer
+
+
+@pytest.mark.parametrize(
+    ("what", "said"), [("seed", "ranks [1] hold other layers"), ("switch", "ranks [1] hold other layers")]
+)
+def test_ranks_that_disagree_are_named_on_every_rank(what, said):
+    for message in run_ranks(disagree, 2, what):
+        assert said in message
+
+
+def test_ranks_in_different_periods_are_named():
+    messages = run_ranks(disagree_on_the_period, 2)
+    assert "rank 1 begins period 3, but rank 0 begins period 0" in messages[1]
+
+
+def disagree_on_the_period() -> str:
+    model = tiny_llama()
+    lisa = LisaController(model, lisa_dist.LisaConfig(lisa_interval_steps=2))
+    engine, _ = engine_for(model, lisa)
+    if dist.get_rank() == 0:
+        return ""
+    lisa.period = 3
+    lisa._engine = engine
+    broadcast, dist.broadcast = dist.broadcast, lambda tensor, src: tensor.copy_(torch.tensor([0, 2, 5]))
+    try:
+        with pytest.raises(RuntimeError) as error:
+            lisa._agree()
+    finally:
+        dist.broadcast = broadcast
+    return str(error.value)
+
+
+def attach_wrongly(what: str) -> str:
+    model = tiny_llama()
+    lisa = LisaController(model, lisa_dist.LisaConfig())
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is checked by the caller
+        if what == "stage 0":
+            optimizer = torch.optim.AdamW(lisa.param_groups())
+            config = {"train_micro_batch_size_per_gpu": 1}
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+            lisa.attach(engine)
+        elif what == "bf16 optimizer":
+            model = model.bfloat16()
+            optimizer = torch.optim.AdamW(lisa.param_groups())
+            config = lisa_dist.load_ds_config("zero1", model=model) | {"data_types": {"grad_accum_dtype": "fp32"}}
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+            lisa.attach(engine)
+        elif what == "other groups":
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+            config = lisa_dist.load_ds_config("zero2", model=model)
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+            lisa.attach(engine)
+        elif what == "private name":
+            engine, _ = engine_for(model, lisa)
+            del engine.optimizer._grad_acc_hooks
+            lisa.attach(engine)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("stage 0", "set zero_optimization.stage to 1"),
+        ("bf16 optimizer", "grad_accum_dtype = fp32"),
+        ("other groups", "build its optimizer from param_groups()"),
+        ("private name", "lacks _grad_acc_hooks, which LISA needs"),
+    ],
+)
+def test_an_engine_that_cannot_work_is_refused(what, said):
+    assert said in run_ranks(attach_wrongly, 2, what)[0]
+
+
+@pytest.mark.parametrize("version", ["0.18.2", "0.19.5", "0.20.0", "1.0"])
+def test_a_deepspeed_outside_the_range_is_refused_at_start(monkeypatch, version):
+    monkeypatch.setattr(zero.metadata, "version", lambda name: version)
+    with pytest.raises(ValueError, match=f"DeepSpeed {version} is installed") as error:
+        LisaController(tiny_llama(), lisa_dist.LisaConfig())
+    assert "pip install 'deepspeed>=0.19.6,<0.20'" in str(error.value)
+
+
+def train_with_log(output_dir: str) -> list[int]:
+    engine, lisa = start("zero3", output_dir=output_dir)
+    for (tokens,) in token_batches(7, rows=4):
+        lisa.on_step_begin()
+        micro_step(engine, tokens)
+    lisa.close()
+    engine.destroy()
+    return lisa.visit_counts
+
+
+def test_the_log_has_a_line_for_each_period(tmp_path):
+    visits = run_ranks(train_with_log, 2, str(tmp_path / "out"))[0]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "lisa_log.jsonl").read_text().splitlines()]
+    assert [line["period"] for line in lines] == [0, 1, 2, 3]
+    assert [line["step"] for line in lines] == [0, 2, 4, 6]
+    assert list(lines[0]) == [
+        "period", "step", "layers", "seconds", "state_bytes_per_rank", "bytes_released", "live_bytes",
+    ]  # fmt: skip
+    assert len({line["state_bytes_per_rank"] for line in lines}) == 1
+    assert lines[0]["state_bytes_per_rank"] > 0
+    assert lines[0]["bytes_released"] == 0
+    assert lines[1]["bytes_released"] > 0
+    assert all(line["live_bytes"] > line["state_bytes_per_rank"] for line in lines)
+    assert visits == [sum(layer in line["layers"] for line in lines) for layer in range(6)]
+
+
+def debug_finds_drift() -> str:
+    engine, lisa = start(lisa_debug=True)
+    batches = [tokens for (tokens,) in token_batches(3, rows=4)]
+    for tokens in batches[:2]:
+        lisa.on_step_begin()
+        micro_step(engine, tokens)
+    asleep = next(layer for layer in range(6) if layer not in lisa.active_layers)
+    with torch.no_grad():
+        next(iter(lisa.blocks.layers[asleep].parameters.values())).view(-1)[3].add_(1e-3)
+    with pytest.raises(RuntimeError, match="have changed") as error:
+        lisa.on_step_begin()
+    engine.destroy()
+    return f"{asleep}: {error.value}"
+
+
+def test_debug_mode_sees_a_sleeping_weight_move():
+    asleep, message = run_ranks(debug_finds_drift, 2)[0].split(": ", 1)
+    assert f"model.layers.{asleep}." in message
+
+
+def restore_state() -> None:
+    engine, lisa = start("zero2", lisa_seed=5)
+    for (tokens,) in token_batches(5, rows=4):
+        lisa.on_step_begin()
+        micro_step(engine, tokens)
+    state = json.loads(json.dumps(lisa.state_dict()))
+    assert state["period"] == 2
+    engine.destroy()
+    # Before the engine exists, and with an engine that already is partitioned for another set.
+    for attached in (False, True):
+        model = tiny_llama(seed=9)
+        other = LisaController(model, lisa_dist.LisaConfig(lisa_interval_steps=2, lisa_seed=5))
+        if not attached:
+            other.load_state_dict(state)
+        engine, _ = engine_for(model, other)
+        if attached:
+            other.attach(engine)
+            other.load_state_dict(state)
+        assert other.active_layers == lisa.active_layers
+        assert other.visit_counts == lisa.visit_counts
+        held = {name for key in other.partition_states() for name in key} if attached else None
+        expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert held is None or held == expected
+        engine.destroy()
+
+
+def test_state_comes_back_before_and_after_attach():
+    run_ranks(restore_state, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": 99}, "has version 99; this release reads 1"),
+        ({"visit_counts": [0] * 4}, "of a model with 4 decoder"),
+    ],
+)
+def test_a_state_of_another_kind_is_refused(change, said):
+    lisa = LisaController(tiny_llama(), lisa_dist.LisaConfig())
+    with pytest.raises(ValueError, match=said):
+        lisa.load_state_dict(lisa.state_dict() | change)
+
+
+def keep_identity(ds_config: str) -> None:
+    """The optimizer, the inner optimizer and its groups stay the same objects over switches; a schedule runs on."""
+    model = tiny_llama()
+    lisa = LisaController(model, lisa_dist.LisaConfig(lisa_interval_steps=1))
+    engine, inner = engine_for(model, lisa, ds_config)
+    lisa.attach(engine)
+    schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 1 / (1 + step))
+    outer, groups = engine.optimizer, list(inner.param_groups)
+    for step, (tokens,) in enumerate(token_batches(6, rows=4)):
+        lisa.on_step_begin()
+        assert engine.optimizer is outer
+        assert outer.optimizer is inner
+        assert all(now is then for now, then in zip(inner.param_groups, groups, strict=True))
+        assert {group["lr"] for group in engine.optimizer.param_groups} == {1e-3 / (1 + step)}
+        micro_step(engine, tokens)
+        schedule.step()
+    engine.destroy()
+
+
+@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+def test_schedulers_stay_bound(ds_config):
+    run_ranks(keep_identity, 2, ds_config)

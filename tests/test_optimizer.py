@@ -1,0 +1,89 @@
+"""Parameter groups and the optimizer over them."""
+
+import pytest
+import torch
+from models import tiny_gpt2, tiny_llama
+
+from lisa_dist.blocks import Block, find_blocks
+from lisa_dist.optimizer import build_optimizer, build_param_groups, check_optim, check_same_kinds, decays
+
+
+def groups_of(model, layers, weight_decay=0.1):
+    blocks = find_blocks(model)
+    outer = [block for block in (blocks.embed, blocks.head, blocks.rest) if block.parameters]
+    return build_param_groups(outer, [blocks.layers[layer] for layer in layers], weight_decay)
+
+
+def test_groups_keep_their_number_and_order():
+    model = tiny_llama()
+    first, second = groups_of(model, [0, 1]), groups_of(model, [2, 5])
+    names = [group["lisa_group"] for group in first]
+    assert names == [
+        "embed/decay",
+        "head/decay",
+        "rest/no_decay",
+        "slot0/decay",
+        "slot0/no_decay",
+        "slot1/decay",
+        "slot1/no_decay",
+    ]
+    assert names == [group["lisa_group"] for group in second]
+    assert [group["weight_decay"] for group in first] == [0.1, 0.1, 0.0, 0.1, 0.0, 0.1, 0.0]
+
+
+def test_norms_and_biases_do_not_decay():
+    for name, parameter in tiny_gpt2().named_parameters():
+        assert decays(name, parameter) == (not name.endswith("bias") and ".ln_" not in name), name
+    experts_bias = torch.nn.Parameter(torch.zeros(4, 8))
+    assert not decays("experts.gate_up_proj_bias", experts_bias)
+
+
+def test_partitioned_parameters_are_judged_by_their_real_shape():
+    matrix = torch.nn.Parameter(torch.zeros(0))
+    matrix.ds_shape = torch.Size([4, 8])
+    assert decays("weight", matrix)
+
+
+def test_layers_of_different_kinds_are_refused():
+    matrix, norm = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))
+    layers = [Block("layers.0", {"w": matrix, "n": norm}), Block("layers.1", {"w": matrix})]
+    with pytest.raises(ValueError, match=r"layers\.1 has parameters of the kinds"):
+        check_same_kinds(layers)
+
+
+@pytest.mark.parametrize(
+    "optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit"]
+)
+def test_the_optimizer_asked_for_is_built(optim):
+    import bitsandbytes
+
+    optimizer = build_optimizer(groups_of(tiny_llama(), [0, 1]), optim, lr=3e-4, betas=(0.8, 0.9), eps=1e-6)
+    assert isinstance(optimizer, torch.optim.AdamW if "torch" in optim else bitsandbytes.optim.AdamW)
+    assert optimizer.defaults["lr"] == 3e-4
+    assert optimizer.defaults["betas"] == (0.8, 0.9)
+    assert optimizer.defaults["eps"] == 1e-6
+    if "torch" not in optim:
+        assert optimizer.args.optim_bits == (8 if "8bit" in optim else 32)
+
+
+@pytest.mark.usefixtures("cpu_ops")
+def test_offload_gets_deepspeeds_adamw():
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    optimizer = build_optimizer(groups_of(tiny_llama(), [0, 1]), "adamw_torch", offload=True)
+    assert isinstance(optimizer, DeepSpeedCPUAdam)
+    assert optimizer.adam_w_mode
+
+
+@pytest.mark.parametrize(
+    ("optim", "offload", "said"),
+    [
+        ("adafactor", False, "--optim adafactor: LISA runs AdamW"),
+        ("galore_adamw", False, "choose one of adamw_torch"),
+        ("adamw_8bit", True, "--optim adamw_8bit with offload_optimizer"),
+    ],
+)
+def test_an_optimizer_that_cannot_work_is_refused(optim, offload, said):
+    with pytest.raises(ValueError, match="--optim") as error:
+        check_optim(optim, offload)
+    assert said in str(error.value)

@@ -1,0 +1,100 @@
+"""The samplers: pure, portable, of exactly gamma distinct layers, and with the frequencies they promise."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from lisa_dist.sampling import load_layer_weights, sample_layers
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "reshuffle", "cyclic", "fixed", "weighted"])
+@pytest.mark.parametrize(("num_layers", "num_active"), [(1, 1), (5, 2), (5, 5), (7, 3), (32, 2)])
+def test_draws_are_distinct_sorted_and_repeatable(sampler, num_layers, num_active):
+    weights = [1.0 + layer for layer in range(num_layers)]
+    for period in range(40):
+        layers = sample_layers(sampler, num_layers, num_active, 3, period, weights)
+        assert layers == tuple(sorted(set(layers)))
+        assert len(layers) == num_active
+        assert set(layers) <= set(range(num_layers))
+        assert layers == sample_layers(sampler, num_layers, num_active, 3, period, weights)
+
+
+def test_draws_are_the_same_on_every_machine_and_release():
+    """Frozen figures: a change here would change what every resumed run trains."""
+    uniform = [sample_layers("uniform", 32, 2, 0, period) for period in range(4)]
+    assert uniform == [(2, 7), (1, 22), (14, 19), (25, 26)]
+    reshuffle = [sample_layers("reshuffle", 5, 2, 7, period) for period in range(5)]
+    assert reshuffle == [(2, 4), (0, 1), (3, 4), (1, 2), (0, 3)]
+
+
+def test_seeds_and_periods_matter():
+    draws = {sample_layers("uniform", 32, 2, seed, period) for seed in range(10) for period in range(10)}
+    assert len(draws) > 80
+    assert sample_layers("fixed", 32, 2, 0, 0) == sample_layers("fixed", 32, 2, 0, 9)
+
+
+@pytest.mark.parametrize(("num_layers", "num_active"), [(6, 2), (5, 2), (7, 3), (3, 2), (32, 5)])
+@pytest.mark.parametrize("seed", range(5))
+def test_reshuffle_takes_every_layer_before_any_repeats(num_layers, num_active, seed):
+    """Laid end to end, the draws are whole permutations: each count is what a full round and a part give."""
+    counts = Counter(dict.fromkeys(range(num_layers), 0))
+    for period in range(30):
+        counts.update(sample_layers("reshuffle", num_layers, num_active, seed, period))
+        complete, begun = divmod((period + 1) * num_active, num_layers)
+        assert sorted(counts.values()) == [complete] * (num_layers - begun) + [complete + 1] * begun
+
+
+def test_cyclic_goes_round_in_order():
+    assert [sample_layers("cyclic", 5, 2, 0, period) for period in range(3)] == [(0, 1), (2, 3), (0, 4)]
+
+
+def chi_square(observed: list[int], expected: list[float]) -> float:
+    return sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
+
+
+def test_uniform_inclusion_probability_is_gamma_over_layers():
+    periods, num_layers, num_active = 4000, 12, 3
+    visits = Counter(layer for p in range(periods) for layer in sample_layers("uniform", num_layers, num_active, 1, p))
+    expected = [periods * num_active / num_layers] * num_layers
+    # 11 degrees of freedom: 31.3 is the 0.999 quantile; drawing without replacement only tightens the spread.
+    assert chi_square([visits[layer] for layer in range(num_layers)], expected) < 31.3
+
+
+def test_weighted_draws_one_layer_in_proportion_to_its_weight():
+    weights, periods = [1.0, 2.0, 0.0, 5.0], 8000
+    visits = Counter(sample_layers("weighted", 4, 1, 2, period, weights)[0] for period in range(periods))
+    assert visits[2] == 0
+    drawn = [0, 1, 3]
+    expected = [periods * weights[layer] / sum(weights) for layer in drawn]
+    assert chi_square([visits[layer] for layer in drawn], expected) < 13.8  # 2 degrees of freedom, 0.999 quantile
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        ("{", "is not JSON"),
+        ('{"0": 1}', "must hold a JSON list of numbers"),
+        ('[1, "2", 3]', "must hold a JSON list of numbers"),
+        ("[1, 2]", "holds 2 weights, but the model has 3"),
+        ("[1, -2, 3]", "the weight of layer 1 is -2"),
+        ("[1, NaN, 3]", "the weight of layer 1 is nan"),
+        ("[0, 0, 0]", "only 0 weights are positive, but --lisa_activated_layers 2"),
+        ("[0, 1, 0]", "only 1 weights are positive"),
+    ],
+)
+def test_a_bad_weights_file_is_named(tmp_path, content, said):
+    path = tmp_path / "weights.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match="--lisa_weights_file") as error:
+        load_layer_weights(str(path), 3, 2)
+    assert str(path) in str(error.value)
+    assert said in str(error.value)
+
+
+def test_a_good_weights_file_is_read(tmp_path):
+    path = tmp_path / "weights.json"
+    path.write_text(json.dumps([1, 0.5, 2]))
+    assert load_layer_weights(str(path), 3, 3) == [1.0, 0.5, 2.0]
