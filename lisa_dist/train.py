@@ -18,6 +18,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from lisa_dist.attention import choose_attention
 from lisa_dist.config import LisaConfig
+from lisa_dist.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 from lisa_dist.data import load_rows, prepare_rows
 from lisa_dist.ds_config import check_ds_config, find_ds_config, read_ds_config, uses_optimizer_offload
 from lisa_dist.metrics import format_table
@@ -48,7 +49,7 @@ class RunArguments:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
-        if self.dataset_name is None:
+        if not self.dataset_name:
             raise ValueError("--dataset_name is missing: give a .json or .jsonl file, or a dataset of the hub.")
         if self.eval_rows < 0:
             raise ValueError(f"--eval_rows {self.eval_rows}: a number of rows is not negative.")
@@ -116,12 +117,16 @@ def run(run_args: RunArguments, training_args: LisaSFTConfig, model_args: ModelC
         trainer = LisaTrainer(lisa_config=lisa_config, **arguments)
     else:
         trainer = SFTTrainer(**arguments)
+    if training_args.bf16 and training_args.use_cpu and not cpu_multiplies_bf16():
+        multiply_in_fp32(trainer.model)
     if run_args.sample_prompt:
         trainer.add_callback(_SampleCallback(trainer, run_args.sample_prompt))
     trainer.accelerator.print(_describe_run(run_args, training_args, model_args, f"{attention} ({why})"))
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.save_state()  # losses of every logged step, in trainer_state.json
+    trainer.accelerator.print(_describe_outcome(trainer.state.log_history))
     trainer.accelerator.print(f"saved {training_args.output_dir}; load it with from_pretrained")
     # Ranks that simply exit tear down gloo under each other's feet.
     dist.barrier()
@@ -154,6 +159,14 @@ def _load_datasets(run_args: RunArguments, training_args: SFTConfig, chat: bool)
         split = rows.train_test_split(test_size=run_args.eval_rows, seed=training_args.seed)
         rows, held_out = split["train"], split["test"]
     return rows, held_out
+
+
+def _describe_outcome(log_history: list[dict]) -> str:
+    held_out = [entry["eval_loss"] for entry in log_history if "eval_loss" in entry]
+    lines = [f"trained in {log_history[-1]['train_runtime']:.0f} s"]
+    if len(held_out) > 1:
+        lines.append(f"held-out loss {held_out[0]:.4f} before, {held_out[-1]:.4f} after")
+    return "; ".join(lines)
 
 
 def _precision(args: SFTConfig) -> str:

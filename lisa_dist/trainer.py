@@ -8,7 +8,7 @@ A step of the loop, which is the Trainer's own::
     log              the loss, and lisa/... beside it
 """
 
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 from trl import SFTTrainer
 
 from lisa_dist.config import LisaConfig
@@ -31,6 +31,8 @@ class LisaMixin:
         self.lisa_config = lisa_config or LisaConfig()
         super().__init__(*args, **kwargs)
         self._check_arguments()
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(_LisaProgressCallback())
         self.add_callback(_SwitchCallback(self))
 
     def create_optimizer(self, model=None):
@@ -108,6 +110,14 @@ class LisaMixin:
 
 class LisaTrainer(LisaMixin, SFTTrainer):
     """TRL's SFTTrainer, trained by LISA: its formats, chat templates, packing and losses."""
+
+
+class _LisaProgressCallback(ProgressCallback):
+    """The Trainer's progress bar; lisa/... goes to the trackers and the log file, not to the terminal."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = {name: value for name, value in (logs or {}).items() if not name.startswith("lisa/")}
+        super().on_log(args, state, control, logs=shown, **kwargs)
 
 
 class _SwitchCallback(TrainerCallback):

@@ -89,14 +89,17 @@ def check_deepspeed() -> None:
         )
 
 
-def build_cpu_ops() -> None:
-    """Compile the C++ ops that DeepSpeed would build at first use, so that ranks do not race to build them."""
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-    from deepspeed.ops.op_builder import ShareMemCommBuilder
+def build_cpu_ops(offload: bool = True) -> None:
+    """Compile the C++ ops that DeepSpeed would build at first use, so that ranks do not race to build them.
 
-    DeepSpeedCPUAdam([torch.nn.Parameter(torch.zeros(1))])
+    `offload` includes the AdamW of offloaded states, which takes a minute.
+    """
+    from deepspeed.ops.op_builder import CPUAdamBuilder, ShareMemCommBuilder
+
     if get_accelerator().device_name() == "cpu":
-        ShareMemCommBuilder().load()
+        ShareMemCommBuilder().load(verbose=False)
+    if offload:
+        CPUAdamBuilder().load(verbose=False)
 
 
 class ZeroPartitions:

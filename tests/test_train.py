@@ -1,0 +1,168 @@
+"""A run from the command line: every way of starting, what it writes, and what it refuses."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import tiny_llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from lisa_dist.train import parse_arguments
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model with a byte tokenizer and a chat template, and some rows."""
+    folder = tmp_path_factory.mktemp("train")
+    special = ["<pad>", "<end>", "<user>", "<assistant>"]
+    alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+    fast.add_special_tokens({"additional_special_tokens": special[2:]})
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder / "model")
+    model = tiny_llama()
+    model.resize_token_embeddings(len(fast))
+    model.save_pretrained(folder / "model")
+    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(64)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def start(how: str, flags: list[str]) -> subprocess.CompletedProcess:
+    """Run launch/train.py as a user would."""
+    train = str(ROOT / "launch" / "train.py")
+    command = {
+        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", free_port(), train],
+        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", free_port(), train],
+        "python": [sys.executable, train],
+        "lisa-dist": [str(BIN / "lisa-dist"), "train"],
+    }[how]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LISA_DIST_TRACEBACK")}
+    environment |= {"PATH": f"{BIN}:{environment['PATH']}"}
+    return subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def flags_for(folder: Path, output_dir: Path, **changes) -> list[str]:
+    values = {
+        "model_name_or_path": folder / "model",
+        "dataset_name": folder / "rows.jsonl",
+        "output_dir": output_dir,
+        "eval_rows": 8,
+        "eval_on_start": True,
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "max_steps": 5,
+        "lisa_interval_steps": 2,
+        "lisa_debug": True,
+        "per_device_train_batch_size": 2,
+        "max_length": 32,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+    } | changes
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize(
+    ("how", "changes"),
+    [
+        ("deepspeed", {"deepspeed": "zero3", "bf16": True, "sample_prompt": "1 + 1?"}),
+        ("torchrun", {"deepspeed": "zero2_offload"}),
+        ("python", {}),
+        ("lisa-dist", {"deepspeed": "zero1", "optim": "adamw_8bit"}),
+    ],
+)
+def test_every_way_of_starting(folder, tmp_path, how, changes):
+    finished = start(how, flags_for(folder, tmp_path / "out", **changes))
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    for line in (
+        "attention     sdpa (no CUDA device)",
+        "active at a time",
+        "held-out loss",
+        "period    2  active layers:",
+    ):
+        assert line in finished.stdout + finished.stderr, line
+    periods = [json.loads(line) for line in (tmp_path / "out" / "lisa_log.jsonl").read_text().splitlines()]
+    assert [period["step"] for period in periods] == [0, 2, 4]
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert held_out[-1] < held_out[0]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    if "sample_prompt" in changes:
+        assert "before training, asked: 1 + 1?" in finished.stdout
+        assert "after training, asked: 1 + 1?" in finished.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cpu_ops")
+def test_full_training_under_the_same_roof(folder, tmp_path):
+    finished = start("python", flags_for(folder, tmp_path / "out", method="full"))
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    assert not (tmp_path / "out" / "lisa_log.jsonl").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_an_error_is_one_line_and_nothing_is_written(folder, tmp_path):
+    finished = start("python", flags_for(folder, tmp_path / "out", dataset_name=tmp_path / "absent.jsonl"))
+    assert finished.returncode == 2
+    assert f"lisa-dist: --dataset_name {tmp_path / 'absent.jsonl'}: cannot be read" in finished.stdout
+    assert "Traceback" not in finished.stdout + finished.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_parses(recipe):
+    run_args, training_args, model_args, lisa_config = parse_arguments(["--config", str(recipe)])
+    assert run_args.method == "lisa"
+    assert model_args.model_name_or_path
+    assert lisa_config.lisa_activated_layers >= 1
+    assert Path(training_args.deepspeed).is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--method", "magic"], "--method magic: unknown; choose one of lisa, full"),
+        (["--dataset_name", ""], "--dataset_name is missing"),
+        (["--eval_rows", "-1"], "--eval_rows -1"),
+        (["--eval_rows", "3", "--eval_dataset_name", "x.jsonl"], "give one of them"),
+        (["--deepspeed", "zero7"], "--deepspeed zero7: neither a file nor a shipped config"),
+        (["--lisa_activated_layers", "0"], "--lisa_activated_layers 0"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
+    with pytest.raises(ValueError, match="--") as error:
+        parse_arguments(["--dataset_name", "rows.jsonl", "--output_dir", str(tmp_path / "out"), *flags])
+    assert said in str(error.value)
+
+
+def test_an_unknown_key_in_the_yaml_is_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"dataset_name: rows.jsonl\noutput_dir: {tmp_path}\nlisa_layers: 3\n")
+    with pytest.raises(ValueError, match="lisa_layers"):
+        parse_arguments(["--config", str(path)])
