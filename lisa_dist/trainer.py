@@ -49,6 +49,15 @@ class LisaMixin:
             )
         return self.optimizer
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """Train; resuming is refused, since a checkpoint's partitions may be those of other layers than period 0's."""
+        if resume_from_checkpoint:
+            raise ValueError(
+                f"--resume_from_checkpoint {resume_from_checkpoint}: LISA runs cannot be resumed in this release; start "
+                "a new run from the checkpoint's weights with --model_name_or_path."
+            )
+        return super().train(*args, **kwargs)
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add lisa/... to every training log, so that each tracker has them."""
         if "loss" in logs and self.lisa is not None and self.lisa.records:

@@ -128,6 +128,7 @@ def refused(output_dir: str, what: str) -> str:
         changes = {"deepspeed": {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 7}}
     elif what == "optimizer":
         extra = {"optimizers": (torch.optim.SGD(torch.nn.Linear(2, 2).parameters()), None)}
+    resume = "checkpoint-3" if what == "resume" else None
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is checked by the caller
         InOrder(
             model=tiny_llama(),
@@ -135,7 +136,7 @@ def refused(output_dir: str, what: str) -> str:
             train_dataset=rows_for(2),
             lisa_config=LisaConfig(),
             **extra,
-        ).train()
+        ).train(resume_from_checkpoint=resume)
     return str(error.value)
 
 
@@ -149,6 +150,7 @@ def refused(output_dir: str, what: str) -> str:
         ("stage 0", "use stage 1"),
         ("contradiction", "gradient_accumulation_steps=7 vs hf gradient_accumulation_steps=2"),
         ("optimizer", "pass no optimizers"),
+        ("resume", "--resume_from_checkpoint checkpoint-3"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(tmp_path, what, said):
