@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 
+import deepspeed
 import torch
 from datasets import Dataset
 from torch import distributed as dist
@@ -92,6 +93,9 @@ def run(run_args: RunArguments, training_args: LisaSFTConfig, model_args: ModelC
         ds_config = ds_config if isinstance(ds_config, dict) else read_ds_config(ds_config)
         check_ds_config(ds_config)
         check_optim(training_args.optim, uses_optimizer_offload(ds_config))
+    if training_args.use_cpu:
+        # Accelerate has started gloo, but DeepSpeed must know of it too before a model is loaded under ZeRO-3.
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,

@@ -53,8 +53,8 @@ class LisaMixin:
         """Train; resuming is refused, since a checkpoint's partitions may be those of other layers than period 0's."""
         if resume_from_checkpoint:
             raise ValueError(
-                f"--resume_from_checkpoint {resume_from_checkpoint}: LISA runs cannot be resumed in this release; start "
-                "a new run from the checkpoint's weights with --model_name_or_path."
+                f"--resume_from_checkpoint {resume_from_checkpoint}: LISA runs cannot be resumed in this release; "
+                "start a new run from the checkpoint's weights with --model_name_or_path."
             )
         return super().train(*args, **kwargs)
 

@@ -1,0 +1,76 @@
+"""What goes between ranks: active parameters' gradients and weights, and nothing of what sleeps."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from models import tiny_llama, token_batches
+from ranks import run_ranks
+from torch import distributed as dist
+
+import lisa_dist
+from lisa_dist.blocks import parameter_numel
+
+pytestmark = pytest.mark.usefixtures("cpu_ops")
+
+REDUCING = ("all_reduce", "reduce", "reduce_scatter_tensor", "_reduce_scatter_base")
+GATHERING = ("all_gather_into_tensor", "_all_gather_base", "all_gather")
+FEW = 64  # norms, flags and digests are scalars; weights and gradients come by the thousand
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counter]:
+    """Count the elements that each kind of collective carries, input or output, whichever is the whole."""
+    counts: Counter = Counter()
+    originals = {name: getattr(dist, name) for name in (*REDUCING, *GATHERING) if hasattr(dist, name)}
+
+    def counting(name, original):
+        def call(*args, **kwargs):
+            sizes = []
+            for value in (*args, *kwargs.values()):
+                tensors = value if isinstance(value, list) else [value]
+                sizes.append(sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)))
+            if max(sizes) > FEW:
+                counts["reduced" if name in REDUCING else "gathered"] += max(sizes)
+            return original(*args, **kwargs)
+
+        return call
+
+    for name, original in originals.items():
+        setattr(dist, name, counting(name, original))
+    try:
+        yield counts
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def count_a_step(ds_config: str, num_layers: int) -> dict:
+    engine, lisa = lisa_dist.initialize(
+        tiny_llama(num_layers=num_layers), ds_config, lisa_dist.LisaConfig(lisa_interval_steps=1), lr=1e-3
+    )
+    for (tokens,) in token_batches(3, rows=4):
+        lisa.on_step_begin()
+        rows = tokens.chunk(dist.get_world_size())[dist.get_rank()]
+        with counted() as counts:
+            engine.backward(engine(input_ids=rows, labels=rows).loss)
+            engine.step()
+    groups = [sum(parameter_numel(p) for p in group["params"]) for group in lisa.param_groups()]
+    engine.destroy()
+    return {"active": sum(groups), **counts}
+
+
+@pytest.mark.parametrize("ds_config", ["zero1", "zero2"])
+def test_stages_1_and_2_send_the_active_parameters_once_each_way(ds_config):
+    small, large = (run_ranks(count_a_step, 2, ds_config, num_layers)[0] for num_layers in (4, 12))
+    assert small == large, "more sleeping layers, no more traffic"
+    assert small["reduced"] == small["active"]
+    assert small["gathered"] == small["active"]
+
+
+def test_stage_3_reduces_gradients_of_active_parameters_only():
+    small, large = (run_ranks(count_a_step, 2, "zero3", num_layers)[0] for num_layers in (4, 12))
+    assert small["reduced"] == large["reduced"]
+    assert small["gathered"] < large["gathered"], "stage 3 gathers every layer's weights to compute with them"
