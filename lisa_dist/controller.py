@@ -173,6 +173,7 @@ class LisaController:
         states = self._partitions.states()
         carried = states_to_carry(states, self.config.lisa_state, self._group_names())
         released = sum(state.nbytes for state in states.values()) - sum(state.nbytes for state in carried.values())
+        del states  # what falls asleep must be gone before what wakes is allocated
         if released:  # else the same blocks go on with all they have
             self._partitions.repartition([group["params"] for group in self.param_groups()], carried)
         self._verify()
