@@ -16,8 +16,8 @@ setup(
     package_data={"lisa_dist.ds_configs": ["*.json"], "lisa_dist.kernels": ["*"]},
     install_requires=[
         "torch>=2.6",
-        "deepspeed>=0.19.6,<0.20",
-        "transformers>=5.13,<6",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.18,<6",
         "accelerate>=1.10",
         "datasets>=3",
         "bitsandbytes>=0.46",

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lisa_dist.config import UserError
+
 
 @dataclass(eq=False)
 class Block:
@@ -79,7 +81,7 @@ def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks
     layers_path = layers_attribute or _find_layers_path(model, names[id(embedding)])
     layer_list = _module_at(model, layers_path)
     if not isinstance(layer_list, nn.ModuleList | nn.Sequential):
-        raise ValueError(
+        raise UserError(
             f"--lisa_layers_attribute {layers_path}: a {type(layer_list).__name__}, which is no list of modules."
         )
 
@@ -100,9 +102,9 @@ def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks
     for module in backbone_module.modules():
         if isinstance(module, nn.Embedding):
             claim(module, "embed")
-    # A whole-model backbone has towers only as children that hold neither the embedding nor the layers; everything
-    # directly in the language model is rest.
     claim(backbone_module, "rest")
+    if not _has_towers(model):
+        claim(model, "rest")  # a reward model's score, a head's own norm
 
     blocks = {name: Block(name) for name in ("embed", "head", "rest", "outside")}
     blocks |= {f"layers.{index}": Block(f"layers.{index}") for index in range(len(layer_list))}
@@ -122,10 +124,16 @@ def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks
 def _embedding(model: nn.Module) -> nn.Module:
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if embedding is None:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} has no input embedding (get_input_embeddings): LISA trains causal language models."
         )
     return embedding
+
+
+def _has_towers(model: nn.Module) -> bool:
+    """Whether the model is more than a language model: its config then holds a text config of its own."""
+    config = getattr(model, "config", None)
+    return hasattr(config, "get_text_config") and config.get_text_config() is not config
 
 
 def _find_layers_path(model: nn.Module, embedding_path: str) -> str:
@@ -141,7 +149,7 @@ def _find_layers_path(model: nn.Module, embedding_path: str) -> str:
     candidates = [name for name in fitting if _common_depth(name, embedding_path) == nearest]
     if len(candidates) != 1:
         listed = ", ".join(f"{name} ({seen[name]} modules)" for name in outermost) or "none"
-        raise ValueError(
+        raise UserError(
             f"cannot find the decoder layers of {type(model).__name__}: its config says num_hidden_layers = "
             f"{num_layers}, and its module lists are: {listed}. Name the right one with --lisa_layers_attribute."
         )
@@ -152,7 +160,7 @@ def _module_at(model: nn.Module, path: str) -> nn.Module:
     try:
         module = model.get_submodule(path)
     except AttributeError as error:
-        raise ValueError(f"--lisa_layers_attribute {path}: {type(model).__name__} has no such module.") from error
+        raise UserError(f"--lisa_layers_attribute {path}: {type(model).__name__} has no such module.") from error
     return module
 
 

@@ -6,6 +6,11 @@ Fine-Tuning" (arXiv 2403.17919). Flag names follow the ones in use elsewhere.
 
 from dataclasses import asdict, dataclass, field
 
+
+class UserError(ValueError):
+    """A setting or a file of the user's that cannot work: the message names it, the rule and the way out."""
+
+
 SAMPLERS = ("uniform", "reshuffle", "cyclic", "fixed", "weighted")
 STATE_POLICIES = ("reset", "reset_all")
 OUTER_BLOCKS = ("embed", "head", "rest")
@@ -71,31 +76,31 @@ class LisaConfig:
 
     def __post_init__(self):
         if self.lisa_activated_layers < 1:
-            raise ValueError(
+            raise UserError(
                 f"--lisa_activated_layers {self.lisa_activated_layers}: at least 1 decoder layer trains in a period."
             )
         if self.lisa_interval_steps < 1:
-            raise ValueError(
+            raise UserError(
                 f"--lisa_interval_steps {self.lisa_interval_steps}: a period lasts at least 1 optimizer step."
             )
         if self.lisa_sampler not in SAMPLERS:
-            raise ValueError(f"--lisa_sampler {self.lisa_sampler}: unknown; choose one of {', '.join(SAMPLERS)}.")
+            raise UserError(f"--lisa_sampler {self.lisa_sampler}: unknown; choose one of {', '.join(SAMPLERS)}.")
         if (self.lisa_sampler == "weighted") != (self.lisa_weights_file is not None):
-            raise ValueError(
+            raise UserError(
                 f"--lisa_sampler {self.lisa_sampler} with --lisa_weights_file {self.lisa_weights_file}: "
                 "the weighted sampler needs a weights file, and no other sampler reads one."
             )
         if self.lisa_state not in STATE_POLICIES:
-            raise ValueError(f"--lisa_state {self.lisa_state}: unknown; choose one of {', '.join(STATE_POLICIES)}.")
+            raise UserError(f"--lisa_state {self.lisa_state}: unknown; choose one of {', '.join(STATE_POLICIES)}.")
         both = set(self.always_on) & set(self.frozen)
         if both:
-            raise ValueError(
+            raise UserError(
                 f"--lisa_always_on {self.lisa_always_on} and --lisa_frozen {self.lisa_frozen} both name "
                 f"{', '.join(sorted(both))}: a block is one or the other."
             )
         neither = [block for block in OUTER_BLOCKS if block not in self.always_on and block not in self.frozen]
         if neither:
-            raise ValueError(
+            raise UserError(
                 f"--lisa_always_on {self.lisa_always_on} leaves out {', '.join(neither)}: these blocks cannot be "
                 f"sampled yet; add them to --lisa_frozen to train without them."
             )
@@ -110,6 +115,13 @@ class LisaConfig:
         """Outer blocks that never train."""
         return _block_names("--lisa_frozen", self.lisa_frozen)
 
+    def check_num_layers(self, num_layers: int) -> None:
+        """Raise when a model of so many decoder layers has too few to draw from."""
+        if self.lisa_activated_layers > num_layers:
+            raise UserError(
+                f"--lisa_activated_layers {self.lisa_activated_layers}: the model has {num_layers} decoder layers."
+            )
+
     def to_dict(self) -> dict:
         """The settings as plain values, for logs and checkpoints."""
         return asdict(self)
@@ -119,5 +131,5 @@ def _block_names(flag: str, value: str) -> tuple[str, ...]:
     names = [name.strip() for name in value.split(",") if name.strip()]
     unknown = [name for name in names if name not in OUTER_BLOCKS]
     if unknown:
-        raise ValueError(f"{flag} {value}: unknown block {unknown[0]!r}; choose from {', '.join(OUTER_BLOCKS)}.")
+        raise UserError(f"{flag} {value}: unknown block {unknown[0]!r}; choose from {', '.join(OUTER_BLOCKS)}.")
     return tuple(block for block in OUTER_BLOCKS if block in names)

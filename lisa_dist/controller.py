@@ -3,7 +3,8 @@
 One period, K optimizer steps long, as it runs on every rank::
 
     on_step_begin()                 step s, s % K == 0: the step before has written its weights back
-      draw       rank 0 draws the layers of period s / K and broadcasts (period, layers): 8 (gamma + 1) bytes
+      draw       all compare their period: 8 W bytes gathered; rank 0 draws its layers and broadcasts (period, layers):
+                 8 (gamma + 1) bytes
       flip       requires_grad of what sleeps and what wakes; gradients of what sleeps become None
       partition  ZeroPartitions.repartition: states of staying blocks move over, of waking blocks are new
       verify     each rank hashes what it now holds and all compare: 8 W bytes gathered
@@ -22,10 +23,11 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 
 from lisa_dist.blocks import Block, find_blocks
-from lisa_dist.config import LisaConfig
+from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.ds_config import check_ds_config, load_ds_config, uses_optimizer_offload
 from lisa_dist.invariants import SleepingWeights
 from lisa_dist.memory import live_tensor_bytes
@@ -66,12 +68,9 @@ class LisaController:
         self.config = config
         self.blocks = find_blocks(model, config.lisa_layers_attribute)
         num_layers = len(self.blocks.layers)
-        if config.lisa_activated_layers > num_layers:
-            raise ValueError(
-                f"--lisa_activated_layers {config.lisa_activated_layers}: the model has {num_layers} decoder layers."
-            )
+        config.check_num_layers(num_layers)
         if self.blocks.tied and ("embed" in config.frozen) != ("head" in config.frozen):
-            raise ValueError(
+            raise UserError(
                 f"--lisa_frozen {config.lisa_frozen}: embed and head of this model are one tied matrix; freeze both or "
                 "neither."
             )
@@ -91,6 +90,10 @@ class LisaController:
         self._begun_step = -1  # the last step that on_step_begin has seen
         self._unlogged: PeriodRecord | None = None
         self._watch: SleepingWeights | None = None
+        if dist.is_initialized():
+            self._compare(
+                [config.to_dict(), self._weights, num_layers], "have other --lisa_* settings or another model"
+            )
         self._activate()
 
     # For the optimizer and the engine
@@ -109,7 +112,7 @@ class LisaController:
         mine = self._group_names()
         theirs = self._partitions.keys()
         if mine != theirs:
-            raise ValueError(
+            raise UserError(
                 f"the engine optimizes {len(theirs)} groups of parameters that are not the {len(mine)} groups of the "
                 "active blocks: build its optimizer from param_groups() of this controller, and keep "
                 "zero_optimization.sub_group_size larger than a block."
@@ -194,14 +197,11 @@ class LisaController:
 
     def _agree(self) -> tuple[int, ...]:
         """Rank 0's draw for the period, on every rank."""
+        self._compare(self.period, "are in another period")
         drawn = torch.tensor([self.period, *self._draw(self.period)], dtype=torch.int64, device=self._engine.device)
         dist.broadcast(drawn, src=0)
         period, *layers = drawn.tolist()
-        if period != self.period:
-            raise RuntimeError(
-                f"rank {dist.get_rank()} begins period {self.period}, but rank 0 begins period {period}: the ranks are "
-                "not at the same step."
-            )
+        assert period == self.period
         return tuple(layers)
 
     def _activate(self) -> None:
@@ -211,18 +211,21 @@ class LisaController:
             block.requires_grad_(block not in asleep)
 
     def _verify(self) -> None:
-        """Compare what the ranks hold; raise RuntimeError naming those that differ from rank 0."""
-        held = json.dumps([self.period, self.active_layers, self._partitions.keys()])
-        digest = int.from_bytes(hashlib.sha256(held.encode()).digest()[:7], "big")
-        mine = torch.tensor([digest], dtype=torch.int64, device=self._engine.device)
+        """Check that all ranks now hold the same layers in the same partitions."""
+        self._compare([self.period, self.active_layers, self._partitions.keys()], "hold other layers or partitions")
+
+    def _compare(self, held: object, what_differs: str) -> None:
+        """Gather a digest of what each rank holds; every rank raises RuntimeError naming those unlike rank 0."""
+        digest = int.from_bytes(hashlib.sha256(json.dumps(held).encode()).digest()[:7], "big")
+        mine = torch.tensor([digest], dtype=torch.int64, device=get_accelerator().current_device_name())
         every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(every, mine)
         differing = [rank for rank, theirs in enumerate(every) if theirs.item() != every[0].item()]
         if differing:
             raise RuntimeError(
-                f"period {self.period}: ranks {differing} hold other layers or partitions than rank 0 (this is rank "
-                f"{dist.get_rank()} with layers {list(self.active_layers)}): all ranks need the same model, the same "
-                "--lisa_* settings and the same package versions."
+                f"period {self.period}: ranks {differing} {what_differs} than rank 0 (this is rank {dist.get_rank()} "
+                f"with layers {list(self.active_layers)}): all ranks need the same model, the same --lisa_* settings, "
+                "the same steps and the same package versions."
             )
 
     # What is active
@@ -293,11 +296,16 @@ class LisaController:
     def load_state_dict(self, state: dict) -> None:
         """Activate the saved period's layers; re-partitions when an engine is attached."""
         if state["version"] != STATE_VERSION:
-            raise ValueError(f"the LISA state has version {state['version']}; this release reads {STATE_VERSION}.")
+            raise UserError(f"the LISA state has version {state['version']}; this release reads {STATE_VERSION}.")
         if len(state["visit_counts"]) != len(self.blocks.layers):
-            raise ValueError(
+            raise UserError(
                 f"the LISA state is of a model with {len(state['visit_counts'])} decoder layers; this one has "
                 f"{len(self.blocks.layers)}."
+            )
+        if len(state["active_layers"]) != self.config.lisa_activated_layers:
+            raise UserError(
+                f"--lisa_activated_layers {self.config.lisa_activated_layers}: the LISA state has "
+                f"{len(state['active_layers'])} active layers."
             )
         self.period = state["period"]
         self.active_layers = tuple(state["active_layers"])
@@ -306,6 +314,8 @@ class LisaController:
         if self._partitions is not None:
             self._partitions.repartition([group["params"] for group in self.param_groups()], {})
             self._verify()
+        if self._watch is not None:
+            self._watch.remember(self._sleeping_blocks())
 
 
 def initialize(

@@ -48,9 +48,9 @@ class _LinearInFp32(torch.autograd.Function):
         input_gradient = weight_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
             input_gradient = (gradient @ weight.float()).to(inputs.dtype)
-        flat = gradient.flatten(0, -2)
+        flat = gradient.reshape(-1, gradient.shape[-1])
         if ctx.needs_input_grad[1]:
-            weight_gradient = (flat.T @ inputs.flatten(0, -2).float()).to(weight.dtype)
+            weight_gradient = (flat.T @ inputs.reshape(-1, inputs.shape[-1]).float()).to(weight.dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             bias_gradient = flat.sum(0).to(weight.dtype)
         return input_gradient, weight_gradient, bias_gradient

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import torch
 
+from lisa_dist.config import UserError
+
+# Values that a config may give itself, but not differently from the arguments of the run.
+_MUST_MATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+
 
 def shipped_ds_configs() -> list[str]:
     """Short names of the configs that come with the package, such as zero2."""
@@ -23,7 +28,7 @@ def find_ds_config(name_or_path: str) -> str:
         return str(resources.files("lisa_dist") / "ds_configs" / f"{name_or_path}.json")
     if Path(name_or_path).is_file():
         return name_or_path
-    raise ValueError(
+    raise UserError(
         f"--deepspeed {name_or_path}: neither a file nor a shipped config; shipped are "
         f"{', '.join(shipped_ds_configs())}."
     )
@@ -35,9 +40,9 @@ def read_ds_config(name_or_path: str) -> dict:
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"--deepspeed {name_or_path}: {path} is not JSON ({error}).") from error
+        raise UserError(f"--deepspeed {name_or_path}: {path} is not JSON ({error}).") from error
     if not isinstance(config, dict):
-        raise ValueError(f"--deepspeed {name_or_path}: {path} must hold a JSON object.")
+        raise UserError(f"--deepspeed {name_or_path}: {path} must hold a JSON object.")
     return config
 
 
@@ -46,29 +51,30 @@ def check_ds_config(config: dict) -> None:
     zero = config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
     if stage == 0:
-        raise ValueError(
+        raise UserError(
             "the DeepSpeed config has zero_optimization.stage = 0 (or none): LISA re-partitions ZeRO states; use stage "
             "1, which costs nothing more on one GPU (--deepspeed zero1)."
         )
     if "optimizer" in config:
-        raise ValueError(
+        raise UserError(
             'the DeepSpeed config has an "optimizer" section, but LISA builds the optimizer from its own blocks: '
             "remove the section and use --optim, --learning_rate, --weight_decay."
         )
     offload = zero.get("offload_optimizer") or {}
-    if offload.get("device") == "nvme":
-        raise ValueError(
-            'the DeepSpeed config has offload_optimizer.device = "nvme": only the active blocks have optimizer states '
-            'under LISA, and they fit on the host; use "cpu". Parameters may be on NVMe (offload_param).'
-        )
+    for section in ("offload_optimizer", "offload_param"):
+        if (zero.get(section) or {}).get("device") == "nvme":
+            raise UserError(
+                f'the DeepSpeed config has {section}.device = "nvme": switches move partitions between host and device '
+                'only; use "cpu" (--deepspeed zero3_offload), or --method full with NVMe.'
+            )
     if offload.get("ratio", 1.0) != 1.0:
-        raise ValueError(
+        raise UserError(
             f"the DeepSpeed config has offload_optimizer.ratio = {offload['ratio']}: LISA moves whole blocks; use 1.0."
         )
     if zero.get("zenflow"):
-        raise ValueError('the DeepSpeed config has a "zenflow" section: it picks parameters itself; remove it.')
+        raise UserError('the DeepSpeed config has a "zenflow" section: it picks parameters itself; remove it.')
     if zero.get("zero_hpz_partition_size", 1) != 1:
-        raise ValueError(
+        raise UserError(
             f"the DeepSpeed config has zero_hpz_partition_size = {zero['zero_hpz_partition_size']}: secondary "
             "partitions are not moved at a switch; use 1."
         )
@@ -111,8 +117,13 @@ def load_ds_config(
         section = config
         for parent in parents:
             section = section.get(parent, {})
-        if section.get(key) == "auto":
+        given = section.get(key)
+        if given == "auto":
             section[key] = value
+        elif given is not None and dotted in _MUST_MATCH and given != value:
+            raise UserError(
+                f"the DeepSpeed config has {dotted} = {given}, but the arguments say {value}: make them equal."
+            )
     if config.get("train_batch_size") == "auto":
         del config["train_batch_size"]  # DeepSpeed derives it from the other two and the world size
     return config

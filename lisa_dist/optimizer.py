@@ -10,10 +10,12 @@ from collections.abc import Iterable
 import torch
 
 from lisa_dist.blocks import Block, parameter_ndim
+from lisa_dist.config import UserError
 
 # Optimizers that work on any flat piece of a parameter, which is what a ZeRO partition is.
 TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
-BITSANDBYTES_ADAMW = ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit")
+# Not its paged forms: their memory is never given back, so every switch would leak the states it drops.
+BITSANDBYTES_ADAMW = ("adamw_bnb_8bit", "adamw_8bit")
 SUPPORTED_OPTIMIZERS = TORCH_ADAMW + BITSANDBYTES_ADAMW
 
 
@@ -53,7 +55,7 @@ def check_same_kinds(layers: list[Block]) -> None:
     kinds = [tuple(split_by_decay(layer)) for layer in layers]
     for layer, kind in zip(layers, kinds, strict=True):
         if kind != kinds[0]:
-            raise ValueError(
+            raise UserError(
                 f"{layer.name} has parameters of the kinds {kind}, but {layers[0].name} has {kinds[0]}: decoder layers "
                 "must all have matrices, and all or none have norms or biases. Choose other layers with "
                 "--lisa_layers_attribute."
@@ -62,12 +64,13 @@ def check_same_kinds(layers: list[Block]) -> None:
 
 def check_optim(optim: str, offload: bool) -> None:
     """Refuse an optimizer that LISA cannot run, before anything is built."""
+    optim = getattr(optim, "value", optim)  # the Trainer's arguments hold an enum
     if optim not in SUPPORTED_OPTIMIZERS:
-        raise ValueError(
+        raise UserError(
             f"--optim {optim}: LISA runs AdamW over ZeRO partitions; choose one of {', '.join(SUPPORTED_OPTIMIZERS)}."
         )
     if offload and optim in BITSANDBYTES_ADAMW:
-        raise ValueError(
+        raise UserError(
             f"--optim {optim} with offload_optimizer: DeepSpeed steps offloaded states on the host with its own AdamW; "
             "use --optim adamw_torch, or a DeepSpeed config without offload_optimizer."
         )
@@ -95,11 +98,4 @@ def build_optimizer(
         return torch.optim.AdamW(param_groups, lr=lr, betas=betas, eps=eps, fused=optim == "adamw_torch_fused")
     import bitsandbytes
 
-    return bitsandbytes.optim.AdamW(
-        param_groups,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        optim_bits=8 if "8bit" in optim else 32,
-        is_paged=optim.startswith("paged"),
-    )
+    return bitsandbytes.optim.AdamW(param_groups, lr=lr, betas=betas, eps=eps, optim_bits=8)

@@ -16,6 +16,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from lisa_dist.config import UserError
+
 
 def sample_layers(
     sampler: str,
@@ -42,7 +44,7 @@ def sample_layers(
     elif sampler == "weighted":
         chosen = _random_order(seed, period, num_layers, weights)[:num_active]
     else:
-        raise ValueError(f"unknown sampler {sampler!r}")
+        raise UserError(f"unknown sampler {sampler!r}")
     return tuple(sorted(chosen))
 
 
@@ -56,20 +58,20 @@ def load_layer_weights(path: str, num_layers: int, num_active: int) -> list[floa
     try:
         weights = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{flag}: cannot be read ({error.strerror}).") from error
+        raise UserError(f"{flag}: cannot be read ({error.strerror}).") from error
     except ValueError as error:
-        raise ValueError(f"{flag}: is not JSON ({error}).") from error
+        raise UserError(f"{flag}: is not JSON ({error}).") from error
     numbers = isinstance(weights, list) and all(type(weight) in (int, float) for weight in weights)
     if not numbers:
-        raise ValueError(f"{flag}: must hold a JSON list of numbers, such as [1, 0.5, 2].")
+        raise UserError(f"{flag}: must hold a JSON list of numbers, such as [1, 0.5, 2].")
     if len(weights) != num_layers:
-        raise ValueError(f"{flag}: holds {len(weights)} weights, but the model has {num_layers} decoder layers.")
+        raise UserError(f"{flag}: holds {len(weights)} weights, but the model has {num_layers} decoder layers.")
     for layer, weight in enumerate(weights):
         if not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"{flag}: the weight of layer {layer} is {weight}; weights are finite and not negative.")
+            raise UserError(f"{flag}: the weight of layer {layer} is {weight}; weights are finite and not negative.")
     positive = sum(weight > 0 for weight in weights)
     if positive < num_active:
-        raise ValueError(
+        raise UserError(
             f"{flag}: only {positive} weights are positive, but --lisa_activated_layers {num_active} layers are drawn."
         )
     return [float(weight) for weight in weights]

@@ -14,16 +14,17 @@ import deepspeed
 import torch
 from datasets import Dataset
 from torch import distributed as dist
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from lisa_dist.attention import choose_attention
-from lisa_dist.config import LisaConfig
+from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 from lisa_dist.data import load_rows, prepare_rows
 from lisa_dist.ds_config import check_ds_config, find_ds_config, read_ds_config, uses_optimizer_offload
 from lisa_dist.metrics import format_table
 from lisa_dist.optimizer import check_optim
+from lisa_dist.sampling import load_layer_weights
 from lisa_dist.trainer import LisaTrainer
 
 METHODS = ("lisa", "full")
@@ -49,13 +50,13 @@ class RunArguments:
 
     def __post_init__(self):
         if self.method not in METHODS:
-            raise ValueError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
+            raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
         if not self.dataset_name:
-            raise ValueError("--dataset_name is missing: give a .json or .jsonl file, or a dataset of the hub.")
+            raise UserError("--dataset_name is missing: give a .json or .jsonl file, or a dataset of the hub.")
         if self.eval_rows < 0:
-            raise ValueError(f"--eval_rows {self.eval_rows}: a number of rows is not negative.")
+            raise UserError(f"--eval_rows {self.eval_rows}: a number of rows is not negative.")
         if self.eval_rows and self.eval_dataset_name:
-            raise ValueError(
+            raise UserError(
                 f"--eval_rows {self.eval_rows} and --eval_dataset_name {self.eval_dataset_name}: give one of them."
             )
 
@@ -77,22 +78,47 @@ class LisaSFTConfig(SFTConfig):
         super().__post_init__()
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RunArguments, LisaSFTConfig, ModelConfig, LisaConfig]:
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's ModelConfig; weights are loaded in the precision of the run unless `--dtype` says otherwise."""
+
+    dtype: str | None = field(default=None, metadata={"help": "Precision to load the weights in."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model_name_or_path is None:
+            raise UserError("--model_name_or_path is missing: give a folder or a model of the hub.")
+        for flag in ("use_peft", "load_in_4bit", "load_in_8bit"):
+            if getattr(self, flag):
+                raise UserError(
+                    f"--{flag} True: methods are lisa and full, on weights in full precision; leave it out."
+                )
+
+
+def parse_arguments(
+    argv: Sequence[str] | None = None,
+) -> tuple[RunArguments, LisaSFTConfig, ModelArguments, LisaConfig]:
     """The arguments of a run from flags and `--config file.yaml`; flags win. Unknown keys and flags are errors."""
     _default_to_one_rank()
-    parser = TrlParser((RunArguments, LisaSFTConfig, ModelConfig, LisaConfig))
-    return parser.parse_args_and_config(argv)
+    # What is cheap to check comes first: the training arguments start the process group.
+    parser = TrlParser((RunArguments, LisaConfig, ModelArguments, LisaSFTConfig))
+    try:
+        run_args, lisa_config, model_args, training_args = parser.parse_args_and_config(argv)
+    except FileNotFoundError as error:
+        raise UserError(f"--config {error.filename}: no such file.") from error
+    return run_args, training_args, model_args, lisa_config
 
 
-def run(run_args: RunArguments, training_args: LisaSFTConfig, model_args: ModelConfig, lisa_config: LisaConfig) -> None:
+def run(
+    run_args: RunArguments, training_args: LisaSFTConfig, model_args: ModelArguments, lisa_config: LisaConfig
+) -> None:
     """Train and save: arguments checked, data, model, training, the model in `output_dir`."""
-    if model_args.model_name_or_path is None:
-        raise ValueError("--model_name_or_path is missing: give a folder or a model of the hub.")
     if run_args.method == "lisa":
         ds_config = training_args.deepspeed
         ds_config = ds_config if isinstance(ds_config, dict) else read_ds_config(ds_config)
         check_ds_config(ds_config)
         check_optim(training_args.optim, uses_optimizer_offload(ds_config))
+        _check_layers(model_args, training_args, lisa_config)
     if training_args.use_cpu:
         # Accelerate has started gloo, but DeepSpeed must know of it too before a model is loaded under ZeRO-3.
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
@@ -102,7 +128,7 @@ def run(run_args: RunArguments, training_args: LisaSFTConfig, model_args: ModelC
         trust_remote_code=training_args.trust_remote_code,
     )
     train_rows, eval_rows = _load_datasets(run_args, training_args, chat=tokenizer.chat_template is not None)
-    attention, why = choose_attention(model_args.attn_implementation)
+    attention, why = choose_attention(model_args.attn_implementation, _precision(training_args) != "fp32")
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -138,15 +164,31 @@ def run(run_args: RunArguments, training_args: LisaSFTConfig, model_args: ModelC
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse and run. An error of the user's is one line on rank 0, without a traceback, and exit status 2."""
+    """Parse and run. An error of the user's is one line, without a traceback, and exit status 2."""
     try:
         run(*parse_arguments(argv))
-    except ValueError as error:
-        if os.environ.get("LISA_DIST_TRACEBACK"):
-            raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"lisa-dist: {error}", flush=True)
+    except UserError as error:
+        print(f"lisa-dist, rank {os.environ['RANK']}: {error}", flush=True)
         raise SystemExit(2) from error
+
+
+def _check_layers(model_args: ModelArguments, training_args: SFTConfig, lisa_config: LisaConfig) -> None:
+    """Check what depends on the number of layers before the model is loaded and anything is written."""
+    try:
+        config = AutoConfig.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=training_args.trust_remote_code,
+        )
+    except OSError as error:
+        raise UserError(
+            f"--model_name_or_path {model_args.model_name_or_path}: no such folder, and no such model can be reached "
+            f"on the hub ({type(error).__name__})."
+        ) from error
+    num_layers = config.get_text_config().num_hidden_layers
+    lisa_config.check_num_layers(num_layers)
+    if lisa_config.lisa_weights_file is not None:
+        load_layer_weights(lisa_config.lisa_weights_file, num_layers, lisa_config.lisa_activated_layers)
 
 
 def _load_datasets(run_args: RunArguments, training_args: SFTConfig, chat: bool) -> tuple[Dataset, Dataset | None]:
@@ -154,10 +196,12 @@ def _load_datasets(run_args: RunArguments, training_args: SFTConfig, chat: bool)
     rows = prepare_rows(rows, run_args.dataset_name, chat)
     held_out = None
     if run_args.eval_dataset_name:
-        held_out = prepare_rows(load_rows(run_args.eval_dataset_name), run_args.eval_dataset_name, chat)
+        flag = "--eval_dataset_name"
+        held_out = load_rows(run_args.eval_dataset_name, flag=flag)
+        held_out = prepare_rows(held_out, run_args.eval_dataset_name, chat, flag=flag)
     elif run_args.eval_rows:
         if run_args.eval_rows >= len(rows):
-            raise ValueError(
+            raise UserError(
                 f"--eval_rows {run_args.eval_rows}: {run_args.dataset_name} has only {len(rows)} rows to hold out of."
             )
         split = rows.train_test_split(test_size=run_args.eval_rows, seed=training_args.seed)
@@ -177,7 +221,7 @@ def _precision(args: SFTConfig) -> str:
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
 
 
-def _describe_run(run_args: RunArguments, args: SFTConfig, model_args: ModelConfig, attention: str) -> str:
+def _describe_run(run_args: RunArguments, args: SFTConfig, model_args: ModelArguments, attention: str) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     batch = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "deepspeed", "transformers", "trl"))
@@ -198,6 +242,12 @@ def _default_to_one_rank() -> None:
     """Started as plain `python`, be the only rank: DeepSpeed would otherwise look for MPI."""
     if "RANK" in os.environ:
         return
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if int(os.environ.get(name, 1)) > 1:
+            raise UserError(
+                f"{name} is {os.environ[name]}, but RANK is not set: each process would train alone. Start the ranks "
+                "with torchrun or deepspeed (srun torchrun ..., one task a node)."
+            )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

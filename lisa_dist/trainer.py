@@ -11,7 +11,7 @@ A step of the loop, which is the Trainer's own::
 from transformers import ProgressCallback, TrainerCallback
 from trl import SFTTrainer
 
-from lisa_dist.config import LisaConfig
+from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.controller import LisaController
 from lisa_dist.ds_config import check_ds_config, uses_optimizer_offload
 from lisa_dist.metrics import format_bytes, format_count, format_table, lisa_metrics
@@ -52,11 +52,13 @@ class LisaMixin:
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """Train; resuming is refused, since a checkpoint's partitions may be those of other layers than period 0's."""
         if resume_from_checkpoint:
-            raise ValueError(
+            raise UserError(
                 f"--resume_from_checkpoint {resume_from_checkpoint}: LISA runs cannot be resumed in this release; "
                 "start a new run from the checkpoint's weights with --model_name_or_path."
             )
-        return super().train(*args, **kwargs)
+        if self.lisa is not None:
+            raise UserError("this trainer has trained once: build a new one, whose LISA run begins at period 0.")
+        return super().train(None, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add lisa/... to every training log, so that each tracker has them."""
@@ -101,20 +103,31 @@ class LisaMixin:
 
     def _check_arguments(self) -> None:
         if not self.is_deepspeed_enabled:
-            raise ValueError(
+            raise UserError(
                 "LISA runs on DeepSpeed's ZeRO: give a config, such as --deepspeed zero2 (it works on one GPU too)."
             )
         check_ds_config(self._ds_config)
         check_optim(self.args.optim, uses_optimizer_offload(self._ds_config))
         if self.optimizer is not None:
-            raise ValueError("LISA builds the optimizer from its own blocks: pass no optimizers=(...) to the Trainer.")
+            raise UserError("LISA builds the optimizer from its own blocks: pass no optimizers=(...) to the Trainer.")
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
+            raise UserError(
                 "--gradient_checkpointing_kwargs use_reentrant=True: reentrant checkpointing gives no gradients where "
                 "the layers before it sleep; use the default, use_reentrant=False."
             )
+        for flag, what in (
+            ("load_best_model_at_end", "the best checkpoint may be of other layers than those active at the end"),
+            ("auto_find_batch_size", "a smaller batch would need a new run"),
+        ):
+            if getattr(self.args, flag):
+                raise UserError(f"--{flag} True: {what}; leave it out.")
+        if self.args.optim_args or self.optimizer_cls_and_kwargs is not None:
+            raise UserError(
+                f"--optim_args {self.args.optim_args} and optimizer_cls_and_kwargs have no effect under LISA: use "
+                "--optim, --learning_rate, --weight_decay, --adam_beta1, --adam_beta2 and --adam_epsilon."
+            )
         # Accelerate would replace the optimizer by a DeepSpeedCPUAdam of its own, with L2 decay and default betas.
-        self._ds_config.setdefault("zero_force_ds_cpu_optimizer", False)
+        self._ds_config["zero_force_ds_cpu_optimizer"] = False
 
 
 class LisaTrainer(LisaMixin, SFTTrainer):

@@ -18,6 +18,7 @@ moments never travel: a group of the same parameters has the same partition on t
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -27,9 +28,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from packaging.version import Version
 
+from lisa_dist.config import UserError
 from lisa_dist.states import PartitionKey, PartitionState
 
-SUPPORTED_DEEPSPEED = ("0.19.6", "0.20")  # from, up to but not including
+SUPPORTED_DEEPSPEED = ("0.19.8", "0.20")  # from, up to but not including
 _INSTALL = "pip install 'deepspeed>={},<{}'".format(*SUPPORTED_DEEPSPEED)
 
 
@@ -83,7 +85,7 @@ def check_deepspeed() -> None:
     version = Version(metadata.version("deepspeed"))
     lowest, below = SUPPORTED_DEEPSPEED
     if not Version(lowest) <= version < Version(below):
-        raise ValueError(
+        raise UserError(
             f"DeepSpeed {version} is installed; LISA re-partitions its optimizer and supports {lowest} up to, not "
             f"including, {below}: {_INSTALL}."
         )
@@ -107,6 +109,10 @@ class ZeroPartitions:
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine):
         check_deepspeed()
+        if os.environ.get("DS_PIN_MEMORY_BACKEND", "").lower() == "native":
+            raise UserError(
+                "DS_PIN_MEMORY_BACKEND=native: this backend frees buffers that a switch moves over; unset the variable."
+            )
         self.engine = engine
         self._stage = _stage_of(engine)
         self._names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
@@ -139,7 +145,7 @@ class ZeroPartitions:
         zero, inner = self._zero, self._zero.optimizer
         assert len(params_of_group) == len(inner.param_groups)
         assert all(params_of_group)
-        kept_fields = {name: getattr(zero, name) for name in _CARRIED_FIELDS if hasattr(zero, name)}
+        kept_fields = {name: getattr(zero, name) for name in _CARRIED_FIELDS}
         coordinator_owner = getattr(zero, "parameter_offload", None)
 
         with _cheap_gc():
@@ -203,13 +209,16 @@ class ZeroPartitions:
     def _check_private_names(self) -> None:
         missing = [name for name in _PRIVATE_NAMES + self._stage.private_names if not hasattr(self._zero, name)]
         missing += [name for name in (self._stage.groups, self._stage.masters) if not hasattr(self._zero, name)]
+        missing += [name for name in _CARRIED_FIELDS if not hasattr(self._zero, name)]
+        if getattr(import_module(self._stage.module), self._stage.class_name, None) is not type(self._zero):
+            missing.append(f"{self._stage.module}.{self._stage.class_name}")
         if not hasattr(self.engine, "_configure_zero_optimizer"):
             missing.append("engine._configure_zero_optimizer")
         if self._stage is _STAGE_3:
             coordinator = self._zero.parameter_offload.get_param_coordinator()
             missing += [name for name in ("_invalidate_trace", "is_invalid_trace") if not hasattr(coordinator, name)]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"DeepSpeed {metadata.version('deepspeed')} lacks {', '.join(missing)}, which LISA needs to "
                 f"re-partition its {self._stage.class_name}: {_INSTALL}."
             )
@@ -217,7 +226,7 @@ class ZeroPartitions:
 
 def _stage_of(engine: deepspeed.DeepSpeedEngine) -> _Stage:
     if engine.zero_optimization_stage() == 0:
-        raise ValueError(
+        raise UserError(
             "the DeepSpeed engine runs ZeRO stage 0: LISA re-partitions ZeRO states; set zero_optimization.stage to 1, "
             "which costs nothing more on one GPU (--deepspeed zero1)."
         )
@@ -226,11 +235,11 @@ def _stage_of(engine: deepspeed.DeepSpeedEngine) -> _Stage:
         if class_name == stage.class_name:
             return stage
     if class_name == "BF16_Optimizer":
-        raise ValueError(
+        raise UserError(
             "the DeepSpeed config has data_types.grad_accum_dtype = fp32 with bf16 at ZeRO stage 1, for which "
             "DeepSpeed takes an optimizer that LISA cannot re-partition: use stage 2, or leave grad_accum_dtype out."
         )
-    raise ValueError(f"DeepSpeed built a {class_name}, which LISA cannot re-partition: use plain ZeRO stage 1, 2 or 3.")
+    raise UserError(f"DeepSpeed built a {class_name}, which LISA cannot re-partition: use plain ZeRO stage 1, 2 or 3.")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import pytest
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["LISA_DIST_TRACEBACK"] = ""
 _caches = tempfile.mkdtemp(prefix="lisa_dist_tests_")
 os.environ["HF_HOME"] = _caches  # data may be read-only, and nothing is left in the user's cache
 

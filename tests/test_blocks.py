@@ -94,6 +94,15 @@ def test_a_vision_language_model_gives_its_language_layers():
     assert not any("visual" in name for name in blocks.rest.parameters)
 
 
+def test_what_is_neither_embedding_nor_layer_nor_head_is_rest():
+    config = transformers.LlamaConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=64, vocab_size=99)
+    reward = find_blocks(transformers.LlamaForSequenceClassification(config))
+    assert "score.weight" in reward.rest.parameters
+    assert not reward.outside.parameters
+    roberta = build("roberta", is_decoder=True, num_hidden_layers=2)
+    assert "lm_head.dense.weight" in find_blocks(roberta).rest.parameters | find_blocks(roberta).head.parameters
+
+
 def test_a_model_without_a_layer_list_says_what_it_has():
     model = tiny_llama()
     model.config.num_hidden_layers = 17

@@ -144,33 +144,31 @@ def engine_for(model, lisa, ds_config="zero2"):
 
 
 @pytest.mark.parametrize(
-    ("what", "said"), [("seed", "ranks [1] hold other layers"), ("switch", "ranks [1] hold other layers")]
+    ("what", "said"), [("seed", "ranks [1] have other --lisa_* settings"), ("switch", "ranks [1] hold other layers")]
 )
 def test_ranks_that_disagree_are_named_on_every_rank(what, said):
     for message in run_ranks(disagree, 2, what):
         assert said in message
 
 
-def test_ranks_in_different_periods_are_named():
-    messages = run_ranks(disagree_on_the_period, 2)
-    assert "rank 1 begins period 3, but rank 0 begins period 0" in messages[1]
-
-
-def disagree_on_the_period() -> str:
+def disagree_before_attach(what: str) -> str:
     model = tiny_llama()
-    lisa = LisaController(model, lisa_dist.LisaConfig(lisa_interval_steps=2))
-    engine, _ = engine_for(model, lisa)
-    if dist.get_rank() == 0:
-        return ""
-    lisa.period = 3
-    lisa._engine = engine
-    broadcast, dist.broadcast = dist.broadcast, lambda tensor, src: tensor.copy_(torch.tensor([0, 2, 5]))
-    try:
-        with pytest.raises(RuntimeError) as error:
-            lisa._agree()
-    finally:
-        dist.broadcast = broadcast
+    settings = {"lisa_interval_steps": 2 + dist.get_rank()} if what == "interval" else {}
+    with pytest.raises(RuntimeError) as error:
+        lisa = LisaController(model, lisa_dist.LisaConfig(**settings))
+        engine, _ = engine_for(model, lisa, "zero3")
+        lisa.period = dist.get_rank()
+        lisa.attach(engine)
     return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("interval", "ranks [1] have other --lisa_* settings"), ("period", "ranks [1] are in another period")],
+)
+def test_ranks_that_would_wait_for_each_other_are_named_on_every_rank(what, said):
+    for message in run_ranks(disagree_before_attach, 2, what):
+        assert said in message
 
 
 def attach_wrongly(what: str) -> str:
@@ -213,12 +211,12 @@ def test_an_engine_that_cannot_work_is_refused(what, said):
     assert said in run_ranks(attach_wrongly, 2, what)[0]
 
 
-@pytest.mark.parametrize("version", ["0.18.2", "0.19.5", "0.20.0", "1.0"])
+@pytest.mark.parametrize("version", ["0.18.2", "0.19.7", "0.20.0", "1.0"])
 def test_a_deepspeed_outside_the_range_is_refused_at_start(monkeypatch, version):
     monkeypatch.setattr(zero.metadata, "version", lambda name: version)
     with pytest.raises(ValueError, match=f"DeepSpeed {version} is installed") as error:
         LisaController(tiny_llama(), lisa_dist.LisaConfig())
-    assert "pip install 'deepspeed>=0.19.6,<0.20'" in str(error.value)
+    assert "pip install 'deepspeed>=0.19.8,<0.20'" in str(error.value)
 
 
 def train_with_log(output_dir: str) -> list[int]:
@@ -301,6 +299,7 @@ def test_state_comes_back_before_and_after_attach():
     ("change", "said"),
     [
         ({"version": 99}, "has version 99; this release reads 1"),
+        ({"active_layers": [1]}, "the LISA state has 1 active layers"),
         ({"visit_counts": [0] * 4}, "of a model with 4 decoder"),
     ],
 )

@@ -27,9 +27,9 @@ def write(path, rows):
 )
 def test_formats_become_prompt_and_completion(tmp_path, suffix, row, prompt, completion):
     name = write(tmp_path / f"rows{suffix}", [row, row])
-    assert (
-        prepare_rows(load_rows(name), name, chat=False).to_list() == [{"prompt": prompt, "completion": completion}] * 2
-    )
+    written = prompt if "prompt" in row else prompt + "\n"
+    plain = prepare_rows(load_rows(name), name, chat=False).to_list()
+    assert plain == [{"prompt": written, "completion": completion}] * 2
     chat = prepare_rows(load_rows(name), name, chat=True).to_list()[0]
     assert chat["prompt"] == [{"role": "user", "content": prompt}]
     assert chat["completion"] == [{"role": "assistant", "content": completion}]
@@ -53,16 +53,30 @@ def test_what_trl_knows_stays_as_it_is(tmp_path, row):
         ("[]", ".json", "holds no rows"),
         ('{"text": "a"}\n3\n', ".jsonl", "line 2 is int, not an object"),
         ('[{"question": "a", "answer": "b"}, {"question": "a"}]', ".json", "row 2 lacks answer"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', ".jsonl", "line 2 is not UTF-8"),
+        ('[{"text": "a"}, {"text": [1]}]', ".json", "a column holds values of different types"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, content, suffix, said):
     path = tmp_path / f"rows{suffix}"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match="--dataset_name") as error:
         load_rows(str(path))
     assert str(path) in str(error.value)
     assert said in str(error.value)
+
+
+def test_a_null_answer_is_named(tmp_path):
+    name = write(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}, {"question": "q", "answer": None}])
+    with pytest.raises(ValueError, match="row 2 has no answer"):
+        prepare_rows(load_rows(name), name, chat=False)
+
+
+def test_line_separators_within_a_string_end_no_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a\u2028b\u0085c"}\n', encoding="utf-8")
+    assert load_rows(str(path)).to_list() == [{"text": "a\u2028b\u0085c"}]
 
 
 def test_missing_columns_are_named(tmp_path):

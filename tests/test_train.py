@@ -12,7 +12,7 @@ from models import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lisa_dist.train import parse_arguments
+from lisa_dist.train import parse_arguments, run
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -58,7 +58,7 @@ def start(how: str, flags: list[str]) -> subprocess.CompletedProcess:
         "python": [sys.executable, train],
         "lisa-dist": [str(BIN / "lisa-dist"), "train"],
     }[how]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LISA_DIST_TRACEBACK")}
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
     environment |= {"PATH": f"{BIN}:{environment['PATH']}"}
     return subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=300)
 
@@ -130,7 +130,7 @@ def test_full_training_under_the_same_roof(folder, tmp_path):
 def test_an_error_is_one_line_and_nothing_is_written(folder, tmp_path):
     finished = start("python", flags_for(folder, tmp_path / "out", dataset_name=tmp_path / "absent.jsonl"))
     assert finished.returncode == 2
-    assert f"lisa-dist: --dataset_name {tmp_path / 'absent.jsonl'}: cannot be read" in finished.stdout
+    assert f"lisa-dist, rank 0: --dataset_name {tmp_path / 'absent.jsonl'}: cannot be read" in finished.stdout
     assert "Traceback" not in finished.stdout + finished.stderr
     assert not (tmp_path / "out").exists()
 
@@ -153,16 +153,45 @@ def test_every_recipe_parses(recipe):
         (["--eval_rows", "3", "--eval_dataset_name", "x.jsonl"], "give one of them"),
         (["--deepspeed", "zero7"], "--deepspeed zero7: neither a file nor a shipped config"),
         (["--lisa_activated_layers", "0"], "--lisa_activated_layers 0"),
+        (["--use_peft", "True"], "--use_peft True"),
+        (["--load_in_4bit", "True"], "--load_in_4bit True"),
+        (["--config", "absent.yaml"], "--config absent.yaml: no such file"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
     with pytest.raises(ValueError, match="--") as error:
-        parse_arguments(["--dataset_name", "rows.jsonl", "--output_dir", str(tmp_path / "out"), *flags])
+        parse_arguments(
+            ["--model_name_or_path", "m", "--dataset_name", "rows.jsonl", "--output_dir", str(tmp_path / "out"), *flags]
+        )
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lisa_activated_layers": 7}, "--lisa_activated_layers 7: the model has 6 decoder layers"),
+        ({"lisa_sampler": "weighted", "lisa_weights_file": "absent.json"}, "--lisa_weights_file absent.json"),
+        ({"model_name_or_path": "no/such-model"}, "--model_name_or_path no/such-model: no such folder"),
+        ({"deepspeed": "zero3_nvme"}, "--deepspeed zero3_offload"),
+        ({"optim": "lomo"}, "--optim lomo: LISA runs AdamW"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_anything_is_written(folder, tmp_path, changes, said):
+    with pytest.raises(ValueError, match="--") as error:
+        run(*parse_arguments(flags_for(folder, tmp_path / "out", **changes)))
+    assert said in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_many_tasks_without_ranks_are_refused(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    with pytest.raises(ValueError, match="SLURM_NTASKS is 4, but RANK is not set"):
+        parse_arguments(["--dataset_name", "rows.jsonl"])
 
 
 def test_an_unknown_key_in_the_yaml_is_refused(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(f"dataset_name: rows.jsonl\noutput_dir: {tmp_path}\nlisa_layers: 3\n")
+    path.write_text(f"model_name_or_path: m\ndataset_name: rows.jsonl\noutput_dir: {tmp_path}\nlisa_layers: 3\n")
     with pytest.raises(ValueError, match="lisa_layers"):
         parse_arguments(["--config", str(path)])
