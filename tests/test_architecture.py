@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"config", "ds_config"},
-    {"blocks", "sampling", "data", "attention", "metrics", "cpu_bf16"},
+    {"config"},
+    {"ds_config", "blocks", "sampling", "data", "attention", "metrics", "cpu_bf16"},
     {"optimizer", "states", "memory"},
     {"zero"},
     {"invariants", "controller"},
