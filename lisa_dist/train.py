@@ -26,6 +26,7 @@ from lisa_dist.metrics import format_table
 from lisa_dist.optimizer import check_optim
 from lisa_dist.sampling import load_layer_weights
 from lisa_dist.trainer import LisaTrainer
+from lisa_dist.zero import forget_module_order
 
 METHODS = ("lisa", "full")
 
@@ -287,5 +288,6 @@ class _SampleCallback(TrainerCallback):
                 synced_gpus=trainer.args.world_size > 1,
             )
         model.train(training)
+        forget_module_order(trainer.model_wrapped)
         answer = tokenizer.decode(generated[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
         trainer.accelerator.print(f"\n{when} training, asked: {self._prompt}\nanswer: {answer.strip()}\n")

@@ -267,6 +267,15 @@ def _construct_in_place(zero, stage: _Stage, parameter_offload) -> Iterator[None
         setattr(module, stage.class_name, original)
 
 
+def forget_module_order(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Make stage 3 record anew in which order modules run, after a forward pass that is not training's (a generation).
+
+    Else it would fetch ahead for modules that training passes by, and find them in flight where they are gathered.
+    """
+    if engine.zero_optimization_stage() == 3:
+        _forget_trace(engine.optimizer.parameter_offload)
+
+
 def _forget_trace(parameter_offload) -> None:
     """Make stage 3 record anew in which order modules run: frozen and trained ones differ in their backward."""
     coordinator = parameter_offload.get_param_coordinator()
