@@ -37,7 +37,8 @@ def write_results(path: Path, figures: dict) -> None:
     """Write figures as JSON, with the machine, the versions and the command that made them."""
     packages = ("torch", "deepspeed", "transformers", "trl", "lisa_dist")
     about = {
-        "command": " ".join(["python", *sys.argv]),
+        # Where someone's files lie is nobody else's business: absolute paths keep their last part alone.
+        "command": " ".join(["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)]),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {name: metadata.version(name) for name in packages},

@@ -56,10 +56,11 @@ def my_rows(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def train_step(engine, lisa, micro_batches) -> float:
-    """One optimizer step; the loss of the global batch, averaged over micro-batches and ranks."""
+    """One optimizer step, by LISA unless ``lisa`` is None; the loss of the global batch, averaged over its parts."""
     total = torch.zeros(())
     for tokens in micro_batches:
-        lisa.on_step_begin()
+        if lisa is not None:
+            lisa.on_step_begin()
         rows = my_rows(tokens)
         loss = engine(input_ids=rows, labels=rows).loss
         engine.backward(loss)
@@ -253,10 +254,8 @@ def full_training(ds_config: str, dtype: torch.dtype) -> dict[str, torch.Tensor]
     optimizer = adamw([group for group in groups if group["params"]], lr=LR)
     config = lisa_dist.load_ds_config(ds_config, model=model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    for (tokens,) in token_batches(8, rows=4):
-        rows = my_rows(tokens)
-        engine.backward(engine(input_ids=rows, labels=rows).loss)
-        engine.step()
+    for micro_batches in token_batches(8, rows=4):
+        train_step(engine, None, micro_batches)
     weights = full_weights(engine)
     engine.destroy()
     return weights
@@ -266,13 +265,11 @@ def lisa_with_all_layers(ds_config: str, dtype: torch.dtype) -> dict[str, torch.
     """Train by LISA with gamma = all layers, and rebuild the partitions in every period all the same."""
     config = lisa_dist.LisaConfig(lisa_activated_layers=6, lisa_interval_steps=INTERVAL)
     engine, lisa = lisa_dist.initialize(tiny_llama().to(dtype), ds_config, config, lr=LR, weight_decay=DECAY)
-    for (tokens,) in token_batches(8, rows=4):
-        if lisa.on_step_begin():
+    for step, micro_batches in enumerate(token_batches(8, rows=4)):
+        if step > 0 and step % INTERVAL == 0:
             # The same set goes on as it is; what a rebuild would do to it is what we want to see.
             lisa._partitions.repartition([group["params"] for group in lisa.param_groups()], lisa.partition_states())
-        rows = my_rows(tokens)
-        engine.backward(engine(input_ids=rows, labels=rows).loss)
-        engine.step()
+        train_step(engine, lisa, micro_batches)
     weights = full_weights(engine)
     engine.destroy()
     return weights
