@@ -64,9 +64,14 @@ def parameter_numel(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", None) or parameter.numel()
 
 
+def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of a parameter, also where ZeRO-3 has partitioned it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def parameter_ndim(parameter: nn.Parameter) -> int:
     """Dimensions of a parameter, also where ZeRO-3 has partitioned it."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+    return len(parameter_shape(parameter))
 
 
 def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks:

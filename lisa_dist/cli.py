@@ -3,8 +3,10 @@
 import sys
 
 USAGE = """usage: lisa-dist train --config recipe.yaml [--any_flag value]
+       lisa-dist export CHECKPOINT OUT
 
   train   train a model by LISA, on one device; on several: deepspeed launch/train.py with the same flags
+  export  turn a checkpoint of any run into a folder that from_pretrained loads, without a GPU
 """
 
 
@@ -15,6 +17,11 @@ def main() -> None:
         from lisa_dist.train import main as train
 
         train(sys.argv[2:])
+        return
+    if verb == "export" and len(sys.argv) == 4:
+        from lisa_dist.checkpoint import export_main as export
+
+        export(*sys.argv[2:])
         return
     print(USAGE, end="")
     raise SystemExit(0 if verb in ("-h", "--help") else 2)

@@ -13,6 +13,7 @@ class UserError(ValueError):
 
 SAMPLERS = ("uniform", "reshuffle", "cyclic", "fixed", "weighted")
 STATE_POLICIES = ("reset", "reset_all")
+NONFINITE_POLICIES = ("stop", "skip")
 OUTER_BLOCKS = ("embed", "head", "rest")
 
 
@@ -61,6 +62,13 @@ class LisaConfig:
             "block starts afresh, as in the paper's runs)."
         },
     )
+    lisa_nonfinite: str = field(
+        default="stop",
+        metadata={
+            "help": "What a loss or gradient that is not finite does in bf16 and fp32: stop the run, or skip the step. "
+            "In fp16 DeepSpeed's loss scaler skips it."
+        },
+    )
     lisa_layers_attribute: str | None = field(
         default=None,
         metadata={"help": "Dotted path of the list of decoder layers, where it cannot be found (model.layers)."},
@@ -92,6 +100,10 @@ class LisaConfig:
             )
         if self.lisa_state not in STATE_POLICIES:
             raise UserError(f"--lisa_state {self.lisa_state}: unknown; choose one of {', '.join(STATE_POLICIES)}.")
+        if self.lisa_nonfinite not in NONFINITE_POLICIES:
+            raise UserError(
+                f"--lisa_nonfinite {self.lisa_nonfinite}: unknown; choose one of {', '.join(NONFINITE_POLICIES)}."
+            )
         both = set(self.always_on) & set(self.frozen)
         if both:
             raise UserError(

@@ -17,6 +17,7 @@ period would be lost.
 
 import hashlib
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ from lisa_dist.zero import ZeroPartitions, check_deepspeed
 
 LOG_NAME = "lisa_log.jsonl"
 STATE_VERSION = 1
+# Settings that a resumed run may give otherwise at any step: they do not decide on layers or groups.
+FREE_SETTINGS = ("lisa_state", "lisa_nonfinite", "lisa_layers_attribute", "lisa_debug")
 
 
 @dataclass
@@ -84,12 +87,15 @@ class LisaController:
         self.visit_counts = [0] * num_layers
         self.records: list[PeriodRecord] = []
         self._model = model
-        self._engine: deepspeed.DeepSpeedEngine | None = None
-        self._partitions: ZeroPartitions | None = None
+        self.engine: deepspeed.DeepSpeedEngine | None = None
+        self.partitions: ZeroPartitions | None = None
         self._log_path: Path | None = None
+        self._log_begun = self._resumed = False
         self._begun_step = -1  # the last step that on_step_begin has seen
         self._unlogged: PeriodRecord | None = None
         self._watch: SleepingWeights | None = None
+        self._skipped_steps = 0
+        self._loss_was_finite = torch.tensor(True, device=get_accelerator().current_device_name())
         if dist.is_initialized():
             self._compare(
                 [config.to_dict(), self._weights, num_layers], "have other --lisa_* settings or another model"
@@ -107,10 +113,10 @@ class LisaController:
 
         With `output_dir`, rank 0 writes a line for each period to lisa_log.jsonl there.
         """
-        self._partitions = ZeroPartitions(engine)
-        self._engine = engine
+        self.partitions = ZeroPartitions(engine)
+        self.engine = engine
         mine = self._group_names()
-        theirs = self._partitions.keys()
+        theirs = self.partitions.keys()
         if mine != theirs:
             raise UserError(
                 f"the engine optimizes {len(theirs)} groups of parameters that are not the {len(mine)} groups of the "
@@ -120,14 +126,14 @@ class LisaController:
         if output_dir is not None and dist.get_rank() == 0:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             self._log_path = Path(output_dir) / LOG_NAME
-            self._log_path.write_text("", encoding="utf-8")
         self._agree()
         self._verify()
         if self.config.lisa_debug:
-            self._watch = SleepingWeights(self._partitions)
+            self._watch = SleepingWeights(self.partitions)
             self._watch.remember(self._sleeping_blocks())
         engine.module.register_forward_pre_hook(self._refuse_missed_switch)
-        self._open_record(seconds=0.0, bytes_released=0)
+        if not self._resumed:
+            self._open_record(engine.global_steps, seconds=0.0, bytes_released=0)
 
     # The loop
 
@@ -136,10 +142,11 @@ class LisaController:
 
         It goes by the engine's own step count, so a period is K optimizer steps whatever the accumulation.
         """
-        assert self._engine is not None, "attach the controller to a DeepSpeed engine first"
-        step = self._engine.global_steps
+        assert self.engine is not None, "attach the controller to a DeepSpeed engine first"
+        step = self.engine.global_steps
         if step == self._begun_step:
             return False
+        self.check_finite()
         self._close_record(step)
         period = step // self.config.lisa_interval_steps
         due = period != self.period
@@ -152,17 +159,45 @@ class LisaController:
 
     def partition_states(self) -> dict:
         """This rank's masters and optimizer states, keyed by the names of the parameters they were cut from."""
-        return self._partitions.states()
+        return self.partitions.states()
 
     def live_bytes(self) -> int:
         """Bytes that tensors hold on this rank's device right now."""
-        return live_tensor_bytes(self._engine.device)
+        return live_tensor_bytes(self.engine.device)
+
+    def note_loss(self, loss: torch.Tensor) -> None:
+        """Remember on this rank whether the loss of a micro-batch was finite, for `check_finite` to name the rank."""
+        self._loss_was_finite &= torch.isfinite(loss.detach()).all()
+
+    def check_finite(self) -> None:
+        """Raise RuntimeError, on every rank, when DeepSpeed left the last step out and --lisa_nonfinite is stop.
+
+        Weights and states are as they were before that step. In fp16 leaving steps out is the loss scaler's work.
+        """
+        step, skipped = self.engine.global_steps, self.engine.skipped_steps
+        left_out, self._skipped_steps = skipped > self._skipped_steps, skipped
+        finite, self._loss_was_finite = self._loss_was_finite, torch.ones_like(self._loss_was_finite)
+        if not left_out or self.engine.fp16_enabled():
+            return
+        every = [torch.empty_like(finite) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, finite)
+        ranks = [rank for rank, was_finite in enumerate(every) if not was_finite]
+        said = (
+            f"step {step}, period {self.period}, active layers {list(self.active_layers)}: "
+            + (f"the loss of rank(s) {ranks} is not finite" if ranks else "the gradients are not finite")
+            + "; no weight was changed"
+        )
+        if self.config.lisa_nonfinite == "stop":
+            raise RuntimeError(f"{said}. Lower the learning rate, look at the data, or give --lisa_nonfinite skip.")
+        if dist.get_rank() == 0:
+            print(f"lisa-dist: {said}, the step was skipped.", flush=True)
 
     def close(self) -> None:
         """Write the last period's line of the log; call after the last step."""
+        self.check_finite()
         if self._watch is not None:
             self._watch.check(self.period)
-        self._close_record(self._engine.global_steps)
+        self._close_record(self.engine.global_steps)
 
     # A switch, in order
 
@@ -173,14 +208,14 @@ class LisaController:
         self.period = period
         self.active_layers = self._agree()
         self._activate()
-        states = self._partitions.states()
+        states = self.partitions.states()
         carried = states_to_carry(states, self.config.lisa_state, self._group_names())
         released = sum(state.nbytes for state in states.values()) - sum(state.nbytes for state in carried.values())
         del states  # what falls asleep must be gone before what wakes is allocated
         if released:  # else the same blocks go on with all they have
-            self._partitions.repartition([group["params"] for group in self.param_groups()], carried)
+            self.partitions.repartition([group["params"] for group in self.param_groups()], carried)
         self._verify()
-        self._open_record(time.perf_counter() - started, released)
+        self._open_record(self.engine.global_steps, time.perf_counter() - started, released)
         if self._watch is not None:
             self._watch.remember(self._sleeping_blocks())
 
@@ -198,7 +233,7 @@ class LisaController:
     def _agree(self) -> tuple[int, ...]:
         """Rank 0's draw for the period, on every rank."""
         self._compare(self.period, "are in another period")
-        drawn = torch.tensor([self.period, *self._draw(self.period)], dtype=torch.int64, device=self._engine.device)
+        drawn = torch.tensor([self.period, *self._draw(self.period)], dtype=torch.int64, device=self.engine.device)
         dist.broadcast(drawn, src=0)
         period, *layers = drawn.tolist()
         assert period == self.period
@@ -212,7 +247,7 @@ class LisaController:
 
     def _verify(self) -> None:
         """Check that all ranks now hold the same layers in the same partitions."""
-        self._compare([self.period, self.active_layers, self._partitions.keys()], "hold other layers or partitions")
+        self._compare([self.period, self.active_layers, self.partitions.keys()], "hold other layers or partitions")
 
     def _compare(self, held: object, what_differs: str) -> None:
         """Gather a digest of what each rank holds; every rank raises RuntimeError naming those unlike rank 0."""
@@ -248,7 +283,7 @@ class LisaController:
     # A switch must not be missed
 
     def _refuse_missed_switch(self, module: torch.nn.Module, *_) -> None:
-        step = self._engine.global_steps
+        step = self.engine.global_steps
         if module.training and torch.is_grad_enabled() and step // self.config.lisa_interval_steps != self.period:
             raise RuntimeError(self._missed(step))
 
@@ -261,12 +296,10 @@ class LisaController:
 
     # The log
 
-    def _open_record(self, seconds: float, bytes_released: int) -> None:
+    def _open_record(self, step: int, seconds: float, bytes_released: int) -> None:
         for layer in self.active_layers:
             self.visit_counts[layer] += 1
-        self._unlogged = PeriodRecord(
-            self.period, self._engine.global_steps, list(self.active_layers), seconds, 0, bytes_released, 0
-        )
+        self._unlogged = PeriodRecord(self.period, step, list(self.active_layers), seconds, 0, bytes_released, 0)
 
     def _close_record(self, step: int) -> None:
         """Complete and write the period's line once its first step has made the moments."""
@@ -278,8 +311,21 @@ class LisaController:
         record.live_bytes = self.live_bytes()
         self.records.append(record)
         if self._log_path is not None:
+            if not self._log_begun:
+                self._log_path.write_text(self._earlier_lines(record.period), encoding="utf-8")
+                self._log_begun = True
             with self._log_path.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(vars(record)) + "\n")
+
+    def _earlier_lines(self, period: int) -> str:
+        """The log up to `period` of the run that this one resumes; a line that a kill has cut short ends it."""
+        kept = ""
+        if self._resumed and self._log_path.is_file():
+            for line in self._log_path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if not line.endswith("}\n") or json.loads(line)["period"] >= period:
+                    break
+                kept += line
+        return kept
 
     # State, for a resume
 
@@ -287,14 +333,20 @@ class LisaController:
         """Everything that a resumed run needs to activate the same layers before it loads the optimizer."""
         return {
             "version": STATE_VERSION,
+            "step": self.engine.global_steps if self.engine is not None else 0,
             "period": self.period,
             "active_layers": list(self.active_layers),
             "visit_counts": list(self.visit_counts),
+            "record": None if self._unlogged is None else vars(self._unlogged).copy(),
             "config": self.config.to_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Activate the saved period's layers; re-partitions when an engine is attached."""
+        """Activate the layers of a saved run; with an engine attached, partition them with masters from the weights.
+
+        Other settings than the run's can only begin with a period: then the layers are those of the new settings.
+        Raises ValueError when the state is of another model, or of other settings in the middle of a period.
+        """
         if state["version"] != STATE_VERSION:
             raise UserError(f"the LISA state has version {state['version']}; this release reads {STATE_VERSION}.")
         if len(state["visit_counts"]) != len(self.blocks.layers):
@@ -302,20 +354,40 @@ class LisaController:
                 f"the LISA state is of a model with {len(state['visit_counts'])} decoder layers; this one has "
                 f"{len(self.blocks.layers)}."
             )
-        if len(state["active_layers"]) != self.config.lisa_activated_layers:
-            raise UserError(
-                f"--lisa_activated_layers {self.config.lisa_activated_layers}: the LISA state has "
-                f"{len(state['active_layers'])} active layers."
-            )
-        self.period = state["period"]
-        self.active_layers = tuple(state["active_layers"])
+        changed = self._check_settings(state["config"], state["step"])
+        self._resumed = True
         self.visit_counts = list(state["visit_counts"])
+        if changed:
+            self.period = state["step"] // self.config.lisa_interval_steps
+            self.active_layers = self._draw(self.period)
+        else:
+            self.period = state["period"]
+            self.active_layers = tuple(state["active_layers"])
         self._activate()
-        if self._partitions is not None:
-            self._partitions.repartition([group["params"] for group in self.param_groups()], {})
+        if self.partitions is not None:
+            self.partitions.repartition([group["params"] for group in self.param_groups()], {})
             self._verify()
+        self._unlogged = None
+        if changed:
+            self._open_record(state["step"], seconds=0.0, bytes_released=0)
+        elif state["record"] is not None:
+            self._unlogged = PeriodRecord(**state["record"])
         if self._watch is not None:
             self._watch.remember(self._sleeping_blocks())
+
+    def _check_settings(self, saved: dict, step: int) -> list[str]:
+        """The settings that differ from a saved run's, for which `step` must begin a period of both."""
+        mine = self.config.to_dict()
+        changed = [name for name in mine if name not in FREE_SETTINGS and mine[name] != saved.get(name)]
+        intervals = (saved["lisa_interval_steps"], self.config.lisa_interval_steps)
+        if changed and any(step % interval for interval in intervals):
+            listed = ", ".join(f"--{name} {mine[name]} (it had {saved.get(name)})" for name in changed)
+            raise UserError(
+                f"the run saved at step {step} had other settings than {listed}: they can only change where a period "
+                f"begins, at a multiple of {math.lcm(*intervals)} steps. Give the settings it had, or resume from a "
+                "checkpoint of such a step."
+            )
+        return changed
 
 
 def initialize(

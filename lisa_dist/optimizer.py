@@ -18,6 +18,10 @@ TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
 BITSANDBYTES_ADAMW = ("adamw_bnb_8bit", "adamw_8bit")
 SUPPORTED_OPTIMIZERS = TORCH_ADAMW + BITSANDBYTES_ADAMW
 
+# AdamW's moments, and the number that bitsandbytes knows each by: state1, and for 8 bits absmax1 and qmap1.
+MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
+_QUANTIZED_BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit optimizers
+
 
 def decays(name: str, parameter: torch.nn.Parameter) -> bool:
     """Whether weight decay applies: to matrices, not to norms and biases."""
@@ -99,3 +103,54 @@ def build_optimizer(
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW(param_groups, lr=lr, betas=betas, eps=eps, optim_bits=8)
+
+
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    """An 8-bit moment in fp32, from what bitsandbytes keeps of it: state, absmax and qmap."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    return dequantize_blockwise(codes, absmax=scales, code=code, blocksize=_QUANTIZED_BLOCK)
+
+
+def keeps_8bit_states(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this is one of bitsandbytes' optimizers."""
+    return hasattr(optimizer, "name2qmap")
+
+
+def restore_state(optimizer: torch.optim.Optimizer, group: dict, master: torch.Tensor, fields: dict) -> None:
+    """Give the optimizer saved moments of one partition, in the form that it keeps them in itself.
+
+    `fields` has "step", and "exp_avg" and "exp_avg_sq" in fp32 or the codes and scales of 8-bit moments.
+    """
+    if keeps_8bit_states(optimizer):
+        _restore_bitsandbytes(optimizer, group, master, fields)
+        return
+    state = {moment: torch.empty_like(master).copy_(fields[moment]) for moment in MOMENTS}
+    step = fields["step"]
+    if isinstance(optimizer, torch.optim.AdamW):
+        device = master.device if group.get("fused") else "cpu"
+        step = torch.tensor(float(step), dtype=torch.float32, device=device)
+    optimizer.state[master] = {"step": step, **state}
+
+
+def _restore_bitsandbytes(optimizer, group: dict, master: torch.Tensor, fields: dict) -> None:
+    from bitsandbytes.functional import quantize_blockwise
+
+    index = next(index for index, one in enumerate(optimizer.param_groups) if one is group)
+    held, group["params"] = group["params"], [master]  # ZeRO fills groups only while they step
+    optimizer.init_state(group, master, index, 0)
+    group["params"] = held
+    state = optimizer.state[master]
+    for moment, number in MOMENTS.items():
+        if f"state{number}" in fields:  # the very same partition was written
+            for field in (f"state{number}", f"absmax{number}", f"qmap{number}"):
+                state[field].copy_(fields[field])
+        elif state[f"state{number}"].dtype == torch.uint8:
+            codes, quantized = quantize_blockwise(
+                fields[moment].to(master.device), code=state[f"qmap{number}"], blocksize=_QUANTIZED_BLOCK
+            )
+            state[f"state{number}"].copy_(codes)
+            state[f"absmax{number}"].copy_(quantized.absmax)
+        else:
+            state[f"state{number}"].copy_(fields[moment])
+    state["step"] = fields["step"]

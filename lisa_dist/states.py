@@ -32,6 +32,16 @@ class PartitionState:
         return tensor_bytes(self.master) + sum(tensor_bytes(value) for value in self.optimizer_state.values())
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + length) of the flattened parameter `name`, at `offset` in a rank's partition."""
+
+    name: str
+    start: int
+    length: int
+    offset: int
+
+
 def tensor_bytes(value: object) -> int:
     """Bytes of a tensor's elements; 0 for what is no tensor."""
     return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0

@@ -25,7 +25,7 @@ from lisa_dist.ds_config import check_ds_config, find_ds_config, read_ds_config,
 from lisa_dist.metrics import format_table
 from lisa_dist.optimizer import check_optim
 from lisa_dist.sampling import load_layer_weights
-from lisa_dist.trainer import LisaTrainer
+from lisa_dist.trainer import HANG_TIMEOUT, LisaTrainer
 from lisa_dist.zero import forget_module_order
 
 METHODS = ("lisa", "full")
@@ -48,12 +48,18 @@ class RunArguments:
     sample_prompt: str | None = field(
         default=None, metadata={"help": "A prompt to answer before and after training, printed on rank 0."}
     )
+    hang_timeout: float = field(
+        default=HANG_TIMEOUT,
+        metadata={"help": "Seconds for a step, after which a run that hangs is ended, naming the rank; 0 for never."},
+    )
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
         if not self.dataset_name:
             raise UserError("--dataset_name is missing: give a .json or .jsonl file, or a dataset of the hub.")
+        if self.hang_timeout < 0:
+            raise UserError(f"--hang_timeout {self.hang_timeout}: seconds are not negative; 0 turns it off.")
         if self.eval_rows < 0:
             raise UserError(f"--eval_rows {self.eval_rows}: a number of rows is not negative.")
         if self.eval_rows and self.eval_dataset_name:
@@ -145,7 +151,7 @@ def run(
         "processing_class": tokenizer,
     }
     if run_args.method == "lisa":
-        trainer = LisaTrainer(lisa_config=lisa_config, **arguments)
+        trainer = LisaTrainer(lisa_config=lisa_config, hang_timeout=run_args.hang_timeout, **arguments)
     else:
         trainer = SFTTrainer(**arguments)
     if training_args.bf16 and training_args.use_cpu and not cpu_multiplies_bf16():
@@ -154,11 +160,17 @@ def run(
         trainer.add_callback(_SampleCallback(trainer, run_args.sample_prompt))
     trainer.accelerator.print(_describe_run(run_args, training_args, model_args, f"{attention} ({why})"))
 
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()  # losses of every logged step, in trainer_state.json
-    trainer.accelerator.print(_describe_outcome(trainer.state.log_history))
-    trainer.accelerator.print(f"saved {training_args.output_dir}; load it with from_pretrained")
+    trainer.train(resume_from_checkpoint=_resume_from(training_args.resume_from_checkpoint))
+    if getattr(trainer, "stopped_by", None) is not None:
+        trainer.accelerator.print(
+            f"{trainer.stopped_by}: stopped after step {trainer.state.global_step} and saved; go on with the same "
+            "command and --resume_from_checkpoint true"
+        )
+    else:
+        trainer.save_model()
+        trainer.save_state()  # losses of every logged step, in trainer_state.json
+        trainer.accelerator.print(_describe_outcome(trainer.state.log_history))
+        trainer.accelerator.print(f"saved {training_args.output_dir}; load it with from_pretrained")
     # Ranks that simply exit tear down gloo under each other's feet.
     dist.barrier()
     trainer.end()
@@ -208,6 +220,11 @@ def _load_datasets(run_args: RunArguments, training_args: SFTConfig, chat: bool)
         split = rows.train_test_split(test_size=run_args.eval_rows, seed=training_args.seed)
         rows, held_out = split["train"], split["test"]
     return rows, held_out
+
+
+def _resume_from(value: str | None) -> str | bool | None:
+    """`--resume_from_checkpoint`: true, false, auto or a path."""
+    return {"true": True, "false": False}.get(str(value).lower(), value)
 
 
 def _describe_outcome(log_history: list[dict]) -> str:
@@ -268,7 +285,8 @@ class _SampleCallback(TrainerCallback):
         self._answer("before")
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._answer("after")
+        if getattr(self._trainer, "stopped_by", None) is None:
+            self._answer("after")
 
     def _answer(self, when: str) -> None:
         trainer, tokenizer = self._trainer, self._trainer.processing_class

@@ -8,27 +8,55 @@ A step of the loop, which is the Trainer's own::
     log              the loss, and lisa/... beside it
 """
 
+from pathlib import Path
+
+import torch
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
+from lisa_dist.checkpoint import (
+    find_checkpoint,
+    holds_only_weights,
+    load_checkpoint,
+    read_state,
+    rotate_checkpoints,
+    save_checkpoint,
+    start_from_weights,
+)
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.controller import LisaController
-from lisa_dist.ds_config import check_ds_config, uses_optimizer_offload
+from lisa_dist.ds_config import check_bf16_gradients, check_ds_config, uses_optimizer_offload
+from lisa_dist.files import together
 from lisa_dist.metrics import format_bytes, format_count, format_table, lisa_metrics
 from lisa_dist.optimizer import build_optimizer, check_optim
+from lisa_dist.stop_signals import StopSignals
+from lisa_dist.watchdog import Watchdog
+from lisa_dist.weights import write_weights
+
+SCHEDULER_NAME = "scheduler.pt"
+TRAINER_STATE_NAME = "trainer_state.json"
+HANG_TIMEOUT = 1800.0  # seconds
 
 
 class LisaMixin:
     """Put before a Trainer class: `class MyTrainer(LisaMixin, DPOTrainer): ...`; takes `lisa_config=LisaConfig(...)`.
 
     Needs a DeepSpeed config with ZeRO stage 1, 2 or 3 in the training arguments. `trainer.lisa` is the controller once
-    training has begun. Raises ValueError at construction for arguments that LISA cannot train with.
+    training has begun; `trainer.stopped_by` names the signal that ended it early, if one did. A run ends when a rank
+    takes longer than `hang_timeout` seconds for a step (0: never). Raises ValueError at construction for arguments that
+    LISA cannot train with.
     """
 
     lisa: LisaController | None = None
+    stopped_by: str | None = None
 
-    def __init__(self, *args, lisa_config: LisaConfig | None = None, **kwargs):
+    def __init__(self, *args, lisa_config: LisaConfig | None = None, hang_timeout: float = HANG_TIMEOUT, **kwargs):
         self.lisa_config = lisa_config or LisaConfig()
+        self._hang_timeout = hang_timeout
+        self._resume_state: dict | None = None
+        self._weights_from: Path | None = None
+        self._saved_step: int | None = None
         super().__init__(*args, **kwargs)
         self._check_arguments()
         if self.pop_callback(ProgressCallback) is not None:
@@ -50,15 +78,110 @@ class LisaMixin:
         return self.optimizer
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """Train; resuming is refused, since a checkpoint's partitions may be those of other layers than period 0's."""
-        if resume_from_checkpoint:
-            raise UserError(
-                f"--resume_from_checkpoint {resume_from_checkpoint}: LISA runs cannot be resumed in this release; "
-                "start a new run from the checkpoint's weights with --model_name_or_path."
-            )
+        """Train, from the beginning or from a checkpoint: a path, or True for the newest whole one in `output_dir`.
+
+        "auto" is True where there is a checkpoint, and the beginning where there is none.
+        From any number of ranks and ZeRO stage the run goes on as it was; a folder that holds a model and nothing of a
+        LISA run begins a new one. SIGTERM and SIGUSR1 end it with a checkpoint after the step, and `stopped_by` is set.
+        """
         if self.lisa is not None:
-            raise UserError("this trainer has trained once: build a new one, whose LISA run begins at period 0.")
-        return super().train(None, *args, **kwargs)
+            raise UserError("this trainer has trained once: build a new one.")
+        folder = self._find_resume(resume_from_checkpoint)
+        with StopSignals() as self._stop, Watchdog(self._hang_timeout) as self._watchdog:
+            return super().train(folder, *args, **kwargs)
+
+    def _find_resume(self, wanted: str | bool | None) -> str | None:
+        if wanted in (None, False):
+            return None
+        folder = find_checkpoint(self.args.output_dir) if wanted in (True, "auto") else Path(wanted)
+        if folder is None and wanted == "auto":
+            self.accelerator.print(f"no checkpoint in {self.args.output_dir} yet: the run begins at step 0.")
+            return None
+        if folder is None:
+            raise UserError(
+                f"--resume_from_checkpoint true: there is no whole checkpoint in --output_dir {self.args.output_dir}."
+            )
+        if not folder.is_dir():
+            raise UserError(f"--resume_from_checkpoint {folder}: no such folder.")
+        if holds_only_weights(folder):
+            self.accelerator.print(f"{folder} is no checkpoint of a LISA run: a new run begins from its weights.")
+            self._weights_from = folder
+            return None
+        self._resume_state = read_state(folder)
+        return str(folder)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Where the Trainer has DeepSpeed load a checkpoint: ours is loaded instead, over the engine's partitions."""
+        model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.lisa.attach(model, self.args.output_dir)
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            load_checkpoint(self.lisa, folder, self._resume_state)
+            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        elif self._weights_from is not None:
+            start_from_weights(self.lisa, self._weights_from)
+        return model, train_dataloader
+
+    def training_step(self, *args, **kwargs):
+        """The Trainer's, with a note of whether this rank's loss was finite."""
+        loss = super().training_step(*args, **kwargs)
+        self.lisa.note_loss(loss)
+        return loss
+
+    # Saving
+
+    def _save_checkpoint(self, model, trial):
+        """The Trainer's `checkpoint-N`, written whole or not at all, with states that any number of ranks can load."""
+        step = self.state.global_step
+        if self._saved_step == step:  # a signal in a step that is saved anyway
+            return
+        self.store_flos()
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
+        best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
+        if self.state.best_global_step and (best == folder or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
+        save_checkpoint(self.lisa, folder, writes=self.args.should_save, write_more=self._write_training_state)
+        self._saved_step = step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(folder, self.args.save_total_limit, best and Path(best))
+
+    def _write_training_state(self, folder: Path) -> None:
+        """What the Trainer keeps beside model and optimizer: random states, schedule, its own state, the tokenizer."""
+        self._save_rng_state(str(folder))
+        if not self.args.should_save:
+            return
+        self._save_without_weights(folder)
+        torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+        states: dict[str, list] = {}
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        self.state.stateful_callbacks = {name: each[0] if len(each) == 1 else each for name, each in states.items()}
+        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model for `from_pretrained`: weights in shards, configs, tokenizer, chat template.
+
+        Under ZeRO-3 one block is gathered at a time, and one rank holds one shard beside its share of the model.
+        """
+        if self.lisa is None or self.lisa.engine is None:  # not trained: the model is as it was loaded
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        with together(folder):
+            if self.args.should_save:
+                self._save_without_weights(folder)
+        write_weights(self.lisa.engine.module, self.lisa.blocks, folder, self.args.should_save, original_names=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_without_weights(self, folder: Path) -> None:
+        self._save(str(folder), state_dict={})
+        for empty in folder.glob("model*.safetensors"):
+            empty.unlink()
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add lisa/... to every training log, so that each tracker has them."""
@@ -107,6 +230,7 @@ class LisaMixin:
                 "LISA runs on DeepSpeed's ZeRO: give a config, such as --deepspeed zero2 (it works on one GPU too)."
             )
         check_ds_config(self._ds_config)
+        check_bf16_gradients(self._ds_config)
         check_optim(self.args.optim, uses_optimizer_offload(self._ds_config))
         if self.optimizer is not None:
             raise UserError("LISA builds the optimizer from its own blocks: pass no optimizers=(...) to the Trainer.")
@@ -118,6 +242,8 @@ class LisaMixin:
         for flag, what in (
             ("load_best_model_at_end", "the best checkpoint may be of other layers than those active at the end"),
             ("auto_find_batch_size", "a smaller batch would need a new run"),
+            ("enable_jit_checkpoint", "SIGTERM and SIGUSR1 save a checkpoint anyway"),
+            ("save_only_model", "a LISA checkpoint holds what a resume needs, which is little"),
         ):
             if getattr(self.args, flag):
                 raise UserError(f"--{flag} True: {what}; leave it out.")
@@ -149,14 +275,27 @@ class _SwitchCallback(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._trainer.lisa.attach(self._trainer.model_wrapped, args.output_dir)
         if state.is_world_process_zero:
             print(self._trainer.describe(), flush=True)
             self._say_active(state)
 
     def on_step_begin(self, args, state, control, **kwargs):
+        self._trainer._watchdog.beat()
         if self._trainer.lisa.on_step_begin() and state.is_world_process_zero:
             self._say_active(state)
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self._trainer._watchdog.beat()
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self._trainer._watchdog.beat()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._trainer._watchdog.beat()
+        self._trainer.lisa.check_finite()
+        self._trainer.stopped_by = self._trainer._stop.agreed()
+        if self._trainer.stopped_by is not None:
+            control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
         self._trainer.lisa.close()

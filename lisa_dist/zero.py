@@ -29,7 +29,8 @@ from deepspeed.accelerator import get_accelerator
 from packaging.version import Version
 
 from lisa_dist.config import UserError
-from lisa_dist.states import PartitionKey, PartitionState
+from lisa_dist.optimizer import keeps_8bit_states, restore_state
+from lisa_dist.states import PartitionKey, PartitionState, Piece
 
 SUPPORTED_DEEPSPEED = ("0.19.8", "0.20")  # from, up to but not including
 _INSTALL = "pip install 'deepspeed>={},<{}'".format(*SUPPORTED_DEEPSPEED)
@@ -51,7 +52,7 @@ _STAGE_1_2 = _Stage(
     class_name="DeepSpeedZeroOptimizer",
     groups="bit16_groups",
     masters="single_partition_of_fp32_groups",
-    private_names=("_wait_for_offload_copies",),
+    private_names=("_wait_for_offload_copies", "round_robin_bit16_groups"),
 )
 _STAGE_3 = _Stage(
     module="deepspeed.runtime.zero.stage3",
@@ -60,7 +61,15 @@ _STAGE_3 = _Stage(
     masters="fp32_partitioned_groups_flat",
     private_names=("parameter_offload", "_leaf_module_hooks", "initialize_ds_offload", "offload_param_pin_memory"),
 )
-_PRIVATE_NAMES = ("_grad_acc_hooks", "_unpin_offload_buffers", "ipg_buckets", "optimizer", "state", "param_groups")
+_PRIVATE_NAMES = (
+    "_grad_acc_hooks",
+    "_unpin_offload_buffers",
+    "dp_process_group",
+    "ipg_buckets",
+    "optimizer",
+    "state",
+    "param_groups",
+)
 
 # What __init__ would set back and a run must keep: the fp16 scaler, hooks the engine registered, and the last norms.
 _CARRIED_FIELDS = (
@@ -133,6 +142,43 @@ class ZeroPartitions:
             key: PartitionState(master, dict(inner_state.get(master, {})))
             for key, master in zip(self.keys(), masters, strict=True)
         }
+
+    def pieces(self) -> dict[PartitionKey, list[Piece]]:
+        """Which elements of which parameters this rank's partitions hold; what is left of a partition is padding."""
+        rank = torch.distributed.get_rank(self._zero.dp_process_group)
+        masters = getattr(self._zero, self._stage.masters)
+        # Stages 1 and 2 may lay the parameters of a group out in another order (round_robin_gradients).
+        groups = self._zero.fp16_groups if self._stage is _STAGE_3 else self._zero.round_robin_bit16_groups
+        cut = _pieces_of_parameters if self._stage is _STAGE_3 else _pieces_of_buffer
+        return {
+            key: cut([(self._names[id(parameter)], parameter) for parameter in group], rank, master.numel())
+            for key, group, master in zip(self.keys(), groups, masters, strict=True)
+        }
+
+    @property
+    def takes_8bit_states(self) -> bool:
+        """Whether the optimizer keeps moments as codes and scales."""
+        return keeps_8bit_states(self._zero.optimizer)
+
+    def scaler_state(self) -> dict:
+        """The loss scale of fp16 and what decides on its next change, as plain values."""
+        return {name: value for name, value in vars(self._zero.loss_scaler).items() if isinstance(value, int | float)}
+
+    # What a resume does
+
+    def load_state(self, key: PartitionKey, fields: dict) -> None:
+        """Fill one partition with its saved master ("master") and, once it has stepped, moments."""
+        inner = self._zero.optimizer
+        index = self.keys().index(key)
+        master = getattr(self._zero, self._stage.masters)[index]
+        master.data.copy_(fields["master"])
+        if "step" in fields:
+            restore_state(inner, inner.param_groups[index], master, fields)
+
+    def load_scaler_state(self, state: dict) -> None:
+        """Go on with the loss scale of a saved run."""
+        for name, value in state.items():
+            setattr(self._zero.loss_scaler, name, value)
 
     # What a switch does
 
@@ -222,6 +268,30 @@ class ZeroPartitions:
                 f"DeepSpeed {metadata.version('deepspeed')} lacks {', '.join(missing)}, which LISA needs to "
                 f"re-partition its {self._stage.class_name}: {_INSTALL}."
             )
+
+
+def _pieces_of_buffer(group: list[tuple[str, torch.nn.Parameter]], rank: int, numel: int) -> list[Piece]:
+    """Stages 1 and 2 lay the parameters of a group end to end and cut the whole into a partition for each rank."""
+    pieces, begins = [], -rank * numel
+    for name, parameter in group:
+        first, last = max(begins, 0), min(begins + parameter.numel(), numel)
+        if first < last:
+            pieces.append(Piece(name, start=first - begins, length=last - first, offset=first))
+        begins += parameter.numel()
+    return pieces
+
+
+def _pieces_of_parameters(group: list[tuple[str, torch.nn.Parameter]], rank: int, numel: int) -> list[Piece]:
+    """Stage 3 cuts each parameter by itself, the last rank's share filled up with padding."""
+    pieces, offset = [], 0
+    for name, parameter in group:
+        share = parameter.ds_tensor.ds_numel
+        length = min(share, parameter.ds_numel - rank * share)
+        if length > 0:
+            pieces.append(Piece(name, start=rank * share, length=length, offset=offset))
+        offset += share
+    assert offset == numel
+    return pieces
 
 
 def _stage_of(engine: deepspeed.DeepSpeedEngine) -> _Stage:

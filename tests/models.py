@@ -22,8 +22,8 @@ def tiny_llama(seed: int = 0, num_layers: int = 6, tied: bool = False) -> LlamaF
     )
 
 
-def tiny_gpt2(seed: int = 0, num_layers: int = 6):
-    """A GPT-2: tied embeddings, learned positions, biases, no dropout."""
+def tiny_gpt2(seed: int = 0, num_layers: int = 6, dropout: float = 0.0):
+    """A GPT-2: tied embeddings, learned positions, biases."""
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=VOCABULARY,
@@ -31,9 +31,9 @@ def tiny_gpt2(seed: int = 0, num_layers: int = 6):
         n_layer=num_layers,
         n_head=4,
         n_positions=64,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
     )
     return AutoModelForCausalLM.from_config(config)
 

@@ -10,8 +10,9 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"config"},
     {"ds_config", "blocks", "sampling", "data", "attention", "metrics", "cpu_bf16"},
+    {"files", "stop_signals", "watchdog"},
     {"optimizer", "states", "memory"},
-    {"zero"},
+    {"zero", "state_files", "weights"},
     {"invariants", "controller"},
     {"checkpoint", "evaluation", "analysis"},
     {"trainer"},

@@ -299,7 +299,6 @@ def test_state_comes_back_before_and_after_attach():
     ("change", "said"),
     [
         ({"version": 99}, "has version 99; this release reads 1"),
-        ({"active_layers": [1]}, "the LISA state has 1 active layers"),
         ({"visit_counts": [0] * 4}, "of a model with 4 decoder"),
     ],
 )
@@ -307,6 +306,42 @@ def test_a_state_of_another_kind_is_refused(change, said):
     lisa = LisaController(tiny_llama(), lisa_dist.LisaConfig())
     with pytest.raises(ValueError, match=said):
         lisa.load_state_dict(lisa.state_dict() | change)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lisa_activated_layers": 3}, "--lisa_activated_layers 3 (it had 2)"),
+        ({"lisa_interval_steps": 4}, "--lisa_interval_steps 4 (it had 6)"),
+        (
+            {"lisa_sampler": "cyclic", "lisa_seed": 5},
+            "--lisa_sampler cyclic (it had uniform), --lisa_seed 5 (it had 0)",
+        ),
+        ({"lisa_always_on": "head,rest", "lisa_frozen": "embed"}, "--lisa_frozen embed (it had )"),
+    ],
+)
+def test_other_settings_begin_with_a_period_only(settings, said):
+    saved = LisaController(tiny_llama(), lisa_dist.LisaConfig(lisa_interval_steps=6)).state_dict()
+    other = lisa_dist.LisaConfig(**{"lisa_interval_steps": 6} | settings)
+    for step in (5, 6):
+        multiple = 12 if "lisa_interval_steps" in settings else 6
+        if step % other.lisa_interval_steps == 0:
+            continue
+        with pytest.raises(ValueError, match="had other settings than") as error:
+            LisaController(tiny_llama(), other).load_state_dict(saved | {"step": step})
+        assert said in str(error.value)
+        assert f"a multiple of {multiple} steps" in str(error.value)
+    lisa = LisaController(tiny_llama(), other)
+    lisa.load_state_dict(saved | {"step": 12, "period": 1})
+    assert lisa.period == 12 // other.lisa_interval_steps
+    assert len(lisa.active_layers) == other.lisa_activated_layers
+
+
+def test_settings_that_decide_on_no_layer_may_change_at_any_step():
+    saved = LisaController(tiny_llama(), lisa_dist.LisaConfig()).state_dict() | {"step": 7, "active_layers": [1, 4]}
+    lisa = LisaController(tiny_llama(), lisa_dist.LisaConfig(lisa_state="reset_all", lisa_debug=True))
+    lisa.load_state_dict(saved)
+    assert lisa.active_layers == (1, 4)
 
 
 def keep_identity(ds_config: str) -> None:

@@ -268,7 +268,7 @@ def lisa_with_all_layers(ds_config: str, dtype: torch.dtype) -> dict[str, torch.
     for step, micro_batches in enumerate(token_batches(8, rows=4)):
         if step > 0 and step % INTERVAL == 0:
             # The same set goes on as it is; what a rebuild would do to it is what we want to see.
-            lisa._partitions.repartition([group["params"] for group in lisa.param_groups()], lisa.partition_states())
+            lisa.partitions.repartition([group["params"] for group in lisa.param_groups()], lisa.partition_states())
         train_step(engine, lisa, micro_batches)
     weights = full_weights(engine)
     engine.destroy()

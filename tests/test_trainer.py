@@ -1,16 +1,18 @@
 """LISA in the Hugging Face Trainer: the same losses as the reference, under its schedule and accumulation."""
 
+import json
 import math
 import os
 
 import deepspeed
 import pytest
 import torch
-from models import tiny_llama, token_batches
+from models import tiny_gpt2, tiny_llama, token_batches
 from ranks import run_ranks
 from reference import train_reference
 from torch import distributed as dist
 from transformers import Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lisa_dist import LisaConfig, LisaMixin
 from lisa_dist.ds_config import find_ds_config
@@ -169,3 +171,70 @@ def refused(output_dir: str, what: str) -> str:
 def test_arguments_that_cannot_work_are_refused(tmp_path, what, said):
     assert said in run_ranks(refused, 2, str(tmp_path), what)[0]
     assert not (tmp_path / "lisa_log.jsonl").exists(), "nothing half-written"
+
+
+class Shuffled(LisaMixin, Trainer):
+    """The Trainer's own shuffling."""
+
+
+def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, seed: int = 0) -> dict:
+    """Train with dropout and shuffling; what came of it."""
+    unset_hf_deepspeed_config()  # of an earlier trainer in this process: the model would be built under its zero.Init
+    rows = rows_for(2) * 2
+    world_size = dist.get_world_size()
+    trainer = Shuffled(
+        model=tiny_gpt2(seed=seed, dropout=0.1).to(torch.bfloat16 if changes.get("bf16") else torch.float32),
+        args=arguments(
+            output_dir,
+            ds_config,
+            **{
+                "save_strategy": "steps",
+                "save_steps": 2,
+                "per_device_train_batch_size": 2 * ROWS // world_size,
+                "save_total_limit": 3,
+            }
+            | changes,
+        ),
+        train_dataset=rows,
+        lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_debug=True),
+    )
+    trainer.train(resume_from_checkpoint=resume_from)
+    parameters = dict(trainer.model.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(parameters.values())):
+        weights = {name: value.detach().clone() for name, value in parameters.items()}
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "weights": weights,
+        "losses": [entry["loss"] for entry in logs],
+        "learning_rates": [entry["learning_rate"] for entry in logs],
+        "stopped_by": trainer.stopped_by,
+    }
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "changes"),
+    [
+        ("zero1", {}),
+        ("zero2", {"bf16": True}),
+        ("zero3", {}),
+        ("zero3", {"bf16": True, "gradient_accumulation_steps": 1, "save_steps": 3}),
+        ("zero2_offload", {}),
+    ],
+)
+def test_a_resumed_run_is_the_run(tmp_path, ds_config, changes):
+    """Data order, dropout, schedule and accumulation included, from other initial weights."""
+    whole = run_ranks(train_shuffled, 2, str(tmp_path), ds_config, changes, None)[0]
+    saved = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert saved == (["checkpoint-3", "checkpoint-6", "checkpoint-8"] if "save_steps" in changes
+                     else ["checkpoint-4", "checkpoint-6", "checkpoint-8"])  # fmt: skip
+    log = (tmp_path / "lisa_log.jsonl").read_text()
+    for folder in saved[:2]:
+        resumed = run_ranks(train_shuffled, 2, str(tmp_path), ds_config, changes, str(tmp_path / folder), 99)[0]
+        for name, value in whole["weights"].items():
+            assert torch.equal(value, resumed["weights"][name]), f"{name} from {folder}"
+        assert resumed["losses"] == whole["losses"]
+        assert resumed["learning_rates"] == whole["learning_rates"]
+    periods = [json.loads(line) for line in (tmp_path / "lisa_log.jsonl").read_text().splitlines()]
+    assert [(one["period"], one["layers"]) for one in periods] == [
+        (one["period"], one["layers"]) for one in map(json.loads, log.splitlines())
+    ]

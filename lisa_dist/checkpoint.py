@@ -1,0 +1,267 @@
+"""Checkpoints of a LISA run: whole or not there, resumed bit for bit, on any world size and ZeRO stage.
+
+A folder `checkpoint-N` holds
+
+- the model as `save_pretrained` writes it, all blocks, asleep or not;
+- `lisa_optimizer-RANK-of-RANKS.safetensors`: masters and moments of the active blocks, keyed by parameter name;
+- `lisa_state.json`: format, step, period, active layers, settings, versions, and the SHA-256 of every other file.
+
+DeepSpeed's own checkpoints are no base for this: they tie the optimizer to one world size, and its universal form
+restores neither frozen weights nor the step counts of several groups.
+
+A save, on every rank::
+
+    weights   gathered block by block under ZeRO-3; one rank writes        A resume::
+    states    each rank writes what it owns                                  check    the sums of all files
+    sums      each rank hashes its share of the files, flushed to disk       weights  every block
+    rename    tmp-checkpoint-N becomes checkpoint-N                          layers   activated and partitioned
+                                                                             states   masters, moments, counters
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from importlib import metadata
+from pathlib import Path
+
+from torch import distributed as dist
+
+from lisa_dist.config import UserError
+from lisa_dist.controller import LisaController
+from lisa_dist.files import (
+    DamagedError,
+    SaveError,
+    check_files,
+    describe_files,
+    flush_folder,
+    gather,
+    raise_together,
+    read_json,
+    together,
+    write_json,
+)
+from lisa_dist.state_files import STATE_FILES, StateFiles, state_file, write_states
+from lisa_dist.weights import MAX_SHARD_SIZE, export_weights, has_weights, read_weights, write_weights
+
+STATE_NAME = "lisa_state.json"
+FORMAT = 1
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+# Files of a checkpoint that an export leaves behind; weights are exported by themselves.
+_NOT_THE_MODEL = (
+    STATE_FILES,
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "rng_state*",
+    "scheduler.pt",
+    "trainer_state.json",
+    "training_args.bin",
+)
+_PACKAGES = ("lisa_dist", "torch", "deepspeed", "transformers")
+
+
+def save_checkpoint(
+    lisa: LisaController,
+    folder: str | Path,
+    *,
+    writes: bool | None = None,
+    write_more: Callable[[Path], None] | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write a checkpoint; every rank calls it between two optimizer steps.
+
+    `writes` says whether this rank writes the model (rank 0 by default); `write_more(path)` may add files on any rank.
+    Nothing stands at `folder` before all of it is on disk. Raises SaveError on every rank when one cannot write.
+    """
+    folder = Path(folder)
+    writes = dist.get_rank() == 0 if writes is None else writes
+    staging = folder.with_name(f"tmp-{folder.name}")
+    try:
+        with together(folder):
+            if writes:
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+        with together(folder):
+            if write_more is not None:
+                write_more(staging)
+        write_weights(lisa.engine.module, lisa.blocks, staging, writes, max_shard_size)
+        with together(folder):
+            file = staging / state_file(dist.get_rank(), dist.get_world_size())
+            write_states(file, lisa.partition_states(), lisa.partitions.pieces())
+        files = describe_files(staging)
+        with together(folder):
+            if writes:
+                write_json(staging / STATE_NAME, _state_of(lisa) | {"files": files})
+                _put_in_place(staging, folder)
+    except SaveError:
+        if writes:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict | None = None) -> dict:
+    """Go on from a checkpoint: weights, active layers, optimizer states, step count; returns its state.
+
+    `state` is what `read_state` gave, if it was called before.
+
+    The controller must be attached, to an engine of any world size and ZeRO stage; the learning-rate schedule is the
+    caller's. Raises ValueError, naming the file or the setting, for a damaged checkpoint or one of another run.
+    """
+    folder = Path(folder)
+    state = state or read_state(folder)
+    engine = lisa.engine
+    read_weights(engine.module, lisa.blocks, folder)
+    for name, value in state["engine"].items():
+        setattr(engine, name, value)
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+    lisa.load_state_dict(state["lisa"])
+    saved = StateFiles([folder / state_file(rank, state["world_size"]) for rank in range(state["world_size"])])
+    pieces = lisa.partitions.pieces()
+    for key, held in lisa.partition_states().items():
+        fields = saved.read(key, pieces[key], held.numel, lisa.partitions.takes_8bit_states)
+        if fields is not None:  # else it begins afresh, with other settings
+            lisa.partitions.load_state(key, fields)
+    lisa.partitions.load_scaler_state(state["scaler"])
+    rates = state["learning_rates"]
+    for group in engine.optimizer.param_groups:
+        group |= rates.get(group["lisa_group"], {})
+    return state
+
+
+def read_state(folder: Path) -> dict:
+    """The checkpoint's `lisa_state.json`, once every file has been found as it was written; all ranks call it."""
+    path = folder / STATE_NAME
+    problems, state = [], {}
+    try:
+        state = read_json(path)
+    except DamagedError as error:
+        problems = [str(error).removesuffix(".")]
+    raise_together(problems)
+    if state["format"] > FORMAT:
+        raise UserError(
+            f"{path} has format {state['format']}, written by lisa_dist {state['versions']['lisa_dist']}; this release "
+            f"reads up to {FORMAT}: upgrade lisa_dist."
+        )
+    check_files(folder, state["files"])
+    return state
+
+
+def export_checkpoint(folder: str | Path, out: str | Path) -> None:
+    """Turn a checkpoint into a folder that `from_pretrained` loads and that holds nothing else; without ranks or a GPU.
+
+    Raises ValueError when a file of the checkpoint is damaged, or `out` is there already.
+    """
+    folder, out = Path(folder), Path(out)
+    if not (folder / STATE_NAME).is_file():
+        raise UserError(f"{folder} is no checkpoint of a LISA run: there is no {STATE_NAME} in it.")
+    if out.exists():
+        raise UserError(f"{out} is there already: choose a folder that is not.")
+    state = read_state(folder)
+    staging = out.with_name(f"tmp-{out.name}")
+    with together(out):
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        export_weights(folder, staging)
+        for name in state["files"]:
+            if not any(fnmatch(name, pattern) for pattern in _NOT_THE_MODEL):
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / name, staging / name)
+        describe_files(staging)  # flushes them
+        _put_in_place(staging, out)
+
+
+def export_main(folder: str, out: str) -> None:
+    """`lisa-dist export`: an error of the user's is one line and exit status 2."""
+    try:
+        export_checkpoint(folder, out)
+    except UserError as error:
+        print(f"lisa-dist export: {error}", flush=True)
+        raise SystemExit(2) from error
+    print(f"saved {out}; load it with from_pretrained")
+
+
+def holds_only_weights(folder: Path) -> bool:
+    """Whether a folder is a model's, such as a checkpoint of another trainer, and nothing of a LISA run."""
+    return has_weights(folder) and not (folder / STATE_NAME).exists() and not list(folder.glob(STATE_FILES))
+
+
+def start_from_weights(lisa: LisaController, folder: Path) -> None:
+    """Begin a run from the weights in a folder: an attached controller at step 0 takes them over."""
+    read_weights(lisa.engine.module, lisa.blocks, folder)
+    lisa.load_state_dict(lisa.state_dict())  # partitions anew, with masters from the weights
+
+
+def find_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint in a folder, or None; says on rank 0 which damaged ones were passed over."""
+    for folder in _listed_checkpoints(Path(output_dir)):
+        try:
+            read_state(folder)
+        except DamagedError as error:
+            if dist.get_rank() == 0:
+                print(f"warning: {folder} is passed over: {error}", flush=True)
+        else:
+            return folder
+    return None
+
+
+def rotate_checkpoints(newest: Path, limit: int | None, best: Path | None = None) -> None:
+    """Delete the oldest checkpoints beside `newest`, which was just written, until `limit` are left; on one rank.
+
+    `newest` and `best` always stay. Later steps than `newest`'s go first: a run that went back has left them behind.
+    """
+    if limit is None or limit < 1:
+        return
+    steps = {path: step for path, step in _checkpoints_in(newest.parent) if path not in (newest, best)}
+    order = sorted(steps, key=lambda path: (steps[path] < steps.get(newest, _step_of(newest)), steps[path]))
+    kept = {newest, best} - {None}
+    for path in order[: max(0, len(order) + len(kept) - max(limit, len(kept)))]:
+        doomed = path.with_name(f"tmp-{path.name}")
+        os.rename(path, doomed)  # a half-deleted checkpoint must not look like one
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(_FOLDER.fullmatch(folder.name)[1])
+
+
+def _checkpoints_in(output_dir: Path) -> Iterator[tuple[Path, int]]:
+    for path in output_dir.iterdir() if output_dir.is_dir() else ():
+        if _FOLDER.fullmatch(path.name) and path.is_dir():
+            yield path, _step_of(path)
+
+
+def _listed_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints, newest first, as rank 0 sees them."""
+    found = sorted(_checkpoints_in(output_dir), key=lambda found: found[1], reverse=True)
+    return [path for path, _ in gather(found)[0]]
+
+
+def _state_of(lisa: LisaController) -> dict:
+    engine = lisa.engine
+    rates = {
+        group["lisa_group"]: {name: group[name] for name in ("lr", "initial_lr") if name in group}
+        for group in engine.optimizer.param_groups
+    }
+    return {
+        "format": FORMAT,
+        "world_size": dist.get_world_size(),
+        "zero_stage": engine.zero_optimization_stage(),
+        "model": type(engine.module).__name__,
+        "lisa": lisa.state_dict(),
+        "engine": {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")},
+        "scaler": lisa.partitions.scaler_state(),
+        "learning_rates": rates,
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _put_in_place(staging: Path, folder: Path) -> None:
+    """Make the staged checkpoint the one at `folder`, in one step unless another one stands there."""
+    flush_folder(staging)
+    replaced = folder.with_name(f"tmp-replaced-{folder.name}")
+    if folder.exists():
+        os.rename(folder, replaced)
+    os.rename(staging, folder)
+    flush_folder(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,170 @@
+"""The model's weights to files and back, one block at a time, so that ZeRO-3 never gathers a whole model anywhere.
+
+The files are those of `save_pretrained`: `model.safetensors`, or shards with an index; `from_pretrained` loads them.
+The rank that writes holds one shard of at most `max_shard_size` bytes beside its own share of the model.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import deepspeed
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import distributed as dist
+from transformers import AutoConfig
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from lisa_dist.blocks import Blocks, parameter_numel, parameter_shape
+from lisa_dist.config import UserError
+from lisa_dist.files import replacing, together
+
+MAX_SHARD_SIZE = 5 * 1024**3  # bytes
+_DTYPE_NAMES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def write_weights(
+    model: torch.nn.Module,
+    blocks: Blocks,
+    folder: Path,
+    writes: bool,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    original_names: bool = False,
+) -> None:
+    """Write every weight and persistent buffer into `folder`; all ranks call it, those with `writes` write.
+
+    The names are the model's own, for `read_weights`, or those of the files on the hub (`original_names`), where
+    transformers loads a model under other names, as it does with fused experts. Raises SaveError on all ranks when one
+    cannot write.
+    """
+    shards = list(_fill_shards(model, blocks, max_shard_size))
+    names = [SAFE_WEIGHTS_NAME]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    index: dict = {"metadata": {"total_size": 0}, "weight_map": {}}
+    for file_name, parts in zip(names, shards, strict=True):
+        shard: dict[str, torch.Tensor] = {}
+        for tensors in parts:
+            with deepspeed.zero.GatheredParameters(list(tensors.values())):
+                if writes:
+                    part = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+                    shard |= _rename(model, part) if original_names else part
+        with together(folder):
+            if writes:
+                with replacing(folder / file_name) as path:
+                    save_file(shard, path, metadata={"format": "pt"})
+        index["weight_map"] |= dict.fromkeys(shard, file_name)
+        index["metadata"]["total_size"] += sum(value.nbytes for value in shard.values())
+    with together(folder):
+        if writes and len(shards) > 1:
+            with replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as path:
+                path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_weights(model: torch.nn.Module, blocks: Blocks, folder: Path) -> None:
+    """Fill the model from what `write_weights` wrote; all ranks call it.
+
+    Raises ValueError, before anything is changed, when the files are of another model or precision.
+    """
+    holders = _open_weights(folder)
+    parts = _parts(model, blocks)
+    _check_same_model(model, {name: value for part in parts for name, value in part.items()}, holders, folder)
+    for tensors in parts:
+        with deepspeed.zero.GatheredParameters(list(tensors.values()), modifier_rank=0), torch.no_grad():
+            for name, value in tensors.items():
+                # What ZeRO-3 has gathered goes from rank 0 to all; anything else every rank reads for itself.
+                if dist.get_rank() == 0 or not hasattr(value, "ds_id"):
+                    value.copy_(holders[name].get_tensor(name))
+
+
+def export_weights(folder: Path, out: Path) -> None:
+    """Copy a checkpoint's weights, file by file, under the names of the files on the hub; needs no ranks and no GPU."""
+    config = AutoConfig.from_pretrained(folder)
+    model_class = getattr(transformers, (config.architectures or ["none"])[0], None)
+    model = None
+    if model_class is not None:  # else its code came with the model, and so did its names
+        with torch.device("meta"):
+            model = model_class(config)
+    weight_map = {}
+    for path in (folder / name for name in _weight_files(folder)):
+        tensors = load_file(path)
+        tensors = tensors if model is None else _rename(model, tensors)
+        save_file(tensors, out / path.name, metadata={"format": "pt"})
+        weight_map |= {name: (path.name, value.nbytes) for name, value in tensors.items()}
+    if len({name for name, _ in weight_map.values()}) > 1:
+        index = {
+            "metadata": {"total_size": sum(size for _, size in weight_map.values())},
+            "weight_map": {name: file for name, (file, _) in sorted(weight_map.items())},
+        }
+        (out / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights that `read_weights` reads."""
+    return any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+
+
+def _parts(model: torch.nn.Module, blocks: Blocks) -> list[dict[str, torch.Tensor]]:
+    """Everything that is saved, by name: the parameters of each block, then the persistent buffers."""
+    saved = model.state_dict().keys()
+    buffers = {name: value for name, value in model.named_buffers() if name in saved}
+    return [*(block.parameters for block in blocks), buffers]
+
+
+def _fill_shards(
+    model: torch.nn.Module, blocks: Blocks, max_shard_size: int
+) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """The parts in order, as many to a shard as fit."""
+    shard, filled = [], 0
+    for tensors in _parts(model, blocks):
+        size = sum(parameter_numel(value) * value.element_size() for value in tensors.values())
+        if shard and filled + size > max_shard_size:
+            yield shard
+            shard, filled = [], 0
+        shard.append(tensors)
+        filled += size
+    yield shard
+
+
+def _rename(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole blocks under the names, and in the shapes, of the files on the hub."""
+    renamed = revert_weight_conversion(model, tensors)
+    return {name: value.contiguous() for name, value in renamed.items()}
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+        return sorted(set(index["weight_map"].values()))
+    return [SAFE_WEIGHTS_NAME]
+
+
+def _open_weights(folder: Path) -> dict[str, safe_open]:
+    """The file that holds each tensor, by the tensor's name."""
+    files = [safe_open(folder / name, framework="pt") for name in _weight_files(folder)]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no dict
+
+
+def _check_same_model(
+    model: torch.nn.Module, wanted: dict[str, torch.Tensor], holders: dict[str, safe_open], folder: Path
+) -> None:
+    missing = [name for name in wanted if name not in holders]
+    # A tied matrix may be in the files under its second name too.
+    unknown = [name for name in holders if name not in wanted and name not in model.state_dict()]
+    other = []
+    for name in wanted.keys() & holders.keys():
+        saved, value = holders[name].get_slice(name), wanted[name]
+        shape, dtype = saved.get_shape(), _DTYPE_NAMES.get(saved.get_dtype(), value.dtype)
+        if (tuple(shape), dtype) != (parameter_shape(value), value.dtype):
+            other.append(f"{name} is {dtype} {shape}, not {value.dtype} {list(parameter_shape(value))}")
+    if not (missing or unknown or other):
+        return
+    said = [f"{len(names)} {what}, such as {sorted(names)[0]}" for names, what in (
+        (missing, "parameters of the model are not in it"),
+        (unknown, "of its tensors are not in the model"),
+        (other, "have another shape or precision"),
+    ) if names]  # fmt: skip
+    raise UserError(f"{folder} is of another model than {type(model).__name__}: {'; '.join(said)}.")
