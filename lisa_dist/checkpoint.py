@@ -43,7 +43,7 @@ from lisa_dist.files import (
     write_json,
 )
 from lisa_dist.state_files import STATE_FILES, StateFiles, state_file, write_states
-from lisa_dist.weights import MAX_SHARD_SIZE, export_weights, has_weights, read_weights, write_weights
+from lisa_dist.weights import MAX_SHARD_SIZE, export_weights, has_weights, read_weights, write_configs, write_weights
 
 STATE_NAME = "lisa_state.json"
 FORMAT = 1
@@ -71,7 +71,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint; every rank calls it between two optimizer steps.
 
-    `writes` says whether this rank writes the model (rank 0 by default); `write_more(path)` may add files on any rank.
+    `writes` says whether this rank writes the model (rank 0 by default); `write_more(path)`, called on
+    every rank, adds what `save_pretrained` writes beside the weights, and anything else.
     Nothing stands at `folder` before all of it is on disk. Raises SaveError on every rank when one cannot write.
     """
     folder = Path(folder)
@@ -85,6 +86,8 @@ def save_checkpoint(
         with together(folder):
             if write_more is not None:
                 write_more(staging)
+            elif writes:
+                write_configs(lisa.engine.module, staging)
         write_weights(lisa.engine.module, lisa.blocks, staging, writes, max_shard_size)
         with together(folder):
             file = staging / state_file(dist.get_rank(), dist.get_world_size())
@@ -110,6 +113,7 @@ def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict | None
     """
     folder = Path(folder)
     state = state or read_state(folder)
+    lisa.check_state_dict(state["lisa"])
     engine = lisa.engine
     read_weights(engine.module, lisa.blocks, folder)
     for name, value in state["engine"].items():

@@ -345,16 +345,9 @@ class LisaController:
         """Activate the layers of a saved run; with an engine attached, partition them with masters from the weights.
 
         Other settings than the run's can only begin with a period: then the layers are those of the new settings.
-        Raises ValueError when the state is of another model, or of other settings in the middle of a period.
+        Raises ValueError as `check_state_dict` does.
         """
-        if state["version"] != STATE_VERSION:
-            raise UserError(f"the LISA state has version {state['version']}; this release reads {STATE_VERSION}.")
-        if len(state["visit_counts"]) != len(self.blocks.layers):
-            raise UserError(
-                f"the LISA state is of a model with {len(state['visit_counts'])} decoder layers; this one has "
-                f"{len(self.blocks.layers)}."
-            )
-        changed = self._check_settings(state["config"], state["step"])
+        changed = self.check_state_dict(state)
         self._resumed = True
         self.visit_counts = list(state["visit_counts"])
         if changed:
@@ -375,9 +368,19 @@ class LisaController:
         if self._watch is not None:
             self._watch.remember(self._sleeping_blocks())
 
-    def _check_settings(self, saved: dict, step: int) -> list[str]:
-        """The settings that differ from a saved run's, for which `step` must begin a period of both."""
-        mine = self.config.to_dict()
+    def check_state_dict(self, state: dict) -> list[str]:
+        """The settings in which a saved run differs from this one.
+
+        Raises ValueError when the state is of another model, or when they differ in the middle of a period.
+        """
+        if state["version"] != STATE_VERSION:
+            raise UserError(f"the LISA state has version {state['version']}; this release reads {STATE_VERSION}.")
+        if len(state["visit_counts"]) != len(self.blocks.layers):
+            raise UserError(
+                f"the LISA state is of a model with {len(state['visit_counts'])} decoder layers; this one has "
+                f"{len(self.blocks.layers)}."
+            )
+        saved, mine, step = state["config"], self.config.to_dict(), state["step"]
         changed = [name for name in mine if name not in FREE_SETTINGS and mine[name] != saved.get(name)]
         intervals = (saved["lisa_interval_steps"], self.config.lisa_interval_steps)
         if changed and any(step % interval for interval in intervals):

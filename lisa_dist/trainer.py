@@ -32,7 +32,7 @@ from lisa_dist.metrics import format_bytes, format_count, format_table, lisa_met
 from lisa_dist.optimizer import build_optimizer, check_optim
 from lisa_dist.stop_signals import StopSignals
 from lisa_dist.watchdog import Watchdog
-from lisa_dist.weights import write_weights
+from lisa_dist.weights import remove_weights, write_weights
 
 SCHEDULER_NAME = "scheduler.pt"
 TRAINER_STATE_NAME = "trainer_state.json"
@@ -180,8 +180,7 @@ class LisaMixin:
 
     def _save_without_weights(self, folder: Path) -> None:
         self._save(str(folder), state_dict={})
-        for empty in folder.glob("model*.safetensors"):
-            empty.unlink()
+        remove_weights(folder)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add lisa/... to every training log, so that each tracker has them."""

@@ -64,6 +64,18 @@ def write_weights(
                 path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def write_configs(model: torch.nn.Module, folder: Path) -> None:
+    """Write all of `save_pretrained` but the weights; on one rank."""
+    model.save_pretrained(folder, state_dict={})
+    remove_weights(folder)
+
+
+def remove_weights(folder: Path) -> None:
+    """Remove the weights of an earlier save, or the empty ones of a save without weights."""
+    for path in folder.glob("model*.safetensors"):
+        path.unlink()
+
+
 def read_weights(model: torch.nn.Module, blocks: Blocks, folder: Path) -> None:
     """Fill the model from what `write_weights` wrote; all ranks call it.
 

@@ -3,6 +3,10 @@
 Every resume begins from other initial weights than the run had, so that what is not restored is seen.
 """
 
+import json
+import resource
+import shutil
+import subprocess
 from pathlib import Path
 
 import deepspeed
@@ -13,7 +17,15 @@ from ranks import run_ranks
 from torch import distributed as dist
 
 import lisa_dist
-from lisa_dist.checkpoint import load_checkpoint, save_checkpoint
+from lisa_dist.checkpoint import (
+    STATE_NAME,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    rotate_checkpoints,
+    save_checkpoint,
+)
+from lisa_dist.files import write_json
 
 STAGES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 STEPS, INTERVAL = 8, 3
@@ -160,3 +172,175 @@ def test_8bit_states_go_on_elsewhere(tmp_path):
         changed = options | {"optim": optim}
         resumed = run_ranks(resume, world_size, str(tmp_path), 5, ds_config, torch.float32, changed)[0]
         assert resumed["losses"] == pytest.approx(whole["losses"][5:], abs=2e-3), (ds_config, world_size, optim)
+
+
+def save_once(folder: str, model=None, steps: int = 2, ds_config: str = "zero2", **settings):
+    """A run of some steps, saved in checkpoint-<steps>; the engine and the controller."""
+    engine, lisa = start(ds_config, torch.float32, {"lisa": settings}, model)
+    train(engine, lisa, steps, {})
+    save_checkpoint(lisa, Path(folder) / f"checkpoint-{steps}")
+    return engine, lisa
+
+
+def damage_each_file(folder: str) -> list[str]:
+    """What is said for each way of damaging each file of a checkpoint; the older one must be found instead."""
+    engine, lisa = save_once(folder)
+    train(engine, lisa, 3, {})
+    newest = Path(folder) / "checkpoint-3"
+    save_checkpoint(lisa, newest)
+    assert find_checkpoint(folder) == newest
+    problems = []
+    for name in sorted(str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()):
+        path = newest / name
+        whole = path.read_bytes()
+        flipped = bytes([*whole[:-20], whole[-20] ^ 1, *whole[-19:]])
+        for how, content in {"cut": whole[:-7], "empty": b"", "flip": flipped, "remove": None}.items():
+            dist.barrier()
+            if dist.get_rank() == 0:
+                path.unlink() if content is None else path.write_bytes(content)
+            dist.barrier()
+            with pytest.raises(ValueError, match=name) as error:
+                load_checkpoint(lisa, newest)
+            assert find_checkpoint(folder) == newest.with_name("checkpoint-2"), (name, how)
+            problems.append(f"{name} {how}: {error.value}")
+            dist.barrier()
+            if dist.get_rank() == 0:
+                path.write_bytes(whole)
+    dist.barrier()
+    read_state(newest)
+    engine.destroy()
+    return problems
+
+
+def test_every_damaged_file_is_named_and_the_older_checkpoint_found(tmp_path):
+    problems, others = run_ranks(damage_each_file, 2, str(tmp_path))
+    assert problems == others, "all ranks say the same"
+    files = {problem.split()[0] for problem in problems}
+    assert {STATE_NAME, "model.safetensors", "config.json", "lisa_optimizer-00001-of-00002.safetensors"} <= files
+    assert len(problems) == 4 * len(files)
+
+
+def refused_checkpoints(folder: str) -> list[str]:
+    engine, lisa = save_once(folder)
+    short = tiny_llama()
+    short.resize_token_embeddings(96)
+    saved = Path(folder) / "checkpoint-2"
+    state = json.loads((saved / STATE_NAME).read_text())
+    said = []
+
+    def expect(words: str, lisa, path=saved) -> None:
+        before = everything(lisa.engine, lisa)
+        with pytest.raises(ValueError, match=words) as error:
+            load_checkpoint(lisa, path)
+        for name, value in everything(lisa.engine, lisa).items():
+            assert torch.equal(value, before[name]), f"{words}: {name} was changed"
+        said.append(str(error.value))
+
+    newer = Path(folder) / "newer"
+    if dist.get_rank() == 0:
+        shutil.copytree(saved, newer)
+        del state["checksum"]
+        write_json(newer / STATE_NAME, state | {"format": 99})
+    dist.barrier()
+    expect("has format 99, written by lisa_dist", lisa, newer)
+    expect(f"{STATE_NAME} cannot be read", lisa, Path(folder) / "checkpoint-7")
+    engine.destroy()
+    for words, model, settings in (
+        ("of a model with 6 decoder layers; this one has 5", tiny_llama(num_layers=5), {}),
+        ("such as lm_head.weight is torch.float32 .128, 64., not torch.float32 .96, 64.", short, {}),
+        ("--lisa_activated_layers 3 .it had 2.", tiny_llama(), {"lisa_activated_layers": 3}),
+        ("--lisa_interval_steps 5 .it had 3.", tiny_llama(), {"lisa_interval_steps": 5}),
+    ):
+        engine, lisa = start("zero3", torch.float32, {"lisa": settings}, model)
+        expect(words, lisa)
+        engine.destroy()
+    engine, lisa = start("zero2", torch.bfloat16, {})
+    expect("is torch.float32", lisa)
+    engine.destroy()
+    return said
+
+
+def test_checkpoints_of_other_runs_are_refused_before_anything_changes(tmp_path):
+    mine, others = run_ranks(refused_checkpoints, 2, str(tmp_path))
+    assert mine == others, "all ranks say the same"
+
+
+def resume_with_other_settings(folder: str) -> None:
+    """At the end of a period the next one may have other settings; what stays awake keeps its states."""
+    engine, lisa = save_once(folder, steps=6)
+    before = everything(engine, lisa)
+    kept = {key: state.master.clone() for key, state in lisa.partition_states().items()}
+    engine.destroy()
+    settings = {"lisa_activated_layers": 3, "lisa_interval_steps": 2, "lisa_sampler": "cyclic"}
+    engine, lisa = start("zero2", torch.float32, {"lisa": settings}, tiny_llama(seed=99))
+    load_checkpoint(lisa, Path(folder) / "checkpoint-6")
+    assert lisa.period == 3
+    assert lisa.active_layers == (3, 4, 5)
+    states = lisa.partition_states()
+    for name, value in everything(engine, lisa).items():
+        if name in before and not name.startswith("("):
+            assert torch.equal(value, before[name]), name
+    always_on = [key for key in kept if "layers" not in key[0]]
+    assert always_on
+    for key in always_on:
+        assert torch.equal(states[key].master, kept[key])
+        assert states[key].optimizer_state, "moments of always-on blocks go on"
+    fresh = [key for key in states if key not in kept]
+    assert fresh
+    assert not any(states[key].optimizer_state for key in fresh)
+    assert len(train(engine, lisa, STEPS, {})) == 2
+    engine.destroy()
+
+
+def test_other_settings_may_begin_with_a_period(tmp_path):
+    run_ranks(resume_with_other_settings, 2, str(tmp_path))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB; where none may be mounted, files of at most 1 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True)
+    yield folder, None if mounted.returncode == 0 else 1_000_000
+    if mounted.returncode == 0:
+        subprocess.run(["umount", folder], check=True)
+
+
+def fill_disk(folder: str, largest_file: int | None) -> str:
+    """The first checkpoint fits, the second does not."""
+    engine, lisa = save_once(folder)
+    train(engine, lisa, 3, {})
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    with pytest.raises(ValueError, match="could not be written") as error:
+        save_checkpoint(lisa, Path(folder) / "checkpoint-3")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["checkpoint-2"]
+    assert find_checkpoint(folder) == Path(folder) / "checkpoint-2"
+    train(engine, lisa, STEPS, {})  # the run can go on
+    engine.destroy()
+    return str(error.value)
+
+
+def test_a_full_disk_keeps_the_older_checkpoint(small_disk):
+    folder, largest_file = small_disk
+    for said in run_ranks(fill_disk, 2, str(folder), largest_file):
+        assert said.startswith(f"{folder}/checkpoint-3 could not be written (rank ")
+        assert "No space left" in said or "File too large" in said
+
+
+def test_rotation_keeps_what_was_just_written_and_the_best(tmp_path):
+    def names() -> list[str]:
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    for step in (2, 4, 6, 8, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    rotate_checkpoints(tmp_path / "checkpoint-10", None)
+    assert len(names()) == 5
+    rotate_checkpoints(tmp_path / "checkpoint-8", 3, best=tmp_path / "checkpoint-2")
+    assert names() == ["checkpoint-2", "checkpoint-6", "checkpoint-8"], "10 was left behind by a run that went back"
+    rotate_checkpoints(tmp_path / "checkpoint-8", 1)
+    assert names() == ["checkpoint-8"]
+    rotate_checkpoints(tmp_path / "checkpoint-8", 1)
+    assert names() == ["checkpoint-8"]
