@@ -12,6 +12,7 @@ from torch import distributed as dist
 import lisa_dist
 from lisa_dist import zero
 from lisa_dist.controller import LisaController
+from lisa_dist.sampling import sample_layers
 
 pytestmark = pytest.mark.usefixtures("cpu_ops")
 
@@ -263,6 +264,27 @@ def debug_finds_drift() -> str:
 def test_debug_mode_sees_a_sleeping_weight_move():
     asleep, message = run_ranks(debug_finds_drift, 2)[0].split(": ", 1)
     assert f"model.layers.{asleep}." in message
+
+
+def draw_otherwise_on_rank_1() -> tuple:
+    engine, lisa = start("zero2")
+    if dist.get_rank() == 1:
+        lisa._draw = lambda period: (0, 1) if rank_0_draw(period) != (0, 1) else (2, 3)
+    drawn = []
+    for (tokens,) in token_batches(6, rows=4):
+        lisa.on_step_begin()
+        drawn.append(lisa.active_layers)
+        micro_step(engine, tokens)
+    engine.destroy()
+    return tuple(drawn[::2])
+
+
+def rank_0_draw(period: int) -> tuple[int, ...]:
+    return sample_layers("uniform", 6, 2, 0, period)
+
+
+def test_rank_0_draws_for_all():
+    assert run_ranks(draw_otherwise_on_rank_1, 2) == [tuple(rank_0_draw(period) for period in range(3))] * 2
 
 
 def restore_state() -> None:
