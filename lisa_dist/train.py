@@ -25,6 +25,7 @@ from lisa_dist.ds_config import check_ds_config, find_ds_config, read_ds_config,
 from lisa_dist.metrics import format_table
 from lisa_dist.optimizer import check_optim
 from lisa_dist.sampling import load_layer_weights
+from lisa_dist.stop_signals import catch_stop_signals
 from lisa_dist.trainer import HANG_TIMEOUT, LisaTrainer
 from lisa_dist.zero import forget_module_order
 
@@ -178,6 +179,7 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse and run. An error of the user's is one line, without a traceback, and exit status 2."""
+    catch_stop_signals()
     try:
         run(*parse_arguments(argv))
     except UserError as error:

@@ -1,8 +1,9 @@
 """Ranks that die, hang or raise: the others end within a bounded time and say which rank it was.
 
-A collective waits for all ranks, and neither gloo's nor NCCL's own timeouts bound every wait. So a thread of each rank
-writes a sign of life into a store of its own, once a second, and reads those of the others. The store is rank 0's; when
-rank 0 is the one to go, the others see that the store does not answer.
+A collective waits for all ranks, and neither gloo's nor NCCL's own timeouts bound every wait. So each rank puts a sign
+of life into a store of its own, once a second, and reads those of the others. The store is rank 0's. A request to a
+stopped rank 0 never returns, whatever the store's timeout: so one thread talks to the store and another looks at the
+clock, and the main thread does neither.
 """
 
 import faulthandler
@@ -15,9 +16,9 @@ from datetime import timedelta
 from torch import distributed as dist
 
 _INTERVAL = 1.0  # seconds between signs of life
-_SILENCE = 120.0  # a process without one is gone, however long a step may take
+_SILENCE = 120.0  # seconds after which a process without one is gone, however long a step may take
 _GRACE = 10.0  # seconds for the main thread to find out by itself that another rank has failed
-_FAILED = b"failed"
+_FAILED = "failed: "
 
 
 class Watchdog:
@@ -31,10 +32,14 @@ class Watchdog:
         self._timeout = timeout
         self._silence = min(timeout, _SILENCE)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._on = timeout > 0 and self._world_size > 1
         self._beats, self._last_beat = 0, time.monotonic()
-        self._keys = [f"rank {rank}" for rank in range(self._world_size)]
+        self._failure: str | None = None
         self._done = threading.Event()
-        self._thread: threading.Thread | None = None
+        # The last sign of each rank, and when it last changed; what the store's thread writes and the other reads.
+        self._signs = [""] * self._world_size
+        self._changed_at = [time.monotonic()] * self._world_size
+        self._answered_at = time.monotonic()
 
     def beat(self) -> None:
         """The main thread has come on."""
@@ -42,24 +47,26 @@ class Watchdog:
         self._last_beat = time.monotonic()
 
     def __enter__(self):
-        if self._timeout > 0 and self._world_size > 1:
-            self._store = self._connect()
+        if self._on:
+            store = self._connect()
+            self._answered_at = time.monotonic()
+            self._changed_at = [self._answered_at] * self._world_size
             self.beat()
-            self._thread = threading.Thread(target=self._watch, name="lisa_dist watchdog", daemon=True)
-            self._thread.start()
+            for target, args in ((self._exchange, (store,)), (self._watch, ())):
+                threading.Thread(target=target, args=args, name="lisa_dist watchdog", daemon=True).start()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if self._thread is None:
+        if not self._on:
             return
         if error is None:
             dist.barrier()  # from here on nobody's silence is a fault
-        self._done.set()
-        self._thread.join()
-        if error is None:
+            self._done.set()
             dist.barrier()  # nobody needs rank 0's store any more
         else:
-            self._explain(f"{kind.__name__}: {error}")
+            self._failure = f"{kind.__name__}: {error}"
+            self._explain()
+            self._done.set()
 
     def _connect(self) -> dist.TCPStore:
         host, patience = os.environ.get("MASTER_ADDR", "127.0.0.1"), timedelta(seconds=self._silence)
@@ -70,62 +77,70 @@ class Watchdog:
         dist.broadcast_object_list(port, src=0)
         if self._rank != 0:
             store = dist.TCPStore(host, port[0], is_master=False, wait_for_workers=False, timeout=patience)
-        store.set(self._keys[self._rank], "begins")
+        store.set(str(self._rank), "begins")
         dist.barrier()
         return store
 
-    # The thread
-
-    def _watch(self) -> None:
-        """One sign of life a second, and a look at everybody else's."""
-        count, seen = 0, {}
+    def _exchange(self, store: dist.TCPStore) -> None:
+        """The store's thread: one sign of life a second, and everybody else's."""
+        count, keys = 0, [str(rank) for rank in range(self._world_size)]
         while not self._done.wait(_INTERVAL):
             count += 1
+            sign = f"{count} {self._beats}" if self._failure is None else f"{_FAILED}{self._failure}"
             try:
-                self._store.set(self._keys[self._rank], f"{count} {self._beats}")
-                signs = self._store.multi_get(self._keys)
-            except RuntimeError as error:
-                self._end(f"rank 0 no longer answers ({type(error).__name__})")
-            now = time.monotonic()
+                store.set(str(self._rank), sign)
+                signs = [sign.decode() for sign in store.multi_get(keys)]
+            except RuntimeError:
+                self._answered_at = -float("inf")  # rank 0's process has ended
+                return
+            now = self._answered_at = time.monotonic()
             for rank, sign in enumerate(signs):
-                if sign.startswith(_FAILED):
-                    if not self._done.wait(_GRACE):  # most often its end has the main thread raise too
-                        self._end(f"rank {rank} has {sign.decode()}")
-                elif rank not in seen or seen[rank][0] != sign:
-                    seen[rank] = (sign, now)
-                elif now - seen[rank][1] > self._silence:
-                    self._end(f"rank {rank} has given no sign of life for {self._silence:.0f} s")
-            if now - self._last_beat > self._timeout:
+                if sign != self._signs[rank]:
+                    self._changed_at[rank] = now
+            self._signs = signs
+
+    def _watch(self) -> None:
+        """The clock's thread: ends the process when another rank is gone and the main thread does not notice."""
+        while not self._done.wait(_INTERVAL):
+            if self._failure is None and any(sign.startswith(_FAILED) for sign in self._signs):
+                if not self._done.wait(_GRACE) and self._failure is None:
+                    self._end(self._failed_ranks())
+            elif silent := self._silent_ranks(self._silence):
+                self._end(f"rank(s) {silent} have given no sign of life for {self._silence:.0f} s")
+            elif time.monotonic() - self._last_beat > self._timeout:
                 faulthandler.dump_traceback()
-                beats = [int(sign.split()[-1]) for sign in signs]
+                beats = [int(sign.split()[-1]) for sign in self._signs]
                 last = [rank for rank, count in enumerate(beats) if count == min(beats)]
-                self._end(f"no step for {self._timeout:.0f} s (--hang_timeout); furthest behind are the ranks {last}")
+                self._end(f"no step for {self._timeout:.0f} s (--hang_timeout); furthest behind: rank(s) {last}")
+
+    def _silent_ranks(self, seconds: float) -> list[int]:
+        now = time.monotonic()
+        if now - self._answered_at > seconds:
+            return [0] if self._rank != 0 else []
+        signs = zip(self._signs, self._changed_at, strict=True)
+        return [
+            rank
+            for rank, (sign, changed_at) in enumerate(signs)
+            if now - changed_at > seconds and not sign.startswith(_FAILED)
+        ]
+
+    def _failed_ranks(self) -> str:
+        signs = enumerate(self._signs)
+        return "; ".join(f"rank {rank} has {sign}" for rank, sign in signs if sign.startswith(_FAILED))
+
+    def _explain(self) -> None:
+        """The main thread has raised: tell the others, and say which rank is behind it, if another one is."""
+        others = self._failed_ranks()  # those that raised first
+        time.sleep(4 * _INTERVAL)
+        silent = self._silent_ranks(3 * _INTERVAL)
+        if silent:
+            self._say(f"rank(s) {silent} no longer answer: they were killed or have stopped")
+        elif others and self._failure not in others:
+            self._say(others)
 
     def _end(self, reason: str) -> None:
         self._say(reason)
         os._exit(1)  # the main thread is in a collective that will not return
-
-    # An exception in the main thread
-
-    def _explain(self, failure: str) -> None:
-        """Tell the others, and say which rank is behind it: one that is silent, else the first that failed."""
-        try:
-            if self._store.add("failures", 1) == 1:
-                self._store.set("first to fail", str(self._rank))
-            self._store.set(self._keys[self._rank], f"failed: {failure}")
-            before = self._store.multi_get(self._keys)
-            time.sleep(3 * _INTERVAL)
-            after = self._store.multi_get(self._keys)
-            first_to_fail = int(self._store.get("first to fail"))
-        except RuntimeError as error:
-            self._say(f"rank 0 no longer answers ({type(error).__name__})")
-            return
-        silent = [rank for rank, signs in enumerate(zip(before, after, strict=True)) if signs[0] == signs[1]]
-        silent = [rank for rank in silent if not after[rank].startswith(_FAILED)]
-        if silent:
-            self._say(f"ranks {silent} no longer answer: they were killed or have stopped")
-        elif after[first_to_fail] != after[self._rank]:
-            self._say(f"rank {first_to_fail} has {after[first_to_fail].decode()}")
 
     def _say(self, text: str) -> None:
         way_out = "go on from the last checkpoint with --resume_from_checkpoint true"
