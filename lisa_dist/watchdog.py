@@ -102,8 +102,11 @@ class Watchdog:
     def _watch(self) -> None:
         """The clock's thread: ends the process when another rank is gone and the main thread does not notice."""
         while not self._done.wait(_INTERVAL):
-            if self._failure is None and any(sign.startswith(_FAILED) for sign in self._signs):
-                if not self._done.wait(_GRACE) and self._failure is None:
+            if self._failure is not None:  # the main thread is on its way out
+                return
+            if self._failed_ranks():
+                self._done.wait(_GRACE)
+                if self._failure is None and not self._done.is_set():
                     self._end(self._failed_ranks())
             elif silent := self._silent_ranks(self._silence):
                 self._end(f"rank(s) {silent} have given no sign of life for {self._silence:.0f} s")
@@ -116,7 +119,7 @@ class Watchdog:
     def _silent_ranks(self, seconds: float) -> list[int]:
         now = time.monotonic()
         if now - self._answered_at > seconds:
-            return [0] if self._rank != 0 else []
+            return [] if self._rank == 0 or self._signs[0].startswith(_FAILED) else [0]
         signs = zip(self._signs, self._changed_at, strict=True)
         return [
             rank

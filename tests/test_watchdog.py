@@ -1,0 +1,131 @@
+"""Real processes that are killed, stopped or raise: the others end soon and name the rank; signals are agreed on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def rank_main(how: str, victim: int) -> None:
+    """A training loop without a model: what this file starts two of."""
+    import torch
+    from torch import distributed as dist
+
+    from lisa_dist.stop_signals import StopSignals
+    from lisa_dist.watchdog import Watchdog
+
+    dist.init_process_group("gloo")
+    mine = dist.get_rank() == victim
+    with StopSignals() as stop, Watchdog(0 if how == "off" else 3) as watchdog:
+        for step in range(40):
+            watchdog.beat()
+            dist.all_reduce(torch.ones(1))
+            stopped_by = stop.agreed()
+            if stopped_by is not None:
+                print(f"{stopped_by} after step {step}", flush=True)
+                break
+            if step == 5 and mine:
+                print("now", flush=True)
+                if how in ("SIGKILL", "SIGSTOP"):
+                    os.kill(os.getpid(), getattr(signal, how))
+                elif how == "raise":
+                    raise ValueError("a bad row")
+                elif how in ("stall", "twice"):
+                    time.sleep(100)
+            time.sleep(0.05)
+    dist.barrier()
+    dist.destroy_process_group()
+    print("ended", flush=True)
+
+
+def start(how: str, victim: int, tmp_path: Path) -> list[subprocess.Popen]:
+    from test_train import free_port  # not for the ranks, which need nothing of it
+
+    port = free_port()
+    ranks = []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        command = [sys.executable, __file__, how, str(victim)]
+        with (tmp_path / f"{rank}.out").open("w") as output, (tmp_path / f"{rank}.err").open("w") as errors:
+            ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=errors))
+    return ranks
+
+
+def wait_for(tmp_path: Path, rank: int, words: str) -> None:
+    deadline = time.monotonic() + 60
+    while words not in (tmp_path / f"{rank}.out").read_text():
+        assert time.monotonic() < deadline, (tmp_path / f"{rank}.err").read_text()
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("SIGKILL", "rank(s) [{}] no longer answer: they were killed or have stopped"),
+        ("SIGSTOP", "rank(s) [{}] have given no sign of life for 3 s"),
+        ("raise", "rank {} has failed: ValueError: a bad row"),
+        ("stall", "no step for 3 s (--hang_timeout); furthest behind: rank(s) [{}]"),
+    ],
+)
+def test_the_other_rank_ends_and_names_it(tmp_path, how, said, victim):
+    ranks = start(how, victim, tmp_path)
+    wait_for(tmp_path, victim, "now")
+    try:
+        assert ranks[1 - victim].wait(timeout=30) == 1
+    finally:
+        ranks[victim].kill()
+        ranks[victim].wait()
+    errors = (tmp_path / f"{1 - victim}.err").read_text()
+    assert f"lisa-dist, rank {1 - victim}: {said.format(victim)}" in errors
+    assert "--resume_from_checkpoint true" in errors
+
+
+def test_without_a_fault_both_end_well(tmp_path):
+    assert [rank.wait(timeout=60) for rank in start("nothing", 0, tmp_path)] == [0, 0]
+    assert [(tmp_path / f"{rank}.out").read_text().split()[-1] for rank in range(2)] == ["ended"] * 2
+
+
+def test_it_can_be_turned_off(tmp_path):
+    ranks = start("off", 0, tmp_path)
+    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+
+
+@pytest.mark.parametrize(("number", "victim"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path, number, victim):
+    ranks = start("nothing", victim, tmp_path)
+    wait_for(tmp_path, victim, "now")
+    ranks[victim].send_signal(number)
+    ranks[victim].send_signal(number)  # passed on twice
+    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    said = [(tmp_path / f"{rank}.out").read_text().replace("now\n", "") for rank in range(2)]
+    assert said[0] == said[1]
+    assert said[0].startswith(f"{number.name} after step ")
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    ranks = start("twice", 1, tmp_path)
+    wait_for(tmp_path, 1, "now")
+    try:
+        ranks[1].send_signal(signal.SIGTERM)
+        time.sleep(2.2)
+        assert ranks[1].poll() is None
+        ranks[1].send_signal(signal.SIGTERM)
+        assert ranks[1].wait(timeout=5) == 128 + signal.SIGTERM
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+if __name__ == "__main__":
+    rank_main(sys.argv[1], int(sys.argv[2]))
