@@ -12,8 +12,11 @@ _PUBLIC = {
     "LisaMixin": "lisa_dist.trainer",
     "LisaTrainer": "lisa_dist.trainer",
     "build_optimizer": "lisa_dist.optimizer",
+    "export_checkpoint": "lisa_dist.checkpoint",
     "initialize": "lisa_dist.controller",
+    "load_checkpoint": "lisa_dist.checkpoint",
     "load_ds_config": "lisa_dist.ds_config",
+    "save_checkpoint": "lisa_dist.checkpoint",
 }
 
 __all__ = [*_PUBLIC, "__version__"]
