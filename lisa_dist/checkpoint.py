@@ -196,16 +196,14 @@ def start_from_weights(lisa: LisaController, folder: Path) -> None:
     lisa.load_state_dict(lisa.state_dict())  # partitions anew, with masters from the weights
 
 
-def find_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest whole checkpoint in a folder, or None; says on rank 0 which damaged ones were passed over."""
+def find_checkpoint(output_dir: str | Path) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint in a folder and its state; says on rank 0 which damaged ones were passed over."""
     for folder in _listed_checkpoints(Path(output_dir)):
         try:
-            read_state(folder)
+            return folder, read_state(folder)
         except DamagedError as error:
             if dist.get_rank() == 0:
                 print(f"warning: {folder} is passed over: {error}", flush=True)
-        else:
-            return folder
     return None
 
 

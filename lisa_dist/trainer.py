@@ -93,14 +93,19 @@ class LisaMixin:
     def _find_resume(self, wanted: str | bool | None) -> str | None:
         if wanted in (None, False):
             return None
-        folder = find_checkpoint(self.args.output_dir) if wanted in (True, "auto") else Path(wanted)
-        if folder is None and wanted == "auto":
-            self.accelerator.print(f"no checkpoint in {self.args.output_dir} yet: the run begins at step 0.")
+        output_dir = self.args.output_dir
+        if wanted in (True, "auto"):
+            found = find_checkpoint(output_dir)
+            if found is not None:
+                folder, self._resume_state = found
+                return str(folder)
+            if wanted is True:
+                raise UserError(
+                    f"--resume_from_checkpoint true: there is no whole checkpoint in --output_dir {output_dir}."
+                )
+            self.accelerator.print(f"no checkpoint in {output_dir} yet: the run begins at step 0.")
             return None
-        if folder is None:
-            raise UserError(
-                f"--resume_from_checkpoint true: there is no whole checkpoint in --output_dir {self.args.output_dir}."
-            )
+        folder = Path(wanted)
         if not folder.is_dir():
             raise UserError(f"--resume_from_checkpoint {folder}: no such folder.")
         if holds_only_weights(folder):

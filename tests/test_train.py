@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -195,6 +196,59 @@ def test_an_unknown_key_in_the_yaml_is_refused(tmp_path):
     path.write_text(f"model_name_or_path: m\ndataset_name: rows.jsonl\noutput_dir: {tmp_path}\nlisa_layers: 3\n")
     with pytest.raises(ValueError, match="lisa_layers"):
         parse_arguments(["--config", str(path)])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cpu_ops")
+def test_a_stopped_run_goes_on_to_the_weights_of_the_whole_one(folder, tmp_path):
+    changes = {
+        "max_steps": 12,
+        "save_strategy": "steps",
+        "save_steps": 100,
+        "eval_strategy": "no",
+        "eval_on_start": False,
+    }
+    assert start("python", flags_for(folder, tmp_path / "whole", **changes)).returncode == 0
+
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), *flags_for(folder, out, **changes)]
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    environment["PATH"] = f"{BIN}:{environment['PATH']}"
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        said = ""
+        for line in run.stdout:
+            said += line
+            if "period    1  active" in line:
+                run.send_signal(signal.SIGUSR1)
+    assert run.returncode == 0, said
+    assert "SIGUSR1: stopped after step" in said
+    assert "--resume_from_checkpoint true" in said
+    assert not (out / "model.safetensors").exists()
+    (saved,) = out.glob("checkpoint-*")
+    assert 2 < int(saved.name.split("-")[1]) < 12
+
+    resumed = start("python", flags_for(folder, out, **changes | {"resume_from_checkpoint": True}))
+    assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-3000:]
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    logs = [(path / "lisa_log.jsonl").read_text().splitlines() for path in (out, tmp_path / "whole")]
+    periods = [[(line["period"], line["step"], line["layers"]) for line in map(json.loads, log)] for log in logs]
+    assert periods[0] == periods[1]
+    assert "chat_template.jinja" in {path.name for path in saved.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cpu_ops")
+def test_a_plain_model_begins_a_new_run_and_auto_begins_without_a_checkpoint(folder, tmp_path):
+    plain = start("python", flags_for(folder, tmp_path / "out", resume_from_checkpoint=folder / "model", max_steps=2))
+    assert plain.returncode == 0, plain.stdout[-3000:] + plain.stderr[-3000:]
+    assert f"{folder / 'model'} is no checkpoint of a LISA run: a new run begins from its weights." in plain.stdout
+    auto = start("python", flags_for(folder, tmp_path / "out", resume_from_checkpoint="auto", max_steps=2))
+    assert auto.returncode == 0
+    assert f"no checkpoint in {tmp_path / 'out'} yet: the run begins at step 0." in auto.stdout
+    for value, said in ((True, "there is no whole checkpoint in --output_dir"), ("absent", "no such folder")):
+        refused = start("python", flags_for(folder, tmp_path / "out", resume_from_checkpoint=value))
+        assert refused.returncode == 2
+        assert f"--resume_from_checkpoint {str(value).lower()}: {said}" in refused.stdout
 
 
 @pytest.mark.slow
