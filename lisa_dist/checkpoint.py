@@ -21,6 +21,7 @@ A save, on every rank::
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from importlib import metadata
@@ -42,7 +43,7 @@ from lisa_dist.files import (
     together,
     write_json,
 )
-from lisa_dist.state_files import STATE_FILES, StateFiles, state_file, write_states
+from lisa_dist.state_files import MASTER, STATE_FILES, StateFiles, state_file, write_states
 from lisa_dist.weights import MAX_SHARD_SIZE, export_weights, has_weights, read_weights, write_configs, write_weights
 
 STATE_NAME = "lisa_state.json"
@@ -113,7 +114,7 @@ def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict | None
     """
     folder = Path(folder)
     state = state or read_state(folder)
-    lisa.check_state_dict(state["lisa"])
+    changed = lisa.check_state_dict(state["lisa"])
     engine = lisa.engine
     read_weights(engine.module, lisa.blocks, folder)
     for name, value in state["engine"].items():
@@ -124,12 +125,15 @@ def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict | None
     pieces = lisa.partitions.pieces()
     for key, held in lisa.partition_states().items():
         fields = saved.read(key, pieces[key], held.numel, lisa.partitions.takes_8bit_states)
-        if fields is not None:  # else it begins afresh, with other settings
-            lisa.partitions.load_state(key, fields)
-    lisa.partitions.load_scaler_state(state["scaler"])
+        if fields is None:  # it begins afresh, with other settings
+            continue
+        if changed and lisa.config.lisa_state == "reset_all":  # a period begins here, which its switch would have done
+            fields = {MASTER: fields[MASTER]}
+        lisa.partitions.load_state(key, fields)
+    lisa.partitions.load_counters(state["counters"])
     rates = state["learning_rates"]
     for group in engine.optimizer.param_groups:
-        group |= rates.get(group["lisa_group"], {})
+        group |= rates.get(group["lisa_group"], next(iter(rates.values())))  # a new slot has the rate of the others
     return state
 
 
@@ -162,24 +166,26 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> None:
     if out.exists():
         raise UserError(f"{out} is there already: choose a folder that is not.")
     state = read_state(folder)
-    staging = out.with_name(f"tmp-{out.name}")
-    with together(out):
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f"tmp-{out.name}-", dir=out.parent))
+    try:
         export_weights(folder, staging)
         for name in state["files"]:
             if not any(fnmatch(name, pattern) for pattern in _NOT_THE_MODEL):
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, staging / name)
         describe_files(staging)  # flushes them
+        staging.chmod(0o755)  # a temporary folder is its owner's alone
         _put_in_place(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def export_main(folder: str, out: str) -> None:
-    """`lisa-dist export`: an error of the user's is one line and exit status 2."""
+    """`lisa-dist export`: an error of the user's, or of the disk, is one line and exit status 2."""
     try:
         export_checkpoint(folder, out)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"lisa-dist export: {error}", flush=True)
         raise SystemExit(2) from error
     print(f"saved {out}; load it with from_pretrained")
@@ -191,8 +197,8 @@ def holds_only_weights(folder: Path) -> bool:
 
 
 def start_from_weights(lisa: LisaController, folder: Path) -> None:
-    """Begin a run from the weights in a folder: an attached controller at step 0 takes them over."""
-    read_weights(lisa.engine.module, lisa.blocks, folder)
+    """Begin a run from the weights in a folder, in whatever precision: an attached controller at step 0 takes them."""
+    read_weights(lisa.engine.module, lisa.blocks, folder, same_dtype=False)
     lisa.load_state_dict(lisa.state_dict())  # partitions anew, with masters from the weights
 
 
@@ -214,9 +220,9 @@ def rotate_checkpoints(newest: Path, limit: int | None, best: Path | None = None
     """
     if limit is None or limit < 1:
         return
-    steps = {path: step for path, step in _checkpoints_in(newest.parent) if path not in (newest, best)}
-    order = sorted(steps, key=lambda path: (steps[path] < steps.get(newest, _step_of(newest)), steps[path]))
-    kept = {newest, best} - {None}
+    kept = {newest.resolve()} | ({best.resolve()} if best is not None and best.is_dir() else set())
+    steps = {path: step for path, step in _checkpoints_in(newest.parent) if path.resolve() not in kept}
+    order = sorted(steps, key=lambda path: (steps[path] < _step_of(newest), steps[path]))
     for path in order[: max(0, len(order) + len(kept) - max(limit, len(kept)))]:
         doomed = path.with_name(f"tmp-{path.name}")
         os.rename(path, doomed)  # a half-deleted checkpoint must not look like one
@@ -252,7 +258,7 @@ def _state_of(lisa: LisaController) -> dict:
         "model": type(engine.module).__name__,
         "lisa": lisa.state_dict(),
         "engine": {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")},
-        "scaler": lisa.partitions.scaler_state(),
+        "counters": lisa.partitions.counters(),
         "learning_rates": rates,
         "versions": {name: metadata.version(name) for name in _PACKAGES},
     }
@@ -263,6 +269,7 @@ def _put_in_place(staging: Path, folder: Path) -> None:
     flush_folder(staging)
     replaced = folder.with_name(f"tmp-replaced-{folder.name}")
     if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         os.rename(folder, replaced)
     os.rename(staging, folder)
     flush_folder(folder.parent)

@@ -40,7 +40,7 @@ from lisa_dist.zero import ZeroPartitions, check_deepspeed
 LOG_NAME = "lisa_log.jsonl"
 STATE_VERSION = 1
 # Settings that a resumed run may give otherwise at any step: they do not decide on layers or groups.
-FREE_SETTINGS = ("lisa_state", "lisa_nonfinite", "lisa_layers_attribute", "lisa_debug")
+FREE_SETTINGS = ("lisa_state", "lisa_nonfinite", "lisa_layers_attribute", "lisa_weights_file", "lisa_debug")
 
 
 @dataclass
@@ -95,7 +95,7 @@ class LisaController:
         self._unlogged: PeriodRecord | None = None
         self._watch: SleepingWeights | None = None
         self._skipped_steps = 0
-        self._loss_was_finite = torch.tensor(True, device=get_accelerator().current_device_name())
+        self._loss_was_finite: torch.Tensor | None = None
         if dist.is_initialized():
             self._compare(
                 [config.to_dict(), self._weights, num_layers], "have other --lisa_* settings or another model"
@@ -115,6 +115,8 @@ class LisaController:
         """
         self.partitions = ZeroPartitions(engine)
         self.engine = engine
+        self._skipped_steps = engine.skipped_steps
+        self._loss_was_finite = torch.tensor(True, device=engine.device)
         mine = self._group_names()
         theirs = self.partitions.keys()
         if mine != theirs:
@@ -339,6 +341,7 @@ class LisaController:
             "visit_counts": list(self.visit_counts),
             "record": None if self._unlogged is None else vars(self._unlogged).copy(),
             "config": self.config.to_dict(),
+            "weights": self._weights,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -358,6 +361,7 @@ class LisaController:
             self.active_layers = tuple(state["active_layers"])
         self._activate()
         if self.partitions is not None:
+            self._skipped_steps = self.engine.skipped_steps
             self.partitions.repartition([group["params"] for group in self.param_groups()], {})
             self._verify()
         self._unlogged = None
@@ -382,6 +386,8 @@ class LisaController:
             )
         saved, mine, step = state["config"], self.config.to_dict(), state["step"]
         changed = [name for name in mine if name not in FREE_SETTINGS and mine[name] != saved.get(name)]
+        if self._weights != state["weights"]:  # their file may have moved
+            changed.append("lisa_weights_file")
         intervals = (saved["lisa_interval_steps"], self.config.lisa_interval_steps)
         if changed and any(step % interval for interval in intervals):
             listed = ", ".join(f"--{name} {mine[name]} (it had {saved.get(name)})" for name in changed)

@@ -5,12 +5,14 @@ checkpoint for whole; `together` makes every rank of a phase raise when one does
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import distributed as dist
 
 from lisa_dist.config import UserError
@@ -37,15 +39,18 @@ class together:  # noqa: N801 - reads as a verb: `with together(folder):`
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        every = gather(None if error is None else f"{kind.__name__}: {error}")
-        failed = {rank: text for rank, text in enumerate(every) if text is not None}
+        every = gather(None if error is None else (f"{kind.__name__}: {error}", _is_of_the_disk(error)))
+        failed = {rank: about for rank, about in enumerate(every) if about is not None}
         if not failed:
             return
-        reasons = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
-        raise SaveError(
-            f"{self._folder} could not be written ({reasons}); what was saved before is untouched. Make room, or "
-            "choose another --output_dir."
-        ) from error
+        reasons = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in failed.items())
+        if all(of_the_disk for _, of_the_disk in failed.values()):
+            raise SaveError(
+                f"{self._folder} could not be written ({reasons}); what was saved before is untouched. Make room, or "
+                "choose another --output_dir."
+            ) from error
+        if error is None:  # else it goes on by itself
+            raise RuntimeError(f"{self._folder} could not be written ({reasons})")
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -112,10 +117,20 @@ def flush_folder(folder: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Write to the path this gives; it becomes `path` in one step once it is whole."""
     beside = path.with_name(f"tmp-{path.name}")
-    yield beside
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    """Whether a file system said no; some writers say so in exceptions of their own kinds."""
+    return isinstance(error, OSError | SafetensorError) or any(
+        os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    )
 
 
 def gather(value: object) -> list:
@@ -128,8 +143,9 @@ def gather(value: object) -> list:
 
 
 def _list_files(folder: Path) -> list[str]:
-    """Files under `folder` as rank 0 sees them: a shared file system may show them to others later."""
-    return gather(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))[0]
+    """Files under `folder` that any rank sees: a shared file system may show a rank its own before those of others."""
+    mine = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    return sorted({name for names in gather(mine) for name in names})
 
 
 def _my_share(names: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from torch import distributed as dist
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _ONE_SIGNAL = 2.0  # seconds: launchers and schedulers both pass a signal on, so it may come twice
 _received: list[tuple[int, float]] = []  # the first signal and when it came
+_pipe: list[int] = []
 
 
 def catch_stop_signals() -> dict:
@@ -24,6 +25,14 @@ def catch_stop_signals() -> dict:
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
+    if not _pipe:
+        # Python runs handlers between the main thread's bytecodes, and that thread may be in a collective that does
+        # not return. The byte that a signal writes here reaches another thread whatever the main thread does.
+        _pipe.extend(os.pipe())
+        os.set_blocking(_pipe[1], False)
+        signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
+        threading.Thread(target=_listen, args=(_pipe[0],), name="lisa_dist signals", daemon=True).start()
+        os.register_at_fork(after_in_child=_forget_in_child)
     return {number: signal.signal(number, _receive) for number in _SIGNALS}
 
 
@@ -56,8 +65,23 @@ class StopSignals:
 
 
 def _receive(number: int, frame) -> None:
-    now = time.monotonic()
-    if not _received:
-        _received.append((number, now))
-    elif now - _received[0][1] > _ONE_SIGNAL:
-        os._exit(128 + number)  # asked again: at once
+    """Takes the place of the default, which would end the process; `_listen` does the work."""
+
+
+def _listen(read_end: int) -> None:
+    while byte := os.read(read_end, 1):
+        number, now = byte[0], time.monotonic()
+        if signal.getsignal(number) is not _receive:
+            continue
+        if not _received:
+            _received.append((number, now))
+        elif now - _received[0][1] > _ONE_SIGNAL:
+            os._exit(128 + number)  # asked again: at once
+
+
+def _forget_in_child() -> None:
+    """A forked worker of a data loader or a pool ends by SIGTERM as ever, and tells this process nothing."""
+    signal.set_wakeup_fd(-1)
+    for number in _SIGNALS:
+        if signal.getsignal(number) is _receive:
+            signal.signal(number, signal.SIG_DFL)

@@ -121,6 +121,9 @@ def run(
     run_args: RunArguments, training_args: LisaSFTConfig, model_args: ModelArguments, lisa_config: LisaConfig
 ) -> None:
     """Train and save: arguments checked, data, model, training, the model in `output_dir`."""
+    resume_from = _resume_from(training_args.resume_from_checkpoint)
+    if resume_from == "auto" and run_args.method != "lisa":
+        raise UserError(f"--resume_from_checkpoint auto: --method {run_args.method} takes a folder or true.")
     if run_args.method == "lisa":
         ds_config = training_args.deepspeed
         ds_config = ds_config if isinstance(ds_config, dict) else read_ds_config(ds_config)
@@ -161,7 +164,7 @@ def run(
         trainer.add_callback(_SampleCallback(trainer, run_args.sample_prompt))
     trainer.accelerator.print(_describe_run(run_args, training_args, model_args, f"{attention} ({why})"))
 
-    trainer.train(resume_from_checkpoint=_resume_from(training_args.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=resume_from)
     if getattr(trainer, "stopped_by", None) is not None:
         trainer.accelerator.print(
             f"{trainer.stopped_by}: stopped after step {trainer.state.global_step} and saved; go on with the same "
@@ -179,9 +182,11 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse and run. An error of the user's is one line, without a traceback, and exit status 2."""
-    catch_stop_signals()
     try:
-        run(*parse_arguments(argv))
+        arguments = parse_arguments(argv)
+        if arguments[0].method == "lisa":
+            catch_stop_signals()
+        run(*arguments)
     except UserError as error:
         print(f"lisa-dist, rank {os.environ['RANK']}: {error}", flush=True)
         raise SystemExit(2) from error

@@ -27,12 +27,12 @@ from lisa_dist.checkpoint import (
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.controller import LisaController
 from lisa_dist.ds_config import check_bf16_gradients, check_ds_config, uses_optimizer_offload
-from lisa_dist.files import together
+from lisa_dist.files import gather, together
 from lisa_dist.metrics import format_bytes, format_count, format_table, lisa_metrics
 from lisa_dist.optimizer import build_optimizer, check_optim
 from lisa_dist.stop_signals import StopSignals
 from lisa_dist.watchdog import Watchdog
-from lisa_dist.weights import remove_weights, write_weights
+from lisa_dist.weights import save_without_weights, write_weights
 
 SCHEDULER_NAME = "scheduler.pt"
 TRAINER_STATE_NAME = "trainer_state.json"
@@ -106,9 +106,11 @@ class LisaMixin:
             self.accelerator.print(f"no checkpoint in {output_dir} yet: the run begins at step 0.")
             return None
         folder = Path(wanted)
-        if not folder.is_dir():
+        # Rank 0's view counts: a rank that saw no folder and raised alone would leave the others waiting.
+        is_folder, only_weights = gather((folder.is_dir(), holds_only_weights(folder)))[0]
+        if not is_folder:
             raise UserError(f"--resume_from_checkpoint {folder}: no such folder.")
-        if holds_only_weights(folder):
+        if only_weights:
             self.accelerator.print(f"{folder} is no checkpoint of a LISA run: a new run begins from its weights.")
             self._weights_from = folder
             return None
@@ -122,10 +124,25 @@ class LisaMixin:
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             load_checkpoint(self.lisa, folder, self._resume_state)
-            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+            self._load_schedule(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         elif self._weights_from is not None:
             start_from_weights(self.lisa, self._weights_from)
         return model, train_dataloader
+
+    def _load_schedule(self, state: dict) -> None:
+        """Go on with a saved schedule; where other settings have made other groups, each has the schedule's rate."""
+        fresh, groups = self.lr_scheduler.state_dict(), self.lisa.engine.optimizer.param_groups
+        if len(state.get("base_lrs", groups)) != len(groups):
+            state |= {name: value for name, value in fresh.items() if isinstance(value, list)}
+            state["_last_lr"] = [group["lr"] for group in groups]
+        self.lr_scheduler.load_state_dict(state)
+
+    def _run_epoch(self, *args, **kwargs):
+        """The Trainer's, which would train one step more when it resumes a run that has taken all of its steps."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
         """The Trainer's, with a note of whether this rank's loss was finite."""
@@ -158,7 +175,7 @@ class LisaMixin:
         self._save_rng_state(str(folder))
         if not self.args.should_save:
             return
-        self._save_without_weights(folder)
+        save_without_weights(lambda path: self._save(path, state_dict={}), folder)
         torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
         states: dict[str, list] = {}
         for callback in [*self.callback_handler.callbacks, self.control]:
@@ -178,14 +195,10 @@ class LisaMixin:
         folder = Path(output_dir or self.args.output_dir)
         with together(folder):
             if self.args.should_save:
-                self._save_without_weights(folder)
+                save_without_weights(lambda path: self._save(path, state_dict={}), folder)
         write_weights(self.lisa.engine.module, self.lisa.blocks, folder, self.args.should_save, original_names=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_without_weights(self, folder: Path) -> None:
-        self._save(str(folder), state_dict={})
-        remove_weights(folder)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add lisa/... to every training log, so that each tracker has them."""
@@ -279,6 +292,7 @@ class _SwitchCallback(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer._watchdog.beat()
         if state.is_world_process_zero:
             print(self._trainer.describe(), flush=True)
             self._say_active(state)
@@ -287,6 +301,9 @@ class _SwitchCallback(TrainerCallback):
         self._trainer._watchdog.beat()
         if self._trainer.lisa.on_step_begin() and state.is_world_process_zero:
             self._say_active(state)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._trainer._watchdog.beat()
 
     def on_substep_end(self, args, state, control, **kwargs):
         self._trainer._watchdog.beat()
@@ -300,6 +317,11 @@ class _SwitchCallback(TrainerCallback):
         self._trainer.stopped_by = self._trainer._stop.agreed()
         if self._trainer.stopped_by is not None:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # the time that is left is for the save
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._trainer.stopped_by is not None:
+            control.should_evaluate = False
 
     def on_train_end(self, args, state, control, **kwargs):
         self._trainer.lisa.close()

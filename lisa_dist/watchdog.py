@@ -37,7 +37,7 @@ class Watchdog:
         self._failure: str | None = None
         self._done = threading.Event()
         # The last sign of each rank, and when it last changed; what the store's thread writes and the other reads.
-        self._signs = [""] * self._world_size
+        self._signs = ["0 0"] * self._world_size
         self._changed_at = [time.monotonic()] * self._world_size
         self._answered_at = time.monotonic()
 
@@ -77,7 +77,7 @@ class Watchdog:
         dist.broadcast_object_list(port, src=0)
         if self._rank != 0:
             store = dist.TCPStore(host, port[0], is_master=False, wait_for_workers=False, timeout=patience)
-        store.set(str(self._rank), "begins")
+        store.set(str(self._rank), "0 0")
         dist.barrier()
         return store
 

@@ -5,7 +5,9 @@ The rank that writes holds one shard of at most `max_shard_size` bytes beside it
 """
 
 import json
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import deepspeed
@@ -14,7 +16,6 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist
-from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -59,31 +60,43 @@ def write_weights(
         index["weight_map"] |= dict.fromkeys(shard, file_name)
         index["metadata"]["total_size"] += sum(value.nbytes for value in shard.values())
     with together(folder):
-        if writes and len(shards) > 1:
-            with replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as path:
-                path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if writes:
+            if len(shards) > 1:
+                with replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as path:
+                    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                names = [*names, SAFE_WEIGHTS_INDEX_NAME]
+            _remove_weights(folder, but=names)  # an earlier save's
 
 
 def write_configs(model: torch.nn.Module, folder: Path) -> None:
     """Write all of `save_pretrained` but the weights; on one rank."""
-    model.save_pretrained(folder, state_dict={})
-    remove_weights(folder)
+    save_without_weights(lambda path: model.save_pretrained(path, state_dict={}), folder)
 
 
-def remove_weights(folder: Path) -> None:
-    """Remove the weights of an earlier save, or the empty ones of a save without weights."""
-    for path in folder.glob("model*.safetensors"):
-        path.unlink()
+def save_without_weights(save: Callable[[str], None], folder: Path) -> None:
+    """What `save` writes, but for the empty weights: those that are in `folder` stay until others take their place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="tmp-", dir=folder) as staging:
+        save(staging)
+        _remove_weights(Path(staging))
+        shutil.copytree(staging, folder, dirs_exist_ok=True)
 
 
-def read_weights(model: torch.nn.Module, blocks: Blocks, folder: Path) -> None:
+def _remove_weights(folder: Path, but: Sequence[str] = ()) -> None:
+    for path in (*folder.glob("model*.safetensors"), folder / SAFE_WEIGHTS_INDEX_NAME):
+        if path.name not in but:
+            path.unlink(missing_ok=True)
+
+
+def read_weights(model: torch.nn.Module, blocks: Blocks, folder: Path, same_dtype: bool = True) -> None:
     """Fill the model from what `write_weights` wrote; all ranks call it.
 
     Raises ValueError, before anything is changed, when the files are of another model or precision.
     """
     holders = _open_weights(folder)
     parts = _parts(model, blocks)
-    _check_same_model(model, {name: value for part in parts for name, value in part.items()}, holders, folder)
+    wanted = {name: value for part in parts for name, value in part.items()}
+    _check_same_model(model, wanted, holders, folder, same_dtype)
     for tensors in parts:
         with deepspeed.zero.GatheredParameters(list(tensors.values()), modifier_rank=0), torch.no_grad():
             for name, value in tensors.items():
@@ -94,12 +107,12 @@ def read_weights(model: torch.nn.Module, blocks: Blocks, folder: Path) -> None:
 
 def export_weights(folder: Path, out: Path) -> None:
     """Copy a checkpoint's weights, file by file, under the names of the files on the hub; needs no ranks and no GPU."""
-    config = AutoConfig.from_pretrained(folder)
-    model_class = getattr(transformers, (config.architectures or ["none"])[0], None)
+    architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ["none"]
+    model_class = getattr(transformers, architectures[0], None)
     model = None
     if model_class is not None:  # else its code came with the model, and so did its names
         with torch.device("meta"):
-            model = model_class(config)
+            model = model_class(model_class.config_class.from_pretrained(folder))
     weight_map = {}
     for path in (folder / name for name in _weight_files(folder)):
         tensors = load_file(path)
@@ -161,7 +174,11 @@ def _open_weights(folder: Path) -> dict[str, safe_open]:
 
 
 def _check_same_model(
-    model: torch.nn.Module, wanted: dict[str, torch.Tensor], holders: dict[str, safe_open], folder: Path
+    model: torch.nn.Module,
+    wanted: dict[str, torch.Tensor],
+    holders: dict[str, safe_open],
+    folder: Path,
+    same_dtype: bool,
 ) -> None:
     missing = [name for name in wanted if name not in holders]
     # A tied matrix may be in the files under its second name too.
@@ -169,7 +186,9 @@ def _check_same_model(
     other = []
     for name in wanted.keys() & holders.keys():
         saved, value = holders[name].get_slice(name), wanted[name]
-        shape, dtype = saved.get_shape(), _DTYPE_NAMES.get(saved.get_dtype(), value.dtype)
+        shape, dtype = saved.get_shape(), value.dtype
+        if same_dtype:
+            dtype = _DTYPE_NAMES.get(saved.get_dtype(), dtype)
         if (tuple(shape), dtype) != (parameter_shape(value), value.dtype):
             other.append(f"{name} is {dtype} {shape}, not {value.dtype} {list(parameter_shape(value))}")
     if not (missing or unknown or other):
@@ -179,4 +198,7 @@ def _check_same_model(
         (unknown, "of its tensors are not in the model"),
         (other, "have another shape or precision"),
     ) if names]  # fmt: skip
-    raise UserError(f"{folder} is of another model than {type(model).__name__}: {'; '.join(said)}.")
+    raise UserError(
+        f"{folder} is of another model than {type(model).__name__}: {'; '.join(said)}. A new run begins from any "
+        "model that is given as --model_name_or_path."
+    )

@@ -29,7 +29,7 @@ from deepspeed.accelerator import get_accelerator
 from packaging.version import Version
 
 from lisa_dist.config import UserError
-from lisa_dist.optimizer import keeps_8bit_states, restore_state
+from lisa_dist.optimizer import host_adam_history, keeps_8bit_states, replay_host_adam, restore_state
 from lisa_dist.states import PartitionKey, PartitionState, Piece
 
 SUPPORTED_DEEPSPEED = ("0.19.8", "0.20")  # from, up to but not including
@@ -160,9 +160,13 @@ class ZeroPartitions:
         """Whether the optimizer keeps moments as codes and scales."""
         return keeps_8bit_states(self._zero.optimizer)
 
-    def scaler_state(self) -> dict:
-        """The loss scale of fp16 and what decides on its next change, as plain values."""
-        return {name: value for name, value in vars(self._zero.loss_scaler).items() if isinstance(value, int | float)}
+    def counters(self) -> dict:
+        """What a run needs beside the partitions to go on: the loss scale of fp16, and the host AdamW's history."""
+        scaler = vars(self._zero.loss_scaler)
+        return {
+            "loss_scaler": {name: value for name, value in scaler.items() if isinstance(value, int | float)},
+            "host_adam": host_adam_history(self._zero.optimizer),
+        }
 
     # What a resume does
 
@@ -175,10 +179,11 @@ class ZeroPartitions:
         if "step" in fields:
             restore_state(inner, inner.param_groups[index], master, fields)
 
-    def load_scaler_state(self, state: dict) -> None:
-        """Go on with the loss scale of a saved run."""
-        for name, value in state.items():
+    def load_counters(self, counters: dict) -> None:
+        """Go on with the loss scale and the history of a saved run."""
+        for name, value in counters["loss_scaler"].items():
             setattr(self._zero.loss_scaler, name, value)
+        replay_host_adam(self._zero.optimizer, counters["host_adam"])
 
     # What a switch does
 

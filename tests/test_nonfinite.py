@@ -9,6 +9,7 @@ from ranks import run_ranks
 from torch import distributed as dist
 
 import lisa_dist
+from lisa_dist.checkpoint import load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("cpu_ops")
 
@@ -35,7 +36,7 @@ def step(engine, lisa, tokens, spoil: str | None = None) -> None:
         handle.remove()
 
 
-def spoil_a_step(ds_config: str, dtype: torch.dtype, policy: str, spoil: str) -> str | None:
+def spoil_a_step(ds_config: str, dtype: torch.dtype, policy: str, spoil: str, folder: str = "") -> str | None:
     engine, lisa = lisa_dist.initialize(
         tiny_llama().to(dtype),
         ds_config,
@@ -54,6 +55,11 @@ def spoil_a_step(ds_config: str, dtype: torch.dtype, policy: str, spoil: str) ->
                 lisa.on_step_begin()
             said = str(error.value)
             break
+        if index == 4:
+            save_checkpoint(lisa, f"{folder}/checkpoint-5")
+            lisa.config.lisa_nonfinite = "stop"
+            load_checkpoint(lisa, f"{folder}/checkpoint-5")
+            lisa.on_step_begin()  # the step that was skipped is no new one
     assert all(torch.isfinite(weight).all() for weight in weights_of(engine))
     engine.destroy()
     return said
@@ -70,13 +76,12 @@ def test_a_spoilt_step_stops_the_run_with_step_ranks_and_layers(ds_config, dtype
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
-def test_a_spoilt_step_may_be_skipped(ds_config, dtype):
-    run_ranks(spoil_a_step, 2, ds_config, dtype, "skip", "loss")
+def test_a_spoilt_step_may_be_skipped_and_the_run_resumed(tmp_path, ds_config, dtype):
+    run_ranks(spoil_a_step, 2, ds_config, dtype, "skip", "loss", str(tmp_path))
 
 
 def scale_over_switches(ds_config: str, folder: str) -> list[float]:
     """fp16: the scaler halves its scale at an overflow, and the scale goes on over switches and a resume."""
-    from lisa_dist.checkpoint import load_checkpoint, save_checkpoint
 
     def start(seed: int):
         model = tiny_llama(seed).half()

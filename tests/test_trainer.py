@@ -238,3 +238,33 @@ def test_a_resumed_run_is_the_run(tmp_path, ds_config, changes):
     assert [(one["period"], one["layers"]) for one in periods] == [
         (one["period"], one["layers"]) for one in map(json.loads, log.splitlines())
     ]
+
+
+def resume_finished_and_changed(output_dir: str) -> None:
+    """A finished run takes no step more; other settings at the end of a period keep the schedule."""
+
+    def trainer(gamma: int) -> Shuffled:
+        unset_hf_deepspeed_config()
+        changes = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 1}
+        return Shuffled(
+            model=tiny_llama(),
+            args=arguments(output_dir, "zero2", **changes),
+            train_dataset=rows_for(2),
+            lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_activated_layers=gamma),
+        )
+
+    trainer(2).train()
+    again = trainer(2)
+    again.train("auto")
+    assert again.state.global_step == STEPS
+    for gamma in (3, 1):
+        changed = trainer(gamma)
+        changed.train(f"{output_dir}/checkpoint-3")
+        rates = [entry["learning_rate"] for entry in changed.state.log_history if "loss" in entry]
+        assert rates == pytest.approx([cosine(step) for step in range(STEPS)])
+        assert {group["lr"] for group in changed.lisa.engine.optimizer.param_groups} == {cosine(STEPS)}
+        assert len(changed.lisa.active_layers) == gamma
+
+
+def test_a_finished_run_and_other_settings(tmp_path):
+    run_ranks(resume_finished_and_changed, 2, str(tmp_path))

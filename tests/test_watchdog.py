@@ -1,5 +1,6 @@
 """Real processes that are killed, stopped or raise: the others end soon and name the rank; signals are agreed on."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ def rank_main(how: str, victim: int) -> None:
 
     dist.init_process_group("gloo")
     mine = dist.get_rank() == victim
-    with StopSignals() as stop, Watchdog(0 if how == "off" else 3) as watchdog:
+    with StopSignals() as stop, Watchdog({"off": 0, "twice": 60}.get(how, 3)) as watchdog:
         for step in range(40):
             watchdog.beat()
             dist.all_reduce(torch.ones(1))
@@ -28,14 +29,21 @@ def rank_main(how: str, victim: int) -> None:
             if stopped_by is not None:
                 print(f"{stopped_by} after step {step}", flush=True)
                 break
+            if step == 5 and how == "twice" and not mine:
+                time.sleep(100)
             if step == 5 and mine:
                 print("now", flush=True)
                 if how in ("SIGKILL", "SIGSTOP"):
                     os.kill(os.getpid(), getattr(signal, how))
                 elif how == "raise":
                     raise ValueError("a bad row")
-                elif how in ("stall", "twice"):
+                elif how == "stall":
                     time.sleep(100)
+                elif how == "fork":
+                    with multiprocessing.get_context("fork").Pool(1) as pool:  # ends by SIGTERM to its worker
+                        pool.apply_async(time.sleep, (100,))
+                elif how == "twice":
+                    dist.barrier()  # alone: the main thread does not come back
             time.sleep(0.05)
     dist.barrier()
     dist.destroy_process_group()
@@ -93,6 +101,12 @@ def test_the_other_rank_ends_and_names_it(tmp_path, how, said, victim):
 def test_without_a_fault_both_end_well(tmp_path):
     assert [rank.wait(timeout=60) for rank in start("nothing", 0, tmp_path)] == [0, 0]
     assert [(tmp_path / f"{rank}.out").read_text().split()[-1] for rank in range(2)] == ["ended"] * 2
+
+
+def test_a_worker_ends_by_sigterm_and_the_run_goes_on(tmp_path):
+    ranks = start("fork", 0, tmp_path)
+    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    assert "SIGTERM" not in (tmp_path / "0.out").read_text()
 
 
 def test_it_can_be_turned_off(tmp_path):
