@@ -107,8 +107,10 @@ def resume(folder: str, cut: int, ds_config: str, dtype: torch.dtype, options: d
     return outcome
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("ds_config", STAGES)
+@pytest.mark.parametrize(
+    ("ds_config", "dtype"),
+    [(ds_config, torch.bfloat16) for ds_config in STAGES] + [("zero2", torch.float32), ("zero3", torch.float32)],
+)
 def test_a_resumed_run_is_the_run(tmp_path, ds_config, dtype):
     check_resume(tmp_path, ds_config, dtype, {})
 
@@ -322,6 +324,7 @@ def fill_disk(folder: str, largest_file: int | None) -> str:
     with pytest.raises(ValueError, match="could not be written") as error:
         save_checkpoint(lisa, Path(folder) / "checkpoint-3")
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    dist.barrier()  # rank 0 removes what was begun
     assert sorted(path.name for path in Path(folder).iterdir()) == ["checkpoint-2"]
     assert find_checkpoint(folder)[0] == Path(folder) / "checkpoint-2"
     train(engine, lisa, STEPS, {})  # the run can go on
