@@ -50,6 +50,13 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
+def clean_environment() -> dict[str, str]:
+    """Without what a parse in this process has set to make it the only rank."""
+    set_here = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in set_here}
+    return environment | {"PATH": f"{BIN}:{environment['PATH']}"}
+
+
 def start(how: str, flags: list[str]) -> subprocess.CompletedProcess:
     """Run launch/train.py as a user would."""
     train = str(ROOT / "launch" / "train.py")
@@ -59,9 +66,7 @@ def start(how: str, flags: list[str]) -> subprocess.CompletedProcess:
         "python": [sys.executable, train],
         "lisa-dist": [str(BIN / "lisa-dist"), "train"],
     }[how]
-    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
-    environment |= {"PATH": f"{BIN}:{environment['PATH']}"}
-    return subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*command, *flags], env=clean_environment(), capture_output=True, text=True, timeout=300)
 
 
 def flags_for(folder: Path, output_dir: Path, **changes) -> list[str]:
@@ -212,9 +217,9 @@ def test_a_stopped_run_goes_on_to_the_weights_of_the_whole_one(folder, tmp_path)
 
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "launch" / "train.py"), *flags_for(folder, out, **changes)]
-    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
-    environment["PATH"] = f"{BIN}:{environment['PATH']}"
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+    with subprocess.Popen(
+        command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as run:
         said = ""
         for line in run.stdout:
             said += line
