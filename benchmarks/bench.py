@@ -1,5 +1,6 @@
 """What the benchmark scripts share: starting ranks, and writing a table and JSON."""
 
+import argparse
 import json
 import os
 import platform
@@ -10,6 +11,17 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+
+def worker_parser(question: str, results: str) -> argparse.ArgumentParser:
+    """The flags of a script that launches itself on ranks: with `--folder` it is one of them."""
+    parser = argparse.ArgumentParser(description=question)
+    parser.add_argument("--model", required=True, help="folder or hub id")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / results)
+    return parser
 
 
 def launch(script: Path, arguments: list[str], num_ranks: int) -> None:

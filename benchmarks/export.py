@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import launch, print_table, write_results
+from bench import launch, print_table, worker_parser, write_results
 
 
 def memory(field: str) -> int:
@@ -78,14 +78,9 @@ def worker(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Launch the ranks, run `lisa-dist export` on what they saved, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder or hub id")
-    parser.add_argument("--dtype", default="float32")
+    parser = worker_parser(__doc__.splitlines()[0], "export.json")
     parser.add_argument("--num_ranks", type=int, default=2)
     parser.add_argument("--max_shard_size", type=int, default=100_000_000, help="bytes")
-    parser.add_argument("--folder")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "export.json")
     arguments = parser.parse_args()
     if arguments.folder:
         worker(arguments)

@@ -11,7 +11,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from bench import launch, print_table, write_results
+from bench import launch, print_table, worker_parser, write_results
 
 CONFIGS = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 INTERVAL, STEPS = 4, 12
@@ -114,15 +114,10 @@ def worker(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run all cells, print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder or hub id")
+    parser = worker_parser(__doc__.splitlines()[0], "resume.json")
     parser.add_argument("--dataset", required=True, help="question/answer rows, .jsonl")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--ds_config")
-    parser.add_argument("--folder")
-    parser.add_argument("--worker")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "resume.json")
+    parser.add_argument("--ds_config", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments)

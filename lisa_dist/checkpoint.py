@@ -107,10 +107,9 @@ def save_checkpoint(
 def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict | None = None) -> dict:
     """Go on from a checkpoint: weights, active layers, optimizer states, step count; returns its state.
 
-    `state` is what `read_state` gave, if it was called before.
-
     The controller must be attached, to an engine of any world size and ZeRO stage; the learning-rate schedule is the
-    caller's. Raises ValueError, naming the file or the setting, for a damaged checkpoint or one of another run.
+    caller's. `state` is what `read_state` gave, if it was called before. Raises ValueError, naming the file or the
+    setting, for a damaged checkpoint or one of another run.
     """
     folder = Path(folder)
     state = state or read_state(folder)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
@@ -34,8 +35,6 @@ from lisa_dist.stop_signals import StopSignals
 from lisa_dist.watchdog import Watchdog
 from lisa_dist.weights import save_without_weights, write_weights
 
-SCHEDULER_NAME = "scheduler.pt"
-TRAINER_STATE_NAME = "trainer_state.json"
 HANG_TIMEOUT = 1800.0  # seconds
 
 

@@ -45,7 +45,7 @@ def write_weights(
     names = [SAFE_WEIGHTS_NAME]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    index: dict = {"metadata": {"total_size": 0}, "weight_map": {}}
+    bytes_of, file_of = {}, {}
     for file_name, parts in zip(names, shards, strict=True):
         shard: dict[str, torch.Tensor] = {}
         for tensors in parts:
@@ -57,13 +57,13 @@ def write_weights(
             if writes:
                 with replacing(folder / file_name) as path:
                     save_file(shard, path, metadata={"format": "pt"})
-        index["weight_map"] |= dict.fromkeys(shard, file_name)
-        index["metadata"]["total_size"] += sum(value.nbytes for value in shard.values())
+        file_of |= dict.fromkeys(shard, file_name)
+        bytes_of |= {name: value.nbytes for name, value in shard.items()}
     with together(folder):
         if writes:
             if len(shards) > 1:
                 with replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as path:
-                    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                    _write_index(path, file_of, bytes_of)
                 names = [*names, SAFE_WEIGHTS_INDEX_NAME]
             _remove_weights(folder, but=names)  # an earlier save's
 
@@ -113,18 +113,21 @@ def export_weights(folder: Path, out: Path) -> None:
     if model_class is not None:  # else its code came with the model, and so did its names
         with torch.device("meta"):
             model = model_class(model_class.config_class.from_pretrained(folder))
-    weight_map = {}
+    bytes_of, file_of = {}, {}
     for path in (folder / name for name in _weight_files(folder)):
         tensors = load_file(path)
         tensors = tensors if model is None else _rename(model, tensors)
         save_file(tensors, out / path.name, metadata={"format": "pt"})
-        weight_map |= {name: (path.name, value.nbytes) for name, value in tensors.items()}
-    if len({name for name, _ in weight_map.values()}) > 1:
-        index = {
-            "metadata": {"total_size": sum(size for _, size in weight_map.values())},
-            "weight_map": {name: file for name, (file, _) in sorted(weight_map.items())},
-        }
-        (out / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        file_of |= dict.fromkeys(tensors, path.name)
+        bytes_of |= {name: value.nbytes for name, value in tensors.items()}
+    if len(set(file_of.values())) > 1:
+        _write_index(out / SAFE_WEIGHTS_INDEX_NAME, file_of, bytes_of)
+
+
+def _write_index(path: Path, file_of: dict[str, str], bytes_of: dict[str, int]) -> None:
+    """The index of sharded weights, as `from_pretrained` reads it."""
+    index = {"metadata": {"total_size": sum(bytes_of.values())}, "weight_map": file_of}
+    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def has_weights(folder: Path) -> bool:
