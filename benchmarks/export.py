@@ -66,7 +66,7 @@ def worker(arguments: argparse.Namespace) -> None:
         if dist.get_rank() == 0:
             out.mkdir()
             write_configs(engine.module, out)
-        write_weights(engine.module, lisa.blocks, out, dist.get_rank() == 0, arguments.max_shard_size, True)
+        write_weights(engine, lisa.blocks, out, dist.get_rank() == 0, arguments.max_shard_size, True)
 
     measure("save_checkpoint", lambda: save_checkpoint(lisa, folder / "checkpoint-1"))
     measure("save_model", export)

@@ -89,7 +89,7 @@ def save_checkpoint(
                 write_more(staging)
             elif writes:
                 write_configs(lisa.engine.module, staging)
-        write_weights(lisa.engine.module, lisa.blocks, staging, writes, max_shard_size)
+        write_weights(lisa.engine, lisa.blocks, staging, writes, max_shard_size)
         with together(folder):
             file = staging / state_file(dist.get_rank(), dist.get_world_size())
             write_states(file, lisa.partition_states(), lisa.partitions.pieces())
@@ -115,7 +115,7 @@ def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict | None
     state = state or read_state(folder)
     changed = lisa.check_state_dict(state["lisa"])
     engine = lisa.engine
-    read_weights(engine.module, lisa.blocks, folder)
+    read_weights(engine, lisa.blocks, folder)
     for name, value in state["engine"].items():
         setattr(engine, name, value)
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
@@ -197,7 +197,7 @@ def holds_only_weights(folder: Path) -> bool:
 
 def start_from_weights(lisa: LisaController, folder: Path) -> None:
     """Begin a run from the weights in a folder, in whatever precision: an attached controller at step 0 takes them."""
-    read_weights(lisa.engine.module, lisa.blocks, folder, same_dtype=False)
+    read_weights(lisa.engine, lisa.blocks, folder, same_dtype=False)
     lisa.load_state_dict(lisa.state_dict())  # partitions anew, with masters from the weights
 
 

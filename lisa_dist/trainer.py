@@ -195,7 +195,7 @@ class LisaMixin:
         with together(folder):
             if self.args.should_save:
                 save_without_weights(lambda path: self._save(path, state_dict={}), folder)
-        write_weights(self.lisa.engine.module, self.lisa.blocks, folder, self.args.should_save, original_names=True)
+        write_weights(self.lisa.engine, self.lisa.blocks, folder, self.args.should_save, original_names=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

@@ -22,13 +22,14 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from lisa_dist.blocks import Blocks, parameter_numel, parameter_shape
 from lisa_dist.config import UserError
 from lisa_dist.files import replacing, together
+from lisa_dist.zero import drop_prefetched
 
 MAX_SHARD_SIZE = 5 * 1024**3  # bytes
 _DTYPE_NAMES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def write_weights(
-    model: torch.nn.Module,
+    engine: deepspeed.DeepSpeedEngine,
     blocks: Blocks,
     folder: Path,
     writes: bool,
@@ -41,6 +42,8 @@ def write_weights(
     transformers loads a model under other names, as it does with fused experts. Raises SaveError on all ranks when one
     cannot write.
     """
+    model = engine.module
+    drop_prefetched(engine)
     shards = list(_fill_shards(model, blocks, max_shard_size))
     names = [SAFE_WEIGHTS_NAME]
     if len(shards) > 1:
@@ -88,11 +91,13 @@ def _remove_weights(folder: Path, but: Sequence[str] = ()) -> None:
             path.unlink(missing_ok=True)
 
 
-def read_weights(model: torch.nn.Module, blocks: Blocks, folder: Path, same_dtype: bool = True) -> None:
-    """Fill the model from what `write_weights` wrote; all ranks call it.
+def read_weights(engine: deepspeed.DeepSpeedEngine, blocks: Blocks, folder: Path, same_dtype: bool = True) -> None:
+    """Fill the engine's model from what `write_weights` wrote; all ranks call it.
 
     Raises ValueError, before anything is changed, when the files are of another model or precision.
     """
+    model = engine.module
+    drop_prefetched(engine)
     holders = _open_weights(folder)
     parts = _parts(model, blocks)
     wanted = {name: value for part in parts for name, value in part.items()}

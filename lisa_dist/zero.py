@@ -71,6 +71,8 @@ _PRIVATE_NAMES = (
     "param_groups",
 )
 
+_COORDINATOR_NAMES = ("_invalidate_trace", "is_invalid_trace", "_clean_inflight_param_registry")  # stage 3 alone
+
 # What __init__ would set back and a run must keep: the fp16 scaler, hooks the engine registered, and the last norms.
 _CARRIED_FIELDS = (
     "loss_scaler",
@@ -200,12 +202,12 @@ class ZeroPartitions:
         coordinator_owner = getattr(zero, "parameter_offload", None)
 
         with _cheap_gc():
+            if coordinator_owner is not None:
+                _forget_trace(coordinator_owner)
             self._take_down(params_of_group)
             inner.state.clear()
             for group, params in zip(inner.param_groups, params_of_group, strict=True):
                 group["params"] = params
-            if coordinator_owner is not None:
-                _forget_trace(coordinator_owner)
             with _construct_in_place(zero, self._stage, coordinator_owner):
                 rebuilt = self.engine._configure_zero_optimizer(inner)
             assert rebuilt is zero
@@ -267,7 +269,7 @@ class ZeroPartitions:
             missing.append("engine._configure_zero_optimizer")
         if self._stage is _STAGE_3:
             coordinator = self._zero.parameter_offload.get_param_coordinator()
-            missing += [name for name in ("_invalidate_trace", "is_invalid_trace") if not hasattr(coordinator, name)]
+            missing += [name for name in _COORDINATOR_NAMES if not hasattr(coordinator, name)]
         if missing:
             raise UserError(
                 f"DeepSpeed {metadata.version('deepspeed')} lacks {', '.join(missing)}, which LISA needs to "
@@ -349,6 +351,16 @@ def forget_module_order(engine: deepspeed.DeepSpeedEngine) -> None:
     """
     if engine.zero_optimization_stage() == 3:
         _forget_trace(engine.optimizer.parameter_offload)
+
+
+def drop_prefetched(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Let go of what stage 3 fetched ahead and did not use, before parameters are gathered outside of a training step.
+
+    An evaluation that follows the order recorded in training fetches ahead for a backward pass that never comes; a
+    parameter in flight can be neither gathered nor cut again.
+    """
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
 
 
 def _forget_trace(parameter_offload) -> None:
