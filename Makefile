@@ -24,7 +24,8 @@ quickstart: $(VENV)/.quickstart  ## train a real 135M model by LISA on two CPU r
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/deepspeed --num_gpus 2 launch/train.py --config launch/recipes/quickstart.yaml
 
 test: $(VENV)/.ready  ## the whole test suite
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.zero import build_cpu_ops; build_cpu_ops()'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest --numprocesses 2
 
 checks: $(VENV)/.ready  ## lint and format
 	$(BIN)/ruff check .

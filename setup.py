@@ -4,7 +4,7 @@ from setuptools import setup
 
 LAUNCHER = ["ninja>=1.11"]  # DeepSpeed compiles its C++ ops with it at first use
 QUICKSTART = ["gguf>=0.10", "tensorboard>=2.14"]
-DEV = ["pytest>=8", "ruff>=0.6,<1"]
+DEV = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6,<1"]
 
 setup(
     name="lisa_dist",

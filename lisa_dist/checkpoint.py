@@ -22,18 +22,19 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import distributed as dist
 
 from lisa_dist.config import UserError
 from lisa_dist.controller import LisaController
 from lisa_dist.files import (
     DamagedError,
-    SaveError,
     check_files,
     describe_files,
     flush_folder,
@@ -48,7 +49,10 @@ from lisa_dist.weights import MAX_SHARD_SIZE, export_weights, has_weights, read_
 
 STATE_NAME = "lisa_state.json"
 FORMAT = 1
+# Folders that are no checkpoints: one being written, one that another takes the place of, one being deleted.
+_STAGING, _REPLACED, _DOOMED = "tmp-", "tmp-replaced-", "tmp-deleted-"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
+_LEFT_BEHIND = re.compile(rf"({_STAGING}|{_REPLACED}|{_DOOMED})checkpoint-\d+")
 # Files of a checkpoint that an export leaves behind; weights are exported by themselves.
 _NOT_THE_MODEL = (
     STATE_FILES,
@@ -78,10 +82,11 @@ def save_checkpoint(
     """
     folder = Path(folder)
     writes = dist.get_rank() == 0 if writes is None else writes
-    staging = folder.with_name(f"tmp-{folder.name}")
+    staging = folder.with_name(f"{_STAGING}{folder.name}")
     try:
         with together(folder):
             if writes:
+                _tidy(folder.parent)
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir(parents=True)
         with together(folder):
@@ -98,10 +103,9 @@ def save_checkpoint(
             if writes:
                 write_json(staging / STATE_NAME, _state_of(lisa) | {"files": files})
                 _put_in_place(staging, folder)
-    except SaveError:
+    finally:  # nothing is left there of a save that went well
         if writes:
             shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict | None = None) -> dict:
@@ -184,7 +188,7 @@ def export_main(folder: str, out: str) -> None:
     """`lisa-dist export`: an error of the user's, or of the disk, is one line and exit status 2."""
     try:
         export_checkpoint(folder, out)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, SafetensorError) as error:
         print(f"lisa-dist export: {error}", flush=True)
         raise SystemExit(2) from error
     print(f"saved {out}; load it with from_pretrained")
@@ -202,7 +206,13 @@ def start_from_weights(lisa: LisaController, folder: Path) -> None:
 
 
 def find_checkpoint(output_dir: str | Path) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint in a folder and its state; says on rank 0 which damaged ones were passed over."""
+    """The whole checkpoint in a folder that was saved last, and its state.
+
+    Not that of the highest step: a run that went back to an earlier one has left later steps behind. Rank 0 says which
+    damaged ones were passed over.
+    """
+    if dist.get_rank() == 0:
+        _tidy(Path(output_dir))
     for folder in _listed_checkpoints(Path(output_dir)):
         try:
             return folder, read_state(folder)
@@ -223,9 +233,24 @@ def rotate_checkpoints(newest: Path, limit: int | None, best: Path | None = None
     steps = {path: step for path, step in _checkpoints_in(newest.parent) if path.resolve() not in kept}
     order = sorted(steps, key=lambda path: (steps[path] < _step_of(newest), steps[path]))
     for path in order[: max(0, len(order) + len(kept) - max(limit, len(kept)))]:
-        doomed = path.with_name(f"tmp-{path.name}")
-        os.rename(path, doomed)  # a half-deleted checkpoint must not look like one
+        doomed = path.with_name(f"{_DOOMED}{path.name}")
+        try:
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.rename(path, doomed)  # a half-deleted checkpoint must not look like one
+        except OSError as error:
+            print(f"warning: {path} could not be deleted ({error.strerror}).", flush=True)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _tidy(output_dir: Path) -> None:
+    """Remove what killed saves have left, and put back a checkpoint that one was about to replace."""
+    left = [path for path in output_dir.glob("tmp-*") if _LEFT_BEHIND.fullmatch(path.name)]
+    for path in left:
+        standing = path.with_name(path.name.removeprefix(_REPLACED))
+        if path.name.startswith(_REPLACED) and not standing.exists():
+            os.rename(path, standing)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _step_of(folder: Path) -> int:
@@ -239,9 +264,16 @@ def _checkpoints_in(output_dir: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _listed_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints, newest first, as rank 0 sees them."""
-    found = sorted(_checkpoints_in(output_dir), key=lambda found: found[1], reverse=True)
+    """Checkpoints, last saved first, as rank 0 sees them."""
+    found = sorted(_checkpoints_in(output_dir), key=lambda found: (_saved_at(found[0]), found[1]), reverse=True)
     return [path for path, _ in gather(found)[0]]
+
+
+def _saved_at(folder: Path) -> float:
+    try:
+        return read_json(folder / STATE_NAME)["saved_at"]
+    except DamagedError:  # found out again, and said, where it is this one's turn
+        return folder.stat().st_mtime
 
 
 def _state_of(lisa: LisaController) -> dict:
@@ -252,6 +284,7 @@ def _state_of(lisa: LisaController) -> dict:
     }
     return {
         "format": FORMAT,
+        "saved_at": time.time(),
         "world_size": dist.get_world_size(),
         "zero_stage": engine.zero_optimization_stage(),
         "model": type(engine.module).__name__,
@@ -266,7 +299,7 @@ def _state_of(lisa: LisaController) -> dict:
 def _put_in_place(staging: Path, folder: Path) -> None:
     """Make the staged checkpoint the one at `folder`, in one step unless another one stands there."""
     flush_folder(staging)
-    replaced = folder.with_name(f"tmp-replaced-{folder.name}")
+    replaced = folder.with_name(f"{_REPLACED}{folder.name}")
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(folder, replaced)

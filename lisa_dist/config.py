@@ -104,6 +104,8 @@ class LisaConfig:
             raise UserError(
                 f"--lisa_nonfinite {self.lisa_nonfinite}: unknown; choose one of {', '.join(NONFINITE_POLICIES)}."
             )
+        # One way of writing each, so that a resumed run with another is no other run.
+        self.lisa_always_on, self.lisa_frozen = ",".join(self.always_on), ",".join(self.frozen)
         both = set(self.always_on) & set(self.frozen)
         if both:
             raise UserError(

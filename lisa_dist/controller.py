@@ -30,6 +30,7 @@ from torch import distributed as dist
 from lisa_dist.blocks import Block, find_blocks
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.ds_config import check_ds_config, load_ds_config, uses_optimizer_offload
+from lisa_dist.files import replacing
 from lisa_dist.invariants import SleepingWeights
 from lisa_dist.memory import live_tensor_bytes
 from lisa_dist.optimizer import build_optimizer, build_param_groups, check_same_kinds
@@ -314,17 +315,18 @@ class LisaController:
         self.records.append(record)
         if self._log_path is not None:
             if not self._log_begun:
-                self._log_path.write_text(self._earlier_lines(record.period), encoding="utf-8")
+                with replacing(self._log_path) as path:
+                    path.write_text(self._earlier_lines(record.step), encoding="utf-8")
                 self._log_begun = True
             with self._log_path.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(vars(record)) + "\n")
 
-    def _earlier_lines(self, period: int) -> str:
-        """The log up to `period` of the run that this one resumes; a line that a kill has cut short ends it."""
+    def _earlier_lines(self, step: int) -> str:
+        """The log up to `step` of the run that this one resumes; a line that a kill has cut short ends it."""
         kept = ""
         if self._resumed and self._log_path.is_file():
             for line in self._log_path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if not line.endswith("}\n") or json.loads(line)["period"] >= period:
+                if not line.endswith("}\n") or json.loads(line)["step"] >= step:
                     break
                 kept += line
         return kept
@@ -352,6 +354,7 @@ class LisaController:
         """
         changed = self.check_state_dict(state)
         self._resumed = True
+        self._begun_step = -1
         self.visit_counts = list(state["visit_counts"])
         if changed:
             self.period = state["step"] // self.config.lisa_interval_steps

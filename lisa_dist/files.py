@@ -128,9 +128,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def _is_of_the_disk(error: BaseException) -> bool:
     """Whether a file system said no; some writers say so in exceptions of their own kinds."""
-    return isinstance(error, OSError | SafetensorError) or any(
-        os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    )
+    said = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+    said += ["iostream error", "unexpected pos", "PytorchStreamWriter"]  # torch.save's
+    return isinstance(error, OSError | SafetensorError) or any(words in str(error) for words in said)
 
 
 def gather(value: object) -> list:

@@ -8,8 +8,10 @@ A step of the loop, which is the Trainer's own::
     log              the loss, and lisa/... beside it
 """
 
+import random
 from pathlib import Path
 
+import numpy
 import torch
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -114,6 +116,12 @@ class LisaMixin:
             self._weights_from = folder
             return None
         self._resume_state = read_state(folder)
+        missing = [name for name in (TRAINER_STATE_NAME, SCHEDULER_NAME) if name not in self._resume_state["files"]]
+        if missing:
+            raise UserError(
+                f"--resume_from_checkpoint {folder}: there is no {missing[0]} in it: it was saved in a loop of one's "
+                "own, and goes on there with load_checkpoint()."
+            )
         return str(folder)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
@@ -122,10 +130,13 @@ class LisaMixin:
         self.lisa.attach(model, self.args.output_dir)
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
+            self._watchdog.beat()
             load_checkpoint(self.lisa, folder, self._resume_state)
             self._load_schedule(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         elif self._weights_from is not None:
+            self._watchdog.beat()
             start_from_weights(self.lisa, self._weights_from)
+        self._watchdog.beat()
         return model, train_dataloader
 
     def _load_schedule(self, state: dict) -> None:
@@ -142,6 +153,26 @@ class LisaMixin:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs):
+        """The Trainer's, which would delete all checkpoints but the best, the newest and a signal's among them."""
+        best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
+        output = super()._finalize_training(*args, **kwargs)
+        self.state.best_model_checkpoint = best
+        return output
+
+    def evaluate(self, *args, **kwargs):
+        """The Trainer's, without a trace in the random states.
+
+        A resumed run does not evaluate again what was evaluated before it was saved, and must draw the same numbers.
+        """
+        cuda = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_available() else []
+        python_state, numpy_state = random.getstate(), numpy.random.get_state()
+        with torch.random.fork_rng(devices=cuda):
+            metrics = super().evaluate(*args, **kwargs)
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+        return metrics
 
     def training_step(self, *args, **kwargs):
         """The Trainer's, with a note of whether this rank's loss was finite."""
@@ -260,6 +291,7 @@ class LisaMixin:
             ("auto_find_batch_size", "a smaller batch would need a new run"),
             ("enable_jit_checkpoint", "SIGTERM and SIGUSR1 save a checkpoint anyway"),
             ("save_only_model", "a LISA checkpoint holds what a resume needs, which is little"),
+            ("save_on_each_node", "all ranks write one checkpoint together, in a folder that every node sees"),
         ):
             if getattr(self.args, flag):
                 raise UserError(f"--{flag} True: {what}; leave it out.")
@@ -324,6 +356,7 @@ class _SwitchCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._trainer.lisa.close()
+        self._trainer._watchdog.end_steps()
 
     def _say_active(self, state) -> None:
         from tqdm import tqdm

@@ -34,6 +34,7 @@ class Watchdog:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._on = timeout > 0 and self._world_size > 1
         self._beats, self._last_beat = 0, time.monotonic()
+        self._steps_ended = False
         self._failure: str | None = None
         self._done = threading.Event()
         # The last sign of each rank, and when it last changed; what the store's thread writes and the other reads.
@@ -45,6 +46,10 @@ class Watchdog:
         """The main thread has come on."""
         self._beats += 1
         self._last_beat = time.monotonic()
+
+    def end_steps(self) -> None:
+        """There are no more steps to wait for, only what ends a run, such as an upload; dead ranks are still seen."""
+        self._steps_ended = True
 
     def __enter__(self):
         if self._on:
@@ -110,9 +115,10 @@ class Watchdog:
                     self._end(self._failed_ranks())
             elif silent := self._silent_ranks(self._silence):
                 self._end(f"rank(s) {silent} have given no sign of life for {self._silence:.0f} s")
-            elif time.monotonic() - self._last_beat > self._timeout:
+            elif not self._steps_ended and time.monotonic() - self._last_beat > self._timeout:
                 faulthandler.dump_traceback()
-                beats = [int(sign.split()[-1]) for sign in self._signs]
+                # A rank that fails this moment has no count any more.
+                beats = [0 if sign.startswith(_FAILED) else int(sign.split()[-1]) for sign in self._signs]
                 last = [rank for rank, count in enumerate(beats) if count == min(beats)]
                 self._end(f"no step for {self._timeout:.0f} s (--hang_timeout); furthest behind: rank(s) {last}")
 

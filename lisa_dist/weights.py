@@ -48,6 +48,9 @@ def write_weights(
     names = [SAFE_WEIGHTS_NAME]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    with together(folder):
+        if writes:  # an index of earlier shards must not stand beside new ones
+            (folder / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
     bytes_of, file_of = {}, {}
     for file_name, parts in zip(names, shards, strict=True):
         shard: dict[str, torch.Tensor] = {}

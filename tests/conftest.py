@@ -1,6 +1,7 @@
 """Set-up of all tests: CPU ranks, no hub, C++ ops built before ranks need them."""
 
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -36,3 +37,14 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set LISA_DIST_DATA")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB; where none may be mounted, files of at most 1 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True)
+    yield folder, None if mounted.returncode == 0 else 1_000_000
+    if mounted.returncode == 0:
+        subprocess.run(["umount", "--lazy", folder], check=True)

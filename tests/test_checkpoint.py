@@ -6,7 +6,6 @@ Every resume begins from other initial weights than the run had, so that what is
 import json
 import resource
 import shutil
-import subprocess
 from pathlib import Path
 
 import deepspeed
@@ -182,9 +181,9 @@ def test_8bit_states_go_on_elsewhere(tmp_path):
         assert resumed["losses"] == pytest.approx(whole["losses"][5:], abs=2e-3), (ds_config, world_size, optim)
 
 
-def save_once(folder: str, model=None, steps: int = 2, ds_config: str = "zero2", **settings):
+def save_once(folder: str, model=None, steps: int = 2, ds_config: str = "zero2", output_dir=None, **settings):
     """A run of some steps, saved in checkpoint-<steps>; the engine and the controller."""
-    engine, lisa = start(ds_config, torch.float32, {"lisa": settings}, model)
+    engine, lisa = start(ds_config, torch.float32, {"lisa": settings, "output_dir": output_dir}, model)
     train(engine, lisa, steps, {})
     save_checkpoint(lisa, Path(folder) / f"checkpoint-{steps}")
     return engine, lisa
@@ -275,12 +274,13 @@ def test_checkpoints_of_other_runs_are_refused_before_anything_changes(tmp_path)
 
 def resume_with_other_settings(folder: str) -> None:
     """At the end of a period the next one may have other settings; what stays awake keeps its states."""
-    engine, lisa = save_once(folder, steps=6)
+    engine, lisa = save_once(folder, steps=6, output_dir=folder)
     before = everything(engine, lisa)
     kept = {key: state.master.clone() for key, state in lisa.partition_states().items()}
     engine.destroy()
     settings = {"lisa_activated_layers": 3, "lisa_interval_steps": 2, "lisa_sampler": "cyclic"}
-    engine, lisa = start("zero2", torch.float32, {"lisa": settings}, tiny_llama(seed=99))
+    options = {"lisa": settings, "output_dir": folder}
+    engine, lisa = start("zero2", torch.float32, options, tiny_llama(seed=99))
     load_checkpoint(lisa, Path(folder) / "checkpoint-6")
     assert lisa.period == 3
     assert lisa.active_layers == (3, 4, 5)
@@ -297,22 +297,15 @@ def resume_with_other_settings(folder: str) -> None:
     assert fresh
     assert not any(states[key].optimizer_state for key in fresh)
     assert len(train(engine, lisa, STEPS, {})) == 2
+    lisa.close()
     engine.destroy()
+    dist.barrier()
+    lines = (Path(folder) / "lisa_log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 3, 6]
 
 
 def test_other_settings_may_begin_with_a_period(tmp_path):
     run_ranks(resume_with_other_settings, 2, str(tmp_path))
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 3 MB; where none may be mounted, files of at most 1 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True)
-    yield folder, None if mounted.returncode == 0 else 1_000_000
-    if mounted.returncode == 0:
-        subprocess.run(["umount", folder], check=True)
 
 
 def fill_disk(folder: str, largest_file: int | None) -> str:
@@ -337,6 +330,32 @@ def test_a_full_disk_keeps_the_older_checkpoint(small_disk):
     for said in run_ranks(fill_disk, 2, str(folder), largest_file):
         assert said.startswith(f"{folder}/checkpoint-3 could not be written (rank ")
         assert "No space left" in said or "File too large" in said
+
+
+def go_back(folder: str) -> str:
+    """Resume from step 2 though 4 was saved, save 2 anew and 3; which one `true` then takes."""
+    engine, lisa = save_once(folder)
+    train(engine, lisa, 4, {})
+    save_checkpoint(lisa, Path(folder) / "checkpoint-4")
+    load_checkpoint(lisa, Path(folder) / "checkpoint-2")
+    train(engine, lisa, 3, {})
+    if dist.get_rank() == 0:  # what killed saves and deletions leave behind
+        for name in ("tmp-checkpoint-7", "tmp-deleted-checkpoint-6", "tmp-replaced-checkpoint-2"):
+            shutil.copytree(Path(folder) / "checkpoint-2", Path(folder) / name)
+    dist.barrier()
+    save_checkpoint(lisa, Path(folder) / "checkpoint-3")
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    dist.barrier()
+    if dist.get_rank() == 0:  # killed between two renames, while checkpoint-3 was written anew
+        (Path(folder) / "checkpoint-3").rename(Path(folder) / "tmp-replaced-checkpoint-3")
+    dist.barrier()
+    found, _ = find_checkpoint(folder)
+    engine.destroy()
+    return found.name
+
+
+def test_a_run_that_went_back_goes_on_from_what_it_saved_last(tmp_path):
+    assert run_ranks(go_back, 2, str(tmp_path)) == ["checkpoint-3", "checkpoint-3"]
 
 
 def test_rotation_keeps_what_was_just_written_and_the_best(tmp_path):

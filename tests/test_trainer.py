@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import signal
+from pathlib import Path
 
 import deepspeed
 import pytest
@@ -11,11 +13,13 @@ from models import tiny_gpt2, tiny_llama, token_batches
 from ranks import run_ranks
 from reference import train_reference
 from torch import distributed as dist
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lisa_dist import LisaConfig, LisaMixin
+from lisa_dist.checkpoint import STATE_NAME
 from lisa_dist.ds_config import find_ds_config
+from lisa_dist.files import write_json
 
 STEPS, ACCUMULATION, INTERVAL, LR, DECAY, ROWS = 8, 2, 3, 1e-3, 0.1, 2
 
@@ -140,7 +144,20 @@ def refused(output_dir: str, what: str) -> str:
         changes = {"optim_args": "amsgrad=True"}
     elif what == "optimizer":
         extra = {"optimizers": (torch.optim.SGD(torch.nn.Linear(2, 2).parameters()), None)}
-    resume = "checkpoint-3" if what == "resume" else None
+    elif what == "save_on_each_node":
+        changes = {what: True}
+    resume = {"resume": "checkpoint-3", "resume nothing": True}.get(what)
+    if what in ("resume a loop's", "resume without state", "resume a newer"):
+        resume = str(Path(output_dir) / "checkpoint-1")
+        if dist.get_rank() == 0:
+            Path(resume).mkdir()
+            (Path(resume) / "lisa_optimizer-00000-of-00001.safetensors").touch()
+            newer = {"format": 99, "versions": {"lisa_dist": "9.0"}, "saved_at": 0.0}
+            state = {"format": 1, "files": {}} if what == "resume a loop's" else newer
+            if what != "resume without state":
+                write_json(Path(resume) / STATE_NAME, state)
+        dist.barrier()
+        resume = True if what == "resume a newer" else resume
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is checked by the caller
         InOrder(
             model=tiny_llama(),
@@ -165,7 +182,12 @@ def refused(output_dir: str, what: str) -> str:
         ("load_best_model_at_end", "--load_best_model_at_end True"),
         ("auto_find_batch_size", "--auto_find_batch_size True"),
         ("optim_args", "--optim_args amsgrad=True"),
-        ("resume", "--resume_from_checkpoint checkpoint-3"),
+        ("save_on_each_node", "--save_on_each_node True"),
+        ("resume", "--resume_from_checkpoint checkpoint-3: no such folder"),
+        ("resume nothing", "--resume_from_checkpoint true: there is no whole checkpoint in --output_dir"),
+        ("resume a loop's", "it was saved in a loop of one's own"),
+        ("resume without state", "checkpoint-1/lisa_state.json cannot be read"),
+        ("resume a newer", "has format 99, written by lisa_dist 9.0"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(tmp_path, what, said):
@@ -177,10 +199,23 @@ class Shuffled(LisaMixin, Trainer):
     """The Trainer's own shuffling."""
 
 
-def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, seed: int = 0) -> dict:
+class StopAfter(TrainerCallback):
+    """Has this rank's process receive SIGUSR1 in a step."""
+
+    def __init__(self, step: int):
+        self._step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self._step and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, seed: int = 0, stop_after=0) -> dict:
     """Train with dropout and shuffling; what came of it."""
     unset_hf_deepspeed_config()  # of an earlier trainer in this process: the model would be built under its zero.Init
     rows = rows_for(2) * 2
+    if "eval_strategy" in changes:
+        rows = rows[: 4 * 2 * ROWS * ACCUMULATION]  # epochs of four steps
     world_size = dist.get_world_size()
     trainer = Shuffled(
         model=tiny_gpt2(seed=seed, dropout=0.1).to(torch.bfloat16 if changes.get("bf16") else torch.float32),
@@ -196,7 +231,9 @@ def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, 
             | changes,
         ),
         train_dataset=rows,
+        eval_dataset=rows[:4],
         lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_debug=True),
+        callbacks=[StopAfter(stop_after)],
     )
     trainer.train(resume_from_checkpoint=resume_from)
     parameters = dict(trainer.model.named_parameters())
@@ -219,6 +256,7 @@ def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, 
         ("zero3", {}),
         ("zero3", {"bf16": True, "gradient_accumulation_steps": 1, "save_steps": 3}),
         ("zero2_offload", {}),
+        ("zero2", {"eval_strategy": "epoch"}),  # after checkpoint-4 was saved, and not again in the resumed run
     ],
 )
 def test_a_resumed_run_is_the_run(tmp_path, ds_config, changes):
@@ -240,6 +278,38 @@ def test_a_resumed_run_is_the_run(tmp_path, ds_config, changes):
     ]
 
 
+def test_a_signals_checkpoint_stays_though_another_is_the_best(tmp_path):
+    """In a step that would be evaluated too: the run goes on from it as if nothing had happened."""
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1, "metric_for_best_model": "loss"}
+    changes |= {"greater_is_better": True, "eval_delay": 2}  # the first one is the best, and it is saved
+    whole = run_ranks(train_shuffled, 2, str(tmp_path / "whole"), "zero2", changes, None)[0]
+    assert {"checkpoint-2", "checkpoint-8"} <= {path.name for path in (tmp_path / "whole").iterdir()}
+    stopped = run_ranks(train_shuffled, 2, str(tmp_path / "out"), "zero2", changes, None, 0, 5)[0]
+    assert stopped["stopped_by"] == "SIGUSR1"
+    assert (tmp_path / "out" / "checkpoint-5").is_dir()
+    resumed = run_ranks(train_shuffled, 2, str(tmp_path / "out"), "zero2", changes, True, 99)[0]
+    for name, value in whole["weights"].items():
+        assert torch.equal(value, resumed["weights"][name]), name
+
+
+def save_on_a_full_disk(output_dir: str) -> str:
+    with pytest.raises(ValueError, match="could not be written") as error:
+        train_shuffled(output_dir, "zero2", {}, None)
+    dist.barrier()
+    assert not list(Path(output_dir).glob("*checkpoint*")), "what was begun is removed"
+    return str(error.value)
+
+
+def test_a_full_disk_is_named_by_all_ranks(small_disk):
+    """So full that not even the first small file fits."""
+    folder, _ = small_disk
+    if not os.path.ismount(folder):
+        pytest.skip("a file system of its own cannot be mounted here")
+    (folder / "filler").write_bytes(bytes(3 * 2**20 - 24 * 1024))
+    for said in run_ranks(save_on_a_full_disk, 2, str(folder)):
+        assert said.startswith(f"{folder}/checkpoint-2 could not be written (rank ")
+
+
 def resume_finished_and_changed(output_dir: str) -> None:
     """A finished run takes no step more; other settings at the end of a period keep the schedule."""
 
@@ -253,10 +323,16 @@ def resume_finished_and_changed(output_dir: str) -> None:
             lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_activated_layers=gamma),
         )
 
-    trainer(2).train()
+    first = trainer(2)
+    first.train()
     again = trainer(2)
+    with torch.no_grad():
+        for parameter in again.model.parameters():
+            parameter.zero_()
     again.train("auto")
     assert again.state.global_step == STEPS
+    for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
     for gamma in (3, 1):
         changed = trainer(gamma)
         changed.train(f"{output_dir}/checkpoint-3")

@@ -90,6 +90,8 @@ def test_the_other_rank_ends_and_names_it(tmp_path, how, said, victim):
     wait_for(tmp_path, victim, "now")
     try:
         assert ranks[1 - victim].wait(timeout=30) == 1
+        if how == "raise":
+            assert ranks[victim].wait(timeout=30) == 1, "by itself"
     finally:
         ranks[victim].kill()
         ranks[victim].wait()

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import lisa_dist
-from lisa_dist.checkpoint import export_checkpoint, save_checkpoint
+from lisa_dist.checkpoint import export_checkpoint, export_main, save_checkpoint
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.weights import write_configs, write_weights
 
@@ -91,7 +91,7 @@ def test_from_pretrained_loads_what_was_trained(tmp_path, ds_config, build, dtyp
     assert not list((tmp_path / "exported").glob("lisa_*"))
 
 
-def test_an_export_is_refused_where_it_cannot_be_right(tmp_path):
+def test_an_export_is_refused_where_it_cannot_be_right(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"is no checkpoint of a LISA run: there is no lisa_state\.json in it"):
         export_checkpoint(tmp_path, tmp_path / "out")
     run_ranks(train_and_save, 1, str(tmp_path), "zero2", tiny_llama, torch.float32, 1 << 30)
@@ -100,4 +100,7 @@ def test_an_export_is_refused_where_it_cannot_be_right(tmp_path):
     (tmp_path / "checkpoint-4" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
         export_checkpoint(tmp_path / "checkpoint-4", tmp_path / "out")
+    with pytest.raises(SystemExit, match="2"):
+        export_main(str(tmp_path / "checkpoint-4"), str(tmp_path / "out"))
+    assert "lisa-dist export: " in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
