@@ -74,8 +74,20 @@ def draw_fault(generator: random.Random, seconds: float) -> dict:
         "rank": generator.randrange(WORLD_SIZE),
         "moment": moment,
         "call": 1 if moment == "time" else generator.randint(1, 3),
-        "delay": generator.uniform(0, seconds) if moment == "time" else generator.uniform(0, 0.05),
+        # A save of this model takes some 50 ms and a switch some 10.
+        "delay": generator.uniform(0, {"time": seconds, "save": 0.05, "switch": 0.01}[moment]),
     }
+
+
+def what_survivors_said(fault: dict, outcome: dict) -> str | None:
+    """What is wrong with how the other rank ended after a kill or a stop, if anything."""
+    other = 1 - fault["rank"]
+    code, said = outcome["codes"][other], outcome["said"][other]
+    if code == 0:  # the fault came after its last collective
+        return None
+    if code != 1:
+        return f"exit status {code}"
+    return None if f"rank(s) [{fault['rank']}]" in said else f"does not name rank {fault['rank']}: {said[-500:]}"
 
 
 def start(arguments: argparse.Namespace, output_dir: str, fault: dict | None, steps: int) -> dict:
@@ -174,6 +186,10 @@ def campaign(arguments: argparse.Namespace, folder: Path) -> dict:
                 struck[kind] += 1
                 slowest[kind] = max(slowest[kind], outcome["seconds"])
                 print(f"{sum(struck.values()):3d}  {kind:15} rank {fault['rank']} codes {outcome['codes']}", flush=True)
+            if outcome["struck"] and fault["signal"] != "SIGTERM" and not outcome["hung"]:
+                wrong = what_survivors_said(fault, outcome)
+                if wrong:
+                    problems.append({"the other rank": wrong, "fault": fault})
             if outcome["hung"]:
                 problems.append({"hung": fault})
             if outcome["struck"] and fault["signal"] == "SIGTERM" and outcome["codes"] != [0, 0]:
