@@ -97,7 +97,7 @@ def save_checkpoint(
         write_weights(lisa.engine, lisa.blocks, staging, writes, max_shard_size)
         with together(folder):
             file = staging / state_file(dist.get_rank(), dist.get_world_size())
-            write_states(file, lisa.partition_states(), lisa.partitions.pieces())
+            write_states(file, *lisa.saved_states())
         files = describe_files(staging)
         with together(folder):
             if writes:
@@ -133,6 +133,8 @@ def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict | None
         if changed and lisa.config.lisa_state == "reset_all":  # a period begins here, which its switch would have done
             fields = {MASTER: fields[MASTER]}
         lisa.partitions.load_state(key, fields)
+    quantized = lisa.partitions.takes_8bit_states
+    lisa.keep_states(lambda key, pieces, numel: saved.read(key, pieces, numel, quantized))
     lisa.partitions.load_counters(state["counters"])
     rates = state["learning_rates"]
     for group in engine.optimizer.param_groups:

@@ -4,6 +4,7 @@ Source: Algorithm 1 of Pan et al., "LISA: Layerwise Importance Sampling for Memo
 Fine-Tuning" (arXiv 2403.17919). Flag names follow the ones in use elsewhere.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 
@@ -12,7 +13,7 @@ class UserError(ValueError):
 
 
 SAMPLERS = ("uniform", "reshuffle", "cyclic", "fixed", "weighted")
-STATE_POLICIES = ("reset", "reset_all")
+STATE_POLICIES = ("reset", "reset_all", "keep")
 NONFINITE_POLICIES = ("stop", "skip")
 OUTER_BLOCKS = ("embed", "head", "rest")
 
@@ -48,18 +49,32 @@ class LisaConfig:
         default="embed,head,rest",
         metadata={
             "help": "Blocks that train in every period, of embed, head, rest (the final norm and whatever else is "
-            "neither)."
+            "neither). What is neither here nor in --lisa_frozen is drawn as layers are."
         },
     )
     lisa_frozen: str = field(
         default="",
         metadata={"help": "Blocks that never train, of embed, head, rest."},
     )
+    lisa_block_probability: str = field(
+        default="",
+        metadata={
+            "help": "Probability that a period trains a block that is neither always on nor frozen, such as "
+            "embed=0.25,head=0.1; by default that of a layer. It takes the places of as many layers as it is large."
+        },
+    )
     lisa_state: str = field(
         default="reset",
         metadata={
-            "help": "Optimizer states at a switch: reset (a layer that falls asleep loses its own) or reset_all (every "
-            "block starts afresh, as in the paper's runs)."
+            "help": "Optimizer states at a switch: reset (a layer that falls asleep loses its own), reset_all (every "
+            "block starts afresh, as in the paper's runs) or keep (a sleeping layer's wait on the host)."
+        },
+    )
+    lisa_state_bits: str = field(
+        default="",
+        metadata={
+            "help": "Bits of the moments by block, 8 (bitsandbytes, blockwise) or 32, such as embed=8,layers=32; by "
+            "default as --optim has them."
         },
     )
     lisa_nonfinite: str = field(
@@ -112,12 +127,20 @@ class LisaConfig:
                 f"--lisa_always_on {self.lisa_always_on} and --lisa_frozen {self.lisa_frozen} both name "
                 f"{', '.join(sorted(both))}: a block is one or the other."
             )
-        neither = [block for block in OUTER_BLOCKS if block not in self.always_on and block not in self.frozen]
-        if neither:
-            raise UserError(
-                f"--lisa_always_on {self.lisa_always_on} leaves out {', '.join(neither)}: these blocks cannot be "
-                f"sampled yet; add them to --lisa_frozen to train without them."
-            )
+        for block, bits in self.state_bits.items():
+            if bits not in (8, 32):
+                raise UserError(
+                    f"--lisa_state_bits {self.lisa_state_bits}: moments have 8 or 32 bits; {block} has {bits:g}."
+                )
+        for block, probability in self.block_probabilities.items():
+            flag = f"--lisa_block_probability {self.lisa_block_probability}"
+            if block not in self.sampled:
+                raise UserError(
+                    f"{flag}: {block} is always on or frozen; take it out of --lisa_always_on and --lisa_frozen to "
+                    "have it drawn."
+                )
+            if not 0 < probability <= 1:
+                raise UserError(f"{flag}: a probability is above 0 and at most 1; {block} has {probability:g}.")
 
     @property
     def always_on(self) -> tuple[str, ...]:
@@ -129,6 +152,22 @@ class LisaConfig:
         """Outer blocks that never train."""
         return _block_names("--lisa_frozen", self.lisa_frozen)
 
+    @property
+    def sampled(self) -> tuple[str, ...]:
+        """Outer blocks that are drawn as layers are."""
+        return tuple(block for block in OUTER_BLOCKS if block not in self.always_on and block not in self.frozen)
+
+    @property
+    def block_probabilities(self) -> dict[str, float]:
+        """The probabilities that the user gave, by block."""
+        flag = "--lisa_block_probability"
+        return _block_values(flag, self.lisa_block_probability, OUTER_BLOCKS)
+
+    @property
+    def state_bits(self) -> dict[str, int]:
+        """Bits of the moments that the user gave, for embed, head, rest and layers."""
+        return _block_values("--lisa_state_bits", self.lisa_state_bits, (*OUTER_BLOCKS, "layers"))
+
     def check_num_layers(self, num_layers: int) -> None:
         """Raise when a model of so many decoder layers has too few to draw from."""
         if self.lisa_activated_layers > num_layers:
@@ -139,6 +178,22 @@ class LisaConfig:
     def to_dict(self) -> dict:
         """The settings as plain values, for logs and checkpoints."""
         return asdict(self)
+
+
+def _block_values(flag: str, value: str, blocks: Sequence[str]) -> dict[str, float]:
+    """What `block=number,...` says, for a flag that takes it."""
+    numbers: dict[str, float] = {}
+    for part in (part.strip() for part in value.split(",")):
+        if not part:
+            continue
+        block, _, number = part.partition("=")
+        if block.strip() not in blocks:
+            raise UserError(f"{flag} {value}: unknown block {block.strip()!r}; choose from {', '.join(blocks)}.")
+        try:
+            numbers[block.strip()] = float(number)
+        except ValueError:
+            raise UserError(f"{flag} {value}: {part!r} is no block=number.") from None
+    return numbers
 
 
 def _block_names(flag: str, value: str) -> tuple[str, ...]:

@@ -3,8 +3,8 @@
 One period, K optimizer steps long, as it runs on every rank::
 
     on_step_begin()                 step s, s % K == 0: the step before has written its weights back
-      draw       all compare their period: 8 W bytes gathered; rank 0 draws its layers and broadcasts (period, layers):
-                 8 (gamma + 1) bytes
+      draw       all compare their period: 8 W bytes gathered; rank 0 draws and broadcasts (period, drawn outer block,
+                 layers): 8 (gamma + 2) bytes
       flip       requires_grad of what sleeps and what wakes; gradients of what sleeps become None
       partition  ZeroPartitions.repartition: states of staying blocks move over, of waking blocks are new
       verify     each rank hashes what it now holds and all compare: 8 W bytes gathered
@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,15 +28,15 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 
-from lisa_dist.blocks import Block, find_blocks
-from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.blocks import Block, Blocks, find_blocks
+from lisa_dist.config import OUTER_BLOCKS, LisaConfig, UserError
 from lisa_dist.ds_config import check_ds_config, load_ds_config, uses_optimizer_offload
 from lisa_dist.files import replacing
 from lisa_dist.invariants import SleepingWeights
 from lisa_dist.memory import live_tensor_bytes
-from lisa_dist.optimizer import build_optimizer, build_param_groups, check_same_kinds
-from lisa_dist.sampling import load_layer_weights, sample_layers
-from lisa_dist.states import states_to_carry
+from lisa_dist.optimizer import build_optimizer, build_param_groups, check_same_kinds, split_by_decay
+from lisa_dist.sampling import Draw, SampledBlock, load_layer_weights, sample_period
+from lisa_dist.states import HostStates, PartitionKey, PartitionState, Piece, states_to_carry
 from lisa_dist.zero import ZeroPartitions, check_deepspeed
 
 LOG_NAME = "lisa_log.jsonl"
@@ -46,15 +47,55 @@ FREE_SETTINGS = ("lisa_state", "lisa_nonfinite", "lisa_layers_attribute", "lisa_
 
 @dataclass
 class PeriodRecord:
-    """One line of lisa_log.jsonl. Seconds are of the switch; bytes are of this rank, after the period's first step."""
+    """One line of lisa_log.jsonl. Seconds are of the switch; bytes are of this rank, after the period's first step.
+
+    `blocks` are the outer blocks that train in this period beside those that are always on; `host_bytes` are states of
+    sleeping blocks that wait on the host.
+    """
 
     period: int
     step: int
     layers: list[int]
+    blocks: list[str]
     seconds: float
     state_bytes_per_rank: int
     bytes_released: int
     live_bytes: int
+    host_bytes: int = 0
+
+
+def sampled_blocks(config: LisaConfig, blocks: Blocks) -> list[SampledBlock]:
+    """The outer blocks that `config` has drawn, with their probabilities and places; tied matrices are one, in embed.
+
+    Raises ValueError when embed and head are tied and not treated as one, or the probabilities add up to more than 1.
+    """
+    policies = {name: [name in config.always_on, name in config.frozen] for name in ("embed", "head")}
+    probabilities = dict(config.block_probabilities)
+    if blocks.tied:
+        given = {probabilities.pop(name, None) for name in ("embed", "head")} - {None}
+        if policies["embed"] != policies["head"] or len(given) > 1:
+            raise UserError(
+                f"--lisa_always_on {config.lisa_always_on}, --lisa_frozen {config.lisa_frozen}, "
+                f"--lisa_block_probability {config.lisa_block_probability}: embed and head of this model are one tied "
+                "matrix; give both the same."
+            )
+        probabilities |= dict.fromkeys(("embed",), *given)
+    gamma, num_layers = config.lisa_activated_layers, len(blocks.layers)
+    layer_numel = sum(layer.numel for layer in blocks.layers) / num_layers
+    sampled = []
+    for name in config.sampled:
+        block = blocks.outer(name)
+        if block.parameters:
+            places = min(gamma, round(block.numel / layer_numel))
+            sampled.append(SampledBlock(name, probabilities.get(name) or gamma / num_layers, places))
+    total = sum(block.probability for block in sampled)
+    if total > 1:
+        listed = ", ".join(f"{block.name}={block.probability:g}" for block in sampled)
+        raise UserError(
+            f"--lisa_block_probability {config.lisa_block_probability}: a period trains at most one drawn block, but "
+            f"the probabilities add up to {total:g} ({listed})."
+        )
+    return sampled
 
 
 class LisaController:
@@ -73,19 +114,23 @@ class LisaController:
         self.blocks = find_blocks(model, config.lisa_layers_attribute)
         num_layers = len(self.blocks.layers)
         config.check_num_layers(num_layers)
-        if self.blocks.tied and ("embed" in config.frozen) != ("head" in config.frozen):
-            raise UserError(
-                f"--lisa_frozen {config.lisa_frozen}: embed and head of this model are one tied matrix; freeze both or "
-                "neither."
-            )
         check_same_kinds(self.blocks.layers)
+        self._sampled = sampled_blocks(config, self.blocks)
+        self._state_bits = config.state_bits
+        if self.blocks.tied and self._state_bits.get("head", given := self._state_bits.get("embed")) != given:
+            raise UserError(
+                f"--lisa_state_bits {config.lisa_state_bits}: embed and head of this model are one tied matrix; give "
+                "both the same."
+            )
         self._weights = None
         if config.lisa_weights_file is not None:
             self._weights = load_layer_weights(config.lisa_weights_file, num_layers, config.lisa_activated_layers)
 
         self.period = 0
-        self.active_layers = self._draw(0)
+        self.active_layers, self.active_blocks = self._widest()
         self.visit_counts = [0] * num_layers
+        self.block_visit_counts = {block.name: 0 for block in self._sampled}
+        self.host_states = HostStates()
         self.records: list[PeriodRecord] = []
         self._model = model
         self.engine: deepspeed.DeepSpeedEngine | None = None
@@ -106,8 +151,12 @@ class LisaController:
     # For the optimizer and the engine
 
     def param_groups(self, weight_decay: float = 0.0) -> list[dict]:
-        """Parameter groups of the active blocks for the optimizer, the same number and order in every period."""
-        return build_param_groups(self._trained_outer_blocks(), self._active_blocks(), weight_decay)
+        """Parameter groups for the optimizer, the same number and order in every period.
+
+        Where outer blocks are drawn, those of all that a period may train: `attach` cuts them down to period 0's.
+        """
+        layers, drawn = self._widest()
+        return self._build_groups(layers, drawn, weight_decay)
 
     def attach(self, engine: deepspeed.DeepSpeedEngine, output_dir: str | None = None) -> None:
         """Take over a DeepSpeed engine whose optimizer was built from `param_groups`.
@@ -118,7 +167,7 @@ class LisaController:
         self.engine = engine
         self._skipped_steps = engine.skipped_steps
         self._loss_was_finite = torch.tensor(True, device=engine.device)
-        mine = self._group_names()
+        mine = self._names_of(group["params"] for group in self.param_groups())
         theirs = self.partitions.keys()
         if mine != theirs:
             raise UserError(
@@ -129,7 +178,10 @@ class LisaController:
         if output_dir is not None and dist.get_rank() == 0:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             self._log_path = Path(output_dir) / LOG_NAME
-        self._agree()
+        self.active_layers, self.active_blocks = self._agree()
+        if self._sampled:
+            self._activate()
+            self.partitions.repartition(self._params_of_groups(), {})
         self._verify()
         if self.config.lisa_debug:
             self._watch = SleepingWeights(self.partitions)
@@ -163,6 +215,26 @@ class LisaController:
     def partition_states(self) -> dict:
         """This rank's masters and optimizer states, keyed by the names of the parameters they were cut from."""
         return self.partitions.states()
+
+    def saved_states(self) -> tuple[dict[PartitionKey, PartitionState], dict[PartitionKey, list[Piece]]]:
+        """What a checkpoint holds of this rank's optimizer: active and kept partitions, and the pieces of each."""
+        get_accelerator().synchronize()  # copies to the host are not waited for
+        states, pieces = self.partitions.states(), self.partitions.pieces()
+        return states | self.host_states.states, pieces | self.host_states.pieces
+
+    def keep_states(self, read: Callable[[PartitionKey, list[Piece], int], dict | None]) -> None:
+        """Fill the host's states of sleeping blocks from `read`, which gives a partition's saved fields or None."""
+        self.host_states.clear()
+        if self.config.lisa_state != "keep":
+            return
+        for block in self._sleeping_blocks():
+            group = block.name if block.name in self.block_visit_counts else "slot0"
+            for kind, params in split_by_decay(block).items():
+                (key,) = self._names_of([params])
+                pieces, numel = self.partitions.layout(params)
+                fields = read(key, pieces, numel)
+                if fields is not None:
+                    self.host_states.put(key, self.partitions.state_of(f"{group}/{kind}", fields), pieces)
 
     def live_bytes(self) -> int:
         """Bytes that tensors hold on this rank's device right now."""
@@ -209,38 +281,51 @@ class LisaController:
             self._watch.check(self.period)
         started = time.perf_counter()
         self.period = period
-        self.active_layers = self._agree()
+        self.active_layers, self.active_blocks = self._agree()
         self._activate()
+        params_of_groups = self._params_of_groups()
         states = self.partitions.states()
-        carried = states_to_carry(states, self.config.lisa_state, self._group_names())
-        released = sum(state.nbytes for state in states.values()) - sum(state.nbytes for state in carried.values())
+        next_keys = self._names_of(params_of_groups)
+        if self.config.lisa_state == "keep":
+            pieces = self.partitions.pieces()
+            for key in states.keys() - set(next_keys):
+                self.host_states.put(key, states[key], pieces[key])
+        carried = states_to_carry(states, self.config.lisa_state, next_keys, self.host_states)
+        staying = sum(state.nbytes for key, state in carried.items() if key in states)
+        released = sum(state.nbytes for state in states.values()) - staying
+        changed = released > 0 or states.keys() != {key for key in next_keys if key}
         del states  # what falls asleep must be gone before what wakes is allocated
-        if released:  # else the same blocks go on with all they have
-            self.partitions.repartition([group["params"] for group in self.param_groups()], carried)
+        if changed:  # else the same blocks go on with all they have
+            self.partitions.repartition(params_of_groups, carried)
         self._verify()
         self._open_record(self.engine.global_steps, time.perf_counter() - started, released)
         if self._watch is not None:
             self._watch.remember(self._sleeping_blocks())
 
-    def _draw(self, period: int) -> tuple[int, ...]:
+    def _draw(self, period: int) -> Draw:
         config = self.config
-        return sample_layers(
+        return sample_period(
             config.lisa_sampler,
             len(self.blocks.layers),
             config.lisa_activated_layers,
             config.lisa_seed,
             period,
             self._weights,
+            self._sampled,
         )
 
-    def _agree(self) -> tuple[int, ...]:
-        """Rank 0's draw for the period, on every rank."""
+    def _agree(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Rank 0's draw for the period, layers and outer block, on every rank."""
         self._compare(self.period, "are in another period")
-        drawn = torch.tensor([self.period, *self._draw(self.period)], dtype=torch.int64, device=self.engine.device)
-        dist.broadcast(drawn, src=0)
-        period, *layers = drawn.tolist()
+        draw, names = self._draw(self.period), [block.name for block in self._sampled]
+        block = names.index(draw.blocks[0]) if draw.blocks else -1
+        padding = [-1] * (self.config.lisa_activated_layers - len(draw.layers))
+        message = [self.period, block, *draw.layers, *padding]
+        message = torch.tensor(message, dtype=torch.int64, device=self.engine.device)
+        dist.broadcast(message, src=0)
+        period, block, *layers = message.tolist()
         assert period == self.period
-        return tuple(layers)
+        return tuple(layer for layer in layers if layer >= 0), tuple(names[block : block + 1] if block >= 0 else ())
 
     def _activate(self) -> None:
         """Let exactly the active blocks require gradients."""
@@ -250,7 +335,8 @@ class LisaController:
 
     def _verify(self) -> None:
         """Check that all ranks now hold the same layers in the same partitions."""
-        self._compare([self.period, self.active_layers, self.partitions.keys()], "hold other layers or partitions")
+        held = [self.period, self.active_layers, self.active_blocks, self.partitions.keys()]
+        self._compare(held, "hold other layers or partitions")
 
     def _compare(self, held: object, what_differs: str) -> None:
         """Gather a digest of what each rank holds; every rank raises RuntimeError naming those unlike rank 0."""
@@ -268,20 +354,40 @@ class LisaController:
 
     # What is active
 
-    def _trained_outer_blocks(self) -> list[Block]:
-        blocks = [self.blocks.outer(name) for name in ("embed", "head", "rest") if name not in self.config.frozen]
+    def _outer_blocks(self, drawn: Sequence[str]) -> list[Block]:
+        """The outer blocks that train when `drawn` are, in the order of their groups; none without parameters."""
+        blocks = [self.blocks.outer(name) for name in OUTER_BLOCKS if name in (*self.config.always_on, *drawn)]
         return [block for block in blocks if block.parameters]
 
-    def _active_blocks(self) -> list[Block]:
-        return [self.blocks.layers[layer] for layer in self.active_layers]
-
     def _sleeping_blocks(self) -> list[Block]:
-        active = [*self._trained_outer_blocks(), *self._active_blocks()]
+        active = [*self._outer_blocks(self.active_blocks), *(self.blocks.layers[layer] for layer in self.active_layers)]
         return [block for block in self.blocks if block not in active]
 
-    def _group_names(self) -> list[tuple[str, ...]]:
+    def _widest(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Layers in every slot, and every outer block that is ever drawn: what the optimizer is built over."""
+        layers = sample_period(
+            self.config.lisa_sampler,
+            len(self.blocks.layers),
+            self.config.lisa_activated_layers,
+            self.config.lisa_seed,
+            0,
+            self._weights,
+        ).layers
+        return layers, tuple(block.name for block in self._sampled)
+
+    def _build_groups(self, layers: Sequence[int], drawn: Sequence[str], weight_decay: float = 0.0) -> list[dict]:
+        active_layers = [self.blocks.layers[layer] for layer in layers]
+        return build_param_groups(self._outer_blocks(drawn), active_layers, weight_decay, self._state_bits)
+
+    def _params_of_groups(self) -> list[list[torch.nn.Parameter]]:
+        """The parameters of each group in this period; a group may have none."""
+        active = self._build_groups(self.active_layers, self.active_blocks)
+        params = {group["lisa_group"]: group["params"] for group in active}
+        return [params.get(group["lisa_group"], []) for group in self.param_groups()]
+
+    def _names_of(self, params_of_groups: Iterable[list[torch.nn.Parameter]]) -> list[PartitionKey]:
         names = {id(parameter): name for block in self.blocks for name, parameter in block.parameters.items()}
-        return [tuple(names[id(parameter)] for parameter in group["params"]) for group in self.param_groups()]
+        return [tuple(names[id(parameter)] for parameter in params) for params in params_of_groups]
 
     # A switch must not be missed
 
@@ -302,7 +408,10 @@ class LisaController:
     def _open_record(self, step: int, seconds: float, bytes_released: int) -> None:
         for layer in self.active_layers:
             self.visit_counts[layer] += 1
-        self._unlogged = PeriodRecord(self.period, step, list(self.active_layers), seconds, 0, bytes_released, 0)
+        for block in self.active_blocks:
+            self.block_visit_counts[block] += 1
+        drawn = list(self.active_layers), list(self.active_blocks)
+        self._unlogged = PeriodRecord(self.period, step, *drawn, seconds, 0, bytes_released, 0)
 
     def _close_record(self, step: int) -> None:
         """Complete and write the period's line once its first step has made the moments."""
@@ -312,6 +421,7 @@ class LisaController:
         self._unlogged = None
         record.state_bytes_per_rank = sum(state.nbytes for state in self.partition_states().values())
         record.live_bytes = self.live_bytes()
+        record.host_bytes = self.host_states.nbytes
         self.records.append(record)
         if self._log_path is not None:
             if not self._log_begun:
@@ -340,7 +450,9 @@ class LisaController:
             "step": self.engine.global_steps if self.engine is not None else 0,
             "period": self.period,
             "active_layers": list(self.active_layers),
+            "active_blocks": list(self.active_blocks),
             "visit_counts": list(self.visit_counts),
+            "block_visit_counts": dict(self.block_visit_counts),
             "record": None if self._unlogged is None else vars(self._unlogged).copy(),
             "config": self.config.to_dict(),
             "weights": self._weights,
@@ -356,16 +468,20 @@ class LisaController:
         self._resumed = True
         self._begun_step = -1
         self.visit_counts = list(state["visit_counts"])
+        self.block_visit_counts |= {
+            name: count for name, count in state["block_visit_counts"].items() if name in self.block_visit_counts
+        }
         if changed:
             self.period = state["step"] // self.config.lisa_interval_steps
-            self.active_layers = self._draw(self.period)
+            draw = self._draw(self.period)
+            self.active_layers, self.active_blocks = draw.layers, draw.blocks
         else:
             self.period = state["period"]
-            self.active_layers = tuple(state["active_layers"])
+            self.active_layers, self.active_blocks = tuple(state["active_layers"]), tuple(state["active_blocks"])
         self._activate()
         if self.partitions is not None:
             self._skipped_steps = self.engine.skipped_steps
-            self.partitions.repartition([group["params"] for group in self.param_groups()], {})
+            self.partitions.repartition(self._params_of_groups(), {})
             self._verify()
         self._unlogged = None
         if changed:

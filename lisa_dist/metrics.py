@@ -1,21 +1,29 @@
 """What a run tells of LISA: tracker metrics and the header at its start."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 GIB = 2**30
 MIB = 2**20
 
 
-def lisa_metrics(record, visit_counts: Sequence[int]) -> dict[str, float]:
-    """Scalars for the trackers: the last period's record (seconds, bytes) and how often each layer was drawn."""
+def lisa_metrics(record, visit_counts: Sequence[int], block_visit_counts: Mapping[str, int]) -> dict[str, float]:
+    """Scalars for the trackers: the last period's record (seconds, bytes), how often each layer and block was drawn."""
     metrics = {
         "lisa/period": record.period,
         "lisa/switch_seconds": record.seconds,
         "lisa/state_bytes_per_rank": record.state_bytes_per_rank,
         "lisa/bytes_released": record.bytes_released,
         "lisa/live_bytes": record.live_bytes,
+        "lisa/host_bytes": record.host_bytes,
     }
-    return metrics | {f"lisa/visits/layer_{layer:02d}": count for layer, count in enumerate(visit_counts)}
+    metrics |= {f"lisa/visits/layer_{layer:02d}": count for layer, count in enumerate(visit_counts)}
+    return metrics | {f"lisa/visits/{block}": count for block, count in block_visit_counts.items()}
+
+
+def format_active(layers: Sequence[int], blocks: Sequence[str]) -> str:
+    """What trains in a period beside what is always on: "2, 7" or "head; layers 7"."""
+    listed = ", ".join(map(str, layers))
+    return "; ".join([*blocks, *([f"layers {listed}"] if listed else [])]) if blocks else listed
 
 
 def format_bytes(count: int) -> str:

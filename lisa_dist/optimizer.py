@@ -2,10 +2,11 @@
 
 Schedulers keep one base learning rate for each group and DeepSpeed one flat buffer, so the groups must not change in
 number or order when other layers wake up. Each outer block has its own groups, and each of the gamma active layers
-fills one slot; a block has one group for what decays and one for what does not.
+fills one slot; a block has one group for what decays and one for what does not. A slot, or a drawn outer block, may be
+empty in a period: its groups stay in the list without parameters.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -36,20 +37,28 @@ def split_by_decay(block: Block) -> dict[str, list[torch.nn.Parameter]]:
     return {kind: parameters for kind, parameters in kinds.items() if parameters}
 
 
-def build_param_groups(outer: Iterable[Block], active_layers: Iterable[Block], weight_decay: float) -> list[dict]:
+def build_param_groups(
+    outer: Iterable[Block],
+    active_layers: Iterable[Block],
+    weight_decay: float,
+    state_bits: Mapping[str, int] | None = None,
+) -> list[dict]:
     """Parameter groups: the outer blocks first, then one slot for each active layer.
 
-    Every group carries a `lisa_group` name, such as "embed/decay" or "slot1/no_decay".
+    Every group carries a `lisa_group` name, such as "embed/decay" or "slot1/no_decay", and where `state_bits` has its
+    block (embed, head, rest or layers) the bits of its moments as `lisa_state_bits`.
     """
-    named = [(block.name, block) for block in outer]
-    named += [(f"slot{slot}", layer) for slot, layer in enumerate(active_layers)]
+    named = [(block.name, block.name, block) for block in outer]
+    named += [(f"slot{slot}", "layers", layer) for slot, layer in enumerate(active_layers)]
+    bits = state_bits or {}
     return [
         {
             "params": parameters,
             "weight_decay": weight_decay if kind == "decay" else 0.0,
             "lisa_group": f"{name}/{kind}",
+            **({"lisa_state_bits": int(bits[policy])} if policy in bits else {}),
         }
-        for name, block in named
+        for name, policy, block in named
         for kind, parameters in split_by_decay(block).items()
     ]
 
@@ -66,12 +75,18 @@ def check_same_kinds(layers: list[Block]) -> None:
             )
 
 
-def check_optim(optim: str, offload: bool) -> None:
-    """Refuse an optimizer that LISA cannot run, before anything is built."""
+def check_optim(optim: str, offload: bool, state_bits: Mapping[str, int] | None = None) -> None:
+    """Refuse an optimizer, or bits of its moments, that LISA cannot run, before anything is built."""
     optim = getattr(optim, "value", optim)  # the Trainer's arguments hold an enum
     if optim not in SUPPORTED_OPTIMIZERS:
         raise UserError(
             f"--optim {optim}: LISA runs AdamW over ZeRO partitions; choose one of {', '.join(SUPPORTED_OPTIMIZERS)}."
+        )
+    eight = [block for block, bits in (state_bits or {}).items() if bits == 8]
+    if offload and eight:
+        raise UserError(
+            f"--lisa_state_bits {eight[0]}=8 with offload_optimizer: DeepSpeed steps offloaded states on the host with "
+            "its own AdamW at 32 bits; leave the flag out, or use a DeepSpeed config without offload_optimizer."
         )
     if offload and optim in BITSANDBYTES_ADAMW:
         raise UserError(
@@ -91,20 +106,33 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that DeepSpeed will wrap: AdamW as named by `--optim`, DeepSpeedCPUAdam under offload.
 
-    `lr` is the peak learning rate; weight decay is in the groups. Raises ValueError for an optimizer that cannot work.
+    `lr` is the peak learning rate; weight decay, and bits of the moments where `optim` has others, are in the groups.
+    Raises ValueError for an optimizer that cannot work.
     """
-    check_optim(optim, offload)
+    bits = {group["lisa_group"]: group["lisa_state_bits"] for group in param_groups if "lisa_state_bits" in group}
+    check_optim(optim, offload, bits)
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         optimizer = DeepSpeedCPUAdam(param_groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)
         optimizer.ds_opt_adam = _CountedAdam(optimizer.ds_opt_adam)
         return optimizer
-    if optim in TORCH_ADAMW:
+    if optim in TORCH_ADAMW and 8 not in bits.values():
         return torch.optim.AdamW(param_groups, lr=lr, betas=betas, eps=eps, fused=optim == "adamw_torch_fused")
+    default_bits = 8 if optim in BITSANDBYTES_ADAMW else 32
+    return _bitsandbytes_adamw()(param_groups, lr=lr, betas=betas, eps=eps, optim_bits=default_bits)
+
+
+def _bitsandbytes_adamw() -> type:
+    """bitsandbytes' AdamW, which asks a group for the bits of its moments; imported where it is wanted."""
     import bitsandbytes
 
-    return bitsandbytes.optim.AdamW(param_groups, lr=lr, betas=betas, eps=eps, optim_bits=8)
+    class BlockwiseAdamW(bitsandbytes.optim.AdamW):
+        def get_config(self, gindex: int, pindex: int, group: dict) -> dict:
+            config = super().get_config(gindex, pindex, group)
+            return config | {"optim_bits": group.get("lisa_state_bits", config["optim_bits"])}
+
+    return BlockwiseAdamW
 
 
 class _CountedAdam:
@@ -185,10 +213,14 @@ def _restore_bitsandbytes(optimizer, group: dict, master: torch.Tensor, fields: 
     group["params"] = held
     state = optimizer.state[master]
     for moment, number in MOMENTS.items():
-        if f"state{number}" in fields:  # the very same partition was written
+        quantized = state[f"state{number}"].dtype == torch.uint8
+        if f"state{number}" in fields and not quantized:  # it was written with fewer bits than it has now
+            parts = (fields[f"{part}{number}"] for part in ("state", "absmax", "qmap"))
+            state[f"state{number}"].copy_(dequantize(*parts))
+        elif f"state{number}" in fields:  # the very same partition was written
             for field in (f"state{number}", f"absmax{number}", f"qmap{number}"):
                 state[field].copy_(fields[field])
-        elif state[f"state{number}"].dtype == torch.uint8:
+        elif quantized:
             codes, quantized = quantize_blockwise(
                 fields[moment].to(master.device), code=state[f"qmap{number}"], blocksize=_QUANTIZED_BLOCK
             )

@@ -1,4 +1,4 @@
-"""Which layers train in a period: pure functions of (seed, period, weights).
+"""Which blocks train in a period: pure functions of (seed, period, weights).
 
 They know no rank, no state and no random generator of a library: every draw is read from SHA-256, so the same seed and
 period give the same layers on any rank, machine, world size and Python version.
@@ -13,10 +13,69 @@ sampling with a reservoir", 2006.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lisa_dist.config import UserError
+
+
+@dataclass(frozen=True)
+class SampledBlock:
+    """An outer block (embed, head, rest) that is drawn as layers are, instead of being always on.
+
+    `probability` is that of a period to train it. It then takes `places` of the layers' places in that period: as many
+    as it is layers large, so that a period's memory does not grow by it.
+    """
+
+    name: str
+    probability: float
+    places: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What trains in a period beside the blocks that are always on: layers, ascending, and at most one outer block."""
+
+    layers: tuple[int, ...]
+    blocks: tuple[str, ...] = ()
+
+
+def sample_period(
+    sampler: str,
+    num_layers: int,
+    num_active: int,
+    seed: int,
+    period: int,
+    weights: Sequence[float] | None = None,
+    outer: Sequence[SampledBlock] = (),
+) -> Draw:
+    """The draw of one period: `num_active` of range(`num_layers`), less the places that a drawn outer block takes.
+
+    `weights` (one non-negative number a layer) counts for the sampler "weighted" alone. Costs a hash for each earlier
+    period where there are outer blocks, or layers come in a sequence.
+    """
+    assert 1 <= num_active <= num_layers
+    assert period >= 0
+    assert sum(block.probability for block in outer) <= 1
+    drawn = [_draw_outer(seed, earlier, outer) for earlier in range(period)] if outer else [None] * period
+    block = _draw_outer(seed, period, outer)
+    counts = [num_active - (0 if taking is None else taking.places) for taking in (*drawn, block)]
+    count = counts[-1]
+    if sampler == "uniform":
+        chosen = _random_order(seed, period, num_layers)[:count]
+    elif sampler == "fixed":
+        chosen = _random_order(seed, 0, num_layers)[:count]
+    elif sampler == "cyclic":
+        first = sum(counts[:-1])
+        chosen = [(first + slot) % num_layers for slot in range(count)]
+    elif sampler == "reshuffle":
+        chosen = _reshuffled(seed, counts, num_layers)
+    elif sampler == "weighted":
+        chosen = _random_order(seed, period, num_layers, weights)[:count]
+    else:
+        raise UserError(f"unknown sampler {sampler!r}")
+    return Draw(tuple(sorted(chosen)), () if block is None else (block.name,))
 
 
 def sample_layers(
@@ -27,25 +86,8 @@ def sample_layers(
     period: int,
     weights: Sequence[float] | None = None,
 ) -> tuple[int, ...]:
-    """The layers that train in `period`, ascending; exactly `num_active` of range(`num_layers`).
-
-    `weights` (one non-negative number a layer) counts for the sampler "weighted" alone.
-    """
-    assert 1 <= num_active <= num_layers
-    assert period >= 0
-    if sampler == "uniform":
-        chosen = _random_order(seed, period, num_layers)[:num_active]
-    elif sampler == "fixed":
-        chosen = _random_order(seed, 0, num_layers)[:num_active]
-    elif sampler == "cyclic":
-        chosen = [(period * num_active + slot) % num_layers for slot in range(num_active)]
-    elif sampler == "reshuffle":
-        chosen = _reshuffled(seed, period, num_layers, num_active)
-    elif sampler == "weighted":
-        chosen = _random_order(seed, period, num_layers, weights)[:num_active]
-    else:
-        raise UserError(f"unknown sampler {sampler!r}")
-    return tuple(sorted(chosen))
+    """The layers of a period where only layers are drawn: exactly `num_active` of range(`num_layers`), ascending."""
+    return sample_period(sampler, num_layers, num_active, seed, period, weights).layers
 
 
 def load_layer_weights(path: str, num_layers: int, num_active: int) -> list[float]:
@@ -77,10 +119,20 @@ def load_layer_weights(path: str, num_layers: int, num_active: int) -> list[floa
     return [float(weight) for weight in weights]
 
 
-def _uniform(seed: int, stream: int, layer: int) -> float:
+def _uniform(seed: int, stream: int | str, index: int) -> float:
     """A number in (0, 1), the same wherever it is computed."""
-    digest = hashlib.sha256(f"lisa:{seed}:{stream}:{layer}".encode()).digest()
+    digest = hashlib.sha256(f"lisa:{seed}:{stream}:{index}".encode()).digest()
     return (int.from_bytes(digest[:8], "big") + 0.5) / 2**64
+
+
+def _draw_outer(seed: int, period: int, outer: Sequence[SampledBlock]) -> SampledBlock | None:
+    """The outer block of a period, if one is drawn: never two, so that their states are never held at once."""
+    point = _uniform(seed, "outer", period)
+    for block in outer:
+        if point < block.probability:
+            return block
+        point -= block.probability
+    return None
 
 
 def _random_order(seed: int, stream: int, num_layers: int, weights: Sequence[float] | None = None) -> list[int]:
@@ -97,23 +149,22 @@ def _random_order(seed: int, stream: int, num_layers: int, weights: Sequence[flo
     return sorted(range(num_layers), key=lambda layer: (arrival(layer), layer))
 
 
-def _reshuffled(seed: int, period: int, num_layers: int, num_active: int) -> list[int]:
-    """Draw `period` of a sequence of permutations laid end to end: every layer comes once before any comes twice.
+def _reshuffled(seed: int, counts: Iterable[int], num_layers: int) -> list[int]:
+    """The last of successive draws, of `counts` layers each, from permutations laid end to end.
 
-    A draw may straddle two permutations. The layers left over from the first then must not come up again at once, so
-    the second permutation has them moved behind its part of that draw.
+    Every layer comes once before any comes twice. A draw may straddle two permutations. The layers left over from the
+    first then must not come up again at once, so the second has them moved behind its part of that draw.
     """
-    drawn: list[int] = []
-    needed = (period + 1) * num_active
+    waiting: list[int] = []
+    chosen: list[int] = []
     epoch = 0
-    while len(drawn) < needed:
-        order = _random_order(seed, epoch, num_layers)
-        left_over = len(drawn) % num_active
-        if left_over:
-            pending = set(drawn[-left_over:])
-            fresh = [layer for layer in order if layer not in pending]
-            head = fresh[: num_active - left_over]
-            order = head + [layer for layer in order if layer not in head]
-        drawn += order
-        epoch += 1
-    return drawn[period * num_active : needed]
+    for count in counts:
+        if len(waiting) < count:
+            order = _random_order(seed, epoch, num_layers)
+            epoch += 1
+            head = [layer for layer in order if layer not in waiting][: count - len(waiting)]
+            if waiting:
+                order = head + [layer for layer in order if layer not in head]
+            waiting += order
+        chosen, waiting = waiting[:count], waiting[count:]
+    return chosen

@@ -42,22 +42,82 @@ class Piece:
     offset: int
 
 
+class HostStates:
+    """States of sleeping partitions, kept on the host until they wake (state policy keep).
+
+    On a device with streams they come in pinned memory, and buffers of partitions that woke serve those that fall
+    asleep next: host bytes are bounded by the states of all layers. Copies are queued, not waited for: whoever reads
+    the tensors here synchronizes the device first.
+    """
+
+    def __init__(self):
+        self._states: dict[PartitionKey, PartitionState] = {}
+        self._pieces: dict[PartitionKey, list[Piece]] = {}
+        self._spare: dict[tuple[torch.dtype, int], list[torch.Tensor]] = {}
+
+    def put(self, key: PartitionKey, state: PartitionState, pieces: list[Piece]) -> None:
+        """Move a partition's master and moments to the host; what is there already stays as it is."""
+        moments = {name: self._to_host(value) for name, value in state.optimizer_state.items()}
+        self._states[key] = PartitionState(self._to_host(state.master.detach()), moments)
+        self._pieces[key] = pieces
+
+    def take(self, key: PartitionKey) -> PartitionState | None:
+        """Give up a partition's host copy, if there is one; it may be read until the next `put`."""
+        state = self._states.pop(key, None)
+        self._pieces.pop(key, None)
+        for value in () if state is None else (state.master, *state.optimizer_state.values()):
+            if isinstance(value, torch.Tensor) and value.is_pinned():
+                self._spare.setdefault((value.dtype, value.numel()), []).append(value)
+        return state
+
+    def clear(self) -> None:
+        """Forget everything, as at the beginning of a run."""
+        self._states.clear()
+        self._pieces.clear()
+
+    @property
+    def states(self) -> dict[PartitionKey, PartitionState]:
+        """All kept partitions."""
+        return dict(self._states)
+
+    @property
+    def pieces(self) -> dict[PartitionKey, list[Piece]]:
+        """Which elements of which parameters each kept partition holds."""
+        return dict(self._pieces)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the host: kept partitions, and buffers that wait for the next ones."""
+        spare = sum(tensor_bytes(buffer) for buffers in self._spare.values() for buffer in buffers)
+        return spare + sum(state.nbytes for state in self._states.values())
+
+    def _to_host(self, value: object) -> object:
+        if not isinstance(value, torch.Tensor) or value.device.type == "cpu":
+            return value
+        spare = self._spare.get((value.dtype, value.numel()))
+        host = spare.pop() if spare else torch.empty_like(value, device="cpu", pin_memory=True)
+        return host.view(value.shape).copy_(value, non_blocking=True)
+
+
 def tensor_bytes(value: object) -> int:
     """Bytes of a tensor's elements; 0 for what is no tensor."""
     return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
 
 
 def states_to_carry(
-    states: dict[PartitionKey, PartitionState], policy: str, active: Iterable[PartitionKey]
+    states: dict[PartitionKey, PartitionState], policy: str, active: Iterable[PartitionKey], host: HostStates
 ) -> dict[PartitionKey, PartitionState]:
-    """The partitions that go on after a switch, by policy.
+    """The partitions that go on after a switch, by policy; the rest start afresh.
 
     reset: blocks that stay awake keep master and moments; a block that falls asleep loses both.
     reset_all: every block starts with fresh moments, as when the paper's runs saved and reloaded the model. Masters of
     blocks that stay awake go on all the same: they are the weights, and lose their low bits when cloned from bf16.
+    keep: as reset, but what falls asleep was put to `host` and comes back with all it had.
     """
+    active = list(active)
     staying = {key: states[key] for key in active if key in states}
-    if policy == "reset":
-        return staying
-    assert policy == "reset_all"
-    return {key: PartitionState(state.master, {}) for key, state in staying.items()}
+    if policy == "reset_all":
+        return {key: PartitionState(state.master, {}) for key, state in staying.items()}
+    kept = {key: state for key in active if (state := host.take(key)) is not None}
+    assert not kept.keys() & staying.keys()
+    return staying | kept

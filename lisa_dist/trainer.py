@@ -31,7 +31,7 @@ from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.controller import LisaController
 from lisa_dist.ds_config import check_bf16_gradients, check_ds_config, uses_optimizer_offload
 from lisa_dist.files import gather, together
-from lisa_dist.metrics import format_bytes, format_count, format_table, lisa_metrics
+from lisa_dist.metrics import format_active, format_bytes, format_count, format_table, lisa_metrics
 from lisa_dist.optimizer import build_optimizer, check_optim
 from lisa_dist.stop_signals import StopSignals
 from lisa_dist.watchdog import Watchdog
@@ -233,7 +233,7 @@ class LisaMixin:
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add lisa/... to every training log, so that each tracker has them."""
         if "loss" in logs and self.lisa is not None and self.lisa.records:
-            logs = logs | lisa_metrics(self.lisa.records[-1], self.lisa.visit_counts)
+            logs = logs | lisa_metrics(self.lisa.records[-1], self.lisa.visit_counts, self.lisa.block_visit_counts)
         super().log(logs, *args, **kwargs)
 
     def describe(self) -> str:
@@ -244,7 +244,8 @@ class LisaMixin:
         total = sum(numel.values())
         always_on = [name for name in config.always_on if name in numel]
         never = [name for name in (*config.frozen, "outside") if name in numel]
-        active = sum(numel[name] for name in always_on) + sum(layers[layer] for layer in lisa.active_layers)
+        active_blocks = [*always_on, *lisa.active_blocks]
+        active = sum(numel[name] for name in active_blocks) + sum(layers[layer] for layer in lisa.active_layers)
         masters = sum(state.numel for state in lisa.partition_states().values())
 
         def named(names: list[str]) -> str:
@@ -254,6 +255,7 @@ class LisaMixin:
             ("model", f"{type(self.model).__name__}, {format_count(total)} parameters"),
             ("decoder layers", f"{len(layers)} of {format_count(max(layers))} at {lisa.blocks.layers_path}"),
             ("always on", named(always_on) + (" (embed and head are one tied matrix)" if lisa.blocks.tied else "")),
+            *([("drawn as layers are", named(list(lisa.block_visit_counts)))] if lisa.block_visit_counts else []),
             ("never trained", named(never)),
             ("active at a time", f"{format_count(active)} ({100 * active / total:.1f}%)"),
             ("asleep", format_count(total - active)),
@@ -278,7 +280,7 @@ class LisaMixin:
             )
         check_ds_config(self._ds_config)
         check_bf16_gradients(self._ds_config)
-        check_optim(self.args.optim, uses_optimizer_offload(self._ds_config))
+        check_optim(self.args.optim, uses_optimizer_offload(self._ds_config), self.lisa_config.state_bits)
         if self.optimizer is not None:
             raise UserError("LISA builds the optimizer from its own blocks: pass no optimizers=(...) to the Trainer.")
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -362,5 +364,5 @@ class _SwitchCallback(TrainerCallback):
         from tqdm import tqdm
 
         lisa = self._trainer.lisa
-        layers = ", ".join(map(str, lisa.active_layers))
-        tqdm.write(f"step {state.global_step:>5}  period {lisa.period:>4}  active layers: {layers}")
+        active = format_active(lisa.active_layers, lisa.active_blocks)
+        tqdm.write(f"step {state.global_step:>5}  period {lisa.period:>4}  active layers: {active}")

@@ -52,7 +52,7 @@ _STAGE_1_2 = _Stage(
     class_name="DeepSpeedZeroOptimizer",
     groups="bit16_groups",
     masters="single_partition_of_fp32_groups",
-    private_names=("_wait_for_offload_copies", "round_robin_bit16_groups"),
+    private_names=("_wait_for_offload_copies", "round_robin_bit16_groups", "nccl_start_alignment_factor"),
 )
 _STAGE_3 = _Stage(
     module="deepspeed.runtime.zero.stage3",
@@ -71,6 +71,7 @@ _PRIVATE_NAMES = (
     "param_groups",
 )
 
+_ENGINE_NAMES = ("_configure_zero_optimizer", "param_names")
 _COORDINATOR_NAMES = ("_invalidate_trace", "is_invalid_trace", "_clean_inflight_param_registry")  # stage 3 alone
 
 # What __init__ would set back and a run must keep: the fp16 scaler, hooks the engine registered, and the last norms.
@@ -127,14 +128,15 @@ class ZeroPartitions:
         self.engine = engine
         self._stage = _stage_of(engine)
         self._names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+        self._placeholders: dict[int, torch.nn.Parameter] = {}
         self._check_private_names()
 
     # What is there
 
     def keys(self) -> list[PartitionKey]:
-        """The partitions in order, each known by the names of its parameters."""
-        groups = getattr(self._zero, self._stage.groups)
-        return [tuple(self._names[id(parameter)] for parameter in group) for group in groups]
+        """The partitions in order, each known by the names of its parameters; () for a group without any."""
+        groups, held = getattr(self._zero, self._stage.groups), {id(value) for value in self._placeholders.values()}
+        return [tuple(self._names[id(value)] for value in group if id(value) not in held) for group in groups]
 
     def states(self) -> dict[PartitionKey, PartitionState]:
         """This rank's masters and optimizer states as they are now; moments appear with a partition's first step."""
@@ -143,6 +145,7 @@ class ZeroPartitions:
         return {
             key: PartitionState(master, dict(inner_state.get(master, {})))
             for key, master in zip(self.keys(), masters, strict=True)
+            if key
         }
 
     def pieces(self) -> dict[PartitionKey, list[Piece]]:
@@ -155,6 +158,7 @@ class ZeroPartitions:
         return {
             key: cut([(self._names[id(parameter)], parameter) for parameter in group], rank, master.numel())
             for key, group, master in zip(self.keys(), groups, masters, strict=True)
+            if key
         }
 
     @property
@@ -170,6 +174,18 @@ class ZeroPartitions:
             "host_adam": host_adam_history(self._zero.optimizer),
         }
 
+    def layout(self, params: list[torch.nn.Parameter]) -> tuple[list[Piece], int]:
+        """Pieces and elements of the partition that this rank would hold of a group of sleeping parameters."""
+        rank = torch.distributed.get_rank(self._zero.dp_process_group)
+        named = [(self._names[id(parameter)], parameter) for parameter in params]
+        if self._stage is _STAGE_3:
+            numel = sum(parameter.ds_tensor.ds_numel for parameter in params)
+            return _pieces_of_parameters(named, rank, numel), numel
+        world_size = torch.distributed.get_world_size(self._zero.dp_process_group)
+        alignment = self._zero.nccl_start_alignment_factor * world_size
+        numel = -(-sum(parameter.numel() for parameter in params) // alignment) * alignment // world_size
+        return _pieces_of_buffer(named, rank, numel), numel
+
     # What a resume does
 
     def load_state(self, key: PartitionKey, fields: dict) -> None:
@@ -180,6 +196,15 @@ class ZeroPartitions:
         master.data.copy_(fields["master"])
         if "step" in fields:
             restore_state(inner, inner.param_groups[index], master, fields)
+
+    def state_of(self, lisa_group: str, fields: dict) -> PartitionState:
+        """The state of a partition that sleeps, from its saved fields, in the form that `lisa_group`'s would have."""
+        inner = self._zero.optimizer
+        group = next(group for group in inner.param_groups if group["lisa_group"] == lisa_group)
+        master = fields["master"].to(getattr(self._zero, self._stage.masters)[0].device)
+        if "step" in fields:
+            restore_state(inner, group, master, fields)
+        return PartitionState(master, inner.state.pop(master, {}))
 
     def load_counters(self, counters: dict) -> None:
         """Go on with the loss scale and the history of a saved run."""
@@ -192,12 +217,15 @@ class ZeroPartitions:
     def repartition(self, params_of_group: list[list[torch.nn.Parameter]], carried: dict) -> None:
         """Rebuild the partitions over `params_of_group`, one list for each parameter group, as many as before.
 
+        A group without parameters gets a placeholder of one element, which never has a gradient: DeepSpeed takes no
+        empty group, and schedulers count groups.
+
         `carried` maps partition keys to the states that go on; every other partition starts with a master cloned from
         the weights and without moments. Gradients must have been used up: call it between two optimizer steps.
         """
         zero, inner = self._zero, self._zero.optimizer
         assert len(params_of_group) == len(inner.param_groups)
-        assert all(params_of_group)
+        params_of_group = [params or [self._placeholder(index)] for index, params in enumerate(params_of_group)]
         kept_fields = {name: getattr(zero, name) for name in _CARRIED_FIELDS}
         coordinator_owner = getattr(zero, "parameter_offload", None)
 
@@ -214,6 +242,16 @@ class ZeroPartitions:
             for name, value in kept_fields.items():
                 setattr(zero, name, value)
             self._put_back(carried)
+
+    def _placeholder(self, index: int) -> torch.nn.Parameter:
+        if index not in self._placeholders:
+            like = next(iter(self.engine.module.parameters()))
+            parameter = torch.nn.Parameter(torch.zeros(1, dtype=like.dtype, device=self.engine.device))
+            if self._stage is _STAGE_3:
+                like.convert_to_zero_parameters(param_list=[parameter])
+            self.engine.param_names[parameter] = f"lisa_placeholder.{index}"
+            self._placeholders[index] = parameter
+        return self._placeholders[index]
 
     def _take_down(self, next_params_of_group: list[list[torch.nn.Parameter]]) -> None:
         """Let go of everything that the optimizer object holds or has hung onto the model."""
@@ -235,16 +273,23 @@ class ZeroPartitions:
         zero.__dict__.clear()
 
     def _put_back(self, carried: dict[PartitionKey, PartitionState]) -> None:
-        """Fill the new partitions with the states that go on."""
+        """Fill the new partitions with the states that go on; copies from the host are queued, not waited for."""
         zero = self._zero
         for key, master in zip(self.keys(), getattr(zero, self._stage.masters), strict=True):
-            state = carried.get(key)
+            state = carried.get(key) if key else None
             if state is None:
                 continue
             assert state.master.shape == master.shape, key
-            master.data.copy_(state.master.data)
+            from_host = state.master.device != master.device
+            master.data.copy_(state.master.data, non_blocking=True)
             if state.optimizer_state:
-                zero.optimizer.state[master] = state.optimizer_state
+                moments = state.optimizer_state
+                if from_host:
+                    moments = {
+                        name: value.to(master.device, non_blocking=True) if _is_per_element(value) else value
+                        for name, value in moments.items()
+                    }
+                zero.optimizer.state[master] = moments
 
     def local_weights(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """What this rank holds of a parameter: its 1/W on stage 3 (nothing while it is on NVMe), else all of it."""
@@ -265,8 +310,7 @@ class ZeroPartitions:
         missing += [name for name in _CARRIED_FIELDS if not hasattr(self._zero, name)]
         if getattr(import_module(self._stage.module), self._stage.class_name, None) is not type(self._zero):
             missing.append(f"{self._stage.module}.{self._stage.class_name}")
-        if not hasattr(self.engine, "_configure_zero_optimizer"):
-            missing.append("engine._configure_zero_optimizer")
+        missing += [f"engine.{name}" for name in _ENGINE_NAMES if not hasattr(self.engine, name)]
         if self._stage is _STAGE_3:
             coordinator = self._zero.parameter_offload.get_param_coordinator()
             missing += [name for name in _COORDINATOR_NAMES if not hasattr(coordinator, name)]
@@ -275,6 +319,11 @@ class ZeroPartitions:
                 f"DeepSpeed {metadata.version('deepspeed')} lacks {', '.join(missing)}, which LISA needs to "
                 f"re-partition its {self._stage.class_name}: {_INSTALL}."
             )
+
+
+def _is_per_element(value: object) -> bool:
+    """Whether a field of an optimizer's state is a moment or belongs to one, and not a count of steps."""
+    return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
 def _pieces_of_buffer(group: list[tuple[str, torch.nn.Parameter]], rank: int, numel: int) -> list[Piece]:

@@ -22,25 +22,29 @@ def train_reference(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     max_grad_norm: float = 1.0,
-    never_trained: Sequence[torch.nn.Parameter] = (),
-    drop_all_states: bool = False,
+    asleep_of_period: Sequence[Sequence[torch.nn.Parameter]] = (),
+    states: str = "reset",
 ) -> list[float]:
     """Train `model` in place and return each step's loss.
 
-    `batches[s]` holds the micro-batches of step s (token ids, labels the same), each the whole global batch. A layer
-    that falls asleep loses its moments; with `drop_all_states` every parameter does at every switch.
+    `batches[s]` holds the micro-batches of step s (token ids, labels the same), each the whole global batch.
+    `asleep_of_period` are parameters outside the layers that do not train in a period. What falls asleep loses its
+    moments ("reset"), every parameter does at every switch ("reset_all"), or none ever does ("keep").
     """
     layer_of = {id(p): index for index, layer in enumerate(layers) for p in layer.parameters()}
-    never = {id(p) for p in never_trained}
     moments: dict[int, list] = {}
     losses = []
     for step, micro_batches in enumerate(batches):
         period = step // period_steps
         active = set(layers_of_period[period])
-        trained = [p for p in model.parameters() if id(p) not in never and layer_of.get(id(p)) in active | {None}]
+        asleep = {id(p) for p in asleep_of_period[period]} if asleep_of_period else set()
+        trained = [p for p in model.parameters() if id(p) not in asleep and layer_of.get(id(p)) in active | {None}]
         if step % period_steps == 0:
             awake = {id(p) for p in trained}
-            moments = {} if drop_all_states else {key: value for key, value in moments.items() if key in awake}
+            if states == "reset_all":
+                moments = {}
+            elif states == "reset":
+                moments = {key: value for key, value in moments.items() if key in awake}
 
         for p in model.parameters():
             p.grad = None

@@ -69,11 +69,11 @@ def train(engine, lisa, until: int, options: dict, at_step=None) -> list[float]:
 
 
 def everything(engine, lisa) -> dict[str, torch.Tensor]:
-    """Copies of all weights, and of this rank's masters and optimizer states."""
+    """Copies of all weights, and of this rank's masters and optimizer states, those of sleeping layers included."""
     parameters = dict(engine.module.named_parameters())
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
         found = {name: value.detach().clone() for name, value in parameters.items()}
-    for key, state in lisa.partition_states().items():
+    for key, state in lisa.saved_states()[0].items():
         for field, value in {"master": state.master, **state.optimizer_state}.items():
             found[f"{key}:{field}"] = torch.as_tensor(value).detach().clone()
     return found
@@ -121,6 +121,9 @@ def test_a_resumed_run_is_the_run(tmp_path, ds_config, dtype):
         ("zero3", {"accumulation": 2, "tied": True, "lisa": {"lisa_state": "reset_all"}}),
         ("zero2", {"optim": "adamw_8bit"}),
         ("zero3", {"optim": "adamw_8bit"}),
+        ("zero2", {"lisa": {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_state_bits": "embed=8"}}),
+        ("zero3_offload", {"lisa": {"lisa_state": "keep", "lisa_activated_layers": 3}}),
+        ("zero2", {"lisa": {"lisa_state": "keep", "lisa_always_on": "rest", "lisa_block_probability": "embed=0.4"}}),
         ("zero2", {"lisa": {"lisa_always_on": "head,rest", "lisa_frozen": "embed", "lisa_sampler": "reshuffle"}}),
     ],
 )
@@ -168,6 +171,18 @@ def test_another_world_size_and_stage_goes_on_with_the_same_losses(tmp_path, bef
         for name, value in whole["everything"].items():
             if name in dict(tiny_llama().named_parameters()):
                 torch.testing.assert_close(resumed["everything"][name], value, rtol=0, atol=1e-4)  # a step is 1e-3
+
+
+@pytest.mark.parametrize(("before", "after"), [("zero2", ("zero3", 4)), ("zero3", ("zero1", 1))], ids=str)
+def test_kept_states_come_back_on_another_world_size_and_stage(tmp_path, before, after):
+    options = {"cuts": [5], "lisa": {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_seed": 1}}
+    whole = run_ranks(run_and_save, 2, str(tmp_path), before, torch.float32, options)[0]
+    ds_config, world_size = after
+    resumed = run_ranks(resume, world_size, str(tmp_path), 5, ds_config, torch.float32, options)[0]
+    assert resumed["losses"] == pytest.approx(whole["losses"][5:], abs=1e-5)
+    options["lisa"]["lisa_state"] = "reset"
+    forgetful = run_ranks(resume, world_size, str(tmp_path), 5, ds_config, torch.float32, options)[0]
+    assert forgetful["losses"] != pytest.approx(whole["losses"][5:], abs=1e-5), "does it matter at all?"
 
 
 def test_8bit_states_go_on_elsewhere(tmp_path):

@@ -16,7 +16,13 @@ from lisa_dist import LisaConfig
         ({"lisa_state": "forget"}, "--lisa_state forget: unknown; choose one of reset"),
         ({"lisa_always_on": "embed,tail"}, "--lisa_always_on embed,tail: unknown block 'tail'"),
         ({"lisa_frozen": "embed"}, "both name embed"),
-        ({"lisa_always_on": "embed,rest"}, "leaves out head"),
+        ({"lisa_state_bits": "embed=4"}, "--lisa_state_bits embed=4: moments have 8 or 32 bits; embed has 4"),
+        ({"lisa_state_bits": "norms=8"}, "unknown block 'norms'; choose from embed, head, rest, layers"),
+        ({"lisa_block_probability": "embed=0.5"}, "--lisa_block_probability embed=0.5: embed is always on or frozen"),
+        ({"lisa_always_on": "rest", "lisa_block_probability": "embed=2"}, "embed has 2"),
+        ({"lisa_always_on": "rest", "lisa_block_probability": "embed=0"}, "embed has 0"),
+        ({"lisa_always_on": "rest", "lisa_block_probability": "tail=0.5"}, "unknown block 'tail'"),
+        ({"lisa_always_on": "rest", "lisa_block_probability": "embed=often"}, "'embed=often' is no block=number"),
     ],
 )
 def test_bad_settings_are_named(settings, said):
@@ -29,3 +35,5 @@ def test_blocks_come_in_model_order():
     config = LisaConfig(lisa_always_on=" rest , head", lisa_frozen="embed")
     assert config.always_on == ("head", "rest")
     assert config.frozen == ("embed",)
+    assert config.sampled == ()
+    assert LisaConfig(lisa_always_on="rest", lisa_frozen="head").sampled == ("embed",)

@@ -38,7 +38,18 @@ def start(ds_config="zero2", accumulation=1, output_dir=None, model=None, **sett
     ("build", "settings", "said"),
     [
         (tiny_llama, {"lisa_activated_layers": 7}, "--lisa_activated_layers 7: the model has 6 decoder layers"),
-        (tiny_gpt2, {"lisa_always_on": "head,rest", "lisa_frozen": "embed"}, "one tied matrix"),
+        (tiny_gpt2, {"lisa_always_on": "head,rest", "lisa_frozen": "embed"}, "one tied matrix; give both the same"),
+        (tiny_gpt2, {"lisa_always_on": "embed,rest"}, "one tied matrix; give both the same"),
+        (
+            tiny_gpt2,
+            {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.5,head=0.1"},
+            "one tied matrix; give both the same",
+        ),
+        (
+            tiny_llama,
+            {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.9,head=0.2"},
+            "add up to 1.1 (embed=0.9, head=0.2)",
+        ),
         (tiny_llama, {"lisa_layers_attribute": "model.nothing"}, "--lisa_layers_attribute model.nothing"),
         (tiny_llama, {"lisa_sampler": "weighted", "lisa_weights_file": "absent.json"}, "absent.json: cannot be read"),
     ],

@@ -41,12 +41,17 @@ def assert_same_on_all_ranks(weights: dict[str, torch.Tensor]) -> None:
 
 def expected_elements(lisa, stage: int, world_size: int) -> int:
     """Elements of master weights on one rank, from the shapes alone."""
+    blocks = [lisa.blocks.outer(name) for name in (*lisa.config.always_on, *lisa.active_blocks)]
+    blocks += [lisa.blocks.layers[layer] for layer in lisa.active_layers]
     if stage == 3:  # each parameter is cut by itself
-        return sum(
-            math.ceil(parameter.ds_numel / world_size) for group in lisa.param_groups() for parameter in group["params"]
-        )
-    alignment = 2 * world_size  # each group is cut as one flat buffer
-    sizes = [sum(parameter.numel() for parameter in group["params"]) for group in lisa.param_groups()]
+        parameters = [parameter for block in blocks for parameter in block.parameters.values()]
+        return sum(math.ceil(parameter.ds_numel / world_size) for parameter in parameters)
+    alignment = 2 * world_size  # each group, matrices or vectors of a block, is cut as one flat buffer
+    sizes = [
+        sum(parameter.numel() for parameter in block.parameters.values() if (parameter.ndim > 1) == matrices)
+        for block in blocks
+        for matrices in (True, False)
+    ]
     return sum(math.ceil(size / alignment) * alignment // world_size for size in sizes)
 
 
@@ -91,11 +96,12 @@ def train_and_check(ds_config: str, build, dtype: torch.dtype, options: dict) ->
     weights = full_weights(engine)
     for micro_batches in token_batches(STEPS, rows=4, micro_batches=accumulation):
         losses.append(train_step(engine, lisa, micro_batches))
-        sets.append(lisa.active_layers)
+        sets.append((*lisa.active_layers, *lisa.active_blocks))
         before, weights = weights, full_weights(engine)
         asleep = {name for layer, block in enumerate(lisa.blocks.layers) for name in block.parameters
                   if layer not in lisa.active_layers}  # fmt: skip
-        asleep |= {name for frozen in lisa.config.frozen for name in lisa.blocks.outer(frozen).parameters}
+        outer = [*lisa.config.frozen, *(set(lisa.config.sampled) - set(lisa.active_blocks))]
+        asleep |= {name for block in outer for name in lisa.blocks.outer(block).parameters}
         for block in lisa.blocks:
             moved = [name for name in block.parameters if not torch.equal(before[name], weights[name])]
             if set(block.parameters) <= asleep:
@@ -114,12 +120,20 @@ def train_and_check(ds_config: str, build, dtype: torch.dtype, options: dict) ->
         masters = {key: state.master.detach().clone() for key, state in states.items()}
     lisa.close()
     engine.destroy()
-    return {"losses": losses, "layers_of_period": sets[::INTERVAL], "visits": lisa.visit_counts}
+    hosts = [record.host_bytes for record in lisa.records]
+    return {"losses": losses, "layers_of_period": sets[::INTERVAL], "visits": lisa.visit_counts, "host_bytes": hosts}
 
 
-def reference_losses(build, layers_path: str, layers_of_period, options: dict) -> list[float]:
+def reference_losses(build, layers_path: str, blocks_of_period, options: dict) -> list[float]:
+    """`blocks_of_period` are layers by number and drawn outer blocks by name."""
     model = build()
-    frozen = options.get("lisa", {}).get("lisa_frozen", "")
+    always_on = options.get("lisa", {}).get("lisa_always_on", "embed,head,rest").split(",")
+    outer = {"embed": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    asleep = []
+    for blocks in blocks_of_period:
+        awake = {id(value) for name in (*always_on, *blocks) if name in outer for value in outer[name].parameters()}
+        asleep.append([value for module in outer.values() for value in module.parameters() if id(value) not in awake])
+    layers_of_period = [[block for block in blocks if isinstance(block, int)] for blocks in blocks_of_period]
     batches = token_batches(STEPS, rows=4, micro_batches=options.get("accumulation", 1))
     return train_reference(
         model,
@@ -129,8 +143,8 @@ def reference_losses(build, layers_path: str, layers_of_period, options: dict) -
         batches,
         lr=LR,
         weight_decay=DECAY,
-        never_trained=list(model.get_input_embeddings().parameters()) if "embed" in frozen else [],
-        drop_all_states=options.get("lisa", {}).get("lisa_state") == "reset_all",
+        asleep_of_period=asleep,
+        states=options.get("lisa", {}).get("lisa_state", "reset"),
     )
 
 
@@ -157,10 +171,48 @@ def test_tied_embeddings_and_reset_all(ds_config):
     check_against_reference(ds_config, tiny_gpt2, "transformer.h", {"lisa": {"lisa_state": "reset_all"}})
 
 
+@pytest.mark.parametrize("ds_config", STAGES)
+def test_kept_states_come_back_when_a_layer_wakes(ds_config):
+    """A layer goes on with the moments and the step count that it fell asleep with."""
+    settings = {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_seed": 1}
+    outcome = check_against_reference(ds_config, tiny_llama, "model.layers", {"lisa": settings})
+    sets = [set(layers) for layers in outcome["layers_of_period"]]
+    assert any(sets[late] & sets[early] - sets[late - 1] for early in range(2) for late in range(early + 2, 4))
+    # Three layers of six at most sleep with states: 12 bytes an element, and a count for each group.
+    layer = sum(parameter.numel() for parameter in tiny_llama().model.layers[0].parameters())
+    seen = [len(set().union(*sets[: period + 1]) - sets[period]) for period in range(4)]
+    for host_bytes, asleep in zip(outcome["host_bytes"], seen, strict=True):
+        assert 12 * layer * asleep / 2 <= host_bytes <= 12 * layer * asleep / 2 + 100 * asleep
+
+
 @pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
 def test_frozen_embedding_with_checkpointing(ds_config):
     settings = {"lisa_frozen": "embed", "lisa_always_on": "head,rest", "lisa_sampler": "reshuffle"}
     check_against_reference(ds_config, tiny_llama, "model.layers", {"checkpointing": True, "lisa": settings})
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "checkpointing"),
+    [("zero1", False), ("zero2", True), ("zero3", True), ("zero2_offload", False), ("zero3_offload", False)],
+)
+def test_embed_and_head_drawn_as_layers_are(ds_config, checkpointing):
+    """Periods that train a layer, or the embedding, or the head, each alone: groups stay, and some are empty."""
+    settings = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.3,head=0.4", "lisa_seed": 2}
+    settings |= {"lisa_activated_layers": 1}
+    options = {"checkpointing": checkpointing, "lisa": settings}
+    outcome = check_against_reference(ds_config, tiny_llama, "model.layers", options)
+    assert {"embed", "head"} < {block for blocks in outcome["layers_of_period"] for block in blocks}
+
+
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+def test_a_tied_embedding_drawn_as_one_block(ds_config):
+    settings = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.5", "lisa_state": "reset_all"}
+    outcome = check_against_reference(ds_config, tiny_tied_llama, "model.layers", {"lisa": settings})
+    assert "embed" in {block for blocks in outcome["layers_of_period"] for block in blocks}
+
+
+def tiny_tied_llama():
+    return tiny_llama(tied=True)
 
 
 @pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
@@ -205,6 +257,32 @@ def train_and_check_8bit(ds_config: str) -> dict:
     # Partitions of less than 4096 elements stay at 32 bits.
     large = [state for state in lisa.partition_states().values() if state.numel >= 4096]
     dtypes = {state.optimizer_state["state1"].dtype for state in large}
+    engine.destroy()
+    return {"losses": losses, "layers_of_period": sets[::INTERVAL], "dtypes": dtypes}
+
+
+@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+def test_bits_of_the_moments_by_block(ds_config):
+    outcome = run_ranks(train_and_check_bits, 2, ds_config)[0]
+    reference = reference_losses(tiny_llama, "model.layers", outcome["layers_of_period"], {})
+    assert outcome["losses"] == pytest.approx(reference, abs=5e-3)
+    dtypes = outcome["dtypes"]
+    assert dtypes.pop("model.layers") == dtypes.pop("lm_head") == {torch.float32}
+    assert dtypes == {"model.embed_tokens": {torch.uint8}}
+
+
+def train_and_check_bits(ds_config: str) -> dict:
+    config = lisa_dist.LisaConfig(lisa_interval_steps=INTERVAL, lisa_state_bits="embed=8, head=32")
+    engine, lisa = lisa_dist.initialize(tiny_llama(), ds_config, config, lr=LR, weight_decay=DECAY)
+    losses, sets = [], []
+    for micro_batches in token_batches(STEPS, rows=4):
+        losses.append(train_step(engine, lisa, micro_batches))
+        sets.append(lisa.active_layers)
+    dtypes: dict[str, set] = {}
+    for key, state in lisa.partition_states().items():
+        if state.numel >= 4096:  # smaller ones stay at 32 bits
+            block = next(name for name in ("model.embed_tokens", "lm_head", "model.layers") if key[0].startswith(name))
+            dtypes.setdefault(block, set()).add(state.optimizer_state["state1"].dtype)
     engine.destroy()
     return {"losses": losses, "layers_of_period": sets[::INTERVAL], "dtypes": dtypes}
 

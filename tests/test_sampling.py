@@ -5,7 +5,9 @@ from collections import Counter
 
 import pytest
 
-from lisa_dist.sampling import load_layer_weights, sample_layers
+from lisa_dist.sampling import SampledBlock, load_layer_weights, sample_layers, sample_period
+
+OUTER = [SampledBlock("embed", 0.2, 2), SampledBlock("head", 0.1, 1)]
 
 
 @pytest.mark.parametrize("sampler", ["uniform", "reshuffle", "cyclic", "fixed", "weighted"])
@@ -98,3 +100,40 @@ def test_a_good_weights_file_is_read(tmp_path):
     path = tmp_path / "weights.json"
     path.write_text(json.dumps([1, 0.5, 2]))
     assert load_layer_weights(str(path), 3, 3) == [1.0, 0.5, 2.0]
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "reshuffle", "cyclic", "fixed", "weighted"])
+def test_a_drawn_block_takes_the_places_of_layers(sampler):
+    draws = [sample_period(sampler, 12, 2, 5, period, [1.0] * 12, OUTER) for period in range(200)]
+    for draw in draws:
+        assert len(draw.blocks) <= 1
+        places = sum(block.places for block in OUTER if block.name in draw.blocks)
+        assert len(draw.layers) == 2 - places
+        assert draw.layers == tuple(sorted(set(draw.layers)))
+    assert draws == [sample_period(sampler, 12, 2, 5, period, [1.0] * 12, OUTER) for period in range(200)]
+
+
+def test_blocks_are_drawn_with_their_probability_and_layers_with_what_is_left():
+    periods = 4000
+    draws = [sample_period("uniform", 12, 2, 1, period, None, OUTER) for period in range(periods)]
+    visits = Counter(block for draw in draws for block in draw.blocks)
+    none = periods - sum(visits.values())
+    # 2 degrees of freedom: 13.8 is the 0.999 quantile.
+    assert chi_square([visits["embed"], visits["head"], none], [0.2 * periods, 0.1 * periods, 0.7 * periods]) < 13.8
+    layers = Counter(layer for draw in draws for layer in draw.layers)
+    expected = [periods * (2 - 0.2 * 2 - 0.1) / 12] * 12
+    assert chi_square([layers[layer] for layer in range(12)], expected) < 31.3
+
+
+def test_reshuffle_covers_every_layer_though_blocks_come_between():
+    counts = Counter(dict.fromkeys(range(7), 0))
+    for period in range(60):
+        counts.update(sample_period("reshuffle", 7, 3, 4, period, None, OUTER).layers)
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_without_drawn_blocks_nothing_changes():
+    for sampler in ("uniform", "reshuffle", "cyclic"):
+        draws = [sample_period(sampler, 32, 2, 0, period) for period in range(10)]
+        assert [draw.layers for draw in draws] == [sample_layers(sampler, 32, 2, 0, period) for period in range(10)]
+        assert not any(draw.blocks for draw in draws)
