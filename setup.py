@@ -13,7 +13,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=["lisa_dist", "lisa_dist.kernels", "lisa_dist.ds_configs"],
-    package_data={"lisa_dist.ds_configs": ["*.json"], "lisa_dist.kernels": ["*"]},
+    package_data={
+        "lisa_dist": ["model_configs/*.json"],
+        "lisa_dist.ds_configs": ["*.json"],
+        "lisa_dist.kernels": ["*"],
+    },
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19.8,<0.20",

@@ -3,9 +3,11 @@
 import sys
 
 USAGE = """usage: lisa-dist train --config recipe.yaml [--any_flag value]
+       lisa-dist plan --model llama3.1-8b --gpus 4 --gpu_memory 80GiB [--any_flag value]
        lisa-dist export CHECKPOINT OUT
 
   train   train a model by LISA, on one device; on several: deepspeed launch/train.py with the same flags
+  plan    what a run will need of memory, part by part, and the command that fits; needs no GPU and no weights
   export  turn a checkpoint of any run into a folder that from_pretrained loads, without a GPU
 """
 
@@ -17,6 +19,11 @@ def main() -> None:
         from lisa_dist.train import main as train
 
         train(sys.argv[2:])
+        return
+    if verb == "plan":
+        from lisa_dist.plan import main as plan
+
+        plan(sys.argv[2:])
         return
     if verb == "export" and len(sys.argv) == 4:
         from lisa_dist.checkpoint import export_main as export

@@ -37,7 +37,7 @@ from lisa_dist.memory import live_tensor_bytes
 from lisa_dist.optimizer import build_optimizer, build_param_groups, check_same_kinds, split_by_decay
 from lisa_dist.sampling import Draw, SampledBlock, load_layer_weights, sample_period
 from lisa_dist.states import HostStates, PartitionKey, PartitionState, Piece, states_to_carry
-from lisa_dist.zero import ZeroPartitions, check_deepspeed
+from lisa_dist.zero import ZeroPartitions, check_deepspeed, release_shared_memory
 
 LOG_NAME = "lisa_log.jsonl"
 STATE_VERSION = 1
@@ -183,6 +183,7 @@ class LisaController:
             self._activate()
             self.partitions.repartition(self._params_of_groups(), {})
         self._verify()
+        release_shared_memory()
         if self.config.lisa_debug:
             self._watch = SleepingWeights(self.partitions)
             self._watch.remember(self._sleeping_blocks())

@@ -27,7 +27,7 @@ from lisa_dist.optimizer import check_optim
 from lisa_dist.sampling import load_layer_weights
 from lisa_dist.stop_signals import catch_stop_signals
 from lisa_dist.trainer import HANG_TIMEOUT, LisaTrainer
-from lisa_dist.zero import forget_module_order
+from lisa_dist.zero import forget_module_order, release_shared_memory
 
 METHODS = ("lisa", "full")
 
@@ -177,6 +177,7 @@ def run(
         trainer.accelerator.print(f"saved {training_args.output_dir}; load it with from_pretrained")
     # Ranks that simply exit tear down gloo under each other's feet.
     dist.barrier()
+    release_shared_memory()
     trainer.end()
 
 

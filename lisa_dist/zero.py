@@ -22,10 +22,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
+from pathlib import Path
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import linear as zero3_linear
+from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 from packaging.version import Version
 
 from lisa_dist.config import UserError
@@ -116,6 +119,19 @@ def build_cpu_ops(offload: bool = True) -> None:
         CPUAdamBuilder().load(verbose=False)
 
 
+def release_shared_memory() -> None:
+    """Remove the name of this rank's buffer for DeepSpeed's all-reduce on CPU, or 69 MB stay in /dev/shm.
+
+    The memory itself stays for as long as a rank uses it. Call it when all ranks have come past DeepSpeed's start, where
+    they open each other's.
+    """
+    if get_accelerator().device_name() != "cpu" or "MASTER_PORT" not in os.environ:
+        return
+    run = f"{os.getuid()}_{os.environ.get('MASTER_ADDR', '')}_{os.environ['MASTER_PORT']}"
+    rank = torch.distributed.get_rank()
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{run}_{rank}").unlink(missing_ok=True)
+
+
 class ZeroPartitions:
     """This rank's ZeRO partitions of one engine: read them, take them down, build them over other parameters."""
 
@@ -130,6 +146,8 @@ class ZeroPartitions:
         self._names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         self._placeholders: dict[int, torch.nn.Parameter] = {}
         self._check_private_names()
+        if self._stage is _STAGE_3:
+            zero3_linear.LinearFunctionForZeroStage3 = _LinearOfStage3
 
     # What is there
 
@@ -319,6 +337,19 @@ class ZeroPartitions:
                 f"DeepSpeed {metadata.version('deepspeed')} lacks {', '.join(missing)}, which LISA needs to "
                 f"re-partition its {self._stage.class_name}: {_INSTALL}."
             )
+
+
+class _LinearOfStage3(LinearFunctionForZeroStage3):
+    """DeepSpeed's linear function of stage 3, which keeps the input for the weight's gradient alone.
+
+    DeepSpeed's own keeps the inputs of frozen weights too: of every sleeping layer, which is most of the activations.
+    """
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        LinearFunctionForZeroStage3.setup_context(ctx, inputs, output)
+        if not ctx.needs_input_grad[1]:
+            ctx.save_for_backward(None, *inputs[1:], *[None] * (3 - len(inputs)))
 
 
 def _is_per_element(value: object) -> bool:

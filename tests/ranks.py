@@ -97,7 +97,7 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
         LOCAL_SIZE=str(world_size),
         DS_ACCELERATOR="cpu",
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT="0",  # never used: the store is a file
+        MASTER_PORT=Path(store).parent.name,  # the store is a file, but DeepSpeed names shared memory by it
     )
     import deepspeed
     import torch
@@ -105,6 +105,10 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     deepspeed.init_distributed("gloo")
+    torch.distributed.barrier()
+    from lisa_dist.zero import release_shared_memory
+
+    release_shared_memory()
     while True:
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             function, args = connection.recv()

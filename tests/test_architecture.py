@@ -14,12 +14,13 @@ LEVELS = [
     {"optimizer", "states", "memory"},
     {"zero", "state_files", "weights"},
     {"invariants", "controller"},
-    {"checkpoint", "evaluation", "analysis"},
+    {"checkpoint", "evaluation", "analysis", "planning"},
+    {"measuring"},
     {"trainer"},
-    {"train", "cli"},
+    {"train", "plan", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-SAME_LEVEL = {("controller", "invariants"), ("cli", "train"), ("weights", "zero")}
+SAME_LEVEL = {("controller", "invariants"), ("cli", "train"), ("cli", "plan"), ("weights", "zero")}
 PRIVATES = re.compile(
     r"_z3_optimizer|_hp_mapping|bit16_groups|fp16_groups|single_partition_of_fp32|fp32_partitioned_groups"
     r"|_grad_acc_hooks|parameter_offload|_configure_zero_optimizer|ds_tensor"

@@ -1,0 +1,115 @@
+"""What a step really takes of memory, in the parts that planning.py plans.
+
+On CPU every allocation of the step is counted, so the parts are exact; there the host is the device, and what a plan
+has on the host is in them. On a GPU they come from the caching allocator's counters. A measured step is slower than
+others.
+"""
+
+import torch
+
+from lisa_dist.controller import LisaController
+from lisa_dist.memory import AllocationTracker, live_storages
+from lisa_dist.planning import MemoryParts
+
+
+class StepMeter:
+    """`with StepMeter(lisa) as meter:` around one whole optimizer step of one micro-batch; then `meter.parts`.
+
+    The step should not be the first of its period, which makes the moments.
+    """
+
+    parts: MemoryParts | None = None
+
+    def __init__(self, lisa: LisaController):
+        self._lisa, self._engine = lisa, lisa.engine
+        self._on_gpu = self._engine.device.type == "cuda"
+        self._tracker = AllocationTracker(self._kind_of)
+        self._vocab_size = self._engine.module.config.get_text_config().vocab_size
+
+    def __enter__(self):
+        storages = [] if self._on_gpu else live_storages()
+        self._tracker.add((torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages), "static")
+        self._static_ids = {storage.data_ptr() for storage in storages}
+        self._static = self._now()
+        self._logits = self._gathered = 0
+        self._backward, self._step = self._engine.backward, self._engine.optimizer.step
+        self._engine.backward, self._engine.optimizer.step = self._end_forward, self._end_backward
+        self._begin_phase()
+        if not self._on_gpu:
+            self._tracker.__enter__()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if not self._on_gpu:
+            self._tracker.__exit__(kind, error, trace)
+        del self._engine.backward, self._engine.optimizer.step
+        if error is not None:
+            return
+        peak_step = self._peak()
+        always_on, active = self._state_bytes()
+        weights = sum(
+            self._lisa.partitions.local_weights(parameter).nbytes for parameter in self._engine.module.parameters()
+        )
+        self.parts = MemoryParts(
+            weights=weights,
+            always_on_states=always_on,
+            active_states=active,
+            buffers=self._static - weights - always_on - active,
+            activations=self._after_forward - self._static - self._logits - self._gathered,
+            logits=self._logits,
+            gathered=self._gathered,
+            gradients=self._after_backward - self._static,
+            peak_backward=self._peak_backward,
+            peak_step=peak_step,
+        )
+
+    def _end_forward(self, *args, **kwargs):
+        self._after_forward = self._now()
+        self._logits = self._tracker.bytes["logits"]
+        if self._lisa.partitions.weights_are_sharded:
+            storages = {p.data.untyped_storage().data_ptr(): p.data.untyped_storage().nbytes()
+                        for p in self._engine.module.parameters()}  # fmt: skip
+            self._gathered = sum(size for place, size in storages.items() if place not in self._static_ids and size > 8)
+        return self._backward(*args, **kwargs)
+
+    def _end_backward(self, *args, **kwargs):
+        self._after_backward, self._peak_backward = self._now(), self._peak()
+        self._begin_phase()
+        return self._step(*args, **kwargs)
+
+    def _state_bytes(self) -> tuple[int, int]:
+        """Bytes of always-on and of other states; on a GPU of those that are on it."""
+        always_on = {
+            name for block in self._lisa.config.always_on for name in self._lisa.blocks.outer(block).parameters
+        }
+        sums = {True: 0, False: 0}
+        for key, state in self._lisa.partition_states().items():
+            on_host = self._on_gpu and state.master.device.type == "cpu"
+            sums[key[0] in always_on] += 0 if on_host else state.nbytes
+        return sums[True], sums[False]
+
+    def _kind_of(self, tensor: torch.Tensor) -> str:
+        return "logits" if tensor.ndim > 1 and tensor.shape[-1] == self._vocab_size else "other"
+
+    def _now(self) -> int:
+        return torch.cuda.memory_allocated() if self._on_gpu else self._tracker.now
+
+    def _peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self._on_gpu else self._tracker.peak
+
+    def _begin_phase(self) -> None:
+        torch.cuda.reset_peak_memory_stats() if self._on_gpu else self._tracker.begin_phase()
+
+
+def with_host(parts: MemoryParts, host: dict[str, int]) -> MemoryParts:
+    """A plan's device and host parts as one, which is what they are on CPU."""
+    values = parts.to_dict()
+    merged = {name: values[name] for name in MemoryParts.__dataclass_fields__}
+    total = sum(host.values())
+    states, weights = host.get("states", 0), host.get("weights", 0)
+    merged["weights"] += weights
+    merged["active_states"] += states  # told apart on the device alone
+    merged["buffers"] += total - states - weights
+    merged["peak_backward"] += total
+    merged["peak_step"] += total
+    return MemoryParts(**merged)

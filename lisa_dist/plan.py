@@ -1,0 +1,303 @@
+"""`lisa-dist plan`: what a run will need, part by part, which way of running fits, and the command that starts it."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, HfArgumentParser, PretrainedConfig
+
+from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.controller import sampled_blocks
+from lisa_dist.ds_config import read_ds_config
+from lisa_dist.metrics import GIB, format_bytes
+from lisa_dist.optimizer import check_optim
+from lisa_dist.planning import (
+    FakeRun,
+    MemoryParts,
+    StageSettings,
+    StepTrace,
+    Workload,
+    check_method,
+    kept_states,
+    plan_memory,
+    widest_periods,
+)
+
+# From the fastest to the slowest: what offloads waits for the host, and stage 3 gathers every weight twice a step.
+WAYS = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Rows of the table: a part's title and the fields of it.
+_ROWS = (
+    ("weights", ("weights",)),
+    ("states, always on", ("always_on_states",)),
+    ("states, active blocks", ("active_states",)),
+    ("gradients", ("gradients",)),
+    ("buffers", ("buffers",)),
+    ("weights gathered", ("gathered",)),
+    ("activations", ("activations",)),
+    ("logits", ("logits",)),
+    ("beyond these at the peak", ("temporary",)),
+)
+
+
+@dataclass
+class PlanArguments:
+    """What is asked of `lisa-dist plan`."""
+
+    model: str = field(metadata={"help": "Shipped name (llama3.1-8b, ...), folder, config.json, or hub id."})
+    gpus: int = field(default=1, metadata={"help": "GPUs of the run."})
+    gpu_memory: str = field(default="80GiB", metadata={"help": "Memory of a GPU, such as 24GiB or 80GB."})
+    host_memory: str = field(default="1TiB", metadata={"help": "Memory of a host."})
+    gpus_per_host: int = field(default=8, metadata={"help": "GPUs that share a host's memory."})
+    seq_length: int = field(default=1024, metadata={"help": "Tokens of a row."})
+    micro_batch_size: int = field(default=1, metadata={"help": "Rows of a GPU in a forward pass."})
+    method: str = field(default="lisa", metadata={"help": "lisa, full or lora."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters, for --method lora."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "As in training."})
+    precision: str = field(default="bf16", metadata={"help": "bf16 or fp32."})
+    deepspeed: str | None = field(default=None, metadata={"help": "Plan this config alone: short name or path."})
+    checkpointed_layers: int | None = field(
+        default=None, metadata={"help": "Plan with so many layers checkpointed; by default as few as fit."}
+    )
+    reserve: str = field(default="1GiB", metadata={"help": "Of a GPU, for the CUDA context, NCCL and fragments."})
+    json: str | None = field(default=None, metadata={"help": "Write the plans to this file."})
+
+    def __post_init__(self):
+        for name in ("gpus", "gpus_per_host", "seq_length", "micro_batch_size", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: at least 1.")
+        if self.precision not in _DTYPES:
+            raise UserError(f"--precision {self.precision}: unknown; choose bf16 or fp32.")
+        check_method(self.method)
+        for name in ("gpu_memory", "host_memory", "reserve"):
+            parse_bytes(f"--{name}", getattr(self, name))
+
+    @property
+    def budget(self) -> int:
+        """Bytes of a GPU that a run may take."""
+        return parse_bytes("--gpu_memory", self.gpu_memory) - parse_bytes("--reserve", self.reserve)
+
+    @property
+    def host_budget(self) -> int:
+        """Bytes of a host for each rank on it."""
+        return parse_bytes("--host_memory", self.host_memory) // min(self.gpus, self.gpus_per_host)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way of running and what each rank needs for it."""
+
+    ds_config: str
+    workload: Workload
+    gpu: MemoryParts
+    host: dict[str, int]
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes on the host of one rank."""
+        return sum(self.host.values())
+
+    def lacks(self, arguments: PlanArguments) -> tuple[int, int]:
+        """Bytes that a GPU, and a rank's share of its host, have too few; 0 where it fits."""
+        return (
+            max(0, self.gpu.peak - arguments.budget),
+            max(0, self.host_bytes - arguments.host_budget),
+        )
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON."""
+        workload = asdict(self.workload) | {"dtype": str(self.workload.dtype).removeprefix("torch.")}
+        host = self.host | {"total": self.host_bytes}
+        return {"ds_config": self.ds_config, "workload": workload, "gpu": self.gpu.to_dict(), "host": host}
+
+
+class Planner:
+    """Plans of one model and method; a step is traced once for each number of checkpointed layers."""
+
+    def __init__(self, config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig):
+        self._config, self._arguments, self._lisa = config, arguments, lisa_config
+        self._traced: dict[int, tuple[FakeRun, list[tuple[list, StepTrace]]]] = {}
+        self.num_layers = config.get_text_config().num_hidden_layers
+        if arguments.method == "lisa":
+            lisa_config.check_num_layers(self.num_layers)
+
+    def plan(self, ds_config: str, checkpointed_layers: int) -> Plan:
+        """The worst period under one DeepSpeed config."""
+        arguments = self._arguments
+        run, periods = self._trace(checkpointed_layers)
+        settings = StageSettings.of(read_ds_config(ds_config), run.hidden_size)
+        planned = [
+            plan_memory(run, groups, trace, settings, arguments.gpus, optim=arguments.optim)
+            for groups, trace in periods
+        ]
+        parts = max((parts for parts, _ in planned), key=lambda parts: parts.peak)
+        host = max((host for _, host in planned), key=lambda host: sum(host.values()))
+        if arguments.method == "lisa" and self._lisa.lisa_state == "keep":
+            host = host | {"kept states": kept_states(run, self._lisa, settings.stage, arguments.gpus, arguments.optim)}
+        return Plan(ds_config, run.workload, parts, host)
+
+    def fewest_checkpointed(self, ds_config: str) -> Plan:
+        """With as few layers checkpointed as fit, since recomputing is pure loss; with all where nothing fits."""
+        if self._arguments.checkpointed_layers is not None:
+            return self.plan(ds_config, self._arguments.checkpointed_layers)
+        none = self.plan(ds_config, 0)
+        if not none.lacks(self._arguments)[0]:
+            return none
+        every = self.plan(ds_config, self.num_layers)
+        saved = none.gpu.peak - every.gpu.peak
+        if every.lacks(self._arguments)[0] or saved <= 0:
+            return every
+        # Each layer saves about the same; what is then missing by a little is found by one or two more.
+        count = max(1, round(self.num_layers * none.lacks(self._arguments)[0] / saved))
+        while count < self.num_layers:
+            plan = self.plan(ds_config, count)
+            if not plan.lacks(self._arguments)[0]:
+                return plan
+            count += 1
+        return every
+
+    def _trace(self, checkpointed_layers: int) -> tuple[FakeRun, list[tuple[list, StepTrace]]]:
+        if checkpointed_layers not in self._traced:
+            arguments = self._arguments
+            workload = Workload(
+                arguments.seq_length,
+                arguments.micro_batch_size,
+                _DTYPES[arguments.precision],
+                checkpointed_layers,
+                padded=arguments.micro_batch_size > 1,
+            )
+            lora_rank = arguments.lora_rank if arguments.method == "lora" else 0
+            run = FakeRun(self._config, workload, lora_rank)
+            trained: Sequence = [None]
+            if arguments.method == "lisa":
+                trained = widest_periods(self._lisa, run.blocks, sampled_blocks(self._lisa, run.blocks))
+            groups = [run.groups(one, arguments.optim, self._lisa.state_bits) for one in trained]
+            self._traced[checkpointed_layers] = run, [(one, run.trace(one)) for one in groups]
+        return self._traced[checkpointed_layers]
+
+
+def shipped_model_configs() -> list[str]:
+    """Names of the model configs that come with the package, such as llama3.1-8b."""
+    folder = resources.files("lisa_dist") / "model_configs"
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def load_model_config(model: str) -> PretrainedConfig:
+    """The config of a shipped name, a folder, a config.json, or a model of the hub."""
+    path = Path(model)
+    if model in shipped_model_configs():
+        text = (resources.files("lisa_dist") / "model_configs" / f"{model}.json").read_text(encoding="utf-8")
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8")
+    else:
+        try:
+            return AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--model {model}: no such folder, and no such model can be reached on the hub "
+                f"({type(error).__name__}). Give the path of its config.json, or one of the shipped names: "
+                f"{', '.join(shipped_model_configs())}."
+            ) from error
+    try:
+        return AutoConfig.for_model(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--model {model}: is no model's config.json ({error}).") from error
+
+
+def parse_bytes(flag: str, value: str) -> int:
+    """Bytes of "24GiB", "80GB", "80G" or "123"."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", value.lower())
+    if match is None or match[2] not in _UNITS:
+        raise UserError(f"{flag} {value}: not a size, such as 24GiB or 80GB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def make_plans(config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig) -> list[Plan]:
+    """A plan of each way of running, or of the one that was asked for, from the fastest to the slowest."""
+    planner = Planner(config, arguments, lisa_config)
+    ways = [arguments.deepspeed] if arguments.deepspeed else list(WAYS)
+    plans = []
+    for way in ways:
+        offloads = bool((read_ds_config(way)["zero_optimization"].get("offload_optimizer") or {}).get("device"))
+        try:
+            check_optim(arguments.optim, offloads, lisa_config.state_bits)
+        except UserError:
+            if arguments.deepspeed:
+                raise
+            continue  # 8-bit moments are not for DeepSpeed's host AdamW
+        plans.append(planner.fewest_checkpointed(way))
+    return plans
+
+
+def command_for(plan: Plan, arguments: PlanArguments, lisa_config: LisaConfig) -> str:
+    """The command line of a plan; what it does not say is to be added."""
+    flags = {"model_name_or_path": arguments.model, "method": arguments.method, "deepspeed": plan.ds_config}
+    flags |= {"per_device_train_batch_size": arguments.micro_batch_size, "max_length": arguments.seq_length}
+    flags |= {"optim": arguments.optim, arguments.precision: True} if arguments.precision == "bf16" else {}
+    if plan.workload.checkpointed_layers:
+        flags["gradient_checkpointing"] = True
+    if arguments.method == "lisa":
+        defaults = LisaConfig().to_dict()
+        flags |= {name: value for name, value in lisa_config.to_dict().items() if value != defaults[name]}
+    words = " ".join(f"--{name} {value}" for name, value in flags.items())
+    return f"deepspeed --num_gpus {min(arguments.gpus, arguments.gpus_per_host)} launch/train.py {words}"
+
+
+def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
+    """The table: a row a part, a column a way of running."""
+    titles = [[plan.ds_config, f"{plan.workload.checkpointed_layers} checkpointed"] for plan in plans]
+    lines = [["GiB on each GPU", *(title[0] for title in titles)], ["layers", *(title[1] for title in titles)]]
+    for name, fields in _ROWS:
+        lines.append([name, *(_gib(sum(plan.gpu.to_dict()[one] for one in fields)) for plan in plans)])
+    lines.append(["peak", *(_gib(plan.gpu.peak) for plan in plans)])
+    lines.append(["GiB on the host, a rank", *(_gib(plan.host_bytes) for plan in plans)])
+    lines.append(["fits", *("yes" if not any(plan.lacks(arguments)) else "no" for plan in plans)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join("  ".join(line) for line in padded)
+
+
+def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
+    """The fastest plan that fits. Raises ValueError with the closest three, and what each lacks, when none does."""
+    for plan in sorted(
+        plans, key=lambda plan: plan.workload.checkpointed_layers > 0 and "offload" not in plan.ds_config
+    ):
+        if not any(plan.lacks(arguments)):
+            return plan
+    closest = sorted(plans, key=lambda plan: sum(plan.lacks(arguments)))[:3]
+    listed = "; ".join(
+        f"{plan.ds_config} lacks {format_bytes(plan.lacks(arguments)[0])} on a GPU and "
+        f"{format_bytes(plan.lacks(arguments)[1])} on the host"
+        for plan in closest
+    )
+    raise UserError(
+        f"--gpu_memory {arguments.gpu_memory} on {arguments.gpus} GPU(s): nothing fits, with every layer checkpointed. "
+        f"The closest: {listed}. More GPUs, a shorter --seq_length, --lisa_state_bits embed=8,head=8 or --lisa_frozen "
+        "embed,head need less."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Plan, print the table and the command; an error of the user's is one line and exit status 2."""
+    try:
+        parser = HfArgumentParser((PlanArguments, LisaConfig), prog="lisa-dist plan")
+        arguments, lisa_config = parser.parse_args_into_dataclasses(argv)
+        plans = make_plans(load_model_config(arguments.model), arguments, lisa_config)
+        print(format_plans(plans, arguments))
+        if arguments.json:
+            written = {"arguments": asdict(arguments), "plans": [plan.to_dict() for plan in plans]}
+            Path(arguments.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        best = what_fits(plans, arguments)
+        print(f"\n{command_for(best, arguments, lisa_config)}")
+    except UserError as error:
+        print(f"lisa-dist plan: {error}", flush=True)
+        raise SystemExit(2) from error
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.2f}" if count else "-"

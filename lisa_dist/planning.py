@@ -1,0 +1,428 @@
+"""What a run will need of memory, before it runs: by part, on each GPU and on each rank's host.
+
+Activations are not estimated by a formula for each architecture: one training step of the model itself is run on fake
+tensors, which have shapes and no data, with the blocks trained that LISA would train, and every allocation is counted
+(`trace_step`). Around that stand the sizes that DeepSpeed gives to partitions, gradients and buffers at each ZeRO stage
+(`plan_memory`). `StepMeter` in measuring.py finds the same parts of a real step.
+
+All sizes are bytes of one rank. A plan is of the worst period: the largest blocks that a period may train, the lowest
+layers among them, since the backward pass ends at the lowest one where the embedding sleeps.
+"""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, masking_utils
+
+from lisa_dist.blocks import Blocks, find_blocks, parameter_numel
+from lisa_dist.config import OUTER_BLOCKS, LisaConfig, UserError
+from lisa_dist.memory import AllocationTracker
+from lisa_dist.optimizer import BITSANDBYTES_ADAMW, split_by_decay
+from lisa_dist.sampling import SampledBlock
+
+METHODS = ("lisa", "full", "lora")
+# DeepSpeed's defaults, where a config leaves them to it. Elements.
+_REDUCE_BUCKET = 500_000_000
+_PERSISTENCE_THRESHOLD = 100_000
+_MAX_REUSE_DISTANCE = 1_000_000_000  # what comes again within so many elements stays gathered on stage 3
+_QUANTIZED_BLOCK, _SMALLEST_QUANTIZED = 256, 4096  # bitsandbytes: elements that share a scale; partitions it quantizes
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one micro-batch of a rank is, and how it is computed."""
+
+    seq_length: int
+    micro_batch_size: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    checkpointed_layers: int = 0  # so many of the lowest layers store their inputs alone
+    attention: str = "sdpa"
+    fused_head: bool = True  # the loss without whole logits, as TRL's SFTTrainer has it; else the model's own
+    padded: bool = False  # rows of several lengths: the attention has a mask
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The blocks that one period trains: layers by number, outer blocks by name."""
+
+    layers: tuple[int, ...]
+    always_on: tuple[str, ...]
+    drawn: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Group:
+    """One parameter group: its parameters, the bits of its moments, and whether it is there in every period."""
+
+    params: tuple[torch.nn.Parameter, ...]
+    bits: int = 32
+    always_on: bool = True
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """Bytes that a forward and backward pass allocates on top of weights and states, gradients of parameters apart.
+
+    `peaks` has a pair for each gradient that comes, and one for the time before the first: bytes of the gradients that
+    have come, and the most of everything else until the next one has.
+    """
+
+    activations: int  # at the end of the forward pass
+    logits: int  # at the end of the forward pass: what has the vocabulary as its last dimension
+    peaks: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """Bytes of one rank's device, planned or measured: what stays, what comes and goes in a step, and the peaks."""
+
+    weights: int
+    always_on_states: int  # masters and moments
+    active_states: int
+    buffers: int  # buckets, stage 3's gradient partitions and persistent parameters
+    activations: int  # at the end of the forward pass
+    logits: int
+    gathered: int  # weights that stage 3 holds whole at the end of the forward pass
+    gradients: int  # at the end of the backward pass, beyond the buffers
+    peak_backward: int  # of forward and backward, everything included
+    peak_step: int  # of the optimizer's step, everything included
+
+    @property
+    def static(self) -> int:
+        """What is there between two steps."""
+        return self.weights + self.always_on_states + self.active_states + self.buffers
+
+    @property
+    def peak(self) -> int:
+        """The most at any time of a step."""
+        return max(self.peak_backward, self.peak_step)
+
+    @property
+    def temporary(self) -> int:
+        """What the peak has beyond the parts that are named."""
+        at_backward = self.static + self.activations + self.logits + self.gathered
+        at_step = self.static + self.gradients
+        return max(0, self.peak - (at_backward if self.peak_backward >= self.peak_step else at_step))
+
+    def to_dict(self) -> dict[str, int]:
+        """All parts and what is derived from them."""
+        return asdict(self) | {"static": self.static, "temporary": self.temporary, "peak": self.peak}
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """What of a DeepSpeed config decides on memory. Elements, not bytes."""
+
+    stage: int
+    offload_optimizer: bool
+    offload_param: bool
+    reduce_bucket: int
+    overlap_comm: bool
+    persistence_threshold: int
+    max_reuse_distance: int
+
+    @classmethod
+    def of(cls, ds_config: dict, hidden_size: int) -> "StageSettings":
+        """Read from a config; "auto" as the Hugging Face integration fills it in."""
+        zero = ds_config["zero_optimization"]
+
+        def elements(key: str, auto: int, default: int) -> int:
+            value = zero.get(key, default)
+            return auto if value == "auto" else int(value)
+
+        def offloads(section: str) -> bool:
+            return (zero.get(section) or {}).get("device", "none") != "none"
+
+        return cls(
+            stage=zero["stage"],
+            offload_optimizer=offloads("offload_optimizer"),
+            offload_param=offloads("offload_param"),
+            reduce_bucket=elements("reduce_bucket_size", hidden_size**2, _REDUCE_BUCKET),
+            overlap_comm=bool(zero.get("overlap_comm")),
+            persistence_threshold=elements(
+                "stage3_param_persistence_threshold", 10 * hidden_size, _PERSISTENCE_THRESHOLD
+            ),
+            max_reuse_distance=elements("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE, _MAX_REUSE_DISTANCE),
+        )
+
+
+class FakeRun:
+    """A model without data, of which blocks can be trained on fake tensors."""
+
+    def __init__(self, config: PretrainedConfig, workload: Workload, lora_rank: int = 0):
+        self.workload = workload
+        self.vocab_size = config.get_text_config().vocab_size
+        self.hidden_size = config.get_text_config().hidden_size
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(
+                config, dtype=workload.dtype, attn_implementation=workload.attention
+            )
+            if workload.fused_head:
+                from trl.trainer.utils import add_fused_lm_head
+
+                add_fused_lm_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
+            self._run = _with_adapters(self.model, lora_rank) if lora_rank else self.model
+        with self._mode:
+            self._run.to_empty(device="cpu")  # which meta tensors are not: attention would run another kernel
+            self.model.tie_weights()
+        self.blocks = find_blocks(self.model)
+        checkpoint_layers(self.model, self.blocks, workload.checkpointed_layers)
+
+    def groups(
+        self, trained: Trained | None, optim: str = "adamw_torch_fused", state_bits: dict[str, int] | None = None
+    ) -> list[Group]:
+        """The parameter groups of a period; of everything that is trainable, adapters or the whole model, for None."""
+        if trained is None:
+            bits = 8 if optim in BITSANDBYTES_ADAMW else 32
+            kinds: dict[bool, list] = {True: [], False: []}
+            for parameter in self._run.parameters():
+                if parameter.requires_grad:
+                    kinds[parameter.ndim > 1].append(parameter)
+            return [Group(tuple(params), bits) for params in kinds.values() if params]
+        names = [(name, self.blocks.outer(name), True) for name in trained.always_on]
+        names += [(name, self.blocks.outer(name), False) for name in trained.drawn]
+        names += [("layers", self.blocks.layers[layer], False) for layer in trained.layers]
+        default = 8 if optim in BITSANDBYTES_ADAMW else 32
+        return [
+            Group(tuple(params), int((state_bits or {}).get(name, default)), always_on)
+            for name, block, always_on in names
+            for params in split_by_decay(block).values()
+        ]
+
+    def trace(self, groups: Sequence[Group]) -> StepTrace:
+        """Run one forward and backward pass and count what it allocates; gradients are let go as they come."""
+        for parameter in self._run.parameters():
+            parameter.requires_grad_(False)
+        trained = [parameter for group in groups for parameter in group.params]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self._run.train()
+        peaks: list[tuple[int, int]] = []
+        come = 0
+
+        def drop(parameter: torch.nn.Parameter) -> None:
+            nonlocal come
+            peaks.append((come, tracker.peak - model_bytes))
+            come += parameter.grad.nbytes
+            parameter.grad = None
+            tracker.begin_phase()
+
+        hooks = [parameter.register_post_accumulate_grad_hook(drop) for parameter in trained]
+        tracker = AllocationTracker(self.kind_of)
+        workload = self.workload
+        with self._mode:
+            tokens = torch.ones(workload.micro_batch_size, workload.seq_length, dtype=torch.long)
+            mask = torch.ones_like(tokens) if workload.padded else None
+            inputs = {"input_ids": tokens, "attention_mask": mask, "labels": tokens, "use_cache": False}
+            if workload.fused_head:
+                inputs["fused_lm_head"] = True
+            tracker.add([*self._run.parameters(), *self._run.buffers()], "model")
+            model_bytes = tracker.now
+            with tracker, _no_mask_where_none_is_needed(workload.padded):
+                loss = self._run(**inputs).loss
+                held = +tracker.bytes
+                loss.backward()
+        for hook in hooks:
+            hook.remove()
+        peaks.append((come, tracker.peak - model_bytes))
+        return StepTrace(held["activations"], held["logits"], tuple(peaks))
+
+    def kind_of(self, tensor: torch.Tensor) -> str:
+        """The part that a tensor made in a step belongs to."""
+        return "logits" if tensor.ndim > 1 and tensor.shape[-1] == self.vocab_size else "activations"
+
+
+def widest_periods(config: LisaConfig, blocks: Blocks, sampled: Sequence[SampledBlock]) -> list[Trained]:
+    """The periods that may need most memory: with the lowest layers, and with each outer block that is drawn."""
+    gamma = config.lisa_activated_layers
+    always_on = tuple(name for name in OUTER_BLOCKS if name in config.always_on and blocks.outer(name).parameters)
+    periods = [Trained(tuple(range(gamma)), always_on)]
+    return periods + [Trained(tuple(range(gamma - one.places)), always_on, (one.name,)) for one in sampled]
+
+
+def checkpoint_layers(model: torch.nn.Module, blocks: Blocks, count: int) -> None:
+    """Have the lowest `count` decoder layers store their inputs alone, and compute the rest again in the backward pass.
+
+    The lowest ones, since what they store is held longest.
+    """
+    if not count:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers renames it
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for number, layer in enumerate(model.get_submodule(blocks.layers_path)):
+        layer.gradient_checkpointing = number < count
+
+
+def plan_memory(
+    run: FakeRun,
+    groups: Sequence[Group],
+    trace: StepTrace,
+    settings: StageSettings,
+    world_size: int,
+    *,
+    optim: str = "adamw_torch_fused",
+    rank: int = 0,
+) -> tuple[MemoryParts, dict[str, int]]:
+    """The parts of one rank's device memory, and of its host's beside them."""
+    element, stage, offloaded = run.workload.dtype.itemsize, settings.stage, settings.offload_optimizer
+    parameters = list(run.model.parameters())
+    trained = [parameter for group in groups for parameter in group.params]
+    partitions = [partition_numel(group.params, stage, world_size) for group in groups]
+    states = {True: 0, False: 0}
+    for group, partition in zip(groups, partitions, strict=True):
+        states[group.always_on] += state_bytes(partition, group.bits)
+    active = sum(parameter.numel() for parameter in trained) * element
+    largest = max((parameter.numel() for parameter in trained), default=0) * element
+    bucket = settings.reduce_bucket * element * (2 if settings.overlap_comm else 1)
+    host: dict[str, int] = {}
+    gradients = gathered = 0
+    if stage == 3:
+        weights = sum(math.ceil(parameter.numel() / world_size) for parameter in parameters) * element
+        whole = world_size == 1 and not settings.offload_param  # a share of everything is all of it
+        small = sum(one.numel() for one in parameters if one.numel() <= settings.persistence_threshold) * element
+        buffers = bucket + (0 if whole else small)
+        gathered = 0 if whole else _gathered(run, trained, settings) * element
+        if settings.offload_param:
+            host["weights"], weights = weights, 0
+        if offloaded:
+            host["gradients"] = sum(partitions) * element
+        else:
+            buffers += sum(partitions) * element
+    else:
+        aligned = sum(partitions) * world_size * element
+        weights = sum(parameter.numel() for parameter in parameters) * element - active + aligned
+        buffers = 0
+        if offloaded:
+            buffers = largest
+            host["weights of the active blocks"] = sum(partitions) * element
+            host["buffers"] = largest
+        else:
+            gradients = sum(_held_gradients(group.params, world_size, rank) for group in groups) * element
+    if offloaded:
+        host["states"] = sum(states.values())
+        host["gradients in fp32"] = sum(partitions) * 4
+        states = {True: 0, False: 0}
+
+    static = weights + sum(states.values()) + buffers
+    if stage == 1 and not offloaded:  # all gradients stay until the last has come, and are then cut
+        backward = [other + come for come, other in trace.peaks]
+        backward.append(active + gradients + bucket)
+    elif stage == 3:
+        backward = [other for _, other in trace.peaks]
+    else:  # what is kept of the gradients has its place as soon as the first is there; the bucket fills
+        backward = [other + (gradients + min(come, bucket) if come else 0) for come, other in trace.peaks]
+    # The gradient in fp32, and what the optimizer's step makes beside it, of one group at a time.
+    of_step = [partition * (12 if optim == "adamw_torch" and group.bits == 32 else 4)
+               for group, partition in zip(groups, partitions, strict=True)]  # fmt: skip
+    parts = MemoryParts(
+        weights=weights,
+        always_on_states=states[True],
+        active_states=states[False],
+        buffers=buffers,
+        activations=trace.activations,
+        logits=trace.logits,
+        gathered=gathered,
+        gradients=gradients,
+        peak_backward=static + gathered + max(backward),
+        peak_step=static + gradients + (0 if offloaded else max(of_step, default=0)),
+    )
+    return parts, host
+
+
+def kept_states(run: FakeRun, config: LisaConfig, stage: int, world_size: int, optim: str) -> int:
+    """Host bytes of the state policy keep, once every block that is drawn has been: those of all that sleep."""
+    drawn = [(name, run.blocks.outer(name)) for name in config.sampled]
+    drawn += [("layers", layer) for layer in run.blocks.layers]
+    default = 8 if optim in BITSANDBYTES_ADAMW else 32
+    sizes = [
+        sum(
+            state_bytes(partition_numel(params, stage, world_size), int(config.state_bits.get(name, default)))
+            for params in split_by_decay(block).values()
+        )
+        for name, block in drawn
+    ]
+    return sum(sizes) - sum(sorted(sizes)[: config.lisa_activated_layers])
+
+
+def partition_numel(params: Sequence[torch.nn.Parameter], stage: int, world_size: int) -> int:
+    """Elements of one rank's partition of a group."""
+    if stage == 3:  # each parameter is cut by itself
+        return sum(math.ceil(parameter_numel(parameter) / world_size) for parameter in params)
+    alignment = 2 * world_size
+    return math.ceil(sum(parameter.numel() for parameter in params) / alignment) * alignment // world_size
+
+
+def state_bytes(partition: int, bits: int) -> int:
+    """Master and two moments of a partition of so many elements."""
+    if bits == 8 and partition >= _SMALLEST_QUANTIZED:
+        scales, code = math.ceil(partition / _QUANTIZED_BLOCK) * 4, 256 * 4
+        return partition * (4 + 2) + 2 * (scales + code)
+    return partition * 12
+
+
+def check_method(name: str) -> None:
+    """Raise ValueError for a method that cannot be planned."""
+    if name not in METHODS:
+        raise UserError(f"--method {name}: unknown; choose one of {', '.join(METHODS)}.")
+
+
+def _with_adapters(model: torch.nn.Module, rank: int) -> torch.nn.Module:
+    """The baseline: LoRA on every linear layer but the head, without dropout."""
+    from peft import LoraConfig, get_peft_model
+
+    adapters = LoraConfig(r=rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    return get_peft_model(model, adapters, autocast_adapter_dtype=False)
+
+
+def _held_gradients(params: Sequence[torch.nn.Parameter], world_size: int, rank: int) -> int:
+    """Elements of gradients that stages 1 and 2 hold of a group: all of each parameter that the partition cuts."""
+    partition = partition_numel(params, 2, world_size)
+    held, begins = 0, 0
+    for parameter in params:
+        if begins < (rank + 1) * partition and begins + parameter.numel() > rank * partition:
+            held += parameter.numel()
+        begins += parameter.numel()
+    return held
+
+
+def _gathered(run: FakeRun, trained: Sequence[torch.nn.Parameter], settings: StageSettings) -> int:
+    """Elements that stage 3 holds whole at the end of the forward pass: what the backward pass wants again soon."""
+    blocks, active = run.blocks, {id(parameter) for parameter in trained}
+
+    def trains(block) -> bool:
+        return any(id(parameter) in active for parameter in block.parameters.values())
+
+    # As they come in the forward pass; a tied matrix comes first and last, and is wanted soonest where it is last.
+    in_order = [*blocks.layers, blocks.rest, blocks.embed if blocks.tied else blocks.head]
+    adapters = len(list(run.model.parameters())) > sum(len(block.parameters) for block in blocks)
+    if not adapters and not trains(blocks.embed) and not run.workload.checkpointed_layers:
+        lowest = next((index for index, layer in enumerate(blocks.layers) if trains(layer)), len(blocks.layers))
+        in_order = in_order[lowest:]  # the backward pass does not come to the others
+    elif not blocks.tied and trains(blocks.embed):
+        in_order = [blocks.embed, *in_order]
+    gathered, coming = 0, 0
+    for parameter in reversed([parameter for block in in_order for parameter in block.parameters.values()]):
+        if 2 * coming >= settings.max_reuse_distance:
+            break
+        coming += parameter.numel()
+        gathered += parameter.numel() if parameter.numel() > settings.persistence_threshold else 0
+    return gathered
+
+
+@contextlib.contextmanager
+def _no_mask_where_none_is_needed(padded: bool) -> Iterator[None]:
+    """Without padding, transformers looks whether rows are packed, and gives SDPA no mask; fake rows have no data."""
+    original = masking_utils.find_packed_sequence_indices
+    if not padded:
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original

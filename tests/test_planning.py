@@ -1,0 +1,245 @@
+"""Plans against what real steps of real DeepSpeed ranks allocate, counted to the byte; and what a plan refuses."""
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import VOCABULARY, tiny_llama, token_batches
+from ranks import run_ranks
+from torch import distributed as dist
+from transformers import LlamaConfig, MixtralConfig
+
+import lisa_dist
+from lisa_dist.controller import sampled_blocks
+from lisa_dist.ds_config import read_ds_config
+from lisa_dist.measuring import StepMeter, with_host
+from lisa_dist.memory import live_tensor_bytes
+from lisa_dist.plan import PlanArguments, load_model_config, main, make_plans, parse_bytes, shipped_model_configs
+from lisa_dist.planning import FakeRun, StageSettings, Trained, Workload, plan_memory, widest_periods
+
+ROWS, LENGTH = 4, 64
+
+
+def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
+    """Three steps, and the parts of the fourth; the blocks that trained in it."""
+    gc.collect()
+    of_others = live_tensor_bytes()  # what other tests in this process have left
+    settings = dict(settings)
+    checkpointing, optim = settings.pop("checkpointing", False), settings.pop("optim", "adamw_torch_fused")
+    model = tiny_llama(tied=settings.pop("tied", False)).to(dtype)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    config = lisa_dist.LisaConfig(lisa_interval_steps=100, **settings)
+    engine, lisa = lisa_dist.initialize(model, ds_config, config, lr=1e-3, optim=optim)
+    for step, (tokens,) in enumerate(token_batches(4, rows=ROWS * dist.get_world_size(), length=LENGTH)):
+        lisa.on_step_begin()
+        rows = tokens.chunk(dist.get_world_size())[dist.get_rank()]
+
+        def train_step(rows=rows):
+            loss = engine(input_ids=rows, labels=rows).loss
+            engine.backward(loss)
+            del loss
+            engine.step()
+
+        if step < 3:
+            train_step()
+            continue
+        with StepMeter(lisa) as meter:
+            train_step()
+    parts = {name: value - (of_others if name in ("buffers", "static", "peak") else 0)
+             for name, value in meter.parts.to_dict().items()}  # fmt: skip
+    found = {"parts": parts, "layers": lisa.active_layers, "blocks": lisa.active_blocks}
+    engine.destroy()
+    return found
+
+
+def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: dict, layers, drawn):
+    optim = settings.get("optim", "adamw_torch_fused")
+    config = lisa_dist.LisaConfig(**{name: value for name, value in settings.items() if name.startswith("lisa_")})
+    model_config = tiny_llama(tied=settings.get("tied", False)).config
+    checkpointed = model_config.num_hidden_layers if settings.get("checkpointing") else 0
+    run = FakeRun(model_config, Workload(LENGTH, ROWS, dtype, checkpointed, fused_head=False))
+    always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
+    groups = run.groups(Trained(layers, always_on, drawn), optim, config.state_bits)
+    stage = StageSettings.of(read_ds_config(ds_config), run.hidden_size)
+    return with_host(*plan_memory(run, groups, run.trace(groups), stage, world_size, optim=optim))
+
+
+FROZEN = {"lisa_always_on": "head,rest", "lisa_frozen": "embed", "lisa_seed": 3}
+SETTINGS = [
+    ("zero1", 1, torch.bfloat16, {}),
+    ("zero1", 2, torch.bfloat16, {"optim": "adamw_torch"}),
+    ("zero2", 2, torch.float32, {}),
+    ("zero2", 2, torch.bfloat16, {"lisa_activated_layers": 1, "checkpointing": True}),
+    ("zero2", 2, torch.bfloat16, FROZEN),
+    ("zero2", 2, torch.bfloat16, {"optim": "adamw_8bit"}),
+    ("zero2", 2, torch.bfloat16, {"lisa_state_bits": "embed=8,head=8"}),
+    (
+        "zero2",
+        2,
+        torch.bfloat16,
+        {"lisa_always_on": "rest", "lisa_block_probability": "head=1"} | {"lisa_frozen": "embed"},
+    ),
+    ("zero3", 1, torch.float32, {"lisa_activated_layers": 4}),
+    ("zero3", 2, torch.bfloat16, {}),
+    ("zero3", 2, torch.bfloat16, FROZEN),
+    ("zero3", 2, torch.bfloat16, {"tied": True, "checkpointing": True}),
+    ("zero2_offload", 2, torch.bfloat16, {}),
+    ("zero2_offload", 1, torch.float32, FROZEN),
+    ("zero3_offload", 2, torch.bfloat16, {"lisa_activated_layers": 1}),
+]
+
+
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize(("ds_config", "world_size", "dtype", "settings"), SETTINGS)
+def test_a_plan_is_what_a_step_allocates(ds_config, world_size, dtype, settings):
+    found = run_ranks(measured_step, world_size, ds_config, dtype, settings)[0]
+    planned = planned_step(ds_config, world_size, dtype, settings, found["layers"], found["blocks"]).to_dict()
+    measured = found["parts"]
+    named = ("weights", "always_on_states", "active_states", "activations", "logits", "gathered", "static", "peak")
+    if "offload" in ds_config:  # the plan does not tell states on the host apart
+        for parts in (planned, measured):
+            parts["active_states"] += parts.pop("always_on_states")
+        named = tuple(name for name in named if name != "always_on_states")
+    else:
+        named += ("gradients",)
+    # What Python and the data hold is some KB, and a bucket may still be there when the backward pass has ended.
+    bucket = 64 * 64 * dtype.itemsize
+    for name in named:
+        assert planned[name] == pytest.approx(measured[name], rel=0.03, abs=4096 + bucket), (name, planned, measured)
+    assert planned["peak"] == pytest.approx(measured["peak"], rel=0.03)
+
+
+def test_the_worst_period_is_planned():
+    config = lisa_dist.LisaConfig(lisa_always_on="rest", lisa_activated_layers=2)
+    run = FakeRun(load_model_config("llama3.1-8b"), Workload(128))
+    periods = widest_periods(config, run.blocks, sampled_blocks(config, run.blocks))
+    assert periods == [
+        Trained((0, 1), ("rest",)),
+        Trained((), ("rest",), ("embed",)),  # as large as two layers and more
+        Trained((), ("rest",), ("head",)),
+    ]
+
+
+def test_sleeping_layers_below_the_lowest_active_one_store_nothing():
+    """With the embedding asleep the backward pass ends at the lowest active layer."""
+    run = FakeRun(LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=8), Workload(64))
+
+    def activations(layer: int, always_on: tuple[str, ...]) -> int:
+        return run.trace(run.groups(Trained((layer,), always_on))).activations
+
+    awake = [activations(layer, ("embed", "head", "rest")) for layer in (0, 7)]
+    asleep = [activations(layer, ("head", "rest")) for layer in (0, 4, 7)]
+    assert awake[0] == awake[1]
+    assert asleep[0] > asleep[1] > asleep[2]
+    assert asleep[2] < 0.35 * asleep[0]
+
+
+def test_a_mixture_of_experts_can_be_planned():
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_local_experts=4,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    run = FakeRun(config, Workload(32))
+    groups = run.groups(Trained((0, 1), ("embed", "head", "rest")))
+    assert run.trace(groups).activations > 0
+
+
+def test_every_shipped_model_has_the_parameters_it_is_known_for():
+    known = {
+        "gemma2-9b": 9.24, "llama2-13b": 13.02, "llama2-70b": 68.98, "llama2-7b": 6.74, "llama3.1-70b": 70.55,
+        "llama3.1-8b": 8.03, "mistral-7b": 7.24, "qwen2.5-32b": 32.76, "qwen2.5-72b": 72.71, "qwen2.5-7b": 7.62,
+    }  # fmt: skip
+    assert shipped_model_configs() == sorted(known)
+    for name, billions in known.items():
+        with torch.device("meta"):
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_config(load_model_config(name))
+        assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+@pytest.fixture
+def tiny_config(tmp_path) -> str:
+    tiny_llama().config.save_pretrained(tmp_path)
+    return str(tmp_path / "config.json")
+
+
+def test_the_command_line(tiny_config, tmp_path, capsys):
+    main(["--model", tiny_config, "--gpus", "2", "--json", str(tmp_path / "plans.json"), "--lisa_state", "keep"])
+    said = capsys.readouterr().out
+    for words in ("weights", "states, always on", "zero3_offload", "fits", "deepspeed --num_gpus 2 launch/train.py"):
+        assert words in said
+    assert "--deepspeed zero1" in said, "the fastest that fits"
+    assert "--lisa_state keep" in said
+    plans = json.loads((tmp_path / "plans.json").read_text())["plans"]
+    assert [plan["ds_config"] for plan in plans] == ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+    for plan in plans:
+        assert plan["gpu"]["peak"] > plan["gpu"]["static"]
+        assert plan["host"]["kept states"] > 0
+
+
+def test_as_few_layers_are_checkpointed_as_fit(tiny_config):
+    def plan(**changes):
+        arguments = PlanArguments(tiny_config, deepspeed="zero2", seq_length=256, reserve="0", **changes)
+        return make_plans(load_model_config(tiny_config), arguments, lisa_dist.LisaConfig())[0]
+
+    none, every = plan(checkpointed_layers=0), plan(checkpointed_layers=6)
+    assert every.gpu.peak < none.gpu.peak
+    middle = plan(gpu_memory=str((none.gpu.peak + every.gpu.peak) // 2))
+    count = middle.workload.checkpointed_layers
+    assert 0 < count < 6
+    assert middle.gpu.peak <= (none.gpu.peak + every.gpu.peak) // 2
+    assert plan(checkpointed_layers=count - 1).gpu.peak > (none.gpu.peak + every.gpu.peak) // 2
+
+
+def test_other_methods_are_planned_too(tiny_config):
+    states = {}
+    for method in ("lisa", "full", "lora"):
+        arguments = PlanArguments(tiny_config, deepspeed="zero2", method=method, checkpointed_layers=0, lora_rank=4)
+        plan = make_plans(load_model_config(tiny_config), arguments, lisa_dist.LisaConfig())[0]
+        states[method] = plan.gpu.always_on_states + plan.gpu.active_states
+    numel = sum(parameter.numel() for parameter in tiny_llama().parameters())
+    assert states["full"] == 12 * numel
+    # Two matrices of rank 4 beside each of seven in six layers.
+    assert states["lora"] == 12 * 6 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
+    assert states["lora"] < states["lisa"] < states["full"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--gpu_memory", "1MiB", "--host_memory", "1MiB"],
+            "nothing fits, with every layer checkpointed. The closest: ",
+        ),
+        (["--gpu_memory", "much"], "--gpu_memory much: not a size, such as 24GiB or 80GB"),
+        (["--gpus", "0"], "--gpus 0: at least 1"),
+        (["--method", "magic"], "--method magic: unknown; choose one of lisa, full, lora"),
+        (["--precision", "fp8"], "--precision fp8: unknown"),
+        (["--lisa_activated_layers", "7"], "--lisa_activated_layers 7: the model has 6 decoder layers"),
+        (["--lisa_state_bits", "embed=4"], "moments have 8 or 32 bits"),
+        (["--lisa_state_bits", "embed=8", "--deepspeed", "zero2_offload"], "--lisa_state_bits embed=8 with offload"),
+        (["--deepspeed", "zero9"], "--deepspeed zero9: neither a file nor a shipped config"),
+        (["--model", "no/such-model"], "--model no/such-model: no such folder, and no such model can be reached"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(tiny_config, capsys, flags, said):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", tiny_config, "--reserve", "0", *flags])
+    assert said in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_config_is_refused(tmp_path):
+    path = Path(tmp_path / "config.json")
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"is no model's config\.json"):
+        load_model_config(str(path))
+
+
+def test_sizes():
+    assert parse_bytes("--gpu_memory", "24GiB") == 24 * 2**30
+    assert parse_bytes("--gpu_memory", "80 GB") == 80 * 10**9
+    assert parse_bytes("--gpu_memory", "1.5g") == 1.5 * 10**9
