@@ -122,8 +122,8 @@ def build_cpu_ops(offload: bool = True) -> None:
 def release_shared_memory() -> None:
     """Remove the name of this rank's buffer for DeepSpeed's all-reduce on CPU, or 69 MB stay in /dev/shm.
 
-    The memory itself stays for as long as a rank uses it. Call it when all ranks have come past DeepSpeed's start, where
-    they open each other's.
+    The memory itself stays for as long as a rank uses it. Call it when all ranks have come past DeepSpeed's start,
+    where they open each other's.
     """
     if get_accelerator().device_name() != "cpu" or "MASTER_PORT" not in os.environ:
         return
