@@ -1,0 +1,56 @@
+"""What do LISA's policies take of memory, against LoRA and full training? By plan: one GPU, bf16, one row.
+
+python benchmarks/policies.py
+"""
+
+import argparse
+from pathlib import Path
+
+from bench import print_table, write_results
+
+from lisa_dist import LisaConfig
+from lisa_dist.metrics import GIB
+from lisa_dist.plan import PlanArguments, load_model_config, make_plans
+
+# Name, arguments of the plan, settings of LISA.
+ARMS = (
+    ("full", {"method": "full"}, {}),
+    ("LoRA r16", {"method": "lora", "lora_rank": 16}, {}),
+    ("LoRA r128", {"method": "lora", "lora_rank": 128}, {}),
+    ("LISA as published", {}, {}),
+    ("LISA, always-on 8 bit", {}, {"lisa_state_bits": "embed=8,head=8,rest=8"}),
+    ("LISA, states on host", {"deepspeed": "zero2_offload"}, {}),
+    ("LISA, embed+head drawn", {}, {"lisa_always_on": "rest"}),
+    ("LISA, drawn, 8 bit", {}, {"lisa_always_on": "rest", "lisa_state_bits": "embed=8,head=8,layers=8"}),
+    ("LISA, embed+head frozen", {}, {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}),
+)
+
+
+def main() -> None:
+    """Plan every arm for every model, length and checkpointing; print the peaks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["llama2-7b", "llama3.1-8b"])
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "policies.json")
+    arguments = parser.parse_args()
+    figures, rows = {}, []
+    for model in arguments.models:
+        config = load_model_config(model)
+        layers = config.num_hidden_layers
+        for seq_length, checkpointed in ((1024, layers), (1024, 0), (4096, 0)):
+            for name, plan_flags, settings in ARMS:
+                asked = {
+                    "deepspeed": "zero2",
+                    "seq_length": seq_length,
+                    "checkpointed_layers": checkpointed,
+                } | plan_flags
+                plan = make_plans(config, PlanArguments(model, **asked), LisaConfig(**settings))[0]
+                figures[f"{model}, {seq_length} tokens, {checkpointed} checkpointed, {name}"] = plan.to_dict()
+                sizes = (plan.gpu.peak, plan.gpu.static, plan.gpu.activations + plan.gpu.logits, plan.host_bytes)
+                rows.append([model, str(seq_length), str(checkpointed), name, *(f"{size / GIB:.2f}" for size in sizes)])
+    header = ["model", "tokens", "checkpointed", "", "peak GiB", "between steps", "activations", "host"]
+    print_table(header, rows)
+    write_results(arguments.results, figures)
+
+
+if __name__ == "__main__":
+    main()
