@@ -3,7 +3,7 @@
 A folder `checkpoint-N` holds
 
 - the model as `save_pretrained` writes it, all blocks, asleep or not;
-- `lisa_optimizer-RANK-of-RANKS.safetensors`: masters and moments of the active blocks, keyed by parameter name;
+- `lisa_optimizer-RANK-of-RANKS.safetensors`: masters and moments of active blocks and of kept ones, by parameter name;
 - `lisa_state.json`: format, step, period, active layers, settings, versions, and the SHA-256 of every other file.
 
 DeepSpeed's own checkpoints are no base for this: they tie the optimizer to one world size, and its universal form

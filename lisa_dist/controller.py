@@ -127,7 +127,8 @@ class LisaController:
             self._weights = load_layer_weights(config.lisa_weights_file, num_layers, config.lisa_activated_layers)
 
         self.period = 0
-        self.active_layers, self.active_blocks = self._widest()
+        draw = self._draw(0)
+        self.active_layers, self.active_blocks = draw.layers, draw.blocks
         self.visit_counts = [0] * num_layers
         self.block_visit_counts = {block.name: 0 for block in self._sampled}
         self.host_states = HostStates()
@@ -165,6 +166,10 @@ class LisaController:
         """
         self.partitions = ZeroPartitions(engine)
         self.engine = engine
+        if self.config.lisa_state == "keep" and engine.zero_round_robin_gradients():
+            raise UserError(
+                "the DeepSpeed config has round_robin_gradients = true: with --lisa_state keep it must be false."
+            )
         self._skipped_steps = engine.skipped_steps
         self._loss_was_finite = torch.tensor(True, device=engine.device)
         mine = self._names_of(group["params"] for group in self.param_groups())
@@ -329,8 +334,9 @@ class LisaController:
         return tuple(layer for layer in layers if layer >= 0), tuple(names[block : block + 1] if block >= 0 else ())
 
     def _activate(self) -> None:
-        """Let exactly the active blocks require gradients."""
-        asleep = self._sleeping_blocks()
+        """Let exactly the active blocks require gradients; before there is an engine, all that its optimizer is for."""
+        layers, drawn = (self.active_layers, self.active_blocks) if self.partitions is not None else self._widest()
+        asleep = self._sleeping_blocks(layers, drawn)
         for block in self.blocks:
             block.requires_grad_(block not in asleep)
 
@@ -360,21 +366,22 @@ class LisaController:
         blocks = [self.blocks.outer(name) for name in OUTER_BLOCKS if name in (*self.config.always_on, *drawn)]
         return [block for block in blocks if block.parameters]
 
-    def _sleeping_blocks(self) -> list[Block]:
-        active = [*self._outer_blocks(self.active_blocks), *(self.blocks.layers[layer] for layer in self.active_layers)]
+    def _sleeping_blocks(self, layers: Sequence[int] | None = None, drawn: Sequence[str] | None = None) -> list[Block]:
+        """What does not train in this period, or would not if others did."""
+        layers = self.active_layers if layers is None else layers
+        drawn = self.active_blocks if drawn is None else drawn
+        active = [*self._outer_blocks(drawn), *(self.blocks.layers[layer] for layer in layers)]
         return [block for block in self.blocks if block not in active]
 
     def _widest(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """Layers in every slot, and every outer block that is ever drawn: what the optimizer is built over."""
-        layers = sample_period(
-            self.config.lisa_sampler,
-            len(self.blocks.layers),
-            self.config.lisa_activated_layers,
-            self.config.lisa_seed,
-            0,
-            self._weights,
-        ).layers
-        return layers, tuple(block.name for block in self._sampled)
+        """Layers in every slot, the active ones first, and every outer block that is ever drawn.
+
+        What the optimizer is built over: DeepSpeed takes no group without parameters.
+        """
+        others = [layer for layer in range(len(self.blocks.layers)) if layer not in self.active_layers]
+        missing = self.config.lisa_activated_layers - len(self.active_layers)
+        layers = sorted([*self.active_layers, *others[:missing]])
+        return tuple(layers), tuple(block.name for block in self._sampled)
 
     def _build_groups(self, layers: Sequence[int], drawn: Sequence[str], weight_decay: float = 0.0) -> list[dict]:
         active_layers = [self.blocks.layers[layer] for layer in layers]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -12,7 +13,7 @@ from transformers import AutoConfig, HfArgumentParser, PretrainedConfig
 
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.controller import sampled_blocks
-from lisa_dist.ds_config import read_ds_config
+from lisa_dist.ds_config import check_ds_config, read_ds_config, uses_optimizer_offload
 from lisa_dist.metrics import GIB, format_bytes
 from lisa_dist.optimizer import check_optim
 from lisa_dist.planning import (
@@ -62,7 +63,7 @@ class PlanArguments:
     precision: str = field(default="bf16", metadata={"help": "bf16 or fp32."})
     deepspeed: str | None = field(default=None, metadata={"help": "Plan this config alone: short name or path."})
     checkpointed_layers: int | None = field(
-        default=None, metadata={"help": "Plan with so many layers checkpointed; by default as few as fit."}
+        default=None, metadata={"help": "0, or all layers of the model; by default 0 where that fits."}
     )
     reserve: str = field(default="1GiB", metadata={"help": "Of a GPU, for the CUDA context, NCCL and fragments."})
     json: str | None = field(default=None, metadata={"help": "Write the plans to this file."})
@@ -125,6 +126,11 @@ class Planner:
         self.num_layers = config.get_text_config().num_hidden_layers
         if arguments.method == "lisa":
             lisa_config.check_num_layers(self.num_layers)
+        if arguments.checkpointed_layers not in (None, 0, self.num_layers):
+            raise UserError(
+                f"--checkpointed_layers {arguments.checkpointed_layers}: training checkpoints all layers or none; "
+                f"give 0 or {self.num_layers}."
+            )
 
     def plan(self, ds_config: str, checkpointed_layers: int) -> Plan:
         """The worst period under one DeepSpeed config."""
@@ -141,25 +147,12 @@ class Planner:
             host = host | {"kept states": kept_states(run, self._lisa, settings.stage, arguments.gpus, arguments.optim)}
         return Plan(ds_config, run.workload, parts, host)
 
-    def fewest_checkpointed(self, ds_config: str) -> Plan:
-        """With as few layers checkpointed as fit, since recomputing is pure loss; with all where nothing fits."""
+    def cheapest(self, ds_config: str) -> Plan:
+        """Without checkpointing where that fits, since recomputing is pure loss; else with it."""
         if self._arguments.checkpointed_layers is not None:
             return self.plan(ds_config, self._arguments.checkpointed_layers)
         none = self.plan(ds_config, 0)
-        if not none.lacks(self._arguments)[0]:
-            return none
-        every = self.plan(ds_config, self.num_layers)
-        saved = none.gpu.peak - every.gpu.peak
-        if every.lacks(self._arguments)[0] or saved <= 0:
-            return every
-        # Each layer saves about the same; what is then missing by a little is found by one or two more.
-        count = max(1, round(self.num_layers * none.lacks(self._arguments)[0] / saved))
-        while count < self.num_layers:
-            plan = self.plan(ds_config, count)
-            if not plan.lacks(self._arguments)[0]:
-                return plan
-            count += 1
-        return every
+        return none if not none.lacks(self._arguments)[0] else self.plan(ds_config, self.num_layers)
 
     def _trace(self, checkpointed_layers: int) -> tuple[FakeRun, list[tuple[list, StepTrace]]]:
         if checkpointed_layers not in self._traced:
@@ -223,29 +216,36 @@ def make_plans(config: PretrainedConfig, arguments: PlanArguments, lisa_config: 
     ways = [arguments.deepspeed] if arguments.deepspeed else list(WAYS)
     plans = []
     for way in ways:
-        offloads = bool((read_ds_config(way)["zero_optimization"].get("offload_optimizer") or {}).get("device"))
+        ds_config = read_ds_config(way)
+        check_ds_config(ds_config)
+        offloads = uses_optimizer_offload(ds_config)
         try:
             check_optim(arguments.optim, offloads, lisa_config.state_bits)
         except UserError:
             if arguments.deepspeed:
                 raise
             continue  # 8-bit moments are not for DeepSpeed's host AdamW
-        plans.append(planner.fewest_checkpointed(way))
+        plans.append(planner.cheapest(way))
     return plans
 
 
 def command_for(plan: Plan, arguments: PlanArguments, lisa_config: LisaConfig) -> str:
-    """The command line of a plan; what it does not say is to be added."""
-    flags = {"model_name_or_path": arguments.model, "method": arguments.method, "deepspeed": plan.ds_config}
+    """The command line of a plan; data and output folder are to be added."""
+    if arguments.method == "lora":
+        return "# LoRA is planned to compare with: launch/train.py trains by lisa and full."
+    path = Path(arguments.model)
+    model = "MODEL" if arguments.model in shipped_model_configs() else str(path.parent if path.is_file() else path)
+    flags = {"model_name_or_path": model, "method": arguments.method, "deepspeed": plan.ds_config}
     flags |= {"per_device_train_batch_size": arguments.micro_batch_size, "max_length": arguments.seq_length}
-    flags |= {"optim": arguments.optim, arguments.precision: True} if arguments.precision == "bf16" else {}
-    if plan.workload.checkpointed_layers:
-        flags["gradient_checkpointing"] = True
+    flags |= {"optim": arguments.optim, "bf16": arguments.precision == "bf16"}
+    flags |= {"gradient_checkpointing": plan.workload.checkpointed_layers > 0}
     if arguments.method == "lisa":
         defaults = LisaConfig().to_dict()
         flags |= {name: value for name, value in lisa_config.to_dict().items() if value != defaults[name]}
-    words = " ".join(f"--{name} {value}" for name, value in flags.items())
-    return f"deepspeed --num_gpus {min(arguments.gpus, arguments.gpus_per_host)} launch/train.py {words}"
+    words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
+    hosts = -(-arguments.gpus // arguments.gpus_per_host)
+    several = f"--hostfile hostfile --num_nodes {hosts} " if hosts > 1 else ""
+    return f"deepspeed {several}--num_gpus {min(arguments.gpus, arguments.gpus_per_host)} launch/train.py {words}"
 
 
 def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
@@ -264,9 +264,7 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
 
 def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
     """The fastest plan that fits. Raises ValueError with the closest three, and what each lacks, when none does."""
-    for plan in sorted(
-        plans, key=lambda plan: plan.workload.checkpointed_layers > 0 and "offload" not in plan.ds_config
-    ):
+    for plan in plans:
         if not any(plan.lacks(arguments)):
             return plan
     closest = sorted(plans, key=lambda plan: sum(plan.lacks(arguments)))[:3]
@@ -276,9 +274,9 @@ def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
         for plan in closest
     )
     raise UserError(
-        f"--gpu_memory {arguments.gpu_memory} on {arguments.gpus} GPU(s): nothing fits, with every layer checkpointed. "
-        f"The closest: {listed}. More GPUs, a shorter --seq_length, --lisa_state_bits embed=8,head=8 or --lisa_frozen "
-        "embed,head need less."
+        f"--gpu_memory {arguments.gpu_memory} on {arguments.gpus} GPU(s): nothing fits. "
+        f"The closest: {listed}. More GPUs, a shorter --seq_length, --lisa_state_bits embed=8,head=8, or "
+        "--lisa_always_on rest (embed and head drawn as layers are) need less."
     )
 
 

@@ -242,7 +242,8 @@ def widest_periods(config: LisaConfig, blocks: Blocks, sampled: Sequence[Sampled
     """The periods that may need most memory: with the lowest layers, and with each outer block that is drawn."""
     gamma = config.lisa_activated_layers
     always_on = tuple(name for name in OUTER_BLOCKS if name in config.always_on and blocks.outer(name).parameters)
-    periods = [Trained(tuple(range(gamma)), always_on)]
+    largest = sorted(range(len(blocks.layers)), key=lambda layer: -blocks.layers[layer].numel)[:gamma]
+    periods = [Trained(layers, always_on) for layers in {tuple(range(gamma)), tuple(sorted(largest))}]
     return periods + [Trained(tuple(range(gamma - one.places)), always_on, (one.name,)) for one in sampled]
 
 

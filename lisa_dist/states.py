@@ -54,6 +54,7 @@ class HostStates:
         self._states: dict[PartitionKey, PartitionState] = {}
         self._pieces: dict[PartitionKey, list[Piece]] = {}
         self._spare: dict[tuple[torch.dtype, int], list[torch.Tensor]] = {}
+        self._mine: set[int] = set()  # data pointers of the buffers made here
 
     def put(self, key: PartitionKey, state: PartitionState, pieces: list[Piece]) -> None:
         """Move a partition's master and moments to the host; what is there already stays as it is."""
@@ -66,7 +67,7 @@ class HostStates:
         state = self._states.pop(key, None)
         self._pieces.pop(key, None)
         for value in () if state is None else (state.master, *state.optimizer_state.values()):
-            if isinstance(value, torch.Tensor) and value.is_pinned():
+            if isinstance(value, torch.Tensor) and value.data_ptr() in self._mine:
                 self._spare.setdefault((value.dtype, value.numel()), []).append(value)
         return state
 
@@ -92,10 +93,12 @@ class HostStates:
         return spare + sum(state.nbytes for state in self._states.values())
 
     def _to_host(self, value: object) -> object:
-        if not isinstance(value, torch.Tensor) or value.device.type == "cpu":
+        # A count of steps is where the optimizer wants it, and is not worth a copy.
+        if not isinstance(value, torch.Tensor) or value.device.type == "cpu" or value.ndim == 0:
             return value
         spare = self._spare.get((value.dtype, value.numel()))
         host = spare.pop() if spare else torch.empty_like(value, device="cpu", pin_memory=True)
+        self._mine.add(host.data_ptr())
         return host.view(value.shape).copy_(value, non_blocking=True)
 
 

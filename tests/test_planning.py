@@ -16,7 +16,15 @@ from lisa_dist.controller import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.measuring import StepMeter, with_host
 from lisa_dist.memory import live_tensor_bytes
-from lisa_dist.plan import PlanArguments, load_model_config, main, make_plans, parse_bytes, shipped_model_configs
+from lisa_dist.plan import (
+    PlanArguments,
+    command_for,
+    load_model_config,
+    main,
+    make_plans,
+    parse_bytes,
+    shipped_model_configs,
+)
 from lisa_dist.planning import FakeRun, StageSettings, Trained, Workload, plan_memory, widest_periods
 
 ROWS, LENGTH = 4, 64
@@ -181,18 +189,35 @@ def test_the_command_line(tiny_config, tmp_path, capsys):
         assert plan["host"]["kept states"] > 0
 
 
-def test_as_few_layers_are_checkpointed_as_fit(tiny_config):
+def test_layers_are_checkpointed_only_where_that_is_needed(tiny_config):
     def plan(**changes):
         arguments = PlanArguments(tiny_config, deepspeed="zero2", seq_length=256, reserve="0", **changes)
         return make_plans(load_model_config(tiny_config), arguments, lisa_dist.LisaConfig())[0]
 
     none, every = plan(checkpointed_layers=0), plan(checkpointed_layers=6)
     assert every.gpu.peak < none.gpu.peak
-    middle = plan(gpu_memory=str((none.gpu.peak + every.gpu.peak) // 2))
-    count = middle.workload.checkpointed_layers
-    assert 0 < count < 6
-    assert middle.gpu.peak <= (none.gpu.peak + every.gpu.peak) // 2
-    assert plan(checkpointed_layers=count - 1).gpu.peak > (none.gpu.peak + every.gpu.peak) // 2
+    assert plan(gpu_memory=str(none.gpu.peak)) == none
+    assert plan(gpu_memory=str(none.gpu.peak - 1)) == every
+
+
+def test_the_command_says_what_was_planned(tiny_config):
+    def command(lisa=None, **changes):
+        arguments = PlanArguments(tiny_config, deepspeed="zero2", **changes)
+        config = lisa or lisa_dist.LisaConfig()
+        return command_for(make_plans(load_model_config(tiny_config), arguments, config)[0], arguments, config)
+
+    folder = str(Path(tiny_config).parent)
+    assert command() == (
+        f"deepspeed --num_gpus 1 launch/train.py --model_name_or_path {folder} --method lisa --deepspeed zero2 "
+        "--per_device_train_batch_size 1 --max_length 1024 --optim adamw_torch_fused --bf16 True "
+        "--gradient_checkpointing False"
+    )
+    assert command(gpus=16).startswith("deepspeed --hostfile hostfile --num_nodes 2 --num_gpus 8 ")
+    assert "--optim adamw_torch_fused --bf16 False" in command(precision="fp32")
+    assert command(checkpointed_layers=6).endswith("--gradient_checkpointing True")
+    frozen = lisa_dist.LisaConfig(lisa_always_on="", lisa_frozen="embed,head,rest")
+    assert command(lisa=frozen).endswith("--lisa_always_on '' --lisa_frozen embed,head,rest")
+    assert "LoRA is planned to compare with" in command(method="lora")
 
 
 def test_other_methods_are_planned_too(tiny_config):
@@ -213,7 +238,7 @@ def test_other_methods_are_planned_too(tiny_config):
     [
         (
             ["--gpu_memory", "1MiB", "--host_memory", "1MiB"],
-            "nothing fits, with every layer checkpointed. The closest: ",
+            "nothing fits. The closest: ",
         ),
         (["--gpu_memory", "much"], "--gpu_memory much: not a size, such as 24GiB or 80GB"),
         (["--gpus", "0"], "--gpus 0: at least 1"),
@@ -222,6 +247,8 @@ def test_other_methods_are_planned_too(tiny_config):
         (["--lisa_activated_layers", "7"], "--lisa_activated_layers 7: the model has 6 decoder layers"),
         (["--lisa_state_bits", "embed=4"], "moments have 8 or 32 bits"),
         (["--lisa_state_bits", "embed=8", "--deepspeed", "zero2_offload"], "--lisa_state_bits embed=8 with offload"),
+        (["--checkpointed_layers", "3"], "training checkpoints all layers or none; give 0 or 6"),
+        (["--deepspeed", "zero3_nvme"], "--deepspeed zero3_offload"),
         (["--deepspeed", "zero9"], "--deepspeed zero9: neither a file nor a shipped config"),
         (["--model", "no/such-model"], "--model no/such-model: no such folder, and no such model can be reached"),
     ],
