@@ -19,12 +19,12 @@ $(VENV)/.quickstart: $(VENV)/.ready
 	touch $@
 
 quickstart: $(VENV)/.quickstart  ## train a real 135M model by LISA on two CPU ranks
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.zero import build_cpu_ops; build_cpu_ops(offload=False)'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.cpu_ops import build_cpu_ops; build_cpu_ops(offload=False)'
 	$(CPU) $(BIN)/python launch/quickstart.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/deepspeed --num_gpus 2 launch/train.py --config launch/recipes/quickstart.yaml
 
 test: $(VENV)/.ready  ## the whole test suite
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.zero import build_cpu_ops; build_cpu_ops()'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.cpu_ops import build_cpu_ops; build_cpu_ops()'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest --numprocesses 2
 
 checks: $(VENV)/.ready  ## lint and format

@@ -13,7 +13,7 @@ _PUBLIC = {
     "LisaTrainer": "lisa_dist.trainer",
     "build_optimizer": "lisa_dist.optimizer",
     "export_checkpoint": "lisa_dist.checkpoint",
-    "initialize": "lisa_dist.controller",
+    "initialize": "lisa_dist.loop",
     "load_checkpoint": "lisa_dist.checkpoint",
     "load_ds_config": "lisa_dist.ds_config",
     "save_checkpoint": "lisa_dist.checkpoint",

@@ -9,7 +9,7 @@ import torch
 
 from lisa_dist.controller import LisaController
 from lisa_dist.memory import AllocationTracker, live_storages
-from lisa_dist.planning import MemoryParts
+from lisa_dist.planning import MemoryParts, part_of
 
 
 class StepMeter:
@@ -23,8 +23,8 @@ class StepMeter:
     def __init__(self, lisa: LisaController):
         self._lisa, self._engine = lisa, lisa.engine
         self._on_gpu = self._engine.device.type == "cuda"
-        self._tracker = AllocationTracker(self._kind_of)
-        self._vocab_size = self._engine.module.config.get_text_config().vocab_size
+        vocab_size = self._engine.module.config.get_text_config().vocab_size
+        self._tracker = AllocationTracker(lambda tensor: part_of(tensor, vocab_size))
 
     def __enter__(self):
         storages = [] if self._on_gpu else live_storages()
@@ -88,9 +88,6 @@ class StepMeter:
             sums[key[0] in always_on] += 0 if on_host else state.nbytes
         return sums[True], sums[False]
 
-    def _kind_of(self, tensor: torch.Tensor) -> str:
-        return "logits" if tensor.ndim > 1 and tensor.shape[-1] == self._vocab_size else "other"
-
     def _now(self) -> int:
         return torch.cuda.memory_allocated() if self._on_gpu else self._tracker.now
 
@@ -99,17 +96,3 @@ class StepMeter:
 
     def _begin_phase(self) -> None:
         torch.cuda.reset_peak_memory_stats() if self._on_gpu else self._tracker.begin_phase()
-
-
-def with_host(parts: MemoryParts, host: dict[str, int]) -> MemoryParts:
-    """A plan's device and host parts as one, which is what they are on CPU."""
-    values = parts.to_dict()
-    merged = {name: values[name] for name in MemoryParts.__dataclass_fields__}
-    total = sum(host.values())
-    states, weights = host.get("states", 0), host.get("weights", 0)
-    merged["weights"] += weights
-    merged["active_states"] += states  # told apart on the device alone
-    merged["buffers"] += total - states - weights
-    merged["peak_backward"] += total
-    merged["peak_step"] += total
-    return MemoryParts(**merged)

@@ -21,7 +21,7 @@ SUPPORTED_OPTIMIZERS = TORCH_ADAMW + BITSANDBYTES_ADAMW
 
 # AdamW's moments, and the number that bitsandbytes knows each by: state1, and for 8 bits absmax1 and qmap1.
 MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
-_QUANTIZED_BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit optimizers
+QUANTIZED_BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit optimizers
 
 
 def decays(name: str, parameter: torch.nn.Parameter) -> bool:
@@ -75,6 +75,11 @@ def check_same_kinds(layers: list[Block]) -> None:
             )
 
 
+def default_state_bits(optim: str) -> int:
+    """Bits of the moments, of a block that --lisa_state_bits does not name."""
+    return 8 if optim in BITSANDBYTES_ADAMW else 32
+
+
 def check_optim(optim: str, offload: bool, state_bits: Mapping[str, int] | None = None) -> None:
     """Refuse an optimizer, or bits of its moments, that LISA cannot run, before anything is built."""
     optim = getattr(optim, "value", optim)  # the Trainer's arguments hold an enum
@@ -119,8 +124,7 @@ def build_optimizer(
         return optimizer
     if optim in TORCH_ADAMW and 8 not in bits.values():
         return torch.optim.AdamW(param_groups, lr=lr, betas=betas, eps=eps, fused=optim == "adamw_torch_fused")
-    default_bits = 8 if optim in BITSANDBYTES_ADAMW else 32
-    return _bitsandbytes_adamw()(param_groups, lr=lr, betas=betas, eps=eps, optim_bits=default_bits)
+    return _bitsandbytes_adamw()(param_groups, lr=lr, betas=betas, eps=eps, optim_bits=default_state_bits(optim))
 
 
 def _bitsandbytes_adamw() -> type:
@@ -180,7 +184,7 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, code: torch.Tensor) ->
     """An 8-bit moment in fp32, from what bitsandbytes keeps of it: state, absmax and qmap."""
     from bitsandbytes.functional import dequantize_blockwise
 
-    return dequantize_blockwise(codes, absmax=scales, code=code, blocksize=_QUANTIZED_BLOCK)
+    return dequantize_blockwise(codes, absmax=scales, code=code, blocksize=QUANTIZED_BLOCK)
 
 
 def keeps_8bit_states(optimizer: torch.optim.Optimizer) -> bool:
@@ -222,7 +226,7 @@ def _restore_bitsandbytes(optimizer, group: dict, master: torch.Tensor, fields: 
                 state[field].copy_(fields[field])
         elif quantized:
             codes, quantized = quantize_blockwise(
-                fields[moment].to(master.device), code=state[f"qmap{number}"], blocksize=_QUANTIZED_BLOCK
+                fields[moment].to(master.device), code=state[f"qmap{number}"], blocksize=QUANTIZED_BLOCK
             )
             state[f"state{number}"].copy_(codes)
             state[f"absmax{number}"].copy_(quantized.absmax)

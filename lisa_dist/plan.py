@@ -12,7 +12,6 @@ import torch
 from transformers import AutoConfig, HfArgumentParser, PretrainedConfig
 
 from lisa_dist.config import LisaConfig, UserError
-from lisa_dist.controller import sampled_blocks
 from lisa_dist.ds_config import check_ds_config, read_ds_config, uses_optimizer_offload
 from lisa_dist.metrics import GIB, format_bytes
 from lisa_dist.optimizer import check_optim
@@ -27,6 +26,7 @@ from lisa_dist.planning import (
     plan_memory,
     widest_periods,
 )
+from lisa_dist.selection import sampled_blocks
 
 # From the fastest to the slowest: what offloads waits for the host, and stage 3 gathers every weight twice a step.
 WAYS = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")

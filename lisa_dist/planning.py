@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, masking_utils
 from lisa_dist.blocks import Blocks, find_blocks, parameter_numel
 from lisa_dist.config import OUTER_BLOCKS, LisaConfig, UserError
 from lisa_dist.memory import AllocationTracker
-from lisa_dist.optimizer import BITSANDBYTES_ADAMW, split_by_decay
+from lisa_dist.optimizer import QUANTIZED_BLOCK, default_state_bits, split_by_decay
 from lisa_dist.sampling import SampledBlock
 
 METHODS = ("lisa", "full", "lora")
@@ -30,7 +30,7 @@ METHODS = ("lisa", "full", "lora")
 _REDUCE_BUCKET = 500_000_000
 _PERSISTENCE_THRESHOLD = 100_000
 _MAX_REUSE_DISTANCE = 1_000_000_000  # what comes again within so many elements stays gathered on stage 3
-_QUANTIZED_BLOCK, _SMALLEST_QUANTIZED = 256, 4096  # bitsandbytes: elements that share a scale; partitions it quantizes
+_SMALLEST_QUANTIZED = 4096  # elements of a partition that bitsandbytes quantizes
 
 
 @dataclass(frozen=True)
@@ -179,18 +179,17 @@ class FakeRun:
     ) -> list[Group]:
         """The parameter groups of a period; of everything that is trainable, adapters or the whole model, for None."""
         if trained is None:
-            bits = 8 if optim in BITSANDBYTES_ADAMW else 32
             kinds: dict[bool, list] = {True: [], False: []}
             for parameter in self._run.parameters():
                 if parameter.requires_grad:
                     kinds[parameter.ndim > 1].append(parameter)
-            return [Group(tuple(params), bits) for params in kinds.values() if params]
+            return [Group(tuple(params), default_state_bits(optim)) for params in kinds.values() if params]
         names = [(name, self.blocks.outer(name), True) for name in trained.always_on]
         names += [(name, self.blocks.outer(name), False) for name in trained.drawn]
         names += [("layers", self.blocks.layers[layer], False) for layer in trained.layers]
-        default = 8 if optim in BITSANDBYTES_ADAMW else 32
+        bits = state_bits or {}
         return [
-            Group(tuple(params), int((state_bits or {}).get(name, default)), always_on)
+            Group(tuple(params), int(bits.get(name, default_state_bits(optim))), always_on)
             for name, block, always_on in names
             for params in split_by_decay(block).values()
         ]
@@ -214,7 +213,7 @@ class FakeRun:
             tracker.begin_phase()
 
         hooks = [parameter.register_post_accumulate_grad_hook(drop) for parameter in trained]
-        tracker = AllocationTracker(self.kind_of)
+        tracker = AllocationTracker(lambda tensor: part_of(tensor, self.vocab_size))
         workload = self.workload
         with self._mode:
             tokens = torch.ones(workload.micro_batch_size, workload.seq_length, dtype=torch.long)
@@ -233,9 +232,10 @@ class FakeRun:
         peaks.append((come, tracker.peak - model_bytes))
         return StepTrace(held["activations"], held["logits"], tuple(peaks))
 
-    def kind_of(self, tensor: torch.Tensor) -> str:
-        """The part that a tensor made in a step belongs to."""
-        return "logits" if tensor.ndim > 1 and tensor.shape[-1] == self.vocab_size else "activations"
+
+def part_of(tensor: torch.Tensor, vocab_size: int) -> str:
+    """The part that a tensor made in a step belongs to."""
+    return "logits" if tensor.ndim > 1 and tensor.shape[-1] == vocab_size else "activations"
 
 
 def widest_periods(config: LisaConfig, blocks: Blocks, sampled: Sequence[SampledBlock]) -> list[Trained]:
@@ -243,7 +243,7 @@ def widest_periods(config: LisaConfig, blocks: Blocks, sampled: Sequence[Sampled
     gamma = config.lisa_activated_layers
     always_on = tuple(name for name in OUTER_BLOCKS if name in config.always_on and blocks.outer(name).parameters)
     largest = sorted(range(len(blocks.layers)), key=lambda layer: -blocks.layers[layer].numel)[:gamma]
-    periods = [Trained(layers, always_on) for layers in {tuple(range(gamma)), tuple(sorted(largest))}]
+    periods = [Trained(layers, always_on) for layers in dict.fromkeys((tuple(range(gamma)), tuple(sorted(largest))))]
     return periods + [Trained(tuple(range(gamma - one.places)), always_on, (one.name,)) for one in sampled]
 
 
@@ -341,10 +341,10 @@ def kept_states(run: FakeRun, config: LisaConfig, stage: int, world_size: int, o
     """Host bytes of the state policy keep, once every block that is drawn has been: those of all that sleep."""
     drawn = [(name, run.blocks.outer(name)) for name in config.sampled]
     drawn += [("layers", layer) for layer in run.blocks.layers]
-    default = 8 if optim in BITSANDBYTES_ADAMW else 32
+    bits = {name: int(config.state_bits.get(name, default_state_bits(optim))) for name, _ in drawn}
     sizes = [
         sum(
-            state_bytes(partition_numel(params, stage, world_size), int(config.state_bits.get(name, default)))
+            state_bytes(partition_numel(params, stage, world_size), bits[name])
             for params in split_by_decay(block).values()
         )
         for name, block in drawn
@@ -363,7 +363,7 @@ def partition_numel(params: Sequence[torch.nn.Parameter], stage: int, world_size
 def state_bytes(partition: int, bits: int) -> int:
     """Master and two moments of a partition of so many elements."""
     if bits == 8 and partition >= _SMALLEST_QUANTIZED:
-        scales, code = math.ceil(partition / _QUANTIZED_BLOCK) * 4, 256 * 4
+        scales, code = math.ceil(partition / QUANTIZED_BLOCK) * 4, 256 * 4
         return partition * (4 + 2) + 2 * (scales + code)
     return partition * 12
 

@@ -3,7 +3,7 @@
 They know no rank, no state and no random generator of a library: every draw is read from SHA-256, so the same seed and
 period give the same layers on any rank, machine, world size and Python version.
 
-A later sampler that learns its weights needs nothing new here: it hands its current weights to `sample_layers` as
+A later sampler that learns its weights needs nothing new here: it hands its current weights to `sample_period` as
 "weighted" does, and keeps them in its own state.
 
 Source: Algorithm 1, line 3 (uniform). Weighted draws without replacement: Efraimidis and Spirakis, "Weighted random
@@ -76,18 +76,6 @@ def sample_period(
     else:
         raise UserError(f"unknown sampler {sampler!r}")
     return Draw(tuple(sorted(chosen)), () if block is None else (block.name,))
-
-
-def sample_layers(
-    sampler: str,
-    num_layers: int,
-    num_active: int,
-    seed: int,
-    period: int,
-    weights: Sequence[float] | None = None,
-) -> tuple[int, ...]:
-    """The layers of a period where only layers are drawn: exactly `num_active` of range(`num_layers`), ascending."""
-    return sample_period(sampler, num_layers, num_active, seed, period, weights).layers
 
 
 def load_layer_weights(path: str, num_layers: int, num_active: int) -> list[float]:

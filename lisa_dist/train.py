@@ -20,6 +20,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 from lisa_dist.attention import choose_attention
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
+from lisa_dist.cpu_ops import release_shared_memory
 from lisa_dist.data import load_rows, prepare_rows
 from lisa_dist.ds_config import check_ds_config, find_ds_config, read_ds_config, uses_optimizer_offload
 from lisa_dist.metrics import format_table
@@ -27,7 +28,7 @@ from lisa_dist.optimizer import check_optim
 from lisa_dist.sampling import load_layer_weights
 from lisa_dist.stop_signals import catch_stop_signals
 from lisa_dist.trainer import HANG_TIMEOUT, LisaTrainer
-from lisa_dist.zero import forget_module_order, release_shared_memory
+from lisa_dist.zero import forget_module_order
 
 METHODS = ("lisa", "full")
 

@@ -19,7 +19,7 @@ import ranks  # noqa: E402
 @pytest.fixture(scope="session")
 def cpu_ops() -> None:
     """DeepSpeed's C++ ops, built once: two ranks would race for the build."""
-    from lisa_dist.zero import build_cpu_ops
+    from lisa_dist.cpu_ops import build_cpu_ops
 
     build_cpu_ops()
 

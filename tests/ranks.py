@@ -106,7 +106,7 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     deepspeed.init_distributed("gloo")
     torch.distributed.barrier()
-    from lisa_dist.zero import release_shared_memory
+    from lisa_dist.cpu_ops import release_shared_memory
 
     release_shared_memory()
     while True:

@@ -12,7 +12,7 @@ from torch import distributed as dist
 import lisa_dist
 from lisa_dist import zero
 from lisa_dist.controller import LisaController
-from lisa_dist.sampling import Draw, sample_layers
+from lisa_dist.sampling import Draw, sample_period
 
 pytestmark = pytest.mark.usefixtures("cpu_ops")
 
@@ -138,9 +138,9 @@ def disagree(what: str) -> str:
             engine, lisa = start()
             for step, (tokens,) in enumerate(token_batches(4, rows=4)):
                 if step == 2 and rank == 1:  # a rank whose controller went astray
-                    lisa._agree = lambda: ((0, 1), ())
+                    lisa._agree = lambda: Draw((0, 1))
                 if step == 2 and rank == 0:
-                    lisa._agree = lambda: ((2, 3), ())
+                    lisa._agree = lambda: Draw((2, 3))
                 lisa.on_step_begin()
                 micro_step(engine, tokens)
     return str(error.value)
@@ -281,7 +281,7 @@ def test_debug_mode_sees_a_sleeping_weight_move():
 def draw_otherwise_on_rank_1() -> tuple:
     engine, lisa = start("zero2")
     if dist.get_rank() == 1:
-        lisa._draw = lambda period: Draw((0, 1) if rank_0_draw(period) != (0, 1) else (2, 3))
+        lisa.selection.draw = lambda period: Draw((0, 1) if rank_0_draw(period) != (0, 1) else (2, 3))
     drawn = []
     for (tokens,) in token_batches(6, rows=4):
         lisa.on_step_begin()
@@ -292,7 +292,7 @@ def draw_otherwise_on_rank_1() -> tuple:
 
 
 def rank_0_draw(period: int) -> tuple[int, ...]:
-    return sample_layers("uniform", 6, 2, 0, period)
+    return sample_period("uniform", 6, 2, 0, period).layers
 
 
 def test_rank_0_draws_for_all():

@@ -12,9 +12,8 @@ from torch import distributed as dist
 from transformers import LlamaConfig, MixtralConfig
 
 import lisa_dist
-from lisa_dist.controller import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
-from lisa_dist.measuring import StepMeter, with_host
+from lisa_dist.measuring import StepMeter
 from lisa_dist.memory import live_tensor_bytes
 from lisa_dist.plan import (
     PlanArguments,
@@ -25,7 +24,8 @@ from lisa_dist.plan import (
     parse_bytes,
     shipped_model_configs,
 )
-from lisa_dist.planning import FakeRun, StageSettings, Trained, Workload, plan_memory, widest_periods
+from lisa_dist.planning import FakeRun, MemoryParts, StageSettings, Trained, Workload, plan_memory, widest_periods
+from lisa_dist.selection import sampled_blocks
 
 ROWS, LENGTH = 4, 64
 
@@ -73,6 +73,20 @@ def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: 
     groups = run.groups(Trained(layers, always_on, drawn), optim, config.state_bits)
     stage = StageSettings.of(read_ds_config(ds_config), run.hidden_size)
     return with_host(*plan_memory(run, groups, run.trace(groups), stage, world_size, optim=optim))
+
+
+def with_host(parts: MemoryParts, host: dict[str, int]) -> MemoryParts:
+    """A plan's device and host parts as one, which is what they are on CPU."""
+    values = parts.to_dict()
+    merged = {name: values[name] for name in MemoryParts.__dataclass_fields__}
+    total = sum(host.values())
+    states, weights = host.get("states", 0), host.get("weights", 0)
+    merged["weights"] += weights
+    merged["active_states"] += states  # told apart on the device alone
+    merged["buffers"] += total - states - weights
+    merged["peak_backward"] += total
+    merged["peak_step"] += total
+    return MemoryParts(**merged)
 
 
 FROZEN = {"lisa_always_on": "head,rest", "lisa_frozen": "embed", "lisa_seed": 3}

@@ -1,0 +1,33 @@
+"""What DeepSpeed on CPU ranks needs beside itself: its C++ ops built in time, and its shared memory tidied."""
+
+import os
+from pathlib import Path
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+
+def build_cpu_ops(offload: bool = True) -> None:
+    """Compile the C++ ops that DeepSpeed would build at first use, so that ranks do not race to build them.
+
+    `offload` includes the AdamW of offloaded states, which takes a minute.
+    """
+    from deepspeed.ops.op_builder import CPUAdamBuilder, ShareMemCommBuilder
+
+    if get_accelerator().device_name() == "cpu":
+        ShareMemCommBuilder().load(verbose=False)
+    if offload:
+        CPUAdamBuilder().load(verbose=False)
+
+
+def release_shared_memory() -> None:
+    """Remove the name of this rank's buffer for DeepSpeed's all-reduce on CPU, or 69 MB stay in /dev/shm.
+
+    The memory itself stays for as long as a rank uses it. Call it when all ranks have come past DeepSpeed's start,
+    where they open each other's.
+    """
+    if get_accelerator().device_name() != "cpu" or "MASTER_PORT" not in os.environ:
+        return
+    run = f"{os.getuid()}_{os.environ.get('MASTER_ADDR', '')}_{os.environ['MASTER_PORT']}"
+    rank = torch.distributed.get_rank()
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{run}_{rank}").unlink(missing_ok=True)

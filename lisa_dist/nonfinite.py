@@ -1,0 +1,42 @@
+"""What a loss or gradient that is not finite does: stop the run, or skip the step, and say where it came from."""
+
+import deepspeed
+import torch
+from torch import distributed as dist
+
+
+class NonfiniteGuard:
+    """Follows an engine from step to step. DeepSpeed itself leaves such a step out, so no weight is spoilt."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, policy: str):
+        self._engine, self._policy = engine, policy
+        self._skipped_steps = engine.skipped_steps
+        self._loss_was_finite = torch.tensor(True, device=engine.device)
+
+    def note_loss(self, loss: torch.Tensor) -> None:
+        """Remember on this rank whether the loss of a micro-batch was finite, for `check` to name the rank."""
+        self._loss_was_finite &= torch.isfinite(loss.detach()).all()
+
+    def check(self, where: str) -> None:
+        """Raise RuntimeError, on every rank, when the last step was left out and the policy is stop.
+
+        `where` says in which period the run is. In fp16 leaving steps out is the loss scaler's work.
+        """
+        skipped = self._engine.skipped_steps
+        left_out, self._skipped_steps = skipped > self._skipped_steps, skipped
+        finite, self._loss_was_finite = self._loss_was_finite, torch.ones_like(self._loss_was_finite)
+        if not left_out or self._engine.fp16_enabled():
+            return
+        every = [torch.empty_like(finite) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, finite)
+        ranks = [rank for rank, was_finite in enumerate(every) if not was_finite]
+        what = f"the loss of rank(s) {ranks} is not finite" if ranks else "the gradients are not finite"
+        said = f"step {self._engine.global_steps}, {where}: {what}; no weight was changed"
+        if self._policy == "stop":
+            raise RuntimeError(f"{said}. Lower the learning rate, look at the data, or give --lisa_nonfinite skip.")
+        if dist.get_rank() == 0:
+            print(f"lisa-dist: {said}, the step was skipped.", flush=True)
+
+    def resume(self) -> None:
+        """Steps that the saved run left out are none of this one's."""
+        self._skipped_steps = self._engine.skipped_steps

@@ -1,0 +1,80 @@
+"""lisa_log.jsonl: a line for each period, written once its first step has made the moments; a resumed run goes on."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lisa_dist.files import replacing
+
+LOG_NAME = "lisa_log.jsonl"
+
+
+@dataclass
+class PeriodRecord:
+    """One line of lisa_log.jsonl. Seconds are of the switch; bytes are of this rank, after the period's first step.
+
+    `blocks` are the outer blocks that train in this period beside those that are always on; `host_bytes` are states of
+    sleeping blocks that wait on the host.
+    """
+
+    period: int
+    step: int
+    layers: list[int]
+    blocks: list[str]
+    seconds: float
+    state_bytes_per_rank: int
+    bytes_released: int
+    live_bytes: int
+    host_bytes: int = 0
+
+
+class PeriodLog:
+    """The records of a run in `records`; the rank that was given a folder writes them too."""
+
+    def __init__(self):
+        self.records: list[PeriodRecord] = []
+        self.resumed = False  # the lines of earlier steps then stay
+        self._open: PeriodRecord | None = None
+        self._path: Path | None = None
+        self._begun = False
+
+    def write_to(self, folder: str) -> None:
+        """Write to lisa_log.jsonl in a folder, which is made if need be."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._path = Path(folder) / LOG_NAME
+
+    def open(self, record: PeriodRecord | None) -> None:
+        """A period begins; its bytes are not known yet. None: there is no line to be written before the next switch."""
+        self._open = record
+
+    def close(self, step: int, measure: Callable[[], dict[str, int]]) -> None:
+        """Complete the period's record by what `measure` gives, and write it, if its first step has been taken."""
+        record = self._open
+        if record is None or step == record.step:
+            return
+        self._open = None
+        vars(record).update(measure())
+        self.records.append(record)
+        if self._path is None:
+            return
+        if not self._begun:
+            with replacing(self._path) as path:
+                path.write_text(self._earlier_lines(record.step), encoding="utf-8")
+            self._begun = True
+        with self._path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(vars(record)) + "\n")
+
+    def state_dict(self) -> dict | None:
+        """The record that is still open, for a resumed run to complete."""
+        return None if self._open is None else vars(self._open).copy()
+
+    def _earlier_lines(self, step: int) -> str:
+        """The log up to `step` of the run that this one resumes; a line that a kill has cut short ends it."""
+        kept = ""
+        if self.resumed and self._path.is_file():
+            for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if not line.endswith("}\n") or json.loads(line)["step"] >= step:
+                    break
+                kept += line
+        return kept
