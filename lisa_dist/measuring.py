@@ -5,6 +5,8 @@ has on the host is in them. On a GPU they come from the caching allocator's coun
 others.
 """
 
+import time
+
 import torch
 
 from lisa_dist.controller import LisaController
@@ -73,6 +75,7 @@ class StepMeter:
         return self._backward(*args, **kwargs)
 
     def _end_backward(self, *args, **kwargs):
+        self._wait_for_releases()
         self._after_backward, self._peak_backward = self._now(), self._peak()
         self._begin_phase()
         return self._step(*args, **kwargs)
@@ -87,6 +90,13 @@ class StepMeter:
             on_host = self._on_gpu and state.master.device.type == "cpu"
             sums[key[0] in always_on] += 0 if on_host else state.nbytes
         return sums[True], sums[False]
+
+    def _wait_for_releases(self) -> None:
+        """Gloo's threads let go of a bucket only some time after its reduction has ended."""
+        quiet, before = 0, self._now()
+        while not self._on_gpu and quiet < 10:
+            time.sleep(0.01)
+            quiet, before = quiet + 1 if self._now() == before else 0, self._now()
 
     def _now(self) -> int:
         return torch.cuda.memory_allocated() if self._on_gpu else self._tracker.now
