@@ -4,6 +4,7 @@ Source: Algorithm 1 of Pan et al., "LISA: Layerwise Importance Sampling for Memo
 Fine-Tuning" (arXiv 2403.17919). Flag names follow the ones in use elsewhere.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -77,6 +78,13 @@ class LisaConfig:
             "default as --optim has them."
         },
     )
+    lisa_offload: str = field(
+        default="",
+        metadata={
+            "help": "Blocks whose masters and moments live and step on the host, of embed, head, rest, layers; the "
+            "others' stay on the GPU, whatever the DeepSpeed config says of offload_optimizer."
+        },
+    )
     lisa_nonfinite: str = field(
         default="stop",
         metadata={
@@ -121,6 +129,7 @@ class LisaConfig:
             )
         # One way of writing each, so that a resumed run with another is no other run.
         self.lisa_always_on, self.lisa_frozen = ",".join(self.always_on), ",".join(self.frozen)
+        self.lisa_offload = ",".join(self.offloaded)
         both = set(self.always_on) & set(self.frozen)
         if both:
             raise UserError(
@@ -131,6 +140,18 @@ class LisaConfig:
             if bits not in (8, 32):
                 raise UserError(
                     f"--lisa_state_bits {self.lisa_state_bits}: moments have 8 or 32 bits; {block} has {bits:g}."
+                )
+            if bits == 8 and block in self.offloaded:
+                raise UserError(
+                    f"--lisa_state_bits {self.lisa_state_bits} with --lisa_offload {self.lisa_offload}: states on the "
+                    f"host have 32 bits; take {block} out of one of them."
+                )
+        for block in self.offloaded:
+            if block in self.frozen:
+                warnings.warn(
+                    f"--lisa_offload {self.lisa_offload}: {block} is in --lisa_frozen {self.lisa_frozen} and has no "
+                    "states to put on the host.",
+                    stacklevel=2,
                 )
         for block, probability in self.block_probabilities.items():
             flag = f"--lisa_block_probability {self.lisa_block_probability}"
@@ -168,6 +189,11 @@ class LisaConfig:
         """Bits of the moments that the user gave, for embed, head, rest and layers."""
         return _block_values("--lisa_state_bits", self.lisa_state_bits, (*OUTER_BLOCKS, "layers"))
 
+    @property
+    def offloaded(self) -> tuple[str, ...]:
+        """Blocks, "layers" among them, whose optimizer states are on the host."""
+        return _block_names("--lisa_offload", self.lisa_offload, (*OUTER_BLOCKS, "layers"))
+
     def check_num_layers(self, num_layers: int) -> None:
         """Raise when a model of so many decoder layers has too few to draw from."""
         if self.lisa_activated_layers > num_layers:
@@ -196,9 +222,9 @@ def _block_values(flag: str, value: str, blocks: Sequence[str]) -> dict[str, flo
     return numbers
 
 
-def _block_names(flag: str, value: str) -> tuple[str, ...]:
+def _block_names(flag: str, value: str, blocks: Sequence[str] = OUTER_BLOCKS) -> tuple[str, ...]:
     names = [name.strip() for name in value.split(",") if name.strip()]
-    unknown = [name for name in names if name not in OUTER_BLOCKS]
+    unknown = [name for name in names if name not in blocks]
     if unknown:
-        raise UserError(f"{flag} {value}: unknown block {unknown[0]!r}; choose from {', '.join(OUTER_BLOCKS)}.")
-    return tuple(block for block in OUTER_BLOCKS if block in names)
+        raise UserError(f"{flag} {value}: unknown block {unknown[0]!r}; choose from {', '.join(blocks)}.")
+    return tuple(block for block in blocks if block in names)

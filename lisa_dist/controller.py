@@ -41,7 +41,14 @@ from lisa_dist.zero import ZeroPartitions, check_deepspeed
 
 STATE_VERSION = 1
 # Settings that a resumed run may give otherwise at any step: they do not decide on layers or groups.
-FREE_SETTINGS = ("lisa_state", "lisa_nonfinite", "lisa_layers_attribute", "lisa_weights_file", "lisa_debug")
+FREE_SETTINGS = (
+    "lisa_state",
+    "lisa_offload",
+    "lisa_nonfinite",
+    "lisa_layers_attribute",
+    "lisa_weights_file",
+    "lisa_debug",
+)
 
 
 class LisaController:
@@ -125,6 +132,8 @@ class LisaController:
         if self.selection.sampled:
             self._activate()
             self.partitions.repartition(self.selection.params_of_groups(self.active), {})
+        else:
+            self.partitions.put_on_host()
         self._verify()
         release_shared_memory()
         if self.config.lisa_debug:

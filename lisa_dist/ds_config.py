@@ -5,6 +5,7 @@ word, so a loop of one's own takes the config from `load_ds_config`.
 """
 
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -93,6 +94,19 @@ def uses_optimizer_offload(config: dict) -> bool:
     """Whether ZeRO keeps the optimizer states on the host."""
     offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
     return offload.get("device", "none") != "none"
+
+
+def offload_by_block(config: dict, offloaded: Sequence[str]) -> None:
+    """Where --lisa_offload names blocks, it says alone whose states are on the host: take DeepSpeed's word away."""
+    zero = config.get("zero_optimization") or {}
+    if not offloaded:
+        return
+    if (zero.get("offload_param") or {}).get("device", "none") != "none":
+        raise UserError(
+            f"--lisa_offload {','.join(offloaded)} with offload_param in the DeepSpeed config: DeepSpeed offloads "
+            "parameters only together with all optimizer states; leave one of them out."
+        )
+    zero.pop("offload_optimizer", None)
 
 
 def load_ds_config(

@@ -5,7 +5,7 @@ import torch
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.controller import LisaController
-from lisa_dist.ds_config import check_ds_config, load_ds_config, uses_optimizer_offload
+from lisa_dist.ds_config import check_ds_config, load_ds_config, offload_by_block, uses_optimizer_offload
 from lisa_dist.optimizer import build_optimizer
 
 
@@ -35,7 +35,9 @@ def initialize(
         max_grad_norm=max_grad_norm,
     )
     check_ds_config(filled)
-    lisa = LisaController(model, config or LisaConfig())
+    config = config or LisaConfig()
+    offload_by_block(filled, config.offloaded)
+    lisa = LisaController(model, config)
     groups = lisa.param_groups(weight_decay)
     optimizer = build_optimizer(groups, optim, lr=lr, offload=uses_optimizer_offload(filled))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=filled)

@@ -6,7 +6,7 @@ fills one slot; a block has one group for what decays and one for what does not.
 empty in a period: its groups stay in the list without parameters.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 
@@ -42,11 +42,13 @@ def build_param_groups(
     active_layers: Iterable[Block],
     weight_decay: float,
     state_bits: Mapping[str, int] | None = None,
+    offloaded: Container[str] = (),
 ) -> list[dict]:
     """Parameter groups: the outer blocks first, then one slot for each active layer.
 
-    Every group carries a `lisa_group` name, such as "embed/decay" or "slot1/no_decay", and where `state_bits` has its
-    block (embed, head, rest or layers) the bits of its moments as `lisa_state_bits`.
+    Every group carries a `lisa_group` name, such as "embed/decay" or "slot1/no_decay". Where `state_bits` has its block
+    (embed, head, rest or layers), the bits of its moments are its `lisa_state_bits`; `lisa_host` says that its states
+    are on the host, since `offloaded` has its block.
     """
     named = [(block.name, block.name, block) for block in outer]
     named += [(f"slot{slot}", "layers", layer) for slot, layer in enumerate(active_layers)]
@@ -57,6 +59,7 @@ def build_param_groups(
             "weight_decay": weight_decay if kind == "decay" else 0.0,
             "lisa_group": f"{name}/{kind}",
             **({"lisa_state_bits": int(bits[policy])} if policy in bits else {}),
+            **({"lisa_host": True} if policy in offloaded else {}),
         }
         for name, policy, block in named
         for kind, parameters in split_by_decay(block).items()

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, HfArgumentParser, PretrainedConfig
 
 from lisa_dist.config import LisaConfig, UserError
-from lisa_dist.ds_config import check_ds_config, read_ds_config, uses_optimizer_offload
+from lisa_dist.ds_config import check_ds_config, offload_by_block, read_ds_config, uses_optimizer_offload
 from lisa_dist.metrics import GIB, format_bytes
 from lisa_dist.optimizer import check_optim
 from lisa_dist.planning import (
@@ -136,7 +136,7 @@ class Planner:
         """The worst period under one DeepSpeed config."""
         arguments = self._arguments
         run, periods = self._trace(checkpointed_layers)
-        settings = StageSettings.of(read_ds_config(ds_config), run.hidden_size)
+        settings = StageSettings.of(self._read(ds_config), run.hidden_size)
         planned = [
             plan_memory(run, groups, trace, settings, arguments.gpus, optim=arguments.optim)
             for groups, trace in periods
@@ -146,6 +146,11 @@ class Planner:
         if arguments.method == "lisa" and self._lisa.lisa_state == "keep":
             host = host | {"kept states": kept_states(run, self._lisa, settings.stage, arguments.gpus, arguments.optim)}
         return Plan(ds_config, run.workload, parts, host)
+
+    def _read(self, name_or_path: str) -> dict:
+        ds_config = read_ds_config(name_or_path)
+        offload_by_block(ds_config, self._lisa.offloaded)
+        return ds_config
 
     def cheapest(self, ds_config: str) -> Plan:
         """Without checkpointing where that fits, since recomputing is pure loss; else with it."""
@@ -169,7 +174,8 @@ class Planner:
             trained: Sequence = [None]
             if arguments.method == "lisa":
                 trained = widest_periods(self._lisa, run.blocks, sampled_blocks(self._lisa, run.blocks))
-            groups = [run.groups(one, arguments.optim, self._lisa.state_bits) for one in trained]
+            config = self._lisa
+            groups = [run.groups(one, arguments.optim, config.state_bits, config.offloaded) for one in trained]
             self._traced[checkpointed_layers] = run, [(one, run.trace(one)) for one in groups]
         return self._traced[checkpointed_layers]
 
@@ -214,10 +220,13 @@ def make_plans(config: PretrainedConfig, arguments: PlanArguments, lisa_config: 
     """A plan of each way of running, or of the one that was asked for, from the fastest to the slowest."""
     planner = Planner(config, arguments, lisa_config)
     ways = [arguments.deepspeed] if arguments.deepspeed else list(WAYS)
+    if lisa_config.offloaded and not arguments.deepspeed:  # the flag says what is offloaded, whatever a config says
+        ways = [way for way in ways if not uses_optimizer_offload(read_ds_config(way))]
     plans = []
     for way in ways:
         ds_config = read_ds_config(way)
         check_ds_config(ds_config)
+        offload_by_block(ds_config, lisa_config.offloaded)
         offloads = uses_optimizer_offload(ds_config)
         try:
             check_optim(arguments.optim, offloads, lisa_config.state_bits)

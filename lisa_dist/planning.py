@@ -12,7 +12,7 @@ layers among them, since the backward pass ends at the lowest one where the embe
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -57,11 +57,15 @@ class Trained:
 
 @dataclass(frozen=True)
 class Group:
-    """One parameter group: its parameters, the bits of its moments, and whether it is there in every period."""
+    """One parameter group: its parameters, the bits of its moments, whether it is there in every period.
+
+    `on_host`: its states are on the host, where the group alone was sent (--lisa_offload).
+    """
 
     params: tuple[torch.nn.Parameter, ...]
     bits: int = 32
     always_on: bool = True
+    on_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,11 @@ class FakeRun:
         checkpoint_layers(self.model, self.blocks, workload.checkpointed_layers)
 
     def groups(
-        self, trained: Trained | None, optim: str = "adamw_torch_fused", state_bits: dict[str, int] | None = None
+        self,
+        trained: Trained | None,
+        optim: str = "adamw_torch_fused",
+        state_bits: dict[str, int] | None = None,
+        offloaded: Container[str] = (),
     ) -> list[Group]:
         """The parameter groups of a period; of everything that is trainable, adapters or the whole model, for None."""
         if trained is None:
@@ -189,7 +197,7 @@ class FakeRun:
         names += [("layers", self.blocks.layers[layer], False) for layer in trained.layers]
         bits = state_bits or {}
         return [
-            Group(tuple(params), int(bits.get(name, default_state_bits(optim))), always_on)
+            Group(tuple(params), int(bits.get(name, default_state_bits(optim))), always_on, name in offloaded)
             for name, block, always_on in names
             for params in split_by_decay(block).values()
         ]
@@ -276,9 +284,12 @@ def plan_memory(
     parameters = list(run.model.parameters())
     trained = [parameter for group in groups for parameter in group.params]
     partitions = [partition_numel(group.params, stage, world_size) for group in groups]
-    states = {True: 0, False: 0}
+    states, states_sent = {True: 0, False: 0}, 0
     for group, partition in zip(groups, partitions, strict=True):
-        states[group.always_on] += state_bytes(partition, group.bits)
+        if group.on_host:
+            states_sent += state_bytes(partition, group.bits)
+        else:
+            states[group.always_on] += state_bytes(partition, group.bits)
     active = sum(parameter.numel() for parameter in trained) * element
     largest = max((parameter.numel() for parameter in trained), default=0) * element
     bucket = settings.reduce_bucket * element * (2 if settings.overlap_comm else 1)
@@ -310,6 +321,10 @@ def plan_memory(
         host["states"] = sum(states.values())
         host["gradients in fp32"] = sum(partitions) * 4
         states = {True: 0, False: 0}
+    elif states_sent:
+        host["states"] = states_sent
+        of_group = [partition for group, partition in zip(groups, partitions, strict=True) if group.on_host]
+        host["gradients of a group"] = max(of_group) * (element + 4)  # while it steps: as they came, and in fp32
 
     static = weights + sum(states.values()) + buffers
     if stage == 1 and not offloaded:  # all gradients stay until the last has come, and are then cut
@@ -321,7 +336,7 @@ def plan_memory(
         backward = [other + (gradients + min(come, bucket) if come else 0) for come, other in trace.peaks]
     # The gradient in fp32, and what the optimizer's step makes beside it, of one group at a time.
     of_step = [partition * (12 if optim == "adamw_torch" and group.bits == 32 else 4)
-               for group, partition in zip(groups, partitions, strict=True)]  # fmt: skip
+               for group, partition in zip(groups, partitions, strict=True) if not group.on_host]  # fmt: skip
     parts = MemoryParts(
         weights=weights,
         always_on_states=states[True],

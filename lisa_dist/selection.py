@@ -27,6 +27,7 @@ class BlockSelection:
         self._config, self._blocks = config, blocks
         self.sampled = sampled_blocks(config, blocks)
         self._state_bits = _state_bits(config, blocks)
+        self._offloaded = _offloaded(config, blocks)
         self.weights: list[float] | None = None  # of the layers, for the sampler "weighted"
         if config.lisa_weights_file is not None:
             self.weights = load_layer_weights(config.lisa_weights_file, num_layers, config.lisa_activated_layers)
@@ -88,7 +89,8 @@ class BlockSelection:
         return [self._blocks.layers[layer] for layer in draw.layers]
 
     def _groups(self, draw: Draw, weight_decay: float = 0.0) -> list[dict]:
-        return build_param_groups(self._outer(draw), self._layers(draw), weight_decay, self._state_bits)
+        outer, layers = self._outer(draw), self._layers(draw)
+        return build_param_groups(outer, layers, weight_decay, self._state_bits, self._offloaded)
 
 
 def sampled_blocks(config: LisaConfig, blocks: Blocks) -> list[SampledBlock]:
@@ -133,3 +135,12 @@ def _state_bits(config: LisaConfig, blocks: Blocks) -> dict[str, int]:
             "the same."
         )
     return bits
+
+
+def _offloaded(config: LisaConfig, blocks: Blocks) -> tuple[str, ...]:
+    if blocks.tied and ("embed" in config.offloaded) != ("head" in config.offloaded):
+        raise UserError(
+            f"--lisa_offload {config.lisa_offload}: embed and head of this model are one tied matrix; give both or "
+            "neither."
+        )
+    return config.offloaded

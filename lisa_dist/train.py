@@ -22,7 +22,13 @@ from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 from lisa_dist.cpu_ops import release_shared_memory
 from lisa_dist.data import load_rows, prepare_rows
-from lisa_dist.ds_config import check_ds_config, find_ds_config, read_ds_config, uses_optimizer_offload
+from lisa_dist.ds_config import (
+    check_ds_config,
+    find_ds_config,
+    offload_by_block,
+    read_ds_config,
+    uses_optimizer_offload,
+)
 from lisa_dist.metrics import format_table
 from lisa_dist.optimizer import check_optim
 from lisa_dist.sampling import load_layer_weights
@@ -129,6 +135,7 @@ def run(
         ds_config = training_args.deepspeed
         ds_config = ds_config if isinstance(ds_config, dict) else read_ds_config(ds_config)
         check_ds_config(ds_config)
+        offload_by_block(ds_config, lisa_config.offloaded)
         check_optim(training_args.optim, uses_optimizer_offload(ds_config), lisa_config.state_bits)
         _check_layers(model_args, training_args, lisa_config)
     if training_args.use_cpu:

@@ -29,7 +29,7 @@ from lisa_dist.checkpoint import (
 )
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.controller import LisaController
-from lisa_dist.ds_config import check_bf16_gradients, check_ds_config, uses_optimizer_offload
+from lisa_dist.ds_config import check_bf16_gradients, check_ds_config, offload_by_block, uses_optimizer_offload
 from lisa_dist.files import gather, together
 from lisa_dist.metrics import format_active, format_bytes, format_count, format_table, lisa_metrics
 from lisa_dist.optimizer import build_optimizer, check_optim
@@ -279,6 +279,7 @@ class LisaMixin:
                 "LISA runs on DeepSpeed's ZeRO: give a config, such as --deepspeed zero2 (it works on one GPU too)."
             )
         check_ds_config(self._ds_config)
+        offload_by_block(self._ds_config, self.lisa_config.offloaded)
         check_bf16_gradients(self._ds_config)
         check_optim(self.args.optim, uses_optimizer_offload(self._ds_config), self.lisa_config.state_bits)
         if self.optimizer is not None:

@@ -54,18 +54,33 @@ _STAGE_1_2 = _Stage(
     class_name="DeepSpeedZeroOptimizer",
     groups="bit16_groups",
     masters="single_partition_of_fp32_groups",
-    private_names=("_wait_for_offload_copies", "round_robin_bit16_groups", "nccl_start_alignment_factor"),
+    private_names=(
+        "_wait_for_offload_copies",
+        "round_robin_bit16_groups",
+        "nccl_start_alignment_factor",
+        "partition_size",
+        "_get_preflattened_grad_partition",
+    ),
 )
 _STAGE_3 = _Stage(
     module="deepspeed.runtime.zero.stage3",
     class_name="DeepSpeedZeroOptimizer_Stage3",
     groups="fp16_groups",
     masters="fp32_partitioned_groups_flat",
-    private_names=("parameter_offload", "_leaf_module_hooks", "initialize_ds_offload", "offload_param_pin_memory"),
+    private_names=(
+        "parameter_offload",
+        "_leaf_module_hooks",
+        "initialize_ds_offload",
+        "offload_param_pin_memory",
+        "_prepare_fp32_grad_for_sub_group",
+    ),
 )
 _PRIVATE_NAMES = (
     "_grad_acc_hooks",
     "_unpin_offload_buffers",
+    "averaged_gradients",
+    "unscale_and_clip_grads",
+    "_link_all_hp_params",
     "dp_process_group",
     "ipg_buckets",
     "optimizer",
@@ -191,10 +206,10 @@ class ZeroPartitions:
     def state_of(self, lisa_group: str, fields: dict) -> PartitionState:
         """The state of a partition that sleeps, from its saved fields, in the form that `lisa_group`'s would have."""
         inner = self._zero.optimizer
-        group = next(group for group in inner.param_groups if group["lisa_group"] == lisa_group)
-        master = fields["master"].to(getattr(self._zero, self._stage.masters)[0].device)
+        index = [group["lisa_group"] for group in inner.param_groups].index(lisa_group)
+        master = fields["master"].to(getattr(self._zero, self._stage.masters)[index].device)
         if "step" in fields:
-            restore_state(inner, group, master, fields)
+            restore_state(inner, inner.param_groups[index], master, fields)
         return PartitionState(master, inner.state.pop(master, {}))
 
     def load_counters(self, counters: dict) -> None:
@@ -263,16 +278,42 @@ class ZeroPartitions:
         zero._unpin_offload_buffers()
         zero.__dict__.clear()
 
+    def put_on_host(self, carried: dict[PartitionKey, PartitionState] | None = None) -> None:
+        """Give the groups that are `lisa_host` masters on the host, those that go on the one they had.
+
+        DeepSpeed has made theirs on the device. It steps one group after the other, and what it does with such a group
+        between two of its own lines (`_step_on_host`) is then done on the host.
+        """
+        zero, groups, masters = self._zero, self._zero.optimizer.param_groups, getattr(self._zero, self._stage.masters)
+        on_host = [index for index, group in enumerate(groups) if group.get("lisa_host")]
+        if not on_host:
+            return
+        keys = self.keys()
+        for index in on_host:
+            state, made = (carried or {}).get(keys[index]), masters[index]
+            if state is not None and state.master.device.type == "cpu":
+                masters[index] = state.master
+            else:
+                masters[index] = made.detach().to("cpu", copy=True).requires_grad_()
+            if self._stage is _STAGE_3:
+                masters[index].ds_id = made.ds_id
+            else:
+                groups[index]["params"] = [masters[index]]
+        zero._link_all_hp_params()  # views of the masters that were on the device would keep them there
+        _step_on_host(zero, self._stage, frozenset(on_host))
+
     def _put_back(self, carried: dict[PartitionKey, PartitionState]) -> None:
         """Fill the new partitions with the states that go on; copies from the host are queued, not waited for."""
         zero = self._zero
+        self.put_on_host(carried)
         for key, master in zip(self.keys(), getattr(zero, self._stage.masters), strict=True):
             state = carried.get(key) if key else None
             if state is None:
                 continue
             assert state.master.shape == master.shape, key
             from_host = state.master.device != master.device
-            master.data.copy_(state.master.data, non_blocking=True)
+            if master is not state.master:
+                master.data.copy_(state.master.data, non_blocking=True)
             if state.optimizer_state:
                 moments = state.optimizer_state
                 if from_host:
@@ -323,6 +364,44 @@ class _LinearOfStage3(LinearFunctionForZeroStage3):
         LinearFunctionForZeroStage3.setup_context(ctx, inputs, output)
         if not ctx.needs_input_grad[1]:
             ctx.save_for_backward(None, *inputs[1:], *[None] * (3 - len(inputs)))
+
+
+def _step_on_host(zero, stage: _Stage, on_host: frozenset[int]) -> None:
+    """Have DeepSpeed's step, of the groups `on_host`, bring gradients to the host, where masters and moments are.
+
+    The norm has been taken on the device by then. What follows goes by the master's place: AdamW, and the copy of the
+    new weights to the device.
+    """
+    kind, unscale = type(zero), type(zero).unscale_and_clip_grads
+
+    def flat_gradients(index: int) -> torch.Tensor | None:
+        flat = kind._get_preflattened_grad_partition(zero, index)
+        if index not in on_host:
+            return flat
+        if flat is not None:
+            return flat.to("cpu")
+        gradients = zero.averaged_gradients[index]
+        flat, begins = torch.zeros(zero.partition_size[index], dtype=gradients[0].dtype, device="cpu"), 0
+        for gradient in gradients:  # one at a time: flattened on the device they would be there twice
+            flat[begins : begins + gradient.numel()] = gradient.flatten()
+            begins += gradient.numel()
+        return flat
+
+    def prepare_gradients(index: int) -> None:
+        if index in on_host:
+            zero.averaged_gradients[index] = [gradient.to("cpu") for gradient in zero.averaged_gradients[index]]
+        kind._prepare_fp32_grad_for_sub_group(zero, index)
+
+    def unscale_with_norm_beside(index_or_gradients, total_norm) -> None:
+        of_stage_3 = stage is _STAGE_3
+        gradient = zero.fp32_partitioned_groups_flat[index_or_gradients].grad if of_stage_3 else index_or_gradients[0]
+        unscale(zero, index_or_gradients, None if total_norm is None else total_norm.to(gradient.device))
+
+    if stage is _STAGE_3:
+        zero._prepare_fp32_grad_for_sub_group = prepare_gradients
+    else:
+        zero._get_preflattened_grad_partition = flat_gradients
+    zero.unscale_and_clip_grads = unscale_with_norm_beside
 
 
 def _is_per_element(value: object) -> bool:

@@ -125,6 +125,8 @@ def test_a_resumed_run_is_the_run(tmp_path, ds_config, dtype):
         ("zero3_offload", {"lisa": {"lisa_state": "keep", "lisa_activated_layers": 3}}),
         ("zero2", {"lisa": {"lisa_state": "keep", "lisa_always_on": "rest", "lisa_block_probability": "embed=0.4"}}),
         ("zero2", {"lisa": {"lisa_always_on": "head,rest", "lisa_frozen": "embed", "lisa_sampler": "reshuffle"}}),
+        ("zero2", {"lisa": {"lisa_offload": "head,layers", "lisa_state": "keep", "lisa_activated_layers": 3}}),
+        ("zero3", {"lisa": {"lisa_offload": "embed,head", "lisa_always_on": "rest"}}),
     ],
 )
 def test_a_resumed_run_is_the_run_with(tmp_path, ds_config, options):

@@ -5,6 +5,7 @@ those of the active blocks, cut W ways; 5 losses equal the reference; 6 live byt
 depend on what is trained; 8 gamma = all layers is full training.
 """
 
+import gc
 import math
 
 import deepspeed
@@ -16,6 +17,7 @@ from reference import train_reference
 from torch import distributed as dist
 
 import lisa_dist
+from lisa_dist.memory import live_tensor_bytes
 
 STAGES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 STEPS, INTERVAL, LR, DECAY = 12, 3, 1e-3, 0.1
@@ -213,6 +215,53 @@ def test_a_tied_embedding_drawn_as_one_block(ds_config):
 
 def tiny_tied_llama():
     return tiny_llama(tied=True)
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "settings"),
+    [
+        ("zero1", {"lisa_offload": "embed,head"}),
+        ("zero2", {"lisa_offload": "embed,head"}),
+        ("zero3", {"lisa_offload": "embed,head"}),
+        ("zero2", {"lisa_offload": "head,layers", "lisa_state": "keep"}),
+        ("zero3", {"lisa_offload": "head,layers", "lisa_state": "keep"}),
+        ("zero2_offload", {"lisa_offload": "embed", "lisa_state_bits": "layers=8"}),
+    ],
+)
+def test_blocks_with_their_states_on_the_host(ds_config, settings):
+    """They step as the others do, and nothing that DeepSpeed made on the device stays alive."""
+    outcomes = {
+        offload: run_ranks(train_with_offload, 2, ds_config.removesuffix("_offload" if not offload else "-"), chosen)[0]
+        for offload, chosen in ((True, settings), (False, settings | {"lisa_offload": ""}))
+    }
+    assert outcomes[True]["losses"] == outcomes[False]["losses"]
+    assert outcomes[True]["live_bytes"] == pytest.approx(outcomes[False]["live_bytes"], abs=256)
+    assert outcomes[True]["state_bytes"] == outcomes[False]["state_bytes"]
+    named = set(settings["lisa_offload"].split(","))
+    assert outcomes[True]["on_host"] == {name for name in named if name != "layers"} | (
+        {"slot0", "slot1"} if "layers" in named else set()
+    )
+
+
+def train_with_offload(ds_config: str, settings: dict) -> dict:
+    gc.collect()
+    of_others = live_tensor_bytes()  # what other tests in this process have left
+    config = lisa_dist.LisaConfig(lisa_interval_steps=INTERVAL, **settings)
+    engine, lisa = lisa_dist.initialize(
+        tiny_llama(), ds_config, config, lr=LR, weight_decay=DECAY, max_grad_norm=0.1, optim="adamw_torch"
+    )
+    made = [] if not settings["lisa_offload"] else [engine.optimizer.unscale_and_clip_grads]
+    losses = [train_step(engine, lisa, micro_batches) for micro_batches in token_batches(STEPS, rows=4)]
+    lisa.close()
+    assert all("unscale_with_norm_beside" in function.__qualname__ for function in made)
+    on_host = {group["lisa_group"].split("/")[0] for group in engine.optimizer.param_groups if group.get("lisa_host")}
+    engine.destroy()
+    return {
+        "losses": losses,
+        "live_bytes": [record.live_bytes - of_others for record in lisa.records],
+        "state_bytes": [record.state_bytes_per_rank for record in lisa.records],
+        "on_host": on_host,
+    }
 
 
 @pytest.mark.parametrize("ds_config", ["zero2", "zero3"])

@@ -70,7 +70,7 @@ def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: 
     checkpointed = model_config.num_hidden_layers if settings.get("checkpointing") else 0
     run = FakeRun(model_config, Workload(LENGTH, ROWS, dtype, checkpointed, fused_head=False))
     always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
-    groups = run.groups(Trained(layers, always_on, drawn), optim, config.state_bits)
+    groups = run.groups(Trained(layers, always_on, drawn), optim, config.state_bits, config.offloaded)
     stage = StageSettings.of(read_ds_config(ds_config), run.hidden_size)
     return with_host(*plan_memory(run, groups, run.trace(groups), stage, world_size, optim=optim))
 
@@ -79,13 +79,14 @@ def with_host(parts: MemoryParts, host: dict[str, int]) -> MemoryParts:
     """A plan's device and host parts as one, which is what they are on CPU."""
     values = parts.to_dict()
     merged = {name: values[name] for name in MemoryParts.__dataclass_fields__}
+    in_step = host.pop("gradients of a group", 0)
     total = sum(host.values())
     states, weights = host.get("states", 0), host.get("weights", 0)
     merged["weights"] += weights
     merged["active_states"] += states  # told apart on the device alone
     merged["buffers"] += total - states - weights
     merged["peak_backward"] += total
-    merged["peak_step"] += total
+    merged["peak_step"] += total + in_step
     return MemoryParts(**merged)
 
 
@@ -108,6 +109,8 @@ SETTINGS = [
     ("zero3", 2, torch.bfloat16, {}),
     ("zero3", 2, torch.bfloat16, FROZEN),
     ("zero3", 2, torch.bfloat16, {"tied": True, "checkpointing": True}),
+    ("zero2", 2, torch.bfloat16, {"lisa_offload": "embed,head"}),
+    ("zero3", 2, torch.bfloat16, {"lisa_offload": "embed,head,layers"}),
     ("zero2_offload", 2, torch.bfloat16, {}),
     ("zero2_offload", 1, torch.float32, FROZEN),
     ("zero3_offload", 2, torch.bfloat16, {"lisa_activated_layers": 1}),
@@ -121,7 +124,7 @@ def test_a_plan_is_what_a_step_allocates(ds_config, world_size, dtype, settings)
     planned = planned_step(ds_config, world_size, dtype, settings, found["layers"], found["blocks"]).to_dict()
     measured = found["parts"]
     named = ("weights", "always_on_states", "active_states", "activations", "logits", "gathered", "static", "peak")
-    if "offload" in ds_config:  # the plan does not tell states on the host apart
+    if "offload" in ds_config or "lisa_offload" in settings:  # the plan does not tell states on the host apart
         for parts in (planned, measured):
             parts["active_states"] += parts.pop("always_on_states")
         named = tuple(name for name in named if name != "always_on_states")
