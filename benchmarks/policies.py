@@ -41,7 +41,7 @@ def main() -> None:
                 asked = {
                     "deepspeed": "zero2",
                     "seq_length": seq_length,
-                    "checkpointed_layers": checkpointed,
+                    "checkpointed_layers": str(checkpointed),
                 } | plan_flags
                 plan = make_plans(config, PlanArguments(model, **asked), LisaConfig(**settings))[0]
                 figures[f"{model}, {seq_length} tokens, {checkpointed} checkpointed, {name}"] = plan.to_dict()

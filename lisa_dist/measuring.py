@@ -15,9 +15,10 @@ from lisa_dist.planning import MemoryParts, part_of
 
 
 class StepMeter:
-    """`with StepMeter(lisa) as meter:` around one whole optimizer step of one micro-batch; then `meter.parts`.
+    """`with StepMeter(lisa) as meter:` around one whole optimizer step; then `meter.parts`.
 
-    The step should not be the first of its period, which makes the moments.
+    Of several micro-batches the first one's forward pass is measured, and the peak of all. The step should not be the
+    first of its period, which makes the moments.
     """
 
     parts: MemoryParts | None = None
@@ -31,27 +32,24 @@ class StepMeter:
     def __enter__(self):
         storages = [] if self._on_gpu else live_storages()
         self._tracker.add((torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages), "static")
-        self._static_ids = {storage.data_ptr() for storage in storages}
         self._static = self._now()
+        self._after_forward = self._after_backward = None
         self._logits = self._gathered = 0
         self._backward, self._step = self._engine.backward, self._engine.optimizer.step
         self._engine.backward, self._engine.optimizer.step = self._end_forward, self._end_backward
         self._begin_phase()
-        if not self._on_gpu:
-            self._tracker.__enter__()
+        self._tracker.__enter__()
+        self._tracks = True
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if not self._on_gpu:
-            self._tracker.__exit__(kind, error, trace)
+        self._stop_tracking()
         del self._engine.backward, self._engine.optimizer.step
-        if error is not None:
+        if error is not None or self._after_backward is None:
             return
         peak_step = self._peak()
         always_on, active = self._state_bytes()
-        weights = sum(
-            self._lisa.partitions.local_weights(parameter).nbytes for parameter in self._engine.module.parameters()
-        )
+        weights = self._weight_bytes()
         self.parts = MemoryParts(
             weights=weights,
             always_on_states=always_on,
@@ -66,12 +64,12 @@ class StepMeter:
         )
 
     def _end_forward(self, *args, **kwargs):
-        self._after_forward = self._now()
-        self._logits = self._tracker.bytes["logits"]
-        if self._lisa.partitions.weights_are_sharded:
-            storages = {p.data.untyped_storage().data_ptr(): p.data.untyped_storage().nbytes()
-                        for p in self._engine.module.parameters()}  # fmt: skip
-            self._gathered = sum(size for place, size in storages.items() if place not in self._static_ids and size > 8)
+        if self._after_forward is None:
+            self._after_forward = self._now()
+            self._logits = self._tracker.bytes["logits"]
+            self._gathered = self._lisa.partitions.gathered_bytes()
+            if self._on_gpu:  # the allocator counts by itself; it does not know logits from activations
+                self._stop_tracking()
         return self._backward(*args, **kwargs)
 
     def _end_backward(self, *args, **kwargs):
@@ -80,6 +78,15 @@ class StepMeter:
         self._begin_phase()
         return self._step(*args, **kwargs)
 
+    def _stop_tracking(self) -> None:
+        if self._tracks:
+            self._tracker.__exit__(None, None, None)
+        self._tracks = False
+
+    def _weight_bytes(self) -> int:
+        held = [self._lisa.partitions.local_weights(parameter) for parameter in self._engine.module.parameters()]
+        return sum(weights.nbytes for weights in held if self._is_here(weights))
+
     def _state_bytes(self) -> tuple[int, int]:
         """Bytes of always-on and of other states; on a GPU of those that are on it."""
         always_on = {
@@ -87,9 +94,11 @@ class StepMeter:
         }
         sums = {True: 0, False: 0}
         for key, state in self._lisa.partition_states().items():
-            on_host = self._on_gpu and state.master.device.type == "cpu"
-            sums[key[0] in always_on] += 0 if on_host else state.nbytes
+            sums[key[0] in always_on] += state.nbytes if self._is_here(state.master) else 0
         return sums[True], sums[False]
+
+    def _is_here(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == "cuda" or not self._on_gpu
 
     def _wait_for_releases(self) -> None:
         """Gloo's threads let go of a bucket only some time after its reduction has ended."""

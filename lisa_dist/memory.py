@@ -29,7 +29,8 @@ def live_storages() -> list[torch.UntypedStorage]:
         for tensor in (candidate, candidate.grad if candidate.is_leaf else None):
             if tensor is not None and tensor.layout == torch.strided and not tensor.is_meta:
                 storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage
+                if storage.device.type != "meta":  # a plan's
+                    storages[storage.data_ptr()] = storage
     return list(storages.values())
 
 

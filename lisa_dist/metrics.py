@@ -1,9 +1,13 @@
 """What a run tells of LISA: tracker metrics and the header at its start."""
 
+import re
 from collections.abc import Mapping, Sequence
+
+from lisa_dist.config import UserError
 
 GIB = 2**30
 MIB = 2**20
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def lisa_metrics(record, visit_counts: Sequence[int], block_visit_counts: Mapping[str, int]) -> dict[str, float]:
@@ -31,11 +35,26 @@ def format_bytes(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"
 
 
+def parse_bytes(flag: str, value: str) -> int:
+    """Bytes of "24GiB", "80GB", "80G" or "123"."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", value.lower())
+    if match is None or match[2] not in _UNITS:
+        raise UserError(f"{flag} {value}: not a size, such as 24GiB or 80GB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
 def format_count(count: int) -> str:
     """Parameters for people: 1.24 B, 134.5 M, 960."""
     if count >= 1e9:
         return f"{count / 1e9:.2f} B"
     return f"{count / 1e6:.2f} M" if count >= 1e5 else str(count)
+
+
+def format_columns(lines: Sequence[Sequence[str]]) -> str:
+    """Columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join("  ".join(line) for line in padded)
 
 
 def format_table(rows: Sequence[tuple[str, str]]) -> str:

@@ -1,7 +1,6 @@
 """`lisa-dist plan`: what a run will need, part by part, which way of running fits, and the command that starts it."""
 
 import json
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,9 +12,10 @@ from transformers import AutoConfig, HfArgumentParser, PretrainedConfig
 
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.ds_config import check_ds_config, offload_by_block, read_ds_config, uses_optimizer_offload
-from lisa_dist.metrics import GIB, format_bytes
+from lisa_dist.metrics import GIB, format_bytes, format_columns, parse_bytes
 from lisa_dist.optimizer import check_optim
 from lisa_dist.planning import (
+    PARTS,
     FakeRun,
     MemoryParts,
     StageSettings,
@@ -26,24 +26,12 @@ from lisa_dist.planning import (
     plan_memory,
     widest_periods,
 )
+from lisa_dist.recompute import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
 from lisa_dist.selection import sampled_blocks
 
 # From the fastest to the slowest: what offloads waits for the host, and stage 3 gathers every weight twice a step.
 WAYS = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Rows of the table: a part's title and the fields of it.
-_ROWS = (
-    ("weights", ("weights",)),
-    ("states, always on", ("always_on_states",)),
-    ("states, active blocks", ("active_states",)),
-    ("gradients", ("gradients",)),
-    ("buffers", ("buffers",)),
-    ("weights gathered", ("gathered",)),
-    ("activations", ("activations",)),
-    ("logits", ("logits",)),
-    ("beyond these at the peak", ("temporary",)),
-)
 
 
 @dataclass
@@ -62,19 +50,22 @@ class PlanArguments:
     optim: str = field(default="adamw_torch_fused", metadata={"help": "As in training."})
     precision: str = field(default="bf16", metadata={"help": "bf16 or fp32."})
     deepspeed: str | None = field(default=None, metadata={"help": "Plan this config alone: short name or path."})
-    checkpointed_layers: int | None = field(
-        default=None, metadata={"help": "0, or all layers of the model; by default 0 where that fits."}
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of a step."})
+    checkpointed_layers: str = field(
+        default=AUTO, metadata={"help": "none, all, a number of decoder layers, or auto for the fewest that fit."}
     )
     reserve: str = field(default="1GiB", metadata={"help": "Of a GPU, for the CUDA context, NCCL and fragments."})
     json: str | None = field(default=None, metadata={"help": "Write the plans to this file."})
 
     def __post_init__(self):
-        for name in ("gpus", "gpus_per_host", "seq_length", "micro_batch_size", "lora_rank"):
+        counts = ("gpus", "gpus_per_host", "seq_length", "micro_batch_size", "gradient_accumulation_steps", "lora_rank")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: at least 1.")
         if self.precision not in _DTYPES:
             raise UserError(f"--precision {self.precision}: unknown; choose bf16 or fp32.")
         check_method(self.method)
+        parse_checkpointed_layers(self.checkpointed_layers)
         for name in ("gpu_memory", "host_memory", "reserve"):
             parse_bytes(f"--{name}", getattr(self, name))
 
@@ -126,10 +117,13 @@ class Planner:
         self.num_layers = config.get_text_config().num_hidden_layers
         if arguments.method == "lisa":
             lisa_config.check_num_layers(self.num_layers)
-        if arguments.checkpointed_layers not in (None, 0, self.num_layers):
+        self._dial = parse_checkpointed_layers(arguments.checkpointed_layers)
+        if self._dial != AUTO:
+            self._dial = number_of_layers(self._dial, self.num_layers)
+        if arguments.method != "lisa" and self._dial not in (AUTO, 0, self.num_layers):
             raise UserError(
-                f"--checkpointed_layers {arguments.checkpointed_layers}: training checkpoints all layers or none; "
-                f"give 0 or {self.num_layers}."
+                f"--checkpointed_layers {self._dial} with --method {arguments.method}: it checkpoints all layers or "
+                f"none; give none or all."
             )
 
     def plan(self, ds_config: str, checkpointed_layers: int) -> Plan:
@@ -138,7 +132,15 @@ class Planner:
         run, periods = self._trace(checkpointed_layers)
         settings = StageSettings.of(self._read(ds_config), run.hidden_size)
         planned = [
-            plan_memory(run, groups, trace, settings, arguments.gpus, optim=arguments.optim)
+            plan_memory(
+                run,
+                groups,
+                trace,
+                settings,
+                arguments.gpus,
+                optim=arguments.optim,
+                accumulates=arguments.gradient_accumulation_steps > 1,
+            )
             for groups, trace in periods
         ]
         parts = max((parts for parts, _ in planned), key=lambda parts: parts.peak)
@@ -153,9 +155,13 @@ class Planner:
         return ds_config
 
     def cheapest(self, ds_config: str) -> Plan:
-        """Without checkpointing where that fits, since recomputing is pure loss; else with it."""
-        if self._arguments.checkpointed_layers is not None:
-            return self.plan(ds_config, self._arguments.checkpointed_layers)
+        """With as few checkpointed layers as fit, since recomputing is pure loss; of other methods none or all."""
+        if self._dial != AUTO:
+            return self.plan(ds_config, self._dial)
+        if self._arguments.method == "lisa":
+            budget = self._arguments.budget
+            return self.plan(ds_config, fewest_layers(lambda count: self.plan(ds_config, count).gpu.peak,
+                                                      self.num_layers, budget))  # fmt: skip
         none = self.plan(ds_config, 0)
         return none if not none.lacks(self._arguments)[0] else self.plan(ds_config, self.num_layers)
 
@@ -173,7 +179,9 @@ class Planner:
             run = FakeRun(self._config, workload, lora_rank)
             trained: Sequence = [None]
             if arguments.method == "lisa":
-                trained = widest_periods(self._lisa, run.blocks, sampled_blocks(self._lisa, run.blocks))
+                trained = widest_periods(
+                    self._lisa, run.blocks, sampled_blocks(self._lisa, run.blocks), checkpointed_layers
+                )
             config = self._lisa
             groups = [run.groups(one, arguments.optim, config.state_bits, config.offloaded) for one in trained]
             self._traced[checkpointed_layers] = run, [(one, run.trace(one)) for one in groups]
@@ -208,14 +216,6 @@ def load_model_config(model: str) -> PretrainedConfig:
         raise UserError(f"--model {model}: is no model's config.json ({error}).") from error
 
 
-def parse_bytes(flag: str, value: str) -> int:
-    """Bytes of "24GiB", "80GB", "80G" or "123"."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", value.lower())
-    if match is None or match[2] not in _UNITS:
-        raise UserError(f"{flag} {value}: not a size, such as 24GiB or 80GB.")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
 def make_plans(config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig) -> list[Plan]:
     """A plan of each way of running, or of the one that was asked for, from the fastest to the slowest."""
     planner = Planner(config, arguments, lisa_config)
@@ -247,8 +247,12 @@ def command_for(plan: Plan, arguments: PlanArguments, lisa_config: LisaConfig) -
     flags = {"model_name_or_path": model, "method": arguments.method, "deepspeed": plan.ds_config}
     flags |= {"per_device_train_batch_size": arguments.micro_batch_size, "max_length": arguments.seq_length}
     flags |= {"optim": arguments.optim, "bf16": arguments.precision == "bf16"}
-    flags |= {"gradient_checkpointing": plan.workload.checkpointed_layers > 0}
-    if arguments.method == "lisa":
+    if arguments.gradient_accumulation_steps > 1:
+        flags |= {"gradient_accumulation_steps": arguments.gradient_accumulation_steps}
+    if arguments.method == "full":
+        flags |= {"gradient_checkpointing": plan.workload.checkpointed_layers > 0}
+    else:
+        flags |= {"checkpointed_layers": plan.workload.checkpointed_layers}
         defaults = LisaConfig().to_dict()
         flags |= {name: value for name, value in lisa_config.to_dict().items() if value != defaults[name]}
     words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
@@ -261,14 +265,12 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
     """The table: a row a part, a column a way of running."""
     titles = [[plan.ds_config, f"{plan.workload.checkpointed_layers} checkpointed"] for plan in plans]
     lines = [["GiB on each GPU", *(title[0] for title in titles)], ["layers", *(title[1] for title in titles)]]
-    for name, fields in _ROWS:
+    for name, fields in PARTS:
         lines.append([name, *(_gib(sum(plan.gpu.to_dict()[one] for one in fields)) for plan in plans)])
     lines.append(["peak", *(_gib(plan.gpu.peak) for plan in plans)])
     lines.append(["GiB on the host, a rank", *(_gib(plan.host_bytes) for plan in plans)])
     lines.append(["fits", *("yes" if not any(plan.lacks(arguments)) else "no" for plan in plans)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    return "\n".join("  ".join(line) for line in padded)
+    return format_columns(lines)
 
 
 def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:

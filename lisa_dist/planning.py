@@ -11,25 +11,40 @@ layers among them, since the backward pass ends at the lowest one where the embe
 
 import contextlib
 import math
-import warnings
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, masking_utils
+from transformers.integrations import deepspeed as hf_deepspeed
 
 from lisa_dist.blocks import Blocks, find_blocks, parameter_numel
 from lisa_dist.config import OUTER_BLOCKS, LisaConfig, UserError
 from lisa_dist.memory import AllocationTracker
 from lisa_dist.optimizer import QUANTIZED_BLOCK, default_state_bits, split_by_decay
+from lisa_dist.recompute import checkpoint_layers
 from lisa_dist.sampling import SampledBlock
 
 METHODS = ("lisa", "full", "lora")
+# Rows of a table: a part's title, and the fields of MemoryParts that it is the sum of.
+PARTS = (
+    ("weights", ("weights",)),
+    ("states, always on", ("always_on_states",)),
+    ("states, active blocks", ("active_states",)),
+    ("gradients", ("gradients",)),
+    ("buffers", ("buffers",)),
+    ("weights gathered", ("gathered",)),
+    ("activations", ("activations",)),
+    ("logits", ("logits",)),
+    ("beyond these at the peak", ("temporary",)),
+)
 # DeepSpeed's defaults, where a config leaves them to it. Elements.
 _REDUCE_BUCKET = 500_000_000
 _PERSISTENCE_THRESHOLD = 100_000
 _MAX_REUSE_DISTANCE = 1_000_000_000  # what comes again within so many elements stays gathered on stage 3
+_STATES = {True: "states, always on", False: "states, active blocks"}  # what a host holds
+_OF_A_GROUP = "gradients of a group"  # what is on the host only while that group steps
 _SMALLEST_QUANTIZED = 4096  # elements of a partition that bitsandbytes quantizes
 
 
@@ -113,6 +128,20 @@ class MemoryParts:
         at_step = self.static + self.gradients
         return max(0, self.peak - (at_backward if self.peak_backward >= self.peak_step else at_step))
 
+    def with_host(self, host: dict[str, int]) -> "MemoryParts":
+        """Device and host (the parts of `plan_memory`) as one, which is what they are on CPU."""
+        lasting = sum(host.values()) - host.get(_OF_A_GROUP, 0)
+        weights, always_on, active = (host.get(name, 0) for name in ("weights", *_STATES.values()))
+        return replace(
+            self,
+            weights=self.weights + weights,
+            always_on_states=self.always_on_states + always_on,
+            active_states=self.active_states + active,
+            buffers=self.buffers + lasting - weights - always_on - active,
+            peak_backward=self.peak_backward + lasting,
+            peak_step=self.peak_step + sum(host.values()),
+        )
+
     def to_dict(self) -> dict[str, int]:
         """All parts and what is derived from them."""
         return asdict(self) | {"static": self.static, "temporary": self.temporary, "peak": self.peak}
@@ -163,7 +192,7 @@ class FakeRun:
         self.vocab_size = config.get_text_config().vocab_size
         self.hidden_size = config.get_text_config().hidden_size
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with torch.device("meta"):
+        with _outside_of_zero3(), torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(
                 config, dtype=workload.dtype, attn_implementation=workload.attention
             )
@@ -231,7 +260,7 @@ class FakeRun:
                 inputs["fused_lm_head"] = True
             tracker.add([*self._run.parameters(), *self._run.buffers()], "model")
             model_bytes = tracker.now
-            with tracker, _no_mask_where_none_is_needed(workload.padded):
+            with _outside_of_zero3(), tracker, _no_mask_where_none_is_needed(workload.padded):
                 loss = self._run(**inputs).loss
                 held = +tracker.bytes
                 loss.backward()
@@ -246,27 +275,24 @@ def part_of(tensor: torch.Tensor, vocab_size: int) -> str:
     return "logits" if tensor.ndim > 1 and tensor.shape[-1] == vocab_size else "activations"
 
 
-def widest_periods(config: LisaConfig, blocks: Blocks, sampled: Sequence[SampledBlock]) -> list[Trained]:
-    """The periods that may need most memory: with the lowest layers, and with each outer block that is drawn."""
-    gamma = config.lisa_activated_layers
-    always_on = tuple(name for name in OUTER_BLOCKS if name in config.always_on and blocks.outer(name).parameters)
-    largest = sorted(range(len(blocks.layers)), key=lambda layer: -blocks.layers[layer].numel)[:gamma]
-    periods = [Trained(layers, always_on) for layers in dict.fromkeys((tuple(range(gamma)), tuple(sorted(largest))))]
-    return periods + [Trained(tuple(range(gamma - one.places)), always_on, (one.name,)) for one in sampled]
+def widest_periods(
+    config: LisaConfig, blocks: Blocks, sampled: Sequence[SampledBlock], checkpointed_layers: int = 0
+) -> list[Trained]:
+    """The periods that may need most memory: with the lowest layers, and with each outer block that is drawn.
 
-
-def checkpoint_layers(model: torch.nn.Module, blocks: Blocks, count: int) -> None:
-    """Have the lowest `count` decoder layers store their inputs alone, and compute the rest again in the backward pass.
-
-    The lowest ones, since what they store is held longest.
+    Where some layers are checkpointed and some are not, an active one of the latter, higher up, stores more.
     """
-    if not count:
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # transformers renames it
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    for number, layer in enumerate(model.get_submodule(blocks.layers_path)):
-        layer.gradient_checkpointing = number < count
+    gamma, num_layers = config.lisa_activated_layers, len(blocks.layers)
+    always_on = tuple(name for name in OUTER_BLOCKS if name in config.always_on and blocks.outer(name).parameters)
+    by_size = sorted(range(num_layers), key=lambda layer: -blocks.layers[layer].numel)
+
+    def sets(count: int) -> list[tuple[int, ...]]:
+        low, high = tuple(range(count)), tuple(range(num_layers - count, num_layers))
+        mixed = [(0, *high[1:]), high] if count and 0 < checkpointed_layers < num_layers else []
+        return list(dict.fromkeys([low, tuple(sorted(by_size[:count])), *mixed]))
+
+    periods = [Trained(layers, always_on) for layers in sets(gamma)]
+    return periods + [Trained(layers, always_on, (one.name,)) for one in sampled for layers in sets(gamma - one.places)]
 
 
 def plan_memory(
@@ -278,22 +304,24 @@ def plan_memory(
     *,
     optim: str = "adamw_torch_fused",
     rank: int = 0,
+    accumulates: bool = False,
 ) -> tuple[MemoryParts, dict[str, int]]:
-    """The parts of one rank's device memory, and of its host's beside them."""
+    """The parts of one rank's device memory, and of its host's beside them.
+
+    `accumulates`: a step has several micro-batches, and gradients of the earlier ones wait for the last.
+    """
     element, stage, offloaded = run.workload.dtype.itemsize, settings.stage, settings.offload_optimizer
     parameters = list(run.model.parameters())
     trained = [parameter for group in groups for parameter in group.params]
     partitions = [partition_numel(group.params, stage, world_size) for group in groups]
-    states, states_sent = {True: 0, False: 0}, 0
+    states, states_sent = {True: 0, False: 0}, {True: 0, False: 0}
     for group, partition in zip(groups, partitions, strict=True):
-        if group.on_host:
-            states_sent += state_bytes(partition, group.bits)
-        else:
-            states[group.always_on] += state_bytes(partition, group.bits)
+        held_where = states_sent if group.on_host or offloaded else states
+        held_where[group.always_on] += state_bytes(partition, group.bits)
     active = sum(parameter.numel() for parameter in trained) * element
     largest = max((parameter.numel() for parameter in trained), default=0) * element
     bucket = settings.reduce_bucket * element * (2 if settings.overlap_comm else 1)
-    host: dict[str, int] = {}
+    host = {_STATES[kind]: size for kind, size in states_sent.items() if size}
     gradients = gathered = 0
     if stage == 3:
         weights = sum(math.ceil(parameter.numel() / world_size) for parameter in parameters) * element
@@ -311,29 +339,33 @@ def plan_memory(
         aligned = sum(partitions) * world_size * element
         weights = sum(parameter.numel() for parameter in parameters) * element - active + aligned
         buffers = 0
+        held = sum(_held_gradients(group.params, world_size, rank) for group in groups) * element
         if offloaded:
             buffers = largest
+            if accumulates:
+                host["gradients that wait"] = held
             host["weights of the active blocks"] = sum(partitions) * element
             host["buffers"] = largest
         else:
-            gradients = sum(_held_gradients(group.params, world_size, rank) for group in groups) * element
+            gradients = held
     if offloaded:
-        host["states"] = sum(states.values())
         host["gradients in fp32"] = sum(partitions) * 4
-        states = {True: 0, False: 0}
-    elif states_sent:
-        host["states"] = states_sent
+    elif any(states_sent.values()):
         of_group = [partition for group, partition in zip(groups, partitions, strict=True) if group.on_host]
-        host["gradients of a group"] = max(of_group) * (element + 4)  # while it steps: as they came, and in fp32
+        host[_OF_A_GROUP] = max(of_group) * (element + 4)  # while it steps: as they came, and in fp32
 
     static = weights + sum(states.values()) + buffers
     if stage == 1 and not offloaded:  # all gradients stay until the last has come, and are then cut
-        backward = [other + come for come, other in trace.peaks]
+        waiting = active + bucket if accumulates else 0
+        backward = [other + come + waiting for come, other in trace.peaks]
         backward.append(active + gradients + bucket)
     elif stage == 3:
         backward = [other for _, other in trace.peaks]
     else:  # what is kept of the gradients has its place as soon as the first is there; the bucket fills
-        backward = [other + (gradients + min(come, bucket) if come else 0) for come, other in trace.peaks]
+        backward = [
+            other + (gradients + min(come, bucket) if come else 0) + (gradients if accumulates else 0)
+            for come, other in trace.peaks
+        ]
     # The gradient in fp32, and what the optimizer's step makes beside it, of one group at a time.
     of_step = [partition * (12 if optim == "adamw_torch" and group.bits == 32 else 4)
                for group, partition in zip(groups, partitions, strict=True) if not group.on_host]  # fmt: skip
@@ -387,6 +419,17 @@ def check_method(name: str) -> None:
     """Raise ValueError for a method that cannot be planned."""
     if name not in METHODS:
         raise UserError(f"--method {name}: unknown; choose one of {', '.join(METHODS)}.")
+
+
+@contextlib.contextmanager
+def _outside_of_zero3() -> Iterator[None]:
+    """In a run under ZeRO-3 transformers would cut any model that is built, together with all other ranks."""
+    held = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = held
 
 
 def _with_adapters(model: torch.nn.Module, rank: int) -> torch.nn.Module:

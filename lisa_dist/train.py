@@ -29,8 +29,9 @@ from lisa_dist.ds_config import (
     read_ds_config,
     uses_optimizer_offload,
 )
-from lisa_dist.metrics import format_table
+from lisa_dist.metrics import format_table, parse_bytes
 from lisa_dist.optimizer import check_optim
+from lisa_dist.recompute import number_of_layers, parse_checkpointed_layers
 from lisa_dist.sampling import load_layer_weights
 from lisa_dist.stop_signals import catch_stop_signals
 from lisa_dist.trainer import HANG_TIMEOUT, LisaTrainer
@@ -56,6 +57,17 @@ class RunArguments:
     sample_prompt: str | None = field(
         default=None, metadata={"help": "A prompt to answer before and after training, printed on rank 0."}
     )
+    checkpointed_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Gradient checkpointing: none, all, a number of decoder layers, or auto for the fewest that the "
+            "GPU's memory is enough for. Left out, --gradient_checkpointing decides."
+        },
+    )
+    gpu_memory: str | None = field(
+        default=None,
+        metadata={"help": "Memory for --checkpointed_layers auto, such as 22GiB; by default all of the GPU but 1 GiB."},
+    )
     hang_timeout: float = field(
         default=HANG_TIMEOUT,
         metadata={"help": "Seconds for a step, after which a run that hangs is ended, naming the rank; 0 for never."},
@@ -66,6 +78,14 @@ class RunArguments:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
         if not self.dataset_name:
             raise UserError("--dataset_name is missing: give a .json or .jsonl file, or a dataset of the hub.")
+        dial = parse_checkpointed_layers(self.checkpointed_layers)
+        if self.method != "lisa" and dial is not None:
+            raise UserError(
+                f"--checkpointed_layers {self.checkpointed_layers} with --method {self.method}: use "
+                "--gradient_checkpointing true or false."
+            )
+        if self.gpu_memory is not None:
+            parse_bytes("--gpu_memory", self.gpu_memory)
         if self.hang_timeout < 0:
             raise UserError(f"--hang_timeout {self.hang_timeout}: seconds are not negative; 0 turns it off.")
         if self.eval_rows < 0:
@@ -137,7 +157,7 @@ def run(
         check_ds_config(ds_config)
         offload_by_block(ds_config, lisa_config.offloaded)
         check_optim(training_args.optim, uses_optimizer_offload(ds_config), lisa_config.state_bits)
-        _check_layers(model_args, training_args, lisa_config)
+        _check_layers(run_args, model_args, training_args, lisa_config)
     if training_args.use_cpu:
         # Accelerate has started gloo, but DeepSpeed must know of it too before a model is loaded under ZeRO-3.
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
@@ -163,7 +183,13 @@ def run(
         "processing_class": tokenizer,
     }
     if run_args.method == "lisa":
-        trainer = LisaTrainer(lisa_config=lisa_config, hang_timeout=run_args.hang_timeout, **arguments)
+        trainer = LisaTrainer(
+            lisa_config=lisa_config,
+            hang_timeout=run_args.hang_timeout,
+            checkpointed_layers=run_args.checkpointed_layers,
+            gpu_memory=run_args.gpu_memory,
+            **arguments,
+        )
     else:
         trainer = SFTTrainer(**arguments)
     if training_args.bf16 and training_args.use_cpu and not cpu_multiplies_bf16():
@@ -201,7 +227,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
-def _check_layers(model_args: ModelArguments, training_args: SFTConfig, lisa_config: LisaConfig) -> None:
+def _check_layers(
+    run_args: RunArguments, model_args: ModelArguments, training_args: SFTConfig, lisa_config: LisaConfig
+) -> None:
     """Check what depends on the number of layers before the model is loaded and anything is written."""
     try:
         config = AutoConfig.from_pretrained(
@@ -216,6 +244,9 @@ def _check_layers(model_args: ModelArguments, training_args: SFTConfig, lisa_con
         ) from error
     num_layers = config.get_text_config().num_hidden_layers
     lisa_config.check_num_layers(num_layers)
+    dial = parse_checkpointed_layers(run_args.checkpointed_layers)
+    if isinstance(dial, int):
+        number_of_layers(dial, num_layers)
     if lisa_config.lisa_weights_file is not None:
         load_layer_weights(lisa_config.lisa_weights_file, num_layers, lisa_config.lisa_activated_layers)
 

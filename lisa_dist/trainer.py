@@ -8,12 +8,13 @@ A step of the loop, which is the Trainer's own::
     log              the loss, and lisa/... beside it
 """
 
+import json
 import random
 from pathlib import Path
 
 import numpy
 import torch
-from transformers import ProgressCallback, TrainerCallback
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
@@ -31,13 +32,18 @@ from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.controller import LisaController
 from lisa_dist.ds_config import check_bf16_gradients, check_ds_config, offload_by_block, uses_optimizer_offload
 from lisa_dist.files import gather, together
-from lisa_dist.metrics import format_active, format_bytes, format_count, format_table, lisa_metrics
+from lisa_dist.metrics import format_active, format_bytes, format_count, format_table, lisa_metrics, parse_bytes
 from lisa_dist.optimizer import build_optimizer, check_optim
+from lisa_dist.planning import Workload
+from lisa_dist.recompute import checkpointed_layers, parse_checkpointed_layers
+from lisa_dist.run_memory import RunMemory, format_report
 from lisa_dist.stop_signals import StopSignals
 from lisa_dist.watchdog import Watchdog
 from lisa_dist.weights import save_without_weights, write_weights
 
 HANG_TIMEOUT = 1800.0  # seconds
+RESERVED = 2**30  # bytes of a GPU, for the CUDA context, NCCL and fragments
+MEMORY_NAME = "lisa_memory.json"
 
 
 class LisaMixin:
@@ -45,15 +51,28 @@ class LisaMixin:
 
     Needs a DeepSpeed config with ZeRO stage 1, 2 or 3 in the training arguments. `trainer.lisa` is the controller once
     training has begun; `trainer.stopped_by` names the signal that ended it early, if one did. A run ends when a rank
-    takes longer than `hang_timeout` seconds for a step (0: never). Raises ValueError at construction for arguments that
-    LISA cannot train with.
+    takes longer than `hang_timeout` seconds for a step (0: never). `checkpointed_layers` is "none", "all", a number of
+    decoder layers, or "auto" for the fewest that `gpu_memory`, such as "24GiB", is enough for (by default all of the
+    GPU but 1 GiB); left out, `gradient_checkpointing` of the arguments decides. Raises ValueError at construction for
+    arguments that LISA cannot train with.
     """
 
     lisa: LisaController | None = None
     stopped_by: str | None = None
 
-    def __init__(self, *args, lisa_config: LisaConfig | None = None, hang_timeout: float = HANG_TIMEOUT, **kwargs):
+    def __init__(
+        self,
+        *args,
+        lisa_config: LisaConfig | None = None,
+        hang_timeout: float = HANG_TIMEOUT,
+        checkpointed_layers: str | int | None = None,
+        gpu_memory: str | None = None,
+        **kwargs,
+    ):
         self.lisa_config = lisa_config or LisaConfig()
+        self._checkpointed_layers = parse_checkpointed_layers(checkpointed_layers)
+        self._gpu_memory = None if gpu_memory is None else parse_bytes("--gpu_memory", gpu_memory)
+        self._memory: RunMemory | None = None
         self._hang_timeout = hang_timeout
         self._resume_state: dict | None = None
         self._weights_from: Path | None = None
@@ -88,8 +107,12 @@ class LisaMixin:
         if self.lisa is not None:
             raise UserError("this trainer has trained once: build a new one.")
         folder = self._find_resume(resume_from_checkpoint)
-        with StopSignals() as self._stop, Watchdog(self._hang_timeout) as self._watchdog:
-            return super().train(folder, *args, **kwargs)
+        try:
+            with StopSignals() as self._stop, Watchdog(self._hang_timeout) as self._watchdog:
+                return super().train(folder, *args, **kwargs)
+        finally:
+            if self._memory is not None:
+                self._memory.abandon()
 
     def _find_resume(self, wanted: str | bool | None) -> str | None:
         if wanted in (None, False):
@@ -137,7 +160,46 @@ class LisaMixin:
             self._watchdog.beat()
             start_from_weights(self.lisa, self._weights_from)
         self._watchdog.beat()
+        self._memory = self._plan_memory()
+        self._say(self._memory.set_dial())
+        self._watchdog.beat()
         return model, train_dataloader
+
+    # Memory
+
+    def _plan_memory(self) -> RunMemory:
+        config, budget = self.model.config, self._gpu_memory
+        if budget is None and self.args.device.type == "cuda":
+            budget = torch.cuda.get_device_properties(self.args.device).total_memory - RESERVED
+        longest = getattr(self.args, "max_length", None)
+        rows = self.args.per_device_train_batch_size
+        return RunMemory(
+            self.lisa,
+            self._ds_config,
+            optim=self.args.optim.value,
+            config=config if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None,
+            longest=self._workload(rows, longest, padded=rows > 1) if longest else None,
+            checkpointed=self._checkpointed_layers,
+            budget=budget,
+        )
+
+    def _workload(self, rows: int, tokens: int, padded: bool) -> Workload | None:
+        """A micro-batch as `FakeRun` takes it; None where the loss is one that it does not know."""
+        compute_loss, args = type(self).compute_loss, self.args
+        if compute_loss not in (Trainer.compute_loss, SFTTrainer.compute_loss) or args.label_smoothing_factor:
+            return None
+        return Workload(
+            seq_length=tokens,
+            micro_batch_size=rows,
+            dtype=next(self.model.parameters()).dtype,
+            attention="eager" if self.model.config._attn_implementation == "eager" else "sdpa",
+            fused_head=compute_loss is SFTTrainer.compute_loss,
+            padded=padded,
+        )
+
+    def _say(self, text: str | None) -> None:
+        if text is not None and self.args.should_log:
+            print(text, flush=True)
 
     def _load_schedule(self, state: dict) -> None:
         """Go on with a saved schedule; where other settings have made other groups, each has the schedule's rate."""
@@ -174,9 +236,13 @@ class LisaMixin:
         numpy.random.set_state(numpy_state)
         return metrics
 
-    def training_step(self, *args, **kwargs):
-        """The Trainer's, with a note of whether this rank's loss was finite."""
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model, inputs, *args, **kwargs):
+        """The Trainer's, with a note of whether this rank's loss was finite, and of the measured step's rows."""
+        if self._memory.wants_micro_batch and "input_ids" in inputs:
+            mask = inputs.get("attention_mask")
+            padded = mask is not None and not bool(mask.all())
+            self._memory.note_micro_batch(self._workload(*inputs["input_ids"].shape, padded))
+        loss = super().training_step(model, inputs, *args, **kwargs)
         self.lisa.note_loss(loss)
         return loss
 
@@ -265,6 +331,7 @@ class LisaMixin:
             ),
             ("ZeRO", f"stage {self._ds_config['zero_optimization']['stage']} on {self.args.world_size} rank(s)"),
             ("states per rank", f"{format_count(masters)} elements each of master weights and two moments"),
+            ("checkpointed", f"{checkpointed_layers(self.model, lisa.blocks)} of {len(layers)} layers"),
             ("memory now", f"{format_bytes(lisa.live_bytes())} of tensors per rank, before the moments"),
         ]
         return "LISA\n" + format_table(rows)
@@ -335,6 +402,7 @@ class _SwitchCallback(TrainerCallback):
         self._trainer._watchdog.beat()
         if self._trainer.lisa.on_step_begin() and state.is_world_process_zero:
             self._say_active(state)
+        self._trainer._memory.begin_step(state.global_step)
 
     def on_save(self, args, state, control, **kwargs):
         self._trainer._watchdog.beat()
@@ -346,6 +414,7 @@ class _SwitchCallback(TrainerCallback):
         self._trainer._watchdog.beat()
 
     def on_step_end(self, args, state, control, **kwargs):
+        self._trainer._say(self._trainer._memory.end_step(state.global_step - 1))
         self._trainer._watchdog.beat()
         self._trainer.lisa.check_finite()
         self._trainer.stopped_by = self._trainer._stop.agreed()
@@ -360,6 +429,15 @@ class _SwitchCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self._trainer.lisa.close()
         self._trainer._watchdog.end_steps()
+        if self._trainer.stopped_by is None and state.is_world_process_zero:
+            self._report_memory(args)
+
+    def _report_memory(self, args) -> None:
+        report = self._trainer._memory.report()
+        print(format_report(report), flush=True)
+        if report is not None:
+            path = Path(args.output_dir) / MEMORY_NAME
+            path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
     def _say_active(self, state) -> None:
         from tqdm import tqdm

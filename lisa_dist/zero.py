@@ -327,6 +327,19 @@ class ZeroPartitions:
         """What this rank holds of a parameter: its 1/W on stage 3 (nothing while it is on NVMe), else all of it."""
         return parameter.ds_tensor.data if self._stage is _STAGE_3 else parameter.data
 
+    def gathered_bytes(self) -> int:
+        """Bytes of the parameters that stage 3 holds whole right now, beside this rank's share of them."""
+        if self._stage is not _STAGE_3:
+            return 0
+        whole = [parameter for parameter in self.engine.module.parameters() if not parameter.ds_persist]
+        whole = {parameter.data.untyped_storage().data_ptr(): parameter for parameter in whole}
+        shares = {parameter.ds_tensor.untyped_storage().data_ptr() for parameter in whole.values()}
+        return sum(
+            parameter.data.nbytes
+            for place, parameter in whole.items()
+            if parameter.data.numel() == parameter.ds_numel and place not in shares
+        )
+
     @property
     def weights_are_sharded(self) -> bool:
         """Whether ranks hold different pieces of the weights (stage 3) or each holds all of them."""

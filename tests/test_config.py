@@ -18,7 +18,10 @@ from lisa_dist import LisaConfig
         ({"lisa_frozen": "embed"}, "both name embed"),
         ({"lisa_state_bits": "embed=4"}, "--lisa_state_bits embed=4: moments have 8 or 32 bits; embed has 4"),
         ({"lisa_state_bits": "norms=8"}, "unknown block 'norms'; choose from embed, head, rest, layers"),
-        ({"lisa_offload": "embed,tail"}, "--lisa_offload embed,tail: unknown block 'tail'; choose from embed, head, rest"),
+        (
+            {"lisa_offload": "embed,tail"},
+            "--lisa_offload embed,tail: unknown block 'tail'; choose from embed, head, rest",
+        ),
         ({"lisa_offload": "embed", "lisa_state_bits": "embed=8"}, "--lisa_offload embed: states on the host have 32"),
         ({"lisa_block_probability": "embed=0.5"}, "--lisa_block_probability embed=0.5: embed is always on or frozen"),
         ({"lisa_always_on": "rest", "lisa_block_probability": "embed=2"}, "embed has 2"),

@@ -15,16 +15,16 @@ import lisa_dist
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.measuring import StepMeter
 from lisa_dist.memory import live_tensor_bytes
+from lisa_dist.metrics import parse_bytes
 from lisa_dist.plan import (
     PlanArguments,
     command_for,
     load_model_config,
     main,
     make_plans,
-    parse_bytes,
     shipped_model_configs,
 )
-from lisa_dist.planning import FakeRun, MemoryParts, StageSettings, Trained, Workload, plan_memory, widest_periods
+from lisa_dist.planning import FakeRun, StageSettings, Trained, Workload, plan_memory, widest_periods
 from lisa_dist.selection import sampled_blocks
 
 ROWS, LENGTH = 4, 64
@@ -39,17 +39,23 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
     model = tiny_llama(tied=settings.pop("tied", False)).to(dtype)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    accumulation = settings.pop("accumulation", 1)
     config = lisa_dist.LisaConfig(lisa_interval_steps=100, **settings)
-    engine, lisa = lisa_dist.initialize(model, ds_config, config, lr=1e-3, optim=optim)
-    for step, (tokens,) in enumerate(token_batches(4, rows=ROWS * dist.get_world_size(), length=LENGTH)):
+    engine, lisa = lisa_dist.initialize(
+        model, ds_config, config, lr=1e-3, optim=optim, gradient_accumulation_steps=accumulation
+    )
+    batches = token_batches(4, ROWS * dist.get_world_size(), accumulation, LENGTH)
+    of_others += batches.nbytes
+    for step, micro_batches in enumerate(batches):
         lisa.on_step_begin()
-        rows = tokens.chunk(dist.get_world_size())[dist.get_rank()]
 
-        def train_step(rows=rows):
-            loss = engine(input_ids=rows, labels=rows).loss
-            engine.backward(loss)
-            del loss
-            engine.step()
+        def train_step(micro_batches=micro_batches):
+            for tokens in micro_batches:
+                rows = tokens.chunk(dist.get_world_size())[dist.get_rank()]
+                loss = engine(input_ids=rows, labels=rows).loss
+                engine.backward(loss)
+                del loss
+                engine.step()
 
         if step < 3:
             train_step()
@@ -72,22 +78,9 @@ def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: 
     always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
     groups = run.groups(Trained(layers, always_on, drawn), optim, config.state_bits, config.offloaded)
     stage = StageSettings.of(read_ds_config(ds_config), run.hidden_size)
-    return with_host(*plan_memory(run, groups, run.trace(groups), stage, world_size, optim=optim))
-
-
-def with_host(parts: MemoryParts, host: dict[str, int]) -> MemoryParts:
-    """A plan's device and host parts as one, which is what they are on CPU."""
-    values = parts.to_dict()
-    merged = {name: values[name] for name in MemoryParts.__dataclass_fields__}
-    in_step = host.pop("gradients of a group", 0)
-    total = sum(host.values())
-    states, weights = host.get("states", 0), host.get("weights", 0)
-    merged["weights"] += weights
-    merged["active_states"] += states  # told apart on the device alone
-    merged["buffers"] += total - states - weights
-    merged["peak_backward"] += total
-    merged["peak_step"] += total + in_step
-    return MemoryParts(**merged)
+    accumulates = settings.get("accumulation", 1) > 1
+    planned = plan_memory(run, groups, run.trace(groups), stage, world_size, optim=optim, accumulates=accumulates)
+    return planned[0].with_host(planned[1])
 
 
 FROZEN = {"lisa_always_on": "head,rest", "lisa_frozen": "embed", "lisa_seed": 3}
@@ -109,6 +102,9 @@ SETTINGS = [
     ("zero3", 2, torch.bfloat16, {}),
     ("zero3", 2, torch.bfloat16, FROZEN),
     ("zero3", 2, torch.bfloat16, {"tied": True, "checkpointing": True}),
+    ("zero1", 2, torch.bfloat16, {"accumulation": 2}),
+    ("zero2", 2, torch.bfloat16, {"accumulation": 2}),
+    ("zero2_offload", 2, torch.bfloat16, {"accumulation": 2}),
     ("zero2", 2, torch.bfloat16, {"lisa_offload": "embed,head"}),
     ("zero3", 2, torch.bfloat16, {"lisa_offload": "embed,head,layers"}),
     ("zero2_offload", 2, torch.bfloat16, {}),
@@ -124,11 +120,7 @@ def test_a_plan_is_what_a_step_allocates(ds_config, world_size, dtype, settings)
     planned = planned_step(ds_config, world_size, dtype, settings, found["layers"], found["blocks"]).to_dict()
     measured = found["parts"]
     named = ("weights", "always_on_states", "active_states", "activations", "logits", "gathered", "static", "peak")
-    if "offload" in ds_config or "lisa_offload" in settings:  # the plan does not tell states on the host apart
-        for parts in (planned, measured):
-            parts["active_states"] += parts.pop("always_on_states")
-        named = tuple(name for name in named if name != "always_on_states")
-    else:
+    if "offload" not in ds_config:
         named += ("gradients",)
     # What Python and the data hold is some KB, and a bucket may still be there when the backward pass has ended.
     bucket = 64 * 64 * dtype.itemsize
@@ -211,10 +203,14 @@ def test_layers_are_checkpointed_only_where_that_is_needed(tiny_config):
         arguments = PlanArguments(tiny_config, deepspeed="zero2", seq_length=256, reserve="0", **changes)
         return make_plans(load_model_config(tiny_config), arguments, lisa_dist.LisaConfig())[0]
 
-    none, every = plan(checkpointed_layers=0), plan(checkpointed_layers=6)
-    assert every.gpu.peak < none.gpu.peak
-    assert plan(gpu_memory=str(none.gpu.peak)) == none
-    assert plan(gpu_memory=str(none.gpu.peak - 1)) == every
+    by_count = [plan(checkpointed_layers=str(count)) for count in range(7)]
+    peaks = [one.gpu.peak for one in by_count]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) > 3
+    assert plan(gpu_memory=str(peaks[0])) == by_count[0] == plan(checkpointed_layers="none")
+    assert plan(gpu_memory=str(peaks[0] - 1)) == by_count[1]
+    assert plan(gpu_memory=str(peaks[2] - 1)) == by_count[peaks.index(next(one for one in peaks if one < peaks[2]))]
+    assert plan(gpu_memory=str(peaks[6] - 1)) == by_count[6] == plan(checkpointed_layers="all")
 
 
 def test_the_command_says_what_was_planned(tiny_config):
@@ -227,11 +223,13 @@ def test_the_command_says_what_was_planned(tiny_config):
     assert command() == (
         f"deepspeed --num_gpus 1 launch/train.py --model_name_or_path {folder} --method lisa --deepspeed zero2 "
         "--per_device_train_batch_size 1 --max_length 1024 --optim adamw_torch_fused --bf16 True "
-        "--gradient_checkpointing False"
+        "--checkpointed_layers 0"
     )
     assert command(gpus=16).startswith("deepspeed --hostfile hostfile --num_nodes 2 --num_gpus 8 ")
     assert "--optim adamw_torch_fused --bf16 False" in command(precision="fp32")
-    assert command(checkpointed_layers=6).endswith("--gradient_checkpointing True")
+    assert command(checkpointed_layers="4").endswith("--checkpointed_layers 4")
+    assert "--gradient_accumulation_steps 2 --checkpointed_layers 0" in command(gradient_accumulation_steps=2)
+    assert command(method="full", checkpointed_layers="all").endswith("--gradient_checkpointing True")
     frozen = lisa_dist.LisaConfig(lisa_always_on="", lisa_frozen="embed,head,rest")
     assert command(lisa=frozen).endswith("--lisa_always_on '' --lisa_frozen embed,head,rest")
     assert "LoRA is planned to compare with" in command(method="lora")
@@ -240,7 +238,7 @@ def test_the_command_says_what_was_planned(tiny_config):
 def test_other_methods_are_planned_too(tiny_config):
     states = {}
     for method in ("lisa", "full", "lora"):
-        arguments = PlanArguments(tiny_config, deepspeed="zero2", method=method, checkpointed_layers=0, lora_rank=4)
+        arguments = PlanArguments(tiny_config, deepspeed="zero2", method=method, checkpointed_layers="0", lora_rank=4)
         plan = make_plans(load_model_config(tiny_config), arguments, lisa_dist.LisaConfig())[0]
         states[method] = plan.gpu.always_on_states + plan.gpu.active_states
     numel = sum(parameter.numel() for parameter in tiny_llama().parameters())
@@ -264,7 +262,10 @@ def test_other_methods_are_planned_too(tiny_config):
         (["--lisa_activated_layers", "7"], "--lisa_activated_layers 7: the model has 6 decoder layers"),
         (["--lisa_state_bits", "embed=4"], "moments have 8 or 32 bits"),
         (["--lisa_state_bits", "embed=8", "--deepspeed", "zero2_offload"], "--lisa_state_bits embed=8 with offload"),
-        (["--checkpointed_layers", "3"], "training checkpoints all layers or none; give 0 or 6"),
+        (["--checkpointed_layers", "7"], "--checkpointed_layers 7: the model has 6 decoder layers"),
+        (["--checkpointed_layers", "some"], "--checkpointed_layers some: give none, all, auto or a number"),
+        (["--checkpointed_layers", "3", "--method", "lora"], "--checkpointed_layers 3 with --method lora"),
+        (["--lisa_offload", "embed", "--deepspeed", "zero3_offload"], "--lisa_offload embed with offload_param"),
         (["--deepspeed", "zero3_nvme"], "--deepspeed zero3_offload"),
         (["--deepspeed", "zero9"], "--deepspeed zero9: neither a file nor a shipped config"),
         (["--model", "no/such-model"], "--model no/such-model: no such folder, and no such model can be reached"),

@@ -1,0 +1,193 @@
+"""Memory of one run: how many layers are checkpointed, what a step was planned to take, and what one took.
+
+The dial of `recompute` is set before the first step: to a number, or where it is "auto" to the fewest layers that the
+plan of the worst period fits the budget with. One early step is measured (`StepMeter`); "auto" then puts the dial where
+the plan, off by as much as it was off for that step, fits. The end of a run has the two side by side.
+"""
+
+from dataclasses import dataclass, replace
+
+from transformers import PretrainedConfig
+
+from lisa_dist.config import UserError
+from lisa_dist.controller import LisaController
+from lisa_dist.files import gather
+from lisa_dist.measuring import StepMeter
+from lisa_dist.metrics import format_bytes, format_columns
+from lisa_dist.planning import (
+    PARTS,
+    FakeRun,
+    MemoryParts,
+    StageSettings,
+    Trained,
+    Workload,
+    plan_memory,
+    widest_periods,
+)
+from lisa_dist.recompute import AUTO, checkpoint_layers, checkpointed_layers, fewest_layers, number_of_layers
+
+
+@dataclass(frozen=True)
+class _MeasuredStep:
+    step: int
+    workload: Workload | None  # its first micro-batch
+    trained: Trained
+    parts: MemoryParts
+
+
+class RunMemory:
+    """Sets the dial, measures one step, and says what came of it; every rank calls everything.
+
+    `config` is the model's, None for a model or a loss that cannot be planned. `longest` is the largest micro-batch
+    that may come; `budget` are bytes of a device. Raises ValueError for a dial that this model cannot have.
+    """
+
+    def __init__(
+        self,
+        lisa: LisaController,
+        ds_config: dict,
+        *,
+        optim: str,
+        config: PretrainedConfig | None,
+        longest: Workload | None,
+        checkpointed: int | str | None,
+        budget: int | None,
+    ):
+        self._lisa, self._optim, self._config, self._longest = lisa, optim, config, longest
+        self._dial, self._budget = checkpointed, budget
+        self._model, self._num_layers = lisa.engine.module, len(lisa.blocks.layers)
+        self._ds_config = ds_config
+        self._accumulates = lisa.engine.gradient_accumulation_steps() > 1
+        self._first_step = lisa.engine.global_steps
+        self._meter: StepMeter | None = None
+        self._measured: _MeasuredStep | None = None
+        self._micro_batch: Workload | None = None
+        if checkpointed == AUTO and (config is None or longest is None):
+            raise UserError(
+                "--checkpointed_layers auto: only causal language models with their own loss or TRL's can be planned; "
+                "give none, all or a number of layers."
+            )
+        if checkpointed == AUTO and budget is None:
+            raise UserError("--checkpointed_layers auto: give --gpu_memory where there is no GPU to ask.")
+
+    def set_dial(self) -> str | None:
+        """Checkpoint as many layers as the dial says; what there is to say of it."""
+        if self._dial is None:
+            return None
+        if self._dial != AUTO:
+            checkpoint_layers(self._model, self._lisa.blocks, number_of_layers(self._dial, self._num_layers))
+            return None
+        return self._turn(offset=0)
+
+    def begin_step(self, step: int) -> None:
+        """Measure this step if it is the first that has its moments already."""
+        interval = self._lisa.config.lisa_interval_steps
+        if self._measured is None and step > self._first_step and step % interval != 0:
+            self._meter = StepMeter(self._lisa).__enter__()
+
+    @property
+    def wants_micro_batch(self) -> bool:
+        """Whether the step is measured, and the shape of its first micro-batch not known yet."""
+        return self._meter is not None and self._micro_batch is None
+
+    def note_micro_batch(self, workload: Workload | None) -> None:
+        """The shape of the measured step's first micro-batch."""
+        if self.wants_micro_batch:
+            count = checkpointed_layers(self._model, self._lisa.blocks)
+            self._micro_batch = workload and replace(workload, checkpointed_layers=count)
+
+    def end_step(self, step: int) -> str | None:
+        """Take down what the step needed and, with "auto", correct the dial; what there is to say of it."""
+        if self._meter is None:
+            return None
+        meter, self._meter = self._meter, None
+        meter.__exit__(None, None, None)
+        if meter.parts is None:
+            return None
+        always_on = [name for name in self._lisa.config.always_on if self._lisa.blocks.outer(name).parameters]
+        trained = Trained(self._lisa.active_layers, tuple(always_on), self._lisa.active_blocks)
+        self._measured = _MeasuredStep(step, self._micro_batch, trained, meter.parts)
+        if self._dial != AUTO:
+            return None
+        planned = self._planned()
+        offset = max(gather(meter.parts.peak - planned.peak if planned else 0))
+        return f"step {step} took {format_bytes(meter.parts.peak)} at its peak: {self._turn(offset)}"
+
+    def abandon(self) -> None:
+        """Measure no more, as when a step has raised."""
+        if self._meter is not None:
+            self._meter.__exit__(None, None, None)
+            self._meter = None
+
+    def report(self) -> dict[str, dict | int | None] | None:
+        """The measured step's parts in bytes, and what was planned for that step; None where none was measured."""
+        if self._measured is None:
+            return None
+        measured, planned = self._measured, self._planned()
+        workload = measured.workload
+        return {
+            "step": measured.step,
+            "rows": workload and workload.micro_batch_size,
+            "tokens": workload and workload.seq_length,
+            "checkpointed_layers": workload and workload.checkpointed_layers,
+            "planned": planned and planned.to_dict(),
+            "measured": measured.parts.to_dict(),
+        }
+
+    # The plan
+
+    def _turn(self, offset: int) -> str:
+        """Set the dial to the fewest layers with which the plan of the worst period, off by `offset`, fits."""
+
+        def peak(count: int) -> int:
+            run = FakeRun(self._config, replace(self._longest, checkpointed_layers=count))
+            periods = widest_periods(self._lisa.config, run.blocks, self._lisa.selection.sampled, count)
+            return max(self._plan(run, period).peak for period in periods) + offset
+
+        rank = self._lisa.engine.global_rank
+        chosen = None
+        if rank == 0:  # the others take what it has found
+            count = fewest_layers(peak, self._num_layers, self._budget)
+            chosen = count, peak(count)
+        count, planned = gather(chosen)[0]
+        checkpoint_layers(self._model, self._lisa.blocks, count)
+        compared = "of" if planned <= self._budget else "and there are"
+        return (
+            f"{count} of {self._num_layers} layers checkpointed, for which at most {format_bytes(planned)} are planned "
+            f"{compared} {format_bytes(self._budget)}"
+        )
+
+    def _planned(self) -> MemoryParts | None:
+        """The plan of the measured step."""
+        if self._config is None or self._measured.workload is None:
+            return None
+        return self._plan(FakeRun(self._config, self._measured.workload), self._measured.trained)
+
+    def _plan(self, run: FakeRun, trained: Trained) -> MemoryParts:
+        config = self._lisa.config
+        groups = run.groups(trained, self._optim, config.state_bits, config.offloaded)
+        parts, host = plan_memory(
+            run,
+            groups,
+            run.trace(groups),
+            StageSettings.of(self._ds_config, run.hidden_size),
+            self._lisa.engine.dp_world_size,
+            optim=self._optim,
+            accumulates=self._accumulates,
+        )
+        return parts if self._lisa.engine.device.type == "cuda" else parts.with_host(host)
+
+
+def format_report(report: dict | None) -> str:
+    """The table of a run's end: a row a part, what was planned for the measured step beside what it took."""
+    if report is None:
+        return "memory: no step was measured, since each is the first of its period or of the run"
+    planned, measured = report["planned"], report["measured"]
+    lines = [["", "planned", "measured"]]
+    for title, fields in [*PARTS, ("peak", ("peak",))]:
+        sums = [sum(parts[name] for name in fields) if parts else None for parts in (planned, measured)]
+        lines.append([title, *("-" if one is None else format_bytes(one) for one in sums)])
+    shape = f"step {report['step']}"
+    if report["rows"]:
+        shape += f", {report['rows']} x {report['tokens']} tokens, {report['checkpointed_layers']} layers checkpointed"
+    return f"memory of {shape}, on each rank\n{format_columns(lines)}"
