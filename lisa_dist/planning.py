@@ -356,8 +356,8 @@ def plan_memory(
 
     static = weights + sum(states.values()) + buffers
     if stage == 1 and not offloaded:  # all gradients stay until the last has come, and are then cut
-        waiting = active + bucket if accumulates else 0
-        backward = [other + come + waiting for come, other in trace.peaks]
+        # Those of a later micro-batch are added to what waits of the earlier ones.
+        backward = [other + (active + bucket if accumulates else come) for come, other in trace.peaks]
         backward.append(active + gradients + bucket)
     elif stage == 3:
         backward = [other for _, other in trace.peaks]

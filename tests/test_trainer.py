@@ -60,12 +60,13 @@ def arguments(output_dir: str, ds_config: str, **changes) -> TrainingArguments:
     )
 
 
-def train(output_dir: str, ds_config: str, changes: dict) -> dict:
+def train(output_dir: str, ds_config: str, changes: dict, dial: str | int | None = None) -> dict:
     trainer = InOrder(
         model=tiny_llama(),
         args=arguments(output_dir, ds_config, **changes),
         train_dataset=rows_for(dist.get_world_size()),
         lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_debug=True),
+        checkpointed_layers=dial,
     )
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -89,7 +90,8 @@ def cosine(step: int) -> float:
 @pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
 def test_losses_equal_the_reference(tmp_path, ds_config):
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    outcome = run_ranks(train, 2, str(tmp_path), ds_config, checkpointing)[0]
+    dial = {"zero2": 2, "zero3": "none"}.get(ds_config)
+    outcome = run_ranks(train, 2, str(tmp_path), ds_config, checkpointing, dial)[0]
 
     # A micro-batch of the global batch is one batch of rank 0 and the next one, of rank 1.
     batches = token_batches(STEPS * ACCUMULATION * 2, rows=ROWS).view(STEPS, ACCUMULATION, 2 * ROWS, -1)
@@ -104,6 +106,17 @@ def test_losses_equal_the_reference(tmp_path, ds_config):
     assert outcome["sum_of_weights"] == pytest.approx(total, abs=1e-2), "the last step counts too"
     assert len(set(map(tuple, outcome["layers"]))) > 1
     assert (tmp_path / "lisa_log.jsonl").read_text().count("\n") == math.ceil(STEPS / INTERVAL)
+
+    memory = json.loads((tmp_path / "lisa_memory.json").read_text())
+    assert memory["step"] == 1
+    assert memory["checkpointed_layers"] == {2: 2, "none": 0, None: 6}[dial]
+    assert (memory["rows"], memory["tokens"]) == (ROWS, 16)
+    planned, measured = memory["planned"], memory["measured"]
+    for part in ("weights", "always_on_states", "active_states", "activations", "logits", "gathered"):
+        assert measured[part] == pytest.approx(planned[part], rel=0.03, abs=4096), part
+    # Other tests in this process have left tensors, which are in what was there before the step.
+    of_the_step = [parts["peak"] - parts["static"] for parts in (planned, measured)]
+    assert of_the_step[1] == pytest.approx(of_the_step[0], abs=0.03 * planned["peak"])
 
 
 def test_metrics_and_header(tmp_path):
