@@ -4,6 +4,7 @@ from setuptools import setup
 
 LAUNCHER = ["ninja>=1.11"]  # DeepSpeed compiles its C++ ops with it at first use
 QUICKSTART = ["gguf>=0.10", "tensorboard>=2.14"]
+PLOT = ["matplotlib>=3.8"]
 DEV = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6,<1"]
 
 setup(
@@ -33,7 +34,8 @@ setup(
         "gpu": ["flash-attn>=2.6", "liger-kernel>=0.5"],
         "eval": ["lm-eval>=0.4"],
         "quickstart": QUICKSTART,
-        "dev": DEV + QUICKSTART,
+        "plot": PLOT,
+        "dev": DEV + QUICKSTART + PLOT,
     },
     entry_points={"console_scripts": ["lisa-dist=lisa_dist.cli:main"]},
 )

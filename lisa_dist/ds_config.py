@@ -81,15 +81,6 @@ def check_ds_config(config: dict) -> None:
         )
 
 
-def check_bf16_gradients(config: dict) -> None:
-    """Have DeepSpeed look at gradients before it steps in bf16 too, as it does in fp16 and fp32, unless told otherwise.
-
-    A step whose gradients are not finite is then left out and no weight is spoilt.
-    """
-    if isinstance(config.get("bf16"), dict):
-        config["bf16"].setdefault("check_grad_overflow", True)
-
-
 def uses_optimizer_offload(config: dict) -> bool:
     """Whether ZeRO keeps the optimizer states on the host."""
     offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
@@ -147,7 +138,6 @@ def load_ds_config(
             raise UserError(
                 f"the DeepSpeed config has {dotted} = {given}, but the arguments say {value}: make them equal."
             )
-    check_bf16_gradients(config)
     if config.get("train_batch_size") == "auto":
         del config["train_batch_size"]  # DeepSpeed derives it from the other two and the world size
     return config

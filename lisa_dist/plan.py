@@ -56,6 +56,7 @@ class PlanArguments:
     )
     reserve: str = field(default="1GiB", metadata={"help": "Of a GPU, for the CUDA context, NCCL and fragments."})
     json: str | None = field(default=None, metadata={"help": "Write the plans to this file."})
+    plot: str | None = field(default=None, metadata={"help": "Draw them as bars to this .png (needs matplotlib)."})
 
     def __post_init__(self):
         counts = ("gpus", "gpus_per_host", "seq_length", "micro_batch_size", "gradient_accumulation_steps", "lora_rank")
@@ -269,8 +270,40 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
         lines.append([name, *(_gib(sum(plan.gpu.to_dict()[one] for one in fields)) for plan in plans)])
     lines.append(["peak", *(_gib(plan.gpu.peak) for plan in plans)])
     lines.append(["GiB on the host, a rank", *(_gib(plan.host_bytes) for plan in plans)])
+    for name in dict.fromkeys(name for plan in plans for name in plan.host):
+        lines.append([f"  {name}", *(_gib(plan.host.get(name, 0)) for plan in plans)])
     lines.append(["fits", *("yes" if not any(plan.lacks(arguments)) else "no" for plan in plans)])
     return format_columns(lines)
+
+
+def plot_plans(plans: Sequence[Plan], arguments: PlanArguments) -> None:
+    """A bar of stacked parts for each way of running, and the budget as a line, written to `--plot`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"--plot {arguments.plot}: it needs matplotlib: pip install 'lisa_dist[plot]'.") from error
+    figure = Figure(figsize=(1.5 * len(plans) + 3, 5), layout="constrained")
+    axes = figure.subplots()
+    names, bottoms = [plan.ds_config for plan in plans], [0.0] * len(plans)
+    for title, fields in PARTS:
+        heights = [sum(_at_peak(plan.gpu)[one] for one in fields) / GIB for plan in plans]
+        axes.bar(names, heights, bottom=bottoms, label=title)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    axes.axhline(arguments.budget / GIB, color="black", linestyle="--", label="budget")
+    axes.set_ylabel("GiB on each GPU at the peak")
+    axes.set_title(f"{Path(arguments.model).name}, {arguments.method}, {arguments.gpus} GPU(s)")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    try:
+        figure.savefig(arguments.plot, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {arguments.plot}: cannot be written ({error}).") from error
+
+
+def _at_peak(parts: MemoryParts) -> dict[str, int]:
+    """The parts that are there at the peak, which add up to it."""
+    of_step = ("gradients",), ("activations", "logits", "gathered")
+    absent = of_step[0] if parts.peak_backward >= parts.peak_step else of_step[1]
+    return parts.to_dict() | dict.fromkeys(absent, 0)
 
 
 def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
@@ -301,6 +334,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.json:
             written = {"arguments": asdict(arguments), "plans": [plan.to_dict() for plan in plans]}
             Path(arguments.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        if arguments.plot:
+            plot_plans(plans, arguments)
         best = what_fits(plans, arguments)
         print(f"\n{command_for(best, arguments, lisa_config)}")
     except UserError as error:

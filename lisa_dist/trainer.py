@@ -30,7 +30,7 @@ from lisa_dist.checkpoint import (
 )
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.controller import LisaController
-from lisa_dist.ds_config import check_bf16_gradients, check_ds_config, offload_by_block, uses_optimizer_offload
+from lisa_dist.ds_config import check_ds_config, offload_by_block, uses_optimizer_offload
 from lisa_dist.files import gather, together
 from lisa_dist.metrics import format_active, format_bytes, format_count, format_table, lisa_metrics, parse_bytes
 from lisa_dist.optimizer import build_optimizer, check_optim
@@ -347,7 +347,6 @@ class LisaMixin:
             )
         check_ds_config(self._ds_config)
         offload_by_block(self._ds_config, self.lisa_config.offloaded)
-        check_bf16_gradients(self._ds_config)
         check_optim(self.args.optim, uses_optimizer_offload(self._ds_config), self.lisa_config.state_bits)
         if self.optimizer is not None:
             raise UserError("LISA builds the optimizer from its own blocks: pass no optimizers=(...) to the Trainer.")

@@ -375,6 +375,21 @@ def test_a_run_that_went_back_goes_on_from_what_it_saved_last(tmp_path):
     assert run_ranks(go_back, 2, str(tmp_path)) == ["checkpoint-3", "checkpoint-3"]
 
 
+def go_back_with_kept_states(folder: str) -> None:
+    options = {"lisa": {"lisa_state": "keep", "lisa_seed": 1, "lisa_interval_steps": 1}}
+    engine, lisa = start("zero2", torch.float32, options)
+    train(engine, lisa, 2, {})
+    save_checkpoint(lisa, Path(folder) / "checkpoint-2")
+    losses = train(engine, lisa, 8, {})
+    load_checkpoint(lisa, Path(folder) / "checkpoint-2")
+    assert train(engine, lisa, 8, {}) == losses
+    engine.destroy()
+
+
+def test_a_run_that_goes_back_forgets_states_kept_since(tmp_path):
+    run_ranks(go_back_with_kept_states, 2, str(tmp_path))
+
+
 def test_rotation_keeps_what_was_just_written_and_the_best(tmp_path):
     def names() -> list[str]:
         return sorted(path.name for path in tmp_path.iterdir())

@@ -18,13 +18,14 @@ from lisa_dist.memory import live_tensor_bytes
 from lisa_dist.metrics import parse_bytes
 from lisa_dist.plan import (
     PlanArguments,
+    _at_peak,
     command_for,
     load_model_config,
     main,
     make_plans,
     shipped_model_configs,
 )
-from lisa_dist.planning import FakeRun, StageSettings, Trained, Workload, plan_memory, widest_periods
+from lisa_dist.planning import PARTS, FakeRun, StageSettings, Trained, Workload, plan_memory, widest_periods
 from lisa_dist.selection import sampled_blocks
 
 ROWS, LENGTH = 4, 64
@@ -154,6 +155,12 @@ def test_sleeping_layers_below_the_lowest_active_one_store_nothing():
     assert asleep[2] < 0.35 * asleep[0]
 
 
+def test_logits_are_told_apart():
+    run = FakeRun(tiny_llama().config, Workload(64, 4, torch.float32, fused_head=False))
+    trace = run.trace(run.groups(Trained((0, 1), ("embed", "head", "rest"))))
+    assert trace.logits == 4 * 64 * VOCABULARY * 4
+
+
 def test_a_mixture_of_experts_can_be_planned():
     config = MixtralConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_local_experts=4,
@@ -196,6 +203,18 @@ def test_the_command_line(tiny_config, tmp_path, capsys):
     for plan in plans:
         assert plan["gpu"]["peak"] > plan["gpu"]["static"]
         assert plan["host"]["kept states"] > 0
+
+
+def test_the_plot_shows_parts_that_add_up_to_the_peak(tiny_config, tmp_path, capsys):
+    path = tmp_path / "plans.png"
+    main(["--model", tiny_config, "--plot", str(path), "--gpu_memory", "2GiB"])
+    assert path.read_bytes().startswith(b"\x89PNG")
+    for plan in make_plans(load_model_config(tiny_config), PlanArguments(tiny_config), lisa_dist.LisaConfig()):
+        parts = _at_peak(plan.gpu)
+        assert sum(parts[name] for _, fields in PARTS for name in fields) == plan.gpu.peak
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", tiny_config, "--plot", str(tmp_path / "plans.unknown"), "--gpu_memory", "2GiB"])
+    assert "plans.unknown: cannot be written" in capsys.readouterr().out
 
 
 def test_layers_are_checkpointed_only_where_that_is_needed(tiny_config):

@@ -12,6 +12,8 @@ import torch
 from models import tiny_gpt2, tiny_llama, token_batches
 from ranks import run_ranks
 from reference import train_reference
+from safetensors import safe_open
+from test_weights import tiny_mixtral
 from torch import distributed as dist
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -130,6 +132,24 @@ def test_metrics_and_header(tmp_path):
     assert sum(visits) == 2 * math.ceil(STEPS / INTERVAL)
     for word in ("decoder layers", "6 of", "model.layers", "always on", "embed 8192", "stage 2 on 2 rank(s)"):
         assert word in outcome["header"]
+
+
+def save_a_mixture(output_dir: str) -> None:
+    unset_hf_deepspeed_config()
+    trainer = InOrder(
+        model=tiny_mixtral(),
+        args=arguments(output_dir, "zero2", max_steps=1, gradient_accumulation_steps=1),
+        train_dataset=rows_for(2),
+        lisa_config=LisaConfig(lisa_activated_layers=1),
+    )
+    trainer.train()
+    trainer.save_model()
+
+
+def test_a_model_is_saved_under_the_names_of_the_hub(tmp_path):
+    run_ranks(save_a_mixture, 2, str(tmp_path))
+    names = safe_open(tmp_path / "model.safetensors", framework="pt").keys()
+    assert "model.layers.0.block_sparse_moe.experts.1.w2.weight" in names
 
 
 def refused(output_dir: str, what: str) -> str:
