@@ -20,6 +20,7 @@ HELD_OUT = 64
 
 def worker(arguments: argparse.Namespace) -> None:
     """Train under each policy on this rank."""
+    import deepspeed
     import torch
     from torch import distributed as dist
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,6 +33,7 @@ def worker(arguments: argparse.Namespace) -> None:
     ids = [tokenizer(f"{row['question']} {row['answer']}")["input_ids"][:LENGTH] for row in rows]
     ids = torch.tensor([row + [tokenizer.eos_token_id or 0] * (LENGTH - len(row)) for row in ids])
     batches, held_out = ids[HELD_OUT:].split(ROWS), ids[:HELD_OUT]
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def mean(loss: torch.Tensor) -> float:

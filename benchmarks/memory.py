@@ -6,6 +6,7 @@ On CPU host and device are one, so what a policy puts on the host is in the peak
 """
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -42,11 +43,14 @@ def worker(arguments: argparse.Namespace) -> None:
     import lisa_dist
     from lisa_dist.ds_config import read_ds_config
     from lisa_dist.measuring import StepMeter
+    from lisa_dist.memory import live_tensor_bytes
     from lisa_dist.planning import FakeRun, StageSettings, Trained, Workload, plan_memory
 
     dtype = getattr(torch, arguments.dtype)
     figures = []
     for name, ds_config, settings in ARMS:
+        gc.collect()
+        of_others = live_tensor_bytes()  # what the arms before have left
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
         settings = dict(settings)
@@ -69,6 +73,9 @@ def worker(arguments: argparse.Namespace) -> None:
         seconds = statistics.median(step() for _ in range(3))
         with StepMeter(lisa) as meter:
             step()
+        measured = meter.parts.to_dict()
+        for part in ("buffers", "static", "peak", "peak_backward", "peak_step"):
+            measured[part] -= of_others
         run = FakeRun(model.config, Workload(LENGTH, ROWS, dtype, fused_head=False))
         always_on = tuple(block for block in config.always_on if run.blocks.outer(block).parameters)
         trained = Trained(lisa.active_layers, always_on, lisa.active_blocks)
@@ -81,13 +88,13 @@ def worker(arguments: argparse.Namespace) -> None:
                 "ds_config": ds_config,
                 "layers": lisa.active_layers if len(lisa.active_layers) < 9 else "all",
                 "seconds": seconds,
-                "measured": meter.parts.to_dict(),
+                "measured": measured,
                 "planned": planned.with_host(host).to_dict(),
                 "host": sum(host.values()),
             }
         )
         engine.destroy()
-        del engine, lisa, model, groups, run, step
+        del engine, lisa, model, groups, run, step, meter
     if dist.get_rank() == 0:
         Path(arguments.folder, "figures.json").write_text(json.dumps(figures))
 

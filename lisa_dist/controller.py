@@ -34,6 +34,7 @@ from lisa_dist.memory import live_tensor_bytes
 from lisa_dist.nonfinite import NonfiniteGuard
 from lisa_dist.optimizer import split_by_decay
 from lisa_dist.period_log import PeriodLog, PeriodRecord
+from lisa_dist.recompute import let_backward_end
 from lisa_dist.sampling import Draw
 from lisa_dist.selection import BlockSelection
 from lisa_dist.states import HostStates, PartitionKey, PartitionState, Piece, states_to_carry
@@ -113,6 +114,7 @@ class LisaController:
         """
         self.partitions = ZeroPartitions(engine)
         self.engine = engine
+        let_backward_end(engine.module)
         if self.config.lisa_state == "keep" and engine.zero_round_robin_gradients():
             raise UserError(
                 "the DeepSpeed config has round_robin_gradients = true: with --lisa_state keep it must be false."
@@ -133,7 +135,7 @@ class LisaController:
             self._activate()
             self.partitions.repartition(self.selection.params_of_groups(self.active), {})
         else:
-            self.partitions.put_on_host()
+            self.partitions.adapt()
         self._verify()
         release_shared_memory()
         if self.config.lisa_debug:

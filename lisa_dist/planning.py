@@ -25,6 +25,7 @@ from lisa_dist.memory import AllocationTracker
 from lisa_dist.optimizer import QUANTIZED_BLOCK, default_state_bits, split_by_decay
 from lisa_dist.recompute import checkpoint_layers
 from lisa_dist.sampling import SampledBlock
+from lisa_dist.zero import NORM_CHUNK
 
 METHODS = ("lisa", "full", "lora")
 # Rows of a table: a part's title, and the fields of MemoryParts that it is the sum of.
@@ -369,6 +370,7 @@ def plan_memory(
     # The gradient in fp32, and what the optimizer's step makes beside it, of one group at a time.
     of_step = [partition * (12 if optim == "adamw_torch" and group.bits == 32 else 4)
                for group, partition in zip(groups, partitions, strict=True) if not group.on_host]  # fmt: skip
+    in_norm = 8 * min(NORM_CHUNK, max((math.ceil(one.numel() / world_size) for one in trained), default=0))
     parts = MemoryParts(
         weights=weights,
         always_on_states=states[True],
@@ -379,7 +381,7 @@ def plan_memory(
         gathered=gathered,
         gradients=gradients,
         peak_backward=static + gathered + max(backward),
-        peak_step=static + gradients + (0 if offloaded else max(of_step, default=0)),
+        peak_step=static + gradients + (0 if offloaded else max([in_norm, *of_step])),
     )
     return parts, host
 

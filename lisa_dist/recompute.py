@@ -56,8 +56,21 @@ def checkpoint_layers(model: torch.nn.Module, blocks: Blocks, count: int) -> Non
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers renames it
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        let_backward_end(model)
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number < count
+
+
+def let_backward_end(model: torch.nn.Module) -> None:
+    """Let the backward pass end at the lowest block that trains, where transformers has sent it on to the embeddings.
+
+    With checkpointing it has their output require gradients, frozen or not, for the sake of reentrant checkpointing:
+    every layer would then store its input and be run backward.
+    """
+    for module in model.modules():
+        for handle, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") == "make_inputs_require_grads":
+                del module._forward_hooks[handle]
 
 
 def checkpointed_layers(model: torch.nn.Module, blocks: Blocks) -> int:

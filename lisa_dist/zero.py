@@ -80,6 +80,7 @@ _PRIVATE_NAMES = (
     "_unpin_offload_buffers",
     "averaged_gradients",
     "unscale_and_clip_grads",
+    "get_grad_norm_direct",
     "_link_all_hp_params",
     "dp_process_group",
     "ipg_buckets",
@@ -105,6 +106,7 @@ _CARRIED_FIELDS = (
     "_coalesce_grad_reduction",
     "_is_gradient_accumulation_boundary",
 )
+NORM_CHUNK = 1 << 22  # elements of a gradient whose norm is taken at once: 32 MiB in fp64
 # What a parameter keeps of the partition that it was in, and that would keep the partition alive.
 _STALE_ATTRIBUTES = ("_hp_mapping", "grad_accum")
 
@@ -278,7 +280,11 @@ class ZeroPartitions:
         zero._unpin_offload_buffers()
         zero.__dict__.clear()
 
-    def put_on_host(self, carried: dict[PartitionKey, PartitionState] | None = None) -> None:
+    def adapt(self) -> None:
+        """Make of what DeepSpeed has built at the start of a run what `repartition` makes of it later."""
+        self._put_back({})
+
+    def _put_on_host(self, carried: dict[PartitionKey, PartitionState]) -> None:
         """Give the groups that are `lisa_host` masters on the host, those that go on the one they had.
 
         DeepSpeed has made theirs on the device. It steps one group after the other, and what it does with such a group
@@ -290,7 +296,7 @@ class ZeroPartitions:
             return
         keys = self.keys()
         for index in on_host:
-            state, made = (carried or {}).get(keys[index]), masters[index]
+            state, made = carried.get(keys[index]), masters[index]
             if state is not None and state.master.device.type == "cpu":
                 masters[index] = state.master
             else:
@@ -305,7 +311,8 @@ class ZeroPartitions:
     def _put_back(self, carried: dict[PartitionKey, PartitionState]) -> None:
         """Fill the new partitions with the states that go on; copies from the host are queued, not waited for."""
         zero = self._zero
-        self.put_on_host(carried)
+        self._put_on_host(carried)
+        _take_norms_in_chunks(zero)
         for key, master in zip(self.keys(), getattr(zero, self._stage.masters), strict=True):
             state = carried.get(key) if key else None
             if state is None:
@@ -377,6 +384,24 @@ class _LinearOfStage3(LinearFunctionForZeroStage3):
         LinearFunctionForZeroStage3.setup_context(ctx, inputs, output)
         if not ctx.needs_input_grad[1]:
             ctx.save_for_backward(None, *inputs[1:], *[None] * (3 - len(inputs)))
+
+
+def _take_norms_in_chunks(zero) -> None:
+    """Have DeepSpeed take the norm of a large gradient chunk by chunk.
+
+    It makes a copy in fp64 of each gradient for that, all at once: 4 GiB for the embedding of Llama-3.1-8B on one GPU,
+    more than anything else of a step.
+    """
+    norm = type(zero).get_grad_norm_direct
+
+    def norm_in_chunks(gradients: list[torch.Tensor], params: list, norm_type: float = 2) -> torch.Tensor:
+        if any(gradient.numel() > NORM_CHUNK for gradient in gradients):
+            pairs = zip((one for one in gradients if not getattr(one, "_zero_padding", False)), params, strict=False)
+            chunks = [(chunk, param) for gradient, param in pairs for chunk in gradient.flatten().split(NORM_CHUNK)]
+            gradients, params = [chunk for chunk, _ in chunks], [param for _, param in chunks]
+        return norm(zero, gradients, params, norm_type)
+
+    zero.get_grad_norm_direct = norm_in_chunks
 
 
 def _step_on_host(zero, stage: _Stage, on_host: frozenset[int]) -> None:

@@ -1,6 +1,7 @@
 """What goes between ranks: active parameters' gradients and weights, and nothing of what sleeps."""
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ from torch import distributed as dist
 
 import lisa_dist
 from lisa_dist.blocks import parameter_numel
+from lisa_dist.ds_config import read_ds_config
 
 pytestmark = pytest.mark.usefixtures("cpu_ops")
 
@@ -49,10 +51,9 @@ def counted() -> Iterator[Counter]:
             delattr(backend, name)  # the class's own again
 
 
-def count_a_step(ds_config: str, num_layers: int) -> dict:
-    engine, lisa = lisa_dist.initialize(
-        tiny_llama(num_layers=num_layers), ds_config, lisa_dist.LisaConfig(lisa_interval_steps=1), lr=1e-3
-    )
+def count_a_step(ds_config: str, num_layers: int, settings: dict | None = None) -> dict:
+    config = lisa_dist.LisaConfig(**{"lisa_interval_steps": 1} | (settings or {}))
+    engine, lisa = lisa_dist.initialize(tiny_llama(num_layers=num_layers), ds_config, config, lr=1e-3)
     for (tokens,) in token_batches(3, rows=4):
         lisa.on_step_begin()
         rows = tokens.chunk(dist.get_world_size())[dist.get_rank()]
@@ -76,3 +77,20 @@ def test_stage_3_reduces_gradients_of_active_parameters_only():
     small, large = (run_ranks(count_a_step, 2, "zero3", num_layers)[0] for num_layers in (4, 12))
     assert small["reduced"] == large["reduced"]
     assert small["gathered"] < large["gathered"], "stage 3 gathers every layer's weights to compute with them"
+
+
+def test_stage_3_does_not_gather_for_gradients_that_nobody_wants(tmp_path):
+    """With the embedding frozen, layers below the lowest active one are gathered in the forward pass alone."""
+    num_layers = 6
+    weights = tmp_path / "weights.json"
+    weights.write_text(json.dumps([0] * (num_layers - 1) + [1]))
+    settings = {"lisa_sampler": "weighted", "lisa_weights_file": str(weights), "lisa_activated_layers": 1}
+    frozen = settings | {"lisa_always_on": "head,rest", "lisa_frozen": "embed"}
+    # A coordinator that keeps nothing for its next use: what the backward pass wants is gathered once more.
+    config = read_ds_config("zero3")
+    config["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
+    trains, sleeps = (run_ranks(count_a_step, 2, config, num_layers, one)[0] for one in (settings, frozen))
+    matrices = sum(one.numel() for one in tiny_llama().model.layers[0].parameters() if one.ndim > 1)
+    embedding = tiny_llama().model.embed_tokens.weight.numel()
+    assert trains["gathered"] - sleeps["gathered"] == (num_layers - 1) * matrices + embedding
+    assert trains["reduced"] - sleeps["reduced"] == embedding

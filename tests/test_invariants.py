@@ -243,6 +243,41 @@ def test_blocks_with_their_states_on_the_host(ds_config, settings):
     )
 
 
+@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+def test_a_norm_taken_in_chunks_is_the_norm(ds_config):
+    whole, chunks = (run_ranks(norms_of_steps, 2, ds_config, size)[0] for size in (1 << 30, 300))
+    assert chunks["norms"] == pytest.approx(whole["norms"], rel=1e-6)
+    assert chunks["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+    assert chunks["most"] <= 300 < whole["most"]
+
+
+def norms_of_steps(ds_config: str, chunk: int) -> dict:
+    import lisa_dist.zero
+
+    held, lisa_dist.zero.NORM_CHUNK = lisa_dist.zero.NORM_CHUNK, chunk
+    config = lisa_dist.LisaConfig(lisa_interval_steps=INTERVAL)
+    engine, lisa = lisa_dist.initialize(tiny_llama(), ds_config, config, lr=LR, max_grad_norm=0.1)
+    losses, norms, most = [], [], 0
+    vector_norm, tensor_norm = torch.linalg.vector_norm, torch.Tensor.norm
+
+    def watch(norm):
+        def watched(tensor, *args, **kwargs):
+            nonlocal most
+            most = max(most, tensor.numel() if tensor.dtype == torch.float64 else 0)
+            return norm(tensor, *args, **kwargs)
+
+        return watched
+
+    torch.linalg.vector_norm, torch.Tensor.norm = watch(vector_norm), watch(tensor_norm)
+    for micro_batches in token_batches(STEPS, rows=4):
+        losses.append(train_step(engine, lisa, micro_batches))
+        norms.append(float(engine.get_global_grad_norm()))
+    torch.linalg.vector_norm, torch.Tensor.norm = vector_norm, tensor_norm
+    lisa_dist.zero.NORM_CHUNK = held
+    engine.destroy()
+    return {"losses": losses, "norms": norms, "most": most}
+
+
 def train_with_offload(ds_config: str, settings: dict) -> dict:
     gc.collect()
     of_others = live_tensor_bytes()  # what other tests in this process have left

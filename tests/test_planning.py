@@ -1,5 +1,6 @@
 """Plans against what real steps of real DeepSpeed ranks allocate, counted to the byte; and what a plan refuses."""
 
+import contextlib
 import gc
 import json
 from pathlib import Path
@@ -153,6 +154,39 @@ def test_sleeping_layers_below_the_lowest_active_one_store_nothing():
     assert awake[0] == awake[1]
     assert asleep[0] > asleep[1] > asleep[2]
     assert asleep[2] < 0.35 * asleep[0]
+
+
+def activations_of_top_layer(ds_config: str, num_layers: int, checkpointing: bool, embed: str, weights: str) -> int:
+    """Bytes that the forward pass stores where the topmost of `num_layers` layers trains alone, beside the head."""
+    Path(weights).write_text(json.dumps([0] * (num_layers - 1) + [1]))
+    model = tiny_llama(num_layers=num_layers)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    settings = {"lisa_sampler": "weighted", "lisa_weights_file": weights, "lisa_activated_layers": 1}
+    settings |= {"lisa_always_on": "head,rest", "lisa_frozen": "embed"} if embed == "frozen" else {}
+    engine, lisa = lisa_dist.initialize(model, ds_config, lisa_dist.LisaConfig(**settings))
+    assert lisa.active_layers == (num_layers - 1,)
+    for step, (tokens,) in enumerate(token_batches(3, rows=ROWS, length=LENGTH)):
+        lisa.on_step_begin()
+        with StepMeter(lisa) if step == 2 else contextlib.nullcontext() as meter:
+            engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+            engine.step()
+    engine.destroy()
+    return meter.parts.activations
+
+
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_layers_below_the_lowest_active_one_store_nothing_in_a_real_step(ds_config, checkpointing, tmp_path):
+    def stored(num_layers: int, embed: str) -> int:
+        weights = str(tmp_path / "weights.json")
+        return run_ranks(activations_of_top_layer, 1, ds_config, num_layers, checkpointing, embed, weights)[0]
+
+    few, many = stored(3, "frozen"), stored(9, "frozen")
+    assert many == pytest.approx(few, abs=2048), "six more sleeping layers below"
+    of_a_layer = ROWS * LENGTH * 64 * 4  # its input at least
+    assert stored(9, "trains") >= many + 6 * of_a_layer
 
 
 def test_logits_are_told_apart():
