@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from models import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -151,6 +154,57 @@ def test_every_recipe_parses(recipe):
     assert model_args.model_name_or_path
     assert lisa_config.lisa_activated_layers >= 1
     assert Path(training_args.deepspeed).is_file()
+
+
+def test_the_header_of_a_recipe_is_what_is_planned_of_it():
+    """One of them, in full; the others' tables are made by the same script."""
+    recipes = runpy.run_path(str(ROOT / "benchmarks" / "recipes.py"))
+    texts = {path.stem: path.read_text() for path in sorted((ROOT / "launch" / "recipes").glob("*.yaml"))}
+    assert recipes["with_plan"](texts["llama2_7b_1gpu"]) == texts["llama2_7b_1gpu"]
+    for name, text in texts.items():
+        assert name == "quickstart" or ("# fits" in text and recipes["COMMAND"] in text), name
+        flags = yaml.safe_load(text)
+        for flag in re.findall(r"--(deepspeed|lisa_\w+|optim) (\S+)", text):
+            assert str(flags[flag[0]]) == flag[1], (name, flag)
+
+
+# Imports once; each recipe is a run of its own in a process that is forked before there are any ranks.
+STEP_RECIPES = """
+import os, sys
+from lisa_dist.train import main
+code = 0
+for words in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        main(words.split("|"))
+        sys.stdout.flush()
+        os._exit(0)
+    code |= os.waitpid(child, 0)[1]
+sys.exit(code != 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cpu_ops")
+def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
+    recipes = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+    runs = []
+    for recipe in recipes:
+        flags = ["--config", str(recipe), "--model_name_or_path", str(folder / "model"), "--max_steps", "2"]
+        flags += ["--dataset_name", str(folder / "rows.jsonl"), "--output_dir", str(tmp_path / recipe.stem)]
+        flags += ["--max_length", "32", "--gpu_memory", "4GiB", "--save_strategy", "no"]
+        flags += ["--eval_rows", "8", "--gradient_accumulation_steps", "1", "--bf16", "false"]
+        runs.append("|".join(flags))
+    environment = clean_environment()
+    finished = subprocess.run(
+        [sys.executable, "-c", STEP_RECIPES, *runs], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    for recipe in recipes:
+        state = json.loads((tmp_path / recipe.stem / "trainer_state.json").read_text())
+        assert state["global_step"] == 2
+        memory = json.loads((tmp_path / recipe.stem / "lisa_memory.json").read_text())
+        assert memory["measured"]["peak"] == pytest.approx(memory["planned"]["peak"], rel=0.05), recipe.stem
 
 
 @pytest.mark.parametrize(
