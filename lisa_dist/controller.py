@@ -37,7 +37,7 @@ from lisa_dist.period_log import PeriodLog, PeriodRecord
 from lisa_dist.recompute import let_backward_end
 from lisa_dist.sampling import Draw
 from lisa_dist.selection import BlockSelection
-from lisa_dist.states import HostStates, PartitionKey, PartitionState, Piece, states_to_carry
+from lisa_dist.states import CopyStream, HostStates, PartitionKey, PartitionState, Piece, states_to_carry
 from lisa_dist.zero import ZeroPartitions, check_deepspeed
 
 STATE_VERSION = 1
@@ -71,7 +71,6 @@ class LisaController:
         self.active = self.selection.draw(0)
         self.visit_counts = [0] * len(self.blocks.layers)
         self.block_visit_counts = {block.name: 0 for block in self.selection.sampled}
-        self.host_states = HostStates()
         self.engine: deepspeed.DeepSpeedEngine | None = None
         self.partitions: ZeroPartitions | None = None
         self._log = PeriodLog()
@@ -115,6 +114,8 @@ class LisaController:
         self.partitions = ZeroPartitions(engine)
         self.engine = engine
         let_backward_end(engine.module)
+        self.host_states = HostStates(CopyStream(engine.device))
+        self.partitions.before_step(self.host_states.copies.wait)
         if self.config.lisa_state == "keep" and engine.zero_round_robin_gradients():
             raise UserError(
                 "the DeepSpeed config has round_robin_gradients = true: with --lisa_state keep it must be false."
@@ -133,7 +134,8 @@ class LisaController:
         self.active = self._agree()
         if self.selection.sampled:
             self._activate()
-            self.partitions.repartition(self.selection.params_of_groups(self.active), {})
+            self.partitions.wait_for_device()
+            self.partitions.repartition(self.selection.params_of_groups(self.active), {}, self.host_states.copies)
         else:
             self.partitions.adapt()
         self._verify()
@@ -223,6 +225,7 @@ class LisaController:
         self.active = self._agree()
         self._activate()
         params_of_groups = self.selection.params_of_groups(self.active)
+        self.partitions.wait_for_device()  # here, so that what is kept goes to the host while the next period begins
         states = self.partitions.states()
         next_keys = self.selection.names_of(params_of_groups)
         if self.config.lisa_state == "keep":
@@ -235,7 +238,7 @@ class LisaController:
         changed = released > 0 or states.keys() != {key for key in next_keys if key}
         del states  # what falls asleep must be gone before what wakes is allocated
         if changed:  # else the same blocks go on with all they have
-            self.partitions.repartition(params_of_groups, carried)
+            self.partitions.repartition(params_of_groups, carried, self.host_states.copies)
         self._verify()
         self._begin_record(self.engine.global_steps, time.perf_counter() - started, released)
         if self._watch is not None:
@@ -349,7 +352,8 @@ class LisaController:
         self._activate()
         if self.partitions is not None:
             self._nonfinite.resume()
-            self.partitions.repartition(self.selection.params_of_groups(self.active), {})
+            self.partitions.wait_for_device()
+            self.partitions.repartition(self.selection.params_of_groups(self.active), {}, self.host_states.copies)
             self._verify()
         if changed:
             self._begin_record(state["step"], seconds=0.0, bytes_released=0)

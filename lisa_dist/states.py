@@ -5,7 +5,8 @@ A rank holds, for each parameter group, one flat partition: the fp32 master weig
 back after the groups have been rebuilt.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,15 +43,46 @@ class Piece:
     offset: int
 
 
+class CopyStream:
+    """Copies between host and device, queued beside what the device computes; in its order on a device without streams.
+
+    What is copied on `after_compute` sees what was computed before; what is computed later sees it only after `wait`.
+    """
+
+    def __init__(self, device: torch.device | None = None):
+        self._side = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def after_compute(self) -> Iterator[None]:
+        """Queue in here copies alone; what they write to is allocated before."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            yield
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Let the memory of a tensor that is copied from be used again only when that is done."""
+        if self._side is not None:
+            tensor.record_stream(self._side)
+
+    def wait(self, *_) -> None:
+        """What is computed from here on comes after all copies."""
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
+
+
 class HostStates:
     """States of sleeping partitions, kept on the host until they wake (state policy keep).
 
     On a device with streams they come in pinned memory, and buffers of partitions that woke serve those that fall
-    asleep next: host bytes are bounded by the states of all layers. Copies are queued, not waited for: whoever reads
-    the tensors here synchronizes the device first.
+    asleep next: host bytes are bounded by the states of all layers. Copies are queued on `copies`, not waited for:
+    whoever reads the tensors here synchronizes the device first.
     """
 
-    def __init__(self):
+    def __init__(self, copies: CopyStream):
+        self.copies = copies
         self._states: dict[PartitionKey, PartitionState] = {}
         self._pieces: dict[PartitionKey, list[Piece]] = {}
         self._spare: dict[tuple[torch.dtype, int], list[torch.Tensor]] = {}
@@ -58,8 +90,9 @@ class HostStates:
 
     def put(self, key: PartitionKey, state: PartitionState, pieces: list[Piece]) -> None:
         """Move a partition's master and moments to the host; what is there already stays as it is."""
-        moments = {name: self._to_host(value) for name, value in state.optimizer_state.items()}
-        self._states[key] = PartitionState(self._to_host(state.master.detach()), moments)
+        with self.copies.after_compute():
+            moments = {name: self._to_host(value) for name, value in state.optimizer_state.items()}
+            self._states[key] = PartitionState(self._to_host(state.master.detach()), moments)
         self._pieces[key] = pieces
 
     def take(self, key: PartitionKey) -> PartitionState | None:
@@ -94,12 +127,20 @@ class HostStates:
 
     def _to_host(self, value: object) -> object:
         # A count of steps is where the optimizer wants it, and is not worth a copy.
-        if not isinstance(value, torch.Tensor) or value.device.type == "cpu" or value.ndim == 0:
+        if not isinstance(value, torch.Tensor) or value.ndim == 0 or not self._moves(value):
             return value
         spare = self._spare.get((value.dtype, value.numel()))
-        host = spare.pop() if spare else torch.empty_like(value, device="cpu", pin_memory=True)
+        host = spare.pop() if spare else self._new_buffer(value)
         self._mine.add(host.data_ptr())
-        return host.view(value.shape).copy_(value, non_blocking=True)
+        host = host.view(value.shape).copy_(value, non_blocking=True)
+        self.copies.hold(value)
+        return host
+
+    def _moves(self, value: torch.Tensor) -> bool:
+        return value.device.type != "cpu"
+
+    def _new_buffer(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(like, device="cpu", pin_memory=True)
 
 
 def tensor_bytes(value: object) -> int:

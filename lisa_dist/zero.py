@@ -19,7 +19,7 @@ moments never travel: a group of the same parameters has the same partition on t
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
 
@@ -32,7 +32,7 @@ from packaging.version import Version
 
 from lisa_dist.config import UserError
 from lisa_dist.optimizer import host_adam_history, keeps_8bit_states, replay_host_adam, restore_state
-from lisa_dist.states import PartitionKey, PartitionState, Piece
+from lisa_dist.states import CopyStream, PartitionKey, PartitionState, Piece
 
 SUPPORTED_DEEPSPEED = ("0.19.8", "0.20")  # from, up to but not including
 _INSTALL = "pip install 'deepspeed>={},<{}'".format(*SUPPORTED_DEEPSPEED)
@@ -222,14 +222,23 @@ class ZeroPartitions:
 
     # What a switch does
 
-    def repartition(self, params_of_group: list[list[torch.nn.Parameter]], carried: dict) -> None:
+    def wait_for_device(self) -> None:
+        """Let the device end what it was given; to be called before `repartition`."""
+        get_accelerator().synchronize()
+        if self._stage is _STAGE_1_2:
+            self._zero._wait_for_offload_copies()
+
+    def repartition(
+        self, params_of_group: list[list[torch.nn.Parameter]], carried: dict, copies: CopyStream | None = None
+    ) -> None:
         """Rebuild the partitions over `params_of_group`, one list for each parameter group, as many as before.
 
         A group without parameters gets a placeholder of one element, which never has a gradient: DeepSpeed takes no
         empty group, and schedulers count groups.
 
         `carried` maps partition keys to the states that go on; every other partition starts with a master cloned from
-        the weights and without moments. Gradients must have been used up: call it between two optimizer steps.
+        the weights and without moments; those that come from the host are copied on `copies`. Gradients must have been
+        used up, and the device be done: call it between two optimizer steps, after `wait_for_device`.
         """
         zero, inner = self._zero, self._zero.optimizer
         assert len(params_of_group) == len(inner.param_groups)
@@ -249,7 +258,7 @@ class ZeroPartitions:
             assert rebuilt is zero
             for name, value in kept_fields.items():
                 setattr(zero, name, value)
-            self._put_back(carried)
+            self._put_back(carried, copies or CopyStream())
 
     def _placeholder(self, index: int) -> torch.nn.Parameter:
         if index not in self._placeholders:
@@ -265,9 +274,6 @@ class ZeroPartitions:
         """Let go of everything that the optimizer object holds or has hung onto the model."""
         zero = self._zero
         staying = {id(parameter) for params in next_params_of_group for parameter in params}
-        get_accelerator().synchronize()
-        if self._stage is _STAGE_1_2:
-            zero._wait_for_offload_copies()
         for hook in [*zero._grad_acc_hooks, *getattr(zero, "_leaf_module_hooks", ())]:
             hook.remove()
         for group in getattr(zero, self._stage.groups):
@@ -282,7 +288,7 @@ class ZeroPartitions:
 
     def adapt(self) -> None:
         """Make of what DeepSpeed has built at the start of a run what `repartition` makes of it later."""
-        self._put_back({})
+        self._put_back({}, CopyStream())
 
     def _put_on_host(self, carried: dict[PartitionKey, PartitionState]) -> None:
         """Give the groups that are `lisa_host` masters on the host, those that go on the one they had.
@@ -308,7 +314,7 @@ class ZeroPartitions:
         zero._link_all_hp_params()  # views of the masters that were on the device would keep them there
         _step_on_host(zero, self._stage, frozenset(on_host))
 
-    def _put_back(self, carried: dict[PartitionKey, PartitionState]) -> None:
+    def _put_back(self, carried: dict[PartitionKey, PartitionState], copies: CopyStream) -> None:
         """Fill the new partitions with the states that go on; copies from the host are queued, not waited for."""
         zero = self._zero
         self._put_on_host(carried)
@@ -318,17 +324,27 @@ class ZeroPartitions:
             if state is None:
                 continue
             assert state.master.shape == master.shape, key
-            from_host = state.master.device != master.device
-            if master is not state.master:
-                master.data.copy_(state.master.data, non_blocking=True)
-            if state.optimizer_state:
+            if master is not state.master and state.master.device == master.device:
+                master.data.copy_(state.master.data)
                 moments = state.optimizer_state
-                if from_host:
-                    moments = {
-                        name: value.to(master.device, non_blocking=True) if _is_per_element(value) else value
-                        for name, value in moments.items()
-                    }
+            elif master is not state.master:
+                moments = {
+                    name: torch.empty_like(value, device=master.device) if _is_per_element(value) else value
+                    for name, value in state.optimizer_state.items()
+                }
+                with copies.after_compute():
+                    master.data.copy_(state.master.data, non_blocking=True)
+                    for name, value in state.optimizer_state.items():
+                        if _is_per_element(value):
+                            moments[name].copy_(value, non_blocking=True)
+            else:
+                moments = state.optimizer_state
+            if moments:
                 zero.optimizer.state[master] = moments
+
+    def before_step(self, call: Callable) -> None:
+        """Have `call` called before the optimizer steps any group."""
+        self._zero.optimizer.register_step_pre_hook(call)
 
     def local_weights(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """What this rank holds of a parameter: its 1/W on stage 3 (nothing while it is on NVMe), else all of it."""
