@@ -17,7 +17,7 @@ from reference import train_reference
 from torch import distributed as dist
 
 import lisa_dist
-from lisa_dist.memory import live_tensor_bytes
+from lisa_dist.memory import AllocationTracker, live_storages, live_tensor_bytes
 
 STAGES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 STEPS, INTERVAL, LR, DECAY = 12, 3, 1e-3, 0.1
@@ -399,6 +399,35 @@ def test_live_bytes_are_flat_over_fifty_switches(ds_config, dtype):
         assert len(set(outcome["states"])) == 1
         # A scalar of a collective may still be held by gloo's thread when we look; nothing else comes or goes.
         assert max(outcome["live"]) - min(outcome["live"]) <= 64, outcome["live"]
+
+
+def peak_of_a_switch(ds_config: str, dtype: torch.dtype) -> dict:
+    """Bytes that a switch holds for a moment, and those of the new masters, the old and the new layers' alike."""
+    config = lisa_dist.LisaConfig(lisa_interval_steps=2, lisa_sampler="reshuffle")
+    engine, lisa = lisa_dist.initialize(tiny_llama().to(dtype), ds_config, config, lr=LR)
+    batches = token_batches(3, rows=4)
+    for micro_batches in batches[:2]:
+        train_step(engine, lisa, micro_batches)
+    gc.collect()
+    tracker = AllocationTracker()
+    tracker.add(torch.empty(0, dtype=torch.uint8).set_(storage) for storage in live_storages())
+    before = tracker.now
+    tracker.begin_phase()
+    with tracker:
+        assert lisa.on_step_begin()
+    train_step(engine, lisa, batches[2])
+    masters = sum(state.master.nbytes for state in lisa.partition_states().values())
+    engine.destroy()
+    return {"peak": tracker.peak - before, "masters": masters}
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "dtype"), [("zero1", torch.bfloat16), ("zero2", torch.float32), ("zero3", torch.bfloat16)]
+)
+def test_a_switch_holds_the_new_masters_beside_the_old_states_and_little_else(ds_config, dtype):
+    """The states of layers that fall asleep are gone by then, which are three times their masters."""
+    for outcome in run_ranks(peak_of_a_switch, 2, ds_config, dtype):
+        assert outcome["peak"] <= outcome["masters"] + 8192
 
 
 def full_training(ds_config: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
