@@ -20,6 +20,7 @@ ARMS = (
     ("LISA as published", {}, {}),
     ("LISA, always-on 8 bit", {}, {"lisa_state_bits": "embed=8,head=8,rest=8"}),
     ("LISA, states on host", {"deepspeed": "zero2_offload"}, {}),
+    ("LISA, embed+head on host", {}, {"lisa_offload": "embed,head"}),
     ("LISA, embed+head drawn", {}, {"lisa_always_on": "rest"}),
     ("LISA, drawn, 8 bit", {}, {"lisa_always_on": "rest", "lisa_state_bits": "embed=8,head=8,layers=8"}),
     ("LISA, embed+head frozen", {}, {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}),
