@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from models import tiny_llama
+from ranks import run_ranks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from lisa_dist.train import parse_arguments, run
+from lisa_dist.train import LisaSFTConfig, parse_arguments, run
+from lisa_dist.trainer import LisaTrainer
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -154,6 +158,29 @@ def test_every_recipe_parses(recipe):
     assert model_args.model_name_or_path
     assert lisa_config.lisa_activated_layers >= 1
     assert Path(training_args.deepspeed).is_file()
+
+
+def load_under_stage_3(folder: str, output_dir: str) -> dict:
+    """What a rank holds of the model before training, and what the model is."""
+    unset_hf_deepspeed_config()
+    args = LisaSFTConfig(output_dir=output_dir, deepspeed="zero3", bf16=False, report_to="none", max_length=32)
+    rows = Dataset.from_list([{"text": "one two three"}] * 4)
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/model")
+    trainer = LisaTrainer(model=f"{folder}/model", args=args, train_dataset=rows, processing_class=tokenizer)
+    parameters = list(trainer.model.parameters())
+    return {
+        "whole": sum(parameter.numel() for parameter in parameters),
+        "held": sum(parameter.ds_tensor.numel() for parameter in parameters),
+        "numel": sum(parameter.ds_numel for parameter in parameters),
+    }
+
+
+@pytest.mark.usefixtures("cpu_ops")
+def test_stage_3_loads_a_model_in_pieces(folder, tmp_path):
+    """No rank ever has the whole of it: `from_pretrained` cuts each parameter as it is loaded."""
+    for found in run_ranks(load_under_stage_3, 2, str(folder), str(tmp_path)):
+        assert found["whole"] == 0
+        assert found["held"] == pytest.approx(found["numel"] / 2, abs=100)
 
 
 def test_the_header_of_a_recipe_is_what_is_planned_of_it():
