@@ -130,6 +130,10 @@ class LisaConfig:
         # One way of writing each, so that a resumed run with another is no other run.
         self.lisa_always_on, self.lisa_frozen = ",".join(self.always_on), ",".join(self.frozen)
         self.lisa_offload = ",".join(self.offloaded)
+        self.lisa_state_bits = _written("--lisa_state_bits", self.lisa_state_bits, self.state_bits)
+        self.lisa_block_probability = _written(
+            "--lisa_block_probability", self.lisa_block_probability, self.block_probabilities
+        )
         both = set(self.always_on) & set(self.frozen)
         if both:
             raise UserError(
@@ -204,6 +208,12 @@ class LisaConfig:
     def to_dict(self) -> dict:
         """The settings as plain values, for logs and checkpoints."""
         return asdict(self)
+
+
+def _written(flag: str, value: str, numbers: dict[str, float]) -> str:
+    if value.count("=") > len(numbers):
+        raise UserError(f"{flag} {value}: a block is named twice.")
+    return ",".join(f"{block}={number:g}" for block, number in sorted(numbers.items()))
 
 
 def _block_values(flag: str, value: str, blocks: Sequence[str]) -> dict[str, float]:

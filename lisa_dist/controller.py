@@ -38,7 +38,7 @@ from lisa_dist.recompute import let_backward_end
 from lisa_dist.sampling import Draw
 from lisa_dist.selection import BlockSelection
 from lisa_dist.states import CopyStream, HostStates, PartitionKey, PartitionState, Piece, states_to_carry
-from lisa_dist.zero import ZeroPartitions, check_deepspeed, spare_first_gradients
+from lisa_dist.zero import ZeroPartitions, check_deepspeed, patch_construction
 
 STATE_VERSION = 1
 # Settings that a resumed run may give otherwise at any step: they do not decide on layers or groups.
@@ -64,7 +64,7 @@ class LisaController:
 
     def __init__(self, model: torch.nn.Module, config: LisaConfig):
         check_deepspeed()
-        spare_first_gradients()
+        patch_construction()
         self.config = config
         self.blocks = find_blocks(model, config.lisa_layers_attribute)
         self.selection = BlockSelection(config, self.blocks)
@@ -75,6 +75,7 @@ class LisaController:
         self.engine: deepspeed.DeepSpeedEngine | None = None
         self.partitions: ZeroPartitions | None = None
         self._log = PeriodLog()
+        self.host_states: HostStates | None = None
         self._nonfinite: NonfiniteGuard | None = None
         self._watch: SleepingWeights | None = None
         self._begun_step = -1  # the last step that on_step_begin has seen

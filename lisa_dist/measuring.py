@@ -5,6 +5,7 @@ has on the host is in them. On a GPU they come from the caching allocator's coun
 others.
 """
 
+import gc
 import time
 
 import torch
@@ -30,6 +31,7 @@ class StepMeter:
         self._tracker = AllocationTracker(lambda tensor: part_of(tensor, vocab_size))
 
     def __enter__(self):
+        gc.collect()  # what is garbage already would be let go of within the step
         storages = [] if self._on_gpu else live_storages()
         self._tracker.add((torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages), "static")
         self._static = self._now()

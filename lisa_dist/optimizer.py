@@ -83,13 +83,21 @@ def default_state_bits(optim: str) -> int:
     return 8 if optim in BITSANDBYTES_ADAMW else 32
 
 
-def check_optim(optim: str, offload: bool, state_bits: Mapping[str, int] | None = None) -> None:
+def check_optim(
+    optim: str, offload: bool, state_bits: Mapping[str, int] | None = None, offloaded: Iterable[str] = ()
+) -> None:
     """Refuse an optimizer, or bits of its moments, that LISA cannot run, before anything is built."""
     optim = getattr(optim, "value", optim)  # the Trainer's arguments hold an enum
     if optim not in SUPPORTED_OPTIMIZERS:
         raise UserError(
             f"--optim {optim}: LISA runs AdamW over ZeRO partitions; choose one of {', '.join(SUPPORTED_OPTIMIZERS)}."
         )
+    for block in offloaded:
+        if (state_bits or {}).get(block, default_state_bits(optim)) == 8:
+            raise UserError(
+                f"--optim {optim} with --lisa_offload {','.join(offloaded)}: states on the host have 32 bits; give "
+                f"--lisa_state_bits {block}=32, or use --optim adamw_torch_fused."
+            )
     eight = [block for block, bits in (state_bits or {}).items() if bits == 8]
     if offload and eight:
         raise UserError(

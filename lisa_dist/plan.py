@@ -27,6 +27,7 @@ from lisa_dist.planning import (
     widest_periods,
 )
 from lisa_dist.recompute import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
+from lisa_dist.sampling import load_layer_weights
 from lisa_dist.selection import sampled_blocks
 
 # From the fastest to the slowest: what offloads waits for the host, and stage 3 gathers every weight twice a step.
@@ -118,6 +119,10 @@ class Planner:
         self.num_layers = config.get_text_config().num_hidden_layers
         if arguments.method == "lisa":
             lisa_config.check_num_layers(self.num_layers)
+            if lisa_config.lisa_weights_file is not None:
+                load_layer_weights(lisa_config.lisa_weights_file, self.num_layers, lisa_config.lisa_activated_layers)
+        elif lisa_config != LisaConfig():
+            raise UserError(f"--method {arguments.method}: flags that begin with --lisa_ are for --method lisa.")
         self._dial = parse_checkpointed_layers(arguments.checkpointed_layers)
         if self._dial != AUTO:
             self._dial = number_of_layers(self._dial, self.num_layers)
@@ -177,7 +182,7 @@ class Planner:
                 padded=arguments.micro_batch_size > 1,
             )
             lora_rank = arguments.lora_rank if arguments.method == "lora" else 0
-            run = FakeRun(self._config, workload, lora_rank)
+            run = FakeRun(self._config, workload, lora_rank, self._lisa.lisa_layers_attribute)
             trained: Sequence = [None]
             if arguments.method == "lisa":
                 trained = widest_periods(
@@ -201,7 +206,7 @@ def load_model_config(model: str) -> PretrainedConfig:
     if model in shipped_model_configs():
         text = (resources.files("lisa_dist") / "model_configs" / f"{model}.json").read_text(encoding="utf-8")
     elif path.is_file():
-        text = path.read_text(encoding="utf-8")
+        text = None
     else:
         try:
             return AutoConfig.from_pretrained(model)
@@ -212,14 +217,14 @@ def load_model_config(model: str) -> PretrainedConfig:
                 f"{', '.join(shipped_model_configs())}."
             ) from error
     try:
-        return AutoConfig.for_model(**json.loads(text))
-    except (ValueError, TypeError) as error:
+        return AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8") if text is None else text))
+    except (ValueError, TypeError, OSError) as error:
         raise UserError(f"--model {model}: is no model's config.json ({error}).") from error
 
 
 def make_plans(config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig) -> list[Plan]:
     """A plan of each way of running, or of the one that was asked for, from the fastest to the slowest."""
-    planner = Planner(config, arguments, lisa_config)
+    planner, refused = Planner(config, arguments, lisa_config), None
     ways = [arguments.deepspeed] if arguments.deepspeed else list(WAYS)
     if lisa_config.offloaded and not arguments.deepspeed:  # the flag says what is offloaded, whatever a config says
         ways = [way for way in ways if not uses_optimizer_offload(read_ds_config(way))]
@@ -230,12 +235,13 @@ def make_plans(config: PretrainedConfig, arguments: PlanArguments, lisa_config: 
         offload_by_block(ds_config, lisa_config.offloaded)
         offloads = uses_optimizer_offload(ds_config)
         try:
-            check_optim(arguments.optim, offloads, lisa_config.state_bits)
-        except UserError:
-            if arguments.deepspeed:
-                raise
-            continue  # 8-bit moments are not for DeepSpeed's host AdamW
+            check_optim(arguments.optim, offloads, lisa_config.state_bits, lisa_config.offloaded)
+        except UserError as error:
+            refused = error  # 8-bit moments are not for DeepSpeed's host AdamW
+            continue
         plans.append(planner.cheapest(way))
+    if not plans:
+        raise refused
     return plans
 
 
@@ -299,6 +305,12 @@ def plot_plans(plans: Sequence[Plan], arguments: PlanArguments) -> None:
         raise UserError(f"--plot {arguments.plot}: cannot be written ({error}).") from error
 
 
+def _slowness(plan: Plan) -> tuple[int, int]:
+    """Stages 1 and 2 send the same; among them the one that recomputes less is faster. Then the order of WAYS."""
+    place = WAYS.index(plan.ds_config) if plan.ds_config in WAYS else len(WAYS)
+    return max(place, 1), plan.workload.checkpointed_layers
+
+
 def _at_peak(parts: MemoryParts) -> dict[str, int]:
     """The parts that are there at the peak, which add up to it."""
     of_step = ("gradients",), ("activations", "logits", "gathered")
@@ -308,9 +320,9 @@ def _at_peak(parts: MemoryParts) -> dict[str, int]:
 
 def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
     """The fastest plan that fits. Raises ValueError with the closest three, and what each lacks, when none does."""
-    for plan in plans:
-        if not any(plan.lacks(arguments)):
-            return plan
+    fitting = [plan for plan in plans if not any(plan.lacks(arguments))]
+    if fitting:
+        return min(fitting, key=_slowness)
     closest = sorted(plans, key=lambda plan: sum(plan.lacks(arguments)))[:3]
     listed = "; ".join(
         f"{plan.ds_config} lacks {format_bytes(plan.lacks(arguments)[0])} on a GPU and "
@@ -333,7 +345,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(format_plans(plans, arguments))
         if arguments.json:
             written = {"arguments": asdict(arguments), "plans": [plan.to_dict() for plan in plans]}
-            Path(arguments.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            try:
+                Path(arguments.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror}).") from error
         if arguments.plot:
             plot_plans(plans, arguments)
         best = what_fits(plans, arguments)

@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, masking_utils
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, masking_utils
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from lisa_dist.blocks import Blocks, find_blocks, parameter_numel
 from lisa_dist.config import OUTER_BLOCKS, LisaConfig, UserError
 from lisa_dist.memory import AllocationTracker
-from lisa_dist.optimizer import QUANTIZED_BLOCK, default_state_bits, split_by_decay
+from lisa_dist.optimizer import BITSANDBYTES_ADAMW, QUANTIZED_BLOCK, default_state_bits, split_by_decay
 from lisa_dist.recompute import checkpoint_layers
 from lisa_dist.sampling import SampledBlock
 from lisa_dist.zero import NORM_CHUNK
@@ -46,6 +46,8 @@ _PERSISTENCE_THRESHOLD = 100_000
 _MAX_REUSE_DISTANCE = 1_000_000_000  # what comes again within so many elements stays gathered on stage 3
 _STATES = {True: "states, always on", False: "states, active blocks"}  # what a host holds
 _OF_A_GROUP = "gradients of a group"  # what is on the host only while that group steps
+# Bytes an element that AdamW on the host takes for a moment.
+_BESIDE_ON_HOST = {"adamw_torch_fused": 0, "adamw_torch": 8, "bitsandbytes": 12}
 _SMALLEST_QUANTIZED = 4096  # elements of a partition that bitsandbytes quantizes
 
 
@@ -140,7 +142,8 @@ class MemoryParts:
             active_states=self.active_states + active,
             buffers=self.buffers + lasting - weights - always_on - active,
             peak_backward=self.peak_backward + lasting,
-            peak_step=self.peak_step + sum(host.values()),
+            # The norm, or a group on the device, steps at another time than a group on the host.
+            peak_step=max(self.peak_step + lasting, self.static + self.gradients + sum(host.values())),
         )
 
     def to_dict(self) -> dict[str, int]:
@@ -185,18 +188,48 @@ class StageSettings:
         )
 
 
-class FakeRun:
-    """A model without data, of which blocks can be trained on fake tensors."""
+class PlanError(UserError):
+    """The model cannot be run on fake tensors: the message has what it said."""
 
-    def __init__(self, config: PretrainedConfig, workload: Workload, lora_rank: int = 0):
+
+@contextlib.contextmanager
+def _planned(config: PretrainedConfig) -> Iterator[None]:
+    """Any model's own code runs in here, and may want what fake tensors do not have."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
+        if isinstance(error, UserError):
+            raise
+        said = str(error).strip().splitlines() or [""]
+        raise PlanError(
+            f"{type(config).__name__}: this model cannot be planned ({type(error).__name__}: {said[0]})."
+        ) from error
+
+
+class FakeRun:
+    """A model without data, of which blocks can be trained on fake tensors. Raises ValueError for one that cannot."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        workload: Workload,
+        lora_rank: int = 0,
+        layers_attribute: str | None = None,
+    ):
+        with _planned(config):
+            self._build(config, workload, lora_rank, layers_attribute)
+
+    def _build(
+        self, config: PretrainedConfig, workload: Workload, lora_rank: int, layers_attribute: str | None
+    ) -> None:
         self.workload = workload
         self.vocab_size = config.get_text_config().vocab_size
         self.hidden_size = config.get_text_config().hidden_size
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with _outside_of_zero3(), torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(
-                config, dtype=workload.dtype, attn_implementation=workload.attention
-            )
+            known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+            attention = workload.attention if getattr(known, "_supports_sdpa", True) else "eager"
+            self.model = AutoModelForCausalLM.from_config(config, dtype=workload.dtype, attn_implementation=attention)
             if workload.fused_head:
                 from trl.trainer.utils import add_fused_lm_head
 
@@ -205,7 +238,7 @@ class FakeRun:
         with self._mode:
             self._run.to_empty(device="cpu")  # which meta tensors are not: attention would run another kernel
             self.model.tie_weights()
-        self.blocks = find_blocks(self.model)
+        self.blocks = find_blocks(self.model, layers_attribute)
         checkpoint_layers(self.model, self.blocks, workload.checkpointed_layers)
 
     def groups(
@@ -233,7 +266,14 @@ class FakeRun:
         ]
 
     def trace(self, groups: Sequence[Group]) -> StepTrace:
-        """Run one forward and backward pass and count what it allocates; gradients are let go as they come."""
+        """Run one forward and backward pass and count what it allocates; gradients are let go as they come.
+
+        Raises ValueError for a model that cannot be run on fake tensors.
+        """
+        with _planned(self.model.config):
+            return self._trace(groups)
+
+    def _trace(self, groups: Sequence[Group]) -> StepTrace:
         for parameter in self._run.parameters():
             parameter.requires_grad_(False)
         trained = [parameter for group in groups for parameter in group.params]
@@ -304,12 +344,13 @@ def plan_memory(
     world_size: int,
     *,
     optim: str = "adamw_torch_fused",
-    rank: int = 0,
+    rank: int | None = None,
     accumulates: bool = False,
 ) -> tuple[MemoryParts, dict[str, int]]:
     """The parts of one rank's device memory, and of its host's beside them.
 
-    `accumulates`: a step has several micro-batches, and gradients of the earlier ones wait for the last.
+    `accumulates`: a step has several micro-batches, and gradients of the earlier ones wait for the last. `rank`: the
+    one that is planned; by default one that holds most.
     """
     element, stage, offloaded = run.workload.dtype.itemsize, settings.stage, settings.offload_optimizer
     parameters = list(run.model.parameters())
@@ -321,7 +362,7 @@ def plan_memory(
         held_where[group.always_on] += state_bytes(partition, group.bits)
     active = sum(parameter.numel() for parameter in trained) * element
     largest = max((parameter.numel() for parameter in trained), default=0) * element
-    bucket = settings.reduce_bucket * element * (2 if settings.overlap_comm else 1)
+    bucket = settings.reduce_bucket * element * (2 if settings.overlap_comm and stage < 3 else 1)
     host = {_STATES[kind]: size for kind, size in states_sent.items() if size}
     gradients = gathered = 0
     if stage == 3:
@@ -340,7 +381,8 @@ def plan_memory(
         aligned = sum(partitions) * world_size * element
         weights = sum(parameter.numel() for parameter in parameters) * element - active + aligned
         buffers = 0
-        held = sum(_held_gradients(group.params, world_size, rank) for group in groups) * element
+        ranks = range(world_size) if rank is None else (rank,)
+        held = max(sum(_held_gradients(group.params, world_size, one) for group in groups) for one in ranks) * element
         if offloaded:
             buffers = largest
             if accumulates:
@@ -352,8 +394,11 @@ def plan_memory(
     if offloaded:
         host["gradients in fp32"] = sum(partitions) * 4
     elif any(states_sent.values()):
+        eight = optim in BITSANDBYTES_ADAMW or any(group.bits == 8 for group in groups)
+        kind = "bitsandbytes" if eight else optim
         of_group = [partition for group, partition in zip(groups, partitions, strict=True) if group.on_host]
-        host[_OF_A_GROUP] = max(of_group) * (element + 4)  # while it steps: as they came, and in fp32
+        # While it steps: as they came, in fp32, and what AdamW makes beside them.
+        host[_OF_A_GROUP] = max(of_group) * (element + 4 + _BESIDE_ON_HOST[kind])
 
     static = weights + sum(states.values()) + buffers
     if stage == 1 and not offloaded:  # all gradients stay until the last has come, and are then cut

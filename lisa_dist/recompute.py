@@ -48,17 +48,27 @@ def checkpoint_layers(model: torch.nn.Module, blocks: Blocks, count: int) -> Non
                 f"--checkpointed_layers {count}: the layers of {type(model).__name__} cannot be checkpointed one by "
                 "one; give none or all."
             )
-        (model.gradient_checkpointing_enable if count else model.gradient_checkpointing_disable)()
+        if count:
+            _enable(model)
+        else:
+            model.gradient_checkpointing_disable()
         return
     if not any(hasattr(layer, "_gradient_checkpointing_func") for layer in layers):
         if not count:
             return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers renames it
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        let_backward_end(model)
+        _enable(model)
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number < count
+
+
+def _enable(model: torch.nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers renames it
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"--checkpointed_layers: {type(model).__name__} has no checkpointing ({error}).") from error
+    let_backward_end(model)
 
 
 def let_backward_end(model: torch.nn.Module) -> None:

@@ -62,10 +62,11 @@ class RunMemory:
         self._meter: StepMeter | None = None
         self._measured: _MeasuredStep | None = None
         self._micro_batch: Workload | None = None
+        self._peaks: dict[int, int] = {}  # planned for the worst period, by number of checkpointed layers
         if checkpointed == AUTO and (config is None or longest is None):
             raise UserError(
-                "--checkpointed_layers auto: only causal language models with their own loss or TRL's can be planned; "
-                "give none, all or a number of layers."
+                "--checkpointed_layers auto: the largest micro-batch cannot be planned: it takes a --max_length, and a "
+                "causal language model with its own loss or TRL's. Give none, all or a number of layers."
             )
         if checkpointed == AUTO and budget is None:
             raise UserError("--checkpointed_layers auto: give --gpu_memory where there is no GPU to ask.")
@@ -77,7 +78,10 @@ class RunMemory:
         if self._dial != AUTO:
             checkpoint_layers(self._model, self._lisa.blocks, number_of_layers(self._dial, self._num_layers))
             return None
-        return self._turn(offset=0)
+        said = self._turn(offset=0)
+        if self._lisa.config.lisa_interval_steps == 1:
+            said += "; not corrected by a measured step, since each is the first of its period"
+        return said
 
     def begin_step(self, step: int) -> None:
         """Measure this step if it is the first that has its moments already."""
@@ -109,7 +113,7 @@ class RunMemory:
         self._measured = _MeasuredStep(step, self._micro_batch, trained, meter.parts)
         if self._dial != AUTO:
             return None
-        planned = self._planned()
+        planned = self._planned()[0]
         offset = max(gather(meter.parts.peak - planned.peak if planned else 0))
         return f"step {step} took {format_bytes(meter.parts.peak)} at its peak: {self._turn(offset)}"
 
@@ -123,7 +127,7 @@ class RunMemory:
         """The measured step's parts in bytes, and what was planned for that step; None where none was measured."""
         if self._measured is None:
             return None
-        measured, planned = self._measured, self._planned()
+        measured, (planned, host, problem) = self._measured, self._planned()
         workload = measured.workload
         return {
             "step": measured.step,
@@ -131,6 +135,8 @@ class RunMemory:
             "tokens": workload and workload.seq_length,
             "checkpointed_layers": workload and workload.checkpointed_layers,
             "planned": planned and planned.to_dict(),
+            "planned_host": host,
+            "not_planned": problem,
             "measured": measured.parts.to_dict(),
         }
 
@@ -140,16 +146,23 @@ class RunMemory:
         """Set the dial to the fewest layers with which the plan of the worst period, off by `offset`, fits."""
 
         def peak(count: int) -> int:
-            run = FakeRun(self._config, replace(self._longest, checkpointed_layers=count))
-            periods = widest_periods(self._lisa.config, run.blocks, self._lisa.selection.sampled, count)
-            return max(self._plan(run, period).peak for period in periods) + offset
+            if count not in self._peaks:
+                run = self._run(replace(self._longest, checkpointed_layers=count))
+                periods = widest_periods(self._lisa.config, run.blocks, self._lisa.selection.sampled, count)
+                self._peaks[count] = max(self._plan(run, period, rank=None)[0].peak for period in periods)
+            return self._peaks[count] + offset
 
-        rank = self._lisa.engine.global_rank
-        chosen = None
-        if rank == 0:  # the others take what it has found
-            count = fewest_layers(peak, self._num_layers, self._budget)
-            chosen = count, peak(count)
-        count, planned = gather(chosen)[0]
+        chosen = problem = None
+        if self._lisa.engine.global_rank == 0:  # the others take what it has found
+            try:
+                count = fewest_layers(peak, self._num_layers, self._budget)
+                chosen = count, peak(count)
+            except UserError as error:
+                problem = str(error)
+        chosen, problem = gather((chosen, problem))[0]
+        if problem is not None:
+            raise UserError(f"--checkpointed_layers auto: {problem} Give none, all or a number of layers.")
+        count, planned = chosen
         checkpoint_layers(self._model, self._lisa.blocks, count)
         compared = "of" if planned <= self._budget else "and there are"
         return (
@@ -157,13 +170,20 @@ class RunMemory:
             f"{compared} {format_bytes(self._budget)}"
         )
 
-    def _planned(self) -> MemoryParts | None:
-        """The plan of the measured step."""
+    def _planned(self) -> tuple[MemoryParts | None, dict[str, int] | None, str | None]:
+        """The plan of the measured step: device and host, or else why there is none."""
         if self._config is None or self._measured.workload is None:
-            return None
-        return self._plan(FakeRun(self._config, self._measured.workload), self._measured.trained)
+            return None, None, "no causal language model with its own loss or TRL's"
+        try:
+            run = self._run(self._measured.workload)
+            return *self._plan(run, self._measured.trained, self._lisa.engine.global_rank), None
+        except UserError as error:
+            return None, None, str(error)
 
-    def _plan(self, run: FakeRun, trained: Trained) -> MemoryParts:
+    def _run(self, workload: Workload) -> FakeRun:
+        return FakeRun(self._config, workload, layers_attribute=self._lisa.config.lisa_layers_attribute)
+
+    def _plan(self, run: FakeRun, trained: Trained, rank: int | None) -> tuple[MemoryParts, dict[str, int]]:
         config = self._lisa.config
         groups = run.groups(trained, self._optim, config.state_bits, config.offloaded)
         parts, host = plan_memory(
@@ -173,9 +193,10 @@ class RunMemory:
             StageSettings.of(self._ds_config, run.hidden_size),
             self._lisa.engine.dp_world_size,
             optim=self._optim,
+            rank=rank,
             accumulates=self._accumulates,
         )
-        return parts if self._lisa.engine.device.type == "cuda" else parts.with_host(host)
+        return (parts if self._lisa.engine.device.type == "cuda" else parts.with_host(host)), host
 
 
 def format_report(report: dict | None) -> str:
@@ -190,4 +211,5 @@ def format_report(report: dict | None) -> str:
     shape = f"step {report['step']}"
     if report["rows"]:
         shape += f", {report['rows']} x {report['tokens']} tokens, {report['checkpointed_layers']} layers checkpointed"
-    return f"memory of {shape}, on each rank\n{format_columns(lines)}"
+    note = f"\nnot planned: {report['not_planned']}" if report["not_planned"] else ""
+    return f"memory of {shape}, on each rank\n{format_columns(lines)}{note}"

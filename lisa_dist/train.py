@@ -156,7 +156,9 @@ def run(
         ds_config = ds_config if isinstance(ds_config, dict) else read_ds_config(ds_config)
         check_ds_config(ds_config)
         offload_by_block(ds_config, lisa_config.offloaded)
-        check_optim(training_args.optim, uses_optimizer_offload(ds_config), lisa_config.state_bits)
+        check_optim(
+            training_args.optim, uses_optimizer_offload(ds_config), lisa_config.state_bits, lisa_config.offloaded
+        )
         _check_layers(run_args, model_args, training_args, lisa_config)
     if training_args.use_cpu:
         # Accelerate has started gloo, but DeepSpeed must know of it too before a model is loaded under ZeRO-3.

@@ -347,7 +347,8 @@ class LisaMixin:
             )
         check_ds_config(self._ds_config)
         offload_by_block(self._ds_config, self.lisa_config.offloaded)
-        check_optim(self.args.optim, uses_optimizer_offload(self._ds_config), self.lisa_config.state_bits)
+        config = self.lisa_config
+        check_optim(self.args.optim, uses_optimizer_offload(self._ds_config), config.state_bits, config.offloaded)
         if self.optimizer is not None:
             raise UserError("LISA builds the optimizer from its own blocks: pass no optimizers=(...) to the Trainer.")
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -436,7 +437,10 @@ class _SwitchCallback(TrainerCallback):
         print(format_report(report), flush=True)
         if report is not None:
             path = Path(args.output_dir) / MEMORY_NAME
-            path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            try:
+                path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            except OSError as error:  # the model is still to be saved
+                print(f"{path} could not be written ({error.strerror})", flush=True)
 
     def _say_active(self, state) -> None:
         from tqdm import tqdm

@@ -81,7 +81,7 @@ _PRIVATE_NAMES = (
     "averaged_gradients",
     "unscale_and_clip_grads",
     "get_grad_norm_direct",
-    "_link_all_hp_params",
+    "initialize_optimizer_states",
     "dp_process_group",
     "ipg_buckets",
     "optimizer",
@@ -122,24 +122,52 @@ def check_deepspeed() -> None:
         )
 
 
-def spare_first_gradients() -> None:
-    """Have DeepSpeed build its optimizers without a gradient of zeros for every master, which it makes and drops.
+def patch_construction() -> None:
+    """Change, for the whole process, two things in how DeepSpeed builds its ZeRO optimizers, which spare memory.
 
-    All at once they are 4 bytes an active element, at the start and at every switch. Under optimizer offload they stay,
-    and Adagrad makes its states of them: there it is as it was.
+    It makes a gradient of zeros for every master and drops them: all at once they are 4 bytes an active element, at the
+    start and at every switch. Under optimizer offload they stay, and Adagrad makes its states of them: there it is as
+    it was. And the masters of a group that is `lisa_host` go to the host as soon as they are made.
     """
     for stage, offload in ((_STAGE_1_2, "cpu_offload"), (_STAGE_3, "offload_optimizer")):
         kind = getattr(import_module(stage.module), stage.class_name)
-        made = kind.initialize_optimizer_states
-        if getattr(made, "spares_gradients", False):
+        if isinstance(vars(kind).get(stage.masters), _Masters):
             continue
+        setattr(kind, stage.masters, _Masters())
+        made = kind.initialize_optimizer_states
 
         def initialize(zero, made=made, offload=offload):
             if getattr(zero, offload) or isinstance(zero.optimizer, torch.optim.Adagrad):
                 made(zero)
 
-        initialize.spares_gradients = True
         kind.initialize_optimizer_states = initialize
+
+
+class _Masters:
+    """The attribute of DeepSpeed's optimizers that lists the masters, each of which goes where it belongs."""
+
+    def __get__(self, zero, kind=None):
+        return self if zero is None else zero.__dict__["_lisa_masters"]
+
+    def __set__(self, zero, masters: list) -> None:
+        zero.__dict__["_lisa_masters"] = _MastersInPlace(zero, masters)
+
+
+class _MastersInPlace(list):
+    """Masters in the order of the groups; `append` moves those of a `lisa_host` group to the host."""
+
+    def __init__(self, zero, masters: list):
+        super().__init__(masters)
+        self._zero = zero
+
+    def append(self, master: torch.Tensor) -> None:
+        if self._zero.optimizer.param_groups[len(self)].get("lisa_host"):
+            master = _to_host(master)
+        super().append(master)
+
+
+def _to_host(master: torch.Tensor) -> torch.Tensor:
+    return master.detach().to("cpu", copy=True)  # in fp32 stage 3 it is the weights themselves
 
 
 class ZeroPartitions:
@@ -310,44 +338,22 @@ class ZeroPartitions:
         """Make of what DeepSpeed has built at the start of a run what `repartition` makes of it later."""
         self._put_back({}, CopyStream())
 
-    def _put_on_host(self, carried: dict[PartitionKey, PartitionState]) -> None:
-        """Give the groups that are `lisa_host` masters on the host, those that go on the one they had.
-
-        DeepSpeed has made theirs on the device. It steps one group after the other, and what it does with such a group
-        between two of its own lines (`_step_on_host`) is then done on the host.
-        """
-        zero, groups, masters = self._zero, self._zero.optimizer.param_groups, getattr(self._zero, self._stage.masters)
-        on_host = [index for index, group in enumerate(groups) if group.get("lisa_host")]
-        if not on_host:
-            return
-        keys = self.keys()
-        for index in on_host:
-            state, made = carried.get(keys[index]), masters[index]
-            if state is not None and state.master.device.type == "cpu":
-                masters[index] = state.master
-            else:
-                masters[index] = made.detach().to("cpu", copy=True).requires_grad_()
-            if self._stage is _STAGE_3:
-                masters[index].ds_id = made.ds_id
-            else:
-                groups[index]["params"] = [masters[index]]
-        zero._link_all_hp_params()  # views of the masters that were on the device would keep them there
-        _step_on_host(zero, self._stage, frozenset(on_host))
-
     def _put_back(self, carried: dict[PartitionKey, PartitionState], copies: CopyStream) -> None:
         """Fill the new partitions with the states that go on; copies from the host are queued, not waited for."""
         zero = self._zero
-        self._put_on_host(carried)
+        on_host = [index for index, group in enumerate(zero.optimizer.param_groups) if group.get("lisa_host")]
+        if on_host:
+            _step_on_host(zero, self._stage, frozenset(on_host))
         _take_norms_in_chunks(zero)
         for key, master in zip(self.keys(), getattr(zero, self._stage.masters), strict=True):
             state = carried.get(key) if key else None
             if state is None:
                 continue
             assert state.master.shape == master.shape, key
-            if master is not state.master and state.master.device == master.device:
+            moments = state.optimizer_state
+            if state.master.device == master.device:
                 master.data.copy_(state.master.data)
-                moments = state.optimizer_state
-            elif master is not state.master:
+            else:
                 moments = {
                     name: torch.empty_like(value, device=master.device) if _is_per_element(value) else value
                     for name, value in state.optimizer_state.items()
@@ -357,8 +363,6 @@ class ZeroPartitions:
                     for name, value in state.optimizer_state.items():
                         if _is_per_element(value):
                             moments[name].copy_(value, non_blocking=True)
-            else:
-                moments = state.optimizer_state
             if moments:
                 zero.optimizer.state[master] = moments
 

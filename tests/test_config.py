@@ -36,6 +36,12 @@ def test_bad_settings_are_named(settings, said):
     assert said in str(error.value)
 
 
+def test_settings_are_written_in_one_way():
+    one, other = LisaConfig(lisa_state_bits="head=8, embed=8"), LisaConfig(lisa_state_bits="embed=8.0,head=8")
+    assert one == other
+    assert one.state_bits == {"embed": 8, "head": 8}
+
+
 def test_blocks_come_in_model_order():
     config = LisaConfig(lisa_always_on=" rest , head", lisa_frozen="embed")
     assert config.always_on == ("head", "rest")

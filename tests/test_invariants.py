@@ -17,6 +17,7 @@ from reference import train_reference
 from torch import distributed as dist
 
 import lisa_dist
+import lisa_dist.zero
 from lisa_dist.memory import AllocationTracker, live_storages, live_tensor_bytes
 
 STAGES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
@@ -252,8 +253,6 @@ def test_a_norm_taken_in_chunks_is_the_norm(ds_config):
 
 
 def norms_of_steps(ds_config: str, chunk: int) -> dict:
-    import lisa_dist.zero
-
     held, lisa_dist.zero.NORM_CHUNK = lisa_dist.zero.NORM_CHUNK, chunk
     config = lisa_dist.LisaConfig(lisa_interval_steps=INTERVAL)
     engine, lisa = lisa_dist.initialize(tiny_llama(), ds_config, config, lr=LR, max_grad_norm=0.1)
@@ -281,14 +280,19 @@ def norms_of_steps(ds_config: str, chunk: int) -> dict:
 def train_with_offload(ds_config: str, settings: dict) -> dict:
     gc.collect()
     of_others = live_tensor_bytes()  # what other tests in this process have left
+    moved, to_host = [], lisa_dist.zero._to_host
+    lisa_dist.zero._to_host = lambda master: (moved.append(master.numel()), to_host(master))[1]
     config = lisa_dist.LisaConfig(lisa_interval_steps=INTERVAL, **settings)
     engine, lisa = lisa_dist.initialize(
         tiny_llama(), ds_config, config, lr=LR, weight_decay=DECAY, max_grad_norm=0.1, optim="adamw_torch"
     )
-    made = [] if not settings["lisa_offload"] else [engine.optimizer.unscale_and_clip_grads]
     losses = [train_step(engine, lisa, micro_batches) for micro_batches in token_batches(STEPS, rows=4)]
     lisa.close()
-    assert all("unscale_with_norm_beside" in function.__qualname__ for function in made)
+    assert bool(moved) == bool(settings["lisa_offload"]), "masters made on the device, and then sent to the host"
+    assert set(moved) <= {state.numel for state in lisa.partition_states().values()}
+    if settings["lisa_offload"]:
+        assert "unscale_with_norm_beside" in engine.optimizer.unscale_and_clip_grads.__qualname__
+    lisa_dist.zero._to_host = to_host
     on_host = {group["lisa_group"].split("/")[0] for group in engine.optimizer.param_groups if group.get("lisa_host")}
     engine.destroy()
     return {

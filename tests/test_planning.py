@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from lisa_dist.plan import (
     main,
     make_plans,
     shipped_model_configs,
+    what_fits,
 )
 from lisa_dist.planning import PARTS, FakeRun, StageSettings, Trained, Workload, plan_memory, widest_periods
 from lisa_dist.selection import sampled_blocks
@@ -80,9 +82,9 @@ def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: 
     always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
     groups = run.groups(Trained(layers, always_on, drawn), optim, config.state_bits, config.offloaded)
     stage = StageSettings.of(read_ds_config(ds_config), run.hidden_size)
-    accumulates = settings.get("accumulation", 1) > 1
-    planned = plan_memory(run, groups, run.trace(groups), stage, world_size, optim=optim, accumulates=accumulates)
-    return planned[0].with_host(planned[1])
+    options = {"optim": optim, "rank": 0, "accumulates": settings.get("accumulation", 1) > 1}
+    parts, host = plan_memory(run, groups, run.trace(groups), stage, world_size, **options)
+    return parts.with_host(host)
 
 
 FROZEN = {"lisa_always_on": "head,rest", "lisa_frozen": "embed", "lisa_seed": 3}
@@ -109,6 +111,7 @@ SETTINGS = [
     ("zero2_offload", 2, torch.bfloat16, {"accumulation": 2}),
     ("zero2", 2, torch.bfloat16, {"lisa_offload": "embed,head"}),
     ("zero3", 2, torch.bfloat16, {"lisa_offload": "embed,head,layers"}),
+    ("zero2", 1, torch.bfloat16, {"lisa_offload": "head", "optim": "adamw_torch"}),
     ("zero2_offload", 2, torch.bfloat16, {}),
     ("zero2_offload", 1, torch.float32, FROZEN),
     ("zero3_offload", 2, torch.bfloat16, {"lisa_activated_layers": 1}),
@@ -176,8 +179,10 @@ def activations_of_top_layer(ds_config: str, num_layers: int, checkpointing: boo
 
 
 @pytest.mark.usefixtures("cpu_ops")
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+@pytest.mark.parametrize(
+    ("ds_config", "checkpointing"),
+    [("zero2", False), ("zero3", False), *((one, True) for one in ("zero1", "zero2", "zero3", "zero2_offload"))],
+)
 def test_layers_below_the_lowest_active_one_store_nothing_in_a_real_step(ds_config, checkpointing, tmp_path):
     def stored(num_layers: int, embed: str) -> int:
         weights = str(tmp_path / "weights.json")
@@ -319,6 +324,11 @@ def test_other_methods_are_planned_too(tiny_config):
         (["--checkpointed_layers", "some"], "--checkpointed_layers some: give none, all, auto or a number"),
         (["--checkpointed_layers", "3", "--method", "lora"], "--checkpointed_layers 3 with --method lora"),
         (["--lisa_offload", "embed", "--deepspeed", "zero3_offload"], "--lisa_offload embed with offload_param"),
+        (["--method", "full", "--lisa_offload", "embed"], "--method full: flags that begin with --lisa_ are for"),
+        (["--json", "no/such/folder.json"], "--json no/such/folder.json: cannot be written"),
+        (["--lisa_layers_attribute", "model.nope"], "--lisa_layers_attribute model.nope"),
+        (["--lisa_sampler", "weighted", "--lisa_weights_file", "absent.json"], "absent.json"),
+        (["--optim", "adamw_8bit", "--lisa_offload", "embed"], "--optim adamw_8bit with --lisa_offload embed"),
         (["--deepspeed", "zero3_nvme"], "--deepspeed zero3_offload"),
         (["--deepspeed", "zero9"], "--deepspeed zero9: neither a file nor a shipped config"),
         (["--model", "no/such-model"], "--model no/such-model: no such folder, and no such model can be reached"),
@@ -335,6 +345,26 @@ def test_a_file_that_is_no_config_is_refused(tmp_path):
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"is no model's config\.json"):
         load_model_config(str(path))
+
+
+def test_a_model_that_cannot_be_planned_says_why():
+    """Its experts' kernel has no fp32 form on tensors without data."""
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_local_experts=4,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    run = FakeRun(config, Workload(32, dtype=torch.float32))
+    with pytest.raises(ValueError, match="MixtralConfig: this model cannot be planned"):
+        run.trace(run.groups(Trained((0, 1), ("embed", "head", "rest"))))
+
+
+def test_of_ways_that_send_the_same_the_one_that_recomputes_less_is_recommended(tiny_config):
+    arguments = PlanArguments(tiny_config, gpus=2, reserve="0", seq_length=256, gradient_accumulation_steps=2)
+    plans = make_plans(load_model_config(tiny_config), arguments, lisa_dist.LisaConfig())
+    one, two = plans[0], plans[1]
+    assert what_fits(plans, arguments) is one
+    less = replace(one, workload=replace(one.workload, checkpointed_layers=3))
+    assert what_fits([less, two], arguments) is two
 
 
 def test_sizes():

@@ -138,7 +138,7 @@ def save_a_mixture(output_dir: str) -> None:
     unset_hf_deepspeed_config()
     trainer = InOrder(
         model=tiny_mixtral(),
-        args=arguments(output_dir, "zero2", max_steps=1, gradient_accumulation_steps=1),
+        args=arguments(output_dir, "zero2", max_steps=3, gradient_accumulation_steps=1),
         train_dataset=rows_for(2),
         lisa_config=LisaConfig(lisa_activated_layers=1),
     )
@@ -150,6 +150,10 @@ def test_a_model_is_saved_under_the_names_of_the_hub(tmp_path):
     run_ranks(save_a_mixture, 2, str(tmp_path))
     names = safe_open(tmp_path / "model.safetensors", framework="pt").keys()
     assert "model.layers.0.block_sparse_moe.experts.1.w2.weight" in names
+    memory = json.loads((tmp_path / "lisa_memory.json").read_text())
+    assert memory["measured"]["peak"] > 0
+    assert memory["planned"] is None
+    assert "cannot be planned" in memory["not_planned"], "and the model is saved all the same"
 
 
 def refused(output_dir: str, what: str) -> str:
