@@ -21,8 +21,14 @@ ARMS = (
     ("LISA, always-on 8 bit", {}, {"lisa_state_bits": "embed=8,head=8,rest=8"}),
     ("LISA, states on host", {"deepspeed": "zero2_offload"}, {}),
     ("LISA, embed+head on host", {}, {"lisa_offload": "embed,head"}),
+    ("LISA, all but weights on host", {}, {"lisa_offload": "embed,head,rest,layers"}),
     ("LISA, embed+head drawn", {}, {"lisa_always_on": "rest"}),
     ("LISA, drawn, 8 bit", {}, {"lisa_always_on": "rest", "lisa_state_bits": "embed=8,head=8,layers=8"}),
+    (
+        "LISA, drawn, on host",
+        {},
+        {"lisa_always_on": "rest", "lisa_offload": "embed,head,rest,layers"},
+    ),
     ("LISA, embed+head frozen", {}, {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}),
 )
 
@@ -48,6 +54,14 @@ def main() -> None:
                 figures[f"{model}, {seq_length} tokens, {checkpointed} checkpointed, {name}"] = plan.to_dict()
                 sizes = (plan.gpu.peak, plan.gpu.static, plan.gpu.activations + plan.gpu.logits, plan.host_bytes)
                 rows.append([model, str(seq_length), str(checkpointed), name, *(f"{size / GIB:.2f}" for size in sizes)])
+    config = load_model_config("llama2-70b")
+    for checkpointed in ("none", "all"):
+        asked = {"gpus": 4, "gpu_memory": "80GB", "checkpointed_layers": checkpointed, "deepspeed": "zero3"}
+        plan = make_plans(config, PlanArguments("llama2-70b", **asked), LisaConfig())[0]
+        figures[f"llama2-70b, 4 GPUs, 1024 tokens, {checkpointed} checkpointed, gamma 2"] = plan.to_dict()
+        sizes = (plan.gpu.peak, plan.gpu.static, plan.gpu.activations + plan.gpu.logits, plan.host_bytes)
+        named = ["llama2-70b", "1024", checkpointed, "LISA, zero3, 4 GPUs"]
+        rows.append([*named, *(f"{size / GIB:.2f}" for size in sizes)])
     header = ["model", "tokens", "checkpointed", "", "peak GiB", "between steps", "activations", "host"]
     print_table(header, rows)
     write_results(arguments.results, figures)

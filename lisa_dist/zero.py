@@ -147,7 +147,11 @@ class _Masters:
     """The attribute of DeepSpeed's optimizers that lists the masters, each of which goes where it belongs."""
 
     def __get__(self, zero, kind=None):
-        return self if zero is None else zero.__dict__["_lisa_masters"]
+        if zero is None:
+            return self
+        if "_lisa_masters" not in zero.__dict__:
+            raise AttributeError("there are no masters yet")
+        return zero.__dict__["_lisa_masters"]
 
     def __set__(self, zero, masters: list) -> None:
         zero.__dict__["_lisa_masters"] = _MastersInPlace(zero, masters)
@@ -161,7 +165,8 @@ class _MastersInPlace(list):
         self._zero = zero
 
     def append(self, master: torch.Tensor) -> None:
-        if self._zero.optimizer.param_groups[len(self)].get("lisa_host"):
+        groups, index = self._zero.optimizer.param_groups, len(self)  # stage 3 may have cut groups, which LISA refuses
+        if index < len(groups) and groups[index].get("lisa_host"):
             master = _to_host(master)
         super().append(master)
 
