@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lisa_dist.blocks import Blocks
 from lisa_dist.config import UserError
+from lisa_dist.metrics import parse_bytes
 
 AUTO = "auto"
 
@@ -26,6 +27,16 @@ def parse_checkpointed_layers(value: str | int | None) -> int | str | None:
     if not text.isdecimal():
         raise UserError(f"--checkpointed_layers {value}: give none, all, auto or a number of decoder layers.")
     return int(text)
+
+
+def parse_budget(gpu_memory: str | None, dial: int | str | None) -> int | None:
+    """Bytes of `--gpu_memory`, which "auto" alone keeps to; ValueError beside another dial."""
+    if gpu_memory is None:
+        return None
+    budget = parse_bytes("--gpu_memory", gpu_memory)
+    if dial != AUTO:
+        raise UserError(f"--gpu_memory {gpu_memory}: only --checkpointed_layers auto keeps to it; give that too.")
+    return budget
 
 
 def number_of_layers(value: int | str, num_layers: int) -> int:

@@ -29,9 +29,9 @@ from lisa_dist.ds_config import (
     read_ds_config,
     uses_optimizer_offload,
 )
-from lisa_dist.metrics import format_table, parse_bytes
+from lisa_dist.metrics import format_table
 from lisa_dist.optimizer import check_optim
-from lisa_dist.recompute import number_of_layers, parse_checkpointed_layers
+from lisa_dist.recompute import number_of_layers, parse_budget, parse_checkpointed_layers
 from lisa_dist.sampling import load_layer_weights
 from lisa_dist.stop_signals import catch_stop_signals
 from lisa_dist.trainer import HANG_TIMEOUT, LisaTrainer
@@ -84,8 +84,7 @@ class RunArguments:
                 f"--checkpointed_layers {self.checkpointed_layers} with --method {self.method}: use "
                 "--gradient_checkpointing true or false."
             )
-        if self.gpu_memory is not None:
-            parse_bytes("--gpu_memory", self.gpu_memory)
+        parse_budget(self.gpu_memory, dial)
         if self.hang_timeout < 0:
             raise UserError(f"--hang_timeout {self.hang_timeout}: seconds are not negative; 0 turns it off.")
         if self.eval_rows < 0:

@@ -32,10 +32,10 @@ from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.controller import LisaController
 from lisa_dist.ds_config import check_ds_config, offload_by_block, uses_optimizer_offload
 from lisa_dist.files import gather, together
-from lisa_dist.metrics import format_active, format_bytes, format_count, format_table, lisa_metrics, parse_bytes
+from lisa_dist.metrics import format_active, format_bytes, format_count, format_table, lisa_metrics
 from lisa_dist.optimizer import build_optimizer, check_optim
 from lisa_dist.planning import Workload
-from lisa_dist.recompute import checkpointed_layers, parse_checkpointed_layers
+from lisa_dist.recompute import checkpointed_layers, parse_budget, parse_checkpointed_layers
 from lisa_dist.run_memory import RunMemory, format_report
 from lisa_dist.stop_signals import StopSignals
 from lisa_dist.watchdog import Watchdog
@@ -71,7 +71,7 @@ class LisaMixin:
     ):
         self.lisa_config = lisa_config or LisaConfig()
         self._checkpointed_layers = parse_checkpointed_layers(checkpointed_layers)
-        self._gpu_memory = None if gpu_memory is None else parse_bytes("--gpu_memory", gpu_memory)
+        self._gpu_memory = parse_budget(gpu_memory, self._checkpointed_layers)
         self._memory: RunMemory | None = None
         self._hang_timeout = hang_timeout
         self._resume_state: dict | None = None

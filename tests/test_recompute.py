@@ -16,6 +16,7 @@ from lisa_dist.recompute import (
     checkpointed_layers,
     fewest_layers,
     number_of_layers,
+    parse_budget,
     parse_checkpointed_layers,
 )
 from lisa_dist.run_memory import RunMemory, format_report
@@ -32,6 +33,17 @@ def test_values_of_the_flag():
             parse_checkpointed_layers(bad)
     with pytest.raises(ValueError, match="--checkpointed_layers 7: the model has 6 decoder layers"):
         number_of_layers(7, 6)
+
+
+def test_a_budget_is_of_auto():
+    assert parse_budget(None, None) is None
+    assert parse_budget(None, 3) is None
+    assert parse_budget("2GiB", "auto") == 2 * 2**30
+    for dial in (None, 0, "all", 3):
+        with pytest.raises(ValueError, match="--gpu_memory 2GiB: only --checkpointed_layers auto"):
+            parse_budget("2GiB", dial)
+    with pytest.raises(ValueError, match="--gpu_memory much: not a size"):
+        parse_budget("much", "auto")
 
 
 def test_the_fewest_layers_that_fit():
