@@ -81,7 +81,8 @@ def worker(arguments: argparse.Namespace) -> None:
         trained = Trained(lisa.active_layers, always_on, lisa.active_blocks)
         groups = run.groups(trained, "adamw_torch_fused", config.state_bits, config.offloaded)
         stage = StageSettings.of(read_ds_config(ds_config), run.hidden_size)
-        planned, host = plan_memory(run, groups, run.trace(groups), stage, dist.get_world_size())
+        world_size = dist.get_world_size()
+        planned, host = plan_memory(run, groups, run.trace(groups), stage, world_size, rank=0, on_cpu=True)
         figures.append(
             {
                 "policy": name,
@@ -89,7 +90,7 @@ def worker(arguments: argparse.Namespace) -> None:
                 "layers": lisa.active_layers if len(lisa.active_layers) < 9 else "all",
                 "seconds": seconds,
                 "measured": measured,
-                "planned": planned.with_host(host).to_dict(),
+                "planned": planned.to_dict(),
                 "host": sum(host.values()),
             }
         )

@@ -11,7 +11,7 @@ layers among them, since the backward pass ends at the lowest one where the embe
 
 import contextlib
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -19,6 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, masking_utils
 from transformers.integrations import deepspeed as hf_deepspeed
 
+from lisa_dist.backward import (
+    Arrival,
+    StepTrace,
+    peak_of_backward,
+    peak_of_stage_1,
+    reductions_of_stage_2,
+    reductions_of_stage_3,
+)
 from lisa_dist.blocks import Blocks, find_blocks, parameter_numel
 from lisa_dist.config import OUTER_BLOCKS, LisaConfig, UserError
 from lisa_dist.memory import AllocationTracker
@@ -84,19 +92,6 @@ class Group:
     bits: int = 32
     always_on: bool = True
     on_host: bool = False
-
-
-@dataclass(frozen=True)
-class StepTrace:
-    """Bytes that a forward and backward pass allocates on top of weights and states, gradients of parameters apart.
-
-    `peaks` has a pair for each gradient that comes, and one for the time before the first: bytes of the gradients that
-    have come, and the most of everything else until the next one has.
-    """
-
-    activations: int  # at the end of the forward pass
-    logits: int  # at the end of the forward pass: what has the vocabulary as its last dimension
-    peaks: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -280,13 +275,10 @@ class FakeRun:
         for parameter in trained:
             parameter.requires_grad_(True)
         self._run.train()
-        peaks: list[tuple[int, int]] = []
-        come = 0
+        arrivals: list[Arrival] = []
 
         def drop(parameter: torch.nn.Parameter) -> None:
-            nonlocal come
-            peaks.append((come, tracker.peak - model_bytes))
-            come += parameter.grad.nbytes
+            arrivals.append(Arrival(parameter, tracker.peak - model_bytes, tracker.now - model_bytes))
             parameter.grad = None
             tracker.begin_phase()
 
@@ -307,8 +299,8 @@ class FakeRun:
                 loss.backward()
         for hook in hooks:
             hook.remove()
-        peaks.append((come, tracker.peak - model_bytes))
-        return StepTrace(held["activations"], held["logits"], tuple(peaks))
+        after, now = tracker.peak - model_bytes, tracker.now - model_bytes
+        return StepTrace(held["activations"], held["logits"], tuple(arrivals), after, now)
 
 
 def part_of(tensor: torch.Tensor, vocab_size: int) -> str:
@@ -346,11 +338,12 @@ def plan_memory(
     optim: str = "adamw_torch_fused",
     rank: int | None = None,
     accumulates: bool = False,
+    on_cpu: bool = False,
 ) -> tuple[MemoryParts, dict[str, int]]:
     """The parts of one rank's device memory, and of its host's beside them.
 
     `accumulates`: a step has several micro-batches, and gradients of the earlier ones wait for the last. `rank`: the
-    one that is planned; by default one that holds most.
+    one that is planned; by default one that holds most. `on_cpu`: host and device are one, and both are in the parts.
     """
     element, stage, offloaded = run.workload.dtype.itemsize, settings.stage, settings.offload_optimizer
     parameters = list(run.model.parameters())
@@ -364,13 +357,15 @@ def plan_memory(
     largest = max((parameter.numel() for parameter in trained), default=0) * element
     bucket = settings.reduce_bucket * element * (2 if settings.overlap_comm and stage < 3 else 1)
     host = {_STATES[kind]: size for kind, size in states_sent.items() if size}
-    gradients = gathered = 0
+    gradients, gathered = 0, lambda one: 0
     if stage == 3:
         weights = sum(math.ceil(parameter.numel() / world_size) for parameter in parameters) * element
-        whole = world_size == 1 and not settings.offload_param  # a share of everything is all of it
+        # A share of everything is all of it, and is taken where it is; from the host it is sent.
+        whole = world_size == 1 and (on_cpu or not settings.offload_param)
         small = sum(one.numel() for one in parameters if one.numel() <= settings.persistence_threshold) * element
         buffers = bucket + (0 if whole else small)
-        gathered = 0 if whole else _gathered(run, trained, settings) * element
+        if not whole:
+            gathered = _gathered(run, trained, settings)
         if settings.offload_param:
             host["weights"], weights = weights, 0
         if offloaded:
@@ -382,10 +377,13 @@ def plan_memory(
         weights = sum(parameter.numel() for parameter in parameters) * element - active + aligned
         buffers = 0
         ranks = range(world_size) if rank is None else (rank,)
-        held = max(sum(_held_gradients(group.params, world_size, one) for group in groups) for one in ranks) * element
+        held_by = {
+            one: sum(_held_gradients(group.params, world_size, one) for group in groups) * element for one in ranks
+        }
+        held = max(held_by.values())
         if offloaded:
-            buffers = largest
             if accumulates:
+                buffers = largest
                 host["gradients that wait"] = held
             host["weights of the active blocks"] = sum(partitions) * element
             host["buffers"] = largest
@@ -401,20 +399,29 @@ def plan_memory(
         host[_OF_A_GROUP] = max(of_group) * (element + 4 + _BESIDE_ON_HOST[kind])
 
     static = weights + sum(states.values()) + buffers
-    if stage == 1 and not offloaded:  # all gradients stay until the last has come, and are then cut
-        # Those of a later micro-batch are added to what waits of the earlier ones.
-        backward = [other + (active + bucket if accumulates else come) for come, other in trace.peaks]
-        backward.append(active + gradients + bucket)
+    if stage == 1:
+        backward = peak_of_stage_1(trace, active, gradients, bucket, accumulates)
     elif stage == 3:
-        backward = [other for _, other in trace.peaks]
-    else:  # what is kept of the gradients has its place as soon as the first is there; the bucket fills
-        backward = [
-            other + (gradients + min(come, bucket) if come else 0) + (gradients if accumulates else 0)
-            for come, other in trace.peaks
+        how = reductions_of_stage_3(
+            world_size, element, settings.reduce_bucket, offloaded=offloaded, on_cpu=on_cpu, gathered=gathered
+        )
+        backward = peak_of_backward(trace, how)
+    else:
+        sizes = {"element": element, "bucket": settings.reduce_bucket, "bucket_bytes": bucket}
+        of_groups = [group.params for group in groups]
+        of_ranks = [
+            reductions_of_stage_2(of_groups, partitions, rank, held=held, offloaded=offloaded, last=last, **sizes)
+            for rank, held in held_by.items()
+            for last in {True, not accumulates}
         ]
-    # The gradient in fp32, and what the optimizer's step makes beside it, of one group at a time.
-    of_step = [partition * (12 if optim == "adamw_torch" and group.bits == 32 else 4)
-               for group, partition in zip(groups, partitions, strict=True) if not group.on_host]  # fmt: skip
+        backward = max(peak_of_backward(trace, how) for how in of_ranks) + (gradients if accumulates else 0)
+    # The gradient in fp32, and first what it is made of in one piece, or then what AdamW makes beside it: by group.
+    of_step = [0]
+    for group, partition in zip(groups, partitions, strict=True):
+        if not group.on_host:
+            flat = element if element < 4 and (len(group.params) > 1 or world_size > 1) else 0
+            adamw = 8 if optim == "adamw_torch" and group.bits == 32 else 0
+            of_step.append(partition * (4 + max(flat, adamw)))
     in_norm = 8 * min(NORM_CHUNK, max((math.ceil(one.numel() / world_size) for one in trained), default=0))
     parts = MemoryParts(
         weights=weights,
@@ -423,12 +430,12 @@ def plan_memory(
         buffers=buffers,
         activations=trace.activations,
         logits=trace.logits,
-        gathered=gathered,
+        gathered=gathered(None),
         gradients=gradients,
-        peak_backward=static + gathered + max(backward),
+        peak_backward=static + backward,
         peak_step=static + gradients + (0 if offloaded else max([in_norm, *of_step])),
     )
-    return parts, host
+    return (parts.with_host(host) if on_cpu else parts), host
 
 
 def kept_states(run: FakeRun, config: LisaConfig, stage: int, world_size: int, optim: str) -> int:
@@ -498,9 +505,15 @@ def _held_gradients(params: Sequence[torch.nn.Parameter], world_size: int, rank:
     return held
 
 
-def _gathered(run: FakeRun, trained: Sequence[torch.nn.Parameter], settings: StageSettings) -> int:
-    """Elements that stage 3 holds whole at the end of the forward pass: what the backward pass wants again soon."""
-    blocks, active = run.blocks, {id(parameter) for parameter in trained}
+def _gathered(
+    run: FakeRun, trained: Sequence[torch.nn.Parameter], settings: StageSettings
+) -> Callable[[Arrival | None], int]:
+    """Bytes of weights that stage 3 holds whole.
+
+    At the end of the forward pass (of None) what the backward pass wants again soon; when a gradient comes, at most
+    what it has not passed by.
+    """
+    blocks, active, element = run.blocks, {id(parameter) for parameter in trained}, run.workload.dtype.itemsize
 
     def trains(block) -> bool:
         return any(id(parameter) in active for parameter in block.parameters.values())
@@ -513,13 +526,26 @@ def _gathered(run: FakeRun, trained: Sequence[torch.nn.Parameter], settings: Sta
         in_order = in_order[lowest:]  # the backward pass does not come to the others
     elif not blocks.tied and trains(blocks.embed):
         in_order = [blocks.embed, *in_order]
-    gathered, coming = 0, 0
+    not_passed: dict[int, int] = {}  # elements of its block and of those below it
+    gathered = coming = below = 0
+    for block in in_order:
+        below += sum(one.numel() for one in block.parameters.values() if one.numel() > settings.persistence_threshold)
+        not_passed |= {id(parameter): below for parameter in block.parameters.values()}
+    if blocks.tied:  # the backward pass begins and ends with it
+        matrix = sum(parameter.numel() for parameter in blocks.embed.parameters.values())
+        not_passed = {key: numel + matrix for key, numel in not_passed.items()}
+        not_passed |= {id(parameter): matrix for parameter in blocks.embed.parameters.values()}
     for parameter in reversed([parameter for block in in_order for parameter in block.parameters.values()]):
         if 2 * coming >= settings.max_reuse_distance:
             break
         coming += parameter.numel()
         gathered += parameter.numel() if parameter.numel() > settings.persistence_threshold else 0
-    return gathered
+    gathered *= element
+
+    def gathered_when(one: Arrival | None) -> int:
+        return gathered if one is None else min(gathered, element * not_passed.get(id(one.parameter), gathered))
+
+    return gathered_when
 
 
 @contextlib.contextmanager

@@ -186,7 +186,7 @@ class RunMemory:
     def _plan(self, run: FakeRun, trained: Trained, rank: int | None) -> tuple[MemoryParts, dict[str, int]]:
         config = self._lisa.config
         groups = run.groups(trained, self._optim, config.state_bits, config.offloaded)
-        parts, host = plan_memory(
+        return plan_memory(
             run,
             groups,
             run.trace(groups),
@@ -195,8 +195,8 @@ class RunMemory:
             optim=self._optim,
             rank=rank,
             accumulates=self._accumulates,
+            on_cpu=self._lisa.engine.device.type == "cpu",
         )
-        return (parts if self._lisa.engine.device.type == "cuda" else parts.with_host(host)), host
 
 
 def format_report(report: dict | None) -> str:

@@ -60,6 +60,8 @@ _STAGE_1_2 = _Stage(
         "nccl_start_alignment_factor",
         "partition_size",
         "_get_preflattened_grad_partition",
+        "set_norm_for_param_grad_in_gpu",
+        "async_inplace_copy_grad_to_fp32_buffer_from_gpu",
     ),
 )
 _STAGE_3 = _Stage(
@@ -73,6 +75,7 @@ _STAGE_3 = _Stage(
         "initialize_ds_offload",
         "offload_param_pin_memory",
         "_prepare_fp32_grad_for_sub_group",
+        "_offload_grad_partition_at_boundary",
     ),
 )
 _PRIVATE_NAMES = (
@@ -350,6 +353,10 @@ class ZeroPartitions:
         if on_host:
             _step_on_host(zero, self._stage, frozenset(on_host))
         _take_norms_in_chunks(zero)
+        if self._stage is _STAGE_1_2 and zero.cpu_offload:
+            _send_gradients_in_chunks(zero)
+        elif self._stage is _STAGE_3 and zero.offload_optimizer:
+            _send_partitions_in_chunks(zero)
         for key, master in zip(self.keys(), getattr(zero, self._stage.masters), strict=True):
             state = carried.get(key) if key else None
             if state is None:
@@ -447,6 +454,75 @@ def _take_norms_in_chunks(zero) -> None:
         return norm(zero, gradients, params, norm_type)
 
     zero.get_grad_norm_direct = norm_in_chunks
+
+
+def _send_gradients_in_chunks(zero) -> None:
+    """Have stages 1 and 2 under optimizer offload send a gradient to the host chunk by chunk.
+
+    They make a copy in fp64 for its norm and one in fp32 to send, each of the whole: up to 8 bytes an element of the
+    largest gradient, in the middle of the backward pass.
+    """
+    kind, attribute = type(zero), "grad_accum" if zero.use_grad_accum_attribute else "grad"
+
+    def take_norm(param: torch.nn.Parameter) -> None:
+        key = zero.get_param_id(param)
+        squares = []
+        for _ in _chunks_of_gradient(zero, key):
+            kind.set_norm_for_param_grad_in_gpu(zero, param)
+            squares.append(zero.norm_for_param_grads[key] ** 2)
+        zero.norm_for_param_grads[key] = sum(squares) ** 0.5
+
+    def copy(param: torch.nn.Parameter) -> None:
+        gradient = getattr(param, attribute)
+        for _ in _chunks_of_gradient(zero, zero.get_param_id(param)):
+            setattr(param, attribute, gradient)  # each copy lets go of it
+            kind.async_inplace_copy_grad_to_fp32_buffer_from_gpu(zero, param)
+
+    zero.set_norm_for_param_grad_in_gpu = take_norm
+    zero.async_inplace_copy_grad_to_fp32_buffer_from_gpu = copy
+    zero.temp_grad_buffer_for_gpu_offload = _BufferWhenUsed(zero.temp_grad_buffer_for_gpu_offload)
+
+
+def _chunks_of_gradient(zero, key: int) -> Iterator[None]:
+    """Have `grad_position`, which says where this rank's part of a gradient is and goes, say so of each chunk."""
+    group, source, target, numel = position = zero.grad_position[key]
+    for begins in range(0, numel, NORM_CHUNK):
+        zero.grad_position[key] = [group, source + begins, target + begins, min(NORM_CHUNK, numel - begins)]
+        yield
+    zero.grad_position[key] = position
+
+
+def _send_partitions_in_chunks(zero) -> None:
+    """The same of stage 3, which sends a parameter's partition and takes norms of 250 million elements at once."""
+    send_whole = type(zero)._offload_grad_partition_at_boundary
+
+    def send(param: torch.nn.Parameter, partition: torch.Tensor, *swapped) -> None:
+        key = zero.get_param_id(param)
+        group, target, numel = position = zero.grad_position[key]
+        squares, begins = [], 0
+        for chunk in partition.split(NORM_CHUNK):
+            zero.grad_position[key] = [group, target + begins, numel]
+            send_whole(zero, param, chunk, *swapped)
+            squares.append(zero.norm_for_param_grads[key] ** 2)
+            begins += chunk.numel()
+        zero.grad_position[key] = position
+        zero.norm_for_param_grads[key] = sum(squares) ** 0.5
+
+    zero._offload_grad_partition_at_boundary = send
+
+
+class _BufferWhenUsed:
+    """Stands for a buffer of the largest gradient's size, on the device, which accumulation alone uses."""
+
+    def __init__(self, buffer: torch.Tensor):
+        self._shape, self._dtype, self._device = buffer.shape, buffer.dtype, buffer.device
+        self._buffer: torch.Tensor | None = None
+
+    def view(self, *shape: int) -> torch.Tensor:
+        """The buffer in this shape, made if it is not there."""
+        if self._buffer is None:
+            self._buffer = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        return self._buffer.view(*shape)
 
 
 def _step_on_host(zero, stage: _Stage, on_host: frozenset[int]) -> None:

@@ -6,12 +6,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaFor
 VOCABULARY = 128
 
 
-def tiny_llama(seed: int = 0, num_layers: int = 6, tied: bool = False) -> LlamaForCausalLM:
+def tiny_llama(
+    seed: int = 0, num_layers: int = 6, tied: bool = False, vocab_size: int = VOCABULARY
+) -> LlamaForCausalLM:
     """A Llama of `num_layers` layers, 64 wide, in fp32."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=vocab_size,
             hidden_size=64,
             intermediate_size=96,
             num_hidden_layers=num_layers,

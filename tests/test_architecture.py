@@ -14,7 +14,7 @@ LEVELS = [
     {"optimizer", "states", "memory", "period_log", "nonfinite", "recompute"},
     {"selection"},
     {"zero", "state_files", "weights"},
-    {"invariants", "controller"},
+    {"invariants", "controller", "backward"},
     {"checkpoint", "evaluation", "analysis", "planning", "loop"},
     {"measuring"},
     {"run_memory"},

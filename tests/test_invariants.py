@@ -244,7 +244,8 @@ def test_blocks_with_their_states_on_the_host(ds_config, settings):
     )
 
 
-@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
 def test_a_norm_taken_in_chunks_is_the_norm(ds_config):
     whole, chunks = (run_ranks(norms_of_steps, 2, ds_config, size)[0] for size in (1 << 30, 300))
     assert chunks["norms"] == pytest.approx(whole["norms"], rel=1e-6)
