@@ -146,6 +146,7 @@ class Planner:
                 arguments.gpus,
                 optim=arguments.optim,
                 accumulates=arguments.gradient_accumulation_steps > 1,
+                plain=arguments.method != "lisa",
             )
             for groups, trace in periods
         ]

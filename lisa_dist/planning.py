@@ -22,10 +22,12 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from lisa_dist.backward import (
     Arrival,
     StepTrace,
+    in_chunks,
     peak_of_backward,
     peak_of_stage_1,
     reductions_of_stage_2,
     reductions_of_stage_3,
+    whole_by_stage,
 )
 from lisa_dist.blocks import Blocks, find_blocks, parameter_numel
 from lisa_dist.config import OUTER_BLOCKS, LisaConfig, UserError
@@ -33,7 +35,6 @@ from lisa_dist.memory import AllocationTracker
 from lisa_dist.optimizer import BITSANDBYTES_ADAMW, QUANTIZED_BLOCK, default_state_bits, split_by_decay
 from lisa_dist.recompute import checkpoint_layers
 from lisa_dist.sampling import SampledBlock
-from lisa_dist.zero import NORM_CHUNK
 
 METHODS = ("lisa", "full", "lora")
 # Rows of a table: a part's title, and the fields of MemoryParts that it is the sum of.
@@ -339,11 +340,13 @@ def plan_memory(
     rank: int | None = None,
     accumulates: bool = False,
     on_cpu: bool = False,
+    plain: bool = False,
 ) -> tuple[MemoryParts, dict[str, int]]:
     """The parts of one rank's device memory, and of its host's beside them.
 
     `accumulates`: a step has several micro-batches, and gradients of the earlier ones wait for the last. `rank`: the
     one that is planned; by default one that holds most. `on_cpu`: host and device are one, and both are in the parts.
+    `plain`: DeepSpeed without what LISA changes in it, as other methods have it.
     """
     element, stage, offloaded = run.workload.dtype.itemsize, settings.stage, settings.offload_optimizer
     parameters = list(run.model.parameters())
@@ -382,8 +385,8 @@ def plan_memory(
         }
         held = max(held_by.values())
         if offloaded:
+            buffers = largest if accumulates or plain else 0
             if accumulates:
-                buffers = largest
                 host["gradients that wait"] = held
             host["weights of the active blocks"] = sum(partitions) * element
             host["buffers"] = largest
@@ -399,22 +402,25 @@ def plan_memory(
         host[_OF_A_GROUP] = max(of_group) * (element + 4 + _BESIDE_ON_HOST[kind])
 
     static = weights + sum(states.values()) + buffers
-    if stage == 1:
-        backward = peak_of_stage_1(trace, active, gradients, bucket, accumulates)
-    elif stage == 3:
+    beside = whole_by_stage(stage, offloaded) if plain else in_chunks
+    sending = beside if offloaded else None
+    if stage == 3:
         how = reductions_of_stage_3(
-            world_size, element, settings.reduce_bucket, offloaded=offloaded, on_cpu=on_cpu, gathered=gathered
+            world_size, element, settings.reduce_bucket, sending=sending, on_cpu=on_cpu, gathered=gathered
         )
         backward = peak_of_backward(trace, how)
     else:
         sizes = {"element": element, "bucket": settings.reduce_bucket, "bucket_bytes": bucket}
         of_groups = [group.params for group in groups]
         of_ranks = [
-            reductions_of_stage_2(of_groups, partitions, rank, held=held, offloaded=offloaded, last=last, **sizes)
+            reductions_of_stage_2(of_groups, partitions, rank, held=held, sending=sending, last=last, **sizes)
             for rank, held in held_by.items()
-            for last in {True, not accumulates}
+            for last in {True, stage == 1 or not accumulates}
         ]
-        backward = max(peak_of_backward(trace, how) for how in of_ranks) + (gradients if accumulates else 0)
+        if stage == 1:
+            backward = max(peak_of_stage_1(trace, trained, how, accumulates) for how in of_ranks)
+        else:
+            backward = max(peak_of_backward(trace, how) for how in of_ranks) + (gradients if accumulates else 0)
     # The gradient in fp32, and first what it is made of in one piece, or then what AdamW makes beside it: by group.
     of_step = [0]
     for group, partition in zip(groups, partitions, strict=True):
@@ -422,7 +428,7 @@ def plan_memory(
             flat = element if element < 4 and (len(group.params) > 1 or world_size > 1) else 0
             adamw = 8 if optim == "adamw_torch" and group.bits == 32 else 0
             of_step.append(partition * (4 + max(flat, adamw)))
-    in_norm = 8 * min(NORM_CHUNK, max((math.ceil(one.numel() / world_size) for one in trained), default=0))
+    in_norm = beside(math.ceil(largest / element / world_size))
     parts = MemoryParts(
         weights=weights,
         always_on_states=states[True],

@@ -79,6 +79,8 @@ class RunArguments:
         if not self.dataset_name:
             raise UserError("--dataset_name is missing: give a .json or .jsonl file, or a dataset of the hub.")
         dial = parse_checkpointed_layers(self.checkpointed_layers)
+        if self.method != "lisa" and self.gpu_memory is not None:
+            raise UserError(f"--gpu_memory {self.gpu_memory} with --method {self.method}: it is for --method lisa.")
         if self.method != "lisa" and dial is not None:
             raise UserError(
                 f"--checkpointed_layers {self.checkpointed_layers} with --method {self.method}: use "

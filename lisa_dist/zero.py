@@ -61,6 +61,7 @@ _STAGE_1_2 = _Stage(
         "partition_size",
         "_get_preflattened_grad_partition",
         "set_norm_for_param_grad_in_gpu",
+        "use_grad_accum_attribute",
         "async_inplace_copy_grad_to_fp32_buffer_from_gpu",
     ),
 )
@@ -84,6 +85,7 @@ _PRIVATE_NAMES = (
     "averaged_gradients",
     "unscale_and_clip_grads",
     "get_grad_norm_direct",
+    "get_param_id",
     "initialize_optimizer_states",
     "dp_process_group",
     "ipg_buckets",

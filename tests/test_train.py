@@ -242,6 +242,10 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
         (["--dataset_name", ""], "--dataset_name is missing"),
         (["--eval_rows", "-1"], "--eval_rows -1"),
         (["--eval_rows", "3", "--eval_dataset_name", "x.jsonl"], "give one of them"),
+        (
+            ["--gpu_memory", "22GiB", "--method", "full"],
+            "--gpu_memory 22GiB with --method full: it is for --method lisa",
+        ),
         (["--gpu_memory", "22GiB"], "--gpu_memory 22GiB: only --checkpointed_layers auto keeps to it"),
         (["--deepspeed", "zero7"], "--deepspeed zero7: neither a file nor a shipped config"),
         (["--lisa_activated_layers", "0"], "--lisa_activated_layers 0"),
