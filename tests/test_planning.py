@@ -14,6 +14,7 @@ from torch import distributed as dist
 from transformers import LlamaConfig, MixtralConfig
 
 import lisa_dist
+from lisa_dist import backward
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.measuring import StepMeter
 from lisa_dist.memory import live_tensor_bytes
@@ -46,6 +47,7 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
     accumulation = settings.pop("accumulation", 1)
     of_lisa = {name: value for name, value in settings.items() if name.startswith("lisa_")}
     config = lisa_dist.LisaConfig(lisa_interval_steps=100, **of_lisa)
+    chunk, lisa_dist.zero.NORM_CHUNK = lisa_dist.zero.NORM_CHUNK, settings.get("chunk", lisa_dist.zero.NORM_CHUNK)
     engine, lisa = lisa_dist.initialize(
         model, ds_config_of(ds_config, settings), config, lr=1e-3, optim=optim, gradient_accumulation_steps=accumulation
     )
@@ -72,6 +74,7 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
     parts = {name: value - (of_others if name in whole else 0) for name, value in meter.parts.to_dict().items()}
     found = {"parts": parts, "layers": lisa.active_layers, "blocks": lisa.active_blocks}
     engine.destroy()
+    lisa_dist.zero.NORM_CHUNK = chunk
     return found
 
 
@@ -134,11 +137,11 @@ SETTINGS = [
     ("zero1", 2, torch.bfloat16, {"words": 8192}),
     ("zero1", 1, torch.float32, {"words": 8192, "bucket": 1 << 20} | DRAWN),
     ("zero2_offload", 1, torch.bfloat16, {"words": 8192, "stage": 1}),
-    ("zero2", 4, torch.float32, {"words": 8192, "bucket": 300_000} | DRAWN),
+    ("zero2", 4, torch.float32, {"words": 8192, "bucket": 300_000}),
     ("zero2", 2, torch.float32, {"words": 8192}),
     ("zero2", 1, torch.bfloat16, {"words": 8192, "tied": True} | DRAWN),
     ("zero2", 2, torch.bfloat16, {"words": 8192, "accumulation": 2} | DRAWN),
-    ("zero2_offload", 1, torch.bfloat16, {"words": 8192} | DRAWN),
+    ("zero2_offload", 1, torch.bfloat16, {"words": 8192, "chunk": 4096} | DRAWN),
     ("zero2_offload", 2, torch.float32, {"words": 8192, "accumulation": 2}),
     ("zero3", 1, torch.float32, {"words": 8192}),
     ("zero3_offload", 2, torch.bfloat16, {"words": 8192} | DRAWN),
@@ -147,7 +150,8 @@ SETTINGS = [
 
 @pytest.mark.usefixtures("cpu_ops")
 @pytest.mark.parametrize(("ds_config", "world_size", "dtype", "settings"), SETTINGS)
-def test_a_plan_is_what_a_step_allocates(ds_config, world_size, dtype, settings):
+def test_a_plan_is_what_a_step_allocates(ds_config, world_size, dtype, settings, monkeypatch):
+    monkeypatch.setattr(backward, "NORM_CHUNK", settings.get("chunk", backward.NORM_CHUNK))
     by_rank = run_ranks(measured_step, world_size, ds_config, dtype, settings)
     plans = planned_step(ds_config, world_size, dtype, settings, by_rank[0]["layers"], by_rank[0]["blocks"])
     named = ("weights", "always_on_states", "active_states", "activations", "logits", "gathered", "static", "peak")
