@@ -101,6 +101,7 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
     )
     import deepspeed
     import torch
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
@@ -116,6 +117,8 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
                 outcome = ("value", function(*args))
             except BaseException:  # noqa: BLE001 - whatever it is, the test must see it
                 outcome = ("raised", traceback.format_exc())
+            # A Trainer of an earlier test, not collected yet, would have transformers build models under ZeRO-3.
+            unset_hf_deepspeed_config()
             connection.send(outcome)
             continue
         return

@@ -297,7 +297,7 @@ def test_an_unknown_key_in_the_yaml_is_refused(tmp_path):
 @pytest.mark.usefixtures("cpu_ops")
 def test_a_stopped_run_goes_on_to_the_weights_of_the_whole_one(folder, tmp_path):
     changes = {
-        "max_steps": 12,
+        "max_steps": 50,  # enough for the signal to come before the end
         "save_strategy": "steps",
         "save_steps": 100,
         "eval_strategy": "no",
@@ -320,7 +320,7 @@ def test_a_stopped_run_goes_on_to_the_weights_of_the_whole_one(folder, tmp_path)
     assert "--resume_from_checkpoint true" in said
     assert not (out / "model.safetensors").exists()
     (saved,) = out.glob("checkpoint-*")
-    assert 2 < int(saved.name.split("-")[1]) < 12
+    assert 2 < int(saved.name.split("-")[1]) < 50
 
     resumed = start("python", flags_for(folder, out, **changes | {"resume_from_checkpoint": True}))
     assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-3000:]
