@@ -11,32 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lisa_dist.fake_run import Arrival, StepTrace
 from lisa_dist.zero import NORM_CHUNK
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """A gradient that has come in a traced backward pass. Bytes, of everything but the gradients before it."""
-
-    parameter: torch.nn.Parameter
-    peak_before: int  # the most since the one before it has come
-    now: int  # as it comes, itself included
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the gradient."""
-        return self.parameter.numel() * self.parameter.element_size()
-
-
-@dataclass(frozen=True)
-class StepTrace:
-    """Bytes that a forward and backward pass allocates on top of weights and states."""
-
-    activations: int  # at the end of the forward pass
-    logits: int  # at the end of the forward pass: what has the vocabulary as its last dimension
-    arrivals: tuple[Arrival, ...]
-    peak_after: int  # the most after the last gradient has come
-    now: int  # at the end of the backward pass, gradients apart
 
 
 @dataclass(frozen=True)

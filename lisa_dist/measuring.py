@@ -11,8 +11,9 @@ import time
 import torch
 
 from lisa_dist.controller import LisaController
+from lisa_dist.fake_run import part_of
 from lisa_dist.memory import AllocationTracker, live_storages
-from lisa_dist.planning import MemoryParts, part_of
+from lisa_dist.planning import MemoryParts
 
 
 class StepMeter:

@@ -12,20 +12,10 @@ from transformers import AutoConfig, HfArgumentParser, PretrainedConfig
 
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.ds_config import check_ds_config, offload_by_block, read_ds_config, uses_optimizer_offload
+from lisa_dist.fake_run import FakeRun, StepTrace, Workload
 from lisa_dist.metrics import GIB, format_bytes, format_columns, parse_bytes
 from lisa_dist.optimizer import check_optim
-from lisa_dist.planning import (
-    PARTS,
-    FakeRun,
-    MemoryParts,
-    StageSettings,
-    StepTrace,
-    Workload,
-    check_method,
-    kept_states,
-    plan_memory,
-    widest_periods,
-)
+from lisa_dist.planning import PARTS, MemoryParts, StageSettings, check_method, kept_states, plan_memory, widest_periods
 from lisa_dist.recompute import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
 from lisa_dist.sampling import load_layer_weights
 from lisa_dist.selection import sampled_blocks

@@ -1,27 +1,20 @@
 """What a run will need of memory, before it runs: by part, on each GPU and on each rank's host.
 
-Activations are not estimated by a formula for each architecture: one training step of the model itself is run on fake
-tensors, which have shapes and no data, with the blocks trained that LISA would train, and every allocation is counted
-(`trace_step`). Around that stand the sizes that DeepSpeed gives to partitions, gradients and buffers at each ZeRO stage
-(`plan_memory`). `StepMeter` in measuring.py finds the same parts of a real step.
+What the model itself allocates is counted on fake tensors (`fake_run.py`), what the backward pass needs for gradients
+is followed in `backward.py`. Around that stand the sizes that DeepSpeed gives to partitions and buffers at each ZeRO
+stage (`plan_memory`). `StepMeter` in measuring.py finds the same parts of a real step.
 
 All sizes are bytes of one rank. A plan is of the worst period: the largest blocks that a period may train, the lowest
 layers among them, since the backward pass ends at the lowest one where the embedding sleeps.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, masking_utils
-from transformers.integrations import deepspeed as hf_deepspeed
 
 from lisa_dist.backward import (
-    Arrival,
-    StepTrace,
     in_chunks,
     peak_of_backward,
     peak_of_stage_1,
@@ -29,11 +22,10 @@ from lisa_dist.backward import (
     reductions_of_stage_3,
     whole_by_stage,
 )
-from lisa_dist.blocks import Blocks, find_blocks, parameter_numel
+from lisa_dist.blocks import Blocks, parameter_numel
 from lisa_dist.config import OUTER_BLOCKS, LisaConfig, UserError
-from lisa_dist.memory import AllocationTracker
+from lisa_dist.fake_run import Arrival, FakeRun, Group, StepTrace, Trained
 from lisa_dist.optimizer import BITSANDBYTES_ADAMW, QUANTIZED_BLOCK, default_state_bits, split_by_decay
-from lisa_dist.recompute import checkpoint_layers
 from lisa_dist.sampling import SampledBlock
 
 METHODS = ("lisa", "full", "lora")
@@ -58,41 +50,6 @@ _OF_A_GROUP = "gradients of a group"  # what is on the host only while that grou
 # Bytes an element that AdamW on the host takes for a moment.
 _BESIDE_ON_HOST = {"adamw_torch_fused": 0, "adamw_torch": 8, "bitsandbytes": 12}
 _SMALLEST_QUANTIZED = 4096  # elements of a partition that bitsandbytes quantizes
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What one micro-batch of a rank is, and how it is computed."""
-
-    seq_length: int
-    micro_batch_size: int = 1
-    dtype: torch.dtype = torch.bfloat16
-    checkpointed_layers: int = 0  # so many of the lowest layers store their inputs alone
-    attention: str = "sdpa"
-    fused_head: bool = True  # the loss without whole logits, as TRL's SFTTrainer has it; else the model's own
-    padded: bool = False  # rows of several lengths: the attention has a mask
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The blocks that one period trains: layers by number, outer blocks by name."""
-
-    layers: tuple[int, ...]
-    always_on: tuple[str, ...]
-    drawn: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Group:
-    """One parameter group: its parameters, the bits of its moments, whether it is there in every period.
-
-    `on_host`: its states are on the host, where the group alone was sent (--lisa_offload).
-    """
-
-    params: tuple[torch.nn.Parameter, ...]
-    bits: int = 32
-    always_on: bool = True
-    on_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,131 +139,6 @@ class StageSettings:
             ),
             max_reuse_distance=elements("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE, _MAX_REUSE_DISTANCE),
         )
-
-
-class PlanError(UserError):
-    """The model cannot be run on fake tensors: the message has what it said."""
-
-
-@contextlib.contextmanager
-def _planned(config: PretrainedConfig) -> Iterator[None]:
-    """Any model's own code runs in here, and may want what fake tensors do not have."""
-    try:
-        yield
-    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
-        if isinstance(error, UserError):
-            raise
-        said = str(error).strip().splitlines() or [""]
-        raise PlanError(
-            f"{type(config).__name__}: this model cannot be planned ({type(error).__name__}: {said[0]})."
-        ) from error
-
-
-class FakeRun:
-    """A model without data, of which blocks can be trained on fake tensors. Raises ValueError for one that cannot."""
-
-    def __init__(
-        self,
-        config: PretrainedConfig,
-        workload: Workload,
-        lora_rank: int = 0,
-        layers_attribute: str | None = None,
-    ):
-        with _planned(config):
-            self._build(config, workload, lora_rank, layers_attribute)
-
-    def _build(
-        self, config: PretrainedConfig, workload: Workload, lora_rank: int, layers_attribute: str | None
-    ) -> None:
-        self.workload = workload
-        self.vocab_size = config.get_text_config().vocab_size
-        self.hidden_size = config.get_text_config().hidden_size
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with _outside_of_zero3(), torch.device("meta"):
-            known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-            attention = workload.attention if getattr(known, "_supports_sdpa", True) else "eager"
-            self.model = AutoModelForCausalLM.from_config(config, dtype=workload.dtype, attn_implementation=attention)
-            if workload.fused_head:
-                from trl.trainer.utils import add_fused_lm_head
-
-                add_fused_lm_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
-            self._run = _with_adapters(self.model, lora_rank) if lora_rank else self.model
-        with self._mode:
-            self._run.to_empty(device="cpu")  # which meta tensors are not: attention would run another kernel
-            self.model.tie_weights()
-        self.blocks = find_blocks(self.model, layers_attribute)
-        checkpoint_layers(self.model, self.blocks, workload.checkpointed_layers)
-
-    def groups(
-        self,
-        trained: Trained | None,
-        optim: str = "adamw_torch_fused",
-        state_bits: dict[str, int] | None = None,
-        offloaded: Container[str] = (),
-    ) -> list[Group]:
-        """The parameter groups of a period; of everything that is trainable, adapters or the whole model, for None."""
-        if trained is None:
-            kinds: dict[bool, list] = {True: [], False: []}
-            for parameter in self._run.parameters():
-                if parameter.requires_grad:
-                    kinds[parameter.ndim > 1].append(parameter)
-            return [Group(tuple(params), default_state_bits(optim)) for params in kinds.values() if params]
-        names = [(name, self.blocks.outer(name), True) for name in trained.always_on]
-        names += [(name, self.blocks.outer(name), False) for name in trained.drawn]
-        names += [("layers", self.blocks.layers[layer], False) for layer in trained.layers]
-        bits = state_bits or {}
-        return [
-            Group(tuple(params), int(bits.get(name, default_state_bits(optim))), always_on, name in offloaded)
-            for name, block, always_on in names
-            for params in split_by_decay(block).values()
-        ]
-
-    def trace(self, groups: Sequence[Group]) -> StepTrace:
-        """Run one forward and backward pass and count what it allocates; gradients are let go as they come.
-
-        Raises ValueError for a model that cannot be run on fake tensors.
-        """
-        with _planned(self.model.config):
-            return self._trace(groups)
-
-    def _trace(self, groups: Sequence[Group]) -> StepTrace:
-        for parameter in self._run.parameters():
-            parameter.requires_grad_(False)
-        trained = [parameter for group in groups for parameter in group.params]
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        self._run.train()
-        arrivals: list[Arrival] = []
-
-        def drop(parameter: torch.nn.Parameter) -> None:
-            arrivals.append(Arrival(parameter, tracker.peak - model_bytes, tracker.now - model_bytes))
-            parameter.grad = None
-            tracker.begin_phase()
-
-        hooks = [parameter.register_post_accumulate_grad_hook(drop) for parameter in trained]
-        tracker = AllocationTracker(lambda tensor: part_of(tensor, self.vocab_size))
-        workload = self.workload
-        with self._mode:
-            tokens = torch.ones(workload.micro_batch_size, workload.seq_length, dtype=torch.long)
-            mask = torch.ones_like(tokens) if workload.padded else None
-            inputs = {"input_ids": tokens, "attention_mask": mask, "labels": tokens, "use_cache": False}
-            if workload.fused_head:
-                inputs["fused_lm_head"] = True
-            tracker.add([*self._run.parameters(), *self._run.buffers()], "model")
-            model_bytes = tracker.now
-            with _outside_of_zero3(), tracker, _no_mask_where_none_is_needed(workload.padded):
-                loss = self._run(**inputs).loss
-                held = +tracker.bytes
-                loss.backward()
-        for hook in hooks:
-            hook.remove()
-        after, now = tracker.peak - model_bytes, tracker.now - model_bytes
-        return StepTrace(held["activations"], held["logits"], tuple(arrivals), after, now)
-
-
-def part_of(tensor: torch.Tensor, vocab_size: int) -> str:
-    """The part that a tensor made in a step belongs to."""
-    return "logits" if tensor.ndim > 1 and tensor.shape[-1] == vocab_size else "activations"
 
 
 def widest_periods(
@@ -481,25 +313,6 @@ def check_method(name: str) -> None:
         raise UserError(f"--method {name}: unknown; choose one of {', '.join(METHODS)}.")
 
 
-@contextlib.contextmanager
-def _outside_of_zero3() -> Iterator[None]:
-    """In a run under ZeRO-3 transformers would cut any model that is built, together with all other ranks."""
-    held = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = held
-
-
-def _with_adapters(model: torch.nn.Module, rank: int) -> torch.nn.Module:
-    """The baseline: LoRA on every linear layer but the head, without dropout."""
-    from peft import LoraConfig, get_peft_model
-
-    adapters = LoraConfig(r=rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
-    return get_peft_model(model, adapters, autocast_adapter_dtype=False)
-
-
 def _held_gradients(params: Sequence[torch.nn.Parameter], world_size: int, rank: int) -> int:
     """Elements of gradients that stages 1 and 2 hold of a group: all of each parameter that the partition cuts."""
     partition = partition_numel(params, 2, world_size)
@@ -552,15 +365,3 @@ def _gathered(
         return gathered if one is None else min(gathered, element * not_passed.get(id(one.parameter), gathered))
 
     return gathered_when
-
-
-@contextlib.contextmanager
-def _no_mask_where_none_is_needed(padded: bool) -> Iterator[None]:
-    """Without padding, transformers looks whether rows are packed, and gives SDPA no mask; fake rows have no data."""
-    original = masking_utils.find_packed_sequence_indices
-    if not padded:
-        masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original

@@ -11,19 +11,11 @@ from transformers import PretrainedConfig
 
 from lisa_dist.config import UserError
 from lisa_dist.controller import LisaController
+from lisa_dist.fake_run import FakeRun, Trained, Workload
 from lisa_dist.files import gather
 from lisa_dist.measuring import StepMeter
 from lisa_dist.metrics import format_bytes, format_columns
-from lisa_dist.planning import (
-    PARTS,
-    FakeRun,
-    MemoryParts,
-    StageSettings,
-    Trained,
-    Workload,
-    plan_memory,
-    widest_periods,
-)
+from lisa_dist.planning import PARTS, MemoryParts, StageSettings, plan_memory, widest_periods
 from lisa_dist.recompute import AUTO, checkpoint_layers, checkpointed_layers, fewest_layers, number_of_layers
 
 

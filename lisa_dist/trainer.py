@@ -31,10 +31,10 @@ from lisa_dist.checkpoint import (
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.controller import LisaController
 from lisa_dist.ds_config import check_ds_config, offload_by_block, uses_optimizer_offload
+from lisa_dist.fake_run import Workload
 from lisa_dist.files import gather, together
 from lisa_dist.metrics import format_active, format_bytes, format_count, format_table, lisa_metrics
 from lisa_dist.optimizer import build_optimizer, check_optim
-from lisa_dist.planning import Workload
 from lisa_dist.recompute import checkpointed_layers, parse_budget, parse_checkpointed_layers
 from lisa_dist.run_memory import RunMemory, format_report
 from lisa_dist.stop_signals import StopSignals

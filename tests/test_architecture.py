@@ -12,7 +12,7 @@ LEVELS = [
     {"ds_config", "blocks", "sampling", "data", "attention", "metrics", "cpu_bf16"},
     {"files", "stop_signals", "watchdog", "cpu_ops"},
     {"optimizer", "states", "memory", "period_log", "nonfinite", "recompute"},
-    {"selection"},
+    {"selection", "fake_run"},
     {"zero", "state_files", "weights"},
     {"invariants", "controller", "backward"},
     {"checkpoint", "evaluation", "analysis", "planning", "loop"},

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, MixtralConfig
 import lisa_dist
 from lisa_dist import backward
 from lisa_dist.ds_config import read_ds_config
+from lisa_dist.fake_run import FakeRun, Trained, Workload
 from lisa_dist.measuring import StepMeter
 from lisa_dist.memory import live_tensor_bytes
 from lisa_dist.metrics import parse_bytes
@@ -29,7 +30,7 @@ from lisa_dist.plan import (
     shipped_model_configs,
     what_fits,
 )
-from lisa_dist.planning import PARTS, FakeRun, StageSettings, Trained, Workload, plan_memory, widest_periods
+from lisa_dist.planning import PARTS, StageSettings, plan_memory, widest_periods
 from lisa_dist.selection import sampled_blocks
 
 ROWS, LENGTH = 4, 64
@@ -48,6 +49,10 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
     of_lisa = {name: value for name, value in settings.items() if name.startswith("lisa_")}
     config = lisa_dist.LisaConfig(lisa_interval_steps=100, **of_lisa)
     chunk, lisa_dist.zero.NORM_CHUNK = lisa_dist.zero.NORM_CHUNK, settings.get("chunk", lisa_dist.zero.NORM_CHUNK)
+    patches = ("_take_norms_in_chunks", "_send_gradients_in_chunks", "_send_partitions_in_chunks")
+    changes = {name: getattr(lisa_dist.zero, name) for name in patches if settings.get("plain")}
+    for name in changes:
+        setattr(lisa_dist.zero, name, lambda zero: None)
     engine, lisa = lisa_dist.initialize(
         model, ds_config_of(ds_config, settings), config, lr=1e-3, optim=optim, gradient_accumulation_steps=accumulation
     )
@@ -75,6 +80,8 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
     found = {"parts": parts, "layers": lisa.active_layers, "blocks": lisa.active_blocks}
     engine.destroy()
     lisa_dist.zero.NORM_CHUNK = chunk
+    for name, change in changes.items():
+        setattr(lisa_dist.zero, name, change)
     return found
 
 
@@ -97,6 +104,7 @@ def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: 
     groups = run.groups(Trained(layers, always_on, drawn), optim, config.state_bits, config.offloaded)
     stage, trace = StageSettings.of(ds_config_of(ds_config, settings), run.hidden_size), run.trace(groups)
     options = {"optim": optim, "accumulates": settings.get("accumulation", 1) > 1, "on_cpu": True}
+    options["plain"] = settings.get("plain", False)
     return [plan_memory(run, groups, trace, stage, world_size, rank=rank, **options)[0] for rank in range(world_size)]
 
 
@@ -145,6 +153,10 @@ SETTINGS = [
     ("zero2_offload", 2, torch.float32, {"words": 8192, "accumulation": 2}),
     ("zero3", 1, torch.float32, {"words": 8192}),
     ("zero3_offload", 2, torch.bfloat16, {"words": 8192} | DRAWN),
+    # DeepSpeed without what LISA changes, as other methods have it.
+    ("zero2", 1, torch.bfloat16, {"words": 8192, "plain": True, "chunk": 4096}),
+    ("zero2_offload", 1, torch.bfloat16, {"words": 8192, "plain": True, "chunk": 4096}),
+    ("zero3_offload", 2, torch.bfloat16, {"words": 8192, "plain": True, "chunk": 4096}),
 ]
 
 

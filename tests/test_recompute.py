@@ -9,8 +9,8 @@ from torch import distributed as dist
 import lisa_dist
 from lisa_dist.blocks import find_blocks
 from lisa_dist.ds_config import read_ds_config
+from lisa_dist.fake_run import Workload
 from lisa_dist.measuring import StepMeter
-from lisa_dist.planning import Workload
 from lisa_dist.recompute import (
     checkpoint_layers,
     checkpointed_layers,
