@@ -42,9 +42,10 @@ def worker(arguments: argparse.Namespace) -> None:
 
     import lisa_dist
     from lisa_dist.ds_config import read_ds_config
+    from lisa_dist.fake_run import FakeRun, Trained, Workload
     from lisa_dist.measuring import StepMeter
     from lisa_dist.memory import live_tensor_bytes
-    from lisa_dist.planning import FakeRun, StageSettings, Trained, Workload, plan_memory
+    from lisa_dist.planning import StageSettings, plan_memory
 
     dtype = getattr(torch, arguments.dtype)
     figures = []
