@@ -64,14 +64,21 @@ class Watchdog:
     def __exit__(self, kind, error, trace) -> None:
         if not self._on:
             return
-        if error is None:
+        if error is not None:
+            self._fail(error)
+            return
+        try:
             dist.barrier()  # from here on nobody's silence is a fault
-            self._done.set()
-            dist.barrier()  # nobody needs rank 0's store any more
-        else:
-            self._failure = f"{kind.__name__}: {error}"
-            self._explain()
-            self._done.set()
+        except RuntimeError as lost:
+            self._fail(lost)
+            raise
+        self._done.set()
+        dist.barrier()  # nobody needs rank 0's store any more
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = f"{type(error).__name__}: {error}"
+        self._explain()
+        self._done.set()
 
     def _connect(self) -> dist.TCPStore:
         host, patience = os.environ.get("MASTER_ADDR", "127.0.0.1"), timedelta(seconds=self._silence)
@@ -113,9 +120,12 @@ class Watchdog:
                 self._done.wait(_GRACE)
                 if self._failure is None and not self._done.is_set():
                     self._end(self._failed_ranks())
-            elif silent := self._silent_ranks(self._silence):
-                self._end(f"rank(s) {silent} have given no sign of life for {self._silence:.0f} s")
-            elif not self._steps_ended and time.monotonic() - self._last_beat > self._timeout:
+            hangs = not self._steps_ended and time.monotonic() - self._last_beat > self._timeout
+            # A rank that has stopped may have given a sign after the last step that the others still count.
+            seconds = min(self._silence, 3 * _INTERVAL) if hangs else self._silence
+            if silent := self._silent_ranks(seconds):
+                self._end(f"rank(s) {silent} have given no sign of life for {seconds:.0f} s")
+            elif hangs:
                 faulthandler.dump_traceback()
                 # A rank that fails this moment has no count any more.
                 beats = [0 if sign.startswith(_FAILED) else int(sign.split()[-1]) for sign in self._signs]

@@ -21,7 +21,7 @@ def rank_main(how: str, victim: int) -> None:
 
     dist.init_process_group("gloo")
     mine = dist.get_rank() == victim
-    with StopSignals() as stop, Watchdog({"off": 0, "twice": 60}.get(how, 3)) as watchdog:
+    with StopSignals() as stop, Watchdog({"off": 0, "twice": 60, "stop late": 6, "at end": 60}.get(how, 3)) as watchdog:
         for step in range(40):
             watchdog.beat()
             dist.all_reduce(torch.ones(1))
@@ -35,6 +35,9 @@ def rank_main(how: str, victim: int) -> None:
                 print("now", flush=True)
                 if how in ("SIGKILL", "SIGSTOP"):
                     os.kill(os.getpid(), getattr(signal, how))
+                elif how == "stop late":
+                    time.sleep(2.5)  # of 6 seconds without a step it has then been silent for less than 4
+                    os.kill(os.getpid(), signal.SIGSTOP)
                 elif how == "raise":
                     raise ValueError("a bad row")
                 elif how == "stall":
@@ -45,6 +48,9 @@ def rank_main(how: str, victim: int) -> None:
                 elif how == "twice":
                     dist.barrier()  # alone: the main thread does not come back
             time.sleep(0.05)
+        if how == "at end" and mine:
+            time.sleep(2)  # for the other rank to wait at the end of the block
+            os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
     dist.destroy_process_group()
     print("ended", flush=True)
@@ -81,6 +87,8 @@ def wait_for(tmp_path: Path, rank: int, words: str) -> None:
     [
         ("SIGKILL", "rank(s) [{}] no longer answer: they were killed or have stopped"),
         ("SIGSTOP", "rank(s) [{}] have given no sign of life for 3 s"),
+        ("stop late", "rank(s) [{}] have given no sign of life for 3 s"),
+        ("at end", "rank(s) [{}] no longer answer: they were killed or have stopped"),
         ("raise", "rank {} has failed: ValueError: a bad row"),
         ("stall", "no step for 3 s (--hang_timeout); furthest behind: rank(s) [{}]"),
     ],
