@@ -5,7 +5,8 @@ from setuptools import setup
 LAUNCHER = ["ninja>=1.11"]  # DeepSpeed compiles its C++ ops with it at first use
 QUICKSTART = ["gguf>=0.10", "tensorboard>=2.14"]
 PLOT = ["matplotlib>=3.8"]
-DEV = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6,<1"]
+TRITON = ["triton>=3.2; sys_platform == 'linux'"]  # a CUDA torch brings its own; the tests run it in its interpreter
+DEV = [*TRITON, "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6,<1"]
 
 setup(
     name="lisa_dist",

@@ -127,14 +127,14 @@ def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict | None
     saved = StateFiles([folder / state_file(rank, state["world_size"]) for rank in range(state["world_size"])])
     pieces = lisa.partitions.pieces()
     for key, held in lisa.partition_states().items():
-        fields = saved.read(key, pieces[key], held.numel, lisa.partitions.takes_8bit_states)
+        fields = saved.read(key, pieces[key], held.numel, lisa.partitions.coding)
         if fields is None:  # it begins afresh, with other settings
             continue
         if changed and lisa.config.lisa_state == "reset_all":  # a period begins here, which its switch would have done
             fields = {MASTER: fields[MASTER]}
         lisa.partitions.load_state(key, fields)
-    quantized = lisa.partitions.takes_8bit_states
-    lisa.keep_states(lambda key, pieces, numel: saved.read(key, pieces, numel, quantized))
+    coding = lisa.partitions.coding
+    lisa.keep_states(lambda key, pieces, numel: saved.read(key, pieces, numel, coding))
     lisa.partitions.load_counters(state["counters"])
     rates = state["learning_rates"]
     for group in engine.optimizer.param_groups:

@@ -16,6 +16,7 @@ class UserError(ValueError):
 SAMPLERS = ("uniform", "reshuffle", "cyclic", "fixed", "weighted")
 STATE_POLICIES = ("reset", "reset_all", "keep")
 NONFINITE_POLICIES = ("stop", "skip")
+MASTERS = ("fp32", "bf16_sr")
 OUTER_BLOCKS = ("embed", "head", "rest")
 
 
@@ -74,8 +75,15 @@ class LisaConfig:
     lisa_state_bits: str = field(
         default="",
         metadata={
-            "help": "Bits of the moments by block, 8 (bitsandbytes, blockwise) or 32, such as embed=8,layers=32; by "
-            "default as --optim has them."
+            "help": "Bits of the moments by block, 8 (blockwise) or 32, such as embed=8,layers=32; by default as "
+            "--optim has them."
+        },
+    )
+    lisa_master: str = field(
+        default="fp32",
+        metadata={
+            "help": "What AdamW adds its updates to: fp32 (a master copy of the weights), or with --optim lisa_adamw "
+            "bf16_sr (the bf16 weights themselves, rounded stochastically)."
         },
     )
     lisa_offload: str = field(
@@ -123,6 +131,13 @@ class LisaConfig:
             )
         if self.lisa_state not in STATE_POLICIES:
             raise UserError(f"--lisa_state {self.lisa_state}: unknown; choose one of {', '.join(STATE_POLICIES)}.")
+        if self.lisa_master not in MASTERS:
+            raise UserError(f"--lisa_master {self.lisa_master}: unknown; choose one of {', '.join(MASTERS)}.")
+        if self.lisa_master != "fp32" and self.offloaded:
+            raise UserError(
+                f"--lisa_master {self.lisa_master} with --lisa_offload {self.lisa_offload}: what steps on the host is "
+                "an fp32 master; leave one of them out."
+            )
         if self.lisa_nonfinite not in NONFINITE_POLICIES:
             raise UserError(
                 f"--lisa_nonfinite {self.lisa_nonfinite}: unknown; choose one of {', '.join(NONFINITE_POLICIES)}."

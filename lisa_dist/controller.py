@@ -45,6 +45,7 @@ STATE_VERSION = 1
 FREE_SETTINGS = (
     "lisa_state",
     "lisa_offload",
+    "lisa_master",
     "lisa_nonfinite",
     "lisa_layers_attribute",
     "lisa_weights_file",
@@ -193,7 +194,7 @@ class LisaController:
                 pieces, numel = self.partitions.layout(params)
                 fields = read(key, pieces, numel)
                 if fields is not None:
-                    self.host_states.put(key, self.partitions.state_of(f"{group}/{kind}", fields), pieces)
+                    self.host_states.put(key, self.partitions.state_of(f"{group}/{kind}", pieces, fields), pieces)
 
     def live_bytes(self) -> int:
         """Bytes that tensors hold on this rank's device right now."""

@@ -100,6 +100,11 @@ def offload_by_block(config: dict, offloaded: Sequence[str]) -> None:
     zero.pop("offload_optimizer", None)
 
 
+def keep_no_master(config: dict) -> None:
+    """Have DeepSpeed step the bf16 weights themselves; moments are the optimizer's matter, whatever it thinks."""
+    config["bf16"] = (config.get("bf16") or {}) | {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+
+
 def load_ds_config(
     name_or_path: str | dict,
     *,

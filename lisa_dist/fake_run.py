@@ -16,7 +16,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from lisa_dist.blocks import find_blocks
 from lisa_dist.config import UserError
 from lisa_dist.memory import AllocationTracker
-from lisa_dist.optimizer import default_state_bits, split_by_decay
+from lisa_dist.optimizer import default_state_bits, split_by_decay, takes_bits
 from lisa_dist.recompute import checkpoint_layers
 
 
@@ -146,12 +146,15 @@ class FakeRun:
         names = [(name, self.blocks.outer(name), True) for name in trained.always_on]
         names += [(name, self.blocks.outer(name), False) for name in trained.drawn]
         names += [("layers", self.blocks.layers[layer], False) for layer in trained.layers]
-        bits = state_bits or {}
         return [
-            Group(tuple(params), int(bits.get(name, default_state_bits(optim))), always_on, name in offloaded)
+            Group(tuple(params), self._bits(name, kind, optim, state_bits or {}), always_on, name in offloaded)
             for name, block, always_on in names
-            for params in split_by_decay(block).values()
+            for kind, params in split_by_decay(block).items()
         ]
+
+    def _bits(self, name: str, kind: str, optim: str, state_bits: dict[str, int]) -> int:
+        bits = state_bits.get(name, default_state_bits(optim))
+        return int(bits) if takes_bits(bits, kind) else default_state_bits(optim)
 
     def trace(self, groups: Sequence[Group]) -> StepTrace:
         """Run one forward and backward pass and count what it allocates; gradients are let go as they come.

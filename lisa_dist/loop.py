@@ -5,8 +5,16 @@ import torch
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.controller import LisaController
-from lisa_dist.ds_config import check_ds_config, load_ds_config, offload_by_block, uses_optimizer_offload
-from lisa_dist.optimizer import build_optimizer
+from lisa_dist.ds_config import (
+    check_ds_config,
+    keep_no_master,
+    load_ds_config,
+    offload_by_block,
+    uses_optimizer_offload,
+)
+from lisa_dist.optimizer import build_optimizer, check_optim
+
+_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def initialize(
@@ -37,9 +45,13 @@ def initialize(
     check_ds_config(filled)
     config = config or LisaConfig()
     offload_by_block(filled, config.offloaded)
+    offload = uses_optimizer_offload(filled)
+    check_optim(optim, offload, config, _PRECISIONS.get(next(model.parameters()).dtype, "fp32"))
+    if config.lisa_master != "fp32":
+        keep_no_master(filled)
     lisa = LisaController(model, config)
     groups = lisa.param_groups(weight_decay)
-    optimizer = build_optimizer(groups, optim, lr=lr, offload=uses_optimizer_offload(filled))
+    optimizer = build_optimizer(groups, optim, lr=lr, offload=offload, seed=config.lisa_seed)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=filled)
     lisa.attach(engine, output_dir)
     return engine, lisa

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lisa_dist.backend import OPERATORS
+
 
 def live_tensor_bytes(device: torch.device | None = None) -> int:
     """Bytes held by tensors right now on this rank.
@@ -76,7 +78,12 @@ class AllocationTracker(TorchDispatchMode):
         self.peak, self.at_peak = self.now, +self.bytes
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """Run the operator and count what it has made."""
+        """Run the operator and count what it has made; of our own operators, what they make on the way too."""
+        code = OPERATORS.get(function)
+        if code is not None:
+            with self:
+                code(*args, **(kwargs or {}))
+            return None
         made = function(*args, **(kwargs or {}))
         made_tensors = made if isinstance(made, tuple | list) else (made,)
         self.add(tensor for tensor in made_tensors if isinstance(tensor, torch.Tensor))

@@ -10,14 +10,17 @@ from collections.abc import Container, Iterable, Mapping
 
 import torch
 
+from lisa_dist.adamw import LisaAdamW
 from lisa_dist.blocks import Block, parameter_ndim
-from lisa_dist.config import UserError
+from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.states import Piece
 
 # Optimizers that work on any flat piece of a parameter, which is what a ZeRO partition is.
 TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
 # Not its paged forms: their memory is never given back, so every switch would leak the states it drops.
 BITSANDBYTES_ADAMW = ("adamw_bnb_8bit", "adamw_8bit")
-SUPPORTED_OPTIMIZERS = TORCH_ADAMW + BITSANDBYTES_ADAMW
+LISA_ADAMW = "lisa_adamw"  # our own: one pass, fewer bytes
+SUPPORTED_OPTIMIZERS = (*TORCH_ADAMW, *BITSANDBYTES_ADAMW, LISA_ADAMW)
 
 # AdamW's moments, and the number that bitsandbytes knows each by: state1, and for 8 bits absmax1 and qmap1.
 MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
@@ -47,8 +50,8 @@ def build_param_groups(
     """Parameter groups: the outer blocks first, then one slot for each active layer.
 
     Every group carries a `lisa_group` name, such as "embed/decay" or "slot1/no_decay". Where `state_bits` has its block
-    (embed, head, rest or layers), the bits of its moments are its `lisa_state_bits`; `lisa_host` says that its states
-    are on the host, since `offloaded` has its block.
+    (embed, head, rest or layers), the bits of its moments are its `lisa_state_bits`; 8 are for matrices alone.
+    `lisa_host` says that its states are on the host, since `offloaded` has its block.
     """
     named = [(block.name, block.name, block) for block in outer]
     named += [(f"slot{slot}", "layers", layer) for slot, layer in enumerate(active_layers)]
@@ -58,12 +61,17 @@ def build_param_groups(
             "params": parameters,
             "weight_decay": weight_decay if kind == "decay" else 0.0,
             "lisa_group": f"{name}/{kind}",
-            **({"lisa_state_bits": int(bits[policy])} if policy in bits else {}),
+            **({"lisa_state_bits": int(bits[policy])} if policy in bits and takes_bits(bits[policy], kind) else {}),
             **({"lisa_host": True} if policy in offloaded else {}),
         }
         for name, policy, block in named
         for kind, parameters in split_by_decay(block).items()
     ]
+
+
+def takes_bits(bits: int, kind: str) -> bool:
+    """Whether a group of this kind has the bits that its block is given: norms and biases are not worth 8."""
+    return bits == 32 or kind == "decay"
 
 
 def check_same_kinds(layers: list[Block]) -> None:
@@ -83,22 +91,33 @@ def default_state_bits(optim: str) -> int:
     return 8 if optim in BITSANDBYTES_ADAMW else 32
 
 
-def check_optim(
-    optim: str, offload: bool, state_bits: Mapping[str, int] | None = None, offloaded: Iterable[str] = ()
-) -> None:
-    """Refuse an optimizer, or bits of its moments, that LISA cannot run, before anything is built."""
+def check_optim(optim: str, offload: bool, config: LisaConfig | None = None, half_precision: str = "bf16") -> None:
+    """Refuse an optimizer, or bits and masters that it cannot have, before anything is built.
+
+    `offload`: DeepSpeed's; `half_precision`: "bf16", "fp16" or "fp32", of the weights.
+    """
+    config = config or LisaConfig()
+    state_bits, offloaded = config.state_bits, config.offloaded
     optim = getattr(optim, "value", optim)  # the Trainer's arguments hold an enum
     if optim not in SUPPORTED_OPTIMIZERS:
         raise UserError(
             f"--optim {optim}: LISA runs AdamW over ZeRO partitions; choose one of {', '.join(SUPPORTED_OPTIMIZERS)}."
         )
+    if config.lisa_master != "fp32":
+        flag = f"--lisa_master {config.lisa_master}"
+        if optim != LISA_ADAMW:
+            raise UserError(f"{flag} with --optim {optim}: only --optim lisa_adamw does without a master.")
+        if half_precision != "bf16":
+            raise UserError(f"{flag} with weights in {half_precision}: it rounds to bf16; give --bf16 true.")
+        if offload:
+            raise UserError(f"{flag} with offload_optimizer: what steps on the host is an fp32 master; leave one out.")
     for block in offloaded:
-        if (state_bits or {}).get(block, default_state_bits(optim)) == 8:
+        if state_bits.get(block, default_state_bits(optim)) == 8:
             raise UserError(
-                f"--optim {optim} with --lisa_offload {','.join(offloaded)}: states on the host have 32 bits; give "
+                f"--optim {optim} with --lisa_offload {config.lisa_offload}: states on the host have 32 bits; give "
                 f"--lisa_state_bits {block}=32, or use --optim adamw_torch_fused."
             )
-    eight = [block for block, bits in (state_bits or {}).items() if bits == 8]
+    eight = [block for block, bits in state_bits.items() if bits == 8]
     if offload and eight:
         raise UserError(
             f"--lisa_state_bits {eight[0]}=8 with offload_optimizer: DeepSpeed steps offloaded states on the host with "
@@ -119,21 +138,27 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     offload: bool = False,
+    seed: int = 0,
 ) -> torch.optim.Optimizer:
     """The optimizer that DeepSpeed will wrap: AdamW as named by `--optim`, DeepSpeedCPUAdam under offload.
 
-    `lr` is the peak learning rate; weight decay, and bits of the moments where `optim` has others, are in the groups.
-    Raises ValueError for an optimizer that cannot work.
+    `lr` is the peak learning rate; weight decay, and bits of the moments where `optim` has others, are in the groups;
+    `seed` is that of lisa_adamw's stochastic rounding. Raises ValueError for an optimizer that cannot work.
     """
-    bits = {group["lisa_group"]: group["lisa_state_bits"] for group in param_groups if "lisa_state_bits" in group}
-    check_optim(optim, offload, bits)
+    check_optim(optim, offload)
+    optim = getattr(optim, "value", optim)
+    bits = [group.get("lisa_state_bits") for group in param_groups]
+    if offload and 8 in bits:
+        raise UserError("moments of 8 bits with offload: DeepSpeed's AdamW on the host keeps them in 32.")
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         optimizer = DeepSpeedCPUAdam(param_groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)
         optimizer.ds_opt_adam = _CountedAdam(optimizer.ds_opt_adam)
         return optimizer
-    if optim in TORCH_ADAMW and 8 not in bits.values():
+    if optim == LISA_ADAMW:
+        return LisaAdamW(param_groups, lr=lr, betas=betas, eps=eps, seed=seed)
+    if optim in TORCH_ADAMW and 8 not in bits:
         return torch.optim.AdamW(param_groups, lr=lr, betas=betas, eps=eps, fused=optim == "adamw_torch_fused")
     return _bitsandbytes_adamw()(param_groups, lr=lr, betas=betas, eps=eps, optim_bits=default_state_bits(optim))
 
@@ -198,17 +223,24 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, code: torch.Tensor) ->
     return dequantize_blockwise(codes, absmax=scales, code=code, blocksize=QUANTIZED_BLOCK)
 
 
-def keeps_8bit_states(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether this is one of bitsandbytes' optimizers."""
-    return hasattr(optimizer, "name2qmap")
+def coding_of_states(optimizer: torch.optim.Optimizer) -> str | None:
+    """Whose codes 8-bit moments have in this optimizer; None where it keeps no codes."""
+    if isinstance(optimizer, LisaAdamW):
+        return "lisa"
+    return "bitsandbytes" if hasattr(optimizer, "name2qmap") else None
 
 
-def restore_state(optimizer: torch.optim.Optimizer, group: dict, master: torch.Tensor, fields: dict) -> None:
+def restore_state(
+    optimizer: torch.optim.Optimizer, group: dict, master: torch.Tensor, pieces: list[Piece], fields: dict
+) -> None:
     """Give the optimizer saved moments of one partition, in the form that it keeps them in itself.
 
     `fields` has "step", and "exp_avg" and "exp_avg_sq" in fp32 or the codes and scales of 8-bit moments.
     """
-    if keeps_8bit_states(optimizer):
+    if isinstance(optimizer, LisaAdamW):
+        optimizer.restore(group, master, pieces, fields)
+        return
+    if coding_of_states(optimizer) == "bitsandbytes":
         _restore_bitsandbytes(optimizer, group, master, fields)
         return
     state = {moment: torch.empty_like(master).copy_(fields[moment]) for moment in MOMENTS}

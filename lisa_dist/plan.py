@@ -135,6 +135,7 @@ class Planner:
                 settings,
                 arguments.gpus,
                 optim=arguments.optim,
+                master=self._lisa.lisa_master,
                 accumulates=arguments.gradient_accumulation_steps > 1,
                 plain=arguments.method != "lisa",
             )
@@ -226,7 +227,7 @@ def make_plans(config: PretrainedConfig, arguments: PlanArguments, lisa_config: 
         offload_by_block(ds_config, lisa_config.offloaded)
         offloads = uses_optimizer_offload(ds_config)
         try:
-            check_optim(arguments.optim, offloads, lisa_config.state_bits, lisa_config.offloaded)
+            check_optim(arguments.optim, offloads, lisa_config, arguments.precision)
         except UserError as error:
             refused = error  # 8-bit moments are not for DeepSpeed's host AdamW
             continue

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from lisa_dist.backend import chunk_bytes, table_bytes
 from lisa_dist.backward import (
     in_chunks,
     peak_of_backward,
@@ -25,7 +26,13 @@ from lisa_dist.backward import (
 from lisa_dist.blocks import Blocks, parameter_numel
 from lisa_dist.config import OUTER_BLOCKS, LisaConfig, UserError
 from lisa_dist.fake_run import Arrival, FakeRun, Group, StepTrace, Trained
-from lisa_dist.optimizer import BITSANDBYTES_ADAMW, QUANTIZED_BLOCK, default_state_bits, split_by_decay
+from lisa_dist.optimizer import (
+    BITSANDBYTES_ADAMW,
+    LISA_ADAMW,
+    QUANTIZED_BLOCK,
+    default_state_bits,
+    split_by_decay,
+)
 from lisa_dist.sampling import SampledBlock
 
 METHODS = ("lisa", "full", "lora")
@@ -169,6 +176,7 @@ def plan_memory(
     world_size: int,
     *,
     optim: str = "adamw_torch_fused",
+    master: str = "fp32",
     rank: int | None = None,
     accumulates: bool = False,
     on_cpu: bool = False,
@@ -176,6 +184,7 @@ def plan_memory(
 ) -> tuple[MemoryParts, dict[str, int]]:
     """The parts of one rank's device memory, and of its host's beside them.
 
+    `optim` and `master` are those of the run (--optim, --lisa_master).
     `accumulates`: a step has several micro-batches, and gradients of the earlier ones wait for the last. `rank`: the
     one that is planned; by default one that holds most. `on_cpu`: host and device are one, and both are in the parts.
     `plain`: DeepSpeed without what LISA changes in it, as other methods have it.
@@ -187,12 +196,14 @@ def plan_memory(
     states, states_sent = {True: 0, False: 0}, {True: 0, False: 0}
     for group, partition in zip(groups, partitions, strict=True):
         held_where = states_sent if group.on_host or offloaded else states
-        held_where[group.always_on] += state_bytes(partition, group.bits)
+        copies_weights = group.on_host or not steps_weights(optim, master, run.workload.dtype)
+        held_where[group.always_on] += state_bytes(partition, group.bits, optim, 4 if copies_weights else 0)
     active = sum(parameter.numel() for parameter in trained) * element
     largest = max((parameter.numel() for parameter in trained), default=0) * element
     bucket = settings.reduce_bucket * element * (2 if settings.overlap_comm and stage < 3 else 1)
     host = {_STATES[kind]: size for kind, size in states_sent.items() if size}
     gradients, gathered = 0, lambda one: 0
+    ranks = range(world_size) if rank is None else (rank,)
     if stage == 3:
         weights = sum(math.ceil(parameter.numel() / world_size) for parameter in parameters) * element
         # A share of everything is all of it, and is taken where it is; from the host it is sent.
@@ -211,7 +222,6 @@ def plan_memory(
         aligned = sum(partitions) * world_size * element
         weights = sum(parameter.numel() for parameter in parameters) * element - active + aligned
         buffers = 0
-        ranks = range(world_size) if rank is None else (rank,)
         held_by = {
             one: sum(_held_gradients(group.params, world_size, one) for group in groups) * element for one in ranks
         }
@@ -230,8 +240,12 @@ def plan_memory(
         eight = optim in BITSANDBYTES_ADAMW or any(group.bits == 8 for group in groups)
         kind = "bitsandbytes" if eight else optim
         of_group = [partition for group, partition in zip(groups, partitions, strict=True) if group.on_host]
-        # While it steps: as they came, in fp32, and what AdamW makes beside them.
-        host[_OF_A_GROUP] = max(of_group) * (element + 4 + _BESIDE_ON_HOST[kind])
+        if optim == LISA_ADAMW:  # takes them as they are, wherever they are
+            host[_OF_A_GROUP] = 0 if on_cpu else max(of_group) * element
+        else:  # while it steps: as they came, in fp32, and what AdamW makes beside them
+            host[_OF_A_GROUP] = max(of_group) * (element + 4 + _BESIDE_ON_HOST[kind])
+    if optim == LISA_ADAMW and any(group.bits == 8 for group in groups):
+        buffers += table_bytes()
 
     static = weights + sum(states.values()) + buffers
     beside = whole_by_stage(stage, offloaded) if plain else in_chunks
@@ -256,7 +270,10 @@ def plan_memory(
     # The gradient in fp32, and first what it is made of in one piece, or then what AdamW makes beside it: by group.
     of_step = [0]
     for group, partition in zip(groups, partitions, strict=True):
-        if not group.on_host:
+        if optim == LISA_ADAMW:  # of the largest piece, one chunk at a time
+            piece = max(_largest_piece(group.params, stage, world_size, one) for one in ranks)
+            of_step.append(chunk_bytes(piece, group.bits == 8, master != "fp32") if on_cpu else 0)
+        elif not group.on_host:
             flat = element if element < 4 and (len(group.params) > 1 or world_size > 1) else 0
             adamw = 8 if optim == "adamw_torch" and group.bits == 32 else 0
             of_step.append(partition * (4 + max(flat, adamw)))
@@ -281,9 +298,12 @@ def kept_states(run: FakeRun, config: LisaConfig, stage: int, world_size: int, o
     drawn = [(name, run.blocks.outer(name)) for name in config.sampled]
     drawn += [("layers", layer) for layer in run.blocks.layers]
     bits = {name: int(config.state_bits.get(name, default_state_bits(optim))) for name, _ in drawn}
+    # A kept master that is the weights goes to the host as they are.
+    weights = run.workload.dtype
+    master = weights.itemsize if steps_weights(optim, config.lisa_master, weights) else 4
     sizes = [
         sum(
-            state_bytes(partition_numel(params, stage, world_size), bits[name])
+            state_bytes(partition_numel(params, stage, world_size), bits[name], optim, master)
             for params in split_by_decay(block).values()
         )
         for name, block in drawn
@@ -299,12 +319,19 @@ def partition_numel(params: Sequence[torch.nn.Parameter], stage: int, world_size
     return math.ceil(sum(parameter.numel() for parameter in params) / alignment) * alignment // world_size
 
 
-def state_bytes(partition: int, bits: int) -> int:
-    """Master and two moments of a partition of so many elements."""
+def steps_weights(optim: str, master: str, weights: torch.dtype) -> bool:
+    """Whether the optimizer steps the weights themselves, and there is no master beside them."""
+    return optim == LISA_ADAMW and (weights == torch.float32 or master != "fp32")
+
+
+def state_bytes(partition: int, bits: int, optim: str, master: int = 4) -> int:
+    """Master, of so many bytes an element, and two moments of a partition of so many elements."""
+    scales = math.ceil(partition / QUANTIZED_BLOCK) * 4
+    if bits == 8 and optim == LISA_ADAMW:
+        return partition * (master + 2) + 2 * scales
     if bits == 8 and partition >= _SMALLEST_QUANTIZED:
-        scales, code = math.ceil(partition / QUANTIZED_BLOCK) * 4, 256 * 4
-        return partition * (4 + 2) + 2 * (scales + code)
-    return partition * 12
+        return partition * (master + 2) + 2 * (scales + 256 * 4)
+    return partition * (master + 8)
 
 
 def check_method(name: str) -> None:
@@ -322,6 +349,18 @@ def _held_gradients(params: Sequence[torch.nn.Parameter], world_size: int, rank:
             held += parameter.numel()
         begins += parameter.numel()
     return held
+
+
+def _largest_piece(params: Sequence[torch.nn.Parameter], stage: int, world_size: int, rank: int) -> int:
+    """Elements of the parameter of a group of which a rank's partition has most."""
+    if stage == 3:
+        return max(math.ceil(parameter.numel() / world_size) for parameter in params)
+    partition, begins, largest = partition_numel(params, stage, world_size), 0, 0
+    for parameter in params:
+        ends = begins + parameter.numel()
+        largest = max(largest, min(ends, (rank + 1) * partition) - max(begins, rank * partition))
+        begins = ends
+    return largest
 
 
 def _gathered(

@@ -185,6 +185,7 @@ class RunMemory:
             StageSettings.of(self._ds_config, run.hidden_size),
             self._lisa.engine.dp_world_size,
             optim=self._optim,
+            master=config.lisa_master,
             rank=rank,
             accumulates=self._accumulates,
             on_cpu=self._lisa.engine.device.type == "cpu",

@@ -4,8 +4,10 @@ Each rank writes one file with what it owns: of each parameter the elements [sta
 parameter, as 1-D tensors "name:master", "name:exp_avg", "name:exp_avg_sq". A rank of any other run finds the pieces
 that its own partitions need, in whichever files they are, and reads no more than those.
 
-8-bit moments are quantized in blocks of their partition and cannot be cut by name: their codes and scales are kept
-whole ("0:state1", "0:absmax1", ...), go back as they were into the same partition, and are dequantized for any other.
+LisaAdamW's 8-bit moments are quantized in blocks of their parameter: "name:exp_avg_codes" has the codes of a piece and
+"name:exp_avg_scales" the scales of its blocks. They come back as they were wherever no cut has split a block. Those of
+bitsandbytes are quantized in blocks of their partition and cannot be cut by name: their codes and scales are kept whole
+("0:state1", "0:absmax1", ...), go back as they were into the same partition, and are dequantized for any other.
 """
 
 import json
@@ -15,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lisa_dist.adamw import BLOCK, decode_moment, num_blocks, with_blocks
 from lisa_dist.optimizer import MOMENTS, dequantize
 from lisa_dist.states import PartitionKey, PartitionState, Piece
 
@@ -37,8 +40,16 @@ def write_states(
         listed = [list(vars(piece).values()) for piece in pieces[key]]
         partition = {"names": key, "numel": state.numel, "pieces": listed}
         for field, value in {MASTER: state.master, **state.optimizer_state}.items():
+            scales = state.optimizer_state.get(f"{field}_scales")
             if field == "step":
                 partition["step"] = int(value)
+            elif scales is not None:
+                for piece, blocks in with_blocks(pieces[key]):
+                    cut = value.detach()[piece.offset : piece.offset + piece.length]
+                    tensors[f"{piece.name}:{field}_codes"] = cut.cpu()
+                    tensors[f"{piece.name}:{field}_scales"] = scales[blocks].cpu()
+            elif field.endswith("_scales"):
+                continue
             elif value.numel() == state.numel and value.is_floating_point():
                 for piece in pieces[key]:
                     cut = value.detach()[piece.offset : piece.offset + piece.length]
@@ -63,11 +74,12 @@ class StateFiles:
                 for piece in (Piece(*listed) for listed in partition["pieces"]):
                     self._sources.setdefault(piece.name, []).append((file, index, piece))
 
-    def read(self, key: PartitionKey, pieces: list[Piece], numel: int, quantized: bool = False) -> dict | None:
+    def read(self, key: PartitionKey, pieces: list[Piece], numel: int, coding: str | None = None) -> dict | None:
         """Fields of one partition of `numel` elements; None where its parameters are not in the files.
 
         "master", and once the optimizer has stepped "step" with "exp_avg" and "exp_avg_sq", in fp32 and bit for bit
-        what was written. 8-bit moments of the very same partition come as they were, where `quantized` asks for them.
+        what was written. 8-bit moments in the `coding` asked for, "lisa" or "bitsandbytes", come as codes and scales
+        where that can be: of bitsandbytes for the very same partition alone.
         """
         if not all(name in self._sources for name in key):
             return None
@@ -78,7 +90,8 @@ class StateFiles:
         if step is None:
             return fields
         fields["step"] = step
-        codes = self._quantized(key, pieces, numel) if quantized else None
+        find_codes = {"lisa": self._codes, "bitsandbytes": self._codes_of_bitsandbytes}.get(coding)
+        codes = find_codes(key, pieces, numel) if find_codes else None
         return fields | (codes or {moment: self._gather(moment, pieces, numel) for moment in MOMENTS})
 
     def _gather(self, field: str, pieces: list[Piece], numel: int) -> torch.Tensor:
@@ -100,6 +113,8 @@ class StateFiles:
         name = f"{source.name}:{field}"
         if name in self._names[file]:
             return self._files[file].get_slice(name)[first:last]
+        if f"{name}_codes" in self._names[file]:
+            return decode_moment(field, *self._coded(name, file, source, first, last), source.start + first)
         return self._dequantized(field, file, index)[source.offset + first : source.offset + last]
 
     def _dequantized(self, moment: str, file: int, index: int) -> torch.Tensor:
@@ -109,7 +124,40 @@ class StateFiles:
             self._last_dequantized = ((moment, file, index), dequantize(*parts))
         return self._last_dequantized[1]
 
-    def _quantized(self, key: PartitionKey, pieces: list[Piece], numel: int) -> dict | None:
+    def _coded(self, name: str, file: int, source: Piece, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes of elements [first, last) of a piece, and the scales of the blocks that they are in."""
+        begins = source.start // BLOCK
+        blocks = slice((source.start + first) // BLOCK - begins, -(-(source.start + last) // BLOCK) - begins)
+        get = self._files[file].get_slice
+        return get(f"{name}_codes")[first:last], get(f"{name}_scales")[blocks]
+
+    def _codes(self, key: PartitionKey, pieces: list[Piece], numel: int) -> dict | None:
+        """Codes and scales of LisaAdamW, from wherever they are; None where a block was cut and has two scales."""
+        fields = {}
+        for moment in MOMENTS:
+            codes, scales = torch.zeros(numel, dtype=torch.uint8), []
+            for piece in pieces:
+                of_piece = torch.full((num_blocks(piece.start, piece.length),), torch.nan)
+                for file, _, source in self._sources[piece.name]:
+                    first = max(piece.start, source.start)
+                    last = min(piece.start + piece.length, source.start + source.length)
+                    if first >= last:
+                        continue
+                    name = f"{source.name}:{moment}"
+                    if f"{name}_codes" not in self._names[file]:
+                        return None
+                    found, theirs = self._coded(name, file, source, first - source.start, last - source.start)
+                    codes[piece.offset + first - piece.start : piece.offset + last - piece.start] = found
+                    begins = first // BLOCK - piece.start // BLOCK
+                    held = of_piece[begins : begins + theirs.numel()]
+                    if (~held.isnan() & (held != theirs)).any():
+                        return None
+                    held.copy_(theirs)
+                scales.append(of_piece)
+            fields |= {moment: codes, f"{moment}_scales": torch.cat(scales) if scales else torch.zeros(0)}
+        return fields
+
+    def _codes_of_bitsandbytes(self, key: PartitionKey, pieces: list[Piece], numel: int) -> dict | None:
         """Codes and scales where the same elements of the same parameters made up one partition in the same order."""
         wanted = {"names": list(key), "numel": numel, "pieces": [list(vars(piece).values()) for piece in pieces]}
         for file, partitions in enumerate(self._partitions):

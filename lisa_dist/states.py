@@ -18,10 +18,14 @@ PartitionKey = tuple[str, ...]
 
 @dataclass
 class PartitionState:
-    """What one rank keeps of one parameter group: `master` is flat, in elements of this rank's partition."""
+    """What one rank keeps of one parameter group: `master` is flat, in elements of this rank's partition.
+
+    `is_weights`: the master is no copy, but the weights themselves.
+    """
 
     master: torch.Tensor
     optimizer_state: dict
+    is_weights: bool = False
 
     @property
     def numel(self) -> int:
@@ -30,7 +34,8 @@ class PartitionState:
     @property
     def nbytes(self) -> int:
         """Bytes of the master and of everything that the optimizer keeps for it."""
-        return tensor_bytes(self.master) + sum(tensor_bytes(value) for value in self.optimizer_state.values())
+        of_master = 0 if self.is_weights else tensor_bytes(self.master)
+        return of_master + sum(tensor_bytes(value) for value in self.optimizer_state.values())
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ import torch
 from datasets import Dataset
 from torch import distributed as dist
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
+from transformers.utils import ExplicitEnum
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
-from lisa_dist.attention import choose_attention
+from lisa_dist.attention import PackingCheck, choose_attention, packs_documents
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 from lisa_dist.cpu_ops import release_shared_memory
@@ -30,7 +31,7 @@ from lisa_dist.ds_config import (
     uses_optimizer_offload,
 )
 from lisa_dist.metrics import format_table
-from lisa_dist.optimizer import check_optim
+from lisa_dist.optimizer import LISA_ADAMW, check_optim
 from lisa_dist.recompute import number_of_layers, parse_budget, parse_checkpointed_layers
 from lisa_dist.sampling import load_layer_weights
 from lisa_dist.stop_signals import catch_stop_signals
@@ -111,7 +112,18 @@ class LisaSFTConfig(SFTConfig):
         if not torch.cuda.is_available():
             self.use_cpu = True  # has Accelerate start gloo
             self.bf16 = bool(self.bf16)  # asked for, not by default: few CPUs multiply in bf16
+        ours = self.optim == LISA_ADAMW
+        if ours:  # which the Trainer's arguments do not know
+            self.optim = "adamw_torch_fused"
         super().__post_init__()
+        if ours:
+            self.optim = _LisaOptimizerNames.LISA_ADAMW
+
+
+class _LisaOptimizerNames(ExplicitEnum):
+    """Beside the Trainer's OptimizerNames."""
+
+    LISA_ADAMW = LISA_ADAMW
 
 
 @dataclass
@@ -152,14 +164,15 @@ def run(
     resume_from = _resume_from(training_args.resume_from_checkpoint)
     if resume_from == "auto" and run_args.method != "lisa":
         raise UserError(f"--resume_from_checkpoint auto: --method {run_args.method} takes a folder or true.")
+    if run_args.method != "lisa" and training_args.optim is _LisaOptimizerNames.LISA_ADAMW:
+        raise UserError(f"--optim lisa_adamw with --method {run_args.method}: it is for --method lisa.")
     if run_args.method == "lisa":
         ds_config = training_args.deepspeed
         ds_config = ds_config if isinstance(ds_config, dict) else read_ds_config(ds_config)
         check_ds_config(ds_config)
         offload_by_block(ds_config, lisa_config.offloaded)
-        check_optim(
-            training_args.optim, uses_optimizer_offload(ds_config), lisa_config.state_bits, lisa_config.offloaded
-        )
+        offload = uses_optimizer_offload(ds_config)
+        check_optim(training_args.optim, offload, lisa_config, _precision(training_args))
         _check_layers(run_args, model_args, training_args, lisa_config)
     if training_args.use_cpu:
         # Accelerate has started gloo, but DeepSpeed must know of it too before a model is loaded under ZeRO-3.
@@ -169,8 +182,19 @@ def run(
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
     )
+    packed = packs_documents(training_args)
+    attention, why = choose_attention(
+        model_args.attn_implementation,
+        half_precision=_precision(training_args) != "fp32",
+        config=AutoConfig.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=training_args.trust_remote_code,
+        ),
+        packed=packed,
+        use_cpu=training_args.use_cpu,
+    )
     train_rows, eval_rows = _load_datasets(run_args, training_args, chat=tokenizer.chat_template is not None)
-    attention, why = choose_attention(model_args.attn_implementation, _precision(training_args) != "fp32")
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -197,6 +221,8 @@ def run(
         trainer = SFTTrainer(**arguments)
     if training_args.bf16 and training_args.use_cpu and not cpu_multiplies_bf16():
         multiply_in_fp32(trainer.model)
+    if packed:
+        trainer.add_callback(PackingCheck(trainer, after=forget_module_order))
     if run_args.sample_prompt:
         trainer.add_callback(_SampleCallback(trainer, run_args.sample_prompt))
     trainer.accelerator.print(_describe_run(run_args, training_args, model_args, f"{attention} ({why})"))

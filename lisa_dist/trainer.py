@@ -30,7 +30,7 @@ from lisa_dist.checkpoint import (
 )
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.controller import LisaController
-from lisa_dist.ds_config import check_ds_config, offload_by_block, uses_optimizer_offload
+from lisa_dist.ds_config import check_ds_config, keep_no_master, offload_by_block, uses_optimizer_offload
 from lisa_dist.fake_run import Workload
 from lisa_dist.files import gather, together
 from lisa_dist.metrics import format_active, format_bytes, format_count, format_table, lisa_metrics
@@ -53,8 +53,9 @@ class LisaMixin:
     training has begun; `trainer.stopped_by` names the signal that ended it early, if one did. A run ends when a rank
     takes longer than `hang_timeout` seconds for a step (0: never). `checkpointed_layers` is "none", "all", a number of
     decoder layers, or "auto" for the fewest that `gpu_memory`, such as "24GiB", is enough for (by default all of the
-    GPU but 1 GiB); left out, `gradient_checkpointing` of the arguments decides. Raises ValueError at construction for
-    arguments that LISA cannot train with.
+    GPU but 1 GiB); left out, `gradient_checkpointing` of the arguments decides. `optim` takes the place of the
+    arguments' own, which know no "lisa_adamw". Raises ValueError at construction for arguments that LISA cannot train
+    with.
     """
 
     lisa: LisaController | None = None
@@ -67,6 +68,7 @@ class LisaMixin:
         hang_timeout: float = HANG_TIMEOUT,
         checkpointed_layers: str | int | None = None,
         gpu_memory: str | None = None,
+        optim: str | None = None,
         **kwargs,
     ):
         self.lisa_config = lisa_config or LisaConfig()
@@ -78,6 +80,7 @@ class LisaMixin:
         self._weights_from: Path | None = None
         self._saved_step: int | None = None
         super().__init__(*args, **kwargs)
+        self._optim = optim or self.args.optim.value
         self._check_arguments()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(_LisaProgressCallback())
@@ -89,11 +92,12 @@ class LisaMixin:
             self.lisa = LisaController(self.model if model is None else model, self.lisa_config)
             self.optimizer = build_optimizer(
                 self.lisa.param_groups(self.args.weight_decay),
-                self.args.optim,
+                self._optim,
                 lr=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
                 offload=uses_optimizer_offload(self._ds_config),
+                seed=self.lisa_config.lisa_seed,
             )
         return self.optimizer
 
@@ -176,7 +180,7 @@ class LisaMixin:
         return RunMemory(
             self.lisa,
             self._ds_config,
-            optim=self.args.optim.value,
+            optim=self._optim,
             config=config if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None,
             longest=self._workload(rows, longest, padded=rows > 1) if longest else None,
             checkpointed=self._checkpointed_layers,
@@ -348,7 +352,10 @@ class LisaMixin:
         check_ds_config(self._ds_config)
         offload_by_block(self._ds_config, self.lisa_config.offloaded)
         config = self.lisa_config
-        check_optim(self.args.optim, uses_optimizer_offload(self._ds_config), config.state_bits, config.offloaded)
+        precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
+        check_optim(self._optim, uses_optimizer_offload(self._ds_config), config, precision)
+        if config.lisa_master != "fp32":
+            keep_no_master(self._ds_config)
         if self.optimizer is not None:
             raise UserError("LISA builds the optimizer from its own blocks: pass no optimizers=(...) to the Trainer.")
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):

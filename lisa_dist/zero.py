@@ -22,6 +22,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
+from types import SimpleNamespace
 
 import deepspeed
 import torch
@@ -30,8 +31,9 @@ from deepspeed.runtime.zero import linear as zero3_linear
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 from packaging.version import Version
 
+from lisa_dist.adamw import LisaAdamW, PartitionStep
 from lisa_dist.config import UserError
-from lisa_dist.optimizer import host_adam_history, keeps_8bit_states, replay_host_adam, restore_state
+from lisa_dist.optimizer import coding_of_states, host_adam_history, replay_host_adam, restore_state
 from lisa_dist.states import CopyStream, PartitionKey, PartitionState, Piece
 
 SUPPORTED_DEEPSPEED = ("0.19.8", "0.20")  # from, up to but not including
@@ -63,6 +65,8 @@ _STAGE_1_2 = _Stage(
         "set_norm_for_param_grad_in_gpu",
         "use_grad_accum_attribute",
         "async_inplace_copy_grad_to_fp32_buffer_from_gpu",
+        "parallel_partitioned_bit16_groups",
+        "real_dp_process_group",
     ),
 )
 _STAGE_3 = _Stage(
@@ -77,6 +81,11 @@ _STAGE_3 = _Stage(
         "offload_param_pin_memory",
         "_prepare_fp32_grad_for_sub_group",
         "_offload_grad_partition_at_boundary",
+        "fp16_partitioned_groups_flat",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "_unflatten_partitioned_parameters",
+        "clip_grad",
+        "loss_scale",
     ),
 )
 _PRIVATE_NAMES = (
@@ -128,17 +137,18 @@ def check_deepspeed() -> None:
 
 
 def patch_construction() -> None:
-    """Change, for the whole process, two things in how DeepSpeed builds its ZeRO optimizers, which spare memory.
+    """Change, for the whole process, three things in how DeepSpeed builds its ZeRO optimizers, which spare memory.
 
     It makes a gradient of zeros for every master and drops them: all at once they are 4 bytes an active element, at the
     start and at every switch. Under optimizer offload they stay, and Adagrad makes its states of them: there it is as
-    it was. And the masters of a group that is `lisa_host` go to the host as soon as they are made.
+    it was. The masters of a group that is `lisa_host` go to the host as soon as they are made. And where masters have
+    the dtype of the weights, LisaAdamW's are the weights themselves.
     """
     for stage, offload in ((_STAGE_1_2, "cpu_offload"), (_STAGE_3, "offload_optimizer")):
         kind = getattr(import_module(stage.module), stage.class_name)
         if isinstance(vars(kind).get(stage.masters), _Masters):
             continue
-        setattr(kind, stage.masters, _Masters())
+        setattr(kind, stage.masters, _Masters(stage))
         made = kind.initialize_optimizer_states
 
         def initialize(zero, made=made, offload=offload):
@@ -151,6 +161,9 @@ def patch_construction() -> None:
 class _Masters:
     """The attribute of DeepSpeed's optimizers that lists the masters, each of which goes where it belongs."""
 
+    def __init__(self, stage: _Stage):
+        self._stage = stage
+
     def __get__(self, zero, kind=None):
         if zero is None:
             return self
@@ -159,21 +172,32 @@ class _Masters:
         return zero.__dict__["_lisa_masters"]
 
     def __set__(self, zero, masters: list) -> None:
-        zero.__dict__["_lisa_masters"] = _MastersInPlace(zero, masters)
+        zero.__dict__["_lisa_masters"] = _MastersInPlace(zero, self._stage, masters)
 
 
 class _MastersInPlace(list):
-    """Masters in the order of the groups; `append` moves those of a `lisa_host` group to the host."""
+    """Masters in the order of the groups; `append` puts the host's, or the weights, in the place of some."""
 
-    def __init__(self, zero, masters: list):
+    def __init__(self, zero, stage: _Stage, masters: list):
         super().__init__(masters)
-        self._zero = zero
+        self._zero, self._stage = zero, stage
 
     def append(self, master: torch.Tensor) -> None:
         groups, index = self._zero.optimizer.param_groups, len(self)  # stage 3 may have cut groups, which LISA refuses
         if index < len(groups) and groups[index].get("lisa_host"):
             master = _to_host(master)
+        elif isinstance(self._zero.optimizer, LisaAdamW):
+            weights = _flat_weights(self._zero, self._stage, index)
+            master = weights.detach() if master.dtype == weights.dtype else master
         super().append(master)
+
+
+def _flat_weights(zero, stage: _Stage, index: int) -> torch.Tensor:
+    """This rank's weights of a group, flat, as the model has them."""
+    if stage is _STAGE_3:
+        return zero.fp16_partitioned_groups_flat[index]
+    rank = torch.distributed.get_rank(zero.real_dp_process_group[index])
+    return zero.parallel_partitioned_bit16_groups[index][rank]
 
 
 def _to_host(master: torch.Tensor) -> torch.Tensor:
@@ -209,10 +233,17 @@ class ZeroPartitions:
         masters = getattr(self._zero, self._stage.masters)
         inner_state = self._zero.optimizer.state
         return {
-            key: PartitionState(master, dict(inner_state.get(master, {})))
-            for key, master in zip(self.keys(), masters, strict=True)
+            key: PartitionState(master, dict(inner_state.get(master, {})), self._is_weights(index))
+            for index, (key, master) in enumerate(zip(self.keys(), masters, strict=True))
             if key
         }
+
+    def _is_weights(self, index: int) -> bool:
+        """Whether the master of a group is no copy, but the weights."""
+        if not isinstance(self._zero.optimizer, LisaAdamW):
+            return False
+        master = getattr(self._zero, self._stage.masters)[index]
+        return master.data_ptr() == _flat_weights(self._zero, self._stage, index).data_ptr()
 
     def pieces(self) -> dict[PartitionKey, list[Piece]]:
         """Which elements of which parameters this rank's partitions hold; what is left of a partition is padding."""
@@ -228,9 +259,9 @@ class ZeroPartitions:
         }
 
     @property
-    def takes_8bit_states(self) -> bool:
-        """Whether the optimizer keeps moments as codes and scales."""
-        return keeps_8bit_states(self._zero.optimizer)
+    def coding(self) -> str | None:
+        """Whose codes and scales the optimizer keeps 8-bit moments in, if any: "bitsandbytes" or "lisa"."""
+        return coding_of_states(self._zero.optimizer)
 
     def counters(self) -> dict:
         """What a run needs beside the partitions to go on: the loss scale of fp16, and the host AdamW's history."""
@@ -261,15 +292,16 @@ class ZeroPartitions:
         master = getattr(self._zero, self._stage.masters)[index]
         master.data.copy_(fields["master"])
         if "step" in fields:
-            restore_state(inner, inner.param_groups[index], master, fields)
+            restore_state(inner, inner.param_groups[index], master, self.pieces()[key], fields)
 
-    def state_of(self, lisa_group: str, fields: dict) -> PartitionState:
+    def state_of(self, lisa_group: str, pieces: list[Piece], fields: dict) -> PartitionState:
         """The state of a partition that sleeps, from its saved fields, in the form that `lisa_group`'s would have."""
         inner = self._zero.optimizer
         index = [group["lisa_group"] for group in inner.param_groups].index(lisa_group)
-        master = fields["master"].to(getattr(self._zero, self._stage.masters)[index].device)
+        like = getattr(self._zero, self._stage.masters)[index]
+        master = fields["master"].to(like.device, like.dtype)
         if "step" in fields:
-            restore_state(inner, inner.param_groups[index], master, fields)
+            restore_state(inner, inner.param_groups[index], master, pieces, fields)
         return PartitionState(master, inner.state.pop(master, {}))
 
     def load_counters(self, counters: dict) -> None:
@@ -352,7 +384,10 @@ class ZeroPartitions:
         """Fill the new partitions with the states that go on; copies from the host are queued, not waited for."""
         zero = self._zero
         on_host = [index for index, group in enumerate(zero.optimizer.param_groups) if group.get("lisa_host")]
-        if on_host:
+        if isinstance(zero.optimizer, LisaAdamW):
+            pieces = self.pieces()
+            _OnePass(self.engine, self._stage, [pieces.get(key, []) for key in self.keys()])
+        elif on_host:
             _step_on_host(zero, self._stage, frozenset(on_host))
         _take_norms_in_chunks(zero)
         if self._stage is _STAGE_1_2 and zero.cpu_offload:
@@ -563,6 +598,87 @@ def _step_on_host(zero, stage: _Stage, on_host: frozenset[int]) -> None:
     else:
         zero._get_preflattened_grad_partition = flat_gradients
     zero.unscale_and_clip_grads = unscale_with_norm_beside
+
+
+class _OnePass:
+    """Has DeepSpeed's step hand LisaAdamW what it needs to do all in one pass, in the place of passes of its own.
+
+    DeepSpeed flattens a group's gradients, casts them to fp32, unscales them, and copies masters to weights, each a
+    pass over memory and two of them copies of the whole group. Here it takes a single zero, spread over the partition,
+    for the gradient; the factor that unscales is noted; and of weights that are written already it copies nothing.
+    """
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, stage: _Stage, pieces: list[list[Piece]]):
+        self._engine, self._stage, self._pieces = engine, stage, pieces
+        zero = self._zero = engine.optimizer
+        self._step: PartitionStep | None = None
+        zero.unscale_and_clip_grads = self._note_scale
+        if stage is _STAGE_3:
+            zero._prepare_fp32_grad_for_sub_group = self._prepare_sub_group
+            zero._reassign_or_swap_out_partitioned_parameters = self._reassign
+        else:
+            zero._get_preflattened_grad_partition = self._prepare
+            zero.parallel_partitioned_bit16_groups = _WrittenPartitions(zero.parallel_partitioned_bit16_groups)
+
+    def _prepare(self, index: int) -> torch.Tensor:
+        """Note the step of one group; the gradient that DeepSpeed is to see."""
+        zero, of_stage_3 = self._zero, self._stage is _STAGE_3
+        master, weights = getattr(zero, self._stage.masters)[index], _flat_weights(zero, self._stage, index)
+        flat = None if of_stage_3 else type(zero)._get_preflattened_grad_partition(zero, index)
+        gradients = zero.averaged_gradients[index] if flat is None else [flat]
+        if master.device != weights.device:  # states are on the host, and DeepSpeed brings the weights back
+            gradients = [gradient.to(master.device) for gradient in gradients]
+            weights = None
+        elif not of_stage_3:
+            zero.parallel_partitioned_bit16_groups.written = index
+        of_master = weights is None or master.data_ptr() == weights.data_ptr()
+        self._step = PartitionStep(
+            self._pieces[index], gradients, None if of_master else weights, draw=self._engine.global_steps
+        )
+        zero.optimizer.prepare(master, self._step)
+        return master.new_zeros(1).expand(master.numel())
+
+    def _note_scale(self, index_or_gradients, total_norm) -> None:
+        """DeepSpeed's own, of a gradient that is one number."""
+        zero, one = self._zero, torch.ones(1, device=self._engine.device)
+        if self._stage is _STAGE_3:
+            of_one = {index_or_gradients: SimpleNamespace(grad=one)}
+            like_zero = SimpleNamespace(
+                loss_scale=zero.loss_scale, clip_grad=zero.clip_grad, fp32_partitioned_groups_flat=of_one
+            )
+            type(zero).unscale_and_clip_grads(like_zero, index_or_gradients, total_norm)
+        else:
+            type(zero).unscale_and_clip_grads(zero, [one], total_norm)
+        step, self._step = self._step, None  # it holds gradients, which are to be gone behind the step
+        step.gradient_scale = one.to(step.gradients[0].device)
+
+    def _prepare_sub_group(self, index: int) -> None:
+        getattr(self._zero, self._stage.masters)[index].grad = self._prepare(index)
+        self._zero.averaged_gradients[index] = None
+
+    def _reassign(self, index: int) -> None:
+        master, weights = self._zero.fp32_partitioned_groups_flat[index], self._zero.fp16_partitioned_groups_flat[index]
+        if master.device == weights.device:
+            self._zero._unflatten_partitioned_parameters(index)
+        else:
+            type(self._zero)._reassign_or_swap_out_partitioned_parameters(self._zero, index)
+
+
+class _WrittenPartitions(list):
+    """Weights by group and rank, in which DeepSpeed finds a place for its copy of masters, once for each step.
+
+    It looks a group up right after the optimizer's step, and then not before all groups have been stepped. Of the group
+    that is `written` it finds something that takes no copy.
+    """
+
+    written: int | None = None
+
+    def __getitem__(self, index):
+        if self.written is None or index != self.written:
+            return super().__getitem__(index)
+        self.written = None
+        takes_nothing = SimpleNamespace(data=SimpleNamespace(copy_=lambda source: None))
+        return [takes_nothing] * len(super().__getitem__(index))
 
 
 def _is_per_element(value: object) -> bool:

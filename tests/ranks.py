@@ -14,22 +14,26 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-_pools: dict[int, "_Pool"] = {}
+_pools: dict[tuple[int, bool], "_Pool"] = {}
 
 
 class RankError(AssertionError):
     """At least one rank raised, died or hung."""
 
 
-def run_ranks(function: Callable, world_size: int, *args, timeout: float = 300) -> list:
-    """Call the top-level `function(*args)` on every rank and return what each returned, in rank order."""
-    pool = _pools.get(world_size)
+def run_ranks(function: Callable, world_size: int, *args, timeout: float = 300, interpret: bool = False) -> list:
+    """Call the top-level `function(*args)` on every rank and return what each returned, in rank order.
+
+    `interpret`: on ranks where Triton's kernels run in its interpreter, which must be known before Triton is imported.
+    """
+    key = (world_size, interpret)
+    pool = _pools.get(key)
     if pool is None:
-        pool = _pools[world_size] = _Pool(world_size)
+        pool = _pools[key] = _Pool(world_size, interpret)
     try:
         return pool.run(function, args, timeout)
     except RankError:
-        del _pools[world_size]
+        del _pools[key]
         pool.kill()
         raise
 
@@ -41,7 +45,7 @@ def stop_ranks() -> None:
 
 
 class _Pool:
-    def __init__(self, world_size: int):
+    def __init__(self, world_size: int, interpret: bool):
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")
         self._connections: list[Connection] = []
@@ -49,7 +53,9 @@ class _Pool:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world_size, str(Path(self._folder.name) / "store"), theirs), daemon=True
+                target=_serve,
+                args=(rank, world_size, str(Path(self._folder.name) / "store"), theirs, interpret),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -89,7 +95,9 @@ class _Pool:
         self._folder.cleanup()
 
 
-def _serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
+def _serve(rank: int, world_size: int, store: str, connection: Connection, interpret: bool) -> None:
+    if interpret:
+        os.environ["TRITON_INTERPRET"] = "1"
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),

@@ -17,6 +17,7 @@ import lisa_dist
 from lisa_dist import backward
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.fake_run import FakeRun, Trained, Workload
+from lisa_dist.kernels import dynamic_code
 from lisa_dist.measuring import StepMeter
 from lisa_dist.memory import live_tensor_bytes
 from lisa_dist.metrics import parse_bytes
@@ -38,6 +39,8 @@ ROWS, LENGTH = 4, 64
 
 def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
     """Three steps, and the parts of the fourth; the blocks that trained in it."""
+    for table in (dynamic_code.tables, dynamic_code.dynamic_code, dynamic_code.thresholds, dynamic_code.first_guess):
+        table.cache_clear()
     gc.collect()
     of_others = live_tensor_bytes()  # what other tests in this process have left
     settings = dict(settings)
@@ -103,8 +106,8 @@ def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: 
     always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
     groups = run.groups(Trained(layers, always_on, drawn), optim, config.state_bits, config.offloaded)
     stage, trace = StageSettings.of(ds_config_of(ds_config, settings), run.hidden_size), run.trace(groups)
-    options = {"optim": optim, "accumulates": settings.get("accumulation", 1) > 1, "on_cpu": True}
-    options["plain"] = settings.get("plain", False)
+    options = {"optim": optim, "master": config.lisa_master, "on_cpu": True, "plain": settings.get("plain", False)}
+    options["accumulates"] = settings.get("accumulation", 1) > 1
     return [plan_memory(run, groups, trace, stage, world_size, rank=rank, **options)[0] for rank in range(world_size)]
 
 
@@ -115,6 +118,8 @@ def shape_of(config: LlamaConfig) -> tuple[int, int]:
 
 FROZEN = {"lisa_always_on": "head,rest", "lisa_frozen": "embed", "lisa_seed": 3}
 DRAWN = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.5,head=0.5"}
+LISA_ADAMW = {"optim": "lisa_adamw"}
+EIGHT_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 SETTINGS = [
     ("zero1", 1, torch.bfloat16, {}),
     ("zero1", 2, torch.bfloat16, {"optim": "adamw_torch"}),
@@ -137,6 +142,14 @@ SETTINGS = [
     ("zero2", 2, torch.bfloat16, {"accumulation": 2}),
     ("zero2_offload", 2, torch.bfloat16, {"accumulation": 2}),
     ("zero2", 2, torch.bfloat16, {"lisa_offload": "embed,head"}),
+    ("zero1", 1, torch.float32, LISA_ADAMW | {"words": 8192}),
+    ("zero2", 2, torch.bfloat16, LISA_ADAMW),
+    ("zero2", 2, torch.bfloat16, LISA_ADAMW | EIGHT_BITS | {"words": 8192}),
+    ("zero2", 2, torch.bfloat16, LISA_ADAMW | {"lisa_offload": "embed", "words": 8192}),
+    ("zero2", 2, torch.bfloat16, LISA_ADAMW | EIGHT_BITS | {"lisa_master": "bf16_sr"}),
+    ("zero3", 2, torch.bfloat16, LISA_ADAMW | EIGHT_BITS | {"lisa_master": "bf16_sr", "words": 8192}),
+    ("zero3", 2, torch.float32, LISA_ADAMW),
+    ("zero3", 2, torch.bfloat16, LISA_ADAMW | {"lisa_master": "bf16_sr"}),
     ("zero3", 2, torch.bfloat16, {"lisa_offload": "embed,head,layers"}),
     ("zero2", 1, torch.bfloat16, {"lisa_offload": "head", "optim": "adamw_torch"}),
     ("zero2_offload", 2, torch.bfloat16, {}),

@@ -1,0 +1,220 @@
+"""AdamW over a flat piece of one parameter, in one pass, and what it takes for each form.
+
+A piece is the elements [element, element + n) of a flattened parameter. Bytes an element, where weights are bf16:
+
+    weights   gradient  master  moments             sum
+    bf16      bf16      fp32    fp32                16
+    bf16      bf16      fp32    8 bits, blockwise   10.03
+    bf16      bf16      none    fp32                12
+    bf16      bf16      none    8 bits, blockwise    6.03
+
+Without a master the sum of weight and update is rounded stochastically to bf16: up or down with probabilities that make
+its mean the sum itself, so that updates far below bf16's resolution still move the weights as they should. The random
+bits are those of `philox.random_bits`.
+
+Source of AdamW: Loshchilov and Hutter, "Decoupled weight decay regularization" (ICLR 2019), Algorithm 2. Of stochastic
+rounding for it: Zamirai et al., "Revisiting bfloat16 training" (2020), section 3.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.optim.adamw import adamw
+
+from .dynamic_code import BLOCK, dequantize, num_blocks, quantize
+from .philox import random_bits
+
+# Elements that the torch path works on at once: its temporaries are a few MB, and stay in the cache.
+CHUNK = 1 << 18
+
+
+@dataclass
+class StepTensors:
+    """The tensors of one piece, each 1-D, contiguous, on one device; the scales have one fp32 a block.
+
+    `weight`: what the model computes with, None where someone else writes it; `master`: fp32, or None. Moments are
+    fp32, or uint8 codes with scales. `gradient_scale`: one fp32 number that the gradient is to be multiplied with.
+    """
+
+    weight: torch.Tensor | None
+    master: torch.Tensor | None
+    gradient: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    exp_avg_scales: torch.Tensor | None = None
+    exp_avg_sq_scales: torch.Tensor | None = None
+    gradient_scale: torch.Tensor | None = None
+
+    @property
+    def target(self) -> torch.Tensor:
+        """What the update is added to: the master where there is one, else the weight."""
+        return self.weight if self.master is None else self.master
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the result is rounded stochastically."""
+        return self.master is None and self.weight.dtype == torch.bfloat16
+
+    @property
+    def quantized(self) -> bool:
+        """Whether moments are codes."""
+        return self.exp_avg.dtype == torch.uint8
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """The numbers of one step. `step` counts from 1; `seed`, `parameter` and `draw` choose the random bits."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+    element: int = 0
+    seed: int = 0
+    parameter: int = 0
+    draw: int = 0
+
+    def random_bits(self, begins: int, numel: int, device: torch.device) -> torch.Tensor:
+        """16 bits for each of `numel` elements, from the piece's element `begins` on."""
+        return random_bits(
+            self.element + begins, numel, seed=self.seed, parameter=self.parameter, draw=self.draw, device=device
+        )
+
+
+def check_tensors(tensors: StepTensors, element: int) -> None:
+    """Raise ValueError, saying what was expected and what came, for tensors that no kernel may touch."""
+    if tensors.weight is None and tensors.master is None:
+        raise ValueError("AdamW: expected a weight or a master, got neither.")
+    target = tensors.target
+    numel, device = target.numel(), target.device
+    blocks = num_blocks(element, numel)
+    expected = {
+        "weight": (numel, (torch.float32, torch.bfloat16, torch.float16)),
+        "master": (numel, (torch.float32,)),
+        "gradient": (numel, (torch.float32, torch.bfloat16, torch.float16)),
+        "exp_avg": (numel, (torch.uint8 if tensors.quantized else torch.float32,)),
+        "exp_avg_sq": (numel, (torch.uint8 if tensors.quantized else torch.float32,)),
+        "exp_avg_scales": (blocks, (torch.float32,)),
+        "exp_avg_sq_scales": (blocks, (torch.float32,)),
+        "gradient_scale": (1, (torch.float32,)),
+    }
+    for name, (size, dtypes) in expected.items():
+        tensor = getattr(tensors, name)
+        if tensor is None:
+            if name.endswith("scales") and tensors.quantized:
+                raise ValueError(f"AdamW: expected {blocks} {name} beside 8-bit moments, got none.")
+            continue
+        if tensor.numel() != size:
+            raise ValueError(f"AdamW: expected {size} elements of {name}, got {tensor.numel()}.")
+        if tensor.dtype not in dtypes:
+            names = " or ".join(str(dtype) for dtype in dtypes)
+            raise ValueError(f"AdamW: expected {name} in {names}, got {tensor.dtype}.")
+        if tensor.device != device:
+            raise ValueError(f"AdamW: expected {name} on {device}, where the weights are, got it on {tensor.device}.")
+        if not tensor.is_contiguous():
+            raise ValueError(f"AdamW: expected {name} to be contiguous, got strides {tensor.stride()}.")
+    if tensors.master is None and tensors.weight.dtype == torch.float16:
+        raise ValueError(
+            "AdamW: expected weights without a master in torch.bfloat16 or torch.float32, got torch.float16."
+        )
+
+
+def adamw_reference(tensors: StepTensors, numbers: StepNumbers) -> StepTensors:
+    """What one step makes of a piece, as new tensors, in the words of the algorithm: the kernels are held to this."""
+    signed = {"exp_avg": True, "exp_avg_sq": False}
+    gradient = tensors.gradient.float()
+    if tensors.gradient_scale is not None:
+        gradient = gradient * tensors.gradient_scale
+    moments = {
+        name: dequantize(getattr(tensors, name), getattr(tensors, f"{name}_scales"), signed[name], numbers.element)
+        if tensors.quantized
+        else getattr(tensors, name)
+        for name in signed
+    }
+    exp_avg = numbers.beta1 * moments["exp_avg"] + (1 - numbers.beta1) * gradient
+    exp_avg_sq = numbers.beta2 * moments["exp_avg_sq"] + (1 - numbers.beta2) * gradient**2
+    unbiased = exp_avg / (1 - numbers.beta1**numbers.step)
+    unbiased_sq = exp_avg_sq / (1 - numbers.beta2**numbers.step)
+    target = tensors.target.float() * (1 - numbers.lr * numbers.weight_decay)
+    target = target - numbers.lr * unbiased / (unbiased_sq.sqrt() + numbers.eps)
+    if tensors.stochastic:
+        weight = round_stochastically(target, numbers.random_bits(0, target.numel(), target.device))
+    else:
+        weight = None if tensors.weight is None else target.to(tensors.weight.dtype)
+    scales = [None, None]
+    if tensors.quantized:
+        exp_avg, scales[0] = quantize(exp_avg, True, numbers.element)
+        exp_avg_sq, scales[1] = quantize(exp_avg_sq, False, numbers.element)
+    master = None if tensors.master is None else target
+    return StepTensors(weight, master, tensors.gradient, exp_avg, exp_avg_sq, *scales)
+
+
+def round_stochastically(values: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """fp32 values in bf16: away from zero if the 16 bits that bf16 lacks and the random ones add up to 2**16."""
+    rounded = values.view(torch.int32) + bits
+    rounded = rounded.bitwise_and_(-0x10000).view(torch.float32)
+    return torch.where(values == values, rounded, values).to(torch.bfloat16)  # NaN could overflow to zero
+
+
+def adamw_torch(tensors: StepTensors, numbers: StepNumbers) -> None:
+    """One step in place: torch's own fused AdamW, on chunks that are widened to fp32 before and narrowed behind it."""
+    numel, steps = tensors.target.numel(), torch.full((), float(numbers.step - 1), device=tensors.target.device)
+    begins = 0
+    while begins < numel:
+        ends = min(numel, begins + CHUNK - (numbers.element + begins) % CHUNK)  # at blocks of the parameter
+        _step_chunk(tensors, numbers, slice(begins, ends), steps.clone())
+        begins = ends
+
+
+def _step_chunk(tensors: StepTensors, numbers: StepNumbers, cut: slice, steps: torch.Tensor) -> None:
+    element = numbers.element + cut.start
+    target, gradient = tensors.target[cut], tensors.gradient[cut]
+    values = target.float()  # itself, where it is fp32
+    if tensors.gradient_scale is not None:
+        gradient = gradient.to(torch.float32, copy=True).mul_(tensors.gradient_scale)
+    moments = [tensors.exp_avg[cut], tensors.exp_avg_sq[cut]]
+    if tensors.quantized:
+        first = element // BLOCK - numbers.element // BLOCK
+        blocks = slice(first, first + num_blocks(element, target.numel()))
+        scales = tensors.exp_avg_scales[blocks], tensors.exp_avg_sq_scales[blocks]
+        codes = moments
+        moments = [dequantize(*coded, element) for coded in zip(codes, scales, (True, False), strict=True)]
+    adamw(
+        [values],
+        [gradient.float()],
+        [moments[0]],
+        [moments[1]],
+        [],
+        [steps],
+        fused=True,
+        amsgrad=False,
+        beta1=numbers.beta1,
+        beta2=numbers.beta2,
+        lr=numbers.lr,
+        weight_decay=numbers.weight_decay,
+        eps=numbers.eps,
+        maximize=False,
+    )
+    if tensors.quantized:
+        for code, scale, moment, signed in zip(codes, scales, moments, (True, False), strict=True):
+            new_codes, new_scales = quantize(moment, signed, element)
+            code.copy_(new_codes)
+            scale.copy_(new_scales)
+    if tensors.stochastic:
+        values = round_stochastically(values, numbers.random_bits(cut.start, target.numel(), target.device))
+    if tensors.weight is not None and values.data_ptr() != tensors.weight[cut].data_ptr():
+        tensors.weight[cut].copy_(values)
+
+
+def chunk_bytes(numel: int, quantized: bool, stochastic: bool) -> int:
+    """Bytes that the torch path makes beside a piece, at its peak; the other kernels make none."""
+    an_element = {(False, False): 4, (False, True): 22, (True, False): 30, (True, True): 34}
+    return an_element[quantized, stochastic] * min(numel, CHUNK)
+
+
+def bias_corrections(numbers: StepNumbers) -> tuple[float, float]:
+    """1 - beta1**step, and the square root of 1 - beta2**step."""
+    return 1 - numbers.beta1**numbers.step, math.sqrt(1 - numbers.beta2**numbers.step)

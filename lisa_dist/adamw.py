@@ -1,0 +1,230 @@
+"""LisaAdamW: AdamW that takes a partition of ZeRO in one pass, in fewer bytes where that is asked for.
+
+An fp32 parameter is a master, or a weight that needs none; a bf16 parameter is a weight without a master, and is
+rounded stochastically. Moments have 32 or 8 bits, by parameter group.
+
+The random bits, and the blocks of 8-bit moments, belong to the elements of a model's parameters, not to partitions: a
+sharded optimizer says by `prepare` which pieces a partition consists of. So a resume, and another number of ranks, give
+the same bits. It also gives gradients as they came and the factor that clips and unscales them, and has the weights
+written beside the master; nothing is copied before or behind the step.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lisa_dist.backend import BLOCK, StepNumbers, StepTensors, adamw_step, dequantize, num_blocks, quantize
+from lisa_dist.states import Piece
+
+__all__ = ["BLOCK", "LisaAdamW", "PartitionStep", "decode_moment", "num_blocks", "with_blocks"]
+
+# A moment, and whether it has a sign.
+SIGNED = {"exp_avg": True, "exp_avg_sq": False}
+
+
+@dataclass
+class PartitionStep:
+    """What is known of one partition (a flat parameter of LisaAdamW) for one step.
+
+    `gradients` are 1-D and follow one another as the partition has them; `weight`, flat like the partition, is written
+    too; `gradient_scale`, one fp32 number, multiplies gradients; `draw` chooses random bits: the run's count of steps.
+    """
+
+    pieces: Sequence[Piece]
+    gradients: Sequence[torch.Tensor]
+    weight: torch.Tensor | None = None
+    gradient_scale: torch.Tensor | None = None
+    draw: int = 0
+
+
+class LisaAdamW(torch.optim.Optimizer):
+    """AdamW over fp32 or bf16 parameters, contiguous and of any shape; weight decay is decoupled.
+
+    `state_bits` is 32 or 8, and a group may have its own as "lisa_state_bits"; `seed` is that of the stochastic
+    rounding. A step raises ValueError, and changes nothing, for gradients that are not finite; where `prepare` was
+    called, whoever called it has looked. Source: Loshchilov and Hutter (ICLR 2019), Algorithm 2.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        state_bits: int = 32,
+        seed: int = 0,
+    ):
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"lisa_state_bits": state_bits})
+        for group in self.param_groups:
+            if group["lisa_state_bits"] not in (8, 32):
+                raise ValueError(f"LisaAdamW: expected 8 or 32 bits of the moments, got {group['lisa_state_bits']}.")
+        self.seed = seed
+        self._prepared: dict[torch.Tensor, PartitionStep] = {}
+
+    def prepare(self, parameter: torch.Tensor, partition: PartitionStep) -> None:
+        """Say of what the parameter consists, and with which gradients the next step is taken instead of `.grad`."""
+        self._prepared[parameter] = partition
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        """Update every parameter that has a gradient, or that was prepared."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        prepared, self._prepared = self._prepared, {}
+        partitions = []
+        for number, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                partition = prepared.get(parameter)
+                if partition is None and parameter.grad is not None:
+                    partition = self._alone(parameter, f"{number}.{index}")
+                if partition is not None:
+                    partitions.append((group, parameter, partition))
+        _check_finite([gradient for _, parameter, one in partitions if parameter not in prepared
+                       for gradient in one.gradients])  # fmt: skip
+        for group, parameter, partition in partitions:
+            self._step_partition(group, parameter, partition)
+        return loss
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, but moments keep their dtype; torch would give them that of the parameter."""
+        super().load_state_dict(state_dict)
+        saved = copy.deepcopy(state_dict["state"])
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            if number in saved:
+                self.state[parameter] = {
+                    name: value.to(parameter.device) if isinstance(value, torch.Tensor) else value
+                    for name, value in saved[number].items()
+                }
+
+    def restore(self, group: dict, parameter: torch.Tensor, pieces: Sequence[Piece], fields: dict) -> None:
+        """Give a parameter saved moments: "step", and each moment in fp32, or as codes with their scales."""
+        state = self._new_state(group, parameter, pieces)
+        state["step"] = fields["step"]
+        for name, signed in SIGNED.items():
+            coded, wants_codes = f"{name}_scales" in fields, f"{name}_scales" in state
+            if coded and wants_codes:
+                state[f"{name}_scales"].copy_(fields[f"{name}_scales"])
+            if coded == wants_codes:
+                state[name].copy_(fields[name])
+                continue
+            for piece, blocks in with_blocks(pieces):
+                cut = slice(piece.offset, piece.offset + piece.length)
+                saved = fields[name][cut].to(parameter.device)
+                if wants_codes:
+                    state[name][cut], state[f"{name}_scales"][blocks] = quantize(saved, signed, piece.start)
+                else:
+                    scales = fields[f"{name}_scales"][blocks].to(parameter.device)
+                    state[name][cut] = dequantize(saved, scales, signed, piece.start)
+        if pieces:
+            self.state[parameter] = state
+
+    def _new_state(self, group: dict, parameter: torch.Tensor, pieces: Sequence[Piece]) -> dict:
+        state: dict = {"step": 0}
+        total = sum(num_blocks(piece.start, piece.length) for piece in pieces)
+        for name, signed in SIGNED.items():
+            moment = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+            if group["lisa_state_bits"] == 8:
+                zero = quantize(moment[:1], signed)[0]
+                state[name] = zero.expand(parameter.numel()).clone()
+                state[f"{name}_scales"] = torch.zeros(total, dtype=torch.float32, device=parameter.device)
+            else:
+                state[name] = moment
+        return state
+
+    def _alone(self, parameter: torch.Tensor, name: str) -> PartitionStep:
+        """A parameter that is no partition: all of itself, with its own gradient."""
+        if not parameter.is_contiguous() or not parameter.grad.is_contiguous():
+            raise ValueError(
+                f"LisaAdamW: expected parameter {name} and its gradient to be contiguous, got strides "
+                f"{parameter.stride()} and {parameter.grad.stride()}."
+            )
+        draw = self.state[parameter].get("step", 0) if parameter in self.state else 0
+        whole = Piece(name, start=0, length=parameter.numel(), offset=0)
+        return PartitionStep([whole], [parameter.grad.view(-1)], draw=draw)
+
+    def _step_partition(self, group: dict, parameter: torch.Tensor, partition: PartitionStep) -> None:
+        flat = parameter.detach().view(-1)
+        if not partition.pieces:  # padding, or the place of a block that sleeps
+            return
+        state = self.state[parameter]
+        if not state:
+            state.update(self._new_state(group, parameter, partition.pieces))
+        for name in SIGNED:
+            if state[name].numel() != flat.numel():
+                raise ValueError(
+                    f"LisaAdamW: expected {flat.numel()} elements of {name}, as the partition has, got "
+                    f"{state[name].numel()}: the state is of another partition."
+                )
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        for piece, blocks in with_blocks(partition.pieces):
+            cut = slice(piece.offset, piece.offset + piece.length)
+            weight = flat if partition.weight is None else partition.weight
+            tensors = StepTensors(
+                weight=weight[cut] if partition.weight is not None or flat.dtype == torch.bfloat16 else None,
+                master=None if flat.dtype == torch.bfloat16 else flat[cut],
+                gradient=_cut(partition.gradients, piece.offset, piece.length),
+                gradient_scale=partition.gradient_scale,
+                **{name: state[name][cut] for name in SIGNED},
+                **{f"{name}_scales": state[f"{name}_scales"][blocks] for name in SIGNED if f"{name}_scales" in state},
+            )
+            numbers = StepNumbers(
+                lr=float(group["lr"]),
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                step=state["step"],
+                element=piece.start,
+                seed=self.seed,
+                parameter=_number_of(piece.name),
+                draw=partition.draw,
+            )
+            adamw_step(tensors, numbers)
+
+
+def decode_moment(name: str, codes: torch.Tensor, scales: torch.Tensor, start: int) -> torch.Tensor:
+    """The fp32 moment `name` that codes and scales of elements from `start` of a parameter stand for."""
+    return dequantize(codes, scales, SIGNED[name], start)
+
+
+def with_blocks(pieces: Sequence[Piece]) -> list[tuple[Piece, slice]]:
+    """The pieces of a partition, and where the scales of each are: one piece's follow another's."""
+    found, begins = [], 0
+    for piece in pieces:
+        ends = begins + num_blocks(piece.start, piece.length)
+        found.append((piece, slice(begins, ends)))
+        begins = ends
+    return found
+
+
+def _cut(gradients: Sequence[torch.Tensor], offset: int, length: int) -> torch.Tensor:
+    """The gradient of a piece, which is within one of the gradients that follow one another."""
+    for gradient in gradients:
+        if offset < gradient.numel():
+            assert offset + length <= gradient.numel(), "gradients are cut where parameters are"
+            return gradient.reshape(-1)[offset : offset + length]
+        offset -= gradient.numel()
+    raise AssertionError("there are fewer gradients than elements")
+
+
+def _number_of(name: str) -> int:
+    """31 bits for the name of a parameter."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
+
+
+def _check_finite(gradients: list[torch.Tensor]) -> None:
+    gradients = [gradient for gradient in gradients if gradient.numel()]
+    extremes = [value.float() for gradient in gradients for value in torch.aminmax(gradient)]
+    if extremes and not torch.stack(extremes).isfinite().all():
+        raise ValueError("LisaAdamW: expected finite gradients, got NaN or infinity; nothing was changed.")

@@ -1,0 +1,98 @@
+"""Which implementation of a kernel runs where: the one module that imports `lisa_dist.kernels`.
+
+Triton on CUDA where it can be imported, torch otherwise; the environment variable LISA_DIST_KERNELS = triton | torch
+forces either. The kernel is the torch operator `lisa_dist::adamw_`, so that compilers and fake tensors know it.
+"""
+
+import functools
+import importlib.util
+import os
+from importlib import metadata
+
+import torch
+
+from lisa_dist.config import UserError
+from lisa_dist.kernels.adamw import StepNumbers, StepTensors, adamw_torch, check_tensors, chunk_bytes
+from lisa_dist.kernels.dynamic_code import BLOCK, dequantize, num_blocks, quantize, table_bytes
+
+__all__ = [
+    "BLOCK",
+    "OPERATORS",
+    "StepNumbers",
+    "StepTensors",
+    "adamw_step",
+    "choose_kernels",
+    "chunk_bytes",
+    "dequantize",
+    "num_blocks",
+    "quantize",
+    "table_bytes",
+]
+
+VARIABLE = "LISA_DIST_KERNELS"
+KERNELS = ("triton", "torch")
+
+_TENSORS = ("weight", "master", "gradient", "exp_avg", "exp_avg_sq")
+_TENSORS += ("exp_avg_scales", "exp_avg_sq_scales", "gradient_scale")
+torch.library.define(
+    "lisa_dist::adamw_",
+    "(Tensor(a!)? weight, Tensor(b!)? master, Tensor gradient, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, "
+    "Tensor(e!)? exp_avg_scales, Tensor(f!)? exp_avg_sq_scales, Tensor? gradient_scale, float lr, float beta1, "
+    "float beta2, float eps, float weight_decay, int step, int element=0, int seed=0, int parameter=0, int draw=0) "
+    "-> ()",
+)
+
+
+def choose_kernels(device_type: str) -> tuple[str, str]:
+    """What runs on a device, "triton" or "torch", and why, in a few words. Raises ValueError for what is forced in vain."""
+    return _choose(device_type, os.environ.get(VARIABLE, "auto"), os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@functools.cache
+def _choose(device_type: str, forced: str, interpreted: bool) -> tuple[str, str]:
+    if forced not in (*KERNELS, "auto"):
+        raise UserError(f"{VARIABLE}={forced}: unknown; choose triton or torch, or leave it out.")
+    missing = importlib.util.find_spec("triton") is None
+    if forced == "torch":
+        return "torch", f"{VARIABLE}=torch"
+    if forced == "triton":
+        if missing:
+            raise UserError(f"{VARIABLE}=triton: Triton is not installed (pip install triton).")
+        if device_type != "cuda" and not interpreted:
+            raise UserError(
+                f"{VARIABLE}=triton on {device_type}: Triton's kernels run on CUDA, and elsewhere in its interpreter "
+                "alone (TRITON_INTERPRET=1, slow); leave the variable out."
+            )
+        return "triton", f"{VARIABLE}=triton"
+    if device_type != "cuda":
+        return "torch", "no CUDA device"
+    return ("torch", "Triton is not installed") if missing else ("triton", f"Triton {metadata.version('triton')}")
+
+
+def adamw_step(tensors: StepTensors, numbers: StepNumbers) -> None:
+    """One step of AdamW over a piece of a parameter, in place.
+
+    Raises ValueError, before anything is written, for tensors of other sizes, dtypes or devices than they must have.
+    """
+    check_tensors(tensors, numbers.element)
+    torch.ops.lisa_dist.adamw_(*(getattr(tensors, name) for name in _TENSORS), *vars(numbers).values())
+
+
+def _adamw(weight, master, gradient, exp_avg, exp_avg_sq, scales, sq_scales, gradient_scale, *numbers) -> None:
+    tensors = StepTensors(weight, master, gradient, exp_avg, exp_avg_sq, scales, sq_scales, gradient_scale)
+    kernels, _ = choose_kernels(tensors.target.device.type)
+    if kernels == "triton":
+        from lisa_dist.kernels.adamw_triton import adamw_triton as step
+    else:
+        step = adamw_torch
+    step(tensors, StepNumbers(*numbers))
+
+
+torch.library.impl("lisa_dist::adamw_", "default", _adamw)
+# What each of our operators runs, for whoever looks inside.
+OPERATORS = {torch.ops.lisa_dist.adamw_.default: _adamw}
+
+
+@torch.library.register_fake("lisa_dist::adamw_")
+def _fake(*tensors_and_numbers) -> None:
+    """It returns nothing; what it writes keeps shape and dtype."""
