@@ -6,7 +6,8 @@ LAUNCHER = ["ninja>=1.11"]  # DeepSpeed compiles its C++ ops with it at first us
 QUICKSTART = ["gguf>=0.10", "tensorboard>=2.14"]
 PLOT = ["matplotlib>=3.8"]
 TRITON = ["triton>=3.2; sys_platform == 'linux'"]  # a CUDA torch brings its own; the tests run it in its interpreter
-DEV = [*TRITON, "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6,<1"]
+LIGER = ["liger-kernel>=0.8.2"]
+DEV = [*TRITON, "liger-kernel>=0.8.2; sys_platform == 'linux'", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6,<1"]
 
 setup(
     name="lisa_dist",
@@ -32,7 +33,7 @@ setup(
         *LAUNCHER,
     ],
     extras_require={
-        "gpu": ["flash-attn>=2.6", "liger-kernel>=0.5"],
+        "gpu": ["flash-attn>=2.6", *LIGER],
         "eval": ["lm-eval>=0.4"],
         "quickstart": QUICKSTART,
         "plot": PLOT,

@@ -211,7 +211,7 @@ def with_blocks(pieces: Sequence[Piece]) -> list[tuple[Piece, slice]]:
 def _cut(gradients: Sequence[torch.Tensor], offset: int, length: int) -> torch.Tensor:
     """The gradient of a piece, which is within one of the gradients that follow one another."""
     for gradient in gradients:
-        if offset < gradient.numel():
+        if offset < gradient.numel() or length == 0:
             assert offset + length <= gradient.numel(), "gradients are cut where parameters are"
             return gradient.reshape(-1)[offset : offset + length]
         offset -= gradient.numel()

@@ -44,7 +44,7 @@ torch.library.define(
 
 
 def choose_kernels(device_type: str) -> tuple[str, str]:
-    """What runs on a device, "triton" or "torch", and why, in a few words. Raises ValueError for what is forced in vain."""
+    """What runs on a device, "triton" or "torch", and why, in a few words; ValueError for what is forced in vain."""
     return _choose(device_type, os.environ.get(VARIABLE, "auto"), os.environ.get("TRITON_INTERPRET") == "1")
 
 

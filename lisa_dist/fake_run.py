@@ -15,6 +15,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from lisa_dist.blocks import find_blocks
 from lisa_dist.config import UserError
+from lisa_dist.liger import without_liger
 from lisa_dist.memory import AllocationTracker
 from lisa_dist.optimizer import default_state_bits, split_by_decay, takes_bits
 from lisa_dist.recompute import checkpoint_layers
@@ -92,7 +93,8 @@ def _code_of_model(config: PretrainedConfig) -> Iterator[None]:
     that has trained must not end by it, and `lisa-dist plan` says which model cannot be planned, and why.
     """
     try:
-        yield
+        with without_liger():
+            yield
     except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
         said = str(error).strip().splitlines() or [""]
         raise PlanError(

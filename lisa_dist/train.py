@@ -30,6 +30,7 @@ from lisa_dist.ds_config import (
     read_ds_config,
     uses_optimizer_offload,
 )
+from lisa_dist.liger import check_liger
 from lisa_dist.metrics import format_table
 from lisa_dist.optimizer import LISA_ADAMW, check_optim
 from lisa_dist.recompute import number_of_layers, parse_budget, parse_checkpointed_layers
@@ -271,6 +272,8 @@ def _check_layers(
             f"--model_name_or_path {model_args.model_name_or_path}: no such folder, and no such model can be reached "
             f"on the hub ({type(error).__name__})."
         ) from error
+    if training_args.use_liger_kernel:
+        check_liger(training_args, config, lisa_config, trl_head=True)
     num_layers = config.get_text_config().num_hidden_layers
     lisa_config.check_num_layers(num_layers)
     dial = parse_checkpointed_layers(run_args.checkpointed_layers)

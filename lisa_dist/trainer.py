@@ -33,6 +33,7 @@ from lisa_dist.controller import LisaController
 from lisa_dist.ds_config import check_ds_config, keep_no_master, offload_by_block, uses_optimizer_offload
 from lisa_dist.fake_run import Workload
 from lisa_dist.files import gather, together
+from lisa_dist.liger import check_liger
 from lisa_dist.metrics import format_active, format_bytes, format_count, format_table, lisa_metrics
 from lisa_dist.optimizer import build_optimizer, check_optim
 from lisa_dist.recompute import checkpointed_layers, parse_budget, parse_checkpointed_layers
@@ -377,6 +378,8 @@ class LisaMixin:
                 f"--optim_args {self.args.optim_args} and optimizer_cls_and_kwargs have no effect under LISA: use "
                 "--optim, --learning_rate, --weight_decay, --adam_beta1, --adam_beta2 and --adam_epsilon."
             )
+        if self.args.use_liger_kernel:
+            self._say(check_liger(self.args, self.model.config, config))
         # Accelerate would replace the optimizer by a DeepSpeedCPUAdam of its own, with L2 decay and default betas.
         self._ds_config["zero_force_ds_cpu_optimizer"] = False
 

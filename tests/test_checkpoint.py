@@ -28,6 +28,7 @@ from lisa_dist.files import write_json
 
 STAGES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 STEPS, INTERVAL = 8, 3
+EIGHT_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 # After the last step of a period, where the next one switches; after the first step of one; before its last.
 CUTS = {"switch step": 3, "first step": 4, "last step": 5}
 
@@ -127,6 +128,10 @@ def test_a_resumed_run_is_the_run(tmp_path, ds_config, dtype):
         ("zero2", {"lisa": {"lisa_always_on": "head,rest", "lisa_frozen": "embed", "lisa_sampler": "reshuffle"}}),
         ("zero2", {"lisa": {"lisa_offload": "head,layers", "lisa_state": "keep", "lisa_activated_layers": 3}}),
         ("zero3", {"lisa": {"lisa_offload": "embed,head", "lisa_always_on": "rest"}}),
+        ("zero1", {"optim": "lisa_adamw", "lisa": {"lisa_master": "bf16_sr"}}),
+        ("zero2", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | {"lisa_offload": "rest", "lisa_state": "keep"}}),
+        ("zero2", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | {"lisa_master": "bf16_sr", "lisa_state": "keep"}}),
+        ("zero3", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | {"lisa_master": "bf16_sr"}}),
     ],
 )
 def test_a_resumed_run_is_the_run_with(tmp_path, ds_config, options):
@@ -196,6 +201,29 @@ def test_8bit_states_go_on_elsewhere(tmp_path):
         changed = options | {"optim": optim}
         resumed = run_ranks(resume, world_size, str(tmp_path), 5, ds_config, torch.float32, changed)[0]
         assert resumed["losses"] == pytest.approx(whole["losses"][5:], abs=2e-3), (ds_config, world_size, optim)
+
+
+def test_8bit_states_of_lisa_adamw_go_on_elsewhere(tmp_path):
+    """Into another form of the optimizer, and into another optimizer; and those of bitsandbytes into it."""
+    ours, theirs = {"optim": "lisa_adamw", "lisa": EIGHT_BITS}, {"optim": "adamw_8bit"}
+    forms = [{"optim": "lisa_adamw"}, {"optim": "adamw_torch"}, theirs, ours]
+    for saved, resumed_as in ((ours, forms), (theirs, [ours])):
+        options = saved | {"cuts": [6]}  # where a period begins, other bits can be given
+        whole = run_ranks(run_and_save, 2, str(tmp_path), "zero2", torch.float32, options)[0]
+        for form in resumed_as:
+            resumed = run_ranks(resume, 2, str(tmp_path), 6, "zero3", torch.float32, form)[0]
+            assert resumed["losses"] == pytest.approx(whole["losses"][6:], abs=2e-3), (saved, form)
+
+
+def test_masters_come_and_go_at_a_resume(tmp_path):
+    def run(settings, function, *arguments):
+        options = {"optim": "lisa_adamw", "lisa": settings, "cuts": [5]}
+        return run_ranks(function, 2, str(tmp_path), *arguments, torch.bfloat16, options)[0]
+
+    for before, after in (({}, {"lisa_master": "bf16_sr"}), ({"lisa_master": "bf16_sr"}, {})):
+        whole = run(before, run_and_save, "zero2")
+        resumed = run(after, resume, 5, "zero3")
+        assert resumed["losses"] == pytest.approx(whole["losses"][5:], abs=0.01)
 
 
 def save_once(folder: str, model=None, steps: int = 2, ds_config: str = "zero2", output_dir=None, **settings):

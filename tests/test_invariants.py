@@ -5,6 +5,7 @@ those of the active blocks, cut W ways; 5 losses equal the reference; 6 live byt
 depend on what is trained; 8 gamma = all layers is full training.
 """
 
+import functools
 import gc
 import math
 
@@ -119,7 +120,9 @@ def train_and_check(ds_config: str, build, dtype: torch.dtype, options: dict) ->
         assert sum(state.numel for state in states.values()) == expected_elements(lisa, stage, world_size)
         for key, state in states.items():
             assert len(state.optimizer_state) >= 2, f"no moments for {key}"
-            assert key not in masters or not torch.equal(masters[key], state.master), f"master did not move: {key}"
+            # Without masters a group of a few norms moves only where the draws have it.
+            moves = state.numel > 1000 or not state.is_weights
+            assert key not in masters or not moves or not torch.equal(masters[key], state.master), f"not moved: {key}"
         masters = {key: state.master.detach().clone() for key, state in states.items()}
     lisa.close()
     engine.destroy()
@@ -162,6 +165,45 @@ def check_against_reference(ds_config: str, build, layers_path: str, options: di
 @pytest.mark.parametrize("ds_config", STAGES)
 def test_losses_equal_the_reference(ds_config):
     check_against_reference(ds_config, tiny_llama, "model.layers", {})
+
+
+LISA_ADAMW = {"optim": "lisa_adamw"}
+
+
+@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        LISA_ADAMW,
+        LISA_ADAMW | {"accumulation": 2, "checkpointing": True, "lisa": {"lisa_state": "keep"}},
+        LISA_ADAMW | {"lisa": {"lisa_offload": "embed,layers"}},
+    ],
+    ids=["plain", "keep", "host"],
+)
+def test_lisa_adamw_equals_the_reference(ds_config, options):
+    check_against_reference(ds_config, tiny_llama, "model.layers", options)
+
+
+@functools.cache
+def bf16_losses() -> list[float]:
+    return run_ranks(train_and_check, 2, "zero2", tiny_llama, torch.bfloat16, {})[0]["losses"]
+
+
+@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lisa_master": "bf16_sr"},
+        {"lisa_master": "bf16_sr", "lisa_state_bits": "embed=8,head=8,layers=8", "lisa_state": "keep"},
+    ],
+    ids=["fp32", "bf16_sr", "bf16_sr, 8 bits"],
+)
+def test_lisa_adamw_in_bf16(ds_config, settings):
+    """As near to fp32 as bf16 is; what sleeps is bit-identical and ranks agree, as in every run here."""
+    options = LISA_ADAMW | {"lisa": settings}
+    losses = run_ranks(train_and_check, 2, ds_config, tiny_llama, torch.bfloat16, options)[0]["losses"]
+    assert losses == pytest.approx(bf16_losses(), abs=0.01)
 
 
 @pytest.mark.parametrize("ds_config", STAGES)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from models import tiny_gpt2, tiny_llama
 
+from lisa_dist.adamw import LisaAdamW
 from lisa_dist.blocks import Block, find_blocks
+from lisa_dist.config import LisaConfig
 from lisa_dist.optimizer import build_optimizer, build_param_groups, check_optim, check_same_kinds, decays
 
 
@@ -86,3 +88,29 @@ def test_an_optimizer_that_cannot_work_is_refused(optim, offload, said):
     with pytest.raises(ValueError, match="--optim") as error:
         check_optim(optim, offload)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("optim", "offload", "precision", "said"),
+    [
+        ("adamw_torch", False, "bf16", "--lisa_master bf16_sr with --optim adamw_torch: only --optim lisa_adamw"),
+        ("lisa_adamw", False, "fp32", "--lisa_master bf16_sr with weights in fp32: it rounds to bf16"),
+        ("lisa_adamw", False, "fp16", "--lisa_master bf16_sr with weights in fp16: it rounds to bf16"),
+        ("lisa_adamw", True, "bf16", "--lisa_master bf16_sr with offload_optimizer"),
+    ],
+)
+def test_masters_that_cannot_be_left_out(optim, offload, precision, said):
+    with pytest.raises(ValueError, match="--lisa_master") as error:
+        check_optim(optim, offload, LisaConfig(lisa_master="bf16_sr"), precision)
+    assert said in str(error.value)
+
+
+def test_norms_and_biases_keep_32_bits():
+    blocks = find_blocks(tiny_llama())
+    groups = build_param_groups([blocks.embed, blocks.rest], [blocks.layers[0]], 0.1, {"embed": 8, "layers": 8})
+    bits = {group["lisa_group"]: group.get("lisa_state_bits") for group in groups}
+    assert bits == {"embed/decay": 8, "rest/no_decay": None, "slot0/decay": 8, "slot0/no_decay": None}
+    optimizer = build_optimizer(groups, "lisa_adamw", lr=3e-4, betas=(0.8, 0.9), eps=1e-6, seed=5)
+    assert isinstance(optimizer, LisaAdamW)
+    assert [group["lisa_state_bits"] for group in optimizer.param_groups] == [8, 32, 8, 32]
+    assert (optimizer.defaults["lr"], optimizer.defaults["betas"], optimizer.seed) == (3e-4, (0.8, 0.9), 5)

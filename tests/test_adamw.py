@@ -1,0 +1,339 @@
+"""LisaAdamW by itself, and in DeepSpeed on CPU ranks: the same bits wherever partitions are cut."""
+
+import copy
+import itertools
+import json
+
+import bitsandbytes
+import deepspeed
+import pytest
+import torch
+from models import tiny_llama, token_batches
+from ranks import run_ranks
+
+import lisa_dist
+from lisa_dist.adamw import LisaAdamW, PartitionStep
+from lisa_dist.checkpoint import load_checkpoint, save_checkpoint
+from lisa_dist.states import Piece
+
+EIGHT_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8"}
+STOCHASTIC = {"lisa_master": "bf16_sr"}
+FORMS = {"fp32": {}, "fp32, 8 bits": EIGHT_BITS, "bf16_sr": STOCHASTIC, "bf16_sr, 8 bits": STOCHASTIC | EIGHT_BITS}
+
+
+def parameters_of(dtype=torch.float32) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(30, 50), (50,), (1,), (0,), (7, 11, 13)]
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def set_gradients(parameters, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def test_fp32_is_torchs_adamw():
+    """To 1e-6 over 50 steps, with groups of their own settings and a learning rate that changes."""
+
+    def train(kind) -> list[torch.Tensor]:
+        parameters = parameters_of()
+        groups = [{"params": parameters[:2], "weight_decay": 0.0, "betas": (0.8, 0.95)}, {"params": parameters[2:]}]
+        optimizer = kind(groups, lr=1e-2, weight_decay=0.1, eps=1e-6)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
+        for step in range(50):
+            set_gradients(parameters, step)
+            optimizer.step()
+            schedule.step()
+        return parameters
+
+    for mine, theirs in zip(train(LisaAdamW), train(torch.optim.AdamW), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_closure_is_called_and_parameters_without_a_gradient_stay():
+    parameters = parameters_of()
+    optimizer = LisaAdamW(parameters)
+    before = copy.deepcopy(parameters[0])
+    parameters[1].grad = torch.ones_like(parameters[1])
+    assert optimizer.step(lambda: 7) == 7
+    assert torch.equal(parameters[0], before)
+    assert list(optimizer.state) == [parameters[1]]
+
+
+@pytest.mark.parametrize("state_bits", [32, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_dict_goes_on_bit_for_bit(state_bits, dtype):
+    parameters = parameters_of(dtype)
+    optimizer = LisaAdamW(parameters, lr=1e-2, state_bits=state_bits)
+    for step in range(6):
+        if step == 3:
+            saved = copy.deepcopy((parameters, optimizer.state_dict()))
+        set_gradients(parameters, step)
+        optimizer.step()
+    resumed, state = saved
+    another = LisaAdamW(resumed, lr=1.0, state_bits=state_bits)
+    another.load_state_dict(state)
+    for parameter in resumed:
+        moment = another.state[parameter]["exp_avg"]
+        assert moment.dtype == (torch.uint8 if state_bits == 8 else torch.float32)
+    for step in range(3, 6):
+        set_gradients(resumed, step)
+        another.step()
+    for mine, theirs in zip(parameters, resumed, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_do_not_depend_on_where_partitions_are_cut(dtype):
+    """Two parameters in one partition; cut in two at a block of 256, once within the first and once in the second."""
+    sizes, weights = {"first": 1024, "second": 2048}, torch.randn(3072, generator=torch.Generator().manual_seed(0))
+    gradients = torch.randn(4, 3072, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def pieces_of(begins: int, ends: int) -> list[Piece]:
+        found, at = [], 0
+        for name, size in sizes.items():
+            first, last = max(begins, at), min(ends, at + size)
+            if first < last:
+                found.append(Piece(name, first - at, last - first, first - begins))
+            at += size
+        return found
+
+    def train(cuts: list[int]) -> torch.Tensor:
+        results = []
+        for begins, ends in itertools.pairwise(cuts):
+            partition, pieces = torch.nn.Parameter(weights[begins:ends].to(dtype, copy=True)), pieces_of(begins, ends)
+            optimizer = LisaAdamW([partition], lr=1e-2, state_bits=8, seed=4)
+            for draw, gradient in enumerate(gradients):
+                mine = gradient[begins:ends]
+                cut = [mine[piece.offset : piece.offset + piece.length] for piece in pieces]
+                optimizer.prepare(partition, PartitionStep(pieces, cut, gradient_scale=torch.tensor([0.5]), draw=draw))
+                optimizer.step()
+            results.append(partition.detach())
+        return torch.cat(results)
+
+    whole = train([0, 3072])
+    assert not torch.equal(whole, weights.to(dtype))
+    for cuts in ([0, 512, 3072], [0, 1024, 3072], [0, 1280, 3072], [0, 256, 768, 2048, 3072]):
+        assert torch.equal(train(cuts), whole), cuts
+
+
+def test_the_weight_beside_a_master_is_written():
+    master = torch.nn.Parameter(torch.randn(300))
+    weight = torch.zeros(300, dtype=torch.bfloat16)
+    optimizer = LisaAdamW([master])
+    optimizer.prepare(master, PartitionStep([Piece("a", 0, 300, 0)], [torch.randn(100), torch.randn(200)], weight))
+    with pytest.raises(AssertionError, match="gradients are cut where parameters are"):
+        optimizer.step()
+    optimizer = LisaAdamW([master])
+    optimizer.prepare(master, PartitionStep([Piece("a", 0, 300, 0)], [torch.randn(300)], weight))
+    optimizer.step()
+    assert torch.equal(weight, master.detach().to(torch.bfloat16))
+
+
+# Bad input
+
+
+def test_gradients_that_are_not_finite_change_nothing():
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        parameters = parameters_of(torch.bfloat16)
+        optimizer = LisaAdamW(parameters, state_bits=8)
+        for step in range(2):
+            set_gradients(parameters, step)
+            optimizer.step()
+        before = copy.deepcopy((parameters, optimizer.state_dict()))
+        parameters[-1].grad[3] = bad
+        with pytest.raises(ValueError, match="expected finite gradients, got NaN or infinity; nothing was changed"):
+            optimizer.step()
+        for mine, theirs in zip(parameters, before[0], strict=True):
+            assert torch.equal(mine, theirs)
+        for number, state in optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(before[1]["state"][number][name])), name
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="expected 8 or 32 bits of the moments, got 16"):
+        LisaAdamW(parameters_of(), state_bits=16)
+    transposed = torch.nn.Parameter(torch.randn(3, 5).T)
+    transposed.grad = torch.zeros(5, 3)
+    with pytest.raises(
+        ValueError, match=r"expected parameter 0\.0 and its gradient to be contiguous, got strides \(1, 5\)"
+    ):
+        LisaAdamW([transposed]).step()
+    half = torch.nn.Parameter(torch.zeros(3, dtype=torch.float16))
+    half.grad = torch.zeros_like(half)
+    with pytest.raises(ValueError, match=r"expected master in torch\.float32, got torch\.float16"):
+        LisaAdamW([half]).step()
+    parameter = torch.nn.Parameter(torch.zeros(8))
+    optimizer = LisaAdamW([parameter])
+    parameter.grad = torch.ones(8)
+    optimizer.step()
+    parameter.data = torch.zeros(6)
+    parameter.grad = torch.ones(6)
+    with pytest.raises(ValueError, match="expected 6 elements of exp_avg, as the partition has, got 8"):
+        optimizer.step()
+    assert not parameter.any()
+
+
+# In DeepSpeed
+
+
+def start(ds_config: str, form: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **settings):
+    """No clipping: the norm's last bits would depend on the cuts."""
+    config = lisa_dist.LisaConfig(**{"lisa_interval_steps": 3} | FORMS[form] | settings)
+    model = tiny_llama(seed=seed).to(dtype)
+    options = {"lr": 1e-3, "weight_decay": 0.1, "optim": "lisa_adamw", "max_grad_norm": 0.0}
+    return lisa_dist.initialize(model, ds_config, config, **options)
+
+
+def train(engine, lisa, steps: range) -> None:
+    batches = token_batches(8, rows=2)
+    for step in steps:
+        lisa.on_step_begin()
+        engine.backward(engine(input_ids=batches[step, 0], labels=batches[step, 0]).loss)  # on each rank the same rows
+        engine.step()
+
+
+def weights_of(engine) -> dict[str, torch.Tensor]:
+    parameters = dict(engine.module.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(parameters.values())):
+        return {name: value.detach().clone() for name, value in parameters.items()}
+
+
+def train_and_save(ds_config: str, form: str, folder: str) -> dict[str, torch.Tensor]:
+    engine, lisa = start(ds_config, form)
+    train(engine, lisa, range(5))
+    save_checkpoint(lisa, f"{folder}/checkpoint-5")
+    train(engine, lisa, range(5, 8))
+    weights = weights_of(engine)
+    engine.destroy()
+    return weights
+
+
+def train_from(ds_config: str, form: str, folder: str) -> dict[str, torch.Tensor]:
+    engine, lisa = start(ds_config, form, seed=9)
+    load_checkpoint(lisa, f"{folder}/checkpoint-5")
+    train(engine, lisa, range(5, 8))
+    weights = weights_of(engine)
+    engine.destroy()
+    return weights
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize("form", ["bf16_sr, 8 bits", "fp32, 8 bits"])
+def test_any_number_of_ranks_and_a_resume_on_another_give_the_same_bits(form, tmp_path):
+    """Where no cut is within a block of 256, as in models that people train."""
+    whole = run_ranks(train_and_save, 2, "zero2", form, str(tmp_path))[0]
+    runs = {
+        "one rank": run_ranks(train_and_save, 1, "zero1", form, str(tmp_path / "other"))[0],
+        "stage 3": run_ranks(train_and_save, 2, "zero3", form, str(tmp_path / "third"))[1],
+        "resumed by one": run_ranks(train_from, 1, "zero2", form, str(tmp_path))[0],
+        "resumed on stage 3 by four": run_ranks(train_from, 4, "zero3", form, str(tmp_path))[2],
+        "resumed from stage 3": run_ranks(train_from, 2, "zero2", form, str(tmp_path / "third"))[0],
+    }
+    initial = dict(tiny_llama().to(torch.bfloat16).named_parameters())
+    for name, value in whole.items():
+        assert not name.startswith("lm_head") or not torch.equal(value, initial[name])
+        for run, weights in runs.items():
+            assert torch.equal(weights[name], value), (run, name)
+
+
+def count_bytes(ds_config: str, form: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes an active element of this rank's partitions: those of masters and moments, and the master's dtype."""
+    engine, lisa = start(ds_config, form, dtype=dtype)
+    train(engine, lisa, range(2))
+    states = lisa.partition_states().values()
+    # What live storages there are, counted once, and not those of the weights.
+    tensors = [value for state in states for value in (state.master, *state.optimizer_state.values())]
+    storages = [value.untyped_storage() for value in tensors if isinstance(value, torch.Tensor)]
+    held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    weights = {lisa.partitions.local_weights(one).untyped_storage().data_ptr() for one in engine.module.parameters()}
+    total = sum(size for place, size in held.items() if place not in weights)
+    counted = sum(state.nbytes for state in states)
+    numel = sum(state.numel for state in states)
+    engine.destroy()
+    return total / numel, counted / numel
+
+
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("form", "dtype", "expected"),
+    [
+        ("fp32", torch.float32, 8),
+        ("fp32", torch.bfloat16, 12),
+        ("fp32, 8 bits", torch.bfloat16, 6),
+        ("bf16_sr", torch.bfloat16, 8),
+        ("bf16_sr, 8 bits", torch.bfloat16, 2),
+    ],
+)
+def test_masters_and_moments_take_what_they_should(ds_config, form, dtype, expected):
+    for total, counted in run_ranks(count_bytes, 2, ds_config, form, dtype):
+        # Scales are 8 bytes for 256 elements; norms, 1% of this model, keep 32 bits.
+        assert total == pytest.approx(counted, abs=0.001)
+        assert expected <= total <= expected + (0.2 if "8 bits" in form else 0.001)
+
+
+def spoil_a_step(ds_config: str, form: str) -> None:
+    engine, lisa = start(ds_config, form, lisa_nonfinite="skip")
+    train(engine, lisa, range(4))
+    before = copy.deepcopy(
+        {key: (state.master, state.optimizer_state) for key, state in lisa.partition_states().items()}
+    )
+    hook = engine.module.model.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
+    train(engine, lisa, range(4, 5))
+    hook.remove()
+    for key, state in lisa.partition_states().items():
+        assert torch.equal(state.master, before[key][0])
+        for name, value in state.optimizer_state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(before[key][1][name])), (key, name)
+    train(engine, lisa, range(5, 6))
+    key = next(iter(before))
+    assert lisa.partition_states()[key].optimizer_state["step"] == before[key][1]["step"] + 1
+    engine.destroy()
+
+
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+def test_a_step_that_deepspeed_skips_leaves_the_state(ds_config):
+    run_ranks(spoil_a_step, 2, ds_config, "bf16_sr, 8 bits")
+
+
+# On a real model
+
+
+def train_real(model_path, batches, build, steps: int = 200) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    optimizer = build(list(model.parameters()))
+    for step in range(steps):
+        rows = batches[step % len(batches)]
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.slow
+def test_8_bit_moments_are_as_good_as_those_of_bitsandbytes(data_dir):
+    """After 200 steps of a real model: how far the weights are from those of 32-bit moments."""
+    from transformers import AutoTokenizer
+
+    path = data_dir / "models" / "stories260k-hf"
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    rows = [json.loads(line) for line in (data_dir / "gsm8k" / "train.jsonl").read_text().splitlines()[:200]]
+    tokens = [tokenizer(row["question"] + row["answer"]).input_ids[:64] for row in rows]
+    batches = torch.tensor([one for one in tokens if len(one) == 64][:160]).view(40, 4, 64)
+    settings = {"lr": 1e-3, "weight_decay": 0.1}
+    exact = train_real(path, batches, lambda parameters: torch.optim.AdamW(parameters, **settings))
+    theirs = train_real(
+        path, batches, lambda parameters: bitsandbytes.optim.AdamW8bit(parameters, min_8bit_size=1, **settings)
+    )
+    mine = train_real(path, batches, lambda parameters: LisaAdamW(parameters, state_bits=8, **settings))
+    fp32 = train_real(path, batches, lambda parameters: LisaAdamW(parameters, **settings))
+    assert (fp32 - exact).norm() < 0.01 * (theirs - exact).norm()
+    assert 0 < (mine - exact).norm() < (theirs - exact).norm()
