@@ -12,6 +12,7 @@ from lisa_dist import LisaConfig
 from lisa_dist.metrics import GIB
 from lisa_dist.plan import PlanArguments, load_model_config, make_plans
 
+SMALLEST = {"lisa_master": "bf16_sr", "lisa_state_bits": "embed=8,head=8,layers=8"}
 # Name, arguments of the plan, settings of LISA.
 ARMS = (
     ("full", {"method": "full"}, {}),
@@ -19,6 +20,9 @@ ARMS = (
     ("LoRA r128", {"method": "lora", "lora_rank": 128}, {}),
     ("LISA as published", {}, {}),
     ("LISA, always-on 8 bit", {}, {"lisa_state_bits": "embed=8,head=8,rest=8"}),
+    ("LISA, lisa_adamw", {"optim": "lisa_adamw"}, {}),
+    ("LISA, always on, 6 bytes", {"optim": "lisa_adamw"}, SMALLEST),
+    ("LISA, drawn, 6 bytes", {"optim": "lisa_adamw"}, SMALLEST | {"lisa_always_on": "rest"}),
     ("LISA, states on host", {"deepspeed": "zero2_offload"}, {}),
     ("LISA, embed+head on host", {}, {"lisa_offload": "embed,head"}),
     ("LISA, all but weights on host", {}, {"lisa_offload": "embed,head,rest,layers"}),

@@ -30,7 +30,7 @@ def _store_quantized(values, codes, offsets, mask, scales, block, block_is_here,
     tl.store(scales + block, scale, mask=block_is_here)
 
 
-@triton.jit(do_not_specialize=["numel", "seed", "parameter", "draw"])
+@triton.jit(do_not_specialize=["seed", "parameter", "draw"])
 def _adamw(
     weight,
     master,

@@ -5,10 +5,12 @@ import sys
 USAGE = """usage: lisa-dist train --config recipe.yaml [--any_flag value]
        lisa-dist plan --model llama3.1-8b --gpus 4 --gpu_memory 80GiB [--any_flag value]
        lisa-dist export CHECKPOINT OUT
+       lisa-dist info
 
   train   train a model by LISA, on one device; on several: deepspeed launch/train.py with the same flags
   plan    what a run will need of memory, part by part, and the command that fits; needs no GPU and no weights
   export  turn a checkpoint of any run into a folder that from_pretrained loads, without a GPU
+  info    what is installed here, and which kernels and attention a run would use, and why
 """
 
 
@@ -29,6 +31,11 @@ def main() -> None:
         from lisa_dist.checkpoint import export_main as export
 
         export(*sys.argv[2:])
+        return
+    if verb == "info" and len(sys.argv) == 2:
+        from lisa_dist.info import main as info
+
+        info()
         return
     print(USAGE, end="")
     raise SystemExit(0 if verb in ("-h", "--help") else 2)

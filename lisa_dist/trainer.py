@@ -317,7 +317,8 @@ class LisaMixin:
         never = [name for name in (*config.frozen, "outside") if name in numel]
         active_blocks = [*always_on, *lisa.active_blocks]
         active = sum(numel[name] for name in active_blocks) + sum(layers[layer] for layer in lisa.active_layers)
-        masters = sum(state.numel for state in lisa.partition_states().values())
+        states = list(lisa.partition_states().values())
+        kept = "two moments" if all(state.is_weights for state in states) else "master weights and two moments"
 
         def named(names: list[str]) -> str:
             return ", ".join(f"{name} {format_count(numel[name])}" for name in names) or "nothing"
@@ -335,7 +336,7 @@ class LisaMixin:
                 f"{config.lisa_interval_steps} steps with {config.lisa_activated_layers} layers, {config.lisa_sampler}",
             ),
             ("ZeRO", f"stage {self._ds_config['zero_optimization']['stage']} on {self.args.world_size} rank(s)"),
-            ("states per rank", f"{format_count(masters)} elements each of master weights and two moments"),
+            ("states per rank", f"{format_count(sum(state.numel for state in states))} elements each of {kept}"),
             ("checkpointed", f"{checkpointed_layers(self.model, lisa.blocks)} of {len(layers)} layers"),
             ("memory now", f"{format_bytes(lisa.live_bytes())} of tensors per rank, before the moments"),
         ]

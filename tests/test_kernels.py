@@ -340,3 +340,51 @@ def test_tensors_that_do_not_fit_are_refused(change, said):
     for name in RESULTS:
         value = getattr(tensors, name)
         assert value is None or torch.equal(value, getattr(before, name)), "nothing was written"
+
+
+# On a GPU
+
+# Weights, whether there is a master, whether moments have 8 bits, gradients; and accesses of 16 bytes in a row of 256.
+COMPILED = {
+    "fp32": ("fp32", False, False, "fp32", 4, 3),
+    "bf16, fp32 master": ("bf16", True, False, "bf16", 3, 3),
+    "bf16, fp32 master, 8 bits": ("bf16", True, True, "bf16", 1, 1),
+    "bf16, stochastic": ("bf16", False, False, "fp32", 3, 2),
+    "bf16, stochastic, 8 bits": ("bf16", False, True, "bf16", 0, 0),
+}
+
+
+@pytest.mark.parametrize("form", COMPILED)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_compiles_for_a_gpu_that_is_not_there(form, capability):
+    """Of pieces that begin and end at multiples of 16, four elements a thread are one access to memory."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lisa_dist.kernels.adamw_triton import _adamw
+
+    weight, has_master, quantized, gradient, loads, stores = COMPILED[form]
+    stochastic = weight == "bf16" and not has_master
+    moment, tables = ("*u8", "*fp32") if quantized else ("*fp32", None)
+    types = dict.fromkeys(_adamw.arg_names, "fp32") | {
+        "weight": f"*{weight}", "master": "*fp32" if has_master else None, "gradient": f"*{gradient}",
+        "exp_avg": moment, "exp_avg_sq": moment, "exp_avg_scales": tables, "exp_avg_sq_scales": tables,
+        "gradient_scale": "*fp32", "numel": "i32", "element": "i32", "seed": "i64", "parameter": "i32", "draw": "i32",
+    }  # fmt: skip
+    types |= {name: tables and ("*u8" if "guesses" in name else "*fp32")
+              for name in ("code", "thresholds", "guesses", "code_sq", "thresholds_sq", "guesses_sq")}  # fmt: skip
+    constants = {"HAS_MASTER": has_master, "HAS_WEIGHT": True, "HAS_SCALE": True, "STOCHASTIC": stochastic}
+    constants |= {"QUANTIZED": quantized, "ROW": 256, "ROWS": 8} | {name: None for name in types if types[name] is None}
+    place = {name: (index,) for index, name in enumerate(_adamw.arg_names)}
+    multiples = [name for name in types if name in ("numel", "element") or str(types[name]).startswith("*")]
+    source = ASTSource(
+        fn=_adamw,
+        signature={name: "constexpr" if name in constants else kind for name, kind in types.items()},
+        constexprs={place[name]: value for name, value in constants.items()},
+        attrs={place[name]: [["tt.divisibility", 16]] for name in multiples},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 2})
+    code = compiled.asm["ptx"]
+    assert (code.count("ld.global.v4.b32"), code.count("st.global.v4.b32")) == (8 * loads, 8 * stores)
+    assert ".local" not in code, "registers are enough"

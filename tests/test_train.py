@@ -52,6 +52,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+SMALLEST = {"optim": "lisa_adamw", "lisa_master": "bf16_sr", "lisa_state_bits": "embed=8,head=8,layers=8"}
+
+
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -104,7 +107,7 @@ def flags_for(folder: Path, output_dir: Path, **changes) -> list[str]:
 @pytest.mark.parametrize(
     ("how", "changes"),
     [
-        ("deepspeed", {"deepspeed": "zero3", "bf16": True, "sample_prompt": "1 + 1?"}),
+        ("deepspeed", {"deepspeed": "zero3", "bf16": True, "sample_prompt": "1 + 1?"} | SMALLEST),
         ("torchrun", {"deepspeed": "zero2_offload"}),
         ("python", {}),
         ("lisa-dist", {"deepspeed": "zero1", "optim": "adamw_8bit"}),
@@ -270,6 +273,9 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
         ({"model_name_or_path": "no/such-model"}, "--model_name_or_path no/such-model: no such folder"),
         ({"deepspeed": "zero3_nvme"}, "--deepspeed zero3_offload"),
         ({"optim": "lomo"}, "--optim lomo: LISA runs AdamW"),
+        ({"lisa_master": "bf16_sr"}, "--lisa_master bf16_sr with --optim adamw_torch_fused: only --optim lisa_adamw"),
+        ({"lisa_master": "bf16_sr", "optim": "lisa_adamw"}, "--lisa_master bf16_sr with weights in fp32"),
+        ({"method": "full", "optim": "lisa_adamw"}, "--optim lisa_adamw with --method full: it is for --method lisa"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_before_anything_is_written(folder, tmp_path, changes, said):

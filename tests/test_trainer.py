@@ -254,6 +254,9 @@ def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, 
     if "eval_strategy" in changes:
         rows = rows[: 4 * 2 * ROWS * ACCUMULATION]  # epochs of four steps
     world_size = dist.get_world_size()
+    changes = dict(changes)
+    of_lisa = {name: changes.pop(name) for name in list(changes) if name.startswith("lisa_")}
+    optim = changes.pop("optim", None)
     trainer = Shuffled(
         model=tiny_gpt2(seed=seed, dropout=0.1).to(torch.bfloat16 if changes.get("bf16") else torch.float32),
         args=arguments(
@@ -269,7 +272,8 @@ def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, 
         ),
         train_dataset=rows,
         eval_dataset=rows[:4],
-        lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_debug=True),
+        lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_debug=True, **of_lisa),
+        optim=optim,
         callbacks=[StopAfter(stop_after)],
     )
     trainer.train(resume_from_checkpoint=resume_from)
@@ -293,6 +297,7 @@ def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, 
         ("zero3", {}),
         ("zero3", {"bf16": True, "gradient_accumulation_steps": 1, "save_steps": 3}),
         ("zero2_offload", {}),
+        ("zero2", {"bf16": True, "optim": "lisa_adamw", "lisa_master": "bf16_sr"}),
         ("zero2", {"eval_strategy": "epoch"}),  # after checkpoint-4 was saved, and not again in the resumed run
     ],
 )

@@ -1,0 +1,297 @@
+"""How near to the memory's bandwidth does AdamW step, in which form, by whose kernel? And a step of an 8B-shaped model.
+
+python benchmarks/kernels.py                            # all that this device can run, one command
+python benchmarks/kernels.py --sizes 1e6 1e7 --threads 1
+
+The floor is what must move (each operand read, each result written, once) at the bandwidth of a plain copy of 512 MB,
+measured in the same run. A figure is the median of the steps that fit into a second, five at least.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bench import print_table, write_results
+
+SIZES = (1e6, 1e7, 1e8, 1e9)
+SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+FP32, BF16 = torch.float32, torch.bfloat16
+SCALES = 2 * 2 * 4 / 256  # bytes an element of 8-bit moments: two scales a block, read and written
+# Bytes an element that must move: gradient and weights, master, moments.
+MOVES = {
+    "fp32": 4 + 8 + 16,
+    "bf16, fp32 master": 2 + 2 + 8 + 16,
+    "bf16, fp32 master, 8 bits": 2 + 2 + 8 + 4 + SCALES,
+    "bf16, stochastic": 2 + 4 + 16,
+    "bf16, stochastic, 8 bits": 2 + 4 + 4 + SCALES,
+    "bf16, 8 bits": 2 + 4 + 4 + SCALES,
+    "fp32, 8 bits": 4 + 8 + 4 + SCALES,
+}
+
+
+class CannotRunError(RuntimeError):
+    """A contender that this machine does not have, and why."""
+
+
+def ours(numel: int, device: torch.device, form: str) -> Callable[[], None]:
+    """A step of lisa_adamw over one flat partition, as ZeRO has it."""
+    from lisa_dist.adamw import LisaAdamW, PartitionStep
+    from lisa_dist.states import Piece
+
+    weight = torch.randn(numel, device=device).to(FP32 if form == "fp32" else BF16)
+    partition = torch.nn.Parameter(weight.float() if "master" in form else weight)
+    gradient = torch.randn(numel, device=device).to(weight.dtype)
+    optimizer = LisaAdamW([partition], state_bits=8 if "8 bits" in form else 32, **SETTINGS)
+    beside, scale = weight if "master" in form else None, torch.ones(1, device=device)
+
+    def step() -> None:
+        pieces = [Piece("weight", 0, numel, 0)]
+        optimizer.prepare(partition, PartitionStep(pieces, [gradient], beside, scale, draw=1))
+        optimizer.step()
+
+    return step
+
+
+def theirs(build: Callable, numel: int, device: torch.device, dtype: torch.dtype = FP32) -> Callable[[], None]:
+    """A step of a torch optimizer over one parameter that has its gradient."""
+    weight = torch.nn.Parameter(torch.randn(numel, device=device).to(dtype))
+    weight.grad = torch.randn(numel, device=device).to(dtype)
+    return build([weight]).step
+
+
+def torch_adamw(**how) -> Callable:
+    return lambda params: torch.optim.AdamW(params, **SETTINGS, **how)
+
+
+def deepspeed_cpu_adam(params):
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(params, adamw_mode=True, **SETTINGS)
+
+
+def deepspeed_fused_adam(params):
+    from deepspeed.ops.adam import FusedAdam
+
+    return FusedAdam(params, adam_w_mode=True, **SETTINGS)
+
+
+def bitsandbytes_adamw8bit(params):
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(params, **SETTINGS)
+
+
+def torchao_adamw8bit(params):
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise CannotRunError("torchao is not installed") from error
+    return AdamW8bit(params, bf16_stochastic_round=True, **SETTINGS)
+
+
+def contenders(on_gpu: bool) -> list[tuple[str, str, Callable]]:
+    """Name, form, and a function of (numel, device) that builds a step."""
+
+    def by(build, dtype=FP32):
+        return lambda numel, device: theirs(build, numel, device, dtype)
+
+    listed = [(f"lisa_adamw, {form}", form, lambda numel, device, form=form: ours(numel, device, form))
+              for form in list(MOVES)[:5]]  # fmt: skip
+    listed += [
+        ("torch AdamW, foreach", "fp32", by(torch_adamw(foreach=True))),
+        ("torch AdamW, fused", "fp32", by(torch_adamw(fused=True))),
+        ("bitsandbytes AdamW8bit", "fp32, 8 bits", by(bitsandbytes_adamw8bit)),
+        ("bitsandbytes AdamW8bit in bf16", "bf16, 8 bits", by(bitsandbytes_adamw8bit, BF16)),
+        ("torchao AdamW8bit in bf16", "bf16, stochastic, 8 bits", by(torchao_adamw8bit, BF16)),
+    ]
+    if on_gpu:
+        return [*listed, ("DeepSpeed FusedAdam", "fp32", by(deepspeed_fused_adam))]
+    return [*listed, ("DeepSpeedCPUAdam", "fp32", by(deepspeed_cpu_adam))]
+
+
+def seconds_of(step: Callable, device: torch.device) -> float:
+    """The median of the steps that fit into a second, after one that warms up and compiles."""
+    step()
+    found, started = [], time.perf_counter()
+    while len(found) < 5 or (time.perf_counter() - started < 1 and len(found) < 200):
+        synchronize(device)
+        begun = time.perf_counter()
+        step()
+        synchronize(device)
+        found.append(time.perf_counter() - begun)
+    return statistics.median(found)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bytes_beside(step: Callable, device: torch.device) -> int | None:
+    """The most that a step allocates for a moment; what C++ code allocates on a CPU is not seen."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    from lisa_dist.memory import AllocationTracker, live_storages
+
+    tracker = AllocationTracker()
+    tracker.add(torch.empty(0, dtype=torch.uint8).set_(storage) for storage in live_storages())
+    before = tracker.now
+    with tracker:
+        step()
+    return tracker.peak - before
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second of a copy, what is read and what is written both counted."""
+    source = torch.zeros(1 << 29, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds_of(lambda: target.copy_(source), device)
+
+
+def needs(numel: int, form: str) -> float:
+    """Bytes that a contender holds, more or less: weights, gradients, states, and a copy while they are made."""
+    return numel * (MOVES[form] / 2 + 12)
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def measure(name: str, form: str, build: Callable, numel: int, device: torch.device, floor: float) -> dict:
+    """Seconds, share of the floor, bytes beside; or why it could not run."""
+    gc.collect()
+    cuda_cache = torch.cuda.empty_cache if device.type == "cuda" else lambda: None
+    cuda_cache()
+    if needs(numel, form) > 0.9 * free_bytes(device):
+        return {"not_run": f"needs about {needs(numel, form) / 2**30:.0f} GiB"}
+    try:
+        step = build(numel, device)
+        seconds = seconds_of(step, device)
+        beside = bytes_beside(step, device)
+    # Anyone's optimizer may fail here in its own way, and what it says is the figure then.
+    except (CannotRunError, ImportError, RuntimeError, ValueError, AssertionError, OSError) as error:
+        return {"not_run": " ".join(str(error).split())[:120] or type(error).__name__}
+    lowest = numel * MOVES[form] / floor
+    return {"seconds": seconds, "share_of_floor": lowest / seconds, "bytes_beside": beside}
+
+
+def of_a_model(arguments: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Seconds and peak of a training step of LISA, by optimizer, on a model with random weights."""
+    from transformers import AutoModelForCausalLM
+
+    import lisa_dist
+    from lisa_dist.plan import load_model_config
+
+    config = load_model_config(arguments.model)
+    if arguments.layers:
+        config.num_hidden_layers = arguments.layers
+    all_8 = {"lisa_state_bits": "embed=8,head=8,layers=8"}
+    figures = []
+    for name, optim, settings in (
+        ("torch AdamW, fused", "adamw_torch_fused", {}),
+        ("bitsandbytes, 8 bits", "adamw_8bit", {}),
+        ("lisa_adamw", "lisa_adamw", {}),
+        ("lisa_adamw, 8 bits", "lisa_adamw", all_8),
+        ("lisa_adamw, stochastic", "lisa_adamw", {"lisa_master": "bf16_sr"}),
+        ("lisa_adamw, stochastic, 8 bits", "lisa_adamw", all_8 | {"lisa_master": "bf16_sr"}),
+    ):
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=BF16)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        lisa_config = lisa_dist.LisaConfig(lisa_interval_steps=100, **settings)
+        engine, lisa = lisa_dist.initialize(model, arguments.deepspeed, lisa_config, lr=1e-5, optim=optim)
+        tokens = torch.randint(0, config.vocab_size, (1, arguments.seq_length), device=device)
+        of_step, of_optimizer = [], []
+        for step in range(arguments.steps):
+            synchronize(device)
+            begun = time.perf_counter()
+            lisa.on_step_begin()
+            engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+            synchronize(device)
+            backward_ended = time.perf_counter()
+            engine.step()
+            synchronize(device)
+            if step >= 2:
+                of_step.append(time.perf_counter() - begun)
+                of_optimizer.append(time.perf_counter() - backward_ended)
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+        figures.append(
+            {"name": name, "s_step": statistics.median(of_step), "s_optimizer": statistics.median(of_optimizer)}
+            | {"peak_bytes": peak}
+        )
+        engine.destroy()
+        del model, engine, lisa
+    return figures
+
+
+def main() -> None:
+    """Run everything on the GPU if there is one, else on the CPU; print tables and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="elements")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--model", help="config for the training step; llama3.1-8b on a GPU, none on a CPU")
+    parser.add_argument("--layers", type=int, help="make the model that shallow")
+    parser.add_argument("--deepspeed", default="zero2")
+    parser.add_argument("--seq_length", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--results", type=Path, help="default: results/kernels_cpu.json or kernels_gpu.json")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    from lisa_dist.backend import choose_kernels
+
+    floor = bandwidth(device)
+    print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {torch.get_num_threads()} threads; a copy moves "
+          f"{floor / 1e9:.1f} GB/s; kernels of lisa_adamw: {' '.join(choose_kernels(device.type))}")  # fmt: skip
+    figures, rows = [], []
+    for numel in map(int, arguments.sizes):
+        for name, form, build in contenders(on_gpu):
+            found = measure(name, form, build, numel, device, floor)
+            figures.append({"name": name, "form": form, "numel": numel} | found)
+            shown = [f"{numel:,}", name, f"{MOVES[form]:.1f}"]
+            if "not_run" in found:
+                rows.append([*shown, found["not_run"], "", "", ""])
+            else:
+                seconds, beside = found["seconds"], found["bytes_beside"]
+                rows.append([*shown, f"{1e3 * seconds:.3f}", f"{1e9 * seconds / numel:.3f}",
+                             f"{100 * found['share_of_floor']:.0f}%", f"{beside / 2**20:.1f}"])  # fmt: skip
+            print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
+    print_table(["elements", "optimizer", "bytes each", "ms", "ns each", "of the floor", "MiB beside"], rows)
+    model = arguments.model or ("llama3.1-8b" if on_gpu else None)
+    steps = []
+    if model is None:
+        print("no training step of an 8B-shaped model: there is no GPU (--model CONFIG --layers N tries it on a CPU)")
+    else:
+        arguments.model = model
+        from lisa_dist.train import _default_to_one_rank
+
+        _default_to_one_rank()
+        steps = of_a_model(arguments, device)
+        of_steps = [[one["name"], f"{one['s_step']:.3f}", f"{one['s_optimizer']:.3f}",
+                     f"{one['peak_bytes'] / 2**30:.2f}" if one["peak_bytes"] else "-"] for one in steps]  # fmt: skip
+        print_table(["optimizer", "s a step", "s of its optimizer", "peak GiB"], of_steps)
+    results = arguments.results or Path(__file__).parent / "results" / f"kernels_{'gpu' if on_gpu else 'cpu'}.json"
+    write_results(results, {"bytes_a_second": floor, "threads": torch.get_num_threads(), "kernels": figures,
+                            "steps": steps})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
