@@ -3,7 +3,8 @@
 python benchmarks/forms.py --model stories260k-hf --dataset gsm8k/train.jsonl
 
 Every form draws the same layers and begins from the same weights. Bytes are those of live storages, each counted once,
-of weights, gradients and states of the active parameters.
+of weights, gradients and states of the active parameters, on both ranks together. Under ZeRO-2 every rank holds all
+weights, and the whole of each gradient that its partition cuts; under ZeRO-3 everything is there once.
 """
 
 import argparse
@@ -72,50 +73,79 @@ def worker(arguments: argparse.Namespace) -> None:
                 engine.step()
                 losses.append(mean(loss))
             lisa.close()
-            taken = bytes_of_states(lisa)
             engine.eval()
             with torch.no_grad():
                 mine = held_out.chunk(world_size)[rank]
                 after = mean(engine(input_ids=mine, labels=mine).loss)
-            runs.append({"losses": losses, "held_out": after} | taken)
+            runs.append({"losses": losses, "held_out": after})
             engine.destroy()
-        figures[form] = {"dtype": dtype, "optim": optim, "runs": runs}
+        figures[form] = {"dtype": dtype, "optim": optim, "runs": runs, "bytes": {}}
+        for stage in ("zero2", "zero3"):
+            counted = bytes_of(arguments.model, stage, dtype, optim, settings, rest[rank : rank + 1])
+            summed = torch.tensor(list(counted.values()))
+            dist.all_reduce(summed)
+            figures[form]["bytes"][stage] = dict(zip(counted, summed.tolist(), strict=True))
     if rank == 0:
         Path(arguments.folder, "figures.json").write_text(json.dumps(figures))
 
 
-def bytes_of_states(lisa) -> dict[str, int]:
-    """Elements of this rank's partitions, and bytes of live storages that masters and moments have for themselves."""
+def bytes_of(model_path: str, stage: str, dtype: str, optim: str, settings: dict, row) -> dict[str, float]:
+    """On this rank, for each active parameter: bytes of weights, of gradients that wait for a step, of states."""
     import torch
+    from transformers import AutoModelForCausalLM
 
-    states = list(lisa.partition_states().values())
-    tensors = [value for state in states for value in (state.master, *state.optimizer_state.values())]
-    storages = [value.untyped_storage() for value in tensors if isinstance(value, torch.Tensor)]
-    of_weights = {
-        lisa.partitions.local_weights(parameter).untyped_storage().data_ptr()
-        for parameter in lisa.engine.module.parameters()
-    }
-    held = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in of_weights}
-    return {"elements": sum(state.numel for state in states), "state_bytes": sum(held.values())}
+    import lisa_dist
+    from lisa_dist.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
+
+    def held(tensors) -> dict[int, int]:
+        storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, torch.Tensor)]
+        return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
+    if dtype == "bfloat16" and not cpu_multiplies_bf16():
+        multiply_in_fp32(model)
+    engine, lisa = lisa_dist.initialize(model, stage, lisa_dist.LisaConfig(**settings), optim=optim)
+    active = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    for _ in range(2):
+        lisa.on_step_begin()
+        engine.backward(engine(input_ids=row, labels=row).loss)
+        gradients = held(lisa.partitions.held_gradients())
+        engine.step()
+    weights = held(lisa.partitions.local_weights(parameter) for parameter in active)
+    parts = [
+        part for state in lisa.partition_states().values() for part in (state.master, *state.optimizer_state.values())
+    ]
+    states = {place: size for place, size in held(parts).items() if place not in weights}
+    numel = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in active)
+    engine.destroy()
+    taken = {"weights": weights, "gradients": gradients, "states": states}
+    return {name: sum(sizes.values()) / numel for name, sizes in taken.items()}
 
 
 def plot(figures: dict, path: Path) -> None:
-    """Each form's mean loss over the seeds, smoothed over ten steps, with the seeds' range as a band."""
+    """Losses, smoothed over ten steps, with the range of the seeds as a band; and how far each is from the first."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
+    def smooth(values: list[float]) -> list[float]:
+        return [statistics.mean(values[max(0, step - 9) : step + 1]) for step in range(STEPS)]
+
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    losses_axes, gaps_axes = figure.subplots(2, sharex=True)
+    first = next(iter(figures.values()))["runs"]
     for form, found in figures.items():
-        smooth = [[statistics.mean(run["losses"][max(0, step - 9) : step + 1]) for step in range(STEPS)]
-                  for run in found["runs"]]  # fmt: skip
-        of_step = list(zip(*smooth, strict=True))
-        (line,) = axes.plot([statistics.mean(values) for values in of_step], label=form, linewidth=1)
-        axes.fill_between(range(STEPS), list(map(min, of_step)), list(map(max, of_step)), alpha=0.1,
-                          color=line.get_color())  # fmt: skip
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss, mean of ten steps")
-    axes.set_title(f"{len(SEEDS)} seeds, two layers active, {INTERVAL} steps a period")
-    axes.legend()
+        runs = found["runs"]
+        gaps = [[mine - theirs for mine, theirs in zip(run["losses"], base["losses"], strict=True)]
+                for run, base in zip(runs, first, strict=True)]  # fmt: skip
+        for axes, series in ((losses_axes, [run["losses"] for run in runs]), (gaps_axes, gaps)):
+            of_step = list(zip(*map(smooth, series), strict=True))
+            (line,) = axes.plot([statistics.mean(values) for values in of_step], label=form, linewidth=1)
+            axes.fill_between(range(STEPS), list(map(min, of_step)), list(map(max, of_step)), alpha=0.1,
+                              color=line.get_color())  # fmt: skip
+    losses_axes.set_ylabel("training loss, mean of ten steps")
+    losses_axes.set_title(f"{len(SEEDS)} seeds, two layers active, {INTERVAL} steps a period")
+    losses_axes.legend()
+    gaps_axes.set_ylabel(f"difference from {next(iter(figures))}")
+    gaps_axes.set_xlabel("step")
     figure.savefig(path, dpi=110)
 
 
@@ -134,15 +164,13 @@ def main() -> None:
         figures = json.loads(Path(folder, "figures.json").read_text())
     rows = []
     for form, found in figures.items():
-        weight = 2 if found["dtype"] == "bfloat16" else 4
         ends = [statistics.mean(run["losses"][-20:]) for run in found["runs"]]
         held = [run["held_out"] for run in found["runs"]]
-        states = found["runs"][0]["state_bytes"] / found["runs"][0]["elements"]
-        found["bytes_an_active_parameter"] = 2 * weight + states
-        rows.append([form, f"{2 * weight + states:.2f}", f"{statistics.mean(ends):.4f}",
-                     f"{min(ends):.4f} .. {max(ends):.4f}", f"{statistics.mean(held):.4f}",
-                     f"{min(held):.4f} .. {max(held):.4f}"])  # fmt: skip
-    print_table(["form", "bytes each", "last 20 steps", "seeds", "held out", "seeds"], rows)
+        sizes = [" + ".join(f"{size:.2f}" for size in of_stage.values()) for of_stage in found["bytes"].values()]
+        rows.append([form, *sizes, f"{statistics.mean(ends):.4f}", f"{min(ends):.4f} .. {max(ends):.4f}",
+                     f"{statistics.mean(held):.4f}", f"{min(held):.4f} .. {max(held):.4f}"])  # fmt: skip
+    print("bytes: of weights, gradients and states, on two ranks together, for each active parameter")
+    print_table(["form", "bytes, zero2", "bytes, zero3", "last 20 steps", "seeds", "held out", "seeds"], rows)
     plot(figures, arguments.results.with_suffix(".png"))
     write_results(arguments.results, figures)
 

@@ -17,6 +17,7 @@ rounding for it: Zamirai et al., "Revisiting bfloat16 training" (2020), section 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -84,10 +85,10 @@ class StepNumbers:
         )
 
 
-def check_tensors(tensors: StepTensors, element: int) -> None:
-    """Raise ValueError, saying what was expected and what came, for tensors that no kernel may touch."""
+def check_tensors(tensors: StepTensors, element: int, of: str = "AdamW") -> None:
+    """Raise ValueError, saying of what, what was expected and what came, for tensors that no kernel may touch."""
     if tensors.weight is None and tensors.master is None:
-        raise ValueError("AdamW: expected a weight or a master, got neither.")
+        raise ValueError(f"{of}: expected a weight or a master, got neither.")
     target = tensors.target
     numel, device = target.numel(), target.device
     blocks = num_blocks(element, numel)
@@ -105,20 +106,20 @@ def check_tensors(tensors: StepTensors, element: int) -> None:
         tensor = getattr(tensors, name)
         if tensor is None:
             if name.endswith("scales") and tensors.quantized:
-                raise ValueError(f"AdamW: expected {blocks} {name} beside 8-bit moments, got none.")
+                raise ValueError(f"{of}: expected {blocks} {name} beside 8-bit moments, got none.")
             continue
         if tensor.numel() != size:
-            raise ValueError(f"AdamW: expected {size} elements of {name}, got {tensor.numel()}.")
+            raise ValueError(f"{of}: expected {size} elements of {name}, got {tensor.numel()}.")
         if tensor.dtype not in dtypes:
             names = " or ".join(str(dtype) for dtype in dtypes)
-            raise ValueError(f"AdamW: expected {name} in {names}, got {tensor.dtype}.")
+            raise ValueError(f"{of}: expected {name} in {names}, got {tensor.dtype}.")
         if tensor.device != device:
-            raise ValueError(f"AdamW: expected {name} on {device}, where the weights are, got it on {tensor.device}.")
+            raise ValueError(f"{of}: expected {name} on {device}, where the weights are, got it on {tensor.device}.")
         if not tensor.is_contiguous():
-            raise ValueError(f"AdamW: expected {name} to be contiguous, got strides {tensor.stride()}.")
+            raise ValueError(f"{of}: expected {name} to be contiguous, got strides {tensor.stride()}.")
     if tensors.master is None and tensors.weight.dtype == torch.float16:
         raise ValueError(
-            "AdamW: expected weights without a master in torch.bfloat16 or torch.float32, got torch.float16."
+            f"{of}: expected weights without a master in torch.bfloat16 or torch.float32, got torch.float16."
         )
 
 
@@ -161,11 +162,18 @@ def round_stochastically(values: torch.Tensor, bits: torch.Tensor) -> torch.Tens
 
 def adamw_torch(tensors: StepTensors, numbers: StepNumbers) -> None:
     """One step in place: torch's own fused AdamW, on chunks that are widened to fp32 before and narrowed behind it."""
-    numel, steps = tensors.target.numel(), torch.full((), float(numbers.step - 1), device=tensors.target.device)
+    device = tensors.target.device
+    steps = torch.full((), numbers.step - 1, dtype=torch.float32, device=device)
+    for cut in chunks(numbers.element, tensors.target.numel()):
+        _step_chunk(tensors, numbers, cut, steps.clone())
+
+
+def chunks(element: int, numel: int) -> Iterator[slice]:
+    """Cuts of a piece of `numel` elements from `element` of a parameter: CHUNK at most, each at a block's boundary."""
     begins = 0
     while begins < numel:
-        ends = min(numel, begins + CHUNK - (numbers.element + begins) % CHUNK)  # at blocks of the parameter
-        _step_chunk(tensors, numbers, slice(begins, ends), steps.clone())
+        ends = min(numel, begins + CHUNK - (element + begins) % CHUNK)
+        yield slice(begins, ends)
         begins = ends
 
 

@@ -4,6 +4,8 @@ A program works on one tile of `philox.py`, row by row: a row is a block of 8-bi
 eight rows come from the words of one counter a column. bf16 is widened as soon as it is loaded.
 """
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -132,7 +134,7 @@ def adamw_triton(tensors: StepTensors, numbers: StepNumbers) -> None:
         of_codes = [*tables(True, device), *tables(False, device)]
     tiles = -(-(numbers.element + numel) // TILE) - numbers.element // TILE
     correction1, correction2 = bias_corrections(numbers)
-    with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         _adamw[(tiles,)](
             tensors.weight,
             tensors.master,

@@ -11,12 +11,22 @@ written beside the master; nothing is copied before or behind the step.
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from lisa_dist.backend import BLOCK, StepNumbers, StepTensors, adamw_step, dequantize, num_blocks, quantize
+from lisa_dist.backend import (
+    BLOCK,
+    StepNumbers,
+    StepTensors,
+    adamw_step,
+    check_tensors,
+    chunks,
+    dequantize,
+    num_blocks,
+    quantize,
+)
 from lisa_dist.states import Piece
 
 __all__ = ["BLOCK", "LisaAdamW", "PartitionStep", "decode_moment", "num_blocks", "with_blocks"]
@@ -61,11 +71,20 @@ class LisaAdamW(torch.optim.Optimizer):
     ):
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"lisa_state_bits": state_bits})
-        for group in self.param_groups:
-            if group["lisa_state_bits"] not in (8, 32):
-                raise ValueError(f"LisaAdamW: expected 8 or 32 bits of the moments, got {group['lisa_state_bits']}.")
         self.seed = seed
         self._prepared: dict[torch.Tensor, PartitionStep] = {}
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As torch's; raises ValueError for settings that AdamW cannot have."""
+        settings = self.defaults | param_group
+        for name in ("lr", "eps", "weight_decay"):
+            if not settings[name] >= 0:
+                raise ValueError(f"LisaAdamW: expected {name} of 0 or more, got {settings[name]}.")
+        if not all(0 <= beta < 1 for beta in settings["betas"]):
+            raise ValueError(f"LisaAdamW: expected betas from 0 up to, not including, 1, got {settings['betas']}.")
+        if settings["lisa_state_bits"] not in (8, 32):
+            raise ValueError(f"LisaAdamW: expected 8 or 32 bits of the moments, got {settings['lisa_state_bits']}.")
+        super().add_param_group(param_group)
 
     def prepare(self, parameter: torch.Tensor, partition: PartitionStep) -> None:
         """Say of what the parameter consists, and with which gradients the next step is taken instead of `.grad`."""
@@ -89,8 +108,13 @@ class LisaAdamW(torch.optim.Optimizer):
                     partitions.append((group, parameter, partition))
         _check_finite([gradient for _, parameter, one in partitions if parameter not in prepared
                        for gradient in one.gradients])  # fmt: skip
-        for group, parameter, partition in partitions:
-            self._step_partition(group, parameter, partition)
+        checked = [(parameter, *self._step_of(group, parameter, one)) for group, parameter, one in partitions]
+        for parameter, state, pieces in checked:
+            if pieces:
+                self.state[parameter] = state
+                state["step"] += 1
+            for tensors, numbers in pieces:
+                adamw_step(tensors, numbers)
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -117,28 +141,27 @@ class LisaAdamW(torch.optim.Optimizer):
             if coded == wants_codes:
                 state[name].copy_(fields[name])
                 continue
-            for piece, blocks in with_blocks(pieces):
-                cut = slice(piece.offset, piece.offset + piece.length)
+            for element, cut, blocks in _in_chunks(pieces):
                 saved = fields[name][cut].to(parameter.device)
                 if wants_codes:
-                    state[name][cut], state[f"{name}_scales"][blocks] = quantize(saved, signed, piece.start)
+                    state[name][cut], state[f"{name}_scales"][blocks] = quantize(saved, signed, element)
                 else:
                     scales = fields[f"{name}_scales"][blocks].to(parameter.device)
-                    state[name][cut] = dequantize(saved, scales, signed, piece.start)
+                    state[name][cut] = dequantize(saved, scales, signed, element)
         if pieces:
             self.state[parameter] = state
 
     def _new_state(self, group: dict, parameter: torch.Tensor, pieces: Sequence[Piece]) -> dict:
         state: dict = {"step": 0}
         total = sum(num_blocks(piece.start, piece.length) for piece in pieces)
+        numel, device = parameter.numel(), parameter.device
         for name, signed in SIGNED.items():
-            moment = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
             if group["lisa_state_bits"] == 8:
-                zero = quantize(moment[:1], signed)[0]
-                state[name] = zero.expand(parameter.numel()).clone()
-                state[f"{name}_scales"] = torch.zeros(total, dtype=torch.float32, device=parameter.device)
+                zero = quantize(torch.zeros(1), signed)[0].item()
+                state[name] = torch.full((numel,), zero, dtype=torch.uint8, device=device)
+                state[f"{name}_scales"] = torch.zeros(total, dtype=torch.float32, device=device)
             else:
-                state[name] = moment
+                state[name] = torch.zeros(numel, dtype=torch.float32, device=device)
         return state
 
     def _alone(self, parameter: torch.Tensor, name: str) -> PartitionStep:
@@ -152,22 +175,26 @@ class LisaAdamW(torch.optim.Optimizer):
         whole = Piece(name, start=0, length=parameter.numel(), offset=0)
         return PartitionStep([whole], [parameter.grad.view(-1)], draw=draw)
 
-    def _step_partition(self, group: dict, parameter: torch.Tensor, partition: PartitionStep) -> None:
-        flat = parameter.detach().view(-1)
-        if not partition.pieces:  # padding, or the place of a block that sleeps
-            return
-        state = self.state[parameter]
-        if not state:
-            state.update(self._new_state(group, parameter, partition.pieces))
+    def _step_of(
+        self, group: dict, parameter: torch.Tensor, partition: PartitionStep
+    ) -> tuple[dict, list[tuple[StepTensors, StepNumbers]]]:
+        """The state of a parameter, and what the kernels take of its pieces, checked; nothing is changed yet."""
+        flat, pieces = parameter.detach().view(-1), partition.pieces
+        if not pieces:  # padding, or the place of a block that sleeps
+            return {}, []
+        of = f"LisaAdamW, {', '.join(piece.name for piece in pieces)}"
+        if flat.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"{of}: expected it in torch.float32 or torch.bfloat16, got {flat.dtype}.")
+        state = self.state.get(parameter) or self._new_state(group, parameter, pieces)
         for name in SIGNED:
             if state[name].numel() != flat.numel():
                 raise ValueError(
-                    f"LisaAdamW: expected {flat.numel()} elements of {name}, as the partition has, got "
+                    f"{of}: expected {flat.numel()} elements of {name}, as the partition has, got "
                     f"{state[name].numel()}: the state is of another partition."
                 )
-        state["step"] += 1
         beta1, beta2 = group["betas"]
-        for piece, blocks in with_blocks(partition.pieces):
+        found = []
+        for piece, blocks in with_blocks(pieces):
             cut = slice(piece.offset, piece.offset + piece.length)
             weight = flat if partition.weight is None else partition.weight
             tensors = StepTensors(
@@ -178,19 +205,21 @@ class LisaAdamW(torch.optim.Optimizer):
                 **{name: state[name][cut] for name in SIGNED},
                 **{f"{name}_scales": state[f"{name}_scales"][blocks] for name in SIGNED if f"{name}_scales" in state},
             )
+            check_tensors(tensors, piece.start, f"LisaAdamW, {piece.name}")
             numbers = StepNumbers(
                 lr=float(group["lr"]),
                 beta1=beta1,
                 beta2=beta2,
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
-                step=state["step"],
+                step=state["step"] + 1,
                 element=piece.start,
                 seed=self.seed,
                 parameter=_number_of(piece.name),
                 draw=partition.draw,
             )
-            adamw_step(tensors, numbers)
+            found.append((tensors, numbers))
+        return state, found
 
 
 def decode_moment(name: str, codes: torch.Tensor, scales: torch.Tensor, start: int) -> torch.Tensor:
@@ -206,6 +235,16 @@ def with_blocks(pieces: Sequence[Piece]) -> list[tuple[Piece, slice]]:
         found.append((piece, slice(begins, ends)))
         begins = ends
     return found
+
+
+def _in_chunks(pieces: Sequence[Piece]) -> Iterator[tuple[int, slice, slice]]:
+    """The first element within its parameter, the place in the partition, and the blocks, of each chunk of a piece."""
+    for piece, blocks in with_blocks(pieces):
+        for cut in chunks(piece.start, piece.length):
+            element = piece.start + cut.start
+            first = blocks.start + element // BLOCK - piece.start // BLOCK
+            here = slice(piece.offset + cut.start, piece.offset + cut.stop)
+            yield element, here, slice(first, first + num_blocks(element, cut.stop - cut.start))
 
 
 def _cut(gradients: Sequence[torch.Tensor], offset: int, length: int) -> torch.Tensor:

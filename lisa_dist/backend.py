@@ -7,12 +7,11 @@ forces either. The kernel is the torch operator `lisa_dist::adamw_`, so that com
 import functools
 import importlib.util
 import os
-from importlib import metadata
 
 import torch
 
 from lisa_dist.config import UserError
-from lisa_dist.kernels.adamw import StepNumbers, StepTensors, adamw_torch, check_tensors, chunk_bytes
+from lisa_dist.kernels.adamw import StepNumbers, StepTensors, adamw_torch, check_tensors, chunk_bytes, chunks
 from lisa_dist.kernels.dynamic_code import BLOCK, dequantize, num_blocks, quantize, table_bytes
 
 __all__ = [
@@ -21,8 +20,10 @@ __all__ = [
     "StepNumbers",
     "StepTensors",
     "adamw_step",
+    "check_tensors",
     "choose_kernels",
     "chunk_bytes",
+    "chunks",
     "dequantize",
     "num_blocks",
     "quantize",
@@ -52,12 +53,12 @@ def choose_kernels(device_type: str) -> tuple[str, str]:
 def _choose(device_type: str, forced: str, interpreted: bool) -> tuple[str, str]:
     if forced not in (*KERNELS, "auto"):
         raise UserError(f"{VARIABLE}={forced}: unknown; choose triton or torch, or leave it out.")
-    missing = importlib.util.find_spec("triton") is None
     if forced == "torch":
         return "torch", f"{VARIABLE}=torch"
     if forced == "triton":
+        version, missing = _import_triton()
         if missing:
-            raise UserError(f"{VARIABLE}=triton: Triton is not installed (pip install triton).")
+            raise UserError(f"{VARIABLE}=triton: {missing}; pip install triton, or leave the variable out.")
         if device_type != "cuda" and not interpreted:
             raise UserError(
                 f"{VARIABLE}=triton on {device_type}: Triton's kernels run on CUDA, and elsewhere in its interpreter "
@@ -66,15 +67,24 @@ def _choose(device_type: str, forced: str, interpreted: bool) -> tuple[str, str]
         return "triton", f"{VARIABLE}=triton"
     if device_type != "cuda":
         return "torch", "no CUDA device"
-    return ("torch", "Triton is not installed") if missing else ("triton", f"Triton {metadata.version('triton')}")
+    version, missing = _import_triton()
+    return ("torch", missing) if missing else ("triton", f"Triton {version}")
+
+
+def _import_triton() -> tuple[str, str]:
+    """Triton's version, and why it cannot be imported, one of them empty; that it lies there does not tell."""
+    if importlib.util.find_spec("triton") is None:
+        return "", "Triton is not installed"
+    try:
+        import triton
+        import triton.language
+    except (ImportError, OSError, RuntimeError) as error:
+        return "", f"Triton cannot be imported ({' '.join(str(error).split())})"
+    return triton.__version__, ""
 
 
 def adamw_step(tensors: StepTensors, numbers: StepNumbers) -> None:
-    """One step of AdamW over a piece of a parameter, in place.
-
-    Raises ValueError, before anything is written, for tensors of other sizes, dtypes or devices than they must have.
-    """
-    check_tensors(tensors, numbers.element)
+    """One step of AdamW over a piece of a parameter, in place; the tensors have passed `check_tensors`."""
     torch.ops.lisa_dist.adamw_(*(getattr(tensors, name) for name in _TENSORS), *vars(numbers).values())
 
 

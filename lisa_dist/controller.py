@@ -123,6 +123,7 @@ class LisaController:
             raise UserError(
                 "the DeepSpeed config has round_robin_gradients = true: with --lisa_state keep it must be false."
             )
+        self._check_masters()
         self._nonfinite = NonfiniteGuard(engine, self.config.lisa_nonfinite)
         mine = self.selection.names_of(group["params"] for group in self.param_groups())
         theirs = self.partitions.keys()
@@ -149,6 +150,20 @@ class LisaController:
         engine.module.register_forward_pre_hook(self._refuse_missed_switch)
         if not self._log.resumed:
             self._begin_record(engine.global_steps, seconds=0.0, bytes_released=0)
+
+    def _check_masters(self) -> None:
+        keys = "bf16_master_weights_and_grads and bf16_optimizer_states in the bf16 section of the DeepSpeed config"
+        wanted, found = self.config.lisa_master == "bf16_sr", self.partitions.keeps_no_masters
+        if wanted and not (found and self.partitions.coding == "lisa"):
+            raise UserError(
+                f"--lisa_master bf16_sr: the engine was built with masters, or with another optimizer; set {keys}, and "
+                'take build_optimizer(..., "lisa_adamw"), as lisa_dist.initialize does.'
+            )
+        if found and not wanted:
+            raise UserError(
+                f"--lisa_master fp32: the engine keeps no masters in fp32, by {keys}; leave them out, or use "
+                "--lisa_master bf16_sr with --optim lisa_adamw."
+            )
 
     # The loop
 

@@ -72,6 +72,11 @@ def check_ds_config(config: dict) -> None:
         raise UserError(
             f"the DeepSpeed config has offload_optimizer.ratio = {offload['ratio']}: LISA moves whole blocks; use 1.0."
         )
+    if (config.get("bf16") or {}).get("bf16_master_weights_and_grads"):
+        raise UserError(
+            "the DeepSpeed config has bf16.bf16_master_weights_and_grads = true: remove it; --lisa_master bf16_sr with "
+            "--optim lisa_adamw does without masters in fp32."
+        )
     if zero.get("zenflow"):
         raise UserError('the DeepSpeed config has a "zenflow" section: it picks parameters itself; remove it.')
     if zero.get("zero_hpz_partition_size", 1) != 1:
@@ -98,6 +103,12 @@ def offload_by_block(config: dict, offloaded: Sequence[str]) -> None:
             "parameters only together with all optimizer states; leave one of them out."
         )
     zero.pop("offload_optimizer", None)
+
+
+def precision_of(config: dict) -> str:
+    """ "bf16", "fp16" or "fp32": what DeepSpeed makes of the weights by a config without "auto"."""
+    enabled = [name for name in ("bf16", "fp16") if (config.get(name) or {}).get("enabled")]
+    return enabled[0] if enabled else "fp32"
 
 
 def keep_no_master(config: dict) -> None:

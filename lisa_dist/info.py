@@ -12,7 +12,7 @@ from lisa_dist.config import UserError
 from lisa_dist.metrics import format_table
 
 _NEEDED = ("torch", "deepspeed", "transformers", "accelerate", "trl", "datasets", "bitsandbytes", "peft")
-_OPTIONAL = ("triton", "flash-attn", "liger-kernel")
+_OPTIONAL = ("triton", "flash-attn", "flash-attn-3", "liger-kernel")
 
 
 def describe() -> str:

@@ -10,11 +10,10 @@ from lisa_dist.ds_config import (
     keep_no_master,
     load_ds_config,
     offload_by_block,
+    precision_of,
     uses_optimizer_offload,
 )
 from lisa_dist.optimizer import build_optimizer, check_optim
-
-_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def initialize(
@@ -46,7 +45,7 @@ def initialize(
     config = config or LisaConfig()
     offload_by_block(filled, config.offloaded)
     offload = uses_optimizer_offload(filled)
-    check_optim(optim, offload, config, _PRECISIONS.get(next(model.parameters()).dtype, "fp32"))
+    check_optim(optim, offload, config, precision_of(filled))
     if config.lisa_master != "fp32":
         keep_no_master(filled)
     lisa = LisaController(model, config)

@@ -9,8 +9,10 @@ empty in a period: its groups stay in the list without parameters.
 from collections.abc import Container, Iterable, Mapping
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from lisa_dist.adamw import LisaAdamW
+from lisa_dist.backend import choose_kernels
 from lisa_dist.blocks import Block, parameter_ndim
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.states import Piece
@@ -111,6 +113,8 @@ def check_optim(optim: str, offload: bool, config: LisaConfig | None = None, hal
             raise UserError(f"{flag} with weights in {half_precision}: it rounds to bf16; give --bf16 true.")
         if offload:
             raise UserError(f"{flag} with offload_optimizer: what steps on the host is an fp32 master; leave one out.")
+    if optim == LISA_ADAMW and not offload:
+        _check_kernels(on_host=bool(offloaded))
     for block in offloaded:
         if state_bits.get(block, default_state_bits(optim)) == 8:
             raise UserError(
@@ -128,6 +132,12 @@ def check_optim(optim: str, offload: bool, config: LisaConfig | None = None, hal
             f"--optim {optim} with offload_optimizer: DeepSpeed steps offloaded states on the host with its own AdamW; "
             "use --optim adamw_torch, or a DeepSpeed config without offload_optimizer."
         )
+
+
+def _check_kernels(on_host: bool) -> None:
+    """Raise ValueError at the start, and not in the first step, for kernels that were forced where they cannot run."""
+    for device in {get_accelerator().device_name()} | ({"cpu"} if on_host else set()):
+        choose_kernels(device)
 
 
 def build_optimizer(
@@ -157,6 +167,7 @@ def build_optimizer(
         optimizer.ds_opt_adam = _CountedAdam(optimizer.ds_opt_adam)
         return optimizer
     if optim == LISA_ADAMW:
+        _check_kernels(on_host=any(group.get("lisa_host") for group in param_groups))
         return LisaAdamW(param_groups, lr=lr, betas=betas, eps=eps, seed=seed)
     if optim in TORCH_ADAMW and 8 not in bits:
         return torch.optim.AdamW(param_groups, lr=lr, betas=betas, eps=eps, fused=optim == "adamw_torch_fused")

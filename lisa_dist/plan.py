@@ -14,7 +14,7 @@ from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.ds_config import check_ds_config, offload_by_block, read_ds_config, uses_optimizer_offload
 from lisa_dist.fake_run import FakeRun, StepTrace, Workload
 from lisa_dist.metrics import GIB, format_bytes, format_columns, parse_bytes
-from lisa_dist.optimizer import check_optim
+from lisa_dist.optimizer import LISA_ADAMW, check_optim
 from lisa_dist.planning import PARTS, MemoryParts, StageSettings, check_method, kept_states, plan_memory, widest_periods
 from lisa_dist.recompute import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
 from lisa_dist.sampling import load_layer_weights
@@ -113,6 +113,8 @@ class Planner:
                 load_layer_weights(lisa_config.lisa_weights_file, self.num_layers, lisa_config.lisa_activated_layers)
         elif lisa_config != LisaConfig():
             raise UserError(f"--method {arguments.method}: flags that begin with --lisa_ are for --method lisa.")
+        if arguments.method != "lisa" and arguments.optim == LISA_ADAMW:
+            raise UserError(f"--optim {LISA_ADAMW} with --method {arguments.method}: it is for --method lisa.")
         self._dial = parse_checkpointed_layers(arguments.checkpointed_layers)
         if self._dial != AUTO:
             self._dial = number_of_layers(self._dial, self.num_layers)

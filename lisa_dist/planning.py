@@ -32,6 +32,7 @@ from lisa_dist.optimizer import (
     QUANTIZED_BLOCK,
     default_state_bits,
     split_by_decay,
+    takes_bits,
 )
 from lisa_dist.sampling import SampledBlock
 
@@ -297,14 +298,19 @@ def kept_states(run: FakeRun, config: LisaConfig, stage: int, world_size: int, o
     """Host bytes of the state policy keep, once every block that is drawn has been: those of all that sleep."""
     drawn = [(name, run.blocks.outer(name)) for name in config.sampled]
     drawn += [("layers", layer) for layer in run.blocks.layers]
-    bits = {name: int(config.state_bits.get(name, default_state_bits(optim))) for name, _ in drawn}
+    default, given = default_state_bits(optim), config.state_bits
     # A kept master that is the weights goes to the host as they are.
     weights = run.workload.dtype
     master = weights.itemsize if steps_weights(optim, config.lisa_master, weights) else 4
     sizes = [
         sum(
-            state_bytes(partition_numel(params, stage, world_size), bits[name], optim, master)
-            for params in split_by_decay(block).values()
+            state_bytes(
+                partition_numel(params, stage, world_size),
+                given[name] if name in given and takes_bits(given[name], kind) else default,
+                optim,
+                master,
+            )
+            for kind, params in split_by_decay(block).items()
         )
         for name, block in drawn
     ]

@@ -222,7 +222,7 @@ def run(
         trainer = SFTTrainer(**arguments)
     if training_args.bf16 and training_args.use_cpu and not cpu_multiplies_bf16():
         multiply_in_fp32(trainer.model)
-    if packed:
+    if packed and run_args.method != "lisa":  # LisaTrainer has it
         trainer.add_callback(PackingCheck(trainer, after=forget_module_order))
     if run_args.sample_prompt:
         trainer.add_callback(_SampleCallback(trainer, run_args.sample_prompt))

@@ -19,6 +19,8 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
+from lisa_dist.attention import PackingCheck, packs_documents
+from lisa_dist.backend import choose_kernels
 from lisa_dist.checkpoint import (
     find_checkpoint,
     holds_only_weights,
@@ -35,12 +37,13 @@ from lisa_dist.fake_run import Workload
 from lisa_dist.files import gather, together
 from lisa_dist.liger import check_liger
 from lisa_dist.metrics import format_active, format_bytes, format_count, format_table, lisa_metrics
-from lisa_dist.optimizer import build_optimizer, check_optim
+from lisa_dist.optimizer import LISA_ADAMW, build_optimizer, check_optim
 from lisa_dist.recompute import checkpointed_layers, parse_budget, parse_checkpointed_layers
 from lisa_dist.run_memory import RunMemory, format_report
 from lisa_dist.stop_signals import StopSignals
 from lisa_dist.watchdog import Watchdog
 from lisa_dist.weights import save_without_weights, write_weights
+from lisa_dist.zero import forget_module_order
 
 HANG_TIMEOUT = 1800.0  # seconds
 RESERVED = 2**30  # bytes of a GPU, for the CUDA context, NCCL and fragments
@@ -336,11 +339,21 @@ class LisaMixin:
                 f"{config.lisa_interval_steps} steps with {config.lisa_activated_layers} layers, {config.lisa_sampler}",
             ),
             ("ZeRO", f"stage {self._ds_config['zero_optimization']['stage']} on {self.args.world_size} rank(s)"),
+            ("optimizer", self._describe_optimizer()),
             ("states per rank", f"{format_count(sum(state.numel for state in states))} elements each of {kept}"),
             ("checkpointed", f"{checkpointed_layers(self.model, lisa.blocks)} of {len(layers)} layers"),
             ("memory now", f"{format_bytes(lisa.live_bytes())} of tensors per rank, before the moments"),
         ]
         return "LISA\n" + format_table(rows)
+
+    def _describe_optimizer(self) -> str:
+        """What steps in the end: under optimizer offload that is not what --optim says."""
+        if uses_optimizer_offload(self._ds_config):
+            return f"DeepSpeed's AdamW on the host, in the place of {self._optim}"
+        if self._optim != LISA_ADAMW:
+            return self._optim
+        kernels, why = choose_kernels(self.args.device.type)
+        return f"{self._optim} by {kernels} ({why})"
 
     @property
     def _ds_config(self) -> dict:
@@ -386,7 +399,15 @@ class LisaMixin:
 
 
 class LisaTrainer(LisaMixin, SFTTrainer):
-    """TRL's SFTTrainer, trained by LISA: its formats, chat templates, packing and losses."""
+    """TRL's SFTTrainer, trained by LISA: its formats, chat templates, packing and losses.
+
+    Raises ValueError, at construction or before the first step, where packed documents would see each other.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if packs_documents(self.args):
+            self.add_callback(PackingCheck(self, after=forget_module_order))
 
 
 class _LisaProgressCallback(ProgressCallback):

@@ -188,7 +188,8 @@ class _MastersInPlace(list):
             master = _to_host(master)
         elif isinstance(self._zero.optimizer, LisaAdamW):
             weights = _flat_weights(self._zero, self._stage, index)
-            master = weights.detach() if master.dtype == weights.dtype else master
+            is_same = (master.dtype, master.device) == (weights.dtype, weights.device)
+            master = weights.detach() if is_same else master
         super().append(master)
 
 
@@ -197,7 +198,8 @@ def _flat_weights(zero, stage: _Stage, index: int) -> torch.Tensor:
     if stage is _STAGE_3:
         return zero.fp16_partitioned_groups_flat[index]
     rank = torch.distributed.get_rank(zero.real_dp_process_group[index])
-    return zero.parallel_partitioned_bit16_groups[index][rank]
+    # Of the list itself: in the middle of a step `_WrittenPartitions` would give something else.
+    return list.__getitem__(zero.parallel_partitioned_bit16_groups, index)[rank]
 
 
 def _to_host(master: torch.Tensor) -> torch.Tensor:
@@ -218,10 +220,31 @@ class ZeroPartitions:
         self._names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         self._placeholders: dict[int, torch.nn.Parameter] = {}
         self._check_private_names()
+        if isinstance(self._zero.optimizer, LisaAdamW):
+            self._check_one_pass()
         if self._stage is _STAGE_3:
             zero3_linear.LinearFunctionForZeroStage3 = _LinearOfStage3
 
+    def _check_one_pass(self) -> None:
+        """Refuse what would have DeepSpeed read gradients that LisaAdamW takes past it."""
+        if getattr(self._zero, "cpu_offload" if self._stage is _STAGE_1_2 else "offload_optimizer"):
+            raise UserError(
+                "the engine offloads optimizer states (offload_optimizer) and steps LisaAdamW: on the host DeepSpeed's "
+                "own AdamW takes its place; build it with build_optimizer(..., offload=True), or leave the offload to "
+                "--lisa_offload."
+            )
+        if self._zero.torch_autocast_gradscaler is not None:
+            raise UserError(
+                'the DeepSpeed config has torch_autocast with "dtype": "float16", whose scaler does not see the '
+                "gradients that lisa_adamw takes: use bfloat16 there, or --optim adamw_torch_fused."
+            )
+
     # What is there
+
+    @property
+    def keeps_no_masters(self) -> bool:
+        """Whether bf16 weights are stepped themselves, without masters in fp32."""
+        return any(master.dtype == torch.bfloat16 for master in getattr(self._zero, self._stage.masters))
 
     def keys(self) -> list[PartitionKey]:
         """The partitions in order, each known by the names of its parameters; () for a group without any."""
@@ -244,6 +267,13 @@ class ZeroPartitions:
             return False
         master = getattr(self._zero, self._stage.masters)[index]
         return master.data_ptr() == _flat_weights(self._zero, self._stage, index).data_ptr()
+
+    def held_gradients(self) -> list[torch.Tensor]:
+        """The gradients that wait for a step: parts of whole ones, on stages 1 and 2, which they keep alive."""
+        held = [gradient for group in self._zero.averaged_gradients.values() for gradient in group or ()]
+        held += [parameter.grad for parameter in self.engine.module.parameters()]
+        held += [getattr(parameter, "grad_accum", None) for parameter in self.engine.module.parameters()]
+        return [gradient for gradient in held if gradient is not None]
 
     def pieces(self) -> dict[PartitionKey, list[Piece]]:
         """Which elements of which parameters this rank's partitions hold; what is left of a partition is padding."""
@@ -394,21 +424,23 @@ class ZeroPartitions:
             _send_gradients_in_chunks(zero)
         elif self._stage is _STAGE_3 and zero.offload_optimizer:
             _send_partitions_in_chunks(zero)
-        for key, master in zip(self.keys(), getattr(zero, self._stage.masters), strict=True):
+        for index, (key, master) in enumerate(zip(self.keys(), getattr(zero, self._stage.masters), strict=True)):
             state = carried.get(key) if key else None
             if state is None:
                 continue
             assert state.master.shape == master.shape, key
-            moments = state.optimizer_state
+            moments, is_weights = state.optimizer_state, self._is_weights(index)
             if state.master.device == master.device:
-                master.data.copy_(state.master.data)
+                if not is_weights:  # else it is there, and the next step may be reading it
+                    master.data.copy_(state.master.data)
             else:
                 moments = {
                     name: torch.empty_like(value, device=master.device) if _is_per_element(value) else value
                     for name, value in state.optimizer_state.items()
                 }
                 with copies.after_compute():
-                    master.data.copy_(state.master.data, non_blocking=True)
+                    if not is_weights:
+                        master.data.copy_(state.master.data, non_blocking=True)
                     for name, value in state.optimizer_state.items():
                         if _is_per_element(value):
                             moments[name].copy_(value, non_blocking=True)

@@ -3,17 +3,26 @@
 import copy
 import itertools
 import json
+import os
+import re
 
 import bitsandbytes
 import deepspeed
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from models import tiny_llama, token_batches
 from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lisa_dist
-from lisa_dist.adamw import LisaAdamW, PartitionStep
+from lisa_dist.adamw import LisaAdamW, PartitionStep, decode_moment, with_blocks
 from lisa_dist.checkpoint import load_checkpoint, save_checkpoint
+from lisa_dist.config import UserError
+from lisa_dist.ds_config import read_ds_config
+from lisa_dist.kernels.adamw import CHUNK, chunk_bytes
+from lisa_dist.kernels.dynamic_code import table_bytes
+from lisa_dist.memory import AllocationTracker
 from lisa_dist.states import Piece
 
 EIGHT_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8"}
@@ -49,6 +58,51 @@ def test_fp32_is_torchs_adamw():
 
     for mine, theirs in zip(train(LisaAdamW), train(torch.optim.AdamW), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def fp32_by_triton() -> None:
+    os.environ["LISA_DIST_KERNELS"] = "triton"
+    try:
+        test_fp32_is_torchs_adamw()
+    finally:
+        del os.environ["LISA_DIST_KERNELS"]
+
+
+def test_fp32_by_triton_is_torchs_adamw():
+    run_ranks(fp32_by_triton, 1, interpret=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_are_made_and_restored_in_a_few_bytes(dtype):
+    """Beside what stays: the first step, and a resume with other bits, take no copy of a moment."""
+    numel = 2 * CHUNK + 100
+    parameter = torch.nn.Parameter(torch.ones(numel, dtype=dtype))
+    parameter.grad = torch.ones_like(parameter)
+    moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.full((numel,), 0.25))
+    pieces = [Piece("a", 0, numel, 0)]
+    optimizer = LisaAdamW([parameter], state_bits=8)
+    table_bytes()  # makes the tables, once
+
+    def peak(function) -> int:
+        tracker = AllocationTracker()
+        tracker.add([parameter, parameter.grad, moments["exp_avg"]])
+        before = tracker.now
+        with tracker:
+            function()
+        return tracker.peak - before
+
+    beside = chunk_bytes(numel, quantized=True, stochastic=dtype == torch.bfloat16) + 20_000
+    first = peak(optimizer.step)
+    kept = sum(value.nbytes for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor))
+    assert kept < first <= kept + beside
+    optimizer.state.clear()
+    fields = {"step": 4} | moments
+    assert peak(lambda: optimizer.restore(optimizer.param_groups[0], parameter, pieces, fields)) <= kept + beside
+    state = optimizer.state[parameter]
+    for piece, blocks in with_blocks(pieces):
+        for name, moment in moments.items():
+            found = decode_moment(name, state[name], state[f"{name}_scales"][blocks], piece.start)
+            torch.testing.assert_close(found, moment)
 
 
 def test_a_closure_is_called_and_parameters_without_a_gradient_stay():
@@ -155,16 +209,25 @@ def test_gradients_that_are_not_finite_change_nothing():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="expected 8 or 32 bits of the moments, got 16"):
         LisaAdamW(parameters_of(), state_bits=16)
+    with pytest.raises(ValueError, match="expected 8 or 32 bits of the moments, got 4"):
+        LisaAdamW([{"params": parameters_of(), "lisa_state_bits": 4}])
+    for name, value in {"lr": -1.0, "eps": -1e-8, "weight_decay": float("nan"), "betas": (0.9, 1.0)}.items():
+        with pytest.raises(ValueError, match=f"expected {name} .*, got {re.escape(str(value))}"):
+            LisaAdamW(parameters_of(), **{name: value})
     transposed = torch.nn.Parameter(torch.randn(3, 5).T)
     transposed.grad = torch.zeros(5, 3)
     with pytest.raises(
         ValueError, match=r"expected parameter 0\.0 and its gradient to be contiguous, got strides \(1, 5\)"
     ):
         LisaAdamW([transposed]).step()
-    half = torch.nn.Parameter(torch.zeros(3, dtype=torch.float16))
-    half.grad = torch.zeros_like(half)
-    with pytest.raises(ValueError, match=r"expected master in torch\.float32, got torch\.float16"):
-        LisaAdamW([half]).step()
+    whole, half = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3, dtype=torch.float16))
+    for one in (whole, half):
+        one.grad = torch.ones_like(one)
+    optimizer = LisaAdamW([whole, half])
+    with pytest.raises(ValueError, match=r"0\.1: expected it in torch\.float32 or torch\.bfloat16, got torch\.float16"):
+        optimizer.step()
+    assert not whole.any(), "what was checked before is not stepped either"
+    assert not optimizer.state
     parameter = torch.nn.Parameter(torch.zeros(8))
     optimizer = LisaAdamW([parameter])
     parameter.grad = torch.ones(8)
@@ -174,6 +237,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="expected 6 elements of exp_avg, as the partition has, got 8"):
         optimizer.step()
     assert not parameter.any()
+    assert optimizer.state[parameter]["step"] == 1
 
 
 # In DeepSpeed
@@ -240,21 +304,30 @@ def test_any_number_of_ranks_and_a_resume_on_another_give_the_same_bits(form, tm
             assert torch.equal(weights[name], value), (run, name)
 
 
-def count_bytes(ds_config: str, form: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes an active element of this rank's partitions: those of masters and moments, and the master's dtype."""
-    engine, lisa = start(ds_config, form, dtype=dtype)
-    train(engine, lisa, range(2))
-    states = lisa.partition_states().values()
-    # What live storages there are, counted once, and not those of the weights.
-    tensors = [value for state in states for value in (state.master, *state.optimizer_state.values())]
+def held_by(tensors) -> dict[int, int]:
+    """The storages of tensors, each once: where it is, and its bytes."""
     storages = [value.untyped_storage() for value in tensors if isinstance(value, torch.Tensor)]
-    held = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    weights = {lisa.partitions.local_weights(one).untyped_storage().data_ptr() for one in engine.module.parameters()}
-    total = sum(size for place, size in held.items() if place not in weights)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def count_bytes(ds_config: str, form: str, dtype: torch.dtype) -> tuple[float, ...]:
+    """Bytes an element of this rank's partitions: weights, gradients, states, and states as they are reported."""
+    engine, lisa = start(ds_config, form, dtype=dtype)
+    train(engine, lisa, range(1))
+    lisa.on_step_begin()
+    rows = token_batches(8, rows=2)[1, 0]
+    engine.backward(engine(input_ids=rows, labels=rows).loss)
+    gradients = held_by(lisa.partitions.held_gradients())
+    engine.step()
+    states = lisa.partition_states().values()
+    parts = held_by(part for state in states for part in (state.master, *state.optimizer_state.values()))
+    active = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    weights = held_by(lisa.partitions.local_weights(parameter) for parameter in active)
+    own = {place: size for place, size in parts.items() if place not in weights}
     counted = sum(state.nbytes for state in states)
     numel = sum(state.numel for state in states)
     engine.destroy()
-    return total / numel, counted / numel
+    return tuple(total / numel for total in (*(sum(one.values()) for one in (weights, gradients, own)), counted))
 
 
 @pytest.mark.usefixtures("cpu_ops")
@@ -269,11 +342,51 @@ def count_bytes(ds_config: str, form: str, dtype: torch.dtype) -> tuple[float, f
         ("bf16_sr, 8 bits", torch.bfloat16, 2),
     ],
 )
-def test_masters_and_moments_take_what_they_should(ds_config, form, dtype, expected):
-    for total, counted in run_ranks(count_bytes, 2, ds_config, form, dtype):
+def test_an_active_parameter_takes_what_it_should(ds_config, form, dtype, expected):
+    """On stage 3 everything is there once; on 1 and 2 both ranks have all weights, and whole gradients."""
+    for weights, gradients, total, counted in run_ranks(count_bytes, 2, ds_config, form, dtype):
+        copies = 1 if ds_config == "zero3" else 2
+        assert weights == pytest.approx(copies * dtype.itemsize, rel=0.01)
+        assert 0.99 * dtype.itemsize <= gradients <= 1.01 * copies * dtype.itemsize
         # Scales are 8 bytes for 256 elements; norms, 1% of this model, keep 32 bits.
         assert total == pytest.approx(counted, abs=0.001)
         assert expected <= total <= expected + (0.2 if "8 bits" in form else 0.001)
+
+
+class _Copies(TorchDispatchMode):
+    """Elements of every copy that is made outside of our operator, but for the norm's, which are in fp64."""
+
+    def __init__(self):
+        super().__init__()
+        self.numels: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default) and made.dtype != torch.float64:
+            self.numels.append(made.numel())
+        return made
+
+
+def largest_copy_of_a_step(ds_config: str, form: str) -> tuple[int, int]:
+    engine, lisa = start(ds_config, form)
+    train(engine, lisa, range(1))
+    lisa.on_step_begin()
+    rows = token_batches(8, rows=2)[1, 0]
+    engine.backward(engine(input_ids=rows, labels=rows).loss)
+    with _Copies() as copies:
+        engine.step()
+    largest = max(state.numel for state in lisa.partition_states().values())
+    engine.destroy()
+    return max(copies.numels, default=0), largest
+
+
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize("form", ["fp32", "bf16_sr, 8 bits"])
+@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+def test_nothing_is_copied_before_or_behind_the_one_pass(ds_config, form):
+    """No gradient is flattened or cast, no master copied to weights."""
+    copied, largest = run_ranks(largest_copy_of_a_step, 1, ds_config, form)[0]
+    assert copied < largest / 100
 
 
 def spoil_a_step(ds_config: str, form: str) -> None:
@@ -299,6 +412,91 @@ def spoil_a_step(ds_config: str, form: str) -> None:
 @pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
 def test_a_step_that_deepspeed_skips_leaves_the_state(ds_config):
     run_ranks(spoil_a_step, 2, ds_config, "bf16_sr, 8 bits")
+
+
+def losses_in_fp16(ds_config: str, optim: str) -> tuple[list[float], float]:
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True  # DeepSpeed takes no CPU for able
+    try:
+        config = read_ds_config(ds_config) | {"fp16": {"enabled": True, "initial_scale_power": 8}}
+        engine, lisa = lisa_dist.initialize(
+            tiny_llama().half(), config, lisa_dist.LisaConfig(lisa_interval_steps=2), lr=1e-3, optim=optim
+        )
+    finally:
+        del accelerator.is_fp16_supported
+    batches, losses = token_batches(5, rows=2), []
+    for rows in batches[:, 0]:
+        lisa.on_step_begin()
+        losses.append(engine(input_ids=rows, labels=rows).loss)
+        engine.backward(losses[-1])
+        engine.step()
+    scale = lisa.partitions.counters()["loss_scaler"]["cur_scale"]
+    engine.destroy()
+    return [loss.item() for loss in losses], scale
+
+
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+def test_the_loss_scale_of_fp16_is_folded_in(ds_config):
+    expected, scale = run_ranks(losses_in_fp16, 1, ds_config, "adamw_torch")[0]
+    assert scale == 256
+    assert run_ranks(losses_in_fp16, 1, ds_config, "lisa_adamw")[0] == (pytest.approx(expected, abs=1e-4), scale)
+
+
+def attach_by_hand(ds_config: str, optim: str, settings: dict, changes: dict) -> str:
+    """What is said where engine and optimizer do not fit the settings."""
+    model = tiny_llama().to(torch.bfloat16)
+    lisa = lisa_dist.LisaController(model, lisa_dist.LisaConfig(**settings))
+    optimizer = lisa_dist.build_optimizer(lisa.param_groups(), optim, lr=1e-3)
+    config = lisa_dist.load_ds_config(ds_config, model=model)
+    for name, value in changes.items():
+        config[name] = config.get(name, {}) | value if isinstance(value, dict) else value
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    with pytest.raises(UserError) as error:
+        lisa.attach(engine)
+    engine.destroy()
+    return str(error.value)
+
+
+NO_MASTERS = {"bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+
+
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("zero2", "lisa_adamw", STOCHASTIC, {}), "--lisa_master bf16_sr: the engine was built with masters"),
+        (("zero3", "adamw_torch", STOCHASTIC, NO_MASTERS), "--lisa_master bf16_sr: the engine was built with masters"),
+        (("zero2", "lisa_adamw", {}, NO_MASTERS), "--lisa_master fp32: the engine keeps no masters in fp32"),
+        (
+            ("zero2_offload", "lisa_adamw", {}, {"zero_force_ds_cpu_optimizer": False}),
+            "the engine offloads optimizer states (offload_optimizer) and steps LisaAdamW",
+        ),
+        (
+            ("zero2", "lisa_adamw", {}, {"torch_autocast": {"enabled": True, "dtype": "float16"}}),
+            'the DeepSpeed config has torch_autocast with "dtype": "float16"',
+        ),
+    ],
+    ids=["masters", "another optimizer", "no masters", "offload", "scaler"],
+)
+def test_an_engine_that_does_not_fit_is_refused(arguments, said):
+    assert run_ranks(attach_by_hand, 1, *arguments)[0].startswith(said)
+
+
+def masterless_by_config() -> torch.dtype:
+    config = {"bf16": {"enabled": True}, "zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 2}}
+    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0}
+    lisa_config = lisa_dist.LisaConfig(**STOCHASTIC)
+    engine, lisa = lisa_dist.initialize(tiny_llama(), config, lisa_config, optim="lisa_adamw")
+    train(engine, lisa, range(1))
+    dtype = next(iter(lisa.partition_states().values())).master.dtype
+    engine.destroy()
+    return dtype
+
+
+@pytest.mark.usefixtures("cpu_ops")
+def test_the_deepspeed_config_says_the_precision():
+    assert run_ranks(masterless_by_config, 1) == [torch.bfloat16]
 
 
 # On a real model

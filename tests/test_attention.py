@@ -33,10 +33,9 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lisa_dist import LisaConfig, LisaTrainer, attention
-from lisa_dist.attention import PackingCheck, choose_attention, documents_see_each_other, packs_documents
+from lisa_dist.attention import choose_attention, documents_see_each_other, packs_documents
 from lisa_dist.config import UserError
 from lisa_dist.train import LisaSFTConfig
-from lisa_dist.zero import forget_module_order
 
 LENGTHS = (5, 1, 7)
 TURING, AMPERE, HOPPER, BLACKWELL = (7, 5), (8, 0), (9, 0), (10, 0)
@@ -431,7 +430,6 @@ def train_packed(folder: str, model: str, output_dir: str, changes: dict) -> tup
         processing_class=AutoTokenizer.from_pretrained(f"{folder}/{model}"),
         lisa_config=LisaConfig(lisa_debug=True),
     )
-    trainer.add_callback(PackingCheck(trainer, after=forget_module_order))
     try:
         trainer.train()
     except UserError as error:

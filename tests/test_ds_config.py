@@ -71,6 +71,10 @@ def test_an_unknown_name_and_a_broken_file_are_named(tmp_path):
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "--deepspeed zero3_offload"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio = 0.5"),
+        (
+            {"zero_optimization": {"stage": 2}, "bf16": {"bf16_master_weights_and_grads": True}},
+            "remove it; --lisa_master bf16_sr with --optim lisa_adamw",
+        ),
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, '"zenflow" section'),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size = 2"),
     ],

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import os
+import sys
 
 import bitsandbytes.functional
 import pytest
@@ -10,7 +11,7 @@ import torch
 from ranks import run_ranks
 
 from lisa_dist import backend
-from lisa_dist.backend import adamw_step, choose_kernels
+from lisa_dist.backend import adamw_step, check_tensors, choose_kernels
 from lisa_dist.kernels.adamw import CHUNK, StepNumbers, StepTensors, adamw_reference, adamw_torch, round_stochastically
 from lisa_dist.kernels.dynamic_code import BLOCK, dequantize, dynamic_code, num_blocks, quantize
 from lisa_dist.kernels.philox import TILE, philox, random_bits
@@ -68,8 +69,10 @@ def check_against_reference(step, numel, element, weights, gradients, quantized,
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
         else:  # a sum that differs in its last bit may be rounded to a neighbour
             differ = found.float() != wanted.float()
-            assert differ.sum() <= max(1, 0.002 * numel), (name, differ.sum())
-            torch.testing.assert_close(found.float(), wanted.float(), rtol=2**-7, atol=1.0 if quantized else 1e-6)
+            assert differ.sum() <= 0.002 * numel, (name, differ.sum())
+            is_code = found.dtype == torch.uint8
+            tolerance = {"rtol": 0.0, "atol": 1.0} if is_code else {"rtol": 2**-7, "atol": 0.0}
+            torch.testing.assert_close(found.float(), wanted.float(), **tolerance)
         if numel > 1 and name == ("weight" if weights[0] else "master"):
             assert not torch.equal(found, getattr(before, name))
     assert torch.equal(tensors.gradient, before.gradient), "gradients are read"
@@ -143,6 +146,22 @@ def test_without_triton_a_gpu_has_torch(monkeypatch):
     monkeypatch.setenv(backend.VARIABLE, "triton")
     with pytest.raises(ValueError, match="LISA_DIST_KERNELS=triton: Triton is not installed"):
         choose_kernels("cuda")
+    backend._choose.cache_clear()
+
+
+def test_a_triton_that_cannot_be_imported_is_passed_over(monkeypatch, tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('libtriton.so: undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    backend._choose.cache_clear()
+    why = "Triton cannot be imported (libtriton.so: undefined symbol)"
+    assert choose_kernels("cuda") == ("torch", why)
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    with pytest.raises(ValueError, match="LISA_DIST_KERNELS=triton") as error:
+        choose_kernels("cuda")
+    assert why in str(error.value)
     backend._choose.cache_clear()
 
 
@@ -333,13 +352,9 @@ def test_tensors_that_do_not_fit_are_refused(change, said):
     tensors = step_tensors(10, (torch.bfloat16, True), torch.float32, quantized=False)
     for name, value in change.items():
         setattr(tensors, name, value)
-    before = copy.deepcopy(tensors)
     with pytest.raises(ValueError, match="AdamW: expected") as error:
-        adamw_step(tensors, step_numbers())
+        check_tensors(tensors, step_numbers().element)
     assert said in str(error.value)
-    for name in RESULTS:
-        value = getattr(tensors, name)
-        assert value is None or torch.equal(value, getattr(before, name)), "nothing was written"
 
 
 # On a GPU
@@ -349,14 +364,15 @@ COMPILED = {
     "fp32": ("fp32", False, False, "fp32", 4, 3),
     "bf16, fp32 master": ("bf16", True, False, "bf16", 3, 3),
     "bf16, fp32 master, 8 bits": ("bf16", True, True, "bf16", 1, 1),
-    "bf16, stochastic": ("bf16", False, False, "fp32", 3, 2),
+    "bf16, stochastic": ("bf16", False, False, "bf16", 2, 2),
+    "bf16, stochastic, fp32 gradients": ("bf16", False, False, "fp32", 3, 2),
     "bf16, stochastic, 8 bits": ("bf16", False, True, "bf16", 0, 0),
 }
 
 
 @pytest.mark.parametrize("form", COMPILED)
-@pytest.mark.parametrize("capability", [80, 90])
-def test_triton_compiles_for_a_gpu_that_is_not_there(form, capability):
+@pytest.mark.parametrize(("capability", "seed"), [(80, "i64"), (90, "i32")])
+def test_triton_compiles_for_a_gpu_that_is_not_there(form, capability, seed):
     """Of pieces that begin and end at multiples of 16, four elements a thread are one access to memory."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     from triton.backends.compiler import GPUTarget
@@ -370,7 +386,7 @@ def test_triton_compiles_for_a_gpu_that_is_not_there(form, capability):
     types = dict.fromkeys(_adamw.arg_names, "fp32") | {
         "weight": f"*{weight}", "master": "*fp32" if has_master else None, "gradient": f"*{gradient}",
         "exp_avg": moment, "exp_avg_sq": moment, "exp_avg_scales": tables, "exp_avg_sq_scales": tables,
-        "gradient_scale": "*fp32", "numel": "i32", "element": "i32", "seed": "i64", "parameter": "i32", "draw": "i32",
+        "gradient_scale": "*fp32", "numel": "i32", "element": "i32", "seed": seed, "parameter": "i32", "draw": "i32",
     }  # fmt: skip
     types |= {name: tables and ("*u8" if "guesses" in name else "*fp32")
               for name in ("code", "thresholds", "guesses", "code_sq", "thresholds_sq", "guesses_sq")}  # fmt: skip

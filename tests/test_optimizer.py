@@ -105,6 +105,15 @@ def test_masters_that_cannot_be_left_out(optim, offload, precision, said):
     assert said in str(error.value)
 
 
+def test_kernels_that_cannot_run_are_refused_at_the_start(monkeypatch):
+    monkeypatch.setenv("LISA_DIST_KERNELS", "cuda")
+    for check in (lambda: check_optim("lisa_adamw", False), lambda: build_optimizer([{"params": []}], "lisa_adamw")):
+        with pytest.raises(ValueError, match="LISA_DIST_KERNELS=cuda: unknown"):
+            check()
+    check_optim("adamw_torch", False)
+    check_optim("lisa_adamw", True)  # DeepSpeed's AdamW on the host takes its place
+
+
 def test_norms_and_biases_keep_32_bits():
     blocks = find_blocks(tiny_llama())
     groups = build_param_groups([blocks.embed, blocks.rest], [blocks.layers[0]], 0.1, {"embed": 8, "layers": 8})

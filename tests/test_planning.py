@@ -382,6 +382,7 @@ def test_other_methods_are_planned_too(tiny_config):
         (["--checkpointed_layers", "7"], "--checkpointed_layers 7: the model has 6 decoder layers"),
         (["--checkpointed_layers", "some"], "--checkpointed_layers some: give none, all, auto or a number"),
         (["--checkpointed_layers", "3", "--method", "lora"], "--checkpointed_layers 3 with --method lora"),
+        (["--optim", "lisa_adamw", "--method", "full"], "--optim lisa_adamw with --method full: it is for --method"),
         (["--lisa_offload", "embed", "--deepspeed", "zero3_offload"], "--lisa_offload embed with offload_param"),
         (["--method", "full", "--lisa_offload", "embed"], "--method full: flags that begin with --lisa_ are for"),
         (["--json", "no/such/folder.json"], "--json no/such/folder.json: cannot be written"),
