@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from torch import distributed as dist
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
+from transformers.training_args import OptimizerNames
 from transformers.utils import ExplicitEnum
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
@@ -106,6 +107,9 @@ class LisaSFTConfig(SFTConfig):
     deepspeed: dict | str | None = field(
         default="zero2", metadata={"help": "Short name (zero1, zero2, zero3, zero2_offload, ...), path, or JSON."}
     )
+    optim: str = field(
+        default="adamw_torch_fused", metadata={"help": f"The Trainer's names, and {LISA_ADAMW} with --method lisa."}
+    )
 
     def __post_init__(self):
         if isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
@@ -113,7 +117,10 @@ class LisaSFTConfig(SFTConfig):
         if not torch.cuda.is_available():
             self.use_cpu = True  # has Accelerate start gloo
             self.bf16 = bool(self.bf16)  # asked for, not by default: few CPUs multiply in bf16
-        ours = self.optim == LISA_ADAMW
+        optim = getattr(self.optim, "value", self.optim)
+        ours, known = optim == LISA_ADAMW, [name.value for name in OptimizerNames]
+        if not ours and optim not in known:
+            raise UserError(f"--optim {optim}: unknown; choose {LISA_ADAMW} or one of {', '.join(known)}.")
         if ours:  # which the Trainer's arguments do not know
             self.optim = "adamw_torch_fused"
         super().__post_init__()

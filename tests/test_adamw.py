@@ -11,6 +11,7 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import torch_autocast
 from models import tiny_llama, token_batches
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -455,6 +456,7 @@ def attach_by_hand(ds_config: str, optim: str, settings: dict, changes: dict) ->
     with pytest.raises(UserError) as error:
         lisa.attach(engine)
     engine.destroy()
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # DeepSpeed's, for the whole process
     return str(error.value)
 
 
@@ -532,6 +534,4 @@ def test_8_bit_moments_are_as_good_as_those_of_bitsandbytes(data_dir):
         path, batches, lambda parameters: bitsandbytes.optim.AdamW8bit(parameters, min_8bit_size=1, **settings)
     )
     mine = train_real(path, batches, lambda parameters: LisaAdamW(parameters, state_bits=8, **settings))
-    fp32 = train_real(path, batches, lambda parameters: LisaAdamW(parameters, **settings))
-    assert (fp32 - exact).norm() < 0.01 * (theirs - exact).norm()
     assert 0 < (mine - exact).norm() < (theirs - exact).norm()

@@ -273,6 +273,7 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
         ({"model_name_or_path": "no/such-model"}, "--model_name_or_path no/such-model: no such folder"),
         ({"deepspeed": "zero3_nvme"}, "--deepspeed zero3_offload"),
         ({"optim": "lomo"}, "--optim lomo: LISA runs AdamW"),
+        ({"optim": "adamw"}, "--optim adamw: unknown; choose lisa_adamw or one of adamw_torch,"),
         ({"lisa_master": "bf16_sr"}, "--lisa_master bf16_sr with --optim adamw_torch_fused: only --optim lisa_adamw"),
         ({"lisa_master": "bf16_sr", "optim": "lisa_adamw"}, "--lisa_master bf16_sr with weights in fp32"),
         ({"method": "full", "optim": "lisa_adamw"}, "--optim lisa_adamw with --method full: it is for --method lisa"),
