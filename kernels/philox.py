@@ -20,18 +20,15 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 def philox(counter: tuple[torch.Tensor, ...], key: tuple[int, int], rounds: int = 10) -> tuple[torch.Tensor, ...]:
     """Four words for each counter; words, of counter and result alike, are int64 tensors of values below 2**32."""
-    a, b, c, d = counter
+    a, b, c, d = torch.broadcast_tensors(*counter)
     key0, key1 = key
     for _ in range(rounds):
         # 64-bit products wrap around in int64, but their bits are right.
         high = c * _MULTIPLIERS[1]
         low = a * _MULTIPLIERS[0]
-        a, b, c, d = (
-            ((high >> 32) & _MASK) ^ b ^ key0,
-            high & _MASK,
-            ((low >> 32) & _MASK) ^ d ^ key1,
-            low & _MASK,
-        )
+        a = (high >> 32).bitwise_and_(_MASK).bitwise_xor_(b).bitwise_xor_(key0)
+        c = (low >> 32).bitwise_and_(_MASK).bitwise_xor_(d).bitwise_xor_(key1)
+        b, d = high.bitwise_and_(_MASK), low.bitwise_and_(_MASK)
         key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
     return a, b, c, d
 
@@ -49,8 +46,8 @@ def random_bits(
     )
     rows = torch.empty(last - first, ROWS, ROW, dtype=torch.int32, device=device)
     for index, word in enumerate(words):
-        word = word.view(-1, ROW)
-        rows[:, 2 * index] = word & 0xFFFF
-        rows[:, 2 * index + 1] = word >> 16
+        word = word.to(torch.int32).view(-1, ROW)
+        torch.bitwise_and(word, 0xFFFF, out=rows[:, 2 * index])
+        torch.bitwise_and(word >> 16, 0xFFFF, out=rows[:, 2 * index + 1])
     begins = element - first * TILE
     return rows.view(-1)[begins : begins + numel]
