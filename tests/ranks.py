@@ -14,6 +14,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+# What ranks import, once for all of them; nothing of it starts threads.
+PRELOADED = ["deepspeed", "bitsandbytes", "trl.trainer.sft_trainer"]
+
 _pools: dict[tuple[int, bool], "_Pool"] = {}
 
 
@@ -47,7 +50,9 @@ def stop_ranks() -> None:
 class _Pool:
     def __init__(self, world_size: int, interpret: bool):
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn" if interpret else "forkserver")
+        if not interpret:
+            context.set_forkserver_preload(PRELOADED)
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
