@@ -301,9 +301,9 @@ def main() -> None:
     if arguments.model is None:
         print("no training step of an 8B-shaped model: there is no GPU (--model CONFIG --layers N tries it on a CPU)")
         return
-    from lisa_dist.train import _default_to_one_rank
+    from lisa_dist.rank_discovery import set_rank
 
-    _default_to_one_rank()
+    set_rank()
     figures["steps"] = of_a_model(arguments, device)
     write_results(results, figures)
 

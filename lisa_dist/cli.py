@@ -6,10 +6,12 @@ USAGE = """usage: lisa-dist train --config recipe.yaml [--any_flag value]
        lisa-dist plan --model llama3.1-8b --gpus 4 --gpu_memory 80GiB [--any_flag value]
        lisa-dist export CHECKPOINT OUT
        lisa-dist info
+       srun --ntasks-per-node=1 lisa-dist check --config recipe.yaml --output_dir DIR --gpus_per_node 8
 
   train   train a model by LISA, on one device; on several: deepspeed launch/train.py with the same flags
   plan    what a run will need of memory, part by part, and the command that fits; needs no GPU and no weights
   export  turn a checkpoint of any run into a folder that from_pretrained loads, without a GPU
+  check   on every host before a run: GPUs, address, output folder, versions, time to save
   info    what is installed here, and which kernels and attention a run would use, and why
 """
 
@@ -32,6 +34,11 @@ def main() -> None:
 
         export(*sys.argv[2:])
         return
+    if verb == "check":
+        from lisa_dist.preflight import main as check
+
+        check(sys.argv[2:])
+        return
     if verb == "info" and len(sys.argv) == 2:
         from lisa_dist.info import main as info
 
@@ -39,3 +46,7 @@ def main() -> None:
         return
     print(USAGE, end="")
     raise SystemExit(0 if verb in ("-h", "--help") else 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,14 +4,16 @@ TRL's parser reads the flags and the YAML of `--config`; TRL's SFTTrainer loads 
 are the few arguments of our own, and the order of a run.
 """
 
+import json
 import os
-import socket
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 
 import deepspeed
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from torch import distributed as dist
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
@@ -31,9 +33,11 @@ from lisa_dist.ds_config import (
     read_ds_config,
     uses_optimizer_offload,
 )
+from lisa_dist.health import check_same_everywhere
 from lisa_dist.liger import check_liger
 from lisa_dist.metrics import format_table
 from lisa_dist.optimizer import LISA_ADAMW, check_optim
+from lisa_dist.rank_discovery import set_rank
 from lisa_dist.recompute import number_of_layers, parse_budget, parse_checkpointed_layers
 from lisa_dist.sampling import load_layer_weights
 from lisa_dist.stop_signals import catch_stop_signals
@@ -155,7 +159,7 @@ def parse_arguments(
     argv: Sequence[str] | None = None,
 ) -> tuple[RunArguments, LisaSFTConfig, ModelArguments, LisaConfig]:
     """The arguments of a run from flags and `--config file.yaml`; flags win. Unknown keys and flags are errors."""
-    _default_to_one_rank()
+    set_rank()
     # What is cheap to check comes first: the training arguments start the process group.
     parser = TrlParser((RunArguments, LisaConfig, ModelArguments, LisaSFTConfig))
     try:
@@ -185,6 +189,10 @@ def run(
     if training_args.use_cpu:
         # Accelerate has started gloo, but DeepSpeed must know of it too before a model is loaded under ZeRO-3.
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    check_same_everywhere(
+        _versions() | _flags(run_args, training_args, model_args, lisa_config),
+        "start every rank with the same environment and the same flags",
+    )
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
@@ -202,7 +210,13 @@ def run(
         packed=packed,
         use_cpu=training_args.use_cpu,
     )
-    train_rows, eval_rows = _load_datasets(run_args, training_args, chat=tokenizer.chat_template is not None)
+    ranks = PartialState()
+    with ranks.main_process_first(), ranks.local_main_process_first():  # the others find what was cached, as in TRL
+        train_rows, eval_rows = _load_datasets(run_args, training_args, chat=tokenizer.chat_template is not None)
+    check_same_everywhere(
+        {f"the content of --dataset_name {run_args.dataset_name}": _describe_rows(train_rows)},
+        "give every host the same file",
+    )
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -308,6 +322,27 @@ def _load_datasets(run_args: RunArguments, training_args: SFTConfig, chat: bool)
     return rows, held_out
 
 
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("lisa_dist", "torch", "deepspeed", "transformers", "trl")}
+
+
+def _flags(*groups) -> dict[str, object]:
+    """All flags of a run but those that ranks have for themselves."""
+    flags = {}
+    for group in groups:
+        values = group.to_dict() if hasattr(group, "to_dict") else vars(group)
+        flags |= {f"--{name}": value for name, value in values.items()}
+    return {name: value for name, value in flags.items() if name not in ("--local_rank", "--logging_dir")}
+
+
+def _describe_rows(rows: Dataset) -> str:
+    """Their number, and a checksum of a hundred of them."""
+    checksum = 0
+    for index in range(0, len(rows), max(1, len(rows) // 100)):
+        checksum = zlib.crc32(json.dumps(rows[index], sort_keys=True, default=str).encode(), checksum)
+    return f"{len(rows)} rows with checksum {checksum:08x}"
+
+
 def _resume_from(value: str | None) -> str | bool | None:
     """`--resume_from_checkpoint`: true, false, auto or a path."""
     return {"true": True, "false": False}.get(str(value).lower(), value)
@@ -340,24 +375,6 @@ def _describe_run(run_args: RunArguments, args: SFTConfig, model_args: ModelArgu
         ("versions", versions),
     ]
     return "run\n" + format_table(rows)
-
-
-def _default_to_one_rank() -> None:
-    """Started as plain `python`, be the only rank: DeepSpeed would otherwise look for MPI."""
-    if "RANK" in os.environ:
-        return
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if int(os.environ.get(name, 1)) > 1:
-            raise UserError(
-                f"{name} is {os.environ[name]}, but RANK is not set: each process would train alone. Start the ranks "
-                "with torchrun or deepspeed (srun torchrun ..., one task a node)."
-            )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
-    for name, value in (alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
-        os.environ.setdefault(name, str(value))
 
 
 class _SampleCallback(TrainerCallback):

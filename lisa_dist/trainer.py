@@ -35,6 +35,7 @@ from lisa_dist.controller import LisaController
 from lisa_dist.ds_config import check_ds_config, keep_no_master, offload_by_block, uses_optimizer_offload
 from lisa_dist.fake_run import Workload
 from lisa_dist.files import gather, together
+from lisa_dist.health import SLOW, ComputeTime, describe_ranks
 from lisa_dist.liger import check_liger
 from lisa_dist.metrics import format_active, format_bytes, format_count, format_table, lisa_metrics
 from lisa_dist.optimizer import LISA_ADAMW, build_optimizer, check_optim
@@ -79,6 +80,8 @@ class LisaMixin:
         self._checkpointed_layers = parse_checkpointed_layers(checkpointed_layers)
         self._gpu_memory = parse_budget(gpu_memory, self._checkpointed_layers)
         self._memory: RunMemory | None = None
+        self._ranks: list[tuple[str, str]] = []
+        self._compute_time: ComputeTime | None = None
         self._hang_timeout = hang_timeout
         self._resume_state: dict | None = None
         self._weights_from: Path | None = None
@@ -167,6 +170,11 @@ class LisaMixin:
         elif self._weights_from is not None:
             self._watchdog.beat()
             start_from_weights(self.lisa, self._weights_from)
+        self._watchdog.beat()
+        self._ranks = describe_ranks(self.args.device)
+        if self.args.world_size > 1:
+            waits = self.lisa.partitions.weights_are_sharded
+            self._compute_time = ComputeTime(self.lisa.engine.module, self.args.device, waits)
         self._watchdog.beat()
         self._memory = self._plan_memory()
         self._say(self._memory.set_dial())
@@ -308,6 +316,11 @@ class LisaMixin:
         """Add lisa/... to every training log, so that each tracker has them."""
         if "loss" in logs and self.lisa is not None and self.lisa.records:
             logs = logs | lisa_metrics(self.lisa.records[-1], self.lisa.visit_counts, self.lisa.block_visit_counts)
+            if self._compute_time is not None:
+                rank, times = self._compute_time.slowest()
+                logs |= {"lisa/slowest_rank": rank, "lisa/slowest_rank_times_median": times}
+                if times > SLOW:
+                    self._say(f"rank {rank} computes {times:.2f} times as long as the median rank")
         super().log(logs, *args, **kwargs)
 
     def describe(self) -> str:
@@ -338,6 +351,7 @@ class LisaMixin:
                 "period",
                 f"{config.lisa_interval_steps} steps with {config.lisa_activated_layers} layers, {config.lisa_sampler}",
             ),
+            *self._ranks,
             ("ZeRO", f"stage {self._ds_config['zero_optimization']['stage']} on {self.args.world_size} rank(s)"),
             ("optimizer", self._describe_optimizer()),
             ("states per rank", f"{format_count(sum(state.numel for state in states))} elements each of {kept}"),

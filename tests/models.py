@@ -1,9 +1,16 @@
 """Tiny models with random weights, the same on every rank for the same seed."""
 
+from pathlib import Path
+
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 128
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def tiny_llama(
@@ -22,6 +29,22 @@ def tiny_llama(
             tie_word_embeddings=tied,
         )
     )
+
+
+def save_tiny_llama(folder: Path) -> None:
+    """A tiny Llama's folder, with a byte tokenizer and a chat template."""
+    special = ["<pad>", "<end>", "<user>", "<assistant>"]
+    alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+    fast.add_special_tokens({"additional_special_tokens": special[2:]})
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    model = tiny_llama()
+    model.resize_token_embeddings(len(fast))
+    model.save_pretrained(folder)
 
 
 def tiny_gpt2(seed: int = 0, num_layers: int = 6, dropout: float = 0.0):

@@ -9,9 +9,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"config", "states"},
-    {"ds_config", "blocks", "sampling", "data", "attention", "liger", "metrics", "cpu_bf16", "backend"},
+    {
+        "ds_config",
+        "blocks",
+        "sampling",
+        "data",
+        "attention",
+        "liger",
+        "metrics",
+        "cpu_bf16",
+        "backend",
+        "rank_discovery",
+    },
     {"files", "stop_signals", "watchdog", "cpu_ops", "adamw"},
-    {"optimizer", "memory", "period_log", "nonfinite", "recompute"},
+    {"optimizer", "memory", "period_log", "nonfinite", "recompute", "health"},
     {"selection", "fake_run"},
     {"zero", "state_files", "weights"},
     {"invariants", "controller", "backward"},
@@ -19,10 +30,17 @@ LEVELS = [
     {"measuring"},
     {"run_memory"},
     {"trainer"},
-    {"train", "plan", "info", "cli"},
+    {"train", "plan", "info", "preflight", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-SAME_LEVEL = {("controller", "invariants"), ("cli", "train"), ("cli", "plan"), ("cli", "info"), ("weights", "zero")}
+SAME_LEVEL = {
+    ("controller", "invariants"),
+    ("cli", "train"),
+    ("cli", "plan"),
+    ("cli", "info"),
+    ("cli", "preflight"),
+    ("weights", "zero"),
+}
 PRIVATES = re.compile(
     r"_z3_optimizer|_hp_mapping|bit16_groups|fp16_groups|single_partition_of_fp32|fp32_partitioned_groups"
     r"|_grad_acc_hooks|parameter_offload|_configure_zero_optimizer|ds_tensor"

@@ -155,7 +155,7 @@ FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}
     ],
 )
 def test_losses_equal_the_reference(ds_config, tied, kernels, settings, checkpointing):
-    outcome = run_ranks(train_with_liger, 2, ds_config, tied, kernels, settings, checkpointing)[0]
+    outcome = run_ranks(train_with_liger, 2, ds_config, tied, kernels, settings, checkpointing, interpret=True)[0]
     always_on = settings.get("lisa_always_on", "embed,head,rest")
     reference = reference_losses(outcome["blocks_of_period"], always_on, tied=tied)
     assert outcome["losses"] == pytest.approx(reference, abs=1e-5)
@@ -236,7 +236,7 @@ def train_in_trainer(output_dir: str, ds_config: str, sft: bool, settings: dict,
 @pytest.mark.slow
 @pytest.mark.parametrize(("ds_config", "dial"), [("zero2", None), ("zero3", "auto")])
 def test_a_trl_trainer_is_planned_as_without_liger(tmp_path, ds_config, dial):
-    outcome = run_ranks(train_in_trainer, 2, str(tmp_path), ds_config, True, {}, 128, dial)[0]
+    outcome = run_ranks(train_in_trainer, 2, str(tmp_path), ds_config, True, {}, 128, dial, interpret=True)[0]
     reference = reference_losses(outcome["blocks_of_period"], "embed,head,rest")
     assert outcome["losses"] == pytest.approx(reference, abs=1e-5)
     assert outcome["evaluations"] == 2
@@ -250,7 +250,7 @@ def test_a_trl_trainer_is_planned_as_without_liger(tmp_path, ds_config, dial):
 def test_no_fused_loss_for_a_head_that_trains_alone(tmp_path):
     """A head as large as a layer takes its place, so nothing below it trains: the fused loss has no gradient then."""
     settings = {"lisa_always_on": "", "lisa_frozen": "embed,rest", "lisa_block_probability": "head=0.7", "lisa_seed": 1}
-    outcome = run_ranks(train_in_trainer, 2, str(tmp_path), "zero3", False, settings, 512, None)[0]
+    outcome = run_ranks(train_in_trainer, 2, str(tmp_path), "zero3", False, settings, 512, None, interpret=True)[0]
     assert ("head",) in outcome["blocks_of_period"]
     reference = reference_losses(outcome["blocks_of_period"], "", vocab_size=512)
     assert outcome["losses"] == pytest.approx(reference, abs=1e-5)
@@ -288,7 +288,7 @@ def fake_run_after_liger() -> list[bool]:
 
 @needs_liger
 def test_a_plan_runs_the_modeling_code_without_liger():
-    assert run_ranks(fake_run_after_liger, 2)[0] == [True, True, True]
+    assert run_ranks(fake_run_after_liger, 2, interpret=True)[0] == [True, True, True]
 
 
 # At the start
@@ -333,7 +333,7 @@ HEAD_ALONE = {"lisa_always_on": "", "lisa_block_probability": "head=0.2"}
     ],
 )  # fmt: skip
 def test_what_liger_may_replace(model, kernels, settings, changes, trl_head, said, chosen):
-    outcome = run_ranks(outcome_of_check, 2, model, kernels, settings, changes, trl_head)[0]
+    outcome = run_ranks(outcome_of_check, 2, model, kernels, settings, changes, trl_head, interpret=True)[0]
     assert said in outcome[0]
     assert outcome[1] == chosen
 

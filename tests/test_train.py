@@ -14,10 +14,9 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from models import tiny_llama
+from models import save_tiny_llama
 from ranks import run_ranks
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lisa_dist.train import LisaSFTConfig, parse_arguments, run
@@ -25,28 +24,13 @@ from lisa_dist.trainer import LisaTrainer
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tiny model with a byte tokenizer and a chat template, and some rows."""
     folder = tmp_path_factory.mktemp("train")
-    special = ["<pad>", "<end>", "<user>", "<assistant>"]
-    alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
-    fast.add_special_tokens({"additional_special_tokens": special[2:]})
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder / "model")
-    model = tiny_llama()
-    model.resize_token_embeddings(len(fast))
-    model.save_pretrained(folder / "model")
+    save_tiny_llama(folder / "model")
     rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(64)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
@@ -287,9 +271,10 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_written(folde
 
 
 def test_many_tasks_without_ranks_are_refused(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "4")
-    with pytest.raises(ValueError, match="SLURM_NTASKS is 4, but RANK is not set"):
+    with pytest.raises(ValueError, match="SLURM_NTASKS is 4, but nothing says which of them"):
         parse_arguments(["--dataset_name", "rows.jsonl"])
 
 

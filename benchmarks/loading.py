@@ -1,0 +1,94 @@
+"""How much memory of a host does loading a model take, by stage and rank? Peaks while from_pretrained runs.
+
+python benchmarks/loading.py --model .quickstart/model
+
+Of each rank: its own pages (anonymous), and pages of files, which ranks share, above what it had before. On these ranks
+the host's memory is the device's too, so a rank's weights are in it.
+"""
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from bench import launch, print_table, worker_parser, write_results
+
+RANKS = 4
+
+
+def pages() -> tuple[int, int]:
+    """Bytes of this process: anonymous ones, and those of files."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024, int(fields["RssFile"].split()[0]) * 1024
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    """Load the model as a run under the stage does, and note the peaks."""
+    import deepspeed
+    import torch
+    from torch import distributed as dist
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from lisa_dist.ds_config import read_ds_config
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    config = read_ds_config(arguments.stage) | {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}
+    config["zero_optimization"] = {"stage": config["zero_optimization"]["stage"]}
+    kept = HfDeepSpeedConfig(config)  # from_pretrained looks for it
+    before = peak = pages()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.02):
+            peak = tuple(map(max, peak, pages()))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    begun = time.monotonic()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    seconds = time.monotonic() - begun
+    done.set()
+    thread.join()
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, [after - first for after, first in zip(peak, before, strict=True)])
+    if dist.get_rank() == 0:
+        numel = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+        figures = {
+            "model_bytes": 2 * numel,
+            "seconds": seconds,
+            "peaks": every,
+            "stage": kept.config["zero_optimization"],
+        }
+        Path(arguments.folder, "figures.json").write_text(json.dumps(figures))
+
+
+def main() -> None:
+    """Load under each stage; print and write what it took."""
+    parser = worker_parser(__doc__.splitlines()[0], "loading.json")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.folder:
+        worker(arguments)
+        return
+    figures, rows = {}, []
+    for stage in ("zero2", "zero3"):
+        with tempfile.TemporaryDirectory() as folder:
+            launch(Path(__file__), ["--folder", folder, "--model", arguments.model, "--stage", stage], RANKS)
+            figures[stage] = found = json.loads(Path(folder, "figures.json").read_text())
+        size = found["model_bytes"]
+        rows += [
+            [stage, str(rank), *(f"{part / size:.2f}" for part in peak)] for rank, peak in enumerate(found["peaks"])
+        ]
+        total = sum(sum(peak) for peak in found["peaks"])
+        rows.append([stage, "all", "", f"{total / size:.2f}"])
+    print(f"in copies of the model, {size / 2**20:.0f} MiB in bf16")
+    print_table(["stage", "rank", "own pages", "of files"], rows)
+    write_results(arguments.results, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Which hosts and devices a run has, how fast its ranks talk to each other, and which of them is slow."""
+
+import os
+import socket
+import struct
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from statistics import median
+
+import torch
+from torch import distributed as dist
+
+from lisa_dist.config import UserError
+from lisa_dist.files import gather
+
+SLOW = 1.2  # times the median of all ranks
+
+
+def host_name() -> str:
+    """This host, as its scheduler calls it if there is one."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def check_same_everywhere(about: Mapping[str, object], way_out: str) -> None:
+    """Raise ValueError on every rank, naming hosts and what differs, unless all ranks have the same `about`."""
+    reports = gather((host_name(), {name: str(value) for name, value in about.items()}))
+    first_host, first = reports[0]
+    for rank, (host, theirs) in enumerate(reports):
+        differs = [name for name in {**first, **theirs} if theirs.get(name) != first.get(name)]
+        if differs:
+            told = "; ".join(f"{name} is {theirs.get(name)}, not {first.get(name)}" for name in differs[:5])
+            raise UserError(f"host {host}, rank {rank}: {told}, as on host {first_host}, rank 0: {way_out}.")
+
+
+def describe_ranks(device: torch.device) -> list[tuple[str, str]]:
+    """Rows for the header of a run: ranks and devices by host, what they talk over, and how fast."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    hosts: dict[str, list[int]] = defaultdict(list)
+    names = set()
+    for rank, (host, theirs) in enumerate(gather((host_name(), name))):
+        hosts[host].append(rank)
+        names.add(theirs)
+    placed = "; ".join(f"{host}: ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{host}: rank {ranks[0]}"
+                       for host, ranks in hosts.items())  # fmt: skip
+    rows = [("hosts", f"{placed}; {', '.join(sorted(names))}")]
+    if dist.get_world_size() > 1:
+        speed = all_reduce_speed(device)
+        rows.append(("interconnect", f"{_interconnect()}; all-reduce {speed / 1e9:.2f} GB/s a rank"))
+    return rows
+
+
+def all_reduce_speed(device: torch.device) -> float:
+    """Bytes a second that a rank sends in a short all-reduce: 2 (n - 1) / n of the tensor's bytes, once warm."""
+    world_size = dist.get_world_size()
+    tensor = torch.zeros(1 << (24 if device.type == "cuda" else 20), device=device)
+    seconds = []
+    for _ in range(4):
+        _synchronize(device)
+        begun = time.perf_counter()
+        dist.all_reduce(tensor)
+        _synchronize(device)
+        seconds.append(time.perf_counter() - begun)
+    return 2 * (world_size - 1) / world_size * tensor.nbytes / min(seconds[1:])
+
+
+class ComputeTime:
+    """Seconds of each rank's own computing in forward passes, for the slowest rank to be named.
+
+    Where forward passes wait for no other rank (`waits` false: ZeRO-1 and 2) it is the whole pass; under ZeRO-3 the
+    linear layers in it, each after its weights have come. On CUDA by events, which no kernel waits for.
+    """
+
+    def __init__(self, model: torch.nn.Module, device: torch.device, waits: bool):
+        self._on_gpu = device.type == "cuda"
+        self._group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+        self._begun: object = None
+        self._spans: list[tuple] = []
+        timed = [module for module in model.modules() if isinstance(module, torch.nn.Linear)] if waits else [model]
+        for module in timed:
+            module.register_forward_pre_hook(self._begin)
+            module.register_forward_hook(self._end, prepend=True)
+
+    def _now(self):
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _begin(self, module: torch.nn.Module, args: tuple) -> None:
+        if module.training:
+            self._begun = self._now()
+
+    def _end(self, module: torch.nn.Module, args: tuple, output: object) -> None:
+        if module.training and self._begun is not None:
+            self._spans.append((self._begun, self._now()))
+            self._begun = None
+
+    def slowest(self) -> tuple[int, float]:
+        """The rank that computed longest since the last call, and its time by the median; all ranks call it."""
+        spans, self._spans = self._spans, []
+        if self._on_gpu and spans:
+            spans[-1][1].synchronize()
+        mine = sum(begun.elapsed_time(ended) if self._on_gpu else ended - begun for begun, ended in spans)
+        every = [torch.zeros(1, dtype=torch.float64) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, torch.tensor([mine], dtype=torch.float64), group=self._group)
+        times = torch.cat(every).tolist()
+        typical = median(times)
+        slowest = max(range(len(times)), key=times.__getitem__)
+        return slowest, times[slowest] / typical if typical else 1.0
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _interconnect() -> str:
+    """The backend, and the interface that it was told or that leads to rank 0."""
+    backend = dist.get_backend()
+    variable = "GLOO_SOCKET_IFNAME" if backend == "gloo" else "NCCL_SOCKET_IFNAME"
+    if variable in os.environ:
+        return f"{backend} over {os.environ[variable]} ({variable})"
+    adapters = os.listdir("/sys/class/infiniband") if os.path.isdir("/sys/class/infiniband") else []
+    if backend == "nccl" and adapters and os.environ.get("NCCL_IB_DISABLE", "0") != "1":
+        return f"{backend} over InfiniBand ({', '.join(sorted(adapters))})"
+    return f"{backend} over {_interface_to(os.environ.get('MASTER_ADDR', '127.0.0.1'))}"
+
+
+def _interface_to(address: str) -> str:
+    """The network interface by which packets to an address leave, and its own address."""
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an address
+                request = struct.pack("256s", name.encode()[:15])
+                if socket.inet_ntoa(fcntl.ioctl(probe.fileno(), 0x8915, request)[20:24]) == own:  # SIOCGIFADDR
+                    return f"{name} ({own})"
+    return own

@@ -1,0 +1,268 @@
+"""`lisa-dist check`: what would end a run on several hosts after minutes or days, found in seconds and named by host.
+
+One process on each host, as `srun --ntasks-per-node=1 lisa-dist check ...` starts them, with the flags of the run. They
+meet where its ranks will, at MASTER_ADDR, and compare what they have. Rank 0 prints what is wrong.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import yaml
+from torch import distributed as dist
+from transformers import HfArgumentParser
+
+from lisa_dist.config import UserError
+from lisa_dist.metrics import format_bytes
+from lisa_dist.rank_discovery import set_rank
+
+PACKAGES = ("lisa_dist", "torch", "deepspeed", "transformers", "accelerate", "trl", "datasets", "bitsandbytes")
+PACKAGES += ("triton", "flash-attn", "liger-kernel")
+_APPEARS = 10.0  # seconds for a file that one host has written to be seen on another: network file systems cache
+_SAMPLE = 1 << 26  # bytes that are written to learn how fast the folder is
+
+
+@dataclass
+class CheckArguments:
+    """Flags of `lisa-dist check`; all others are taken for the run's."""
+
+    config: str | None = field(default=None, metadata={"help": "Recipe of the run, as for train."})
+    output_dir: str | None = field(default=None, metadata={"help": "Of the run; every host must see it."})
+    gpus_per_node: int = field(default=0, metadata={"help": "GPUs that each host must have."})
+    save_within: float = field(
+        default=0.0, metadata={"help": "Seconds between the signal that stops the job and its end; 0: not checked."}
+    )
+    meet_within: float = field(default=60.0, metadata={"help": "Seconds to wait for the other hosts."})
+
+
+def main(argv: Sequence[str]) -> None:
+    """Check this host and compare it with the others; exit status 2 on every host when anything is wrong."""
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    try:
+        arguments, rest = HfArgumentParser(CheckArguments).parse_args_into_dataclasses(
+            argv, return_remaining_strings=True
+        )
+        set_rank()
+        problems = _Host(host, arguments, _flags(arguments, rest)).check()
+    except UserError as error:
+        problems = [f"host {host}: {error}"]
+    for problem in problems:
+        print(f"lisa-dist check: {problem}", file=sys.stderr, flush=True)
+    raise SystemExit(2 if problems else 0)
+
+
+def _flags(arguments: CheckArguments, rest: Sequence[str]) -> dict[str, str]:
+    """The run's flags, from its recipe and the command line."""
+    flags = {}
+    if arguments.config is not None:
+        try:
+            flags = yaml.safe_load(Path(arguments.config).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"--config {arguments.config}: no such file.") from error
+    words = [part for word in rest for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
+        if word.startswith("--"):
+            flags[word.removeprefix("--")] = "true" if following.startswith("--") else following
+    if arguments.output_dir is not None:
+        flags["output_dir"] = arguments.output_dir
+    if "output_dir" not in flags:
+        raise UserError("--output_dir is missing: give the run's, or a --config that has it.")
+    return flags
+
+
+class _Host:
+    """One host's checks, and its part of the comparison."""
+
+    def __init__(self, host: str, arguments: CheckArguments, flags: dict):
+        self._host, self._arguments, self._flags = host, arguments, flags
+        self._rank, self._world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self._folder = Path(flags["output_dir"])
+
+    def check(self) -> list[str]:
+        """What is wrong; of other hosts too, on rank 0."""
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        problems, speed = self._gpus(), 0.0
+        try:
+            speed = self._write()
+        except OSError as error:
+            problems.append(f"--output_dir {self._folder} cannot be written ({error.strerror or error})")
+        mine = {
+            "host": self._host,
+            "folder": str(self._folder),
+            "problems": problems,
+            "has": self._has(),
+            "bytes_a_second": speed,
+        }
+        try:
+            socket.getaddrinfo(address, port)
+        except OSError as error:
+            return [f"host {self._host}: {text}" for text in [*problems, f"MASTER_ADDR {address}: {error.strerror}"]]
+        try:
+            return self._compare(address, port, mine)
+        except dist.DistError as error:
+            text = f"no meeting at MASTER_ADDR {address}, port {port}, within {self._arguments.meet_within:.0f} s"
+            return [f"host {self._host}: {one}" for one in [*problems, f"{text} ({str(error).splitlines()[0]})"]]
+
+    def _gpus(self) -> list[str]:
+        wanted, found = self._arguments.gpus_per_node, torch.cuda.device_count()
+        if found >= wanted:
+            return []
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        about = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
+        return [f"{found} GPUs are visible, not {wanted} (--gpus_per_node){about}"]
+
+    def _write(self) -> float:
+        """Bytes a second that this host writes to the output folder; OSError where it cannot."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"tmp-check-{uuid.uuid4().hex}"
+        size = _SAMPLE if self._arguments.save_within else 1
+        try:
+            with path.open("wb") as file:
+                started = time.monotonic()
+                file.write(os.urandom(1 << 20) * max(1, size >> 20))
+                file.flush()
+                os.fsync(file.fileno())
+                return size / (time.monotonic() - started)
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _has(self) -> dict[str, str]:
+        """What must be the same everywhere."""
+        has = {"Python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+        has["the code of lisa_dist"] = _digest(sorted(Path(__file__).parent.rglob("*.py")))
+        files = {"--config": self._arguments.config, "--dataset_name": self._flags.get("dataset_name")}
+        files["--eval_dataset_name"] = self._flags.get("eval_dataset_name")
+        for flag, path in files.items():
+            if path is not None and (flag == "--config" or Path(path).suffix in (".json", ".jsonl")):
+                has[f"{flag} {path}"] = _digest([Path(path)]) if Path(path).is_file() else "no such file"
+        return has
+
+    def _compare(self, address: str, port: int, mine: dict) -> list[str]:
+        patience = timedelta(seconds=self._arguments.meet_within)
+        store = dist.TCPStore(address, port, self._world_size, self._rank == 0, patience, wait_for_workers=False)
+        token = self._folder / f"tmp-check-{os.environ['MASTER_PORT']}-shared"
+        if self._rank == 0:
+            if not mine["problems"]:
+                token.touch()
+            store.set("token", str(token))
+        store.get("token")
+        mine["sees"] = bool(mine["problems"]) or _appears(token)
+        store.set(f"host {self._rank}", json.dumps(mine))
+        if self._rank != 0:
+            verdict = store.get("verdict")
+            store.set(f"left {self._rank}", "")
+            if verdict != b"good":
+                raise SystemExit(2)  # rank 0 says why
+            return []
+        try:
+            problems, arrived = self._judge(store)
+            store.set("verdict", "bad" if problems else "good")
+            store.wait([f"left {rank}" for rank in arrived if rank != 0], timedelta(seconds=_APPEARS))
+            return problems
+        finally:
+            token.unlink(missing_ok=True)
+
+    def _judge(self, store: dist.TCPStore) -> tuple[list[str], list[int]]:
+        """Rank 0: what the hosts say, and where they differ from this one; and the ranks that have come."""
+        problems, reports, arrived = [], [], []
+        for rank in range(self._world_size):
+            try:
+                reports.append(json.loads(store.get(f"host {rank}")))
+                arrived.append(rank)
+            except dist.DistError:
+                waited = self._arguments.meet_within
+                problems.append(f"rank {rank} of {self._world_size}: its host has not come within {waited:.0f} s")
+        for report in reports:
+            found = list(report["problems"])
+            if not report["sees"]:
+                found.append(
+                    f"--output_dir {report['folder']} is another one: what host {self._host} writes is not seen"
+                )
+            theirs, ours = report["has"], reports[0]["has"]
+            found += [
+                f"{name} is {theirs.get(name, 'not there')}, on host {self._host} {ours.get(name, 'not there')}"
+                for name in {**ours, **theirs}
+                if theirs.get(name) != ours.get(name)
+            ]
+            problems += [f"host {report['host']}: {text}" for text in found]
+        if not problems:
+            problems += self._time_to_save(sum(report["bytes_a_second"] for report in reports))
+        if not problems:
+            hosts = ", ".join(report["host"] for report in reports)
+            print(f"lisa-dist check: {len(reports)} host(s) are fit: {hosts}", flush=True)
+        return problems, arrived
+
+    def _time_to_save(self, bytes_a_second: float) -> list[str]:
+        within = self._arguments.save_within
+        if not within:
+            return []
+        size = _checkpoint_bytes(self._flags)
+        seconds = size / bytes_a_second
+        print(
+            f"lisa-dist check: a checkpoint has about {format_bytes(size)}, and is saved in about {seconds:.0f} s at "
+            f"{format_bytes(bytes_a_second)}/s",
+            flush=True,
+        )
+        if seconds > within:
+            return [
+                f"a save takes about {seconds:.0f} s, and the job ends {within:.0f} s after the signal: send it earlier"
+            ]
+        left = int(os.environ.get("SLURM_JOB_END_TIME", 2**62)) - time.time()
+        if left < within + seconds:
+            return [f"the job ends in {left:.0f} s, before it could train and save: give it more time"]
+        return []
+
+
+def _checkpoint_bytes(flags: dict) -> int:
+    """Weights, and masters and moments of what is active; about, as embeddings may be frozen or states have 8 bits."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lisa_dist.blocks import find_blocks
+    from lisa_dist.config import LisaConfig
+
+    config = AutoConfig.from_pretrained(flags["model_name_or_path"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    blocks = find_blocks(model, None)
+    layers = [block.numel for block in blocks.layers]
+    gamma = int(flags.get("lisa_activated_layers", LisaConfig().lisa_activated_layers))
+    total = sum(block.numel for block in blocks)
+    active = total - sum(layers) + gamma * max(layers)
+    itemsize = 2 if str(flags.get("bf16", False)).lower() == "true" else 4
+    return total * itemsize + 12 * active
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file of another host comes to be seen here."""
+    ends = time.monotonic() + _APPEARS
+    while not path.exists():
+        if time.monotonic() > ends:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    """A few digits that tell files with different bytes apart."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,127 @@
+"""Which rank is this process, of how many? The one place that reads it from what launchers and schedulers set.
+
+    deepspeed, torchrun                RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+    srun, deepspeed --launcher slurm   SLURM_*: a task is a rank
+    python                             nothing: the only rank
+
+Whichever it was, the variables of the first row are set in the end, which torch, DeepSpeed and Accelerate read.
+"""
+
+import os
+import re
+import socket
+from collections.abc import MutableMapping
+
+from lisa_dist.config import UserError
+
+_GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Of a process in a step, which srun starts. The script of a job has SLURM_PROCID too, but is in no step.
+_OF_STEP = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+_OTHERS = {"SLURM_NTASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
+_SHOWN = (*_GIVEN, "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID")
+_SHOWN += (*_OF_STEP.values(), "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE", *_OTHERS)
+
+
+def set_rank(environment: MutableMapping[str, str] = os.environ) -> str:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT; returns who started the ranks.
+
+    Raises ValueError, with everything that was seen, where some are missing or contradict each other.
+    """
+    if any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        started_by = _check_launched(environment)
+    elif _count(environment, "SLURM_STEP_NUM_TASKS") > 1:
+        started_by = "srun"
+        environment |= {name: environment[variable] for name, variable in _OF_STEP.items()}
+        environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
+        environment.setdefault("MASTER_PORT", str(_port_of_step(environment)))
+    else:
+        started_by = "python"
+        for name, starter in _OTHERS.items():
+            in_own_step = name == "SLURM_NTASKS" and "SLURM_STEP_ID" in environment  # of one task
+            if _count(environment, name) > 1 and not in_own_step:
+                raise _contradiction(
+                    environment,
+                    f"{name} is {environment[name]}, but nothing says which of them this process is, and each would "
+                    f"train alone; start the ranks with {'srun, ' if starter == 'srun' else ''}torchrun or deepspeed",
+                )
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
+        environment |= {name: str(value) for name, value in alone.items()}
+        environment.setdefault("MASTER_ADDR", "127.0.0.1")
+        environment.setdefault("MASTER_PORT", str(_free_port()))
+    if "LOCAL_WORLD_SIZE" in environment:
+        environment.setdefault("LOCAL_SIZE", environment["LOCAL_WORLD_SIZE"])  # DeepSpeed's word for torchrun's
+    elif "SLURM_STEP_TASKS_PER_NODE" in environment:
+        environment.setdefault("LOCAL_SIZE", str(_tasks_of_this_node(environment)))
+    return started_by
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM list, such as gpu[03-05,09],login1: gpu03."""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodelist).group()
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
+
+
+def _check_launched(environment: MutableMapping[str, str]) -> str:
+    """Who set RANK and the rest; all of it must be there, and fit a SLURM step that it is in."""
+    missing = [name for name in _GIVEN if name not in environment]
+    if missing:
+        raise _contradiction(environment, f"{', '.join(missing)} not set beside the others")
+    rank, world_size, local_rank = (_count(environment, name) for name in _GIVEN[:3])
+    local_size = _count(environment, "LOCAL_SIZE", _count(environment, "LOCAL_WORLD_SIZE", world_size))
+    if not (0 <= rank < world_size and 0 <= local_rank < local_size <= world_size):
+        raise _contradiction(
+            environment, f"rank {rank} of {world_size}, and {local_rank} of {local_size} on this node, cannot be"
+        )
+    by_torchrun = "TORCHELASTIC_RUN_ID" in environment
+    started_by = "torchrun" if by_torchrun else "deepspeed" if "LOCAL_SIZE" in environment else "RANK and WORLD_SIZE"
+    if "SLURM_STEP_ID" not in environment:
+        return started_by
+    tasks, nodes = _count(environment, "SLURM_STEP_NUM_TASKS", 1), _count(environment, "SLURM_STEP_NUM_NODES", 1)
+    of_step = [_count(environment, name) for name in _OF_STEP.values()]
+    if of_step == [rank, world_size, local_rank]:  # srun's ranks, mapped by the job itself
+        return started_by
+    if tasks > nodes:
+        raise _contradiction(
+            environment,
+            f"srun started {tasks} tasks on {nodes} nodes, which are not the ranks that RANK and WORLD_SIZE say; give "
+            "--ntasks-per-node=1 for a launcher on each node, or let the tasks be the ranks and unset RANK",
+        )
+    if nodes > 1 and world_size == local_size:
+        raise _contradiction(
+            environment,
+            f"srun started a launcher on each of {nodes} nodes, and each would train alone; give torchrun --nnodes and "
+            "--node-rank, or deepspeed --no_ssh, --node_rank and a host file",
+        )
+    return f"srun {started_by}"
+
+
+def _contradiction(environment: MutableMapping[str, str], what: str) -> UserError:
+    seen = " ".join(f"{name}={environment[name]}" for name in _SHOWN if name in environment)
+    return UserError(f"{what}. Seen: {seen}.")
+
+
+def _count(environment: MutableMapping[str, str], name: str, default: int = 0) -> int:
+    value = environment.get(name, "")
+    if value and not re.fullmatch(r"-?\d+", value):
+        raise _contradiction(environment, f"{name} is no number")
+    return int(value) if value else default
+
+
+def _tasks_of_this_node(environment: MutableMapping[str, str]) -> int:
+    """Of SLURM_STEP_TASKS_PER_NODE, such as 4(x2),3: the entry of SLURM_NODEID."""
+    counts = []
+    for entry in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        count, _, times = entry.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    return counts[_count(environment, "SLURM_NODEID")]
+
+
+def _port_of_step(environment: MutableMapping[str, str]) -> int:
+    """The same for all tasks of a step, another for other jobs, and below the ports that the kernel gives out."""
+    return 10_000 + (10 * _count(environment, "SLURM_JOB_ID") + _count(environment, "SLURM_STEP_ID")) % 20_000
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
