@@ -101,7 +101,7 @@ class Host:
     def processes(self) -> list[str]:
         """Command lines of what runs on the host beside its first process and its sshd."""
         lines = []
-        for path in Path(f"/proc/{self.pid}/root/proc").glob("[0-9]*"):
+        for path in self._seen_from_inside("proc").glob("[0-9]*"):
             try:
                 line = (path / "cmdline").read_text().replace("\0", " ") or (path / "comm").read_text()
             except (FileNotFoundError, ProcessLookupError):  # it has just ended
@@ -112,7 +112,7 @@ class Host:
 
     def shared_memory(self) -> list[str]:
         """Names in the host's /dev/shm."""
-        return sorted(path.name for path in Path(f"/proc/{self.pid}/root/dev/shm").iterdir())
+        return sorted(path.name for path in self._seen_from_inside("dev", "shm").iterdir())
 
     def end(self) -> None:
         """End everything on the host, and with it the host."""
@@ -127,6 +127,10 @@ class Host:
     def _inside(self, *command: str) -> list[str]:
         # The working directory does not come along into other mounts.
         return ["nsenter", "--target", str(self.pid), "--net", "--mount", "--uts", "--pid", *command]
+
+    def _seen_from_inside(self, *names: str) -> Path:
+        """A folder as the host has it mounted."""
+        return Path("/proc", str(self.pid), "root", *names)
 
     def _children(self) -> str:
         """Of the process that made the namespaces: one number, or nothing once it has ended."""
