@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib import metadata
 from statistics import median
 
 import torch
@@ -21,6 +22,14 @@ SLOW = 1.2  # times the median of all ranks
 def host_name() -> str:
     """This host, as its scheduler calls it if there is one."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def version_of(package: str) -> str:
+    """The installed version of a package, or that there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def check_same_everywhere(about: Mapping[str, object], way_out: str) -> None:

@@ -1,7 +1,6 @@
 """What is installed here, and what a run would use of it: `lisa-dist info`."""
 
 import platform
-from importlib import metadata
 
 import torch
 from transformers import LlamaConfig
@@ -9,6 +8,7 @@ from transformers import LlamaConfig
 from lisa_dist.attention import choose_attention
 from lisa_dist.backend import choose_kernels
 from lisa_dist.config import UserError
+from lisa_dist.health import version_of
 from lisa_dist.metrics import format_table
 
 _NEEDED = ("torch", "deepspeed", "transformers", "accelerate", "trl", "datasets", "bitsandbytes", "peft")
@@ -24,10 +24,10 @@ def describe() -> str:
     kernels, why = choose_kernels("cuda" if on_gpu else "cpu")
     attention, why_attention = choose_attention(None, half_precision=True, config=LlamaConfig())
     rows = [
-        ("lisa_dist", metadata.version("lisa_dist")),
+        ("lisa_dist", version_of("lisa_dist")),
         ("Python", platform.python_version()),
         ("device", torch.cuda.get_device_name() if on_gpu else "CPU"),
-        *((name, _version(name)) for name in (*_NEEDED, *_OPTIONAL)),
+        *((name, version_of(name)) for name in (*_NEEDED, *_OPTIONAL)),
         ("kernels of lisa_adamw", f"{kernels} ({why})"),
         ("attention of a Llama", f"{attention} ({why_attention})"),
     ]
@@ -41,10 +41,3 @@ def main() -> None:
     except UserError as error:
         print(f"lisa-dist info: {error}", flush=True)
         raise SystemExit(2) from error
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"

@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from torch import distributed as dist
 from transformers import HfArgumentParser
 
 from lisa_dist.config import UserError
+from lisa_dist.health import host_name, version_of
 from lisa_dist.metrics import format_bytes
 from lisa_dist.rank_discovery import set_rank
 
@@ -48,7 +48,7 @@ class CheckArguments:
 
 def main(argv: Sequence[str]) -> None:
     """Check this host and compare it with the others; exit status 2 on every host when anything is wrong."""
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    host = host_name()
     try:
         arguments, rest = HfArgumentParser(CheckArguments).parse_args_into_dataclasses(
             argv, return_remaining_strings=True
@@ -139,7 +139,7 @@ class _Host:
 
     def _has(self) -> dict[str, str]:
         """What must be the same everywhere."""
-        has = {"Python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+        has = {"Python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
         has["the code of lisa_dist"] = _digest(sorted(Path(__file__).parent.rglob("*.py")))
         files = {"--config": self._arguments.config, "--dataset_name": self._flags.get("dataset_name")}
         files["--eval_dataset_name"] = self._flags.get("eval_dataset_name")
@@ -251,13 +251,6 @@ def _appears(path: Path) -> bool:
             return False
         time.sleep(0.2)
     return True
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _digest(paths: Sequence[Path]) -> str:

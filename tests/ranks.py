@@ -7,6 +7,7 @@ most tests. A rank that raises fails the test with the traceback of every rank; 
 import contextlib
 import multiprocessing
 import os
+import socket
 import tempfile
 import time
 import traceback
@@ -39,6 +40,13 @@ def run_ranks(function: Callable, world_size: int, *args, timeout: float = 300, 
         del _pools[key]
         pool.kill()
         raise
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def stop_ranks() -> None:

@@ -3,12 +3,11 @@
 import contextlib
 import io
 import os
-import socket
 import time
 
 import pytest
 from models import tiny_llama
-from ranks import run_ranks
+from ranks import free_port, run_ranks
 from torch import distributed as dist
 
 from lisa_dist import preflight
@@ -36,12 +35,6 @@ def check(port: int, folder: str, flags: list[str], on_host_2: dict) -> tuple[in
         os.environ.clear()
         os.environ.update(before)
     return ended.value.code, said.getvalue(), time.monotonic() - begun
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_hosts_that_are_fit(tmp_path):

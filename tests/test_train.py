@@ -5,7 +5,6 @@ import os
 import re
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 import yaml
 from datasets import Dataset
 from models import save_tiny_llama
-from ranks import run_ranks
+from ranks import free_port, run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -39,12 +38,6 @@ def folder(tmp_path_factory) -> Path:
 SMALLEST = {"optim": "lisa_adamw", "lisa_master": "bf16_sr", "lisa_state_bits": "embed=8,head=8,layers=8"}
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def clean_environment() -> dict[str, str]:
     """Without what a parse in this process has set to make it the only rank."""
     set_here = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -56,8 +49,8 @@ def start(how: str, flags: list[str]) -> subprocess.CompletedProcess:
     """Run launch/train.py as a user would."""
     train = str(ROOT / "launch" / "train.py")
     command = {
-        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", free_port(), train],
-        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", free_port(), train],
+        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), train],
+        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), train],
         "python": [sys.executable, train],
         "lisa-dist": [str(BIN / "lisa-dist"), "train"],
     }[how]

@@ -57,9 +57,9 @@ def rank_main(how: str, victim: int) -> None:
 
 
 def start(how: str, victim: int, tmp_path: Path) -> list[subprocess.Popen]:
-    from test_train import free_port  # not for the ranks, which need nothing of it
+    from ranks import free_port  # not for the ranks, which need nothing of it
 
-    port = free_port()
+    port = str(free_port())
     ranks = []
     for rank in range(2):
         environment = os.environ | {
