@@ -20,7 +20,6 @@ from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
 from lisa_dist.attention import PackingCheck, packs_documents
-from lisa_dist.backend import choose_kernels
 from lisa_dist.checkpoint import (
     find_checkpoint,
     holds_only_weights,
@@ -32,14 +31,15 @@ from lisa_dist.checkpoint import (
 )
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.controller import LisaController
+from lisa_dist.describe import describe_training
 from lisa_dist.ds_config import check_ds_config, keep_no_master, offload_by_block, uses_optimizer_offload
 from lisa_dist.fake_run import Workload
 from lisa_dist.files import gather, together
 from lisa_dist.health import SLOW, ComputeTime, describe_ranks
 from lisa_dist.liger import check_liger
-from lisa_dist.metrics import format_active, format_bytes, format_count, format_table, lisa_metrics
-from lisa_dist.optimizer import LISA_ADAMW, build_optimizer, check_optim
-from lisa_dist.recompute import checkpointed_layers, parse_budget, parse_checkpointed_layers
+from lisa_dist.metrics import format_active, lisa_metrics
+from lisa_dist.optimizer import build_optimizer, check_optim
+from lisa_dist.recompute import parse_budget, parse_checkpointed_layers
 from lisa_dist.run_memory import RunMemory, format_report
 from lisa_dist.stop_signals import StopSignals
 from lisa_dist.watchdog import Watchdog
@@ -324,50 +324,8 @@ class LisaMixin:
         super().log(logs, *args, **kwargs)
 
     def describe(self) -> str:
-        """What will be trained, for the header of a run: blocks, parameters, states, precision."""
-        lisa, config = self.lisa, self.lisa_config
-        numel = {block.name: block.numel for block in lisa.blocks if block.parameters}
-        layers = [block.numel for block in lisa.blocks.layers]
-        total = sum(numel.values())
-        always_on = [name for name in config.always_on if name in numel]
-        never = [name for name in (*config.frozen, "outside") if name in numel]
-        active_blocks = [*always_on, *lisa.active_blocks]
-        active = sum(numel[name] for name in active_blocks) + sum(layers[layer] for layer in lisa.active_layers)
-        states = list(lisa.partition_states().values())
-        kept = "two moments" if all(state.is_weights for state in states) else "master weights and two moments"
-
-        def named(names: list[str]) -> str:
-            return ", ".join(f"{name} {format_count(numel[name])}" for name in names) or "nothing"
-
-        rows = [
-            ("model", f"{type(self.model).__name__}, {format_count(total)} parameters"),
-            ("decoder layers", f"{len(layers)} of {format_count(max(layers))} at {lisa.blocks.layers_path}"),
-            ("always on", named(always_on) + (" (embed and head are one tied matrix)" if lisa.blocks.tied else "")),
-            *([("drawn as layers are", named(list(lisa.block_visit_counts)))] if lisa.block_visit_counts else []),
-            ("never trained", named(never)),
-            ("active at a time", f"{format_count(active)} ({100 * active / total:.1f}%)"),
-            ("asleep", format_count(total - active)),
-            (
-                "period",
-                f"{config.lisa_interval_steps} steps with {config.lisa_activated_layers} layers, {config.lisa_sampler}",
-            ),
-            *self._ranks,
-            ("ZeRO", f"stage {self._ds_config['zero_optimization']['stage']} on {self.args.world_size} rank(s)"),
-            ("optimizer", self._describe_optimizer()),
-            ("states per rank", f"{format_count(sum(state.numel for state in states))} elements each of {kept}"),
-            ("checkpointed", f"{checkpointed_layers(self.model, lisa.blocks)} of {len(layers)} layers"),
-            ("memory now", f"{format_bytes(lisa.live_bytes())} of tensors per rank, before the moments"),
-        ]
-        return "LISA\n" + format_table(rows)
-
-    def _describe_optimizer(self) -> str:
-        """What steps in the end: under optimizer offload that is not what --optim says."""
-        if uses_optimizer_offload(self._ds_config):
-            return f"DeepSpeed's AdamW on the host, in the place of {self._optim}"
-        if self._optim != LISA_ADAMW:
-            return self._optim
-        kernels, why = choose_kernels(self.args.device.type)
-        return f"{self._optim} by {kernels} ({why})"
+        """What will be trained, for the header of a run: blocks, parameters, ranks, states."""
+        return describe_training(self.lisa, self.model, self._ds_config, self._optim, self._ranks)
 
     @property
     def _ds_config(self) -> dict:

@@ -26,7 +26,7 @@ LEVELS = [
     {"selection", "fake_run"},
     {"zero", "state_files", "weights"},
     {"invariants", "controller", "backward"},
-    {"checkpoint", "evaluation", "analysis", "planning", "loop"},
+    {"checkpoint", "evaluation", "analysis", "planning", "loop", "describe"},
     {"measuring"},
     {"run_memory"},
     {"trainer"},
