@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from models import save_tiny_llama
+from ranks import free_port
 from slurm import NODES, Cluster, why_not
 
 ROOT = Path(__file__).parents[1]
@@ -218,13 +219,72 @@ def test_a_run_that_is_preempted_and_comes_to_its_time_limit_ends_with_the_weigh
 
     job = cluster.wait(number, PATIENCE)
     said = log(tmp_path)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2"), said
+    # SLURM 24.11 keeps in mind that it preempted a job until that job ends by itself, and then requeues it once more.
+    assert job["JobState"] == "COMPLETED", said
+    assert said.count("this run has finished") == int(job["Restarts"]) - 2 <= 1, said
     starts = [said.index(f"SLURM_RESTART_COUNT {count}") for count in range(3)]
     assert starts == sorted(starts)
     for step in (preempted_at, stopped_at):
         assert f"SIGUSR1: stopped after step {step} and saved" in said
     assert said.count("'loss'") == STEPS * len(NODES), "each node says each step once: none is taken twice"
     assert digest(tmp_path) == digest(whole)
+
+
+LAUNCHERS = {
+    # Both traps and the flag are for the launcher, which a signal to the step's processes would end too.
+    "torchrun": "srun bash -c \"trap '' USR1 TERM; exec torchrun --signals-to-handle SIGINT --nnodes 2 --node-rank "
+    '\\$SLURM_NODEID --nproc-per-node 1 --master-addr node1 --master-port $PORT $RUN"',
+    "deepspeed": "srun bash -c \"trap '' USR1; exec deepspeed --no_ssh --node_rank \\$SLURM_NODEID --hostfile $HOSTS "
+    '--master_addr node1 --master_port $PORT $RUN"',
+    "slurm": "deepspeed --launcher slurm --hostfile $HOSTS --no_ssh_check --master_addr node1 --master_port $PORT $RUN",
+}
+
+
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize(("launcher", "stop"), [("torchrun", "TERM"), ("deepspeed", "USR1"), ("slurm", "TERM")])
+def test_by_any_launcher_a_run_stops_at_a_signal_and_ends_with_the_same_weights(
+    cluster, recipe, whole, tmp_path, launcher, stop
+):
+    """Two starts in one job: the first gets the signal, the second goes on."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("".join(f"{node} slots=1\n" for node in NODES))
+    train = ROOT / "launch" / "train.py"
+    variables = f"HOSTS={hosts} PORT={free_port()} PATH={Path(sys.executable).parent}:$PATH PYTHONUNBUFFERED=1"
+    run = f"{train} --config {recipe} --output_dir {tmp_path / 'out'} --max_steps {STEPS}"
+    again = 'RUN="$RUN --resume_from_checkpoint true"'
+    starts = f"{LAUNCHERS[launcher]}; echo ended with $?; {again}; {LAUNCHERS[launcher]}"
+    words = ("--nodes", "2", "--ntasks-per-node", "1", "--output", str(tmp_path / "log"), "--chdir", str(tmp_path))
+    number = cluster.submit(*words, "--wrap", f"export {variables}; RUN='{run}'; {starts}")
+    cluster.until(lambda: periods(tmp_path) == 2, PATIENCE, "second period")
+    cluster.run("scancel", "--signal", stop, number)
+    job = cluster.wait(number, PATIENCE)
+    assert job["JobState"] == "COMPLETED", log(tmp_path)
+    (step,) = checkpoint_steps(tmp_path)
+    assert f"SIG{stop}: stopped after step {step} and saved" in log(tmp_path)
+    assert INTERVAL < step < STEPS
+    assert "ended with 0" in log(tmp_path)
+    assert log(tmp_path).count("'loss'") == STEPS * len(NODES), "it went on where it was"
+    assert digest(tmp_path) == digest(whole)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"OUTPUT_DIR": "/dev/shm/out"}, "host node2: --output_dir /dev/shm/out is another one: what host node1 writes"),
+        ({"GPUS_PER_NODE": "2"}, "host node2: 0 GPUs are visible, not 2 (--gpus_per_node)"),
+        ({"MASTER_ADDR": "nowhere.invalid"}, "host node2: MASTER_ADDR nowhere.invalid: "),
+    ],
+    ids=["folder", "GPUs", "address"],
+)
+def test_what_is_wrong_on_a_node_ends_the_job_before_the_run(cluster, recipe, tmp_path, variables, said):
+    variables = {"RECIPE": str(recipe), "ACTIVATE": f"PATH={Path(sys.executable).parent}:$PATH"} | variables
+    words = ("--ntasks-per-node", "1", "--gpus-per-node", "0")
+    begun = time.monotonic()
+    job = cluster.wait(submit(cluster, "train_multinode", tmp_path, *words, **variables), PATIENCE)
+    print(f"it took {time.monotonic() - begun:.1f} s")
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0"), log(tmp_path)
+    assert f"lisa-dist check: {said}" in log(tmp_path)
+    assert "loss" not in log(tmp_path)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
