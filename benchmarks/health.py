@@ -1,4 +1,4 @@
-"""What does it cost to know the slowest rank? The seconds that its hooks and its collective add, beside those of a step.
+"""What does it cost to know the slowest rank? Seconds of its hooks and of its collective, beside those of a step.
 
 python benchmarks/health.py --model .quickstart/model
 
@@ -29,6 +29,7 @@ def worker(arguments: argparse.Namespace) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     engine, lisa = lisa_dist.initialize(model, arguments.ds_config, lisa_dist.LisaConfig(), lr=1e-5)
+    engine.train()
     device = torch.device("cpu")
     compute_time = ComputeTime(engine.module, device, lisa.partitions.weights_are_sharded)
     batch = torch.randint(0, model.config.vocab_size, (1, TOKENS))
@@ -47,6 +48,7 @@ def worker(arguments: argparse.Namespace) -> None:
         for module in timed:
             compute_time._begin(module, ())
             compute_time._end(module, (), None)
+        assert len(compute_time._spans) == len(timed)
         compute_time._spans.clear()
     hooks = (time.perf_counter() - begun) / arguments.repeats
     dist.barrier()

@@ -1,9 +1,10 @@
 """How much memory of a host does loading a model take, by stage and rank? Peaks while from_pretrained runs.
 
-python benchmarks/loading.py --model .quickstart/model
+python benchmarks/loading.py --model random
 
-Of each rank: its own pages (anonymous), and pages of files, which ranks share, above what it had before. On these ranks
-the host's memory is the device's too, so a rank's weights are in it.
+Of each rank: its own pages (anonymous), and pages of files, which ranks share and the kernel may take back, above what
+it had before. On these ranks the host's memory is the device's too, so a share of the weights is in their own pages.
+`--model random` is a LLaMA of 1 B parameters, beside which the libraries' own memory is little; it takes 2 GB of disk.
 """
 
 import argparse
@@ -24,6 +25,17 @@ def pages() -> tuple[int, int]:
     return int(fields["RssAnon"].split()[0]) * 1024, int(fields["RssFile"].split()[0]) * 1024
 
 
+def write_random_model(folder: str) -> None:
+    """A LLaMA of 1 B parameters in bf16, in shards."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 4}
+    config = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=20, vocab_size=32000, **heads)
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500MB")
+
+
 def worker(arguments: argparse.Namespace) -> None:
     """Load the model as a run under the stage does, and note the peaks."""
     import deepspeed
@@ -32,11 +44,9 @@ def worker(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
-    from lisa_dist.ds_config import read_ds_config
-
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-    config = read_ds_config(arguments.stage) | {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}
-    config["zero_optimization"] = {"stage": config["zero_optimization"]["stage"]}
+    config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}
+    config["zero_optimization"] = {"stage": int(arguments.stage[-1])}
     kept = HfDeepSpeedConfig(config)  # from_pretrained looks for it
     before = peak = pages()
     done = threading.Event()
@@ -46,7 +56,7 @@ def worker(arguments: argparse.Namespace) -> None:
         while not done.wait(0.02):
             peak = tuple(map(max, peak, pages()))
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     begun = time.monotonic()
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
@@ -75,10 +85,14 @@ def main() -> None:
         worker(arguments)
         return
     figures, rows = {}, []
-    for stage in ("zero2", "zero3"):
-        with tempfile.TemporaryDirectory() as folder:
-            launch(Path(__file__), ["--folder", folder, "--model", arguments.model, "--stage", stage], RANKS)
-            figures[stage] = found = json.loads(Path(folder, "figures.json").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.model == "random":
+            write_random_model(folder)
+        model = folder if arguments.model == "random" else arguments.model
+        for stage in ("zero2", "zero3"):
+            launch(Path(__file__), ["--folder", folder, "--model", model, "--stage", stage], RANKS)
+            figures[stage] = json.loads(Path(folder, "figures.json").read_text())
+    for stage, found in figures.items():
         size = found["model_bytes"]
         rows += [
             [stage, str(rank), *(f"{part / size:.2f}" for part in peak)] for rank, peak in enumerate(found["peaks"])

@@ -270,7 +270,7 @@ def test_by_any_launcher_a_run_stops_at_a_signal_and_ends_with_the_same_weights(
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"OUTPUT_DIR": "/dev/shm/out"}, "host node2: --output_dir /dev/shm/out is another one: what host node1 writes"),
+        ({"OUTPUT_DIR": "/dev/shm/out"}, "host node2: --output_dir /dev/shm/out is another one: what host node1"),
         ({"GPUS_PER_NODE": "2"}, "host node2: 0 GPUs are visible, not 2 (--gpus_per_node)"),
         ({"MASTER_ADDR": "nowhere.invalid"}, "host node2: MASTER_ADDR nowhere.invalid: "),
     ],
