@@ -8,7 +8,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
-from statistics import median
+from itertools import groupby
+from statistics import median_low
 
 import torch
 from torch import distributed as dist
@@ -17,6 +18,7 @@ from lisa_dist.config import UserError
 from lisa_dist.files import gather
 
 SLOW = 1.2  # times the median of all ranks
+_MANY_SPANS = 8192
 
 
 def host_name() -> str:
@@ -51,13 +53,22 @@ def describe_ranks(device: torch.device) -> list[tuple[str, str]]:
     for rank, (host, theirs) in enumerate(gather((host_name(), name))):
         hosts[host].append(rank)
         names.add(theirs)
-    placed = "; ".join(f"{host}: ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{host}: rank {ranks[0]}"
-                       for host, ranks in hosts.items())  # fmt: skip
+    placed = "; ".join(f"{host}: {_in_ranges(ranks)}" for host, ranks in hosts.items())
     rows = [("hosts", f"{placed}; {', '.join(sorted(names))}")]
     if dist.get_world_size() > 1:
         speed = all_reduce_speed(device)
-        rows.append(("interconnect", f"{_interconnect()}; all-reduce {speed / 1e9:.2f} GB/s a rank"))
+        between = _interconnect() if len(hosts) > 1 else f"{dist.get_backend()} within the host"
+        rows.append(("interconnect", f"{between}; all-reduce {speed / 1e9:.2f} GB/s a rank"))
     return rows
+
+
+def _in_ranges(ranks: list[int]) -> str:
+    """Rank 3, or ranks 0-3,8."""
+    parts = []
+    for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0]):
+        run = [rank for _, rank in run]
+        parts.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]))
+    return f"{'ranks' if len(ranks) > 1 else 'rank'} {','.join(parts)}"
 
 
 def all_reduce_speed(device: torch.device) -> float:
@@ -78,14 +89,17 @@ class ComputeTime:
     """Seconds of each rank's own computing in forward passes, for the slowest rank to be named.
 
     Where forward passes wait for no other rank (`waits` false: ZeRO-1 and 2) it is the whole pass; under ZeRO-3 the
-    linear layers in it, each after its weights have come. On CUDA by events, which no kernel waits for.
+    linear layers in it, each after its weights have come. On CUDA by events, which no kernel waits for. What a rank
+    does elsewhere is not in it: waiting for data, backward passes, an optimizer on the host.
     """
 
     def __init__(self, model: torch.nn.Module, device: torch.device, waits: bool):
         self._on_gpu = device.type == "cuda"
         self._group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+        self._hosts = gather(host_name())
         self._begun: object = None
-        self._spans: list[tuple] = []
+        self._spans: list[tuple] = []  # since the last log, not yet in _seconds
+        self._seconds = 0.0
         timed = [module for module in model.modules() if isinstance(module, torch.nn.Linear)] if waits else [model]
         for module in timed:
             module.register_forward_pre_hook(self._begin)
@@ -106,19 +120,28 @@ class ComputeTime:
         if module.training and self._begun is not None:
             self._spans.append((self._begun, self._now()))
             self._begun = None
+            if len(self._spans) >= _MANY_SPANS:  # however seldom there is a log
+                self._add_up(_MANY_SPANS // 2)  # of the older half, which the device has long done
 
-    def slowest(self) -> tuple[int, float]:
-        """The rank that computed longest since the last call, and its time by the median; all ranks call it."""
-        spans, self._spans = self._spans, []
-        if self._on_gpu and spans:
-            spans[-1][1].synchronize()
-        mine = sum(begun.elapsed_time(ended) if self._on_gpu else ended - begun for begun, ended in spans)
+    def _add_up(self, number: int) -> None:
+        done, self._spans = self._spans[:number], self._spans[number:]
+        if self._on_gpu and done:
+            done[-1][1].synchronize()
+        self._seconds += sum(begun.elapsed_time(ended) / 1e3 if self._on_gpu else ended - begun for begun, ended in done)
+
+    def slowest(self) -> tuple[int, float, str]:
+        """The rank that computed longest since the last call, its time by the median, and its host; all ranks call it.
+
+        Of an even number of ranks the lower of the two in the middle is the median: of two it is the faster one.
+        """
+        self._add_up(len(self._spans))
+        mine, self._seconds = self._seconds, 0.0
         every = [torch.zeros(1, dtype=torch.float64) for _ in range(dist.get_world_size())]
         dist.all_gather(every, torch.tensor([mine], dtype=torch.float64), group=self._group)
         times = torch.cat(every).tolist()
-        typical = median(times)
+        typical = median_low(times)
         slowest = max(range(len(times)), key=times.__getitem__)
-        return slowest, times[slowest] / typical if typical else 1.0
+        return slowest, times[slowest] / typical if typical else 1.0, self._hosts[slowest]
 
 
 def _synchronize(device: torch.device) -> None:
@@ -127,22 +150,26 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _interconnect() -> str:
-    """The backend, and the interface that it was told or that leads to rank 0."""
+    """The backend, and what it has between hosts: InfiniBand adapters, or an interface that it was told or leads there.
+
+    It is what is there and asked for; which of it NCCL has taken in the end, NCCL_DEBUG=INFO prints.
+    """
     backend = dist.get_backend()
+    folder = "/sys/class/infiniband"
+    adapters = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    if backend == "nccl" and adapters and os.environ.get("NCCL_IB_DISABLE", "0") != "1":
+        return f"{backend}, InfiniBand adapters {os.environ.get('NCCL_IB_HCA') or ', '.join(adapters)}"
     variable = "GLOO_SOCKET_IFNAME" if backend == "gloo" else "NCCL_SOCKET_IFNAME"
     if variable in os.environ:
         return f"{backend} over {os.environ[variable]} ({variable})"
-    adapters = os.listdir("/sys/class/infiniband") if os.path.isdir("/sys/class/infiniband") else []
-    if backend == "nccl" and adapters and os.environ.get("NCCL_IB_DISABLE", "0") != "1":
-        return f"{backend} over InfiniBand ({', '.join(sorted(adapters))})"
     return f"{backend} over {_interface_to(os.environ.get('MASTER_ADDR', '127.0.0.1'))}"
 
 
 def _interface_to(address: str) -> str:
-    """The network interface by which packets to an address leave, and its own address."""
+    """The network interface by which packets to an address leave, and its own address; "unknown" where it cannot be told."""
     import fcntl
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))
         own = probe.getsockname()[0]
         for _, name in socket.if_nameindex():
@@ -150,4 +177,5 @@ def _interface_to(address: str) -> str:
                 request = struct.pack("256s", name.encode()[:15])
                 if socket.inet_ntoa(fcntl.ioctl(probe.fileno(), 0x8915, request)[20:24]) == own:  # SIOCGIFADDR
                     return f"{name} ({own})"
-    return own
+        return own
+    return "an unknown interface"  # an address of IPv6

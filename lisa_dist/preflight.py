@@ -13,6 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers import HfArgumentParser
 from lisa_dist.config import UserError
 from lisa_dist.health import host_name, version_of
 from lisa_dist.metrics import format_bytes
-from lisa_dist.rank_discovery import set_rank
+from lisa_dist.rank_discovery import expand_hosts, set_rank
 
 PACKAGES = ("lisa_dist", "torch", "deepspeed", "transformers", "accelerate", "trl", "datasets", "bitsandbytes")
 PACKAGES += ("triton", "flash-attn", "liger-kernel")
@@ -68,12 +69,15 @@ def _flags(arguments: CheckArguments, rest: Sequence[str]) -> dict[str, str]:
     if arguments.config is not None:
         try:
             flags = yaml.safe_load(Path(arguments.config).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UserError(f"--config {arguments.config}: no such file.") from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"--config {arguments.config}: cannot be read ({error}).") from error
+        if not isinstance(flags, dict):
+            raise UserError(f"--config {arguments.config}: holds no flags, such as learning_rate: 1.0e-5.")
     words = [part for word in rest for part in (word.split("=", 1) if word.startswith("--") else [word])]
     for word, following in zip(words, [*words, "--"][1:], strict=True):
         if word.startswith("--"):
-            flags[word.removeprefix("--")] = "true" if following.startswith("--") else following
+            name = word.removeprefix("--").replace("-", "_")  # the run's parser takes both
+            flags[name] = "true" if following.startswith("--") else following
     if arguments.output_dir is not None:
         flags["output_dir"] = arguments.output_dir
     if "output_dir" not in flags:
@@ -82,7 +86,11 @@ def _flags(arguments: CheckArguments, rest: Sequence[str]) -> dict[str, str]:
 
 
 class _Host:
-    """One host's checks, and its part of the comparison."""
+    """One host's checks, and its part of the comparison.
+
+    Hosts meet at a store that rank 0 keeps. It waits `meet_within` for all of them together; the others wait longer for
+    its verdict, so that what is said of a host that does not come is said by rank 0 alone, with all else that is wrong.
+    """
 
     def __init__(self, host: str, arguments: CheckArguments, flags: dict):
         self._host, self._arguments, self._flags = host, arguments, flags
@@ -90,13 +98,16 @@ class _Host:
         self._folder = Path(flags["output_dir"])
 
     def check(self) -> list[str]:
-        """What is wrong; of other hosts too, on rank 0."""
+        """What is wrong, in sentences with the host and a way out; of other hosts too, on rank 0."""
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         problems, speed = self._gpus(), 0.0
         try:
             speed = self._write()
         except OSError as error:
-            problems.append(f"--output_dir {self._folder} cannot be written ({error.strerror or error})")
+            problems.append(
+                f"--output_dir {self._folder} cannot be written ({error.strerror or error}): mount it there, or give "
+                "another one"
+            )
         mine = {
             "host": self._host,
             "folder": str(self._folder),
@@ -107,12 +118,16 @@ class _Host:
         try:
             socket.getaddrinfo(address, port)
         except OSError as error:
-            return [f"host {self._host}: {text}" for text in [*problems, f"MASTER_ADDR {address}: {error.strerror}"]]
+            text = f"MASTER_ADDR {address}: {error.strerror}; export one that every host resolves"
+            return [f"host {self._host}: {one}" for one in [*problems, text]]
         try:
             return self._compare(address, port, mine)
-        except dist.DistError as error:
-            text = f"no meeting at MASTER_ADDR {address}, port {port}, within {self._arguments.meet_within:.0f} s"
-            return [f"host {self._host}: {one}" for one in [*problems, f"{text} ({str(error).splitlines()[0]})"]]
+        except dist.DistError:
+            text = (
+                f"nobody answers at MASTER_ADDR {address}, port {port}: the first host's check has not started, or the "
+                "port is closed between them; export another MASTER_ADDR or MASTER_PORT"
+            )
+            return [f"host {self._host}: {one}" for one in [*problems, text]]
 
     def _gpus(self) -> list[str]:
         wanted, found = self._arguments.gpus_per_node, torch.cuda.device_count()
@@ -120,7 +135,10 @@ class _Host:
             return []
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         about = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
-        return [f"{found} GPUs are visible, not {wanted} (--gpus_per_node){about}"]
+        return [
+            f"{found} GPUs are visible, not {wanted} (--gpus_per_node){about}: ask the scheduler for more, by "
+            "--gpus-per-node, or give fewer"
+        ]
 
     def _write(self) -> float:
         """Bytes a second that this host writes to the output folder; OSError where it cannot."""
@@ -143,14 +161,22 @@ class _Host:
         has["the code of lisa_dist"] = _digest(sorted(Path(__file__).parent.rglob("*.py")))
         files = {"--config": self._arguments.config, "--dataset_name": self._flags.get("dataset_name")}
         files["--eval_dataset_name"] = self._flags.get("eval_dataset_name")
+        files["--lisa_weights_file"] = self._flags.get("lisa_weights_file")
+        files["--deepspeed"] = self._flags.get("deepspeed")
+        model = self._flags.get("model_name_or_path")
+        files["--model_name_or_path"] = model and f"{model}/config.json"
         for flag, path in files.items():
             if path is not None and (flag == "--config" or Path(path).suffix in (".json", ".jsonl")):
-                has[f"{flag} {path}"] = _digest([Path(path)]) if Path(path).is_file() else "no such file"
+                is_model_of_hub = flag == "--model_name_or_path" and not Path(path).exists()
+                missing = "not here" if is_model_of_hub else "no such file"
+                has[f"{flag} {path}"] = _digest([Path(path)]) if Path(path).is_file() else missing
         return has
 
     def _compare(self, address: str, port: int, mine: dict) -> list[str]:
+        self._meets_until = time.monotonic() + self._arguments.meet_within
         patience = timedelta(seconds=self._arguments.meet_within)
         store = dist.TCPStore(address, port, self._world_size, self._rank == 0, patience, wait_for_workers=False)
+        store.set_timeout(timedelta(seconds=self._arguments.meet_within + 2 * _APPEARS))
         token = self._folder / f"tmp-check-{os.environ['MASTER_PORT']}-shared"
         if self._rank == 0:
             if not mine["problems"]:
@@ -168,7 +194,8 @@ class _Host:
         try:
             problems, arrived = self._judge(store)
             store.set("verdict", "bad" if problems else "good")
-            store.wait([f"left {rank}" for rank in arrived if rank != 0], timedelta(seconds=_APPEARS))
+            with suppress(dist.DistError):  # a host that has been killed meanwhile
+                store.wait([f"left {rank}" for rank in arrived if rank != 0], timedelta(seconds=_APPEARS))
             return problems
         finally:
             token.unlink(missing_ok=True)
@@ -176,18 +203,26 @@ class _Host:
     def _judge(self, store: dist.TCPStore) -> tuple[list[str], list[int]]:
         """Rank 0: what the hosts say, and where they differ from this one; and the ranks that have come."""
         problems, reports, arrived = [], [], []
+        while True:  # `check` says without waiting what has come; `wait` would print the stack when something has not
+            missing = [rank for rank in range(self._world_size) if not store.check([f"host {rank}"])]
+            if not missing or time.monotonic() > self._meets_until:
+                break
+            time.sleep(0.05)
         for rank in range(self._world_size):
-            try:
+            if rank in missing:
+                within = f"{self._arguments.meet_within:.0f} s (--meet_within)"
+                problems.append(
+                    f"{_name_of_task(rank)} has not come within {within}: it is down, or MASTER_ADDR is another one there"
+                )
+            else:
                 reports.append(json.loads(store.get(f"host {rank}")))
                 arrived.append(rank)
-            except dist.DistError:
-                waited = self._arguments.meet_within
-                problems.append(f"rank {rank} of {self._world_size}: its host has not come within {waited:.0f} s")
         for report in reports:
             found = list(report["problems"])
             if not report["sees"]:
                 found.append(
-                    f"--output_dir {report['folder']} is another one: what host {self._host} writes is not seen"
+                    f"--output_dir {report['folder']} is another one: what host {self._host} writes is not seen there; "
+                    "give a folder on a file system that all share"
                 )
             theirs, ours = report["has"], reports[0]["has"]
             found += [
@@ -197,26 +232,33 @@ class _Host:
             ]
             problems += [f"host {report['host']}: {text}" for text in found]
         if not problems:
-            problems += self._time_to_save(sum(report["bytes_a_second"] for report in reports))
+            problems += self._time_to_save([report["bytes_a_second"] for report in reports])
         if not problems:
             hosts = ", ".join(report["host"] for report in reports)
             print(f"lisa-dist check: {len(reports)} host(s) are fit: {hosts}", flush=True)
         return problems, arrived
 
-    def _time_to_save(self, bytes_a_second: float) -> list[str]:
+    def _time_to_save(self, bytes_a_second: list[float]) -> list[str]:
+        """What is wrong with the time for a save: rank 0 writes the weights, all write states and read all of it back."""
         within = self._arguments.save_within
         if not within:
             return []
-        size = _checkpoint_bytes(self._flags)
-        seconds = size / bytes_a_second
+        try:
+            weights, states = _checkpoint_bytes(self._flags)
+        except UserError as error:
+            return [str(error)]
+        all_hosts = sum(bytes_a_second)
+        seconds = weights / bytes_a_second[0] + (states + weights + states) / all_hosts
         print(
-            f"lisa-dist check: a checkpoint has about {format_bytes(size)}, and is saved in about {seconds:.0f} s at "
-            f"{format_bytes(bytes_a_second)}/s",
+            f"lisa-dist check: a checkpoint has about {format_bytes(weights + states)}, and is saved in about "
+            f"{seconds:.0f} s, as rank 0 writes {format_bytes(bytes_a_second[0])}/s and all hosts "
+            f"{format_bytes(all_hosts)}/s",
             flush=True,
         )
         if seconds > within:
             return [
-                f"a save takes about {seconds:.0f} s, and the job ends {within:.0f} s after the signal: send it earlier"
+                f"a save takes about {seconds:.0f} s, and the job ends {within:.0f} s (--save_within) after its signal: "
+                "send it earlier, or write to a faster folder"
             ]
         left = int(os.environ.get("SLURM_JOB_END_TIME", 2**62)) - time.time()
         if left < within + seconds:
@@ -224,23 +266,43 @@ class _Host:
         return []
 
 
-def _checkpoint_bytes(flags: dict) -> int:
-    """Weights, and masters and moments of what is active; about, as embeddings may be frozen or states have 8 bits."""
+def _name_of_task(rank: int) -> str:
+    """Rank so-and-so, and its host where there is one task on each host of a SLURM step."""
+    hosts = expand_hosts(os.environ.get("SLURM_STEP_NODELIST", ""))
+    return f"rank {rank}, host {hosts[rank]}," if rank < len(hosts) else f"rank {rank}"
+
+
+def _checkpoint_bytes(flags: dict) -> tuple[int, int]:
+    """Of the weights, and of masters and moments of what is active.
+
+    About: embeddings may be frozen, states have 8 bits. Raises UserError where there is no model to tell from.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from lisa_dist.blocks import find_blocks
     from lisa_dist.config import LisaConfig
 
-    config = AutoConfig.from_pretrained(flags["model_name_or_path"])
+    name = flags.get("model_name_or_path")
+    if name is None:
+        raise UserError("--save_within needs the run's --model_name_or_path, or a --config that has it.")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise UserError(
+            f"--model_name_or_path {name}: no such folder, and no such model can be reached on the hub "
+            f"({type(error).__name__})."
+        ) from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     blocks = find_blocks(model, None)
     layers = [block.numel for block in blocks.layers]
     gamma = int(flags.get("lisa_activated_layers", LisaConfig().lisa_activated_layers))
-    total = sum(block.numel for block in blocks)
-    active = total - sum(layers) + gamma * max(layers)
-    itemsize = 2 if str(flags.get("bf16", False)).lower() == "true" else 4
-    return total * itemsize + 12 * active
+    total = active = sum(block.numel for block in blocks)
+    if flags.get("method", "lisa") == "lisa":
+        active = total - sum(layers) + min(gamma, len(layers)) * max(layers)
+    # In bf16 unless told otherwise where there are GPUs, as the run itself.
+    in_bf16 = str(flags.get("bf16", torch.cuda.is_available())).lower() == "true"
+    return total * (2 if in_bf16 else 4), 12 * active
 
 
 def _appears(path: Path) -> bool:

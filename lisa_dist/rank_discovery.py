@@ -7,6 +7,7 @@
 Whichever it was, the variables of the first row are set in the end, which torch, DeepSpeed and Accelerate read.
 """
 
+import itertools
 import os
 import re
 import socket
@@ -32,8 +33,16 @@ def set_rank(environment: MutableMapping[str, str] = os.environ) -> str:
     elif _count(environment, "SLURM_STEP_NUM_TASKS") > 1:
         started_by = "srun"
         environment |= {name: environment[variable] for name, variable in _OF_STEP.items()}
-        environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
+        environment.setdefault("MASTER_ADDR", expand_hosts(environment["SLURM_STEP_NODELIST"])[0])
         environment.setdefault("MASTER_PORT", str(_port_of_step(environment)))
+        visible = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+        if 0 < len(visible) <= _count(environment, "LOCAL_RANK"):  # a rank takes the GPU of its number on the node
+            raise _contradiction(
+                environment,
+                f"CUDA_VISIBLE_DEVICES={','.join(visible)} shows {len(visible)} GPUs to task "
+                f"{environment['LOCAL_RANK']} of this node; give --gpus-per-node in place of --gpus-per-task, and no "
+                "--gpu-bind",
+            )
     else:
         started_by = "python"
         for name, starter in _OTHERS.items():
@@ -55,10 +64,21 @@ def set_rank(environment: MutableMapping[str, str] = os.environ) -> str:
     return started_by
 
 
-def first_host(nodelist: str) -> str:
-    """The first host of a SLURM list, such as gpu[03-05,09],login1: gpu03."""
-    first = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodelist).group()
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
+def expand_hosts(nodelist: str) -> list[str]:
+    """The hosts of a SLURM list: gpu[03-05,09],login1 is gpu03, gpu04, gpu05, gpu09, login1."""
+    hosts = []
+    for entry in re.findall(r"(?:\[[^\]]*\]|[^,\[])+", nodelist):
+        texts, ranges = re.split(r"\[[^\]]*\]", entry), re.findall(r"\[([^\]]*)\]", entry)
+        numbers = [[number for part in one.split(",") for number in _numbers(part)] for one in ranges]
+        for chosen in itertools.product(*numbers):
+            hosts.append("".join(itertools.chain.from_iterable(zip(texts, [*chosen, ""], strict=True))))
+    return hosts
+
+
+def _numbers(part: str) -> list[str]:
+    """Of 08-11, or of one number; as wide as they are written."""
+    first, _, last = part.partition("-")
+    return [str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)]
 
 
 def _check_launched(environment: MutableMapping[str, str]) -> str:
@@ -118,7 +138,8 @@ def _tasks_of_this_node(environment: MutableMapping[str, str]) -> int:
 
 def _port_of_step(environment: MutableMapping[str, str]) -> int:
     """The same for all tasks of a step, another for other jobs, and below the ports that the kernel gives out."""
-    return 10_000 + (10 * _count(environment, "SLURM_JOB_ID") + _count(environment, "SLURM_STEP_ID")) % 20_000
+    # Steps of one job seldom run at once, and jobs often do: a prime keeps the steps of one off the next job's.
+    return 10_000 + (_count(environment, "SLURM_JOB_ID") + 4_999 * _count(environment, "SLURM_STEP_ID")) % 20_000
 
 
 def _free_port() -> int:

@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             catch_stop_signals()
         run(*arguments)
     except UserError as error:
-        print(f"lisa-dist, rank {os.environ['RANK']}: {error}", flush=True)
+        print(f"lisa-dist, rank {os.environ.get('RANK', 'unknown')}: {error}", flush=True)
         raise SystemExit(2) from error
 
 

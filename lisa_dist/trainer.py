@@ -313,14 +313,14 @@ class LisaMixin:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add lisa/... to every training log, so that each tracker has them."""
+        """Add lisa/... to every training log, so that each tracker has them; all ranks log a loss, or none."""
         if "loss" in logs and self.lisa is not None and self.lisa.records:
             logs = logs | lisa_metrics(self.lisa.records[-1], self.lisa.visit_counts, self.lisa.block_visit_counts)
             if self._compute_time is not None:
-                rank, times = self._compute_time.slowest()
+                rank, times, host = self._compute_time.slowest()
                 logs |= {"lisa/slowest_rank": rank, "lisa/slowest_rank_times_median": times}
                 if times > SLOW:
-                    self._say(f"rank {rank} computes {times:.2f} times as long as the median rank")
+                    self._say(f"rank {rank} on host {host} computes {times:.2f} times as long as the median rank")
         super().log(logs, *args, **kwargs)
 
     def describe(self) -> str:

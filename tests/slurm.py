@@ -84,7 +84,7 @@ class Cluster:
         folder = self._folder
         ports = _free_ports(3)
         # The port of a run comes from the number of its job: two clusters on one machine must not have the same.
-        first_job = ports[0] % 2000 + 1
+        first_job = ports[0] % 18_000 + 1
         config = _CONFIG.format(folder=folder, ports=ports, first_job=first_job, nodes=NODES)
         (folder / "slurm.conf").write_text(config.lstrip())
         (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import time
 
 import pytest
@@ -10,9 +11,10 @@ from models import save_tiny_llama, tiny_llama, token_batches
 from ranks import run_ranks
 
 import lisa_dist
+from lisa_dist import health
 from lisa_dist.config import UserError
 from lisa_dist.health import ComputeTime, all_reduce_speed, check_same_everywhere, describe_ranks
-from lisa_dist.train import parse_arguments, run
+from lisa_dist.train import main, parse_arguments, run
 
 
 def compare(*of_rank: dict) -> str:
@@ -52,12 +54,64 @@ def test_hosts_and_interconnect_are_described():
         (_, hosts), (_, interconnect) = rows
         assert hosts == "node1: rank 0; node2: rank 1; CPU"
         assert interconnect.startswith("gloo over lo (127.0.0.1); all-reduce ")
-    assert run_ranks(describe, 2, ["node1", "node1"])[0][0][1] == "node1: ranks 0 to 1; CPU"
+    (_, hosts), (_, interconnect) = run_ranks(describe, 2, ["node1", "node1"])[0]
+    assert hosts == "node1: ranks 0-1; CPU"
+    assert interconnect.startswith("gloo within the host; all-reduce ")
     assert run_ranks(describe, 1, ["node1"]) == [[("hosts", "node1: rank 0; CPU")]]
     assert all(speed > 1e6 for speed in run_ranks(all_reduce_speed, 2, torch.device("cpu")))
 
 
-def slow_rank(ds_config: str, slow: int) -> tuple[int, float, tuple[int, float]]:
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [([3], "rank 3"), ([0, 1, 2, 3], "ranks 0-3"), ([0, 2, 4], "ranks 0,2,4"), ([0, 1, 4, 6, 7], "ranks 0-1,4,6-7")],
+)
+def test_ranks_are_told_in_ranges(ranks, said):
+    assert health._in_ranges(ranks) == said
+
+
+def test_an_address_without_an_interface_ends_no_run():
+    assert health._interface_to("::1") == "an unknown interface"
+    assert health._interface_to("127.0.0.1") == "lo (127.0.0.1)"
+
+
+@pytest.mark.parametrize(
+    ("files", "variables", "said"),
+    [
+        (["mlx5_1", "mlx5_0"], {"NCCL_SOCKET_IFNAME": "eth0"}, "nccl, InfiniBand adapters mlx5_0, mlx5_1"),
+        (["mlx5_0", "mlx5_1"], {"NCCL_IB_HCA": "mlx5_1"}, "nccl, InfiniBand adapters mlx5_1"),
+        (["mlx5_0"], {"NCCL_IB_DISABLE": "1", "NCCL_SOCKET_IFNAME": "eth0"}, "nccl over eth0 (NCCL_SOCKET_IFNAME)"),
+        ([], {}, "nccl over lo (127.0.0.1)"),
+    ],
+)
+def test_what_nccl_has_between_hosts(monkeypatch, files, variables, said):
+    monkeypatch.setattr(health.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(health.os, "listdir", lambda folder: files)
+    monkeypatch.setattr(health.os.path, "isdir", lambda folder: bool(files))
+    for name in ("MASTER_ADDR", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_IB_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert health._interconnect() == said
+
+
+def many_spans() -> None:
+    """Far more passes than a log sees: what is kept of them does not grow, and no second is lost."""
+    model = torch.nn.Linear(1, 1)
+    times = ComputeTime(model, torch.device("cpu"), waits=False)
+    clock = iter(range(10**9))
+    times._now = lambda: next(clock)  # each pass takes a second
+    for _ in range(3 * health._MANY_SPANS):
+        model(torch.zeros(1, 1))
+    assert len(times._spans) < health._MANY_SPANS
+    times._add_up(len(times._spans))
+    assert times._seconds == 3 * health._MANY_SPANS
+
+
+def test_a_run_that_never_logs_keeps_little():
+    run_ranks(many_spans, 1)
+
+
+def slow_rank(ds_config: str, slow: int) -> tuple[int, float, str, tuple[int, float, str]]:
     engine, lisa = lisa_dist.initialize(tiny_llama(), ds_config, lisa_dist.LisaConfig(), lr=1e-4)
     times = ComputeTime(engine.module, torch.device("cpu"), lisa.partitions.weights_are_sharded)
     batches = token_batches(4, rows=2)
@@ -88,10 +142,11 @@ def slow_rank(ds_config: str, slow: int) -> tuple[int, float, tuple[int, float]]
 def test_a_slow_rank_is_named(ds_config):
     """Where forward passes wait for each other too; an evaluation does not count."""
     for slow in (0, 1):
-        for rank, times, nothing in run_ranks(slow_rank, 2, ds_config, slow):
+        for rank, times, host, nothing in run_ranks(slow_rank, 2, ds_config, slow):
             assert rank == slow
             assert times > 1.5
-            assert nothing == (0, 1.0)
+            assert host == socket.gethostname()
+            assert nothing == (0, 1.0, host)
 
 
 def start(folder: str, *flags_of_rank: dict) -> str:
@@ -116,6 +171,16 @@ def test_a_run_whose_ranks_differ_ends_at_the_start(tmp_path):
     (tmp_path / "1").symlink_to(tmp_path)
     said = run_ranks(start_at, 2, str(tmp_path))
     assert "rank 1: the content of --dataset_name rows.jsonl is 8 rows with checksum" in said[0]
+
+
+def test_an_error_before_there_is_a_rank_is_one_line(monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    with pytest.raises(SystemExit) as ended:
+        main(["--dataset_name", "rows.jsonl"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().out.startswith("lisa-dist, rank unknown: SLURM_NTASKS is 4, but nothing says which")
 
 
 def start_at(folder: str) -> str:

@@ -86,7 +86,28 @@ def test_an_address_that_does_not_resolve_is_named_on_its_host(tmp_path):
     assert said.startswith("lisa-dist check: host node2: MASTER_ADDR no-such-host.invalid: ")
     assert seconds < 30
     assert first[0] == 2
-    assert "rank 1 of 2: its host has not come within 2 s" in first[1]
+    assert "lisa-dist check: rank 1 has not come within 2 s (--meet_within): it is down, or MASTER_ADDR" in first[1]
+
+
+def two_of_four(port: int, folder: str) -> tuple[int, str, float]:
+    """Two hosts that expect two more."""
+    os.environ |= {"WORLD_SIZE": "4", "SLURM_STEP_NODELIST": "node[1-4]"}
+    on_host_2 = {"flags": ["--gpus_per_node", "1"]}
+    return check(port, folder, ["--meet_within", "2"], on_host_2)
+
+
+def test_hosts_that_do_not_come_are_named_beside_what_is_wrong_elsewhere(tmp_path):
+    (status, said, seconds), (other, nothing, _) = run_ranks(two_of_four, 2, free_port(), str(tmp_path))
+    assert (status, other, nothing) == (2, 2, "")
+    lines = said.splitlines()
+    assert [line.partition(", which")[0] for line in lines[:2]] == [
+        f"lisa-dist check: rank {rank}, host node{rank + 1}, has not come within 2 s (--meet_within): it is down, or "
+        "MASTER_ADDR is another one there"
+        for rank in (2, 3)
+    ]
+    assert lines[2].startswith("lisa-dist check: host node2: 0 GPUs are visible, not 1")
+    assert len(lines) == 3
+    assert seconds < 10
 
 
 def test_a_save_must_fit_before_the_end(tmp_path):
@@ -98,7 +119,43 @@ def test_a_save_must_fit_before_the_end(tmp_path):
     assert "lisa-dist check: a checkpoint has about " in said
     status, said, _ = run_ranks(check, 1, free_port(), str(tmp_path), [*flags, "0.000001"], {})[0]
     assert status == 2
-    assert "a save takes about 0 s, and the job ends 0 s after the signal: send it earlier" in said
+    assert "a save takes about 0 s, and the job ends 0 s (--save_within) after its signal: send it earlier" in said
+
+
+def test_the_weights_are_written_by_one_host_and_states_by_all(tmp_path, capsys):
+    model = tmp_path / "model"
+    tiny_llama().config.save_pretrained(model)
+    flags = {"model_name_or_path": str(model), "bf16": "true", "lisa_activated_layers": "2"}
+    parameters = [parameter.numel() for parameter in tiny_llama().parameters()]
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in tiny_llama().model.layers]
+    total, active = sum(parameters), sum(parameters) - sum(layers) + 2 * layers[0]
+    assert preflight._checkpoint_bytes(flags) == (2 * total, 12 * active)
+    assert preflight._checkpoint_bytes(flags | {"method": "full"}) == (2 * total, 12 * total)
+    del flags["bf16"]  # no GPU is here
+    assert preflight._checkpoint_bytes(flags) == (4 * total, 12 * active)
+    arguments = preflight.CheckArguments(output_dir=str(tmp_path), save_within=1000)
+    host = preflight._Host.__new__(preflight._Host)
+    host._arguments, host._flags = arguments, flags
+    seconds = 4 * total / 100 + (4 * total + 12 * active + 12 * active) / 400
+    assert host._time_to_save([100, 300])[0].startswith(f"a save takes about {seconds:.0f} s, and the job ends 1000 s")
+    assert f"is saved in about {seconds:.0f} s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "--save_within needs the run's --model_name_or_path"),
+        (["--model_name_or_path", "no/such-model"], "--model_name_or_path no/such-model: no such folder"),
+        (["--config", "FOLDER"], "--config FOLDER: cannot be read"),
+        (["--config", "FOLDER/empty.yaml"], "--config FOLDER/empty.yaml: holds no flags"),
+    ],
+)
+def test_flags_that_are_no_use_are_named(tmp_path, flags, said):
+    (tmp_path / "empty.yaml").write_text("")
+    flags = [*(word.replace("FOLDER", str(tmp_path)) for word in flags), "--save_within", "60"]
+    status, told, _ = run_ranks(check, 1, free_port(), str(tmp_path), flags, {})[0]
+    assert status == 2
+    assert said.replace("FOLDER", str(tmp_path)) in told
 
 
 def ends_soon(port: int, folder: str, model: str) -> tuple[int, str, float]:
@@ -119,7 +176,7 @@ def test_flags_of_the_run_win_over_its_recipe(tmp_path):
     recipe.write_text("output_dir: out\nlearning_rate: 1.0e-5\nbf16: false\n")
     arguments = preflight.CheckArguments(config=str(recipe))
     assert _flags(arguments, []) == {"output_dir": "out", "learning_rate": 1e-5, "bf16": False}
-    words = ["--bf16", "--learning_rate", "3e-4", "--dataset_name=rows.jsonl"]
+    words = ["--bf16", "--learning-rate", "3e-4", "--dataset_name=rows.jsonl"]
     changed = {"output_dir": "out", "learning_rate": "3e-4", "bf16": "true", "dataset_name": "rows.jsonl"}
     assert _flags(arguments, words) == changed
 

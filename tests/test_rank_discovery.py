@@ -2,7 +2,7 @@
 
 import pytest
 
-from lisa_dist.rank_discovery import first_host, set_rank
+from lisa_dist.rank_discovery import expand_hosts, set_rank
 
 # As seen in processes that these started: two nodes of two ranks, the last of them.
 MASTER = {"MASTER_ADDR": "gpu01", "MASTER_PORT": "29500"}
@@ -24,7 +24,8 @@ LAST_OF_FOUR = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE":
     [
         (TORCHRUN, "torchrun", LAST_OF_FOUR | {"MASTER_PORT": "29500"}),
         (DEEPSPEED, "deepspeed", LAST_OF_FOUR | {"MASTER_PORT": "29500"}),
-        (SRUN, "srun", LAST_OF_FOUR | {"MASTER_PORT": "10071"}),
+        (SRUN, "srun", LAST_OF_FOUR | {"MASTER_PORT": "15006"}),
+        (SRUN | {"CUDA_VISIBLE_DEVICES": "0,1"}, "srun", LAST_OF_FOUR),
         (SRUN | MASTER, "srun", LAST_OF_FOUR | {"MASTER_PORT": "29500"}),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3,1"}, "srun", LAST_OF_FOUR | {"LOCAL_SIZE": "1"}),
         (TASK_A_NODE | TORCHRUN, "srun torchrun", LAST_OF_FOUR),
@@ -57,6 +58,7 @@ def test_each_way_of_starting(environment, started_by, expected):
             "srun started a launcher on each of 2 nodes, and each would train alone; give torchrun --nnodes",
         ),
         (BATCH, "SLURM_NTASKS is 4, but nothing says which of them this process is"),
+        (SRUN | {"CUDA_VISIBLE_DEVICES": "1"}, "CUDA_VISIBLE_DEVICES=1 shows 1 GPUs to task 1 of this node; give --gpus"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2, but nothing says which"),
     ],
 )
@@ -67,14 +69,16 @@ def test_contradictions_are_shown(environment, said):
 
 
 @pytest.mark.parametrize(
-    ("nodelist", "host"),
+    ("nodelist", "hosts"),
     [
-        ("gpu[03-05,09],login1", "gpu03"),
+        ("gpu[03-05,09],login1", "gpu03 gpu04 gpu05 gpu09 login1"),
         ("node1", "node1"),
-        ("a1,b[2-3]", "a1"),
-        ("rack[1-2]n[07-08]", "rack1n07"),
+        ("a1,b[2-3]", "a1 b2 b3"),
+        ("rack[1-2]n[07-08]", "rack1n07 rack1n08 rack2n07 rack2n08"),
         ("n[4]-ib", "n4-ib"),
+        ("n[98-101]", "n98 n99 n100 n101"),
+        ("", ""),
     ],
 )
-def test_the_first_host_of_a_list(nodelist, host):
-    assert first_host(nodelist) == host
+def test_the_hosts_of_a_list(nodelist, hosts):
+    assert expand_hosts(nodelist) == hosts.split()

@@ -42,7 +42,7 @@ case "$*" in
 esac
 finish() { touch "$OUTPUT_DIR/trainer_state.json"; echo "finished $SLURM_PROCID"; exit 0; }
 until_signal() { echo "train $SLURM_PROCID"; while :; do sleep 0.05; done; }
-[ -z "${SLURM_RESTART_COUNT:-}" ] || finish
+[ -z "${SLURM_RESTART_COUNT:-}" ] || [ "$MODE" = full ] || finish
 case "$MODE" in
 fail) # rank 1, once the others have ended: srun tells the highest exit code, and what it kills has a higher one
     touch "$OUTPUT_DIR.$SLURM_PROCID"
@@ -53,6 +53,7 @@ fail) # rank 1, once the others have ended: srun tells the highest exit code, an
 hang) [ "$SLURM_PROCID" != 1 ] || exit 7; sleep 600 ;;
 devices) echo "rank $SLURM_PROCID of $SLURM_STEP_NUM_TASKS, GPUs $CUDA_VISIBLE_DEVICES" ;;
 save) trap 'sleep 0.5; exit 0' USR1; until_signal ;;
+full) trap '' USR1; [ "$SLURM_PROCID" = 0 ] || trap 'exit 1' USR1; until_signal ;;
 starting | checking) until_signal ;;
 uneven) [ "$SLURM_PROCID" = 0 ] || trap 'sleep 0.5; exit 0' USR1; until_signal ;;
 broken) trap 'exit 1' USR1; until_signal ;;
@@ -316,23 +317,41 @@ def test_a_signal_is_answered_whenever_it_comes(cluster, stand_in, tmp_path):
         "broken": ("1:0", "0"),  # the save failed
         "ending": ("0:0", "0"),  # there was nothing more to do
         "checking": ("0:0", "1"),
+        "between": ("0:0", "1"),  # the script has started the ranks, and not noted that it has
+        "full": ("143:0", "1"),  # one rank's save fails in each start, and srun kills the other, which still saves
     }
+    # Bash calls a DEBUG trap before each command: here the one that notes it.
+    between = "trap 'case $BASH_COMMAND in run=\\$!*) [ -n \"${SLURM_RESTART_COUNT:-}\" ] || kill -USR1 $$;; esac' DEBUG"
     jobs = {}
     for mode in expected:
         (tmp_path / mode).mkdir()
         variables = {"ACTIVATE": stand_in, "MODE": mode}
+        if mode == "between":
+            variables = {"ACTIVATE": f"{stand_in}; {between}", "MODE": "save"}
         words = ("--ntasks-per-node", "1", "--gpus-per-node", "1", "--cpus-per-task", "1")
         jobs[mode] = submit(cluster, "train_preemptible", tmp_path / mode, *words, **variables)
     for mode, number in jobs.items():
+        if mode == "between":
+            continue
         begun = "check" if mode == "checking" else "train"
         cluster.until(lambda m=mode, b=begun: log(tmp_path / m).count(b) == 2, SOON, f"{begun} of {mode}")
         cluster.run("scancel", "--batch", "--signal", "USR1", number)
     (tmp_path / "checking" / "out" / "go").touch()
+    cluster.until(lambda: log(tmp_path / "full").count("train") == 4, SOON, "second start of full")
+    cluster.run("scancel", "--batch", "--signal", "USR1", jobs["full"])
     for mode, number in jobs.items():
         job, said = cluster.wait(number, SOON), log(tmp_path / mode)
         assert (job["ExitCode"], job["Restarts"]) == expected[mode], f"{mode}: {said}"
-        assert said.count("finished") == (0 if mode == "broken" else 2), f"{mode}: {said}"
+        assert said.count("finished") == (0 if mode in ("broken", "full") else 2), f"{mode}: {said}"
         assert "train" not in said or mode != "checking"
+
+
+@pytest.mark.parametrize("flags", [("--output_dir", "elsewhere"), ("--resume_from_checkpoint=checkpoint-1",)])
+def test_flags_that_a_restart_would_not_bear_are_refused(cluster, stand_in, tmp_path, flags):
+    variables = {"ACTIVATE": stand_in, "MODE": "save"}
+    job = cluster.wait(submit(cluster, "train_preemptible", tmp_path, flags=flags, **variables), SOON)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
+    assert f"{flags[0].partition('=')[0]}: this script sets it; give OUTPUT_DIR" in log(tmp_path)
 
 
 def test_a_run_that_is_preempted_as_it_ends_is_not_begun_again(cluster, stand_in, tmp_path):
