@@ -9,6 +9,7 @@ modules that have some are called by themselves, --repeats times, and so is what
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 from bench import launch, print_table, worker_parser, write_results
 
 TOKENS = 256
+LIMIT = 0.005  # of a step
 
 
 def worker(arguments: argparse.Namespace) -> None:
@@ -85,6 +87,8 @@ def main() -> None:
         rows.append([ds_config, f"{step:.2f}", str(found["hooked_modules"]), *times, f"{found['share_of_step']:.4%}"])
     print_table(["config", "s a step", "modules", "us of hooks", "us of a log", "of a step"], rows)
     write_results(arguments.results, figures)
+    if any(found["share_of_step"] > LIMIT for found in figures.values()):
+        sys.exit(f"health: more than {LIMIT:.1%} of a step")
 
 
 if __name__ == "__main__":

@@ -37,15 +37,14 @@ class Run:
 
     def __init__(self, cluster: Cluster, folder: Path, arguments: argparse.Namespace, changes_world_size: bool):
         self._cluster, self._folder, self._arguments = cluster, folder, arguments
-        self._changes_world_size = changes_world_size
         folder.mkdir()
-        self._set_nodes_of_recipe(1)
-        # A job that is requeued keeps SLURM's variables of its first start: ranks are two, or one a node.
-        ranks = "1" if changes_world_size else "$((2 / SLURM_JOB_NUM_NODES))"
-        activate = f"export PATH={Path(sys.executable).parent}:$PATH SLURM_NTASKS_PER_NODE={ranks}; "
-        activate += "export SLURM_NTASKS=$((SLURM_NTASKS_PER_NODE * SLURM_JOB_NUM_NODES)); unset SLURM_NPROCS"
+        self._write_recipe()
+        activate = f"export PATH={Path(sys.executable).parent}:$PATH"
+        if not changes_world_size:  # two on one node, one on each of two
+            activate += " SLURM_NTASKS_PER_NODE=$((2 / SLURM_JOB_NUM_NODES)) SLURM_NTASKS=2; unset SLURM_NPROCS"
+        ranks = "1" if changes_world_size else "2"
         self._job = cluster.submit(
-            *("--nodes", "1", "--ntasks-per-node", "2", "--gpus-per-node", "0", "--time", "1-0"),
+            *("--nodes", "1", "--ntasks-per-node", ranks, "--gpus-per-node", "0", "--time", "1-0"),
             *("--output", str(folder / "log"), SCRIPT, "--max_steps", str(arguments.steps)),
             RECIPE=str(folder / "recipe.yaml"),
             OUTPUT_DIR=str(folder / "out"),
@@ -58,8 +57,7 @@ class Run:
             TOKENIZERS_PARALLELISM="false",
         )
 
-    def _set_nodes_of_recipe(self, nodes: int) -> None:
-        """The recipe for so many nodes: the same global batch of two rows times --micro_batch_size."""
+    def _write_recipe(self) -> None:
         arguments = self._arguments
         flags = {
             "model_name_or_path": arguments.model,
@@ -68,7 +66,7 @@ class Run:
             "bf16": False,
             "lisa_interval_steps": 7,
             "per_device_train_batch_size": arguments.micro_batch_size,
-            "gradient_accumulation_steps": 2 // nodes if self._changes_world_size else 1,
+            "global_batch_size": 2 * arguments.micro_batch_size,
             "gradient_checkpointing": False,
             "max_length": arguments.max_length,
             "learning_rate": 1e-3,
@@ -103,7 +101,6 @@ class Run:
         ended = self._until(lambda log: log.count("srun ended") > number, f"end {number}")
         self._cluster.until(lambda: self._cluster.job(self._job)["Restarts"] == str(number + 1), 60, "requeue")
         self._cluster.run("scontrol", "update", f"JobId={self._job}", f"NumNodes={nodes}")
-        self._set_nodes_of_recipe(nodes)
         return ended - signalled
 
     def end(self) -> tuple[str, list[float]]:

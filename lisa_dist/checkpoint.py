@@ -288,6 +288,7 @@ def _state_of(lisa: LisaController) -> dict:
         "format": FORMAT,
         "saved_at": time.time(),
         "world_size": dist.get_world_size(),
+        "rows_per_step": engine.train_batch_size(),
         "zero_stage": engine.zero_optimization_stage(),
         "model": type(engine.module).__name__,
         "lisa": lisa.state_dict(),

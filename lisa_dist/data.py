@@ -4,10 +4,12 @@ The format is told from the columns. With a chat template, prompts become a user
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from lisa_dist.config import UserError
 
@@ -25,11 +27,7 @@ def load_rows(name: str, config: str | None = None, split: str = "train", flag: 
     path = Path(name)
     said = f"{flag} {name}"
     if path.suffix in (".json", ".jsonl") or path.exists():
-        rows = _read_json_rows(path, said)
-        try:
-            return Dataset.from_list(rows)
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{said}: a column holds values of different types ({error}).") from error
+        return _load_file(path, said)
     try:
         return load_dataset(name, config, split=split)
     except (FileNotFoundError, ConnectionError) as error:
@@ -66,6 +64,28 @@ def prepare_rows(rows: Dataset, name: str, chat: bool, flag: str = "--dataset_na
     raise UserError(
         f"{flag} {name}: has the columns {', '.join(columns)}; needed are those of one format: {'; '.join(formats)}."
     )
+
+
+def _load_file(path: Path, said: str) -> Dataset:
+    """Rows in a file of the cache of `datasets`: what is made of them is there too, for the other ranks of a host."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{said}: cannot be read ({error.strerror}).") from error
+    # Size and time tell a file that has been changed from the one in the cache.
+    arguments = {"path": str(path), "said": said, "size": status.st_size, "time": status.st_mtime_ns}
+    try:
+        return Dataset.from_generator(_rows_of_file, gen_kwargs=arguments)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        if isinstance(error.__cause__, (pyarrow.ArrowException, TypeError, ValueError)):
+            raise UserError(f"{said}: a column holds values of different types ({error.__cause__}).") from error
+        raise
+
+
+def _rows_of_file(path: str, said: str, size: int, time: int) -> Iterator[dict]:
+    yield from _read_json_rows(Path(path), said)
 
 
 def _join(*parts: str | None) -> str:
@@ -109,7 +129,7 @@ def _read_json_rows(path: Path, said: str) -> list[dict]:
                 raise UserError(f"{said}: line {number} is not JSON ({error}).") from error
     if not numbered:
         raise UserError(f"{said}: holds no rows; needed is a list of objects, or one object a line (.jsonl).")
-    first_columns = None
+    first_columns, types = None, {}
     for number, row in numbered:
         if not isinstance(row, dict):
             raise UserError(f"{said}: {what} {number} is {type(row).__name__}, not an object.")
@@ -117,4 +137,11 @@ def _read_json_rows(path: Path, said: str) -> list[dict]:
         missing = first_columns - set(row)
         if missing:
             raise UserError(f"{said}: {what} {number} lacks {', '.join(sorted(missing))}, which earlier rows have.")
+        for column, value in row.items():
+            kind = {int: float}.get(type(value), type(value))
+            if value is not None and types.setdefault(column, kind) is not kind:
+                raise UserError(
+                    f"{said}: {what} {number} has a column of another type than before: {column} is "
+                    f"{kind.__name__}, not {types[column].__name__}."
+                )
     return [row for _, row in numbered]

@@ -127,7 +127,8 @@ class ComputeTime:
         done, self._spans = self._spans[:number], self._spans[number:]
         if self._on_gpu and done:
             done[-1][1].synchronize()
-        self._seconds += sum(begun.elapsed_time(ended) / 1e3 if self._on_gpu else ended - begun for begun, ended in done)
+        for begun, ended in done:
+            self._seconds += begun.elapsed_time(ended) / 1e3 if self._on_gpu else ended - begun
 
     def slowest(self) -> tuple[int, float, str]:
         """The rank that computed longest since the last call, its time by the median, and its host; all ranks call it.
@@ -166,7 +167,7 @@ def _interconnect() -> str:
 
 
 def _interface_to(address: str) -> str:
-    """The network interface by which packets to an address leave, and its own address; "unknown" where it cannot be told."""
+    """The network interface by which packets to an address of IPv4 leave, and its own address."""
     import fcntl
 
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -212,7 +212,8 @@ class _Host:
             if rank in missing:
                 within = f"{self._arguments.meet_within:.0f} s (--meet_within)"
                 problems.append(
-                    f"{_name_of_task(rank)} has not come within {within}: it is down, or MASTER_ADDR is another one there"
+                    f"{_name_of_task(rank)} has not come within {within}: it is down, or MASTER_ADDR is another one "
+                    "there"
                 )
             else:
                 reports.append(json.loads(store.get(f"host {rank}")))
@@ -239,7 +240,7 @@ class _Host:
         return problems, arrived
 
     def _time_to_save(self, bytes_a_second: list[float]) -> list[str]:
-        """What is wrong with the time for a save: rank 0 writes the weights, all write states and read all of it back."""
+        """What is wrong with the time for a save: rank 0 writes weights, all write states, and read all of it back."""
         within = self._arguments.save_within
         if not within:
             return []
@@ -257,8 +258,8 @@ class _Host:
         )
         if seconds > within:
             return [
-                f"a save takes about {seconds:.0f} s, and the job ends {within:.0f} s (--save_within) after its signal: "
-                "send it earlier, or write to a faster folder"
+                f"a save takes about {seconds:.0f} s, and the job ends {within:.0f} s (--save_within) after its "
+                "signal: send it earlier, or write to a faster folder"
             ]
         left = int(os.environ.get("SLURM_JOB_END_TIME", 2**62)) - time.time()
         if left < within + seconds:

@@ -114,8 +114,17 @@ class LisaSFTConfig(SFTConfig):
     optim: str = field(
         default="adamw_torch_fused", metadata={"help": f"The Trainer's names, and {LISA_ADAMW} with --method lisa."}
     )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of an optimizer step on all ranks together, for a run to be the same on any number of GPUs; "
+            "--gradient_accumulation_steps follows from it."
+        },
+    )
 
     def __post_init__(self):
+        if self.global_batch_size is not None:
+            self.gradient_accumulation_steps = self._accumulation()
         if isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
             self.deepspeed = find_ds_config(self.deepspeed)
         if not torch.cuda.is_available():
@@ -130,6 +139,23 @@ class LisaSFTConfig(SFTConfig):
         super().__post_init__()
         if ours:
             self.optim = _LisaOptimizerNames.LISA_ADAMW
+
+    def _accumulation(self) -> int:
+        """The micro-batches that make up a global batch on as many ranks as there are."""
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        at_once = self.per_device_train_batch_size * world_size
+        if self.global_batch_size < 1 or self.global_batch_size % at_once:
+            raise UserError(
+                f"--global_batch_size {self.global_batch_size}: must be a multiple of {at_once}, which "
+                f"--per_device_train_batch_size {self.per_device_train_batch_size} is on {world_size} ranks."
+            )
+        steps = self.global_batch_size // at_once
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise UserError(
+                f"--global_batch_size {self.global_batch_size} and --gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}: give one of them; on {world_size} ranks it is {steps}."
+            )
+        return steps
 
 
 class _LisaOptimizerNames(ExplicitEnum):
@@ -210,13 +236,11 @@ def run(
         packed=packed,
         use_cpu=training_args.use_cpu,
     )
-    ranks = PartialState()
-    with ranks.main_process_first(), ranks.local_main_process_first():  # the others find what was cached, as in TRL
-        train_rows, eval_rows = _load_datasets(run_args, training_args, chat=tokenizer.chat_template is not None)
-    check_same_everywhere(
-        {f"the content of --dataset_name {run_args.dataset_name}": _describe_rows(train_rows)},
-        "give every host the same file",
-    )
+    train_rows, eval_rows = load_datasets(run_args, training_args, chat=tokenizer.chat_template is not None)
+    content = {f"the content of --dataset_name {run_args.dataset_name}": _describe_rows(train_rows)}
+    if eval_rows is not None:
+        content["the content of the held-out rows"] = _describe_rows(eval_rows)
+    check_same_everywhere(content, "give every host the same file")
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -302,6 +326,13 @@ def _check_layers(
         number_of_layers(dial, num_layers)
     if lisa_config.lisa_weights_file is not None:
         load_layer_weights(lisa_config.lisa_weights_file, num_layers, lisa_config.lisa_activated_layers)
+
+
+def load_datasets(run_args: RunArguments, training_args: SFTConfig, chat: bool) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on and those held out; all ranks call it, and one of a host does the work."""
+    ranks = PartialState()
+    with ranks.main_process_first(), ranks.local_main_process_first():  # the others find what was cached, as in TRL
+        return _load_datasets(run_args, training_args, chat)
 
 
 def _load_datasets(run_args: RunArguments, training_args: SFTConfig, chat: bool) -> tuple[Dataset, Dataset | None]:

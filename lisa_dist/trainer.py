@@ -165,6 +165,7 @@ class LisaMixin:
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             self._watchdog.beat()
+            self._check_rows_per_step(folder)
             load_checkpoint(self.lisa, folder, self._resume_state)
             self._load_schedule(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         elif self._weights_from is not None:
@@ -180,6 +181,17 @@ class LisaMixin:
         self._say(self._memory.set_dial())
         self._watchdog.beat()
         return model, train_dataloader
+
+    def _check_rows_per_step(self, folder: Path) -> None:
+        """Another number of rows in a step is another schedule, another place in the rows, another end."""
+        now = self.lisa.engine.train_batch_size()
+        then = self._resume_state.get("rows_per_step", now)  # which checkpoints of older releases do not tell
+        if then != now and not self.args.ignore_data_skip:
+            raise UserError(
+                f"--resume_from_checkpoint {folder}: its run had {then} rows in a step, and here they are {now}, so it "
+                f"would not go on as it was: give --global_batch_size {then}, or --ignore_data_skip true to begin the "
+                "rows anew."
+            )
 
     # Memory
 

@@ -54,7 +54,11 @@ def test_what_trl_knows_stays_as_it_is(tmp_path, row):
         ('{"text": "a"}\n3\n', ".jsonl", "line 2 is int, not an object"),
         ('[{"question": "a", "answer": "b"}, {"question": "a"}]', ".json", "row 2 lacks answer"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', ".jsonl", "line 2 is not UTF-8"),
-        ('[{"text": "a"}, {"text": [1]}]', ".json", "a column holds values of different types"),
+        (
+            '[{"text": "a"}, {"text": [1]}]',
+            ".json",
+            "row 2 has a column of another type than before: text is list, not str",
+        ),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, content, suffix, said):

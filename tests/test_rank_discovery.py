@@ -58,7 +58,10 @@ def test_each_way_of_starting(environment, started_by, expected):
             "srun started a launcher on each of 2 nodes, and each would train alone; give torchrun --nnodes",
         ),
         (BATCH, "SLURM_NTASKS is 4, but nothing says which of them this process is"),
-        (SRUN | {"CUDA_VISIBLE_DEVICES": "1"}, "CUDA_VISIBLE_DEVICES=1 shows 1 GPUs to task 1 of this node; give --gpus"),
+        (
+            SRUN | {"CUDA_VISIBLE_DEVICES": "1"},
+            "CUDA_VISIBLE_DEVICES=1 shows 1 GPUs to task 1 of this node",
+        ),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2, but nothing says which"),
     ],
 )

@@ -242,29 +242,29 @@ LAUNCHERS = {
 
 
 @pytest.mark.usefixtures("cpu_ops")
-@pytest.mark.parametrize(("launcher", "stop"), [("torchrun", "TERM"), ("deepspeed", "USR1"), ("slurm", "TERM")])
-def test_by_any_launcher_a_run_stops_at_a_signal_and_ends_with_the_same_weights(
-    cluster, recipe, whole, tmp_path, launcher, stop
-):
-    """Two starts in one job: the first gets the signal, the second goes on."""
+def test_one_run_goes_on_under_each_launcher_and_ends_with_the_same_weights(cluster, recipe, whole, tmp_path):
+    """Three starts in one job; the first two get a signal, the last one ends."""
     hosts = tmp_path / "hosts"
     hosts.write_text("".join(f"{node} slots=1\n" for node in NODES))
-    train = ROOT / "launch" / "train.py"
     variables = f"HOSTS={hosts} PORT={free_port()} PATH={Path(sys.executable).parent}:$PATH PYTHONUNBUFFERED=1"
-    run = f"{train} --config {recipe} --output_dir {tmp_path / 'out'} --max_steps {STEPS}"
-    again = 'RUN="$RUN --resume_from_checkpoint true"'
-    starts = f"{LAUNCHERS[launcher]}; echo ended with $?; {again}; {LAUNCHERS[launcher]}"
+    run = f"{ROOT / 'launch' / 'train.py'} --config {recipe} --output_dir {tmp_path / 'out'} --max_steps {STEPS}"
+    starts = "; ".join(f"{command}; echo {name} ended with $?" for name, command in LAUNCHERS.items())
     words = ("--nodes", "2", "--ntasks-per-node", "1", "--output", str(tmp_path / "log"), "--chdir", str(tmp_path))
-    number = cluster.submit(*words, "--wrap", f"export {variables}; RUN='{run}'; {starts}")
-    cluster.until(lambda: periods(tmp_path) == 2, PATIENCE, "second period")
-    cluster.run("scancel", "--signal", stop, number)
-    job = cluster.wait(number, PATIENCE)
-    assert job["JobState"] == "COMPLETED", log(tmp_path)
-    (step,) = checkpoint_steps(tmp_path)
-    assert f"SIG{stop}: stopped after step {step} and saved" in log(tmp_path)
-    assert INTERVAL < step < STEPS
-    assert "ended with 0" in log(tmp_path)
-    assert log(tmp_path).count("'loss'") == STEPS * len(NODES), "it went on where it was"
+    run += " --resume_from_checkpoint auto"
+    number = cluster.submit(*words, "--wrap", f"set -e; export {variables}; RUN='{run}'; {starts}")
+    for period, stop in [(2, "TERM"), (3, "USR1")]:
+        cluster.until(lambda period=period: periods(tmp_path) == period, PATIENCE, f"period {period}")
+        cluster.run("scancel", "--signal", stop, number)
+        cluster.until(lambda stop=stop: f"SIG{stop}: stopped" in log(tmp_path), SOON, f"end by {stop}")
+    job, said = cluster.wait(number, PATIENCE), log(tmp_path)
+    assert job["JobState"] == "COMPLETED", said
+    for launcher in LAUNCHERS:
+        assert f"{launcher} ended with 0" in said
+    first, second = checkpoint_steps(tmp_path)
+    assert INTERVAL < first <= 2 * INTERVAL < second < STEPS
+    assert f"SIGTERM: stopped after step {first} and saved" in said
+    assert f"SIGUSR1: stopped after step {second} and saved" in said
+    assert said.count("'loss'") == STEPS * len(NODES), "it went on where it was"
     assert digest(tmp_path) == digest(whole)
 
 
@@ -274,14 +274,15 @@ def test_by_any_launcher_a_run_stops_at_a_signal_and_ends_with_the_same_weights(
         ({"OUTPUT_DIR": "/dev/shm/out"}, "host node2: --output_dir /dev/shm/out is another one: what host node1"),
         ({"GPUS_PER_NODE": "2"}, "host node2: 0 GPUs are visible, not 2 (--gpus_per_node)"),
         ({"MASTER_ADDR": "nowhere.invalid"}, "host node2: MASTER_ADDR nowhere.invalid: "),
+        ({"SAVE_WITHIN": "600"}, "the job ends in "),  # in a minute, by --time
     ],
-    ids=["folder", "GPUs", "address"],
+    ids=["folder", "GPUs", "address", "time"],
 )
 def test_what_is_wrong_on_a_node_ends_the_job_before_the_run(cluster, recipe, tmp_path, variables, said):
     variables = {"RECIPE": str(recipe), "ACTIVATE": f"PATH={Path(sys.executable).parent}:$PATH"} | variables
-    words = ("--ntasks-per-node", "1", "--gpus-per-node", "0")
+    words = ("--ntasks-per-node", "1", "--gpus-per-node", "0", "--time", "1")
     begun = time.monotonic()
-    job = cluster.wait(submit(cluster, "train_multinode", tmp_path, *words, **variables), PATIENCE)
+    job = cluster.wait(submit(cluster, "train_preemptible", tmp_path, *words, **variables), PATIENCE)
     print(f"it took {time.monotonic() - begun:.1f} s")
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0"), log(tmp_path)
     assert f"lisa-dist check: {said}" in log(tmp_path)
@@ -321,7 +322,8 @@ def test_a_signal_is_answered_whenever_it_comes(cluster, stand_in, tmp_path):
         "full": ("143:0", "1"),  # one rank's save fails in each start, and srun kills the other, which still saves
     }
     # Bash calls a DEBUG trap before each command: here the one that notes it.
-    between = "trap 'case $BASH_COMMAND in run=\\$!*) [ -n \"${SLURM_RESTART_COUNT:-}\" ] || kill -USR1 $$;; esac' DEBUG"
+    once = '[ -n "${SLURM_RESTART_COUNT:-}" ] || kill -USR1 $$'
+    between = f"trap 'case $BASH_COMMAND in run=\\$!*) {once};; esac' DEBUG"
     jobs = {}
     for mode in expected:
         (tmp_path / mode).mkdir()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from ranks import free_port, run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from lisa_dist.train import LisaSFTConfig, parse_arguments, run
+from lisa_dist.train import LisaSFTConfig, RunArguments, load_datasets, parse_arguments, run
 from lisa_dist.trainer import LisaTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +156,40 @@ def load_under_stage_3(folder: str, output_dir: str) -> dict:
     }
 
 
+def count_tokenized(folder: str, output_dir: str) -> tuple[int, list[str]]:
+    """How many texts this rank has tokenized for a run, and the files that it trains from."""
+    unset_hf_deepspeed_config()
+    texts = 0
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/model")
+    call = type(tokenizer).__call__
+
+    def counting(self, *args, **kwargs):
+        nonlocal texts
+        texts += 1
+        return call(self, *args, **kwargs)
+
+    type(tokenizer).__call__ = counting
+    try:
+        args = LisaSFTConfig(output_dir=output_dir, deepspeed="zero2", bf16=False, report_to="none", max_length=32)
+        run_args = RunArguments(dataset_name=f"{folder}/rows.jsonl", eval_rows=8)
+        rows, held_out = load_datasets(run_args, args, chat=False)
+        trainer = LisaTrainer(
+            model=f"{folder}/model", args=args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
+        )
+    finally:
+        type(tokenizer).__call__ = call
+    return texts, [file["filename"] for file in trainer.train_dataset.cache_files]
+
+
+@pytest.mark.usefixtures("cpu_ops")
+def test_rows_are_tokenized_once_on_a_host(folder, tmp_path):
+    (first, its_files), (second, other_files) = run_ranks(count_tokenized, 2, str(folder), str(tmp_path))
+    assert first > 0
+    assert second == 0
+    assert its_files == other_files
+    assert its_files
+
+
 @pytest.mark.usefixtures("cpu_ops")
 def test_stage_3_loads_a_model_in_pieces(folder, tmp_path):
     """No rank ever has the whole of it: `from_pretrained` cuts each parameter as it is loaded."""
@@ -201,7 +236,9 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
         flags += ["--dataset_name", str(folder / "rows.jsonl"), "--output_dir", str(tmp_path / recipe.stem)]
         flags += ["--max_length", "32", "--save_strategy", "no"]
         flags += ["--gpu_memory", "4GiB"] if "checkpointed_layers: auto" in recipe.read_text() else []
-        flags += ["--eval_rows", "8", "--gradient_accumulation_steps", "1", "--bf16", "false"]
+        rows = str(yaml.safe_load(recipe.read_text())["per_device_train_batch_size"])
+        flags += ["--eval_rows", "8", "--global_batch_size", rows, "--gradient_accumulation_steps", "1"]
+        flags += ["--bf16", "false"]
         runs.append("|".join(flags))
     environment = clean_environment()
     finished = subprocess.run(
@@ -229,6 +266,11 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
         (["--gpu_memory", "22GiB"], "--gpu_memory 22GiB: only --checkpointed_layers auto keeps to it"),
         (["--deepspeed", "zero7"], "--deepspeed zero7: neither a file nor a shipped config"),
         (["--lisa_activated_layers", "0"], "--lisa_activated_layers 0"),
+        (["--global_batch_size", "12"], "--global_batch_size 12: must be a multiple of 8, which --per_device_train"),
+        (
+            ["--global_batch_size", "16", "--gradient_accumulation_steps", "4"],
+            "--gradient_accumulation_steps 4: give one of them; on 1 ranks it is 2",
+        ),
         (["--use_peft", "True"], "--use_peft True"),
         (["--load_in_4bit", "True"], "--load_in_4bit True"),
         (["--config", "absent.yaml"], "--config absent.yaml: no such file"),
@@ -261,6 +303,13 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_written(folde
         run(*parse_arguments(flags_for(folder, tmp_path / "out", **changes)))
     assert said in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("world_size", "steps"), [(1, 6), (2, 3), (6, 1)])
+def test_a_global_batch_is_the_same_on_any_number_of_ranks(monkeypatch, world_size, steps):
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    args = SimpleNamespace(global_batch_size=24, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    assert LisaSFTConfig._accumulation(args) == steps
 
 
 def test_many_tasks_without_ranks_are_refused(monkeypatch):

@@ -332,6 +332,15 @@ def test_a_signals_checkpoint_stays_though_another_is_the_best(tmp_path):
     resumed = run_ranks(train_shuffled, 2, str(tmp_path / "out"), "zero2", changes, True, 99)[0]
     for name, value in whole["weights"].items():
         assert torch.equal(value, resumed["weights"][name]), name
+    told = run_ranks(resume_with_half_the_rows, 1, str(tmp_path / "out"))[0]
+    assert f"had {2 * ROWS * ACCUMULATION} rows in a step, and here they are {ROWS * ACCUMULATION}" in told
+
+
+def resume_with_half_the_rows(output_dir: str) -> str:
+    """On one rank in place of two, with everything else as it was."""
+    with pytest.raises(ValueError, match="give --global_batch_size") as error:
+        train_shuffled(output_dir, "zero2", {"per_device_train_batch_size": ROWS}, True)
+    return str(error.value)
 
 
 def save_on_a_full_disk(output_dir: str) -> str:
