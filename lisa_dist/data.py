@@ -1,147 +1,187 @@
-"""Rows for TRL from local files or the hub: prompt/completion, messages, instruction (alpaca), question/answer, text.
+"""What a run trains on and is evaluated on: from the flags to token ids and labels, in the cache of `datasets`.
 
-The format is told from the columns. With a chat template, prompts become a user turn and completions an assistant turn.
+    sources.py    files, folders, the hub; samples and weights       -> rows
+    formats.py    alpaca, sharegpt, messages, ...                    -> turns
+    encoding.py   chat template, what counts for the loss, length    -> input_ids, labels
+
+TRL's trainer takes these columns as they are, shuffles and packs them.
 """
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
+import zlib
+from dataclasses import dataclass, field
+from itertools import zip_longest
 
-import pyarrow
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.config import UserError
+from lisa_dist.encoding import LONG_EXAMPLES, Encoder, encode_rows
+from lisa_dist.formats import FORMATS
+from lisa_dist.sources import Source, load_turns
 
-# Columns that tell a format, and the functions that take the prompt and the completion from a row of it.
-_PAIRS = {
-    ("prompt", "completion"): lambda row: (row["prompt"], row["completion"]),
-    ("instruction", "output"): lambda row: (_join(row["instruction"], row.get("input")), row["output"]),
-    ("question", "answer"): lambda row: (row["question"], row["answer"]),
-}
-_AS_THEY_ARE = ("messages", "text")  # TRL knows these
+_SHOWN = 1500  # characters of the example in the header of a run
 
 
-def load_rows(name: str, config: str | None = None, split: str = "train", flag: str = "--dataset_name") -> Dataset:
-    """A local .json or .jsonl file, or a hub dataset. Raises UserError naming the file, the line and the rule."""
-    path = Path(name)
-    said = f"{flag} {name}"
-    if path.suffix in (".json", ".jsonl") or path.exists():
-        return _load_file(path, said)
-    try:
-        return load_dataset(name, config, split=split)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise UserError(
-            f"{said}: no such file (.json or .jsonl), and no dataset of that name on the hub can be "
-            f"reached ({type(error).__name__})."
-        ) from error
+@dataclass
+class DataArguments:
+    """Which rows, and what is made of them."""
 
-
-def prepare_rows(rows: Dataset, name: str, chat: bool, flag: str = "--dataset_name") -> Dataset:
-    """The rows with the columns that TRL expects.
-
-    With `chat` plain prompts become turns for a chat template; without, a line break parts question and answer.
-    """
-    columns = rows.column_names
-    if any(column in columns for column in _AS_THEY_ARE):
-        return rows
-    for wanted, to_pair in _PAIRS.items():
-        if all(column in columns for column in wanted):
-            _refuse_nulls(rows, wanted, f"{flag} {name}")
-            as_written = wanted == ("prompt", "completion")
-
-            def to_trl(row, to_pair=to_pair, as_written=as_written):
-                prompt, completion = to_pair(row)
-                if chat and isinstance(prompt, str):
-                    return {
-                        "prompt": [{"role": "user", "content": prompt}],
-                        "completion": [{"role": "assistant", "content": completion}],
-                    }
-                return {"prompt": prompt if as_written else prompt + "\n", "completion": completion}
-
-            return rows.map(to_trl, remove_columns=columns)
-    formats = ["messages", "text", *("+".join(wanted) for wanted in _PAIRS)]
-    raise UserError(
-        f"{flag} {name}: has the columns {', '.join(columns)}; needed are those of one format: {'; '.join(formats)}."
+    dataset_name: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Files (.jsonl, .json, .csv, .tsv, .parquet, .txt, and .gz of them), folders of such, or datasets "
+            "of the hub; one or several. name#1000 draws so many rows of one."
+        },
+    )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "One for each --dataset_name: 2 takes its rows twice in an epoch, 0.5 half of them."},
+    )
+    dataset_format: str | None = field(
+        default=None, metadata={"help": f"One of {', '.join(FORMATS)}; left out, the columns tell."}
+    )
+    dataset_columns: list[str] | None = field(
+        default=None, metadata={"help": "What columns are, as question=QUESTION answer=LONG_ANSWER."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a hub dataset."})
+    eval_dataset_name: list[str] | None = field(default=None, metadata={"help": "Held-out rows, as --dataset_name."})
+    eval_rows: float = field(
+        default=0,
+        metadata={"help": "Hold out so many rows, or below 1 this part of them, drawn by --seed, for evaluation."},
+    )
+    long_examples: str = field(
+        default="auto",
+        metadata={
+            "help": "Examples of more than --max_length tokens: truncate, drop, or auto, which splits texts and "
+            "truncates all else."
+        },
+    )
+    train_on_inputs: bool = field(
+        default=False, metadata={"help": "Let prompts count for the loss too, and not only what the assistant says."}
+    )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Leave rows out that break a rule, in place of an error that names them."}
     )
 
+    def __post_init__(self):
+        if isinstance(self.dataset_name, str):  # of a recipe
+            self.dataset_name = [self.dataset_name]
+        if isinstance(self.eval_dataset_name, str):
+            self.eval_dataset_name = [self.eval_dataset_name]
+        if isinstance(self.dataset_columns, str):
+            self.dataset_columns = self.dataset_columns.split()
+        if not self.dataset_name or not all(self.dataset_name):
+            raise UserError("--dataset_name is missing: give a file, a folder, or a dataset of the hub.")
+        if self.dataset_weights is not None and len(self.dataset_weights) != len(self.dataset_name):
+            raise UserError(
+                f"--dataset_weights {' '.join(f'{weight:g}' for weight in self.dataset_weights)}: needed is one for "
+                f"each of the {len(self.dataset_name)} sources of --dataset_name."
+            )
+        if self.long_examples not in LONG_EXAMPLES:
+            raise UserError(f"--long_examples {self.long_examples}: unknown; choose one of {', '.join(LONG_EXAMPLES)}.")
+        if self.eval_rows < 0 or (self.eval_rows >= 1 and self.eval_rows != int(self.eval_rows)):
+            raise UserError(f"--eval_rows {self.eval_rows:g}: give a number of rows, or a part of them below 1.")
+        if self.eval_rows and self.eval_dataset_name:
+            raise UserError(
+                f"--eval_rows {self.eval_rows:g} and --eval_dataset_name {' '.join(self.eval_dataset_name)}: give one "
+                "of them."
+            )
+        self.sources()
 
-def _load_file(path: Path, said: str) -> Dataset:
-    """Rows in a file of the cache of `datasets`: what is made of them is there too, for the other ranks of a host."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"{said}: cannot be read ({error.strerror}).") from error
-    # Size and time tell a file that has been changed from the one in the cache.
-    arguments = {"path": str(path), "said": said, "size": status.st_size, "time": status.st_mtime_ns}
-    try:
-        return Dataset.from_generator(_rows_of_file, gen_kwargs=arguments)
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from error
-        if isinstance(error.__cause__, (pyarrow.ArrowException, TypeError, ValueError)):
-            raise UserError(f"{said}: a column holds values of different types ({error.__cause__}).") from error
-        raise
+    def sources(self) -> tuple[list[Source], list[Source]]:
+        """Those to train on, and those that are held out."""
+        shared = {"format": self.dataset_format, "columns": self._columns(), "config": self.dataset_config}
+        train = [
+            Source(name, weight=weight, split=self.dataset_split, **shared)
+            for name, weight in zip_longest(self.dataset_name, self.dataset_weights or [], fillvalue=1.0)
+        ]
+        held_out = [
+            Source(name, flag="--eval_dataset_name", split=self.dataset_split, **shared)
+            for name in self.eval_dataset_name or []
+        ]
+        return train, held_out
+
+    def _columns(self) -> tuple[tuple[str, str], ...]:
+        pairs = [tuple(pair.split("=", 1)) for pair in self.dataset_columns or []]
+        for pair in pairs:
+            if len(pair) != 2 or not all(pair):
+                raise UserError(f"--dataset_columns {'='.join(pair)}: give what a column is, as answer=LONG_ANSWER.")
+        return tuple(pairs)
 
 
-def _rows_of_file(path: str, said: str, size: int, time: int) -> Iterator[dict]:
-    yield from _read_json_rows(Path(path), said)
+@dataclass
+class Data:
+    """Rows with the columns input_ids and labels, and what is to be said of them."""
+
+    train: Dataset
+    held_out: Dataset | None
+    lines: list[str]
 
 
-def _join(*parts: str | None) -> str:
-    return "\n\n".join(part for part in parts if part)
+def load_data(
+    arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    seed: int,
+    num_proc: int | None = None,
+) -> Data:
+    """Everything from the flags to tokens; the ranks of a host find there what the first of them has done.
+
+    The tokenizer has its chat template. Raises UserError naming the flag, the file, the row and the rule.
+    """
+    encoder, lines = Encoder(tokenizer, not arguments.train_on_inputs), []
+
+    def load(sources: list[Source]) -> Dataset:
+        parts = []
+        for source in sources:
+            rows, told = load_turns(source, arguments.skip_bad_rows, seed)
+            encoded, told_of_long = encode_rows(
+                rows, encoder, source.said, max_length, arguments.long_examples, arguments.skip_bad_rows, num_proc
+            )
+            parts.append(encoded)
+            lines.extend([told, *(f"  {line}" for line in told_of_long)])
+        return concatenate_datasets(parts)
+
+    train_sources, held_out_sources = arguments.sources()
+    rows = load(train_sources)
+    lines.append(_show(encoder, rows[0]))
+    if held_out_sources:
+        lines.append("held out:")
+        return Data(rows, load(held_out_sources), lines)
+    if not arguments.eval_rows:
+        return Data(rows, None, lines)
+    number = int(arguments.eval_rows) if arguments.eval_rows >= 1 else round(arguments.eval_rows * len(rows))
+    if not 0 < number < len(rows):
+        raise UserError(
+            f"--eval_rows {arguments.eval_rows:g}: {', '.join(arguments.dataset_name)} has {len(rows)} rows; at least "
+            "one must be left, and one held out."
+        )
+    split = rows.train_test_split(test_size=number, seed=seed)
+    lines.append(f"held out: {number} of these rows, drawn by --seed {seed}")
+    return Data(split["train"], split["test"], lines)
 
 
-def _refuse_nulls(rows: Dataset, columns: tuple[str, ...], said: str) -> None:
-    for column in columns:
-        for number, value in enumerate(rows[column], start=1):
-            if value is None:
-                raise UserError(f"{said}: row {number} has no {column}.")
+def describe_rows(rows: Dataset) -> str:
+    """Their number, and a checksum of a hundred of them: the same on every rank."""
+    checksum = 0
+    for index in range(0, len(rows), max(1, len(rows) // 100)):
+        checksum = zlib.crc32(json.dumps(rows[index], sort_keys=True).encode(), checksum)
+    return f"{len(rows)} rows with checksum {checksum:08x}"
 
 
-def _read_json_rows(path: Path, said: str) -> list[dict]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{said}: cannot be read ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{said}: line {line} is not UTF-8.") from error
-    if not text.strip():
-        raise UserError(f"{said}: is empty.")
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{said}: is not JSON ({error}).") from error
-        numbered = list(enumerate(rows, start=1)) if isinstance(rows, list) else []
-        what = "row"
-    else:
-        numbered = []
-        what = "line"
-        # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
-        for number, line in enumerate(text.split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                numbered.append((number, json.loads(line)))
-            except ValueError as error:
-                raise UserError(f"{said}: line {number} is not JSON ({error}).") from error
-    if not numbered:
-        raise UserError(f"{said}: holds no rows; needed is a list of objects, or one object a line (.jsonl).")
-    first_columns, types = None, {}
-    for number, row in numbered:
-        if not isinstance(row, dict):
-            raise UserError(f"{said}: {what} {number} is {type(row).__name__}, not an object.")
-        first_columns = first_columns or set(row)
-        missing = first_columns - set(row)
-        if missing:
-            raise UserError(f"{said}: {what} {number} lacks {', '.join(sorted(missing))}, which earlier rows have.")
-        for column, value in row.items():
-            kind = {int: float}.get(type(value), type(value))
-            if value is not None and types.setdefault(column, kind) is not kind:
-                raise UserError(
-                    f"{said}: {what} {number} has a column of another type than before: {column} is "
-                    f"{kind.__name__}, not {types[column].__name__}."
-                )
-    return [row for _, row in numbered]
+def _show(encoder: Encoder, example: dict[str, list[int]]) -> str:
+    """The first example as text; lines with tokens that count for the loss begin with >."""
+    ids, labels = example["input_ids"], example["labels"]
+    counting = sum(label >= 0 for label in labels)
+    lines = [f"first example: {len(ids)} tokens, {counting} of them count for the loss (lines with >)"]
+    left = _SHOWN
+    for text, counts in encoder.describe(ids, labels):
+        lines += [f"{'> ' if counts else '  '}{line}" for line in text[:left].split("\n") if line.strip()]
+        left -= len(text)
+        if left < 0:
+            lines.append("  ...")
+            break
+    return "\n".join(lines)

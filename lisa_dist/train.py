@@ -4,9 +4,7 @@ TRL's parser reads the flags and the YAML of `--config`; TRL's SFTTrainer loads 
 are the few arguments of our own, and the order of a run.
 """
 
-import json
 import os
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -14,18 +12,17 @@ from importlib import metadata
 import deepspeed
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from torch import distributed as dist
-from transformers import AutoConfig, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from transformers.training_args import OptimizerNames
 from transformers.utils import ExplicitEnum
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from lisa_dist.attention import PackingCheck, choose_attention, packs_documents
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 from lisa_dist.cpu_ops import release_shared_memory
-from lisa_dist.data import load_rows, prepare_rows
+from lisa_dist.data import Data, DataArguments, describe_rows, load_data
 from lisa_dist.ds_config import (
     check_ds_config,
     find_ds_config,
@@ -33,6 +30,8 @@ from lisa_dist.ds_config import (
     read_ds_config,
     uses_optimizer_offload,
 )
+from lisa_dist.encoding import set_chat_template
+from lisa_dist.flags import RunParser
 from lisa_dist.health import check_same_everywhere
 from lisa_dist.liger import check_liger
 from lisa_dist.metrics import format_table
@@ -52,15 +51,6 @@ class RunArguments:
     """What to train, on which rows."""
 
     method: str = field(default="lisa", metadata={"help": "lisa, or full to train every parameter in every step."})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "A .json or .jsonl file, or a dataset of the hub."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a hub dataset."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out rows, as --dataset_name."})
-    eval_rows: int = field(
-        default=0, metadata={"help": "Hold out this many rows of --dataset_name, drawn by --seed, for evaluation."}
-    )
     sample_prompt: str | None = field(
         default=None, metadata={"help": "A prompt to answer before and after training, printed on rank 0."}
     )
@@ -83,8 +73,6 @@ class RunArguments:
     def __post_init__(self):
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
-        if not self.dataset_name:
-            raise UserError("--dataset_name is missing: give a .json or .jsonl file, or a dataset of the hub.")
         dial = parse_checkpointed_layers(self.checkpointed_layers)
         if self.method != "lisa" and self.gpu_memory is not None:
             raise UserError(f"--gpu_memory {self.gpu_memory} with --method {self.method}: it is for --method lisa.")
@@ -96,12 +84,6 @@ class RunArguments:
         parse_budget(self.gpu_memory, dial)
         if self.hang_timeout < 0:
             raise UserError(f"--hang_timeout {self.hang_timeout}: seconds are not negative; 0 turns it off.")
-        if self.eval_rows < 0:
-            raise UserError(f"--eval_rows {self.eval_rows}: a number of rows is not negative.")
-        if self.eval_rows and self.eval_dataset_name:
-            raise UserError(
-                f"--eval_rows {self.eval_rows} and --eval_dataset_name {self.eval_dataset_name}: give one of them."
-            )
 
 
 @dataclass
@@ -183,20 +165,21 @@ class ModelArguments(ModelConfig):
 
 def parse_arguments(
     argv: Sequence[str] | None = None,
-) -> tuple[RunArguments, LisaSFTConfig, ModelArguments, LisaConfig]:
+) -> tuple[RunArguments, DataArguments, LisaSFTConfig, ModelArguments, LisaConfig]:
     """The arguments of a run from flags and `--config file.yaml`; flags win. Unknown keys and flags are errors."""
     set_rank()
     # What is cheap to check comes first: the training arguments start the process group.
-    parser = TrlParser((RunArguments, LisaConfig, ModelArguments, LisaSFTConfig))
-    try:
-        run_args, lisa_config, model_args, training_args = parser.parse_args_and_config(argv)
-    except FileNotFoundError as error:
-        raise UserError(f"--config {error.filename}: no such file.") from error
-    return run_args, training_args, model_args, lisa_config
+    parser = RunParser((RunArguments, DataArguments, LisaConfig, ModelArguments, LisaSFTConfig))
+    run_args, data_args, lisa_config, model_args, training_args = parser.parse(argv)
+    return run_args, data_args, training_args, model_args, lisa_config
 
 
 def run(
-    run_args: RunArguments, training_args: LisaSFTConfig, model_args: ModelArguments, lisa_config: LisaConfig
+    run_args: RunArguments,
+    data_args: DataArguments,
+    training_args: LisaSFTConfig,
+    model_args: ModelArguments,
+    lisa_config: LisaConfig,
 ) -> None:
     """Train and save: arguments checked, data, model, training, the model in `output_dir`."""
     resume_from = _resume_from(training_args.resume_from_checkpoint)
@@ -216,7 +199,7 @@ def run(
         # Accelerate has started gloo, but DeepSpeed must know of it too before a model is loaded under ZeRO-3.
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     check_same_everywhere(
-        _versions() | _flags(run_args, training_args, model_args, lisa_config),
+        _versions() | _flags(run_args, data_args, training_args, model_args, lisa_config),
         "start every rank with the same environment and the same flags",
     )
     tokenizer = AutoTokenizer.from_pretrained(
@@ -224,6 +207,7 @@ def run(
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
     )
+    template = set_chat_template(tokenizer, training_args.chat_template_path)
     packed = packs_documents(training_args)
     attention, why = choose_attention(
         model_args.attn_implementation,
@@ -236,10 +220,10 @@ def run(
         packed=packed,
         use_cpu=training_args.use_cpu,
     )
-    train_rows, eval_rows = load_datasets(run_args, training_args, chat=tokenizer.chat_template is not None)
-    content = {f"the content of --dataset_name {run_args.dataset_name}": _describe_rows(train_rows)}
-    if eval_rows is not None:
-        content["the content of the held-out rows"] = _describe_rows(eval_rows)
+    data = load_rows(data_args, training_args, tokenizer)
+    content = {f"the content of --dataset_name {' '.join(data_args.dataset_name)}": describe_rows(data.train)}
+    if data.held_out is not None:
+        content["the content of the held-out rows"] = describe_rows(data.held_out)
     check_same_everywhere(content, "give every host the same file")
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -251,8 +235,8 @@ def run(
     arguments = {
         "model": model_args.model_name_or_path,
         "args": training_args,
-        "train_dataset": train_rows,
-        "eval_dataset": eval_rows,
+        "train_dataset": data.train,
+        "eval_dataset": data.held_out,
         "processing_class": tokenizer,
     }
     if run_args.method == "lisa":
@@ -271,7 +255,8 @@ def run(
         trainer.add_callback(PackingCheck(trainer, after=forget_module_order))
     if run_args.sample_prompt:
         trainer.add_callback(_SampleCallback(trainer, run_args.sample_prompt))
-    trainer.accelerator.print(_describe_run(run_args, training_args, model_args, f"{attention} ({why})"))
+    trainer.accelerator.print(_describe_run(run_args, training_args, model_args, f"{attention} ({why})", template))
+    trainer.accelerator.print("\n".join(["rows", *(f"  {line}" for text in data.lines for line in text.split("\n"))]))
 
     trainer.train(resume_from_checkpoint=resume_from)
     if getattr(trainer, "stopped_by", None) is not None:
@@ -328,29 +313,22 @@ def _check_layers(
         load_layer_weights(lisa_config.lisa_weights_file, num_layers, lisa_config.lisa_activated_layers)
 
 
-def load_datasets(run_args: RunArguments, training_args: SFTConfig, chat: bool) -> tuple[Dataset, Dataset | None]:
-    """The rows to train on and those held out; all ranks call it, and one of a host does the work."""
+def load_rows(data_args: DataArguments, training_args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """The rows of a run as tokens, for TRL to take as they are; all ranks call it, and one of a host does the work."""
+    if training_args.completion_only_loss is False:  # TRL's word for it
+        data_args.train_on_inputs = True
     ranks = PartialState()
     with ranks.main_process_first(), ranks.local_main_process_first():  # the others find what was cached, as in TRL
-        return _load_datasets(run_args, training_args, chat)
-
-
-def _load_datasets(run_args: RunArguments, training_args: SFTConfig, chat: bool) -> tuple[Dataset, Dataset | None]:
-    rows = load_rows(run_args.dataset_name, run_args.dataset_config, run_args.dataset_split)
-    rows = prepare_rows(rows, run_args.dataset_name, chat)
-    held_out = None
-    if run_args.eval_dataset_name:
-        flag = "--eval_dataset_name"
-        held_out = load_rows(run_args.eval_dataset_name, flag=flag)
-        held_out = prepare_rows(held_out, run_args.eval_dataset_name, chat, flag=flag)
-    elif run_args.eval_rows:
-        if run_args.eval_rows >= len(rows):
-            raise UserError(
-                f"--eval_rows {run_args.eval_rows}: {run_args.dataset_name} has only {len(rows)} rows to hold out of."
-            )
-        split = rows.train_test_split(test_size=run_args.eval_rows, seed=training_args.seed)
-        rows, held_out = split["train"], split["test"]
-    return rows, held_out
+        data = load_data(
+            data_args,
+            tokenizer,
+            max_length=training_args.max_length,
+            seed=training_args.seed,
+            num_proc=training_args.dataset_num_proc,
+        )
+    training_args.assistant_only_loss, training_args.completion_only_loss = False, None
+    training_args.chat_template_path = None
+    return data
 
 
 def _versions() -> dict[str, str]:
@@ -364,14 +342,6 @@ def _flags(*groups) -> dict[str, object]:
         values = group.to_dict() if hasattr(group, "to_dict") else vars(group)
         flags |= {f"--{name}": value for name, value in values.items()}
     return {name: value for name, value in flags.items() if name not in ("--local_rank", "--logging_dir")}
-
-
-def _describe_rows(rows: Dataset) -> str:
-    """Their number, and a checksum of a hundred of them."""
-    checksum = 0
-    for index in range(0, len(rows), max(1, len(rows) // 100)):
-        checksum = zlib.crc32(json.dumps(rows[index], sort_keys=True, default=str).encode(), checksum)
-    return f"{len(rows)} rows with checksum {checksum:08x}"
 
 
 def _resume_from(value: str | None) -> str | bool | None:
@@ -391,16 +361,18 @@ def _precision(args: SFTConfig) -> str:
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
 
 
-def _describe_run(run_args: RunArguments, args: SFTConfig, model_args: ModelArguments, attention: str) -> str:
+def _describe_run(
+    run_args: RunArguments, args: SFTConfig, model_args: ModelArguments, attention: str, template: str
+) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     batch = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "deepspeed", "transformers", "trl"))
     rows = [
         ("method", run_args.method),
         ("model from", str(model_args.model_name_or_path)),
-        ("rows from", str(run_args.dataset_name)),
         ("devices", f"{args.world_size} x {device}, {_precision(args)}"),
         ("attention", attention),
+        ("chat template", template),
         ("optimizer", f"{args.optim.value}, learning rate {args.learning_rate}, weight decay {args.weight_decay}"),
         ("rows a step", str(batch)),
         ("versions", versions),

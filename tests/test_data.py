@@ -1,95 +1,124 @@
-"""Rows from local files, told apart by their columns; bad files named by file, line and rule."""
+"""From flags to tokens: several sources, held-out rows, what is said of them; and the same rows in every form."""
 
 import json
 
 import pytest
+import torch
+from models import save_tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lisa_dist.data import load_rows, prepare_rows
-
-
-def write(path, rows):
-    if path.suffix == ".jsonl":
-        path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    else:
-        path.write_text(json.dumps(rows))
-    return str(path)
+from lisa_dist.data import DataArguments, describe_rows, load_data
+from lisa_dist.encoding import IGNORED, set_chat_template
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-@pytest.mark.parametrize(
-    ("row", "prompt", "completion"),
-    [
-        ({"prompt": "p", "completion": "c"}, "p", "c"),
-        ({"question": "q", "answer": "a"}, "q", "a"),
-        ({"instruction": "i", "input": "", "output": "o"}, "i", "o"),
-        ({"instruction": "i", "input": "x", "output": "o"}, "i\n\nx", "o"),
-    ],
-)
-def test_formats_become_prompt_and_completion(tmp_path, suffix, row, prompt, completion):
-    name = write(tmp_path / f"rows{suffix}", [row, row])
-    written = prompt if "prompt" in row else prompt + "\n"
-    plain = prepare_rows(load_rows(name), name, chat=False).to_list()
-    assert plain == [{"prompt": written, "completion": completion}] * 2
-    chat = prepare_rows(load_rows(name), name, chat=True).to_list()[0]
-    assert chat["prompt"] == [{"role": "user", "content": prompt}]
-    assert chat["completion"] == [{"role": "assistant", "content": completion}]
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_llama(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("row", [{"text": "t"}, {"messages": [{"role": "user", "content": "u"}]}])
-def test_what_trl_knows_stays_as_it_is(tmp_path, row):
-    name = write(tmp_path / "rows.jsonl", [row])
-    assert prepare_rows(load_rows(name), name, chat=True).to_list() == [row]
+@pytest.fixture
+def names(tmp_path) -> list[str]:
+    """Two files: twenty questions, and one text."""
+    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(20)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "story.txt").write_text("Once upon a time there was a sum.\n")
+    return [str(tmp_path / "sums.jsonl"), str(tmp_path / "story.txt")]
 
 
-@pytest.mark.parametrize(
-    ("content", "suffix", "said"),
-    [
-        (None, ".jsonl", "cannot be read"),
-        ("", ".jsonl", "is empty"),
-        (" \n", ".json", "is empty"),
-        ('{"text": "a"}\n{"text": \n', ".jsonl", "line 2 is not JSON"),
-        ("[1,", ".json", "is not JSON"),
-        ('{"text": "a"}', ".json", "holds no rows"),
-        ("[]", ".json", "holds no rows"),
-        ('{"text": "a"}\n3\n', ".jsonl", "line 2 is int, not an object"),
-        ('[{"question": "a", "answer": "b"}, {"question": "a"}]', ".json", "row 2 lacks answer"),
-        (b'{"text": "a"}\n{"text": "\xff"}\n', ".jsonl", "line 2 is not UTF-8"),
-        (
-            '[{"text": "a"}, {"text": [1]}]',
-            ".json",
-            "row 2 has a column of another type than before: text is list, not str",
-        ),
-    ],
-)
-def test_a_bad_file_is_named(tmp_path, content, suffix, said):
-    path = tmp_path / f"rows{suffix}"
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match="--dataset_name") as error:
-        load_rows(str(path))
-    assert str(path) in str(error.value)
-    assert said in str(error.value)
+def load(tokenizer, seed: int = 0, max_length: int | None = 64, **arguments):
+    return load_data(DataArguments(**arguments), tokenizer, max_length=max_length, seed=seed)
 
 
-def test_a_null_answer_is_named(tmp_path):
-    name = write(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}, {"question": "q", "answer": None}])
-    with pytest.raises(ValueError, match="row 2 has no answer"):
-        prepare_rows(load_rows(name), name, chat=False)
+def test_sources_of_several_formats_are_put_together(tokenizer, names):
+    data = load(tokenizer, dataset_name=names, dataset_weights=[0.5, 3])
+    assert len(data.train) == 13
+    assert data.held_out is None
+    assert tokenizer.decode(data.train[12]["input_ids"]) == "Once upon a time there was a sum.<end>"
+    assert data.lines[:2] == [
+        f"{names[0]}: question_answer (question, answer), 20 rows, as 10 by its weight of 0.5",
+        f"{names[1]}: text (text), 1 rows, as 3 by its weight of 3",
+    ]
 
 
-def test_line_separators_within_a_string_end_no_line(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "a\u2028b\u0085c"}\n', encoding="utf-8")
-    assert load_rows(str(path)).to_list() == [{"text": "a\u2028b\u0085c"}]
+def test_the_first_example_is_shown_with_what_counts(tokenizer, names):
+    shown = load(tokenizer, dataset_name=names[0]).lines[1].split("\n")
+    assert shown[1:] == ["  <user>0 + 1?<end><assistant>", "> 1<end>"]
+    assert shown[0] == "first example: 11 tokens, 2 of them count for the loss (lines with >)"
+    assert load(tokenizer, dataset_name=names[0], train_on_inputs=True).lines[1].split("\n")[1:] == [
+        "> <user>0 + 1?<end><assistant>1<end>"
+    ]
 
 
-def test_missing_columns_are_named(tmp_path):
-    name = write(tmp_path / "rows.jsonl", [{"question": "q", "label": 1}])
-    with pytest.raises(ValueError, match="has the columns question, label; needed are") as error:
-        prepare_rows(load_rows(name), name, chat=False)
-    assert "question+answer" in str(error.value)
+def test_a_long_example_is_shown_in_part(tokenizer, tmp_path):
+    (tmp_path / "story.txt").write_text("word " * 1000)
+    shown = load(tokenizer, dataset_name=str(tmp_path / "story.txt"), max_length=None).lines[1].split("\n")
+    assert len("\n".join(shown)) < 2000
+    assert shown[-1] == "  ..."
 
 
-def test_an_unreachable_dataset_is_named():
-    with pytest.raises(ValueError, match="--dataset_name no/such-dataset: no such file"):
-        load_rows("no/such-dataset")
+@pytest.mark.parametrize(("eval_rows", "number"), [(5, 5), (0.25, 5)])
+def test_rows_are_held_out_by_number_or_part(tokenizer, names, eval_rows, number):
+    data = load(tokenizer, dataset_name=names[0], eval_rows=eval_rows)
+    assert (len(data.train), len(data.held_out)) == (20 - number, number)
+    texts = {tuple(row["input_ids"]) for part in (data.train, data.held_out) for row in part}
+    assert len(texts) == 20
+    again = load(tokenizer, dataset_name=names[0], eval_rows=eval_rows)
+    assert describe_rows(again.held_out) == describe_rows(data.held_out)
+    other = load(tokenizer, dataset_name=names[0], eval_rows=eval_rows, seed=1)
+    assert describe_rows(other.held_out) != describe_rows(data.held_out)
+
+
+def test_held_out_rows_of_a_file(tokenizer, names):
+    data = load(tokenizer, dataset_name=names[0], eval_dataset_name=f"{names[0]}#3")
+    assert (len(data.train), len(data.held_out)) == (20, 3)
+    with pytest.raises(ValueError, match=r"--eval_dataset_name absent\.txt: no such file"):
+        load(tokenizer, dataset_name=names[0], eval_dataset_name="absent.txt")
+
+
+@pytest.mark.parametrize("eval_rows", [20, 0.001])
+def test_something_must_be_left_and_held_out(tokenizer, names, eval_rows):
+    with pytest.raises(ValueError, match="at least one must be left, and one held out"):
+        load(tokenizer, dataset_name=names[0], eval_rows=eval_rows)
+
+
+def in_every_form(row: dict) -> dict[str, dict]:
+    """A question and its answer as each format has them."""
+    question, answer = row["question"], row["answer"]
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {
+        "alpaca": {"instruction": question, "input": "", "output": answer},
+        "sharegpt": {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
+        "messages": {"messages": turns},
+        "prompt_completion": {"prompt": turns[:1], "completion": turns[1:]},
+    }
+
+
+def test_real_rows_give_the_same_tokens_labels_and_loss_in_every_form(data_dir, tmp_path):
+    """300 rows of GSM8K, with a chat template and with the plain one that a model without any gets."""
+    folder = data_dir / "models" / "stories260k-hf"
+    lines = (data_dir / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:300]
+    rows = [in_every_form(json.loads(line)) for line in lines]
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    losses = {}
+    for template in (None, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"):
+        tokenizer.chat_template = template
+        set_chat_template(tokenizer, None)
+        first = None
+        for form in rows[0]:
+            path = tmp_path / f"{form}.jsonl"
+            path.write_text("\n".join(json.dumps(row[form]) for row in rows), encoding="utf-8")
+            data = load(tokenizer, dataset_name=str(path), max_length=512)
+            assert data.lines[0].startswith(f"{path}: {form} (")
+            found = data.train.to_list()
+            first = first or found
+            assert found == first
+            batch = {name: torch.tensor([found[0][name]]) for name in ("input_ids", "labels")}
+            with torch.no_grad():
+                losses.setdefault(template, set()).add(model(**batch).loss.item())
+        assert len(first) == 300 - sum("left out" in line for line in data.lines)
+        for row in first:
+            counting = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
+            assert 0 < len(counting) < len(row["input_ids"])
+    assert [len(found) for found in losses.values()] == [1, 1]

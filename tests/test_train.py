@@ -19,7 +19,8 @@ from ranks import free_port, run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from lisa_dist.train import LisaSFTConfig, RunArguments, load_datasets, parse_arguments, run
+from lisa_dist.data import DataArguments
+from lisa_dist.train import LisaSFTConfig, load_rows, parse_arguments, run
 from lisa_dist.trainer import LisaTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -127,14 +128,14 @@ def test_full_training_under_the_same_roof(folder, tmp_path):
 def test_an_error_is_one_line_and_nothing_is_written(folder, tmp_path):
     finished = start("python", flags_for(folder, tmp_path / "out", dataset_name=tmp_path / "absent.jsonl"))
     assert finished.returncode == 2
-    assert f"lisa-dist, rank 0: --dataset_name {tmp_path / 'absent.jsonl'}: cannot be read" in finished.stdout
+    assert f"lisa-dist, rank 0: --dataset_name {tmp_path / 'absent.jsonl'}: no such file" in finished.stdout
     assert "Traceback" not in finished.stdout + finished.stderr
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_parses(recipe):
-    run_args, training_args, model_args, lisa_config = parse_arguments(["--config", str(recipe)])
+    run_args, _, training_args, model_args, lisa_config = parse_arguments(["--config", str(recipe)])
     assert run_args.method == "lisa"
     assert model_args.model_name_or_path
     assert lisa_config.lisa_activated_layers >= 1
@@ -171,11 +172,9 @@ def count_tokenized(folder: str, output_dir: str) -> tuple[int, list[str]]:
     type(tokenizer).__call__ = counting
     try:
         args = LisaSFTConfig(output_dir=output_dir, deepspeed="zero2", bf16=False, report_to="none", max_length=32)
-        run_args = RunArguments(dataset_name=f"{folder}/rows.jsonl", eval_rows=8)
-        rows, held_out = load_datasets(run_args, args, chat=False)
-        trainer = LisaTrainer(
-            model=f"{folder}/model", args=args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
-        )
+        data = load_rows(DataArguments(dataset_name=f"{folder}/rows.jsonl", eval_rows=8), args, tokenizer)
+        rows = {"train_dataset": data.train, "eval_dataset": data.held_out}
+        trainer = LisaTrainer(model=f"{folder}/model", args=args, processing_class=tokenizer, **rows)
     finally:
         type(tokenizer).__call__ = call
     return texts, [file["filename"] for file in trainer.train_dataset.cache_files]
@@ -272,6 +271,17 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
             "--gradient_accumulation_steps 4: give one of them; on 1 ranks it is 2",
         ),
         (["--use_peft", "True"], "--use_peft True"),
+        (["--lisa_layer", "3"], "--lisa_layer: no such flag; did you mean --lisa_"),
+        (["--lisa_activated_layer", "3"], "did you mean --lisa_activated_layers?"),
+        (["--lerning-rate", "3"], "--lerning-rate: no such flag; did you mean --learning_rate?"),
+        (["--xyzzy"], "--xyzzy: no such flag; --help_all lists them"),
+        (["more.jsonl"], "more.jsonl: belongs to no flag"),
+        (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
+        (["--dataset_weights", "1", "2"], "--dataset_weights 1 2: needed is one for each of the 1 sources"),
+        (["--dataset_weights", "0"], "--dataset_weights 0 of rows.jsonl: must be above 0"),
+        (["--dataset_columns", "answer"], "--dataset_columns answer: give what a column is, as answer=LONG_ANSWER"),
+        (["--long_examples", "chop"], "--long_examples chop: unknown"),
+        (["--eval_rows", "1.5"], "--eval_rows 1.5: give a number of rows, or a part of them below 1"),
         (["--load_in_4bit", "True"], "--load_in_4bit True"),
         (["--config", "absent.yaml"], "--config absent.yaml: no such file"),
     ],
@@ -320,11 +330,23 @@ def test_many_tasks_without_ranks_are_refused(monkeypatch):
         parse_arguments(["--dataset_name", "rows.jsonl"])
 
 
-def test_an_unknown_key_in_the_yaml_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lisa_layers: 3\nmodel_name_or_path: m", "lisa_layers: no such key; did you mean lisa_"),
+        ("- 3", "must hold keys and values, such as learning_rate: 1.0e-5"),
+        ("a: b: c", "is not YAML"),
+        ("env: 3", "env must hold variables and their values"),
+    ],
+)
+def test_a_recipe_that_is_no_use_is_refused(tmp_path, text, said):
     path = tmp_path / "recipe.yaml"
-    path.write_text(f"model_name_or_path: m\ndataset_name: rows.jsonl\noutput_dir: {tmp_path}\nlisa_layers: 3\n")
-    with pytest.raises(ValueError, match="lisa_layers"):
-        parse_arguments(["--config", str(path)])
+    path.write_text(text)
+    with pytest.raises(ValueError, match="--config") as error:
+        parse_arguments(["--config", str(path), "--dataset_name", "rows.jsonl"])
+    assert said in str(error.value)
+    with pytest.raises(ValueError, match="--config") as error:
+        parse_arguments([f"--config={path}", "--dataset_name", "rows.jsonl"])
 
 
 @pytest.mark.slow

@@ -1,0 +1,78 @@
+"""Flags and recipes: read, and refused with the nearest known name before anything is started."""
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from trl import TrlParser
+
+from lisa_dist.config import UserError
+
+
+class RunParser(TrlParser):
+    """TRL's parser of dataclasses and YAML, whose errors are for users."""
+
+    def __init__(self, dataclass_types: Sequence[type]):
+        # An abbreviation that is unique today is another flag tomorrow, and hides a slip of the pen.
+        super().__init__(dataclass_types, allow_abbrev=False)
+
+    def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """The dataclasses of the command line and of the recipe of `--config`, which flags win over.
+
+        Raises UserError naming the flag or the key, before any dataclass is made.
+        """
+        words = []
+        for word in sys.argv[1:] if argv is None else argv:
+            words += word.split("=", 1) if word.startswith("--config=") else [word]
+        if "--config" in words:
+            at = words.index("--config")
+            if at + 1 == len(words):
+                raise UserError("--config is the last word: give a recipe, such as launch/recipes/quickstart.yaml.")
+            self._check_recipe(words[at + 1])
+        else:
+            at = len(words)
+        self._check_words(words[:at] + words[at + 2 :])
+        return self.parse_args_and_config(words)
+
+    def error(self, message: str) -> NoReturn:
+        """In place of all flags and an exit."""
+        message = re.sub(r"^argument (--\w+)[^:]*", r"\1", message)  # without the other way to write it
+        raise UserError(f"{message}.")
+
+    def _check_words(self, words: list[str]) -> None:
+        for word in self.parse_known_args(words)[1]:
+            if not word.startswith("-"):
+                raise UserError(f"{word}: belongs to no flag; flags begin with --.")
+            flag = word.partition("=")[0]
+            raise UserError(f"{flag}: no such flag; {_nearest(flag, self._option_string_actions, '--help_all')}.")
+
+    def _check_recipe(self, path: str) -> None:
+        said = f"--config {path}"
+        try:
+            recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{said}: no such file.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{said}: cannot be read ({error}).") from error
+        except yaml.YAMLError as error:
+            raise UserError(f"{said}: is not YAML ({error}).") from error
+        if not isinstance(recipe, dict):
+            raise UserError(f"{said}: must hold keys and values, such as learning_rate: 1.0e-5.")
+        if not isinstance(recipe.get("env", {}), dict):
+            raise UserError(f"{said}: env must hold variables and their values.")
+        known = {action.dest for action in self._actions}
+        for key in recipe:
+            if key not in known and key != "env":
+                raise UserError(
+                    f"{said}: {key}: no such key; {_nearest(str(key), known, 'lisa-dist train --help_all')}."
+                )
+
+
+def _nearest(name: str, known: Iterable[str], listed_by: str) -> str:
+    """The known name that is most like it, in a question; or where all are listed."""
+    found = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), [*known], n=1)
+    return f"did you mean {found[0]}?" if found else f"{listed_by} lists them"
