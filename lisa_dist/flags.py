@@ -1,24 +1,65 @@
 """Flags and recipes: read, and refused with the nearest known name before anything is started."""
 
+import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from argparse import SUPPRESS
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import yaml
+from transformers import HfArgumentParser
 from trl import TrlParser
 
 from lisa_dist.config import UserError
 
 
-class RunParser(TrlParser):
-    """TRL's parser of dataclasses and YAML, whose errors are for users."""
+class FlagParser(HfArgumentParser):
+    """Flags of dataclasses; its errors are for users, and its help fits a screen.
 
-    def __init__(self, dataclass_types: Sequence[type]):
+    `groups` are the headings of that screen, each with flags and what is said of them; all others are in `--help_all`.
+    """
+
+    def __init__(self, dataclass_types: Sequence[type], usage: str, groups: Mapping[str, Mapping[str, str]]):
         # An abbreviation that is unique today is another flag tomorrow, and hides a slip of the pen.
-        super().__init__(dataclass_types, allow_abbrev=False)
+        super().__init__(dataclass_types, usage=usage, allow_abbrev=False)
+        self._groups = groups
+        self.add_argument("--help_all", action=_HelpAll, nargs=0, dest=SUPPRESS, default=SUPPRESS, help="All flags.")
+
+    def print_help(self, file: IO[str] | None = None) -> None:
+        """The flags of the groups, a line each: name, default, what it is."""
+        actions = {action.dest: action for action in self._actions}
+        lines = [f"usage: {self.usage}"]
+        for heading, flags in self._groups.items():
+            lines += ["", heading, *(_line_of(actions[name], what) for name, what in flags.items())]
+        print("\n".join([*lines, "", "--help_all lists every flag."]), file=file or sys.stdout)
+
+    def error(self, message: str) -> NoReturn:
+        """In place of all flags and an exit."""
+        message = re.sub(r"^argument (--\w+)[^:]*", r"\1", message)  # without the other way to write it
+        raise UserError(f"{message}.")
+
+    def check_words(self, words: list[str]) -> None:
+        """Raise UserError for a word that is no flag and belongs to none."""
+        for word in self.parse_known_args(words)[1]:
+            if not word.startswith("-"):
+                raise UserError(f"{word}: belongs to no flag; flags begin with --.")
+            flag = word.partition("=")[0]
+            raise UserError(f"{flag}: no such flag; {_nearest(flag, self._option_string_actions)}.")
+
+
+class _HelpAll(argparse.Action):
+    """All that argparse has to say."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.format_help())
+        parser.exit()
+
+
+class RunParser(FlagParser, TrlParser):
+    """The same with a recipe in YAML, as TRL reads one."""
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         """The dataclasses of the command line and of the recipe of `--config`, which flags win over.
@@ -35,20 +76,8 @@ class RunParser(TrlParser):
             self._check_recipe(words[at + 1])
         else:
             at = len(words)
-        self._check_words(words[:at] + words[at + 2 :])
+        self.check_words(words[:at] + words[at + 2 :])
         return self.parse_args_and_config(words)
-
-    def error(self, message: str) -> NoReturn:
-        """In place of all flags and an exit."""
-        message = re.sub(r"^argument (--\w+)[^:]*", r"\1", message)  # without the other way to write it
-        raise UserError(f"{message}.")
-
-    def _check_words(self, words: list[str]) -> None:
-        for word in self.parse_known_args(words)[1]:
-            if not word.startswith("-"):
-                raise UserError(f"{word}: belongs to no flag; flags begin with --.")
-            flag = word.partition("=")[0]
-            raise UserError(f"{flag}: no such flag; {_nearest(flag, self._option_string_actions, '--help_all')}.")
 
     def _check_recipe(self, path: str) -> None:
         said = f"--config {path}"
@@ -72,7 +101,13 @@ class RunParser(TrlParser):
                 )
 
 
-def _nearest(name: str, known: Iterable[str], listed_by: str) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     """The known name that is most like it, in a question; or where all are listed."""
     found = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), [*known], n=1)
-    return f"did you mean {found[0]}?" if found else f"{listed_by} lists them"
+    return f"did you mean {found[0]}?" if found else "--help_all lists them"
+
+
+def _line_of(action: argparse.Action, what: str) -> str:
+    default = "" if action.default is None else getattr(action.default, "value", action.default)
+    default = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+    return f"  --{action.dest:<29}{default:<19}{what}".rstrip()

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import socket
 import sys
 import time
@@ -30,6 +31,7 @@ from lisa_dist.rank_discovery import expand_hosts, set_rank
 
 PACKAGES = ("lisa_dist", "torch", "deepspeed", "transformers", "accelerate", "trl", "datasets", "bitsandbytes")
 PACKAGES += ("triton", "flash-attn", "liger-kernel")
+_COMPARED = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gz")  # files of a run that all hosts must have
 _APPEARS = 10.0  # seconds for a file that one host has written to be seen on another: network file systems cache
 _SAMPLE = 1 << 26  # bytes that are written to learn how fast the folder is
 
@@ -73,11 +75,15 @@ def _flags(arguments: CheckArguments, rest: Sequence[str]) -> dict[str, str]:
             raise UserError(f"--config {arguments.config}: cannot be read ({error}).") from error
         if not isinstance(flags, dict):
             raise UserError(f"--config {arguments.config}: holds no flags, such as learning_rate: 1.0e-5.")
+    name, values = None, []
     words = [part for word in rest for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    for word, following in zip(words, [*words, "--"][1:], strict=True):
-        if word.startswith("--"):
-            name = word.removeprefix("--").replace("-", "_")  # the run's parser takes both
-            flags[name] = "true" if following.startswith("--") else following
+    for word in [*words, "--"]:
+        if not word.startswith("--"):
+            values.append(word)
+            continue
+        if name is not None:
+            flags[name] = " ".join(values) or "true"
+        name, values = word.removeprefix("--").replace("-", "_"), []  # the run's parser takes both
     if arguments.output_dir is not None:
         flags["output_dir"] = arguments.output_dir
     if "output_dir" not in flags:
@@ -159,17 +165,18 @@ class _Host:
         """What must be the same everywhere."""
         has = {"Python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
         has["the code of lisa_dist"] = _digest(sorted(Path(__file__).parent.rglob("*.py")))
-        files = {"--config": self._arguments.config, "--dataset_name": self._flags.get("dataset_name")}
-        files["--eval_dataset_name"] = self._flags.get("eval_dataset_name")
-        files["--lisa_weights_file"] = self._flags.get("lisa_weights_file")
-        files["--deepspeed"] = self._flags.get("deepspeed")
         model = self._flags.get("model_name_or_path")
-        files["--model_name_or_path"] = model and f"{model}/config.json"
-        for flag, path in files.items():
-            if path is not None and (flag == "--config" or Path(path).suffix in (".json", ".jsonl")):
-                is_model_of_hub = flag == "--model_name_or_path" and not Path(path).exists()
-                missing = "not here" if is_model_of_hub else "no such file"
-                has[f"{flag} {path}"] = _digest([Path(path)]) if Path(path).is_file() else missing
+        files = [("--config", self._arguments.config), ("--model_name_or_path", model and f"{model}/config.json")]
+        for flag in ("dataset_name", "eval_dataset_name", "lisa_weights_file", "deepspeed"):
+            names = self._flags.get(flag) or []
+            for name in names.split() if isinstance(names, str) else names:
+                files.append((f"--{flag}", re.sub(r"#\d+$", "", name)))
+        for flag, path in files:
+            if path is None or (flag != "--config" and Path(path).suffix not in _COMPARED):
+                continue
+            is_model_of_hub = flag == "--model_name_or_path" and not Path(path).exists()
+            missing = "not here" if is_model_of_hub else "no such file"
+            has[f"{flag} {path}"] = _digest([Path(path)]) if Path(path).is_file() else missing
         return has
 
     def _compare(self, address: str, port: int, mine: dict) -> list[str]:

@@ -56,7 +56,7 @@ def set_rank(environment: MutableMapping[str, str] = os.environ) -> str:
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
         environment |= {name: str(value) for name, value in alone.items()}
         environment.setdefault("MASTER_ADDR", "127.0.0.1")
-        environment.setdefault("MASTER_PORT", str(_free_port()))
+        environment.setdefault("MASTER_PORT", str(free_port()))
     if "LOCAL_WORLD_SIZE" in environment:
         environment.setdefault("LOCAL_SIZE", environment["LOCAL_WORLD_SIZE"])  # DeepSpeed's word for torchrun's
     elif "SLURM_STEP_TASKS_PER_NODE" in environment:
@@ -142,7 +142,8 @@ def _port_of_step(environment: MutableMapping[str, str]) -> int:
     return 10_000 + (_count(environment, "SLURM_JOB_ID") + 4_999 * _count(environment, "SLURM_STEP_ID")) % 20_000
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -5,9 +5,11 @@ are the few arguments of our own, and the order of a run.
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -36,7 +38,7 @@ from lisa_dist.health import check_same_everywhere
 from lisa_dist.liger import check_liger
 from lisa_dist.metrics import format_table
 from lisa_dist.optimizer import LISA_ADAMW, check_optim
-from lisa_dist.rank_discovery import set_rank
+from lisa_dist.rank_discovery import free_port, set_rank
 from lisa_dist.recompute import number_of_layers, parse_budget, parse_checkpointed_layers
 from lisa_dist.sampling import load_layer_weights
 from lisa_dist.stop_signals import catch_stop_signals
@@ -163,13 +165,101 @@ class ModelArguments(ModelConfig):
                 )
 
 
+USAGE = "lisa-dist train [--gpus N] --config recipe.yaml [--any_flag value ...]"
+# The screen of --help; what is not here is in --help_all.
+HELP = {
+    "What is trained, on what": {
+        "method": "lisa, or full: every parameter in every step",
+        "model_name_or_path": "folder, or model of the hub",
+        "dataset_name": "files, folders, datasets of the hub; name#1000 draws so many rows",
+        "dataset_weights": "one for each: 2 takes its rows twice in an epoch, 0.5 half of them",
+        "dataset_format": "alpaca, sharegpt, messages, ...; by default the columns tell",
+        "dataset_columns": "what columns are: question=QUESTION answer=LONG_ANSWER",
+        "eval_dataset_name": "held-out rows, as --dataset_name",
+        "eval_rows": "hold out so many rows, or below 1 this part of them",
+        "train_on_inputs": "prompts count for the loss too",
+        "chat_template_path": "a .jinja file or a tokenizer, in place of the model's own",
+        "max_length": "tokens of the longest example",
+        "long_examples": "longer ones: truncate, drop, or auto (texts are split)",
+        "skip_bad_rows": "leave bad rows out in place of an error",
+        "packing": "several examples in a row, which never see each other",
+    },
+    "LISA": {
+        "lisa_activated_layers": "decoder layers that train in a period (gamma)",
+        "lisa_interval_steps": "optimizer steps in a period (K)",
+        "lisa_sampler": "uniform, reshuffle, cyclic, fixed, weighted",
+        "lisa_always_on": "of embed, head, rest; those left out are drawn as layers are",
+        "lisa_frozen": "of embed, head, rest: never trained",
+        "lisa_state": "at a switch: reset, reset_all (as in the paper), keep",
+        "lisa_offload": "blocks whose optimizer states live on the host",
+    },
+    "Training": {
+        "output_dir": "checkpoints, logs and the model",
+        "deepspeed": "zero1, zero2, zero3, zero2_offload, zero3_offload, or a file",
+        "bf16": "by default where there is a GPU",
+        "optim": "adamw_torch_fused, adamw_8bit, lisa_adamw, ...",
+        "learning_rate": "",
+        "lr_scheduler_type": "linear, cosine, constant_with_warmup, ...",
+        "warmup_steps": "or below 1 a part of all steps",
+        "weight_decay": "",
+        "num_train_epochs": "",
+        "max_steps": "wins over --num_train_epochs",
+        "per_device_train_batch_size": "rows of a rank in a forward pass",
+        "global_batch_size": "rows of a step on all ranks; accumulation follows",
+        "checkpointed_layers": "gradient checkpointing: none, all, a number, auto",
+        "attn_implementation": "by default the fastest that runs here",
+    },
+    "Logs and checkpoints": {
+        "logging_steps": "",
+        "eval_strategy": "no, steps, epoch",
+        "eval_steps": "",
+        "save_steps": "",
+        "save_total_limit": "checkpoints to keep",
+        "resume_from_checkpoint": "a checkpoint, true for the newest, auto for that or the beginning",
+        "report_to": "tensorboard, wandb, mlflow, ..., none",
+        "hang_timeout": "seconds without a step that end a run of several ranks",
+    },
+}
+
+
+def run_parser() -> RunParser:
+    """Of all flags of a run."""
+    return RunParser((RunArguments, DataArguments, LisaConfig, ModelArguments, LisaSFTConfig), USAGE, HELP)
+
+
+def launch_if_asked(argv: Sequence[str]) -> Sequence[str]:
+    """With `--gpus N` become the deepspeed launcher of N ranks on this host; else give the words back."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--gpus=") else [word])]
+    if "--gpus" not in words:
+        return argv
+    at = words.index("--gpus")
+    number = words[at + 1] if at + 1 < len(words) else ""
+    if not number.isdigit() or int(number) < 1:
+        raise UserError(f"--gpus {number}: give a number of GPUs of this host; on CPUs it is one of ranks.")
+    if "RANK" in os.environ:
+        raise UserError(f"--gpus {number}: RANK is set, so a launcher has started this process already: leave it out.")
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    command = [
+        launcher,
+        "--num_gpus",
+        number,
+        "--master_port",
+        str(free_port()),
+        "--no_local_rank",
+        "--module",
+        "lisa_dist.cli",
+        "train",
+    ]
+    os.execv(launcher, [*command, *words[:at], *words[at + 2 :]])
+
+
 def parse_arguments(
     argv: Sequence[str] | None = None,
 ) -> tuple[RunArguments, DataArguments, LisaSFTConfig, ModelArguments, LisaConfig]:
     """The arguments of a run from flags and `--config file.yaml`; flags win. Unknown keys and flags are errors."""
     set_rank()
     # What is cheap to check comes first: the training arguments start the process group.
-    parser = RunParser((RunArguments, DataArguments, LisaConfig, ModelArguments, LisaSFTConfig))
+    parser = run_parser()
     run_args, data_args, lisa_config, model_args, training_args = parser.parse(argv)
     return run_args, data_args, training_args, model_args, lisa_config
 
@@ -276,8 +366,9 @@ def run(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse and run. An error of the user's is one line, without a traceback, and exit status 2."""
+    """Parse and run, or start `--gpus` ranks that do. An error of the user's is one line and exit status 2."""
     try:
+        argv = launch_if_asked(sys.argv[1:] if argv is None else argv)
         arguments = parse_arguments(argv)
         if arguments[0].method == "lisa":
             catch_stop_signals()

@@ -64,8 +64,13 @@ def test_hosts_that_are_fit(tmp_path):
             {"flags": ["--dataset_name", "FOLDER/absent.jsonl"]},
             "host node2: --dataset_name FOLDER/absent.jsonl is no such file, on host node1 not there",
         ),
+        (
+            ["--dataset_name", "FOLDER/here.txt#10", "more"],
+            {"flags": ["--deepspeed", "FOLDER/absent.json"]},
+            "host node2: --deepspeed FOLDER/absent.json is no such file, on host node1 not there",
+        ),
     ],
-    ids=["no GPUs", "no GPUs on one", "other folder", "read-only folder", "versions", "data"],
+    ids=["no GPUs", "no GPUs on one", "other folder", "read-only folder", "versions", "data", "DeepSpeed config"],
 )
 def test_what_is_wrong_is_named_with_its_host(tmp_path, flags, on_host_2, said):
     on_host_2 = {
@@ -175,10 +180,13 @@ def test_flags_of_the_run_win_over_its_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("output_dir: out\nlearning_rate: 1.0e-5\nbf16: false\n")
     arguments = preflight.CheckArguments(config=str(recipe))
-    assert _flags(arguments, []) == {"output_dir": "out", "learning_rate": 1e-5, "bf16": False}
+    flags_of_recipe = {"output_dir": "out", "learning_rate": 1e-5, "bf16": False}
+    assert _flags(arguments, []) == flags_of_recipe
     words = ["--bf16", "--learning-rate", "3e-4", "--dataset_name=rows.jsonl"]
     changed = {"output_dir": "out", "learning_rate": "3e-4", "bf16": "true", "dataset_name": "rows.jsonl"}
     assert _flags(arguments, words) == changed
+    words = ["--dataset_name", "a.jsonl#3", "b.jsonl", "--bf16"]
+    assert _flags(arguments, words) == flags_of_recipe | {"dataset_name": "a.jsonl#3 b.jsonl", "bf16": "true"}
 
 
 def test_a_folder_is_asked_for():

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lisa_dist.data import DataArguments
-from lisa_dist.train import LisaSFTConfig, load_rows, parse_arguments, run
+from lisa_dist.train import LisaSFTConfig, launch_if_asked, load_rows, parse_arguments, run
 from lisa_dist.trainer import LisaTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def start(how: str, flags: list[str]) -> subprocess.CompletedProcess:
         "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), train],
         "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), train],
         "python": [sys.executable, train],
-        "lisa-dist": [str(BIN / "lisa-dist"), "train"],
+        "lisa-dist": [str(BIN / "lisa-dist"), "train", "--gpus", "2"],
     }[how]
     return subprocess.run([*command, *flags], env=clean_environment(), capture_output=True, text=True, timeout=300)
 
@@ -313,6 +313,25 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_written(folde
         run(*parse_arguments(flags_for(folder, tmp_path / "out", **changes)))
     assert said in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "said"),
+    [
+        (["--gpus", "0"], {}, "--gpus 0: give a number of GPUs"),
+        (["--gpus=two"], {}, "--gpus two: give a number of GPUs"),
+        (["--max_steps", "3", "--gpus"], {}, "--gpus : give a number of GPUs"),
+        (["--gpus", "2"], {"RANK": "0"}, "--gpus 2: RANK is set, so a launcher has started this process already"),
+    ],
+)
+def test_ranks_that_cannot_be_started(monkeypatch, words, variables, said):
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="--gpus") as error:
+        launch_if_asked(words)
+    assert said in str(error.value)
+    assert launch_if_asked(["--max_steps", "3"]) == ["--max_steps", "3"]
 
 
 @pytest.mark.parametrize(("world_size", "steps"), [(1, 6), (2, 3), (6, 1)])
