@@ -2,17 +2,19 @@
 
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, HfArgumentParser, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.ds_config import check_ds_config, offload_by_block, read_ds_config, uses_optimizer_offload
 from lisa_dist.fake_run import FakeRun, StepTrace, Workload
+from lisa_dist.flags import FlagParser
 from lisa_dist.metrics import GIB, format_bytes, format_columns, parse_bytes
 from lisa_dist.optimizer import LISA_ADAMW, check_optim
 from lisa_dist.planning import PARTS, MemoryParts, StageSettings, check_method, kept_states, plan_memory, widest_periods
@@ -330,11 +332,48 @@ def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
     )
 
 
+USAGE = "lisa-dist plan --model llama3.1-8b [--gpus N] [--gpu_memory 80GiB] [--any_flag value ...]"
+# The screen of --help; what is not here is in --help_all.
+HELP = {
+    "What is trained": {
+        "model": "a shipped name, a folder, a config.json, or a model of the hub",
+        "method": "lisa, full or lora",
+        "lora_rank": "of the adapters, for --method lora",
+        "seq_length": "tokens of a row",
+        "micro_batch_size": "rows of a GPU in a forward pass",
+        "gradient_accumulation_steps": "micro-batches of a step",
+    },
+    "On what": {
+        "gpus": "GPUs of the run",
+        "gpu_memory": "of a GPU, such as 24GiB or 80GB",
+        "reserve": "of it, for the CUDA context, NCCL and fragments",
+        "host_memory": "of a host",
+        "gpus_per_host": "that share a host's memory",
+    },
+    "How": {
+        "deepspeed": "plan zero1, zero2, ..., or a file; by default all are planned",
+        "precision": "bf16 or fp32",
+        "optim": "as in training",
+        "checkpointed_layers": "none, all, a number, or auto: the fewest that fit",
+        "lisa_activated_layers": "decoder layers that train in a period (gamma)",
+        "lisa_always_on": "of embed, head, rest; those left out are drawn as layers are",
+        "lisa_frozen": "of embed, head, rest: never trained",
+        "lisa_state": "at a switch: reset, reset_all, keep (on the host)",
+        "lisa_state_bits": "of moments, by block: embed=8,head=8,layers=8",
+        "lisa_master": "fp32, or bf16_sr for no masters",
+        "lisa_offload": "blocks whose optimizer states live on the host",
+    },
+    "What is written": {"json": "the plans, to this file", "plot": "their bars, to this .png"},
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Plan, print the table and the command; an error of the user's is one line and exit status 2."""
     try:
-        parser = HfArgumentParser((PlanArguments, LisaConfig), prog="lisa-dist plan")
-        arguments, lisa_config = parser.parse_args_into_dataclasses(argv)
+        parser = FlagParser((PlanArguments, LisaConfig), USAGE, HELP)
+        words = list(sys.argv[1:] if argv is None else argv)
+        parser.check_words(words)
+        arguments, lisa_config = parser.parse_args_into_dataclasses(words)
         plans = make_plans(load_model_config(arguments.model), arguments, lisa_config)
         print(format_plans(plans, arguments))
         if arguments.json:

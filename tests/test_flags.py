@@ -1,0 +1,66 @@
+"""The command line: a screen of help, and a frozen set of flags."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from lisa_dist import plan, train
+from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.data import DataArguments
+from lisa_dist.plan import PlanArguments
+from lisa_dist.preflight import CheckArguments
+from lisa_dist.train import RunArguments, run_parser
+
+SNAPSHOT = Path(__file__).with_name("flags.json")
+
+
+def own_flags() -> dict[str, dict[str, str]]:
+    """Our flags and their defaults; TRL's and the Trainer's are theirs to change."""
+    of_verbs = {
+        "train": (RunArguments, DataArguments, LisaConfig),
+        "plan": (PlanArguments,),
+        "check": (CheckArguments,),
+    }
+    return {
+        verb: {
+            field.name: "required" if field.default is dataclasses.MISSING else repr(field.default)
+            for arguments in dataclasses_of_verb
+            for field in dataclasses.fields(arguments)
+        }
+        for verb, dataclasses_of_verb in of_verbs.items()
+    }
+
+
+def test_the_flags_are_those_that_people_use():
+    """A flag that goes or changes its default breaks recipes: CHANGELOG.md says so, and then this file changes too."""
+    assert own_flags() == json.loads(SNAPSHOT.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("verb", "groups"), [(train.main, train.HELP), (plan.main, plan.HELP)])
+def test_help_is_a_screen(capsys, monkeypatch, verb, groups):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        verb(["--help"])
+    assert ended.value.code == 0
+    screen = capsys.readouterr().out.splitlines()
+    assert len(screen) <= 54
+    assert max(map(len, screen)) <= 120
+    shown = [line.split()[0].removeprefix("--") for line in screen if line.startswith("  --")]
+    assert shown == [flag for flags in groups.values() for flag in flags]
+    if verb is train.main:
+        assert "  --lisa_interval_steps          20                 optimizer steps in a period (K)" in screen
+
+
+def test_all_flags_can_be_listed(capsys):
+    with pytest.raises(SystemExit):
+        run_parser().parse(["--help_all"])
+    listed = capsys.readouterr().out
+    for flag in (*own_flags()["train"], "adam_beta2", "neftune_noise_alpha"):
+        assert f"--{flag}" in listed
+
+
+def test_a_recipe_at_the_end_without_a_name():
+    with pytest.raises(UserError, match="--config is the last word: give a recipe"):
+        run_parser().parse(["--max_steps", "3", "--config"])
