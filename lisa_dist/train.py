@@ -4,12 +4,15 @@ TRL's parser reads the flags and the YAML of `--config`; TRL's SFTTrainer loads 
 are the few arguments of our own, and the order of a run.
 """
 
+import atexit
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 import deepspeed
 import torch
@@ -373,9 +376,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments[0].method == "lisa":
             catch_stop_signals()
         run(*arguments)
+        _end_process()
     except UserError as error:
         print(f"lisa-dist, rank {os.environ.get('RANK', 'unknown')}: {error}", flush=True)
         raise SystemExit(2) from error
+
+
+def _end_process() -> NoReturn:
+    """End well, and without the interpreter's own end.
+
+    A thread of gloo may not be done with the last collective when rank and model are: where it wants the interpreter
+    back while that is being taken down, C++ ends the process ("terminate called without an active exception").
+    """
+    threading._shutdown()  # waits for threads that are no daemons, as the interpreter would
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _check_layers(

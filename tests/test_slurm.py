@@ -41,7 +41,7 @@ case "$*" in
 *) exit ;;
 esac
 finish() { touch "$OUTPUT_DIR/trainer_state.json"; echo "finished $SLURM_PROCID"; exit 0; }
-until_signal() { echo "train $SLURM_PROCID"; while :; do sleep 0.05; done; }
+until_signal() { echo "train $SLURM_PROCID"; while :; do sleep 0.05 || :; done; } # sleep gets the signal too, or first
 [ -z "${SLURM_RESTART_COUNT:-}" ] || [ "$MODE" = full ] || finish
 case "$MODE" in
 fail) # rank 1, once the others have ended: srun tells the highest exit code, and what it kills has a higher one

@@ -341,6 +341,22 @@ def test_a_global_batch_is_the_same_on_any_number_of_ranks(monkeypatch, world_si
     assert LisaSFTConfig._accumulation(args) == steps
 
 
+END = """
+import atexit, threading, time
+from lisa_dist.train import _end_process
+print("begun", end=" ")
+threading.Thread(target=lambda: (time.sleep(0.3), print("thread", end=" "))).start()
+atexit.register(lambda: print("at exit", end=" "))
+_end_process()
+print("never")
+"""
+
+
+def test_a_finished_process_ends_well_with_all_that_was_to_be_done():
+    ended = subprocess.run([sys.executable, "-c", END], env=clean_environment(), capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "begun thread at exit ")
+
+
 def test_many_tasks_without_ranks_are_refused(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
