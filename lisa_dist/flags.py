@@ -96,9 +96,7 @@ class RunParser(FlagParser, TrlParser):
         known = {action.dest for action in self._actions}
         for key in recipe:
             if key not in known and key != "env":
-                raise UserError(
-                    f"{said}: {key}: no such key; {_nearest(str(key), known, 'lisa-dist train --help_all')}."
-                )
+                raise UserError(f"{said}: {key}: no such key; {_nearest(str(key), known)}.")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
