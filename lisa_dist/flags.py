@@ -7,7 +7,7 @@ import sys
 from argparse import SUPPRESS
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -61,10 +61,10 @@ class _HelpAll(argparse.Action):
 class RunParser(FlagParser, TrlParser):
     """The same with a recipe in YAML, as TRL reads one."""
 
-    def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """The dataclasses of the command line and of the recipe of `--config`, which flags win over.
+    def check(self, argv: Sequence[str] | None = None) -> list[str]:
+        """The words for `parse_args_and_config`, once each is known and the recipe of `--config` is one.
 
-        Raises UserError naming the flag or the key, before any dataclass is made.
+        Raises UserError naming the flag or the key. `--help` is answered here.
         """
         words = []
         for word in sys.argv[1:] if argv is None else argv:
@@ -77,7 +77,7 @@ class RunParser(FlagParser, TrlParser):
         else:
             at = len(words)
         self.check_words(words[:at] + words[at + 2 :])
-        return self.parse_args_and_config(words)
+        return words
 
     def _check_recipe(self, path: str) -> None:
         said = f"--config {path}"

@@ -260,10 +260,11 @@ def parse_arguments(
     argv: Sequence[str] | None = None,
 ) -> tuple[RunArguments, DataArguments, LisaSFTConfig, ModelArguments, LisaConfig]:
     """The arguments of a run from flags and `--config file.yaml`; flags win. Unknown keys and flags are errors."""
+    parser = run_parser()
+    words = parser.check(argv)
     set_rank()
     # What is cheap to check comes first: the training arguments start the process group.
-    parser = run_parser()
-    run_args, data_args, lisa_config, model_args, training_args = parser.parse(argv)
+    run_args, data_args, lisa_config, model_args, training_args = parser.parse_args_and_config(words)
     return run_args, data_args, training_args, model_args, lisa_config
 
 

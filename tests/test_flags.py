@@ -40,7 +40,9 @@ def test_the_flags_are_those_that_people_use():
 
 @pytest.mark.parametrize(("verb", "groups"), [(train.main, train.HELP), (plan.main, plan.HELP)])
 def test_help_is_a_screen(capsys, monkeypatch, verb, groups):
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # as in an allocation, where a run would ask for srun
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(SystemExit) as ended:
         verb(["--help"])
     assert ended.value.code == 0
@@ -55,7 +57,7 @@ def test_help_is_a_screen(capsys, monkeypatch, verb, groups):
 
 def test_all_flags_can_be_listed(capsys):
     with pytest.raises(SystemExit):
-        run_parser().parse(["--help_all"])
+        run_parser().check(["--help_all"])
     listed = capsys.readouterr().out
     for flag in (*own_flags()["train"], "adam_beta2", "neftune_noise_alpha"):
         assert f"--{flag}" in listed
@@ -63,4 +65,4 @@ def test_all_flags_can_be_listed(capsys):
 
 def test_a_recipe_at_the_end_without_a_name():
     with pytest.raises(UserError, match="--config is the last word: give a recipe"):
-        run_parser().parse(["--max_steps", "3", "--config"])
+        run_parser().check(["--max_steps", "3", "--config"])
