@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import signal
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -172,7 +173,7 @@ def count_tokenized(folder: str, output_dir: str) -> tuple[int, list[str]]:
     type(tokenizer).__call__ = counting
     try:
         args = LisaSFTConfig(output_dir=output_dir, deepspeed="zero2", bf16=False, report_to="none", max_length=32)
-        data = load_rows(DataArguments(dataset_name=f"{folder}/rows.jsonl", eval_rows=8), args, tokenizer)
+        data = load_rows(DataArguments(dataset_name=f"{output_dir}/rows.jsonl", eval_rows=8), args, tokenizer)
         rows = {"train_dataset": data.train, "eval_dataset": data.held_out}
         trainer = LisaTrainer(model=f"{folder}/model", args=args, processing_class=tokenizer, **rows)
     finally:
@@ -182,6 +183,7 @@ def count_tokenized(folder: str, output_dir: str) -> tuple[int, list[str]]:
 
 @pytest.mark.usefixtures("cpu_ops")
 def test_rows_are_tokenized_once_on_a_host(folder, tmp_path):
+    shutil.copy(folder / "rows.jsonl", tmp_path)  # which no other test has had tokenized
     (first, its_files), (second, other_files) = run_ranks(count_tokenized, 2, str(folder), str(tmp_path))
     assert first > 0
     assert second == 0
