@@ -42,11 +42,10 @@ from lisa_dist.optimizer import build_optimizer, check_optim
 from lisa_dist.recompute import parse_budget, parse_checkpointed_layers
 from lisa_dist.run_memory import RunMemory, format_report
 from lisa_dist.stop_signals import StopSignals
-from lisa_dist.watchdog import Watchdog
+from lisa_dist.watchdog import HANG_TIMEOUT, Watchdog
 from lisa_dist.weights import save_without_weights, write_weights
 from lisa_dist.zero import forget_module_order
 
-HANG_TIMEOUT = 1800.0  # seconds
 RESERVED = 2**30  # bytes of a GPU, for the CUDA context, NCCL and fragments
 MEMORY_NAME = "lisa_memory.json"
 

@@ -15,6 +15,7 @@ from datetime import timedelta
 
 from torch import distributed as dist
 
+HANG_TIMEOUT = 1800.0  # seconds for a step, unless --hang_timeout says otherwise
 _INTERVAL = 1.0  # seconds between signs of life
 _SILENCE = 120.0  # seconds after which a process without one is gone, however long a step may take
 _GRACE = 10.0  # seconds for the main thread to find out by itself that another rank has failed

@@ -30,7 +30,7 @@ LEVELS = [
     {"checkpoint", "evaluation", "analysis", "planning", "loop", "describe"},
     {"measuring"},
     {"run_memory"},
-    {"trainer"},
+    {"trainer", "arguments"},
     {"train", "plan", "info", "preflight", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from lisa_dist import plan, train
+from lisa_dist import arguments, plan, train
+from lisa_dist.arguments import RunArguments, run_parser
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.data import DataArguments
 from lisa_dist.plan import PlanArguments
 from lisa_dist.preflight import CheckArguments
-from lisa_dist.train import RunArguments, run_parser
 
 SNAPSHOT = Path(__file__).with_name("flags.json")
 
@@ -38,7 +38,7 @@ def test_the_flags_are_those_that_people_use():
     assert own_flags() == json.loads(SNAPSHOT.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(("verb", "groups"), [(train.main, train.HELP), (plan.main, plan.HELP)])
+@pytest.mark.parametrize(("verb", "groups"), [(train.main, arguments.HELP), (plan.main, plan.HELP)])
 def test_help_is_a_screen(capsys, monkeypatch, verb, groups):
     monkeypatch.setenv("SLURM_NTASKS", "4")  # as in an allocation, where a run would ask for srun
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):

@@ -12,9 +12,10 @@ from ranks import run_ranks
 
 import lisa_dist
 from lisa_dist import health
+from lisa_dist.arguments import parse_arguments
 from lisa_dist.config import UserError
 from lisa_dist.health import ComputeTime, all_reduce_speed, check_same_everywhere, describe_ranks
-from lisa_dist.train import main, parse_arguments, run
+from lisa_dist.train import main, run
 
 
 def compare(*of_rank: dict) -> str:

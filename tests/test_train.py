@@ -20,8 +20,9 @@ from ranks import free_port, run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from lisa_dist.arguments import LisaSFTConfig, parse_arguments
 from lisa_dist.data import DataArguments
-from lisa_dist.train import LisaSFTConfig, launch_if_asked, load_rows, parse_arguments, run
+from lisa_dist.train import launch_if_asked, load_rows, run
 from lisa_dist.trainer import LisaTrainer
 
 ROOT = Path(__file__).parents[1]
