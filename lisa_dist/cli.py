@@ -2,13 +2,13 @@
 
 import sys
 
-USAGE = """usage: lisa-dist train --config recipe.yaml [--any_flag value]
+USAGE = """usage: lisa-dist train [--gpus N] --config recipe.yaml [--any_flag value]
        lisa-dist plan --model llama3.1-8b --gpus 4 --gpu_memory 80GiB [--any_flag value]
        lisa-dist export CHECKPOINT OUT
        lisa-dist info
        srun --ntasks-per-node=1 lisa-dist check --config recipe.yaml --output_dir DIR --gpus_per_node 8
 
-  train   train a model by LISA, on one device; on several: deepspeed launch/train.py with the same flags
+  train   train a model by LISA, on one device or on several of this host; on more: launch/README.md
   plan    what a run will need of memory, part by part, and the command that fits; needs no GPU and no weights
   export  turn a checkpoint of any run into a folder that from_pretrained loads, without a GPU
   check   on every host before a run: GPUs, address, output folder, versions, time to save

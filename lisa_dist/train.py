@@ -79,18 +79,7 @@ def run(
 ) -> None:
     """Train and save: arguments checked, data, model, training, the model in `output_dir`."""
     resume_from = _resume_from(training_args.resume_from_checkpoint)
-    if resume_from == "auto" and run_args.method != "lisa":
-        raise UserError(f"--resume_from_checkpoint auto: --method {run_args.method} takes a folder or true.")
-    if run_args.method != "lisa" and training_args.optim is LisaOptimizerNames.LISA_ADAMW:
-        raise UserError(f"--optim lisa_adamw with --method {run_args.method}: it is for --method lisa.")
-    if run_args.method == "lisa":
-        ds_config = training_args.deepspeed
-        ds_config = ds_config if isinstance(ds_config, dict) else read_ds_config(ds_config)
-        check_ds_config(ds_config)
-        offload_by_block(ds_config, lisa_config.offloaded)
-        offload = uses_optimizer_offload(ds_config)
-        check_optim(training_args.optim, offload, lisa_config, _precision(training_args))
-        _check_layers(run_args, model_args, training_args, lisa_config)
+    _check_arguments(run_args, training_args, model_args, lisa_config)
     if training_args.use_cpu:
         # Accelerate has started gloo, but DeepSpeed must know of it too before a model is loaded under ZeRO-3.
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
@@ -104,7 +93,6 @@ def run(
         trust_remote_code=training_args.trust_remote_code,
     )
     template = set_chat_template(tokenizer, training_args.chat_template_path)
-    packed = packs_documents(training_args)
     attention, why = choose_attention(
         model_args.attn_implementation,
         half_precision=_precision(training_args) != "fp32",
@@ -113,7 +101,7 @@ def run(
             revision=model_args.model_revision,
             trust_remote_code=training_args.trust_remote_code,
         ),
-        packed=packed,
+        packed=packs_documents(training_args),
         use_cpu=training_args.use_cpu,
     )
     data = load_rows(data_args, training_args, tokenizer)
@@ -128,6 +116,54 @@ def run(
         "dtype": model_args.dtype
         or {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[_precision(training_args)],
     } | (training_args.model_init_kwargs or {})
+    trainer = _build_trainer(run_args, training_args, model_args, lisa_config, tokenizer, data)
+    trainer.accelerator.print(_describe_run(run_args, training_args, model_args, f"{attention} ({why})", template))
+    trainer.accelerator.print("\n".join(["rows", *(f"  {line}" for text in data.lines for line in text.split("\n"))]))
+
+    trainer.train(resume_from_checkpoint=resume_from)
+    if getattr(trainer, "stopped_by", None) is not None:
+        trainer.accelerator.print(
+            f"{trainer.stopped_by}: stopped after step {trainer.state.global_step} and saved; go on with the same "
+            "command and --resume_from_checkpoint true"
+        )
+    else:
+        trainer.save_model()
+        trainer.save_state()  # losses of every logged step, in trainer_state.json
+        trainer.accelerator.print(_describe_outcome(trainer.state.log_history))
+        trainer.accelerator.print(f"saved {training_args.output_dir}; load it with from_pretrained")
+    # Ranks that simply exit tear down gloo under each other's feet.
+    dist.barrier()
+    release_shared_memory()
+    trainer.end()
+
+
+def _check_arguments(
+    run_args: RunArguments, training_args: LisaSFTConfig, model_args: ModelArguments, lisa_config: LisaConfig
+) -> None:
+    """Check what does not go together before anything is started."""
+    if training_args.resume_from_checkpoint == "auto" and run_args.method != "lisa":
+        raise UserError(f"--resume_from_checkpoint auto: --method {run_args.method} takes a folder or true.")
+    if run_args.method != "lisa" and training_args.optim is LisaOptimizerNames.LISA_ADAMW:
+        raise UserError(f"--optim lisa_adamw with --method {run_args.method}: it is for --method lisa.")
+    if run_args.method == "lisa":
+        ds_config = training_args.deepspeed
+        ds_config = ds_config if isinstance(ds_config, dict) else read_ds_config(ds_config)
+        check_ds_config(ds_config)
+        offload_by_block(ds_config, lisa_config.offloaded)
+        offload = uses_optimizer_offload(ds_config)
+        check_optim(training_args.optim, offload, lisa_config, _precision(training_args))
+        _check_layers(run_args, model_args, training_args, lisa_config)
+
+
+def _build_trainer(
+    run_args: RunArguments,
+    training_args: LisaSFTConfig,
+    model_args: ModelArguments,
+    lisa_config: LisaConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+) -> SFTTrainer:
+    """The trainer of the method, with the model loaded."""
     arguments = {
         "model": model_args.model_name_or_path,
         "args": training_args,
@@ -147,28 +183,11 @@ def run(
         trainer = SFTTrainer(**arguments)
     if training_args.bf16 and training_args.use_cpu and not cpu_multiplies_bf16():
         multiply_in_fp32(trainer.model)
-    if packed and run_args.method != "lisa":  # LisaTrainer has it
+    if packs_documents(training_args) and run_args.method != "lisa":  # LisaTrainer has it
         trainer.add_callback(PackingCheck(trainer, after=forget_module_order))
     if run_args.sample_prompt:
         trainer.add_callback(_SampleCallback(trainer, run_args.sample_prompt))
-    trainer.accelerator.print(_describe_run(run_args, training_args, model_args, f"{attention} ({why})", template))
-    trainer.accelerator.print("\n".join(["rows", *(f"  {line}" for text in data.lines for line in text.split("\n"))]))
-
-    trainer.train(resume_from_checkpoint=resume_from)
-    if getattr(trainer, "stopped_by", None) is not None:
-        trainer.accelerator.print(
-            f"{trainer.stopped_by}: stopped after step {trainer.state.global_step} and saved; go on with the same "
-            "command and --resume_from_checkpoint true"
-        )
-    else:
-        trainer.save_model()
-        trainer.save_state()  # losses of every logged step, in trainer_state.json
-        trainer.accelerator.print(_describe_outcome(trainer.state.log_history))
-        trainer.accelerator.print(f"saved {training_args.output_dir}; load it with from_pretrained")
-    # Ranks that simply exit tear down gloo under each other's feet.
-    dist.barrier()
-    release_shared_memory()
-    trainer.end()
+    return trainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
