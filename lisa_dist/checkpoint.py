@@ -4,6 +4,7 @@ A folder `checkpoint-N` holds
 
 - the model as `save_pretrained` writes it, all blocks, asleep or not;
 - `lisa_optimizer-RANK-of-RANKS.safetensors`: masters and moments of active blocks and of kept ones, by parameter name;
+- `lisa_movement.safetensors`: samples of the weights at the start, by which later movement is told;
 - `lisa_state.json`: format, step, period, active layers, settings, versions, and the SHA-256 of every other file.
 
 DeepSpeed's own checkpoints are no base for this: they tie the optimizer to one world size, and its universal form
@@ -44,6 +45,7 @@ from lisa_dist.files import (
     together,
     write_json,
 )
+from lisa_dist.movement import MOVEMENT_FILE
 from lisa_dist.state_files import MASTER, STATE_FILES, StateFiles, state_file, write_states
 from lisa_dist.weights import MAX_SHARD_SIZE, export_weights, has_weights, read_weights, write_configs, write_weights
 
@@ -98,6 +100,8 @@ def save_checkpoint(
         with together(folder):
             file = staging / state_file(dist.get_rank(), dist.get_world_size())
             write_states(file, *lisa.saved_states())
+            if dist.get_rank() == 0:
+                lisa.movement.save(staging / MOVEMENT_FILE)
         files = describe_files(staging)
         with together(folder):
             if writes:
@@ -136,6 +140,9 @@ def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict | None
     coding = lisa.partitions.coding
     lisa.keep_states(lambda key, pieces, numel: saved.read(key, pieces, numel, coding))
     lisa.partitions.load_counters(state["counters"])
+    step = engine.global_steps
+    began = step if changed else lisa.period * lisa.config.lisa_interval_steps
+    lisa.movement.load(folder / MOVEMENT_FILE if MOVEMENT_FILE in state["files"] else None, step, began)
     rates = state["learning_rates"]
     for group in engine.optimizer.param_groups:
         group |= rates.get(group["lisa_group"], next(iter(rates.values())))  # a new slot has the rate of the others
@@ -205,6 +212,7 @@ def start_from_weights(lisa: LisaController, folder: Path) -> None:
     """Begin a run from the weights in a folder, in whatever precision: an attached controller at step 0 takes them."""
     read_weights(lisa.engine, lisa.blocks, folder, same_dtype=False)
     lisa.load_state_dict(lisa.state_dict())  # partitions anew, with masters from the weights
+    lisa.movement.restart()
 
 
 def find_checkpoint(output_dir: str | Path) -> tuple[Path, dict] | None:

@@ -31,6 +31,7 @@ from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.cpu_ops import release_shared_memory
 from lisa_dist.invariants import SleepingWeights
 from lisa_dist.memory import live_tensor_bytes
+from lisa_dist.movement import WeightMovement
 from lisa_dist.nonfinite import NonfiniteGuard
 from lisa_dist.optimizer import split_by_decay
 from lisa_dist.period_log import PeriodLog, PeriodRecord
@@ -79,6 +80,7 @@ class LisaController:
         self.host_states: HostStates | None = None
         self._nonfinite: NonfiniteGuard | None = None
         self._watch: SleepingWeights | None = None
+        self.movement: WeightMovement | None = None  # of weights, once there is an engine
         self._begun_step = -1  # the last step that on_step_begin has seen
         if dist.is_initialized():
             held = [config.to_dict(), self.selection.weights, len(self.blocks.layers)]
@@ -112,7 +114,7 @@ class LisaController:
     def attach(self, engine: deepspeed.DeepSpeedEngine, output_dir: str | None = None) -> None:
         """Take over a DeepSpeed engine whose optimizer was built from `param_groups`.
 
-        With `output_dir`, rank 0 writes a line for each period to lisa_log.jsonl there.
+        With `output_dir`, rank 0 writes a line for each period to lisa_log.jsonl and to lisa_movement.jsonl there.
         """
         self.partitions = ZeroPartitions(engine)
         self.engine = engine
@@ -133,8 +135,11 @@ class LisaController:
                 "active blocks: build its optimizer from param_groups() of this controller, and keep "
                 "zero_optimization.sub_group_size larger than a block."
             )
+        trainable = [block for block in self.blocks if block.name not in (*self.config.frozen, "outside")]
+        self.movement = WeightMovement(self.partitions, trainable)
         if output_dir is not None and dist.get_rank() == 0:
             self._log.write_to(output_dir)
+            self.movement.write_to(output_dir)
         self.active = self._agree()
         if self.selection.sampled:
             self._activate()
@@ -232,6 +237,7 @@ class LisaController:
         if self._watch is not None:
             self._watch.check(self.period)
         self._log.close(self.engine.global_steps, self._measure)
+        self._note_movement()
 
     # A switch, in order
 
@@ -239,6 +245,7 @@ class LisaController:
         if self._watch is not None:
             self._watch.check(self.period)
         started = time.perf_counter()
+        self._note_movement()
         self.period = period
         self.active = self._agree()
         self._activate()
@@ -261,6 +268,12 @@ class LisaController:
         self._begin_record(self.engine.global_steps, time.perf_counter() - started, released)
         if self._watch is not None:
             self._watch.remember(self.selection.asleep(self.active))
+
+    def _note_movement(self) -> None:
+        """Look at the weights of the blocks whose period ends."""
+        asleep = self.selection.asleep(self.active)
+        trained = [block.name for block in self.blocks if block.parameters and block not in asleep]
+        self.movement.end_period(self.period, self.engine.global_steps, trained)
 
     def _agree(self) -> Draw:
         """Rank 0's draw for the period, on every rank."""

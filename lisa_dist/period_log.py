@@ -70,11 +70,17 @@ class PeriodLog:
         return None if self._open is None else vars(self._open).copy()
 
     def _earlier_lines(self, step: int) -> str:
-        """The log up to `step` of the run that this one resumes; a line that a kill has cut short ends it."""
-        kept = ""
-        if self.resumed and self._path.is_file():
-            for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if not line.endswith("}\n") or json.loads(line)["step"] >= step:
-                    break
-                kept += line
-        return kept
+        """The log up to `step` of the run that this one resumes."""
+        earlier = read_lines(self._path) if self.resumed else []
+        return "".join(json.dumps(line) + "\n" for line in earlier if line["step"] < step)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a log, none where there is no such file; a line that a kill has cut short ends it."""
+    lines = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("}\n"):
+                break
+            lines.append(json.loads(line))
+    return lines

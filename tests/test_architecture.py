@@ -26,7 +26,7 @@ LEVELS = [
     {"data", "optimizer", "memory", "period_log", "nonfinite", "recompute", "health"},
     {"selection", "fake_run"},
     {"zero", "state_files", "weights"},
-    {"invariants", "controller", "backward"},
+    {"invariants", "movement", "controller", "backward"},
     {"checkpoint", "evaluation", "analysis", "planning", "loop", "describe"},
     {"measuring"},
     {"run_memory"},
@@ -36,6 +36,7 @@ LEVELS = [
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 SAME_LEVEL = {
     ("controller", "invariants"),
+    ("controller", "movement"),
     ("cli", "train"),
     ("cli", "plan"),
     ("cli", "info"),
