@@ -3,8 +3,9 @@
 from setuptools import setup
 
 LAUNCHER = ["ninja>=1.11"]  # DeepSpeed compiles its C++ ops with it at first use
-QUICKSTART = ["gguf>=0.10", "tensorboard>=2.14"]
-PLOT = ["matplotlib>=3.8"]
+QUICKSTART = ["gguf>=0.10"]
+# The line of the progress, the plots of the report, the tracker that a run logs to by default.
+SHOWN = ["rich>=13.7", "matplotlib>=3.8", "tensorboard>=2.14"]
 TRITON = ["triton>=3.2; sys_platform == 'linux'"]  # a CUDA torch brings its own; the tests run it in its interpreter
 LIGER = ["liger-kernel>=0.8.2"]
 DEV = [*TRITON, "liger-kernel>=0.8.2; sys_platform == 'linux'", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6,<1"]
@@ -17,7 +18,7 @@ setup(
     python_requires=">=3.10",
     packages=["lisa_dist", "lisa_dist.kernels", "lisa_dist.ds_configs"],
     package_data={
-        "lisa_dist": ["model_configs/*.json"],
+        "lisa_dist": ["model_configs/*.json", "report.html"],
         "lisa_dist.ds_configs": ["*.json"],
         "lisa_dist.kernels": ["*"],
     },
@@ -31,13 +32,13 @@ setup(
         "trl>=1.16,<2",
         "peft>=0.17",
         *LAUNCHER,
+        *SHOWN,
     ],
     extras_require={
         "gpu": ["flash-attn>=2.6", *LIGER],
         "eval": ["lm-eval>=0.4"],
         "quickstart": QUICKSTART,
-        "plot": PLOT,
-        "dev": DEV + QUICKSTART + PLOT,
+        "dev": DEV + QUICKSTART,
     },
     entry_points={"console_scripts": ["lisa-dist=lisa_dist.cli:main"]},
 )

@@ -93,8 +93,8 @@ class Run:
 
     def preempt(self, number: int, steps: int, nodes: int) -> float:
         """Let it take some steps, preempt it, have it start again on so many nodes; seconds from signal to end."""
-        taken = self._log().count("'loss'")
-        self._until(lambda log: log.count("'loss'") >= taken + steps, f"step of start {number}")
+        taken = self._log().count("  loss ")
+        self._until(lambda log: log.count("  loss ") >= taken + steps, f"step of start {number}")
         words = ("--partition", "high", "--nodes", "2", "--exclusive", "-o", "/dev/null", "--wrap", "true")
         self._cluster.submit(*words)
         signalled = self._until(lambda log: log.count("USR1,") > number, f"signal {number}")

@@ -26,7 +26,7 @@ METHODS = ("lisa", "full")
 
 @dataclass
 class RunArguments:
-    """What to train, on which rows."""
+    """What to train, and how."""
 
     method: str = field(default="lisa", metadata={"help": "lisa, or full to train every parameter in every step."})
     sample_prompt: str | None = field(
@@ -74,6 +74,9 @@ class LisaSFTConfig(SFTConfig):
     optim: str = field(
         default="adamw_torch_fused", metadata={"help": f"The Trainer's names, and {LISA_ADAMW} with --method lisa."}
     )
+    report_to: None | str | list[str] = field(  # noqa: RUF036 - the parser goes by the second
+        default="tensorboard", metadata={"help": "Trackers: tensorboard, wandb, mlflow, ..., all, or none."}
+    )
     global_batch_size: int | None = field(
         default=None,
         metadata={
@@ -90,6 +93,8 @@ class LisaSFTConfig(SFTConfig):
         if not torch.cuda.is_available():
             self.use_cpu = True  # has Accelerate start gloo
             self.bf16 = bool(self.bf16)  # asked for, not by default: few CPUs multiply in bf16
+        if self.fsdp:
+            raise UserError(f"--fsdp {self.fsdp}: training is sharded by DeepSpeed's ZeRO; leave it out.")
         optim = getattr(self.optim, "value", self.optim)
         ours, known = optim == LISA_ADAMW, [name.value for name in OptimizerNames]
         if not ours and optim not in known:

@@ -78,8 +78,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint; every rank calls it between two optimizer steps.
 
-    `writes` says whether this rank writes the model (rank 0 by default); `write_more(path)`, called on
-    every rank, adds what `save_pretrained` writes beside the weights, and anything else.
+    `writes` says whether this rank writes the model (rank 0 by default); `write_more(path)`, called on every rank,
+    writes the model's configs in place of the save, and anything else that belongs to the model.
     Nothing stands at `folder` before all of it is on disk. Raises SaveError on every rank when one cannot write.
     """
     folder = Path(folder)

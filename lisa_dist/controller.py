@@ -35,7 +35,7 @@ from lisa_dist.movement import WeightMovement
 from lisa_dist.nonfinite import NonfiniteGuard
 from lisa_dist.optimizer import split_by_decay
 from lisa_dist.period_log import PeriodLog, PeriodRecord
-from lisa_dist.recompute import let_backward_end
+from lisa_dist.recompute import check_checkpointing, let_backward_end
 from lisa_dist.sampling import Draw
 from lisa_dist.selection import BlockSelection
 from lisa_dist.states import CopyStream, HostStates, PartitionKey, PartitionState, Piece, states_to_carry
@@ -121,11 +121,13 @@ class LisaController:
         let_backward_end(engine.module)
         self.host_states = HostStates(CopyStream(engine.device))
         self.partitions.before_step(self.host_states.copies.wait)
+        self.partitions.before_step(self._refuse_missed_step)
         if self.config.lisa_state == "keep" and engine.zero_round_robin_gradients():
             raise UserError(
                 "the DeepSpeed config has round_robin_gradients = true: with --lisa_state keep it must be false."
             )
         self._check_masters()
+        check_checkpointing(engine.module)
         self._nonfinite = NonfiniteGuard(engine, self.config.lisa_nonfinite)
         mine = self.selection.names_of(group["params"] for group in self.param_groups())
         theirs = self.partitions.keys()
@@ -317,6 +319,12 @@ class LisaController:
     def _refuse_missed_switch(self, module: torch.nn.Module, *_) -> None:
         step = self.engine.global_steps
         if module.training and torch.is_grad_enabled() and step // self.config.lisa_interval_steps != self.period:
+            raise RuntimeError(self._missed(step))
+
+    def _refuse_missed_step(self, *_) -> None:
+        """The same at the optimizer's step, whatever mode the model is in: no forward pass but training leads here."""
+        step = self.engine.global_steps
+        if step // self.config.lisa_interval_steps != self.period:
             raise RuntimeError(self._missed(step))
 
     def _missed(self, step: int) -> str:

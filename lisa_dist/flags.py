@@ -47,7 +47,7 @@ class FlagParser(HfArgumentParser):
             if not word.startswith("-"):
                 raise UserError(f"{word}: belongs to no flag; flags begin with --.")
             flag = word.partition("=")[0]
-            raise UserError(f"{flag}: no such flag; {_nearest(flag, self._option_string_actions)}.")
+            raise UserError(f"{flag}: no such flag; {_nearest(flag, self._option_string_actions)}")
 
 
 class _HelpAll(argparse.Action):
@@ -79,6 +79,14 @@ class RunParser(FlagParser, TrlParser):
         self.check_words(words[:at] + words[at + 2 :])
         return words
 
+    def given(self, words: Sequence[str]) -> list[str]:
+        """The names that `check`ed words and their recipe give, in that order, each once."""
+        names = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+        if "--config" in words:
+            recipe = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text(encoding="utf-8"))
+            names += [name for name in recipe if name != "env"]
+        return [name for name in dict.fromkeys(names) if name not in ("config", "local_rank")]
+
     def _check_recipe(self, path: str) -> None:
         said = f"--config {path}"
         try:
@@ -96,13 +104,13 @@ class RunParser(FlagParser, TrlParser):
         known = {action.dest for action in self._actions}
         for key in recipe:
             if key not in known and key != "env":
-                raise UserError(f"{said}: {key}: no such key; {_nearest(str(key), known)}.")
+                raise UserError(f"{said}: {key}: no such key; {_nearest(str(key), known)}")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     """The known name that is most like it, in a question; or where all are listed."""
     found = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), [*known], n=1)
-    return f"did you mean {found[0]}?" if found else "--help_all lists them"
+    return f"did you mean {found[0]}?" if found else "--help_all lists them."
 
 
 def _line_of(action: argparse.Action, what: str) -> str:

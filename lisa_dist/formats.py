@@ -2,9 +2,9 @@
 
     alpaca              instruction, output; input, system, history as they are there
     sharegpt            conversations of from/value; system
-    messages            messages of role/content
-    prompt_completion   prompt, completion: texts, or lists of turns
-    question_answer     question, answer
+    messages            messages of role/content; system
+    prompt_completion   prompt, completion: texts, or lists of turns and system
+    question_answer     question, answer; system
     text                text, for continued pre-training
 
 A turn is {"role": ..., "content": ...}: system, user and assistant, tool for what a tool has answered. A row of text is
@@ -70,12 +70,13 @@ def _sharegpt(row: Mapping) -> list[dict[str, str]]:
 
 
 def _messages(row: Mapping) -> list[dict[str, str]]:
-    return _turns(row, "messages", "role", "content")
+    return _system(row) + _turns(row, "messages", "role", "content")
 
 
 def _prompt_completion(row: Mapping) -> list[dict[str, str]]:
     if isinstance(row["prompt"], (list, tuple)) or isinstance(row["completion"], (list, tuple)):
-        return _turns(row, "prompt", "role", "content") + _turns(row, "completion", "role", "content")
+        turns = _turns(row, "prompt", "role", "content") + _turns(row, "completion", "role", "content")
+        return _system(row) + turns
     written = {"prompt": _text(row, "prompt"), "completion": _answer(row, "completion")}
     return [{"role": role, "content": content} for role, content in written.items()]
 
@@ -97,6 +98,22 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping], list[dict[str, str
     "question_answer": (("question", "answer"), _question_answer),
     "text": (("text",), _plain_text),
 }
+# Columns that a format also reads, where there are some.
+_ALSO_READ = {
+    "messages": ("system",),
+    "sharegpt": ("system",),
+    "prompt_completion": ("system",),  # beside lists
+    "alpaca": ("input", "system", "history"),
+    "question_answer": ("system",),
+}
+
+
+def describe_columns(format_name: str, columns: Iterable[str]) -> str:
+    """The columns that a format reads, and those that it leaves."""
+    read = (*FORMATS[format_name][0], *_ALSO_READ.get(format_name, ()))
+    left = [column for column in columns if column not in read]
+    used = ", ".join(column for column in columns if column in read)
+    return f"{format_name} ({used}" + (f"; not read: {', '.join(left)})" if left else ")")
 
 
 def _pair(user: str, assistant: str) -> list[dict[str, str]]:

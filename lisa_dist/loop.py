@@ -53,4 +53,5 @@ def initialize(
     optimizer = build_optimizer(groups, optim, lr=lr, offload=offload, seed=config.lisa_seed)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=filled)
     lisa.attach(engine, output_dir)
+    engine.train()  # from_pretrained gives models that are to be used, not trained
     return engine, lisa

@@ -1,7 +1,7 @@
 """What a run tells of LISA: tracker metrics and the header at its start."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from lisa_dist.config import UserError
 
@@ -10,18 +10,32 @@ MIB = 2**20
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def lisa_metrics(record, visit_counts: Sequence[int], block_visit_counts: Mapping[str, int]) -> dict[str, float]:
-    """Scalars for the trackers: the last period's record (seconds, bytes), how often each layer and block was drawn."""
+def lisa_metrics(lisa) -> dict[str, float]:
+    """Scalars of a controller for the trackers: which layers train, how often each block was drawn, what switches cost.
+
+    Seconds and bytes are of the last period whose first step is done; update norms of the last one that has ended.
+    """
+    record = lisa.records[-1]
     metrics = {
-        "lisa/period": record.period,
+        "lisa/period": lisa.period,
         "lisa/switch_seconds": record.seconds,
         "lisa/state_bytes_per_rank": record.state_bytes_per_rank,
         "lisa/bytes_released": record.bytes_released,
         "lisa/live_bytes": record.live_bytes,
         "lisa/host_bytes": record.host_bytes,
     }
-    metrics |= {f"lisa/visits/layer_{layer:02d}": count for layer, count in enumerate(visit_counts)}
-    return metrics | {f"lisa/visits/{block}": count for block, count in block_visit_counts.items()}
+    for layer, count in enumerate(lisa.visit_counts):
+        metrics[f"lisa/active_layers/layer_{layer:02d}"] = int(layer in lisa.active_layers)
+        metrics[f"lisa/visits/layer_{layer:02d}"] = count
+    metrics |= {f"lisa/visits/{block}": count for block, count in lisa.block_visit_counts.items()}
+    moved = lisa.movement.lines[-1]["blocks"] if lisa.movement.lines else {}
+    return metrics | {f"lisa/update_norm/{_metric_name(block)}": one["update"] for block, one in moved.items()}
+
+
+def _metric_name(block: str) -> str:
+    """layers.7 as layer_07, for trackers to sort by."""
+    kind, _, number = block.partition(".")
+    return f"layer_{int(number):02d}" if number else kind
 
 
 def format_active(layers: Sequence[int], blocks: Sequence[str]) -> str:

@@ -49,7 +49,7 @@ class PlanArguments:
     )
     reserve: str = field(default="1GiB", metadata={"help": "Of a GPU, for the CUDA context, NCCL and fragments."})
     json: str | None = field(default=None, metadata={"help": "Write the plans to this file."})
-    plot: str | None = field(default=None, metadata={"help": "Draw them as bars to this .png (needs matplotlib)."})
+    plot: str | None = field(default=None, metadata={"help": "Draw them as bars to this .png."})
 
     def __post_init__(self):
         counts = ("gpus", "gpus_per_host", "seq_length", "micro_batch_size", "gradient_accumulation_steps", "lora_rank")
@@ -280,10 +280,8 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
 
 def plot_plans(plans: Sequence[Plan], arguments: PlanArguments) -> None:
     """A bar of stacked parts for each way of running, and the budget as a line, written to `--plot`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"--plot {arguments.plot}: it needs matplotlib: pip install 'lisa_dist[plot]'.") from error
+    from matplotlib.figure import Figure  # which takes long to import, for a table
+
     figure = Figure(figsize=(1.5 * len(plans) + 3, 5), layout="constrained")
     axes = figure.subplots()
     names, bottoms = [plan.ds_config for plan in plans], [0.0] * len(plans)

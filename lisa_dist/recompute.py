@@ -82,6 +82,20 @@ def _enable(model: torch.nn.Module) -> None:
     let_backward_end(model)
 
 
+def check_checkpointing(model: torch.nn.Module) -> None:
+    """Raise UserError where layers are checkpointed by the reentrant way.
+
+    It runs a layer's backward pass only if its input requires a gradient: above sleeping blocks nothing would train.
+    """
+    for module in model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(checkpoint, "keywords", {}).get("use_reentrant") and module.gradient_checkpointing:
+            raise UserError(
+                "the model's gradient checkpointing is reentrant, which gives no gradients where the blocks before a "
+                'layer sleep: call gradient_checkpointing_enable({"use_reentrant": False}).'
+            )
+
+
 def let_backward_end(model: torch.nn.Module) -> None:
     """Let the backward pass end at the lowest block that trains, where transformers has sent it on to the embeddings.
 

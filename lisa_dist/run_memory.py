@@ -5,7 +5,9 @@ plan of the worst period fits the budget with. One early step is measured (`Step
 the plan, off by as much as it was off for that step, fits. The end of a run has the two side by side.
 """
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from transformers import PretrainedConfig
 
@@ -16,7 +18,16 @@ from lisa_dist.files import gather
 from lisa_dist.measuring import StepMeter
 from lisa_dist.metrics import format_bytes, format_columns
 from lisa_dist.planning import PARTS, MemoryParts, StageSettings, plan_memory, widest_periods
-from lisa_dist.recompute import AUTO, checkpoint_layers, checkpointed_layers, fewest_layers, number_of_layers
+from lisa_dist.recompute import (
+    AUTO,
+    checkpoint_layers,
+    checkpointed_layers,
+    fewest_layers,
+    let_backward_end,
+    number_of_layers,
+)
+
+MEMORY_NAME = "lisa_memory.json"
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,7 @@ class RunMemory:
         self._meter: StepMeter | None = None
         self._measured: _MeasuredStep | None = None
         self._micro_batch: Workload | None = None
+        self._count: int | None = None  # of checkpointed layers, where the dial is set
         self._peaks: dict[int, int] = {}  # planned for the worst period, by number of checkpointed layers
         if checkpointed == AUTO and (config is None or longest is None):
             raise UserError(
@@ -68,12 +80,20 @@ class RunMemory:
         if self._dial is None:
             return None
         if self._dial != AUTO:
-            checkpoint_layers(self._model, self._lisa.blocks, number_of_layers(self._dial, self._num_layers))
+            self._count = number_of_layers(self._dial, self._num_layers)
+            checkpoint_layers(self._model, self._lisa.blocks, self._count)
             return None
         said = self._turn(offset=0)
         if self._lisa.config.lisa_interval_steps == 1:
             said += "; not corrected by a measured step, since each is the first of its period"
         return said
+
+    def hold_dial(self) -> None:
+        """Put it back where a trainer has turned checkpointing off for a moment and then on for all layers."""
+        blocks = self._lisa.blocks
+        if self._count is not None and checkpointed_layers(self._model, blocks) != self._count:
+            checkpoint_layers(self._model, blocks, self._count)
+        let_backward_end(self._model)
 
     def begin_step(self, step: int) -> None:
         """Measure this step if it is the first that has its moments already."""
@@ -132,6 +152,17 @@ class RunMemory:
             "measured": measured.parts.to_dict(),
         }
 
+    def write_report(self, output_dir: str | Path) -> None:
+        """Print the report, and write it to lisa_memory.json for what comes after the run."""
+        report = self.report()
+        print(format_report(report), flush=True)
+        if report is not None:
+            path = Path(output_dir) / MEMORY_NAME
+            try:
+                path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            except OSError as error:  # the model is still to be saved
+                print(f"{path} could not be written ({error.strerror})", flush=True)
+
     # The plan
 
     def _turn(self, offset: int) -> str:
@@ -155,6 +186,7 @@ class RunMemory:
         if problem is not None:
             raise UserError(f"--checkpointed_layers auto: {problem} Give none, all or a number of layers.")
         count, planned = chosen
+        self._count = count
         checkpoint_layers(self._model, self._lisa.blocks, count)
         compared = "of" if planned <= self._budget else "and there are"
         return (

@@ -8,7 +8,7 @@ import csv
 import gzip
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets, load_
 from datasets.exceptions import DatasetGenerationError
 
 from lisa_dist.config import UserError
-from lisa_dist.formats import FORMATS, RowError, detect, refuse_rows, to_turns
+from lisa_dist.formats import FORMATS, RowError, describe_columns, detect, refuse_rows, to_turns
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")  # and each of them with .gz, but parquet
 _FEATURES = Features(
@@ -52,6 +52,11 @@ class Source:
     def said(self) -> str:
         return f"{self.flag} {self.name}"
 
+    def renamed(self, columns: Iterable[str]) -> list[str]:
+        """Columns by the names that a format knows."""
+        names = {old: new for new, old in self.columns}
+        return [names.get(column, column) for column in columns]
+
 
 def load_turns(source: Source, skip_bad_rows: bool, seed: int) -> tuple[Dataset, str]:
     """The good rows of a source, sampled and weighted, with the columns turns and origin; and a line about them.
@@ -59,7 +64,7 @@ def load_turns(source: Source, skip_bad_rows: bool, seed: int) -> tuple[Dataset,
     Raises UserError naming the file, the row and the rule: for what is no data, and for bad rows that are not skipped.
     """
     name, wanted = _split_sample(source)
-    rows, format_name, columns = _convert(source, name)
+    rows, columns = _convert(source, name)
     bad = [index for index, problem in enumerate(rows["problem"]) if problem]
     if bad and not skip_bad_rows:
         refuse_rows(
@@ -71,7 +76,7 @@ def load_turns(source: Source, skip_bad_rows: bool, seed: int) -> tuple[Dataset,
         good = good.select([index for index in range(len(rows)) if index not in left_out])
     if not len(good):
         raise UserError(f"{source.said}: no row is left of {len(rows)}.")
-    told = f"{name}: {format_name} ({columns}), {len(good)} rows"
+    told = f"{name}: {columns}, {len(good)} rows"
     if bad:
         told += f", {len(bad)} bad ones left out, such as {rows[bad[0]]['origin']} {rows[bad[0]]['problem']}"
     generator = random.Random(f"{seed} {source.name}")
@@ -101,8 +106,8 @@ def _sample(rows: Dataset, number: int, generator: random.Random) -> Dataset:
     return rows.select(sorted(generator.sample(range(len(rows)), number)))
 
 
-def _convert(source: Source, name: str) -> tuple[Dataset, str, str]:
-    """All rows of a source as turns, the name of their format, and their columns."""
+def _convert(source: Source, name: str) -> tuple[Dataset, str]:
+    """All rows of a source as turns, and what is said of their format."""
     path = Path(name)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # of save_to_disk
         saved = load_from_disk(name)
@@ -120,7 +125,7 @@ def _convert(source: Source, name: str) -> tuple[Dataset, str, str]:
     return _convert_table(source, rows)
 
 
-def _convert_files(source: Source, files: list[Path]) -> tuple[Dataset, str, str]:
+def _convert_files(source: Source, files: list[Path]) -> tuple[Dataset, str]:
     problem, first = "it is empty", None
     for path in files:
         for origin, row, found in _read(path, source.said):
@@ -136,13 +141,14 @@ def _convert_files(source: Source, files: list[Path]) -> tuple[Dataset, str, str
     # Size and time are for the cache: a file that was changed is read anew.
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     arguments = {"stamps": stamps, "said": source.said, "format_name": format_name, "columns": source.columns}
-    return _generate(_turns_of_files, arguments), format_name, ", ".join(first)
+    return _generate(_turns_of_files, arguments), describe_columns(format_name, source.renamed(first))
 
 
-def _convert_table(source: Source, rows: Dataset) -> tuple[Dataset, str, str]:
+def _convert_table(source: Source, rows: Dataset) -> tuple[Dataset, str]:
     format_name = _format(source, rows.column_names)
     arguments = {"rows": rows, "format_name": format_name, "columns": source.columns}
-    return _generate(_turns_of_table, arguments), format_name, ", ".join(rows.column_names)
+    columns = source.renamed(rows.column_names)
+    return _generate(_turns_of_table, arguments), describe_columns(format_name, columns)
 
 
 def _format(source: Source, columns: Sequence[str]) -> str:
@@ -152,7 +158,7 @@ def _format(source: Source, columns: Sequence[str]) -> str:
         raise UserError(
             f"--dataset_columns: {source.name} has no {', '.join(missing)}; its columns are {', '.join(columns)}."
         )
-    found = source.format or detect([renamed.get(column, column) for column in columns])
+    found = source.format or detect(source.renamed(columns))
     if found is None:
         formats = "; ".join(f"{name} ({', '.join(needed)})" for name, (needed, _) in FORMATS.items())
         raise UserError(

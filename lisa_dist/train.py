@@ -5,9 +5,12 @@ Here is the order of a run. TRL's SFTTrainer loads the model and trains.
 
 import atexit
 import os
+import platform
+import shlex
 import sys
 import threading
 from collections.abc import Sequence
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
@@ -19,8 +22,16 @@ from torch import distributed as dist
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from lisa_dist.arguments import LisaOptimizerNames, LisaSFTConfig, ModelArguments, RunArguments, parse_arguments
+from lisa_dist.arguments import (
+    LisaOptimizerNames,
+    LisaSFTConfig,
+    ModelArguments,
+    RunArguments,
+    parse_arguments,
+    run_parser,
+)
 from lisa_dist.attention import PackingCheck, choose_attention, packs_documents
+from lisa_dist.blocks import parameter_numel
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 from lisa_dist.cpu_ops import release_shared_memory
@@ -35,9 +46,11 @@ from lisa_dist.encoding import set_chat_template
 from lisa_dist.health import check_same_everywhere
 from lisa_dist.liger import check_liger
 from lisa_dist.metrics import format_table
+from lisa_dist.monitoring import MonitoredMixin
 from lisa_dist.optimizer import check_optim
 from lisa_dist.rank_discovery import free_port
 from lisa_dist.recompute import number_of_layers, parse_checkpointed_layers
+from lisa_dist.run_files import write_run
 from lisa_dist.sampling import load_layer_weights
 from lisa_dist.stop_signals import catch_stop_signals
 from lisa_dist.trainer import LisaTrainer
@@ -76,8 +89,9 @@ def run(
     training_args: LisaSFTConfig,
     model_args: ModelArguments,
     lisa_config: LisaConfig,
+    argv: Sequence[str] = (),
 ) -> None:
-    """Train and save: arguments checked, data, model, training, the model in `output_dir`."""
+    """Train and save: arguments checked, data, model, training, the model in `output_dir`. `argv` is for the report."""
     resume_from = _resume_from(training_args.resume_from_checkpoint)
     _check_arguments(run_args, training_args, model_args, lisa_config)
     if training_args.use_cpu:
@@ -117,7 +131,11 @@ def run(
         or {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[_precision(training_args)],
     } | (training_args.model_init_kwargs or {})
     trainer = _build_trainer(run_args, training_args, model_args, lisa_config, tokenizer, data)
-    trainer.accelerator.print(_describe_run(run_args, training_args, model_args, f"{attention} ({why})", template))
+    if trainer.is_world_process_zero():
+        flags = _flags(run_args, data_args, training_args, model_args, lisa_config)
+        write_run(Path(training_args.output_dir), _record(argv, flags, trainer, data))
+    about = (f"{attention} ({why})", template)
+    trainer.accelerator.print(_describe_run(run_args, training_args, model_args, lisa_config, *about))
     trainer.accelerator.print("\n".join(["rows", *(f"  {line}" for text in data.lines for line in text.split("\n"))]))
 
     trainer.train(resume_from_checkpoint=resume_from)
@@ -131,6 +149,8 @@ def run(
         trainer.save_state()  # losses of every logged step, in trainer_state.json
         trainer.accelerator.print(_describe_outcome(trainer.state.log_history))
         trainer.accelerator.print(f"saved {training_args.output_dir}; load it with from_pretrained")
+        if trainer.is_world_process_zero():
+            _report(training_args.output_dir)
     # Ranks that simply exit tear down gloo under each other's feet.
     dist.barrier()
     release_shared_memory()
@@ -180,7 +200,7 @@ def _build_trainer(
             **arguments,
         )
     else:
-        trainer = SFTTrainer(**arguments)
+        trainer = _FullTrainer(**arguments)
     if training_args.bf16 and training_args.use_cpu and not cpu_multiplies_bf16():
         multiply_in_fp32(trainer.model)
     if packs_documents(training_args) and run_args.method != "lisa":  # LisaTrainer has it
@@ -197,10 +217,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments = parse_arguments(argv)
         if arguments[0].method == "lisa":
             catch_stop_signals()
-        run(*arguments)
+        run(*arguments, argv)
         _end_process()
     except UserError as error:
-        print(f"lisa-dist, rank {os.environ.get('RANK', 'unknown')}: {error}", flush=True)
+        rank = f", rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+        print(f"lisa-dist{rank}: {error}", flush=True)
         raise SystemExit(2) from error
 
 
@@ -279,6 +300,46 @@ def _resume_from(value: str | None) -> str | bool | None:
     return {"true": True, "false": False}.get(str(value).lower(), value)
 
 
+def _record(argv: Sequence[str], flags: dict[str, object], trainer: SFTTrainer, data: Data) -> dict:
+    """What the report says of a run: its settings, the command that repeats it, model and rows."""
+    args, model = trainer.args, trainer.model
+    words = [word for word in argv if not word.startswith("--local_rank")]
+    start = ["lisa-dist", "train", *(["--gpus", str(args.world_size)] if args.world_size > 1 else [])]
+    return {
+        "model": str(flags["--model_name_or_path"]),
+        "method": flags["--method"],
+        "devices": _describe_devices(args),
+        "began": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "command": shlex.join([*start, *words]),
+        "given": [f"--{name}" for name in run_parser().given(words)],
+        "flags": {name: _plain(value) for name, value in flags.items()},
+        "versions": _versions() | {"Python": platform.python_version()},
+        "parameters": sum(parameter_numel(parameter) for parameter in model.parameters()),
+        "num_layers": getattr(model.config.get_text_config(), "num_hidden_layers", None),
+        "rows": data.lines,
+    }
+
+
+def _plain(value: object) -> object:
+    """A flag's value as JSON has it."""
+    return value if isinstance(value, bool | int | float | str | list | dict | None) else str(value)
+
+
+def _report(folder: str) -> None:
+    """The report of a run that has ended; the model is saved already, so a full disk is only told."""
+    from lisa_dist.report import write_report  # matplotlib is for rank 0, and for the end
+
+    try:
+        print(f"wrote {write_report(folder)}", flush=True)
+    except OSError as error:
+        print(f"{folder}: the report could not be written ({error.strerror})", flush=True)
+
+
+def _describe_devices(args: SFTConfig) -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{args.world_size} x {device}, {_precision(args)}"
+
+
 def _describe_outcome(log_history: list[dict]) -> str:
     held_out = [entry["eval_loss"] for entry in log_history if "eval_loss" in entry]
     lines = [f"trained in {log_history[-1]['train_runtime']:.0f} s"]
@@ -292,22 +353,33 @@ def _precision(args: SFTConfig) -> str:
 
 
 def _describe_run(
-    run_args: RunArguments, args: SFTConfig, model_args: ModelArguments, attention: str, template: str
+    run_args: RunArguments,
+    args: SFTConfig,
+    model_args: ModelArguments,
+    lisa_config: LisaConfig,
+    attention: str,
+    template: str,
 ) -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     batch = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "deepspeed", "transformers", "trl"))
     rows = [
         ("method", run_args.method),
         ("model from", str(model_args.model_name_or_path)),
-        ("devices", f"{args.world_size} x {device}, {_precision(args)}"),
+        ("devices", _describe_devices(args)),
         ("attention", attention),
         ("chat template", template),
         ("optimizer", f"{args.optim.value}, learning rate {args.learning_rate}, weight decay {args.weight_decay}"),
         ("rows a step", str(batch)),
         ("versions", versions),
     ]
+    given = [name for name, value in lisa_config.to_dict().items() if value != LisaConfig().to_dict()[name]]
+    if run_args.method != "lisa" and given:  # the same recipe may serve to compare methods
+        rows.append(("without effect", f"{', '.join(f'--{name}' for name in given)}, which are for --method lisa"))
     return "run\n" + format_table(rows)
+
+
+class _FullTrainer(MonitoredMixin, SFTTrainer):
+    """Trains every parameter in every step; tells of it what a LISA run tells."""
 
 
 class _SampleCallback(TrainerCallback):

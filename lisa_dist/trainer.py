@@ -8,13 +8,14 @@ A step of the loop, which is the Trainer's own::
     log              the loss, and lisa/... beside it
 """
 
-import json
 import random
 from pathlib import Path
 
+import deepspeed
 import numpy
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, ProgressCallback, Trainer, TrainerCallback
+from torch import distributed as dist
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
@@ -38,19 +39,19 @@ from lisa_dist.files import gather, together
 from lisa_dist.health import SLOW, ComputeTime, describe_ranks
 from lisa_dist.liger import check_liger
 from lisa_dist.metrics import format_active, lisa_metrics
+from lisa_dist.monitoring import MonitoredMixin
 from lisa_dist.optimizer import build_optimizer, check_optim
 from lisa_dist.recompute import parse_budget, parse_checkpointed_layers
-from lisa_dist.run_memory import RunMemory, format_report
+from lisa_dist.run_memory import RunMemory
 from lisa_dist.stop_signals import StopSignals
 from lisa_dist.watchdog import HANG_TIMEOUT, Watchdog
 from lisa_dist.weights import save_without_weights, write_weights
 from lisa_dist.zero import forget_module_order
 
 RESERVED = 2**30  # bytes of a GPU, for the CUDA context, NCCL and fragments
-MEMORY_NAME = "lisa_memory.json"
 
 
-class LisaMixin:
+class LisaMixin(MonitoredMixin):
     """Put before a Trainer class: `class MyTrainer(LisaMixin, DPOTrainer): ...`; takes `lisa_config=LisaConfig(...)`.
 
     Needs a DeepSpeed config with ZeRO stage 1, 2 or 3 in the training arguments. `trainer.lisa` is the controller once
@@ -85,11 +86,12 @@ class LisaMixin:
         self._resume_state: dict | None = None
         self._weights_from: Path | None = None
         self._saved_step: int | None = None
+        if dist.is_initialized() and not deepspeed.comm.is_initialized():
+            # Accelerate has started gloo for CPU ranks, but DeepSpeed must know of it before it loads a model in parts.
+            deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
         super().__init__(*args, **kwargs)
         self._optim = optim or self.args.optim.value
         self._check_arguments()
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(_LisaProgressCallback())
         self.add_callback(_SwitchCallback(self))
 
     def create_optimizer(self, model=None):
@@ -265,6 +267,7 @@ class LisaMixin:
 
     def training_step(self, model, inputs, *args, **kwargs):
         """The Trainer's, with a note of whether this rank's loss was finite, and of the measured step's rows."""
+        self._memory.hold_dial()  # trainers that look at the model in two modes turn all of it on again
         if self._memory.wants_micro_batch and "input_ids" in inputs:
             mask = inputs.get("attention_mask")
             padded = mask is not None and not bool(mask.all())
@@ -326,13 +329,17 @@ class LisaMixin:
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add lisa/... to every training log, so that each tracker has them; all ranks log a loss, or none."""
         if "loss" in logs and self.lisa is not None and self.lisa.records:
-            logs = logs | lisa_metrics(self.lisa.records[-1], self.lisa.visit_counts, self.lisa.block_visit_counts)
+            logs = logs | lisa_metrics(self.lisa)
             if self._compute_time is not None:
                 rank, times, host = self._compute_time.slowest()
                 logs |= {"lisa/slowest_rank": rank, "lisa/slowest_rank_times_median": times}
                 if times > SLOW:
                     self._say(f"rank {rank} on host {host} computes {times:.2f} times as long as the median rank")
         super().log(logs, *args, **kwargs)
+
+    def active_now(self) -> str:
+        """The layers, and the outer blocks that are drawn, of this period."""
+        return "" if self.lisa is None else format_active(self.lisa.active_layers, self.lisa.active_blocks)
 
     def describe(self) -> str:
         """What will be trained, for the header of a run: blocks, parameters, ranks, states."""
@@ -345,7 +352,8 @@ class LisaMixin:
     def _check_arguments(self) -> None:
         if not self.is_deepspeed_enabled:
             raise UserError(
-                "LISA runs on DeepSpeed's ZeRO: give a config, such as --deepspeed zero2 (it works on one GPU too)."
+                "LISA runs on DeepSpeed's ZeRO, on one GPU too: give a config, such as ds_configs/zero2.json, by "
+                "--deepspeed."
             )
         check_ds_config(self._ds_config)
         offload_by_block(self._ds_config, self.lisa_config.offloaded)
@@ -393,14 +401,6 @@ class LisaTrainer(LisaMixin, SFTTrainer):
             self.add_callback(PackingCheck(self, after=forget_module_order))
 
 
-class _LisaProgressCallback(ProgressCallback):
-    """The Trainer's progress bar; lisa/... goes to the trackers and the log file, not to the terminal."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {name: value for name, value in (logs or {}).items() if not name.startswith("lisa/")}
-        super().on_log(args, state, control, logs=shown, **kwargs)
-
-
 class _SwitchCallback(TrainerCallback):
     """Binds the controller to the Trainer's events."""
 
@@ -445,21 +445,9 @@ class _SwitchCallback(TrainerCallback):
         self._trainer.lisa.close()
         self._trainer._watchdog.end_steps()
         if self._trainer.stopped_by is None and state.is_world_process_zero:
-            self._report_memory(args)
-
-    def _report_memory(self, args) -> None:
-        report = self._trainer._memory.report()
-        print(format_report(report), flush=True)
-        if report is not None:
-            path = Path(args.output_dir) / MEMORY_NAME
-            try:
-                path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            except OSError as error:  # the model is still to be saved
-                print(f"{path} could not be written ({error.strerror})", flush=True)
+            self._trainer._memory.write_report(args.output_dir)
 
     def _say_active(self, state) -> None:
-        from tqdm import tqdm
-
         lisa = self._trainer.lisa
-        active = format_active(lisa.active_layers, lisa.active_blocks)
-        tqdm.write(f"step {state.global_step:>5}  period {lisa.period:>4}  active layers: {active}")
+        active = self._trainer.active_now()
+        print(f"step {state.global_step:>5}  period {lisa.period:>4}  active layers: {active}", flush=True)

@@ -22,16 +22,18 @@ LEVELS = [
         "backend",
         "rank_discovery",
     },
-    {"files", "stop_signals", "watchdog", "cpu_ops", "adamw", "sources", "encoding"},
-    {"data", "optimizer", "memory", "period_log", "nonfinite", "recompute", "health"},
+    {"progress", "files", "stop_signals", "watchdog", "cpu_ops", "adamw", "sources", "encoding"},
+    {"monitoring", "data", "optimizer", "memory", "period_log", "nonfinite", "recompute", "health"},
     {"selection", "fake_run"},
     {"zero", "state_files", "weights"},
     {"invariants", "movement", "controller", "backward"},
     {"checkpoint", "evaluation", "analysis", "planning", "loop", "describe"},
     {"measuring"},
     {"run_memory"},
-    {"trainer", "arguments"},
-    {"train", "plan", "info", "preflight", "cli"},
+    {"trainer", "arguments", "run_files"},
+    {"plots"},
+    {"report"},
+    {"train", "plan", "info", "preflight", "init", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 SAME_LEVEL = {
@@ -40,6 +42,9 @@ SAME_LEVEL = {
     ("cli", "train"),
     ("cli", "plan"),
     ("cli", "info"),
+    ("cli", "init"),
+    ("init", "plan"),
+    ("train", "report"),
     ("cli", "preflight"),
     ("weights", "zero"),
 }

@@ -96,6 +96,10 @@ def miss_a_switch(how: str) -> str:
     with pytest.raises(RuntimeError) as error:
         if how == "forward":
             micro_step(engine, batches[4])
+        elif how == "step":  # of a model as from_pretrained gives it, which nobody has put in training mode
+            engine.eval()
+            for tokens in batches[4:6]:
+                micro_step(engine, tokens)
         else:
             engine.global_steps = 5
             lisa.on_step_begin()
@@ -103,7 +107,7 @@ def miss_a_switch(how: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize(("how", "step"), [("forward", 2), ("call", 5)])
+@pytest.mark.parametrize(("how", "step"), [("forward", 2), ("step", 2), ("call", 5)])
 def test_a_missed_switch_is_an_error(how, step):
     message = run_ranks(miss_a_switch, 2, how)[0]
     assert message.startswith(f"step {step} is in period {step // 2}")
@@ -207,6 +211,10 @@ def attach_wrongly(what: str) -> str:
             engine, _ = engine_for(model, lisa)
             del engine.optimizer._grad_acc_hooks
             lisa.attach(engine)
+        elif what == "reentrant":
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            engine, _ = engine_for(model, lisa)
+            lisa.attach(engine)
     return str(error.value)
 
 
@@ -216,6 +224,7 @@ def attach_wrongly(what: str) -> str:
         ("stage 0", "set zero_optimization.stage to 1"),
         ("bf16 optimizer", "grad_accum_dtype = fp32"),
         ("other groups", "build its optimizer from param_groups()"),
+        ("reentrant", "the model's gradient checkpointing is reentrant"),
         ("private name", "lacks _grad_acc_hooks, which LISA needs"),
     ],
 )

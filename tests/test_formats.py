@@ -2,7 +2,7 @@
 
 import pytest
 
-from lisa_dist.formats import RowError, detect, to_turns
+from lisa_dist.formats import RowError, describe_columns, detect, to_turns
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
@@ -14,6 +14,7 @@ HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
     [
         ({"messages": [SYSTEM, USER, ASSISTANT]}, "messages", [SYSTEM, USER, ASSISTANT]),
         ({"messages": [{"role": "User", "content": "q"}, ASSISTANT], "id": 1}, "messages", [USER, ASSISTANT]),
+        ({"messages": [USER, ASSISTANT], "system": "s"}, "messages", [SYSTEM, USER, ASSISTANT]),
         ({"conversations": [HUMAN, GPT], "system": "s"}, "sharegpt", [SYSTEM, USER, ASSISTANT]),
         ({"conversations": [{"from": "system", "value": "s"}, HUMAN, GPT]}, "sharegpt", [SYSTEM, USER, ASSISTANT]),
         ({"conversations": [USER, ASSISTANT]}, "sharegpt", [USER, ASSISTANT]),
@@ -41,12 +42,22 @@ HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
             [{"role": "prompt", "content": "q"}, {"role": "completion", "content": "a"}],
         ),
         ({"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, "prompt_completion", [SYSTEM, USER, ASSISTANT]),
+        (
+            {"prompt": [USER], "completion": [ASSISTANT], "system": "s"},
+            "prompt_completion",
+            [SYSTEM, USER, ASSISTANT],
+        ),
         ({"text": "t"}, "text", [{"role": "text", "content": "t"}]),
     ],
 )
 def test_rows_become_turns(row, name, turns):
     assert detect(list(row)) == name
     assert to_turns(row, name) == turns
+
+
+def test_columns_that_are_not_read_are_told():
+    assert describe_columns("messages", ["id", "messages", "tools"]) == "messages (messages; not read: id, tools)"
+    assert describe_columns("alpaca", ["instruction", "input", "output"]) == "alpaca (instruction, input, output)"
 
 
 def test_columns_of_no_format():

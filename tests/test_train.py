@@ -91,11 +91,18 @@ def flags_for(folder: Path, output_dir: Path, **changes) -> list[str]:
         ("deepspeed", {"deepspeed": "zero3", "bf16": True, "sample_prompt": "1 + 1?"} | SMALLEST),
         ("torchrun", {"deepspeed": "zero2_offload"}),
         ("python", {}),
-        ("lisa-dist", {"deepspeed": "zero1", "optim": "adamw_8bit"}),
     ],
 )
-def test_every_way_of_starting(folder, tmp_path, how, changes):
+def test_every_way_of_starting(folder, tmp_path, how, changes):  # and lisa-dist in test_report.py
     finished = start(how, flags_for(folder, tmp_path / "out", **changes))
+    check_run(finished, tmp_path / "out", [0, 2, 4])
+    if "sample_prompt" in changes:
+        assert "before training, asked: 1 + 1?" in finished.stdout
+        assert "after training, asked: 1 + 1?" in finished.stdout
+
+
+def check_run(finished: subprocess.CompletedProcess, out: Path, periods_begin: list[int]) -> None:
+    """What every run says and leaves behind."""
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     for line in (
         "sdpa (no CUDA device)",
@@ -104,17 +111,15 @@ def test_every_way_of_starting(folder, tmp_path, how, changes):
         "period    2  active layers:",
     ):
         assert line in finished.stdout + finished.stderr, line
-    periods = [json.loads(line) for line in (tmp_path / "out" / "lisa_log.jsonl").read_text().splitlines()]
-    assert [period["step"] for period in periods] == [0, 2, 4]
-    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    periods = [json.loads(line) for line in (out / "lisa_log.jsonl").read_text().splitlines()]
+    assert [period["step"] for period in periods] == periods_begin
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert held_out[-1] < held_out[0]
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    saved = {path.name for path in (tmp_path / "out").iterdir()}
+    AutoModelForCausalLM.from_pretrained(out)
+    saved = {path.name for path in out.iterdir()}
     assert {"generation_config.json", "chat_template.jinja", "tokenizer.json", "model.safetensors"} <= saved
-    if "sample_prompt" in changes:
-        assert "before training, asked: 1 + 1?" in finished.stdout
-        assert "after training, asked: 1 + 1?" in finished.stdout
+    assert {"report.html", "report", "lisa_run.json", "lisa_memory.json", "lisa_movement.jsonl"} <= saved
 
 
 @pytest.mark.slow
@@ -122,7 +127,10 @@ def test_every_way_of_starting(folder, tmp_path, how, changes):
 def test_full_training_under_the_same_roof(folder, tmp_path):
     finished = start("python", flags_for(folder, tmp_path / "out", method="full"))
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    assert "without effect  --lisa_interval_steps, --lisa_debug, which are for --method lisa" in finished.stdout
     assert not (tmp_path / "out" / "lisa_log.jsonl").exists()
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert re.findall(r'<section id="(\w+)">', report) == ["loss", "learning_rate", "speed", "settings"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
@@ -277,6 +285,7 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
         (["--lisa_layer", "3"], "--lisa_layer: no such flag; did you mean --lisa_"),
         (["--lisa_activated_layer", "3"], "did you mean --lisa_activated_layers?"),
         (["--lerning-rate", "3"], "--lerning-rate: no such flag; did you mean --learning_rate?"),
+        (["--fsdp", "true"], "--fsdp True: training is sharded by DeepSpeed's ZeRO"),
         (["--xyzzy"], "--xyzzy: no such flag; --help_all lists them"),
         (["more.jsonl"], "more.jsonl: belongs to no flag"),
         (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),

@@ -22,6 +22,7 @@ from lisa_dist import LisaConfig, LisaMixin
 from lisa_dist.checkpoint import STATE_NAME
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.files import write_json
+from lisa_dist.recompute import checkpointed_layers
 
 STEPS, ACCUMULATION, INTERVAL, LR, DECAY, ROWS = 8, 2, 3, 1e-3, 0.1, 2
 
@@ -83,6 +84,41 @@ def train(output_dir: str, ds_config: str, changes: dict, dial: str | int | None
         "header": trainer.describe(),
         "sum_of_weights": total,
     }
+
+
+class TwoModes(InOrder):
+    """Looks at the model without checkpointing in between, as TRL's DPOTrainer does for its reference."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        layers = self.lisa.blocks.layers
+        self.seen.append((checkpointed_layers(self.model, self.lisa.blocks), count_hooks(self.model)))
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.model.gradient_checkpointing_disable()
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert checkpointed_layers(self.model, self.lisa.blocks) == len(layers)
+        return loss
+
+
+def count_hooks(model) -> int:
+    """Hooks that would send the backward pass on to frozen embeddings."""
+    names = [getattr(hook, "__name__", "") for module in model.modules() for hook in module._forward_hooks.values()]
+    return names.count("make_inputs_require_grads")
+
+
+def train_in_two_modes(output_dir: str) -> list[tuple[int, int]]:
+    trainer = TwoModes(
+        model=tiny_llama(),
+        args=arguments(output_dir, "zero2", max_steps=2),
+        train_dataset=rows_for(dist.get_world_size()),
+        checkpointed_layers=2,
+    )
+    trainer.seen = []
+    trainer.train()
+    return trainer.seen
+
+
+def test_the_dial_holds_where_a_trainer_turns_checkpointing_off_and_on(tmp_path):
+    assert run_ranks(train_in_two_modes, 1, str(tmp_path)) == [[(2, 0)] * 4]
 
 
 def cosine(step: int) -> float:
