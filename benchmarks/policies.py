@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["llama2-7b", "llama3.1-8b"])
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "policies.json")
+    parser.add_argument("--plot", type=Path, help="draw bars to this .png")
     arguments = parser.parse_args()
     figures, rows = {}, []
     for model in arguments.models:
@@ -69,6 +70,33 @@ def main() -> None:
     header = ["model", "tokens", "checkpointed", "", "peak GiB", "between steps", "activations", "host"]
     print_table(header, rows)
     write_results(arguments.results, figures)
+    if arguments.plot:
+        plot(figures, arguments.models, arguments.plot)
+
+
+def plot(figures: dict, models: list[str], path: Path) -> None:
+    """Bars of a GPU's peak in rows of 1024 tokens without checkpointing, for each model; full training is cut off."""
+    from matplotlib.figure import Figure
+
+    shown = ("full", "LoRA r16", "LISA as published", "LISA, embed+head drawn", "LISA, drawn, 8 bit")
+    shown += ("LISA, states on host", "LISA, drawn, on host")
+    colors = {"full": "#9ca3af", "LoRA r16": "#d9580d"}
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, model in zip(figure.subplots(1, len(models), sharey=True), models, strict=True):
+        peaks = [figures[f"{model}, 1024 tokens, 0 checkpointed, {name}"]["gpu"]["peak"] / GIB for name in shown]
+        limit = 1.25 * max(peaks[1:])
+        axes.barh(shown, [min(peak, limit) for peak in peaks], color=[colors.get(name, "#2563eb") for name in shown])
+        for row, peak in enumerate(peaks):
+            inside = peak > limit
+            place, color = (limit * 0.98, "white") if inside else (peak + limit / 100, "#374151")
+            axes.text(place, row, f"{peak:.1f}", va="center", ha="right" if inside else "left", color=color)
+        axes.set_xlim(0, limit)
+        axes.set_title(model)
+        axes.set_xlabel("GiB on one GPU, planned")
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=110)
+    print(f"drawn to {path}")
 
 
 if __name__ == "__main__":

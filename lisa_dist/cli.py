@@ -1,5 +1,7 @@
 """The `lisa-dist` command. Each verb hands over to its module."""
 
+import importlib
+import logging
 import sys
 
 USAGE = """usage: lisa-dist train [--gpus N] --config recipe.yaml [--any_flag value]
@@ -16,50 +18,39 @@ USAGE = """usage: lisa-dist train [--gpus N] --config recipe.yaml [--any_flag va
   export  turn a checkpoint of any run into a folder that from_pretrained loads, without a GPU
   report  write report.html of a run, also while it goes on or where it was cut
   check   on every host before a run: GPUs, address, output folder, versions, time to save
-  info    what is installed here, and which kernels and attention a run would use, and why
+  info    what is installed here, which kernels and attention a run would use and why, and what is missing
+
+lisa-dist VERB --help has the flags of a verb.
 """
+# Verbs with flags: their module, which parses them and answers --help.
+_WITH_FLAGS = {"train": "train", "init": "init", "plan": "plan", "check": "preflight"}
+# Verbs with words alone: module, function, and the words.
+_WITH_WORDS = {
+    "export": ("checkpoint", "export_main", ("CHECKPOINT", "OUT")),
+    "report": ("report", "main", ("OUTPUT_DIR",)),
+    "info": ("info", "main", ()),
+}
 
 
 def main() -> None:
     """Run one verb of the command line."""
-    verb = sys.argv[1] if len(sys.argv) > 1 else None
-    if verb == "train":
-        from lisa_dist.train import main as train
-
-        train(sys.argv[2:])
+    # It warns of a kernel for 4-bit weights, which nothing here has.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    verb, words = sys.argv[1] if len(sys.argv) > 1 else None, sys.argv[2:]
+    if verb in _WITH_FLAGS:
+        importlib.import_module(f"lisa_dist.{_WITH_FLAGS[verb]}").main(words)
         return
-    if verb == "init":
-        from lisa_dist.init import main as init
-
-        init(sys.argv[2:])
-        return
-    if verb == "plan":
-        from lisa_dist.plan import main as plan
-
-        plan(sys.argv[2:])
-        return
-    if verb == "export" and len(sys.argv) == 4:
-        from lisa_dist.checkpoint import export_main as export
-
-        export(*sys.argv[2:])
-        return
-    if verb == "report" and len(sys.argv) == 3:
-        from lisa_dist.report import main as report
-
-        report(sys.argv[2])
-        return
-    if verb == "check":
-        from lisa_dist.preflight import main as check
-
-        check(sys.argv[2:])
-        return
-    if verb == "info" and len(sys.argv) == 2:
-        from lisa_dist.info import main as info
-
-        info()
-        return
-    print(USAGE, end="")
-    raise SystemExit(0 if verb in ("-h", "--help") else 2)
+    asks = verb in ("-h", "--help") or words in (["-h"], ["--help"])
+    if verb in _WITH_WORDS:
+        module, function, needed = _WITH_WORDS[verb]
+        if len(words) == len(needed) and not asks:
+            getattr(importlib.import_module(f"lisa_dist.{module}"), function)(*words)
+            return
+        what = next(line.split(maxsplit=1)[1] for line in USAGE.splitlines() if line.startswith(f"  {verb} "))
+        print(f"usage: {' '.join(['lisa-dist', verb, *needed])}\n\n{what}")
+    else:
+        print(USAGE, end="")
+    raise SystemExit(0 if asks else 2)
 
 
 if __name__ == "__main__":

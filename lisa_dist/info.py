@@ -1,6 +1,8 @@
 """What is installed here, and what a run would use of it: `lisa-dist info`."""
 
 import platform
+import shutil
+from importlib.util import find_spec
 
 import torch
 from transformers import LlamaConfig
@@ -13,10 +15,26 @@ from lisa_dist.metrics import format_table
 
 _NEEDED = ("torch", "deepspeed", "transformers", "accelerate", "trl", "datasets", "bitsandbytes", "peft")
 _OPTIONAL = ("triton", "flash-attn", "flash-attn-3", "liger-kernel")
+# What a run may lack: a module or a program, what for, where from, and whether only a GPU has a use for it.
+_WORTH_HAVING = (
+    ("flash_attn", "attention of packed rows at full speed", "pip install 'lisa_dist[gpu]' --no-build-isolation", True),
+    ("liger_kernel", "--use_liger_kernel: no logits in memory", "pip install 'lisa_dist[gpu]'", True),
+    ("triton", "fused steps of --optim lisa_adamw", "pip install triton (a CUDA torch brings it)", True),
+    (
+        "nvcc",
+        "offload by DeepSpeed: its CPU AdamW is built",
+        "CUDA's toolkit of torch's version, and CUDA_HOME",
+        True,
+    ),
+    ("ninja", "building DeepSpeed's operators", "pip install ninja, and its folder on PATH", False),
+    ("c++", "building DeepSpeed's operators", "apt install g++", False),
+    ("pdsh", "deepspeed --hostfile on several hosts", "apt install pdsh", False),
+    ("wandb", "--report_to wandb", "pip install wandb", False),
+)
 
 
 def describe() -> str:
-    """A table: device, versions, and the kernels and attention that a run in bf16 would have, each with the reason.
+    """A table: device, versions, the kernels and attention of a run in bf16 with the reasons, and what is missing.
 
     Raises ValueError where an environment variable forces kernels that cannot run.
     """
@@ -31,7 +49,17 @@ def describe() -> str:
         ("kernels of lisa_adamw", f"{kernels} ({why})"),
         ("attention of a Llama", f"{attention} ({why_attention})"),
     ]
-    return format_table(rows)
+    return format_table([*rows, *_missing(on_gpu)])
+
+
+def _missing(on_gpu: bool) -> list[tuple[str, str]]:
+    """Of what is worth having and not there, what it is for and how to get it."""
+    lacking = [
+        (f"missing: {name.replace('_', '-')}", f"for {what_for}; {how}")
+        for name, what_for, how, gpu_only in _WORTH_HAVING
+        if (on_gpu or not gpu_only) and shutil.which(name) is None and find_spec(name) is None
+    ]
+    return lacking or [("missing", "nothing that a run could use")]
 
 
 def main() -> None:

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 import yaml
 from torch import distributed as dist
-from transformers import HfArgumentParser
 
 from lisa_dist.config import UserError
+from lisa_dist.flags import FlagParser
 from lisa_dist.health import host_name, version_of
 from lisa_dist.metrics import format_bytes
 from lisa_dist.rank_discovery import expand_hosts, set_rank
@@ -49,13 +49,26 @@ class CheckArguments:
     meet_within: float = field(default=60.0, metadata={"help": "Seconds to wait for the other hosts."})
 
 
+USAGE = "lisa-dist check --config recipe.yaml --output_dir DIR [--any_flag_of_the_run value ...], on every host"
+HELP = {
+    "The run": {
+        "config": "its recipe; other flags are taken for the run's",
+        "output_dir": "its folder, which every host must see",
+    },
+    "What must hold": {
+        "gpus_per_node": "GPUs that each host must have",
+        "save_within": "seconds from the stop signal to the end of the job; 0: not checked",
+        "meet_within": "seconds to wait for the other hosts",
+    },
+}
+
+
 def main(argv: Sequence[str]) -> None:
     """Check this host and compare it with the others; exit status 2 on every host when anything is wrong."""
     host = host_name()
     try:
-        arguments, rest = HfArgumentParser(CheckArguments).parse_args_into_dataclasses(
-            argv, return_remaining_strings=True
-        )
+        parser = FlagParser([CheckArguments], USAGE, HELP)
+        arguments, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         set_rank()
         problems = _Host(host, arguments, _flags(arguments, rest)).check()
     except UserError as error:

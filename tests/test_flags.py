@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lisa_dist import arguments, plan, train
+from lisa_dist import arguments, cli, init, plan, preflight, train
 from lisa_dist.arguments import RunArguments, run_parser
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.data import DataArguments
+from lisa_dist.init import InitArguments
 from lisa_dist.plan import PlanArguments
 from lisa_dist.preflight import CheckArguments
 
@@ -20,6 +21,7 @@ def own_flags() -> dict[str, dict[str, str]]:
     """Our flags and their defaults; TRL's and the Trainer's are theirs to change."""
     of_verbs = {
         "train": (RunArguments, DataArguments, LisaConfig),
+        "init": (InitArguments,),
         "plan": (PlanArguments,),
         "check": (CheckArguments,),
     }
@@ -38,7 +40,15 @@ def test_the_flags_are_those_that_people_use():
     assert own_flags() == json.loads(SNAPSHOT.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(("verb", "groups"), [(train.main, arguments.HELP), (plan.main, plan.HELP)])
+@pytest.mark.parametrize(
+    ("verb", "groups"),
+    [
+        (train.main, arguments.HELP),
+        (plan.main, plan.HELP),
+        (init.main, init.HELP),
+        (preflight.main, preflight.HELP),
+    ],
+)
 def test_help_is_a_screen(capsys, monkeypatch, verb, groups):
     monkeypatch.setenv("SLURM_NTASKS", "4")  # as in an allocation, where a run would ask for srun
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -53,6 +63,28 @@ def test_help_is_a_screen(capsys, monkeypatch, verb, groups):
     assert shown == [flag for flags in groups.values() for flag in flags]
     if verb is train.main:
         assert "  --lisa_interval_steps          20                 optimizer steps in a period (K)" in screen
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--help"], 0, "usage: lisa-dist train"),
+        ([], 2, "usage: lisa-dist train"),
+        (["trian"], 2, "usage: lisa-dist train"),
+        (["export", "--help"], 0, "usage: lisa-dist export CHECKPOINT OUT\n\nturn a checkpoint of any run"),
+        (["export", "one"], 2, "usage: lisa-dist export CHECKPOINT OUT\n"),
+        (["report", "-h"], 0, "usage: lisa-dist report OUTPUT_DIR\n\nwrite report.html"),
+        (["info", "more"], 2, "usage: lisa-dist info\n\nwhat is installed here"),
+    ],
+)
+def test_verbs_without_flags_say_how_they_are_used(monkeypatch, capsys, words, code, said):
+    monkeypatch.setattr(cli.sys, "argv", ["lisa-dist", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    screen = capsys.readouterr().out
+    assert screen.startswith(said)
+    assert len(screen.splitlines()) <= 54
 
 
 def test_all_flags_can_be_listed(capsys):

@@ -25,7 +25,6 @@ OF_OTHERS = {
     "CUDA_HOME does not exist": "deepspeed/ops/op_builder/builder.py",
     "Unable to JIT load the": "deepspeed/ops/op_builder/builder.py",
     "Failed to load CPU gemm_4bit_forward": "bitsandbytes/backends/cpu/ops.py",
-    "None of the inputs have requires_grad=True": "torch/utils/checkpoint.py",
 }
 NO_RUN_FLAGS = {"--config", "--lisa_", "--pid", "--shm-size"}  # read before the parser; a prefix; of other programs
 
