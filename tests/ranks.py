@@ -5,6 +5,8 @@ most tests. A rank that raises fails the test with the traceback of every rank; 
 """
 
 import contextlib
+import functools
+import gc
 import multiprocessing
 import os
 import socket
@@ -108,6 +110,19 @@ class _Pool:
         self._folder.cleanup()
 
 
+@contextlib.contextmanager
+def without_collection():
+    """On a rank: no garbage is collected, so that cycles of live bytes are seen whenever a run would collect them."""
+    collect, gc.collect = gc.collect, lambda *_: 0
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.collect = collect
+        gc.collect()
+
+
 def _serve(rank: int, world_size: int, store: str, connection: Connection, interpret: bool) -> None:
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -120,6 +135,7 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection, inter
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=Path(store).parent.name,  # the store is a file, but DeepSpeed names shared memory by it
     )
+    import cpuinfo
     import deepspeed
     import torch
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -131,6 +147,13 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection, inter
     from lisa_dist.cpu_ops import release_shared_memory
 
     release_shared_memory()
+    # DeepSpeed asks for the CPU's vendor with every CPU optimizer, and the answer comes from a new process each time.
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    # All that was imported is set aside, or collections and counts of live bytes would walk it in every test; and so
+    # would the question of how much that is, which `lisa_dist.zero` asks at every switch.
+    gc.collect()
+    gc.freeze()
+    gc.get_freeze_count = functools.partial(int, gc.get_freeze_count())
     while True:
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             function, args = connection.recv()
