@@ -9,16 +9,20 @@ import functools
 import gc
 import multiprocessing
 import os
+import runpy
 import socket
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 # What ranks import, once for all of them; nothing of it starts threads.
-PRELOADED = ["deepspeed", "bitsandbytes", "trl.trainer.sft_trainer"]
+PRELOADED = ["deepspeed", "bitsandbytes", "trl.trainer.sft_trainer", "lisa_dist.train"]
 
 _pools: dict[tuple[int, bool], "_Pool"] = {}
 
@@ -44,6 +48,17 @@ def run_ranks(function: Callable, world_size: int, *args, timeout: float = 300, 
         raise
 
 
+def start_script(path: Path, words: Sequence[str], output: Path, environment: dict[str, str]) -> BaseProcess:
+    """Start a Python script in a process of its own, forked where ranks are: it need not import anything again.
+
+    `output` takes what it prints. Where the imports are what is tested, a new interpreter is the way.
+    """
+    arguments = (str(path), list(words), str(output), environment)
+    process = _forkserver().Process(target=_run_script, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
@@ -60,9 +75,7 @@ def stop_ranks() -> None:
 class _Pool:
     def __init__(self, world_size: int, interpret: bool):
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn" if interpret else "forkserver")
-        if not interpret:
-            context.set_forkserver_preload(PRELOADED)
+        context = multiprocessing.get_context("spawn") if interpret else _forkserver()
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
@@ -121,6 +134,22 @@ def without_collection():
         gc.enable()
         gc.collect = collect
         gc.collect()
+
+
+def _forkserver() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _run_script(path: str, words: list[str], output: str, environment: dict[str, str]) -> None:
+    with open(output, "wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [path, *words]
+    runpy.run_path(path, run_name="__main__")
 
 
 def _serve(rank: int, world_size: int, store: str, connection: Connection, interpret: bool) -> None:
