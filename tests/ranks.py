@@ -5,18 +5,24 @@ most tests. A rank that raises fails the test with the traceback of every rank; 
 """
 
 import contextlib
+import functools
+import gc
 import multiprocessing
 import os
+import runpy
 import socket
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 # What ranks import, once for all of them; nothing of it starts threads.
-PRELOADED = ["deepspeed", "bitsandbytes", "trl.trainer.sft_trainer"]
+PRELOADED = ["deepspeed", "bitsandbytes", "trl.trainer.sft_trainer", "lisa_dist.train"]
 
 _pools: dict[tuple[int, bool], "_Pool"] = {}
 
@@ -42,6 +48,19 @@ def run_ranks(function: Callable, world_size: int, *args, timeout: float = 300, 
         raise
 
 
+def start_script(
+    path: Path, words: Sequence[str], output: Path, environment: dict[str, str], folder: Path
+) -> BaseProcess:
+    """Start a Python script in a process of its own, forked where ranks are: it need not import anything again.
+
+    `folder` is where it runs; `output` takes what it prints. Where the imports are what is tested, a new interpreter is the way.
+    """
+    arguments = (str(path), list(words), str(output), environment, str(folder))
+    process = _forkserver().Process(target=_run_script, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
@@ -58,9 +77,7 @@ def stop_ranks() -> None:
 class _Pool:
     def __init__(self, world_size: int, interpret: bool):
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn" if interpret else "forkserver")
-        if not interpret:
-            context.set_forkserver_preload(PRELOADED)
+        context = multiprocessing.get_context("spawn") if interpret else _forkserver()
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
@@ -108,6 +125,36 @@ class _Pool:
         self._folder.cleanup()
 
 
+@contextlib.contextmanager
+def without_collection():
+    """On a rank: no garbage is collected, so that cycles of live bytes are seen whenever a run would collect them."""
+    collect, gc.collect = gc.collect, lambda *_: 0
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.collect = collect
+        gc.collect()
+
+
+def _forkserver() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _run_script(path: str, words: list[str], output: str, environment: dict[str, str], folder: str) -> None:
+    with open(output, "wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [path, *words]
+    runpy.run_path(path, run_name="__main__")
+
+
 def _serve(rank: int, world_size: int, store: str, connection: Connection, interpret: bool) -> None:
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -120,6 +167,7 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection, inter
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=Path(store).parent.name,  # the store is a file, but DeepSpeed names shared memory by it
     )
+    import cpuinfo
     import deepspeed
     import torch
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -131,6 +179,13 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection, inter
     from lisa_dist.cpu_ops import release_shared_memory
 
     release_shared_memory()
+    # DeepSpeed asks for the CPU's vendor with every CPU optimizer, and the answer comes from a new process each time.
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    # All that was imported is set aside, or collections and counts of live bytes would walk it in every test; and so
+    # would the question of how much that is, which `lisa_dist.zero` asks at every switch.
+    gc.collect()
+    gc.freeze()
+    gc.get_freeze_count = functools.partial(int, gc.get_freeze_count())
     while True:
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             function, args = connection.recv()

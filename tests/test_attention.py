@@ -4,8 +4,6 @@ With a GPU and flash-attn the same tests of equality run with flash-attn too, in
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from datasets import Dataset
 from models import VOCABULARY, tiny_llama
 from ranks import run_ranks
+from test_train import run_alone
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch.nn.functional import cross_entropy
@@ -487,20 +486,6 @@ def test_a_model_that_mixes_packed_documents_is_refused(folder, tmp_path, world_
         )
 
 
-# Imports once; each run is a process of its own, forked before there are any ranks.
-RUNS = """
-import os, sys
-from lisa_dist.train import main
-for words in sys.argv[1:]:
-    out, *flags = words.split("|")
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
-        main(flags)
-        sys.stdout.flush()
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
 COMMANDS = {
     ("llama", "--packing true"): (0, "sdpa (no CUDA device; packed rows by a block-diagonal mask)"),
     ("llama", "--packing true --attn_implementation eager --method full"): (
@@ -521,20 +506,11 @@ COMMANDS = {
 @pytest.mark.slow
 @pytest.mark.usefixtures("cpu_ops")
 def test_the_command_line_says_what_attention_does_and_what_it_refuses(folder, tmp_path):
-    runs = []
-    for number, (model, flags) in enumerate(COMMANDS):
+    for number, ((model, flags), (status, line)) in enumerate(COMMANDS.items()):
         always = f"--model_name_or_path {folder / model} --dataset_name {folder / 'rows.jsonl'} --max_length 32"
         always += f" --max_steps 1 --save_strategy no --report_to none --output_dir {tmp_path / str(number)}"
-        runs.append("|".join([str(tmp_path / f"{number}.txt"), *always.split(), *flags.split()]))
-    set_here = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in set_here}
-    finished = subprocess.run(
-        [sys.executable, "-c", RUNS, *runs], env=environment, capture_output=True, text=True, timeout=300
-    )
-    statuses = [int(line) for line in finished.stdout.split()]
-    assert statuses == [status for status, _ in COMMANDS.values()], finished.stderr[-3000:]
-    for number, (status, line) in enumerate(COMMANDS.values()):
-        said = (tmp_path / f"{number}.txt").read_text()
+        ended, said = run_alone([*always.split(), *flags.split()], tmp_path / f"{number}.txt")
+        assert ended == status, said[-3000:]
         assert line in said
         if status == 2:
             assert f"lisa-dist, rank 0: {line}" in said

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hosts import ADDRESSES, Host, Hosts, why_not
 from models import save_tiny_llama
-from test_train import BIN, ROOT, clean_environment, flags_for, start
+from test_train import BIN, ROOT, clean_environment, flags_for, on_two_ranks
 
 TRAIN = str(ROOT / "launch" / "train.py")
 CHANGES = {"deepspeed": "zero3", "max_steps": 4, "eval_steps": 4, "disable_tqdm": True}
@@ -42,8 +42,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def on_one_host(folder) -> list[dict]:
     """What two ranks on one host log."""
-    finished = start("torchrun", flags_for(folder, folder / "one", **CHANGES))
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    on_two_ranks(flags_for(folder, folder / "one", **CHANGES), folder)
     return losses(folder / "one")
 
 

@@ -13,7 +13,7 @@ import deepspeed
 import pytest
 import torch
 from models import tiny_gpt2, tiny_llama, token_batches
-from ranks import run_ranks
+from ranks import run_ranks, without_collection
 from reference import train_reference
 from torch import distributed as dist
 
@@ -322,6 +322,7 @@ def norms_of_steps(ds_config: str, chunk: int, accumulation: int) -> dict:
     return {"losses": losses, "norms": norms, "most": most}
 
 
+@without_collection()
 def train_with_offload(ds_config: str, settings: dict) -> dict:
     gc.collect()
     of_others = live_tensor_bytes()  # what other tests in this process have left
@@ -420,6 +421,7 @@ def train_and_check_bits(ds_config: str) -> dict:
     return {"losses": losses, "layers_of_period": sets[::INTERVAL], "dtypes": dtypes}
 
 
+@without_collection()
 def live_bytes_over_switches(ds_config: str, dtype: torch.dtype) -> dict:
     """Fifty switches, one step each, and what the run's own records say of each."""
     engine, lisa = lisa_dist.initialize(
@@ -450,6 +452,7 @@ def test_live_bytes_are_flat_over_fifty_switches(ds_config, dtype):
         assert max(outcome["live"]) - min(outcome["live"]) <= 64, outcome["live"]
 
 
+@without_collection()
 def peak_of_a_switch(ds_config: str, dtype: torch.dtype) -> dict:
     """Bytes that a switch holds for a moment, and those of the new masters, the old and the new layers' alike."""
     config = lisa_dist.LisaConfig(lisa_interval_steps=2, lisa_sampler="reshuffle")

@@ -6,6 +6,7 @@ which takes no time to import anything: when signals come, how ranks end, which 
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -289,12 +290,20 @@ def test_what_is_wrong_on_a_node_ends_the_job_before_the_run(cluster, recipe, tm
     assert "loss" not in log(tmp_path)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize(("mode", "exit_code"), [("fail", "7:0"), ("hang", "143:0"), ("unfit", "3:0")])
-def test_a_job_has_the_exit_code_of_its_run(cluster, stand_in, tmp_path, name, mode, exit_code):
-    job = cluster.wait(submit(cluster, name, tmp_path, ACTIVATE=stand_in, MODE=mode), SOON)
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", exit_code, "0"), log(tmp_path)
-    assert "train" not in log(tmp_path) if mode == "unfit" else "check 0" in log(tmp_path)
+def test_a_job_has_the_exit_code_of_its_run(cluster, stand_in, tmp_path):
+    """All at once: with few ranks, as they find room beside each other then."""
+    exit_codes = {"fail": "7:0", "hang": "143:0", "unfit": "3:0"}
+    words = ("--ntasks-per-node", "2", "--gpus-per-node", "0", "--cpus-per-task", "1")
+    jobs = {}
+    for name, mode in itertools.product(SCRIPTS, exit_codes):
+        folder = tmp_path / f"{name}-{mode}"
+        folder.mkdir()
+        jobs[folder] = mode, submit(cluster, name, folder, *words, ACTIVATE=stand_in, MODE=mode)
+    for folder, (mode, number) in jobs.items():
+        job = cluster.wait(number, SOON)
+        found = (job["JobState"], job["ExitCode"], job["Restarts"])
+        assert found == ("FAILED", exit_codes[mode], "0"), f"{folder.name}: {log(folder)}"
+        assert "train" not in log(folder) if mode == "unfit" else "check 0" in log(folder), folder.name
 
 
 @pytest.mark.parametrize(("name", "nodes", "ranks"), [("1node", 1, 4), ("multinode", 2, 8), ("preemptible", 2, 8)])
@@ -348,12 +357,20 @@ def test_a_signal_is_answered_whenever_it_comes(cluster, stand_in, tmp_path):
         assert "train" not in said or mode != "checking"
 
 
-@pytest.mark.parametrize("flags", [("--output_dir", "elsewhere"), ("--resume_from_checkpoint=checkpoint-1",)])
-def test_flags_that_a_restart_would_not_bear_are_refused(cluster, stand_in, tmp_path, flags):
-    variables = {"ACTIVATE": stand_in, "MODE": "save"}
-    job = cluster.wait(submit(cluster, "train_preemptible", tmp_path, flags=flags, **variables), SOON)
-    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
-    assert f"{flags[0].partition('=')[0]}: this script sets it; give OUTPUT_DIR" in log(tmp_path)
+def test_flags_that_a_restart_would_not_bear_are_refused(cluster, stand_in, tmp_path):
+    refused = {
+        "--output_dir": ("--output_dir", "elsewhere"),
+        "--resume_from_checkpoint": ("--resume_from_checkpoint=x",),
+    }
+    jobs = {}
+    for flag, flags in refused.items():
+        (tmp_path / flag).mkdir()
+        variables = {"ACTIVATE": stand_in, "MODE": "save"}
+        jobs[flag] = submit(cluster, "train_preemptible", tmp_path / flag, flags=flags, **variables)
+    for flag, number in jobs.items():
+        job = cluster.wait(number, SOON)
+        assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0"), log(tmp_path / flag)
+        assert f"{flag}: this script sets it; give OUTPUT_DIR" in log(tmp_path / flag)
 
 
 def test_a_run_that_is_preempted_as_it_ends_is_not_begun_again(cluster, stand_in, tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import torch
 import yaml
 from datasets import Dataset
 from models import save_tiny_llama
-from ranks import free_port, run_ranks
+from ranks import free_port, run_ranks, start_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -59,6 +60,39 @@ def start(how: str, flags: list[str]) -> subprocess.CompletedProcess:
         "lisa-dist": [str(BIN / "lisa-dist"), "train", "--gpus", "2"],
     }[how]
     return subprocess.run([*command, *flags], env=clean_environment(), capture_output=True, text=True, timeout=300)
+
+
+class Alone:
+    """The same in a process that has all imports already, for what a run does once it has begun."""
+
+    def __init__(self, words: list[str], output: Path, script: Path = ROOT / "launch" / "train.py", **variables: str):
+        output.touch()
+        self._output = output
+        self.process = start_script(script, words, output, clean_environment() | variables, Path.cwd())
+
+    @property
+    def said(self) -> str:
+        return self._output.read_text()
+
+    def wait(self) -> int | None:
+        """Its exit code."""
+        self.process.join(timeout=300)
+        self.process.kill()
+        self.process.join()
+        return self.process.exitcode
+
+
+def run_alone(flags: list[str], output: Path) -> tuple[int, str]:
+    """The exit code of a run of one rank, and what it said."""
+    run = Alone(flags, output)
+    return run.wait(), run.said
+
+
+def on_two_ranks(flags: list[str], folder: Path) -> None:
+    """A run of two ranks to its end."""
+    meet = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [Alone(flags, folder / f"{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **meet) for rank in range(2)]
+    assert [rank.wait() for rank in ranks] == [0, 0], "".join(rank.said[-3000:] for rank in ranks)
 
 
 def flags_for(folder: Path, output_dir: Path, **changes) -> list[str]:
@@ -125,9 +159,9 @@ def check_run(finished: subprocess.CompletedProcess, out: Path, periods_begin: l
 @pytest.mark.slow
 @pytest.mark.usefixtures("cpu_ops")
 def test_full_training_under_the_same_roof(folder, tmp_path):
-    finished = start("python", flags_for(folder, tmp_path / "out", method="full"))
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
-    assert "without effect  --lisa_interval_steps, --lisa_debug, which are for --method lisa" in finished.stdout
+    status, said = run_alone(flags_for(folder, tmp_path / "out", method="full"), tmp_path / "said.txt")
+    assert status == 0, said[-3000:]
+    assert "without effect  --lisa_interval_steps, --lisa_debug, which are for --method lisa" in said
     assert not (tmp_path / "out" / "lisa_log.jsonl").exists()
     report = (tmp_path / "out" / "report.html").read_text()
     assert re.findall(r'<section id="(\w+)">', report) == ["loss", "learning_rate", "speed", "settings"]
@@ -136,10 +170,11 @@ def test_full_training_under_the_same_roof(folder, tmp_path):
 
 @pytest.mark.slow
 def test_an_error_is_one_line_and_nothing_is_written(folder, tmp_path):
-    finished = start("python", flags_for(folder, tmp_path / "out", dataset_name=tmp_path / "absent.jsonl"))
-    assert finished.returncode == 2
-    assert f"lisa-dist, rank 0: --dataset_name {tmp_path / 'absent.jsonl'}: no such file" in finished.stdout
-    assert "Traceback" not in finished.stdout + finished.stderr
+    flags = flags_for(folder, tmp_path / "out", dataset_name=tmp_path / "absent.jsonl")
+    status, said = run_alone(flags, tmp_path / "said.txt")
+    assert status == 2
+    assert f"lisa-dist, rank 0: --dataset_name {tmp_path / 'absent.jsonl'}: no such file" in said
+    assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
 
 
@@ -220,27 +255,10 @@ def test_the_header_of_a_recipe_is_what_is_planned_of_it():
             assert str(flags[flag[0]]) == flag[1], (name, flag)
 
 
-# Imports once; each recipe is a run of its own in a process that is forked before there are any ranks.
-STEP_RECIPES = """
-import os, sys
-from lisa_dist.train import main
-code = 0
-for words in sys.argv[1:]:
-    child = os.fork()
-    if child == 0:
-        main(words.split("|"))
-        sys.stdout.flush()
-        os._exit(0)
-    code |= os.waitpid(child, 0)[1]
-sys.exit(code != 0)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("cpu_ops")
 def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
     recipes = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
-    runs = []
     for recipe in recipes:
         flags = ["--config", str(recipe), "--model_name_or_path", str(folder / "model"), "--max_steps", "2"]
         flags += ["--dataset_name", str(folder / "rows.jsonl"), "--output_dir", str(tmp_path / recipe.stem)]
@@ -249,13 +267,8 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
         rows = str(yaml.safe_load(recipe.read_text())["per_device_train_batch_size"])
         flags += ["--eval_rows", "8", "--global_batch_size", rows, "--gradient_accumulation_steps", "1"]
         flags += ["--bf16", "false"]
-        runs.append("|".join(flags))
-    environment = clean_environment()
-    finished = subprocess.run(
-        [sys.executable, "-c", STEP_RECIPES, *runs], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
-    for recipe in recipes:
+        status, said = run_alone(flags, tmp_path / f"{recipe.stem}.txt")
+        assert status == 0, said[-3000:]
         state = json.loads((tmp_path / recipe.stem / "trainer_state.json").read_text())
         assert state["global_step"] == 2
         memory = json.loads((tmp_path / recipe.stem / "lisa_memory.json").read_text())
@@ -364,9 +377,10 @@ print("never")
 """
 
 
-def test_a_finished_process_ends_well_with_all_that_was_to_be_done():
-    ended = subprocess.run([sys.executable, "-c", END], env=clean_environment(), capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout) == (0, "begun thread at exit ")
+def test_a_finished_process_ends_well_with_all_that_was_to_be_done(tmp_path):
+    (tmp_path / "end.py").write_text(END)
+    ended = Alone([], tmp_path / "said.txt", tmp_path / "end.py")
+    assert (ended.wait(), ended.said) == (0, "begun thread at exit ")
 
 
 def test_many_tasks_without_ranks_are_refused(monkeypatch):
@@ -406,27 +420,25 @@ def test_a_stopped_run_goes_on_to_the_weights_of_the_whole_one(folder, tmp_path)
         "eval_strategy": "no",
         "eval_on_start": False,
     }
-    assert start("python", flags_for(folder, tmp_path / "whole", **changes)).returncode == 0
+    assert run_alone(flags_for(folder, tmp_path / "whole", **changes), tmp_path / "whole.txt")[0] == 0
 
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), *flags_for(folder, out, **changes)]
-    with subprocess.Popen(
-        command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as run:
-        said = ""
-        for line in run.stdout:
-            said += line
-            if "period    1  active" in line:
-                run.send_signal(signal.SIGUSR1)
-    assert run.returncode == 0, said
+    run = Alone(flags_for(folder, out, **changes), tmp_path / "out.txt")
+    while "period    1  active" not in run.said and run.process.is_alive():
+        time.sleep(0.01)
+    os.kill(run.process.pid, signal.SIGUSR1)
+    status, said = run.wait(), run.said
+    assert status == 0, said
     assert "SIGUSR1: stopped after step" in said
     assert "--resume_from_checkpoint true" in said
     assert not (out / "model.safetensors").exists()
     (saved,) = out.glob("checkpoint-*")
     assert 2 < int(saved.name.split("-")[1]) < 50
 
-    resumed = start("python", flags_for(folder, out, **changes | {"resume_from_checkpoint": True}))
-    assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-3000:]
+    status, said = run_alone(
+        flags_for(folder, out, **changes | {"resume_from_checkpoint": True}), tmp_path / "resumed.txt"
+    )
+    assert status == 0, said[-3000:]
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     logs = [(path / "lisa_log.jsonl").read_text().splitlines() for path in (out, tmp_path / "whole")]
     periods = [[(line["period"], line["step"], line["layers"]) for line in map(json.loads, log)] for log in logs]
@@ -444,24 +456,26 @@ def test_a_plain_model_begins_a_new_run_and_auto_begins_without_a_checkpoint(fol
     other.save_pretrained(tmp_path / "other")
     still = {"learning_rate": 0, "max_steps": 1, "deepspeed": "zero3"}
     resume = {"resume_from_checkpoint": tmp_path / "other"}
-    plain = start("python", flags_for(folder, tmp_path / "out", **still, **resume))
-    assert plain.returncode == 0, plain.stdout[-3000:] + plain.stderr[-3000:]
-    assert f"{tmp_path / 'other'} is no checkpoint of a LISA run: a new run begins from its weights." in plain.stdout
+    status, said = run_alone(flags_for(folder, tmp_path / "out", **still, **resume), tmp_path / "plain.txt")
+    assert status == 0, said[-3000:]
+    assert f"{tmp_path / 'other'} is no checkpoint of a LISA run: a new run begins from its weights." in said
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for one, two in zip(trained.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
-    auto = start("python", flags_for(folder, tmp_path / "out", resume_from_checkpoint="auto", max_steps=2))
-    assert auto.returncode == 0
-    assert f"no checkpoint in {tmp_path / 'out'} yet: the run begins at step 0." in auto.stdout
+    flags = flags_for(folder, tmp_path / "out", resume_from_checkpoint="auto", max_steps=2)
+    status, said = run_alone(flags, tmp_path / "auto.txt")
+    assert status == 0, said[-3000:]
+    assert f"no checkpoint in {tmp_path / 'out'} yet: the run begins at step 0." in said
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cpu_ops")
 def test_a_real_model_learns_real_data(data_dir, tmp_path):
     """Two ranks, ZeRO-3, a real Llama of 1 MB on GSM8K: the held-out loss falls."""
+    rows = (data_dir / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:500]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
     real = {
         "model_name_or_path": data_dir / "models" / "stories260k-hf",
-        "dataset_name": data_dir / "gsm8k" / "train.jsonl",
         "deepspeed": "zero3",
         "lisa_sampler": "reshuffle",
         "per_device_train_batch_size": 4,
@@ -471,8 +485,7 @@ def test_a_real_model_learns_real_data(data_dir, tmp_path):
         "lisa_interval_steps": 5,
         "learning_rate": 3e-3,
     }
-    finished = start("deepspeed", flags_for(tmp_path, tmp_path / "out", **real))
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    on_two_ranks(flags_for(tmp_path, tmp_path / "out", **real), tmp_path)
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     before, after = (entry["eval_loss"] for entry in history if "eval_loss" in entry)
     assert after < before - 1.0
