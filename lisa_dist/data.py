@@ -177,11 +177,14 @@ def _show(encoder: Encoder, example: dict[str, list[int]]) -> str:
     ids, labels = example["input_ids"], example["labels"]
     counting = sum(label >= 0 for label in labels)
     lines = [f"first example: {len(ids)} tokens, {counting} of them count for the loss (lines with >)"]
-    left = _SHOWN
+    left, shown = _SHOWN, False
     for text, counts in encoder.describe(ids, labels):
-        lines += [f"{'> ' if counts else '  '}{line}" for line in text[:left].split("\n") if line.strip()]
-        left -= len(text)
-        if left < 0:
+        if left < 0 and shown:
             lines.append("  ...")
             break
+        if len(text) > _SHOWN // 2:  # of a long prompt the beginning and the end, or the answer would not be seen
+            text = f"{text[: _SHOWN // 3]} ... {text[-(_SHOWN // 6) :]}"
+        lines += [f"{'> ' if counts else '  '}{line}" for line in text.split("\n") if line.strip()]
+        left -= len(text)
+        shown |= counts
     return "\n".join(lines)

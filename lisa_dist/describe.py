@@ -33,7 +33,10 @@ def describe_training(
 
     rows = [
         ("model", f"{type(model).__name__}, {format_count(total)} parameters"),
-        ("decoder layers", f"{len(layers)} of {format_count(max(layers))} at {lisa.blocks.layers_path}"),
+        (
+            "decoder layers",
+            f"{len(layers)} at {lisa.blocks.layers_path}, of {format_count(max(layers))} parameters each",
+        ),
         ("always on", named(always_on) + (" (embed and head are one tied matrix)" if lisa.blocks.tied else "")),
         *([("drawn as layers are", named(list(lisa.block_visit_counts)))] if lisa.block_visit_counts else []),
         ("never trained", named(never)),

@@ -43,6 +43,7 @@ from lisa_dist.ds_config import (
     uses_optimizer_offload,
 )
 from lisa_dist.encoding import set_chat_template
+from lisa_dist.files import gather
 from lisa_dist.health import check_same_everywhere
 from lisa_dist.liger import check_liger
 from lisa_dist.metrics import format_table
@@ -268,15 +269,21 @@ def load_rows(data_args: DataArguments, training_args: SFTConfig, tokenizer: Pre
     """The rows of a run as tokens, for TRL to take as they are; all ranks call it, and one of a host does the work."""
     if training_args.completion_only_loss is False:  # TRL's word for it
         data_args.train_on_inputs = True
-    ranks = PartialState()
+    ranks, problem = PartialState(), None
     with ranks.main_process_first(), ranks.local_main_process_first():  # the others find what was cached, as in TRL
-        data = load_data(
-            data_args,
-            tokenizer,
-            max_length=training_args.max_length,
-            seed=training_args.seed,
-            num_proc=training_args.dataset_num_proc,
-        )
+        try:
+            data = load_data(
+                data_args,
+                tokenizer,
+                max_length=training_args.max_length,
+                seed=training_args.seed,
+                num_proc=training_args.dataset_num_proc,
+            )
+        except UserError as error:
+            problem = str(error)
+    problem = next(filter(None, gather(problem)), None)
+    if problem is not None:  # on all ranks together: one that ended alone would have the others say that it is gone
+        raise UserError(problem)
     training_args.assistant_only_loss, training_args.completion_only_loss = False, None
     training_args.chat_template_path = None
     return data

@@ -53,7 +53,7 @@ def start_script(
 ) -> BaseProcess:
     """Start a Python script in a process of its own, forked where ranks are: it need not import anything again.
 
-    `folder` is where it runs; `output` takes what it prints. Where the imports are what is tested, a new interpreter is the way.
+    `folder` is where it runs, `output` takes what it prints. Where imports are tested, a new interpreter is the way.
     """
     arguments = (str(path), list(words), str(output), environment, str(folder))
     process = _forkserver().Process(target=_run_script, args=arguments, daemon=True)

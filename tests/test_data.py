@@ -54,8 +54,13 @@ def test_the_first_example_is_shown_with_what_counts(tokenizer, names):
 def test_a_long_example_is_shown_in_part(tokenizer, tmp_path):
     (tmp_path / "story.txt").write_text("word " * 1000)
     shown = load(tokenizer, dataset_name=str(tmp_path / "story.txt"), max_length=None).lines[1].split("\n")
-    assert len("\n".join(shown)) < 2000
-    assert shown[-1] == "  ..."
+    assert len("\n".join(shown)) < 1000
+    assert " ... " in shown[1]
+
+    (tmp_path / "long.jsonl").write_text(json.dumps({"question": "line\n" * 2000, "answer": "yes"}))
+    shown = load(tokenizer, dataset_name=str(tmp_path / "long.jsonl"), max_length=None).lines[1].split("\n")
+    assert shown[-1] == "> yes<end>", "the answer is seen whatever comes before it"
+    assert len(shown) < 300
 
 
 @pytest.mark.parametrize(("eval_rows", "number"), [(5, 5), (0.25, 5)])

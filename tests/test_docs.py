@@ -29,6 +29,7 @@ SMALL = {
 THERE = {
     "runs/llama3.1-8b/checkpoint-200": "runs/llama3.1-8b/checkpoint-2",
     "runs/1/checkpoint-100": "runs/llama3.1-8b/checkpoint-2",
+    "x.yaml": "recipe.yaml",
     "path/to/config.json": "model_dir/config.json",
     "models/llama2-70b": "llama2-70b",
 }
@@ -72,10 +73,11 @@ def run_flags(words: list[str], folder: Path) -> None:
     """A training run with these flags, small; the launchers themselves are started in test_train.py."""
     flags = [str(ROOT / word) if word.startswith(("launch/", "examples/")) else word for word in words]
     flags = ["--config", "recipe.yaml", *flags[1:]] if flags[:1] == ["..."] else flags
+    flags = [THERE.get(flag, flag) for flag in flags]
     for name, value in ({"model_name_or_path": str(folder / "model_dir")} | SMALL).items():
         flags += [f"--{name}", value]
     recipe = flags[flags.index("--config") + 1]
-    if "--dataset_name" not in flags and recipe != "recipe.yaml":
+    if "--dataset_name" not in flags:
         flags += ["--dataset_name", "rows.jsonl"]
     if yaml.safe_load((folder / recipe).read_text()).get("checkpointed_layers") == "auto":
         flags += ["--checkpointed_layers", "none"]  # there is no GPU to ask

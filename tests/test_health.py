@@ -181,7 +181,7 @@ def test_an_error_before_there_is_a_rank_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--dataset_name", "rows.jsonl"])
     assert ended.value.code == 2
-    assert capsys.readouterr().out.startswith("lisa-dist, rank unknown: SLURM_NTASKS is 4, but nothing says which")
+    assert capsys.readouterr().out.startswith("lisa-dist: SLURM_NTASKS is 4, but nothing says which")
 
 
 def start_at(folder: str) -> str:

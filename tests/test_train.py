@@ -491,3 +491,43 @@ def test_a_real_model_learns_real_data(data_dir, tmp_path):
     assert after < before - 1.0
     periods = [json.loads(line) for line in (tmp_path / "out" / "lisa_log.jsonl").read_text().splitlines()]
     assert len({tuple(period["layers"]) for period in periods}) > 1
+
+
+def converted(data_dir: Path, folder: Path) -> Path:
+    """PubMedQA as docs/data.md has it converted."""
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (folder / "ori_pqal.json").symlink_to(data_dir / "pubmedqa" / "ori_pqal.json")
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    return folder / "pubmedqa.jsonl"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize(
+    ("name", "changes", "found"),
+    [
+        ("alpaca/mix_train.json", {}, "mix_train.json: alpaca (instruction, input, output"),
+        ("chat/oasst_en_chat.jsonl", {}, "oasst_en_chat.jsonl: "),
+        ("pubmedqa", {"max_length": 1024}, "pubmedqa.jsonl: question_answer (question, answer), 1000 rows"),
+        ("text/wiki_demo.txt", {"packing": True}, "wiki_demo.txt: text (text), "),
+    ],
+)
+def test_each_kind_of_real_data_trains(data_dir, tmp_path, name, changes, found):
+    path = converted(data_dir, tmp_path) if name == "pubmedqa" else data_dir / name
+    real = {
+        "model_name_or_path": data_dir / "models" / "stories260k-hf",
+        "dataset_name": path,
+        "max_length": 128,
+        "max_steps": 10,
+        "eval_steps": 10,
+        "lisa_interval_steps": 5,
+        "learning_rate": 3e-3,
+    }
+    on_two_ranks(flags_for(tmp_path, tmp_path / "out", **real | changes), tmp_path)
+    said = (tmp_path / "0.txt").read_text()
+    assert found in said
+    assert "count for the loss" in said
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    before, after = (entry["eval_loss"] for entry in history if "eval_loss" in entry)
+    assert after < before
