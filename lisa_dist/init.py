@@ -10,7 +10,7 @@ from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.flags import FlagParser
 from lisa_dist.metrics import format_bytes
 from lisa_dist.plan import HELP as HELP_OF_PLAN
-from lisa_dist.plan import Plan, PlanArguments, load_model_config, make_plans, what_fits
+from lisa_dist.plan import WAYS, Plan, PlanArguments, load_model_config, make_plans, what_fits
 
 # Where the weights of the shipped configs are.
 HUB_IDS = {
@@ -145,14 +145,12 @@ def choose(arguments: InitArguments, lisa_config: LisaConfig) -> tuple[str, Plan
     Raises ValueError with what is lacking where nothing fits.
     """
     config, given = load_model_config(arguments.model), lisa_config.to_dict()
-    problem = None
-    for way, settings, offloads in LADDER if lisa_config == LisaConfig() else GIVEN:
+    problem, ladder = None, LADDER if lisa_config == LisaConfig() else GIVEN
+    for way, settings, offloads in ladder[:1] if lisa_config.offloaded else ladder:
         tried = LisaConfig(**given | settings)
         try:
-            plans = make_plans(config, arguments, tried)
-            plans = [plan for plan in plans if plan.ds_config.endswith("_offload") == offloads]
-            if plans:
-                return way, what_fits(plans, arguments), tried
+            ways = [name for name in WAYS if name.endswith("_offload") == offloads]
+            return way, what_fits(make_plans(config, arguments, tried, ways), arguments), tried
         except UserError as error:
             problem = error
     raise problem

@@ -218,10 +218,12 @@ def load_model_config(model: str) -> PretrainedConfig:
         raise UserError(f"--model {model}: is no model's config.json ({error}).") from error
 
 
-def make_plans(config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig) -> list[Plan]:
+def make_plans(
+    config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig, ways: Sequence[str] = WAYS
+) -> list[Plan]:
     """A plan of each way of running, or of the one that was asked for, from the fastest to the slowest."""
     planner, refused = Planner(config, arguments, lisa_config), None
-    ways = [arguments.deepspeed] if arguments.deepspeed else list(WAYS)
+    ways = [arguments.deepspeed] if arguments.deepspeed else list(ways)
     if lisa_config.offloaded and not arguments.deepspeed:  # the flag says what is offloaded, whatever a config says
         ways = [way for way in ways if not uses_optimizer_offload(read_ds_config(way))]
     plans = []

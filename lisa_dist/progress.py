@@ -107,7 +107,9 @@ class Progress(TrainerCallback):
         ]
         for _ in figures:
             line.add_column(no_wrap=True)
-        line.add_row(ProgressBar(total=max(1, self._max_steps), completed=self._step), *figures)
+        total = max(1, self._max_steps)
+        bar = ProgressBar(total=total, completed=self._step, complete_style="cyan", finished_style="green")
+        line.add_row(bar, *figures)
         shown = [*self._format(_SHOWN), self._layers()]
         return Group(line, Text("  ".join(part for part in shown if part), style="cyan"))
 

@@ -9,6 +9,7 @@ import platform
 import shlex
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from importlib import metadata
@@ -213,6 +214,9 @@ def _build_trainer(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse and run, or start `--gpus` ranks that do. An error of the user's is one line and exit status 2."""
+    # Of names that DeepSpeed and TRL use, and will until the releases that we support end: nobody can act on them here.
+    for words in (r"`torch\.distributed\.\w+` is deprecated", "`gradient_checkpointing` is deprecated"):
+        warnings.filterwarnings("ignore", words, FutureWarning)
     try:
         argv = launch_if_asked(sys.argv[1:] if argv is None else argv)
         arguments = parse_arguments(argv)

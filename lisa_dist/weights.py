@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from lisa_dist.blocks import Blocks, parameter_numel, parameter_shape
 from lisa_dist.config import UserError
@@ -83,7 +83,13 @@ def save_without_weights(save: Callable[[str], None], folder: Path) -> None:
     """What `save` writes, but for the empty weights: those that are in `folder` stay until others take their place."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="tmp-", dir=folder) as staging:
-        save(staging)
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # of the writing of no weights
+        try:
+            save(staging)
+        finally:
+            if shown:
+                logging.enable_progress_bar()
         _remove_weights(Path(staging))
         shutil.copytree(staging, folder, dirs_exist_ok=True)
 

@@ -76,6 +76,8 @@ def test_settings_that_are_given_stay(tiny):
     _, chosen, config = choose(arguments, LisaConfig(lisa_activated_layers=4))
     assert config == LisaConfig(lisa_activated_layers=4)
     assert not any(chosen.lacks(arguments))
+    with pytest.raises(UserError, match="nothing fits"):
+        choose(InitArguments(tiny, gpu_memory="1GiB"), LisaConfig(lisa_offload="embed,head"))
 
 
 def test_shipped_models_have_their_place_on_the_hub():
