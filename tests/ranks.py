@@ -135,7 +135,6 @@ def without_collection():
     finally:
         gc.enable()
         gc.collect = collect
-        gc.collect()
 
 
 def _forkserver() -> ForkServerContext:
@@ -181,12 +180,12 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection, inter
     release_shared_memory()
     # DeepSpeed asks for the CPU's vendor with every CPU optimizer, and the answer comes from a new process each time.
     cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
-    # All that was imported is set aside, or collections and counts of live bytes would walk it in every test; and so
-    # would the question of how much that is, which `lisa_dist.zero` asks at every switch.
-    gc.collect()
-    gc.freeze()
-    gc.get_freeze_count = functools.partial(int, gc.get_freeze_count())
+    # `lisa_dist.zero` asks at every switch whether objects are set aside, and counting them takes as long as walking.
+    gc.get_freeze_count = lambda: 1
     while True:
+        # Else collections and counts of live bytes would walk all that was imported, and what tests have left.
+        gc.collect()
+        gc.freeze()
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             function, args = connection.recv()
             try:
