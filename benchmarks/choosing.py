@@ -36,6 +36,20 @@ def arms(arguments: argparse.Namespace) -> dict[str, list[dict]]:
     }
 
 
+DEFAULTS = {
+    "lisa_activated_layers": 2,
+    "lisa_interval_steps": 20,
+    "lisa_sampler": "uniform",
+    "lisa_state": "reset",
+}
+
+
+def key_of(arm: dict, seed: int) -> str:
+    """The name of a run: arms that say the same are one."""
+    told = {name: value for name, value in arm.items() if DEFAULTS.get(name) != value}
+    return json.dumps(told | {"seed": seed}, sort_keys=True)
+
+
 def worker(arguments: argparse.Namespace) -> None:
     """Run one rank's share of every arm that has no figures yet."""
     import deepspeed
@@ -85,7 +99,7 @@ def worker(arguments: argparse.Namespace) -> None:
 
     for arm in [arm for of_question in arms(arguments).values() for arm in of_question]:
         for seed in range(arguments.seeds):
-            key = json.dumps(arm | {"seed": seed}, sort_keys=True)
+            key = key_of(arm, seed)
             if key not in figures:
                 settings = {name: value for name, value in arm.items() if name != "lr"}
                 figures[key] = run(arm["lr"], seed, settings)
@@ -128,7 +142,7 @@ def main() -> None:
     for question, of_question in arms(arguments).items():
         rows = []
         for arm in of_question:
-            found = [figures[json.dumps(arm | {"seed": seed}, sort_keys=True)] for seed in range(arguments.seeds)]
+            found = [figures[key_of(arm, seed)] for seed in range(arguments.seeds)]
             ends, losses = [run["held_out"] for run in found], [statistics.mean(run["losses"][-20:]) for run in found]
             settings = ", ".join(f"{name.removeprefix('lisa_')} {value}" for name, value in arm.items())
             visited = "/".join(str(run["layers_visited"]) for run in found)
