@@ -75,7 +75,8 @@ class LisaSFTConfig(SFTConfig):
         default="adamw_torch_fused", metadata={"help": f"The Trainer's names, and {LISA_ADAMW} with --method lisa."}
     )
     report_to: None | str | list[str] = field(  # noqa: RUF036 - the parser goes by the second
-        default="tensorboard", metadata={"help": "Trackers: tensorboard, wandb, mlflow, ..., all, or none."}
+        default="tensorboard",
+        metadata={"help": "Trackers: tensorboard, wandb, ..., several as wandb,tensorboard, all, or none."},
     )
     global_batch_size: int | None = field(
         default=None,
@@ -93,6 +94,8 @@ class LisaSFTConfig(SFTConfig):
         if not torch.cuda.is_available():
             self.use_cpu = True  # has Accelerate start gloo
             self.bf16 = bool(self.bf16)  # asked for, not by default: few CPUs multiply in bf16
+        if isinstance(self.report_to, str) and "," in self.report_to:
+            self.report_to = [name.strip() for name in self.report_to.split(",")]
         if self.fsdp:
             raise UserError(f"--fsdp {self.fsdp}: training is sharded by DeepSpeed's ZeRO; leave it out.")
         optim = getattr(self.optim, "value", self.optim)
@@ -197,7 +200,7 @@ HELP = {
         "save_steps": "",
         "save_total_limit": "checkpoints to keep",
         "resume_from_checkpoint": "a checkpoint, true for the newest, auto for that or the beginning",
-        "report_to": "tensorboard, wandb, mlflow, ..., none",
+        "report_to": "wandb, mlflow, ..., several as wandb,tensorboard, or none",
         "hang_timeout": "seconds without a step that end a run of several ranks",
     },
 }

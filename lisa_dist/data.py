@@ -8,6 +8,7 @@ TRL's trainer takes these columns as they are, shuffles and packs them.
 """
 
 import json
+import random
 import zlib
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from lisa_dist.config import UserError
 from lisa_dist.encoding import LONG_EXAMPLES, Encoder, encode_rows
 from lisa_dist.formats import FORMATS
-from lisa_dist.sources import Source, load_turns
+from lisa_dist.sources import Source, load_turns, weigh
 
 _SHOWN = 1500  # characters of the example in the header of a run
 
@@ -46,6 +47,9 @@ class DataArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a hub dataset."})
+    eval_dataset_split: str | None = field(
+        default=None, metadata={"help": "Split of the held-out hub datasets; left out, that of --dataset_split."}
+    )
     eval_dataset_name: list[str] | None = field(default=None, metadata={"help": "Held-out rows, as --dataset_name."})
     eval_rows: float = field(
         default=0,
@@ -98,7 +102,7 @@ class DataArguments:
             for name, weight in zip_longest(self.dataset_name, self.dataset_weights or [], fillvalue=1.0)
         ]
         held_out = [
-            Source(name, flag="--eval_dataset_name", split=self.dataset_split, **shared)
+            Source(name, flag="--eval_dataset_name", split=self.eval_dataset_split or self.dataset_split, **shared)
             for name in self.eval_dataset_name or []
         ]
         return train, held_out
@@ -134,7 +138,7 @@ def load_data(
     """
     encoder, lines = Encoder(tokenizer, not arguments.train_on_inputs), []
 
-    def load(sources: list[Source]) -> Dataset:
+    def load(sources: list[Source]) -> list[Dataset]:
         parts = []
         for source in sources:
             rows, told = load_turns(source, arguments.skip_bad_rows, seed)
@@ -143,25 +147,47 @@ def load_data(
             )
             parts.append(encoded)
             lines.extend([told, *(f"  {line}" for line in told_of_long)])
-        return concatenate_datasets(parts)
+        return parts
 
     train_sources, held_out_sources = arguments.sources()
-    rows = load(train_sources)
-    lines.append(_show(encoder, rows[0]))
-    if held_out_sources:
+    parts, held_out = load(train_sources), None
+    if not held_out_sources and arguments.eval_rows:
+        parts, held_out = _hold_out(parts, arguments, seed)
+    weighted = []
+    for source, rows in zip(train_sources, parts, strict=True):
+        weighted.append(weigh(rows, source, seed) if len(rows) else rows)
+        if source.weight != 1:
+            lines.append(f"{source.name}: {len(rows)} as {len(weighted[-1])} by its weight of {source.weight:g}")
+    train = concatenate_datasets(weighted).remove_columns("origin")
+    lines.append(_show(encoder, train[0]))
+    if held_out is not None:
+        lines.append(f"held out: {len(held_out)} of these rows, drawn by --seed {seed}")
+    elif held_out_sources:
         lines.append("held out:")
-        return Data(rows, load(held_out_sources), lines)
-    if not arguments.eval_rows:
-        return Data(rows, None, lines)
+        held_out = concatenate_datasets(load(held_out_sources))
+    return Data(train, held_out if held_out is None else held_out.remove_columns("origin"), lines)
+
+
+def _hold_out(parts: list[Dataset], arguments: DataArguments, seed: int) -> tuple[list[Dataset], Dataset]:
+    """Draw `--eval_rows` of all rows: before any weight repeats them, and with all examples that one was cut into."""
+    origins = [part["origin"] for part in parts]
+    rows = [(index, origin) for index, of_part in enumerate(origins) for origin in dict.fromkeys(of_part)]
     number = int(arguments.eval_rows) if arguments.eval_rows >= 1 else round(arguments.eval_rows * len(rows))
     if not 0 < number < len(rows):
         raise UserError(
             f"--eval_rows {arguments.eval_rows:g}: {', '.join(arguments.dataset_name)} has {len(rows)} rows; at least "
             "one must be left, and one held out."
         )
-    split = rows.train_test_split(test_size=number, seed=seed)
-    lines.append(f"held out: {number} of these rows, drawn by --seed {seed}")
-    return Data(split["train"], split["test"], lines)
+    drawn = set(random.Random(seed).sample(rows, number))
+
+    def choose(wanted: bool) -> list[Dataset]:
+        places = [
+            [place for place, origin in enumerate(of_part) if ((index, origin) in drawn) == wanted]
+            for index, of_part in enumerate(origins)
+        ]
+        return [part.select(of_part) for part, of_part in zip(parts, places, strict=True)]
+
+    return choose(False), concatenate_datasets(choose(True))
 
 
 def describe_rows(rows: Dataset) -> str:

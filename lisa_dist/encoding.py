@@ -210,7 +210,7 @@ def encode_rows(
     skip_bad_rows: bool = False,
     num_proc: int | None = None,
 ) -> tuple[Dataset, list[str]]:
-    """The columns input_ids and labels for rows of turns, none longer than max_length; and lines about long ones.
+    """The columns input_ids, labels and origin for rows of turns, none longer than max_length; and lines of long ones.
 
     Long ones are cut at their end (`truncate`) or left out (`drop`); with `auto` a text is cut into several examples,
     and all else at its end. One that has no token left that counts is left out. Raises UserError where none is left.
@@ -251,7 +251,7 @@ def encode_rows(
     lines += _tell_long(encoded, fates, max_length)
     if not kept:
         raise UserError(f"{said}: no row is left of {len(rows)}: {'; '.join(lines)}. Raise --max_length.")
-    return encoded.select(kept).select_columns(["input_ids", "labels"]), lines
+    return encoded.select(kept).select_columns(["input_ids", "labels", "origin"]), lines
 
 
 def _fit(

@@ -81,6 +81,7 @@ class RunParser(FlagParser, TrlParser):
 
     def given(self, words: Sequence[str]) -> list[str]:
         """The names that `check`ed words and their recipe give, in that order, each once."""
+        words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
         names = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
         if "--config" in words:
             recipe = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text(encoding="utf-8"))

@@ -74,10 +74,15 @@ def _messages(row: Mapping) -> list[dict[str, str]]:
 
 
 def _prompt_completion(row: Mapping) -> list[dict[str, str]]:
-    if isinstance(row["prompt"], (list, tuple)) or isinstance(row["completion"], (list, tuple)):
+    if isinstance(row.get("prompt"), (list, tuple)) or isinstance(row.get("completion"), (list, tuple)):
         turns = _turns(row, "prompt", "role", "content") + _turns(row, "completion", "role", "content")
         return _system(row) + turns
     written = {"prompt": _text(row, "prompt"), "completion": _answer(row, "completion")}
+    if _system(row):
+        raise RowError(
+            "has a system text beside a prompt that is a text; to have turns of them give "
+            "--dataset_columns question=prompt answer=completion"
+        )
     return [{"role": role, "content": content} for role, content in written.items()]
 
 

@@ -1,5 +1,6 @@
 """What is installed here, and what a run would use of it: `lisa-dist info`."""
 
+import os
 import platform
 import shutil
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from lisa_dist.attention import choose_attention
 from lisa_dist.backend import choose_kernels
 from lisa_dist.config import UserError
 from lisa_dist.health import version_of
-from lisa_dist.metrics import format_table
+from lisa_dist.metrics import format_bytes, format_table
 
 _NEEDED = ("torch", "deepspeed", "transformers", "accelerate", "trl", "datasets", "bitsandbytes", "peft")
 _OPTIONAL = ("triton", "flash-attn", "flash-attn-3", "liger-kernel")
@@ -44,12 +45,18 @@ def describe() -> str:
     rows = [
         ("lisa_dist", version_of("lisa_dist")),
         ("Python", platform.python_version()),
-        ("device", torch.cuda.get_device_name() if on_gpu else "CPU"),
+        ("devices", _devices() if on_gpu else f"{os.cpu_count()} CPU cores"),
         *((name, version_of(name)) for name in (*_NEEDED, *_OPTIONAL)),
         ("kernels of lisa_adamw", f"{kernels} ({why})"),
         ("attention of a Llama", f"{attention} ({why_attention})"),
     ]
     return format_table([*rows, *_missing(on_gpu)])
+
+
+def _devices() -> str:
+    """GPUs of this host, with their memory."""
+    of_each = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return ", ".join(f"{each.name} ({format_bytes(each.total_memory)})" for each in of_each)
 
 
 def _missing(on_gpu: bool) -> list[tuple[str, str]]:

@@ -56,9 +56,9 @@ HELP = {
 }
 # What is tried until something fits, from the method as it was published to what gives most of it up for memory.
 LADDER: tuple[tuple[str, dict[str, str], bool], ...] = (
-    ("as published: AdamW in 32 bits, embeddings and head always on", {}, False),
+    ("AdamW in 32 bits, as published", {}, False),
     ("moments of embeddings and head in 8 bits", {"lisa_state_bits": "embed=8,head=8"}, False),
-    ("as published, optimizer states on the host", {}, True),
+    ("AdamW in 32 bits, as published; optimizer states on the host", {}, True),
     ("embeddings and head drawn as layers are", {"lisa_always_on": "rest"}, False),
     (
         "embeddings and head drawn as layers are, moments in 8 bits",
@@ -67,7 +67,6 @@ LADDER: tuple[tuple[str, dict[str, str], bool], ...] = (
     ),
     ("embeddings and head drawn as layers are, optimizer states on the host", {"lisa_always_on": "rest"}, True),
 )
-GIVEN = (("as its flags have it", {}, False), ("as its flags have it, optimizer states on the host", {}, True))
 RECIPE = """\
 # LISA on {model}, {gpus} x {gpu_memory}, made by
 #   {command}
@@ -145,8 +144,10 @@ def choose(arguments: InitArguments, lisa_config: LisaConfig) -> tuple[str, Plan
     Raises ValueError with what is lacking where nothing fits.
     """
     config, given = load_model_config(arguments.model), lisa_config.to_dict()
-    problem, ladder = None, LADDER if lisa_config == LisaConfig() else GIVEN
-    for way, settings, offloads in ladder[:1] if lisa_config.offloaded else ladder:
+    problem, defaults = None, LisaConfig().to_dict()
+    for way, settings, offloads in LADDER:
+        if any(given[name] != defaults[name] for name in settings) or (offloads and lisa_config.offloaded):
+            continue  # it would change what was given
         tried = LisaConfig(**given | settings)
         try:
             ways = [name for name in WAYS if name.endswith("_offload") == offloads]

@@ -58,6 +58,7 @@ class SpeedMeter(TrainerCallback):
         self._since: float | None = None  # the last log, or the first step
         self._mark = 0.0  # the last end of a step, of an evaluation or of a save
         self._elsewhere = 0.0  # seconds of evaluation and saving
+        self._peak = 0  # bytes; kept here, since measuring a step sets the GPU's own record back
 
     def count(self, inputs: object) -> None:
         """Count the tokens of a micro-batch of this rank."""
@@ -72,7 +73,7 @@ class SpeedMeter(TrainerCallback):
         """Figures of all ranks since the last call, which every rank makes."""
         now = time.perf_counter()
         seconds = now - self._since - self._elsewhere
-        mine = torch.tensor([int(self._tokens), seconds, self._peak_bytes()], dtype=torch.float64, device=self._device)
+        mine = torch.tensor([int(self._tokens), seconds, self._note_peak()], dtype=torch.float64, device=self._device)
         every = [mine]
         if dist.is_initialized():
             every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -85,11 +86,13 @@ class SpeedMeter(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         """With the first step the time begins."""
+        self._note_peak()
         if self._since is None:
             self._since = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         """From here on the time may be of an evaluation, or of a save."""
+        self._note_peak()
         self._mark = time.perf_counter()
 
     def on_evaluate(self, args, state, control, **kwargs):
@@ -104,7 +107,10 @@ class SpeedMeter(TrainerCallback):
         """What has passed was a save."""
         self.on_evaluate(args, state, control)
 
-    def _peak_bytes(self) -> int:
+    def _note_peak(self) -> int:
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self._peak = max(self._peak, peak)
+        return self._peak

@@ -41,15 +41,17 @@ def plot_layers(run: RunFiles, figure: Figure) -> None:
     cells = [[int(layer in period["layers"]) for period in run.periods] for layer in range(run.num_layers)]
     cells += [[int(block in period.get("blocks", [])) for period in run.periods] for block in drawn]
     axes = _axes(figure, "period", "decoder layer")
+    few = len(run.periods) <= 60
     axes.pcolormesh(
-        [period["period"] - 0.5 for period in run.periods] + [run.periods[-1]["period"] + 0.5],
+        [column - 0.5 for column in range(len(run.periods) + 1)],
         [row - 0.5 for row in range(len(names) + 1)],
         cells,
         cmap=ListedColormap([PALE, BLUE]),
         vmin=0,
         vmax=1,
-        edgecolors="white" if len(run.periods) <= 60 else "none",
-        linewidth=0.6,
+        edgecolors="white" if few else "none",
+        linewidth=0.6 if few else 0.0,
+        rasterized=not few,  # or the file would have a shape for each cell
     )
     every = max(1, math.ceil(run.num_layers / 12))
     ticks = [row for row in range(len(names)) if row >= run.num_layers or row % every == 0]

@@ -1,14 +1,15 @@
 """What a terminal shows of a run: a live line, or plain lines where the output is a file.
 
-    ━━━━━━━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━  20/36  55%  0:01:12 left  312 tokens/s  1.20 GiB
+    ━━━━━━━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━  20/36  56%  0:01:12 left  312 tokens/s  1.20 GiB
     loss 2.9103  held out 3.0112  lr 6.2e-06  grad norm 1.43  layers 2, 7
 
 Plain, a line for each log and each evaluation of the held-out rows:
 
-    step 20/36  55%  loss 2.9103  lr 6.2e-06  grad norm 1.43  312 tokens/s  1.20 GiB  layers 2, 7  0:01:12 left
+    step 20/36  56%  loss 2.9103  lr 6.2e-06  grad norm 1.43  312 tokens/s  1.20 GiB  layers 2, 7  0:01:12 left
     step 24/36  held out 3.0112
 """
 
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -44,7 +45,9 @@ class Progress(TrainerCallback):
     def __init__(self, active: Callable[[], str], console: Console | None = None, plain: bool = False):
         self._active = active
         self._console = console or Console(highlight=False)
-        self._plain = plain or not self._console.is_terminal
+        # Not by the console alone, which FORCE_COLOR makes believe that a log file is a terminal.
+        terminal = self._console.is_terminal and (console is not None or sys.stdout.isatty())
+        self._plain = plain or not terminal or self._console.is_dumb_terminal
         self._live: Live | None = None
         self._values: dict[str, float] = {}
         self._step = self._max_steps = self._first_step = 0

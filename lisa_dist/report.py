@@ -72,7 +72,7 @@ def _fill(run: RunFiles, sections: str) -> str:
         "subtitle": html.escape(_subtitle(run)),
         "cards": "".join(f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>" for name, value in _cards(run)),
         "sections": sections,
-        "command": html.escape(run.run.get("command", "")),
+        "command": html.escape(_commands(run)),
         "given": _table({name: value for name, value in flags.items() if name in run.run.get("given", [])}),
         "flags": _table(flags),
         "versions": _table(run.run.get("versions", {})),
@@ -80,6 +80,14 @@ def _fill(run: RunFiles, sections: str) -> str:
     for name, value in parts.items():
         template = template.replace(f"{{{{{name}}}}}", value)
     return template
+
+
+def _commands(run: RunFiles) -> str:
+    """The command that began the run, and those that it went on with."""
+    if not run.run:
+        return "# a loop or a trainer of one's own: its settings are in its code"
+    resumed = [f"# resumed {part['began']}\n{part['command']}" for part in run.run.get("resumed", [])]
+    return "\n".join([run.run["command"], *resumed])
 
 
 def _subtitle(run: RunFiles) -> str:
@@ -98,7 +106,8 @@ def _cards(run: RunFiles) -> list[tuple[str, str]]:
         cards.append(("held out, first to last", f"{held_out[0]:.4f} → {held_out[-1]:.4f}"))
     elif held_out:
         cards.append(("held out", f"{held_out[-1]:.4f}"))
-    cards += [("time", str(timedelta(seconds=round(seconds[-1]))))] if seconds else []
+    whole = "time since the last resume" if run.run.get("resumed") else "time"
+    cards += [(whole, str(timedelta(seconds=round(seconds[-1]))))] if seconds else []
     cards += [("tokens / s, median", f"{speeds[len(speeds) // 2]:,.0f}")] if speeds else []
     cards += [("highest memory of a rank", format_bytes(int(max(peaks))))] if peaks else []
     if run.run.get("parameters"):

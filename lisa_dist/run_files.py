@@ -1,7 +1,7 @@
 """What a run leaves in its output folder, read back: for the report, and for whoever compares runs."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,8 +39,9 @@ class RunFiles:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers of the model; 0 for a run that was none of LISA's."""
-        return self.run.get("num_layers") or 0
+        """Decoder layers of the model, or as many as have trained where nothing tells; 0 for a run without LISA."""
+        trained = [layer for period in self.periods for layer in period["layers"]]
+        return self.run.get("num_layers") or 1 + max(trained, default=-1)
 
     @property
     def visits(self) -> list[int]:
@@ -48,11 +49,32 @@ class RunFiles:
         return [sum(layer in period["layers"] for period in self.periods) for layer in range(self.num_layers)]
 
 
-def write_run(folder: Path, run: dict) -> None:
-    """Write the settings of a run that begins; on one rank."""
+def write_run(folder: Path, run: dict, resumes: bool = False) -> None:
+    """Write the settings of a run that begins, on one rank; of one that goes on the first beginning stays.
+
+    What another run has left in the folder is no part of one that begins anew.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if resumes and (folder / RUN_NAME).is_file():
+        first = _read(folder / RUN_NAME, json.loads)
+        kept = {name: first[name] for name in ("began", "command", "given") if name in first}
+        run = run | kept | {"resumed": [*first.get("resumed", []), {name: run[name] for name in ("began", "command")}]}
+    elif not resumes:
+        for name in (LOG_NAME, MOVEMENT_LOG, MEMORY_NAME, TRAINER_STATE_NAME):
+            (folder / name).unlink(missing_ok=True)
     with replacing(folder / RUN_NAME) as path:
         path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+
+
+def without_secrets(words: Iterable[str]) -> list[str]:
+    """The words of a command line with *** in the place of tokens and the like."""
+    kept, hides = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        secret = word.startswith("--") and any(part in name for part in ("token", "secret", "password", "api_key"))
+        kept.append("***" if hides else f"{name}=***" if secret and equals else word)
+        hides = secret and not equals
+    return kept
 
 
 def read_run(folder: str | Path) -> RunFiles:
@@ -61,9 +83,8 @@ def read_run(folder: str | Path) -> RunFiles:
     Raises ValueError where there is no run in it, or a file of it cannot be read.
     """
     folder = Path(folder)
-    states = [folder / TRAINER_STATE_NAME]
-    states += sorted(folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}"), key=lambda path: -path.stat().st_mtime)
-    found = next((path for path in states if path.is_file()), None)
+    states = [path for path in (folder, *folder.glob("checkpoint-*")) if (path / TRAINER_STATE_NAME).is_file()]
+    found = max((path / TRAINER_STATE_NAME for path in states), key=lambda path: path.stat().st_mtime, default=None)
     if found is None:
         raise UserError(
             f"{folder}: there is no {TRAINER_STATE_NAME} in it or in a checkpoint of it: give the --output_dir of a "

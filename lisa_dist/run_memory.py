@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from lisa_dist.config import UserError
 from lisa_dist.controller import LisaController
 from lisa_dist.fake_run import FakeRun, Trained, Workload
-from lisa_dist.files import gather
+from lisa_dist.files import gather, replacing
 from lisa_dist.measuring import StepMeter
 from lisa_dist.metrics import format_bytes, format_columns
 from lisa_dist.planning import PARTS, MemoryParts, StageSettings, plan_memory, widest_periods
@@ -159,7 +159,8 @@ class RunMemory:
         if report is not None:
             path = Path(output_dir) / MEMORY_NAME
             try:
-                path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                with replacing(path) as new:
+                    new.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             except OSError as error:  # the model is still to be saved
                 print(f"{path} could not be written ({error.strerror})", flush=True)
 

@@ -8,6 +8,7 @@ import csv
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from lisa_dist.config import UserError
 from lisa_dist.formats import FORMATS, RowError, describe_columns, detect, refuse_rows, to_turns
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")  # and each of them with .gz, but parquet
+_VERSION = 1  # another one for any change of what becomes of a row: caches of others are not taken
 _FEATURES = Features(
     {
         "turns": List({"role": Value("string"), "content": Value("string")}),
@@ -59,7 +61,7 @@ class Source:
 
 
 def load_turns(source: Source, skip_bad_rows: bool, seed: int) -> tuple[Dataset, str]:
-    """The good rows of a source, sampled and weighted, with the columns turns and origin; and a line about them.
+    """The good rows of a source, sampled, with the columns turns and origin; and a line about them.
 
     Raises UserError naming the file, the row and the rule: for what is no data, and for bad rows that are not skipped.
     """
@@ -79,17 +81,21 @@ def load_turns(source: Source, skip_bad_rows: bool, seed: int) -> tuple[Dataset,
     told = f"{name}: {columns}, {len(good)} rows"
     if bad:
         told += f", {len(bad)} bad ones left out, such as {rows[bad[0]]['origin']} {rows[bad[0]]['problem']}"
-    generator = random.Random(f"{seed} {source.name}")
     if wanted is not None:
         if wanted > len(good):
             raise UserError(f"{source.said}: has only {len(good)} rows.")
-        good = _sample(good, wanted, generator)
+        good = _sample(good, wanted, random.Random(f"{seed} {source.name}"))
         told += f", {wanted} of them drawn by --seed {seed}"
-    if source.weight != 1:
-        whole, part = divmod(round(source.weight * len(good)), len(good))
-        good = concatenate_datasets([good] * whole + ([_sample(good, part, generator)] if part else []))
-        told += f", as {len(good)} by its weight of {source.weight:g}"
     return good, told
+
+
+def weigh(rows: Dataset, source: Source, seed: int) -> Dataset:
+    """As many times the rows as the weight of their source says. Raises UserError where it leaves none."""
+    whole, part = divmod(round(source.weight * len(rows)), len(rows))
+    if not whole and not part:
+        raise UserError(f"--dataset_weights {source.weight:g} of {source.name}: leaves none of {len(rows)} rows.")
+    drawn = [_sample(rows, part, random.Random(f"{seed} {source.name} weight"))] if part else []
+    return rows if (whole, part) == (1, 0) else concatenate_datasets([rows] * whole + drawn)
 
 
 def _split_sample(source: Source) -> tuple[str, int | None]:
@@ -111,6 +117,8 @@ def _convert(source: Source, name: str) -> tuple[Dataset, str]:
     path = Path(name)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # of save_to_disk
         saved = load_from_disk(name)
+        if isinstance(saved, Mapping) and source.split not in saved:
+            raise UserError(f"{source.said}: has no split {source.split}; it has {', '.join(saved)}.")
         rows = saved[source.split] if isinstance(saved, Mapping) else saved
         return _convert_table(source, rows)
     if path.exists() or _suffix(path) in SUFFIXES:
@@ -122,6 +130,8 @@ def _convert(source: Source, name: str) -> tuple[Dataset, str]:
             f"{source.said}: no such file or folder, and no dataset of that name on the hub can be reached "
             f"({type(error).__name__})."
         ) from error
+    except ValueError as error:  # of a split or a config that it has not
+        raise UserError(f"{source.said}: {error}") from error
     return _convert_table(source, rows)
 
 
@@ -140,13 +150,19 @@ def _convert_files(source: Source, files: list[Path]) -> tuple[Dataset, str]:
     format_name = _format(source, list(first))
     # Size and time are for the cache: a file that was changed is read anew.
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    arguments = {"stamps": stamps, "said": source.said, "format_name": format_name, "columns": source.columns}
+    arguments = {
+        "version": _VERSION,
+        "stamps": stamps,
+        "said": source.said,
+        "format_name": format_name,
+        "columns": source.columns,
+    }
     return _generate(_turns_of_files, arguments), describe_columns(format_name, source.renamed(first))
 
 
 def _convert_table(source: Source, rows: Dataset) -> tuple[Dataset, str]:
     format_name = _format(source, rows.column_names)
-    arguments = {"rows": rows, "format_name": format_name, "columns": source.columns}
+    arguments = {"version": _VERSION, "rows": rows, "format_name": format_name, "columns": source.columns}
     columns = source.renamed(rows.column_names)
     return _generate(_turns_of_table, arguments), describe_columns(format_name, columns)
 
@@ -177,13 +193,13 @@ def _generate(function, arguments: dict) -> Dataset:
         raise
 
 
-def _turns_of_files(stamps: list[tuple], said: str, format_name: str, columns: tuple) -> Iterator[dict]:
+def _turns_of_files(version: int, stamps: list[tuple], said: str, format_name: str, columns: tuple) -> Iterator[dict]:
     for path, *_ in stamps:
         for origin, row, problem in _read(Path(path), said):
             yield _checked(f"{path}, {origin}", row, problem, format_name, columns)
 
 
-def _turns_of_table(rows: Dataset, format_name: str, columns: tuple) -> Iterator[dict]:
+def _turns_of_table(version: int, rows: Dataset, format_name: str, columns: tuple) -> Iterator[dict]:
     for number, row in enumerate(rows, start=1):
         yield _checked(f"row {number}", row, None, format_name, columns)
 
@@ -194,8 +210,12 @@ def _checked(origin: str, row: Mapping | None, problem: str | None, format_name:
         row = {**row, **{new: row.get(old) for new, old in columns}}
         try:
             turns = to_turns(row, format_name)
+            for turn in turns:
+                turn["content"].encode()
         except RowError as error:
             problem = str(error)
+        except UnicodeEncodeError:
+            turns, problem = [], "has half of a character (a lone surrogate)"
     return {"turns": turns, "origin": origin, "problem": problem or ""}
 
 
@@ -229,7 +249,7 @@ def _read(path: Path, said: str) -> Iterator[tuple[str, dict | None, str | None]
             yield from _read_json(path, said)
         else:
             yield from {".jsonl": _read_jsonl, ".txt": _read_txt}.get(suffix, _read_csv)(path)
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, csv.Error, pyarrow.ArrowException) as error:
         raise UserError(f"{said}: {path} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
 
 
@@ -250,6 +270,7 @@ def _lines(path: Path, blank: bool = False) -> Iterator[tuple[int, str | None]]:
 
 
 _NOT_UTF8 = "is not UTF-8"
+_MARK = "\ufdd0"  # no character, and csv of every Python takes it
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict | None, str | None]]:
@@ -260,7 +281,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict | None, str | None]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield origin, None, f"is not JSON ({error})"
             continue
         yield _object(origin, row)
@@ -280,7 +301,7 @@ def _read_json(path: Path, said: str) -> Iterator[tuple[str, dict | None, str | 
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise UserError(f"{said}: {path}, line {line} {_NOT_UTF8}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") == "Extra data":  # an object a line, whatever the name says
             yield from _read_jsonl(path)
             return
@@ -298,11 +319,12 @@ def _read_json(path: Path, said: str) -> Iterator[tuple[str, dict | None, str | 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict | None, str | None]]:
     csv.field_size_limit(2**31 - 1)
-    texts = (line if line is not None else "\0" for _, line in _lines(path, blank=True))
-    reader = csv.DictReader((f"{text}\n" for text in texts), delimiter="\t" if _suffix(path) == ".tsv" else ",")
+    texts = (line if line is not None else _MARK for _, line in _lines(path, blank=True))
+    delimiter = "\t" if _suffix(path) == ".tsv" else ","
+    reader = csv.DictReader((f"{text}\n" for text in texts), delimiter=delimiter, strict=True)
     for number, row in enumerate(reader, start=1):
         origin = f"row {number}"
-        if any("\0" in str(value) for value in row.values()):
+        if any(_MARK in str(value) for value in row.values()):
             yield origin, None, _NOT_UTF8
         elif None in row or None in row.values():
             yield origin, None, f"has not the {len(reader.fieldnames)} fields of the first line"

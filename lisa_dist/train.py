@@ -44,7 +44,7 @@ from lisa_dist.ds_config import (
     uses_optimizer_offload,
 )
 from lisa_dist.encoding import set_chat_template
-from lisa_dist.files import gather
+from lisa_dist.files import gather, together
 from lisa_dist.health import check_same_everywhere
 from lisa_dist.liger import check_liger
 from lisa_dist.metrics import format_table
@@ -52,11 +52,18 @@ from lisa_dist.monitoring import MonitoredMixin
 from lisa_dist.optimizer import check_optim
 from lisa_dist.rank_discovery import free_port
 from lisa_dist.recompute import number_of_layers, parse_checkpointed_layers
-from lisa_dist.run_files import write_run
+from lisa_dist.run_files import without_secrets, write_run
 from lisa_dist.sampling import load_layer_weights
 from lisa_dist.stop_signals import catch_stop_signals
 from lisa_dist.trainer import LisaTrainer
 from lisa_dist.zero import forget_module_order
+
+# Flags of TRL's that are for rows which it would tokenize itself, and ours.
+_NOT_TAKEN = {
+    "dataset_text_field": "--dataset_columns text=COLUMN",
+    "truncation_mode": "--long_examples, which cuts texts into several examples",
+    "dataset_kwargs": "--dataset_format and --dataset_columns",
+}
 
 
 def launch_if_asked(argv: Sequence[str]) -> Sequence[str]:
@@ -108,6 +115,10 @@ def run(
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
     )
+    if training_args.eos_token is not None:
+        if training_args.eos_token not in tokenizer.get_vocab():
+            raise UserError(f"--eos_token {training_args.eos_token}: the tokenizer has no such token.")
+        tokenizer.eos_token = training_args.eos_token  # before rows are made of it
     template = set_chat_template(tokenizer, training_args.chat_template_path)
     attention, why = choose_attention(
         model_args.attn_implementation,
@@ -133,9 +144,10 @@ def run(
         or {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[_precision(training_args)],
     } | (training_args.model_init_kwargs or {})
     trainer = _build_trainer(run_args, training_args, model_args, lisa_config, tokenizer, data)
-    if trainer.is_world_process_zero():
-        flags = _flags(run_args, data_args, training_args, model_args, lisa_config)
-        write_run(Path(training_args.output_dir), _record(argv, flags, trainer, data))
+    with together(Path(training_args.output_dir)):
+        if trainer.is_world_process_zero():
+            flags = _flags(run_args, data_args, training_args, model_args, lisa_config)
+            write_run(Path(training_args.output_dir), _record(argv, flags, trainer, data), resumes=bool(resume_from))
     about = (f"{attention} ({why})", template)
     trainer.accelerator.print(_describe_run(run_args, training_args, model_args, lisa_config, *about))
     trainer.accelerator.print("\n".join(["rows", *(f"  {line}" for text in data.lines for line in text.split("\n"))]))
@@ -151,18 +163,23 @@ def run(
         trainer.save_state()  # losses of every logged step, in trainer_state.json
         trainer.accelerator.print(_describe_outcome(trainer.state.log_history))
         trainer.accelerator.print(f"saved {training_args.output_dir}; load it with from_pretrained")
-        if trainer.is_world_process_zero():
-            _report(training_args.output_dir)
     # Ranks that simply exit tear down gloo under each other's feet.
     dist.barrier()
     release_shared_memory()
+    writes_report = trainer.is_world_process_zero() and getattr(trainer, "stopped_by", None) is None
     trainer.end()
+    if writes_report:  # when no other rank waits for this one
+        _report(training_args.output_dir)
 
 
 def _check_arguments(
     run_args: RunArguments, training_args: LisaSFTConfig, model_args: ModelArguments, lisa_config: LisaConfig
 ) -> None:
     """Check what does not go together before anything is started."""
+    for flag, ours in _NOT_TAKEN.items():
+        value = getattr(training_args, flag)
+        if value != SFTConfig.__dataclass_fields__[flag].default:
+            raise UserError(f"--{flag} {value}: has no effect here; use {ours}.")
     if training_args.resume_from_checkpoint == "auto" and run_args.method != "lisa":
         raise UserError(f"--resume_from_checkpoint auto: --method {run_args.method} takes a folder or true.")
     if run_args.method != "lisa" and training_args.optim is LisaOptimizerNames.LISA_ADAMW:
@@ -314,14 +331,16 @@ def _resume_from(value: str | None) -> str | bool | None:
 def _record(argv: Sequence[str], flags: dict[str, object], trainer: SFTTrainer, data: Data) -> dict:
     """What the report says of a run: its settings, the command that repeats it, model and rows."""
     args, model = trainer.args, trainer.model
-    words = [word for word in argv if not word.startswith("--local_rank")]
-    start = ["lisa-dist", "train", *(["--gpus", str(args.world_size)] if args.world_size > 1 else [])]
+    words = without_secrets(word for word in argv if not word.startswith("--local_rank"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+    start = ["lisa-dist", "train", *(["--gpus", str(here)] if args.world_size > 1 else [])]
+    hosts = args.world_size // here
     return {
         "model": str(flags["--model_name_or_path"]),
         "method": flags["--method"],
         "devices": _describe_devices(args),
         "began": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "command": shlex.join([*start, *words]),
+        "command": shlex.join([*start, *words]) + (f"  # by a launcher on {hosts} hosts" if hosts > 1 else ""),
         "given": [f"--{name}" for name in run_parser().given(words)],
         "flags": {name: _plain(value) for name, value in flags.items()},
         "versions": _versions() | {"Python": platform.python_version()},
@@ -342,8 +361,8 @@ def _report(folder: str) -> None:
 
     try:
         print(f"wrote {write_report(folder)}", flush=True)
-    except OSError as error:
-        print(f"{folder}: the report could not be written ({error.strerror})", flush=True)
+    except (OSError, UserError) as error:
+        print(f"{folder}: the report could not be written ({error})", flush=True)
 
 
 def _describe_devices(args: SFTConfig) -> str:

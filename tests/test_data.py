@@ -1,6 +1,7 @@
 """From flags to tokens: several sources, held-out rows, what is said of them; and the same rows in every form."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -36,10 +37,28 @@ def test_sources_of_several_formats_are_put_together(tokenizer, names):
     assert len(data.train) == 13
     assert data.held_out is None
     assert tokenizer.decode(data.train[12]["input_ids"]) == "Once upon a time there was a sum.<end>"
-    assert data.lines[:2] == [
-        f"{names[0]}: question_answer (question, answer), 20 rows, as 10 by its weight of 0.5",
-        f"{names[1]}: text (text), 1 rows, as 3 by its weight of 3",
+    assert data.lines[:4] == [
+        f"{names[0]}: question_answer (question, answer), 20 rows",
+        f"{names[1]}: text (text), 1 rows",
+        f"{names[0]}: 20 as 10 by its weight of 0.5",
+        f"{names[1]}: 1 as 3 by its weight of 3",
     ]
+    with pytest.raises(ValueError, match=r"--dataset_weights 0\.01 of .*: leaves none of 20 rows"):
+        load(tokenizer, dataset_name=names[0], dataset_weights=[0.01])
+
+
+def test_held_out_rows_are_held_out_whole(tokenizer, tmp_path):
+    """Also where a weight repeats rows, and where a text is cut into several examples."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"({n})" * 40}) for n in range(10, 60)))
+    data = load(tokenizer, dataset_name=str(path), dataset_weights=[2.5], eval_rows=0.2, max_length=32)
+    assert len(data.held_out) >= 4 * 10, "ten texts in several examples each"
+    train, held_out = (
+        {number for row in part for number in re.findall(r"\((\d+)\)", tokenizer.decode(row["input_ids"]))}
+        for part in (data.train, data.held_out)
+    )
+    assert (len(train), len(held_out)) == (40, 10)
+    assert not train & held_out
 
 
 def test_the_first_example_is_shown_with_what_counts(tokenizer, names):

@@ -1,4 +1,8 @@
-"""Every command in README and docs is run, in the order of its page, with a tiny model in the place of a large one."""
+"""Commands of README and docs are run in the order of their page, with a tiny model in the place of a large one.
+
+Those of make, pip and benchmarks are looked up, and examples are run in test_examples.py; srun and sbatch in
+test_slurm.py.
+"""
 
 import json
 import re

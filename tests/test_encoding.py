@@ -273,7 +273,7 @@ def encode(tokenizer, rows: Dataset, *args, **kwargs) -> tuple[list[int], list[s
     """Lengths of the examples, and what is told of long ones."""
     set_chat_template(tokenizer, None)
     encoded, lines = encode_rows(rows, Encoder(tokenizer, True), "--dataset_name rows", *args, **kwargs)
-    assert encoded.column_names == ["input_ids", "labels"]
+    assert encoded.column_names == ["input_ids", "labels", "origin"]
     assert all(len(row["input_ids"]) == len(row["labels"]) for row in encoded)
     return [len(row["input_ids"]) for row in encoded], lines
 

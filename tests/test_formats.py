@@ -69,6 +69,11 @@ def test_columns_of_no_format():
 @pytest.mark.parametrize(
     ("row", "name", "said"),
     [
+        ({"prompt": "q"}, "prompt_completion", "has no completion"),
+        ({"completion": "a"}, "prompt_completion", "has no prompt"),
+        ({"prompt": "q", "completion": " "}, "prompt_completion", "completion is empty"),
+        ({"prompt": 1, "completion": "a"}, "prompt_completion", "prompt is a number, not a text"),
+        ({"prompt": "q", "completion": "a", "system": "s"}, "prompt_completion", "question=prompt answer=completion"),
         ({"instruction": "q"}, "alpaca", "has no output"),
         ({"instruction": "q", "output": None}, "alpaca", "has no output"),
         ({"instruction": "q", "output": " \n"}, "alpaca", "output is empty: there is nothing to learn"),

@@ -1,6 +1,8 @@
 """`lisa-dist info`: what is installed, and which kernels and attention would run, and why."""
 
+import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,7 +25,7 @@ def test_kernels_and_attention_come_with_reasons(monkeypatch, capsys):
     lines = {line[:24].strip(): line[24:].strip() for line in say(monkeypatch, capsys, "info").splitlines()}
     assert lines["kernels of lisa_adamw"] == "torch (no CUDA device)"
     assert lines["attention of a Llama"] == "sdpa (no CUDA device)"
-    assert lines["device"] == "CPU"
+    assert lines["devices"] == f"{os.cpu_count()} CPU cores"
     assert lines["deepspeed"][0].isdigit()
     assert lines["flash-attn"] == "not installed" or lines["flash-attn"][0].isdigit()
 
@@ -41,7 +43,9 @@ def test_what_is_missing_comes_with_the_way_to_get_it(monkeypatch, capsys):
 
 def test_a_gpu_has_more_uses(monkeypatch, capsys):
     monkeypatch.setattr(info.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(info.torch.cuda, "get_device_name", lambda: "a GPU")
+    gpu = SimpleNamespace(name="a GPU", total_memory=80 * 2**30)
+    monkeypatch.setattr(info.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(info.torch.cuda, "get_device_properties", lambda index: gpu)
     monkeypatch.setattr(info, "choose_kernels", lambda device: ("triton", "a GPU"))
     monkeypatch.setattr(info, "choose_attention", lambda *args, **kwargs: ("sdpa", "a GPU"))
     monkeypatch.setattr(info, "find_spec", lambda name: None)
@@ -49,6 +53,7 @@ def test_a_gpu_has_more_uses(monkeypatch, capsys):
     said = "\n".join(lines_of(say(monkeypatch, capsys, "info")))
     for name in ("flash-attn for attention of packed rows", "nvcc for offload", "triton for", "wandb for"):
         assert f"missing: {name}" in said
+    assert "devices a GPU (80.00 GiB), a GPU (80.00 GiB)" in said
     monkeypatch.setattr(info.shutil, "which", lambda name: f"/bin/{name}")
     assert lines_of(say(monkeypatch, capsys, "info"))[-1] == "missing nothing that a run could use"
 

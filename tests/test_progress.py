@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from lisa_dist import monitoring
+from lisa_dist import progress as progress_module
 from lisa_dist.monitoring import SpeedMeter
 from lisa_dist.progress import Progress
 
@@ -34,6 +35,26 @@ def test_plain_lines_in_a_file(capsys):
     assert first == f"step 20/36  56%  loss 2.9103  {figures}"
     assert evaluated == "step 20/36  held out 3.0112"
     assert second == f"step 20/36  56%  loss 2.9103  held out 3.0112  {figures}"
+
+
+def test_the_time_left_is_that_of_the_steps_of_this_start(monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    state = SimpleNamespace(global_step=100, max_steps=160, is_world_process_zero=True)
+    progress = Progress(lambda: "")
+    progress.on_train_begin(None, state, None)  # resumed at step 100
+    now[0], state.global_step = 1090.0, 110
+    progress.on_step_end(None, state, None)
+    progress.on_log(None, state, None, logs={"loss": 1.0})
+    assert capsys.readouterr().out == "step 110/160  69%  loss 1.0000  0:07:30 left\n"
+
+
+def test_a_file_gets_plain_lines_whatever_is_forced(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    follow(Progress(lambda: "2, 7"))
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert len(said.splitlines()) == 3
 
 
 def test_other_ranks_say_nothing(capsys):

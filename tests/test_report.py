@@ -1,6 +1,7 @@
 """The report of a run: what is in it, and that a browser shows it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,8 +15,8 @@ from models import save_tiny_llama
 from test_train import check_run, flags_for, start
 
 from lisa_dist.plots import PLOTS, draw
-from lisa_dist.report import main, write_report
-from lisa_dist.run_files import RunFiles, read_run
+from lisa_dist.report import _as_svg, main, write_report
+from lisa_dist.run_files import RunFiles, read_run, without_secrets, write_run
 
 ALL = ["loss", "layers", "visits", "movement", "learning_rate", "memory", "speed"]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -118,6 +119,12 @@ def test_a_run_that_was_cut_has_the_report_of_its_checkpoint(folder, tmp_path):
     found = re.findall(r'<section id="(\w+)">', (cut / "report.html").read_text())
     assert found == [name for name in [*ALL, "settings"] if name != "memory"]
     assert read_run(cut).last_step == 60  # save_steps 40, and the last step
+    # Of a run that ended, went on and was cut again, the checkpoint is the newer one.
+    older = json.loads((cut / "checkpoint-60" / "trainer_state.json").read_text())
+    older["log_history"] = older["log_history"][:5]
+    (cut / "trainer_state.json").write_text(json.dumps(older))
+    os.utime(cut / "trainer_state.json", (0, 0))
+    assert read_run(cut).last_step == 60
 
     (cut / "lisa_run.json").write_text("{")
     with pytest.raises(ValueError, match=r"lisa_run\.json: cannot be read"):
@@ -127,6 +134,28 @@ def test_a_run_that_was_cut_has_the_report_of_its_checkpoint(folder, tmp_path):
     with pytest.raises(SystemExit) as ended:
         main(str(tmp_path))
     assert ended.value.code == 2
+
+
+def test_what_another_run_left_is_no_part_of_a_new_one(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "out")
+    first = read_run(tmp_path / "out").run
+    write_run(tmp_path / "out", {"began": "now", "command": "lisa-dist train more", "method": "lisa"}, resumes=True)
+    resumed = read_run(tmp_path / "out")
+    assert resumed.run["began"] == first["began"]
+    assert resumed.run["resumed"] == [{"began": "now", "command": "lisa-dist train more"}]
+    assert resumed.periods
+    page = write_report(tmp_path / "out").read_text()
+    assert "lisa-dist train --gpus 2" in page
+    assert "# resumed now\nlisa-dist train more" in page
+    assert "time since the last resume" in page
+    write_run(tmp_path / "out", {"began": "now", "method": "full"})
+    assert not read_run(tmp_path / "out").periods
+    assert read_run(tmp_path / "out").memory is None
+
+
+def test_secrets_are_left_out():
+    words = ["--hub_token", "hf_secret", "--max_steps", "3", "--push_to_hub_token=hf_secret"]
+    assert without_secrets(words) == ["--hub_token", "***", "--max_steps", "3", "--push_to_hub_token=***"]
 
 
 def long_run() -> RunFiles:
@@ -151,6 +180,7 @@ def test_a_long_run_of_a_large_model_can_be_drawn(name, narrow):
     run = long_run()
     assert has(run)
     figure = draw(plot, run, narrow)
+    assert len(_as_svg(figure)) < 1_000_000
     figure.canvas.draw()
     axes = figure.axes[0]
     assert all(len(line.get_xdata()) <= 2000 for line in axes.lines)

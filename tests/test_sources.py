@@ -5,9 +5,9 @@ import gzip
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
-from lisa_dist.sources import Source, load_turns
+from lisa_dist.sources import Source, load_turns, weigh
 
 ROW = {"question": "q", "answer": "a"}
 
@@ -77,6 +77,15 @@ def test_a_saved_dataset(tmp_path):
     Dataset.from_list([ROW, ROW]).save_to_disk(tmp_path / "saved")
     found, _ = load(str(tmp_path / "saved"))
     assert [row["origin"] for row in found] == ["row 1", "row 2"]
+    DatasetDict({"test": Dataset.from_list([ROW])}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match="has no split train; it has test"):
+        load(str(tmp_path / "splits"))
+
+
+def test_half_of_a_character_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + '\n{"question": "q", "answer": "\\ud800"}\n')
+    with pytest.raises(ValueError, match=r"line 2 has half of a character"):
+        load(str(tmp_path / "rows.jsonl"))
 
 
 def test_a_sample_and_a_weight_are_drawn_by_the_seed(tmp_path):
@@ -88,11 +97,13 @@ def test_a_sample_and_a_weight_are_drawn_by_the_seed(tmp_path):
     assert "100 rows, 10 of them drawn by --seed 0" in told
     assert load(f"{name}#10")[0] == found
     assert load(f"{name}#10", seed=1)[0] != found
-    assert len(load(name, weight=0.25)[0]) == 25
-    found, told = load(name, weight=2.5)
+    rows = load_turns(Source(name), False, 0)[0]
+    assert len(weigh(rows, Source(name, weight=0.25), 0)) == 25
+    found = weigh(rows, Source(name, weight=2.5), 0).to_list()
     counts = sorted(questions(found).count(str(n)) for n in range(100))
     assert counts == [2] * 50 + [3] * 50
-    assert "as 250 by its weight of 2.5" in told
+    with pytest.raises(ValueError, match=r"--dataset_weights 0\.001 of .*: leaves none of 100 rows"):
+        weigh(rows, Source(name, weight=0.001), 0)
 
 
 def test_a_file_with_the_mark_of_a_sample_in_its_name(tmp_path):
@@ -123,6 +134,11 @@ def test_columns_and_format_can_be_told(tmp_path):
         ('{"1": {}, "2": {}}', ".json", "is one object with the keys 1, 2, ...; needed is a list of objects"),
         (b'[{"text": "a"},\n{"text": "\xff"}]', ".json", "line 2 is not UTF-8"),
         ("PAR1", ".parquet", "cannot be read"),
+        (gzip.compress(b'{"text": "a"}' * 100)[:-20], ".jsonl.gz", "cannot be read"),
+        (b"\x1f\x8b\x08\0\0\0\0\0\0\0no gzip", ".jsonl.gz", "cannot be read"),
+        ("[" * 100_000, ".json", "is not JSON"),
+        ("[" * 100_000, ".jsonl", "line 1 is not JSON"),
+        ('question,answer\n"q,a\n', ".csv", "cannot be read"),
         (
             '{"question": "a"}',
             ".jsonl",

@@ -298,7 +298,7 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
         (["--lisa_layer", "3"], "--lisa_layer: no such flag; did you mean --lisa_"),
         (["--lisa_activated_layer", "3"], "did you mean --lisa_activated_layers?"),
         (["--lerning-rate", "3"], "--lerning-rate: no such flag; did you mean --learning_rate?"),
-        (["--fsdp", "true"], "--fsdp True: training is sharded by DeepSpeed's ZeRO"),
+        (["--fsdp", "true"], "--fsdp true: training is sharded by DeepSpeed's ZeRO"),
         (["--xyzzy"], "--xyzzy: no such flag; --help_all lists them"),
         (["more.jsonl"], "more.jsonl: belongs to no flag"),
         (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
@@ -322,6 +322,7 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"dataset_text_field": "body"}, "--dataset_text_field body: has no effect here; use --dataset_columns text="),
         ({"lisa_activated_layers": 7}, "--lisa_activated_layers 7: the model has 6 decoder layers"),
         ({"lisa_sampler": "weighted", "lisa_weights_file": "absent.json"}, "--lisa_weights_file absent.json"),
         ({"model_name_or_path": "no/such-model"}, "--model_name_or_path no/such-model: no such folder"),
