@@ -146,7 +146,8 @@ def choose(arguments: InitArguments, lisa_config: LisaConfig) -> tuple[str, Plan
     config, given = load_model_config(arguments.model), lisa_config.to_dict()
     problem, defaults = None, LisaConfig().to_dict()
     for way, settings, offloads in LADDER:
-        if any(given[name] != defaults[name] for name in settings) or (offloads and lisa_config.offloaded):
+        for_offload = offloads or "lisa_state_bits" in settings  # which goes with no states on the host
+        if any(given[name] != defaults[name] for name in settings) or (for_offload and lisa_config.offloaded):
             continue  # it would change what was given
         tried = LisaConfig(**given | settings)
         try:

@@ -332,7 +332,7 @@ def _record(argv: Sequence[str], flags: dict[str, object], trainer: SFTTrainer, 
     """What the report says of a run: its settings, the command that repeats it, model and rows."""
     args, model = trainer.args, trainer.model
     words = without_secrets(word for word in argv if not word.startswith("--local_rank"))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+    here = int(os.environ["LOCAL_SIZE"])  # which `set_rank` has made sure of
     start = ["lisa-dist", "train", *(["--gpus", str(here)] if args.world_size > 1 else [])]
     hosts = args.world_size // here
     return {
