@@ -31,6 +31,7 @@ setup(
         "bitsandbytes>=0.46",
         "trl>=1.16,<2",
         "peft>=0.17",
+        "psutil>=5.9",
         *LAUNCHER,
         *SHOWN,
     ],

@@ -22,6 +22,19 @@ from lisa_dist.recompute import parse_budget, parse_checkpointed_layers
 from lisa_dist.watchdog import HANG_TIMEOUT
 
 METHODS = ("lisa", "full")
+# Where the weights of the shipped configs are.
+HUB_IDS = {
+    "gemma2-9b": "google/gemma-2-9b",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama3.1-70b": "meta-llama/Llama-3.1-70B",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen2.5-32b": "Qwen/Qwen2.5-32B",
+    "qwen2.5-72b": "Qwen/Qwen2.5-72B",
+}
 
 
 @dataclass
@@ -142,6 +155,11 @@ class ModelArguments(ModelConfig):
         super().__post_init__()
         if self.model_name_or_path is None:
             raise UserError("--model_name_or_path is missing: give a folder or a model of the hub.")
+        if self.model_name_or_path in HUB_IDS and not os.path.isdir(self.model_name_or_path):
+            raise UserError(
+                f"--model_name_or_path {self.model_name_or_path}: a name that init and plan know; the model is "
+                f"{HUB_IDS[self.model_name_or_path]}."
+            )
         for flag in ("use_peft", "load_in_4bit", "load_in_8bit"):
             if getattr(self, flag):
                 raise UserError(

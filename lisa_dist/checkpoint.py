@@ -42,6 +42,7 @@ from lisa_dist.files import (
     gather,
     raise_together,
     read_json,
+    set_mode_by_umask,
     together,
     write_json,
 )
@@ -187,7 +188,6 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> None:
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, staging / name)
         describe_files(staging)  # flushes them
-        staging.chmod(0o755)  # a temporary folder is its owner's alone
         _put_in_place(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -309,6 +309,8 @@ def _state_of(lisa: LisaController) -> dict:
 
 def _put_in_place(staging: Path, folder: Path) -> None:
     """Make the staged checkpoint the one at `folder`, in one step unless another one stands there."""
+    for path in (staging, *staging.rglob("*")):
+        set_mode_by_umask(path)
     flush_folder(staging)
     replaced = folder.with_name(f"{_REPLACED}{folder.name}")
     if folder.exists():

@@ -121,6 +121,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield beside
         with beside.open("rb") as file:
             os.fsync(file.fileno())
+        set_mode_by_umask(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -131,6 +132,13 @@ def _is_of_the_disk(error: BaseException) -> bool:
     said = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
     said += ["iostream error", "unexpected pos", "PytorchStreamWriter"]  # torch.save's
     return isinstance(error, OSError | SafetensorError) or any(words in str(error) for words in said)
+
+
+def set_mode_by_umask(path: Path) -> None:
+    """The mode that the user's umask wants; temporary files and safetensors are their owner's alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def gather(value: object) -> list:

@@ -15,6 +15,45 @@ from trl import TrlParser
 
 from lisa_dist.config import UserError
 
+# Names in LMFlow, Axolotl, ms-swift and LLaMA-Factory, and here.
+_ELSEWHERE = {
+    "base_model": "model_name_or_path",
+    "model": "model_name_or_path",
+    "datasets": "dataset_name",
+    "dataset": "dataset_name",
+    "dataset_path": "dataset_name",
+    "test_datasets": "eval_dataset_name",
+    "val_dataset": "eval_dataset_name",
+    "val_set_size": "eval_rows",
+    "val_size": "eval_rows",
+    "split_dataset_ratio": "eval_rows",
+    "sequence_len": "max_length",
+    "cutoff_len": "max_length",
+    "block_size": "max_length",
+    "sample_packing": "packing",
+    "neat_packing": "packing",
+    "template": "chat_template_path",
+    "chat_template": "chat_template_path",
+    "train_on_prompt": "train_on_inputs",
+    "micro_batch_size": "per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
+    "optimizer": "optim",
+    "lr_scheduler": "lr_scheduler_type",
+    "warmup_ratio": "warmup_steps",
+    "flash_attn": "attn_implementation",
+    "attn_impl": "attn_implementation",
+    "num_gpus": "gpus",
+    "finetuning_type": "method",
+    "tuner_type": "method",
+    "train_type": "method",
+    "use_lisa": "method",
+    "use_badam": "method",
+    "lisa_n_layers": "lisa_activated_layers",
+    "lisa_step_interval": "lisa_interval_steps",
+    "badam_switch_interval": "lisa_interval_steps",
+    "badam_switch_mode": "lisa_sampler",
+}
+
 
 class FlagParser(HfArgumentParser):
     """Flags of dataclasses; its errors are for users, and its help fits a screen.
@@ -109,7 +148,10 @@ class RunParser(FlagParser, TrlParser):
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """The known name that is most like it, in a question; or where all are listed."""
+    """What it is called here, if it is another tool's; else the known name that is most like it, or where all are."""
+    ours = _ELSEWHERE.get(name.lstrip("-"))
+    if ours is not None:
+        return f"here it is {'--' if name.startswith('--') else ''}{ours}: docs/coming_from.md."
     found = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), [*known], n=1)
     return f"did you mean {found[0]}?" if found else "--help_all lists them."
 

@@ -6,25 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lisa_dist.arguments import HUB_IDS
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.flags import FlagParser
-from lisa_dist.metrics import format_bytes
+from lisa_dist.metrics import GIB, format_bytes
 from lisa_dist.plan import HELP as HELP_OF_PLAN
 from lisa_dist.plan import WAYS, Plan, PlanArguments, load_model_config, make_plans, what_fits
+from lisa_dist.recompute import AUTO
 
-# Where the weights of the shipped configs are.
-HUB_IDS = {
-    "gemma2-9b": "google/gemma-2-9b",
-    "llama2-7b": "meta-llama/Llama-2-7b-hf",
-    "llama2-13b": "meta-llama/Llama-2-13b-hf",
-    "llama2-70b": "meta-llama/Llama-2-70b-hf",
-    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
-    "llama3.1-70b": "meta-llama/Llama-3.1-70B",
-    "mistral-7b": "mistralai/Mistral-7B-v0.1",
-    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
-    "qwen2.5-32b": "Qwen/Qwen2.5-32B",
-    "qwen2.5-72b": "Qwen/Qwen2.5-72B",
-}
 USAGE = "lisa-dist init --model llama3.1-8b [--gpus N] [--gpu_memory 24GiB] [--any_flag value ...]"
 # The screen of --help; what is not here is in --help_all.
 _OF_PLAN = {name: what for flags in HELP_OF_PLAN.values() for name, what in flags.items()}
@@ -90,7 +79,7 @@ lisa_interval_steps: {interval}
 deepspeed: {deepspeed}
 bf16: {bf16}
 optim: {optim}
-checkpointed_layers: {dial:<15}# auto is as few as fit, by a measured step; the plan has {checkpointed} of {num_layers}
+{budget}checkpointed_layers: {dial:<15}# auto: as few as fit, by a measured step; planned: {checkpointed}/{num_layers}
 {gradient_accumulation}per_device_train_batch_size: {micro_batch_size}
 max_length: {seq_length}
 # packing: true                     # several short examples in a row, which never see each other
@@ -188,6 +177,7 @@ def format_recipe(arguments: InitArguments, way: str, plan: Plan, lisa_config: L
         deepspeed=plan.ds_config,
         bf16=str(arguments.precision == "bf16").lower(),
         dial=arguments.checkpointed_layers,
+        budget=f"gpu_memory: {arguments.budget / GIB:.2f}GiB\n" if arguments.checkpointed_layers == AUTO else "",
         optim=arguments.optim,
         checkpointed=plan.workload.checkpointed_layers,
         num_layers=load_model_config(arguments.model).get_text_config().num_hidden_layers,

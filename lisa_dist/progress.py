@@ -84,7 +84,8 @@ class Progress(TrainerCallback):
         place = f"step {state.global_step}/{state.max_steps}"
         if "loss" in logs:
             done = f"{100 * state.global_step / max(1, state.max_steps):.0f}%"
-            parts = [place, done, *self._format(_SHOWN), *self._format(_SPEED), self._layers(), self._left()]
+            shown = {name: show for name, show in _SHOWN.items() if name != "held_out"}  # it has lines of its own
+            parts = [place, done, *self._format(shown), *self._format(_SPEED), self._layers(), self._left()]
             print("  ".join(part for part in parts if part), flush=True)
         elif "eval_loss" in logs:
             print(f"{place}  {_SHOWN['held_out'](logs['eval_loss'])}", flush=True)

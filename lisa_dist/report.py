@@ -68,7 +68,7 @@ def _fill(run: RunFiles, sections: str) -> str:
     template = (resources.files("lisa_dist") / "report.html").read_text(encoding="utf-8")
     flags = run.run.get("flags", {})
     parts = {
-        "title": html.escape(Path(run.run.get("model", run.folder)).name),
+        "title": html.escape(run.folder.resolve().name),
         "subtitle": html.escape(_subtitle(run)),
         "cards": "".join(f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>" for name, value in _cards(run)),
         "sections": sections,

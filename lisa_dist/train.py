@@ -46,11 +46,11 @@ from lisa_dist.ds_config import (
 from lisa_dist.encoding import set_chat_template
 from lisa_dist.files import gather, together
 from lisa_dist.health import check_same_everywhere
+from lisa_dist.launching import launch_if_asked
 from lisa_dist.liger import check_liger
 from lisa_dist.metrics import format_table
 from lisa_dist.monitoring import MonitoredMixin
 from lisa_dist.optimizer import check_optim
-from lisa_dist.rank_discovery import free_port
 from lisa_dist.recompute import number_of_layers, parse_checkpointed_layers
 from lisa_dist.run_files import without_secrets, write_run
 from lisa_dist.sampling import load_layer_weights
@@ -58,38 +58,17 @@ from lisa_dist.stop_signals import catch_stop_signals
 from lisa_dist.trainer import LisaTrainer
 from lisa_dist.zero import forget_module_order
 
+
+class SharedError(UserError):
+    """An error that all ranks have found: one of them says it."""
+
+
 # Flags of TRL's that are for rows which it would tokenize itself, and ours.
 _NOT_TAKEN = {
     "dataset_text_field": "--dataset_columns text=COLUMN",
     "truncation_mode": "--long_examples, which cuts texts into several examples",
     "dataset_kwargs": "--dataset_format and --dataset_columns",
 }
-
-
-def launch_if_asked(argv: Sequence[str]) -> Sequence[str]:
-    """With `--gpus N` become the deepspeed launcher of N ranks on this host; else give the words back."""
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--gpus=") else [word])]
-    if "--gpus" not in words:
-        return argv
-    at = words.index("--gpus")
-    number = words[at + 1] if at + 1 < len(words) else ""
-    if not number.isdigit() or int(number) < 1:
-        raise UserError(f"--gpus {number}: give a number of GPUs of this host; on CPUs it is one of ranks.")
-    if "RANK" in os.environ:
-        raise UserError(f"--gpus {number}: RANK is set, so a launcher has started this process already: leave it out.")
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    command = [
-        launcher,
-        "--num_gpus",
-        number,
-        "--master_port",
-        str(free_port()),
-        "--no_local_rank",
-        "--module",
-        "lisa_dist.cli",
-        "train",
-    ]
-    os.execv(launcher, [*command, *words[:at], *words[at + 2 :]])
 
 
 def run(
@@ -241,6 +220,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             catch_stop_signals()
         run(*arguments, argv)
         _end_process()
+    except SharedError as error:
+        if os.environ["RANK"] == "0":
+            print(f"lisa-dist: {error}", flush=True)
+        raise SystemExit(2) from error
     except UserError as error:
         rank = f", rank {os.environ['RANK']}" if "RANK" in os.environ else ""
         print(f"lisa-dist{rank}: {error}", flush=True)
@@ -304,7 +287,7 @@ def load_rows(data_args: DataArguments, training_args: SFTConfig, tokenizer: Pre
             problem = str(error)
     problem = next(filter(None, gather(problem)), None)
     if problem is not None:  # on all ranks together: one that ended alone would have the others say that it is gone
-        raise UserError(problem)
+        raise SharedError(problem)
     training_args.assistant_only_loss, training_args.completion_only_loss = False, None
     training_args.chat_template_path = None
     return data
@@ -331,7 +314,9 @@ def _resume_from(value: str | None) -> str | bool | None:
 def _record(argv: Sequence[str], flags: dict[str, object], trainer: SFTTrainer, data: Data) -> dict:
     """What the report says of a run: its settings, the command that repeats it, model and rows."""
     args, model = trainer.args, trainer.model
-    words = without_secrets(word for word in argv if not word.startswith("--local_rank"))
+    words = without_secrets(word for word in argv if not word.startswith(("--local_rank", "--resume_from_checkpoint=")))
+    if "--resume_from_checkpoint" in words:  # to repeat the run is not to go on with it
+        del words[(at := words.index("--resume_from_checkpoint")) : at + 2]
     here = int(os.environ["LOCAL_SIZE"])  # which `set_rank` has made sure of
     start = ["lisa-dist", "train", *(["--gpus", str(here)] if args.world_size > 1 else [])]
     hosts = args.world_size // here
@@ -371,10 +356,12 @@ def _describe_devices(args: SFTConfig) -> str:
 
 
 def _describe_outcome(log_history: list[dict]) -> str:
-    held_out = [entry["eval_loss"] for entry in log_history if "eval_loss" in entry]
+    held_out = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
     lines = [f"trained in {log_history[-1]['train_runtime']:.0f} s"]
     if len(held_out) > 1:
-        lines.append(f"held-out loss {held_out[0]:.4f} before, {held_out[-1]:.4f} after")
+        (first, before), (last, after) = held_out[0], held_out[-1]
+        when = "before" if first == 0 else f"at step {first}"
+        lines.append(f"held-out loss {before:.4f} {when}, {after:.4f} {'after' if first == 0 else f'at step {last}'}")
     return "; ".join(lines)
 
 

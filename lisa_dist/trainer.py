@@ -48,6 +48,7 @@ from lisa_dist.watchdog import HANG_TIMEOUT, Watchdog
 from lisa_dist.weights import save_without_weights, write_weights
 from lisa_dist.zero import forget_module_order
 
+_SLOW_LOGS = 3  # in so many logs one after another a rank must be slow to be named
 RESERVED = 2**30  # bytes of a GPU, for the CUDA context, NCCL and fragments
 
 
@@ -82,6 +83,7 @@ class LisaMixin(MonitoredMixin):
         self._memory: RunMemory | None = None
         self._ranks: list[tuple[str, str]] = []
         self._compute_time: ComputeTime | None = None
+        self._slow = (-1, 0)  # the rank that was slow in the last logs, and in how many one after another
         self._hang_timeout = hang_timeout
         self._resume_state: dict | None = None
         self._weights_from: Path | None = None
@@ -169,6 +171,7 @@ class LisaMixin(MonitoredMixin):
             self._check_rows_per_step(folder)
             load_checkpoint(self.lisa, folder, self._resume_state)
             self._load_schedule(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+            self._say(f"resumed from {folder}, after step {self.lisa.engine.global_steps} of {max_steps}")
         elif self._weights_from is not None:
             self._watchdog.beat()
             start_from_weights(self.lisa, self._weights_from)
@@ -333,7 +336,8 @@ class LisaMixin(MonitoredMixin):
             if self._compute_time is not None:
                 rank, times, host = self._compute_time.slowest()
                 logs |= {"lisa/slowest_rank": rank, "lisa/slowest_rank_times_median": times}
-                if times > SLOW:
+                self._slow = (rank, self._slow[1] + 1 if rank == self._slow[0] else 1) if times > SLOW else (-1, 0)
+                if self._slow[1] >= _SLOW_LOGS:
                     self._say(f"rank {rank} on host {host} computes {times:.2f} times as long as the median rank")
         super().log(logs, *args, **kwargs)
 

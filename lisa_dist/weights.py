@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from lisa_dist.blocks import Blocks, parameter_numel, parameter_shape
 from lisa_dist.config import UserError
-from lisa_dist.files import replacing, together
+from lisa_dist.files import replacing, set_mode_by_umask, together
 from lisa_dist.zero import drop_prefetched
 
 MAX_SHARD_SIZE = 5 * 1024**3  # bytes
@@ -92,6 +92,7 @@ def save_without_weights(save: Callable[[str], None], folder: Path) -> None:
                 logging.enable_progress_bar()
         _remove_weights(Path(staging))
         shutil.copytree(staging, folder, dirs_exist_ok=True)
+    set_mode_by_umask(folder)  # which has taken over that of the temporary one
 
 
 def _remove_weights(folder: Path, but: Sequence[str] = ()) -> None:

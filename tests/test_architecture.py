@@ -31,7 +31,7 @@ LEVELS = [
     {"measuring"},
     {"run_memory"},
     {"trainer", "arguments", "run_files"},
-    {"plots"},
+    {"plots", "launching"},
     {"report"},
     {"train", "plan", "info", "preflight", "init", "cli"},
 ]

@@ -83,8 +83,8 @@ def run_flags(words: list[str], folder: Path) -> None:
     recipe = flags[flags.index("--config") + 1]
     if "--dataset_name" not in flags:
         flags += ["--dataset_name", "rows.jsonl"]
-    if yaml.safe_load((folder / recipe).read_text()).get("checkpointed_layers") == "auto":
-        flags += ["--checkpointed_layers", "none"]  # there is no GPU to ask
+    if "gpu_memory" not in yaml.safe_load((folder / recipe).read_text()):
+        flags += ["--checkpointed_layers", "none"]  # for auto there is no GPU to ask
     flags += ["--output_dir", "runs/llama3.1-8b"]
     status, said = run_alone(flags, folder / "said.txt")
     assert status == 0, f"{shlex.join(words)}\n{said[-3000:]}"

@@ -431,3 +431,5 @@ def test_sizes():
     assert parse_bytes("--gpu_memory", "24GiB") == 24 * 2**30
     assert parse_bytes("--gpu_memory", "80 GB") == 80 * 10**9
     assert parse_bytes("--gpu_memory", "1.5g") == 1.5 * 10**9
+    with pytest.raises(ValueError, match="--gpu_memory 24: of bytes that is next to nothing; give a unit, as in 24GiB"):
+        parse_bytes("--gpu_memory", "24")

@@ -21,9 +21,11 @@ from ranks import free_port, run_ranks, start_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from lisa_dist import launching
 from lisa_dist.arguments import LisaSFTConfig, parse_arguments
 from lisa_dist.data import DataArguments
-from lisa_dist.train import launch_if_asked, load_rows, run
+from lisa_dist.launching import launch_if_asked
+from lisa_dist.train import load_rows, run
 from lisa_dist.trainer import LisaTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +156,35 @@ def check_run(finished: subprocess.CompletedProcess, out: Path, periods_begin: l
     saved = {path.name for path in out.iterdir()}
     assert {"generation_config.json", "chat_template.jinja", "tokenizer.json", "model.safetensors"} <= saved
     assert {"report.html", "report", "lisa_run.json", "lisa_memory.json", "lisa_movement.jsonl"} <= saved
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cpu_ops")
+def test_a_signal_to_lisa_dist_train_saves_on_its_ranks(folder, tmp_path):
+    flags = flags_for(folder, tmp_path / "out", max_steps=2000, eval_strategy="no", eval_on_start=False)
+    command = [str(BIN / "lisa-dist"), "train", "--gpus", "2", *flags]
+    with (tmp_path / "said.txt").open("w") as said:
+        run = subprocess.Popen(command, env=clean_environment(), stdout=said, stderr=subprocess.STDOUT)
+    for _ in range(2400):
+        if "step 3/2000" in (tmp_path / "said.txt").read_text() or run.poll() is not None:
+            break
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=120) == 0, (tmp_path / "said.txt").read_text()[-3000:]
+    assert "SIGTERM: stopped after step" in (tmp_path / "said.txt").read_text()
+    assert len(list((tmp_path / "out").glob("checkpoint-*/lisa_state.json"))) == 1
+    mask = os.umask(0)
+    os.umask(mask)
+    (saved,) = (tmp_path / "out").glob("checkpoint-*")
+    assert [path.stat().st_mode & 0o777 for path in (tmp_path / "out", saved)] == [0o777 & ~mask] * 2
+    assert {path.stat().st_mode & 0o777 for path in saved.iterdir() if path.is_file()} == {0o666 & ~mask}
+
+
+def test_flags_are_checked_before_ranks_are_started(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(launching.subprocess, "Popen", None)
+    with pytest.raises(ValueError, match=r"--max_step: no such flag; did you mean --max_steps\?"):
+        launch_if_asked(["--gpus", "2", "--max_step", "4"])
 
 
 @pytest.mark.slow
@@ -295,6 +326,12 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
             "--gradient_accumulation_steps 4: give one of them; on 1 ranks it is 2",
         ),
         (["--use_peft", "True"], "--use_peft True"),
+        (
+            ["--model_name_or_path", "llama3.1-8b"],
+            "a name that init and plan know; the model is meta-llama/Llama-3.1-8B",
+        ),
+        (["--base_model", "x"], "--base_model: no such flag; here it is --model_name_or_path: docs/coming_from.md."),
+        (["--num_gpus", "2"], "--num_gpus: no such flag; here it is --gpus"),
         (["--lisa_layer", "3"], "--lisa_layer: no such flag; did you mean --lisa_"),
         (["--lisa_activated_layer", "3"], "did you mean --lisa_activated_layers?"),
         (["--lerning-rate", "3"], "--lerning-rate: no such flag; did you mean --learning_rate?"),
@@ -395,6 +432,10 @@ def test_many_tasks_without_ranks_are_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        (
+            "sequence_len: 3\nmodel_name_or_path: m",
+            "sequence_len: no such key; here it is max_length: docs/coming_from",
+        ),
         ("lisa_layers: 3\nmodel_name_or_path: m", "lisa_layers: no such key; did you mean lisa_"),
         ("- 3", "must hold keys and values, such as learning_rate: 1.0e-5"),
         ("a: b: c", "is not YAML"),
