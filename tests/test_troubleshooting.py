@@ -26,7 +26,7 @@ OF_OTHERS = {
     "Unable to JIT load the": "deepspeed/ops/op_builder/builder.py",
     "Failed to load CPU gemm_4bit_forward": "bitsandbytes/backends/cpu/ops.py",
 }
-NO_RUN_FLAGS = {
+NO_RUN_FLAGS = {"--config", "--lisa_", "--pid", "--shm-size", "--master_port", "--master-port"}  # of other programs
     "--config",
     "--lisa_",
     "--pid",
