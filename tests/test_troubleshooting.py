@@ -26,14 +26,8 @@ OF_OTHERS = {
     "Unable to JIT load the": "deepspeed/ops/op_builder/builder.py",
     "Failed to load CPU gemm_4bit_forward": "bitsandbytes/backends/cpu/ops.py",
 }
-NO_RUN_FLAGS = {"--config", "--lisa_", "--pid", "--shm-size", "--master_port", "--master-port"}  # of other programs
-    "--config",
-    "--lisa_",
-    "--pid",
-    "--shm-size",
-    "--master_port",
-    "--master-port",
-}  # of other programs, too
+# Read before the parser; a prefix; of other programs.
+NO_RUN_FLAGS = {"--config", "--lisa_", "--pid", "--shm-size", "--master_port", "--master-port"}
 
 
 def strings_of(path: Path) -> list[str]:
