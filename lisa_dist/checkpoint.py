@@ -97,7 +97,7 @@ def save_checkpoint(
                 write_more(staging)
             elif writes:
                 write_configs(lisa.engine.module, staging)
-        write_weights(lisa.engine, lisa.blocks, staging, writes, max_shard_size)
+        write_weights(lisa.engine, lisa.blocks, staging, writes, max_shard_size, told=folder)
         with together(folder):
             file = staging / state_file(dist.get_rank(), dist.get_world_size())
             write_states(file, *lisa.saved_states())

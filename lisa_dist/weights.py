@@ -35,6 +35,7 @@ def write_weights(
     writes: bool,
     max_shard_size: int = MAX_SHARD_SIZE,
     original_names: bool = False,
+    told: Path | None = None,
 ) -> None:
     """Write every weight and persistent buffer into `folder`; all ranks call it, those with `writes` write.
 
@@ -42,13 +43,13 @@ def write_weights(
     transformers loads a model under other names, as it does with fused experts. Raises SaveError on all ranks when one
     cannot write.
     """
-    model = engine.module
+    model, told = engine.module, told or folder  # what an error names, where `folder` is a staging place
     drop_prefetched(engine)
     shards = list(_fill_shards(model, blocks, max_shard_size))
     names = [SAFE_WEIGHTS_NAME]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    with together(folder):
+    with together(told):
         if writes:  # an index of earlier shards must not stand beside new ones
             (folder / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
     bytes_of, file_of = {}, {}
@@ -59,13 +60,13 @@ def write_weights(
                 if writes:
                     part = {name: value.detach().cpu().clone() for name, value in tensors.items()}
                     shard |= _rename(model, part) if original_names else part
-        with together(folder):
+        with together(told):
             if writes:
                 with replacing(folder / file_name) as path:
                     save_file(shard, path, metadata={"format": "pt"})
         file_of |= dict.fromkeys(shard, file_name)
         bytes_of |= {name: value.nbytes for name, value in shard.items()}
-    with together(folder):
+    with together(told):
         if writes:
             if len(shards) > 1:
                 with replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as path:
