@@ -46,7 +46,7 @@ def commands(page: Path) -> list[str]:
     for place in re.finditer(r"^```\w*\n(.*?)^```|`([^`\n]+)`", page.read_text(encoding="utf-8"), re.M | re.S):
         for line in (place[1] or place[2]).replace("\\\n", " ").splitlines():
             line = " ".join(line.split("  #")[0].split())
-            mentioned = place[2] and (len(line.split()) < 3 or re.search(r"\b[A-Z_]{4,}\b|\.\.\.|--help", line))
+            mentioned = place[2] and (len(line.split()) < 3 or re.search(r"\b[A-Z_]{4,}\b|\bN\b|\.\.\.|--help", line))
             if COMMAND.match(line) and not mentioned:
                 found.append(line)
     return found
