@@ -204,7 +204,7 @@ def test_an_error_is_one_line_and_nothing_is_written(folder, tmp_path):
     flags = flags_for(folder, tmp_path / "out", dataset_name=tmp_path / "absent.jsonl")
     status, said = run_alone(flags, tmp_path / "said.txt")
     assert status == 2
-    assert f"lisa-dist, rank 0: --dataset_name {tmp_path / 'absent.jsonl'}: no such file" in said
+    assert f"lisa-dist: --dataset_name {tmp_path / 'absent.jsonl'}: no such file" in said
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
 
