@@ -54,7 +54,7 @@ def parse_bytes(flag: str, value: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", value.lower())
     if match is None or match[2] not in _UNITS:
         raise UserError(f"{flag} {value}: not a size, such as 24GiB or 80GB.")
-    if not match[2] and float(match[1]) < MIB:
+    if not match[2] and 0 < float(match[1]) < MIB:
         raise UserError(f"{flag} {value}: of bytes that is next to nothing; give a unit, as in {value.strip()}GiB.")
     return int(float(match[1]) * _UNITS[match[2]])
 
