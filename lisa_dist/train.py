@@ -20,7 +20,7 @@ import deepspeed
 import torch
 from accelerate import PartialState
 from torch import distributed as dist
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from lisa_dist.arguments import (
@@ -53,6 +53,7 @@ from lisa_dist.monitoring import MonitoredMixin
 from lisa_dist.optimizer import check_optim
 from lisa_dist.recompute import number_of_layers, parse_checkpointed_layers
 from lisa_dist.run_files import without_secrets, write_run
+from lisa_dist.sample_answer import SampleCallback
 from lisa_dist.sampling import load_layer_weights
 from lisa_dist.stop_signals import catch_stop_signals
 from lisa_dist.trainer import LisaTrainer
@@ -89,15 +90,7 @@ def run(
         _versions() | _flags(run_args, data_args, training_args, model_args, lisa_config),
         "start every rank with the same environment and the same flags",
     )
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
-    if training_args.eos_token is not None:
-        if training_args.eos_token not in tokenizer.get_vocab():
-            raise UserError(f"--eos_token {training_args.eos_token}: the tokenizer has no such token.")
-        tokenizer.eos_token = training_args.eos_token  # before rows are made of it
+    tokenizer = _load_tokenizer(training_args, model_args)
     template = set_chat_template(tokenizer, training_args.chat_template_path)
     attention, why = choose_attention(
         model_args.attn_implementation,
@@ -149,6 +142,20 @@ def run(
     trainer.end()
     if writes_report:  # when no other rank waits for this one
         _report(training_args.output_dir)
+
+
+def _load_tokenizer(training_args: SFTConfig, model_args: ModelArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the end of a turn that `--eos_token` says."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    if training_args.eos_token is not None:
+        if training_args.eos_token not in tokenizer.get_vocab():
+            raise UserError(f"--eos_token {training_args.eos_token}: the tokenizer has no such token.")
+        tokenizer.eos_token = training_args.eos_token  # before rows are made of it
+    return tokenizer
 
 
 def _check_arguments(
@@ -204,7 +211,7 @@ def _build_trainer(
     if packs_documents(training_args) and run_args.method != "lisa":  # LisaTrainer has it
         trainer.add_callback(PackingCheck(trainer, after=forget_module_order))
     if run_args.sample_prompt:
-        trainer.add_callback(_SampleCallback(trainer, run_args.sample_prompt))
+        trainer.add_callback(SampleCallback(trainer, run_args.sample_prompt))
     return trainer
 
 
@@ -397,40 +404,3 @@ def _describe_run(
 
 class _FullTrainer(MonitoredMixin, SFTTrainer):
     """Trains every parameter in every step; tells of it what a LISA run tells."""
-
-
-class _SampleCallback(TrainerCallback):
-    """Answers one prompt before and after training; all ranks take part, as ZeRO-3 gathers weights for it."""
-
-    def __init__(self, trainer: SFTTrainer, prompt: str):
-        self._trainer = trainer
-        self._prompt = prompt
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._answer("before")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if getattr(self._trainer, "stopped_by", None) is None:
-            self._answer("after")
-
-    def _answer(self, when: str) -> None:
-        trainer, tokenizer = self._trainer, self._trainer.processing_class
-        inputs = {"text": self._prompt}
-        if tokenizer.chat_template is not None:
-            turn = [{"role": "user", "content": self._prompt}]
-            inputs = {"text": tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)}
-        encoded = tokenizer(**inputs, return_tensors="pt", add_special_tokens=tokenizer.chat_template is None)
-        model = trainer.model_wrapped.module
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            generated = model.generate(
-                **encoded.to(trainer.args.device),
-                max_new_tokens=64,
-                do_sample=False,
-                synced_gpus=trainer.args.world_size > 1,
-            )
-        model.train(training)
-        forget_module_order(trainer.model_wrapped)
-        answer = tokenizer.decode(generated[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-        trainer.accelerator.print(f"\n{when} training, asked: {self._prompt}\nanswer: {answer.strip()}\n")

@@ -31,7 +31,7 @@ LEVELS = [
     {"measuring"},
     {"run_memory"},
     {"trainer", "arguments", "run_files"},
-    {"plots", "launching"},
+    {"plots", "launching", "sample_answer"},
     {"report"},
     {"train", "plan", "info", "preflight", "init", "cli"},
 ]
