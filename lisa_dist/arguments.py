@@ -21,7 +21,7 @@ from lisa_dist.rank_discovery import set_rank
 from lisa_dist.recompute import parse_budget, parse_checkpointed_layers
 from lisa_dist.watchdog import HANG_TIMEOUT
 
-METHODS = ("lisa", "full")
+METHODS = ("lisa", "full", "lora")
 # Where the weights of the shipped configs are.
 HUB_IDS = {
     "gemma2-9b": "google/gemma-2-9b",
@@ -41,7 +41,13 @@ HUB_IDS = {
 class RunArguments:
     """What to train, and how."""
 
-    method: str = field(default="lisa", metadata={"help": "lisa, or full to train every parameter in every step."})
+    method: str = field(
+        default="lisa",
+        metadata={
+            "help": "lisa, full to train every parameter in every step, or lora to train adapters beside them (--lora_r, "
+            "--lora_alpha, --lora_dropout, --lora_target_modules)."
+        },
+    )
     sample_prompt: str | None = field(
         default=None, metadata={"help": "A prompt to answer before and after training, printed on rank 0."}
     )
@@ -160,18 +166,19 @@ class ModelArguments(ModelConfig):
                 f"--model_name_or_path {self.model_name_or_path}: a name that init and plan know; the model is "
                 f"{HUB_IDS[self.model_name_or_path]}."
             )
-        for flag in ("use_peft", "load_in_4bit", "load_in_8bit"):
+        for flag, instead in (("use_peft", "give --method lora"), ("load_in_4bit", ""), ("load_in_8bit", "")):
             if getattr(self, flag):
-                raise UserError(
-                    f"--{flag} True: methods are lisa and full, on weights in full precision; leave it out."
-                )
+                rule = instead or "every method trains on weights in full precision; leave it out"
+                raise UserError(f"--{flag} True: {rule}.")
+        if self.lora_r < 1:
+            raise UserError(f"--lora_r {self.lora_r}: the rank of an adapter is at least 1.")
 
 
 USAGE = "lisa-dist train [--gpus N] --config recipe.yaml [--any_flag value ...]"
 # The screen of --help; what is not here is in --help_all.
 HELP = {
     "What is trained, on what": {
-        "method": "lisa, or full: every parameter in every step",
+        "method": "lisa; full: every parameter in every step; lora: adapters of --lora_r",
         "model_name_or_path": "folder, or model of the hub",
         "dataset_name": "files, folders, datasets of the hub; name#1000 draws so many rows",
         "dataset_weights": "one for each: 2 takes its rows twice in an epoch, 0.5 half of them",

@@ -19,9 +19,10 @@ from typing import NoReturn
 import deepspeed
 import torch
 from accelerate import PartialState
+from peft import LoraConfig
 from torch import distributed as dist
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, get_peft_config
 
 from lisa_dist.arguments import (
     LisaOptimizerNames,
@@ -64,6 +65,7 @@ class SharedError(UserError):
     """An error that all ranks have found: one of them says it."""
 
 
+ALL_LINEAR = "all-linear"  # peft's word
 # Flags of TRL's that are for rows which it would tokenize itself, and ours.
 _NOT_TAKEN = {
     "dataset_text_field": "--dataset_columns text=COLUMN",
@@ -205,7 +207,8 @@ def _build_trainer(
             **arguments,
         )
     else:
-        trainer = _FullTrainer(**arguments)
+        adapters = _adapters(model_args) if run_args.method == "lora" else None
+        trainer = _WholeTrainer(peft_config=adapters, **arguments)
     if training_args.bf16 and training_args.use_cpu and not cpu_multiplies_bf16():
         multiply_in_fp32(trainer.model)
     if packs_documents(training_args) and run_args.method != "lisa":  # LisaTrainer has it
@@ -213,6 +216,13 @@ def _build_trainer(
     if run_args.sample_prompt:
         trainer.add_callback(SampleCallback(trainer, run_args.sample_prompt))
     return trainer
+
+
+def _adapters(model_args: ModelArguments) -> LoraConfig:
+    """What `--lora_*` say; on every linear layer but the head, unless they say otherwise."""
+    model_args.use_peft = True  # TRL's word for it
+    model_args.lora_target_modules = model_args.lora_target_modules or ALL_LINEAR
+    return get_peft_config(model_args)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -372,6 +382,13 @@ def _describe_outcome(log_history: list[dict]) -> str:
     return "; ".join(lines)
 
 
+def _describe_adapters(model_args: ModelArguments) -> str:
+    named = model_args.lora_target_modules  # one name or several
+    where = ", ".join([named] if isinstance(named, str) else named)
+    where = "all linear layers but the head" if where == ALL_LINEAR else where
+    return f"rank {model_args.lora_r}, alpha {model_args.lora_alpha}, dropout {model_args.lora_dropout}, on {where}"
+
+
 def _precision(args: SFTConfig) -> str:
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
 
@@ -392,6 +409,7 @@ def _describe_run(
         ("devices", _describe_devices(args)),
         ("attention", attention),
         ("chat template", template),
+        *([("adapters", _describe_adapters(model_args))] if run_args.method == "lora" else []),
         ("optimizer", f"{args.optim.value}, learning rate {args.learning_rate}, weight decay {args.weight_decay}"),
         ("rows a step", str(batch)),
         ("versions", versions),
@@ -402,5 +420,5 @@ def _describe_run(
     return "run\n" + format_table(rows)
 
 
-class _FullTrainer(MonitoredMixin, SFTTrainer):
-    """Trains every parameter in every step; tells of it what a LISA run tells."""
+class _WholeTrainer(MonitoredMixin, SFTTrainer):
+    """Trains the same parameters in every step, all or adapters; tells of it what a LISA run tells."""
