@@ -8,7 +8,9 @@ QUICKSTART = ["gguf>=0.10"]
 SHOWN = ["rich>=13.7", "matplotlib>=3.8", "tensorboard>=2.14"]
 TRITON = ["triton>=3.2; sys_platform == 'linux'"]  # a CUDA torch brings its own; the tests run it in its interpreter
 LIGER = ["liger-kernel>=0.8.2"]
+EVAL = ["lm-eval>=0.4.13,<0.5"]
 DEV = [*TRITON, "liger-kernel>=0.8.2; sys_platform == 'linux'", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6,<1"]
+DEV += [*EVAL, "transformers[serving]"]  # a judge of MT-Bench answers is `transformers serve`
 
 setup(
     name="lisa_dist",
@@ -18,7 +20,7 @@ setup(
     python_requires=">=3.10",
     packages=["lisa_dist", "lisa_dist.kernels", "lisa_dist.ds_configs"],
     package_data={
-        "lisa_dist": ["model_configs/*.json", "report.html"],
+        "lisa_dist": ["model_configs/*.json", "report.html", "eval_tasks/*.y*ml"],
         "lisa_dist.ds_configs": ["*.json"],
         "lisa_dist.kernels": ["*"],
     },
@@ -37,7 +39,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.6", *LIGER],
-        "eval": ["lm-eval>=0.4"],
+        "eval": EVAL,
         "quickstart": QUICKSTART,
         "dev": DEV + QUICKSTART,
     },

@@ -16,8 +16,8 @@ SMALLEST = {"lisa_master": "bf16_sr", "lisa_state_bits": "embed=8,head=8,layers=
 # Name, arguments of the plan, settings of LISA.
 ARMS = (
     ("full", {"method": "full"}, {}),
-    ("LoRA r16", {"method": "lora", "lora_rank": 16}, {}),
-    ("LoRA r128", {"method": "lora", "lora_rank": 128}, {}),
+    ("LoRA r16", {"method": "lora", "lora_r": 16}, {}),
+    ("LoRA r128", {"method": "lora", "lora_r": 128}, {}),
     ("LISA as published", {}, {}),
     ("LISA, always-on 8 bit", {}, {"lisa_state_bits": "embed=8,head=8,rest=8"}),
     ("LISA, lisa_adamw", {"optim": "lisa_adamw"}, {}),

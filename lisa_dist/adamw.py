@@ -29,7 +29,7 @@ from lisa_dist.backend import (
 )
 from lisa_dist.states import Piece
 
-__all__ = ["BLOCK", "LisaAdamW", "PartitionStep", "decode_moment", "num_blocks", "with_blocks"]
+__all__ = ["BLOCK", "LisaAdamW", "PartitionStep", "decode_moment", "in_chunks", "num_blocks", "with_blocks"]
 
 # A moment, and whether it has a sign.
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
@@ -141,7 +141,7 @@ class LisaAdamW(torch.optim.Optimizer):
             if coded == wants_codes:
                 state[name].copy_(fields[name])
                 continue
-            for element, cut, blocks in _in_chunks(pieces):
+            for element, cut, blocks in in_chunks(pieces):
                 saved = fields[name][cut].to(parameter.device)
                 if wants_codes:
                     state[name][cut], state[f"{name}_scales"][blocks] = quantize(saved, signed, element)
@@ -237,7 +237,7 @@ def with_blocks(pieces: Sequence[Piece]) -> list[tuple[Piece, slice]]:
     return found
 
 
-def _in_chunks(pieces: Sequence[Piece]) -> Iterator[tuple[int, slice, slice]]:
+def in_chunks(pieces: Sequence[Piece]) -> Iterator[tuple[int, slice, slice]]:
     """The first element within its parameter, the place in the partition, and the blocks, of each chunk of a piece."""
     for piece, blocks in with_blocks(pieces):
         for cut in chunks(piece.start, piece.length):

@@ -44,8 +44,8 @@ class RunArguments:
     method: str = field(
         default="lisa",
         metadata={
-            "help": "lisa, full to train every parameter in every step, or lora to train adapters beside them (--lora_r, "
-            "--lora_alpha, --lora_dropout, --lora_target_modules)."
+            "help": "lisa, full to train every parameter in every step, or lora to train adapters beside them "
+            "(--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules)."
         },
     )
     sample_prompt: str | None = field(
@@ -66,6 +66,13 @@ class RunArguments:
         default=HANG_TIMEOUT,
         metadata={"help": "Seconds for a step, after which a run that hangs is ended, naming the rank; 0 for never."},
     )
+    layer_norms: int = field(
+        default=0,
+        metadata={
+            "help": "Take the norms of each block's weights and updates in every N-th step, for lisa-dist norms; 0 for "
+            "never."
+        },
+    )
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -81,6 +88,8 @@ class RunArguments:
         parse_budget(self.gpu_memory, dial)
         if self.hang_timeout < 0:
             raise UserError(f"--hang_timeout {self.hang_timeout}: seconds are not negative; 0 turns it off.")
+        if self.layer_norms < 0:
+            raise UserError(f"--layer_norms {self.layer_norms}: looks at every N-th step; 1 at each, 0 at none.")
 
 
 @dataclass
@@ -178,7 +187,7 @@ USAGE = "lisa-dist train [--gpus N] --config recipe.yaml [--any_flag value ...]"
 # The screen of --help; what is not here is in --help_all.
 HELP = {
     "What is trained, on what": {
-        "method": "lisa; full: every parameter in every step; lora: adapters of --lora_r",
+        "method": "lisa; full: every parameter, always; lora: adapters",
         "model_name_or_path": "folder, or model of the hub",
         "dataset_name": "files, folders, datasets of the hub; name#1000 draws so many rows",
         "dataset_weights": "one for each: 2 takes its rows twice in an epoch, 0.5 half of them",
@@ -196,7 +205,7 @@ HELP = {
     "LISA": {
         "lisa_activated_layers": "decoder layers that train in a period (gamma)",
         "lisa_interval_steps": "optimizer steps in a period (K)",
-        "lisa_sampler": "uniform, reshuffle, cyclic, fixed, weighted",
+        "lisa_sampler": "uniform, reshuffle, cyclic, fixed, weighted, adaptive",
         "lisa_always_on": "of embed, head, rest; those left out are drawn as layers are",
         "lisa_frozen": "of embed, head, rest: never trained",
         "lisa_state": "at a switch: reset, reset_all (as in the paper), keep",

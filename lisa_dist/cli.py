@@ -7,23 +7,34 @@ import sys
 USAGE = """usage: lisa-dist train [--gpus N] --config recipe.yaml [--any_flag value]
        lisa-dist init --model llama3.1-8b --gpus 1 --gpu_memory 24GiB --recipe recipe.yaml
        lisa-dist plan --model llama3.1-8b --gpus 4 --gpu_memory 80GiB [--any_flag value]
+       lisa-dist eval MODEL --tasks mmlu,gsm8k,mt_bench [--data_dir DIR] [--gpus N]
        lisa-dist export CHECKPOINT OUT
        lisa-dist report OUTPUT_DIR
+       lisa-dist norms RUN [RUN ...] --out FOLDER
        lisa-dist info
        srun --ntasks-per-node=1 lisa-dist check --config recipe.yaml --output_dir DIR --gpus_per_node 8
 
   train   train a model by LISA, on one device or on several of this host; on more: launch/README.md
   init    write a commented recipe for a model and a budget of memory
   plan    what a run will need of memory, part by part, and the command that fits; needs no GPU and no weights
+  eval    a model's scores on lm-evaluation-harness' tasks and on MT-Bench
   export  turn a checkpoint of any run into a folder that from_pretrained loads, without a GPU
   report  write report.html of a run, also while it goes on or where it was cut
+  norms   norms of weights and updates by block, of runs with --layer_norms: a table, a CSV, the paper's figure
   check   on every host before a run: GPUs, address, output folder, versions, time to save
   info    what is installed here, which kernels and attention a run would use and why, and what is missing
 
 lisa-dist VERB --help has the flags of a verb.
 """
 # Verbs with flags: their module, which parses them and answers --help.
-_WITH_FLAGS = {"train": "train", "init": "init", "plan": "plan", "check": "preflight"}
+_WITH_FLAGS = {
+    "train": "train",
+    "init": "init",
+    "plan": "plan",
+    "eval": "evaluation",
+    "check": "preflight",
+    "norms": "norms",
+}
 # Verbs with words alone: module, function, and the words.
 _WITH_WORDS = {
     "export": ("checkpoint", "export_main", ("CHECKPOINT", "OUT")),

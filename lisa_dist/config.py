@@ -4,6 +4,7 @@ Source: Algorithm 1 of Pan et al., "LISA: Layerwise Importance Sampling for Memo
 Fine-Tuning" (arXiv 2403.17919). Flag names follow the ones in use elsewhere.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,8 @@ class UserError(ValueError):
     """A setting or a file of the user's that cannot work: the message names it, the rule and the way out."""
 
 
-SAMPLERS = ("uniform", "reshuffle", "cyclic", "fixed", "weighted")
+SAMPLERS = ("uniform", "reshuffle", "cyclic", "fixed", "weighted", "adaptive")
+IMPORTANCES = ("gradient", "update")
 STATE_POLICIES = ("reset", "reset_all", "keep")
 NONFINITE_POLICIES = ("stop", "skip")
 MASTERS = ("fp32", "bf16_sr")
@@ -30,7 +32,9 @@ class LisaConfig:
 
     lisa_activated_layers: int = field(
         default=2,
-        metadata={"help": "Decoder layers that train in each period (gamma in the paper)."},
+        metadata={
+            "help": "Decoder layers that train in each period (gamma in the paper); 0 for what is always on alone."
+        },
     )
     lisa_interval_steps: int = field(
         default=20,
@@ -40,12 +44,48 @@ class LisaConfig:
         default="uniform",
         metadata={
             "help": "How layers are drawn: uniform (the paper), reshuffle (each layer once before any repeats), cyclic "
-            "(in order), fixed (the first draw for ever), weighted (by --lisa_weights_file)."
+            "(in order), fixed (the first draw for ever), weighted (by --lisa_weights_file), adaptive (by how large "
+            "each layer's gradients were)."
         },
     )
     lisa_weights_file: str | None = field(
         default=None,
-        metadata={"help": "JSON list with one non-negative weight for each decoder layer, for the weighted sampler."},
+        metadata={
+            "help": "For the weighted sampler: a JSON list with one non-negative weight for each decoder layer, or a "
+            "table of norms as norms.csv#lora.weight_norm/full.weight_norm, a column or one over another."
+        },
+    )
+    lisa_importance: str = field(
+        default="gradient",
+        metadata={"help": "What the adaptive sampler goes by: norms of a layer's gradient, or of its update."},
+    )
+    lisa_importance_decay: float = field(
+        default=0.5,
+        metadata={"help": "Share that a layer's average keeps of its past at each visit, for the adaptive sampler."},
+    )
+    lisa_importance_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Temperature of the adaptive sampler's softmax over averages whose mean is 1: lower is sharper."
+        },
+    )
+    lisa_importance_floor: float = field(
+        default=0.2,
+        metadata={"help": "Part of the adaptive sampler's probability that is spread evenly over the layers."},
+    )
+    lisa_lr_power: float = field(
+        default=0.0,
+        metadata={
+            "help": "Multiplies the learning rate by (layers of the model / active layers) to this power; 0 leaves it "
+            "as it is. With 0.5 a rate of full training serves any gamma."
+        },
+    )
+    lisa_wake_warmup_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps in which the learning rate of a block that wakes with fresh moments rises to its own; 0 for "
+            "none."
+        },
     )
     lisa_always_on: str = field(
         default="embed,head,rest",
@@ -114,9 +154,9 @@ class LisaConfig:
     )
 
     def __post_init__(self):
-        if self.lisa_activated_layers < 1:
+        if self.lisa_activated_layers < 0:
             raise UserError(
-                f"--lisa_activated_layers {self.lisa_activated_layers}: at least 1 decoder layer trains in a period."
+                f"--lisa_activated_layers {self.lisa_activated_layers}: a period trains 0 decoder layers or more."
             )
         if self.lisa_interval_steps < 1:
             raise UserError(
@@ -128,6 +168,14 @@ class LisaConfig:
             raise UserError(
                 f"--lisa_sampler {self.lisa_sampler} with --lisa_weights_file {self.lisa_weights_file}: "
                 "the weighted sampler needs a weights file, and no other sampler reads one."
+            )
+        self._check_importance()
+        if not -1 <= self.lisa_lr_power <= 1:
+            raise UserError(f"--lisa_lr_power {self.lisa_lr_power}: a power is from -1 to 1, such as 0.5; 0 for none.")
+        if not 0 <= self.lisa_wake_warmup_steps < self.lisa_interval_steps:
+            raise UserError(
+                f"--lisa_wake_warmup_steps {self.lisa_wake_warmup_steps}: a period has --lisa_interval_steps "
+                f"{self.lisa_interval_steps} steps, and the warm-up is shorter; 0 for none."
             )
         if self.lisa_state not in STATE_POLICIES:
             raise UserError(f"--lisa_state {self.lisa_state}: unknown; choose one of {', '.join(STATE_POLICIES)}.")
@@ -155,6 +203,16 @@ class LisaConfig:
                 f"--lisa_always_on {self.lisa_always_on} and --lisa_frozen {self.lisa_frozen} both name "
                 f"{', '.join(sorted(both))}: a block is one or the other."
             )
+        if self.lisa_activated_layers == 0 and not {"embed", "head"} & set(self.always_on):
+            raise UserError(
+                f"--lisa_activated_layers 0 with --lisa_always_on {self.lisa_always_on}: no layer is drawn, and "
+                "neither embed nor head trains: nothing to train. Draw a layer, or leave embed or head always on."
+            )
+        if self.lisa_activated_layers == 0 and self.sampled:
+            raise UserError(
+                f"--lisa_activated_layers 0: {self.sampled[0]} is to be drawn in the place of layers, and there is "
+                "none; put it in --lisa_always_on or in --lisa_frozen."
+            )
         for block, bits in self.state_bits.items():
             if bits not in (8, 32):
                 raise UserError(
@@ -181,6 +239,34 @@ class LisaConfig:
                 )
             if not 0 < probability <= 1:
                 raise UserError(f"{flag}: a probability is above 0 and at most 1; {block} has {probability:g}.")
+
+    def _check_importance(self) -> None:
+        if self.lisa_importance not in IMPORTANCES:
+            raise UserError(
+                f"--lisa_importance {self.lisa_importance}: unknown; choose one of {', '.join(IMPORTANCES)}."
+            )
+        if not 0 <= self.lisa_importance_decay < 1:
+            raise UserError(
+                f"--lisa_importance_decay {self.lisa_importance_decay}: a share of the past is from 0 up to, not "
+                "including, 1."
+            )
+        if not 0 < self.lisa_importance_temperature < math.inf:
+            raise UserError(
+                f"--lisa_importance_temperature {self.lisa_importance_temperature}: a temperature is above 0 and "
+                "finite."
+            )
+        if not 0 <= self.lisa_importance_floor <= 1:
+            raise UserError(
+                f"--lisa_importance_floor {self.lisa_importance_floor}: a part is from 0 to 1; 1 draws uniformly."
+            )
+        defaults = {name: field.default for name, field in type(self).__dataclass_fields__.items()}
+        for name, value in defaults.items():
+            if "importance" in name and getattr(self, name) != value and self.lisa_sampler != "adaptive":
+                warnings.warn(
+                    f"--{name} {getattr(self, name)} with --lisa_sampler {self.lisa_sampler}: it has no effect, being "
+                    "for the adaptive sampler.",
+                    stacklevel=4,
+                )
 
     @property
     def always_on(self) -> tuple[str, ...]:
@@ -219,6 +305,10 @@ class LisaConfig:
             raise UserError(
                 f"--lisa_activated_layers {self.lisa_activated_layers}: the model has {num_layers} decoder layers."
             )
+
+    def rate_factor(self, num_layers: int) -> float:
+        """What the learning rate is multiplied by for a model of so many decoder layers, by --lisa_lr_power."""
+        return (num_layers / max(1, self.lisa_activated_layers)) ** self.lisa_lr_power
 
     def to_dict(self) -> dict:
         """The settings as plain values, for logs and checkpoints."""

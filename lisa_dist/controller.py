@@ -3,6 +3,7 @@
 One period, K optimizer steps long, as it runs on every rank::
 
     on_step_begin()                 step s, s % K == 0: the step before has written its weights back
+      look       adaptive alone: gradient norms of the layers that end, from AdamW's moments, 8 gamma bytes summed
       draw       all compare their period: 8 W bytes gathered; rank 0 draws and broadcasts (period, drawn outer block,
                  layers): 8 (gamma + 2) bytes
       flip       requires_grad of what sleeps and what wakes; gradients of what sleeps become None
@@ -33,12 +34,13 @@ from lisa_dist.invariants import SleepingWeights
 from lisa_dist.memory import live_tensor_bytes
 from lisa_dist.movement import WeightMovement
 from lisa_dist.nonfinite import NonfiniteGuard
-from lisa_dist.optimizer import split_by_decay
+from lisa_dist.optimizer import mean_squared_norm, split_by_decay
 from lisa_dist.period_log import PeriodLog, PeriodRecord
 from lisa_dist.recompute import check_checkpointing, let_backward_end
 from lisa_dist.sampling import Draw
 from lisa_dist.selection import BlockSelection
 from lisa_dist.states import CopyStream, HostStates, PartitionKey, PartitionState, Piece, states_to_carry
+from lisa_dist.wake_warmup import WakeWarmup
 from lisa_dist.zero import ZeroPartitions, check_deepspeed, patch_construction
 
 STATE_VERSION = 1
@@ -50,6 +52,12 @@ FREE_SETTINGS = (
     "lisa_nonfinite",
     "lisa_layers_attribute",
     "lisa_weights_file",
+    "lisa_importance",
+    "lisa_importance_decay",
+    "lisa_importance_temperature",
+    "lisa_importance_floor",
+    "lisa_lr_power",
+    "lisa_wake_warmup_steps",
     "lisa_debug",
 )
 
@@ -80,6 +88,7 @@ class LisaController:
         self.host_states: HostStates | None = None
         self._nonfinite: NonfiniteGuard | None = None
         self._watch: SleepingWeights | None = None
+        self._warmup: WakeWarmup | None = None
         self.movement: WeightMovement | None = None  # of weights, once there is an engine
         self._begun_step = -1  # the last step that on_step_begin has seen
         if dist.is_initialized():
@@ -122,6 +131,9 @@ class LisaController:
         self.host_states = HostStates(CopyStream(engine.device))
         self.partitions.before_step(self.host_states.copies.wait)
         self.partitions.before_step(self._refuse_missed_step)
+        if self.config.lisa_wake_warmup_steps:
+            optimizer, steps = self.partitions.optimizer, self.config.lisa_wake_warmup_steps
+            self._warmup = WakeWarmup(optimizer, steps, self._steps_of_period)
         if self.config.lisa_state == "keep" and engine.zero_round_robin_gradients():
             raise UserError(
                 "the DeepSpeed config has round_robin_gradients = true: with --lisa_state keep it must be false."
@@ -248,6 +260,7 @@ class LisaController:
             self._watch.check(self.period)
         started = time.perf_counter()
         self._note_movement()
+        self._note_importance()
         self.period = period
         self.active = self._agree()
         self._activate()
@@ -266,6 +279,9 @@ class LisaController:
         del states  # what falls asleep must be gone before what wakes is allocated
         if changed:  # else the same blocks go on with all they have
             self.partitions.repartition(params_of_groups, carried, self.host_states.copies)
+        if self._warmup is not None:
+            fresh = [key for key in next_keys if key not in carried or not carried[key].optimizer_state]
+            self._warmup.wake(self._groups_of(fresh))
         self._verify()
         self._begin_record(self.engine.global_steps, time.perf_counter() - started, released)
         if self._watch is not None:
@@ -276,6 +292,40 @@ class LisaController:
         asleep = self.selection.asleep(self.active)
         trained = [block.name for block in self.blocks if block.parameters and block not in asleep]
         self.movement.end_period(self.period, self.engine.global_steps, trained)
+
+    def _note_importance(self) -> None:
+        """Take in what the layers whose period ends have shown: the same numbers on all ranks, rank 0's."""
+        if self.selection.importance is None:
+            return
+        if self.config.lisa_importance == "gradient":
+            norms = self._gradient_norms()
+        else:  # which rank 0 has just looked at
+            moved = self.movement.lines[-1]["blocks"] if self.movement.lines else {}
+            norms = [moved.get(f"layers.{layer}", {}).get("update", math.nan) for layer in self.active_layers]
+        norms = torch.tensor(norms, dtype=torch.float64, device=self.engine.device)
+        dist.broadcast(norms, src=0)
+        self.selection.importance.observe(dict(zip(self.active_layers, norms.tolist(), strict=True)))
+
+    def _gradient_norms(self) -> list[float]:
+        """Of each active layer the root mean square, over its steps, of its gradient's norm: 8 gamma bytes summed."""
+        get_accelerator().synchronize()
+        pieces, beta2 = self.partitions.pieces(), self.partitions.optimizer.param_groups[0]["betas"][1]
+        squares = torch.zeros(len(self.active_layers), dtype=torch.float64, device=self.engine.device)
+        for key, state in self.partitions.states().items():
+            if self.selection.layer_of(key) in self.active_layers:
+                slot = self.active_layers.index(self.selection.layer_of(key))
+                squares[slot] += mean_squared_norm(state, pieces[key], beta2)
+        dist.all_reduce(squares)
+        return squares.sqrt().tolist()
+
+    def _groups_of(self, keys: list[PartitionKey]) -> set[str]:
+        """The names of the parameter groups that hold these partitions now."""
+        groups = zip(self.partitions.optimizer.param_groups, self.partitions.keys(), strict=True)
+        return {group["lisa_group"] for group, key in groups if key in keys}
+
+    def _steps_of_period(self) -> int:
+        """Steps that have been taken of this period."""
+        return self.engine.global_steps - self.period * self.config.lisa_interval_steps
 
     def _agree(self) -> Draw:
         """Rank 0's draw for the period, on every rank."""
@@ -297,8 +347,8 @@ class LisaController:
 
     def _verify(self) -> None:
         """Check that all ranks now hold the same layers in the same partitions."""
-        held = [self.period, self.active_layers, self.active_blocks, self.partitions.keys()]
-        self._compare(held, "hold other layers or partitions")
+        held = [self.period, self.active_layers, self.active_blocks, self.partitions.keys(), self.selection.weights_now]
+        self._compare(held, "hold other layers, partitions or weights of the draw")
 
     def _compare(self, held: object, what_differs: str) -> None:
         """Gather a digest of what each rank holds; every rank raises RuntimeError naming those unlike rank 0."""
@@ -342,7 +392,8 @@ class LisaController:
         for block in self.active_blocks:
             self.block_visit_counts[block] += 1
         drawn = list(self.active_layers), list(self.active_blocks)
-        self._log.open(PeriodRecord(self.period, step, *drawn, seconds, 0, bytes_released, 0))
+        odds = self.selection.probabilities(self.active)
+        self._log.open(PeriodRecord(self.period, step, *drawn, seconds, 0, bytes_released, 0, probabilities=odds))
 
     def _measure(self) -> dict[str, int]:
         """Bytes of this rank, once the period's first step has made the moments."""
@@ -367,6 +418,8 @@ class LisaController:
             "record": self._log.state_dict(),
             "config": self.config.to_dict(),
             "weights": self.selection.weights,
+            "importance": None if self.selection.importance is None else self.selection.importance.state_dict(),
+            "woken": [] if self._warmup is None else sorted(self._warmup.woken),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -382,6 +435,10 @@ class LisaController:
         self.block_visit_counts |= {
             name: count for name, count in state["block_visit_counts"].items() if name in self.block_visit_counts
         }
+        if self.selection.importance is not None and state.get("importance") is not None:
+            self.selection.importance.load_state_dict(state["importance"])
+        if self._warmup is not None:
+            self._warmup.wake(() if changed else state.get("woken", ()))
         if changed:
             self.period = state["step"] // self.config.lisa_interval_steps
             self.active = self.selection.draw(self.period)

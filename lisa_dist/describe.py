@@ -26,6 +26,7 @@ def describe_training(
     active = sum(numel[name] for name in active_blocks) + sum(layers[layer] for layer in lisa.active_layers)
     states = list(lisa.partition_states().values())
     kept = "two moments" if all(state.is_weights for state in states) else "master weights and two moments"
+    factor = config.rate_factor(len(layers))
     world_size = torch.distributed.get_world_size()
 
     def named(names: list[str]) -> str:
@@ -45,6 +46,11 @@ def describe_training(
         (
             "period",
             f"{config.lisa_interval_steps} steps with {config.lisa_activated_layers} layers, {config.lisa_sampler}",
+        ),
+        *(
+            [("learning rate", f"times {factor:.3g}, by --lisa_lr_power {config.lisa_lr_power:g}")]
+            if factor != 1
+            else []
         ),
         *ranks,
         ("ZeRO", f"stage {ds_config['zero_optimization']['stage']} on {world_size} rank(s)"),

@@ -31,6 +31,7 @@ _WORTH_HAVING = (
     ("c++", "building DeepSpeed's operators", "apt install g++", False),
     ("pdsh", "deepspeed --hostfile on several hosts", "apt install pdsh", False),
     ("wandb", "--report_to wandb", "pip install wandb", False),
+    ("lm_eval", "lisa-dist eval of mmlu, gsm8k, ...", "pip install 'lisa_dist[eval]'", False),
 )
 
 

@@ -1,10 +1,10 @@
-"""`lisa-dist train --gpus N`: the deepspeed launcher, started and stopped as one command."""
+"""`lisa-dist train --gpus N`, and `eval`: the deepspeed launcher, started and stopped as one command."""
 
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -16,11 +16,13 @@ from lisa_dist.rank_discovery import free_port
 _RANK = ["-u", "-m", "lisa_dist.cli"]  # how the launcher starts one
 
 
-def launch_if_asked(argv: Sequence[str]) -> Sequence[str]:
-    """With `--gpus N` run N ranks on this host and exit as they do; else give the words back.
+def launch_if_asked(
+    argv: Sequence[str], verb: str = "train", check: Callable[[Sequence[str]], object] | None = None
+) -> Sequence[str]:
+    """With `--gpus N` run N ranks of a verb on this host and exit as they do; else give the words back.
 
-    Flags and recipe are checked before. SIGTERM, SIGUSR1 and SIGINT go on to the ranks, which end with a checkpoint:
-    the launcher itself, sent a SIGTERM, would leave them behind.
+    Flags and recipe are checked before, by `check` where the verb is not train. SIGTERM, SIGUSR1 and SIGINT go on to
+    the ranks, which end with a checkpoint: the launcher itself, sent a SIGTERM, would leave them behind.
     """
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--gpus=") else [word])]
     if "--gpus" not in words:
@@ -32,9 +34,9 @@ def launch_if_asked(argv: Sequence[str]) -> Sequence[str]:
     if "RANK" in os.environ:
         raise UserError(f"--gpus {number}: RANK is set, so a launcher has started this process already: leave it out.")
     rest = [*words[:at], *words[at + 2 :]]
-    run_parser().check(rest)
+    (check or run_parser().check)(rest)
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", number]
-    launcher += ["--master_port", str(free_port()), "--no_local_rank", "--module", "lisa_dist.cli", "train"]
+    launcher += ["--master_port", str(free_port()), "--no_local_rank", "--module", "lisa_dist.cli", verb]
     # In a session of its own: an interrupt from the keyboard comes to the ranks once, through here.
     child = subprocess.Popen([*launcher, *rest], start_new_session=True)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

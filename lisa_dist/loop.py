@@ -50,6 +50,7 @@ def initialize(
         keep_no_master(filled)
     lisa = LisaController(model, config)
     groups = lisa.param_groups(weight_decay)
+    lr *= config.rate_factor(len(lisa.blocks.layers))
     optimizer = build_optimizer(groups, optim, lr=lr, offload=offload, seed=config.lisa_seed)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=filled)
     lisa.attach(engine, output_dir)

@@ -27,6 +27,7 @@ def lisa_metrics(lisa) -> dict[str, float]:
     for layer, count in enumerate(lisa.visit_counts):
         metrics[f"lisa/active_layers/layer_{layer:02d}"] = int(layer in lisa.active_layers)
         metrics[f"lisa/visits/layer_{layer:02d}"] = count
+    metrics |= {f"lisa/probability/layer_{layer:02d}": odds for layer, odds in enumerate(record.probabilities)}
     metrics |= {f"lisa/visits/{block}": count for block, count in lisa.block_visit_counts.items()}
     moved = lisa.movement.lines[-1]["blocks"] if lisa.movement.lines else {}
     return metrics | {f"lisa/update_norm/{_metric_name(block)}": one["update"] for block, one in moved.items()}

@@ -6,16 +6,16 @@ fills one slot; a block has one group for what decays and one for what does not.
 empty in a period: its groups stay in the list without parameters.
 """
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from lisa_dist.adamw import LisaAdamW
+from lisa_dist.adamw import LisaAdamW, decode_moment, in_chunks
 from lisa_dist.backend import choose_kernels
 from lisa_dist.blocks import Block, parameter_ndim
 from lisa_dist.config import LisaConfig, UserError
-from lisa_dist.states import Piece
+from lisa_dist.states import PartitionState, Piece
 
 # Optimizers that work on any flat piece of a parameter, which is what a ZeRO partition is.
 TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -27,6 +27,7 @@ SUPPORTED_OPTIMIZERS = (*TORCH_ADAMW, *BITSANDBYTES_ADAMW, LISA_ADAMW)
 # AdamW's moments, and the number that bitsandbytes knows each by: state1, and for 8 bits absmax1 and qmap1.
 MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
 QUANTIZED_BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit optimizers
+_CHUNK = 2**24  # elements that are decoded at a time; whole blocks
 
 
 def decays(name: str, parameter: torch.nn.Parameter) -> bool:
@@ -232,6 +233,35 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, code: torch.Tensor) ->
     from bitsandbytes.functional import dequantize_blockwise
 
     return dequantize_blockwise(codes, absmax=scales, code=code, blocksize=QUANTIZED_BLOCK)
+
+
+def mean_squared_norm(state: PartitionState, pieces: list[Piece], beta2: float) -> float | torch.Tensor:
+    """The squared L2 norm of a partition's gradient, averaged over the steps since its moments began; 0 before them.
+
+    AdamW keeps it: its second moment is an exponential average of each element's square, so the sum over the elements,
+    corrected for its beginning at zero, is that of the squared norm (Kingma and Ba, ICLR 2015, section 3).
+    """
+    fields = state.optimizer_state
+    steps = int(fields["step"]) if fields else 0
+    if steps == 0:
+        return 0.0
+    squares = sum(part.sum(dtype=torch.float64) for part in _second_moment(fields, pieces))
+    return squares / (1 - beta2**steps)
+
+
+def _second_moment(fields: dict, pieces: list[Piece]) -> Iterator[torch.Tensor]:
+    """The second moment of a partition in fp32; where it is in codes, a chunk at a time."""
+    of_bitsandbytes = f"state{MOMENTS['exp_avg_sq']}"
+    moment = fields.get("exp_avg_sq", fields.get(of_bitsandbytes))
+    if moment.dtype != torch.uint8:
+        yield moment
+    elif "exp_avg_sq_scales" in fields:
+        for element, cut, blocks in in_chunks(pieces):
+            yield decode_moment("exp_avg_sq", moment[cut], fields["exp_avg_sq_scales"][blocks], element)
+    else:
+        for begins in range(0, moment.numel(), _CHUNK):
+            scales = fields["absmax2"][begins // QUANTIZED_BLOCK : (begins + _CHUNK) // QUANTIZED_BLOCK]
+            yield dequantize(moment[begins : begins + _CHUNK], scales, fields["qmap2"])
 
 
 def coding_of_states(optimizer: torch.optim.Optimizer) -> str | None:

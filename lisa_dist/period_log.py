@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lisa_dist.files import replacing
@@ -15,7 +15,8 @@ class PeriodRecord:
     """One line of lisa_log.jsonl. Seconds are of the switch; bytes are of this rank, after the period's first step.
 
     `blocks` are the outer blocks that train in this period beside those that are always on; `host_bytes` are states of
-    sleeping blocks that wait on the host.
+    sleeping blocks that wait on the host; `probabilities`, of samplers with weights, are those of each layer to be
+    drawn.
     """
 
     period: int
@@ -27,6 +28,7 @@ class PeriodRecord:
     bytes_released: int
     live_bytes: int
     host_bytes: int = 0
+    probabilities: list[float] = field(default_factory=list)
 
 
 class PeriodLog:

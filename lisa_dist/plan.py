@@ -15,11 +15,11 @@ from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.ds_config import check_ds_config, offload_by_block, read_ds_config, uses_optimizer_offload
 from lisa_dist.fake_run import FakeRun, StepTrace, Workload
 from lisa_dist.flags import FlagParser
+from lisa_dist.layer_weights import load_layer_weights
 from lisa_dist.metrics import GIB, format_bytes, format_columns, parse_bytes
 from lisa_dist.optimizer import LISA_ADAMW, check_optim
 from lisa_dist.planning import PARTS, MemoryParts, StageSettings, check_method, kept_states, plan_memory, widest_periods
 from lisa_dist.recompute import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
-from lisa_dist.sampling import load_layer_weights
 from lisa_dist.selection import sampled_blocks
 
 # From the fastest to the slowest: what offloads waits for the host, and stage 3 gathers every weight twice a step.
@@ -39,7 +39,7 @@ class PlanArguments:
     seq_length: int = field(default=1024, metadata={"help": "Tokens of a row."})
     micro_batch_size: int = field(default=1, metadata={"help": "Rows of a GPU in a forward pass."})
     method: str = field(default="lisa", metadata={"help": "lisa, full or lora."})
-    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters, for --method lora."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters, for --method lora."})
     optim: str = field(default="adamw_torch_fused", metadata={"help": "As in training."})
     precision: str = field(default="bf16", metadata={"help": "bf16 or fp32."})
     deepspeed: str | None = field(default=None, metadata={"help": "Plan this config alone: short name or path."})
@@ -52,7 +52,7 @@ class PlanArguments:
     plot: str | None = field(default=None, metadata={"help": "Draw them as bars to this .png."})
 
     def __post_init__(self):
-        counts = ("gpus", "gpus_per_host", "seq_length", "micro_batch_size", "gradient_accumulation_steps", "lora_rank")
+        counts = ("gpus", "gpus_per_host", "seq_length", "micro_batch_size", "gradient_accumulation_steps", "lora_r")
         for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: at least 1.")
@@ -177,7 +177,7 @@ class Planner:
                 checkpointed_layers,
                 padded=arguments.micro_batch_size > 1,
             )
-            lora_rank = arguments.lora_rank if arguments.method == "lora" else 0
+            lora_rank = arguments.lora_r if arguments.method == "lora" else 0
             run = FakeRun(self._config, workload, lora_rank, self._lisa.lisa_layers_attribute)
             trained: Sequence = [None]
             if arguments.method == "lisa":
@@ -245,8 +245,6 @@ def make_plans(
 
 def command_for(plan: Plan, arguments: PlanArguments, lisa_config: LisaConfig) -> str:
     """The command line of a plan; data and output folder are to be added."""
-    if arguments.method == "lora":
-        return "# LoRA is planned to compare with: launch/train.py trains by lisa and full."
     path = Path(arguments.model)
     model = "MODEL" if arguments.model in shipped_model_configs() else str(path.parent if path.is_file() else path)
     flags = {"model_name_or_path": model, "method": arguments.method, "deepspeed": plan.ds_config}
@@ -254,7 +252,9 @@ def command_for(plan: Plan, arguments: PlanArguments, lisa_config: LisaConfig) -
     flags |= {"optim": arguments.optim, "bf16": arguments.precision == "bf16"}
     if arguments.gradient_accumulation_steps > 1:
         flags |= {"gradient_accumulation_steps": arguments.gradient_accumulation_steps}
-    if arguments.method == "full":
+    if arguments.method == "lora":
+        flags |= {"lora_r": arguments.lora_r}
+    if arguments.method != "lisa":
         flags |= {"gradient_checkpointing": plan.workload.checkpointed_layers > 0}
     else:
         flags |= {"checkpointed_layers": plan.workload.checkpointed_layers}
@@ -338,7 +338,7 @@ HELP = {
     "What is trained": {
         "model": "a shipped name, a folder, a config.json, or a model of the hub",
         "method": "lisa, full or lora",
-        "lora_rank": "of the adapters, for --method lora",
+        "lora_r": "of the adapters, for --method lora",
         "seq_length": "tokens of a row",
         "micro_batch_size": "rows of a GPU in a forward pass",
         "gradient_accumulation_steps": "micro-batches of a step",

@@ -16,7 +16,7 @@ from lisa_dist.run_files import RunFiles
 BLUE, ORANGE, GREY, PALE = "#2563eb", "#d9580d", "#6b7280", "#e8edf5"
 # As many bands and columns as can still be told apart.
 _MOST_BANDS, _MOST_POINTS = 40, 2000
-_STYLE = {"font.size": 9, "axes.edgecolor": "#9ca3af", "axes.labelcolor": "#374151", "axes.titlesize": 10}
+STYLE = {"font.size": 9, "axes.edgecolor": "#9ca3af", "axes.labelcolor": "#374151", "axes.titlesize": 10}
 
 
 def plot_loss(run: RunFiles, figure: Figure) -> None:
@@ -185,7 +185,7 @@ def draw(plot: Plot, run: RunFiles, narrow: bool = False) -> Figure:
     """A figure of one plot."""
     from matplotlib import rc_context
 
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(4.2, 3.2) if narrow else (8.8, 3.3), layout="constrained")
         plot(run, figure)
         return figure
@@ -195,11 +195,16 @@ def _axes(figure: Figure, x: str, y: str) -> Axes:
     axes = figure.subplots()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    style_axes(axes)
+    return axes
+
+
+def style_axes(axes: Axes) -> None:
+    """The look of all plots."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="both", color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors="#4b5563")
-    return axes
 
 
 def _shade_periods(run: RunFiles, axes: Axes) -> None:

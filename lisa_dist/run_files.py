@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 
+from lisa_dist.analysis import NORMS_NAME
 from lisa_dist.config import UserError
 from lisa_dist.files import replacing
 from lisa_dist.movement import MOVEMENT_LOG
@@ -60,7 +61,7 @@ def write_run(folder: Path, run: dict, resumes: bool = False) -> None:
         kept = {name: first[name] for name in ("began", "command", "given") if name in first}
         run = run | kept | {"resumed": [*first.get("resumed", []), {name: run[name] for name in ("began", "command")}]}
     elif not resumes:
-        for name in (LOG_NAME, MOVEMENT_LOG, MEMORY_NAME, TRAINER_STATE_NAME):
+        for name in (LOG_NAME, MOVEMENT_LOG, MEMORY_NAME, NORMS_NAME, TRAINER_STATE_NAME):
             (folder / name).unlink(missing_ok=True)
     with replacing(folder / RUN_NAME) as path:
         path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")

@@ -3,19 +3,19 @@
 They know no rank, no state and no random generator of a library: every draw is read from SHA-256, so the same seed and
 period give the same layers on any rank, machine, world size and Python version.
 
-A later sampler that learns its weights needs nothing new here: it hands its current weights to `sample_period` as
-"weighted" does, and keeps them in its own state.
+The sampler "adaptive" hands its weights of the moment to `sample_period` as "weighted" does, and keeps them in its own
+state (importance.py).
 
 Source: Algorithm 1, line 3 (uniform). Weighted draws without replacement: Efraimidis and Spirakis, "Weighted random
 sampling with a reservoir", 2006.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+import numpy
 
 from lisa_dist.config import UserError
 
@@ -52,10 +52,10 @@ def sample_period(
 ) -> Draw:
     """The draw of one period: `num_active` of range(`num_layers`), less the places that a drawn outer block takes.
 
-    `weights` (one non-negative number a layer) counts for the sampler "weighted" alone. Costs a hash for each earlier
-    period where there are outer blocks, or layers come in a sequence.
+    `weights` (one non-negative number a layer) count for the samplers "weighted" and "adaptive". Costs a hash for each
+    earlier period where there are outer blocks, or layers come in a sequence.
     """
-    assert 1 <= num_active <= num_layers
+    assert 0 <= num_active <= num_layers
     assert period >= 0
     assert sum(block.probability for block in outer) <= 1
     drawn = [_draw_outer(seed, earlier, outer) for earlier in range(period)] if outer else [None] * period
@@ -71,40 +71,45 @@ def sample_period(
         chosen = [(first + slot) % num_layers for slot in range(count)]
     elif sampler == "reshuffle":
         chosen = _reshuffled(seed, counts, num_layers)
-    elif sampler == "weighted":
+    elif sampler in ("weighted", "adaptive"):
         chosen = _random_order(seed, period, num_layers, weights)[:count]
     else:
         raise UserError(f"unknown sampler {sampler!r}")
     return Draw(tuple(sorted(chosen)), () if block is None else (block.name,))
 
 
-def load_layer_weights(path: str, num_layers: int, num_active: int) -> list[float]:
-    """Read the JSON list of layer weights and check it against the model.
+def inclusion_probabilities(weights: Sequence[float], num_drawn: int) -> list[float]:
+    """The probability of each layer to be among `num_drawn` that are drawn by weight without replacement.
 
-    Raises ValueError, naming the file and the rule, when it is missing, not a list of numbers, of another length,
-    negative, not finite, or has fewer positive weights than layers must be drawn.
+    A layer with weight w arrives after an exponential time of rate w, and the first `num_drawn` to arrive are drawn, so
+    layer i is drawn where fewer than `num_drawn` others arrive before it: the integral over t of w_i exp(-w_i t) times
+    that probability, a sum of independent events. They add up to `num_drawn`; no layer's is above 1, so where several
+    are drawn heavy layers have less than `num_drawn` times their share of the weights. To about 1e-8.
     """
-    flag = f"--lisa_weights_file {path}"
-    try:
-        weights = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{flag}: cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise UserError(f"{flag}: is not JSON ({error}).") from error
-    numbers = isinstance(weights, list) and all(type(weight) in (int, float) for weight in weights)
-    if not numbers:
-        raise UserError(f"{flag}: must hold a JSON list of numbers, such as [1, 0.5, 2].")
-    if len(weights) != num_layers:
-        raise UserError(f"{flag}: holds {len(weights)} weights, but the model has {num_layers} decoder layers.")
-    for layer, weight in enumerate(weights):
-        if not math.isfinite(weight) or weight < 0:
-            raise UserError(f"{flag}: the weight of layer {layer} is {weight}; weights are finite and not negative.")
-    positive = sum(weight > 0 for weight in weights)
-    if positive < num_active:
-        raise UserError(
-            f"{flag}: only {positive} weights are positive, but --lisa_activated_layers {num_active} layers are drawn."
-        )
-    return [float(weight) for weight in weights]
+    rates = numpy.array([weight for weight in weights if weight > 0], dtype=float)
+    if num_drawn == 0:
+        return [0.0] * len(weights)
+    assert num_drawn <= len(rates)
+    # On a logarithmic axis the integrand falls off smoothly at both ends: equal steps are as good as it gets.
+    log_times = numpy.linspace(math.log(1e-12 / rates.max()), math.log(60 / rates.min()), 1200)
+    scaled = rates[:, None] * numpy.exp(log_times)
+    arrived = -numpy.expm1(-scaled)
+
+    def counts(events: numpy.ndarray) -> list[numpy.ndarray]:
+        """Of each prefix of the events the probabilities that 0, 1, ..., num_drawn - 1 have happened."""
+        held = [numpy.eye(num_drawn, 1) * numpy.ones_like(log_times)]
+        for event in events:
+            last = held[-1]
+            held.append(last * (1 - event) + numpy.vstack([numpy.zeros_like(event), last[:-1] * event]))
+        return held
+
+    before, behind = counts(arrived), counts(arrived[::-1])
+    found = []
+    for layer, density in enumerate(scaled * numpy.exp(-scaled)):
+        at_most = numpy.cumsum(behind[len(rates) - 1 - layer], axis=0)[::-1]  # others behind it in the list
+        found.append(float(numpy.trapezoid(density * (before[layer] * at_most).sum(axis=0), log_times)))
+    drawn = iter(found)
+    return [next(drawn) if weight > 0 else 0.0 for weight in weights]
 
 
 def _uniform(seed: int, stream: int | str, index: int) -> float:

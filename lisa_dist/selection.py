@@ -9,8 +9,10 @@ import torch
 
 from lisa_dist.blocks import Block, Blocks
 from lisa_dist.config import OUTER_BLOCKS, LisaConfig, UserError
+from lisa_dist.importance import LayerImportance
+from lisa_dist.layer_weights import load_layer_weights
 from lisa_dist.optimizer import build_param_groups, check_same_kinds
-from lisa_dist.sampling import Draw, SampledBlock, load_layer_weights, sample_period
+from lisa_dist.sampling import Draw, SampledBlock, inclusion_probabilities, sample_period
 from lisa_dist.states import PartitionKey
 
 
@@ -31,6 +33,11 @@ class BlockSelection:
         self.weights: list[float] | None = None  # of the layers, for the sampler "weighted"
         if config.lisa_weights_file is not None:
             self.weights = load_layer_weights(config.lisa_weights_file, num_layers, config.lisa_activated_layers)
+        self.importance: LayerImportance | None = None  # of the layers, for the sampler "adaptive"
+        if config.lisa_sampler == "adaptive":
+            averaging = config.lisa_importance_decay, config.lisa_importance_temperature, config.lisa_importance_floor
+            self.importance = LayerImportance(num_layers, *averaging)
+        self._layer_of = {name: number for number, layer in enumerate(blocks.layers) for name in layer.parameters}
         self._names = {id(parameter): name for block in blocks for name, parameter in block.parameters.items()}
 
     def draw(self, period: int) -> Draw:
@@ -42,9 +49,23 @@ class BlockSelection:
             config.lisa_activated_layers,
             config.lisa_seed,
             period,
-            self.weights,
+            self.weights_now,
             self.sampled,
         )
+
+    @property
+    def weights_now(self) -> list[float] | None:
+        """What layers are drawn by in the period that comes, or None where all are alike."""
+        return self.weights if self.importance is None else self.importance.weights()
+
+    def probabilities(self, draw: Draw) -> list[float]:
+        """The probability that each layer had to be drawn, by the weights of now; empty where there are none."""
+        weights = self.weights_now
+        return [] if weights is None else inclusion_probabilities(weights, len(draw.layers))
+
+    def layer_of(self, key: PartitionKey) -> int | None:
+        """The decoder layer of a partition, or None for one of embed, head and rest."""
+        return self._layer_of.get(key[0])
 
     def widest(self, draw: Draw) -> Draw:
         """The draw with a layer in every slot and every outer block that is ever drawn.

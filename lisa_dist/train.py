@@ -24,6 +24,7 @@ from torch import distributed as dist
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer, get_peft_config
 
+from lisa_dist.analysis import LayerNorms
 from lisa_dist.arguments import (
     LisaOptimizerNames,
     LisaSFTConfig,
@@ -48,6 +49,7 @@ from lisa_dist.encoding import set_chat_template
 from lisa_dist.files import gather, together
 from lisa_dist.health import check_same_everywhere
 from lisa_dist.launching import launch_if_asked
+from lisa_dist.layer_weights import load_layer_weights
 from lisa_dist.liger import check_liger
 from lisa_dist.metrics import format_table
 from lisa_dist.monitoring import MonitoredMixin
@@ -55,7 +57,6 @@ from lisa_dist.optimizer import check_optim
 from lisa_dist.recompute import number_of_layers, parse_checkpointed_layers
 from lisa_dist.run_files import without_secrets, write_run
 from lisa_dist.sample_answer import SampleCallback
-from lisa_dist.sampling import load_layer_weights
 from lisa_dist.stop_signals import catch_stop_signals
 from lisa_dist.trainer import LisaTrainer
 from lisa_dist.zero import forget_module_order
@@ -215,6 +216,8 @@ def _build_trainer(
         trainer.add_callback(PackingCheck(trainer, after=forget_module_order))
     if run_args.sample_prompt:
         trainer.add_callback(SampleCallback(trainer, run_args.sample_prompt))
+    if run_args.layer_norms:
+        trainer.add_callback(LayerNorms(run_args.layer_norms, lisa_config.lisa_layers_attribute))
     return trainer
 
 

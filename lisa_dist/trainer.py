@@ -103,7 +103,7 @@ class LisaMixin(MonitoredMixin):
             self.optimizer = build_optimizer(
                 self.lisa.param_groups(self.args.weight_decay),
                 self._optim,
-                lr=self.args.learning_rate,
+                lr=self.args.learning_rate * self.lisa_config.rate_factor(len(self.lisa.blocks.layers)),
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
                 offload=uses_optimizer_offload(self._ds_config),

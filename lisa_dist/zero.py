@@ -451,6 +451,11 @@ class ZeroPartitions:
         """Have `call` called before the optimizer steps any group."""
         self._zero.optimizer.register_step_pre_hook(call)
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that ZeRO has wrapped, the same object for the whole run."""
+        return self._zero.optimizer
+
     def local_weights(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """What this rank holds of a parameter: its 1/W on stage 3 (nothing while it is on NVMe), else all of it."""
         return parameter.ds_tensor.data if self._stage is _STAGE_3 else parameter.data
@@ -783,6 +788,26 @@ def _construct_in_place(zero, stage: _Stage, parameter_offload) -> Iterator[None
         yield
     finally:
         setattr(module, stage.class_name, original)
+
+
+def local_shard(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor]:
+    """At which element this rank's part of a parameter begins, and the part, flat: without stage 3 all of it, from 0.
+
+    What fills up the last rank's part on stage 3 is left out, and a rank may have nothing. Raises ValueError where
+    stage 3 does not hold the weights as they are, on NVMe or quantized.
+    """
+    if not hasattr(parameter, "ds_tensor"):
+        return 0, parameter.detach().reshape(-1)
+    part = parameter.ds_tensor
+    if part.status.name != "AVAILABLE" or not part.is_floating_point():
+        raise UserError(
+            "the DeepSpeed config keeps weights on NVMe (offload_param) or quantized "
+            "(zero_quantized_nontrainable_weights), where they cannot be looked at; take a config without, such as "
+            "zero3 or zero3_offload."
+        )
+    begin = torch.distributed.get_rank(parameter.ds_process_group) * part.ds_numel
+    length = min(max(parameter.ds_numel - begin, 0), part.ds_numel)
+    return begin, part.detach().reshape(-1)[:length]
 
 
 def forget_module_order(engine: deepspeed.DeepSpeedEngine) -> None:

@@ -24,15 +24,18 @@ def train_reference(
     max_grad_norm: float = 1.0,
     asleep_of_period: Sequence[Sequence[torch.nn.Parameter]] = (),
     states: str = "reset",
+    wake_warmup: int = 0,
 ) -> list[float]:
     """Train `model` in place and return each step's loss.
 
     `batches[s]` holds the micro-batches of step s (token ids, labels the same), each the whole global batch.
     `asleep_of_period` are parameters outside the layers that do not train in a period. What falls asleep loses its
-    moments ("reset"), every parameter does at every switch ("reset_all"), or none ever does ("keep").
+    moments ("reset"), every parameter does at every switch ("reset_all"), or none ever does ("keep"). What a switch
+    leaves without moments has 1/(n+1), 2/(n+1), ... of the rate in the `wake_warmup` = n first steps behind it.
     """
     layer_of = {id(p): index for index, layer in enumerate(layers) for p in layer.parameters()}
     moments: dict[int, list] = {}
+    woken: set[int] = set()
     losses = []
     for step, micro_batches in enumerate(batches):
         period = step // period_steps
@@ -45,6 +48,7 @@ def train_reference(
                 moments = {}
             elif states == "reset":
                 moments = {key: value for key, value in moments.items() if key in awake}
+            woken = awake - moments.keys() if period > 0 else set()
 
         for p in model.parameters():
             p.grad = None
@@ -57,9 +61,11 @@ def train_reference(
 
         norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in trained))
         shrink = min(1.0, max_grad_norm / (norm + 1e-6))
-        step_lr = lr(step) if callable(lr) else lr
+        rate = lr(step) if callable(lr) else lr
+        rising = rate * (step % period_steps + 1) / (wake_warmup + 1)
         with torch.no_grad():
             for p in trained:
+                step_lr = min(rate, rising) if id(p) in woken else rate
                 first, second, count = moments.get(id(p), [torch.zeros_like(p), torch.zeros_like(p), 0])
                 gradient = p.grad * shrink
                 count += 1

@@ -30,6 +30,7 @@ STAGES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 STEPS, INTERVAL = 8, 3
 EIGHT_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 DRAWN = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.4,head=0.4"}
+ADAPTIVE = {"lisa_sampler": "adaptive", "lisa_importance_temperature": 0.2, "lisa_activated_layers": 3}
 # After the last step of a period, where the next one switches; after the first step of one; before its last.
 CUTS = {"switch step": 3, "first step": 4, "last step": 5}
 
@@ -78,6 +79,8 @@ def everything(engine, lisa) -> dict[str, torch.Tensor]:
     for key, state in lisa.saved_states()[0].items():
         for field, value in {"master": state.master, **state.optimizer_state}.items():
             found[f"{key}:{field}"] = torch.as_tensor(value).detach().clone()
+    if lisa.selection.weights_now is not None:
+        found["weights of the draw"] = torch.tensor(lisa.selection.weights_now)
     return found
 
 
@@ -133,6 +136,8 @@ def test_a_resumed_run_is_the_run(tmp_path, ds_config, dtype):
         ("zero2", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | {"lisa_offload": "rest", "lisa_state": "keep"}}),
         ("zero2", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | {"lisa_master": "bf16_sr", "lisa_state": "keep"}}),
         ("zero3", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | DRAWN | {"lisa_master": "bf16_sr"}}),
+        ("zero2", {"lisa": ADAPTIVE | {"lisa_wake_warmup_steps": 2}}),
+        ("zero3", {"lisa": ADAPTIVE | {"lisa_state": "keep", "lisa_importance": "update"}}),
     ],
 )
 def test_a_resumed_run_is_the_run_with(tmp_path, ds_config, options):

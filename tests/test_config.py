@@ -8,7 +8,21 @@ from lisa_dist import LisaConfig
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"lisa_activated_layers": 0}, "--lisa_activated_layers 0: at least 1"),
+        ({"lisa_activated_layers": -1}, "--lisa_activated_layers -1: a period trains 0 decoder layers or more"),
+        (
+            {"lisa_activated_layers": 0, "lisa_always_on": "rest", "lisa_frozen": "embed,head"},
+            "neither embed nor head trains: nothing to train",
+        ),
+        (
+            {"lisa_activated_layers": 0, "lisa_always_on": "embed,rest"},
+            "--lisa_activated_layers 0: head is to be drawn",
+        ),
+        ({"lisa_importance": "loss"}, "--lisa_importance loss: unknown; choose one of gradient, update"),
+        ({"lisa_importance_decay": 1.0}, "--lisa_importance_decay 1.0: a share of the past"),
+        ({"lisa_importance_temperature": 0.0}, "--lisa_importance_temperature 0.0: a temperature is above 0"),
+        ({"lisa_importance_floor": 1.5}, "--lisa_importance_floor 1.5: a part is from 0 to 1"),
+        ({"lisa_lr_power": 2.0}, "--lisa_lr_power 2.0: a power is from -1 to 1"),
+        ({"lisa_wake_warmup_steps": 20}, "--lisa_wake_warmup_steps 20: a period has --lisa_interval_steps 20 steps"),
         ({"lisa_interval_steps": 0}, "--lisa_interval_steps 0: a period lasts at least 1"),
         ({"lisa_sampler": "random"}, "--lisa_sampler random: unknown; choose one of uniform"),
         ({"lisa_sampler": "weighted"}, "--lisa_weights_file None: the weighted sampler needs"),
@@ -54,3 +68,15 @@ def test_offload_of_a_frozen_block_is_warned_of():
     with pytest.warns(UserWarning, match="--lisa_offload embed,layers: embed is in --lisa_frozen embed and has no"):
         config = LisaConfig(lisa_offload="layers,embed", lisa_frozen="embed", lisa_always_on="head,rest")
     assert config.offloaded == ("embed", "layers")
+
+
+def test_importance_without_the_adaptive_sampler_is_warned_of():
+    with pytest.warns(UserWarning, match="--lisa_importance_floor 0.5 with --lisa_sampler uniform: it has no effect"):
+        LisaConfig(lisa_importance_floor=0.5)
+
+
+def test_the_learning_rate_scales_with_gamma():
+    assert LisaConfig().rate_factor(32) == 1
+    assert LisaConfig(lisa_lr_power=0.5).rate_factor(32) == 4  # the root of 32 / 2
+    assert LisaConfig(lisa_lr_power=0.5, lisa_activated_layers=32).rate_factor(32) == 1
+    assert LisaConfig(lisa_lr_power=1.0, lisa_activated_layers=0).rate_factor(32) == 32

@@ -257,7 +257,7 @@ def test_the_log_has_a_line_for_each_period(tmp_path):
     assert [line["step"] for line in lines] == [0, 2, 4, 6]
     assert list(lines[0]) == [
         "period", "step", "layers", "blocks", "seconds", "state_bytes_per_rank", "bytes_released", "live_bytes",
-        "host_bytes",
+        "host_bytes", "probabilities",
     ]  # fmt: skip
     assert len({line["state_bytes_per_rank"] for line in lines}) == 1
     assert lines[0]["state_bytes_per_rank"] > 0

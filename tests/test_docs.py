@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from eval_files import write_benchmarks, write_mt_bench
 from models import save_tiny_llama
 from test_train import ROOT, run_alone
 
-from lisa_dist import cli
+from lisa_dist import cli, evaluation
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PAGES += ["examples/README.md", "examples/continued_pretraining/README.md"]
@@ -68,6 +69,8 @@ def folder(tmp_path_factory, cpu_ops) -> Path:
     (folder / "books").mkdir()
     for name in ("books/one.txt", "text.txt", "my_text.txt"):
         (folder / name).write_text("\n".join(f"line {n} of a book" for n in range(200)))
+    write_benchmarks(folder / "data")
+    write_mt_bench(folder / "data")
     recipe = {"model_name_or_path": "MODEL", "dataset_name": "rows.jsonl", "output_dir": "runs/1"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
@@ -83,9 +86,10 @@ def run_flags(words: list[str], folder: Path) -> None:
     recipe = flags[flags.index("--config") + 1]
     if "--dataset_name" not in flags:
         flags += ["--dataset_name", "rows.jsonl"]
-    if "gpu_memory" not in yaml.safe_load((folder / recipe).read_text()):
+    if "gpu_memory" not in yaml.safe_load((folder / recipe).read_text()) and not {"full", "lora"} & set(flags):
         flags += ["--checkpointed_layers", "none"]  # for auto there is no GPU to ask
-    flags += ["--output_dir", "runs/llama3.1-8b"]
+    if "--output_dir" not in flags:
+        flags += ["--output_dir", "runs/llama3.1-8b"]
     status, said = run_alone(flags, folder / "said.txt")
     assert status == 0, f"{shlex.join(words)}\n{said[-3000:]}"
 
@@ -97,6 +101,18 @@ def run_cli(words: list[str], monkeypatch) -> None:
         Path("recipe.yaml").unlink()  # nothing is written over
     monkeypatch.setattr(cli.sys, "argv", ["lisa-dist", *words])
     cli.main()
+
+
+def run_eval(words: list[str], monkeypatch) -> None:
+    """An evaluation of the tiny model on a few rows, without the ranks and the judge, which test_mt_bench.py has."""
+    flags = evaluation.parse(words)
+    words = ["eval", "model_dir", "--tasks", flags.tasks, "--data_dir", flags.data_dir, "--max_new_tokens", "4"]
+    with monkeypatch.context() as of_this_run:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            of_this_run.setenv(name, "0")  # for the context to take away what the run sets
+            of_this_run.delenv(name)
+        of_this_run.setattr(cli.sys, "argv", ["lisa-dist", *words, "--limit", "1"])
+        cli.main()
 
 
 @pytest.mark.slow
@@ -111,11 +127,14 @@ def test_every_command_of(page, folder, monkeypatch, capsys):
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), command
         elif words[0] == "pip":
             assert words[2] == "-e", command
-            assert words[3] in (".", ".[gpu]"), f"{command}: the Makefile's is another; the second needs a GPU"
+            known = (".", ".[gpu]", ".[eval]")  # the Makefile's is another; the second needs a GPU
+            assert words[3] in known, command
         elif words[0] == "tensorboard":
             assert words[1:] == ["--logdir", "runs"]
         elif words[:2] == ["lisa-dist", "train"]:
-            run_flags([word for word in words[2:] if word not in ("--gpus", "1", "8")], folder)
+            run_flags(shlex.split(re.sub(r" --gpus \d+", "", command))[2:], folder)
+        elif words[:2] == ["lisa-dist", "eval"]:
+            run_eval(words[2:], monkeypatch)
         elif words[0] == "lisa-dist":
             run_cli(words[1:], monkeypatch)
         elif script == "launch/train.py":

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from lisa_dist import arguments, cli, init, plan, preflight, train
+from lisa_dist import arguments, cli, evaluation, init, norms, plan, preflight, train
 from lisa_dist.arguments import RunArguments, run_parser
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.data import DataArguments
+from lisa_dist.evaluation import EvalArguments
 from lisa_dist.init import InitArguments
+from lisa_dist.norms import NormsArguments
 from lisa_dist.plan import PlanArguments
 from lisa_dist.preflight import CheckArguments
 
@@ -24,6 +26,8 @@ def own_flags() -> dict[str, dict[str, str]]:
         "init": (InitArguments,),
         "plan": (PlanArguments,),
         "check": (CheckArguments,),
+        "eval": (EvalArguments,),
+        "norms": (NormsArguments,),
     }
     return {
         verb: {
@@ -47,6 +51,8 @@ def test_the_flags_are_those_that_people_use():
         (plan.main, plan.HELP),
         (init.main, init.HELP),
         (preflight.main, preflight.HELP),
+        (evaluation.main, evaluation.HELP),
+        (norms.main, norms.HELP),
     ],
 )
 def test_help_is_a_screen(capsys, monkeypatch, verb, groups):

@@ -134,7 +134,8 @@ def reference_losses(build, layers_path: str, blocks_of_period, options: dict) -
     """`blocks_of_period` are layers by number and drawn outer blocks by name."""
     model = build()
     always_on = options.get("lisa", {}).get("lisa_always_on", "embed,head,rest").split(",")
-    outer = {"embed": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    norm = model.get_submodule(layers_path.rpartition(".")[0] + (".ln_f" if "transformer" in layers_path else ".norm"))
+    outer = {"embed": model.get_input_embeddings(), "head": model.get_output_embeddings(), "rest": norm}
     asleep = []
     for blocks in blocks_of_period:
         awake = {id(value) for name in (*always_on, *blocks) if name in outer for value in outer[name].parameters()}
@@ -151,6 +152,7 @@ def reference_losses(build, layers_path: str, blocks_of_period, options: dict) -
         weight_decay=DECAY,
         asleep_of_period=asleep,
         states=options.get("lisa", {}).get("lisa_state", "reset"),
+        wake_warmup=options.get("lisa", {}).get("lisa_wake_warmup_steps", 0),
     )
 
 
@@ -158,13 +160,53 @@ def check_against_reference(ds_config: str, build, layers_path: str, options: di
     outcome = run_ranks(train_and_check, world_size, ds_config, build, torch.float32, options)[0]
     reference = reference_losses(build, layers_path, outcome["layers_of_period"], options)
     assert outcome["losses"] == pytest.approx(reference, abs=1e-5)
-    assert len(set(outcome["layers_of_period"])) > 1, "the test needs a switch to another set"
+    assert len(set(outcome["layers_of_period"])) > 1 or options["lisa"]["lisa_activated_layers"] == 0, "needs a switch"
     return outcome
 
 
 @pytest.mark.parametrize("ds_config", STAGES)
 def test_losses_equal_the_reference(ds_config):
     check_against_reference(ds_config, tiny_llama, "model.layers", {})
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "settings"),
+    [
+        ("zero1", {}),
+        ("zero3", {}),
+        ("zero2", {"lisa_always_on": "head,rest", "lisa_frozen": "embed"}),
+        ("zero2_offload", {}),
+    ],
+)
+def test_what_is_always_on_trains_alone(ds_config, settings):
+    options = {"lisa": settings | {"lisa_activated_layers": 0}}
+    outcome = check_against_reference(ds_config, tiny_llama, "model.layers", options)
+    assert outcome["visits"] == [0] * 6
+
+
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+def test_one_layer_at_a_time_and_nothing_beside_it(ds_config):
+    """BAdam's schedule: the backward pass ends at the one layer that trains."""
+    settings = {"lisa_always_on": "", "lisa_frozen": "embed,head,rest", "lisa_activated_layers": 1}
+    options = {"lisa": settings | {"lisa_sampler": "reshuffle"}, "checkpointing": ds_config == "zero3"}
+    outcome = check_against_reference(ds_config, tiny_llama, "model.layers", options)
+    assert sorted(outcome["visits"]) == [0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "options"),
+    [
+        ("zero1", {"optim": "lisa_adamw"}),
+        ("zero2", {"lisa": {"lisa_state": "reset_all"}}),
+        ("zero2", {"lisa": {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_seed": 1}}),
+        ("zero3", {"accumulation": 2}),
+        ("zero2_offload", {}),
+    ],
+)
+def test_woken_blocks_warm_up(ds_config, options):
+    """Only those, only where they begin with fresh moments, and by the share that is promised."""
+    options = options | {"lisa": {"lisa_wake_warmup_steps": 2} | options.get("lisa", {})}
+    check_against_reference(ds_config, tiny_llama, "model.layers", options)
 
 
 LISA_ADAMW = {"optim": "lisa_adamw"}

@@ -355,13 +355,14 @@ def test_the_command_says_what_was_planned(tiny_config):
     assert command(method="full", checkpointed_layers="all").endswith("--gradient_checkpointing True")
     frozen = lisa_dist.LisaConfig(lisa_always_on="", lisa_frozen="embed,head,rest")
     assert command(lisa=frozen).endswith("--lisa_always_on '' --lisa_frozen embed,head,rest")
-    assert "LoRA is planned to compare with" in command(method="lora")
+    assert "--method lora " in command(method="lora")
+    assert command(method="lora", lora_r=8).endswith("--lora_r 8 --gradient_checkpointing False")
 
 
 def test_other_methods_are_planned_too(tiny_config):
     states = {}
     for method in ("lisa", "full", "lora"):
-        arguments = PlanArguments(tiny_config, deepspeed="zero2", method=method, checkpointed_layers="0", lora_rank=4)
+        arguments = PlanArguments(tiny_config, deepspeed="zero2", method=method, checkpointed_layers="0", lora_r=4)
         plan = make_plans(load_model_config(tiny_config), arguments, lisa_dist.LisaConfig())[0]
         states[method] = plan.gpu.always_on_states + plan.gpu.active_states
     numel = sum(parameter.numel() for parameter in tiny_llama().parameters())

@@ -1,11 +1,14 @@
 """The samplers: pure, portable, of exactly gamma distinct layers, and with the frequencies they promise."""
 
 import json
+import math
 from collections import Counter
+from itertools import combinations
 
 import pytest
 
-from lisa_dist.sampling import SampledBlock, load_layer_weights, sample_period
+from lisa_dist.layer_weights import load_layer_weights
+from lisa_dist.sampling import SampledBlock, inclusion_probabilities, sample_period
 
 
 def sample_layers(*arguments) -> tuple[int, ...]:
@@ -82,6 +85,7 @@ def test_weighted_draws_one_layer_in_proportion_to_its_weight():
     ("content", "said"),
     [
         (None, "cannot be read"),
+        ("", "is not JSON"),
         ("{", "is not JSON"),
         ('{"0": 1}', "must hold a JSON list of numbers"),
         ('[1, "2", 3]', "must hold a JSON list of numbers"),
@@ -100,6 +104,96 @@ def test_a_bad_weights_file_is_named(tmp_path, content, said):
         load_layer_weights(str(path), 3, 2)
     assert str(path) in str(error.value)
     assert said in str(error.value)
+
+
+NORMS = "block,full.weight_norm,lora.weight_norm\nembed,1,2\nlayers.0,2,4\nlayers.1,4,2\nlayers.2,1,0\nhead,1,9\n"
+
+
+def test_columns_of_a_table_of_norms_are_weights(tmp_path):
+    path = tmp_path / "norms.csv"
+    path.write_text(NORMS)
+    assert load_layer_weights(f"{path}#lora.weight_norm/full.weight_norm", 3, 2) == [2.0, 0.5, 0.0]
+    assert load_layer_weights(f"{path}#full.weight_norm", 3, 3) == [2.0, 4.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "said"),
+    [
+        ("", "#a", "holds no norms of layers; it is the norms.csv that lisa-dist norms writes"),
+        ("block,a\n", "#a", "holds no norms of layers"),
+        ("layer,a\nlayers.0,1\n", "#a", "holds no norms of layers"),
+        (NORMS, "", "behind the #, as norms.csv#A/B; it has full.weight_norm, lora.weight_norm"),
+        (NORMS, "#lora", "it has full.weight_norm, lora.weight_norm"),
+        (NORMS, "#full.weight_norm/lora.weight_norm/full.weight_norm", "it has full.weight_norm"),
+        (NORMS, "#full.weight_norm/lora.weight_norm", "lora.weight_norm of a layer is 0"),
+        (NORMS.replace("4,2", "4,x"), "#lora.weight_norm", "'x' is no number of a layer"),
+        (NORMS.replace("4,2", "4"), "#lora.weight_norm", "is no number of a layer"),
+        (NORMS.replace("layers.1,4,2\n", ""), "#full.weight_norm", "holds 2 weights, but the model has 3"),
+    ],
+)
+def test_a_bad_table_of_norms_is_named(tmp_path, content, columns, said):
+    path = tmp_path / "norms.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="--lisa_weights_file") as error:
+        load_layer_weights(f"{path}{columns}", 3, 2)
+    assert said in str(error.value)
+
+
+def one_after_another(weights: list[float], chosen: tuple[int, int]) -> float:
+    """The probability of two layers to be drawn, each among those that are left, by weight."""
+    total = sum(weights)
+    first, second = (weights[layer] for layer in chosen)
+    return first * second / total * (1 / (total - first) + 1 / (total - second))
+
+
+SKEWED = [1.0, 2.0, 4.0, 8.0, 0.5]
+
+
+def test_two_layers_are_drawn_one_after_another_by_weight():
+    periods = 8000
+    drawn = Counter(sample_layers("adaptive", 5, 2, 11, period, SKEWED) for period in range(periods))
+    pairs = list(combinations(range(5), 2))
+    expected = [periods * one_after_another(SKEWED, pair) for pair in pairs]
+    assert sum(expected) == pytest.approx(periods)
+    assert chi_square([drawn[pair] for pair in pairs], expected) < 27.9  # 9 degrees of freedom, 0.999 quantile
+
+
+def test_inclusion_probabilities_of_two_layers_are_the_sums_over_pairs():
+    found = inclusion_probabilities(SKEWED, 2)
+    for layer in range(5):
+        pairs = [pair for pair in combinations(range(5), 2) if layer in pair]
+        assert found[layer] == pytest.approx(sum(one_after_another(SKEWED, pair) for pair in pairs), abs=1e-8)
+
+
+@pytest.mark.parametrize("num_drawn", [1, 2, 3, 5])
+def test_layers_are_drawn_with_their_inclusion_probabilities(num_drawn):
+    """And not with gamma times their share of the weights, once more than one is drawn."""
+    weights, periods = [1.0, 3.0, 0.5, 6.0, 2.0, 0.0, 9.0, 1.5], 6000
+    visits = Counter(layer for p in range(periods) for layer in sample_layers("weighted", 8, num_drawn, 4, p, weights))
+
+    def squares(expected: list[float]) -> float:
+        """Deviations in units of a binomial count's, squared and added up; of the layers that can be drawn."""
+        chosen = [layer for layer in range(8) if weights[layer]]
+        odds = [min(expected[layer], 1 - 1e-6) for layer in chosen]
+        pairs = zip(chosen, odds, strict=True)
+        return sum((visits[layer] - periods * odd) ** 2 / (periods * odd * (1 - odd)) for layer, odd in pairs)
+
+    expected = inclusion_probabilities(weights, num_drawn)
+    assert sum(expected) == pytest.approx(num_drawn)
+    assert visits[5] == 0
+    assert expected[5] == 0
+    assert squares(expected) < 24.3  # 7 degrees of freedom, 0.999 quantile; drawing distinct layers tightens it
+    if num_drawn > 1:
+        assert squares([num_drawn * weight / sum(weights) for weight in weights]) > 100
+
+
+def test_inclusion_probabilities_at_the_ends():
+    assert inclusion_probabilities([1.0, 2.0], 0) == [0.0, 0.0]
+    assert inclusion_probabilities([1.0, 1e6, 0.0, 3.0], 3) == pytest.approx([1, 1, 0, 1], abs=1e-6)
+    assert inclusion_probabilities([1.0] * 32, 2) == pytest.approx([2 / 32] * 32, abs=1e-8)
+    spread = inclusion_probabilities([math.exp(layer / 4) for layer in range(80)], 8)
+    assert spread == sorted(spread)
+    assert sum(spread) == pytest.approx(8)
 
 
 def test_a_good_weights_file_is_read(tmp_path):

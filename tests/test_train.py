@@ -17,6 +17,7 @@ import torch
 import yaml
 from datasets import Dataset
 from models import save_tiny_llama
+from peft import PeftModel
 from ranks import free_port, run_ranks, start_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -200,6 +201,38 @@ def test_full_training_under_the_same_roof(folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+def test_lora_under_the_same_roof(folder, tmp_path, ds_config):
+    changes = {"deepspeed": ds_config, "method": "lora", "lora_r": 4, "lora_dropout": 0.0, "max_steps": 10}
+    on_two_ranks(flags_for(folder, tmp_path / "out", **changes), tmp_path)
+    said = (tmp_path / "0.txt").read_text()
+    assert re.search("adapters +rank 4, alpha 32, dropout 0.0, on all linear layers but the head", said)
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert held_out[-1] < held_out[0] - 0.05
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), tmp_path / "out")
+    trained = {name.split(".")[-4] for name, value in adapted.named_parameters() if "lora_B" in name and value.any()}
+    assert trained == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cpu_ops")
+def test_every_method_trains_on_the_same_rows_in_the_same_order(folder, tmp_path):
+    """Where nothing is learned the loss of a step says which rows it was of."""
+    losses = {}
+    for method in ("lisa", "full", "lora"):
+        (tmp_path / method).mkdir()
+        changes = {"method": method, "learning_rate": 0.0, "max_steps": 6, "per_device_train_batch_size": 1}
+        on_two_ranks(flags_for(folder, tmp_path / method / "out", **changes), tmp_path / method)
+        history = json.loads((tmp_path / method / "out" / "trainer_state.json").read_text())["log_history"]
+        losses[method] = [entry["loss"] for entry in history if "loss" in entry]
+    assert len(set(losses["lisa"])) == 6
+    assert losses["lisa"] == pytest.approx(losses["full"], abs=1e-6)
+    assert losses["lisa"] == pytest.approx(losses["lora"], abs=1e-6)
+
+
+@pytest.mark.slow
 def test_an_error_is_one_line_and_nothing_is_written(folder, tmp_path):
     flags = flags_for(folder, tmp_path / "out", dataset_name=tmp_path / "absent.jsonl")
     status, said = run_alone(flags, tmp_path / "said.txt")
@@ -309,7 +342,8 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--method", "magic"], "--method magic: unknown; choose one of lisa, full"),
+        (["--method", "magic"], "--method magic: unknown; choose one of lisa, full, lora"),
+        (["--method", "lora", "--lora_r", "0"], "--lora_r 0: the rank of an adapter is at least 1"),
         (["--dataset_name", ""], "--dataset_name is missing"),
         (["--eval_rows", "-1"], "--eval_rows -1"),
         (["--eval_rows", "3", "--eval_dataset_name", "x.jsonl"], "give one of them"),

@@ -1,0 +1,318 @@
+"""Which method learns most? Held-out loss of each after as many steps of the same rows, its learning rate tuned.
+
+python benchmarks/quality.py --model stories260k-hf --dataset gsm8k/train.jsonl --held_out gsm8k/test.jsonl
+
+Every arm tries as many learning rates on the first seed, a factor of two apart, and takes its best with the other
+seeds. A seed is an order of the rows, the same for every arm, and what an arm draws: layers, or adapters. Losses are of
+the answers. What is in the results already is not run again, so a sweep that was cut goes on.
+"""
+
+import argparse
+import gc
+import json
+import random
+import re
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from bench import launch, print_table, worker_parser, write_results
+
+LISA, EMBED_AND_HEAD = {"lisa_activated_layers": 2}, {"lisa_activated_layers": 0}
+BADAM = {"lisa_always_on": "", "lisa_frozen": "embed,head,rest", "lisa_activated_layers": 1}
+# Name: method, its settings, and the middle of its learning rates in units of --rate.
+ARMS = {
+    "full": ("full", {}, 1),
+    "lora r8": ("lora", {"r": 8}, 2),
+    "lora r16": ("lora", {"r": 16}, 1),
+    "lora r32": ("lora", {"r": 32}, 1),
+    "lisa 1": ("lisa", {"lisa_activated_layers": 1}, 1),
+    "lisa 1 reshuffle": ("lisa", {"lisa_activated_layers": 1, "lisa_sampler": "reshuffle"}, 1),
+    "lisa 1 adaptive": ("lisa", {"lisa_activated_layers": 1, "lisa_sampler": "adaptive"}, 1),
+    "lisa 2": ("lisa", LISA, 1),
+    "lisa 2 reshuffle": ("lisa", LISA | {"lisa_sampler": "reshuffle"}, 1),
+    "lisa 2 adaptive": ("lisa", LISA | {"lisa_sampler": "adaptive"}, 1),
+    "fixed 2": ("lisa", LISA | {"lisa_sampler": "fixed"}, 1),
+    "embed and head": ("lisa", EMBED_AND_HEAD, 4),
+    "one block, cyclic": ("lisa", BADAM | {"lisa_sampler": "reshuffle"}, 1),
+    # What may close the gap between LISA and full training.
+    "lisa 2 K 5": ("lisa", LISA | {"lisa_interval_steps": 5}, 1),
+    "lisa 2 K 50": ("lisa", LISA | {"lisa_interval_steps": 50}, 1),
+    "lisa 2 K 100": ("lisa", LISA | {"lisa_interval_steps": 100}, 1),
+    "lisa 2 keep": ("lisa", LISA | {"lisa_state": "keep"}, 1),
+    "lisa 2 warm-up": ("lisa", LISA | {"lisa_wake_warmup_steps": 10}, 1),
+    "lisa 2 sharp": ("lisa", LISA | {"lisa_sampler": "adaptive", "lisa_importance_temperature": 0.2}, 1),
+    "lisa 3": ("lisa", {"lisa_activated_layers": 3}, 1),
+    "lisa 4": ("lisa", {"lisa_activated_layers": 4}, 1),
+}
+BASELINES = tuple(arm for arm in ARMS if arm != "lora r16")[:12]
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    """Run what is asked for by `--runs`, a JSON list of (arm, learning rate, seed), one after another."""
+    import deepspeed
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import lisa_dist
+    from lisa_dist.memory import live_tensor_bytes
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    end = [tokenizer.eos_token_id]
+
+    def rows_of(path: str, count: int) -> list[tuple[list[int], int]]:
+        """Tokens, and how many of them are the question's; rows in which something of the answer is left."""
+        rows = []
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            question = tokenizer(row["question"] + "\n")["input_ids"]
+            tokens = (question + tokenizer(row["answer"], add_special_tokens=False)["input_ids"] + end)[
+                : arguments.length
+            ]
+            if len(tokens) > len(question):
+                rows.append((tokens, len(question)))
+            if len(rows) == count:
+                break
+        return rows
+
+    needed = arguments.rows * arguments.steps
+    train, held_out = rows_of(arguments.dataset, needed), rows_of(arguments.held_out, arguments.held_out_rows)
+    assert len(train) >= min(needed, 1000), "too few rows"
+
+    def batch(rows: list) -> dict[str, torch.Tensor]:
+        width = max(len(tokens) for tokens, _ in rows)
+        ids = torch.full((len(rows), width), tokenizer.eos_token_id)
+        labels = torch.full((len(rows), width), -100)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for at, (tokens, asked) in enumerate(rows):
+            ids[at, : len(tokens)], mask[at, : len(tokens)] = torch.tensor(tokens), 1
+            labels[at, asked : len(tokens)] = torch.tensor(tokens[asked:])
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+    def build(method: str, settings: dict, lr: float, seed: int):
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+        common = {"lr": lr, "micro_batch_size": arguments.rows}
+        if method == "lisa":
+            config = lisa_dist.LisaConfig(lisa_seed=seed, **{"lisa_interval_steps": arguments.interval} | settings)
+            return lisa_dist.initialize(model, "zero2", config, **common)
+        torch.manual_seed(seed)
+        if method == "lora":
+            adapters = LoraConfig(
+                lora_alpha=2 * settings["r"], target_modules="all-linear", task_type="CAUSAL_LM", **settings
+            )
+            model = get_peft_model(model, adapters)
+        config = lisa_dist.load_ds_config("zero2", model=model, micro_batch_size=arguments.rows)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = lisa_dist.build_optimizer([{"params": trained, "weight_decay": 0.0}], lr=lr)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        engine.train()
+        return engine, None
+
+    def evaluate(engine) -> tuple[float, float]:
+        """Loss and next-token accuracy over the answers' tokens."""
+        engine.eval()
+        loss = hits = count = 0.0
+        for start in range(0, len(held_out), arguments.rows):
+            inputs = batch(held_out[start : start + arguments.rows])
+            with torch.no_grad():
+                logits = engine(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+            labels = inputs["labels"][:, 1:]
+            counted = labels != -100
+            loss += torch.nn.functional.cross_entropy(logits[counted].float(), labels[counted], reduction="sum").item()
+            hits += (logits[counted].argmax(-1) == labels[counted]).sum().item()
+            count += counted.sum().item()
+        engine.train()
+        return loss / count, hits / count
+
+    def solved(engine) -> float | None:
+        """The part of held-out questions whose greedy answer ends with the right number."""
+        asked = [json.loads(line) for line in Path(arguments.held_out).read_text(encoding="utf-8").splitlines()]
+        right, asked = 0, asked[: arguments.questions]
+        engine.eval()
+        for start in range(0, len(asked), 8):
+            some = asked[start : start + 8]
+            prompts = [row["question"] + "\n" for row in some]
+            inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+            with torch.no_grad():
+                told = engine.module.generate(**inputs, max_new_tokens=200, do_sample=False)
+            for tokens, row in zip(told[:, inputs["input_ids"].shape[1] :], some, strict=True):
+                number = re.search(r"####\s*(-?[\d,.]*\d)", tokenizer.decode(tokens, skip_special_tokens=True))
+                right += number is not None and number[1].replace(",", "") == row["answer"].split("####")[1].strip()
+        engine.train()
+        return right / len(asked) if asked else None
+
+    def run(arm: str, lr: float, seed: int) -> dict:
+        method, settings, _ = ARMS[arm]
+        order = random.Random(seed).sample(range(len(train)), len(train))
+        gc.collect()
+        of_others = live_tensor_bytes()  # what DeepSpeed has left of the runs before
+        engine, lisa = build(method, settings, lr, seed)
+        losses, cpu_seconds, most = [], 0.0, 0
+        for step in range(arguments.steps):
+            warm = min(1.0, (step + 1) / arguments.warmup)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = lr * min(warm, 1 - step / arguments.steps)  # linear, to nothing
+            inputs = batch(
+                [train[order[at % len(order)]] for at in range(step * arguments.rows, (step + 1) * arguments.rows)]
+            )
+            started = time.process_time()
+            if lisa is not None:
+                lisa.on_step_begin()
+            loss = engine(**inputs).loss
+            engine.backward(loss)
+            engine.step()
+            cpu_seconds += time.process_time() - started
+            losses.append(loss.item())
+            if step in (1, arguments.steps - 1):
+                most = max(most, live_tensor_bytes() - of_others)
+        if lisa is not None:
+            lisa.close()
+        held_out_loss, accuracy = evaluate(engine)
+        exact = solved(engine)
+        visits = None if lisa is None else lisa.visit_counts
+        engine.destroy()
+        return {
+            "held_out": held_out_loss,
+            "token_accuracy": accuracy,
+            "solved": exact,
+            "train_last_50": statistics.mean(losses[-50:]),
+            "cpu_seconds_per_step": cpu_seconds / arguments.steps,
+            "live_bytes": most,
+            "visits": visits,
+        }
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    path = Path(arguments.folder)
+    figures = {}
+    for arm, lr, seed in json.loads(arguments.runs):
+        figures[key_of(arm, lr, seed)] = found = run(arm, lr, seed)
+        path.write_text(json.dumps(figures))
+        print(arm, lr, seed, found["held_out"], flush=True)
+
+
+def key_of(arm: str, lr: float, seed: int) -> str:
+    return f"{arm}, {lr:g}, seed {seed}"
+
+
+def rates_of(arm: str, arguments: argparse.Namespace) -> list[float]:
+    """As many for every arm, a factor of two apart around its own middle."""
+    middle, count = arguments.rate * ARMS[arm][2], arguments.num_rates
+    return [middle * 2.0 ** (place - (count - 1) // 2) for place in range(count)]
+
+
+def best_rate(arm: str, arguments: argparse.Namespace, figures: dict) -> float:
+    return min(rates_of(arm, arguments), key=lambda lr: figures[key_of(arm, lr, 0)]["held_out"])
+
+
+def run_all(runs: list, arguments: argparse.Namespace, figures: dict) -> None:
+    """Those of `runs` that have no figures yet, on as many processes as `--jobs`; figures are filled in."""
+    missing = [run for run in runs if key_of(*run) not in figures]
+    passed = ("model", "dtype", "dataset", "held_out", "steps", "rows", "length", "held_out_rows", "questions")
+    passed = (*passed, "warmup", "interval")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
+        started = []
+        for job in range(arguments.jobs):
+            if mine := missing[job :: arguments.jobs]:
+                words = [word for name in passed for word in (f"--{name}", str(getattr(arguments, name)))]
+                words += ["--folder", f"{folder}/{job}.json", "--runs", json.dumps(mine)]
+                started.append(pool.submit(launch, Path(__file__), words, 1))
+        try:
+            for job in started:
+                job.result()
+        finally:
+            for path in Path(folder).glob("*.json"):
+                figures |= json.loads(path.read_text())
+            write_results(arguments.results, figures)
+
+
+def table_of(arguments: argparse.Namespace, figures: dict) -> list[list[str]]:
+    rows = []
+    for arm in sorted(arguments.arms, key=lambda arm: mean_of(arm, arguments, figures)):
+        lr = best_rate(arm, arguments, figures)
+        found = [figures[key_of(arm, lr, seed)] for seed in range(arguments.seeds)]
+        losses = [run["held_out"] for run in found]
+        edge = " (at the edge)" if lr in (rates_of(arm, arguments)[0], rates_of(arm, arguments)[-1]) else ""
+        rows.append(
+            [
+                arm,
+                f"{lr:g}{edge}",
+                f"{statistics.mean(losses):.4f}",
+                f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "-",
+                f"{100 * statistics.mean(run['token_accuracy'] for run in found):.1f}%",
+                *([f"{100 * statistics.mean(run['solved'] for run in found):.1f}%"] if arguments.questions else []),
+                f"{statistics.median(run['cpu_seconds_per_step'] for run in found):.3f}",
+                f"{found[0]['live_bytes'] / 1e6:.1f}",
+            ]
+        )
+    return rows
+
+
+def mean_of(arm: str, arguments: argparse.Namespace, figures: dict) -> float:
+    lr = best_rate(arm, arguments, figures)
+    return statistics.mean(figures[key_of(arm, lr, seed)]["held_out"] for seed in range(arguments.seeds))
+
+
+def plot(arguments: argparse.Namespace, figures: dict) -> None:
+    """Held-out loss against the learning rate of the first seed, and the best of each arm with all seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    by_rate, by_arm = figure.subplots(1, 2)
+    ranked = sorted(arguments.arms, key=lambda arm: -mean_of(arm, arguments, figures))
+    for place, arm in enumerate(ranked):
+        rates = rates_of(arm, arguments)
+        color = f"C{place % 10}"
+        by_rate.plot(rates, [figures[key_of(arm, lr, 0)]["held_out"] for lr in rates], "o-", color=color, label=arm)
+        lr = best_rate(arm, arguments, figures)
+        losses = [figures[key_of(arm, lr, seed)]["held_out"] for seed in range(arguments.seeds)]
+        by_arm.plot(losses, [place] * len(losses), "o", color=color, alpha=0.5)
+        by_arm.plot(statistics.mean(losses), place, "|", color=color, markersize=18, markeredgewidth=2)
+    by_rate.set(xscale="log", xlabel="learning rate", ylabel="held-out loss, first seed")
+    by_arm.set(xlabel="held-out loss at the best rate: every seed, and their mean", yticks=range(len(ranked)))
+    by_arm.set_yticklabels(ranked)
+    by_arm.grid(alpha=0.3)
+    by_rate.grid(alpha=0.3)
+    figure.savefig(arguments.results.with_suffix(".png"), dpi=120)
+
+
+def main() -> None:
+    """Tune, run the other seeds, print the table and write what came of it."""
+    parser = worker_parser(__doc__.splitlines()[0], "quality.json")
+    parser.add_argument("--dataset", required=True, help="question/answer rows to train on, .jsonl")
+    parser.add_argument("--held_out", required=True, help="question/answer rows to measure on, .jsonl")
+    parser.add_argument("--held_out_rows", type=int, default=256)
+    parser.add_argument("--questions", type=int, default=0, help="held-out questions to answer, for exact accuracy")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=BASELINES, metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=8, help="of a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens of the longest row")
+    parser.add_argument("--warmup", type=int, default=10, help="steps in which the rate rises")
+    parser.add_argument("--interval", type=int, default=20, help="K, where an arm has none of its own")
+    parser.add_argument("--rate", type=float, default=4e-3, help="the middle of full training's learning rates")
+    parser.add_argument("--num_rates", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--runs", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.folder:
+        worker(arguments)
+        return
+    figures = json.loads(arguments.results.read_text())["figures"] if arguments.results.is_file() else {}
+    run_all([(arm, lr, 0) for arm in arguments.arms for lr in rates_of(arm, arguments)], arguments, figures)
+    best = {arm: best_rate(arm, arguments, figures) for arm in arguments.arms}
+    run_all(
+        [(arm, best[arm], seed) for arm in arguments.arms for seed in range(1, arguments.seeds)], arguments, figures
+    )
+    solved = ["solved"] if arguments.questions else []
+    print_table(
+        ["arm", "learning rate", "held out", "spread", "tokens right", *solved, "CPU s/step", "live MB"],
+        table_of(arguments, figures),
+    )
+    plot(arguments, figures)
+
+
+if __name__ == "__main__":
+    main()
