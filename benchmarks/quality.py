@@ -199,7 +199,8 @@ def key_of(arm: str, lr: float, seed: int) -> str:
 
 def rates_of(arm: str, arguments: argparse.Namespace) -> list[float]:
     """As many for every arm, a factor of two apart around its own middle."""
-    middle, count = arguments.rate * ARMS[arm][2], arguments.num_rates
+    given = dict(words.rsplit("=", 1) for words in arguments.middle)
+    middle, count = float(given.get(arm, arguments.rate * ARMS[arm][2])), arguments.num_rates
     return [middle * 2.0 ** (place - (count - 1) // 2) for place in range(count)]
 
 
@@ -292,6 +293,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=10, help="steps in which the rate rises")
     parser.add_argument("--interval", type=int, default=20, help="K, where an arm has none of its own")
     parser.add_argument("--rate", type=float, default=4e-3, help="the middle of full training's learning rates")
+    parser.add_argument("--middle", nargs="+", default=[], metavar="ARM=RATE", help="the middle of an arm's own rates")
     parser.add_argument("--num_rates", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")

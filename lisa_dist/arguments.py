@@ -181,6 +181,17 @@ class ModelArguments(ModelConfig):
                 raise UserError(f"--{flag} True: {rule}.")
         if self.lora_r < 1:
             raise UserError(f"--lora_r {self.lora_r}: the rank of an adapter is at least 1.")
+        if self.lora_alpha <= 0:
+            raise UserError(f"--lora_alpha {self.lora_alpha}: adapters are scaled by it over the rank; it is above 0.")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout {self.lora_dropout}: a probability from 0 up to, not including, 1.")
+        targets = self.lora_target_modules or []
+        targets = [targets] if isinstance(targets, str) else targets
+        if "lm_head" in targets:
+            raise UserError(
+                f"--lora_target_modules {' '.join(targets)}: TRL computes the loss from the head's "
+                "matrix alone, so that lm_head can have no adapter; --lora_modules_to_save lm_head trains a copy of it."
+            )
 
 
 USAGE = "lisa-dist train [--gpus N] --config recipe.yaml [--any_flag value ...]"

@@ -131,12 +131,15 @@ def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict | None
     lisa.load_state_dict(state["lisa"])
     saved = StateFiles([folder / state_file(rank, state["world_size"]) for rank in range(state["world_size"])])
     pieces = lisa.partitions.pieces()
+    afresh = []
     for key, held in lisa.partition_states().items():
         fields = saved.read(key, pieces[key], held.numel, lisa.partitions.coding)
-        if fields is None:  # it begins afresh, with other settings
+        if fields is None:  # with other settings
+            afresh.append(key)
             continue
         if changed and lisa.config.lisa_state == "reset_all":  # a period begins here, which its switch would have done
             fields = {MASTER: fields[MASTER]}
+            afresh.append(key)
         lisa.partitions.load_state(key, fields)
     coding = lisa.partitions.coding
     lisa.keep_states(lambda key, pieces, numel: saved.read(key, pieces, numel, coding))
@@ -144,7 +147,12 @@ def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict | None
     step = engine.global_steps
     began = step if changed else lisa.period * lisa.config.lisa_interval_steps
     lisa.movement.load(folder / MOVEMENT_FILE if MOVEMENT_FILE in state["files"] else None, step, began)
-    rates = state["learning_rates"]
+    if changed:
+        lisa.begin_afresh(afresh)
+    ratio = lisa.rate_ratio(state["lisa"])
+    rates = {
+        group: {name: rate * ratio for name, rate in saved.items()} for group, saved in state["learning_rates"].items()
+    }
     for group in engine.optimizer.param_groups:
         group |= rates.get(group["lisa_group"], next(iter(rates.values())))  # a new slot has the rate of the others
     return state
@@ -175,7 +183,7 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> None:
     """
     folder, out = Path(folder), Path(out)
     if not (folder / STATE_NAME).is_file():
-        raise UserError(f"{folder} is no checkpoint of a LISA run: there is no {STATE_NAME} in it.")
+        raise UserError(f"{folder} is no checkpoint of a LISA run: there is no {STATE_NAME} in it{_instead(folder)}.")
     if out.exists():
         raise UserError(f"{out} is there already: choose a folder that is not.")
     state = read_state(folder)
@@ -191,6 +199,15 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> None:
         _put_in_place(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _instead(folder: Path) -> str:
+    """What to do with a folder of another method's run."""
+    if has_weights(folder):
+        return "; it holds a model already, which from_pretrained loads as it is"
+    if (folder / "adapter_config.json").is_file():
+        return "; it holds an adapter: from_pretrained loads it with its base, and peft's merge_and_unload() merges it"
+    return ""
 
 
 def export_main(folder: str, out: str) -> None:

@@ -18,7 +18,7 @@ USAGE = """usage: lisa-dist train [--gpus N] --config recipe.yaml [--any_flag va
   init    write a commented recipe for a model and a budget of memory
   plan    what a run will need of memory, part by part, and the command that fits; needs no GPU and no weights
   eval    a model's scores on lm-evaluation-harness' tasks and on MT-Bench
-  export  turn a checkpoint of any run into a folder that from_pretrained loads, without a GPU
+  export  turn a checkpoint of any LISA run into a folder that from_pretrained loads, without a GPU
   report  write report.html of a run, also while it goes on or where it was cut
   norms   norms of weights and updates by block, of runs with --layer_norms: a table, a CSV, the paper's figure
   check   on every host before a run: GPUs, address, output folder, versions, time to save

@@ -76,8 +76,8 @@ class LisaConfig:
     lisa_lr_power: float = field(
         default=0.0,
         metadata={
-            "help": "Multiplies the learning rate by (layers of the model / active layers) to this power; 0 leaves it "
-            "as it is. With 0.5 a rate of full training serves any gamma."
+            "help": "Multiplies the learning rate by (layers of the model / active layers) to this power, such as 0.5, "
+            "so that fewer layers have a higher rate; 0 leaves it as it is."
         },
     )
     lisa_wake_warmup_steps: int = field(
@@ -206,7 +206,8 @@ class LisaConfig:
         if self.lisa_activated_layers == 0 and not {"embed", "head"} & set(self.always_on):
             raise UserError(
                 f"--lisa_activated_layers 0 with --lisa_always_on {self.lisa_always_on}: no layer is drawn, and "
-                "neither embed nor head trains: nothing to train. Draw a layer, or leave embed or head always on."
+                "neither embed nor head trains: nothing to train but norms. Draw a layer, or leave embed or head "
+                "always on."
             )
         if self.lisa_activated_layers == 0 and self.sampled:
             raise UserError(
@@ -250,10 +251,10 @@ class LisaConfig:
                 f"--lisa_importance_decay {self.lisa_importance_decay}: a share of the past is from 0 up to, not "
                 "including, 1."
             )
-        if not 0 < self.lisa_importance_temperature < math.inf:
+        if not 1e-3 <= self.lisa_importance_temperature < math.inf:
             raise UserError(
-                f"--lisa_importance_temperature {self.lisa_importance_temperature}: a temperature is above 0 and "
-                "finite."
+                f"--lisa_importance_temperature {self.lisa_importance_temperature}: a temperature is 0.001 or more, "
+                "and finite."
             )
         if not 0 <= self.lisa_importance_floor <= 1:
             raise UserError(

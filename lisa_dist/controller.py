@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import deepspeed
 import torch
@@ -31,10 +31,11 @@ from lisa_dist.blocks import find_blocks
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.cpu_ops import release_shared_memory
 from lisa_dist.invariants import SleepingWeights
+from lisa_dist.layer_gradients import gradient_norms
 from lisa_dist.memory import live_tensor_bytes
 from lisa_dist.movement import WeightMovement
 from lisa_dist.nonfinite import NonfiniteGuard
-from lisa_dist.optimizer import mean_squared_norm, split_by_decay
+from lisa_dist.optimizer import split_by_decay
 from lisa_dist.period_log import PeriodLog, PeriodRecord
 from lisa_dist.recompute import check_checkpointing, let_backward_end
 from lisa_dist.sampling import Draw
@@ -44,7 +45,8 @@ from lisa_dist.wake_warmup import WakeWarmup
 from lisa_dist.zero import ZeroPartitions, check_deepspeed, patch_construction
 
 STATE_VERSION = 1
-# Settings that a resumed run may give otherwise at any step: they do not decide on layers or groups.
+# Settings that a resumed run may give otherwise at any step: they do not decide on layers or groups of the period that
+# it is in.
 FREE_SETTINGS = (
     "lisa_state",
     "lisa_offload",
@@ -219,7 +221,7 @@ class LisaController:
     def keep_states(self, read: Callable[[PartitionKey, list[Piece], int], dict | None]) -> None:
         """Fill the host's states of sleeping blocks from `read`, which gives a partition's saved fields or None."""
         self.host_states.clear()
-        if self.config.lisa_state != "keep":
+        if self.config.lisa_state != "keep" or self.config.lisa_activated_layers == 0:  # what sleeps never wakes
             return
         for block in self.selection.asleep(self.active):
             group = block.name if block.name in self.block_visit_counts else "slot0"
@@ -298,25 +300,13 @@ class LisaController:
         if self.selection.importance is None:
             return
         if self.config.lisa_importance == "gradient":
-            norms = self._gradient_norms()
+            norms = gradient_norms(self.partitions, self.active_layers, self.selection.layer_of)
         else:  # which rank 0 has just looked at
             moved = self.movement.lines[-1]["blocks"] if self.movement.lines else {}
             norms = [moved.get(f"layers.{layer}", {}).get("update", math.nan) for layer in self.active_layers]
         norms = torch.tensor(norms, dtype=torch.float64, device=self.engine.device)
         dist.broadcast(norms, src=0)
         self.selection.importance.observe(dict(zip(self.active_layers, norms.tolist(), strict=True)))
-
-    def _gradient_norms(self) -> list[float]:
-        """Of each active layer the root mean square, over its steps, of its gradient's norm: 8 gamma bytes summed."""
-        get_accelerator().synchronize()
-        pieces, beta2 = self.partitions.pieces(), self.partitions.optimizer.param_groups[0]["betas"][1]
-        squares = torch.zeros(len(self.active_layers), dtype=torch.float64, device=self.engine.device)
-        for key, state in self.partitions.states().items():
-            if self.selection.layer_of(key) in self.active_layers:
-                slot = self.active_layers.index(self.selection.layer_of(key))
-                squares[slot] += mean_squared_norm(state, pieces[key], beta2)
-        dist.all_reduce(squares)
-        return squares.sqrt().tolist()
 
     def _groups_of(self, keys: list[PartitionKey]) -> set[str]:
         """The names of the parameter groups that hold these partitions now."""
@@ -435,7 +425,9 @@ class LisaController:
         self.block_visit_counts |= {
             name: count for name, count in state["block_visit_counts"].items() if name in self.block_visit_counts
         }
-        if self.selection.importance is not None and state.get("importance") is not None:
+        # Norms of gradients and of updates are numbers of two kinds: by another --lisa_importance they begin anew.
+        same_kind = state["config"].get("lisa_importance") == self.config.lisa_importance
+        if self.selection.importance is not None and state.get("importance") is not None and same_kind:
             self.selection.importance.load_state_dict(state["importance"])
         if self._warmup is not None:
             self._warmup.wake(() if changed else state.get("woken", ()))
@@ -457,6 +449,19 @@ class LisaController:
             self._log.open(None if state["record"] is None else PeriodRecord(**state["record"]))
         if self._watch is not None:
             self._watch.remember(self.selection.asleep(self.active))
+
+    def rate_ratio(self, state: dict) -> float:
+        """What --lisa_lr_power makes of a saved run's learning rates here, where power or gamma are others."""
+        saved, num_layers = state["config"], len(self.blocks.layers)
+        then = LisaConfig(
+            lisa_activated_layers=saved["lisa_activated_layers"], lisa_lr_power=saved.get("lisa_lr_power", 0.0)
+        )
+        return self.config.rate_factor(num_layers) / then.rate_factor(num_layers)
+
+    def begin_afresh(self, keys: Iterable[PartitionKey]) -> None:
+        """These partitions have fresh moments, by other settings than a saved run's: they warm up as woken ones do."""
+        if self._warmup is not None:
+            self._warmup.wake(self._groups_of(list(keys)))
 
     def check_state_dict(self, state: dict) -> list[str]:
         """The settings in which a saved run differs from this one.

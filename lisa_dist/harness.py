@@ -41,7 +41,7 @@ class RankedModel(HFLM):
         with _warnings():
             super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         if dist.is_initialized():
-            pass
+            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensors of all ranks, flat, one after another; each of one shape."""

@@ -37,7 +37,8 @@ class LayerImportance:
         if mean <= 0:
             return [1 / num_layers] * num_layers
         scores = [(max(known) if value is None else value) / mean / self._temperature for value in self.averages]
-        powers = [math.exp(score - max(scores)) for score in scores]
+        # Not below a millionth, so that there are always layers enough to draw, however sharp the softmax is.
+        powers = [max(math.exp(score - max(scores)), 1e-6) for score in scores]
         return [self._floor / num_layers + (1 - self._floor) * power / sum(powers) for power in powers]
 
     def state_dict(self) -> list[float | None]:

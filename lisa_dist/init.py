@@ -138,6 +138,8 @@ def choose(arguments: InitArguments, lisa_config: LisaConfig) -> tuple[str, Plan
         for_offload = offloads or "lisa_state_bits" in settings  # which goes with no states on the host
         if any(given[name] != defaults[name] for name in settings) or (for_offload and lisa_config.offloaded):
             continue  # it would change what was given
+        if "lisa_always_on" in settings and lisa_config.lisa_activated_layers == 0:
+            continue  # nothing is drawn in the place of layers
         tried = LisaConfig(**given | settings)
         try:
             ways = [name for name in WAYS if name.endswith("_offload") == offloads]

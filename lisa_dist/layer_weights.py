@@ -20,12 +20,14 @@ def load_layer_weights(source: str, num_layers: int, num_active: int) -> list[fl
     negative, not finite, or has fewer positive weights than layers must be drawn.
     """
     flag = f"--lisa_weights_file {source}"
-    path, _, columns = source.partition("#")
+    path, columns = split_columns(source)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{flag}: cannot be read ({error.strerror}).") from error
-    weights = _weights_of_table(flag, text, columns) if path.endswith(".csv") else _weights_of_list(flag, text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag}: is no text in UTF-8.") from error
+    weights = _weights_of_list(flag, text) if columns is None else _weights_of_table(flag, text, columns)
     if len(weights) != num_layers:
         raise UserError(f"{flag}: holds {len(weights)} weights, but the model has {num_layers} decoder layers.")
     for layer, weight in enumerate(weights):
@@ -37,6 +39,12 @@ def load_layer_weights(source: str, num_layers: int, num_active: int) -> list[fl
             f"{flag}: only {positive} weights are positive, but --lisa_activated_layers {num_active} layers are drawn."
         )
     return [float(weight) for weight in weights]
+
+
+def split_columns(source: str) -> tuple[str, str | None]:
+    """The file of `--lisa_weights_file`, and what it says of columns; None for a list, which has none."""
+    path, suffix, columns = source.partition(".csv#")
+    return (f"{path}.csv", columns) if suffix else (source, "" if source.endswith(".csv") else None)
 
 
 def _weights_of_list(flag: str, text: str) -> list[float]:
@@ -53,9 +61,12 @@ def _weights_of_table(flag: str, text: str, columns: str) -> list[float]:
     """The rows of layers in order: a column, or one over another."""
     header, *lines = list(csv.reader(io.StringIO(text))) or [[]]
     rows = {line[0]: dict(zip(header, line, strict=False)) for line in lines if line}
-    layers = [rows[name] for name in (f"layers.{number}" for number in range(len(rows))) if name in rows]
+    count = sum(name.startswith("layers.") for name in rows)
+    layers = [rows.get(f"layers.{number}") for number in range(count)]
     if header[:1] != ["block"] or not layers:
         raise UserError(f"{flag}: holds no norms of layers; it is the norms.csv that lisa-dist norms writes.")
+    if None in layers:
+        raise UserError(f"{flag}: has no row layers.{layers.index(None)}, though others behind it.")
     wanted = [name.strip() for name in columns.split("/")]
     if len(wanted) > 2 or not all(name in header[1:] for name in wanted):
         raise UserError(

@@ -89,7 +89,8 @@ def _why_no_fused_loss(
         return "cross_entropy takes its place"
     if args.label_smoothing_factor:  # evaluation would ask it for a loss without labels
         return "label smoothing needs logits"
-    if "head" in config.sampled and not {"embed", "rest"} & set(config.always_on):
+    alone = "head" in config.sampled or ("head" in config.always_on and config.lisa_activated_layers == 0)
+    if alone and not {"embed", "rest"} & set(config.always_on):
         # It computes gradients at all only where the hidden states need one, which nothing below the head then does.
         return "it has no gradient for a head that trains alone, which --lisa_always_on rest would prevent"
     return None

@@ -28,6 +28,8 @@ def lisa_metrics(lisa) -> dict[str, float]:
         metrics[f"lisa/active_layers/layer_{layer:02d}"] = int(layer in lisa.active_layers)
         metrics[f"lisa/visits/layer_{layer:02d}"] = count
     metrics |= {f"lisa/probability/layer_{layer:02d}": odds for layer, odds in enumerate(record.probabilities)}
+    learned = lisa.selection.importance.averages if lisa.selection.importance is not None else []
+    metrics |= {f"lisa/importance/layer_{layer:02d}": seen for layer, seen in enumerate(learned) if seen is not None}
     metrics |= {f"lisa/visits/{block}": count for block, count in lisa.block_visit_counts.items()}
     moved = lisa.movement.lines[-1]["blocks"] if lisa.movement.lines else {}
     return metrics | {f"lisa/update_norm/{_metric_name(block)}": one["update"] for block, one in moved.items()}
@@ -41,7 +43,7 @@ def _metric_name(block: str) -> str:
 
 def format_active(layers: Sequence[int], blocks: Sequence[str]) -> str:
     """What trains in a period beside what is always on: "2, 7" or "head; layers 7"."""
-    listed = ", ".join(map(str, layers))
+    listed = ", ".join(map(str, layers)) or ("" if blocks else "none")
     return "; ".join([*blocks, *([f"layers {listed}"] if listed else [])]) if blocks else listed
 
 

@@ -196,11 +196,17 @@ class MTBench:
                 verdicts[key] = line
         lacking = [key for key in asked if key not in verdicts]
         _mend(path)
-        writing = threading.Lock()
+        writing, stopped = threading.Lock(), threading.Event()
 
         def judge_one(key: tuple[int, int]) -> None:
             name, system, user = asked[key]
-            said = judge.ask(system, user)
+            if stopped.is_set():
+                return
+            try:
+                said = judge.ask(system, user)
+            except JudgeError:
+                stopped.set()
+                raise
             line = {
                 "question_id": key[0],
                 "model": answers.model_id,

@@ -253,7 +253,7 @@ def command_for(plan: Plan, arguments: PlanArguments, lisa_config: LisaConfig) -
     if arguments.gradient_accumulation_steps > 1:
         flags |= {"gradient_accumulation_steps": arguments.gradient_accumulation_steps}
     if arguments.method == "lora":
-        flags |= {"lora_r": arguments.lora_r}
+        flags |= {"lora_r": arguments.lora_r, "lora_dropout": 0.0}  # whose masks the plan does not count
     if arguments.method != "lisa":
         flags |= {"gradient_checkpointing": plan.workload.checkpointed_layers > 0}
     else:

@@ -314,6 +314,8 @@ def kept_states(run: FakeRun, config: LisaConfig, stage: int, world_size: int, o
         )
         for name, block in drawn
     ]
+    if config.lisa_activated_layers == 0:  # nothing is drawn, and nothing falls asleep
+        return 0
     return sum(sizes) - sum(sorted(sizes)[: config.lisa_activated_layers])
 
 

@@ -64,8 +64,13 @@ def plot_visits(run: RunFiles, figure: Figure) -> None:
     axes = _axes(figure, "decoder layer", "periods")
     visits = run.visits
     axes.bar(range(run.num_layers), visits, color=BLUE, width=0.8)
-    expected = sum(visits) / run.num_layers
-    axes.axhline(expected, color=ORANGE, linewidth=1.5, linestyle="--", label=f"evenly: {expected:.1f}")
+    odds = [period["probabilities"] for period in run.periods if period.get("probabilities")]
+    if odds:
+        expected = [math.fsum(of_layer) for of_layer in zip(*odds, strict=True)]
+        axes.plot(expected, color=ORANGE, linewidth=1.5, linestyle="--", label="by the probabilities of the draws")
+    else:
+        evenly = sum(visits) / run.num_layers
+        axes.axhline(evenly, color=ORANGE, linewidth=1.5, linestyle="--", label=f"evenly: {evenly:.1f}")
     axes.legend(frameon=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -141,14 +146,14 @@ PLOTS: tuple[tuple[str, str, str, Plot, Callable[[RunFiles], bool]], ...] = (
         "Layers that trained",
         "A row is a decoder layer, the first one below; a column is a period.",
         plot_layers,
-        lambda run: bool(run.periods and run.num_layers),
+        lambda run: any(period["layers"] for period in run.periods),
     ),
     (
         "visits",
         "Visits",
         "In how many periods each layer trained.",
         plot_visits,
-        lambda run: bool(run.periods and run.num_layers),
+        lambda run: any(period["layers"] for period in run.periods),
     ),
     (
         "movement",

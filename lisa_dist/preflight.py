@@ -26,6 +26,7 @@ from torch import distributed as dist
 from lisa_dist.config import UserError
 from lisa_dist.flags import FlagParser
 from lisa_dist.health import host_name, version_of
+from lisa_dist.layer_weights import split_columns
 from lisa_dist.metrics import format_bytes
 from lisa_dist.rank_discovery import expand_hosts, set_rank
 
@@ -183,7 +184,8 @@ class _Host:
         for flag in ("dataset_name", "eval_dataset_name", "lisa_weights_file", "deepspeed"):
             names = self._flags.get(flag) or []
             for name in names.split() if isinstance(names, str) else names:
-                files.append((f"--{flag}", re.sub(r"#\d+$", "", name)))
+                path = split_columns(name)[0] if flag == "lisa_weights_file" else re.sub(r"#\d+$", "", name)
+                files.append((f"--{flag}", path))
         for flag, path in files:
             if path is None or (flag != "--config" and Path(path).suffix not in _COMPARED):
                 continue
@@ -304,6 +306,8 @@ def _checkpoint_bytes(flags: dict) -> tuple[int, int]:
     from lisa_dist.config import LisaConfig
 
     name = flags.get("model_name_or_path")
+    if flags.get("method") == "lora":
+        raise UserError("--save_within with --method lora: a checkpoint of adapters is small; leave it out.")
     if name is None:
         raise UserError("--save_within needs the run's --model_name_or_path, or a --config that has it.")
     try:

@@ -86,7 +86,8 @@ def inclusion_probabilities(weights: Sequence[float], num_drawn: int) -> list[fl
     that probability, a sum of independent events. They add up to `num_drawn`; no layer's is above 1, so where several
     are drawn heavy layers have less than `num_drawn` times their share of the weights. To about 1e-8.
     """
-    rates = numpy.array([weight for weight in weights if weight > 0], dtype=float)
+    highest = max(weights)
+    rates = numpy.array([max(weight / highest, 1e-9) for weight in weights if weight > 0])  # less is next to never
     if num_drawn == 0:
         return [0.0] * len(weights)
     assert num_drawn <= len(rates)

@@ -225,7 +225,9 @@ def _adapters(model_args: ModelArguments) -> LoraConfig:
     """What `--lora_*` say; on every linear layer but the head, unless they say otherwise."""
     model_args.use_peft = True  # TRL's word for it
     model_args.lora_target_modules = model_args.lora_target_modules or ALL_LINEAR
-    return get_peft_config(model_args)
+    adapters = get_peft_config(model_args)
+    model_args.use_peft = False  # as the user gave it, for the report
+    return adapters
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -420,6 +422,10 @@ def _describe_run(
     given = [name for name, value in lisa_config.to_dict().items() if value != LisaConfig().to_dict()[name]]
     if run_args.method != "lisa" and given:  # the same recipe may serve to compare methods
         rows.append(("without effect", f"{', '.join(f'--{name}' for name in given)}, which are for --method lisa"))
+    fields = ModelArguments.__dataclass_fields__
+    given = [name for name in fields if name.startswith("lora_") and getattr(model_args, name) != fields[name].default]
+    if run_args.method != "lora" and given:
+        rows.append(("without effect", f"{', '.join(f'--{name}' for name in given)}, which are for --method lora"))
     return "run\n" + format_table(rows)
 
 

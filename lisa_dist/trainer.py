@@ -170,7 +170,8 @@ class LisaMixin(MonitoredMixin):
             self._watchdog.beat()
             self._check_rows_per_step(folder)
             load_checkpoint(self.lisa, folder, self._resume_state)
-            self._load_schedule(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+            ratio = self.lisa.rate_ratio(self._resume_state["lisa"])
+            self._load_schedule(torch.load(folder / SCHEDULER_NAME, weights_only=True), ratio)
             self._say(f"resumed from {folder}, after step {self.lisa.engine.global_steps} of {max_steps}")
         elif self._weights_from is not None:
             self._watchdog.beat()
@@ -233,8 +234,11 @@ class LisaMixin(MonitoredMixin):
         if text is not None and self.args.should_log:
             print(text, flush=True)
 
-    def _load_schedule(self, state: dict) -> None:
-        """Go on with a saved schedule; where other settings have made other groups, each has the schedule's rate."""
+    def _load_schedule(self, state: dict, ratio: float) -> None:
+        """Go on with a saved schedule, times `ratio`; where there are other groups, each has the schedule's rate."""
+        for name in ("base_lrs", "_last_lr"):
+            if name in state:
+                state[name] = [rate * ratio for rate in state[name]]
         fresh, groups = self.lr_scheduler.state_dict(), self.lisa.engine.optimizer.param_groups
         if len(state.get("base_lrs", groups)) != len(groups):
             state |= {name: value for name, value in fresh.items() if isinstance(value, list)}

@@ -29,7 +29,7 @@ LEVELS = [
     {"monitoring", "data", "optimizer", "memory", "period_log", "nonfinite", "recompute", "health"},
     {"selection", "fake_run"},
     {"zero", "state_files", "weights"},
-    {"invariants", "movement", "controller", "backward"},
+    {"invariants", "movement", "layer_gradients", "controller", "backward"},
     {"checkpoint", "harness", "mt_bench", "analysis", "planning", "loop", "describe"},
     {"measuring"},
     {"run_memory"},
@@ -42,6 +42,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 SAME_LEVEL = {
     ("controller", "invariants"),
     ("controller", "movement"),
+    ("controller", "layer_gradients"),
     ("cli", "train"),
     ("cli", "plan"),
     ("cli", "info"),

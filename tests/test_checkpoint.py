@@ -331,6 +331,7 @@ def resume_with_other_settings(folder: str) -> None:
     kept = {key: state.master.clone() for key, state in lisa.partition_states().items()}
     engine.destroy()
     settings = {"lisa_activated_layers": 3, "lisa_interval_steps": 2, "lisa_sampler": "cyclic"}
+    settings |= {"lisa_lr_power": 1.0, "lisa_wake_warmup_steps": 1}
     options = {"lisa": settings, "output_dir": folder}
     engine, lisa = start("zero2", torch.float32, options, tiny_llama(seed=99))
     load_checkpoint(lisa, Path(folder) / "checkpoint-6")
@@ -348,7 +349,15 @@ def resume_with_other_settings(folder: str) -> None:
     fresh = [key for key in states if key not in kept]
     assert fresh
     assert not any(states[key].optimizer_state for key in fresh)
+    groups = engine.optimizer.param_groups
+    assert {group["lr"] for group in groups} == {1e-3 * 6 / 3}, "the saved rate, scaled by the active layers of now"
+    lowered = set()
+    lisa.partitions.before_step(
+        lambda *_: lowered.update(group["lisa_group"] for group in groups if group["lr"] < 2e-3)
+    )
     assert len(train(engine, lisa, STEPS, {})) == 2
+    begun = {group["lisa_group"] for group, key in zip(groups, lisa.partitions.keys(), strict=True) if key in fresh}
+    assert lowered == begun, "what begins with fresh moments warms up"
     lisa.close()
     engine.destroy()
     dist.barrier()

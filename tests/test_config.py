@@ -11,7 +11,7 @@ from lisa_dist import LisaConfig
         ({"lisa_activated_layers": -1}, "--lisa_activated_layers -1: a period trains 0 decoder layers or more"),
         (
             {"lisa_activated_layers": 0, "lisa_always_on": "rest", "lisa_frozen": "embed,head"},
-            "neither embed nor head trains: nothing to train",
+            "neither embed nor head trains: nothing to train but norms",
         ),
         (
             {"lisa_activated_layers": 0, "lisa_always_on": "embed,rest"},
@@ -19,7 +19,7 @@ from lisa_dist import LisaConfig
         ),
         ({"lisa_importance": "loss"}, "--lisa_importance loss: unknown; choose one of gradient, update"),
         ({"lisa_importance_decay": 1.0}, "--lisa_importance_decay 1.0: a share of the past"),
-        ({"lisa_importance_temperature": 0.0}, "--lisa_importance_temperature 0.0: a temperature is above 0"),
+        ({"lisa_importance_temperature": 0.0}, "--lisa_importance_temperature 0.0: a temperature is 0.001 or more"),
         ({"lisa_importance_floor": 1.5}, "--lisa_importance_floor 1.5: a part is from 0 to 1"),
         ({"lisa_lr_power": 2.0}, "--lisa_lr_power 2.0: a power is from -1 to 1"),
         ({"lisa_wake_warmup_steps": 20}, "--lisa_wake_warmup_steps 20: a period has --lisa_interval_steps 20 steps"),

@@ -77,7 +77,7 @@ def test_help_is_a_screen(capsys, monkeypatch, verb, groups):
         (["--help"], 0, "usage: lisa-dist train"),
         ([], 2, "usage: lisa-dist train"),
         (["trian"], 2, "usage: lisa-dist train"),
-        (["export", "--help"], 0, "usage: lisa-dist export CHECKPOINT OUT\n\nturn a checkpoint of any run"),
+        (["export", "--help"], 0, "usage: lisa-dist export CHECKPOINT OUT\n\nturn a checkpoint of any LISA run"),
         (["export", "one"], 2, "usage: lisa-dist export CHECKPOINT OUT\n"),
         (["report", "-h"], 0, "usage: lisa-dist report OUTPUT_DIR\n\nwrite report.html"),
         (["info", "more"], 2, "usage: lisa-dist info\n\nwhat is installed here"),

@@ -179,6 +179,8 @@ def test_losses_equal_the_reference(ds_config):
     ],
 )
 def test_what_is_always_on_trains_alone(ds_config, settings):
+    """Whatever is said of layers that are never drawn."""
+    settings = settings | {"lisa_state": "keep", "lisa_sampler": "adaptive"}
     options = {"lisa": settings | {"lisa_activated_layers": 0}}
     outcome = check_against_reference(ds_config, tiny_llama, "model.layers", options)
     assert outcome["visits"] == [0] * 6
@@ -200,6 +202,7 @@ def test_one_layer_at_a_time_and_nothing_beside_it(ds_config):
         ("zero2", {"lisa": {"lisa_state": "reset_all"}}),
         ("zero2", {"lisa": {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_seed": 1}}),
         ("zero3", {"accumulation": 2}),
+        ("zero2", {"lisa": {"lisa_offload": "layers"}}),
         ("zero2_offload", {}),
     ],
 )

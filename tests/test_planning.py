@@ -31,7 +31,7 @@ from lisa_dist.plan import (
     shipped_model_configs,
     what_fits,
 )
-from lisa_dist.planning import PARTS, StageSettings, plan_memory, widest_periods
+from lisa_dist.planning import PARTS, StageSettings, kept_states, plan_memory, widest_periods
 from lisa_dist.selection import sampled_blocks
 
 ROWS, LENGTH = 4, 64
@@ -356,7 +356,16 @@ def test_the_command_says_what_was_planned(tiny_config):
     frozen = lisa_dist.LisaConfig(lisa_always_on="", lisa_frozen="embed,head,rest")
     assert command(lisa=frozen).endswith("--lisa_always_on '' --lisa_frozen embed,head,rest")
     assert "--method lora " in command(method="lora")
-    assert command(method="lora", lora_r=8).endswith("--lora_r 8 --gradient_checkpointing False")
+    assert command(method="lora", lora_r=8).endswith("--lora_r 8 --lora_dropout 0.0 --gradient_checkpointing False")
+
+
+def test_what_is_never_drawn_keeps_nothing_on_the_host():
+    run = FakeRun(load_model_config("llama3.1-8b"), Workload(128))
+    kept = {
+        gamma: kept_states(run, lisa_dist.LisaConfig(lisa_activated_layers=gamma), 2, 1, "adamw_torch_fused")
+        for gamma in (0, 1, 32)
+    }
+    assert kept[0] == kept[32] == 0 < kept[1]
 
 
 def test_other_methods_are_planned_too(tiny_config):

@@ -353,7 +353,10 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
         ),
         (["--gpu_memory", "22GiB"], "--gpu_memory 22GiB: only --checkpointed_layers auto keeps to it"),
         (["--deepspeed", "zero7"], "--deepspeed zero7: neither a file nor a shipped config"),
-        (["--lisa_activated_layers", "0"], "--lisa_activated_layers 0"),
+        (["--lisa_activated_layers", "-1"], "--lisa_activated_layers -1"),
+        (["--method", "lora", "--lora_alpha", "0"], "--lora_alpha 0: adapters are scaled by it over the rank"),
+        (["--method", "lora", "--lora_dropout", "1"], "--lora_dropout 1.0: a probability from 0 up to"),
+        (["--method", "lora", "--lora_target_modules", "lm_head"], "--lora_target_modules lm_head: TRL computes the"),
         (["--global_batch_size", "12"], "--global_batch_size 12: must be a multiple of 8, which --per_device_train"),
         (
             ["--global_batch_size", "16", "--gradient_accumulation_steps", "4"],

@@ -398,7 +398,7 @@ def test_a_full_disk_is_named_by_all_ranks(small_disk):
 
 
 def resume_finished_and_changed(output_dir: str) -> None:
-    """A finished run takes no step more; other settings at the end of a period keep the schedule."""
+    """A finished run takes no step more; other settings at the end of a period keep the schedule, scaled by gamma."""
 
     def trainer(gamma: int) -> Shuffled:
         unset_hf_deepspeed_config()
@@ -407,7 +407,7 @@ def resume_finished_and_changed(output_dir: str) -> None:
             model=tiny_llama(),
             args=arguments(output_dir, "zero2", **changes),
             train_dataset=rows_for(2),
-            lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_activated_layers=gamma),
+            lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_activated_layers=gamma, lisa_lr_power=0.5),
         )
 
     first = trainer(2)
@@ -424,7 +424,8 @@ def resume_finished_and_changed(output_dir: str) -> None:
         changed = trainer(gamma)
         changed.train(f"{output_dir}/checkpoint-3")
         rates = [entry["learning_rate"] for entry in changed.state.log_history if "loss" in entry]
-        assert rates == pytest.approx([cosine(step) for step in range(STEPS)])
+        before, behind = (6 / 2) ** 0.5, (6 / gamma) ** 0.5  # of the rate, by the active layers
+        assert rates == pytest.approx([cosine(step) * (before if step < 3 else behind) for step in range(STEPS)])
         assert {group["lr"] for group in changed.lisa.engine.optimizer.param_groups} == {cosine(STEPS)}
         assert len(changed.lisa.active_layers) == gamma
 
