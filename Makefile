@@ -25,7 +25,7 @@ quickstart: $(VENV)/.quickstart  ## train a real 135M model by LISA on two CPU r
 
 test: $(VENV)/.ready  ## the whole test suite
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.cpu_ops import build_cpu_ops; build_cpu_ops()'
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest --numprocesses 2
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest --numprocesses 2 --durations 30
 
 checks: $(VENV)/.ready  ## lint and format
 	$(BIN)/ruff check .

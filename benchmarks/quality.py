@@ -2,9 +2,10 @@
 
 python benchmarks/quality.py --model stories260k-hf --dataset gsm8k/train.jsonl --held_out gsm8k/test.jsonl
 
-Every arm tries as many learning rates on the first seed, a factor of two apart, and takes its best with the other
-seeds. A seed is an order of the rows, the same for every arm, and what an arm draws: layers, or adapters. Losses are of
-the answers. What is in the results already is not run again, so a sweep that was cut goes on.
+Every arm tries as many learning rates on the first seed, a factor of two apart, and more where its best is the lowest
+or the highest of them; the best is taken with the other seeds too. A seed is an order of the rows, the same for every
+arm, and what an arm draws: layers, or adapters. Losses are of the answers. What is in the results already is not run
+again, so a sweep that was cut goes on.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import random
 import re
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +38,7 @@ ARMS = {
     "lisa 2 adaptive": ("lisa", LISA | {"lisa_sampler": "adaptive"}, 1),
     "fixed 2": ("lisa", LISA | {"lisa_sampler": "fixed"}, 1),
     "embed and head": ("lisa", EMBED_AND_HEAD, 4),
-    "one block, cyclic": ("lisa", BADAM | {"lisa_sampler": "reshuffle"}, 1),
+    "one block": ("lisa", BADAM | {"lisa_sampler": "reshuffle"}, 1),
     # What may close the gap between LISA and full training.
     "lisa 2 K 5": ("lisa", LISA | {"lisa_interval_steps": 5}, 1),
     "lisa 2 K 50": ("lisa", LISA | {"lisa_interval_steps": 50}, 1),
@@ -47,7 +49,19 @@ ARMS = {
     "lisa 3": ("lisa", {"lisa_activated_layers": 3}, 1),
     "lisa 4": ("lisa", {"lisa_activated_layers": 4}, 1),
 }
-BASELINES = tuple(arm for arm in ARMS if arm != "lora r16")[:12]
+BASELINES = (
+    "full",
+    "lora r8",
+    "lora r32",
+    "lisa 1",
+    "lisa 1 reshuffle",
+    "lisa 1 adaptive",
+    "lisa 2",
+    "lisa 2 reshuffle",
+)
+BASELINES = (*BASELINES, "lisa 2 adaptive", "fixed 2", "embed and head", "one block")
+SETTINGS = ("model", "dtype", "dataset", "held_out", "steps", "rows", "length", "held_out_rows", "questions", "warmup")
+SETTINGS = (*SETTINGS, "interval")  # of all runs of a file
 
 
 def worker(arguments: argparse.Namespace) -> None:
@@ -197,27 +211,42 @@ def key_of(arm: str, lr: float, seed: int) -> str:
     return f"{arm}, {lr:g}, seed {seed}"
 
 
-def rates_of(arm: str, arguments: argparse.Namespace) -> list[float]:
-    """As many for every arm, a factor of two apart around its own middle."""
+def window_of(arm: str, arguments: argparse.Namespace) -> list[float]:
+    """As many rates for every arm, a factor of two apart around its own middle."""
     given = dict(words.rsplit("=", 1) for words in arguments.middle)
     middle, count = float(given.get(arm, arguments.rate * ARMS[arm][2])), arguments.num_rates
     return [middle * 2.0 ** (place - (count - 1) // 2) for place in range(count)]
 
 
-def best_rate(arm: str, arguments: argparse.Namespace, figures: dict) -> float:
-    return min(rates_of(arm, arguments), key=lambda lr: figures[key_of(arm, lr, 0)]["held_out"])
+def tried(arm: str, figures: dict) -> dict[float, float]:
+    """Held-out loss of the first seed by learning rate, ascending."""
+    found = {}
+    for key, run in figures.items():
+        name, lr, seed = key.rsplit(", ", 2)
+        if name == arm and seed == "seed 0":
+            found[float(lr)] = run["held_out"]
+    return dict(sorted(found.items()))
+
+
+def best_rate(arm: str, figures: dict) -> float:
+    losses = tried(arm, figures)
+    return min(losses, key=losses.get)
+
+
+def beyond(arm: str, figures: dict) -> float | None:
+    """The rate to try next, where the best one so far has others on one side alone."""
+    rates, best = list(tried(arm, figures)), best_rate(arm, figures)
+    return best / 2 if best == rates[0] else best * 2 if best == rates[-1] else None
 
 
 def run_all(runs: list, arguments: argparse.Namespace, figures: dict) -> None:
     """Those of `runs` that have no figures yet, on as many processes as `--jobs`; figures are filled in."""
     missing = [run for run in runs if key_of(*run) not in figures]
-    passed = ("model", "dtype", "dataset", "held_out", "steps", "rows", "length", "held_out_rows", "questions")
-    passed = (*passed, "warmup", "interval")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         started = []
         for job in range(arguments.jobs):
             if mine := missing[job :: arguments.jobs]:
-                words = [word for name in passed for word in (f"--{name}", str(getattr(arguments, name)))]
+                words = [word for name in SETTINGS for word in (f"--{name}", str(getattr(arguments, name)))]
                 words += ["--folder", f"{folder}/{job}.json", "--runs", json.dumps(mine)]
                 started.append(pool.submit(launch, Path(__file__), words, 1))
         try:
@@ -226,20 +255,46 @@ def run_all(runs: list, arguments: argparse.Namespace, figures: dict) -> None:
         finally:
             for path in Path(folder).glob("*.json"):
                 figures |= json.loads(path.read_text())
-            write_results(arguments.results, figures)
+            write_results(arguments.results, {"settings": settings_of(arguments), "runs": figures})
+
+
+def settings_of(arguments: argparse.Namespace) -> dict:
+    """What all runs of a file have in common; of files their names, wherever they lie."""
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    return settings | {name: Path(settings[name]).name for name in ("model", "dataset", "held_out")}
+
+
+def read_figures(arguments: argparse.Namespace) -> dict:
+    """The runs that are in the results already; they must be of the same settings."""
+    if not arguments.results.is_file():
+        return {}
+    held = json.loads(arguments.results.read_text())["figures"]
+    asked = settings_of(arguments)
+    other = [f"{name} {held['settings'][name]}" for name in SETTINGS if held["settings"][name] != asked[name]]
+    if other:
+        sys.exit(f"{arguments.results} has runs with {', '.join(other)}: give other --results.")
+    return held["runs"]
+
+
+def runs_of(arm: str, arguments: argparse.Namespace, figures: dict) -> list[dict]:
+    """At the best rate, every seed."""
+    lr = best_rate(arm, figures)
+    return [figures[key_of(arm, lr, seed)] for seed in range(arguments.seeds)]
+
+
+def mean_of(arm: str, arguments: argparse.Namespace, figures: dict) -> float:
+    return statistics.mean(run["held_out"] for run in runs_of(arm, arguments, figures))
 
 
 def table_of(arguments: argparse.Namespace, figures: dict) -> list[list[str]]:
     rows = []
     for arm in sorted(arguments.arms, key=lambda arm: mean_of(arm, arguments, figures)):
-        lr = best_rate(arm, arguments, figures)
-        found = [figures[key_of(arm, lr, seed)] for seed in range(arguments.seeds)]
+        found = runs_of(arm, arguments, figures)
         losses = [run["held_out"] for run in found]
-        edge = " (at the edge)" if lr in (rates_of(arm, arguments)[0], rates_of(arm, arguments)[-1]) else ""
         rows.append(
             [
                 arm,
-                f"{lr:g}{edge}",
+                f"{best_rate(arm, figures):g} of {len(tried(arm, figures))}",
                 f"{statistics.mean(losses):.4f}",
                 f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "-",
                 f"{100 * statistics.mean(run['token_accuracy'] for run in found):.1f}%",
@@ -251,11 +306,6 @@ def table_of(arguments: argparse.Namespace, figures: dict) -> list[list[str]]:
     return rows
 
 
-def mean_of(arm: str, arguments: argparse.Namespace, figures: dict) -> float:
-    lr = best_rate(arm, arguments, figures)
-    return statistics.mean(figures[key_of(arm, lr, seed)]["held_out"] for seed in range(arguments.seeds))
-
-
 def plot(arguments: argparse.Namespace, figures: dict) -> None:
     """Held-out loss against the learning rate of the first seed, and the best of each arm with all seeds."""
     from matplotlib.figure import Figure
@@ -264,13 +314,11 @@ def plot(arguments: argparse.Namespace, figures: dict) -> None:
     by_rate, by_arm = figure.subplots(1, 2)
     ranked = sorted(arguments.arms, key=lambda arm: -mean_of(arm, arguments, figures))
     for place, arm in enumerate(ranked):
-        rates = rates_of(arm, arguments)
-        color = f"C{place % 10}"
-        by_rate.plot(rates, [figures[key_of(arm, lr, 0)]["held_out"] for lr in rates], "o-", color=color, label=arm)
-        lr = best_rate(arm, arguments, figures)
-        losses = [figures[key_of(arm, lr, seed)]["held_out"] for seed in range(arguments.seeds)]
-        by_arm.plot(losses, [place] * len(losses), "o", color=color, alpha=0.5)
-        by_arm.plot(statistics.mean(losses), place, "|", color=color, markersize=18, markeredgewidth=2)
+        losses, color = tried(arm, figures), f"C{place % 10}"
+        by_rate.plot(losses.keys(), losses.values(), "o-", color=color, label=arm)
+        of_seeds = [run["held_out"] for run in runs_of(arm, arguments, figures)]
+        by_arm.plot(of_seeds, [place] * len(of_seeds), "o", color=color, alpha=0.5)
+        by_arm.plot(statistics.mean(of_seeds), place, "|", color=color, markersize=18, markeredgewidth=2)
     by_rate.set(xscale="log", xlabel="learning rate", ylabel="held-out loss, first seed")
     by_arm.set(xlabel="held-out loss at the best rate: every seed, and their mean", yticks=range(len(ranked)))
     by_arm.set_yticklabels(ranked)
@@ -295,6 +343,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=4e-3, help="the middle of full training's learning rates")
     parser.add_argument("--middle", nargs="+", default=[], metavar="ARM=RATE", help="the middle of an arm's own rates")
     parser.add_argument("--num_rates", type=int, default=3)
+    parser.add_argument("--more_rates", type=int, default=2, help="that an arm may try where its best is at an end")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--runs", help=argparse.SUPPRESS)
@@ -302,15 +351,18 @@ def main() -> None:
     if arguments.folder:
         worker(arguments)
         return
-    figures = json.loads(arguments.results.read_text())["figures"] if arguments.results.is_file() else {}
-    run_all([(arm, lr, 0) for arm in arguments.arms for lr in rates_of(arm, arguments)], arguments, figures)
-    best = {arm: best_rate(arm, arguments, figures) for arm in arguments.arms}
+    figures = read_figures(arguments)
+    run_all([(arm, lr, 0) for arm in arguments.arms for lr in window_of(arm, arguments)], arguments, figures)
+    for _ in range(arguments.more_rates):
+        further = [(arm, lr, 0) for arm in arguments.arms if (lr := beyond(arm, figures)) is not None]
+        run_all(further, arguments, figures)
+    best = {arm: best_rate(arm, figures) for arm in arguments.arms}
     run_all(
         [(arm, best[arm], seed) for arm in arguments.arms for seed in range(1, arguments.seeds)], arguments, figures
     )
     solved = ["solved"] if arguments.questions else []
     print_table(
-        ["arm", "learning rate", "held out", "spread", "tokens right", *solved, "CPU s/step", "live MB"],
+        ["arm", "rate, of tried", "held out", "spread", "tokens right", *solved, "CPU s/step", "live MB"],
         table_of(arguments, figures),
     )
     plot(arguments, figures)

@@ -112,7 +112,6 @@ def look_at_periods(ds_config: str, optim: str, settings: dict, periods: int) ->
 @pytest.mark.parametrize(
     ("ds_config", "optim", "settings", "tolerance"),
     [
-        ("zero1", "adamw_torch", {}, 1e-3),
         ("zero2", "adamw_torch", {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_offload": "layers"}, 1e-3),
         ("zero3", "adamw_torch", {}, 1e-3),
         ("zero2_offload", "adamw_torch", {}, 1e-3),

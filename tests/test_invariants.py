@@ -171,12 +171,7 @@ def test_losses_equal_the_reference(ds_config):
 
 @pytest.mark.parametrize(
     ("ds_config", "settings"),
-    [
-        ("zero1", {}),
-        ("zero3", {}),
-        ("zero2", {"lisa_always_on": "head,rest", "lisa_frozen": "embed"}),
-        ("zero2_offload", {}),
-    ],
+    [("zero3", {}), ("zero2", {"lisa_always_on": "head,rest", "lisa_frozen": "embed"})],
 )
 def test_what_is_always_on_trains_alone(ds_config, settings):
     """Whatever is said of layers that are never drawn."""
@@ -201,8 +196,7 @@ def test_one_layer_at_a_time_and_nothing_beside_it(ds_config):
         ("zero1", {"optim": "lisa_adamw"}),
         ("zero2", {"lisa": {"lisa_state": "reset_all"}}),
         ("zero2", {"lisa": {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_seed": 1}}),
-        ("zero3", {"accumulation": 2}),
-        ("zero2", {"lisa": {"lisa_offload": "layers"}}),
+        ("zero3", {"accumulation": 2, "lisa": {"lisa_offload": "layers"}}),
         ("zero2_offload", {}),
     ],
 )
