@@ -7,6 +7,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
+from lisa_dist.config import UserError
 from lisa_dist.sources import Source, load_turns, weigh
 
 ROW = {"question": "q", "answer": "a"}
@@ -80,6 +81,12 @@ def test_a_saved_dataset(tmp_path):
     DatasetDict({"test": Dataset.from_list([ROW])}).save_to_disk(tmp_path / "splits")
     with pytest.raises(ValueError, match="has no split train; it has test"):
         load(str(tmp_path / "splits"))
+
+
+def test_what_the_hubs_library_refuses_is_said_of_the_flag():
+    """As of a split or a config that a dataset has not; here of a builder of files without any."""
+    with pytest.raises(UserError, match="--dataset_name json: At least one data file must be specified"):
+        load("json")
 
 
 def test_half_of_a_character_is_named(tmp_path):
