@@ -7,6 +7,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
+from lisa_dist import sources
 from lisa_dist.config import UserError
 from lisa_dist.sources import Source, load_turns, weigh
 
@@ -83,10 +84,15 @@ def test_a_saved_dataset(tmp_path):
         load(str(tmp_path / "splits"))
 
 
-def test_what_the_hubs_library_refuses_is_said_of_the_flag():
-    """As of a split or a config that a dataset has not; here of a builder of files without any."""
-    with pytest.raises(UserError, match="--dataset_name json: At least one data file must be specified"):
-        load("json")
+def test_what_the_hubs_library_refuses_is_said_of_the_flag(monkeypatch):
+    """As of a split or a config that a dataset has not: no hub can be asked here, so the library's words are given."""
+
+    def refuse(name, config, split):
+        raise ValueError(f'Unknown split "{split}". Should be one of [\'test\'].')
+
+    monkeypatch.setattr(sources, "load_dataset", refuse)
+    with pytest.raises(UserError, match=r'--dataset_name someone/rows: Unknown split "train"'):
+        load("someone/rows")
 
 
 def test_half_of_a_character_is_named(tmp_path):
