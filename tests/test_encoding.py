@@ -7,7 +7,7 @@ import pytest
 import trl
 from datasets import Dataset
 from models import TEMPLATE, save_tiny_llama
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from lisa_dist.encoding import IGNORED, PLAIN_TEMPLATE, Encoder, encode_rows, set_chat_template
 from lisa_dist.formats import RowError, to_turns
@@ -156,6 +156,13 @@ def test_a_template_that_raises_says_so_of_the_row(tokenizer, template):
     template = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}" + template
     with pytest.raises(RowError, match="the chat template says: no tools here"):
         pieces(tokenizer, [{"role": "tool", "content": "t"}, *TURNS[:2]], template)
+
+
+def test_a_tokenizer_without_offsets_is_refused():
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(ValueError, match="the tokenizer ByT5Tokenizer does not tell where its tokens lie in a text"):
+        Encoder(tokenizer, assistant_only=False)
 
 
 def test_what_is_written_stays_as_it_is(tokenizer):
