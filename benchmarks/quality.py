@@ -315,13 +315,18 @@ def plot(arguments: argparse.Namespace, figures: dict) -> None:
     ranked = sorted(arguments.arms, key=lambda arm: -mean_of(arm, arguments, figures))
     for place, arm in enumerate(ranked):
         losses, color = tried(arm, figures), f"C{place % 10}"
-        by_rate.plot(losses.keys(), losses.values(), "o-", color=color, label=arm)
+        dashes = "o-" if place < 10 else "s--"
+        by_rate.plot(losses.keys(), losses.values(), dashes, color=color, label=arm)
         of_seeds = [run["held_out"] for run in runs_of(arm, arguments, figures)]
         by_arm.plot(of_seeds, [place] * len(of_seeds), "o", color=color, alpha=0.5)
         by_arm.plot(statistics.mean(of_seeds), place, "|", color=color, markersize=18, markeredgewidth=2)
+    rates = sorted({lr for arm in ranked for lr in tried(arm, figures)})
     by_rate.set(xscale="log", xlabel="learning rate", ylabel="held-out loss, first seed")
     by_arm.set(xlabel="held-out loss at the best rate: every seed, and their mean", yticks=range(len(ranked)))
     by_arm.set_yticklabels(ranked)
+    by_rate.set_xticks(rates, [f"{lr:g}" for lr in rates], rotation=45)
+    by_rate.minorticks_off()
+    by_rate.legend(fontsize=7, ncols=2, reverse=True)
     by_arm.grid(alpha=0.3)
     by_rate.grid(alpha=0.3)
     figure.savefig(arguments.results.with_suffix(".png"), dpi=120)
