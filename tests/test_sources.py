@@ -88,7 +88,7 @@ def test_what_the_hubs_library_refuses_is_said_of_the_flag(monkeypatch):
     """As of a split or a config that a dataset has not: no hub can be asked here, so the library's words are given."""
 
     def refuse(name, config, split):
-        raise ValueError(f'Unknown split "{split}". Should be one of [\'test\'].')
+        raise ValueError(f"Unknown split \"{split}\". Should be one of ['test'].")
 
     monkeypatch.setattr(sources, "load_dataset", refuse)
     with pytest.raises(UserError, match=r'--dataset_name someone/rows: Unknown split "train"'):
