@@ -18,7 +18,7 @@ from models import save_tiny_llama
 from test_train import BIN, clean_environment, free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lisa_dist import eval_data, evaluation, judge, mt_bench
+from lisa_dist import answer_writer, eval_data, evaluation, judge, mt_bench
 from lisa_dist.config import UserError
 from lisa_dist.judge import Judge, JudgeError, parse_rating
 from lisa_dist.mt_bench import MTBench
@@ -358,7 +358,7 @@ def test_answers_do_not_depend_on_their_batch(tiny, tmp_path):
 
 def test_draws_have_the_probabilities_of_their_temperature():
     logits = torch.tensor([1.0, 0.0, -1.0, -2.0])
-    draws = mt_bench._Draw([(0.7, torch.Generator().manual_seed(0)), (0.0, torch.Generator())])
+    draws = answer_writer._Draw([(0.7, torch.Generator().manual_seed(0)), (0.0, torch.Generator())])
     chosen = [draws(None, logits.repeat(2, 1)).argmax(dim=-1) for _ in range(20_000)]
     counts = torch.bincount(torch.stack(chosen)[:, 0], minlength=4) / len(chosen)
     assert torch.allclose(counts, torch.softmax(logits / 0.7, dim=0), atol=0.012)
