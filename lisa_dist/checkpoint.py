@@ -32,7 +32,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import distributed as dist
 
-from lisa_dist.config import UserError
+from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.controller import LisaController
 from lisa_dist.files import (
     DamagedError,
@@ -149,13 +149,22 @@ def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict | None
     lisa.movement.load(folder / MOVEMENT_FILE if MOVEMENT_FILE in state["files"] else None, step, began)
     if changed:
         lisa.begin_afresh(afresh)
-    ratio = lisa.rate_ratio(state["lisa"])
+    ratio = rate_ratio(lisa, state["lisa"])
     rates = {
         group: {name: rate * ratio for name, rate in saved.items()} for group, saved in state["learning_rates"].items()
     }
     for group in engine.optimizer.param_groups:
         group |= rates.get(group["lisa_group"], next(iter(rates.values())))  # a new slot has the rate of the others
     return state
+
+
+def rate_ratio(lisa: LisaController, state: dict) -> float:
+    """What --lisa_lr_power makes of a saved run's learning rates here, where power or gamma are others."""
+    saved, num_layers = state["config"], len(lisa.blocks.layers)
+    then = LisaConfig(
+        lisa_activated_layers=saved["lisa_activated_layers"], lisa_lr_power=saved.get("lisa_lr_power", 0.0)
+    )
+    return lisa.config.rate_factor(num_layers) / then.rate_factor(num_layers)
 
 
 def read_state(folder: Path) -> dict:

@@ -31,7 +31,7 @@ from lisa_dist.blocks import find_blocks
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.cpu_ops import release_shared_memory
 from lisa_dist.invariants import SleepingWeights
-from lisa_dist.layer_gradients import gradient_norms
+from lisa_dist.layer_gradients import observe_layers
 from lisa_dist.memory import live_tensor_bytes
 from lisa_dist.movement import WeightMovement
 from lisa_dist.nonfinite import NonfiniteGuard
@@ -262,7 +262,7 @@ class LisaController:
             self._watch.check(self.period)
         started = time.perf_counter()
         self._note_movement()
-        self._note_importance()
+        observe_layers(self)
         self.period = period
         self.active = self._agree()
         self._activate()
@@ -294,19 +294,6 @@ class LisaController:
         asleep = self.selection.asleep(self.active)
         trained = [block.name for block in self.blocks if block.parameters and block not in asleep]
         self.movement.end_period(self.period, self.engine.global_steps, trained)
-
-    def _note_importance(self) -> None:
-        """Take in what the layers whose period ends have shown: the same numbers on all ranks, rank 0's."""
-        if self.selection.importance is None:
-            return
-        if self.config.lisa_importance == "gradient":
-            norms = gradient_norms(self.partitions, self.active_layers, self.selection.layer_of)
-        else:  # which rank 0 has just looked at
-            moved = self.movement.lines[-1]["blocks"] if self.movement.lines else {}
-            norms = [moved.get(f"layers.{layer}", {}).get("update", math.nan) for layer in self.active_layers]
-        norms = torch.tensor(norms, dtype=torch.float64, device=self.engine.device)
-        dist.broadcast(norms, src=0)
-        self.selection.importance.observe(dict(zip(self.active_layers, norms.tolist(), strict=True)))
 
     def _groups_of(self, keys: list[PartitionKey]) -> set[str]:
         """The names of the parameter groups that hold these partitions now."""
@@ -449,14 +436,6 @@ class LisaController:
             self._log.open(None if state["record"] is None else PeriodRecord(**state["record"]))
         if self._watch is not None:
             self._watch.remember(self.selection.asleep(self.active))
-
-    def rate_ratio(self, state: dict) -> float:
-        """What --lisa_lr_power makes of a saved run's learning rates here, where power or gamma are others."""
-        saved, num_layers = state["config"], len(self.blocks.layers)
-        then = LisaConfig(
-            lisa_activated_layers=saved["lisa_activated_layers"], lisa_lr_power=saved.get("lisa_lr_power", 0.0)
-        )
-        return self.config.rate_factor(num_layers) / then.rate_factor(num_layers)
 
     def begin_afresh(self, keys: Iterable[PartitionKey]) -> None:
         """These partitions have fresh moments, by other settings than a saved run's: they warm up as woken ones do."""

@@ -1,5 +1,6 @@
-"""Norms of the gradients of layers, over the steps that have been taken, from what the optimizer keeps of them."""
+"""What the adaptive sampler learns when a period ends: norms of gradients, from the optimizer's moments, or of updates."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,6 +10,24 @@ from torch import distributed as dist
 from lisa_dist.optimizer import mean_squared_norm
 from lisa_dist.states import PartitionKey
 from lisa_dist.zero import ZeroPartitions
+
+
+def observe_layers(lisa) -> None:
+    """Take in what the layers have shown whose period ends: the same numbers on all ranks, rank 0's. All ranks call it.
+
+    `lisa` is an attached controller, which has just looked at the movement of the weights.
+    """
+    importance, layers = lisa.selection.importance, lisa.active_layers
+    if importance is None:
+        return
+    if lisa.config.lisa_importance == "gradient":
+        norms = gradient_norms(lisa.partitions, layers, lisa.selection.layer_of)
+    else:  # which rank 0 alone has
+        moved = lisa.movement.lines[-1]["blocks"] if lisa.movement.lines else {}
+        norms = [moved.get(f"layers.{layer}", {}).get("update", math.nan) for layer in layers]
+    norms = torch.tensor(norms, dtype=torch.float64, device=lisa.engine.device)
+    dist.broadcast(norms, src=0)
+    importance.observe(dict(zip(layers, norms.tolist(), strict=True)))
 
 
 def gradient_norms(

@@ -25,6 +25,7 @@ from lisa_dist.checkpoint import (
     find_checkpoint,
     holds_only_weights,
     load_checkpoint,
+    rate_ratio,
     read_state,
     rotate_checkpoints,
     save_checkpoint,
@@ -170,7 +171,7 @@ class LisaMixin(MonitoredMixin):
             self._watchdog.beat()
             self._check_rows_per_step(folder)
             load_checkpoint(self.lisa, folder, self._resume_state)
-            ratio = self.lisa.rate_ratio(self._resume_state["lisa"])
+            ratio = rate_ratio(self.lisa, self._resume_state["lisa"])
             self._load_schedule(torch.load(folder / SCHEDULER_NAME, weights_only=True), ratio)
             self._say(f"resumed from {folder}, after step {self.lisa.engine.global_steps} of {max_steps}")
         elif self._weights_from is not None:
