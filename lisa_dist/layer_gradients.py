@@ -1,4 +1,4 @@
-"""What the adaptive sampler learns when a period ends: norms of gradients, from the optimizer's moments, or of updates."""
+"""What the adaptive sampler learns when a period ends: norms of gradients, from AdamW's moments, or of updates."""
 
 import math
 from collections.abc import Callable, Sequence
