@@ -167,9 +167,11 @@ class _Masters:
     def __get__(self, zero, kind=None):
         if zero is None:
             return self
-        if "_lisa_masters" not in zero.__dict__:
+        # An optimizer that was built before this attribute was changed has its masters under the name itself.
+        masters = zero.__dict__.get("_lisa_masters", zero.__dict__.get(self._stage.masters))
+        if masters is None:
             raise AttributeError("there are no masters yet")
-        return zero.__dict__["_lisa_masters"]
+        return masters
 
     def __set__(self, zero, masters: list) -> None:
         zero.__dict__["_lisa_masters"] = _MastersInPlace(zero, self._stage, masters)

@@ -1,6 +1,7 @@
 """The controller's contract: when it switches, what it refuses, what it logs, its state."""
 
 import json
+from importlib import import_module
 
 import deepspeed
 import pytest
@@ -408,3 +409,30 @@ def keep_identity(ds_config: str) -> None:
 @pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
 def test_schedulers_stay_bound(ds_config):
     run_ranks(keep_identity, 2, ds_config)
+
+
+def train_beside(ds_config: str) -> None:
+    """A plain engine that was there before anything of LISA's goes on training, and saves, after LISA has come."""
+    stage = zero._STAGE_3 if ds_config == "zero3" else zero._STAGE_1_2
+    kind = getattr(import_module(stage.module), stage.class_name)
+    if stage.masters in vars(kind):
+        delattr(kind, stage.masters)  # as in a process that has not seen LISA yet
+    model = tiny_llama()
+    config = lisa_dist.load_ds_config(ds_config, model=model, micro_batch_size=2)
+    plain, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
+    plain.train()
+    engine, lisa = start(ds_config)
+    for (tokens,) in token_batches(3, rows=4):
+        lisa.on_step_begin()
+        micro_step(engine, tokens)
+        before = [getattr(one, "ds_tensor", one).detach().clone() for one in model.parameters()]
+        micro_step(plain, tokens)
+        now = [getattr(one, "ds_tensor", one).detach() for one in model.parameters()]
+        assert any((one != other).any() for one, other in zip(before, now, strict=True))
+    engine.destroy()
+    plain.destroy()
+
+
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+def test_an_engine_that_was_there_before_goes_on(ds_config):
+    run_ranks(train_beside, 2, ds_config)
