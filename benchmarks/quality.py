@@ -6,11 +6,15 @@ Every arm tries as many learning rates on the first seed, a factor of two apart,
 or the highest of them; the best is taken with the other seeds too. A seed is an order of the rows, the same for every
 arm, and what an arm draws: layers, or adapters. Losses are of the answers. What is in the results already is not run
 again, so a sweep that was cut goes on.
+
+With --same_time_as, an earlier file of results, every arm takes as many steps as fit in the time that full training
+takes for its --steps, by the CPU seconds of a step in that file.
 """
 
 import argparse
 import gc
 import json
+import math
 import random
 import re
 import statistics
@@ -23,6 +27,8 @@ from pathlib import Path
 from bench import launch, print_table, worker_parser, write_results
 
 LISA, EMBED_AND_HEAD = {"lisa_activated_layers": 2}, {"lisa_activated_layers": 0}
+FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}
+WEIGHTED = {"lisa_sampler": "weighted"}  # and "weights", of a layer by its number from 0
 BADAM = {"lisa_always_on": "", "lisa_frozen": "embed,head,rest", "lisa_activated_layers": 1}
 # Name: method, its settings, and the middle of its learning rates in units of --rate.
 ARMS = {
@@ -46,8 +52,20 @@ ARMS = {
     "lisa 2 keep": ("lisa", LISA | {"lisa_state": "keep"}, 1),
     "lisa 2 warm-up": ("lisa", LISA | {"lisa_wake_warmup_steps": 10}, 1),
     "lisa 2 sharp": ("lisa", LISA | {"lisa_sampler": "adaptive", "lisa_importance_temperature": 0.2}, 1),
+    "lisa 2 keep, warm-up": ("lisa", LISA | {"lisa_state": "keep", "lisa_wake_warmup_steps": 10}, 1),
+    "lisa 2 keep, K 5": ("lisa", LISA | {"lisa_state": "keep", "lisa_interval_steps": 5}, 1),
+    "lisa 2 keep, K 1": ("lisa", LISA | {"lisa_state": "keep", "lisa_interval_steps": 1}, 1),
+    "lisa 2 rate x 1.6": ("lisa", LISA | {"lisa_lr_power": 0.5}, 1),
+    "lisa 2 rate / 1.6": ("lisa", LISA | {"lisa_lr_power": -0.5}, 1),
+    "lisa 2 upper more": ("lisa", LISA | WEIGHTED | {"weights": lambda layer: layer + 1}, 1),
+    "lisa 2 upper most": ("lisa", LISA | WEIGHTED | {"weights": lambda layer: (layer + 1) ** 3}, 1),
+    "lisa 2 lower most": ("lisa", LISA | WEIGHTED | {"weights": lambda layer: 1 / (layer + 1) ** 3}, 1),
     "lisa 3": ("lisa", {"lisa_activated_layers": 3}, 1),
     "lisa 4": ("lisa", {"lisa_activated_layers": 4}, 1),
+    "lisa 4 keep": ("lisa", {"lisa_activated_layers": 4, "lisa_state": "keep"}, 1),
+    "lisa 2, embed frozen": ("lisa", LISA | FROZEN, 1),
+    "lisa 8, embed frozen": ("lisa", {"lisa_activated_layers": 8} | FROZEN, 1),
+    "lisa 8": ("lisa", {"lisa_activated_layers": 8}, 1),
 }
 BASELINES = (
     "full",
@@ -60,12 +78,12 @@ BASELINES = (
     "lisa 2 reshuffle",
 )
 BASELINES = (*BASELINES, "lisa 2 adaptive", "fixed 2", "embed and head", "one block")
-SETTINGS = ("model", "dtype", "dataset", "held_out", "steps", "rows", "length", "held_out_rows", "questions", "warmup")
-SETTINGS = (*SETTINGS, "interval")  # of all runs of a file
+SETTINGS = ("model", "dtype", "dataset", "held_out", "steps", "rows", "length", "held_out_rows", "warmup")
+SETTINGS = (*SETTINGS, "interval", "same_time_as")  # of all runs of a file
 
 
 def worker(arguments: argparse.Namespace) -> None:
-    """Run what is asked for by `--runs`, a JSON list of (arm, learning rate, seed), one after another."""
+    """Run what is asked for by `--runs`, a JSON list of (arm, learning rate, seed, steps), one after another."""
     import deepspeed
     import torch
     from peft import LoraConfig, get_peft_model
@@ -92,7 +110,9 @@ def worker(arguments: argparse.Namespace) -> None:
                 break
         return rows
 
-    needed = arguments.rows * arguments.steps
+    runs = json.loads(arguments.runs)
+    # Where some arms take more steps than others, the order is one of all rows, so that it begins alike for all.
+    needed = math.inf if arguments.all_rows else arguments.rows * arguments.steps
     train, held_out = rows_of(arguments.dataset, needed), rows_of(arguments.held_out, arguments.held_out_rows)
     assert len(train) >= min(needed, 1000), "too few rows"
 
@@ -110,8 +130,12 @@ def worker(arguments: argparse.Namespace) -> None:
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
         common = {"lr": lr, "micro_batch_size": arguments.rows}
         if method == "lisa":
-            config = lisa_dist.LisaConfig(lisa_seed=seed, **{"lisa_interval_steps": arguments.interval} | settings)
-            return lisa_dist.initialize(model, "zero2", config, **common)
+            settings = {"lisa_interval_steps": arguments.interval} | settings
+            if weight_of := settings.pop("weights", None):
+                settings["lisa_weights_file"] = f"{arguments.folder}.weights"
+                weights = [weight_of(layer) for layer in range(model.config.num_hidden_layers)]
+                Path(settings["lisa_weights_file"]).write_text(json.dumps(weights))
+            return lisa_dist.initialize(model, "zero2", lisa_dist.LisaConfig(lisa_seed=seed, **settings), **common)
         torch.manual_seed(seed)
         if method == "lora":
             adapters = LoraConfig(
@@ -158,17 +182,18 @@ def worker(arguments: argparse.Namespace) -> None:
         engine.train()
         return right / len(asked) if asked else None
 
-    def run(arm: str, lr: float, seed: int) -> dict:
+    def run(arm: str, lr: float, seed: int, steps: int) -> dict:
         method, settings, _ = ARMS[arm]
         order = random.Random(seed).sample(range(len(train)), len(train))
         gc.collect()
         of_others = live_tensor_bytes()  # what DeepSpeed has left of the runs before
         engine, lisa = build(method, settings, lr, seed)
+        factor = 1.0 if lisa is None else lisa.config.rate_factor(len(lisa.blocks.layers))
         losses, cpu_seconds, most = [], 0.0, 0
-        for step in range(arguments.steps):
+        for step in range(steps):
             warm = min(1.0, (step + 1) / arguments.warmup)
             for group in engine.optimizer.param_groups:
-                group["lr"] = lr * min(warm, 1 - step / arguments.steps)  # linear, to nothing
+                group["lr"] = factor * lr * min(warm, 1 - step / steps)  # linear, to nothing
             inputs = batch(
                 [train[order[at % len(order)]] for at in range(step * arguments.rows, (step + 1) * arguments.rows)]
             )
@@ -180,7 +205,7 @@ def worker(arguments: argparse.Namespace) -> None:
             engine.step()
             cpu_seconds += time.process_time() - started
             losses.append(loss.item())
-            if step in (1, arguments.steps - 1):
+            if step in (1, steps - 1):
                 most = max(most, live_tensor_bytes() - of_others)
         if lisa is not None:
             lisa.close()
@@ -193,7 +218,8 @@ def worker(arguments: argparse.Namespace) -> None:
             "token_accuracy": accuracy,
             "solved": exact,
             "train_last_50": statistics.mean(losses[-50:]),
-            "cpu_seconds_per_step": cpu_seconds / arguments.steps,
+            "steps": steps,
+            "cpu_seconds_per_step": cpu_seconds / steps,
             "live_bytes": most,
             "visits": visits,
         }
@@ -201,8 +227,8 @@ def worker(arguments: argparse.Namespace) -> None:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     path = Path(arguments.folder)
     figures = {}
-    for arm, lr, seed in json.loads(arguments.runs):
-        figures[key_of(arm, lr, seed)] = found = run(arm, lr, seed)
+    for arm, lr, seed, steps in runs:
+        figures[key_of(arm, lr, seed)] = found = run(arm, lr, seed, steps)
         path.write_text(json.dumps(figures))
         print(arm, lr, seed, found["held_out"], flush=True)
 
@@ -246,8 +272,11 @@ def run_all(runs: list, arguments: argparse.Namespace, figures: dict) -> None:
         started = []
         for job in range(arguments.jobs):
             if mine := missing[job :: arguments.jobs]:
-                words = [word for name in SETTINGS for word in (f"--{name}", str(getattr(arguments, name)))]
-                words += ["--folder", f"{folder}/{job}.json", "--runs", json.dumps(mine)]
+                given = {name: getattr(arguments, name) for name in (*SETTINGS, "questions") if name != "same_time_as"}
+                words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+                words += ["--all_rows"] if arguments.same_time_as else []
+                with_steps = [(*run, steps_of(run[0], arguments)) for run in mine]
+                words += ["--folder", f"{folder}/{job}.json", "--runs", json.dumps(with_steps)]
                 started.append(pool.submit(launch, Path(__file__), words, 1))
         try:
             for job in started:
@@ -258,10 +287,26 @@ def run_all(runs: list, arguments: argparse.Namespace, figures: dict) -> None:
             write_results(arguments.results, {"settings": settings_of(arguments), "runs": figures})
 
 
+def steps_of(arm: str, arguments: argparse.Namespace) -> int:
+    """The steps of an arm: --steps, or with --same_time_as those that take as long as --steps of full training."""
+    if arguments.same_time_as is None:
+        return arguments.steps
+    runs = json.loads(arguments.same_time_as.read_text())["figures"]["runs"]
+
+    def seconds(of: str) -> float:
+        found = [run["cpu_seconds_per_step"] for key, run in runs.items() if key.rsplit(", ", 2)[0] == of]
+        if not found:
+            sys.exit(f"--same_time_as {arguments.same_time_as}: has no run of {of}.")
+        return statistics.median(found)
+
+    return round(arguments.steps * seconds("full") / seconds(arm))
+
+
 def settings_of(arguments: argparse.Namespace) -> dict:
     """What all runs of a file have in common; of files their names, wherever they lie."""
     settings = {name: getattr(arguments, name) for name in SETTINGS}
-    return settings | {name: Path(settings[name]).name for name in ("model", "dataset", "held_out")}
+    paths = ("model", "dataset", "held_out", "same_time_as")
+    return settings | {name: Path(settings[name]).name for name in paths if settings[name] is not None}
 
 
 def read_figures(arguments: argparse.Namespace) -> dict:
@@ -270,7 +315,7 @@ def read_figures(arguments: argparse.Namespace) -> dict:
         return {}
     held = json.loads(arguments.results.read_text())["figures"]
     asked = settings_of(arguments)
-    other = [f"{name} {held['settings'][name]}" for name in SETTINGS if held["settings"][name] != asked[name]]
+    other = [f"{name} {held['settings'].get(name)}" for name in SETTINGS if held["settings"].get(name) != asked[name]]
     if other:
         sys.exit(f"{arguments.results} has runs with {', '.join(other)}: give other --results.")
     return held["runs"]
@@ -286,6 +331,12 @@ def mean_of(arm: str, arguments: argparse.Namespace, figures: dict) -> float:
     return statistics.mean(run["held_out"] for run in runs_of(arm, arguments, figures))
 
 
+def solved_by(runs: list[dict]) -> str:
+    """The part of questions that was answered rightly; runs may have been asked none."""
+    asked = [run["solved"] for run in runs if run["solved"] is not None]
+    return f"{100 * statistics.mean(asked):.1f}%" if asked else "-"
+
+
 def table_of(arguments: argparse.Namespace, figures: dict) -> list[list[str]]:
     rows = []
     for arm in sorted(arguments.arms, key=lambda arm: mean_of(arm, arguments, figures)):
@@ -298,7 +349,8 @@ def table_of(arguments: argparse.Namespace, figures: dict) -> list[list[str]]:
                 f"{statistics.mean(losses):.4f}",
                 f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "-",
                 f"{100 * statistics.mean(run['token_accuracy'] for run in found):.1f}%",
-                *([f"{100 * statistics.mean(run['solved'] for run in found):.1f}%"] if arguments.questions else []),
+                f"{steps_of(arm, arguments)}",
+                *([solved_by(found)] if arguments.questions else []),
                 f"{statistics.median(run['cpu_seconds_per_step'] for run in found):.3f}",
                 f"{found[0]['live_bytes'] / 1e6:.1f}",
             ]
@@ -350,7 +402,9 @@ def main() -> None:
     parser.add_argument("--num_rates", type=int, default=3)
     parser.add_argument("--more_rates", type=int, default=2, help="that an arm may try where its best is at an end")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--same_time_as", type=Path, help="a file of results of this script, for its seconds of a step")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--all_rows", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--runs", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.folder:
@@ -367,7 +421,7 @@ def main() -> None:
     )
     solved = ["solved"] if arguments.questions else []
     print_table(
-        ["arm", "rate, of tried", "held out", "spread", "tokens right", *solved, "CPU s/step", "live MB"],
+        ["arm", "rate, of tried", "held out", "spread", "tokens right", *solved, "steps", "CPU s/step", "live MB"],
         table_of(arguments, figures),
     )
     plot(arguments, figures)
