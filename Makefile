@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Quickstart and tests run on CPU ranks, one thread each, and need no hub.
 CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test checks clean
+.PHONY: quickstart test checks bench bench-gpu clean
 
 $(VENV)/.ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lisa_dist needs Python 3.10 or newer")'
@@ -26,6 +26,16 @@ quickstart: $(VENV)/.quickstart  ## train a real 135M model by LISA on two CPU r
 test: $(VENV)/.ready  ## the whole test suite
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.cpu_ops import build_cpu_ops; build_cpu_ops()'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest --numprocesses 2 --durations 30
+
+bench: $(VENV)/.ready  ## methods side by side on two CPU ranks: half an hour of a quiet machine; tables of the docs follow
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.cpu_ops import build_cpu_ops; build_cpu_ops()'
+	for name in memory speed switch communication scaling; do \
+		PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python benchmarks/$$name.py || exit 1; \
+	done
+	$(BIN)/python benchmarks/tables.py
+
+bench-gpu: $(VENV)/.ready  ## the same on one GPU, with models of 7B and 8B: under nine minutes, without a network
+	PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu.py
 
 checks: $(VENV)/.ready  ## lint and format
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import socket
 import subprocess
 import sys
@@ -45,16 +46,29 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
-def write_results(path: Path, figures: dict) -> None:
+def write_results(path: Path, figures: dict, quiet: bool = False) -> None:
     """Write figures as JSON, with the machine, the versions and the command that made them."""
     packages = ("torch", "deepspeed", "transformers", "trl", "lisa_dist")
     about = {
         # Where someone's files lie is nobody else's business: absolute paths keep their last part alone.
-        "command": " ".join(["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)]),
+        "command": shlex.join(["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)]),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {name: metadata.version(name) for name in packages},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(about | {"figures": figures}, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {path}")
+    if not quiet:
+        print(f"written to {path}")
+
+
+def group_parser(about: str, results: str, *, shrink: int) -> argparse.ArgumentParser:
+    """The flags of a script that compares arms on groups of ranks (arms.py, rank_group.py)."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, formatter_class=formatter)
+    parser.add_argument("--model", default="llama2-7b", help="shipped config, folder or hub id; weights are random")
+    parser.add_argument("--shrink", type=int, default=shrink, help="its widths and vocabulary are divided by this")
+    parser.add_argument("--num_layers", type=int, help="instead of the model's own")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / results)
+    return parser

@@ -1,126 +1,119 @@
-"""What do LISA's policies take of memory and time on a real model, and was it planned? Every byte of two ranks.
+"""What does each method hold in memory, does LISA hold more after many switches, and was its peak planned?
 
-python benchmarks/memory.py --model .quickstart/model
+python benchmarks/memory.py
 
-On CPU host and device are one, so what a policy puts on the host is in the peak; the last column says how much it is.
+Every storage of tensors on every rank, by what it is: between two steps after the first one, after 10 and after 50
+switches (methods without switches take as many steps), then the peak of one longer step beside the plan of it. On CPU
+host and device are one, so what a policy puts on the host is counted too.
 """
 
-import argparse
-import gc
-import json
-import statistics
-import tempfile
-import time
 from pathlib import Path
 
-from bench import launch, print_table, worker_parser, write_results
+import arms
+from arms import EMBED_FROZEN, Arm, Run, shrunk_config
+from bench import group_parser, print_table, write_results
+from rank_group import RankGroup
 
-ROWS, LENGTH = 1, 256
-FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}
-# Name, DeepSpeed config, settings of LISA; all layers active are full training.
-ARMS = (
-    ("full", "zero2", {"lisa_activated_layers": -1}),
-    ("LISA as published", "zero2", {}),
-    ("always-on states at 8 bit", "zero2", {"lisa_state_bits": "embed=8,head=8,rest=8"}),
-    ("always-on states on host", "zero2", {"lisa_offload": "embed,head,rest"}),
-    ("all states on host", "zero2_offload", {}),
-    ("embed+head drawn, their period", "zero2", {"lisa_always_on": "rest", "lisa_block_probability": "embed=1"}),
-    ("embed+head drawn, layers' period", "zero2", {"lisa_always_on": "rest", "lisa_block_probability": "embed=1e-9"}),
-    ("embed+head frozen", "zero2", FROZEN),
-    ("embed+head frozen, layers on host", "zero2", FROZEN | {"lisa_offload": "layers"}),
-    ("LISA as published", "zero3", {}),
-    ("embed+head frozen", "zero3", FROZEN),
-    ("all states on host", "zero3_offload", {}),
+PERIOD, SHORT = 2, 16  # steps, tokens: switches are what is looked at
+POLICIES = (
+    Arm("lisa, always-on states 8 bit", "lisa", {"lisa_state_bits": "embed=8,head=8,rest=8"}),
+    Arm("lisa, always-on states on host", "lisa", {"lisa_offload": "embed,head,rest"}),
+    Arm("lisa, states kept", "lisa", {"lisa_state": "keep"}),
+    Arm("lisa, embed and head drawn", "lisa", {"lisa_always_on": "rest"}),
+    Arm("lisa, embed and head frozen", "lisa", EMBED_FROZEN),
 )
+KINDS = ("weights", "masters", "moments", "other")  # gradients are gone between steps
+HEADER = ("held", "since first step", "of static", "peak", "planned", "asleep, changed")
+MIB = 2**20
 
 
-def worker(arguments: argparse.Namespace) -> None:
-    """Train each arm for some steps on this rank: seconds of three, parts of one."""
-    import torch
-    from torch import distributed as dist
-    from transformers import AutoModelForCausalLM
+def arms_of(ds_config: str) -> tuple[Arm, ...]:
+    """Everything side by side, and on one stage LISA's policies too."""
+    return (*arms.SIDE_BY_SIDE, *(POLICIES if ds_config == "zero2" else ()))
 
-    import lisa_dist
-    from lisa_dist.ds_config import read_ds_config
-    from lisa_dist.fake_run import FakeRun, Trained, Workload
-    from lisa_dist.measuring import StepMeter
-    from lisa_dist.memory import live_tensor_bytes
-    from lisa_dist.planning import StageSettings, plan_memory
 
-    dtype = getattr(torch, arguments.dtype)
-    figures = []
-    for name, ds_config, settings in ARMS:
-        gc.collect()
-        of_others = live_tensor_bytes()  # what the arms before have left
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
-        settings = dict(settings)
-        if settings.get("lisa_activated_layers") == -1:
-            settings["lisa_activated_layers"] = model.config.num_hidden_layers
-        config = lisa_dist.LisaConfig(lisa_interval_steps=100, **settings)
-        engine, lisa = lisa_dist.initialize(model, ds_config, config, optim="adamw_torch_fused")
-        tokens = torch.randint(0, model.config.vocab_size, (ROWS, LENGTH))
-
-        def step(engine=engine, lisa=lisa, tokens=tokens) -> float:
-            lisa.on_step_begin()
-            started = time.perf_counter()
-            loss = engine(input_ids=tokens, labels=tokens).loss
-            engine.backward(loss)
-            del loss
-            engine.step()
-            return time.perf_counter() - started
-
-        step()
-        seconds = statistics.median(step() for _ in range(3))
-        with StepMeter(lisa) as meter:
-            step()
-        measured = meter.parts.to_dict()
-        for part in ("buffers", "static", "peak", "peak_backward", "peak_step"):
-            measured[part] -= of_others
-        run = FakeRun(model.config, Workload(LENGTH, ROWS, dtype, fused_head=False))
-        always_on = tuple(block for block in config.always_on if run.blocks.outer(block).parameters)
-        trained = Trained(lisa.active_layers, always_on, lisa.active_blocks)
-        groups = run.groups(trained, "adamw_torch_fused", config.state_bits, config.offloaded)
-        stage = StageSettings.of(read_ds_config(ds_config), run.hidden_size)
-        world_size = dist.get_world_size()
-        planned, host = plan_memory(run, groups, run.trace(groups), stage, world_size, rank=0, on_cpu=True)
-        figures.append(
-            {
-                "policy": name,
-                "ds_config": ds_config,
-                "layers": lisa.active_layers if len(lisa.active_layers) < 9 else "all",
-                "seconds": seconds,
-                "measured": measured,
-                "planned": planned.to_dict(),
-                "host": sum(host.values()),
-            }
-        )
-        engine.destroy()
-        del engine, lisa, model, groups, run, step, meter
-    if dist.get_rank() == 0:
-        Path(arguments.folder, "figures.json").write_text(json.dumps(figures))
+def measure(arm: Arm, ds_config: str, arguments) -> dict:
+    """One arm on ranks of its own; of the ranks what the one takes that takes most."""
+    config = shrunk_config(arguments.model, arguments.shrink, arguments.num_layers)
+    layers = (0, config.num_hidden_layers // 2)
+    with RankGroup(arguments.ranks, Run, arm, config, ds_config, interval=PERIOD, layers=layers) as ranks:
+        live, taken = {}, 0
+        for switches in (0, *arguments.switches):
+            until = switches * PERIOD + 1  # the first step of a period has made the moments
+            ranks.call("steps", until - taken, SHORT)
+            live[str(switches)], taken = max(ranks.call("live_bytes"), key=lambda parts: parts["total"]), until
+        # The rest of the period, so that the next step but one is in the middle of one, as nearly all steps are.
+        drift = ranks.call("drift", PERIOD - 1, SHORT)[0]
+        ranks.call("steps", 1, arguments.length)
+        return {
+            "live": live,
+            "peak": max(ranks.call("peak_bytes", arguments.length)),
+            "planned": max(ranks.call("planned_bytes", arguments.length)),
+            "active_layers": ranks.call("get", "active_layers")[0],
+            "drift": drift,
+        }
 
 
 def main() -> None:
-    """Measure every arm in one run; print peaks, plans and seconds."""
-    parser = worker_parser(__doc__.splitlines()[0], "memory.json")
+    """Measure every arm under every config, one after another; print and draw what they hold."""
+    parser = group_parser(__doc__, "memory.json", shrink=32)
+    parser.add_argument("--configs", nargs="+", default=["zero2", "zero3"])
+    parser.add_argument("--switches", type=int, nargs="+", default=[10, 50], help="after which to look")
+    parser.add_argument("--length", type=int, default=256, help="tokens of the step whose peak is measured")
     arguments = parser.parse_args()
-    if arguments.folder:
-        worker(arguments)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--folder", folder, "--model", arguments.model, "--dtype", arguments.dtype]
-        launch(Path(__file__), flags, num_ranks=2)
-        figures = json.loads(Path(folder, "figures.json").read_text())
-    rows = []
-    for arm in figures:
-        measured, planned = arm["measured"], arm["planned"]
-        off = planned["peak"] / measured["peak"] - 1
-        mib = [f"{count / 2**20:.1f}" for count in (measured["peak"], planned["peak"])]
-        static, host = f"{measured['static'] / 2**20:.1f}", f"{arm['host'] / 2**20:.1f}"
-        rows.append([arm["policy"], arm["ds_config"], f"{arm['seconds']:.2f}", *mib, f"{off:+.2%}", static, host])
-    print_table(["", "ds_config", "s/step", "peak MiB", "planned", "off", "between steps", "of it host"], rows)
+    figures = {}
+    for ds_config in arguments.configs:
+        for arm in arms_of(ds_config):
+            figures.setdefault(ds_config, {})[arm.name] = measure(arm, ds_config, arguments)
+            print(f"{ds_config}, {arm.name}: measured", flush=True)
+    for ds_config, of_arms in figures.items():
+        print_table([ds_config, *(f"{kind} MiB" for kind in KINDS), *HEADER], rows_of(of_arms))
     write_results(arguments.results, figures)
+    plot(figures, arguments.results.with_suffix(".png"))
+
+
+def last(found: dict) -> dict[str, int]:
+    """Bytes after the last switch."""
+    return list(found["live"].values())[-1]
+
+
+def rows_of(of_arms: dict) -> list[list[str]]:
+    """A row of each arm: what it holds after the last switch, how that has grown, its peak and plan, what drifted."""
+    rows, static = [], last(of_arms["static"])["total"]
+    for name, found in of_arms.items():
+        held, drift = last(found), found["drift"]
+        rows.append(
+            [
+                name,
+                *(f"{held[kind] / MIB:.2f}" for kind in KINDS),
+                f"{held['total'] / MIB:.2f}",
+                f"{held['total'] / found['live']['0']['total'] - 1:+.2%}",
+                f"{held['total'] / static:.3f}",
+                f"{found['peak'] / MIB:.2f}",
+                f"{found['planned'] / found['peak'] - 1:+.2%}",
+                "-" if drift is None else f"{drift['changed'] / drift['elements']:.1%}",
+            ]
+        )
+    return rows
+
+
+def plot(figures: dict, path: Path) -> None:
+    """Bars of what is held after the last switch, by what it is, and a mark at the peak of a step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(figures), squeeze=False)[0]
+    for axes, (ds_config, of_arms) in zip(panels, figures.items(), strict=True):
+        names, left = list(of_arms)[::-1], [0.0] * len(of_arms)
+        for kind in KINDS:
+            sizes = [last(of_arms[name])[kind] / MIB for name in names]
+            axes.barh(names, sizes, left=left, label=kind)
+            left = [start + size for start, size in zip(left, sizes, strict=True)]
+        axes.plot([of_arms[name]["peak"] / MIB for name in names], names, "k|", markersize=14, label="peak of a step")
+        axes.set(title=ds_config, xlabel="MiB of a rank after the last switch")
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

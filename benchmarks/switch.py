@@ -1,127 +1,160 @@
-"""What does a switch cost? Seconds, share of a period, states per rank, live bytes over many switches, for each stage.
+"""What does a switch cost: seconds and bytes, by model size, gamma, ranks and stage; and where does the time go?
 
-python benchmarks/switch.py --model .quickstart/model
+python benchmarks/switch.py
+
+Every second step begins with a switch. The others are whole steps of --length tokens, for the share of a period of K
+steps. Seconds are of the slowest rank, medians over the switches. Where the time goes is from a profile of more of
+them, as shares, since profiling itself takes time.
 """
 
-import argparse
-import json
-import math
-import os
-import statistics
-import tempfile
-import time
+import cProfile
+import pstats
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
-from bench import launch, print_table, write_results
+from arms import LISA, Run, shrunk_config
+from bench import group_parser, print_table, write_results
+from rank_group import RankGroup
 
-CONFIGS = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+PERIOD, SHORT = 2, 16  # steps, tokens of the steps that begin with a switch
+INTERVALS = (1, 5, 20, 50)
 
 
-def measure(arguments: argparse.Namespace) -> None:
-    """On each rank: step time at full length, then one switch a step at a short one. Rank 0 writes the figures."""
-    import torch
-    from torch import distributed as dist
-    from transformers import AutoModelForCausalLM
+@dataclass(frozen=True)
+class Cell:
+    """What is varied; everything but the stage by a factor of its own."""
 
-    import lisa_dist
-    from lisa_dist.blocks import parameter_numel
+    ds_config: str
+    shrink: int
+    gamma: int = 2
+    ranks: int = 2
 
-    torch.manual_seed(0)
-    dtype = getattr(torch, arguments.dtype)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, attn_implementation="sdpa")
-    config = lisa_dist.LisaConfig(lisa_interval_steps=arguments.warmup_steps)
-    engine, lisa = lisa_dist.initialize(model, arguments.worker, config, lr=1e-5, weight_decay=0.1)
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    seconds = []
+    @property
+    def name(self) -> str:
+        return f"{self.ds_config}, 1/{self.shrink} width, gamma {self.gamma}, {self.ranks} ranks"
 
-    def step(length: int) -> None:
-        tokens = torch.randint(0, 1000, (1, length), generator=generator)
-        dist.barrier()
-        started = time.perf_counter()
-        lisa.on_step_begin()
-        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
-        engine.step()
-        seconds.append(time.perf_counter() - started)
 
-    for _ in range(arguments.warmup_steps):
-        step(arguments.seq_length)
-    step_seconds = statistics.median(seconds[1:])
-    # From here on each step is a period of its own.
-    config.lisa_interval_steps = 1
-    lisa.period = engine.global_steps - 1
-    for _ in range(arguments.switches + 1):
-        step(16)
-    lisa.close()
-    switches = lisa.records[-arguments.switches :]
-    groups = lisa.param_groups()
-    active = sum(parameter_numel(parameter) for group in groups for parameter in group["params"])
-    masters = sum(state.numel for state in lisa.partition_states().values())
-    if dist.get_rank() == 0:
-        figures = {
-            "step_seconds": step_seconds,
-            "switch_seconds": statistics.median(record.seconds for record in switches),
-            "switch_seconds_max": max(record.seconds for record in switches),
-            "state_bytes": [record.state_bytes_per_rank for record in switches],
-            "live_bytes": [record.live_bytes for record in switches],
-            "master_elements": masters,
-            "active_elements": active,
-            "formula_elements": math.ceil(active / dist.get_world_size()),
+class SwitchedRun(Run):
+    """A run of LISA that tells of its switches."""
+
+    def last_record(self) -> dict[str, int]:
+        """States of this rank before and after the last switch, in bytes."""
+        record = self.lisa.records[-1]
+        held = sum(state.nbytes for state in self.lisa.partition_states().values())
+        return {"state_bytes": held, "bytes_released": record.bytes_released}
+
+    def profiled_switch(self, length: int) -> dict[str, float]:
+        """A step that begins with a switch: seconds of what the switch calls, and in turn of what re-partitions."""
+        profile = cProfile.Profile()
+        begin = self._begin
+
+        def profiled() -> None:
+            profile.enable()
+            begin()
+            profile.disable()
+
+        self._begin = profiled
+        self.step(length)
+        del self._begin
+        stats = pstats.Stats(profile).stats
+        seconds: Counter[str] = Counter()
+        for (_, _, name), (*_, callers) in stats.items():
+            for (_, _, caller), (*_, cumulative) in callers.items():
+                if caller in ("_switch", "repartition"):
+                    seconds["repartition: " * (caller == "repartition") + name.strip("<>_")] += cumulative
+        return dict(seconds)
+
+
+def cells_of(shrink: int) -> list[Cell]:
+    """A star around one cell: every stage, then on two of them size, gamma and ranks by turns."""
+    cells = [Cell(ds_config, shrink) for ds_config in ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")]
+    for ds_config in ("zero2", "zero3"):
+        small = Cell(ds_config, 2 * shrink)
+        cells += [small, replace(small, shrink=4 * shrink)]
+        cells += [replace(small, gamma=gamma) for gamma in (1, 4, 8)]
+        cells += [replace(small, ranks=ranks) for ranks in (1, 4)]
+    return cells
+
+
+def measure(cell: Cell, arguments) -> dict:
+    """Switches and steps of one cell."""
+    config = shrunk_config(arguments.model, cell.shrink, arguments.num_layers)
+    arm = replace(LISA, settings={"lisa_activated_layers": cell.gamma})
+    with RankGroup(cell.ranks, SwitchedRun, arm, config, cell.ds_config, interval=PERIOD) as ranks:
+        ranks.call("steps", PERIOD, SHORT)
+        switches, steps, records = [], [], []
+        for _ in range(arguments.switches + 1):
+            switches.append(max(times["begin"] for times in ranks.call("step", SHORT)))
+            records.append(ranks.call("last_record")[0])
+            steps.append(max(times["step"] for times in ranks.call("step", arguments.length)))
+        shares: Counter[str] = Counter()
+        for _ in range(3):
+            shares.update(ranks.call("profiled_switch", SHORT)[0])
+            ranks.call("steps", 1, SHORT)
+        whole = sum(seconds for name, seconds in shares.items() if not name.startswith("repartition: "))
+        return {
+            "switch_seconds": switches[1:],  # the first one meets what is done once
+            "step_seconds": steps[1:],
+            "state_bytes_of_rank_0": records[-1]["state_bytes"],
+            "bytes_released": median(record["bytes_released"] for record in records),
+            "shares": {name: seconds / whole for name, seconds in shares.most_common() if seconds > 0.01 * whole},
+            "parameters": ranks.call("numels")[0]["all"],
         }
-        Path(arguments.figures).write_text(json.dumps(figures))
-    dist.barrier()
-    dist.destroy_process_group()
+
+
+def share(found: dict, interval: int) -> float:
+    """Of a period of so many steps, what its switch takes."""
+    switch = median(found["switch_seconds"])
+    return switch / (switch + interval * median(found["step_seconds"]))
 
 
 def main() -> None:
-    """Measure each config in processes of its own and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder or hub id")
-    parser.add_argument("--switches", type=int, default=50)
-    parser.add_argument("--seq_length", type=int, default=256, help="tokens a rank and step, for the step time")
-    parser.add_argument("--warmup_steps", type=int, default=6)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--num_ranks", type=int, default=2)
-    parser.add_argument("--configs", nargs="+", default=CONFIGS)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "switch.json")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--figures", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    """Measure every cell; print seconds, shares, bytes, and where the time goes."""
+    parser = group_parser(__doc__, "switch.json", shrink=8)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a step that is compared with")
+    parser.add_argument("--switches", type=int, default=7)
     arguments = parser.parse_args()
-    if arguments.worker:
-        measure(arguments)
-        return
-
-    figures = {}
-    for ds_config in arguments.configs:
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "figures.json")
-            flags = ["--worker", ds_config, "--figures", path, "--model", arguments.model]
-            for name in ("switches", "seq_length", "warmup_steps", "dtype"):
-                flags += [f"--{name}", str(getattr(arguments, name))]
-            launch(Path(__file__), flags, arguments.num_ranks)
-            figures[ds_config] = json.loads(Path(path).read_text())
-    rows = []
-    for name, of in figures.items():
-        share = of["switch_seconds"] / (20 * of["step_seconds"] + of["switch_seconds"])
+    figures, rows = {}, []
+    for cell in cells_of(arguments.shrink):
+        figures[cell.name] = found = measure(cell, arguments)
+        times = found["switch_seconds"]
         rows.append(
             [
-                name,
-                f"{of['step_seconds']:.2f}",
-                f"{of['switch_seconds']:.3f}",
-                f"{of['switch_seconds_max']:.3f}",
-                f"{100 * share:.2f}%",
-                f"{of['master_elements']:,}",
-                f"{of['formula_elements']:,}",
-                f"{of['state_bytes'][0]:,}",
-                f"{of['state_bytes'][-1]:,}",
-                f"{min(of['live_bytes']):,}",
-                f"{max(of['live_bytes']):,}",
+                cell.name,
+                f"{found['parameters'] / 1e6:.1f} M",
+                f"{median(times):.3f} ({min(times):.3f}-{max(times):.3f})",
+                f"{median(found['step_seconds']):.2f}",
+                *(f"{share(found, interval):.2%}" for interval in INTERVALS),
+                f"{found['state_bytes_of_rank_0'] / 2**20:.2f}",
+                f"{found['bytes_released'] / 2**20:.2f}",
             ]
         )
-    header = ["config", "step s", "switch s", "max s", "of K=20", "masters/rank", "formula"]
-    header += ["state B first", "state B last", "live B min", "live B max"]
-    print_table(header, rows)
+        print(" ".join(rows[-1]), flush=True)
+    header = ["", "parameters", "switch s", "step s", *(f"of K = {interval}" for interval in INTERVALS)]
+    print_table([*header, "states MiB", "released MiB"], rows)
+    for name, found in figures.items():
+        print(f"{name}: " + ", ".join(f"{part} {of:.0%}" for part, of in found["shares"].items()))
     write_results(arguments.results, figures)
+    plot(figures, arguments.results.with_suffix(".png"))
+
+
+def plot(figures: dict, path: Path) -> None:
+    """Share of a period against its length, for the first cells, which are the stages."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, found in list(figures.items())[:5]:
+        axes.plot(INTERVALS, [100 * share(found, interval) for interval in INTERVALS], "o-", label=name)
+    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set(xscale="log", yscale="log", xlabel="K, steps of a period", ylabel="% of a period that its switch takes")
+    axes.set_xticks(INTERVALS, [str(interval) for interval in INTERVALS])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

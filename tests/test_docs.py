@@ -18,7 +18,7 @@ from test_train import ROOT, run_alone
 from lisa_dist import cli, evaluation
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
-PAGES += ["examples/README.md", "examples/continued_pretraining/README.md"]
+PAGES += ["benchmarks/README.md", "examples/README.md", "examples/continued_pretraining/README.md"]
 PROGRAMS = ("make", "pip", "python", "deepspeed", "torchrun", "lisa-dist", "tensorboard")
 COMMAND = re.compile(rf"^(?:{'|'.join(PROGRAMS)})\s")
 # Every run takes so few steps, of a model that is small enough for CPUs.

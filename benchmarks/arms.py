@@ -1,0 +1,336 @@
+"""What the benchmarks compare, behind one interface: full training, LoRA, frozen layers, a callback, and LISA.
+
+- full: every parameter in every step; lora: peft's adapters on all linear layers but the head, without dropout.
+- static: embeddings, head and the same layers for ever, the rest frozen by hand before plain DeepSpeed is built; what
+  LISA's machinery can reach at best.
+- callback: every parameter registered, `requires_grad` flipped at each period, as a Trainer callback does it.
+- lisa: this package.
+
+All have the same model (random weights, the same ones), rows, DeepSpeed config, AdamW and weight decay.
+"""
+
+import rank_group  # noqa: F401  isort: skip - first: it sees to what others import
+
+import itertools
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import distributed as dist
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+import lisa_dist
+from lisa_dist.blocks import Blocks, find_blocks, parameter_numel
+from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
+from lisa_dist.fake_run import FakeRun, Trained, Workload
+from lisa_dist.memory import AllocationTracker, live_storages
+from lisa_dist.plan import load_model_config
+from lisa_dist.planning import StageSettings, kept_states, plan_memory
+from lisa_dist.recompute import checkpoint_layers, let_backward_end, number_of_layers
+
+LR, WEIGHT_DECAY = 1e-4, 0.1
+EMBED_FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}
+PHASES = ("begin", "forward", "backward", "optimizer")  # of a step; LISA's switch is in the first
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison. `settings` are those of LisaConfig; of LoRA its rank, {"r": 16}."""
+
+    name: str
+    method: str  # full | lora | static | callback | lisa
+    settings: dict = field(default_factory=dict)
+    optim: str = "adamw_torch_fused"
+    checkpointed: int | str = 0  # layers whose activations are computed again, or "all"
+    ds_config: str | None = None  # where it is another than the comparison's
+
+    @property
+    def config(self) -> lisa_dist.LisaConfig:
+        """What LISA, or what static and callback do in its place, is to train."""
+        return lisa_dist.LisaConfig(**self.settings if self.method != "lora" else {})
+
+
+FULL, STATIC, CALLBACK, LISA = (Arm(name, name) for name in ("full", "static", "callback", "lisa"))
+LORA_16, LORA_128 = (Arm(f"lora r{rank}", "lora", {"r": rank}) for rank in (16, 128))
+SIDE_BY_SIDE = (FULL, LORA_16, LORA_128, STATIC, CALLBACK, LISA)
+
+
+def shrunk_config(model: str, shrink: int = 1, num_layers: int | None = None) -> PretrainedConfig:
+    """A shipped config, or that of a folder or the hub, with every width and the vocabulary divided by `shrink`.
+
+    Heads keep their size and become fewer, so that each block keeps its share of the parameters.
+    """
+    config = load_model_config(model)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads"):
+        setattr(config, name, max(1, getattr(config, name) // shrink))
+    config.head_dim = min(head, config.hidden_size)
+    config.num_hidden_layers = num_layers or config.num_hidden_layers
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None  # which the vocabulary may have lost
+    return config
+
+
+class Run:
+    """An arm as a DeepSpeed engine that takes steps, on one rank; every rank calls everything.
+
+    Every step has the same rows for every arm. `interval` is K in steps; `layers` are those that static trains.
+    """
+
+    def __init__(
+        self,
+        arm: Arm,
+        config: PretrainedConfig,
+        ds_config: str | dict = "zero2",
+        *,
+        rows: int = 1,
+        dtype: torch.dtype = torch.float32,
+        interval: int = 10**6,
+        layers: Sequence[int] = (),
+        attention: str = "sdpa",
+    ):
+        self.arm, self._interval, self._rows, self._layers = arm, interval, rows, tuple(layers)
+        self._ds_config, self._rng = arm.ds_config or ds_config, random.Random(0)
+        self._tokens = torch.Generator().manual_seed(dist.get_rank())
+        self._device = torch.device(get_accelerator().current_device_name())
+        self.lisa: lisa_dist.LisaController | None = None
+        torch.manual_seed(0)
+        with self._device:
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        self.blocks = find_blocks(self.model)
+        if arm.method == "lisa":
+            settings = lisa_dist.LisaConfig(lisa_interval_steps=interval, **arm.settings)
+            common = {"lr": LR, "weight_decay": WEIGHT_DECAY, "optim": arm.optim, "micro_batch_size": rows}
+            self.engine, self.lisa = lisa_dist.initialize(self.model, self._ds_config, settings, **common)
+        else:
+            self.engine = self._plain_engine()
+        self._checkpointed = 0
+        if arm.checkpointed:
+            self.checkpoint(number_of_layers(arm.checkpointed, len(self.blocks.layers)))
+
+    def _plain_engine(self) -> deepspeed.DeepSpeedEngine:
+        """What one writes without this package: two groups of what trains, by decay, and DeepSpeed around them."""
+        model = self.model
+        if self.arm.method == "lora":
+            from peft import LoraConfig, get_peft_model
+
+            adapters = LoraConfig(lora_dropout=0.0, target_modules="all-linear", **self.arm.settings)
+            model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
+        elif self.arm.method == "static":
+            self._let_train(self._layers)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [one for one in trained if one.ndim > 1], "weight_decay": WEIGHT_DECAY},
+            {"params": [one for one in trained if one.ndim == 1], "weight_decay": 0.0},
+        ]
+        config = lisa_dist.load_ds_config(self._ds_config, model=model, micro_batch_size=self._rows)
+        offload = uses_optimizer_offload(config)
+        groups = [group for group in groups if group["params"]]
+        optimizer = lisa_dist.build_optimizer(groups, self.arm.optim, lr=LR, offload=offload)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        engine.train()
+        return engine
+
+    def _let_train(self, layers: Sequence[int]) -> None:
+        """The layers and what is always on require gradients, and nothing else."""
+        always_on = self.arm.config.always_on
+        for block in self.blocks:
+            block.requires_grad_(block.name in always_on)
+        for layer in layers:
+            self.blocks.layers[layer].requires_grad_(True)
+
+    @property
+    def active_layers(self) -> tuple[int, ...]:
+        """The layers that train now; of full training and LoRA all."""
+        if self.lisa is not None:
+            return self.lisa.active_layers
+        return self._layers if self.arm.method in ("static", "callback") else tuple(range(len(self.blocks.layers)))
+
+    def _begin(self) -> None:
+        if self.lisa is not None:
+            self.lisa.on_step_begin()
+        elif self.arm.method == "callback" and self.engine.global_steps % self._interval == 0:
+            count = len(self.blocks.layers)
+            self._layers = tuple(sorted(self._rng.sample(range(count), self.arm.config.lisa_activated_layers)))
+            self._let_train(self._layers)
+
+    def _next_tokens(self, length: int) -> torch.Tensor:
+        size = (self._rows, length)
+        return torch.randint(self.model.config.vocab_size, size, generator=self._tokens).to(self._device)
+
+    def step(self, length: int) -> dict[str, float]:
+        """One optimizer step of `length` tokens a row: seconds of its phases and of all of it."""
+        tokens = self._next_tokens(length)
+        dist.barrier()
+        times = [self._now()]
+        self._begin()
+        times.append(self._now())
+        loss = self.engine(input_ids=tokens, labels=tokens, use_cache=False).loss
+        times.append(self._now())
+        self.engine.backward(loss)
+        times.append(self._now())
+        self.engine.step()
+        times.append(self._now())
+        phases = dict(zip(PHASES, (end - start for start, end in itertools.pairwise(times)), strict=True))
+        return phases | {"step": times[-1] - times[0]}
+
+    def checkpoint(self, count: int) -> None:
+        """From now on the activations of the lowest `count` layers are computed again in the backward pass."""
+        checkpoint_layers(self.model, self.blocks, count)
+        let_backward_end(self.model)
+        self._checkpointed = count
+
+    def get(self, name: str):
+        """An attribute, for the script that calls the ranks."""
+        return getattr(self, name)
+
+    def steps(self, count: int, length: int) -> None:
+        """So many steps, of which nobody wants to know."""
+        for _ in range(count):
+            self.step(length)
+
+    def _now(self) -> float:
+        get_accelerator().synchronize()
+        return time.perf_counter()
+
+    # Memory
+
+    def live_bytes(self) -> dict[str, int]:
+        """Bytes of this rank's tensors by what they are: each storage once."""
+        states = self.engine.optimizer.optimizer.state  # DeepSpeed's AdamW steps masters, which are its parameters
+        parameters = list(self.engine.module.parameters())
+        of = {
+            "weights": [
+                one for parameter in parameters for one in (parameter.data, getattr(parameter, "ds_tensor", None))
+            ],
+            "gradients": [parameter.grad for parameter in parameters],
+            "masters": list(states),
+            "moments": [value for state in states.values() for value in state.values()],
+        }
+        counted: dict[int, str] = {}
+        for kind, tensors in of.items():
+            for tensor in tensors:
+                if isinstance(tensor, torch.Tensor) and tensor.device == self._device:
+                    counted.setdefault(tensor.untyped_storage().data_ptr(), kind)
+        sums = dict.fromkeys((*of, "other"), 0)
+        for storage in live_storages():
+            if storage.device == self._device:
+                sums[counted.get(storage.data_ptr(), "other")] += storage.nbytes()
+        return sums | {"total": sum(sums.values())}
+
+    def peak_bytes(self, length: int) -> int:
+        """The most that tensors take in one step of `length` tokens."""
+        if self._device.type == "cuda":
+            get_accelerator().reset_peak_memory_stats()
+            self.step(length)
+            return get_accelerator().max_memory_allocated()
+        tracker = AllocationTracker()
+        tracker.add(torch.empty(0, dtype=torch.uint8).set_(storage) for storage in live_storages())
+        with tracker:
+            self.step(length)
+        return tracker.peak
+
+    def planned_bytes(self, length: int, checkpointed: int | None = None) -> int:
+        """What the planner says of `peak_bytes`, for the blocks that train now; or if so many were checkpointed."""
+        arm, config = self.arm, self.arm.config
+        lora_rank = arm.settings["r"] if arm.method == "lora" else 0
+        dtype = next(self.model.parameters()).dtype
+        workload = Workload(
+            length,
+            self._rows,
+            dtype,
+            self._checkpointed if checkpointed is None else checkpointed,
+            self.model.config._attn_implementation,
+            fused_head=False,
+        )
+        run = FakeRun(self.model.config, workload, lora_rank)
+        trained = None
+        if arm.method in ("static", "lisa"):
+            always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
+            trained = Trained(self.active_layers, always_on, self.lisa.active_blocks if self.lisa else ())
+        groups = run.groups(trained, arm.optim, config.state_bits, config.offloaded)
+        ds_config = self._ds_config
+        stage = StageSettings.of(
+            read_ds_config(ds_config) if isinstance(ds_config, str) else ds_config, run.hidden_size
+        )
+        parts, _ = plan_memory(
+            run,
+            groups,
+            run.trace(groups),
+            stage,
+            dist.get_world_size(),
+            optim=arm.optim,
+            master=config.lisa_master,
+            rank=dist.get_rank(),
+            on_cpu=self._device.type == "cpu",
+            plain=self.lisa is None,
+        )
+        kept = (
+            kept_states(run, config, stage.stage, dist.get_world_size(), arm.optim)
+            if config.lisa_state == "keep"
+            else 0
+        )
+        return parts.peak + kept
+
+    def drift(self, steps: int, length: int) -> dict[str, float] | None:
+        """What sleeping layers do in `steps` steps: elements that have changed, and the largest change of one.
+
+        All layers of full training and LoRA are awake: None.
+        """
+        asleep = [block for number, block in enumerate(self.blocks.layers) if number not in self.active_layers]
+        if not asleep:
+            return self.steps(steps, length)
+        params = [parameter for block in asleep for parameter in block.parameters.values()]
+        # Of stage 3 this rank's part; ds_tensor is where it lies.
+        now = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in params]
+        before = [part.clone() for part in now]
+        self.steps(steps, length)
+        moved = [(part - old).abs() for part, old in zip(now, before, strict=True)]
+        return {
+            "changed": sum(int((change > 0).sum()) for change in moved),
+            "elements": sum(part.numel() for part in now),
+            "largest": max(change.max().item() for change in moved),
+        }
+
+    # What a step has to do at least
+
+    def numels(self) -> dict[str, int]:
+        """Elements: of all blocks, and of what trains now."""
+        trained = sum(parameter_numel(one) for one in self.engine.module.parameters() if one.requires_grad)
+        return {"all": sum(parameter_numel(one) for one in self.engine.module.parameters()), "trained": trained}
+
+
+def flops_of_step(
+    config: PretrainedConfig, arm: Arm, tokens: int, length: int, layers: Sequence[int] | None = None
+) -> float:
+    """Floating-point operations that a step cannot do without: matrix products, a multiply-add as two.
+
+    Of every matrix a forward pass, the gradient of its input as far down as something trains, and its own gradient
+    where it trains; of attention its two products, forward and twice as many backward. Without recomputation. `layers`
+    are those that train, where the embedding does not and the lowest of them matters; without them it is an average.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    blocks: Blocks = find_blocks(model)
+    count = len(blocks.layers)
+    layer = sum(one.numel() for one in blocks.layers[0].parameters.values() if one.ndim > 1)
+    head = model.get_output_embeddings().weight.numel()
+    attention = 4 * length * config.num_attention_heads * config.head_dim / 2  # a token and layer; causal: half of it
+    if arm.method in ("full", "lora"):
+        trained, head_trains, lowest = (count if arm.method == "full" else 0), arm.method == "full", 0
+    else:
+        trained, head_trains = arm.config.lisa_activated_layers, "head" in arm.config.always_on
+        # The backward pass ends at the embedding, or where that is frozen at the lowest layer that trains.
+        lowest = min(layers) if layers else (count - trained) / (trained + 1)
+        lowest = 0 if "embed" in arm.config.always_on else lowest
+    of_adapters = 0
+    if arm.method == "lora":
+        linears = [one for one in blocks.layers[0].parameters.values() if one.ndim > 1]
+        of_adapters = count * arm.settings["r"] * sum(sum(one.shape) for one in linears)
+    backward = (count - lowest) / count
+    per_token = 2 * count * layer * (1 + backward) + 2 * trained * layer + count * attention * (1 + 2 * backward)
+    per_token += 2 * head * (3 if head_trains else 2) + 6 * of_adapters
+    return per_token * tokens

@@ -1,0 +1,189 @@
+"""How long does a step take by each method, in what, and how near is that to what the arithmetic allows?
+
+python benchmarks/speed.py
+
+The arms take turns, a step each, in another order every round, on ranks of their own that wait otherwise. LISA stays in
+its first period meanwhile, with the layers that static has too; then it switches, and the two take turns once more.
+Ratios are of steps of the same round: their median, and the least and the most.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import arms
+from arms import EMBED_FROZEN, FULL, LISA, PHASES, STATIC, Arm, Run, flops_of_step, shrunk_config
+from bench import group_parser, print_table, write_results
+from rank_group import RankGroup
+
+from lisa_dist.recompute import AUTO, fewest_layers
+
+WARMUP = 2
+# Beside what is compared on every stage: embeddings frozen, and layers whose activations are computed again.
+FROZEN = (Arm("static, embed frozen", "static", EMBED_FROZEN), Arm("lisa, embed frozen", "lisa", EMBED_FROZEN))
+CHECKPOINTED = (
+    replace(FULL, name="full, checkpointed", checkpointed="all"),
+    replace(STATIC, name="static, checkpointed", checkpointed="all"),
+    replace(LISA, name="lisa, checkpointed", checkpointed="all"),
+    replace(LISA, name="lisa, checkpointed auto", checkpointed=AUTO),
+)
+LIMIT = {"static, embed frozen": "lisa, embed frozen", "static, checkpointed": "lisa, checkpointed", "static": "lisa"}
+
+
+class Comparison:
+    """Arms under one DeepSpeed config, each on a group of ranks."""
+
+    def __init__(self, compared: tuple[Arm, ...], ds_config: str, arguments):
+        self._arguments, self._length = arguments, arguments.length
+        self.config = shrunk_config(arguments.model, arguments.shrink, arguments.num_layers)
+        self._interval = WARMUP + arguments.repeats  # the step after them is LISA's first with a switch
+        self.groups: dict[str, RankGroup] = {}
+        self.records: dict[str, list[dict]] = {arm.name: [] for arm in compared}
+        self.checkpointed: dict[str, int | str] = {arm.name: arm.checkpointed for arm in compared}
+        for arm in sorted(compared, key=lambda arm: arm.method != "lisa"):
+            twin = self.groups.get(LIMIT.get(arm.name))
+            layers = () if twin is None else twin.call("get", "active_layers")[0]
+            fixed = {"rows": arguments.rows, "interval": self._interval, "layers": layers}
+            built = replace(arm, checkpointed=0) if arm.checkpointed == AUTO else arm
+            group = self.groups[arm.name] = RankGroup(arguments.ranks, Run, built, self.config, ds_config, **fixed)
+            if arm.checkpointed == AUTO:
+                self.checkpointed[arm.name] = self._turn_dial(group)
+            group.call("steps", WARMUP, self._length)
+
+    def _turn_dial(self, group: RankGroup) -> int:
+        """As `--checkpointed_layers auto` does, with a device half way between checkpointing none and all."""
+        count = self.config.num_hidden_layers
+
+        def planned(layers: int) -> int:
+            return max(group.call("planned_bytes", self._length, layers))
+
+        fewest = fewest_layers(planned, count, (planned(0) + planned(count)) // 2)
+        group.call("checkpoint", fewest)
+        return fewest
+
+    def take_turns(self, names: list[str]) -> dict[str, list[dict]]:
+        """Rounds of a step each, every round beginning with another arm; of the ranks the slowest counts."""
+        taken: dict[str, list[dict]] = {name: [] for name in names}
+        for turn in range(self._arguments.repeats):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                taken[name].append(max(self.groups[name].call("step", self._length), key=lambda times: times["step"]))
+        return taken
+
+    def close(self) -> None:
+        for group in self.groups.values():
+            group.close()
+
+
+def compare(compared: tuple[Arm, ...], ds_config: str, arguments) -> dict:
+    """Figures of every arm under one config."""
+    comparison = Comparison(compared, ds_config, arguments)
+    names = [arm.name for arm in compared]
+    taken = comparison.take_turns(names)
+    layers = {name: group.call("get", "active_layers")[0] for name, group in comparison.groups.items()}
+    switched = {name: max(comparison.groups[name].call("step", arguments.length), key=lambda times: times["begin"])
+                for name in names if name.startswith("lisa")}  # fmt: skip
+    pair = [name for name in ("static", "lisa") if name in names]
+    after = comparison.take_turns(pair) if pair else {}
+    comparison.close()
+    tokens = arguments.rows * arguments.length
+    figures = {}
+    for arm in compared:
+        figures[arm.name] = {
+            "steps": taken[arm.name],
+            "after_a_switch": after.get(arm.name, []),
+            "switch": switched[arm.name]["begin"] if arm.name in switched else None,
+            "tokens_a_second": arguments.ranks * tokens / median(one["step"] for one in taken[arm.name]),
+            "flops": flops_of_step(comparison.config, arm, tokens, arguments.length, layers[arm.name]),
+            "checkpointed_layers": comparison.checkpointed[arm.name],
+        }
+    return figures
+
+
+def ratios(of: list[dict], to: list[dict]) -> list[float]:
+    """Steps of one arm over those of another, round by round."""
+    return [one["step"] / other["step"] for one, other in zip(of, to, strict=True)]
+
+
+def spread(values: list[float]) -> str:
+    """Median, and the least and the most."""
+    return f"{median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+
+
+def wider(arguments):
+    """The same with a model of twice the width, where what a step has to do besides arithmetic weighs less."""
+    return argparse.Namespace(**vars(arguments) | {"shrink": arguments.shrink // 2})
+
+
+def rows_of(of_arms: dict) -> list[list[str]]:
+    """A row of each arm: its step, the parts of it, and what it is of static's and of full training's."""
+    rows, full = [], of_arms.get("full")
+    twin_of = {lisa: static for static, lisa in LIMIT.items()}
+    for name, found in of_arms.items():
+        steps, static = found["steps"], of_arms.get(twin_of.get(name, "static"))
+        rows.append(
+            [
+                name,
+                spread([one["step"] for one in steps]),
+                *(f"{median(one[phase] for one in steps):.3f}" for phase in PHASES[1:]),
+                "-" if found["switch"] is None else f"{found['switch']:.3f}",
+                f"{found['tokens_a_second']:.0f}",
+                f"{found['flops'] / median(one['step'] for one in steps) / 1e9:.1f}",
+                "-" if static is None else spread(ratios(steps, static["steps"])),
+                "-" if full is None else spread(ratios(steps, full["steps"])),
+                "-" if full is None else f"{found['flops'] / full['flops']:.3f}",
+            ]
+        )
+    return rows
+
+
+HEADER = ("step s", *PHASES[1:], "switch", "tokens/s", "GFLOP/s a rank", "of static", "of full", "FLOPs of full")
+
+
+def main() -> None:
+    """Compare on every stage, and on one the rest too; print and draw."""
+    parser = group_parser(__doc__, "speed.json", shrink=16)
+    parser.add_argument("--configs", nargs="+", default=["zero1", "zero2", "zero3"])
+    parser.add_argument("--rows", type=int, default=1, help="of a rank")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--repeats", type=int, default=11)
+    arguments = parser.parse_args()
+    figures = {}
+    for ds_config in arguments.configs:
+        figures[ds_config] = compare(arms.SIDE_BY_SIDE, ds_config, arguments)
+        print_table([ds_config, *HEADER], rows_of(figures[ds_config]))
+        lisa, static = (figures[ds_config][name]["after_a_switch"] for name in ("lisa", "static"))
+        print(f"after a switch, lisa of static: {spread(ratios(lisa, static))}")
+    for ds_config in arguments.configs:
+        figures[f"{ds_config}, twice the width"] = found = compare((STATIC, LISA), ds_config, wider(arguments))
+        print_table([ds_config, *HEADER], rows_of(found))
+    more = "zero2, embeddings frozen and gradient checkpointing"
+    figures[more] = compare((FULL, *FROZEN, *CHECKPOINTED), "zero2", arguments)
+    print_table([more, *HEADER], rows_of(figures[more]))
+    write_results(arguments.results, figures)
+    plot(figures, arguments.results.with_suffix(".png"))
+
+
+def plot(figures: dict, path: Path) -> None:
+    """Bars of the phases of a step, and a mark where full training's step times the share of FLOPs would be."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(figures), 3.6), layout="constrained")
+    for axes, (title, of_arms) in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures.items(), strict=True):
+        names, left = list(of_arms)[::-1], [0.0] * len(of_arms)
+        for phase in PHASES[1:]:
+            parts = [median(one[phase] for one in of_arms[name]["steps"]) for name in names]
+            axes.barh(names, parts, left=left, label=phase)
+            left = [start + part for start, part in zip(left, parts, strict=True)]
+        if "full" in of_arms:
+            whole = median(one["step"] for one in of_arms["full"]["steps"]) / of_arms["full"]["flops"]
+            axes.plot([of_arms[name]["flops"] * whole for name in names], names, "k|", markersize=14, label="by FLOPs")
+        axes.set(title=title, xlabel="seconds of a step")
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
