@@ -21,6 +21,10 @@ if PathFinder.find_spec("kernels", sys.path[1:]) is None:
     sys.modules["kernels"] = None  # else bitsandbytes takes kernels.py beside this file for the package of that name
 
 
+# What ranks import, once for all of them; packages alone, since the server does not look beside the script.
+PRELOADED = ["deepspeed", "bitsandbytes", "peft", "lisa_dist.loop", "lisa_dist.plan"]
+
+
 class RankError(RuntimeError):
     """A rank has raised; `kind` is the name of what it raised, and the message has its traceback."""
 
@@ -40,7 +44,7 @@ class RankGroup:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["arms", "bitsandbytes"])
+        context.set_forkserver_preload(PRELOADED)
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(num_ranks):
