@@ -631,7 +631,13 @@ def of_speed(figures: dict) -> str:
 @latest("communication")
 def of_communication(figures: dict) -> str:
     arms = [arm for of_config in figures["counted"].values() for arm in of_config.values()]
-    return f"counted equals the formula in {sum(arm['equal'] for arm in arms)} of {len(arms)} arms"
+    sent = {}
+    for name in ("zero2", "zero3"):
+        steps = (figures["counted"][name][arm]["moments"]["step"]["counted"] for arm in ("lisa", "full"))
+        lisa, full = (sum(step.values()) for step in steps)
+        sent[name] = percent(lisa / full)
+    equal = f"counted equals the formula in {sum(arm['equal'] for arm in arms)} of {len(arms)} arms"
+    return f"{equal}; LISA sends of full training's bytes: {named(sent)}"
 
 
 @latest("norms")

@@ -90,7 +90,7 @@ def test_speed_and_switch_have_every_arm(benchmark, tmp_path, capsys):
     words = [*TINY, "--configs", "zero2", "--length", "16", "--repeats", "2", "--results", str(results)]
     benchmark("speed", *words).main()
     figures = json.loads(results.read_text())["figures"]
-    (plain, more) = figures.values()
+    plain, _, more = figures.values()  # and the two at twice the width
     assert list(plain) == ["full", "lora r16", "lora r128", "static", "callback", "lisa"]
     for found in (*plain.values(), *more.values()):
         assert len(found["steps"]) == 2
