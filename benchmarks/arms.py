@@ -46,7 +46,6 @@ class Arm:
     settings: dict = field(default_factory=dict)
     optim: str = "adamw_torch_fused"
     checkpointed: int | str = 0  # layers whose activations are computed again, or "all"
-    ds_config: str | None = None  # where it is another than the comparison's
 
     @property
     def config(self) -> lisa_dist.LisaConfig:
@@ -93,7 +92,7 @@ class Run:
         attention: str = "sdpa",
     ):
         self.arm, self._interval, self._rows, self._layers = arm, interval, rows, tuple(layers)
-        self._ds_config, self._rng = arm.ds_config or ds_config, random.Random(0)
+        self._ds_config, self._rng = ds_config, random.Random(0)
         self._tokens = torch.Generator().manual_seed(dist.get_rank())
         self._device = torch.device(get_accelerator().current_device_name())
         self.lisa: lisa_dist.LisaController | None = None

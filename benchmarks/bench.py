@@ -46,6 +46,14 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
+def stacked_bars(axes, names: list[str], parts: dict[str, list[float]]) -> None:
+    """A bar for each name, from the bottom up, made of one piece after another; each part has a color."""
+    left = [0.0] * len(names)
+    for label, sizes in parts.items():
+        axes.barh(names, sizes, left=left, label=label)
+        left = [start + size for start, size in zip(left, sizes, strict=True)]
+
+
 def write_results(path: Path, figures: dict, quiet: bool = False) -> None:
     """Write figures as JSON, with the machine, the versions and the command that made them."""
     packages = ("torch", "deepspeed", "transformers", "trl", "lisa_dist")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import arms
 from arms import EMBED_FROZEN, Arm, Run, shrunk_config
-from bench import group_parser, print_table, write_results
+from bench import group_parser, print_table, stacked_bars, write_results
 from rank_group import RankGroup
 
 PERIOD, SHORT = 2, 16  # steps, tokens: switches are what is looked at
@@ -104,11 +104,8 @@ def plot(figures: dict, path: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     panels = figure.subplots(1, len(figures), squeeze=False)[0]
     for axes, (ds_config, of_arms) in zip(panels, figures.items(), strict=True):
-        names, left = list(of_arms)[::-1], [0.0] * len(of_arms)
-        for kind in KINDS:
-            sizes = [last(of_arms[name])[kind] / MIB for name in names]
-            axes.barh(names, sizes, left=left, label=kind)
-            left = [start + size for start, size in zip(left, sizes, strict=True)]
+        names = list(of_arms)[::-1]
+        stacked_bars(axes, names, {kind: [last(of_arms[name])[kind] / MIB for name in names] for kind in KINDS})
         axes.plot([of_arms[name]["peak"] / MIB for name in names], names, "k|", markersize=14, label="peak of a step")
         axes.set(title=ds_config, xlabel="MiB of a rank after the last switch")
         axes.spines[["top", "right"]].set_visible(False)

@@ -14,7 +14,7 @@ from statistics import median
 
 import arms
 from arms import EMBED_FROZEN, FULL, LISA, PHASES, STATIC, Arm, Run, flops_of_step, shrunk_config
-from bench import group_parser, print_table, write_results
+from bench import group_parser, print_table, stacked_bars, write_results
 from rank_group import RankGroup
 
 from lisa_dist.recompute import AUTO, fewest_layers
@@ -171,11 +171,10 @@ def plot(figures: dict, path: Path) -> None:
 
     figure = Figure(figsize=(5.5 * len(figures), 3.6), layout="constrained")
     for axes, (title, of_arms) in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures.items(), strict=True):
-        names, left = list(of_arms)[::-1], [0.0] * len(of_arms)
-        for phase in PHASES[1:]:
-            parts = [median(one[phase] for one in of_arms[name]["steps"]) for name in names]
-            axes.barh(names, parts, left=left, label=phase)
-            left = [start + part for start, part in zip(left, parts, strict=True)]
+        names = list(of_arms)[::-1]
+        steps = {name: of_arms[name]["steps"] for name in names}
+        parts = {phase: [median(one[phase] for one in steps[name]) for name in names] for phase in PHASES[1:]}
+        stacked_bars(axes, names, parts)
         if "full" in of_arms:
             whole = median(one["step"] for one in of_arms["full"]["steps"]) / of_arms["full"]["flops"]
             axes.plot([of_arms[name]["flops"] * whole for name in names], names, "k|", markersize=14, label="by FLOPs")
