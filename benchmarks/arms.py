@@ -294,12 +294,9 @@ class Run:
             "largest": max(change.max().item() for change in moved),
         }
 
-    # What a step has to do at least
-
-    def numels(self) -> dict[str, int]:
-        """Elements: of all blocks, and of what trains now."""
-        trained = sum(parameter_numel(one) for one in self.engine.module.parameters() if one.requires_grad)
-        return {"all": sum(parameter_numel(one) for one in self.engine.module.parameters()), "trained": trained}
+    def numel(self) -> int:
+        """Elements of all parameters, adapters included."""
+        return sum(parameter_numel(one) for one in self.engine.module.parameters())
 
 
 def flops_of_step(

@@ -100,7 +100,7 @@ def measure(cell: Cell, arguments) -> dict:
             "state_bytes_of_rank_0": records[-1]["state_bytes"],
             "bytes_released": median(record["bytes_released"] for record in records),
             "shares": {name: seconds / whole for name, seconds in shares.most_common() if seconds > 0.01 * whole},
-            "parameters": ranks.call("numels")[0]["all"],
+            "parameters": ranks.call("numel")[0],
         }
 
 
