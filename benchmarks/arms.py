@@ -1,6 +1,7 @@
 """What the benchmarks compare, behind one interface: full training, LoRA, frozen layers, a callback, and LISA.
 
-- full: every parameter in every step; lora: peft's adapters on all linear layers but the head, without dropout.
+- full: every parameter in every step; lora: peft's adapters on all linear layers but the head, without dropout. Their
+  rank is divided as the widths are, so that they keep their share of the parameters.
 - static: embeddings, head and the same layers for ever, the rest frozen by hand before plain DeepSpeed is built; what
   LISA's machinery can reach at best.
 - callback: every parameter registered, `requires_grad` flipped at each period, as a Trainer callback does it.
@@ -11,11 +12,12 @@ All have the same model (random weights, the same ones), rows, DeepSpeed config,
 
 import rank_group  # noqa: F401  isort: skip - first: it sees to what others import
 
+import argparse
 import itertools
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import deepspeed
 import torch
@@ -25,6 +27,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import lisa_dist
 from lisa_dist.blocks import Blocks, find_blocks, parameter_numel
+from lisa_dist.config import UserError
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.fake_run import FakeRun, Trained, Workload
 from lisa_dist.memory import AllocationTracker, live_storages
@@ -34,6 +37,7 @@ from lisa_dist.recompute import checkpoint_layers, let_backward_end, number_of_l
 
 LR, WEIGHT_DECAY = 1e-4, 0.1
 EMBED_FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}
+WIDTHS = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
 PHASES = ("begin", "forward", "backward", "optimizer")  # of a step; LISA's switch is in the first
 
 
@@ -58,19 +62,47 @@ LORA_16, LORA_128 = (Arm(f"lora r{rank}", "lora", {"r": rank}) for rank in (16, 
 SIDE_BY_SIDE = (FULL, LORA_16, LORA_128, STATIC, CALLBACK, LISA)
 
 
+def shrunk_arms(arms: Iterable[Arm], shrink: int) -> tuple[Arm, ...]:
+    """The same arms for a model whose widths are divided by `shrink`: LoRA's ranks are too, but stay at least 1."""
+    return tuple(
+        replace(arm, settings={"r": max(1, arm.settings["r"] // shrink)}) if arm.method == "lora" else arm
+        for arm in arms
+    )
+
+
 def shrunk_config(model: str, shrink: int = 1, num_layers: int | None = None) -> PretrainedConfig:
     """A shipped config, or that of a folder or the hub, with every width and the vocabulary divided by `shrink`.
 
-    Heads keep their size and become fewer, so that each block keeps its share of the parameters.
+    Heads keep their size and become fewer, so that each block keeps its share of the parameters. Raises ValueError for
+    a model that is not there, or whose config names its widths otherwise.
     """
     config = load_model_config(model)
+    if lacks := [name for name in WIDTHS if not hasattr(config, name)]:
+        raise UserError(
+            f"--model {model}: the config of a {config.model_type} has no {', '.join(lacks)}, by which its widths are "
+            "divided; take a Llama, Mistral or Qwen."
+        )
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for name in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads"):
+    for name in WIDTHS:
         setattr(config, name, max(1, getattr(config, name) // shrink))
     config.head_dim = min(head, config.hidden_size)
     config.num_hidden_layers = num_layers or config.num_hidden_layers
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None  # which the vocabulary may have lost
     return config
+
+
+def parsed(parser: argparse.ArgumentParser, gamma: int = 2) -> argparse.Namespace:
+    """The flags of `bench.group_parser`, or an error for a model that is not there or has fewer than `gamma` layers."""
+    arguments = parser.parse_args()
+    try:
+        config = shrunk_config(arguments.model, arguments.shrink, arguments.num_layers)
+    except UserError as error:
+        parser.error(str(error))
+    if config.num_hidden_layers < gamma:
+        parser.error(
+            f"--num_layers {config.num_hidden_layers}: up to {gamma} layers are to train; take {gamma} or more"
+        )
+    return arguments
 
 
 class Run:
@@ -186,6 +218,19 @@ class Run:
         """An attribute, for the script that calls the ranks."""
         return getattr(self, name)
 
+    @property
+    def active_blocks(self) -> tuple[str, ...]:
+        """The outer blocks that LISA has drawn for this period; of other methods none."""
+        return () if self.lisa is None else self.lisa.active_blocks
+
+    def begin_with_embed(self, length: int) -> None:
+        """Begin periods until one trains the embedding, which is drawn; its first step is done then, and no other."""
+        while True:
+            self.step(length)
+            if "embed" in self.active_blocks:
+                return
+            self.steps(self._interval - 1, length)
+
     def steps(self, count: int, length: int) -> None:
         """So many steps, of which nobody wants to know."""
         for _ in range(count):
@@ -199,13 +244,15 @@ class Run:
 
     def live_bytes(self) -> dict[str, int]:
         """Bytes of this rank's tensors by what they are: each storage once."""
-        states = self.engine.optimizer.optimizer.state  # DeepSpeed's AdamW steps masters, which are its parameters
+        zero = self.engine.optimizer
+        states = zero.optimizer.state  # DeepSpeed's AdamW steps masters, which are its parameters
         parameters = list(self.engine.module.parameters())
         of = {
             "weights": [
                 one for parameter in parameters for one in (parameter.data, getattr(parameter, "ds_tensor", None))
             ],
-            "gradients": [parameter.grad for parameter in parameters],
+            # Stage 3 keeps its buffer of gradients between steps.
+            "gradients": [getattr(zero, "grad_partitions_flat_buffer", None), *(one.grad for one in parameters)],
             "masters": list(states),
             "moments": [value for state in states.values() for value in state.values()],
         }
@@ -232,9 +279,14 @@ class Run:
             self.step(length)
         return tracker.peak
 
-    def planned_bytes(self, length: int, checkpointed: int | None = None) -> int:
-        """What the planner says of `peak_bytes`, for the blocks that train now; or if so many were checkpointed."""
+    def planned_bytes(self, length: int, checkpointed: int | None = None) -> int | None:
+        """What the planner says of `peak_bytes`, for the blocks that train now; or if so many were checkpointed.
+
+        There is no plan of the callback, which `lisa-dist` does not run.
+        """
         arm, config = self.arm, self.arm.config
+        if arm.method == "callback":
+            return None
         lora_rank = arm.settings["r"] if arm.method == "lora" else 0
         dtype = next(self.model.parameters()).dtype
         workload = Workload(
@@ -251,6 +303,10 @@ class Run:
             always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
             trained = Trained(self.active_layers, always_on, self.lisa.active_blocks if self.lisa else ())
         groups = run.groups(trained, arm.optim, config.state_bits, config.offloaded)
+        if arm.method == "static":  # two groups in all, as `_plain_engine` makes them
+            params = [parameter for group in groups for parameter in group.params]
+            halves = ([one for one in params if (one.ndim > 1) == decays] for decays in (True, False))
+            groups = [replace(groups[0], params=tuple(half)) for half in halves if half]
         ds_config = self._ds_config
         stage = StageSettings.of(
             read_ds_config(ds_config) if isinstance(ds_config, str) else ds_config, run.hidden_size
@@ -300,13 +356,19 @@ class Run:
 
 
 def flops_of_step(
-    config: PretrainedConfig, arm: Arm, tokens: int, length: int, layers: Sequence[int] | None = None
+    config: PretrainedConfig,
+    arm: Arm,
+    tokens: int,
+    length: int,
+    layers: Sequence[int] | None = None,
+    drawn: Sequence[str] = (),
 ) -> float:
     """Floating-point operations that a step cannot do without: matrix products, a multiply-add as two.
 
     Of every matrix a forward pass, the gradient of its input as far down as something trains, and its own gradient
     where it trains; of attention its two products, forward and twice as many backward. Without recomputation. `layers`
-    are those that train, where the embedding does not and the lowest of them matters; without them it is an average.
+    are those that train, of which the lowest matters where the embedding does not; without them it is an average over
+    draws. `drawn` are the outer blocks that train besides those that are always on.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -318,10 +380,11 @@ def flops_of_step(
     if arm.method in ("full", "lora"):
         trained, head_trains, lowest = (count if arm.method == "full" else 0), arm.method == "full", 0
     else:
-        trained, head_trains = arm.config.lisa_activated_layers, "head" in arm.config.always_on
+        outer = (*arm.config.always_on, *drawn)
+        trained, head_trains = arm.config.lisa_activated_layers if layers is None else len(layers), "head" in outer
         # The backward pass ends at the embedding, or where that is frozen at the lowest layer that trains.
-        lowest = min(layers) if layers else (count - trained) / (trained + 1)
-        lowest = 0 if "embed" in arm.config.always_on else lowest
+        lowest = (count - trained) / (trained + 1) if layers is None else min(layers, default=count)
+        lowest = 0 if "embed" in outer else lowest
     of_adapters = 0
     if arm.method == "lora":
         linears = [one for one in blocks.layers[0].parameters.values() if one.ndim > 1]

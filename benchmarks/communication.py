@@ -26,8 +26,8 @@ from math import ceil
 from pathlib import Path
 
 import torch
-from arms import CALLBACK, FULL, LISA, SIDE_BY_SIDE, STATIC, Arm, Run, shrunk_config
-from bench import group_parser, print_table, write_results
+from arms import CALLBACK, FULL, LISA, SIDE_BY_SIDE, STATIC, Arm, Run, parsed, shrunk_arms, shrunk_config
+from bench import group_parser, positive, print_table, write_results
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from rank_group import RankGroup
 from torch import distributed as dist
@@ -37,8 +37,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lisa_dist import load_ds_config
 from lisa_dist.blocks import Blocks, find_blocks
+from lisa_dist.config import UserError
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.movement import SAMPLE
+from lisa_dist.plan import load_model_config
 from lisa_dist.sampling import Draw
 from lisa_dist.selection import BlockSelection
 
@@ -163,6 +165,7 @@ class Layout:
     trained: list[str]
     blocks: dict[str, list[str]]  # of those that LISA may train
     visits: list[Visit]  # of one forward and backward pass
+    one_norm: bool = False  # of all groups together, as LISA takes it, and not one of each
 
     @property
     def active_share(self) -> float:
@@ -204,6 +207,7 @@ def layout_of(arm: Arm, model: str, shrink: int, num_layers: int | None, active:
         trained=[name for name, parameter in whole.named_parameters() if parameter.requires_grad],
         blocks={block.name: [names[id(one)] for one in block.parameters.values()] for block in blocks},
         visits=visits_of(narrow),
+        one_norm=arm.method == "lisa",
     )
 
 
@@ -308,12 +312,13 @@ def step_bytes(layout: Layout, settings: Settings) -> Counter:
     # A gradient goes as it is, in buckets without gaps; a group of weights in equal parts of an even length.
     alignment = 2 * settings.world
     groups = [sum(layout.numel[name] for name in group) for group in layout.groups]
-    norms, overflow = 4 * len(layout.groups), int(settings.element < 4)
+    norms = 1 if layout.one_norm else len(layout.groups)
+    overflow = int(settings.element < 4)
     return Counter(
         {
             "all_reduce": settings.element * sum(layout.numel[name] for name in layout.trained),
             "all_gather_into_tensor": settings.element * sum(ceil(size / alignment) * alignment for size in groups),
-            CONTROL + "all_reduce": norms + overflow,  # of each group in fp32, and one flag in bf16
+            CONTROL + "all_reduce": 4 * norms + overflow,  # in fp32, and one flag in bf16
         }
     )
 
@@ -322,11 +327,12 @@ def _stage_3(layout: Layout, settings: Settings, gathered: int) -> Counter:
     """A step of stage 3 whose passes gather so many elements; what persists is gathered when the step is done."""
     padded = settings.padded
     after = sum(padded(layout.numel[name]) for name in persistent(layout, settings))
+    norms = 1 if layout.one_norm else sum(_sub_groups(layout, settings, group) for group in layout.groups)
     return Counter(
         {
             "reduce_scatter_tensor": settings.element * sum(padded(layout.numel[name]) for name in layout.trained),
             "all_gather_into_tensor": settings.element * (gathered + after),
-            CONTROL + "all_reduce": 8 * sum(_sub_groups(layout, settings, group) for group in layout.groups),  # norms
+            CONTROL + "all_reduce": 8 * norms,
         }
     )
 
@@ -482,11 +488,12 @@ def on_wire(by_collective: dict[str, int], world: int) -> float:
     )
 
 
-def mean_of_period(moments: dict[str, Counter]) -> float:
-    """Bytes of a step, what comes with a switch spread over PERIOD steps."""
-    rest = sum(sum(moments[moment].values()) for moment in MOMENTS if moment in moments and moment != "step")
-    ordinary = PERIOD - (2 if "switch" in moments else 0)
-    return (rest + ordinary * sum(moments["step"].values())) / PERIOD
+def mean_of_period(moments: dict[str, Counter], world: int) -> float:
+    """Bytes that a rank sends in a step, what comes with a switch spread over PERIOD steps."""
+    sent = {moment: on_wire(by_collective, world) for moment, by_collective in moments.items()}
+    ordinary = PERIOD - (2 if "switch" in sent else 0)
+    step = sent.pop("step")
+    return (sum(sent.values()) + ordinary * step) / PERIOD
 
 
 # The script
@@ -543,10 +550,11 @@ def compare_all(arguments: argparse.Namespace) -> dict[str, dict[str, Compared]]
     with torch.device("meta"):
         num_elements = sum(one.numel() for one in AutoModelForCausalLM.from_config(config).parameters())
     configs, counted = ds_configs(num_elements), {}
+    side_by_side = shrunk_arms(SIDE_BY_SIDE, arguments.shrink)
     with RankGroup(arguments.ranks, Counting) as ranks:
         for name, ds_config in configs.items():
             layers: Sequence[int] = ()
-            for arm in (LISA, *(arm for arm in SIDE_BY_SIDE if arm is not LISA)):
+            for arm in sorted(side_by_side, key=lambda arm: arm is not LISA):
                 settings = {"layers": layers, "interval": INTERVAL, "dtype": dtype}
                 found = ranks.call("count", arguments.length, arm, config, ds_config, **settings)
                 counted[name, arm.name], layers = found, layers or found[0]["active"]
@@ -554,7 +562,7 @@ def compare_all(arguments: argparse.Namespace) -> dict[str, dict[str, Compared]]
     layouts: dict[tuple, Layout] = {}
     for name, ds_config in configs.items():
         settings = Settings.of(ds_config, config, arguments.ranks, dtype)
-        for arm in SIDE_BY_SIDE:
+        for arm in side_by_side:
             found = counted[name, arm.name]
             was, active = found[0]["was"], found[0]["active"]
             key = arm.name, active
@@ -584,7 +592,7 @@ def at_full_size(model: str) -> dict[str, dict]:
                 "active_share": layout.active_share,
                 "step": dict(moments["step"]),
                 "wire": on_wire(moments["step"], LARGE_WORLD),
-                "mean_of_period": mean_of_period(moments),
+                "mean_of_period": mean_of_period(moments, LARGE_WORLD),
             } | ({"switch": dict(moments["switch"])} if arm is LISA else {})
     return found
 
@@ -602,16 +610,16 @@ def print_counted(compared: dict[str, dict[str, Compared]]) -> None:
     print_table(["config", "arm", "", "collective", "bytes counted", "by formula", ""], rows)
 
 
-def print_shares(compared: dict[str, dict[str, Compared]], sleeping: dict[str, dict[str, int]]) -> None:
-    """Bytes of a step beside those of full training, and what callback sends for sleeping layers."""
-    print(f"\nBytes of a step in parts of full training's; in brackets with switches, one in {PERIOD} steps:")
-    full = {name: sum(arms[FULL.name].formula["step"].values()) for name, arms in compared.items()}
+def print_shares(compared: dict[str, dict[str, Compared]], sleeping: dict[str, dict[str, int]], world: int) -> None:
+    """Bytes that a rank sends beside those of full training, and what callback has sent for sleeping layers."""
+    print(f"\nSent by a rank in a step, of full training's; in brackets with switches, one in {PERIOD} steps:")
+    full = {name: on_wire(arms[FULL.name].formula["step"], world) for name, arms in compared.items()}
     rows = []
     for arm in SIDE_BY_SIDE:
         row = [arm.name, f"{compared['zero1'][arm.name].layout.active_share:.3f}"]
         for name, arms in compared.items():
             moments = arms[arm.name].formula
-            step, mean = sum(moments["step"].values()) / full[name], mean_of_period(moments) / full[name]
+            step, mean = on_wire(moments["step"], world) / full[name], mean_of_period(moments, world) / full[name]
             row.append(f"{step:.3f} ({mean:.3f})" if arm is LISA else f"{step:.3f}")
         rows.append(row)
     print_table(["arm", "active share", *compared], rows)
@@ -627,7 +635,7 @@ def print_large(large: dict[str, dict], model: str) -> None:
     for name, arms in large.items():
         for arm, found in arms.items():
             step = found["step"]
-            share = sum(step.values()) / sum(arms[FULL.name]["step"].values())
+            share = found["wire"] / arms[FULL.name]["wire"]
             sizes = [sum(size for key, size in step.items() if word in key) for word in ("reduce", "gather")]
             sizes += [sum(step.values()), found["wire"], found["mean_of_period"], sum(found.get("switch", {}).values())]
             shares = f"{found['active_share']:.3f}", f"{share:.3f}"
@@ -641,7 +649,8 @@ def plot(compared: dict[str, dict[str, Compared]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3 * len(compared), 3), layout="constrained")
-    for axes, (name, arms) in zip(figure.subplots(1, len(compared), sharey=True), compared.items(), strict=True):
+    panels = figure.subplots(1, len(compared), sharey=True, squeeze=False)[0]
+    for axes, (name, arms) in zip(panels, compared.items(), strict=True):
         whole = sum(arms[FULL.name].formula["step"].values())
         begins = [0.0] * len(arms)
         for collective, color in COLORS.items():
@@ -660,18 +669,21 @@ def plot(compared: dict[str, dict[str, Compared]], path: Path) -> None:
 
 def main() -> None:
     """Count, compare, print, write; ends with 1 where a number differs."""
-    parser = group_parser(__doc__, "communication.json", shrink=32)
-    parser.set_defaults(num_layers=8)
-    parser.add_argument("--length", type=int, default=32, help="tokens of a row")
+    parser = group_parser(__doc__, "communication.json", shrink=16)
+    parser.add_argument("--length", type=positive, default=32, help="tokens of a row")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     about_large = f"of this model, as it is, the formula gives the bytes on {LARGE_WORLD} GPUs"
     parser.add_argument("--large", default="llama2-70b", help=about_large)
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
+    try:
+        load_model_config(arguments.large)
+    except UserError as error:
+        parser.error(str(error).replace("--model", "--large"))
     compared = compare_all(arguments)
     sleeping = {name: of_sleeping_layers(arms) for name, arms in compared.items()}
     large = at_full_size(arguments.large)
     print_counted(compared)
-    print_shares(compared, sleeping)
+    print_shares(compared, sleeping, arguments.ranks)
     print_large(large, arguments.large)
     settings = {name: getattr(arguments, name) for name in ("shrink", "num_layers", "ranks", "length", "dtype")}
     figures = {

@@ -3,37 +3,44 @@
 python benchmarks/gpu.py
 python benchmarks/gpu.py --rehearse     # the same on a CPU, with models small enough for it
 
-Shapes of LLaMA-2-7B and Llama-3.1-8B with random weights, bf16, one row of 2048 tokens, nothing checkpointed; each arm
-in a process of its own, so that the peak is its own. Full training of these does not fit one GPU of 80 GB: what it says
-is kept, and it is compared on the 7B shape with 12 of its layers, one of them active. No network is needed.
+Shapes of LLaMA-2-7B and Llama-3.1-8B with random weights, bf16, one row of 2048 tokens; each arm in a process of its
+own, so that the peak is its own. Full training of these does not fit one GPU of 80 GB: what it says is kept, and it is
+compared on the 7B shape with 12 of its layers, one of them active. Nothing is checkpointed where an arm does not say
+so. Arms run by turns through the shapes, the most telling first, until time is up. Static has the layers that LISA
+has; where embedding and head are drawn, the embedding trains. No network is needed once the packages are there.
 """
 
 import argparse
+import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import torch
-from arms import EMBED_FROZEN, FULL, LISA, LORA_16, LORA_128, PHASES, Arm, Run, flops_of_step, shrunk_config
-from bench import print_table, write_results
+from arms import EMBED_FROZEN, FULL, LISA, LORA_16, LORA_128, PHASES, STATIC, Arm, Run, flops_of_step, shrunk_config
+from bench import positive, print_table, write_results
 from rank_group import RankError, RankGroup
+from transformers import AutoModelForCausalLM
 
-DRAWN, EIGHT = {"lisa_always_on": "rest"}, {"lisa_state_bits": "embed=8,head=8,layers=8"}
-SMALLEST = EIGHT | {"lisa_master": "bf16_sr"}
-POLICIES = (
-    LISA,
-    Arm("lisa, lisa_adamw", "lisa", optim="lisa_adamw"),
-    Arm("lisa, 6 bytes", "lisa", SMALLEST, optim="lisa_adamw"),
-    Arm("lisa, drawn", "lisa", DRAWN),
-    Arm("lisa, always on, on host", "lisa", {"lisa_offload": "embed,head,rest"}),
-    Arm("lisa, embed and head frozen", "lisa", EMBED_FROZEN),
-)
+from lisa_dist.blocks import find_blocks
+from lisa_dist.selection import BlockSelection
+
+EIGHT = {"lisa_state_bits": "embed=8,head=8,layers=8"}
+SIX_BYTES = Arm("lisa, 6 bytes", "lisa", EIGHT | {"lisa_master": "bf16_sr"}, optim="lisa_adamw")
+DRAWN = Arm("lisa, drawn", "lisa", {"lisa_always_on": "rest"})
+ON_HOST = Arm("lisa, always on, on host", "lisa", {"lisa_offload": "embed,head,rest"})
+ENDS_FROZEN = Arm("lisa, embed and head frozen", "lisa", EMBED_FROZEN)
+LISA_ADAMW = Arm("lisa, lisa_adamw", "lisa", optim="lisa_adamw")
 ONE = {"lisa_activated_layers": 1}
+GAMMA_1, STATIC_1, CALLBACK_1 = (Arm(f"{name}, gamma 1", name, ONE) for name in ("lisa", "static", "callback"))
+CHECKPOINTED = tuple(replace(arm, name=f"{arm.name}, checkpointed", checkpointed="all") for arm in (FULL, GAMMA_1))
 # Of each shape: its name, layers (None: all), and the arms; the most telling first, in case time is short.
+POLICIES = (LISA, LORA_16, FULL, SIX_BYTES, STATIC, DRAWN, LORA_128, ON_HOST, ENDS_FROZEN, LISA_ADAMW)
 SHAPES = (
-    ("llama2-7b", 12, (FULL, LORA_16, Arm("lisa, gamma 1", "lisa", ONE), Arm("callback, gamma 1", "callback", ONE))),
-    ("llama2-7b", None, (LISA, LORA_16, FULL, POLICIES[2], LORA_128, *POLICIES[3:], POLICIES[1])),
-    ("llama3.1-8b", None, (LISA, LORA_16, FULL, POLICIES[2], LORA_128, *POLICIES[3:], POLICIES[1])),
+    ("llama2-7b", 12, (FULL, GAMMA_1, LORA_16, STATIC_1, CALLBACK_1, *CHECKPOINTED)),
+    ("llama2-7b", None, POLICIES),
+    ("llama3.1-8b", None, POLICIES),
 )
 # Dense bf16, in floating-point operations a second, by a part of the card's name.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -47,39 +54,64 @@ def attention() -> str:
     return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
 
 
-def measure(arm: Arm, config, arguments: argparse.Namespace) -> dict:
-    """Steps of one arm: medians, peak, parts; the last of them begins with a switch."""
+def draws_embed(arm: Arm, config) -> Arm:
+    """The same arm with the first seed by which the first period trains the embedding, if the arm draws it."""
+    if arm is not DRAWN:
+        return arm
+    with torch.device("meta"):
+        blocks = find_blocks(AutoModelForCausalLM.from_config(config))
+    for seed in itertools.count():
+        seeded = replace(arm, settings=arm.settings | {"lisa_seed": seed})
+        if "embed" in BlockSelection(seeded.config, blocks).draw(0).blocks:
+            return seeded
+
+
+def measure(arm: Arm, config, layers: tuple[int, ...], arguments: argparse.Namespace) -> dict:
+    """Steps of one period, the peak of one more, and the switch after it. `layers`: those of static."""
     kind = {"rows": arguments.rows, "dtype": torch.bfloat16, "interval": INTERVAL, "attention": attention()}
-    with RankGroup(1, Run, arm, config, "zero2", **kind) as ranks:
-        ranks.call("steps", WARMUP, arguments.length)
-        steps = [ranks.call("step", arguments.length)[0] for _ in range(INTERVAL - WARMUP - 1)]
-        peak = ranks.call("peak_bytes", arguments.length)[0]
-        live = ranks.call("live_bytes")[0]
-        planned = ranks.call("planned_bytes", arguments.length)[0]
-        switch = ranks.call("step", arguments.length)[0]["begin"] if arm.method == "lisa" else None
-    return {"steps": steps, "peak": peak, "live": live, "planned": planned, "switch": switch}
+    length, tokens = arguments.length, arguments.rows * arguments.length
+    with RankGroup(1, Run, draws_embed(arm, config), config, "zero2", layers=layers, **kind) as ranks:
+        ranks.call("steps", WARMUP, length)
+        steps = [ranks.call("step", length)[0] for _ in range(INTERVAL - WARMUP - 1)]
+        active, blocks = ranks.call("get", "active_layers")[0], ranks.call("get", "active_blocks")[0]
+        return {
+            "steps": steps,
+            "tokens": tokens,
+            "flops": flops_of_step(config, arm, tokens, length, active, blocks),
+            "active_layers": active,
+            "active_blocks": blocks,
+            "peak": ranks.call("peak_bytes", length)[0],
+            "live": ranks.call("live_bytes")[0],
+            "planned": ranks.call("planned_bytes", length)[0],
+            "switch": ranks.call("step", length)[0]["begin"] if arm.method == "lisa" else None,
+        }
+
+
+def by_turns() -> list[tuple[int, Arm]]:
+    """Shape by number and arm, in the order in which they run: the first of every shape, the second, and so on."""
+    numbered = [[(number, arm) for arm in arms] for number, (_, _, arms) in enumerate(SHAPES)]
+    return [one for turn in itertools.zip_longest(*numbered) for one in turn if one is not None]
 
 
 def run_all(arguments: argparse.Namespace) -> dict:
     """Every arm of every shape until time is up; what could not run says why."""
-    figures, started = {}, time.monotonic()
-    for model, num_layers, compared in SHAPES:
-        layers = num_layers if not arguments.rehearse else 4
-        config = shrunk_config(model, 64 if arguments.rehearse else 1, layers)
-        of_shape = figures[f"{model}, {num_layers or 'all'} layers"] = {}
-        for arm in compared:
-            tokens = arguments.rows * arguments.length
-            found = {"flops": flops_of_step(config, arm, tokens, arguments.length), "tokens": tokens}
-            if time.monotonic() - started > 60 * arguments.minutes:
-                found["not_run"] = "time was up"
-            else:
-                try:
-                    found |= measure(arm, config, arguments)
-                except RankError as error:  # of full training it is expected
-                    found["not_run"] = {"OutOfMemoryError": "out of memory"}.get(error.kind, str(error)[-600:])
-            of_shape[arm.name] = found
-            print(f"{model}, {layers or 'all'} layers, {arm.name}: "
-                  f"{found.get('not_run') or 'measured'}", flush=True)  # fmt: skip
+    figures, started, configs = {}, time.monotonic(), []
+    for model, num_layers, arms in SHAPES:
+        small = arguments.rehearse
+        configs.append(shrunk_config(model, 64 if small else 1, 4 if small else num_layers))
+        figures[f"{model}, {num_layers or 'all'} layers"] = {arm.name: {"not_run": "time was up"} for arm in arms}
+    for number, arm in by_turns():
+        title, of_shape = list(figures.items())[number]
+        if time.monotonic() - started > 60 * arguments.minutes:
+            break
+        lisa = next(found for name, found in of_shape.items() if name.startswith("lisa"))
+        try:
+            of_shape[arm.name] = measure(arm, configs[number], lisa.get("active_layers", (0,)), arguments)
+        except RankError as error:  # of full training it is expected
+            why = {"OutOfMemoryError": "out of memory"}.get(error.kind, str(error)[-600:])
+            of_shape[arm.name] = {"not_run": why}
+        print(f"{title}, {arm.name}: {of_shape[arm.name].get('not_run', 'measured')}", flush=True)
+        if arguments.results:
             write_results(arguments.results, figures, quiet=True)
     return figures
 
@@ -97,8 +129,9 @@ def rows_of(of_arms: dict, baseline: str, peak_flops: float | None) -> list[list
             [
                 name,
                 f"{found['peak'] / 2**30:.2f}",
-                f"{found['planned'] / found['peak'] - 1:+.1%}",
+                "-" if found["planned"] is None else f"{found['planned'] / found['peak'] - 1:+.1%}",
                 f"{found['tokens'] / seconds:.0f}",
+                f"{min(one['step'] for one in found['steps']):.3f}-{max(one['step'] for one in found['steps']):.3f}",
                 "-" if to_base is None else f"{to_base:.2f}",
                 *(f"{median(one[phase] for one in found['steps']):.3f}" for phase in PHASES[1:]),
                 "-" if found["switch"] is None else f"{found['switch']:.3f}",
@@ -108,19 +141,23 @@ def rows_of(of_arms: dict, baseline: str, peak_flops: float | None) -> list[list
     return rows
 
 
-HEADER = ("peak GiB", "planned", "tokens/s", "of first", *PHASES[1:], "switch s", "MFU")
+HEADER = ("peak GiB", "planned", "tokens/s", "step s", "of first", *PHASES[1:], "switch s", "MFU")
 
 
 def main() -> None:
     """Measure, print a table of each shape, draw peaks and speeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
+    parser.add_argument("--rows", type=positive, default=1)
+    parser.add_argument("--length", type=positive, default=2048, help="tokens of a row")
     parser.add_argument("--minutes", type=float, default=8, help="after which no further arm is begun")
     parser.add_argument("--peak_tflops", type=float, help="dense bf16 of the card, where it is not known here")
     parser.add_argument("--rehearse", action="store_true", help="with models of 4 layers and a 64th of the width")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "gpu.json")
+    parser.add_argument("--results", type=Path, help="results/gpu.json; a rehearsal writes none unless told to")
     arguments = parser.parse_args()
+    if arguments.results is None and not arguments.rehearse:
+        arguments.results = Path(__file__).parent / "results" / "gpu.json"
+    if arguments.peak_tflops is not None and arguments.peak_tflops <= 0:
+        parser.error(f"--peak_tflops {arguments.peak_tflops:g}: must be more than 0")
     if not arguments.rehearse and not torch.cuda.is_available():
         parser.error("there is no GPU; --rehearse runs the same on a CPU, with small models")
     figures = run_all(arguments)
@@ -131,8 +168,9 @@ def main() -> None:
     print("MFU counts the operations that a method cannot do without.")
     for shape, of_arms in figures.items():
         print_table([shape, *HEADER], rows_of(of_arms, next(iter(of_arms)), peak_flops))
-    write_results(arguments.results, figures)
-    plot(figures, arguments.results.with_suffix(".png"))
+    if arguments.results:
+        write_results(arguments.results, figures)
+        plot(figures, arguments.results.with_suffix(".png"))
 
 
 def plot(figures: dict, path: Path) -> None:

@@ -3,68 +3,80 @@
 python benchmarks/memory.py
 
 Every storage of tensors on every rank, by what it is: between two steps after the first one, after 10 and after 50
-switches (methods without switches take as many steps), then the peak of one longer step beside the plan of it. On CPU
-host and device are one, so what a policy puts on the host is counted too.
+switches (methods without switches take as many steps), then the peak of one longer step beside the plan of it, and of
+one that begins with a switch. Static has the layers that LISA has first. Where embedding and head are drawn, the peak
+is of a period that trains the embedding. On CPU host and device are one: what a policy puts on the host counts too.
 """
 
 from pathlib import Path
 
 import arms
-from arms import EMBED_FROZEN, Arm, Run, shrunk_config
-from bench import group_parser, print_table, stacked_bars, write_results
+from arms import EMBED_FROZEN, LISA, Arm, Run, parsed, shrunk_arms, shrunk_config
+from bench import group_parser, positive, print_table, stacked_bars, write_results
 from rank_group import RankGroup
 
+DRAWN = Arm("lisa, embed and head drawn", "lisa", {"lisa_always_on": "rest"})
 PERIOD, SHORT = 2, 16  # steps, tokens: switches are what is looked at
 POLICIES = (
     Arm("lisa, always-on states 8 bit", "lisa", {"lisa_state_bits": "embed=8,head=8,rest=8"}),
     Arm("lisa, always-on states on host", "lisa", {"lisa_offload": "embed,head,rest"}),
     Arm("lisa, states kept", "lisa", {"lisa_state": "keep"}),
-    Arm("lisa, embed and head drawn", "lisa", {"lisa_always_on": "rest"}),
+    DRAWN,
     Arm("lisa, embed and head frozen", "lisa", EMBED_FROZEN),
 )
-KINDS = ("weights", "masters", "moments", "other")  # gradients are gone between steps
-HEADER = ("held", "since first step", "of static", "peak", "planned", "asleep, changed")
+KINDS = ("weights", "gradients", "masters", "moments", "other")
+HEADER = ("held", "since first step", "of static", "peak", "planned", "peak with a switch", "asleep, changed")
 MIB = 2**20
 
 
-def arms_of(ds_config: str) -> tuple[Arm, ...]:
-    """Everything side by side, and on one stage LISA's policies too."""
-    return (*arms.SIDE_BY_SIDE, *(POLICIES if ds_config == "zero2" else ()))
+def arms_of(ds_config: str, shrink: int) -> tuple[Arm, ...]:
+    """Everything side by side, and on one stage LISA's policies too; LISA first, whose layers static takes over."""
+    others = [arm for arm in arms.SIDE_BY_SIDE if arm is not LISA]
+    return shrunk_arms((LISA, *others, *(POLICIES if ds_config == "zero2" else ())), shrink)
 
 
-def measure(arm: Arm, ds_config: str, arguments) -> dict:
+def measure(arm: Arm, ds_config: str, layers: tuple[int, ...], arguments) -> dict:
     """One arm on ranks of its own; of the ranks what the one takes that takes most."""
     config = shrunk_config(arguments.model, arguments.shrink, arguments.num_layers)
-    layers = (0, config.num_hidden_layers // 2)
     with RankGroup(arguments.ranks, Run, arm, config, ds_config, interval=PERIOD, layers=layers) as ranks:
-        live, taken = {}, 0
+        first_layers, live, taken = ranks.call("get", "active_layers")[0], {}, 0
         for switches in (0, *arguments.switches):
             until = switches * PERIOD + 1  # the first step of a period has made the moments
             ranks.call("steps", until - taken, SHORT)
             live[str(switches)], taken = max(ranks.call("live_bytes"), key=lambda parts: parts["total"]), until
         # The rest of the period, so that the next step but one is in the middle of one, as nearly all steps are.
         drift = ranks.call("drift", PERIOD - 1, SHORT)[0]
-        ranks.call("steps", 1, arguments.length)
+        ranks.call("begin_with_embed" if arm is DRAWN else "step", arguments.length)
+        planned = ranks.call("planned_bytes", arguments.length)
+        active_layers = ranks.call("get", "active_layers")[0]
         return {
             "live": live,
             "peak": max(ranks.call("peak_bytes", arguments.length)),
-            "planned": max(ranks.call("planned_bytes", arguments.length)),
-            "active_layers": ranks.call("get", "active_layers")[0],
+            "planned": None if None in planned else max(planned),
+            "peak_with_switch": max(ranks.call("peak_bytes", arguments.length)),
+            "first_layers": first_layers,
+            "active_layers": active_layers,
             "drift": drift,
         }
 
 
 def main() -> None:
     """Measure every arm under every config, one after another; print and draw what they hold."""
-    parser = group_parser(__doc__, "memory.json", shrink=32)
-    parser.add_argument("--configs", nargs="+", default=["zero2", "zero3"])
-    parser.add_argument("--switches", type=int, nargs="+", default=[10, 50], help="after which to look")
-    parser.add_argument("--length", type=int, default=256, help="tokens of the step whose peak is measured")
-    arguments = parser.parse_args()
+    parser = group_parser(__doc__, "memory.json", shrink=16)
+    stages = ("zero1", "zero2", "zero3")
+    parser.add_argument("--configs", nargs="+", choices=stages, default=stages[1:])
+    parser.add_argument("--switches", type=positive, nargs="+", default=[10, 50], help="after which to look")
+    parser.add_argument("--length", type=positive, default=256, help="tokens of the step whose peak is measured")
+    arguments = parsed(parser)
+    if arguments.switches != sorted(set(arguments.switches)):
+        parser.error(f"--switches {' '.join(map(str, arguments.switches))}: each must be more than the one before")
     figures = {}
     for ds_config in arguments.configs:
-        for arm in arms_of(ds_config):
-            figures.setdefault(ds_config, {})[arm.name] = measure(arm, ds_config, arguments)
+        of_arms: dict[str, dict] = {}
+        for arm in arms_of(ds_config, arguments.shrink):
+            layers = of_arms[LISA.name]["first_layers"] if of_arms else ()
+            of_arms[arm.name] = measure(arm, ds_config, layers, arguments)
+            figures[ds_config] = of_arms
             print(f"{ds_config}, {arm.name}: measured", flush=True)
     for ds_config, of_arms in figures.items():
         print_table([ds_config, *(f"{kind} MiB" for kind in KINDS), *HEADER], rows_of(of_arms))
@@ -90,7 +102,8 @@ def rows_of(of_arms: dict) -> list[list[str]]:
                 f"{held['total'] / found['live']['0']['total'] - 1:+.2%}",
                 f"{held['total'] / static:.3f}",
                 f"{found['peak'] / MIB:.2f}",
-                f"{found['planned'] / found['peak'] - 1:+.2%}",
+                "-" if found["planned"] is None else f"{found['planned'] / found['peak'] - 1:+.2%}",
+                f"{found['peak_with_switch'] / MIB:.2f}",
                 "-" if drift is None else f"{drift['changed'] / drift['elements']:.1%}",
             ]
         )

@@ -79,7 +79,7 @@ def plot(figures: dict, models: list[str], path: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = ("full", "LoRA r16", "LISA as published", "LISA, embed+head drawn", "LISA, drawn, 8 bit")
-    shown += ("LISA, states on host", "LISA, drawn, on host")
+    shown += ("LISA, drawn, 6 bytes", "LISA, states on host", "LISA, drawn, on host")
     colors = {"full": "#9ca3af", "LoRA r16": "#d9580d"}
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     for axes, model in zip(figure.subplots(1, len(models), sharey=True), models, strict=True):

@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from importlib.machinery import PathFinder
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking whether there is a GPU must not start it
 if PathFinder.find_spec("kernels", sys.path[1:]) is None:
@@ -63,18 +63,20 @@ class RankGroup:
         return self._receive()
 
     def _receive(self) -> list:
-        replies = []
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                failed, reply = pipe.recv()
-            except EOFError as error:
-                self.close()
-                raise RankError("died", f"rank {rank} has died") from error
-            if failed:
-                self.close()
-                raise RankError(failed, f"rank {rank}: {reply}")
-            replies.append(reply)
-        return replies
+        replies, waiting = {}, {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        while waiting:
+            # The first that speaks first: when a rank fails the others fail of it, or wait for it.
+            for pipe in wait(list(waiting)):
+                rank = waiting.pop(pipe)
+                try:
+                    failed, replies[rank] = pipe.recv()
+                except EOFError as error:
+                    self.close()
+                    raise RankError("died", f"rank {rank} has died") from error
+                if failed:
+                    self.close()
+                    raise RankError(failed, f"rank {rank}: {replies[rank]}")
+        return [replies[rank] for rank in range(len(replies))]
 
     def close(self) -> None:
         """End the processes."""

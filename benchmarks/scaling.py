@@ -1,4 +1,4 @@
-"""How do steps scale? 1 to 8 gloo ranks measured, strong and weak; 8 to 512 GPUs by a model that is checked on them.
+"""How do steps scale? 1 to 8 gloo ranks measured, strong and weak; 8 to 512 GPUs by a model of counted traffic.
 
 python benchmarks/scaling.py
 
@@ -22,9 +22,10 @@ On this machine, where C cores do everything:
 
 Fixed, row and optimizer are measured on single ranks, as many of them at a time as there are cores; the rest by single
 collectives of two ranks. Steps of 2, 4 and 8 ranks are predicted from that; no second of theirs goes into it.
-Assumed: ranks share the cores evenly, and none waits for another but in a collective's own time.
+Assumed: ranks share the cores evenly, and none waits for another but in a collective's own time. This checks what both
+machines have in common: the counted traffic, rings, and that compute, communication and AdamW add up.
 
-On GPUs, 2 bytes an element, gradient checkpointing of all layers:
+On GPUs, 2 bytes an element, gradient checkpointing of all layers, by calculation alone:
 
     forward = F_f / (flops * mfu)     backward = (F_b + F_f of the layers again) / (flops * mfu)
     optimizer = 50 bytes * active elements / N / memory bandwidth
@@ -51,14 +52,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from arms import FULL, LISA, Arm, Run, flops_of_step, shrunk_config
-from bench import print_table, write_results
+from arms import FULL, LISA, Arm, Run, flops_of_step, parsed, shrunk_config
+from bench import positive, print_table, run_on_cpu, write_results
 from communication import CONTROL, CollectiveCounter
 from rank_group import RankGroup
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lisa_dist.blocks import Blocks, find_blocks
+from lisa_dist.config import UserError
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.fake_run import FakeRun, Trained, Workload
 from lisa_dist.memory import live_tensor_bytes
@@ -547,6 +549,11 @@ def gpus_of(arguments: argparse.Namespace) -> Gpus:
 # What is told
 
 
+def apart(points: Sequence[dict]) -> list[dict]:
+    """Points without those that stand for strong and weak scaling both: one row a rank is measured once."""
+    return list({(one["ds_config"], one["arm"], one["ranks"], one["rows_a_rank"]): one for one in points}.values())
+
+
 def tell_here(measured: dict, strong_rows: int) -> None:
     """Print points of this machine, and what follows from them."""
     points = measured["points"]
@@ -558,6 +565,7 @@ def tell_here(measured: dict, strong_rows: int) -> None:
             str(point["ranks"]),
             str(point["rows_a_rank"]),
             f"{point['seconds']:.3f}",
+            f"{point['spread']:+.0%}",
             f"{point['predicted']:.3f}",
             f"{point['off']:+.0%}",
             f"{point['tokens_per_second']:.0f}",
@@ -566,8 +574,8 @@ def tell_here(measured: dict, strong_rows: int) -> None:
         for point in points
     ]
     print(f"{measured['cores']} cores: more ranks than these share them, and add no speed")
-    header = ["ds_config", "arm", "", "ranks", "rows a rank", "s/step", "model", "off", "tokens/s", "CPU ms/token"]
-    print_table(header, rows)
+    header = ["ds_config", "arm", "", "ranks", "rows a rank", "s/step", "longest", "model", "off"]
+    print_table([*header, "tokens/s", "CPU ms/token"], rows)
     memory = [
         [
             *(point["ds_config"], point["arm"], str(point["ranks"])),
@@ -583,7 +591,7 @@ def tell_here(measured: dict, strong_rows: int) -> None:
     planned = [word for name in ("states", "live", "peak") for word in (f"{name} MB", "planned")]
     print_table(["ds_config", "arm", "ranks", *planned], memory)
     for ranks in sorted({point["ranks"] for point in points}):
-        off = [abs(point["off"]) for point in points if point["ranks"] == ranks]
+        off = [abs(point["off"]) for point in apart(points) if point["ranks"] == ranks]
         print(f"{ranks} ranks: the model is {statistics.median(off):.0%} off (median), {max(off):.0%} at most")
     most = max(point["ranks"] for point in points)
     for name, alone in measured["single_rank"].items():
@@ -694,24 +702,24 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = made.add_argument
     add("--model", default="llama2-7b", help="that is measured: a shipped config, folder or hub id")
-    add("--shrink", type=int, default=16, help="its widths and vocabulary are divided by this")
-    add("--num_layers", type=int, default=8, help="of it")
-    add("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    add("--shrink", type=positive, default=16, help="its widths and vocabulary are divided by this")
+    add("--num_layers", type=positive, default=8, help="of it")
+    add("--ranks", type=positive, nargs="+", default=[1, 2, 4, 8])
     add("--configs", nargs="+", default=CONFIGS, choices=CONFIGS)
     add("--strong_rows", type=int, default=8, help="rows of a strong step, of all ranks together")
-    add("--small_length", type=int, default=192, help="tokens of a row that is measured")
-    add("--steps", type=int, default=5, help="that a median is of, after a warm-up")
+    add("--small_length", type=positive, default=192, help="tokens of a row that is measured")
+    add("--steps", type=positive, default=5, help="that a median is of, after a warm-up")
     add("--large", default="llama2-70b", help="whose steps are told by the model")
-    add("--gpus", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512])
-    add("--rows", type=int, default=1, help="of a GPU and micro-batch")
-    add("--batch_rows", type=int, default=512, help="of a step of constant size, in as many micro-batches as it takes")
-    add("--length", type=int, nargs="+", default=[2048, 4096], help="tokens of a row")
+    add("--gpus", type=positive, nargs="+", default=[8, 16, 32, 64, 128, 256, 512])
+    add("--rows", type=positive, default=1, help="of a GPU and micro-batch")
+    add("--batch_rows", type=positive, default=512, help="of a step of constant size, in micro-batches of --rows")
+    add("--length", type=positive, nargs="+", default=[2048, 4096], help="tokens of a row")
     add("--flops", type=float, default=989e12, help="peak of a GPU; the default is an H100's in bf16")
     add("--mfu", type=float, default=0.45, help="of the peak that matrix products reach")
     add("--memory_gbs", type=float, default=3350, help="of a GPU's own memory")
     add("--intra_gbs", type=float, default=450, help="of a GPU within its node and one direction; NVLink")
     add("--inter_gbs", type=float, default=50, help="of a GPU between nodes; a NIC of 400 Gb/s for each")
-    add("--gpus_per_node", type=int, default=8)
+    add("--gpus_per_node", type=positive, default=8)
     add("--call_us", type=float, default=8.4, help="of a collective before its first hop; as NCCL has it of a ring")
     add("--intra_hop_us", type=float, default=3.4, help="of a hop within a node; the same")
     add("--inter_hop_us", type=float, default=9.6, help="of a hop between nodes; the same")
@@ -722,11 +730,21 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Measure, tell the large model's steps, and write all of it."""
-    arguments = parser().parse_args()
+    run_on_cpu()
+    made = parser()
+    arguments = parsed(made)
+    for name in ("flops", "mfu", "memory_gbs", "intra_gbs", "inter_gbs"):
+        if getattr(arguments, name) <= 0:
+            made.error(f"--{name} {getattr(arguments, name):g}: must be more than 0")
+    try:
+        parse_bytes("--gpu_memory", arguments.gpu_memory)
+        load_model_config(arguments.large)
+    except UserError as error:
+        made.error(str(error).replace("--model", "--large"))
     if unfit := [ranks for ranks in arguments.ranks if arguments.strong_rows % ranks]:
-        raise SystemExit(f"--strong_rows {arguments.strong_rows}: not divisible by --ranks {unfit[0]}.")
+        made.error(f"--strong_rows {arguments.strong_rows}: not divisible by --ranks {unfit[0]}")
     if arguments.strong_rows < 2:
-        raise SystemExit(f"--strong_rows {arguments.strong_rows}: at least 2, for seconds of a row.")
+        made.error(f"--strong_rows {arguments.strong_rows}: at least 2, for seconds of a row")
     with RankGroup(2, Ranks) as pair:
         measured = measure(arguments, pair)
         tell_here(measured, arguments.strong_rows)

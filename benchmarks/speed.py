@@ -2,19 +2,20 @@
 
 python benchmarks/speed.py
 
-The arms take turns, a step each, in another order every round, on ranks of their own that wait otherwise. LISA stays in
-its first period meanwhile, with the layers that static has too; then it switches, and the two take turns once more.
-Ratios are of steps of the same round: their median, and the least and the most.
+The arms take turns, a step each, in an order that is drawn anew every round, on ranks of their own that wait otherwise.
+LISA stays in its first period meanwhile, with the layers that static has too; then it switches, and the two take turns
+once more. Ratios are of steps of the same round: their median, and the least and the most.
 """
 
 import argparse
+import random
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import arms
-from arms import EMBED_FROZEN, FULL, LISA, PHASES, STATIC, Arm, Run, flops_of_step, shrunk_config
-from bench import group_parser, print_table, stacked_bars, write_results
+from arms import EMBED_FROZEN, FULL, LISA, PHASES, STATIC, Arm, Run, flops_of_step, parsed, shrunk_arms, shrunk_config
+from bench import group_parser, positive, print_table, stacked_bars, write_results
 from rank_group import RankGroup
 
 from lisa_dist.recompute import AUTO, fewest_layers
@@ -39,7 +40,6 @@ class Comparison:
         self.config = shrunk_config(arguments.model, arguments.shrink, arguments.num_layers)
         self._interval = WARMUP + arguments.repeats  # the step after them is LISA's first with a switch
         self.groups: dict[str, RankGroup] = {}
-        self.records: dict[str, list[dict]] = {arm.name: [] for arm in compared}
         self.checkpointed: dict[str, int | str] = {arm.name: arm.checkpointed for arm in compared}
         for arm in sorted(compared, key=lambda arm: arm.method != "lisa"):
             twin = self.groups.get(LIMIT.get(arm.name))
@@ -63,11 +63,11 @@ class Comparison:
         return fewest
 
     def take_turns(self, names: list[str]) -> dict[str, list[dict]]:
-        """Rounds of a step each, every round beginning with another arm; of the ranks the slowest counts."""
+        """Rounds of a step each, every round in an order of its own; of the ranks the slowest counts."""
         taken: dict[str, list[dict]] = {name: [] for name in names}
-        for turn in range(self._arguments.repeats):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+        order = random.Random(0)
+        for _ in range(self._arguments.repeats):
+            for name in order.sample(names, len(names)):
                 taken[name].append(max(self.groups[name].call("step", self._length), key=lambda times: times["step"]))
         return taken
 
@@ -84,6 +84,7 @@ def compare(compared: tuple[Arm, ...], ds_config: str, arguments) -> dict:
     layers = {name: group.call("get", "active_layers")[0] for name, group in comparison.groups.items()}
     switched = {name: max(comparison.groups[name].call("step", arguments.length), key=lambda times: times["begin"])
                 for name in names if name.startswith("lisa")}  # fmt: skip
+    parameters = {name: group.call("numel")[0] for name, group in comparison.groups.items()}
     pair = [name for name in ("static", "lisa") if name in names]
     after = comparison.take_turns(pair) if pair else {}
     comparison.close()
@@ -91,6 +92,7 @@ def compare(compared: tuple[Arm, ...], ds_config: str, arguments) -> dict:
     figures = {}
     for arm in compared:
         figures[arm.name] = {
+            "parameters": parameters[arm.name],
             "steps": taken[arm.name],
             "after_a_switch": after.get(arm.name, []),
             "switch": switched[arm.name]["begin"] if arm.name in switched else None,
@@ -144,23 +146,30 @@ HEADER = ("step s", *PHASES[1:], "switch", "tokens/s", "GFLOP/s a rank", "of sta
 def main() -> None:
     """Compare on every stage, and on one the rest too; print and draw."""
     parser = group_parser(__doc__, "speed.json", shrink=16)
-    parser.add_argument("--configs", nargs="+", default=["zero1", "zero2", "zero3"])
-    parser.add_argument("--rows", type=int, default=1, help="of a rank")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
-    parser.add_argument("--repeats", type=int, default=11)
-    arguments = parser.parse_args()
+    stages = ("zero1", "zero2", "zero3")
+    parser.add_argument("--configs", nargs="+", choices=stages, default=stages)
+    parser.add_argument("--rows", type=positive, default=1, help="of a rank")
+    parser.add_argument("--length", type=positive, default=256, help="tokens of a row")
+    parser.add_argument("--repeats", type=positive, default=11)
+    arguments = parsed(parser)
+    if arguments.shrink % 2:
+        parser.error(
+            f"--shrink {arguments.shrink}: static and LISA are compared at half of it too; take an even number"
+        )
+    side_by_side = shrunk_arms(arms.SIDE_BY_SIDE, arguments.shrink)
+    sections = {ds_config: (side_by_side, ds_config, arguments) for ds_config in arguments.configs}
+    for ds_config in arguments.configs:
+        sections[f"{ds_config}, twice the width"] = ((STATIC, LISA), ds_config, wider(arguments))
+    more = arguments.configs[len(arguments.configs) // 2]
+    sections[f"{more}, frozen embeddings and checkpointing"] = ((FULL, *FROZEN, *CHECKPOINTED), more, arguments)
     figures = {}
-    for ds_config in arguments.configs:
-        figures[ds_config] = compare(arms.SIDE_BY_SIDE, ds_config, arguments)
-        print_table([ds_config, *HEADER], rows_of(figures[ds_config]))
-        lisa, static = (figures[ds_config][name]["after_a_switch"] for name in ("lisa", "static"))
-        print(f"after a switch, lisa of static: {spread(ratios(lisa, static))}")
-    for ds_config in arguments.configs:
-        figures[f"{ds_config}, twice the width"] = found = compare((STATIC, LISA), ds_config, wider(arguments))
-        print_table([ds_config, *HEADER], rows_of(found))
-    more = "zero2, embeddings frozen and gradient checkpointing"
-    figures[more] = compare((FULL, *FROZEN, *CHECKPOINTED), "zero2", arguments)
-    print_table([more, *HEADER], rows_of(figures[more]))
+    for title, section in sections.items():
+        figures[title] = found = compare(*section)
+        print_table([title, *HEADER], rows_of(found))
+        if "static" in found:
+            after = ratios(*(found[name]["after_a_switch"] for name in ("lisa", "static")))
+            print(f"after a switch, lisa of static: {spread(after)}")
+        write_results(arguments.results, figures, quiet=True)  # in case a later one fails
     write_results(arguments.results, figures)
     plot(figures, arguments.results.with_suffix(".png"))
 

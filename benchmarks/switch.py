@@ -2,7 +2,8 @@
 
 python benchmarks/switch.py
 
-Every second step begins with a switch. The others are whole steps of --length tokens, for the share of a period of K
+Periods of three steps. The first begins with the switch, and it and the second may take longer besides: stage 3 learns
+the order of modules anew. So what a switch costs is both, less two steps like the third; its share is of a period of K
 steps. Seconds are of the slowest rank, medians over the switches. Where the time goes is from a profile of more of
 them, as shares, since profiling itself takes time.
 """
@@ -14,12 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from arms import LISA, Run, shrunk_config
-from bench import group_parser, print_table, write_results
+from arms import LISA, Run, parsed, shrunk_config
+from bench import group_parser, positive, print_table, write_results
 from rank_group import RankGroup
 
-PERIOD, SHORT = 2, 16  # steps, tokens of the steps that begin with a switch
+PERIOD, SHORT = 3, 16  # steps, tokens of a step that is not timed
 INTERVALS = (1, 5, 20, 50)
+GAMMAS = (1, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class SwitchedRun(Run):
     """A run of LISA that tells of its switches."""
 
     def last_record(self) -> dict[str, int]:
-        """States of this rank before and after the last switch, in bytes."""
+        """Of this rank, in bytes: its states now, and what the last switch let go of."""
         record = self.lisa.records[-1]
         held = sum(state.nbytes for state in self.lisa.partition_states().values())
         return {"state_bytes": held, "bytes_released": record.bytes_released}
@@ -73,7 +75,7 @@ def cells_of(shrink: int) -> list[Cell]:
     for ds_config in ("zero2", "zero3"):
         small = Cell(ds_config, 2 * shrink)
         cells += [small, replace(small, shrink=4 * shrink)]
-        cells += [replace(small, gamma=gamma) for gamma in (1, 4, 8)]
+        cells += [replace(small, gamma=gamma) for gamma in GAMMAS]
         cells += [replace(small, ranks=ranks) for ranks in (1, 4)]
     return cells
 
@@ -83,39 +85,54 @@ def measure(cell: Cell, arguments) -> dict:
     config = shrunk_config(arguments.model, cell.shrink, arguments.num_layers)
     arm = replace(LISA, settings={"lisa_activated_layers": cell.gamma})
     with RankGroup(cell.ranks, SwitchedRun, arm, config, cell.ds_config, interval=PERIOD) as ranks:
-        ranks.call("steps", PERIOD, SHORT)
-        switches, steps, records = [], [], []
-        for _ in range(arguments.switches + 1):
-            switches.append(max(times["begin"] for times in ranks.call("step", SHORT)))
+        ranks.call("steps", 2 * PERIOD, SHORT)  # the first switch meets what is done once
+        switches, firsts, seconds, steps, records = [], [], [], [], []
+        for _ in range(arguments.switches):
+            first = ranks.call("step", arguments.length)
+            switches.append(max(times["begin"] for times in first))
             records.append(ranks.call("last_record")[0])
-            steps.append(max(times["step"] for times in ranks.call("step", arguments.length)))
+            firsts.append(max(times["step"] for times in first))
+            for taken in (seconds, steps):
+                taken.append(max(times["step"] for times in ranks.call("step", arguments.length)))
         shares: Counter[str] = Counter()
         for _ in range(3):
             shares.update(ranks.call("profiled_switch", SHORT)[0])
-            ranks.call("steps", 1, SHORT)
+            ranks.call("steps", PERIOD - 1, SHORT)
         whole = sum(seconds for name, seconds in shares.items() if not name.startswith("repartition: "))
-        return {
-            "switch_seconds": switches[1:],  # the first one meets what is done once
-            "step_seconds": steps[1:],
+        times = {
+            "switch_seconds": switches,
+            "first_step_seconds": firsts,  # with the switch
+            "second_step_seconds": seconds,
+            "step_seconds": steps,
+        }
+        return times | {
+            "cost_seconds": cost(times),
+            "share_of_period": {str(interval): share(times, interval) for interval in INTERVALS},
             "state_bytes_of_rank_0": records[-1]["state_bytes"],
             "bytes_released": median(record["bytes_released"] for record in records),
-            "shares": {name: seconds / whole for name, seconds in shares.most_common() if seconds > 0.01 * whole},
+            "of_time": {name: seconds / whole for name, seconds in shares.most_common() if seconds > 0.01 * whole},
             "parameters": ranks.call("numel")[0],
         }
 
 
-def share(found: dict, interval: int) -> float:
-    """Of a period of so many steps, what its switch takes."""
-    switch = median(found["switch_seconds"])
-    return switch / (switch + interval * median(found["step_seconds"]))
+def cost(times: dict[str, list[float]]) -> float:
+    """Seconds that a period takes beyond as many ordinary steps: the switch, and what it makes slower after it."""
+    first, second, step = (median(times[f"{which}_seconds"]) for which in ("first_step", "second_step", "step"))
+    # Besides the switch the steps of stages 1 and 2 differ by noise alone, which may be less than nothing.
+    return max(first + second - 2 * step, median(times["switch_seconds"]))
+
+
+def share(times: dict[str, list[float]], interval: int) -> float:
+    """Of a period of so many steps, what its switch costs."""
+    return cost(times) / (cost(times) + interval * median(times["step_seconds"]))
 
 
 def main() -> None:
     """Measure every cell; print seconds, shares, bytes, and where the time goes."""
     parser = group_parser(__doc__, "switch.json", shrink=8)
-    parser.add_argument("--length", type=int, default=256, help="tokens of a step that is compared with")
-    parser.add_argument("--switches", type=int, default=7)
-    arguments = parser.parse_args()
+    parser.add_argument("--length", type=positive, default=256, help="tokens of a step that is timed")
+    parser.add_argument("--switches", type=positive, default=5)
+    arguments = parsed(parser, max(GAMMAS))
     figures, rows = {}, []
     for cell in cells_of(arguments.shrink):
         figures[cell.name] = found = measure(cell, arguments)
@@ -125,17 +142,18 @@ def main() -> None:
                 cell.name,
                 f"{found['parameters'] / 1e6:.1f} M",
                 f"{median(times):.3f} ({min(times):.3f}-{max(times):.3f})",
+                f"{found['cost_seconds']:.3f}",
                 f"{median(found['step_seconds']):.2f}",
-                *(f"{share(found, interval):.2%}" for interval in INTERVALS),
+                *(f"{of_period:.2%}" for of_period in found["share_of_period"].values()),
                 f"{found['state_bytes_of_rank_0'] / 2**20:.2f}",
                 f"{found['bytes_released'] / 2**20:.2f}",
             ]
         )
         print(" ".join(rows[-1]), flush=True)
-    header = ["", "parameters", "switch s", "step s", *(f"of K = {interval}" for interval in INTERVALS)]
-    print_table([*header, "states MiB", "released MiB"], rows)
+    header = ["", "parameters", "switch s", "with what follows", "step s"]
+    print_table([*header, *(f"of K = {interval}" for interval in INTERVALS), "states MiB", "released MiB"], rows)
     for name, found in figures.items():
-        print(f"{name}: " + ", ".join(f"{part} {of:.0%}" for part, of in found["shares"].items()))
+        print(f"{name}: " + ", ".join(f"{part} {of:.0%}" for part, of in found["of_time"].items()))
     write_results(arguments.results, figures)
     plot(figures, arguments.results.with_suffix(".png"))
 
@@ -147,7 +165,7 @@ def plot(figures: dict, path: Path) -> None:
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
     for name, found in list(figures.items())[:5]:
-        axes.plot(INTERVALS, [100 * share(found, interval) for interval in INTERVALS], "o-", label=name)
+        axes.plot(INTERVALS, [100 * of_period for of_period in found["share_of_period"].values()], "o-", label=name)
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set(xscale="log", yscale="log", xlabel="K, steps of a period", ylabel="% of a period that its switch takes")
     axes.set_xticks(INTERVALS, [str(interval) for interval in INTERVALS])

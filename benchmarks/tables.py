@@ -335,12 +335,14 @@ def policies(benchmarks: Benchmarks) -> Rows:
         "(`--lisa_offload embed,head,rest,layers`)",
     }
     figures = benchmarks.figures("policies")
-    columns = [f"{model}, {length} tokens" for model in ("llama2-7b", "llama3.1-8b") for length in (1024, 4096)]
+    lengths = {"1024": "1024 tokens, 0", "4096": "4096 tokens, 0", "1024, all checkpointed": "1024 tokens, 32"}
+    models = {"LLaMA-2-7B": "llama2-7b", "Llama-3.1-8B": "llama3.1-8b"}
+    columns = [f"{model}, {length} checkpointed" for model in models.values() for length in lengths.values()]
     rows = [
-        [shown, *(gib(figures[f"{column}, 0 checkpointed, {name}"]["gpu"]["peak"]) for column in columns)]
+        [shown, *(gib(figures[f"{column}, {name}"]["gpu"]["peak"]) for column in columns)]
         for name, shown in names.items()
     ]
-    return [["", "LLaMA-2-7B, 1024 tokens", "4096", "Llama-3.1-8B, 1024", "4096"], *rows]
+    return [["", *(f"{model}, {length}" for model in models for length in lengths)], *rows]
 
 
 SIDE_BY_SIDE = ("full", "lora r16", "lora r128", "callback", "static", "lisa")
@@ -351,10 +353,14 @@ def middle(steps: list[dict], part: str = "step") -> float:
     return statistics.median(step[part] for step in steps)
 
 
-def ratio(of: dict, to: dict) -> str:
-    """Of speed.py the median of two arms' steps, round by round, and the least and the most."""
-    each = [one["step"] / other["step"] for one, other in zip(of["steps"], to["steps"], strict=True)]
-    return f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
+def ratios(of: dict, to: dict, steps: str = "steps") -> list[float]:
+    """Of speed.py, two arms' steps, one over the other, round by round."""
+    return [one["step"] / other["step"] for one, other in zip(of[steps], to[steps], strict=True)]
+
+
+def spread(each: list[float], digits: int = 2) -> str:
+    """The median, and the least and the most."""
+    return f"{statistics.median(each):.{digits}f} ({min(each):.{digits}f} to {max(each):.{digits}f})"
 
 
 def held(arm: dict) -> int:
@@ -371,74 +377,132 @@ def moved(arm: dict) -> str:
 def headline(benchmarks: Benchmarks) -> Rows:
     """What each method takes, in parts of full training."""
     bytes_held, steps = benchmarks.figures("memory")["zero2"], benchmarks.figures("speed")["zero2"]
-    sent = benchmarks.figures("communication")["counted"]["zero2"]
-    rows = [["of full training's, ZeRO-2, two ranks", "memory between steps", "time of a step", "FLOPs of a step",
-             "bytes sent", "sleeping weights that move"]]  # fmt: skip
+    rows = [["of full training's, ZeRO-2, two ranks", "memory between steps", "peak of a step", "time of a step",
+             "FLOPs of a step", "bytes sent", "sleeping weights that move"]]  # fmt: skip
     for arm in SIDE_BY_SIDE:
-        of_sent = sum(sent[arm]["moments"]["step"]["counted"].values())
         rows.append(
             [
                 arm,
                 percent(held(bytes_held[arm]) / held(bytes_held["full"]), 0),
-                percent(middle(steps[arm]["steps"]) / middle(steps["full"]["steps"]), 0),
+                percent(bytes_held[arm]["peak"] / bytes_held["full"]["peak"], 0),
+                percent(statistics.median(ratios(steps[arm], steps["full"])), 0),
                 percent(steps[arm]["flops"] / steps["full"]["flops"], 0),
-                percent(of_sent / sum(sent["full"]["moments"]["step"]["counted"].values()), 0),
+                percent(sent(benchmarks, "zero2", arm), 0),
                 moved(bytes_held[arm]),
             ]
         )
     return rows
 
 
+def sent(benchmarks: Benchmarks, ds_config: str, arm: str) -> float:
+    """Of communication.py, what a rank sends in a step, in parts of full training's."""
+    arms = benchmarks.figures("communication")["counted"][ds_config]
+    return arms[arm]["moments"]["step"]["wire"] / arms["full"]["moments"]["step"]["wire"]
+
+
 @table("memory_held")
 def memory_held(benchmarks: Benchmarks) -> Rows:
     """Of every arm of memory.py what it holds, by what it is, and its peak beside the plan."""
-    kinds = ("weights", "masters", "moments", "other")
-    rows = [["MiB of a rank", *kinds, "all, after 50 switches", "after the first step", "peak of a step", "its plan",
-             "asleep, moved"]]  # fmt: skip
-    for ds_config, of_arms in benchmarks.figures("memory").items():
+    figures, kinds = benchmarks.figures("memory"), ("weights", "gradients", "masters", "moments", "other")
+    rows = [["MiB of a rank", *kinds, f"all, after {last_switch(figures)} switches", "after the first step",
+             "peak of a step", "its plan", "peak with a switch", "asleep, moved"]]  # fmt: skip
+    for ds_config, of_arms in figures.items():
         for name, arm in of_arms.items():
             first, *_, last = arm["live"].values()
             sizes = [*(last[kind] for kind in kinds), last["total"], first["total"], arm["peak"]]
-            off = f"{100 * (arm['planned'] / arm['peak'] - 1):+.1f}%"
-            rows.append([f"{ds_config}, {name}", *(f"{size / 2**20:.1f}" for size in sizes), off, moved(arm)])
+            off = "-" if arm["planned"] is None else f"{100 * (arm['planned'] / arm['peak'] - 1):+.1f}%"
+            row = [f"{ds_config}, {name}", *(f"{size / 2**20:.1f}" for size in sizes), off]
+            rows.append([*row, f"{arm['peak_with_switch'] / 2**20:.1f}", moved(arm)])
     return rows
 
 
-@table("speed_steps")
-def speed_steps(benchmarks: Benchmarks) -> Rows:
+def last_switch(figures: dict) -> str:
+    """After how many switches memory.py has looked last."""
+    return list(figures["zero2"]["lisa"]["live"])[-1]
+
+
+STATIC_OF = {name: name.replace("lisa", "static") for name in ("lisa", "lisa, embed frozen", "lisa, checkpointed")}
+
+
+def step_rows(of_sections: dict[str, dict]) -> Rows:
+    """A row of each arm of sections of speed.py in which full training runs too."""
     rows = [["", "step s", "forward", "backward", "optimizer", "of static's step", "of full's step", "FLOPs of full's"]]
-    for ds_config, of_arms in benchmarks.figures("speed").items():
+    for title, of_arms in of_sections.items():
         for name, arm in of_arms.items():
-            twin = {"lisa, embed frozen": "static, embed frozen", "lisa, checkpointed": "static, checkpointed"}
-            static = of_arms.get(twin.get(name, "static" if name == "lisa" else ""))
-            phases = [f"{middle(arm['steps'], part):.2f}" for part in ("step", "forward", "backward", "optimizer")]
-            where = ds_config if "width" in ds_config else ds_config.split(",")[0]
+            static = of_arms.get(STATIC_OF.get(name))
             rows.append(
                 [
-                    f"{where}, {name}",
-                    *phases,
-                    "-" if static is None else ratio(arm, static),
-                    ratio(arm, of_arms["full"]) if "full" in of_arms else "-",
-                    f"{arm['flops'] / of_arms['full']['flops']:.2f}" if "full" in of_arms else "-",
+                    f"{title}, {name}",
+                    *(f"{middle(arm['steps'], part):.2f}" for part in ("step", "forward", "backward", "optimizer")),
+                    "-" if static is None else spread(ratios(arm, static)),
+                    spread(ratios(arm, of_arms["full"])),
+                    f"{arm['flops'] / of_arms['full']['flops']:.2f}",
                 ]
             )
     return rows
 
 
+@table("speed_steps")
+def speed_steps(benchmarks: Benchmarks) -> Rows:
+    """Of every stage the arms side by side."""
+    return step_rows({name: arms for name, arms in benchmarks.figures("speed").items() if "callback" in arms})
+
+
+@table("speed_more")
+def speed_more(benchmarks: Benchmarks) -> Rows:
+    """With embeddings frozen and with checkpointing."""
+    figures = benchmarks.figures("speed")
+    return step_rows({name.split(",")[0]: arms for name, arms in figures.items() if "full, checkpointed" in arms})
+
+
+@table("speed_of_static")
+def speed_of_static(benchmarks: Benchmarks) -> Rows:
+    """LISA's step in parts of static's: of each stage and width, in the first period and after a switch."""
+    rows = [["LISA's step, of static's", "parameters", "in the first period", "after a switch"]]
+    for title, arms in benchmarks.figures("speed").items():
+        if "lisa" in arms:
+            each = [spread(ratios(arms["lisa"], arms["static"], which), 3) for which in ("steps", "after_a_switch")]
+            rows.append([title, f"{arms['lisa']['parameters'] / 1e6:.0f} M", *each])
+    return rows
+
+
 @table("zero_switch")
 def switch(benchmarks: Benchmarks) -> Rows:
-    rows = [["", "parameters", "switch s", "step s", "of K = 1", "K = 5", "K = 20", "K = 50"]]
-    for name, cell in benchmarks.figures("switch").items():
-        step, one = (statistics.median(cell[f"{what}_seconds"]) for what in ("step", "switch"))
-        shares = [percent(one / (one + interval * step), 2) for interval in (1, 5, 20, 50)]
-        rows.append([name, f"{cell['parameters'] / 1e6:.0f} M", f"{one:.3f}", f"{step:.2f}", *shares])
+    cells = benchmarks.figures("switch")
+    intervals = next(iter(cells.values()))["share_of_period"]
+    rows = [["", "parameters", "switch s", "with what follows", "step s", "states MiB a rank", "MiB let go",
+             *(f"of K = {interval}" for interval in intervals)]]  # fmt: skip
+    for name, cell in cells.items():
+        each = cell["switch_seconds"]
+        rows.append(
+            [
+                name,
+                f"{cell['parameters'] / 1e6:.0f} M",
+                f"{statistics.median(each):.3f} ({min(each):.3f} to {max(each):.3f})",
+                f"{cell['cost_seconds']:.3f}",
+                f"{statistics.median(cell['step_seconds']):.2f}",
+                *(f"{cell[key] / 2**20:.1f}" for key in ("state_bytes_of_rank_0", "bytes_released")),
+                *(percent(share, 2) for share in cell["share_of_period"].values()),
+            ]
+        )
+    return rows
+
+
+@table("zero_switch_time")
+def where_a_switch_spends_its_time(benchmarks: Benchmarks) -> Rows:
+    """Of the first cells, which are the stages, the parts of a switch that take most."""
+    rows = [["", "what takes the time of a switch"]]
+    for name, cell in list(benchmarks.figures("switch").items())[:3]:
+        parts = {part: percent(share, 0) for part, share in cell["of_time"].items() if share > 0.1}
+        rows.append([name, named({f"`{part}`": share for part, share in parts.items()})])
     return rows
 
 
 @table("scaling_ranks")
 def scaling_ranks(benchmarks: Benchmarks) -> Rows:
     """Steps of this machine's ranks, measured and by the model."""
-    rows = [["", "ranks", "rows a rank", "step s", "by the model", "off", "CPU ms a token", "states MB a rank"]]
+    rows = [["", "ranks", "rows a rank", "step s", "longest", "by the model", "off", "CPU ms a token",
+             "states MB a rank"]]  # fmt: skip
     for point in benchmarks.figures("scaling")["here"]["points"]:
         rows.append(
             [
@@ -446,6 +510,7 @@ def scaling_ranks(benchmarks: Benchmarks) -> Rows:
                 f"{point['ranks']}",
                 f"{point['rows_a_rank']}",
                 f"{point['seconds']:.2f}",
+                f"{100 * point['spread']:+.0f}%",
                 f"{point['predicted']:.2f}",
                 f"{100 * point['off']:+.0f}%",
                 f"{1e3 * point['cpu_seconds_a_token']:.2f}",
@@ -474,13 +539,9 @@ def scaling_of_a_large_model(benchmarks: Benchmarks) -> Rows:
 def communication_step(benchmarks: Benchmarks) -> Rows:
     """Bytes of a step in parts of full training's, by DeepSpeed config."""
     counted = benchmarks.figures("communication")["counted"]
-
-    def sent(ds_config: str, arm: str) -> int:
-        return sum(counted[ds_config][arm]["moments"]["step"]["counted"].values())
-
-    rows = [["bytes of a step, of full training's", "active share", *counted, "equal to the formula"]]
+    rows = [["sent by a rank in a step, of full training's", "active share", *counted, "equal to the formula"]]
     for arm in SIDE_BY_SIDE:
-        of_full = [percent(sent(ds_config, arm) / sent(ds_config, "full")) for ds_config in counted]
+        of_full = [percent(sent(benchmarks, ds_config, arm)) for ds_config in counted]
         equal = all(counted[ds_config][arm]["equal"] for ds_config in counted)
         rows.append([arm, percent(counted["zero2"][arm]["active_share"]), *of_full, "yes" if equal else "no"])
     return rows
@@ -489,9 +550,9 @@ def communication_step(benchmarks: Benchmarks) -> Rows:
 @table("communication_70b")
 def communication_of_a_large_model(benchmarks: Benchmarks) -> Rows:
     ((title, of_stages),) = benchmarks.figures("communication")["by_formula_alone"].items()
-    rows = [[f"GB of a step, {title}", "full", "LISA", "LISA with a switch in 20 steps"]]
+    rows = [[f"GB that a rank sends in a step, {title}", "full", "LISA", "LISA with a switch in 20 steps"]]
     for ds_config, arms in of_stages.items():
-        steps = [sum(arms[arm]["step"].values()) / 1e9 for arm in ("full", "lisa")]
+        steps = [arms[arm]["wire"] / 1e9 for arm in ("full", "lisa")]
         rows.append([ds_config, *(f"{step:.2f}" for step in steps), f"{arms['lisa']['mean_of_period'] / 1e9:.2f}"])
     return rows
 
@@ -589,6 +650,19 @@ def of_forms(figures: dict) -> str:
     return f"held-out losses of {len(losses)} forms: {loss(min(losses))} to {loss(max(losses))}"
 
 
+@latest("gpu")
+def of_gpu(figures: dict) -> str:
+    """Of each shape peak and speed of what has run, or that it has not."""
+    shapes = []
+    for shape, arms in figures.items():
+        ran = {name: arm for name, arm in arms.items() if "not_run" not in arm}
+        speed = {name: arm["tokens"] / statistics.median(step["step"] for step in arm["steps"])
+                 for name, arm in ran.items()}  # fmt: skip
+        said = {name: f"{gib(arm['peak'])} GiB {speed[name]:.0f} tokens/s" for name, arm in ran.items()}
+        shapes.append(f"{shape}: {named(said) or 'nothing has run'}")
+    return "; ".join(shapes)
+
+
 @latest("health")
 def of_health(figures: dict) -> str:
     return f"of a step: {named({name: percent(one['share_of_step'], 3) for name, one in figures.items()})}"
@@ -619,25 +693,25 @@ def of_loading(figures: dict) -> str:
 def of_memory(figures: dict) -> str:
     zero2 = figures["zero2"]
     shown = named({arm: percent(held(zero2[arm]) / held(zero2["static"]), 0) for arm in ("full", "callback", "lisa")})
-    return f"held after 50 switches, of what static layers hold, zero2: {shown}"
+    return f"held after {last_switch(figures)} switches, of what static layers hold, zero2: {shown}"
 
 
 @latest("speed")
 def of_speed(figures: dict) -> str:
-    shown = {name: ratio(arms["lisa"], arms["static"]) for name, arms in figures.items() if "lisa" in arms}
+    both = {name: (arms["lisa"], arms["static"]) for name, arms in figures.items() if "lisa" in arms}
+    shown = {name: f"{statistics.median(ratios(*pair)):.3f}" for name, pair in both.items()}
     return f"step of LISA, of static layers': {named(shown)}"
 
 
 @latest("communication")
 def of_communication(figures: dict) -> str:
     arms = [arm for of_config in figures["counted"].values() for arm in of_config.values()]
-    sent = {}
+    shown = {}
     for name in ("zero2", "zero3"):
-        steps = (figures["counted"][name][arm]["moments"]["step"]["counted"] for arm in ("lisa", "full"))
-        lisa, full = (sum(step.values()) for step in steps)
-        sent[name] = percent(lisa / full)
+        lisa, full = (figures["counted"][name][arm]["moments"]["step"]["wire"] for arm in ("lisa", "full"))
+        shown[name] = percent(lisa / full)
     equal = f"counted equals the formula in {sum(arm['equal'] for arm in arms)} of {len(arms)} arms"
-    return f"{equal}; LISA sends of full training's bytes: {named(sent)}"
+    return f"{equal}; LISA sends of full training's bytes: {named(shown)}"
 
 
 @latest("norms")
@@ -690,7 +764,12 @@ def of_resume(figures: dict) -> str:
 
 @latest("scaling")
 def of_scaling(figures: dict) -> str:
-    off = [abs(point["off"]) for point in figures["here"]["points"] if point["ranks"] > 1]
+    measured = {}  # once, where one point stands for strong and weak scaling both
+    for point in figures["here"]["points"]:
+        if point["ranks"] > 1:
+            key = (point["ds_config"], point["arm"], point["ranks"], point["rows_a_rank"])
+            measured[key] = abs(point["off"])
+    off = measured.values()
     most, median = percent(max(off), 0), percent(statistics.median(off), 0)
     return f"the model is off by {median} in the median of {len(off)} measured steps, by {most} at most"
 
@@ -704,8 +783,7 @@ def of_stages(figures: dict) -> str:
 def of_switch(figures: dict) -> str:
     shown = {}
     for name, cell in list(figures.items())[:3]:
-        step, one = (statistics.median(cell[f"{what}_seconds"]) for what in ("step", "switch"))
-        shown[name.split(",")[0]] = percent(one / (one + 20 * step), 2)
+        shown[name.split(",")[0]] = percent(cell["share_of_period"]["20"], 2)
     return f"of a period of 20 steps: {named(shown)}"
 
 
@@ -727,7 +805,7 @@ def make(name: str, benchmarks: Benchmarks) -> str:
         return markdown(TABLES[name](benchmarks))
     except TableError as error:
         raise TableError(f"table {name}: {error}") from error
-    except (LookupError, TypeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise TableError(f"table {name}: its results have another shape than it reads ({error!r})") from error
 
 

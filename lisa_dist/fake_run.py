@@ -219,7 +219,11 @@ def _with_adapters(model: torch.nn.Module, rank: int) -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
     adapters = LoraConfig(r=rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
-    return get_peft_model(model, adapters, autocast_adapter_dtype=False)
+    with_adapters = get_peft_model(model, adapters, autocast_adapter_dtype=False)
+    for parameter in with_adapters.parameters():  # on the meta device peft leaves adapters in fp32
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(model.dtype)
+    return with_adapters
 
 
 @contextlib.contextmanager

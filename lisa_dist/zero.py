@@ -27,6 +27,7 @@ from types import SimpleNamespace
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero import linear as zero3_linear
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 from packaging.version import Version
@@ -62,6 +63,8 @@ _STAGE_1_2 = _Stage(
         "nccl_start_alignment_factor",
         "partition_size",
         "_get_preflattened_grad_partition",
+        "params_in_partition",
+        "scaled_global_norm",
         "set_norm_for_param_grad_in_gpu",
         "use_grad_accum_attribute",
         "async_inplace_copy_grad_to_fp32_buffer_from_gpu",
@@ -80,6 +83,7 @@ _STAGE_3 = _Stage(
         "initialize_ds_offload",
         "offload_param_pin_memory",
         "_prepare_fp32_grad_for_sub_group",
+        "_get_norm_groups",
         "_offload_grad_partition_at_boundary",
         "fp16_partitioned_groups_flat",
         "_reassign_or_swap_out_partitioned_parameters",
@@ -421,11 +425,12 @@ class ZeroPartitions:
             _OnePass(self.engine, self._stage, [pieces.get(key, []) for key in self.keys()])
         elif on_host:
             _step_on_host(zero, self._stage, frozenset(on_host))
-        _take_norms_in_chunks(zero)
         if self._stage is _STAGE_1_2 and zero.cpu_offload:
             _send_gradients_in_chunks(zero)
         elif self._stage is _STAGE_3 and zero.offload_optimizer:
             _send_partitions_in_chunks(zero)
+        else:
+            _take_one_norm(zero, self._stage)
         for index, (key, master) in enumerate(zip(self.keys(), getattr(zero, self._stage.masters), strict=True)):
             state = carried.get(key) if key else None
             if state is None:
@@ -514,22 +519,31 @@ class _LinearOfStage3(LinearFunctionForZeroStage3):
             ctx.save_for_backward(None, *inputs[1:], *[None] * (3 - len(inputs)))
 
 
-def _take_norms_in_chunks(zero) -> None:
-    """Have DeepSpeed take the norm of a large gradient chunk by chunk.
+def _take_one_norm(zero, stage: _Stage) -> None:
+    """Have DeepSpeed take one norm of all gradients, and of a large one chunk by chunk.
 
-    It makes a copy in fp64 of each gradient for that, all at once: 4 GiB for the embedding of Llama-3.1-8B on one GPU,
-    more than anything else of a step.
+    It takes one of each group, with a collective for each, and LISA has two groups for every block that trains. And it
+    makes a copy in fp64 of a whole gradient: 4 GiB for the embedding of Llama-3.1-8B on one GPU, more than anything
+    else of a step. Optimizer offload takes its norms as gradients are sent.
     """
-    norm = type(zero).get_grad_norm_direct
 
-    def norm_in_chunks(gradients: list[torch.Tensor], params: list, norm_type: float = 2) -> torch.Tensor:
-        if any(gradient.numel() > NORM_CHUNK for gradient in gradients):
-            pairs = zip((one for one in gradients if not getattr(one, "_zero_padding", False)), params, strict=False)
-            chunks = [(chunk, param) for gradient, param in pairs for chunk in gradient.flatten().split(NORM_CHUNK)]
-            gradients, params = [chunk for chunk, _ in chunks], [param for _, param in chunks]
-        return norm(zero, gradients, params, norm_type)
+    def pairs() -> Iterator[tuple[torch.Tensor, torch.nn.Parameter]]:
+        of_groups = zero.fp16_groups if stage is _STAGE_3 else zero.params_in_partition
+        for index, params in enumerate(of_groups):
+            gradients = (one for one in zero.averaged_gradients[index] if not getattr(one, "_zero_padding", False))
+            for gradient, param in zip(gradients, params, strict=False):
+                for chunk in gradient.flatten().split(NORM_CHUNK):
+                    yield chunk, param
 
-    zero.get_grad_norm_direct = norm_in_chunks
+    def norm_of_all() -> torch.Tensor:
+        chunks_and_params = list(pairs())
+        chunks, params = ([pair[place] for pair in chunks_and_params] for place in (0, 1))
+        return type(zero).get_grad_norm_direct(zero, chunks, params)
+
+    if stage is _STAGE_3:
+        zero._get_norm_groups = lambda: [norm_of_all()]
+    else:
+        zero.scaled_global_norm = lambda: combine_grad_norm_groups([norm_of_all()])
 
 
 def _send_gradients_in_chunks(zero) -> None:
