@@ -91,17 +91,15 @@ def shrunk_config(model: str, shrink: int = 1, num_layers: int | None = None) ->
     return config
 
 
-def parsed(parser: argparse.ArgumentParser, gamma: int = 2) -> argparse.Namespace:
-    """The flags of `bench.group_parser`, or an error for a model that is not there or has fewer than `gamma` layers."""
+def parsed(parser: argparse.ArgumentParser, fewest: int = 2) -> argparse.Namespace:
+    """The flags of `bench.group_parser`; an error for a model that is not there or has fewer than `fewest` layers."""
     arguments = parser.parse_args()
     try:
         config = shrunk_config(arguments.model, arguments.shrink, arguments.num_layers)
     except UserError as error:
         parser.error(str(error))
-    if config.num_hidden_layers < gamma:
-        parser.error(
-            f"--num_layers {config.num_hidden_layers}: up to {gamma} layers are to train; take {gamma} or more"
-        )
+    if config.num_hidden_layers < fewest:
+        parser.error(f"--num_layers {config.num_hidden_layers}: too few for what is compared; take {fewest} or more")
     return arguments
 
 

@@ -2,7 +2,8 @@
 
 Bytes are those of the whole tensor: of what a reduction takes in, of what an all-gather gives out. On the wire a ring
 of N ranks puts, of each rank and byte, 2(N - 1)/N for an all-reduce and (N - 1)/N for everything else. What is no
-weight and no gradient (norms, flags, digests, the set of layers) stands for itself, as "control".
+weight and no gradient (norms, flags, digests, the set of layers) stands for itself, as "control", but for LISA's norms,
+which go together and are numbers like gradients.
 
 By DeepSpeed 0.19, without offload or gradient checkpointing:
 
@@ -165,7 +166,7 @@ class Layout:
     trained: list[str]
     blocks: dict[str, list[str]]  # of those that LISA may train
     visits: list[Visit]  # of one forward and backward pass
-    one_norm: bool = False  # of all groups together, as LISA takes it, and not one of each
+    norms_together: bool = False  # with one collective for all groups, as LISA takes them, and not one for each
 
     @property
     def active_share(self) -> float:
@@ -207,7 +208,7 @@ def layout_of(arm: Arm, model: str, shrink: int, num_layers: int | None, active:
         trained=[name for name, parameter in whole.named_parameters() if parameter.requires_grad],
         blocks={block.name: [names[id(one)] for one in block.parameters.values()] for block in blocks},
         visits=visits_of(narrow),
-        one_norm=arm.method == "lisa",
+        norms_together=arm.method == "lisa",
     )
 
 
@@ -312,13 +313,12 @@ def step_bytes(layout: Layout, settings: Settings) -> Counter:
     # A gradient goes as it is, in buckets without gaps; a group of weights in equal parts of an even length.
     alignment = 2 * settings.world
     groups = [sum(layout.numel[name] for name in group) for group in layout.groups]
-    norms = 1 if layout.one_norm else len(layout.groups)
-    overflow = int(settings.element < 4)
-    return Counter(
+    overflow = int(settings.element < 4)  # a flag, in bf16
+    return _norms(layout, 4 * len(layout.groups)) + Counter(
         {
             "all_reduce": settings.element * sum(layout.numel[name] for name in layout.trained),
             "all_gather_into_tensor": settings.element * sum(ceil(size / alignment) * alignment for size in groups),
-            CONTROL + "all_reduce": 4 * norms + overflow,  # in fp32, and one flag in bf16
+            CONTROL + "all_reduce": overflow,
         }
     )
 
@@ -327,14 +327,18 @@ def _stage_3(layout: Layout, settings: Settings, gathered: int) -> Counter:
     """A step of stage 3 whose passes gather so many elements; what persists is gathered when the step is done."""
     padded = settings.padded
     after = sum(padded(layout.numel[name]) for name in persistent(layout, settings))
-    norms = 1 if layout.one_norm else sum(_sub_groups(layout, settings, group) for group in layout.groups)
-    return Counter(
+    norms = 8 * sum(_sub_groups(layout, settings, group) for group in layout.groups)
+    return _norms(layout, norms) + Counter(
         {
             "reduce_scatter_tensor": settings.element * sum(padded(layout.numel[name]) for name in layout.trained),
             "all_gather_into_tensor": settings.element * (gathered + after),
-            CONTROL + "all_reduce": 8 * norms,
         }
     )
+
+
+def _norms(layout: Layout, size: int) -> Counter:
+    """One of each group. A number by itself is control; numbers together look as gradients do."""
+    return Counter({"all_reduce" if layout.norms_together else CONTROL + "all_reduce": size})
 
 
 def persistent(layout: Layout, settings: Settings) -> set[str]:

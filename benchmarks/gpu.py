@@ -7,7 +7,8 @@ Shapes of LLaMA-2-7B and Llama-3.1-8B with random weights, bf16, one row of 2048
 own, so that the peak is its own. Full training of these does not fit one GPU of 80 GB: what it says is kept, and it is
 compared on the 7B shape with 12 of its layers, one of them active. Nothing is checkpointed where an arm does not say
 so. Arms run by turns through the shapes, the most telling first, until time is up. Static has the layers that LISA
-has; where embedding and head are drawn, the embedding trains. No network is needed once the packages are there.
+has. LISA's peak is the larger of two periods; where embedding and head are drawn, the second trains the embedding. No
+network is needed once the packages are there.
 """
 
 import argparse
@@ -54,37 +55,46 @@ def attention() -> str:
     return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
 
 
-def draws_embed(arm: Arm, config) -> Arm:
-    """The same arm with the first seed by which the first period trains the embedding, if the arm draws it."""
+def seeded(arm: Arm, config) -> Arm:
+    """The same arm; if it draws embedding and head, with a seed that draws neither first, and then the embedding."""
     if arm is not DRAWN:
         return arm
     with torch.device("meta"):
         blocks = find_blocks(AutoModelForCausalLM.from_config(config))
     for seed in itertools.count():
-        seeded = replace(arm, settings=arm.settings | {"lisa_seed": seed})
-        if "embed" in BlockSelection(seeded.config, blocks).draw(0).blocks:
-            return seeded
+        candidate = replace(arm, settings=arm.settings | {"lisa_seed": seed})
+        selection = BlockSelection(candidate.config, blocks)
+        if not selection.draw(0).blocks and selection.draw(1).blocks == ("embed",):
+            return candidate
 
 
 def measure(arm: Arm, config, layers: tuple[int, ...], arguments: argparse.Namespace) -> dict:
-    """Steps of one period, the peak of one more, and the switch after it. `layers`: those of static."""
+    """Steps of one period and the peak of one more; of LISA a switch and the next period's peak. `layers`: static's."""
     kind = {"rows": arguments.rows, "dtype": torch.bfloat16, "interval": INTERVAL, "attention": attention()}
     length, tokens = arguments.length, arguments.rows * arguments.length
-    with RankGroup(1, Run, draws_embed(arm, config), config, "zero2", layers=layers, **kind) as ranks:
+    with RankGroup(1, Run, seeded(arm, config), config, "zero2", layers=layers, **kind) as ranks:
         ranks.call("steps", WARMUP, length)
         steps = [ranks.call("step", length)[0] for _ in range(INTERVAL - WARMUP - 1)]
         active, blocks = ranks.call("get", "active_layers")[0], ranks.call("get", "active_blocks")[0]
-        return {
+        found = {
             "steps": steps,
             "tokens": tokens,
             "flops": flops_of_step(config, arm, tokens, length, active, blocks),
             "active_layers": active,
-            "active_blocks": blocks,
-            "peak": ranks.call("peak_bytes", length)[0],
             "live": ranks.call("live_bytes")[0],
-            "planned": ranks.call("planned_bytes", length)[0],
-            "switch": ranks.call("step", length)[0]["begin"] if arm.method == "lisa" else None,
+            "switch": None,
         }
+        peaks = [peak_of(ranks, length)]
+        if arm.method == "lisa":
+            found["switch"] = ranks.call("step", length)[0]["begin"]
+            peaks.append(peak_of(ranks, length))
+        return found | max(peaks, key=lambda one: one["peak"])
+
+
+def peak_of(ranks: RankGroup, length: int) -> dict:
+    """The most that a step takes, what was planned, and for which drawn block."""
+    planned, blocks = ranks.call("planned_bytes", length)[0], ranks.call("get", "active_blocks")[0]
+    return {"planned": planned, "blocks_at_peak": blocks, "peak": ranks.call("peak_bytes", length)[0]}
 
 
 def by_turns() -> list[tuple[int, Arm]]:
@@ -98,18 +108,21 @@ def run_all(arguments: argparse.Namespace) -> dict:
     figures, started, configs = {}, time.monotonic(), []
     for model, num_layers, arms in SHAPES:
         small = arguments.rehearse
-        configs.append(shrunk_config(model, 64 if small else 1, 4 if small else num_layers))
-        figures[f"{model}, {num_layers or 'all'} layers"] = {arm.name: {"not_run": "time was up"} for arm in arms}
+        configs.append(shrunk_config(model, 64 if small else 1, 8 if small else num_layers))
+        figures[f"{model}, {num_layers or 'all'} layers"] = {arm.name: {"not_run": "not reached"} for arm in arms}
     for number, arm in by_turns():
         title, of_shape = list(figures.items())[number]
-        if time.monotonic() - started > 60 * arguments.minutes:
-            break
         lisa = next(found for name, found in of_shape.items() if name.startswith("lisa"))
-        try:
-            of_shape[arm.name] = measure(arm, configs[number], lisa.get("active_layers", (0,)), arguments)
-        except RankError as error:  # of full training it is expected
-            why = {"OutOfMemoryError": "out of memory"}.get(error.kind, str(error)[-600:])
-            of_shape[arm.name] = {"not_run": why}
+        if time.monotonic() - started > 60 * arguments.minutes:
+            of_shape[arm.name] = {"not_run": "time was up"}
+        elif arm.method == "static" and "not_run" in lisa:
+            of_shape[arm.name] = {"not_run": "LISA, whose layers it has, did not run"}
+        else:
+            try:
+                of_shape[arm.name] = measure(arm, configs[number], lisa.get("active_layers", ()), arguments)
+            except RankError as error:  # of full training it is expected
+                why = {"OutOfMemoryError": "out of memory"}.get(error.kind, str(error)[-600:])
+                of_shape[arm.name] = {"not_run": why}
         print(f"{title}, {arm.name}: {of_shape[arm.name].get('not_run', 'measured')}", flush=True)
         if arguments.results:
             write_results(arguments.results, figures, quiet=True)
@@ -151,7 +164,7 @@ def main() -> None:
     parser.add_argument("--length", type=positive, default=2048, help="tokens of a row")
     parser.add_argument("--minutes", type=float, default=8, help="after which no further arm is begun")
     parser.add_argument("--peak_tflops", type=float, help="dense bf16 of the card, where it is not known here")
-    parser.add_argument("--rehearse", action="store_true", help="with models of 4 layers and a 64th of the width")
+    parser.add_argument("--rehearse", action="store_true", help="with models of 8 layers and a 64th of the width")
     parser.add_argument("--results", type=Path, help="results/gpu.json; a rehearsal writes none unless told to")
     arguments = parser.parse_args()
     if arguments.results is None and not arguments.rehearse:

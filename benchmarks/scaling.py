@@ -47,7 +47,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -443,7 +443,7 @@ def measure(arguments: argparse.Namespace, pair: RankGroup) -> dict:
 
 def count_large(pair: RankGroup, model: str, arm: Arm, ds_config: str) -> Traffic:
     """The collectives of a step of a large model, counted on small ones and drawn out to its depth and widths."""
-    config, checkpointed = load_model_config(model), Arm(arm.name, arm.method, checkpointed="all")
+    config, checkpointed = load_model_config(model), replace(arm, checkpointed="all")
     depths, counts = depths_of(config), []
     for depth in depths:
         pair.call("begin", checkpointed, narrowed(model, NARROWER, depth), scaled_config(ds_config, NARROWER**2))

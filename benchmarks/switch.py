@@ -115,16 +115,20 @@ def measure(cell: Cell, arguments) -> dict:
         }
 
 
-def cost(times: dict[str, list[float]]) -> float:
-    """Seconds that a period takes beyond as many ordinary steps: the switch, and what it makes slower after it."""
-    first, second, step = (median(times[f"{which}_seconds"]) for which in ("first_step", "second_step", "step"))
-    # Besides the switch the steps of stages 1 and 2 differ by noise alone, which may be less than nothing.
-    return max(first + second - 2 * step, median(times["switch_seconds"]))
+def cost(times: dict[str, list[float]], steps: int = 2) -> float:
+    """Seconds that a period takes beyond so many ordinary steps: the switch, and what it makes slower after it.
+
+    On stages 1 and 2 that is noise alone. It counts against the switch, but not below it.
+    """
+    of_periods = zip(*(times[f"{which}_seconds"] for which in ("first_step", "second_step", "step")), strict=True)
+    beyond = median(sum((first, second)[:steps]) - steps * step for first, second, step in of_periods)
+    return max(beyond, median(times["switch_seconds"]))
 
 
 def share(times: dict[str, list[float]], interval: int) -> float:
     """Of a period of so many steps, what its switch costs."""
-    return cost(times) / (cost(times) + interval * median(times["step_seconds"]))
+    seconds = cost(times, min(interval, 2))
+    return seconds / (seconds + interval * median(times["step_seconds"]))
 
 
 def main() -> None:

@@ -412,7 +412,8 @@ def memory_held(benchmarks: Benchmarks) -> Rows:
             sizes = [*(last[kind] for kind in kinds), last["total"], first["total"], arm["peak"]]
             off = "-" if arm["planned"] is None else f"{100 * (arm['planned'] / arm['peak'] - 1):+.1f}%"
             row = [f"{ds_config}, {name}", *(f"{size / 2**20:.1f}" for size in sizes), off]
-            rows.append([*row, f"{arm['peak_with_switch'] / 2**20:.1f}", moved(arm)])
+            with_switch = arm["peak_with_switch"]
+            rows.append([*row, "-" if with_switch is None else f"{with_switch / 2**20:.1f}", moved(arm)])
     return rows
 
 

@@ -19,6 +19,7 @@ moments never travel: a group of the same parameters has the same partition on t
 import contextlib
 import gc
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -29,8 +30,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero import linear as zero3_linear
+from deepspeed.runtime.zero import partitioned_param_coordinator as zero3_coordinator
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+from deepspeed.runtime.zero.utils import get_norm_dtype
 from packaging.version import Version
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lisa_dist.adamw import LisaAdamW, PartitionStep
 from lisa_dist.config import UserError
@@ -63,7 +67,6 @@ _STAGE_1_2 = _Stage(
         "nccl_start_alignment_factor",
         "partition_size",
         "_get_preflattened_grad_partition",
-        "params_in_partition",
         "scaled_global_norm",
         "set_norm_for_param_grad_in_gpu",
         "use_grad_accum_attribute",
@@ -97,7 +100,6 @@ _PRIVATE_NAMES = (
     "_unpin_offload_buffers",
     "averaged_gradients",
     "unscale_and_clip_grads",
-    "get_grad_norm_direct",
     "get_param_id",
     "initialize_optimizer_states",
     "dp_process_group",
@@ -125,6 +127,8 @@ _CARRIED_FIELDS = (
     "_is_gradient_accumulation_boundary",
 )
 NORM_CHUNK = 1 << 22  # elements of a gradient whose norm is taken at once: 32 MiB in fp64
+_tie_to_module = getattr(zero3_coordinator, "update_recompute_parameters", None)  # DeepSpeed's own
+_LAYER_OF: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of modules of all models, to their layers
 # What a parameter keeps of the partition that it was in, and that would keep the partition alive.
 _STALE_ATTRIBUTES = ("_hp_mapping", "grad_accum")
 
@@ -230,6 +234,7 @@ class ZeroPartitions:
             self._check_one_pass()
         if self._stage is _STAGE_3:
             zero3_linear.LinearFunctionForZeroStage3 = _LinearOfStage3
+            _keep_recomputed_layers_whole(engine.module)
 
     def _check_one_pass(self) -> None:
         """Refuse what would have DeepSpeed read gradients that LisaAdamW takes past it."""
@@ -430,7 +435,7 @@ class ZeroPartitions:
         elif self._stage is _STAGE_3 and zero.offload_optimizer:
             _send_partitions_in_chunks(zero)
         else:
-            _take_one_norm(zero, self._stage)
+            _take_norms_together(zero, self._stage)
         for index, (key, master) in enumerate(zip(self.keys(), getattr(zero, self._stage.masters), strict=True)):
             state = carried.get(key) if key else None
             if state is None:
@@ -499,6 +504,7 @@ class ZeroPartitions:
         if self._stage is _STAGE_3:
             coordinator = self._zero.parameter_offload.get_param_coordinator()
             missing += [name for name in _COORDINATOR_NAMES if not hasattr(coordinator, name)]
+            missing += [name for name in ("update_recompute_parameters",) if not hasattr(zero3_coordinator, name)]
         if missing:
             raise UserError(
                 f"DeepSpeed {metadata.version('deepspeed')} lacks {', '.join(missing)}, which LISA needs to "
@@ -519,31 +525,47 @@ class _LinearOfStage3(LinearFunctionForZeroStage3):
             ctx.save_for_backward(None, *inputs[1:], *[None] * (3 - len(inputs)))
 
 
-def _take_one_norm(zero, stage: _Stage) -> None:
-    """Have DeepSpeed take one norm of all gradients, and of a large one chunk by chunk.
+def _keep_recomputed_layers_whole(model: torch.nn.Module) -> None:
+    """Have stage 3 keep the frozen parameters of a checkpointed layer until the layer's backward pass is done.
 
-    It takes one of each group, with a collective for each, and LISA has two groups for every block that trains. And it
-    makes a copy in fp64 of a whole gradient: 4 GiB for the embedding of Llama-3.1-8B on one GPU, more than anything
-    else of a step. Optimizer offload takes its norms as gradients are sent.
+    In the recomputation DeepSpeed ties them to the module whose backward pass has begun it, a layer's last matrix, and
+    lets go of all of them behind that: most of every sleeping layer would be gathered a third time in each step.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            _LAYER_OF.update(dict.fromkeys(layer.modules(), weakref.ref(layer)))
+    zero3_coordinator.update_recompute_parameters = _tie_to_layer
+
+
+def _tie_to_layer(module: torch.nn.Module, parameter: torch.nn.Parameter) -> None:
+    layer = _LAYER_OF.get(module)
+    _tie_to_module(module if layer is None else layer(), parameter)
+
+
+def _take_norms_together(zero, stage: _Stage) -> None:
+    """Have DeepSpeed take the norms of all groups with one collective, and of a large gradient chunk by chunk.
+
+    It has a collective for each group, and LISA has two groups for every block that trains. And it makes a copy in fp64
+    of a whole gradient: 4 GiB for the embedding of Llama-3.1-8B on one GPU, more than anything else of a step. The
+    norms are the same to the bit. Optimizer offload takes its own as gradients are sent.
     """
 
-    def pairs() -> Iterator[tuple[torch.Tensor, torch.nn.Parameter]]:
-        of_groups = zero.fp16_groups if stage is _STAGE_3 else zero.params_in_partition
-        for index, params in enumerate(of_groups):
-            gradients = (one for one in zero.averaged_gradients[index] if not getattr(one, "_zero_padding", False))
-            for gradient, param in zip(gradients, params, strict=False):
-                for chunk in gradient.flatten().split(NORM_CHUNK):
-                    yield chunk, param
+    def sum_of_squares(index: int) -> torch.Tensor:
+        gradients, dtype = zero.averaged_gradients[index], get_norm_dtype()
+        chunks = (chunk for gradient in gradients for chunk in gradient.flatten().split(NORM_CHUNK))
+        norms = [torch.linalg.vector_norm(chunk.to(dtype)) for chunk in chunks]
+        return torch.stack(norms).pow(2).sum() if norms else torch.zeros((), dtype=dtype, device=zero.device)
 
-    def norm_of_all() -> torch.Tensor:
-        chunks_and_params = list(pairs())
-        chunks, params = ([pair[place] for pair in chunks_and_params] for place in (0, 1))
-        return type(zero).get_grad_norm_direct(zero, chunks, params)
+    def norms_of_groups() -> list[torch.Tensor]:
+        sums = torch.stack([sum_of_squares(index) for index in range(len(getattr(zero, stage.groups)))])
+        sums = sums if stage is _STAGE_3 else sums.float()
+        torch.distributed.all_reduce(sums, group=zero.dp_process_group)
+        return list(sums.pow(0.5))
 
     if stage is _STAGE_3:
-        zero._get_norm_groups = lambda: [norm_of_all()]
+        zero._get_norm_groups = norms_of_groups
     else:
-        zero.scaled_global_norm = lambda: combine_grad_norm_groups([norm_of_all()])
+        zero.scaled_global_norm = lambda: combine_grad_norm_groups(norms_of_groups())
 
 
 def _send_gradients_in_chunks(zero) -> None:

@@ -111,19 +111,31 @@ def test_arms_take_turns_in_orders_that_differ(benchmark):
 
 
 @pytest.mark.slow
-def test_memory_sees_what_a_callback_keeps_and_moves(benchmark, tmp_path, capsys):
+def test_memory_sees_what_a_callback_keeps_and_moves(benchmark, tmp_path, capsys, monkeypatch):
     """What is claimed comes out of a tiny run: as little as static, and nothing drifts but under the callback."""
     results = tmp_path / "memory.json"
-    words = [*TINY, "--configs", "zero3", "--length", "16", "--switches", "2", "4", "--results", str(results)]
-    benchmark("memory", *words).main()
-    of_arms = json.loads(results.read_text())["figures"]["zero3"]
+    words = ["--shrink", "64", "--num_layers", "4", "--length", "16", "--switches", "2", "4", "--results", str(results)]
+    module = benchmark("memory", *words)
+    monkeypatch.setattr(
+        module.arms, "SIDE_BY_SIDE", tuple(one for one in module.arms.SIDE_BY_SIDE if one.method != "lora")
+    )
+    monkeypatch.setattr(module, "POLICIES", (module.DRAWN,))
+    module.main()
+    figures = json.loads(results.read_text())["figures"]
+    for name, found in figures["zero2"].items():
+        assert found["planned"] == (None if name == "callback" else pytest.approx(found["peak"], rel=0.03)), name
+    drawn = figures["zero2"][module.DRAWN.name]
+    assert drawn["peak_with_switch"] is None
+    assert drawn["peak"] < figures["zero2"]["lisa"]["peak"] < figures["zero2"]["lisa"]["peak_with_switch"]
+    of_arms = figures["zero3"]
+    assert of_arms["static"]["active_layers"] == of_arms["lisa"]["first_layers"]
+    assert of_arms["full"]["live"]["4"]["gradients"] > of_arms["lisa"]["live"]["4"]["gradients"] > 0
     held = {name: {when: parts["total"] for when, parts in found["live"].items()} for name, found in of_arms.items()}
     assert held["lisa"]["4"] == held["lisa"]["0"]
     assert held["lisa"]["4"] <= 1.01 * held["static"]["4"]
     assert held["callback"]["4"] == held["full"]["4"] > 1.2 * held["lisa"]["4"]
     drifted = {name: found["drift"]["changed"] for name, found in of_arms.items() if found["drift"]}
     assert drifted["static"] == drifted["lisa"] == 0 < drifted["callback"]
-    assert of_arms["lisa"]["planned"] == pytest.approx(of_arms["lisa"]["peak"], rel=0.03)
     assert "of static" in capsys.readouterr().out
     assert results.with_suffix(".png").stat().st_size > 1000
 
@@ -155,10 +167,9 @@ def test_switch_counts_what_follows_it(benchmark, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(module, "cells_of", lambda shrink: [module.Cell("zero3", shrink)])
     module.main()
     (found,) = json.loads(results.read_text())["figures"].values()
-    step, first = (statistics.median(found[f"{which}_seconds"]) for which in ("step", "first_step"))
-    assert found["cost_seconds"] >= statistics.median(found["switch_seconds"]) > 0
-    assert found["share_of_period"]["20"] == found["cost_seconds"] / (found["cost_seconds"] + 20 * step)
-    assert first > step, "stage 3 learns the order of modules"
+    step, first, switch = (statistics.median(found[f"{which}_seconds"]) for which in ("step", "first_step", "switch"))
+    assert first - switch > step, "stage 3 learns the order of modules"
+    assert found["cost_seconds"] > switch > 0
     assert found["bytes_released"] > 0
     assert any(name.startswith("repartition: ") for name in found["of_time"])
     assert "with what follows" in capsys.readouterr().out
@@ -170,7 +181,10 @@ def test_the_cost_of_a_switch(benchmark):
     times = {"switch_seconds": [1.0], "first_step_seconds": [5.0], "second_step_seconds": [3.5], "step_seconds": [3.0]}
     assert switch.cost(times) == 5 + 3.5 - 2 * 3
     assert switch.share(times, 20) == 2.5 / (2.5 + 20 * 3)
+    assert switch.share(times, 1) == 2 / (2 + 3), "whose next step is a first one too"
     assert switch.cost(times | {"first_step_seconds": [3.0]}) == 1.0, "no less than the switch itself"
+    noisy = {"first_step_seconds": [5.0, 9.0, 5.0], "second_step_seconds": [3.5, 3.5, 9.0], "step_seconds": [3.0] * 3}
+    assert switch.cost(times | noisy) == 6.5, "the median of what each period takes"
 
 
 @pytest.mark.slow
@@ -206,7 +220,7 @@ def test_the_gpu_set_in_rehearsal(benchmark, tmp_path, capsys, monkeypatch):
     for name, found in (*of_arms.items(), *figures["llama3.1-8b, all layers"].items()):
         assert found["planned"] == pytest.approx(found["peak"], rel=0.03), name
     assert of_arms["static"]["active_layers"] == of_arms["lisa"]["active_layers"]
-    assert of_arms["lisa, drawn"]["active_blocks"] == ["embed"]
+    assert of_arms["lisa, drawn"]["blocks_at_peak"] == ["embed"]
     assert of_arms["lisa, drawn"]["peak"] < of_arms["lisa"]["peak"]
     assert "tokens/s" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py", "--rehearse", "--minutes", "0"])
@@ -236,10 +250,10 @@ def test_what_a_gpu_cannot_hold_is_told_apart(benchmark, monkeypatch):
         ("memory", ["--configs", "zero9"], "--configs: invalid choice: 'zero9'"),
         ("memory", ["--switches", "50", "10"], "--switches 50 10: each must be more than the one before"),
         ("memory", ["--model", "nosuch"], "--model nosuch: no such folder"),
-        ("memory", ["--num_layers", "1"], "--num_layers 1: up to 2 layers are to train; take 2 or more"),
+        ("memory", ["--num_layers", "1"], "--num_layers 1: too few for what is compared; take 4 or more"),
         ("speed", ["--repeats", "0"], "--repeats: 0 is not 1 or more"),
         ("speed", ["--shrink", "3"], "--shrink 3: static and LISA are compared at half of it too"),
-        ("switch", ["--num_layers", "7"], "--num_layers 7: up to 8 layers are to train"),
+        ("switch", ["--num_layers", "7"], "--num_layers 7: too few for what is compared; take 8 or more"),
         ("switch", ["--switches", "0"], "--switches: 0 is not 1 or more"),
         ("communication", ["--length", "-1"], "--length: -1 is not 1 or more"),
         ("communication", ["--large", "nosuch"], "--large nosuch: no such folder"),

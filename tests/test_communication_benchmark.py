@@ -99,7 +99,8 @@ def check(names: tuple[str, ...], ds_config: str | dict, dtype: str = "float32")
 @pytest.mark.parametrize(("ds_config", "dtype"), [("zero1", "float32"), ("zero2", "float32"), ("zero2", "bfloat16")])
 def test_stages_1_and_2_send_what_the_formula_says(ds_config, dtype):
     steps = {name: counted["step"]["bytes"] for name, counted in check(ARMS, ds_config, dtype).items()}
-    assert steps["callback"]["all_reduce"] == steps["lisa"]["all_reduce"] < steps["full"]["all_reduce"]
+    norms = 4 * (2 * 2 + 3)  # of two layers, embed, norm and head; callback's go one by one
+    assert steps["callback"]["all_reduce"] == steps["lisa"]["all_reduce"] - norms < steps["full"]["all_reduce"]
     gathered = {name: step["all_gather_into_tensor"] for name, step in steps.items()}
     assert gathered["lisa"] < gathered["callback"] == gathered["full"], "a callback gathers what sleeps, too"
 

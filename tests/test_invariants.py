@@ -330,17 +330,25 @@ def test_blocks_with_their_states_on_the_host(ds_config, settings):
 def test_a_norm_taken_in_chunks_is_the_norm(ds_config):
     accumulation = 2 if "offload" in ds_config else 1
     whole, chunks = (run_ranks(norms_of_steps, 2, ds_config, size, accumulation)[0] for size in (1 << 30, 300))
+    if "offload" not in ds_config:
+        plain = run_ranks(norms_of_steps, 2, ds_config, 1 << 30, accumulation, True)[0]
+        assert whole["norms"] == plain["norms"], "DeepSpeed's own, to the bit, with one collective"
+        assert whole["calls"] < plain["calls"]
     assert chunks["norms"] == pytest.approx(whole["norms"], rel=1e-6)
     assert chunks["losses"] == pytest.approx(whole["losses"], abs=1e-6)
     assert chunks["most"] <= 300 < whole["most"]
 
 
-def norms_of_steps(ds_config: str, chunk: int, accumulation: int) -> dict:
+def norms_of_steps(ds_config: str, chunk: int, accumulation: int, plain: bool = False) -> dict:
     held, lisa_dist.zero.NORM_CHUNK = lisa_dist.zero.NORM_CHUNK, chunk
-    config = lisa_dist.LisaConfig(lisa_interval_steps=INTERVAL)
+    together = lisa_dist.zero._take_norms_together
+    if plain:
+        lisa_dist.zero._take_norms_together = lambda *_: None
+    # Drawn blocks leave groups empty, of which rank 0 holds a placeholder and rank 1 nothing.
+    config = lisa_dist.LisaConfig(lisa_interval_steps=INTERVAL, lisa_always_on="rest")
     settings = {"max_grad_norm": 0.1, "gradient_accumulation_steps": accumulation}
     engine, lisa = lisa_dist.initialize(tiny_llama(), ds_config, config, lr=LR, **settings)
-    losses, norms, most = [], [], 0
+    losses, norms, most, calls, all_reduce = [], [], 0, 0, dist.all_reduce
     vector_norm, tensor_norm = torch.linalg.vector_norm, torch.Tensor.norm
 
     def watch(norm):
@@ -351,14 +359,19 @@ def norms_of_steps(ds_config: str, chunk: int, accumulation: int) -> dict:
 
         return watched
 
-    torch.linalg.vector_norm, torch.Tensor.norm = watch(vector_norm), watch(tensor_norm)
+    def count(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return all_reduce(*args, **kwargs)
+
+    torch.linalg.vector_norm, torch.Tensor.norm, dist.all_reduce = watch(vector_norm), watch(tensor_norm), count
     for micro_batches in token_batches(STEPS, rows=4, micro_batches=accumulation):
         losses.append(train_step(engine, lisa, micro_batches))
         norms.append(float(engine.get_global_grad_norm()))
-    torch.linalg.vector_norm, torch.Tensor.norm = vector_norm, tensor_norm
-    lisa_dist.zero.NORM_CHUNK = held
+    torch.linalg.vector_norm, torch.Tensor.norm, dist.all_reduce = vector_norm, tensor_norm, all_reduce
+    lisa_dist.zero.NORM_CHUNK, lisa_dist.zero._take_norms_together = held, together
     engine.destroy()
-    return {"losses": losses, "norms": norms, "most": most}
+    return {"losses": losses, "norms": norms, "most": most, "calls": calls}
 
 
 @without_collection()

@@ -52,7 +52,7 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
     of_lisa = {name: value for name, value in settings.items() if name.startswith("lisa_")}
     config = lisa_dist.LisaConfig(lisa_interval_steps=100, **of_lisa)
     chunk, lisa_dist.zero.NORM_CHUNK = lisa_dist.zero.NORM_CHUNK, settings.get("chunk", lisa_dist.zero.NORM_CHUNK)
-    patches = ("_take_one_norm", "_send_gradients_in_chunks", "_send_partitions_in_chunks")
+    patches = ("_take_norms_together", "_send_gradients_in_chunks", "_send_partitions_in_chunks")
     changes = {name: getattr(lisa_dist.zero, name) for name in patches if settings.get("plain")}
     for name in changes:
         setattr(lisa_dist.zero, name, lambda *_: None)

@@ -186,6 +186,15 @@ def test_lisa_sends_the_active_share_on_stage_2(scaling, pair):
     assert seconds["lisa"] < seconds["full"]
 
 
+def test_a_checkpointed_layer_that_sleeps_is_gathered_as_often_as_one_that_trains(scaling, pair):
+    """Under plain DeepSpeed it is gathered once more, after the first module of its backward pass."""
+    gathered = {}
+    for arm in (*scaling.ARMS, scaling.Arm("static", "static")):
+        of_phases = count(scaling, pair, scaling.replace(arm, checkpointed="all"), "zero3", 6)
+        gathered[arm.name] = sum(of_kind["all_gather_into_tensor"].elements for of_kind in of_phases.values())
+    assert gathered["lisa"] == gathered["full"] < gathered["static"]
+
+
 @pytest.mark.slow
 def test_what_is_counted_lies_on_the_line(scaling, pair):
     """Stage 3 with checkpointing, whose weights are let go and gathered again: a third depth as two others say."""
@@ -212,7 +221,7 @@ def test_the_script(scaling, tmp_path, monkeypatch, capsys):
     assert len(points) == 2 * 2 * 2
     for point in points:
         memory = point["memory"]
-        assert 0 < point["predicted"] < 100
+        assert 1 / 5 < point["predicted"] / point["seconds"] < 5
         assert memory["planned_states"] == pytest.approx(memory["states"], rel=0.02)
         assert memory["planned_peak"] == pytest.approx(memory["peak"], rel=0.05)
     large = figures["large"]["points"]
@@ -236,7 +245,7 @@ def test_the_script(scaling, tmp_path, monkeypatch, capsys):
         (["--inter_gbs", "-1"], "--inter_gbs -1: must be more than 0"),
         (["--gpu_memory", "much"], "--gpu_memory much"),
         (["--large", "nosuch"], "--large nosuch: no such folder"),
-        (["--num_layers", "1"], "--num_layers 1: up to 2 layers are to train"),
+        (["--num_layers", "1"], "--num_layers 1: too few for what is compared; take 2 or more"),
     ],
 )
 def test_flags_that_cannot_be(words, message, scaling, monkeypatch, capsys):
