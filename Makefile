@@ -36,6 +36,7 @@ bench: $(VENV)/.ready  ## methods side by side on two CPU ranks: half an hour of
 
 bench-gpu: $(VENV)/.ready  ## the same on one GPU, with models of 7B and 8B: under nine minutes, without a network
 	PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/tables.py
 
 checks: $(VENV)/.ready  ## lint and format
 	$(BIN)/ruff check .

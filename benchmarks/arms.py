@@ -126,6 +126,7 @@ class Run:
         self._tokens = torch.Generator().manual_seed(dist.get_rank())
         self._device = torch.device(get_accelerator().current_device_name())
         self.lisa: lisa_dist.LisaController | None = None
+        self._period = -1  # of callback
         torch.manual_seed(0)
         with self._device:
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -178,11 +179,12 @@ class Run:
             return self.lisa.active_layers
         return self._layers if self.arm.method in ("static", "callback") else tuple(range(len(self.blocks.layers)))
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """What a step begins with, which is nothing if it is done already: in a new period other layers train now."""
         if self.lisa is not None:
             self.lisa.on_step_begin()
-        elif self.arm.method == "callback" and self.engine.global_steps % self._interval == 0:
-            count = len(self.blocks.layers)
+        elif self.arm.method == "callback" and self.engine.global_steps // self._interval != self._period:
+            self._period, count = self.engine.global_steps // self._interval, len(self.blocks.layers)
             self._layers = tuple(sorted(self._rng.sample(range(count), self.arm.config.lisa_activated_layers)))
             self._let_train(self._layers)
 
@@ -195,7 +197,7 @@ class Run:
         tokens = self._next_tokens(length)
         dist.barrier()
         times = [self._now()]
-        self._begin()
+        self.begin()
         times.append(self._now())
         loss = self.engine(input_ids=tokens, labels=tokens, use_cache=False).loss
         times.append(self._now())
@@ -222,12 +224,11 @@ class Run:
         return () if self.lisa is None else self.lisa.active_blocks
 
     def begin_with_embed(self, length: int) -> None:
-        """Begin periods until one trains the embedding, which is drawn; its first step is done then, and no other."""
-        while True:
-            self.step(length)
-            if "embed" in self.active_blocks:
-                return
-            self.steps(self._interval - 1, length)
+        """Take periods until one that has begun trains the embedding, which is drawn; none of its steps is done."""
+        self.begin()
+        while "embed" not in self.active_blocks:
+            self.steps(self._interval, length)
+            self.begin()
 
     def steps(self, count: int, length: int) -> None:
         """So many steps, of which nobody wants to know."""
@@ -328,19 +329,20 @@ class Run:
         )
         return parts.peak + kept
 
-    def drift(self, steps: int, length: int) -> dict[str, float] | None:
-        """What sleeping layers do in `steps` steps: elements that have changed, and the largest change of one.
+    def drift(self, length: int) -> dict[str, float] | None:
+        """What sleeping layers do in a step: elements that have changed, and the largest change of one.
 
         All layers of full training and LoRA are awake: None.
         """
+        self.begin()
         asleep = [block for number, block in enumerate(self.blocks.layers) if number not in self.active_layers]
         if not asleep:
-            return self.steps(steps, length)
+            return self.steps(1, length)
         params = [parameter for block in asleep for parameter in block.parameters.values()]
         # Of stage 3 this rank's part; ds_tensor is where it lies.
         now = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in params]
         before = [part.clone() for part in now]
-        self.steps(steps, length)
+        self.steps(1, length)
         moved = [(part - old).abs() for part, old in zip(now, before, strict=True)]
         return {
             "changed": sum(int((change > 0).sum()) for change in moved),

@@ -106,18 +106,18 @@ class CountedRun(Run):
     """An arm whose steps are counted."""
 
     def count(self, length: int) -> dict:
-        """Take two periods of INTERVAL steps: what each of MOMENTS sends, and the layers that trained before and after.
+        """Take a period of INTERVAL steps and the next: what its moments send, and the layers of both.
 
-        Of arms without a switch the moments of the second period are like all others.
+        These are MOMENTS of LISA, and of the other arms, whose steps are all alike from the third on, a step.
         """
         self.steps(INTERVAL, length)
         was = self.active_layers
         with CollectiveCounter() as counter:
-            self._begin()
+            self.begin()
         counted = {"was": was, "active": self.active_layers, "switch": _told(counter)}
-        for number, moment in enumerate(MOMENTS[1:]):
+        for number, moment in enumerate(MOMENTS[1:] if self.lisa else MOMENTS[-1:]):
             if number:
-                self._begin()
+                self.begin()
             tokens = self._next_tokens(length)
             with CollectiveCounter() as counter:
                 self.engine.backward(self.engine(input_ids=tokens, labels=tokens, use_cache=False).loss)

@@ -295,7 +295,7 @@ class ScaledRun(Run):
         """Count a step's collectives by phase, after a warm-up."""
         self.steps(3, length)
         tokens = self._next_tokens(length)
-        self._begin()
+        self.begin()
         with CollectiveCounter() as forward:
             loss = self.engine(input_ids=tokens, labels=tokens, use_cache=False).loss
         with CollectiveCounter() as backward:

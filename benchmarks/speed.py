@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", choices=stages, default=stages)
     parser.add_argument("--rows", type=positive, default=1, help="of a rank")
     parser.add_argument("--length", type=positive, default=256, help="tokens of a row")
-    parser.add_argument("--repeats", type=positive, default=11)
+    parser.add_argument("--repeats", type=positive, default=9)
     arguments = parsed(parser)
     if arguments.shrink % 2:
         parser.error(

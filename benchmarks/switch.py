@@ -50,16 +50,16 @@ class SwitchedRun(Run):
     def profiled_switch(self, length: int) -> dict[str, float]:
         """A step that begins with a switch: seconds of what the switch calls, and in turn of what re-partitions."""
         profile = cProfile.Profile()
-        begin = self._begin
+        begin = self.begin
 
         def profiled() -> None:
             profile.enable()
             begin()
             profile.disable()
 
-        self._begin = profiled
+        self.begin = profiled
         self.step(length)
-        del self._begin
+        del self.begin
         stats = pstats.Stats(profile).stats
         seconds: Counter[str] = Counter()
         for (_, _, name), (*_, callers) in stats.items():

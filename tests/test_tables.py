@@ -143,6 +143,10 @@ def test_what_a_page_may_not_have(added, said, tables, copy):
         ("{", "benchmarks/results/forms.json is no JSON ("),
         ('{"figures": {}}', "table kernels_forms: its results have another shape than it reads (KeyError("),
         ('{"figures": [1]}', "table kernels_forms: its results have another shape than it reads (TypeError("),
+        (
+            '{"figures": {"fp32, torch AdamW": 1}}',
+            "table kernels_forms: its results have another shape than it reads (",
+        ),
     ],
 )
 def test_results_that_no_table_can_be_made_of(text, said, tables, copy):
@@ -152,6 +156,27 @@ def test_results_that_no_table_can_be_made_of(text, said, tables, copy):
     else:
         path.write_text(text)
     assert said in error_of(tables, copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"), [("speed", []), ("speed", {"zero1": {"full": {"steps": []}}}), ("switch", []), ("memory", {})]
+)
+def test_figures_of_another_shape_are_named(name, broken, tables, copy):
+    path = copy / "benchmarks" / "results" / f"{name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"figures": broken}))
+    assert "its results have another shape than it reads (" in error_of(tables, copy)
+
+
+def test_what_a_gpu_gave_is_in_the_index(tables, copy):
+    step = {"step": 0.5}
+    ran = {"steps": [step, step, {"step": 9.0}], "tokens": 2048, "peak": 3 * 2**29}
+    figures = {"one shape": {"full": {"not_run": "out of memory"}, "lisa": ran}, "another": {"lisa": {"not_run": "-"}}}
+    about = {"command": "python benchmarks/gpu.py", "machine": "m", "device": "NVIDIA H100"}
+    (copy / "benchmarks" / "results" / "gpu.json").write_text(json.dumps(about | {"figures": figures}))
+    tables.main([], copy)
+    said = "one shape: lisa 1.50 GiB 4096 tokens/s; another: nothing has run"
+    row = f"| `python benchmarks/gpu.py` | [{said}](results/gpu.json) | m | NVIDIA H100 |"
+    assert row in (copy / "benchmarks" / "README.md").read_text()
 
 
 def test_runs_that_are_not_there(tables, copy):
