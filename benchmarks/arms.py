@@ -322,11 +322,11 @@ class Run:
             on_cpu=self._device.type == "cpu",
             plain=self.lisa is None,
         )
-        kept = (
-            kept_states(run, config, stage.stage, dist.get_world_size(), arm.optim)
-            if config.lisa_state == "keep"
-            else 0
-        )
+        kept = 0
+        if config.lisa_state == "keep":  # of the layers, which are alike, those that have trained and sleep
+            asleep = {layer for layer, times in enumerate(self.lisa.visit_counts) if times} - {*self.active_layers}
+            every = kept_states(run, config, stage.stage, dist.get_world_size(), arm.optim)
+            kept = every * len(asleep) // (len(self.blocks.layers) - config.lisa_activated_layers)
         return parts.peak + kept
 
     def drift(self, length: int) -> dict[str, float] | None:

@@ -356,18 +356,19 @@ def _sub_groups(layout: Layout, settings: Settings, group: list[str]) -> int:
     return count + (held > 0)
 
 
-def gathered_by_trace(layout: Layout, settings: Settings) -> int:
+def gathered_by_trace(layout: Layout, settings: Settings, there: set[str] | None = None) -> int:
     """Elements that stage 3 gathers in the passes of a step whose order of modules it knows.
 
     Entering a module gathers what is missing of it, then fetches ahead, up to stage3_prefetch_bucket_size elements and
     not beyond stage3_max_live_parameters. Leaving it lets go of what has no use among the next
-    stage3_max_reuse_distance elements, unless fetching ahead has come by a later use and found it there.
+    stage3_max_reuse_distance elements, unless fetching ahead has come by a later use and found it there. `there`: what
+    is whole before the first module, by default all that persists.
     """
     numel, zero = layout.numel, settings.zero
     stays = persistent(layout, settings)
     order = [visit.params for visit in layout.visits if visit.enters]
     to_come = deque((place, name) for place, params in enumerate(order) for name in params)
-    there, users = set(stays), defaultdict(set)
+    there, users = set(stays if there is None else there), defaultdict(set)
     seen_ahead: dict[str, int] = defaultdict(lambda: -1)  # the last use that fetching has come by
     gathered = live = place = 0
 
@@ -426,18 +427,20 @@ def gathered_without_trace(layout: Layout, settings: Settings, there: set[str]) 
     return gathered
 
 
-def first_step_bytes(layout: Layout, settings: Settings) -> Counter:
-    """The first step after a switch: stage 3 learns the order of modules again."""
+def first_step_bytes(layout: Layout, settings: Settings, same_order: bool) -> Counter:
+    """The first step after a switch: stage 3 learns the order of modules again, if it is not the same."""
     if settings.zero.stage < 3:
         return step_bytes(layout, settings)
     there = persistent(layout, settings) - set(layout.trained)  # a switch has cut what trains
+    if same_order:
+        return _stage_3(layout, settings, gathered_by_trace(layout, settings, there))
     found = _stage_3(layout, settings, gathered_without_trace(layout, settings, there))
     return found + Counter({CONTROL + "broadcast": _of_list(0)})  # no order yet is compared, too
 
 
-def second_step_bytes(layout: Layout, settings: Settings) -> Counter:
+def second_step_bytes(layout: Layout, settings: Settings, same_order: bool) -> Counter:
     """The second: ranks compare the order that they have learnt, of modules and, in two lists, of parameters."""
-    if settings.zero.stage < 3:
+    if settings.zero.stage < 3 or same_order:
         return step_bytes(layout, settings)
     entered = [visit for visit in layout.visits if visit.enters]
     lists = _of_list(len(entered)) + 2 * _of_list(sum(len(visit.params) for visit in entered))
@@ -479,9 +482,13 @@ def bytes_by_formula(arm: Arm, layout: Layout, settings: Settings, was: Sequence
     outer = [block for block in arm.config.always_on if layout.blocks[block]]
     blocks = [*outer, *(f"layers.{layer}" for layer in was)]
     found = {"switch": switch_bytes(layout, settings, gamma, blocks, changes), "step": step_bytes(layout, settings)}
-    kept = {"first step": found["step"], "second step": found["step"]}
-    learns = {"first step": first_step_bytes(layout, settings), "second step": second_step_bytes(layout, settings)}
-    return found | (learns if changes else kept)
+    if not changes:
+        return found | {"first step": found["step"], "second step": found["step"]}
+    same_order = "embed" in arm.config.always_on  # to which the backward pass goes down in every period
+    return found | {
+        "first step": first_step_bytes(layout, settings, same_order),
+        "second step": second_step_bytes(layout, settings, same_order),
+    }
 
 
 def on_wire(by_collective: dict[str, int], world: int) -> float:

@@ -48,7 +48,9 @@ def measure(arm: Arm, ds_config: str, layers: tuple[int, ...], arguments) -> dic
             found["live"][str(switches)], taken = live, until
     # A step in the middle of a period, as nearly all are, has its moments before it begins.
     with RankGroup(arguments.ranks, Run, arm, config, ds_config, interval=PERIOD, layers=layers) as ranks:
-        ranks.call("steps", 1, SHORT)
+        # Kept states come to be in as many periods as above.
+        periods = arguments.switches[-1] if arm.config.lisa_state == "keep" else 0
+        ranks.call("steps", PERIOD * periods + 1, SHORT)
         found["drift"] = ranks.call("drift", SHORT)[0]
         peaks = [peak_of(ranks, arguments.length)]
         with_switch = max(ranks.call("peak_bytes", arguments.length))

@@ -379,7 +379,7 @@ class ZeroPartitions:
 
         with _cheap_gc():
             if coordinator_owner is not None:
-                _forget_trace(coordinator_owner)
+                self._clear_trace(coordinator_owner, params_of_group)
             self._take_down(params_of_group)
             inner.state.clear()
             for group, params in zip(inner.param_groups, params_of_group, strict=True):
@@ -400,6 +400,22 @@ class ZeroPartitions:
             self.engine.param_names[parameter] = f"lisa_placeholder.{index}"
             self._placeholders[index] = parameter
         return self._placeholders[index]
+
+    def _clear_trace(self, parameter_offload, next_params_of_group: list[list[torch.nn.Parameter]]) -> None:
+        """Make stage 3 record anew in which order modules run, if the backward pass is to end elsewhere.
+
+        Modules run backward down to the lowest parameter that trains, whatever sleeps above it. If that stays, so does
+        the order, and the next step is as fast as any other. (DeepSpeed records anew where it meets another order.)
+        """
+        order = {key: number for number, key in enumerate(self._names)}
+        lowest = [
+            min((order[id(one)] for group in groups for one in group if id(one) in order), default=None)
+            for groups in (getattr(self._zero, self._stage.groups), next_params_of_group)
+        ]
+        if lowest[0] == lowest[1]:
+            parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
+        else:
+            _forget_trace(parameter_offload)
 
     def _take_down(self, next_params_of_group: list[list[torch.nn.Parameter]]) -> None:
         """Let go of everything that the optimizer object holds or has hung onto the model."""
@@ -868,7 +884,7 @@ def drop_prefetched(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def _forget_trace(parameter_offload) -> None:
-    """Make stage 3 record anew in which order modules run: frozen and trained ones differ in their backward."""
+    """Make stage 3 record anew in which order modules run."""
     coordinator = parameter_offload.get_param_coordinator()
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()

@@ -69,6 +69,42 @@ def test_operations_of_a_step_are_those_that_torch_counts(method, benchmark):
     assert one_more * passes > 0.1 * wanted
 
 
+def test_ranks_of_lora_are_divided_as_widths_are(benchmark):
+    arms = benchmark("arms")
+    ranks = [[arm.settings.get("r") for arm in arms.shrunk_arms(arms.SIDE_BY_SIDE, shrink)] for shrink in (1, 16, 32)]
+    assert ranks == [[None, r16, r128, None, None, None] for r16, r128 in ((16, 128), (1, 8), (1, 4))]
+    shares = []
+    for shrink, r in ((1, 16), (16, 1)):
+        config = arms.shrunk_config("llama2-7b", shrink, 2)
+        with torch.device("meta"):
+            layer = arms.find_blocks(arms.AutoModelForCausalLM.from_config(config)).layers[0]
+        matrices = [one for one in layer.parameters.values() if one.ndim > 1]
+        shares.append(r * sum(sum(one.shape) for one in matrices) / sum(one.numel() for one in matrices))
+    assert shares[0] == pytest.approx(shares[1], rel=0.02)
+
+
+def test_results_say_what_made_them_and_not_where(benchmark, tmp_path, monkeypatch, capsys):
+    bench = benchmark("bench")
+    words = ["benchmarks/speed.py", "--model=/home/me/small", "--results", "/home/me/x.json", "--ranks=2"]
+    monkeypatch.setattr(sys, "argv", words)
+    bench.write_results(tmp_path / "deep" / "x.json", {"a": 1})
+    results = json.loads((tmp_path / "deep" / "x.json").read_text())
+    assert results["command"] == "python benchmarks/speed.py --model=small --results x.json --ranks=2"
+    assert results["figures"] == {"a": 1}
+    assert results["memory_bytes"] > 2**30
+    assert results["processor"]
+    assert results["seconds"] >= 0
+    assert results["versions"]["torch"] == torch.__version__
+    assert {"python", "deepspeed", "peft", "bitsandbytes", "lisa_dist"} <= set(results["versions"])
+    assert "written to" in capsys.readouterr().out
+
+
+def test_the_gpu_set_begins_with_the_first_of_every_shape(benchmark, monkeypatch):
+    gpu = benchmark("gpu")
+    monkeypatch.setattr(gpu, "SHAPES", (("a", 1, ("full", "lisa", "lora")), ("b", None, ("lisa", "full"))))
+    assert gpu.by_turns() == [(0, "full"), (1, "lisa"), (0, "lisa"), (1, "full"), (0, "lora")]
+
+
 def test_operations_without_layers_are_the_mean_of_all_draws(benchmark):
     arms = benchmark("arms")
     config, arm = arms.shrunk_config("llama3.1-8b", 32, 6), arms.Arm("lisa", "lisa", arms.EMBED_FROZEN)

@@ -70,6 +70,16 @@ def test_what_is_cut_into_equal_parts_is_padded():
     assert step(3) == of_stage_3 | {"control: all_reduce": 2 * 8}
 
 
+def test_what_goes_over_the_wire_in_rings():
+    module = script()
+    assert module.on_wire({"all_reduce": 8, "control: all_reduce": 4, "all_gather_into_tensor": 16}, 4) == 18 + 12
+    assert module.on_wire({"reduce_scatter_tensor": 16}, 1) == 0
+    step, switch = module.Counter(broadcast=200), module.Counter(all_gather=400)
+    moments = {"step": step, "first step": step, "second step": step + step, "switch": switch}
+    assert module.mean_of_period(moments, 2) == (20 * 100 + 100 + 200) / 20
+    assert module.mean_of_period({"step": step}, 2) == 100
+
+
 def count_arms(names: tuple[str, ...], ds_config: str | dict, dtype: str) -> dict[str, dict]:
     """On a rank: what these arms send."""
     module = script()

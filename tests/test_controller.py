@@ -1,5 +1,6 @@
 """The controller's contract: when it switches, what it refuses, what it logs, its state."""
 
+import itertools
 import json
 from importlib import import_module
 
@@ -436,3 +437,28 @@ def train_beside(ds_config: str) -> None:
 @pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
 def test_an_engine_that_was_there_before_goes_on(ds_config):
     run_ranks(train_beside, 2, ds_config)
+
+
+def orders_of_modules(settings: dict) -> list[tuple[int, bool]]:
+    """Of each switch on stage 3 the lowest active layer, and whether the order of modules is known behind it."""
+    engine, lisa = start("zero3", lisa_interval_steps=3, **settings)
+    coordinator, found = engine.optimizer.parameter_offload.get_param_coordinator(), []
+    for step, tokens in enumerate(token_batches(18, rows=2)):
+        if lisa.on_step_begin() and step:
+            found.append((lisa.active_layers[0], coordinator.is_complete_trace()))
+        micro_step(engine, tokens[0])
+        if step and step % 3 == 2:
+            assert coordinator.is_complete_trace(), "learnt within the period"
+    engine.destroy()
+    return found
+
+
+def test_stage_3_knows_the_order_of_modules_while_the_backward_pass_ends_at_the_same_block():
+    always = run_ranks(orders_of_modules, 2, {})[0]
+    assert len(always) == 5
+    assert all(known for _, known in always), "down to the embedding in every period"
+    frozen = {"lisa_always_on": "rest", "lisa_frozen": "embed,head", "lisa_seed": 1}
+    drawn = run_ranks(orders_of_modules, 2, frozen)[0]
+    lowest = [layer for layer, _ in drawn]
+    assert [known for _, known in drawn[1:]] == [new == old for old, new in itertools.pairwise(lowest)]
+    assert {known for _, known in drawn[1:]} == {True, False}, "take another seed"
