@@ -27,7 +27,7 @@ test: $(VENV)/.ready  ## the whole test suite
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.cpu_ops import build_cpu_ops; build_cpu_ops()'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest --numprocesses 2 --durations 30
 
-bench: $(VENV)/.ready  ## methods side by side on two CPU ranks: half an hour of a quiet machine; tables of the docs follow
+bench: $(VENV)/.ready  ## methods side by side on two CPU ranks: 40 minutes of a quiet machine; tables of the docs follow
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.cpu_ops import build_cpu_ops; build_cpu_ops()'
 	for name in memory speed switch communication scaling; do \
 		PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python benchmarks/$$name.py || exit 1; \
