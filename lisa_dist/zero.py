@@ -520,7 +520,7 @@ class ZeroPartitions:
         if self._stage is _STAGE_3:
             coordinator = self._zero.parameter_offload.get_param_coordinator()
             missing += [name for name in _COORDINATOR_NAMES if not hasattr(coordinator, name)]
-            missing += [name for name in ("update_recompute_parameters",) if not hasattr(zero3_coordinator, name)]
+            missing += ["update_recompute_parameters"] if _tie_to_module is None else []
         if missing:
             raise UserError(
                 f"DeepSpeed {metadata.version('deepspeed')} lacks {', '.join(missing)}, which LISA needs to "
