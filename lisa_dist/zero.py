@@ -101,6 +101,7 @@ _PRIVATE_NAMES = (
     "averaged_gradients",
     "unscale_and_clip_grads",
     "get_param_id",
+    "model_parallel_group",
     "initialize_optimizer_states",
     "dp_process_group",
     "ipg_buckets",
@@ -450,7 +451,7 @@ class ZeroPartitions:
             _send_gradients_in_chunks(zero)
         elif self._stage is _STAGE_3 and zero.offload_optimizer:
             _send_partitions_in_chunks(zero)
-        else:
+        elif zero.model_parallel_group is None:  # else the parts of other ranks' matrices count too
             _take_norms_together(zero, self._stage)
         for index, (key, master) in enumerate(zip(self.keys(), getattr(zero, self._stage.masters), strict=True)):
             state = carried.get(key) if key else None
