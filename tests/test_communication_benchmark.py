@@ -1,4 +1,4 @@
-"""benchmarks/communication.py: its counter counts what it is given, and its formulas say what DeepSpeed sends."""
+"""benchmarks/communication.py, traffic.py: the counter counts what it is given, formulas say what DeepSpeed sends."""
 
 import importlib
 import sys
@@ -20,11 +20,11 @@ ARMS = ("lisa", "full", "callback")
 WORLD = 2
 
 
-def script() -> ModuleType:
-    """The script as a module. Its folder is on the path for this import alone, behind everything else."""
+def script(name: str = "communication") -> ModuleType:
+    """A script as a module. Its folder is on the path for this import alone, behind everything else."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path, BENCHMARKS])
-        return importlib.import_module("communication")
+        return importlib.import_module(name)
 
 
 def count_by_hand() -> dict[str, int]:
@@ -52,7 +52,7 @@ def test_the_counter_counts_the_whole_tensor_of_each_collective():
 
 def test_what_is_cut_into_equal_parts_is_padded():
     """Three ranks, 2 bytes an element: widths that two ranks can share have nothing to pad."""
-    module = script()
+    module = script("traffic")
     numel, groups = {"large": 7, "asleep": 4, "small": 1}, [["large", "asleep"], ["small"]]
     one_pass = [
         module.Visit(True, 0, ("large", "asleep", "small")),
@@ -71,7 +71,7 @@ def test_what_is_cut_into_equal_parts_is_padded():
 
 
 def test_what_goes_over_the_wire_in_rings():
-    module = script()
+    module = script("traffic")
     assert module.on_wire({"all_reduce": 8, "control: all_reduce": 4, "all_gather_into_tensor": 16}, 4) == 18 + 12
     assert module.on_wire({"reduce_scatter_tensor": 16}, 1) == 0
     step, switch = module.Counter(broadcast=200), module.Counter(all_gather=400)

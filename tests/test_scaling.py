@@ -1,4 +1,4 @@
-"""benchmarks/scaling.py: what the model of steps must say whatever its numbers are, and what two ranks say of it."""
+"""benchmarks/scaling.py, step_model.py: what the model of steps must say whatever its numbers, and what ranks say."""
 
 import importlib
 import itertools
@@ -33,6 +33,11 @@ def scaling():
             sys.modules[path.stem] = before[path.stem]
 
 
+def step_model():
+    """The module of that name beside the script."""
+    return sys.modules["step_model"]
+
+
 def flags(scaling, *words: str):
     return scaling.parser().parse_args(words)
 
@@ -47,7 +52,7 @@ def traffic(scaling) -> dict:
 
 
 def step(scaling, count: int, *words: str, accumulated: int = 1) -> dict:
-    work = scaling.Work(1e11, 3e11, 10**9)
+    work = step_model().Work(1e11, 3e11, 10**9)
     return scaling.step_on_gpus(gpus(scaling, *words), work, traffic(scaling), count, 2048, accumulated)
 
 
@@ -174,15 +179,13 @@ def count(scaling, pair, arm, ds_config: str, depth: int) -> dict:
 def test_lisa_sends_the_active_share_on_stage_2(scaling, pair):
     sent = {arm.name: count(scaling, pair, arm, "zero2", 5) for arm in scaling.ARMS}
     config = scaling.narrowed("llama2-70b", 64, 5)
-    active = {arm.name: scaling.active_elements(config, arm) for arm in scaling.ARMS}
+    active = {arm.name: step_model().active_elements(config, arm) for arm in scaling.ARMS}
     assert active["lisa"] < active["full"]
     for phase, kind in (("backward", "all_reduce"), ("step", "all_gather_into_tensor")):
         of_phase = {name: of_arm[phase][kind].elements for name, of_arm in sent.items()}
         assert of_phase == pytest.approx(active, rel=1e-4), "and padding"
-    seconds = {
-        name: sum(scaling.seconds_of_phases(gpus(scaling, "--call_us", "0", "--inter_hop_us", "0"), one, 8).values())
-        for name, one in sent.items()
-    }
+    instant = gpus(scaling, "--call_us", "0", "--inter_hop_us", "0")
+    seconds = {name: sum(step_model().seconds_of_phases(instant, one, 8).values()) for name, one in sent.items()}
     assert seconds["lisa"] < seconds["full"]
 
 
@@ -205,7 +208,7 @@ def test_what_is_counted_lies_on_the_line(scaling, pair):
     for phase, of_kind in third.items():
         for kind, sent in of_kind.items():
             assert list(told[phase][kind]) == pytest.approx(list(sent))
-    whole = scaling.active_elements(scaling.narrowed("llama2-70b", 64, 9), scaling.FULL)
+    whole = step_model().active_elements(scaling.narrowed("llama2-70b", 64, 9), scaling.FULL)
     assert third["backward"]["all_gather_into_tensor"].elements > whole / 2, "nothing is gathered again: no such test"
 
 

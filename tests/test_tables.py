@@ -92,7 +92,7 @@ def test_a_figure_in_the_results(tables, copy, capsys):
     path = copy / "benchmarks" / "results" / "quality.json"
     results = json.loads(path.read_text(encoding="utf-8"))
     runs = results["figures"]["runs"]
-    tables.runs_at_best("full", runs)[0]["held_out"] -= 0.001
+    tables.table_rows.runs_at_best("full", runs)[0]["held_out"] -= 0.001
     path.write_text(json.dumps(results), encoding="utf-8")
     assert {"comparing_methods", "index"} <= names_in(check(tables, copy, capsys))
 
@@ -205,14 +205,14 @@ def test_the_index_has_every_script_and_every_result():
 
 def test_a_new_benchmark_in_the_index(tables, copy):
     folder = copy / "benchmarks"
-    (folder / "new.py").write_text('"""What is new? Nothing.\n\nMore of it.\n"""\n')
+    (folder / "new.py").write_text('"""What is new? Nothing.\n\nMore of it.\n"""\ndef main(): pass\n')
     tables.main([], copy)
     assert "| [new](new.py) | What is new? Nothing. | not run yet | | | |\n" in (folder / "README.md").read_text()
     results = {"command": "python /x/new.py --model ../models/small", "machine": "m", "device": "a GPU", "figures": {}}
     (folder / "results" / "new_gpu.json").write_text(json.dumps(results))
     assert "nothing says what came of new.py" in error_of(tables, copy)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tables.LATEST, "new", lambda figures: "a|b")
+        patch.setitem(tables.table_index.LATEST, "new", lambda figures: "a|b")
         tables.main([], copy)
     row = "| What is new? Nothing. | `python new.py --model small` | [a\\|b](results/new_gpu.json) | m | a GPU |\n"
     assert f"| [new](new.py) {row}" in (folder / "README.md").read_text()
@@ -228,7 +228,9 @@ def test_tables_of_quality(tables, copy):
 
     def table() -> list[list[str]]:
         path.write_text(json.dumps({"figures": figures}))
-        return tables.quality_table(tables.Benchmarks(copy / "benchmarks"), path.stem, ["full", "lisa 2 K 5"])
+        return tables.table_rows.quality_table(
+            tables.Benchmarks(copy / "benchmarks"), path.stem, ["full", "lisa 2 K 5"]
+        )
 
     header, *rows = table()
     assert rows == [
