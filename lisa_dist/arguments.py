@@ -55,7 +55,8 @@ class RunArguments:
         default=None,
         metadata={
             "help": "Gradient checkpointing: none, all, a number of decoder layers, or auto for the fewest that the "
-            "GPU's memory is enough for. Left out, --gradient_checkpointing decides."
+            "GPU's memory is enough for (with --method lisa; with others all). Left out, --gradient_checkpointing "
+            "decides."
         },
     )
     gpu_memory: str | None = field(
@@ -78,12 +79,10 @@ class RunArguments:
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
         dial = parse_checkpointed_layers(self.checkpointed_layers)
-        if self.method != "lisa" and self.gpu_memory is not None:
-            raise UserError(f"--gpu_memory {self.gpu_memory} with --method {self.method}: it is for --method lisa.")
-        if self.method != "lisa" and dial is not None:
+        if self.method != "lisa" and isinstance(dial, int) and dial > 0:
             raise UserError(
-                f"--checkpointed_layers {self.checkpointed_layers} with --method {self.method}: use "
-                "--gradient_checkpointing true or false."
+                f"--checkpointed_layers {self.checkpointed_layers} with --method {self.method}: some layers are for "
+                "--method lisa; give none or all."
             )
         parse_budget(self.gpu_memory, dial)
         if self.hang_timeout < 0:

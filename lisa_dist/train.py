@@ -54,7 +54,7 @@ from lisa_dist.liger import check_liger
 from lisa_dist.metrics import format_table
 from lisa_dist.monitoring import MonitoredMixin
 from lisa_dist.optimizer import check_optim
-from lisa_dist.recompute import number_of_layers, parse_checkpointed_layers
+from lisa_dist.recompute import AUTO, number_of_layers, parse_checkpointed_layers
 from lisa_dist.run_files import without_secrets, write_run
 from lisa_dist.sample_answer import SampleCallback
 from lisa_dist.stop_signals import catch_stop_signals
@@ -85,6 +85,9 @@ def run(
 ) -> None:
     """Train and save: arguments checked, data, model, training, the model in `output_dir`. `argv` is for the report."""
     resume_from = _resume_from(training_args.resume_from_checkpoint)
+    dial = parse_checkpointed_layers(run_args.checkpointed_layers)
+    if run_args.method != "lisa" and dial is not None:  # which layers fit is planned for LISA alone
+        training_args.gradient_checkpointing = dial != 0
     _check_arguments(run_args, training_args, model_args, lisa_config)
     if training_args.use_cpu:
         # Accelerate has started gloo, but DeepSpeed must know of it too before a model is loaded under ZeRO-3.
@@ -172,7 +175,10 @@ def _check_arguments(
     if training_args.resume_from_checkpoint == "auto" and run_args.method != "lisa":
         raise UserError(f"--resume_from_checkpoint auto: --method {run_args.method} takes a folder or true.")
     if run_args.method != "lisa" and training_args.optim is LisaOptimizerNames.LISA_ADAMW:
-        raise UserError(f"--optim lisa_adamw with --method {run_args.method}: it is for --method lisa.")
+        raise UserError(
+            f"--optim lisa_adamw with --method {run_args.method}: it is for --method lisa; "
+            "give another, such as adamw_torch_fused."
+        )
     if run_args.method == "lisa":
         ds_config = training_args.deepspeed
         ds_config = ds_config if isinstance(ds_config, dict) else read_ds_config(ds_config)
@@ -420,6 +426,9 @@ def _describe_run(
         ("versions", versions),
     ]
     given = [name for name, value in lisa_config.to_dict().items() if value != LisaConfig().to_dict()[name]]
+    given += ["gpu_memory"] if run_args.gpu_memory is not None else []
+    if run_args.method != "lisa" and parse_checkpointed_layers(run_args.checkpointed_layers) == AUTO:
+        rows.append(("checkpointing", "all layers; to choose among them (auto) is for --method lisa"))
     if run_args.method != "lisa" and given:  # the same recipe may serve to compare methods
         rows.append(("without effect", f"{', '.join(f'--{name}' for name in given)}, which are for --method lisa"))
     fields = ModelArguments.__dataclass_fields__

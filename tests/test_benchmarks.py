@@ -203,9 +203,12 @@ def test_switch_counts_what_follows_it(benchmark, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(module, "cells_of", lambda shrink: [module.Cell("zero3", shrink)])
     module.main()
     (found,) = json.loads(results.read_text())["figures"].values()
-    step, first, switch = (statistics.median(found[f"{which}_seconds"]) for which in ("step", "first_step", "switch"))
-    assert first - switch > step, "stage 3 learns the order of modules"
-    assert found["cost_seconds"] > switch > 0
+    times = {which: found[f"{which}_seconds"] for which in ("switch", "first_step", "second_step", "step")}
+    for which, seconds in times.items():
+        assert len(seconds) == 2, which
+        assert min(seconds) > 0, which
+    assert all(first > switch for first, switch in zip(times["first_step"], times["switch"], strict=True)), "it has it"
+    assert found["cost_seconds"] >= statistics.median(times["switch"])
     assert found["bytes_released"] > 0
     assert any(name.startswith("repartition: ") for name in found["of_time"])
     assert "with what follows" in capsys.readouterr().out
@@ -244,7 +247,7 @@ def test_communication_ends_well_where_all_is_equal(benchmark, tmp_path, capsys,
 
 @pytest.mark.slow
 def test_the_gpu_set_in_rehearsal(benchmark, tmp_path, capsys, monkeypatch):
-    """Every arm that ran was planned to 3%, LoRA too; what has no time left says so."""
+    """Every arm that ran was planned to 1%, LoRA too; what has no time left says so."""
     results = tmp_path / "gpu.json"
     module = benchmark("gpu", "--rehearse", "--length", "64", "--results", str(results))
     arms = (module.LISA, module.STATIC, module.LORA_16, module.SIX_BYTES, module.DRAWN)
@@ -254,7 +257,7 @@ def test_the_gpu_set_in_rehearsal(benchmark, tmp_path, capsys, monkeypatch):
     of_arms = figures["llama2-7b, all layers"]
     assert list(of_arms) == [arm.name for arm in arms]
     for name, found in (*of_arms.items(), *figures["llama3.1-8b, all layers"].items()):
-        assert found["planned"] == pytest.approx(found["peak"], rel=0.03), name
+        assert found["planned"] == pytest.approx(found["peak"], rel=0.01), name
     assert of_arms["static"]["active_layers"] == of_arms["lisa"]["active_layers"]
     assert of_arms["lisa, drawn"]["blocks_at_peak"] == ["embed"]
     assert of_arms["lisa, drawn"]["peak"] < of_arms["lisa"]["peak"]

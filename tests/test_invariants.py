@@ -374,6 +374,62 @@ def norms_of_steps(ds_config: str, chunk: int, accumulation: int, plain: bool = 
     return {"losses": losses, "norms": norms, "most": most, "calls": calls}
 
 
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+def test_norms_under_model_parallelism_count_the_parts_of_other_ranks(ds_config):
+    plain, own = (run_ranks(norms_of_parts, 2, ds_config, plain) for plain in (True, False))
+    assert own == plain, "DeepSpeed's own, to the bit"
+    assert own[0] == own[1], "each rank has gradients of its own rows, and both know the norm of all"
+
+
+class TwoParts:
+    """An mpu as Megatron has it: two ranks with a part of the model each."""
+
+    def __init__(self):
+        self._alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return 2
+
+    def get_model_parallel_group(self):
+        return dist.group.WORLD
+
+    def get_data_parallel_rank(self) -> int:
+        return 0
+
+    def get_data_parallel_world_size(self) -> int:
+        return 1
+
+    def get_data_parallel_group(self):
+        return self._alone
+
+
+def norms_of_parts(ds_config: str, plain: bool) -> list[float]:
+    together = lisa_dist.zero._take_norms_together
+    if plain:
+        lisa_dist.zero._take_norms_together = lambda *_: None
+    model = tiny_llama()
+    for parameter in model.model.layers.parameters():
+        parameter.model_parallel = parameter.ndim > 1  # so Megatron marks what is one rank's part
+    lisa = lisa_dist.LisaController(model, lisa_dist.LisaConfig(lisa_interval_steps=INTERVAL))
+    optimizer = lisa_dist.build_optimizer(lisa.param_groups(), lr=LR)
+    config = lisa_dist.load_ds_config(ds_config, model=model)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=TwoParts())
+    lisa.attach(engine)
+    norms = []
+    for micro_batches in token_batches(INTERVAL + 2, rows=4):
+        train_step(engine, lisa, micro_batches)
+        norms.append(float(engine.get_global_grad_norm()))
+    lisa.close()
+    engine.destroy()
+    deepspeed.utils.groups.mpu = None  # which DeepSpeed would keep for the engines of other tests
+    lisa_dist.zero._take_norms_together = together
+    return norms
+
+
 @without_collection()
 def train_with_offload(ds_config: str, settings: dict) -> dict:
     gc.collect()

@@ -26,6 +26,7 @@ from lisa_dist import launching
 from lisa_dist.arguments import LisaSFTConfig, parse_arguments
 from lisa_dist.data import DataArguments
 from lisa_dist.launching import launch_if_asked
+from lisa_dist.run_files import read_run
 from lisa_dist.train import load_rows, run
 from lisa_dist.trainer import LisaTrainer
 
@@ -191,9 +192,14 @@ def test_flags_are_checked_before_ranks_are_started(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("cpu_ops")
 def test_full_training_under_the_same_roof(folder, tmp_path):
-    status, said = run_alone(flags_for(folder, tmp_path / "out", method="full"), tmp_path / "said.txt")
+    # As a recipe of `lisa-dist init` has them.
+    changes = {"checkpointed_layers": "auto", "gpu_memory": "23GiB"}
+    flags = flags_for(folder, tmp_path / "out", method="full", **changes)
+    status, said = run_alone(flags, tmp_path / "said.txt")
     assert status == 0, said[-3000:]
-    assert "without effect  --lisa_interval_steps, --lisa_debug, which are for --method lisa" in said
+    assert "without effect  --lisa_interval_steps, --lisa_debug, --gpu_memory, which are for --method lisa" in said
+    assert re.search(r"checkpointing +all layers; to choose among them \(auto\) is for --method lisa", said)
+    assert read_run(tmp_path / "out").run["flags"]["--gradient_checkpointing"] is True
     assert not (tmp_path / "out" / "lisa_log.jsonl").exists()
     report = (tmp_path / "out" / "report.html").read_text()
     assert re.findall(r'<section id="(\w+)">', report) == ["loss", "learning_rate", "speed", "settings"]
@@ -205,9 +211,11 @@ def test_full_training_under_the_same_roof(folder, tmp_path):
 @pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
 def test_lora_under_the_same_roof(folder, tmp_path, ds_config):
     changes = {"deepspeed": ds_config, "method": "lora", "lora_r": 4, "lora_dropout": 0.0, "max_steps": 10}
+    changes |= {"checkpointed_layers": "none"}
     on_two_ranks(flags_for(folder, tmp_path / "out", **changes), tmp_path)
     said = (tmp_path / "0.txt").read_text()
     assert re.search("adapters +rank 4, alpha 32, dropout 0.0, on all linear layers but the head", said)
+    assert read_run(tmp_path / "out").run["flags"]["--gradient_checkpointing"] is False
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert held_out[-1] < held_out[0] - 0.05
@@ -348,8 +356,8 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
         (["--eval_rows", "-1"], "--eval_rows -1"),
         (["--eval_rows", "3", "--eval_dataset_name", "x.jsonl"], "give one of them"),
         (
-            ["--gpu_memory", "22GiB", "--method", "full"],
-            "--gpu_memory 22GiB with --method full: it is for --method lisa",
+            ["--checkpointed_layers", "3", "--method", "full"],
+            "--checkpointed_layers 3 with --method full: some layers are for --method lisa; give none or all",
         ),
         (["--gpu_memory", "22GiB"], "--gpu_memory 22GiB: only --checkpointed_layers auto keeps to it"),
         (["--deepspeed", "zero7"], "--deepspeed zero7: neither a file nor a shipped config"),
@@ -405,7 +413,10 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
         ({"optim": "adamw"}, "--optim adamw: unknown; choose lisa_adamw or one of adamw_torch,"),
         ({"lisa_master": "bf16_sr"}, "--lisa_master bf16_sr with --optim adamw_torch_fused: only --optim lisa_adamw"),
         ({"lisa_master": "bf16_sr", "optim": "lisa_adamw"}, "--lisa_master bf16_sr with weights in fp32"),
-        ({"method": "full", "optim": "lisa_adamw"}, "--optim lisa_adamw with --method full: it is for --method lisa"),
+        (
+            {"method": "full", "optim": "lisa_adamw"},
+            "--optim lisa_adamw with --method full: it is for --method lisa; give another",
+        ),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_before_anything_is_written(folder, tmp_path, changes, said):
