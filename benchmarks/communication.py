@@ -1,6 +1,9 @@
 """What do ranks send each other in a step? Bytes of each collective: counted, and by a formula; both must be equal.
 
-The formulas, and what counts as sent, are in traffic.py.
+Bytes are those of the whole tensor: of what a reduction takes in, of what an all-gather gives out. On the wire a ring
+of N ranks puts, of each rank and byte, 2(N - 1)/N for an all-reduce and (N - 1)/N for everything else. What is no
+weight and no gradient (norms, flags, digests, the set of layers) stands for itself, as "control". The formulas, and
+what they know of DeepSpeed, are in traffic.py.
 
 python benchmarks/communication.py
 """

@@ -203,7 +203,7 @@ def work_of(config: PretrainedConfig, arm: Arm, length: int) -> Work:
 
 
 def active_elements(config: PretrainedConfig, arm: Arm) -> int:
-    """Elements that train in a step of one of ARMS."""
+    """Elements that train in a step of LISA's arms or full training's."""
     blocks = blocks_of(config)
     if arm.method == "full":
         return sum(block.numel for block in blocks)

@@ -15,7 +15,7 @@ def index(benchmarks: Benchmarks) -> Rows:
     for path in sorted(benchmarks.folder.glob("*.py")):
         script = ast.parse(path.read_text(encoding="utf-8"))
         if path.stem == "tables" or "main" not in (getattr(part, "name", None) for part in script.body):
-            continue  # measures nothing
+            continue  # what others are made of, and what makes the tables: neither measures anything
         asked = ast.get_docstring(script).splitlines()[0]
         link = f"[{path.stem}]({path.name})"
         for name, found in benchmarks.results_of(path.stem).items():

@@ -4,8 +4,8 @@ python benchmarks/tables.py            # writes what has changed
 python benchmarks/tables.py --check    # writes nothing; exit status 1 where a page and the results differ
 
 A table stands on its page between `<!-- table: NAME -->` and `<!-- end -->`, and NAME is that of a function in
-table_rows.py. The table `index` in benchmarks/README.md is made by table_index.py: it has a row for every results file,
-and for every script that has none.
+table_rows.py. The table `index` in benchmarks/README.md, made by table_index.py, has a row for every results
+file, and for every script that has none.
 """
 
 import argparse

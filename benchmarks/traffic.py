@@ -14,7 +14,7 @@ By DeepSpeed 0.19, without offload or gradient checkpointing:
   where its next use was near enough (stage3_max_reuse_distance), or where it was fetched ahead. So a model within the
   reuse distance is gathered once a step, and a matrix whose two uses are further apart twice.
 
-communication.py holds them against what it counts.
+communication.py holds these formulas against what it counts.
 """
 
 from collections import Counter, defaultdict, deque
@@ -368,7 +368,7 @@ def _sample(layout: Layout, params: list[str]) -> int:
 
 
 def bytes_by_formula(arm: Arm, layout: Layout, settings: Settings, was: Sequence[int], active: Sequence[int]) -> dict:
-    """All MOMENTS of an arm; those of a switch of LISA alone."""
+    """All moments of an arm, as communication.py names them; those of a switch of LISA alone."""
     if arm.method != "lisa":
         return {"step": step_bytes(layout, settings)}
     gamma, changes = arm.config.lisa_activated_layers, set(was) != set(active)

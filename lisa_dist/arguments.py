@@ -18,7 +18,7 @@ from lisa_dist.ds_config import find_ds_config
 from lisa_dist.flags import RunParser
 from lisa_dist.optimizer import LISA_ADAMW
 from lisa_dist.rank_discovery import set_rank
-from lisa_dist.recompute import parse_budget, parse_checkpointed_layers
+from lisa_dist.recompute import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.watchdog import HANG_TIMEOUT
 
 METHODS = ("lisa", "full", "lora")
@@ -55,13 +55,16 @@ class RunArguments:
         default=None,
         metadata={
             "help": "Gradient checkpointing: none, all, a number of decoder layers, or auto for the fewest that the "
-            "GPU's memory is enough for (with --method lisa; with others all). Left out, --gradient_checkpointing "
-            "decides."
+            "GPU's memory is enough for. Other methods than lisa take none and all, and auto as all. Left out, "
+            "--gradient_checkpointing decides."
         },
     )
     gpu_memory: str | None = field(
         default=None,
-        metadata={"help": "Memory for --checkpointed_layers auto, such as 22GiB; by default all of the GPU but 1 GiB."},
+        metadata={
+            "help": "Memory for --checkpointed_layers auto with --method lisa, such as 22GiB; by default all of the "
+            "GPU but 1 GiB."
+        },
     )
     hang_timeout: float = field(
         default=HANG_TIMEOUT,
@@ -81,10 +84,11 @@ class RunArguments:
         dial = parse_checkpointed_layers(self.checkpointed_layers)
         if self.method != "lisa" and isinstance(dial, int) and dial > 0:
             raise UserError(
-                f"--checkpointed_layers {self.checkpointed_layers} with --method {self.method}: some layers are for "
-                "--method lisa; give none or all."
+                f"--checkpointed_layers {self.checkpointed_layers} with --method {self.method}: a number of layers is "
+                "for --method lisa; give none or all."
             )
-        parse_budget(self.gpu_memory, dial)
+        # Other methods have no use for it, as their header says: a recipe that has it serves them too.
+        parse_budget(self.gpu_memory, dial if self.method == "lisa" else AUTO)
         if self.hang_timeout < 0:
             raise UserError(f"--hang_timeout {self.hang_timeout}: seconds are not negative; 0 turns it off.")
         if self.layer_norms < 0:

@@ -45,7 +45,11 @@ class PlanArguments:
     deepspeed: str | None = field(default=None, metadata={"help": "Plan this config alone: short name or path."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of a step."})
     checkpointed_layers: str = field(
-        default=AUTO, metadata={"help": "none, all, a number of decoder layers, or auto for the fewest that fit."}
+        default=AUTO,
+        metadata={
+            "help": "none, all, a number of decoder layers, or auto for the fewest that fit; with "
+            "another method than lisa none or all."
+        },
     )
     reserve: str = field(default="1GiB", metadata={"help": "Of a GPU, for the CUDA context, NCCL and fragments."})
     json: str | None = field(default=None, metadata={"help": "Write the plans to this file."})
@@ -116,7 +120,10 @@ class Planner:
         elif lisa_config != LisaConfig():
             raise UserError(f"--method {arguments.method}: flags that begin with --lisa_ are for --method lisa.")
         if arguments.method != "lisa" and arguments.optim == LISA_ADAMW:
-            raise UserError(f"--optim {LISA_ADAMW} with --method {arguments.method}: it is for --method lisa.")
+            raise UserError(
+                f"--optim {LISA_ADAMW} with --method {arguments.method}: it is for --method lisa; give another, such "
+                "as adamw_torch_fused."
+            )
         self._dial = parse_checkpointed_layers(arguments.checkpointed_layers)
         if self._dial != AUTO:
             self._dial = number_of_layers(self._dial, self.num_layers)
@@ -255,7 +262,7 @@ def command_for(plan: Plan, arguments: PlanArguments, lisa_config: LisaConfig) -
     if arguments.method == "lora":
         flags |= {"lora_r": arguments.lora_r, "lora_dropout": 0.0}  # whose masks the plan does not count
     if arguments.method != "lisa":
-        flags |= {"gradient_checkpointing": plan.workload.checkpointed_layers > 0}
+        flags |= {"checkpointed_layers": "all" if plan.workload.checkpointed_layers else "none"}
     else:
         flags |= {"checkpointed_layers": plan.workload.checkpointed_layers}
         defaults = LisaConfig().to_dict()

@@ -86,8 +86,9 @@ def run(
     """Train and save: arguments checked, data, model, training, the model in `output_dir`. `argv` is for the report."""
     resume_from = _resume_from(training_args.resume_from_checkpoint)
     dial = parse_checkpointed_layers(run_args.checkpointed_layers)
-    if run_args.method != "lisa" and dial is not None:  # which layers fit is planned for LISA alone
-        training_args.gradient_checkpointing = dial != 0
+    if run_args.method != "lisa" and dial is not None:  # all or none; which layers fit is planned for LISA alone
+        # TRL reads the old name, the Trainer the new one, which it has set by the old before this.
+        training_args.gradient_checkpointing = training_args.activation_checkpointing = dial != 0
     _check_arguments(run_args, training_args, model_args, lisa_config)
     if training_args.use_cpu:
         # Accelerate has started gloo, but DeepSpeed must know of it too before a model is loaded under ZeRO-3.
@@ -427,8 +428,10 @@ def _describe_run(
     ]
     given = [name for name, value in lisa_config.to_dict().items() if value != LisaConfig().to_dict()[name]]
     given += ["gpu_memory"] if run_args.gpu_memory is not None else []
-    if run_args.method != "lisa" and parse_checkpointed_layers(run_args.checkpointed_layers) == AUTO:
-        rows.append(("checkpointing", "all layers; to choose among them (auto) is for --method lisa"))
+    dial = parse_checkpointed_layers(run_args.checkpointed_layers)
+    if run_args.method != "lisa" and dial is not None:
+        as_said = {0: "no layer", AUTO: "all layers; auto chooses among them with --method lisa alone"}
+        rows.append(("checkpointing", as_said.get(dial, "all layers")))
     if run_args.method != "lisa" and given:  # the same recipe may serve to compare methods
         rows.append(("without effect", f"{', '.join(f'--{name}' for name in given)}, which are for --method lisa"))
     fields = ModelArguments.__dataclass_fields__

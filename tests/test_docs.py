@@ -86,7 +86,7 @@ def run_flags(words: list[str], folder: Path) -> None:
     recipe = flags[flags.index("--config") + 1]
     if "--dataset_name" not in flags:
         flags += ["--dataset_name", "rows.jsonl"]
-    if "gpu_memory" not in yaml.safe_load((folder / recipe).read_text()) and not {"full", "lora"} & set(flags):
+    if "gpu_memory" not in yaml.safe_load((folder / recipe).read_text()):
         flags += ["--checkpointed_layers", "none"]  # for auto there is no GPU to ask
     if "--output_dir" not in flags:
         flags += ["--output_dir", "runs/llama3.1-8b"]

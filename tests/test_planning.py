@@ -352,11 +352,11 @@ def test_the_command_says_what_was_planned(tiny_config):
     assert "--optim adamw_torch_fused --bf16 False" in command(precision="fp32")
     assert command(checkpointed_layers="4").endswith("--checkpointed_layers 4")
     assert "--gradient_accumulation_steps 2 --checkpointed_layers 0" in command(gradient_accumulation_steps=2)
-    assert command(method="full", checkpointed_layers="all").endswith("--gradient_checkpointing True")
+    assert command(method="full", checkpointed_layers="all").endswith("--checkpointed_layers all")
     frozen = lisa_dist.LisaConfig(lisa_always_on="", lisa_frozen="embed,head,rest")
     assert command(lisa=frozen).endswith("--lisa_always_on '' --lisa_frozen embed,head,rest")
     assert "--method lora " in command(method="lora")
-    assert command(method="lora", lora_r=8).endswith("--lora_r 8 --lora_dropout 0.0 --gradient_checkpointing False")
+    assert command(method="lora", lora_r=8).endswith("--lora_r 8 --lora_dropout 0.0 --checkpointed_layers none")
 
 
 def test_what_is_never_drawn_keeps_nothing_on_the_host():

@@ -26,7 +26,6 @@ from lisa_dist import launching
 from lisa_dist.arguments import LisaSFTConfig, parse_arguments
 from lisa_dist.data import DataArguments
 from lisa_dist.launching import launch_if_asked
-from lisa_dist.run_files import read_run
 from lisa_dist.train import load_rows, run
 from lisa_dist.trainer import LisaTrainer
 
@@ -69,7 +68,7 @@ def start(how: str, flags: list[str]) -> subprocess.CompletedProcess:
 class Alone:
     """The same in a process that has all imports already, for what a run does once it has begun."""
 
-    def __init__(self, words: list[str], output: Path, script: Path = ROOT / "launch" / "train.py", **variables: str):
+    def __init__(self, words: list[str], output: Path, script: Path, **variables: str):
         output.touch()
         self._output = output
         self.process = start_script(script, words, output, clean_environment() | variables, Path.cwd())
@@ -86,16 +85,36 @@ class Alone:
         return self.process.exitcode
 
 
-def run_alone(flags: list[str], output: Path) -> tuple[int, str]:
+TRAIN = ROOT / "launch" / "train.py"
+# The same for methods without LISA; each step says how many layers are checkpointed in it.
+WATCHED = """
+from lisa_dist import train
+
+step = train._WholeTrainer.training_step
+
+
+def watched(trainer, *args, **kwargs):
+    layers = [one for one in trainer.model.modules() if type(one).__name__ == "LlamaDecoderLayer"]
+    print(sum(layer.gradient_checkpointing for layer in layers), "of", len(layers), "layers are checkpointed")
+    return step(trainer, *args, **kwargs)
+
+
+train._WholeTrainer.training_step = watched
+train.main()
+"""
+
+
+def run_alone(flags: list[str], output: Path, script: Path = TRAIN) -> tuple[int, str]:
     """The exit code of a run of one rank, and what it said."""
-    run = Alone(flags, output)
+    run = Alone(flags, output, script)
     return run.wait(), run.said
 
 
-def on_two_ranks(flags: list[str], folder: Path) -> None:
+def on_two_ranks(flags: list[str], folder: Path, script: Path = TRAIN) -> None:
     """A run of two ranks to its end."""
     meet = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [Alone(flags, folder / f"{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **meet) for rank in range(2)]
+    outputs = {str(rank): folder / f"{rank}.txt" for rank in range(2)}
+    ranks = [Alone(flags, output, script, RANK=rank, LOCAL_RANK=rank, **meet) for rank, output in outputs.items()]
     assert [rank.wait() for rank in ranks] == [0, 0], "".join(rank.said[-3000:] for rank in ranks)
 
 
@@ -192,14 +211,15 @@ def test_flags_are_checked_before_ranks_are_started(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("cpu_ops")
 def test_full_training_under_the_same_roof(folder, tmp_path):
-    # As a recipe of `lisa-dist init` has them.
-    changes = {"checkpointed_layers": "auto", "gpu_memory": "23GiB"}
+    (tmp_path / "watched.py").write_text(WATCHED)
+    # As a recipe of `lisa-dist init` has them; the last is the flag that they stand in for.
+    changes = {"checkpointed_layers": "auto", "gpu_memory": "23GiB", "gradient_checkpointing": False}
     flags = flags_for(folder, tmp_path / "out", method="full", **changes)
-    status, said = run_alone(flags, tmp_path / "said.txt")
+    status, said = run_alone(flags, tmp_path / "said.txt", tmp_path / "watched.py")
     assert status == 0, said[-3000:]
     assert "without effect  --lisa_interval_steps, --lisa_debug, --gpu_memory, which are for --method lisa" in said
-    assert re.search(r"checkpointing +all layers; to choose among them \(auto\) is for --method lisa", said)
-    assert read_run(tmp_path / "out").run["flags"]["--gradient_checkpointing"] is True
+    assert re.search("checkpointing +all layers; auto chooses among them with --method lisa alone", said)
+    assert set(re.findall(".* layers are checkpointed", said)) == {"6 of 6 layers are checkpointed"}
     assert not (tmp_path / "out" / "lisa_log.jsonl").exists()
     report = (tmp_path / "out" / "report.html").read_text()
     assert re.findall(r'<section id="(\w+)">', report) == ["loss", "learning_rate", "speed", "settings"]
@@ -211,11 +231,13 @@ def test_full_training_under_the_same_roof(folder, tmp_path):
 @pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
 def test_lora_under_the_same_roof(folder, tmp_path, ds_config):
     changes = {"deepspeed": ds_config, "method": "lora", "lora_r": 4, "lora_dropout": 0.0, "max_steps": 10}
-    changes |= {"checkpointed_layers": "none"}
-    on_two_ranks(flags_for(folder, tmp_path / "out", **changes), tmp_path)
+    changes |= {"checkpointed_layers": "none", "gpu_memory": "23GiB"}
+    (tmp_path / "watched.py").write_text(WATCHED)
+    on_two_ranks(flags_for(folder, tmp_path / "out", **changes), tmp_path, tmp_path / "watched.py")
     said = (tmp_path / "0.txt").read_text()
     assert re.search("adapters +rank 4, alpha 32, dropout 0.0, on all linear layers but the head", said)
-    assert read_run(tmp_path / "out").run["flags"]["--gradient_checkpointing"] is False
+    assert re.search("checkpointing +no layer\n", said)
+    assert set(re.findall(".* layers are checkpointed", said)) == {"0 of 6 layers are checkpointed"}
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert held_out[-1] < held_out[0] - 0.05
@@ -357,7 +379,7 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
         (["--eval_rows", "3", "--eval_dataset_name", "x.jsonl"], "give one of them"),
         (
             ["--checkpointed_layers", "3", "--method", "full"],
-            "--checkpointed_layers 3 with --method full: some layers are for --method lisa; give none or all",
+            "--checkpointed_layers 3 with --method full: a number of layers is for --method lisa; give none or all",
         ),
         (["--gpu_memory", "22GiB"], "--gpu_memory 22GiB: only --checkpointed_layers auto keeps to it"),
         (["--deepspeed", "zero7"], "--deepspeed zero7: neither a file nor a shipped config"),
@@ -513,7 +535,7 @@ def test_a_stopped_run_goes_on_to_the_weights_of_the_whole_one(folder, tmp_path)
     assert run_alone(flags_for(folder, tmp_path / "whole", **changes), tmp_path / "whole.txt")[0] == 0
 
     out = tmp_path / "out"
-    run = Alone(flags_for(folder, out, **changes), tmp_path / "out.txt")
+    run = Alone(flags_for(folder, out, **changes), tmp_path / "out.txt", TRAIN)
     while "period    1  active" not in run.said and run.process.is_alive():
         time.sleep(0.01)
     os.kill(run.process.pid, signal.SIGUSR1)
