@@ -3,6 +3,9 @@
 import importlib
 import logging
 import sys
+from types import ModuleType
+
+from lisa_dist.imports import without_collection
 
 USAGE = """usage: lisa-dist train [--gpus N] --config recipe.yaml [--any_flag value]
        lisa-dist init --model llama3.1-8b --gpus 1 --gpu_memory 24GiB --recipe recipe.yaml
@@ -49,19 +52,24 @@ def main() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     verb, words = sys.argv[1] if len(sys.argv) > 1 else None, sys.argv[2:]
     if verb in _WITH_FLAGS:
-        importlib.import_module(f"lisa_dist.{_WITH_FLAGS[verb]}").main(words)
+        _module(_WITH_FLAGS[verb]).main(words)
         return
     asks = verb in ("-h", "--help") or words in (["-h"], ["--help"])
     if verb in _WITH_WORDS:
         module, function, needed = _WITH_WORDS[verb]
         if len(words) == len(needed) and not asks:
-            getattr(importlib.import_module(f"lisa_dist.{module}"), function)(*words)
+            getattr(_module(module), function)(*words)
             return
         what = next(line.split(maxsplit=1)[1] for line in USAGE.splitlines() if line.startswith(f"  {verb} "))
         print(f"usage: {' '.join(['lisa-dist', verb, *needed])}\n\n{what}")
     else:
         print(USAGE, end="")
     raise SystemExit(0 if asks else 2)
+
+
+def _module(name: str) -> ModuleType:
+    with without_collection():
+        return importlib.import_module(f"lisa_dist.{name}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"config", "states"},
+    {"config", "states", "imports"},
     {
         "ds_config",
         "blocks",

@@ -1,0 +1,42 @@
+"""Imports without collections in between leave the collector as they have found it."""
+
+import gc
+
+import pytest
+
+from lisa_dist.imports import without_collection
+
+
+@pytest.fixture(autouse=True)
+def thawed():
+    """Nothing is set aside before a test and after it, and garbage is collected."""
+    gc.unfreeze()
+    yield
+    gc.unfreeze()
+    gc.enable()
+
+
+def test_nothing_is_collected_in_between_and_all_is_as_before():
+    with without_collection():
+        assert not gc.isenabled()
+        made = [[] for _ in range(10000)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+    oldest = {id(thing) for thing in gc.get_objects(generation=2)}
+    assert all(id(thing) in oldest for thing in made), "the next collection of the youngest would walk them"
+
+
+def test_an_import_that_fails_does_not_leave_it_off():
+    with pytest.raises(ImportError), without_collection():
+        raise ImportError
+    assert gc.isenabled()
+
+
+def test_what_the_program_has_set_itself_stays():
+    gc.disable()
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    with without_collection():
+        pass
+    assert not gc.isenabled()
+    assert gc.get_freeze_count() == frozen > 0
