@@ -504,7 +504,7 @@ def test_the_deepspeed_config_says_the_precision():
 # On a real model
 
 
-def train_real(model_path, batches, build, steps: int = 200) -> torch.Tensor:
+def train_real(model_path, batches, build, steps: int = 80) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
@@ -520,7 +520,7 @@ def train_real(model_path, batches, build, steps: int = 200) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_8_bit_moments_are_as_good_as_those_of_bitsandbytes(data_dir):
-    """After 200 steps of a real model: how far the weights are from those of 32-bit moments."""
+    """After 80 steps of a real model: how far the weights are from those of 32-bit moments."""
     from transformers import AutoTokenizer
 
     path = data_dir / "models" / "stories260k-hf"

@@ -54,7 +54,7 @@ def test_the_plan_it_names_is_the_plan(tiny, monkeypatch, capsys):
 
 def test_nothing_is_given_up_without_need(tmp_path):
     """With just enough memory for a rung of the ladder it is the first that fits."""
-    config = LlamaConfig(vocab_size=32000, hidden_size=64, intermediate_size=256, num_hidden_layers=8)
+    config = LlamaConfig(vocab_size=32000, hidden_size=64, intermediate_size=256, num_hidden_layers=4)
     config.save_pretrained(tmp_path)
     asked = {"model": str(tmp_path), "checkpointed_layers": "all", "seq_length": 64}
     needs = {}

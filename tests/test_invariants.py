@@ -365,7 +365,7 @@ def norms_of_steps(ds_config: str, chunk: int, accumulation: int, plain: bool = 
         return all_reduce(*args, **kwargs)
 
     torch.linalg.vector_norm, torch.Tensor.norm, dist.all_reduce = watch(vector_norm), watch(tensor_norm), count
-    for micro_batches in token_batches(STEPS, rows=4, micro_batches=accumulation):
+    for micro_batches in token_batches(2 * INTERVAL + 1, rows=4, micro_batches=accumulation):
         losses.append(train_step(engine, lisa, micro_batches))
         norms.append(float(engine.get_global_grad_norm()))
     torch.linalg.vector_norm, torch.Tensor.norm, dist.all_reduce = vector_norm, tensor_norm, all_reduce
