@@ -53,15 +53,17 @@ def sample_period(
     """The draw of one period: `num_active` of range(`num_layers`), less the places that a drawn outer block takes.
 
     `weights` (one non-negative number a layer) count for the samplers "weighted" and "adaptive". Costs a hash for each
-    earlier period where there are outer blocks, or layers come in a sequence.
+    earlier period where layers come in a sequence.
     """
     assert 0 <= num_active <= num_layers
     assert period >= 0
     assert sum(block.probability for block in outer) <= 1
-    drawn = [_draw_outer(seed, earlier, outer) for earlier in range(period)] if outer else [None] * period
     block = _draw_outer(seed, period, outer)
-    counts = [num_active - (0 if taking is None else taking.places) for taking in (*drawn, block)]
-    count = counts[-1]
+    count = _layers_beside(block, num_active)
+    counts = [count]  # of every period up to this one, where one goes on from the others
+    if sampler in ("cyclic", "reshuffle"):
+        earlier = (_draw_outer(seed, before, outer) for before in range(period))
+        counts = [*(_layers_beside(taking, num_active) for taking in earlier), count]
     if sampler == "uniform":
         chosen = _random_order(seed, period, num_layers)[:count]
     elif sampler == "fixed":
@@ -76,6 +78,10 @@ def sample_period(
     else:
         raise UserError(f"unknown sampler {sampler!r}")
     return Draw(tuple(sorted(chosen)), () if block is None else (block.name,))
+
+
+def _layers_beside(block: SampledBlock | None, num_active: int) -> int:
+    return num_active - (0 if block is None else block.places)
 
 
 def inclusion_probabilities(weights: Sequence[float], num_drawn: int) -> list[float]:
@@ -121,7 +127,7 @@ def _uniform(seed: int, stream: int | str, index: int) -> float:
 
 def _draw_outer(seed: int, period: int, outer: Sequence[SampledBlock]) -> SampledBlock | None:
     """The outer block of a period, if one is drawn: never two, so that their states are never held at once."""
-    point = _uniform(seed, "outer", period)
+    point = _uniform(seed, "outer", period) if outer else 0.0
     for block in outer:
         if point < block.probability:
             return block
