@@ -44,6 +44,7 @@ def rank_main(how: str, victim: int) -> None:
                     time.sleep(100)
                 elif how == "fork":
                     with multiprocessing.get_context("fork").Pool(1) as pool:  # ends by SIGTERM to its worker
+                        pool.apply(int)  # else it may be sent before the worker has begun, and is lost
                         pool.apply_async(time.sleep, (100,))
                 elif how == "twice":
                     dist.barrier()  # alone: the main thread does not come back
