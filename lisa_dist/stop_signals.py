@@ -16,6 +16,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _ONE_SIGNAL = 2.0  # seconds: launchers and schedulers both pass a signal on, so it may come twice
 _received: list[tuple[int, float]] = []  # the first signal and when it came
 _pipe: list[int] = []
+_forking = threading.local()  # .mask: the signals a thread that forks had blocked
 
 
 def catch_stop_signals() -> dict:
@@ -32,7 +33,7 @@ def catch_stop_signals() -> dict:
         os.set_blocking(_pipe[1], False)
         signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
         threading.Thread(target=_listen, args=(_pipe[0],), name="lisa_dist signals", daemon=True).start()
-        os.register_at_fork(after_in_child=_forget_in_child)
+        os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_forget_in_child)
     return {number: signal.signal(number, _receive) for number in _SIGNALS}
 
 
@@ -79,9 +80,19 @@ def _listen(read_end: int) -> None:
             os._exit(128 + number)  # asked again: at once
 
 
+def _block_signals() -> None:
+    """A signal to a child that has our handlers yet would be lost on it, and reach us through the pipe: it waits."""
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def _unblock_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
 def _forget_in_child() -> None:
     """A forked worker of a data loader or a pool ends by SIGTERM as ever, and tells this process nothing."""
     signal.set_wakeup_fd(-1)
     for number in _SIGNALS:
         if signal.getsignal(number) is _receive:
             signal.signal(number, signal.SIG_DFL)
+    _unblock_signals()
