@@ -622,7 +622,7 @@ def converted(data_dir: Path, folder: Path) -> Path:
         ("alpaca/mix_train.json", {}, "mix_train.json: alpaca (instruction, input, output"),
         ("chat/oasst_en_chat.jsonl", {}, "oasst_en_chat.jsonl: "),
         ("pubmedqa", {"max_length": 1024}, "pubmedqa.jsonl: question_answer (question, answer), 1000 rows"),
-        ("text/wiki_demo.txt", {"packing": True}, "wiki_demo.txt: text (text), "),
+        ("text/wiki_demo.txt", {"packing": True, "eval_rows": 1}, "wiki_demo.txt: text (text), "),
     ],
 )
 def test_each_kind_of_real_data_trains(data_dir, tmp_path, name, changes, found):

@@ -1,5 +1,6 @@
 """Real processes that are killed, stopped or raise: the others end soon and name the rank; signals are agreed on."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -66,6 +67,7 @@ def rank_main(how: str, victim: int) -> None:
 def start(how: str, victim: int, tmp_path: Path) -> list[subprocess.Popen]:
     from ranks import free_port  # not for the ranks, which need nothing of it
 
+    tmp_path.mkdir(exist_ok=True)
     port = str(free_port())
     ranks = []
     for rank in range(2):
@@ -88,7 +90,6 @@ def wait_for(tmp_path: Path, rank: int, words: str) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize(
     ("how", "said"),
     [
@@ -100,19 +101,22 @@ def wait_for(tmp_path: Path, rank: int, words: str) -> None:
         ("stall", "no step for 3 s (--hang_timeout); furthest behind: rank(s) [{}]"),
     ],
 )
-def test_the_other_rank_ends_and_names_it(tmp_path, how, said, victim):
-    ranks = start(how, victim, tmp_path)
-    wait_for(tmp_path, victim, "now")
+def test_the_other_rank_ends_and_names_it(tmp_path, how, said):
+    runs = [start(how, victim, tmp_path / str(victim)) for victim in range(2)]  # at once: most of it is waiting
     try:
-        assert ranks[1 - victim].wait(timeout=30) == 1
-        if how == "raise":
-            assert ranks[victim].wait(timeout=30) == 1, "by itself"
+        for victim, ranks in enumerate(runs):
+            wait_for(tmp_path / str(victim), victim, "now")
+            assert ranks[1 - victim].wait(timeout=30) == 1
+            if how == "raise":
+                assert ranks[victim].wait(timeout=30) == 1, "by itself"
     finally:
-        ranks[victim].kill()
-        ranks[victim].wait()
-    errors = (tmp_path / f"{1 - victim}.err").read_text()
-    assert f"lisa-dist, rank {1 - victim}: {said.format(victim)}" in errors
-    assert "--resume_from_checkpoint true" in errors
+        for rank in itertools.chain(*runs):
+            rank.kill()
+            rank.wait()
+    for victim in range(2):
+        errors = (tmp_path / str(victim) / f"{1 - victim}.err").read_text()
+        assert f"lisa-dist, rank {1 - victim}: {said.format(victim)}" in errors
+        assert "--resume_from_checkpoint true" in errors
 
 
 def test_without_a_fault_both_end_well(tmp_path):
