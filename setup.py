@@ -9,7 +9,7 @@ SHOWN = ["rich>=13.7", "matplotlib>=3.8", "tensorboard>=2.14"]
 TRITON = ["triton>=3.2; sys_platform == 'linux'"]  # a CUDA torch brings its own; the tests run it in its interpreter
 LIGER = ["liger-kernel>=0.8.2"]
 EVAL = ["lm-eval>=0.4.13,<0.5"]
-DEV = [*TRITON, "liger-kernel>=0.8.2; sys_platform == 'linux'", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6,<1"]
+DEV = [*TRITON, "liger-kernel>=0.8.2; sys_platform == 'linux'", "pytest>=8", "pytest-xdist>=3.8", "ruff>=0.6,<1"]
 DEV += [*EVAL, "transformers[serving]"]  # a judge of MT-Bench answers is `transformers serve`
 
 setup(

@@ -15,27 +15,13 @@ os.environ["HF_HOME"] = _caches  # data may be read-only, and nothing is left in
 
 import ranks  # noqa: E402
 
-# What one worker does, since it shares a cluster, a run, or ranks that import all by themselves; the rest goes to
-# whichever worker is free. By parts of names, since pytest 9 does not tell pytest-xdist 3.8 of its marks of groups.
-TOGETHER = {
-    "test_slurm.py": "slurm",
-    "test_hosts.py": "hosts",
-    "test_liger.py": "interpreter",
-    "test_kernels.py": "interpreter",
-    "test_fp32_by_triton": "interpreter",
-}
+# Files that take longest begin first, so that no worker is left with one at the end.
+LONG = ("invariants", "slurm", "train", "checkpoint", "planning", "docs", "hosts", "benchmarks", "trainer", "watchdog")
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Groups first, the largest at the head, and then test by test: no worker is left with a long file at the end."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduling(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return next((group for part, group in TOGETHER.items() if part in nodeid), nodeid)
-
-    return Scheduling(config, log) if config.getoption("dist") == "load" else None
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(scope="session")
