@@ -42,10 +42,11 @@ class SwitchedRun(Run):
     """A run of LISA that tells of its switches."""
 
     def last_record(self) -> dict[str, int]:
-        """Of this rank, in bytes: its states now, and what the last switch let go of."""
+        """Of this rank, in bytes: its states now, and what the last switch let go of; and the steps since."""
         record = self.lisa.records[-1]
         held = sum(state.nbytes for state in self.lisa.partition_states().values())
-        return {"state_bytes": held, "bytes_released": record.bytes_released}
+        steps = self.lisa.engine.global_steps - record.step
+        return {"state_bytes": held, "bytes_released": record.bytes_released, "steps": steps}
 
     def profiled_switch(self, length: int) -> dict[str, float]:
         """A step that begins with a switch: seconds of what the switch calls, and in turn of what re-partitions."""
@@ -90,10 +91,11 @@ def measure(cell: Cell, arguments) -> dict:
         for _ in range(arguments.switches):
             first = ranks.call("step", arguments.length)
             switches.append(max(times["begin"] for times in first))
-            records.append(ranks.call("last_record")[0])
             firsts.append(max(times["step"] for times in first))
             for taken in (seconds, steps):
                 taken.append(max(times["step"] for times in ranks.call("step", arguments.length)))
+            records.append(ranks.call("last_record")[0])
+            assert records[-1]["steps"] == PERIOD, "a period that began with the first of these steps"
         shares: Counter[str] = Counter()
         for _ in range(3):
             shares.update(ranks.call("profiled_switch", SHORT)[0])
