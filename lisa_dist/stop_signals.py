@@ -4,6 +4,7 @@ Schedulers send one of them before they take a machine away, often to some ranks
 must stop after the same step, so they agree on it in every step: 8 bytes over gloo, which no GPU waits for.
 """
 
+import functools
 import os
 import signal
 import threading
@@ -33,7 +34,7 @@ def catch_stop_signals() -> dict:
         os.set_blocking(_pipe[1], False)
         signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
         threading.Thread(target=_listen, args=(_pipe[0],), name="lisa_dist signals", daemon=True).start()
-        os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_forget_in_child)
+        _register_at_fork()
     return {number: signal.signal(number, _receive) for number in _SIGNALS}
 
 
@@ -80,9 +81,17 @@ def _listen(read_end: int) -> None:
             os._exit(128 + number)  # asked again: at once
 
 
+@functools.cache
+def _register_at_fork() -> None:
+    """Once: a child that trains itself has these hooks already."""
+    os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_forget_in_child)
+
+
 def _block_signals() -> None:
-    """A signal to a child that has our handlers yet would be lost on it, and reach us through the pipe: it waits."""
-    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    """A signal to a child that still has our handlers would be lost on it, and reach us through the pipe: it waits."""
+    # Noted first: these calls run the handlers of other signals, which may raise.
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
 def _unblock_signals() -> None:
@@ -91,8 +100,12 @@ def _unblock_signals() -> None:
 
 def _forget_in_child() -> None:
     """A forked worker of a data loader or a pool ends by SIGTERM as ever, and tells this process nothing."""
-    signal.set_wakeup_fd(-1)
-    for number in _SIGNALS:
-        if signal.getsignal(number) is _receive:
-            signal.signal(number, signal.SIG_DFL)
-    _unblock_signals()
+    try:
+        signal.set_wakeup_fd(-1)
+        _pipe.clear()  # its thread is not here
+        _received.clear()
+        for number in _SIGNALS:
+            if signal.getsignal(number) is _receive:
+                signal.signal(number, signal.SIG_DFL)
+    finally:
+        _unblock_signals()

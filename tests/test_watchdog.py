@@ -17,14 +17,17 @@ def rank_main(how: str, victim: int) -> None:
     import torch
     from torch import distributed as dist
 
-    from lisa_dist.stop_signals import StopSignals
+    from lisa_dist import stop_signals
     from lisa_dist.watchdog import Watchdog
 
-    if how == "fork, signalled at once":  # before the library's own hooks, which run in the order they come in
+    if how == "fork, signalled at once":  # before the library's hook: after a fork they run as they were registered
         os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
     dist.init_process_group("gloo")
     mine = dist.get_rank() == victim
-    with StopSignals() as stop, Watchdog({"off": 0, "twice": 60, "stop late": 6, "at end": 60}.get(how, 3)) as watchdog:
+    hang_timeout = {"off": 0, "twice": 60, "stop late": 6, "at end": 60}.get(how, 3)
+    if how == "stall" and mine:
+        hang_timeout = 60  # else it may end first, and is named for that
+    with stop_signals.StopSignals() as stop, Watchdog(hang_timeout) as watchdog:
         for step in range(40):
             watchdog.beat()
             dist.all_reduce(torch.ones(1))
@@ -39,7 +42,7 @@ def rank_main(how: str, victim: int) -> None:
                 if how in ("SIGKILL", "SIGSTOP"):
                     os.kill(os.getpid(), getattr(signal, how))
                 elif how == "stop late":
-                    time.sleep(2.5)  # of 6 seconds without a step it has then been silent for less than 4
+                    time.sleep(1.5)  # of 6 seconds without a step it has then been silent for less than 5
                     os.kill(os.getpid(), signal.SIGSTOP)
                 elif how == "raise":
                     raise ValueError("a bad row")
@@ -47,12 +50,22 @@ def rank_main(how: str, victim: int) -> None:
                     time.sleep(100)
                 elif how == "fork":
                     with multiprocessing.get_context("fork").Pool(1) as pool:  # ends by SIGTERM to its worker
+                        pool.apply(int)  # so that the worker has begun; the case below is of one that has not
                         pool.apply_async(time.sleep, (100,))
                 elif how == "fork, signalled at once":
+                    for _ in range(2):
+                        child = os.fork()
+                        if not child:
+                            os._exit(3)
+                        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+                        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()), "blocked for ever"
+                elif how == "fork, and train":
+                    stop_signals._received.append((signal.SIGUSR1, 0.0))  # which is the parent's, and long ago
                     child = os.fork()
                     if not child:
-                        os._exit(3)
-                    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+                        os._exit(train_in_child())
+                    stop_signals._received.clear()
+                    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
                 elif how == "twice":
                     dist.barrier()  # alone: the main thread does not come back
             time.sleep(0.05)
@@ -62,6 +75,21 @@ def rank_main(how: str, victim: int) -> None:
     dist.barrier()
     dist.destroy_process_group()
     print("ended", flush=True)
+
+
+def train_in_child() -> int:
+    """What a signal does in a forked process that catches it too."""
+    from lisa_dist import stop_signals
+
+    stop_signals.catch_stop_signals()
+    os.kill(os.getpid(), signal.SIGTERM)
+    deadline = time.monotonic() + 30
+    while not stop_signals._received and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if os.fork() == 0:
+        os._exit(0)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    return 4 if stop_signals._received and not blocked else 5
 
 
 def start(how: str, victim: int, tmp_path: Path) -> list[subprocess.Popen]:
@@ -102,8 +130,10 @@ def wait_for(tmp_path: Path, rank: int, words: str) -> None:
     ],
 )
 def test_the_other_rank_ends_and_names_it(tmp_path, how, said):
-    runs = [start(how, victim, tmp_path / str(victim)) for victim in range(2)]  # at once: most of it is waiting
+    runs = []
     try:
+        for victim in range(2):  # at once: most of it is waiting
+            runs.append(start(how, victim, tmp_path / str(victim)))
         for victim, ranks in enumerate(runs):
             wait_for(tmp_path / str(victim), victim, "now")
             assert ranks[1 - victim].wait(timeout=30) == 1
@@ -124,7 +154,7 @@ def test_without_a_fault_both_end_well(tmp_path):
     assert [(tmp_path / f"{rank}.out").read_text().split()[-1] for rank in range(2)] == ["ended"] * 2
 
 
-@pytest.mark.parametrize("how", ["fork", "fork, signalled at once"])
+@pytest.mark.parametrize("how", ["fork", "fork, signalled at once", "fork, and train"])
 def test_a_worker_ends_by_sigterm_and_the_run_goes_on(tmp_path, how):
     ranks = start(how, 0, tmp_path)
     assert [rank.wait(timeout=60) for rank in ranks] == [0, 0], (tmp_path / "0.err").read_text()
