@@ -57,7 +57,7 @@ save) trap 'sleep 0.5; exit 0' USR1; until_signal ;;
 full) trap '' USR1; [ "$SLURM_PROCID" = 0 ] || trap 'exit 1' USR1; until_signal ;;
 starting | checking) until_signal ;;
 uneven) [ "$SLURM_PROCID" = 0 ] || trap 'sleep 0.5; exit 0' USR1; until_signal ;;
-broken) trap 'exit 1' USR1; until_signal ;;
+broken) trap '' TERM; trap 'exit 1' USR1; until_signal ;; # both: srun kills the slower one, else, before it has failed
 ending) trap finish USR1; until_signal ;;
 esac
 """
