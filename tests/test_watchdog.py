@@ -24,7 +24,7 @@ def rank_main(how: str, victim: int) -> None:
         os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
     dist.init_process_group("gloo")
     mine = dist.get_rank() == victim
-    hang_timeout = {"off": 0, "twice": 60, "stop late": 6, "at end": 60}.get(how, 3)
+    hang_timeout = {"off": 0, "twice": 60, "stop late": 10, "at end": 60}.get(how, 3)
     if how == "stall" and mine:
         hang_timeout = 60  # else it may end first, and is named for that
     with stop_signals.StopSignals() as stop, Watchdog(hang_timeout) as watchdog:
@@ -42,7 +42,7 @@ def rank_main(how: str, victim: int) -> None:
                 if how in ("SIGKILL", "SIGSTOP"):
                     os.kill(os.getpid(), getattr(signal, how))
                 elif how == "stop late":
-                    time.sleep(1.5)  # of 6 seconds without a step it has then been silent for less than 5
+                    time.sleep(4)  # after 10 seconds without a step it has then been silent for 5 to 8
                     os.kill(os.getpid(), signal.SIGSTOP)
                 elif how == "raise":
                     raise ValueError("a bad row")
