@@ -17,6 +17,7 @@ import ranks  # noqa: E402
 
 # Files that take longest begin first, so that no worker is left with one at the end.
 LONG = ("invariants", "slurm", "train", "checkpoint", "planning", "docs", "hosts", "benchmarks", "trainer", "watchdog")
+assert all((Path(__file__).parent / f"test_{name}.py").is_file() for name in LONG), "a file here has another name now"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
