@@ -19,19 +19,19 @@ $(VENV)/.quickstart: $(VENV)/.ready
 	touch $@
 
 quickstart: $(VENV)/.quickstart  ## train a real 135M model by LISA on two CPU ranks
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.cpu_ops import build_cpu_ops; build_cpu_ops(offload=False)'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.zero.cpu_ops import build_cpu_ops; build_cpu_ops(offload=False)'
 	$(CPU) $(BIN)/python launch/quickstart.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/deepspeed --num_gpus 2 launch/train.py --config launch/recipes/quickstart.yaml
 
 # A file goes to one worker whole, so that what its tests share is made once. Files begin in the order of
 # tests/conftest.py, not by their number of tests.
 test: $(VENV)/.ready  ## the whole test suite
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.cpu_ops import build_cpu_ops; build_cpu_ops()'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.zero.cpu_ops import build_cpu_ops; build_cpu_ops()'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest \
 		--numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 30
 
 bench: $(VENV)/.ready  ## methods side by side on two CPU ranks: 40 minutes of a quiet machine; tables of the docs follow
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.cpu_ops import build_cpu_ops; build_cpu_ops()'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.zero.cpu_ops import build_cpu_ops; build_cpu_ops()'
 	for name in memory speed switch communication scaling; do \
 		PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python benchmarks/$$name.py || exit 1; \
 	done

@@ -2,6 +2,7 @@
 
 from setuptools import setup
 
+ROOMS = ["checkpoint", "commands", "core", "data", "distributed", "eval", "memory", "optim", "report", "train", "zero"]
 LAUNCHER = ["ninja>=1.11"]  # DeepSpeed compiles its C++ ops with it at first use
 QUICKSTART = ["gguf>=0.10"]
 # The line of the progress, the plots of the report, the tracker that a run logs to by default.
@@ -18,9 +19,11 @@ setup(
     description="Distributed LLM training by LISA, Layerwise Importance Sampled AdamW, on DeepSpeed",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["lisa_dist", "lisa_dist.kernels", "lisa_dist.ds_configs"],
+    packages=["lisa_dist", *(f"lisa_dist.{room}" for room in ROOMS), "lisa_dist.kernels", "lisa_dist.ds_configs"],
     package_data={
-        "lisa_dist": ["model_configs/*.json", "report.html", "eval_tasks/*.y*ml"],
+        "lisa_dist": ["model_configs/*.json"],
+        "lisa_dist.eval": ["eval_tasks/*.y*ml"],
+        "lisa_dist.report": ["report.html"],
         "lisa_dist.ds_configs": ["*.json"],
         "lisa_dist.kernels": ["*"],
     },

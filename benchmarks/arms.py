@@ -26,14 +26,14 @@ from torch import distributed as dist
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import lisa_dist
-from lisa_dist.blocks import Blocks, find_blocks, parameter_numel
 from lisa_dist.config import UserError
+from lisa_dist.core.blocks import Blocks, find_blocks, parameter_numel
+from lisa_dist.core.checkpointing import checkpoint_layers, let_backward_end, number_of_layers
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
-from lisa_dist.fake_run import FakeRun, Trained, Workload
-from lisa_dist.memory import AllocationTracker, live_storages
-from lisa_dist.plan import load_model_config
-from lisa_dist.planning import StageSettings, kept_states, plan_memory
-from lisa_dist.recompute import checkpoint_layers, let_backward_end, number_of_layers
+from lisa_dist.memory.estimate import StageSettings, kept_states, plan_memory
+from lisa_dist.memory.planner import load_model_config
+from lisa_dist.memory.trace import FakeRun, Trained, Workload
+from lisa_dist.memory.tracker import AllocationTracker, live_storages
 
 LR, WEIGHT_DECAY = 1e-4, 0.1
 EMBED_FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from lisa_dist.config import UserError
 from lisa_dist.ds_config import read_ds_config
-from lisa_dist.plan import load_model_config
+from lisa_dist.memory.planner import load_model_config
 
 INTERVAL = 3  # steps of a period: the first, the second, and an ordinary one
 LARGE_WORLD = 8  # GPUs of the large model

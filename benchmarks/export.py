@@ -30,9 +30,9 @@ def worker(arguments: argparse.Namespace) -> None:
     from transformers.integrations import HfDeepSpeedConfig
 
     import lisa_dist
-    from lisa_dist.blocks import parameter_numel
-    from lisa_dist.checkpoint import load_checkpoint, save_checkpoint
-    from lisa_dist.weights import write_configs, write_weights
+    from lisa_dist.checkpoint.save import load_checkpoint, save_checkpoint
+    from lisa_dist.checkpoint.weights import write_configs, write_weights
+    from lisa_dist.core.blocks import parameter_numel
 
     dtype = getattr(torch, arguments.dtype)
     hidden = AutoConfig.from_pretrained(arguments.model).hidden_size

@@ -37,7 +37,7 @@ def worker(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import lisa_dist
-    from lisa_dist.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
+    from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     lines = Path(arguments.dataset).read_text(encoding="utf-8").splitlines()[: ROWS * STEPS + HELD_OUT]
@@ -95,7 +95,7 @@ def bytes_of(model_path: str, stage: str, dtype: str, optim: str, settings: dict
     from transformers import AutoModelForCausalLM
 
     import lisa_dist
-    from lisa_dist.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
+    from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 
     def held(tensors) -> dict[int, int]:
         storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, torch.Tensor)]

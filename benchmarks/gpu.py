@@ -24,8 +24,8 @@ from bench import positive, print_table, write_results
 from rank_group import RankError, RankGroup
 from transformers import AutoModelForCausalLM
 
-from lisa_dist.blocks import find_blocks
-from lisa_dist.selection import BlockSelection
+from lisa_dist.core.blocks import find_blocks
+from lisa_dist.core.selection import BlockSelection
 
 EIGHT = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 SIX_BYTES = Arm("lisa, 6 bytes", "lisa", EIGHT | {"lisa_master": "bf16_sr"}, optim="lisa_adamw")

@@ -27,7 +27,7 @@ def worker(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
     import lisa_dist
-    from lisa_dist.health import ComputeTime
+    from lisa_dist.distributed.health import ComputeTime
 
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     engine, lisa = lisa_dist.initialize(model, arguments.ds_config, lisa_dist.LisaConfig(), lr=1e-5)

@@ -42,8 +42,8 @@ class CannotRunError(RuntimeError):
 
 def ours(numel: int, device: torch.device, form: str) -> Callable[[], None]:
     """A step of lisa_adamw over one flat partition, as ZeRO has it."""
-    from lisa_dist.adamw import LisaAdamW, PartitionStep
-    from lisa_dist.states import Piece
+    from lisa_dist.optim.adamw import LisaAdamW, PartitionStep
+    from lisa_dist.optim.states import Piece
 
     weight = torch.randn(numel, device=device).to(FP32 if form == "fp32" else BF16)
     partition = torch.nn.Parameter(weight.float() if "master" in form else weight)
@@ -141,7 +141,7 @@ def bytes_beside(step: Callable, device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    from lisa_dist.memory import AllocationTracker, live_storages
+    from lisa_dist.memory.tracker import AllocationTracker, live_storages
 
     tracker = AllocationTracker()
     tracker.add(torch.empty(0, dtype=torch.uint8).set_(storage) for storage in live_storages())
@@ -241,7 +241,7 @@ def seconds_of_a_step(arguments: argparse.Namespace, device: torch.device, optim
     from transformers import AutoModelForCausalLM
 
     import lisa_dist
-    from lisa_dist.plan import load_model_config
+    from lisa_dist.memory.planner import load_model_config
 
     config = load_model_config(arguments.model)
     if arguments.layers:
@@ -287,7 +287,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    from lisa_dist.backend import choose_kernels
+    from lisa_dist.optim.ops import choose_kernels
 
     floor = bandwidth(device)
     print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {torch.get_num_threads()} threads; a copy moves "
@@ -301,7 +301,7 @@ def main() -> None:
     if arguments.model is None:
         print("no training step of an 8B-shaped model: there is no GPU (--model CONFIG --layers N tries it on a CPU)")
         return
-    from lisa_dist.rank_discovery import set_rank
+    from lisa_dist.distributed.ranks import set_rank
 
     set_rank()
     figures["steps"] = of_a_model(arguments, device)

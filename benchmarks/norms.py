@@ -27,7 +27,7 @@ def worker(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
     from lisa_dist import LisaConfig, LisaMixin
-    from lisa_dist.analysis import LayerNorms
+    from lisa_dist.train.layer_norms import LayerNorms
 
     class LisaPlain(LisaMixin, Trainer): ...
 
@@ -98,7 +98,7 @@ def main() -> None:
     if arguments.folder:
         worker(arguments)
         return
-    from lisa_dist.norms import format_skew, plot_norms, read_runs
+    from lisa_dist.report.norms import format_skew, plot_norms, read_runs
 
     results = arguments.results or Path(__file__).parent / "results" / f"norms_{Path(arguments.model).name}.json"
     with tempfile.TemporaryDirectory() as folder:

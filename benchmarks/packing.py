@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lisa_dist.data import DataArguments, load_data
-from lisa_dist.encoding import set_chat_template
+from lisa_dist.data.dataset import DataArguments, load_data
+from lisa_dist.data.encoding import set_chat_template
 
 
 def losses_of(model, batch: dict, wanted: int) -> dict[tuple[int, ...], float]:

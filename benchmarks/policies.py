@@ -9,8 +9,8 @@ from pathlib import Path
 from bench import print_table, write_results
 
 from lisa_dist import LisaConfig
-from lisa_dist.metrics import GIB
-from lisa_dist.plan import PlanArguments, load_model_config, make_plans
+from lisa_dist.memory.planner import PlanArguments, load_model_config, make_plans
+from lisa_dist.text import GIB
 
 SMALLEST = {"lisa_master": "bf16_sr", "lisa_state_bits": "embed=8,head=8,layers=8"}
 # Name, arguments of the plan, settings of LISA.

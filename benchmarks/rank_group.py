@@ -22,7 +22,7 @@ if PathFinder.find_spec("kernels", sys.path[1:]) is None:
 
 
 # What ranks import, once for all of them; packages alone, since the server does not look beside the script.
-PRELOADED = ["deepspeed", "bitsandbytes", "peft", "lisa_dist.loop", "lisa_dist.plan"]
+PRELOADED = ["deepspeed", "bitsandbytes", "peft", "lisa_dist.core.initialize", "lisa_dist.memory.planner"]
 
 
 class RankError(RuntimeError):
@@ -108,7 +108,7 @@ def _serve(pipe: Connection, rank: int, num_ranks: int, port: int, make: Callabl
         import deepspeed
         import torch
 
-        from lisa_dist.cpu_ops import release_shared_memory
+        from lisa_dist.zero.cpu_ops import release_shared_memory
 
         torch.set_num_threads(1)  # a rank is to have one core
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

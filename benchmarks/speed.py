@@ -18,7 +18,7 @@ from arms import EMBED_FROZEN, FULL, LISA, PHASES, STATIC, Arm, Run, flops_of_st
 from bench import group_parser, positive, print_table, stacked_bars, write_results
 from rank_group import RankGroup
 
-from lisa_dist.recompute import AUTO, fewest_layers
+from lisa_dist.core.checkpointing import AUTO, fewest_layers
 
 WARMUP = 2
 # Beside what is compared on every stage: embeddings frozen, and layers whose activations are computed again.

@@ -45,11 +45,11 @@ import torch
 from arms import FULL, Arm, flops_of_step
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from lisa_dist.blocks import Blocks, find_blocks
+from lisa_dist.core.blocks import Blocks, find_blocks
+from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
-from lisa_dist.fake_run import FakeRun, Trained, Workload
-from lisa_dist.planning import MemoryParts, StageSettings, plan_memory, widest_periods
-from lisa_dist.selection import sampled_blocks
+from lisa_dist.memory.estimate import MemoryParts, StageSettings, plan_memory, widest_periods
+from lisa_dist.memory.trace import FakeRun, Trained, Workload
 
 FORWARD, BACKWARD, STEP = PHASES = ("forward", "backward", "step")  # in which ranks speak; step: the optimizer's
 KINDS = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor")

@@ -29,10 +29,10 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lisa_dist import load_ds_config
-from lisa_dist.blocks import Blocks, find_blocks
-from lisa_dist.movement import SAMPLE
-from lisa_dist.sampling import Draw
-from lisa_dist.selection import BlockSelection
+from lisa_dist.core.blocks import Blocks, find_blocks
+from lisa_dist.core.movement import SAMPLE
+from lisa_dist.core.sampling import Draw
+from lisa_dist.core.selection import BlockSelection
 
 PERIOD = 20  # steps of a real run's period, over which a switch is spread
 CONTROL = "control: "

@@ -6,7 +6,7 @@ Starts under the `deepspeed` launcher, under `torchrun`, and as plain `python la
 from lisa_dist.imports import without_collection
 
 with without_collection():
-    from lisa_dist.train import main
+    from lisa_dist.train.run import main
 
 if __name__ == "__main__":
     main()

@@ -8,15 +8,15 @@ __version__ = "0.1.0"
 # Loaded at first use, so that importing the package is cheap and needs neither TRL nor a GPU.
 _PUBLIC = {
     "LisaConfig": "lisa_dist.config",
-    "LisaController": "lisa_dist.controller",
-    "LisaMixin": "lisa_dist.trainer",
-    "LisaTrainer": "lisa_dist.trainer",
-    "build_optimizer": "lisa_dist.optimizer",
-    "export_checkpoint": "lisa_dist.checkpoint",
-    "initialize": "lisa_dist.loop",
-    "load_checkpoint": "lisa_dist.checkpoint",
+    "LisaController": "lisa_dist.core.controller",
+    "LisaMixin": "lisa_dist.train.trainer",
+    "LisaTrainer": "lisa_dist.train.trainer",
+    "build_optimizer": "lisa_dist.optim.build",
+    "export_checkpoint": "lisa_dist.checkpoint.save",
+    "initialize": "lisa_dist.core.initialize",
+    "load_checkpoint": "lisa_dist.checkpoint.save",
     "load_ds_config": "lisa_dist.ds_config",
-    "save_checkpoint": "lisa_dist.checkpoint",
+    "save_checkpoint": "lisa_dist.checkpoint.save",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

@@ -31,18 +31,18 @@ lisa-dist VERB --help has the flags of a verb.
 """
 # Verbs with flags: their module, which parses them and answers --help.
 _WITH_FLAGS = {
-    "train": "train",
-    "init": "init",
-    "plan": "plan",
-    "eval": "evaluation",
-    "check": "preflight",
-    "norms": "norms",
+    "train": "train.run",
+    "init": "commands.init",
+    "plan": "memory.planner",
+    "eval": "eval.evaluation",
+    "check": "distributed.preflight",
+    "norms": "report.norms",
 }
 # Verbs with words alone: module, function, and the words.
 _WITH_WORDS = {
-    "export": ("checkpoint", "export_main", ("CHECKPOINT", "OUT")),
-    "report": ("report", "main", ("OUTPUT_DIR",)),
-    "info": ("info", "main", ()),
+    "export": ("checkpoint.save", "export_main", ("CHECKPOINT", "OUT")),
+    "report": ("report.html", "main", ("OUTPUT_DIR",)),
+    "info": ("commands.info", "main", ()),
 }
 
 

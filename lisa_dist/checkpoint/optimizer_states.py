@@ -1,0 +1,169 @@
+"""Optimizer states in files that know no world size and no ZeRO stage: safetensors keyed by parameter name.
+
+Each rank writes one file with what it owns: of each parameter the elements [start, start + length) of the flattened
+parameter, as 1-D tensors "name:master", "name:exp_avg", "name:exp_avg_sq". A rank of any other run finds the pieces
+that its own partitions need, in whichever files they are, and reads no more than those.
+
+LisaAdamW's 8-bit moments are quantized in blocks of their parameter: "name:exp_avg_codes" has the codes of a piece and
+"name:exp_avg_scales" the scales of its blocks. They come back as they were wherever no cut has split a block. Those of
+bitsandbytes are quantized in blocks of their partition and cannot be cut by name: their codes and scales are kept whole
+("0:state1", "0:absmax1", ...), go back as they were into the same partition, and are dequantized for any other.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lisa_dist.optim.adamw import BLOCK, decode_moment, num_blocks, with_blocks
+from lisa_dist.optim.build import MOMENTS, dequantize
+from lisa_dist.optim.states import PartitionKey, PartitionState, Piece
+
+MASTER = "master"
+STATE_FILES = "lisa_optimizer-*.safetensors"
+
+
+def state_file(rank: int, world_size: int) -> str:
+    """The name of one rank's file."""
+    return f"lisa_optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def write_states(
+    path: Path, states: dict[PartitionKey, PartitionState], pieces: dict[PartitionKey, list[Piece]]
+) -> None:
+    """Write this rank's partitions; `pieces` says which elements of which parameters each of them holds."""
+    canonical = {f"state{number}": moment for moment, number in MOMENTS.items()}
+    tensors, partitions = {}, []
+    for index, (key, state) in enumerate(states.items()):
+        listed = [list(vars(piece).values()) for piece in pieces[key]]
+        partition = {"names": key, "numel": state.numel, "pieces": listed}
+        for field, value in {MASTER: state.master, **state.optimizer_state}.items():
+            scales = state.optimizer_state.get(f"{field}_scales")
+            if field == "step":
+                partition["step"] = int(value)
+            elif scales is not None:
+                for piece, blocks in with_blocks(pieces[key]):
+                    cut = value.detach()[piece.offset : piece.offset + piece.length]
+                    tensors[f"{piece.name}:{field}_codes"] = cut.cpu()
+                    tensors[f"{piece.name}:{field}_scales"] = scales[blocks].cpu()
+            elif field.endswith("_scales"):
+                continue
+            elif value.numel() == state.numel and value.is_floating_point():
+                for piece in pieces[key]:
+                    cut = value.detach()[piece.offset : piece.offset + piece.length]
+                    tensors[f"{piece.name}:{canonical.get(field, field)}"] = cut.cpu()
+            else:
+                tensors[f"{index}:{field}"] = value.detach().cpu().clone()
+        partitions.append(partition)
+    save_file(tensors, path, metadata={"partitions": json.dumps(partitions)})
+
+
+class StateFiles:
+    """The files of all ranks of a run, read as one."""
+
+    def __init__(self, paths: list[Path]):
+        self._files = [safe_open(path, framework="pt") for path in paths]
+        self._names = [set(file.keys()) for file in self._files]
+        self._partitions = [json.loads(file.metadata()["partitions"]) for file in self._files]
+        self._last_dequantized: tuple = (None, None)
+        self._sources: dict[str, list[tuple[int, int, Piece]]] = {}
+        for file, partitions in enumerate(self._partitions):
+            for index, partition in enumerate(partitions):
+                for piece in (Piece(*listed) for listed in partition["pieces"]):
+                    self._sources.setdefault(piece.name, []).append((file, index, piece))
+
+    def read(self, key: PartitionKey, pieces: list[Piece], numel: int, coding: str | None = None) -> dict | None:
+        """Fields of one partition of `numel` elements; None where its parameters are not in the files.
+
+        "master", and once the optimizer has stepped "step" with "exp_avg" and "exp_avg_sq", in fp32 and bit for bit
+        what was written. 8-bit moments in the `coding` asked for, "lisa" or "bitsandbytes", come as codes and scales
+        where that can be: of bitsandbytes for the very same partition alone.
+        """
+        if not all(name in self._sources for name in key):
+            return None
+        fields = {MASTER: self._gather(MASTER, pieces, numel)}
+        steps = {self._partitions[file][index].get("step") for name in key for file, index, _ in self._sources[name]}
+        assert len(steps) == 1, f"pieces of {key} have taken {steps} steps"
+        step = steps.pop()
+        if step is None:
+            return fields
+        fields["step"] = step
+        find_codes = {"lisa": self._codes, "bitsandbytes": self._codes_of_bitsandbytes}.get(coding)
+        codes = find_codes(key, pieces, numel) if find_codes else None
+        return fields | (codes or {moment: self._gather(moment, pieces, numel) for moment in MOMENTS})
+
+    def _gather(self, field: str, pieces: list[Piece], numel: int) -> torch.Tensor:
+        """A flat partition put together from wherever its pieces are; what no piece covers is padding, zero."""
+        flat = torch.zeros(numel)
+        for piece in pieces:
+            found = 0
+            for file, index, source in self._sources[piece.name]:
+                first = max(piece.start, source.start)
+                last = min(piece.start + piece.length, source.start + source.length)
+                if first < last:
+                    cut = self._cut(field, file, index, source, first - source.start, last - source.start)
+                    flat[piece.offset + first - piece.start : piece.offset + last - piece.start] = cut
+                    found += last - first
+            assert found == piece.length, f"{found} of {piece.length} elements of {piece.name} are in the files"
+        return flat
+
+    def _cut(self, field: str, file: int, index: int, source: Piece, first: int, last: int) -> torch.Tensor:
+        name = f"{source.name}:{field}"
+        if name in self._names[file]:
+            return self._files[file].get_slice(name)[first:last]
+        if f"{name}_codes" in self._names[file]:
+            return decode_moment(field, *self._coded(name, file, source, first, last), source.start + first)
+        return self._dequantized(field, file, index)[source.offset + first : source.offset + last]
+
+    def _dequantized(self, moment: str, file: int, index: int) -> torch.Tensor:
+        if self._last_dequantized[0] != (moment, file, index):  # pieces of one partition are read one after the other
+            get = self._files[file].get_tensor
+            parts = (get(f"{index}:{field}{MOMENTS[moment]}") for field in ("state", "absmax", "qmap"))
+            self._last_dequantized = ((moment, file, index), dequantize(*parts))
+        return self._last_dequantized[1]
+
+    def _coded(self, name: str, file: int, source: Piece, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes of elements [first, last) of a piece, and the scales of the blocks that they are in."""
+        begins = source.start // BLOCK
+        blocks = slice((source.start + first) // BLOCK - begins, -(-(source.start + last) // BLOCK) - begins)
+        get = self._files[file].get_slice
+        return get(f"{name}_codes")[first:last], get(f"{name}_scales")[blocks]
+
+    def _codes(self, key: PartitionKey, pieces: list[Piece], numel: int) -> dict | None:
+        """Codes and scales of LisaAdamW, from wherever they are; None where a block was cut and has two scales."""
+        fields = {}
+        for moment in MOMENTS:
+            codes, scales = torch.zeros(numel, dtype=torch.uint8), []
+            for piece in pieces:
+                of_piece = torch.full((num_blocks(piece.start, piece.length),), torch.nan)
+                for file, _, source in self._sources[piece.name]:
+                    first = max(piece.start, source.start)
+                    last = min(piece.start + piece.length, source.start + source.length)
+                    if first >= last:
+                        continue
+                    name = f"{source.name}:{moment}"
+                    if f"{name}_codes" not in self._names[file]:
+                        return None
+                    found, theirs = self._coded(name, file, source, first - source.start, last - source.start)
+                    codes[piece.offset + first - piece.start : piece.offset + last - piece.start] = found
+                    begins = first // BLOCK - piece.start // BLOCK
+                    held = of_piece[begins : begins + theirs.numel()]
+                    if (~held.isnan() & (held != theirs)).any():
+                        return None
+                    held.copy_(theirs)
+                scales.append(of_piece)
+            fields |= {moment: codes, f"{moment}_scales": torch.cat(scales) if scales else torch.zeros(0)}
+        return fields
+
+    def _codes_of_bitsandbytes(self, key: PartitionKey, pieces: list[Piece], numel: int) -> dict | None:
+        """Codes and scales where the same elements of the same parameters made up one partition in the same order."""
+        wanted = {"names": list(key), "numel": numel, "pieces": [list(vars(piece).values()) for piece in pieces]}
+        for file, partitions in enumerate(self._partitions):
+            for index, partition in enumerate(partitions):
+                if all(partition[name] == value for name, value in wanted.items()):
+                    prefix = f"{index}:"
+                    whole = [name for name in self._names[file] if name.startswith(prefix)]
+                    return {name.removeprefix(prefix): self._files[file].get_tensor(name) for name in whole}
+        return None

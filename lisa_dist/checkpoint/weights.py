@@ -1,0 +1,223 @@
+"""The model's weights to files and back, one block at a time, so that ZeRO-3 never gathers a whole model anywhere.
+
+The files are those of `save_pretrained`: `model.safetensors`, or shards with an index; `from_pretrained` loads them.
+The rank that writes holds one shard of at most `max_shard_size` bytes beside its own share of the model.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import deepspeed
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import distributed as dist
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from lisa_dist.config import UserError
+from lisa_dist.core.blocks import Blocks, parameter_numel, parameter_shape
+from lisa_dist.files import replacing, set_mode_by_umask, together
+from lisa_dist.zero.partitions import drop_prefetched
+
+MAX_SHARD_SIZE = 5 * 1024**3  # bytes
+_DTYPE_NAMES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def write_weights(
+    engine: deepspeed.DeepSpeedEngine,
+    blocks: Blocks,
+    folder: Path,
+    writes: bool,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    original_names: bool = False,
+    told: Path | None = None,
+) -> None:
+    """Write every weight and persistent buffer into `folder`; all ranks call it, those with `writes` write.
+
+    The names are the model's own, for `read_weights`, or those of the files on the hub (`original_names`), where
+    transformers loads a model under other names, as it does with fused experts. Raises SaveError on all ranks when one
+    cannot write.
+    """
+    model, told = engine.module, told or folder  # what an error names, where `folder` is a staging place
+    drop_prefetched(engine)
+    shards = list(_fill_shards(model, blocks, max_shard_size))
+    names = [SAFE_WEIGHTS_NAME]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    with together(told):
+        if writes:  # an index of earlier shards must not stand beside new ones
+            (folder / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
+    bytes_of, file_of = {}, {}
+    for file_name, parts in zip(names, shards, strict=True):
+        shard: dict[str, torch.Tensor] = {}
+        for tensors in parts:
+            with deepspeed.zero.GatheredParameters(list(tensors.values())):
+                if writes:
+                    part = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+                    shard |= _rename(model, part) if original_names else part
+        with together(told):
+            if writes:
+                with replacing(folder / file_name) as path:
+                    save_file(shard, path, metadata={"format": "pt"})
+        file_of |= dict.fromkeys(shard, file_name)
+        bytes_of |= {name: value.nbytes for name, value in shard.items()}
+    with together(told):
+        if writes:
+            if len(shards) > 1:
+                with replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as path:
+                    _write_index(path, file_of, bytes_of)
+                names = [*names, SAFE_WEIGHTS_INDEX_NAME]
+            _remove_weights(folder, but=names)  # an earlier save's
+
+
+def write_configs(model: torch.nn.Module, folder: Path) -> None:
+    """Write all of `save_pretrained` but the weights; on one rank."""
+    save_without_weights(lambda path: model.save_pretrained(path, state_dict={}), folder)
+
+
+def save_without_weights(save: Callable[[str], None], folder: Path) -> None:
+    """What `save` writes, but for the empty weights: those that are in `folder` stay until others take their place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="tmp-", dir=folder) as staging:
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # of the writing of no weights
+        try:
+            save(staging)
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+        _remove_weights(Path(staging))
+        shutil.copytree(staging, folder, dirs_exist_ok=True)
+    set_mode_by_umask(folder)  # which has taken over that of the temporary one
+
+
+def _remove_weights(folder: Path, but: Sequence[str] = ()) -> None:
+    for path in (*folder.glob("model*.safetensors"), folder / SAFE_WEIGHTS_INDEX_NAME):
+        if path.name not in but:
+            path.unlink(missing_ok=True)
+
+
+def read_weights(engine: deepspeed.DeepSpeedEngine, blocks: Blocks, folder: Path, same_dtype: bool = True) -> None:
+    """Fill the engine's model from what `write_weights` wrote; all ranks call it.
+
+    Raises ValueError, before anything is changed, when the files are of another model or precision.
+    """
+    model = engine.module
+    drop_prefetched(engine)
+    holders = _open_weights(folder)
+    parts = _parts(model, blocks)
+    wanted = {name: value for part in parts for name, value in part.items()}
+    _check_same_model(model, wanted, holders, folder, same_dtype)
+    for tensors in parts:
+        with deepspeed.zero.GatheredParameters(list(tensors.values()), modifier_rank=0), torch.no_grad():
+            for name, value in tensors.items():
+                # What ZeRO-3 has gathered goes from rank 0 to all; anything else every rank reads for itself.
+                if dist.get_rank() == 0 or not hasattr(value, "ds_id"):
+                    value.copy_(holders[name].get_tensor(name))
+
+
+def export_weights(folder: Path, out: Path) -> None:
+    """Copy a checkpoint's weights, file by file, under the names of the files on the hub; needs no ranks and no GPU."""
+    architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ["none"]
+    model_class = getattr(transformers, architectures[0], None)
+    model = None
+    if model_class is not None:  # else its code came with the model, and so did its names
+        with torch.device("meta"):
+            model = model_class(model_class.config_class.from_pretrained(folder))
+    bytes_of, file_of = {}, {}
+    for path in (folder / name for name in _weight_files(folder)):
+        tensors = load_file(path)
+        tensors = tensors if model is None else _rename(model, tensors)
+        save_file(tensors, out / path.name, metadata={"format": "pt"})
+        file_of |= dict.fromkeys(tensors, path.name)
+        bytes_of |= {name: value.nbytes for name, value in tensors.items()}
+    if len(set(file_of.values())) > 1:
+        _write_index(out / SAFE_WEIGHTS_INDEX_NAME, file_of, bytes_of)
+
+
+def _write_index(path: Path, file_of: dict[str, str], bytes_of: dict[str, int]) -> None:
+    """The index of sharded weights, as `from_pretrained` reads it."""
+    index = {"metadata": {"total_size": sum(bytes_of.values())}, "weight_map": file_of}
+    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights that `read_weights` reads."""
+    return any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+
+
+def _parts(model: torch.nn.Module, blocks: Blocks) -> list[dict[str, torch.Tensor]]:
+    """Everything that is saved, by name: the parameters of each block, then the persistent buffers."""
+    saved = model.state_dict().keys()
+    buffers = {name: value for name, value in model.named_buffers() if name in saved}
+    return [*(block.parameters for block in blocks), buffers]
+
+
+def _fill_shards(
+    model: torch.nn.Module, blocks: Blocks, max_shard_size: int
+) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """The parts in order, as many to a shard as fit."""
+    shard, filled = [], 0
+    for tensors in _parts(model, blocks):
+        size = sum(parameter_numel(value) * value.element_size() for value in tensors.values())
+        if shard and filled + size > max_shard_size:
+            yield shard
+            shard, filled = [], 0
+        shard.append(tensors)
+        filled += size
+    yield shard
+
+
+def _rename(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole blocks under the names, and in the shapes, of the files on the hub."""
+    renamed = revert_weight_conversion(model, tensors)
+    return {name: value.contiguous() for name, value in renamed.items()}
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+        return sorted(set(index["weight_map"].values()))
+    return [SAFE_WEIGHTS_NAME]
+
+
+def _open_weights(folder: Path) -> dict[str, safe_open]:
+    """The file that holds each tensor, by the tensor's name."""
+    files = [safe_open(folder / name, framework="pt") for name in _weight_files(folder)]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no dict
+
+
+def _check_same_model(
+    model: torch.nn.Module,
+    wanted: dict[str, torch.Tensor],
+    holders: dict[str, safe_open],
+    folder: Path,
+    same_dtype: bool,
+) -> None:
+    missing = [name for name in wanted if name not in holders]
+    # A tied matrix may be in the files under its second name too.
+    unknown = [name for name in holders if name not in wanted and name not in model.state_dict()]
+    other = []
+    for name in wanted.keys() & holders.keys():
+        saved, value = holders[name].get_slice(name), wanted[name]
+        shape, dtype = saved.get_shape(), value.dtype
+        if same_dtype:
+            dtype = _DTYPE_NAMES.get(saved.get_dtype(), dtype)
+        if (tuple(shape), dtype) != (parameter_shape(value), value.dtype):
+            other.append(f"{name} is {dtype} {shape}, not {value.dtype} {list(parameter_shape(value))}")
+    if not (missing or unknown or other):
+        return
+    said = [f"{len(names)} {what}, such as {sorted(names)[0]}" for names, what in (
+        (missing, "parameters of the model are not in it"),
+        (unknown, "of its tensors are not in the model"),
+        (other, "have another shape or precision"),
+    ) if names]  # fmt: skip
+    raise UserError(
+        f"{folder} is of another model than {type(model).__name__}: {'; '.join(said)}. A new run begins from any "
+        "model that is given as --model_name_or_path."
+    )

@@ -1,0 +1,79 @@
+"""What is installed here, and what a run would use of it: `lisa-dist info`."""
+
+import os
+import platform
+import shutil
+from importlib.util import find_spec
+
+import torch
+from transformers import LlamaConfig
+
+from lisa_dist.config import UserError
+from lisa_dist.distributed.health import version_of
+from lisa_dist.optim.ops import choose_kernels
+from lisa_dist.text import format_bytes, format_table
+from lisa_dist.train.attention import choose_attention
+
+_NEEDED = ("torch", "deepspeed", "transformers", "accelerate", "trl", "datasets", "bitsandbytes", "peft")
+_OPTIONAL = ("triton", "flash-attn", "flash-attn-3", "liger-kernel")
+# What a run may lack: a module or a program, what for, where from, and whether only a GPU has a use for it.
+_WORTH_HAVING = (
+    ("flash_attn", "attention of packed rows at full speed", "pip install 'lisa_dist[gpu]' --no-build-isolation", True),
+    ("liger_kernel", "--use_liger_kernel: no logits in memory", "pip install 'lisa_dist[gpu]'", True),
+    ("triton", "fused steps of --optim lisa_adamw", "pip install triton (a CUDA torch brings it)", True),
+    (
+        "nvcc",
+        "offload by DeepSpeed: its CPU AdamW is built",
+        "CUDA's toolkit of torch's version, and CUDA_HOME",
+        True,
+    ),
+    ("ninja", "building DeepSpeed's operators", "pip install ninja, and its folder on PATH", False),
+    ("c++", "building DeepSpeed's operators", "apt install g++", False),
+    ("pdsh", "deepspeed --hostfile on several hosts", "apt install pdsh", False),
+    ("wandb", "--report_to wandb", "pip install wandb", False),
+    ("lm_eval", "lisa-dist eval of mmlu, gsm8k, ...", "pip install 'lisa_dist[eval]'", False),
+)
+
+
+def describe() -> str:
+    """A table: device, versions, the kernels and attention of a run in bf16 with the reasons, and what is missing.
+
+    Raises ValueError where an environment variable forces kernels that cannot run.
+    """
+    on_gpu = torch.cuda.is_available()
+    kernels, why = choose_kernels("cuda" if on_gpu else "cpu")
+    attention, why_attention = choose_attention(None, half_precision=True, config=LlamaConfig())
+    rows = [
+        ("lisa_dist", version_of("lisa_dist")),
+        ("Python", platform.python_version()),
+        ("devices", _devices() if on_gpu else f"{os.cpu_count()} CPU cores"),
+        *((name, version_of(name)) for name in (*_NEEDED, *_OPTIONAL)),
+        ("kernels of lisa_adamw", f"{kernels} ({why})"),
+        ("attention of a Llama", f"{attention} ({why_attention})"),
+    ]
+    return format_table([*rows, *_missing(on_gpu)])
+
+
+def _devices() -> str:
+    """GPUs of this host, with their memory."""
+    of_each = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return ", ".join(f"{each.name} ({format_bytes(each.total_memory)})" for each in of_each)
+
+
+def _missing(on_gpu: bool) -> list[tuple[str, str]]:
+    """Of what is worth having and not there, what it is for and how to get it."""
+    lacking = [
+        (f"missing: {name.replace('_', '-')}", f"for {what_for}; {how}")
+        for name, what_for, how, gpu_only in _WORTH_HAVING
+        if (on_gpu or not gpu_only) and shutil.which(name) is None and find_spec(name) is None
+    ]
+    return lacking or [("missing", "nothing that a run could use")]
+
+
+def main() -> None:
+    """Print it; an error of the user's is one line and exit status 2."""
+    try:
+        print(describe())
+    except UserError as error:
+        print(f"lisa-dist info: {error}", flush=True)
+        raise SystemExit(2) from error

@@ -1,0 +1,1 @@
+"""LISA itself: blocks, sampling, the controller and the order of a switch."""

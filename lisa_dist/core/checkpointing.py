@@ -1,0 +1,139 @@
+"""Gradient checkpointing as a dial: how many decoder layers store their inputs alone and run a second time.
+
+What a layer stores is computed again in the backward pass, which costs a forward pass of it: pure loss where memory is
+left. So the dial is a number of layers, the lowest ones, since what they store is held longest.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lisa_dist.config import UserError
+from lisa_dist.core.blocks import Blocks
+from lisa_dist.text import parse_bytes
+
+AUTO = "auto"
+
+
+def parse_checkpointed_layers(value: str | int | None) -> int | str | None:
+    """`--checkpointed_layers`: a number of layers, "none", "all" (given back as it is) or "auto"; None if not given."""
+    text = str(value).lower()
+    if value is None or text in ("all", AUTO):
+        return None if value is None else text
+    if text == "none":
+        return 0
+    if not text.isdecimal():
+        raise UserError(f"--checkpointed_layers {value}: give none, all, auto or a number of decoder layers.")
+    return int(text)
+
+
+def parse_budget(gpu_memory: str | None, dial: int | str | None) -> int | None:
+    """Bytes of `--gpu_memory`, which "auto" alone keeps to; ValueError beside another dial."""
+    if gpu_memory is None:
+        return None
+    budget = parse_bytes("--gpu_memory", gpu_memory)
+    if dial != AUTO:
+        raise UserError(f"--gpu_memory {gpu_memory}: only --checkpointed_layers auto keeps to it; give that too.")
+    return budget
+
+
+def number_of_layers(value: int | str, num_layers: int) -> int:
+    """The number that "all" or a number stands for in a model of `num_layers`; ValueError when it has fewer."""
+    count = num_layers if value == "all" else int(value)
+    if count > num_layers:
+        raise UserError(f"--checkpointed_layers {value}: the model has {num_layers} decoder layers.")
+    return count
+
+
+def checkpoint_layers(model: torch.nn.Module, blocks: Blocks, count: int) -> None:
+    """Have the lowest `count` decoder layers checkpointed and no other; may be called again between two steps.
+
+    Raises ValueError for a model of which that cannot be said by layer.
+    """
+    layers = model.get_submodule(blocks.layers_path)
+    if not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
+        if count not in (0, len(layers)):
+            raise UserError(
+                f"--checkpointed_layers {count}: the layers of {type(model).__name__} cannot be checkpointed one by "
+                "one; give none or all."
+            )
+        if count:
+            _enable(model)
+        else:
+            model.gradient_checkpointing_disable()
+        return
+    if not any(hasattr(layer, "_gradient_checkpointing_func") for layer in layers):
+        if not count:
+            return
+        _enable(model)
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number < count
+
+
+def _enable(model: torch.nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers renames it
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"--checkpointed_layers: {type(model).__name__} has no checkpointing ({error}).") from error
+    let_backward_end(model)
+
+
+def check_checkpointing(model: torch.nn.Module) -> None:
+    """Raise UserError where layers are checkpointed by the reentrant way.
+
+    It runs a layer's backward pass only if its input requires a gradient: above sleeping blocks nothing would train.
+    """
+    for module in model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(checkpoint, "keywords", {}).get("use_reentrant") and module.gradient_checkpointing:
+            raise UserError(
+                "the model's gradient checkpointing is reentrant, which gives no gradients where the blocks before a "
+                'layer sleep: call gradient_checkpointing_enable({"use_reentrant": False}).'
+            )
+
+
+def let_backward_end(model: torch.nn.Module) -> None:
+    """Let the backward pass end at the lowest block that trains, where transformers has sent it on to the embeddings.
+
+    With checkpointing it has their output require gradients, frozen or not, for the sake of reentrant checkpointing:
+    every layer would then store its input and be run backward.
+    """
+    for module in model.modules():
+        for handle, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") == "make_inputs_require_grads":
+                del module._forward_hooks[handle]
+
+
+def checkpointed_layers(model: torch.nn.Module, blocks: Blocks) -> int:
+    """How many decoder layers are checkpointed."""
+    layers = model.get_submodule(blocks.layers_path)
+    if not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
+        return len(layers) if model.is_gradient_checkpointing else 0
+    return sum(layer.gradient_checkpointing for layer in layers)
+
+
+def fewest_layers(peak: Callable[[int], int], num_layers: int, budget: int) -> int:
+    """The fewest checkpointed layers with which `peak(count)`, in bytes, is within `budget`; all where none does.
+
+    The peak falls with the count, nearly in proportion.
+    """
+    low, high = 0, num_layers  # the answer is in [low, high]
+    peak_low = peak(low)
+    if peak_low <= budget or low == high:
+        return low
+    peak_high = peak(high)
+    if peak_high > budget:
+        return high
+    while high - low > 1:  # `low` does not fit, `high` does
+        share = (peak_low - budget) / max(peak_low - peak_high, 1)
+        guess = min(max(low + round(share * (high - low)), low + 1), high - 1)
+        found = peak(guess)
+        if found <= budget:
+            high, peak_high = guess, found
+        else:
+            low, peak_low = guess, found
+    return high

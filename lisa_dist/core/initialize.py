@@ -1,0 +1,58 @@
+"""LISA in a DeepSpeed loop of one's own: engine and controller in one call."""
+
+import deepspeed
+import torch
+
+from lisa_dist.config import LisaConfig
+from lisa_dist.core.controller import LisaController
+from lisa_dist.ds_config import (
+    check_ds_config,
+    keep_no_master,
+    load_ds_config,
+    offload_by_block,
+    precision_of,
+    uses_optimizer_offload,
+)
+from lisa_dist.optim.build import build_optimizer, check_optim
+
+
+def initialize(
+    model: torch.nn.Module,
+    ds_config: str | dict,
+    config: LisaConfig | None = None,
+    *,
+    lr: float = 1e-5,
+    weight_decay: float = 0.0,
+    optim: str = "adamw_torch",
+    micro_batch_size: int = 1,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float = 1.0,
+    output_dir: str | None = None,
+) -> tuple[deepspeed.DeepSpeedEngine, LisaController]:
+    """A DeepSpeed engine that trains `model` by LISA, and its controller: the short way for a loop of one's own.
+
+    `ds_config` is a shipped short name (zero1, zero2, zero3, zero2_offload, ...), a path, or a dict; its "auto" values
+    are filled in from the arguments. Call `lisa.on_step_begin()` before every step.
+    """
+    filled = load_ds_config(
+        ds_config,
+        model=model,
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        max_grad_norm=max_grad_norm,
+    )
+    check_ds_config(filled)
+    config = config or LisaConfig()
+    offload_by_block(filled, config.offloaded)
+    offload = uses_optimizer_offload(filled)
+    check_optim(optim, offload, config, precision_of(filled))
+    if config.lisa_master != "fp32":
+        keep_no_master(filled)
+    lisa = LisaController(model, config)
+    groups = lisa.param_groups(weight_decay)
+    lr *= config.rate_factor(len(lisa.blocks.layers))
+    optimizer = build_optimizer(groups, optim, lr=lr, offload=offload, seed=config.lisa_seed)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=filled)
+    lisa.attach(engine, output_dir)
+    engine.train()  # from_pretrained gives models that are to be used, not trained
+    return engine, lisa

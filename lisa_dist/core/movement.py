@@ -1,0 +1,155 @@
+"""How far each block's weights have moved: in every period, and since the run began.
+
+Measured on a sample of each block's weights, as the model holds them: what bf16 rounds away is no movement. Rank 0
+keeps the sample as it was at the start and at the block's last look, 64 KiB each a block, on the host; at the end of a
+period it looks again at the blocks that trained. Under ZeRO-3 each rank puts in what it holds, in one reduction of
+64 KiB a block; else nothing is sent. A block of at most `SAMPLE` elements is measured exactly, a larger one to about
+1%.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import distributed as dist
+
+from lisa_dist.core.blocks import Block, parameter_numel
+from lisa_dist.core.period_log import read_lines
+from lisa_dist.files import replacing
+from lisa_dist.zero.partitions import ZeroPartitions
+
+MOVEMENT_LOG = "lisa_movement.jsonl"
+MOVEMENT_FILE = "lisa_movement.safetensors"
+SAMPLE = 2**14  # elements of a block
+
+
+class WeightMovement:
+    """The movement of blocks; rank 0 has in `lines` what each period moved. All ranks call what looks.
+
+    A line: the period, the step before which it was looked at, and for each block that trained "update", the L2 norm of
+    what the period added to its weights, "moved", that of all since the run began, and "relative", that in parts of the
+    norm at the start.
+    """
+
+    def __init__(self, partitions: ZeroPartitions, blocks: Iterable[Block]):
+        self.lines: list[dict] = []
+        self._partitions = partitions
+        self._samples = {block.name: _BlockSample(block) for block in blocks if block.parameters}
+        self._start: dict[str, numpy.ndarray] = {}
+        self._latest: dict[str, numpy.ndarray] = {}
+        self._path: Path | None = None
+        self._looked_at = 0
+        self._began = 0  # the step at which the period began; lines of an earlier run up to it stay
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from the weights of now."""
+        self._start = {name: self._look(name) for name in self._samples}
+        self._latest = dict(self._start)
+
+    def write_to(self, folder: str) -> None:
+        """Write every line to lisa_movement.jsonl in a folder that is there."""
+        self._path = Path(folder) / MOVEMENT_LOG
+
+    def end_period(self, period: int, step: int, trained: Iterable[str]) -> None:
+        """Look at the blocks that trained, by name, and add a line, unless no step was taken since the last."""
+        if step == self._looked_at:
+            return
+        self._looked_at = step
+        line = {"period": period, "step": step, "blocks": {}}
+        for name in trained:
+            now = self._look(name)
+            if dist.get_rank() == 0:
+                norm = self._samples[name].norm
+                moved, at_start = norm(now - self._start[name]), norm(self._start[name])
+                line["blocks"][name] = {
+                    "update": norm(now - self._latest[name]),
+                    "moved": moved,
+                    "relative": moved / at_start if at_start else math.nan,
+                }
+                self._latest[name] = now
+        if dist.get_rank() == 0:
+            self._write(line)
+
+    def save(self, path: Path) -> None:
+        """What a resumed run needs to go on; rank 0 alone has it."""
+        samples = {f"start:{name}": value for name, value in self._start.items()}
+        save_file(samples | {f"latest:{name}": value for name, value in self._latest.items()}, path)
+
+    def load(self, path: Path | None, step: int, began: int) -> None:
+        """Go on at `step`, in a period that began at `began`, with what was saved, or from the weights of now."""
+        self.restart()
+        self._began = self._looked_at = began
+        if path is None or dist.get_rank() != 0:
+            return
+        saved = load_file(path)
+        for name, sample in self._samples.items():
+            if saved.get(f"start:{name}", numpy.empty(0)).size == sample.numel:
+                self._start[name] = saved[f"start:{name}"]
+                if began < step:  # else other settings begin a period here
+                    self._latest[name] = saved[f"latest:{name}"]
+
+    def _look(self, name: str) -> numpy.ndarray:
+        """The sample of a block now, in fp32; on other ranks than 0 nothing."""
+        sample, rank = self._samples[name], dist.get_rank()
+        sharded = self._partitions.weights_are_sharded
+        if rank != 0 and not sharded:
+            return numpy.empty(0)
+        seen = torch.cat(
+            [
+                _at(self._partitions.local_weights(parameter), where, rank if sharded else 0)
+                for parameter, where in zip(sample.parameters, sample.positions, strict=True)
+            ]
+        )
+        if sharded:
+            seen = seen.to(self._partitions.engine.device)
+            dist.reduce(seen, dst=0)
+        # A copy: a view would keep a tensor alive, among those whose bytes a run accounts for.
+        return seen.cpu().numpy().copy() if rank == 0 else numpy.empty(0)
+
+    def _write(self, line: dict) -> None:
+        if self._path is not None:
+            if not self.lines:
+                earlier = [one for one in read_lines(self._path) if one["step"] <= self._began]
+                with replacing(self._path) as path:
+                    path.write_text("".join(json.dumps(one) + "\n" for one in earlier), encoding="utf-8")
+            with self._path.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+        self.lines.append(line)
+
+
+class _BlockSample:
+    """Which elements of a block are looked at: of every parameter its part, spread over it, the same in every run."""
+
+    def __init__(self, block: Block):
+        self.parameters = list(block.parameters.values())
+        numels = [parameter_numel(parameter) for parameter in self.parameters]
+        # Where the parameter of a block is large, a period of its width must not meet one of the sample's: jitter.
+        draws = numpy.random.default_rng(0)
+        self.positions, weights = [], []
+        for numel in numels:
+            count = min(numel, max(1, math.ceil(SAMPLE * numel / sum(numels))))
+            jitter = draws.random(count) if count < numel else 0.0
+            self.positions.append(numpy.floor((numpy.arange(count) + jitter) * numel / count).astype(numpy.int64))
+            weights.append(numpy.full(count, numel / count))
+        self._weights = numpy.concatenate(weights)  # elements that each of the sample stands for
+        self.numel = self._weights.size
+
+    def norm(self, sampled: numpy.ndarray) -> float:
+        """The L2 norm of the whole block, by its sample."""
+        return math.sqrt(float(self._weights @ numpy.square(sampled, dtype=numpy.float64)))
+
+
+def _at(local: torch.Tensor, positions: numpy.ndarray, rank: int) -> torch.Tensor:
+    """Elements of a parameter in fp32 at positions of the whole, zeros where another rank's shard has them."""
+    local = local.detach().view(-1)
+    first = rank * local.numel()
+    mine = (positions >= first) & (positions < first + local.numel())
+    seen = torch.zeros(len(positions), dtype=torch.float32, device=local.device)
+    where = torch.from_numpy(positions[mine] - first).to(local.device)
+    seen[torch.from_numpy(mine).to(local.device)] = local[where].float()
+    return seen

@@ -1,0 +1,167 @@
+"""Which blocks of one model train when: the settings of LISA met with the model's blocks.
+
+`sampling` knows numbers alone; this file knows which parameters they stand for. It knows no engine and no rank.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from lisa_dist.config import OUTER_BLOCKS, LisaConfig, UserError
+from lisa_dist.core.blocks import Block, Blocks
+from lisa_dist.core.importance import LayerImportance
+from lisa_dist.core.layer_weights import load_layer_weights
+from lisa_dist.core.sampling import Draw, SampledBlock, inclusion_probabilities, sample_period
+from lisa_dist.optim.build import build_param_groups, check_same_kinds
+from lisa_dist.optim.states import PartitionKey
+
+
+class BlockSelection:
+    """What trains in each period of a run, and its parameter groups.
+
+    Raises ValueError for settings that this model cannot have.
+    """
+
+    def __init__(self, config: LisaConfig, blocks: Blocks):
+        num_layers = len(blocks.layers)
+        config.check_num_layers(num_layers)
+        check_same_kinds(blocks.layers)
+        self._config, self._blocks = config, blocks
+        self.sampled = sampled_blocks(config, blocks)
+        self._state_bits = _state_bits(config, blocks)
+        self._offloaded = _offloaded(config, blocks)
+        self.weights: list[float] | None = None  # of the layers, for the sampler "weighted"
+        if config.lisa_weights_file is not None:
+            self.weights = load_layer_weights(config.lisa_weights_file, num_layers, config.lisa_activated_layers)
+        self.importance: LayerImportance | None = None  # of the layers, for the sampler "adaptive"
+        if config.lisa_sampler == "adaptive":
+            averaging = config.lisa_importance_decay, config.lisa_importance_temperature, config.lisa_importance_floor
+            self.importance = LayerImportance(num_layers, *averaging)
+        self._layer_of = {name: number for number, layer in enumerate(blocks.layers) for name in layer.parameters}
+        self._names = {id(parameter): name for block in blocks for name, parameter in block.parameters.items()}
+
+    def draw(self, period: int) -> Draw:
+        """What a period trains beside the blocks that are always on."""
+        config = self._config
+        return sample_period(
+            config.lisa_sampler,
+            len(self._blocks.layers),
+            config.lisa_activated_layers,
+            config.lisa_seed,
+            period,
+            self.weights_now,
+            self.sampled,
+        )
+
+    @property
+    def weights_now(self) -> list[float] | None:
+        """What layers are drawn by in the period that comes, or None where all are alike."""
+        return self.weights if self.importance is None else self.importance.weights()
+
+    def probabilities(self, draw: Draw) -> list[float]:
+        """The probability that each layer had to be drawn, by the weights of now; empty where there are none."""
+        weights = self.weights_now
+        return [] if weights is None else inclusion_probabilities(weights, len(draw.layers))
+
+    def layer_of(self, key: PartitionKey) -> int | None:
+        """The decoder layer of a partition, or None for one of embed, head and rest."""
+        return self._layer_of.get(key[0])
+
+    def widest(self, draw: Draw) -> Draw:
+        """The draw with a layer in every slot and every outer block that is ever drawn.
+
+        What the optimizer is built over, since DeepSpeed takes no group without parameters.
+        """
+        others = [layer for layer in range(len(self._blocks.layers)) if layer not in draw.layers]
+        missing = self._config.lisa_activated_layers - len(draw.layers)
+        layers = sorted([*draw.layers, *others[:missing]])
+        return Draw(tuple(layers), tuple(block.name for block in self.sampled))
+
+    def asleep(self, draw: Draw) -> list[Block]:
+        """The blocks that do not train with a draw."""
+        active = [*self._outer(draw), *self._layers(draw)]
+        return [block for block in self._blocks if block not in active]
+
+    def activate(self, draw: Draw) -> None:
+        """Let exactly the blocks of a draw require gradients."""
+        asleep = self.asleep(draw)
+        for block in self._blocks:
+            block.requires_grad_(block not in asleep)
+
+    def param_groups(self, draw: Draw, weight_decay: float = 0.0) -> list[dict]:
+        """The parameter groups of the widest draw: the same number and order whatever is drawn."""
+        return self._groups(self.widest(draw), weight_decay)
+
+    def params_of_groups(self, draw: Draw) -> list[list[torch.nn.Parameter]]:
+        """The parameters of each of `param_groups` with a draw; a group may have none."""
+        params = {group["lisa_group"]: group["params"] for group in self._groups(draw)}
+        return [params.get(group["lisa_group"], []) for group in self.param_groups(draw)]
+
+    def names_of(self, params_of_groups: Iterable[list[torch.nn.Parameter]]) -> list[PartitionKey]:
+        """The names of the parameters of each group."""
+        return [tuple(self._names[id(parameter)] for parameter in params) for params in params_of_groups]
+
+    def _outer(self, draw: Draw) -> list[Block]:
+        """The outer blocks that train, in the order of their groups; none without parameters."""
+        blocks = [self._blocks.outer(name) for name in OUTER_BLOCKS if name in (*self._config.always_on, *draw.blocks)]
+        return [block for block in blocks if block.parameters]
+
+    def _layers(self, draw: Draw) -> list[Block]:
+        return [self._blocks.layers[layer] for layer in draw.layers]
+
+    def _groups(self, draw: Draw, weight_decay: float = 0.0) -> list[dict]:
+        outer, layers = self._outer(draw), self._layers(draw)
+        return build_param_groups(outer, layers, weight_decay, self._state_bits, self._offloaded)
+
+
+def sampled_blocks(config: LisaConfig, blocks: Blocks) -> list[SampledBlock]:
+    """The outer blocks that `config` has drawn, with their probabilities and places; tied matrices are one, in embed.
+
+    Raises ValueError when embed and head are tied and not treated as one, or the probabilities add up to more than 1.
+    """
+    policies = {name: [name in config.always_on, name in config.frozen] for name in ("embed", "head")}
+    probabilities = dict(config.block_probabilities)
+    if blocks.tied:
+        given = {probabilities.pop(name, None) for name in ("embed", "head")} - {None}
+        if policies["embed"] != policies["head"] or len(given) > 1:
+            raise UserError(
+                f"--lisa_always_on {config.lisa_always_on}, --lisa_frozen {config.lisa_frozen}, "
+                f"--lisa_block_probability {config.lisa_block_probability}: embed and head of this model are one tied "
+                "matrix; give both the same."
+            )
+        probabilities |= dict.fromkeys(("embed",), *given)
+    gamma, num_layers = config.lisa_activated_layers, len(blocks.layers)
+    layer_numel = sum(layer.numel for layer in blocks.layers) / num_layers
+    sampled = []
+    for name in config.sampled:
+        block = blocks.outer(name)
+        if block.parameters:
+            places = min(gamma, round(block.numel / layer_numel))
+            sampled.append(SampledBlock(name, probabilities.get(name) or gamma / num_layers, places))
+    total = sum(block.probability for block in sampled)
+    if total > 1:
+        listed = ", ".join(f"{block.name}={block.probability:g}" for block in sampled)
+        raise UserError(
+            f"--lisa_block_probability {config.lisa_block_probability}: a period trains at most one drawn block, but "
+            f"the probabilities add up to {total:g} ({listed})."
+        )
+    return sampled
+
+
+def _state_bits(config: LisaConfig, blocks: Blocks) -> dict[str, int]:
+    bits = config.state_bits
+    if blocks.tied and bits.get("head", bits.get("embed")) != bits.get("embed"):
+        raise UserError(
+            f"--lisa_state_bits {config.lisa_state_bits}: embed and head of this model are one tied matrix; give both "
+            "the same."
+        )
+    return bits
+
+
+def _offloaded(config: LisaConfig, blocks: Blocks) -> tuple[str, ...]:
+    if blocks.tied and ("embed" in config.offloaded) != ("head" in config.offloaded):
+        raise UserError(
+            f"--lisa_offload {config.lisa_offload}: embed and head of this model are one tied matrix; give both or "
+            "neither."
+        )
+    return config.offloaded

@@ -1,0 +1,1 @@
+"""Ranks and hosts: discovery, launching, health, signals."""

@@ -1,0 +1,1 @@
+"""Evaluation of a model: benchmark tasks and MT-Bench."""

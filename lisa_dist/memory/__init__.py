@@ -1,0 +1,1 @@
+"""Memory of a training step: planned before a run, measured in it."""

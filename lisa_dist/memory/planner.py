@@ -1,0 +1,410 @@
+"""`lisa-dist plan`: what a run will need, part by part, which way of running fits, and the command that starts it."""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.core.checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
+from lisa_dist.core.layer_weights import load_layer_weights
+from lisa_dist.core.selection import sampled_blocks
+from lisa_dist.ds_config import check_ds_config, offload_by_block, read_ds_config, uses_optimizer_offload
+from lisa_dist.flags import FlagParser
+from lisa_dist.memory.estimate import (
+    PARTS,
+    MemoryParts,
+    StageSettings,
+    check_method,
+    kept_states,
+    plan_memory,
+    widest_periods,
+)
+from lisa_dist.memory.trace import FakeRun, StepTrace, Workload
+from lisa_dist.optim.build import LISA_ADAMW, check_optim
+from lisa_dist.text import GIB, format_bytes, format_columns, parse_bytes
+
+# From the fastest to the slowest: what offloads waits for the host, and stage 3 gathers every weight twice a step.
+WAYS = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class PlanArguments:
+    """What is asked of `lisa-dist plan`."""
+
+    model: str = field(metadata={"help": "Shipped name (llama3.1-8b, ...), folder, config.json, or hub id."})
+    gpus: int = field(default=1, metadata={"help": "GPUs of the run."})
+    gpu_memory: str = field(default="80GiB", metadata={"help": "Memory of a GPU, such as 24GiB or 80GB."})
+    host_memory: str = field(default="1TiB", metadata={"help": "Memory of a host."})
+    gpus_per_host: int = field(default=8, metadata={"help": "GPUs that share a host's memory."})
+    seq_length: int = field(default=1024, metadata={"help": "Tokens of a row."})
+    micro_batch_size: int = field(default=1, metadata={"help": "Rows of a GPU in a forward pass."})
+    method: str = field(default="lisa", metadata={"help": "lisa, full or lora."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters, for --method lora."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "As in training."})
+    precision: str = field(default="bf16", metadata={"help": "bf16 or fp32."})
+    deepspeed: str | None = field(default=None, metadata={"help": "Plan this config alone: short name or path."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of a step."})
+    checkpointed_layers: str = field(
+        default=AUTO,
+        metadata={
+            "help": "none, all, a number of decoder layers, or auto for the fewest that fit; with "
+            "another method than lisa none or all."
+        },
+    )
+    reserve: str = field(default="1GiB", metadata={"help": "Of a GPU, for the CUDA context, NCCL and fragments."})
+    json: str | None = field(default=None, metadata={"help": "Write the plans to this file."})
+    plot: str | None = field(default=None, metadata={"help": "Draw them as bars to this .png."})
+
+    def __post_init__(self):
+        counts = ("gpus", "gpus_per_host", "seq_length", "micro_batch_size", "gradient_accumulation_steps", "lora_r")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: at least 1.")
+        if self.precision not in _DTYPES:
+            raise UserError(f"--precision {self.precision}: unknown; choose bf16 or fp32.")
+        check_method(self.method)
+        parse_checkpointed_layers(self.checkpointed_layers)
+        for name in ("gpu_memory", "host_memory", "reserve"):
+            parse_bytes(f"--{name}", getattr(self, name))
+
+    @property
+    def budget(self) -> int:
+        """Bytes of a GPU that a run may take."""
+        return parse_bytes("--gpu_memory", self.gpu_memory) - parse_bytes("--reserve", self.reserve)
+
+    @property
+    def host_budget(self) -> int:
+        """Bytes of a host for each rank on it."""
+        return parse_bytes("--host_memory", self.host_memory) // min(self.gpus, self.gpus_per_host)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way of running and what each rank needs for it."""
+
+    ds_config: str
+    workload: Workload
+    gpu: MemoryParts
+    host: dict[str, int]
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes on the host of one rank."""
+        return sum(self.host.values())
+
+    def lacks(self, arguments: PlanArguments) -> tuple[int, int]:
+        """Bytes that a GPU, and a rank's share of its host, have too few; 0 where it fits."""
+        return (
+            max(0, self.gpu.peak - arguments.budget),
+            max(0, self.host_bytes - arguments.host_budget),
+        )
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON."""
+        workload = asdict(self.workload) | {"dtype": str(self.workload.dtype).removeprefix("torch.")}
+        host = self.host | {"total": self.host_bytes}
+        return {"ds_config": self.ds_config, "workload": workload, "gpu": self.gpu.to_dict(), "host": host}
+
+
+class Planner:
+    """Plans of one model and method; a step is traced once for each number of checkpointed layers."""
+
+    def __init__(self, config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig):
+        self._config, self._arguments, self._lisa = config, arguments, lisa_config
+        self._traced: dict[int, tuple[FakeRun, list[tuple[list, StepTrace]]]] = {}
+        self.num_layers = config.get_text_config().num_hidden_layers
+        if arguments.method == "lisa":
+            lisa_config.check_num_layers(self.num_layers)
+            if lisa_config.lisa_weights_file is not None:
+                load_layer_weights(lisa_config.lisa_weights_file, self.num_layers, lisa_config.lisa_activated_layers)
+        elif lisa_config != LisaConfig():
+            raise UserError(f"--method {arguments.method}: flags that begin with --lisa_ are for --method lisa.")
+        if arguments.method != "lisa" and arguments.optim == LISA_ADAMW:
+            raise UserError(
+                f"--optim {LISA_ADAMW} with --method {arguments.method}: it is for --method lisa; give another, such "
+                "as adamw_torch_fused."
+            )
+        self._dial = parse_checkpointed_layers(arguments.checkpointed_layers)
+        if self._dial != AUTO:
+            self._dial = number_of_layers(self._dial, self.num_layers)
+        if arguments.method != "lisa" and self._dial not in (AUTO, 0, self.num_layers):
+            raise UserError(
+                f"--checkpointed_layers {self._dial} with --method {arguments.method}: it checkpoints all layers or "
+                f"none; give none or all."
+            )
+
+    def plan(self, ds_config: str, checkpointed_layers: int) -> Plan:
+        """The worst period under one DeepSpeed config."""
+        arguments = self._arguments
+        run, periods = self._trace(checkpointed_layers)
+        settings = StageSettings.of(self._read(ds_config), run.hidden_size)
+        planned = [
+            plan_memory(
+                run,
+                groups,
+                trace,
+                settings,
+                arguments.gpus,
+                optim=arguments.optim,
+                master=self._lisa.lisa_master,
+                accumulates=arguments.gradient_accumulation_steps > 1,
+                plain=arguments.method != "lisa",
+            )
+            for groups, trace in periods
+        ]
+        parts = max((parts for parts, _ in planned), key=lambda parts: parts.peak)
+        host = max((host for _, host in planned), key=lambda host: sum(host.values()))
+        if arguments.method == "lisa" and self._lisa.lisa_state == "keep":
+            host = host | {"kept states": kept_states(run, self._lisa, settings.stage, arguments.gpus, arguments.optim)}
+        return Plan(ds_config, run.workload, parts, host)
+
+    def _read(self, name_or_path: str) -> dict:
+        ds_config = read_ds_config(name_or_path)
+        offload_by_block(ds_config, self._lisa.offloaded)
+        return ds_config
+
+    def cheapest(self, ds_config: str) -> Plan:
+        """With as few checkpointed layers as fit, since recomputing is pure loss; of other methods none or all."""
+        if self._dial != AUTO:
+            return self.plan(ds_config, self._dial)
+        if self._arguments.method == "lisa":
+            budget = self._arguments.budget
+            return self.plan(ds_config, fewest_layers(lambda count: self.plan(ds_config, count).gpu.peak,
+                                                      self.num_layers, budget))  # fmt: skip
+        none = self.plan(ds_config, 0)
+        return none if not none.lacks(self._arguments)[0] else self.plan(ds_config, self.num_layers)
+
+    def _trace(self, checkpointed_layers: int) -> tuple[FakeRun, list[tuple[list, StepTrace]]]:
+        if checkpointed_layers not in self._traced:
+            arguments = self._arguments
+            workload = Workload(
+                arguments.seq_length,
+                arguments.micro_batch_size,
+                _DTYPES[arguments.precision],
+                checkpointed_layers,
+                padded=arguments.micro_batch_size > 1,
+            )
+            lora_rank = arguments.lora_r if arguments.method == "lora" else 0
+            run = FakeRun(self._config, workload, lora_rank, self._lisa.lisa_layers_attribute)
+            trained: Sequence = [None]
+            if arguments.method == "lisa":
+                trained = widest_periods(
+                    self._lisa, run.blocks, sampled_blocks(self._lisa, run.blocks), checkpointed_layers
+                )
+            config = self._lisa
+            groups = [run.groups(one, arguments.optim, config.state_bits, config.offloaded) for one in trained]
+            self._traced[checkpointed_layers] = run, [(one, run.trace(one)) for one in groups]
+        return self._traced[checkpointed_layers]
+
+
+def shipped_model_configs() -> list[str]:
+    """Names of the model configs that come with the package, such as llama3.1-8b."""
+    folder = resources.files("lisa_dist") / "model_configs"
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def load_model_config(model: str) -> PretrainedConfig:
+    """The config of a shipped name, a folder, a config.json, or a model of the hub."""
+    path = Path(model)
+    if model in shipped_model_configs():
+        text = (resources.files("lisa_dist") / "model_configs" / f"{model}.json").read_text(encoding="utf-8")
+    elif path.is_file():
+        text = None
+    else:
+        try:
+            return AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--model {model}: no such folder, and no such model can be reached on the hub "
+                f"({type(error).__name__}). Give the path of its config.json, or one of the shipped names: "
+                f"{', '.join(shipped_model_configs())}."
+            ) from error
+    try:
+        return AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8") if text is None else text))
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"--model {model}: is no model's config.json ({error}).") from error
+
+
+def make_plans(
+    config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig, ways: Sequence[str] = WAYS
+) -> list[Plan]:
+    """A plan of each way of running, or of the one that was asked for, from the fastest to the slowest."""
+    planner, refused = Planner(config, arguments, lisa_config), None
+    ways = [arguments.deepspeed] if arguments.deepspeed else list(ways)
+    if lisa_config.offloaded and not arguments.deepspeed:  # the flag says what is offloaded, whatever a config says
+        ways = [way for way in ways if not uses_optimizer_offload(read_ds_config(way))]
+    plans = []
+    for way in ways:
+        ds_config = read_ds_config(way)
+        check_ds_config(ds_config)
+        offload_by_block(ds_config, lisa_config.offloaded)
+        offloads = uses_optimizer_offload(ds_config)
+        try:
+            check_optim(arguments.optim, offloads, lisa_config, arguments.precision)
+        except UserError as error:
+            refused = error  # 8-bit moments are not for DeepSpeed's host AdamW
+            continue
+        plans.append(planner.cheapest(way))
+    if not plans:
+        raise refused
+    return plans
+
+
+def command_for(plan: Plan, arguments: PlanArguments, lisa_config: LisaConfig) -> str:
+    """The command line of a plan; data and output folder are to be added."""
+    path = Path(arguments.model)
+    model = "MODEL" if arguments.model in shipped_model_configs() else str(path.parent if path.is_file() else path)
+    flags = {"model_name_or_path": model, "method": arguments.method, "deepspeed": plan.ds_config}
+    flags |= {"per_device_train_batch_size": arguments.micro_batch_size, "max_length": arguments.seq_length}
+    flags |= {"optim": arguments.optim, "bf16": arguments.precision == "bf16"}
+    if arguments.gradient_accumulation_steps > 1:
+        flags |= {"gradient_accumulation_steps": arguments.gradient_accumulation_steps}
+    if arguments.method == "lora":
+        flags |= {"lora_r": arguments.lora_r, "lora_dropout": 0.0}  # whose masks the plan does not count
+    if arguments.method != "lisa":
+        flags |= {"checkpointed_layers": "all" if plan.workload.checkpointed_layers else "none"}
+    else:
+        flags |= {"checkpointed_layers": plan.workload.checkpointed_layers}
+        defaults = LisaConfig().to_dict()
+        flags |= {name: value for name, value in lisa_config.to_dict().items() if value != defaults[name]}
+    words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
+    hosts = -(-arguments.gpus // arguments.gpus_per_host)
+    several = f"--hostfile hostfile --num_nodes {hosts} " if hosts > 1 else ""
+    return f"deepspeed {several}--num_gpus {min(arguments.gpus, arguments.gpus_per_host)} launch/train.py {words}"
+
+
+def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
+    """The table: a row a part, a column a way of running."""
+    titles = [[plan.ds_config, f"{plan.workload.checkpointed_layers} checkpointed"] for plan in plans]
+    lines = [["GiB on each GPU", *(title[0] for title in titles)], ["layers", *(title[1] for title in titles)]]
+    for name, fields in PARTS:
+        lines.append([name, *(_gib(sum(plan.gpu.to_dict()[one] for one in fields)) for plan in plans)])
+    lines.append(["peak", *(_gib(plan.gpu.peak) for plan in plans)])
+    lines.append(["GiB on the host, a rank", *(_gib(plan.host_bytes) for plan in plans)])
+    for name in dict.fromkeys(name for plan in plans for name in plan.host):
+        lines.append([f"  {name}", *(_gib(plan.host.get(name, 0)) for plan in plans)])
+    lines.append(["fits", *("yes" if not any(plan.lacks(arguments)) else "no" for plan in plans)])
+    return format_columns(lines)
+
+
+def plot_plans(plans: Sequence[Plan], arguments: PlanArguments) -> None:
+    """A bar of stacked parts for each way of running, and the budget as a line, written to `--plot`."""
+    from matplotlib.figure import Figure  # which takes long to import, for a table
+
+    figure = Figure(figsize=(1.5 * len(plans) + 3, 5), layout="constrained")
+    axes = figure.subplots()
+    names, bottoms = [plan.ds_config for plan in plans], [0.0] * len(plans)
+    for title, fields in PARTS:
+        heights = [sum(_at_peak(plan.gpu)[one] for one in fields) / GIB for plan in plans]
+        axes.bar(names, heights, bottom=bottoms, label=title)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    axes.axhline(arguments.budget / GIB, color="black", linestyle="--", label="budget")
+    axes.set_ylabel("GiB on each GPU at the peak")
+    axes.set_title(f"{Path(arguments.model).name}, {arguments.method}, {arguments.gpus} GPU(s)")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    try:
+        figure.savefig(arguments.plot, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {arguments.plot}: cannot be written ({error}).") from error
+
+
+def _slowness(plan: Plan) -> tuple[int, int]:
+    """Stages 1 and 2 send the same; among them the one that recomputes less is faster. Then the order of WAYS."""
+    place = WAYS.index(plan.ds_config) if plan.ds_config in WAYS else len(WAYS)
+    return max(place, 1), plan.workload.checkpointed_layers
+
+
+def _at_peak(parts: MemoryParts) -> dict[str, int]:
+    """The parts that are there at the peak, which add up to it."""
+    of_step = ("gradients",), ("activations", "logits", "gathered")
+    absent = of_step[0] if parts.peak_backward >= parts.peak_step else of_step[1]
+    return parts.to_dict() | dict.fromkeys(absent, 0)
+
+
+def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
+    """The fastest plan that fits. Raises ValueError with the closest three, and what each lacks, when none does."""
+    fitting = [plan for plan in plans if not any(plan.lacks(arguments))]
+    if fitting:
+        return min(fitting, key=_slowness)
+    closest = sorted(plans, key=lambda plan: sum(plan.lacks(arguments)))[:3]
+    listed = "; ".join(
+        f"{plan.ds_config} lacks {format_bytes(plan.lacks(arguments)[0])} on a GPU and "
+        f"{format_bytes(plan.lacks(arguments)[1])} on the host"
+        for plan in closest
+    )
+    raise UserError(
+        f"--gpu_memory {arguments.gpu_memory} on {arguments.gpus} GPU(s): nothing fits. "
+        f"The closest: {listed}. More GPUs, a shorter --seq_length, --lisa_state_bits embed=8,head=8, or "
+        "--lisa_always_on rest (embed and head drawn as layers are) need less."
+    )
+
+
+USAGE = "lisa-dist plan --model llama3.1-8b [--gpus N] [--gpu_memory 80GiB] [--any_flag value ...]"
+# The screen of --help; what is not here is in --help_all.
+HELP = {
+    "What is trained": {
+        "model": "a shipped name, a folder, a config.json, or a model of the hub",
+        "method": "lisa, full or lora",
+        "lora_r": "of the adapters, for --method lora",
+        "seq_length": "tokens of a row",
+        "micro_batch_size": "rows of a GPU in a forward pass",
+        "gradient_accumulation_steps": "micro-batches of a step",
+    },
+    "On what": {
+        "gpus": "GPUs of the run",
+        "gpu_memory": "of a GPU, such as 24GiB or 80GB",
+        "reserve": "of it, for the CUDA context, NCCL and fragments",
+        "host_memory": "of a host",
+        "gpus_per_host": "that share a host's memory",
+    },
+    "How": {
+        "deepspeed": "plan zero1, zero2, ..., or a file; by default all are planned",
+        "precision": "bf16 or fp32",
+        "optim": "as in training",
+        "checkpointed_layers": "none, all, a number, or auto: the fewest that fit",
+        "lisa_activated_layers": "decoder layers that train in a period (gamma)",
+        "lisa_always_on": "of embed, head, rest; those left out are drawn as layers are",
+        "lisa_frozen": "of embed, head, rest: never trained",
+        "lisa_state": "at a switch: reset, reset_all, keep (on the host)",
+        "lisa_state_bits": "of moments, by block: embed=8,head=8,layers=8",
+        "lisa_master": "fp32, or bf16_sr for no masters",
+        "lisa_offload": "blocks whose optimizer states live on the host",
+    },
+    "What is written": {"json": "the plans, to this file", "plot": "their bars, to this .png"},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Plan, print the table and the command; an error of the user's is one line and exit status 2."""
+    try:
+        parser = FlagParser((PlanArguments, LisaConfig), USAGE, HELP)
+        words = list(sys.argv[1:] if argv is None else argv)
+        parser.check_words(words)
+        arguments, lisa_config = parser.parse_args_into_dataclasses(words)
+        plans = make_plans(load_model_config(arguments.model), arguments, lisa_config)
+        print(format_plans(plans, arguments))
+        if arguments.json:
+            written = {"arguments": asdict(arguments), "plans": [plan.to_dict() for plan in plans]}
+            try:
+                Path(arguments.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror}).") from error
+        if arguments.plot:
+            plot_plans(plans, arguments)
+        best = what_fits(plans, arguments)
+        print(f"\n{command_for(best, arguments, lisa_config)}")
+    except UserError as error:
+        print(f"lisa-dist plan: {error}", flush=True)
+        raise SystemExit(2) from error
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.2f}" if count else "-"

@@ -1,0 +1,241 @@
+"""Memory of one run: how many layers are checkpointed, what a step was planned to take, and what one took.
+
+The dial of `recompute` is set before the first step: to a number, or where it is "auto" to the fewest layers that the
+plan of the worst period fits the budget with. One early step is measured (`StepMeter`); "auto" then puts the dial where
+the plan, off by as much as it was off for that step, fits. The end of a run has the two side by side.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from lisa_dist.config import UserError
+from lisa_dist.core.checkpointing import (
+    AUTO,
+    checkpoint_layers,
+    checkpointed_layers,
+    fewest_layers,
+    let_backward_end,
+    number_of_layers,
+)
+from lisa_dist.core.controller import LisaController
+from lisa_dist.files import gather, replacing
+from lisa_dist.memory.estimate import PARTS, MemoryParts, StageSettings, plan_memory, widest_periods
+from lisa_dist.memory.meter import StepMeter
+from lisa_dist.memory.trace import FakeRun, Trained, Workload
+from lisa_dist.text import format_bytes, format_columns
+
+MEMORY_NAME = "lisa_memory.json"
+
+
+@dataclass(frozen=True)
+class _MeasuredStep:
+    step: int
+    workload: Workload | None  # its first micro-batch
+    trained: Trained
+    parts: MemoryParts
+
+
+class RunMemory:
+    """Sets the dial, measures one step, and says what came of it; every rank calls everything.
+
+    `config` is the model's, None for a model or a loss that cannot be planned. `longest` is the largest micro-batch
+    that may come; `budget` are bytes of a device. Raises ValueError for a dial that this model cannot have.
+    """
+
+    def __init__(
+        self,
+        lisa: LisaController,
+        ds_config: dict,
+        *,
+        optim: str,
+        config: PretrainedConfig | None,
+        longest: Workload | None,
+        checkpointed: int | str | None,
+        budget: int | None,
+    ):
+        self._lisa, self._optim, self._config, self._longest = lisa, optim, config, longest
+        self._dial, self._budget = checkpointed, budget
+        self._model, self._num_layers = lisa.engine.module, len(lisa.blocks.layers)
+        self._ds_config = ds_config
+        self._accumulates = lisa.engine.gradient_accumulation_steps() > 1
+        self._first_step = lisa.engine.global_steps
+        self._meter: StepMeter | None = None
+        self._measured: _MeasuredStep | None = None
+        self._micro_batch: Workload | None = None
+        self._count: int | None = None  # of checkpointed layers, where the dial is set
+        self._peaks: dict[int, int] = {}  # planned for the worst period, by number of checkpointed layers
+        if checkpointed == AUTO and (config is None or longest is None):
+            raise UserError(
+                "--checkpointed_layers auto: the largest micro-batch cannot be planned: it takes a --max_length, and a "
+                "causal language model with its own loss or TRL's. Give none, all or a number of layers."
+            )
+        if checkpointed == AUTO and budget is None:
+            raise UserError("--checkpointed_layers auto: give --gpu_memory where there is no GPU to ask.")
+
+    def set_dial(self) -> str | None:
+        """Checkpoint as many layers as the dial says; what there is to say of it."""
+        if self._dial is None:
+            return None
+        if self._dial != AUTO:
+            self._count = number_of_layers(self._dial, self._num_layers)
+            checkpoint_layers(self._model, self._lisa.blocks, self._count)
+            return None
+        said = self._turn(offset=0)
+        if self._lisa.config.lisa_interval_steps == 1:
+            said += "; not corrected by a measured step, since each is the first of its period"
+        return said
+
+    def hold_dial(self) -> None:
+        """Put it back where a trainer has turned checkpointing off for a moment and then on for all layers."""
+        blocks = self._lisa.blocks
+        if self._count is not None and checkpointed_layers(self._model, blocks) != self._count:
+            checkpoint_layers(self._model, blocks, self._count)
+        let_backward_end(self._model)
+
+    def begin_step(self, step: int) -> None:
+        """Measure this step if it is the first that has its moments already."""
+        interval = self._lisa.config.lisa_interval_steps
+        if self._measured is None and step > self._first_step and step % interval != 0:
+            self._meter = StepMeter(self._lisa).__enter__()
+
+    @property
+    def wants_micro_batch(self) -> bool:
+        """Whether the step is measured, and the shape of its first micro-batch not known yet."""
+        return self._meter is not None and self._micro_batch is None
+
+    def note_micro_batch(self, workload: Workload | None) -> None:
+        """The shape of the measured step's first micro-batch."""
+        if self.wants_micro_batch:
+            count = checkpointed_layers(self._model, self._lisa.blocks)
+            self._micro_batch = workload and replace(workload, checkpointed_layers=count)
+
+    def end_step(self, step: int) -> str | None:
+        """Take down what the step needed and, with "auto", correct the dial; what there is to say of it."""
+        if self._meter is None:
+            return None
+        meter, self._meter = self._meter, None
+        meter.__exit__(None, None, None)
+        if meter.parts is None:
+            return None
+        always_on = [name for name in self._lisa.config.always_on if self._lisa.blocks.outer(name).parameters]
+        trained = Trained(self._lisa.active_layers, tuple(always_on), self._lisa.active_blocks)
+        self._measured = _MeasuredStep(step, self._micro_batch, trained, meter.parts)
+        if self._dial != AUTO:
+            return None
+        planned = self._planned()[0]
+        offset = max(gather(meter.parts.peak - planned.peak if planned else 0))
+        return f"step {step} took {format_bytes(meter.parts.peak)} at its peak: {self._turn(offset)}"
+
+    def abandon(self) -> None:
+        """Measure no more, as when a step has raised."""
+        if self._meter is not None:
+            self._meter.__exit__(None, None, None)
+            self._meter = None
+
+    def report(self) -> dict[str, dict | int | None] | None:
+        """The measured step's parts in bytes, and what was planned for that step; None where none was measured."""
+        if self._measured is None:
+            return None
+        measured, (planned, host, problem) = self._measured, self._planned()
+        workload = measured.workload
+        return {
+            "step": measured.step,
+            "rows": workload and workload.micro_batch_size,
+            "tokens": workload and workload.seq_length,
+            "checkpointed_layers": workload and workload.checkpointed_layers,
+            "planned": planned and planned.to_dict(),
+            "planned_host": host,
+            "not_planned": problem,
+            "measured": measured.parts.to_dict(),
+        }
+
+    def write_report(self, output_dir: str | Path) -> None:
+        """Print the report, and write it to lisa_memory.json for what comes after the run."""
+        report = self.report()
+        print(format_report(report), flush=True)
+        if report is not None:
+            path = Path(output_dir) / MEMORY_NAME
+            try:
+                with replacing(path) as new:
+                    new.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            except OSError as error:  # the model is still to be saved
+                print(f"{path} could not be written ({error.strerror})", flush=True)
+
+    # The plan
+
+    def _turn(self, offset: int) -> str:
+        """Set the dial to the fewest layers with which the plan of the worst period, off by `offset`, fits."""
+
+        def peak(count: int) -> int:
+            if count not in self._peaks:
+                run = self._run(replace(self._longest, checkpointed_layers=count))
+                periods = widest_periods(self._lisa.config, run.blocks, self._lisa.selection.sampled, count)
+                self._peaks[count] = max(self._plan(run, period, rank=None)[0].peak for period in periods)
+            return self._peaks[count] + offset
+
+        chosen = problem = None
+        if self._lisa.engine.global_rank == 0:  # the others take what it has found
+            try:
+                count = fewest_layers(peak, self._num_layers, self._budget)
+                chosen = count, peak(count)
+            except UserError as error:
+                problem = str(error)
+        chosen, problem = gather((chosen, problem))[0]
+        if problem is not None:
+            raise UserError(f"--checkpointed_layers auto: {problem} Give none, all or a number of layers.")
+        count, planned = chosen
+        self._count = count
+        checkpoint_layers(self._model, self._lisa.blocks, count)
+        compared = "of" if planned <= self._budget else "and there are"
+        return (
+            f"{count} of {self._num_layers} layers checkpointed, for which at most {format_bytes(planned)} are planned "
+            f"{compared} {format_bytes(self._budget)}"
+        )
+
+    def _planned(self) -> tuple[MemoryParts | None, dict[str, int] | None, str | None]:
+        """The plan of the measured step: device and host, or else why there is none."""
+        if self._config is None or self._measured.workload is None:
+            return None, None, "no causal language model with its own loss or TRL's"
+        try:
+            run = self._run(self._measured.workload)
+            return *self._plan(run, self._measured.trained, self._lisa.engine.global_rank), None
+        except UserError as error:
+            return None, None, str(error)
+
+    def _run(self, workload: Workload) -> FakeRun:
+        return FakeRun(self._config, workload, layers_attribute=self._lisa.config.lisa_layers_attribute)
+
+    def _plan(self, run: FakeRun, trained: Trained, rank: int | None) -> tuple[MemoryParts, dict[str, int]]:
+        config = self._lisa.config
+        groups = run.groups(trained, self._optim, config.state_bits, config.offloaded)
+        return plan_memory(
+            run,
+            groups,
+            run.trace(groups),
+            StageSettings.of(self._ds_config, run.hidden_size),
+            self._lisa.engine.dp_world_size,
+            optim=self._optim,
+            master=config.lisa_master,
+            rank=rank,
+            accumulates=self._accumulates,
+            on_cpu=self._lisa.engine.device.type == "cpu",
+        )
+
+
+def format_report(report: dict | None) -> str:
+    """The table of a run's end: a row a part, what was planned for the measured step beside what it took."""
+    if report is None:
+        return "memory: no step was measured, since each is the first of its period or of the run"
+    planned, measured = report["planned"], report["measured"]
+    lines = [["", "planned", "measured"]]
+    for title, fields in [*PARTS, ("peak", ("peak",))]:
+        sums = [sum(parts[name] for name in fields) if parts else None for parts in (planned, measured)]
+        lines.append([title, *("-" if one is None else format_bytes(one) for one in sums)])
+    shape = f"step {report['step']}"
+    if report["rows"]:
+        shape += f", {report['rows']} x {report['tokens']} tokens, {report['checkpointed_layers']} layers checkpointed"
+    note = f"\nnot planned: {report['not_planned']}" if report["not_planned"] else ""
+    return f"memory of {shape}, on each rank\n{format_columns(lines)}{note}"

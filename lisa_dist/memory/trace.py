@@ -1,0 +1,238 @@
+"""One training step of a model on fake tensors, which have shapes and no data: what it allocates, and when.
+
+Activations are not estimated by a formula for each architecture: the model itself is run, with the blocks trained that
+LISA would train, and every allocation is counted. `planning.py` puts what DeepSpeed holds around that.
+"""
+
+import contextlib
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, masking_utils
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from lisa_dist.config import UserError
+from lisa_dist.core.blocks import find_blocks
+from lisa_dist.core.checkpointing import checkpoint_layers
+from lisa_dist.memory.tracker import AllocationTracker
+from lisa_dist.optim.build import default_state_bits, split_by_decay, takes_bits
+from lisa_dist.train.liger import without_liger
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one micro-batch of a rank is, and how it is computed."""
+
+    seq_length: int
+    micro_batch_size: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    checkpointed_layers: int = 0  # so many of the lowest layers store their inputs alone
+    attention: str = "sdpa"
+    fused_head: bool = True  # the loss without whole logits, as TRL's SFTTrainer has it; else the model's own
+    padded: bool = False  # rows of several lengths: the attention has a mask
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The blocks that one period trains: layers by number, outer blocks by name."""
+
+    layers: tuple[int, ...]
+    always_on: tuple[str, ...]
+    drawn: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Group:
+    """One parameter group: its parameters, the bits of its moments, whether it is there in every period.
+
+    `on_host`: its states are on the host, where the group alone was sent (--lisa_offload).
+    """
+
+    params: tuple[torch.nn.Parameter, ...]
+    bits: int = 32
+    always_on: bool = True
+    on_host: bool = False
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A gradient that has come in a traced backward pass. Bytes, of everything but the gradients before it."""
+
+    parameter: torch.nn.Parameter
+    peak_before: int  # the most since the one before it has come
+    now: int  # as it comes, itself included
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the gradient."""
+        return self.parameter.numel() * self.parameter.element_size()
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """Bytes that a forward and backward pass allocates on top of weights and states."""
+
+    activations: int  # at the end of the forward pass
+    logits: int  # at the end of the forward pass: what has the vocabulary as its last dimension
+    arrivals: tuple[Arrival, ...]
+    peak_after: int  # the most after the last gradient has come
+    now: int  # at the end of the backward pass, gradients apart
+
+
+class PlanError(UserError):
+    """The model cannot be run on fake tensors: the message has what it said."""
+
+
+@contextlib.contextmanager
+def _code_of_model(config: PretrainedConfig) -> Iterator[None]:
+    """Only a model's own code runs in here, and the message has what it said.
+
+    It may be anyone's, from the hub, and meets tensors without data: what it then raises is not ours to foresee. A run
+    that has trained must not end by it, and `lisa-dist plan` says which model cannot be planned, and why.
+    """
+    try:
+        with without_liger():
+            yield
+    except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
+        said = str(error).strip().splitlines() or [""]
+        raise PlanError(
+            f"{type(config).__name__}: this model cannot be planned ({type(error).__name__}: {said[0]})."
+        ) from error
+
+
+class FakeRun:
+    """A model without data, of which blocks can be trained on fake tensors. Raises ValueError for one that cannot."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        workload: Workload,
+        lora_rank: int = 0,
+        layers_attribute: str | None = None,
+    ):
+        self.workload = workload
+        self.vocab_size = config.get_text_config().vocab_size
+        self.hidden_size = config.get_text_config().hidden_size
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with _code_of_model(config), _outside_of_zero3(), torch.device("meta"):
+            known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+            attention = workload.attention if getattr(known, "_supports_sdpa", True) else "eager"
+            self.model = AutoModelForCausalLM.from_config(config, dtype=workload.dtype, attn_implementation=attention)
+            if workload.fused_head:
+                from trl.trainer.utils import add_fused_lm_head
+
+                add_fused_lm_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
+            self._run = _with_adapters(self.model, lora_rank) if lora_rank else self.model
+        with _code_of_model(config), self._mode:
+            self._run.to_empty(device="cpu")  # which meta tensors are not: attention would run another kernel
+            self.model.tie_weights()
+        self.blocks = find_blocks(self.model, layers_attribute)
+        checkpoint_layers(self.model, self.blocks, workload.checkpointed_layers)
+
+    def groups(
+        self,
+        trained: Trained | None,
+        optim: str = "adamw_torch_fused",
+        state_bits: dict[str, int] | None = None,
+        offloaded: Container[str] = (),
+    ) -> list[Group]:
+        """The parameter groups of a period; of everything that is trainable, adapters or the whole model, for None."""
+        if trained is None:
+            kinds: dict[bool, list] = {True: [], False: []}
+            for parameter in self._run.parameters():
+                if parameter.requires_grad:
+                    kinds[parameter.ndim > 1].append(parameter)
+            return [Group(tuple(params), default_state_bits(optim)) for params in kinds.values() if params]
+        names = [(name, self.blocks.outer(name), True) for name in trained.always_on]
+        names += [(name, self.blocks.outer(name), False) for name in trained.drawn]
+        names += [("layers", self.blocks.layers[layer], False) for layer in trained.layers]
+        return [
+            Group(tuple(params), self._bits(name, kind, optim, state_bits or {}), always_on, name in offloaded)
+            for name, block, always_on in names
+            for kind, params in split_by_decay(block).items()
+        ]
+
+    def _bits(self, name: str, kind: str, optim: str, state_bits: dict[str, int]) -> int:
+        bits = state_bits.get(name, default_state_bits(optim))
+        return int(bits) if takes_bits(bits, kind) else default_state_bits(optim)
+
+    def trace(self, groups: Sequence[Group]) -> StepTrace:
+        """Run one forward and backward pass and count what it allocates; gradients are let go as they come.
+
+        Raises ValueError for a model that cannot be run on fake tensors.
+        """
+        for parameter in self._run.parameters():
+            parameter.requires_grad_(False)
+        trained = [parameter for group in groups for parameter in group.params]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self._run.train()
+        arrivals: list[Arrival] = []
+
+        def drop(parameter: torch.nn.Parameter) -> None:
+            arrivals.append(Arrival(parameter, tracker.peak - model_bytes, tracker.now - model_bytes))
+            parameter.grad = None
+            tracker.begin_phase()
+
+        hooks = [parameter.register_post_accumulate_grad_hook(drop) for parameter in trained]
+        tracker = AllocationTracker(lambda tensor: part_of(tensor, self.vocab_size))
+        workload = self.workload
+        with self._mode:
+            tokens = torch.ones(workload.micro_batch_size, workload.seq_length, dtype=torch.long)
+            mask = torch.ones_like(tokens) if workload.padded else None
+            inputs = {"input_ids": tokens, "attention_mask": mask, "labels": tokens, "use_cache": False}
+            if workload.fused_head:
+                inputs["fused_lm_head"] = True
+            tracker.add([*self._run.parameters(), *self._run.buffers()], "model")
+            model_bytes = tracker.now
+            checked = _code_of_model(self.model.config)
+            with checked, _outside_of_zero3(), tracker, _no_mask_where_none_is_needed(workload.padded):
+                loss = self._run(**inputs).loss
+                held = +tracker.bytes
+                loss.backward()
+        for hook in hooks:
+            hook.remove()
+        after, now = tracker.peak - model_bytes, tracker.now - model_bytes
+        return StepTrace(held["activations"], held["logits"], tuple(arrivals), after, now)
+
+
+def part_of(tensor: torch.Tensor, vocab_size: int) -> str:
+    """The part that a tensor made in a step belongs to."""
+    return "logits" if tensor.ndim > 1 and tensor.shape[-1] == vocab_size else "activations"
+
+
+@contextlib.contextmanager
+def _outside_of_zero3() -> Iterator[None]:
+    """In a run under ZeRO-3 transformers would cut any model that is built, together with all other ranks."""
+    held = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = held
+
+
+def _with_adapters(model: torch.nn.Module, rank: int) -> torch.nn.Module:
+    """The baseline: LoRA on every linear layer but the head, without dropout."""
+    from peft import LoraConfig, get_peft_model
+
+    adapters = LoraConfig(r=rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    with_adapters = get_peft_model(model, adapters, autocast_adapter_dtype=False)
+    for parameter in with_adapters.parameters():  # on the meta device peft leaves adapters in fp32
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(model.dtype)
+    return with_adapters
+
+
+@contextlib.contextmanager
+def _no_mask_where_none_is_needed(padded: bool) -> Iterator[None]:
+    """Without padding, transformers looks whether rows are packed, and gives SDPA no mask; fake rows have no data."""
+    original = masking_utils.find_packed_sequence_indices
+    if not padded:
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original

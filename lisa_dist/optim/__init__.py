@@ -1,0 +1,1 @@
+"""The optimizer over flat partitions: AdamW, its kernels, its states."""

@@ -1,0 +1,269 @@
+"""LisaAdamW: AdamW that takes a partition of ZeRO in one pass, in fewer bytes where that is asked for.
+
+An fp32 parameter is a master, or a weight that needs none; a bf16 parameter is a weight without a master, and is
+rounded stochastically. Moments have 32 or 8 bits, by parameter group.
+
+The random bits, and the blocks of 8-bit moments, belong to the elements of a model's parameters, not to partitions: a
+sharded optimizer says by `prepare` which pieces a partition consists of. So a resume, and another number of ranks, give
+the same bits. It also gives gradients as they came and the factor that clips and unscales them, and has the weights
+written beside the master; nothing is copied before or behind the step.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lisa_dist.optim.ops import (
+    BLOCK,
+    StepNumbers,
+    StepTensors,
+    adamw_step,
+    check_tensors,
+    chunks,
+    dequantize,
+    num_blocks,
+    quantize,
+)
+from lisa_dist.optim.states import Piece
+
+__all__ = ["BLOCK", "LisaAdamW", "PartitionStep", "decode_moment", "in_chunks", "num_blocks", "with_blocks"]
+
+# A moment, and whether it has a sign.
+SIGNED = {"exp_avg": True, "exp_avg_sq": False}
+
+
+@dataclass
+class PartitionStep:
+    """What is known of one partition (a flat parameter of LisaAdamW) for one step.
+
+    `gradients` are 1-D and follow one another as the partition has them; `weight`, flat like the partition, is written
+    too; `gradient_scale`, one fp32 number, multiplies gradients; `draw` chooses random bits: the run's count of steps.
+    """
+
+    pieces: Sequence[Piece]
+    gradients: Sequence[torch.Tensor]
+    weight: torch.Tensor | None = None
+    gradient_scale: torch.Tensor | None = None
+    draw: int = 0
+
+
+class LisaAdamW(torch.optim.Optimizer):
+    """AdamW over fp32 or bf16 parameters, contiguous and of any shape; weight decay is decoupled.
+
+    `state_bits` is 32 or 8, and a group may have its own as "lisa_state_bits"; `seed` is that of the stochastic
+    rounding. A step raises ValueError, and changes nothing, for gradients that are not finite; where `prepare` was
+    called, whoever called it has looked. Source: Loshchilov and Hutter (ICLR 2019), Algorithm 2.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        state_bits: int = 32,
+        seed: int = 0,
+    ):
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"lisa_state_bits": state_bits})
+        self.seed = seed
+        self._prepared: dict[torch.Tensor, PartitionStep] = {}
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As torch's; raises ValueError for settings that AdamW cannot have."""
+        settings = self.defaults | param_group
+        for name in ("lr", "eps", "weight_decay"):
+            if not settings[name] >= 0:
+                raise ValueError(f"LisaAdamW: expected {name} of 0 or more, got {settings[name]}.")
+        if not all(0 <= beta < 1 for beta in settings["betas"]):
+            raise ValueError(f"LisaAdamW: expected betas from 0 up to, not including, 1, got {settings['betas']}.")
+        if settings["lisa_state_bits"] not in (8, 32):
+            raise ValueError(f"LisaAdamW: expected 8 or 32 bits of the moments, got {settings['lisa_state_bits']}.")
+        super().add_param_group(param_group)
+
+    def prepare(self, parameter: torch.Tensor, partition: PartitionStep) -> None:
+        """Say of what the parameter consists, and with which gradients the next step is taken instead of `.grad`."""
+        self._prepared[parameter] = partition
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        """Update every parameter that has a gradient, or that was prepared."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        prepared, self._prepared = self._prepared, {}
+        partitions = []
+        for number, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                partition = prepared.get(parameter)
+                if partition is None and parameter.grad is not None:
+                    partition = self._alone(parameter, f"{number}.{index}")
+                if partition is not None:
+                    partitions.append((group, parameter, partition))
+        _check_finite([gradient for _, parameter, one in partitions if parameter not in prepared
+                       for gradient in one.gradients])  # fmt: skip
+        checked = [(parameter, *self._step_of(group, parameter, one)) for group, parameter, one in partitions]
+        for parameter, state, pieces in checked:
+            if pieces:
+                self.state[parameter] = state
+                state["step"] += 1
+            for tensors, numbers in pieces:
+                adamw_step(tensors, numbers)
+        return loss
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, but moments keep their dtype; torch would give them that of the parameter."""
+        super().load_state_dict(state_dict)
+        saved = copy.deepcopy(state_dict["state"])
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            if number in saved:
+                self.state[parameter] = {
+                    name: value.to(parameter.device) if isinstance(value, torch.Tensor) else value
+                    for name, value in saved[number].items()
+                }
+
+    def restore(self, group: dict, parameter: torch.Tensor, pieces: Sequence[Piece], fields: dict) -> None:
+        """Give a parameter saved moments: "step", and each moment in fp32, or as codes with their scales."""
+        state = self._new_state(group, parameter, pieces)
+        state["step"] = fields["step"]
+        for name, signed in SIGNED.items():
+            coded, wants_codes = f"{name}_scales" in fields, f"{name}_scales" in state
+            if coded and wants_codes:
+                state[f"{name}_scales"].copy_(fields[f"{name}_scales"])
+            if coded == wants_codes:
+                state[name].copy_(fields[name])
+                continue
+            for element, cut, blocks in in_chunks(pieces):
+                saved = fields[name][cut].to(parameter.device)
+                if wants_codes:
+                    state[name][cut], state[f"{name}_scales"][blocks] = quantize(saved, signed, element)
+                else:
+                    scales = fields[f"{name}_scales"][blocks].to(parameter.device)
+                    state[name][cut] = dequantize(saved, scales, signed, element)
+        if pieces:
+            self.state[parameter] = state
+
+    def _new_state(self, group: dict, parameter: torch.Tensor, pieces: Sequence[Piece]) -> dict:
+        state: dict = {"step": 0}
+        total = sum(num_blocks(piece.start, piece.length) for piece in pieces)
+        numel, device = parameter.numel(), parameter.device
+        for name, signed in SIGNED.items():
+            if group["lisa_state_bits"] == 8:
+                zero = quantize(torch.zeros(1), signed)[0].item()
+                state[name] = torch.full((numel,), zero, dtype=torch.uint8, device=device)
+                state[f"{name}_scales"] = torch.zeros(total, dtype=torch.float32, device=device)
+            else:
+                state[name] = torch.zeros(numel, dtype=torch.float32, device=device)
+        return state
+
+    def _alone(self, parameter: torch.Tensor, name: str) -> PartitionStep:
+        """A parameter that is no partition: all of itself, with its own gradient."""
+        if not parameter.is_contiguous() or not parameter.grad.is_contiguous():
+            raise ValueError(
+                f"LisaAdamW: expected parameter {name} and its gradient to be contiguous, got strides "
+                f"{parameter.stride()} and {parameter.grad.stride()}."
+            )
+        draw = self.state[parameter].get("step", 0) if parameter in self.state else 0
+        whole = Piece(name, start=0, length=parameter.numel(), offset=0)
+        return PartitionStep([whole], [parameter.grad.view(-1)], draw=draw)
+
+    def _step_of(
+        self, group: dict, parameter: torch.Tensor, partition: PartitionStep
+    ) -> tuple[dict, list[tuple[StepTensors, StepNumbers]]]:
+        """The state of a parameter, and what the kernels take of its pieces, checked; nothing is changed yet."""
+        flat, pieces = parameter.detach().view(-1), partition.pieces
+        if not pieces:  # padding, or the place of a block that sleeps
+            return {}, []
+        of = f"LisaAdamW, {', '.join(piece.name for piece in pieces)}"
+        if flat.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"{of}: expected it in torch.float32 or torch.bfloat16, got {flat.dtype}.")
+        state = self.state.get(parameter) or self._new_state(group, parameter, pieces)
+        for name in SIGNED:
+            if state[name].numel() != flat.numel():
+                raise ValueError(
+                    f"{of}: expected {flat.numel()} elements of {name}, as the partition has, got "
+                    f"{state[name].numel()}: the state is of another partition."
+                )
+        beta1, beta2 = group["betas"]
+        found = []
+        for piece, blocks in with_blocks(pieces):
+            cut = slice(piece.offset, piece.offset + piece.length)
+            weight = flat if partition.weight is None else partition.weight
+            tensors = StepTensors(
+                weight=weight[cut] if partition.weight is not None or flat.dtype == torch.bfloat16 else None,
+                master=None if flat.dtype == torch.bfloat16 else flat[cut],
+                gradient=_cut(partition.gradients, piece.offset, piece.length),
+                gradient_scale=partition.gradient_scale,
+                **{name: state[name][cut] for name in SIGNED},
+                **{f"{name}_scales": state[f"{name}_scales"][blocks] for name in SIGNED if f"{name}_scales" in state},
+            )
+            check_tensors(tensors, piece.start, f"LisaAdamW, {piece.name}")
+            numbers = StepNumbers(
+                lr=float(group["lr"]),
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                step=state["step"] + 1,
+                element=piece.start,
+                seed=self.seed,
+                parameter=_number_of(piece.name),
+                draw=partition.draw,
+            )
+            found.append((tensors, numbers))
+        return state, found
+
+
+def decode_moment(name: str, codes: torch.Tensor, scales: torch.Tensor, start: int) -> torch.Tensor:
+    """The fp32 moment `name` that codes and scales of elements from `start` of a parameter stand for."""
+    return dequantize(codes, scales, SIGNED[name], start)
+
+
+def with_blocks(pieces: Sequence[Piece]) -> list[tuple[Piece, slice]]:
+    """The pieces of a partition, and where the scales of each are: one piece's follow another's."""
+    found, begins = [], 0
+    for piece in pieces:
+        ends = begins + num_blocks(piece.start, piece.length)
+        found.append((piece, slice(begins, ends)))
+        begins = ends
+    return found
+
+
+def in_chunks(pieces: Sequence[Piece]) -> Iterator[tuple[int, slice, slice]]:
+    """The first element within its parameter, the place in the partition, and the blocks, of each chunk of a piece."""
+    for piece, blocks in with_blocks(pieces):
+        for cut in chunks(piece.start, piece.length):
+            element = piece.start + cut.start
+            first = blocks.start + element // BLOCK - piece.start // BLOCK
+            here = slice(piece.offset + cut.start, piece.offset + cut.stop)
+            yield element, here, slice(first, first + num_blocks(element, cut.stop - cut.start))
+
+
+def _cut(gradients: Sequence[torch.Tensor], offset: int, length: int) -> torch.Tensor:
+    """The gradient of a piece, which is within one of the gradients that follow one another."""
+    for gradient in gradients:
+        if offset < gradient.numel() or length == 0:
+            assert offset + length <= gradient.numel(), "gradients are cut where parameters are"
+            return gradient.reshape(-1)[offset : offset + length]
+        offset -= gradient.numel()
+    raise AssertionError("there are fewer gradients than elements")
+
+
+def _number_of(name: str) -> int:
+    """31 bits for the name of a parameter."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
+
+
+def _check_finite(gradients: list[torch.Tensor]) -> None:
+    gradients = [gradient for gradient in gradients if gradient.numel()]
+    extremes = [value.float() for gradient in gradients for value in torch.aminmax(gradient)]
+    if extremes and not torch.stack(extremes).isfinite().all():
+        raise ValueError("LisaAdamW: expected finite gradients, got NaN or infinity; nothing was changed.")

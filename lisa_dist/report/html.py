@@ -1,0 +1,136 @@
+"""`report.html` of a run: one file that needs no network: plots, settings, the command that repeats the run.
+
+The plots stand beside it as PNG, in `report/`. Written at the end of a run, and at any time by `lisa-dist report DIR`.
+"""
+
+import base64
+import html
+import io
+from datetime import timedelta
+from importlib import resources
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from lisa_dist.config import UserError
+from lisa_dist.files import replacing
+from lisa_dist.report.plots import PLOTS, draw
+from lisa_dist.report.run_files import RunFiles, read_run
+from lisa_dist.text import format_bytes, format_count
+
+REPORT_NAME, PLOTS_FOLDER = "report.html", "report"
+_DPI = 150
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write the report of the run in an output folder, and its plots; returns its path.
+
+    Raises ValueError where there is no run in the folder, OSError where it cannot be written.
+    """
+    run = read_run(folder)
+    page = _fill(run, "\n".join(_section(run, *plot) for plot in PLOTS))
+    path = run.folder / REPORT_NAME
+    with replacing(path) as new:
+        new.write_text(page, encoding="utf-8")
+    return path
+
+
+def main(folder: str) -> None:
+    """Write it and say where; an error of the user's is one line and exit status 2."""
+    try:
+        print(f"wrote {write_report(folder)}")
+    except (UserError, OSError) as error:
+        print(f"lisa-dist report: {error}", flush=True)
+        raise SystemExit(2) from error
+
+
+def _section(run: RunFiles, name: str, title: str, caption: str, plot, has) -> str:
+    if not has(run):
+        return ""
+    wide, narrow = draw(plot, run), draw(plot, run, narrow=True)
+    (run.folder / PLOTS_FOLDER).mkdir(exist_ok=True)
+    wide.savefig(run.folder / PLOTS_FOLDER / f"{name}.png", dpi=_DPI)
+    return (
+        f'<section id="{name}"><h2>{title}</h2><p>{caption}</p><picture>'
+        f'<source media="(max-width: 640px)" srcset="{_as_svg(narrow)}">'
+        f'<img alt="{title}" src="{_as_svg(wide)}"></picture></section>'
+    )
+
+
+def _as_svg(figure: Figure) -> str:
+    """A figure as an address that holds it. Its letters are shapes, so that it looks the same everywhere."""
+    written = io.StringIO()
+    figure.savefig(written, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(written.getvalue().encode()).decode()
+
+
+def _fill(run: RunFiles, sections: str) -> str:
+    template = (resources.files("lisa_dist.report") / "report.html").read_text(encoding="utf-8")
+    flags = run.run.get("flags", {})
+    parts = {
+        "title": html.escape(run.folder.resolve().name),
+        "subtitle": html.escape(_subtitle(run)),
+        "cards": "".join(f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>" for name, value in _cards(run)),
+        "sections": sections,
+        "command": html.escape(_commands(run)),
+        "given": _table({name: value for name, value in flags.items() if name in run.run.get("given", [])}),
+        "flags": _table(flags),
+        "versions": _table(run.run.get("versions", {})),
+    }
+    for name, value in parts.items():
+        template = template.replace(f"{{{{{name}}}}}", value)
+    return template
+
+
+def _commands(run: RunFiles) -> str:
+    """The command that began the run, and those that it went on with."""
+    if not run.run:
+        return "# a loop or a trainer of one's own: its settings are in its code"
+    resumed = [f"# resumed {part['began']}\n{part['command']}" for part in run.run.get("resumed", [])]
+    return "\n".join([run.run["command"], *resumed])
+
+
+def _subtitle(run: RunFiles) -> str:
+    words = [run.run.get(name, "") for name in ("method", "model", "devices", "began")]
+    return ", ".join(word for word in words if word)
+
+
+def _cards(run: RunFiles) -> list[tuple[str, str]]:
+    """The figures that one looks for first."""
+    losses, held_out = run.series("loss")[1], run.series("eval_loss")[1]
+    speeds, peaks = sorted(run.series("tokens_per_second")[1]), run.series("memory_bytes")[1]
+    seconds = run.series("train_runtime")[1]
+    cards = [("steps", str(run.last_step))]
+    cards += [("last loss", f"{losses[-1]:.4f}")] if losses else []
+    if len(held_out) > 1:
+        cards.append(("held out, first to last", f"{held_out[0]:.4f} → {held_out[-1]:.4f}"))
+    elif held_out:
+        cards.append(("held out", f"{held_out[-1]:.4f}"))
+    whole = "time since the last resume" if run.run.get("resumed") else "time"
+    cards += [(whole, str(timedelta(seconds=round(seconds[-1]))))] if seconds else []
+    cards += [("tokens / s, median", f"{speeds[len(speeds) // 2]:,.0f}")] if speeds else []
+    cards += [("highest memory of a rank", format_bytes(int(max(peaks))))] if peaks else []
+    if run.run.get("parameters"):
+        cards.append(("parameters", format_count(run.run["parameters"])))
+    if run.periods:
+        cards.append(("periods", str(len(run.periods))))
+        cards.append(("states of a rank", format_bytes(run.periods[-1]["state_bytes_per_rank"])))
+        switches = [period["seconds"] for period in run.periods[1:]]
+        cards += [("seconds of a switch, mean", f"{sum(switches) / len(switches):.3f}")] if switches else []
+    return cards
+
+
+def _table(entries: dict) -> str:
+    rows = (
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(_say(value))}</td></tr>" for name, value in entries.items()
+    )
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _say(value: object) -> str:
+    """A value as it is written in a recipe or on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return " ".join(map(_say, value))
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,236 @@
+"""The plots of a run, each a figure for a wide or a narrow page. What a run has no figures of has no plot."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from lisa_dist.memory.estimate import PARTS
+from lisa_dist.report.run_files import RunFiles
+from lisa_dist.text import MIB
+
+BLUE, ORANGE, GREY, PALE = "#2563eb", "#d9580d", "#6b7280", "#e8edf5"
+# As many bands and columns as can still be told apart.
+_MOST_BANDS, _MOST_POINTS = 40, 2000
+STYLE = {"font.size": 9, "axes.edgecolor": "#9ca3af", "axes.labelcolor": "#374151", "axes.titlesize": 10}
+
+
+def plot_loss(run: RunFiles, figure: Figure) -> None:
+    """Training loss as logged and smoothed, loss of the held-out rows, periods as bands."""
+    axes = _axes(figure, "optimizer step", "loss")
+    _shade_periods(run, axes)
+    steps, losses = _thin(*run.series("loss"))
+    axes.plot(steps, losses, color=BLUE, alpha=0.35 if len(losses) > 30 else 1.0, linewidth=1.2, label="training")
+    if len(losses) > 30:
+        axes.plot(steps, _smooth(losses), color=BLUE, linewidth=1.8, label="training, smoothed")
+    steps, losses = run.series("eval_loss")
+    if losses:
+        axes.plot(steps, losses, color=ORANGE, marker="o", markersize=4, linewidth=1.5, label="held out")
+    axes.legend(frameon=False)
+    axes.set_xlim(0, max(1, run.last_step))
+
+
+def plot_layers(run: RunFiles, figure: Figure) -> None:
+    """Which layer trained in which period: a row a layer, the input below and the output above."""
+    drawn = sorted({block for period in run.periods for block in period.get("blocks", [])})
+    names = [f"{layer}" for layer in range(run.num_layers)] + drawn
+    cells = [[int(layer in period["layers"]) for period in run.periods] for layer in range(run.num_layers)]
+    cells += [[int(block in period.get("blocks", [])) for period in run.periods] for block in drawn]
+    axes = _axes(figure, "period", "decoder layer")
+    few = len(run.periods) <= 60
+    axes.pcolormesh(
+        [column - 0.5 for column in range(len(run.periods) + 1)],
+        [row - 0.5 for row in range(len(names) + 1)],
+        cells,
+        cmap=ListedColormap([PALE, BLUE]),
+        vmin=0,
+        vmax=1,
+        edgecolors="white" if few else "none",
+        linewidth=0.6 if few else 0.0,
+        rasterized=not few,  # or the file would have a shape for each cell
+    )
+    every = max(1, math.ceil(run.num_layers / 12))
+    ticks = [row for row in range(len(names)) if row >= run.num_layers or row % every == 0]
+    axes.set_yticks(ticks, [names[row] for row in ticks])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def plot_visits(run: RunFiles, figure: Figure) -> None:
+    """In how many periods each layer trained, beside what drawing them evenly would give."""
+    axes = _axes(figure, "decoder layer", "periods")
+    visits = run.visits
+    axes.bar(range(run.num_layers), visits, color=BLUE, width=0.8)
+    odds = [period["probabilities"] for period in run.periods if period.get("probabilities")]
+    if odds:
+        expected = [math.fsum(of_layer) for of_layer in zip(*odds, strict=True)]
+        axes.plot(expected, color=ORANGE, linewidth=1.5, linestyle="--", label="by the probabilities of the draws")
+    else:
+        evenly = sum(visits) / run.num_layers
+        axes.axhline(evenly, color=ORANGE, linewidth=1.5, linestyle="--", label=f"evenly: {evenly:.1f}")
+    axes.legend(frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def plot_learning_rate(run: RunFiles, figure: Figure) -> None:
+    """The learning rate of each logged step."""
+    axes = _axes(figure, "optimizer step", "learning rate")
+    axes.plot(*_thin(*run.series("learning_rate")), color=BLUE, linewidth=1.5)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.set_xlim(0, max(1, run.last_step))
+    axes.set_ylim(bottom=0)
+
+
+def plot_memory(run: RunFiles, figure: Figure) -> None:
+    """The parts of a rank's memory in the measured step, beside what was planned for it."""
+    planned, measured = run.memory["planned"], run.memory["measured"]
+    sums = {
+        title: [sum(of[name] for name in fields) if of else 0 for of in (planned, measured)] for title, fields in PARTS
+    }
+    sums |= {"peak": [of["peak"] if of else 0 for of in (planned, measured)]}
+    shown = {title: both for title, both in sums.items() if max(both) >= sums["peak"][1] / 1000}
+    axes = _axes(figure, "MiB of a rank", "")
+    rows = range(len(shown))
+    for offset, which, color, label in ((-0.2, 0, GREY, "planned"), (0.2, 1, BLUE, "measured")):
+        if which == 1 or planned:
+            widths = [both[which] / MIB for both in shown.values()]
+            axes.barh([row + offset for row in rows], widths, height=0.38, color=color, label=label)
+    axes.set_yticks(list(rows), list(shown))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.legend(frameon=False)
+
+
+def plot_speed(run: RunFiles, figure: Figure) -> None:
+    """Tokens a second of all ranks."""
+    axes = _axes(figure, "optimizer step", "tokens / s")
+    axes.plot(*_thin(*run.series("tokens_per_second")), color=BLUE, linewidth=1.2)
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlim(0, max(1, run.last_step))
+    axes.set_ylim(bottom=0)
+
+
+def plot_movement(run: RunFiles, figure: Figure) -> None:
+    """How far each block's weights are from where they began, in parts of their norm."""
+    latest: dict[str, float] = {}
+    for line in run.movement:
+        latest |= {block: figures["relative"] for block, figures in line["blocks"].items()}
+    layers = [latest.get(f"layers.{layer}", 0.0) for layer in range(run.num_layers)]
+    outer = {block: latest[block] for block in ("embed", "head", "rest") if block in latest}
+    axes = _axes(figure, "decoder layer", "moved, % of its norm")
+    axes.bar(range(len(layers)), [100 * value for value in layers], color=BLUE, width=0.8)
+    # As wide as their names need, however many layers there are.
+    width = max(1.0, (len(layers) + 3) / 8)
+    places = [len(layers) + width * (place + 0.5) for place in range(len(outer))]
+    axes.bar(places, [100 * value for value in outer.values()], color=ORANGE, width=0.8 * width)
+    ticks = list(range(0, len(layers), max(1, math.ceil(len(layers) / 8))))
+    axes.set_xticks([*ticks, *places], [*map(str, ticks), *outer])
+
+
+Plot = Callable[[RunFiles, Figure], None]
+# Name, title, what is said under it, the plot, and whether a run has what it shows.
+PLOTS: tuple[tuple[str, str, str, Plot, Callable[[RunFiles], bool]], ...] = (
+    (
+        "loss",
+        "Loss",
+        "Bands are periods: at each edge other layers wake and the last ones sleep.",
+        plot_loss,
+        lambda run: bool(run.series("loss")[0]),
+    ),
+    (
+        "layers",
+        "Layers that trained",
+        "A row is a decoder layer, the first one below; a column is a period.",
+        plot_layers,
+        lambda run: any(period["layers"] for period in run.periods),
+    ),
+    (
+        "visits",
+        "Visits",
+        "In how many periods each layer trained.",
+        plot_visits,
+        lambda run: any(period["layers"] for period in run.periods),
+    ),
+    (
+        "movement",
+        "Weight movement",
+        "Distance of each block from where it began, in parts of its norm there (L2, by a sample of the weights).",
+        plot_movement,
+        lambda run: bool(run.movement and run.num_layers),
+    ),
+    (
+        "learning_rate",
+        "Learning rate",
+        "The schedule runs on over switches.",
+        plot_learning_rate,
+        lambda run: bool(run.series("learning_rate")[0]),
+    ),
+    (
+        "memory",
+        "Memory",
+        "One early step of rank 0, part by part, beside the plan for that very step.",
+        plot_memory,
+        lambda run: run.memory is not None,
+    ),
+    (
+        "speed",
+        "Speed",
+        "Tokens of all ranks, padding not counted, without the time of evaluating and saving.",
+        plot_speed,
+        lambda run: bool(run.series("tokens_per_second")[0]),
+    ),
+)
+
+
+def draw(plot: Plot, run: RunFiles, narrow: bool = False) -> Figure:
+    """A figure of one plot."""
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.2, 3.2) if narrow else (8.8, 3.3), layout="constrained")
+        plot(run, figure)
+        return figure
+
+
+def _axes(figure: Figure, x: str, y: str) -> Axes:
+    axes = figure.subplots()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    style_axes(axes)
+    return axes
+
+
+def style_axes(axes: Axes) -> None:
+    """The look of all plots."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="both", color="#e5e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors="#4b5563")
+
+
+def _shade_periods(run: RunFiles, axes: Axes) -> None:
+    """Every second period as a band; of very many, as many together as make bands that can be seen."""
+    together = max(1, math.ceil(len(run.periods) / _MOST_BANDS))
+    starts = [period["step"] for period in run.periods[::together]] + [run.last_step]
+    for left, right in list(pairwise(starts))[1::2]:
+        axes.axvspan(left, right, color=PALE, linewidth=0, zorder=0)
+
+
+def _thin(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """As many points as a plot can show, each the mean of those it stands for."""
+    together = max(1, math.ceil(len(values) / _MOST_POINTS))
+    cuts = [slice(start, start + together) for start in range(0, len(values), together)]
+    return [steps[cut][-1] for cut in cuts], [math.fsum(values[cut]) / len(values[cut]) for cut in cuts]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """A running mean of the last tenth, without the bias of its start."""
+    keep, mean, weight, smoothed = 1 - 1 / max(2.0, len(values) / 20), 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        smoothed.append(mean / weight)
+    return smoothed

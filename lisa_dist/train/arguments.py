@@ -1,0 +1,271 @@
+"""The arguments of a run, checked where they are made; and the screen of `lisa-dist train --help`.
+
+TRL's parser reads flags and recipe into TRL's SFTConfig and ModelConfig, LisaConfig, and the few arguments of our own.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers.training_args import OptimizerNames
+from transformers.utils import ExplicitEnum
+from trl import ModelConfig, SFTConfig
+
+from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
+from lisa_dist.data.dataset import DataArguments
+from lisa_dist.distributed.ranks import set_rank
+from lisa_dist.distributed.watchdog import HANG_TIMEOUT
+from lisa_dist.ds_config import find_ds_config
+from lisa_dist.flags import RunParser
+from lisa_dist.optim.build import LISA_ADAMW
+
+METHODS = ("lisa", "full", "lora")
+# Where the weights of the shipped configs are.
+HUB_IDS = {
+    "gemma2-9b": "google/gemma-2-9b",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama3.1-70b": "meta-llama/Llama-3.1-70B",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen2.5-32b": "Qwen/Qwen2.5-32B",
+    "qwen2.5-72b": "Qwen/Qwen2.5-72B",
+}
+
+
+@dataclass
+class RunArguments:
+    """What to train, and how."""
+
+    method: str = field(
+        default="lisa",
+        metadata={
+            "help": "lisa, full to train every parameter in every step, or lora to train adapters beside them "
+            "(--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules)."
+        },
+    )
+    sample_prompt: str | None = field(
+        default=None, metadata={"help": "A prompt to answer before and after training, printed on rank 0."}
+    )
+    checkpointed_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Gradient checkpointing: none, all, a number of decoder layers, or auto for the fewest that the "
+            "GPU's memory is enough for. Other methods than lisa take none and all, and auto as all. Left out, "
+            "--gradient_checkpointing decides."
+        },
+    )
+    gpu_memory: str | None = field(
+        default=None,
+        metadata={
+            "help": "Memory for --checkpointed_layers auto with --method lisa, such as 22GiB; by default all of the "
+            "GPU but 1 GiB."
+        },
+    )
+    hang_timeout: float = field(
+        default=HANG_TIMEOUT,
+        metadata={"help": "Seconds for a step, after which a run that hangs is ended, naming the rank; 0 for never."},
+    )
+    layer_norms: int = field(
+        default=0,
+        metadata={
+            "help": "Take the norms of each block's weights and updates in every N-th step, for lisa-dist norms; 0 for "
+            "never."
+        },
+    )
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
+        dial = parse_checkpointed_layers(self.checkpointed_layers)
+        if self.method != "lisa" and isinstance(dial, int) and dial > 0:
+            raise UserError(
+                f"--checkpointed_layers {self.checkpointed_layers} with --method {self.method}: a number of layers is "
+                "for --method lisa; give none or all."
+            )
+        # Other methods have no use for it, as their header says: a recipe that has it serves them too.
+        parse_budget(self.gpu_memory, dial if self.method == "lisa" else AUTO)
+        if self.hang_timeout < 0:
+            raise UserError(f"--hang_timeout {self.hang_timeout}: seconds are not negative; 0 turns it off.")
+        if self.layer_norms < 0:
+            raise UserError(f"--layer_norms {self.layer_norms}: looks at every N-th step; 1 at each, 0 at none.")
+
+
+@dataclass
+class LisaSFTConfig(SFTConfig):
+    """TRL's SFTConfig; `--deepspeed` also takes the short name of a shipped config, and CPU ranks work."""
+
+    deepspeed: dict | str | None = field(
+        default="zero2", metadata={"help": "Short name (zero1, zero2, zero3, zero2_offload, ...), path, or JSON."}
+    )
+    optim: str = field(
+        default="adamw_torch_fused", metadata={"help": f"The Trainer's names, and {LISA_ADAMW} with --method lisa."}
+    )
+    report_to: None | str | list[str] = field(  # noqa: RUF036 - the parser goes by the second
+        default="tensorboard",
+        metadata={"help": "Trackers: tensorboard, wandb, ..., several as wandb,tensorboard, all, or none."},
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of an optimizer step on all ranks together, for a run to be the same on any number of GPUs; "
+            "--gradient_accumulation_steps follows from it."
+        },
+    )
+
+    def __post_init__(self):
+        if self.global_batch_size is not None:
+            self.gradient_accumulation_steps = self._accumulation()
+        if isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
+            self.deepspeed = find_ds_config(self.deepspeed)
+        if not torch.cuda.is_available():
+            self.use_cpu = True  # has Accelerate start gloo
+            self.bf16 = bool(self.bf16)  # asked for, not by default: few CPUs multiply in bf16
+        if isinstance(self.report_to, str) and "," in self.report_to:
+            self.report_to = [name.strip() for name in self.report_to.split(",")]
+        if self.fsdp:
+            raise UserError(f"--fsdp {self.fsdp}: training is sharded by DeepSpeed's ZeRO; leave it out.")
+        optim = getattr(self.optim, "value", self.optim)
+        ours, known = optim == LISA_ADAMW, [name.value for name in OptimizerNames]
+        if not ours and optim not in known:
+            raise UserError(f"--optim {optim}: unknown; choose {LISA_ADAMW} or one of {', '.join(known)}.")
+        if ours:  # which the Trainer's arguments do not know
+            self.optim = "adamw_torch_fused"
+        super().__post_init__()
+        if ours:
+            self.optim = LisaOptimizerNames.LISA_ADAMW
+
+    def _accumulation(self) -> int:
+        """The micro-batches that make up a global batch on as many ranks as there are."""
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        at_once = self.per_device_train_batch_size * world_size
+        if self.global_batch_size < 1 or self.global_batch_size % at_once:
+            raise UserError(
+                f"--global_batch_size {self.global_batch_size}: must be a multiple of {at_once}, which "
+                f"--per_device_train_batch_size {self.per_device_train_batch_size} is on {world_size} ranks."
+            )
+        steps = self.global_batch_size // at_once
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise UserError(
+                f"--global_batch_size {self.global_batch_size} and --gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}: give one of them; on {world_size} ranks it is {steps}."
+            )
+        return steps
+
+
+class LisaOptimizerNames(ExplicitEnum):
+    """Beside the Trainer's OptimizerNames."""
+
+    LISA_ADAMW = LISA_ADAMW
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's ModelConfig; weights are loaded in the precision of the run unless `--dtype` says otherwise."""
+
+    dtype: str | None = field(default=None, metadata={"help": "Precision to load the weights in."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model_name_or_path is None:
+            raise UserError("--model_name_or_path is missing: give a folder or a model of the hub.")
+        if self.model_name_or_path in HUB_IDS and not os.path.isdir(self.model_name_or_path):
+            raise UserError(
+                f"--model_name_or_path {self.model_name_or_path}: a name that init and plan know; the model is "
+                f"{HUB_IDS[self.model_name_or_path]}."
+            )
+        for flag, instead in (("use_peft", "give --method lora"), ("load_in_4bit", ""), ("load_in_8bit", "")):
+            if getattr(self, flag):
+                rule = instead or "every method trains on weights in full precision; leave it out"
+                raise UserError(f"--{flag} True: {rule}.")
+        if self.lora_r < 1:
+            raise UserError(f"--lora_r {self.lora_r}: the rank of an adapter is at least 1.")
+        if self.lora_alpha <= 0:
+            raise UserError(f"--lora_alpha {self.lora_alpha}: adapters are scaled by it over the rank; it is above 0.")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout {self.lora_dropout}: a probability from 0 up to, not including, 1.")
+        targets = self.lora_target_modules or []
+        targets = [targets] if isinstance(targets, str) else targets
+        if "lm_head" in targets:
+            raise UserError(
+                f"--lora_target_modules {' '.join(targets)}: TRL computes the loss from the head's "
+                "matrix alone, so that lm_head can have no adapter; --lora_modules_to_save lm_head trains a copy of it."
+            )
+
+
+USAGE = "lisa-dist train [--gpus N] --config recipe.yaml [--any_flag value ...]"
+# The screen of --help; what is not here is in --help_all.
+HELP = {
+    "What is trained, on what": {
+        "method": "lisa; full: every parameter, always; lora: adapters",
+        "model_name_or_path": "folder, or model of the hub",
+        "dataset_name": "files, folders, datasets of the hub; name#1000 draws so many rows",
+        "dataset_weights": "one for each: 2 takes its rows twice in an epoch, 0.5 half of them",
+        "dataset_format": "alpaca, sharegpt, messages, ...; by default the columns tell",
+        "dataset_columns": "what columns are: question=QUESTION answer=LONG_ANSWER",
+        "eval_dataset_name": "held-out rows, as --dataset_name",
+        "eval_rows": "hold out so many rows, or below 1 this part of them",
+        "train_on_inputs": "prompts count for the loss too",
+        "chat_template_path": "a .jinja file or a tokenizer, in place of the model's own",
+        "max_length": "tokens of the longest example",
+        "long_examples": "longer ones: truncate, drop, or auto (texts are split)",
+        "skip_bad_rows": "leave bad rows out in place of an error",
+        "packing": "several examples in a row, which never see each other",
+    },
+    "LISA": {
+        "lisa_activated_layers": "decoder layers that train in a period (gamma)",
+        "lisa_interval_steps": "optimizer steps in a period (K)",
+        "lisa_sampler": "uniform, reshuffle, cyclic, fixed, weighted, adaptive",
+        "lisa_always_on": "of embed, head, rest; those left out are drawn as layers are",
+        "lisa_frozen": "of embed, head, rest: never trained",
+        "lisa_state": "at a switch: reset, reset_all (as in the paper), keep",
+        "lisa_offload": "blocks whose optimizer states live on the host",
+    },
+    "Training": {
+        "output_dir": "checkpoints, logs and the model",
+        "deepspeed": "zero1, zero2, zero3, zero2_offload, zero3_offload, or a file",
+        "bf16": "by default where there is a GPU",
+        "optim": "adamw_torch_fused, adamw_8bit, lisa_adamw, ...",
+        "learning_rate": "",
+        "lr_scheduler_type": "linear, cosine, constant_with_warmup, ...",
+        "warmup_steps": "or below 1 a part of all steps",
+        "weight_decay": "",
+        "num_train_epochs": "",
+        "max_steps": "wins over --num_train_epochs",
+        "per_device_train_batch_size": "rows of a rank in a forward pass",
+        "global_batch_size": "rows of a step on all ranks; accumulation follows",
+        "checkpointed_layers": "gradient checkpointing: none, all, a number, auto",
+        "attn_implementation": "by default the fastest that runs here",
+    },
+    "Logs and checkpoints": {
+        "logging_steps": "",
+        "eval_strategy": "no, steps, epoch",
+        "eval_steps": "",
+        "save_steps": "",
+        "save_total_limit": "checkpoints to keep",
+        "resume_from_checkpoint": "a checkpoint, true for the newest, auto for that or the beginning",
+        "report_to": "wandb, mlflow, ..., several as wandb,tensorboard, or none",
+        "hang_timeout": "seconds without a step that end a run of several ranks",
+    },
+}
+
+
+def run_parser() -> RunParser:
+    """Of all flags of a run."""
+    return RunParser((RunArguments, DataArguments, LisaConfig, ModelArguments, LisaSFTConfig), USAGE, HELP)
+
+
+def parse_arguments(
+    argv: Sequence[str] | None = None,
+) -> tuple[RunArguments, DataArguments, LisaSFTConfig, ModelArguments, LisaConfig]:
+    """The arguments of a run from flags and `--config file.yaml`; flags win. Unknown keys and flags are errors."""
+    parser = run_parser()
+    words = parser.check(argv)
+    set_rank()
+    # What is cheap to check comes first: the training arguments start the process group.
+    run_args, data_args, lisa_config, model_args, training_args = parser.parse_args_and_config(words)
+    return run_args, data_args, training_args, model_args, lisa_config

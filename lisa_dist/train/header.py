@@ -1,0 +1,72 @@
+"""The header of a run: what will be trained of the model, by which optimizer, and what it takes."""
+
+from collections.abc import Sequence
+
+import torch
+
+from lisa_dist.core.checkpointing import checkpointed_layers
+from lisa_dist.core.controller import LisaController
+from lisa_dist.ds_config import uses_optimizer_offload
+from lisa_dist.optim.build import LISA_ADAMW
+from lisa_dist.optim.ops import choose_kernels
+from lisa_dist.text import format_bytes, format_count, format_table
+
+
+def describe_training(
+    lisa: LisaController, model: torch.nn.Module, ds_config: dict, optim: str, ranks: Sequence[tuple[str, str]]
+) -> str:
+    """A table of an attached controller: blocks, parameters, `ranks` (rows of their own), states, memory."""
+    config = lisa.config
+    numel = {block.name: block.numel for block in lisa.blocks if block.parameters}
+    layers = [block.numel for block in lisa.blocks.layers]
+    total = sum(numel.values())
+    always_on = [name for name in config.always_on if name in numel]
+    never = [name for name in (*config.frozen, "outside") if name in numel]
+    active_blocks = [*always_on, *lisa.active_blocks]
+    active = sum(numel[name] for name in active_blocks) + sum(layers[layer] for layer in lisa.active_layers)
+    states = list(lisa.partition_states().values())
+    kept = "two moments" if all(state.is_weights for state in states) else "master weights and two moments"
+    factor = config.rate_factor(len(layers))
+    world_size = torch.distributed.get_world_size()
+
+    def named(names: list[str]) -> str:
+        return ", ".join(f"{name} {format_count(numel[name])}" for name in names) or "nothing"
+
+    rows = [
+        ("model", f"{type(model).__name__}, {format_count(total)} parameters"),
+        (
+            "decoder layers",
+            f"{len(layers)} at {lisa.blocks.layers_path}, of {format_count(max(layers))} parameters each",
+        ),
+        ("always on", named(always_on) + (" (embed and head are one tied matrix)" if lisa.blocks.tied else "")),
+        *([("drawn as layers are", named(list(lisa.block_visit_counts)))] if lisa.block_visit_counts else []),
+        ("never trained", named(never)),
+        ("active at a time", f"{format_count(active)} ({100 * active / total:.1f}%)"),
+        ("asleep", format_count(total - active)),
+        (
+            "period",
+            f"{config.lisa_interval_steps} steps with {config.lisa_activated_layers} layers, {config.lisa_sampler}",
+        ),
+        *(
+            [("learning rate", f"times {factor:.3g}, by --lisa_lr_power {config.lisa_lr_power:g}")]
+            if factor != 1
+            else []
+        ),
+        *ranks,
+        ("ZeRO", f"stage {ds_config['zero_optimization']['stage']} on {world_size} rank(s)"),
+        ("optimizer", _describe_optimizer(optim, ds_config, lisa.engine.device.type)),
+        ("states per rank", f"{format_count(sum(state.numel for state in states))} elements each of {kept}"),
+        ("checkpointed", f"{checkpointed_layers(model, lisa.blocks)} of {len(layers)} layers"),
+        ("memory now", f"{format_bytes(lisa.live_bytes())} of tensors per rank, before the moments"),
+    ]
+    return "LISA\n" + format_table(rows)
+
+
+def _describe_optimizer(optim: str, ds_config: dict, device_type: str) -> str:
+    """What steps in the end: under optimizer offload that is not what --optim says."""
+    if uses_optimizer_offload(ds_config):
+        return f"DeepSpeed's AdamW on the host, in the place of {optim}"
+    if optim != LISA_ADAMW:
+        return optim
+    kernels, why = choose_kernels(device_type)
+    return f"{optim} by {kernels} ({why})"

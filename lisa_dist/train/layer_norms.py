@@ -1,0 +1,273 @@
+"""How large the weights of each block are and how much a step changes them: what the paper's layerwise study looks at.
+
+For a block l of the model, all norms L2 over all of its weights together, in every n-th step:
+
+- weight norm: w(l) = 1/T sum_t ||theta_t(l)||, theta_t being the weights after the update of step t;
+- update norm: the mean of ||theta_t(l) - theta_{t-1}(l)||, of that one step, 0 where the block sleeps or is frozen;
+- moved norm: ||theta_T(l) - theta_0(l)||, all that the run has added, as it is at the end;
+- product norm, of adapters alone: the mean of ||s B_t A_t||, of what they add to the frozen weights.
+
+Under LoRA theta is the merged weight W + s B A, without the rounding that a merge to bf16 would bring; its norms are
+taken piece by piece, and nothing is merged in the model. A module that trains as a copy (`modules_to_save`) counts as
+the copy. Without adapters weights count as the model holds them: what bf16 rounds away is no update.
+
+Who sends what: under ZeRO-3 each rank squares what it holds of each weight, and one reduction adds up three numbers of
+each block; adapters, which are small, are put together before, in one reduction of 4 bytes an element. Else each rank
+has all weights, rank 0 alone looks and nothing is sent. In a step that is looked at a rank that looks has a second copy
+of what it holds of the weights that may train, in their dtype, and one more on the host for all of the run.
+
+Source: section 3.1 of Pan et al. (arXiv 2403.17919).
+"""
+
+import csv
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import distributed as dist
+from torch import nn
+from transformers import TrainerCallback
+
+from lisa_dist.config import UserError
+from lisa_dist.core.blocks import find_blocks, parameter_shape
+from lisa_dist.files import replacing, together
+from lisa_dist.zero.partitions import NORM_CHUNK, local_shard
+
+NORMS_NAME = "lisa_norms.csv"
+NORMS = ("weight_norm", "update_norm", "moved_norm")  # the columns, beside the block
+PRODUCT = "product_norm"  # one more, where there are adapters
+_NOT_MEASURED = "whose norms are not taken: LoRA's on linear layers and embeddings are, without DoRA and biases."
+_OUTER = {"embed": 0, "head": 2, "rest": 3}  # layers are in between
+
+
+class LayerNorms(TrainerCallback):
+    """Takes the norms of each block in every `every`-th step, and writes them to `lisa_norms.csv` in `output_dir`.
+
+    For any Hugging Face Trainer, on DeepSpeed or without, of all weights, of some, or of LoRA adapters. The file is
+    there from the first save on, with what was seen until then, and whole at the end of the run; a resumed run begins
+    anew. `layers_attribute` is that of `find_blocks`. Raises ValueError when training begins where there are adapters
+    of another kind, or fewer steps than `every`.
+    """
+
+    def __init__(self, every: int = 1, layers_attribute: str | None = None):
+        self.every = every
+        self._layers_attribute = layers_attribute
+        self._weights: list[_Weight] = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Find the weights, and keep what they are."""
+        if state.max_steps < self.every:
+            raise UserError(
+                f"--layer_norms {self.every}: the run has {state.max_steps} steps, so none would be looked at; give at "
+                f"most {state.max_steps}."
+            )
+        self._weights = list(_find_weights(model, self._layers_attribute))
+        self._blocks = sorted({weight.block for weight in self._weights}, key=_place)
+        self._has_adapters = any(isinstance(weight, _Adapted) for weight in self._weights)
+        self._sharded = any(hasattr(weight.parameter, "ds_id") for weight in self._weights)
+        self._looks_here = self._sharded or state.is_world_process_zero
+        self._device = args.device
+        self._start = [[part.cpu() for part in each] for each in self._changing()]
+        self._before: list[list[torch.Tensor]] | None = None
+        self._sums = torch.zeros(len(self._blocks), 3, dtype=torch.float64)
+        self.num_looks = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Keep the weights as they are before a step that is looked at."""
+        if (state.global_step + 1) % self.every == 0:
+            self._before = self._changing()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Look at the weights after the step."""
+        if self._before is not None:
+            self._sums += self._norms(self._before)
+            self._before = None
+            self.num_looks += 1
+
+    def on_save(self, args, state, control, **kwargs):
+        """Write what was seen so far."""
+        self._write(Path(args.output_dir))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Write the norms, and let go of the weights."""
+        self._write(Path(args.output_dir))
+        self._weights, self._start = [], []
+
+    def _changing(self) -> list[list[torch.Tensor]]:
+        """Of each weight copies of what training may change; nothing on a rank that does not look."""
+        whole = self._gather_adapters()
+        return [weight.changing(whole) for weight in self._weights] if self._looks_here else []
+
+    def _norms(self, then: list[list[torch.Tensor]]) -> torch.Tensor:
+        """Of each block the norms of weights, of what was added since `then`, and of products; (blocks, 3) in fp64."""
+        whole = self._gather_adapters()
+        squares = torch.zeros(len(self._blocks), 3, dtype=torch.float64, device=self._device)
+        if self._looks_here:
+            for weight, before in zip(self._weights, then, strict=True):
+                squares[self._blocks.index(weight.block)] += weight.squares(before, whole).to(self._device)
+        if self._sharded:
+            dist.all_reduce(squares)
+        return squares.sqrt().cpu()
+
+    def _gather_adapters(self) -> dict[int, torch.Tensor]:
+        """The factors of all adapters, whole and in fp32, by the ids of their parameters."""
+        factors = [factor for weight in self._weights if isinstance(weight, _Adapted) for factor in weight.factors]
+        if not self._sharded:
+            return {id(factor): factor.detach().float() for factor in factors}
+        sizes = [math.prod(parameter_shape(factor)) for factor in factors]
+        flat = torch.zeros(sum(sizes), device=self._device)
+        for factor, place in zip(factors, flat.split(sizes), strict=True):
+            begin, shard = local_shard(factor)
+            place[begin : begin + shard.numel()] = shard
+        if factors:
+            dist.all_reduce(flat)
+        return {
+            id(factor): place.view(parameter_shape(factor))
+            for factor, place in zip(factors, flat.split(sizes), strict=True)
+        }
+
+    def _write(self, folder: Path) -> None:
+        if not self.num_looks:  # a resumed run that had no such step left
+            return
+        table = self._sums / self.num_looks
+        # In the order of the columns: weight, update, moved and, of adapters, product.
+        table = torch.cat([table[:, :2], self._norms(self._start)[:, 1:2], table[:, 2:]], dim=1)
+        columns = [*NORMS, PRODUCT] if self._has_adapters else [*NORMS]
+        with together(folder):
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                with replacing(folder / NORMS_NAME) as path, path.open("w", encoding="utf-8", newline="") as file:
+                    lines = csv.writer(file, lineterminator="\n")
+                    lines.writerow(["block", *columns])
+                    for block, norms in zip(self._blocks, table.tolist(), strict=True):
+                        lines.writerow([block, *norms[: len(columns)]])
+
+
+class _Weight:
+    """A parameter of the model, of which this rank holds all or, under ZeRO-3, a part."""
+
+    block: str
+
+    def __init__(self, parameter: nn.Parameter, trains: bool):
+        self.parameter, self._trains = parameter, trains
+
+    def changing(self, whole: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+        """Copies of what training may change."""
+        return [local_shard(self.parameter)[1].clone()] if self._trains else []
+
+    def squares(self, then: list[torch.Tensor], whole: dict[int, torch.Tensor]) -> torch.Tensor:
+        """Sums of squares here: of the weight, of what was added since `then`, and of an adapter's product."""
+        _, now = local_shard(self.parameter)
+        sums = now.new_zeros(3, dtype=torch.float64)
+        for index, piece in enumerate(now.split(NORM_CHUNK)):
+            piece = piece.double()
+            sums[0] += piece.square().sum()
+            for before in then:
+                at = slice(index * NORM_CHUNK, index * NORM_CHUNK + piece.numel())
+                sums[1] += (piece - before[at].to(piece)).square().sum()
+        return sums
+
+
+class _Adapted(_Weight):
+    """A frozen matrix and the adapters beside it: W + s B A, of which this rank's elements are made when asked for."""
+
+    def __init__(self, matrix: nn.Parameter, layer: LoraLayer):
+        super().__init__(matrix, trains=True)
+        self._embeds = any(name in layer.lora_embedding_A for name in layer.active_adapters)
+        # An embedding, and a linear layer that keeps its matrix the other way round, add the transposed product.
+        self._transposed = self._embeds or getattr(layer, "fan_in_fan_out", False)
+        self._pairs = [
+            (layer.lora_embedding_B[name], layer.lora_embedding_A[name], layer.scaling[name])
+            if self._embeds
+            else (layer.lora_B[name].weight, layer.lora_A[name].weight, layer.scaling[name])
+            for name in layer.active_adapters
+        ]
+
+    @property
+    def factors(self) -> list[nn.Parameter]:
+        """What trains."""
+        return [factor for left, right, _ in self._pairs for factor in (left, right)]
+
+    def changing(self, whole: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+        """Copies of the two factors."""
+        return [factor.clone() for factor in self._product(whole)]
+
+    def squares(self, then: list[torch.Tensor], whole: dict[int, torch.Tensor]) -> torch.Tensor:
+        """As of any weight; the product in fp32."""
+        begin, matrix = local_shard(self.parameter)
+        left, right = self._product(whole)
+        left_then, right_then = (factor.to(left) for factor in then)
+        # L R - L' R' = (L - L') R + L' (R - R'): no difference of two large products.
+        left_added = torch.cat([left - left_then, left_then], dim=1)
+        right_added = torch.cat([right, right - right_then])
+        columns = right.shape[1]
+        sums = left.new_zeros(3, dtype=torch.float64)
+        for index, piece in enumerate(matrix.split(NORM_CHUNK)):
+            first = begin + index * NORM_CHUNK
+            rows = slice(first // columns, -(-(first + piece.numel()) // columns))
+            at = slice(first - rows.start * columns, first - rows.start * columns + piece.numel())
+            product = (left[rows] @ right).view(-1)[at].double()
+            sums[0] += (piece.to(product) + product).square().sum()
+            sums[1] += (left_added[rows] @ right_added).view(-1)[at].double().square().sum()
+            sums[2] += product.square().sum()
+        return sums
+
+    def _product(self, whole: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """L and R, so that L R has the shape of the matrix; several adapters side by side."""
+        lefts, rights = [], []
+        for left, right, scale in self._pairs:
+            left, right = whole[id(left)] * scale, whole[id(right)]
+            lefts.append(right.T if self._transposed else left)
+            rights.append(left.T if self._transposed else right)
+        return torch.cat(lefts, dim=1), torch.cat(rights)
+
+
+def _find_weights(model: nn.Module, layers_attribute: str | None) -> Iterator[_Weight]:
+    """Every weight that acts in the language model, once, in its block."""
+    is_peft = isinstance(model, PeftModel)
+    model = model.get_base_model() if is_peft else model
+    blocks = [block for block in find_blocks(model, layers_attribute) if block.name != "outside"]
+    owner = {id(parameter): block.name for block in blocks for parameter in block.parameters.values()}
+    # What does not act by itself: factors, a matrix where adapters stand beside it, what a copy stands for.
+    factors, beside_adapters, replaced = set(), set(), []
+    for path, module in model.named_modules() if is_peft else ():
+        if isinstance(module, ModulesToSaveWrapper):
+            replaced.append(f"{path}.original_module.")
+        elif isinstance(module, BaseTunerLayer):
+            matrix = getattr(module.get_base_layer(), "weight", None)
+            if not isinstance(module, LoraLayer) or matrix is None or len(parameter_shape(matrix)) != 2:
+                raise UserError(f"--layer_norms: {path} has an adapter ({type(module).__name__}) {_NOT_MEASURED}")
+            weight = _Adapted(matrix, module)
+            factors |= {id(factor) for factor in weight.factors}
+            beside_adapters.add(f"{path}.base_layer.weight")
+            if id(weight.factors[0]) in owner:
+                weight.block = owner[id(weight.factors[0])]
+                yield weight
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head_path = next((f"{path}." for path, module in model.named_modules() if module is head), None)
+    names: dict[int, list[str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
+    for key, aliases in names.items():
+        acting = [name for name in aliases if name not in beside_adapters and not name.startswith(tuple(replaced))]
+        if key in factors or key not in owner or not acting:
+            continue
+        if ".lora_" in acting[0]:
+            raise UserError(f"--layer_norms: {acting[0]} is of an adapter {_NOT_MEASURED}")
+        # A matrix that head and embedding share is the head's where the embedding has an adapter or a copy for itself.
+        at_head = len(acting) < len(aliases) and head_path is not None and acting[0].startswith(head_path)
+        parameter = parameters[acting[0]]
+        weight = _Weight(parameter, parameter.requires_grad or not is_peft)
+        weight.block = "head" if at_head else owner[key]
+        yield weight
+
+
+def _place(block: str) -> tuple[int, int]:
+    """Embed, layers in order, head, rest."""
+    return (_OUTER[block], 0) if block in _OUTER else (1, int(block.partition(".")[2]))

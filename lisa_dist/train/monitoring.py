@@ -1,0 +1,116 @@
+"""What every run tells while it trains, whatever its method: tokens a second, memory, and the line of its progress."""
+
+import resource
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import distributed as dist
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from lisa_dist.train.progress import Progress
+
+
+class MonitoredMixin:
+    """Put before a Trainer class: adds `tokens_per_second` and `memory_bytes` to its logs, and shows `Progress`.
+
+    Tokens are those of all ranks, padding not counted; their time is that between two logs, without that of evaluating
+    and saving. Memory is the highest peak of any rank since the start: of tensors on a GPU, of the process on CPUs.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._meter = SpeedMeter(self.args.device)
+        self.add_callback(self._meter)
+        self._progress = Progress(self.active_now, plain=self.args.disable_tqdm)
+        if self.pop_callback(ProgressCallback) is not None or self.pop_callback(PrinterCallback) is not None:
+            self.add_callback(self._progress)
+
+    def active_now(self) -> str:
+        """What trains now, for the line of the progress; "" where it is everything."""
+        return ""
+
+    def train(self, *args, **kwargs):
+        """The Trainer's; whatever ends it, the terminal is given back."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._progress.stop()
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        """The Trainer's, with its tokens counted."""
+        self._meter.count(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add speed and memory to the log of a loss, which all ranks write or none."""
+        if "loss" in logs:
+            logs = logs | self._meter.metrics()
+        super().log(logs, *args, **kwargs)
+
+
+class SpeedMeter(TrainerCallback):
+    """Tokens, seconds and memory between two logs."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._tokens: int | torch.Tensor = 0  # on the device, for nothing to wait for it
+        self._since: float | None = None  # the last log, or the first step
+        self._mark = 0.0  # the last end of a step, of an evaluation or of a save
+        self._elsewhere = 0.0  # seconds of evaluation and saving
+        self._peak = 0  # bytes; kept here, since measuring a step sets the GPU's own record back
+
+    def count(self, inputs: object) -> None:
+        """Count the tokens of a micro-batch of this rank."""
+        if not isinstance(inputs, Mapping):  # some trainers make their batch of rows in the step
+            return
+        if inputs.get("attention_mask") is not None:
+            self._tokens = self._tokens + inputs["attention_mask"].sum()
+        elif "input_ids" in inputs:
+            self._tokens = self._tokens + inputs["input_ids"].numel()
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of all ranks since the last call, which every rank makes."""
+        now = time.perf_counter()
+        seconds = now - self._since - self._elsewhere
+        mine = torch.tensor([int(self._tokens), seconds, self._note_peak()], dtype=torch.float64, device=self._device)
+        every = [mine]
+        if dist.is_initialized():
+            every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(every, mine)
+        tokens, seconds, peaks = torch.stack(every).unbind(1)
+        self._tokens, self._since, self._elsewhere = 0, now, 0.0
+        self._mark = now
+        metrics = {"memory_bytes": peaks.max().item()}
+        return metrics | ({"tokens_per_second": (tokens.sum() / seconds.max()).item()} if tokens.sum() else {})
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """With the first step the time begins."""
+        self._note_peak()
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """From here on the time may be of an evaluation, or of a save."""
+        self._note_peak()
+        self._mark = time.perf_counter()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """What has passed was an evaluation."""
+        if self._since is None:  # before the first step
+            return
+        now = time.perf_counter()
+        self._elsewhere += now - self._mark
+        self._mark = now
+
+    def on_save(self, args, state, control, **kwargs):
+        """What has passed was a save."""
+        self.on_evaluate(args, state, control)
+
+    def _note_peak(self) -> int:
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self._peak = max(self._peak, peak)
+        return self._peak

@@ -1,0 +1,91 @@
+"""Tiny models with random weights, the same on every rank for the same seed."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY = 128
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_llama(
+    seed: int = 0, num_layers: int = 6, tied: bool = False, vocab_size: int = VOCABULARY
+) -> LlamaForCausalLM:
+    """A Llama of `num_layers` layers, 64 wide, in fp32."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=num_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def tiny_mixtral(seed: int = 0):
+    """A mixture of experts, which transformers holds under other names than the files on the hub have."""
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def save_tiny_llama(folder: Path) -> None:
+    """A tiny Llama's folder, with a byte tokenizer and a chat template."""
+    special = ["<pad>", "<end>", "<user>", "<assistant>"]
+    alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+    fast.add_special_tokens({"additional_special_tokens": special[2:]})
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    model = tiny_llama()
+    model.resize_token_embeddings(len(fast))
+    model.save_pretrained(folder)
+
+
+def tiny_gpt2(seed: int = 0, num_layers: int = 6, dropout: float = 0.0):
+    """A GPT-2: tied embeddings, learned positions, biases."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=64,
+        n_layer=num_layers,
+        n_head=4,
+        n_positions=64,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def token_batches(num_steps: int, rows: int, micro_batches: int = 1, length: int = 16) -> torch.Tensor:
+    """Token ids of shape (steps, micro-batches, rows, length): the same on every rank, for it to take its rows."""
+    generator = torch.Generator().manual_seed(1234)
+    return torch.randint(0, VOCABULARY, (num_steps, micro_batches, rows, length), generator=generator)

@@ -1,0 +1,199 @@
+"""Run a function on several CPU ranks, as DeepSpeed on gloo sees them.
+
+Ranks are spawned once for each world size and serve all tests, since importing torch and DeepSpeed takes longer than
+most tests. A rank that raises fails the test with the traceback of every rank; a rank that hangs is killed.
+"""
+
+import contextlib
+import functools
+import gc
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+# What ranks import, once for all of them; nothing of it starts threads.
+PRELOADED = ["deepspeed", "bitsandbytes", "trl.trainer.sft_trainer", "lisa_dist.train.run"]
+
+_pools: dict[tuple[int, bool], "_Pool"] = {}
+
+
+class RankError(AssertionError):
+    """At least one rank raised, died or hung."""
+
+
+def run_ranks(function: Callable, world_size: int, *args, timeout: float = 300, interpret: bool = False) -> list:
+    """Call the top-level `function(*args)` on every rank and return what each returned, in rank order.
+
+    `interpret`: on ranks where Triton's kernels run in its interpreter, which must be known before Triton is imported.
+    """
+    key = (world_size, interpret)
+    pool = _pools.get(key)
+    if pool is None:
+        pool = _pools[key] = _Pool(world_size, interpret)
+    try:
+        return pool.run(function, args, timeout)
+    except RankError:
+        del _pools[key]
+        pool.kill()
+        raise
+
+
+def start_script(
+    path: Path, words: Sequence[str], output: Path, environment: dict[str, str], folder: Path
+) -> BaseProcess:
+    """Start a Python script in a process of its own, forked where ranks are: it need not import anything again.
+
+    `folder` is where it runs, `output` takes what it prints. Where imports are tested, a new interpreter is the way.
+    """
+    arguments = (str(path), list(words), str(output), environment, str(folder))
+    process = _forkserver().Process(target=_run_script, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def stop_ranks() -> None:
+    """End all ranks."""
+    while _pools:
+        _pools.popitem()[1].kill()
+
+
+class _Pool:
+    def __init__(self, world_size: int, interpret: bool):
+        self._folder = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn") if interpret else _forkserver()
+        self._connections: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve,
+                args=(rank, world_size, str(Path(self._folder.name) / "store"), theirs, interpret),
+                daemon=True,
+            )
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable, args: tuple, timeout: float) -> list:
+        for connection in self._connections:
+            connection.send((function, args))
+        deadline = time.monotonic() + timeout
+        outcomes: dict[int, tuple[str, object]] = {}
+        while len(outcomes) < len(self._connections):
+            waiting = {self._connections[r]: r for r in range(len(self._connections)) if r not in outcomes}
+            # After the first failure the others may wait for it in a collective: give them a moment, no more.
+            failed = any(kind != "value" for kind, _ in outcomes.values())
+            patience = 5.0 if failed else deadline - time.monotonic()
+            ready = wait(list(waiting), timeout=max(0.0, patience))
+            if not ready:
+                outcomes |= dict.fromkeys(waiting.values(), ("hung", "did not finish"))
+            for connection in ready:
+                try:
+                    outcomes[waiting[connection]] = connection.recv()
+                except (EOFError, ConnectionResetError):
+                    outcomes[waiting[connection]] = ("died", "ended without an answer")
+        failures = {rank: outcome for rank, outcome in outcomes.items() if outcome[0] != "value"}
+        if failures:
+            raise RankError(
+                "".join(f"\nrank {rank} {kind}:\n{text}" for rank, (kind, text) in sorted(failures.items()))
+            )
+        return [outcomes[rank][1] for rank in range(len(outcomes))]
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._folder.cleanup()
+
+
+@contextlib.contextmanager
+def without_collection():
+    """On a rank: no garbage is collected, so that cycles of live bytes are seen whenever a run would collect them."""
+    collect, gc.collect = gc.collect, lambda *_: 0
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.collect = collect
+
+
+def _forkserver() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _run_script(path: str, words: list[str], output: str, environment: dict[str, str], folder: str) -> None:
+    with open(output, "wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [path, *words]
+    runpy.run_path(path, run_name="__main__")
+
+
+def _serve(rank: int, world_size: int, store: str, connection: Connection, interpret: bool) -> None:
+    if interpret:
+        os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_SIZE=str(world_size),
+        DS_ACCELERATOR="cpu",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=Path(store).parent.name,  # the store is a file, but DeepSpeed names shared memory by it
+    )
+    import cpuinfo
+    import deepspeed
+    import torch
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    deepspeed.init_distributed("gloo")
+    torch.distributed.barrier()
+    from lisa_dist.zero.cpu_ops import release_shared_memory
+
+    release_shared_memory()
+    # DeepSpeed asks for the CPU's vendor with every CPU optimizer, and the answer comes from a new process each time.
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    # `lisa_dist.zero` asks at every switch whether objects are set aside, and counting them takes as long as walking.
+    gc.get_freeze_count = lambda: 1
+    while True:
+        # Else collections and counts of live bytes would walk all that was imported, and what tests have left.
+        gc.collect()
+        gc.freeze()
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            function, args = connection.recv()
+            try:
+                outcome = ("value", function(*args))
+            except BaseException:  # noqa: BLE001 - whatever it is, the test must see it
+                outcome = ("raised", traceback.format_exc())
+            # A Trainer of an earlier test, not collected yet, would have transformers build models under ZeRO-3.
+            unset_hf_deepspeed_config()
+            connection.send(outcome)
+            continue
+        return

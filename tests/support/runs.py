@@ -1,0 +1,110 @@
+"""Training runs as a user starts them, by any launcher or in a forked process, and what each leaves behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ranks import free_port, start_script
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+TRAIN = ROOT / "launch" / "train.py"
+
+
+def clean_environment() -> dict[str, str]:
+    """Without what a parse in this process has set to make it the only rank."""
+    set_here = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in set_here}
+    return environment | {"PATH": f"{BIN}:{environment['PATH']}"}
+
+
+def start(how: str, flags: list[str]) -> subprocess.CompletedProcess:
+    """Run launch/train.py as a user would."""
+    train = str(ROOT / "launch" / "train.py")
+    command = {
+        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), train],
+        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), train],
+        "python": [sys.executable, train],
+        "lisa-dist": [str(BIN / "lisa-dist"), "train", "--gpus", "2"],
+    }[how]
+    return subprocess.run([*command, *flags], env=clean_environment(), capture_output=True, text=True, timeout=300)
+
+
+class Alone:
+    """The same in a process that has all imports already, for what a run does once it has begun."""
+
+    def __init__(self, words: list[str], output: Path, script: Path, **variables: str):
+        output.touch()
+        self._output = output
+        self.process = start_script(script, words, output, clean_environment() | variables, Path.cwd())
+
+    @property
+    def said(self) -> str:
+        return self._output.read_text()
+
+    def wait(self) -> int | None:
+        """Its exit code."""
+        self.process.join(timeout=300)
+        self.process.kill()
+        self.process.join()
+        return self.process.exitcode
+
+
+def run_alone(flags: list[str], output: Path, script: Path = TRAIN) -> tuple[int, str]:
+    """The exit code of a run of one rank, and what it said."""
+    run = Alone(flags, output, script)
+    return run.wait(), run.said
+
+
+def on_two_ranks(flags: list[str], folder: Path, script: Path = TRAIN) -> None:
+    """A run of two ranks to its end."""
+    meet = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    outputs = {str(rank): folder / f"{rank}.txt" for rank in range(2)}
+    ranks = [Alone(flags, output, script, RANK=rank, LOCAL_RANK=rank, **meet) for rank, output in outputs.items()]
+    assert [rank.wait() for rank in ranks] == [0, 0], "".join(rank.said[-3000:] for rank in ranks)
+
+
+def flags_for(folder: Path, output_dir: Path, **changes) -> list[str]:
+    values = {
+        "model_name_or_path": folder / "model",
+        "dataset_name": folder / "rows.jsonl",
+        "output_dir": output_dir,
+        "eval_rows": 8,
+        "eval_on_start": True,
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "max_steps": 5,
+        "lisa_interval_steps": 2,
+        "lisa_debug": True,
+        "per_device_train_batch_size": 2,
+        "max_length": 32,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+    } | changes
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def check_run(finished: subprocess.CompletedProcess, out: Path, periods_begin: list[int]) -> None:
+    """What every run says and leaves behind."""
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    for line in (
+        "sdpa (no CUDA device)",
+        "active at a time",
+        "held-out loss",
+        "period    2  active layers:",
+    ):
+        assert line in finished.stdout + finished.stderr, line
+    periods = [json.loads(line) for line in (out / "lisa_log.jsonl").read_text().splitlines()]
+    assert [period["step"] for period in periods] == periods_begin
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert held_out[-1] < held_out[0]
+    AutoModelForCausalLM.from_pretrained(out)
+    saved = {path.name for path in out.iterdir()}
+    assert {"generation_config.json", "chat_template.jinja", "tokenizer.json", "model.safetensors"} <= saved
+    assert {"report.html", "report", "lisa_run.json", "lisa_memory.json", "lisa_movement.jsonl"} <= saved

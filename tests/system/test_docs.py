@@ -1,0 +1,170 @@
+"""Commands of README and docs are run in the order of their page, with a tiny model in the place of a large one.
+
+Those of make, pip and benchmarks are looked up, and examples are run in test_examples.py; srun and sbatch in
+test_slurm.py.
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from eval_files import write_benchmarks, write_mt_bench
+from models import save_tiny_llama
+from runs import ROOT, run_alone
+
+from lisa_dist import cli
+from lisa_dist.eval import evaluation
+
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+PAGES += ["benchmarks/README.md", "examples/README.md", "examples/continued_pretraining/README.md"]
+PROGRAMS = ("make", "pip", "python", "deepspeed", "torchrun", "lisa-dist", "tensorboard")
+COMMAND = re.compile(rf"^(?:{'|'.join(PROGRAMS)})\s")
+# Every run takes so few steps, of a model that is small enough for CPUs.
+SMALL = {
+    "max_steps": "2",
+    "max_length": "64",
+    "per_device_train_batch_size": "2",
+    "gradient_accumulation_steps": "1",
+    "bf16": "false",
+    "report_to": "none",
+}
+# What a reader has under a name of his own.
+THERE = {
+    "runs/llama3.1-8b/checkpoint-200": "runs/llama3.1-8b/checkpoint-2",
+    "runs/1/checkpoint-100": "runs/llama3.1-8b/checkpoint-2",
+    "x.yaml": "recipe.yaml",
+    "path/to/config.json": "model_dir/config.json",
+    "models/llama2-70b": "llama2-70b",
+}
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#([^)]*))?\)")
+
+
+def commands(page: Path) -> list[str]:
+    """Commands of code blocks, and of the text where they are whole: with flags or files, and no words to fill in."""
+    found = []
+    for place in re.finditer(r"^```\w*\n(.*?)^```|`([^`\n]+)`", page.read_text(encoding="utf-8"), re.M | re.S):
+        for line in (place[1] or place[2]).replace("\\\n", " ").splitlines():
+            line = " ".join(line.split("  #")[0].split())
+            mentioned = place[2] and (len(line.split()) < 3 or re.search(r"\b[A-Z_]{4,}\b|\bN\b|\.\.\.|--help", line))
+            if COMMAND.match(line) and not mentioned:
+                found.append(line)
+    return found
+
+
+FOUND = {page: commands(ROOT / page) for page in PAGES if commands(ROOT / page)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, cpu_ops) -> Path:
+    """Where a reader stands: files of the names that the pages use."""
+    folder = tmp_path_factory.mktemp("docs")
+    save_tiny_llama(folder / "model_dir")
+    rows = "\n".join(json.dumps({"question": f"{n} + 1?", "answer": str(n + 1)}) for n in range(200))
+    for name in ("rows.jsonl", "gsm8k.jsonl"):
+        (folder / name).write_text(rows)
+    alpaca = [{"instruction": f"{n} + 1?", "input": "", "output": str(n + 1)} for n in range(2000)]
+    (folder / "alpaca.json").write_text(json.dumps(alpaca))
+    (folder / "books").mkdir()
+    for name in ("books/one.txt", "text.txt", "my_text.txt"):
+        (folder / name).write_text("\n".join(f"line {n} of a book" for n in range(200)))
+    write_benchmarks(folder / "data")
+    write_mt_bench(folder / "data")
+    recipe = {"model_name_or_path": "MODEL", "dataset_name": "rows.jsonl", "output_dir": "runs/1"}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def run_flags(words: list[str], folder: Path) -> None:
+    """A training run with these flags, small; the launchers themselves are started in test_train.py."""
+    flags = [str(ROOT / word) if word.startswith(("launch/", "examples/")) else word for word in words]
+    flags = ["--config", "recipe.yaml", *flags[1:]] if flags[:1] == ["..."] else flags
+    flags = [THERE.get(flag, flag) for flag in flags]
+    for name, value in ({"model_name_or_path": str(folder / "model_dir")} | SMALL).items():
+        flags += [f"--{name}", value]
+    recipe = flags[flags.index("--config") + 1]
+    if "--dataset_name" not in flags:
+        flags += ["--dataset_name", "rows.jsonl"]
+    if "gpu_memory" not in yaml.safe_load((folder / recipe).read_text()):
+        flags += ["--checkpointed_layers", "none"]  # for auto there is no GPU to ask
+    if "--output_dir" not in flags:
+        flags += ["--output_dir", "runs/llama3.1-8b"]
+    status, said = run_alone(flags, folder / "said.txt")
+    assert status == 0, f"{shlex.join(words)}\n{said[-3000:]}"
+
+
+def run_cli(words: list[str], monkeypatch) -> None:
+    """A verb of lisa-dist that trains nothing."""
+    words = [THERE.get(word, word) for word in words]
+    if "--recipe" in words:
+        Path("recipe.yaml").unlink()  # nothing is written over
+    monkeypatch.setattr(cli.sys, "argv", ["lisa-dist", *words])
+    cli.main()
+
+
+def run_eval(words: list[str], monkeypatch) -> None:
+    """An evaluation of the tiny model on a few rows, without the ranks and the judge, which test_mt_bench.py has."""
+    flags = evaluation.parse(words)
+    words = ["eval", "model_dir", "--tasks", flags.tasks, "--data_dir", flags.data_dir, "--max_new_tokens", "4"]
+    with monkeypatch.context() as of_this_run:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            of_this_run.setenv(name, "0")  # for the context to take away what the run sets
+            of_this_run.delenv(name)
+        of_this_run.setattr(cli.sys, "argv", ["lisa-dist", *words, "--limit", "1"])
+        cli.main()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", FOUND)
+def test_every_command_of(page, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    makefile, examples = (ROOT / "Makefile").read_text(), (ROOT / "tests" / "test_examples.py").read_text()
+    for command in FOUND[page]:
+        words = shlex.split(command)
+        script = next((word for word in words if word.endswith(".py")), "")
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), command
+        elif words[0] == "pip":
+            assert words[2] == "-e", command
+            known = (".", ".[gpu]", ".[eval]")  # the Makefile's is another; the second needs a GPU
+            assert words[3] in known, command
+        elif words[0] == "tensorboard":
+            assert words[1:] == ["--logdir", "runs"]
+        elif words[:2] == ["lisa-dist", "train"]:
+            run_flags(shlex.split(re.sub(r" --gpus \d+", "", command))[2:], folder)
+        elif words[:2] == ["lisa-dist", "eval"]:
+            run_eval(words[2:], monkeypatch)
+        elif words[0] == "lisa-dist":
+            run_cli(words[1:], monkeypatch)
+        elif script == "launch/train.py":
+            run_flags(words[words.index(script) + 1 :], folder)
+        elif script.startswith("examples/"):
+            assert Path(script).name in examples, f"{command}: no test runs it"
+        elif script.startswith("benchmarks/"):
+            text = (ROOT / script).read_text() + (ROOT / "benchmarks" / "bench.py").read_text()  # each takes minutes
+            assert all(f'"{word}"' in text for word in words if word.startswith("--")), command
+        else:
+            assert words[:2] == ["python", "-c"], f"{command}: nothing runs it"
+            exec(words[2], {})
+    capsys.readouterr()
+
+
+def test_there_are_commands_to_run():
+    assert len(FOUND["README.md"]) >= 10
+    assert {"checkpoints", "data", "memory", "method"} <= {Path(page).stem for page in FOUND}
+
+
+@pytest.mark.parametrize("name", [*PAGES, "launch/README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        path = page.parent / target
+        assert path.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{page.name} links to {target}#{anchor}"

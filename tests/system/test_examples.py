@@ -1,0 +1,210 @@
+"""The examples, each started as its reader would, on two CPU ranks."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import save_tiny_llama
+from ranks import free_port
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+BIN = Path(sys.executable).parent
+# Three periods of one layer each, no two alike: two layers or more of the model never train.
+LISA = {
+    "lisa_activated_layers": 1,
+    "lisa_interval_steps": 4,
+    "lisa_sampler": "reshuffle",
+    "lisa_debug": True,
+    "learning_rate": 3e-3,
+}
+STEPS = 12
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cpu_ops")]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> SimpleNamespace:
+    """A small real model, or without the real data a tiny one; a text of long documents and of short ones; pairs of
+    which the rejected is in capitals."""
+    folder = tmp_path_factory.mktemp("examples")
+    data = Path(os.environ.get("LISA_DIST_DATA") or ROOT.parent / "shared" / "data")
+    model = data / "models" / "stories260k-hf"
+    if not model.is_dir():
+        model = folder / "model"
+        save_tiny_llama(model)
+    words = " ".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))).split()
+    long, short = cut(words[:3000], 1000), cut(words[3000:3600], 3)
+    text = folder / "text.txt"
+    text.write_text("\n".join(map(" ".join, long + short)), encoding="utf-8")
+    rows = [
+        {"prompt": " ".join(line[:8]), "chosen": f" {rest.lower()}", "rejected": f" {rest.upper()}"}
+        for line in cut(words[:2400], 24)
+        for rest in [" ".join(line[8:])]
+    ]
+    pairs = folder / "pairs.jsonl"
+    pairs.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return SimpleNamespace(model=model, text=text, pairs=pairs, rows=rows, num_long=len(long), num_short=len(short))
+
+
+def cut(words: list[str], length: int) -> list[list[str]]:
+    return [words[begin : begin + length] for begin in range(0, len(words), length)]
+
+
+def start(launcher: str, script: Path, flags: dict) -> str:
+    """Run a script on two ranks, as a user would, and return all that it said."""
+    port = str(free_port())
+    command = {
+        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port],
+        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", port],
+    }[launcher]
+    set_by_other_tests = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in set_by_other_tests}
+    environment["PATH"] = f"{BIN}:{environment['PATH']}"
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    finished = subprocess.run(
+        [*command, str(script), *words],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert finished.returncode == 0, finished.stdout[-5000:]
+    return finished.stdout
+
+
+def check_what_trained(before: Path, after: Path, log: Path) -> None:
+    """The saved model differs from the first one in all that the log's periods and the always-on blocks hold, only."""
+    periods = [json.loads(line) for line in (log / "lisa_log.jsonl").read_text().splitlines()]
+    assert [period["step"] for period in periods] == [0, 4, 8]
+    active = {layer for period in periods for layer in period["layers"]}
+    assert len(active) == 3
+    old, new = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (before, after))
+    assert old.config.num_hidden_layers > len(active)
+    for (name, first), last in zip(old.named_parameters(), new.parameters(), strict=True):
+        layer = re.search(r"layers\.(\d+)\.", name)
+        trains = layer is None or int(layer[1]) in active
+        assert torch.equal(first, last) != trains, f"{name}: {'did not move' if trains else 'moved'}; active {active}"
+
+
+@torch.no_grad()
+def text_loss(model: Path, text: Path) -> float:
+    """The mean loss of rows of 64 tokens, with nothing of the library."""
+    tokens = AutoTokenizer.from_pretrained(model)(text.read_text(encoding="utf-8")[:20_000])["input_ids"]
+    rows = torch.tensor(tokens[: len(tokens) // 64 * 64]).view(-1, 64)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(input_ids=rows, labels=rows).loss.item()
+
+
+@torch.no_grad()
+def preference(model: Path, rows: list[dict]) -> float:
+    """By how much the chosen answers are likelier than the rejected, as the mean of log-probabilities."""
+    tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    total = 0.0
+    for row in rows:
+        for answer, sign in (("chosen", 1), ("rejected", -1)):
+            tokens = tokenizer(row["prompt"] + row[answer], return_tensors="pt")["input_ids"]
+            total -= sign * network(input_ids=tokens, labels=tokens).loss.item() * (tokens.shape[1] - 1)
+    return total / len(rows)
+
+
+def own_loop_flags(given: SimpleNamespace, output_dir: Path) -> dict:
+    return LISA | {
+        "model": given.model,
+        "data": given.text,
+        "output_dir": output_dir,
+        "steps": STEPS,
+        "save_steps": 6,  # in the middle of a period
+        "batch_size": 4,
+        "length": 64,
+    }
+
+
+@pytest.fixture(scope="module")
+def own_loop(given, tmp_path_factory) -> SimpleNamespace:
+    """A whole run of the loop: its folder and the lines of its steps."""
+    output_dir = tmp_path_factory.mktemp("own_loop")
+    said = start("deepspeed", EXAMPLES / "own_loop.py", own_loop_flags(given, output_dir))
+    return SimpleNamespace(output_dir=output_dir, steps=re.findall(r"^step \d+  loss .*$", said, flags=re.MULTILINE))
+
+
+def test_own_loop_trains_what_it_says(given, own_loop):
+    assert len(own_loop.steps) == STEPS
+    saved = own_loop.output_dir / f"checkpoint-{STEPS}"
+    check_what_trained(given.model, saved, own_loop.output_dir)
+    assert text_loss(saved, given.text) < text_loss(given.model, given.text) - 1.0
+
+
+def test_own_loop_resumes_to_the_same_bits(given, own_loop, tmp_path):
+    middle = {"resume": own_loop.output_dir / "checkpoint-6"}
+    said = start("torchrun", EXAMPLES / "own_loop.py", own_loop_flags(given, tmp_path) | middle)
+    assert re.findall(r"^step \d+  loss .*$", said, flags=re.MULTILINE) == own_loop.steps[6:]
+    weights = [path / f"checkpoint-{STEPS}" / "model.safetensors" for path in (own_loop.output_dir, tmp_path)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_dpo_prefers_what_was_chosen(given, tmp_path):
+    flags = LISA | {
+        "model_name_or_path": given.model,
+        "dataset_name": given.pairs,
+        "deepspeed": "ds_configs/zero2.json",
+        "output_dir": tmp_path,
+        "use_cpu": True,
+        "bf16": False,
+        "learning_rate": 1e-4,
+        "per_device_train_batch_size": 4,
+        "max_length": 192,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    start("torchrun", EXAMPLES / "dpo.py", flags)
+    check_what_trained(given.model, tmp_path, tmp_path)
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in history if "rewards/margins" in entry and "loss" in entry]
+    assert len(steps) == STEPS
+    # The reference is the model that training began with, and stays it: no margin at first, and then there is one.
+    assert steps[0]["rewards/margins"] == 0
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert sum(step["rewards/margins"] for step in steps[-3:]) / 3 > 0.3
+    assert sum(step["loss"] for step in steps[-3:]) / 3 < 0.6
+    before, after = (preference(model, given.rows[:32]) for model in (given.model, tmp_path))
+    assert after > before + 3
+
+
+def test_continued_pretraining_splits_packs_and_learns(given, tmp_path):
+    flags = LISA | {
+        "config": EXAMPLES / "continued_pretraining" / "recipe.yaml",
+        "model_name_or_path": given.model,
+        "dataset_name": given.text,
+        "output_dir": tmp_path,
+        "gpu_memory": "4GiB",
+        "bf16": False,
+        "max_length": 64,
+        "global_batch_size": 8,
+        "max_steps": STEPS,
+        "eval_rows": 8,
+        "report_to": "none",
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    said = start("torchrun", ROOT / "launch" / "train.py", flags)
+    assert f"text.txt: text (text), {given.num_long + given.num_short} rows" in said
+    assert re.search(rf"rows have more than 64 tokens .*: {given.num_long} cut into \d+", said), said[-5000:]
+    check_what_trained(given.model, tmp_path, tmp_path)
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    tokens = max(entry.get("num_tokens", 0) for entry in history)
+    assert tokens > 0.8 * STEPS * 8 * 64
+    held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert held_out[-1] < held_out[0] - 0.5
+    assert text_loss(tmp_path, given.text) < text_loss(given.model, given.text) - 0.5

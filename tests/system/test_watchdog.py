@@ -1,0 +1,197 @@
+"""Real processes that are killed, stopped or raise: the others end soon and name the rank; signals are agreed on."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def rank_main(how: str, victim: int) -> None:
+    """A training loop without a model: what this file starts two of."""
+    import torch
+    from torch import distributed as dist
+
+    from lisa_dist.distributed import signals as stop_signals
+    from lisa_dist.distributed.watchdog import Watchdog
+
+    if how == "fork, signalled at once":  # before the library's hook: after a fork they run as they were registered
+        os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    dist.init_process_group("gloo")
+    mine = dist.get_rank() == victim
+    hang_timeout = {"off": 0, "twice": 60, "stop late": 10, "at end": 60}.get(how, 3)
+    if how == "stall" and mine:
+        hang_timeout = 60  # else it may end first, and is named for that
+    with stop_signals.StopSignals() as stop, Watchdog(hang_timeout) as watchdog:
+        for step in range(40):
+            watchdog.beat()
+            dist.all_reduce(torch.ones(1))
+            stopped_by = stop.agreed()
+            if stopped_by is not None:
+                print(f"{stopped_by} after step {step}", flush=True)
+                break
+            if step == 5 and how == "twice" and not mine:
+                time.sleep(100)
+            if step == 5 and mine:
+                print("now", flush=True)
+                if how in ("SIGKILL", "SIGSTOP"):
+                    os.kill(os.getpid(), getattr(signal, how))
+                elif how == "stop late":
+                    time.sleep(4)  # after 10 seconds without a step it has then been silent for 5 to 8
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                elif how == "raise":
+                    raise ValueError("a bad row")
+                elif how == "stall":
+                    time.sleep(100)
+                elif how == "fork":
+                    with multiprocessing.get_context("fork").Pool(1) as pool:  # ends by SIGTERM to its worker
+                        pool.apply(int)  # so that the worker has begun; the case below is of one that has not
+                        pool.apply_async(time.sleep, (100,))
+                elif how == "fork, signalled at once":
+                    for _ in range(2):
+                        child = os.fork()
+                        if not child:
+                            os._exit(3)
+                        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+                        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()), "blocked for ever"
+                elif how == "fork, and train":
+                    stop_signals._received.append((signal.SIGUSR1, 0.0))  # which is the parent's, and long ago
+                    child = os.fork()
+                    if not child:
+                        os._exit(train_in_child())
+                    stop_signals._received.clear()
+                    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
+                elif how == "twice":
+                    dist.barrier()  # alone: the main thread does not come back
+            time.sleep(0.05)
+        if how == "at end" and mine:
+            time.sleep(2)  # for the other rank to wait at the end of the block
+            os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+    dist.destroy_process_group()
+    print("ended", flush=True)
+
+
+def train_in_child() -> int:
+    """What a signal does in a forked process that catches it too."""
+    from lisa_dist.distributed import signals as stop_signals
+
+    stop_signals.catch_stop_signals()
+    os.kill(os.getpid(), signal.SIGTERM)
+    deadline = time.monotonic() + 30
+    while not stop_signals._received and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if os.fork() == 0:
+        os._exit(0)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    return 4 if stop_signals._received and not blocked else 5
+
+
+def start(how: str, victim: int, tmp_path: Path) -> list[subprocess.Popen]:
+    from ranks import free_port  # not for the ranks, which need nothing of it
+
+    tmp_path.mkdir(exist_ok=True)
+    port = str(free_port())
+    ranks = []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        command = [sys.executable, __file__, how, str(victim)]
+        with (tmp_path / f"{rank}.out").open("w") as output, (tmp_path / f"{rank}.err").open("w") as errors:
+            ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=errors))
+    return ranks
+
+
+def wait_for(tmp_path: Path, rank: int, words: str) -> None:
+    deadline = time.monotonic() + 60
+    while words not in (tmp_path / f"{rank}.out").read_text():
+        assert time.monotonic() < deadline, (tmp_path / f"{rank}.err").read_text()
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("SIGKILL", "rank(s) [{}] no longer answer: they were killed or have stopped"),
+        ("SIGSTOP", "rank(s) [{}] have given no sign of life for 3 s"),
+        ("stop late", "rank(s) [{}] have given no sign of life for 3 s"),
+        ("at end", "rank(s) [{}] no longer answer: they were killed or have stopped"),
+        ("raise", "rank {} has failed: ValueError: a bad row"),
+        ("stall", "no step for 3 s (--hang_timeout); furthest behind: rank(s) [{}]"),
+    ],
+)
+def test_the_other_rank_ends_and_names_it(tmp_path, how, said):
+    runs = []
+    try:
+        for victim in range(2):  # at once: most of it is waiting
+            runs.append(start(how, victim, tmp_path / str(victim)))
+        for victim, ranks in enumerate(runs):
+            wait_for(tmp_path / str(victim), victim, "now")
+            assert ranks[1 - victim].wait(timeout=30) == 1
+            if how == "raise":
+                assert ranks[victim].wait(timeout=30) == 1, "by itself"
+    finally:
+        for rank in itertools.chain(*runs):
+            rank.kill()
+            rank.wait()
+    for victim in range(2):
+        errors = (tmp_path / str(victim) / f"{1 - victim}.err").read_text()
+        assert f"lisa-dist, rank {1 - victim}: {said.format(victim)}" in errors
+        assert "--resume_from_checkpoint true" in errors
+
+
+def test_without_a_fault_both_end_well(tmp_path):
+    assert [rank.wait(timeout=60) for rank in start("nothing", 0, tmp_path)] == [0, 0]
+    assert [(tmp_path / f"{rank}.out").read_text().split()[-1] for rank in range(2)] == ["ended"] * 2
+
+
+@pytest.mark.parametrize("how", ["fork", "fork, signalled at once", "fork, and train"])
+def test_a_worker_ends_by_sigterm_and_the_run_goes_on(tmp_path, how):
+    ranks = start(how, 0, tmp_path)
+    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0], (tmp_path / "0.err").read_text()
+    assert "SIGTERM" not in (tmp_path / "0.out").read_text()
+
+
+def test_it_can_be_turned_off(tmp_path):
+    ranks = start("off", 0, tmp_path)
+    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+
+
+@pytest.mark.parametrize(("number", "victim"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path, number, victim):
+    ranks = start("nothing", victim, tmp_path)
+    wait_for(tmp_path, victim, "now")
+    ranks[victim].send_signal(number)
+    ranks[victim].send_signal(number)  # passed on twice
+    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    said = [(tmp_path / f"{rank}.out").read_text().replace("now\n", "") for rank in range(2)]
+    assert said[0] == said[1]
+    assert said[0].startswith(f"{number.name} after step ")
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    ranks = start("twice", 1, tmp_path)
+    wait_for(tmp_path, 1, "now")
+    try:
+        ranks[1].send_signal(signal.SIGTERM)
+        time.sleep(2.2)
+        assert ranks[1].poll() is None
+        ranks[1].send_signal(signal.SIGTERM)
+        assert ranks[1].wait(timeout=5) == 128 + signal.SIGTERM
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+if __name__ == "__main__":
+    rank_main(sys.argv[1], int(sys.argv[2]))

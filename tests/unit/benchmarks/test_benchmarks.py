@@ -1,0 +1,341 @@
+"""The scripts of benchmarks/ that compare methods: what they compare is what they say, and they run."""
+
+import importlib
+import itertools
+import json
+import statistics
+import sys
+
+import pytest
+import torch
+from runs import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+
+SCRIPTS = ("communication", "gpu", "memory", "quality", "scaling", "speed", "switch")
+TINY = ["--shrink", "64", "--num_layers", "3"]
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Import a script as it is run: with its folder first on the path, and gone again afterwards."""
+    before = dict(sys.modules)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+    def load(name: str, *words: str):
+        monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", *words])
+        return importlib.import_module(name)
+
+    yield load
+    for name in (path.stem for path in (ROOT / "benchmarks").glob("*.py")):
+        sys.modules.pop(name, None)
+        if name in before:
+            sys.modules[name] = before[name]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_has_the_question(name, benchmark, capsys):
+    with pytest.raises(SystemExit) as ended:
+        benchmark(name, "--help").main()
+    assert ended.value.code == 0
+    question = benchmark(name).__doc__.splitlines()[0]
+    assert " ".join(question.split()) in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "static", "static, embed frozen"])
+def test_operations_of_a_step_are_those_that_torch_counts(method, benchmark):
+    arms = benchmark("arms")
+    config = arms.shrunk_config("llama3.1-8b", 32, 6)
+    settings = {"lora": {"r": 4}, "static": {}, "full": {}}.get(method, arms.EMBED_FROZEN)
+    arm, length = arms.Arm(method, method.split(",")[0], settings), 1024  # of which attention is a good part
+    model = arms.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    blocks, layers = arms.find_blocks(model), (2, 4)
+    if method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", lora_dropout=0.0, r=4))
+    elif method != "full":
+        model.requires_grad_(False)
+        for block in (*(blocks.outer(name) for name in arm.config.always_on), *(blocks.layers[one] for one in layers)):
+            block.requires_grad_(True)
+    tokens = torch.zeros(1, length, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    # Eager attention has all scores and not the half of them that is causal, and a layer's own are the same size.
+    one_more = 4 * length * config.num_attention_heads * config.head_dim / 2 * length
+    lowest = 2 if method == "static, embed frozen" else 0
+    passes = sum(1 + 2 * (number >= lowest) for number in range(6))
+    wanted = arms.flops_of_step(config, arm, length, length, layers) + one_more * passes
+    assert counter.get_total_flops() == pytest.approx(wanted, rel=0.03)  # nobody wants gradients of the lowest input
+    assert one_more * passes > 0.1 * wanted
+
+
+def test_ranks_of_lora_are_divided_as_widths_are(benchmark):
+    arms = benchmark("arms")
+    ranks = [[arm.settings.get("r") for arm in arms.shrunk_arms(arms.SIDE_BY_SIDE, shrink)] for shrink in (1, 16, 32)]
+    assert ranks == [[None, r16, r128, None, None, None] for r16, r128 in ((16, 128), (1, 8), (1, 4))]
+    shares = []
+    for shrink, r in ((1, 16), (16, 1)):
+        config = arms.shrunk_config("llama2-7b", shrink, 2)
+        with torch.device("meta"):
+            layer = arms.find_blocks(arms.AutoModelForCausalLM.from_config(config)).layers[0]
+        matrices = [one for one in layer.parameters.values() if one.ndim > 1]
+        shares.append(r * sum(sum(one.shape) for one in matrices) / sum(one.numel() for one in matrices))
+    assert shares[0] == pytest.approx(shares[1], rel=0.02)
+
+
+def test_results_say_what_made_them_and_not_where(benchmark, tmp_path, monkeypatch, capsys):
+    bench = benchmark("bench")
+    words = ["benchmarks/speed.py", "--model=/home/me/small", "--results", "/home/me/x.json", "--ranks=2"]
+    monkeypatch.setattr(sys, "argv", words)
+    bench.write_results(tmp_path / "deep" / "x.json", {"a": 1})
+    results = json.loads((tmp_path / "deep" / "x.json").read_text())
+    assert results["command"] == "python benchmarks/speed.py --model=small --results x.json --ranks=2"
+    assert results["figures"] == {"a": 1}
+    assert results["memory_bytes"] > 2**30
+    assert results["processor"]
+    assert results["seconds"] >= 0
+    assert results["versions"]["torch"] == torch.__version__
+    assert {"python", "deepspeed", "peft", "bitsandbytes", "lisa_dist"} <= set(results["versions"])
+    assert "written to" in capsys.readouterr().out
+
+
+def test_the_gpu_set_begins_with_the_first_of_every_shape(benchmark, monkeypatch):
+    gpu = benchmark("gpu")
+    monkeypatch.setattr(gpu, "SHAPES", (("a", 1, ("full", "lisa", "lora")), ("b", None, ("lisa", "full"))))
+    assert gpu.by_turns() == [(0, "full"), (1, "lisa"), (0, "lisa"), (1, "full"), (0, "lora")]
+
+
+def test_operations_without_layers_are_the_mean_of_all_draws(benchmark):
+    arms = benchmark("arms")
+    config, arm = arms.shrunk_config("llama3.1-8b", 32, 6), arms.Arm("lisa", "lisa", arms.EMBED_FROZEN)
+    draws = [arms.flops_of_step(config, arm, 8, 8, layers) for layers in itertools.combinations(range(6), 2)]
+    assert arms.flops_of_step(config, arm, 8, 8) == pytest.approx(statistics.mean(draws))
+    assert min(draws) < max(draws)
+
+
+def test_operations_with_a_drawn_block(benchmark):
+    arms = benchmark("arms")
+    config, arm = arms.shrunk_config("llama3.1-8b", 32, 6), arms.Arm("lisa", "lisa", {"lisa_always_on": "rest"})
+    neither, head, embed = (
+        arms.flops_of_step(config, arm, 8, 8, (4,), blocks) for blocks in ((), ("head",), ("embed",))
+    )
+    assert head - neither == 2 * 8 * config.hidden_size * config.vocab_size
+    always_on = arms.Arm("lisa", "lisa", {"lisa_always_on": "embed,rest"})
+    assert embed == arms.flops_of_step(config, always_on, 8, 8, (4,)) > neither
+
+
+def test_arms_take_turns_in_orders_that_differ(benchmark):
+    speed, called = benchmark("speed"), []
+
+    class Group:
+        def __init__(self, name):
+            self.name = name
+
+        def call(self, *_):
+            called.append(self.name)
+            return [{"step": 1.0}, {"step": 2.0}]
+
+    comparison = speed.Comparison.__new__(speed.Comparison)
+    comparison._arguments, comparison._length = speed.argparse.Namespace(repeats=5), 8
+    names = ["full", "static", "lisa"]
+    comparison.groups = {name: Group(name) for name in names}
+    taken = comparison.take_turns(names)
+    assert {name: [one["step"] for one in steps] for name, steps in taken.items()} == dict.fromkeys(names, [2.0] * 5)
+    rounds = [called[begin : begin + 3] for begin in range(0, len(called), 3)]
+    assert all(sorted(one) == sorted(names) for one in rounds)
+    assert len({tuple(one) for one in rounds}) > 2
+
+
+@pytest.mark.slow
+def test_memory_sees_what_a_callback_keeps_and_moves(benchmark, tmp_path, capsys, monkeypatch):
+    """What is claimed comes out of a tiny run: as little as static, and nothing drifts but under the callback."""
+    results = tmp_path / "memory.json"
+    words = ["--shrink", "64", "--num_layers", "4", "--length", "16", "--switches", "2", "4", "--results", str(results)]
+    module = benchmark("memory", *words)
+    monkeypatch.setattr(
+        module.arms, "SIDE_BY_SIDE", tuple(one for one in module.arms.SIDE_BY_SIDE if one.method != "lora")
+    )
+    monkeypatch.setattr(module, "POLICIES", (module.DRAWN,))
+    module.main()
+    figures = json.loads(results.read_text())["figures"]
+    for name, found in figures["zero2"].items():
+        assert found["planned"] == (None if name == "callback" else pytest.approx(found["peak"], rel=0.03)), name
+    drawn = figures["zero2"][module.DRAWN.name]
+    assert drawn["peak_with_switch"] is None
+    assert drawn["peak"] < figures["zero2"]["lisa"]["peak"] < figures["zero2"]["lisa"]["peak_with_switch"]
+    of_arms = figures["zero3"]
+    assert of_arms["static"]["active_layers"] == of_arms["lisa"]["first_layers"]
+    assert of_arms["full"]["live"]["4"]["gradients"] > of_arms["lisa"]["live"]["4"]["gradients"] > 0
+    held = {name: {when: parts["total"] for when, parts in found["live"].items()} for name, found in of_arms.items()}
+    assert held["lisa"]["4"] == held["lisa"]["0"]
+    assert held["lisa"]["4"] <= 1.01 * held["static"]["4"]
+    assert held["callback"]["4"] == held["full"]["4"] > 1.2 * held["lisa"]["4"]
+    drifted = {name: found["drift"]["changed"] for name, found in of_arms.items() if found["drift"]}
+    assert drifted["static"] == drifted["lisa"] == 0 < drifted["callback"]
+    assert "of static" in capsys.readouterr().out
+    assert results.with_suffix(".png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_speed_has_every_arm(benchmark, tmp_path, capsys):
+    results = tmp_path / "speed.json"
+    words = [*TINY, "--configs", "zero2", "--length", "16", "--repeats", "2", "--results", str(results)]
+    benchmark("speed", *words).main()
+    figures = json.loads(results.read_text())["figures"]
+    plain, _, more = figures.values()  # and the two at twice the width
+    assert list(plain) == ["full", "lora r16", "lora r128", "static", "callback", "lisa"]
+    for found in (*plain.values(), *more.values()):
+        assert len(found["steps"]) == 2
+        assert all(step[phase] > 0 for step in found["steps"] for phase in ("forward", "backward", "optimizer"))
+    assert plain["static"]["flops"] == plain["lisa"]["flops"] < plain["full"]["flops"]
+    assert len(plain["lisa"]["after_a_switch"]) == 2
+    assert 0 < more["lisa, checkpointed auto"]["checkpointed_layers"] < 3
+    out = capsys.readouterr().out
+    assert "FLOPs of full" in out
+    assert out.count("after a switch, lisa of static") == 2, "of both widths"
+
+
+@pytest.mark.slow
+def test_switch_counts_what_follows_it(benchmark, tmp_path, capsys, monkeypatch):
+    results = tmp_path / "switch.json"
+    words = ["--shrink", "64", "--num_layers", "8", "--length", "8", "--switches", "2", "--results", str(results)]
+    module = benchmark("switch", *words)
+    monkeypatch.setattr(module, "cells_of", lambda shrink: [module.Cell("zero3", shrink)])
+    module.main()
+    (found,) = json.loads(results.read_text())["figures"].values()
+    times = {which: found[f"{which}_seconds"] for which in ("switch", "first_step", "second_step", "step")}
+    for which, seconds in times.items():
+        assert len(seconds) == 2, which
+        assert min(seconds) > 0, which
+    assert all(first > switch for first, switch in zip(times["first_step"], times["switch"], strict=True)), "it has it"
+    assert found["cost_seconds"] == module.cost({f"{which}_seconds": seconds for which, seconds in times.items()})
+    assert found["bytes_released"] > 0
+    assert any(name.startswith("repartition: ") for name in found["of_time"])
+    assert "with what follows" in capsys.readouterr().out
+    assert results.with_suffix(".png").stat().st_size > 1000
+
+
+def test_the_cost_of_a_switch(benchmark):
+    switch = benchmark("switch")
+    times = {"switch_seconds": [1.0], "first_step_seconds": [5.0], "second_step_seconds": [3.5], "step_seconds": [3.0]}
+    assert switch.cost(times) == 5 + 3.5 - 2 * 3
+    assert switch.share(times, 20) == 2.5 / (2.5 + 20 * 3)
+    assert switch.share(times, 1) == 2 / (2 + 3), "whose next step is a first one too"
+    assert switch.cost(times | {"first_step_seconds": [3.0]}) == 1.0, "no less than the switch itself"
+    noisy = {"first_step_seconds": [5.0, 9.0, 5.0], "second_step_seconds": [3.5, 3.5, 9.0], "step_seconds": [3.0] * 3}
+    assert switch.cost(times | noisy) == 6.5, "the median of what each period takes"
+
+
+@pytest.mark.slow
+def test_communication_ends_well_where_all_is_equal(benchmark, tmp_path, capsys, monkeypatch):
+    results = tmp_path / "communication.json"
+    words = [*TINY, "--large", "llama2-7b", "--length", "8", "--results", str(results)]
+    module = benchmark("communication", *words)
+    monkeypatch.setattr(module, "ds_configs", lambda num_elements: {"zero1": "zero1"})
+    module.main()
+    of_arms = json.loads(results.read_text())["figures"]["counted"]["zero1"]
+    assert all(found["equal"] for found in of_arms.values())
+    step = {name: found["moments"]["step"] for name, found in of_arms.items()}
+    assert step["lisa"]["wire"] < step["callback"]["wire"] < step["full"]["wire"]
+    assert "by formula" in capsys.readouterr().out
+
+    exact, one_more = module.bytes_by_formula, module.Counter(reduce=1)
+    monkeypatch.setattr(module, "bytes_by_formula", lambda *_: exact(*_) | {"step": exact(*_)["step"] + one_more})
+    with pytest.raises(SystemExit, match=r"counted and formula differ: .*lisa under zero1"):
+        module.main()
+
+
+@pytest.mark.slow
+def test_the_gpu_set_in_rehearsal(benchmark, tmp_path, capsys, monkeypatch):
+    """Every arm that ran was planned to 1%, LoRA too; what has no time left says so."""
+    results = tmp_path / "gpu.json"
+    module = benchmark("gpu", "--rehearse", "--length", "64", "--results", str(results))
+    arms = (module.LISA, module.STATIC, module.LORA_16, module.SIX_BYTES, module.DRAWN)
+    monkeypatch.setattr(module, "SHAPES", (("llama2-7b", None, arms), ("llama3.1-8b", None, arms[:1])))
+    module.main()
+    figures = json.loads(results.read_text())["figures"]
+    of_arms = figures["llama2-7b, all layers"]
+    assert list(of_arms) == [arm.name for arm in arms]
+    for name, found in (*of_arms.items(), *figures["llama3.1-8b, all layers"].items()):
+        assert found["planned"] == pytest.approx(found["peak"], rel=0.01), name
+    assert of_arms["static"]["active_layers"] == of_arms["lisa"]["active_layers"]
+    assert of_arms["lisa, drawn"]["blocks_at_peak"] == ["embed"]
+    assert of_arms["lisa, drawn"]["peak"] < of_arms["lisa"]["peak"]
+    assert "tokens/s" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py", "--rehearse", "--minutes", "0"])
+    module.main()
+    assert "time was up" in capsys.readouterr().out
+
+
+def test_what_a_gpu_cannot_hold_is_told_apart(benchmark, monkeypatch):
+    module = benchmark("gpu")
+
+    def measure(arm, *_):
+        raise module.RankError({"full": "OutOfMemoryError"}.get(arm.name, "ValueError"), "rank 0: what it said")
+
+    monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(module, "SHAPES", (("llama2-7b", None, (module.FULL, module.LISA)),))
+    arguments = module.argparse.Namespace(rehearse=True, minutes=1, results=None)
+    assert module.run_all(arguments) == {
+        "llama2-7b, all layers": {"full": {"not_run": "out of memory"}, "lisa": {"not_run": "rank 0: what it said"}}
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("memory", ["--shrink", "0"], "--shrink: 0 is not 1 or more"),
+        ("memory", ["--ranks", "0"], "--ranks: 0 is not 1 or more"),
+        ("memory", ["--configs", "zero9"], "--configs: invalid choice: 'zero9'"),
+        ("memory", ["--switches", "50", "10"], "--switches 50 10: each must be more than the one before"),
+        ("memory", ["--model", "nosuch"], "--model nosuch: no such folder"),
+        ("memory", ["--num_layers", "1"], "--num_layers 1: too few for what is compared; take 4 or more"),
+        ("speed", ["--repeats", "0"], "--repeats: 0 is not 1 or more"),
+        ("speed", ["--shrink", "3"], "--shrink 3: static and LISA are compared at half of it too"),
+        ("switch", ["--num_layers", "7"], "--num_layers 7: too few for what is compared; take 8 or more"),
+        ("switch", ["--switches", "0"], "--switches: 0 is not 1 or more"),
+        ("communication", ["--length", "-1"], "--length: -1 is not 1 or more"),
+        ("communication", ["--large", "nosuch"], "--large nosuch: no such folder"),
+        ("gpu", ["--rehearse", "--peak_tflops", "0"], "--peak_tflops 0: must be more than 0"),
+    ],
+)
+def test_flags_that_cannot_be(name, words, message, benchmark, capsys, monkeypatch):
+    module = benchmark(name, *words)
+    monkeypatch.setattr(module, "RankGroup", None)  # said before anything is measured
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_with_other_names_for_its_widths(benchmark, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 64}))
+    arms = benchmark("arms")
+    with pytest.raises(ValueError, match="the config of a gpt2 has no intermediate_size, num_key_value_heads"):
+        arms.shrunk_config(str(tmp_path / "config.json"), 2)
+
+
+class SecondFails:
+    """What rank 1 cannot do, while rank 0 waits for it."""
+
+    def work(self) -> None:
+        if torch.distributed.get_rank() == 1:
+            raise LookupError("not on this rank")
+        torch.distributed.barrier()
+
+
+def test_of_ranks_the_one_that_failed_is_named(benchmark):
+    rank_group = benchmark("rank_group")
+    group = rank_group.RankGroup(2, SecondFails)
+    with pytest.raises(rank_group.RankError, match=r"rank 1: (.|\n)*not on this rank") as failed:
+        group.call("work")
+    assert failed.value.kind == "LookupError"
+
+
+def test_without_a_gpu_the_gpu_set_says_how_to_rehearse(benchmark, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit) as ended:
+        benchmark("gpu").main()
+    assert ended.value.code == 2
+    assert "--rehearse" in capsys.readouterr().err

@@ -1,0 +1,450 @@
+"""A resumed run goes on as if nothing had happened: N steps, resume, N steps are 2N steps, bit for bit.
+
+Every resume begins from other initial weights than the run had, so that what is not restored is seen.
+"""
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import deepspeed
+import pytest
+import torch
+from models import tiny_gpt2, tiny_llama, token_batches
+from ranks import run_ranks
+from torch import distributed as dist
+
+import lisa_dist
+from lisa_dist.checkpoint.save import (
+    STATE_NAME,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    rotate_checkpoints,
+    save_checkpoint,
+)
+from lisa_dist.files import write_json
+
+STAGES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+STEPS, INTERVAL = 8, 3
+EIGHT_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8"}
+DRAWN = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.4,head=0.4"}
+ADAPTIVE = {"lisa_sampler": "adaptive", "lisa_importance_temperature": 0.2, "lisa_activated_layers": 3}
+# After the last step of a period, where the next one switches; after the first step of one; before its last.
+CUTS = {"switch step": 3, "first step": 4, "last step": 5}
+
+pytestmark = pytest.mark.usefixtures("cpu_ops")
+
+
+def start(ds_config, dtype, options, model=None):
+    build = tiny_gpt2 if options.get("tied") else tiny_llama
+    return lisa_dist.initialize(
+        (model or build()).to(dtype),
+        ds_config,
+        lisa_dist.LisaConfig(**{"lisa_interval_steps": INTERVAL, "lisa_debug": True} | options.get("lisa", {})),
+        lr=1e-3,
+        weight_decay=0.1,
+        optim=options.get("optim", "adamw_torch"),
+        gradient_accumulation_steps=options.get("accumulation", 1),
+        output_dir=options.get("output_dir"),
+    )
+
+
+def train(engine, lisa, until: int, options: dict, at_step=None) -> list[float]:
+    """Train from the engine's step to `until`; the losses of the global batches."""
+    losses = []
+    batches = token_batches(STEPS, rows=4, micro_batches=options.get("accumulation", 1))
+    for step in range(engine.global_steps, until):
+        total = torch.zeros(())
+        for tokens in batches[step]:
+            lisa.on_step_begin()
+            rows = tokens.chunk(dist.get_world_size())[dist.get_rank()]
+            loss = engine(input_ids=rows, labels=rows).loss
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / len(batches[step])
+        dist.all_reduce(total)
+        losses.append(total.item() / dist.get_world_size())
+        if at_step is not None:
+            at_step(engine.global_steps)
+    return losses
+
+
+def everything(engine, lisa) -> dict[str, torch.Tensor]:
+    """Copies of all weights, and of this rank's masters and optimizer states, those of sleeping layers included."""
+    parameters = dict(engine.module.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(parameters.values())):
+        found = {name: value.detach().clone() for name, value in parameters.items()}
+    for key, state in lisa.saved_states()[0].items():
+        for field, value in {"master": state.master, **state.optimizer_state}.items():
+            found[f"{key}:{field}"] = torch.as_tensor(value).detach().clone()
+    if lisa.selection.weights_now is not None:
+        found["weights of the draw"] = torch.tensor(lisa.selection.weights_now)
+    return found
+
+
+def run_and_save(folder: str, ds_config: str, dtype: torch.dtype, options: dict) -> dict:
+    """A run to the end that is saved at every cut on its way."""
+    engine, lisa = start(ds_config, dtype, options)
+
+    def save(step: int) -> None:
+        if step in options.get("cuts", CUTS.values()):
+            save_checkpoint(lisa, Path(folder) / f"checkpoint-{step}")
+
+    losses = train(engine, lisa, options.get("until", STEPS), options, save)
+    outcome = {"losses": losses, "everything": everything(engine, lisa), "layers": lisa.active_layers}
+    outcome["visits"] = lisa.visit_counts
+    engine.destroy()
+    return outcome
+
+
+def resume(folder: str, cut: int, ds_config: str, dtype: torch.dtype, options: dict) -> dict:
+    """The rest of that run, from a checkpoint and other initial weights."""
+    build = tiny_gpt2 if options.get("tied") else tiny_llama
+    engine, lisa = start(ds_config, dtype, options, build(seed=99))
+    load_checkpoint(lisa, Path(folder) / f"checkpoint-{cut}")
+    losses = train(engine, lisa, options.get("until", STEPS), options)
+    outcome = {"losses": losses, "everything": everything(engine, lisa), "layers": lisa.active_layers}
+    outcome["visits"] = lisa.visit_counts
+    engine.destroy()
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "dtype"),
+    [(ds_config, torch.bfloat16) for ds_config in STAGES] + [("zero2", torch.float32), ("zero3", torch.float32)],
+)
+def test_a_resumed_run_is_the_run(tmp_path, ds_config, dtype):
+    check_resume(tmp_path, ds_config, dtype, {})
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "options"),
+    [
+        ("zero1", {"accumulation": 2, "tied": True}),
+        ("zero3", {"accumulation": 2, "tied": True, "lisa": {"lisa_state": "reset_all"}}),
+        ("zero2", {"optim": "adamw_8bit"}),
+        ("zero3", {"optim": "adamw_8bit"}),
+        ("zero2", {"lisa": {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_state_bits": "embed=8"}}),
+        ("zero3_offload", {"lisa": {"lisa_state": "keep", "lisa_activated_layers": 3}}),
+        ("zero2", {"lisa": {"lisa_state": "keep", "lisa_always_on": "rest", "lisa_block_probability": "embed=0.4"}}),
+        ("zero2", {"lisa": {"lisa_always_on": "head,rest", "lisa_frozen": "embed", "lisa_sampler": "reshuffle"}}),
+        ("zero2", {"lisa": {"lisa_offload": "head,layers", "lisa_state": "keep", "lisa_activated_layers": 3}}),
+        ("zero3", {"lisa": {"lisa_offload": "embed,head", "lisa_always_on": "rest"}}),
+        ("zero1", {"optim": "lisa_adamw", "lisa": {"lisa_master": "bf16_sr"}}),
+        ("zero2", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | {"lisa_offload": "rest", "lisa_state": "keep"}}),
+        ("zero2", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | {"lisa_master": "bf16_sr", "lisa_state": "keep"}}),
+        ("zero3", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | DRAWN | {"lisa_master": "bf16_sr"}}),
+        ("zero2", {"lisa": ADAPTIVE | {"lisa_wake_warmup_steps": 2}}),
+        ("zero3", {"lisa": ADAPTIVE | {"lisa_state": "keep", "lisa_importance": "update"}}),
+    ],
+)
+def test_a_resumed_run_is_the_run_with(tmp_path, ds_config, options):
+    check_resume(tmp_path, ds_config, torch.bfloat16, options)
+
+
+@pytest.mark.parametrize("ds_config", ["zero2_offload", "zero3_offload"])
+def test_a_resume_within_the_first_period_is_the_run(tmp_path, ds_config):
+    """All groups have stepped alike then, and the host's AdamW carries powers of the betas from step to step."""
+    check_resume(tmp_path, ds_config, torch.float32, {"lisa": {"lisa_interval_steps": 20}, "cuts": [2, 5]})
+
+
+def check_resume(tmp_path, ds_config, dtype, options) -> None:
+    options = options | {"until": 7}  # a step after the switch behind the last cut: all that it leaves is compared
+    whole = run_ranks(run_and_save, 2, str(tmp_path), ds_config, dtype, options)
+    for cut in options.get("cuts", CUTS.values()):
+        resumed = run_ranks(resume, 2, str(tmp_path), cut, ds_config, dtype, options)
+        for rank in (0, 1):
+            assert resumed[rank]["losses"] == whole[rank]["losses"][cut:]
+            assert resumed[rank]["layers"] == whole[rank]["layers"]
+            assert resumed[rank]["visits"] == whole[rank]["visits"]
+            assert resumed[rank]["everything"].keys() == whole[rank]["everything"].keys()
+            for name, value in whole[rank]["everything"].items():
+                assert torch.equal(value, resumed[rank]["everything"][name]), f"{name} after step {cut}, rank {rank}"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("zero2", 2), [("zero2", 1), ("zero2", 4), ("zero3", 2), ("zero2_offload", 2), ("zero1", 2)]),
+        (("zero3", 2), [("zero3", 1), ("zero3", 4), ("zero2", 2), ("zero3_offload", 4)]),
+        (("zero2_offload", 4), [("zero3", 2)]),
+        (("zero1", 1), [("zero2", 2)]),
+    ],
+    ids=lambda value: str(value[0]),
+)
+def test_another_world_size_and_stage_goes_on_with_the_same_losses(tmp_path, before, after):
+    ds_config, world_size = before
+    options = {"cuts": [5]}
+    whole = run_ranks(run_and_save, world_size, str(tmp_path), ds_config, torch.float32, options)[0]
+    for ds_config, world_size in after:
+        resumed = run_ranks(resume, world_size, str(tmp_path), 5, ds_config, torch.float32, options)[0]
+        assert resumed["losses"] == pytest.approx(whole["losses"][5:], abs=1e-5), (ds_config, world_size)
+        assert resumed["layers"] == whole["layers"]
+        for name, value in whole["everything"].items():
+            if name in dict(tiny_llama().named_parameters()):
+                torch.testing.assert_close(resumed["everything"][name], value, rtol=0, atol=1e-4)  # a step is 1e-3
+
+
+@pytest.mark.parametrize(("before", "after"), [("zero2", ("zero3", 4)), ("zero3", ("zero1", 1))], ids=str)
+def test_kept_states_come_back_on_another_world_size_and_stage(tmp_path, before, after):
+    options = {"cuts": [5], "lisa": {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_seed": 1}}
+    whole = run_ranks(run_and_save, 2, str(tmp_path), before, torch.float32, options)[0]
+    ds_config, world_size = after
+    resumed = run_ranks(resume, world_size, str(tmp_path), 5, ds_config, torch.float32, options)[0]
+    assert resumed["losses"] == pytest.approx(whole["losses"][5:], abs=1e-5)
+    options["lisa"]["lisa_state"] = "reset"
+    forgetful = run_ranks(resume, world_size, str(tmp_path), 5, ds_config, torch.float32, options)[0]
+    assert forgetful["losses"] != pytest.approx(whole["losses"][5:], abs=1e-5), "does it matter at all?"
+
+
+def test_8bit_states_go_on_elsewhere(tmp_path):
+    """Quantized moments are cut anew: not bit for bit, but far nearer to the run than without them."""
+    options = {"optim": "adamw_8bit", "cuts": [5]}
+    whole = run_ranks(run_and_save, 2, str(tmp_path), "zero2", torch.float32, options)[0]
+    elsewhere = [("zero2", 1, "adamw_8bit"), ("zero3", 2, "adamw_8bit"), ("zero2", 2, "adamw_torch")]
+    for ds_config, world_size, optim in elsewhere:
+        changed = options | {"optim": optim}
+        resumed = run_ranks(resume, world_size, str(tmp_path), 5, ds_config, torch.float32, changed)[0]
+        assert resumed["losses"] == pytest.approx(whole["losses"][5:], abs=2e-3), (ds_config, world_size, optim)
+
+
+def test_8bit_states_of_lisa_adamw_go_on_elsewhere(tmp_path):
+    """Into another form of the optimizer, and into another optimizer; and those of bitsandbytes into it."""
+    ours, theirs = {"optim": "lisa_adamw", "lisa": EIGHT_BITS}, {"optim": "adamw_8bit"}
+    forms = [{"optim": "lisa_adamw"}, {"optim": "adamw_torch"}, theirs, ours]
+    for saved, resumed_as in ((ours, forms), (theirs, [ours])):
+        options = saved | {"cuts": [6]}  # where a period begins, other bits can be given
+        whole = run_ranks(run_and_save, 2, str(tmp_path), "zero2", torch.float32, options)[0]
+        for form in resumed_as:
+            resumed = run_ranks(resume, 2, str(tmp_path), 6, "zero3", torch.float32, form)[0]
+            assert resumed["losses"] == pytest.approx(whole["losses"][6:], abs=2e-3), (saved, form)
+
+
+def test_masters_come_and_go_at_a_resume(tmp_path):
+    def run(settings, function, *arguments):
+        options = {"optim": "lisa_adamw", "lisa": settings, "cuts": [5]}
+        return run_ranks(function, 2, str(tmp_path), *arguments, torch.bfloat16, options)[0]
+
+    for before, after in (({}, {"lisa_master": "bf16_sr"}), ({"lisa_master": "bf16_sr"}, {})):
+        whole = run(before, run_and_save, "zero2")
+        resumed = run(after, resume, 5, "zero3")
+        assert resumed["losses"] == pytest.approx(whole["losses"][5:], abs=0.01)
+
+
+def save_once(folder: str, model=None, steps: int = 2, ds_config: str = "zero2", output_dir=None, **settings):
+    """A run of some steps, saved in checkpoint-<steps>; the engine and the controller."""
+    engine, lisa = start(ds_config, torch.float32, {"lisa": settings, "output_dir": output_dir}, model)
+    train(engine, lisa, steps, {})
+    save_checkpoint(lisa, Path(folder) / f"checkpoint-{steps}")
+    return engine, lisa
+
+
+def damage_each_file(folder: str) -> list[str]:
+    """What is said for each way of damaging each file of a checkpoint; the older one must be found instead."""
+    engine, lisa = save_once(folder)
+    train(engine, lisa, 3, {})
+    newest = Path(folder) / "checkpoint-3"
+    save_checkpoint(lisa, newest)
+    assert find_checkpoint(folder)[0] == newest
+    problems = []
+    for name in sorted(str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()):
+        path = newest / name
+        whole = path.read_bytes()
+        flipped = bytes([*whole[:-20], whole[-20] ^ 1, *whole[-19:]])
+        for how, content in {"cut": whole[:-7], "empty": b"", "flip": flipped, "remove": None}.items():
+            dist.barrier()
+            if dist.get_rank() == 0:
+                path.unlink() if content is None else path.write_bytes(content)
+            dist.barrier()
+            with pytest.raises(ValueError, match=name) as error:
+                load_checkpoint(lisa, newest)
+            assert find_checkpoint(folder)[0] == newest.with_name("checkpoint-2"), (name, how)
+            problems.append(f"{name} {how}: {error.value}")
+            dist.barrier()
+            if dist.get_rank() == 0:
+                path.write_bytes(whole)
+    dist.barrier()
+    read_state(newest)
+    engine.destroy()
+    return problems
+
+
+def test_every_damaged_file_is_named_and_the_older_checkpoint_found(tmp_path):
+    problems, others = run_ranks(damage_each_file, 2, str(tmp_path))
+    assert problems == others, "all ranks say the same"
+    files = {problem.split()[0] for problem in problems}
+    assert {STATE_NAME, "model.safetensors", "config.json", "lisa_optimizer-00001-of-00002.safetensors"} <= files
+    assert len(problems) == 4 * len(files)
+
+
+def refused_checkpoints(folder: str) -> list[str]:
+    engine, lisa = save_once(folder)
+    short = tiny_llama()
+    short.resize_token_embeddings(96)
+    saved = Path(folder) / "checkpoint-2"
+    state = json.loads((saved / STATE_NAME).read_text())
+    said = []
+
+    def expect(words: str, lisa, path=saved) -> None:
+        before = everything(lisa.engine, lisa)
+        with pytest.raises(ValueError, match=words) as error:
+            load_checkpoint(lisa, path)
+        for name, value in everything(lisa.engine, lisa).items():
+            assert torch.equal(value, before[name]), f"{words}: {name} was changed"
+        said.append(str(error.value))
+
+    newer = Path(folder) / "newer"
+    if dist.get_rank() == 0:
+        shutil.copytree(saved, newer)
+        del state["checksum"]
+        write_json(newer / STATE_NAME, state | {"format": 99})
+    dist.barrier()
+    expect("has format 99, written by lisa_dist", lisa, newer)
+    expect(f"{STATE_NAME} cannot be read", lisa, Path(folder) / "checkpoint-7")
+    engine.destroy()
+    for words, model, settings in (
+        ("of a model with 6 decoder layers; this one has 5", tiny_llama(num_layers=5), {}),
+        ("such as lm_head.weight is torch.float32 .128, 64., not torch.float32 .96, 64.", short, {}),
+        ("--lisa_activated_layers 3 .it had 2.", tiny_llama(), {"lisa_activated_layers": 3}),
+        ("--lisa_interval_steps 5 .it had 3.", tiny_llama(), {"lisa_interval_steps": 5}),
+    ):
+        engine, lisa = start("zero3", torch.float32, {"lisa": settings}, model)
+        expect(words, lisa)
+        engine.destroy()
+    engine, lisa = start("zero2", torch.bfloat16, {})
+    expect("is torch.float32", lisa)
+    engine.destroy()
+    return said
+
+
+def test_checkpoints_of_other_runs_are_refused_before_anything_changes(tmp_path):
+    mine, others = run_ranks(refused_checkpoints, 2, str(tmp_path))
+    assert mine == others, "all ranks say the same"
+
+
+def resume_with_other_settings(folder: str) -> None:
+    """At the end of a period the next one may have other settings; what stays awake keeps its states."""
+    engine, lisa = save_once(folder, steps=6, output_dir=folder)
+    before = everything(engine, lisa)
+    kept = {key: state.master.clone() for key, state in lisa.partition_states().items()}
+    engine.destroy()
+    settings = {"lisa_activated_layers": 3, "lisa_interval_steps": 2, "lisa_sampler": "cyclic"}
+    settings |= {"lisa_lr_power": 1.0, "lisa_wake_warmup_steps": 1}
+    options = {"lisa": settings, "output_dir": folder}
+    engine, lisa = start("zero2", torch.float32, options, tiny_llama(seed=99))
+    load_checkpoint(lisa, Path(folder) / "checkpoint-6")
+    assert lisa.period == 3
+    assert lisa.active_layers == (3, 4, 5)
+    states = lisa.partition_states()
+    for name, value in everything(engine, lisa).items():
+        if name in before and not name.startswith("("):
+            assert torch.equal(value, before[name]), name
+    always_on = [key for key in kept if "layers" not in key[0]]
+    assert always_on
+    for key in always_on:
+        assert torch.equal(states[key].master, kept[key])
+        assert states[key].optimizer_state, "moments of always-on blocks go on"
+    fresh = [key for key in states if key not in kept]
+    assert fresh
+    assert not any(states[key].optimizer_state for key in fresh)
+    groups = engine.optimizer.param_groups
+    assert {group["lr"] for group in groups} == {1e-3 * 6 / 3}, "the saved rate, scaled by the active layers of now"
+    lowered = set()
+    lisa.partitions.before_step(
+        lambda *_: lowered.update(group["lisa_group"] for group in groups if group["lr"] < 2e-3)
+    )
+    assert len(train(engine, lisa, STEPS, {})) == 2
+    begun = {group["lisa_group"] for group, key in zip(groups, lisa.partitions.keys(), strict=True) if key in fresh}
+    assert lowered == begun, "what begins with fresh moments warms up"
+    lisa.close()
+    engine.destroy()
+    dist.barrier()
+    lines = (Path(folder) / "lisa_log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 3, 6]
+
+
+def test_other_settings_may_begin_with_a_period(tmp_path):
+    run_ranks(resume_with_other_settings, 2, str(tmp_path))
+
+
+def fill_disk(folder: str, largest_file: int | None) -> str:
+    """The first checkpoint fits, the second does not."""
+    engine, lisa = save_once(folder)
+    train(engine, lisa, 3, {})
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    with pytest.raises(ValueError, match="could not be written") as error:
+        save_checkpoint(lisa, Path(folder) / "checkpoint-3")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    dist.barrier()  # rank 0 removes what was begun
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["checkpoint-2"]
+    assert find_checkpoint(folder)[0] == Path(folder) / "checkpoint-2"
+    train(engine, lisa, STEPS, {})  # the run can go on
+    engine.destroy()
+    return str(error.value)
+
+
+def test_a_full_disk_keeps_the_older_checkpoint(small_disk):
+    folder, largest_file = small_disk
+    for said in run_ranks(fill_disk, 2, str(folder), largest_file):
+        assert said.startswith(f"{folder}/checkpoint-3 could not be written (rank ")
+        assert "No space left" in said or "File too large" in said
+
+
+def go_back(folder: str) -> str:
+    """Resume from step 2 though 4 was saved, save 2 anew and 3; which one `true` then takes."""
+    engine, lisa = save_once(folder)
+    train(engine, lisa, 4, {})
+    save_checkpoint(lisa, Path(folder) / "checkpoint-4")
+    load_checkpoint(lisa, Path(folder) / "checkpoint-2")
+    train(engine, lisa, 3, {})
+    if dist.get_rank() == 0:  # what killed saves and deletions leave behind
+        for name in ("tmp-checkpoint-7", "tmp-deleted-checkpoint-6", "tmp-replaced-checkpoint-2"):
+            shutil.copytree(Path(folder) / "checkpoint-2", Path(folder) / name)
+    dist.barrier()
+    save_checkpoint(lisa, Path(folder) / "checkpoint-3")
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    dist.barrier()
+    if dist.get_rank() == 0:  # killed between two renames, while checkpoint-3 was written anew
+        (Path(folder) / "checkpoint-3").rename(Path(folder) / "tmp-replaced-checkpoint-3")
+    dist.barrier()
+    found, _ = find_checkpoint(folder)
+    engine.destroy()
+    return found.name
+
+
+def test_a_run_that_went_back_goes_on_from_what_it_saved_last(tmp_path):
+    assert run_ranks(go_back, 2, str(tmp_path)) == ["checkpoint-3", "checkpoint-3"]
+
+
+def go_back_with_kept_states(folder: str) -> None:
+    options = {"lisa": {"lisa_state": "keep", "lisa_seed": 1, "lisa_interval_steps": 1}}
+    engine, lisa = start("zero2", torch.float32, options)
+    train(engine, lisa, 2, {})
+    save_checkpoint(lisa, Path(folder) / "checkpoint-2")
+    losses = train(engine, lisa, 8, {})
+    load_checkpoint(lisa, Path(folder) / "checkpoint-2")
+    assert train(engine, lisa, 8, {}) == losses
+    engine.destroy()
+
+
+def test_a_run_that_goes_back_forgets_states_kept_since(tmp_path):
+    run_ranks(go_back_with_kept_states, 2, str(tmp_path))
+
+
+def test_rotation_keeps_what_was_just_written_and_the_best(tmp_path):
+    def names() -> list[str]:
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    for step in (2, 4, 6, 8, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    rotate_checkpoints(tmp_path / "checkpoint-10", None)
+    assert len(names()) == 5
+    rotate_checkpoints(tmp_path / "checkpoint-8", 3, best=tmp_path / "checkpoint-2")
+    assert names() == ["checkpoint-2", "checkpoint-6", "checkpoint-8"], "10 was left behind by a run that went back"
+    rotate_checkpoints(tmp_path / "checkpoint-8", 1)
+    assert names() == ["checkpoint-8"]
+    rotate_checkpoints(tmp_path / "checkpoint-8", 1)
+    assert names() == ["checkpoint-8"]

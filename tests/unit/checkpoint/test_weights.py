@@ -1,0 +1,91 @@
+"""Saved models load with plain `from_pretrained`, bit for bit, whatever the stage, the shards and the names."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_gpt2, tiny_llama, tiny_mixtral, token_batches
+from ranks import run_ranks
+from safetensors import safe_open
+from torch import distributed as dist
+from transformers import AutoModelForCausalLM
+
+import lisa_dist
+from lisa_dist.checkpoint.save import export_checkpoint, export_main, save_checkpoint
+from lisa_dist.checkpoint.weights import write_configs, write_weights
+from lisa_dist.ds_config import read_ds_config
+
+pytestmark = pytest.mark.usefixtures("cpu_ops")
+
+
+def train_and_save(folder: str, ds_config: str, build, dtype: torch.dtype, max_shard_size: int) -> dict:
+    config = read_ds_config(ds_config)
+    config["zero_optimization"]["stage3_max_reuse_distance"] = 0  # let go of weights as models larger than this one do
+    engine, lisa = lisa_dist.initialize(build().to(dtype), config, lr=1e-2)
+    for (tokens,) in token_batches(4, rows=4):
+        lisa.on_step_begin()
+        rows = tokens.chunk(dist.get_world_size())[dist.get_rank()]
+        engine.backward(engine(input_ids=rows, labels=rows).loss)
+        engine.step()
+    with torch.no_grad():  # stage 3 now fetches ahead for a backward pass, and must not be left with it
+        engine(input_ids=rows, labels=rows)
+    save_checkpoint(lisa, Path(folder) / "checkpoint-4", max_shard_size=max_shard_size)
+    out = Path(folder) / "saved"
+    if dist.get_rank() == 0:
+        out.mkdir()
+        write_configs(engine.module, out)
+    write_weights(engine, lisa.blocks, out, dist.get_rank() == 0, max_shard_size, original_names=True)
+    import deepspeed
+
+    parameters = dict(engine.module.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(parameters.values())):
+        trained = {name: value.detach().clone() for name, value in parameters.items()}
+    engine.destroy()
+    return trained
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "build", "dtype", "max_shard_size"),
+    [
+        ("zero2", tiny_llama, torch.float32, 1 << 30),
+        ("zero3", tiny_llama, torch.bfloat16, 100_000),
+        ("zero3_offload", tiny_gpt2, torch.float32, 300_000),
+        ("zero2", tiny_mixtral, torch.bfloat16, 1 << 30),
+        ("zero3", tiny_mixtral, torch.float32, 300_000),
+    ],
+)
+def test_from_pretrained_loads_what_was_trained(tmp_path, ds_config, build, dtype, max_shard_size):
+    trained = run_ranks(train_and_save, 2, str(tmp_path), ds_config, build, dtype, max_shard_size)[0]
+    export_checkpoint(tmp_path / "checkpoint-4", tmp_path / "exported")
+    for name in ("checkpoint-4", "saved", "exported"):
+        folder = tmp_path / name
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        for parameter, value in loaded.named_parameters():
+            assert value.dtype == dtype
+            assert torch.equal(value, trained[parameter]), f"{parameter} in {name}"
+        files = [path for path in folder.glob("*.safetensors") if not path.name.startswith("lisa_")]
+        assert all(path.stat().st_size < max_shard_size + 200_000 for path in files)
+        if max_shard_size < 1 << 30:
+            assert len(files) > 2
+            index = json.loads((folder / "model.safetensors.index.json").read_text())
+            assert index["metadata"]["total_size"] == sum(value.nbytes for value in trained.values())
+        if build is tiny_mixtral and name != "checkpoint-4":
+            keys = {key for path in files for key in safe_open(path, framework="pt").keys()}  # noqa: SIM118
+            assert "model.layers.0.block_sparse_moe.experts.1.w2.weight" in keys, "the names that the hub's files have"
+    assert not list((tmp_path / "exported").glob("lisa_*"))
+
+
+def test_an_export_is_refused_where_it_cannot_be_right(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"is no checkpoint of a LISA run: there is no lisa_state\.json in it"):
+        export_checkpoint(tmp_path, tmp_path / "out")
+    run_ranks(train_and_save, 1, str(tmp_path), "zero2", tiny_llama, torch.float32, 1 << 30)
+    with pytest.raises(ValueError, match="saved is there already"):
+        export_checkpoint(tmp_path / "checkpoint-4", tmp_path / "saved")
+    (tmp_path / "checkpoint-4" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        export_checkpoint(tmp_path / "checkpoint-4", tmp_path / "out")
+    with pytest.raises(SystemExit, match="2"):
+        export_main(str(tmp_path / "checkpoint-4"), str(tmp_path / "out"))
+    assert "lisa-dist export: " in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,109 @@
+"""`lisa-dist init`: a recipe that fits and that a run takes as it is."""
+
+import shlex
+import sys
+
+import pytest
+import yaml
+from models import save_tiny_llama
+from transformers import LlamaConfig
+
+from lisa_dist import cli
+from lisa_dist.commands.init import HUB_IDS, LADDER, InitArguments, choose, main
+from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.memory import planner as plan
+from lisa_dist.memory.planner import shipped_model_configs
+from lisa_dist.train.arguments import parse_arguments
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("init") / "model"
+    save_tiny_llama(folder)
+    return str(folder)
+
+
+def test_the_recipe_is_one_that_a_run_takes(tiny, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    asked = ["--model", tiny, "--gpus", "16", "--gpu_memory", "4GiB", "--lisa_interval_steps", "7"]
+    asked += ["--precision", "fp32", "--gradient_accumulation_steps", "2", "--dataset_name", "rows.jsonl"]
+    main([*asked, "--recipe", str(path)])
+    assert capsys.readouterr().out == f"wrote {path}\n"
+    run_args, data_args, training_args, model_args, lisa_config = parse_arguments(["--config", str(path)])
+    assert (run_args.method, run_args.checkpointed_layers, run_args.gpu_memory) == ("lisa", "auto", "3.00GiB")
+    assert data_args.dataset_name == ["rows.jsonl"]
+    assert data_args.eval_rows == 0.02
+    assert model_args.model_name_or_path == tiny
+    assert (lisa_config.lisa_interval_steps, lisa_config.lisa_activated_layers) == (7, 2)
+    assert (training_args.output_dir, training_args.gradient_accumulation_steps) == ("runs/model", 2)
+    assert training_args.bf16 is False
+    text = path.read_text()
+    assert "lisa-dist train --gpus 8 --config" in text
+    assert "docs/clusters.md" in text, "16 GPUs are on two hosts"
+
+
+def test_the_plan_it_names_is_the_plan(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lisa-dist", "init", "--model", tiny, "--gpu_memory", "4GiB"])
+    cli.main()
+    recipe = capsys.readouterr().out
+    (line,) = (line for line in recipe.splitlines() if line.startswith("# The parts of it: "))
+    plan.main(shlex.split(line.partition(": ")[2])[2:])
+    planned = capsys.readouterr().out
+    assert "fits" in planned
+    assert f"--deepspeed {yaml.safe_load(recipe)['deepspeed']} " in planned
+
+
+def test_nothing_is_given_up_without_need(tmp_path):
+    """With just enough memory for a rung of the ladder it is the first that fits."""
+    config = LlamaConfig(vocab_size=32000, hidden_size=64, intermediate_size=256, num_hidden_layers=4)
+    config.save_pretrained(tmp_path)
+    asked = {"model": str(tmp_path), "checkpointed_layers": "all", "seq_length": 64}
+    needs = {}
+    for way, settings, offloads in LADDER:
+        plans = plan.make_plans(config, InitArguments(**asked), LisaConfig(**settings))
+        needs[way] = min(one.gpu.peak for one in plans if one.ds_config.endswith("_offload") == offloads)
+    reached = set()
+    for need in needs.values():
+        way, chosen, settled = choose(InitArguments(**asked, gpu_memory=f"{need + 2**30}B"), LisaConfig())
+        assert way == next(way for way, theirs in needs.items() if theirs <= need)
+        assert chosen.gpu.peak <= need
+        assert settled == LisaConfig(**next(settings for name, settings, _ in LADDER if name == way))
+        reached.add(way)
+    assert len(reached) > 3, needs
+
+
+def test_settings_that_are_given_stay(tiny):
+    arguments = InitArguments(tiny, gpu_memory="4GiB")
+    _, chosen, config = choose(arguments, LisaConfig(lisa_activated_layers=4))
+    assert config == LisaConfig(lisa_activated_layers=4)
+    assert not any(chosen.lacks(arguments))
+    with pytest.raises(UserError, match="nothing fits"):
+        choose(InitArguments(tiny, gpu_memory="1GiB"), LisaConfig(lisa_offload="embed,head"))
+
+
+def test_shipped_models_have_their_place_on_the_hub():
+    assert sorted(HUB_IDS) == shipped_model_configs()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model", "TINY", "--gpu_memory", "1GiB"], "--gpu_memory 1GiB on 1 GPU(s): nothing fits"),
+        (["--model", "llama2-7b", "--method", "lora"], "--method lora: init writes recipes of LISA"),
+        (["--model", "llama2-7b", "--json", "plans.json"], "--json plans.json: it is for lisa-dist plan"),
+        (["--model", "no-such-model"], "--model no-such-model: no such folder"),
+        (["--model", "llama2-7b", "--gpu_memry", "24GiB"], "--gpu_memry: no such flag; did you mean --gpu_memory?"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(tiny, flags, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([tiny if word == "TINY" else word for word in flags])
+    assert ended.value.code == 2
+    assert f"lisa-dist init: {said}" in capsys.readouterr().out
+
+
+def test_no_recipe_is_written_over(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("mine")
+    with pytest.raises(UserError, match=r"mine\.yaml: is there already"):
+        InitArguments("llama2-7b", recipe=str(path))

@@ -1,0 +1,136 @@
+"""Block discovery on real architectures built from their configs, with random weights."""
+
+import pytest
+import torch
+import transformers
+from models import tiny_gpt2, tiny_llama
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lisa_dist.core.blocks import find_blocks
+
+# Architecture -> where its layers are, whether its head is tied by default.
+CAUSAL = {
+    "llama": ("model.layers", False),
+    "mistral": ("model.layers", False),
+    "mixtral": ("model.layers", False),
+    "qwen2": ("model.layers", False),
+    "qwen3": ("model.layers", False),
+    "qwen3_moe": ("model.layers", False),
+    "gemma2": ("model.layers", True),
+    "gemma3_text": ("model.layers", True),
+    "gpt2": ("transformer.h", True),
+    "gpt_neox": ("gpt_neox.layers", False),
+    "opt": ("model.decoder.layers", True),
+    "bloom": ("transformer.h", True),
+    "falcon": ("transformer.h", True),
+    "phi3": ("model.layers", False),
+}
+
+
+def build(model_type: str, **changes):
+    config = AutoConfig.for_model(model_type)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def check_partition(model, blocks) -> None:
+    """Every parameter is in exactly one block."""
+    named = dict(model.named_parameters())
+    held = [name for block in blocks for name in block.parameters]
+    assert sorted(held) == sorted(named)
+    assert all(block.parameters[name] is named[name] for block in blocks for name in block.parameters)
+
+
+@pytest.mark.parametrize("model_type", CAUSAL)
+def test_causal_models(model_type):
+    layers_path, tied = CAUSAL[model_type]
+    model = build(model_type)
+    blocks = find_blocks(model)
+    check_partition(model, blocks)
+    assert blocks.layers_path == layers_path
+    assert len(blocks.layers) == model.config.num_hidden_layers
+    for index, layer in enumerate(blocks.layers):
+        assert layer.parameters
+        assert all(name.startswith(f"{layers_path}.{index}.") for name in layer.parameters)
+    embedding = model.get_input_embeddings().weight
+    assert any(parameter is embedding for parameter in blocks.embed.parameters.values())
+    assert blocks.tied == tied
+    assert bool(blocks.head.parameters) == (not tied)
+    assert blocks.rest.parameters
+    assert not blocks.outside.parameters
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_matrix_is_counted_once(tied):
+    model = tiny_llama(tied=tied)
+    blocks = find_blocks(model)
+    assert blocks.tied == tied
+    assert sum(block.numel for block in blocks) == sum(parameter.numel() for parameter in model.parameters())
+    assert blocks.head.numel == (0 if tied else 64 * 128)
+
+
+def test_learned_positions_belong_to_the_embedding():
+    assert set(find_blocks(tiny_gpt2()).embed.parameters) == {"transformer.wte.weight", "transformer.wpe.weight"}
+
+
+def test_as_many_experts_as_layers_are_no_layers():
+    model = build("mixtral", num_hidden_layers=4, num_local_experts=4)
+    assert find_blocks(model).layers_path == "model.layers"
+
+
+def test_a_vision_language_model_gives_its_language_layers():
+    config = AutoConfig.for_model("qwen2_5_vl")
+    config.vision_config.depth = config.text_config.num_hidden_layers = 4
+    config.text_config.layer_types = config.text_config.layer_types[:4]
+    with torch.device("meta"):
+        model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    blocks = find_blocks(model)
+    check_partition(model, blocks)
+    assert blocks.layers_path == "model.language_model.layers"
+    assert blocks.outside.parameters
+    assert all("visual" in name for name in blocks.outside.parameters)
+    assert not any("visual" in name for name in blocks.rest.parameters)
+
+
+def test_what_is_neither_embedding_nor_layer_nor_head_is_rest():
+    config = transformers.LlamaConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=64, vocab_size=99)
+    reward = find_blocks(transformers.LlamaForSequenceClassification(config))
+    assert "score.weight" in reward.rest.parameters
+    assert not reward.outside.parameters
+    roberta = build("roberta", is_decoder=True, num_hidden_layers=2)
+    assert "lm_head.dense.weight" in find_blocks(roberta).rest.parameters | find_blocks(roberta).head.parameters
+
+
+def test_a_model_without_a_layer_list_says_what_it_has():
+    model = tiny_llama()
+    model.config.num_hidden_layers = 17
+    with pytest.raises(ValueError, match="lisa_layers_attribute") as error:
+        find_blocks(model)
+    assert "num_hidden_layers = 17" in str(error.value)
+    assert "model.layers (6 modules)" in str(error.value)
+    assert len(find_blocks(model, "model.layers").layers) == 6
+
+
+def test_two_candidates_are_named_and_one_can_be_chosen():
+    model = tiny_llama()
+    model.model.more_layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(6))
+    with pytest.raises(ValueError, match="lisa_layers_attribute") as error:
+        find_blocks(model)
+    assert "model.layers (6 modules), model.more_layers (6 modules)" in str(error.value)
+    assert len(find_blocks(model, "model.more_layers").layers) == 6
+
+
+@pytest.mark.parametrize(
+    ("attribute", "said"), [("model.blocks", "has no such module"), ("model.norm", "is no list of modules")]
+)
+def test_a_wrong_attribute_is_named(attribute, said):
+    with pytest.raises(ValueError, match=f"--lisa_layers_attribute {attribute}") as error:
+        find_blocks(tiny_llama(), attribute)
+    assert said in str(error.value)
+
+
+def test_a_model_that_is_no_language_model_is_refused():
+    with pytest.raises(ValueError, match="Linear has no input embedding"):
+        find_blocks(torch.nn.Linear(2, 2))

@@ -1,0 +1,464 @@
+"""The controller's contract: when it switches, what it refuses, what it logs, its state."""
+
+import itertools
+import json
+from importlib import import_module
+
+import deepspeed
+import pytest
+import torch
+from models import tiny_gpt2, tiny_llama, token_batches
+from ranks import run_ranks
+from torch import distributed as dist
+
+import lisa_dist
+from lisa_dist.core.controller import LisaController
+from lisa_dist.core.sampling import Draw, sample_period
+from lisa_dist.zero import partitions as zero
+
+pytestmark = pytest.mark.usefixtures("cpu_ops")
+
+
+def micro_step(engine, tokens) -> None:
+    rows = tokens.chunk(dist.get_world_size())[dist.get_rank()]
+    engine.backward(engine(input_ids=rows, labels=rows).loss)
+    engine.step()
+
+
+def start(ds_config="zero2", accumulation=1, output_dir=None, model=None, **settings):
+    return lisa_dist.initialize(
+        model or tiny_llama(),
+        ds_config,
+        lisa_dist.LisaConfig(**{"lisa_interval_steps": 2} | settings),
+        lr=1e-3,
+        gradient_accumulation_steps=accumulation,
+        output_dir=output_dir,
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "settings", "said"),
+    [
+        (tiny_llama, {"lisa_activated_layers": 7}, "--lisa_activated_layers 7: the model has 6 decoder layers"),
+        (tiny_gpt2, {"lisa_always_on": "head,rest", "lisa_frozen": "embed"}, "one tied matrix; give both the same"),
+        (tiny_gpt2, {"lisa_always_on": "embed,rest"}, "one tied matrix; give both the same"),
+        (
+            tiny_gpt2,
+            {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.5,head=0.1"},
+            "one tied matrix; give both the same",
+        ),
+        (
+            tiny_llama,
+            {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.9,head=0.2"},
+            "add up to 1.1 (embed=0.9, head=0.2)",
+        ),
+        (tiny_llama, {"lisa_layers_attribute": "model.nothing"}, "--lisa_layers_attribute model.nothing"),
+        (tiny_llama, {"lisa_sampler": "weighted", "lisa_weights_file": "absent.json"}, "absent.json: cannot be read"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(build, settings, said):
+    with pytest.raises(ValueError, match="--lisa_") as error:
+        LisaController(build(), lisa_dist.LisaConfig(**settings))
+    assert said in str(error.value)
+
+
+def test_only_the_active_blocks_require_gradients():
+    model = tiny_llama()
+    lisa = LisaController(model, lisa_dist.LisaConfig(lisa_always_on="head,rest", lisa_frozen="embed"))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = {"lm_head.weight", "model.norm.weight"}
+    for layer in lisa.active_layers:
+        expected |= {name for name, _ in model.named_parameters() if name.startswith(f"model.layers.{layer}.")}
+    assert trained == expected
+    assert len(lisa.active_layers) == 2
+
+
+def switch_at_accumulation_boundaries() -> list[int]:
+    engine, lisa = start(accumulation=3)
+    switched_at = []
+    for (tokens,) in token_batches(18, rows=4):
+        if lisa.on_step_begin():
+            switched_at.append(engine.micro_steps)
+        assert not lisa.on_step_begin(), "a second call in the same step does nothing"
+        micro_step(engine, tokens)
+    engine.destroy()
+    return switched_at
+
+
+def test_it_switches_at_accumulation_boundaries_only():
+    assert run_ranks(switch_at_accumulation_boundaries, 2) == [[6, 12], [6, 12]]
+
+
+def miss_a_switch(how: str) -> str:
+    engine, lisa = start(accumulation=2)
+    batches = [tokens for (tokens,) in token_batches(8, rows=4)]
+    for tokens in batches[:4]:
+        lisa.on_step_begin()
+        micro_step(engine, tokens)
+    with pytest.raises(RuntimeError) as error:
+        if how == "forward":
+            micro_step(engine, batches[4])
+        elif how == "step":  # of a model as from_pretrained gives it, which nobody has put in training mode
+            engine.eval()
+            for tokens in batches[4:6]:
+                micro_step(engine, tokens)
+        else:
+            engine.global_steps = 5
+            lisa.on_step_begin()
+    engine.destroy()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("how", "step"), [("forward", 2), ("step", 2), ("call", 5)])
+def test_a_missed_switch_is_an_error(how, step):
+    message = run_ranks(miss_a_switch, 2, how)[0]
+    assert message.startswith(f"step {step} is in period {step // 2}")
+    assert "call on_step_begin() before every step" in message
+
+
+def evaluate_at_a_boundary() -> None:
+    """An evaluation between the last step of a period and the switch is no training."""
+    engine, lisa = start()
+    for (tokens,) in token_batches(2, rows=4):
+        lisa.on_step_begin()
+        micro_step(engine, tokens)
+    engine.eval()
+    engine(input_ids=tokens, labels=tokens)
+    engine.train()
+    with torch.no_grad():
+        engine(input_ids=tokens, labels=tokens)
+    assert lisa.on_step_begin()
+    engine.destroy()
+
+
+def test_evaluation_at_a_boundary_is_allowed():
+    run_ranks(evaluate_at_a_boundary, 2)
+
+
+def disagree(what: str) -> str:
+    rank = dist.get_rank()
+    with pytest.raises(RuntimeError) as error:
+        if what == "seed":
+            start(lisa_seed=rank)
+        else:
+            engine, lisa = start()
+            for step, (tokens,) in enumerate(token_batches(4, rows=4)):
+                if step == 2 and rank == 1:  # a rank whose controller went astray
+                    lisa._agree = lambda: Draw((0, 1))
+                if step == 2 and rank == 0:
+                    lisa._agree = lambda: Draw((2, 3))
+                lisa.on_step_begin()
+                micro_step(engine, tokens)
+    return str(error.value)
+
+
+def engine_for(model, lisa, ds_config="zero2"):
+    from lisa_dist.optim.build import build_optimizer
+
+    filled = lisa_dist.load_ds_config(ds_config, model=model)
+    optimizer = build_optimizer(lisa.param_groups(), lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=filled)
+    return engine, optimizer
+
+
+@pytest.mark.parametrize(
+    ("what", "said"), [("seed", "ranks [1] have other --lisa_* settings"), ("switch", "ranks [1] hold other layers")]
+)
+def test_ranks_that_disagree_are_named_on_every_rank(what, said):
+    for message in run_ranks(disagree, 2, what):
+        assert said in message
+
+
+def disagree_before_attach(what: str) -> str:
+    model = tiny_llama()
+    settings = {"lisa_interval_steps": 2 + dist.get_rank()} if what == "interval" else {}
+    with pytest.raises(RuntimeError) as error:
+        lisa = LisaController(model, lisa_dist.LisaConfig(**settings))
+        engine, _ = engine_for(model, lisa, "zero3")
+        lisa.period = dist.get_rank()
+        lisa.attach(engine)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("interval", "ranks [1] have other --lisa_* settings"), ("period", "ranks [1] are in another period")],
+)
+def test_ranks_that_would_wait_for_each_other_are_named_on_every_rank(what, said):
+    for message in run_ranks(disagree_before_attach, 2, what):
+        assert said in message
+
+
+def attach_wrongly(what: str) -> str:
+    model = tiny_llama()
+    lisa = LisaController(model, lisa_dist.LisaConfig())
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is checked by the caller
+        if what == "stage 0":
+            optimizer = torch.optim.AdamW(lisa.param_groups())
+            config = {"train_micro_batch_size_per_gpu": 1}
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+            lisa.attach(engine)
+        elif what == "bf16 optimizer":
+            model = model.bfloat16()
+            optimizer = torch.optim.AdamW(lisa.param_groups())
+            config = lisa_dist.load_ds_config("zero1", model=model) | {"data_types": {"grad_accum_dtype": "fp32"}}
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+            lisa.attach(engine)
+        elif what == "other groups":
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+            config = lisa_dist.load_ds_config("zero2", model=model)
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+            lisa.attach(engine)
+        elif what == "private name":
+            engine, _ = engine_for(model, lisa)
+            del engine.optimizer._grad_acc_hooks
+            lisa.attach(engine)
+        elif what == "reentrant":
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            engine, _ = engine_for(model, lisa)
+            lisa.attach(engine)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("stage 0", "set zero_optimization.stage to 1"),
+        ("bf16 optimizer", "grad_accum_dtype = fp32"),
+        ("other groups", "build its optimizer from param_groups()"),
+        ("reentrant", "the model's gradient checkpointing is reentrant"),
+        ("private name", "lacks _grad_acc_hooks, which LISA needs"),
+    ],
+)
+def test_an_engine_that_cannot_work_is_refused(what, said):
+    assert said in run_ranks(attach_wrongly, 2, what)[0]
+
+
+@pytest.mark.parametrize("version", ["0.18.2", "0.19.7", "0.20.0", "1.0"])
+def test_a_deepspeed_outside_the_range_is_refused_at_start(monkeypatch, version):
+    monkeypatch.setattr(zero.metadata, "version", lambda name: version)
+    with pytest.raises(ValueError, match=f"DeepSpeed {version} is installed") as error:
+        LisaController(tiny_llama(), lisa_dist.LisaConfig())
+    assert "pip install 'deepspeed>=0.19.8,<0.20'" in str(error.value)
+
+
+def train_with_log(output_dir: str) -> list[int]:
+    engine, lisa = start("zero3", output_dir=output_dir)
+    for (tokens,) in token_batches(7, rows=4):
+        lisa.on_step_begin()
+        micro_step(engine, tokens)
+    lisa.close()
+    engine.destroy()
+    return lisa.visit_counts
+
+
+def test_the_log_has_a_line_for_each_period(tmp_path):
+    visits = run_ranks(train_with_log, 2, str(tmp_path / "out"))[0]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "lisa_log.jsonl").read_text().splitlines()]
+    assert [line["period"] for line in lines] == [0, 1, 2, 3]
+    assert [line["step"] for line in lines] == [0, 2, 4, 6]
+    assert list(lines[0]) == [
+        "period", "step", "layers", "blocks", "seconds", "state_bytes_per_rank", "bytes_released", "live_bytes",
+        "host_bytes", "probabilities",
+    ]  # fmt: skip
+    assert len({line["state_bytes_per_rank"] for line in lines}) == 1
+    assert lines[0]["state_bytes_per_rank"] > 0
+    assert lines[0]["bytes_released"] == 0
+    assert lines[1]["bytes_released"] > 0
+    assert all(line["live_bytes"] > line["state_bytes_per_rank"] for line in lines)
+    assert visits == [sum(layer in line["layers"] for line in lines) for layer in range(6)]
+
+
+def debug_finds_drift() -> str:
+    engine, lisa = start(lisa_debug=True)
+    batches = [tokens for (tokens,) in token_batches(3, rows=4)]
+    for tokens in batches[:2]:
+        lisa.on_step_begin()
+        micro_step(engine, tokens)
+    asleep = next(layer for layer in range(6) if layer not in lisa.active_layers)
+    with torch.no_grad():
+        next(iter(lisa.blocks.layers[asleep].parameters.values())).view(-1)[3].add_(1e-3)
+    with pytest.raises(RuntimeError, match="have changed") as error:
+        lisa.on_step_begin()
+    engine.destroy()
+    return f"{asleep}: {error.value}"
+
+
+def test_debug_mode_sees_a_sleeping_weight_move():
+    asleep, message = run_ranks(debug_finds_drift, 2)[0].split(": ", 1)
+    assert f"model.layers.{asleep}." in message
+
+
+def draw_otherwise_on_rank_1() -> tuple:
+    engine, lisa = start("zero2")
+    if dist.get_rank() == 1:
+        lisa.selection.draw = lambda period: Draw((0, 1) if rank_0_draw(period) != (0, 1) else (2, 3))
+    drawn = []
+    for (tokens,) in token_batches(6, rows=4):
+        lisa.on_step_begin()
+        drawn.append(lisa.active_layers)
+        micro_step(engine, tokens)
+    engine.destroy()
+    return tuple(drawn[::2])
+
+
+def rank_0_draw(period: int) -> tuple[int, ...]:
+    return sample_period("uniform", 6, 2, 0, period).layers
+
+
+def test_rank_0_draws_for_all():
+    assert run_ranks(draw_otherwise_on_rank_1, 2) == [tuple(rank_0_draw(period) for period in range(3))] * 2
+
+
+def restore_state() -> None:
+    engine, lisa = start("zero2", lisa_seed=7)
+    first = lisa.active_layers
+    for (tokens,) in token_batches(5, rows=4):
+        lisa.on_step_begin()
+        micro_step(engine, tokens)
+    state = json.loads(json.dumps(lisa.state_dict()))
+    assert state["period"] == 2
+    assert set(lisa.active_layers) != set(first), "the test needs other layers than period 0's"
+    engine.destroy()
+    # Before the engine exists, and with an engine that already is partitioned for another set.
+    for attached in (False, True):
+        model = tiny_llama(seed=9)
+        other = LisaController(model, lisa_dist.LisaConfig(lisa_interval_steps=2, lisa_seed=7))
+        if not attached:
+            other.load_state_dict(state)
+        engine, _ = engine_for(model, other)
+        if not attached:
+            engine.global_steps = state["step"]
+        other.attach(engine)
+        if attached:
+            other.load_state_dict(state)
+        assert other.active_layers == lisa.active_layers
+        assert other.visit_counts == lisa.visit_counts
+        held = {name for key in other.partition_states() for name in key}
+        assert held == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        engine.destroy()
+
+
+def test_state_comes_back_before_and_after_attach():
+    run_ranks(restore_state, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": 99}, "has version 99; this release reads 1"),
+        ({"visit_counts": [0] * 4}, "of a model with 4 decoder"),
+    ],
+)
+def test_a_state_of_another_kind_is_refused(change, said):
+    lisa = LisaController(tiny_llama(), lisa_dist.LisaConfig())
+    with pytest.raises(ValueError, match=said):
+        lisa.load_state_dict(lisa.state_dict() | change)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lisa_activated_layers": 3}, "--lisa_activated_layers 3 (it had 2)"),
+        ({"lisa_interval_steps": 4}, "--lisa_interval_steps 4 (it had 6)"),
+        (
+            {"lisa_sampler": "cyclic", "lisa_seed": 5},
+            "cyclic (it had uniform), --lisa_seed 5 (it had 0)",
+        ),
+        ({"lisa_always_on": "head,rest", "lisa_frozen": "embed"}, "--lisa_frozen embed (it had )"),
+    ],
+)
+def test_other_settings_begin_with_a_period_only(settings, said):
+    saved = LisaController(tiny_llama(), lisa_dist.LisaConfig(lisa_interval_steps=6)).state_dict()
+    other = lisa_dist.LisaConfig(**{"lisa_interval_steps": 6} | settings)
+    with pytest.raises(ValueError, match="had other settings than") as error:
+        LisaController(tiny_llama(), other).load_state_dict(saved | {"step": 5})
+    assert said in str(error.value)
+    assert f"a multiple of {12 if 'lisa_interval_steps' in settings else 6} steps" in str(error.value)
+    lisa = LisaController(tiny_llama(), other)
+    lisa.load_state_dict(saved | {"step": 12, "period": 1})
+    assert lisa.period == 12 // other.lisa_interval_steps
+    assert len(lisa.active_layers) == other.lisa_activated_layers
+
+
+def test_settings_that_decide_on_no_layer_may_change_at_any_step():
+    saved = LisaController(tiny_llama(), lisa_dist.LisaConfig()).state_dict() | {"step": 7, "active_layers": [1, 4]}
+    lisa = LisaController(tiny_llama(), lisa_dist.LisaConfig(lisa_state="reset_all", lisa_debug=True))
+    lisa.load_state_dict(saved)
+    assert lisa.active_layers == (1, 4)
+
+
+def keep_identity(ds_config: str) -> None:
+    """The optimizer, the inner optimizer and its groups stay the same objects over switches; a schedule runs on."""
+    model = tiny_llama()
+    lisa = LisaController(model, lisa_dist.LisaConfig(lisa_interval_steps=1))
+    engine, inner = engine_for(model, lisa, ds_config)
+    lisa.attach(engine)
+    schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 1 / (1 + step))
+    outer, groups = engine.optimizer, list(inner.param_groups)
+    for step, (tokens,) in enumerate(token_batches(6, rows=4)):
+        lisa.on_step_begin()
+        assert engine.optimizer is outer
+        assert outer.optimizer is inner
+        assert all(now is then for now, then in zip(inner.param_groups, groups, strict=True))
+        assert {group["lr"] for group in engine.optimizer.param_groups} == {1e-3 / (1 + step)}
+        micro_step(engine, tokens)
+        schedule.step()
+    engine.destroy()
+
+
+@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+def test_schedulers_stay_bound(ds_config):
+    run_ranks(keep_identity, 2, ds_config)
+
+
+def train_beside(ds_config: str) -> None:
+    """A plain engine that was there before anything of LISA's goes on training, and saves, after LISA has come."""
+    stage = zero._STAGE_3 if ds_config == "zero3" else zero._STAGE_1_2
+    kind = getattr(import_module(stage.module), stage.class_name)
+    if stage.masters in vars(kind):
+        delattr(kind, stage.masters)  # as in a process that has not seen LISA yet
+    model = tiny_llama()
+    config = lisa_dist.load_ds_config(ds_config, model=model, micro_batch_size=2)
+    plain, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
+    plain.train()
+    engine, lisa = start(ds_config)
+    for (tokens,) in token_batches(3, rows=4):
+        lisa.on_step_begin()
+        micro_step(engine, tokens)
+        before = [getattr(one, "ds_tensor", one).detach().clone() for one in model.parameters()]
+        micro_step(plain, tokens)
+        now = [getattr(one, "ds_tensor", one).detach() for one in model.parameters()]
+        assert any((one != other).any() for one, other in zip(before, now, strict=True))
+    engine.destroy()
+    plain.destroy()
+
+
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+def test_an_engine_that_was_there_before_goes_on(ds_config):
+    run_ranks(train_beside, 2, ds_config)
+
+
+def orders_of_modules(settings: dict) -> list[tuple[int, bool]]:
+    """Of each switch on stage 3 the lowest active layer, and whether the order of modules is known behind it."""
+    engine, lisa = start("zero3", lisa_interval_steps=3, **settings)
+    coordinator, found = engine.optimizer.parameter_offload.get_param_coordinator(), []
+    for step, tokens in enumerate(token_batches(18, rows=2)):
+        if lisa.on_step_begin() and step:
+            found.append((lisa.active_layers[0], coordinator.is_complete_trace()))
+        micro_step(engine, tokens[0])
+        if step and step % 3 == 2:
+            assert coordinator.is_complete_trace(), "learnt within the period"
+    engine.destroy()
+    return found
+
+
+def test_stage_3_knows_the_order_of_modules_while_the_backward_pass_ends_at_the_same_block():
+    always = run_ranks(orders_of_modules, 2, {})[0]
+    assert len(always) == 5
+    assert all(known for _, known in always), "down to the embedding in every period"
+    frozen = {"lisa_always_on": "rest", "lisa_frozen": "embed,head", "lisa_seed": 1}
+    drawn = run_ranks(orders_of_modules, 2, frozen)[0]
+    lowest = [layer for layer, _ in drawn]
+    assert [known for _, known in drawn[1:]] == [new == old for old, new in itertools.pairwise(lowest)]
+    assert {known for _, known in drawn[1:]} == {True, False}, "take another seed"

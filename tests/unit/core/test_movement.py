@@ -1,0 +1,115 @@
+"""How far weights move: against whole copies of them, on two ranks, and over a resume on other ranks and stages."""
+
+import json
+
+import deepspeed
+import pytest
+import torch
+from models import tiny_llama, token_batches
+from ranks import run_ranks
+from torch import distributed as dist
+
+import lisa_dist
+from lisa_dist.checkpoint.save import load_checkpoint, save_checkpoint
+from lisa_dist.core.movement import MOVEMENT_LOG
+
+INTERVAL, LR = 3, 1e-3
+
+pytestmark = pytest.mark.usefixtures("cpu_ops")
+
+
+def start(ds_config: str, output_dir: str | None = None, **settings):
+    config = lisa_dist.LisaConfig(lisa_interval_steps=INTERVAL, **settings)
+    # Its embedding and head have 32,768 elements, twice a sample; layers are measured whole under 16,384.
+    model = tiny_llama(vocab_size=512)
+    return lisa_dist.initialize(model, ds_config, config, lr=LR, weight_decay=0.1, output_dir=output_dir)
+
+
+def weights_of_blocks(engine, lisa) -> dict[str, torch.Tensor]:
+    """Each block's weights as one vector in fp64, gathered where ZeRO-3 has cut them."""
+    blocks = {block.name: list(block.parameters.values()) for block in lisa.blocks if block.parameters}
+    cut = [parameter for parameters in blocks.values() for parameter in parameters if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(cut):
+        return {name: torch.cat([one.detach().view(-1).double() for one in each]) for name, each in blocks.items()}
+
+
+def train(engine, lisa, until: int) -> None:
+    for (tokens,) in token_batches(until, rows=4)[engine.global_steps :]:
+        lisa.on_step_begin()
+        rows = tokens.chunk(dist.get_world_size())[dist.get_rank()]
+        engine.backward(engine(input_ids=rows, labels=rows).loss)
+        engine.step()
+
+
+def check_against_copies(ds_config: str, folder: str) -> list[dict]:
+    engine, lisa = start(ds_config, folder)
+    first = before = weights_of_blocks(engine, lisa)
+    expected = []
+    for period in range(3):
+        train(engine, lisa, INTERVAL * (period + 1))
+        now = weights_of_blocks(engine, lisa)
+        trained = {"embed", "head", "rest", *(f"layers.{layer}" for layer in lisa.active_layers)}
+        expected.append(
+            {
+                name: {
+                    "update": (now[name] - before[name]).norm().item(),
+                    "moved": (now[name] - first[name]).norm().item(),
+                    "relative": ((now[name] - first[name]).norm() / first[name].norm()).item(),
+                }
+                for name in trained
+            }
+        )
+        before = now
+    lisa.close()
+    if dist.get_rank() == 0:
+        assert [line["step"] for line in lisa.movement.lines] == [3, 6, 9]
+        for line, exact in zip(lisa.movement.lines, expected, strict=True):
+            assert line["blocks"].keys() == exact.keys()
+            for name, figures in exact.items():
+                within = 1e-5 if name == "rest" else 0.03
+                for figure, value in figures.items():
+                    assert value > 0
+                    assert line["blocks"][name][figure] == pytest.approx(value, rel=within), name
+    return lisa.movement.lines
+
+
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+def test_movement_is_that_of_whole_copies(tmp_path, ds_config):
+    lines = run_ranks(check_against_copies, 2, ds_config, str(tmp_path))[0]
+    written = [json.loads(line) for line in (tmp_path / MOVEMENT_LOG).read_text().splitlines()]
+    assert written == lines
+
+
+def run_undisturbed(folder: str) -> list[dict]:
+    engine, lisa = start("zero2", folder)
+    train(engine, lisa, 9)
+    lisa.close()
+    return lisa.movement.lines
+
+
+def save_and_stop(folder: str) -> None:
+    engine, lisa = start("zero2", folder)
+    train(engine, lisa, 4)
+    save_checkpoint(lisa, f"{folder}/checkpoint-4")
+    train(engine, lisa, 5)
+    lisa.close()  # a line of a period that has not ended, which the resumed run writes over
+
+
+def go_on(folder: str, ds_config: str) -> None:
+    engine, lisa = start(ds_config, folder)
+    load_checkpoint(lisa, f"{folder}/checkpoint-4")
+    train(engine, lisa, 9)
+    lisa.close()
+
+
+@pytest.mark.parametrize(("ds_config", "ranks"), [("zero2", 2), ("zero3", 1)])
+def test_a_resumed_run_moves_from_where_the_run_began(tmp_path, ds_config, ranks):
+    undisturbed = run_ranks(run_undisturbed, 2, str(tmp_path / "whole"))[0]
+    run_ranks(save_and_stop, 2, str(tmp_path / "cut"))
+    run_ranks(go_on, ranks, str(tmp_path / "cut"), ds_config)
+    written = [json.loads(line) for line in (tmp_path / "cut" / MOVEMENT_LOG).read_text().splitlines()]
+    assert [line["step"] for line in written] == [3, 6, 9]
+    for mine, theirs in zip(written, undisturbed, strict=True):
+        assert mine["blocks"].keys() == theirs["blocks"].keys()
+        for name, figures in theirs["blocks"].items():
+            assert mine["blocks"][name] == pytest.approx(figures, rel=1e-4), (mine["step"], name)

@@ -1,0 +1,157 @@
+"""The dial of gradient checkpointing: which layers, how few, and an "auto" that holds its budget."""
+
+import pytest
+import torch
+from models import tiny_llama, token_batches
+from ranks import run_ranks
+from torch import distributed as dist
+
+import lisa_dist
+from lisa_dist.core.blocks import find_blocks
+from lisa_dist.core.checkpointing import (
+    checkpoint_layers,
+    checkpointed_layers,
+    fewest_layers,
+    number_of_layers,
+    parse_budget,
+    parse_checkpointed_layers,
+)
+from lisa_dist.ds_config import read_ds_config
+from lisa_dist.memory.meter import StepMeter
+from lisa_dist.memory.run_memory import RunMemory, format_report
+from lisa_dist.memory.trace import Workload
+
+ROWS, LENGTH = 2, 64
+
+
+def test_values_of_the_flag():
+    given = {None: None, "none": 0, "All": "all", "auto": "auto", "3": 3, 0: 0, 5: 5}
+    assert {value: parse_checkpointed_layers(value) for value in given} == given
+    assert number_of_layers("all", 6) == number_of_layers(6, 6) == 6
+    for bad in ("some", "-1", "2.5", True):
+        with pytest.raises(ValueError, match="give none, all, auto or a number"):
+            parse_checkpointed_layers(bad)
+    with pytest.raises(ValueError, match="--checkpointed_layers 7: the model has 6 decoder layers"):
+        number_of_layers(7, 6)
+
+
+def test_a_budget_is_of_auto():
+    assert parse_budget(None, None) is None
+    assert parse_budget(None, 3) is None
+    assert parse_budget("2GiB", "auto") == 2 * 2**30
+    for dial in (None, 0, "all", 3):
+        with pytest.raises(ValueError, match="--gpu_memory 2GiB: only --checkpointed_layers auto"):
+            parse_budget("2GiB", dial)
+    with pytest.raises(ValueError, match="--gpu_memory much: not a size"):
+        parse_budget("much", "auto")
+
+
+def test_the_fewest_layers_that_fit():
+    peaks = [100, 93, 86, 80, 71, 65, 64, 50, 40]
+    asked = []
+
+    def peak(count: int) -> int:
+        asked.append(count)
+        return peaks[count]
+
+    for budget in range(30, 110):
+        fitting = [count for count, one in enumerate(peaks) if one <= budget]
+        asked.clear()
+        assert fewest_layers(peak, 8, budget) == (fitting[0] if fitting else 8)
+        assert len(asked) <= 6
+    assert fewest_layers(peak, 0, 1) == 0
+
+
+def test_the_lowest_layers_are_checkpointed_and_the_dial_turns_both_ways():
+    model = tiny_llama().train()
+    blocks = find_blocks(model)
+    tokens = token_batches(1, rows=2)[0, 0]
+    stored = {}
+    for count in (0, 2, 6, 3, 0):
+        checkpoint_layers(model, blocks, count)
+        assert checkpointed_layers(model, blocks) == count
+        assert [layer.gradient_checkpointing for layer in model.model.layers] == [n < count for n in range(6)]
+        saved = 0
+
+        def save(tensor):
+            nonlocal saved
+            saved += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        assert stored.setdefault(count, saved) == saved
+    assert stored[6] < stored[3] < stored[2] < stored[0]
+
+
+def test_layers_that_cannot_be_checkpointed_one_by_one():
+    model = tiny_llama()
+    blocks = find_blocks(model)
+    model.model.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(6))
+    with pytest.raises(ValueError, match="--checkpointed_layers 2: the layers of LlamaForCausalLM cannot be"):
+        checkpoint_layers(model, blocks, 2)
+
+
+def train_by_auto(ballast: int) -> dict:
+    """Five steps with a budget that the plan fits without checkpointing, while `ballast` bytes lie about."""
+    import gc
+
+    from lisa_dist.memory.tracker import live_tensor_bytes
+
+    gc.collect()
+    model = tiny_llama()
+    before = live_tensor_bytes() - sum(parameter.nbytes for parameter in model.parameters())
+    config = lisa_dist.LisaConfig(lisa_interval_steps=100)
+    engine, lisa = lisa_dist.initialize(model, "zero2", config, optim="adamw_torch_fused")
+    workload = Workload(LENGTH, ROWS, torch.float32, fused_head=False)
+
+    def memory(dial, budget: int) -> RunMemory:
+        ds_config = read_ds_config("zero2")
+        options = {"optim": "adamw_torch_fused", "config": model.config, "longest": workload}
+        return RunMemory(lisa, ds_config, checkpointed=dial, budget=budget, **options)
+
+    without = int(memory("auto", 2**40).set_dial().split("at most ")[1].split()[0].replace(".", ""))  # tenths of a MiB
+    budget = (without + 3) * 2**20 // 10 + before
+    held = torch.zeros(ballast, dtype=torch.uint8)
+    run = memory("auto", budget)
+    said, peaks = [run.set_dial()], []
+    for step, (tokens,) in enumerate(token_batches(5, rows=ROWS * dist.get_world_size(), length=LENGTH)):
+        rows = tokens.chunk(dist.get_world_size())[dist.get_rank()]
+        lisa.on_step_begin()
+        run.begin_step(step)
+        meter = StepMeter(lisa).__enter__() if step > 1 else None
+        run.note_micro_batch(workload)
+        loss = engine(input_ids=rows, labels=rows).loss
+        engine.backward(loss)
+        del loss
+        engine.step()
+        said.append(run.end_step(step))
+        if meter is not None:
+            meter.__exit__(None, None, None)
+            peaks.append(meter.parts.peak)
+    count = checkpointed_layers(model, lisa.blocks)
+    report = run.report()
+    engine.destroy()
+    assert held.numel() == ballast
+    return {"said": said, "count": count, "peaks": peaks, "budget": budget, "report": report}
+
+
+@pytest.mark.usefixtures("cpu_ops")
+def test_auto_is_corrected_by_what_the_first_steps_take():
+    """What the plan cannot know of is measured, and the steps after it are within the budget."""
+    right = run_ranks(train_by_auto, 2, 0)
+    for outcome in right:
+        assert outcome["count"] == 0
+        assert max(outcome["peaks"]) <= outcome["budget"]
+    wrong = run_ranks(train_by_auto, 2, 1_500_000)
+    assert wrong[0]["said"][0].startswith("0 of 6 layers checkpointed, for which at most ")
+    assert wrong[0]["said"][2].startswith("step 1 took ")
+    assert wrong[0]["said"][1] is None is wrong[0]["said"][3]
+    assert 0 < wrong[0]["count"] == wrong[1]["count"] < 6
+    for outcome in wrong:
+        assert max(outcome["peaks"]) <= outcome["budget"], "the later steps"
+        assert outcome["report"]["measured"]["peak"] > outcome["budget"], "the step that was measured"
+
+
+def test_a_report_without_a_measured_step():
+    assert "no step was measured" in format_report(None)

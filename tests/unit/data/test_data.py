@@ -1,0 +1,148 @@
+"""From flags to tokens: several sources, held-out rows, what is said of them; and the same rows in every form."""
+
+import json
+import re
+
+import pytest
+import torch
+from models import save_tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lisa_dist.data.dataset import DataArguments, describe_rows, load_data
+from lisa_dist.data.encoding import IGNORED, set_chat_template
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_llama(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def names(tmp_path) -> list[str]:
+    """Two files: twenty questions, and one text."""
+    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(20)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "story.txt").write_text("Once upon a time there was a sum.\n")
+    return [str(tmp_path / "sums.jsonl"), str(tmp_path / "story.txt")]
+
+
+def load(tokenizer, seed: int = 0, max_length: int | None = 64, **arguments):
+    return load_data(DataArguments(**arguments), tokenizer, max_length=max_length, seed=seed)
+
+
+def test_sources_of_several_formats_are_put_together(tokenizer, names):
+    data = load(tokenizer, dataset_name=names, dataset_weights=[0.5, 3])
+    assert len(data.train) == 13
+    assert data.held_out is None
+    assert tokenizer.decode(data.train[12]["input_ids"]) == "Once upon a time there was a sum.<end>"
+    assert data.lines[:4] == [
+        f"{names[0]}: question_answer (question, answer), 20 rows",
+        f"{names[1]}: text (text), 1 rows",
+        f"{names[0]}: 20 as 10 by its weight of 0.5",
+        f"{names[1]}: 1 as 3 by its weight of 3",
+    ]
+    with pytest.raises(ValueError, match=r"--dataset_weights 0\.01 of .*: leaves none of 20 rows"):
+        load(tokenizer, dataset_name=names[0], dataset_weights=[0.01])
+
+
+def test_held_out_rows_are_held_out_whole(tokenizer, tmp_path):
+    """Also where a weight repeats rows, and where a text is cut into several examples."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"({n})" * 40}) for n in range(10, 60)))
+    data = load(tokenizer, dataset_name=str(path), dataset_weights=[2.5], eval_rows=0.2, max_length=32)
+    assert len(data.held_out) >= 4 * 10, "ten texts in several examples each"
+    train, held_out = (
+        {number for row in part for number in re.findall(r"\((\d+)\)", tokenizer.decode(row["input_ids"]))}
+        for part in (data.train, data.held_out)
+    )
+    assert (len(train), len(held_out)) == (40, 10)
+    assert not train & held_out
+
+
+def test_the_first_example_is_shown_with_what_counts(tokenizer, names):
+    shown = load(tokenizer, dataset_name=names[0]).lines[1].split("\n")
+    assert shown[1:] == ["  <user>0 + 1?<end><assistant>", "> 1<end>"]
+    assert shown[0] == "first example: 11 tokens, 2 of them count for the loss (lines with >)"
+    assert load(tokenizer, dataset_name=names[0], train_on_inputs=True).lines[1].split("\n")[1:] == [
+        "> <user>0 + 1?<end><assistant>1<end>"
+    ]
+
+
+def test_a_long_example_is_shown_in_part(tokenizer, tmp_path):
+    (tmp_path / "story.txt").write_text("word " * 1000)
+    shown = load(tokenizer, dataset_name=str(tmp_path / "story.txt"), max_length=None).lines[1].split("\n")
+    assert len("\n".join(shown)) < 1000
+    assert " ... " in shown[1]
+
+    (tmp_path / "long.jsonl").write_text(json.dumps({"question": "line\n" * 2000, "answer": "yes"}))
+    shown = load(tokenizer, dataset_name=str(tmp_path / "long.jsonl"), max_length=None).lines[1].split("\n")
+    assert shown[-1] == "> yes<end>", "the answer is seen whatever comes before it"
+    assert len(shown) < 300
+
+
+@pytest.mark.parametrize(("eval_rows", "number"), [(5, 5), (0.25, 5)])
+def test_rows_are_held_out_by_number_or_part(tokenizer, names, eval_rows, number):
+    data = load(tokenizer, dataset_name=names[0], eval_rows=eval_rows)
+    assert (len(data.train), len(data.held_out)) == (20 - number, number)
+    texts = {tuple(row["input_ids"]) for part in (data.train, data.held_out) for row in part}
+    assert len(texts) == 20
+    again = load(tokenizer, dataset_name=names[0], eval_rows=eval_rows)
+    assert describe_rows(again.held_out) == describe_rows(data.held_out)
+    other = load(tokenizer, dataset_name=names[0], eval_rows=eval_rows, seed=1)
+    assert describe_rows(other.held_out) != describe_rows(data.held_out)
+
+
+def test_held_out_rows_of_a_file(tokenizer, names):
+    data = load(tokenizer, dataset_name=names[0], eval_dataset_name=f"{names[0]}#3")
+    assert (len(data.train), len(data.held_out)) == (20, 3)
+    with pytest.raises(ValueError, match=r"--eval_dataset_name absent\.txt: no such file"):
+        load(tokenizer, dataset_name=names[0], eval_dataset_name="absent.txt")
+
+
+@pytest.mark.parametrize("eval_rows", [20, 0.001])
+def test_something_must_be_left_and_held_out(tokenizer, names, eval_rows):
+    with pytest.raises(ValueError, match="at least one must be left, and one held out"):
+        load(tokenizer, dataset_name=names[0], eval_rows=eval_rows)
+
+
+def in_every_form(row: dict) -> dict[str, dict]:
+    """A question and its answer as each format has them."""
+    question, answer = row["question"], row["answer"]
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {
+        "alpaca": {"instruction": question, "input": "", "output": answer},
+        "sharegpt": {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
+        "messages": {"messages": turns},
+        "prompt_completion": {"prompt": turns[:1], "completion": turns[1:]},
+    }
+
+
+def test_real_rows_give_the_same_tokens_labels_and_loss_in_every_form(data_dir, tmp_path):
+    """300 rows of GSM8K, with a chat template and with the plain one that a model without any gets."""
+    folder = data_dir / "models" / "stories260k-hf"
+    lines = (data_dir / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:300]
+    rows = [in_every_form(json.loads(line)) for line in lines]
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    losses = {}
+    for template in (None, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"):
+        tokenizer.chat_template = template
+        set_chat_template(tokenizer, None)
+        first = None
+        for form in rows[0]:
+            path = tmp_path / f"{form}.jsonl"
+            path.write_text("\n".join(json.dumps(row[form]) for row in rows), encoding="utf-8")
+            data = load(tokenizer, dataset_name=str(path), max_length=512)
+            assert data.lines[0].startswith(f"{path}: {form} (")
+            found = data.train.to_list()
+            first = first or found
+            assert found == first
+            batch = {name: torch.tensor([found[0][name]]) for name in ("input_ids", "labels")}
+            with torch.no_grad():
+                losses.setdefault(template, set()).add(model(**batch).loss.item())
+        assert len(first) == 300 - sum("left out" in line for line in data.lines)
+        for row in first:
+            counting = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
+            assert 0 < len(counting) < len(row["input_ids"])
+    assert [len(found) for found in losses.values()] == [1, 1]

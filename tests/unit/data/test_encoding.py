@@ -1,0 +1,353 @@
+"""Tokens and labels: what the assistant says counts, under any template; what is too long is cut, split or left out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import trl
+from datasets import Dataset
+from models import TEMPLATE, save_tiny_llama
+from transformers import AutoTokenizer, ByT5Tokenizer
+
+from lisa_dist.data.encoding import IGNORED, PLAIN_TEMPLATE, Encoder, encode_rows, set_chat_template
+from lisa_dist.data.formats import RowError, to_turns
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
+)
+# As Mistral's: no prompt for what is to be generated, and what it begins with is within the turn.
+INST = (
+    "<s>{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
+    "{% else %} {{ message['content'] }}</s>{% endif %}{% endfor %}"
+)
+# Renders what the assistant has said otherwise once more turns follow, as those do that leave old thoughts out.
+FORGETFUL = (
+    "{% for message in messages %}<{{ message['role'] }}>"
+    "{{ message['content'] if loop.last or message['role'] == 'user' else 'old' }}<end>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TRL_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+TURNS = [
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "Two, é!"},
+    {"role": "user", "content": "Three?"},
+    {"role": "assistant", "content": " Four\n"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(folder):
+    """A tokenizer of bytes, with the special tokens of many models, and no template."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    special = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eot_id|>", "<|end|>", "<|user|>", "<|assistant|>"]
+    special += ["<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<end_of_turn>", "<|begin_of_text|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special, "bos_token": "<s>"})
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+def pieces(tokenizer, turns, template=None, assistant_only=True) -> list[tuple[str, bool]]:
+    if template is not None:
+        tokenizer.chat_template = template
+    encoder = Encoder(tokenizer, assistant_only)
+    return encoder.describe(*encoder.encode(turns))
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (
+            CHATML,
+            [
+                ("<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n", False),
+                ("Two, é!<|im_end|>", True),
+                ("\n<|im_start|>user\nThree?<|im_end|>\n<|im_start|>assistant\n", False),
+                (" Four\n<|im_end|>", True),
+                ("\n", False),
+            ],
+        ),
+        (
+            MARKED,
+            [
+                ("<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n", False),
+                ("Two, é!<|im_end|>", True),
+                ("\n<|im_start|>user\nThree?<|im_end|>\n<|im_start|>assistant\n", False),
+                (" Four\n<|im_end|>", True),
+                ("\n", False),
+            ],
+        ),
+        (
+            INST,
+            [
+                ("<s>[INST] One? [/INST]", False),
+                (" Two, é!</s>", True),
+                ("[INST] Three? [/INST]", False),
+                ("  Four\n</s>", True),
+            ],
+        ),
+        (
+            TEMPLATE,
+            [
+                ("<user>One?<end><assistant>", False),
+                ("Two, é!<end>", True),
+                ("<user>Three?<end><assistant>", False),
+                (" Four\n<end>", True),
+            ],
+        ),
+        (PLAIN_TEMPLATE, [("One?\n", False), ("Two, é!<end>", True), ("Three?\n", False), (" Four\n<end>", True)]),
+    ],
+    ids=["chatml", "marked", "inst", "tokens", "plain"],
+)
+def test_what_the_assistant_says_counts(tokenizer, template, expected):
+    assert pieces(tokenizer, TURNS, template) == expected
+    everything = pieces(tokenizer, TURNS, template, assistant_only=False)
+    assert everything == [("".join(text for text, _ in expected), True)]
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2_5", "phi3", "gemma", "phi3_5"])
+def test_real_templates_without_marks_count_what_trls_versions_mark(tokenizer, name):
+    """TRL's own version of a template says what the assistant's turn is; here it is found without that."""
+    template, marked = (
+        (TRL_TEMPLATES / f"{file}.jinja").read_text(encoding="utf-8") for file in (name, f"{name}_training")
+    )
+    turns = [turn | {"content": turn["content"].strip()} for turn in TURNS]
+    tokenizer.chat_template = template
+    encoder = Encoder(tokenizer, True)
+    encoder._marked = None
+    ours = encoder.encode(turns)
+    tokenizer.chat_template = marked
+    encoder = Encoder(tokenizer, True)
+    assert encoder._marked == marked
+    ids, labels = encoder.encode(turns)
+    assert ours[0] == ids
+    differs = [token for token, one, other in zip(ids, ours[1], labels, strict=True) if one != other]
+    assert tokenizer.decode(differs).strip() == "", "but for the line break after a turn"
+    assert sum(label != IGNORED for label in labels) > len("Two, !Four")
+
+
+def test_trls_version_of_a_template_that_it_knows_is_taken(tokenizer):
+    tokenizer.chat_template = (TRL_TEMPLATES / "qwen3.jinja").read_text(encoding="utf-8")
+    assert Encoder(tokenizer, True)._marked == (TRL_TEMPLATES / "qwen3_training.jinja").read_text(encoding="utf-8")
+    assert Encoder(tokenizer, False)._marked is None
+
+
+def test_a_template_that_changes_what_was_said_is_refused(tokenizer):
+    with pytest.raises(RowError, match="renders turn 2 otherwise within the whole"):
+        pieces(tokenizer, TURNS, FORGETFUL)
+    assert pieces(tokenizer, TURNS, FORGETFUL, assistant_only=False)
+    assert pieces(tokenizer, TURNS[:2], FORGETFUL)[1] == ("Two, é!<end>", True)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_a_template_that_raises_says_so_of_the_row(tokenizer, template):
+    template = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}" + template
+    with pytest.raises(RowError, match="the chat template says: no tools here"):
+        pieces(tokenizer, [{"role": "tool", "content": "t"}, *TURNS[:2]], template)
+
+
+def test_a_tokenizer_without_offsets_is_refused():
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(ValueError, match="the tokenizer ByT5Tokenizer does not tell where its tokens lie in a text"):
+        Encoder(tokenizer, assistant_only=False)
+
+
+def test_what_is_written_stays_as_it_is(tokenizer):
+    turns = to_turns({"prompt": "2+2=", "completion": "4"}, "prompt_completion")
+    set_chat_template(tokenizer, None)
+    assert pieces(tokenizer, turns) == [("2+2=", False), ("4<end>", True)]
+    assert pieces(tokenizer, turns, assistant_only=False) == [("2+2=4<end>", True)]
+    turns = to_turns({"prompt": "", "completion": "4"}, "prompt_completion")
+    assert pieces(tokenizer, turns) == [("4<end>", True)]
+    assert pieces(tokenizer, [{"role": "text", "content": "Once"}]) == [("Once<end>", True)]
+    assert pieces(tokenizer, [{"role": "text", "content": "Once<end>"}]) == [("Once<end>", True)], "not ended twice"
+
+
+def test_with_a_template_a_prompt_is_a_turn(tokenizer):
+    turns = to_turns({"prompt": "2+2=", "completion": "4"}, "prompt_completion")
+    assert pieces(tokenizer, turns, TEMPLATE) == [("<user>2+2=<end><assistant>", False), ("4<end>", True)]
+
+
+FORMS = [
+    {"instruction": "Q?", "input": "", "output": "A."},
+    {"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}]},
+    {"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]},
+    {"question": "Q?", "answer": "A."},
+    {"prompt": [{"role": "user", "content": "Q?"}], "completion": [{"role": "assistant", "content": "A."}]},
+]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, CHATML, MARKED, INST, None])
+def test_all_forms_of_a_row_are_encoded_alike(tokenizer, template):
+    names = ["alpaca", "sharegpt", "messages", "question_answer", "prompt_completion"]
+    tokenizer.chat_template = template
+    set_chat_template(tokenizer, None)
+    encoder = Encoder(tokenizer, True)
+    encoded = [encoder.encode(to_turns(row, name)) for row, name in zip(FORMS, names, strict=True)]
+    written = {"prompt": "Q?" if template else "Q?\n", "completion": "A."}
+    encoded.append(encoder.encode(to_turns(written, "prompt_completion")))
+    assert all(one == encoded[0] for one in encoded)
+    assert any(label != IGNORED for label in encoded[0][1])
+
+
+# The template
+
+
+def test_the_plain_template_begins_as_the_tokenizer_does(tokenizer):
+    assert set_chat_template(tokenizer, None).startswith("plain")
+    assert tokenizer.chat_template == PLAIN_TEMPLATE
+    call = type(tokenizer).__call__
+
+    class Beginning(type(tokenizer)):
+        def __call__(self, *args, **kwargs):
+            encoded = call(self, *args, **kwargs)
+            if kwargs.get("add_special_tokens", True):
+                encoded["input_ids"].insert(0, self.bos_token_id)
+            return encoded
+
+    tokenizer.chat_template, tokenizer.__class__ = None, Beginning
+    set_chat_template(tokenizer, None)
+    assert tokenizer.chat_template == "{{ bos_token }}" + PLAIN_TEMPLATE
+    assert pieces(tokenizer, TURNS[:2]) == [("<s>One?\n", False), ("Two, é!<end>", True)]
+
+
+def test_a_system_turn_of_the_plain_template(tokenizer):
+    set_chat_template(tokenizer, None)
+    turns = [{"role": "system", "content": "Be brief."}, *TURNS[:2]]
+    assert pieces(tokenizer, turns) == [("Be brief.\n\nOne?\n", False), ("Two, é!<end>", True)]
+
+
+def test_a_template_can_be_given(tokenizer, folder, tmp_path):
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    assert set_chat_template(tokenizer, str(tmp_path / "chat.jinja")) == str(tmp_path / "chat.jinja")
+    assert tokenizer.chat_template == CHATML
+    assert set_chat_template(tokenizer, None) == "the tokenizer's own"
+    assert set_chat_template(tokenizer, str(folder)) == f"that of {folder}"
+    assert tokenizer.chat_template == TEMPLATE
+
+
+def test_a_template_that_is_no_use_is_named(tokenizer, folder, tmp_path):
+    with pytest.raises(ValueError, match=r"--chat_template_path absent\.jinja: cannot be read"):
+        set_chat_template(tokenizer, "absent.jinja")
+    with pytest.raises(ValueError, match=r"--chat_template_path no/tokenizer: is no \.jinja file, and no tokenizer"):
+        set_chat_template(tokenizer, "no/tokenizer")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="that tokenizer has no chat template"):
+        set_chat_template(tokenizer, str(tmp_path / "bare"))
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path / "chatml")
+    plain = AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(
+        ValueError, match=r"its template needs the tokens <\|im_end\|>, <\|im_start\|>, which the model"
+    ):
+        set_chat_template(plain, str(tmp_path / "chatml"))
+    plain.chat_template, plain.eos_token = None, None
+    with pytest.raises(ValueError, match="no chat template and no end-of-text token"):
+        set_chat_template(plain, None)
+
+
+# Long examples
+
+
+def rows_of(*turns: list[dict]) -> Dataset:
+    return Dataset.from_list([{"turns": one, "origin": f"row {n}"} for n, one in enumerate(turns, start=1)])
+
+
+def text(length: int) -> list[dict]:
+    """A row of so many tokens, the last of which is the end of the text."""
+    return [{"role": "text", "content": "x" * (length - 1)}]
+
+
+def pair(prompt: int, completion: int) -> list[dict]:
+    return [{"role": "prompt", "content": "p" * prompt}, {"role": "completion", "content": "c" * (completion - 1)}]
+
+
+def encode(tokenizer, rows: Dataset, *args, **kwargs) -> tuple[list[int], list[str]]:
+    """Lengths of the examples, and what is told of long ones."""
+    set_chat_template(tokenizer, None)
+    encoded, lines = encode_rows(rows, Encoder(tokenizer, True), "--dataset_name rows", *args, **kwargs)
+    assert encoded.column_names == ["input_ids", "labels", "origin"]
+    assert all(len(row["input_ids"]) == len(row["labels"]) for row in encoded)
+    return [len(row["input_ids"]) for row in encoded], lines
+
+
+def test_long_texts_are_split_and_nothing_is_lost(tokenizer):
+    rows = rows_of(text(8), text(20), text(17))
+    lengths, lines = encode(tokenizer, rows, 8)
+    assert lengths == [8, 8, 8, 4, 8, 8], "the one token that is over has nothing to foretell"
+    assert lines == ["2 rows have more than 8 tokens (row 2 has 20): 2 cut into 5"]
+    assert encode(tokenizer, rows, None) == ([8, 20, 17], [])
+    assert encode(tokenizer, rows, 8, "truncate") == (
+        [8, 8, 8],
+        ["2 rows have more than 8 tokens (row 2 has 20): 2 cut"],
+    )
+    assert encode(tokenizer, rows, 8, "drop") == ([8], ["2 rows have more than 8 tokens (row 2 has 20): 2 left out"])
+
+
+def test_long_conversations_are_cut_where_something_is_left_to_learn(tokenizer):
+    rows = rows_of(pair(4, 4), pair(6, 6), pair(8, 3), pair(7, 9))
+    lengths, lines = encode(tokenizer, rows, 8)
+    assert lengths == [8, 8, 8]
+    assert lines == [
+        "3 rows have more than 8 tokens (row 4 has 16): 2 cut, 1 left out, as nothing that counts was left"
+    ]
+    with pytest.raises(ValueError, match="--dataset_name rows: no row is left of 1: 1 rows have more than 8 tokens"):
+        encode(tokenizer, rows_of(pair(20, 2)), 8)
+    with pytest.raises(ValueError, match="--long_examples chop: unknown; choose one of auto, truncate, drop"):
+        encode(tokenizer, rows, 8, "chop")
+
+
+def test_a_row_of_two_megabytes(tokenizer):
+    rows = rows_of([{"role": "text", "content": "x" * 2_000_000}], text(8))
+    lengths, lines = encode(tokenizer, rows, 1024, "truncate")
+    assert lengths == [1024, 8]
+    assert lines == ["1 rows have more than 1024 tokens (row 1 has 2000001): 1 cut"]
+
+
+def test_rows_that_a_template_refuses_are_named_or_left_out(tokenizer):
+    tokenizer.chat_template = FORGETFUL
+    rows = rows_of(TURNS[:2], TURNS, TURNS)
+    with pytest.raises(ValueError, match="2 of 3 rows cannot be used") as error:
+        encode(tokenizer, rows)
+    assert "  row 2 the chat template renders turn 2 otherwise" in str(error.value)
+    lengths, lines = encode(tokenizer, rows, skip_bad_rows=True)
+    assert len(lengths) == 1
+    assert lines[0].startswith("2 rows left out, such as row 2 the chat template renders")
+
+
+def test_what_was_encoded_is_found_again_and_only_that(tokenizer, tmp_path):
+    """The cache is told apart by rows, tokenizer, template, what counts and lengths."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"turns": TURNS[:2], "origin": f"row {n}"}) for n in range(4)))
+    rows = Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
+    tokenizer.chat_template = TEMPLATE
+
+    def files(encoder: Encoder, *args) -> str:
+        encoded, _ = encode_rows(rows, encoder, "rows", *args)
+        return encoded.cache_files[0]["filename"]
+
+    first = files(Encoder(tokenizer, True), 64)
+    calls = []
+    again = Encoder(tokenizer, True)
+    again.encode = calls.append
+    assert files(again, 64) == first
+    assert not calls
+    others = [files(Encoder(tokenizer, True), 65), files(Encoder(tokenizer, False), 64)]
+    others.append(files(Encoder(tokenizer, True), 64, "truncate"))
+    tokenizer.chat_template = CHATML
+    others.append(files(Encoder(tokenizer, True), 64))
+    assert len({first, *others}) == 5

@@ -1,0 +1,120 @@
+"""Each format of rows becomes turns; a row that breaks a rule says which."""
+
+import pytest
+
+from lisa_dist.data.formats import RowError, describe_columns, detect, to_turns
+
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "s"}
+HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "turns"),
+    [
+        ({"messages": [SYSTEM, USER, ASSISTANT]}, "messages", [SYSTEM, USER, ASSISTANT]),
+        ({"messages": [{"role": "User", "content": "q"}, ASSISTANT], "id": 1}, "messages", [USER, ASSISTANT]),
+        ({"messages": [USER, ASSISTANT], "system": "s"}, "messages", [SYSTEM, USER, ASSISTANT]),
+        ({"conversations": [HUMAN, GPT], "system": "s"}, "sharegpt", [SYSTEM, USER, ASSISTANT]),
+        ({"conversations": [{"from": "system", "value": "s"}, HUMAN, GPT]}, "sharegpt", [SYSTEM, USER, ASSISTANT]),
+        ({"conversations": [USER, ASSISTANT]}, "sharegpt", [USER, ASSISTANT]),
+        ({"conversations": [HUMAN, GPT], "system": ""}, "sharegpt", [USER, ASSISTANT]),
+        ({"instruction": "q", "output": "a"}, "alpaca", [USER, ASSISTANT]),
+        (
+            {"instruction": "q", "input": "", "output": "a", "system": None, "history": None},
+            "alpaca",
+            [USER, ASSISTANT],
+        ),
+        (
+            {"instruction": "q", "input": "i", "output": "a"},
+            "alpaca",
+            [{"role": "user", "content": "q\n\ni"}, ASSISTANT],
+        ),
+        (
+            {"instruction": "q", "output": "a", "history": [["q", "a"], ("q", "a")], "system": "s"},
+            "alpaca",
+            [SYSTEM, *[USER, ASSISTANT] * 3],
+        ),
+        ({"question": "q", "answer": "a"}, "question_answer", [USER, ASSISTANT]),
+        (
+            {"prompt": "q", "completion": "a"},
+            "prompt_completion",
+            [{"role": "prompt", "content": "q"}, {"role": "completion", "content": "a"}],
+        ),
+        ({"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, "prompt_completion", [SYSTEM, USER, ASSISTANT]),
+        (
+            {"prompt": [USER], "completion": [ASSISTANT], "system": "s"},
+            "prompt_completion",
+            [SYSTEM, USER, ASSISTANT],
+        ),
+        ({"text": "t"}, "text", [{"role": "text", "content": "t"}]),
+    ],
+)
+def test_rows_become_turns(row, name, turns):
+    assert detect(list(row)) == name
+    assert to_turns(row, name) == turns
+
+
+def test_columns_that_are_not_read_are_told():
+    assert describe_columns("messages", ["id", "messages", "tools"]) == "messages (messages; not read: id, tools)"
+    assert describe_columns("alpaca", ["instruction", "input", "output"]) == "alpaca (instruction, input, output)"
+
+
+def test_columns_of_no_format():
+    assert detect(["question", "label"]) is None
+    assert detect([]) is None
+    assert detect(["text", "prompt", "completion"]) == "prompt_completion", "what says more comes first"
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "said"),
+    [
+        ({"prompt": "q"}, "prompt_completion", "has no completion"),
+        ({"completion": "a"}, "prompt_completion", "has no prompt"),
+        ({"prompt": "q", "completion": " "}, "prompt_completion", "completion is empty"),
+        ({"prompt": 1, "completion": "a"}, "prompt_completion", "prompt is a number, not a text"),
+        ({"prompt": "q", "completion": "a", "system": "s"}, "prompt_completion", "question=prompt answer=completion"),
+        ({"instruction": "q"}, "alpaca", "has no output"),
+        ({"instruction": "q", "output": None}, "alpaca", "has no output"),
+        ({"instruction": "q", "output": " \n"}, "alpaca", "output is empty: there is nothing to learn"),
+        ({"instruction": 3, "output": "a"}, "alpaca", "instruction is a number, not a text"),
+        ({"instruction": "q", "output": ["a"]}, "alpaca", "output is a list, not a text"),
+        ({"instruction": "q", "output": "a", "history": [["q"]]}, "alpaca", "history has no pair of texts at 1"),
+        ({"instruction": "q", "output": "a", "history": "q"}, "alpaca", "history is a text, not a list"),
+        ({"question": "q", "answer": True}, "question_answer", "answer is true or false, not a text"),
+        ({"text": ""}, "text", "text is empty"),
+        ({"messages": []}, "messages", "messages is an empty list"),
+        ({"messages": [USER, "a"]}, "messages", "turn 2 of messages is a text, not an object with role and content"),
+        ({"messages": [USER, {"role": "assistant"}]}, "messages", "turn 2 of messages has no content"),
+        ({"messages": [{"content": "q"}]}, "messages", "turn 1 of messages has no role"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": ""}]},
+            "messages",
+            "turn 2 of messages is an empty answer",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [1]}]},
+            "messages",
+            "content of turn 2 of messages is a list, not a text",
+        ),
+        (
+            {"messages": [{"role": "narrator", "content": "q"}, ASSISTANT]},
+            "messages",
+            "turn 1 of messages has the unknown role 'narrator'; known are system, user, assistant, tool, human, gpt",
+        ),
+        ({"messages": [SYSTEM, USER, SYSTEM, ASSISTANT]}, "messages", "has 2 system turns; one is allowed"),
+        ({"messages": [USER, SYSTEM, ASSISTANT]}, "messages", "has its system turn at place 2; it must come first"),
+        ({"messages": [SYSTEM, USER]}, "messages", "has no assistant turn: there is nothing to learn"),
+        ({"conversations": [{"from": "human"}]}, "sharegpt", "turn 1 of conversations has no value"),
+        (
+            {"conversations": [{"from": "human", "value": 1}]},
+            "sharegpt",
+            "value of turn 1 of conversations is a number",
+        ),
+        ({"conversations": [{"value": "q"}]}, "sharegpt", "turn 1 of conversations has no from"),
+    ],
+)
+def test_a_bad_row_says_its_rule(row, name, said):
+    with pytest.raises(RowError) as error:
+        to_turns(row, name)
+    assert said in str(error.value)

@@ -1,0 +1,195 @@
+"""`lisa-dist check` on two processes that stand for two hosts: what is wrong is named, with the host where it is."""
+
+import contextlib
+import io
+import os
+import time
+
+import pytest
+from models import tiny_llama
+from ranks import free_port, run_ranks
+from torch import distributed as dist
+
+from lisa_dist.distributed import preflight
+from lisa_dist.distributed.preflight import _flags, main
+
+
+def check(port: int, folder: str, flags: list[str], on_host_2: dict) -> tuple[int, str, float]:
+    """Exit status, what is said, and seconds of one host; the second one may have some things of its own."""
+    rank = dist.get_rank()
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SLURMD_NODENAME": f"node{rank + 1}"}
+    flags = ["--output_dir", f"{folder}/out", *flags]
+    if rank == 1:
+        environment |= on_host_2.get("environment", {})
+        flags += on_host_2.get("flags", [])
+    before = dict(os.environ)
+    os.environ.update(environment)
+    said, begun, packages = io.StringIO(), time.monotonic(), preflight.PACKAGES
+    if rank == 1 and "packages" in on_host_2:
+        preflight.PACKAGES = on_host_2["packages"]
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
+            main(flags)
+    finally:
+        preflight.PACKAGES = packages
+        os.environ.clear()
+        os.environ.update(before)
+    return ended.value.code, said.getvalue(), time.monotonic() - begun
+
+
+def test_hosts_that_are_fit(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"output_dir: {tmp_path / 'out'}\ndataset_name: {tmp_path / 'rows.jsonl'}\n")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    flags = ["--config", str(tmp_path / "recipe.yaml"), "--learning_rate", "1e-5"]
+    (status, said, _), other = run_ranks(check, 2, free_port(), str(tmp_path), flags, {})
+    assert (status, said) == (0, "lisa-dist check: 2 host(s) are fit: node1, node2\n")
+    assert other[:2] == (0, "")
+    assert not list((tmp_path / "out").iterdir()), "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("flags", "on_host_2", "said"),
+    [
+        (["--gpus_per_node", "8"], {}, "host node1: 0 GPUs are visible, not 8 (--gpus_per_node)"),
+        ([], {"flags": ["--gpus_per_node", "1"]}, "host node2: 0 GPUs are visible, not 1 (--gpus_per_node)"),
+        (
+            [],
+            {"flags": ["--output_dir", "FOLDER/other"]},
+            "host node2: --output_dir FOLDER/other is another one: what host",
+        ),
+        ([], {"flags": ["--output_dir", "/proc/out"]}, "host node2: --output_dir /proc/out cannot be written"),
+        ([], {"packages": ("lisa_dist", "triton", "magic")}, "host node2: torch is not there, on host node1 2."),
+        (
+            [],
+            {"flags": ["--dataset_name", "FOLDER/absent.jsonl"]},
+            "host node2: --dataset_name FOLDER/absent.jsonl is no such file, on host node1 not there",
+        ),
+        (
+            ["--dataset_name", "FOLDER/here.txt#10", "more"],
+            {"flags": ["--deepspeed", "FOLDER/absent.json"]},
+            "host node2: --deepspeed FOLDER/absent.json is no such file, on host node1 not there",
+        ),
+    ],
+    ids=["no GPUs", "no GPUs on one", "other folder", "read-only folder", "versions", "data", "DeepSpeed config"],
+)
+def test_what_is_wrong_is_named_with_its_host(tmp_path, flags, on_host_2, said):
+    on_host_2 = {
+        name: [word.replace("FOLDER", str(tmp_path)) for word in words] if name == "flags" else words
+        for name, words in on_host_2.items()
+    }
+    (status, told, seconds), (other, nothing, _) = run_ranks(check, 2, free_port(), str(tmp_path), flags, on_host_2)
+    assert (status, other, nothing) == (2, 2, "")
+    assert f"lisa-dist check: {said.replace('FOLDER', str(tmp_path))}" in told
+    assert seconds < 30
+
+
+def test_an_address_that_does_not_resolve_is_named_on_its_host(tmp_path):
+    on_host_2 = {"environment": {"MASTER_ADDR": "no-such-host.invalid"}}
+    flags = ["--meet_within", "2"]
+    first, (status, said, seconds) = run_ranks(check, 2, free_port(), str(tmp_path), flags, on_host_2)
+    assert status == 2
+    assert said.startswith("lisa-dist check: host node2: MASTER_ADDR no-such-host.invalid: ")
+    assert seconds < 30
+    assert first[0] == 2
+    assert "lisa-dist check: rank 1 has not come within 2 s (--meet_within): it is down, or MASTER_ADDR" in first[1]
+
+
+def two_of_four(port: int, folder: str) -> tuple[int, str, float]:
+    """Two hosts that expect two more."""
+    os.environ |= {"WORLD_SIZE": "4", "SLURM_STEP_NODELIST": "node[1-4]"}
+    on_host_2 = {"flags": ["--gpus_per_node", "1"]}
+    return check(port, folder, ["--meet_within", "2"], on_host_2)
+
+
+def test_hosts_that_do_not_come_are_named_beside_what_is_wrong_elsewhere(tmp_path):
+    (status, said, seconds), (other, nothing, _) = run_ranks(two_of_four, 2, free_port(), str(tmp_path))
+    assert (status, other, nothing) == (2, 2, "")
+    lines = said.splitlines()
+    assert [line.partition(", which")[0] for line in lines[:2]] == [
+        f"lisa-dist check: rank {rank}, host node{rank + 1}, has not come within 2 s (--meet_within): it is down, or "
+        "MASTER_ADDR is another one there"
+        for rank in (2, 3)
+    ]
+    assert lines[2].startswith("lisa-dist check: host node2: 0 GPUs are visible, not 1")
+    assert len(lines) == 3
+    assert seconds < 10
+
+
+def test_a_save_must_fit_before_the_end(tmp_path):
+    model = tmp_path / "model"
+    tiny_llama().config.save_pretrained(model)
+    flags = ["--model_name_or_path", str(model), "--save_within"]
+    status, said, _ = run_ranks(check, 1, free_port(), str(tmp_path), [*flags, "60"], {})[0]
+    assert status == 0
+    assert "lisa-dist check: a checkpoint has about " in said
+    status, said, _ = run_ranks(check, 1, free_port(), str(tmp_path), [*flags, "0.000001"], {})[0]
+    assert status == 2
+    assert "a save takes about 0 s, and the job ends 0 s (--save_within) after its signal: send it earlier" in said
+
+
+def test_the_weights_are_written_by_one_host_and_states_by_all(tmp_path, capsys):
+    model = tmp_path / "model"
+    tiny_llama().config.save_pretrained(model)
+    flags = {"model_name_or_path": str(model), "bf16": "true", "lisa_activated_layers": "2"}
+    parameters = [parameter.numel() for parameter in tiny_llama().parameters()]
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in tiny_llama().model.layers]
+    total, active = sum(parameters), sum(parameters) - sum(layers) + 2 * layers[0]
+    assert preflight._checkpoint_bytes(flags) == (2 * total, 12 * active)
+    assert preflight._checkpoint_bytes(flags | {"method": "full"}) == (2 * total, 12 * total)
+    del flags["bf16"]  # no GPU is here
+    assert preflight._checkpoint_bytes(flags) == (4 * total, 12 * active)
+    arguments = preflight.CheckArguments(output_dir=str(tmp_path), save_within=1000)
+    host = preflight._Host.__new__(preflight._Host)
+    host._arguments, host._flags = arguments, flags
+    seconds = 4 * total / 100 + (4 * total + 12 * active + 12 * active) / 400
+    assert host._time_to_save([100, 300])[0].startswith(f"a save takes about {seconds:.0f} s, and the job ends 1000 s")
+    assert f"is saved in about {seconds:.0f} s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "--save_within needs the run's --model_name_or_path"),
+        (["--model_name_or_path", "no/such-model"], "--model_name_or_path no/such-model: no such folder"),
+        (["--config", "FOLDER"], "--config FOLDER: cannot be read"),
+        (["--config", "FOLDER/empty.yaml"], "--config FOLDER/empty.yaml: holds no flags"),
+    ],
+)
+def test_flags_that_are_no_use_are_named(tmp_path, flags, said):
+    (tmp_path / "empty.yaml").write_text("")
+    flags = [*(word.replace("FOLDER", str(tmp_path)) for word in flags), "--save_within", "60"]
+    status, told, _ = run_ranks(check, 1, free_port(), str(tmp_path), flags, {})[0]
+    assert status == 2
+    assert said.replace("FOLDER", str(tmp_path)) in told
+
+
+def ends_soon(port: int, folder: str, model: str) -> tuple[int, str, float]:
+    os.environ["SLURM_JOB_END_TIME"] = str(int(time.time()) + 30)
+    return check(port, folder, ["--model_name_or_path", model, "--save_within", "60"], {})
+
+
+def test_a_job_that_ends_before_it_could_save_is_refused(tmp_path):
+    model = tmp_path / "model"
+    tiny_llama().config.save_pretrained(model)
+    status, said, _ = run_ranks(ends_soon, 1, free_port(), str(tmp_path), str(model))[0]
+    assert status == 2
+    assert "before it could train and save: give it more time" in said
+
+
+def test_flags_of_the_run_win_over_its_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("output_dir: out\nlearning_rate: 1.0e-5\nbf16: false\n")
+    arguments = preflight.CheckArguments(config=str(recipe))
+    flags_of_recipe = {"output_dir": "out", "learning_rate": 1e-5, "bf16": False}
+    assert _flags(arguments, []) == flags_of_recipe
+    words = ["--bf16", "--learning-rate", "3e-4", "--dataset_name=rows.jsonl"]
+    changed = {"output_dir": "out", "learning_rate": "3e-4", "bf16": "true", "dataset_name": "rows.jsonl"}
+    assert _flags(arguments, words) == changed
+    words = ["--dataset_name", "a.jsonl#3", "b.jsonl", "--bf16"]
+    assert _flags(arguments, words) == flags_of_recipe | {"dataset_name": "a.jsonl#3 b.jsonl", "bf16": "true"}
+
+
+def test_a_folder_is_asked_for():
+    with pytest.raises(SystemExit) as ended:
+        main(["--gpus_per_node", "0"])
+    assert ended.value.code == 2

@@ -1,0 +1,87 @@
+"""Which rank a process is, by what each launcher sets; and contradictions between them."""
+
+import pytest
+
+from lisa_dist.distributed.ranks import expand_hosts, set_rank
+
+# As seen in processes that these started: two nodes of two ranks, the last of them.
+MASTER = {"MASTER_ADDR": "gpu01", "MASTER_PORT": "29500"}
+TORCHRUN = MASTER | {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+TORCHRUN |= {"TORCHELASTIC_RUN_ID": "none"}
+DEEPSPEED = MASTER | {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "1"}
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+SRUN = BATCH | {
+    "SLURM_STEP_ID": "1", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_STEP_NODELIST": "gpu[01-02]",
+}  # fmt: skip
+TASK_A_NODE = SRUN | {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+TASK_A_NODE |= {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NTASKS": "2"}
+LAST_OF_FOUR = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "MASTER_ADDR": "gpu01"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "started_by", "expected"),
+    [
+        (TORCHRUN, "torchrun", LAST_OF_FOUR | {"MASTER_PORT": "29500"}),
+        (DEEPSPEED, "deepspeed", LAST_OF_FOUR | {"MASTER_PORT": "29500"}),
+        (SRUN, "srun", LAST_OF_FOUR | {"MASTER_PORT": "15006"}),
+        (SRUN | {"CUDA_VISIBLE_DEVICES": "0,1"}, "srun", LAST_OF_FOUR),
+        (SRUN | MASTER, "srun", LAST_OF_FOUR | {"MASTER_PORT": "29500"}),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3,1"}, "srun", LAST_OF_FOUR | {"LOCAL_SIZE": "1"}),
+        (TASK_A_NODE | TORCHRUN, "srun torchrun", LAST_OF_FOUR),
+        (TASK_A_NODE | DEEPSPEED, "srun deepspeed", LAST_OF_FOUR),
+        (SRUN | MASTER | {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, "RANK and WORLD_SIZE", {"RANK": "3"}),
+        ({}, "python", {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}),
+        (BATCH | {"SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "1"}, "python", {"RANK": "0", "WORLD_SIZE": "1"}),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, "python", {"MASTER_ADDR": "127.0.0.1"}),
+    ],
+)
+def test_each_way_of_starting(environment, started_by, expected):
+    environment = dict(environment)
+    assert set_rank(environment) == started_by
+    assert environment | expected == environment
+    assert all(name in environment for name in (*LAST_OF_FOUR, "MASTER_PORT"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set beside the others. Seen: RANK=0."),
+        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"),
+        (TORCHRUN | {"RANK": "4"}, "rank 4 of 4, and 1 of 2 on this node, cannot be. Seen: RANK=4 WORLD_SIZE=4"),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, "rank 3 of 4, and 2 of 2 on this node, cannot be"),
+        (TORCHRUN | {"WORLD_SIZE": "four"}, "WORLD_SIZE is no number"),
+        (SRUN | TORCHRUN | {"RANK": "0"}, "srun started 4 tasks on 2 nodes, which are not the ranks"),
+        (SRUN | MASTER | {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "unset RANK"),
+        (
+            TASK_A_NODE | TORCHRUN | {"RANK": "1", "WORLD_SIZE": "2"},
+            "srun started a launcher on each of 2 nodes, and each would train alone; give torchrun --nnodes",
+        ),
+        (BATCH, "SLURM_NTASKS is 4, but nothing says which of them this process is"),
+        (
+            SRUN | {"CUDA_VISIBLE_DEVICES": "1"},
+            "CUDA_VISIBLE_DEVICES=1 shows 1 GPUs to task 1 of this node",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2, but nothing says which"),
+    ],
+)
+def test_contradictions_are_shown(environment, said):
+    with pytest.raises(ValueError, match="Seen: ") as error:
+        set_rank(dict(environment))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "hosts"),
+    [
+        ("gpu[03-05,09],login1", "gpu03 gpu04 gpu05 gpu09 login1"),
+        ("node1", "node1"),
+        ("a1,b[2-3]", "a1 b2 b3"),
+        ("rack[1-2]n[07-08]", "rack1n07 rack1n08 rack2n07 rack2n08"),
+        ("n[4]-ib", "n4-ib"),
+        ("n[98-101]", "n98 n99 n100 n101"),
+        ("", ""),
+    ],
+)
+def test_the_hosts_of_a_list(nodelist, hosts):
+    assert expand_hosts(nodelist) == hosts.split()

@@ -1,0 +1,433 @@
+"""`lisa-dist eval` on the harness' tasks: the shipped files, the scores, the ranks, what cannot be evaluated."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from eval_files import subjects, write_benchmarks, write_lines, write_mt_bench
+from lm_eval import simple_evaluate
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+from models import save_tiny_llama
+from peft import LoraConfig, get_peft_model
+from ranks import free_port, run_ranks
+from runs import ROOT, Alone
+from torch import distributed as dist
+from transformers import AutoModelForCausalLM
+
+from lisa_dist.config import UserError
+from lisa_dist.distributed import launching
+from lisa_dist.eval import evaluation, harness
+from lisa_dist.eval import rows as eval_data
+
+CLI = ROOT / "lisa_dist" / "cli.py"
+TASKS = "mmlu,agieval,winogrande,gsm8k,pubmedqa"
+STOCK = Path(harness.evaluator.__file__).parent / "tasks"
+STOCK_FILES = {
+    "agieval_aqua_rat": "agieval/aqua-rat.yaml",
+    "agieval_logiqa_en": "agieval/logiqa-en.yaml",
+    "agieval_sat_math": "agieval/sat-math.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "gsm8k": "gsm8k/gsm8k.yaml",
+    "pubmedqa": "pubmedqa/pubmedqa.yaml",
+} | {f"mmlu_{subject}": f"mmlu/default/mmlu_{subject}.yaml" for subject in subjects()}
+# Where the rows come from, and what a task is called in a table.
+OURS = {"task", "task_alias", "tag", "custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "metadata"}
+# Compared by the words they give.
+BY_WORDS = {"description", "doc_to_text", "doc_to_target", "doc_to_choice", "process_results", "fewshot_config"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    write_benchmarks(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A model with a chat template."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    save_tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "0")  # for monkeypatch to take away what a run sets
+        monkeypatch.delenv(name)
+    eval_data.read_rows.cache_clear()
+
+
+def leaves(data_dir: Path) -> dict[str, ConfigurableTask]:
+    manager = TaskManager(include_path=harness.TASK_FILES, include_defaults=False, metadata={"data_dir": str(data_dir)})
+    return {name.rpartition("::")[2]: task for name, task in manager.load(TASKS.split(","))["tasks"].items()}
+
+
+def test_shipped_tasks_are_the_stock_tasks_word_for_word(files):
+    ours = leaves(files)
+    assert ours.keys() == STOCK_FILES.keys()
+    for name, task in ours.items():
+        stock = load_yaml(STOCK / STOCK_FILES[name])
+        for key in ("dataset_path", "dataset_name", "tag"):
+            stock.pop(key, None)
+        stock |= {key: task.config[key] for key in ("custom_dataset", "dataset_kwargs")}
+        stock["metadata"] = {"data_dir": str(files)}
+        stock = ConfigurableTask(config=stock)
+        differ = {
+            key
+            for key in vars(task.config)
+            if key not in OURS | BY_WORDS and getattr(task.config, key) != getattr(stock.config, key)
+        }
+        if name == "pubmedqa":  # whose files name test rows and others; the stock task's validation rows are not used
+            differ -= {"validation_split"}
+        assert not differ, f"{name} is another task than {STOCK_FILES[name]}"
+        assert task.fewshot_cfg.sampler == stock.fewshot_cfg.sampler
+        assert len(task.eval_docs) == len(stock.eval_docs)
+        # WinoGrande has no rows to take examples from here, and the harness cannot write those of AGIEval.
+        shots = 0 if name.startswith(("winogrande", "agieval")) else 2
+        for one in (task, stock):
+            one.set_fewshot_seed(1234)
+        for doc in task.eval_docs.select(range(3)):
+            assert task.fewshot_context(doc, shots) == stock.fewshot_context(doc, shots)
+            assert task.doc_to_target(doc) == stock.doc_to_target(doc)
+            if task.OUTPUT_TYPE == "multiple_choice":
+                assert task.doc_to_choice(doc) == stock.doc_to_choice(doc)
+                found = [(-float(n), False) for n in range(len(task.doc_to_choice(doc)))]
+            else:
+                found = ["1,000. #### 18"]
+            assert task.process_results(doc, found) == stock.process_results(doc, found)
+
+
+def test_groups_are_the_stock_groups():
+    for group in ("mmlu", "mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities"):
+        stock = load_yaml(STOCK / "mmlu" / "default" / f"_{group}.yaml")
+        ours = load_yaml(harness.TASK_FILES / f"{group}.yaml")
+        for key in ("aggregate_metric_list", "metadata", "group_alias"):
+            assert ours.get(key) == stock.get(key)
+        if group == "mmlu":
+            assert ours["task"] == stock["task"]
+            continue
+        tagged = {
+            one["task"]
+            for path in (STOCK / "mmlu" / "default").glob("mmlu_*.yaml")
+            if (one := load_yaml(path))["tag"] in stock["task"]
+        }
+        assert {task["task"] for task in ours["task"]} == tagged
+    stock, ours = load_yaml(STOCK / "agieval" / "agieval_en.yaml"), load_yaml(harness.TASK_FILES / "agieval.yaml")
+    assert ours["aggregate_metric_list"] == stock["aggregate_metric_list"]
+    assert set(ours["task"]) < set(stock["task"])
+
+
+def test_rows_of_agieval_are_its_prompts(data_dir):
+    """As the stock task has them in its column `query`; AGIEval's zero-shot prompt, here by hand."""
+    (row,) = eval_data.agieval(str(data_dir), "sat-math")["test"].select([0])
+    assert row["query"].startswith(
+        "Q: If $\\frac{x-1}{3}=k$ and $k=3$, what is the value of $x ?$ Answer Choices: (A)2"
+    )
+    assert row["query"].endswith(" (D)10\nA: Among A through D, the answer is")
+    assert row["gold"] == [3]
+    (row,) = eval_data.agieval(str(data_dir), "logiqa-en")["test"].select([0])
+    assert row["query"].startswith("In the planning of a new district in a township, ")
+    assert ".Q: Based on the above statement, " in row["query"], "passage and question, nothing between them"
+
+
+def test_scores_are_those_of_a_direct_call(data_dir, tmp_path, monkeypatch):
+    """Ten items of each task, of MMLU one of each subject of stem: log-likelihoods, answers, scores, to the digit."""
+    model, ours = data_dir / "models" / "stories260k-hf", {}
+
+    def listening(*args, **settings):
+        found = evaluate(*args, **settings)
+        ours["samples"] = ours.get("samples", {}) | found["samples"]
+        return found
+
+    evaluate = harness.evaluate
+    monkeypatch.setattr(harness, "evaluate", listening)
+    for limit, tasks in ((10, "agieval,winogrande,gsm8k,pubmedqa"), (1, "mmlu_stem")):
+        words = ["--tasks", tasks, "--data_dir", str(data_dir), "--limit", str(limit), "--batch_size", "10"]
+        evaluation.main([str(model), *words, "--output", str(tmp_path)])
+        direct = simple_evaluate(
+            model=HFLM(pretrained=str(model), device="cpu", batch_size=10),
+            tasks=tasks.split(","),
+            task_manager=TaskManager(
+                include_path=harness.TASK_FILES, include_defaults=False, metadata={"data_dir": str(data_dir)}
+            ),
+            limit=limit,
+        )
+        for name, samples in direct["samples"].items():
+            assert len(samples) == limit * (2 if name == "gsm8k" else 1)
+            for theirs, mine in zip(samples, ours["samples"][name], strict=True):
+                assert mine["resps"] == theirs["resps"]
+                assert mine["arguments"] == theirs["arguments"]
+        written = json.loads((tmp_path / "results.json").read_text())["tasks"]
+        for name in tasks.split(","):
+            assert written[name]["scores"]
+            for metric, score in written[name]["scores"].items():
+                key, _, kind = metric.partition(", ")
+                assert score["value"] == direct["results"][name][f"{key},{kind or 'none'}"]
+                error = direct["results"][name][f"{key}_stderr,{kind or 'none'}"]
+                assert score["stderr"] == (None if error == "N/A" else error)
+    assert written.keys() == {"agieval", "winogrande", "gsm8k", "pubmedqa", "mmlu_stem"}, "the first run's are kept"
+    assert (written["mmlu_stem"]["items"], written["mmlu_stem"]["shots"], written["gsm8k"]["shots"]) == (19, 0, 5)
+    assert written["mmlu_stem"]["parts"]["mmlu_anatomy"]["items"] == 1
+    assert written["gsm8k"]["settings"]["limit"] == 10
+    assert written["gsm8k"]["versions"].keys() == {"lisa_dist", "torch", "transformers", "lm_eval"}
+
+
+def samples_of(model_dir: str, data_dir: str, tasks: list[str], limit: int) -> tuple[list[int], dict | None]:
+    """On a rank, or alone: the items that were evaluated here; and of all, what was asked and answered, and scores."""
+    model, tokenizer = evaluation.load_model(model_dir, "float32")
+    ranked = harness.RankedModel(model, tokenizer, 1)
+    loaded = harness.load_tasks(tasks, data_dir, 2)
+    loaded["gsm8k"][0].config.generation_kwargs["max_gen_toks"] = 16
+    results = harness.evaluate(ranked, loaded, limit=limit, num_fewshot=2)
+    here = sorted({one.doc_id for one in loaded["gsm8k"][0].instances})
+    if results is None:
+        return here, None
+    samples = {
+        name: sorted((one["doc_id"], one["filter"], str(one["arguments"]), str(one["filtered_resps"])) for one in found)
+        for name, found in results["samples"].items()
+    }
+    return here, {"samples": samples, "scores": {name: harness.scores(results, name) for name in tasks}}
+
+
+def test_two_ranks_find_what_one_finds(tiny, files):
+    """Three items for two ranks, with examples that are drawn: each item has those that it has on one rank."""
+    tasks = ["gsm8k", "pubmedqa"]
+    _, alone = samples_of(str(tiny), str(files), tasks, 3)
+    (first, found), (second, nothing) = run_ranks(samples_of, 2, str(tiny), str(files), tasks, 3)
+    assert (first, second, nothing) == ([0, 2], [1], None)
+    assert found["samples"] == alone["samples"]
+    for name in tasks:
+        for metric, score in alone["scores"][name]["scores"].items():
+            assert found["scores"][name]["scores"][metric] == pytest.approx(score, rel=1e-12)
+    assert len(alone["samples"]["gsm8k"]) == 6, "three items, two ways to read an answer"
+
+
+@pytest.mark.slow
+def test_two_ranks_share_tasks_and_mt_bench(tiny, tmp_path):
+    write_benchmarks(tmp_path)
+    write_mt_bench(tmp_path)
+    out, said = tmp_path / "out", [tmp_path / "0.txt", tmp_path / "1.txt"]
+    words = ["eval", str(tiny), "--tasks", "winogrande,mt_bench", "--data_dir", str(tmp_path)]
+    words += ["--max_new_tokens", "4", "--output", str(out)]
+    meet = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [Alone(words, said[rank], CLI, RANK=str(rank), LOCAL_RANK=str(rank), **meet) for rank in range(2)]
+    assert [rank.wait() for rank in ranks] == [0, 0], "".join(rank.said[-3000:] for rank in ranks)
+    assert "for verdicts give the same command with --judge_url" in ranks[0].said
+    assert "mt_bench:" not in ranks[1].said
+    written = json.loads((out / "results.json").read_text())["tasks"]
+    assert (written["winogrande"]["settings"]["ranks"], written["winogrande"]["items"]) == (2, 3)
+    answers = (out / "mt_bench" / "model_answer" / "tiny.jsonl").read_text().splitlines()
+    assert [json.loads(line)["question_id"] for line in answers] == [1, 2, 3, 4]
+    assert [path.name for path in (out / "mt_bench" / "model_answer").iterdir()] == ["tiny.jsonl"]
+    words[2:] = ["--tasks", "gsm8k", "--data_dir", "nowhere"]
+    ranks = [Alone(words, said[rank], CLI, RANK=str(rank), LOCAL_RANK=str(rank), **meet) for rank in range(2)]
+    assert [rank.wait() for rank in ranks] == [2, 2]
+
+
+def test_gpus_starts_the_ranks_of_this_verb(monkeypatch, files):
+    started = []
+    monkeypatch.setattr(
+        launching.subprocess,
+        "Popen",
+        lambda command, **_: started.append(command) or SimpleNamespace(pid=0, wait=lambda: 7),
+    )
+    monkeypatch.setattr(launching.signal, "signal", lambda *_: None)
+    words = ["model", "--tasks", "gsm8k", "--data_dir", str(files)]
+    with pytest.raises(SystemExit, match="7"):
+        evaluation.main([*words, "--gpus", "2"])
+    (command,) = started
+    assert command[1:3] == ["--num_gpus", "2"]
+    assert command[-7:] == ["lisa_dist.cli", "eval", *words]
+
+
+def fewer_items_than_ranks(model_dir: str, data_dir: str) -> None:
+    model, tokenizer = evaluation.load_model(model_dir, "float32")
+    with pytest.raises(UserError, match="winogrande: 1 items for 2 ranks; each rank needs one: raise --limit"):
+        harness.evaluate(
+            harness.RankedModel(model, tokenizer, 1), harness.load_tasks(["winogrande"], data_dir, None), limit=1
+        )
+    dist.barrier()
+
+
+def test_each_rank_needs_an_item(tiny, files):
+    run_ranks(fewer_items_than_ranks, 2, str(tiny), str(files))
+
+
+def test_a_chat_template_makes_turns_of_prompts(tiny, files):
+    model, tokenizer = evaluation.load_model(str(tiny))
+    ranked, tasks = harness.RankedModel(model, tokenizer, 2), harness.load_tasks(["pubmedqa"], str(files), None)
+    found = harness.evaluate(ranked, tasks, limit=1, apply_chat_template=True)
+    (sample,) = found["samples"]["pubmedqa"]
+    assert sample["arguments"][0][0].startswith("<user>Abstract: One.\nTwo.\nQuestion: 0?\nAnswer:<end>")
+
+
+def test_an_adapter_is_merged_into_its_base(tiny, tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=2, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny)
+    tokens = torch.arange(8)[None]
+    merged, tokenizer = evaluation.load_model(str(tmp_path / "adapter"))
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    assert tokenizer.chat_template is not None
+    with torch.no_grad():
+        assert torch.allclose(merged(tokens).logits, model.eval()(tokens).logits, atol=1e-5)
+        base = AutoModelForCausalLM.from_pretrained(tiny)(tokens).logits
+        assert not torch.allclose(merged(tokens).logits, base, atol=1e-2)
+    shutil.move(tmp_path / "adapter" / "adapter_config.json", tmp_path / "config.json")
+    config["base_model_name_or_path"] = "nowhere/nothing"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"nowhere/nothing, the base of the adapter .*: no such folder with a model"):
+        evaluation.load_model(str(tmp_path / "adapter"))
+
+
+SUM, CHOICE = {"question": "1 + 1?", "answer": "2\n#### 2"}, {"subject": "anatomy", "question": "?", "answer": 0}
+ABSTRACT = {"QUESTION": "?", "CONTEXTS": ["One."], "final_decision": "yes"}
+OPTIONS = {"question": "?", "options": ["(A)1", "(B)2"]}
+
+
+@pytest.mark.parametrize(
+    ("task", "path", "content", "said"),
+    [
+        ("gsm8k", "gsm8k/test.jsonl", [SUM, {"question": "1 + 1?"}], "row 2: answer is missing"),
+        ("gsm8k", "gsm8k/test.jsonl", [SUM | {"answer": " "}], "row 1: answer must be text that is not empty"),
+        ("gsm8k", "gsm8k/test.jsonl", [SUM | {"answer": "two"}], "row 1: answer must end with #### and the number"),
+        ("gsm8k", "gsm8k/train.jsonl", None, "train.jsonl: no such file; docs/evaluation.md says where"),
+        ("gsm8k", "gsm8k/test.jsonl", "{", "row 1: is not JSON"),
+        ("gsm8k", "gsm8k/test.jsonl", "", "test.jsonl: holds no rows"),
+        ("gsm8k", "gsm8k/test.jsonl", "[1]", "row 1: must be an object"),
+        ("mmlu", "mmlu/test.jsonl", [CHOICE], "row 1: choices must be four texts"),
+        ("mmlu", "mmlu/dev.jsonl", [CHOICE | {"choices": [*"abcd"], "answer": None}], "row 1: answer is missing"),
+        ("mmlu", "mmlu/test.jsonl", [CHOICE | {"choices": [*"abcd"], "answer": 4}], "must be the index of a choice"),
+        ("mmlu", "mmlu/test.jsonl", [CHOICE | {"choices": [*"abcd"]}], "test.jsonl of mmlu has no row with subject"),
+        ("agieval", "agieval/aqua-rat.jsonl", [OPTIONS], "row 1: label is missing"),
+        ("agieval", "agieval/aqua-rat.jsonl", [OPTIONS | {"label": "C"}], "label must be the letter of an option"),
+        ("agieval", "agieval/sat-math.jsonl", None, "sat-math.jsonl: no such file"),
+        ("winogrande", "winogrande/dev.jsonl", [{"sentence": "a _."}], "row 1: option1 is missing"),
+        (
+            "winogrande",
+            "winogrande/dev.jsonl",
+            [{"sentence": "a _.", "option1": "b", "option2": "c", "answer": "3"}],
+            "row 1: answer must be 1 or 2, not '3'",
+        ),
+        ("pubmedqa", "pubmedqa/test_ground_truth.json", {"0": ""}, "0: the answer must be yes, no or maybe"),
+        ("pubmedqa", "pubmedqa/test_ground_truth.json", {"x": "yes"}, "ori_pqal.json has no such abstract"),
+        ("pubmedqa", "pubmedqa/ori_pqal.json", {"0": ABSTRACT}, "test_ground_truth.json, 1: ori_pqal.json has no"),
+        (
+            "pubmedqa",
+            "pubmedqa/ori_pqal.json",
+            {str(n): ABSTRACT | ({} if n else {"final_decision": None}) for n in range(3)},
+            "ori_pqal.json, 0: final_decision is missing",
+        ),
+        (
+            "pubmedqa",
+            "pubmedqa/ori_pqal.json",
+            {str(n): ABSTRACT for n in range(3)},
+            "ori_pqal.json, 1: final_decision and test_ground_truth.json differ",
+        ),
+    ],
+)
+def test_files_without_answers_are_told_before_a_model_is_loaded(tmp_path, capsys, task, path, content, said):
+    write_benchmarks(tmp_path)
+    (tmp_path / path).unlink()
+    if isinstance(content, list):
+        write_lines(tmp_path / path, content)
+    elif content is not None:
+        (tmp_path / path).write_text(content if isinstance(content, str) else json.dumps(content))
+    words = ["no/model", "--tasks", task, "--data_dir", str(tmp_path), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.main(words)
+    printed = capsys.readouterr().out
+    assert printed.startswith("lisa-dist eval: ")
+    assert said in printed
+    assert path.rpartition("/")[2] in printed or "pubmedqa" in path
+    assert len(printed.splitlines()) == 1
+
+
+def test_without_a_hub_the_way_out_is_files(monkeypatch, capsys, tmp_path):
+    """The stock file of a task; the hub is out of reach, as everywhere in these tests."""
+    stock = functools.partial(TaskManager, include_path=STOCK / "gsm8k", include_defaults=False)
+    monkeypatch.setattr(harness, "TaskManager", stock)
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.main(["no/model", "--tasks", "gsm8k", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "--tasks gsm8k: its rows cannot be had from the hub (Couldn't reach 'openai/gsm8k' on the Hub" in printed
+    assert "give --data_dir with files of them" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tasks", "gsm8k"], "arguments are required: --model"),
+        (["m"], "arguments are required: --tasks"),
+        (["m", "--tasks", ","], "--tasks ,: give names with commas between"),
+        (["m", "--tasks", "gsm8k,gsm8k"], "each once"),
+        (["m", "--tasks", "gsm8k", "--data_dri", "x"], "--data_dri: no such flag; did you mean --data_dir?"),
+        (["m", "--tasks", "gsm8k", "--data_dir", "nowhere"], "--data_dir nowhere: no such folder"),
+        (["m", "--tasks", "gsm8k", "--limit", "0"], "--limit 0.0: a number of items"),
+        (["m", "--tasks", "gsm8k", "--limit", "2.5"], "--limit 2.5: a number of items"),
+        (["m", "--tasks", "gsm8k", "--num_fewshot", "-1"], "--num_fewshot -1: 0 or more"),
+        (["m", "--tasks", "gsm8k", "--batch_size", "none"], "--batch_size none: a number of prompts, or auto"),
+        (["m", "--tasks", "gsm8k", "--dtype", "fp8"], "--dtype fp8: unknown; choose one of auto, float32"),
+        (["m", "--tasks", "gsm8k", "--judge_timeout", "0"], "--judge_timeout 0.0: must be more than 0"),
+        (["m", "--tasks", "mt_bench"], "--tasks mt_bench: needs --data_dir"),
+        (["m", "--tasks", "gsm8k", "--judge_url", "http://x"], "--judge_url and --judge_model: give both"),
+        (["m", "--tasks", "gsm8k", "--gpus", "none"], "--gpus none: give a number of GPUs"),
+        (["m", "--tasks", "gsm8k", "--gpus", "2", "--limmit", "2"], "--limmit: no such flag; did you mean --limit?"),
+        (["m", "--tasks", "gsm9k", "--data_dir", "FILES"], "--tasks gsm9k: no such task; with --data_dir there are"),
+        (["m", "--tasks", "winogrande", "--data_dir", "FILES", "--num_fewshot", "5"], "there are 0 rows to take"),
+        (
+            ["m", "--tasks", "agieval", "--data_dir", "FILES", "--num_fewshot", "5"],
+            "it takes no examples; leave it out",
+        ),
+        (["no/model", "--tasks", "winogrande", "--data_dir", "FILES"], "no/model: no such folder with a model"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(files, tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.main([str(files) if word == "FILES" else word for word in words])
+    printed = capsys.readouterr().out
+    assert printed.startswith("lisa-dist eval: ")
+    assert said in printed
+
+
+def test_results_stay_with_their_model(tiny, files, tmp_path, capsys):
+    words = ["--tasks", "pubmedqa", "--data_dir", str(files), "--output", str(tmp_path / "out")]
+    evaluation.main([str(tiny), *words])
+    assert "pubmedqa     acc  " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.main(["another", *words])
+    assert f"has results of {tiny}; give another folder for those of another" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.main([str(tiny), *words[:-1], str(tmp_path / "file")])
+    assert "file: File exists; give another folder" in capsys.readouterr().out
+
+
+def test_results_have_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "one" / "checkpoint-20").mkdir(parents=True)
+    named = {
+        model: evaluation.EvalArguments(model, "gsm8k").folder
+        for model in ("runs/one/checkpoint-20", "runs/one", "owner/name")
+    }
+    assert [str(folder) for folder in named.values()] == ["eval/one-checkpoint-20", "eval/one", "eval/name"]
+
+
+def test_a_model_without_a_chat_template(data_dir, files, tmp_path, capsys):
+    words = ["--tasks", "pubmedqa", "--data_dir", str(files), "--output", str(tmp_path), "--apply_chat_template"]
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.main([str(data_dir / "models" / "stories260k-hf"), *words])
+    assert "stories260k-hf has no chat template" in capsys.readouterr().out

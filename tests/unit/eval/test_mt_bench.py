@@ -1,0 +1,473 @@
+"""MT-Bench: answers as FastChat writes them, verdicts of a real server, and judges that fail in every way."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from eval_files import write_lines, write_mt_bench
+from models import save_tiny_llama
+from ranks import free_port
+from runs import BIN, clean_environment
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lisa_dist.config import UserError
+from lisa_dist.eval import answers as answer_writer
+from lisa_dist.eval import evaluation, judge, mt_bench
+from lisa_dist.eval import rows as eval_data
+from lisa_dist.eval.judge import Judge, JudgeError, parse_rating
+from lisa_dist.eval.mt_bench import MTBench
+
+MADE_WITH = {"seed": 1, "max_new_tokens": 8, "dtype": "auto", "weights": "those"}
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # for monkeypatch to take away what a run sets
+        monkeypatch.delenv(name)
+    eval_data.read_rows.cache_clear()
+    monkeypatch.setattr(judge, "WAITS", (0.0, 0.0))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    save_tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    write_mt_bench(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def judging(tmp_path_factory) -> Path:
+    """A tiny model that has learnt to say [7], whatever it is asked: without attention it sees the last token alone."""
+    folder = tmp_path_factory.mktemp("judge") / "judge"
+    save_tiny_llama(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.self_attn.o_proj.weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    tokens = tokenizer("<assistant>[7]<end>", return_tensors="pt")["input_ids"]
+    for _ in range(30):
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(judging, tmp_path_factory) -> Iterator[str]:
+    """`transformers serve` of a tiny model, as a user starts it."""
+    said, port = tmp_path_factory.mktemp("server") / "said.txt", free_port()
+    command = [str(BIN / "transformers"), "serve", str(judging), "--device", "cpu", "--port", str(port)]
+    with said.open("w") as output:
+        process = subprocess.Popen(command, env=clean_environment(), stdout=output, stderr=subprocess.STDOUT)
+    for _ in range(1200):
+        try:
+            urllib.request.urlopen(f"http://localhost:{port}/health", timeout=1).close()
+            break
+        except OSError:
+            assert process.poll() is None, said.read_text()[-3000:]
+            time.sleep(0.1)
+    yield f"http://localhost:{port}/v1"
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+class Scripted:
+    """A judge for what a real one does rarely: `answer` gives status, headers and body for each request."""
+
+    def __init__(self, answer: Callable[[dict], tuple[int, dict, bytes]]):
+        self.asked, self.headers = [], []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.asked.append(body)
+                outer.headers.append(dict(self.headers))
+                status, headers, content = answer(body)
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def verdict(words: str) -> tuple[int, dict, bytes]:
+    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": words}}]}).encode()
+
+
+def answers_of(folder: Path) -> list[dict]:
+    (path,) = (folder / "mt_bench" / "model_answer").glob("*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def made_answers(folder: Path) -> mt_bench.Answers:
+    """Answers to the questions of `folder`, without a model."""
+    bench = MTBench(str(folder))
+    turns = {one["question_id"]: [f"one {one['question_id']}", f"two {one['question_id']}"] for one in bench.questions}
+    return mt_bench.Answers(turns, "a model", "")
+
+
+def answer(bench: MTBench, tiny: Path, folder: Path, batch_size: int = 8, **changes) -> mt_bench.Answers:
+    made_with = MADE_WITH | changes
+    there = bench.answers_there(folder, "tiny", made_with)
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(tiny).eval(), AutoTokenizer.from_pretrained(tiny)
+
+    return bench.answer(load, there, folder, "tiny", made_with, batch_size)
+
+
+def test_answers_and_verdicts_end_to_end(tiny, judging, server, data_dir, tmp_path, capsys):
+    """Eight real questions, one of each category; a tiny model answers, and another one judges by the real server."""
+    words = [str(tiny), "--tasks", "mt_bench", "--data_dir", str(data_dir), "--limit", "8", "--max_new_tokens", "8"]
+    words += [
+        "--judge_url",
+        server,
+        "--judge_model",
+        str(judging),
+        "--judge_max_tokens",
+        "8",
+        "--output",
+        str(tmp_path),
+    ]
+    evaluation.main(words)
+    printed = capsys.readouterr().out
+    assert "mt_bench: 8 answers made, 0 were there" in printed
+    answers = answers_of(tmp_path)
+    assert [line["question_id"] for line in answers] == [81, 91, 101, 111, 121, 131, 141, 151]
+    assert {"question_id", "answer_id", "model_id", "choices", "tstamp"} <= answers[0].keys()
+    assert answers[0]["model_id"] == "tiny"
+    assert all(len(line["choices"][0]["turns"]) == 2 for line in answers)
+    (path,) = (tmp_path / "mt_bench" / "model_judgment").glob("*_single.jsonl")
+    verdicts = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(verdicts) == 16
+    fields = ["question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"]
+    assert all(list(line) == fields for line in verdicts)
+    assert {(line["judgment"], line["score"]) for line in verdicts} == {("[7]", 7.0)}
+    written = json.loads((tmp_path / "results.json").read_text())["tasks"]["mt_bench"]
+    assert (written["items"], written["judge"]) == (8, str(judging))
+    everything = written["scores"]["all"]
+    assert (everything["both"], everything["verdicts"], everything["unparsable"]) == (7.0, 16, 0)
+    assert "all           7.00    7.00  7.00            0.00        16           0" in printed
+    by_question = {(line["question_id"], line["turn"]): line for line in verdicts}
+    assert [by_question[number, 1]["judge"][1] for number in (81, 101, 111, 121, 131)] == [
+        "single-v1",
+        "single-math-v1",
+        "single-math-v1",
+        "single-math-v1",
+        "single-v1",
+    ]
+    assert by_question[111, 2]["judge"] == [str(judging), "single-math-v1-multi-turn"]
+    reference = next(
+        json.loads(line)["choices"][0]["turns"][1]
+        for line in (data_dir / "mt_bench" / "reference_answer_gpt-4.jsonl").read_text().splitlines()
+        if json.loads(line)["question_id"] == 111
+    )
+    for words in (reference, answers[3]["choices"][0]["turns"][0], answers[3]["choices"][0]["turns"][1]):
+        assert words in by_question[111, 2]["user_prompt"]
+    assert reference not in by_question[111, 1]["user_prompt"]
+
+
+def test_prompts_scores_and_the_table(files):
+    """A judge that rates turn one by 8 and turn two by 4, and the second question by nothing."""
+
+    def rate(body):
+        said = body["messages"][1]["content"]
+        if "two 2" in said:
+            return verdict("I cannot say.")
+        return verdict(f"Fine. Rating: [[{4 if 'two ' in said else 8}]] or [[1]]")
+
+    with Scripted(rate) as scripted:
+        bench, answers = MTBench(str(files)), made_answers(files)
+        content, table = bench.judge(Judge(scripted.url, "owner/judge", 5, 99), answers, files / "judged", 3)
+    asked = {body["messages"][1]["content"]: body for body in scripted.asked}
+    assert len(asked) == 8
+    assert "Rate.\nFirst of 1?\none 1" in asked
+    assert "First of 1?\none 1\nSecond of 1?\ntwo 1" in asked
+    assert "Rate.\nFirst of 3?\nright 3\none 3" in asked
+    body = asked["First of 3?\nright 3\nSecond of 3?\nright again 3\none 3\ntwo 3"]
+    assert body["messages"][0] == {"role": "system", "content": "Judge."}
+    assert (body["model"], body["temperature"], body["max_tokens"], body["stream"]) == ("owner/judge", 0, 99, False)
+    assert content["scores"]["writing"] == {
+        "turn_1": 8.0,
+        "turn_2": 4.0,
+        "both": pytest.approx(20 / 3),
+        "stderr": pytest.approx(1.0),  # of 6 and 8
+        "verdicts": 3,
+        "unparsable": 1,
+    }
+    assert content["scores"]["all"]["both"] == pytest.approx(44 / 7)
+    assert content["scores"]["all"]["stderr"] == pytest.approx(0.5)  # of 6, 8, 6, 6
+    assert [line.split() for line in table.splitlines()][-1] == ["all", "8.00", "4.00", "6.29", "0.50", "7", "1"]
+    lines = (files / "judged" / "owner_judge_single.jsonl").read_text().splitlines()
+    assert [json.loads(line)["score"] for line in lines].count(-1.0) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "rating"),
+    [
+        ("Rating: [[5]]", 5.0),
+        ("[[7.5]] and later [[2]]", 7.5),
+        ("Rating: [6]", 6.0),
+        ("see [2], so [[9]]", 9.0),
+        ("[[0]]", -1.0),
+        ("[[11]]", -1.0),
+        ("[[rating]]", -1.0),
+        ("ten", -1.0),
+        ("", -1.0),
+    ],
+)
+def test_a_rating_is_parsed(words, rating):
+    assert parse_rating(words) == rating
+
+
+def test_what_may_pass_is_asked_again():
+    tries = iter([(500, {}, b""), (429, {}, b"slow down"), verdict("[[3]]")])
+    with Scripted(lambda body: next(tries)) as scripted:
+        assert Judge(scripted.url, "j", 5, 9, key="secret").ask("s", "u") == "[[3]]"
+        assert scripted.headers[0]["Authorization"] == "Bearer secret"
+    tries = iter([(200, {}, b"<html>"), (200, {}, b"{}"), verdict("[[4]]")])
+    with Scripted(lambda body: next(tries)) as scripted:
+        assert Judge(scripted.url, "j", 5, 9).ask("s", "u") == "[[4]]"
+        assert "Authorization" not in scripted.headers[0]
+
+
+def slow(body):
+    time.sleep(1)
+    return verdict("[[1]]")
+
+
+@pytest.mark.parametrize(
+    ("answer", "tries", "said"),
+    [
+        (slow, 3, r"no verdict in 3 tries \(timed out after 0.2 s \(--judge_timeout\)\)"),
+        (lambda body: (200, {}, b"garbage"), 3, r"answers what is no chat completion: b'garbage'"),
+        (lambda body: (503, {}, b"busy"), 3, r"HTTP 503 Service Unavailable: busy"),
+        (lambda body: (401, {}, b"who?"), 1, r"HTTP 401 Unauthorized: who\?; export JUDGE_API_KEY"),
+        (lambda body: (404, {}, b"no"), 1, r"HTTP 404 Not Found: no; the endpoint's address ends with /v1"),
+        (lambda body: (302, {"Location": "http://127.0.0.1:1/"}, b""), 1, r"HTTP 302 Found"),
+    ],
+)
+def test_a_judge_that_fails_ends_the_run(answer, tries, said):
+    with Scripted(answer) as scripted:
+        with pytest.raises(JudgeError, match=rf"--judge_url http://127.0.0.1:\d+/v1: .*{said}"):
+            Judge(scripted.url, "j", 0.2, 9, "secret").ask("s", "u")
+        assert len(scripted.asked) == tries
+
+
+def test_a_judge_that_is_not_there(tiny, files, capsys):
+    """The answers stay, and the second run asks the model nothing."""
+    words = [str(tiny), "--tasks", "mt_bench", "--data_dir", str(files), "--max_new_tokens", "4"]
+    words += ["--output", str(files / "out"), "--judge_url", f"http://127.0.0.1:{free_port()}/v1", "--judge_model", "j"]
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.main(words)
+    printed = capsys.readouterr().out
+    assert "mt_bench: 4 answers made, 0 were there" in printed
+    assert "no verdict in 3 tries ([Errno 111] Connection refused). 0 of 8 verdicts are in" in printed
+    with Scripted(lambda body: verdict("[[5]]")) as scripted:
+        words[words.index("--judge_url") + 1] = scripted.url
+        evaluation.main(words)
+    printed = capsys.readouterr().out
+    assert "mt_bench: 0 answers made, 4 were there" in printed
+    assert "all         5.00    5.00  5.00            0.00         8           0" in printed
+    words[words.index("--judge_url") + 1] = "localhost:8000"
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.main(words)
+    assert "--judge_url localhost:8000: must begin with http:// or https://" in capsys.readouterr().out
+
+
+def test_verdicts_that_are_there_are_not_asked_for_again(files):
+    tries = iter([verdict("[[6]]")] * 3 + [(400, {}, b"enough")] + [verdict("no rating"), (400, {}, b"again")])
+    bench, answers, folder = MTBench(str(files)), made_answers(files), files / "judged"
+    path = folder / "j_single.jsonl"
+    with Scripted(lambda body: next(tries)) as scripted:
+        for kept, said in ((3, "enough"), (4, "again")):
+            at_end = rf"HTTP 400 Bad Request: {said}.* {kept} of 8 verdicts are in .*goes on from there"
+            with pytest.raises(JudgeError, match=at_end):
+                bench.judge(Judge(scripted.url, "j", 5, 9), answers, folder, 1)
+            with path.open("a") as file:
+                file.write('{"question_id": 1, "mod')  # as a run that was killed leaves it
+    with Scripted(lambda body: verdict("no rating")) as scripted:
+        content, _ = bench.judge(Judge(scripted.url, "j", 5, 9), answers, folder, 2)
+        assert len(scripted.asked) == 4
+    assert (content["scores"]["all"]["verdicts"], content["scores"]["all"]["unparsable"]) == (3, 5)
+    other = mt_bench.Answers(answers.turns, "another model", "")
+    with Scripted(lambda body: verdict("[[2]]")) as scripted:
+        content, _ = bench.judge(Judge(scripted.url, "j", 5, 9), answers, folder, 2)
+        assert not scripted.asked, "an unparsable verdict is one"
+        bench.judge(Judge(scripted.url, "j", 5, 9), other, folder, 2)
+        assert len(scripted.asked) == 8
+        answers.turns[1][1] = "said otherwise"
+        content, _ = bench.judge(Judge(scripted.url, "j", 5, 9), answers, folder, 2)
+        assert len(scripted.asked) == 9, "a verdict is one on what was said"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(line["model"] for line in lines) == ["a model"] * 8 + ["another model"] * 8
+
+
+def test_answers_do_not_depend_on_their_batch(tiny, tmp_path):
+    """Sampled ones neither: writing at 0.7, math at 0."""
+    write_mt_bench(tmp_path)
+    bench = MTBench(str(tmp_path), judged=False)
+    found = [answer(bench, tiny, tmp_path / str(size), size).turns for size in (1, 3)]
+    assert found[0] == found[1]
+    assert answer(bench, tiny, tmp_path / "other", seed=2).turns[1] != found[0][1], "another seed draws otherwise"
+    assert answer(bench, tiny, tmp_path / "other seed", seed=2).turns[3] == found[0][3], "at temperature 0 nothing is"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    ids = tokenizer("<user>First of 3?<end><assistant>", return_tensors="pt")["input_ids"]
+    greedy = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert tokenizer.decode(greedy, skip_special_tokens=True).strip() == found[0][3][0]
+    first, second = found[0][3]
+    text = f"<user>First of 3?<end><assistant>{first}<end><user>Second of 3?<end><assistant>"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    greedy = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert tokenizer.decode(greedy, skip_special_tokens=True).strip() == second
+
+
+def test_draws_have_the_probabilities_of_their_temperature():
+    logits = torch.tensor([1.0, 0.0, -1.0, -2.0])
+    draws = answer_writer._Draw([(0.7, torch.Generator().manual_seed(0)), (0.0, torch.Generator())])
+    chosen = [draws(None, logits.repeat(2, 1)).argmax(dim=-1) for _ in range(20_000)]
+    counts = torch.bincount(torch.stack(chosen)[:, 0], minlength=4) / len(chosen)
+    assert torch.allclose(counts, torch.softmax(logits / 0.7, dim=0), atol=0.012)
+    assert {int(rows[1]) for rows in chosen} == {0}
+
+
+def test_temperatures_are_the_benchmarks():
+    warm = {name: value for name, value in mt_bench.TEMPERATURES.items() if value}
+    assert warm == {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+    assert mt_bench.TEMPERATURES.keys() - warm.keys() == {"reasoning", "math", "coding", "extraction"}
+
+
+def test_a_run_that_was_cut_goes_on(tiny, files):
+    """Of another number of ranks too: what each of them has left counts."""
+    bench, folder = MTBench(str(files), judged=False), files / "answers"
+    whole = answer(bench, tiny, files / "whole")
+    lines = (files / "whole" / "tiny.jsonl").read_text().splitlines(keepends=True)
+    folder.mkdir()
+    (folder / "tmp-1-tiny.jsonl").write_text(lines[1])
+    (folder / "tmp-0-tiny.jsonl").write_text(lines[2] + lines[0][:-20])
+    kept = [json.loads(line)["answer_id"] for line in lines]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), AutoTokenizer.from_pretrained(tiny)
+    generate, turns = model.generate, iter(range(9))
+
+    def cut(**settings):
+        if next(turns) == 2:
+            raise KeyboardInterrupt
+        return generate(**settings)
+
+    model.generate = cut
+    with pytest.raises(KeyboardInterrupt):
+        there = bench.answers_there(folder, "tiny", MADE_WITH)
+        bench.answer(lambda: (model, tokenizer), there, folder, "tiny", MADE_WITH, 1)
+    again = answer(bench, tiny, folder)
+    assert "1 answers made, 3 were there" in again.said
+    assert again.turns == whole.turns
+    found = [json.loads(line)["answer_id"] for line in (folder / "tiny.jsonl").read_text().splitlines()]
+    assert [found[n] == kept[n] for n in range(4)] == [False, True, True, False]
+    assert [path.name for path in folder.iterdir()] == ["tiny.jsonl"]
+    with pytest.raises(UserError, match=r"has answers made with other max_new_tokens, weights; move it away"):
+        bench.answers_there(folder, "tiny", MADE_WITH | {"weights": "others", "max_new_tokens": 9})
+    foreign = [{key: value for key, value in json.loads(line).items() if key != "made_with"} for line in lines]
+    write_lines(folder / "tiny.jsonl", foreign)
+    assert len(bench.answers_there(folder, "tiny", MADE_WITH)) == 4, "FastChat's own lines"
+
+
+def test_a_question_longer_than_the_model_has_no_answer(tiny, files):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), AutoTokenizer.from_pretrained(tiny)
+    bench = MTBench(str(files), judged=False)
+    short = answer(bench, tiny, files / "short", max_new_tokens=3).turns
+    model.config.max_position_embeddings = 17  # the first turn has 14, and so room for three more alone
+    found = bench.answer(lambda: (model, tokenizer), {}, files / "answers", "tiny", MADE_WITH, 8)
+    assert found.turns == {number: [first, ""] for number, (first, _) in short.items()}
+    assert "4 turns have no answer, as the question fills all positions of the model" in found.said
+
+
+@pytest.mark.parametrize(
+    ("path", "row", "said"),
+    [
+        ("question.jsonl", {"question_id": 1, "category": "writing", "turns": ["a"]}, "row 1: turns must be two texts"),
+        ("question.jsonl", {"question_id": 1, "category": "art", "turns": ["a", "b"]}, "category must be one of writ"),
+        ("question.jsonl", {"question_id": "1", "category": "math", "turns": ["a", "b"]}, "question_id must be a num"),
+        ("question.jsonl", None, "question.jsonl: no such file"),
+        ("judge_prompts.jsonl", {"name": "single-v1"}, "row 1: system_prompt is missing"),
+        (
+            "judge_prompts.jsonl",
+            {"name": "single-v1", "system_prompt": "a", "prompt_template": "b"},
+            "has no prompt of the name single-math-v1",
+        ),
+        (
+            "judge_prompts.jsonl",
+            {"name": "single-v1", "system_prompt": "a", "prompt_template": "{answer} {verdict}"},
+            "single-v1 has {verdict}, which nothing can be put in for",
+        ),
+        ("reference_answer_gpt-4.jsonl", {"question_id": 3, "choices": []}, "row 1: choices must be a list"),
+        ("reference_answer_gpt-4.jsonl", {"question_id": 3, "choices": [{"turns": ["a", ""]}]}, "row 1: turns must be"),
+        (
+            "reference_answer_gpt-4.jsonl",
+            {"question_id": 3, "choices": [{"turns": ["a", "b"]}]},
+            "has no answer to question 4, which is of the category math",
+        ),
+    ],
+)
+def test_files_that_lack_something_are_told_before_a_model_is_loaded(files, capsys, path, row, said):
+    (files / "mt_bench" / path).unlink()
+    if row is not None:
+        write_lines(files / "mt_bench" / path, [row])
+    words = ["no/model", "--tasks", "mt_bench", "--data_dir", str(files), "--output", str(files / "out")]
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.main([*words, "--judge_url", "http://localhost:1/v1", "--judge_model", "j"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"lisa-dist eval: {files / 'mt_bench' / path}")
+    assert said in printed
+
+
+def test_new_weights_in_the_same_folder_are_others(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    before = evaluation.describe_weights(str(tmp_path))
+    assert before.startswith("model.safetensors 3 ")
+    os.utime(tmp_path / "model.safetensors", ns=(1, 1))
+    assert evaluation.describe_weights(str(tmp_path)) != before
+    assert evaluation.describe_weights("owner/name") == "owner/name"
+
+
+def test_a_model_without_a_chat_template_is_told(data_dir, files, capsys):
+    words = ["--tasks", "mt_bench", "--data_dir", str(files), "--output", str(files / "out")]
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.main([str(data_dir / "models" / "stories260k-hf"), *words])
+    assert "--tasks mt_bench: the tokenizer of" in capsys.readouterr().out

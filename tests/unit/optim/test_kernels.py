@@ -1,0 +1,406 @@
+"""Kernels against the plain-torch reference, on each backend: torch here, and Triton in its interpreter."""
+
+import copy
+import itertools
+import os
+import sys
+
+import bitsandbytes.functional
+import pytest
+import torch
+from ranks import run_ranks
+
+from lisa_dist.kernels.adamw import CHUNK, StepNumbers, StepTensors, adamw_reference, adamw_torch, round_stochastically
+from lisa_dist.kernels.dynamic_code import BLOCK, dequantize, dynamic_code, num_blocks, quantize
+from lisa_dist.kernels.philox import TILE, philox, random_bits
+from lisa_dist.optim import ops as backend
+from lisa_dist.optim.ops import adamw_step, check_tensors, choose_kernels
+
+# Weights and whether they have a master: fp32, bf16 with one, bf16 without, fp16 with one, and a master alone.
+WEIGHTS = [
+    (torch.float32, False),
+    (torch.bfloat16, True),
+    (torch.bfloat16, False),
+    (torch.float16, True),
+    (None, True),
+]
+NUMELS = [0, 1, 3, 255, 256, 257, TILE, TILE + 1, 5003]
+ELEMENTS = [0, 1, 300, 2 * TILE]
+RESULTS = ("weight", "master", "exp_avg", "exp_avg_sq", "exp_avg_scales", "exp_avg_sq_scales")
+
+
+def step_tensors(numel, weights, gradients, quantized, element=0, scaled=True, offset=0) -> StepTensors:
+    """Tensors of a step in full swing; each begins at `offset` of its storage."""
+    generator = torch.Generator().manual_seed(numel + element)
+
+    def random(dtype=torch.float32) -> torch.Tensor:
+        return torch.randn(numel + offset, generator=generator).to(dtype)[offset:]
+
+    dtype, has_master = weights
+    moments, scales = [random() * 1e-2, random() ** 2 * 1e-4], [None, None]
+    if quantized:
+        coded = [quantize(moment, signed, element) for moment, signed in zip(moments, (True, False), strict=True)]
+        moments, scales = zip(*coded, strict=True)
+    return StepTensors(
+        random(dtype) if dtype else None,
+        random() if has_master else None,
+        random(gradients) * 0.1,
+        *moments,
+        *scales,
+        torch.tensor([0.25]) if scaled else None,
+    )
+
+
+def step_numbers(element: int = 0, step: int = 3) -> StepNumbers:
+    return StepNumbers(1e-2, 0.9, 0.99, 1e-8, 0.1, step, element, seed=2**40 + 3, parameter=77, draw=5)
+
+
+def check_against_reference(step, numel, element, weights, gradients, quantized, scaled=True, offset=0) -> None:
+    tensors = step_tensors(numel, weights, gradients, quantized, element, scaled, offset)
+    numbers = step_numbers(element)
+    expected = adamw_reference(copy.deepcopy(tensors), numbers)
+    before = copy.deepcopy(tensors)
+    step(tensors, numbers)
+    for name in RESULTS:
+        wanted, found = getattr(expected, name), getattr(tensors, name)
+        if wanted is None:
+            assert found is None
+        elif found.dtype == torch.float32:
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+        else:  # a sum that differs in its last bit may be rounded to a neighbour
+            differ = found.float() != wanted.float()
+            assert differ.sum() <= 0.002 * numel, (name, differ.sum())
+            is_code = found.dtype == torch.uint8
+            tolerance = {"rtol": 0.0, "atol": 1.0} if is_code else {"rtol": 2**-7, "atol": 0.0}
+            torch.testing.assert_close(found.float(), wanted.float(), **tolerance)
+        if numel > 1 and name == ("weight" if weights[0] else "master"):
+            assert not torch.equal(found, getattr(before, name))
+    assert torch.equal(tensors.gradient, before.gradient), "gradients are read"
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("numel", NUMELS)
+def test_the_torch_path_is_the_reference(numel, weights, quantized):
+    for element, gradients in itertools.product(ELEMENTS, (torch.float32, torch.bfloat16)):
+        check_against_reference(adamw_torch, numel, element, weights, gradients, quantized)
+    check_against_reference(adamw_torch, numel, 7, weights, torch.float16, quantized, scaled=False, offset=3)
+
+
+def test_chunks_of_the_torch_path_are_not_seen():
+    check_against_reference(adamw_torch, 2 * CHUNK + 77, 100, (torch.bfloat16, False), torch.bfloat16, quantized=True)
+
+
+def triton_is_the_reference(numel: int) -> int:
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    from lisa_dist.kernels.adamw_triton import adamw_triton
+
+    cells = list(itertools.product(WEIGHTS, (False, True), ELEMENTS))
+    for weights, quantized, element in cells:
+        gradients = torch.bfloat16 if weights[0] == torch.bfloat16 else torch.float32
+        check_against_reference(adamw_triton, numel, element, weights, gradients, quantized)
+    check_against_reference(adamw_triton, numel, 7, WEIGHTS[1], torch.float16, True, scaled=False, offset=3)
+    return len(cells)
+
+
+@pytest.mark.parametrize("numel", NUMELS)
+def test_triton_is_the_reference(numel):
+    assert run_ranks(triton_is_the_reference, 1, numel, interpret=True) == [2 * len(WEIGHTS) * len(ELEMENTS)]
+
+
+def forced_kernels(monkeypatch=None) -> list:
+    os.environ[backend.VARIABLE] = "triton"
+    try:
+        tensors = step_tensors(TILE + 5, (torch.bfloat16, False), torch.bfloat16, True)
+        mine, theirs = copy.deepcopy(tensors), copy.deepcopy(tensors)
+        adamw_step(mine, step_numbers())
+        adamw_torch(theirs, step_numbers())
+        return [choose_kernels("cpu"), (mine.weight != theirs.weight).sum().item() <= 2]
+    finally:
+        del os.environ[backend.VARIABLE]
+
+
+def test_triton_can_be_forced_where_it_can_run():
+    assert run_ranks(forced_kernels, 1, interpret=True) == [[("triton", "LISA_DIST_KERNELS=triton"), True]]
+
+
+@pytest.mark.parametrize(
+    ("forced", "device", "chosen"),
+    [
+        (None, "cpu", ("torch", "no CUDA device")),
+        ("torch", "cuda", ("torch", "LISA_DIST_KERNELS=torch")),
+        (None, "cuda", ("triton", "Triton ")),
+        ("triton", "cuda", ("triton", "LISA_DIST_KERNELS=triton")),
+    ],
+)
+def test_kernels_are_chosen_by_device_or_forced(monkeypatch, forced, device, chosen):
+    monkeypatch.setenv(backend.VARIABLE, forced) if forced else monkeypatch.delenv(backend.VARIABLE, raising=False)
+    kernels, why = choose_kernels(device)
+    assert (kernels, why[: len(chosen[1])]) == chosen
+
+
+def test_without_triton_a_gpu_has_torch(monkeypatch):
+    backend._choose.cache_clear()
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    assert choose_kernels("cuda") == ("torch", "Triton is not installed")
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    with pytest.raises(ValueError, match="LISA_DIST_KERNELS=triton: Triton is not installed"):
+        choose_kernels("cuda")
+    backend._choose.cache_clear()
+
+
+def test_a_triton_that_cannot_be_imported_is_passed_over(monkeypatch, tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('libtriton.so: undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    backend._choose.cache_clear()
+    why = "Triton cannot be imported (libtriton.so: undefined symbol)"
+    assert choose_kernels("cuda") == ("torch", why)
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    with pytest.raises(ValueError, match="LISA_DIST_KERNELS=triton") as error:
+        choose_kernels("cuda")
+    assert why in str(error.value)
+    backend._choose.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("forced", "said"),
+    [
+        ("cuda", "LISA_DIST_KERNELS=cuda: unknown; choose triton or torch"),
+        ("triton", "=triton on cpu: Triton's kernels"),
+    ],
+)
+def test_kernels_that_cannot_run_are_refused(monkeypatch, forced, said):
+    monkeypatch.setenv(backend.VARIABLE, forced)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="LISA_DIST_KERNELS") as error:
+        choose_kernels("cpu")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_operator_is_what_torch_wants_of_one(weights, quantized):
+    tensors, numbers = step_tensors(300, weights, torch.float32, quantized), step_numbers()
+    arguments = [getattr(tensors, name) for name in backend._TENSORS] + list(vars(numbers).values())
+    torch.library.opcheck(torch.ops.lisa_dist.adamw_.default, arguments)
+
+
+# Random bits
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ([0] * 4, (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, (0xFFFFFFFF, 0xFFFFFFFF), "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            (0xA4093822, 0x299F31D0),
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_philox_gives_the_published_words(counter, key, words):
+    found = philox(tuple(torch.tensor([word]) for word in counter), key)
+    assert " ".join(f"{word.item():08x}" for word in found) == words
+
+
+def test_bits_belong_to_elements_and_not_to_cuts():
+    choice = {"seed": 3, "parameter": 5, "draw": 7}
+    whole = random_bits(0, 3 * TILE, **choice)
+    for first, last in ((0, 1), (1, 300), (300, TILE), (TILE - 1, TILE + 1), (TILE, 3 * TILE), (77, 77)):
+        assert torch.equal(random_bits(first, last - first, **choice), whole[first:last])
+    for changed in ("seed", "parameter", "draw"):
+        other = random_bits(0, 3 * TILE, **choice | {changed: choice[changed] + 1})
+        assert (other == whole).float().mean() < 0.001, changed
+    assert random_bits(2**33, 5, **choice).tolist() != whole[:5].tolist(), "the upper word of the counter counts"
+
+
+def test_bits_are_evenly_spread():
+    bits = random_bits(0, 1 << 20, seed=0, parameter=0, draw=0)
+    assert bits.min() >= 0
+    assert bits.max() < 1 << 16
+    counts = torch.bincount(bits >> 8, minlength=256).double()
+    expected = (1 << 20) / 256
+    assert ((counts - expected) ** 2 / expected).sum() < 255 + 5 * (2 * 255) ** 0.5  # chi squared
+    ones = torch.stack([(bits >> bit) & 1 for bit in range(16)]).double().mean(dim=1)
+    assert (ones - 0.5).abs().max() < 5 * 0.5 / 2**10
+    rows = bits.view(-1, 8, 256).double()  # the eight draws of one counter are independent
+    correlation = torch.corrcoef(rows.permute(1, 0, 2).reshape(8, -1))
+    assert (correlation - torch.eye(8)).abs().max() < 5 / (1 << 17) ** 0.5
+
+
+def test_stochastic_rounding_is_unbiased():
+    """Over 2**20 draws the mean error is within four standard errors, for values anywhere between two of bf16."""
+    numel = 1 << 20
+    for value in (1.0, 1.0000001, 1.001, -1.0051, 3.1e-5, -7.77e8, 1.00389):
+        exact = torch.full((numel,), value)
+        bits = random_bits(0, numel, seed=1, parameter=2, draw=3)
+        errors = round_stochastically(exact, bits).double() - exact.double()
+        assert errors.unique().numel() <= 2
+        spread = errors.std() / numel**0.5
+        assert errors.mean().abs() <= 4 * spread, value
+    assert (
+        round_stochastically(torch.tensor([torch.inf, -torch.inf]), torch.tensor([65535, 65535], dtype=torch.int32))
+        .isinf()
+        .all()
+    )
+    nan = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    assert round_stochastically(nan, torch.tensor([65535], dtype=torch.int32)).isnan().all()
+
+
+def test_updates_far_below_the_resolution_move_the_mean():
+    """Steps of 1e-5 on weights of 1, where those of bf16 are 2**-8: rounded to the nearest, nothing would move."""
+    numel, steps, lr = 1 << 16, 100, 1e-5
+    weight = torch.ones(numel, dtype=torch.bfloat16)
+    moments = torch.zeros(numel), torch.zeros(numel)
+    for step in range(1, steps + 1):
+        tensors = StepTensors(weight, None, torch.ones(numel, dtype=torch.bfloat16), *moments)
+        adamw_step(tensors, StepNumbers(lr, 0.9, 0.999, 1e-8, 0.0, step, draw=step))
+    moved = 1 - weight.double()
+    assert (torch.ones(1, dtype=torch.bfloat16) - lr).item() == 1.0
+    assert (moved.mean() - steps * lr).abs() <= 4 * moved.std() / numel**0.5
+
+
+# 8-bit moments
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_code_is_the_dynamic_one(signed):
+    theirs = bitsandbytes.functional.create_dynamic_map(signed)
+    torch.testing.assert_close(dynamic_code(signed), theirs, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_each_value_takes_the_nearest_code(signed):
+    code = dynamic_code(signed)
+    middles = (code[1:] + code[:-1]) / 2
+    nearby = [torch.nextafter(middles, torch.tensor(direction)) for direction in (-2.0, 2.0)]
+    values = torch.cat([code, middles, *nearby, torch.logspace(-9, 0, 4001), torch.tensor([1.0])])
+    values = torch.cat([values, -values]) if signed else values.abs()
+    blocks = torch.nn.functional.pad(values, (0, -values.numel() % (BLOCK - 1))).view(-1, BLOCK - 1)
+    blocks = torch.cat([blocks, torch.ones(len(blocks), 1)], dim=1).view(-1)  # so that every scale is 1
+    codes, scales = quantize(blocks if signed else blocks**2, signed)
+    assert (scales == 1).all()
+    roots = blocks if signed else (blocks**2).sqrt()
+    distances = (roots.double()[:, None] - code.double()[None]).abs()
+    found = distances.gather(1, codes.long()[:, None])[:, 0]
+    nearest = distances.min(dim=1).values
+    never_zero = (codes == 1) & (roots > 0) if not signed else torch.zeros_like(codes, dtype=torch.bool)
+    assert ((found <= 1.0001 * nearest) | never_zero).all()  # what lies in the middle, but for its last bit
+    if not signed:
+        assert ((codes == 0) == (roots == 0)).all(), "AdamW would divide by epsilon"
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("element", "numel"), [(0, 1000), (100, 1000), (255, 2), (256, 256), (5, 0), (0, 0)])
+def test_blocks_are_those_of_the_parameter(signed, element, numel):
+    whole = torch.randn(2048, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 0, 2048)
+    whole = whole if signed else whole**2
+    moment = whole[element : element + numel]
+    codes, scales = quantize(moment, signed, element)
+    assert (
+        scales.numel()
+        == num_blocks(element, numel)
+        == len({index // BLOCK for index in range(element, element + numel)})
+    )
+    found = dequantize(codes, scales, signed, element)
+    at = torch.arange(element, element + numel) // BLOCK - element // BLOCK
+    root = moment.abs() if signed else moment.sqrt()
+    assert ((found.abs() if signed else found.sqrt()) - root <= 0.008 * scales[at]).all()
+    inner = [index for index in range(element, element + numel) if (index // BLOCK * BLOCK >= element)
+             and (index // BLOCK + 1) * BLOCK <= element + numel]  # fmt: skip
+    whole_codes, _ = quantize(whole, signed)
+    assert torch.equal(codes[[index - element for index in inner]], whole_codes[inner]), "whole blocks are as ever"
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"weight": None, "master": None}, "expected a weight or a master, got neither"),
+        ({"gradient": torch.zeros(9)}, "expected 10 elements of gradient, got 9"),
+        ({"exp_avg": torch.zeros(12)}, "expected 10 elements of exp_avg, got 12"),
+        (
+            {"exp_avg_sq": torch.zeros(10, dtype=torch.bfloat16)},
+            "expected exp_avg_sq in torch.float32, got torch.bfloat16",
+        ),
+        ({"gradient": torch.zeros(10, dtype=torch.float64)}, "or torch.float16, got torch.float64"),
+        ({"gradient": torch.zeros(20)[::2]}, "expected gradient to be contiguous, got strides (2,)"),
+        (
+            {"gradient": torch.zeros(10, device="meta")},
+            "expected gradient on cpu, where the weights are, got it on meta",
+        ),
+        ({"exp_avg": torch.zeros(10, dtype=torch.uint8)}, "expected exp_avg_sq in torch.uint8, got torch.float32"),
+        (
+            dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros(10, dtype=torch.uint8)),
+            "expected 1 exp_avg_scales beside 8-bit moments, got none",
+        ),
+        ({"exp_avg_scales": torch.zeros(2)}, "expected 1 elements of exp_avg_scales, got 2"),
+        ({"gradient_scale": torch.zeros(2)}, "expected 1 elements of gradient_scale, got 2"),
+        ({"weight": torch.zeros(10, dtype=torch.float16), "master": None}, "or torch.float32, got torch.float16"),
+        ({"weight": torch.zeros(10, dtype=torch.int8)}, "got torch.int8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_tensors_that_do_not_fit_are_refused(change, said):
+    tensors = step_tensors(10, (torch.bfloat16, True), torch.float32, quantized=False)
+    for name, value in change.items():
+        setattr(tensors, name, value)
+    with pytest.raises(ValueError, match="AdamW: expected") as error:
+        check_tensors(tensors, step_numbers().element)
+    assert said in str(error.value)
+
+
+# On a GPU
+
+# Weights, whether there is a master, whether moments have 8 bits, gradients; and accesses of 16 bytes in a row of 256.
+COMPILED = {
+    "fp32": ("fp32", False, False, "fp32", 4, 3),
+    "bf16, fp32 master": ("bf16", True, False, "bf16", 3, 3),
+    "bf16, fp32 master, 8 bits": ("bf16", True, True, "bf16", 1, 1),
+    "bf16, stochastic": ("bf16", False, False, "bf16", 2, 2),
+    "bf16, stochastic, fp32 gradients": ("bf16", False, False, "fp32", 3, 2),
+    "bf16, stochastic, 8 bits": ("bf16", False, True, "bf16", 0, 0),
+}
+
+
+@pytest.mark.parametrize("form", COMPILED)
+@pytest.mark.parametrize(("capability", "seed"), [(80, "i64"), (90, "i32")])
+def test_triton_compiles_for_a_gpu_that_is_not_there(form, capability, seed):
+    """Of pieces that begin and end at multiples of 16, four elements a thread are one access to memory."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lisa_dist.kernels.adamw_triton import _adamw
+
+    weight, has_master, quantized, gradient, loads, stores = COMPILED[form]
+    stochastic = weight == "bf16" and not has_master
+    moment, tables = ("*u8", "*fp32") if quantized else ("*fp32", None)
+    types = dict.fromkeys(_adamw.arg_names, "fp32") | {
+        "weight": f"*{weight}", "master": "*fp32" if has_master else None, "gradient": f"*{gradient}",
+        "exp_avg": moment, "exp_avg_sq": moment, "exp_avg_scales": tables, "exp_avg_sq_scales": tables,
+        "gradient_scale": "*fp32", "numel": "i32", "element": "i32", "seed": seed, "parameter": "i32", "draw": "i32",
+    }  # fmt: skip
+    types |= {name: tables and ("*u8" if "guesses" in name else "*fp32")
+              for name in ("code", "thresholds", "guesses", "code_sq", "thresholds_sq", "guesses_sq")}  # fmt: skip
+    constants = {"HAS_MASTER": has_master, "HAS_WEIGHT": True, "HAS_SCALE": True, "STOCHASTIC": stochastic}
+    constants |= {"QUANTIZED": quantized, "ROW": 256, "ROWS": 8} | {name: None for name in types if types[name] is None}
+    place = {name: (index,) for index, name in enumerate(_adamw.arg_names)}
+    multiples = [name for name in types if name in ("numel", "element") or str(types[name]).startswith("*")]
+    source = ASTSource(
+        fn=_adamw,
+        signature={name: "constexpr" if name in constants else kind for name, kind in types.items()},
+        constexprs={place[name]: value for name, value in constants.items()},
+        attrs={place[name]: [["tt.divisibility", 16]] for name in multiples},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 2})
+    code = compiled.asm["ptx"]
+    assert (code.count("ld.global.v4.b32"), code.count("st.global.v4.b32")) == (8 * loads, 8 * stores)
+    assert ".local" not in code, "registers are enough"

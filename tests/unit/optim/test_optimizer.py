@@ -1,0 +1,125 @@
+"""Parameter groups and the optimizer over them."""
+
+import pytest
+import torch
+from models import tiny_gpt2, tiny_llama
+
+from lisa_dist.config import LisaConfig
+from lisa_dist.core.blocks import Block, find_blocks
+from lisa_dist.optim.adamw import LisaAdamW
+from lisa_dist.optim.build import build_optimizer, build_param_groups, check_optim, check_same_kinds, decays
+
+
+def groups_of(model, layers, weight_decay=0.1):
+    blocks = find_blocks(model)
+    outer = [block for block in (blocks.embed, blocks.head, blocks.rest) if block.parameters]
+    return build_param_groups(outer, [blocks.layers[layer] for layer in layers], weight_decay)
+
+
+def test_groups_keep_their_number_and_order():
+    model = tiny_llama()
+    first, second = groups_of(model, [0, 1]), groups_of(model, [2, 5])
+    names = [group["lisa_group"] for group in first]
+    assert names == [
+        "embed/decay",
+        "head/decay",
+        "rest/no_decay",
+        "slot0/decay",
+        "slot0/no_decay",
+        "slot1/decay",
+        "slot1/no_decay",
+    ]
+    assert names == [group["lisa_group"] for group in second]
+    assert [group["weight_decay"] for group in first] == [0.1, 0.1, 0.0, 0.1, 0.0, 0.1, 0.0]
+
+
+def test_norms_and_biases_do_not_decay():
+    for name, parameter in tiny_gpt2().named_parameters():
+        assert decays(name, parameter) == (not name.endswith("bias") and ".ln_" not in name), name
+    experts_bias = torch.nn.Parameter(torch.zeros(4, 8))
+    assert not decays("experts.gate_up_proj_bias", experts_bias)
+
+
+def test_partitioned_parameters_are_judged_by_their_real_shape():
+    matrix = torch.nn.Parameter(torch.zeros(0))
+    matrix.ds_shape = torch.Size([4, 8])
+    assert decays("weight", matrix)
+
+
+def test_layers_of_different_kinds_are_refused():
+    matrix, norm = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))
+    layers = [Block("layers.0", {"w": matrix, "n": norm}), Block("layers.1", {"w": matrix})]
+    with pytest.raises(ValueError, match=r"layers\.1 has parameters of the kinds"):
+        check_same_kinds(layers)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit"])
+def test_the_optimizer_asked_for_is_built(optim):
+    import bitsandbytes
+
+    optimizer = build_optimizer(groups_of(tiny_llama(), [0, 1]), optim, lr=3e-4, betas=(0.8, 0.9), eps=1e-6)
+    assert isinstance(optimizer, torch.optim.AdamW if "torch" in optim else bitsandbytes.optim.AdamW)
+    assert optimizer.defaults["lr"] == 3e-4
+    assert optimizer.defaults["betas"] == (0.8, 0.9)
+    assert optimizer.defaults["eps"] == 1e-6
+    if "torch" not in optim:
+        assert optimizer.args.optim_bits == 8
+
+
+@pytest.mark.usefixtures("cpu_ops")
+def test_offload_gets_deepspeeds_adamw():
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    optimizer = build_optimizer(groups_of(tiny_llama(), [0, 1]), "adamw_torch", offload=True)
+    assert isinstance(optimizer, DeepSpeedCPUAdam)
+    assert optimizer.adam_w_mode
+
+
+@pytest.mark.parametrize(
+    ("optim", "offload", "said"),
+    [
+        ("adafactor", False, "--optim adafactor: LISA runs AdamW"),
+        ("galore_adamw", False, "choose one of adamw_torch"),
+        ("paged_adamw_8bit", False, "--optim paged_adamw_8bit: LISA runs AdamW"),
+        ("adamw_8bit", True, "--optim adamw_8bit with offload_optimizer"),
+    ],
+)
+def test_an_optimizer_that_cannot_work_is_refused(optim, offload, said):
+    with pytest.raises(ValueError, match="--optim") as error:
+        check_optim(optim, offload)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("optim", "offload", "precision", "said"),
+    [
+        ("adamw_torch", False, "bf16", "--lisa_master bf16_sr with --optim adamw_torch: only --optim lisa_adamw"),
+        ("lisa_adamw", False, "fp32", "--lisa_master bf16_sr with weights in fp32: it rounds to bf16"),
+        ("lisa_adamw", False, "fp16", "--lisa_master bf16_sr with weights in fp16: it rounds to bf16"),
+        ("lisa_adamw", True, "bf16", "--lisa_master bf16_sr with offload_optimizer"),
+    ],
+)
+def test_masters_that_cannot_be_left_out(optim, offload, precision, said):
+    with pytest.raises(ValueError, match="--lisa_master") as error:
+        check_optim(optim, offload, LisaConfig(lisa_master="bf16_sr"), precision)
+    assert said in str(error.value)
+
+
+def test_kernels_that_cannot_run_are_refused_at_the_start(monkeypatch):
+    monkeypatch.setenv("LISA_DIST_KERNELS", "cuda")
+    for check in (lambda: check_optim("lisa_adamw", False), lambda: build_optimizer([{"params": []}], "lisa_adamw")):
+        with pytest.raises(ValueError, match="LISA_DIST_KERNELS=cuda: unknown"):
+            check()
+    check_optim("adamw_torch", False)
+    check_optim("lisa_adamw", True)  # DeepSpeed's AdamW on the host takes its place
+
+
+def test_norms_and_biases_keep_32_bits():
+    blocks = find_blocks(tiny_llama())
+    groups = build_param_groups([blocks.embed, blocks.rest], [blocks.layers[0]], 0.1, {"embed": 8, "layers": 8})
+    bits = {group["lisa_group"]: group.get("lisa_state_bits") for group in groups}
+    assert bits == {"embed/decay": 8, "rest/no_decay": None, "slot0/decay": 8, "slot0/no_decay": None}
+    optimizer = build_optimizer(groups, "lisa_adamw", lr=3e-4, betas=(0.8, 0.9), eps=1e-6, seed=5)
+    assert isinstance(optimizer, LisaAdamW)
+    assert [group["lisa_state_bits"] for group in optimizer.param_groups] == [8, 32, 8, 32]
+    assert (optimizer.defaults["lr"], optimizer.defaults["betas"], optimizer.seed) == (3e-4, (0.8, 0.9), 5)

@@ -1,0 +1,92 @@
+"""States of sleeping blocks, alone: the order of copies on a device with streams, and buffers that serve again."""
+
+import contextlib
+
+import torch
+
+from lisa_dist.optim.states import CopyStream, HostStates, PartitionState
+
+
+class Stream:
+    """Writes down what a CUDA stream is told."""
+
+    def __init__(self, name: str, told: list):
+        self.name, self.told = name, told
+
+    def wait_stream(self, other) -> None:
+        self.told.append(f"{self.name} waits for {other.name}")
+
+
+def test_copies_see_what_was_computed_and_the_step_waits_for_them(monkeypatch):
+    told: list[str] = []
+    compute, side = Stream("compute", told), Stream("side", told)
+
+    @contextlib.contextmanager
+    def on(stream):
+        told.append(f"on {stream.name}")
+        yield
+        told.append(f"off {stream.name}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: compute)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    copies = CopyStream(torch.device("cuda"))
+    with copies.after_compute():
+        told.append("copy")
+    copies.wait()
+    assert told == ["side waits for compute", "on side", "copy", "off side", "compute waits for side"]
+
+
+def test_without_streams_copies_are_in_order():
+    copies = CopyStream(torch.device("cpu"))
+    with copies.after_compute():
+        pass
+    copies.hold(torch.zeros(1))
+    copies.wait()
+
+
+class OnADevice(HostStates):
+    """As where the states are on a device: each is copied, into memory that need not be pinned."""
+
+    def __init__(self):
+        super().__init__(CopyStream())
+        self.made: list[torch.Tensor] = []
+
+    def _moves(self, value: torch.Tensor) -> bool:
+        return True
+
+    def _new_buffer(self, like: torch.Tensor) -> torch.Tensor:
+        self.made.append(torch.empty_like(like))
+        return self.made[-1]
+
+
+def test_buffers_of_what_woke_serve_what_falls_asleep_next():
+    states = OnADevice()
+    one = PartitionState(torch.arange(8.0), {"exp_avg": torch.ones(8), "step": torch.tensor(3.0)})
+    states.put(("a",), one, [])
+    assert len(states.made) == 2
+    assert states.nbytes == one.nbytes
+    taken = states.take(("a",))
+    assert torch.equal(taken.master, one.master)
+    assert taken.master is not one.master
+    assert taken.optimizer_state["step"] is one.optimizer_state["step"]
+    assert states.nbytes == one.nbytes - 4, "spare buffers count too"
+    other = PartitionState(torch.zeros(8), {"exp_avg": torch.full((8,), 2.0), "step": torch.tensor(1.0)})
+    states.put(("b",), other, [])
+    assert len(states.made) == 2, "no new ones"
+    assert states.nbytes == other.nbytes
+    assert torch.equal(states.states[("b",)].optimizer_state["exp_avg"], other.optimizer_state["exp_avg"])
+    states.put(("c",), one, [])
+    assert len(states.made) == 4
+    assert states.take(("a",)) is None
+    states.clear()
+    assert states.states == {}
+
+
+def test_states_that_are_on_the_host_stay_where_they_are():
+    states = HostStates(CopyStream())
+    one = PartitionState(torch.arange(8.0), {"exp_avg": torch.ones(8)})
+    states.put(("a",), one, [])
+    taken = states.take(("a",))
+    assert taken.master.data_ptr() == one.master.data_ptr()
+    assert states.nbytes == 0

@@ -1,0 +1,194 @@
+"""The report of a run: what is in it, and that a browser shows it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+
+import numpy
+import pytest
+from matplotlib.image import imread
+from models import save_tiny_llama
+from runs import check_run, flags_for, start
+
+from lisa_dist.report.html import _as_svg, main, write_report
+from lisa_dist.report.plots import PLOTS, draw
+from lisa_dist.report.run_files import RunFiles, read_run, without_secrets, write_run
+
+ALL = ["loss", "layers", "visits", "movement", "learning_rate", "memory", "speed"]
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Where the pictures are on a page of some width, and how wide it would like to be.
+WRAPPER = """<body style="margin:0"><iframe src="report.html" style="border:0;width:{width}px;height:6000px"></iframe>
+<pre id="found"></pre><script>
+document.querySelector("iframe").onload = event => {{
+  const page = event.target.contentDocument;
+  const boxes = [...page.querySelectorAll("img")].map(image => {{
+    const box = image.getBoundingClientRect();
+    return [image.alt, box.x, box.y, box.width, box.height];
+  }});
+  const found = {{boxes, width: page.documentElement.scrollWidth, requests: page.defaultView.performance
+    .getEntriesByType("resource").map(entry => entry.name).filter(name => !name.startsWith("data:"))}};
+  document.getElementById("found").textContent = JSON.stringify(found);
+}};
+</script></body>"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, cpu_ops) -> Path:
+    """The output of `lisa-dist train --gpus 2`: 60 steps in 12 periods."""
+    folder = tmp_path_factory.mktemp("report")
+    save_tiny_llama(folder / "model")
+    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(64)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changes = {"max_steps": 60, "eval_steps": 20, "lisa_interval_steps": 5, "save_strategy": "steps", "save_steps": 40}
+    changes |= {"deepspeed": "zero1", "optim": "adamw_8bit", "report_to": "tensorboard"}
+    finished = start("lisa-dist", flags_for(folder, folder / "out", **changes))
+    check_run(finished, folder / "out", list(range(0, 60, 5)))
+    assert len(re.findall(r"^step \d+/60 .*  loss .* tokens/s .* left$", finished.stdout, re.M)) == 60
+    return folder / "out"
+
+
+def test_the_report_has_all_of_the_run(folder):
+    page = (folder / "report.html").read_text()
+    assert re.findall(r'<section id="(\w+)">', page) == [*ALL, "settings"]
+    assert not re.findall(r'(?:src|href|srcset)="(?!data:)', page), "it needs nothing but itself"
+    assert "{{" not in page
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    for said in (
+        f"{held_out[0]:.4f} → {held_out[-1]:.4f}",
+        "lisa-dist train --gpus 2 --model_name_or_path",
+        "<th>--lisa_interval_steps</th><td>5</td>",
+        "<th>deepspeed</th>",
+    ):
+        assert said in page, said
+    for name in ALL:
+        picture = imread(folder / "report" / f"{name}.png")[..., :3]
+        assert picture.shape[1] > 1000
+        coloured = (picture.max(axis=2) - picture.min(axis=2) > 0.3).mean()
+        assert 0.002 < coloured < 0.9, f"{name}: no line and no bar"
+
+
+def test_logs_have_what_the_report_shows(folder):
+    assert list((folder / "runs").glob("*/events.out.tfevents.*")), "TensorBoard's"
+    history = [entry for entry in read_run(folder).log if "loss" in entry]
+    assert all(entry["tokens_per_second"] > 0 and entry["memory_bytes"] > 2**27 for entry in history)
+    periods = read_run(folder).periods
+    for entry in history[10:]:
+        period = periods[(entry["step"] - 1) // 5]
+        active = [entry[f"lisa/active_layers/layer_{layer:02d}"] for layer in range(6)]
+        assert active == [int(layer in period["layers"]) for layer in range(6)], entry["step"]
+        before = periods[(entry["step"] - 1) // 5 - 1]
+        for name in ["embed", *(f"layer_{layer:02d}" for layer in before["layers"])]:
+            assert entry[f"lisa/update_norm/{name}"] > 0
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [1280, 375])
+def test_a_browser_shows_every_plot(folder, tmp_path, width):
+    shutil.copy(folder / "report.html", tmp_path)
+    (tmp_path / "page.html").write_text(WRAPPER.format(width=width))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
+    options += [f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=10000", "--window-size=1280,6000"]
+    address = (tmp_path / "page.html").as_uri()
+    command = [BROWSER, *options, f"--screenshot={tmp_path / 'shot.png'}", "--force-device-scale-factor=1", address]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    asked = subprocess.run([BROWSER, *options, "--dump-dom", address], check=True, capture_output=True, timeout=120)
+    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', asked.stdout.decode())[1].replace("&gt;", ">"))
+    assert found["width"] <= width, "it has to be scrolled sideways"
+    assert found["requests"] == []
+    assert [title for title, *_ in found["boxes"]] == [title for _, title, *_ in PLOTS]
+    shot = imread(tmp_path / "shot.png")[..., :3]
+    for title, x, y, box_width, box_height in found["boxes"]:
+        assert box_width > 0.8 * min(width, 960), title
+        plot = shot[round(y) : round(y + box_height), round(x) : round(x + box_width)]
+        saturation = plot.max(axis=2) - plot.min(axis=2)
+        assert (saturation > 0.3).mean() > 0.002, f"{title}: no line and no bar"
+        assert (plot.min(axis=2) < 0.6).any(axis=1).mean() > 0.3, f"{title}: nothing is written on it"
+
+
+def test_a_run_that_was_cut_has_the_report_of_its_checkpoint(folder, tmp_path):
+    cut = tmp_path / "cut"
+    shutil.copytree(folder, cut)
+    for name in ("trainer_state.json", "report.html", "lisa_memory.json"):
+        (cut / name).unlink()
+    main(str(cut))
+    found = re.findall(r'<section id="(\w+)">', (cut / "report.html").read_text())
+    assert found == [name for name in [*ALL, "settings"] if name != "memory"]
+    assert read_run(cut).last_step == 60  # save_steps 40, and the last step
+    # Of a run that ended, went on and was cut again, the checkpoint is the newer one.
+    older = json.loads((cut / "checkpoint-60" / "trainer_state.json").read_text())
+    older["log_history"] = older["log_history"][:5]
+    (cut / "trainer_state.json").write_text(json.dumps(older))
+    os.utime(cut / "trainer_state.json", (0, 0))
+    assert read_run(cut).last_step == 60
+
+    (cut / "lisa_run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"lisa_run\.json: cannot be read"):
+        write_report(cut)
+    with pytest.raises(ValueError, match=r"no trainer_state\.json in it"):
+        write_report(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(str(tmp_path))
+    assert ended.value.code == 2
+
+
+def test_what_another_run_left_is_no_part_of_a_new_one(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "out")
+    first = read_run(tmp_path / "out").run
+    write_run(tmp_path / "out", {"began": "now", "command": "lisa-dist train more", "method": "lisa"}, resumes=True)
+    resumed = read_run(tmp_path / "out")
+    assert resumed.run["began"] == first["began"]
+    assert resumed.run["resumed"] == [{"began": "now", "command": "lisa-dist train more"}]
+    assert resumed.periods
+    page = write_report(tmp_path / "out").read_text()
+    assert "lisa-dist train --gpus 2" in page
+    assert "# resumed now\nlisa-dist train more" in page
+    assert "time since the last resume" in page
+    write_run(tmp_path / "out", {"began": "now", "method": "full"})
+    assert not read_run(tmp_path / "out").periods
+    assert read_run(tmp_path / "out").memory is None
+
+
+def test_secrets_are_left_out():
+    words = ["--hub_token", "hf_secret", "--max_steps", "3", "--push_to_hub_token=hf_secret"]
+    assert without_secrets(words) == ["--hub_token", "***", "--max_steps", "3", "--push_to_hub_token=***"]
+
+
+def long_run() -> RunFiles:
+    """100,000 steps in 5,000 periods of a model of 80 layers."""
+    draws = numpy.random.default_rng(0)
+    log = [
+        {"step": step, "loss": 2 + draws.random(), "learning_rate": 1e-5, "tokens_per_second": 1e4}
+        for step in range(10, 100_001, 10)
+    ]
+    periods = [
+        {"period": period, "step": 20 * period, "layers": draws.choice(80, 2, replace=False).tolist()}
+        for period in range(5000)
+    ]
+    movement = [{"period": 0, "step": 20, "blocks": {"embed": {"relative": 0.1}, "layers.79": {"relative": 0.2}}}]
+    return RunFiles(Path(), {"num_layers": 80}, log, periods, movement)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("name", [name for name in ALL if name != "memory"])
+def test_a_long_run_of_a_large_model_can_be_drawn(name, narrow):
+    plot, has = next((plot, has) for one, _, _, plot, has in PLOTS if one == name)
+    run = long_run()
+    assert has(run)
+    figure = draw(plot, run, narrow)
+    assert len(_as_svg(figure)) < 1_000_000
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    assert all(len(line.get_xdata()) <= 2000 for line in axes.lines)
+    assert len(axes.patches) <= 100
+    labels = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+    assert not any(left.overlaps(right) for left, right in pairwise(labels))
+
+
+def test_a_run_of_full_training_has_no_plots_of_lisa():
+    run = RunFiles(Path(), {"num_layers": 6}, [{"step": 1, "loss": 2.0, "learning_rate": 1e-5}])
+    assert [name for name, *_, has in PLOTS if has(run)] == ["loss", "learning_rate"]

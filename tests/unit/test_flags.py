@@ -1,0 +1,113 @@
+"""The command line: a screen of help, and a frozen set of flags."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from lisa_dist import cli
+from lisa_dist.commands import init
+from lisa_dist.commands.init import InitArguments
+from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.data.dataset import DataArguments
+from lisa_dist.distributed import preflight
+from lisa_dist.distributed.preflight import CheckArguments
+from lisa_dist.eval import evaluation
+from lisa_dist.eval.evaluation import EvalArguments
+from lisa_dist.memory import planner as plan
+from lisa_dist.memory.planner import PlanArguments
+from lisa_dist.report import norms
+from lisa_dist.report.norms import NormsArguments
+from lisa_dist.train import arguments
+from lisa_dist.train import run as train
+from lisa_dist.train.arguments import RunArguments, run_parser
+
+SNAPSHOT = Path(__file__).with_name("flags.json")
+
+
+def own_flags() -> dict[str, dict[str, str]]:
+    """Our flags and their defaults; TRL's and the Trainer's are theirs to change."""
+    of_verbs = {
+        "train": (RunArguments, DataArguments, LisaConfig),
+        "init": (InitArguments,),
+        "plan": (PlanArguments,),
+        "check": (CheckArguments,),
+        "eval": (EvalArguments,),
+        "norms": (NormsArguments,),
+    }
+    return {
+        verb: {
+            field.name: "required" if field.default is dataclasses.MISSING else repr(field.default)
+            for arguments in dataclasses_of_verb
+            for field in dataclasses.fields(arguments)
+        }
+        for verb, dataclasses_of_verb in of_verbs.items()
+    }
+
+
+def test_the_flags_are_those_that_people_use():
+    """A flag that goes or changes its default breaks recipes: CHANGELOG.md says so, and then this file changes too."""
+    assert own_flags() == json.loads(SNAPSHOT.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("verb", "groups"),
+    [
+        (train.main, arguments.HELP),
+        (plan.main, plan.HELP),
+        (init.main, init.HELP),
+        (preflight.main, preflight.HELP),
+        (evaluation.main, evaluation.HELP),
+        (norms.main, norms.HELP),
+    ],
+)
+def test_help_is_a_screen(capsys, monkeypatch, verb, groups):
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # as in an allocation, where a run would ask for srun
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        verb(["--help"])
+    assert ended.value.code == 0
+    screen = capsys.readouterr().out.splitlines()
+    assert len(screen) <= 54
+    assert max(map(len, screen)) <= 120
+    shown = [line.split()[0].removeprefix("--") for line in screen if line.startswith("  --")]
+    assert shown == [flag for flags in groups.values() for flag in flags]
+    if verb is train.main:
+        assert "  --lisa_interval_steps          20                 optimizer steps in a period (K)" in screen
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--help"], 0, "usage: lisa-dist train"),
+        ([], 2, "usage: lisa-dist train"),
+        (["trian"], 2, "usage: lisa-dist train"),
+        (["export", "--help"], 0, "usage: lisa-dist export CHECKPOINT OUT\n\nturn a checkpoint of any LISA run"),
+        (["export", "one"], 2, "usage: lisa-dist export CHECKPOINT OUT\n"),
+        (["report", "-h"], 0, "usage: lisa-dist report OUTPUT_DIR\n\nwrite report.html"),
+        (["info", "more"], 2, "usage: lisa-dist info\n\nwhat is installed here"),
+    ],
+)
+def test_verbs_without_flags_say_how_they_are_used(monkeypatch, capsys, words, code, said):
+    monkeypatch.setattr(cli.sys, "argv", ["lisa-dist", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    screen = capsys.readouterr().out
+    assert screen.startswith(said)
+    assert len(screen.splitlines()) <= 54
+
+
+def test_all_flags_can_be_listed(capsys):
+    with pytest.raises(SystemExit):
+        run_parser().check(["--help_all"])
+    listed = capsys.readouterr().out
+    for flag in (*own_flags()["train"], "adam_beta2", "neftune_noise_alpha"):
+        assert f"--{flag}" in listed
+
+
+def test_a_recipe_at_the_end_without_a_name():
+    with pytest.raises(UserError, match="--config is the last word: give a recipe"):
+        run_parser().check(["--max_steps", "3", "--config"])

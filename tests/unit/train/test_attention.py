@@ -1,0 +1,518 @@
+"""Attention: which implementation a run gets, that it equals eager attention, and that packed documents stay apart.
+
+With a GPU and flash-attn the same tests of equality run with flash-attn too, in bf16.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from models import VOCABULARY, tiny_llama
+from ranks import run_ranks
+from runs import run_alone
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trl import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from lisa_dist import LisaConfig, LisaTrainer
+from lisa_dist.config import UserError
+from lisa_dist.train import attention
+from lisa_dist.train.attention import choose_attention, documents_see_each_other, packs_documents
+from lisa_dist.train.run import LisaSFTConfig
+
+LENGTHS = (5, 1, 7)
+TURING, AMPERE, HOPPER, BLACKWELL = (7, 5), (8, 0), (9, 0), (10, 0)
+
+
+@pytest.fixture(
+    params=[
+        ("sdpa", torch.float32),
+        ("sdpa", torch.bfloat16),
+        ("flash_attention_3", torch.bfloat16),
+        ("flash_attention_2", torch.bfloat16),
+    ],
+    ids=lambda param: f"{param[0]} {param[1]}",
+)
+def implementation(request) -> tuple[str, torch.dtype]:
+    """An implementation that this device can run, and in which precision."""
+    try:
+        choose_attention(request.param[0], True, LlamaConfig())
+    except UserError as error:
+        pytest.skip(str(error))
+    return request.param
+
+
+def sharpened(model):
+    """Weights so large that attention is far from a mean, and that are the same in bf16."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6).copy_(parameter.bfloat16())
+    return model.train()
+
+
+def llama(kv_heads: int, attention: str = "eager", dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    config = tiny_llama().config
+    config.num_key_value_heads = kv_heads
+    torch.manual_seed(0)
+    model = sharpened(LlamaForCausalLM(config)).to("cuda" if "flash" in attention else "cpu", dtype)
+    model.set_attn_implementation(attention)
+    return model
+
+
+def documents() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in LENGTHS]
+
+
+def alone(model) -> list[torch.Tensor]:
+    """Logits of each document in a batch of its own; gradients of their sums add up."""
+    logits = [model(tokens[None], use_cache=False).logits[0] for tokens in documents()]
+    weigh(logits).backward()
+    return logits
+
+
+def weigh(logits: list[torch.Tensor]) -> torch.Tensor:
+    """A loss that every token of every document is in."""
+    pairs = zip(logits, documents(), strict=True)
+    return sum(cross_entropy(of_one.float(), tokens.to(of_one.device)) for of_one, tokens in pairs)
+
+
+def padded(side: str) -> tuple[dict, list[tuple[int, slice]]]:
+    longest = max(LENGTHS)
+    ids, mask = torch.zeros(2, len(LENGTHS), longest, dtype=torch.long)
+    where = []
+    for row, tokens in enumerate(documents()):
+        place = slice(longest - len(tokens), longest) if side == "left" else slice(0, len(tokens))
+        ids[row, place], mask[row, place] = tokens, 1
+        where.append((row, place))
+    return {"input_ids": ids, "attention_mask": mask}, where
+
+
+def packed(collated: bool) -> tuple[dict, list[tuple[int, slice]]]:
+    """As TRL's collator makes it, or with nothing but positions."""
+    tokens = torch.cat(documents()).tolist()
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(
+        [{"input_ids": tokens, "labels": tokens, "seq_lengths": list(LENGTHS)}]
+    )
+    keep = batch.keys() - {"labels"} if collated else {"input_ids", "position_ids"}
+    ends = torch.tensor(LENGTHS).cumsum(0).tolist()
+    where = [(0, slice(end - length, end)) for end, length in zip(ends, LENGTHS, strict=True)]
+    return {name: batch[name] for name in keep}, where
+
+
+BATCHES = {
+    "padded on the left": lambda: padded("left"),
+    "padded on the right": lambda: padded("right"),
+    "packed": lambda: packed(collated=True),
+    "packed, by positions alone": lambda: packed(collated=False),
+}
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_logits_and_gradients_equal_those_of_eager_attention_on_each_document_alone(
+    implementation, kv_heads, batch, recomputed
+):
+    reference, model = llama(kv_heads), llama(kv_heads, *implementation)
+    expected = alone(reference)
+    if recomputed:
+        model.gradient_checkpointing_enable()
+    inputs, where = BATCHES[batch]()
+    on_device = {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+    }
+    logits = model(**on_device, use_cache=False).logits
+    found = [logits[row, place] for row, place in where]
+    weigh(found).backward()
+    tolerance = 1e-5 if model.dtype == torch.float32 else 0.15  # bf16 has 8 bits, and rounds at every layer
+    for one, two in zip(expected, found, strict=True):
+        assert (two.float().cpu() - one).abs().max() < tolerance
+    for (name, one), two in zip(reference.named_parameters(), model.parameters(), strict=True):
+        gap = (two.grad.float().cpu() - one.grad).abs().max()
+        assert gap < tolerance * max(1, one.grad.abs().max()), (name, gap)
+
+
+def test_the_tests_of_equality_would_see_a_missing_mask():
+    """The same tokens as one document: far outside of what is tolerated."""
+    model = llama(2)
+    together = model(torch.cat(documents())[None], use_cache=False).logits[0, -LENGTHS[-1] :]
+    assert (together - alone(model)[-1]).abs().max() > 1
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Sets the GPU, and what of flash-attn can be imported on it."""
+
+    def set_device(capability, *importable, kernels=False, problem="is not installed"):
+        monkeypatch.setattr(attention, "_capability", lambda: capability)
+        monkeypatch.setattr(attention, "is_kernels_available", lambda: kernels)
+        monkeypatch.setattr(
+            attention,
+            "_import_problem",
+            lambda flash: None if flash.package in importable else f"{flash.package} {problem}",
+        )
+
+    return set_device
+
+
+BOTH = ("flash-attn", "flash-attn-3")
+
+
+@pytest.mark.parametrize(
+    ("capability", "importable", "half", "config", "chosen", "why"),
+    [
+        (None, BOTH, True, LlamaConfig(), "sdpa", "no CUDA device"),
+        (HOPPER, BOTH, True, LlamaConfig(), "flash_attention_3", "flash-attn-3 is installed"),
+        (
+            HOPPER, ["flash-attn"], True, LlamaConfig(), "flash_attention_2",
+            "flash-attn is installed; flash-attn-3 is not installed",
+        ),
+        (
+            HOPPER, [], True, LlamaConfig(), "sdpa", "flash-attn-3 is not installed; flash-attn is not installed",
+        ),
+        (
+            AMPERE, BOTH, True, LlamaConfig(), "flash_attention_2",
+            "flash-attn is installed; flash-attn-3 needs a Hopper GPU",
+        ),
+        (
+            BLACKWELL, BOTH, True, LlamaConfig(), "flash_attention_2",
+            "flash-attn is installed; flash-attn-3 needs a Hopper GPU",
+        ),
+        (
+            TURING, BOTH, True, LlamaConfig(), "sdpa",
+            "flash-attn-3 needs a Hopper GPU; flash-attn needs an Ampere GPU or newer",
+        ),
+        (HOPPER, BOTH, False, LlamaConfig(), "sdpa", "flash-attn needs bf16 or fp16"),
+        (
+            HOPPER, BOTH, True, LlamaConfig(attention_dropout=0.1), "flash_attention_2",
+            "flash-attn is installed; flash-attn-3 has no dropout",
+        ),
+        (
+            HOPPER, BOTH, True, LlamaConfig(head_dim=512), "sdpa",
+            "flash-attn takes heads of at most 256, and the model's are 512",
+        ),
+        (HOPPER, BOTH, True, Gemma2Config(), "flash_attention_3", "flash-attn-3 is installed"),
+        (None, [], True, Gemma2Config(), "eager", "no CUDA device; Gemma2ForCausalLM does not support SDPA"),
+        (
+            HOPPER, BOTH, True, LlamaConfig(architectures=["BloomForCausalLM"]), "eager",
+            "BloomForCausalLM does not support flash-attn; BloomForCausalLM does not support SDPA",
+        ),
+        (
+            HOPPER, BOTH, True, GptOssConfig(), "eager",
+            "GptOssForCausalLM does not support flash-attn-3; GptOssForCausalLM does not support flash-attn; "
+            "GptOssForCausalLM does not support SDPA",
+        ),
+        (
+            HOPPER, BOTH, True, PretrainedConfig(architectures=["NobodysForCausalLM"]), "sdpa",
+            "a model with code of its own may not support flash-attn",
+        ),
+    ],
+)  # fmt: skip
+def test_without_a_wish_the_best_that_can_run_is_taken(device, capability, importable, half, config, chosen, why):
+    device(capability, *importable)
+    assert choose_attention(None, half, config) == (chosen, why)
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_takes_sdpa(device):
+    device(HOPPER, *BOTH)
+    assert choose_attention(None, True, LlamaConfig(), use_cpu=True) == ("sdpa", "no CUDA device")
+
+
+@pytest.mark.parametrize(
+    ("requested", "why"),
+    [
+        ("eager", "as asked for; packed rows by a block-diagonal mask"),
+        ("sdpa", "as asked for; packed rows by a block-diagonal mask"),
+        ("flex_attention", "as asked for; packed rows by a block-diagonal mask"),
+        ("flash_attention_2", "as asked for; packed rows by its variable-length kernel"),
+        ("flash_attention_3", "as asked for; packed rows by its variable-length kernel"),
+        (
+            "flash_attention_4",
+            "as asked for; flash-attn-4 is not installed, transformers takes a kernel of the hub; packed rows by its "
+            "variable-length kernel",
+        ),
+        ("kernels-community/flash-attn2", "as asked for; packed rows by its variable-length kernel"),
+        ("somebody/attention", "as asked for"),
+        (None, "flash-attn-3 is installed; packed rows by its variable-length kernel"),
+    ],
+)
+def test_what_can_be_used_is_taken_as_asked_for(device, requested, why):
+    device(HOPPER, *BOTH, kernels=True)
+    chosen = choose_attention(requested, True, LlamaConfig(), packed=True)
+    assert chosen == (requested or "flash_attention_3", why)
+    assert choose_attention(requested, True, LlamaConfig())[1] == why.split("; packed")[0]
+
+
+LEAVE = "leave the flag out for SDPA."
+
+
+@pytest.mark.parametrize(
+    ("requested", "capability", "half", "config", "said"),
+    [
+        ("flash_attention_2", None, True, LlamaConfig(), f"no CUDA device; {LEAVE}"),
+        ("paged|flash_attention_2", None, True, LlamaConfig(), f"no CUDA device; {LEAVE}"),
+        (
+            "flash_attention_2", AMPERE, False, LlamaConfig(),
+            f"flash-attn needs bf16 or fp16; give --bf16 true, or {LEAVE}",
+        ),
+        ("flash_attention_2", TURING, True, LlamaConfig(), f"flash-attn needs an Ampere GPU or newer; {LEAVE}"),
+        ("flash_attention_3", AMPERE, True, LlamaConfig(), f"flash-attn-3 needs a Hopper GPU; {LEAVE}"),
+        ("flash_attention_4", AMPERE, True, LlamaConfig(), f"flash-attn-4 needs a Hopper GPU or newer; {LEAVE}"),
+        (
+            "flash_attention_2", AMPERE, True, LlamaConfig(),
+            f"flash-attn is not installed; pip install 'lisa_dist[gpu]', or {LEAVE}",
+        ),
+        (
+            "flash_attention_3", HOPPER, True, LlamaConfig(),
+            f"flash-attn-3 is not installed; install it from the folder hopper of flash-attention, or {LEAVE}",
+        ),
+        (
+            "flash_attention_4", BLACKWELL, True, LlamaConfig(),
+            f"flash-attn-4 is not installed; pip install flash-attn-4, or {LEAVE}",
+        ),
+        (
+            "flash_attention_2", AMPERE, True, LlamaConfig(architectures=["BloomForCausalLM"]),
+            f"BloomForCausalLM does not support flash-attn; {LEAVE}",
+        ),
+        (
+            "flash_attention_2", AMPERE, True, LlamaConfig(head_dim=512),
+            f"flash-attn takes heads of at most 256, and the model's are 512; {LEAVE}",
+        ),
+    ],
+)  # fmt: skip
+def test_a_flash_attn_that_was_asked_for_and_cannot_run_is_refused(device, requested, capability, half, config, said):
+    device(capability)
+    with pytest.raises(UserError) as error:
+        choose_attention(requested, half, config)
+    assert str(error.value) == f"--attn_implementation {requested.removeprefix('paged|')}: {said}"
+
+
+def test_a_flash_attn_that_is_installed_and_broken_is_refused_even_where_the_hub_has_one(device):
+    device(AMPERE, kernels=True, problem="2.8.3 cannot be imported (undefined symbol: x)")
+    with pytest.raises(UserError, match=r"flash_attention_2: flash-attn 2\.8\.3 cannot be imported \(undefined"):
+        choose_attention("flash_attention_2", True, LlamaConfig())
+    assert choose_attention(None, True, LlamaConfig())[0] == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "code", "found"),
+    [
+        ("flash_attention_2", None, "", "flash-attn is not installed"),
+        ("flash_attention_3", None, "", "flash-attn-3 is not installed"),
+        ("flash_attention_2", "2.2.0", "", "flash-attn 2.2.0 is older than 2.3.3"),
+        ("flash_attention_2", "2.8.3", "raise ImportError('undefined\\nsymbol')",
+         "flash-attn 2.8.3 cannot be imported (undefined symbol)"),
+        ("flash_attention_3", "3.0.0", "raise OSError('libcudart.so.12')",
+         "flash-attn-3 3.0.0 cannot be imported (libcudart.so.12)"),
+        ("flash_attention_2", "2.8.3", "", None),
+        ("flash_attention_3", "3.0.0b1", "", None),
+    ],
+)  # fmt: skip
+def test_only_an_import_tells_whether_flash_attn_is_there(tmp_path, monkeypatch, name, version, code, found):
+    flash = attention._FLASH[name]
+    *package, module = flash.module.split(".")
+    folder = tmp_path.joinpath(*package)
+    folder.mkdir(exist_ok=True)
+    (folder / "__init__.py").touch()
+    (folder / f"{module}.py").write_text(code)
+    if version is not None:
+        info = tmp_path / f"{flash.package.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {flash.package}\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for part in ("flash_attn", flash.module):
+        monkeypatch.delitem(sys.modules, part, raising=False)
+    assert attention._import_problem(flash) == found
+
+
+@pytest.mark.parametrize(
+    ("flags", "packed"),
+    [
+        ({}, False),
+        ({"packing": True}, True),
+        ({"packing": True, "packing_strategy": "bfd_split"}, True),
+        ({"padding_free": True, "max_length": None}, True),
+        ({"packing": True, "eval_packing": False}, True),
+        ({"packing_strategy": "wrapped"}, False),
+    ],
+)
+def test_whether_documents_share_rows(tmp_path, flags, packed):
+    assert packs_documents(SFTConfig(output_dir=str(tmp_path), bf16=False, **flags)) == packed
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"packing": True, "packing_strategy": "wrapped"}, "--packing_strategy wrapped: documents in a row"),
+        ({"packing_strategy": "wrapped", "eval_packing": True}, "--packing_strategy wrapped: documents in a row"),
+        ({"eval_packing": True}, "--eval_packing true without --packing true"),
+    ],
+)
+def test_rows_without_the_ends_of_their_documents_are_refused(tmp_path, flags, said):
+    with pytest.raises(UserError) as error:
+        packs_documents(SFTConfig(output_dir=str(tmp_path), bf16=False, **flags))
+    assert str(error.value).startswith(said)
+
+
+def tiny_opt(vocab_size: int = VOCABULARY):
+    """Its forward pass takes positions and builds masks without them."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        OPTConfig(
+            vocab_size=vocab_size, hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_hidden_layers=6,
+            num_attention_heads=4, max_position_embeddings=64, dropout=0.0,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "mixed"), [(tiny_llama, False), (tiny_opt, True)])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("vocab_size", [VOCABULARY, 40])
+def test_a_model_that_lets_packed_documents_see_each_other_is_found(build, mixed, implementation, vocab_size):
+    model = build(vocab_size=vocab_size).eval()
+    model.set_attn_implementation(implementation)
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True, pad_to_multiple_of=20)
+    with torch.no_grad():
+        found = documents_see_each_other(
+            lambda batch: model(**batch, use_cache=False).logits, collate, vocab_size=vocab_size
+        )
+    assert found is mixed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two models, words for tokens, and documents that fill four rows of 32."""
+    folder = tmp_path_factory.mktemp("attention")
+    words = {"<pad>": 0, "<end>": 1} | {f"w{n}": n for n in range(2, VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    for name, model in (("llama", tiny_llama()), ("opt", tiny_opt())):
+        sharpened(model).save_pretrained(folder / name)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>").save_pretrained(
+            folder / name
+        )
+    generator = torch.Generator().manual_seed(0)
+    lengths = (25, 20, 17, 15, 12, 11, 11, 10, 7)
+    rows = [torch.randint(2, VOCABULARY, (length - 1,), generator=generator).tolist() for length in lengths]
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps({"text": " ".join(f"w{n}" for n in row)}) for row in rows))
+    return folder
+
+
+def train_packed(folder: str, model: str, output_dir: str, changes: dict) -> tuple[list[float], str | None]:
+    """The loss of the one step, in which weights stand still, and the error before it."""
+    unset_hf_deepspeed_config()
+    values = {"deepspeed": "zero2", "bf16": False, "max_length": 32, "max_steps": 1, "learning_rate": 0.0} | changes
+    args = LisaSFTConfig(output_dir=output_dir, logging_steps=1, save_strategy="no", report_to="none", **values)
+    rows = Path(folder, "rows.jsonl").read_text().splitlines()
+    trainer = LisaTrainer(
+        model=f"{folder}/{model}",
+        args=args,
+        train_dataset=Dataset.from_list([json.loads(row) for row in rows]),
+        processing_class=AutoTokenizer.from_pretrained(f"{folder}/{model}"),
+        lisa_config=LisaConfig(lisa_debug=True),
+    )
+    try:
+        trainer.train()
+    except UserError as error:
+        return [], str(error)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], None
+
+
+def loss_of_documents_alone(folder: Path) -> float:
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama", attn_implementation="eager")
+    total, count = 0.0, 0
+    for line in (folder / "rows.jsonl").read_text().splitlines():
+        tokens = torch.tensor([*(int(word[1:]) for word in json.loads(line)["text"].split()), 1])
+        with torch.no_grad():
+            total += float(cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="sum"))
+        count += len(tokens) - 1
+    return total / count
+
+
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (1, {"packing": True, "per_device_train_batch_size": 4}),
+        (1, {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
+        (1, {"packing": True, "per_device_train_batch_size": 4, "model_init_kwargs": {"attn_implementation": "eager"}}),
+        (1, {"padding_free": True, "max_length": None, "per_device_train_batch_size": 9}),
+        pytest.param(
+            2, {"packing": True, "per_device_train_batch_size": 2, "deepspeed": "zero3"}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["batch", "accumulated", "eager", "padding-free", "zero3"],
+)
+def test_the_loss_of_a_packed_run_is_that_of_its_documents_alone(folder, tmp_path, world_size, changes):
+    (loss,), error = run_ranks(train_packed, world_size, str(folder), "llama", str(tmp_path), changes)[0]
+    assert error is None
+    assert loss == pytest.approx(loss_of_documents_alone(folder), abs=1e-5)
+
+
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize(
+    ("world_size", "changes", "flag"),
+    [
+        (1, {"packing": True}, "packing"),
+        (1, {"padding_free": True, "max_length": None}, "padding_free"),
+        pytest.param(2, {"packing": True, "deepspeed": "zero3"}, "packing", marks=pytest.mark.slow),
+    ],
+    ids=["packing", "padding-free", "zero3"],
+)
+def test_a_model_that_mixes_packed_documents_is_refused(folder, tmp_path, world_size, changes, flag):
+    for losses, error in run_ranks(train_packed, world_size, str(folder), "opt", str(tmp_path), changes):
+        assert losses == []
+        assert error == (
+            f"--{flag} true: in OPTForCausalLM with attention sdpa, documents in a row see each other; leave the flag "
+            "out, or give another --attn_implementation."
+        )
+
+
+COMMANDS = {
+    ("llama", "--packing true"): (0, "sdpa (no CUDA device; packed rows by a block-diagonal mask)"),
+    ("llama", "--packing true --attn_implementation eager --method full"): (
+        0,
+        "eager (as asked for; packed rows by a block-diagonal mask)",
+    ),
+    ("opt", ""): (0, "sdpa (no CUDA device)"),
+    ("opt", "--packing true"): (2, "--packing true: in OPTForCausalLM with attention sdpa, documents in a row see"),
+    ("opt", "--packing true --method full"): (2, "--packing true: in OPTForCausalLM with attention sdpa"),
+    ("llama", "--packing true --packing_strategy wrapped"): (2, "--packing_strategy wrapped: documents in a row"),
+    ("llama", "--attn_implementation flash_attention_2"): (
+        2,
+        "--attn_implementation flash_attention_2: no CUDA device; leave the flag out for SDPA.",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cpu_ops")
+def test_the_command_line_says_what_attention_does_and_what_it_refuses(folder, tmp_path):
+    for number, ((model, flags), (status, line)) in enumerate(COMMANDS.items()):
+        always = f"--model_name_or_path {folder / model} --dataset_name {folder / 'rows.jsonl'} --max_length 32"
+        always += f" --max_steps 1 --save_strategy no --report_to none --output_dir {tmp_path / str(number)}"
+        ended, said = run_alone([*always.split(), *flags.split()], tmp_path / f"{number}.txt")
+        assert ended == status, said[-3000:]
+        assert line in said
+        if status == 2:
+            assert f"lisa-dist, rank 0: {line}" in said
+            assert "trained in" not in said

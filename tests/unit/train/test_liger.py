@@ -1,0 +1,355 @@
+"""Liger's kernels under LISA: the same losses as without them, and at start an error for what cannot work.
+
+Triton's interpreter runs the kernels, on ranks of their own: it must be chosen before Triton is imported, and Liger
+replaces names in the modeling code of the whole process.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+
+import deepspeed
+import numpy as np
+import pytest
+import ranks
+import torch
+from datasets import Dataset
+from models import tiny_gpt2, tiny_llama, token_batches
+from ranks import run_ranks
+from reference import train_reference
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import distributed as dist
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.liger import apply_liger_kernel
+from trl import SFTConfig
+
+import lisa_dist
+from lisa_dist import LisaConfig, LisaMixin, LisaTrainer
+from lisa_dist.config import UserError
+from lisa_dist.ds_config import find_ds_config
+from lisa_dist.memory.trace import FakeRun, Trained, Workload
+from lisa_dist.train.liger import check_liger, without_liger
+
+LAYERS, STEPS, INTERVAL, LR, DECAY = 3, 4, 2, 1e-2, 0.1
+ROWS, LENGTH = 2, 4  # few tokens: each takes the interpreter milliseconds a kernel
+NO_FUSED_LOSS = {"fused_linear_cross_entropy": False}
+
+needs_liger = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="no liger-kernel")
+pytestmark = pytest.mark.usefixtures("cpu_ops")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _interpreting_ranks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setattr(ranks, "_pools", {})
+        yield
+        ranks.stop_ranks()
+
+
+def interpret_liger() -> list[str]:
+    """Mend what the interpreter lacks; the list grows by the name of each kernel that is launched."""
+    import triton.language as tl
+    from liger_kernel.ops import rms_norm
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "launched"):
+        convert, call = interpreter._implicit_cvt, interpreter.GridExecutor.__call__
+
+        def scalars_too(value):
+            """A compiled kernel has its float arguments as fp32 scalars; the interpreter leaves Python's floats."""
+            if not isinstance(value, float):
+                return convert(value)
+            handle = interpreter.TensorHandle(np.array([value], dtype=np.float32), tl.float32)
+            return tl.tensor(handle, tl.float32)
+
+        def noted(self, *args, **kwargs):
+            interpreter.launched.append(self.fn.__name__)
+            return call(self, *args, **kwargs)
+
+        interpreter.launched = []
+        interpreter._implicit_cvt, interpreter.GridExecutor.__call__ = scalars_too, noted
+        rms_norm.rsqrt = lambda value: tl.math.rsqrt(value)  # CUDA's own, which is a stub here
+    interpreter.launched.clear()
+    return interpreter.launched
+
+
+def weights_of(engine) -> dict[str, torch.Tensor]:
+    parameters = dict(engine.module.named_parameters())
+    stage_3 = engine.zero_optimization_stage() == 3
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=stage_3):
+        return {name: value.detach().clone() for name, value in parameters.items()}
+
+
+def train_with_liger(ds_config: str, tied: bool, kernels: dict | None, settings: dict, checkpointing: bool) -> dict:
+    """A loop of one's own; after every step what sleeps has not moved, and what is active has."""
+    launched = interpret_liger()
+    model = tiny_llama(num_layers=LAYERS, tied=tied)
+    apply_liger_kernel(model, kernels)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    config = LisaConfig(lisa_interval_steps=INTERVAL, lisa_activated_layers=1, lisa_debug=True, **settings)
+    engine, lisa = lisa_dist.initialize(model, ds_config, config, lr=LR, weight_decay=DECAY)
+    losses, blocks_of_period = [], []
+    weights = weights_of(engine)
+    for (tokens,) in token_batches(STEPS, ROWS, length=LENGTH):
+        lisa.on_step_begin()
+        rows = tokens.chunk(dist.get_world_size())[dist.get_rank()]
+        loss = engine(input_ids=rows, labels=rows).loss
+        engine.backward(loss)
+        engine.step()
+        loss = loss.detach().clone()
+        dist.all_reduce(loss)
+        losses.append(loss.item() / dist.get_world_size())
+        before, weights = weights, weights_of(engine)
+        active = {f"layers.{layer}" for layer in lisa.active_layers} | {*lisa.active_blocks, *config.always_on}
+        for block in lisa.blocks:
+            moved = {name for name in block.parameters if not torch.equal(before[name], weights[name])}
+            assert moved == (set(block.parameters) if block.name in active else set()), block.name
+        blocks_of_period.append((*lisa.active_layers, *lisa.active_blocks))
+    lisa.close()
+    engine.destroy()
+    return {"losses": losses, "blocks_of_period": blocks_of_period[::INTERVAL], "launched": set(launched)}
+
+
+def reference_losses(blocks_of_period, always_on: str, **model_settings) -> list[float]:
+    model = tiny_llama(num_layers=LAYERS, **model_settings)
+    outer = {"embed": model.get_input_embeddings(), "head": model.get_output_embeddings(), "rest": model.model.norm}
+    asleep = []
+    for blocks in blocks_of_period:
+        awake = {id(value) for name in (*always_on.split(","), *blocks) if name in outer
+                 for value in outer[name].parameters()}  # fmt: skip
+        asleep.append([value for module in outer.values() for value in module.parameters() if id(value) not in awake])
+    return train_reference(
+        model,
+        list(model.model.layers),
+        [[block for block in blocks if isinstance(block, int)] for blocks in blocks_of_period],
+        INTERVAL,
+        token_batches(STEPS, ROWS, length=LENGTH),
+        lr=LR,
+        weight_decay=DECAY,
+        asleep_of_period=asleep,
+    )
+
+
+DRAWN = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.5,head=0.5", "lisa_seed": 2}
+FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}
+
+
+@needs_liger
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ds_config", "tied", "kernels", "settings", "checkpointing"),
+    [
+        ("zero1", False, None, {}, False),
+        ("zero1", True, NO_FUSED_LOSS, FROZEN, True),
+        ("zero2", False, None, DRAWN, True),
+        ("zero2", True, None, {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.5"}, False),
+        ("zero3", False, None, DRAWN, True),
+        ("zero3", True, None, {}, True),
+        ("zero3", False, NO_FUSED_LOSS | {"cross_entropy": True}, FROZEN, False),
+        ("zero2_offload", False, None, FROZEN, False),
+        ("zero3_offload", False, None, {"lisa_frozen": "head", "lisa_always_on": "embed,rest"}, False),
+    ],
+)
+def test_losses_equal_the_reference(ds_config, tied, kernels, settings, checkpointing):
+    outcome = run_ranks(train_with_liger, 2, ds_config, tied, kernels, settings, checkpointing, interpret=True)[0]
+    always_on = settings.get("lisa_always_on", "embed,head,rest")
+    reference = reference_losses(outcome["blocks_of_period"], always_on, tied=tied)
+    assert outcome["losses"] == pytest.approx(reference, abs=1e-5)
+    assert len(set(outcome["blocks_of_period"])) > 1, "the test needs a switch to another set"
+    kinds = ["_triton_rope", "_rms_norm_forward_kernel", "_rms_norm_backward_kernel", "_swiglu_backward_kernel"]
+    if kernels is None or "cross_entropy" in kernels:
+        kinds.append("liger_cross_entropy_kernel")
+    assert set(kinds) <= outcome["launched"]
+
+
+# In a Trainer
+
+
+class InOrder(LisaMixin, Trainer):
+    """This one takes the rows in order, for the reference to take them so too."""
+
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class InOrderSFT(InOrder, LisaTrainer):
+    """TRL's, with its fused head."""
+
+
+def train_in_trainer(output_dir: str, ds_config: str, sft: bool, settings: dict, vocab_size: int, dial) -> dict:
+    launched = interpret_liger()
+    rows = [{"input_ids": row.tolist()} for row in token_batches(STEPS, ROWS, length=LENGTH).flatten(0, 2)]
+    tokenizer = Tokenizer(models.WordLevel({str(index): index for index in range(vocab_size)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="1", pad_token="2")
+    arguments = {
+        "output_dir": output_dir,
+        "deepspeed": find_ds_config(ds_config),
+        "use_cpu": True,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 1,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "weight_decay": DECAY,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_liger_kernel": True,
+    }
+    if sft:
+        arguments = SFTConfig(**arguments, bf16=False, max_length=LENGTH, gradient_checkpointing=False)
+        rows = Dataset.from_list(rows)
+    else:
+        arguments = TrainingArguments(**arguments)
+        rows = [row | {"labels": row["input_ids"]} for row in rows]
+    said = []
+    kind = InOrderSFT if sft else InOrder
+    kind._say = lambda self, text: said.append(text)
+    trainer = kind(
+        model=tiny_llama(num_layers=LAYERS, vocab_size=vocab_size),
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=rows.select([0, 1]) if sft else rows[:2],
+        processing_class=tokenizer,
+        lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_activated_layers=1, **settings),
+        checkpointed_layers=dial,
+        gpu_memory="1GiB" if dial == "auto" else None,
+    )
+    trainer.train()
+    return {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "evaluations": len([entry for entry in trainer.state.log_history if "eval_loss" in entry]),
+        "blocks_of_period": [(*record.layers, *record.blocks) for record in trainer.lisa.records],
+        "launched": set(launched),
+        "said": said,
+    }
+
+
+@needs_liger
+@pytest.mark.slow
+@pytest.mark.parametrize(("ds_config", "dial"), [("zero2", None), ("zero3", "auto")])
+def test_a_trl_trainer_is_planned_as_without_liger(tmp_path, ds_config, dial):
+    outcome = run_ranks(train_in_trainer, 2, str(tmp_path), ds_config, True, {}, 128, dial, interpret=True)[0]
+    reference = reference_losses(outcome["blocks_of_period"], "embed,head,rest")
+    assert outcome["losses"] == pytest.approx(reference, abs=1e-5)
+    assert outcome["evaluations"] == 2
+    assert "Liger kernels: rope, rms_norm, swiglu" in outcome["said"]
+    assert {"_triton_rope", "_rms_norm_backward_kernel"} <= outcome["launched"]
+    assert json.loads((tmp_path / "lisa_memory.json").read_text())["planned"] is not None
+
+
+@needs_liger
+@pytest.mark.slow
+def test_no_fused_loss_for_a_head_that_trains_alone(tmp_path):
+    """A head as large as a layer takes its place, so nothing below it trains: the fused loss has no gradient then."""
+    settings = {"lisa_always_on": "", "lisa_frozen": "embed,rest", "lisa_block_probability": "head=0.7", "lisa_seed": 1}
+    outcome = run_ranks(train_in_trainer, 2, str(tmp_path), "zero3", False, settings, 512, None, interpret=True)[0]
+    assert ("head",) in outcome["blocks_of_period"]
+    reference = reference_losses(outcome["blocks_of_period"], "", vocab_size=512)
+    assert outcome["losses"] == pytest.approx(reference, abs=1e-5)
+    assert outcome["evaluations"] == 2
+    assert "fused_linear_cross_entropy is off, since it has no gradient for a head that trains alone" in str(
+        outcome["said"]
+    )
+
+
+def fake_run_after_liger() -> list[bool]:
+    """Plan a Llama before Liger has replaced its modeling code, after that, and see what was replaced come back."""
+    interpret_liger()
+    from transformers.models.llama import modeling_llama
+
+    config, groups = tiny_llama().config, []
+
+    def trace(fused_head: bool):
+        run = FakeRun(config, Workload(seq_length=LENGTH, fused_head=fused_head))
+        groups[:] = run.groups(Trained((1,), ("embed", "head", "rest")))
+        step = run.trace(groups)
+        return step.activations, step.logits, step.peak_after, [arrival.peak_before for arrival in step.arrivals]
+
+    with without_liger():
+        before = [trace(fused_head) for fused_head in (True, False)]
+    apply_liger_kernel(tiny_llama(num_layers=1), NO_FUSED_LOSS | {"cross_entropy": True})
+    replaced = modeling_llama.LlamaRMSNorm, torch.nn.functional.cross_entropy
+    with without_liger():
+        after = [trace(fused_head) for fused_head in (True, False)]
+    return [
+        before == after,
+        all(value.__module__.startswith("liger_kernel") for value in replaced),
+        replaced == (modeling_llama.LlamaRMSNorm, torch.nn.functional.cross_entropy),
+    ]
+
+
+@needs_liger
+def test_a_plan_runs_the_modeling_code_without_liger():
+    assert run_ranks(fake_run_after_liger, 2, interpret=True)[0] == [True, True, True]
+
+
+# At the start
+
+
+def arguments_with(**changes) -> TrainingArguments:
+    return TrainingArguments(output_dir="unused", use_cpu=True, use_liger_kernel=True, **changes)
+
+
+def outcome_of_check(model: str, kernels: dict | None, settings: dict, changes: dict, trl_head: bool) -> tuple:
+    unset_hf_deepspeed_config()
+    config = (tiny_gpt2 if model == "gpt2" else tiny_llama)().config
+    if model == "llama with relu":
+        config.hidden_act = "relu"
+    args = arguments_with(liger_kernel_config=kernels, **changes)
+    try:
+        return check_liger(args, config, LisaConfig(**settings), trl_head), args.liger_kernel_config
+    except UserError as error:
+        return str(error), None
+
+
+HEAD_ALONE = {"lisa_always_on": "", "lisa_block_probability": "head=0.2"}
+
+
+@needs_liger
+@pytest.mark.parametrize(
+    ("model", "kernels", "settings", "changes", "trl_head", "said", "chosen"),
+    [
+        ("llama", None, {}, {}, False, "rope, fused_linear_cross_entropy, rms_norm, swiglu", None),
+        ("llama", {"rope": False}, {}, {}, True, "rms_norm, swiglu (", {"rope": False} | NO_FUSED_LOSS),
+        ("llama", None, HEAD_ALONE, {}, False, "off, since it has no gradient", NO_FUSED_LOSS),
+        ("llama", None, HEAD_ALONE | {"lisa_always_on": "rest"}, {}, False, "fused_linear_cross_entropy, ", None),
+        ("llama", None, {}, {"label_smoothing_factor": 0.1}, False, "label smoothing needs logits", NO_FUSED_LOSS),
+        ("llama", {"cross_entropy": True}, {}, {}, False, "rope, cross_entropy, rms_norm",
+         {"cross_entropy": True} | NO_FUSED_LOSS),
+        ("llama", {"fused_linear_cross_entropy": True}, {}, {}, True, "own fused head takes its place; leave it", None),
+        ("llama", {"geglu": True}, {}, {}, False, "there is no geglu for llama; choose from rope, ", None),
+        ("llama", {"geglu": False}, {}, {}, False, "Liger kernels: rope, fused", {"geglu": False}),
+        ("llama with relu", None, {}, {}, False, "computes silu, and the model's hidden_act is relu; write ", None),
+        ("llama with relu", {"swiglu": False}, {}, {}, False, "entropy, rms_norm", {"swiglu": False}),
+        ("gpt2", None, {}, {}, False, "no kernels for model type gpt2; leave it out.", None),
+    ],
+)  # fmt: skip
+def test_what_liger_may_replace(model, kernels, settings, changes, trl_head, said, chosen):
+    outcome = run_ranks(outcome_of_check, 2, model, kernels, settings, changes, trl_head, interpret=True)[0]
+    assert said in outcome[0]
+    assert outcome[1] == chosen
+
+
+def test_it_needs_a_device_and_the_package(monkeypatch):
+    config = tiny_llama().config
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="need a CUDA device; leave it out"):
+        check_liger(arguments_with(), config, LisaConfig())
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"not installed; pip install 'lisa_dist\[gpu\]'"):
+        check_liger(arguments_with(), config, LisaConfig())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)  # as one that fails at its import
+    with pytest.raises(UserError, match="cannot be imported"):
+        check_liger(arguments_with(), config, LisaConfig())
+    assert os.environ["TRITON_INTERPRET"] == "1"

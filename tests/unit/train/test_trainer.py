@@ -1,0 +1,433 @@
+"""LISA in the Hugging Face Trainer: the same losses as the reference, under its schedule and accumulation."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import deepspeed
+import pytest
+import torch
+from models import tiny_gpt2, tiny_llama, tiny_mixtral, token_batches
+from ranks import run_ranks
+from reference import train_reference
+from safetensors import safe_open
+from torch import distributed as dist
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from lisa_dist import LisaConfig, LisaMixin
+from lisa_dist.checkpoint.save import STATE_NAME
+from lisa_dist.core.checkpointing import checkpointed_layers
+from lisa_dist.ds_config import find_ds_config
+from lisa_dist.files import write_json
+
+STEPS, ACCUMULATION, INTERVAL, LR, DECAY, ROWS = 8, 2, 3, 1e-3, 0.1, 2
+
+pytestmark = pytest.mark.usefixtures("cpu_ops")
+
+
+class InOrder(LisaMixin, Trainer):
+    """Any Trainer subclass will do; this one takes the rows in order, for the reference to take them so too."""
+
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def rows_for(world_size: int) -> list[dict]:
+    tokens = token_batches(STEPS * ACCUMULATION * world_size, rows=ROWS).flatten(0, 2)
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def arguments(output_dir: str, ds_config: str, **changes) -> TrainingArguments:
+    return TrainingArguments(
+        **{
+            "output_dir": output_dir,
+            "deepspeed": find_ds_config(ds_config),
+            "use_cpu": True,
+            "max_steps": STEPS,
+            "gradient_accumulation_steps": ACCUMULATION,
+            "per_device_train_batch_size": ROWS,
+            "learning_rate": LR,
+            "lr_scheduler_type": "cosine",
+            "weight_decay": DECAY,
+            "adam_beta2": 0.95,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        | changes
+    )
+
+
+def train(output_dir: str, ds_config: str, changes: dict, dial: str | int | None = None) -> dict:
+    trainer = InOrder(
+        model=tiny_llama(),
+        args=arguments(output_dir, ds_config, **changes),
+        train_dataset=rows_for(dist.get_world_size()),
+        lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_debug=True),
+        checkpointed_layers=dial,
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    parameters = list(trainer.model.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, enabled="zero3" in ds_config):
+        total = float(sum(parameter.detach().double().sum() for parameter in parameters))
+    return {
+        "losses": [entry["loss"] for entry in logs],
+        "learning_rates": [entry["learning_rate"] for entry in logs],
+        "metrics": [{name: value for name, value in entry.items() if name.startswith("lisa/")} for entry in logs],
+        "layers": [record.layers for record in trainer.lisa.records],
+        "header": trainer.describe(),
+        "sum_of_weights": total,
+    }
+
+
+class TwoModes(InOrder):
+    """Looks at the model without checkpointing in between, as TRL's DPOTrainer does for its reference."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        layers = self.lisa.blocks.layers
+        self.seen.append((checkpointed_layers(self.model, self.lisa.blocks), count_hooks(self.model)))
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.model.gradient_checkpointing_disable()
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert checkpointed_layers(self.model, self.lisa.blocks) == len(layers)
+        return loss
+
+
+def count_hooks(model) -> int:
+    """Hooks that would send the backward pass on to frozen embeddings."""
+    names = [getattr(hook, "__name__", "") for module in model.modules() for hook in module._forward_hooks.values()]
+    return names.count("make_inputs_require_grads")
+
+
+def train_in_two_modes(output_dir: str) -> list[tuple[int, int]]:
+    trainer = TwoModes(
+        model=tiny_llama(),
+        args=arguments(output_dir, "zero2", max_steps=2),
+        train_dataset=rows_for(dist.get_world_size()),
+        checkpointed_layers=2,
+    )
+    trainer.seen = []
+    trainer.train()
+    return trainer.seen
+
+
+def test_the_dial_holds_where_a_trainer_turns_checkpointing_off_and_on(tmp_path):
+    assert run_ranks(train_in_two_modes, 1, str(tmp_path)) == [[(2, 0)] * 4]
+
+
+def cosine(step: int) -> float:
+    return LR * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+
+
+@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_losses_equal_the_reference(tmp_path, ds_config):
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    dial = {"zero2": 2, "zero3": "none"}.get(ds_config)
+    outcome = run_ranks(train, 2, str(tmp_path), ds_config, checkpointing, dial)[0]
+
+    # A micro-batch of the global batch is one batch of rank 0 and the next one, of rank 1.
+    batches = token_batches(STEPS * ACCUMULATION * 2, rows=ROWS).view(STEPS, ACCUMULATION, 2 * ROWS, -1)
+    model = tiny_llama()
+    layers = list(model.model.layers)
+    losses = train_reference(
+        model, layers, outcome["layers"], INTERVAL, batches, lr=cosine, weight_decay=DECAY, betas=(0.9, 0.95)
+    )
+    assert outcome["losses"] == pytest.approx(losses, abs=1e-5)
+    assert outcome["learning_rates"] == pytest.approx([cosine(step) for step in range(STEPS)])
+    total = float(sum(parameter.detach().double().sum() for parameter in model.parameters()))
+    assert outcome["sum_of_weights"] == pytest.approx(total, abs=1e-2), "the last step counts too"
+    assert len(set(map(tuple, outcome["layers"]))) > 1
+    assert (tmp_path / "lisa_log.jsonl").read_text().count("\n") == math.ceil(STEPS / INTERVAL)
+
+    memory = json.loads((tmp_path / "lisa_memory.json").read_text())
+    assert memory["step"] == 1
+    assert memory["checkpointed_layers"] == {2: 2, "none": 0, None: 6}[dial]
+    assert (memory["rows"], memory["tokens"]) == (ROWS, 16)
+    planned, measured = memory["planned"], memory["measured"]
+    for part in ("weights", "always_on_states", "active_states", "activations", "logits", "gathered"):
+        assert measured[part] == pytest.approx(planned[part], rel=0.03, abs=4096), part
+    # Other tests in this process have left tensors, which are in what was there before the step.
+    of_the_step = [parts["peak"] - parts["static"] for parts in (planned, measured)]
+    assert of_the_step[1] == pytest.approx(of_the_step[0], abs=0.03 * planned["peak"])
+
+
+def test_metrics_and_header(tmp_path):
+    outcome = run_ranks(train, 2, str(tmp_path), "zero2", {})[0]
+    metrics = outcome["metrics"][-1]
+    assert metrics["lisa/period"] == 2  # step 6 began it, and the log of step 7 comes after its first step
+    assert metrics["lisa/switch_seconds"] > 0
+    assert metrics["lisa/state_bytes_per_rank"] > 0
+    assert metrics["lisa/live_bytes"] > metrics["lisa/state_bytes_per_rank"]
+    visits = [metrics[f"lisa/visits/layer_{layer:02d}"] for layer in range(6)]
+    assert sum(visits) == 2 * math.ceil(STEPS / INTERVAL)
+    for word in ("decoder layers", "6 at model.layers, of ", "always on", "embed 8192", "stage 2 on 2 rank(s)"):
+        assert word in outcome["header"]
+
+
+def save_a_mixture(output_dir: str) -> None:
+    unset_hf_deepspeed_config()
+    trainer = InOrder(
+        model=tiny_mixtral(),
+        args=arguments(output_dir, "zero2", max_steps=3, gradient_accumulation_steps=1),
+        train_dataset=rows_for(2),
+        lisa_config=LisaConfig(lisa_activated_layers=1),
+    )
+    trainer.train()
+    trainer.save_model()
+
+
+def test_a_model_is_saved_under_the_names_of_the_hub(tmp_path):
+    run_ranks(save_a_mixture, 2, str(tmp_path))
+    names = safe_open(tmp_path / "model.safetensors", framework="pt").keys()
+    assert "model.layers.0.block_sparse_moe.experts.1.w2.weight" in names
+    memory = json.loads((tmp_path / "lisa_memory.json").read_text())
+    assert memory["measured"]["peak"] > 0
+    assert memory["planned"] is None
+    assert "cannot be planned" in memory["not_planned"], "and the model is saved all the same"
+
+
+def refused(output_dir: str, what: str) -> str:
+    changes, extra = {}, {}
+    if what == "no deepspeed":
+        changes = {"deepspeed": None}
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # an earlier trainer in this process has set it
+    elif what == "reentrant":
+        changes = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    elif what == "optim":
+        changes = {"optim": "adafactor"}
+    elif what == "optim with offload":
+        changes = {"optim": "adamw_8bit", "deepspeed": find_ds_config("zero2_offload")}
+    elif what == "stage 0":
+        changes = {"deepspeed": {"zero_optimization": {"stage": 0}, "train_micro_batch_size_per_gpu": "auto"}}
+    elif what == "contradiction":
+        changes = {"deepspeed": {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 7}}
+    elif what == "load_best_model_at_end":
+        saving = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+        changes = {what: True} | saving
+        extra = {"eval_dataset": rows_for(2)}
+    elif what == "auto_find_batch_size":
+        changes = {what: True}
+    elif what == "optim_args":
+        changes = {"optim_args": "amsgrad=True"}
+    elif what == "optimizer":
+        extra = {"optimizers": (torch.optim.SGD(torch.nn.Linear(2, 2).parameters()), None)}
+    elif what == "save_on_each_node":
+        changes = {what: True}
+    resume = {"resume": "checkpoint-3", "resume nothing": True}.get(what)
+    if what in ("resume a loop's", "resume without state", "resume a newer"):
+        resume = str(Path(output_dir) / "checkpoint-1")
+        if dist.get_rank() == 0:
+            Path(resume).mkdir()
+            (Path(resume) / "lisa_optimizer-00000-of-00001.safetensors").touch()
+            newer = {"format": 99, "versions": {"lisa_dist": "9.0"}, "saved_at": 0.0}
+            state = {"format": 1, "files": {}} if what == "resume a loop's" else newer
+            if what != "resume without state":
+                write_json(Path(resume) / STATE_NAME, state)
+        dist.barrier()
+        resume = True if what == "resume a newer" else resume
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is checked by the caller
+        InOrder(
+            model=tiny_llama(),
+            args=arguments(output_dir, "zero2", **changes),
+            train_dataset=rows_for(2),
+            lisa_config=LisaConfig(),
+            **extra,
+        ).train(resume_from_checkpoint=resume)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("no deepspeed", "such as ds_configs/zero2.json, by --deepspeed"),
+        ("reentrant", "use_reentrant=True: reentrant checkpointing"),
+        ("optim", "--optim adafactor"),
+        ("optim with offload", "--optim adamw_8bit with offload_optimizer"),
+        ("stage 0", "use stage 1"),
+        ("contradiction", "gradient_accumulation_steps=7 vs hf gradient_accumulation_steps=2"),
+        ("optimizer", "pass no optimizers"),
+        ("load_best_model_at_end", "--load_best_model_at_end True"),
+        ("auto_find_batch_size", "--auto_find_batch_size True"),
+        ("optim_args", "--optim_args amsgrad=True"),
+        ("save_on_each_node", "--save_on_each_node True"),
+        ("resume", "--resume_from_checkpoint checkpoint-3: no such folder"),
+        ("resume nothing", "--resume_from_checkpoint true: there is no whole checkpoint in --output_dir"),
+        ("resume a loop's", "it was saved in a loop of one's own"),
+        ("resume without state", "checkpoint-1/lisa_state.json cannot be read"),
+        ("resume a newer", "has format 99, written by lisa_dist 9.0"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(tmp_path, what, said):
+    assert said in run_ranks(refused, 2, str(tmp_path), what)[0]
+    assert not (tmp_path / "lisa_log.jsonl").exists(), "nothing half-written"
+
+
+class Shuffled(LisaMixin, Trainer):
+    """The Trainer's own shuffling."""
+
+
+class StopAfter(TrainerCallback):
+    """Has this rank's process receive SIGUSR1 in a step."""
+
+    def __init__(self, step: int):
+        self._step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self._step and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, seed: int = 0, stop_after=0) -> dict:
+    """Train with dropout and shuffling; what came of it."""
+    unset_hf_deepspeed_config()  # of an earlier trainer in this process: the model would be built under its zero.Init
+    rows = rows_for(2) * 2
+    if "eval_strategy" in changes:
+        rows = rows[: 4 * 2 * ROWS * ACCUMULATION]  # epochs of four steps
+    world_size = dist.get_world_size()
+    changes = dict(changes)
+    of_lisa = {name: changes.pop(name) for name in list(changes) if name.startswith("lisa_")}
+    optim = changes.pop("optim", None)
+    trainer = Shuffled(
+        model=tiny_gpt2(seed=seed, dropout=0.1).to(torch.bfloat16 if changes.get("bf16") else torch.float32),
+        args=arguments(
+            output_dir,
+            ds_config,
+            **{
+                "save_strategy": "steps",
+                "save_steps": 2,
+                "per_device_train_batch_size": 2 * ROWS // world_size,
+                "save_total_limit": 3,
+            }
+            | changes,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows[:4],
+        lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_debug=True, **of_lisa),
+        optim=optim,
+        callbacks=[StopAfter(stop_after)],
+    )
+    trainer.train(resume_from_checkpoint=resume_from)
+    parameters = dict(trainer.model.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(parameters.values())):
+        weights = {name: value.detach().clone() for name, value in parameters.items()}
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "weights": weights,
+        "losses": [entry["loss"] for entry in logs],
+        "learning_rates": [entry["learning_rate"] for entry in logs],
+        "stopped_by": trainer.stopped_by,
+    }
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "changes"),
+    [
+        ("zero1", {}),
+        ("zero2", {"bf16": True}),
+        ("zero3", {}),
+        ("zero3", {"bf16": True, "gradient_accumulation_steps": 1, "save_steps": 3}),
+        ("zero2_offload", {}),
+        ("zero2", {"bf16": True, "optim": "lisa_adamw", "lisa_master": "bf16_sr"}),
+        ("zero2", {"eval_strategy": "epoch"}),  # after checkpoint-4 was saved, and not again in the resumed run
+    ],
+)
+def test_a_resumed_run_is_the_run(tmp_path, ds_config, changes):
+    """Data order, dropout, schedule and accumulation included, from other initial weights."""
+    whole = run_ranks(train_shuffled, 2, str(tmp_path), ds_config, changes, None)[0]
+    saved = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert saved == (["checkpoint-3", "checkpoint-6", "checkpoint-8"] if "save_steps" in changes
+                     else ["checkpoint-4", "checkpoint-6", "checkpoint-8"])  # fmt: skip
+    log = (tmp_path / "lisa_log.jsonl").read_text()
+    for folder in saved[:2]:
+        resumed = run_ranks(train_shuffled, 2, str(tmp_path), ds_config, changes, str(tmp_path / folder), 99)[0]
+        for name, value in whole["weights"].items():
+            assert torch.equal(value, resumed["weights"][name]), f"{name} from {folder}"
+        assert resumed["losses"] == whole["losses"]
+        assert resumed["learning_rates"] == whole["learning_rates"]
+    periods = [json.loads(line) for line in (tmp_path / "lisa_log.jsonl").read_text().splitlines()]
+    assert [(one["period"], one["layers"]) for one in periods] == [
+        (one["period"], one["layers"]) for one in map(json.loads, log.splitlines())
+    ]
+
+
+def test_a_signals_checkpoint_stays_though_another_is_the_best(tmp_path):
+    """In a step that would be evaluated too: the run goes on from it as if nothing had happened."""
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1, "metric_for_best_model": "loss"}
+    changes |= {"greater_is_better": True, "eval_delay": 2}  # the first one is the best, and it is saved
+    whole = run_ranks(train_shuffled, 2, str(tmp_path / "whole"), "zero2", changes, None)[0]
+    assert {"checkpoint-2", "checkpoint-8"} <= {path.name for path in (tmp_path / "whole").iterdir()}
+    stopped = run_ranks(train_shuffled, 2, str(tmp_path / "out"), "zero2", changes, None, 0, 5)[0]
+    assert stopped["stopped_by"] == "SIGUSR1"
+    assert (tmp_path / "out" / "checkpoint-5").is_dir()
+    resumed = run_ranks(train_shuffled, 2, str(tmp_path / "out"), "zero2", changes, True, 99)[0]
+    for name, value in whole["weights"].items():
+        assert torch.equal(value, resumed["weights"][name]), name
+    told = run_ranks(resume_with_half_the_rows, 1, str(tmp_path / "out"))[0]
+    assert f"had {2 * ROWS * ACCUMULATION} rows in a step, and here they are {ROWS * ACCUMULATION}" in told
+
+
+def resume_with_half_the_rows(output_dir: str) -> str:
+    """On one rank in place of two, with everything else as it was."""
+    with pytest.raises(ValueError, match="give --global_batch_size") as error:
+        train_shuffled(output_dir, "zero2", {"per_device_train_batch_size": ROWS}, True)
+    return str(error.value)
+
+
+def save_on_a_full_disk(output_dir: str) -> str:
+    with pytest.raises(ValueError, match="could not be written") as error:
+        train_shuffled(output_dir, "zero2", {}, None)
+    dist.barrier()
+    assert not list(Path(output_dir).glob("*checkpoint*")), "what was begun is removed"
+    return str(error.value)
+
+
+def test_a_full_disk_is_named_by_all_ranks(small_disk):
+    """So full that not even the first small file fits."""
+    folder, _ = small_disk
+    if not os.path.ismount(folder):
+        pytest.skip("a file system of its own cannot be mounted here")
+    (folder / "filler").write_bytes(bytes(3 * 2**20 - 24 * 1024))
+    for said in run_ranks(save_on_a_full_disk, 2, str(folder)):
+        assert said.startswith(f"{folder}/checkpoint-2 could not be written (rank ")
+
+
+def resume_finished_and_changed(output_dir: str) -> None:
+    """A finished run takes no step more; other settings at the end of a period keep the schedule, scaled by gamma."""
+
+    def trainer(gamma: int) -> Shuffled:
+        unset_hf_deepspeed_config()
+        changes = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 1}
+        return Shuffled(
+            model=tiny_llama(),
+            args=arguments(output_dir, "zero2", **changes),
+            train_dataset=rows_for(2),
+            lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_activated_layers=gamma, lisa_lr_power=0.5),
+        )
+
+    first = trainer(2)
+    first.train()
+    again = trainer(2)
+    with torch.no_grad():
+        for parameter in again.model.parameters():
+            parameter.zero_()
+    again.train("auto")
+    assert again.state.global_step == STEPS
+    for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for gamma in (3, 1):
+        changed = trainer(gamma)
+        changed.train(f"{output_dir}/checkpoint-3")
+        rates = [entry["learning_rate"] for entry in changed.state.log_history if "loss" in entry]
+        before, behind = (6 / 2) ** 0.5, (6 / gamma) ** 0.5  # of the rate, by the active layers
+        assert rates == pytest.approx([cosine(step) * (before if step < 3 else behind) for step in range(STEPS)])
+        assert {group["lr"] for group in changed.lisa.engine.optimizer.param_groups} == {cosine(STEPS)}
+        assert len(changed.lisa.active_layers) == gamma
+
+
+def test_a_finished_run_and_other_settings(tmp_path):
+    run_ranks(resume_finished_and_changed, 2, str(tmp_path))
