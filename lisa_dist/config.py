@@ -9,10 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-
-class UserError(ValueError):
-    """A setting or a file of the user's that cannot work: the message names it, the rule and the way out."""
-
+from lisa_dist.errors import UserError
 
 SAMPLERS = ("uniform", "reshuffle", "cyclic", "fixed", "weighted", "adaptive")
 IMPORTANCES = ("gradient", "update")

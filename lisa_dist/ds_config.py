@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lisa_dist.config import UserError
+from lisa_dist.errors import UserError
 
 # Values that a config may give itself, but not differently from the arguments of the run.
 _MUST_MATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")

@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import distributed as dist
 
-from lisa_dist.config import UserError
+from lisa_dist.errors import UserError
 
 
 class SaveError(UserError):

@@ -13,7 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 from trl import TrlParser
 
-from lisa_dist.config import UserError
+from lisa_dist.errors import UserError
 
 # Names in LMFlow, Axolotl, ms-swift and LLaMA-Factory, and here.
 _ELSEWHERE = {

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from lisa_dist.config import UserError
+from lisa_dist.errors import UserError
 
 GIB = 2**30
 MIB = 2**20

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 import torch
 from transformers import LlamaConfig
 
-from lisa_dist.config import UserError
 from lisa_dist.distributed.health import version_of
+from lisa_dist.errors import UserError
 from lisa_dist.optim.ops import choose_kernels
 from lisa_dist.text import format_bytes, format_table
 from lisa_dist.train.attention import choose_attention

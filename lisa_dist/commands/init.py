@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO
+from lisa_dist.errors import UserError
 from lisa_dist.flags import FlagParser
 from lisa_dist.memory.planner import HELP as HELP_OF_PLAN
 from lisa_dist.memory.planner import WAYS, Plan, PlanArguments, load_model_config, make_plans, what_fits

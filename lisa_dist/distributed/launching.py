@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from lisa_dist.config import UserError
 from lisa_dist.distributed.ranks import free_port
+from lisa_dist.errors import UserError
 from lisa_dist.train.arguments import run_parser
 
 _RANK = ["-u", "-m", "lisa_dist.cli"]  # how the launcher starts one

@@ -23,10 +23,10 @@ import torch
 import yaml
 from torch import distributed as dist
 
-from lisa_dist.config import UserError
 from lisa_dist.core.layer_weights import split_columns
 from lisa_dist.distributed.health import host_name, version_of
 from lisa_dist.distributed.ranks import expand_hosts, set_rank
+from lisa_dist.errors import UserError
 from lisa_dist.flags import FlagParser
 from lisa_dist.text import format_bytes
 

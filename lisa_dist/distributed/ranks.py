@@ -13,7 +13,7 @@ import re
 import socket
 from collections.abc import MutableMapping
 
-from lisa_dist.config import UserError
+from lisa_dist.errors import UserError
 
 _GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Of a process in a step, which srun starts. The script of a job has SLURM_PROCID too, but is in no step.

@@ -16,9 +16,9 @@ import torch
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lisa_dist.config import UserError
 from lisa_dist.distributed.launching import launch_if_asked
 from lisa_dist.distributed.ranks import set_rank
+from lisa_dist.errors import SharedError, UserError
 from lisa_dist.eval.judge import Judge
 from lisa_dist.eval.mt_bench import Answers, MTBench
 from lisa_dist.files import gather, replacing
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         arguments = parse(launch_if_asked(sys.argv[1:] if argv is None else argv, "eval", parse))
         run(arguments)
-    except _SharedError as error:
+    except SharedError as error:
         if os.environ["RANK"] == "0":
             print(f"lisa-dist eval: {error}", flush=True)
         raise SystemExit(2) from error
@@ -225,7 +225,7 @@ class _Model:
         if self._loaded is None:
             self._loaded = _on_all_ranks(lambda: load_model(self._arguments.model, self._arguments.dtype, self._device))
         if needs_template is not None and self._loaded[1].chat_template is None:
-            raise _SharedError(f"{needs_template}: the tokenizer of {self._arguments.model} has no chat template.")
+            raise SharedError(f"{needs_template}: the tokenizer of {self._arguments.model} has no chat template.")
         return self._loaded
 
 
@@ -329,7 +329,7 @@ def _evaluate_tasks(arguments: EvalArguments, model: _Model, tasks: dict, result
             apply_chat_template=arguments.apply_chat_template,
         )
     except UserError as error:  # of the number of items, which all ranks find
-        raise _SharedError(str(error)) from error
+        raise SharedError(str(error)) from error
     if results is None:
         return
     lines = [("task", "metric", "score", "standard error", "items", "examples")]
@@ -356,10 +356,6 @@ def _lines_of(name: str, found: dict) -> list[tuple[str, ...]]:
     return lines
 
 
-class _SharedError(UserError):
-    """An error that all ranks raise together: one of them says it."""
-
-
 def _on_all_ranks(function: Callable):
     """What the function returns; where it raises a UserError on any rank, all raise the first of them."""
     problem, value = None, None
@@ -369,7 +365,7 @@ def _on_all_ranks(function: Callable):
         problem = str(error)
     found = next(filter(None, gather(problem)), None)
     if found is not None:
-        raise _SharedError(found)
+        raise SharedError(found)
     return value
 
 

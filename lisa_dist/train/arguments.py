@@ -12,12 +12,13 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import ExplicitEnum
 from trl import ModelConfig, SFTConfig
 
-from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.data.dataset import DataArguments
 from lisa_dist.distributed.ranks import set_rank
 from lisa_dist.distributed.watchdog import HANG_TIMEOUT
 from lisa_dist.ds_config import find_ds_config
+from lisa_dist.errors import UserError
 from lisa_dist.flags import RunParser
 from lisa_dist.optim.build import LISA_ADAMW
 

@@ -13,7 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, TrainerC
 from transformers.utils import is_kernels_available
 from trl import SFTConfig, SFTTrainer
 
-from lisa_dist.config import UserError
+from lisa_dist.errors import UserError
 
 PROBE_LENGTH = 16  # tokens of a document in `documents_see_each_other`
 

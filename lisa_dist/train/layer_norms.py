@@ -33,8 +33,8 @@ from torch import distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
-from lisa_dist.config import UserError
 from lisa_dist.core.blocks import find_blocks, parameter_shape
+from lisa_dist.errors import UserError
 from lisa_dist.files import replacing, together
 from lisa_dist.zero.partitions import NORM_CHUNK, local_shard
 

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 import torch
 from transformers import PretrainedConfig, TrainingArguments
 
-from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.config import LisaConfig
+from lisa_dist.errors import UserError
 
 FUSED_LOSS = "fused_linear_cross_entropy"
 _cross_entropy = torch.nn.functional.cross_entropy  # before Liger can have replaced it

@@ -24,7 +24,7 @@ from torch import distributed as dist
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer, get_peft_config
 
-from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.config import LisaConfig
 from lisa_dist.core.blocks import parameter_numel
 from lisa_dist.core.checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.layer_weights import load_layer_weights
@@ -39,6 +39,7 @@ from lisa_dist.ds_config import (
     read_ds_config,
     uses_optimizer_offload,
 )
+from lisa_dist.errors import SharedError, UserError
 from lisa_dist.files import gather, together
 from lisa_dist.optim.build import check_optim
 from lisa_dist.report.run_files import without_secrets, write_run
@@ -60,11 +61,6 @@ from lisa_dist.train.sample_answer import SampleCallback
 from lisa_dist.train.trainer import LisaTrainer
 from lisa_dist.zero.cpu_ops import release_shared_memory
 from lisa_dist.zero.partitions import forget_module_order
-
-
-class SharedError(UserError):
-    """An error that all ranks have found: one of them says it."""
-
 
 ALL_LINEAR = "all-linear"  # peft's word
 # Flags of TRL's that are for rows which it would tokenize itself, and ours.

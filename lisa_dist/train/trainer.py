@@ -31,13 +31,14 @@ from lisa_dist.checkpoint.save import (
     start_from_weights,
 )
 from lisa_dist.checkpoint.weights import save_without_weights, write_weights
-from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import parse_budget, parse_checkpointed_layers
 from lisa_dist.core.controller import LisaController
 from lisa_dist.distributed.health import SLOW, ComputeTime, describe_ranks
 from lisa_dist.distributed.signals import StopSignals
 from lisa_dist.distributed.watchdog import HANG_TIMEOUT, Watchdog
 from lisa_dist.ds_config import check_ds_config, keep_no_master, offload_by_block, uses_optimizer_offload
+from lisa_dist.errors import UserError
 from lisa_dist.files import gather, together
 from lisa_dist.memory.run_memory import RunMemory
 from lisa_dist.memory.trace import Workload
