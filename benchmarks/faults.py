@@ -36,9 +36,9 @@ BOUND = 60  # seconds in which the other rank must have ended
 def worker() -> None:
     """One rank: trains as `launch/train.py` does, and sends itself the fault that FAULT describes."""
     from lisa_dist.checkpoint import save as checkpoint
+    from lisa_dist.commands.train import main
     from lisa_dist.distributed import watchdog
     from lisa_dist.train import trainer
-    from lisa_dist.train.run import main
     from lisa_dist.zero import partitions as zero
 
     fault = json.loads(os.environ["FAULT"])

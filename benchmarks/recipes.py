@@ -8,7 +8,7 @@ import io
 import shlex
 from pathlib import Path
 
-from lisa_dist.memory.planner import main as plan
+from lisa_dist.commands.plan import main as plan
 
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
 COMMAND = "# $ lisa-dist plan "

@@ -3,10 +3,10 @@
 Starts under the `deepspeed` launcher, under `torchrun`, and as plain `python launch/train.py` on one device.
 """
 
-from lisa_dist.imports import without_collection
+from lisa_dist.cli import without_collection
 
 with without_collection():
-    from lisa_dist.train.run import main
+    from lisa_dist.commands.train import main
 
 if __name__ == "__main__":
     main()

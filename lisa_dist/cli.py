@@ -1,11 +1,11 @@
-"""The `lisa-dist` command. Each verb hands over to its module."""
+"""The `lisa-dist` command. Each verb is a module of `commands`, imported when it is asked for."""
 
+import contextlib
+import gc
 import importlib
 import logging
 import sys
-from types import ModuleType
-
-from lisa_dist.imports import without_collection
+from collections.abc import Callable, Iterator
 
 USAGE = """usage: lisa-dist train [--gpus N] --config recipe.yaml [--any_flag value]
        lisa-dist init --model llama3.1-8b --gpus 1 --gpu_memory 24GiB --recipe recipe.yaml
@@ -29,21 +29,10 @@ USAGE = """usage: lisa-dist train [--gpus N] --config recipe.yaml [--any_flag va
 
 lisa-dist VERB --help has the flags of a verb.
 """
-# Verbs with flags: their module, which parses them and answers --help.
-_WITH_FLAGS = {
-    "train": "train.run",
-    "init": "commands.init",
-    "plan": "memory.planner",
-    "eval": "eval.evaluation",
-    "check": "distributed.preflight",
-    "norms": "report.norms",
-}
-# Verbs with words alone: module, function, and the words.
-_WITH_WORDS = {
-    "export": ("checkpoint.save", "export_main", ("CHECKPOINT", "OUT")),
-    "report": ("report.html", "main", ("OUTPUT_DIR",)),
-    "info": ("commands.info", "main", ()),
-}
+# Verbs that parse flags of their own and answer --help.
+_WITH_FLAGS = ("train", "init", "plan", "eval", "check", "norms")
+# Verbs with words alone, and the words.
+_WITH_WORDS = {"export": ("CHECKPOINT", "OUT"), "report": ("OUTPUT_DIR",), "info": ()}
 
 
 def main() -> None:
@@ -52,13 +41,13 @@ def main() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     verb, words = sys.argv[1] if len(sys.argv) > 1 else None, sys.argv[2:]
     if verb in _WITH_FLAGS:
-        _module(_WITH_FLAGS[verb]).main(words)
+        _main_of(verb)(words)
         return
     asks = verb in ("-h", "--help") or words in (["-h"], ["--help"])
     if verb in _WITH_WORDS:
-        module, function, needed = _WITH_WORDS[verb]
+        needed = _WITH_WORDS[verb]
         if len(words) == len(needed) and not asks:
-            getattr(_module(module), function)(*words)
+            _main_of(verb)(*words)
             return
         what = next(line.split(maxsplit=1)[1] for line in USAGE.splitlines() if line.startswith(f"  {verb} "))
         print(f"usage: {' '.join(['lisa-dist', verb, *needed])}\n\n{what}")
@@ -67,9 +56,25 @@ def main() -> None:
     raise SystemExit(0 if asks else 2)
 
 
-def _module(name: str) -> ModuleType:
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Imports in the body take a sixth less: what they make stays, and the collector would walk it again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if gc.get_freeze_count() == 0:
+            # To the oldest generation unseen; else the first collection of the youngest would walk it all.
+            gc.freeze()
+            gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+def _main_of(verb: str) -> Callable[..., None]:
     with without_collection():
-        return importlib.import_module(f"lisa_dist.{name}")
+        return importlib.import_module(f"lisa_dist.commands.{verb}").main
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import distributed as dist
 
 from lisa_dist.checkpoint.optimizer_states import MASTER, STATE_FILES, StateFiles, state_file, write_states
@@ -224,16 +223,6 @@ def _instead(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return "; it holds an adapter: from_pretrained loads it with its base, and peft's merge_and_unload() merges it"
     return ""
-
-
-def export_main(folder: str, out: str) -> None:
-    """`lisa-dist export`: an error of the user's, or of the disk, is one line and exit status 2."""
-    try:
-        export_checkpoint(folder, out)
-    except (UserError, OSError, SafetensorError) as error:
-        print(f"lisa-dist export: {error}", flush=True)
-        raise SystemExit(2) from error
-    print(f"saved {out}; load it with from_pretrained")
 
 
 def holds_only_weights(folder: Path) -> bool:

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 import torch
 from transformers import LlamaConfig
 
+from lisa_dist.commands import exit_on_error
 from lisa_dist.distributed.health import version_of
-from lisa_dist.errors import UserError
 from lisa_dist.optim.ops import choose_kernels
 from lisa_dist.text import format_bytes, format_table
 from lisa_dist.train.attention import choose_attention
@@ -71,9 +71,6 @@ def _missing(on_gpu: bool) -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    """Print it; an error of the user's is one line and exit status 2."""
-    try:
+    """Print the table."""
+    with exit_on_error("lisa-dist info"):
         print(describe())
-    except UserError as error:
-        print(f"lisa-dist info: {error}", flush=True)
-        raise SystemExit(2) from error

@@ -1,28 +1,28 @@
-"""`lisa-dist train --gpus N`, and `eval`: the deepspeed launcher, started and stopped as one command."""
+"""`--gpus N` of `lisa-dist train` and `eval`: the deepspeed launcher as one command; and the end of a rank."""
 
+import atexit
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
 from lisa_dist.distributed.ranks import free_port
 from lisa_dist.errors import UserError
-from lisa_dist.train.arguments import run_parser
 
 _RANK = ["-u", "-m", "lisa_dist.cli"]  # how the launcher starts one
 
 
-def launch_if_asked(
-    argv: Sequence[str], verb: str = "train", check: Callable[[Sequence[str]], object] | None = None
-) -> Sequence[str]:
+def launch_if_asked(argv: Sequence[str], verb: str, check: Callable[[Sequence[str]], object]) -> Sequence[str]:
     """With `--gpus N` run N ranks of a verb on this host and exit as they do; else give the words back.
 
-    Flags and recipe are checked before, by `check` where the verb is not train. SIGTERM, SIGUSR1 and SIGINT go on to
-    the ranks, which end with a checkpoint: the launcher itself, sent a SIGTERM, would leave them behind.
+    `check` raises UserError for words that no rank could use, before any is started. SIGTERM, SIGUSR1 and SIGINT go on
+    to the ranks, which end with a checkpoint: the launcher itself, sent a SIGTERM, would leave them behind.
     """
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--gpus=") else [word])]
     if "--gpus" not in words:
@@ -34,7 +34,7 @@ def launch_if_asked(
     if "RANK" in os.environ:
         raise UserError(f"--gpus {number}: RANK is set, so a launcher has started this process already: leave it out.")
     rest = [*words[:at], *words[at + 2 :]]
-    (check or run_parser().check)(rest)
+    check(rest)
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", number]
     launcher += ["--master_port", str(free_port()), "--no_local_rank", "--module", "lisa_dist.cli", verb]
     # In a session of its own: an interrupt from the keyboard comes to the ranks once, through here.
@@ -42,6 +42,19 @@ def launch_if_asked(
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda received, frame: _pass_on(child.pid, received))
     raise SystemExit(child.wait())
+
+
+def end_process() -> NoReturn:
+    """End well, and without the interpreter's own end.
+
+    A thread of gloo may not be done with the last collective when rank and model are: where it wants the interpreter
+    back while that is being taken down, C++ ends the process ("terminate called without an active exception").
+    """
+    threading._shutdown()  # waits for threads that are no daemons, as the interpreter would
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _pass_on(launcher: int, number: int) -> None:

@@ -1,10 +1,9 @@
-"""`lisa-dist eval`: a model's scores on lm-evaluation-harness' tasks and on MT-Bench, on one device or several."""
+"""A model's scores on lm-evaluation-harness' tasks and on MT-Bench, on one device or several."""
 
 import functools
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -16,13 +15,11 @@ import torch
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lisa_dist.distributed.launching import launch_if_asked
 from lisa_dist.distributed.ranks import set_rank
 from lisa_dist.errors import SharedError, UserError
 from lisa_dist.eval.judge import Judge
 from lisa_dist.eval.mt_bench import Answers, MTBench
 from lisa_dist.files import gather, replacing
-from lisa_dist.flags import FlagParser
 from lisa_dist.text import format_columns
 
 MT_BENCH = "mt_bench"
@@ -100,58 +97,6 @@ class EvalArguments:
     def folder(self) -> Path:
         """Where results go."""
         return Path("eval", self.model_id) if self.output is None else Path(self.output)
-
-
-USAGE = "lisa-dist eval MODEL --tasks mmlu,gsm8k [--data_dir DIR] [--gpus N] [--flag value ...]"
-HELP = {
-    "What is evaluated": {
-        "tasks": "mmlu, agieval, winogrande, gsm8k, pubmedqa, ..., mt_bench",
-        "data_dir": "files of the tasks; left out, the hub",
-        "limit": "items of each task, or below 1 a part of them",
-        "num_fewshot": "examples before each item; left out, the task's own",
-        "apply_chat_template": "prompts as turns; mt_bench always has them so",
-    },
-    "How it is run": {
-        "gpus": "ranks on this host, each with a share of the items",
-        "batch_size": "prompts at a time on each rank, or auto",
-        "dtype": "of the weights; auto: as they were saved",
-        "seed": "of examples that are drawn, and of sampled answers",
-        "output": "folder of the results, by default eval/ and the model's name",
-    },
-    "MT-Bench": {
-        "max_new_tokens": "of an answer",
-        "judge_url": "OpenAI-compatible; its key is taken from JUDGE_API_KEY",
-        "judge_model": "the judge's name there",
-        "judge_parallel": "questions to the judge at a time",
-        "judge_timeout": "seconds for a verdict",
-        "judge_max_tokens": "of a verdict",
-    },
-}
-
-
-def parse(words: Sequence[str]) -> EvalArguments:
-    """The arguments, of which the first word may be the model."""
-    words = list(words)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--model")
-    parser = FlagParser([EvalArguments], USAGE, HELP)
-    parser.check_words(words)
-    return parser.parse_args_into_dataclasses(words)[0]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate, or start `--gpus` ranks that do; an error of the user's is one line and exit status 2."""
-    try:
-        arguments = parse(launch_if_asked(sys.argv[1:] if argv is None else argv, "eval", parse))
-        run(arguments)
-    except SharedError as error:
-        if os.environ["RANK"] == "0":
-            print(f"lisa-dist eval: {error}", flush=True)
-        raise SystemExit(2) from error
-    except UserError as error:
-        rank = f", rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-        print(f"lisa-dist eval{rank}: {error}", flush=True)
-        raise SystemExit(2) from error
 
 
 def run(arguments: EvalArguments) -> None:

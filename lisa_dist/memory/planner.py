@@ -1,8 +1,7 @@
-"""`lisa-dist plan`: what a run will need, part by part, which way of running fits, and the command that starts it."""
+"""What a run will need, part by part, which way of running fits, and the command that starts it."""
 
 import json
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -16,7 +15,6 @@ from lisa_dist.core.checkpointing import AUTO, fewest_layers, number_of_layers, 
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import check_ds_config, offload_by_block, read_ds_config, uses_optimizer_offload
-from lisa_dist.flags import FlagParser
 from lisa_dist.memory.estimate import (
     PARTS,
     MemoryParts,
@@ -345,65 +343,6 @@ def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
         f"The closest: {listed}. More GPUs, a shorter --seq_length, --lisa_state_bits embed=8,head=8, or "
         "--lisa_always_on rest (embed and head drawn as layers are) need less."
     )
-
-
-USAGE = "lisa-dist plan --model llama3.1-8b [--gpus N] [--gpu_memory 80GiB] [--any_flag value ...]"
-# The screen of --help; what is not here is in --help_all.
-HELP = {
-    "What is trained": {
-        "model": "a shipped name, a folder, a config.json, or a model of the hub",
-        "method": "lisa, full or lora",
-        "lora_r": "of the adapters, for --method lora",
-        "seq_length": "tokens of a row",
-        "micro_batch_size": "rows of a GPU in a forward pass",
-        "gradient_accumulation_steps": "micro-batches of a step",
-    },
-    "On what": {
-        "gpus": "GPUs of the run",
-        "gpu_memory": "of a GPU, such as 24GiB or 80GB",
-        "reserve": "of it, for the CUDA context, NCCL and fragments",
-        "host_memory": "of a host",
-        "gpus_per_host": "that share a host's memory",
-    },
-    "How": {
-        "deepspeed": "plan zero1, zero2, ..., or a file; by default all are planned",
-        "precision": "bf16 or fp32",
-        "optim": "as in training",
-        "checkpointed_layers": "none, all, a number, or auto: the fewest that fit",
-        "lisa_activated_layers": "decoder layers that train in a period (gamma)",
-        "lisa_always_on": "of embed, head, rest; those left out are drawn as layers are",
-        "lisa_frozen": "of embed, head, rest: never trained",
-        "lisa_state": "at a switch: reset, reset_all, keep (on the host)",
-        "lisa_state_bits": "of moments, by block: embed=8,head=8,layers=8",
-        "lisa_master": "fp32, or bf16_sr for no masters",
-        "lisa_offload": "blocks whose optimizer states live on the host",
-    },
-    "What is written": {"json": "the plans, to this file", "plot": "their bars, to this .png"},
-}
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Plan, print the table and the command; an error of the user's is one line and exit status 2."""
-    try:
-        parser = FlagParser((PlanArguments, LisaConfig), USAGE, HELP)
-        words = list(sys.argv[1:] if argv is None else argv)
-        parser.check_words(words)
-        arguments, lisa_config = parser.parse_args_into_dataclasses(words)
-        plans = make_plans(load_model_config(arguments.model), arguments, lisa_config)
-        print(format_plans(plans, arguments))
-        if arguments.json:
-            written = {"arguments": asdict(arguments), "plans": [plan.to_dict() for plan in plans]}
-            try:
-                Path(arguments.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror}).") from error
-        if arguments.plot:
-            plot_plans(plans, arguments)
-        best = what_fits(plans, arguments)
-        print(f"\n{command_for(best, arguments, lisa_config)}")
-    except UserError as error:
-        print(f"lisa-dist plan: {error}", flush=True)
-        raise SystemExit(2) from error
 
 
 def _gib(count: int) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lisa_dist.config import UserError
 from lisa_dist.files import replacing
 from lisa_dist.report.plots import PLOTS, draw
 from lisa_dist.report.run_files import RunFiles, read_run
@@ -33,15 +32,6 @@ def write_report(folder: str | Path) -> Path:
     with replacing(path) as new:
         new.write_text(page, encoding="utf-8")
     return path
-
-
-def main(folder: str) -> None:
-    """Write it and say where; an error of the user's is one line and exit status 2."""
-    try:
-        print(f"wrote {write_report(folder)}")
-    except (UserError, OSError) as error:
-        print(f"lisa-dist report: {error}", flush=True)
-        raise SystemExit(2) from error
 
 
 def _section(run: RunFiles, name: str, title: str, caption: str, plot, has) -> str:

@@ -1,4 +1,4 @@
-"""`lisa-dist norms`: the layerwise norms of runs side by side, as a table, one CSV and the paper's figure.
+"""The layerwise norms of runs side by side, as a table, one CSV and the paper's figure.
 
 Reads what `LayerNorms` (analysis.py) has left in the output folders of runs.
 """
@@ -8,15 +8,13 @@ import json
 import math
 import re
 import statistics
-import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from lisa_dist.config import UserError
 from lisa_dist.files import replacing
-from lisa_dist.flags import FlagParser
 from lisa_dist.report.run_files import RUN_NAME
 from lisa_dist.text import format_columns
 from lisa_dist.train.layer_norms import NORMS, NORMS_NAME, PRODUCT
@@ -29,13 +27,6 @@ QUANTITIES = {
     PRODUCT: "adapter product",
 }
 _LOG_FROM = 20  # times that the largest value is the smallest, from which on an axis is logarithmic
-
-
-@dataclass
-class NormsArguments:
-    """What is asked of `lisa-dist norms`, beside the runs."""
-
-    out: str = field(metadata={"help": "Folder for norms.csv and norms.png."})
 
 
 @dataclass
@@ -163,35 +154,6 @@ def plot_norms(runs: Sequence[RunNorms], path: Path) -> None:
         figure.legend(handles, labels, loc="outside upper center", ncols=len(runs), frameon=False)
         with replacing(path) as new:
             figure.savefig(new, dpi=150, format="png")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Read, write and print the table; an error of the user's is one line and exit status 2."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        parser = FlagParser((NormsArguments,), USAGE, HELP)
-        parser.add_argument("runs", metavar="RUN", nargs="+")
-        parser.check_words(words)
-        arguments, others = parser.parse_args_into_dataclasses(words)
-        runs, out = read_runs(others.runs), Path(arguments.out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_csv(runs, out / "norms.csv")
-            plot_norms(runs, out / "norms.png")
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be written ({error.strerror}).") from error
-        print(format_skew(runs))
-        print(f"wrote {out / 'norms.csv'} and {out / 'norms.png'}")
-    except UserError as error:
-        print(f"lisa-dist norms: {error}", flush=True)
-        raise SystemExit(2) from error
-
-
-USAGE = """lisa-dist norms RUN [RUN ...] --out FOLDER
-
-RUN is the output_dir of a run that was trained with --layer_norms N, or a lisa_norms.csv, by itself or with a label as
-label=RUN; without one it is called by its method."""
-HELP = {"What is written": {"out": "the folder for norms.csv and norms.png, the paper's figure"}}
 
 
 def _draw(axes, runs: Sequence[RunNorms], blocks: Sequence[str], quantity: str) -> None:

@@ -1,20 +1,15 @@
-"""A training run from the command line: what `launch/train.py` and `lisa-dist train` do.
+"""A training run: what `launch/train.py` and `lisa-dist train` do once their words are parsed.
 
 Here is the order of a run. TRL's SFTTrainer loads the model and trains.
 """
 
-import atexit
 import os
 import platform
 import shlex
-import sys
-import threading
-import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
 
 import deepspeed
 import torch
@@ -31,8 +26,6 @@ from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.data.dataset import Data, DataArguments, describe_rows, load_data
 from lisa_dist.data.encoding import set_chat_template
 from lisa_dist.distributed.health import check_same_everywhere
-from lisa_dist.distributed.launching import launch_if_asked
-from lisa_dist.distributed.signals import catch_stop_signals
 from lisa_dist.ds_config import (
     check_ds_config,
     offload_by_block,
@@ -49,7 +42,6 @@ from lisa_dist.train.arguments import (
     LisaSFTConfig,
     ModelArguments,
     RunArguments,
-    parse_arguments,
     run_parser,
 )
 from lisa_dist.train.attention import PackingCheck, choose_attention, packs_documents
@@ -231,41 +223,6 @@ def _adapters(model_args: ModelArguments) -> LoraConfig:
     adapters = get_peft_config(model_args)
     model_args.use_peft = False  # as the user gave it, for the report
     return adapters
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse and run, or start `--gpus` ranks that do. An error of the user's is one line and exit status 2."""
-    # Of names that DeepSpeed and TRL use, and will until the releases that we support end: nobody can act on them here.
-    for words in (r"`torch\.distributed\.\w+` is deprecated", "`gradient_checkpointing` is deprecated"):
-        warnings.filterwarnings("ignore", words, FutureWarning)
-    try:
-        argv = launch_if_asked(sys.argv[1:] if argv is None else argv)
-        arguments = parse_arguments(argv)
-        if arguments[0].method == "lisa":
-            catch_stop_signals()
-        run(*arguments, argv)
-        _end_process()
-    except SharedError as error:
-        if os.environ["RANK"] == "0":
-            print(f"lisa-dist: {error}", flush=True)
-        raise SystemExit(2) from error
-    except UserError as error:
-        rank = f", rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        print(f"lisa-dist{rank}: {error}", flush=True)
-        raise SystemExit(2) from error
-
-
-def _end_process() -> NoReturn:
-    """End well, and without the interpreter's own end.
-
-    A thread of gloo may not be done with the last collective when rank and model are: where it wants the interpreter
-    back while that is being taken down, C++ ends the process ("terminate called without an active exception").
-    """
-    threading._shutdown()  # waits for threads that are no daemons, as the interpreter would
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def _check_layers(

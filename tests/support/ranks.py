@@ -22,7 +22,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 # What ranks import, once for all of them; nothing of it starts threads.
-PRELOADED = ["deepspeed", "bitsandbytes", "trl.trainer.sft_trainer", "lisa_dist.train.run"]
+PRELOADED = ["deepspeed", "bitsandbytes", "trl.trainer.sft_trainer", "lisa_dist.commands.train"]
 
 _pools: dict[tuple[int, bool], "_Pool"] = {}
 

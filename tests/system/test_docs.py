@@ -16,7 +16,7 @@ from models import save_tiny_llama
 from runs import ROOT, run_alone
 
 from lisa_dist import cli
-from lisa_dist.eval import evaluation
+from lisa_dist.commands import eval as eval_command
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PAGES += ["benchmarks/README.md", "examples/README.md", "examples/continued_pretraining/README.md"]
@@ -106,7 +106,7 @@ def run_cli(words: list[str], monkeypatch) -> None:
 
 def run_eval(words: list[str], monkeypatch) -> None:
     """An evaluation of the tiny model on a few rows, without the ranks and the judge, which test_mt_bench.py has."""
-    flags = evaluation.parse(words)
+    flags = eval_command.parse(words)
     words = ["eval", "model_dir", "--tasks", flags.tasks, "--data_dir", flags.data_dir, "--max_new_tokens", "4"]
     with monkeypatch.context() as of_this_run:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):

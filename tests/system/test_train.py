@@ -26,7 +26,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from lisa_dist.data.dataset import DataArguments
 from lisa_dist.distributed import launching
 from lisa_dist.distributed.launching import launch_if_asked
-from lisa_dist.train.arguments import LisaSFTConfig, parse_arguments
+from lisa_dist.train.arguments import LisaSFTConfig, parse_arguments, run_parser
 from lisa_dist.train.run import load_rows, run
 from lisa_dist.train.trainer import LisaTrainer
 
@@ -46,6 +46,7 @@ SMALLEST = {"optim": "lisa_adamw", "lisa_master": "bf16_sr", "lisa_state_bits": 
 
 # The same for methods without LISA; each step says how many layers are checkpointed in it.
 WATCHED = """
+from lisa_dist.commands.train import main
 from lisa_dist.train import run as train
 
 step = train._WholeTrainer.training_step
@@ -58,7 +59,7 @@ def watched(trainer, *args, **kwargs):
 
 
 train._WholeTrainer.training_step = watched
-train.main()
+main()
 """
 
 
@@ -106,7 +107,7 @@ def test_flags_are_checked_before_ranks_are_started(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(launching.subprocess, "Popen", None)
     with pytest.raises(ValueError, match=r"--max_step: no such flag; did you mean --max_steps\?"):
-        launch_if_asked(["--gpus", "2", "--max_step", "4"])
+        launch_if_asked(["--gpus", "2", "--max_step", "4"], "train", run_parser().check)
 
 
 @pytest.mark.slow
@@ -377,11 +378,11 @@ def test_a_global_batch_is_the_same_on_any_number_of_ranks(monkeypatch, world_si
 
 END = """
 import atexit, threading, time
-from lisa_dist.train.run import _end_process
+from lisa_dist.distributed.launching import end_process
 print("begun", end=" ")
 threading.Thread(target=lambda: (time.sleep(0.3), print("thread", end=" "))).start()
 atexit.register(lambda: print("at exit", end=" "))
-_end_process()
+end_process()
 print("never")
 """
 

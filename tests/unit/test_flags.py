@@ -7,21 +7,16 @@ from pathlib import Path
 import pytest
 
 from lisa_dist import cli
-from lisa_dist.commands import init
-from lisa_dist.commands.init import InitArguments
+from lisa_dist.commands import check, eval, init, norms, plan, train
+from lisa_dist.commands.check import CheckArguments
+from lisa_dist.commands.norms import NormsArguments
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.data.dataset import DataArguments
-from lisa_dist.distributed import preflight
-from lisa_dist.distributed.preflight import CheckArguments
-from lisa_dist.eval import evaluation
 from lisa_dist.eval.evaluation import EvalArguments
-from lisa_dist.memory import planner as plan
 from lisa_dist.memory.planner import PlanArguments
-from lisa_dist.report import norms
-from lisa_dist.report.norms import NormsArguments
 from lisa_dist.train import arguments
-from lisa_dist.train import run as train
 from lisa_dist.train.arguments import RunArguments, run_parser
+from lisa_dist.train.recipe import InitArguments
 
 SNAPSHOT = Path(__file__).with_name("flags.json")
 
@@ -57,8 +52,8 @@ def test_the_flags_are_those_that_people_use():
         (train.main, arguments.HELP),
         (plan.main, plan.HELP),
         (init.main, init.HELP),
-        (preflight.main, preflight.HELP),
-        (evaluation.main, evaluation.HELP),
+        (check.main, check.HELP),
+        (eval.main, eval.HELP),
         (norms.main, norms.HELP),
     ],
 )

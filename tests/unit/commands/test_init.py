@@ -9,11 +9,13 @@ from models import save_tiny_llama
 from transformers import LlamaConfig
 
 from lisa_dist import cli
-from lisa_dist.commands.init import HUB_IDS, LADDER, InitArguments, choose, main
+from lisa_dist.commands import plan as plan_command
+from lisa_dist.commands.init import main
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.memory import planner as plan
 from lisa_dist.memory.planner import shipped_model_configs
-from lisa_dist.train.arguments import parse_arguments
+from lisa_dist.train.arguments import HUB_IDS, parse_arguments
+from lisa_dist.train.recipe import LADDER, InitArguments, choose
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def test_the_plan_it_names_is_the_plan(tiny, monkeypatch, capsys):
     cli.main()
     recipe = capsys.readouterr().out
     (line,) = (line for line in recipe.splitlines() if line.startswith("# The parts of it: "))
-    plan.main(shlex.split(line.partition(": ")[2])[2:])
+    plan_command.main(shlex.split(line.partition(": ")[2])[2:])
     planned = capsys.readouterr().out
     assert "fits" in planned
     assert f"--deepspeed {yaml.safe_load(recipe)['deepspeed']} " in planned

@@ -11,11 +11,12 @@ from models import save_tiny_llama, tiny_llama, token_batches
 from ranks import run_ranks
 
 import lisa_dist
+from lisa_dist.commands.train import main
 from lisa_dist.config import UserError
 from lisa_dist.distributed import health
 from lisa_dist.distributed.health import ComputeTime, all_reduce_speed, check_same_everywhere, describe_ranks
 from lisa_dist.train.arguments import parse_arguments
-from lisa_dist.train.run import main, run
+from lisa_dist.train.run import run
 
 
 def compare(*of_rank: dict) -> str:

@@ -21,6 +21,7 @@ from runs import ROOT, Alone
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
+from lisa_dist.commands import eval as eval_command
 from lisa_dist.config import UserError
 from lisa_dist.distributed import launching
 from lisa_dist.eval import evaluation, harness
@@ -153,7 +154,7 @@ def test_scores_are_those_of_a_direct_call(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "evaluate", listening)
     for limit, tasks in ((10, "agieval,winogrande,gsm8k,pubmedqa"), (1, "mmlu_stem")):
         words = ["--tasks", tasks, "--data_dir", str(data_dir), "--limit", str(limit), "--batch_size", "10"]
-        evaluation.main([str(model), *words, "--output", str(tmp_path)])
+        eval_command.main([str(model), *words, "--output", str(tmp_path)])
         direct = simple_evaluate(
             model=HFLM(pretrained=str(model), device="cpu", batch_size=10),
             tasks=tasks.split(","),
@@ -244,7 +245,7 @@ def test_gpus_starts_the_ranks_of_this_verb(monkeypatch, files):
     monkeypatch.setattr(launching.signal, "signal", lambda *_: None)
     words = ["model", "--tasks", "gsm8k", "--data_dir", str(files)]
     with pytest.raises(SystemExit, match="7"):
-        evaluation.main([*words, "--gpus", "2"])
+        eval_command.main([*words, "--gpus", "2"])
     (command,) = started
     assert command[1:3] == ["--num_gpus", "2"]
     assert command[-7:] == ["lisa_dist.cli", "eval", *words]
@@ -347,7 +348,7 @@ def test_files_without_answers_are_told_before_a_model_is_loaded(tmp_path, capsy
         (tmp_path / path).write_text(content if isinstance(content, str) else json.dumps(content))
     words = ["no/model", "--tasks", task, "--data_dir", str(tmp_path), "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="2"):
-        evaluation.main(words)
+        eval_command.main(words)
     printed = capsys.readouterr().out
     assert printed.startswith("lisa-dist eval: ")
     assert said in printed
@@ -360,7 +361,7 @@ def test_without_a_hub_the_way_out_is_files(monkeypatch, capsys, tmp_path):
     stock = functools.partial(TaskManager, include_path=STOCK / "gsm8k", include_defaults=False)
     monkeypatch.setattr(harness, "TaskManager", stock)
     with pytest.raises(SystemExit, match="2"):
-        evaluation.main(["no/model", "--tasks", "gsm8k", "--output", str(tmp_path)])
+        eval_command.main(["no/model", "--tasks", "gsm8k", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "--tasks gsm8k: its rows cannot be had from the hub (Couldn't reach 'openai/gsm8k' on the Hub" in printed
     assert "give --data_dir with files of them" in printed
@@ -397,7 +398,7 @@ def test_without_a_hub_the_way_out_is_files(monkeypatch, capsys, tmp_path):
 def test_what_cannot_be_evaluated_is_one_line(files, tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        evaluation.main([str(files) if word == "FILES" else word for word in words])
+        eval_command.main([str(files) if word == "FILES" else word for word in words])
     printed = capsys.readouterr().out
     assert printed.startswith("lisa-dist eval: ")
     assert said in printed
@@ -405,14 +406,14 @@ def test_what_cannot_be_evaluated_is_one_line(files, tmp_path, monkeypatch, caps
 
 def test_results_stay_with_their_model(tiny, files, tmp_path, capsys):
     words = ["--tasks", "pubmedqa", "--data_dir", str(files), "--output", str(tmp_path / "out")]
-    evaluation.main([str(tiny), *words])
+    eval_command.main([str(tiny), *words])
     assert "pubmedqa     acc  " in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
-        evaluation.main(["another", *words])
+        eval_command.main(["another", *words])
     assert f"has results of {tiny}; give another folder for those of another" in capsys.readouterr().out
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="2"):
-        evaluation.main([str(tiny), *words[:-1], str(tmp_path / "file")])
+        eval_command.main([str(tiny), *words[:-1], str(tmp_path / "file")])
     assert "file: File exists; give another folder" in capsys.readouterr().out
 
 
@@ -429,5 +430,5 @@ def test_results_have_names_of_their_own(tmp_path, monkeypatch):
 def test_a_model_without_a_chat_template(data_dir, files, tmp_path, capsys):
     words = ["--tasks", "pubmedqa", "--data_dir", str(files), "--output", str(tmp_path), "--apply_chat_template"]
     with pytest.raises(SystemExit, match="2"):
-        evaluation.main([str(data_dir / "models" / "stories260k-hf"), *words])
+        eval_command.main([str(data_dir / "models" / "stories260k-hf"), *words])
     assert "stories260k-hf has no chat template" in capsys.readouterr().out

@@ -19,6 +19,7 @@ from ranks import free_port
 from runs import BIN, clean_environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lisa_dist.commands import eval as eval_command
 from lisa_dist.config import UserError
 from lisa_dist.eval import answers as answer_writer
 from lisa_dist.eval import evaluation, judge, mt_bench
@@ -166,7 +167,7 @@ def test_answers_and_verdicts_end_to_end(tiny, judging, server, data_dir, tmp_pa
         "--output",
         str(tmp_path),
     ]
-    evaluation.main(words)
+    eval_command.main(words)
     printed = capsys.readouterr().out
     assert "mt_bench: 8 answers made, 0 were there" in printed
     answers = answers_of(tmp_path)
@@ -296,19 +297,19 @@ def test_a_judge_that_is_not_there(tiny, files, capsys):
     words = [str(tiny), "--tasks", "mt_bench", "--data_dir", str(files), "--max_new_tokens", "4"]
     words += ["--output", str(files / "out"), "--judge_url", f"http://127.0.0.1:{free_port()}/v1", "--judge_model", "j"]
     with pytest.raises(SystemExit, match="2"):
-        evaluation.main(words)
+        eval_command.main(words)
     printed = capsys.readouterr().out
     assert "mt_bench: 4 answers made, 0 were there" in printed
     assert "no verdict in 3 tries ([Errno 111] Connection refused). 0 of 8 verdicts are in" in printed
     with Scripted(lambda body: verdict("[[5]]")) as scripted:
         words[words.index("--judge_url") + 1] = scripted.url
-        evaluation.main(words)
+        eval_command.main(words)
     printed = capsys.readouterr().out
     assert "mt_bench: 0 answers made, 4 were there" in printed
     assert "all         5.00    5.00  5.00            0.00         8           0" in printed
     words[words.index("--judge_url") + 1] = "localhost:8000"
     with pytest.raises(SystemExit, match="2"):
-        evaluation.main(words)
+        eval_command.main(words)
     assert "--judge_url localhost:8000: must begin with http:// or https://" in capsys.readouterr().out
 
 
@@ -451,7 +452,7 @@ def test_files_that_lack_something_are_told_before_a_model_is_loaded(files, caps
         write_lines(files / "mt_bench" / path, [row])
     words = ["no/model", "--tasks", "mt_bench", "--data_dir", str(files), "--output", str(files / "out")]
     with pytest.raises(SystemExit, match="2"):
-        evaluation.main([*words, "--judge_url", "http://localhost:1/v1", "--judge_model", "j"])
+        eval_command.main([*words, "--judge_url", "http://localhost:1/v1", "--judge_model", "j"])
     printed = capsys.readouterr().out
     assert printed.startswith(f"lisa-dist eval: {files / 'mt_bench' / path}")
     assert said in printed
@@ -469,5 +470,5 @@ def test_new_weights_in_the_same_folder_are_others(tmp_path):
 def test_a_model_without_a_chat_template_is_told(data_dir, files, capsys):
     words = ["--tasks", "mt_bench", "--data_dir", str(files), "--output", str(files / "out")]
     with pytest.raises(SystemExit, match="2"):
-        evaluation.main([str(data_dir / "models" / "stories260k-hf"), *words])
+        eval_command.main([str(data_dir / "models" / "stories260k-hf"), *words])
     assert "--tasks mt_bench: the tokenizer of" in capsys.readouterr().out

@@ -14,7 +14,8 @@ from matplotlib.image import imread
 from models import save_tiny_llama
 from runs import check_run, flags_for, start
 
-from lisa_dist.report.html import _as_svg, main, write_report
+from lisa_dist.commands.report import main
+from lisa_dist.report.html import _as_svg, write_report
 from lisa_dist.report.plots import PLOTS, draw
 from lisa_dist.report.run_files import RunFiles, read_run, without_secrets, write_run
 

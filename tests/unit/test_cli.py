@@ -1,10 +1,12 @@
-"""Imports without collections in between leave the collector as they have found it."""
+"""The entry points: `python -m lisa_dist`, and imports without garbage collection, which leave the collector as it was."""
 
 import gc
+import subprocess
+import sys
 
 import pytest
 
-from lisa_dist.imports import without_collection
+from lisa_dist.cli import without_collection
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +45,9 @@ def test_what_the_program_has_set_itself_stays():
     walked = {id(thing) for thing in gc.get_objects()}
     assert id(made) in walked
     assert id(before) not in walked
+
+
+@pytest.mark.parametrize("module", ["lisa_dist", "lisa_dist.cli"])  # the second is in copies of the SLURM scripts
+def test_the_command_as_a_module(module):
+    finished = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+    assert finished.stdout.startswith("usage: lisa-dist train")

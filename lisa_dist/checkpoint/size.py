@@ -1,0 +1,41 @@
+"""How large a checkpoint of a run will be, from the run's flags and the config of its model alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lisa_dist.config import LisaConfig
+from lisa_dist.core.blocks import find_blocks
+from lisa_dist.errors import UserError
+
+
+def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:
+    """Bytes of the weights, and of masters and moments of the active blocks.
+
+    An estimate: embeddings may be frozen and states may have 8 bits. Raises UserError without a model to read.
+    """
+    name = flags.get("model_name_or_path")
+    if flags.get("method") == "lora":
+        raise UserError("--save_within with --method lora: a checkpoint of adapters is small; leave it out.")
+    if name is None:
+        raise UserError("--save_within needs the run's --model_name_or_path, or a --config that has it.")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise UserError(
+            f"--model_name_or_path {name}: no such folder, and no such model can be reached on the hub "
+            f"({type(error).__name__})."
+        ) from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    blocks = find_blocks(model, None)
+    layers = [block.numel for block in blocks.layers]
+    gamma = int(flags.get("lisa_activated_layers", LisaConfig().lisa_activated_layers))
+    total = active = sum(block.numel for block in blocks)
+    if flags.get("method", "lisa") == "lisa":
+        active = total - sum(layers) + min(gamma, len(layers)) * max(layers)
+    # In bf16 unless told otherwise where there are GPUs, as the run itself.
+    in_bf16 = str(flags.get("bf16", torch.cuda.is_available())).lower() == "true"
+    return total * (2 if in_bf16 else 4), 12 * active

@@ -1,0 +1,59 @@
+"""`lisa-dist eval`: a model's scores on lm-evaluation-harness' tasks and on MT-Bench, on one device or several."""
+
+import os
+from collections.abc import Sequence
+
+from lisa_dist.distributed.launching import launch_if_asked
+from lisa_dist.errors import SharedError, UserError
+from lisa_dist.eval.evaluation import EvalArguments, run
+from lisa_dist.flags import FlagParser
+
+USAGE = "lisa-dist eval MODEL --tasks mmlu,gsm8k [--data_dir DIR] [--gpus N] [--flag value ...]"
+HELP = {
+    "What is evaluated": {
+        "tasks": "mmlu, agieval, winogrande, gsm8k, pubmedqa, ..., mt_bench",
+        "data_dir": "files of the tasks; left out, the hub",
+        "limit": "items of each task, or below 1 a part of them",
+        "num_fewshot": "examples before each item; left out, the task's own",
+        "apply_chat_template": "prompts as turns; mt_bench always has them so",
+    },
+    "How it is run": {
+        "gpus": "ranks on this host, each with a share of the items",
+        "batch_size": "prompts at a time on each rank, or auto",
+        "dtype": "of the weights; auto: as they were saved",
+        "seed": "of examples that are drawn, and of sampled answers",
+        "output": "folder of the results, by default eval/ and the model's name",
+    },
+    "MT-Bench": {
+        "max_new_tokens": "of an answer",
+        "judge_url": "OpenAI-compatible; its key is taken from JUDGE_API_KEY",
+        "judge_model": "the judge's name there",
+        "judge_parallel": "questions to the judge at a time",
+        "judge_timeout": "seconds for a verdict",
+        "judge_max_tokens": "of a verdict",
+    },
+}
+
+
+def parse(words: Sequence[str]) -> EvalArguments:
+    """The arguments, of which the first word may be the model."""
+    words = list(words)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--model")
+    parser = FlagParser([EvalArguments], USAGE, HELP)
+    parser.check_words(words)
+    return parser.parse_args_into_dataclasses(words)[0]
+
+
+def main(words: Sequence[str]) -> None:
+    """Evaluate, or start `--gpus` ranks that do; an error of the user's is one line and exit status 2."""
+    try:
+        run(parse(launch_if_asked(words, "eval", check=parse)))
+    except SharedError as error:
+        if os.environ["RANK"] == "0":
+            print(f"lisa-dist eval: {error}", flush=True)
+        raise SystemExit(2) from error
+    except UserError as error:
+        rank = f", rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        print(f"lisa-dist eval{rank}: {error}", flush=True)
+        raise SystemExit(2) from error

@@ -1,0 +1,13 @@
+"""`lisa-dist export`: a checkpoint as a folder that `from_pretrained` loads."""
+
+from safetensors import SafetensorError
+
+from lisa_dist.checkpoint.save import export_checkpoint
+from lisa_dist.commands import exit_on_error
+
+
+def main(folder: str, out: str) -> None:
+    """Export the checkpoint and print where it is."""
+    with exit_on_error("lisa-dist export", OSError, SafetensorError):
+        export_checkpoint(folder, out)
+    print(f"saved {out}; load it with from_pretrained")

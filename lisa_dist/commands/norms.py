@@ -1,0 +1,41 @@
+"""`lisa-dist norms`: the layerwise norms of runs side by side, as a table, one CSV and the paper's figure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lisa_dist.commands import exit_on_error
+from lisa_dist.errors import UserError
+from lisa_dist.flags import FlagParser
+from lisa_dist.report.norms import format_skew, plot_norms, read_runs, write_csv
+
+USAGE = """lisa-dist norms RUN [RUN ...] --out FOLDER
+
+RUN is the output_dir of a run that was trained with --layer_norms N, or a lisa_norms.csv, by itself or with a label as
+label=RUN; without one it is called by its method."""
+HELP = {"What is written": {"out": "the folder for norms.csv and norms.png, the paper's figure"}}
+
+
+@dataclass
+class NormsArguments:
+    """Flags of `lisa-dist norms`, beside the runs."""
+
+    out: str = field(metadata={"help": "Folder for norms.csv and norms.png."})
+
+
+def main(words: Sequence[str]) -> None:
+    """Read, write and print the table."""
+    with exit_on_error("lisa-dist norms"):
+        parser = FlagParser((NormsArguments,), USAGE, HELP)
+        parser.add_argument("runs", metavar="RUN", nargs="+")
+        parser.check_words(words)
+        arguments, others = parser.parse_args_into_dataclasses(words)
+        runs, out = read_runs(others.runs), Path(arguments.out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_csv(runs, out / "norms.csv")
+            plot_norms(runs, out / "norms.png")
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written ({error.strerror}).") from error
+        print(format_skew(runs))
+        print(f"wrote {out / 'norms.csv'} and {out / 'norms.png'}")

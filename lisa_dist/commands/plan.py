@@ -1,0 +1,74 @@
+"""`lisa-dist plan`: what a run will need, part by part, which way of running fits, and the command that starts it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from lisa_dist.commands import exit_on_error
+from lisa_dist.config import LisaConfig
+from lisa_dist.errors import UserError
+from lisa_dist.flags import FlagParser
+from lisa_dist.memory.planner import (
+    PlanArguments,
+    command_for,
+    format_plans,
+    load_model_config,
+    make_plans,
+    plot_plans,
+    what_fits,
+)
+
+USAGE = "lisa-dist plan --model llama3.1-8b [--gpus N] [--gpu_memory 80GiB] [--any_flag value ...]"
+# The screen of --help; what is not here is in --help_all.
+HELP = {
+    "What is trained": {
+        "model": "a shipped name, a folder, a config.json, or a model of the hub",
+        "method": "lisa, full or lora",
+        "lora_r": "of the adapters, for --method lora",
+        "seq_length": "tokens of a row",
+        "micro_batch_size": "rows of a GPU in a forward pass",
+        "gradient_accumulation_steps": "micro-batches of a step",
+    },
+    "On what": {
+        "gpus": "GPUs of the run",
+        "gpu_memory": "of a GPU, such as 24GiB or 80GB",
+        "reserve": "of it, for the CUDA context, NCCL and fragments",
+        "host_memory": "of a host",
+        "gpus_per_host": "that share a host's memory",
+    },
+    "How": {
+        "deepspeed": "plan zero1, zero2, ..., or a file; by default all are planned",
+        "precision": "bf16 or fp32",
+        "optim": "as in training",
+        "checkpointed_layers": "none, all, a number, or auto: the fewest that fit",
+        "lisa_activated_layers": "decoder layers that train in a period (gamma)",
+        "lisa_always_on": "of embed, head, rest; those left out are drawn as layers are",
+        "lisa_frozen": "of embed, head, rest: never trained",
+        "lisa_state": "at a switch: reset, reset_all, keep (on the host)",
+        "lisa_state_bits": "of moments, by block: embed=8,head=8,layers=8",
+        "lisa_master": "fp32, or bf16_sr for no masters",
+        "lisa_offload": "blocks whose optimizer states live on the host",
+    },
+    "What is written": {"json": "the plans, to this file", "plot": "their bars, to this .png"},
+}
+
+
+def main(words: Sequence[str]) -> None:
+    """Plan, print the table and the command."""
+    with exit_on_error("lisa-dist plan"):
+        parser = FlagParser((PlanArguments, LisaConfig), USAGE, HELP)
+        parser.check_words(words)
+        arguments, lisa_config = parser.parse_args_into_dataclasses(words)
+        plans = make_plans(load_model_config(arguments.model), arguments, lisa_config)
+        print(format_plans(plans, arguments))
+        if arguments.json:
+            written = {"arguments": asdict(arguments), "plans": [plan.to_dict() for plan in plans]}
+            try:
+                Path(arguments.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror}).") from error
+        if arguments.plot:
+            plot_plans(plans, arguments)
+        best = what_fits(plans, arguments)
+        print(f"\n{command_for(best, arguments, lisa_config)}")
