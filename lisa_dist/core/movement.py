@@ -18,11 +18,10 @@ from safetensors.numpy import load_file, save_file
 from torch import distributed as dist
 
 from lisa_dist.core.blocks import Block, parameter_numel
-from lisa_dist.core.period_log import read_lines
 from lisa_dist.files import replacing
+from lisa_dist.run_folder import MOVEMENT_LOG, read_lines
 from lisa_dist.zero.partitions import ZeroPartitions
 
-MOVEMENT_LOG = "lisa_movement.jsonl"
 MOVEMENT_FILE = "lisa_movement.safetensors"
 SAMPLE = 2**14  # elements of a block
 

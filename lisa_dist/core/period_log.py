@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lisa_dist.files import replacing
-
-LOG_NAME = "lisa_log.jsonl"
+from lisa_dist.run_folder import LOG_NAME, read_lines
 
 
 @dataclass
@@ -75,14 +74,3 @@ class PeriodLog:
         """The log up to `step` of the run that this one resumes."""
         earlier = read_lines(self._path) if self.resumed else []
         return "".join(json.dumps(line) + "\n" for line in earlier if line["step"] < step)
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The lines of a log, none where there is no such file; a line that a kill has cut short ends it."""
-    lines = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("}\n"):
-                break
-            lines.append(json.loads(line))
-    return lines

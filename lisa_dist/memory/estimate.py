@@ -37,18 +37,6 @@ from lisa_dist.optim.build import (
 from lisa_dist.optim.ops import chunk_bytes, table_bytes
 
 METHODS = ("lisa", "full", "lora")
-# Rows of a table: a part's title, and the fields of MemoryParts that it is the sum of.
-PARTS = (
-    ("weights", ("weights",)),
-    ("states, always on", ("always_on_states",)),
-    ("states, active blocks", ("active_states",)),
-    ("gradients", ("gradients",)),
-    ("buffers", ("buffers",)),
-    ("weights gathered", ("gathered",)),
-    ("activations", ("activations",)),
-    ("logits", ("logits",)),
-    ("beyond these at the peak", ("temporary",)),
-)
 # DeepSpeed's defaults, where a config leaves them to it. Elements.
 _REDUCE_BUCKET = 500_000_000
 _PERSISTENCE_THRESHOLD = 100_000

@@ -16,7 +16,6 @@ from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import check_ds_config, offload_by_block, read_ds_config, uses_optimizer_offload
 from lisa_dist.memory.estimate import (
-    PARTS,
     MemoryParts,
     StageSettings,
     check_method,
@@ -26,6 +25,7 @@ from lisa_dist.memory.estimate import (
 )
 from lisa_dist.memory.trace import FakeRun, StepTrace, Workload
 from lisa_dist.optim.build import LISA_ADAMW, check_optim
+from lisa_dist.run_folder import MEMORY_PARTS
 from lisa_dist.text import GIB, format_bytes, format_columns, parse_bytes
 
 # From the fastest to the slowest: what offloads waits for the host, and stage 3 gathers every weight twice a step.
@@ -283,7 +283,7 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
     """The table: a row a part, a column a way of running."""
     titles = [[plan.ds_config, f"{plan.workload.checkpointed_layers} checkpointed"] for plan in plans]
     lines = [["GiB on each GPU", *(title[0] for title in titles)], ["layers", *(title[1] for title in titles)]]
-    for name, fields in PARTS:
+    for name, fields in MEMORY_PARTS:
         lines.append([name, *(_gib(sum(plan.gpu.to_dict()[one] for one in fields)) for plan in plans)])
     lines.append(["peak", *(_gib(plan.gpu.peak) for plan in plans)])
     lines.append(["GiB on the host, a rank", *(_gib(plan.host_bytes) for plan in plans)])
@@ -300,7 +300,7 @@ def plot_plans(plans: Sequence[Plan], arguments: PlanArguments) -> None:
     figure = Figure(figsize=(1.5 * len(plans) + 3, 5), layout="constrained")
     axes = figure.subplots()
     names, bottoms = [plan.ds_config for plan in plans], [0.0] * len(plans)
-    for title, fields in PARTS:
+    for title, fields in MEMORY_PARTS:
         heights = [sum(_at_peak(plan.gpu)[one] for one in fields) / GIB for plan in plans]
         axes.bar(names, heights, bottom=bottoms, label=title)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]

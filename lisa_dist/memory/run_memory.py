@@ -22,12 +22,11 @@ from lisa_dist.core.checkpointing import (
 )
 from lisa_dist.core.controller import LisaController
 from lisa_dist.files import gather, replacing
-from lisa_dist.memory.estimate import PARTS, MemoryParts, StageSettings, plan_memory, widest_periods
+from lisa_dist.memory.estimate import MemoryParts, StageSettings, plan_memory, widest_periods
 from lisa_dist.memory.meter import StepMeter
 from lisa_dist.memory.trace import FakeRun, Trained, Workload
+from lisa_dist.run_folder import MEMORY_NAME, MEMORY_PARTS
 from lisa_dist.text import format_bytes, format_columns
-
-MEMORY_NAME = "lisa_memory.json"
 
 
 @dataclass(frozen=True)
@@ -231,7 +230,7 @@ def format_report(report: dict | None) -> str:
         return "memory: no step was measured, since each is the first of its period or of the run"
     planned, measured = report["planned"], report["measured"]
     lines = [["", "planned", "measured"]]
-    for title, fields in [*PARTS, ("peak", ("peak",))]:
+    for title, fields in [*MEMORY_PARTS, ("peak", ("peak",))]:
         sums = [sum(parts[name] for name in fields) if parts else None for parts in (planned, measured)]
         lines.append([title, *("-" if one is None else format_bytes(one) for one in sums)])
     shape = f"step {report['step']}"

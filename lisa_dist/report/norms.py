@@ -15,9 +15,8 @@ from pathlib import Path
 
 from lisa_dist.config import UserError
 from lisa_dist.files import replacing
-from lisa_dist.report.run_files import RUN_NAME
+from lisa_dist.run_folder import NORMS, NORMS_NAME, PRODUCT, RUN_NAME
 from lisa_dist.text import format_columns
-from lisa_dist.train.layer_norms import NORMS, NORMS_NAME, PRODUCT
 
 # Of each quantity what the table and the panels of the figure say.
 QUANTITIES = {

@@ -9,8 +9,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from lisa_dist.memory.estimate import PARTS
 from lisa_dist.report.run_files import RunFiles
+from lisa_dist.run_folder import MEMORY_PARTS
 from lisa_dist.text import MIB
 
 BLUE, ORANGE, GREY, PALE = "#2563eb", "#d9580d", "#6b7280", "#e8edf5"
@@ -89,7 +89,8 @@ def plot_memory(run: RunFiles, figure: Figure) -> None:
     """The parts of a rank's memory in the measured step, beside what was planned for it."""
     planned, measured = run.memory["planned"], run.memory["measured"]
     sums = {
-        title: [sum(of[name] for name in fields) if of else 0 for of in (planned, measured)] for title, fields in PARTS
+        title: [sum(of[name] for name in fields) if of else 0 for of in (planned, measured)]
+        for title, fields in MEMORY_PARTS
     }
     sums |= {"peak": [of["peak"] if of else 0 for of in (planned, measured)]}
     shown = {title: both for title, both in sums.items() if max(both) >= sums["peak"][1] / 1000}

@@ -36,11 +36,9 @@ from transformers import TrainerCallback
 from lisa_dist.core.blocks import find_blocks, parameter_shape
 from lisa_dist.errors import UserError
 from lisa_dist.files import replacing, together
+from lisa_dist.run_folder import NORMS, NORMS_NAME, PRODUCT
 from lisa_dist.zero.partitions import NORM_CHUNK, local_shard
 
-NORMS_NAME = "lisa_norms.csv"
-NORMS = ("weight_norm", "update_norm", "moved_norm")  # the columns, beside the block
-PRODUCT = "product_norm"  # one more, where there are adapters
 _NOT_MEASURED = "whose norms are not taken: LoRA's on linear layers and embeddings are, without DoRA and biases."
 _OUTER = {"embed": 0, "head": 2, "rest": 3}  # layers are in between
 

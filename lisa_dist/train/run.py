@@ -35,7 +35,7 @@ from lisa_dist.ds_config import (
 from lisa_dist.errors import SharedError, UserError
 from lisa_dist.files import gather, together
 from lisa_dist.optim.build import check_optim
-from lisa_dist.report.run_files import without_secrets, write_run
+from lisa_dist.run_folder import without_secrets, write_run
 from lisa_dist.text import format_table
 from lisa_dist.train.arguments import (
     LisaOptimizerNames,

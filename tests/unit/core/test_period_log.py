@@ -2,7 +2,8 @@
 
 import json
 
-from lisa_dist.core.period_log import LOG_NAME, PeriodLog, PeriodRecord
+from lisa_dist.core.period_log import PeriodLog, PeriodRecord
+from lisa_dist.run_folder import LOG_NAME
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):

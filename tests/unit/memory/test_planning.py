@@ -18,7 +18,7 @@ from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.kernels import dynamic_code
 from lisa_dist.memory import backward
-from lisa_dist.memory.estimate import PARTS, StageSettings, kept_states, plan_memory, widest_periods
+from lisa_dist.memory.estimate import StageSettings, kept_states, plan_memory, widest_periods
 from lisa_dist.memory.meter import StepMeter
 from lisa_dist.memory.planner import (
     PlanArguments,
@@ -32,6 +32,7 @@ from lisa_dist.memory.planner import (
 )
 from lisa_dist.memory.trace import FakeRun, Trained, Workload
 from lisa_dist.memory.tracker import live_tensor_bytes
+from lisa_dist.run_folder import MEMORY_PARTS
 from lisa_dist.text import parse_bytes
 
 ROWS, LENGTH = 4, 64
@@ -318,7 +319,7 @@ def test_the_plot_shows_parts_that_add_up_to_the_peak(tiny_config, tmp_path, cap
     assert path.read_bytes().startswith(b"\x89PNG")
     for plan in make_plans(load_model_config(tiny_config), PlanArguments(tiny_config), lisa_dist.LisaConfig()):
         parts = _at_peak(plan.gpu)
-        assert sum(parts[name] for _, fields in PARTS for name in fields) == plan.gpu.peak
+        assert sum(parts[name] for _, fields in MEMORY_PARTS for name in fields) == plan.gpu.peak
     with pytest.raises(SystemExit, match="2"):
         main(["--model", tiny_config, "--plot", str(tmp_path / "plans.unknown"), "--gpu_memory", "2GiB"])
     assert "plans.unknown: cannot be written" in capsys.readouterr().out

@@ -17,7 +17,8 @@ from runs import check_run, flags_for, start
 from lisa_dist.commands.report import main
 from lisa_dist.report.html import _as_svg, write_report
 from lisa_dist.report.plots import PLOTS, draw
-from lisa_dist.report.run_files import RunFiles, read_run, without_secrets, write_run
+from lisa_dist.report.run_files import RunFiles, read_run
+from lisa_dist.run_folder import without_secrets, write_run
 
 ALL = ["loss", "layers", "visits", "movement", "learning_rate", "memory", "speed"]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

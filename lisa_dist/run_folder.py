@@ -1,0 +1,78 @@
+"""The files that a run leaves in its output folder, for those who write them and those who read them."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from lisa_dist.config import UserError
+from lisa_dist.files import replacing
+
+RUN_NAME = "lisa_run.json"  # settings, model, versions
+LOG_NAME = "lisa_log.jsonl"  # a line for each period
+MOVEMENT_LOG = "lisa_movement.jsonl"  # a line for each period
+MEMORY_NAME = "lisa_memory.json"  # one step, planned and measured
+NORMS_NAME = "lisa_norms.csv"  # a line for each block
+TRAINER_STATE_NAME = "trainer_state.json"  # transformers.trainer's, which takes long to import
+# The columns of lisa_norms.csv after the block, and one more of runs with adapters.
+NORMS = ("weight_norm", "update_norm", "moved_norm")
+PRODUCT = "product_norm"
+# Rows of a table of lisa_memory.json: the title of a part, and the fields that it is the sum of.
+MEMORY_PARTS = (
+    ("weights", ("weights",)),
+    ("states, always on", ("always_on_states",)),
+    ("states, active blocks", ("active_states",)),
+    ("gradients", ("gradients",)),
+    ("buffers", ("buffers",)),
+    ("weights gathered", ("gathered",)),
+    ("activations", ("activations",)),
+    ("logits", ("logits",)),
+    ("beyond these at the peak", ("temporary",)),
+)
+
+
+def write_run(folder: Path, run: dict, resumes: bool = False) -> None:
+    """Write lisa_run.json, on one rank.
+
+    A new run removes the logs of an earlier one from the folder. A resumed run keeps the first command and adds its own
+    to `resumed`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if resumes and (folder / RUN_NAME).is_file():
+        first = read_object(folder / RUN_NAME)
+        kept = {name: first[name] for name in ("began", "command", "given") if name in first}
+        run = run | kept | {"resumed": [*first.get("resumed", []), {name: run[name] for name in ("began", "command")}]}
+    elif not resumes:
+        for name in (LOG_NAME, MOVEMENT_LOG, MEMORY_NAME, NORMS_NAME, TRAINER_STATE_NAME):
+            (folder / name).unlink(missing_ok=True)
+    with replacing(folder / RUN_NAME) as path:
+        path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+
+
+def without_secrets(words: Iterable[str]) -> list[str]:
+    """The words of a command line, with *** in place of tokens, keys and passwords."""
+    kept, hides = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        secret = word.startswith("--") and any(part in name for part in ("token", "secret", "password", "api_key"))
+        kept.append("***" if hides else f"{name}=***" if secret and equals else word)
+        hides = secret and not equals
+    return kept
+
+
+def read_object(path: Path) -> dict:
+    """A JSON file that holds one object. Raises ValueError naming a file that cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}).") from error
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a .jsonl log, none where there is no file; a line cut short by a kill ends it."""
+    lines = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("}\n"):
+                break
+            lines.append(json.loads(line))
+    return lines
