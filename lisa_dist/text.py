@@ -1,4 +1,4 @@
-"""What a run tells of LISA: tracker metrics and the header at its start."""
+"""Numbers, sizes and tables as text, and sizes read from it."""
 
 import re
 from collections.abc import Sequence
@@ -8,37 +8,6 @@ from lisa_dist.errors import UserError
 GIB = 2**30
 MIB = 2**20
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def lisa_metrics(lisa) -> dict[str, float]:
-    """Scalars of a controller for the trackers: which layers train, how often each block was drawn, what switches cost.
-
-    Seconds and bytes are of the last period whose first step is done; update norms of the last one that has ended.
-    """
-    record = lisa.records[-1]
-    metrics = {
-        "lisa/period": lisa.period,
-        "lisa/switch_seconds": record.seconds,
-        "lisa/state_bytes_per_rank": record.state_bytes_per_rank,
-        "lisa/bytes_released": record.bytes_released,
-        "lisa/live_bytes": record.live_bytes,
-        "lisa/host_bytes": record.host_bytes,
-    }
-    for layer, count in enumerate(lisa.visit_counts):
-        metrics[f"lisa/active_layers/layer_{layer:02d}"] = int(layer in lisa.active_layers)
-        metrics[f"lisa/visits/layer_{layer:02d}"] = count
-    metrics |= {f"lisa/probability/layer_{layer:02d}": odds for layer, odds in enumerate(record.probabilities)}
-    learned = lisa.selection.importance.averages if lisa.selection.importance is not None else []
-    metrics |= {f"lisa/importance/layer_{layer:02d}": seen for layer, seen in enumerate(learned) if seen is not None}
-    metrics |= {f"lisa/visits/{block}": count for block, count in lisa.block_visit_counts.items()}
-    moved = lisa.movement.lines[-1]["blocks"] if lisa.movement.lines else {}
-    return metrics | {f"lisa/update_norm/{_metric_name(block)}": one["update"] for block, one in moved.items()}
-
-
-def _metric_name(block: str) -> str:
-    """layers.7 as layer_07, for trackers to sort by."""
-    kind, _, number = block.partition(".")
-    return f"layer_{int(number):02d}" if number else kind
 
 
 def format_active(layers: Sequence[int], blocks: Sequence[str]) -> str:

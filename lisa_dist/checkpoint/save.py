@@ -43,18 +43,8 @@ from lisa_dist.checkpoint.weights import (
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.movement import MOVEMENT_FILE
-from lisa_dist.files import (
-    DamagedError,
-    check_files,
-    describe_files,
-    flush_folder,
-    gather,
-    raise_together,
-    read_json,
-    set_mode_by_umask,
-    together,
-    write_json,
-)
+from lisa_dist.distributed.collectives import check_files, describe_files, gather, raise_together, together
+from lisa_dist.files import DamagedError, flush_folder, read_json, set_mode_by_umask, write_json
 
 STATE_NAME = "lisa_state.json"
 FORMAT = 1

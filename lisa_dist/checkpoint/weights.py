@@ -21,7 +21,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from lisa_dist.config import UserError
 from lisa_dist.core.blocks import Blocks, parameter_numel, parameter_shape
-from lisa_dist.files import replacing, set_mode_by_umask, together
+from lisa_dist.distributed.collectives import together
+from lisa_dist.files import replacing, set_mode_by_umask
 from lisa_dist.zero.partitions import drop_prefetched
 
 MAX_SHARD_SIZE = 5 * 1024**3  # bytes

@@ -14,8 +14,8 @@ from statistics import median_low
 import torch
 from torch import distributed as dist
 
+from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
-from lisa_dist.files import gather
 
 SLOW = 1.2  # times the median of all ranks
 _MANY_SPANS = 8192

@@ -15,11 +15,12 @@ import torch
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lisa_dist.distributed.collectives import gather
 from lisa_dist.distributed.ranks import set_rank
 from lisa_dist.errors import SharedError, UserError
 from lisa_dist.eval.judge import Judge
 from lisa_dist.eval.mt_bench import Answers, MTBench
-from lisa_dist.files import gather, replacing
+from lisa_dist.files import replacing
 from lisa_dist.text import format_columns
 
 MT_BENCH = "mt_bench"

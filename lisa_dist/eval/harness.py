@@ -25,7 +25,7 @@ from torch import distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lisa_dist.config import UserError
-from lisa_dist.files import gather
+from lisa_dist.distributed.collectives import gather
 
 TASK_FILES = Path(__file__).with_name("eval_tasks")
 # What the harness warns of and what is meant here: a model that is loaded, and tasks that read `--data_dir`.

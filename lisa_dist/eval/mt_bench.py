@@ -27,10 +27,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lisa_dist.config import UserError
+from lisa_dist.distributed.collectives import gather
 from lisa_dist.eval.answers import TEMPERATURES, AnswerWriter
 from lisa_dist.eval.judge import Judge, JudgeError, parse_rating
 from lisa_dist.eval.rows import lacks_text, read_rows
-from lisa_dist.files import gather, replacing
+from lisa_dist.files import replacing
 from lisa_dist.text import format_columns
 
 WITH_REFERENCE = ("math", "reasoning", "coding")  # categories that are judged beside a reference answer

@@ -21,7 +21,8 @@ from lisa_dist.core.checkpointing import (
     number_of_layers,
 )
 from lisa_dist.core.controller import LisaController
-from lisa_dist.files import gather, replacing
+from lisa_dist.distributed.collectives import gather
+from lisa_dist.files import replacing
 from lisa_dist.memory.estimate import MemoryParts, StageSettings, plan_memory, widest_periods
 from lisa_dist.memory.meter import StepMeter
 from lisa_dist.memory.trace import FakeRun, Trained, Workload

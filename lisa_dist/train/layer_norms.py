@@ -34,8 +34,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lisa_dist.core.blocks import find_blocks, parameter_shape
+from lisa_dist.distributed.collectives import together
 from lisa_dist.errors import UserError
-from lisa_dist.files import replacing, together
+from lisa_dist.files import replacing
 from lisa_dist.run_folder import NORMS, NORMS_NAME, PRODUCT
 from lisa_dist.zero.partitions import NORM_CHUNK, local_shard
 

@@ -8,6 +8,7 @@ import torch
 from torch import distributed as dist
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from lisa_dist.core.controller import LisaController
 from lisa_dist.train.progress import Progress
 
 
@@ -114,3 +115,34 @@ class SpeedMeter(TrainerCallback):
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self._peak = max(self._peak, peak)
         return self._peak
+
+
+def lisa_metrics(lisa: LisaController) -> dict[str, float]:
+    """Scalars of a controller for the trackers: active layers, how often each block was sampled, the cost of switches.
+
+    Seconds and bytes are of the last period whose first step is done; update norms of the last one that has ended.
+    """
+    record = lisa.records[-1]
+    metrics = {
+        "lisa/period": lisa.period,
+        "lisa/switch_seconds": record.seconds,
+        "lisa/state_bytes_per_rank": record.state_bytes_per_rank,
+        "lisa/bytes_released": record.bytes_released,
+        "lisa/live_bytes": record.live_bytes,
+        "lisa/host_bytes": record.host_bytes,
+    }
+    for layer, count in enumerate(lisa.visit_counts):
+        metrics[f"lisa/active_layers/layer_{layer:02d}"] = int(layer in lisa.active_layers)
+        metrics[f"lisa/visits/layer_{layer:02d}"] = count
+    metrics |= {f"lisa/probability/layer_{layer:02d}": odds for layer, odds in enumerate(record.probabilities)}
+    learned = lisa.selection.importance.averages if lisa.selection.importance is not None else []
+    metrics |= {f"lisa/importance/layer_{layer:02d}": seen for layer, seen in enumerate(learned) if seen is not None}
+    metrics |= {f"lisa/visits/{block}": count for block, count in lisa.block_visit_counts.items()}
+    moved = lisa.movement.lines[-1]["blocks"] if lisa.movement.lines else {}
+    return metrics | {f"lisa/update_norm/{_metric_name(block)}": one["update"] for block, one in moved.items()}
+
+
+def _metric_name(block: str) -> str:
+    """layers.7 as layer_07, for trackers to sort by."""
+    kind, _, number = block.partition(".")
+    return f"layer_{int(number):02d}" if number else kind

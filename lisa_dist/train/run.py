@@ -25,6 +25,7 @@ from lisa_dist.core.checkpointing import AUTO, number_of_layers, parse_checkpoin
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.data.dataset import Data, DataArguments, describe_rows, load_data
 from lisa_dist.data.encoding import set_chat_template
+from lisa_dist.distributed.collectives import gather, together
 from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.ds_config import (
     check_ds_config,
@@ -33,7 +34,6 @@ from lisa_dist.ds_config import (
     uses_optimizer_offload,
 )
 from lisa_dist.errors import SharedError, UserError
-from lisa_dist.files import gather, together
 from lisa_dist.optim.build import check_optim
 from lisa_dist.run_folder import without_secrets, write_run
 from lisa_dist.text import format_table

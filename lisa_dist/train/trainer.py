@@ -34,20 +34,20 @@ from lisa_dist.checkpoint.weights import save_without_weights, write_weights
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import parse_budget, parse_checkpointed_layers
 from lisa_dist.core.controller import LisaController
+from lisa_dist.distributed.collectives import gather, together
 from lisa_dist.distributed.health import SLOW, ComputeTime, describe_ranks
 from lisa_dist.distributed.signals import StopSignals
 from lisa_dist.distributed.watchdog import HANG_TIMEOUT, Watchdog
 from lisa_dist.ds_config import check_ds_config, keep_no_master, offload_by_block, uses_optimizer_offload
 from lisa_dist.errors import UserError
-from lisa_dist.files import gather, together
 from lisa_dist.memory.run_memory import RunMemory
 from lisa_dist.memory.trace import Workload
 from lisa_dist.optim.build import build_optimizer, check_optim
-from lisa_dist.text import format_active, lisa_metrics
+from lisa_dist.text import format_active
 from lisa_dist.train.attention import PackingCheck, packs_documents
 from lisa_dist.train.header import describe_training
 from lisa_dist.train.liger import check_liger
-from lisa_dist.train.monitoring import MonitoredMixin
+from lisa_dist.train.monitoring import MonitoredMixin, lisa_metrics
 from lisa_dist.zero.partitions import forget_module_order
 
 _SLOW_LOGS = 3  # in so many logs one after another a rank must be slow to be named

@@ -1,4 +1,4 @@
-"""The entry points: `python -m lisa_dist`, and imports without garbage collection, which leave the collector as it was."""
+"""The entry points: `python -m lisa_dist`; and imports without collections, which leave the collector as it was."""
 
 import gc
 import subprocess

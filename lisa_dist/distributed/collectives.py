@@ -1,0 +1,92 @@
+"""What all ranks do together: gather values, fail as one, check files in shares.
+
+A checkpoint is written by all ranks. When one of them meets a full disk the others must not wait for it, nor take the
+checkpoint for complete: `together` makes every rank of a phase raise when one does.
+"""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from torch import distributed as dist
+
+from lisa_dist.files import DamagedError, SaveError, describe_file, is_disk_error
+
+T = TypeVar("T")
+
+
+def gather(value: T) -> list[T]:
+    """The value of every rank, in rank order; where there are no ranks, of this process."""
+    if not dist.is_initialized():
+        return [value]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return every
+
+
+class together:  # noqa: N801 - reads as a verb: `with together(folder):`
+    """All ranks run the body; when it raises on any of them, all raise, naming the ranks and the reason.
+
+    Every rank must enter it, and the body must hold no collective. `folder` is what the message says was being written.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def __enter__(self) -> "together":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        every = gather(None if error is None else (f"{type(error).__name__}: {error}", is_disk_error(error)))
+        failed = {rank: about for rank, about in enumerate(every) if about is not None}
+        if not failed:
+            return
+        reasons = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in failed.items())
+        if all(of_the_disk for _, of_the_disk in failed.values()):
+            raise SaveError(
+                f"{self._folder} could not be written ({reasons}); what was saved before is untouched. Make room, or "
+                "choose another --output_dir."
+            ) from error
+        if error is None:  # else it goes on by itself
+            raise RuntimeError(f"{self._folder} could not be written ({reasons})")
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file under `folder`, each flushed to disk; the ranks share the work."""
+    names = _list_files(folder)
+    with together(folder):
+        mine = {name: describe_file(folder / name, flush=True) for name in _my_share(names)}
+    return {name: about for part in gather(mine) for name, about in part.items()}
+
+
+def check_files(folder: Path, described: dict[str, dict[str, Any]]) -> None:
+    """Raise DamagedError, on every rank, naming each file that is not as `describe_files` found it."""
+    problems = []
+    for name in _my_share(sorted(described)):
+        path, about = folder / name, described[name]
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != about["bytes"]:
+            problems.append(f"{path} is damaged: {path.stat().st_size} bytes, not {about['bytes']}")
+        elif describe_file(path)["sha256"] != about["sha256"]:
+            problems.append(f"{path} is damaged: its bytes are not those that were written")
+    raise_together(problems)
+
+
+def raise_together(problems: list[str]) -> None:
+    """Raise DamagedError on every rank when any rank has found a problem."""
+    found = sorted({problem for part in gather(problems) for problem in part})
+    if found:
+        raise DamagedError("; ".join(found) + ".")
+
+
+def _list_files(folder: Path) -> list[str]:
+    """Files under `folder` that any rank sees: a shared file system may show a rank its own files first."""
+    mine = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    return sorted({name for names in gather(mine) for name in names})
+
+
+def _my_share(names: list[str]) -> list[str]:
+    return names[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else names
