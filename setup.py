@@ -3,14 +3,15 @@
 from setuptools import setup
 
 ROOMS = ["checkpoint", "commands", "core", "data", "distributed", "eval", "memory", "optim", "report", "train", "zero"]
-LAUNCHER = ["ninja>=1.11"]  # DeepSpeed compiles its C++ ops with it at first use
+LAUNCHER = ["ninja>=1.11,<2"]  # DeepSpeed compiles its C++ ops with it at first use
 QUICKSTART = ["gguf>=0.10"]
 # The line of the progress, the plots of the report, the tracker that a run logs to by default.
-SHOWN = ["rich>=13.7", "matplotlib>=3.8", "tensorboard>=2.14"]
+SHOWN = ["rich>=13.7,<16", "matplotlib>=3.8,<4", "tensorboard>=2.14,<3"]
 TRITON = ["triton>=3.2; sys_platform == 'linux'"]  # a CUDA torch brings its own; the tests run it in its interpreter
 LIGER = ["liger-kernel>=0.8.2"]
 EVAL = ["lm-eval>=0.4.13,<0.5"]
-DEV = [*TRITON, "liger-kernel>=0.8.2; sys_platform == 'linux'", "pytest>=8", "pytest-xdist>=3.8", "ruff>=0.6,<1"]
+DEV = [*TRITON, "liger-kernel>=0.8.2; sys_platform == 'linux'", "pytest>=8", "pytest-xdist>=3.8"]
+DEV += ["ruff>=0.6,<1", "mypy>=1.18,<2", "types-PyYAML", "types-psutil", "types-tqdm"]
 DEV += [*EVAL, "transformers[serving]"]  # a judge of MT-Bench answers is `transformers serve`
 
 setup(
@@ -21,22 +22,29 @@ setup(
     python_requires=">=3.10",
     packages=["lisa_dist", *(f"lisa_dist.{room}" for room in ROOMS), "lisa_dist.kernels", "lisa_dist.ds_configs"],
     package_data={
-        "lisa_dist": ["model_configs/*.json"],
+        "lisa_dist": ["py.typed", "model_configs/*.json"],
         "lisa_dist.eval": ["eval_tasks/*.y*ml"],
         "lisa_dist.report": ["report.html"],
         "lisa_dist.ds_configs": ["*.json"],
         "lisa_dist.kernels": ["*"],
     },
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.6,<3",
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.18,<6",
-        "accelerate>=1.10",
-        "datasets>=3",
-        "bitsandbytes>=0.46",
+        "accelerate>=1.10,<2",
+        "datasets>=3,<6",
+        "bitsandbytes>=0.46,<1",
         "trl>=1.16,<2",
-        "peft>=0.17",
-        "psutil>=5.9",
+        "peft>=0.17,<1",
+        "safetensors>=0.4.3,<1",
+        "numpy>=1.26,<3",
+        "pyarrow>=15",  # datasets and packaging's own users bound these two
+        "packaging>=23",
+        "jinja2>=3.1,<4",
+        "pyyaml>=6,<7",
+        "tqdm>=4.66,<5",
+        "psutil>=5.9,<8",
         *LAUNCHER,
         *SHOWN,
     ],
