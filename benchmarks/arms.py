@@ -27,13 +27,15 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import lisa_dist
 from lisa_dist.config import UserError
-from lisa_dist.core.blocks import Blocks, find_blocks, parameter_numel
+from lisa_dist.core.blocks import Blocks, find_blocks
 from lisa_dist.core.checkpointing import checkpoint_layers, let_backward_end, number_of_layers
+from lisa_dist.core.live_bytes import live_storages
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.memory.estimate import StageSettings, kept_states, plan_memory
 from lisa_dist.memory.planner import load_model_config
 from lisa_dist.memory.trace import FakeRun, Trained, Workload
-from lisa_dist.memory.tracker import AllocationTracker, live_storages
+from lisa_dist.memory.tracker import AllocationTracker
+from lisa_dist.zero.parameters import parameter_numel
 
 LR, WEIGHT_DECAY = 1e-4, 0.1
 EMBED_FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}

@@ -32,7 +32,7 @@ def worker(arguments: argparse.Namespace) -> None:
     import lisa_dist
     from lisa_dist.checkpoint.save import load_checkpoint, save_checkpoint
     from lisa_dist.checkpoint.weights import write_configs, write_weights
-    from lisa_dist.core.blocks import parameter_numel
+    from lisa_dist.zero.parameters import parameter_numel
 
     dtype = getattr(torch, arguments.dtype)
     hidden = AutoConfig.from_pretrained(arguments.model).hidden_size

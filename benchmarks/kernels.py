@@ -141,7 +141,8 @@ def bytes_beside(step: Callable, device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    from lisa_dist.memory.tracker import AllocationTracker, live_storages
+    from lisa_dist.core.live_bytes import live_storages
+    from lisa_dist.memory.tracker import AllocationTracker
 
     tracker = AllocationTracker()
     tracker.add(torch.empty(0, dtype=torch.uint8).set_(storage) for storage in live_storages())

@@ -90,7 +90,7 @@ def worker(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import lisa_dist
-    from lisa_dist.memory.tracker import live_tensor_bytes
+    from lisa_dist.core.live_bytes import live_tensor_bytes
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     end = [tokenizer.eos_token_id]

@@ -42,10 +42,10 @@ from traffic import CONTROL
 from transformers import PretrainedConfig
 
 from lisa_dist.config import UserError
+from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.memory.planner import load_model_config
 from lisa_dist.memory.trace import Workload
-from lisa_dist.memory.tracker import live_tensor_bytes
 from lisa_dist.text import parse_bytes
 
 ARMS = (FULL, LISA)

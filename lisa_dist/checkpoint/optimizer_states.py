@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lisa_dist.optim.adamw import BLOCK, decode_moment, num_blocks, with_blocks
-from lisa_dist.optim.build import MOMENTS, dequantize
+from lisa_dist.optim.moments import MOMENTS, dequantize
 from lisa_dist.optim.states import PartitionKey, PartitionState, Piece
 
 MASTER = "master"

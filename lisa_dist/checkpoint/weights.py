@@ -20,10 +20,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from lisa_dist.config import UserError
-from lisa_dist.core.blocks import Blocks, parameter_numel, parameter_shape
+from lisa_dist.core.blocks import Blocks
 from lisa_dist.distributed.collectives import together
 from lisa_dist.files import replacing, set_mode_by_umask
-from lisa_dist.zero.partitions import drop_prefetched
+from lisa_dist.zero.parameters import is_partitioned, parameter_numel, parameter_shape
+from lisa_dist.zero.stage3 import drop_prefetched
 
 MAX_SHARD_SIZE = 5 * 1024**3  # bytes
 _DTYPE_NAMES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -118,7 +119,7 @@ def read_weights(engine: deepspeed.DeepSpeedEngine, blocks: Blocks, folder: Path
         with deepspeed.zero.GatheredParameters(list(tensors.values()), modifier_rank=0), torch.no_grad():
             for name, value in tensors.items():
                 # What ZeRO-3 has gathered goes from rank 0 to all; anything else every rank reads for itself.
-                if dist.get_rank() == 0 or not hasattr(value, "ds_id"):
+                if dist.get_rank() == 0 or not is_partitioned(value):
                     value.copy_(holders[name].get_tensor(name))
 
 

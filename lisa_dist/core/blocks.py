@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lisa_dist.config import UserError
+from lisa_dist.zero.parameters import parameter_numel
 
 
 @dataclass(eq=False)
@@ -57,21 +58,6 @@ class Blocks:
     def outer(self, name: str) -> Block:
         """The block called embed, head or rest."""
         return {"embed": self.embed, "head": self.head, "rest": self.rest}[name]
-
-
-def parameter_numel(parameter: nn.Parameter) -> int:
-    """Elements of a parameter; ZeRO-3 leaves a shape of [0] behind and keeps the real one in `ds_numel`."""
-    return getattr(parameter, "ds_numel", None) or parameter.numel()
-
-
-def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Shape of a parameter, also where ZeRO-3 has partitioned it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def parameter_ndim(parameter: nn.Parameter) -> int:
-    """Dimensions of a parameter, also where ZeRO-3 has partitioned it."""
-    return len(parameter_shape(parameter))
 
 
 def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks:

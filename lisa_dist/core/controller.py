@@ -30,19 +30,20 @@ from torch import distributed as dist
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import check_checkpointing, let_backward_end
-from lisa_dist.core.guards import NonfiniteGuard
-from lisa_dist.core.invariants import SleepingWeights
-from lisa_dist.core.layer_gradients import observe_layers
+from lisa_dist.core.groups import split_by_decay
+from lisa_dist.core.guards import NonfiniteGuard, SleepingWeights
+from lisa_dist.core.importance import observe_layers
+from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.core.movement import WeightMovement
 from lisa_dist.core.period_log import PeriodLog, PeriodRecord
 from lisa_dist.core.sampling import Draw
 from lisa_dist.core.selection import BlockSelection
 from lisa_dist.core.warmup import WakeWarmup
-from lisa_dist.memory.tracker import live_tensor_bytes
-from lisa_dist.optim.build import split_by_decay
 from lisa_dist.optim.states import CopyStream, HostStates, PartitionKey, PartitionState, Piece, states_to_carry
 from lisa_dist.zero.cpu_ops import release_shared_memory
-from lisa_dist.zero.partitions import ZeroPartitions, check_deepspeed, patch_construction
+from lisa_dist.zero.overrides import override_construction
+from lisa_dist.zero.partitions import ZeroPartitions
+from lisa_dist.zero.stages import check_deepspeed
 
 STATE_VERSION = 1
 # Settings that a resumed run may give otherwise at any step: they do not decide on layers or groups of the period that
@@ -76,7 +77,7 @@ class LisaController:
 
     def __init__(self, model: torch.nn.Module, config: LisaConfig):
         check_deepspeed()
-        patch_construction()
+        override_construction()
         self.config = config
         self.blocks = find_blocks(model, config.lisa_layers_attribute)
         self.selection = BlockSelection(config, self.blocks)

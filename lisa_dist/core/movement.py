@@ -17,9 +17,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import distributed as dist
 
-from lisa_dist.core.blocks import Block, parameter_numel
+from lisa_dist.core.blocks import Block
 from lisa_dist.files import replacing
 from lisa_dist.run_folder import MOVEMENT_LOG, read_lines
+from lisa_dist.zero.parameters import parameter_numel
 from lisa_dist.zero.partitions import ZeroPartitions
 
 MOVEMENT_FILE = "lisa_movement.safetensors"

@@ -9,10 +9,10 @@ import torch
 
 from lisa_dist.config import OUTER_BLOCKS, LisaConfig, UserError
 from lisa_dist.core.blocks import Block, Blocks
+from lisa_dist.core.groups import build_param_groups, check_same_kinds
 from lisa_dist.core.importance import LayerImportance
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.sampling import Draw, SampledBlock, inclusion_probabilities, sample_period
-from lisa_dist.optim.build import build_param_groups, check_same_kinds
 from lisa_dist.optim.states import PartitionKey
 
 

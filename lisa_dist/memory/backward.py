@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from lisa_dist.memory.trace import Arrival, StepTrace
-from lisa_dist.zero.partitions import NORM_CHUNK
+from lisa_dist.zero.gradients import NORM_CHUNK
 
 
 @dataclass(frozen=True)

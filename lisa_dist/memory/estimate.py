@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from lisa_dist.config import OUTER_BLOCKS, LisaConfig, UserError
-from lisa_dist.core.blocks import Blocks, parameter_numel
+from lisa_dist.core.blocks import Blocks
+from lisa_dist.core.groups import split_by_decay, takes_bits
 from lisa_dist.core.sampling import SampledBlock
 from lisa_dist.memory.backward import (
     in_chunks,
@@ -26,15 +27,10 @@ from lisa_dist.memory.backward import (
     whole_by_stage,
 )
 from lisa_dist.memory.trace import Arrival, FakeRun, Group, StepTrace, Trained
-from lisa_dist.optim.build import (
-    BITSANDBYTES_ADAMW,
-    LISA_ADAMW,
-    QUANTIZED_BLOCK,
-    default_state_bits,
-    split_by_decay,
-    takes_bits,
-)
+from lisa_dist.optim.build import BITSANDBYTES_ADAMW, LISA_ADAMW, default_state_bits
+from lisa_dist.optim.moments import QUANTIZED_BLOCK
 from lisa_dist.optim.ops import chunk_bytes, table_bytes
+from lisa_dist.zero.parameters import parameter_numel
 
 METHODS = ("lisa", "full", "lora")
 # DeepSpeed's defaults, where a config leaves them to it. Elements.

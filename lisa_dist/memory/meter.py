@@ -11,9 +11,10 @@ import time
 import torch
 
 from lisa_dist.core.controller import LisaController
+from lisa_dist.core.live_bytes import live_storages
 from lisa_dist.memory.estimate import MemoryParts
 from lisa_dist.memory.trace import part_of
-from lisa_dist.memory.tracker import AllocationTracker, live_storages
+from lisa_dist.memory.tracker import AllocationTracker
 
 
 class StepMeter:

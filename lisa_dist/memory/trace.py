@@ -16,8 +16,9 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from lisa_dist.config import UserError
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import checkpoint_layers
+from lisa_dist.core.groups import split_by_decay, takes_bits
 from lisa_dist.memory.tracker import AllocationTracker
-from lisa_dist.optim.build import default_state_bits, split_by_decay, takes_bits
+from lisa_dist.optim.build import default_state_bits
 from lisa_dist.train.liger import without_liger
 
 

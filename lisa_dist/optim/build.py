@@ -1,21 +1,12 @@
-"""Parameter groups in constant number and order, and the optimizer over them.
-
-Schedulers keep one base learning rate for each group and DeepSpeed one flat buffer, so the groups must not change in
-number or order when other layers wake up. Each outer block has its own groups, and each of the gamma active layers
-fills one slot; a block has one group for what decays and one for what does not. A slot, or a drawn outer block, may be
-empty in a period: its groups stay in the list without parameters.
-"""
-
-from collections.abc import Container, Iterable, Iterator, Mapping
+"""The optimizer over flat partitions, as `--optim` names it, and what each one cannot do."""
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from lisa_dist.config import LisaConfig, UserError
-from lisa_dist.core.blocks import Block, parameter_ndim
-from lisa_dist.optim.adamw import LisaAdamW, decode_moment, in_chunks
+from lisa_dist.optim.adamw import LisaAdamW
+from lisa_dist.optim.host_adam import CountedAdam
 from lisa_dist.optim.ops import choose_kernels
-from lisa_dist.optim.states import PartitionState, Piece
 
 # Optimizers that work on any flat piece of a parameter, which is what a ZeRO partition is.
 TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -23,70 +14,6 @@ TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
 BITSANDBYTES_ADAMW = ("adamw_bnb_8bit", "adamw_8bit")
 LISA_ADAMW = "lisa_adamw"  # our own: one pass, fewer bytes
 SUPPORTED_OPTIMIZERS = (*TORCH_ADAMW, *BITSANDBYTES_ADAMW, LISA_ADAMW)
-
-# AdamW's moments, and the number that bitsandbytes knows each by: state1, and for 8 bits absmax1 and qmap1.
-MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
-QUANTIZED_BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit optimizers
-_CHUNK = 2**24  # elements that are decoded at a time; whole blocks
-
-
-def decays(name: str, parameter: torch.nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, not to norms and biases."""
-    return parameter_ndim(parameter) >= 2 and not name.endswith("bias")
-
-
-def split_by_decay(block: Block) -> dict[str, list[torch.nn.Parameter]]:
-    """The parameters of a block as {"decay": [...], "no_decay": [...]}, without an empty entry."""
-    kinds: dict[str, list[torch.nn.Parameter]] = {"decay": [], "no_decay": []}
-    for name, parameter in block.parameters.items():
-        kinds["decay" if decays(name, parameter) else "no_decay"].append(parameter)
-    return {kind: parameters for kind, parameters in kinds.items() if parameters}
-
-
-def build_param_groups(
-    outer: Iterable[Block],
-    active_layers: Iterable[Block],
-    weight_decay: float,
-    state_bits: Mapping[str, int] | None = None,
-    offloaded: Container[str] = (),
-) -> list[dict]:
-    """Parameter groups: the outer blocks first, then one slot for each active layer.
-
-    Every group carries a `lisa_group` name, such as "embed/decay" or "slot1/no_decay". Where `state_bits` has its block
-    (embed, head, rest or layers), the bits of its moments are its `lisa_state_bits`; 8 are for matrices alone.
-    `lisa_host` says that its states are on the host, since `offloaded` has its block.
-    """
-    named = [(block.name, block.name, block) for block in outer]
-    named += [(f"slot{slot}", "layers", layer) for slot, layer in enumerate(active_layers)]
-    bits = state_bits or {}
-    return [
-        {
-            "params": parameters,
-            "weight_decay": weight_decay if kind == "decay" else 0.0,
-            "lisa_group": f"{name}/{kind}",
-            **({"lisa_state_bits": int(bits[policy])} if policy in bits and takes_bits(bits[policy], kind) else {}),
-            **({"lisa_host": True} if policy in offloaded else {}),
-        }
-        for name, policy, block in named
-        for kind, parameters in split_by_decay(block).items()
-    ]
-
-
-def takes_bits(bits: int, kind: str) -> bool:
-    """Whether a group of this kind has the bits that its block is given: norms and biases are not worth 8."""
-    return bits == 32 or kind == "decay"
-
-
-def check_same_kinds(layers: list[Block]) -> None:
-    """Raise ValueError when layers differ in which kinds of group they need, so that slots could not stay constant."""
-    kinds = [tuple(split_by_decay(layer)) for layer in layers]
-    for layer, kind in zip(layers, kinds, strict=True):
-        if kind != kinds[0]:
-            raise UserError(
-                f"{layer.name} has parameters of the kinds {kind}, but {layers[0].name} has {kinds[0]}: decoder layers "
-                "must all have matrices, and all or none have norms or biases. Choose other layers with "
-                "--lisa_layers_attribute."
-            )
 
 
 def default_state_bits(optim: str) -> int:
@@ -165,7 +92,7 @@ def build_optimizer(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         optimizer = DeepSpeedCPUAdam(param_groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)
-        optimizer.ds_opt_adam = _CountedAdam(optimizer.ds_opt_adam)
+        optimizer.ds_opt_adam = CountedAdam(optimizer.ds_opt_adam)
         return optimizer
     if optim == LISA_ADAMW:
         _check_kernels(on_host=any(group.get("lisa_host") for group in param_groups))
@@ -185,135 +112,3 @@ def _bitsandbytes_adamw() -> type:
             return config | {"optim_bits": group.get("lisa_state_bits", config["optim_bits"])}
 
     return BlockwiseAdamW
-
-
-class _CountedAdam:
-    """DeepSpeed's op for AdamW on the host, counting how it comes by the powers of the betas.
-
-    From one step to the next it multiplies them, and where the count jumps it takes pow(beta, step): the bits differ.
-    So a resumed run must go the way that the saved one went: pow at `start`, then products up to `step`.
-    """
-
-    def __init__(self, op):
-        self._op = op
-        self.start = self.step = 0
-
-    def __getattr__(self, name: str):
-        return getattr(self._op, name)
-
-    def adam_update(self, opt_id: int, step: int, *args) -> None:
-        if step not in (self.step, self.step + 1):
-            self.start = step
-        self.step = step
-        self._op.adam_update(opt_id, step, *args)
-
-
-def host_adam_history(optimizer: torch.optim.Optimizer) -> list[int] | None:
-    """Where the host's AdamW took a power of the betas and where it has come to since; None for other optimizers."""
-    op = getattr(optimizer, "ds_opt_adam", None)
-    return [op.start, op.step] if isinstance(op, _CountedAdam) else None
-
-
-def replay_host_adam(optimizer: torch.optim.Optimizer, history: list[int] | None) -> None:
-    """Bring the host's AdamW, if it is one, to the powers of the betas that a saved run had; moves no weight."""
-    op = getattr(optimizer, "ds_opt_adam", None)
-    if history is None or not isinstance(op, _CountedAdam):
-        return
-    start, step = history
-    betas = optimizer.param_groups[0]["betas"]
-    other = tuple(beta / 2 for beta in betas)  # betas that change make it take the power anew
-    for count, used in [(start, other), *((count, betas) for count in range(start, step + 1))]:
-        nothing = [torch.zeros(1) for _ in range(4)]
-        op.adam_update(optimizer.opt_id, count, 0.0, *used, 1.0, 0.0, False, *nothing)
-    op.start = start
-
-
-def dequantize(codes: torch.Tensor, scales: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-    """An 8-bit moment in fp32, from what bitsandbytes keeps of it: state, absmax and qmap."""
-    from bitsandbytes.functional import dequantize_blockwise
-
-    return dequantize_blockwise(codes, absmax=scales, code=code, blocksize=QUANTIZED_BLOCK)
-
-
-def mean_squared_norm(state: PartitionState, pieces: list[Piece], beta2: float) -> float | torch.Tensor:
-    """The squared L2 norm of a partition's gradient, averaged over the steps since its moments began; 0 before them.
-
-    AdamW keeps it: its second moment is an exponential average of each element's square, so the sum over the elements,
-    corrected for its beginning at zero, is that of the squared norm (Kingma and Ba, ICLR 2015, section 3).
-    """
-    fields = state.optimizer_state
-    steps = int(fields["step"]) if fields else 0
-    if steps == 0:
-        return 0.0
-    squares = sum(part.sum(dtype=torch.float64) for part in _second_moment(fields, pieces))
-    return squares / (1 - beta2**steps)
-
-
-def _second_moment(fields: dict, pieces: list[Piece]) -> Iterator[torch.Tensor]:
-    """The second moment of a partition in fp32; where it is in codes, a chunk at a time."""
-    of_bitsandbytes = f"state{MOMENTS['exp_avg_sq']}"
-    moment = fields.get("exp_avg_sq", fields.get(of_bitsandbytes))
-    if moment.dtype != torch.uint8:
-        yield moment
-    elif "exp_avg_sq_scales" in fields:
-        for element, cut, blocks in in_chunks(pieces):
-            yield decode_moment("exp_avg_sq", moment[cut], fields["exp_avg_sq_scales"][blocks], element)
-    else:
-        for begins in range(0, moment.numel(), _CHUNK):
-            scales = fields["absmax2"][begins // QUANTIZED_BLOCK : (begins + _CHUNK) // QUANTIZED_BLOCK]
-            yield dequantize(moment[begins : begins + _CHUNK], scales, fields["qmap2"])
-
-
-def coding_of_states(optimizer: torch.optim.Optimizer) -> str | None:
-    """Whose codes 8-bit moments have in this optimizer; None where it keeps no codes."""
-    if isinstance(optimizer, LisaAdamW):
-        return "lisa"
-    return "bitsandbytes" if hasattr(optimizer, "name2qmap") else None
-
-
-def restore_state(
-    optimizer: torch.optim.Optimizer, group: dict, master: torch.Tensor, pieces: list[Piece], fields: dict
-) -> None:
-    """Give the optimizer saved moments of one partition, in the form that it keeps them in itself.
-
-    `fields` has "step", and "exp_avg" and "exp_avg_sq" in fp32 or the codes and scales of 8-bit moments.
-    """
-    if isinstance(optimizer, LisaAdamW):
-        optimizer.restore(group, master, pieces, fields)
-        return
-    if coding_of_states(optimizer) == "bitsandbytes":
-        _restore_bitsandbytes(optimizer, group, master, fields)
-        return
-    state = {moment: torch.empty_like(master).copy_(fields[moment]) for moment in MOMENTS}
-    step = fields["step"]
-    if isinstance(optimizer, torch.optim.AdamW):
-        device = master.device if group.get("fused") else "cpu"
-        step = torch.tensor(float(step), dtype=torch.float32, device=device)
-    optimizer.state[master] = {"step": step, **state}
-
-
-def _restore_bitsandbytes(optimizer, group: dict, master: torch.Tensor, fields: dict) -> None:
-    from bitsandbytes.functional import quantize_blockwise
-
-    index = next(index for index, one in enumerate(optimizer.param_groups) if one is group)
-    held, group["params"] = group["params"], [master]  # ZeRO fills groups only while they step
-    optimizer.init_state(group, master, index, 0)
-    group["params"] = held
-    state = optimizer.state[master]
-    for moment, number in MOMENTS.items():
-        quantized = state[f"state{number}"].dtype == torch.uint8
-        if f"state{number}" in fields and not quantized:  # it was written with fewer bits than it has now
-            parts = (fields[f"{part}{number}"] for part in ("state", "absmax", "qmap"))
-            state[f"state{number}"].copy_(dequantize(*parts))
-        elif f"state{number}" in fields:  # the very same partition was written
-            for field in (f"state{number}", f"absmax{number}", f"qmap{number}"):
-                state[field].copy_(fields[field])
-        elif quantized:
-            codes, quantized = quantize_blockwise(
-                fields[moment].to(master.device), code=state[f"qmap{number}"], blocksize=QUANTIZED_BLOCK
-            )
-            state[f"state{number}"].copy_(codes)
-            state[f"absmax{number}"].copy_(quantized.absmax)
-        else:
-            state[f"state{number}"].copy_(fields[moment])
-    state["step"] = fields["step"]

@@ -33,12 +33,13 @@ from torch import distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
-from lisa_dist.core.blocks import find_blocks, parameter_shape
+from lisa_dist.core.blocks import find_blocks
 from lisa_dist.distributed.collectives import together
 from lisa_dist.errors import UserError
 from lisa_dist.files import replacing
 from lisa_dist.run_folder import NORMS, NORMS_NAME, PRODUCT
-from lisa_dist.zero.partitions import NORM_CHUNK, local_shard
+from lisa_dist.zero.gradients import NORM_CHUNK
+from lisa_dist.zero.parameters import is_partitioned, local_shard, parameter_shape
 
 _NOT_MEASURED = "whose norms are not taken: LoRA's on linear layers and embeddings are, without DoRA and biases."
 _OUTER = {"embed": 0, "head": 2, "rest": 3}  # layers are in between
@@ -68,7 +69,7 @@ class LayerNorms(TrainerCallback):
         self._weights = list(_find_weights(model, self._layers_attribute))
         self._blocks = sorted({weight.block for weight in self._weights}, key=_place)
         self._has_adapters = any(isinstance(weight, _Adapted) for weight in self._weights)
-        self._sharded = any(hasattr(weight.parameter, "ds_id") for weight in self._weights)
+        self._sharded = any(is_partitioned(weight.parameter) for weight in self._weights)
         self._looks_here = self._sharded or state.is_world_process_zero
         self._device = args.device
         self._start = [[part.cpu() for part in each] for each in self._changing()]

@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer, get_peft_config
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.core.blocks import parameter_numel
 from lisa_dist.core.checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.data.dataset import Data, DataArguments, describe_rows, load_data
@@ -52,7 +51,8 @@ from lisa_dist.train.monitoring import MonitoredMixin
 from lisa_dist.train.sample_answer import SampleCallback
 from lisa_dist.train.trainer import LisaTrainer
 from lisa_dist.zero.cpu_ops import release_shared_memory
-from lisa_dist.zero.partitions import forget_module_order
+from lisa_dist.zero.parameters import parameter_numel
+from lisa_dist.zero.stage3 import forget_module_order
 
 ALL_LINEAR = "all-linear"  # peft's word
 # Flags of TRL's that are for rows which it would tokenize itself, and ours.

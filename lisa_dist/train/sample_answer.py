@@ -4,7 +4,7 @@ import torch
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from lisa_dist.zero.partitions import forget_module_order
+from lisa_dist.zero.stage3 import forget_module_order
 
 
 class SampleCallback(TrainerCallback):

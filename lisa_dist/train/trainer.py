@@ -48,7 +48,7 @@ from lisa_dist.train.attention import PackingCheck, packs_documents
 from lisa_dist.train.header import describe_training
 from lisa_dist.train.liger import check_liger
 from lisa_dist.train.monitoring import MonitoredMixin, lisa_metrics
-from lisa_dist.zero.partitions import forget_module_order
+from lisa_dist.zero.stage3 import forget_module_order
 
 _SLOW_LOGS = 3  # in so many logs one after another a rank must be slow to be named
 RESERVED = 2**30  # bytes of a GPU, for the CUDA context, NCCL and fragments

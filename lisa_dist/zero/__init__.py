@@ -1,1 +1,71 @@
-"""ZeRO partitions rebuilt in place: the only folder that touches DeepSpeed's private fields."""
+"""ZeRO partitions that can be rebuilt during training: the only folder that touches DeepSpeed's private names.
+
+DeepSpeed fixes at construction which parameters it optimizes. To change them, the SAME optimizer object is taken down
+to an empty shell and its class's own `__init__` is run on it again, through the engine's own construction path and with
+the same inner optimizer (`rebuild.py`). So the LR scheduler, Accelerate's wrappers and user code stay bound to it, and
+DeepSpeed's own code builds groups, flat buffers, partitions, hooks and buckets.
+
+What each of W ranks holds, for A active elements:
+
+- weights: stages 1 and 2 hold all of them whole; the parameters of one group are views of one flat buffer. Stage 3
+  holds 1/W of each parameter (`ds_tensor`); those of all active parameters are views of one buffer.
+- masters and moments: A/W elements each, flat, one partition a group; on the host under offload. Inactive blocks have
+  none. `layout.py` says which elements of which parameters a partition has.
+
+What a switch sends: nothing on stages 1 and 2, since every rank cuts its partition from weights it already holds. On
+stage 3 DeepSpeed gathers each active parameter once to attach its hook (A elements in the model's dtype). Masters and
+moments never travel: a group of the same parameters has the same partition on the same rank.
+
+Every name of DeepSpeed's that is overridden, by `overrides.override` alone, why, and the test that fails without:
+
+========================================  ===================================  =====================================
+name, and where it is replaced            DeepSpeed does                       we do instead, and why; the test
+========================================  ===================================  =====================================
+initialize_optimizer_states               makes a gradient of zeros for every  puts masters on the host or into the
+  both classes, process-wide:             master, and drops it                 weights; saves 4 bytes an active
+  masters.py                                                                   element at each switch.
+                                                                               test_a_switch_holds_the_new_masters
+                                                                               _beside_the_old_states_and_little_else
+DeepSpeedZeroOptimizer,                   builds a new optimizer object        runs `__init__` on the one that is
+DeepSpeedZeroOptimizer_Stage3                                                  there: schedulers stay bound.
+  their modules, during a switch:                                              test_schedulers_stay_bound
+  rebuild.py
+initialize_ds_offload                     attaches hooks to all modules        returns what is attached already:
+  the optimizer, during a switch:                                              a second one breaks checkpointing with
+  rebuild.py                                                                   frozen layers.
+                                                                               test_frozen_embedding_with_checkpointing
+LinearFunctionForZeroStage3               keeps the inputs of frozen weights   keeps those of trained weights: most
+  process-wide, on stage 3: stage3.py     for the backward pass                activations of frozen layers go.
+                                                                               test_a_plan_is_what_a_step_allocates
+update_recompute_parameters               partitions a recomputed layer again  keeps the layer whole until its backward
+  process-wide, on stage 3: stage3.py     after its last matrix                pass is done: one gather less a step.
+                                                                               test_stage_3_does_not_gather_for
+                                                                               _gradients_that_nobody_wants
+scaled_global_norm, _get_norm_groups      an all-reduce a group, and a copy    one all-reduce, and chunks; the norms
+  without optimizer offload:              in fp64 of each whole gradient       are the same to the bit.
+  gradients.py                                                                 test_a_norm_taken_in_chunks_is_the_norm
+set_norm_for_param_grad_in_gpu,           copies each whole gradient in fp64   sends and measures chunks: up to
+async_inplace_copy_grad_to_fp32           for its norm, and in fp32 to send    8 bytes an element of the largest
+_buffer_from_gpu,                         it                                   gradient less.
+_offload_grad_partition_at_boundary                                            test_a_norm_taken_in_chunks_is_the_norm
+  under optimizer offload: gradients.py
+temp_grad_buffer_for_gpu_offload          allocates it at construction         allocates it when accumulation uses it.
+  under optimizer offload, stages 1, 2:                                        test_a_plan_is_what_a_step_allocates
+  gradients.py
+_get_preflattened_grad_partition,         flattens gradients on the device     LisaAdamW: takes them as they are;
+_prepare_fp32_grad_for_sub_group          and casts them to fp32               --lisa_offload: sends them to the host.
+  LisaAdamW, --lisa_offload: step.py                                           test_nothing_is_copied_before_or_behind
+                                                                               _the_one_pass,
+                                                                               test_blocks_with_their_states_on_the_host
+unscale_and_clip_grads                    multiplies the whole gradient        LisaAdamW: gives the kernel the factor;
+  LisaAdamW, --lisa_offload: step.py                                           --lisa_offload: takes the norm along.
+                                                                               test_the_loss_scale_of_fp16_is_folded_in
+_reassign_or_swap_out_partitioned         copies masters to the weights        the kernel has written the weights.
+_parameters,                                                                   test_nothing_is_copied_before_or_behind
+parallel_partitioned_bit16_groups                                              _the_one_pass
+  LisaAdamW: step.py
+========================================  ===================================  =====================================
+
+A release that has renamed one of these, or another private name that is read here, is refused when training starts
+(`stages.check_private_names`), with the supported range. `overrides.without(name)` leaves DeepSpeed's own in place.
+"""

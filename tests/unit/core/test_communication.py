@@ -13,8 +13,8 @@ from ranks import run_ranks
 from torch import distributed as dist
 
 import lisa_dist
-from lisa_dist.core.blocks import parameter_numel
 from lisa_dist.ds_config import read_ds_config
+from lisa_dist.zero.parameters import parameter_numel
 
 pytestmark = pytest.mark.usefixtures("cpu_ops")
 

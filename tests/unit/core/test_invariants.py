@@ -19,8 +19,9 @@ from reference import train_reference
 from torch import distributed as dist
 
 import lisa_dist
-import lisa_dist.zero.partitions
-from lisa_dist.memory.tracker import AllocationTracker, live_storages, live_tensor_bytes
+from lisa_dist.core.live_bytes import live_storages, live_tensor_bytes
+from lisa_dist.memory.tracker import AllocationTracker
+from lisa_dist.zero import gradients, overrides
 
 STAGES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 STEPS, INTERVAL, LR, DECAY = 10, 3, 1e-3, 0.1  # three periods, and a step of the fourth
@@ -312,10 +313,15 @@ def test_a_norm_taken_in_chunks_is_the_norm(ds_config):
 
 
 def norms_of_steps(ds_config: str, chunk: int, accumulation: int, plain: bool = False) -> dict:
-    held, lisa_dist.zero.partitions.NORM_CHUNK = lisa_dist.zero.partitions.NORM_CHUNK, chunk
-    together = lisa_dist.zero.partitions._take_norms_together
-    if plain:
-        lisa_dist.zero.partitions._take_norms_together = lambda *_: None
+    """Norms, losses and collectives of some steps; `plain`: the norms are DeepSpeed's own."""
+    default, gradients.NORM_CHUNK = gradients.NORM_CHUNK, chunk
+    with overrides.without(*(overrides.GRADIENT_NAMES if plain else ())):
+        found = watch_norms(ds_config, accumulation)
+    gradients.NORM_CHUNK = default
+    return found
+
+
+def watch_norms(ds_config: str, accumulation: int) -> dict:
     # Drawn blocks leave groups empty, of which rank 0 holds a placeholder and rank 1 nothing.
     config = lisa_dist.LisaConfig(lisa_interval_steps=INTERVAL, lisa_always_on="rest")
     settings = {"max_grad_norm": 0.1, "gradient_accumulation_steps": accumulation}
@@ -341,7 +347,6 @@ def norms_of_steps(ds_config: str, chunk: int, accumulation: int, plain: bool = 
         losses.append(train_step(engine, lisa, micro_batches))
         norms.append(float(engine.get_global_grad_norm()))
     torch.linalg.vector_norm, torch.Tensor.norm, dist.all_reduce = vector_norm, tensor_norm, all_reduce
-    lisa_dist.zero.partitions.NORM_CHUNK, lisa_dist.zero.partitions._take_norms_together = held, together
     engine.destroy()
     return {"losses": losses, "norms": norms, "most": most, "calls": calls}
 
@@ -379,9 +384,11 @@ class TwoParts:
 
 
 def norms_of_parts(ds_config: str, plain: bool) -> list[float]:
-    together = lisa_dist.zero.partitions._take_norms_together
-    if plain:
-        lisa_dist.zero.partitions._take_norms_together = lambda *_: None
+    with overrides.without(*(overrides.GRADIENT_NAMES if plain else ())):
+        return norms_under_model_parallelism(ds_config)
+
+
+def norms_under_model_parallelism(ds_config: str) -> list[float]:
     model = tiny_llama()
     for parameter in model.model.layers.parameters():
         parameter.model_parallel = parameter.ndim > 1  # so Megatron marks what is one rank's part
@@ -399,27 +406,29 @@ def norms_of_parts(ds_config: str, plain: bool) -> list[float]:
     engine.destroy()
     dist.destroy_process_group(parts.get_data_parallel_group())
     deepspeed.utils.groups.mpu = None  # which DeepSpeed would keep for the engines of other tests
-    lisa_dist.zero.partitions._take_norms_together = together
     return norms
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 @without_collection()
 def train_with_offload(ds_config: str, settings: dict) -> dict:
     gc.collect()
     of_others = live_tensor_bytes()  # what other tests in this process have left
-    moved, to_host = [], lisa_dist.zero.partitions._to_host
-    lisa_dist.zero.partitions._to_host = lambda master: (moved.append(master.numel()), to_host(master))[1]
     config = lisa_dist.LisaConfig(lisa_interval_steps=INTERVAL, **settings)
     engine, lisa = lisa_dist.initialize(
         tiny_llama(), ds_config, config, lr=LR, weight_decay=DECAY, max_grad_norm=0.1, optim="adamw_torch"
     )
     losses = [train_step(engine, lisa, micro_batches) for micro_batches in token_batches(STEPS, rows=4)]
     lisa.close()
-    assert bool(moved) == bool(settings["lisa_offload"]), "masters made on the device, and then sent to the host"
-    assert set(moved) <= {state.numel for state in lisa.partition_states().values()}
-    if settings["lisa_offload"]:
-        assert "unscale_with_norm_beside" in engine.optimizer.unscale_and_clip_grads.__qualname__
-    lisa_dist.zero.partitions._to_host = to_host
+    weights = {storage_of(lisa.partitions.local_weights(value)) for value in engine.module.parameters()}
+    hosted = [group.get("lisa_host", False) for group in engine.optimizer.param_groups]
+    for key, is_hosted in zip(lisa.partitions.keys(), hosted, strict=True):
+        if key and is_hosted:  # on CPU the host is the device, but a copy it must be
+            assert storage_of(lisa.partition_states()[key].master) not in weights
+    assert any(hosted) == bool(settings["lisa_offload"]) == ("unscale_and_clip_grads" in vars(engine.optimizer))
     on_host = {group["lisa_group"].split("/")[0] for group in engine.optimizer.param_groups if group.get("lisa_host")}
     engine.destroy()
     return {

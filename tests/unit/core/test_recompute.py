@@ -96,7 +96,7 @@ def train_by_auto(ballast: int) -> dict:
     """Five steps with a budget that the plan fits without checkpointing, while `ballast` bytes lie about."""
     import gc
 
-    from lisa_dist.memory.tracker import live_tensor_bytes
+    from lisa_dist.core.live_bytes import live_tensor_bytes
 
     gc.collect()
     model = tiny_llama()

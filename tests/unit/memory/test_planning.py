@@ -14,6 +14,7 @@ from torch import distributed as dist
 from transformers import LlamaConfig, MixtralConfig
 
 import lisa_dist
+from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.kernels import dynamic_code
@@ -31,9 +32,9 @@ from lisa_dist.memory.planner import (
     what_fits,
 )
 from lisa_dist.memory.trace import FakeRun, Trained, Workload
-from lisa_dist.memory.tracker import live_tensor_bytes
 from lisa_dist.run_folder import MEMORY_PARTS
 from lisa_dist.text import parse_bytes
+from lisa_dist.zero import gradients, overrides
 
 ROWS, LENGTH = 4, 64
 
@@ -52,17 +53,16 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
     accumulation = settings.pop("accumulation", 1)
     of_lisa = {name: value for name, value in settings.items() if name.startswith("lisa_")}
     config = lisa_dist.LisaConfig(lisa_interval_steps=100, **of_lisa)
-    chunk, lisa_dist.zero.partitions.NORM_CHUNK = (
-        lisa_dist.zero.partitions.NORM_CHUNK,
-        settings.get("chunk", lisa_dist.zero.partitions.NORM_CHUNK),
-    )
-    patches = ("_take_norms_together", "_send_gradients_in_chunks", "_send_partitions_in_chunks")
-    changes = {name: getattr(lisa_dist.zero.partitions, name) for name in patches if settings.get("plain")}
-    for name in changes:
-        setattr(lisa_dist.zero.partitions, name, lambda *_: None)
-    engine, lisa = lisa_dist.initialize(
-        model, ds_config_of(ds_config, settings), config, lr=1e-3, optim=optim, gradient_accumulation_steps=accumulation
-    )
+    chunk, gradients.NORM_CHUNK = gradients.NORM_CHUNK, settings.get("chunk", gradients.NORM_CHUNK)
+    with overrides.without(*(overrides.GRADIENT_NAMES if settings.get("plain") else ())):
+        engine, lisa = lisa_dist.initialize(
+            model,
+            ds_config_of(ds_config, settings),
+            config,
+            lr=1e-3,
+            optim=optim,
+            gradient_accumulation_steps=accumulation,
+        )
     rows, length = shape_of(model.config)
     batches = token_batches(4, rows * dist.get_world_size(), accumulation, length)
     of_others += batches.nbytes
@@ -86,9 +86,7 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
     parts = {name: value - (of_others if name in whole else 0) for name, value in meter.parts.to_dict().items()}
     found = {"parts": parts, "layers": lisa.active_layers, "blocks": lisa.active_blocks}
     engine.destroy()
-    lisa_dist.zero.partitions.NORM_CHUNK = chunk
-    for name, change in changes.items():
-        setattr(lisa_dist.zero.partitions, name, change)
+    gradients.NORM_CHUNK = chunk
     return found
 
 

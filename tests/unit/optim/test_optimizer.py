@@ -6,8 +6,9 @@ from models import tiny_gpt2, tiny_llama
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.blocks import Block, find_blocks
+from lisa_dist.core.groups import build_param_groups, check_same_kinds, decays
 from lisa_dist.optim.adamw import LisaAdamW
-from lisa_dist.optim.build import build_optimizer, build_param_groups, check_optim, check_same_kinds, decays
+from lisa_dist.optim.build import build_optimizer, check_optim
 
 
 def groups_of(model, layers, weight_decay=0.1):

@@ -23,7 +23,7 @@ from lisa_dist import LisaConfig, LisaMixin, cli
 from lisa_dist.run_folder import write_run
 from lisa_dist.train.arguments import RunArguments
 from lisa_dist.train.layer_norms import LayerNorms
-from lisa_dist.zero.partitions import local_shard
+from lisa_dist.zero.parameters import local_shard
 
 STEPS, RATE = 4, 1e-2
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

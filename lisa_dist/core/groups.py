@@ -1,0 +1,74 @@
+"""Parameter groups in constant number and order.
+
+Schedulers keep one base learning rate for each group and DeepSpeed one flat buffer, so the groups must not change in
+number or order when other layers are activated. Each outer block has its own groups, and each of the gamma active
+layers fills one slot; a block has one group for what decays and one for what does not. A slot, or a sampled outer
+block, may be empty in a period: its groups stay in the list without parameters.
+"""
+
+from collections.abc import Container, Iterable, Mapping
+
+import torch
+
+from lisa_dist.config import UserError
+from lisa_dist.core.blocks import Block
+from lisa_dist.zero.parameters import parameter_shape
+
+
+def decays(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices, not to norms and biases."""
+    return len(parameter_shape(parameter)) >= 2 and not name.endswith("bias")
+
+
+def split_by_decay(block: Block) -> dict[str, list[torch.nn.Parameter]]:
+    """The parameters of a block as {"decay": [...], "no_decay": [...]}, without an empty entry."""
+    kinds: dict[str, list[torch.nn.Parameter]] = {"decay": [], "no_decay": []}
+    for name, parameter in block.parameters.items():
+        kinds["decay" if decays(name, parameter) else "no_decay"].append(parameter)
+    return {kind: parameters for kind, parameters in kinds.items() if parameters}
+
+
+def build_param_groups(
+    outer: Iterable[Block],
+    active_layers: Iterable[Block],
+    weight_decay: float,
+    state_bits: Mapping[str, int] | None = None,
+    offloaded: Container[str] = (),
+) -> list[dict]:
+    """Parameter groups: the outer blocks first, then one slot for each active layer.
+
+    Every group carries a `lisa_group` name, such as "embed/decay" or "slot1/no_decay". Where `state_bits` has its block
+    (embed, head, rest or layers), the bits of its moments are its `lisa_state_bits`; 8 are for matrices alone.
+    `lisa_host` says that its states are on the host, since `offloaded` has its block.
+    """
+    named = [(block.name, block.name, block) for block in outer]
+    named += [(f"slot{slot}", "layers", layer) for slot, layer in enumerate(active_layers)]
+    bits = state_bits or {}
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if kind == "decay" else 0.0,
+            "lisa_group": f"{name}/{kind}",
+            **({"lisa_state_bits": int(bits[policy])} if policy in bits and takes_bits(bits[policy], kind) else {}),
+            **({"lisa_host": True} if policy in offloaded else {}),
+        }
+        for name, policy, block in named
+        for kind, parameters in split_by_decay(block).items()
+    ]
+
+
+def takes_bits(bits: int, kind: str) -> bool:
+    """Whether a group of this kind has the bits that its block is given: norms and biases are not worth 8."""
+    return bits == 32 or kind == "decay"
+
+
+def check_same_kinds(layers: list[Block]) -> None:
+    """Raise ValueError when layers differ in which kinds of group they need, so that slots could not stay constant."""
+    kinds = [tuple(split_by_decay(layer)) for layer in layers]
+    for layer, kind in zip(layers, kinds, strict=True):
+        if kind != kinds[0]:
+            raise UserError(
+                f"{layer.name} has parameters of the kinds {kind}, but {layers[0].name} has {kinds[0]}: decoder layers "
+                "must all have matrices, and all or none have norms or biases. Choose other layers with "
+                "--lisa_layers_attribute."
+            )

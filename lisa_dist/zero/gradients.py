@@ -1,0 +1,118 @@
+"""Norms and transfers of gradients: in chunks, and with one collective, where DeepSpeed copies whole gradients.
+
+The embedding's gradient is the largest tensor of a step. A copy of it in fp64, which DeepSpeed makes to take its norm,
+is 4 GiB for Llama-3.1-8B on one GPU: more than anything else of a step. All results are DeepSpeed's to the bit.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero.utils import get_norm_dtype
+
+from lisa_dist.zero.stages import Stage
+
+NORM_CHUNK = 1 << 22  # elements of a gradient whose norm is taken at once: 32 MiB in fp64
+
+
+def norms_with_one_collective(zero: Any, stage: Stage) -> dict[str, Callable]:
+    """Replace the norms of all groups, without optimizer offload: one all-reduce, and chunks of gradients.
+
+    DeepSpeed has an all-reduce for each group, and LISA has two groups for every block that trains.
+    """
+
+    def sum_of_squares(index: int) -> torch.Tensor:
+        dtype = get_norm_dtype()
+        chunks = (
+            chunk for gradient in zero.averaged_gradients[index] for chunk in gradient.flatten().split(NORM_CHUNK)
+        )
+        norms = [torch.linalg.vector_norm(chunk.to(dtype)) for chunk in chunks]
+        return torch.stack(norms).pow(2).sum() if norms else torch.zeros((), dtype=dtype, device=zero.device)
+
+    def norms_of_groups() -> list[torch.Tensor]:
+        sums = torch.stack([sum_of_squares(index) for index in range(len(stage.groups(zero)))])
+        sums = sums if stage.is_stage_3 else sums.float()
+        torch.distributed.all_reduce(sums, group=zero.dp_process_group)
+        return list(sums.pow(0.5))
+
+    if stage.is_stage_3:
+        return {"_get_norm_groups": norms_of_groups}
+    return {"scaled_global_norm": lambda: combine_grad_norm_groups(norms_of_groups())}
+
+
+def sent_in_chunks(zero: Any, stage: Stage) -> dict[str, Any]:
+    """Replace how gradients go to the host under optimizer offload: chunk by chunk, with the norm of each chunk.
+
+    Stages 1 and 2 make a copy in fp64 for the norm and one in fp32 to send, each of the whole gradient, in the middle
+    of the backward pass; stage 3 sends a partition whole and takes norms of 250 million elements at once.
+    """
+    return _sent_in_chunks_stage_3(zero) if stage.is_stage_3 else _sent_in_chunks_stages_1_2(zero)
+
+
+def _sent_in_chunks_stages_1_2(zero: Any) -> dict[str, Any]:
+    kind, attribute = type(zero), "grad_accum" if zero.use_grad_accum_attribute else "grad"
+
+    def norm_by_chunks(param: torch.nn.Parameter) -> None:
+        key = zero.get_param_id(param)
+        squares = []
+        for _ in _chunks_of_gradient(zero, key):
+            kind.set_norm_for_param_grad_in_gpu(zero, param)
+            squares.append(zero.norm_for_param_grads[key] ** 2)
+        zero.norm_for_param_grads[key] = sum(squares) ** 0.5
+
+    def copy_by_chunks(param: torch.nn.Parameter) -> None:
+        gradient = getattr(param, attribute)
+        for _ in _chunks_of_gradient(zero, zero.get_param_id(param)):
+            setattr(param, attribute, gradient)  # each copy lets go of it
+            kind.async_inplace_copy_grad_to_fp32_buffer_from_gpu(zero, param)
+
+    return {
+        "set_norm_for_param_grad_in_gpu": norm_by_chunks,
+        "async_inplace_copy_grad_to_fp32_buffer_from_gpu": copy_by_chunks,
+        "temp_grad_buffer_for_gpu_offload": LazyBuffer(zero.temp_grad_buffer_for_gpu_offload),
+    }
+
+
+def _chunks_of_gradient(zero: Any, key: int) -> Iterator[None]:
+    """Set `grad_position`, from where to where this rank's part of a gradient is copied, to one chunk after another."""
+    group, source, target, numel = position = zero.grad_position[key]
+    for begins in range(0, numel, NORM_CHUNK):
+        zero.grad_position[key] = [group, source + begins, target + begins, min(NORM_CHUNK, numel - begins)]
+        yield
+    zero.grad_position[key] = position
+
+
+def _sent_in_chunks_stage_3(zero: Any) -> dict[str, Any]:
+    send_whole = type(zero)._offload_grad_partition_at_boundary
+
+    def send_by_chunks(param: torch.nn.Parameter, partition: torch.Tensor, *swapped: Any) -> None:
+        key = zero.get_param_id(param)
+        group, target, numel = position = zero.grad_position[key]
+        squares, begins = [], 0
+        for chunk in partition.split(NORM_CHUNK):
+            zero.grad_position[key] = [group, target + begins, numel]
+            send_whole(zero, param, chunk, *swapped)
+            squares.append(zero.norm_for_param_grads[key] ** 2)
+            begins += chunk.numel()
+        zero.grad_position[key] = position
+        zero.norm_for_param_grads[key] = sum(squares) ** 0.5
+
+    return {"_offload_grad_partition_at_boundary": send_by_chunks}
+
+
+class LazyBuffer:
+    """DeepSpeed's buffer of the largest gradient's size, on the device, allocated when it is first used.
+
+    Only gradient accumulation uses it.
+    """
+
+    def __init__(self, buffer: torch.Tensor):
+        self._shape, self._dtype, self._device = buffer.shape, buffer.dtype, buffer.device
+        self._buffer: torch.Tensor | None = None
+
+    def view(self, *shape: int) -> torch.Tensor:
+        """The buffer in this shape."""
+        if self._buffer is None:
+            self._buffer = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        return self._buffer.view(*shape)

@@ -1,0 +1,70 @@
+"""Where a rank's piece of each parameter begins and ends, as DeepSpeed lays partitions out: pure functions of sizes.
+
+A parameter group has one partition on each rank. With W ranks:
+
+- stages 1 and 2 lay the parameters of a group end to end in one buffer, pad it to a multiple of `alignment * W`
+  elements and cut it into W partitions of equal size: one may begin in the middle of a parameter and contain several;
+- stage 3 cuts each parameter by itself into W shares of equal size, the last ones padded: a partition has a share of
+  each parameter of the group, one after another.
+
+The engine (`partitions.py`) and the memory estimate (`memory/estimate.py`) both read it here. `named_numels` lists a
+group's parameters in the order of the group, each with its number of elements.
+"""
+
+import math
+from collections.abc import Sequence
+
+from lisa_dist.optim.states import Piece
+
+# `nccl_start_alignment_factor` of DeepSpeedZeroOptimizer (deepspeed/runtime/zero/stage_1_and_2.py): a partition begins
+# at a multiple of 4 bytes. An engine has the live value; this one is for estimates, which have no engine.
+ALIGNMENT_FACTOR = 2
+
+
+def partition_numel(numels: Sequence[int], stage: int, world_size: int, alignment: int = ALIGNMENT_FACTOR) -> int:
+    """Elements of one rank's partition of a group, padding included; `numels` are those of the group's parameters."""
+    if stage == 3:
+        return sum(share_numel(numel, world_size) for numel in numels)
+    return math.ceil(sum(numels) / (alignment * world_size)) * alignment
+
+
+def share_numel(numel: int, world_size: int) -> int:
+    """Elements of each rank's share of one parameter under stage 3, padding included."""
+    return math.ceil(numel / world_size)
+
+
+def pieces_of_group(
+    named_numels: Sequence[tuple[str, int]],
+    stage: int,
+    rank: int,
+    world_size: int,
+    alignment: int = ALIGNMENT_FACTOR,
+) -> list[Piece]:
+    """The elements of each parameter that are in this rank's partition; the rest of the partition is padding."""
+    if stage == 3:
+        return pieces_of_parameters(named_numels, rank, world_size)
+    partition = partition_numel([numel for _, numel in named_numels], stage, world_size, alignment)
+    return pieces_of_buffer(named_numels, rank, partition)
+
+
+def pieces_of_buffer(named_numels: Sequence[tuple[str, int]], rank: int, partition: int) -> list[Piece]:
+    """Stages 1 and 2: the pieces in a rank's partition of `partition` elements."""
+    pieces, begins = [], -rank * partition  # of each parameter, counted from where this rank's partition begins
+    for name, numel in named_numels:
+        first, last = max(begins, 0), min(begins + numel, partition)
+        if first < last:
+            pieces.append(Piece(name, start=first - begins, length=last - first, offset=first))
+        begins += numel
+    return pieces
+
+
+def pieces_of_parameters(named_numels: Sequence[tuple[str, int]], rank: int, world_size: int) -> list[Piece]:
+    """Stage 3: the pieces in a rank's partition; a small parameter may have nothing on the last ranks."""
+    pieces, offset = [], 0
+    for name, numel in named_numels:
+        share = share_numel(numel, world_size)
+        length = min(share, numel - rank * share)
+        if length > 0:
+            pieces.append(Piece(name, start=rank * share, length=length, offset=offset))
+        offset += share
+    return pieces

@@ -1,0 +1,57 @@
+"""Where each master lives: on the device, on the host, or in the weights themselves.
+
+DeepSpeed clones an fp32 master from the weights of every group. Where LisaAdamW steps weights of the masters' dtype,
+the clone would be a second copy of the same numbers: the master becomes a view of the weights. The master of a group
+whose block is in --lisa_offload goes to the host.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lisa_dist.optim.adamw import LisaAdamW
+from lisa_dist.zero.stages import Stage
+
+
+def placing(stage: Stage, original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """DeepSpeed's `initialize_optimizer_states`, which its constructor calls when all masters are there, replaced.
+
+    It places the masters. DeepSpeed's own makes a gradient of zeros for every master and drops it, 4 bytes an active
+    element, at the start and at every switch; only under optimizer offload the gradients stay, and only Adagrad makes
+    its states of them: there DeepSpeed's own runs.
+    """
+
+    def place_masters_without_gradients(zero: Any) -> None:
+        if stage.offloads_optimizer(zero) or isinstance(zero.optimizer, torch.optim.Adagrad):
+            original(zero)
+        else:
+            place_masters(zero, stage)
+
+    place_masters_without_gradients.lisa_stage = stage  # type: ignore[attr-defined]
+    return place_masters_without_gradients
+
+
+def place_masters(zero: Any, stage: Stage) -> None:
+    """Replace each master that belongs on the host, or that the weights can take the place of."""
+    masters, groups = stage.masters(zero), zero.optimizer.param_groups
+    if len(masters) != len(groups):  # stage 3 has cut groups into sub-groups, which LISA refuses later
+        return
+    for index, (group, master) in enumerate(zip(groups, masters, strict=True)):
+        weights = stage.flat_weights(zero, index)
+        if group.get("lisa_host"):
+            placed = master.detach().to("cpu", copy=True)  # in fp32 stage 3's master is the weights themselves
+        elif isinstance(zero.optimizer, LisaAdamW) and _same_kind(master, weights):
+            placed = weights.detach()
+        else:
+            continue
+        placed.requires_grad = master.requires_grad
+        if stage.is_stage_3:
+            placed.ds_id = master.ds_id
+        masters[index] = placed
+        if any(parameter is master for parameter in group["params"]):  # stage 3 fills groups only while they step
+            group["params"] = [placed]
+
+
+def _same_kind(master: torch.Tensor, weights: torch.Tensor) -> bool:
+    return (master.dtype, master.device) == (weights.dtype, weights.device)

@@ -1,0 +1,80 @@
+"""Where names of DeepSpeed's are replaced by ours: `override` does it, and the other functions say which and when.
+
+`lisa_dist/zero/__init__.py` has the table: what DeepSpeed does, what is done instead, and why.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero import linear, partitioned_param_coordinator
+
+from lisa_dist.optim.adamw import LisaAdamW
+from lisa_dist.optim.states import Piece
+from lisa_dist.zero import gradients, masters, stage3, step
+from lisa_dist.zero.stages import STAGE_1_2, STAGE_3, Stage
+
+# What `override_optimizer` replaces of how gradients are measured and sent, for whatever optimizer.
+GRADIENT_NAMES = (
+    "scaled_global_norm",
+    "_get_norm_groups",
+    "set_norm_for_param_grad_in_gpu",
+    "async_inplace_copy_grad_to_fp32_buffer_from_gpu",
+    "temp_grad_buffer_for_gpu_offload",
+    "_offload_grad_partition_at_boundary",
+)
+_left_out: set[str] = set()
+
+
+def override(owner: Any, name: str, replacement: Any) -> None:
+    """Put `replacement` in the place of an attribute that `owner`, an optimizer, a class or a module, must have."""
+    assert hasattr(owner, name), f"{owner} has no {name}"
+    if name not in _left_out:
+        setattr(owner, name, replacement)
+
+
+@contextlib.contextmanager
+def without(*names: str) -> Iterator[None]:
+    """Leave DeepSpeed's own in place, for engines that live in the body: to compare with what replaces it."""
+    _left_out.update(names)
+    try:
+        yield
+    finally:
+        _left_out.difference_update(names)
+
+
+def override_construction() -> None:
+    """Process-wide, before an engine is built: masters in their place, and no gradient of zeros for each of them."""
+    for stage in (STAGE_1_2, STAGE_3):
+        original = stage.optimizer_class.initialize_optimizer_states
+        if not hasattr(original, "lisa_stage"):
+            override(stage.optimizer_class, "initialize_optimizer_states", masters.placing(stage, original))
+
+
+def override_stage_3(model: torch.nn.Module) -> None:
+    """Process-wide, for models under stage 3: what a frozen weight keeps for the backward pass, and for how long."""
+    stage3.remember_checkpointed_layers(model)
+    override(linear, "LinearFunctionForZeroStage3", stage3.LinearFunction)
+    override(partitioned_param_coordinator, "update_recompute_parameters", stage3.keep_until_layer_is_done)
+
+
+def override_optimizer(engine: deepspeed.DeepSpeedEngine, stage: Stage, pieces: list[list[Piece]]) -> None:
+    """On one ZeRO optimizer, after each construction: gradients, norms and the step, as its settings need them.
+
+    `pieces` are those of this rank's partition of each group.
+    """
+    zero = engine.optimizer
+    replacements: dict[str, Callable] = {}
+    host_groups = frozenset(index for index, group in enumerate(zero.optimizer.param_groups) if group.get("lisa_host"))
+    if isinstance(zero.optimizer, LisaAdamW):
+        replacements |= step.one_pass_step(engine, stage, pieces)
+    elif host_groups:
+        replacements |= step.host_step(zero, stage, host_groups)
+    if stage.offloads_optimizer(zero):
+        replacements |= gradients.sent_in_chunks(zero, stage)
+    elif zero.model_parallel_group is None:  # else the parts of other ranks' matrices count too
+        replacements |= gradients.norms_with_one_collective(zero, stage)
+    for name, replacement in replacements.items():
+        override(zero, name, replacement)

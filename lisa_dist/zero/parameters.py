@@ -1,0 +1,57 @@
+"""Parameters of a model, whole or cut by ZeRO-3: their sizes, and what this rank holds of them."""
+
+import torch
+
+from lisa_dist.config import UserError
+
+
+def is_partitioned(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-3 has taken the parameter over: it is whole only while it is gathered."""
+    return hasattr(parameter, "ds_id")
+
+
+def parameter_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The shape of the whole parameter; ZeRO-3 leaves [0] in `shape`."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def parameter_numel(parameter: torch.Tensor) -> int:
+    """Elements of the whole parameter; ZeRO-3 leaves 0 in `numel()`."""
+    return getattr(parameter, "ds_numel", None) or parameter.numel()
+
+
+def local_weights(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """What this rank holds of a parameter: its part on ZeRO-3, padded (empty while on NVMe), else all of it."""
+    return parameter.ds_tensor.data if is_partitioned(parameter) else parameter.data
+
+
+def local_shard(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor]:
+    """The first element of this rank's part of a parameter, and the part, flat, without padding.
+
+    Without ZeRO-3 that is 0 and the whole parameter; under it a rank may have nothing. Raises ValueError where stage 3
+    does not hold the weights as they are: on NVMe, or quantized.
+    """
+    if not hasattr(parameter, "ds_tensor"):
+        return 0, parameter.detach().reshape(-1)
+    part = parameter.ds_tensor
+    if part.status.name != "AVAILABLE" or not part.is_floating_point():
+        raise UserError(
+            "the DeepSpeed config keeps weights on NVMe (offload_param) or quantized "
+            "(zero_quantized_nontrainable_weights), where they cannot be looked at; take a config without, such as "
+            "zero3 or zero3_offload."
+        )
+    begin = torch.distributed.get_rank(parameter.ds_process_group) * part.ds_numel
+    length = min(max(parameter.ds_numel - begin, 0), part.ds_numel)
+    return begin, part.detach().reshape(-1)[:length]
+
+
+def gathered_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the parameters that ZeRO-3 holds whole right now, next to this rank's parts of them."""
+    gathered = [parameter for parameter in model.parameters() if not parameter.ds_persist]
+    by_place = {parameter.data.untyped_storage().data_ptr(): parameter for parameter in gathered}
+    parts = {parameter.ds_tensor.untyped_storage().data_ptr() for parameter in by_place.values()}
+    return sum(
+        parameter.data.nbytes
+        for place, parameter in by_place.items()
+        if parameter.data.numel() == parameter.ds_numel and place not in parts
+    )

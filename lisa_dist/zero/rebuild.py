@@ -1,0 +1,165 @@
+"""A switch, as the ZeRO optimizer sees it: taken down to an empty shell, and built again over other parameters.
+
+`rebuild` is the whole of it, in order. The optimizer object stays the same, so schedulers, Accelerate's wrappers and
+user code stay bound to it; DeepSpeed's own constructor makes groups, flat buffers, partitions, hooks and buckets.
+"""
+
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+
+from lisa_dist.optim.states import CopyStream, PartitionKey, PartitionState
+from lisa_dist.zero import stage3
+from lisa_dist.zero.overrides import override
+from lisa_dist.zero.stages import Stage
+
+# What DeepSpeed's constructor would set back and a run must keep: the fp16 scaler, hooks that the engine registered,
+# and the last norms.
+CARRIED_FIELDS = (
+    "loss_scaler",
+    "dynamic_loss_scale",
+    "custom_loss_scaler",
+    "external_loss_scale",
+    "torch_autocast_gradscaler",
+    "overflow",
+    "micro_step_id",
+    "_global_grad_norm",
+    "_grad_acc_post_hooks",
+    "_coalesce_grad_reduction",
+    "_is_gradient_accumulation_boundary",
+)
+# What a parameter keeps of the partition that it was in, and that would keep the partition alive.
+_STALE_ATTRIBUTES = ("_hp_mapping", "grad_accum")
+
+
+def rebuild(
+    engine: deepspeed.DeepSpeedEngine,
+    stage: Stage,
+    params_of_groups: Sequence[list[torch.nn.Parameter]],
+    position: Mapping[int, int],
+) -> None:
+    """Build the engine's ZeRO optimizer again over `params_of_groups`, as many groups as before, none of them empty.
+
+    `position` is each parameter's place in the model, by id. Every partition has a master cloned from the weights, and
+    no moments. Gradients must have been used up, and the device be done.
+    """
+    zero, inner = engine.optimizer, engine.optimizer.optimizer
+    carried_fields = {name: getattr(zero, name) for name in CARRIED_FIELDS}
+    parameter_offload = getattr(zero, "parameter_offload", None)
+    with _cheap_gc():
+        if parameter_offload is not None:
+            stage3.prepare_trace(parameter_offload, dict(position), stage.groups(zero), params_of_groups)
+        _take_down(zero, stage, params_of_groups)
+        inner.state.clear()
+        for group, params in zip(inner.param_groups, params_of_groups, strict=True):
+            group["params"] = params
+        with _construct_in_place(zero, stage, parameter_offload):
+            rebuilt = engine._configure_zero_optimizer(inner)
+    assert rebuilt is zero
+    for name, value in carried_fields.items():
+        setattr(zero, name, value)
+
+
+def _take_down(zero: Any, stage: Stage, next_params_of_groups: Sequence[Sequence[torch.nn.Parameter]]) -> None:
+    """Let go of everything that the optimizer object holds or has attached to the model."""
+    staying = {id(parameter) for params in next_params_of_groups for parameter in params}
+    for hook in [*zero._grad_acc_hooks, *getattr(zero, "_leaf_module_hooks", ())]:
+        hook.remove()
+    for group in stage.groups(zero):
+        for parameter in group:
+            for name in _STALE_ATTRIBUTES:
+                if hasattr(parameter, name):
+                    setattr(parameter, name, None)
+            if stage.is_stage_3 and id(parameter) not in staying:
+                stage3.give_own_storage(parameter, pin=zero.offload_param_pin_memory)
+    zero._unpin_offload_buffers()
+    zero.__dict__.clear()
+
+
+@contextlib.contextmanager
+def _construct_in_place(zero: Any, stage: Stage, parameter_offload: Any) -> Iterator[None]:
+    """While this lasts, the engine's construction of its ZeRO optimizer runs `__init__` on `zero` instead.
+
+    Stage 3 gets its `parameter_offload` back: destroyed and rebuilt, non-reentrant checkpointing with frozen parameters
+    crashes, and attaching the module hooks anew costs most of a switch.
+    """
+
+    def construct(*args: Any, **kwargs: Any) -> Any:
+        if parameter_offload is not None:
+            override(zero, "initialize_ds_offload", lambda **_: parameter_offload)
+        type(zero).__init__(zero, *args, **kwargs)
+        if parameter_offload is not None:
+            del zero.initialize_ds_offload
+        return zero
+
+    module = __import__(stage.module, fromlist=[stage.class_name])
+    original = getattr(module, stage.class_name)
+    override(module, stage.class_name, construct)
+    try:
+        yield
+    finally:
+        setattr(module, stage.class_name, original)
+
+
+@contextlib.contextmanager
+def _cheap_gc() -> Iterator[None]:
+    """Keep DeepSpeed's explicit `gc.collect()` from walking every object of the program.
+
+    What exists now is set aside; only what the rebuild itself makes is collected.
+    """
+    already_frozen = gc.get_freeze_count() > 0
+    if not already_frozen:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if not already_frozen:
+            gc.unfreeze()
+
+
+def put_back(
+    zero: Any,
+    stage: Stage,
+    keys: Sequence[PartitionKey],
+    carried: Mapping[PartitionKey, PartitionState],
+    copies: CopyStream,
+) -> None:
+    """Fill the new partitions with the states that are carried over; copies from the host are queued, not awaited."""
+    for index, (key, master) in enumerate(zip(keys, stage.masters(zero), strict=True)):
+        state = carried.get(key) if key else None
+        if state is None:
+            continue
+        assert state.master.shape == master.shape, key
+        # A master that is the weights has their values already, and the next step may be reading them.
+        copies_master = not stage.master_is_weights(zero, index)
+        moments = state.optimizer_state
+        if state.master.device == master.device:
+            if copies_master:
+                master.data.copy_(state.master.data)
+        else:
+            moments = _copy_from_host(state, master, copies_master, copies)
+        if moments:
+            zero.optimizer.state[master] = moments
+
+
+def _copy_from_host(state: PartitionState, master: torch.Tensor, copies_master: bool, copies: CopyStream) -> dict:
+    moments = {
+        name: torch.empty_like(value, device=master.device) if _is_per_element(value) else value
+        for name, value in state.optimizer_state.items()
+    }
+    with copies.after_compute():
+        if copies_master:
+            master.data.copy_(state.master.data, non_blocking=True)
+        for name, value in state.optimizer_state.items():
+            if _is_per_element(value):
+                moments[name].copy_(value, non_blocking=True)
+    return moments
+
+
+def _is_per_element(value: object) -> bool:
+    """Whether a field of an optimizer's state is a moment or belongs to one, and not a count of steps."""
+    return isinstance(value, torch.Tensor) and value.ndim > 0

@@ -1,0 +1,107 @@
+"""What ZeRO-3 gathers and keeps: inputs of frozen weights, recomputed layers, the order of modules, prefetches."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# The decoder layer of each module, of all models in the process.
+_layer_of: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[torch.nn.Module]] = weakref.WeakKeyDictionary()
+# DeepSpeed's own; a release without it is reported by `check_private_names`.
+_keep_until_module_is_done = getattr(partitioned_param_coordinator, "update_recompute_parameters", None)
+
+
+class LinearFunction(LinearFunctionForZeroStage3):
+    """DeepSpeed's linear function of stage 3, keeping the input only where the weight needs a gradient.
+
+    DeepSpeed's own keeps the inputs of frozen weights too: of every frozen layer, which is most of the activations.
+    """
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        LinearFunctionForZeroStage3.setup_context(ctx, inputs, output)
+        if not ctx.needs_input_grad[1]:
+            ctx.save_for_backward(None, *inputs[1:], *[None] * (3 - len(inputs)))
+
+
+def remember_checkpointed_layers(model: torch.nn.Module) -> None:
+    """Note the layer of each module of a model whose layers can be checkpointed."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            _layer_of.update(dict.fromkeys(layer.modules(), weakref.ref(layer)))
+
+
+def keep_until_layer_is_done(module: torch.nn.Module, parameter: torch.nn.Parameter) -> None:
+    """Keep a parameter that a recomputation has gathered until the layer's backward pass is done.
+
+    DeepSpeed ties it to the module whose backward pass began the recomputation, a layer's last matrix, and partitions
+    it again right after: most of every frozen layer would be gathered a third time in each step.
+    """
+    assert _keep_until_module_is_done is not None
+    reference = _layer_of.get(module)
+    layer = None if reference is None else reference()
+    _keep_until_module_is_done(module if layer is None else layer, parameter)
+
+
+def forget_module_order(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Have stage 3 record anew in which order modules run, after a forward pass that is not training's (a generation).
+
+    Otherwise it would prefetch for modules that training does not run, and find them in flight when it gathers them.
+    """
+    if engine.zero_optimization_stage() == 3:
+        forget_trace(engine.optimizer.parameter_offload)
+
+
+def drop_prefetched(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Let go of what stage 3 prefetched and did not use, before parameters are gathered outside of a training step.
+
+    An evaluation that follows the order recorded in training prefetches for a backward pass that never comes; a
+    parameter in flight can be neither gathered nor partitioned.
+    """
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
+
+
+def forget_trace(parameter_offload: Any) -> None:
+    """Have stage 3 record anew in which order modules run."""
+    coordinator = parameter_offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+
+
+def prepare_trace(
+    parameter_offload: Any,
+    position: dict[int, int],
+    groups: Sequence[Sequence[torch.nn.Parameter]],
+    next_groups: Sequence[Sequence[torch.nn.Parameter]],
+) -> None:
+    """At a switch: have stage 3 record the order of modules anew only if the backward pass will end elsewhere.
+
+    Modules run backward down to the lowest parameter that trains, whatever is frozen above it. If that stays, so does
+    the order, and the next step is as fast as any other. `position` is a parameter's place in the model, by id; a
+    placeholder has none.
+    """
+
+    def lowest(trained: Sequence[Sequence[torch.nn.Parameter]]) -> int | None:
+        ids = (id(parameter) for group in trained for parameter in group)
+        return min((position[key] for key in ids if key in position), default=None)
+
+    if lowest(groups) == lowest(next_groups):
+        parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
+    else:
+        forget_trace(parameter_offload)
+
+
+def give_own_storage(parameter: torch.nn.Parameter, pin: bool) -> None:
+    """Copy a partition out of the one buffer of all active partitions, which it would keep alive whole."""
+    partition = parameter.ds_tensor
+    if partition.data.numel() == 0:  # on NVMe
+        return
+    own = partition.data.clone()
+    partition.data = get_accelerator().pin_memory(own) if pin else own

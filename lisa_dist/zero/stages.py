@@ -1,0 +1,189 @@
+"""DeepSpeed's two ZeRO optimizer classes: where each keeps its groups, masters and weights, and which release has them.
+
+A name that DeepSpeed has renamed is reported when training starts, with the releases that are supported, and not at the
+first switch.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from typing import Any
+
+import deepspeed
+import torch
+from packaging.version import Version
+
+from lisa_dist.config import UserError
+from lisa_dist.optim.adamw import LisaAdamW
+
+SUPPORTED_DEEPSPEED = ("0.19.8", "0.20")  # from, up to but not including
+_INSTALL = "pip install 'deepspeed>={},<{}'".format(*SUPPORTED_DEEPSPEED)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of DeepSpeed's ZeRO optimizer classes, and where its instances (`zero` below) keep what LISA needs."""
+
+    module: str  # where the engine looks the class up when it constructs it
+    class_name: str
+    groups_name: str  # lists of the model's parameters, one a group
+    masters_name: str  # this rank's master of each group, flat
+    offload_name: str  # whether DeepSpeed keeps the optimizer states on the host
+    private_names: tuple[str, ...]  # what else this package reads, calls or overrides
+
+    @property
+    def is_stage_3(self) -> bool:
+        return self is STAGE_3
+
+    @property
+    def optimizer_class(self) -> type:
+        return getattr(import_module(self.module), self.class_name)
+
+    def groups(self, zero: Any) -> list[list[torch.nn.Parameter]]:
+        """The model's parameters of each group."""
+        return getattr(zero, self.groups_name)
+
+    def groups_as_laid_out(self, zero: Any) -> list[list[torch.nn.Parameter]]:
+        """The same in the order in which a partition has them; round_robin_gradients changes it on stages 1 and 2."""
+        return zero.fp16_groups if self.is_stage_3 else zero.round_robin_bit16_groups
+
+    def masters(self, zero: Any) -> list[torch.Tensor]:
+        """This rank's master of each group, flat."""
+        return getattr(zero, self.masters_name)
+
+    def flat_weights(self, zero: Any, index: int) -> torch.Tensor:
+        """This rank's weights of a group, flat, in the dtype of the model."""
+        if self.is_stage_3:
+            return zero.fp16_partitioned_groups_flat[index]
+        rank = torch.distributed.get_rank(zero.real_dp_process_group[index])
+        # Of the plain list: in the middle of a step `step.SkipWrittenWeights` would return something else.
+        return list.__getitem__(zero.parallel_partitioned_bit16_groups, index)[rank]
+
+    def master_is_weights(self, zero: Any, index: int) -> bool:
+        """Whether LisaAdamW steps the weights of a group themselves, without a master beside them."""
+        if not isinstance(zero.optimizer, LisaAdamW):
+            return False
+        return self.masters(zero)[index].data_ptr() == self.flat_weights(zero, index).data_ptr()
+
+    def offloads_optimizer(self, zero: Any) -> bool:
+        """Whether DeepSpeed keeps masters and moments on the host."""
+        return bool(getattr(zero, self.offload_name))
+
+
+STAGE_1_2 = Stage(
+    module="deepspeed.runtime.engine",
+    class_name="DeepSpeedZeroOptimizer",
+    groups_name="bit16_groups",
+    masters_name="single_partition_of_fp32_groups",
+    offload_name="cpu_offload",
+    private_names=(
+        "_wait_for_offload_copies",
+        "round_robin_bit16_groups",
+        "nccl_start_alignment_factor",
+        "partition_size",
+        "_get_preflattened_grad_partition",
+        "scaled_global_norm",
+        "set_norm_for_param_grad_in_gpu",
+        "use_grad_accum_attribute",
+        "async_inplace_copy_grad_to_fp32_buffer_from_gpu",
+        "parallel_partitioned_bit16_groups",
+        "real_dp_process_group",
+    ),
+)
+STAGE_3 = Stage(
+    module="deepspeed.runtime.zero.stage3",
+    class_name="DeepSpeedZeroOptimizer_Stage3",
+    groups_name="fp16_groups",
+    masters_name="fp32_partitioned_groups_flat",
+    offload_name="offload_optimizer",
+    private_names=(
+        "parameter_offload",
+        "_leaf_module_hooks",
+        "initialize_ds_offload",
+        "offload_param_pin_memory",
+        "_prepare_fp32_grad_for_sub_group",
+        "_get_norm_groups",
+        "_offload_grad_partition_at_boundary",
+        "fp16_partitioned_groups_flat",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "_unflatten_partitioned_parameters",
+    ),
+)
+# What every ZeRO optimizer must have, the engine, and stage 3's coordinator of gathered parameters.
+_COMMON_NAMES = (
+    "_grad_acc_hooks",
+    "_unpin_offload_buffers",
+    "averaged_gradients",
+    "unscale_and_clip_grads",
+    "clip_grad",
+    "loss_scale",
+    "get_param_id",
+    "model_parallel_group",
+    "initialize_optimizer_states",
+    "dp_process_group",
+    "ipg_buckets",
+    "optimizer",
+    "state",
+    "param_groups",
+)
+_ENGINE_NAMES = ("_configure_zero_optimizer", "param_names")
+_COORDINATOR_NAMES = ("_invalidate_trace", "is_invalid_trace", "_clean_inflight_param_registry")
+
+
+def check_deepspeed() -> None:
+    """Raise ValueError when the installed DeepSpeed is outside the supported range, or frees what a switch keeps."""
+    version = Version(metadata.version("deepspeed"))
+    lowest, below = SUPPORTED_DEEPSPEED
+    if not Version(lowest) <= version < Version(below):
+        raise UserError(
+            f"DeepSpeed {version} is installed; LISA re-partitions its optimizer and supports {lowest} up to, not "
+            f"including, {below}: {_INSTALL}."
+        )
+
+
+def check_pin_memory_backend() -> None:
+    """Raise ValueError for the pinned-memory backend whose buffers do not outlive the optimizer that made them."""
+    if os.environ.get("DS_PIN_MEMORY_BACKEND", "").lower() == "native":
+        raise UserError(
+            "DS_PIN_MEMORY_BACKEND=native: this backend frees buffers that a switch moves over; unset the variable."
+        )
+
+
+def stage_of(engine: deepspeed.DeepSpeedEngine) -> Stage:
+    """The stage of an engine; ValueError for what LISA cannot re-partition."""
+    if engine.zero_optimization_stage() == 0:
+        raise UserError(
+            "the DeepSpeed engine runs ZeRO stage 0: LISA re-partitions ZeRO states; set zero_optimization.stage to 1, "
+            "which costs nothing more on one GPU (--deepspeed zero1)."
+        )
+    class_name = type(engine.optimizer).__name__
+    for stage in (STAGE_1_2, STAGE_3):
+        if class_name == stage.class_name:
+            return stage
+    if class_name == "BF16_Optimizer":
+        raise UserError(
+            "the DeepSpeed config has data_types.grad_accum_dtype = fp32 with bf16 at ZeRO stage 1, for which "
+            "DeepSpeed takes an optimizer that LISA cannot re-partition: use stage 2, or leave grad_accum_dtype out."
+        )
+    raise UserError(f"DeepSpeed built a {class_name}, which LISA cannot re-partition: use plain ZeRO stage 1, 2 or 3.")
+
+
+def check_private_names(engine: deepspeed.DeepSpeedEngine, stage: Stage, more: Sequence[str] = ()) -> None:
+    """Raise ValueError naming what this DeepSpeed lacks of what the package uses; `more` names of the optimizer."""
+    zero = engine.optimizer
+    names = (*_COMMON_NAMES, *stage.private_names, stage.groups_name, stage.masters_name, stage.offload_name, *more)
+    missing = [name for name in names if not hasattr(zero, name)]
+    if getattr(import_module(stage.module), stage.class_name, None) is not type(zero):
+        missing.append(f"{stage.module}.{stage.class_name}")
+    missing += [f"engine.{name}" for name in _ENGINE_NAMES if not hasattr(engine, name)]
+    if stage.is_stage_3:
+        coordinator = zero.parameter_offload.get_param_coordinator()
+        missing += [name for name in _COORDINATOR_NAMES if not hasattr(coordinator, name)]
+        module = import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
+        missing += [name for name in ("update_recompute_parameters",) if not hasattr(module, name)]
+    if missing:
+        raise UserError(
+            f"DeepSpeed {metadata.version('deepspeed')} lacks {', '.join(missing)}, which LISA needs to "
+            f"re-partition its {stage.class_name}: {_INSTALL}."
+        )
