@@ -5,14 +5,14 @@ what has come, all that has come is reduced: only then is there a place for what
 follows that gradient by gradient.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from lisa_dist.memory.trace import Arrival, StepTrace
+from lisa_dist.memory.trace import Arrival, Group, StepTrace
 from lisa_dist.zero.gradients import NORM_CHUNK
+from lisa_dist.zero.layout import pieces_of_group, share_numel
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,18 @@ def peak_of_stage_1(
     return max(peaks)
 
 
+def slices_by_rank(groups: Sequence[Group], stage: int, world_size: int) -> dict[int, dict[int, int]]:
+    """By the id of each parameter: how many of its elements are in the partition of each rank that has any of it."""
+    slices: dict[int, dict[int, int]] = {id(parameter): {} for group in groups for parameter in group.params}
+    for group in groups:
+        for rank in range(world_size):
+            for piece in pieces_of_group(group.named_numels, stage, rank, world_size):
+                slices[id(group.params[int(piece.name)])][rank] = piece.length
+    return slices
+
+
 def reductions_of_stage_2(
-    groups: Sequence[Sequence[torch.nn.Parameter]],
-    partitions: Sequence[int],
+    slices: dict[int, dict[int, int]],
     rank: int,
     *,
     element: int,
@@ -109,21 +118,11 @@ def reductions_of_stage_2(
     sending: Callable[[int], int] | None,
     last: bool,
 ) -> Reductions:
-    """Of one rank, which holds `held` bytes of gradients. A group's parameters lie end to end, cut into partitions.
+    """Of one rank, which holds `held` bytes of gradients; `slices` are those of `slices_by_rank`.
 
     `sending`, under offload: bytes beside a gradient of so many elements while it is sent to the host. `last`: of the
     micro-batches of a step; under offload the others' gradients are added up on the host, and sent then.
     """
-    slices: dict[int, dict[int, int]] = {}  # of a parameter: elements by rank
-    for params, partition in zip(groups, partitions, strict=True):
-        begins = 0
-        for parameter in params:
-            ends = begins + parameter.numel()
-            slices[id(parameter)] = {
-                owner: min(ends, (owner + 1) * partition) - max(begins, owner * partition)
-                for owner in range(begins // partition, (ends - 1) // partition + 1)
-            }
-            begins = ends
 
     def beside(reduced: list[Arrival]) -> int:
         of_each = [slices[id(one.parameter)] for one in reduced]
@@ -168,7 +167,7 @@ def reductions_of_stage_3(
         copied, of_gloo = whole if interleaved else 0, whole if on_cpu else 0
         if sending is None:
             return copied + of_gloo
-        shares = [math.ceil(one.parameter.numel() / world_size) for one in reduced]
+        shares = [share_numel(one.parameter.numel(), world_size) for one in reduced]
         # The share comes back from the host, which on CPU is the same place.
         return copied + max(of_gloo, *(sending(share) + (0 if on_cpu else share * element) for share in shares))
 

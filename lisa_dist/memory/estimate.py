@@ -24,13 +24,14 @@ from lisa_dist.memory.backward import (
     peak_of_stage_1,
     reductions_of_stage_2,
     reductions_of_stage_3,
+    slices_by_rank,
     whole_by_stage,
 )
 from lisa_dist.memory.trace import Arrival, FakeRun, Group, StepTrace, Trained
 from lisa_dist.optim.build import BITSANDBYTES_ADAMW, LISA_ADAMW, default_state_bits
 from lisa_dist.optim.moments import QUANTIZED_BLOCK
 from lisa_dist.optim.ops import chunk_bytes, table_bytes
-from lisa_dist.zero.parameters import parameter_numel
+from lisa_dist.zero.layout import partition_numel, pieces_of_group, share_numel
 
 METHODS = ("lisa", "full", "lora")
 # DeepSpeed's defaults, where a config leaves them to it. Elements.
@@ -177,7 +178,7 @@ def plan_memory(
     element, stage, offloaded = run.workload.dtype.itemsize, settings.stage, settings.offload_optimizer
     parameters = list(run.model.parameters())
     trained = [parameter for group in groups for parameter in group.params]
-    partitions = [partition_numel(group.params, stage, world_size) for group in groups]
+    partitions = [partition_numel(group.numels, stage, world_size) for group in groups]
     states, states_sent = {True: 0, False: 0}, {True: 0, False: 0}
     for group, partition in zip(groups, partitions, strict=True):
         held_where = states_sent if group.on_host or offloaded else states
@@ -190,7 +191,7 @@ def plan_memory(
     gradients, gathered = 0, lambda one: 0
     ranks = range(world_size) if rank is None else (rank,)
     if stage == 3:
-        weights = sum(math.ceil(parameter.numel() / world_size) for parameter in parameters) * element
+        weights = sum(share_numel(parameter.numel(), world_size) for parameter in parameters) * element
         # A share of everything is all of it, and is taken where it is; from the host it is sent.
         whole = world_size == 1 and (on_cpu or not settings.offload_param)
         small = sum(one.numel() for one in parameters if one.numel() <= settings.persistence_threshold) * element
@@ -208,7 +209,7 @@ def plan_memory(
         weights = sum(parameter.numel() for parameter in parameters) * element - active + aligned
         buffers = 0
         held_by = {
-            one: sum(_held_gradients(group.params, world_size, one) for group in groups) * element for one in ranks
+            one: sum(_gradients_kept(group, stage, one, world_size) for group in groups) * element for one in ranks
         }
         held = max(held_by.values())
         if offloaded:
@@ -242,9 +243,9 @@ def plan_memory(
         backward = peak_of_backward(trace, how)
     else:
         sizes = {"element": element, "bucket": settings.reduce_bucket, "bucket_bytes": bucket}
-        of_groups = [group.params for group in groups]
+        slices = slices_by_rank(groups, stage, world_size)
         of_ranks = [
-            reductions_of_stage_2(of_groups, partitions, rank, held=held, sending=sending, last=last, **sizes)
+            reductions_of_stage_2(slices, rank, held=held, sending=sending, last=last, **sizes)
             for rank, held in held_by.items()
             for last in {True, stage == 1 or not accumulates}
         ]
@@ -256,13 +257,13 @@ def plan_memory(
     of_step = [0]
     for group, partition in zip(groups, partitions, strict=True):
         if optim == LISA_ADAMW:  # of the largest piece, one chunk at a time
-            piece = max(_largest_piece(group.params, stage, world_size, one) for one in ranks)
+            piece = max(_largest_piece(group, stage, one, world_size) for one in ranks)
             of_step.append(chunk_bytes(piece, group.bits == 8, master != "fp32") if on_cpu else 0)
         elif not group.on_host:
             flat = element if element < 4 and (len(group.params) > 1 or world_size > 1) else 0
             adamw = 8 if optim == "adamw_torch" and group.bits == 32 else 0
             of_step.append(partition * (4 + max(flat, adamw)))
-    in_norm = beside(math.ceil(largest / element / world_size))
+    in_norm = beside(share_numel(largest // element, world_size))
     parts = MemoryParts(
         weights=weights,
         always_on_states=states[True],
@@ -289,7 +290,7 @@ def kept_states(run: FakeRun, config: LisaConfig, stage: int, world_size: int, o
     sizes = [
         sum(
             state_bytes(
-                partition_numel(params, stage, world_size),
+                partition_numel([parameter.numel() for parameter in params], stage, world_size),
                 given[name] if name in given and takes_bits(given[name], kind) else default,
                 optim,
                 master,
@@ -301,14 +302,6 @@ def kept_states(run: FakeRun, config: LisaConfig, stage: int, world_size: int, o
     if config.lisa_activated_layers == 0:  # nothing is drawn, and nothing falls asleep
         return 0
     return sum(sizes) - sum(sorted(sizes)[: config.lisa_activated_layers])
-
-
-def partition_numel(params: Sequence[torch.nn.Parameter], stage: int, world_size: int) -> int:
-    """Elements of one rank's partition of a group."""
-    if stage == 3:  # each parameter is cut by itself
-        return sum(math.ceil(parameter_numel(parameter) / world_size) for parameter in params)
-    alignment = 2 * world_size
-    return math.ceil(sum(parameter.numel() for parameter in params) / alignment) * alignment // world_size
 
 
 def steps_weights(optim: str, master: str, weights: torch.dtype) -> bool:
@@ -332,27 +325,16 @@ def check_method(name: str) -> None:
         raise UserError(f"--method {name}: unknown; choose one of {', '.join(METHODS)}.")
 
 
-def _held_gradients(params: Sequence[torch.nn.Parameter], world_size: int, rank: int) -> int:
-    """Elements of gradients that stages 1 and 2 hold of a group: all of each parameter that the partition cuts."""
-    partition = partition_numel(params, 2, world_size)
-    held, begins = 0, 0
-    for parameter in params:
-        if begins < (rank + 1) * partition and begins + parameter.numel() > rank * partition:
-            held += parameter.numel()
-        begins += parameter.numel()
-    return held
+def _gradients_kept(group: Group, stage: int, rank: int, world_size: int) -> int:
+    """Elements of gradients that stages 1 and 2 keep of a group: all of each parameter that the partition cuts."""
+    pieces = pieces_of_group(group.named_numels, stage, rank, world_size)
+    return sum(group.params[int(piece.name)].numel() for piece in pieces)
 
 
-def _largest_piece(params: Sequence[torch.nn.Parameter], stage: int, world_size: int, rank: int) -> int:
+def _largest_piece(group: Group, stage: int, rank: int, world_size: int) -> int:
     """Elements of the parameter of a group of which a rank's partition has most."""
-    if stage == 3:
-        return max(math.ceil(parameter.numel() / world_size) for parameter in params)
-    partition, begins, largest = partition_numel(params, stage, world_size), 0, 0
-    for parameter in params:
-        ends = begins + parameter.numel()
-        largest = max(largest, min(ends, (rank + 1) * partition) - max(begins, rank * partition))
-        begins = ends
-    return largest
+    pieces = pieces_of_group(group.named_numels, stage, rank, world_size)
+    return max((piece.length for piece in pieces), default=0)
 
 
 def _gathered(

@@ -56,6 +56,16 @@ class Group:
     always_on: bool = True
     on_host: bool = False
 
+    @property
+    def numels(self) -> list[int]:
+        """Elements of each parameter."""
+        return [parameter.numel() for parameter in self.params]
+
+    @property
+    def named_numels(self) -> list[tuple[str, int]]:
+        """The same for `zero.layout`, which names pieces: here by the parameter's number in the group."""
+        return [(str(number), numel) for number, numel in enumerate(self.numels)]
+
 
 @dataclass(frozen=True)
 class Arrival:
