@@ -30,7 +30,8 @@ def worker(arguments: argparse.Namespace) -> None:
     from transformers.integrations import HfDeepSpeedConfig
 
     import lisa_dist
-    from lisa_dist.checkpoint.save import load_checkpoint, save_checkpoint
+    from lisa_dist.checkpoint.resume import load_checkpoint
+    from lisa_dist.checkpoint.save import save_checkpoint
     from lisa_dist.checkpoint.weights import write_configs, write_weights
     from lisa_dist.zero.parameters import parameter_numel
 

@@ -81,7 +81,8 @@ class Run:
 
 def worker(arguments: argparse.Namespace) -> None:
     """Save at every cut of a whole run and resume from each; or resume one run from elsewhere."""
-    from lisa_dist.checkpoint.save import load_checkpoint, save_checkpoint
+    from lisa_dist.checkpoint.resume import load_checkpoint
+    from lisa_dist.checkpoint.save import save_checkpoint
 
     folder = Path(arguments.folder)
     figures: dict = {}

@@ -12,9 +12,9 @@ _PUBLIC = {
     "LisaMixin": "lisa_dist.train.trainer",
     "LisaTrainer": "lisa_dist.train.trainer",
     "build_optimizer": "lisa_dist.optim.build",
-    "export_checkpoint": "lisa_dist.checkpoint.save",
+    "export_checkpoint": "lisa_dist.checkpoint.export",
     "initialize": "lisa_dist.core.initialize",
-    "load_checkpoint": "lisa_dist.checkpoint.save",
+    "load_checkpoint": "lisa_dist.checkpoint.resume",
     "load_ds_config": "lisa_dist.ds_config",
     "save_checkpoint": "lisa_dist.checkpoint.save",
 }

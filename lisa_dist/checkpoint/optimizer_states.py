@@ -1,13 +1,13 @@
-"""Optimizer states in files that know no world size and no ZeRO stage: safetensors keyed by parameter name.
+"""Files of optimizer states that depend on no world size and no ZeRO stage: safetensors keyed by parameter name.
 
-Each rank writes one file with what it owns: of each parameter the elements [start, start + length) of the flattened
+Each rank writes one file with its own pieces: of each parameter the elements [start, start + length) of the flattened
 parameter, as 1-D tensors "name:master", "name:exp_avg", "name:exp_avg_sq". A rank of any other run finds the pieces
 that its own partitions need, in whichever files they are, and reads no more than those.
 
 LisaAdamW's 8-bit moments are quantized in blocks of their parameter: "name:exp_avg_codes" has the codes of a piece and
-"name:exp_avg_scales" the scales of its blocks. They come back as they were wherever no cut has split a block. Those of
-bitsandbytes are quantized in blocks of their partition and cannot be cut by name: their codes and scales are kept whole
-("0:state1", "0:absmax1", ...), go back as they were into the same partition, and are dequantized for any other.
+"name:exp_avg_scales" the scales of its blocks. They are restored bit for bit wherever no cut has split a block. Those
+of bitsandbytes are quantized in blocks of their partition and cannot be cut by name: their codes and scales are kept
+whole ("0:state1", "0:absmax1", ...), restored bit for bit into the same partition, and dequantized for any other.
 """
 
 import json
@@ -33,12 +33,12 @@ def state_file(rank: int, world_size: int) -> str:
 def write_states(
     path: Path, states: dict[PartitionKey, PartitionState], pieces: dict[PartitionKey, list[Piece]]
 ) -> None:
-    """Write this rank's partitions; `pieces` says which elements of which parameters each of them holds."""
+    """Write this rank's partitions; `pieces` lists which elements of which parameters are in each of them."""
     canonical = {f"state{number}": moment for moment, number in MOMENTS.items()}
-    tensors, partitions = {}, []
+    tensors: dict[str, torch.Tensor] = {}
+    partitions = []
     for index, (key, state) in enumerate(states.items()):
-        listed = [list(vars(piece).values()) for piece in pieces[key]]
-        partition = {"names": key, "numel": state.numel, "pieces": listed}
+        partition = {"names": key, "numel": state.numel, "pieces": _as_lists(pieces[key])}
         for field, value in {MASTER: state.master, **state.optimizer_state}.items():
             scales = state.optimizer_state.get(f"{field}_scales")
             if field == "step":
@@ -60,6 +60,11 @@ def write_states(
     save_file(tensors, path, metadata={"partitions": json.dumps(partitions)})
 
 
+def _as_lists(pieces: list[Piece]) -> list[list]:
+    """Pieces as JSON has them."""
+    return [list(vars(piece).values()) for piece in pieces]
+
+
 class StateFiles:
     """The files of all ranks of a run, read as one."""
 
@@ -75,11 +80,11 @@ class StateFiles:
                     self._sources.setdefault(piece.name, []).append((file, index, piece))
 
     def read(self, key: PartitionKey, pieces: list[Piece], numel: int, coding: str | None = None) -> dict | None:
-        """Fields of one partition of `numel` elements; None where its parameters are not in the files.
+        """The fields of one partition of `numel` elements; None where its parameters are not in the files.
 
-        "master", and once the optimizer has stepped "step" with "exp_avg" and "exp_avg_sq", in fp32 and bit for bit
-        what was written. 8-bit moments in the `coding` asked for, "lisa" or "bitsandbytes", come as codes and scales
-        where that can be: of bitsandbytes for the very same partition alone.
+        "master", and once the optimizer has stepped "step" with "exp_avg" and "exp_avg_sq", in fp32 and bit for bit as
+        written. With a `coding`, "lisa" or "bitsandbytes", 8-bit moments are given as codes and scales where possible:
+        those of bitsandbytes only for the same partition.
         """
         if not all(name in self._sources for name in key):
             return None
@@ -95,18 +100,18 @@ class StateFiles:
         return fields | (codes or {moment: self._gather(moment, pieces, numel) for moment in MOMENTS})
 
     def _gather(self, field: str, pieces: list[Piece], numel: int) -> torch.Tensor:
-        """A flat partition put together from wherever its pieces are; what no piece covers is padding, zero."""
+        """A flat partition, put together from whichever files its pieces are in; padding is zero."""
         flat = torch.zeros(numel)
         for piece in pieces:
-            found = 0
+            num_read = 0
             for file, index, source in self._sources[piece.name]:
                 first = max(piece.start, source.start)
                 last = min(piece.start + piece.length, source.start + source.length)
                 if first < last:
                     cut = self._cut(field, file, index, source, first - source.start, last - source.start)
                     flat[piece.offset + first - piece.start : piece.offset + last - piece.start] = cut
-                    found += last - first
-            assert found == piece.length, f"{found} of {piece.length} elements of {piece.name} are in the files"
+                    num_read += last - first
+            assert num_read == piece.length, f"{num_read} of {piece.length} elements of {piece.name} are in the files"
         return flat
 
     def _cut(self, field: str, file: int, index: int, source: Piece, first: int, last: int) -> torch.Tensor:
@@ -132,12 +137,12 @@ class StateFiles:
         return get(f"{name}_codes")[first:last], get(f"{name}_scales")[blocks]
 
     def _codes(self, key: PartitionKey, pieces: list[Piece], numel: int) -> dict | None:
-        """Codes and scales of LisaAdamW, from wherever they are; None where a block was cut and has two scales."""
+        """Codes and scales of LisaAdamW; None where the files have none, or a block was cut and has two scales."""
         fields = {}
         for moment in MOMENTS:
             codes, scales = torch.zeros(numel, dtype=torch.uint8), []
             for piece in pieces:
-                of_piece = torch.full((num_blocks(piece.start, piece.length),), torch.nan)
+                piece_scales = torch.full((num_blocks(piece.start, piece.length),), torch.nan)
                 for file, _, source in self._sources[piece.name]:
                     first = max(piece.start, source.start)
                     last = min(piece.start + piece.length, source.start + source.length)
@@ -146,24 +151,24 @@ class StateFiles:
                     name = f"{source.name}:{moment}"
                     if f"{name}_codes" not in self._names[file]:
                         return None
-                    found, theirs = self._coded(name, file, source, first - source.start, last - source.start)
-                    codes[piece.offset + first - piece.start : piece.offset + last - piece.start] = found
+                    part, part_scales = self._coded(name, file, source, first - source.start, last - source.start)
+                    codes[piece.offset + first - piece.start : piece.offset + last - piece.start] = part
                     begins = first // BLOCK - piece.start // BLOCK
-                    held = of_piece[begins : begins + theirs.numel()]
-                    if (~held.isnan() & (held != theirs)).any():
+                    known = piece_scales[begins : begins + part_scales.numel()]
+                    if (~known.isnan() & (known != part_scales)).any():
                         return None
-                    held.copy_(theirs)
-                scales.append(of_piece)
+                    known.copy_(part_scales)
+                scales.append(piece_scales)
             fields |= {moment: codes, f"{moment}_scales": torch.cat(scales) if scales else torch.zeros(0)}
         return fields
 
     def _codes_of_bitsandbytes(self, key: PartitionKey, pieces: list[Piece], numel: int) -> dict | None:
         """Codes and scales where the same elements of the same parameters made up one partition in the same order."""
-        wanted = {"names": list(key), "numel": numel, "pieces": [list(vars(piece).values()) for piece in pieces]}
+        identity = {"names": list(key), "numel": numel, "pieces": _as_lists(pieces)}
         for file, partitions in enumerate(self._partitions):
             for index, partition in enumerate(partitions):
-                if all(partition[name] == value for name, value in wanted.items()):
+                if all(partition[name] == value for name, value in identity.items()):
                     prefix = f"{index}:"
-                    whole = [name for name in self._names[file] if name.startswith(prefix)]
-                    return {name.removeprefix(prefix): self._files[file].get_tensor(name) for name in whole}
+                    names = [name for name in self._names[file] if name.startswith(prefix)]
+                    return {name.removeprefix(prefix): self._files[file].get_tensor(name) for name in names}
         return None

@@ -1,7 +1,7 @@
 """The model's weights to files and back, one block at a time, so that ZeRO-3 never gathers a whole model anywhere.
 
 The files are those of `save_pretrained`: `model.safetensors`, or shards with an index; `from_pretrained` loads them.
-The rank that writes holds one shard of at most `max_shard_size` bytes beside its own share of the model.
+The rank that writes needs memory for one shard of at most `max_shard_size` bytes on top of its own share of the model.
 """
 
 import json
@@ -19,9 +19,9 @@ from torch import distributed as dist
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from lisa_dist.config import UserError
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.distributed.collectives import together
+from lisa_dist.errors import UserError
 from lisa_dist.files import replacing, set_mode_by_umask
 from lisa_dist.zero.parameters import is_partitioned, parameter_numel, parameter_shape
 from lisa_dist.zero.stage3 import drop_prefetched
@@ -37,24 +37,25 @@ def write_weights(
     writes: bool,
     max_shard_size: int = MAX_SHARD_SIZE,
     original_names: bool = False,
-    told: Path | None = None,
+    reported_folder: Path | None = None,
 ) -> None:
     """Write every weight and persistent buffer into `folder`; all ranks call it, those with `writes` write.
 
     The names are the model's own, for `read_weights`, or those of the files on the hub (`original_names`), where
-    transformers loads a model under other names, as it does with fused experts. Raises SaveError on all ranks when one
-    cannot write.
+    transformers loads a model under other names, as it does with fused experts. `reported_folder` is what errors name
+    where `folder` is a staging folder. Raises SaveError on all ranks when one cannot write.
     """
-    model, told = engine.module, told or folder  # what an error names, where `folder` is a staging place
+    model, reported_folder = engine.module, reported_folder or folder
     drop_prefetched(engine)
     shards = list(_fill_shards(model, blocks, max_shard_size))
     names = [SAFE_WEIGHTS_NAME]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    with together(told):
-        if writes:  # an index of earlier shards must not stand beside new ones
+    with together(reported_folder):
+        if writes:  # an index of earlier shards must not stay next to new ones
             (folder / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
-    bytes_of, file_of = {}, {}
+    nbytes_by_name: dict[str, int] = {}
+    file_by_name: dict[str, str] = {}
     for file_name, parts in zip(names, shards, strict=True):
         shard: dict[str, torch.Tensor] = {}
         for tensors in parts:
@@ -62,19 +63,19 @@ def write_weights(
                 if writes:
                     part = {name: value.detach().cpu().clone() for name, value in tensors.items()}
                     shard |= _rename(model, part) if original_names else part
-        with together(told):
+        with together(reported_folder):
             if writes:
                 with replacing(folder / file_name) as path:
                     save_file(shard, path, metadata={"format": "pt"})
-        file_of |= dict.fromkeys(shard, file_name)
-        bytes_of |= {name: value.nbytes for name, value in shard.items()}
-    with together(told):
+        file_by_name |= dict.fromkeys(shard, file_name)
+        nbytes_by_name |= {name: value.nbytes for name, value in shard.items()}
+    with together(reported_folder):
         if writes:
             if len(shards) > 1:
                 with replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as path:
-                    _write_index(path, file_of, bytes_of)
+                    _write_index(path, file_by_name, nbytes_by_name)
                 names = [*names, SAFE_WEIGHTS_INDEX_NAME]
-            _remove_weights(folder, but=names)  # an earlier save's
+            _remove_weights(folder, except_names=names)  # those of an earlier save
 
 
 def write_configs(model: torch.nn.Module, folder: Path) -> None:
@@ -83,24 +84,24 @@ def write_configs(model: torch.nn.Module, folder: Path) -> None:
 
 
 def save_without_weights(save: Callable[[str], None], folder: Path) -> None:
-    """What `save` writes, but for the empty weights: those that are in `folder` stay until others take their place."""
+    """Call `save` and keep all it writes but empty weights: those in `folder` stay until others replace them."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="tmp-", dir=folder) as staging:
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # of the writing of no weights
+        was_enabled = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # it would show how no weights are written
         try:
             save(staging)
         finally:
-            if shown:
+            if was_enabled:
                 logging.enable_progress_bar()
         _remove_weights(Path(staging))
         shutil.copytree(staging, folder, dirs_exist_ok=True)
-    set_mode_by_umask(folder)  # which has taken over that of the temporary one
+    set_mode_by_umask(folder)  # copytree has given it the mode of the temporary one
 
 
-def _remove_weights(folder: Path, but: Sequence[str] = ()) -> None:
+def _remove_weights(folder: Path, except_names: Sequence[str] = ()) -> None:
     for path in (*folder.glob("model*.safetensors"), folder / SAFE_WEIGHTS_INDEX_NAME):
-        if path.name not in but:
+        if path.name not in except_names:
             path.unlink(missing_ok=True)
 
 
@@ -111,16 +112,16 @@ def read_weights(engine: deepspeed.DeepSpeedEngine, blocks: Blocks, folder: Path
     """
     model = engine.module
     drop_prefetched(engine)
-    holders = _open_weights(folder)
+    file_by_name = _open_weights(folder)
     parts = _parts(model, blocks)
-    wanted = {name: value for part in parts for name, value in part.items()}
-    _check_same_model(model, wanted, holders, folder, same_dtype)
+    expected = {name: value for part in parts for name, value in part.items()}
+    _check_same_model(model, expected, file_by_name, folder, same_dtype)
     for tensors in parts:
         with deepspeed.zero.GatheredParameters(list(tensors.values()), modifier_rank=0), torch.no_grad():
             for name, value in tensors.items():
                 # What ZeRO-3 has gathered goes from rank 0 to all; anything else every rank reads for itself.
                 if dist.get_rank() == 0 or not is_partitioned(value):
-                    value.copy_(holders[name].get_tensor(name))
+                    value.copy_(file_by_name[name].get_tensor(name))
 
 
 def export_weights(folder: Path, out: Path) -> None:
@@ -131,25 +132,26 @@ def export_weights(folder: Path, out: Path) -> None:
     if model_class is not None:  # else its code came with the model, and so did its names
         with torch.device("meta"):
             model = model_class(model_class.config_class.from_pretrained(folder))
-    bytes_of, file_of = {}, {}
+    nbytes_by_name: dict[str, int] = {}
+    file_by_name: dict[str, str] = {}
     for path in (folder / name for name in _weight_files(folder)):
         tensors = load_file(path)
         tensors = tensors if model is None else _rename(model, tensors)
         save_file(tensors, out / path.name, metadata={"format": "pt"})
-        file_of |= dict.fromkeys(tensors, path.name)
-        bytes_of |= {name: value.nbytes for name, value in tensors.items()}
-    if len(set(file_of.values())) > 1:
-        _write_index(out / SAFE_WEIGHTS_INDEX_NAME, file_of, bytes_of)
+        file_by_name |= dict.fromkeys(tensors, path.name)
+        nbytes_by_name |= {name: value.nbytes for name, value in tensors.items()}
+    if len(set(file_by_name.values())) > 1:
+        _write_index(out / SAFE_WEIGHTS_INDEX_NAME, file_by_name, nbytes_by_name)
 
 
-def _write_index(path: Path, file_of: dict[str, str], bytes_of: dict[str, int]) -> None:
+def _write_index(path: Path, file_by_name: dict[str, str], nbytes_by_name: dict[str, int]) -> None:
     """The index of sharded weights, as `from_pretrained` reads it."""
-    index = {"metadata": {"total_size": sum(bytes_of.values())}, "weight_map": file_of}
+    index = {"metadata": {"total_size": sum(nbytes_by_name.values())}, "weight_map": file_by_name}
     path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds weights that `read_weights` reads."""
+    """Whether a folder has weights that `read_weights` reads."""
     return any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
 
 
@@ -189,24 +191,24 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _open_weights(folder: Path) -> dict[str, safe_open]:
-    """The file that holds each tensor, by the tensor's name."""
+    """The file that each tensor is in, by the tensor's name."""
     files = [safe_open(folder / name, framework="pt") for name in _weight_files(folder)]
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no dict
 
 
 def _check_same_model(
     model: torch.nn.Module,
-    wanted: dict[str, torch.Tensor],
-    holders: dict[str, safe_open],
+    expected: dict[str, torch.Tensor],
+    file_by_name: dict[str, safe_open],
     folder: Path,
     same_dtype: bool,
 ) -> None:
-    missing = [name for name in wanted if name not in holders]
+    missing = [name for name in expected if name not in file_by_name]
     # A tied matrix may be in the files under its second name too.
-    unknown = [name for name in holders if name not in wanted and name not in model.state_dict()]
+    unknown = [name for name in file_by_name if name not in expected and name not in model.state_dict()]
     other = []
-    for name in wanted.keys() & holders.keys():
-        saved, value = holders[name].get_slice(name), wanted[name]
+    for name in expected.keys() & file_by_name.keys():
+        saved, value = file_by_name[name].get_slice(name), expected[name]
         shape, dtype = saved.get_shape(), value.dtype
         if same_dtype:
             dtype = _DTYPE_NAMES.get(saved.get_dtype(), dtype)
@@ -214,12 +216,12 @@ def _check_same_model(
             other.append(f"{name} is {dtype} {shape}, not {value.dtype} {list(parameter_shape(value))}")
     if not (missing or unknown or other):
         return
-    said = [f"{len(names)} {what}, such as {sorted(names)[0]}" for names, what in (
+    differences = [f"{len(names)} {what}, such as {sorted(names)[0]}" for names, what in (
         (missing, "parameters of the model are not in it"),
         (unknown, "of its tensors are not in the model"),
         (other, "have another shape or precision"),
     ) if names]  # fmt: skip
     raise UserError(
-        f"{folder} is of another model than {type(model).__name__}: {'; '.join(said)}. A new run begins from any "
-        "model that is given as --model_name_or_path."
+        f"{folder} is of another model than {type(model).__name__}: {'; '.join(differences)}. A new run begins from "
+        "any model that is given as --model_name_or_path."
     )

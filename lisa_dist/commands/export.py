@@ -2,7 +2,7 @@
 
 from safetensors import SafetensorError
 
-from lisa_dist.checkpoint.save import export_checkpoint
+from lisa_dist.checkpoint.export import export_checkpoint
 from lisa_dist.commands import exit_on_error
 
 

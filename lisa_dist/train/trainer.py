@@ -20,16 +20,16 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
-from lisa_dist.checkpoint.save import (
+from lisa_dist.checkpoint.folders import rotate_checkpoints
+from lisa_dist.checkpoint.resume import (
     find_checkpoint,
-    holds_only_weights,
+    has_only_weights,
     load_checkpoint,
     rate_ratio,
     read_state,
-    rotate_checkpoints,
-    save_checkpoint,
     start_from_weights,
 )
+from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.checkpoint.weights import save_without_weights, write_weights
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import parse_budget, parse_checkpointed_layers
@@ -147,7 +147,7 @@ class LisaMixin(MonitoredMixin):
             return None
         folder = Path(wanted)
         # Rank 0's view counts: a rank that saw no folder and raised alone would leave the others waiting.
-        is_folder, only_weights = gather((folder.is_dir(), holds_only_weights(folder)))[0]
+        is_folder, only_weights = gather((folder.is_dir(), has_only_weights(folder)))[0]
         if not is_folder:
             raise UserError(f"--resume_from_checkpoint {folder}: no such folder.")
         if only_weights:

@@ -16,14 +16,9 @@ from ranks import run_ranks
 from torch import distributed as dist
 
 import lisa_dist
-from lisa_dist.checkpoint.save import (
-    STATE_NAME,
-    find_checkpoint,
-    load_checkpoint,
-    read_state,
-    rotate_checkpoints,
-    save_checkpoint,
-)
+from lisa_dist.checkpoint.folders import STATE_NAME, rotate_checkpoints
+from lisa_dist.checkpoint.resume import find_checkpoint, load_checkpoint, read_state
+from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.files import write_json
 
 STAGES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]

@@ -12,7 +12,8 @@ from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
 import lisa_dist
-from lisa_dist.checkpoint.save import export_checkpoint, save_checkpoint
+from lisa_dist.checkpoint.export import export_checkpoint
+from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.checkpoint.weights import write_configs, write_weights
 from lisa_dist.commands.export import main as export_main
 from lisa_dist.ds_config import read_ds_config

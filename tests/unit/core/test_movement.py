@@ -10,7 +10,8 @@ from ranks import run_ranks
 from torch import distributed as dist
 
 import lisa_dist
-from lisa_dist.checkpoint.save import load_checkpoint, save_checkpoint
+from lisa_dist.checkpoint.resume import load_checkpoint
+from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.core.movement import MOVEMENT_LOG
 
 INTERVAL, LR = 3, 1e-3

@@ -17,7 +17,8 @@ from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lisa_dist
-from lisa_dist.checkpoint.save import load_checkpoint, save_checkpoint
+from lisa_dist.checkpoint.resume import load_checkpoint
+from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.config import UserError
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.kernels.adamw import CHUNK, chunk_bytes

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lisa_dist import LisaConfig, LisaMixin
-from lisa_dist.checkpoint.save import STATE_NAME
+from lisa_dist.checkpoint.folders import STATE_NAME
 from lisa_dist.core.checkpointing import checkpointed_layers
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.files import write_json

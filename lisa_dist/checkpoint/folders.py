@@ -1,0 +1,116 @@
+"""Folders of checkpoints: names, staging, putting a whole one in place, which was saved last, rotation.
+
+A checkpoint is written to `tmp-checkpoint-N`, flushed to disk and renamed to `checkpoint-N`: a folder of that name is
+whole. One that is replaced or deleted is renamed first, so that half a checkpoint never has that name.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from lisa_dist.distributed.collectives import gather, together
+from lisa_dist.files import DamagedError, flush_folder, read_json, set_mode_by_umask
+
+STATE_NAME = "lisa_state.json"
+# Prefixes of folders that are no checkpoints: being written, about to be replaced, being deleted.
+_STAGING, _REPLACED, _DOOMED = "tmp-", "tmp-replaced-", "tmp-deleted-"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_LEFTOVER = re.compile(rf"({_STAGING}|{_REPLACED}|{_DOOMED})checkpoint-\d+")
+
+
+@contextlib.contextmanager
+def staging_folder(folder: Path, writes: bool) -> Iterator[Path]:
+    """Where to write what becomes `folder`, until `put_in_place`; every rank enters it, one with `writes` makes it.
+
+    It is gone afterwards. Raises SaveError on all ranks when it cannot be made.
+    """
+    staging = folder.with_name(f"{_STAGING}{folder.name}")
+    try:
+        with together(folder):
+            if writes:
+                remove_leftovers(folder.parent)
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+        yield staging
+    finally:  # after a save that succeeded nothing is left there
+        if writes:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def put_in_place(staging: Path, folder: Path) -> None:
+    """Rename a staged folder to `folder`; one that exists there is moved aside first and deleted afterwards."""
+    for path in (staging, *staging.rglob("*")):
+        set_mode_by_umask(path)
+    flush_folder(staging)
+    replaced = folder.with_name(f"{_REPLACED}{folder.name}")
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(folder, replaced)
+    os.rename(staging, folder)
+    flush_folder(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what killed saves left behind, and restore a checkpoint that one was about to replace."""
+    leftovers = [path for path in output_dir.glob("tmp-*") if _LEFTOVER.fullmatch(path.name)]
+    for path in leftovers:
+        original = path.with_name(path.name.removeprefix(_REPLACED))
+        if path.name.startswith(_REPLACED) and not original.exists():
+            os.rename(path, original)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def checkpoints_by_age(output_dir: Path) -> list[Path]:
+    """The checkpoints in a folder as rank 0 sees them, last saved first; every rank calls it."""
+    checkpoints = sorted(
+        _checkpoints_in(output_dir), key=lambda checkpoint: (_saved_at(checkpoint[0]), checkpoint[1]), reverse=True
+    )
+    return [path for path, _ in gather(checkpoints)[0]]
+
+
+def rotate_checkpoints(newest: Path, limit: int | None, best: Path | None = None) -> None:
+    """Delete the oldest checkpoints next to `newest`, which was just written, until `limit` are left; on one rank.
+
+    `newest` and `best` always stay. Later steps than `newest`'s go first: a run that was resumed from an earlier step
+    left them behind.
+    """
+    if limit is None or limit < 1:
+        return
+    kept = {newest.resolve()} | ({best.resolve()} if best is not None and best.is_dir() else set())
+    steps = {path: step for path, step in _checkpoints_in(newest.parent) if path.resolve() not in kept}
+    newest_step = _step_of(newest)
+    assert newest_step is not None, f"{newest} is no checkpoint's name"
+    order = sorted(steps, key=lambda path: (steps[path] < newest_step, steps[path]))
+    for path in order[: max(0, len(order) + len(kept) - max(limit, len(kept)))]:
+        doomed = path.with_name(f"{_DOOMED}{path.name}")
+        try:
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.rename(path, doomed)
+        except OSError as error:
+            print(f"warning: {path} could not be deleted ({error.strerror}).", flush=True)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _checkpoints_in(output_dir: Path) -> Iterator[tuple[Path, int]]:
+    for path in output_dir.iterdir() if output_dir.is_dir() else ():
+        step = _step_of(path)
+        if step is not None and path.is_dir():
+            yield path, step
+
+
+def _step_of(folder: Path) -> int | None:
+    """N of checkpoint-N; None for any other name."""
+    match = _CHECKPOINT.fullmatch(folder.name)
+    return None if match is None else int(match[1])
+
+
+def _saved_at(folder: Path) -> float:
+    try:
+        return read_json(folder / STATE_NAME)["saved_at"]
+    except DamagedError:  # `find_checkpoint` reports it when it comes to this checkpoint
+        return folder.stat().st_mtime

@@ -1,0 +1,142 @@
+"""Resume a LISA run from a checkpoint, on any world size and ZeRO stage; or start one from the weights in a folder.
+
+On the same number of ranks the run continues bit for bit. A file that is damaged is found before anything is changed.
+"""
+
+from pathlib import Path
+
+from torch import distributed as dist
+
+from lisa_dist.checkpoint.folders import STATE_NAME, checkpoints_by_age, remove_leftovers
+from lisa_dist.checkpoint.optimizer_states import MASTER, STATE_FILES, StateFiles, state_file
+from lisa_dist.checkpoint.save import FORMAT
+from lisa_dist.checkpoint.weights import has_weights, read_weights
+from lisa_dist.config import LisaConfig
+from lisa_dist.core.controller import LisaController
+from lisa_dist.core.movement import MOVEMENT_FILE
+from lisa_dist.distributed.collectives import check_files, raise_together
+from lisa_dist.errors import UserError
+from lisa_dist.files import DamagedError, read_json
+from lisa_dist.optim.states import PartitionKey
+
+
+def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict | None = None) -> dict:
+    """Go on from a checkpoint: weights, active layers, optimizer states, step count; returns its state.
+
+    The controller must be attached, to an engine of any world size and ZeRO stage; the learning-rate schedule is the
+    caller's. `state` is the result of `read_state`, if it was called before. Raises ValueError, naming the file or the
+    setting, for a damaged checkpoint or one of another run.
+    """
+    folder, engine = Path(folder), lisa.engine
+    # 1. Is it whole, and of this run? Nothing is changed before both are known.
+    state = state or read_state(folder)
+    changed_settings = lisa.check_state_dict(state["lisa"])
+    # 2. The weights of all blocks.
+    read_weights(engine, lisa.blocks, folder)
+    # 3. The step, then the layers of its period: activated, and partitions built over them.
+    for name, value in state["engine"].items():
+        setattr(engine, name, value)
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+    lisa.load_state_dict(state["lisa"])
+    # 4. Masters and moments, into those partitions.
+    without_moments = _load_states(lisa, folder, state, bool(changed_settings))
+    # 5. What is counted along the run: loss scale, movement of weights, warm-up, learning rates.
+    lisa.partitions.load_counters(state["counters"])
+    _load_movement(lisa, folder, state, bool(changed_settings))
+    if changed_settings:
+        lisa.begin_afresh(without_moments)
+    _load_learning_rates(lisa, state)
+    return state
+
+
+def _load_states(lisa: LisaController, folder: Path, state: dict, settings_changed: bool) -> list[PartitionKey]:
+    """Fill this rank's partitions, active and kept ones; the keys of those that begin with fresh moments."""
+    saved = StateFiles([folder / state_file(rank, state["world_size"]) for rank in range(state["world_size"])])
+    pieces, coding = lisa.partitions.pieces(), lisa.partitions.coding
+    without_moments = []
+    for key, partition in lisa.partition_states().items():
+        fields = saved.read(key, pieces[key], partition.numel, coding)
+        if fields is None:  # a block that only other settings than the saved run's train
+            without_moments.append(key)
+            continue
+        if settings_changed and lisa.config.lisa_state == "reset_all":  # a period begins, whose switch would reset them
+            fields = {MASTER: fields[MASTER]}
+            without_moments.append(key)
+        lisa.partitions.load_state(key, fields)
+    lisa.keep_states(lambda key, pieces, numel: saved.read(key, pieces, numel, coding))
+    return without_moments
+
+
+def _load_movement(lisa: LisaController, folder: Path, state: dict, settings_changed: bool) -> None:
+    step = lisa.engine.global_steps
+    period_began = step if settings_changed else lisa.period * lisa.config.lisa_interval_steps
+    lisa.movement.load(folder / MOVEMENT_FILE if MOVEMENT_FILE in state["files"] else None, step, period_began)
+
+
+def _load_learning_rates(lisa: LisaController, state: dict) -> None:
+    """Each group gets its saved rate; a group that the saved run did not have gets that of the others."""
+    ratio = rate_ratio(lisa, state["lisa"])
+    rates = {
+        group: {name: rate * ratio for name, rate in saved.items()} for group, saved in state["learning_rates"].items()
+    }
+    for group in lisa.engine.optimizer.param_groups:
+        group |= rates.get(group["lisa_group"], next(iter(rates.values())))
+
+
+def rate_ratio(lisa: LisaController, state: dict) -> float:
+    """The factor by which --lisa_lr_power scales a saved run's learning rates, where power or gamma have changed."""
+    saved, num_layers = state["config"], len(lisa.blocks.layers)
+    saved_config = LisaConfig(
+        lisa_activated_layers=saved["lisa_activated_layers"], lisa_lr_power=saved.get("lisa_lr_power", 0.0)
+    )
+    return lisa.config.rate_factor(num_layers) / saved_config.rate_factor(num_layers)
+
+
+def read_state(folder: Path) -> dict:
+    """The checkpoint's `lisa_state.json`, after every file's sum was checked; all ranks call it.
+
+    Raises DamagedError on all ranks, naming each file that is not as it was written.
+    """
+    path = folder / STATE_NAME
+    problems, state = [], {}
+    try:
+        state = read_json(path)
+    except DamagedError as error:
+        problems = [str(error).removesuffix(".")]
+    raise_together(problems)
+    if state["format"] > FORMAT:
+        raise UserError(
+            f"{path} has format {state['format']}, written by lisa_dist {state['versions']['lisa_dist']}; this release "
+            f"reads up to {FORMAT}: upgrade lisa_dist."
+        )
+    check_files(folder, state["files"])
+    return state
+
+
+def find_checkpoint(output_dir: str | Path) -> tuple[Path, dict] | None:
+    """The whole checkpoint in a folder that was saved last, and its state; all ranks call it.
+
+    Not that of the highest step: a run that was resumed from an earlier one has left later steps behind. Rank 0 warns
+    of damaged ones, which are skipped.
+    """
+    if dist.get_rank() == 0:
+        remove_leftovers(Path(output_dir))
+    for folder in checkpoints_by_age(Path(output_dir)):
+        try:
+            return folder, read_state(folder)
+        except DamagedError as error:
+            if dist.get_rank() == 0:
+                print(f"warning: {folder} is passed over: {error}", flush=True)
+    return None
+
+
+def has_only_weights(folder: Path) -> bool:
+    """Whether a folder has a model, such as a checkpoint of another trainer, and nothing of a LISA run."""
+    return has_weights(folder) and not (folder / STATE_NAME).exists() and not list(folder.glob(STATE_FILES))
+
+
+def start_from_weights(lisa: LisaController, folder: Path) -> None:
+    """Start a run from the weights in a folder, in whatever precision: an attached controller at step 0 takes them."""
+    read_weights(lisa.engine, lisa.blocks, folder, same_dtype=False)
+    lisa.load_state_dict(lisa.state_dict())  # builds the partitions again, with masters from the weights
+    lisa.movement.restart()
