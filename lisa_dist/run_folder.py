@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from lisa_dist.config import UserError
+from lisa_dist.errors import UserError
 from lisa_dist.files import replacing
 
 RUN_NAME = "lisa_run.json"  # settings, model, versions

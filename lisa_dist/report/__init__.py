@@ -1,1 +1,1 @@
-"""Reports of a run that has left its files."""
+"""The report of a run and the comparison of layerwise norms, from the files in an output folder."""

@@ -1,11 +1,12 @@
-"""`report.html` of a run: one file that needs no network: plots, settings, the command that repeats the run.
+"""`report.html` of a run: plots, settings and the command that repeats it, in one file that needs no network.
 
-The plots stand beside it as PNG, in `report/`. Written at the end of a run, and at any time by `lisa-dist report DIR`.
+The folder `report/` has the plots as PNG. Written at the end of a run, and at any time by `lisa-dist report DIR`.
 """
 
 import base64
 import html
 import io
+from collections.abc import Callable
 from datetime import timedelta
 from importlib import resources
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from lisa_dist.files import replacing
-from lisa_dist.report.plots import PLOTS, draw
+from lisa_dist.report.plots import PLOTS, Plot, draw
 from lisa_dist.report.run_files import RunFiles, read_run
 from lisa_dist.text import format_bytes, format_count
 
@@ -22,9 +23,9 @@ _DPI = 150
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write the report of the run in an output folder, and its plots; returns its path.
+    """Write the report and the plots of the run in an output folder; returns the path of the report.
 
-    Raises ValueError where there is no run in the folder, OSError where it cannot be written.
+    Raises ValueError for a folder without a run, OSError where a file cannot be written.
     """
     run = read_run(folder)
     page = _fill(run, "\n".join(_section(run, *plot) for plot in PLOTS))
@@ -34,8 +35,10 @@ def write_report(folder: str | Path) -> Path:
     return path
 
 
-def _section(run: RunFiles, name: str, title: str, caption: str, plot, has) -> str:
-    if not has(run):
+def _section(
+    run: RunFiles, name: str, title: str, caption: str, plot: Plot, has_data: Callable[[RunFiles], bool]
+) -> str:
+    if not has_data(run):
         return ""
     wide, narrow = draw(plot, run), draw(plot, run, narrow=True)
     (run.folder / PLOTS_FOLDER).mkdir(exist_ok=True)
@@ -48,10 +51,10 @@ def _section(run: RunFiles, name: str, title: str, caption: str, plot, has) -> s
 
 
 def _as_svg(figure: Figure) -> str:
-    """A figure as an address that holds it. Its letters are shapes, so that it looks the same everywhere."""
-    written = io.StringIO()
-    figure.savefig(written, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(written.getvalue().encode()).decode()
+    """A figure as a data URL. Its text is drawn as shapes, so it needs no font."""
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue().encode()).decode()
 
 
 def _fill(run: RunFiles, sections: str) -> str:
@@ -73,54 +76,53 @@ def _fill(run: RunFiles, sections: str) -> str:
 
 
 def _commands(run: RunFiles) -> str:
-    """The command that began the run, and those that it went on with."""
+    """The command that started the run, and those that resumed it."""
     if not run.run:
-        return "# a loop or a trainer of one's own: its settings are in its code"
+        return "# a custom loop or trainer: its settings are in its code"
     resumed = [f"# resumed {part['began']}\n{part['command']}" for part in run.run.get("resumed", [])]
     return "\n".join([run.run["command"], *resumed])
 
 
 def _subtitle(run: RunFiles) -> str:
-    words = [run.run.get(name, "") for name in ("method", "model", "devices", "began")]
-    return ", ".join(word for word in words if word)
+    values = [run.run.get(name, "") for name in ("method", "model", "devices", "began")]
+    return ", ".join(filter(None, values))
 
 
 def _cards(run: RunFiles) -> list[tuple[str, str]]:
-    """The figures that one looks for first."""
+    """The key figures at the top of the page."""
     losses, held_out = run.series("loss")[1], run.series("eval_loss")[1]
     speeds, peaks = sorted(run.series("tokens_per_second")[1]), run.series("memory_bytes")[1]
     seconds = run.series("train_runtime")[1]
     cards = [("steps", str(run.last_step))]
     cards += [("last loss", f"{losses[-1]:.4f}")] if losses else []
     if len(held_out) > 1:
-        cards.append(("held out, first to last", f"{held_out[0]:.4f} → {held_out[-1]:.4f}"))
+        cards.append(("held-out loss, first to last", f"{held_out[0]:.4f} → {held_out[-1]:.4f}"))
     elif held_out:
-        cards.append(("held out", f"{held_out[-1]:.4f}"))
-    whole = "time since the last resume" if run.run.get("resumed") else "time"
-    cards += [(whole, str(timedelta(seconds=round(seconds[-1]))))] if seconds else []
+        cards.append(("held-out loss", f"{held_out[-1]:.4f}"))
+    duration = "time since the last resume" if run.run.get("resumed") else "time"
+    cards += [(duration, str(timedelta(seconds=round(seconds[-1]))))] if seconds else []
     cards += [("tokens / s, median", f"{speeds[len(speeds) // 2]:,.0f}")] if speeds else []
-    cards += [("highest memory of a rank", format_bytes(int(max(peaks))))] if peaks else []
+    cards += [("peak memory per rank", format_bytes(int(max(peaks))))] if peaks else []
     if run.run.get("parameters"):
         cards.append(("parameters", format_count(run.run["parameters"])))
     if run.periods:
         cards.append(("periods", str(len(run.periods))))
-        cards.append(("states of a rank", format_bytes(run.periods[-1]["state_bytes_per_rank"])))
+        cards.append(("optimizer states per rank", format_bytes(run.periods[-1]["state_bytes_per_rank"])))
         switches = [period["seconds"] for period in run.periods[1:]]
-        cards += [("seconds of a switch, mean", f"{sum(switches) / len(switches):.3f}")] if switches else []
+        cards += [("seconds per switch, mean", f"{sum(switches) / len(switches):.3f}")] if switches else []
     return cards
 
 
 def _table(entries: dict) -> str:
-    rows = (
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(_say(value))}</td></tr>" for name, value in entries.items()
-    )
-    return f"<table>{''.join(rows)}</table>"
+    cells = ((html.escape(name), html.escape(_format(value))) for name, value in entries.items())
+    rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in cells)
+    return f"<table>{rows}</table>"
 
 
-def _say(value: object) -> str:
-    """A value as it is written in a recipe or on the command line."""
+def _format(value: object) -> str:
+    """A value as a recipe or a command line has it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return " ".join(map(_say, value))
+        return " ".join(map(_format, value))
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,6 @@
 """The layerwise norms of runs side by side, as a table, one CSV and the paper's figure.
 
-Reads what `LayerNorms` (analysis.py) has left in the output folders of runs.
+Reads the lisa_norms.csv that the callback `LayerNorms` writes to the output folder of a run.
 """
 
 import csv
@@ -12,25 +12,29 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from lisa_dist.config import UserError
+from lisa_dist.errors import UserError
 from lisa_dist.files import replacing
 from lisa_dist.run_folder import NORMS, NORMS_NAME, PRODUCT, RUN_NAME
 from lisa_dist.text import format_columns
 
-# Of each quantity what the table and the panels of the figure say.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# The title of each quantity in the table and in the figure.
 QUANTITIES = {
     "weight_norm": "weight norm w(l)",
     "update_norm": "update of a step",
     "moved_norm": "moved since the start",
     PRODUCT: "adapter product",
 }
-_LOG_FROM = 20  # times that the largest value is the smallest, from which on an axis is logarithmic
+_LOG_FROM = 20  # largest / smallest value from which on an axis is logarithmic
 
 
 @dataclass
 class RunNorms:
-    """The norms of one run: for each block, in the order of the model, its values by quantity."""
+    """The norms of one run: for each block, in model order, its value of each quantity."""
 
     label: str
     path: Path
@@ -43,7 +47,7 @@ class RunNorms:
 
     @property
     def quantities(self) -> list[str]:
-        """What was taken of each block."""
+        """The measured quantities."""
         return list(next(iter(self.blocks.values())))
 
 
@@ -63,22 +67,22 @@ def read_norms(path: Path) -> dict[str, dict[str, float]]:
     blocks: dict[str, dict[str, float]] = {}
     for number, (block, *values) in lines[1:]:
         if block in blocks or not re.fullmatch(r"embed|head|rest|layers\.\d+", block):
-            raise UserError(f"{path}: line {number} begins with {block!r}, which is no block or is there already.")
+            raise UserError(f"{path}: line {number} begins with {block!r}, which is not a block, or is repeated.")
         try:
             blocks[block] = dict(zip(header[1:], map(float, values), strict=True))
         except ValueError as error:
-            raise UserError(f"{path}: line {number} has not {len(header) - 1} numbers ({error}).") from error
+            raise UserError(f"{path}: line {number} does not have {len(header) - 1} numbers ({error}).") from error
         if not all(math.isfinite(value) and value >= 0 for value in blocks[block].values()):
             raise UserError(f"{path}: line {number} has a norm that is negative or not finite.")
     if not any(block.startswith("layers.") for block in blocks):
-        raise UserError(f"{path}: has no decoder layer in it; {remedy}")
+        raise UserError(f"{path}: has no decoder layer; {remedy}")
     return blocks
 
 
 def read_runs(words: Sequence[str]) -> list[RunNorms]:
-    """Runs by the words of the command line: an output folder or a CSV, or label=one.
+    """The runs named on the command line: each an output folder or a CSV file, or label=PATH.
 
-    Raises ValueError where there are no norms, a label cannot be one, or models differ in their layers.
+    Raises ValueError for a run without norms, for a bad label, and for models with different layers.
     """
     runs: list[RunNorms] = []
     for word in words:
@@ -90,7 +94,7 @@ def read_runs(words: Sequence[str]) -> list[RunNorms]:
         if not path.is_file():
             raise UserError(f"{place}: there is no {path.name} in {path.parent}: train the run with --layer_norms 1.")
         if equals and not re.fullmatch(r"[\w-]+", label):
-            raise UserError(f"{word}: a label has letters, digits, _ and - alone.")
+            raise UserError(f"{word}: a label may contain letters, digits, _ and - only.")
         taken = [run.label for run in runs]
         if label in taken:
             raise UserError(f"{word}: the label {label} is given twice.")
@@ -98,16 +102,16 @@ def read_runs(words: Sequence[str]) -> list[RunNorms]:
         runs.append(RunNorms(label, path, read_norms(path)))
         if runs[-1].layers != runs[0].layers:
             raise UserError(
-                f"{path}: {len(runs[-1].layers)} decoder layers, and {len(runs[0].layers)} in {runs[0].path}; runs of "
-                "one model can be compared."
+                f"{path}: {len(runs[-1].layers)} decoder layers, but {len(runs[0].layers)} in {runs[0].path}; "
+                "compare runs of one model."
             )
     return runs
 
 
 def write_csv(runs: Sequence[RunNorms], path: Path) -> None:
-    """All runs in one table: a row for each block, and of each run its columns; nothing where a run has no such block.
+    """Write one table of all runs: a line per block, columns per run; empty where a run lacks the block.
 
-    `--lisa_weights_file` reads it.
+    `--lisa_weights_file` reads this file.
     """
     with replacing(path) as new, new.open("w", encoding="utf-8", newline="") as file:
         lines = csv.writer(file, lineterminator="\n")
@@ -118,9 +122,9 @@ def write_csv(runs: Sequence[RunNorms], path: Path) -> None:
 
 
 def format_skew(runs: Sequence[RunNorms]) -> str:
-    """Of each run and quantity embed, the median layer and head, and how many times that layer embed and head are."""
+    """A table of the embedding, the median layer and the head, and their ratios to that layer, by quantity and run."""
     lines = [["norm", "run", "embed", "median layer", "head", "embed / layer", "head / layer"]]
-    for quantity, said in QUANTITIES.items():
+    for quantity, title in QUANTITIES.items():
         for run in runs:
             if quantity not in run.quantities:
                 continue
@@ -128,13 +132,13 @@ def format_skew(runs: Sequence[RunNorms]) -> str:
             ends = [run.blocks.get(block, {}).get(quantity) for block in ("embed", "head")]
             shown = [_show(value) for value in (ends[0], layer, ends[1])]
             skews = ["-" if value is None or not layer else f"{value / layer:.3g}" for value in ends]
-            lines.append([said, run.label, *shown, *skews])
+            lines.append([title, run.label, *shown, *skews])
     return format_columns(lines)
 
 
 def plot_norms(runs: Sequence[RunNorms], path: Path) -> None:
-    """The paper's figure: a panel for each quantity, a line for each run, from the embedding to the head."""
-    from matplotlib import rc_context  # which takes long to import, for a flag that is wrong
+    """Draw the paper's figure: a panel per quantity, a line per run, from the embedding to the head."""
+    from matplotlib import rc_context  # a slow import, that an error in the flags need not wait for
     from matplotlib.figure import Figure
 
     from lisa_dist.report.plots import STYLE, style_axes
@@ -155,38 +159,38 @@ def plot_norms(runs: Sequence[RunNorms], path: Path) -> None:
             figure.savefig(new, dpi=150, format="png")
 
 
-def _draw(axes, runs: Sequence[RunNorms], blocks: Sequence[str], quantity: str) -> None:
-    """One panel. The rest is no neighbour of the head: a point beside the line."""
+def _draw(axes: "Axes", runs: Sequence[RunNorms], blocks: Sequence[str], quantity: str) -> None:
+    """Draw one panel. "rest" is not adjacent to the head in the model, so it is a separate point."""
     values = {run.label: [run.blocks.get(block, {}).get(quantity, math.nan) for block in blocks] for run in runs}
-    drawn = [value for of_run in values.values() for value in of_run if value > 0]
-    logarithmic = bool(drawn) and max(drawn) > _LOG_FROM * min(drawn)
+    positive = [value for run_values in values.values() for value in run_values if value > 0]
+    logarithmic = bool(positive) and max(positive) > _LOG_FROM * min(positive)
     layers = [block for block in blocks if block.startswith("layers.")]
-    # Layers are 1 apart, and the blocks around them as far as their names need.
+    # Layers are 1 apart; the other blocks are as far apart as their names are wide.
     width = max(1.0, len(layers) / 10)
     outer = {"embed": -width, "head": len(layers) - 1 + width, "rest": len(layers) - 1 + 2 * width}
     places = {block: outer.get(block, number - blocks.index(layers[0])) for number, block in enumerate(blocks)}
     line = [block for block in blocks if block != "rest"]
-    for number, (label, of_run) in enumerate(values.items()):
-        shown = dict(zip(blocks, of_run, strict=True))
+    for number, (label, run_values) in enumerate(values.items()):
+        shown = dict(zip(blocks, run_values, strict=True))
         if logarithmic:
             shown = {block: value or math.nan for block, value in shown.items()}
-        look = {"color": f"C{number}", "marker": "o", "markersize": 3.5}
-        axes.plot([places[one] for one in line], [shown[one] for one in line], linewidth=1.4, label=label, **look)
+        style: Any = {"color": f"C{number}", "marker": "o", "markersize": 3.5}
+        axes.plot([places[name] for name in line], [shown[name] for name in line], linewidth=1.4, label=label, **style)
         if "rest" in shown:
-            axes.plot([places["rest"]], [shown["rest"]], linestyle="none", **look)
+            axes.plot([places["rest"]], [shown["rest"]], linestyle="none", **style)
     if logarithmic:
         axes.set_yscale("log")
-        zeros = "; ".join(f"{label} {_listed(blocks, of_run)}" for label, of_run in values.items() if 0.0 in of_run)
+        zeros = "; ".join(f"{label} {_list_zeros(blocks, found)}" for label, found in values.items() if 0.0 in found)
         if zeros:
-            axes.set_xlabel(textwrap.fill(f"not drawn, being 0: {zeros}", 84), fontsize=7)
+            axes.set_xlabel(textwrap.fill(f"not drawn, as they are 0: {zeros}", 84), fontsize=7)
     else:
         axes.set_ylim(bottom=0)
     ticks = [*layers[:: max(1, math.ceil(len(layers) / 8))], *(block for block in blocks if block in outer)]
     axes.set_xticks([places[block] for block in ticks], [block.removeprefix("layers.") for block in ticks])
 
 
-def _listed(blocks: Sequence[str], values: Sequence[float]) -> str:
-    """The blocks whose value is 0."""
+def _list_zeros(blocks: Sequence[str], values: Sequence[float]) -> str:
+    """The blocks whose value is 0; more than four layers as their number."""
     zero = [block for block, value in zip(blocks, values, strict=True) if value == 0]
     layers = [block for block in zero if block.startswith("layers.")]
     shown = [block for block in zero if block not in layers] if len(layers) > 4 else zero
@@ -194,13 +198,13 @@ def _listed(blocks: Sequence[str], values: Sequence[float]) -> str:
 
 
 def _all_blocks(runs: Sequence[RunNorms]) -> list[str]:
-    """The blocks that any run has, from the embedding on; an untied head is in some runs of a model only."""
+    """The blocks of all runs, in model order; some runs of a model may lack an untied head."""
     found = {block for run in runs for block in run.blocks}
     return [block for block in ("embed", *runs[0].layers, "head", "rest") if block in found]
 
 
 def _method_of(folder: Path) -> str:
-    """What a run is called if nothing else is said: its method, or its folder's name where no file tells that."""
+    """The default label of a run: its method, or its folder's name where no method is recorded."""
     about = folder / RUN_NAME
     if not about.is_file():
         return re.sub(r"[^\w-]", "_", folder.stem) or "run"
@@ -211,7 +215,7 @@ def _method_of(folder: Path) -> str:
 
 
 def _unlike(label: str, taken: Sequence[str]) -> str:
-    """The label, with a number where others have it."""
+    """The label, with a number if it is taken."""
     number = 1
     while (numbered := label if number == 1 else f"{label}_{number}") in taken:
         number += 1

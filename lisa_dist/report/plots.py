@@ -1,8 +1,9 @@
-"""The plots of a run, each a figure for a wide or a narrow page. What a run has no figures of has no plot."""
+"""The plots of a run, for a wide or a narrow page. A plot without data is left out."""
 
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
@@ -14,13 +15,13 @@ from lisa_dist.run_folder import MEMORY_PARTS
 from lisa_dist.text import MIB
 
 BLUE, ORANGE, GREY, PALE = "#2563eb", "#d9580d", "#6b7280", "#e8edf5"
-# As many bands and columns as can still be told apart.
+# More bands or points cannot be told apart.
 _MOST_BANDS, _MOST_POINTS = 40, 2000
-STYLE = {"font.size": 9, "axes.edgecolor": "#9ca3af", "axes.labelcolor": "#374151", "axes.titlesize": 10}
+STYLE: Any = {"font.size": 9, "axes.edgecolor": "#9ca3af", "axes.labelcolor": "#374151", "axes.titlesize": 10}
 
 
 def plot_loss(run: RunFiles, figure: Figure) -> None:
-    """Training loss as logged and smoothed, loss of the held-out rows, periods as bands."""
+    """Training loss, logged and smoothed, and held-out loss, with periods as bands."""
     axes = _axes(figure, "optimizer step", "loss")
     _shade_periods(run, axes)
     steps, losses = _thin(*run.series("loss"))
@@ -35,11 +36,11 @@ def plot_loss(run: RunFiles, figure: Figure) -> None:
 
 
 def plot_layers(run: RunFiles, figure: Figure) -> None:
-    """Which layer trained in which period: a row a layer, the input below and the output above."""
-    drawn = sorted({block for period in run.periods for block in period.get("blocks", [])})
-    names = [f"{layer}" for layer in range(run.num_layers)] + drawn
+    """Which layer trained in which period: one row per layer, the first layer at the bottom."""
+    outer_blocks = sorted({block for period in run.periods for block in period.get("blocks", [])})
+    names = [f"{layer}" for layer in range(run.num_layers)] + outer_blocks
     cells = [[int(layer in period["layers"]) for period in run.periods] for layer in range(run.num_layers)]
-    cells += [[int(block in period.get("blocks", [])) for period in run.periods] for block in drawn]
+    cells += [[int(block in period.get("blocks", [])) for period in run.periods] for block in outer_blocks]
     axes = _axes(figure, "period", "decoder layer")
     few = len(run.periods) <= 60
     axes.pcolormesh(
@@ -51,7 +52,7 @@ def plot_layers(run: RunFiles, figure: Figure) -> None:
         vmax=1,
         edgecolors="white" if few else "none",
         linewidth=0.6 if few else 0.0,
-        rasterized=not few,  # or the file would have a shape for each cell
+        rasterized=not few,  # else the SVG has one shape per cell
     )
     every = max(1, math.ceil(run.num_layers / 12))
     ticks = [row for row in range(len(names)) if row >= run.num_layers or row % every == 0]
@@ -60,17 +61,17 @@ def plot_layers(run: RunFiles, figure: Figure) -> None:
 
 
 def plot_visits(run: RunFiles, figure: Figure) -> None:
-    """In how many periods each layer trained, beside what drawing them evenly would give."""
+    """In how many periods each layer trained, and the number expected from its probabilities."""
     axes = _axes(figure, "decoder layer", "periods")
     visits = run.visits
     axes.bar(range(run.num_layers), visits, color=BLUE, width=0.8)
-    odds = [period["probabilities"] for period in run.periods if period.get("probabilities")]
-    if odds:
-        expected = [math.fsum(of_layer) for of_layer in zip(*odds, strict=True)]
-        axes.plot(expected, color=ORANGE, linewidth=1.5, linestyle="--", label="by the probabilities of the draws")
+    probabilities = [period["probabilities"] for period in run.periods if period.get("probabilities")]
+    if probabilities:
+        expected = [math.fsum(by_period) for by_period in zip(*probabilities, strict=True)]
+        axes.plot(expected, color=ORANGE, linewidth=1.5, linestyle="--", label="expected from probabilities")
     else:
-        evenly = sum(visits) / run.num_layers
-        axes.axhline(evenly, color=ORANGE, linewidth=1.5, linestyle="--", label=f"evenly: {evenly:.1f}")
+        uniform = sum(visits) / run.num_layers
+        axes.axhline(uniform, color=ORANGE, linewidth=1.5, linestyle="--", label=f"uniform: {uniform:.1f}")
     axes.legend(frameon=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -86,19 +87,19 @@ def plot_learning_rate(run: RunFiles, figure: Figure) -> None:
 
 
 def plot_memory(run: RunFiles, figure: Figure) -> None:
-    """The parts of a rank's memory in the measured step, beside what was planned for it."""
+    """The parts of a rank's memory in one step, planned and measured."""
+    assert run.memory is not None
     planned, measured = run.memory["planned"], run.memory["measured"]
     sums = {
-        title: [sum(of[name] for name in fields) if of else 0 for of in (planned, measured)]
-        for title, fields in MEMORY_PARTS
+        title: [sum(parts[name] for name in fields) if parts else 0 for parts in (planned, measured)]
+        for title, fields in [*MEMORY_PARTS, ("peak", ("peak",))]
     }
-    sums |= {"peak": [of["peak"] if of else 0 for of in (planned, measured)]}
-    shown = {title: both for title, both in sums.items() if max(both) >= sums["peak"][1] / 1000}
-    axes = _axes(figure, "MiB of a rank", "")
+    shown = {title: pair for title, pair in sums.items() if max(pair) >= sums["peak"][1] / 1000}
+    axes = _axes(figure, "MiB per rank", "")
     rows = range(len(shown))
     for offset, which, color, label in ((-0.2, 0, GREY, "planned"), (0.2, 1, BLUE, "measured")):
         if which == 1 or planned:
-            widths = [both[which] / MIB for both in shown.values()]
+            widths = [pair[which] / MIB for pair in shown.values()]
             axes.barh([row + offset for row in rows], widths, height=0.38, color=color, label=label)
     axes.set_yticks(list(rows), list(shown))
     axes.invert_yaxis()
@@ -107,7 +108,7 @@ def plot_memory(run: RunFiles, figure: Figure) -> None:
 
 
 def plot_speed(run: RunFiles, figure: Figure) -> None:
-    """Tokens a second of all ranks."""
+    """Tokens per second of all ranks."""
     axes = _axes(figure, "optimizer step", "tokens / s")
     axes.plot(*_thin(*run.series("tokens_per_second")), color=BLUE, linewidth=1.2)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
@@ -116,15 +117,15 @@ def plot_speed(run: RunFiles, figure: Figure) -> None:
 
 
 def plot_movement(run: RunFiles, figure: Figure) -> None:
-    """How far each block's weights are from where they began, in parts of their norm."""
+    """The distance of each block's weights from their start, relative to their norm there."""
     latest: dict[str, float] = {}
     for line in run.movement:
         latest |= {block: figures["relative"] for block, figures in line["blocks"].items()}
     layers = [latest.get(f"layers.{layer}", 0.0) for layer in range(run.num_layers)]
     outer = {block: latest[block] for block in ("embed", "head", "rest") if block in latest}
-    axes = _axes(figure, "decoder layer", "moved, % of its norm")
+    axes = _axes(figure, "decoder layer", "distance from start, % of norm")
     axes.bar(range(len(layers)), [100 * value for value in layers], color=BLUE, width=0.8)
-    # As wide as their names need, however many layers there are.
+    # Bars of the outer blocks are as wide as their names, whatever the number of layers.
     width = max(1.0, (len(layers) + 3) / 8)
     places = [len(layers) + width * (place + 0.5) for place in range(len(outer))]
     axes.bar(places, [100 * value for value in outer.values()], color=ORANGE, width=0.8 * width)
@@ -133,19 +134,19 @@ def plot_movement(run: RunFiles, figure: Figure) -> None:
 
 
 Plot = Callable[[RunFiles, Figure], None]
-# Name, title, what is said under it, the plot, and whether a run has what it shows.
+# Name, title, caption, the plot, and whether a run has data for it.
 PLOTS: tuple[tuple[str, str, str, Plot, Callable[[RunFiles], bool]], ...] = (
     (
         "loss",
         "Loss",
-        "Bands are periods: at each edge other layers wake and the last ones sleep.",
+        "Bands are periods: the active layers change at each edge.",
         plot_loss,
         lambda run: bool(run.series("loss")[0]),
     ),
     (
         "layers",
         "Layers that trained",
-        "A row is a decoder layer, the first one below; a column is a period.",
+        "One row per decoder layer, the first at the bottom; one column per period.",
         plot_layers,
         lambda run: any(period["layers"] for period in run.periods),
     ),
@@ -159,28 +160,28 @@ PLOTS: tuple[tuple[str, str, str, Plot, Callable[[RunFiles], bool]], ...] = (
     (
         "movement",
         "Weight movement",
-        "Distance of each block from where it began, in parts of its norm there (L2, by a sample of the weights).",
+        "Distance of each block from its initial weights, relative to their norm (L2, on a sample of the weights).",
         plot_movement,
         lambda run: bool(run.movement and run.num_layers),
     ),
     (
         "learning_rate",
         "Learning rate",
-        "The schedule runs on over switches.",
+        "Switches do not restart the schedule.",
         plot_learning_rate,
         lambda run: bool(run.series("learning_rate")[0]),
     ),
     (
         "memory",
         "Memory",
-        "One early step of rank 0, part by part, beside the plan for that very step.",
+        "One early step of rank 0, part by part: planned and measured.",
         plot_memory,
         lambda run: run.memory is not None,
     ),
     (
         "speed",
         "Speed",
-        "Tokens of all ranks, padding not counted, without the time of evaluating and saving.",
+        "Tokens of all ranks, without padding; time of evaluation and saving is excluded.",
         plot_speed,
         lambda run: bool(run.series("tokens_per_second")[0]),
     ),
@@ -206,7 +207,7 @@ def _axes(figure: Figure, x: str, y: str) -> Axes:
 
 
 def style_axes(axes: Axes) -> None:
-    """The look of all plots."""
+    """Apply the common look of all plots."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="both", color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -214,22 +215,22 @@ def style_axes(axes: Axes) -> None:
 
 
 def _shade_periods(run: RunFiles, axes: Axes) -> None:
-    """Every second period as a band; of very many, as many together as make bands that can be seen."""
-    together = max(1, math.ceil(len(run.periods) / _MOST_BANDS))
-    starts = [period["step"] for period in run.periods[::together]] + [run.last_step]
+    """Shade every second period; where there are many, groups of periods that are wide enough to be seen."""
+    periods_per_band = max(1, math.ceil(len(run.periods) / _MOST_BANDS))
+    starts = [period["step"] for period in run.periods[::periods_per_band]] + [run.last_step]
     for left, right in list(pairwise(starts))[1::2]:
         axes.axvspan(left, right, color=PALE, linewidth=0, zorder=0)
 
 
 def _thin(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
-    """As many points as a plot can show, each the mean of those it stands for."""
-    together = max(1, math.ceil(len(values) / _MOST_POINTS))
-    cuts = [slice(start, start + together) for start in range(0, len(values), together)]
-    return [steps[cut][-1] for cut in cuts], [math.fsum(values[cut]) / len(values[cut]) for cut in cuts]
+    """At most `_MOST_POINTS` points, each the mean of a chunk of values at the chunk's last step."""
+    size = max(1, math.ceil(len(values) / _MOST_POINTS))
+    chunks = [slice(start, start + size) for start in range(0, len(values), size)]
+    return [steps[chunk][-1] for chunk in chunks], [math.fsum(values[chunk]) / len(values[chunk]) for chunk in chunks]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """A running mean of the last tenth, without the bias of its start."""
+    """An exponential moving mean over a tenth of the values, with the bias of its start corrected."""
     keep, mean, weight, smoothed = 1 - 1 / max(2.0, len(values) / 20), 0.0, 0.0, []
     for value in values:
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)

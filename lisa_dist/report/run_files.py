@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lisa_dist.config import UserError
+from lisa_dist.errors import UserError
 from lisa_dist.run_folder import (
     LOG_NAME,
     MEMORY_NAME,

@@ -343,14 +343,14 @@ def test_the_figure_has_every_run_in_every_panel(tmp_path, monkeypatch):
     [
         ("", "is empty; give the lisa_norms.csv of a run that was trained with --layer_norms 1."),
         ("layer,norm\n0,1\n", "begins with 'layer,norm', not with block,weight_norm,update_norm,moved_norm"),
-        (GOOD.splitlines()[0] + "\n", "has no decoder layer in it"),
-        (GOOD.replace("50,", ""), "line 2 has not 3 numbers"),
-        (GOOD.replace("50,", "many,"), "line 2 has not 3 numbers"),
+        (GOOD.splitlines()[0] + "\n", "has no decoder layer; give"),
+        (GOOD.replace("50,", ""), "line 2 does not have 3 numbers"),
+        (GOOD.replace("50,", "many,"), "line 2 does not have 3 numbers"),
         (GOOD.replace("50,", "nan,"), "line 2 has a norm that is negative or not finite"),
-        (GOOD.replace("layers.1", "layers.0"), "line 4 begins with 'layers.0', which is no block or is there already"),
+        (GOOD.replace("layers.1", "layers.0"), "line 4 begins with 'layers.0', which is not a block, or is repeated"),
         (GOOD.replace("layers.1", "layer 1"), "line 4 begins with 'layer 1', which is no block"),
         ("\n", "is empty"),
-        (GOOD.replace("layers.1,4,0.7,3\n", ""), "1 decoder layers, and 2 in"),
+        (GOOD.replace("layers.1,4,0.7,3\n", ""), "1 decoder layers, but 2 in"),
         (None, "there is no lisa_norms.csv in"),
     ],
 )
@@ -376,7 +376,7 @@ def test_bad_words_are_named(tmp_path, monkeypatch, capsys):
     for words, said in (
         ([run], "the following arguments are required: --out"),
         (["--out", tmp_path], "the following arguments are required: RUN"),
-        ([f"a/b={run}", "--out", tmp_path], "a label has letters, digits, _ and - alone"),
+        ([f"a/b={run}", "--out", tmp_path], "a label may contain letters, digits, _ and - only"),
         ([f"a={run}", f"a={run}", "--out", tmp_path], "the label a is given twice"),
         ([tmp_path / "nowhere", "--out", tmp_path], "there is no lisa_norms.csv in"),
         ([tmp_path / "no.csv", "--out", tmp_path], "there is no no.csv in"),
