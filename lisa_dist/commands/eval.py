@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from lisa_dist.distributed.launching import launch_if_asked
 from lisa_dist.errors import SharedError, UserError
-from lisa_dist.eval.evaluation import EvalArguments, run
+from lisa_dist.eval.arguments import EvalArguments
+from lisa_dist.eval.evaluation import run
 from lisa_dist.flags import FlagParser
 
 USAGE = "lisa-dist eval MODEL --tasks mmlu,gsm8k [--data_dir DIR] [--gpus N] [--flag value ...]"

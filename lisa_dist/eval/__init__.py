@@ -1,1 +1,1 @@
-"""Evaluation of a model: benchmark tasks and MT-Bench."""
+"""Evaluation of a model on benchmark tasks and MT-Bench."""

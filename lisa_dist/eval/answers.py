@@ -1,106 +1,120 @@
-"""Answers to the questions of MT-Bench by a model: both turns, a batch at a time, at the benchmark's temperatures."""
+"""The answers of a model to MT-Bench, made by all ranks and saved as they come.
 
-import hashlib
-from collections.abc import Sequence
+    model_answer/MODEL.jsonl    question_id, answer_id, model_id, choices, tstamp, made_with
 
-import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+The format is that of FastChat's llm_judge, plus `made_with`. Each rank appends to its own file, tmp-RANK-MODEL.jsonl. A
+run that was interrupted, on any number of ranks, continues from these files.
+"""
 
-TEMPERATURES = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "reasoning": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "extraction": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-}
+import re
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
+from torch import distributed as dist
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-class AnswerWriter:
-    """Answers questions by batches. What one is answered does not depend on the others: each has its own generator.
-
-    A token is drawn as the largest of logit / temperature + Gumbel noise, which is sampling by temperature; no other
-    setting of sampling applies. Batches change the last bits of logits, so a draw may turn where two tokens are next to
-    equal.
-    """
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, max_new_tokens: int):
-        self._model, self._tokenizer, self._seed, self._max_new_tokens = model, tokenizer, seed, max_new_tokens
-        self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        ends = model.generation_config.eos_token_id
-        self._ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
-        self.too_long = 0  # turns without an answer
-
-    def answer(self, questions: Sequence[dict]) -> list[list[str]]:
-        """The answers to both turns of each question."""
-        chats = [[] for _ in questions]
-        for turn in (1, 2):
-            for chat, question in zip(chats, questions, strict=True):
-                chat.append({"role": "user", "content": question["turns"][turn - 1]})
-            for chat, text in zip(chats, self._answer_turn(questions, chats, turn), strict=True):
-                chat.append({"role": "assistant", "content": text})
-        return [[chat[1]["content"], chat[3]["content"]] for chat in chats]
-
-    def _answer_turn(self, questions: Sequence[dict], chats: list[list[dict]], turn: int) -> list[str]:
-        prompts = []
-        for chat in chats:
-            text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            prompts.append(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        texts, together = [""] * len(prompts), []
-        for index, prompt in enumerate(prompts):
-            room = self._max_new_tokens if self._positions is None else self._positions - len(prompt)
-            if room >= self._max_new_tokens:
-                together.append(index)
-            elif room > 0:  # alone, as a batch has one length for all
-                texts[index] = self._generate([prompt], [questions[index]], turn, room)[0]
-            else:
-                self.too_long += 1
-        if together:
-            chosen = [prompts[index] for index in together], [questions[index] for index in together]
-            for index, text in zip(together, self._generate(*chosen, turn, self._max_new_tokens), strict=True):
-                texts[index] = text
-        return texts
-
-    def _generate(self, prompts: list[list[int]], questions: list[dict], turn: int, max_new_tokens: int) -> list[str]:
-        device, width = self._model.device, max(map(len, prompts))
-        pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._ends[0]
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        draws = []
-        for question in questions:
-            digest = hashlib.sha256(f"{self._seed} {question['question_id']} {turn}".encode()).digest()
-            generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
-            draws.append((TEMPERATURES[question["category"]], generator))
-        with torch.no_grad():
-            generated = self._model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                eos_token_id=self._ends,
-                pad_token_id=pad,
-                logits_processor=LogitsProcessorList([_Draw(draws)]),
-            )
-        texts = self._tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+from lisa_dist.distributed.collectives import gather
+from lisa_dist.errors import UserError
+from lisa_dist.eval.generation import AnswerWriter
+from lisa_dist.eval.jsonl import append_line, read_saved, remove_cut_line, turns_of, write_lines
 
 
-class _Draw(LogitsProcessor):
-    """Makes the largest score that of a token drawn by temperature; each row has a temperature and a generator."""
+@dataclass(frozen=True)
+class Answers:
+    """Both turns of each answer by question_id, the model's name, and a sentence about how they came."""
 
-    def __init__(self, draws: list[tuple[float, torch.Generator]]):
-        self._draws = draws
+    turns: dict[int, list[str]]
+    model_id: str
+    summary: str
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores of shape (rows, tokens), in fp32."""
-        drawn = scores.clone()
-        for row, (temperature, generator) in enumerate(self._draws):
-            if temperature > 0:
-                exponential = torch.empty_like(scores[row]).exponential_(generator=generator)
-                drawn[row] = scores[row] / temperature - exponential.clamp_min(1e-30).log()
-        return drawn
+
+class AnswerFile:
+    """The file of a model's answers in `folder`. `made_with` are the settings that answers depend on."""
+
+    def __init__(self, folder: Path, model_id: str, made_with: dict):
+        self._folder, self._model_id, self._made_with = folder, model_id, made_with
+        self._path = folder / f"{model_id}.jsonl"
+
+    def read(self) -> dict[int, dict]:
+        """The saved lines by question_id, also those of a run that was interrupted.
+
+        Raises UserError for lines made with other settings. Lines that name no settings, as FastChat's, are accepted.
+        """
+        saved = {}
+        for path in (self._path, *self._rank_files()):
+            for line in read_saved(path):
+                made_with = line.get("made_with", self._made_with)
+                differing = [name for name in self._made_with if made_with.get(name) != self._made_with[name]]
+                if differing:
+                    raise UserError(
+                        f"{path}: has answers made with other {', '.join(differing)}; move it away, or give another "
+                        "--output."
+                    )
+                saved[line["question_id"]] = line
+        return saved
+
+    def answer(
+        self,
+        questions: list[dict],
+        load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+        saved: dict[int, dict],
+        batch_size: int,
+    ) -> Answers:
+        """Answer both turns of every question that is not `saved`; all ranks call it, and each answers a share.
+
+        `load` gives model and tokenizer; it is called only if an answer is missing.
+        """
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        saved = _merge_ranks(saved)
+        missing = [question for question in questions if question["question_id"] not in saved]
+        num_too_long, start = 0, time.monotonic()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if missing:
+            writer = AnswerWriter(*load(), self._made_with["seed"], self._made_with["max_new_tokens"])
+            saved |= self._answer_share(writer, missing[rank::world_size], rank, batch_size)
+            saved = _merge_ranks(saved)
+            num_too_long = sum(gather(writer.num_too_long))
+        if rank == 0:
+            write_lines(self._path, [saved[number] for number in sorted(saved)])
+            for path in self._rank_files():
+                path.unlink(missing_ok=True)
+        gather(None)  # no rank leaves before the file is there
+        summary = f"{len(missing)} answers made, {len(questions) - len(missing)} were saved already"
+        summary += f", in {time.monotonic() - start:.0f} s: {self._path}"
+        if num_too_long:
+            summary += f"; {num_too_long} turns have no answer, as their prompt fills the model's context"
+        turns = {question["question_id"]: turns_of(saved[question["question_id"]]) for question in questions}
+        return Answers(turns, self._model_id, summary)
+
+    def _answer_share(self, writer: AnswerWriter, share: list[dict], rank: int, batch_size: int) -> dict[int, dict]:
+        """Lines by question_id, appended to this rank's file batch by batch."""
+        lines, path = {}, self._folder / f"tmp-{rank}-{self._model_id}.jsonl"
+        remove_cut_line(path)
+        with tqdm(total=len(share), desc="MT-Bench answers", disable=rank != 0) as bar:
+            for begin in range(0, len(share), batch_size):
+                batch = share[begin : begin + batch_size]
+                for question, turns in zip(batch, writer.answer(batch), strict=True):
+                    line = lines[question["question_id"]] = {
+                        "question_id": question["question_id"],
+                        "answer_id": uuid.uuid4().hex,
+                        "model_id": self._model_id,
+                        "choices": [{"index": 0, "turns": turns}],
+                        "tstamp": time.time(),
+                        "made_with": self._made_with,
+                    }
+                    append_line(path, line)
+                bar.update(len(batch))
+        return lines
+
+    def _rank_files(self) -> list[Path]:
+        """Files of ranks whose answers are not in the file yet."""
+        pattern = re.compile(rf"tmp-\d+-{re.escape(self._model_id)}\.jsonl")
+        return sorted(p for p in self._folder.iterdir() if pattern.fullmatch(p.name)) if self._folder.is_dir() else []
+
+
+def _merge_ranks(lines: dict[int, dict]) -> dict[int, dict]:
+    return {number: line for rank_lines in gather(lines) for number, line in rank_lines.items()}

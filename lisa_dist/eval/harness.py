@@ -1,9 +1,13 @@
-"""Tasks of lm-evaluation-harness, from the hub or from files, on this rank's items. No other module imports it.
+"""Tasks of lm-evaluation-harness, from the hub or from files, on this rank's share of the items.
 
-The harness deals items out to ranks and gathers what each found; three things are added. A loaded model may be one rank
-of any process group, on CPUs too, where the harness's own would have every rank evaluate everything. Examples are drawn
-as one rank draws them: the harness draws on each rank anew, so that the prompts of an item, and with them scores, would
-change with the number of ranks. And progress is shown by rank 0 alone.
+Only this module imports lm-eval. The harness divides items among ranks and gathers their results. Three things are
+added:
+
+- A loaded model may be a rank of any process group, also on CPUs. The harness itself would evaluate everything on every
+  rank.
+- Few-shot examples are sampled as on one rank. The harness samples them on each rank separately, so prompts, and with
+  them scores, would change with the number of ranks.
+- Rank 0 alone shows progress.
 """
 
 import contextlib
@@ -13,6 +17,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lm_eval import evaluator
@@ -24,18 +29,22 @@ from lm_eval.tasks import TaskManager
 from torch import distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lisa_dist.config import UserError
 from lisa_dist.distributed.collectives import gather
+from lisa_dist.errors import UserError
 
 TASK_FILES = Path(__file__).with_name("eval_tasks")
-# What the harness warns of and what is meant here: a model that is loaded, and tasks that read `--data_dir`.
-_EXPECTED = ("Passed an already-initialized model", "`pretrained` model kwarg is not of type", "Custom kwargs can be")
-_EXPECTED += ("Overwriting default num_fewshot",)
-_CUT = ("exceeds model's maximum length", "Left truncation applied")  # of a prompt that is longer than the model takes
+# Warnings of the harness about what is intended here: a loaded model, and tasks that read `--data_dir`.
+_EXPECTED = (
+    "Passed an already-initialized model",
+    "`pretrained` model kwarg is not of type",
+    "Custom kwargs can be",
+    "Overwriting default num_fewshot",
+)
+_CUT = ("exceeds model's maximum length", "Left truncation applied")  # a prompt longer than the model's context
 
 
 class RankedModel(HFLM):
-    """A loaded model as the harness takes one, on one rank of a process group where there is one."""
+    """A loaded model for the harness, as one rank of the process group, if there is one."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str):
         with _warnings():
@@ -44,7 +53,7 @@ class RankedModel(HFLM):
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensors of all ranks, flat, one after another; each of one shape."""
+        """The tensors of all ranks, which have one shape, flattened and concatenated."""
         if self.world_size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -58,10 +67,10 @@ class RankedModel(HFLM):
 
 
 def load_tasks(names: Sequence[str], data_dir: str | None, num_fewshot: int | None) -> dict[str, list[Task | Group]]:
-    """Tasks and groups by the names that were asked for, their data read.
+    """Tasks and groups by the requested names, with their data read.
 
-    Of `lisa_dist/eval/eval_tasks` with `data_dir`, else the harness's own, from the hub. Raises UserError for a name
-    that is not known, a file that is missing or lacks an answer, and a hub that cannot be reached.
+    With `data_dir` those of `lisa_dist/eval/eval_tasks`, else the harness' own, from the hub. Raises UserError for an
+    unknown name, a file that is missing or lacks an answer, and a hub that cannot be reached.
     """
     with _warnings():
         if data_dir is None:
@@ -77,27 +86,32 @@ def load_tasks(names: Sequence[str], data_dir: str | None, num_fewshot: int | No
         loaded = {}
         for name in names:
             try:
-                found = manager.load(name)
+                content = manager.load(name)
             except OSError as error:
                 raise UserError(
-                    f"--tasks {name}: its rows cannot be had from the hub ({error}); give --data_dir with files of "
-                    "them, as docs/evaluation.md says, or set HF_HUB_OFFLINE=1 where they are cached."
+                    f"--tasks {name}: its data cannot be loaded from the hub ({error}); give --data_dir with its "
+                    "files, as docs/evaluation.md says, or set HF_HUB_OFFLINE=1 where they are cached."
                 ) from error
-            loaded[name] = [found["groups"][name]] if name in found["groups"] else [*found["tasks"].values()]
-    for task in _leaves(loaded) if num_fewshot else ():
-        said = f"--num_fewshot {num_fewshot} for {task.task_name}"
-        if isinstance(task.doc_to_target(task.eval_docs[0]), list):  # which the harness has no words for in an example
-            raise UserError(f"{said}: its items have lists of answers, and it takes no examples; leave it out.")
-        if task.config.num_fewshot != 0 and len(task.sampler.df) < num_fewshot:
-            raise UserError(
-                f"{said}: there are {len(task.sampler.df)} rows to take examples from; give fewer, or the file of them "
-                "that docs/evaluation.md names."
-            )
+            loaded[name] = [content["groups"][name]] if name in content["groups"] else [*content["tasks"].values()]
+    if num_fewshot:
+        for task in _leaves(loaded):
+            _check_fewshot(task, num_fewshot)
     return loaded
 
 
+def _check_fewshot(task: Task, num_fewshot: int) -> None:
+    flag = f"--num_fewshot {num_fewshot} for {task.task_name}"
+    if isinstance(task.doc_to_target(task.eval_docs[0]), list):  # the harness cannot write such an answer in a prompt
+        raise UserError(f"{flag}: its items have lists of answers, so it takes no examples; leave the flag out.")
+    if task.config.num_fewshot != 0 and len(task.sampler.df) < num_fewshot:
+        raise UserError(
+            f"{flag}: there are only {len(task.sampler.df)} examples; give a smaller number, or the file of examples "
+            "that docs/evaluation.md names."
+        )
+
+
 def shipped_tasks() -> list[str]:
-    """Names of tasks and groups that read `--data_dir`."""
+    """The names of the tasks and groups that read `--data_dir`."""
     return sorted(path.stem for path in TASK_FILES.glob("*.yaml"))
 
 
@@ -110,10 +124,10 @@ def evaluate(
     seed: int = 1234,
     apply_chat_template: bool = False,
 ) -> dict | None:
-    """What the harness returns, with `samples`, and whether prompts were `cut`, on rank 0; None on the others.
+    """On rank 0 the harness' results, with `samples`, and `cut`: whether prompts were cut; None on other ranks.
 
-    All ranks call it. `limit` is items of each task, or below 1 a part of them; `num_fewshot` None leaves each task its
-    own. Raises UserError where a task has fewer items than there are ranks.
+    All ranks call it. `limit` is a number of items per task, or below 1 a fraction of them. `num_fewshot` None is each
+    task's own number. Raises UserError for a task with fewer items than ranks.
     """
     for task in _leaves(tasks):
         items = len(task.eval_docs)
@@ -125,11 +139,11 @@ def evaluate(
                 "give fewer --gpus."
             )
         if model.world_size > 1:
-            _draw_as_one_rank(task)
-    with _warnings() as warnings, _unasked():
+            _sample_as_one_rank(task)
+    with _warnings() as warnings, _without_extras():
         results = evaluator.simple_evaluate(
             model=model,
-            tasks=[one for found in tasks.values() for one in found],
+            tasks=[part for parts in tasks.values() for part in parts],
             task_manager=TaskManager(include_defaults=False),
             limit=limit,
             num_fewshot=num_fewshot,
@@ -143,17 +157,17 @@ def evaluate(
 
 
 def scores(results: dict, name: str) -> dict:
-    """Of a task or group: its scores by metric, each a value with its standard error, items, shots, and its parts.
+    """Scores of a task or group by metric, each a value and a standard error; its items, shots and parts.
 
-    A standard error is None where the harness has none, as of one item; shots are None where parts differ. Names are
-    the stock tasks'.
+    A standard error is None where the harness has none, as for one item. Shots are None where parts differ. Names are
+    those of the harness' own tasks.
     """
-    found, by_metric = results["results"][name], {}
-    for key, value in found.items():
+    values, by_metric = results["results"][name], {}
+    for key, value in values.items():
         metric, _, kind = key.partition(",")
         if not kind or metric.endswith("_stderr"):
             continue
-        error = found.get(f"{metric}_stderr,{kind}")
+        error = values.get(f"{metric}_stderr,{kind}")
         label = metric if kind == "none" else f"{metric}, {kind}"
         by_metric[label] = {"value": float(value), "stderr": float(error) if isinstance(error, int | float) else None}
     parts = {_stock_name(part): scores(results, part) for part in results["group_subtasks"].get(name, [])}
@@ -164,41 +178,41 @@ def scores(results: dict, name: str) -> dict:
 
 
 def _stock_name(name: str) -> str:
-    """Without the name of the group that defines it, which the harness puts before."""
+    """The name without that of the group that defines the task, which the harness puts first."""
     return name.rpartition("::")[2]
 
 
 def _leaves(tasks: dict[str, list[Task | Group]]) -> Iterator[Task]:
-    for found in tasks.values():
-        for one in found:
-            yield from one.get_all_tasks() if isinstance(one, Group) else [one]
+    for parts in tasks.values():
+        for part in parts:
+            yield from part.get_all_tasks() if isinstance(part, Group) else [part]
 
 
-def _draw_as_one_rank(task: Task) -> None:
-    """Have a task build the requests of all items, so that each has the examples that it has on one rank; keep a share.
+def _sample_as_one_rank(task: Task) -> None:
+    """Make a task build the requests of all items, with the few-shot examples of one rank, and keep this rank's share.
 
-    Items go round the ranks as the harness deals them out.
+    Items go to the ranks in turn, as the harness divides them.
     """
     build = task.build_all_requests
 
-    def build_share(*, rank: int, world_size: int, **settings) -> None:
+    def build_share(*, rank: int, world_size: int, **settings: Any) -> None:
         build(rank=0, world_size=1, **settings)
-        task._instances = [one for one in task._instances if one.doc_id % world_size == rank]
+        task._instances = [request for request in task._instances if request.doc_id % world_size == rank]
 
     task.build_all_requests = build_share
 
 
 class _Warnings(logging.Filter):
-    """The harness warns of all but what is meant here; that prompts were cut is noted once, not for each."""
+    """Hides the expected warnings, and notes once, in place of once per prompt, that prompts were cut."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.cut = False
 
     def filter(self, record: logging.LogRecord) -> bool:
-        said = record.getMessage()
-        self.cut |= any(words in said for words in _CUT)
-        return not any(words in said for words in (*_EXPECTED, *_CUT))
+        message = record.getMessage()
+        self.cut |= any(words in message for words in _CUT)
+        return not any(words in message for words in (*_EXPECTED, *_CUT))
 
 
 @contextlib.contextmanager
@@ -216,8 +230,8 @@ def _warnings() -> Iterator[_Warnings]:
 
 
 @contextlib.contextmanager
-def _unasked() -> Iterator[None]:
-    """No bar for the prompts of each task, of which MMLU has 57 and every rank its own; no call of git either."""
+def _without_extras() -> Iterator[None]:
+    """No progress bar per task and rank, of which MMLU would have 57 on each; and no call of git."""
     bar, commit = task_module.tqdm, evaluator.get_git_commit_hash
     task_module.tqdm, evaluator.get_git_commit_hash = functools.partial(bar, disable=True), lambda: None
     try:

@@ -1,4 +1,4 @@
-"""A judge of answers behind an OpenAI-compatible endpoint, and what is a verdict of its words."""
+"""A judge behind an OpenAI-compatible endpoint, and the rating in its judgment."""
 
 import http.client
 import json
@@ -7,26 +7,26 @@ import threading
 import urllib.error
 import urllib.request
 
-from lisa_dist.config import UserError
+from lisa_dist.errors import UserError
 
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further try
-# As in FastChat: the first that is found counts, and a single pair of brackets where no double one is.
+# As in FastChat: the first match counts; single brackets only where there are no double ones.
 _RATINGS = (re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]"), re.compile(r"\[(\d+(?:\.\d+)?)\]"))
 
 
 class JudgeError(UserError):
-    """The judge cannot be had: the message names it and the reason."""
+    """The judge gives no verdict: the message names the endpoint and the reason."""
 
 
 class Judge:
-    """Asks for a judgment, and again where that may help; several threads may ask at a time."""
+    """Asks for judgments, with retries where they may help; several threads may ask at a time."""
 
     def __init__(self, url: str, model: str, timeout: float, max_tokens: int, key: str | None = None):
         self.model, self._max_tokens = model, max_tokens
-        self._said = f"--judge_url {url}"
+        self._name = f"--judge_url {url}"
         self._url, self._timeout = f"{url.rstrip('/')}/chat/completions", timeout
         if not re.match(r"https?://[^/]", url):
-            raise UserError(f"{self._said}: must begin with http:// or https://, such as http://localhost:8000/v1.")
+            raise UserError(f"{self._name}: must begin with http:// or https://, such as http://localhost:8000/v1.")
         self._headers = {"Content-Type": "application/json"}
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
@@ -35,25 +35,26 @@ class Judge:
         self._given_up = threading.Event()
 
     def ask(self, system: str, user: str) -> str:
-        """What the judge says, at temperature 0; an empty text where it says nothing.
+        """The judgment at temperature 0, which may be empty.
 
-        Time-outs, lost connections, 429, 5xx, and what is no chat completion are tried again. Raises JudgeError when
-        all tries fail, and at once for what no further try will change.
+        Retries time-outs, lost connections, HTTP 429 and 5xx, and responses that are no chat completion. Raises
+        JudgeError after the last try, and at once for errors that a retry cannot change.
         """
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self._max_tokens}
         body["stream"] = False
         request = urllib.request.Request(self._url, json.dumps(body).encode(), self._headers, method="POST")
+        cause: Exception
         for wait in (*WAITS, None):
             try:
                 with self._opener.open(request, timeout=self._timeout) as response:
                     return _content_of(response.read())
             except urllib.error.HTTPError as error:
-                said = error.read(300).decode(errors="replace").strip()
-                reason = f"HTTP {error.code} {error.reason}: {said}"
+                text = error.read(300).decode(errors="replace").strip()
+                reason = f"HTTP {error.code} {error.reason}: {text}"
                 if error.code != 429 and error.code < 500:
                     raise JudgeError(
-                        f"{self._said}: {reason}; {_HINTS.get(error.code, 'see --judge_model')}."
+                        f"{self._name}: {reason}; {_HINTS.get(error.code, 'see --judge_model')}."
                     ) from error
                 cause = error
             except TimeoutError as error:
@@ -62,8 +63,8 @@ class Judge:
                 reason, cause = str(getattr(error, "reason", error)) or type(error).__name__, error
             if wait is None or self._given_up.wait(wait):
                 break
-        self._given_up.set()  # the other threads' tries would be in vain
-        raise JudgeError(f"{self._said}: no verdict in {len(WAITS) + 1} tries ({reason})") from cause
+        self._given_up.set()  # other threads need not try
+        raise JudgeError(f"{self._name}: no verdict in {len(WAITS) + 1} tries ({reason})") from cause
 
 
 def parse_rating(judgment: str) -> float:
@@ -81,11 +82,11 @@ _HINTS = {
 
 
 class _NoCompletionError(ValueError):
-    """An answer that is not what the endpoint must give."""
+    """A response that is no chat completion."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):
+    def redirect_request(self, *_: object) -> None:
         return None
 
 
@@ -93,4 +94,4 @@ def _content_of(body: bytes) -> str:
     try:
         return json.loads(body)["choices"][0]["message"]["content"] or ""
     except (ValueError, LookupError, TypeError) as error:
-        raise _NoCompletionError(f"answers what is no chat completion: {body[:80]!r}") from error
+        raise _NoCompletionError(f"the response is no chat completion: {body[:80]!r}") from error

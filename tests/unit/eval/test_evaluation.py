@@ -22,10 +22,11 @@ from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
 from lisa_dist.commands import eval as eval_command
-from lisa_dist.config import UserError
 from lisa_dist.distributed import launching
-from lisa_dist.eval import evaluation, harness
-from lisa_dist.eval import rows as eval_data
+from lisa_dist.errors import UserError
+from lisa_dist.eval import benchmark_files, harness
+from lisa_dist.eval.arguments import EvalArguments
+from lisa_dist.eval.model import load_model
 
 CLI = ROOT / "lisa_dist" / "cli.py"
 TASKS = "mmlu,agieval,winogrande,gsm8k,pubmedqa"
@@ -65,7 +66,7 @@ def _one_rank(monkeypatch):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv(name, "0")  # for monkeypatch to take away what a run sets
         monkeypatch.delenv(name)
-    eval_data.read_rows.cache_clear()
+    benchmark_files.read_entries.cache_clear()
 
 
 def leaves(data_dir: Path) -> dict[str, ConfigurableTask]:
@@ -130,13 +131,13 @@ def test_groups_are_the_stock_groups():
 
 def test_rows_of_agieval_are_its_prompts(data_dir):
     """As the stock task has them in its column `query`; AGIEval's zero-shot prompt, here by hand."""
-    (row,) = eval_data.agieval(str(data_dir), "sat-math")["test"].select([0])
+    (row,) = benchmark_files.agieval(str(data_dir), "sat-math")["test"].select([0])
     assert row["query"].startswith(
         "Q: If $\\frac{x-1}{3}=k$ and $k=3$, what is the value of $x ?$ Answer Choices: (A)2"
     )
     assert row["query"].endswith(" (D)10\nA: Among A through D, the answer is")
     assert row["gold"] == [3]
-    (row,) = eval_data.agieval(str(data_dir), "logiqa-en")["test"].select([0])
+    (row,) = benchmark_files.agieval(str(data_dir), "logiqa-en")["test"].select([0])
     assert row["query"].startswith("In the planning of a new district in a township, ")
     assert ".Q: Based on the above statement, " in row["query"], "passage and question, nothing between them"
 
@@ -185,7 +186,7 @@ def test_scores_are_those_of_a_direct_call(data_dir, tmp_path, monkeypatch):
 
 def samples_of(model_dir: str, data_dir: str, tasks: list[str], limit: int) -> tuple[list[int], dict | None]:
     """On a rank, or alone: the items that were evaluated here; and of all, what was asked and answered, and scores."""
-    model, tokenizer = evaluation.load_model(model_dir, "float32")
+    model, tokenizer = load_model(model_dir, "float32")
     ranked = harness.RankedModel(model, tokenizer, 1)
     loaded = harness.load_tasks(tasks, data_dir, 2)
     loaded["gsm8k"][0].config.generation_kwargs["max_gen_toks"] = 16
@@ -252,7 +253,7 @@ def test_gpus_starts_the_ranks_of_this_verb(monkeypatch, files):
 
 
 def fewer_items_than_ranks(model_dir: str, data_dir: str) -> None:
-    model, tokenizer = evaluation.load_model(model_dir, "float32")
+    model, tokenizer = load_model(model_dir, "float32")
     with pytest.raises(UserError, match="winogrande: 1 items for 2 ranks; each rank needs one: raise --limit"):
         harness.evaluate(
             harness.RankedModel(model, tokenizer, 1), harness.load_tasks(["winogrande"], data_dir, None), limit=1
@@ -265,7 +266,7 @@ def test_each_rank_needs_an_item(tiny, files):
 
 
 def test_a_chat_template_makes_turns_of_prompts(tiny, files):
-    model, tokenizer = evaluation.load_model(str(tiny))
+    model, tokenizer = load_model(str(tiny))
     ranked, tasks = harness.RankedModel(model, tokenizer, 2), harness.load_tasks(["pubmedqa"], str(files), None)
     found = harness.evaluate(ranked, tasks, limit=1, apply_chat_template=True)
     (sample,) = found["samples"]["pubmedqa"]
@@ -279,7 +280,7 @@ def test_an_adapter_is_merged_into_its_base(tiny, tmp_path):
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny)
     tokens = torch.arange(8)[None]
-    merged, tokenizer = evaluation.load_model(str(tmp_path / "adapter"))
+    merged, tokenizer = load_model(str(tmp_path / "adapter"))
     assert type(merged).__name__ == "LlamaForCausalLM"
     assert tokenizer.chat_template is not None
     with torch.no_grad():
@@ -290,7 +291,7 @@ def test_an_adapter_is_merged_into_its_base(tiny, tmp_path):
     config["base_model_name_or_path"] = "nowhere/nothing"
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"nowhere/nothing, the base of the adapter .*: no such folder with a model"):
-        evaluation.load_model(str(tmp_path / "adapter"))
+        load_model(str(tmp_path / "adapter"))
 
 
 SUM, CHOICE = {"question": "1 + 1?", "answer": "2\n#### 2"}, {"subject": "anatomy", "question": "?", "answer": 0}
@@ -301,26 +302,31 @@ OPTIONS = {"question": "?", "options": ["(A)1", "(B)2"]}
 @pytest.mark.parametrize(
     ("task", "path", "content", "said"),
     [
-        ("gsm8k", "gsm8k/test.jsonl", [SUM, {"question": "1 + 1?"}], "row 2: answer is missing"),
-        ("gsm8k", "gsm8k/test.jsonl", [SUM | {"answer": " "}], "row 1: answer must be text that is not empty"),
-        ("gsm8k", "gsm8k/test.jsonl", [SUM | {"answer": "two"}], "row 1: answer must end with #### and the number"),
+        ("gsm8k", "gsm8k/test.jsonl", [SUM, {"question": "1 + 1?"}], "line 2: answer is missing"),
+        ("gsm8k", "gsm8k/test.jsonl", [SUM | {"answer": " "}], "line 1: answer must be text that is not empty"),
+        ("gsm8k", "gsm8k/test.jsonl", [SUM | {"answer": "two"}], "line 1: answer must end with #### and the number"),
         ("gsm8k", "gsm8k/train.jsonl", None, "train.jsonl: no such file; docs/evaluation.md says where"),
-        ("gsm8k", "gsm8k/test.jsonl", "{", "row 1: is not JSON"),
-        ("gsm8k", "gsm8k/test.jsonl", "", "test.jsonl: holds no rows"),
-        ("gsm8k", "gsm8k/test.jsonl", "[1]", "row 1: must be an object"),
-        ("mmlu", "mmlu/test.jsonl", [CHOICE], "row 1: choices must be four texts"),
-        ("mmlu", "mmlu/dev.jsonl", [CHOICE | {"choices": [*"abcd"], "answer": None}], "row 1: answer is missing"),
+        ("gsm8k", "gsm8k/test.jsonl", "{", "line 1: is not JSON"),
+        ("gsm8k", "gsm8k/test.jsonl", "", "test.jsonl: is empty"),
+        ("gsm8k", "gsm8k/test.jsonl", "[1]", "line 1: must be an object"),
+        ("mmlu", "mmlu/test.jsonl", [CHOICE], "line 1: choices must be four texts"),
+        ("mmlu", "mmlu/dev.jsonl", [CHOICE | {"choices": [*"abcd"], "answer": None}], "line 1: answer is missing"),
         ("mmlu", "mmlu/test.jsonl", [CHOICE | {"choices": [*"abcd"], "answer": 4}], "must be the index of a choice"),
-        ("mmlu", "mmlu/test.jsonl", [CHOICE | {"choices": [*"abcd"]}], "test.jsonl of mmlu has no row with subject"),
-        ("agieval", "agieval/aqua-rat.jsonl", [OPTIONS], "row 1: label is missing"),
+        (
+            "mmlu",
+            "mmlu/test.jsonl",
+            [CHOICE | {"choices": [*"abcd"]}],
+            "test.jsonl of mmlu has no example with",
+        ),
+        ("agieval", "agieval/aqua-rat.jsonl", [OPTIONS], "line 1: label is missing"),
         ("agieval", "agieval/aqua-rat.jsonl", [OPTIONS | {"label": "C"}], "label must be the letter of an option"),
         ("agieval", "agieval/sat-math.jsonl", None, "sat-math.jsonl: no such file"),
-        ("winogrande", "winogrande/dev.jsonl", [{"sentence": "a _."}], "row 1: option1 is missing"),
+        ("winogrande", "winogrande/dev.jsonl", [{"sentence": "a _."}], "line 1: option1 is missing"),
         (
             "winogrande",
             "winogrande/dev.jsonl",
             [{"sentence": "a _.", "option1": "b", "option2": "c", "answer": "3"}],
-            "row 1: answer must be 1 or 2, not '3'",
+            "line 1: answer must be 1 or 2, not '3'",
         ),
         ("pubmedqa", "pubmedqa/test_ground_truth.json", {"0": ""}, "0: the answer must be yes, no or maybe"),
         ("pubmedqa", "pubmedqa/test_ground_truth.json", {"x": "yes"}, "ori_pqal.json has no such abstract"),
@@ -363,8 +369,8 @@ def test_without_a_hub_the_way_out_is_files(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         eval_command.main(["no/model", "--tasks", "gsm8k", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert "--tasks gsm8k: its rows cannot be had from the hub (Couldn't reach 'openai/gsm8k' on the Hub" in printed
-    assert "give --data_dir with files of them" in printed
+    assert "--tasks gsm8k: its data cannot be loaded from the hub (Couldn't reach 'openai/gsm8k' on the Hub" in printed
+    assert "give --data_dir with its files" in printed
 
 
 @pytest.mark.parametrize(
@@ -372,14 +378,14 @@ def test_without_a_hub_the_way_out_is_files(monkeypatch, capsys, tmp_path):
     [
         (["--tasks", "gsm8k"], "arguments are required: --model"),
         (["m"], "arguments are required: --tasks"),
-        (["m", "--tasks", ","], "--tasks ,: give names with commas between"),
+        (["m", "--tasks", ","], "--tasks ,: give names separated by commas"),
         (["m", "--tasks", "gsm8k,gsm8k"], "each once"),
         (["m", "--tasks", "gsm8k", "--data_dri", "x"], "--data_dri: no such flag; did you mean --data_dir?"),
         (["m", "--tasks", "gsm8k", "--data_dir", "nowhere"], "--data_dir nowhere: no such folder"),
-        (["m", "--tasks", "gsm8k", "--limit", "0"], "--limit 0.0: a number of items"),
-        (["m", "--tasks", "gsm8k", "--limit", "2.5"], "--limit 2.5: a number of items"),
-        (["m", "--tasks", "gsm8k", "--num_fewshot", "-1"], "--num_fewshot -1: 0 or more"),
-        (["m", "--tasks", "gsm8k", "--batch_size", "none"], "--batch_size none: a number of prompts, or auto"),
+        (["m", "--tasks", "gsm8k", "--limit", "0"], "--limit 0.0: give a number of items"),
+        (["m", "--tasks", "gsm8k", "--limit", "2.5"], "--limit 2.5: give a number of items"),
+        (["m", "--tasks", "gsm8k", "--num_fewshot", "-1"], "--num_fewshot -1: must be 0 or more"),
+        (["m", "--tasks", "gsm8k", "--batch_size", "none"], "--batch_size none: give a number of prompts, or auto"),
         (["m", "--tasks", "gsm8k", "--dtype", "fp8"], "--dtype fp8: unknown; choose one of auto, float32"),
         (["m", "--tasks", "gsm8k", "--judge_timeout", "0"], "--judge_timeout 0.0: must be more than 0"),
         (["m", "--tasks", "mt_bench"], "--tasks mt_bench: needs --data_dir"),
@@ -387,10 +393,10 @@ def test_without_a_hub_the_way_out_is_files(monkeypatch, capsys, tmp_path):
         (["m", "--tasks", "gsm8k", "--gpus", "none"], "--gpus none: give a number of GPUs"),
         (["m", "--tasks", "gsm8k", "--gpus", "2", "--limmit", "2"], "--limmit: no such flag; did you mean --limit?"),
         (["m", "--tasks", "gsm9k", "--data_dir", "FILES"], "--tasks gsm9k: no such task; with --data_dir there are"),
-        (["m", "--tasks", "winogrande", "--data_dir", "FILES", "--num_fewshot", "5"], "there are 0 rows to take"),
+        (["m", "--tasks", "winogrande", "--data_dir", "FILES", "--num_fewshot", "5"], "there are only 0 examples"),
         (
             ["m", "--tasks", "agieval", "--data_dir", "FILES", "--num_fewshot", "5"],
-            "it takes no examples; leave it out",
+            "it takes no examples; leave the flag out",
         ),
         (["no/model", "--tasks", "winogrande", "--data_dir", "FILES"], "no/model: no such folder with a model"),
     ],
@@ -421,8 +427,7 @@ def test_results_have_names_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "one" / "checkpoint-20").mkdir(parents=True)
     named = {
-        model: evaluation.EvalArguments(model, "gsm8k").folder
-        for model in ("runs/one/checkpoint-20", "runs/one", "owner/name")
+        model: EvalArguments(model, "gsm8k").folder for model in ("runs/one/checkpoint-20", "runs/one", "owner/name")
     }
     assert [str(folder) for folder in named.values()] == ["eval/one-checkpoint-20", "eval/one", "eval/name"]
 

@@ -20,12 +20,14 @@ from runs import BIN, clean_environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lisa_dist.commands import eval as eval_command
-from lisa_dist.config import UserError
-from lisa_dist.eval import answers as answer_writer
-from lisa_dist.eval import evaluation, judge, mt_bench
-from lisa_dist.eval import rows as eval_data
+from lisa_dist.errors import UserError
+from lisa_dist.eval import benchmark_files, judge
+from lisa_dist.eval.answers import AnswerFile, Answers
+from lisa_dist.eval.generation import TEMPERATURES, SampleByTemperature
 from lisa_dist.eval.judge import Judge, JudgeError, parse_rating
+from lisa_dist.eval.model import describe_weights
 from lisa_dist.eval.mt_bench import MTBench
+from lisa_dist.eval.verdicts import judge_answers
 
 MADE_WITH = {"seed": 1, "max_new_tokens": 8, "dtype": "auto", "weights": "those"}
 
@@ -35,7 +37,7 @@ def _one_rank(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")  # for monkeypatch to take away what a run sets
         monkeypatch.delenv(name)
-    eval_data.read_rows.cache_clear()
+    benchmark_files.read_entries.cache_clear()
     monkeypatch.setattr(judge, "WAITS", (0.0, 0.0))
 
 
@@ -137,21 +139,21 @@ def answers_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def made_answers(folder: Path) -> mt_bench.Answers:
+def made_answers(folder: Path) -> Answers:
     """Answers to the questions of `folder`, without a model."""
     bench = MTBench(str(folder))
     turns = {one["question_id"]: [f"one {one['question_id']}", f"two {one['question_id']}"] for one in bench.questions}
-    return mt_bench.Answers(turns, "a model", "")
+    return Answers(turns, "a model", "")
 
 
-def answer(bench: MTBench, tiny: Path, folder: Path, batch_size: int = 8, **changes) -> mt_bench.Answers:
+def answer(bench: MTBench, tiny: Path, folder: Path, batch_size: int = 8, **changes) -> Answers:
     made_with = MADE_WITH | changes
-    there = bench.answers_there(folder, "tiny", made_with)
+    file = AnswerFile(folder, "tiny", made_with)
 
     def load():
         return AutoModelForCausalLM.from_pretrained(tiny).eval(), AutoTokenizer.from_pretrained(tiny)
 
-    return bench.answer(load, there, folder, "tiny", made_with, batch_size)
+    return file.answer(bench.questions, load, file.read(), batch_size)
 
 
 def test_answers_and_verdicts_end_to_end(tiny, judging, server, data_dir, tmp_path, capsys):
@@ -169,7 +171,7 @@ def test_answers_and_verdicts_end_to_end(tiny, judging, server, data_dir, tmp_pa
     ]
     eval_command.main(words)
     printed = capsys.readouterr().out
-    assert "mt_bench: 8 answers made, 0 were there" in printed
+    assert "mt_bench: 8 answers made, 0 were saved already" in printed
     answers = answers_of(tmp_path)
     assert [line["question_id"] for line in answers] == [81, 91, 101, 111, 121, 131, 141, 151]
     assert {"question_id", "answer_id", "model_id", "choices", "tstamp"} <= answers[0].keys()
@@ -216,7 +218,7 @@ def test_prompts_scores_and_the_table(files):
 
     with Scripted(rate) as scripted:
         bench, answers = MTBench(str(files)), made_answers(files)
-        content, table = bench.judge(Judge(scripted.url, "owner/judge", 5, 99), answers, files / "judged", 3)
+        content, table = judge_answers(bench, Judge(scripted.url, "owner/judge", 5, 99), answers, files / "judged", 3)
     asked = {body["messages"][1]["content"]: body for body in scripted.asked}
     assert len(asked) == 8
     assert "Rate.\nFirst of 1?\none 1" in asked
@@ -278,7 +280,7 @@ def slow(body):
     ("answer", "tries", "said"),
     [
         (slow, 3, r"no verdict in 3 tries \(timed out after 0.2 s \(--judge_timeout\)\)"),
-        (lambda body: (200, {}, b"garbage"), 3, r"answers what is no chat completion: b'garbage'"),
+        (lambda body: (200, {}, b"garbage"), 3, r"the response is no chat completion: b'garbage'"),
         (lambda body: (503, {}, b"busy"), 3, r"HTTP 503 Service Unavailable: busy"),
         (lambda body: (401, {}, b"who?"), 1, r"HTTP 401 Unauthorized: who\?; export JUDGE_API_KEY"),
         (lambda body: (404, {}, b"no"), 1, r"HTTP 404 Not Found: no; the endpoint's address ends with /v1"),
@@ -299,13 +301,13 @@ def test_a_judge_that_is_not_there(tiny, files, capsys):
     with pytest.raises(SystemExit, match="2"):
         eval_command.main(words)
     printed = capsys.readouterr().out
-    assert "mt_bench: 4 answers made, 0 were there" in printed
-    assert "no verdict in 3 tries ([Errno 111] Connection refused). 0 of 8 verdicts are in" in printed
+    assert "mt_bench: 4 answers made, 0 were saved already" in printed
+    assert "no verdict in 3 tries ([Errno 111] Connection refused). 0 of 8 verdicts are saved in" in printed
     with Scripted(lambda body: verdict("[[5]]")) as scripted:
         words[words.index("--judge_url") + 1] = scripted.url
         eval_command.main(words)
     printed = capsys.readouterr().out
-    assert "mt_bench: 0 answers made, 4 were there" in printed
+    assert "mt_bench: 0 answers made, 4 were saved already" in printed
     assert "all         5.00    5.00  5.00            0.00         8           0" in printed
     words[words.index("--judge_url") + 1] = "localhost:8000"
     with pytest.raises(SystemExit, match="2"):
@@ -319,23 +321,23 @@ def test_verdicts_that_are_there_are_not_asked_for_again(files):
     path = folder / "j_single.jsonl"
     with Scripted(lambda body: next(tries)) as scripted:
         for kept, said in ((3, "enough"), (4, "again")):
-            at_end = rf"HTTP 400 Bad Request: {said}.* {kept} of 8 verdicts are in .*goes on from there"
+            at_end = rf"HTTP 400 Bad Request: {said}.* {kept} of 8 verdicts are saved in .*continues from there"
             with pytest.raises(JudgeError, match=at_end):
-                bench.judge(Judge(scripted.url, "j", 5, 9), answers, folder, 1)
+                judge_answers(bench, Judge(scripted.url, "j", 5, 9), answers, folder, 1)
             with path.open("a") as file:
                 file.write('{"question_id": 1, "mod')  # as a run that was killed leaves it
     with Scripted(lambda body: verdict("no rating")) as scripted:
-        content, _ = bench.judge(Judge(scripted.url, "j", 5, 9), answers, folder, 2)
+        content, _ = judge_answers(bench, Judge(scripted.url, "j", 5, 9), answers, folder, 2)
         assert len(scripted.asked) == 4
     assert (content["scores"]["all"]["verdicts"], content["scores"]["all"]["unparsable"]) == (3, 5)
-    other = mt_bench.Answers(answers.turns, "another model", "")
+    other = Answers(answers.turns, "another model", "")
     with Scripted(lambda body: verdict("[[2]]")) as scripted:
-        content, _ = bench.judge(Judge(scripted.url, "j", 5, 9), answers, folder, 2)
+        content, _ = judge_answers(bench, Judge(scripted.url, "j", 5, 9), answers, folder, 2)
         assert not scripted.asked, "an unparsable verdict is one"
-        bench.judge(Judge(scripted.url, "j", 5, 9), other, folder, 2)
+        judge_answers(bench, Judge(scripted.url, "j", 5, 9), other, folder, 2)
         assert len(scripted.asked) == 8
         answers.turns[1][1] = "said otherwise"
-        content, _ = bench.judge(Judge(scripted.url, "j", 5, 9), answers, folder, 2)
+        content, _ = judge_answers(bench, Judge(scripted.url, "j", 5, 9), answers, folder, 2)
         assert len(scripted.asked) == 9, "a verdict is one on what was said"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert sorted(line["model"] for line in lines) == ["a model"] * 8 + ["another model"] * 8
@@ -362,7 +364,7 @@ def test_answers_do_not_depend_on_their_batch(tiny, tmp_path):
 
 def test_draws_have_the_probabilities_of_their_temperature():
     logits = torch.tensor([1.0, 0.0, -1.0, -2.0])
-    draws = answer_writer._Draw([(0.7, torch.Generator().manual_seed(0)), (0.0, torch.Generator())])
+    draws = SampleByTemperature([(0.7, torch.Generator().manual_seed(0)), (0.0, torch.Generator())])
     chosen = [draws(None, logits.repeat(2, 1)).argmax(dim=-1) for _ in range(20_000)]
     counts = torch.bincount(torch.stack(chosen)[:, 0], minlength=4) / len(chosen)
     assert torch.allclose(counts, torch.softmax(logits / 0.7, dim=0), atol=0.012)
@@ -370,9 +372,9 @@ def test_draws_have_the_probabilities_of_their_temperature():
 
 
 def test_temperatures_are_the_benchmarks():
-    warm = {name: value for name, value in mt_bench.TEMPERATURES.items() if value}
+    warm = {name: value for name, value in TEMPERATURES.items() if value}
     assert warm == {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-    assert mt_bench.TEMPERATURES.keys() - warm.keys() == {"reasoning", "math", "coding", "extraction"}
+    assert TEMPERATURES.keys() - warm.keys() == {"reasoning", "math", "coding", "extraction"}
 
 
 def test_a_run_that_was_cut_goes_on(tiny, files):
@@ -394,19 +396,19 @@ def test_a_run_that_was_cut_goes_on(tiny, files):
 
     model.generate = cut
     with pytest.raises(KeyboardInterrupt):
-        there = bench.answers_there(folder, "tiny", MADE_WITH)
-        bench.answer(lambda: (model, tokenizer), there, folder, "tiny", MADE_WITH, 1)
+        file = AnswerFile(folder, "tiny", MADE_WITH)
+        file.answer(bench.questions, lambda: (model, tokenizer), file.read(), 1)
     again = answer(bench, tiny, folder)
-    assert "1 answers made, 3 were there" in again.said
+    assert "1 answers made, 3 were saved already" in again.summary
     assert again.turns == whole.turns
     found = [json.loads(line)["answer_id"] for line in (folder / "tiny.jsonl").read_text().splitlines()]
     assert [found[n] == kept[n] for n in range(4)] == [False, True, True, False]
     assert [path.name for path in folder.iterdir()] == ["tiny.jsonl"]
     with pytest.raises(UserError, match=r"has answers made with other max_new_tokens, weights; move it away"):
-        bench.answers_there(folder, "tiny", MADE_WITH | {"weights": "others", "max_new_tokens": 9})
+        AnswerFile(folder, "tiny", MADE_WITH | {"weights": "others", "max_new_tokens": 9}).read()
     foreign = [{key: value for key, value in json.loads(line).items() if key != "made_with"} for line in lines]
     write_lines(folder / "tiny.jsonl", foreign)
-    assert len(bench.answers_there(folder, "tiny", MADE_WITH)) == 4, "FastChat's own lines"
+    assert len(AnswerFile(folder, "tiny", MADE_WITH).read()) == 4, "FastChat's own lines"
 
 
 def test_a_question_longer_than_the_model_has_no_answer(tiny, files):
@@ -414,35 +416,44 @@ def test_a_question_longer_than_the_model_has_no_answer(tiny, files):
     bench = MTBench(str(files), judged=False)
     short = answer(bench, tiny, files / "short", max_new_tokens=3).turns
     model.config.max_position_embeddings = 17  # the first turn has 14, and so room for three more alone
-    found = bench.answer(lambda: (model, tokenizer), {}, files / "answers", "tiny", MADE_WITH, 8)
+    file = AnswerFile(files / "answers", "tiny", MADE_WITH)
+    found = file.answer(bench.questions, lambda: (model, tokenizer), {}, 8)
     assert found.turns == {number: [first, ""] for number, (first, _) in short.items()}
-    assert "4 turns have no answer, as the question fills all positions of the model" in found.said
+    assert "4 turns have no answer, as their prompt fills the model's context" in found.summary
 
 
 @pytest.mark.parametrize(
     ("path", "row", "said"),
     [
-        ("question.jsonl", {"question_id": 1, "category": "writing", "turns": ["a"]}, "row 1: turns must be two texts"),
+        (
+            "question.jsonl",
+            {"question_id": 1, "category": "writing", "turns": ["a"]},
+            "line 1: turns must be two",
+        ),
         ("question.jsonl", {"question_id": 1, "category": "art", "turns": ["a", "b"]}, "category must be one of writ"),
         ("question.jsonl", {"question_id": "1", "category": "math", "turns": ["a", "b"]}, "question_id must be a num"),
         ("question.jsonl", None, "question.jsonl: no such file"),
-        ("judge_prompts.jsonl", {"name": "single-v1"}, "row 1: system_prompt is missing"),
+        ("judge_prompts.jsonl", {"name": "single-v1"}, "line 1: system_prompt is missing"),
         (
             "judge_prompts.jsonl",
             {"name": "single-v1", "system_prompt": "a", "prompt_template": "b"},
-            "has no prompt of the name single-math-v1",
+            "has no prompt named single-math-v1",
         ),
         (
             "judge_prompts.jsonl",
             {"name": "single-v1", "system_prompt": "a", "prompt_template": "{answer} {verdict}"},
-            "single-v1 has {verdict}, which nothing can be put in for",
+            "single-v1 has the unknown field {verdict}",
         ),
-        ("reference_answer_gpt-4.jsonl", {"question_id": 3, "choices": []}, "row 1: choices must be a list"),
-        ("reference_answer_gpt-4.jsonl", {"question_id": 3, "choices": [{"turns": ["a", ""]}]}, "row 1: turns must be"),
+        ("reference_answer_gpt-4.jsonl", {"question_id": 3, "choices": []}, "line 1: choices must be a list"),
+        (
+            "reference_answer_gpt-4.jsonl",
+            {"question_id": 3, "choices": [{"turns": ["a", ""]}]},
+            "line 1: turns must",
+        ),
         (
             "reference_answer_gpt-4.jsonl",
             {"question_id": 3, "choices": [{"turns": ["a", "b"]}]},
-            "has no answer to question 4, which is of the category math",
+            "has no answer to question 4 of the category math",
         ),
     ],
 )
@@ -460,11 +471,11 @@ def test_files_that_lack_something_are_told_before_a_model_is_loaded(files, caps
 
 def test_new_weights_in_the_same_folder_are_others(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"one")
-    before = evaluation.describe_weights(str(tmp_path))
+    before = describe_weights(str(tmp_path))
     assert before.startswith("model.safetensors 3 ")
     os.utime(tmp_path / "model.safetensors", ns=(1, 1))
-    assert evaluation.describe_weights(str(tmp_path)) != before
-    assert evaluation.describe_weights("owner/name") == "owner/name"
+    assert describe_weights(str(tmp_path)) != before
+    assert describe_weights("owner/name") == "owner/name"
 
 
 def test_a_model_without_a_chat_template_is_told(data_dir, files, capsys):

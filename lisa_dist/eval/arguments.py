@@ -1,0 +1,82 @@
+"""The flags of an evaluation, checked before any file is read."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lisa_dist.errors import UserError
+
+MT_BENCH = "mt_bench"
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class EvalArguments:
+    """Flags of `lisa-dist eval`."""
+
+    model: str = field(metadata={"help": "Folder of a model, of a checkpoint or of an adapter, or a model of the hub."})
+    tasks: str = field(metadata={"help": "Names with commas between: mmlu, agieval, winogrande, gsm8k, ..., mt_bench."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder with the tasks' files; left out, the data comes from the hub."}
+    )
+    limit: float | None = field(
+        default=None, metadata={"help": "Items per task, or below 1 a fraction of them; for mt_bench, questions."}
+    )
+    num_fewshot: int | None = field(
+        default=None, metadata={"help": "Few-shot examples in each prompt; left out, the task's own number."}
+    )
+    apply_chat_template: bool = field(
+        default=False, metadata={"help": "Apply the tokenizer's chat template to prompts; mt_bench always does."}
+    )
+    batch_size: str = field(default="8", metadata={"help": "Prompts per batch on each rank, or auto for what fits."})
+    dtype: str = field(default="auto", metadata={"help": f"Of the weights: {', '.join(_DTYPES)}; auto: as saved."})
+    seed: int = field(default=1234, metadata={"help": "Seed of the few-shot examples and of sampled answers."})
+    gpus: int | None = field(default=None, metadata={"help": "Ranks to start on this host; each evaluates a share."})
+    output: str | None = field(default=None, metadata={"help": "Folder of the results; left out, eval/MODEL."})
+    max_new_tokens: int = field(default=1024, metadata={"help": "Tokens per answer of mt_bench."})
+    judge_url: str | None = field(
+        default=None, metadata={"help": "OpenAI-compatible endpoint, such as http://localhost:8000/v1."}
+    )
+    judge_model: str | None = field(default=None, metadata={"help": "The judge's name at that endpoint."})
+    judge_parallel: int = field(default=4, metadata={"help": "Parallel requests to the judge."})
+    judge_timeout: float = field(default=120.0, metadata={"help": "Seconds for a verdict."})
+    judge_max_tokens: int = field(
+        default=2048, metadata={"help": "Tokens per verdict; a judge that reasons first needs more."}
+    )
+
+    def __post_init__(self) -> None:
+        self.names = [name.strip() for name in self.tasks.split(",") if name.strip()]
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise UserError(f"--tasks {self.tasks}: give names separated by commas, each once, such as mmlu,gsm8k.")
+        if self.data_dir is not None and not Path(self.data_dir).is_dir():
+            raise UserError(f"--data_dir {self.data_dir}: no such folder.")
+        if self.limit is not None and (self.limit <= 0 or (self.limit > 1 and self.limit != int(self.limit))):
+            raise UserError(f"--limit {self.limit}: give a number of items, or a fraction below 1, such as 0.1.")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise UserError(f"--num_fewshot {self.num_fewshot}: must be 0 or more.")
+        if self.batch_size != "auto" and not re.fullmatch(r"[1-9]\d*", self.batch_size):
+            raise UserError(f"--batch_size {self.batch_size}: give a number of prompts, or auto.")
+        if self.dtype not in _DTYPES:
+            raise UserError(f"--dtype {self.dtype}: unknown; choose one of {', '.join(_DTYPES)}.")
+        for name in ("max_new_tokens", "judge_parallel", "judge_timeout", "judge_max_tokens"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be more than 0.")
+        if (self.judge_url is None) != (self.judge_model is None):
+            raise UserError("--judge_url and --judge_model: give both, or neither to write answers without verdicts.")
+        if self.judge_url is not None and MT_BENCH not in self.names:
+            raise UserError(f"--judge_url {self.judge_url}: needs --tasks mt_bench.")
+        if MT_BENCH in self.names and self.data_dir is None:
+            raise UserError("--tasks mt_bench: needs --data_dir, with mt_bench/question.jsonl: docs/evaluation.md.")
+        if MT_BENCH in self.names and self.batch_size == "auto":
+            raise UserError("--batch_size auto with --tasks mt_bench: give a number.")
+
+    @property
+    def model_id(self) -> str:
+        """The model's name without folders or owner; of a checkpoint, with the name of its run."""
+        path = Path(self.model).resolve() if Path(self.model).is_dir() else Path(self.model)
+        return f"{path.parent.name}-{path.name}" if re.fullmatch(r"checkpoint-\d+", path.name) else path.name
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the results."""
+        return Path("eval", self.model_id) if self.output is None else Path(self.output)

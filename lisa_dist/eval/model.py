@@ -1,0 +1,67 @@
+"""The model that is evaluated: a folder, a checkpoint, an adapter merged into its base, or a model of the hub."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lisa_dist.errors import SharedError, UserError
+from lisa_dist.eval.process_group import on_all_ranks
+
+
+class LazyModel:
+    """A model and its tokenizer, loaded on first use."""
+
+    def __init__(self, name: str, dtype: str, device: torch.device):
+        self._name, self._dtype, self._device = name, dtype, device
+        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+
+    def load(self, template_flag: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """All ranks call it. Raises UserError if there is a `template_flag`, which needs a chat template, and none."""
+        if self._loaded is None:
+            self._loaded = on_all_ranks(lambda: load_model(self._name, self._dtype, self._device))
+        if template_flag is not None and self._loaded[1].chat_template is None:
+            raise SharedError(f"{template_flag}: the tokenizer of {self._name} has no chat template.")
+        return self._loaded
+
+
+def load_model(
+    name: str, dtype: str = "auto", device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in evaluation mode, and its tokenizer; an adapter is merged into its base.
+
+    Raises UserError where no model of this name can be loaded.
+    """
+    base, adapter = name, Path(name) / "adapter_config.json"
+    if adapter.is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name if (Path(name) / "tokenizer_config.json").is_file() else base)
+    except (OSError, ValueError) as error:
+        what = name if base == name else f"{base}, the base of the adapter {name}"
+        raise UserError(
+            f"{what}: no such folder with a model, and no such model can be reached on the hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})."
+        ) from error
+    if base != name:
+        from peft import PeftModel
+
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # the adapter added tokens
+            model.resize_token_embeddings(len(tokenizer))
+        model = PeftModel.from_pretrained(model, name).merge_and_unload()
+    return model.to(device).eval(), tokenizer
+
+
+def describe_weights(name: str) -> str:
+    """Sizes and times of the weight files, which differ once other weights are saved to the same folder.
+
+    For a model of the hub its name, whatever the revision.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    return ", ".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
