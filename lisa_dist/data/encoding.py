@@ -1,8 +1,8 @@
-"""From turns to tokens, and which of them count for the loss: what the assistant says, and the end of its turn.
+"""From turns to token ids and labels. Labels are the assistant's turns, with their end, and -100 elsewhere.
 
-The chat template is the tokenizer's own, or the plain one where a model has none. A template that marks what the
-assistant says ({% generation %}), or of which TRL has a version that does, is taken at its word. With any other, an
-assistant's turn is what rendering it adds to what was rendered before it.
+The chat template is the tokenizer's own, or a plain one for a model without a template. Templates that mark the
+assistant's tokens ({% generation %}), or of which TRL has such a version, define the labels. With other templates, an
+assistant's turn is the text that rendering it adds to the turns before it.
 """
 
 import hashlib
@@ -10,21 +10,22 @@ import json
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any, cast
 
 from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from lisa_dist.config import UserError
-from lisa_dist.data.formats import RowError, refuse_rows
+from lisa_dist.data.formats import ExampleError, refuse_examples
+from lisa_dist.errors import UserError
 
-IGNORED = -100  # the label of a token that does not count, as everywhere in transformers
+IGNORED = -100  # the label of a token without loss, as everywhere in transformers
 LONG_EXAMPLES = ("auto", "truncate", "drop")
-_VERSION = 1  # another one for any change of what is encoded: caches of others are not taken
-# What has become of an example; anything else is what was wrong with it.
-_WHOLE, _CUT, _MORE, _TOO_LONG, _NOTHING_LEFT = "whole", "cut", "more", "too long", "nothing left"
-# A question, a line break, the answer, the end of the text; before it what the tokenizer begins texts with.
+_VERSION = 2  # increase it with any change of the encoding: older caches are then not used
+# The status of an encoded example; any other status is why the example is invalid.
+_WHOLE, _CUT, _NEXT_PART, _TOO_LONG, _NO_LABELS = "whole", "cut", "next part", "too long", "no labels"
+# A question, a line break, the answer and the end-of-text token.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}"
@@ -33,18 +34,18 @@ PLAIN_TEMPLATE = (
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> str:
-    """Give the tokenizer the template of `--chat_template_path`, or the plain one where it has none; says which it has.
+    """Set the template of `--chat_template_path`, or the plain one if there is none; returns a description of it.
 
-    Raises UserError where the path is neither a template nor a tokenizer that has one.
+    Raises UserError if the path is neither a template nor a tokenizer with one.
     """
     if path is None:
         if tokenizer.chat_template is not None:
             return "the tokenizer's own"
         if tokenizer.eos_token is None:
             raise UserError("the tokenizer has no chat template and no end-of-text token: give --chat_template_path.")
-        begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE
-        return "plain: the model has none of its own"
+        adds_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
+        return "plain, as the model has none"
     if Path(path).suffix in (".jinja", ".j2"):
         try:
             tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
@@ -55,16 +56,16 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> s
         other = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--chat_template_path {path}: is no .jinja file, and no tokenizer of that name can be reached "
+            f"--chat_template_path {path}: is not a .jinja file, and no tokenizer of that name can be loaded "
             f"({type(error).__name__})."
         ) from error
     if other.chat_template is None:
         raise UserError(f"--chat_template_path {path}: that tokenizer has no chat template.")
-    lacking = sorted(set(other.get_added_vocab()) - set(tokenizer.get_vocab()))
-    used = [token for token in lacking if token in str(other.chat_template)]
-    if used:
+    unknown = sorted(set(other.get_added_vocab()) - set(tokenizer.get_vocab()))
+    missing = [token for token in unknown if token in str(other.chat_template)]
+    if missing:
         raise UserError(
-            f"--chat_template_path {path}: its template needs the tokens {', '.join(used)}, which the model does not "
+            f"--chat_template_path {path}: its template uses the tokens {', '.join(missing)}, which the model does not "
             "have."
         )
     tokenizer.chat_template = other.chat_template
@@ -72,36 +73,42 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> s
 
 
 class Encoder:
-    """Turns to token ids and labels, both lists of integers of one length, by one tokenizer."""
+    """Encodes turns by one tokenizer as token ids and labels, two lists of one length.
+
+    With `assistant_only` the labels of all but the assistant's turns are -100. Raises UserError for a slow tokenizer.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_only: bool):
         self._tokenizer, self._assistant_only = tokenizer, assistant_only
         self._special = list(tokenizer.get_added_vocab())
         self._plain = str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE)
-        self._marked = self._template_with_marks() if assistant_only and not self._plain else None
+        self._marked_template = self._find_marked_template() if assistant_only and not self._plain else None
         if not tokenizer.is_fast:
-            raise UserError(f"the tokenizer {type(tokenizer).__name__} does not tell where its tokens lie in a text.")
+            raise UserError(
+                f"the tokenizer {type(tokenizer).__name__} does not give the positions of its tokens in a text; use a "
+                "fast tokenizer."
+            )
 
     def fingerprint(self) -> str:
-        """The same for encoders that encode alike."""
-        tokenizer = self._tokenizer
+        """A hash of everything that the encoding depends on."""
+        tokenizer: Any = self._tokenizer  # its type does not declare `backend_tokenizer`
         parts = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(self._assistant_only)]
         parts += [json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True), str(_VERSION)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def encode(self, turns: Sequence[dict[str, str]]) -> tuple[list[int], list[int]]:
-        """Token ids, and of each the id again if it counts for the loss, else -100. RowError where a template fails."""
+        """Token ids and labels. Raises ExampleError if the chat template cannot render the turns."""
         first = turns[0]["role"]
         if first == "text":
-            return self._encode_written(turns[0]["content"], 0)
+            return self._encode_text(turns[0]["content"], 0)
         if first == "prompt" and self._plain:
             prompt = turns[0]["content"]
-            return self._encode_written(prompt + turns[1]["content"], len(prompt) if self._assistant_only else 0)
+            return self._encode_text(prompt + turns[1]["content"], len(prompt) if self._assistant_only else 0)
         if first == "prompt":
             roles = {"prompt": "user", "completion": "assistant"}
             turns = [turn | {"role": roles[turn["role"]]} for turn in turns]
-        if self._marked is not None:
-            return self._encode_marked(turns)
+        if self._marked_template is not None:
+            return self._encode_marked(turns, self._marked_template)
         text, spans = self._render(turns)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoded["input_ids"]
@@ -114,23 +121,23 @@ class Encoder:
         return ids, labels
 
     def describe(self, ids: Sequence[int], labels: Sequence[int]) -> list[tuple[str, bool]]:
-        """An example as text, in pieces that count for the loss and pieces that do not."""
+        """An example as pieces of text, each with whether its tokens have labels."""
         pieces = []
-        for counts, tokens in groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != IGNORED):
+        for has_labels, tokens in groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != IGNORED):
             text = self._tokenizer.decode([token for token, _ in tokens], clean_up_tokenization_spaces=False)
-            pieces.append((text, counts))
+            pieces.append((cast(str, text), has_labels))
         return pieces
 
-    def _template_with_marks(self) -> str | None:
+    def _find_marked_template(self) -> str | None:
         if has_generation_markers(self._tokenizer.chat_template):
             return self._tokenizer.chat_template
         try:
             return get_training_chat_template(self._tokenizer)
-        except ValueError:  # TRL knows none
+        except ValueError:  # TRL has none
             return None
 
-    def _encode_written(self, text: str, prompt_length: int) -> tuple[list[int], list[int]]:
-        """A text as it is written, and the end of it; what begins before prompt_length does not count."""
+    def _encode_text(self, text: str, prompt_length: int) -> tuple[list[int], list[int]]:
+        """A text without template, and the end-of-text token. Tokens that begin before prompt_length have no labels."""
         encoded = self._tokenizer(text, return_offsets_mapping=True)
         ids, starts = list(encoded["input_ids"]), [begin for begin, _ in encoded["offset_mapping"]]
         end = self._tokenizer.eos_token_id
@@ -141,17 +148,17 @@ class Encoder:
             starts[-1] = len(text)
         return ids, [token if start >= prompt_length else IGNORED for token, start in zip(ids, starts, strict=True)]
 
-    def _encode_marked(self, turns: Sequence[dict[str, str]]) -> tuple[list[int], list[int]]:
-        arguments = {"chat_template": self._marked, "return_dict": True, "return_assistant_tokens_mask": True}
+    def _encode_marked(self, turns: Sequence[dict[str, str]], template: str) -> tuple[list[int], list[int]]:
+        settings: Any = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True}
         try:
-            encoded = self._tokenizer.apply_chat_template(list(turns), **arguments)
+            encoded: Any = self._tokenizer.apply_chat_template(list(turns), **settings)
         except TemplateError as error:
-            raise RowError(f"the chat template says: {error}") from error
+            raise ExampleError(f"the chat template refuses it: {error}") from error
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-        return ids, [token if counts else IGNORED for token, counts in zip(ids, mask, strict=True)]
+        return ids, [token if marked else IGNORED for token, marked in zip(ids, mask, strict=True)]
 
     def _render(self, turns: Sequence[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-        """The text of all turns, and where in it the assistant's lie."""
+        """The text of all turns, and the spans of the assistant's turns in it."""
         try:
             text = self._apply(turns)
             if not self._assistant_only:
@@ -164,130 +171,146 @@ class Encoder:
                 after = self._apply(turns[: number + 1])
                 end = self._end_of_turn(before, after, text, turn["content"])
                 if end is None:
-                    raise RowError(
-                        f"the chat template renders turn {number + 1} otherwise within the whole than up to there, so "
-                        "what the assistant says cannot be told; give --train_on_inputs true, or a template with "
+                    raise ExampleError(
+                        f"the chat template renders turn {number + 1} differently once later turns follow, so the "
+                        "assistant's tokens cannot be found; give --train_on_inputs true, or a template with "
                         "{% generation %} by --chat_template_path"
                     )
                 spans.append((len(before), end))
         except TemplateError as error:
-            raise RowError(f"the chat template says: {error}") from error
+            raise ExampleError(f"the chat template refuses it: {error}") from error
         return text, spans
 
     def _apply(self, turns: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> str:
-        return self._tokenizer.apply_chat_template(
+        text = self._tokenizer.apply_chat_template(
             list(turns), tokenize=False, add_generation_prompt=add_generation_prompt
         )
+        return cast(str, text)
 
     def _end_of_turn(self, before: str, after: str, text: str, content: str) -> int | None:
-        """Where in the text a turn ends that begins after `before`; None where it cannot be told.
+        """Where in `text`, that of all turns, a turn ends; None if its end cannot be found.
 
-        `after` is the text up to and with the turn. Some templates end it as the last one, with what is not in the
-        whole text: then the turn ends with the last token of its own that both have.
+        `before` and `after` are the text without and with the turn, both without later turns. Some templates end the
+        last turn with text that they omit once turns follow. The turn then ends with its last special token that is in
+        both texts.
         """
-        said = _common_prefix(after, text)
         if not (text.startswith(before) and after.startswith(before)):
             return None
-        ends = [said.rfind(token) + len(token) for token in self._special if token in said[len(before) :]]
+        common = _common_prefix(after, text)
+        ends = [common.rfind(token) + len(token) for token in self._special if token in common[len(before) :]]
         last = max(ends, default=None)
-        if said != after:
-            return last if last is not None and content.strip() in said[len(before) : last] else None
-        # The line break after the end of a turn belongs to what follows.
-        return last if last is not None and not said[last:].strip() else len(said)
+        if common != after:
+            return last if last is not None and content.strip() in common[len(before) : last] else None
+        # A line break after the end of a turn belongs to the next turn.
+        return last if last is not None and not common[last:].strip() else len(common)
 
 
-def _common_prefix(one: str, other: str) -> str:
-    pairs = zip(one, other, strict=False)
-    return one[: next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))]
+def _common_prefix(first: str, second: str) -> str:
+    pairs = zip(first, second, strict=False)
+    return first[: next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))]
 
 
-def encode_rows(
-    rows: Dataset,
+def encode_examples(
+    examples: Dataset,
     encoder: Encoder,
-    said: str,
+    source: str,
     max_length: int | None = None,
     long_examples: str = "auto",
-    skip_bad_rows: bool = False,
+    skip_invalid: bool = False,
     num_proc: int | None = None,
 ) -> tuple[Dataset, list[str]]:
-    """The columns input_ids, labels and origin for rows of turns, none longer than max_length; and lines of long ones.
+    """The columns input_ids, labels and origin of examples of turns; and lines about those that were cut or skipped.
 
-    Long ones are cut at their end (`truncate`) or left out (`drop`); with `auto` a text is cut into several examples,
-    and all else at its end. One that has no token left that counts is left out. Raises UserError where none is left.
+    Examples longer than max_length are truncated or dropped; with `auto` a text is split into several examples, and all
+    others are truncated. An example without labels is dropped. Raises UserError if none is left.
     """
     if long_examples not in LONG_EXAMPLES:
         raise UserError(f"--long_examples {long_examples}: unknown; choose one of {', '.join(LONG_EXAMPLES)}.")
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
-        examples: dict[str, list] = {name: [] for name in ("input_ids", "labels", "origin", "length", "fate")}
+        columns: dict[str, list] = {name: [] for name in ("input_ids", "labels", "origin", "length", "status")}
         for turns, origin in zip(batch["turns"], batch["origin"], strict=True):
+            parts: list[tuple[list[int], list[int], str]]
             try:
                 ids, labels = encoder.encode(turns)
-            except RowError as error:
-                pieces, length = [([], [], str(error))], 0
+            except ExampleError as error:
+                parts, length = [([], [], str(error))], 0
             else:
-                split = long_examples == "auto" and turns[0]["role"] == "text"
-                pieces, length = _fit(ids, labels, max_length, long_examples == "drop", split), len(ids)
-            for ids, labels, fate in pieces:
-                for name, value in zip(examples, (ids, labels, origin, length, fate), strict=True):
-                    examples[name].append(value)
-        return examples
+                splits = long_examples == "auto" and turns[0]["role"] == "text"
+                parts, length = _limit_length(ids, labels, max_length, long_examples == "drop", splits), len(ids)
+            for ids, labels, status in parts:
+                for name, value in zip(columns, (ids, labels, origin, length, status), strict=True):
+                    columns[name].append(value)
+        return columns
 
-    key = [rows._fingerprint, encoder.fingerprint(), str(max_length), long_examples]
-    encoded = rows.map(
+    key = [examples._fingerprint, encoder.fingerprint(), str(max_length), long_examples]
+    encoded = examples.map(
         encode,
         batched=True,
-        remove_columns=rows.column_names,
+        remove_columns=examples.column_names,
         num_proc=num_proc,
         new_fingerprint=hashlib.sha256("\0".join(key).encode()).hexdigest()[:32],
         desc="Tokenizing",
     )
-    fates = encoded["fate"]
-    kept = [index for index, fate in enumerate(fates) if fate in (_WHOLE, _CUT, _MORE)]
-    bad = [index for index, fate in enumerate(fates) if fate not in (_WHOLE, _CUT, _MORE, _TOO_LONG, _NOTHING_LEFT)]
-    if bad and not skip_bad_rows:
-        refuse_rows((f"{encoded[index]['origin']} {fates[index]}" for index in bad), len(bad), len(rows), said)
-    lines = [f"{len(bad)} rows left out, such as {encoded[bad[0]]['origin']} {fates[bad[0]]}"] if bad else []
-    lines += _tell_long(encoded, fates, max_length)
+    status = list(encoded["status"])
+    lines = _report_invalid(encoded, status, len(examples), source, skip_invalid)
+    lines += _report_long(encoded, status, max_length)
+    kept = [index for index, value in enumerate(status) if value in (_WHOLE, _CUT, _NEXT_PART)]
     if not kept:
-        raise UserError(f"{said}: no row is left of {len(rows)}: {'; '.join(lines)}. Raise --max_length.")
+        raise UserError(
+            f"{source}: none of {len(examples)} examples can be used: {'; '.join(lines)}. Raise --max_length."
+        )
     return encoded.select(kept).select_columns(["input_ids", "labels", "origin"]), lines
 
 
-def _fit(
-    ids: list[int], labels: list[int], max_length: int | None, drop: bool, split: bool
+def _report_invalid(
+    encoded: Dataset, status: Sequence[str], num_examples: int, source: str, skip_invalid: bool
+) -> list[str]:
+    """A line about examples that could not be encoded, if there are some; UserError unless `skip_invalid`."""
+    valid = (_WHOLE, _CUT, _NEXT_PART, _TOO_LONG, _NO_LABELS)
+    invalid = [index for index, value in enumerate(status) if value not in valid]
+    if not invalid:
+        return []
+    if not skip_invalid:
+        problems = (f"{encoded[index]['origin']} {status[index]}" for index in invalid)
+        refuse_examples(problems, len(invalid), num_examples, source)
+    return [f"{len(invalid)} examples skipped, such as {encoded[invalid[0]]['origin']} {status[invalid[0]]}"]
+
+
+def _limit_length(
+    ids: list[int], labels: list[int], max_length: int | None, drop: bool, splits: bool
 ) -> list[tuple[list[int], list[int], str]]:
-    """An example in no more than max_length tokens, or in several of so many; with what has become of it."""
+    """An example as one or several of at most max_length tokens, each with its status."""
     if max_length is None or len(ids) <= max_length:
         return [(ids, labels, _WHOLE)]
     if drop:
         return [([], [], _TOO_LONG)]
-    if not split:
+    if not splits:
         ids, labels = ids[:max_length], labels[:max_length]
-        # The first label has no token before it that could foretell it.
-        return [(ids, labels, _CUT) if any(label != IGNORED for label in labels[1:]) else ([], [], _NOTHING_LEFT)]
-    cuts = range(0, len(ids), max_length)
+        # The first label has no token before it to be predicted from.
+        has_labels = any(label != IGNORED for label in labels[1:])
+        return [(ids, labels, _CUT) if has_labels else ([], [], _NO_LABELS)]
     return [
-        (ids[at : at + max_length], labels[at : at + max_length], _MORE if at else _CUT)
-        for at in cuts
-        if len(ids) - at > 1
+        (ids[start : start + max_length], labels[start : start + max_length], _NEXT_PART if start else _CUT)
+        for start in range(0, len(ids), max_length)
+        if len(ids) - start > 1
     ]
 
 
-def _tell_long(encoded: Dataset, fates: Sequence[str], max_length: int | None) -> list[str]:
-    """One line where rows were longer than max_length: how many, the longest, what became of them."""
-    number = {fate: sum(found == fate for found in fates) for fate in (_CUT, _MORE, _TOO_LONG, _NOTHING_LEFT)}
-    num_long = number[_CUT] + number[_TOO_LONG] + number[_NOTHING_LEFT]
+def _report_long(encoded: Dataset, status: Sequence[str], max_length: int | None) -> list[str]:
+    """A line about examples longer than max_length, if there are some: their number, the longest, their outcomes."""
+    counts = {value: status.count(value) for value in (_CUT, _NEXT_PART, _TOO_LONG, _NO_LABELS)}
+    num_long = counts[_CUT] + counts[_TOO_LONG] + counts[_NO_LABELS]
     if not num_long:
         return []
-    lengths = encoded["length"]
+    lengths = list(encoded["length"])
     longest = max(range(len(lengths)), key=lengths.__getitem__)
-    outcomes = [f"{number[_TOO_LONG]} left out"] if number[_TOO_LONG] else []
-    if number[_MORE]:
-        outcomes.append(f"{number[_CUT]} cut into {number[_CUT] + number[_MORE]}")
-    elif number[_CUT]:
-        outcomes.append(f"{number[_CUT]} cut")
-    if number[_NOTHING_LEFT]:
-        outcomes.append(f"{number[_NOTHING_LEFT]} left out, as nothing that counts was left")
-    longest = f"{encoded[longest]['origin']} has {lengths[longest]}"
-    return [f"{num_long} rows have more than {max_length} tokens ({longest}): {', '.join(outcomes)}"]
+    outcomes = [f"{counts[_TOO_LONG]} dropped"] if counts[_TOO_LONG] else []
+    if counts[_NEXT_PART]:
+        outcomes.append(f"{counts[_CUT]} split into {counts[_CUT] + counts[_NEXT_PART]}")
+    elif counts[_CUT]:
+        outcomes.append(f"{counts[_CUT]} truncated")
+    if counts[_NO_LABELS]:
+        outcomes.append(f"{counts[_NO_LABELS]} dropped, as no label was left")
+    place = f"{encoded[longest]['origin']} has {lengths[longest]}"
+    return [f"{num_long} examples have more than {max_length} tokens ({place}): {', '.join(outcomes)}"]

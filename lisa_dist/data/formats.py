@@ -1,100 +1,100 @@
-"""Formats of rows, told apart by their columns; a row of any becomes a list of turns.
+"""Formats of examples, recognized by their columns; an example of any format becomes a list of turns.
 
-    alpaca              instruction, output; input, system, history as they are there
+    alpaca              instruction, output; optional input, system, history
     sharegpt            conversations of from/value; system
     messages            messages of role/content; system
     prompt_completion   prompt, completion: texts, or lists of turns and system
     question_answer     question, answer; system
     text                text, for continued pre-training
 
-A turn is {"role": ..., "content": ...}: system, user and assistant, tool for what a tool has answered. A row of text is
-one turn of the role "text". Where a model has no chat template, a prompt and a completion that are texts are taken as
-they are written: turns of the roles "prompt" and "completion".
+A turn is {"role": ..., "content": ...} with the role system, user, assistant or tool, for the output of a tool. An
+example of text is one turn of the role "text". A prompt and a completion that are texts are turns of the roles "prompt"
+and "completion": for a model without a chat template they are concatenated as they are.
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from lisa_dist.config import UserError
+from lisa_dist.errors import UserError
 
-_TOLD = 5  # bad rows that an error names
+_NUM_SHOWN = 5  # invalid examples that an error lists
 ROLES = ("system", "user", "assistant", "tool")
 _SAME_ROLE = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant"}
 _SAME_ROLE |= {"model": "assistant", "bot": "assistant", "observation": "tool", "developer": "system"}
 
 
-class RowError(ValueError):
-    """What is wrong with a row; whoever knows its file and number says them."""
+class ExampleError(ValueError):
+    """Why an example is invalid; the caller knows its file and line."""
 
 
-def refuse_rows(problems: Iterable[str], number: int, num_rows: int, said: str) -> None:
-    """Raise UserError for so many bad rows of a source, with the first few of them."""
-    told = [f"  {problem}" for problem in itertools.islice(problems, _TOLD)]
-    if number > _TOLD:
-        told.append(f"  and {number - _TOLD} more")
+def refuse_examples(problems: Iterable[str], num_invalid: int, num_examples: int, source: str) -> None:
+    """Raise UserError that lists the first invalid examples of a source."""
+    shown = [f"  {problem}" for problem in itertools.islice(problems, _NUM_SHOWN)]
+    if num_invalid > _NUM_SHOWN:
+        shown.append(f"  and {num_invalid - _NUM_SHOWN} more")
     raise UserError(
-        f"{said}: {number} of {num_rows} rows cannot be used:\n"
-        + "\n".join(told)
-        + "\nMend them, or leave them out with --skip_bad_rows true."
+        f"{source}: {num_invalid} of {num_examples} examples are invalid:\n"
+        + "\n".join(shown)
+        + "\nCorrect them, or skip them with --skip_bad_rows true."
     )
 
 
 def detect(columns: Sequence[str]) -> str | None:
-    """The first format whose columns are all there; None where there is none."""
+    """The first format whose required columns are all present; None if there is none."""
     for name, (needed, _) in FORMATS.items():
         if set(needed) <= set(columns):
             return name
     return None
 
 
-def to_turns(row: Mapping, name: str) -> list[dict[str, str]]:
-    """The turns of a row of a format; RowError where it breaks a rule."""
-    turns = FORMATS[name][1](row)
+def to_turns(example: Mapping, format_name: str) -> list[dict[str, str]]:
+    """The turns of an example. Raises ExampleError if it does not follow the format."""
+    turns = FORMATS[format_name][1](example)
     if turns[0]["role"] not in ("text", "prompt"):
         _check_order(turns)
     return turns
 
 
-def _alpaca(row: Mapping) -> list[dict[str, str]]:
-    turns = _system(row)
-    for number, pair in enumerate(_list(row, "history") if row.get("history") else [], start=1):
+def _alpaca(example: Mapping) -> list[dict[str, str]]:
+    turns = _system(example)
+    for number, pair in enumerate(_list(example, "history") if example.get("history") else [], start=1):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise RowError(f"history has no pair of texts at {number}")
+            raise ExampleError(f"entry {number} of history is not a pair of texts")
         turns += _pair(*pair)
-    parts = (_text(row, "instruction"), _text(row, "input") if row.get("input") is not None else "")
-    return turns + _pair("\n\n".join(part for part in parts if part.strip()), _answer(row, "output"))
+    parts = (_text(example, "instruction"), _text(example, "input") if example.get("input") is not None else "")
+    return turns + _pair("\n\n".join(part for part in parts if part.strip()), _answer(example, "output"))
 
 
-def _sharegpt(row: Mapping) -> list[dict[str, str]]:
-    return _system(row) + _turns(row, "conversations", "from", "value")
+def _sharegpt(example: Mapping) -> list[dict[str, str]]:
+    return _system(example) + _turns(example, "conversations", "from", "value")
 
 
-def _messages(row: Mapping) -> list[dict[str, str]]:
-    return _system(row) + _turns(row, "messages", "role", "content")
+def _messages(example: Mapping) -> list[dict[str, str]]:
+    return _system(example) + _turns(example, "messages", "role", "content")
 
 
-def _prompt_completion(row: Mapping) -> list[dict[str, str]]:
-    if isinstance(row.get("prompt"), (list, tuple)) or isinstance(row.get("completion"), (list, tuple)):
-        turns = _turns(row, "prompt", "role", "content") + _turns(row, "completion", "role", "content")
-        return _system(row) + turns
-    written = {"prompt": _text(row, "prompt"), "completion": _answer(row, "completion")}
-    if _system(row):
-        raise RowError(
-            "has a system text beside a prompt that is a text; to have turns of them give "
+def _prompt_completion(example: Mapping) -> list[dict[str, str]]:
+    if isinstance(example.get("prompt"), (list, tuple)) or isinstance(example.get("completion"), (list, tuple)):
+        turns = _turns(example, "prompt", "role", "content") + _turns(example, "completion", "role", "content")
+        return _system(example) + turns
+    texts = {"prompt": _text(example, "prompt"), "completion": _answer(example, "completion")}
+    if _system(example):
+        raise ExampleError(
+            "has a system text, but its prompt is a text and not a list of turns; to use the chat template, give "
             "--dataset_columns question=prompt answer=completion"
         )
-    return [{"role": role, "content": content} for role, content in written.items()]
+    return [{"role": role, "content": content} for role, content in texts.items()]
 
 
-def _question_answer(row: Mapping) -> list[dict[str, str]]:
-    return _system(row) + _pair(_text(row, "question"), _answer(row, "answer"))
+def _question_answer(example: Mapping) -> list[dict[str, str]]:
+    return _system(example) + _pair(_text(example, "question"), _answer(example, "answer"))
 
 
-def _plain_text(row: Mapping) -> list[dict[str, str]]:
-    return [{"role": "text", "content": _answer(row, "text")}]
+def _plain_text(example: Mapping) -> list[dict[str, str]]:
+    return [{"role": "text", "content": _answer(example, "text")}]
 
 
-# Of a format: the columns that it needs, and the function from a row to its turns; those that need more come first.
+# The required columns of each format, and the function from an example to turns; formats with more columns come first.
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping], list[dict[str, str]]]]] = {
     "messages": (("messages",), _messages),
     "sharegpt": (("conversations",), _sharegpt),
@@ -103,40 +103,40 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping], list[dict[str, str
     "question_answer": (("question", "answer"), _question_answer),
     "text": (("text",), _plain_text),
 }
-# Columns that a format also reads, where there are some.
-_ALSO_READ = {
+# Optional columns.
+_OPTIONAL = {
     "messages": ("system",),
     "sharegpt": ("system",),
-    "prompt_completion": ("system",),  # beside lists
+    "prompt_completion": ("system",),  # with lists of turns
     "alpaca": ("input", "system", "history"),
     "question_answer": ("system",),
 }
 
 
 def describe_columns(format_name: str, columns: Iterable[str]) -> str:
-    """The columns that a format reads, and those that it leaves."""
-    read = (*FORMATS[format_name][0], *_ALSO_READ.get(format_name, ()))
-    left = [column for column in columns if column not in read]
+    """The columns that a format reads, and those that it ignores."""
+    read = (*FORMATS[format_name][0], *_OPTIONAL.get(format_name, ()))
+    ignored = [column for column in columns if column not in read]
     used = ", ".join(column for column in columns if column in read)
-    return f"{format_name} ({used}" + (f"; not read: {', '.join(left)})" if left else ")")
+    return f"{format_name} ({used}" + (f"; ignored: {', '.join(ignored)})" if ignored else ")")
 
 
 def _pair(user: str, assistant: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
-def _system(row: Mapping) -> list[dict[str, str]]:
-    system = _text(row, "system") if row.get("system") is not None else ""
+def _system(example: Mapping) -> list[dict[str, str]]:
+    system = _text(example, "system") if example.get("system") is not None else ""
     return [{"role": "system", "content": system}] if system.strip() else []
 
 
-def _turns(row: Mapping, column: str, role_key: str, content_key: str) -> list[dict[str, str]]:
-    """The turns of a list in a column; keys of the other way of writing them, role/content or from/value, do too."""
+def _turns(example: Mapping, column: str, role_key: str, content_key: str) -> list[dict[str, str]]:
+    """The turns in a list column, with the given keys or the other pair of role/content and from/value."""
     turns = []
-    for number, turn in enumerate(_list(row, column), start=1):
-        where = f"turn {number} of {column}"
+    for number, turn in enumerate(_list(example, column), start=1):
+        place = f"turn {number} of {column}"
         if not isinstance(turn, Mapping):
-            raise RowError(f"{where} is {_kind(turn)}, not an object with {role_key} and {content_key}")
+            raise ExampleError(f"{place} is {_kind(turn)}, not an object with {role_key} and {content_key}")
         keys = (
             (role_key, content_key)
             if role_key in turn
@@ -144,17 +144,17 @@ def _turns(row: Mapping, column: str, role_key: str, content_key: str) -> list[d
             if "role" in turn
             else ("from", "value")
         )
-        for key, wanted in zip(keys, (role_key, content_key), strict=True):
+        for key, expected in zip(keys, (role_key, content_key), strict=True):
             if turn.get(key) is None:
-                raise RowError(f"{where} has no {wanted if wanted not in turn else key}")
+                raise ExampleError(f"{place} has no {expected if expected not in turn else key}")
             if not isinstance(turn[key], str):
-                raise RowError(f"{key} of {where} is {_kind(turn[key])}, not a text")
+                raise ExampleError(f"{key} of {place} is {_kind(turn[key])}, not text")
         role = _SAME_ROLE.get(turn[keys[0]].lower(), turn[keys[0]].lower())
         if role not in ROLES:
             known = ", ".join([*ROLES, *_SAME_ROLE])
-            raise RowError(f"{where} has the unknown role {turn[keys[0]]!r}; known are {known}")
+            raise ExampleError(f"{place} has the unknown role {turn[keys[0]]!r}; known roles are {known}")
         if role == "assistant" and not turn[keys[1]].strip():
-            raise RowError(f"{where} is an empty answer")
+            raise ExampleError(f"{place} is an empty answer")
         turns.append({"role": role, "content": turn[keys[1]]})
     return turns
 
@@ -162,47 +162,47 @@ def _turns(row: Mapping, column: str, role_key: str, content_key: str) -> list[d
 def _check_order(turns: list[dict[str, str]]) -> None:
     roles = [turn["role"] for turn in turns]
     if roles.count("system") > 1:
-        raise RowError(f"has {roles.count('system')} system turns; one is allowed, and comes first")
+        raise ExampleError(f"has {roles.count('system')} system turns; at most one is allowed, as the first turn")
     if "system" in roles[1:]:
-        raise RowError(f"has its system turn at place {roles.index('system') + 1}; it must come first")
+        raise ExampleError(f"has a system turn as turn {roles.index('system') + 1}; it must be the first")
     if "assistant" not in roles:
-        raise RowError("has no assistant turn: there is nothing to learn")
+        raise ExampleError("has no assistant turn, so there is nothing to train on")
 
 
-def _list(row: Mapping, column: str) -> list:
-    value = _present(row, column)
+def _list(example: Mapping, column: str) -> list:
+    value = _present(example, column)
     if not isinstance(value, (list, tuple)):
-        raise RowError(f"{column} is {_kind(value)}, not a list")
+        raise ExampleError(f"{column} is {_kind(value)}, not a list")
     if not value:
-        raise RowError(f"{column} is an empty list")
+        raise ExampleError(f"{column} is an empty list")
     return list(value)
 
 
-def _text(row: Mapping, column: str) -> str:
-    value = _present(row, column)
+def _text(example: Mapping, column: str) -> str:
+    value = _present(example, column)
     if not isinstance(value, str):
-        raise RowError(f"{column} is {_kind(value)}, not a text")
+        raise ExampleError(f"{column} is {_kind(value)}, not text")
     return value
 
 
-def _answer(row: Mapping, column: str) -> str:
-    value = _text(row, column)
+def _answer(example: Mapping, column: str) -> str:
+    value = _text(example, column)
     if not value.strip():
-        raise RowError(f"{column} is empty: there is nothing to learn")
+        raise ExampleError(f"{column} is empty, so there is nothing to train on")
     return value
 
 
-def _present(row: Mapping, column: str) -> object:
-    if row.get(column) is None:
-        raise RowError(f"has no {column}")
-    return row[column]
+def _present(example: Mapping, column: str) -> object:
+    if example.get(column) is None:
+        raise ExampleError(f"has no {column}")
+    return example[column]
 
 
 def _kind(value: object) -> str:
     names = {
         dict: "an object",
         list: "a list",
-        str: "a text",
+        str: "text",
         bool: "true or false",
         int: "a number",
         float: "a number",

@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer, get_peft_config
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.layer_weights import load_layer_weights
-from lisa_dist.data.dataset import Data, DataArguments, describe_rows, load_data
+from lisa_dist.data.dataset import Data, DataArguments, describe_examples, load_data
 from lisa_dist.data.encoding import set_chat_template
 from lisa_dist.distributed.collectives import gather, together
 from lisa_dist.distributed.health import check_same_everywhere
@@ -99,9 +99,9 @@ def run(
         use_cpu=training_args.use_cpu,
     )
     data = load_rows(data_args, training_args, tokenizer)
-    content = {f"the content of --dataset_name {' '.join(data_args.dataset_name)}": describe_rows(data.train)}
+    content = {f"the content of --dataset_name {' '.join(data_args.dataset_name)}": describe_examples(data.train)}
     if data.held_out is not None:
-        content["the content of the held-out rows"] = describe_rows(data.held_out)
+        content["the content of the held-out rows"] = describe_examples(data.held_out)
     check_same_everywhere(content, "give every host the same file")
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,

@@ -541,7 +541,7 @@ def test_each_kind_of_real_data_trains(data_dir, tmp_path, name, changes, found)
     on_two_ranks(flags_for(tmp_path, tmp_path / "out", **real | changes), tmp_path)
     said = (tmp_path / "0.txt").read_text()
     assert found in said
-    assert "count for the loss" in said
+    assert "of them with loss" in said
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     before, after = (entry["eval_loss"] for entry in history if "eval_loss" in entry)
     assert after < before

@@ -1,4 +1,4 @@
-"""From flags to tokens: several sources, held-out rows, what is said of them; and the same rows in every form."""
+"""From flags to tokens: several sources, held-out examples, the header; and the same examples in every format."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import torch
 from models import save_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lisa_dist.data.dataset import DataArguments, describe_rows, load_data
+from lisa_dist.data.dataset import DataArguments, describe_examples, load_data
 from lisa_dist.data.encoding import IGNORED, set_chat_template
 
 
@@ -38,17 +38,17 @@ def test_sources_of_several_formats_are_put_together(tokenizer, names):
     assert data.held_out is None
     assert tokenizer.decode(data.train[12]["input_ids"]) == "Once upon a time there was a sum.<end>"
     assert data.lines[:4] == [
-        f"{names[0]}: question_answer (question, answer), 20 rows",
-        f"{names[1]}: text (text), 1 rows",
-        f"{names[0]}: 20 as 10 by its weight of 0.5",
-        f"{names[1]}: 1 as 3 by its weight of 3",
+        f"{names[0]}: question_answer (question, answer), 20 examples",
+        f"{names[1]}: text (text), 1 examples",
+        f"{names[0]}: 20 become 10 by the weight 0.5",
+        f"{names[1]}: 1 become 3 by the weight 3",
     ]
-    with pytest.raises(ValueError, match=r"--dataset_weights 0\.01 of .*: leaves none of 20 rows"):
+    with pytest.raises(ValueError, match=r"--dataset_weights 0\.01 of .*: leaves none of 20 examples"):
         load(tokenizer, dataset_name=names[0], dataset_weights=[0.01])
 
 
 def test_held_out_rows_are_held_out_whole(tokenizer, tmp_path):
-    """Also where a weight repeats rows, and where a text is cut into several examples."""
+    """Also where a weight repeats examples, and where a text is split into several."""
     path = tmp_path / "texts.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"({n})" * 40}) for n in range(10, 60)))
     data = load(tokenizer, dataset_name=str(path), dataset_weights=[2.5], eval_rows=0.2, max_length=32)
@@ -64,7 +64,7 @@ def test_held_out_rows_are_held_out_whole(tokenizer, tmp_path):
 def test_the_first_example_is_shown_with_what_counts(tokenizer, names):
     shown = load(tokenizer, dataset_name=names[0]).lines[1].split("\n")
     assert shown[1:] == ["  <user>0 + 1?<end><assistant>", "> 1<end>"]
-    assert shown[0] == "first example: 11 tokens, 2 of them count for the loss (lines with >)"
+    assert shown[0] == "first example: 11 tokens, 2 of them with loss (lines with >)"
     assert load(tokenizer, dataset_name=names[0], train_on_inputs=True).lines[1].split("\n")[1:] == [
         "> <user>0 + 1?<end><assistant>1<end>"
     ]
@@ -89,9 +89,9 @@ def test_rows_are_held_out_by_number_or_part(tokenizer, names, eval_rows, number
     texts = {tuple(row["input_ids"]) for part in (data.train, data.held_out) for row in part}
     assert len(texts) == 20
     again = load(tokenizer, dataset_name=names[0], eval_rows=eval_rows)
-    assert describe_rows(again.held_out) == describe_rows(data.held_out)
+    assert describe_examples(again.held_out) == describe_examples(data.held_out)
     other = load(tokenizer, dataset_name=names[0], eval_rows=eval_rows, seed=1)
-    assert describe_rows(other.held_out) != describe_rows(data.held_out)
+    assert describe_examples(other.held_out) != describe_examples(data.held_out)
 
 
 def test_held_out_rows_of_a_file(tokenizer, names):
@@ -103,7 +103,7 @@ def test_held_out_rows_of_a_file(tokenizer, names):
 
 @pytest.mark.parametrize("eval_rows", [20, 0.001])
 def test_something_must_be_left_and_held_out(tokenizer, names, eval_rows):
-    with pytest.raises(ValueError, match="at least one must be left, and one held out"):
+    with pytest.raises(ValueError, match="at least one must be held out, and one left to train on"):
         load(tokenizer, dataset_name=names[0], eval_rows=eval_rows)
 
 
@@ -141,7 +141,7 @@ def test_real_rows_give_the_same_tokens_labels_and_loss_in_every_form(data_dir, 
             batch = {name: torch.tensor([found[0][name]]) for name in ("input_ids", "labels")}
             with torch.no_grad():
                 losses.setdefault(template, set()).add(model(**batch).loss.item())
-        assert len(first) == 300 - sum("left out" in line for line in data.lines)
+        assert len(first) == 300 - sum("dropped" in line for line in data.lines)
         for row in first:
             counting = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
             assert 0 < len(counting) < len(row["input_ids"])

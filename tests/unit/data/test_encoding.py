@@ -9,8 +9,8 @@ from datasets import Dataset
 from models import TEMPLATE, save_tiny_llama
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from lisa_dist.data.encoding import IGNORED, PLAIN_TEMPLATE, Encoder, encode_rows, set_chat_template
-from lisa_dist.data.formats import RowError, to_turns
+from lisa_dist.data.encoding import IGNORED, PLAIN_TEMPLATE, Encoder, encode_examples, set_chat_template
+from lisa_dist.data.formats import ExampleError, to_turns
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -145,7 +145,7 @@ def test_trls_version_of_a_template_that_it_knows_is_taken(tokenizer):
 
 
 def test_a_template_that_changes_what_was_said_is_refused(tokenizer):
-    with pytest.raises(RowError, match="renders turn 2 otherwise within the whole"):
+    with pytest.raises(ExampleError, match="renders turn 2 differently once later turns follow"):
         pieces(tokenizer, TURNS, FORGETFUL)
     assert pieces(tokenizer, TURNS, FORGETFUL, assistant_only=False)
     assert pieces(tokenizer, TURNS[:2], FORGETFUL)[1] == ("Two, é!<end>", True)
@@ -154,14 +154,14 @@ def test_a_template_that_changes_what_was_said_is_refused(tokenizer):
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 def test_a_template_that_raises_says_so_of_the_row(tokenizer, template):
     template = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}" + template
-    with pytest.raises(RowError, match="the chat template says: no tools here"):
+    with pytest.raises(ExampleError, match="the chat template refuses it: no tools here"):
         pieces(tokenizer, [{"role": "tool", "content": "t"}, *TURNS[:2]], template)
 
 
 def test_a_tokenizer_without_offsets_is_refused():
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = TEMPLATE
-    with pytest.raises(ValueError, match="the tokenizer ByT5Tokenizer does not tell where its tokens lie in a text"):
+    with pytest.raises(ValueError, match="the tokenizer ByT5Tokenizer does not give the positions of its tokens"):
         Encoder(tokenizer, assistant_only=False)
 
 
@@ -242,7 +242,7 @@ def test_a_template_can_be_given(tokenizer, folder, tmp_path):
 def test_a_template_that_is_no_use_is_named(tokenizer, folder, tmp_path):
     with pytest.raises(ValueError, match=r"--chat_template_path absent\.jinja: cannot be read"):
         set_chat_template(tokenizer, "absent.jinja")
-    with pytest.raises(ValueError, match=r"--chat_template_path no/tokenizer: is no \.jinja file, and no tokenizer"):
+    with pytest.raises(ValueError, match=r"--chat_template_path no/tokenizer: is not a \.jinja file, and no tokenizer"):
         set_chat_template(tokenizer, "no/tokenizer")
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "bare")
@@ -251,9 +251,7 @@ def test_a_template_that_is_no_use_is_named(tokenizer, folder, tmp_path):
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(tmp_path / "chatml")
     plain = AutoTokenizer.from_pretrained(folder)
-    with pytest.raises(
-        ValueError, match=r"its template needs the tokens <\|im_end\|>, <\|im_start\|>, which the model"
-    ):
+    with pytest.raises(ValueError, match=r"its template uses the tokens <\|im_end\|>, <\|im_start\|>, which the model"):
         set_chat_template(plain, str(tmp_path / "chatml"))
     plain.chat_template, plain.eos_token = None, None
     with pytest.raises(ValueError, match="no chat template and no end-of-text token"):
@@ -279,7 +277,7 @@ def pair(prompt: int, completion: int) -> list[dict]:
 def encode(tokenizer, rows: Dataset, *args, **kwargs) -> tuple[list[int], list[str]]:
     """Lengths of the examples, and what is told of long ones."""
     set_chat_template(tokenizer, None)
-    encoded, lines = encode_rows(rows, Encoder(tokenizer, True), "--dataset_name rows", *args, **kwargs)
+    encoded, lines = encode_examples(rows, Encoder(tokenizer, True), "--dataset_name rows", *args, **kwargs)
     assert encoded.column_names == ["input_ids", "labels", "origin"]
     assert all(len(row["input_ids"]) == len(row["labels"]) for row in encoded)
     return [len(row["input_ids"]) for row in encoded], lines
@@ -289,23 +287,21 @@ def test_long_texts_are_split_and_nothing_is_lost(tokenizer):
     rows = rows_of(text(8), text(20), text(17))
     lengths, lines = encode(tokenizer, rows, 8)
     assert lengths == [8, 8, 8, 4, 8, 8], "the one token that is over has nothing to foretell"
-    assert lines == ["2 rows have more than 8 tokens (row 2 has 20): 2 cut into 5"]
+    assert lines == ["2 examples have more than 8 tokens (row 2 has 20): 2 split into 5"]
     assert encode(tokenizer, rows, None) == ([8, 20, 17], [])
     assert encode(tokenizer, rows, 8, "truncate") == (
         [8, 8, 8],
-        ["2 rows have more than 8 tokens (row 2 has 20): 2 cut"],
+        ["2 examples have more than 8 tokens (row 2 has 20): 2 truncated"],
     )
-    assert encode(tokenizer, rows, 8, "drop") == ([8], ["2 rows have more than 8 tokens (row 2 has 20): 2 left out"])
+    assert encode(tokenizer, rows, 8, "drop") == ([8], ["2 examples have more than 8 tokens (row 2 has 20): 2 dropped"])
 
 
 def test_long_conversations_are_cut_where_something_is_left_to_learn(tokenizer):
     rows = rows_of(pair(4, 4), pair(6, 6), pair(8, 3), pair(7, 9))
     lengths, lines = encode(tokenizer, rows, 8)
     assert lengths == [8, 8, 8]
-    assert lines == [
-        "3 rows have more than 8 tokens (row 4 has 16): 2 cut, 1 left out, as nothing that counts was left"
-    ]
-    with pytest.raises(ValueError, match="--dataset_name rows: no row is left of 1: 1 rows have more than 8 tokens"):
+    assert lines == ["3 examples have more than 8 tokens (row 4 has 16): 2 truncated, 1 dropped, as no label was left"]
+    with pytest.raises(ValueError, match="rows: none of 1 examples can be used: 1 examples have more than 8 tokens"):
         encode(tokenizer, rows_of(pair(20, 2)), 8)
     with pytest.raises(ValueError, match="--long_examples chop: unknown; choose one of auto, truncate, drop"):
         encode(tokenizer, rows, 8, "chop")
@@ -315,18 +311,18 @@ def test_a_row_of_two_megabytes(tokenizer):
     rows = rows_of([{"role": "text", "content": "x" * 2_000_000}], text(8))
     lengths, lines = encode(tokenizer, rows, 1024, "truncate")
     assert lengths == [1024, 8]
-    assert lines == ["1 rows have more than 1024 tokens (row 1 has 2000001): 1 cut"]
+    assert lines == ["1 examples have more than 1024 tokens (row 1 has 2000001): 1 truncated"]
 
 
 def test_rows_that_a_template_refuses_are_named_or_left_out(tokenizer):
     tokenizer.chat_template = FORGETFUL
     rows = rows_of(TURNS[:2], TURNS, TURNS)
-    with pytest.raises(ValueError, match="2 of 3 rows cannot be used") as error:
+    with pytest.raises(ValueError, match="2 of 3 examples are invalid") as error:
         encode(tokenizer, rows)
     assert "  row 2 the chat template renders turn 2 otherwise" in str(error.value)
-    lengths, lines = encode(tokenizer, rows, skip_bad_rows=True)
+    lengths, lines = encode(tokenizer, rows, skip_invalid=True)
     assert len(lengths) == 1
-    assert lines[0].startswith("2 rows left out, such as row 2 the chat template renders")
+    assert lines[0].startswith("2 examples skipped, such as row 2 the chat template renders")
 
 
 def test_what_was_encoded_is_found_again_and_only_that(tokenizer, tmp_path):
@@ -337,7 +333,7 @@ def test_what_was_encoded_is_found_again_and_only_that(tokenizer, tmp_path):
     tokenizer.chat_template = TEMPLATE
 
     def files(encoder: Encoder, *args) -> str:
-        encoded, _ = encode_rows(rows, encoder, "rows", *args)
+        encoded, _ = encode_examples(rows, encoder, "rows", *args)
         return encoded.cache_files[0]["filename"]
 
     first = files(Encoder(tokenizer, True), 64)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lisa_dist.data.formats import RowError, describe_columns, detect, to_turns
+from lisa_dist.data.formats import ExampleError, describe_columns, detect, to_turns
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
@@ -56,7 +56,7 @@ def test_rows_become_turns(row, name, turns):
 
 
 def test_columns_that_are_not_read_are_told():
-    assert describe_columns("messages", ["id", "messages", "tools"]) == "messages (messages; not read: id, tools)"
+    assert describe_columns("messages", ["id", "messages", "tools"]) == "messages (messages; ignored: id, tools)"
     assert describe_columns("alpaca", ["instruction", "input", "output"]) == "alpaca (instruction, input, output)"
 
 
@@ -72,19 +72,23 @@ def test_columns_of_no_format():
         ({"prompt": "q"}, "prompt_completion", "has no completion"),
         ({"completion": "a"}, "prompt_completion", "has no prompt"),
         ({"prompt": "q", "completion": " "}, "prompt_completion", "completion is empty"),
-        ({"prompt": 1, "completion": "a"}, "prompt_completion", "prompt is a number, not a text"),
+        ({"prompt": 1, "completion": "a"}, "prompt_completion", "prompt is a number, not text"),
         ({"prompt": "q", "completion": "a", "system": "s"}, "prompt_completion", "question=prompt answer=completion"),
         ({"instruction": "q"}, "alpaca", "has no output"),
         ({"instruction": "q", "output": None}, "alpaca", "has no output"),
-        ({"instruction": "q", "output": " \n"}, "alpaca", "output is empty: there is nothing to learn"),
-        ({"instruction": 3, "output": "a"}, "alpaca", "instruction is a number, not a text"),
-        ({"instruction": "q", "output": ["a"]}, "alpaca", "output is a list, not a text"),
-        ({"instruction": "q", "output": "a", "history": [["q"]]}, "alpaca", "history has no pair of texts at 1"),
-        ({"instruction": "q", "output": "a", "history": "q"}, "alpaca", "history is a text, not a list"),
-        ({"question": "q", "answer": True}, "question_answer", "answer is true or false, not a text"),
+        ({"instruction": "q", "output": " \n"}, "alpaca", "output is empty, so there is nothing to train on"),
+        ({"instruction": 3, "output": "a"}, "alpaca", "instruction is a number, not text"),
+        ({"instruction": "q", "output": ["a"]}, "alpaca", "output is a list, not text"),
+        (
+            {"instruction": "q", "output": "a", "history": [["q"]]},
+            "alpaca",
+            "entry 1 of history is not a pair",
+        ),
+        ({"instruction": "q", "output": "a", "history": "q"}, "alpaca", "history is text, not a list"),
+        ({"question": "q", "answer": True}, "question_answer", "answer is true or false, not text"),
         ({"text": ""}, "text", "text is empty"),
         ({"messages": []}, "messages", "messages is an empty list"),
-        ({"messages": [USER, "a"]}, "messages", "turn 2 of messages is a text, not an object with role and content"),
+        ({"messages": [USER, "a"]}, "messages", "turn 2 of messages is text, not an object with role and content"),
         ({"messages": [USER, {"role": "assistant"}]}, "messages", "turn 2 of messages has no content"),
         ({"messages": [{"content": "q"}]}, "messages", "turn 1 of messages has no role"),
         (
@@ -95,16 +99,16 @@ def test_columns_of_no_format():
         (
             {"messages": [USER, {"role": "assistant", "content": [1]}]},
             "messages",
-            "content of turn 2 of messages is a list, not a text",
+            "content of turn 2 of messages is a list, not text",
         ),
         (
             {"messages": [{"role": "narrator", "content": "q"}, ASSISTANT]},
             "messages",
-            "turn 1 of messages has the unknown role 'narrator'; known are system, user, assistant, tool, human, gpt",
+            "turn 1 of messages has the unknown role 'narrator'; known roles are system, user, assistant, tool",
         ),
-        ({"messages": [SYSTEM, USER, SYSTEM, ASSISTANT]}, "messages", "has 2 system turns; one is allowed"),
-        ({"messages": [USER, SYSTEM, ASSISTANT]}, "messages", "has its system turn at place 2; it must come first"),
-        ({"messages": [SYSTEM, USER]}, "messages", "has no assistant turn: there is nothing to learn"),
+        ({"messages": [SYSTEM, USER, SYSTEM, ASSISTANT]}, "messages", "has 2 system turns; at most one is allowed"),
+        ({"messages": [USER, SYSTEM, ASSISTANT]}, "messages", "has a system turn as turn 2; it must be the first"),
+        ({"messages": [SYSTEM, USER]}, "messages", "has no assistant turn, so there is nothing to train on"),
         ({"conversations": [{"from": "human"}]}, "sharegpt", "turn 1 of conversations has no value"),
         (
             {"conversations": [{"from": "human", "value": 1}]},
@@ -115,6 +119,6 @@ def test_columns_of_no_format():
     ],
 )
 def test_a_bad_row_says_its_rule(row, name, said):
-    with pytest.raises(RowError) as error:
+    with pytest.raises(ExampleError) as error:
         to_turns(row, name)
     assert said in str(error.value)

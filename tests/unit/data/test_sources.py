@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict
 
 from lisa_dist.config import UserError
 from lisa_dist.data import sources
-from lisa_dist.data.sources import Source, load_turns, weigh
+from lisa_dist.data.sources import Source, apply_weight, load_turns
 
 ROW = {"question": "q", "answer": "a"}
 
@@ -50,7 +50,7 @@ def test_every_kind_of_file_has_the_same_rows(tmp_path, suffix):
     found, told = load(write(tmp_path / f"rows{suffix}", rows))
     assert questions(found) == [row["question"] for row in rows]
     assert found[0]["turns"][1] == {"role": "assistant", "content": "ä\u2028"}
-    assert "question_answer (question, answer), 3 rows" in told
+    assert "question_answer (question, answer), 3 examples" in told
     what = "line 2" if "jsonl" in suffix else "row 2"
     assert found[1]["origin"] == f"{tmp_path}/rows{suffix}, {what}"
 
@@ -59,7 +59,7 @@ def test_a_line_of_a_text_file_is_a_row(tmp_path):
     found, told = load(write(tmp_path / "rows.txt", [{"text": "one"}, {"text": " "}, {"text": "two"}]))
     assert questions(found) == ["one", "two"]
     assert [row["origin"].rpartition(", ")[2] for row in found] == ["line 1", "line 3"]
-    assert "text (text), 2 rows" in told
+    assert "text (text), 2 examples" in told
 
 
 def test_objects_a_line_in_a_json_file(tmp_path):
@@ -107,16 +107,16 @@ def test_a_sample_and_a_weight_are_drawn_by_the_seed(tmp_path):
     drawn = [int(question) for question in questions(found)]
     assert len(set(drawn)) == 10
     assert drawn == sorted(drawn)
-    assert "100 rows, 10 of them drawn by --seed 0" in told
+    assert "100 examples, 10 of them sampled by --seed 0" in told
     assert load(f"{name}#10")[0] == found
     assert load(f"{name}#10", seed=1)[0] != found
     rows = load_turns(Source(name), False, 0)[0]
-    assert len(weigh(rows, Source(name, weight=0.25), 0)) == 25
-    found = weigh(rows, Source(name, weight=2.5), 0).to_list()
+    assert len(apply_weight(rows, Source(name, weight=0.25), 0)) == 25
+    found = apply_weight(rows, Source(name, weight=2.5), 0).to_list()
     counts = sorted(questions(found).count(str(n)) for n in range(100))
     assert counts == [2] * 50 + [3] * 50
-    with pytest.raises(ValueError, match=r"--dataset_weights 0\.001 of .*: leaves none of 100 rows"):
-        weigh(rows, Source(name, weight=0.001), 0)
+    with pytest.raises(ValueError, match=r"--dataset_weights 0\.001 of .*: leaves none of 100 examples"):
+        apply_weight(rows, Source(name, weight=0.001), 0)
 
 
 def test_a_file_with_the_mark_of_a_sample_in_its_name(tmp_path):
@@ -137,14 +137,14 @@ def test_columns_and_format_can_be_told(tmp_path):
     ("content", "suffix", "said"),
     [
         (None, ".jsonl", "no such file"),
-        ("x", ".xml", "cannot tell what it is; known are .json, .jsonl, .csv, .tsv, .parquet, .txt"),
-        ("", ".jsonl", "holds no row that can be read: it is empty"),
+        ("x", ".xml", "unknown kind of file; give one of .json, .jsonl, .csv, .tsv, .parquet, .txt"),
+        ("", ".jsonl", "contains no example that can be read: it is empty"),
         (" \n", ".json", "is not JSON"),
         ("[1,", ".json", "is not JSON"),
-        ("[]", ".json", "holds no row that can be read: it is empty"),
-        ("x\n", ".jsonl", "holds no row that can be read: line 1 is not JSON"),
-        ("3", ".json", "is int; needed is a list of objects"),
-        ('{"1": {}, "2": {}}', ".json", "is one object with the keys 1, 2, ...; needed is a list of objects"),
+        ("[]", ".json", "contains no example that can be read: it is empty"),
+        ("x\n", ".jsonl", "contains no example that can be read: line 1 is not JSON"),
+        ("3", ".json", "is int; it must be a list of objects"),
+        ('{"1": {}, "2": {}}', ".json", "is one object with the keys 1, 2, ...; it must be a list of objects"),
         (b'[{"text": "a"},\n{"text": "\xff"}]', ".json", "line 2 is not UTF-8"),
         ("PAR1", ".parquet", "cannot be read"),
         # The time in the header would stand in the name of the test, and each worker would have another.
@@ -156,7 +156,7 @@ def test_columns_and_format_can_be_told(tmp_path):
         (
             '{"question": "a"}',
             ".jsonl",
-            "has the columns question; needed are those of one format: messages (messages);",
+            "its columns question are those of no format. Formats are messages (messages);",
         ),
     ],
 )
@@ -174,11 +174,11 @@ BAD_ROWS = [
     (b'{"text": "a"}\n3\n', ".jsonl", "line 2 is int, not an object"),
     (b'{"text": "a"}\n{"text": "\xff"}\n', ".jsonl", "line 2 is not UTF-8"),
     (b'{"text": "a"}\n\n{"txet": "b"}\n', ".jsonl", "line 3 has no text"),
-    (b'[{"text": "a"}, {"text": [1]}]', ".json", "row 2 text is a list, not a text"),
+    (b'[{"text": "a"}, {"text": [1]}]', ".json", "row 2 text is a list, not text"),
     (b'[{"text": "a"}, 3]', ".json", "row 2 is int, not an object"),
     (b"text\na\n\xff\n", ".csv", "row 2 is not UTF-8"),
-    (b"question,answer\na,b\nc\n", ".csv", "row 2 has not the 2 fields of the first line"),
-    (b"question,answer\na,b\nc,d,e\n", ".csv", "row 2 has not the 2 fields of the first line"),
+    (b"question,answer\na,b\nc\n", ".csv", "row 2 does not have the 2 fields of the first line"),
+    (b"question,answer\na,b\nc,d,e\n", ".csv", "row 2 does not have the 2 fields of the first line"),
     (b"a\n\xff\n", ".txt", "line 2 is not UTF-8"),
 ]
 
@@ -187,28 +187,32 @@ BAD_ROWS = [
 def test_a_bad_row_is_named_or_left_out(tmp_path, content, suffix, said):
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="1 of 2 rows cannot be used") as error:
+    with pytest.raises(ValueError, match="1 of 2 examples are invalid") as error:
         load(str(path))
     assert f"  {path}, {said}" in str(error.value)
-    assert "leave them out with --skip_bad_rows true" in str(error.value)
+    assert "skip them with --skip_bad_rows true" in str(error.value)
     found, told = load(str(path), skip=True)
     assert len(found) == 1
-    assert f"1 bad ones left out, such as {path}, {said}" in told
+    assert f"1 invalid ones skipped, such as {path}, {said}" in told
 
 
 def test_many_bad_rows_are_counted(tmp_path):
     name = write(tmp_path / "rows.jsonl", [ROW, *[{"question": "q", "answer": ""}] * 9])
-    with pytest.raises(ValueError, match="9 of 10 rows") as error:
+    with pytest.raises(ValueError, match="9 of 10 examples") as error:
         load(name)
     assert str(error.value).count("answer is empty") == 5
     assert "and 4 more" in str(error.value)
-    with pytest.raises(ValueError, match="no row is left of 1"):
+    with pytest.raises(ValueError, match="none of 1 examples can be used"):
         load(write(tmp_path / "bad.jsonl", [{"question": "q", "answer": ""}]), skip=True)
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("#0", "after # comes a number of rows"), ("#x", "after # comes a number of rows"), ("#3", "has only 1 rows")],
+    [
+        ("#0", "give a number of examples after #"),
+        ("#x", "give a number of examples after #"),
+        ("#3", "has only 1 examples"),
+    ],
 )
 def test_a_sample_that_cannot_be_drawn(tmp_path, name, said):
     with pytest.raises(ValueError, match=said):
@@ -226,7 +230,7 @@ def test_an_unreachable_dataset_is_named():
 
 
 def test_a_folder_without_rows(tmp_path):
-    with pytest.raises(ValueError, match=r"the folder holds none of \.json"):
+    with pytest.raises(ValueError, match=r"the folder contains no file of \.json"):
         load(str(tmp_path))
 
 

@@ -172,7 +172,7 @@ def test_a_run_whose_ranks_differ_ends_at_the_start(tmp_path):
     (tmp_path / "2" / "rows.jsonl").write_text("\n".join([*rows[:-1], rows[0]]))
     (tmp_path / "1").symlink_to(tmp_path)
     said = run_ranks(start_at, 2, str(tmp_path))
-    assert "rank 1: the content of --dataset_name rows.jsonl is 8 rows with checksum" in said[0]
+    assert "rank 1: the content of --dataset_name rows.jsonl is 8 examples with checksum" in said[0]
 
 
 def test_an_error_before_there_is_a_rank_is_one_line(monkeypatch, capsys):

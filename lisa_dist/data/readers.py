@@ -1,0 +1,130 @@
+"""Read files of examples: each example, or why it cannot be read, with its line or row."""
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+
+from lisa_dist.errors import UserError
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")  # and all but .parquet with .gz
+_NOT_UTF8 = "is not UTF-8"
+_MARK = "\ufdd0"  # stands for a line that is not UTF-8: no character, and csv of every Python version accepts it
+# Where an example is in its file, its columns, and why it cannot be read: one of the last two is None.
+FileExample = tuple[str, dict | None, str | None]
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that tells the format, without .gz."""
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def read_file(path: Path, source: str) -> Iterator[FileExample]:
+    """The examples of a file. Raises UserError, naming the `source`, for a file that cannot be read at all."""
+    suffix = suffix_of(path)
+    by_suffix: dict[str, Callable[[Path], Iterator[FileExample]]] = {
+        ".parquet": _read_parquet,
+        ".jsonl": _read_jsonl,
+        ".txt": _read_txt,
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+    }
+    try:
+        yield from _read_json(path, source) if suffix == ".json" else by_suffix[suffix](path)
+    except (OSError, EOFError, zlib.error, csv.Error, pyarrow.ArrowException) as error:
+        raise UserError(f"{source}: {path} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def _lines(path: Path, keep_blank: bool = False) -> Iterator[tuple[int, str | None]]:
+    """Numbers and texts of lines, without blank ones unless `keep_blank`; None for a line that is not UTF-8.
+
+    Only line feeds end a line: JSON strings may contain other characters that Python treats as line breaks.
+    """
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError:
+                yield number, None
+            else:
+                if keep_blank or text.strip():
+                    yield number, text
+
+
+def _read_jsonl(path: Path) -> Iterator[FileExample]:
+    for number, line in _lines(path):
+        origin = f"line {number}"
+        if line is None:
+            yield origin, None, _NOT_UTF8
+            continue
+        try:
+            example = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield origin, None, f"is not JSON ({error})"
+            continue
+        yield _object(origin, example)
+
+
+def _object(origin: str, example: object) -> FileExample:
+    if isinstance(example, dict):
+        return origin, example, None
+    return origin, None, f"is {type(example).__name__}, not an object"
+
+
+def _read_json(path: Path, source: str) -> Iterator[FileExample]:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        raw = file.read()
+    try:
+        content = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise UserError(f"{source}: {path}, line {line} {_NOT_UTF8}.") from error
+    except (ValueError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data":  # one object per line, despite its name
+            yield from _read_jsonl(path)
+            return
+        raise UserError(f"{source}: {path} is not JSON ({error}).") from error
+    if isinstance(content, dict):
+        raise UserError(
+            f"{source}: {path} is one object with the keys {', '.join(list(content)[:3])}, ...; it must be a list of "
+            "objects, or have one object per line."
+        )
+    if not isinstance(content, list):
+        raise UserError(f"{source}: {path} is {type(content).__name__}; it must be a list of objects.")
+    for number, example in enumerate(content, start=1):
+        yield _object(f"row {number}", example)
+
+
+def _read_csv(path: Path) -> Iterator[FileExample]:
+    csv.field_size_limit(2**31 - 1)
+    texts = (line if line is not None else _MARK for _, line in _lines(path, keep_blank=True))
+    delimiter = "\t" if suffix_of(path) == ".tsv" else ","
+    reader = csv.DictReader((f"{text}\n" for text in texts), delimiter=delimiter, strict=True)
+    for number, row in enumerate(reader, start=1):
+        origin = f"row {number}"
+        if any(_MARK in str(value) for value in row.values()):
+            yield origin, None, _NOT_UTF8
+        elif None in row or None in row.values():
+            yield origin, None, f"does not have the {len(reader.fieldnames or ())} fields of the first line"
+        else:
+            yield origin, row, None
+
+
+def _read_txt(path: Path) -> Iterator[FileExample]:
+    for number, line in _lines(path):
+        example = None if line is None else {"text": line}
+        yield f"line {number}", example, _NOT_UTF8 if line is None else None
+
+
+def _read_parquet(path: Path) -> Iterator[FileExample]:
+    number = 0
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row, None
