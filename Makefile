@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Quickstart and tests run on CPU ranks, one thread each, and need no hub.
 CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test checks bench bench-gpu clean
+.PHONY: quickstart test test-all checks bench bench-gpu clean
 
 $(VENV)/.ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lisa_dist needs Python 3.10 or newer")'
@@ -23,15 +23,22 @@ quickstart: $(VENV)/.quickstart  ## train a real 135M model by LISA on two CPU r
 	$(CPU) $(BIN)/python launch/quickstart.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/deepspeed --num_gpus 2 launch/train.py --config launch/recipes/quickstart.yaml
 
-# A file goes to one worker whole, so that what its tests share is made once. Files begin in the order of
-# tests/conftest.py, not by their number of tests.
-test: $(VENV)/.ready  ## the whole test suite
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.zero.cpu_ops import build_cpu_ops; build_cpu_ops()'
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest \
-		--numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 30
+# Two workers take the next test each; what shares something costly is one xdist_group and stays together. Tests begin in
+# the order of tests/conftest.py: the longest first, so that no worker idles at the end.
+PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest \
+	--numprocesses 2 --dist loadgroup --no-loadscope-reorder --durations 20
+BUILD_OPS = PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.zero.cpu_ops import build_cpu_ops; build_cpu_ops()'
+
+test: $(VENV)/.ready  ## every invariant on every stage: ten minutes on two cores
+	$(BUILD_OPS)
+	$(PYTEST) -m "not full"
+
+test-all: $(VENV)/.ready  ## the whole test suite: 25 minutes on two cores
+	$(BUILD_OPS)
+	$(PYTEST)
 
 bench: $(VENV)/.ready  ## methods side by side on two CPU ranks: 40 minutes of a quiet machine; tables of the docs follow
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.zero.cpu_ops import build_cpu_ops; build_cpu_ops()'
+	$(BUILD_OPS)
 	for name in memory speed switch communication scaling; do \
 		PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python benchmarks/$$name.py || exit 1; \
 	done

@@ -15,15 +15,15 @@ os.environ["HF_HOME"] = _caches  # data may be read-only, and nothing is left in
 
 import ranks  # noqa: E402
 
-# Files that take longest begin first, so that no worker is left with one at the end.
-LONG = ("invariants", "slurm", "train", "checkpoint", "planning", "docs", "hosts", "benchmarks", "trainer", "watchdog")
-_FILES = {path.stem for path in Path(__file__).parent.rglob("test_*.py")}
-assert _FILES.issuperset(f"test_{name}" for name in LONG), "a file here has another name now"
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    rank = {f"test_{name}": place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    """The longest first, so that no worker is left with one at the end: whole groups, `full` tests, runs, ranks."""
+
+    def place(item: pytest.Item) -> tuple[bool, ...]:
+        grouped, full = (item.get_closest_marker(name) is not None for name in ("xdist_group", "full"))
+        return not grouped, not full, item.path.parent.name != "system", not hasattr(item.module, "run_ranks")
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

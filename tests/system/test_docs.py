@@ -116,7 +116,7 @@ def run_eval(words: list[str], monkeypatch) -> None:
         cli.main()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("page", FOUND)
 def test_every_command_of(page, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)

@@ -28,7 +28,7 @@ LISA = {
 }
 STEPS = 12
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cpu_ops")]
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("cpu_ops")]
 
 
 @pytest.fixture(scope="module")

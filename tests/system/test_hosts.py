@@ -23,7 +23,8 @@ FOR_EVERY_HOST += ("CUDA_VISIBLE_DEVICES", "TOKENIZERS_PARALLELISM")
 
 _absent = why_not()
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.full,
+    pytest.mark.xdist_group("hosts"),
     pytest.mark.skipif(_absent is not None, reason=f"two hosts: {_absent}"),
     pytest.mark.usefixtures("cpu_ops"),
 ]

@@ -27,7 +27,11 @@ STEPS, INTERVAL = 60, 20
 SOON, PATIENCE = 60, 300  # seconds, on a machine that has other work; a run takes some twenty
 
 _absent = why_not()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(_absent is not None, reason=f"SLURM: {_absent}")]
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.xdist_group("slurm"),  # one cluster
+    pytest.mark.skipif(_absent is not None, reason=f"SLURM: {_absent}"),
+]
 
 # `python` of a job: MODE says what the ranks do. What they do when they start again is to finish.
 STAND_IN = """#!/usr/bin/env bash

@@ -63,7 +63,7 @@ main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 @pytest.mark.parametrize(
     ("how", "changes"),
@@ -81,7 +81,7 @@ def test_every_way_of_starting(folder, tmp_path, how, changes):  # and lisa-dist
         assert "after training, asked: 1 + 1?" in finished.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 def test_a_signal_to_lisa_dist_train_saves_on_its_ranks(folder, tmp_path):
     flags = flags_for(folder, tmp_path / "out", max_steps=2000, eval_strategy="no", eval_on_start=False)
@@ -110,7 +110,7 @@ def test_flags_are_checked_before_ranks_are_started(monkeypatch):
         launch_if_asked(["--gpus", "2", "--max_step", "4"], "train", run_parser().check)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 def test_full_training_under_the_same_roof(folder, tmp_path):
     (tmp_path / "watched.py").write_text(WATCHED)
@@ -128,7 +128,7 @@ def test_full_training_under_the_same_roof(folder, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 @pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
 def test_lora_under_the_same_roof(folder, tmp_path, ds_config):
@@ -148,7 +148,7 @@ def test_lora_under_the_same_roof(folder, tmp_path, ds_config):
     assert trained == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 def test_every_method_trains_on_the_same_rows_in_the_same_order(folder, tmp_path):
     """Where nothing is learned the loss of a step says which rows it was of."""
@@ -164,7 +164,7 @@ def test_every_method_trains_on_the_same_rows_in_the_same_order(folder, tmp_path
     assert losses["lisa"] == pytest.approx(losses["lora"], abs=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_error_is_one_line_and_nothing_is_written(folder, tmp_path):
     flags = flags_for(folder, tmp_path / "out", dataset_name=tmp_path / "absent.jsonl")
     status, said = run_alone(flags, tmp_path / "said.txt")
@@ -251,7 +251,7 @@ def test_the_header_of_a_recipe_is_what_is_planned_of_it():
             assert str(flags[flag[0]]) == flag[1], (name, flag)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
     recipes = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
@@ -424,7 +424,7 @@ def test_a_recipe_that_is_no_use_is_refused(tmp_path, text, said):
         parse_arguments([f"--config={path}", "--dataset_name", "rows.jsonl"])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 def test_a_stopped_run_goes_on_to_the_weights_of_the_whole_one(folder, tmp_path):
     changes = {
@@ -460,7 +460,7 @@ def test_a_stopped_run_goes_on_to_the_weights_of_the_whole_one(folder, tmp_path)
     assert "chat_template.jinja" in {path.name for path in saved.iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 def test_a_plain_model_begins_a_new_run_and_auto_begins_without_a_checkpoint(folder, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -482,7 +482,7 @@ def test_a_plain_model_begins_a_new_run_and_auto_begins_without_a_checkpoint(fol
     assert f"no checkpoint in {tmp_path / 'out'} yet: the run begins at step 0." in said
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 def test_a_real_model_learns_real_data(data_dir, tmp_path):
     """Two ranks, ZeRO-3, a real Llama of 1 MB on GSM8K: the held-out loss falls."""
@@ -516,7 +516,7 @@ def converted(data_dir: Path, folder: Path) -> Path:
     return folder / "pubmedqa.jsonl"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 @pytest.mark.parametrize(
     ("name", "changes", "found"),

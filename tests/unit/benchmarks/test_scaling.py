@@ -198,7 +198,7 @@ def test_a_checkpointed_layer_that_sleeps_is_gathered_as_often_as_one_that_train
     assert gathered["lisa"] == gathered["full"] < gathered["static"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_is_counted_lies_on_the_line(scaling, pair):
     """Stage 3 with checkpointing, whose weights are let go and gathered again: a third depth as two others say."""
     arm = scaling.Arm("lisa", "lisa", checkpointed="all")
@@ -212,7 +212,7 @@ def test_what_is_counted_lies_on_the_line(scaling, pair):
     assert third["backward"]["all_gather_into_tensor"].elements > whole / 2, "nothing is gathered again: no such test"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_script(scaling, tmp_path, monkeypatch, capsys):
     results = tmp_path / "scaling.json"
     words = ["--shrink", "64", "--num_layers", "3", "--small_length", "8", "--steps", "2", "--strong_rows", "4"]

@@ -528,7 +528,7 @@ def live_bytes_over_switches(ds_config: str, dtype: torch.dtype) -> dict:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("ds_config", "dtype"),
     [("zero1", torch.float32)] + [(ds_config, torch.bfloat16) for ds_config in STAGES if ds_config != "zero1"],

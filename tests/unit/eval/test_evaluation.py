@@ -214,7 +214,7 @@ def test_two_ranks_find_what_one_finds(tiny, files):
     assert len(alone["samples"]["gsm8k"]) == 6, "three items, two ways to read an answer"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_ranks_share_tasks_and_mt_bench(tiny, tmp_path):
     write_benchmarks(tmp_path)
     write_mt_bench(tmp_path)

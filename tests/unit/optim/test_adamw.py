@@ -286,7 +286,7 @@ def train_from(ds_config: str, form: str, folder: str) -> dict[str, torch.Tensor
     return weights
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 @pytest.mark.parametrize("form", ["bf16_sr, 8 bits", "fp32, 8 bits"])
 def test_any_number_of_ranks_and_a_resume_on_another_give_the_same_bits(form, tmp_path):
@@ -519,7 +519,7 @@ def train_real(model_path, batches, build, steps: int = 80) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_8_bit_moments_are_as_good_as_those_of_bitsandbytes(data_dir):
     """After 80 steps of a real model: how far the weights are from those of 32-bit moments."""
     from transformers import AutoTokenizer

@@ -389,7 +389,7 @@ def test_bad_words_are_named(tmp_path, monkeypatch, capsys):
         assert said in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 def test_a_run_with_the_flag_writes_norms(tmp_path, monkeypatch, capsys):
     save_tiny_llama(tmp_path / "model")

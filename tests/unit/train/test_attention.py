@@ -457,7 +457,7 @@ def loss_of_documents_alone(folder: Path) -> float:
         (1, {"packing": True, "per_device_train_batch_size": 4, "model_init_kwargs": {"attn_implementation": "eager"}}),
         (1, {"padding_free": True, "max_length": None, "per_device_train_batch_size": 9}),
         pytest.param(
-            2, {"packing": True, "per_device_train_batch_size": 2, "deepspeed": "zero3"}, marks=pytest.mark.slow
+            2, {"packing": True, "per_device_train_batch_size": 2, "deepspeed": "zero3"}, marks=pytest.mark.full
         ),
     ],
     ids=["batch", "accumulated", "eager", "padding-free", "zero3"],
@@ -474,7 +474,7 @@ def test_the_loss_of_a_packed_run_is_that_of_its_documents_alone(folder, tmp_pat
     [
         (1, {"packing": True}, "packing"),
         (1, {"padding_free": True, "max_length": None}, "padding_free"),
-        pytest.param(2, {"packing": True, "deepspeed": "zero3"}, "packing", marks=pytest.mark.slow),
+        pytest.param(2, {"packing": True, "deepspeed": "zero3"}, "packing", marks=pytest.mark.full),
     ],
     ids=["packing", "padding-free", "zero3"],
 )
@@ -504,7 +504,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 def test_the_command_line_says_what_attention_does_and_what_it_refuses(folder, tmp_path):
     for number, ((model, flags), (status, line)) in enumerate(COMMANDS.items()):

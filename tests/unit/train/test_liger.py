@@ -139,7 +139,7 @@ FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}
 
 
 @needs_liger
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("ds_config", "tied", "kernels", "settings", "checkpointing"),
     [
@@ -233,7 +233,7 @@ def train_in_trainer(output_dir: str, ds_config: str, sft: bool, settings: dict,
 
 
 @needs_liger
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("ds_config", "dial"), [("zero2", None), ("zero3", "auto")])
 def test_a_trl_trainer_is_planned_as_without_liger(tmp_path, ds_config, dial):
     outcome = run_ranks(train_in_trainer, 2, str(tmp_path), ds_config, True, {}, 128, dial, interpret=True)[0]
@@ -246,7 +246,7 @@ def test_a_trl_trainer_is_planned_as_without_liger(tmp_path, ds_config, dial):
 
 
 @needs_liger
-@pytest.mark.slow
+@pytest.mark.full
 def test_no_fused_loss_for_a_head_that_trains_alone(tmp_path):
     """A head as large as a layer takes its place, so nothing below it trains: the fused loss has no gradient then."""
     settings = {"lisa_always_on": "", "lisa_frozen": "embed,rest", "lisa_block_probability": "head=0.7", "lisa_seed": 1}
