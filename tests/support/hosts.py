@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ranks import PATIENCE
+
 ADDRESSES = {"node1": "10.0.0.1", "node2": "10.0.0.2"}
 _PROGRAMS = ("ip", "mount", "nsenter", "setpriv", "unshare", "pdsh", "ssh", "ssh-keygen", "sshd", "hostname")
 _SSHD_FLAGS = "-D -e"
@@ -74,7 +76,7 @@ class Host:
 
     def wait_until_ready(self) -> None:
         """Wait until it has all that is its own but the cable."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while not self._ready.exists():
             assert self._daemon.poll() is None, self._log.read_text()
             assert time.monotonic() < deadline, f"{self.name} has not come up: {self._log.read_text()}"
@@ -94,7 +96,7 @@ class Host:
 
     def run(self, *command: str) -> str:
         """What a short command prints on the host."""
-        finished = subprocess.run(self._inside(*command), capture_output=True, text=True, timeout=30)
+        finished = subprocess.run(self._inside(*command), capture_output=True, text=True, timeout=PATIENCE)
         assert finished.returncode == 0, f"{self.name}: {' '.join(command)}: {finished.stderr}{self._log.read_text()}"
         return finished.stdout
 
@@ -122,7 +124,7 @@ class Host:
         else:
             self._daemon.kill()
         for process in self._started:
-            process.wait(timeout=30)
+            process.wait(timeout=PATIENCE)
 
     def _inside(self, *command: str) -> list[str]:
         # The working directory does not come along into other mounts.

@@ -24,6 +24,9 @@ from pathlib import Path
 # What ranks import, once for all of them; nothing of it starts threads.
 PRELOADED = ["deepspeed", "bitsandbytes", "trl.trainer.sft_trainer", "lisa_dist.commands.train"]
 
+# Seconds after which what a test waits for has hung: many times what it takes on a machine that has other work.
+PATIENCE = 900
+
 _pools: dict[tuple[int, bool], "_Pool"] = {}
 
 
@@ -31,7 +34,7 @@ class RankError(AssertionError):
     """At least one rank raised, died or hung."""
 
 
-def run_ranks(function: Callable, world_size: int, *args, timeout: float = 300, interpret: bool = False) -> list:
+def run_ranks(function: Callable, world_size: int, *args, timeout: float = PATIENCE, interpret: bool = False) -> list:
     """Call the top-level `function(*args)` on every rank and return what each returned, in rank order.
 
     `interpret`: on ranks where Triton's kernels run in its interpreter, which must be known before Triton is imported.

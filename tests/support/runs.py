@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ranks import free_port, start_script
+from ranks import PATIENCE, free_port, start_script
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def start(how: str, flags: list[str]) -> subprocess.CompletedProcess:
         "python": [sys.executable, train],
         "lisa-dist": [str(BIN / "lisa-dist"), "train", "--gpus", "2"],
     }[how]
-    return subprocess.run([*command, *flags], env=clean_environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run([*command, *flags], env=clean_environment(), capture_output=True, text=True, timeout=PATIENCE)
 
 
 class Alone:
@@ -47,7 +47,7 @@ class Alone:
 
     def wait(self) -> int | None:
         """Its exit code."""
-        self.process.join(timeout=300)
+        self.process.join(timeout=PATIENCE)
         self.process.kill()
         self.process.join()
         return self.process.exitcode

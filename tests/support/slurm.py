@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ranks import PATIENCE
+
 NODES = {"node1": "127.0.0.1", "node2": "127.0.0.2"}
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "unshare", "setpriv")
 # cred_expire: a job waits that long before it starts again; 5 s is the least, two minutes the default.
@@ -51,7 +53,7 @@ PreemptParameters=send_user_signal
 GresTypes=gpu
 NodeName=node1 NodeHostname=node1 NodeAddr={nodes[node1]} Port={ports[1]} CPUs=64 Gres=gpu:8
 NodeName=node2 NodeHostname=node2 NodeAddr={nodes[node2]} Port={ports[2]} CPUs=64 Gres=gpu:8
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=600
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
 
@@ -104,7 +106,9 @@ class Cluster:
             self._start("slurmctld", "slurmctld -D -i", "true")
             for node in NODES:
                 self._start(node, f"slurmd -D -N {node}", f"hostname {node}; mount -t tmpfs tmpfs /dev/shm")
-            self.until(lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * 4, 30, "idle nodes")
+            self.until(
+                lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * 4, PATIENCE, "idle nodes"
+            )
         except BaseException:
             self.__exit__()
             raise
@@ -122,7 +126,7 @@ class Cluster:
         # Commands ask the controller's socket in /run who they are.
         inside = f"mount --bind '{self._folder}/run-slurmctld' /run; exec \"$@\""
         words = ["unshare", "--mount", "bash", "-ec", inside, "bash", *command]
-        finished = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+        finished = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE)
         assert finished.returncode == 0, f"{' '.join(command)}: {finished.stderr}\n{self.logs()}"
         return finished.stdout
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import save_tiny_llama
-from ranks import free_port
+from ranks import PATIENCE, free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def start(launcher: str, script: Path, flags: dict) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
     )
     assert finished.returncode == 0, finished.stdout[-5000:]
     return finished.stdout

@@ -18,7 +18,7 @@ import yaml
 from datasets import Dataset
 from models import save_tiny_llama
 from peft import PeftModel
-from ranks import run_ranks
+from ranks import PATIENCE, run_ranks
 from runs import BIN, ROOT, TRAIN, Alone, check_run, clean_environment, flags_for, on_two_ranks, run_alone, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -88,12 +88,12 @@ def test_a_signal_to_lisa_dist_train_saves_on_its_ranks(folder, tmp_path):
     command = [str(BIN / "lisa-dist"), "train", "--gpus", "2", *flags]
     with (tmp_path / "said.txt").open("w") as said:
         run = subprocess.Popen(command, env=clean_environment(), stdout=said, stderr=subprocess.STDOUT)
-    for _ in range(2400):
-        if "step 3/2000" in (tmp_path / "said.txt").read_text() or run.poll() is not None:
-            break
+    deadline = time.monotonic() + PATIENCE
+    while "step 3/2000" not in (tmp_path / "said.txt").read_text() and run.poll() is None:
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
-    assert run.wait(timeout=120) == 0, (tmp_path / "said.txt").read_text()[-3000:]
+    assert run.wait(timeout=PATIENCE) == 0, (tmp_path / "said.txt").read_text()[-3000:]
     assert "SIGTERM: stopped after step" in (tmp_path / "said.txt").read_text()
     assert len(list((tmp_path / "out").glob("checkpoint-*/lisa_state.json"))) == 1
     mask = os.umask(0)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+PATIENCE = 900  # seconds; the ranks, which are this file too, do without tests/support
+
 
 def rank_main(how: str, victim: int) -> None:
     """A training loop without a model: what this file starts two of."""
@@ -83,7 +85,7 @@ def train_in_child() -> int:
 
     stop_signals.catch_stop_signals()
     os.kill(os.getpid(), signal.SIGTERM)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not stop_signals._received and time.monotonic() < deadline:
         time.sleep(0.01)
     if os.fork() == 0:
@@ -112,7 +114,7 @@ def start(how: str, victim: int, tmp_path: Path) -> list[subprocess.Popen]:
 
 
 def wait_for(tmp_path: Path, rank: int, words: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while words not in (tmp_path / f"{rank}.out").read_text():
         assert time.monotonic() < deadline, (tmp_path / f"{rank}.err").read_text()
         time.sleep(0.1)
@@ -136,9 +138,9 @@ def test_the_other_rank_ends_and_names_it(tmp_path, how, said):
             runs.append(start(how, victim, tmp_path / str(victim)))
         for victim, ranks in enumerate(runs):
             wait_for(tmp_path / str(victim), victim, "now")
-            assert ranks[1 - victim].wait(timeout=30) == 1
+            assert ranks[1 - victim].wait(timeout=PATIENCE) == 1
             if how == "raise":
-                assert ranks[victim].wait(timeout=30) == 1, "by itself"
+                assert ranks[victim].wait(timeout=PATIENCE) == 1, "by itself"
     finally:
         for rank in itertools.chain(*runs):
             rank.kill()
@@ -150,20 +152,20 @@ def test_the_other_rank_ends_and_names_it(tmp_path, how, said):
 
 
 def test_without_a_fault_both_end_well(tmp_path):
-    assert [rank.wait(timeout=60) for rank in start("nothing", 0, tmp_path)] == [0, 0]
+    assert [rank.wait(timeout=PATIENCE) for rank in start("nothing", 0, tmp_path)] == [0, 0]
     assert [(tmp_path / f"{rank}.out").read_text().split()[-1] for rank in range(2)] == ["ended"] * 2
 
 
 @pytest.mark.parametrize("how", ["fork", "fork, signalled at once", "fork, and train"])
 def test_a_worker_ends_by_sigterm_and_the_run_goes_on(tmp_path, how):
     ranks = start(how, 0, tmp_path)
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0], (tmp_path / "0.err").read_text()
+    assert [rank.wait(timeout=PATIENCE) for rank in ranks] == [0, 0], (tmp_path / "0.err").read_text()
     assert "SIGTERM" not in (tmp_path / "0.out").read_text()
 
 
 def test_it_can_be_turned_off(tmp_path):
     ranks = start("off", 0, tmp_path)
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=PATIENCE) for rank in ranks] == [0, 0]
 
 
 @pytest.mark.parametrize(("number", "victim"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])
@@ -172,7 +174,7 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path, number, vic
     wait_for(tmp_path, victim, "now")
     ranks[victim].send_signal(number)
     ranks[victim].send_signal(number)  # passed on twice
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=PATIENCE) for rank in ranks] == [0, 0]
     said = [(tmp_path / f"{rank}.out").read_text().replace("now\n", "") for rank in range(2)]
     assert said[0] == said[1]
     assert said[0].startswith(f"{number.name} after step ")
@@ -183,10 +185,10 @@ def test_a_second_signal_ends_at_once(tmp_path):
     wait_for(tmp_path, 1, "now")
     try:
         ranks[1].send_signal(signal.SIGTERM)
-        time.sleep(2.2)
+        time.sleep(4)  # two at once are one, however late they come
         assert ranks[1].poll() is None
         ranks[1].send_signal(signal.SIGTERM)
-        assert ranks[1].wait(timeout=5) == 128 + signal.SIGTERM
+        assert ranks[1].wait(timeout=PATIENCE) == 128 + signal.SIGTERM
     finally:
         for rank in ranks:
             rank.kill()

@@ -129,7 +129,7 @@ def slow_rank(ds_config: str, slow: int) -> tuple[int, float, str, tuple[int, fl
     if torch.distributed.get_rank() == slow:
         module = engine.module.model.layers[0].mlp.up_proj
         forward = module.forward
-        module.forward = lambda *args: (time.sleep(0.2), forward(*args))[1]
+        module.forward = lambda *args: (time.sleep(0.5), forward(*args))[1]
     train(range(2, 4))
     found = times.slowest()
     engine.eval()

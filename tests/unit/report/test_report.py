@@ -12,6 +12,7 @@ import numpy
 import pytest
 from matplotlib.image import imread
 from models import save_tiny_llama
+from ranks import PATIENCE
 from runs import check_run, flags_for, start
 
 from lisa_dist.commands.report import main
@@ -97,8 +98,10 @@ def test_a_browser_shows_every_plot(folder, tmp_path, width):
     options += [f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=10000", "--window-size=1280,6000"]
     address = (tmp_path / "page.html").as_uri()
     command = [BROWSER, *options, f"--screenshot={tmp_path / 'shot.png'}", "--force-device-scale-factor=1", address]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    asked = subprocess.run([BROWSER, *options, "--dump-dom", address], check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
+    asked = subprocess.run(
+        [BROWSER, *options, "--dump-dom", address], check=True, capture_output=True, timeout=PATIENCE
+    )
     found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', asked.stdout.decode())[1].replace("&gt;", ">"))
     assert found["width"] <= width, "it has to be scrolled sideways"
     assert found["requests"] == []
