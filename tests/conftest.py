@@ -19,9 +19,9 @@ import ranks  # noqa: E402
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker is left with one at the end: whole groups, `full` tests, runs, ranks."""
 
-    def place(item: pytest.Item) -> tuple[bool, ...]:
-        grouped, full = (item.get_closest_marker(name) is not None for name in ("xdist_group", "full"))
-        return not grouped, not full, item.path.parent.name != "system", not hasattr(item.module, "run_ranks")
+    def place(item: pytest.Item) -> int:
+        is_marked = [item.get_closest_marker(name) is not None for name in ("xdist_group", "full")]
+        return [*is_marked, item.path.parent.name == "system", hasattr(item.module, "run_ranks"), True].index(True)
 
     items.sort(key=place)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
+from cells import STAGES, full
 from models import tiny_gpt2, tiny_llama, token_batches
 from ranks import run_ranks
 from torch import distributed as dist
@@ -21,7 +22,6 @@ from lisa_dist.checkpoint.resume import find_checkpoint, load_checkpoint, read_s
 from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.files import write_json
 
-STAGES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 STEPS, INTERVAL = 8, 3
 EIGHT_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 DRAWN = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.4,head=0.4"}
@@ -108,7 +108,8 @@ def resume(folder: str, cut: int, ds_config: str, dtype: torch.dtype, options: d
 
 @pytest.mark.parametrize(
     ("ds_config", "dtype"),
-    [(ds_config, torch.bfloat16) for ds_config in STAGES] + [("zero2", torch.float32), ("zero3", torch.float32)],
+    [(ds_config, torch.bfloat16) for ds_config in STAGES]
+    + [full("zero2", torch.float32), full("zero3", torch.float32)],
 )
 def test_a_resumed_run_is_the_run(tmp_path, ds_config, dtype):
     check_resume(tmp_path, ds_config, dtype, {})
@@ -117,21 +118,23 @@ def test_a_resumed_run_is_the_run(tmp_path, ds_config, dtype):
 @pytest.mark.parametrize(
     ("ds_config", "options"),
     [
-        ("zero1", {"accumulation": 2, "tied": True}),
+        full("zero1", {"accumulation": 2, "tied": True}),
         ("zero3", {"accumulation": 2, "tied": True, "lisa": {"lisa_state": "reset_all"}}),
-        ("zero2", {"optim": "adamw_8bit"}),
+        full("zero2", {"optim": "adamw_8bit"}),
         ("zero3", {"optim": "adamw_8bit"}),
         ("zero2", {"lisa": {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_state_bits": "embed=8"}}),
-        ("zero3_offload", {"lisa": {"lisa_state": "keep", "lisa_activated_layers": 3}}),
-        ("zero2", {"lisa": {"lisa_state": "keep", "lisa_always_on": "rest", "lisa_block_probability": "embed=0.4"}}),
-        ("zero2", {"lisa": {"lisa_always_on": "head,rest", "lisa_frozen": "embed", "lisa_sampler": "reshuffle"}}),
-        ("zero2", {"lisa": {"lisa_offload": "head,layers", "lisa_state": "keep", "lisa_activated_layers": 3}}),
-        ("zero3", {"lisa": {"lisa_offload": "embed,head", "lisa_always_on": "rest"}}),
-        ("zero1", {"optim": "lisa_adamw", "lisa": {"lisa_master": "bf16_sr"}}),
+        full("zero3_offload", {"lisa": {"lisa_state": "keep", "lisa_activated_layers": 3}}),
+        full(
+            "zero2", {"lisa": {"lisa_state": "keep", "lisa_always_on": "rest", "lisa_block_probability": "embed=0.4"}}
+        ),
+        full("zero2", {"lisa": {"lisa_always_on": "head,rest", "lisa_frozen": "embed", "lisa_sampler": "reshuffle"}}),
+        full("zero2", {"lisa": {"lisa_offload": "head,layers", "lisa_state": "keep", "lisa_activated_layers": 3}}),
+        full("zero3", {"lisa": {"lisa_offload": "embed,head", "lisa_always_on": "rest"}}),
+        full("zero1", {"optim": "lisa_adamw", "lisa": {"lisa_master": "bf16_sr"}}),
         ("zero2", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | {"lisa_offload": "rest", "lisa_state": "keep"}}),
-        ("zero2", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | {"lisa_master": "bf16_sr", "lisa_state": "keep"}}),
+        full("zero2", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | {"lisa_master": "bf16_sr", "lisa_state": "keep"}}),
         ("zero3", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | DRAWN | {"lisa_master": "bf16_sr"}}),
-        ("zero2", {"lisa": ADAPTIVE | {"lisa_wake_warmup_steps": 2}}),
+        full("zero2", {"lisa": ADAPTIVE | {"lisa_wake_warmup_steps": 2}}),
         ("zero3", {"lisa": ADAPTIVE | {"lisa_state": "keep", "lisa_importance": "update"}}),
     ],
 )
@@ -139,7 +142,7 @@ def test_a_resumed_run_is_the_run_with(tmp_path, ds_config, options):
     check_resume(tmp_path, ds_config, torch.bfloat16, options)
 
 
-@pytest.mark.parametrize("ds_config", ["zero2_offload", "zero3_offload"])
+@pytest.mark.parametrize("ds_config", ["zero2_offload", full("zero3_offload")])
 def test_a_resume_within_the_first_period_is_the_run(tmp_path, ds_config):
     """All groups have stepped alike then, and the host's AdamW carries powers of the betas from step to step."""
     check_resume(tmp_path, ds_config, torch.float32, {"lisa": {"lisa_interval_steps": 20}, "cuts": [2, 5]})
@@ -162,10 +165,10 @@ def check_resume(tmp_path, ds_config, dtype, options) -> None:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (("zero2", 2), [("zero2", 1), ("zero2", 4), ("zero3", 2), ("zero2_offload", 2), ("zero1", 2)]),
+        full(("zero2", 2), [("zero2", 1), ("zero2", 4), ("zero3", 2), ("zero2_offload", 2), ("zero1", 2)]),
         (("zero3", 2), [("zero3", 1), ("zero3", 4), ("zero2", 2), ("zero3_offload", 4)]),
         (("zero2_offload", 4), [("zero3", 2)]),
-        (("zero1", 1), [("zero2", 2)]),
+        full(("zero1", 1), [("zero2", 2)]),
     ],
     ids=lambda value: str(value[0]),
 )
@@ -182,7 +185,7 @@ def test_another_world_size_and_stage_goes_on_with_the_same_losses(tmp_path, bef
                 torch.testing.assert_close(resumed["everything"][name], value, rtol=0, atol=1e-4)  # a step is 1e-3
 
 
-@pytest.mark.parametrize(("before", "after"), [("zero2", ("zero3", 4)), ("zero3", ("zero1", 1))], ids=str)
+@pytest.mark.parametrize(("before", "after"), [("zero2", ("zero3", 4)), full("zero3", ("zero1", 1))], ids=str)
 def test_kept_states_come_back_on_another_world_size_and_stage(tmp_path, before, after):
     options = {"cuts": [5], "lisa": {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_seed": 1}}
     whole = run_ranks(run_and_save, 2, str(tmp_path), before, torch.float32, options)[0]

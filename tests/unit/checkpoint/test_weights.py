@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cells import full
 from models import tiny_gpt2, tiny_llama, tiny_mixtral, token_batches
 from ranks import run_ranks
 from safetensors import safe_open
@@ -50,11 +51,11 @@ def train_and_save(folder: str, ds_config: str, build, dtype: torch.dtype, max_s
 @pytest.mark.parametrize(
     ("ds_config", "build", "dtype", "max_shard_size"),
     [
-        ("zero2", tiny_llama, torch.float32, 1 << 30),
+        full("zero2", tiny_llama, torch.float32, 1 << 30),
         ("zero3", tiny_llama, torch.bfloat16, 100_000),
-        ("zero3_offload", tiny_gpt2, torch.float32, 300_000),
+        full("zero3_offload", tiny_gpt2, torch.float32, 300_000),
         ("zero2", tiny_mixtral, torch.bfloat16, 1 << 30),
-        ("zero3", tiny_mixtral, torch.float32, 300_000),
+        full("zero3", tiny_mixtral, torch.float32, 300_000),
     ],
 )
 def test_from_pretrained_loads_what_was_trained(tmp_path, ds_config, build, dtype, max_shard_size):

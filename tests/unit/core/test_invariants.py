@@ -12,6 +12,7 @@ import math
 import deepspeed
 import pytest
 import torch
+from cells import STAGES, full, stages
 from engines import full_weights, train_step
 from models import tiny_gpt2, tiny_llama, token_batches
 from ranks import run_ranks, without_collection
@@ -23,7 +24,7 @@ from lisa_dist.core.live_bytes import live_storages, live_tensor_bytes
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.zero import gradients, overrides
 
-STAGES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+PLAIN = ("zero1", "zero2", "zero3")
 STEPS, INTERVAL, LR, DECAY = 10, 3, 1e-3, 0.1  # three periods, and a step of the fourth
 
 pytestmark = pytest.mark.usefixtures("cpu_ops")
@@ -144,7 +145,7 @@ def test_losses_equal_the_reference(ds_config):
 
 @pytest.mark.parametrize(
     ("ds_config", "settings"),
-    [("zero3", {}), ("zero2", {"lisa_always_on": "head,rest", "lisa_frozen": "embed"})],
+    [("zero3", {}), full("zero2", {"lisa_always_on": "head,rest", "lisa_frozen": "embed"})],
 )
 def test_what_is_always_on_trains_alone(ds_config, settings):
     """Whatever is said of layers that are never drawn."""
@@ -154,7 +155,7 @@ def test_what_is_always_on_trains_alone(ds_config, settings):
     assert outcome["visits"] == [0] * 6
 
 
-@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", ["zero2", full("zero3")])
 def test_one_layer_at_a_time_and_nothing_beside_it(ds_config):
     """BAdam's schedule: the backward pass ends at the one layer that trains."""
     settings = {"lisa_always_on": "", "lisa_frozen": "embed,head,rest", "lisa_activated_layers": 1}
@@ -166,11 +167,11 @@ def test_one_layer_at_a_time_and_nothing_beside_it(ds_config):
 @pytest.mark.parametrize(
     ("ds_config", "options"),
     [
-        ("zero1", {"optim": "lisa_adamw"}),
-        ("zero2", {"lisa": {"lisa_state": "reset_all"}}),
+        full("zero1", {"optim": "lisa_adamw"}),
+        full("zero2", {"lisa": {"lisa_state": "reset_all"}}),
         ("zero2", {"lisa": {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_seed": 1}}),
         ("zero3", {"accumulation": 2, "lisa": {"lisa_offload": "layers"}}),
-        ("zero2_offload", {}),
+        full("zero2_offload", {}),
     ],
 )
 def test_woken_blocks_warm_up(ds_config, options):
@@ -182,13 +183,13 @@ def test_woken_blocks_warm_up(ds_config, options):
 LISA_ADAMW = {"optim": "lisa_adamw"}
 
 
-@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", stages("zero2", "zero3", among=PLAIN))
 @pytest.mark.parametrize(
     "options",
     [
         LISA_ADAMW,
         LISA_ADAMW | {"accumulation": 2, "checkpointing": True, "lisa": {"lisa_state": "keep"}},
-        LISA_ADAMW | {"lisa": {"lisa_offload": "embed,layers"}},
+        full(LISA_ADAMW | {"lisa": {"lisa_offload": "embed,layers"}}),
     ],
     ids=["plain", "keep", "host"],
 )
@@ -201,11 +202,11 @@ def bf16_losses() -> list[float]:
     return run_ranks(train_and_check, 2, "zero2", tiny_llama, torch.bfloat16, {})[0]["losses"]
 
 
-@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", stages("zero2", "zero3", among=PLAIN))
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        full({}),
         {"lisa_master": "bf16_sr"},
         {"lisa_master": "bf16_sr", "lisa_state_bits": "embed=8,head=8,layers=8", "lisa_state": "keep"},
     ],
@@ -218,17 +219,17 @@ def test_lisa_adamw_in_bf16(ds_config, settings):
     assert losses == pytest.approx(bf16_losses(), abs=0.01)
 
 
-@pytest.mark.parametrize("ds_config", STAGES)
+@pytest.mark.parametrize("ds_config", stages("zero2", "zero3_offload"))
 def test_accumulation_and_checkpointing(ds_config):
     check_against_reference(ds_config, tiny_llama, "model.layers", {"accumulation": 2, "checkpointing": True})
 
 
-@pytest.mark.parametrize("ds_config", STAGES)
+@pytest.mark.parametrize("ds_config", stages("zero1", "zero3"))
 def test_tied_embeddings_and_reset_all(ds_config):
     check_against_reference(ds_config, tiny_gpt2, "transformer.h", {"lisa": {"lisa_state": "reset_all"}})
 
 
-@pytest.mark.parametrize("ds_config", STAGES)
+@pytest.mark.parametrize("ds_config", stages("zero2", "zero3"))
 def test_kept_states_come_back_when_a_layer_wakes(ds_config):
     """A layer goes on with the moments and the step count that it fell asleep with."""
     settings = {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_seed": 1}
@@ -242,7 +243,7 @@ def test_kept_states_come_back_when_a_layer_wakes(ds_config):
         assert 12 * layer * asleep / 2 <= host_bytes <= 12 * layer * asleep / 2 + 100 * asleep
 
 
-@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", stages("zero3", among=PLAIN))
 def test_frozen_embedding_with_checkpointing(ds_config):
     settings = {"lisa_frozen": "embed", "lisa_always_on": "head,rest", "lisa_sampler": "reshuffle"}
     check_against_reference(ds_config, tiny_llama, "model.layers", {"checkpointing": True, "lisa": settings})
@@ -250,7 +251,13 @@ def test_frozen_embedding_with_checkpointing(ds_config):
 
 @pytest.mark.parametrize(
     ("ds_config", "checkpointing"),
-    [("zero1", False), ("zero2", True), ("zero3", True), ("zero2_offload", False), ("zero3_offload", False)],
+    [
+        full("zero1", False),
+        full("zero2", True),
+        ("zero3", True),
+        ("zero2_offload", False),
+        full("zero3_offload", False),
+    ],
 )
 def test_embed_and_head_drawn_as_layers_are(ds_config, checkpointing):
     """Periods that train a layer, or the embedding, or the head, each alone: groups stay, and some are empty."""
@@ -261,7 +268,7 @@ def test_embed_and_head_drawn_as_layers_are(ds_config, checkpointing):
     assert {"embed", "head"} < {block for blocks in outcome["layers_of_period"] for block in blocks}
 
 
-@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", ["zero2", full("zero3")])
 def test_a_tied_embedding_drawn_as_one_block(ds_config):
     settings = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.5", "lisa_state": "reset_all"}
     outcome = check_against_reference(ds_config, tiny_tied_llama, "model.layers", {"lisa": settings})
@@ -275,12 +282,12 @@ def tiny_tied_llama():
 @pytest.mark.parametrize(
     ("ds_config", "settings"),
     [
-        ("zero1", {"lisa_offload": "embed,head"}),
+        full("zero1", {"lisa_offload": "embed,head"}),
         ("zero2", {"lisa_offload": "embed,head"}),
-        ("zero3", {"lisa_offload": "embed,head"}),
-        ("zero2", {"lisa_offload": "head,layers", "lisa_state": "keep"}),
+        full("zero3", {"lisa_offload": "embed,head"}),
+        full("zero2", {"lisa_offload": "head,layers", "lisa_state": "keep"}),
         ("zero3", {"lisa_offload": "head,layers", "lisa_state": "keep"}),
-        ("zero2_offload", {"lisa_offload": "embed", "lisa_state_bits": "layers=8"}),
+        full("zero2_offload", {"lisa_offload": "embed", "lisa_state_bits": "layers=8"}),
     ],
 )
 def test_blocks_with_their_states_on_the_host(ds_config, settings):
@@ -299,7 +306,7 @@ def test_blocks_with_their_states_on_the_host(ds_config, settings):
 
 
 @pytest.mark.usefixtures("cpu_ops")
-@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+@pytest.mark.parametrize("ds_config", stages("zero2", "zero3", "zero3_offload"))
 def test_a_norm_taken_in_chunks_is_the_norm(ds_config):
     accumulation = 2 if "offload" in ds_config else 1
     whole, chunks = (run_ranks(norms_of_steps, 2, ds_config, size, accumulation)[0] for size in (1 << 30, 300))
@@ -351,7 +358,7 @@ def watch_norms(ds_config: str, accumulation: int) -> dict:
     return {"losses": losses, "norms": norms, "most": most, "calls": calls}
 
 
-@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", ["zero2", full("zero3")])
 def test_norms_under_model_parallelism_count_the_parts_of_other_ranks(ds_config):
     plain, own = (run_ranks(norms_of_parts, 2, ds_config, plain) for plain in (True, False))
     assert own == plain, "there DeepSpeed takes its own"
@@ -439,7 +446,7 @@ def train_with_offload(ds_config: str, settings: dict) -> dict:
     }
 
 
-@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", [full("zero2"), "zero3"])
 def test_four_ranks_and_one_give_the_same_losses_as_two(ds_config):
     two = check_against_reference(ds_config, tiny_llama, "model.layers", {})
     for world_size in (4, 1):
@@ -456,7 +463,7 @@ def test_bf16_sleeps_moves_and_agrees(ds_config):
     assert outcome["losses"] == pytest.approx(reference, abs=0.05)
 
 
-@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", stages("zero2", "zero3", among=PLAIN))
 def test_8bit_states_take_effect(ds_config):
     outcome = run_ranks(train_and_check_8bit, 2, ds_config)[0]
     reference = reference_losses(tiny_llama, "model.layers", outcome["layers_of_period"], {})
@@ -485,7 +492,7 @@ def train_and_check_8bit(ds_config: str) -> dict:
     return {"losses": losses, "layers_of_period": sets[::INTERVAL], "dtypes": dtypes}
 
 
-@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", stages("zero2", among=PLAIN))
 def test_bits_of_the_moments_by_block(ds_config):
     outcome = run_ranks(train_and_check_bits, 2, ds_config)[0]
     reference = reference_losses(tiny_llama, "model.layers", outcome["layers_of_period"], {})
@@ -528,7 +535,6 @@ def live_bytes_over_switches(ds_config: str, dtype: torch.dtype) -> dict:
     }
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     ("ds_config", "dtype"),
     [("zero1", torch.float32)] + [(ds_config, torch.bfloat16) for ds_config in STAGES if ds_config != "zero1"],
@@ -564,7 +570,7 @@ def peak_of_a_switch(ds_config: str, dtype: torch.dtype) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("ds_config", "dtype"), [("zero1", torch.bfloat16), ("zero2", torch.float32), ("zero3", torch.bfloat16)]
+    ("ds_config", "dtype"), [full("zero1", torch.bfloat16), ("zero2", torch.float32), ("zero3", torch.bfloat16)]
 )
 def test_a_switch_holds_the_new_masters_beside_the_old_states_and_little_else(ds_config, dtype):
     """The states of layers that fall asleep are gone by then, which are three times their masters."""
@@ -608,7 +614,7 @@ def lisa_with_all_layers(ds_config: str, dtype: torch.dtype) -> dict[str, torch.
     return weights
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, full(torch.bfloat16)])
 @pytest.mark.parametrize("ds_config", STAGES)
 def test_gamma_of_all_layers_is_full_training(ds_config, dtype):
     """Bit for bit, though every period rebuilds the partitions: what goes on goes on untouched."""
