@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cells import full
 from eval_files import write_benchmarks, write_mt_bench
 from models import save_tiny_llama
 from runs import ROOT, run_alone
@@ -116,8 +117,8 @@ def run_eval(words: list[str], monkeypatch) -> None:
         cli.main()
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("page", FOUND)
+@pytest.mark.xdist_group("docs")  # what a page leaves behind is used by the next
+@pytest.mark.parametrize("page", [page if page == "README.md" else full(page) for page in FOUND])
 def test_every_command_of(page, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     makefile, examples = (ROOT / "Makefile").read_text(), (ROOT / "tests" / "test_examples.py").read_text()

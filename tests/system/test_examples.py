@@ -137,6 +137,7 @@ def own_loop(given, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(output_dir=output_dir, steps=re.findall(r"^step \d+  loss .*$", said, flags=re.MULTILINE))
 
 
+@pytest.mark.xdist_group("own_loop")  # one run
 def test_own_loop_trains_what_it_says(given, own_loop):
     assert len(own_loop.steps) == STEPS
     saved = own_loop.output_dir / f"checkpoint-{STEPS}"
@@ -144,6 +145,7 @@ def test_own_loop_trains_what_it_says(given, own_loop):
     assert text_loss(saved, given.text) < text_loss(given.model, given.text) - 1.0
 
 
+@pytest.mark.xdist_group("own_loop")
 def test_own_loop_resumes_to_the_same_bits(given, own_loop, tmp_path):
     middle = {"resume": own_loop.output_dir / "checkpoint-6"}
     said = start("torchrun", EXAMPLES / "own_loop.py", own_loop_flags(given, tmp_path) | middle)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from cells import full
 from datasets import Dataset
 from models import save_tiny_llama
 from peft import PeftModel
@@ -128,9 +129,8 @@ def test_full_training_under_the_same_roof(folder, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
-@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", ["zero2", full("zero3")])
 def test_lora_under_the_same_roof(folder, tmp_path, ds_config):
     changes = {"deepspeed": ds_config, "method": "lora", "lora_r": 4, "lora_dropout": 0.0, "max_steps": 10}
     changes |= {"checkpointed_layers": "none", "gpu_memory": "23GiB"}
@@ -164,7 +164,6 @@ def test_every_method_trains_on_the_same_rows_in_the_same_order(folder, tmp_path
     assert losses["lisa"] == pytest.approx(losses["lora"], abs=1e-6)
 
 
-@pytest.mark.full
 def test_an_error_is_one_line_and_nothing_is_written(folder, tmp_path):
     flags = flags_for(folder, tmp_path / "out", dataset_name=tmp_path / "absent.jsonl")
     status, said = run_alone(flags, tmp_path / "said.txt")
@@ -239,6 +238,7 @@ def test_stage_3_loads_a_model_in_pieces(folder, tmp_path):
         assert found["held"] == pytest.approx(found["numel"] / 2, abs=100)
 
 
+@pytest.mark.full
 def test_the_header_of_a_recipe_is_what_is_planned_of_it():
     """One of them, in full; the others' tables are made by the same script."""
     recipes = runpy.run_path(str(ROOT / "benchmarks" / "recipes.py"))
@@ -424,7 +424,6 @@ def test_a_recipe_that_is_no_use_is_refused(tmp_path, text, said):
         parse_arguments([f"--config={path}", "--dataset_name", "rows.jsonl"])
 
 
-@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 def test_a_stopped_run_goes_on_to_the_weights_of_the_whole_one(folder, tmp_path):
     changes = {
@@ -516,15 +515,14 @@ def converted(data_dir: Path, folder: Path) -> Path:
     return folder / "pubmedqa.jsonl"
 
 
-@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 @pytest.mark.parametrize(
     ("name", "changes", "found"),
     [
         ("alpaca/mix_train.json", {}, "mix_train.json: alpaca (instruction, input, output"),
-        ("chat/oasst_en_chat.jsonl", {}, "oasst_en_chat.jsonl: "),
-        ("pubmedqa", {"max_length": 1024}, "pubmedqa.jsonl: question_answer (question, answer), 1000 rows"),
-        ("text/wiki_demo.txt", {"packing": True, "eval_rows": 1}, "wiki_demo.txt: text (text), "),
+        full("chat/oasst_en_chat.jsonl", {}, "oasst_en_chat.jsonl: "),
+        full("pubmedqa", {"max_length": 1024}, "pubmedqa.jsonl: question_answer (question, answer), 1000 rows"),
+        full("text/wiki_demo.txt", {"packing": True, "eval_rows": 1}, "wiki_demo.txt: text (text), "),
     ],
 )
 def test_each_kind_of_real_data_trains(data_dir, tmp_path, name, changes, found):

@@ -124,11 +124,15 @@ def wait_for(tmp_path: Path, rank: int, words: str) -> None:
     ("how", "said"),
     [
         ("SIGKILL", "rank(s) [{}] no longer answer: they were killed or have stopped"),
-        ("SIGSTOP", "rank(s) [{}] have given no sign of life for 3 s"),
-        ("stop late", "rank(s) [{}] have given no sign of life for 3 s"),
-        ("at end", "rank(s) [{}] no longer answer: they were killed or have stopped"),
+        pytest.param("SIGSTOP", "rank(s) [{}] have given no sign of life for 3 s", marks=pytest.mark.full),
+        pytest.param("stop late", "rank(s) [{}] have given no sign of life for 3 s", marks=pytest.mark.full),
+        pytest.param(
+            "at end", "rank(s) [{}] no longer answer: they were killed or have stopped", marks=pytest.mark.full
+        ),
         ("raise", "rank {} has failed: ValueError: a bad row"),
-        ("stall", "no step for 3 s (--hang_timeout); furthest behind: rank(s) [{}]"),
+        pytest.param(
+            "stall", "no step for 3 s (--hang_timeout); furthest behind: rank(s) [{}]", marks=pytest.mark.full
+        ),
     ],
 )
 def test_the_other_rank_ends_and_names_it(tmp_path, how, said):
@@ -156,19 +160,25 @@ def test_without_a_fault_both_end_well(tmp_path):
     assert [(tmp_path / f"{rank}.out").read_text().split()[-1] for rank in range(2)] == ["ended"] * 2
 
 
-@pytest.mark.parametrize("how", ["fork", "fork, signalled at once", "fork, and train"])
+@pytest.mark.parametrize(
+    "how",
+    ["fork", *(pytest.param(how, marks=pytest.mark.full) for how in ("fork, signalled at once", "fork, and train"))],
+)
 def test_a_worker_ends_by_sigterm_and_the_run_goes_on(tmp_path, how):
     ranks = start(how, 0, tmp_path)
     assert [rank.wait(timeout=PATIENCE) for rank in ranks] == [0, 0], (tmp_path / "0.err").read_text()
     assert "SIGTERM" not in (tmp_path / "0.out").read_text()
 
 
+@pytest.mark.full
 def test_it_can_be_turned_off(tmp_path):
     ranks = start("off", 0, tmp_path)
     assert [rank.wait(timeout=PATIENCE) for rank in ranks] == [0, 0]
 
 
-@pytest.mark.parametrize(("number", "victim"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])
+@pytest.mark.parametrize(
+    ("number", "victim"), [pytest.param(signal.SIGTERM, 0, marks=pytest.mark.full), (signal.SIGUSR1, 1)]
+)
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path, number, victim):
     ranks = start("nothing", victim, tmp_path)
     wait_for(tmp_path, victim, "now")
@@ -180,6 +190,7 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path, number, vic
     assert said[0].startswith(f"{number.name} after step ")
 
 
+@pytest.mark.full
 def test_a_second_signal_ends_at_once(tmp_path):
     ranks = start("twice", 1, tmp_path)
     wait_for(tmp_path, 1, "now")

@@ -11,6 +11,8 @@ import torch
 from runs import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
+pytestmark = pytest.mark.full
+
 SCRIPTS = ("communication", "gpu", "memory", "quality", "scaling", "speed", "switch")
 TINY = ["--shrink", "64", "--num_layers", "3"]
 
@@ -146,7 +148,6 @@ def test_arms_take_turns_in_orders_that_differ(benchmark):
     assert len({tuple(one) for one in rounds}) > 2
 
 
-@pytest.mark.full
 def test_memory_sees_what_a_callback_keeps_and_moves(benchmark, tmp_path, capsys, monkeypatch):
     """What is claimed comes out of a tiny run: as little as static, and nothing drifts but under the callback."""
     results = tmp_path / "memory.json"
@@ -176,7 +177,6 @@ def test_memory_sees_what_a_callback_keeps_and_moves(benchmark, tmp_path, capsys
     assert results.with_suffix(".png").stat().st_size > 1000
 
 
-@pytest.mark.full
 def test_speed_has_every_arm(benchmark, tmp_path, capsys):
     results = tmp_path / "speed.json"
     words = [*TINY, "--configs", "zero2", "--length", "16", "--repeats", "2", "--results", str(results)]
@@ -195,7 +195,6 @@ def test_speed_has_every_arm(benchmark, tmp_path, capsys):
     assert out.count("after a switch, lisa of static") == 2, "of both widths"
 
 
-@pytest.mark.full
 def test_switch_counts_what_follows_it(benchmark, tmp_path, capsys, monkeypatch):
     results = tmp_path / "switch.json"
     words = ["--shrink", "64", "--num_layers", "8", "--length", "8", "--switches", "2", "--results", str(results)]
@@ -226,7 +225,6 @@ def test_the_cost_of_a_switch(benchmark):
     assert switch.cost(times | noisy) == 6.5, "the median of what each period takes"
 
 
-@pytest.mark.full
 def test_communication_ends_well_where_all_is_equal(benchmark, tmp_path, capsys, monkeypatch):
     results = tmp_path / "communication.json"
     words = [*TINY, "--large", "llama2-7b", "--length", "8", "--results", str(results)]
@@ -245,7 +243,6 @@ def test_communication_ends_well_where_all_is_equal(benchmark, tmp_path, capsys,
         module.main()
 
 
-@pytest.mark.full
 def test_the_gpu_set_in_rehearsal(benchmark, tmp_path, capsys, monkeypatch):
     """Every arm that ran was planned to 1%, LoRA too; what has no time left says so."""
     results = tmp_path / "gpu.json"

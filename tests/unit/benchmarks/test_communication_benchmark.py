@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 import lisa_dist  # noqa: F401 - before the script is, whose folder has a kernels.py, which is no package's
 
-pytestmark = pytest.mark.usefixtures("cpu_ops")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("cpu_ops")]
 
 BENCHMARKS = str(Path(__file__).parents[3] / "benchmarks")
 MODEL = ("llama3.1-8b", 128, 3)  # 32 wide, keys and values narrower than queries

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import checkpoint_layers
 
-pytestmark = pytest.mark.usefixtures("cpu_ops")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("cpu_ops")]
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 COUNTS = (8, 16, 64, 512)

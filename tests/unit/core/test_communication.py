@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import deepspeed
 import pytest
 import torch
+from cells import full
 from models import tiny_llama, token_batches
 from ranks import run_ranks
 from torch import distributed as dist
@@ -65,7 +66,7 @@ def count_a_step(ds_config: str, num_layers: int, settings: dict | None = None) 
     return {"active": sum(groups), **counts}
 
 
-@pytest.mark.parametrize("ds_config", ["zero1", "zero2"])
+@pytest.mark.parametrize("ds_config", [full("zero1"), "zero2"])
 def test_stages_1_and_2_send_the_active_parameters_once_each_way(ds_config):
     small, large = (run_ranks(count_a_step, 2, ds_config, num_layers)[0] for num_layers in (4, 12))
     assert small == large, "more sleeping layers, no more traffic"

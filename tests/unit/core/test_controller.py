@@ -7,6 +7,7 @@ from importlib import import_module
 import deepspeed
 import pytest
 import torch
+from cells import full
 from models import tiny_gpt2, tiny_llama, token_batches
 from ranks import run_ranks
 from torch import distributed as dist
@@ -407,7 +408,7 @@ def keep_identity(ds_config: str) -> None:
     engine.destroy()
 
 
-@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", [full("zero1"), "zero2", "zero3"])
 def test_schedulers_stay_bound(ds_config):
     run_ranks(keep_identity, 2, ds_config)
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from cells import full
 from engines import full_weights, train_step
 from models import tiny_llama, token_batches
 from ranks import run_ranks
@@ -113,10 +114,10 @@ def look_at_periods(ds_config: str, optim: str, settings: dict, periods: int) ->
     ("ds_config", "optim", "settings", "tolerance"),
     [
         ("zero2", "adamw_torch", {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_offload": "layers"}, 1e-3),
-        ("zero3", "adamw_torch", {}, 1e-3),
-        ("zero2_offload", "adamw_torch", {}, 1e-3),
+        full("zero3", "adamw_torch", {}, 1e-3),
+        full("zero2_offload", "adamw_torch", {}, 1e-3),
         ("zero3", "lisa_adamw", {"lisa_state_bits": "layers=8"}, 0.03),
-        ("zero2", "adamw_8bit", {}, 0.1),
+        full("zero2", "adamw_8bit", {}, 0.1),
     ],
 )
 def test_importance_is_the_norm_of_gradients(ds_config, optim, settings, tolerance):

@@ -5,6 +5,7 @@ import json
 import deepspeed
 import pytest
 import torch
+from cells import full
 from models import tiny_llama, token_batches
 from ranks import run_ranks
 from torch import distributed as dist
@@ -74,7 +75,7 @@ def check_against_copies(ds_config: str, folder: str) -> list[dict]:
     return lisa.movement.lines
 
 
-@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", [full("zero2"), "zero3"])
 def test_movement_is_that_of_whole_copies(tmp_path, ds_config):
     lines = run_ranks(check_against_copies, 2, ds_config, str(tmp_path))[0]
     written = [json.loads(line) for line in (tmp_path / MOVEMENT_LOG).read_text().splitlines()]
@@ -103,7 +104,7 @@ def go_on(folder: str, ds_config: str) -> None:
     lisa.close()
 
 
-@pytest.mark.parametrize(("ds_config", "ranks"), [("zero2", 2), ("zero3", 1)])
+@pytest.mark.parametrize(("ds_config", "ranks"), [full("zero2", 2), ("zero3", 1)])
 def test_a_resumed_run_moves_from_where_the_run_began(tmp_path, ds_config, ranks):
     undisturbed = run_ranks(run_undisturbed, 2, str(tmp_path / "whole"))[0]
     run_ranks(save_and_stop, 2, str(tmp_path / "cut"))

@@ -3,6 +3,7 @@
 import deepspeed
 import pytest
 import torch
+from cells import full
 from deepspeed.accelerator import get_accelerator
 from models import tiny_llama, token_batches
 from ranks import run_ranks
@@ -71,10 +72,10 @@ def spoil_a_step(ds_config: str, dtype: torch.dtype, policy: str, spoil: str, fo
     [
         ("zero1", torch.bfloat16, "loss"),
         ("zero2", torch.bfloat16, "gradient"),
-        ("zero2", torch.float32, "loss"),
-        ("zero3", torch.bfloat16, "loss"),
+        full("zero2", torch.float32, "loss"),
+        full("zero3", torch.bfloat16, "loss"),
         ("zero3", torch.float32, "gradient"),
-        ("zero2_offload", torch.bfloat16, "loss"),
+        full("zero2_offload", torch.bfloat16, "loss"),
         ("zero3_offload", torch.float32, "loss"),
     ],
 )
@@ -84,7 +85,7 @@ def test_a_spoilt_step_stops_the_run_with_step_ranks_and_layers(ds_config, dtype
         assert ("the loss of rank(s) [1] is not finite" if spoil == "loss" else "the gradients are not finite") in said
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [full(torch.float32), torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
 def test_a_spoilt_step_may_be_skipped_and_the_run_resumed(tmp_path, ds_config, dtype):
     run_ranks(spoil_a_step, 2, ds_config, dtype, "skip", "loss", str(tmp_path))
@@ -122,7 +123,7 @@ FP16 = {
 }
 
 
-@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", [full("zero2"), "zero3"])
 def test_the_fp16_scale_survives_switches_and_a_resume(tmp_path, ds_config):
     scales = run_ranks(scale_over_switches, 2, ds_config, str(tmp_path))[0]
     assert scales == [256.0, 128.0, 64.0, 64.0, 64.0, 64.0, 64.0]

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from cells import full
 from models import save_tiny_llama, tiny_llama, token_batches
 from ranks import run_ranks
 
@@ -140,7 +141,7 @@ def slow_rank(ds_config: str, slow: int) -> tuple[int, float, str, tuple[int, fl
 
 
 @pytest.mark.usefixtures("cpu_ops")
-@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", [full("zero2"), "zero3"])
 def test_a_slow_rank_is_named(ds_config):
     """Where forward passes wait for each other too; an evaluation does not count."""
     for slow in (0, 1):

@@ -156,6 +156,7 @@ def answer(bench: MTBench, tiny: Path, folder: Path, batch_size: int = 8, **chan
     return file.answer(bench.questions, load, file.read(), batch_size)
 
 
+@pytest.mark.full
 def test_answers_and_verdicts_end_to_end(tiny, judging, server, data_dir, tmp_path, capsys):
     """Eight real questions, one of each category; a tiny model answers, and another one judges by the real server."""
     words = [str(tiny), "--tasks", "mt_bench", "--data_dir", str(data_dir), "--limit", "8", "--max_new_tokens", "8"]

@@ -10,6 +10,7 @@ import bitsandbytes
 import deepspeed
 import pytest
 import torch
+from cells import full, stages
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import torch_autocast
 from models import tiny_llama, token_batches
@@ -29,6 +30,7 @@ from lisa_dist.optim.states import Piece
 
 EIGHT_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 STOCHASTIC = {"lisa_master": "bf16_sr"}
+PLAIN = ("zero1", "zero2", "zero3")
 FORMS = {"fp32": {}, "fp32, 8 bits": EIGHT_BITS, "bf16_sr": STOCHASTIC, "bf16_sr, 8 bits": STOCHASTIC | EIGHT_BITS}
 
 
@@ -333,14 +335,14 @@ def count_bytes(ds_config: str, form: str, dtype: torch.dtype) -> tuple[float, .
 
 
 @pytest.mark.usefixtures("cpu_ops")
-@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", stages("zero2", "zero3", among=PLAIN))
 @pytest.mark.parametrize(
     ("form", "dtype", "expected"),
     [
-        ("fp32", torch.float32, 8),
+        full("fp32", torch.float32, 8),
         ("fp32", torch.bfloat16, 12),
-        ("fp32, 8 bits", torch.bfloat16, 6),
-        ("bf16_sr", torch.bfloat16, 8),
+        full("fp32, 8 bits", torch.bfloat16, 6),
+        full("bf16_sr", torch.bfloat16, 8),
         ("bf16_sr, 8 bits", torch.bfloat16, 2),
     ],
 )
@@ -384,7 +386,7 @@ def largest_copy_of_a_step(ds_config: str, form: str) -> tuple[int, int]:
 
 @pytest.mark.usefixtures("cpu_ops")
 @pytest.mark.parametrize("form", ["fp32", "bf16_sr, 8 bits"])
-@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", stages("zero2", "zero3", among=PLAIN))
 def test_nothing_is_copied_before_or_behind_the_one_pass(ds_config, form):
     """No gradient is flattened or cast, no master copied to weights."""
     copied, largest = run_ranks(largest_copy_of_a_step, 1, ds_config, form)[0]
@@ -411,7 +413,7 @@ def spoil_a_step(ds_config: str, form: str) -> None:
 
 
 @pytest.mark.usefixtures("cpu_ops")
-@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", [full("zero2"), "zero3"])
 def test_a_step_that_deepspeed_skips_leaves_the_state(ds_config):
     run_ranks(spoil_a_step, 2, ds_config, "bf16_sr, 8 bits")
 
@@ -438,7 +440,7 @@ def losses_in_fp16(ds_config: str, optim: str) -> tuple[list[float], float]:
 
 
 @pytest.mark.usefixtures("cpu_ops")
-@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("ds_config", stages("zero2", among=PLAIN))
 def test_the_loss_scale_of_fp16_is_folded_in(ds_config):
     expected, scale = run_ranks(losses_in_fp16, 1, ds_config, "adamw_torch")[0]
     assert scale == 256

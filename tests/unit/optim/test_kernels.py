@@ -8,6 +8,7 @@ import sys
 import bitsandbytes.functional
 import pytest
 import torch
+from cells import full
 from ranks import run_ranks
 
 from lisa_dist.kernels.adamw import CHUNK, StepNumbers, StepTensors, adamw_reference, adamw_torch, round_stochastically
@@ -24,7 +25,7 @@ WEIGHTS = [
     (torch.float16, True),
     (None, True),
 ]
-NUMELS = [0, 1, 3, 255, 256, 257, TILE, TILE + 1, 5003]
+NUMELS = [0, full(1), full(3), full(255), full(256), 257, full(TILE), TILE + 1, full(5003)]
 ELEMENTS = [0, 1, 300, 2 * TILE]
 RESULTS = ("weight", "master", "exp_avg", "exp_avg_sq", "exp_avg_scales", "exp_avg_sq_scales")
 
@@ -371,7 +372,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("form", COMPILED)
-@pytest.mark.parametrize(("capability", "seed"), [(80, "i64"), (90, "i32")])
+@pytest.mark.parametrize(("capability", "seed"), [full(80, "i64"), (90, "i32")])
 def test_triton_compiles_for_a_gpu_that_is_not_there(form, capability, seed):
     """Of pieces that begin and end at multiples of 16, four elements a thread are one access to memory."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")

@@ -39,6 +39,9 @@ document.querySelector("iframe").onload = event => {{
 </script></body>"""
 
 
+pytestmark = pytest.mark.xdist_group("report")  # one run
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, cpu_ops) -> Path:
     """The output of `lisa-dist train --gpus 2`: 60 steps in 12 periods."""
@@ -89,6 +92,7 @@ def test_logs_have_what_the_report_shows(folder):
             assert entry[f"lisa/update_norm/{name}"] > 0
 
 
+@pytest.mark.full
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 @pytest.mark.parametrize("width", [1280, 375])
 def test_a_browser_shows_every_plot(folder, tmp_path, width):

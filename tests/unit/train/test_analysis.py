@@ -9,6 +9,7 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
+from cells import full
 from datasets import Dataset
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
@@ -147,7 +148,7 @@ def check_against_copies(ds_config: str, method: str, folder: str) -> None:
 
 
 @pytest.mark.usefixtures("cpu_ops")
-@pytest.mark.parametrize(("ds_config", "method"), [("zero2", "full"), ("zero3", "full"), ("zero3", "lisa")])
+@pytest.mark.parametrize(("ds_config", "method"), [full("zero2", "full"), full("zero3", "full"), ("zero3", "lisa")])
 def test_norms_are_those_of_whole_copies(tmp_path, ds_config, method):
     run_ranks(check_against_copies, 2, ds_config, method, str(tmp_path))
 
@@ -221,6 +222,7 @@ def train_adapters(ds_config: str, folder: str) -> None:
     train(model, folder, deepspeed=str(ROOT / "ds_configs" / f"{ds_config}.json"))
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 def test_norms_of_adapters_are_the_same_on_every_stage(tmp_path):
     for ds_config in ("zero2", "zero3"):

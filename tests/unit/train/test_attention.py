@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cells import full
 from datasets import Dataset
 from models import VOCABULARY, tiny_llama
 from ranks import run_ranks
@@ -453,12 +454,13 @@ def loss_of_documents_alone(folder: Path) -> float:
     ("world_size", "changes"),
     [
         (1, {"packing": True, "per_device_train_batch_size": 4}),
-        (1, {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
-        (1, {"packing": True, "per_device_train_batch_size": 4, "model_init_kwargs": {"attn_implementation": "eager"}}),
-        (1, {"padding_free": True, "max_length": None, "per_device_train_batch_size": 9}),
-        pytest.param(
-            2, {"packing": True, "per_device_train_batch_size": 2, "deepspeed": "zero3"}, marks=pytest.mark.full
+        full(1, {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
+        full(
+            1,
+            {"packing": True, "per_device_train_batch_size": 4, "model_init_kwargs": {"attn_implementation": "eager"}},
         ),
+        (1, {"padding_free": True, "max_length": None, "per_device_train_batch_size": 9}),
+        full(2, {"packing": True, "per_device_train_batch_size": 2, "deepspeed": "zero3"}),
     ],
     ids=["batch", "accumulated", "eager", "padding-free", "zero3"],
 )
@@ -473,8 +475,8 @@ def test_the_loss_of_a_packed_run_is_that_of_its_documents_alone(folder, tmp_pat
     ("world_size", "changes", "flag"),
     [
         (1, {"packing": True}, "packing"),
-        (1, {"padding_free": True, "max_length": None}, "padding_free"),
-        pytest.param(2, {"packing": True, "deepspeed": "zero3"}, "packing", marks=pytest.mark.full),
+        full(1, {"padding_free": True, "max_length": None}, "padding_free"),
+        full(2, {"packing": True, "deepspeed": "zero3"}, "packing"),
     ],
     ids=["packing", "padding-free", "zero3"],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
+from cells import full, stages
 from models import tiny_gpt2, tiny_llama, tiny_mixtral, token_batches
 from ranks import run_ranks
 from reference import train_reference
@@ -124,7 +125,7 @@ def cosine(step: int) -> float:
     return LR * 0.5 * (1 + math.cos(math.pi * step / STEPS))
 
 
-@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+@pytest.mark.parametrize("ds_config", stages("zero2", "zero3"))
 def test_losses_equal_the_reference(tmp_path, ds_config):
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     dial = {"zero2": 2, "zero3": "none"}.get(ds_config)
@@ -327,13 +328,13 @@ def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, 
 @pytest.mark.parametrize(
     ("ds_config", "changes"),
     [
-        ("zero1", {}),
-        ("zero2", {"bf16": True}),
+        full("zero1", {}),
+        full("zero2", {"bf16": True}),
         ("zero3", {}),
-        ("zero3", {"bf16": True, "gradient_accumulation_steps": 1, "save_steps": 3}),
-        ("zero2_offload", {}),
+        full("zero3", {"bf16": True, "gradient_accumulation_steps": 1, "save_steps": 3}),
+        full("zero2_offload", {}),
         ("zero2", {"bf16": True, "optim": "lisa_adamw", "lisa_master": "bf16_sr"}),
-        ("zero2", {"eval_strategy": "epoch"}),  # after checkpoint-4 was saved, and not again in the resumed run
+        full("zero2", {"eval_strategy": "epoch"}),  # after checkpoint-4 was saved, and not again in the resumed run
     ],
 )
 def test_a_resumed_run_is_the_run(tmp_path, ds_config, changes):
