@@ -121,7 +121,7 @@ def run_eval(words: list[str], monkeypatch) -> None:
 @pytest.mark.parametrize("page", [page if page == "README.md" else full(page) for page in FOUND])
 def test_every_command_of(page, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    makefile, examples = (ROOT / "Makefile").read_text(), (ROOT / "tests" / "test_examples.py").read_text()
+    makefile, examples = (ROOT / "Makefile").read_text(), (ROOT / "tests" / "system" / "test_examples.py").read_text()
     for command in FOUND[page]:
         words = shlex.split(command)
         script = next((word for word in words if word.endswith(".py")), "")
