@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -26,6 +26,9 @@ PRELOADED = ["deepspeed", "bitsandbytes", "trl.trainer.sft_trainer", "lisa_dist.
 
 # Seconds after which what a test waits for has hung: many times what it takes on a machine that has other work.
 PATIENCE = 900
+
+# How processes begin that need not import anything again; tests/mutants.py forks them where all is imported already.
+START_METHOD = "forkserver"
 
 _pools: dict[tuple[int, bool], "_Pool"] = {}
 
@@ -59,7 +62,7 @@ def start_script(
     `folder` is where it runs, `output` takes what it prints. Where imports are tested, a new interpreter is the way.
     """
     arguments = (str(path), list(words), str(output), environment, str(folder))
-    process = _forkserver().Process(target=_run_script, args=arguments, daemon=True)
+    process = _context().Process(target=_run_script, args=arguments, daemon=True)
     process.start()
     return process
 
@@ -80,7 +83,7 @@ def stop_ranks() -> None:
 class _Pool:
     def __init__(self, world_size: int, interpret: bool):
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn") if interpret else _forkserver()
+        context = multiprocessing.get_context("spawn") if interpret else _context()
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
@@ -140,9 +143,10 @@ def without_collection():
         gc.collect = collect
 
 
-def _forkserver() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+def _context() -> BaseContext:
+    context = multiprocessing.get_context(START_METHOD)
+    if START_METHOD == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
     return context
 
 
