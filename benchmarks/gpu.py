@@ -64,7 +64,7 @@ def seeded(arm: Arm, config) -> Arm:
     for seed in itertools.count():
         candidate = replace(arm, settings=arm.settings | {"lisa_seed": seed})
         selection = BlockSelection(candidate.config, blocks)
-        if not selection.draw(0).blocks and selection.draw(1).blocks == ("embed",):
+        if not selection.sample(0).blocks and selection.sample(1).blocks == ("embed",):
             return candidate
 
 

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from lisa_dist import load_ds_config
 from lisa_dist.core.blocks import Blocks, find_blocks
 from lisa_dist.core.movement import SAMPLE
-from lisa_dist.core.sampling import Draw
+from lisa_dist.core.sampling import ActiveSet
 from lisa_dist.core.selection import BlockSelection
 
 PERIOD = 20  # steps of a real run's period, over which a switch is spread
@@ -120,7 +120,7 @@ def _prepared(
     registered = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = []
     if arm.method in ("static", "callback", "lisa"):
-        selection, draw = BlockSelection(arm.config, blocks), Draw(tuple(active), ())
+        selection, draw = BlockSelection(arm.config, blocks), ActiveSet(tuple(active), ())
         selection.activate(draw)
         groups = selection.params_of_groups(draw) if arm.method == "lisa" else []
         if arm.method == "static":  # and callback registers all, and freezes then

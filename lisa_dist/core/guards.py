@@ -29,27 +29,27 @@ class NonfiniteGuard:
         `where` says in which period the run is. In fp16 leaving steps out is the loss scaler's work.
         """
         skipped = self._engine.skipped_steps
-        left_out, self._skipped_steps = skipped > self._skipped_steps, skipped
+        was_skipped, self._skipped_steps = skipped > self._skipped_steps, skipped
         finite, self._loss_was_finite = self._loss_was_finite, torch.ones_like(self._loss_was_finite)
-        if not left_out or self._engine.fp16_enabled():
+        if not was_skipped or self._engine.fp16_enabled():
             return
         every = [torch.empty_like(finite) for _ in range(dist.get_world_size())]
         dist.all_gather(every, finite)
         ranks = [rank for rank, was_finite in enumerate(every) if not was_finite]
         what = f"the loss of rank(s) {ranks} is not finite" if ranks else "the gradients are not finite"
-        said = f"step {self._engine.global_steps}, {where}: {what}; no weight was changed"
+        message = f"step {self._engine.global_steps}, {where}: {what}; no weight was changed"
         if self._policy == "stop":
-            raise RuntimeError(f"{said}. Lower the learning rate, look at the data, or give --lisa_nonfinite skip.")
+            raise RuntimeError(f"{message}. Lower the learning rate, look at the data, or give --lisa_nonfinite skip.")
         if dist.get_rank() == 0:
-            print(f"lisa-dist: {said}, the step was skipped.", flush=True)
+            print(f"lisa-dist: {message}, the step was skipped.", flush=True)
 
     def resume(self) -> None:
         """Steps that the saved run left out are none of this one's."""
         self._skipped_steps = self._engine.skipped_steps
 
 
-class SleepingWeights:
-    """Remembers digests of sleeping weights, as this rank holds them, from one switch to the next."""
+class InactiveWeights:
+    """Remembers digests of inactive weights, as this rank holds them, from one switch to the next."""
 
     def __init__(self, partitions: ZeroPartitions):
         self._partitions = partitions
@@ -57,7 +57,7 @@ class SleepingWeights:
         self._parameters: dict[str, torch.nn.Parameter] = {}
 
     def remember(self, blocks: Iterable[Block]) -> None:
-        """Take the digests of these sleeping blocks, and compare them between ranks that each hold all weights."""
+        """Take the digests of these inactive blocks, and compare them between ranks that each hold all weights."""
         self._parameters = {name: value for block in blocks for name, value in block.parameters.items()}
         self._digests = {name: self._digest(value) for name, value in self._parameters.items()}
         if self._partitions.weights_are_sharded:
@@ -66,13 +66,13 @@ class SleepingWeights:
         dist.all_gather_object(every, self._digests)
         differing = [rank for rank, digests in enumerate(every) if digests != every[0]]
         if differing:
-            raise RuntimeError(f"sleeping weights of ranks {differing} differ from rank 0's")
+            raise RuntimeError(f"inactive weights of ranks {differing} differ from rank 0's")
 
     def check(self, period: int) -> None:
-        """Raise RuntimeError naming every sleeping parameter that changed since `remember`."""
-        moved = [name for name, value in self._parameters.items() if self._digest(value) != self._digests[name]]
-        if moved:
-            raise RuntimeError(f"weights that slept in period {period} have changed: {', '.join(moved)}")
+        """Raise RuntimeError naming every inactive parameter that changed since `remember`."""
+        changed = [name for name, value in self._parameters.items() if self._digest(value) != self._digests[name]]
+        if changed:
+            raise RuntimeError(f"weights that were inactive in period {period} have changed: {', '.join(changed)}")
 
     def _digest(self, parameter: torch.nn.Parameter) -> str:
         local = self._partitions.local_weights(parameter).detach().contiguous().view(-1).view(torch.uint8)

@@ -5,11 +5,8 @@ log have anyway. The paper samples uniformly and leaves importance to later work
 over visits and made probabilities by a softmax that is mixed with the uniform, are what GRASS and MISA go by.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -18,9 +15,6 @@ from torch import distributed as dist
 from lisa_dist.optim.moments import mean_squared_norm
 from lisa_dist.optim.states import PartitionKey
 from lisa_dist.zero.partitions import ZeroPartitions
-
-if TYPE_CHECKING:
-    from lisa_dist.core.controller import LisaController
 
 
 class LayerImportance:
@@ -65,22 +59,25 @@ class LayerImportance:
         self.averages = list(averages)
 
 
-def observe_layers(lisa: LisaController) -> None:
-    """Take in what the layers have shown whose period ends: the same numbers on all ranks, rank 0's. All ranks call it.
+def observe_layers(
+    importance: LayerImportance,
+    layers: Sequence[int],
+    partitions: ZeroPartitions,
+    layer_of: Callable[[PartitionKey], int | None],
+    updates: Mapping[str, float] | None = None,
+) -> None:
+    """Have `importance` observe the layers whose period ends: the same numbers on all ranks, rank 0's. All ranks call.
 
-    `lisa` is an attached controller, which has just looked at the movement of the weights.
+    By the norms of their gradients, or by `updates`, the norms of what the period added to each block's weights, which
+    rank 0 alone needs to have.
     """
-    importance, layers = lisa.selection.importance, lisa.active_layers
-    if importance is None:
-        return
-    if lisa.config.lisa_importance == "gradient":
-        norms = gradient_norms(lisa.partitions, layers, lisa.selection.layer_of)
-    else:  # which rank 0 alone has
-        moved = lisa.movement.lines[-1]["blocks"] if lisa.movement.lines else {}
-        norms = [moved.get(f"layers.{layer}", {}).get("update", math.nan) for layer in layers]
-    norms = torch.tensor(norms, dtype=torch.float64, device=lisa.engine.device)
-    dist.broadcast(norms, src=0)
-    importance.observe(dict(zip(layers, norms.tolist(), strict=True)))
+    if updates is None:
+        norms = gradient_norms(partitions, layers, layer_of)
+    else:
+        norms = [updates.get(f"layers.{layer}", math.nan) for layer in layers]
+    message = torch.tensor(norms, dtype=torch.float64, device=partitions.engine.device)
+    dist.broadcast(message, src=0)
+    importance.observe(dict(zip(layers, message.tolist(), strict=True)))
 
 
 def gradient_norms(
@@ -94,7 +91,8 @@ def gradient_norms(
     pieces, beta2 = partitions.pieces(), partitions.optimizer.param_groups[0]["betas"][1]
     squares = torch.zeros(len(layers), dtype=torch.float64, device=partitions.engine.device)
     for key, state in partitions.states().items():
-        if layer_of(key) in layers:
-            squares[layers.index(layer_of(key))] += mean_squared_norm(state, pieces[key], beta2)
+        layer = layer_of(key)
+        if layer in layers:
+            squares[layers.index(layer)] += mean_squared_norm(state, pieces[key], beta2)
     dist.all_reduce(squares)
     return squares.sqrt().tolist()

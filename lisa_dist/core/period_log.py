@@ -13,9 +13,9 @@ from lisa_dist.run_folder import LOG_NAME, read_lines
 class PeriodRecord:
     """One line of lisa_log.jsonl. Seconds are of the switch; bytes are of this rank, after the period's first step.
 
-    `blocks` are the outer blocks that train in this period beside those that are always on; `host_bytes` are states of
-    sleeping blocks that wait on the host; `probabilities`, of samplers with weights, are those of each layer to be
-    drawn.
+    `blocks` are the outer blocks that train in this period in addition to the always-trained ones; `host_bytes` are
+    states of inactive blocks that wait on the host; `probabilities`, of samplers with weights, are those of each layer
+    to be sampled.
     """
 
     period: int
@@ -23,9 +23,9 @@ class PeriodRecord:
     layers: list[int]
     blocks: list[str]
     seconds: float
-    state_bytes_per_rank: int
-    bytes_released: int
-    live_bytes: int
+    state_bytes_per_rank: int = 0
+    bytes_released: int = 0
+    live_bytes: int = 0
     host_bytes: int = 0
     probabilities: list[float] = field(default_factory=list)
 

@@ -1,12 +1,11 @@
 """Which blocks train in a period: pure functions of (seed, period, weights).
 
-They know no rank, no state and no random generator of a library: every draw is read from SHA-256, so the same seed and
-period give the same layers on any rank, machine, world size and Python version.
+They know no rank, no state and no random generator of a library: every number is read from SHA-256, so the same seed
+and period give the same layers on any rank, machine, world size and Python version.
 
-The sampler "adaptive" hands its weights of the moment to `sample_period` as "weighted" does, and keeps them in its own
-state (importance.py).
+The sampler "adaptive" gives `sample_period` its current weights, as "weighted" does; importance.py has its state.
 
-Source: Algorithm 1, line 3 (uniform). Weighted draws without replacement: Efraimidis and Spirakis, "Weighted random
+Source: Algorithm 1, line 3 (uniform). Weighted sampling without replacement: Efraimidis and Spirakis, "Weighted random
 sampling with a reservoir", 2006.
 """
 
@@ -22,10 +21,10 @@ from lisa_dist.config import UserError
 
 @dataclass(frozen=True)
 class SampledBlock:
-    """An outer block (embed, head, rest) that is drawn as layers are, instead of being always on.
+    """An outer block (embed, head, rest) that is sampled as layers are, instead of being always trained.
 
-    `probability` is that of a period to train it. It then takes `places` of the layers' places in that period: as many
-    as it is layers large, so that a period's memory does not grow by it.
+    `probability` is that of a period to train it. It then takes the place of `places` layers in that period: as many as
+    it is layers large, so that a period's memory does not grow by it.
     """
 
     name: str
@@ -34,8 +33,8 @@ class SampledBlock:
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What trains in a period beside the blocks that are always on: layers, ascending, and at most one outer block."""
+class ActiveSet:
+    """What trains in a period besides the always-trained blocks: layers, ascending, and at most one outer block."""
 
     layers: tuple[int, ...]
     blocks: tuple[str, ...] = ()
@@ -49,8 +48,8 @@ def sample_period(
     period: int,
     weights: Sequence[float] | None = None,
     outer: Sequence[SampledBlock] = (),
-) -> Draw:
-    """The draw of one period: `num_active` of range(`num_layers`), less the places that a drawn outer block takes.
+) -> ActiveSet:
+    """Sample one period: `num_active` of range(`num_layers`), less the places that a sampled outer block takes.
 
     `weights` (one non-negative number a layer) count for the samplers "weighted" and "adaptive". Costs a hash for each
     earlier period where layers come in a sequence.
@@ -58,12 +57,12 @@ def sample_period(
     assert 0 <= num_active <= num_layers
     assert period >= 0
     assert sum(block.probability for block in outer) <= 1
-    block = _draw_outer(seed, period, outer)
-    count = _layers_beside(block, num_active)
+    block = _sample_outer(seed, period, outer)
+    count = _num_layers(block, num_active)
     counts = [count]  # of every period up to this one, where one goes on from the others
     if sampler in ("cyclic", "reshuffle"):
-        earlier = (_draw_outer(seed, before, outer) for before in range(period))
-        counts = [*(_layers_beside(taking, num_active) for taking in earlier), count]
+        earlier = (_sample_outer(seed, before, outer) for before in range(period))
+        counts = [*(_num_layers(taking, num_active) for taking in earlier), count]
     if sampler == "uniform":
         chosen = _random_order(seed, period, num_layers)[:count]
     elif sampler == "fixed":
@@ -77,46 +76,47 @@ def sample_period(
         chosen = _random_order(seed, period, num_layers, weights)[:count]
     else:
         raise UserError(f"unknown sampler {sampler!r}")
-    return Draw(tuple(sorted(chosen)), () if block is None else (block.name,))
+    return ActiveSet(tuple(sorted(chosen)), () if block is None else (block.name,))
 
 
-def _layers_beside(block: SampledBlock | None, num_active: int) -> int:
+def _num_layers(block: SampledBlock | None, num_active: int) -> int:
     return num_active - (0 if block is None else block.places)
 
 
-def inclusion_probabilities(weights: Sequence[float], num_drawn: int) -> list[float]:
-    """The probability of each layer to be among `num_drawn` that are drawn by weight without replacement.
+def inclusion_probabilities(weights: Sequence[float], num_sampled: int) -> list[float]:
+    """The probability of each layer to be among `num_sampled` that are sampled by weight without replacement.
 
-    A layer with weight w arrives after an exponential time of rate w, and the first `num_drawn` to arrive are drawn, so
-    layer i is drawn where fewer than `num_drawn` others arrive before it: the integral over t of w_i exp(-w_i t) times
-    that probability, a sum of independent events. They add up to `num_drawn`; no layer's is above 1, so where several
-    are drawn heavy layers have less than `num_drawn` times their share of the weights. To about 1e-8.
+    A layer with weight w arrives after an exponential time of rate w, and the first `num_sampled` to arrive are
+    sampled, so layer i is sampled where fewer than `num_sampled` others arrive before it: the integral over t of
+    w_i exp(-w_i t) times that probability, a sum of independent events. They add up to `num_sampled`; no layer's is
+    above 1, so where several are sampled heavy layers have less than `num_sampled` times their share of the weights.
+    To about 1e-8.
     """
     highest = max(weights)
     rates = numpy.array([max(weight / highest, 1e-9) for weight in weights if weight > 0])  # less is next to never
-    if num_drawn == 0:
+    if num_sampled == 0:
         return [0.0] * len(weights)
-    assert num_drawn <= len(rates)
+    assert num_sampled <= len(rates)
     # On a logarithmic axis the integrand falls off smoothly at both ends: equal steps are as good as it gets.
     log_times = numpy.linspace(math.log(1e-12 / rates.max()), math.log(60 / rates.min()), 1200)
     scaled = rates[:, None] * numpy.exp(log_times)
     arrived = -numpy.expm1(-scaled)
 
     def counts(events: numpy.ndarray) -> list[numpy.ndarray]:
-        """Of each prefix of the events the probabilities that 0, 1, ..., num_drawn - 1 have happened."""
-        held = [numpy.eye(num_drawn, 1) * numpy.ones_like(log_times)]
+        """Of each prefix of the events the probabilities that 0, 1, ..., num_sampled - 1 have happened."""
+        prefixes = [numpy.eye(num_sampled, 1) * numpy.ones_like(log_times)]
         for event in events:
-            last = held[-1]
-            held.append(last * (1 - event) + numpy.vstack([numpy.zeros_like(event), last[:-1] * event]))
-        return held
+            last = prefixes[-1]
+            prefixes.append(last * (1 - event) + numpy.vstack([numpy.zeros_like(event), last[:-1] * event]))
+        return prefixes
 
-    before, behind = counts(arrived), counts(arrived[::-1])
-    found = []
+    before, after = counts(arrived), counts(arrived[::-1])
+    probabilities = []
     for layer, density in enumerate(scaled * numpy.exp(-scaled)):
-        at_most = numpy.cumsum(behind[len(rates) - 1 - layer], axis=0)[::-1]  # others behind it in the list
-        found.append(float(numpy.trapezoid(density * (before[layer] * at_most).sum(axis=0), log_times)))
-    drawn = iter(found)
-    return [next(drawn) if weight > 0 else 0.0 for weight in weights]
+        at_most = numpy.cumsum(after[len(rates) - 1 - layer], axis=0)[::-1]  # others after it in the list
+        probabilities.append(float(numpy.trapezoid(density * (before[layer] * at_most).sum(axis=0), log_times)))
+    of_positive = iter(probabilities)
+    return [next(of_positive) if weight > 0 else 0.0 for weight in weights]
 
 
 def _uniform(seed: int, stream: int | str, index: int) -> float:
@@ -125,8 +125,8 @@ def _uniform(seed: int, stream: int | str, index: int) -> float:
     return (int.from_bytes(digest[:8], "big") + 0.5) / 2**64
 
 
-def _draw_outer(seed: int, period: int, outer: Sequence[SampledBlock]) -> SampledBlock | None:
-    """The outer block of a period, if one is drawn: never two, so that their states are never held at once."""
+def _sample_outer(seed: int, period: int, outer: Sequence[SampledBlock]) -> SampledBlock | None:
+    """The outer block of a period, if any: never two, so that their states never exist at once."""
     point = _uniform(seed, "outer", period) if outer else 0.0
     for block in outer:
         if point < block.probability:
@@ -136,7 +136,7 @@ def _draw_outer(seed: int, period: int, outer: Sequence[SampledBlock]) -> Sample
 
 
 def _random_order(seed: int, stream: int, num_layers: int, weights: Sequence[float] | None = None) -> list[int]:
-    """All layers in random order; the first n of them are a draw of n without replacement.
+    """All layers in random order; the first n of them are a sample of n without replacement.
 
     Each layer waits an exponential time whose rate is its weight, and the order is that of arrival. With equal weights
     it is a uniform permutation.
@@ -150,10 +150,10 @@ def _random_order(seed: int, stream: int, num_layers: int, weights: Sequence[flo
 
 
 def _reshuffled(seed: int, counts: Iterable[int], num_layers: int) -> list[int]:
-    """The last of successive draws, of `counts` layers each, from permutations laid end to end.
+    """The last of successive samples, of `counts` layers each, from permutations laid end to end.
 
-    Every layer comes once before any comes twice. A draw may straddle two permutations. The layers left over from the
-    first then must not come up again at once, so the second has them moved behind its part of that draw.
+    Every layer comes once before any comes twice. A sample may straddle two permutations. The layers left over from the
+    first then must not come up again at once, so the second has them moved behind its part of that sample.
     """
     waiting: list[int] = []
     chosen: list[int] = []

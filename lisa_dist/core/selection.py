@@ -12,7 +12,7 @@ from lisa_dist.core.blocks import Block, Blocks
 from lisa_dist.core.groups import build_param_groups, check_same_kinds
 from lisa_dist.core.importance import LayerImportance
 from lisa_dist.core.layer_weights import load_layer_weights
-from lisa_dist.core.sampling import Draw, SampledBlock, inclusion_probabilities, sample_period
+from lisa_dist.core.sampling import ActiveSet, SampledBlock, inclusion_probabilities, sample_period
 from lisa_dist.optim.states import PartitionKey
 
 
@@ -40,8 +40,8 @@ class BlockSelection:
         self._layer_of = {name: number for number, layer in enumerate(blocks.layers) for name in layer.parameters}
         self._names = {id(parameter): name for block in blocks for name, parameter in block.parameters.items()}
 
-    def draw(self, period: int) -> Draw:
-        """What a period trains beside the blocks that are always on."""
+    def sample(self, period: int) -> ActiveSet:
+        """What a period trains besides the always-trained blocks."""
         config = self._config
         return sample_period(
             config.lisa_sampler,
@@ -55,62 +55,64 @@ class BlockSelection:
 
     @property
     def weights_now(self) -> list[float] | None:
-        """What layers are drawn by in the period that comes, or None where all are alike."""
+        """What layers are sampled by in the next period, or None where all are alike."""
         return self.weights if self.importance is None else self.importance.weights()
 
-    def probabilities(self, draw: Draw) -> list[float]:
-        """The probability that each layer had to be drawn, by the weights of now; empty where there are none."""
+    def probabilities(self, active: ActiveSet) -> list[float]:
+        """The probability that each layer had to be sampled, by the current weights; empty where there are none."""
         weights = self.weights_now
-        return [] if weights is None else inclusion_probabilities(weights, len(draw.layers))
+        return [] if weights is None else inclusion_probabilities(weights, len(active.layers))
 
     def layer_of(self, key: PartitionKey) -> int | None:
         """The decoder layer of a partition, or None for one of embed, head and rest."""
         return self._layer_of.get(key[0])
 
-    def widest(self, draw: Draw) -> Draw:
-        """The draw with a layer in every slot and every outer block that is ever drawn.
+    def widest(self, active: ActiveSet) -> ActiveSet:
+        """The set with a layer in every slot and every outer block that is ever sampled.
 
         What the optimizer is built over, since DeepSpeed takes no group without parameters.
         """
-        others = [layer for layer in range(len(self._blocks.layers)) if layer not in draw.layers]
-        missing = self._config.lisa_activated_layers - len(draw.layers)
-        layers = sorted([*draw.layers, *others[:missing]])
-        return Draw(tuple(layers), tuple(block.name for block in self.sampled))
+        others = [layer for layer in range(len(self._blocks.layers)) if layer not in active.layers]
+        missing = self._config.lisa_activated_layers - len(active.layers)
+        layers = sorted([*active.layers, *others[:missing]])
+        return ActiveSet(tuple(layers), tuple(block.name for block in self.sampled))
 
-    def asleep(self, draw: Draw) -> list[Block]:
-        """The blocks that do not train with a draw."""
-        active = [*self._outer(draw), *self._layers(draw)]
-        return [block for block in self._blocks if block not in active]
+    def inactive(self, active: ActiveSet) -> list[Block]:
+        """The blocks that do not train."""
+        trained = [*self._outer(active), *self._layers(active)]
+        return [block for block in self._blocks if block not in trained]
 
-    def activate(self, draw: Draw) -> None:
-        """Let exactly the blocks of a draw require gradients."""
-        asleep = self.asleep(draw)
+    def activate(self, active: ActiveSet) -> None:
+        """Let exactly the active blocks require gradients."""
+        inactive = self.inactive(active)
         for block in self._blocks:
-            block.requires_grad_(block not in asleep)
+            block.requires_grad_(block not in inactive)
 
-    def param_groups(self, draw: Draw, weight_decay: float = 0.0) -> list[dict]:
-        """The parameter groups of the widest draw: the same number and order whatever is drawn."""
-        return self._groups(self.widest(draw), weight_decay)
+    def param_groups(self, active: ActiveSet, weight_decay: float = 0.0) -> list[dict]:
+        """The parameter groups of the widest set: the same number and order whatever is sampled."""
+        return self._groups(self.widest(active), weight_decay)
 
-    def params_of_groups(self, draw: Draw) -> list[list[torch.nn.Parameter]]:
-        """The parameters of each of `param_groups` with a draw; a group may have none."""
-        params = {group["lisa_group"]: group["params"] for group in self._groups(draw)}
-        return [params.get(group["lisa_group"], []) for group in self.param_groups(draw)]
+    def params_of_groups(self, active: ActiveSet) -> list[list[torch.nn.Parameter]]:
+        """The parameters of each of `param_groups` that are active; a group may have none."""
+        params = {group["lisa_group"]: group["params"] for group in self._groups(active)}
+        return [params.get(group["lisa_group"], []) for group in self.param_groups(active)]
 
     def names_of(self, params_of_groups: Iterable[list[torch.nn.Parameter]]) -> list[PartitionKey]:
         """The names of the parameters of each group."""
         return [tuple(self._names[id(parameter)] for parameter in params) for params in params_of_groups]
 
-    def _outer(self, draw: Draw) -> list[Block]:
+    def _outer(self, active: ActiveSet) -> list[Block]:
         """The outer blocks that train, in the order of their groups; none without parameters."""
-        blocks = [self._blocks.outer(name) for name in OUTER_BLOCKS if name in (*self._config.always_on, *draw.blocks)]
+        blocks = [
+            self._blocks.outer(name) for name in OUTER_BLOCKS if name in (*self._config.always_on, *active.blocks)
+        ]
         return [block for block in blocks if block.parameters]
 
-    def _layers(self, draw: Draw) -> list[Block]:
-        return [self._blocks.layers[layer] for layer in draw.layers]
+    def _layers(self, active: ActiveSet) -> list[Block]:
+        return [self._blocks.layers[layer] for layer in active.layers]
 
-    def _groups(self, draw: Draw, weight_decay: float = 0.0) -> list[dict]:
-        outer, layers = self._outer(draw), self._layers(draw)
+    def _groups(self, active: ActiveSet, weight_decay: float = 0.0) -> list[dict]:
+        outer, layers = self._outer(active), self._layers(active)
         return build_param_groups(outer, layers, weight_decay, self._state_bits, self._offloaded)
 
 

@@ -324,7 +324,7 @@ class LisaMixin(MonitoredMixin):
 
         Under ZeRO-3 one block is gathered at a time, and one rank holds one shard beside its share of the model.
         """
-        if self.lisa is None or self.lisa.engine is None:  # not trained: the model is as it was loaded
+        if self.lisa is None or not self.lisa.is_attached:  # not trained: the model is as it was loaded
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or self.args.output_dir)

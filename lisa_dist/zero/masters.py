@@ -5,6 +5,7 @@ the clone would be a second copy of the same numbers: the master becomes a view 
 whose block is in --lisa_offload goes to the host.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ def placing(stage: Stage, original: Callable[[Any], None]) -> Callable[[Any], No
     its states of them: there DeepSpeed's own runs.
     """
 
+    @functools.wraps(original)
     def place_masters_without_gradients(zero: Any) -> None:
         if stage.offloads_optimizer(zero) or isinstance(zero.optimizer, torch.optim.Adagrad):
             original(zero)

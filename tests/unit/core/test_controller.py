@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from importlib import import_module
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -13,9 +13,11 @@ from ranks import run_ranks
 from torch import distributed as dist
 
 import lisa_dist
+from lisa_dist.core import controller
+from lisa_dist.core.agreement import broadcast_active_set
 from lisa_dist.core.controller import LisaController
-from lisa_dist.core.sampling import Draw, sample_period
-from lisa_dist.zero import partitions as zero
+from lisa_dist.core.sampling import ActiveSet, sample_period
+from lisa_dist.zero import stages
 
 pytestmark = pytest.mark.usefixtures("cpu_ops")
 
@@ -144,11 +146,10 @@ def disagree(what: str) -> str:
         else:
             engine, lisa = start()
             for step, (tokens,) in enumerate(token_batches(4, rows=4)):
-                if step == 2 and rank == 1:  # a rank whose controller went astray
-                    lisa._agree = lambda: Draw((0, 1))
-                if step == 2 and rank == 0:
-                    lisa._agree = lambda: Draw((2, 3))
-                lisa.on_step_begin()
+                layers = (0, 1) if rank == 1 else (2, 3)  # a rank that has received something else
+                receive = (lambda *_, layers=layers: ActiveSet(layers)) if step == 2 else broadcast_active_set
+                with mock.patch.object(controller, "broadcast_active_set", receive):
+                    lisa.on_step_begin()
                 micro_step(engine, tokens)
     return str(error.value)
 
@@ -237,7 +238,7 @@ def test_an_engine_that_cannot_work_is_refused(what, said):
 
 @pytest.mark.parametrize("version", ["0.18.2", "0.19.7", "0.20.0", "1.0"])
 def test_a_deepspeed_outside_the_range_is_refused_at_start(monkeypatch, version):
-    monkeypatch.setattr(zero.metadata, "version", lambda name: version)
+    monkeypatch.setattr(stages.metadata, "version", lambda name: version)
     with pytest.raises(ValueError, match=f"DeepSpeed {version} is installed") as error:
         LisaController(tiny_llama(), lisa_dist.LisaConfig())
     assert "pip install 'deepspeed>=0.19.8,<0.20'" in str(error.value)
@@ -293,7 +294,7 @@ def test_debug_mode_sees_a_sleeping_weight_move():
 def draw_otherwise_on_rank_1() -> tuple:
     engine, lisa = start("zero2")
     if dist.get_rank() == 1:
-        lisa.selection.draw = lambda period: Draw((0, 1) if rank_0_draw(period) != (0, 1) else (2, 3))
+        lisa.selection.sample = lambda period: ActiveSet((0, 1) if rank_0_draw(period) != (0, 1) else (2, 3))
     drawn = []
     for (tokens,) in token_batches(6, rows=4):
         lisa.on_step_begin()
@@ -415,10 +416,9 @@ def test_schedulers_stay_bound(ds_config):
 
 def train_beside(ds_config: str) -> None:
     """A plain engine that was there before anything of LISA's goes on training, and saves, after LISA has come."""
-    stage = zero._STAGE_3 if ds_config == "zero3" else zero._STAGE_1_2
-    kind = getattr(import_module(stage.module), stage.class_name)
-    if stage.masters in vars(kind):
-        delattr(kind, stage.masters)  # as in a process that has not seen LISA yet
+    kind = (stages.STAGE_3 if ds_config == "zero3" else stages.STAGE_1_2).optimizer_class
+    if hasattr(kind.initialize_optimizer_states, "lisa_stage"):  # make it a process that has not seen LISA yet
+        kind.initialize_optimizer_states = kind.initialize_optimizer_states.__wrapped__
     model = tiny_llama()
     config = lisa_dist.load_ds_config(ds_config, model=model, micro_batch_size=2)
     plain, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)

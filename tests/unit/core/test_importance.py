@@ -171,7 +171,7 @@ def learn_apart(rank: int) -> str:
 @pytest.mark.usefixtures("cpu_ops")
 def test_ranks_that_have_learned_other_weights_are_named():
     for said in run_ranks(learn_apart, 2, 1):
-        assert "ranks [1] hold other layers, partitions or weights of the draw than rank 0" in said
+        assert "ranks [1] hold other layers, partitions or sampling weights than rank 0" in said
 
 
 def favour_a_layer() -> list[int]:
