@@ -50,12 +50,14 @@ class StepTensors:
     @property
     def target(self) -> torch.Tensor:
         """What the update is added to: the master where there is one, else the weight."""
-        return self.weight if self.master is None else self.master
+        target = self.weight if self.master is None else self.master
+        assert target is not None  # `check_tensors` has seen to it
+        return target
 
     @property
     def stochastic(self) -> bool:
         """Whether the result is rounded stochastically."""
-        return self.master is None and self.weight.dtype == torch.bfloat16
+        return self.master is None and self.target.dtype == torch.bfloat16
 
     @property
     def quantized(self) -> bool:
@@ -117,7 +119,7 @@ def check_tensors(tensors: StepTensors, element: int, of: str = "AdamW") -> None
             raise ValueError(f"{of}: expected {name} on {device}, where the weights are, got it on {tensor.device}.")
         if not tensor.is_contiguous():
             raise ValueError(f"{of}: expected {name} to be contiguous, got strides {tensor.stride()}.")
-    if tensors.master is None and tensors.weight.dtype == torch.float16:
+    if tensors.master is None and tensors.target.dtype == torch.float16:
         raise ValueError(
             f"{of}: expected weights without a master in torch.bfloat16 or torch.float32, got torch.float16."
         )
@@ -141,11 +143,12 @@ def adamw_reference(tensors: StepTensors, numbers: StepNumbers) -> StepTensors:
     unbiased_sq = exp_avg_sq / (1 - numbers.beta2**numbers.step)
     target = tensors.target.float() * (1 - numbers.lr * numbers.weight_decay)
     target = target - numbers.lr * unbiased / (unbiased_sq.sqrt() + numbers.eps)
+    weight: torch.Tensor | None = None
     if tensors.stochastic:
         weight = round_stochastically(target, numbers.random_bits(0, target.numel(), target.device))
-    else:
-        weight = None if tensors.weight is None else target.to(tensors.weight.dtype)
-    scales = [None, None]
+    elif tensors.weight is not None:
+        weight = target.to(tensors.weight.dtype)
+    scales: list[torch.Tensor | None] = [None, None]
     if tensors.quantized:
         exp_avg, scales[0] = quantize(exp_avg, True, numbers.element)
         exp_avg_sq, scales[1] = quantize(exp_avg_sq, False, numbers.element)
@@ -187,6 +190,8 @@ def _step_chunk(tensors: StepTensors, numbers: StepNumbers, cut: slice, steps: t
     if tensors.quantized:
         first = element // BLOCK - numbers.element // BLOCK
         blocks = slice(first, first + num_blocks(element, target.numel()))
+        assert tensors.exp_avg_scales is not None  # codes have scales
+        assert tensors.exp_avg_sq_scales is not None
         scales = tensors.exp_avg_scales[blocks], tensors.exp_avg_sq_scales[blocks]
         codes = moments
         moments = [dequantize(*coded, element) for coded in zip(codes, scales, (True, False), strict=True)]

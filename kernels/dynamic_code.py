@@ -57,7 +57,7 @@ def first_guess(signed: bool) -> torch.Tensor:
 @functools.cache
 def tables(signed: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(`dynamic_code`, `thresholds`, `first_guess`) on a device."""
-    return tuple(table(signed).to(device) for table in (dynamic_code, thresholds, first_guess))
+    return dynamic_code(signed).to(device), thresholds(signed).to(device), first_guess(signed).to(device)
 
 
 def table_bytes() -> int:

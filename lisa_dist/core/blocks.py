@@ -13,6 +13,7 @@ Parameters are told apart by identity, never by name, so tied matrices are count
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -33,7 +34,7 @@ class Block:
         return sum(parameter_numel(parameter) for parameter in self.parameters.values())
 
     def requires_grad_(self, active: bool) -> None:
-        """Let the block train or sleep. A block that goes to sleep gives up its gradients."""
+        """Let the block train or not. A block that becomes inactive gives up its gradients."""
         for parameter in self.parameters.values():
             parameter.requires_grad_(active)
             if not active:
@@ -68,7 +69,7 @@ def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks
     """
     names = {id(module): name for name, module in model.named_modules()}
     embedding = _embedding(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = _call_if_there(model, "get_output_embeddings")
     layers_path = layers_attribute or _find_layers_path(model, names[id(embedding)])
     layer_list = _module_at(model, layers_path)
     if not isinstance(layer_list, nn.ModuleList | nn.Sequential):
@@ -112,8 +113,12 @@ def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks
     )
 
 
+def _call_if_there(model: nn.Module, method: str) -> nn.Module | None:
+    return getattr(model, method)() if hasattr(model, method) else None
+
+
 def _embedding(model: nn.Module) -> nn.Module:
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = _call_if_there(model, "get_input_embeddings")
     if embedding is None:
         raise UserError(
             f"{type(model).__name__} has no input embedding (get_input_embeddings): LISA trains causal language models."
@@ -123,13 +128,13 @@ def _embedding(model: nn.Module) -> nn.Module:
 
 def _has_towers(model: nn.Module) -> bool:
     """Whether the model is more than a language model: its config then holds a text config of its own."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return hasattr(config, "get_text_config") and config.get_text_config() is not config
 
 
 def _find_layers_path(model: nn.Module, embedding_path: str) -> str:
     """The ModuleList as long as the text config says, nearest to the embedding."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     num_layers = getattr(text_config, "num_hidden_layers", None)
     seen = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}

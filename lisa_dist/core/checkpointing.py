@@ -6,6 +6,7 @@ left. So the dial is a number of layers, the lowest ones, since what they store 
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -52,7 +53,7 @@ def checkpoint_layers(model: torch.nn.Module, blocks: Blocks, count: int) -> Non
 
     Raises ValueError for a model of which that cannot be said by layer.
     """
-    layers = model.get_submodule(blocks.layers_path)
+    layers = _layers(model, blocks)
     if not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
         if count not in (0, len(layers)):
             raise UserError(
@@ -62,7 +63,7 @@ def checkpoint_layers(model: torch.nn.Module, blocks: Blocks, count: int) -> Non
         if count:
             _enable(model)
         else:
-            model.gradient_checkpointing_disable()
+            _pretrained(model).gradient_checkpointing_disable()
         return
     if not any(hasattr(layer, "_gradient_checkpointing_func") for layer in layers):
         if not count:
@@ -72,11 +73,20 @@ def checkpoint_layers(model: torch.nn.Module, blocks: Blocks, count: int) -> Non
         layer.gradient_checkpointing = number < count
 
 
+def _pretrained(model: torch.nn.Module) -> Any:
+    """The model with what transformers' PreTrainedModel has and `Module` has not."""
+    return model
+
+
+def _layers(model: torch.nn.Module, blocks: Blocks) -> list[Any]:
+    return list(model.get_submodule(blocks.layers_path).children())
+
+
 def _enable(model: torch.nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers renames it
         try:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            _pretrained(model).gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
             raise UserError(f"--checkpointed_layers: {type(model).__name__} has no checkpointing ({error}).") from error
     let_backward_end(model)
@@ -85,14 +95,14 @@ def _enable(model: torch.nn.Module) -> None:
 def check_checkpointing(model: torch.nn.Module) -> None:
     """Raise UserError where layers are checkpointed by the reentrant way.
 
-    It runs a layer's backward pass only if its input requires a gradient: above sleeping blocks nothing would train.
+    It runs a layer's backward pass only if its input requires a gradient: above inactive blocks nothing would train.
     """
     for module in model.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if getattr(checkpoint, "keywords", {}).get("use_reentrant") and module.gradient_checkpointing:
             raise UserError(
                 "the model's gradient checkpointing is reentrant, which gives no gradients where the blocks before a "
-                'layer sleep: call gradient_checkpointing_enable({"use_reentrant": False}).'
+                'layer are inactive: call gradient_checkpointing_enable({"use_reentrant": False}).'
             )
 
 
@@ -110,9 +120,9 @@ def let_backward_end(model: torch.nn.Module) -> None:
 
 def checkpointed_layers(model: torch.nn.Module, blocks: Blocks) -> int:
     """How many decoder layers are checkpointed."""
-    layers = model.get_submodule(blocks.layers_path)
+    layers = _layers(model, blocks)
     if not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
-        return len(layers) if model.is_gradient_checkpointing else 0
+        return len(layers) if _pretrained(model).is_gradient_checkpointing else 0
     return sum(layer.gradient_checkpointing for layer in layers)
 
 

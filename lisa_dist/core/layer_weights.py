@@ -62,11 +62,11 @@ def _weights_of_table(flag: str, text: str, columns: str) -> list[float]:
     header, *lines = list(csv.reader(io.StringIO(text))) or [[]]
     rows = {line[0]: dict(zip(header, line, strict=False)) for line in lines if line}
     count = sum(name.startswith("layers.") for name in rows)
-    layers = [rows.get(f"layers.{number}") for number in range(count)]
+    layers = [rows.get(f"layers.{number}", {}) for number in range(count)]
     if header[:1] != ["block"] or not layers:
         raise UserError(f"{flag}: holds no norms of layers; it is the norms.csv that lisa-dist norms writes.")
-    if None in layers:
-        raise UserError(f"{flag}: has no row layers.{layers.index(None)}, though others behind it.")
+    if {} in layers:
+        raise UserError(f"{flag}: has no row layers.{layers.index({})}, though later ones.")
     wanted = [name.strip() for name in columns.split("/")]
     if len(wanted) > 2 or not all(name in header[1:] for name in wanted):
         raise UserError(

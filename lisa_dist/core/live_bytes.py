@@ -31,8 +31,9 @@ def live_storages() -> list[torch.UntypedStorage]:
 
 
 def _tensor_classes() -> set[type]:
-    classes, found = [torch.Tensor], set()
-    while classes:
-        found.add(kind := classes.pop())
-        classes += kind.__subclasses__()
-    return found
+    pending: list[type] = [torch.Tensor]
+    classes: set[type] = set()
+    while pending:
+        classes.add(kind := pending.pop())
+        pending += kind.__subclasses__()
+    return classes

@@ -60,13 +60,14 @@ class WeightMovement:
         if step == self._looked_at:
             return
         self._looked_at = step
-        line = {"period": period, "step": step, "blocks": {}}
+        blocks: dict[str, dict[str, float]] = {}
+        line = {"period": period, "step": step, "blocks": blocks}
         for name in trained:
             now = self._look(name)
             if dist.get_rank() == 0:
                 norm = self._samples[name].norm
                 moved, at_start = norm(now - self._start[name]), norm(self._start[name])
-                line["blocks"][name] = {
+                blocks[name] = {
                     "update": norm(now - self._latest[name]),
                     "moved": moved,
                     "relative": moved / at_start if at_start else math.nan,

@@ -33,7 +33,7 @@ class PeriodRecord:
 class PeriodLog:
     """The records of a run in `records`; the rank that was given a folder writes them too."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.records: list[PeriodRecord] = []
         self.resumed = False  # the lines of earlier steps then stay
         self._open: PeriodRecord | None = None
@@ -72,5 +72,5 @@ class PeriodLog:
 
     def _earlier_lines(self, step: int) -> str:
         """The log up to `step` of the run that this one resumes."""
-        earlier = read_lines(self._path) if self.resumed else []
+        earlier = read_lines(self._path) if self.resumed and self._path is not None else []
         return "".join(json.dumps(line) + "\n" for line in earlier if line["step"] < step)

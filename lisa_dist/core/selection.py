@@ -117,21 +117,21 @@ class BlockSelection:
 
 
 def sampled_blocks(config: LisaConfig, blocks: Blocks) -> list[SampledBlock]:
-    """The outer blocks that `config` has drawn, with their probabilities and places; tied matrices are one, in embed.
+    """The outer blocks that are sampled, with their probabilities and places; tied matrices are one, in embed.
 
     Raises ValueError when embed and head are tied and not treated as one, or the probabilities add up to more than 1.
     """
     policies = {name: [name in config.always_on, name in config.frozen] for name in ("embed", "head")}
     probabilities = dict(config.block_probabilities)
     if blocks.tied:
-        given = {probabilities.pop(name, None) for name in ("embed", "head")} - {None}
+        given = {probabilities.pop(name) for name in ("embed", "head") if name in probabilities}
         if policies["embed"] != policies["head"] or len(given) > 1:
             raise UserError(
                 f"--lisa_always_on {config.lisa_always_on}, --lisa_frozen {config.lisa_frozen}, "
                 f"--lisa_block_probability {config.lisa_block_probability}: embed and head of this model are one tied "
                 "matrix; give both the same."
             )
-        probabilities |= dict.fromkeys(("embed",), *given)
+        probabilities |= dict(zip(("embed",), given, strict=False))
     gamma, num_layers = config.lisa_activated_layers, len(blocks.layers)
     layer_numel = sum(layer.numel for layer in blocks.layers) / num_layers
     sampled = []
@@ -144,7 +144,7 @@ def sampled_blocks(config: LisaConfig, blocks: Blocks) -> list[SampledBlock]:
     if total > 1:
         listed = ", ".join(f"{block.name}={block.probability:g}" for block in sampled)
         raise UserError(
-            f"--lisa_block_probability {config.lisa_block_probability}: a period trains at most one drawn block, but "
+            f"--lisa_block_probability {config.lisa_block_probability}: a period trains at most one sampled block, but "
             f"the probabilities add up to {total:g} ({listed})."
         )
     return sampled

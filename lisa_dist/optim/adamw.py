@@ -13,6 +13,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -87,11 +88,11 @@ class LisaAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def prepare(self, parameter: torch.Tensor, partition: PartitionStep) -> None:
-        """Say of what the parameter consists, and with which gradients the next step is taken instead of `.grad`."""
+        """Give the pieces that the parameter consists of, and the gradients of the next step in place of `.grad`."""
         self._prepared[parameter] = partition
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None):
+    def step(self, closure: Callable | None = None) -> Any:
         """Update every parameter that has a gradient, or that was prepared."""
         loss = None
         if closure is not None:
@@ -166,21 +167,23 @@ class LisaAdamW(torch.optim.Optimizer):
 
     def _alone(self, parameter: torch.Tensor, name: str) -> PartitionStep:
         """A parameter that is no partition: all of itself, with its own gradient."""
-        if not parameter.is_contiguous() or not parameter.grad.is_contiguous():
+        gradient = parameter.grad
+        assert gradient is not None
+        if not parameter.is_contiguous() or not gradient.is_contiguous():
             raise ValueError(
                 f"LisaAdamW: expected parameter {name} and its gradient to be contiguous, got strides "
-                f"{parameter.stride()} and {parameter.grad.stride()}."
+                f"{parameter.stride()} and {gradient.stride()}."
             )
         draw = self.state[parameter].get("step", 0) if parameter in self.state else 0
         whole = Piece(name, start=0, length=parameter.numel(), offset=0)
-        return PartitionStep([whole], [parameter.grad.view(-1)], draw=draw)
+        return PartitionStep([whole], [gradient.view(-1)], draw=draw)
 
     def _step_of(
         self, group: dict, parameter: torch.Tensor, partition: PartitionStep
     ) -> tuple[dict, list[tuple[StepTensors, StepNumbers]]]:
         """The state of a parameter, and what the kernels take of its pieces, checked; nothing is changed yet."""
         flat, pieces = parameter.detach().view(-1), partition.pieces
-        if not pieces:  # padding, or the place of a block that sleeps
+        if not pieces:  # padding, or the placeholder of an inactive block
             return {}, []
         of = f"LisaAdamW, {', '.join(piece.name for piece in pieces)}"
         if flat.dtype not in (torch.float32, torch.bfloat16):

@@ -1,5 +1,7 @@
 """DeepSpeed's AdamW on the host, counted so that a resumed run gets the bits of one that was not interrupted."""
 
+from typing import Any
+
 import torch
 
 
@@ -10,14 +12,14 @@ class CountedAdam:
     So a resumed run must go the way that the saved one went: pow at `start`, then products up to `step`.
     """
 
-    def __init__(self, op):
+    def __init__(self, op: Any):
         self._op = op
         self.start = self.step = 0
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._op, name)
 
-    def adam_update(self, opt_id: int, step: int, *args) -> None:
+    def adam_update(self, opt_id: int, step: int, *args: Any) -> None:
         if step not in (self.step, self.step + 1):
             self.start = step
         self.step = step
@@ -30,7 +32,7 @@ def host_adam_history(optimizer: torch.optim.Optimizer) -> list[int] | None:
     return [op.start, op.step] if isinstance(op, CountedAdam) else None
 
 
-def replay_host_adam(optimizer: torch.optim.Optimizer, history: list[int] | None) -> None:
+def replay_host_adam(optimizer: Any, history: list[int] | None) -> None:
     """Bring the host's AdamW, if it is one, to the powers of the betas that a saved run had; moves no weight."""
     op = getattr(optimizer, "ds_opt_adam", None)
     if history is None or not isinstance(op, CountedAdam):

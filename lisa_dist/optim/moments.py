@@ -1,6 +1,7 @@
 """AdamW's moments as each optimizer keeps them: in fp32, or in the 8-bit codes of bitsandbytes or of LisaAdamW."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -36,8 +37,8 @@ def mean_squared_norm(state: PartitionState, pieces: list[Piece], beta2: float) 
 
 def _second_moment(fields: dict, pieces: list[Piece]) -> Iterator[torch.Tensor]:
     """The second moment of a partition in fp32; where it is in codes, a chunk at a time."""
-    of_bitsandbytes = f"state{MOMENTS['exp_avg_sq']}"
-    moment = fields.get("exp_avg_sq", fields.get(of_bitsandbytes))
+    name = "exp_avg_sq" if "exp_avg_sq" in fields else f"state{MOMENTS['exp_avg_sq']}"  # as bitsandbytes calls it
+    moment: torch.Tensor = fields[name]
     if moment.dtype != torch.uint8:
         yield moment
     elif "exp_avg_sq_scales" in fields:
@@ -77,23 +78,23 @@ def restore_state(
     optimizer.state[master] = {"step": step, **state}
 
 
-def _restore_bitsandbytes(optimizer, group: dict, master: torch.Tensor, fields: dict) -> None:
+def _restore_bitsandbytes(optimizer: Any, group: dict, master: torch.Tensor, fields: dict) -> None:
     from bitsandbytes.functional import quantize_blockwise
 
-    index = next(index for index, one in enumerate(optimizer.param_groups) if one is group)
-    held, group["params"] = group["params"], [master]  # ZeRO fills groups only while they step
+    index = next(index for index, other in enumerate(optimizer.param_groups) if other is group)
+    params, group["params"] = group["params"], [master]  # ZeRO fills groups only while they step
     optimizer.init_state(group, master, index, 0)
-    group["params"] = held
+    group["params"] = params
     state = optimizer.state[master]
     for moment, number in MOMENTS.items():
-        quantized = state[f"state{number}"].dtype == torch.uint8
-        if f"state{number}" in fields and not quantized:  # it was written with fewer bits than it has now
+        is_quantized = state[f"state{number}"].dtype == torch.uint8
+        if f"state{number}" in fields and not is_quantized:  # it was written with fewer bits than it has now
             parts = (fields[f"{part}{number}"] for part in ("state", "absmax", "qmap"))
             state[f"state{number}"].copy_(dequantize(*parts))
         elif f"state{number}" in fields:  # the very same partition was written
             for field in (f"state{number}", f"absmax{number}", f"qmap{number}"):
                 state[field].copy_(fields[field])
-        elif quantized:
+        elif is_quantized:
             codes, quantized = quantize_blockwise(
                 fields[moment].to(master.device), code=state[f"qmap{number}"], blocksize=QUANTIZED_BLOCK
             )

@@ -7,6 +7,7 @@ forces either. The kernel is the torch operator `lisa_dist::adamw_`, so that com
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
@@ -33,8 +34,16 @@ __all__ = [
 VARIABLE = "LISA_DIST_KERNELS"
 KERNELS = ("triton", "torch")
 
-_TENSORS = ("weight", "master", "gradient", "exp_avg", "exp_avg_sq")
-_TENSORS += ("exp_avg_scales", "exp_avg_sq_scales", "gradient_scale")
+_TENSORS = (
+    "weight",
+    "master",
+    "gradient",
+    "exp_avg",
+    "exp_avg_sq",
+    "exp_avg_scales",
+    "exp_avg_sq_scales",
+    "gradient_scale",
+)
 torch.library.define(
     "lisa_dist::adamw_",
     "(Tensor(a!)? weight, Tensor(b!)? master, Tensor gradient, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, "
@@ -72,7 +81,7 @@ def _choose(device_type: str, forced: str, interpreted: bool) -> tuple[str, str]
 
 
 def _import_triton() -> tuple[str, str]:
-    """Triton's version, and why it cannot be imported, one of them empty; that it lies there does not tell."""
+    """Triton's version, and why it cannot be imported, one of them empty; that it is installed does not tell."""
     if importlib.util.find_spec("triton") is None:
         return "", "Triton is not installed"
     try:
@@ -88,14 +97,15 @@ def adamw_step(tensors: StepTensors, numbers: StepNumbers) -> None:
     torch.ops.lisa_dist.adamw_(*(getattr(tensors, name) for name in _TENSORS), *vars(numbers).values())
 
 
-def _adamw(weight, master, gradient, exp_avg, exp_avg_sq, scales, sq_scales, gradient_scale, *numbers) -> None:
-    tensors = StepTensors(weight, master, gradient, exp_avg, exp_avg_sq, scales, sq_scales, gradient_scale)
+def _adamw(*tensors_and_numbers: Any) -> None:
+    """The operator: the fields of StepTensors, then those of StepNumbers."""
+    tensors = StepTensors(*tensors_and_numbers[: len(_TENSORS)])
     kernels, _ = choose_kernels(tensors.target.device.type)
     if kernels == "triton":
         from lisa_dist.kernels.adamw_triton import adamw_triton as step
     else:
         step = adamw_torch
-    step(tensors, StepNumbers(*numbers))
+    step(tensors, StepNumbers(*tensors_and_numbers[len(_TENSORS) :]))
 
 
 torch.library.impl("lisa_dist::adamw_", "default", _adamw)
@@ -104,5 +114,5 @@ OPERATORS = {torch.ops.lisa_dist.adamw_.default: _adamw}
 
 
 @torch.library.register_fake("lisa_dist::adamw_")
-def _fake(*tensors_and_numbers) -> None:
+def _fake(*tensors_and_numbers: Any) -> None:
     """It returns nothing; what it writes keeps shape and dtype."""

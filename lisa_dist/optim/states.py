@@ -72,18 +72,18 @@ class CopyStream:
         if self._side is not None:
             tensor.record_stream(self._side)
 
-    def wait(self, *_) -> None:
+    def wait(self, *_: object) -> None:
         """What is computed from here on comes after all copies."""
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
 
 
 class HostStates:
-    """States of sleeping partitions, kept on the host until they wake (state policy keep).
+    """States of inactive partitions, kept on the host until they are activated again (state policy keep).
 
-    On a device with streams they come in pinned memory, and buffers of partitions that woke serve those that fall
-    asleep next: host bytes are bounded by the states of all layers. Copies are queued on `copies`, not waited for:
-    whoever reads the tensors here synchronizes the device first.
+    On a device with streams they come in pinned memory, and buffers of partitions that were activated serve those
+    that become inactive next: host bytes are bounded by the states of all layers. Copies are queued on `copies`, not
+    waited for: whoever reads the tensors here synchronizes the device first.
     """
 
     def __init__(self, copies: CopyStream):
@@ -97,7 +97,7 @@ class HostStates:
         """Move a partition's master and moments to the host; what is there already stays as it is."""
         with self.copies.after_compute():
             moments = {name: self._to_host(value) for name, value in state.optimizer_state.items()}
-            self._states[key] = PartitionState(self._to_host(state.master.detach()), moments)
+            self._states[key] = PartitionState(self._tensor_to_host(state.master.detach()), moments)
         self._pieces[key] = pieces
 
     def take(self, key: PartitionKey) -> PartitionState | None:
@@ -132,7 +132,12 @@ class HostStates:
 
     def _to_host(self, value: object) -> object:
         # A count of steps is where the optimizer wants it, and is not worth a copy.
-        if not isinstance(value, torch.Tensor) or value.ndim == 0 or not self._moves(value):
+        if not isinstance(value, torch.Tensor) or value.ndim == 0:
+            return value
+        return self._tensor_to_host(value)
+
+    def _tensor_to_host(self, value: torch.Tensor) -> torch.Tensor:
+        if not self._moves(value):
             return value
         spare = self._spare.get((value.dtype, value.numel()))
         host = spare.pop() if spare else self._new_buffer(value)
@@ -158,10 +163,10 @@ def states_to_carry(
 ) -> dict[PartitionKey, PartitionState]:
     """The partitions that go on after a switch, by policy; the rest start afresh.
 
-    reset: blocks that stay awake keep master and moments; a block that falls asleep loses both.
+    reset: blocks that stay active keep master and moments; a block that becomes inactive loses both.
     reset_all: every block starts with fresh moments, as when the paper's runs saved and reloaded the model. Masters of
-    blocks that stay awake go on all the same: they are the weights, and lose their low bits when cloned from bf16.
-    keep: as reset, but what falls asleep was put to `host` and comes back with all it had.
+    blocks that stay active are carried over all the same: cloned from bf16 weights they would lose their low bits.
+    keep: as reset, but the states of a block that becomes inactive were put on `host` and come back when it is active.
     """
     active = list(active)
     staying = {key: states[key] for key in active if key in states}

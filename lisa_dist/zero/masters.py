@@ -36,13 +36,14 @@ def placing(stage: Stage, original: Callable[[Any], None]) -> Callable[[Any], No
 
 def place_masters(zero: Any, stage: Stage) -> None:
     """Replace each master that belongs on the host, or that the weights can take the place of."""
-    masters, groups = stage.masters(zero), zero.optimizer.param_groups
+    masters: list[Any] = stage.masters(zero)
+    groups = zero.optimizer.param_groups
     if len(masters) != len(groups):  # stage 3 has cut groups into sub-groups, which LISA refuses later
         return
     for index, (group, master) in enumerate(zip(groups, masters, strict=True)):
         weights = stage.flat_weights(zero, index)
         if group.get("lisa_host"):
-            placed = master.detach().to("cpu", copy=True)  # in fp32 stage 3's master is the weights themselves
+            placed: Any = master.detach().to("cpu", copy=True)  # in fp32 stage 3's master is the weights themselves
         elif isinstance(zero.optimizer, LisaAdamW) and _same_kind(master, weights):
             placed = weights.detach()
         else:

@@ -48,9 +48,10 @@ def without(*names: str) -> Iterator[None]:
 def override_construction() -> None:
     """Process-wide, before an engine is built: masters in their place, and no gradient of zeros for each of them."""
     for stage in (STAGE_1_2, STAGE_3):
-        original = stage.optimizer_class.initialize_optimizer_states
-        if not hasattr(original, "lisa_stage"):
-            override(stage.optimizer_class, "initialize_optimizer_states", masters.placing(stage, original))
+        kind: Any = stage.optimizer_class
+        if not hasattr(kind.initialize_optimizer_states, "lisa_stage"):
+            replacement = masters.placing(stage, kind.initialize_optimizer_states)
+            override(kind, "initialize_optimizer_states", replacement)
 
 
 def override_stage_3(model: torch.nn.Module) -> None:

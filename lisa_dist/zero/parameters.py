@@ -1,8 +1,15 @@
 """Parameters of a model, whole or cut by ZeRO-3: their sizes, and what this rank holds of them."""
 
+from typing import Any
+
 import torch
 
-from lisa_dist.config import UserError
+from lisa_dist.errors import UserError
+
+
+def _zero3(parameter: torch.Tensor) -> Any:
+    """The parameter with the attributes that ZeRO-3 gives it and `Tensor` has not."""
+    return parameter
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
@@ -22,7 +29,7 @@ def parameter_numel(parameter: torch.Tensor) -> int:
 
 def local_weights(parameter: torch.nn.Parameter) -> torch.Tensor:
     """What this rank holds of a parameter: its part on ZeRO-3, padded (empty while on NVMe), else all of it."""
-    return parameter.ds_tensor.data if is_partitioned(parameter) else parameter.data
+    return _zero3(parameter).ds_tensor.data if is_partitioned(parameter) else parameter.data
 
 
 def local_shard(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor]:
@@ -33,21 +40,23 @@ def local_shard(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor]:
     """
     if not hasattr(parameter, "ds_tensor"):
         return 0, parameter.detach().reshape(-1)
-    part = parameter.ds_tensor
+    sharded = _zero3(parameter)
+    part = sharded.ds_tensor
     if part.status.name != "AVAILABLE" or not part.is_floating_point():
         raise UserError(
             "the DeepSpeed config keeps weights on NVMe (offload_param) or quantized "
             "(zero_quantized_nontrainable_weights), where they cannot be looked at; take a config without, such as "
             "zero3 or zero3_offload."
         )
-    begin = torch.distributed.get_rank(parameter.ds_process_group) * part.ds_numel
-    length = min(max(parameter.ds_numel - begin, 0), part.ds_numel)
+    begin = torch.distributed.get_rank(sharded.ds_process_group) * part.ds_numel
+    length = min(max(sharded.ds_numel - begin, 0), part.ds_numel)
     return begin, part.detach().reshape(-1)[:length]
 
 
 def gathered_bytes(model: torch.nn.Module) -> int:
     """Bytes of the parameters that ZeRO-3 holds whole right now, next to this rank's parts of them."""
-    gathered = [parameter for parameter in model.parameters() if not parameter.ds_persist]
+    sharded = [_zero3(parameter) for parameter in model.parameters()]
+    gathered = [parameter for parameter in sharded if not parameter.ds_persist]
     by_place = {parameter.data.untyped_storage().data_ptr(): parameter for parameter in gathered}
     parts = {parameter.ds_tensor.untyped_storage().data_ptr() for parameter in by_place.values()}
     return sum(

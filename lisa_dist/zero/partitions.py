@@ -7,7 +7,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from lisa_dist.config import UserError
+from lisa_dist.errors import UserError
 from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.optim.host_adam import host_adam_history, replay_host_adam
 from lisa_dist.optim.moments import coding_of_states, restore_state

@@ -100,7 +100,7 @@ def prepare_trace(
 
 def give_own_storage(parameter: torch.nn.Parameter, pin: bool) -> None:
     """Copy a partition out of the one buffer of all active partitions, which it would keep alive whole."""
-    partition = parameter.ds_tensor
+    partition: Any = getattr(parameter, "ds_tensor", None)
     if partition.data.numel() == 0:  # on NVMe
         return
     own = partition.data.clone()

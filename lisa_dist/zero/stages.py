@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from packaging.version import Version
 
-from lisa_dist.config import UserError
+from lisa_dist.errors import UserError
 from lisa_dist.optim.adamw import LisaAdamW
 
 SUPPORTED_DEEPSPEED = ("0.19.8", "0.20")  # from, up to but not including
