@@ -1,7 +1,7 @@
 """One training step of a model on fake tensors, which have shapes and no data: what it allocates, and when.
 
 Activations are not estimated by a formula for each architecture: the model itself is run, with the blocks trained that
-LISA would train, and every allocation is counted. `planning.py` puts what DeepSpeed holds around that.
+LISA would train, and every allocation is counted. `estimate.py` adds what DeepSpeed allocates.
 """
 
 import contextlib
@@ -18,21 +18,21 @@ from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import checkpoint_layers
 from lisa_dist.core.groups import split_by_decay, takes_bits
 from lisa_dist.memory.tracker import AllocationTracker
+from lisa_dist.memory.without_liger import without_liger
 from lisa_dist.optim.build import default_state_bits
-from lisa_dist.train.liger import without_liger
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What one micro-batch of a rank is, and how it is computed."""
+    """The shape of one micro-batch of a rank, and how the model computes it."""
 
     seq_length: int
     micro_batch_size: int = 1
     dtype: torch.dtype = torch.bfloat16
-    checkpointed_layers: int = 0  # so many of the lowest layers store their inputs alone
+    checkpointed_layers: int = 0  # so many of the lowest layers store only their inputs
     attention: str = "sdpa"
     fused_head: bool = True  # the loss without whole logits, as TRL's SFTTrainer has it; else the model's own
-    padded: bool = False  # rows of several lengths: the attention has a mask
+    padded: bool = False  # examples of several lengths: the attention has a mask
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Trained:
 
     layers: tuple[int, ...]
     always_on: tuple[str, ...]
-    drawn: tuple[str, ...] = ()
+    sampled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Group:
-    """One parameter group: its parameters, the bits of its moments, whether it is there in every period.
+    """One parameter group: its parameters, the bits of its moments, whether it trains in every period.
 
-    `on_host`: its states are on the host, where the group alone was sent (--lisa_offload).
+    `on_host`: its states are on the host (--lisa_offload).
     """
 
     params: tuple[torch.nn.Parameter, ...]
@@ -69,11 +69,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A gradient that has come in a traced backward pass. Bytes, of everything but the gradients before it."""
+    """A gradient that arrives in a traced backward pass. Bytes of all allocations but the gradients before it."""
 
     parameter: torch.nn.Parameter
-    peak_before: int  # the most since the one before it has come
-    now: int  # as it comes, itself included
+    peak_before: int  # the most since the gradient before it
+    now: int  # when it arrives, itself included
 
     @property
     def nbytes(self) -> int:
@@ -88,33 +88,33 @@ class StepTrace:
     activations: int  # at the end of the forward pass
     logits: int  # at the end of the forward pass: what has the vocabulary as its last dimension
     arrivals: tuple[Arrival, ...]
-    peak_after: int  # the most after the last gradient has come
-    now: int  # at the end of the backward pass, gradients apart
+    peak_after: int  # the most after the last gradient
+    now: int  # at the end of the backward pass, without gradients
 
 
 class PlanError(UserError):
-    """The model cannot be run on fake tensors: the message has what it said."""
+    """The model cannot be run on fake tensors: the message contains its error."""
 
 
 @contextlib.contextmanager
-def _code_of_model(config: PretrainedConfig) -> Iterator[None]:
-    """Only a model's own code runs in here, and the message has what it said.
+def _report_model_errors(config: PretrainedConfig) -> Iterator[None]:
+    """Turn the errors of a model's own code, which alone runs in here, into PlanError.
 
-    It may be anyone's, from the hub, and meets tensors without data: what it then raises is not ours to foresee. A run
-    that has trained must not end by it, and `lisa-dist plan` says which model cannot be planned, and why.
+    The code may come from the hub, and meets tensors without data: which errors it then raises cannot be known. A run
+    that has trained must not end by one, and `lisa-dist plan` reports which model cannot be planned, and why.
     """
     try:
         with without_liger():
             yield
     except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
-        said = str(error).strip().splitlines() or [""]
+        lines = str(error).strip().splitlines() or [""]
         raise PlanError(
-            f"{type(config).__name__}: this model cannot be planned ({type(error).__name__}: {said[0]})."
+            f"{type(config).__name__}: this model cannot be planned ({type(error).__name__}: {lines[0]})."
         ) from error
 
 
 class FakeRun:
-    """A model without data, of which blocks can be trained on fake tensors. Raises ValueError for one that cannot."""
+    """A model without data whose blocks can be trained on fake tensors. Raises ValueError for one that cannot."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class FakeRun:
         self.vocab_size = config.get_text_config().vocab_size
         self.hidden_size = config.get_text_config().hidden_size
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with _code_of_model(config), _outside_of_zero3(), torch.device("meta"):
+        with _report_model_errors(config), _without_zero3_init(), torch.device("meta"):
             known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
             attention = workload.attention if getattr(known, "_supports_sdpa", True) else "eager"
             self.model = AutoModelForCausalLM.from_config(config, dtype=workload.dtype, attn_implementation=attention)
@@ -136,8 +136,8 @@ class FakeRun:
 
                 add_fused_lm_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
             self._run = _with_adapters(self.model, lora_rank) if lora_rank else self.model
-        with _code_of_model(config), self._mode:
-            self._run.to_empty(device="cpu")  # which meta tensors are not: attention would run another kernel
+        with _report_model_errors(config), self._mode:
+            self._run.to_empty(device="cpu")  # on the meta device attention would run another kernel
             self.model.tie_weights()
         self.blocks = find_blocks(self.model, layers_attribute)
         checkpoint_layers(self.model, self.blocks, workload.checkpointed_layers)
@@ -149,15 +149,15 @@ class FakeRun:
         state_bits: dict[str, int] | None = None,
         offloaded: Container[str] = (),
     ) -> list[Group]:
-        """The parameter groups of a period; of everything that is trainable, adapters or the whole model, for None."""
+        """The parameter groups of a period; for None of all that is trainable, adapters or the whole model."""
         if trained is None:
-            kinds: dict[bool, list] = {True: [], False: []}
+            kinds: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}  # matrices and the rest
             for parameter in self._run.parameters():
                 if parameter.requires_grad:
                     kinds[parameter.ndim > 1].append(parameter)
             return [Group(tuple(params), default_state_bits(optim)) for params in kinds.values() if params]
         names = [(name, self.blocks.outer(name), True) for name in trained.always_on]
-        names += [(name, self.blocks.outer(name), False) for name in trained.drawn]
+        names += [(name, self.blocks.outer(name), False) for name in trained.sampled]
         names += [("layers", self.blocks.layers[layer], False) for layer in trained.layers]
         return [
             Group(tuple(params), self._bits(name, kind, optim, state_bits or {}), always_on, name in offloaded)
@@ -170,7 +170,7 @@ class FakeRun:
         return int(bits) if takes_bits(bits, kind) else default_state_bits(optim)
 
     def trace(self, groups: Sequence[Group]) -> StepTrace:
-        """Run one forward and backward pass and count what it allocates; gradients are let go as they come.
+        """Run one forward and backward pass and count its allocations; gradients are dropped as they arrive.
 
         Raises ValueError for a model that cannot be run on fake tensors.
         """
@@ -198,15 +198,15 @@ class FakeRun:
                 inputs["fused_lm_head"] = True
             tracker.add([*self._run.parameters(), *self._run.buffers()], "model")
             model_bytes = tracker.now
-            checked = _code_of_model(self.model.config)
-            with checked, _outside_of_zero3(), tracker, _no_mask_where_none_is_needed(workload.padded):
+            no_mask = _no_mask_without_padding(workload.padded)
+            with _report_model_errors(self.model.config), _without_zero3_init(), tracker, no_mask:
                 loss = self._run(**inputs).loss
-                held = +tracker.bytes
+                after_forward = +tracker.bytes
                 loss.backward()
         for hook in hooks:
             hook.remove()
-        after, now = tracker.peak - model_bytes, tracker.now - model_bytes
-        return StepTrace(held["activations"], held["logits"], tuple(arrivals), after, now)
+        peak_after, now = tracker.peak - model_bytes, tracker.now - model_bytes
+        return StepTrace(after_forward["activations"], after_forward["logits"], tuple(arrivals), peak_after, now)
 
 
 def part_of(tensor: torch.Tensor, vocab_size: int) -> str:
@@ -215,14 +215,14 @@ def part_of(tensor: torch.Tensor, vocab_size: int) -> str:
 
 
 @contextlib.contextmanager
-def _outside_of_zero3() -> Iterator[None]:
-    """In a run under ZeRO-3 transformers would cut any model that is built, together with all other ranks."""
-    held = hf_deepspeed._hf_deepspeed_config_weak_ref
+def _without_zero3_init() -> Iterator[None]:
+    """In a run under ZeRO-3 transformers would partition any model that is built, in collectives with all ranks."""
+    configured = hf_deepspeed._hf_deepspeed_config_weak_ref
     hf_deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = held
+        hf_deepspeed._hf_deepspeed_config_weak_ref = configured
 
 
 def _with_adapters(model: torch.nn.Module, rank: int) -> torch.nn.Module:
@@ -238,8 +238,8 @@ def _with_adapters(model: torch.nn.Module, rank: int) -> torch.nn.Module:
 
 
 @contextlib.contextmanager
-def _no_mask_where_none_is_needed(padded: bool) -> Iterator[None]:
-    """Without padding, transformers looks whether rows are packed, and gives SDPA no mask; fake rows have no data."""
+def _no_mask_without_padding(padded: bool) -> Iterator[None]:
+    """Without padding transformers gives SDPA a mask only where examples are packed, which fake ones cannot tell."""
     original = masking_utils.find_packed_sequence_indices
     if not padded:
         masking_utils.find_packed_sequence_indices = lambda position_ids: None

@@ -1,8 +1,9 @@
-"""Measuring memory: what live tensors hold, and what a step allocates on top of it."""
+"""Count the storages that operators allocate, on real tensors and on fake ones."""
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,17 +12,17 @@ from lisa_dist.optim.ops import OPERATORS
 
 
 class AllocationTracker(TorchDispatchMode):
-    """While it is on, every storage that an operator makes, until it is freed: bytes now, and the peak of each phase.
+    """While it is entered, the bytes of all storages that operators allocate and that are not freed, and their peak.
 
     Works on real tensors of any device and on fake ones (`FakeTensorMode`), in the forward and, on CPU, the backward
-    pass. `kind_of(tensor)` names the part that a new storage is counted under. What exists before is known once it has
-    been given to `add`.
+    pass. `kind_of(tensor)` names the part that a new storage is counted under. Storages that exist already are counted
+    once they are given to `add`.
     """
 
-    def __init__(self, kind_of: Callable[[torch.Tensor], str] = lambda tensor: "other"):
+    def __init__(self, kind_of: Callable[[torch.Tensor], str] = lambda tensor: "other") -> None:
         super().__init__()
         self._kind_of = kind_of
-        self._seen: dict[int, weakref.ref] = {}
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.bytes: Counter[str] = Counter()
         self.now = self.peak = 0
         self.at_peak: Counter[str] = Counter()
@@ -30,35 +31,37 @@ class AllocationTracker(TorchDispatchMode):
         """Count the storages of `tensors` that are not counted yet."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            # A storage's Python object lives as long as the storage, so its identity and a weak reference tell.
+            # A storage's Python object lives as long as the storage, so its id and a weak reference identify it.
             if id(storage) in self._seen:
                 continue
             key, size = id(storage), storage.nbytes()
-            counted = self._kind_of(tensor) if kind is None else kind
+            part = self._kind_of(tensor) if kind is None else kind
 
-            def forget(_, key=key, size=size, counted=counted):
+            def forget(_: object, key: int = key, size: int = size, part: str = part) -> None:
                 del self._seen[key]
-                self.bytes[counted] -= size
+                self.bytes[part] -= size
                 self.now -= size
 
             self._seen[key] = weakref.ref(storage, forget)
-            self.bytes[counted] += size
+            self.bytes[part] += size
             self.now += size
         if self.now > self.peak:
             self.peak, self.at_peak = self.now, +self.bytes
 
     def begin_phase(self) -> None:
-        """The peak is that of what comes from here on."""
+        """Begin to record the peak anew."""
         self.peak, self.at_peak = self.now, +self.bytes
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """Run the operator and count what it has made; of our own operators, what they make on the way too."""
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator and count what it allocates; of our own operators also what they allocate inside."""
         code = OPERATORS.get(function)
         if code is not None:
             with self:
                 code(*args, **(kwargs or {}))
             return None
-        made = function(*args, **(kwargs or {}))
-        made_tensors = made if isinstance(made, tuple | list) else (made,)
-        self.add(tensor for tensor in made_tensors if isinstance(tensor, torch.Tensor))
-        return made
+        result = function(*args, **(kwargs or {}))
+        results = result if isinstance(result, tuple | list) else (result,)
+        self.add(tensor for tensor in results if isinstance(tensor, torch.Tensor))
+        return result

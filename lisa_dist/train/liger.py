@@ -6,13 +6,9 @@ gradient of a weight that sleeps. Under ZeRO-3 a norm reads its weight within it
 head's within the model's, where DeepSpeed gathers it.
 """
 
-import contextlib
-import functools
 import importlib.util
 import inspect
 import os
-import sys
-from collections.abc import Iterator
 
 import torch
 from transformers import PretrainedConfig, TrainingArguments
@@ -21,7 +17,6 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
 
 FUSED_LOSS = "fused_linear_cross_entropy"
-_cross_entropy = torch.nn.functional.cross_entropy  # before Liger can have replaced it
 
 
 def check_liger(
@@ -95,43 +90,3 @@ def _why_no_fused_loss(
         # It computes gradients at all only where the hidden states need one, which nothing below the head then does.
         return "it has no gradient for a head that trains alone, which --lisa_always_on rest would prevent"
     return None
-
-
-@contextlib.contextmanager
-def without_liger() -> Iterator[None]:
-    """The modeling code of transformers as it is without Liger, for a model that is run on fake tensors.
-
-    What Liger replaced in a module, all models of that type have. A Triton kernel takes a fake tensor, whose address is
-    0, for a null pointer and is launched: on a GPU that is the end of the process.
-    """
-    replaced = []
-    for name, module in list(sys.modules.items()):
-        if name.startswith("transformers.models.") and ".modeling_" in name:
-            of_liger = {key: value for key, value in vars(module).items() if _is_of_liger(value)}
-            if of_liger:
-                originals = _originals(name)
-                replaced.append((module, of_liger, {key: originals[key] for key in of_liger}))
-    functional = torch.nn.functional
-    if _is_of_liger(functional.cross_entropy):
-        loss = {"cross_entropy": functional.cross_entropy}
-        replaced.append((functional, loss, {"cross_entropy": _cross_entropy}))
-    try:
-        for module, _, originals in replaced:
-            vars(module).update(originals)
-        yield
-    finally:
-        for module, of_liger, _ in replaced:
-            vars(module).update(of_liger)
-
-
-def _is_of_liger(value: object) -> bool:
-    return str(getattr(value, "__module__", "")).startswith("liger_kernel.")
-
-
-@functools.cache
-def _originals(name: str) -> dict:
-    """The names of a modeling module, from a second run of its code that replaces nothing."""
-    spec = importlib.util.find_spec(name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return vars(module)
