@@ -1,105 +1,56 @@
-"""What a run will need of memory, before it runs: by part, on each GPU and on each rank's host.
+"""Estimate the memory of a training step before it runs: by part, on each rank's device and host.
 
-What the model itself allocates is counted on fake tensors (`fake_run.py`), what the backward pass needs for gradients
-is followed in `backward.py`. Around that stand the sizes that DeepSpeed gives to partitions and buffers at each ZeRO
-stage (`plan_memory`). `StepMeter` in measuring.py finds the same parts of a real step.
+What the model itself allocates is counted on fake tensors (`trace.py`). `plan_memory` adds what DeepSpeed allocates, in
+the sizes that it gives to partitions and buffers at each ZeRO stage:
 
-All sizes are bytes of one rank. A plan is of the worst period: the largest blocks that a period may train, the lowest
-layers among them, since the backward pass ends at the lowest one where the embedding sleeps.
+    static        = weights + states + buffers
+    peak_backward = static + peak of activations, gradients, buckets and reductions (`gradient_peak.py`)
+    peak_step     = static + gradients + largest of: a gradient's norm, the step of a group
+
+`StepMeter` in meter.py measures the same parts of a real step. All sizes are bytes of one rank. A plan is of the worst
+period: the largest blocks that a period may train, with the lowest layers, since the backward pass ends at the lowest
+active one where the embedding is frozen.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 
-from lisa_dist.config import OUTER_BLOCKS, LisaConfig, UserError
+from lisa_dist.config import OUTER_BLOCKS, LisaConfig
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.groups import split_by_decay, takes_bits
 from lisa_dist.core.sampling import SampledBlock
-from lisa_dist.memory.backward import (
-    in_chunks,
-    peak_of_backward,
-    peak_of_stage_1,
-    reductions_of_stage_2,
-    reductions_of_stage_3,
+from lisa_dist.memory.gathered_weights import gathered_weights
+from lisa_dist.memory.gradient_peak import (
+    backward_peak,
+    backward_peak_stage_1,
+    norm_scratch_in_chunks,
+    norm_scratch_of_deepspeed,
+    reduction_stage_3,
+    reduction_stages_1_2,
     slices_by_rank,
-    whole_by_stage,
 )
+from lisa_dist.memory.parts import GROUP_GRADIENTS, STATES, WEIGHTS, MemoryParts
+from lisa_dist.memory.state_sizes import state_bytes, steps_weights
 from lisa_dist.memory.trace import Arrival, FakeRun, Group, StepTrace, Trained
 from lisa_dist.optim.build import BITSANDBYTES_ADAMW, LISA_ADAMW, default_state_bits
-from lisa_dist.optim.moments import QUANTIZED_BLOCK
 from lisa_dist.optim.ops import chunk_bytes, table_bytes
 from lisa_dist.zero.layout import partition_numel, pieces_of_group, share_numel
 
-METHODS = ("lisa", "full", "lora")
 # DeepSpeed's defaults, where a config leaves them to it. Elements.
 _REDUCE_BUCKET = 500_000_000
 _PERSISTENCE_THRESHOLD = 100_000
-_MAX_REUSE_DISTANCE = 1_000_000_000  # what comes again within so many elements stays gathered on stage 3
-_STATES = {True: "states, always on", False: "states, active blocks"}  # what a host holds
-_OF_A_GROUP = "gradients of a group"  # what is on the host only while that group steps
-# Bytes an element that AdamW on the host takes for a moment.
-_BESIDE_ON_HOST = {"adamw_torch_fused": 0, "adamw_torch": 8, "bitsandbytes": 12}
-_SMALLEST_QUANTIZED = 4096  # elements of a partition that bitsandbytes quantizes
-
-
-@dataclass(frozen=True)
-class MemoryParts:
-    """Bytes of one rank's device, planned or measured: what stays, what comes and goes in a step, and the peaks."""
-
-    weights: int
-    always_on_states: int  # masters and moments
-    active_states: int
-    buffers: int  # buckets, stage 3's gradient partitions and persistent parameters
-    activations: int  # at the end of the forward pass
-    logits: int
-    gathered: int  # weights that stage 3 holds whole at the end of the forward pass
-    gradients: int  # at the end of the backward pass, beyond the buffers
-    peak_backward: int  # of forward and backward, everything included
-    peak_step: int  # of the optimizer's step, everything included
-
-    @property
-    def static(self) -> int:
-        """What is there between two steps."""
-        return self.weights + self.always_on_states + self.active_states + self.buffers
-
-    @property
-    def peak(self) -> int:
-        """The most at any time of a step."""
-        return max(self.peak_backward, self.peak_step)
-
-    @property
-    def temporary(self) -> int:
-        """What the peak has beyond the parts that are named."""
-        at_backward = self.static + self.activations + self.logits + self.gathered
-        at_step = self.static + self.gradients
-        return max(0, self.peak - (at_backward if self.peak_backward >= self.peak_step else at_step))
-
-    def with_host(self, host: dict[str, int]) -> "MemoryParts":
-        """Device and host (the parts of `plan_memory`) as one, which is what they are on CPU."""
-        lasting = sum(host.values()) - host.get(_OF_A_GROUP, 0)
-        weights, always_on, active = (host.get(name, 0) for name in ("weights", *_STATES.values()))
-        return replace(
-            self,
-            weights=self.weights + weights,
-            always_on_states=self.always_on_states + always_on,
-            active_states=self.active_states + active,
-            buffers=self.buffers + lasting - weights - always_on - active,
-            peak_backward=self.peak_backward + lasting,
-            # The norm, or a group on the device, steps at another time than a group on the host.
-            peak_step=max(self.peak_step + lasting, self.static + self.gradients + sum(host.values())),
-        )
-
-    def to_dict(self) -> dict[str, int]:
-        """All parts and what is derived from them."""
-        return asdict(self) | {"static": self.static, "temporary": self.temporary, "peak": self.peak}
+_MAX_REUSE_DISTANCE = 1_000_000_000
+# Bytes an element that AdamW on the host allocates while it steps, on top of masters, moments and gradients.
+_HOST_STEP_BYTES = {"adamw_torch_fused": 0, "adamw_torch": 8, "bitsandbytes": 12}
 
 
 @dataclass(frozen=True)
 class StageSettings:
-    """What of a DeepSpeed config decides on memory. Elements, not bytes."""
+    """The settings of a DeepSpeed config that decide on memory. Sizes in elements."""
 
     stage: int
     offload_optimizer: bool
@@ -110,8 +61,8 @@ class StageSettings:
     max_reuse_distance: int
 
     @classmethod
-    def of(cls, ds_config: dict, hidden_size: int) -> "StageSettings":
-        """Read from a config; "auto" as the Hugging Face integration fills it in."""
+    def of(cls, ds_config: dict[str, Any], hidden_size: int) -> "StageSettings":
+        """Read a config, with "auto" as the Hugging Face integration fills it in."""
         zero = ds_config["zero_optimization"]
 
         def elements(key: str, auto: int, default: int) -> int:
@@ -137,21 +88,23 @@ class StageSettings:
 def widest_periods(
     config: LisaConfig, blocks: Blocks, sampled: Sequence[SampledBlock], checkpointed_layers: int = 0
 ) -> list[Trained]:
-    """The periods that may need most memory: with the lowest layers, and with each outer block that is drawn.
+    """The periods that may need most memory: with the lowest layers, and with each outer block that is sampled.
 
-    Where some layers are checkpointed and some are not, an active one of the latter, higher up, stores more.
+    Where only some layers are checkpointed, an active one of the others, higher up, stores more.
     """
     gamma, num_layers = config.lisa_activated_layers, len(blocks.layers)
     always_on = tuple(name for name in OUTER_BLOCKS if name in config.always_on and blocks.outer(name).parameters)
     by_size = sorted(range(num_layers), key=lambda layer: -blocks.layers[layer].numel)
 
-    def sets(count: int) -> list[tuple[int, ...]]:
+    def candidates(count: int) -> list[tuple[int, ...]]:
         low, high = tuple(range(count)), tuple(range(num_layers - count, num_layers))
         mixed = [(0, *high[1:]), high] if count and 0 < checkpointed_layers < num_layers else []
         return list(dict.fromkeys([low, tuple(sorted(by_size[:count])), *mixed]))
 
-    periods = [Trained(layers, always_on) for layers in sets(gamma)]
-    return periods + [Trained(layers, always_on, (one.name,)) for one in sampled for layers in sets(gamma - one.places)]
+    periods = [Trained(layers, always_on) for layers in candidates(gamma)]
+    for block in sampled:
+        periods += [Trained(layers, always_on, (block.name,)) for layers in candidates(gamma - block.places)]
+    return periods
 
 
 def plan_memory(
@@ -168,164 +121,263 @@ def plan_memory(
     on_cpu: bool = False,
     plain: bool = False,
 ) -> tuple[MemoryParts, dict[str, int]]:
-    """The parts of one rank's device memory, and of its host's beside them.
+    """The parts of one rank's device memory, and of its host memory, in bytes.
 
-    `optim` and `master` are those of the run (--optim, --lisa_master).
-    `accumulates`: a step has several micro-batches, and gradients of the earlier ones wait for the last. `rank`: the
-    one that is planned; by default one that holds most. `on_cpu`: host and device are one, and both are in the parts.
-    `plain`: DeepSpeed without what LISA changes in it, as other methods have it.
+    `optim` and `master` are those of the run (--optim, --lisa_master). `rank`: which one is planned; by default the one
+    that needs most. `accumulates`: a step has several micro-batches, and the gradients of the earlier ones wait for the
+    last. `on_cpu`: host and device are one, and the parts of the device include those of the host. `plain`: DeepSpeed
+    without the overrides of `zero/`, as other methods run it.
     """
-    element, stage, offloaded = run.workload.dtype.itemsize, settings.stage, settings.offload_optimizer
-    parameters = list(run.model.parameters())
-    trained = [parameter for group in groups for parameter in group.params]
-    partitions = [partition_numel(group.numels, stage, world_size) for group in groups]
-    states, states_sent = {True: 0, False: 0}, {True: 0, False: 0}
-    for group, partition in zip(groups, partitions, strict=True):
-        held_where = states_sent if group.on_host or offloaded else states
-        copies_weights = group.on_host or not steps_weights(optim, master, run.workload.dtype)
-        held_where[group.always_on] += state_bytes(partition, group.bits, optim, 4 if copies_weights else 0)
-    active = sum(parameter.numel() for parameter in trained) * element
-    largest = max((parameter.numel() for parameter in trained), default=0) * element
-    bucket = settings.reduce_bucket * element * (2 if settings.overlap_comm and stage < 3 else 1)
-    host = {_STATES[kind]: size for kind, size in states_sent.items() if size}
-    gradients, gathered = 0, lambda one: 0
     ranks = range(world_size) if rank is None else (rank,)
-    if stage == 3:
-        weights = sum(share_numel(parameter.numel(), world_size) for parameter in parameters) * element
-        # A share of everything is all of it, and is taken where it is; from the host it is sent.
-        whole = world_size == 1 and (on_cpu or not settings.offload_param)
-        small = sum(one.numel() for one in parameters if one.numel() <= settings.persistence_threshold) * element
-        buffers = bucket + (0 if whole else small)
-        if not whole:
-            gathered = _gathered(run, trained, settings)
-        if settings.offload_param:
-            host["weights"], weights = weights, 0
-        if offloaded:
-            host["gradients"] = sum(partitions) * element
-        else:
-            buffers += sum(partitions) * element
-    else:
-        aligned = sum(partitions) * world_size * element
-        weights = sum(parameter.numel() for parameter in parameters) * element - active + aligned
-        buffers = 0
-        held_by = {
-            one: sum(_gradients_kept(group, stage, one, world_size) for group in groups) * element for one in ranks
-        }
-        held = max(held_by.values())
-        if offloaded:
-            buffers = largest if accumulates or plain else 0
-            if accumulates:
-                host["gradients that wait"] = held
-            host["weights of the active blocks"] = sum(partitions) * element
-            host["buffers"] = largest
-        else:
-            gradients = held
-    if offloaded:
-        host["gradients in fp32"] = sum(partitions) * 4
-    elif any(states_sent.values()):
-        eight = optim in BITSANDBYTES_ADAMW or any(group.bits == 8 for group in groups)
-        kind = "bitsandbytes" if eight else optim
-        of_group = [partition for group, partition in zip(groups, partitions, strict=True) if group.on_host]
-        if optim == LISA_ADAMW:  # takes them as they are, wherever they are
-            host[_OF_A_GROUP] = 0 if on_cpu else max(of_group) * element
-        else:  # while it steps: as they came, in fp32, and what AdamW makes beside them
-            host[_OF_A_GROUP] = max(of_group) * (element + 4 + _BESIDE_ON_HOST[kind])
-    if optim == LISA_ADAMW and any(group.bits == 8 for group in groups):
-        buffers += table_bytes()
+    step = _Step(run, groups, trace, settings, world_size, optim, master, ranks, accumulates, on_cpu, plain)
+    device, host = step.device(), step.host()
+    return (device.with_host(host) if on_cpu else device), host
 
-    static = weights + sum(states.values()) + buffers
-    beside = whole_by_stage(stage, offloaded) if plain else in_chunks
-    sending = beside if offloaded else None
-    if stage == 3:
-        how = reductions_of_stage_3(
-            world_size, element, settings.reduce_bucket, sending=sending, on_cpu=on_cpu, gathered=gathered
+
+@dataclass(frozen=True)
+class _Step:
+    """The arguments of `plan_memory`, and what follows from them: one method a term of the formula above."""
+
+    run: FakeRun
+    groups: Sequence[Group]
+    trace: StepTrace
+    settings: StageSettings
+    world_size: int
+    optim: str
+    master: str
+    ranks: Sequence[int]
+    accumulates: bool
+    on_cpu: bool
+    plain: bool
+
+    def device(self) -> MemoryParts:
+        """The parts of the device."""
+        weights, states, buffers = self._device_weights(), self._states(on_host=False), self._buffers()
+        static = weights + sum(states.values()) + buffers
+        gradients = self._gradients()
+        return MemoryParts(
+            weights=weights,
+            always_on_states=states[True],
+            active_states=states[False],
+            buffers=buffers,
+            activations=self.trace.activations,
+            logits=self.trace.logits,
+            gathered=self._gathered(None),
+            gradients=gradients,
+            peak_backward=static + self._backward_peak(),
+            peak_step=static + gradients + self._step_peak(),
         )
-        backward = peak_of_backward(trace, how)
-    else:
-        sizes = {"element": element, "bucket": settings.reduce_bucket, "bucket_bytes": bucket}
-        slices = slices_by_rank(groups, stage, world_size)
-        of_ranks = [
-            reductions_of_stage_2(slices, rank, held=held, sending=sending, last=last, **sizes)
-            for rank, held in held_by.items()
-            for last in {True, stage == 1 or not accumulates}
+
+    def host(self) -> dict[str, int]:
+        """The parts of the host, by title."""
+        states = self._states(on_host=True)
+        host = {STATES[is_always_on]: size for is_always_on, size in states.items() if size}
+        if self._stage == 3:
+            if self.settings.offload_param:
+                host[WEIGHTS] = self._weights()
+            if self._offloads:
+                host["gradients"] = self._partition_bytes
+        elif self._offloads:
+            if self.accumulates:
+                host["gradients that wait"] = max(self._kept_gradients.values())
+            host["weights of the active blocks"] = self._partition_bytes
+            host["buffers"] = self._largest_gradient
+        if self._offloads:
+            host["gradients in fp32"] = sum(self._partitions) * 4
+        elif any(states.values()):
+            host[GROUP_GRADIENTS] = self._host_step()
+        return host
+
+    # What the terms share
+
+    @property
+    def _stage(self) -> int:
+        return self.settings.stage
+
+    @property
+    def _offloads(self) -> bool:
+        """Whether DeepSpeed offloads the whole optimizer; `Group.on_host` is of single groups."""
+        return self.settings.offload_optimizer
+
+    @property
+    def _element(self) -> int:
+        """Bytes of an element of weights and gradients."""
+        return self.run.workload.dtype.itemsize
+
+    @cached_property
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for group in self.groups for parameter in group.params]
+
+    @cached_property
+    def _largest_gradient(self) -> int:
+        return max((parameter.numel() for parameter in self._trained), default=0) * self._element
+
+    @cached_property
+    def _partitions(self) -> list[int]:
+        """Elements of a rank's partition of each group."""
+        return [partition_numel(group.numels, self._stage, self.world_size) for group in self.groups]
+
+    @property
+    def _partition_bytes(self) -> int:
+        """Bytes of all partitions of a rank in the dtype of the weights."""
+        return sum(self._partitions) * self._element
+
+    @property
+    def _bucket_bytes(self) -> int:
+        buckets = 2 if self.settings.overlap_comm and self._stage < 3 else 1
+        return self.settings.reduce_bucket * self._element * buckets
+
+    @property
+    def _has_8_bits(self) -> bool:
+        return any(group.bits == 8 for group in self.groups)
+
+    # Weights and states
+
+    def _weights(self) -> int:
+        numels = [parameter.numel() for parameter in self.run.model.parameters()]
+        if self._stage == 3:
+            return sum(share_numel(numel, self.world_size) for numel in numels) * self._element
+        frozen = sum(numels) - sum(parameter.numel() for parameter in self._trained)
+        return frozen * self._element + self._partition_bytes * self.world_size  # active weights lie in padded buffers
+
+    def _device_weights(self) -> int:
+        return 0 if self._stage == 3 and self.settings.offload_param else self._weights()
+
+    def _states(self, on_host: bool) -> dict[bool, int]:
+        """Bytes of masters and moments, on the host or the device, of always-trained blocks (True) and the others."""
+        sizes = {True: 0, False: 0}
+        for group, partition in zip(self.groups, self._partitions, strict=True):
+            if (group.on_host or self._offloads) == on_host:
+                has_master = group.on_host or not steps_weights(self.optim, self.master, self.run.workload.dtype)
+                sizes[group.always_on] += state_bytes(partition, group.bits, self.optim, 4 if has_master else 0)
+        return sizes
+
+    # Gradients and buffers
+
+    @cached_property
+    def _kept_gradients(self) -> dict[int, int]:
+        """By rank, stages 1 and 2: bytes of the gradients that are kept for the step, each parameter's whole."""
+        return {
+            rank: self._element
+            * sum(_kept_gradient_numel(group, self._stage, rank, self.world_size) for group in self.groups)
+            for rank in self.ranks
+        }
+
+    def _gradients(self) -> int:
+        """At the end of the backward pass, on the device; those of stage 3 are in buffers."""
+        return 0 if self._stage == 3 or self._offloads else max(self._kept_gradients.values())
+
+    def _buffers(self) -> int:
+        tables = table_bytes() if self.optim == LISA_ADAMW and self._has_8_bits else 0
+        if self._stage == 3:
+            persistent = 0 if self._shares_are_whole else self._persistent_weights()
+            return self._bucket_bytes + persistent + (0 if self._offloads else self._partition_bytes) + tables
+        needs_transfer_buffer = self._offloads and (self.accumulates or self.plain)
+        return (self._largest_gradient if needs_transfer_buffer else 0) + tables
+
+    # Stage 3: whole weights
+
+    @property
+    def _shares_are_whole(self) -> bool:
+        """A rank that is alone has all of each parameter and takes it where it is; from the host it is sent."""
+        return self.world_size == 1 and (self.on_cpu or not self.settings.offload_param)
+
+    def _persistent_weights(self) -> int:
+        numels = [parameter.numel() for parameter in self.run.model.parameters()]
+        return sum(numel for numel in numels if numel <= self.settings.persistence_threshold) * self._element
+
+    @cached_property
+    def _gathered(self) -> Callable[[Arrival | None], int]:
+        if self._stage < 3 or self._shares_are_whole:
+            return lambda arrival: 0
+        settings = self.settings
+        return gathered_weights(self.run, self._trained, settings.persistence_threshold, settings.max_reuse_distance)
+
+    # Peaks
+
+    @property
+    def _norm_scratch(self) -> Callable[[int], int]:
+        """Bytes allocated while the norm of a gradient of so many elements is taken, or while it is sent."""
+        return norm_scratch_of_deepspeed(self._stage, self._offloads) if self.plain else norm_scratch_in_chunks
+
+    def _backward_peak(self) -> int:
+        sizes = {"element": self._element, "bucket_numel": self.settings.reduce_bucket}
+        send_scratch = self._norm_scratch if self._offloads else None
+        if self._stage == 3:
+            reduction = reduction_stage_3(
+                self.world_size, send_scratch=send_scratch, on_cpu=self.on_cpu, gathered=self._gathered, **sizes
+            )
+            return backward_peak(self.trace, reduction)
+        slices = slices_by_rank(self.groups, self._stage, self.world_size)
+        sizes["bucket_bytes"] = self._bucket_bytes
+        reductions = [
+            reduction_stages_1_2(
+                slices, rank, kept_bytes=kept_bytes, send_scratch=send_scratch, is_last=is_last, **sizes
+            )
+            for rank, kept_bytes in self._kept_gradients.items()
+            for is_last in {True, self._stage == 1 or not self.accumulates}
         ]
-        if stage == 1:
-            backward = max(peak_of_stage_1(trace, trained, how, accumulates) for how in of_ranks)
-        else:
-            backward = max(peak_of_backward(trace, how) for how in of_ranks) + (gradients if accumulates else 0)
-    # The gradient in fp32, and first what it is made of in one piece, or then what AdamW makes beside it: by group.
-    of_step = [0]
-    for group, partition in zip(groups, partitions, strict=True):
-        if optim == LISA_ADAMW:  # of the largest piece, one chunk at a time
-            piece = max(_largest_piece(group, stage, one, world_size) for one in ranks)
-            of_step.append(chunk_bytes(piece, group.bits == 8, master != "fp32") if on_cpu else 0)
-        elif not group.on_host:
-            flat = element if element < 4 and (len(group.params) > 1 or world_size > 1) else 0
-            adamw = 8 if optim == "adamw_torch" and group.bits == 32 else 0
-            of_step.append(partition * (4 + max(flat, adamw)))
-    in_norm = beside(share_numel(largest // element, world_size))
-    parts = MemoryParts(
-        weights=weights,
-        always_on_states=states[True],
-        active_states=states[False],
-        buffers=buffers,
-        activations=trace.activations,
-        logits=trace.logits,
-        gathered=gathered(None),
-        gradients=gradients,
-        peak_backward=static + backward,
-        peak_step=static + gradients + (0 if offloaded else max([in_norm, *of_step])),
-    )
-    return (parts.with_host(host) if on_cpu else parts), host
+        if self._stage == 1:
+            return max(
+                backward_peak_stage_1(self.trace, self._trained, reduction, self.accumulates)
+                for reduction in reductions
+            )
+        peak = max(backward_peak(self.trace, reduction) for reduction in reductions)
+        return peak + (self._gradients() if self.accumulates else 0)
+
+    def _step_peak(self) -> int:
+        """On the device, on top of weights, states, buffers and gradients: of a gradient's norm or a group's step."""
+        if self._offloads:
+            return 0
+        norm = self._norm_scratch(share_numel(self._largest_gradient // self._element, self.world_size))
+        return max([norm, *map(self._group_step, self.groups, self._partitions)])
+
+    def _group_step(self, group: Group, partition: int) -> int:
+        """Of one group: its gradient in fp32, and before it the flat copy, or after it what AdamW allocates."""
+        if self.optim == LISA_ADAMW:  # takes gradients as they are; on CPU one chunk of the largest piece is copied
+            piece = max(_largest_piece(group, self._stage, rank, self.world_size) for rank in self.ranks)
+            return chunk_bytes(piece, group.bits == 8, self.master != "fp32") if self.on_cpu else 0
+        if group.on_host:
+            return 0
+        is_copied = self._element < 4 and (len(group.params) > 1 or self.world_size > 1)
+        adamw = 8 if self.optim == "adamw_torch" and group.bits == 32 else 0
+        return partition * (4 + max(self._element if is_copied else 0, adamw))
+
+    def _host_step(self) -> int:
+        """On the host, while the largest group on it steps: gradients as they came, in fp32, and AdamW's own."""
+        largest = max(
+            partition for group, partition in zip(self.groups, self._partitions, strict=True) if group.on_host
+        )
+        if self.optim == LISA_ADAMW:  # takes gradients as they are, wherever they are
+            return 0 if self.on_cpu else largest * self._element
+        kind = "bitsandbytes" if self._has_8_bits or self.optim in BITSANDBYTES_ADAMW else self.optim
+        return largest * (self._element + 4 + _HOST_STEP_BYTES[kind])
 
 
 def kept_states(run: FakeRun, config: LisaConfig, stage: int, world_size: int, optim: str) -> int:
-    """Host bytes of the state policy keep, once every block that is drawn has been: those of all that sleep."""
-    drawn = [(name, run.blocks.outer(name)) for name in config.sampled]
-    drawn += [("layers", layer) for layer in run.blocks.layers]
+    """Host bytes of --lisa_state keep, once every sampled block was active: the states of all that are inactive."""
+    if config.lisa_activated_layers == 0:  # nothing is sampled, and nothing becomes inactive
+        return 0
+    sampled = [(name, run.blocks.outer(name)) for name in config.sampled]
+    sampled += [("layers", layer) for layer in run.blocks.layers]
     default, given = default_state_bits(optim), config.state_bits
-    # A kept master that is the weights goes to the host as they are.
+    # A kept master that is the weights goes to the host in their dtype.
     weights = run.workload.dtype
     master = weights.itemsize if steps_weights(optim, config.lisa_master, weights) else 4
+
+    def group_bytes(name: str, kind: str, params: Sequence[torch.nn.Parameter]) -> int:
+        partition = partition_numel([parameter.numel() for parameter in params], stage, world_size)
+        bits = given[name] if name in given and takes_bits(given[name], kind) else default
+        return state_bytes(partition, bits, optim, master)
+
     sizes = [
-        sum(
-            state_bytes(
-                partition_numel([parameter.numel() for parameter in params], stage, world_size),
-                given[name] if name in given and takes_bits(given[name], kind) else default,
-                optim,
-                master,
-            )
-            for kind, params in split_by_decay(block).items()
-        )
-        for name, block in drawn
+        sum(group_bytes(name, kind, params) for kind, params in split_by_decay(block).items())
+        for name, block in sampled
     ]
-    if config.lisa_activated_layers == 0:  # nothing is drawn, and nothing falls asleep
-        return 0
     return sum(sizes) - sum(sorted(sizes)[: config.lisa_activated_layers])
 
 
-def steps_weights(optim: str, master: str, weights: torch.dtype) -> bool:
-    """Whether the optimizer steps the weights themselves, and there is no master beside them."""
-    return optim == LISA_ADAMW and (weights == torch.float32 or master != "fp32")
-
-
-def state_bytes(partition: int, bits: int, optim: str, master: int = 4) -> int:
-    """Master, of so many bytes an element, and two moments of a partition of so many elements."""
-    scales = math.ceil(partition / QUANTIZED_BLOCK) * 4
-    if bits == 8 and optim == LISA_ADAMW:
-        return partition * (master + 2) + 2 * scales
-    if bits == 8 and partition >= _SMALLEST_QUANTIZED:
-        return partition * (master + 2) + 2 * (scales + 256 * 4)
-    return partition * (master + 8)
-
-
-def check_method(name: str) -> None:
-    """Raise ValueError for a method that cannot be planned."""
-    if name not in METHODS:
-        raise UserError(f"--method {name}: unknown; choose one of {', '.join(METHODS)}.")
-
-
-def _gradients_kept(group: Group, stage: int, rank: int, world_size: int) -> int:
+def _kept_gradient_numel(group: Group, stage: int, rank: int, world_size: int) -> int:
     """Elements of gradients that stages 1 and 2 keep of a group: all of each parameter that the partition cuts."""
     pieces = pieces_of_group(group.named_numels, stage, rank, world_size)
     return sum(group.params[int(piece.name)].numel() for piece in pieces)
@@ -335,46 +387,3 @@ def _largest_piece(group: Group, stage: int, rank: int, world_size: int) -> int:
     """Elements of the parameter of a group of which a rank's partition has most."""
     pieces = pieces_of_group(group.named_numels, stage, rank, world_size)
     return max((piece.length for piece in pieces), default=0)
-
-
-def _gathered(
-    run: FakeRun, trained: Sequence[torch.nn.Parameter], settings: StageSettings
-) -> Callable[[Arrival | None], int]:
-    """Bytes of weights that stage 3 holds whole.
-
-    At the end of the forward pass (of None) what the backward pass wants again soon; when a gradient comes, at most
-    what it has not passed by.
-    """
-    blocks, active, element = run.blocks, {id(parameter) for parameter in trained}, run.workload.dtype.itemsize
-
-    def trains(block) -> bool:
-        return any(id(parameter) in active for parameter in block.parameters.values())
-
-    # As they come in the forward pass; a tied matrix comes first and last, and is wanted soonest where it is last.
-    in_order = [*blocks.layers, blocks.rest, blocks.embed if blocks.tied else blocks.head]
-    adapters = len(list(run.model.parameters())) > sum(len(block.parameters) for block in blocks)
-    if not adapters and not trains(blocks.embed) and not run.workload.checkpointed_layers:
-        lowest = next((index for index, layer in enumerate(blocks.layers) if trains(layer)), len(blocks.layers))
-        in_order = in_order[lowest:]  # the backward pass does not come to the others
-    elif not blocks.tied and trains(blocks.embed):
-        in_order = [blocks.embed, *in_order]
-    not_passed: dict[int, int] = {}  # elements of its block and of those below it
-    gathered = coming = below = 0
-    for block in in_order:
-        below += sum(one.numel() for one in block.parameters.values() if one.numel() > settings.persistence_threshold)
-        not_passed |= {id(parameter): below for parameter in block.parameters.values()}
-    if blocks.tied:  # the backward pass begins and ends with it
-        matrix = sum(parameter.numel() for parameter in blocks.embed.parameters.values())
-        not_passed = {key: numel + matrix for key, numel in not_passed.items()}
-        not_passed |= {id(parameter): matrix for parameter in blocks.embed.parameters.values()}
-    for parameter in reversed([parameter for block in in_order for parameter in block.parameters.values()]):
-        if 2 * coming >= settings.max_reuse_distance:
-            break
-        coming += parameter.numel()
-        gathered += parameter.numel() if parameter.numel() > settings.persistence_threshold else 0
-    gathered *= element
-
-    def gathered_when(one: Arrival | None) -> int:
-        return gathered if one is None else min(gathered, element * not_passed.get(id(one.parameter), gathered))
-
-    return gathered_when

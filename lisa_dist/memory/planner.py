@@ -1,4 +1,4 @@
-"""What a run will need, part by part, which way of running fits, and the command that starts it."""
+"""Plans: the memory that a run needs under each DeepSpeed config, the fastest that fits, and its command."""
 
 import json
 import shlex
@@ -6,44 +6,41 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import check_ds_config, offload_by_block, read_ds_config, uses_optimizer_offload
-from lisa_dist.memory.estimate import (
-    MemoryParts,
-    StageSettings,
-    check_method,
-    kept_states,
-    plan_memory,
-    widest_periods,
-)
-from lisa_dist.memory.trace import FakeRun, StepTrace, Workload
+from lisa_dist.errors import UserError
+from lisa_dist.memory.estimate import StageSettings, kept_states, plan_memory, widest_periods
+from lisa_dist.memory.parts import MemoryParts
+from lisa_dist.memory.trace import FakeRun, Group, StepTrace, Trained, Workload
 from lisa_dist.optim.build import LISA_ADAMW, check_optim
 from lisa_dist.run_folder import MEMORY_PARTS
 from lisa_dist.text import GIB, format_bytes, format_columns, parse_bytes
 
-# From the fastest to the slowest: what offloads waits for the host, and stage 3 gathers every weight twice a step.
+METHODS = ("lisa", "full", "lora")
+# From the fastest to the slowest: with offload a step waits for the host, and stage 3 gathers every weight twice.
 WAYS = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
 class PlanArguments:
-    """What is asked of `lisa-dist plan`."""
+    """The flags of `lisa-dist plan`."""
 
     model: str = field(metadata={"help": "Shipped name (llama3.1-8b, ...), folder, config.json, or hub id."})
     gpus: int = field(default=1, metadata={"help": "GPUs of the run."})
     gpu_memory: str = field(default="80GiB", metadata={"help": "Memory of a GPU, such as 24GiB or 80GB."})
     host_memory: str = field(default="1TiB", metadata={"help": "Memory of a host."})
     gpus_per_host: int = field(default=8, metadata={"help": "GPUs that share a host's memory."})
-    seq_length: int = field(default=1024, metadata={"help": "Tokens of a row."})
-    micro_batch_size: int = field(default=1, metadata={"help": "Rows of a GPU in a forward pass."})
+    seq_length: int = field(default=1024, metadata={"help": "Tokens of an example."})
+    micro_batch_size: int = field(default=1, metadata={"help": "Examples of a GPU in a forward pass."})
     method: str = field(default="lisa", metadata={"help": "lisa, full or lora."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters, for --method lora."})
     optim: str = field(default="adamw_torch_fused", metadata={"help": "As in training."})
@@ -61,14 +58,15 @@ class PlanArguments:
     json: str | None = field(default=None, metadata={"help": "Write the plans to this file."})
     plot: str | None = field(default=None, metadata={"help": "Draw them as bars to this .png."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = ("gpus", "gpus_per_host", "seq_length", "micro_batch_size", "gradient_accumulation_steps", "lora_r")
         for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: at least 1.")
         if self.precision not in _DTYPES:
             raise UserError(f"--precision {self.precision}: unknown; choose bf16 or fp32.")
-        check_method(self.method)
+        if self.method not in METHODS:
+            raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
         parse_checkpointed_layers(self.checkpointed_layers)
         for name in ("gpu_memory", "host_memory", "reserve"):
             parse_bytes(f"--{name}", getattr(self, name))
@@ -86,7 +84,7 @@ class PlanArguments:
 
 @dataclass(frozen=True)
 class Plan:
-    """One way of running and what each rank needs for it."""
+    """The memory that each rank needs under one DeepSpeed config."""
 
     ds_config: str
     workload: Workload
@@ -99,13 +97,13 @@ class Plan:
         return sum(self.host.values())
 
     def lacks(self, arguments: PlanArguments) -> tuple[int, int]:
-        """Bytes that a GPU, and a rank's share of its host, have too few; 0 where it fits."""
+        """Bytes that a GPU, and a rank's share of its host, lack; 0 where the plan fits."""
         return (
             max(0, self.gpu.peak - arguments.budget),
             max(0, self.host_bytes - arguments.host_budget),
         )
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         workload = asdict(self.workload) | {"dtype": str(self.workload.dtype).removeprefix("torch.")}
         host = self.host | {"total": self.host_bytes}
@@ -115,9 +113,9 @@ class Plan:
 class Planner:
     """Plans of one model and method; a step is traced once for each number of checkpointed layers."""
 
-    def __init__(self, config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig):
+    def __init__(self, config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig) -> None:
         self._config, self._arguments, self._lisa = config, arguments, lisa_config
-        self._traced: dict[int, tuple[FakeRun, list[tuple[list, StepTrace]]]] = {}
+        self._traces: dict[int, tuple[FakeRun, list[tuple[list[Group], StepTrace]]]] = {}
         self.num_layers = config.get_text_config().num_hidden_layers
         if arguments.method == "lisa":
             lisa_config.check_num_layers(self.num_layers)
@@ -170,7 +168,7 @@ class Planner:
         return ds_config
 
     def cheapest(self, ds_config: str) -> Plan:
-        """With as few checkpointed layers as fit, since recomputing is pure loss; of other methods none or all."""
+        """With the fewest checkpointed layers that fit, since recomputing only costs; of other methods none or all."""
         if self._dial != AUTO:
             return self.plan(ds_config, self._dial)
         if self._arguments.method == "lisa":
@@ -180,8 +178,8 @@ class Planner:
         none = self.plan(ds_config, 0)
         return none if not none.lacks(self._arguments)[0] else self.plan(ds_config, self.num_layers)
 
-    def _trace(self, checkpointed_layers: int) -> tuple[FakeRun, list[tuple[list, StepTrace]]]:
-        if checkpointed_layers not in self._traced:
+    def _trace(self, checkpointed_layers: int) -> tuple[FakeRun, list[tuple[list[Group], StepTrace]]]:
+        if checkpointed_layers not in self._traces:
             arguments = self._arguments
             workload = Workload(
                 arguments.seq_length,
@@ -192,15 +190,17 @@ class Planner:
             )
             lora_rank = arguments.lora_r if arguments.method == "lora" else 0
             run = FakeRun(self._config, workload, lora_rank, self._lisa.lisa_layers_attribute)
-            trained: Sequence = [None]
-            if arguments.method == "lisa":
-                trained = widest_periods(
-                    self._lisa, run.blocks, sampled_blocks(self._lisa, run.blocks), checkpointed_layers
-                )
             config = self._lisa
-            groups = [run.groups(one, arguments.optim, config.state_bits, config.offloaded) for one in trained]
-            self._traced[checkpointed_layers] = run, [(one, run.trace(one)) for one in groups]
-        return self._traced[checkpointed_layers]
+            periods: Sequence[Trained | None] = [None]
+            if arguments.method == "lisa":
+                sampled = sampled_blocks(config, run.blocks)
+                periods = widest_periods(config, run.blocks, sampled, checkpointed_layers)
+            traces = []
+            for period in periods:
+                groups = run.groups(period, arguments.optim, config.state_bits, config.offloaded)
+                traces.append((groups, run.trace(groups)))
+            self._traces[checkpointed_layers] = run, traces
+        return self._traces[checkpointed_layers]
 
 
 def shipped_model_configs() -> list[str]:
@@ -280,11 +280,11 @@ def command_for(plan: Plan, arguments: PlanArguments, lisa_config: LisaConfig) -
 
 
 def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
-    """The table: a row a part, a column a way of running."""
-    titles = [[plan.ds_config, f"{plan.workload.checkpointed_layers} checkpointed"] for plan in plans]
-    lines = [["GiB on each GPU", *(title[0] for title in titles)], ["layers", *(title[1] for title in titles)]]
-    for name, fields in MEMORY_PARTS:
-        lines.append([name, *(_gib(sum(plan.gpu.to_dict()[one] for one in fields)) for plan in plans)])
+    """The table: a row for each part, a column for each DeepSpeed config."""
+    checkpointed = [f"{plan.workload.checkpointed_layers} checkpointed" for plan in plans]
+    lines = [["GiB on each GPU", *(plan.ds_config for plan in plans)], ["layers", *checkpointed]]
+    for title, fields in MEMORY_PARTS:
+        lines.append([title, *(_gib(sum(plan.gpu.to_dict()[name] for name in fields)) for plan in plans)])
     lines.append(["peak", *(_gib(plan.gpu.peak) for plan in plans)])
     lines.append(["GiB on the host, a rank", *(_gib(plan.host_bytes) for plan in plans)])
     for name in dict.fromkeys(name for plan in plans for name in plan.host):
@@ -294,14 +294,15 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
 
 
 def plot_plans(plans: Sequence[Plan], arguments: PlanArguments) -> None:
-    """A bar of stacked parts for each way of running, and the budget as a line, written to `--plot`."""
-    from matplotlib.figure import Figure  # which takes long to import, for a table
+    """Draw a bar of stacked parts for each plan, and the budget as a line, to `--plot`."""
+    assert arguments.plot is not None
+    from matplotlib.figure import Figure  # slow to import, and a table does not need it
 
     figure = Figure(figsize=(1.5 * len(plans) + 3, 5), layout="constrained")
     axes = figure.subplots()
     names, bottoms = [plan.ds_config for plan in plans], [0.0] * len(plans)
     for title, fields in MEMORY_PARTS:
-        heights = [sum(_at_peak(plan.gpu)[one] for one in fields) / GIB for plan in plans]
+        heights = [sum(plan.gpu.at_peak()[name] for name in fields) / GIB for plan in plans]
         axes.bar(names, heights, bottom=bottoms, label=title)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     axes.axhline(arguments.budget / GIB, color="black", linestyle="--", label="budget")
@@ -318,13 +319,6 @@ def _slowness(plan: Plan) -> tuple[int, int]:
     """Stages 1 and 2 send the same; among them the one that recomputes less is faster. Then the order of WAYS."""
     place = WAYS.index(plan.ds_config) if plan.ds_config in WAYS else len(WAYS)
     return max(place, 1), plan.workload.checkpointed_layers
-
-
-def _at_peak(parts: MemoryParts) -> dict[str, int]:
-    """The parts that are there at the peak, which add up to it."""
-    of_step = ("gradients",), ("activations", "logits", "gathered")
-    absent = of_step[0] if parts.peak_backward >= parts.peak_step else of_step[1]
-    return parts.to_dict() | dict.fromkeys(absent, 0)
 
 
 def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:

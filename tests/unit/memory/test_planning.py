@@ -19,12 +19,10 @@ from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.kernels import dynamic_code
-from lisa_dist.memory import backward
 from lisa_dist.memory.estimate import StageSettings, kept_states, plan_memory, widest_periods
 from lisa_dist.memory.meter import StepMeter
 from lisa_dist.memory.planner import (
     PlanArguments,
-    _at_peak,
     command_for,
     load_model_config,
     main,
@@ -179,7 +177,7 @@ SETTINGS = [
 @pytest.mark.usefixtures("cpu_ops")
 @pytest.mark.parametrize(("ds_config", "world_size", "dtype", "settings"), SETTINGS)
 def test_a_plan_is_what_a_step_allocates(ds_config, world_size, dtype, settings, monkeypatch):
-    monkeypatch.setattr(backward, "NORM_CHUNK", settings.get("chunk", backward.NORM_CHUNK))
+    monkeypatch.setattr(gradients, "NORM_CHUNK", settings.get("chunk", gradients.NORM_CHUNK))
     by_rank = run_ranks(measured_step, world_size, ds_config, dtype, settings)
     plans = planned_step(ds_config, world_size, dtype, settings, by_rank[0]["layers"], by_rank[0]["blocks"])
     for _ in range(3):
@@ -322,7 +320,7 @@ def test_the_plot_shows_parts_that_add_up_to_the_peak(tiny_config, tmp_path, cap
     main(["--model", tiny_config, "--plot", str(path), "--gpu_memory", "2GiB"])
     assert path.read_bytes().startswith(b"\x89PNG")
     for plan in make_plans(load_model_config(tiny_config), PlanArguments(tiny_config), lisa_dist.LisaConfig()):
-        parts = _at_peak(plan.gpu)
+        parts = plan.gpu.at_peak()
         assert sum(parts[name] for _, fields in MEMORY_PARTS for name in fields) == plan.gpu.peak
     with pytest.raises(SystemExit, match="2"):
         main(["--model", tiny_config, "--plot", str(tmp_path / "plans.unknown"), "--gpu_memory", "2GiB"])

@@ -1,0 +1,214 @@
+"""The peak of a backward pass: gradients, buckets and reductions, followed gradient by gradient as DeepSpeed has them.
+
+A gradient goes into a bucket; one that is larger than the bucket waits whole. When the next one does not fit, all that
+have arrived are reduced, and only then there is memory for what this rank keeps of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lisa_dist.memory.trace import Arrival, Group, StepTrace
+from lisa_dist.zero import gradients
+from lisa_dist.zero.layout import pieces_of_group, share_numel
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How a ZeRO stage reduces gradients. Sizes in bytes but for `bucket_numel`."""
+
+    bucket_numel: int
+    bucket_bytes: int  # 0 where the bucket exists all the time
+    scratch: Callable[[list[Arrival]], int]  # allocated only while these gradients are reduced
+    kept_after: Callable[[list[Arrival], int], int]  # all that this rank keeps after these; the number is of before
+    gathered: Callable[[Arrival | None], int]  # whole weights when that gradient arrives; None: before the first
+    is_local: Callable[[Arrival], bool]  # whether some of it belongs to this rank's partition
+    clones_large: bool = False  # a gradient that is larger than the bucket is cloned when it arrives
+
+    def is_large(self, arrival: Arrival) -> bool:
+        """Whether the gradient has no room in the bucket."""
+        return arrival.parameter.numel() > self.bucket_numel
+
+    def overflows(self, waiting: Sequence[Arrival], arrival: Arrival) -> bool:
+        """Whether the waiting gradients and this one are too many for the bucket."""
+        return sum(other.parameter.numel() for other in waiting) + arrival.parameter.numel() > self.bucket_numel
+
+
+def backward_peak(trace: StepTrace, reduction: Reduction) -> int:
+    """The most bytes at any time of the forward and backward pass, on top of what exists between steps."""
+    bucket = kept = 0
+    waiting: list[Arrival] = []
+    peaks: list[int] = []
+
+    def waiting_outside_bucket() -> int:
+        return sum(arrival.nbytes for arrival in waiting if reduction.is_large(arrival))
+
+    def reduce(other_bytes: int) -> None:  # all but gradients
+        nonlocal kept
+        if not waiting:
+            return
+        kept_after = reduction.kept_after(waiting, kept)
+        during = max(kept + reduction.scratch(waiting), kept_after)
+        peaks.append(other_bytes + bucket + waiting_outside_bucket() + during)
+        kept = kept_after
+        waiting.clear()
+
+    gathered = reduction.gathered(None)
+    for arrival in trace.arrivals:
+        peaks.append(arrival.peak_before + gathered + bucket + waiting_outside_bucket() + kept)
+        bucket, gathered = reduction.bucket_bytes, reduction.gathered(arrival)
+        if reduction.overflows(waiting, arrival):
+            reduce(arrival.now + gathered)
+        clone = arrival.nbytes if reduction.clones_large and reduction.is_large(arrival) else 0
+        peaks.append(arrival.now + clone + gathered + bucket + waiting_outside_bucket() + kept)
+        waiting.append(arrival)
+    peaks.append(trace.peak_after + gathered + bucket + waiting_outside_bucket() + kept)
+    reduce(trace.now)
+    return max(peaks)
+
+
+def backward_peak_stage_1(
+    trace: StepTrace, params: Sequence[torch.nn.Parameter], reduction: Reduction, accumulates: bool
+) -> int:
+    """The same for stage 1: all gradients wait until the last has arrived, and are reduced in the order of `params`.
+
+    `accumulates`: those of a later micro-batch are added to those of the earlier ones, which wait.
+    """
+    active = sum(arrival.nbytes for arrival in trace.arrivals)
+    waiting_bytes, peaks = (active + reduction.bucket_bytes if accumulates else 0), []
+    for arrival in trace.arrivals:
+        peaks.append(arrival.peak_before + waiting_bytes)
+        if not accumulates:
+            waiting_bytes += arrival.nbytes + (0 if waiting_bytes else reduction.bucket_bytes)
+    peaks.append(trace.peak_after + waiting_bytes)
+
+    arrivals = {id(arrival.parameter): arrival for arrival in trace.arrivals}
+    waiting: list[Arrival] = []
+    kept = 0
+
+    def reduce() -> None:
+        nonlocal waiting_bytes, kept
+        kept_after = reduction.kept_after(waiting, kept)
+        peaks.append(trace.now + waiting_bytes + max(kept + reduction.scratch(waiting), kept_after))
+        kept = kept_after
+        waiting_bytes -= sum(
+            arrival.nbytes for arrival in waiting if reduction.is_large(arrival) and reduction.is_local(arrival)
+        )
+        waiting.clear()
+
+    for arrival in (arrivals[id(parameter)] for parameter in params if id(parameter) in arrivals):
+        if waiting and reduction.overflows(waiting, arrival):
+            reduce()
+        is_large = reduction.is_large(arrival)
+        peaks.append(trace.now + waiting_bytes + kept + (arrival.nbytes if reduction.clones_large and is_large else 0))
+        waiting_bytes -= 0 if is_large else arrival.nbytes
+        waiting.append(arrival)
+    reduce()
+    return max(peaks)
+
+
+def slices_by_rank(groups: Sequence[Group], stage: int, world_size: int) -> dict[int, dict[int, int]]:
+    """By the id of each parameter: how many of its elements are in the partition of each rank that has any of it."""
+    slices: dict[int, dict[int, int]] = {id(parameter): {} for group in groups for parameter in group.params}
+    for group in groups:
+        for rank in range(world_size):
+            for piece in pieces_of_group(group.named_numels, stage, rank, world_size):
+                slices[id(group.params[int(piece.name)])][rank] = piece.length
+    return slices
+
+
+def reduction_stages_1_2(
+    slices: dict[int, dict[int, int]],
+    rank: int,
+    *,
+    element: int,
+    bucket_numel: int,
+    bucket_bytes: int,
+    kept_bytes: int,
+    send_scratch: Callable[[int], int] | None,
+    is_last: bool,
+) -> Reduction:
+    """How stages 1 and 2 reduce on one rank, which keeps `kept_bytes` of gradients at the end of the backward pass.
+
+    `slices` is the result of `slices_by_rank`, `element` the bytes of an element. `send_scratch(numel)`, with optimizer
+    offload: bytes allocated while a gradient of so many elements is sent to the host. `is_last`: of a step's
+    micro-batches; with offload the gradients of the others are added up on the host, and sent with the last.
+    """
+
+    def slices_of(arrival: Arrival) -> dict[int, int]:
+        return slices[id(arrival.parameter)]
+
+    def is_local(arrival: Arrival) -> bool:
+        return rank in slices_of(arrival)
+
+    def scratch(reduced: list[Arrival]) -> int:
+        # Slice after slice is copied to one flat tensor until that is larger than the bucket; a single one is not.
+        most_copied = numel_in_flat = slices_in_flat = 0
+        previous_owner = None
+        for owner, numel in (owned for arrival in reduced for owned in slices_of(arrival).items()):
+            slices_in_flat, previous_owner = slices_in_flat + (owner != previous_owner), owner
+            numel_in_flat += numel
+            most_copied = max(most_copied, numel_in_flat if slices_in_flat > 1 else 0)
+            if numel_in_flat > bucket_numel:
+                numel_in_flat, slices_in_flat, previous_owner = 0, 0, None
+        sent = []
+        if send_scratch and is_last:
+            sent = [send_scratch(slices_of(arrival)[rank]) for arrival in reduced if is_local(arrival)]
+        return max([most_copied * element, *sent])
+
+    def kept_after(reduced: list[Arrival], kept: int) -> int:
+        local = [arrival for arrival in reduced if is_local(arrival)]
+        if send_scratch:  # before the last micro-batch large gradients stay here, though they are on the host too
+            large = [arrival for arrival in local if arrival.parameter.numel() > bucket_numel]
+            return kept + (0 if is_last else sum(arrival.nbytes for arrival in large))
+        return kept_bytes if local else kept
+
+    return Reduction(
+        bucket_numel,
+        bucket_bytes,
+        scratch,
+        kept_after,
+        gathered=lambda arrival: 0,
+        is_local=is_local,
+        clones_large=send_scratch is not None,
+    )
+
+
+def reduction_stage_3(
+    world_size: int,
+    *,
+    element: int,
+    bucket_numel: int,
+    send_scratch: Callable[[int], int] | None,
+    on_cpu: bool,
+    gathered: Callable[[Arrival | None], int],
+) -> Reduction:
+    """How stage 3 reduces, on any rank. The bucket and the gradients that are kept have buffers all the time."""
+
+    def scratch(reduced: list[Arrival]) -> int:
+        interleaves = len(reduced) > 1 or reduced[0].parameter.numel() % world_size
+        whole = sum(arrival.nbytes for arrival in reduced)
+        interleaved, gloo = whole if interleaves else 0, whole if on_cpu else 0
+        if send_scratch is None:
+            return interleaved + gloo
+        shares = [share_numel(arrival.parameter.numel(), world_size) for arrival in reduced]
+        # The share comes back from the host, which on CPU is the same place.
+        returned = [send_scratch(share) + (0 if on_cpu else share * element) for share in shares]
+        return interleaved + max(gloo, *returned)
+
+    return Reduction(
+        bucket_numel, 0, scratch, kept_after=lambda reduced, kept: 0, gathered=gathered, is_local=lambda arrival: True
+    )
+
+
+def norm_scratch_in_chunks(numel: int) -> int:
+    """Bytes that LISA allocates to take the norm of a gradient of so many elements, or to send it: fp64, by chunks."""
+    return 8 * min(numel, gradients.NORM_CHUNK)
+
+
+def norm_scratch_of_deepspeed(stage: int, offloads: bool) -> Callable[[int], int]:
+    """The same without LISA: fp64 of the whole gradient, but of 250 million elements on stage 3 with offload."""
+    if stage == 3 and offloads:
+        return lambda numel: max(8 * min(numel, 250_000_000), 4 * numel)
+    return lambda numel: 8 * numel

@@ -1,0 +1,67 @@
+"""The parts of one rank's memory, as estimated (`estimate.py`) and as measured (`meter.py`)."""
+
+from dataclasses import asdict, dataclass, replace
+
+# Parts of a host's memory that are parts of the device's too: titles by whether the blocks are always trained.
+STATES = {True: "states, always on", False: "states, active blocks"}
+WEIGHTS = "weights"
+# On the host only while one group steps.
+GROUP_GRADIENTS = "gradients of a group"
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """Bytes of one rank's device, estimated or measured: what exists between steps, within a step, and the peaks."""
+
+    weights: int
+    always_on_states: int  # masters and moments of always-trained blocks
+    active_states: int  # of the others
+    buffers: int  # buckets, stage 3's gradient partitions and persistent parameters
+    activations: int  # at the end of the forward pass
+    logits: int
+    gathered: int  # weights that stage 3 has whole at the end of the forward pass
+    gradients: int  # at the end of the backward pass, beyond the buffers
+    peak_backward: int  # of forward and backward, everything included
+    peak_step: int  # of the optimizer's step, everything included
+
+    @property
+    def static(self) -> int:
+        """Bytes between two steps."""
+        return self.weights + self.always_on_states + self.active_states + self.buffers
+
+    @property
+    def peak(self) -> int:
+        """The most at any time of a step."""
+        return max(self.peak_backward, self.peak_step)
+
+    @property
+    def temporary(self) -> int:
+        """The bytes of the peak that no other part has."""
+        at_backward = self.static + self.activations + self.logits + self.gathered
+        at_step = self.static + self.gradients
+        return max(0, self.peak - (at_backward if self.peak_backward >= self.peak_step else at_step))
+
+    def at_peak(self) -> dict[str, int]:
+        """All parts, with 0 for those that do not exist at the peak: the others add up to it."""
+        is_backward = self.peak_backward >= self.peak_step
+        absent = ("gradients",) if is_backward else ("activations", "logits", "gathered")
+        return self.to_dict() | dict.fromkeys(absent, 0)
+
+    def with_host(self, host: dict[str, int]) -> "MemoryParts":
+        """Device and host (the parts of `plan_memory`) as one, which is what they are on CPU."""
+        lasting = sum(host.values()) - host.get(GROUP_GRADIENTS, 0)
+        weights, always_on, active = (host.get(name, 0) for name in (WEIGHTS, STATES[True], STATES[False]))
+        return replace(
+            self,
+            weights=self.weights + weights,
+            always_on_states=self.always_on_states + always_on,
+            active_states=self.active_states + active,
+            buffers=self.buffers + lasting - weights - always_on - active,
+            peak_backward=self.peak_backward + lasting,
+            # The norm, or a group on the device, steps at another time than a group on the host.
+            peak_step=max(self.peak_step + lasting, self.static + self.gradients + sum(host.values())),
+        )
+
+    def to_dict(self) -> dict[str, int]:
+        """All parts and what is derived from them."""
+        return asdict(self) | {"static": self.static, "temporary": self.temporary, "peak": self.peak}
