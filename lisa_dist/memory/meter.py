@@ -1,55 +1,59 @@
-"""What a step really takes of memory, in the parts that planning.py plans.
+"""Measure the memory of a real step, in the parts that `estimate.py` estimates.
 
-On CPU every allocation of the step is counted, so the parts are exact; there the host is the device, and what a plan
-has on the host is in them. On a GPU they come from the caching allocator's counters. A measured step is slower than
+On CPU every allocation of the step is counted, so the parts are exact; there host and device are one, and the parts
+include those of the host. On a GPU they come from the caching allocator's counters. A measured step is slower than
 others.
 """
 
 import gc
 import time
+from typing import Any
 
 import torch
 
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.live_bytes import live_storages
-from lisa_dist.memory.estimate import MemoryParts
+from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.trace import part_of
 from lisa_dist.memory.tracker import AllocationTracker
 
+_STABLE_POLLS = 10  # without a change of memory, after which no thread is expected to free any
+
 
 class StepMeter:
-    """`with StepMeter(lisa) as meter:` around one whole optimizer step; then `meter.parts`.
+    """`with StepMeter(lisa) as meter:` around one whole optimizer step, or `start` and `stop`; then `meter.parts`.
 
     Of several micro-batches the first one's forward pass is measured, and the peak of all. The step should not be the
-    first of its period, which makes the moments.
+    first of its period, which allocates the moments. `parts` is None where no whole step was run.
     """
 
-    parts: MemoryParts | None = None
-
-    def __init__(self, lisa: LisaController):
+    def __init__(self, lisa: LisaController) -> None:
+        self.parts: MemoryParts | None = None
         self._lisa, self._engine = lisa, lisa.engine
         self._on_gpu = self._engine.device.type == "cuda"
         vocab_size = self._engine.module.config.get_text_config().vocab_size
         self._tracker = AllocationTracker(lambda tensor: part_of(tensor, vocab_size))
+        self._is_tracking = False
+        self._static = self._logits = self._gathered = self._peak_backward = 0
+        self._after_forward: int | None = None
+        self._after_backward: int | None = None
+        self._backward, self._optimizer_step = self._engine.backward, self._engine.optimizer.step
 
-    def __enter__(self):
-        gc.collect()  # what is garbage already would be let go of within the step
+    def start(self) -> None:
+        """Begin to measure: before the step's first forward pass."""
+        gc.collect()  # garbage would be freed within the step
         storages = [] if self._on_gpu else live_storages()
         self._tracker.add((torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages), "static")
         self._static = self._now()
-        self._after_forward = self._after_backward = None
-        self._logits = self._gathered = 0
-        self._backward, self._step = self._engine.backward, self._engine.optimizer.step
         self._engine.backward, self._engine.optimizer.step = self._end_forward, self._end_backward
         self._begin_phase()
         self._tracker.__enter__()
-        self._tracks = True
-        return self
+        self._is_tracking = True
 
-    def __exit__(self, kind, error, trace) -> None:
-        self._stop_tracking()
-        del self._engine.backward, self._engine.optimizer.step
-        if error is not None or self._after_backward is None:
+    def stop(self) -> None:
+        """End the measurement after the step, and set `parts`."""
+        self.cancel()
+        if self._after_forward is None or self._after_backward is None:
             return
         peak_step = self._peak()
         always_on, active = self._state_bytes()
@@ -67,49 +71,66 @@ class StepMeter:
             peak_step=peak_step,
         )
 
-    def _end_forward(self, *args, **kwargs):
+    def cancel(self) -> None:
+        """End the measurement without a result, as when the step has raised."""
+        self._stop_tracking()
+        del self._engine.backward, self._engine.optimizer.step  # those of their classes apply again
+
+    def __enter__(self) -> "StepMeter":
+        self.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.stop()
+        else:
+            self.cancel()
+
+    def _end_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the place of the engine's `backward`."""
         if self._after_forward is None:
             self._after_forward = self._now()
             self._logits = self._tracker.bytes["logits"]
             self._gathered = self._lisa.partitions.gathered_bytes()
-            if self._on_gpu:  # the allocator counts by itself; it does not know logits from activations
+            if self._on_gpu:  # the allocator counts by itself, but cannot tell logits from activations
                 self._stop_tracking()
         return self._backward(*args, **kwargs)
 
-    def _end_backward(self, *args, **kwargs):
+    def _end_backward(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the place of the optimizer's `step`."""
         self._wait_for_releases()
         self._after_backward, self._peak_backward = self._now(), self._peak()
         self._begin_phase()
-        return self._step(*args, **kwargs)
+        return self._optimizer_step(*args, **kwargs)
 
     def _stop_tracking(self) -> None:
-        if self._tracks:
+        if self._is_tracking:
             self._tracker.__exit__(None, None, None)
-        self._tracks = False
+        self._is_tracking = False
 
     def _weight_bytes(self) -> int:
-        held = [self._lisa.partitions.local_weights(parameter) for parameter in self._engine.module.parameters()]
-        return sum(weights.nbytes for weights in held if self._is_here(weights))
+        local = [self._lisa.partitions.local_weights(parameter) for parameter in self._engine.module.parameters()]
+        return sum(weights.nbytes for weights in local if self._is_on_device(weights))
 
     def _state_bytes(self) -> tuple[int, int]:
-        """Bytes of always-on and of other states; on a GPU of those that are on it."""
+        """Bytes of the states of always-trained and of other blocks; on a GPU only of those on the GPU."""
         always_on = {
             name for block in self._lisa.config.always_on for name in self._lisa.blocks.outer(block).parameters
         }
         sums = {True: 0, False: 0}
         for key, state in self._lisa.partition_states().items():
-            sums[key[0] in always_on] += state.nbytes if self._is_here(state.master) else 0
+            sums[key[0] in always_on] += state.nbytes if self._is_on_device(state.master) else 0
         return sums[True], sums[False]
 
-    def _is_here(self, tensor: torch.Tensor) -> bool:
+    def _is_on_device(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == "cuda" or not self._on_gpu
 
     def _wait_for_releases(self) -> None:
-        """Gloo's threads let go of a bucket only some time after its reduction has ended."""
-        quiet, before = 0, self._now()
-        while not self._on_gpu and quiet < 10:
+        """Wait until memory is stable: Gloo's threads free a bucket some time after its reduction has ended."""
+        stable_polls, before = 0, self._now()
+        while not self._on_gpu and stable_polls < _STABLE_POLLS:
             time.sleep(0.01)
-            quiet, before = quiet + 1 if self._now() == before else 0, self._now()
+            stable_polls, before = stable_polls + 1 if self._now() == before else 0, self._now()
 
     def _now(self) -> int:
         return torch.cuda.memory_allocated() if self._on_gpu else self._tracker.now
@@ -118,4 +139,7 @@ class StepMeter:
         return torch.cuda.max_memory_allocated() if self._on_gpu else self._tracker.peak
 
     def _begin_phase(self) -> None:
-        torch.cuda.reset_peak_memory_stats() if self._on_gpu else self._tracker.begin_phase()
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._tracker.begin_phase()

@@ -1,17 +1,17 @@
-"""Memory of one run: how many layers are checkpointed, what a step was planned to take, and what one took.
+"""Memory of one run: how many layers are checkpointed, what a step was planned to need, and what one needed.
 
-The dial of `recompute` is set before the first step: to a number, or where it is "auto" to the fewest layers that the
-plan of the worst period fits the budget with. One early step is measured (`StepMeter`); "auto" then puts the dial where
-the plan, off by as much as it was off for that step, fits. The end of a run has the two side by side.
+The number of checkpointed layers (`core/checkpointing.py`) is set before the first step: as given, or with "auto" to
+the fewest with which the plan of the worst period fits the budget. One early step is measured (`StepMeter`). "auto"
+then corrects the plan by its error for that step and sets the number again. The run ends with a table of both.
 """
 
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig
 
-from lisa_dist.config import UserError
 from lisa_dist.core.checkpointing import (
     AUTO,
     checkpoint_layers,
@@ -22,9 +22,11 @@ from lisa_dist.core.checkpointing import (
 )
 from lisa_dist.core.controller import LisaController
 from lisa_dist.distributed.collectives import gather
+from lisa_dist.errors import UserError
 from lisa_dist.files import replacing
-from lisa_dist.memory.estimate import MemoryParts, StageSettings, plan_memory, widest_periods
+from lisa_dist.memory.estimate import StageSettings, plan_memory, widest_periods
 from lisa_dist.memory.meter import StepMeter
+from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.trace import FakeRun, Trained, Workload
 from lisa_dist.run_folder import MEMORY_NAME, MEMORY_PARTS
 from lisa_dist.text import format_bytes, format_columns
@@ -32,6 +34,8 @@ from lisa_dist.text import format_bytes, format_columns
 
 @dataclass(frozen=True)
 class _MeasuredStep:
+    """One step that was measured, and what the plan of it needs to know."""
+
     step: int
     workload: Workload | None  # its first micro-batch
     trained: Trained
@@ -39,23 +43,24 @@ class _MeasuredStep:
 
 
 class RunMemory:
-    """Sets the dial, measures one step, and says what came of it; every rank calls everything.
+    """Sets the number of checkpointed layers, measures one step and reports both; every rank calls every method.
 
-    `config` is the model's, None for a model or a loss that cannot be planned. `longest` is the largest micro-batch
-    that may come; `budget` are bytes of a device. Raises ValueError for a dial that this model cannot have.
+    `config` is the model's, None for a model or a loss that cannot be planned. `longest` is the largest possible
+    micro-batch. `checkpointed` is --checkpointed_layers ("the dial"), `budget` the bytes of a device. Raises ValueError
+    for a dial that this model cannot have.
     """
 
     def __init__(
         self,
         lisa: LisaController,
-        ds_config: dict,
+        ds_config: dict[str, Any],
         *,
         optim: str,
         config: PretrainedConfig | None,
         longest: Workload | None,
         checkpointed: int | str | None,
         budget: int | None,
-    ):
+    ) -> None:
         self._lisa, self._optim, self._config, self._longest = lisa, optim, config, longest
         self._dial, self._budget = checkpointed, budget
         self._model, self._num_layers = lisa.engine.module, len(lisa.blocks.layers)
@@ -65,8 +70,8 @@ class RunMemory:
         self._meter: StepMeter | None = None
         self._measured: _MeasuredStep | None = None
         self._micro_batch: Workload | None = None
-        self._count: int | None = None  # of checkpointed layers, where the dial is set
-        self._peaks: dict[int, int] = {}  # planned for the worst period, by number of checkpointed layers
+        self._count: int | None = None  # of checkpointed layers, once the dial is set
+        self._planned_peaks: dict[int, int] = {}  # of the worst period, by number of checkpointed layers
         if checkpointed == AUTO and (config is None or longest is None):
             raise UserError(
                 "--checkpointed_layers auto: the largest micro-batch cannot be planned: it takes a --max_length, and a "
@@ -76,34 +81,35 @@ class RunMemory:
             raise UserError("--checkpointed_layers auto: give --gpu_memory where there is no GPU to ask.")
 
     def set_dial(self) -> str | None:
-        """Checkpoint as many layers as the dial says; what there is to say of it."""
+        """Checkpoint as many layers as the dial says; a line to print, if there is one."""
         if self._dial is None:
             return None
         if self._dial != AUTO:
             self._count = number_of_layers(self._dial, self._num_layers)
             checkpoint_layers(self._model, self._lisa.blocks, self._count)
             return None
-        said = self._turn(offset=0)
+        line = self._set_fewest_layers(plan_error=0)
         if self._lisa.config.lisa_interval_steps == 1:
-            said += "; not corrected by a measured step, since each is the first of its period"
-        return said
+            line += "; not corrected by a measured step, since each is the first of its period"
+        return line
 
     def hold_dial(self) -> None:
-        """Put it back where a trainer has turned checkpointing off for a moment and then on for all layers."""
+        """Set the number again after a trainer has turned checkpointing off for a moment and then on for all layers."""
         blocks = self._lisa.blocks
         if self._count is not None and checkpointed_layers(self._model, blocks) != self._count:
             checkpoint_layers(self._model, blocks, self._count)
         let_backward_end(self._model)
 
     def begin_step(self, step: int) -> None:
-        """Measure this step if it is the first that has its moments already."""
+        """Measure this step if it is the first one whose moments exist already."""
         interval = self._lisa.config.lisa_interval_steps
         if self._measured is None and step > self._first_step and step % interval != 0:
-            self._meter = StepMeter(self._lisa).__enter__()
+            self._meter = StepMeter(self._lisa)
+            self._meter.start()
 
     @property
     def wants_micro_batch(self) -> bool:
-        """Whether the step is measured, and the shape of its first micro-batch not known yet."""
+        """Whether the step is measured, and the shape of its first micro-batch is not known yet."""
         return self._meter is not None and self._micro_batch is None
 
     def note_micro_batch(self, workload: Workload | None) -> None:
@@ -113,11 +119,11 @@ class RunMemory:
             self._micro_batch = workload and replace(workload, checkpointed_layers=count)
 
     def end_step(self, step: int) -> str | None:
-        """Take down what the step needed and, with "auto", correct the dial; what there is to say of it."""
+        """Record what the step needed and, with "auto", correct the dial; a line to print, if there is one."""
         if self._meter is None:
             return None
         meter, self._meter = self._meter, None
-        meter.__exit__(None, None, None)
+        meter.stop()
         if meter.parts is None:
             return None
         always_on = [name for name in self._lisa.config.always_on if self._lisa.blocks.outer(name).parameters]
@@ -125,21 +131,22 @@ class RunMemory:
         self._measured = _MeasuredStep(step, self._micro_batch, trained, meter.parts)
         if self._dial != AUTO:
             return None
-        planned = self._planned()[0]
-        offset = max(gather(meter.parts.peak - planned.peak if planned else 0))
-        return f"step {step} took {format_bytes(meter.parts.peak)} at its peak: {self._turn(offset)}"
+        planned = self._plan_measured_step(self._measured)[0]
+        plan_error = max(gather(meter.parts.peak - planned.peak if planned else 0))
+        return f"step {step} took {format_bytes(meter.parts.peak)} at its peak: {self._set_fewest_layers(plan_error)}"
 
     def abandon(self) -> None:
         """Measure no more, as when a step has raised."""
         if self._meter is not None:
-            self._meter.__exit__(None, None, None)
+            self._meter.cancel()
             self._meter = None
 
-    def report(self) -> dict[str, dict | int | None] | None:
+    def report(self) -> dict[str, Any] | None:
         """The measured step's parts in bytes, and what was planned for that step; None where none was measured."""
         if self._measured is None:
             return None
-        measured, (planned, host, problem) = self._measured, self._planned()
+        measured = self._measured
+        planned, host, problem = self._plan_measured_step(measured)
         workload = measured.workload
         return {
             "step": measured.step,
@@ -153,7 +160,7 @@ class RunMemory:
         }
 
     def write_report(self, output_dir: str | Path) -> None:
-        """Print the report, and write it to lisa_memory.json for what comes after the run."""
+        """Print the report, and write it to lisa_memory.json."""
         report = self.report()
         print(format_report(report), flush=True)
         if report is not None:
@@ -166,46 +173,54 @@ class RunMemory:
 
     # The plan
 
-    def _turn(self, offset: int) -> str:
-        """Set the dial to the fewest layers with which the plan of the worst period, off by `offset`, fits."""
+    def _set_fewest_layers(self, plan_error: int) -> str:
+        """Checkpoint the fewest layers with which the plan of the worst period fits; a line to print.
 
-        def peak(count: int) -> int:
-            if count not in self._peaks:
-                run = self._run(replace(self._longest, checkpointed_layers=count))
-                periods = widest_periods(self._lisa.config, run.blocks, self._lisa.selection.sampled, count)
-                self._peaks[count] = max(self._plan(run, period, rank=None)[0].peak for period in periods)
-            return self._peaks[count] + offset
-
+        `plan_error`: bytes that a step needs more than is planned for it.
+        """
+        budget = self._budget
+        assert budget is not None
         chosen = problem = None
-        if self._lisa.engine.global_rank == 0:  # the others take what it has found
+        if self._lisa.engine.global_rank == 0:
             try:
-                count = fewest_layers(peak, self._num_layers, self._budget)
-                chosen = count, peak(count)
+                count = fewest_layers(lambda count: self._planned_peak(count) + plan_error, self._num_layers, budget)
+                chosen = count, self._planned_peak(count) + plan_error
             except UserError as error:
                 problem = str(error)
         chosen, problem = gather((chosen, problem))[0]
-        if problem is not None:
+        if chosen is None:
             raise UserError(f"--checkpointed_layers auto: {problem} Give none, all or a number of layers.")
-        count, planned = chosen
-        self._count = count
-        checkpoint_layers(self._model, self._lisa.blocks, count)
-        compared = "of" if planned <= self._budget else "and there are"
+        self._count, planned = chosen
+        checkpoint_layers(self._model, self._lisa.blocks, self._count)
+        compared = "of" if planned <= budget else "and there are"
         return (
-            f"{count} of {self._num_layers} layers checkpointed, for which at most {format_bytes(planned)} are planned "
-            f"{compared} {format_bytes(self._budget)}"
+            f"{self._count} of {self._num_layers} layers checkpointed, for which at most {format_bytes(planned)} are "
+            f"planned {compared} {format_bytes(budget)}"
         )
 
-    def _planned(self) -> tuple[MemoryParts | None, dict[str, int] | None, str | None]:
-        """The plan of the measured step: device and host, or else why there is none."""
-        if self._config is None or self._measured.workload is None:
+    def _planned_peak(self, count: int) -> int:
+        """Bytes that the plan of the worst period needs with `count` layers checkpointed."""
+        if count not in self._planned_peaks:
+            assert self._longest is not None
+            run = self._fake_run(replace(self._longest, checkpointed_layers=count))
+            periods = widest_periods(self._lisa.config, run.blocks, self._lisa.selection.sampled, count)
+            self._planned_peaks[count] = max(self._plan(run, period, rank=None)[0].peak for period in periods)
+        return self._planned_peaks[count]
+
+    def _plan_measured_step(
+        self, measured: _MeasuredStep
+    ) -> tuple[MemoryParts | None, dict[str, int] | None, str | None]:
+        """Device and host of the measured step as planned, or else why there is no plan."""
+        if self._config is None or measured.workload is None:
             return None, None, "no causal language model with its own loss or TRL's"
         try:
-            run = self._run(self._measured.workload)
-            return *self._plan(run, self._measured.trained, self._lisa.engine.global_rank), None
+            run = self._fake_run(measured.workload)
+            return *self._plan(run, measured.trained, self._lisa.engine.global_rank), None
         except UserError as error:
             return None, None, str(error)
 
-    def _run(self, workload: Workload) -> FakeRun:
+    def _fake_run(self, workload: Workload) -> FakeRun:
+        assert self._config is not None
         return FakeRun(self._config, workload, layers_attribute=self._lisa.config.lisa_layers_attribute)
 
     def _plan(self, run: FakeRun, trained: Trained, rank: int | None) -> tuple[MemoryParts, dict[str, int]]:
@@ -225,15 +240,15 @@ class RunMemory:
         )
 
 
-def format_report(report: dict | None) -> str:
-    """The table of a run's end: a row a part, what was planned for the measured step beside what it took."""
+def format_report(report: dict[str, Any] | None) -> str:
+    """The table at the end of a run: each part as planned for the measured step, and as measured."""
     if report is None:
         return "memory: no step was measured, since each is the first of its period or of the run"
     planned, measured = report["planned"], report["measured"]
     lines = [["", "planned", "measured"]]
     for title, fields in [*MEMORY_PARTS, ("peak", ("peak",))]:
         sums = [sum(parts[name] for name in fields) if parts else None for parts in (planned, measured)]
-        lines.append([title, *("-" if one is None else format_bytes(one) for one in sums)])
+        lines.append([title, *("-" if size is None else format_bytes(size) for size in sums)])
     shape = f"step {report['step']}"
     if report["rows"]:
         shape += f", {report['rows']} x {report['tokens']} tokens, {report['checkpointed_layers']} layers checkpointed"
