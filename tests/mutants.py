@@ -193,6 +193,9 @@ def serve(connection, tree: Path) -> None:
     import trl.trainer.sft_trainer  # noqa: F401
 
     os.chdir(tree)
+    temporary = tree.with_name(f"{tree.name}_temporary")
+    temporary.mkdir()
+    os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None  # what tests leave goes with the tree
     sys.path[:0] = [str(tree), str(tree / "tests")]  # where ranks find `Traced`
     while True:
         try:
@@ -235,7 +238,9 @@ class Worker:
         shutil.copytree(ROOT, self.tree, symlinks=True, ignore=ignored)
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, self.tree), daemon=False).start()
+        self._process = context.Process(target=serve, args=(theirs, self.tree))
+        self._process.start()
+        theirs.close()
 
     def run(self, tests: list[str], seconds: float, record: str | None = None) -> tuple[int | str, str, float]:
         """How pytest ended, what it said and how long it took; more than `seconds` is a timeout."""
@@ -244,6 +249,7 @@ class Worker:
 
     def close(self) -> None:
         self._connection.close()  # which ends the process
+        self._process.join()
 
 
 def record(workers: list[Worker], folders: list[str]) -> dict[str, tuple[float, set[str]]]:
@@ -299,8 +305,10 @@ def main() -> None:
     made = [mutant for path in paths for mutant in mutants_of(path)]
     chosen = random.Random(flags.seed).sample(made, min(flags.count, len(made)))
     begun, survivors, done = time.monotonic(), [], 0
-    with tempfile.TemporaryDirectory(prefix="lisa_dist_mutants_") as folder:
+    with tempfile.TemporaryDirectory(prefix="lisa_dist_mutants_") as folder, contextlib.ExitStack() as stack:
         workers = [Worker(Path(folder), str(number)) for number in range(flags.workers)]
+        for worker in workers:
+            stack.callback(worker.close)
         recorded = record(workers, list(dict.fromkeys(name for room in rooms for name in ROOMS[room])))
 
         def attempt(worker: Worker) -> None:
@@ -325,8 +333,6 @@ def main() -> None:
         total = len(chosen)
         with ThreadPoolExecutor(len(workers)) as pool:
             list(pool.map(attempt, workers))
-        for worker in workers:
-            worker.close()
     minutes = (time.monotonic() - begun) / 60
     print(f"\n{total - len(survivors)} of {total} mutants killed, of {len(made)} that can be made; {minutes:.0f} min")
     print("\n".join(["survivors:", *sorted(survivors)] if survivors else []))

@@ -21,8 +21,8 @@ def clean_environment() -> dict[str, str]:
     return environment | {"PATH": f"{BIN}:{environment['PATH']}"}
 
 
-def start(how: str, flags: list[str]) -> subprocess.CompletedProcess:
-    """Run launch/train.py as a user would."""
+def start(how: str, flags: list[str]) -> str:
+    """Run launch/train.py as a user would; what it said."""
     train = str(ROOT / "launch" / "train.py")
     command = {
         "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), train],
@@ -30,7 +30,10 @@ def start(how: str, flags: list[str]) -> subprocess.CompletedProcess:
         "python": [sys.executable, train],
         "lisa-dist": [str(BIN / "lisa-dist"), "train", "--gpus", "2"],
     }[how]
-    return subprocess.run([*command, *flags], env=clean_environment(), capture_output=True, text=True, timeout=PATIENCE)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": PATIENCE}
+    finished = subprocess.run([*command, *flags], env=clean_environment(), **options)
+    assert finished.returncode == 0, finished.stdout[-5000:]
+    return finished.stdout
 
 
 class Alone:
@@ -59,12 +62,13 @@ def run_alone(flags: list[str], output: Path, script: Path = TRAIN) -> tuple[int
     return run.wait(), run.said
 
 
-def on_two_ranks(flags: list[str], folder: Path, script: Path = TRAIN) -> None:
-    """A run of two ranks to its end."""
+def on_two_ranks(flags: list[str], folder: Path, script: Path = TRAIN) -> str:
+    """A run of two ranks to its end; what rank 0 said."""
     meet = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     outputs = {str(rank): folder / f"{rank}.txt" for rank in range(2)}
     ranks = [Alone(flags, output, script, RANK=rank, LOCAL_RANK=rank, **meet) for rank, output in outputs.items()]
     assert [rank.wait() for rank in ranks] == [0, 0], "".join(rank.said[-3000:] for rank in ranks)
+    return ranks[0].said
 
 
 def flags_for(folder: Path, output_dir: Path, **changes) -> list[str]:
@@ -89,16 +93,15 @@ def flags_for(folder: Path, output_dir: Path, **changes) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-def check_run(finished: subprocess.CompletedProcess, out: Path, periods_begin: list[int]) -> None:
+def check_run(said: str, out: Path, periods_begin: list[int]) -> None:
     """What every run says and leaves behind."""
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     for line in (
         "sdpa (no CUDA device)",
         "active at a time",
         "held-out loss",
         "period    2  active layers:",
     ):
-        assert line in finished.stdout + finished.stderr, line
+        assert line in said, line
     periods = [json.loads(line) for line in (out / "lisa_log.jsonl").read_text().splitlines()]
     assert [period["step"] for period in periods] == periods_begin
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]

@@ -1,4 +1,4 @@
-"""The examples, each started as its reader would, on two CPU ranks."""
+"""The examples on two CPU ranks, the loop of one's own started as its reader would."""
 
 import json
 import math
@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import save_tiny_llama
 from ranks import PATIENCE, free_port
+from runs import on_two_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,10 @@ def cut(words: list[str], length: int) -> list[list[str]]:
     return [words[begin : begin + length] for begin in range(0, len(words), length)]
 
 
+def words(flags: dict) -> list[str]:
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
 def start(launcher: str, script: Path, flags: dict) -> str:
     """Run a script on two ranks, as a user would, and return all that it said."""
     port = str(free_port())
@@ -69,9 +74,8 @@ def start(launcher: str, script: Path, flags: dict) -> str:
     set_by_other_tests = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in set_by_other_tests}
     environment["PATH"] = f"{BIN}:{environment['PATH']}"
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     finished = subprocess.run(
-        [*command, str(script), *words],
+        [*command, str(script), *words(flags)],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -158,7 +162,7 @@ def test_dpo_prefers_what_was_chosen(given, tmp_path):
     flags = LISA | {
         "model_name_or_path": given.model,
         "dataset_name": given.pairs,
-        "deepspeed": "ds_configs/zero2.json",
+        "deepspeed": ROOT / "ds_configs" / "zero2.json",
         "output_dir": tmp_path,
         "use_cpu": True,
         "bf16": False,
@@ -170,7 +174,7 @@ def test_dpo_prefers_what_was_chosen(given, tmp_path):
         "save_strategy": "no",
         "report_to": "none",
     }
-    start("torchrun", EXAMPLES / "dpo.py", flags)
+    on_two_ranks(words(flags), tmp_path, EXAMPLES / "dpo.py")
     check_what_trained(given.model, tmp_path, tmp_path)
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     steps = [entry for entry in history if "rewards/margins" in entry and "loss" in entry]
@@ -200,7 +204,7 @@ def test_continued_pretraining_splits_packs_and_learns(given, tmp_path):
         "logging_steps": 1,
         "save_strategy": "no",
     }
-    said = start("torchrun", ROOT / "launch" / "train.py", flags)
+    said = on_two_ranks(words(flags), tmp_path)
     assert f"text.txt: text (text), {given.num_long + given.num_short} rows" in said
     assert re.search(rf"rows have more than 64 tokens .*: {given.num_long} cut into \d+", said), said[-5000:]
     check_what_trained(given.model, tmp_path, tmp_path)

@@ -276,11 +276,9 @@ def test_one_run_goes_on_under_each_launcher_and_ends_with_the_same_weights(clus
     ("variables", "said"),
     [
         ({"OUTPUT_DIR": "/dev/shm/out"}, "host node2: --output_dir /dev/shm/out is another one: what host node1"),
-        ({"GPUS_PER_NODE": "2"}, "host node2: 0 GPUs are visible, not 2 (--gpus_per_node)"),
-        ({"MASTER_ADDR": "nowhere.invalid"}, "host node2: MASTER_ADDR nowhere.invalid: "),
         ({"SAVE_WITHIN": "600"}, "the job ends in "),  # in nine minutes, by --time
     ],
-    ids=["folder", "GPUs", "address", "time"],
+    ids=["folder", "time"],
 )
 def test_what_is_wrong_on_a_node_ends_the_job_before_the_run(cluster, recipe, tmp_path, variables, said):
     variables = {"RECIPE": str(recipe), "ACTIVATE": f"PATH={Path(sys.executable).parent}:$PATH"} | variables

@@ -64,22 +64,22 @@ main()
 """
 
 
-@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 @pytest.mark.parametrize(
     ("how", "changes"),
     [
-        ("deepspeed", {"deepspeed": "zero3", "bf16": True, "sample_prompt": "1 + 1?"} | SMALLEST),
-        ("torchrun", {"deepspeed": "zero2_offload"}),
-        ("python", {}),
+        ("lisa-dist", {"deepspeed": "zero1"}),
+        full("deepspeed", {"deepspeed": "zero3", "bf16": True, "sample_prompt": "1 + 1?"} | SMALLEST),
+        full("torchrun", {"deepspeed": "zero2_offload"}),
+        full("python", {}),
     ],
 )
-def test_every_way_of_starting(folder, tmp_path, how, changes):  # and lisa-dist in test_report.py
-    finished = start(how, flags_for(folder, tmp_path / "out", **changes))
-    check_run(finished, tmp_path / "out", [0, 2, 4])
+def test_every_way_of_starting(folder, tmp_path, how, changes):
+    said = start(how, flags_for(folder, tmp_path / "out", **changes))
+    check_run(said, tmp_path / "out", [0, 2, 4])
     if "sample_prompt" in changes:
-        assert "before training, asked: 1 + 1?" in finished.stdout
-        assert "after training, asked: 1 + 1?" in finished.stdout
+        assert "before training, asked: 1 + 1?" in said
+        assert "after training, asked: 1 + 1?" in said
 
 
 @pytest.mark.full
@@ -519,8 +519,8 @@ def converted(data_dir: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "changes", "found"),
     [
-        ("alpaca/mix_train.json", {}, "mix_train.json: alpaca (instruction, input, output"),
-        full("chat/oasst_en_chat.jsonl", {}, "oasst_en_chat.jsonl: "),
+        full("alpaca/mix_train.json", {}, "mix_train.json: alpaca (instruction, input, output"),
+        ("chat/oasst_en_chat.jsonl", {}, "oasst_en_chat.jsonl: "),
         full("pubmedqa", {"max_length": 1024}, "pubmedqa.jsonl: question_answer (question, answer), 1000 rows"),
         full("text/wiki_demo.txt", {"packing": True, "eval_rows": 1}, "wiki_demo.txt: text (text), "),
     ],

@@ -202,7 +202,7 @@ def bf16_losses() -> list[float]:
     return run_ranks(train_and_check, 2, "zero2", tiny_llama, torch.bfloat16, {})[0]["losses"]
 
 
-@pytest.mark.parametrize("ds_config", stages("zero2", "zero3", among=PLAIN))
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -243,7 +243,7 @@ def test_kept_states_come_back_when_a_layer_wakes(ds_config):
         assert 12 * layer * asleep / 2 <= host_bytes <= 12 * layer * asleep / 2 + 100 * asleep
 
 
-@pytest.mark.parametrize("ds_config", stages("zero3", among=PLAIN))
+@pytest.mark.parametrize("ds_config", [full("zero2"), "zero3"])
 def test_frozen_embedding_with_checkpointing(ds_config):
     settings = {"lisa_frozen": "embed", "lisa_always_on": "head,rest", "lisa_sampler": "reshuffle"}
     check_against_reference(ds_config, tiny_llama, "model.layers", {"checkpointing": True, "lisa": settings})
@@ -282,7 +282,6 @@ def tiny_tied_llama():
 @pytest.mark.parametrize(
     ("ds_config", "settings"),
     [
-        full("zero1", {"lisa_offload": "embed,head"}),
         ("zero2", {"lisa_offload": "embed,head"}),
         full("zero3", {"lisa_offload": "embed,head"}),
         full("zero2", {"lisa_offload": "head,layers", "lisa_state": "keep"}),
@@ -463,7 +462,7 @@ def test_bf16_sleeps_moves_and_agrees(ds_config):
     assert outcome["losses"] == pytest.approx(reference, abs=0.05)
 
 
-@pytest.mark.parametrize("ds_config", stages("zero2", "zero3", among=PLAIN))
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
 def test_8bit_states_take_effect(ds_config):
     outcome = run_ranks(train_and_check_8bit, 2, ds_config)[0]
     reference = reference_losses(tiny_llama, "model.layers", outcome["layers_of_period"], {})
@@ -492,7 +491,7 @@ def train_and_check_8bit(ds_config: str) -> dict:
     return {"losses": losses, "layers_of_period": sets[::INTERVAL], "dtypes": dtypes}
 
 
-@pytest.mark.parametrize("ds_config", stages("zero2", among=PLAIN))
+@pytest.mark.parametrize("ds_config", ["zero2", full("zero3")])
 def test_bits_of_the_moments_by_block(ds_config):
     outcome = run_ranks(train_and_check_bits, 2, ds_config)[0]
     reference = reference_losses(tiny_llama, "model.layers", outcome["layers_of_period"], {})

@@ -142,6 +142,7 @@ def test_rows_of_agieval_are_its_prompts(data_dir):
     assert ".Q: Based on the above statement, " in row["query"], "passage and question, nothing between them"
 
 
+@pytest.mark.full
 def test_scores_are_those_of_a_direct_call(data_dir, tmp_path, monkeypatch):
     """Ten items of each task, of MMLU one of each subject of stem: log-likelihoods, answers, scores, to the digit."""
     model, ours = data_dir / "models" / "stories260k-hf", {}

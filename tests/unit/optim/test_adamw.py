@@ -72,6 +72,7 @@ def fp32_by_triton() -> None:
         del os.environ["LISA_DIST_KERNELS"]
 
 
+@pytest.mark.full
 def test_fp32_by_triton_is_torchs_adamw():
     run_ranks(fp32_by_triton, 1, interpret=True)
 

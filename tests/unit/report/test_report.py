@@ -13,7 +13,7 @@ import pytest
 from matplotlib.image import imread
 from models import save_tiny_llama
 from ranks import PATIENCE
-from runs import check_run, flags_for, start
+from runs import check_run, flags_for, on_two_ranks
 
 from lisa_dist.commands.report import main
 from lisa_dist.report.html import _as_svg, write_report
@@ -44,16 +44,16 @@ pytestmark = pytest.mark.xdist_group("report")  # one run
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, cpu_ops) -> Path:
-    """The output of `lisa-dist train --gpus 2`: 60 steps in 12 periods."""
+    """The output of a run on two ranks: 60 steps in 12 periods."""
     folder = tmp_path_factory.mktemp("report")
     save_tiny_llama(folder / "model")
     rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(64)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     changes = {"max_steps": 60, "eval_steps": 20, "lisa_interval_steps": 5, "save_strategy": "steps", "save_steps": 40}
     changes |= {"deepspeed": "zero1", "optim": "adamw_8bit", "report_to": "tensorboard"}
-    finished = start("lisa-dist", flags_for(folder, folder / "out", **changes))
-    check_run(finished, folder / "out", list(range(0, 60, 5)))
-    assert len(re.findall(r"^step \d+/60 .*  loss .* tokens/s .* left$", finished.stdout, re.M)) == 60
+    said = on_two_ranks(flags_for(folder, folder / "out", **changes), folder)
+    check_run(said, folder / "out", list(range(0, 60, 5)))
+    assert len(re.findall(r"^step \d+/60 .*  loss .* tokens/s .* left$", said, re.M)) == 60
     return folder / "out"
 
 

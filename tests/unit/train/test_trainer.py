@@ -328,11 +328,9 @@ def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, 
 @pytest.mark.parametrize(
     ("ds_config", "changes"),
     [
-        full("zero1", {}),
         full("zero2", {"bf16": True}),
         ("zero3", {}),
         full("zero3", {"bf16": True, "gradient_accumulation_steps": 1, "save_steps": 3}),
-        full("zero2_offload", {}),
         ("zero2", {"bf16": True, "optim": "lisa_adamw", "lisa_master": "bf16_sr"}),
         full("zero2", {"eval_strategy": "epoch"}),  # after checkpoint-4 was saved, and not again in the resumed run
     ],
@@ -356,6 +354,7 @@ def test_a_resumed_run_is_the_run(tmp_path, ds_config, changes):
     ]
 
 
+@pytest.mark.full
 def test_a_signals_checkpoint_stays_though_another_is_the_best(tmp_path):
     """In a step that would be evaluated too: the run goes on from it as if nothing had happened."""
     changes = {"eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1, "metric_for_best_model": "loss"}
