@@ -117,7 +117,7 @@ def look_at_periods(ds_config: str, optim: str, settings: dict, periods: int) ->
         full("zero3", "adamw_torch", {}, 1e-3),
         full("zero2_offload", "adamw_torch", {}, 1e-3),
         ("zero3", "lisa_adamw", {"lisa_state_bits": "layers=8"}, 0.03),
-        full("zero2", "adamw_8bit", {}, 0.1),
+        ("zero2", "adamw_8bit", {}, 0.1),
     ],
 )
 def test_importance_is_the_norm_of_gradients(ds_config, optim, settings, tolerance):
