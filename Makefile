@@ -44,13 +44,13 @@ mutants: $(VENV)/.ready  ## change the engine in 150 places, one at a time: does
 bench: $(VENV)/.ready  ## methods side by side on two CPU ranks: 40 minutes of a quiet machine; tables of the docs follow
 	$(BUILD_OPS)
 	for name in memory speed switch communication scaling; do \
-		PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python benchmarks/$$name.py || exit 1; \
+		PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m benchmarks.cost.$$name || exit 1; \
 	done
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python -m benchmarks.tables.write
 
 bench-gpu: $(VENV)/.ready  ## the same on one GPU, with models of 7B and 8B: under nine minutes, without a network
-	PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu.py
-	$(BIN)/python benchmarks/tables.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.cost.gpu
+	$(BIN)/python -m benchmarks.tables.write
 
 checks: $(VENV)/.ready  ## lint and format
 	$(BIN)/ruff check .

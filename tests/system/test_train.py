@@ -241,7 +241,7 @@ def test_stage_3_loads_a_model_in_pieces(folder, tmp_path):
 @pytest.mark.full
 def test_the_header_of_a_recipe_is_what_is_planned_of_it():
     """One of them, in full; the others' tables are made by the same script."""
-    recipes = runpy.run_path(str(ROOT / "benchmarks" / "recipes.py"))
+    recipes = runpy.run_path(str(ROOT / "benchmarks" / "tables" / "recipes.py"))
     texts = {path.stem: path.read_text() for path in sorted((ROOT / "launch" / "recipes").glob("*.yaml"))}
     assert recipes["with_plan"](texts["llama2_7b_1gpu"]) == texts["llama2_7b_1gpu"]
     for name, text in texts.items():

@@ -1,51 +1,36 @@
-"""The scripts of benchmarks/ that compare methods: what they compare is what they say, and they run."""
+"""The scripts of benchmarks/cost that compare methods: what they compare is what they say, and they run."""
 
+import argparse
 import importlib
 import itertools
 import json
 import statistics
+import subprocess
 import sys
 
 import pytest
 import torch
-from runs import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
-pytestmark = pytest.mark.full
+from benchmarks.common import arms, ranks, results
 
-SCRIPTS = ("communication", "gpu", "memory", "quality", "scaling", "speed", "switch")
+pytestmark = pytest.mark.full
 TINY = ["--shrink", "64", "--num_layers", "3"]
 
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """Import a script as it is run: with its folder first on the path, and gone again afterwards."""
-    before = dict(sys.modules)
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    """A script with the words that it is called with."""
 
     def load(name: str, *words: str):
-        monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", *words])
-        return importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [f"benchmarks/cost/{name}.py", *words])
+        return importlib.import_module(f"benchmarks.cost.{name}")
 
-    yield load
-    for name in (path.stem for path in (ROOT / "benchmarks").glob("*.py")):
-        sys.modules.pop(name, None)
-        if name in before:
-            sys.modules[name] = before[name]
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_has_the_question(name, benchmark, capsys):
-    with pytest.raises(SystemExit) as ended:
-        benchmark(name, "--help").main()
-    assert ended.value.code == 0
-    question = benchmark(name).__doc__.splitlines()[0]
-    assert " ".join(question.split()) in " ".join(capsys.readouterr().out.split())
+    return load
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "static", "static, embed frozen"])
-def test_operations_of_a_step_are_those_that_torch_counts(method, benchmark):
-    arms = benchmark("arms")
+def test_operations_of_a_step_are_those_that_torch_counts(method):
     config = arms.shrunk_config("llama3.1-8b", 32, 6)
     settings = {"lora": {"r": 4}, "static": {}, "full": {}}.get(method, arms.EMBED_FROZEN)
     arm, length = arms.Arm(method, method.split(",")[0], settings), 1024  # of which attention is a good part
@@ -71,8 +56,7 @@ def test_operations_of_a_step_are_those_that_torch_counts(method, benchmark):
     assert one_more * passes > 0.1 * wanted
 
 
-def test_ranks_of_lora_are_divided_as_widths_are(benchmark):
-    arms = benchmark("arms")
+def test_ranks_of_lora_are_divided_as_widths_are():
     ranks = [[arm.settings.get("r") for arm in arms.shrunk_arms(arms.SIDE_BY_SIDE, shrink)] for shrink in (1, 16, 32)]
     assert ranks == [[None, r16, r128, None, None, None] for r16, r128 in ((16, 128), (1, 8), (1, 4))]
     shares = []
@@ -85,19 +69,18 @@ def test_ranks_of_lora_are_divided_as_widths_are(benchmark):
     assert shares[0] == pytest.approx(shares[1], rel=0.02)
 
 
-def test_results_say_what_made_them_and_not_where(benchmark, tmp_path, monkeypatch, capsys):
-    bench = benchmark("bench")
-    words = ["benchmarks/speed.py", "--model=/home/me/small", "--results", "/home/me/x.json", "--ranks=2"]
+def test_results_say_what_made_them_and_not_where(tmp_path, monkeypatch, capsys):
+    words = ["/home/me/repo/benchmarks/cost/speed.py", "--model=/home/me/small", "--results", "/home/me/x.json"]
     monkeypatch.setattr(sys, "argv", words)
-    bench.write_results(tmp_path / "deep" / "x.json", {"a": 1})
-    results = json.loads((tmp_path / "deep" / "x.json").read_text())
-    assert results["command"] == "python benchmarks/speed.py --model=small --results x.json --ranks=2"
-    assert results["figures"] == {"a": 1}
-    assert results["memory_bytes"] > 2**30
-    assert results["processor"]
-    assert results["seconds"] >= 0
-    assert results["versions"]["torch"] == torch.__version__
-    assert {"python", "deepspeed", "peft", "bitsandbytes", "lisa_dist"} <= set(results["versions"])
+    results.write_results(tmp_path / "deep" / "x.json", {"a": 1})
+    written = json.loads((tmp_path / "deep" / "x.json").read_text())
+    assert written["command"] == "python -m benchmarks.cost.speed --model=small --results x.json"
+    assert written["figures"] == {"a": 1}
+    assert written["memory_bytes"] > 2**30
+    assert written["processor"]
+    assert written["seconds"] >= 0
+    assert written["versions"]["torch"] == torch.__version__
+    assert {"python", "deepspeed", "peft", "bitsandbytes", "lisa_dist"} <= set(written["versions"])
     assert "written to" in capsys.readouterr().out
 
 
@@ -107,16 +90,14 @@ def test_the_gpu_set_begins_with_the_first_of_every_shape(benchmark, monkeypatch
     assert gpu.by_turns() == [(0, "full"), (1, "lisa"), (0, "lisa"), (1, "full"), (0, "lora")]
 
 
-def test_operations_without_layers_are_the_mean_of_all_draws(benchmark):
-    arms = benchmark("arms")
+def test_operations_without_layers_are_the_mean_of_all_draws():
     config, arm = arms.shrunk_config("llama3.1-8b", 32, 6), arms.Arm("lisa", "lisa", arms.EMBED_FROZEN)
     draws = [arms.flops_of_step(config, arm, 8, 8, layers) for layers in itertools.combinations(range(6), 2)]
     assert arms.flops_of_step(config, arm, 8, 8) == pytest.approx(statistics.mean(draws))
     assert min(draws) < max(draws)
 
 
-def test_operations_with_a_drawn_block(benchmark):
-    arms = benchmark("arms")
+def test_operations_with_a_drawn_block():
     config, arm = arms.shrunk_config("llama3.1-8b", 32, 6), arms.Arm("lisa", "lisa", {"lisa_always_on": "rest"})
     neither, head, embed = (
         arms.flops_of_step(config, arm, 8, 8, (4,), blocks) for blocks in ((), ("head",), ("embed",))
@@ -138,7 +119,7 @@ def test_arms_take_turns_in_orders_that_differ(benchmark):
             return [{"step": 1.0}, {"step": 2.0}]
 
     comparison = speed.Comparison.__new__(speed.Comparison)
-    comparison._arguments, comparison._length = speed.argparse.Namespace(repeats=5), 8
+    comparison._arguments, comparison._length = argparse.Namespace(repeats=5), 8
     names = ["full", "static", "lisa"]
     comparison.groups = {name: Group(name) for name in names}
     taken = comparison.take_turns(names)
@@ -174,7 +155,6 @@ def test_memory_sees_what_a_callback_keeps_and_moves(benchmark, tmp_path, capsys
     drifted = {name: found["drift"]["changed"] for name, found in of_arms.items() if found["drift"]}
     assert drifted["static"] == drifted["lisa"] == 0 < drifted["callback"]
     assert "of static" in capsys.readouterr().out
-    assert results.with_suffix(".png").stat().st_size > 1000
 
 
 def test_speed_has_every_arm(benchmark, tmp_path, capsys):
@@ -190,9 +170,7 @@ def test_speed_has_every_arm(benchmark, tmp_path, capsys):
     assert plain["static"]["flops"] == plain["lisa"]["flops"] < plain["full"]["flops"]
     assert len(plain["lisa"]["after_a_switch"]) == 2
     assert 0 < more["lisa, checkpointed auto"]["checkpointed_layers"] < 3
-    out = capsys.readouterr().out
-    assert "FLOPs of full" in out
-    assert out.count("after a switch, lisa of static") == 2, "of both widths"
+    assert "FLOPs of full's" in capsys.readouterr().out
 
 
 def test_switch_counts_what_follows_it(benchmark, tmp_path, capsys, monkeypatch):
@@ -211,7 +189,6 @@ def test_switch_counts_what_follows_it(benchmark, tmp_path, capsys, monkeypatch)
     assert found["bytes_released"] > 0
     assert any(name.startswith("repartition: ") for name in found["of_time"])
     assert "with what follows" in capsys.readouterr().out
-    assert results.with_suffix(".png").stat().st_size > 1000
 
 
 def test_the_cost_of_a_switch(benchmark):
@@ -235,11 +212,11 @@ def test_communication_ends_well_where_all_is_equal(benchmark, tmp_path, capsys,
     assert all(found["equal"] for found in of_arms.values())
     step = {name: found["moments"]["step"] for name, found in of_arms.items()}
     assert step["lisa"]["wire"] < step["callback"]["wire"] < step["full"]["wire"]
-    assert "by formula" in capsys.readouterr().out
+    assert "equal to the formula" in capsys.readouterr().out
 
     exact, one_more = module.bytes_by_formula, module.Counter(reduce=1)
     monkeypatch.setattr(module, "bytes_by_formula", lambda *_: exact(*_) | {"step": exact(*_)["step"] + one_more})
-    with pytest.raises(SystemExit, match=r"counted and formula differ: .*lisa under zero1"):
+    with pytest.raises(SystemExit, match=r"lisa under zero1, step, reduce: counted \[0, 0\], by the formula 1"):
         module.main()
 
 
@@ -247,19 +224,19 @@ def test_the_gpu_set_in_rehearsal(benchmark, tmp_path, capsys, monkeypatch):
     """Every arm that ran was planned to 1%, LoRA too; what has no time left says so."""
     results = tmp_path / "gpu.json"
     module = benchmark("gpu", "--rehearse", "--length", "64", "--results", str(results))
-    arms = (module.LISA, module.STATIC, module.LORA_16, module.SIX_BYTES, module.DRAWN)
-    monkeypatch.setattr(module, "SHAPES", (("llama2-7b", None, arms), ("llama3.1-8b", None, arms[:1])))
+    run = (arms.LISA, arms.STATIC, arms.LORA_16, module.SIX_BYTES, module.DRAWN)
+    monkeypatch.setattr(module, "SHAPES", (("llama2-7b", None, run), ("llama3.1-8b", None, run[:1])))
     module.main()
     figures = json.loads(results.read_text())["figures"]
     of_arms = figures["llama2-7b, all layers"]
-    assert list(of_arms) == [arm.name for arm in arms]
+    assert list(of_arms) == [arm.name for arm in run]
     for name, found in (*of_arms.items(), *figures["llama3.1-8b, all layers"].items()):
         assert found["planned"] == pytest.approx(found["peak"], rel=0.01), name
     assert of_arms["static"]["active_layers"] == of_arms["lisa"]["active_layers"]
-    assert of_arms["lisa, drawn"]["blocks_at_peak"] == ["embed"]
+    assert of_arms["lisa, drawn"]["active_blocks"] == ["embed"]
     assert of_arms["lisa, drawn"]["peak"] < of_arms["lisa"]["peak"]
     assert "tokens/s" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py", "--rehearse", "--minutes", "0"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks/cost/gpu.py", "--rehearse", "--minutes", "0"])
     module.main()
     assert "time was up" in capsys.readouterr().out
 
@@ -271,9 +248,9 @@ def test_what_a_gpu_cannot_hold_is_told_apart(benchmark, monkeypatch):
         raise module.RankError({"full": "OutOfMemoryError"}.get(arm.name, "ValueError"), "rank 0: what it said")
 
     monkeypatch.setattr(module, "measure", measure)
-    monkeypatch.setattr(module, "SHAPES", (("llama2-7b", None, (module.FULL, module.LISA)),))
-    arguments = module.argparse.Namespace(rehearse=True, minutes=1, results=None)
-    assert module.run_all(arguments) == {
+    monkeypatch.setattr(module, "SHAPES", (("llama2-7b", None, (arms.FULL, arms.LISA)),))
+    arguments = argparse.Namespace(rehearse=True, minutes=1, results=None)
+    assert module.run_all(arguments, None) == {
         "llama2-7b, all layers": {"full": {"not_run": "out of memory"}, "lisa": {"not_run": "rank 0: what it said"}}
     }
 
@@ -282,16 +259,10 @@ def test_what_a_gpu_cannot_hold_is_told_apart(benchmark, monkeypatch):
     ("name", "words", "message"),
     [
         ("memory", ["--shrink", "0"], "--shrink: 0 is not 1 or more"),
-        ("memory", ["--ranks", "0"], "--ranks: 0 is not 1 or more"),
-        ("memory", ["--configs", "zero9"], "--configs: invalid choice: 'zero9'"),
         ("memory", ["--switches", "50", "10"], "--switches 50 10: each must be more than the one before"),
         ("memory", ["--model", "nosuch"], "--model nosuch: no such folder"),
         ("memory", ["--num_layers", "1"], "--num_layers 1: too few for what is compared; take 4 or more"),
-        ("speed", ["--repeats", "0"], "--repeats: 0 is not 1 or more"),
         ("speed", ["--shrink", "3"], "--shrink 3: static and LISA are compared at half of it too"),
-        ("switch", ["--num_layers", "7"], "--num_layers 7: too few for what is compared; take 8 or more"),
-        ("switch", ["--switches", "0"], "--switches: 0 is not 1 or more"),
-        ("communication", ["--length", "-1"], "--length: -1 is not 1 or more"),
         ("communication", ["--large", "nosuch"], "--large nosuch: no such folder"),
         ("gpu", ["--rehearse", "--peak_tflops", "0"], "--peak_tflops 0: must be more than 0"),
     ],
@@ -305,9 +276,8 @@ def test_flags_that_cannot_be(name, words, message, benchmark, capsys, monkeypat
     assert message in capsys.readouterr().err
 
 
-def test_a_model_with_other_names_for_its_widths(benchmark, tmp_path):
+def test_a_model_with_other_names_for_its_widths(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 64}))
-    arms = benchmark("arms")
     with pytest.raises(ValueError, match="the config of a gpt2 has no intermediate_size, num_key_value_heads"):
         arms.shrunk_config(str(tmp_path / "config.json"), 2)
 
@@ -321,10 +291,9 @@ class SecondFails:
         torch.distributed.barrier()
 
 
-def test_of_ranks_the_one_that_failed_is_named(benchmark):
-    rank_group = benchmark("rank_group")
-    group = rank_group.RankGroup(2, SecondFails)
-    with pytest.raises(rank_group.RankError, match=r"rank 1: (.|\n)*not on this rank") as failed:
+def test_of_ranks_the_one_that_failed_is_named():
+    group = ranks.RankGroup(2, SecondFails)
+    with pytest.raises(ranks.RankError, match=r"rank 1: (.|\n)*not on this rank") as failed:
         group.call("work")
     assert failed.value.kind == "LookupError"
 
@@ -336,3 +305,11 @@ def test_without_a_gpu_the_gpu_set_says_how_to_rehearse(benchmark, capsys):
         benchmark("gpu").main()
     assert ended.value.code == 2
     assert "--rehearse" in capsys.readouterr().err
+
+
+def test_the_server_that_ranks_are_forked_from_does_not_initialise_cuda():
+    """The import of bitsandbytes does, where there is a GPU."""
+    code = f"import importlib, sys\nfor name in {ranks.PRELOADED}: importlib.import_module(name)\n"
+    code += "print('torch' in sys.modules, 'bitsandbytes' in sys.modules)"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.split()[-2:] == ["True", "False"]

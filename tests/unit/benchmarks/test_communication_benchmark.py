@@ -1,35 +1,22 @@
-"""benchmarks/communication.py, traffic.py: the counter counts what it is given, formulas say what DeepSpeed sends."""
-
-import importlib
-import sys
-from pathlib import Path
-from types import ModuleType
+"""communication.py, traffic.py of benchmarks/cost: the counter counts what it is given, formulas what ranks send."""
 
 import pytest
 import torch
 from ranks import run_ranks
 from torch import distributed as dist
 
-import lisa_dist  # noqa: F401 - before the script is, whose folder has a kernels.py, which is no package's
+from benchmarks.cost import communication, traffic
 
 pytestmark = [pytest.mark.full, pytest.mark.usefixtures("cpu_ops")]
 
-BENCHMARKS = str(Path(__file__).parents[3] / "benchmarks")
 MODEL = ("llama3.1-8b", 128, 3)  # 32 wide, keys and values narrower than queries
 ARMS = ("lisa", "full", "callback")
 WORLD = 2
 
 
-def script(name: str = "communication") -> ModuleType:
-    """A script as a module. Its folder is on the path for this import alone, behind everything else."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [*sys.path, BENCHMARKS])
-        return importlib.import_module(name)
-
-
 def count_by_hand() -> dict[str, int]:
     """On a rank: one collective of each kind, of sizes that differ."""
-    with script().CollectiveCounter() as counter:
+    with communication.CollectiveCounter() as counter:
         dist.all_reduce(torch.ones(3))
         dist.reduce(torch.ones(5), dst=0)
         dist.broadcast(torch.ones(7, dtype=torch.bfloat16), src=0)
@@ -52,17 +39,16 @@ def test_the_counter_counts_the_whole_tensor_of_each_collective():
 
 def test_what_is_cut_into_equal_parts_is_padded():
     """Three ranks, 2 bytes an element: widths that two ranks can share have nothing to pad."""
-    module = script("traffic")
     numel, groups = {"large": 7, "asleep": 4, "small": 1}, [["large", "asleep"], ["small"]]
     one_pass = [
-        module.Visit(True, 0, ("large", "asleep", "small")),
-        module.Visit(False, 0, ("large", "asleep", "small")),
+        traffic.Visit(True, 0, ("large", "asleep", "small")),
+        traffic.Visit(False, 0, ("large", "asleep", "small")),
     ]
-    layout = module.Layout(numel, groups, ["large", "small"], {}, one_pass)
+    layout = traffic.Layout(numel, groups, ["large", "small"], {}, one_pass)
 
     def step(stage: int) -> dict[str, int]:
         zero = {"stage": stage, "stage3_param_persistence_threshold": 1}
-        return dict(module.step_bytes(layout, module.Settings(3, 2, module.DeepSpeedZeroConfig(**zero))))
+        return dict(traffic.step_bytes(layout, traffic.Settings(3, 2, traffic.DeepSpeedZeroConfig(**zero))))
 
     of_stage_2 = {"all_reduce": 2 * (7 + 1), "all_gather_into_tensor": 2 * (12 + 6), "control: all_reduce": 2 * 4 + 1}
     of_stage_3 = {"reduce_scatter_tensor": 2 * (9 + 3), "all_gather_into_tensor": 2 * (9 + 6 + 3)}
@@ -71,35 +57,32 @@ def test_what_is_cut_into_equal_parts_is_padded():
 
 
 def test_what_goes_over_the_wire_in_rings():
-    module = script("traffic")
-    assert module.on_wire({"all_reduce": 8, "control: all_reduce": 4, "all_gather_into_tensor": 16}, 4) == 18 + 12
-    assert module.on_wire({"reduce_scatter_tensor": 16}, 1) == 0
-    step, switch = module.Counter(broadcast=200), module.Counter(all_gather=400)
+    assert traffic.on_wire({"all_reduce": 8, "control: all_reduce": 4, "all_gather_into_tensor": 16}, 4) == 18 + 12
+    assert traffic.on_wire({"reduce_scatter_tensor": 16}, 1) == 0
+    step, switch = traffic.Counter(broadcast=200), traffic.Counter(all_gather=400)
     moments = {"step": step, "first step": step, "second step": step + step, "switch": switch}
-    assert module.mean_of_period(moments, 2) == (20 * 100 + 100 + 200) / 20
-    assert module.mean_of_period({"step": step}, 2) == 100
+    assert traffic.mean_of_period(moments, 2) == (20 * 100 + 100 + 200) / 20
+    assert traffic.mean_of_period({"step": step}, 2) == 100
 
 
 def count_arms(names: tuple[str, ...], ds_config: str | dict, dtype: str) -> dict[str, dict]:
     """On a rank: what these arms send."""
-    module = script()
-    config, counting = module.shrunk_config(*MODEL), module.Counting()
-    settings = {"interval": module.INTERVAL, "dtype": getattr(torch, dtype)}
-    arms = {arm.name: arm for arm in module.SIDE_BY_SIDE}
+    config, counting = communication.shrunk_config(*MODEL), communication.Counting()
+    settings = {"interval": communication.INTERVAL, "dtype": getattr(torch, dtype)}
+    arms = {arm.name: arm for arm in communication.SIDE_BY_SIDE}
     return {name: counting.count(8, arms[name], config, ds_config, **settings) for name in names}
 
 
 def check(names: tuple[str, ...], ds_config: str | dict, dtype: str = "float32") -> dict[str, dict]:
     """Counted is what the formula says, on every rank; what was counted."""
-    module = script()
-    settings = module.Settings.of(ds_config, module.shrunk_config(*MODEL), WORLD, getattr(torch, dtype))
+    settings = communication.Settings.of(ds_config, communication.shrunk_config(*MODEL), WORLD, getattr(torch, dtype))
     of_ranks = run_ranks(count_arms, WORLD, names, ds_config, dtype)
-    for arm in [arm for arm in module.SIDE_BY_SIDE if arm.name in names]:
+    for arm in [arm for arm in communication.SIDE_BY_SIDE if arm.name in names]:
         counted = [rank[arm.name] for rank in of_ranks]
         was, active = counted[0]["was"], counted[0]["active"]
-        layout = module.layout_of(arm, *MODEL, active)
-        formula = module.bytes_by_formula(arm, layout, settings, was, active)
-        assert set(formula) == set(module.MOMENTS if arm.name == "lisa" else ["step"])
+        layout = communication.layout_of(arm, *MODEL, active)
+        formula = communication.bytes_by_formula(arm, layout, settings, was, active)
+        assert set(formula) == set(communication.MOMENTS if arm.name == "lisa" else ["step"])
         for moment, found in formula.items():
             for rank in counted:
                 assert rank[moment]["bytes"] == dict(+found), f"{arm.name}, {moment}"
@@ -116,8 +99,7 @@ def test_stages_1_and_2_send_what_the_formula_says(ds_config, dtype):
 
 
 def test_stage_3_as_shipped_gathers_a_small_model_once():
-    module = script()
-    numel = sum(module.layout_of(module.FULL, *MODEL, ()).numel.values())
+    numel = sum(communication.layout_of(communication.FULL, *MODEL, ()).numel.values())
     steps = {name: counted["step"]["bytes"] for name, counted in check(ARMS, "zero3").items()}
     assert {step["all_gather_into_tensor"] for step in steps.values()} == {4 * numel}
     assert steps["full"]["reduce_scatter_tensor"] == 4 * numel > steps["lisa"]["reduce_scatter_tensor"]
@@ -125,8 +107,7 @@ def test_stage_3_as_shipped_gathers_a_small_model_once():
 
 @pytest.mark.parametrize("keeps", ["keeps half", "keeps none"])
 def test_stage_3_gathers_twice_what_it_does_not_keep(keeps):
-    module = script()
-    numel = sum(module.layout_of(module.FULL, *MODEL, ()).numel.values())
-    counted = check(("lisa", "lora r16"), module.ds_configs(numel)[f"zero3, {keeps}"])
+    numel = sum(communication.layout_of(communication.FULL, *MODEL, ()).numel.values())
+    counted = check(("lisa", "lora r16"), communication.ds_configs(numel)[f"zero3, {keeps}"])
     gathered = counted["lisa"]["step"]["bytes"]["all_gather_into_tensor"] / 4
     assert numel < gathered < 2 * numel

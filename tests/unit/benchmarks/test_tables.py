@@ -1,6 +1,5 @@
 """The tables of README and docs are what benchmarks/results says, and benchmarks/README.md has every benchmark."""
 
-import importlib.util
 import json
 import random
 import re
@@ -8,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+
+from benchmarks.tables import index, parts, rows, write
 
 ROOT = Path(__file__).parents[3]
 PAGES = [path.relative_to(ROOT) for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
@@ -17,34 +18,23 @@ ASKED = {"numel"}  # numbers in results that a table looks its figures up by
 ON_PAGES = [(page, found[1]) for page in PAGES for found in MARKED.finditer((ROOT / page).read_text(encoding="utf-8"))]
 
 
-@pytest.fixture(scope="module")
-def tables():
-    """benchmarks/tables.py. Some there are called as packages are: the folder is on the path for this import alone."""
-    spec = importlib.util.spec_from_file_location("tables_of_benchmarks", ROOT / "benchmarks" / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as paths:
-        paths.syspath_prepend(ROOT / "benchmarks")
-        spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def copy(tables, tmp_path, capsys) -> Path:
+def copy(tmp_path, capsys) -> Path:
     """Pages, scripts and results, to be changed; the pages are what the results say."""
-    for path in (*PAGES, *(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glob("*.py"))):
-        (tmp_path / path).parent.mkdir(exist_ok=True)
+    for path in (*PAGES, *(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glob("*/*.py"))):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
-    tables.main([], tmp_path)
+    write.main([], tmp_path)
     capsys.readouterr()
     return tmp_path
 
 
-def check(tables, root: Path, capsys) -> list[str]:
+def check(root: Path, capsys) -> list[str]:
     """What --check names; it says so by its exit status too."""
     before = {page: (root / page).read_bytes() for page in PAGES}
     try:
-        tables.main(["--check"], root)
+        write.main(["--check"], root)
         status = 0
     except SystemExit as exit:
         status = exit.code
@@ -59,21 +49,21 @@ def names_in(lines: list[str]) -> set[str]:
     return {name for line in lines for name in line.split(": ")[1].split(", ")}
 
 
-def error_of(tables, root: Path) -> str:
+def error_of(root: Path) -> str:
     """What it says of pages or results that no table can be made of, having written nothing."""
     before = {page: (root / page).read_bytes() for page in PAGES}
     with pytest.raises(SystemExit) as stopped:
-        tables.main([], root)
+        write.main([], root)
     assert before == {page: (root / page).read_bytes() for page in PAGES}
     return stopped.value.code
 
 
-def test_the_pages_are_what_the_results_say(tables, capsys):
-    assert check(tables, ROOT, capsys) == [], "python benchmarks/tables.py writes them"
+def test_the_pages_are_what_the_results_say(capsys):
+    assert check(ROOT, capsys) == [], "python -m benchmarks.tables.write writes them"
 
 
-def test_every_table_is_on_a_page(tables):
-    assert {name for _, name in ON_PAGES} == set(tables.TABLES)
+def test_every_table_is_on_a_page():
+    assert {name for _, name in ON_PAGES} == {*parts.TABLES, "index"}
 
 
 def change_a_digit(page: Path, name: str) -> None:
@@ -86,30 +76,30 @@ def change_a_digit(page: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("at_once", [[one] for one in ON_PAGES[:2]] + [ON_PAGES], ids=["first", "second", "all"])
-def test_a_digit_on_a_page(at_once, tables, copy, capsys):
+def test_a_digit_on_a_page(at_once, copy, capsys):
     before = {page: (copy / page).read_bytes() for page in PAGES}
     expected: dict[Path, list[str]] = {}
     for page, name in at_once:
         change_a_digit(copy / page, name)
         expected.setdefault(page, []).append(name)
-    named = check(tables, copy, capsys)
+    named = check(copy, capsys)
     assert sorted(named) == sorted(f"{page}: {', '.join(names)}" for page, names in expected.items())
-    tables.main([], copy)
+    write.main([], copy)
     assert before == {page: (copy / page).read_bytes() for page in PAGES}
 
 
-def test_a_figure_in_the_results(tables, copy, capsys):
+def test_a_figure_in_the_results(copy, capsys):
     path = copy / "benchmarks" / "results" / "quality.json"
     results = json.loads(path.read_text(encoding="utf-8"))
     runs = results["figures"]["runs"]
-    tables.table_rows.runs_at_best("full", runs)[0]["held_out"] -= 0.001
+    rows.runs_at_best("full", runs)[0]["held_out"] -= 0.001
     path.write_text(json.dumps(results), encoding="utf-8")
-    assert {"comparing_methods", "index"} <= names_in(check(tables, copy, capsys))
+    assert {"comparing_methods", "index"} <= names_in(check(copy, capsys))
 
 
-def test_no_table_stays_when_all_figures_change(tables, copy, capsys):
-    rng, benchmarks = random.Random(0), tables.Benchmarks(copy / "benchmarks")
-    before = tables.TABLES["index"](benchmarks)
+def test_no_table_stays_when_all_figures_change(copy, capsys):
+    rng, benchmarks = random.Random(0), parts.Benchmarks(copy / "benchmarks")
+    before = index.index(benchmarks)
 
     def changed(value, name=""):
         if isinstance(value, dict):
@@ -122,9 +112,9 @@ def test_no_table_stays_when_all_figures_change(tables, copy, capsys):
     for path in (copy / "benchmarks" / "results").glob("*.json"):
         results = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps(results | {"figures": changed(results["figures"])}), encoding="utf-8")
-    assert names_in(check(tables, copy, capsys)) == {name for _, name in ON_PAGES}
-    index = [before, tables.TABLES["index"](benchmarks)]
-    same = {old[3] for old, new in zip(*index, strict=True) if old[3] == new[3]}
+    assert names_in(check(copy, capsys)) == {name for _, name in ON_PAGES}
+    after = index.index(benchmarks)
+    same = {old[3] for old, new in zip(before, after, strict=True) if old[3] == new[3]}
     assert same <= {"latest result", ""}, "the header, and what was not run"
 
 
@@ -140,10 +130,10 @@ def test_no_table_stays_when_all_figures_change(tables, copy, capsys):
         ("<!-- table:zero_switch -->\n<!-- end -->\n", "README.md: there is an <!-- end --> that no line "),
     ],
 )
-def test_what_a_page_may_not_have(added, said, tables, copy):
+def test_what_a_page_may_not_have(added, said, copy):
     with (copy / "README.md").open("a", encoding="utf-8") as page:
         page.write(added)
-    assert said in error_of(tables, copy)
+    assert said in error_of(copy)
 
 
 @pytest.mark.parametrize(
@@ -159,37 +149,37 @@ def test_what_a_page_may_not_have(added, said, tables, copy):
         ),
     ],
 )
-def test_results_that_no_table_can_be_made_of(text, said, tables, copy):
+def test_results_that_no_table_can_be_made_of(text, said, copy):
     path = copy / "benchmarks" / "results" / "forms.json"
     if text is None:
         path.unlink()
     else:
         path.write_text(text)
-    assert said in error_of(tables, copy)
+    assert said in error_of(copy)
 
 
 @pytest.mark.parametrize(
     ("name", "broken"), [("speed", []), ("speed", {"zero1": {"full": {"steps": []}}}), ("switch", []), ("memory", {})]
 )
-def test_figures_of_another_shape_are_named(name, broken, tables, copy):
+def test_figures_of_another_shape_are_named(name, broken, copy):
     path = copy / "benchmarks" / "results" / f"{name}.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"figures": broken}))
-    assert "its results have another shape than it reads (" in error_of(tables, copy)
+    assert "its results have another shape than it reads (" in error_of(copy)
 
 
-def test_what_a_gpu_gave_is_in_the_index(tables, copy):
+def test_what_a_gpu_gave_is_in_the_index(copy):
     step = {"step": 0.5}
     ran = {"steps": [step, step, {"step": 9.0}], "tokens": 2048, "peak": 3 * 2**29}
     figures = {"one shape": {"full": {"not_run": "out of memory"}, "lisa": ran}, "another": {"lisa": {"not_run": "-"}}}
-    about = {"command": "python benchmarks/gpu.py", "machine": "m", "device": "NVIDIA H100"}
+    about = {"command": "python -m benchmarks.cost.gpu", "machine": "m", "device": "NVIDIA H100"}
     (copy / "benchmarks" / "results" / "gpu.json").write_text(json.dumps(about | {"figures": figures}))
-    tables.main([], copy)
+    write.main([], copy)
     said = "one shape: lisa 1.50 GiB 4096 tokens/s; another: nothing has run"
-    row = f"| `python benchmarks/gpu.py` | [{said}](results/gpu.json) | m | NVIDIA H100 |"
+    row = f"| `python -m benchmarks.cost.gpu` | [{said}](results/gpu.json) | m | NVIDIA H100 |"
     assert row in (copy / "benchmarks" / "README.md").read_text()
 
 
-def test_runs_that_are_not_there(tables, copy):
+def test_runs_that_are_not_there(copy):
     for name, table, said in (
         ("quality", "comparing_methods", "the results of quality.py have no run of full"),
         ("choosing", "choosing_gamma", "choosing.json has no run {"),
@@ -200,55 +190,52 @@ def test_runs_that_are_not_there(tables, copy):
         for key in [key for key in runs if "full" in key or "lisa_activated_layers" in key]:
             del runs[key]
         path.write_text(json.dumps(results), encoding="utf-8")
-        with pytest.raises(tables.TableError, match=f"table {table}: {re.escape(said)}"):
-            tables.make(table, tables.Benchmarks(copy / "benchmarks"))
+        with pytest.raises(parts.TableError, match=f"table {table}: {re.escape(said)}"):
+            write.make(table, parts.Benchmarks(copy / "benchmarks"))
 
 
 def test_the_index_has_every_script_and_every_result():
     folder = ROOT / "benchmarks"
     links = re.findall(r"\]\(([^)]+)\)", (folder / "README.md").read_text(encoding="utf-8"))
-    runs = [path.name for path in folder.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")]
-    scripts = set(runs) - {"recipes.py", "tables.py"}  # which measure nothing
-    assert len(scripts) > 15
+    paths = [path for room in ("cost", "quality") for path in (folder / room).glob("*.py")]
+    scripts = {f"{path.parent.name}/{path.name}" for path in paths if "__main__" in path.read_text(encoding="utf-8")}
+    assert len(scripts) > 10
     assert sorted(links) == sorted([*scripts, *(f"results/{path.name}" for path in folder.glob("results/*.json"))])
 
 
-def test_a_new_benchmark_in_the_index(tables, copy):
+def test_a_new_benchmark_in_the_index(copy):
     folder = copy / "benchmarks"
-    (folder / "new.py").write_text('"""What is new? Nothing.\n\nMore of it.\n"""\ndef main(): pass\n')
-    tables.main([], copy)
-    assert "| [new](new.py) | What is new? Nothing. | not run yet | | | |\n" in (folder / "README.md").read_text()
-    results = {"command": "python /x/new.py --model ../models/small", "machine": "m", "device": "a GPU", "figures": {}}
+    (folder / "cost" / "new.py").write_text('"""What is new? Nothing.\n\nMore of it.\n"""\ndef main(): pass\n')
+    write.main([], copy)
+    assert "| [new](cost/new.py) | What is new? Nothing. | not run yet | | | |\n" in (folder / "README.md").read_text()
+    results = {
+        "command": "python -m benchmarks.cost.new --model ../models/small",
+        "machine": "m",
+        "device": "a GPU",
+        "figures": {},
+    }
     (folder / "results" / "new_gpu.json").write_text(json.dumps(results))
-    assert "nothing says what came of new.py" in error_of(tables, copy)
+    assert "nothing says what came of new.py" in error_of(copy)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tables.table_index.LATEST, "new", lambda figures: "a|b")
-        tables.main([], copy)
-    row = "| What is new? Nothing. | `python new.py --model small` | [a\\|b](results/new_gpu.json) | m | a GPU |\n"
-    assert f"| [new](new.py) {row}" in (folder / "README.md").read_text()
+        patch.setitem(parts.LATEST, "new", lambda figures: "a|b")
+        write.main([], copy)
+    row = "| `python -m benchmarks.cost.new --model small` | [a\\|b](results/new_gpu.json) | m | a GPU |\n"
+    assert f"| [new](cost/new.py) | What is new? Nothing. {row}" in (folder / "README.md").read_text()
 
 
-def test_tables_of_quality(tables, copy):
+def test_tables_of_quality():
     """The best rate is that of the first seed; steps and right answers have columns where there are some."""
     run = {"token_accuracy": 0.5, "cpu_seconds_per_step": 0.1, "live_bytes": 2**20, "solved": None, "steps": 431}
     losses = {"full, 0.004, seed 0": 1.2, "full, 0.004, seed 1": 1.4, "full, 0.002, seed 0": 1.3}
     losses |= {"full, 0.002, seed 1": 1.0, "lisa 2 K 5, 0.032, seed 0": 1.1}
     figures = {"settings": {}, "runs": {key: run | {"held_out": loss} for key, loss in losses.items()}}
-    path = copy / "benchmarks" / "results" / "quality_new.json"
-
-    def table() -> list[list[str]]:
-        path.write_text(json.dumps({"figures": figures}))
-        return tables.table_rows.quality_table(
-            tables.Benchmarks(copy / "benchmarks"), path.stem, ["full", "lisa 2 K 5"]
-        )
-
-    header, *rows = table()
-    assert rows == [
+    header, *lines = rows.quality_table(figures, ["full", "lisa 2 K 5"])
+    assert lines == [
         ["LISA, gamma 2, K 5", "3.2e-2", "1.1000", "one seed", "50.0%", "0.100", "1.0"],
         ["full", "4e-3", "1.3000", "0.1414", "50.0%", "0.100", "1.0"],
     ]
     figures["settings"] = {"same_time_as": "quality.json"}
     figures["runs"]["full, 0.004, seed 1"]["solved"] = 0.25
-    with_both, *rows = table()
+    with_both, *lines = rows.quality_table(figures, ["full", "lisa 2 K 5"])
     assert with_both == [*header[:5], "answers right", "steps", *header[5:]]
-    assert [row[5:7] for row in rows] == [["-", "431"], ["25.0%", "431"]]
+    assert [row[5:7] for row in lines] == [["-", "431"], ["25.0%", "431"]]

@@ -1,0 +1,166 @@
+"""The index of benchmarks/README.md: a row for every results file, with what came of it, and for scripts without."""
+
+import ast
+import statistics
+from pathlib import Path
+
+from benchmarks.tables.parts import LATEST, Benchmarks, Rows, TableError, gib, latest, loss, named, percent
+from benchmarks.tables.rows import chosen, held, last_switch, mean_loss, ratios, times_a_layer
+from benchmarks.tables.runs import losses_by_rate
+
+
+def index(benchmarks: Benchmarks) -> Rows:
+    """The rows of the index, by folder."""
+    rows = [["benchmark", "question", "command", "latest result", "machine", "device"]]
+    for path in sorted(benchmarks.folder.glob("*/*.py")):
+        script = ast.parse(path.read_text(encoding="utf-8"))
+        if path.parent.name == "tables" or "main" not in (getattr(part, "name", None) for part in script.body):
+            continue  # what others are made of, and what makes the tables: neither measures anything
+        asked = ast.get_docstring(script).splitlines()[0]
+        link = f"[{path.stem}]({path.parent.name}/{path.name})"
+        for name, found in benchmarks.results_of(path.stem).items():
+            result = f"[{sentence(path.stem, found['figures'])}](results/{name}.json)"
+            rows.append([link, asked, f"`{shown_command(found)}`", result, found["machine"], found["device"]])
+            link = asked = ""  # of the script's other results
+        if link:
+            rows.append([link, asked, "not run yet", "", "", ""])
+    return rows
+
+
+def shown_command(results: dict) -> str:
+    """The command that made them; of files outside the repository the name, wherever they lie."""
+    words = results["command"].split()
+    return " ".join(Path(word).name if word.startswith(("/", "..")) else word for word in words)
+
+
+def sentence(script: str, figures: dict) -> str:
+    if script not in LATEST:
+        raise TableError(f"nothing says what came of {script}.py: write a function with @latest({script!r})")
+    return LATEST[script](figures)
+
+
+@latest("choosing")
+def of_choosing(figures: dict) -> str:
+    losses = {}
+    for gamma in (1, 2, 3, 5):
+        lowest = min(chosen(figures, lr, lisa_activated_layers=gamma) for lr in (1e-3, 2e-3, 4e-3))
+        losses[f"gamma {gamma}:"] = loss(lowest, 3)
+    return f"held-out loss at the best rate: {named(losses)}"
+
+
+@latest("export")
+def of_export(figures: dict) -> str:
+    size, export = figures["checkpoint_bytes"] / 1e9, figures["lisa_dist_export_seconds"]
+    save, load = (max(one["seconds"] for one in figures[f"{verb}_checkpoint"]) for verb in ("save", "load"))
+    return f"a checkpoint of {size:.2f} GB: saved in {save:.1f} s, loaded in {load:.1f} s, exported in {export:.1f} s"
+
+
+@latest("states")
+def of_states(figures: dict) -> str:
+    if "keep" in figures:
+        return f"held-out loss: {named({name: loss(one['held_out'], 3) for name, one in figures.items()})}"
+    losses = [statistics.mean(run["held_out"] for run in form["runs"]) for form in figures.values()]
+    return f"held-out losses of {len(losses)} forms: {loss(min(losses))} to {loss(max(losses))}"
+
+
+@latest("gpu")
+def of_gpu(figures: dict) -> str:
+    """Of each shape peak and speed of what has run, or that it has not."""
+    shapes = []
+    for shape, arms in figures.items():
+        ran = {name: arm for name, arm in arms.items() if "not_run" not in arm}
+        speed = {name: arm["tokens"] / statistics.median(step["step"] for step in arm["steps"])
+                 for name, arm in ran.items()}  # fmt: skip
+        said = {name: f"{gib(arm['peak'])} GiB {speed[name]:.0f} tokens/s" for name, arm in ran.items()}
+        shapes.append(f"{shape}: {named(said) or 'nothing has run'}")
+    return "; ".join(shapes)
+
+
+@latest("health")
+def of_health(figures: dict) -> str:
+    return f"of a step: {named({name: percent(one['share_of_step'], 3) for name, one in figures.items()})}"
+
+
+@latest("kernels")
+def of_kernels(figures: dict) -> str:
+    ran = [one for one in figures["kernels"] if "seconds" in one]
+    largest = max(one["numel"] for one in ran)
+    each = {one["name"]: 1e9 * one["seconds"] / largest for one in ran if one["numel"] == largest}
+    names = ("lisa_adamw, fp32", "torch AdamW, fused", "lisa_adamw, bf16, stochastic, 8 bits")
+    shown = "; ".join(f"{name} {each[name]:.2f}" for name in names)
+    return f"ns an element of {largest:,}: {shown}"
+
+
+@latest("loading")
+def of_loading(figures: dict) -> str:
+    most = {name: max(own for own, _ in one["peaks"]) / one["model_bytes"] for name, one in figures.items()}
+    return f"own pages of a rank, in copies of the model: {named({name: f'{seen:.2f}' for name, seen in most.items()})}"
+
+
+@latest("memory")
+def of_memory(figures: dict) -> str:
+    zero2 = figures["zero2"]
+    shown = named({arm: percent(held(zero2[arm]) / held(zero2["static"]), 0) for arm in ("full", "callback", "lisa")})
+    return f"held after {last_switch(figures)} switches, of what static layers hold, zero2: {shown}"
+
+
+@latest("speed")
+def of_speed(figures: dict) -> str:
+    both = {name: (arms["lisa"], arms["static"]) for name, arms in figures.items() if "lisa" in arms}
+    shown = {name: f"{statistics.median(ratios(*pair)):.3f}" for name, pair in both.items()}
+    return f"step of LISA, of static layers': {named(shown)}"
+
+
+@latest("communication")
+def of_communication(figures: dict) -> str:
+    arms = [arm for of_config in figures["counted"].values() for arm in of_config.values()]
+    shown = {}
+    for name in (name for name in ("zero2", "zero3") if name in figures["counted"]):
+        lisa, full = (figures["counted"][name][arm]["moments"]["step"]["wire"] for arm in ("lisa", "full"))
+        shown[name] = percent(lisa / full)
+    equal = f"counted equals the formula in {sum(arm['equal'] for arm in arms)} of {len(arms)} arms"
+    return f"{equal}; LISA sends of full training's bytes: {named(shown)}"
+
+
+@latest("norms")
+def of_norms(figures: dict) -> str:
+    arms = {"full training": "full", "LoRA on the layers": "lora", "LoRA at the ends too": "lora_ends"}
+    shown = {name: times_a_layer(figures[arm]["blocks"], "update_norm", "embed") for name, arm in arms.items()}
+    return f"update of the embedding, in times a layer's: {named(shown)}"
+
+
+@latest("policies")
+def of_policies(figures: dict) -> str:
+    names = ("LoRA r16", "LISA as published", "LISA, embed+head drawn", "LISA, drawn, on host")
+    peaks = [gib(figures[f"llama3.1-8b, 1024 tokens, 0 checkpointed, {name}"]["gpu"]["peak"]) for name in names]
+    shown = "; ".join(f"{name} {peak}" for name, peak in zip(names, peaks, strict=True))
+    return f"planned peak GiB of llama3.1-8b, 1024 tokens: {shown}"
+
+
+@latest("quality")
+def of_quality(figures: dict) -> str:
+    settings, runs = figures["settings"], figures["runs"]
+    arms = [arm for arm in ("full", "lisa 2", "lora r8", "lora r16", "lora r32") if losses_by_rate(arm, runs)]
+    time = "the time of full training's " if settings.get("same_time_as") else ""
+    losses = named({arm: loss(mean_loss(arm, runs)) for arm in arms})
+    return f"held-out loss of {settings['model']} after {time}{settings['steps']} steps: {losses}"
+
+
+@latest("scaling")
+def of_scaling(figures: dict) -> str:
+    measured = {}  # once, where one point stands for strong and weak scaling both
+    for point in figures["here"]["points"]:
+        if point["ranks"] > 1:
+            key = (point["ds_config"], point["arm"], point["ranks"], point["rows_a_rank"])
+            measured[key] = abs(point["off"])
+    off = measured.values()
+    most, median = percent(max(off), 0), percent(statistics.median(off), 0)
+    return f"the model is off by {median} in the median of {len(off)} measured steps, by {most} at most"
+
+
+@latest("switch")
+def of_switch(figures: dict) -> str:
+    shown = {}
+    for name, cell in list(figures.items())[:3]:
+        shown[name.split(",")[0]] = percent(cell["share_of_period"]["20"], 2)
+    return f"of a period of 20 steps: {named(shown)}"

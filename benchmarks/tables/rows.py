@@ -1,0 +1,453 @@
+"""The tables of README and docs: each a function of its name, which makes its rows from benchmarks/results."""
+
+import re
+import statistics
+from collections.abc import Iterable
+
+from benchmarks.tables import runs as of_results
+from benchmarks.tables.parts import Rows, TableError, gib, loss, mib, named, percent, rate, table, times
+
+# docs/choosing.md
+
+
+def chosen(figures: dict, lr: float = 2e-3, **settings) -> float:
+    """Mean held-out loss of an arm of choosing.py, over its seeds."""
+    keys = [of_results.choosing_key({"lr": lr} | settings, seed) for seed in range(len(figures))]
+    found = [figures[key]["held_out"] for key in keys if key in figures]
+    if not found:
+        raise TableError(f"choosing.json has no run {keys[0]}")
+    return statistics.mean(found)
+
+
+def side_by_side(figures: dict, arms: dict[str, dict]) -> Rows:
+    """Arms of choosing.py as columns, and their losses below."""
+    return [list(arms), [loss(chosen(figures, **settings), 3) for settings in arms.values()]]
+
+
+@table("choosing_gamma", "choosing")
+def gammas_and_rates(figures: dict) -> Rows:
+    rates = (1e-3, 2e-3, 4e-3)
+    rows = [
+        [name, *(loss(chosen(figures, lr, lisa_activated_layers=gamma), 3) for lr in rates)]
+        for gamma, name in {1: "1", 2: "2", 3: "3", 5: "5, all: full training"}.items()
+    ]
+    return [["gamma", *map(rate, rates)], *rows]
+
+
+@table("choosing_k", "choosing")
+def intervals(figures: dict) -> Rows:
+    header, losses = side_by_side(figures, {f"{k}": {"lisa_interval_steps": k} for k in (1, 5, 20, 100)})
+    return [["K", *header], ["gamma 2, 2e-3", *losses]]
+
+
+@table("choosing_samplers", "choosing")
+def samplers(figures: dict) -> Rows:
+    names = ("uniform", "reshuffle", "cyclic", "fixed")
+    return side_by_side(figures, {f"`{name}`": {"lisa_sampler": name} for name in names})
+
+
+@table("choosing_ends", "choosing")
+def embeddings_and_head(figures: dict) -> Rows:
+    drawn, frozen = {"lisa_always_on": "rest"}, {"lisa_frozen": "embed,head"}
+    return side_by_side(figures, {"always on": {}, "drawn as layers are": drawn, "frozen": drawn | frozen})
+
+
+@table("choosing_states", "choosing")
+def states(figures: dict) -> Rows:
+    return side_by_side(figures, {f"`{name}`": {"lisa_state": name} for name in ("reset", "reset_all", "keep")})
+
+
+# docs/comparing.md
+
+
+BASELINES = ("full", "lora r8", "lora r32", "lisa 1", "lisa 1 reshuffle", "lisa 1 adaptive", "lisa 2",
+             "lisa 2 reshuffle", "lisa 2 adaptive", "fixed 2", "embed and head", "one block")  # fmt: skip
+ON_SMOLLM2 = ("full", "lora r16", "lisa 2", "lisa 2 K 5", "lisa 2, embed frozen", "lisa 8", "lisa 8, embed frozen")
+
+
+def method_name(arm: str) -> str:
+    """An arm of quality.py as the pages call it."""
+    if lisa := re.fullmatch(r"lisa (\d+),? ?(.*)", arm):
+        return f"LISA, gamma {lisa[1]}, {lisa[2] or 'uniform'}"
+    named = {"embed and head": "embeddings and head", "one block": "one block at a time"}
+    return named.get(arm, arm).replace("lora", "LoRA").replace("fixed ", "fixed layers, gamma ")
+
+
+def runs_at_best(arm: str, runs: dict) -> list[dict]:
+    """Every seed at the rate that is best on the first one."""
+    if not (found := of_results.runs_at_best(arm, runs)):
+        raise TableError(f"the results of quality.py have no run of {arm}")
+    return found
+
+
+def mean_loss(arm: str, runs: dict) -> float:
+    return statistics.mean(run["held_out"] for run in runs_at_best(arm, runs))
+
+
+def quality_table(figures: dict, arms: Iterable[str]) -> Rows:
+    """Arms of a results file of quality.py, each at its best rate, the best first.
+
+    Steps have a column where they differ, right answers where questions were asked.
+    """
+    runs, settings = figures["runs"], figures["settings"]
+    arms = sorted(arms, key=lambda arm: mean_loss(arm, runs))
+    of_steps = bool(settings.get("same_time_as"))
+    of_answers = any(run["solved"] is not None for arm in arms for run in runs_at_best(arm, runs))
+    header = ["method", "best rate", "held-out loss", "spread of seeds", "next tokens right"]
+    header += of_answers * ["answers right"] + of_steps * ["steps"] + ["CPU s a step", "MB of tensors"]
+    rows = []
+    for arm in arms:
+        found = runs_at_best(arm, runs)
+        losses = [run["held_out"] for run in found]
+        row = [method_name(arm), rate(of_results.best_rate(arm, runs)), loss(statistics.mean(losses))]
+        row += [loss(statistics.stdev(losses)) if len(found) > 1 else "one seed"]
+        row += [percent(statistics.mean(run["token_accuracy"] for run in found))]
+        if of_answers:
+            row += [of_results.solved_by(found)]
+        if of_steps:
+            row += [f"{found[0]['steps']}"]
+        row += [f"{statistics.median(run['cpu_seconds_per_step'] for run in found):.3f}"]
+        rows.append([*row, f"{found[0]['live_bytes'] / 1e6:,.1f}"])
+    return [header, *rows]
+
+
+@table("comparing_methods", "quality")
+def methods(figures: dict) -> Rows:
+    return quality_table(figures, BASELINES)
+
+
+@table("comparing_smollm2", "quality_smollm2")
+def methods_on_smollm2(figures: dict) -> Rows:
+    return quality_table(figures, ON_SMOLLM2)
+
+
+@table("comparing_smollm2_time", "quality_smollm2_time")
+def methods_on_smollm2_in_equal_time(figures: dict) -> Rows:
+    return quality_table(figures, [arm for arm in ON_SMOLLM2 if arm != "lisa 2"])
+
+
+@table("comparing_seeds", "quality")
+def changes_with_every_seed(figures: dict) -> Rows:
+    arms = ("full", "lisa 2", "lisa 2 keep", "lisa 2 warm-up", "lisa 2 upper most", "lisa 4", "lisa 4 keep")
+    return quality_table(figures, arms)
+
+
+@table("comparing_changes", "quality")
+def changes_to_lisa(figures: dict) -> Rows:
+    """Single runs, of the first seed at 4e-3."""
+    arms = {
+        "lisa 2 K 5": "K = 5",
+        "lisa 2 K 50": "K = 50",
+        "lisa 2 K 100": "K = 100",
+        "lisa 2 keep": "states kept (`--lisa_state keep`)",
+        "lisa 2 warm-up": "10 steps of warm-up after a wake (`--lisa_wake_warmup_steps 10`)",
+        "lisa 2 keep, warm-up": "both",
+        "lisa 2 keep, K 5": "states kept, K = 5",
+        "lisa 2 keep, K 1": "states kept, K = 1",
+        "lisa 2 rate x 1.6": "the rate 1.6 times as high (`--lisa_lr_power 0.5`)",
+        "lisa 2 rate / 1.6": "the rate 1.6 times as low (`--lisa_lr_power -0.5`)",
+        "lisa 2 sharp": "adaptive at temperature 0.2",
+        "lisa 2 upper more": "`weighted`, upper layers more often: weights 1, 2, 3, 4, 5",
+        "lisa 2 upper most": "`weighted`, their cubes: 1, 8, 27, 64, 125",
+        "lisa 2 lower most": "`weighted`, lower layers more often: 1, 1/8, 1/27, 1/64, 1/125",
+        "lisa 3": "gamma 3",
+        "lisa 4": "gamma 4",
+        "lisa 4 keep": "gamma 4, states kept",
+    }
+    runs = figures["runs"]
+    rows = [[name, loss(runs[of_results.quality_key(arm, 4e-3, 0)]["held_out"])] for arm, name in arms.items()]
+    return [["change", "held-out loss"], *rows]
+
+
+# docs/kernels.md
+
+
+@table("kernels_adamw", "kernels_cpu")
+def adamw(figures: dict) -> Rows:
+    names = {
+        "lisa_adamw, fp32": "`lisa_adamw`, fp32",
+        "lisa_adamw, bf16, fp32 master": "`lisa_adamw`, fp32 masters of bf16 weights",
+        "lisa_adamw, bf16, fp32 master, 8 bits": "`lisa_adamw`, masters and 8 bits",
+        "lisa_adamw, bf16, stochastic": "`lisa_adamw`, `bf16_sr`",
+        "lisa_adamw, bf16, stochastic, 8 bits": "`lisa_adamw`, `bf16_sr` and 8 bits",
+        "torch AdamW, foreach": "torch's AdamW, for-each",
+        "torch AdamW, fused": "torch's AdamW, fused",
+        "DeepSpeedCPUAdam": "DeepSpeedCPUAdam",
+        "bitsandbytes AdamW8bit": "bitsandbytes AdamW8bit, fp32",
+        "bitsandbytes AdamW8bit in bf16": "bitsandbytes AdamW8bit, bf16",
+        "torchao AdamW8bit in bf16": "torchao's AdamW8bit, bf16, stochastic",
+    }
+    found = {one["name"]: one for one in figures["kernels"] if one["numel"] == 10**8}
+    rows = [["", "ns an element", "beside the tensors"]]
+    for name, shown in names.items():
+        beside = found[name]["bytes_beside"]
+        size = "not seen" if beside is None else mib(beside) if beside else "none"
+        rows.append([shown, f"{1e9 * found[name]['seconds'] / 10**8:.1f}", size])
+    return rows
+
+
+@table("kernels_forms", "forms")
+def forms(figures: dict) -> Rows:
+    names = {
+        "fp32, torch AdamW": "fp32, torch's AdamW",
+        "fp32": "fp32",
+        "bf16, torch AdamW": "bf16, torch's AdamW",
+        "bf16, bitsandbytes 8 bits": "bf16, bitsandbytes' 8 bits",
+        "bf16, fp32 master": "bf16, fp32 masters",
+        "bf16, fp32 master, 8 bits": "bf16, fp32 masters, 8 bits",
+        "bf16_sr": "`bf16_sr`",
+        "bf16_sr, 8 bits": "`bf16_sr`, 8 bits",
+    }
+    rows = [["", "bytes an active parameter, ZeRO-3", "loss of the last 20 steps", "held out"]]
+    for form, shown in names.items():
+        sizes = " + ".join(f"{size:.2f}" for size in figures[form]["bytes"]["zero3"].values())
+        ends = [statistics.mean(run["losses"][-20:]) for run in figures[form]["runs"]]
+        held_out = [run["held_out"] for run in figures[form]["runs"]]
+        rows.append([shown, sizes, loss(statistics.mean(ends)), loss(statistics.mean(held_out))])
+    return rows
+
+
+# docs/memory.md, docs/zero.md, docs/norms.md
+
+
+@table("memory_policies", "policies")
+def policies(figures: dict) -> Rows:
+    names = {
+        "LoRA r16": "LoRA, rank 16",
+        "LISA as published": "LISA as published: embed and head always on",
+        "LISA, always-on 8 bit": "their moments in 8 bits",
+        "LISA, embed+head drawn": "embed and head drawn",
+        "LISA, drawn, 8 bit": "drawn, all moments in 8 bits",
+        "LISA, always on, 6 bytes": "always on, no masters, moments in 8 bits "
+        "(`--optim lisa_adamw --lisa_master bf16_sr`)",
+        "LISA, drawn, 6 bytes": "drawn, the same",
+        "LISA, states on host": "all states on the host (`--deepspeed zero2_offload`)",
+        "LISA, drawn, on host": "drawn (`--lisa_always_on rest`), all states on the host "
+        "(`--lisa_offload embed,head,rest,layers`)",
+    }
+    lengths = {"1024": "1024 tokens, 0", "4096": "4096 tokens, 0", "1024, all checkpointed": "1024 tokens, 32"}
+    models = {"LLaMA-2-7B": "llama2-7b", "Llama-3.1-8B": "llama3.1-8b"}
+    columns = [f"{model}, {length} checkpointed" for model in models.values() for length in lengths.values()]
+    rows = [
+        [shown, *(gib(figures[f"{column}, {name}"]["gpu"]["peak"]) for column in columns)]
+        for name, shown in names.items()
+    ]
+    return [["", *(f"{model}, {length}" for model in models for length in lengths)], *rows]
+
+
+SIDE_BY_SIDE = ("full", "lora r16", "lora r128", "callback", "static", "lisa")
+
+
+def middle(steps: list[dict], part: str = "step") -> float:
+    """Median seconds of a part of the steps of speed.py."""
+    return statistics.median(step[part] for step in steps)
+
+
+def ratios(of: dict, to: dict, steps: str = "steps") -> list[float]:
+    """Of speed.py, two arms' steps, one over the other, round by round."""
+    return [one["step"] / other["step"] for one, other in zip(of[steps], to[steps], strict=True)]
+
+
+def spread(each: list[float], digits: int = 2) -> str:
+    """The median, and the least and the most."""
+    return f"{statistics.median(each):.{digits}f} ({min(each):.{digits}f} to {max(each):.{digits}f})"
+
+
+def held(arm: dict) -> int:
+    """Bytes of memory.py after the last switch."""
+    return list(arm["live"].values())[-1]["total"]
+
+
+def moved(arm: dict) -> str:
+    """Of the elements that sleep those that have moved."""
+    return "-" if arm["drift"] is None else percent(arm["drift"]["changed"] / arm["drift"]["elements"], 0)
+
+
+@table("headline", "memory", "speed", "communication")
+def headline(memory: dict, speed: dict, communication: dict) -> Rows:
+    """What each method takes, in parts of full training."""
+    bytes_held, steps = memory["zero2"], speed["zero2"]
+    rows = [["of full training's, ZeRO-2, two ranks", "memory between steps", "peak of a step", "time of a step",
+             "FLOPs of a step", "bytes sent", "sleeping weights that move"]]  # fmt: skip
+    for arm in SIDE_BY_SIDE:
+        shares = (
+            held(bytes_held[arm]) / held(bytes_held["full"]),
+            bytes_held[arm]["peak"] / bytes_held["full"]["peak"],
+            statistics.median(ratios(steps[arm], steps["full"])),
+            steps[arm]["flops"] / steps["full"]["flops"],
+            sent(communication, "zero2", arm),
+        )
+        rows.append([arm, *(percent(share, 0) for share in shares), moved(bytes_held[arm])])
+    return rows
+
+
+def sent(figures: dict, ds_config: str, arm: str) -> float:
+    """Of communication.py, what a rank sends in a step, in parts of full training's."""
+    arms = figures["counted"][ds_config]
+    return arms[arm]["moments"]["step"]["wire"] / arms["full"]["moments"]["step"]["wire"]
+
+
+@table("memory_held", "memory")
+def memory_held(figures: dict) -> Rows:
+    """Of every arm of memory.py what it holds, by what it is, and its peak beside the plan."""
+    kinds = ("weights", "gradients", "masters", "moments", "other")
+    rows = [["MiB of a rank", *kinds, f"all, after {last_switch(figures)} switches", "after the first step",
+             "peak of a step", "its plan", "peak with a switch", "asleep, moved"]]  # fmt: skip
+    for ds_config, of_arms in figures.items():
+        for name, arm in of_arms.items():
+            first, *_, last = arm["live"].values()
+            sizes = [*(last[kind] for kind in kinds), last["total"], first["total"], arm["peak"]]
+            off = "-" if arm["planned"] is None else f"{100 * (arm['planned'] / arm['peak'] - 1):+.1f}%"
+            row = [f"{ds_config}, {name}", *(f"{size / 2**20:.1f}" for size in sizes), off]
+            with_switch = arm["peak_with_switch"]
+            rows.append([*row, "-" if with_switch is None else f"{with_switch / 2**20:.1f}", moved(arm)])
+    return rows
+
+
+def last_switch(figures: dict) -> str:
+    """After how many switches memory.py has looked last."""
+    return list(next(iter(figures.values()))["lisa"]["live"])[-1]
+
+
+STATIC_OF = {name: name.replace("lisa", "static") for name in ("lisa", "lisa, embed frozen", "lisa, checkpointed")}
+
+
+def step_rows(of_sections: dict[str, dict]) -> Rows:
+    """A row of each arm of sections of speed.py in which full training runs too."""
+    rows = [["", "step s", "forward", "backward", "optimizer", "of static's step", "of full's step", "FLOPs of full's"]]
+    for title, of_arms in of_sections.items():
+        for name, arm in of_arms.items():
+            static = of_arms.get(STATIC_OF.get(name))
+            parts = [f"{middle(arm['steps'], part):.2f}" for part in ("step", "forward", "backward", "optimizer")]
+            of_static = "-" if static is None else spread(ratios(arm, static))
+            of_full = spread(ratios(arm, of_arms["full"])), f"{arm['flops'] / of_arms['full']['flops']:.2f}"
+            rows.append([f"{title}, {name}", *parts, of_static, *of_full])
+    return rows
+
+
+@table("speed_steps", "speed")
+def speed_steps(figures: dict) -> Rows:
+    """Of every stage the arms side by side."""
+    return step_rows({name: arms for name, arms in figures.items() if "callback" in arms})
+
+
+@table("speed_more", "speed")
+def speed_more(figures: dict) -> Rows:
+    """With embeddings frozen and with checkpointing."""
+    return step_rows({name.split(",")[0]: arms for name, arms in figures.items() if "full, checkpointed" in arms})
+
+
+@table("speed_of_static", "speed")
+def speed_of_static(figures: dict) -> Rows:
+    """LISA's step in parts of static's: of each stage and width, in the first period and after a switch."""
+    rows = [["LISA's step, of static's", "parameters", "in the first period", "after a switch"]]
+    for title, arms in figures.items():
+        if "lisa" in arms:
+            each = [spread(ratios(arms["lisa"], arms["static"], which), 3) for which in ("steps", "after_a_switch")]
+            rows.append([title, f"{arms['lisa']['parameters'] / 1e6:.0f} M", *each])
+    return rows
+
+
+@table("zero_switch", "switch")
+def switch(figures: dict) -> Rows:
+    intervals = next(iter(figures.values()))["share_of_period"]
+    rows = [["", "parameters", "switch s", "with what follows", "step s", "states MiB a rank", "MiB let go",
+             *(f"of K = {interval}" for interval in intervals)]]  # fmt: skip
+    for name, cell in figures.items():
+        step = f"{statistics.median(cell['step_seconds']):.2f}"
+        times = spread(cell["switch_seconds"], 3), f"{cell['cost_seconds']:.3f}", step
+        sizes = [f"{cell[key] / 2**20:.1f}" for key in ("state_bytes_of_rank_0", "bytes_released")]
+        shares = [percent(share, 2) for share in cell["share_of_period"].values()]
+        rows.append([name, f"{cell['parameters'] / 1e6:.0f} M", *times, *sizes, *shares])
+    return rows
+
+
+@table("zero_switch_time", "switch")
+def where_a_switch_spends_its_time(figures: dict) -> Rows:
+    """Of the first cells, which are the stages, the parts of a switch that take most."""
+    rows = [["", "what takes the time of a switch"]]
+    for name, cell in list(figures.items())[:3]:
+        parts = {part: percent(share, 0) for part, share in cell["of_time"].items() if share > 0.1}
+        rows.append([name, named({f"`{part}`": share for part, share in parts.items()})])
+    return rows
+
+
+@table("scaling_ranks", "scaling")
+def scaling_ranks(figures: dict) -> Rows:
+    """Steps of this machine's ranks, measured and by the model."""
+    rows = [["", "ranks", "rows a rank", "step s", "longest", "by the model", "off", "CPU ms a token",
+             "states MB a rank"]]  # fmt: skip
+    for point in figures["here"]["points"]:
+        name = f"{point['ds_config']}, {point['arm']}, {point['kind']}"
+        measured = f"{point['seconds']:.2f}", f"{100 * point['spread']:+.0f}%"
+        by_the_model = f"{point['predicted']:.2f}", f"{100 * point['off']:+.0f}%"
+        more = f"{1e3 * point['cpu_seconds_a_token']:.2f}", f"{point['memory']['states'] / 1e6:.1f}"
+        rows.append([name, f"{point['ranks']}", f"{point['rows_a_rank']}", *measured, *by_the_model, *more])
+    return rows
+
+
+@table("scaling_70b", "scaling")
+def scaling_of_a_large_model(figures: dict) -> Rows:
+    """What the model says where it fits the GPUs, for the shortest rows."""
+    points = figures["large"]["points"]
+    shortest = min(point["length"] for point in points)
+    rows = [["", "GPUs", "step s", "of it communication", "tokens a second", "GB of a GPU"]]
+    for point in points:
+        if point["fits"] and point["length"] == shortest and point["gpus"] in (8, 32, 128, 512):
+            name, speed = f"{point['ds_config']}, {point['arm']}", f"{point['tokens_per_second']:,.0f}"
+            share = percent(point["communication"] / point["seconds"], 0)
+            peak = f"{point['peak_bytes'] / 1e9:.1f}"
+            rows.append([name, f"{point['gpus']}", f"{point['seconds']:.2f}", share, speed, peak])
+    return rows
+
+
+@table("communication_step", "communication")
+def communication_step(figures: dict) -> Rows:
+    """Bytes of a step in parts of full training's, by DeepSpeed config."""
+    counted = figures["counted"]
+    rows = [["sent by a rank in a step, of full training's", "active share", *counted, "equal to the formula"]]
+    for arm in SIDE_BY_SIDE:
+        first, *_ = of_configs = [arms[arm] for arms in counted.values()]
+        of_full = [percent(sent(figures, ds_config, arm)) for ds_config in counted]
+        equal = "yes" if all(one["equal"] for one in of_configs) else "no"
+        rows.append([arm, percent(first["active_share"]), *of_full, equal])
+    return rows
+
+
+@table("communication_70b", "communication")
+def communication_of_a_large_model(figures: dict) -> Rows:
+    ((title, of_stages),) = figures["by_formula_alone"].items()
+    rows = [[f"GB that a rank sends in a step, {title}", "full", "LISA", "LISA with a switch in 20 steps"]]
+    for ds_config, arms in of_stages.items():
+        steps = [arms[arm]["wire"] / 1e9 for arm in ("full", "lisa")]
+        rows.append([ds_config, *(f"{step:.2f}" for step in steps), f"{arms['lisa']['mean_of_period'] / 1e9:.2f}"])
+    return rows
+
+
+def times_a_layer(blocks: dict[str, dict], quantity: str, block: str) -> str:
+    """How many times the median layer's norm that of embedding or head is."""
+    if block not in blocks:
+        return "tied"
+    layer = statistics.median(norms[quantity] for name, norms in blocks.items() if name.startswith("layers."))
+    return times(blocks[block][quantity] / layer)
+
+
+@table("norms_ends", "norms_stories260k-hf", "norms_smollm2-135m")
+def norms_of_the_ends(*models: dict) -> Rows:
+    lines = {
+        "weight norm, full": ("full", "weight_norm"),
+        "weight norm, LoRA, merged, on the layers": ("lora", "weight_norm"),
+        "weight norm, LoRA, merged, ends": ("lora_ends", "weight_norm"),
+        "update of a step, full": ("full", "update_norm"),
+        "update of a step, LoRA on the layers": ("lora", "update_norm"),
+        "update of a step, LoRA, ends": ("lora_ends", "update_norm"),
+        "moved, full": ("full", "moved_norm"),
+        "moved, LoRA, ends": ("lora_ends", "moved_norm"),
+        "adapter product, LoRA, ends": ("lora_ends", "product_norm"),
+        "adapter product, LoRA, ends, even": ("lora_ends_even", "product_norm"),
+    }
+    rows = [["", "stories260K: embed", "head", "SmolLM2-135M: embed", "head"]]
+    for name, (arm, quantity) in lines.items():
+        ends = [(model[arm]["blocks"], block) for model in models for block in ("embed", "head")]
+        rows.append([name, *(times_a_layer(blocks, quantity, block) for blocks, block in ends)])
+    return rows
