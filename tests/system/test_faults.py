@@ -11,7 +11,7 @@ from models import save_tiny_llama
 from ranks import free_port
 from runs import TRAIN, Alone, flags_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cpu_ops")]
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("cpu_ops")]
 
 PATIENCE = 300  # seconds until a start has come to its fault, and from there to its end
 
