@@ -15,6 +15,7 @@ from torch import distributed as dist
 from transformers import LlamaConfig, MixtralConfig
 
 import lisa_dist
+from lisa_dist.commands.plan import main
 from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
@@ -25,7 +26,6 @@ from lisa_dist.memory.planner import (
     PlanArguments,
     command_for,
     load_model_config,
-    main,
     make_plans,
     shipped_model_configs,
     what_fits,
