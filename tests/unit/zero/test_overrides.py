@@ -1,0 +1,75 @@
+"""The table of overrides: complete, with tests that exist, and each name DeepSpeed's own again where it is left out."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from engines import train_step
+from models import tiny_llama, token_batches
+from ranks import run_ranks
+
+import lisa_dist
+from lisa_dist import zero
+from lisa_dist.zero import overrides
+
+ROOT = Path(__file__).parents[3]
+FOLDER = Path(zero.__file__).parent
+# Names are broken over lines in the table's narrow columns.
+TABLE = zero.__doc__.split("====\nname,")[1]
+
+
+def column(first: int, last: int | None) -> str:
+    """A column of the table as one line; where a line begins with _ a long name goes on."""
+    return re.sub(r" +(?=_)", "", " ".join(line[first:last].strip() for line in TABLE.splitlines()))
+
+
+def overridden_names() -> set[str]:
+    """Names given to `override`, and the keys of what modules return to it, read from the sources."""
+    names = {"DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"}  # by `Stage.class_name`
+    for path in FOLDER.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "override":
+                names |= {word.value for word in node.args[1:2] if isinstance(word, ast.Constant)}
+            elif (
+                isinstance(node, ast.Return) and isinstance(node.value, ast.Dict) and path.stem in ("step", "gradients")
+            ):
+                names |= {key.value for key in node.value.keys}
+    return names
+
+
+def test_every_override_is_in_the_table():
+    names = overridden_names()
+    assert len(names) > 12
+    missing = [name for name in names if name not in column(0, 42)]
+    assert not missing
+
+
+def test_the_tests_of_the_table_exist():
+    named = set(re.findall(r"test_[a-z0-9_]+", column(79, None)))
+    there = {name for path in (ROOT / "tests").rglob("test_*.py")
+             for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)}  # fmt: skip
+    assert len(named) > 8
+    assert named <= there
+
+
+def train_without(names: tuple[str, ...]) -> dict[str, bool]:
+    """Whether each name is still DeepSpeed's own after a switch."""
+    with overrides.without(*names):
+        engine, lisa = lisa_dist.initialize(tiny_llama(), "zero2", lisa_dist.LisaConfig(lisa_interval_steps=1), lr=1e-3)
+        for micro_batches in token_batches(2, rows=4):
+            train_step(engine, lisa, micro_batches)
+    own = {name: name not in vars(engine.optimizer) for name in ("scaled_global_norm",)}
+    engine.destroy()
+    return own
+
+
+@pytest.mark.usefixtures("cpu_ops")
+def test_what_is_left_out_stays_deepspeeds_own():
+    for names in ((), ("scaled_global_norm",)):
+        assert run_ranks(train_without, 2, names)[0] == {"scaled_global_norm": bool(names)}
+
+
+def test_a_name_that_is_not_there_is_no_override():
+    with pytest.raises(AssertionError, match="has no scaled_global_norm"):
+        overrides.override(object(), "scaled_global_norm", None)
