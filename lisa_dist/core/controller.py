@@ -30,7 +30,7 @@ from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import check_checkpointing, let_backward_end
 from lisa_dist.core.engine_checks import check_engine
 from lisa_dist.core.groups import split_by_decay
-from lisa_dist.core.guards import InactiveWeights, NonfiniteGuard
+from lisa_dist.core.guards import InactiveWeights, MissedSwitchGuard, NonfiniteGuard
 from lisa_dist.core.importance import observe_layers
 from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.core.movement import WeightMovement
@@ -62,6 +62,7 @@ class LisaController:
     host_states: HostStates
     movement: WeightMovement  # of weights
     _nonfinite: NonfiniteGuard
+    _missed_switch: MissedSwitchGuard
 
     def __init__(self, model: torch.nn.Module, config: LisaConfig):
         check_deepspeed()
@@ -120,11 +121,11 @@ class LisaController:
         check_checkpointing(engine.module)
         self.host_states = HostStates(CopyStream(engine.device))
         self.partitions.before_step(self.host_states.copies.wait)
-        self.partitions.before_step(self._refuse_missed_step)
         if config.lisa_wake_warmup_steps:
             optimizer, steps = self.partitions.optimizer, config.lisa_wake_warmup_steps
             self._warmup = ActivationWarmup(optimizer, steps, self._steps_of_period)
         self._nonfinite = NonfiniteGuard(engine, config.lisa_nonfinite)
+        self._missed_switch = MissedSwitchGuard(self.partitions, config.lisa_interval_steps, lambda: self.period)
         trainable = [block for block in self.blocks if block.name not in (*config.frozen, "outside")]
         self.movement = WeightMovement(self.partitions, trainable)
         if output_dir is not None and dist.get_rank() == 0:
@@ -143,7 +144,6 @@ class LisaController:
         if config.lisa_debug:
             self._inactive_weights = InactiveWeights(self.partitions)
             self._inactive_weights.remember(self.selection.inactive(self.active))
-        engine.module.register_forward_pre_hook(self._refuse_missed_switch)
         if not self._log.resumed:
             self._begin_record(engine.global_steps, seconds=0.0, bytes_released=0)
 
@@ -164,7 +164,7 @@ class LisaController:
         is_due = period != self.period
         if is_due:
             if period != self.period + 1 or step % self.config.lisa_interval_steps != 0:
-                raise RuntimeError(self._missed(step))
+                raise self._missed_switch.error(step)
             self._switch(period)
         self._begun_step = step
         return is_due
@@ -204,7 +204,8 @@ class LisaController:
         self.active = self._agree()
         self._activate()
         self.partitions.wait_for_device()  # here, so that kept states go to the host while the next period begins
-        states, next_keys = self.partitions.states(), self._next_keys()
+        states = self.partitions.states()
+        next_keys = self.selection.names_of(self.selection.params_of_groups(self.active))
         self._keep_on_host(states, next_keys)
         carried = states_to_carry(states, self.config.lisa_state, next_keys, self.host_states)
         staying_bytes = sum(state.nbytes for key, state in carried.items() if key in states)
@@ -230,24 +231,19 @@ class LisaController:
     def _observe(self) -> None:
         """For the sampler "adaptive": what the layers have shown whose period ends."""
         if self.selection.importance is not None:
-            by_update = self.movement.updates() if self.config.lisa_importance == "update" else None
-            observe_layers(
-                self.selection.importance, self.active_layers, self.partitions, self.selection.layer_of, by_update
-            )
+            updates = self.movement.updates() if self.config.lisa_importance == "update" else None
+            importance, layer_of = self.selection.importance, self.selection.layer_of
+            observe_layers(importance, self.active_layers, self.partitions, layer_of, updates)
 
     def _agree(self) -> ActiveSet:
         """Rank 0's sample for the period, on every rank."""
         self._compare(self.period, "are in another period")
         sampled, names = self.selection.sample(self.period), [block.name for block in self.selection.sampled]
-        gamma, device = self.config.lisa_activated_layers, self.engine.device
-        return broadcast_active_set(sampled, self.period, gamma, names, device)
+        return broadcast_active_set(sampled, self.period, self.config.lisa_activated_layers, names, self.engine.device)
 
     def _activate(self) -> None:
         """Let exactly the active blocks require gradients; before there is an engine, all that its optimizer is for."""
         self.selection.activate(self.active if self.is_attached else self.selection.widest(self.active))
-
-    def _next_keys(self) -> list[PartitionKey]:
-        return self.selection.names_of(self.selection.params_of_groups(self.active))
 
     def _keep_on_host(self, states: Mapping[PartitionKey, PartitionState], next_keys: Iterable[PartitionKey]) -> None:
         """With --lisa_state keep: the states of blocks that become inactive."""
@@ -257,8 +253,7 @@ class LisaController:
                 self.host_states.put(key, states[key], pieces[key])
 
     def _repartition(self, carried: Mapping[PartitionKey, PartitionState]) -> None:
-        params_of_groups = self.selection.params_of_groups(self.active)
-        self.partitions.repartition(params_of_groups, carried, self.host_states.copies)
+        self.partitions.repartition(self.selection.params_of_groups(self.active), carried, self.host_states.copies)
 
     def _verify(self) -> None:
         """Check that all ranks now hold the same layers in the same partitions."""
@@ -267,8 +262,7 @@ class LisaController:
         self._compare(state, "hold other layers, partitions or sampling weights")
 
     def _compare(self, value: object, what_differs: str) -> None:
-        where = f"period {self.period}, active layers {list(self.active_layers)}"
-        compare_ranks(value, what_differs, where)
+        compare_ranks(value, what_differs, f"period {self.period}, active layers {list(self.active_layers)}")
 
     def _groups_of(self, keys: list[PartitionKey]) -> set[str]:
         """The names of the parameter groups that hold these partitions now."""
@@ -278,26 +272,6 @@ class LisaController:
     def _steps_of_period(self) -> int:
         """Steps that have been taken of this period."""
         return self.engine.global_steps - self.period * self.config.lisa_interval_steps
-
-    # A switch must not be missed
-
-    def _refuse_missed_switch(self, module: torch.nn.Module, *_: object) -> None:
-        step = self.engine.global_steps
-        if module.training and torch.is_grad_enabled() and step // self.config.lisa_interval_steps != self.period:
-            raise RuntimeError(self._missed(step))
-
-    def _refuse_missed_step(self, *_: object) -> None:
-        """The same at the optimizer's step, whatever mode the model is in: no forward pass but training leads here."""
-        step = self.engine.global_steps
-        if step // self.config.lisa_interval_steps != self.period:
-            raise RuntimeError(self._missed(step))
-
-    def _missed(self, step: int) -> str:
-        interval = self.config.lisa_interval_steps
-        return (
-            f"step {step} is in period {step // interval} (of {interval} steps), but the layers of period "
-            f"{self.period} are still active: call on_step_begin() before every step."
-        )
 
     # The log
 

@@ -1,7 +1,7 @@
-"""Guards of a run: losses and gradients that are not finite, and, with `--lisa_debug`, frozen weights that change."""
+"""Guards of a run: missed switches, values that are not finite, and inactive weights that change (`--lisa_debug`)."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import deepspeed
 import torch
@@ -9,6 +9,36 @@ from torch import distributed as dist
 
 from lisa_dist.core.blocks import Block
 from lisa_dist.zero.partitions import ZeroPartitions
+
+
+class MissedSwitchGuard:
+    """Refuses to train on with the layers of a period that is over: in the forward pass, and in the optimizer's step.
+
+    The step is guarded too, whatever mode the model is in: no forward pass but training's leads there. `current_period`
+    is the controller's.
+    """
+
+    def __init__(self, partitions: ZeroPartitions, interval_steps: int, current_period: Callable[[], int]):
+        self._engine, self._interval_steps, self._current_period = partitions.engine, interval_steps, current_period
+        partitions.before_step(self._check)
+        self._engine.module.register_forward_pre_hook(self._check_forward)
+
+    def error(self, step: int) -> RuntimeError:
+        """What is wrong at a step whose period is not the current one."""
+        interval = self._interval_steps
+        return RuntimeError(
+            f"step {step} is in period {step // interval} (of {interval} steps), but the layers of period "
+            f"{self._current_period()} are still active: call on_step_begin() before every step."
+        )
+
+    def _check_forward(self, module: torch.nn.Module, *_: object) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._check()
+
+    def _check(self, *_: object) -> None:
+        step = self._engine.global_steps
+        if step // self._interval_steps != self._current_period():
+            raise self.error(step)
 
 
 class NonfiniteGuard:
