@@ -106,7 +106,7 @@ class SkipWrittenWeights(list):
         if self.written is None or index != self.written:
             return entry
         self.written = None
-        return [weights.to("meta") for weights in entry]
+        return [torch.empty_like(weights, device="meta") for weights in entry]
 
 
 def host_step(zero: Any, stage: Stage, host_groups: frozenset[int]) -> dict[str, Callable]:

@@ -367,7 +367,8 @@ class _Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
-        if function in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default) and made.dtype != torch.float64:
+        copies = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+        if function in copies and made.dtype != torch.float64 and not made.is_meta:
             self.numels.append(made.numel())
         return made
 
