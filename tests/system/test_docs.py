@@ -170,3 +170,17 @@ def test_links_lead_somewhere(name):
             headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in slugs, f"{page.name} links to {target}#{anchor}"
+
+
+def test_code_that_contributing_names_is_there():
+    """Files from the root or from lisa_dist, and the class or function that is named after one."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    roots = (ROOT, ROOT / "lisa_dist")
+    files = re.findall(r"`([\w./]+(?:\.py|/))`", page)
+    assert len(files) > 20
+    assert [name for name in files if not any((root / name).exists() for root in roots)] == []
+    named = re.findall(r"`(\w+/[\w/]+\.py)`,\s+`(?:[A-Z]\w+\.)?(\w+)`", page)
+    assert len(named) >= 4  # the step, the switch, the resume, a run
+    for file, name in named:
+        path = next(root / file for root in roots if (root / file).exists())
+        assert re.search(rf"^ *(?:def|class) {name}\b", path.read_text(encoding="utf-8"), re.MULTILINE), (file, name)
