@@ -52,9 +52,10 @@ bench-gpu: $(VENV)/.ready  ## the same on one GPU, with models of 7B and 8B: und
 	PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.cost.gpu
 	$(BIN)/python -m benchmarks.tables.write
 
-checks: $(VENV)/.ready  ## lint and format
+checks: $(VENV)/.ready  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .quickstart build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .quickstart build *.egg-info .pytest_cache .ruff_cache .mypy_cache

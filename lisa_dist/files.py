@@ -55,16 +55,16 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write to the path this gives; it becomes `path` in one step once it is whole."""
-    beside = path.with_name(f"tmp-{path.name}")
+    """Write to the path this gives; it becomes `path` in one step once it is complete."""
+    staged = path.with_name(f"tmp-{path.name}")
     try:
-        yield beside
-        with beside.open("rb") as file:
+        yield staged
+        with staged.open("rb") as file:
             os.fsync(file.fileno())
-        set_mode_by_umask(beside)
-        os.replace(beside, path)
+        set_mode_by_umask(staged)
+        os.replace(staged, path)
     finally:
-        beside.unlink(missing_ok=True)
+        staged.unlink(missing_ok=True)
 
 
 def is_disk_error(error: BaseException) -> bool:

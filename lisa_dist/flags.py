@@ -7,7 +7,7 @@ import sys
 from argparse import SUPPRESS
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -62,16 +62,16 @@ _ELSEWHERE = {
 class FlagParser(HfArgumentParser):
     """Flags of dataclasses; its errors are for users, and its help fits a screen.
 
-    `groups` are the headings of that screen, each with flags and what is said of them; all others are in `--help_all`.
+    `groups` are the headings of that screen, each with flags and a few words on them; all others are in `--help_all`.
     """
 
-    def __init__(self, dataclass_types: Sequence[type], usage: str, groups: Mapping[str, Mapping[str, str]]):
+    def __init__(self, dataclass_types: Sequence[Any], usage: str, groups: Mapping[str, Mapping[str, str]]):
         # An abbreviation that is unique today is another flag tomorrow, and hides a slip of the pen.
         super().__init__(dataclass_types, usage=usage, allow_abbrev=False)
         self._groups = groups
         self.add_argument("--help_all", action=_HelpAll, nargs=0, dest=SUPPRESS, default=SUPPRESS, help="All flags.")
 
-    def print_help(self, file: IO[str] | None = None) -> None:
+    def print_help(self, file: Any = None) -> None:
         """The flags of the groups, a line each: name, default, what it is."""
         actions = {action.dest: action for action in self._actions}
         lines = [f"usage: {self.usage}"]
@@ -84,9 +84,9 @@ class FlagParser(HfArgumentParser):
         message = re.sub(r"^argument (--\w+)[^:]*", r"\1", message)  # without the other way to write it
         raise UserError(f"{message}.")
 
-    def check_words(self, words: list[str]) -> None:
+    def check_words(self, words: Sequence[str]) -> None:
         """Raise UserError for a word that is no flag and belongs to none."""
-        for word in self.parse_known_args(words)[1]:
+        for word in self.parse_known_args(list(words))[1]:
             if not word.startswith("-"):
                 raise UserError(f"{word}: belongs to no flag; flags begin with --.")
             flag = word.partition("=")[0]
@@ -96,7 +96,13 @@ class FlagParser(HfArgumentParser):
 class _HelpAll(argparse.Action):
     """All that argparse has to say."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         print(parser.format_help())
         parser.exit()
 
@@ -132,23 +138,23 @@ class RunParser(FlagParser, TrlParser):
         return [name for name in dict.fromkeys(names) if name not in ("config", "local_rank")]
 
     def _check_recipe(self, path: str) -> None:
-        said = f"--config {path}"
+        flag = f"--config {path}"
         try:
             recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise UserError(f"{said}: no such file.") from error
+            raise UserError(f"{flag}: no such file.") from error
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{said}: cannot be read ({error}).") from error
+            raise UserError(f"{flag}: cannot be read ({error}).") from error
         except yaml.YAMLError as error:
-            raise UserError(f"{said}: is not YAML ({error}).") from error
+            raise UserError(f"{flag}: is not YAML ({error}).") from error
         if not isinstance(recipe, dict):
-            raise UserError(f"{said}: must hold keys and values, such as learning_rate: 1.0e-5.")
+            raise UserError(f"{flag}: must hold keys and values, such as learning_rate: 1.0e-5.")
         if not isinstance(recipe.get("env", {}), dict):
-            raise UserError(f"{said}: env must hold variables and their values.")
+            raise UserError(f"{flag}: env must hold variables and their values.")
         known = {action.dest for action in self._actions}
         for key in recipe:
             if key not in known and key != "env":
-                raise UserError(f"{said}: {key}: no such key; {_nearest(str(key), known)}")
+                raise UserError(f"{flag}: {key}: no such key; {_nearest(str(key), known)}")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 
 def format_active(layers: Sequence[int], blocks: Sequence[str]) -> str:
-    """What trains in a period beside what is always on: "2, 7" or "head; layers 7"."""
+    """What trains in a period next to the always-trained blocks: "2, 7" or "head; layers 7"."""
     listed = ", ".join(map(str, layers)) or ("" if blocks else "none")
     return "; ".join([*blocks, *([f"layers {listed}"] if listed else [])]) if blocks else listed
 

@@ -9,8 +9,9 @@ from lisa_dist.errors import UserError
 @contextlib.contextmanager
 def exit_on_error(name: str, *others: type[Exception]) -> Iterator[None]:
     """Print a UserError, or one of the `others`, as one line that begins with `name`, and exit with status 2."""
+    errors: tuple[type[Exception], ...] = (UserError, *others)
     try:
         yield
-    except (UserError, *others) as error:
+    except errors as error:
         print(f"{name}: {error}", flush=True)
         raise SystemExit(2) from error

@@ -10,6 +10,7 @@ from contextlib import suppress
 from importlib import metadata
 from itertools import groupby
 from statistics import median_low
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -41,8 +42,8 @@ def check_same_everywhere(about: Mapping[str, object], way_out: str) -> None:
     for rank, (host, theirs) in enumerate(reports):
         differs = [name for name in {**first, **theirs} if theirs.get(name) != first.get(name)]
         if differs:
-            told = "; ".join(f"{name} is {theirs.get(name)}, not {first.get(name)}" for name in differs[:5])
-            raise UserError(f"host {host}, rank {rank}: {told}, as on host {first_host}, rank 0: {way_out}.")
+            differences = "; ".join(f"{name} is {theirs.get(name)}, not {first.get(name)}" for name in differs[:5])
+            raise UserError(f"host {host}, rank {rank}: {differences}, as on host {first_host}, rank 0: {way_out}.")
 
 
 def describe_ranks(device: torch.device) -> list[tuple[str, str]]:
@@ -65,8 +66,8 @@ def describe_ranks(device: torch.device) -> list[tuple[str, str]]:
 def _in_ranges(ranks: list[int]) -> str:
     """Rank 3, or ranks 0-3,8."""
     parts = []
-    for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0]):
-        run = [rank for _, rank in run]
+    for _, pairs in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0]):
+        run = [rank for _, rank in pairs]
         parts.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]))
     return f"{'ranks' if len(ranks) > 1 else 'rank'} {','.join(parts)}"
 
@@ -97,26 +98,26 @@ class ComputeTime:
         self._on_gpu = device.type == "cuda"
         self._group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
         self._hosts = gather(host_name())
-        self._begun: object = None
-        self._spans: list[tuple] = []  # since the last log, not yet in _seconds
+        self._begun: Any = None
+        self._spans: list[tuple[Any, Any]] = []  # since the last log, not yet in _seconds
         self._seconds = 0.0
         timed = [module for module in model.modules() if isinstance(module, torch.nn.Linear)] if waits else [model]
         for module in timed:
             module.register_forward_pre_hook(self._begin)
             module.register_forward_hook(self._end, prepend=True)
 
-    def _now(self):
+    def _now(self) -> Any:
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def _begin(self, module: torch.nn.Module, args: tuple) -> None:
+    def _begin(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         if module.training:
             self._begun = self._now()
 
-    def _end(self, module: torch.nn.Module, args: tuple, output: object) -> None:
+    def _end(self, module: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:
         if module.training and self._begun is not None:
             self._spans.append((self._begun, self._now()))
             self._begun = None
@@ -151,9 +152,9 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _interconnect() -> str:
-    """The backend, and what it has between hosts: InfiniBand adapters, or an interface that it was told or leads there.
+    """The backend and its way between hosts: InfiniBand adapters, or the interface that is set or leads there.
 
-    It is what is there and asked for; which of it NCCL has taken in the end, NCCL_DEBUG=INFO prints.
+    These are available and asked for; NCCL_DEBUG=INFO prints which of them NCCL takes in the end.
     """
     backend = dist.get_backend()
     folder = "/sys/class/infiniband"

@@ -39,8 +39,8 @@ def launch_if_asked(argv: Sequence[str], verb: str, check: Callable[[Sequence[st
     launcher += ["--master_port", str(free_port()), "--no_local_rank", "--module", "lisa_dist.cli", verb]
     # In a session of its own: an interrupt from the keyboard comes to the ranks once, through here.
     child = subprocess.Popen([*launcher, *rest], start_new_session=True)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda received, frame: _pass_on(child.pid, received))
+    for stop in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(stop, lambda received, frame: _pass_on(child.pid, received))
     raise SystemExit(child.wait())
 
 
@@ -50,7 +50,7 @@ def end_process() -> NoReturn:
     A thread of gloo may not be done with the last collective when rank and model are: where it wants the interpreter
     back while that is being taken down, C++ ends the process ("terminate called without an active exception").
     """
-    threading._shutdown()  # waits for threads that are no daemons, as the interpreter would
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons, as the interpreter would
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -23,7 +23,16 @@ from lisa_dist.distributed.ranks import expand_hosts
 from lisa_dist.errors import UserError
 from lisa_dist.text import format_bytes
 
-PACKAGES = ("lisa_dist", "torch", "deepspeed", "transformers", "accelerate", "trl", "datasets", "bitsandbytes")
+PACKAGES: tuple[str, ...] = (
+    "lisa_dist",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "accelerate",
+    "trl",
+    "datasets",
+    "bitsandbytes",
+)
 PACKAGES += ("triton", "flash-attn", "liger-kernel")
 _APPEARS = 10.0  # seconds for a file that one host has written to be seen on another: network file systems cache
 _SAMPLE = 1 << 26  # bytes that are written to learn how fast the folder is
@@ -36,7 +45,7 @@ class HostCheck:
     same everywhere. With `save_within` seconds for a save, `checkpoint_bytes` gives the bytes of weights and of states.
 
     Hosts meet at a store that rank 0 keeps. It waits `meet_within` for all of them together; the others wait longer for
-    its verdict, so that what is said of a host that does not come is said by rank 0 alone, with all else that is wrong.
+    its verdict, so that rank 0 alone reports a host that does not come, with all else that is wrong.
     """
 
     def __init__(
@@ -204,8 +213,8 @@ class HostCheck:
         seconds = seconds_to_save(weights, states, bytes_a_second)
         print(
             f"lisa-dist check: a checkpoint has about {format_bytes(weights + states)}, and is saved in about "
-            f"{seconds:.0f} s, as rank 0 writes {format_bytes(bytes_a_second[0])}/s and all hosts "
-            f"{format_bytes(all_hosts)}/s",
+            f"{seconds:.0f} s, as rank 0 writes {format_bytes(int(bytes_a_second[0]))}/s and all hosts "
+            f"{format_bytes(int(all_hosts))}/s",
             flush=True,
         )
         if seconds > within:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from types import TracebackType
 
 from torch import distributed as dist
 
@@ -52,7 +53,7 @@ class Watchdog:
         """There are no more steps to wait for, only what ends a run, such as an upload; dead ranks are still seen."""
         self._steps_ended = True
 
-    def __enter__(self):
+    def __enter__(self) -> "Watchdog":
         if self._on:
             store = self._connect()
             self._answered_at = time.monotonic()
@@ -62,7 +63,9 @@ class Watchdog:
                 threading.Thread(target=target, args=args, name="lisa_dist watchdog", daemon=True).start()
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self._on:
             return
         if error is not None:
@@ -83,12 +86,13 @@ class Watchdog:
 
     def _connect(self) -> dist.TCPStore:
         host, patience = os.environ.get("MASTER_ADDR", "127.0.0.1"), timedelta(seconds=self._silence)
-        port = [None]
+        port: list[int | None] = [None]
         if self._rank == 0:
             store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
             port = [store.port]
         dist.broadcast_object_list(port, src=0)
         if self._rank != 0:
+            assert port[0] is not None
             store = dist.TCPStore(host, port[0], is_master=False, wait_for_workers=False, timeout=patience)
         store.set(str(self._rank), "0 0")
         dist.barrier()
@@ -155,7 +159,7 @@ class Watchdog:
         silent = self._silent_ranks(3 * _INTERVAL)
         if silent:
             self._say(f"rank(s) {silent} no longer answer: they were killed or have stopped")
-        elif others and self._failure not in others:
+        elif others and str(self._failure) not in others:
             self._say(others)
 
     def _end(self, reason: str) -> None:
