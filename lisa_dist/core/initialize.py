@@ -5,15 +5,9 @@ import torch
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.controller import LisaController
-from lisa_dist.ds_config import (
-    check_ds_config,
-    keep_no_master,
-    load_ds_config,
-    offload_by_block,
-    precision_of,
-    uses_optimizer_offload,
-)
-from lisa_dist.optim.build import build_optimizer, check_optim
+from lisa_dist.core.engine_config import prepare_ds_config
+from lisa_dist.ds_config import load_ds_config, precision_of, uses_optimizer_offload
+from lisa_dist.optim.build import build_optimizer
 
 
 def initialize(
@@ -41,13 +35,9 @@ def initialize(
         gradient_accumulation_steps=gradient_accumulation_steps,
         max_grad_norm=max_grad_norm,
     )
-    check_ds_config(filled)
     config = config or LisaConfig()
-    offload_by_block(filled, config.offloaded)
+    prepare_ds_config(filled, config, optim, precision_of(filled))
     offload = uses_optimizer_offload(filled)
-    check_optim(optim, offload, config, precision_of(filled))
-    if config.lisa_master != "fp32":
-        keep_no_master(filled)
     lisa = LisaController(model, config)
     groups = lisa.param_groups(weight_decay)
     lr *= config.rate_factor(len(lisa.blocks.layers))

@@ -13,14 +13,15 @@ from transformers import AutoConfig, PretrainedConfig
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
+from lisa_dist.core.engine_config import prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.selection import sampled_blocks
-from lisa_dist.ds_config import check_ds_config, offload_by_block, read_ds_config, uses_optimizer_offload
+from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.memory.estimate import StageSettings, kept_states, plan_memory, widest_periods
 from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.trace import FakeRun, Group, StepTrace, Trained, Workload
-from lisa_dist.optim.build import LISA_ADAMW, check_optim
+from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.run_folder import MEMORY_PARTS
 from lisa_dist.text import GIB, format_bytes, format_columns, parse_bytes
 
@@ -164,7 +165,7 @@ class Planner:
 
     def _read(self, name_or_path: str) -> dict:
         ds_config = read_ds_config(name_or_path)
-        offload_by_block(ds_config, self._lisa.offloaded)
+        prepare_ds_config(ds_config, self._lisa, self._arguments.optim, self._arguments.precision)
         return ds_config
 
     def cheapest(self, ds_config: str) -> Plan:
@@ -241,12 +242,8 @@ def make_plans(
         ways = [way for way in ways if not uses_optimizer_offload(read_ds_config(way))]
     plans = []
     for way in ways:
-        ds_config = read_ds_config(way)
-        check_ds_config(ds_config)
-        offload_by_block(ds_config, lisa_config.offloaded)
-        offloads = uses_optimizer_offload(ds_config)
         try:
-            check_optim(arguments.optim, offloads, lisa_config, arguments.precision)
+            prepare_ds_config(read_ds_config(way), lisa_config, arguments.optim, arguments.precision)
         except UserError as error:
             refused = error  # 8-bit moments are not for DeepSpeed's host AdamW
             continue
