@@ -1,4 +1,4 @@
-"""The settings of LISA, validated where they are written down.
+"""The settings of LISA, checked where they are defined.
 
 Source: Algorithm 1 of Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model
 Fine-Tuning" (arXiv 2403.17919). Flag names follow the ones in use elsewhere.
@@ -21,7 +21,7 @@ OUTER_BLOCKS = ("embed", "head", "rest")
 
 @dataclass
 class LisaConfig:
-    """What LISA trains, for how long, and what becomes of the optimizer states.
+    """What LISA trains, for how long, and what happens to the optimizer states.
 
     Raises ValueError, naming the flag, the value and the rule, for every setting that cannot work. What depends on
     the model (more layers than it has, tied matrices) is checked when the model is known.
@@ -30,19 +30,19 @@ class LisaConfig:
     lisa_activated_layers: int = field(
         default=2,
         metadata={
-            "help": "Decoder layers that train in each period (gamma in the paper); 0 for what is always on alone."
+            "help": "Decoder layers that train in each period (gamma in the paper); 0 for always-trained blocks alone."
         },
     )
     lisa_interval_steps: int = field(
         default=20,
-        metadata={"help": "Optimizer steps in a period; then another set of layers is drawn (K in the paper)."},
+        metadata={"help": "Optimizer steps in a period; then another set of layers is sampled (K in the paper)."},
     )
     lisa_sampler: str = field(
         default="uniform",
         metadata={
-            "help": "How layers are drawn: uniform (the paper), reshuffle (each layer once before any repeats), cyclic "
-            "(in order), fixed (the first draw for ever), weighted (by --lisa_weights_file), adaptive (by how large "
-            "each layer's gradients were)."
+            "help": "How layers are sampled: uniform (the paper), reshuffle (each layer once before any repeats), "
+            "cyclic (in order), fixed (one set for the whole run), weighted (by --lisa_weights_file), adaptive (by the "
+            "size of each layer's gradients)."
         },
     )
     lisa_weights_file: str | None = field(
@@ -54,11 +54,11 @@ class LisaConfig:
     )
     lisa_importance: str = field(
         default="gradient",
-        metadata={"help": "What the adaptive sampler goes by: norms of a layer's gradient, or of its update."},
+        metadata={"help": "The adaptive sampler's measure of a layer: the norm of its gradient, or of its update."},
     )
     lisa_importance_decay: float = field(
         default=0.5,
-        metadata={"help": "Share that a layer's average keeps of its past at each visit, for the adaptive sampler."},
+        metadata={"help": "Decay of the adaptive sampler's moving average of each layer, from 0 up to 1."},
     )
     lisa_importance_temperature: float = field(
         default=1.0,
@@ -80,15 +80,15 @@ class LisaConfig:
     lisa_wake_warmup_steps: int = field(
         default=0,
         metadata={
-            "help": "Steps in which the learning rate of a block that wakes with fresh moments rises to its own; 0 for "
-            "none."
+            "help": "Steps over which the learning rate of an activated block with fresh moments rises to its full "
+            "value; 0 for none."
         },
     )
     lisa_always_on: str = field(
         default="embed,head,rest",
         metadata={
             "help": "Blocks that train in every period, of embed, head, rest (the final norm and whatever else is "
-            "neither). What is neither here nor in --lisa_frozen is drawn as layers are."
+            "neither). A block that is neither here nor in --lisa_frozen is sampled like a layer."
         },
     )
     lisa_frozen: str = field(
@@ -105,8 +105,8 @@ class LisaConfig:
     lisa_state: str = field(
         default="reset",
         metadata={
-            "help": "Optimizer states at a switch: reset (a layer that falls asleep loses its own), reset_all (every "
-            "block starts afresh, as in the paper's runs) or keep (a sleeping layer's wait on the host)."
+            "help": "Optimizer states at a switch: reset (dropped when a layer becomes inactive), reset_all (every "
+            "block starts afresh, as in the paper's runs) or keep (those of inactive layers stay on the host)."
         },
     )
     lisa_state_bits: str = field(
@@ -143,14 +143,28 @@ class LisaConfig:
     )
     lisa_seed: int = field(
         default=0,
-        metadata={"help": "Seed of the draws; the same seed gives the same layers on any number of GPUs."},
+        metadata={"help": "Seed of the sampler; the same seed gives the same layers on any number of GPUs."},
     )
     lisa_debug: bool = field(
         default=False,
-        metadata={"help": "Check at every switch that sleeping weights did not change and that all ranks agree."},
+        metadata={"help": "Check at every switch that inactive weights did not change and that all ranks agree."},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        self._check_periods()
+        self._check_importance()
+        self._check_states()
+        # One way of writing each, so that a resumed run with another is no other run.
+        self.lisa_always_on, self.lisa_frozen = ",".join(self.always_on), ",".join(self.frozen)
+        self.lisa_offload = ",".join(self.offloaded)
+        self.lisa_state_bits = _canonical("--lisa_state_bits", self.lisa_state_bits, self.state_bits)
+        self.lisa_block_probability = _canonical(
+            "--lisa_block_probability", self.lisa_block_probability, self.block_probabilities
+        )
+        self._check_blocks()
+        self._check_state_bits()
+
+    def _check_periods(self) -> None:
         if self.lisa_activated_layers < 0:
             raise UserError(
                 f"--lisa_activated_layers {self.lisa_activated_layers}: a period trains 0 decoder layers or more."
@@ -166,7 +180,6 @@ class LisaConfig:
                 f"--lisa_sampler {self.lisa_sampler} with --lisa_weights_file {self.lisa_weights_file}: "
                 "the weighted sampler needs a weights file, and no other sampler reads one."
             )
-        self._check_importance()
         if not -1 <= self.lisa_lr_power <= 1:
             raise UserError(f"--lisa_lr_power {self.lisa_lr_power}: a power is from -1 to 1, such as 0.5; 0 for none.")
         if not 0 <= self.lisa_wake_warmup_steps < self.lisa_interval_steps:
@@ -174,6 +187,8 @@ class LisaConfig:
                 f"--lisa_wake_warmup_steps {self.lisa_wake_warmup_steps}: a period has --lisa_interval_steps "
                 f"{self.lisa_interval_steps} steps, and the warm-up is shorter; 0 for none."
             )
+
+    def _check_states(self) -> None:
         if self.lisa_state not in STATE_POLICIES:
             raise UserError(f"--lisa_state {self.lisa_state}: unknown; choose one of {', '.join(STATE_POLICIES)}.")
         if self.lisa_master not in MASTERS:
@@ -187,13 +202,8 @@ class LisaConfig:
             raise UserError(
                 f"--lisa_nonfinite {self.lisa_nonfinite}: unknown; choose one of {', '.join(NONFINITE_POLICIES)}."
             )
-        # One way of writing each, so that a resumed run with another is no other run.
-        self.lisa_always_on, self.lisa_frozen = ",".join(self.always_on), ",".join(self.frozen)
-        self.lisa_offload = ",".join(self.offloaded)
-        self.lisa_state_bits = _written("--lisa_state_bits", self.lisa_state_bits, self.state_bits)
-        self.lisa_block_probability = _written(
-            "--lisa_block_probability", self.lisa_block_probability, self.block_probabilities
-        )
+
+    def _check_blocks(self) -> None:
         both = set(self.always_on) & set(self.frozen)
         if both:
             raise UserError(
@@ -202,15 +212,26 @@ class LisaConfig:
             )
         if self.lisa_activated_layers == 0 and not {"embed", "head"} & set(self.always_on):
             raise UserError(
-                f"--lisa_activated_layers 0 with --lisa_always_on {self.lisa_always_on}: no layer is drawn, and "
-                "neither embed nor head trains: nothing to train but norms. Draw a layer, or leave embed or head "
+                f"--lisa_activated_layers 0 with --lisa_always_on {self.lisa_always_on}: no layer is sampled, and "
+                "neither embed nor head trains: nothing to train but norms. Sample a layer, or leave embed or head "
                 "always on."
             )
         if self.lisa_activated_layers == 0 and self.sampled:
             raise UserError(
-                f"--lisa_activated_layers 0: {self.sampled[0]} is to be drawn in the place of layers, and there is "
+                f"--lisa_activated_layers 0: {self.sampled[0]} is to be sampled in the place of layers, and there is "
                 "none; put it in --lisa_always_on or in --lisa_frozen."
             )
+        for block, probability in self.block_probabilities.items():
+            flag = f"--lisa_block_probability {self.lisa_block_probability}"
+            if block not in self.sampled:
+                raise UserError(
+                    f"{flag}: {block} is always on or frozen; take it out of --lisa_always_on and --lisa_frozen to "
+                    "have it sampled."
+                )
+            if not 0 < probability <= 1:
+                raise UserError(f"{flag}: a probability is above 0 and at most 1; {block} has {probability:g}.")
+
+    def _check_state_bits(self) -> None:
         for block, bits in self.state_bits.items():
             if bits not in (8, 32):
                 raise UserError(
@@ -226,17 +247,8 @@ class LisaConfig:
                 warnings.warn(
                     f"--lisa_offload {self.lisa_offload}: {block} is in --lisa_frozen {self.lisa_frozen} and has no "
                     "states to put on the host.",
-                    stacklevel=2,
+                    stacklevel=4,
                 )
-        for block, probability in self.block_probabilities.items():
-            flag = f"--lisa_block_probability {self.lisa_block_probability}"
-            if block not in self.sampled:
-                raise UserError(
-                    f"{flag}: {block} is always on or frozen; take it out of --lisa_always_on and --lisa_frozen to "
-                    "have it drawn."
-                )
-            if not 0 < probability <= 1:
-                raise UserError(f"{flag}: a probability is above 0 and at most 1; {block} has {probability:g}.")
 
     def _check_importance(self) -> None:
         if self.lisa_importance not in IMPORTANCES:
@@ -255,7 +267,7 @@ class LisaConfig:
             )
         if not 0 <= self.lisa_importance_floor <= 1:
             raise UserError(
-                f"--lisa_importance_floor {self.lisa_importance_floor}: a part is from 0 to 1; 1 draws uniformly."
+                f"--lisa_importance_floor {self.lisa_importance_floor}: a part is from 0 to 1; 1 samples uniformly."
             )
         defaults = {name: field.default for name, field in type(self).__dataclass_fields__.items()}
         for name, value in defaults.items():
@@ -278,7 +290,7 @@ class LisaConfig:
 
     @property
     def sampled(self) -> tuple[str, ...]:
-        """Outer blocks that are drawn as layers are."""
+        """Outer blocks that are sampled like layers."""
         return tuple(block for block in OUTER_BLOCKS if block not in self.always_on and block not in self.frozen)
 
     @property
@@ -288,7 +300,7 @@ class LisaConfig:
         return _block_values(flag, self.lisa_block_probability, OUTER_BLOCKS)
 
     @property
-    def state_bits(self) -> dict[str, int]:
+    def state_bits(self) -> dict[str, float]:
         """Bits of the moments that the user gave, for embed, head, rest and layers."""
         return _block_values("--lisa_state_bits", self.lisa_state_bits, (*OUTER_BLOCKS, "layers"))
 
@@ -298,7 +310,7 @@ class LisaConfig:
         return _block_names("--lisa_offload", self.lisa_offload, (*OUTER_BLOCKS, "layers"))
 
     def check_num_layers(self, num_layers: int) -> None:
-        """Raise when a model of so many decoder layers has too few to draw from."""
+        """Raise when a model of so many decoder layers has too few to sample from."""
         if self.lisa_activated_layers > num_layers:
             raise UserError(
                 f"--lisa_activated_layers {self.lisa_activated_layers}: the model has {num_layers} decoder layers."
@@ -313,7 +325,7 @@ class LisaConfig:
         return asdict(self)
 
 
-def _written(flag: str, value: str, numbers: dict[str, float]) -> str:
+def _canonical(flag: str, value: str, numbers: dict[str, float]) -> str:
     if value.count("=") > len(numbers):
         raise UserError(f"{flag} {value}: a block is named twice.")
     return ",".join(f"{block}={number:g}" for block, number in sorted(numbers.items()))

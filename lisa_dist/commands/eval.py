@@ -22,7 +22,7 @@ HELP = {
         "gpus": "ranks on this host, each with a share of the items",
         "batch_size": "prompts at a time on each rank, or auto",
         "dtype": "of the weights; auto: as they were saved",
-        "seed": "of examples that are drawn, and of sampled answers",
+        "seed": "of sampled examples and answers",
         "output": "folder of the results, by default eval/ and the model's name",
     },
     "MT-Bench": {

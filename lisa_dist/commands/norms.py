@@ -18,7 +18,7 @@ HELP = {"What is written": {"out": "the folder for norms.csv and norms.png, the 
 
 @dataclass
 class NormsArguments:
-    """Flags of `lisa-dist norms`, beside the runs."""
+    """Flags of `lisa-dist norms`, next to the runs."""
 
     out: str = field(metadata={"help": "Folder for norms.csv and norms.png."})
 

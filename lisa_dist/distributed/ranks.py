@@ -19,7 +19,14 @@ _GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Of a process in a step, which srun starts. The script of a job has SLURM_PROCID too, but is in no step.
 _OF_STEP = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 _OTHERS = {"SLURM_NTASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
-_SHOWN = (*_GIVEN, "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID")
+_SHOWN: tuple[str, ...] = (
+    *_GIVEN,
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "TORCHELASTIC_RUN_ID",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+)
 _SHOWN += (*_OF_STEP.values(), "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE", *_OTHERS)
 
 
@@ -32,7 +39,7 @@ def set_rank(environment: MutableMapping[str, str] = os.environ) -> str:
         started_by = _check_launched(environment)
     elif _count(environment, "SLURM_STEP_NUM_TASKS") > 1:
         started_by = "srun"
-        environment |= {name: environment[variable] for name, variable in _OF_STEP.items()}
+        environment.update({name: environment[variable] for name, variable in _OF_STEP.items()})
         environment.setdefault("MASTER_ADDR", expand_hosts(environment["SLURM_STEP_NODELIST"])[0])
         environment.setdefault("MASTER_PORT", str(_port_of_step(environment)))
         visible = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
@@ -54,7 +61,7 @@ def set_rank(environment: MutableMapping[str, str] = os.environ) -> str:
                     f"train alone; start the ranks with {'srun, ' if starter == 'srun' else ''}torchrun or deepspeed",
                 )
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
-        environment |= {name: str(value) for name, value in alone.items()}
+        environment.update({name: str(value) for name, value in alone.items()})
         environment.setdefault("MASTER_ADDR", "127.0.0.1")
         environment.setdefault("MASTER_PORT", str(free_port()))
     if "LOCAL_WORLD_SIZE" in environment:
@@ -85,7 +92,7 @@ def _check_launched(environment: MutableMapping[str, str]) -> str:
     """Who set RANK and the rest; all of it must be there, and fit a SLURM step that it is in."""
     missing = [name for name in _GIVEN if name not in environment]
     if missing:
-        raise _contradiction(environment, f"{', '.join(missing)} not set beside the others")
+        raise _contradiction(environment, f"{', '.join(missing)} not set, though others are")
     rank, world_size, local_rank = (_count(environment, name) for name in _GIVEN[:3])
     local_size = _count(environment, "LOCAL_SIZE", _count(environment, "LOCAL_WORLD_SIZE", world_size))
     if not (0 <= rank < world_size and 0 <= local_rank < local_size <= world_size):

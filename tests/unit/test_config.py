@@ -15,7 +15,7 @@ from lisa_dist import LisaConfig
         ),
         (
             {"lisa_activated_layers": 0, "lisa_always_on": "embed,rest"},
-            "--lisa_activated_layers 0: head is to be drawn",
+            "--lisa_activated_layers 0: head is to be sampled",
         ),
         ({"lisa_importance": "loss"}, "--lisa_importance loss: unknown; choose one of gradient, update"),
         ({"lisa_importance_decay": 1.0}, "--lisa_importance_decay 1.0: a share of the past"),

@@ -46,7 +46,7 @@ def test_each_way_of_starting(environment, started_by, expected):
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set beside the others. Seen: RANK=0."),
+        ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set, though others are. Seen: RANK=0."),
         ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"),
         (TORCHRUN | {"RANK": "4"}, "rank 4 of 4, and 1 of 2 on this node, cannot be. Seen: RANK=4 WORLD_SIZE=4"),
         (TORCHRUN | {"LOCAL_RANK": "2"}, "rank 3 of 4, and 2 of 2 on this node, cannot be"),
