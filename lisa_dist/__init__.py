@@ -1,16 +1,32 @@
 """LISA (Layerwise Importance Sampled AdamW) on DeepSpeed: ZeRO shards the states of the active layers alone."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lisa_dist.checkpoint.export import export_checkpoint
+    from lisa_dist.checkpoint.resume import load_checkpoint
+    from lisa_dist.checkpoint.save import save_checkpoint
+    from lisa_dist.config import LisaConfig
+    from lisa_dist.core.controller import LisaController
+    from lisa_dist.core.initialize import initialize
+    from lisa_dist.ds_config import load_ds_config
+    from lisa_dist.optim.adamw import LisaAdamW
+    from lisa_dist.optim.build import build_optimizer
+    from lisa_dist.train.layer_norms import LayerNorms
+    from lisa_dist.train.sft_trainer import LisaTrainer
+    from lisa_dist.train.trainer import LisaMixin
 
 __version__ = "0.1.0"
 
-# Loaded at first use, so that importing the package is cheap and needs neither TRL nor a GPU.
+# Loaded at first use: importing the package is cheap, and a name loads TRL only where it needs it.
 _PUBLIC = {
+    "LayerNorms": "lisa_dist.train.layer_norms",
+    "LisaAdamW": "lisa_dist.optim.adamw",
     "LisaConfig": "lisa_dist.config",
     "LisaController": "lisa_dist.core.controller",
     "LisaMixin": "lisa_dist.train.trainer",
-    "LisaTrainer": "lisa_dist.train.trainer",
+    "LisaTrainer": "lisa_dist.train.sft_trainer",
     "build_optimizer": "lisa_dist.optim.build",
     "export_checkpoint": "lisa_dist.checkpoint.export",
     "initialize": "lisa_dist.core.initialize",
@@ -19,10 +35,28 @@ _PUBLIC = {
     "save_checkpoint": "lisa_dist.checkpoint.save",
 }
 
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [
+    "LayerNorms",
+    "LisaAdamW",
+    "LisaConfig",
+    "LisaController",
+    "LisaMixin",
+    "LisaTrainer",
+    "__version__",
+    "build_optimizer",
+    "export_checkpoint",
+    "initialize",
+    "load_checkpoint",
+    "load_ds_config",
+    "save_checkpoint",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

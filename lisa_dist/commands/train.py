@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from lisa_dist.distributed.launching import end_process, launch_if_asked
 from lisa_dist.distributed.signals import catch_stop_signals
@@ -19,10 +20,12 @@ def main(words: Sequence[str] | None = None) -> None:
         warnings.filterwarnings("ignore", warning, FutureWarning)
     try:
         words = launch_if_asked(sys.argv[1:] if words is None else words, "train", check=run_parser().check)
-        arguments = parse_arguments(words)
-        if arguments[0].method == "lisa":
+        config = parse_arguments(words)
+        if config.run.method == "lisa":
             catch_stop_signals()
-        run(*arguments, words)
+        finished = run(config, words)
+        if finished is not None:  # and no other rank waits for this one
+            _write_report(finished)
         end_process()
     except SharedError as error:
         if os.environ["RANK"] == "0":
@@ -32,3 +35,13 @@ def main(words: Sequence[str] | None = None) -> None:
         rank = f", rank {os.environ['RANK']}" if "RANK" in os.environ else ""
         print(f"lisa-dist{rank}: {error}", flush=True)
         raise SystemExit(2) from error
+
+
+def _write_report(folder: Path) -> None:
+    """Write the report of a run that has ended; its model is saved already, so a full disk is no error."""
+    from lisa_dist.report.html import write_report  # matplotlib is for rank 0, and for the end
+
+    try:
+        print(f"wrote {write_report(folder)}", flush=True)
+    except (OSError, UserError) as error:
+        print(f"{folder}: the report could not be written ({error})", flush=True)

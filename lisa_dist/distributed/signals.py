@@ -9,6 +9,8 @@ import os
 import signal
 import threading
 import time
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -20,8 +22,8 @@ _pipe: list[int] = []
 _forking = threading.local()  # .mask: the signals a thread that forks had blocked
 
 
-def catch_stop_signals() -> dict:
-    """From now on a first signal is noted, for `StopSignals` to ask for, and a second one ends the process at once.
+def catch_stop_signals() -> dict[int, Any]:
+    """From now on a first signal is recorded for `StopSignals`, and a second one ends the process at once.
 
     Returns the handlers that were in place. Only a process's main thread can do this; others get an empty dict.
     """
@@ -39,19 +41,23 @@ def catch_stop_signals() -> dict:
 
 
 class StopSignals:
-    """`with StopSignals() as stop: ...` around a training loop that asks `stop.agreed()` after every step."""
+    """`with StopSignals() as stop: ...` around a training loop that calls `stop.agree()` after every step.
 
-    def __init__(self):
-        self._previous: dict = {}
-        self._group = None
+    `stopped_by` is the name of the signal that the ranks have agreed on, None before.
+    """
 
-    def __enter__(self):
+    def __init__(self) -> None:
+        self.stopped_by: str | None = None
+        self._previous: dict[int, Any] = {}
+        self._group: dist.ProcessGroup | None = None
+
+    def __enter__(self) -> "StopSignals":
         if dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo")
         self._previous = catch_stop_signals()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if _receive not in self._previous.values():  # not a process that ends with the run
@@ -59,14 +65,15 @@ class StopSignals:
         if self._group is not None:
             dist.destroy_process_group(self._group)
 
-    def agreed(self) -> str | None:
+    def agree(self) -> str | None:
         """The name of a signal that any rank has received, on every rank; each calls it after the same step."""
         number = torch.tensor([_received[0][0] if _received else 0])
         dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
-        return signal.Signals(number.item()).name if number.item() else None
+        self.stopped_by = signal.Signals(int(number)).name if number else None
+        return self.stopped_by
 
 
-def _receive(number: int, frame) -> None:
+def _receive(number: int, frame: FrameType | None) -> None:
     """Takes the place of the default, which would end the process; `_listen` does the work."""
 
 
@@ -99,7 +106,7 @@ def _unblock_signals() -> None:
 
 
 def _forget_in_child() -> None:
-    """A forked worker of a data loader or a pool ends by SIGTERM as ever, and tells this process nothing."""
+    """A forked worker of a data loader or a pool ends by SIGTERM as usual, and tells this process nothing."""
     try:
         signal.set_wakeup_fd(-1)
         _pipe.clear()  # its thread is not here

@@ -3,9 +3,11 @@
 TRL's parser reads flags and recipe into TRL's SFTConfig and ModelConfig, LisaConfig, and the few arguments of our own.
 """
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from transformers.training_args import OptimizerNames
@@ -23,6 +25,7 @@ from lisa_dist.flags import RunParser
 from lisa_dist.optim.build import LISA_ADAMW
 
 METHODS = ("lisa", "full", "lora")
+ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
 # Where the weights of the shipped configs are.
 HUB_IDS = {
     "gemma2-9b": "google/gemma-2-9b",
@@ -45,7 +48,7 @@ class RunArguments:
     method: str = field(
         default="lisa",
         metadata={
-            "help": "lisa, full to train every parameter in every step, or lora to train adapters beside them "
+            "help": "lisa, full to train every parameter in every step, or lora to train adapters "
             "(--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules)."
         },
     )
@@ -69,17 +72,19 @@ class RunArguments:
     )
     hang_timeout: float = field(
         default=HANG_TIMEOUT,
-        metadata={"help": "Seconds for a step, after which a run that hangs is ended, naming the rank; 0 for never."},
+        metadata={
+            "help": "Seconds without a step after which a run is ended, naming the rank that hangs; 0 for never."
+        },
     )
     layer_norms: int = field(
         default=0,
         metadata={
-            "help": "Take the norms of each block's weights and updates in every N-th step, for lisa-dist norms; 0 for "
-            "never."
+            "help": "Record the norms of each block's weights and updates in every N-th step, for lisa-dist norms; 0 "
+            "for never."
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
         dial = parse_checkpointed_layers(self.checkpointed_layers)
@@ -113,14 +118,14 @@ class LisaSFTConfig(SFTConfig):
     global_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rows of an optimizer step on all ranks together, for a run to be the same on any number of GPUs; "
+            "help": "Examples of a step on all ranks together, for a run to be the same on any number of GPUs; "
             "--gradient_accumulation_steps follows from it."
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.global_batch_size is not None:
-            self.gradient_accumulation_steps = self._accumulation()
+            self.gradient_accumulation_steps = self._accumulation(self.global_batch_size)
         if isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
             self.deepspeed = find_ds_config(self.deepspeed)
         if not torch.cuda.is_available():
@@ -140,19 +145,19 @@ class LisaSFTConfig(SFTConfig):
         if ours:
             self.optim = LisaOptimizerNames.LISA_ADAMW
 
-    def _accumulation(self) -> int:
+    def _accumulation(self, global_batch_size: int) -> int:
         """The micro-batches that make up a global batch on as many ranks as there are."""
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         at_once = self.per_device_train_batch_size * world_size
-        if self.global_batch_size < 1 or self.global_batch_size % at_once:
+        if global_batch_size < 1 or global_batch_size % at_once:
             raise UserError(
-                f"--global_batch_size {self.global_batch_size}: must be a multiple of {at_once}, which "
+                f"--global_batch_size {global_batch_size}: must be a multiple of {at_once}, which "
                 f"--per_device_train_batch_size {self.per_device_train_batch_size} is on {world_size} ranks."
             )
-        steps = self.global_batch_size // at_once
+        steps = global_batch_size // at_once
         if self.gradient_accumulation_steps not in (1, steps):
             raise UserError(
-                f"--global_batch_size {self.global_batch_size} and --gradient_accumulation_steps "
+                f"--global_batch_size {global_batch_size} and --gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps}: give one of them; on {world_size} ranks it is {steps}."
             )
         return steps
@@ -170,7 +175,7 @@ class ModelArguments(ModelConfig):
 
     dtype: str | None = field(default=None, metadata={"help": "Precision to load the weights in."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.model_name_or_path is None:
             raise UserError("--model_name_or_path is missing: give a folder or a model of the hub.")
@@ -204,24 +209,24 @@ HELP = {
     "What is trained, on what": {
         "method": "lisa; full: every parameter, always; lora: adapters",
         "model_name_or_path": "folder, or model of the hub",
-        "dataset_name": "files, folders, datasets of the hub; name#1000 draws so many rows",
-        "dataset_weights": "one for each: 2 takes its rows twice in an epoch, 0.5 half of them",
-        "dataset_format": "alpaca, sharegpt, messages, ...; by default the columns tell",
+        "dataset_name": "files, folders, datasets of the hub; name#1000 samples so many examples",
+        "dataset_weights": "one for each: 2 takes its examples twice an epoch, 0.5 half of them",
+        "dataset_format": "alpaca, sharegpt, messages, ...; by default from the columns",
         "dataset_columns": "what columns are: question=QUESTION answer=LONG_ANSWER",
-        "eval_dataset_name": "held-out rows, as --dataset_name",
-        "eval_rows": "hold out so many rows, or below 1 this part of them",
+        "eval_dataset_name": "held-out examples, as --dataset_name",
+        "eval_rows": "hold out so many examples, or below 1 this part of them",
         "train_on_inputs": "prompts count for the loss too",
         "chat_template_path": "a .jinja file or a tokenizer, in place of the model's own",
         "max_length": "tokens of the longest example",
         "long_examples": "longer ones: truncate, drop, or auto (texts are split)",
-        "skip_bad_rows": "leave bad rows out in place of an error",
-        "packing": "several examples in a row, which never see each other",
+        "skip_bad_rows": "leave out invalid examples in place of an error",
+        "packing": "several examples in one sequence, which never see each other",
     },
     "LISA": {
         "lisa_activated_layers": "decoder layers that train in a period (gamma)",
         "lisa_interval_steps": "optimizer steps in a period (K)",
         "lisa_sampler": "uniform, reshuffle, cyclic, fixed, weighted, adaptive",
-        "lisa_always_on": "of embed, head, rest; those left out are drawn as layers are",
+        "lisa_always_on": "of embed, head, rest; those left out are sampled like layers",
         "lisa_frozen": "of embed, head, rest: never trained",
         "lisa_state": "at a switch: reset, reset_all (as in the paper), keep",
         "lisa_offload": "blocks whose optimizer states live on the host",
@@ -237,8 +242,8 @@ HELP = {
         "weight_decay": "",
         "num_train_epochs": "",
         "max_steps": "wins over --num_train_epochs",
-        "per_device_train_batch_size": "rows of a rank in a forward pass",
-        "global_batch_size": "rows of a step on all ranks; accumulation follows",
+        "per_device_train_batch_size": "examples of a rank in a forward pass",
+        "global_batch_size": "examples of a step on all ranks; accumulation follows",
         "checkpointed_layers": "gradient checkpointing: none, all, a number, auto",
         "attn_implementation": "by default the fastest that runs here",
     },
@@ -260,13 +265,39 @@ def run_parser() -> RunParser:
     return RunParser((RunArguments, DataArguments, LisaConfig, ModelArguments, LisaSFTConfig), USAGE, HELP)
 
 
-def parse_arguments(
-    argv: Sequence[str] | None = None,
-) -> tuple[RunArguments, DataArguments, LisaSFTConfig, ModelArguments, LisaConfig]:
+class RunConfig(NamedTuple):
+    """A run as one value: the arguments of the run, of its data, of training, of the model, and of LISA."""
+
+    run: RunArguments
+    data: DataArguments
+    training: LisaSFTConfig
+    model: ModelArguments
+    lisa: LisaConfig
+
+    def copy(self) -> "RunConfig":
+        """The same in objects of its own. Copied as they are: to build TrainingArguments again would start ranks."""
+        return RunConfig(
+            run=copy.copy(self.run),
+            data=copy.copy(self.data),
+            training=copy.copy(self.training),
+            model=copy.copy(self.model),
+            lisa=copy.copy(self.lisa),
+        )
+
+    def flags(self) -> dict[str, Any]:
+        """All flags and their values, but those that each rank has for itself."""
+        flags: dict[str, Any] = {}
+        for group in self:
+            values = group.to_dict() if hasattr(group, "to_dict") else vars(group)
+            flags |= {f"--{name}": value for name, value in values.items()}
+        return {name: value for name, value in flags.items() if name not in ("--local_rank", "--logging_dir")}
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     """The arguments of a run from flags and `--config file.yaml`; flags win. Unknown keys and flags are errors."""
     parser = run_parser()
     words = parser.check(argv)
     set_rank()
     # What is cheap to check comes first: the training arguments start the process group.
     run_args, data_args, lisa_config, model_args, training_args = parser.parse_args_and_config(words)
-    return run_args, data_args, training_args, model_args, lisa_config
+    return RunConfig(run_args, data_args, training_args, model_args, lisa_config)

@@ -4,16 +4,26 @@ import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from accelerate.utils import send_to_device
 from packaging.version import Version
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, TrainerCallback
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    PretrainedConfig,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.utils import is_kernels_available
-from trl import SFTConfig, SFTTrainer
 
 from lisa_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from trl import SFTConfig, SFTTrainer
 
 PROBE_LENGTH = 16  # tokens of a document in `documents_see_each_other`
 
@@ -70,7 +80,7 @@ def choose_attention(
     return chosen, why
 
 
-def packs_documents(args: SFTConfig) -> bool:
+def packs_documents(args: "SFTConfig | Any") -> bool:
     """Whether documents share rows in the run, by `--packing` or `--padding_free`.
 
     Raises UserError where TRL would hand a row to the model without saying where its documents end.
@@ -90,7 +100,9 @@ def packs_documents(args: SFTConfig) -> bool:
 
 
 def documents_see_each_other(
-    logits_of: Callable[[Mapping], torch.Tensor], collate: Callable[[Sequence[Mapping]], Mapping], vocab_size: int
+    logits_of: Callable[[Mapping[str, Any]], torch.Tensor],
+    collate: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]],
+    vocab_size: int,
 ) -> bool:
     """Whether a document in a packed row changes with the one before it: some models of transformers let it.
 
@@ -116,12 +128,15 @@ class PackingCheck(TrainerCallback):
     All ranks take part, as ZeRO-3 gathers weights for it. `after` is called with the engine when it is done.
     """
 
-    def __init__(self, trainer: SFTTrainer, after: Callable):
+    def __init__(self, trainer: "SFTTrainer", after: Callable[[Any], object]):
         self._trainer = trainer
         self._after = after
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        trainer, model = self._trainer, self._trainer.model_wrapped.module
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer: Any = self._trainer
+        model = trainer.model_wrapped.module
         training = model.training
         model.eval()
         with torch.no_grad():
@@ -133,18 +148,18 @@ class PackingCheck(TrainerCallback):
         model.train(training)
         self._after(trainer.model_wrapped)
         if mixed:
+            flag = "packing" if trainer.args.packing else "padding_free"
             raise UserError(
-                f"--{'packing' if args.packing else 'padding_free'} true: in {type(model).__name__} with attention "
-                f"{model.config._attn_implementation}, documents in a row see each other; leave the flag out, or give "
-                "another --attn_implementation."
+                f"--{flag} true: in {type(model).__name__} with attention {model.config._attn_implementation}, "
+                "documents in a row see each other; leave the flag out, or give another --attn_implementation."
             )
 
 
 def _choose(
-    half_precision: bool, config: PretrainedConfig, model_class: type | None, capability: tuple[int, int] | None
+    half_precision: bool, config: PretrainedConfig, model_class: Any, capability: tuple[int, int] | None
 ) -> tuple[str, str]:
     """The best that can be used, and why nothing better."""
-    reasons = []
+    reasons: list[str] = []
     for name in _AUTOMATIC:
         problem, _ = _problem(name, half_precision, config, model_class, capability)
         problem = problem or _misfit(name, config, model_class)
@@ -157,7 +172,13 @@ def _choose(
     return "eager", "; ".join([*reasons, f"{model_class.__name__} does not support SDPA"])
 
 
-def _check_requested(name: str, half_precision: bool, config, model_class, capability) -> str:
+def _check_requested(
+    name: str,
+    half_precision: bool,
+    config: PretrainedConfig,
+    model_class: Any,
+    capability: tuple[int, int] | None,
+) -> str:
     """What is to be added to "as asked for". Raises UserError."""
     problem, way_out = _problem(name, half_precision, config, model_class, capability)
     if problem is None:
@@ -169,7 +190,11 @@ def _check_requested(name: str, half_precision: bool, config, model_class, capab
 
 
 def _problem(
-    name: str, half_precision: bool, config: PretrainedConfig, model_class: type | None, capability
+    name: str,
+    half_precision: bool,
+    config: PretrainedConfig,
+    model_class: Any,
+    capability: tuple[int, int] | None,
 ) -> tuple[str | None, str | None]:
     """Why this flash-attn cannot run, or None; and what to do about it, where something can be done."""
     flash = _FLASH[name]
@@ -189,14 +214,14 @@ def _problem(
     return problem, problem and flash.install
 
 
-def _misfit(name: str, config: PretrainedConfig, model_class: type | None) -> str | None:
+def _misfit(name: str, config: PretrainedConfig, model_class: Any) -> str | None:
     """Why nobody would want this flash-attn for the model who has not asked for it, or None."""
     flash = _FLASH[name]
     if model_class is None:
         return "a model with code of its own may not support flash-attn"
     if name not in (getattr(model_class, "_compatible_flash_implementations", None) or [name]):
         return f"{model_class.__name__} does not support {flash.package}"
-    if name != "flash_attention_2" and getattr(config.get_text_config(), "attention_dropout", 0):
+    if name != "flash_attention_2" and getattr(config.get_text_config(), "attention_dropout", None):
         return f"{flash.package} has no dropout"  # and transformers only warns
     return None
 
@@ -220,8 +245,8 @@ def _import_problem(flash: _Flash) -> str | None:
     return None
 
 
-def _model_class(config: PretrainedConfig) -> type | None:
-    """The class that TRL will load; None where the model brings its own code."""
+def _model_class(config: PretrainedConfig) -> Any:
+    """The class that TRL will load, of which attributes are asked; None where the model brings its own code."""
     for name in (config.architectures or [])[:1]:
         if hasattr(transformers, name):
             return getattr(transformers, name)

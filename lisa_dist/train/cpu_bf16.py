@@ -5,6 +5,8 @@ the result to bf16 gives the same precision (sums are fp32 in either case) at fp
 and activations in bf16, so memory is that of bf16.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -18,7 +20,7 @@ def multiply_in_fp32(model: nn.Module) -> None:
     """Let every linear layer of a bf16 model multiply in fp32; parameters and results stay bf16."""
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.forward = _Fp32Forward(module)
+            vars(module)["forward"] = _Fp32Forward(module)
 
 
 class _Fp32Forward:
@@ -35,14 +37,14 @@ class _LinearInFp32(torch.autograd.Function):
     """y = x W^T + b. Saves the bf16 tensors and casts again in backward, one layer at a time."""
 
     @staticmethod
-    def forward(ctx, inputs, weight, bias):
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.has_bias = bias is not None
         outputs = nn.functional.linear(inputs.float(), weight.float(), None if bias is None else bias.float())
         return outputs.to(inputs.dtype)
 
     @staticmethod
-    def backward(ctx, output_gradient):
+    def backward(ctx: Any, output_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         gradient = output_gradient.float()
         input_gradient = weight_gradient = bias_gradient = None

@@ -1,6 +1,7 @@
 """The header of a run: what will be trained of the model, by which optimizer, and what it takes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -13,10 +14,15 @@ from lisa_dist.text import format_bytes, format_count, format_table
 
 
 def describe_training(
-    lisa: LisaController, model: torch.nn.Module, ds_config: dict, optim: str, ranks: Sequence[tuple[str, str]]
+    lisa: LisaController,
+    model: torch.nn.Module,
+    ds_config: dict[str, Any],
+    optim: str,
+    ranks: Sequence[tuple[str, str]],
 ) -> str:
     """A table of an attached controller: blocks, parameters, `ranks` (rows of their own), states, memory."""
-    config = lisa.config
+    config, engine = lisa.config, lisa.engine
+    assert engine is not None
     numel = {block.name: block.numel for block in lisa.blocks if block.parameters}
     layers = [block.numel for block in lisa.blocks.layers]
     total = sum(numel.values())
@@ -39,10 +45,10 @@ def describe_training(
             f"{len(layers)} at {lisa.blocks.layers_path}, of {format_count(max(layers))} parameters each",
         ),
         ("always on", named(always_on) + (" (embed and head are one tied matrix)" if lisa.blocks.tied else "")),
-        *([("drawn as layers are", named(list(lisa.block_visit_counts)))] if lisa.block_visit_counts else []),
+        *([("sampled like layers", named(list(lisa.block_visit_counts)))] if lisa.block_visit_counts else []),
         ("never trained", named(never)),
         ("active at a time", f"{format_count(active)} ({100 * active / total:.1f}%)"),
-        ("asleep", format_count(total - active)),
+        ("inactive", format_count(total - active)),
         (
             "period",
             f"{config.lisa_interval_steps} steps with {config.lisa_activated_layers} layers, {config.lisa_sampler}",
@@ -54,7 +60,7 @@ def describe_training(
         ),
         *ranks,
         ("ZeRO", f"stage {ds_config['zero_optimization']['stage']} on {world_size} rank(s)"),
-        ("optimizer", _describe_optimizer(optim, ds_config, lisa.engine.device.type)),
+        ("optimizer", _describe_optimizer(optim, ds_config, engine.device.type)),
         ("states per rank", f"{format_count(sum(state.numel for state in states))} elements each of {kept}"),
         ("checkpointed", f"{checkpointed_layers(model, lisa.blocks)} of {len(layers)} layers"),
         ("memory now", f"{format_bytes(lisa.live_bytes())} of tensors per rank, before the moments"),
@@ -62,7 +68,7 @@ def describe_training(
     return "LISA\n" + format_table(rows)
 
 
-def _describe_optimizer(optim: str, ds_config: dict, device_type: str) -> str:
+def _describe_optimizer(optim: str, ds_config: dict[str, Any], device_type: str) -> str:
     """What steps in the end: under optimizer offload that is not what --optim says."""
     if uses_optimizer_offload(ds_config):
         return f"DeepSpeed's AdamW on the host, in the place of {optim}"

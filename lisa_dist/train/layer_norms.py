@@ -23,6 +23,7 @@ import csv
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -31,7 +32,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import distributed as dist
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.distributed.collectives import together
@@ -57,9 +58,23 @@ class LayerNorms(TrainerCallback):
     def __init__(self, every: int = 1, layers_attribute: str | None = None):
         self.every = every
         self._layers_attribute = layers_attribute
+        self.num_looks = 0
         self._weights: list[_Weight] = []
+        self._blocks: list[str] = []
+        self._has_adapters = self._sharded = self._looks_here = False
+        self._device = torch.device("cpu")
+        self._start: list[list[torch.Tensor]] = []
+        self._before: list[list[torch.Tensor]] | None = None
+        self._sums = torch.zeros(0, 3, dtype=torch.float64)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Find the weights, and keep what they are."""
         if state.max_steps < self.every:
             raise UserError(
@@ -73,29 +88,33 @@ class LayerNorms(TrainerCallback):
         self._looks_here = self._sharded or state.is_world_process_zero
         self._device = args.device
         self._start = [[part.cpu() for part in each] for each in self._changing()]
-        self._before: list[list[torch.Tensor]] | None = None
+        self._before = None
         self._sums = torch.zeros(len(self._blocks), 3, dtype=torch.float64)
         self.num_looks = 0
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Keep the weights as they are before a step that is looked at."""
         if (state.global_step + 1) % self.every == 0:
             self._before = self._changing()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Look at the weights after the step."""
         if self._before is not None:
             self._sums += self._norms(self._before)
             self._before = None
             self.num_looks += 1
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write what was seen so far."""
-        self._write(Path(args.output_dir))
+        self._write(Path(str(args.output_dir)))
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Write the norms, and let go of the weights."""
-        self._write(Path(args.output_dir))
+        self._write(Path(str(args.output_dir)))
         self._weights, self._start = [], []
 
     def _changing(self) -> list[list[torch.Tensor]]:
@@ -174,18 +193,19 @@ class _Weight:
 
 
 class _Adapted(_Weight):
-    """A frozen matrix and the adapters beside it: W + s B A, of which this rank's elements are made when asked for."""
+    """A frozen matrix and its adapters: W + s B A, of which this rank's elements are computed on demand."""
 
     def __init__(self, matrix: nn.Parameter, layer: LoraLayer):
         super().__init__(matrix, trains=True)
-        self._embeds = any(name in layer.lora_embedding_A for name in layer.active_adapters)
+        adapters: Any = layer  # whose factors are in dictionaries of modules
+        self._embeds = any(name in adapters.lora_embedding_A for name in adapters.active_adapters)
         # An embedding, and a linear layer that keeps its matrix the other way round, add the transposed product.
-        self._transposed = self._embeds or getattr(layer, "fan_in_fan_out", False)
+        self._transposed = self._embeds or getattr(adapters, "fan_in_fan_out", False)
         self._pairs = [
-            (layer.lora_embedding_B[name], layer.lora_embedding_A[name], layer.scaling[name])
+            (adapters.lora_embedding_B[name], adapters.lora_embedding_A[name], adapters.scaling[name])
             if self._embeds
-            else (layer.lora_B[name].weight, layer.lora_A[name].weight, layer.scaling[name])
-            for name in layer.active_adapters
+            else (adapters.lora_B[name].weight, adapters.lora_A[name].weight, adapters.scaling[name])
+            for name in adapters.active_adapters
         ]
 
     @property
@@ -227,14 +247,14 @@ class _Adapted(_Weight):
         return torch.cat(lefts, dim=1), torch.cat(rights)
 
 
-def _find_weights(model: nn.Module, layers_attribute: str | None) -> Iterator[_Weight]:
+def _find_weights(model: Any, layers_attribute: str | None) -> Iterator[_Weight]:
     """Every weight that acts in the language model, once, in its block."""
     is_peft = isinstance(model, PeftModel)
     model = model.get_base_model() if is_peft else model
     blocks = [block for block in find_blocks(model, layers_attribute) if block.name != "outside"]
     owner = {id(parameter): block.name for block in blocks for parameter in block.parameters.values()}
-    # What does not act by itself: factors, a matrix where adapters stand beside it, what a copy stands for.
-    factors, beside_adapters, replaced = set(), set(), []
+    # What does not act by itself: factors, a matrix with adapters, what a copy stands for.
+    factors, with_adapters, replaced = set(), set(), []
     for path, module in model.named_modules() if is_peft else ():
         if isinstance(module, ModulesToSaveWrapper):
             replaced.append(f"{path}.original_module.")
@@ -242,12 +262,12 @@ def _find_weights(model: nn.Module, layers_attribute: str | None) -> Iterator[_W
             matrix = getattr(module.get_base_layer(), "weight", None)
             if not isinstance(module, LoraLayer) or matrix is None or len(parameter_shape(matrix)) != 2:
                 raise UserError(f"--layer_norms: {path} has an adapter ({type(module).__name__}) {_NOT_MEASURED}")
-            weight = _Adapted(matrix, module)
-            factors |= {id(factor) for factor in weight.factors}
-            beside_adapters.add(f"{path}.base_layer.weight")
-            if id(weight.factors[0]) in owner:
-                weight.block = owner[id(weight.factors[0])]
-                yield weight
+            adapted = _Adapted(matrix, module)
+            factors |= {id(factor) for factor in adapted.factors}
+            with_adapters.add(f"{path}.base_layer.weight")
+            if id(adapted.factors[0]) in owner:
+                adapted.block = owner[id(adapted.factors[0])]
+                yield adapted
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     head_path = next((f"{path}." for path, module in model.named_modules() if module is head), None)
     names: dict[int, list[str]] = {}
@@ -255,7 +275,7 @@ def _find_weights(model: nn.Module, layers_attribute: str | None) -> Iterator[_W
     for name, parameter in parameters.items():
         names.setdefault(id(parameter), []).append(name)
     for key, aliases in names.items():
-        acting = [name for name in aliases if name not in beside_adapters and not name.startswith(tuple(replaced))]
+        acting = [name for name in aliases if name not in with_adapters and not name.startswith(tuple(replaced))]
         if key in factors or key not in owner or not acting:
             continue
         if ".lora_" in acting[0]:

@@ -1,8 +1,8 @@
-"""Liger's Triton kernels (`--use_liger_kernel`) beside LISA: what cannot work is said at the start of a run.
+"""Liger's Triton kernels (`--use_liger_kernel`) under LISA: what cannot work is refused at the start of a run.
 
 The Trainer patches the model when training begins: `forward` of its norms and MLPs, of the model itself for the loss
 fused with the head, and names in its modeling module, such as that of the rotary embedding. No kernel computes the
-gradient of a weight that sleeps. Under ZeRO-3 a norm reads its weight within its own forward; the fused loss reads the
+gradient of a frozen weight. Under ZeRO-3 a norm reads its weight within its own forward; the fused loss reads the
 head's within the model's, where DeepSpeed gathers it.
 """
 

@@ -3,23 +3,40 @@
 import resource
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import distributed as dist
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from lisa_dist.core.controller import LisaController
+from lisa_dist.distributed.health import SLOW, ComputeTime
 from lisa_dist.train.progress import Progress
 
+_SLOW_LOGS = 3  # in so many logs one after another a rank must be slow to be named
 
-class MonitoredMixin:
+
+if TYPE_CHECKING:
+    _TrainerClass: TypeAlias = Any  # whichever class of Trainer the mixin is put before
+else:
+    _TrainerClass = object
+
+
+class MonitoredMixin(_TrainerClass):
     """Put before a Trainer class: adds `tokens_per_second` and `memory_bytes` to its logs, and shows `Progress`.
 
     Tokens are those of all ranks, padding not counted; their time is that between two logs, without that of evaluating
     and saving. Memory is the highest peak of any rank since the start: of tensors on a GPU, of the process on CPUs.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._meter = SpeedMeter(self.args.device)
         self.add_callback(self._meter)
@@ -27,27 +44,50 @@ class MonitoredMixin:
         if self.pop_callback(ProgressCallback) is not None or self.pop_callback(PrinterCallback) is not None:
             self.add_callback(self._progress)
 
+    @property
+    def stopped_by(self) -> str | None:
+        """The signal that ended training early, if one did."""
+        return None
+
     def active_now(self) -> str:
         """What trains now, for the line of the progress; "" where it is everything."""
         return ""
 
-    def train(self, *args, **kwargs):
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; whatever ends it, the terminal is given back."""
         try:
             return super().train(*args, **kwargs)
         finally:
             self._progress.stop()
 
-    def training_step(self, model, inputs, *args, **kwargs):
+    def training_step(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The Trainer's, with its tokens counted."""
         self._meter.count(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add speed and memory to the log of a loss, which all ranks write or none."""
         if "loss" in logs:
             logs = logs | self._meter.metrics()
         super().log(logs, *args, **kwargs)
+
+
+class SlowRanks:
+    """The rank that computes longest, for the logs; a warning where it is the same one several times in a row."""
+
+    def __init__(self, compute_time: ComputeTime):
+        self._compute_time = compute_time
+        self._rank, self._times_in_a_row = -1, 0
+
+    def measure(self) -> tuple[dict[str, float], str | None]:
+        """Metrics since the last call and a warning, if there is one; all ranks call it."""
+        rank, ratio, host = self._compute_time.slowest()
+        self._times_in_a_row = (self._times_in_a_row + 1 if rank == self._rank else 1) if ratio > SLOW else 0
+        self._rank = rank if ratio > SLOW else -1
+        warning = None
+        if self._times_in_a_row >= _SLOW_LOGS:
+            warning = f"rank {rank} on host {host} computes {ratio:.2f} times as long as the median rank"
+        return {"lisa/slowest_rank": rank, "lisa/slowest_rank_times_median": ratio}, warning
 
 
 class SpeedMeter(TrainerCallback):
@@ -73,8 +113,8 @@ class SpeedMeter(TrainerCallback):
     def metrics(self) -> dict[str, float]:
         """Figures of all ranks since the last call, which every rank makes."""
         now = time.perf_counter()
-        seconds = now - self._since - self._elsewhere
-        mine = torch.tensor([int(self._tokens), seconds, self._note_peak()], dtype=torch.float64, device=self._device)
+        passed = now - (now if self._since is None else self._since) - self._elsewhere
+        mine = torch.tensor([int(self._tokens), passed, self._note_peak()], dtype=torch.float64, device=self._device)
         every = [mine]
         if dist.is_initialized():
             every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -85,18 +125,20 @@ class SpeedMeter(TrainerCallback):
         metrics = {"memory_bytes": peaks.max().item()}
         return metrics | ({"tokens_per_second": (tokens.sum() / seconds.max()).item()} if tokens.sum() else {})
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """With the first step the time begins."""
         self._note_peak()
         if self._since is None:
             self._since = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """From here on the time may be of an evaluation, or of a save."""
         self._note_peak()
         self._mark = time.perf_counter()
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """What has passed was an evaluation."""
         if self._since is None:  # before the first step
             return
@@ -104,7 +146,7 @@ class SpeedMeter(TrainerCallback):
         self._elsewhere += now - self._mark
         self._mark = now
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """What has passed was a save."""
         self.on_evaluate(args, state, control)
 
@@ -138,7 +180,7 @@ def lisa_metrics(lisa: LisaController) -> dict[str, float]:
     learned = lisa.selection.importance.averages if lisa.selection.importance is not None else []
     metrics |= {f"lisa/importance/layer_{layer:02d}": seen for layer, seen in enumerate(learned) if seen is not None}
     metrics |= {f"lisa/visits/{block}": count for block, count in lisa.block_visit_counts.items()}
-    moved = lisa.movement.lines[-1]["blocks"] if lisa.movement.lines else {}
+    moved = lisa.movement.lines[-1]["blocks"] if lisa.movement is not None and lisa.movement.lines else {}
     return metrics | {f"lisa/update_norm/{_metric_name(block)}": one["update"] for block, one in moved.items()}
 
 

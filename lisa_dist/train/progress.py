@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -24,7 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lisa_dist.text import format_bytes
 
 _REFRESHES_PER_SECOND = 4
-# Entries of a log, in the order in which they are shown; of other trainers' what is said below beside them.
+# Entries of a log, in the order in which they are shown.
 _SHOWN = {
     "loss": lambda value: f"loss {value:.4f}",
     "held_out": lambda value: f"held out {value:.4f}",
@@ -54,7 +55,9 @@ class Progress(TrainerCallback):
         self._began = 0.0
         self._evaluated = 0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Show the line."""
         self._step = self._first_step = state.global_step
         self._max_steps, self._began = state.max_steps, time.monotonic()
@@ -65,15 +68,24 @@ class Progress(TrainerCallback):
             self._live.start()
             self._console.show_cursor(True)  # or a run that is killed leaves a terminal without one
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the step."""
         self._step = state.global_step
 
-    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Count a batch of the held-out rows."""
         self._evaluated += 1
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Take over what was logged; in plain output print it."""
         logs, self._evaluated = logs or {}, 0
         if "eval_loss" in logs:
@@ -90,7 +102,9 @@ class Progress(TrainerCallback):
         elif "eval_loss" in logs:
             print(f"{place}  {_SHOWN['held_out'](logs['eval_loss'])}", flush=True)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Leave the line as it is."""
         self.stop()
 

@@ -17,23 +17,23 @@ LADDER: tuple[tuple[str, dict[str, str], bool], ...] = (
     ("AdamW in 32 bits, as published", {}, False),
     ("moments of embeddings and head in 8 bits", {"lisa_state_bits": "embed=8,head=8"}, False),
     ("AdamW in 32 bits, as published; optimizer states on the host", {}, True),
-    ("embeddings and head drawn as layers are", {"lisa_always_on": "rest"}, False),
+    ("embeddings and head sampled like layers", {"lisa_always_on": "rest"}, False),
     (
-        "embeddings and head drawn as layers are, moments in 8 bits",
+        "embeddings and head sampled like layers, moments in 8 bits",
         {"lisa_always_on": "rest", "lisa_state_bits": "embed=8,head=8,layers=8"},
         False,
     ),
-    ("embeddings and head drawn as layers are, optimizer states on the host", {"lisa_always_on": "rest"}, True),
+    ("embeddings and head sampled like layers, optimizer states on the host", {"lisa_always_on": "rest"}, True),
 )
 RECIPE = """\
 # LISA on {model}, {gpus} x {gpu_memory}, made by
 #   {command}
 # {way}.
-# Planned for rows of {seq_length} tokens: {gpu} on each GPU beside {reserve} for CUDA, {host} of host memory a rank.
+# Planned for {seq_length} tokens a sequence: {gpu} on each GPU and {reserve} for CUDA, {host} of host memory a rank.
 # The parts of it: {plan_command}
 # Start it: lisa-dist train --gpus {gpus_here} --config {recipe}{more_hosts}
 
-# The model, and rows: files (.jsonl, .json, .csv, .parquet, .txt), folders or datasets of the hub; docs/data.md.
+# The model, and the data: files (.jsonl, .json, .csv, .parquet, .txt), folders or datasets of the hub; docs/data.md.
 model_name_or_path: {model_name_or_path}
 dataset_name: {dataset_name}
 eval_rows: 0.02                     # this part of them is held out
@@ -51,7 +51,7 @@ optim: {optim}
 {budget}checkpointed_layers: {dial:<15}# auto: as few as fit, by a measured step; planned: {checkpointed}/{num_layers}
 {gradient_accumulation}per_device_train_batch_size: {micro_batch_size}
 max_length: {seq_length}
-# packing: true                     # several short examples in a row, which never see each other
+# packing: true                     # several short examples in one sequence, which never see each other
 
 # The schedule. Lower the rate for more layers at a time, or for a model that is tuned already.
 learning_rate: 1.0e-5
@@ -73,13 +73,13 @@ report_to: tensorboard              # or wandb, mlflow, ..., none
 class InitArguments(PlanArguments):
     """What is asked of `lisa-dist init`: a plan's questions, and where things are."""
 
-    dataset_name: str = field(default="DATA", metadata={"help": "Rows to train on; to be filled in if left out."})
+    dataset_name: str = field(default="DATA", metadata={"help": "Data to train on; to be filled in if left out."})
     output_dir: str | None = field(
         default=None, metadata={"help": "Of the run; by default runs/ and the model's name."}
     )
     recipe: str | None = field(default=None, metadata={"help": "The file to write; left out, it is printed."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.method != "lisa":
             raise UserError(f"--method {self.method}: init writes recipes of LISA.")
@@ -102,13 +102,13 @@ def choose(arguments: InitArguments, lisa_config: LisaConfig) -> tuple[str, Plan
     Raises ValueError with what is lacking where nothing fits.
     """
     config, given = load_model_config(arguments.model), lisa_config.to_dict()
-    problem, defaults = None, LisaConfig().to_dict()
+    problem, defaults = UserError("no way of running fits the settings"), LisaConfig().to_dict()
     for way, settings, offloads in LADDER:
         for_offload = offloads or "lisa_state_bits" in settings  # which goes with no states on the host
         if any(given[name] != defaults[name] for name in settings) or (for_offload and lisa_config.offloaded):
             continue  # it would change what was given
         if "lisa_always_on" in settings and lisa_config.lisa_activated_layers == 0:
-            continue  # nothing is drawn in the place of layers
+            continue  # nothing is sampled in the place of layers
         tried = LisaConfig(**given | settings)
         try:
             ways = [name for name in WAYS if name.endswith("_offload") == offloads]

@@ -1,24 +1,30 @@
 """`--sample_prompt`: one prompt answered before and after training, for people to see what has been learnt."""
 
-import torch
-from transformers import TrainerCallback
-from trl import SFTTrainer
+from typing import Any
 
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lisa_dist.train.monitoring import MonitoredMixin
 from lisa_dist.zero.stage3 import forget_module_order
 
 
 class SampleCallback(TrainerCallback):
     """Answers one prompt before and after training; all ranks take part, as ZeRO-3 gathers weights for it."""
 
-    def __init__(self, trainer: SFTTrainer, prompt: str):
+    def __init__(self, trainer: MonitoredMixin, prompt: str):
         self._trainer = trainer
         self._prompt = prompt
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._answer("before")
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if getattr(self._trainer, "stopped_by", None) is None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._trainer.stopped_by is None:
             self._answer("after")
 
     def _answer(self, when: str) -> None:

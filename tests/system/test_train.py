@@ -1,5 +1,6 @@
 """A run from the command line: every way of starting, what it writes, and what it refuses."""
 
+import copy
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from lisa_dist.distributed import launching
 from lisa_dist.distributed.launching import launch_if_asked
 from lisa_dist.train.arguments import LisaSFTConfig, parse_arguments, run_parser
 from lisa_dist.train.run import load_rows, run
-from lisa_dist.train.trainer import LisaTrainer
+from lisa_dist.train.sft_trainer import LisaTrainer
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,9 @@ SMALLEST = {"optim": "lisa_adamw", "lisa_master": "bf16_sr", "lisa_state_bits": 
 # The same for methods without LISA; each step says how many layers are checkpointed in it.
 WATCHED = """
 from lisa_dist.commands.train import main
-from lisa_dist.train import run as train
+from lisa_dist.train.sft_trainer import BaselineTrainer
 
-step = train._WholeTrainer.training_step
+step = BaselineTrainer.training_step
 
 
 def watched(trainer, *args, **kwargs):
@@ -59,7 +60,7 @@ def watched(trainer, *args, **kwargs):
     return step(trainer, *args, **kwargs)
 
 
-train._WholeTrainer.training_step = watched
+BaselineTrainer.training_step = watched
 main()
 """
 
@@ -120,7 +121,9 @@ def test_full_training_under_the_same_roof(folder, tmp_path):
     flags = flags_for(folder, tmp_path / "out", method="full", **changes)
     status, said = run_alone(flags, tmp_path / "said.txt", tmp_path / "watched.py")
     assert status == 0, said[-3000:]
-    assert "without effect  --lisa_interval_steps, --lisa_debug, --gpu_memory, which are for --method lisa" in said
+    assert re.search(
+        "without effect +--lisa_interval_steps, --lisa_debug, --gpu_memory, which are for --method lisa", said
+    )
     assert re.search("checkpointing +all layers; auto chooses among them with --method lisa alone", said)
     assert set(re.findall(".* layers are checkpointed", said)) == {"6 of 6 layers are checkpointed"}
     assert not (tmp_path / "out" / "lisa_log.jsonl").exists()
@@ -338,15 +341,18 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
         ({"lisa_master": "bf16_sr"}, "--lisa_master bf16_sr with --optim adamw_torch_fused: only --optim lisa_adamw"),
         ({"lisa_master": "bf16_sr", "optim": "lisa_adamw"}, "--lisa_master bf16_sr with weights in fp32"),
         (
-            {"method": "full", "optim": "lisa_adamw"},
+            {"method": "full", "optim": "lisa_adamw", "checkpointed_layers": "all"},
             "--optim lisa_adamw with --method full: it is for --method lisa; give another",
         ),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_before_anything_is_written(folder, tmp_path, changes, said):
+    config = parse_arguments(flags_for(folder, tmp_path / "out", **changes))
+    before = copy.deepcopy(config.flags())
     with pytest.raises(ValueError, match="--") as error:
-        run(*parse_arguments(flags_for(folder, tmp_path / "out", **changes)))
+        run(config)
     assert said in str(error.value)
+    assert config.flags() == before, "a run works on copies of its arguments"
     assert not (tmp_path / "out").exists()
 
 

@@ -33,7 +33,7 @@ def rank_main(how: str, victim: int) -> None:
         for step in range(40):
             watchdog.beat()
             dist.all_reduce(torch.ones(1))
-            stopped_by = stop.agreed()
+            stopped_by = stop.agree()
             if stopped_by is not None:
                 print(f"{stopped_by} after step {step}", flush=True)
                 break

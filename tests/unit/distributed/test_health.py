@@ -157,7 +157,7 @@ def start(folder: str, *flags_of_rank: dict) -> str:
     values = {"model_name_or_path": f"{folder}/model", "dataset_name": f"{folder}/rows.jsonl", "report_to": "none"}
     values |= {"output_dir": f"{folder}/out", "max_steps": 1} | flags_of_rank[torch.distributed.get_rank()]
     with pytest.raises(UserError) as error:
-        run(*parse_arguments([word for name, value in values.items() for word in (f"--{name}", str(value))]))
+        run(parse_arguments([word for name, value in values.items() for word in (f"--{name}", str(value))]))
     return str(error.value)
 
 

@@ -368,7 +368,7 @@ def test_a_signals_checkpoint_stays_though_another_is_the_best(tmp_path):
     for name, value in whole["weights"].items():
         assert torch.equal(value, resumed["weights"][name]), name
     told = run_ranks(resume_with_half_the_rows, 1, str(tmp_path / "out"))[0]
-    assert f"had {2 * ROWS * ACCUMULATION} rows in a step, and here they are {ROWS * ACCUMULATION}" in told
+    assert f"had a global batch size of {2 * ROWS * ACCUMULATION}, and here it is {ROWS * ACCUMULATION}" in told
 
 
 def resume_with_half_the_rows(output_dir: str) -> str:

@@ -1,0 +1,79 @@
+"""What LISA does at the Trainer's events: the steps of the controller, and a heartbeat for the watchdog."""
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lisa_dist.core.controller import LisaController
+from lisa_dist.distributed.signals import StopSignals
+from lisa_dist.distributed.watchdog import Watchdog
+from lisa_dist.memory.run_memory import RunMemory
+from lisa_dist.text import format_active
+
+
+class Heartbeat(TrainerCallback):
+    """Tells the watchdog at every event of training, evaluation and saving that this rank is alive."""
+
+    def __init__(self, watchdog: Watchdog):
+        self._watchdog = watchdog
+
+    def _beat(self, *args: Any, **kwargs: Any) -> None:
+        self._watchdog.beat()
+
+    on_train_begin = on_step_begin = on_substep_end = on_step_end = on_prediction_step = on_save = _beat
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """From here on no step is waited for."""
+        self._watchdog.end_steps()
+
+
+class LisaSteps(TrainerCallback):
+    """Switches layers, measures memory and ends the run on a signal, each at its event. `header` is printed first."""
+
+    def __init__(self, lisa: LisaController, memory: RunMemory, signals: StopSignals, header: str):
+        self._lisa, self._memory, self._signals, self._header = lisa, memory, signals, header
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Print the header."""
+        if state.is_world_process_zero:
+            print(self._header, flush=True)
+            self._print_active(state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Switch when a period begins."""
+        if self._lisa.on_step_begin() and state.is_world_process_zero:
+            self._print_active(state)
+        self._memory.begin_step(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Check that losses are finite; on a signal have the run save and stop."""
+        message = self._memory.end_step(state.global_step - 1)
+        if message is not None and args.should_log:
+            print(message, flush=True)
+        self._lisa.check_finite()
+        if self._signals.agree() is not None:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # the time that is left is for the save
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Do not evaluate when a signal has ended the run."""
+        if self._signals.stopped_by is not None:
+            control.should_evaluate = False
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the logs; report the memory of a run that was not stopped."""
+        self._lisa.close()
+        if self._signals.stopped_by is None and state.is_world_process_zero:
+            self._memory.write_report(str(args.output_dir))
+
+    def _print_active(self, state: TrainerState) -> None:
+        active = format_active(self._lisa.active_layers, self._lisa.active_blocks)
+        print(f"step {state.global_step:>5}  period {self._lisa.period:>4}  active layers: {active}", flush=True)

@@ -1,0 +1,59 @@
+"""Checks of a trainer's arguments: what LISA cannot train with is refused before anything is built."""
+
+from typing import Any
+
+from transformers import TrainingArguments
+
+from lisa_dist.config import LisaConfig
+from lisa_dist.core.engine_config import prepare_ds_config
+from lisa_dist.errors import UserError
+
+# Arguments that LISA does without, and why.
+_REFUSED = {
+    "load_best_model_at_end": "the best checkpoint may be of other layers than those active at the end",
+    "auto_find_batch_size": "a smaller batch would need a new run",
+    "enable_jit_checkpoint": "SIGTERM and SIGUSR1 save a checkpoint anyway",
+    "save_only_model": "a LISA checkpoint holds what a resume needs, which is little",
+    "save_on_each_node": "all ranks write one checkpoint together, in a folder that every node sees",
+}
+
+
+def precision_of_arguments(args: TrainingArguments) -> str:
+    """ "bf16", "fp16" or "fp32"."""
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+
+
+def check_trainer(
+    args: TrainingArguments,
+    ds_config: dict[str, Any] | None,
+    lisa_config: LisaConfig,
+    optim: str,
+    optimizer: object | None,
+    optimizer_class: object | None,
+) -> None:
+    """Raise UserError for arguments that LISA cannot train with; prepare the DeepSpeed config in place.
+
+    `optimizer` and `optimizer_class` are what the user gave the Trainer, which must be nothing.
+    """
+    if ds_config is None:
+        raise UserError(
+            "LISA runs on DeepSpeed's ZeRO, on one GPU too: give a config, such as ds_configs/zero2.json, by "
+            "--deepspeed."
+        )
+    prepare_ds_config(ds_config, lisa_config, optim, precision_of_arguments(args))
+    if optimizer is not None:
+        raise UserError("LISA builds the optimizer from its own blocks: pass no optimizers=(...) to the Trainer.")
+    how: Any = args.gradient_checkpointing_kwargs or {}
+    if args.gradient_checkpointing and how.get("use_reentrant"):
+        raise UserError(
+            "--gradient_checkpointing_kwargs use_reentrant=True: reentrant checkpointing gives no gradients where "
+            "the layers before it sleep; use the default, use_reentrant=False."
+        )
+    for flag, reason in _REFUSED.items():
+        if getattr(args, flag):
+            raise UserError(f"--{flag} True: {reason}; leave it out.")
+    if args.optim_args or optimizer_class is not None:
+        raise UserError(
+            f"--optim_args {args.optim_args} and optimizer_cls_and_kwargs have no effect under LISA: use "
+            "--optim, --learning_rate, --weight_decay, --adam_beta1, --adam_beta2 and --adam_epsilon."
+        )
