@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -16,7 +17,7 @@ from lisa_dist.train.arguments import run_parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("troubleshooting", "method")}
-MODULES = {path.stem: path for path in (ROOT / "lisa_dist").rglob("*.py")}
+FILES = sorted((ROOT / "lisa_dist").rglob("*.py"))
 HOLE = "\0"  # what an f-string fills in
 # Messages that other packages have, by the file that has them.
 OF_OTHERS = {
@@ -46,7 +47,7 @@ def strings_of(path: Path) -> list[str]:
     return strings
 
 
-OUR_STRINGS = [text for path in MODULES.values() for text in strings_of(path)]
+OUR_STRINGS = [text for path in FILES for text in strings_of(path)]
 
 
 def is_in(message: str, strings: list[str]) -> bool:
@@ -103,15 +104,28 @@ def test_the_pages_name_code():
 
 @pytest.mark.parametrize("name", sorted({name for _, name in NAMES}))
 def test_named_code_exists(name):
-    found = importlib.import_module("lisa_dist")
-    for part in name.split("."):
-        if part in MODULES and not hasattr(found, part):  # a module, by its whole name or by its last word
-            path = MODULES[part].relative_to(ROOT).with_suffix("")
+    assert any(is_there(module, name.split(".")) for module in modules_named(name))
+
+
+def modules_named(name: str) -> list[str]:
+    """The modules that a name may begin with, by all of their own name or by its last word."""
+    first = name.split(".")[0]
+    named = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if path.stem == first]
+    return [*named, "lisa_dist"]
+
+
+def is_there(module: str, parts: list[str]) -> bool:
+    """Whether a module, or a package and the modules in it, has the rest of a name."""
+    found = importlib.import_module(module)
+    for part in parts[0 if module == "lisa_dist" else 1 :]:
+        path = Path(*found.__name__.split("."), part) if isinstance(found, ModuleType) else None
+        if path is not None and ((ROOT / path).is_dir() or (ROOT / path).with_suffix(".py").is_file()):
             found = importlib.import_module(".".join(path.parts))
-        elif (ROOT / "lisa_dist" / part).is_dir() and not hasattr(found, part):
-            found = importlib.import_module(f"lisa_dist.{part}")
-        else:
+        elif hasattr(found, part):
             found = getattr(found, part)
+        else:
+            return False
+    return True
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,4 +1,4 @@
-"""Lists on the pages of the docs that come from the code: between `<!-- list: NAME -->` and `<!-- end -->`."""
+"""Lists on the pages of the docs that come from the code: between `<!-- list: NAME -->` and `<!-- end of list -->`."""
 
 import re
 import textwrap
@@ -11,7 +11,7 @@ from lisa_dist.memory.planner import shipped_model_configs
 from lisa_dist.run_folder import MEMORY_PARTS
 
 DOCS = Path(__file__).parents[3] / "docs"
-MARKED = re.compile(r"^<!-- list: ([^\n]*) -->\n(.*?)\n<!-- end -->$", re.MULTILINE | re.DOTALL)
+MARKED = re.compile(r"^<!-- list: ([^\n]*) -->\n(.*?)\n<!-- end of list -->$", re.MULTILINE | re.DOTALL)
 LISTS = {
     ("checkpoints.md", "free settings"): [f"`--{name}`" for name in FREE_SETTINGS],
     ("memory.md", "shipped model configs"): [f"`{name}`" for name in shipped_model_configs()],
