@@ -95,7 +95,7 @@ class StateFiles:
         if step is None:
             return fields
         fields["step"] = step
-        find_codes = {"lisa": self._codes, "bitsandbytes": self._codes_of_bitsandbytes}.get(coding)
+        find_codes = {"lisa": self._codes, "bitsandbytes": self._codes_of_bitsandbytes}.get(coding or "")
         codes = find_codes(key, pieces, numel) if find_codes else None
         return fields | (codes or {moment: self._gather(moment, pieces, numel) for moment in MOMENTS})
 
@@ -138,7 +138,7 @@ class StateFiles:
 
     def _codes(self, key: PartitionKey, pieces: list[Piece], numel: int) -> dict | None:
         """Codes and scales of LisaAdamW; None where the files have none, or a block was cut and has two scales."""
-        fields = {}
+        fields: dict[str, torch.Tensor] = {}
         for moment in MOMENTS:
             codes, scales = torch.zeros(numel, dtype=torch.uint8), []
             for piece in pieces:

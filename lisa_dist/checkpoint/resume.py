@@ -4,6 +4,7 @@ On the same number of ranks the run continues bit for bit. A file that is damage
 """
 
 from pathlib import Path
+from typing import Any
 
 from torch import distributed as dist
 
@@ -18,16 +19,19 @@ from lisa_dist.distributed.collectives import check_files, raise_together
 from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError, read_json
 from lisa_dist.optim.states import PartitionKey
+from lisa_dist.zero.partitions import ZeroPartitions
 
 
-def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict | None = None) -> dict:
+def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict[str, Any] | None = None) -> dict[str, Any]:
     """Go on from a checkpoint: weights, active layers, optimizer states, step count; returns its state.
 
     The controller must be attached, to an engine of any world size and ZeRO stage; the learning-rate schedule is the
     caller's. `state` is the result of `read_state`, if it was called before. Raises ValueError, naming the file or the
     setting, for a damaged checkpoint or one of another run.
     """
-    folder, engine = Path(folder), lisa.engine
+    folder, engine, partitions = Path(folder), lisa.engine, lisa.partitions
+    assert engine is not None, "attach the controller to a DeepSpeed engine first"
+    assert partitions is not None
     # 1. Is it whole, and of this run? Nothing is changed before both are known.
     state = state or read_state(folder)
     changed_settings = lisa.check_state_dict(state["lisa"])
@@ -39,20 +43,22 @@ def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict | None
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     lisa.load_state_dict(state["lisa"])
     # 4. Masters and moments, into those partitions.
-    without_moments = _load_states(lisa, folder, state, bool(changed_settings))
+    without_moments = _load_states(lisa, partitions, folder, state, bool(changed_settings))
     # 5. What is counted along the run: loss scale, movement of weights, warm-up, learning rates.
-    lisa.partitions.load_counters(state["counters"])
-    _load_movement(lisa, folder, state, bool(changed_settings))
+    partitions.load_counters(state["counters"])
+    _load_movement(lisa, folder, state, engine.global_steps, bool(changed_settings))
     if changed_settings:
         lisa.begin_afresh(without_moments)
-    _load_learning_rates(lisa, state)
+    _load_learning_rates(engine.optimizer.param_groups, state["learning_rates"], rate_ratio(lisa, state["lisa"]))
     return state
 
 
-def _load_states(lisa: LisaController, folder: Path, state: dict, settings_changed: bool) -> list[PartitionKey]:
+def _load_states(
+    lisa: LisaController, partitions: ZeroPartitions, folder: Path, state: dict[str, Any], settings_changed: bool
+) -> list[PartitionKey]:
     """Fill this rank's partitions, active and kept ones; the keys of those that begin with fresh moments."""
     saved = StateFiles([folder / state_file(rank, state["world_size"]) for rank in range(state["world_size"])])
-    pieces, coding = lisa.partitions.pieces(), lisa.partitions.coding
+    pieces, coding = partitions.pieces(), partitions.coding
     without_moments = []
     for key, partition in lisa.partition_states().items():
         fields = saved.read(key, pieces[key], partition.numel, coding)
@@ -62,28 +68,27 @@ def _load_states(lisa: LisaController, folder: Path, state: dict, settings_chang
         if settings_changed and lisa.config.lisa_state == "reset_all":  # a period begins, whose switch would reset them
             fields = {MASTER: fields[MASTER]}
             without_moments.append(key)
-        lisa.partitions.load_state(key, fields)
+        partitions.load_state(key, fields)
     lisa.keep_states(lambda key, pieces, numel: saved.read(key, pieces, numel, coding))
     return without_moments
 
 
-def _load_movement(lisa: LisaController, folder: Path, state: dict, settings_changed: bool) -> None:
-    step = lisa.engine.global_steps
+def _load_movement(
+    lisa: LisaController, folder: Path, state: dict[str, Any], step: int, settings_changed: bool
+) -> None:
     period_began = step if settings_changed else lisa.period * lisa.config.lisa_interval_steps
+    assert lisa.movement is not None
     lisa.movement.load(folder / MOVEMENT_FILE if MOVEMENT_FILE in state["files"] else None, step, period_began)
 
 
-def _load_learning_rates(lisa: LisaController, state: dict) -> None:
-    """Each group gets its saved rate; a group that the saved run did not have gets that of the others."""
-    ratio = rate_ratio(lisa, state["lisa"])
-    rates = {
-        group: {name: rate * ratio for name, rate in saved.items()} for group, saved in state["learning_rates"].items()
-    }
-    for group in lisa.engine.optimizer.param_groups:
+def _load_learning_rates(groups: list[dict[str, Any]], saved_rates: dict[str, dict[str, float]], ratio: float) -> None:
+    """Each group gets its saved rate times `ratio`; one that the saved run did not have gets the rate of the others."""
+    rates = {group: {name: rate * ratio for name, rate in saved.items()} for group, saved in saved_rates.items()}
+    for group in groups:
         group |= rates.get(group["lisa_group"], next(iter(rates.values())))
 
 
-def rate_ratio(lisa: LisaController, state: dict) -> float:
+def rate_ratio(lisa: LisaController, state: dict[str, Any]) -> float:
     """The factor by which --lisa_lr_power scales a saved run's learning rates, where power or gamma have changed."""
     saved, num_layers = state["config"], len(lisa.blocks.layers)
     saved_config = LisaConfig(
@@ -92,13 +97,14 @@ def rate_ratio(lisa: LisaController, state: dict) -> float:
     return lisa.config.rate_factor(num_layers) / saved_config.rate_factor(num_layers)
 
 
-def read_state(folder: Path) -> dict:
+def read_state(folder: Path) -> dict[str, Any]:
     """The checkpoint's `lisa_state.json`, after every file's sum was checked; all ranks call it.
 
     Raises DamagedError on all ranks, naming each file that is not as it was written.
     """
     path = folder / STATE_NAME
-    problems, state = [], {}
+    problems: list[str] = []
+    state: dict[str, Any] = {}
     try:
         state = read_json(path)
     except DamagedError as error:
@@ -113,7 +119,7 @@ def read_state(folder: Path) -> dict:
     return state
 
 
-def find_checkpoint(output_dir: str | Path) -> tuple[Path, dict] | None:
+def find_checkpoint(output_dir: str | Path) -> tuple[Path, dict[str, Any]] | None:
     """The whole checkpoint in a folder that was saved last, and its state; all ranks call it.
 
     Not that of the highest step: a run that was resumed from an earlier one has left later steps behind. Rank 0 warns
@@ -139,4 +145,5 @@ def start_from_weights(lisa: LisaController, folder: Path) -> None:
     """Start a run from the weights in a folder, in whatever precision: an attached controller at step 0 takes them."""
     read_weights(lisa.engine, lisa.blocks, folder, same_dtype=False)
     lisa.load_state_dict(lisa.state_dict())  # builds the partitions again, with masters from the weights
+    assert lisa.movement is not None
     lisa.movement.restart()

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from torch import distributed as dist
 
@@ -44,7 +45,9 @@ def save_checkpoint(
     the model's configs instead of this function, and whatever else belongs to the model. `max_shard_size` in bytes.
     `folder` does not exist before all of it is on disk. Raises SaveError on every rank when one cannot write.
     """
-    folder = Path(folder)
+    folder, engine, movement = Path(folder), lisa.engine, lisa.movement
+    assert engine is not None, "attach the controller to a DeepSpeed engine first"
+    assert movement is not None
     rank, world_size = dist.get_rank(), dist.get_world_size()
     writes = rank == 0 if writes is None else writes
     with staging_folder(folder, writes) as staging:
@@ -53,14 +56,14 @@ def save_checkpoint(
             if write_more is not None:
                 write_more(staging)
             elif writes:
-                write_configs(lisa.engine.module, staging)
+                write_configs(engine.module, staging)
         # 2. The weights of all blocks: gathered block by block under ZeRO-3, written by one rank.
-        write_weights(lisa.engine, lisa.blocks, staging, writes, max_shard_size, reported_folder=folder)
+        write_weights(engine, lisa.blocks, staging, writes, max_shard_size, reported_folder=folder)
         # 3. Masters and moments: each rank writes those of its own partitions.
         with together(folder):
             write_states(staging / state_file(rank, world_size), *lisa.saved_states())
             if rank == 0:
-                lisa.movement.save(staging / MOVEMENT_FILE)
+                movement.save(staging / MOVEMENT_FILE)
         # 4. Sizes and sums: the ranks share the files, and flush each to disk.
         files = describe_files(staging)
         # 5. The state, and the rename that makes it a checkpoint.
@@ -70,9 +73,11 @@ def save_checkpoint(
                 put_in_place(staging, folder)
 
 
-def _describe_run(lisa: LisaController) -> dict:
+def _describe_run(lisa: LisaController) -> dict[str, Any]:
     """What `lisa_state.json` contains but for the list of files."""
-    engine = lisa.engine
+    engine, partitions = lisa.engine, lisa.partitions
+    assert engine is not None
+    assert partitions is not None
     rates = {
         group["lisa_group"]: {name: group[name] for name in ("lr", "initial_lr") if name in group}
         for group in engine.optimizer.param_groups
@@ -86,7 +91,7 @@ def _describe_run(lisa: LisaController) -> dict:
         "model": type(engine.module).__name__,
         "lisa": lisa.state_dict(),
         "engine": {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")},
-        "counters": lisa.partitions.counters(),
+        "counters": partitions.counters(),
         "learning_rates": rates,
         "versions": {name: metadata.version(name) for name in _PACKAGES},
     }

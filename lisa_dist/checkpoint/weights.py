@@ -16,6 +16,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
@@ -78,7 +79,7 @@ def write_weights(
             _remove_weights(folder, except_names=names)  # those of an earlier save
 
 
-def write_configs(model: torch.nn.Module, folder: Path) -> None:
+def write_configs(model: PreTrainedModel, folder: Path) -> None:
     """Write all of `save_pretrained` but the weights; on one rank."""
     save_without_weights(lambda path: model.save_pretrained(path, state_dict={}), folder)
 
@@ -158,15 +159,16 @@ def has_weights(folder: Path) -> bool:
 def _parts(model: torch.nn.Module, blocks: Blocks) -> list[dict[str, torch.Tensor]]:
     """Everything that is saved, by name: the parameters of each block, then the persistent buffers."""
     saved = model.state_dict().keys()
-    buffers = {name: value for name, value in model.named_buffers() if name in saved}
-    return [*(block.parameters for block in blocks), buffers]
+    parts: list[dict[str, torch.Tensor]] = [{**block.parameters} for block in blocks]
+    return [*parts, {name: value for name, value in model.named_buffers() if name in saved}]
 
 
 def _fill_shards(
     model: torch.nn.Module, blocks: Blocks, max_shard_size: int
 ) -> Iterator[list[dict[str, torch.Tensor]]]:
     """The parts in order, as many to a shard as fit."""
-    shard, filled = [], 0
+    shard: list[dict[str, torch.Tensor]] = []
+    filled = 0
     for tensors in _parts(model, blocks):
         size = sum(parameter_numel(value) * value.element_size() for value in tensors.values())
         if shard and filled + size > max_shard_size:
@@ -177,7 +179,7 @@ def _fill_shards(
     yield shard
 
 
-def _rename(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _rename(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Whole blocks under the names, and in the shapes, of the files on the hub."""
     renamed = revert_weight_conversion(model, tensors)
     return {name: value.contiguous() for name, value in renamed.items()}

@@ -29,7 +29,9 @@ class StepMeter:
 
     def __init__(self, lisa: LisaController) -> None:
         self.parts: MemoryParts | None = None
-        self._lisa, self._engine = lisa, lisa.engine
+        assert lisa.engine is not None, "attach the controller to a DeepSpeed engine first"
+        assert lisa.partitions is not None
+        self._lisa, self._engine, self._partitions = lisa, lisa.engine, lisa.partitions
         self._on_gpu = self._engine.device.type == "cuda"
         vocab_size = self._engine.module.config.get_text_config().vocab_size
         self._tracker = AllocationTracker(lambda tensor: part_of(tensor, vocab_size))
@@ -91,7 +93,7 @@ class StepMeter:
         if self._after_forward is None:
             self._after_forward = self._now()
             self._logits = self._tracker.bytes["logits"]
-            self._gathered = self._lisa.partitions.gathered_bytes()
+            self._gathered = self._partitions.gathered_bytes()
             if self._on_gpu:  # the allocator counts by itself, but cannot tell logits from activations
                 self._stop_tracking()
         return self._backward(*args, **kwargs)
@@ -109,7 +111,7 @@ class StepMeter:
         self._is_tracking = False
 
     def _weight_bytes(self) -> int:
-        local = [self._lisa.partitions.local_weights(parameter) for parameter in self._engine.module.parameters()]
+        local = [self._partitions.local_weights(parameter) for parameter in self._engine.module.parameters()]
         return sum(weights.nbytes for weights in local if self._is_on_device(weights))
 
     def _state_bytes(self) -> tuple[int, int]:

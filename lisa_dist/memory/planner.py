@@ -129,17 +129,17 @@ class Planner:
                 f"--optim {LISA_ADAMW} with --method {arguments.method}: it is for --method lisa; give another, such "
                 "as adamw_torch_fused."
             )
-        self._dial = parse_checkpointed_layers(arguments.checkpointed_layers)
-        if self._dial != AUTO:
-            self._dial = number_of_layers(self._dial, self.num_layers)
-        if arguments.method != "lisa" and self._dial not in (AUTO, 0, self.num_layers):
+        dial = parse_checkpointed_layers(arguments.checkpointed_layers)
+        # The number of checkpointed layers; None: the fewest that fit.
+        self._count = None if dial is None or dial == AUTO else number_of_layers(dial, self.num_layers)
+        if arguments.method != "lisa" and self._count not in (None, 0, self.num_layers):
             raise UserError(
-                f"--checkpointed_layers {self._dial} with --method {arguments.method}: it checkpoints all layers or "
+                f"--checkpointed_layers {self._count} with --method {arguments.method}: it checkpoints all layers or "
                 f"none; give none or all."
             )
 
     def plan(self, ds_config: str, checkpointed_layers: int) -> Plan:
-        """The worst period under one DeepSpeed config."""
+        """The plan of the worst period under one DeepSpeed config."""
         arguments = self._arguments
         run, periods = self._trace(checkpointed_layers)
         settings = StageSettings.of(self._read(ds_config), run.hidden_size)
@@ -170,12 +170,14 @@ class Planner:
 
     def cheapest(self, ds_config: str) -> Plan:
         """With the fewest checkpointed layers that fit, since recomputing only costs; of other methods none or all."""
-        if self._dial != AUTO:
-            return self.plan(ds_config, self._dial)
+        if self._count is not None:
+            return self.plan(ds_config, self._count)
         if self._arguments.method == "lisa":
-            budget = self._arguments.budget
-            return self.plan(ds_config, fewest_layers(lambda count: self.plan(ds_config, count).gpu.peak,
-                                                      self.num_layers, budget))  # fmt: skip
+
+            def peak(count: int) -> int:
+                return self.plan(ds_config, count).gpu.peak
+
+            return self.plan(ds_config, fewest_layers(peak, self.num_layers, self._arguments.budget))
         none = self.plan(ds_config, 0)
         return none if not none.lacks(self._arguments)[0] else self.plan(ds_config, self.num_layers)
 
@@ -235,8 +237,9 @@ def load_model_config(model: str) -> PretrainedConfig:
 def make_plans(
     config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig, ways: Sequence[str] = WAYS
 ) -> list[Plan]:
-    """A plan of each way of running, or of the one that was asked for, from the fastest to the slowest."""
-    planner, refused = Planner(config, arguments, lisa_config), None
+    """A plan under each DeepSpeed config, or under --deepspeed alone, from the fastest to the slowest."""
+    planner = Planner(config, arguments, lisa_config)
+    refused: UserError | None = None
     ways = [arguments.deepspeed] if arguments.deepspeed else list(ways)
     if lisa_config.offloaded and not arguments.deepspeed:  # the flag says what is offloaded, whatever a config says
         ways = [way for way in ways if not uses_optimizer_offload(read_ds_config(way))]
@@ -249,6 +252,7 @@ def make_plans(
             continue
         plans.append(planner.cheapest(way))
     if not plans:
+        assert refused is not None
         raise refused
     return plans
 
@@ -257,7 +261,7 @@ def command_for(plan: Plan, arguments: PlanArguments, lisa_config: LisaConfig) -
     """The command line of a plan; data and output folder are to be added."""
     path = Path(arguments.model)
     model = "MODEL" if arguments.model in shipped_model_configs() else str(path.parent if path.is_file() else path)
-    flags = {"model_name_or_path": model, "method": arguments.method, "deepspeed": plan.ds_config}
+    flags: dict[str, Any] = {"model_name_or_path": model, "method": arguments.method, "deepspeed": plan.ds_config}
     flags |= {"per_device_train_batch_size": arguments.micro_batch_size, "max_length": arguments.seq_length}
     flags |= {"optim": arguments.optim, "bf16": arguments.precision == "bf16"}
     if arguments.gradient_accumulation_steps > 1:
@@ -332,7 +336,7 @@ def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
     raise UserError(
         f"--gpu_memory {arguments.gpu_memory} on {arguments.gpus} GPU(s): nothing fits. "
         f"The closest: {listed}. More GPUs, a shorter --seq_length, --lisa_state_bits embed=8,head=8, or "
-        "--lisa_always_on rest (embed and head drawn as layers are) need less."
+        "--lisa_always_on rest (embed and head sampled as layers are) need less."
     )
 
 

@@ -61,12 +61,14 @@ class RunMemory:
         checkpointed: int | str | None,
         budget: int | None,
     ) -> None:
-        self._lisa, self._optim, self._config, self._longest = lisa, optim, config, longest
+        assert lisa.engine is not None, "attach the controller to a DeepSpeed engine first"
+        self._lisa, self._engine = lisa, lisa.engine
+        self._optim, self._config, self._longest = optim, config, longest
         self._dial, self._budget = checkpointed, budget
-        self._model, self._num_layers = lisa.engine.module, len(lisa.blocks.layers)
+        self._model, self._num_layers = self._engine.module, len(lisa.blocks.layers)
         self._ds_config = ds_config
-        self._accumulates = lisa.engine.gradient_accumulation_steps() > 1
-        self._first_step = lisa.engine.global_steps
+        self._accumulates = self._engine.gradient_accumulation_steps() > 1
+        self._first_step = self._engine.global_steps
         self._meter: StepMeter | None = None
         self._measured: _MeasuredStep | None = None
         self._micro_batch: Workload | None = None
@@ -181,7 +183,7 @@ class RunMemory:
         budget = self._budget
         assert budget is not None
         chosen = problem = None
-        if self._lisa.engine.global_rank == 0:
+        if self._engine.global_rank == 0:
             try:
                 count = fewest_layers(lambda count: self._planned_peak(count) + plan_error, self._num_layers, budget)
                 chosen = count, self._planned_peak(count) + plan_error
@@ -215,7 +217,7 @@ class RunMemory:
             return None, None, "no causal language model with its own loss or TRL's"
         try:
             run = self._fake_run(measured.workload)
-            return *self._plan(run, measured.trained, self._lisa.engine.global_rank), None
+            return *self._plan(run, measured.trained, self._engine.global_rank), None
         except UserError as error:
             return None, None, str(error)
 
@@ -231,12 +233,12 @@ class RunMemory:
             groups,
             run.trace(groups),
             StageSettings.of(self._ds_config, run.hidden_size),
-            self._lisa.engine.dp_world_size,
+            self._engine.dp_world_size,
             optim=self._optim,
             master=config.lisa_master,
             rank=rank,
             accumulates=self._accumulates,
-            on_cpu=self._lisa.engine.device.type == "cpu",
+            on_cpu=self._engine.device.type == "cpu",
         )
 
 

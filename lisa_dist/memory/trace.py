@@ -10,7 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, masking_utils
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    masking_utils,
+)
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from lisa_dist.config import UserError
@@ -122,14 +128,14 @@ class FakeRun:
         workload: Workload,
         lora_rank: int = 0,
         layers_attribute: str | None = None,
-    ):
+    ) -> None:
         self.workload = workload
         self.vocab_size = config.get_text_config().vocab_size
         self.hidden_size = config.get_text_config().hidden_size
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with _report_model_errors(config), _without_zero3_init(), torch.device("meta"):
-            known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-            attention = workload.attention if getattr(known, "_supports_sdpa", True) else "eager"
+            model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+            attention = workload.attention if getattr(model_class, "_supports_sdpa", True) else "eager"
             self.model = AutoModelForCausalLM.from_config(config, dtype=workload.dtype, attn_implementation=attention)
             if workload.fused_head:
                 from trl.trainer.utils import add_fused_lm_head
@@ -225,7 +231,7 @@ def _without_zero3_init() -> Iterator[None]:
         hf_deepspeed._hf_deepspeed_config_weak_ref = configured
 
 
-def _with_adapters(model: torch.nn.Module, rank: int) -> torch.nn.Module:
+def _with_adapters(model: PreTrainedModel, rank: int) -> torch.nn.Module:
     """The baseline: LoRA on every linear layer but the head, without dropout."""
     from peft import LoraConfig, get_peft_model
 
