@@ -297,6 +297,7 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
             ["--global_batch_size", "16", "--gradient_accumulation_steps", "4"],
             "--gradient_accumulation_steps 4: give one of them; on 1 ranks it is 2",
         ),
+        (["--optim", "adamw"], "--optim adamw: unknown; choose lisa_adamw or one of adamw_torch,"),
         (["--use_peft", "True"], "--use_peft True"),
         (
             ["--model_name_or_path", "llama3.1-8b"],
@@ -337,7 +338,6 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
         ({"model_name_or_path": "no/such-model"}, "--model_name_or_path no/such-model: no such folder"),
         ({"deepspeed": "zero3_nvme"}, "--deepspeed zero3_offload"),
         ({"optim": "lomo"}, "--optim lomo: LISA runs AdamW"),
-        ({"optim": "adamw"}, "--optim adamw: unknown; choose lisa_adamw or one of adamw_torch,"),
         ({"lisa_master": "bf16_sr"}, "--lisa_master bf16_sr with --optim adamw_torch_fused: only --optim lisa_adamw"),
         ({"lisa_master": "bf16_sr", "optim": "lisa_adamw"}, "--lisa_master bf16_sr with weights in fp32"),
         (
