@@ -157,7 +157,7 @@ class LisaConfig:
         # One way of writing each, so that a resumed run with another is no other run.
         self.lisa_always_on, self.lisa_frozen = ",".join(self.always_on), ",".join(self.frozen)
         self.lisa_offload = ",".join(self.offloaded)
-        self.lisa_state_bits = _canonical("--lisa_state_bits", self.lisa_state_bits, self.state_bits)
+        self.lisa_state_bits = _canonical("--lisa_state_bits", self.lisa_state_bits, self._given_bits)
         self.lisa_block_probability = _canonical(
             "--lisa_block_probability", self.lisa_block_probability, self.block_probabilities
         )
@@ -232,7 +232,7 @@ class LisaConfig:
                 raise UserError(f"{flag}: a probability is above 0 and at most 1; {block} has {probability:g}.")
 
     def _check_state_bits(self) -> None:
-        for block, bits in self.state_bits.items():
+        for block, bits in self._given_bits.items():
             if bits not in (8, 32):
                 raise UserError(
                     f"--lisa_state_bits {self.lisa_state_bits}: moments have 8 or 32 bits; {block} has {bits:g}."
@@ -300,8 +300,12 @@ class LisaConfig:
         return _block_values(flag, self.lisa_block_probability, OUTER_BLOCKS)
 
     @property
-    def state_bits(self) -> dict[str, float]:
+    def state_bits(self) -> dict[str, int]:
         """Bits of the moments that the user gave, for embed, head, rest and layers."""
+        return {block: int(bits) for block, bits in self._given_bits.items()}
+
+    @property
+    def _given_bits(self) -> dict[str, float]:
         return _block_values("--lisa_state_bits", self.lisa_state_bits, (*OUTER_BLOCKS, "layers"))
 
     @property

@@ -49,7 +49,7 @@ def build_param_groups(
             "params": parameters,
             "weight_decay": weight_decay if kind == "decay" else 0.0,
             "lisa_group": f"{name}/{kind}",
-            **({"lisa_state_bits": int(bits[policy])} if policy in bits and takes_bits(bits[policy], kind) else {}),
+            **({"lisa_state_bits": bits[policy]} if policy in bits and takes_bits(bits[policy], kind) else {}),
             **({"lisa_host": True} if policy in offloaded else {}),
         }
         for name, policy, block in named
