@@ -209,7 +209,7 @@ HELP = {
     "What is trained, on what": {
         "method": "lisa; full: every parameter, always; lora: adapters",
         "model_name_or_path": "folder, or model of the hub",
-        "dataset_name": "files, folders, datasets of the hub; name#1000 samples so many examples",
+        "dataset_name": "files, folders, datasets of the hub; name#1000 takes 1000 examples",
         "dataset_weights": "one for each: 2 takes its examples twice an epoch, 0.5 half of them",
         "dataset_format": "alpaca, sharegpt, messages, ...; by default from the columns",
         "dataset_columns": "what columns are: question=QUESTION answer=LONG_ANSWER",
