@@ -75,14 +75,15 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> s
 class Encoder:
     """Encodes turns by one tokenizer as token ids and labels, two lists of one length.
 
-    With `assistant_only` the labels of all but the assistant's turns are -100. Raises UserError for a slow tokenizer.
+    With `assistant_only` the labels of all but the assistant's turns are -100. `marked_template` is a template that
+    marks them, or None where they are found by rendering turn after turn. Raises UserError for a slow tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_only: bool):
         self._tokenizer, self._assistant_only = tokenizer, assistant_only
         self._special = list(tokenizer.get_added_vocab())
         self._plain = str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE)
-        self._marked_template = self._find_marked_template() if assistant_only and not self._plain else None
+        self.marked_template = self._find_marked_template() if assistant_only and not self._plain else None
         if not tokenizer.is_fast:
             raise UserError(
                 f"the tokenizer {type(tokenizer).__name__} does not give the positions of its tokens in a text; use a "
@@ -107,8 +108,8 @@ class Encoder:
         if first == "prompt":
             roles = {"prompt": "user", "completion": "assistant"}
             turns = [turn | {"role": roles[turn["role"]]} for turn in turns]
-        if self._marked_template is not None:
-            return self._encode_marked(turns, self._marked_template)
+        if self.marked_template is not None:
+            return self._encode_marked(turns, self.marked_template)
         text, spans = self._render(turns)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoded["input_ids"]

@@ -126,11 +126,11 @@ def test_real_templates_without_marks_count_what_trls_versions_mark(tokenizer, n
     turns = [turn | {"content": turn["content"].strip()} for turn in TURNS]
     tokenizer.chat_template = template
     encoder = Encoder(tokenizer, True)
-    encoder._marked = None
+    encoder.marked_template = None
     ours = encoder.encode(turns)
     tokenizer.chat_template = marked
     encoder = Encoder(tokenizer, True)
-    assert encoder._marked == marked
+    assert encoder.marked_template == marked
     ids, labels = encoder.encode(turns)
     assert ours[0] == ids
     differs = [token for token, one, other in zip(ids, ours[1], labels, strict=True) if one != other]
@@ -140,8 +140,10 @@ def test_real_templates_without_marks_count_what_trls_versions_mark(tokenizer, n
 
 def test_trls_version_of_a_template_that_it_knows_is_taken(tokenizer):
     tokenizer.chat_template = (TRL_TEMPLATES / "qwen3.jinja").read_text(encoding="utf-8")
-    assert Encoder(tokenizer, True)._marked == (TRL_TEMPLATES / "qwen3_training.jinja").read_text(encoding="utf-8")
-    assert Encoder(tokenizer, False)._marked is None
+    assert Encoder(tokenizer, True).marked_template == (TRL_TEMPLATES / "qwen3_training.jinja").read_text(
+        encoding="utf-8"
+    )
+    assert Encoder(tokenizer, False).marked_template is None
 
 
 def test_a_template_that_changes_what_was_said_is_refused(tokenizer):
@@ -319,7 +321,7 @@ def test_rows_that_a_template_refuses_are_named_or_left_out(tokenizer):
     rows = rows_of(TURNS[:2], TURNS, TURNS)
     with pytest.raises(ValueError, match="2 of 3 examples are invalid") as error:
         encode(tokenizer, rows)
-    assert "  row 2 the chat template renders turn 2 otherwise" in str(error.value)
+    assert "  row 2 the chat template renders turn 2 differently" in str(error.value)
     lengths, lines = encode(tokenizer, rows, skip_invalid=True)
     assert len(lengths) == 1
     assert lines[0].startswith("2 examples skipped, such as row 2 the chat template renders")
