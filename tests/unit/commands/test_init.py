@@ -55,6 +55,7 @@ def test_the_plan_it_names_is_the_plan(tiny, monkeypatch, capsys):
     assert f"--deepspeed {yaml.safe_load(recipe)['deepspeed']} " in planned
 
 
+@pytest.mark.full
 def test_nothing_is_given_up_without_need(tmp_path):
     """With just enough memory for a rung of the ladder it is the first that fits."""
     config = LlamaConfig(vocab_size=32000, hidden_size=64, intermediate_size=256, num_hidden_layers=4)

@@ -327,6 +327,7 @@ def test_the_plot_shows_parts_that_add_up_to_the_peak(tiny_config, tmp_path, cap
     assert "plans.unknown: cannot be written" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_layers_are_checkpointed_only_where_that_is_needed(tiny_config):
     def plan(**changes):
         arguments = PlanArguments(tiny_config, deepspeed="zero2", seq_length=256, reserve="0", **changes)
