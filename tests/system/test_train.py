@@ -525,7 +525,6 @@ def converted(data_dir: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "changes", "found"),
     [
-        full("alpaca/mix_train.json", {}, "mix_train.json: alpaca (instruction, input, output"),
         ("chat/oasst_en_chat.jsonl", {}, "oasst_en_chat.jsonl: "),
         full("pubmedqa", {"max_length": 1024}, "pubmedqa.jsonl: question_answer (question, answer), 1000 rows"),
         full("text/wiki_demo.txt", {"packing": True, "eval_rows": 1}, "wiki_demo.txt: text (text), "),
