@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Quickstart and tests run on CPU ranks, one thread each, and need no hub.
 CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-all mutants checks bench bench-gpu clean
+.PHONY: quickstart test test-all golden mutants checks bench bench-gpu clean
 
 $(VENV)/.ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lisa_dist needs Python 3.10 or newer")'
@@ -40,6 +40,9 @@ test-all: $(VENV)/.ready  ## the whole test suite: 25 minutes on two cores
 mutants: $(VENV)/.ready  ## change the engine in 150 places, one at a time: does make test see it? an hour on two cores
 	$(BUILD_OPS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python tests/mutants.py
+
+golden: $(VENV)/.ready  ## BASE (the last release tag or the parent commit) and the working tree, compared bit for bit
+	$(BIN)/python tests/system/golden/compare.py $(if $(BASE),--base $(BASE))
 
 bench: $(VENV)/.ready  ## methods side by side on two CPU ranks: 40 minutes of a quiet machine; tables of the docs follow
 	$(BUILD_OPS)

@@ -1,0 +1,241 @@
+"""What a rank of the golden comparison trains, and what it notes of every step.
+
+It runs unchanged on two revisions: of lisa_dist it uses public names and attributes alone.
+"""
+
+import gc
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import transformers
+from cells import CUT, INTERVAL, STEPS
+from datasets import Dataset
+from safetensors import safe_open
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import distributed as dist
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trl import SFTConfig
+
+import lisa_dist
+
+SPECIAL = ["<pad>", "<end>", "<user>", "<assistant>"]
+ALPHABET = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+ROWS, LENGTH = 4, 16  # of a micro-batch on all ranks, and tokens of a row
+LR, DECAY = 1e-3, 0.1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def run(cell: dict, save_to: str, resume_from: str | None = None) -> dict:
+    """Train a cell and save it in mid-period, or go on from that checkpoint; what this rank saw of every step.
+
+    A resume begins from other weights than the run did, so that what is not restored is seen.
+    """
+    train = train_with_trainer if cell["trainer"] else train_in_loop
+    steps = train(cell, Path(save_to), resume_from and Path(resume_from) / f"checkpoint-{CUT}")
+    gc.collect()
+    dist.barrier()  # rank 0 has written its last file
+    return {"steps": steps, "checkpoint": {} if resume_from else describe_checkpoint(Path(save_to))}
+
+
+def train_in_loop(cell: dict, save_to: Path, resume_from: Path | None) -> list[dict]:
+    engine, lisa = start(cell, seed=0 if resume_from is None else 1, output_dir=save_to)
+    if resume_from is not None:
+        lisa_dist.load_checkpoint(lisa, resume_from)
+    steps = []
+    while engine.global_steps < STEPS:
+        losses = []
+        for rows in batch_of(engine.global_steps, cell):
+            lisa.on_step_begin()
+            loss = engine(input_ids=rows, labels=rows).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item().hex())
+        steps.append(describe_step(lisa, losses))
+        if resume_from is None and engine.global_steps == CUT:
+            lisa_dist.save_checkpoint(lisa, save_to / f"checkpoint-{CUT}")
+    lisa.close()
+    engine.destroy()
+    return steps
+
+
+def train_with_trainer(cell: dict, save_to: Path, resume_from: Path | None) -> list[dict]:
+    trainer = build_trainer(cell, save_to, seed=0 if resume_from is None else 1)
+    try:
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    finally:
+        unset_hf_deepspeed_config()  # else transformers would build the next model under ZeRO-3
+    return trainer.steps
+
+
+class NotingTrainer(lisa_dist.LisaTrainer):
+    """LisaTrainer, which notes of every step what `describe_step` has."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps, self.losses = [], []
+        self.add_callback(StepNotes(self))
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.losses.append(loss.item().hex())
+        return loss
+
+
+class StepNotes(transformers.TrainerCallback):
+    def __init__(self, trainer: NotingTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, *args, **kwargs):
+        losses, self.trainer.losses = self.trainer.losses, []
+        self.trainer.steps.append(describe_step(self.trainer.lisa, losses))
+
+
+# The parts of a run
+
+
+def start(cell: dict, seed: int = 0, output_dir: Path | None = None):
+    """The engine and the controller of a cell."""
+    model = build_model(seed, cell["tied"]).to(DTYPES[cell["dtype"]])
+    if cell["checkpointing"]:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = {
+        "micro_batch_size": ROWS // dist.get_world_size(),
+        "gradient_accumulation_steps": cell["accumulation"],
+        "max_grad_norm": cell["clip"],
+    }
+    ds_config = lisa_dist.load_ds_config(cell["ds_config"], model=model, **batch)
+    ds_config["zero_optimization"] |= cell["zero"]
+    config = lisa_dist.LisaConfig(**{"lisa_interval_steps": INTERVAL} | cell["lisa"])
+    rates = {"lr": LR, "weight_decay": DECAY, "optim": cell["optim"]}
+    return lisa_dist.initialize(model, ds_config, config, output_dir=output_dir and str(output_dir), **rates, **batch)
+
+
+def build_trainer(cell: dict, output_dir: Path, seed: int = 0, **changes) -> NotingTrainer:
+    """The trainer of a cell, under a cosine schedule."""
+    shipped = Path(lisa_dist.__file__).parent / "ds_configs" / f"{cell['ds_config']}.json"
+    arguments = {
+        "output_dir": str(output_dir),
+        "deepspeed": str(shipped),
+        "use_cpu": True,
+        "bf16": cell["dtype"] == "bf16",
+        "max_steps": STEPS,
+        "per_device_train_batch_size": ROWS // dist.get_world_size(),
+        "gradient_accumulation_steps": cell["accumulation"],
+        "gradient_checkpointing": cell["checkpointing"],
+        "max_grad_norm": cell["clip"],
+        "learning_rate": LR,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": DECAY,
+        "max_length": LENGTH,
+        "logging_steps": 1,
+        "save_steps": CUT,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    rows = [{"input_ids": row} for step in range(STEPS) for row in tokens_of(step, cell).flatten(0, 1).tolist()]
+    return NotingTrainer(
+        model=build_model(seed, cell["tied"]),
+        args=SFTConfig(**arguments | changes),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=build_tokenizer(),
+        lisa_config=lisa_dist.LisaConfig(**{"lisa_interval_steps": INTERVAL} | cell["lisa"]),
+        optim=cell["optim"],
+    )
+
+
+def build_model(seed: int, tied: bool = False) -> transformers.LlamaForCausalLM:
+    """A Llama with grouped queries, 6 layers of width 64, in fp32."""
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(ALPHABET), **shape, **heads))
+
+
+def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token for a byte, with a chat template."""
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(ALPHABET)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+    fast.add_special_tokens({"additional_special_tokens": SPECIAL[2:]})
+    fast.chat_template = "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}<end>{% endfor %}"
+    return fast
+
+
+def save_model(folder: Path) -> None:
+    """Write a model and its tokenizer for `from_pretrained`."""
+    build_model(0).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+
+
+def tokens_of(step: int, cell: dict) -> torch.Tensor:
+    """Token ids of one step, of shape (micro-batches, rows of all ranks, tokens)."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return torch.randint(0, len(ALPHABET), (cell["accumulation"], ROWS, LENGTH), generator=generator)
+
+
+def batch_of(step: int, cell: dict) -> list[torch.Tensor]:
+    """This rank's micro-batches of one step."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    return [rows.chunk(ranks)[rank] for rows in tokens_of(step, cell)]
+
+
+# What is compared
+
+
+def describe_step(lisa: lisa_dist.LisaController, losses: list[str]) -> dict:
+    """Sampled blocks, losses of micro-batches in hexadecimal, SHA-256 of what this rank holds."""
+    weights = ((name, getattr(value, "ds_tensor", value)) for name, value in lisa.engine.module.named_parameters())
+    saved = sorted(lisa.saved_states()[0].items())
+    states = (
+        (f"{key} {name}", value)
+        for key, state in saved
+        for name, value in sorted({"master": state.master, **state.optimizer_state}.items())
+    )
+    return {
+        "sampled blocks": [lisa.period, *lisa.active_layers, *lisa.active_blocks],
+        "loss": losses,
+        "weights": hash_tensors(weights),
+        "states": hash_tensors(states),
+    }
+
+
+def hash_tensors(values: Iterable[tuple[str, object]]) -> str:
+    digest = hashlib.sha256()
+    for name, value in values:
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype} {list(value.shape)}".encode())
+            value = value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        digest.update(value if isinstance(value, bytes) else repr(value).encode())
+    return digest.hexdigest()
+
+
+def describe_checkpoint(output_dir: Path) -> dict:
+    """Names of a run's files; of its checkpoint the state, but for times and versions, and sums of the tensors."""
+    saved = output_dir / f"checkpoint-{CUT}"
+    state = json.loads((saved / "lisa_state.json").read_text())
+    for name in ("saved_at", "checksum", "versions", "files"):
+        del state[name]
+    for name in ("seconds", "live_bytes"):
+        del state["lisa"]["record"][name]
+    described = {"names of files": sorted(str(path.relative_to(output_dir)) for path in output_dir.rglob("*"))}
+    described |= {f"{name} in lisa_state.json": value for name, value in state.items()}
+    return described | {path.name: hash_file(path) for path in sorted(saved.glob("*.safetensors"))}
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's tensors by name, whatever order its partitions are in, by which some of them are named."""
+    with safe_open(path, "pt") as file:
+        partitions = json.loads((file.metadata() or {}).get("partitions", "[]"))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    names = {str(index): str(partition["names"]) for index, partition in enumerate(partitions)}
+    renamed = {}
+    for name, tensor in tensors.items():
+        owner, _, what = name.partition(":")
+        renamed[f"{names.get(owner, owner)}:{what}"] = tensor
+    listed = sorted(json.dumps(partition) for partition in partitions)
+    return hash_tensors([*sorted(renamed.items()), ("partitions", listed)])

@@ -1,0 +1,131 @@
+"""Refusals: commands that end with a line and exit status 2, and calls that raise; their texts are compared.
+
+In words of a command {folder} has a tiny model, rows and a checkpoint in mid-period.
+"""
+
+import shutil
+from pathlib import Path
+
+import cell_runs
+from cells import CELLS, CUT
+
+import lisa_dist
+
+TRAIN = ["train", "--model_name_or_path", "{folder}/model", "--dataset_name", "{folder}/rows.jsonl"]
+TRAIN += ["--output_dir", "{folder}/run", "--report_to", "none", "--max_length", "32", "--max_steps", "2"]
+
+COMMANDS = [
+    [*TRAIN, "--lisa_activated_layer", "2"],
+    [*TRAIN, "--lisa_activated_layers", "7"],
+    [*TRAIN, "--lisa_sampler", "random"],
+    [*TRAIN, "--lisa_always_on", "embed", "--lisa_frozen", "embed"],
+    [*TRAIN, "--deepspeed", "zero4"],
+    [*TRAIN, "--deepspeed", "zero3_nvme"],
+    [*TRAIN, "--deepspeed", "zero2_offload", "--optim", "adamw_8bit"],
+    [*TRAIN, "--optim", "adafactor"],
+    [*TRAIN, "--lisa_master", "bf16_sr"],
+    [*TRAIN, "--global_batch_size", "12", "--per_device_train_batch_size", "8"],
+    [*TRAIN, "--checkpointed_layers", "9"],
+    [*TRAIN, "--dataset_columns", "answer"],
+    [*TRAIN, "--dataset_name", "{folder}/absent.jsonl"],
+    [*TRAIN, "--model_name_or_path", "{folder}/absent"],
+    [*TRAIN, "--config", "{folder}/recipe.yaml"],
+    [*TRAIN, "--resume_from_checkpoint", "true"],
+    ["tran"],
+    ["export", "{folder}/model", "{folder}/out"],
+    ["export", "{folder}/damaged", "{folder}/out"],
+    ["report", "{folder}/absent"],
+    ["plan", "--model", "llama2-8b", "--gpus", "4", "--gpu_memory", "80GiB"],
+    ["plan", "--model", "llama2-70b", "--gpus", "4", "--lisa_state_bits", "embed=7"],
+    ["init", "--model", "llama2-7b", "--gpu_memory", "lots", "--recipe", "{folder}/new.yaml"],
+    ["norms", "{folder}/model", "--out", "{folder}/norms"],
+    ["eval", "{folder}/model", "--tasks", "mmlu,mmlu"],
+]
+FEW_COMMANDS = [COMMANDS[1], COMMANDS[17]]
+
+
+def no_steps_in_a_period(folder: Path) -> None:
+    lisa_dist.LisaConfig(lisa_interval_steps=0)
+
+
+def stage_0(folder: Path) -> None:
+    lisa_dist.initialize(cell_runs.build_model(0), {"zero_optimization": {"stage": 0}})
+
+
+def an_optimizer_in_the_deepspeed_config(folder: Path) -> None:
+    lisa_dist.initialize(cell_runs.build_model(0), {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}})
+
+
+def paged_optimizer(folder: Path) -> None:
+    lisa_dist.build_optimizer([], "paged_adamw_8bit")
+
+
+def tied_matrices_apart(folder: Path) -> None:
+    config = lisa_dist.LisaConfig(lisa_always_on="embed,rest", lisa_frozen="head")
+    lisa_dist.LisaController(cell_runs.build_model(0, tied=True), config)
+
+
+def missed_switch(folder: Path) -> None:
+    engine, lisa = cell_runs.start(CELLS[0])
+    lisa.on_step_begin()
+    engine.global_steps += 3
+    lisa.engine.module(input_ids=cell_runs.batch_of(0, CELLS[0])[0])
+
+
+def damaged_checkpoint(folder: Path) -> None:
+    _, lisa = cell_runs.start(CELLS[0])
+    lisa_dist.load_checkpoint(lisa, folder / "damaged")
+
+
+def other_settings_in_mid_period(folder: Path) -> None:
+    _, lisa = cell_runs.start(CELLS[0] | {"lisa": {"lisa_activated_layers": 3}})
+    lisa_dist.load_checkpoint(lisa, folder / f"checkpoint-{CUT}")
+
+
+def checkpoint_in_a_file(folder: Path) -> None:
+    _, lisa = cell_runs.start(CELLS[0])
+    lisa_dist.save_checkpoint(lisa, folder / "rows.jsonl" / "checkpoint-0")
+
+
+def trainer_without_deepspeed(folder: Path) -> None:
+    cell_runs.build_trainer(CELLS[-2], folder / "trainer", deepspeed=None)
+
+
+CALLS = [
+    no_steps_in_a_period,
+    stage_0,
+    an_optimizer_in_the_deepspeed_config,
+    paged_optimizer,
+    tied_matrices_apart,
+    missed_switch,
+    damaged_checkpoint,
+    other_settings_in_mid_period,
+    checkpoint_in_a_file,
+    trainer_without_deepspeed,
+]
+FEW_CALLS = [missed_switch]
+
+
+def prepare(folder: Path) -> None:
+    """Write what the refusals need."""
+    cell_runs.save_model(folder / "model")
+    rows = [f'{{"question": "{number} + 1?", "answer": "{number + 1}"}}\n' for number in range(16)]
+    (folder / "rows.jsonl").write_text("".join(rows))
+    (folder / "recipe.yaml").write_text("learning_rat: 1.0e-5\n")
+    saved = folder / f"checkpoint-{CUT}"
+    cell_runs.run(CELLS[0], str(folder))
+    shutil.copytree(saved, folder / "damaged")
+    weights = folder / "damaged" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-20] ^= 1
+    weights.write_bytes(content)
+
+
+def refused_call(name: str, folder: Path) -> list[str]:
+    """Which kind of error a call raises, and its text."""
+    try:
+        globals()[name](folder)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other revision must raise it too
+        kind = next(kind for kind in (ValueError, RuntimeError, Exception) if isinstance(error, kind))
+        return [kind.__name__, str(error)]
+    return ["nothing raised", ""]
