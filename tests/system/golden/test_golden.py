@@ -67,7 +67,7 @@ def changed_tree(tmp_path) -> Path:
     return tree
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 def test_one_changed_line_is_found(changed_tree):
     """And a cell that one of them cannot run, without an end to the comparison."""
@@ -81,7 +81,7 @@ def test_one_changed_line_is_found(changed_tree):
     assert outcome.messages == {}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 def test_a_slice_equals_the_last_release_or_the_parent_commit():
     try:
