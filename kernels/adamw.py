@@ -108,7 +108,7 @@ def check_tensors(tensors: StepTensors, element: int, of: str = "AdamW") -> None
         tensor = getattr(tensors, name)
         if tensor is None:
             if name.endswith("scales") and tensors.quantized:
-                raise ValueError(f"{of}: expected {blocks} {name} beside 8-bit moments, got none.")
+                raise ValueError(f"{of}: expected {blocks} {name} with 8-bit moments, got none.")
             continue
         if tensor.numel() != size:
             raise ValueError(f"{of}: expected {size} elements of {name}, got {tensor.numel()}.")
@@ -126,7 +126,7 @@ def check_tensors(tensors: StepTensors, element: int, of: str = "AdamW") -> None
 
 
 def adamw_reference(tensors: StepTensors, numbers: StepNumbers) -> StepTensors:
-    """What one step makes of a piece, as new tensors, in the words of the algorithm: the kernels are held to this."""
+    """What one step makes of a piece, as new tensors, in the words of the algorithm: the kernels are compared with this."""
     signed = {"exp_avg": True, "exp_avg_sq": False}
     gradient = tensors.gradient.float()
     if tensors.gradient_scale is not None:
@@ -223,7 +223,7 @@ def _step_chunk(tensors: StepTensors, numbers: StepNumbers, cut: slice, steps: t
 
 
 def chunk_bytes(numel: int, quantized: bool, stochastic: bool) -> int:
-    """Bytes that the torch path makes beside a piece, at its peak; the other kernels make none."""
+    """Bytes that the torch path allocates for a piece, at its peak; the other kernels make none."""
     an_element = {(False, False): 4, (False, True): 22, (True, False): 30, (True, True): 34}
     return an_element[quantized, stochastic] * min(numel, CHUNK)
 

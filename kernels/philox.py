@@ -1,9 +1,9 @@
 """Random bits from a counter: Philox-4x32-10, as torch operations.
 
 The bits of an element depend on (seed, parameter, draw, element) alone: not on the device, on where a partition was
-cut, or on what was drawn before. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+cut, or on earlier numbers. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 
-One counter gives four words of 32 bits, which are eight draws of 16 bits. Elements of a parameter are laid out in
+One counter gives four words of 32 bits, which are eight numbers of 16 bits. Elements of a parameter are laid out in
 tiles of 8 rows of 256: counter `256 * tile + column` serves the eight elements of its column. So a kernel that works
 row by row makes the words once a tile.
 """

@@ -8,7 +8,7 @@ LISA switches blocks on and off, so every parameter of the model belongs to exac
 - rest: the final norm and whatever else of the language model is neither;
 - outside: what does not belong to the language model at all (a vision tower and its projector). LISA never trains it.
 
-Parameters are told apart by identity, never by name, so tied matrices are counted once.
+Parameters are distinguished by identity, never by name, so tied matrices are counted once.
 """
 
 from collections.abc import Iterator

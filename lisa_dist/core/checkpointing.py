@@ -1,7 +1,7 @@
 """Gradient checkpointing as a dial: how many decoder layers store their inputs alone and run a second time.
 
 What a layer stores is computed again in the backward pass, which costs a forward pass of it: pure loss where memory is
-left. So the dial is a number of layers, the lowest ones, since what they store is held longest.
+left. So the dial is a number of layers, the lowest ones, whose activations live longest.
 """
 
 import warnings
@@ -31,7 +31,7 @@ def parse_checkpointed_layers(value: str | int | None) -> int | str | None:
 
 
 def parse_budget(gpu_memory: str | None, dial: int | str | None) -> int | None:
-    """Bytes of `--gpu_memory`, which "auto" alone keeps to; ValueError beside another dial."""
+    """Bytes of `--gpu_memory`, which only "auto" keeps to; ValueError with another dial."""
     if gpu_memory is None:
         return None
     budget = parse_bytes("--gpu_memory", gpu_memory)
@@ -51,7 +51,7 @@ def number_of_layers(value: int | str, num_layers: int) -> int:
 def checkpoint_layers(model: torch.nn.Module, blocks: Blocks, count: int) -> None:
     """Have the lowest `count` decoder layers checkpointed and no other; may be called again between two steps.
 
-    Raises ValueError for a model of which that cannot be said by layer.
+    Raises ValueError for a model whose layers cannot be checkpointed one by one.
     """
     layers = _layers(model, blocks)
     if not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):

@@ -18,7 +18,7 @@ from lisa_dist.zero.partitions import ZeroPartitions
 
 
 class LayerImportance:
-    """Averages of what was seen of each layer, and the weights to draw by that follow from them.
+    """Averages of what was observed of each layer, and the sampling weights that follow from them.
 
     A layer's average is exponential over its visits: `decay` is the share that the past keeps at each. Averages are
     divided by their mean over the layers seen, so `temperature` has no unit; a layer that was never seen counts as the
@@ -45,7 +45,7 @@ class LayerImportance:
         if mean <= 0:
             return [1 / num_layers] * num_layers
         scores = [(max(known) if value is None else value) / mean / self._temperature for value in self.averages]
-        # Not below a millionth, so that there are always layers enough to draw, however sharp the softmax is.
+        # Not below a millionth, so that there are always layers enough to sample, however sharp the softmax is.
         powers = [max(math.exp(score - max(scores)), 1e-6) for score in scores]
         return [self._floor / num_layers + (1 - self._floor) * power / sum(powers) for power in powers]
 

@@ -17,7 +17,7 @@ def load_layer_weights(source: str, num_layers: int, num_active: int) -> list[fl
 
     A table is a CSV of `lisa-dist norms`; "norms.csv#A/B" is its column A over its column B, "norms.csv#A" the column
     A. Raises ValueError, naming the file and the rule, when it is missing, empty, not of numbers, of another length,
-    negative, not finite, or has fewer positive weights than layers must be drawn.
+    negative, not finite, or has fewer positive weights than layers must be sampled.
     """
     flag = f"--lisa_weights_file {source}"
     path, columns = split_columns(source)
@@ -36,7 +36,7 @@ def load_layer_weights(source: str, num_layers: int, num_active: int) -> list[fl
     positive = sum(weight > 0 for weight in weights)
     if positive < num_active:
         raise UserError(
-            f"{flag}: only {positive} weights are positive, but --lisa_activated_layers {num_active} layers are drawn."
+            f"{flag}: only {positive} weights are positive, but --lisa_activated_layers {num_active} layers are sampled."
         )
     return [float(weight) for weight in weights]
 

@@ -6,7 +6,7 @@ import torch
 
 
 def live_tensor_bytes(device: torch.device | None = None) -> int:
-    """Bytes held by tensors right now on this rank.
+    """Bytes of live tensors on this rank.
 
     On CUDA what the caching allocator has handed out. On CPU every storage that a live tensor points to, counted once;
     this walks the garbage collector's objects and takes some 0.1 s, so it is for switches and tests, not for steps.

@@ -6,7 +6,7 @@ rounded stochastically. Moments have 32 or 8 bits, by parameter group.
 The random bits, and the blocks of 8-bit moments, belong to the elements of a model's parameters, not to partitions: a
 sharded optimizer says by `prepare` which pieces a partition consists of. So a resume, and another number of ranks, give
 the same bits. It also gives gradients as they came and the factor that clips and unscales them, and has the weights
-written beside the master; nothing is copied before or behind the step.
+written together with the master; nothing is copied before or after the step.
 """
 
 import copy

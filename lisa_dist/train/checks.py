@@ -47,7 +47,7 @@ def check_trainer(
     if args.gradient_checkpointing and how.get("use_reentrant"):
         raise UserError(
             "--gradient_checkpointing_kwargs use_reentrant=True: reentrant checkpointing gives no gradients where "
-            "the layers before it sleep; use the default, use_reentrant=False."
+            "the layers before it are inactive; use the default, use_reentrant=False."
         )
     for flag, reason in _REFUSED.items():
         if getattr(args, flag):

@@ -3,7 +3,7 @@
 For a block l of the model, all norms L2 over all of its weights together, in every n-th step:
 
 - weight norm: w(l) = 1/T sum_t ||theta_t(l)||, theta_t being the weights after the update of step t;
-- update norm: the mean of ||theta_t(l) - theta_{t-1}(l)||, of that one step, 0 where the block sleeps or is frozen;
+- update norm: the mean of ||theta_t(l) - theta_{t-1}(l)||, of that one step, 0 where the block is inactive or frozen;
 - moved norm: ||theta_T(l) - theta_0(l)||, all that the run has added, as it is at the end;
 - product norm, of adapters alone: the mean of ||s B_t A_t||, of what they add to the frozen weights.
 

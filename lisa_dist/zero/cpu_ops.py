@@ -1,4 +1,4 @@
-"""What DeepSpeed on CPU ranks needs beside itself: its C++ ops built in time, and its shared memory tidied."""
+"""DeepSpeed on CPU ranks: its C++ ops, built before ranks start, and its shared memory, released."""
 
 import os
 from pathlib import Path

@@ -61,7 +61,7 @@ class Stage:
         return list.__getitem__(zero.parallel_partitioned_bit16_groups, index)[rank]
 
     def master_is_weights(self, zero: Any, index: int) -> bool:
-        """Whether LisaAdamW steps the weights of a group themselves, without a master beside them."""
+        """Whether LisaAdamW steps the weights of a group themselves, without a separate master."""
         if not isinstance(zero.optimizer, LisaAdamW):
             return False
         return self.masters(zero)[index].data_ptr() == self.flat_weights(zero, index).data_ptr()

@@ -340,7 +340,7 @@ def test_blocks_are_those_of_the_parameter(signed, element, numel):
         ({"exp_avg": torch.zeros(10, dtype=torch.uint8)}, "expected exp_avg_sq in torch.uint8, got torch.float32"),
         (
             dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros(10, dtype=torch.uint8)),
-            "expected 1 exp_avg_scales beside 8-bit moments, got none",
+            "expected 1 exp_avg_scales with 8-bit moments, got none",
         ),
         ({"exp_avg_scales": torch.zeros(2)}, "expected 1 elements of exp_avg_scales, got 2"),
         ({"gradient_scale": torch.zeros(2)}, "expected 1 elements of gradient_scale, got 2"),
