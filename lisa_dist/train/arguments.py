@@ -125,7 +125,12 @@ class LisaSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         if self.global_batch_size is not None:
-            self.gradient_accumulation_steps = self._accumulation(self.global_batch_size)
+            self.gradient_accumulation_steps = accumulation_steps(
+                self.global_batch_size,
+                micro_batch_size=self.per_device_train_batch_size,
+                given=self.gradient_accumulation_steps,
+                world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            )
         if isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
             self.deepspeed = find_ds_config(self.deepspeed)
         if not torch.cuda.is_available():
@@ -145,22 +150,22 @@ class LisaSFTConfig(SFTConfig):
         if ours:
             self.optim = LisaOptimizerNames.LISA_ADAMW
 
-    def _accumulation(self, global_batch_size: int) -> int:
-        """The micro-batches that make up a global batch on as many ranks as there are."""
-        world_size = int(os.environ.get("WORLD_SIZE", 1))
-        at_once = self.per_device_train_batch_size * world_size
-        if global_batch_size < 1 or global_batch_size % at_once:
-            raise UserError(
-                f"--global_batch_size {global_batch_size}: must be a multiple of {at_once}, which "
-                f"--per_device_train_batch_size {self.per_device_train_batch_size} is on {world_size} ranks."
-            )
-        steps = global_batch_size // at_once
-        if self.gradient_accumulation_steps not in (1, steps):
-            raise UserError(
-                f"--global_batch_size {global_batch_size} and --gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps}: give one of them; on {world_size} ranks it is {steps}."
-            )
-        return steps
+
+def accumulation_steps(global_batch_size: int, micro_batch_size: int, given: int, world_size: int) -> int:
+    """Micro-batches of a rank in a global batch; `given` are --gradient_accumulation_steps, where 1 stands for none."""
+    at_once = micro_batch_size * world_size
+    if global_batch_size < 1 or global_batch_size % at_once:
+        raise UserError(
+            f"--global_batch_size {global_batch_size}: must be a multiple of {at_once}, which "
+            f"--per_device_train_batch_size {micro_batch_size} is on {world_size} ranks."
+        )
+    steps = global_batch_size // at_once
+    if given not in (1, steps):
+        raise UserError(
+            f"--global_batch_size {global_batch_size} and --gradient_accumulation_steps {given}: give one of them; on "
+            f"{world_size} ranks it is {steps}."
+        )
+    return steps
 
 
 class LisaOptimizerNames(ExplicitEnum):
@@ -209,7 +214,7 @@ HELP = {
     "What is trained, on what": {
         "method": "lisa; full: every parameter, always; lora: adapters",
         "model_name_or_path": "folder, or model of the hub",
-        "dataset_name": "files, folders, datasets of the hub; name#1000 takes 1000 examples",
+        "dataset_name": "files, folders, datasets of the hub; name#1000: so many of them",
         "dataset_weights": "one for each: 2 takes its examples twice an epoch, 0.5 half of them",
         "dataset_format": "alpaca, sharegpt, messages, ...; by default from the columns",
         "dataset_columns": "what columns are: question=QUESTION answer=LONG_ANSWER",

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from lisa_dist.data.dataset import DataArguments
 from lisa_dist.distributed import launching
 from lisa_dist.distributed.launching import launch_if_asked
-from lisa_dist.train.arguments import LisaSFTConfig, parse_arguments, run_parser
+from lisa_dist.train.arguments import LisaSFTConfig, accumulation_steps, parse_arguments, run_parser
 from lisa_dist.train.run import load_rows, run
 from lisa_dist.train.sft_trainer import LisaTrainer
 
@@ -341,7 +340,7 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
         ({"lisa_master": "bf16_sr"}, "--lisa_master bf16_sr with --optim adamw_torch_fused: only --optim lisa_adamw"),
         ({"lisa_master": "bf16_sr", "optim": "lisa_adamw"}, "--lisa_master bf16_sr with weights in fp32"),
         (
-            {"method": "full", "optim": "lisa_adamw", "checkpointed_layers": "all"},
+            {"method": "full", "optim": "lisa_adamw", "checkpointed_layers": "none"},
             "--optim lisa_adamw with --method full: it is for --method lisa; give another",
         ),
     ],
@@ -370,16 +369,14 @@ def test_ranks_that_cannot_be_started(monkeypatch, words, variables, said):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="--gpus") as error:
-        launch_if_asked(words)
+        launch_if_asked(words, "train", run_parser().check)
     assert said in str(error.value)
-    assert launch_if_asked(["--max_steps", "3"]) == ["--max_steps", "3"]
+    assert launch_if_asked(["--max_steps", "3"], "train", run_parser().check) == ["--max_steps", "3"]
 
 
 @pytest.mark.parametrize(("world_size", "steps"), [(1, 6), (2, 3), (6, 1)])
-def test_a_global_batch_is_the_same_on_any_number_of_ranks(monkeypatch, world_size, steps):
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    args = SimpleNamespace(global_batch_size=24, per_device_train_batch_size=4, gradient_accumulation_steps=1)
-    assert LisaSFTConfig._accumulation(args) == steps
+def test_a_global_batch_is_the_same_on_any_number_of_ranks(world_size, steps):
+    assert accumulation_steps(24, micro_batch_size=4, given=1, world_size=world_size) == steps
 
 
 END = """
