@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from cells import CUT, INTERVAL, STEPS
 from datasets import Dataset
+from golden_cells import CUT, INTERVAL, STEPS
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import distributed as dist

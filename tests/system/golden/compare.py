@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cells import CELLS, CUT, SLICE
+from golden_cells import CELLS, CUT, SLICE
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]

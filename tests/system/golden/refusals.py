@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import cell_runs
-from cells import CELLS, CUT
+from golden_cells import CELLS, CUT
 
 import lisa_dist
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from cells import CELLS, SLICE
 from compare import ROOT, Outcome, checkout, compare, compare_refusals, default_base, first_difference
+from golden_cells import CELLS, SLICE
 
 STEP = {"sampled blocks": [0, 1, 4], "loss": ["0x1.4p+2"], "weights": "ab", "states": "cd"}
 RANK = {"steps": [STEP, STEP], "checkpoint": {"names of files": ["config.json"], "model.safetensors": "ef"}}
