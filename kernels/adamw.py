@@ -126,7 +126,7 @@ def check_tensors(tensors: StepTensors, element: int, of: str = "AdamW") -> None
 
 
 def adamw_reference(tensors: StepTensors, numbers: StepNumbers) -> StepTensors:
-    """What one step makes of a piece, as new tensors, in the words of the algorithm: the kernels are compared with this."""
+    """What one step makes of a piece, as new tensors, as the algorithm has it; the kernels are compared with this."""
     signed = {"exp_avg": True, "exp_avg_sq": False}
     gradient = tensors.gradient.float()
     if tensors.gradient_scale is not None:

@@ -36,7 +36,7 @@ def load_layer_weights(source: str, num_layers: int, num_active: int) -> list[fl
     positive = sum(weight > 0 for weight in weights)
     if positive < num_active:
         raise UserError(
-            f"{flag}: only {positive} weights are positive, but --lisa_activated_layers {num_active} layers are sampled."
+            f"{flag}: only {positive} weights are positive, but --lisa_activated_layers {num_active} are sampled."
         )
     return [float(weight) for weight in weights]
 

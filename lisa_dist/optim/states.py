@@ -49,7 +49,7 @@ class Piece:
 
 
 class CopyStream:
-    """Copies between host and device, queued on a stream of their own; on a device without streams in the order of its work.
+    """Copies between host and device, queued on a stream of their own, or in order on a device without streams.
 
     What is copied on `after_compute` sees what was computed before; what is computed later sees it only after `wait`.
     """
