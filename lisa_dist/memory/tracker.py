@@ -30,6 +30,8 @@ class AllocationTracker(TorchDispatchMode):
     def add(self, tensors: Iterable[torch.Tensor], kind: str | None = None) -> None:
         """Count the storages of `tensors` that are not counted yet."""
         for tensor in tensors:
+            if tensor.device.type == "meta":  # no memory; a fake tensor has the device it stands for
+                continue
             storage = tensor.untyped_storage()
             # A storage's Python object lives as long as the storage, so its id and a weak reference identify it.
             if id(storage) in self._seen:

@@ -31,6 +31,7 @@ from lisa_dist.memory.planner import (
     what_fits,
 )
 from lisa_dist.memory.trace import FakeRun, Trained, Workload
+from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.run_folder import MEMORY_PARTS
 from lisa_dist.text import parse_bytes
 from lisa_dist.zero import gradients, overrides
@@ -263,6 +264,14 @@ def test_layers_below_the_lowest_active_one_store_nothing_in_a_real_step(ds_conf
     assert many == pytest.approx(few, abs=2048), "six more sleeping layers below"
     of_a_layer = ROWS * LENGTH * 64 * 4  # its input at least
     assert stored(9, "trains") >= many + 6 * of_a_layer
+
+
+def test_tensors_without_memory_are_not_counted():
+    with AllocationTracker() as tracker:
+        weights = torch.zeros(1000)
+        on_meta = weights.to("meta")
+    assert on_meta.numel() == 1000
+    assert tracker.peak == weights.nbytes
 
 
 def test_logits_are_told_apart():
