@@ -114,8 +114,7 @@ class LisaController:
         With `output_dir`, rank 0 writes a line for each period to lisa_log.jsonl and to lisa_movement.jsonl there.
         """
         config = self.config
-        self.partitions = ZeroPartitions(engine)
-        self.engine = engine
+        self.partitions, self.engine = ZeroPartitions(engine), engine
         check_engine(self.partitions, config, self.selection.names_of(group["params"] for group in self.param_groups()))
         let_backward_end(engine.module)
         check_checkpointing(engine.module)
