@@ -350,7 +350,7 @@ def test_the_figure_has_every_run_in_every_panel(tmp_path, monkeypatch):
         (GOOD.replace("50,", "many,"), "line 2 does not have 3 numbers"),
         (GOOD.replace("50,", "nan,"), "line 2 has a norm that is negative or not finite"),
         (GOOD.replace("layers.1", "layers.0"), "line 4 begins with 'layers.0', which is not a block, or is repeated"),
-        (GOOD.replace("layers.1", "layer 1"), "line 4 begins with 'layer 1', which is no block"),
+        (GOOD.replace("layers.1", "layer 1"), "line 4 begins with 'layer 1', which is not a block"),
         ("\n", "is empty"),
         (GOOD.replace("layers.1,4,0.7,3\n", ""), "1 decoder layers, but 2 in"),
         (None, "there is no lisa_norms.csv in"),
