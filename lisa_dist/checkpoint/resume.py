@@ -29,9 +29,8 @@ def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict[str, A
     caller's. `state` is the result of `read_state`, if it was called before. Raises ValueError, naming the file or the
     setting, for a damaged checkpoint or one of another run.
     """
+    assert lisa.is_attached, "attach the controller to a DeepSpeed engine first"
     folder, engine, partitions = Path(folder), lisa.engine, lisa.partitions
-    assert engine is not None, "attach the controller to a DeepSpeed engine first"
-    assert partitions is not None
     # 1. Is it whole, and of this run? Nothing is changed before both are known.
     state = state or read_state(folder)
     changed_settings = lisa.check_state_dict(state["lisa"])
@@ -77,7 +76,6 @@ def _load_movement(
     lisa: LisaController, folder: Path, state: dict[str, Any], step: int, settings_changed: bool
 ) -> None:
     period_began = step if settings_changed else lisa.period * lisa.config.lisa_interval_steps
-    assert lisa.movement is not None
     lisa.movement.load(folder / MOVEMENT_FILE if MOVEMENT_FILE in state["files"] else None, step, period_began)
 
 
@@ -145,5 +143,4 @@ def start_from_weights(lisa: LisaController, folder: Path) -> None:
     """Start a run from the weights in a folder, in whatever precision: an attached controller at step 0 takes them."""
     read_weights(lisa.engine, lisa.blocks, folder, same_dtype=False)
     lisa.load_state_dict(lisa.state_dict())  # builds the partitions again, with masters from the weights
-    assert lisa.movement is not None
     lisa.movement.restart()

@@ -45,13 +45,12 @@ def save_checkpoint(
     the model's configs instead of this function, and whatever else belongs to the model. `max_shard_size` in bytes.
     `folder` does not exist before all of it is on disk. Raises SaveError on every rank when one cannot write.
     """
+    assert lisa.is_attached, "attach the controller to a DeepSpeed engine first"
     folder, engine, movement = Path(folder), lisa.engine, lisa.movement
-    assert engine is not None, "attach the controller to a DeepSpeed engine first"
-    assert movement is not None
     rank, world_size = dist.get_rank(), dist.get_world_size()
     writes = rank == 0 if writes is None else writes
     with staging_folder(folder, writes) as staging:
-        # 1. The model's configs and tokenizer.
+        # 1. The model's configs, or what `write_more` writes.
         with together(folder):
             if write_more is not None:
                 write_more(staging)
@@ -76,8 +75,6 @@ def save_checkpoint(
 def _describe_run(lisa: LisaController) -> dict[str, Any]:
     """What `lisa_state.json` contains but for the list of files."""
     engine, partitions = lisa.engine, lisa.partitions
-    assert engine is not None
-    assert partitions is not None
     rates = {
         group["lisa_group"]: {name: group[name] for name in ("lr", "initial_lr") if name in group}
         for group in engine.optimizer.param_groups

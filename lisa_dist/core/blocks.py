@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from lisa_dist.config import UserError
+from lisa_dist.errors import UserError
 from lisa_dist.zero.parameters import parameter_numel
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lisa_dist.config import UserError
 from lisa_dist.core.blocks import Blocks
+from lisa_dist.errors import UserError
 from lisa_dist.text import parse_bytes
 
 AUTO = "auto"

@@ -104,7 +104,7 @@ class LisaController:
     def param_groups(self, weight_decay: float = 0.0) -> list[dict]:
         """Parameter groups for the optimizer, the same number and order in every period.
 
-        Where outer blocks are sampled, those of all that a period may train: `attach` cuts them down to period 0's.
+        With sampled outer blocks they cover every block that any period may train; `attach` then keeps period 0's.
         """
         return self.selection.param_groups(self.active, weight_decay)
 
@@ -113,18 +113,18 @@ class LisaController:
 
         With `output_dir`, rank 0 writes a line for each period to lisa_log.jsonl and to lisa_movement.jsonl there.
         """
-        config = self.config
-        self.partitions, self.engine = ZeroPartitions(engine), engine
-        check_engine(self.partitions, config, self.selection.names_of(group["params"] for group in self.param_groups()))
-        let_backward_end(engine.module)
+        config, partitions = self.config, ZeroPartitions(engine)
+        check_engine(partitions, config, self.selection.names_of(group["params"] for group in self.param_groups()))
         check_checkpointing(engine.module)
+        self.partitions, self.engine = partitions, engine
+        let_backward_end(engine.module)
         self.host_states = HostStates(CopyStream(engine.device))
         self.partitions.before_step(self.host_states.copies.wait)
+        self._missed_switch = MissedSwitchGuard(self.partitions, config.lisa_interval_steps, lambda: self.period)
         if config.lisa_wake_warmup_steps:
             optimizer, steps = self.partitions.optimizer, config.lisa_wake_warmup_steps
             self._warmup = ActivationWarmup(optimizer, steps, self._steps_of_period)
         self._nonfinite = NonfiniteGuard(engine, config.lisa_nonfinite)
-        self._missed_switch = MissedSwitchGuard(self.partitions, config.lisa_interval_steps, lambda: self.period)
         trainable = [block for block in self.blocks if block.name not in (*config.frozen, "outside")]
         self.movement = WeightMovement(self.partitions, trainable)
         if output_dir is not None and dist.get_rank() == 0:
@@ -137,7 +137,7 @@ class LisaController:
             self.partitions.wait_for_device()
             self._repartition({})
         else:
-            self.partitions.adapt()
+            self.partitions.apply_overrides()
         self._verify()
         release_shared_memory()
         if config.lisa_debug:
@@ -202,7 +202,7 @@ class LisaController:
         self.period = period
         self.active = self._agree()
         self._activate()
-        self.partitions.wait_for_device()  # here, so that kept states go to the host while the next period begins
+        self.partitions.wait_for_device()  # here, so that copies to the host overlap the next step
         states = self.partitions.states()
         next_keys = self.selection.names_of(self.selection.params_of_groups(self.active))
         self._keep_on_host(states, next_keys)
@@ -241,7 +241,7 @@ class LisaController:
         return broadcast_active_set(sampled, self.period, self.config.lisa_activated_layers, names, self.engine.device)
 
     def _activate(self) -> None:
-        """Let exactly the active blocks require gradients; before there is an engine, all that its optimizer is for."""
+        """Let the active blocks alone require gradients; before `attach`, every block that the optimizer is built over."""
         self.selection.activate(self.active if self.is_attached else self.selection.widest(self.active))
 
     def _keep_on_host(self, states: Mapping[PartitionKey, PartitionState], next_keys: Iterable[PartitionKey]) -> None:

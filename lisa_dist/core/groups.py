@@ -10,8 +10,8 @@ from collections.abc import Container, Iterable, Mapping
 
 import torch
 
-from lisa_dist.config import UserError
 from lisa_dist.core.blocks import Block
+from lisa_dist.errors import UserError
 from lisa_dist.zero.parameters import parameter_shape
 
 
@@ -58,7 +58,7 @@ def build_param_groups(
 
 
 def takes_bits(bits: int, kind: str) -> bool:
-    """Whether a group of this kind has the bits that its block is given: norms and biases are not worth 8."""
+    """Whether a group of this kind has the bits that its block is given: 8 bits apply to matrices only."""
     return bits == 32 or kind == "decay"
 
 

@@ -14,8 +14,8 @@ from lisa_dist.zero.partitions import ZeroPartitions
 class MissedSwitchGuard:
     """Refuses to train on with the layers of a period that is over: in the forward pass, and in the optimizer's step.
 
-    The step is guarded too, whatever mode the model is in: no forward pass but training's leads there. `current_period`
-    is the controller's.
+    The step is checked as well, in train and eval mode, since only training steps. `current_period` is the
+    controller's.
     """
 
     def __init__(self, partitions: ZeroPartitions, interval_steps: int, current_period: Callable[[], int]):
@@ -42,7 +42,7 @@ class MissedSwitchGuard:
 
 
 class NonfiniteGuard:
-    """Follows an engine from step to step. DeepSpeed itself leaves such a step out, so no weight is spoilt."""
+    """Follows an engine from step to step. DeepSpeed itself skips such a step, so weights stay intact."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, policy: str):
         self._engine, self._policy = engine, policy
@@ -74,7 +74,7 @@ class NonfiniteGuard:
             print(f"lisa-dist: {message}, the step was skipped.", flush=True)
 
     def resume(self) -> None:
-        """Steps that the saved run left out are none of this one's."""
+        """Do not count steps that the saved run skipped."""
         self._skipped_steps = self._engine.skipped_steps
 
 

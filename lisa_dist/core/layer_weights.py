@@ -66,7 +66,7 @@ def _weights_of_table(flag: str, text: str, columns: str) -> list[float]:
     if header[:1] != ["block"] or not layers:
         raise UserError(f"{flag}: holds no norms of layers; it is the norms.csv that lisa-dist norms writes.")
     if {} in layers:
-        raise UserError(f"{flag}: has no row layers.{layers.index({})}, though later ones.")
+        raise UserError(f"{flag}: has no row layers.{layers.index({})}, but has later ones.")
     wanted = [name.strip() for name in columns.split("/")]
     if len(wanted) > 2 or not all(name in header[1:] for name in wanted):
         raise UserError(

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 
 import torch
 
-from lisa_dist.config import OUTER_BLOCKS, LisaConfig, UserError
+from lisa_dist.config import OUTER_BLOCKS, LisaConfig
 from lisa_dist.core.blocks import Block, Blocks
 from lisa_dist.core.groups import build_param_groups, check_same_kinds
 from lisa_dist.core.importance import LayerImportance
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.sampling import ActiveSet, SampledBlock, inclusion_probabilities, sample_period
+from lisa_dist.errors import UserError
 from lisa_dist.optim.states import PartitionKey
 
 
@@ -131,7 +132,8 @@ def sampled_blocks(config: LisaConfig, blocks: Blocks) -> list[SampledBlock]:
                 f"--lisa_block_probability {config.lisa_block_probability}: embed and head of this model are one tied "
                 "matrix; give both the same."
             )
-        probabilities |= dict(zip(("embed",), given, strict=False))
+        if given:
+            probabilities["embed"] = given.pop()
     gamma, num_layers = config.lisa_activated_layers, len(blocks.layers)
     layer_numel = sum(layer.numel for layer in blocks.layers) / num_layers
     sampled = []

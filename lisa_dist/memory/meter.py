@@ -29,8 +29,7 @@ class StepMeter:
 
     def __init__(self, lisa: LisaController) -> None:
         self.parts: MemoryParts | None = None
-        assert lisa.engine is not None, "attach the controller to a DeepSpeed engine first"
-        assert lisa.partitions is not None
+        assert lisa.is_attached, "attach the controller to a DeepSpeed engine first"
         self._lisa, self._engine, self._partitions = lisa, lisa.engine, lisa.partitions
         self._on_gpu = self._engine.device.type == "cuda"
         vocab_size = self._engine.module.config.get_text_config().vocab_size

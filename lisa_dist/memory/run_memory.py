@@ -61,7 +61,7 @@ class RunMemory:
         checkpointed: int | str | None,
         budget: int | None,
     ) -> None:
-        assert lisa.engine is not None, "attach the controller to a DeepSpeed engine first"
+        assert lisa.is_attached, "attach the controller to a DeepSpeed engine first"
         self._lisa, self._engine = lisa, lisa.engine
         self._optim, self._config, self._longest = optim, config, longest
         self._dial, self._budget = checkpointed, budget

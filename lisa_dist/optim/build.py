@@ -3,9 +3,9 @@
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.config import LisaConfig
+from lisa_dist.errors import UserError
 from lisa_dist.optim.adamw import LisaAdamW
-from lisa_dist.optim.host_adam import CountedAdam
 from lisa_dist.optim.ops import choose_kernels
 
 # Optimizers that work on any flat piece of a parameter, which is what a ZeRO partition is.
@@ -91,9 +91,7 @@ def build_optimizer(
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        optimizer = DeepSpeedCPUAdam(param_groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)
-        optimizer.ds_opt_adam = CountedAdam(optimizer.ds_opt_adam)
-        return optimizer
+        return DeepSpeedCPUAdam(param_groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)
     if optim == LISA_ADAMW:
         _check_kernels(on_host=any(group.get("lisa_host") for group in param_groups))
         return LisaAdamW(param_groups, lr=lr, betas=betas, eps=eps, seed=seed)

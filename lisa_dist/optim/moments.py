@@ -8,7 +8,7 @@ import torch
 from lisa_dist.optim.adamw import LisaAdamW, decode_moment, in_chunks
 from lisa_dist.optim.states import PartitionState, Piece
 
-# AdamW's moments, and the number that bitsandbytes knows each by: state1, and for 8 bits absmax1 and qmap1.
+# AdamW's moments, and the suffix of bitsandbytes' fields for each: state1, and for 8 bits absmax1 and qmap1.
 MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
 QUANTIZED_BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit optimizers
 _CHUNK = 2**24  # elements that are decoded at a time; whole blocks

@@ -22,7 +22,6 @@ def describe_training(
 ) -> str:
     """A table of an attached controller: blocks, parameters, `ranks` (rows of their own), states, memory."""
     config, engine = lisa.config, lisa.engine
-    assert engine is not None
     numel = {block.name: block.numel for block in lisa.blocks if block.parameters}
     layers = [block.numel for block in lisa.blocks.layers]
     total = sum(numel.values())

@@ -180,7 +180,7 @@ def lisa_metrics(lisa: LisaController) -> dict[str, float]:
     learned = lisa.selection.importance.averages if lisa.selection.importance is not None else []
     metrics |= {f"lisa/importance/layer_{layer:02d}": seen for layer, seen in enumerate(learned) if seen is not None}
     metrics |= {f"lisa/visits/{block}": count for block, count in lisa.block_visit_counts.items()}
-    moved = lisa.movement.lines[-1]["blocks"] if lisa.movement is not None and lisa.movement.lines else {}
+    moved = lisa.movement.lines[-1]["blocks"] if lisa.movement.lines else {}
     return metrics | {f"lisa/update_norm/{_metric_name(block)}": one["update"] for block, one in moved.items()}
 
 

@@ -19,11 +19,12 @@ moments never travel: a group of the same parameters has the same partition on t
 Every name of DeepSpeed's that is overridden, by `overrides.override` alone, why, and the test that fails without:
 
 ========================================  ===================================  =====================================
-name, and where it is replaced            DeepSpeed does                       we do instead, and why; the test
+name; when; file of the replacement       DeepSpeed does                       we do instead, and why; the test
 ========================================  ===================================  =====================================
-initialize_optimizer_states               makes a gradient of zeros for every  puts masters on the host or into the
-  both classes, process-wide:             master, and drops it                 weights; saves 4 bytes an active
-  masters.py                                                                   element at each switch.
+initialize_optimizer_states               makes a gradient of zeros for every  moves masters of --lisa_offload to the
+  both classes, process-wide, without     master, and drops it                 host, makes LisaAdamW's a view of the
+  optimizer offload: masters.py                                                weights, and makes no gradients: 4 bytes
+                                                                               an active element less in a switch.
                                                                                test_a_switch_holds_the_new_masters
                                                                                _beside_the_old_states_and_little_else
 DeepSpeedZeroOptimizer,                   builds a new optimizer object        runs `__init__` on the one that is
@@ -42,8 +43,8 @@ update_recompute_parameters               partitions a recomputed layer again  k
                                                                                test_stage_3_does_not_gather_for
                                                                                _gradients_that_nobody_wants
 scaled_global_norm, _get_norm_groups      an all-reduce a group, and a copy    one all-reduce, and chunks; the norms
-  without optimizer offload:              in fp64 of each whole gradient       are the same to the bit.
-  gradients.py                                                                 test_a_norm_taken_in_chunks_is_the_norm
+  without optimizer offload and model     in fp64 of each whole gradient       are the same to the bit.
+  parallelism: gradients.py                                                    test_a_norm_taken_in_chunks_is_the_norm
 set_norm_for_param_grad_in_gpu,           copies each whole gradient in fp64   sends and measures chunks: up to
 async_inplace_copy_grad_to_fp32           for its norm, and in fp32 to send    8 bytes an element of the largest
 _buffer_from_gpu,                         it                                   gradient less.
@@ -53,19 +54,25 @@ temp_grad_buffer_for_gpu_offload          allocates it at construction         a
   under optimizer offload, stages 1, 2:                                        test_a_plan_is_what_a_step_allocates
   gradients.py
 _get_preflattened_grad_partition,         flattens gradients on the device     LisaAdamW: takes them as they are;
-_prepare_fp32_grad_for_sub_group          and casts them to fp32               --lisa_offload: sends them to the host.
-  LisaAdamW, --lisa_offload: step.py                                           test_nothing_is_copied_before_or_behind
-                                                                               _the_one_pass,
+_prepare_fp32_grad_for_sub_group          (stages 1, 2: step() does, where     --lisa_offload: sends them to the host.
+  LisaAdamW, --lisa_offload: step.py      this returns None) and casts to      test_nothing_is_copied_before_or_behind
+                                          fp32                                 _the_one_pass,
                                                                                test_blocks_with_their_states_on_the_host
 unscale_and_clip_grads                    multiplies the whole gradient        LisaAdamW: gives the kernel the factor;
-  LisaAdamW, --lisa_offload: step.py                                           --lisa_offload: takes the norm along.
+  LisaAdamW, --lisa_offload: step.py                                           --lisa_offload: moves the norm there.
                                                                                test_the_loss_scale_of_fp16_is_folded_in
 _reassign_or_swap_out_partitioned         copies masters to the weights        the kernel has written the weights.
 _parameters,                                                                   test_nothing_is_copied_before_or_behind
 parallel_partitioned_bit16_groups                                              _the_one_pass
   LisaAdamW: step.py
+ds_opt_adam                               multiplies powers of the betas       records how, for a resume to repeat
+  optimizer offload: host_adam.py                                              it to the bit.
+                                                                               test_a_resumed_run_is_the_run_with
 ========================================  ===================================  =====================================
 
-A release that has renamed one of these, or another private name that is read here, is refused when training starts
-(`stages.check_private_names`), with the supported range. `overrides.without(name)` leaves DeepSpeed's own in place.
+Also written, and not replaced: entries of the list of masters, `params` of the inner optimizer's groups (masters.py),
+and `grad_position` while chunks are sent (gradients.py).
+
+A release outside the supported range is refused when training starts, and so is one in which a listed name is missing
+(`stages.check_private_names`). `overrides.without(name)` leaves DeepSpeed's own norms and transfers in place.
 """

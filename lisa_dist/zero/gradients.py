@@ -51,21 +51,21 @@ def sent_in_chunks(zero: Any, stage: Stage) -> dict[str, Any]:
 
 
 def _sent_in_chunks_stages_1_2(zero: Any) -> dict[str, Any]:
-    kind, attribute = type(zero), "grad_accum" if zero.use_grad_accum_attribute else "grad"
+    optimizer_class, attribute = type(zero), "grad_accum" if zero.use_grad_accum_attribute else "grad"
 
     def norm_by_chunks(param: torch.nn.Parameter) -> None:
         key = zero.get_param_id(param)
         squares = []
         for _ in _chunks_of_gradient(zero, key):
-            kind.set_norm_for_param_grad_in_gpu(zero, param)
+            optimizer_class.set_norm_for_param_grad_in_gpu(zero, param)
             squares.append(zero.norm_for_param_grads[key] ** 2)
         zero.norm_for_param_grads[key] = sum(squares) ** 0.5
 
     def copy_by_chunks(param: torch.nn.Parameter) -> None:
         gradient = getattr(param, attribute)
         for _ in _chunks_of_gradient(zero, zero.get_param_id(param)):
-            setattr(param, attribute, gradient)  # each copy lets go of it
-            kind.async_inplace_copy_grad_to_fp32_buffer_from_gpu(zero, param)
+            setattr(param, attribute, gradient)  # DeepSpeed sets it to None after each copy
+            optimizer_class.async_inplace_copy_grad_to_fp32_buffer_from_gpu(zero, param)
 
     return {
         "set_norm_for_param_grad_in_gpu": norm_by_chunks,

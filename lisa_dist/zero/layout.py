@@ -11,7 +11,6 @@ The engine (`partitions.py`) and the memory estimate (`memory/estimate.py`) both
 group's parameters in the order of the group, each with its number of elements.
 """
 
-import math
 from collections.abc import Sequence
 
 from lisa_dist.optim.states import Piece
@@ -25,12 +24,12 @@ def partition_numel(numels: Sequence[int], stage: int, world_size: int, alignmen
     """Elements of one rank's partition of a group, padding included; `numels` are those of the group's parameters."""
     if stage == 3:
         return sum(share_numel(numel, world_size) for numel in numels)
-    return math.ceil(sum(numels) / (alignment * world_size)) * alignment
+    return -(-sum(numels) // (alignment * world_size)) * alignment  # rounded up
 
 
 def share_numel(numel: int, world_size: int) -> int:
     """Elements of each rank's share of one parameter under stage 3, padding included."""
-    return math.ceil(numel / world_size)
+    return -(-numel // world_size)  # rounded up
 
 
 def pieces_of_group(

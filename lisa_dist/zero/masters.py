@@ -3,6 +3,8 @@
 DeepSpeed clones an fp32 master from the weights of every group. Where LisaAdamW steps weights of the masters' dtype,
 the clone would be a second copy of the same numbers: the master becomes a view of the weights. The master of a group
 whose block is in --lisa_offload goes to the host.
+
+All clones are on the device for a moment, at the start and in a switch, when there are no gradients and no activations.
 """
 
 import functools
@@ -15,8 +17,8 @@ from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.zero.stages import Stage
 
 
-def placing(stage: Stage, original: Callable[[Any], None]) -> Callable[[Any], None]:
-    """DeepSpeed's `initialize_optimizer_states`, which its constructor calls when all masters are there, replaced.
+def state_initializer(stage: Stage, original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A replacement for `initialize_optimizer_states`, which DeepSpeed's constructor calls once all masters exist.
 
     It places the masters. DeepSpeed's own makes a gradient of zeros for every master and drops it, 4 bytes an active
     element, at the start and at every switch; only under optimizer offload the gradients stay, and only Adagrad makes
@@ -30,22 +32,20 @@ def placing(stage: Stage, original: Callable[[Any], None]) -> Callable[[Any], No
         else:
             place_masters(zero, stage)
 
-    place_masters_without_gradients.lisa_stage = stage  # type: ignore[attr-defined]
     return place_masters_without_gradients
 
 
 def place_masters(zero: Any, stage: Stage) -> None:
     """Replace each master that belongs on the host, or that the weights can take the place of."""
     masters: list[Any] = stage.masters(zero)
-    groups = zero.optimizer.param_groups
+    groups, steps_weights = zero.optimizer.param_groups, isinstance(zero.optimizer, LisaAdamW)
     if len(masters) != len(groups):  # stage 3 has cut groups into sub-groups, which LISA refuses later
         return
     for index, (group, master) in enumerate(zip(groups, masters, strict=True)):
-        weights = stage.flat_weights(zero, index)
         if group.get("lisa_host"):
             placed: Any = master.detach().to("cpu", copy=True)  # in fp32 stage 3's master is the weights themselves
-        elif isinstance(zero.optimizer, LisaAdamW) and _same_kind(master, weights):
-            placed = weights.detach()
+        elif steps_weights and _same_kind(master, stage.flat_weights(zero, index)):
+            placed = stage.flat_weights(zero, index).detach()
         else:
             continue
         placed.requires_grad = master.requires_grad

@@ -1,4 +1,4 @@
-"""Where names of DeepSpeed's are replaced by ours: `override` does it, and the other functions say which and when.
+"""Replace parts of DeepSpeed: `override` sets one attribute, the other functions choose which, and when.
 
 `lisa_dist/zero/__init__.py` has the table: what DeepSpeed does, what is done instead, and why.
 """
@@ -26,6 +26,7 @@ GRADIENT_NAMES = (
     "_offload_grad_partition_at_boundary",
 )
 _left_out: set[str] = set()
+classes_with_placed_masters: set[type] = set()  # classes of DeepSpeed's whose `initialize_optimizer_states` is replaced
 
 
 def override(owner: Any, name: str, replacement: Any) -> None:
@@ -37,7 +38,11 @@ def override(owner: Any, name: str, replacement: Any) -> None:
 
 @contextlib.contextmanager
 def without(*names: str) -> Iterator[None]:
-    """Leave DeepSpeed's own in place, for engines that live in the body: to compare with what replaces it."""
+    """Leave DeepSpeed's own methods in place on optimizers that are built in the body, to compare with.
+
+    Of `GRADIENT_NAMES` alone: the other overrides depend on each other.
+    """
+    assert set(names) <= set(GRADIENT_NAMES)
     _left_out.update(names)
     try:
         yield
@@ -49,9 +54,10 @@ def override_construction() -> None:
     """Process-wide, before an engine is built: masters in their place, and no gradient of zeros for each of them."""
     for stage in (STAGE_1_2, STAGE_3):
         kind: Any = stage.optimizer_class
-        if not hasattr(kind.initialize_optimizer_states, "lisa_stage"):
-            replacement = masters.placing(stage, kind.initialize_optimizer_states)
+        if kind not in classes_with_placed_masters:
+            replacement = masters.state_initializer(stage, kind.initialize_optimizer_states)
             override(kind, "initialize_optimizer_states", replacement)
+            classes_with_placed_masters.add(kind)
 
 
 def override_stage_3(model: torch.nn.Module) -> None:

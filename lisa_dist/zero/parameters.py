@@ -27,9 +27,14 @@ def parameter_numel(parameter: torch.Tensor) -> int:
     return getattr(parameter, "ds_numel", None) or parameter.numel()
 
 
+def partition_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """This rank's part of a parameter that ZeRO-3 has partitioned, with padding; it may be empty while on NVMe."""
+    return _zero3(parameter).ds_tensor
+
+
 def local_weights(parameter: torch.nn.Parameter) -> torch.Tensor:
     """What this rank holds of a parameter: its part on ZeRO-3, padded (empty while on NVMe), else all of it."""
-    return _zero3(parameter).ds_tensor.data if is_partitioned(parameter) else parameter.data
+    return partition_of(parameter).data if is_partitioned(parameter) else parameter.data
 
 
 def local_shard(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor]:

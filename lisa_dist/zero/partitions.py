@@ -9,10 +9,10 @@ from deepspeed.accelerator import get_accelerator
 
 from lisa_dist.errors import UserError
 from lisa_dist.optim.adamw import LisaAdamW
-from lisa_dist.optim.host_adam import host_adam_history, replay_host_adam
 from lisa_dist.optim.moments import coding_of_states, restore_state
 from lisa_dist.optim.states import CopyStream, PartitionKey, PartitionState, Piece
 from lisa_dist.zero import parameters
+from lisa_dist.zero.host_adam import count_host_adam, host_adam_history, replay_host_adam
 from lisa_dist.zero.layout import partition_numel, pieces_of_group
 from lisa_dist.zero.overrides import override_optimizer, override_stage_3
 from lisa_dist.zero.rebuild import CARRIED_FIELDS, put_back, rebuild
@@ -33,13 +33,14 @@ class ZeroPartitions:
         self._names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         self._placeholders: dict[int, torch.nn.Parameter] = {}
         check_private_names(engine, self._stage, CARRIED_FIELDS)
+        count_host_adam(self.optimizer)
         if isinstance(self.optimizer, LisaAdamW):
             self._check_lisa_adamw()
         if self._stage.is_stage_3:
             override_stage_3(engine.module)
 
     def _check_lisa_adamw(self) -> None:
-        """Refuse what would have DeepSpeed read gradients that LisaAdamW takes past it."""
+        """Refuse settings under which DeepSpeed itself must read the gradients, which LisaAdamW takes directly."""
         if self._stage.offloads_optimizer(self._zero):
             raise UserError(
                 "the engine offloads optimizer states (offload_optimizer) and steps LisaAdamW: on the host DeepSpeed's "
@@ -95,18 +96,21 @@ class ZeroPartitions:
 
     def pieces(self) -> dict[PartitionKey, list[Piece]]:
         """Which elements of which parameters this rank's partitions hold; what is left of a partition is padding."""
-        groups = self._stage.groups_as_laid_out(self._zero)
-        return {key: self.layout(group)[0] for key, group in zip(self.keys(), groups, strict=True) if key}
+        groups, pieces = self._stage.groups_as_laid_out(self._zero), {}
+        for key, group, master in zip(self.keys(), groups, self._masters, strict=True):
+            if key:
+                pieces[key], numel = self.layout(group)
+                assert numel == master.numel(), f"DeepSpeed lays out {key} otherwise"
+        return pieces
 
     def layout(self, params: Iterable[torch.nn.Parameter]) -> tuple[list[Piece], int]:
         """Pieces and elements of the partition that this rank holds, or would hold, of a group of these parameters."""
         group = self._zero.dp_process_group
         rank, world_size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
         sizes = [(self._names[id(parameter)], parameters.parameter_numel(parameter)) for parameter in params]
-        stage = 3 if self._stage.is_stage_3 else 2
-        alignment = {} if self._stage.is_stage_3 else {"alignment": self._zero.nccl_start_alignment_factor}
-        numel = partition_numel([numel for _, numel in sizes], stage, world_size, **alignment)
-        return pieces_of_group(sizes, stage, rank, world_size, **alignment), numel
+        stage, alignment = self._stage.number, self._stage.alignment(self._zero)
+        numel = partition_numel([numel for _, numel in sizes], stage, world_size, alignment)
+        return pieces_of_group(sizes, stage, rank, world_size, alignment), numel
 
     def held_gradients(self) -> list[torch.Tensor]:
         """The gradients that wait for a step; on stages 1 and 2 they are parts of whole ones, which they keep alive."""
@@ -170,8 +174,8 @@ class ZeroPartitions:
         if not self._stage.is_stage_3:
             self._zero._wait_for_offload_copies()
 
-    def adapt(self) -> None:
-        """Make of what DeepSpeed has built at the start of a run what `repartition` makes of it later."""
+    def apply_overrides(self) -> None:
+        """Install our overrides on the optimizer that DeepSpeed built at the start, as after each rebuild."""
         self._finish({}, CopyStream())
 
     def repartition(
@@ -197,7 +201,8 @@ class ZeroPartitions:
 
     def _finish(self, carried: Mapping[PartitionKey, PartitionState], copies: CopyStream) -> None:
         """After DeepSpeed's construction: our overrides, and the states that are carried over."""
-        keys, pieces = self.keys(), self.pieces()
+        keys = self.keys()
+        pieces = self.pieces() if isinstance(self.optimizer, LisaAdamW) else {}
         override_optimizer(self.engine, self._stage, [pieces.get(key, []) for key in keys])
         put_back(self._zero, self._stage, keys, carried, copies)
 

@@ -7,6 +7,7 @@ user code stay bound to it; DeepSpeed's own constructor makes groups, flat buffe
 import contextlib
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import deepspeed
@@ -32,7 +33,7 @@ CARRIED_FIELDS = (
     "_coalesce_grad_reduction",
     "_is_gradient_accumulation_boundary",
 )
-# What a parameter keeps of the partition that it was in, and that would keep the partition alive.
+# Attributes of a parameter that would keep the old partition alive.
 _STALE_ATTRIBUTES = ("_hp_mapping", "grad_accum")
 
 
@@ -96,8 +97,7 @@ def _construct_in_place(zero: Any, stage: Stage, parameter_offload: Any) -> Iter
             del zero.initialize_ds_offload
         return zero
 
-    module = __import__(stage.module, fromlist=[stage.class_name])
-    original = getattr(module, stage.class_name)
+    module, original = import_module(stage.module), stage.optimizer_class
     override(module, stage.class_name, construct)
     try:
         yield

@@ -11,6 +11,8 @@ from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lisa_dist.zero.parameters import partition_of
+
 # The decoder layer of each module, of all models in the process.
 _layer_of: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[torch.nn.Module]] = weakref.WeakKeyDictionary()
 # DeepSpeed's own; a release without it is reported by `check_private_names`.
@@ -100,7 +102,7 @@ def prepare_trace(
 
 def give_own_storage(parameter: torch.nn.Parameter, pin: bool) -> None:
     """Copy a partition out of the one buffer of all active partitions, which it would keep alive whole."""
-    partition: Any = getattr(parameter, "ds_tensor", None)
+    partition: Any = partition_of(parameter)
     if partition.data.numel() == 0:  # on NVMe
         return
     own = partition.data.clone()

@@ -31,13 +31,19 @@ class Stage:
     masters_name: str  # this rank's master of each group, flat
     offload_name: str  # whether DeepSpeed keeps the optimizer states on the host
     private_names: tuple[str, ...]  # what else this package reads, calls or overrides
+    offload_names: tuple[str, ...]  # the same where DeepSpeed keeps the optimizer states on the host
 
     @property
     def is_stage_3(self) -> bool:
         return self is STAGE_3
 
     @property
-    def optimizer_class(self) -> type:
+    def number(self) -> int:
+        """3, or 2 for stages 1 and 2, whose partitions are alike."""
+        return 3 if self.is_stage_3 else 2
+
+    @property
+    def optimizer_class(self) -> Any:
         return getattr(import_module(self.module), self.class_name)
 
     def groups(self, zero: Any) -> list[list[torch.nn.Parameter]]:
@@ -66,6 +72,10 @@ class Stage:
             return False
         return self.masters(zero)[index].data_ptr() == self.flat_weights(zero, index).data_ptr()
 
+    def alignment(self, zero: Any) -> int:
+        """Partitions of stages 1 and 2 begin at multiples of so many elements; stage 3 has no alignment."""
+        return 1 if self.is_stage_3 else zero.nccl_start_alignment_factor
+
     def offloads_optimizer(self, zero: Any) -> bool:
         """Whether DeepSpeed keeps masters and moments on the host."""
         return bool(getattr(zero, self.offload_name))
@@ -90,6 +100,7 @@ STAGE_1_2 = Stage(
         "parallel_partitioned_bit16_groups",
         "real_dp_process_group",
     ),
+    offload_names=("grad_position", "norm_for_param_grads", "temp_grad_buffer_for_gpu_offload"),
 )
 STAGE_3 = Stage(
     module="deepspeed.runtime.zero.stage3",
@@ -109,8 +120,9 @@ STAGE_3 = Stage(
         "_reassign_or_swap_out_partitioned_parameters",
         "_unflatten_partitioned_parameters",
     ),
+    offload_names=("grad_position", "norm_for_param_grads"),
 )
-# What every ZeRO optimizer must have, the engine, and stage 3's coordinator of gathered parameters.
+# Names that must exist: on every ZeRO optimizer, on the engine, on stage 3's parameter coordinator.
 _COMMON_NAMES = (
     "_grad_acc_hooks",
     "_unpin_offload_buffers",
@@ -132,7 +144,7 @@ _COORDINATOR_NAMES = ("_invalidate_trace", "is_invalid_trace", "_clean_inflight_
 
 
 def check_deepspeed() -> None:
-    """Raise ValueError when the installed DeepSpeed is outside the supported range, or frees what a switch keeps."""
+    """Raise ValueError when the installed DeepSpeed is outside the supported range."""
     version = Version(metadata.version("deepspeed"))
     lowest, below = SUPPORTED_DEEPSPEED
     if not Version(lowest) <= version < Version(below):
@@ -174,6 +186,8 @@ def check_private_names(engine: deepspeed.DeepSpeedEngine, stage: Stage, more: S
     zero = engine.optimizer
     names = (*_COMMON_NAMES, *stage.private_names, stage.groups_name, stage.masters_name, stage.offload_name, *more)
     missing = [name for name in names if not hasattr(zero, name)]
+    if not missing and stage.offloads_optimizer(zero):
+        missing = [name for name in stage.offload_names if not hasattr(zero, name)]
     if getattr(import_module(stage.module), stage.class_name, None) is not type(zero):
         missing.append(f"{stage.module}.{stage.class_name}")
     missing += [f"engine.{name}" for name in _ENGINE_NAMES if not hasattr(engine, name)]

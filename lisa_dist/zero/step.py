@@ -95,8 +95,8 @@ class SkipWrittenWeights(list):
     """Weights by group and rank, in which DeepSpeed does not copy the master over weights that are written already.
 
     DeepSpeed's step reads the entry of a group right after the optimizer has stepped it, copies the master there, and
-    reads it again for the all-gather. There is no method in between that could be replaced, so the entry of the group
-    `written` is, for one reading, tensors without memory, to which a copy is nothing.
+    reads it again for the all-gather. There is no method in between that could be replaced. So the next read of the
+    entry `written` returns meta tensors: copying to them does nothing.
     """
 
     written: int | None = None
@@ -115,10 +115,10 @@ def host_step(zero: Any, stage: Stage, host_groups: frozenset[int]) -> dict[str,
     The norm has been taken on the device by then. The rest follows from where the master is: AdamW runs on the host,
     and the copy of the new weights goes to the device.
     """
-    kind, unscale = type(zero), type(zero).unscale_and_clip_grads
+    optimizer_class, unscale = type(zero), type(zero).unscale_and_clip_grads
 
     def gradients_on_host(index: int) -> torch.Tensor | None:
-        flat = kind._get_preflattened_grad_partition(zero, index)
+        flat = optimizer_class._get_preflattened_grad_partition(zero, index)
         if index not in host_groups:
             return flat
         if flat is not None:
@@ -133,7 +133,7 @@ def host_step(zero: Any, stage: Stage, host_groups: frozenset[int]) -> dict[str,
     def sub_group_gradients_on_host(index: int) -> None:
         if index in host_groups:
             zero.averaged_gradients[index] = [gradient.to("cpu") for gradient in zero.averaged_gradients[index]]
-        kind._prepare_fp32_grad_for_sub_group(zero, index)
+        optimizer_class._prepare_fp32_grad_for_sub_group(zero, index)
 
     def unscale_where_gradients_are(index_or_gradients: Any, total_norm: torch.Tensor | None) -> None:
         gradient = stage.masters(zero)[index_or_gradients].grad if stage.is_stage_3 else index_or_gradients[0]

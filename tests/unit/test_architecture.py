@@ -27,7 +27,7 @@ ENTRY_POINTS = {"__main__", "cli"}
 INDEPENDENT = {"eval", "report"}
 PRIVATES = re.compile(
     r"_z3_optimizer|_hp_mapping|bit16_groups|fp16_groups|single_partition_of_fp32|fp32_partitioned_groups"
-    r"|_grad_acc_hooks|parameter_offload|_configure_zero_optimizer"
+    r"|_grad_acc_hooks|parameter_offload|_configure_zero_optimizer|ds_opt_adam"
     r"|\bds_(?:tensor|numel|shape|id|status|persist|process_group|summary|active_sub_modules)\b"
 )
 

@@ -11,7 +11,7 @@ from compare import ROOT, Outcome, checkout, compare, compare_refusals, default_
 from golden_cells import CELLS, SLICE
 
 STEP = {"sampled blocks": [0, 1, 4], "loss": ["0x1.4p+2"], "weights": "ab", "states": "cd"}
-RANK = {"steps": [STEP, STEP], "checkpoint": {"names of files": ["config.json"], "model.safetensors": "ef"}}
+RANK = {"steps": [STEP, dict(STEP)], "checkpoint": {"names of files": ["config.json"], "model.safetensors": "ef"}}
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_columns_of_a_table_of_norms_are_weights(tmp_path):
         (NORMS.replace("4,2", "4,x"), "#lora.weight_norm", "'x' is no number of a layer"),
         (NORMS.replace("4,2", "4"), "#lora.weight_norm", "is no number of a layer"),
         (NORMS.replace("layers.2,1,0\n", ""), "#full.weight_norm", "holds 2 weights, but the model has 3"),
-        (NORMS.replace("layers.1,4,2\n", ""), "#full.weight_norm", "has no row layers.1, though later ones"),
+        (NORMS.replace("layers.1,4,2\n", ""), "#full.weight_norm", "has no row layers.1, but has later ones"),
     ],
 )
 def test_a_bad_table_of_norms_is_named(tmp_path, content, columns, said):

@@ -3,15 +3,17 @@
 import ast
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from engines import train_step
 from models import tiny_llama, token_batches
 from ranks import run_ranks
 
 import lisa_dist
 from lisa_dist import zero
-from lisa_dist.zero import overrides
+from lisa_dist.zero import overrides, stages, step
 
 ROOT = Path(__file__).parents[3]
 FOLDER = Path(zero.__file__).parent
@@ -68,6 +70,17 @@ def train_without(names: tuple[str, ...]) -> dict[str, bool]:
 def test_what_is_left_out_stays_deepspeeds_own():
     for names in ((), ("scaled_global_norm",)):
         assert run_ranks(train_without, 2, names)[0] == {"scaled_global_norm": bool(names)}
+
+
+@pytest.mark.parametrize("clip_grad", [0.0, 0.3])
+def test_the_scale_of_stage_3_is_deepspeeds(clip_grad):
+    """DeepSpeed's own multiplies the gradient that it finds at the master of a sub-group."""
+    master, norm = torch.nn.Parameter(torch.zeros(1)), torch.tensor(7.0)
+    master.grad = torch.ones(1)
+    zero3 = SimpleNamespace(loss_scale=4.0, clip_grad=clip_grad, fp32_partitioned_groups_flat=[master], device="cpu")
+    stages.STAGE_3.optimizer_class.unscale_and_clip_grads(zero3, 0, norm)
+    assert 0 < master.grad < 1
+    assert torch.equal(step.gradient_scale(zero3, stages.STAGE_3, norm), master.grad)
 
 
 def test_a_name_that_is_not_there_is_no_override():

@@ -6,10 +6,10 @@ import torch
 
 
 class CountedAdam:
-    """DeepSpeed's op for AdamW on the host, counting how it comes by the powers of the betas.
+    """DeepSpeed's op for AdamW on the host, recording how it computed the powers of the betas.
 
-    From one step to the next it multiplies them, and where the count jumps it takes pow(beta, step): the bits differ.
-    So a resumed run must go the way that the saved one went: pow at `start`, then products up to `step`.
+    It multiplies them from one step to the next, and calls pow(beta, step) after a jump of the count: the bits differ.
+    A resumed run must repeat the same sequence to get the same bits: pow at `start`, then products up to `step`.
     """
 
     def __init__(self, op: Any):
@@ -24,6 +24,13 @@ class CountedAdam:
             self.start = step
         self.step = step
         self._op.adam_update(opt_id, step, *args)
+
+
+def count_host_adam(optimizer: Any) -> None:
+    """Have the host's AdamW, if the optimizer is one, record its steps."""
+    op = getattr(optimizer, "ds_opt_adam", None)
+    if op is not None and not isinstance(op, CountedAdam):
+        optimizer.ds_opt_adam = CountedAdam(op)
 
 
 def host_adam_history(optimizer: torch.optim.Optimizer) -> list[int] | None:
