@@ -367,8 +367,8 @@ def kept_states(run: FakeRun, config: LisaConfig, stage: int, world_size: int, o
 
     def group_bytes(name: str, kind: str, params: Sequence[torch.nn.Parameter]) -> int:
         partition = partition_numel([parameter.numel() for parameter in params], stage, world_size)
-        bits = given[name] if name in given and takes_bits(given[name], kind) else default
-        return state_bytes(partition, bits, optim, master)
+        bits = int(given.get(name, default))
+        return state_bytes(partition, bits if takes_bits(bits, kind) else default, optim, master)
 
     sizes = [
         sum(group_bytes(name, kind, params) for kind, params in split_by_decay(block).items())

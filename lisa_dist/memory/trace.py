@@ -5,7 +5,7 @@ LISA would train, and every allocation is counted. `estimate.py` adds what DeepS
 """
 
 import contextlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -152,7 +152,7 @@ class FakeRun:
         self,
         trained: Trained | None,
         optim: str = "adamw_torch_fused",
-        state_bits: dict[str, int] | None = None,
+        state_bits: Mapping[str, float] | None = None,
         offloaded: Container[str] = (),
     ) -> list[Group]:
         """The parameter groups of a period; for None of all that is trainable, adapters or the whole model."""
@@ -171,9 +171,10 @@ class FakeRun:
             for kind, params in split_by_decay(block).items()
         ]
 
-    def _bits(self, name: str, kind: str, optim: str, state_bits: dict[str, int]) -> int:
-        bits = state_bits.get(name, default_state_bits(optim))
-        return int(bits) if takes_bits(bits, kind) else default_state_bits(optim)
+    def _bits(self, name: str, kind: str, optim: str, state_bits: Mapping[str, float]) -> int:
+        default = default_state_bits(optim)
+        bits = int(state_bits.get(name, default))
+        return bits if takes_bits(bits, kind) else default
 
     def trace(self, groups: Sequence[Group]) -> StepTrace:
         """Run one forward and backward pass and count its allocations; gradients are dropped as they arrive.
