@@ -241,7 +241,7 @@ class LisaController:
         return broadcast_active_set(sampled, self.period, self.config.lisa_activated_layers, names, self.engine.device)
 
     def _activate(self) -> None:
-        """Let the active blocks alone require gradients; before `attach`, every block that the optimizer is built over."""
+        """Let the active blocks alone require gradients; before `attach`, all that the optimizer is built over."""
         self.selection.activate(self.active if self.is_attached else self.selection.widest(self.active))
 
     def _keep_on_host(self, states: Mapping[PartitionKey, PartitionState], next_keys: Iterable[PartitionKey]) -> None:

@@ -18,7 +18,7 @@ from lisa_dist.zero import overrides, stages, step
 ROOT = Path(__file__).parents[3]
 FOLDER = Path(zero.__file__).parent
 # Names are broken over lines in the table's narrow columns.
-TABLE = zero.__doc__.split("====\nname,")[1]
+TABLE = re.split(r"^=+ +=.*$", zero.__doc__ or "", flags=re.MULTILINE)[2]
 
 
 def column(first: int, last: int | None) -> str:
