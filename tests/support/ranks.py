@@ -154,6 +154,7 @@ def _run_script(path: str, words: list[str], output: str, environment: dict[str,
     with open(output, "wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    multiprocessing.current_process().daemon = False  # so that it may have children
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -4,7 +4,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -94,8 +93,33 @@ def train_in_child() -> int:
     return 4 if stop_signals._received and not blocked else 5
 
 
-def start(how: str, victim: int, tmp_path: Path) -> list[subprocess.Popen]:
-    from ranks import free_port  # not for the ranks, which need nothing of it
+class Rank:
+    """A process that has imported torch already, as forks of the tests' have."""
+
+    def __init__(self, words: list[str], output: Path, environment: dict[str, str]):
+        from ranks import start_script  # not for the ranks, which are this file too
+
+        output.touch()
+        self._process = start_script(Path(__file__), words, output, environment, Path.cwd())
+
+    def wait(self) -> int | None:
+        """Its exit code; None where it hangs."""
+        self._process.join(PATIENCE)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def has_ended(self) -> bool:
+        return self._process.exitcode is not None
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def start(how: str, victim: int, tmp_path: Path) -> list[Rank]:
+    from ranks import free_port
 
     tmp_path.mkdir(exist_ok=True)
     port = str(free_port())
@@ -107,9 +131,9 @@ def start(how: str, victim: int, tmp_path: Path) -> list[subprocess.Popen]:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        command = [sys.executable, __file__, how, str(victim)]
-        with (tmp_path / f"{rank}.out").open("w") as output, (tmp_path / f"{rank}.err").open("w") as errors:
-            ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=errors))
+        (tmp_path / f"{rank}.err").touch()
+        words = [how, str(victim), str(tmp_path / f"{rank}.err")]
+        ranks.append(Rank(words, tmp_path / f"{rank}.out", environment))
     return ranks
 
 
@@ -142,13 +166,12 @@ def test_the_other_rank_ends_and_names_it(tmp_path, how, said):
             runs.append(start(how, victim, tmp_path / str(victim)))
         for victim, ranks in enumerate(runs):
             wait_for(tmp_path / str(victim), victim, "now")
-            assert ranks[1 - victim].wait(timeout=PATIENCE) == 1
+            assert ranks[1 - victim].wait() == 1
             if how == "raise":
-                assert ranks[victim].wait(timeout=PATIENCE) == 1, "by itself"
+                assert ranks[victim].wait() == 1, "by itself"
     finally:
         for rank in itertools.chain(*runs):
-            rank.kill()
-            rank.wait()
+            rank.end()
     for victim in range(2):
         errors = (tmp_path / str(victim) / f"{1 - victim}.err").read_text()
         assert f"lisa-dist, rank {1 - victim}: {said.format(victim)}" in errors
@@ -156,7 +179,7 @@ def test_the_other_rank_ends_and_names_it(tmp_path, how, said):
 
 
 def test_without_a_fault_both_end_well(tmp_path):
-    assert [rank.wait(timeout=PATIENCE) for rank in start("nothing", 0, tmp_path)] == [0, 0]
+    assert [rank.wait() for rank in start("nothing", 0, tmp_path)] == [0, 0]
     assert [(tmp_path / f"{rank}.out").read_text().split()[-1] for rank in range(2)] == ["ended"] * 2
 
 
@@ -166,14 +189,14 @@ def test_without_a_fault_both_end_well(tmp_path):
 )
 def test_a_worker_ends_by_sigterm_and_the_run_goes_on(tmp_path, how):
     ranks = start(how, 0, tmp_path)
-    assert [rank.wait(timeout=PATIENCE) for rank in ranks] == [0, 0], (tmp_path / "0.err").read_text()
+    assert [rank.wait() for rank in ranks] == [0, 0], (tmp_path / "0.err").read_text()
     assert "SIGTERM" not in (tmp_path / "0.out").read_text()
 
 
 @pytest.mark.full
 def test_it_can_be_turned_off(tmp_path):
     ranks = start("off", 0, tmp_path)
-    assert [rank.wait(timeout=PATIENCE) for rank in ranks] == [0, 0]
+    assert [rank.wait() for rank in ranks] == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +207,7 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path, number, vic
     wait_for(tmp_path, victim, "now")
     ranks[victim].send_signal(number)
     ranks[victim].send_signal(number)  # passed on twice
-    assert [rank.wait(timeout=PATIENCE) for rank in ranks] == [0, 0]
+    assert [rank.wait() for rank in ranks] == [0, 0]
     said = [(tmp_path / f"{rank}.out").read_text().replace("now\n", "") for rank in range(2)]
     assert said[0] == said[1]
     assert said[0].startswith(f"{number.name} after step ")
@@ -197,14 +220,15 @@ def test_a_second_signal_ends_at_once(tmp_path):
     try:
         ranks[1].send_signal(signal.SIGTERM)
         time.sleep(4)  # two at once are one, however late they come
-        assert ranks[1].poll() is None
+        assert not ranks[1].has_ended()
         ranks[1].send_signal(signal.SIGTERM)
-        assert ranks[1].wait(timeout=PATIENCE) == 128 + signal.SIGTERM
+        assert ranks[1].wait() == 128 + signal.SIGTERM
     finally:
         for rank in ranks:
-            rank.kill()
-            rank.wait()
+            rank.end()
 
 
 if __name__ == "__main__":
+    with open(sys.argv[3], "wb") as errors:
+        os.dup2(errors.fileno(), 2)
     rank_main(sys.argv[1], int(sys.argv[2]))
