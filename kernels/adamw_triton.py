@@ -129,7 +129,7 @@ def adamw_triton(tensors: StepTensors, numbers: StepNumbers) -> None:
     if numel == 0:
         return
     device = tensors.target.device
-    of_codes = [None] * 6
+    of_codes: list[torch.Tensor | None] = [None] * 6
     if tensors.quantized:
         of_codes = [*tables(True, device), *tables(False, device)]
     tiles = -(-(numbers.element + numel) // TILE) - numbers.element // TILE
