@@ -304,7 +304,7 @@ def main() -> None:
     paths = [path for room in rooms for path in sorted((ROOT / "lisa_dist" / room).glob("*.py"))]
     made = [mutant for path in paths for mutant in mutants_of(path)]
     chosen = random.Random(flags.seed).sample(made, min(flags.count, len(made)))
-    begun, survivors, done = time.monotonic(), [], 0
+    begun, survivors, timeouts, done = time.monotonic(), [], 0, 0
     with tempfile.TemporaryDirectory(prefix="lisa_dist_mutants_") as folder, contextlib.ExitStack() as stack:
         workers = [Worker(Path(folder), str(number)) for number in range(flags.workers)]
         for worker in workers:
@@ -312,7 +312,7 @@ def main() -> None:
         recorded = record(workers, list(dict.fromkeys(name for room in rooms for name in ROOMS[room])))
 
         def attempt(worker: Worker) -> None:
-            nonlocal done
+            nonlocal done, timeouts
             while chosen:
                 mutant = chosen.pop()
                 tests = tests_for(mutant, recorded, flags.budget)
@@ -320,6 +320,9 @@ def main() -> None:
                 if tests:
                     limit = 60 + 5 * sum(recorded[test][0] for test in tests)
                     code, said, seconds = worker.run(tests, limit)
+                    if code == 5:
+                        sys.exit(f"none of {tests} was run:\n{said[-3000:]}")
+                    timeouts += code == "timeout"
                     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
                     killer = "" if code == 0 else failed[1] if failed else f"pytest ends with {code}"
                 shutil.copyfile(ROOT / mutant.path, worker.tree / mutant.path)
@@ -334,7 +337,8 @@ def main() -> None:
         with ThreadPoolExecutor(len(workers)) as pool:
             list(pool.map(attempt, workers))
     minutes = (time.monotonic() - begun) / 60
-    print(f"\n{total - len(survivors)} of {total} mutants killed, of {len(made)} that can be made; {minutes:.0f} min")
+    print(f"\n{total - len(survivors)} of {total} mutants killed, {timeouts} of them by a timeout, of {len(made)} that "
+          f"can be made; {minutes:.0f} min")  # fmt: skip
     print("\n".join(["survivors:", *sorted(survivors)] if survivors else []))
 
 
