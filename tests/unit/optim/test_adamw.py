@@ -110,6 +110,19 @@ def test_states_are_made_and_restored_in_a_few_bytes(dtype):
             torch.testing.assert_close(found, moment)
 
 
+def test_codes_of_a_step_are_read_as_the_moments_that_they_stand_for():
+    """Each moment by the table of its own: the second one has no sign, and codes of square roots."""
+    torch.manual_seed(0)
+    parameter = torch.nn.Parameter(torch.zeros(4096))
+    parameter.grad = torch.randn(4096)
+    optimizer = LisaAdamW([parameter], state_bits=8, betas=(0.9, 0.99))
+    optimizer.step()
+    state = optimizer.state[parameter]
+    for name, moment in (("exp_avg", 0.1 * parameter.grad), ("exp_avg_sq", 0.01 * parameter.grad**2)):
+        found = decode_moment(name, state[name], state[f"{name}_scales"], 0)
+        assert (found - moment).norm() < 0.03 * moment.norm(), name
+
+
 def test_a_closure_is_called_and_parameters_without_a_gradient_stay():
     parameters = parameters_of()
     optimizer = LisaAdamW(parameters)
