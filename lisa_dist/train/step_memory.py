@@ -1,50 +1,57 @@
 """A trainer's micro-batches as the memory plan takes them, and the plan of its run."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, TrainingArguments
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, Trainer, TrainingArguments
 
 from lisa_dist.core.controller import LisaController
 from lisa_dist.memory.run_memory import RunMemory
 from lisa_dist.memory.trace import Workload
 
 RESERVED = 2**30  # bytes of a GPU, for the CUDA context, NCCL and fragments
-# The losses whose memory can be planned, and whether each is fused with the head: TRL's makes no whole logits. By their
-# names, since the second comes with TRL.
-_HEAD_IS_FUSED = {
-    "transformers.trainer.Trainer.compute_loss": False,
-    "trl.trainer.sft_trainer.SFTTrainer.compute_loss": True,
-}
 
 
 class StepWorkload:
-    """What a micro-batch of a trainer computes; `compute_loss` is the trainer class's."""
+    """What a micro-batch of a trainer computes; `compute_loss` is the trainer class's.
 
-    def __init__(self, model: PreTrainedModel, args: TrainingArguments, compute_loss: Callable[..., Any]):
-        self._model, self._args = model, args
-        self._fused_head = _HEAD_IS_FUSED.get(f"{compute_loss.__module__}.{compute_loss.__qualname__}")
-        if args.label_smoothing_factor:
-            self._fused_head = None
+    It holds no model: a Trainer with a `model_init` makes another one when training begins.
+    """
 
-    def of(self, rows: int, tokens: int, padded: bool) -> Workload | None:
+    def __init__(self, args: TrainingArguments, compute_loss: Callable[..., Any]):
+        self._args = args
+        self._fused_head = None if args.label_smoothing_factor else head_is_fused(compute_loss)
+
+    def of(self, model: PreTrainedModel, rows: int, tokens: int, padded: bool) -> Workload | None:
         """A micro-batch as `FakeRun` takes it; None where the loss is one that it does not know."""
         if self._fused_head is None:
             return None
         return Workload(
             seq_length=tokens,
             micro_batch_size=rows,
-            dtype=next(self._model.parameters()).dtype,
-            attention="eager" if self._model.config._attn_implementation == "eager" else "sdpa",
+            dtype=next(model.parameters()).dtype,
+            attention="eager" if model.config._attn_implementation == "eager" else "sdpa",
             fused_head=self._fused_head,
             padded=padded,
         )
 
-    def longest(self) -> Workload | None:
+    def longest(self, model: PreTrainedModel) -> Workload | None:
         """The largest micro-batch that may come; None where no --max_length bounds it."""
         tokens, rows = getattr(self._args, "max_length", None), self._args.per_device_train_batch_size
-        return self.of(rows, tokens, padded=rows > 1) if tokens else None
+        return self.of(model, rows, tokens, padded=rows > 1) if tokens else None
+
+
+def head_is_fused(compute_loss: Callable[..., Any]) -> bool | None:
+    """Whether a trainer class's loss is fused with the head, as TRL's is, without whole logits.
+
+    None for a loss of neither the Trainer's nor TRL's SFTTrainer's, whose memory cannot be planned.
+    """
+    if compute_loss is Trainer.compute_loss:
+        return False
+    trl = sys.modules.get("trl.trainer.sft_trainer")  # imported already where a trainer is one of TRL's
+    return True if trl is not None and compute_loss is trl.SFTTrainer.compute_loss else None
 
 
 def plan_run_memory(

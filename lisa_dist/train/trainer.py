@@ -97,7 +97,7 @@ class LisaMixin(MonitoredMixin):
             self._print(check_liger(self.args, self.model.config, self.lisa_config))
         # Accelerate would replace the optimizer by a DeepSpeedCPUAdam of its own, with L2 decay and default betas.
         self._ds_config["zero_force_ds_cpu_optimizer"] = False
-        self._workload = StepWorkload(self.model, self.args, type(self).compute_loss)
+        self._workload = StepWorkload(self.args, type(self).compute_loss)
         self._signals, self._watchdog = StopSignals(), Watchdog(hang_timeout)
         self._heartbeat = Heartbeat(self._watchdog)
         self.add_callback(self._heartbeat)
@@ -218,7 +218,7 @@ class LisaMixin(MonitoredMixin):
             self.args,
             self._ds_config,
             optim=self._optim,
-            longest=self._workload.longest(),
+            longest=self._workload.longest(self.model),
             checkpointed=self._checkpointed_layers,
             budget=self._gpu_memory,
         )
@@ -286,7 +286,7 @@ class LisaMixin(MonitoredMixin):
             mask = inputs.get("attention_mask")
             padded = mask is not None and not bool(mask.all())
             rows, tokens = inputs["input_ids"].shape
-            memory.note_micro_batch(self._workload.of(rows, tokens, padded))
+            memory.note_micro_batch(self._workload.of(self.model, rows, tokens, padded))
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._controller.note_loss(loss)
         return loss

@@ -1,0 +1,47 @@
+"""A trainer's micro-batch for the memory plan: which losses are known, and from which model it is read."""
+
+from functools import partial
+
+import pytest
+import torch
+from models import tiny_llama
+from transformers import Trainer, TrainingArguments
+
+from lisa_dist import LisaMixin
+from lisa_dist.train.sft_trainer import LisaTrainer
+from lisa_dist.train.step_memory import StepWorkload
+
+
+class OfTransformers(LisaMixin, Trainer):
+    pass
+
+
+class OwnLoss(LisaTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+
+class BoundLoss(LisaTrainer):
+    compute_loss = partial(LisaTrainer.compute_loss)  # has no name to go by
+
+
+@pytest.mark.parametrize(
+    ("trainer", "smoothing", "fused"),
+    [
+        (LisaTrainer, 0, True),
+        (OfTransformers, 0, False),
+        (OwnLoss, 0, None),
+        (BoundLoss, 0, None),
+        (LisaTrainer, 0.1, None),
+    ],
+)
+def test_losses_whose_memory_can_be_planned(tmp_path, trainer, smoothing, fused):
+    args = TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=smoothing, use_cpu=True)
+    workload = StepWorkload(args, trainer.compute_loss).of(tiny_llama(), rows=2, tokens=16, padded=False)
+    assert (None if workload is None else workload.fused_head) is fused
+
+
+def test_dtype_is_that_of_the_model_that_trains(tmp_path):
+    workload = StepWorkload(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), LisaTrainer.compute_loss)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert workload.of(tiny_llama().to(dtype), rows=2, tokens=16, padded=False).dtype is dtype
