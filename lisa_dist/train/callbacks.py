@@ -23,22 +23,21 @@ class Heartbeat(TrainerCallback):
     on_train_begin = on_step_begin = on_substep_end = on_step_end = on_prediction_step = on_save = _beat
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """From here on no step is waited for."""
+        """Stop the step timeout."""
         self._watchdog.end_steps()
 
 
 class LisaSteps(TrainerCallback):
-    """Switches layers, measures memory and ends the run on a signal, each at its event. `header` is printed first."""
+    """Switches layers, measures memory and ends the run on a signal, each at its event."""
 
-    def __init__(self, lisa: LisaController, memory: RunMemory, signals: StopSignals, header: str):
-        self._lisa, self._memory, self._signals, self._header = lisa, memory, signals, header
+    def __init__(self, lisa: LisaController, memory: RunMemory, signals: StopSignals, watchdog: Watchdog):
+        self._lisa, self._memory, self._signals, self._watchdog = lisa, memory, signals, watchdog
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Print the header."""
+        """Print the layers of the first period."""
         if state.is_world_process_zero:
-            print(self._header, flush=True)
             self._print_active(state)
 
     def on_step_begin(
@@ -54,6 +53,7 @@ class LisaSteps(TrainerCallback):
         message = self._memory.end_step(state.global_step - 1)
         if message is not None and args.should_log:
             print(message, flush=True)
+        self._watchdog.beat()  # a plan may have been made, and a save may follow
         self._lisa.check_finite()
         if self._signals.agree() is not None:
             control.should_save = control.should_training_stop = True

@@ -181,11 +181,13 @@ class LisaMixin(MonitoredMixin):
         for prepare in (partial(self._load, resume_from_checkpoint, max_steps), self._meet_ranks, self._plan_memory):
             self._watchdog.beat()  # each may take as long as a step
             prepare()
+        self._watchdog.beat()
+        if self.is_world_process_zero():
+            print(self.describe(), flush=True)
         # After the heartbeat and before what the user has added, as if it had been there from the beginning.
         callbacks = self.callback_handler.callbacks
-        header = self.describe() if self.is_world_process_zero() else ""
         assert self._memory is not None
-        steps = LisaSteps(self._controller, self._memory, self._signals, header)
+        steps = LisaSteps(self._controller, self._memory, self._signals, self._watchdog)
         callbacks.insert(callbacks.index(self._heartbeat) + 1, steps)
         return model, train_dataloader
 

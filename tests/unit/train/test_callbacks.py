@@ -1,10 +1,18 @@
 """The heartbeat: whatever a Trainer does for long, the watchdog hears of it."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from transformers import TrainerCallback, TrainerControl
+from models import tiny_llama, token_batches
+from ranks import run_ranks
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
+from lisa_dist import LisaMixin
+from lisa_dist.distributed.watchdog import Watchdog
+from lisa_dist.ds_config import find_ds_config
+from lisa_dist.memory.run_memory import RunMemory
+from lisa_dist.train import trainer as trainer_module
 from lisa_dist.train.callbacks import Heartbeat
 
 # What else a Trainer calls comes right before or after one of the events that beat.
@@ -18,3 +26,60 @@ def test_long_phases_beat_and_the_end_waits_for_no_step(event):
     watchdog = SimpleNamespace(beat=lambda: calls.append("beat"), end_steps=lambda: calls.append("end"))
     getattr(Heartbeat(watchdog), event)(None, None, TrainerControl(), metrics={})
     assert calls == (["end"] if event == "on_train_end" else [] if event in SILENT else ["beat"])
+
+
+class LisaTrainer(LisaMixin, Trainer):
+    pass
+
+
+class Steps(TrainerCallback):
+    def __init__(self, calls: list[str]):
+        self._calls = calls
+
+    def on_train_begin(self, *args, **kwargs):
+        self._calls.append("train begins")
+
+    def on_step_begin(self, *args, **kwargs):
+        self._calls.append("step begins")
+
+
+def phases(folder: str) -> list[str]:
+    """What one rank does in a run of one step that begins from the weights in `folder`/model, and its heartbeats."""
+    calls: list[str] = []
+
+    def record(owner: Any, function: str, name: str) -> None:
+        original = getattr(owner, function)
+        setattr(owner, function, lambda *args, **kwargs: (calls.append(name), original(*args, **kwargs))[1])
+
+    record(Watchdog, "beat", "beat")
+    record(trainer_module, "start_from_weights", "load")
+    record(trainer_module, "describe_ranks", "ranks")
+    record(RunMemory, "set_dial", "plan")
+    record(RunMemory, "end_step", "end_step")
+    record(trainer_module, "save_checkpoint", "save")
+    tiny_llama().save_pretrained(f"{folder}/model")
+    tokens = token_batches(1, rows=2)[0, 0]
+    trainer = LisaTrainer(
+        model=tiny_llama(),
+        args=TrainingArguments(
+            output_dir=f"{folder}/out",
+            deepspeed=find_ds_config("zero2"),
+            use_cpu=True,
+            max_steps=1,
+            per_device_train_batch_size=2,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
+        callbacks=[Steps(calls)],
+    )
+    trainer.train(resume_from_checkpoint=f"{folder}/model")
+    return calls
+
+
+@pytest.mark.usefixtures("cpu_ops")
+def test_no_two_long_phases_are_without_a_beat_between_them(tmp_path):
+    (calls,) = run_ranks(phases, 1, str(tmp_path))
+    set_up = ["beat", "load", "beat", "ranks", "beat", "plan", "beat"]
+    step = ["step begins", "beat", "beat", "end_step", "beat", "save", "beat"]
+    assert calls == [*set_up, "train begins", "beat", *step]
