@@ -1,17 +1,25 @@
 """The verbs of `lisa-dist`: each module parses its words, calls the library and prints."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
-from lisa_dist.errors import UserError
+from lisa_dist.errors import SharedError, UserError
 
 
 @contextlib.contextmanager
 def exit_on_error(name: str, *others: type[Exception]) -> Iterator[None]:
-    """Print a UserError, or one of the `others`, as one line that begins with `name`, and exit with status 2."""
+    """Print a UserError, or one of the `others`, as one line that begins with `name`, and exit with status 2.
+
+    One of several ranks says which it is; an error that all of them share is printed by rank 0 alone.
+    """
     errors: tuple[type[Exception], ...] = (UserError, *others)
     try:
         yield
     except errors as error:
-        print(f"{name}: {error}", flush=True)
+        rank, shared = os.environ.get("RANK", "0"), isinstance(error, SharedError)
+        if not shared and os.environ.get("WORLD_SIZE", "1") != "1":
+            name += f", rank {rank}"
+        if not shared or rank == "0":
+            print(f"{name}: {error}", flush=True)
         raise SystemExit(2) from error

@@ -1,10 +1,9 @@
 """`lisa-dist eval`: a model's scores on lm-evaluation-harness' tasks and on MT-Bench, on one device or several."""
 
-import os
 from collections.abc import Sequence
 
+from lisa_dist.commands import exit_on_error
 from lisa_dist.distributed.launching import launch_if_asked
-from lisa_dist.errors import SharedError, UserError
 from lisa_dist.eval.arguments import EvalArguments
 from lisa_dist.eval.evaluation import run
 from lisa_dist.flags import FlagParser
@@ -48,13 +47,5 @@ def parse(words: Sequence[str]) -> EvalArguments:
 
 def main(words: Sequence[str]) -> None:
     """Evaluate, or start `--gpus` ranks that do; an error of the user's is one line and exit status 2."""
-    try:
+    with exit_on_error("lisa-dist eval"):
         run(parse(launch_if_asked(words, "eval", check=parse)))
-    except SharedError as error:
-        if os.environ["RANK"] == "0":
-            print(f"lisa-dist eval: {error}", flush=True)
-        raise SystemExit(2) from error
-    except UserError as error:
-        rank = f", rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-        print(f"lisa-dist eval{rank}: {error}", flush=True)
-        raise SystemExit(2) from error

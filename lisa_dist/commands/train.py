@@ -1,14 +1,14 @@
 """`lisa-dist train` and launch/train.py: a training run, on this rank or on `--gpus` ranks that it starts."""
 
-import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from lisa_dist.commands import exit_on_error
 from lisa_dist.distributed.launching import end_process, launch_if_asked
 from lisa_dist.distributed.signals import catch_stop_signals
-from lisa_dist.errors import SharedError, UserError
+from lisa_dist.errors import UserError
 from lisa_dist.train.arguments import parse_arguments, run_parser
 from lisa_dist.train.run import run
 
@@ -18,8 +18,9 @@ def main(words: Sequence[str] | None = None) -> None:
     # Of names that DeepSpeed and TRL use, and will until the releases that we support end: nobody can act on them here.
     for warning in (r"`torch\.distributed\.\w+` is deprecated", "`gradient_checkpointing` is deprecated"):
         warnings.filterwarnings("ignore", warning, FutureWarning)
-    try:
-        words = launch_if_asked(sys.argv[1:] if words is None else words, "train", check=run_parser().check)
+    with exit_on_error("lisa-dist"):
+        words = sys.argv[1:] if words is None else words
+        words = launch_if_asked(words, "train", check=lambda rest: run_parser().check(rest))
         config = parse_arguments(words)
         if config.run.method == "lisa":
             catch_stop_signals()
@@ -27,14 +28,6 @@ def main(words: Sequence[str] | None = None) -> None:
         if finished is not None:  # and no other rank waits for this one
             _write_report(finished)
         end_process()
-    except SharedError as error:
-        if os.environ["RANK"] == "0":
-            print(f"lisa-dist: {error}", flush=True)
-        raise SystemExit(2) from error
-    except UserError as error:
-        rank = f", rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        print(f"lisa-dist{rank}: {error}", flush=True)
-        raise SystemExit(2) from error
 
 
 def _write_report(folder: Path) -> None:

@@ -516,5 +516,5 @@ def test_the_command_line_says_what_attention_does_and_what_it_refuses(folder, t
         assert ended == status, said[-3000:]
         assert line in said
         if status == 2:
-            assert f"lisa-dist, rank 0: {line}" in said
+            assert f"lisa-dist: {line}" in said
             assert "trained in" not in said
