@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import distributed as dist
 
+from lisa_dist.errors import SharedError
 from lisa_dist.files import DamagedError, SaveError, describe_file, is_disk_error
 
 T = TypeVar("T")
@@ -80,6 +81,13 @@ def raise_together(problems: list[str]) -> None:
     found = sorted({problem for part in gather(problems) for problem in part})
     if found:
         raise DamagedError("; ".join(found) + ".")
+
+
+def raise_shared(problem: str | None) -> None:
+    """Raise SharedError on every rank, with the problem of the first rank that has one; all ranks call it."""
+    first = next(filter(None, gather(problem)), None)
+    if first is not None:  # a rank that ended alone would have the others say that it is gone
+        raise SharedError(first)
 
 
 def _list_files(folder: Path) -> list[str]:

@@ -45,7 +45,7 @@ def launch_if_asked(argv: Sequence[str], verb: str, check: Callable[[Sequence[st
 
 
 def end_process() -> NoReturn:
-    """End well, and without the interpreter's own end.
+    """Exit with status 0, skipping the interpreter's shutdown.
 
     A thread of gloo may not be done with the last collective when rank and model are: where it wants the interpreter
     back while that is being taken down, C++ ends the process ("terminate called without an active exception").

@@ -41,7 +41,8 @@ def run(arguments: EvalArguments) -> None:
     answers = bench.answer(model) if bench is not None else None
     if started_ranks:
         leave_ranks()
-    if bench is not None and answers is not None and is_first:  # a judge is slow, and one rank is enough to ask it
+    if bench is not None and is_first:  # a judge is slow, and one rank is enough to ask it
+        assert answers is not None
         bench.judge(answers, results)
 
 
@@ -108,8 +109,9 @@ def _evaluate_tasks(arguments: EvalArguments, model: LazyModel, tasks: dict, res
         )
     except UserError as error:  # too few items for the ranks, which every rank finds
         raise SharedError(str(error)) from error
-    if results is None or outcome is None:
+    if results is None:
         return
+    assert outcome is not None, "rank 0 has the outcome"
     lines: list[tuple[str, ...]] = [("task", "metric", "score", "standard error", "items", "examples")]
     for name in tasks:
         scores = harness.scores(outcome, name)

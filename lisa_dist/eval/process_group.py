@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import distributed as dist
 
-from lisa_dist.distributed.collectives import gather
+from lisa_dist.distributed.collectives import raise_shared
 from lisa_dist.distributed.ranks import set_rank
-from lisa_dist.errors import SharedError, UserError
+from lisa_dist.errors import UserError
 
 # A rank with short items waits for the others; the launcher ends it if one of them dies.
 _TIMEOUT = timedelta(days=7)
@@ -44,7 +44,5 @@ def on_all_ranks(function: Callable[[], _T]) -> _T:
         results.append(function())
     except UserError as error:
         problem = str(error)
-    first_problem = next(filter(None, gather(problem)), None)
-    if first_problem is not None:
-        raise SharedError(first_problem)
+    raise_shared(problem)
     return results[0]
