@@ -8,22 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from accelerate.utils import send_to_device
 from packaging.version import Version
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     PretrainedConfig,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from transformers.utils import is_kernels_available
 
 from lisa_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
 PROBE_LENGTH = 16  # tokens of a document in `documents_see_each_other`
 
@@ -120,39 +115,6 @@ def documents_see_each_other(
         joined.append(logits_of({"input_ids": row[None], "attention_mask": torch.ones_like(row[None])}))
     moved, seen = ((one - two)[:, PROBE_LENGTH : 2 * PROBE_LENGTH].float().abs().max() for one, two in (packed, joined))
     return bool(moved > 0.05 * seen)  # behind a mask nothing moves; the margin is for rounding
-
-
-class PackingCheck(TrainerCallback):
-    """Refuses, before the first step, a model that lets packed documents see each other. Raises UserError.
-
-    All ranks take part, as ZeRO-3 gathers weights for it. `after` is called with the engine when it is done.
-    """
-
-    def __init__(self, trainer: "SFTTrainer", after: Callable[[Any], object]):
-        self._trainer = trainer
-        self._after = after
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        trainer: Any = self._trainer
-        model = trainer.model_wrapped.module
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            mixed = documents_see_each_other(
-                lambda batch: model(**send_to_device(batch, args.device), use_cache=False).logits,
-                trainer.data_collator,
-                model.config.get_text_config().vocab_size,
-            )
-        model.train(training)
-        self._after(trainer.model_wrapped)
-        if mixed:
-            flag = "packing" if trainer.args.packing else "padding_free"
-            raise UserError(
-                f"--{flag} true: in {type(model).__name__} with attention {model.config._attn_implementation}, "
-                "documents in a row see each other; leave the flag out, or give another --attn_implementation."
-            )
 
 
 def _choose(
