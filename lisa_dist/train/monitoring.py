@@ -1,4 +1,4 @@
-"""What every run tells while it trains, whatever its method: tokens a second, memory, and the line of its progress."""
+"""What every run logs, whatever its method: tokens a second, memory, and the line of its progress."""
 
 import resource
 import time

@@ -45,8 +45,8 @@ from lisa_dist.optim.build import build_optimizer
 from lisa_dist.text import format_active
 from lisa_dist.train.callbacks import Heartbeat, LisaSteps
 from lisa_dist.train.checks import check_trainer
-from lisa_dist.train.header import describe_training
 from lisa_dist.train.liger import check_liger
+from lisa_dist.train.model_header import describe_training
 from lisa_dist.train.monitoring import MonitoredMixin, SlowRanks, lisa_metrics
 from lisa_dist.train.step_memory import StepWorkload, plan_run_memory
 
@@ -269,7 +269,8 @@ class LisaMixin(MonitoredMixin):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's, without a trace in the random states.
 
-        A resumed run does not evaluate again what was evaluated before it was saved, and must draw the same numbers.
+        A resumed run does not evaluate again what was evaluated before it was saved, and must see the same random
+        numbers.
         """
         cuda = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_available() else []
         python_state, numpy_state = random.getstate(), numpy.random.get_state()
@@ -296,7 +297,7 @@ class LisaMixin(MonitoredMixin):
     # Saving
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """The Trainer's `checkpoint-N`, written whole or not at all, with states that any number of ranks can load."""
+        """The Trainer's `checkpoint-N`, written completely or not at all; any number of ranks can load its states."""
         step = self.state.global_step
         if self._saved_step == step:  # a signal in a step that is saved anyway
             return

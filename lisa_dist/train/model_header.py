@@ -1,4 +1,4 @@
-"""The header of a run: what will be trained of the model, by which optimizer, and what it takes."""
+"""The header's part on the model: blocks, parameters, optimizer, memory."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -68,7 +68,7 @@ def describe_training(
 
 
 def _describe_optimizer(optim: str, ds_config: dict[str, Any], device_type: str) -> str:
-    """What steps in the end: under optimizer offload that is not what --optim says."""
+    """The optimizer that really runs: under optimizer offload that is not what --optim says."""
     if uses_optimizer_offload(ds_config):
         return f"DeepSpeed's AdamW on the host, in the place of {optim}"
     if optim != LISA_ADAMW:
