@@ -169,7 +169,7 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, given: int
 
 
 class LisaOptimizerNames(ExplicitEnum):
-    """Beside the Trainer's OptimizerNames."""
+    """Optimizers that the Trainer's OptimizerNames lacks."""
 
     LISA_ADAMW = LISA_ADAMW
 
@@ -281,10 +281,14 @@ class RunConfig(NamedTuple):
 
     def copy(self) -> "RunConfig":
         """The same in objects of its own. Copied as they are: to build TrainingArguments again would start ranks."""
+        training: Any = copy.copy(self.training)
+        training.deepspeed_plugin = copy.deepcopy(self.training.deepspeed_plugin)
+        if training.deepspeed:  # the config that the plugin holds, which the trainer fills in
+            training.hf_deepspeed_config = training.deepspeed_plugin.hf_ds_config
         return RunConfig(
             run=copy.copy(self.run),
             data=copy.copy(self.data),
-            training=copy.copy(self.training),
+            training=training,
             model=copy.copy(self.model),
             lisa=copy.copy(self.lisa),
         )

@@ -5,18 +5,12 @@ import platform
 import shlex
 from collections.abc import Sequence
 from datetime import datetime
-from importlib import metadata
 from typing import Any
 
 from lisa_dist.run_folder import without_secrets
 from lisa_dist.train.arguments import RunConfig, run_parser
-from lisa_dist.train.run_header import describe_devices
+from lisa_dist.train.run_header import describe_devices, installed_versions
 from lisa_dist.zero.parameters import parameter_numel
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of what decides on the numbers of a run."""
-    return {name: metadata.version(name) for name in ("lisa_dist", "torch", "deepspeed", "transformers", "trl")}
 
 
 def record_of_run(config: RunConfig, words: Sequence[str], model: Any, data: Sequence[str]) -> dict[str, Any]:

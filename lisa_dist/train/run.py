@@ -1,4 +1,4 @@
-"""A training run, in its order: what `launch/train.py` and `lisa-dist train` do once their words are parsed.
+"""A training run, in its order: what `launch/train.py` and `lisa-dist train` do after the flags are parsed.
 
 TRL's SFTTrainer loads the model and trains.
 """
@@ -13,6 +13,7 @@ from accelerate import PartialState
 from peft import PeftConfig
 from torch import distributed as dist
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from trl import SFTConfig, get_peft_config
 
 from lisa_dist.core.checkpointing import number_of_layers, parse_checkpointed_layers
@@ -20,24 +21,24 @@ from lisa_dist.core.engine_config import prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.data.dataset import Data, DataArguments, describe_examples, load_data
 from lisa_dist.data.encoding import set_chat_template
-from lisa_dist.distributed.collectives import gather, together
+from lisa_dist.distributed.collectives import raise_shared, together
 from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.ds_config import read_ds_config
-from lisa_dist.errors import SharedError, UserError
+from lisa_dist.errors import UserError
 from lisa_dist.run_folder import write_run
 from lisa_dist.train.arguments import ALL_LINEAR, LisaOptimizerNames, ModelArguments, RunConfig
 from lisa_dist.train.attention import choose_attention, packs_documents
 from lisa_dist.train.checks import precision_of_arguments
 from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 from lisa_dist.train.layer_norms import LayerNorms
-from lisa_dist.train.liger import check_liger
-from lisa_dist.train.record import installed_versions, record_of_run
-from lisa_dist.train.run_header import describe_outcome, describe_run
+from lisa_dist.train.liger import FUSED_LOSS, check_liger
+from lisa_dist.train.record import record_of_run
+from lisa_dist.train.run_header import describe_outcome, describe_run, installed_versions
 from lisa_dist.train.sample_answer import SampleCallback
 from lisa_dist.train.sft_trainer import BaselineTrainer, LisaTrainer
 from lisa_dist.zero.cpu_ops import release_shared_memory
 
-# Flags of TRL's that are for rows which it would tokenize itself, and ours.
+# TRL flags for data that TRL tokenizes, and the flag to use here.
 _NOT_TAKEN = {
     "dataset_text_field": "--dataset_columns text=COLUMN",
     "truncation_mode": "--long_examples, which cuts texts into several examples",
@@ -49,8 +50,8 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
     """Train, and save the model in `output_dir`; `config` stays as it is, `words` of a command line are recorded.
 
-    Returns the folder on the rank that is to write the report of a run that has come to its end; else None. Raises
-    UserError before a model is loaded for what cannot work.
+    Returns `output_dir` on rank 0 when training finished, None on other ranks and after a signal. Raises UserError
+    before a model is loaded for what cannot work.
     """
     config = _settle(config)
     output_dir, resume_from = Path(str(config.training.output_dir)), _resume_from(config.training)
@@ -82,12 +83,16 @@ def _settle(config: RunConfig) -> RunConfig:
     """A copy in which flags that stand for others have set them."""
     config = config.copy()
     method, training = config.run.method, config.training
+    if training.deepspeed:  # transformers loads models by the config that was set last, as long as it is alive
+        set_hf_deepspeed_config(training.hf_deepspeed_config)
     dial = parse_checkpointed_layers(config.run.checkpointed_layers)
     if method != "lisa" and dial is not None:  # all or none; which layers fit is planned for LISA alone
         # TRL reads the old name, the Trainer the new one, which it has set by the old before this.
         training.gradient_checkpointing = training.activation_checkpointing = dial != 0
     if training.completion_only_loss is False:  # TRL's name for it
         config.data.train_on_inputs = True
+    if method == "lisa" and training.use_liger_kernel:  # whose fused loss TRL's own takes the place of
+        training.liger_kernel_config = {FUSED_LOSS: False} | (training.liger_kernel_config or {})
     if method == "lora":
         model: Any = config.model  # whose targets are names to TRL, and one word to peft
         model.lora_target_modules = model.lora_target_modules or ALL_LINEAR
@@ -101,7 +106,7 @@ def _resume_from(training: SFTConfig) -> str | bool | None:
 
 
 def check_config(config: RunConfig) -> None:
-    """Raise UserError for arguments that do not go together; Liger's fused loss is turned off where it cannot work."""
+    """Raise UserError for arguments that do not go together, and change none of them."""
     method, training = config.run.method, config.training
     for flag, ours in _NOT_TAKEN.items():
         value = getattr(training, flag)
@@ -132,7 +137,7 @@ def _check_layers(config: RunConfig) -> None:
             f"on the hub ({type(error).__name__})."
         ) from error
     if config.training.use_liger_kernel:
-        check_liger(config.training, model_config, config.lisa, trl_head=True)
+        check_liger(copy.copy(config.training), model_config, config.lisa, trl_head=True)
     num_layers = model_config.get_text_config().num_hidden_layers
     config.lisa.check_num_layers(num_layers)
     dial = parse_checkpointed_layers(config.run.checkpointed_layers)
@@ -188,9 +193,7 @@ def load_rows(data_args: DataArguments, training_args: SFTConfig, tokenizer: Pre
             )
         except UserError as error:
             problem = str(error)
-    problem = next(filter(None, gather(problem)), None)
-    if problem is not None:  # on all ranks together: one that ended alone would have the others say that it is gone
-        raise SharedError(problem)
+    raise_shared(problem)
     return data
 
 

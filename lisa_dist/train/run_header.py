@@ -19,7 +19,7 @@ def describe_run(config: RunConfig, attention: str, template: str) -> str:
     args, dial = config.training, parse_checkpointed_layers(config.run.checkpointed_layers)
     batch = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
     optim = getattr(args.optim, "value", args.optim)
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "deepspeed", "transformers", "trl"))
+    versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     rows = [
         ("method", config.run.method),
         ("model from", str(config.model.model_name_or_path)),
@@ -65,6 +65,11 @@ def describe_devices(args: TrainingArguments) -> str:
     """Number of ranks, the device and the precision."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return f"{args.world_size} x {device}, {precision_of_arguments(args)}"
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what decides on the numbers of a run."""
+    return {name: metadata.version(name) for name in ("lisa_dist", "torch", "deepspeed", "transformers", "trl")}
 
 
 def describe_outcome(log_history: Sequence[dict[str, Any]]) -> str:

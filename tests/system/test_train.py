@@ -358,6 +358,32 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_written(folde
     assert not (tmp_path / "out").exists()
 
 
+COPIES = """
+import copy, sys
+from lisa_dist.train.arguments import parse_arguments
+from lisa_dist.train.run import run
+
+def values(config):
+    return copy.deepcopy((config.flags(), config.training.hf_deepspeed_config.config))
+
+config = parse_arguments(sys.argv[1:])
+before = values(config)
+assert before[1]["zero_optimization"]["stage"] == 3
+run(config)
+assert values(config) == before
+print("as they were")
+"""
+
+
+@pytest.mark.usefixtures("cpu_ops")
+def test_a_run_that_trains_works_on_copies_of_its_arguments(folder, tmp_path):
+    (tmp_path / "run.py").write_text(COPIES)
+    changes = {"deepspeed": "zero3", "max_steps": 1, "eval_on_start": False, "eval_strategy": "no"}
+    status, said = run_alone(flags_for(folder, tmp_path / "out", **changes), tmp_path / "said.txt", tmp_path / "run.py")
+    assert status == 0, said[-3000:]
+    assert "as they were" in said
+
+
 @pytest.mark.parametrize(
     ("words", "variables", "said"),
     [
