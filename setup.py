@@ -1,16 +1,15 @@
 """Packaging of lisa_dist. `lisa_dist/kernels` and `lisa_dist/ds_configs` are links to the folders at the top."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-ROOMS = ["checkpoint", "commands", "core", "data", "distributed", "eval", "memory", "optim", "report", "train", "zero"]
 LAUNCHER = ["ninja>=1.11,<2"]  # DeepSpeed compiles its C++ ops with it at first use
-QUICKSTART = ["gguf>=0.10"]
+QUICKSTART = ["gguf>=0.10,<1"]
 # The line of the progress, the plots of the report, the tracker that a run logs to by default.
 SHOWN = ["rich>=13.7,<16", "matplotlib>=3.8,<4", "tensorboard>=2.14,<3"]
-TRITON = ["triton>=3.2; sys_platform == 'linux'"]  # a CUDA torch brings its own; the tests run it in its interpreter
-LIGER = ["liger-kernel>=0.8.2"]
+TRITON = ["triton>=3.2,<4; sys_platform == 'linux'"]  # a CUDA torch brings its own; the tests run it in its interpreter
+LIGER = ["liger-kernel>=0.8.2,<1"]
 EVAL = ["lm-eval>=0.4.13,<0.5"]
-DEV = [*TRITON, "liger-kernel>=0.8.2; sys_platform == 'linux'", "pytest>=8", "pytest-xdist>=3.8"]
+DEV = [*TRITON, "liger-kernel>=0.8.2,<1; sys_platform == 'linux'", "pytest>=8,<10", "pytest-xdist>=3.8,<4"]
 DEV += ["ruff>=0.6,<1", "mypy>=1.18,<2", "types-PyYAML", "types-psutil", "types-tqdm"]
 DEV += [*EVAL, "transformers[serving]"]  # a judge of MT-Bench answers is `transformers serve`
 
@@ -20,7 +19,7 @@ setup(
     description="Distributed LLM training by LISA, Layerwise Importance Sampled AdamW, on DeepSpeed",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["lisa_dist", *(f"lisa_dist.{room}" for room in ROOMS), "lisa_dist.kernels", "lisa_dist.ds_configs"],
+    packages=[*find_packages(include=["lisa_dist*"]), "lisa_dist.kernels", "lisa_dist.ds_configs"],
     package_data={
         "lisa_dist": ["py.typed", "model_configs/*.json"],
         "lisa_dist.eval": ["eval_tasks/*.y*ml"],
@@ -32,15 +31,15 @@ setup(
         "torch>=2.6,<3",
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.18,<6",
-        "accelerate>=1.10,<2",
-        "datasets>=3,<6",
+        "accelerate>=1.10.1,<2",
+        "datasets>=4.7,<6",
         "bitsandbytes>=0.46,<1",
         "trl>=1.16,<2",
         "peft>=0.17,<1",
-        "safetensors>=0.4.3,<1",
+        "safetensors>=0.8,<1",
         "numpy>=1.26,<3",
-        "pyarrow>=15",  # datasets and packaging's own users bound these two
-        "packaging>=23",
+        "pyarrow>=21,<27",
+        "packaging>=23",  # its versions are years
         "jinja2>=3.1,<4",
         "pyyaml>=6,<7",
         "tqdm>=4.66,<5",
@@ -49,7 +48,7 @@ setup(
         *SHOWN,
     ],
     extras_require={
-        "gpu": ["flash-attn>=2.6", *LIGER],
+        "gpu": ["flash-attn>=2.6,<3", *LIGER],
         "eval": EVAL,
         "quickstart": QUICKSTART,
         "dev": DEV + QUICKSTART,
