@@ -127,9 +127,11 @@ def _serve(pipe: Connection, rank: int, num_ranks: int, port: int, make: Callabl
     try:
         import deepspeed
         import torch
+        from transformers.utils.logging import disable_progress_bar
 
         from lisa_dist.zero.cpu_ops import release_shared_memory
 
+        disable_progress_bar()
         torch.set_num_threads(1)  # a rank is to have one core
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         made = make(*args, **kwargs)

@@ -126,8 +126,8 @@ def run_all(arguments: argparse.Namespace, peak_flops: float | None) -> dict:
                 why = {"OutOfMemoryError": "out of memory"}.get(error.kind, str(error)[-600:])
                 of_shape[arm.name] = {"not_run": why}
         cells = cells_of(of_shape[arm.name], next(iter(of_shape.values())), peak_flops)
-        shown = ", ".join(f"{name} {cell}" for name, cell in zip(HEADER, cells, strict=True) if cell)
-        print(f"{title}, {arm.name}: {shown}", flush=True)
+        named = (f"{name} {cell}" for name, cell in zip(HEADER, cells, strict=True))
+        print(f"{title}, {arm.name}: {', '.join(named) if all(cells) else cells[0]}", flush=True)
         if arguments.results:
             write_results(arguments.results, figures, quiet=True)
     return figures

@@ -23,13 +23,15 @@ TOKENS = 256
 
 
 def seconds_of(action: Callable[[], object], repeats: int) -> float:
-    """Of one call, after one that does not count."""
+    """The median of single calls, after one that does not count."""
     action()
     dist.barrier()
-    started = time.perf_counter()
+    each = []
     for _ in range(repeats):
+        started = time.perf_counter()
         action()
-    return (time.perf_counter() - started) / repeats
+        each.append(time.perf_counter() - started)
+    return statistics.median(each)
 
 
 def measure(model_path: str, ds_config: str, steps: int, repeats: int) -> dict:
@@ -44,7 +46,7 @@ def measure(model_path: str, ds_config: str, steps: int, repeats: int) -> dict:
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
         engine.step()
 
-    each = [seconds_of(step, 1) for _ in range(steps)]
+    step_seconds = seconds_of(step, steps)
     waits = lisa.partitions.weights_are_sharded
     linear = [torch.nn.Linear(1, 1) for one in model.modules() if isinstance(one, torch.nn.Linear)]
     small = torch.nn.Sequential(*linear if waits else linear[:1])
@@ -56,7 +58,7 @@ def measure(model_path: str, ds_config: str, steps: int, repeats: int) -> dict:
     plain = seconds_of(pass_through, repeats)
     compute_time = ComputeTime(small, torch.device("cpu"), waits)
     hooks = max(0.0, seconds_of(pass_through, repeats) - plain)
-    figures = {"step_seconds": statistics.median(each), "hooked_modules": len(linear) if waits else 1}
+    figures = {"step_seconds": step_seconds, "hooked_modules": len(linear) if waits else 1}
     return figures | {"hooks_seconds": hooks, "log_seconds": seconds_of(compute_time.slowest, repeats)}
 
 
