@@ -12,7 +12,7 @@ from golden_cells import CELLS, CUT
 import lisa_dist
 
 TRAIN = ["train", "--model_name_or_path", "{folder}/model", "--dataset_name", "{folder}/rows.jsonl"]
-TRAIN += ["--output_dir", "{folder}/run", "--report_to", "none", "--max_length", "32", "--max_steps", "2"]
+TRAIN += ["--output_dir", "{folder}/refused", "--report_to", "none", "--max_length", "32", "--max_steps", "2"]
 
 COMMANDS = [
     [*TRAIN, "--lisa_activated_layer", "2"],

@@ -108,7 +108,8 @@ class Server:
         self._call(1, "refusals", "prepare", self.folder)
         answers = {}
         for words in refusals.FEW_COMMANDS if few else refusals.COMMANDS:
-            answers["lisa-dist " + " ".join(words)] = self._command(words)
+            name = " ".join(["lisa-dist", *words]).replace(" ".join(refusals.TRAIN), "train ...")
+            answers[name] = self._command(words)
         for call in refusals.FEW_CALLS if few else refusals.CALLS:
             (answers[call.__name__],) = self._call(1, "refusals", "refused_call", call.__name__, self.folder)
         tree = Path(lisa_dist.__file__).parents[1]
