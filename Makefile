@@ -42,6 +42,7 @@ mutants: $(VENV)/.ready  ## change the engine in 150 places, one at a time: does
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python tests/mutants.py
 
 golden: $(VENV)/.ready  ## BASE (the last release tag or the parent commit) and the working tree, compared bit for bit
+	$(BUILD_OPS)
 	$(BIN)/python tests/system/golden/compare.py $(if $(BASE),--base $(BASE))
 
 bench: $(VENV)/.ready  ## methods side by side on two CPU ranks: 40 minutes of a quiet machine; tables of the docs follow

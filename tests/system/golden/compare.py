@@ -191,7 +191,7 @@ def compare_refusals(old: Revision, new: Revision, few: bool, outcome: Outcome, 
         status_now, after = refused_now[name]
         outcome.refusals += 1
         if status != status_now or status not in (2, "ValueError", "RuntimeError"):
-            ends = (f"{how} ({said.splitlines()[-1:]})" for how, said in ((status, before), (status_now, after)))
+            ends = (f"{how} {said.splitlines()[-1:]}" for how, said in ((status, before), (status_now, after)))
             outcome.differing[name] = " and ".join(ends)
             report(f"{name}: DIFFERS: {outcome.differing[name]}")
         elif before != after:

@@ -22,7 +22,6 @@ import cpuinfo
 import deepspeed
 import refusals
 import torch
-from deepspeed.ops.op_builder import CPUAdamBuilder, ShareMemCommBuilder
 
 import lisa_dist
 
@@ -155,19 +154,10 @@ def run_command(words: list[str], output: Path) -> None:
             buffer.unlink()
 
 
-def build_ops() -> None:
-    """DeepSpeed's C++ ops, which ranks would race to build."""
-    ShareMemCommBuilder().load(verbose=False)
-    CPUAdamBuilder().load(verbose=False)
-
-
 def main() -> None:
     folder, tree, answers = Path(sys.argv[1]), Path(sys.argv[2]), os.fdopen(int(sys.argv[3]), "w")
     assert Path(lisa_dist.__file__).is_relative_to(tree), f"{lisa_dist.__file__} is not of {tree}"
     (folder / "weights.json").write_text("[1, 2, 3, 4, 5, 6]")  # of layers, for a cell
-    builder = fork.Process(target=build_ops)
-    builder.start()
-    builder.join()
     server = Server(folder)
     for line in sys.stdin:
         name, *arguments = json.loads(line)
