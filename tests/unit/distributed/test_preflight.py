@@ -3,7 +3,9 @@
 import contextlib
 import io
 import os
+import re
 import time
+from pathlib import Path
 
 import pytest
 from models import tiny_llama
@@ -13,7 +15,7 @@ from torch import distributed as dist
 from lisa_dist.checkpoint.size import checkpoint_bytes
 from lisa_dist.commands.check import CheckArguments, flags_of_run, main
 from lisa_dist.distributed import preflight
-from lisa_dist.distributed.preflight import seconds_to_save
+from lisa_dist.distributed.preflight import HostCheck, seconds_to_save
 
 
 def check(port: int, folder: str, flags: list[str], on_host_2: dict) -> tuple[int, str, float]:
@@ -127,6 +129,24 @@ def test_a_save_must_fit_before_the_end(tmp_path):
     status, said, _ = run_ranks(check, 1, free_port(), str(tmp_path), [*flags, "0.000001"], {})[0]
     assert status == 2
     assert "a save takes about 0 s, and the job ends 0 s (--save_within) after its signal: send it earlier" in said
+
+
+def time_to_save(port: int, folder: str) -> tuple[list[str], str]:
+    """Problems, and what is said, of one host that has much time for a small checkpoint."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        host = HostCheck("node1", Path(folder), save_within=1000, checkpoint_bytes=lambda: (2**20, 3 * 2**20))
+        problems = host.problems()
+    return problems, said.getvalue()
+
+
+def test_the_time_of_a_save_is_told(tmp_path):
+    ((problems, said),) = run_ranks(time_to_save, 1, free_port(), str(tmp_path))
+    assert problems == []
+    speed = r"\d[\d.]* [MG]iB/s"
+    seconds = rf"and is saved in about \d+ s, as rank 0 writes {speed} and all hosts {speed}\n"
+    assert re.search(f"lisa-dist check: a checkpoint has about 4[.]0 MiB, {seconds}", said), said
 
 
 def test_the_weights_are_written_by_one_host_and_states_by_all(tmp_path):
