@@ -98,7 +98,7 @@ class LisaConfig:
     lisa_block_probability: str = field(
         default="",
         metadata={
-            "help": "Probability that a period trains a block that is neither always on nor frozen, such as "
+            "help": "Probability that a period trains a block that is neither always-trained nor frozen, such as "
             "embed=0.25,head=0.1; by default that of a layer. It takes the places of as many layers as it is large."
         },
     )
@@ -214,7 +214,7 @@ class LisaConfig:
             raise UserError(
                 f"--lisa_activated_layers 0 with --lisa_always_on {self.lisa_always_on}: no layer is sampled, and "
                 "neither embed nor head trains: nothing to train but norms. Sample a layer, or leave embed or head "
-                "always on."
+                "always-trained."
             )
         if self.lisa_activated_layers == 0 and self.sampled:
             raise UserError(
@@ -225,8 +225,8 @@ class LisaConfig:
             flag = f"--lisa_block_probability {self.lisa_block_probability}"
             if block not in self.sampled:
                 raise UserError(
-                    f"{flag}: {block} is always on or frozen; take it out of --lisa_always_on and --lisa_frozen to "
-                    "have it sampled."
+                    f"{flag}: {block} is always-trained or frozen; take it out of --lisa_always_on and --lisa_frozen "
+                    "to have it sampled."
                 )
             if not 0 < probability <= 1:
                 raise UserError(f"{flag}: a probability is above 0 and at most 1; {block} has {probability:g}.")

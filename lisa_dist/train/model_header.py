@@ -43,7 +43,7 @@ def describe_training(
             "decoder layers",
             f"{len(layers)} at {lisa.blocks.layers_path}, of {format_count(max(layers))} parameters each",
         ),
-        ("always on", named(always_on) + (" (embed and head are one tied matrix)" if lisa.blocks.tied else "")),
+        ("always trained", named(always_on) + (" (embed and head are one tied matrix)" if lisa.blocks.tied else "")),
         *([("sampled like layers", named(list(lisa.block_visit_counts)))] if lisa.block_visit_counts else []),
         ("never trained", named(never)),
         ("active at a time", f"{format_count(active)} ({100 * active / total:.1f}%)"),

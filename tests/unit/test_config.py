@@ -37,7 +37,10 @@ from lisa_dist import LisaConfig
             "--lisa_offload embed,tail: unknown block 'tail'; choose from embed, head, rest",
         ),
         ({"lisa_offload": "embed", "lisa_state_bits": "embed=8"}, "--lisa_offload embed: states on the host have 32"),
-        ({"lisa_block_probability": "embed=0.5"}, "--lisa_block_probability embed=0.5: embed is always on or frozen"),
+        (
+            {"lisa_block_probability": "embed=0.5"},
+            "--lisa_block_probability embed=0.5: embed is always-trained or frozen",
+        ),
         ({"lisa_always_on": "rest", "lisa_block_probability": "embed=2"}, "embed has 2"),
         ({"lisa_always_on": "rest", "lisa_block_probability": "embed=0"}, "embed has 0"),
         ({"lisa_always_on": "rest", "lisa_block_probability": "tail=0.5"}, "unknown block 'tail'"),

@@ -166,7 +166,7 @@ def test_metrics_and_header(tmp_path):
     assert metrics["lisa/live_bytes"] > metrics["lisa/state_bytes_per_rank"]
     visits = [metrics[f"lisa/visits/layer_{layer:02d}"] for layer in range(6)]
     assert sum(visits) == 2 * math.ceil(STEPS / INTERVAL)
-    for word in ("decoder layers", "6 at model.layers, of ", "always on", "embed 8192", "stage 2 on 2 rank(s)"):
+    for word in ("decoder layers", "6 at model.layers, of ", "always trained", "embed 8192", "stage 2 on 2 rank(s)"):
         assert word in outcome["header"]
 
 
