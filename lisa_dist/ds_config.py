@@ -126,7 +126,7 @@ def load_ds_config(
 ) -> dict:
     """The config with every "auto" filled in, ready for `deepspeed.initialize`.
 
-    Batch sizes in rows: `micro_batch_size` a GPU and step. The precision is that of the model's parameters; bucket
+    Batch sizes in examples: `micro_batch_size` a GPU and step. The precision is that of the model's parameters; bucket
     sizes, in elements, follow its hidden size as the Hugging Face integration has them.
     """
     config = read_ds_config(name_or_path) if isinstance(name_or_path, str) else json.loads(json.dumps(name_or_path))

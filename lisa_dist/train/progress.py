@@ -3,7 +3,7 @@
     ━━━━━━━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━  20/36  56%  0:01:12 left  312 tokens/s  1.20 GiB
     loss 2.9103  held out 3.0112  lr 6.2e-06  grad norm 1.43  layers 2, 7
 
-Plain, a line for each log and each evaluation of the held-out rows:
+Plain, a line for each log and each evaluation of the held-out examples:
 
     step 20/36  56%  loss 2.9103  lr 6.2e-06  grad norm 1.43  312 tokens/s  1.20 GiB  layers 2, 7  0:01:12 left
     step 24/36  held out 3.0112
@@ -75,7 +75,7 @@ class Progress(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count a batch of the held-out rows."""
+        """Count a batch of the held-out examples."""
         self._evaluated += 1
 
     def on_log(

@@ -66,15 +66,15 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
         packed=packs_documents(config.training),
         use_cpu=config.training.use_cpu,
     )
-    data = load_rows(config.data, config.training, tokenizer)
-    _check_same_rows(config.data, data)
+    data = load_examples(config.data, config.training, tokenizer)
+    _check_same_data(config.data, data)
     config = _for_trl(config, attention)
     trainer = build_trainer(config, tokenizer, data)
     with together(output_dir):
         if trainer.is_world_process_zero():
             write_run(output_dir, record_of_run(config, words, trainer.model, data.lines), resumes=bool(resume_from))
     trainer.accelerator.print(describe_run(config, f"{attention} ({reason})", template))
-    trainer.accelerator.print("\n".join(["rows", *(f"  {line}" for text in data.lines for line in text.split("\n"))]))
+    trainer.accelerator.print("\n".join(["data", *(f"  {line}" for text in data.lines for line in text.split("\n"))]))
     trainer.train(resume_from_checkpoint=resume_from)
     return _finish(trainer, output_dir)
 
@@ -179,8 +179,8 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_rows(data_args: DataArguments, training_args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """The rows of a run as tokens, for TRL to take as they are; all ranks call it, and one of a host does the work."""
+def load_examples(data_args: DataArguments, training_args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """The examples of a run as tokens, which TRL takes as they are; all ranks call it, one of a host does the work."""
     ranks, problem = PartialState(), None
     with ranks.main_process_first(), ranks.local_main_process_first():  # the others find what was cached, as in TRL
         try:
@@ -197,10 +197,10 @@ def load_rows(data_args: DataArguments, training_args: SFTConfig, tokenizer: Pre
     return data
 
 
-def _check_same_rows(data_args: DataArguments, data: Data) -> None:
+def _check_same_data(data_args: DataArguments, data: Data) -> None:
     content = {f"the content of --dataset_name {' '.join(data_args.dataset_name or [])}": describe_examples(data.train)}
     if data.held_out is not None:
-        content["the content of the held-out rows"] = describe_examples(data.held_out)
+        content["the content of the held-out examples"] = describe_examples(data.held_out)
     check_same_everywhere(content, "give every host the same file")
 
 

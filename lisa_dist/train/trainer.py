@@ -281,7 +281,7 @@ class LisaMixin(MonitoredMixin):
         return metrics
 
     def training_step(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The Trainer's, with a note of whether this rank's loss was finite, and of the measured step's rows."""
+        """The Trainer's, with a note of whether this rank's loss was finite, and of the measured step's micro-batch."""
         memory = self._memory
         assert memory is not None
         memory.hold_dial()  # trainers that look at the model in two modes turn all of it on again

@@ -28,7 +28,7 @@ from lisa_dist.data.dataset import DataArguments
 from lisa_dist.distributed import launching
 from lisa_dist.distributed.launching import launch_if_asked
 from lisa_dist.train.arguments import LisaSFTConfig, accumulation_steps, parse_arguments, run_parser
-from lisa_dist.train.run import load_rows, run
+from lisa_dist.train.run import load_examples, run
 from lisa_dist.train.sft_trainer import LisaTrainer
 
 
@@ -214,7 +214,7 @@ def count_tokenized(folder: str, output_dir: str) -> tuple[int, list[str]]:
     type(tokenizer).__call__ = counting
     try:
         args = LisaSFTConfig(output_dir=output_dir, deepspeed="zero2", bf16=False, report_to="none", max_length=32)
-        data = load_rows(DataArguments(dataset_name=f"{output_dir}/rows.jsonl", eval_rows=8), args, tokenizer)
+        data = load_examples(DataArguments(dataset_name=f"{output_dir}/rows.jsonl", eval_rows=8), args, tokenizer)
         rows = {"train_dataset": data.train, "eval_dataset": data.held_out}
         trainer = LisaTrainer(model=f"{folder}/model", args=args, processing_class=tokenizer, **rows)
     finally:
