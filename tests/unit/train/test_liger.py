@@ -4,7 +4,9 @@ Triton's interpreter runs the kernels, on ranks of their own: it must be chosen 
 replaces names in the modeling code of the whole process.
 """
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import sys
@@ -208,26 +210,25 @@ def train_in_trainer(output_dir: str, ds_config: str, sft: bool, settings: dict,
     else:
         arguments = TrainingArguments(**arguments)
         rows = [row | {"labels": row["input_ids"]} for row in rows]
-    said = []
-    kind = InOrderSFT if sft else InOrder
-    kind._say = lambda self, text: said.append(text)
-    trainer = kind(
-        model=tiny_llama(num_layers=LAYERS, vocab_size=vocab_size),
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=rows.select([0, 1]) if sft else rows[:2],
-        processing_class=tokenizer,
-        lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_activated_layers=1, **settings),
-        checkpointed_layers=dial,
-        gpu_memory="1GiB" if dial == "auto" else None,
-    )
-    trainer.train()
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        trainer = (InOrderSFT if sft else InOrder)(
+            model=tiny_llama(num_layers=LAYERS, vocab_size=vocab_size),
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=rows.select([0, 1]) if sft else rows[:2],
+            processing_class=tokenizer,
+            lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_activated_layers=1, **settings),
+            checkpointed_layers=dial,
+            gpu_memory="1GiB" if dial == "auto" else None,
+        )
+        trainer.train()
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "evaluations": len([entry for entry in trainer.state.log_history if "eval_loss" in entry]),
         "blocks_of_period": [(*record.layers, *record.blocks) for record in trainer.lisa.records],
         "launched": set(launched),
-        "said": said,
+        "output": output.getvalue().splitlines(),
     }
 
 
@@ -239,7 +240,7 @@ def test_a_trl_trainer_is_planned_as_without_liger(tmp_path, ds_config, dial):
     reference = reference_losses(outcome["blocks_of_period"], "embed,head,rest")
     assert outcome["losses"] == pytest.approx(reference, abs=1e-5)
     assert outcome["evaluations"] == 2
-    assert "Liger kernels: rope, rms_norm, swiglu" in outcome["said"]
+    assert "Liger kernels: rope, rms_norm, swiglu" in outcome["output"]
     assert {"_triton_rope", "_rms_norm_backward_kernel"} <= outcome["launched"]
     assert json.loads((tmp_path / "lisa_memory.json").read_text())["planned"] is not None
 
@@ -255,7 +256,7 @@ def test_no_fused_loss_for_a_head_that_trains_alone(tmp_path):
     assert outcome["losses"] == pytest.approx(reference, abs=1e-5)
     assert outcome["evaluations"] == 2
     assert "fused_linear_cross_entropy is off, since it has no gradient for a head that trains alone" in str(
-        outcome["said"]
+        outcome["output"]
     )
 
 
