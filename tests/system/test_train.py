@@ -552,7 +552,7 @@ def converted(data_dir: Path, folder: Path) -> Path:
     ("name", "changes", "found"),
     [
         ("chat/oasst_en_chat.jsonl", {}, "oasst_en_chat.jsonl: "),
-        full("pubmedqa", {"max_length": 1024}, "pubmedqa.jsonl: question_answer (question, answer), 1000 rows"),
+        full("pubmedqa", {"max_length": 1024}, "pubmedqa.jsonl: question_answer (question, answer), 1000 examples"),
         full("text/wiki_demo.txt", {"packing": True, "eval_rows": 1}, "wiki_demo.txt: text (text), "),
     ],
 )
