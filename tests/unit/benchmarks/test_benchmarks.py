@@ -144,7 +144,9 @@ def test_memory_sees_what_a_callback_keeps_and_moves(benchmark, tmp_path, capsys
         assert found["planned"] == (None if name == "callback" else pytest.approx(found["peak"], rel=0.03)), name
     drawn = figures["zero2"][module.DRAWN.name]
     assert drawn["peak_with_switch"] is None
-    assert drawn["peak"] < figures["zero2"]["lisa"]["peak"] < figures["zero2"]["lisa"]["peak_with_switch"]
+    assert drawn["peak"] < figures["zero2"]["lisa"]["peak"]
+    for arms_of_stage in figures.values():  # a switch has no gradients and no activations
+        assert 0 < arms_of_stage["lisa"]["peak_with_switch"] <= arms_of_stage["lisa"]["peak"]
     of_arms = figures["zero3"]
     assert of_arms["static"]["active_layers"] == of_arms["lisa"]["first_layers"]
     assert of_arms["full"]["live"]["4"]["gradients"] > of_arms["lisa"]["live"]["4"]["gradients"] > 0
