@@ -206,7 +206,7 @@ def test_continued_pretraining_splits_packs_and_learns(given, tmp_path):
     }
     said = on_two_ranks(words(flags), tmp_path)
     assert f"text.txt: text (text), {given.num_long + given.num_short} examples" in said
-    assert re.search(rf"rows have more than 64 tokens .*: {given.num_long} cut into \d+", said), said[-5000:]
+    assert re.search(rf"examples have more than 64 tokens .*: {given.num_long} split into \d+", said), said[-5000:]
     check_what_trained(given.model, tmp_path, tmp_path)
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     tokens = max(entry.get("num_tokens", 0) for entry in history)
