@@ -40,9 +40,10 @@ check() {
     until [ "$MODE" != checking ] || [ -n "${SLURM_RESTART_COUNT:-}" ] || [ -e "$OUTPUT_DIR/go" ]; do sleep 0.05; done
 }
 case "$*" in
-*"cli check"*) [ "$MODE" != "unfit" ] || exit 3; check; exit ;;
-*"cli train"*) ;;
-*) exit ;;
+"-m lisa_dist check "*) [ "$MODE" != "unfit" ] || exit 3; check; exit ;;
+"-m lisa_dist train "*) ;;
+"-c "*) exit ;;
+*) echo "not a command of the scripts: $*" >&2; exit 99 ;;
 esac
 finish() { touch "$OUTPUT_DIR/trainer_state.json"; echo "finished $SLURM_PROCID"; exit 0; }
 until_signal() { echo "train $SLURM_PROCID"; while :; do sleep 0.05 || :; done; } # sleep gets the signal too, or first

@@ -145,7 +145,7 @@ def test_memory_sees_what_a_callback_keeps_and_moves(benchmark, tmp_path, capsys
     drawn = figures["zero2"][module.DRAWN.name]
     assert drawn["peak_with_switch"] is None
     assert drawn["peak"] < figures["zero2"]["lisa"]["peak"]
-    for arms_of_stage in figures.values():  # a switch has no gradients and no activations
+    for arms_of_stage in figures.values():  # the new layers have no moments yet, and their gradients come later
         assert 0 < arms_of_stage["lisa"]["peak_with_switch"] <= arms_of_stage["lisa"]["peak"]
     of_arms = figures["zero3"]
     assert of_arms["static"]["active_layers"] == of_arms["lisa"]["first_layers"]
