@@ -49,10 +49,10 @@ class Comparison:
             built = replace(arm, checkpointed=0) if arm.checkpointed == AUTO else arm
             group = self.groups[arm.name] = RankGroup(arms.RANKS, arms.Run, built, self.config, ds_config, **fixed)
             if arm.checkpointed == AUTO:
-                self.checkpointed[arm.name] = self._turn_dial(group)
+                self.checkpointed[arm.name] = self._set_checkpointing(group)
             group.call("steps", WARMUP, self._length)
 
-    def _turn_dial(self, group: RankGroup) -> int:
+    def _set_checkpointing(self, group: RankGroup) -> int:
         """As `--checkpointed_layers auto` does, with a device half way between checkpointing none and all."""
         count = self.config.num_hidden_layers
 

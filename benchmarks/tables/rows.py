@@ -48,8 +48,8 @@ def samplers(figures: dict) -> Rows:
 
 @table("choosing_ends", "choosing")
 def embeddings_and_head(figures: dict) -> Rows:
-    drawn, frozen = {"lisa_always_on": "rest"}, {"lisa_frozen": "embed,head"}
-    return side_by_side(figures, {"always on": {}, "drawn as layers are": drawn, "frozen": drawn | frozen})
+    sampled, frozen = {"lisa_always_on": "rest"}, {"lisa_frozen": "embed,head"}
+    return side_by_side(figures, {"always trained": {}, "sampled as layers are": sampled, "frozen": sampled | frozen})
 
 
 @table("choosing_states", "choosing")
@@ -214,15 +214,15 @@ def forms(figures: dict) -> Rows:
 def policies(figures: dict) -> Rows:
     names = {
         "LoRA r16": "LoRA, rank 16",
-        "LISA as published": "LISA as published: embed and head always on",
+        "LISA as published": "LISA as published: embed and head always trained",
         "LISA, always-on 8 bit": "their moments in 8 bits",
-        "LISA, embed+head drawn": "embed and head drawn",
-        "LISA, drawn, 8 bit": "drawn, all moments in 8 bits",
-        "LISA, always on, 6 bytes": "always on, no masters, moments in 8 bits "
+        "LISA, embed+head drawn": "embed and head sampled",
+        "LISA, drawn, 8 bit": "sampled, all moments in 8 bits",
+        "LISA, always on, 6 bytes": "always trained, no masters, moments in 8 bits "
         "(`--optim lisa_adamw --lisa_master bf16_sr`)",
-        "LISA, drawn, 6 bytes": "drawn, the same",
+        "LISA, drawn, 6 bytes": "sampled, the same",
         "LISA, states on host": "all states on the host (`--deepspeed zero2_offload`)",
-        "LISA, drawn, on host": "drawn (`--lisa_always_on rest`), all states on the host "
+        "LISA, drawn, on host": "sampled (`--lisa_always_on rest`), all states on the host "
         "(`--lisa_offload embed,head,rest,layers`)",
     }
     lengths = {"1024": "1024 tokens, 0", "4096": "4096 tokens, 0", "1024, all checkpointed": "1024 tokens, 32"}
@@ -259,7 +259,7 @@ def held(arm: dict) -> int:
 
 
 def moved(arm: dict) -> str:
-    """Of the elements that sleep those that have moved."""
+    """The share of frozen elements that have moved."""
     return "-" if arm["drift"] is None else percent(arm["drift"]["changed"] / arm["drift"]["elements"], 0)
 
 
@@ -268,7 +268,7 @@ def headline(memory: dict, speed: dict, communication: dict) -> Rows:
     """What each method takes, in parts of full training."""
     bytes_held, steps = memory["zero2"], speed["zero2"]
     rows = [["of full training's, ZeRO-2, two ranks", "memory between steps", "peak of a step", "time of a step",
-             "FLOPs of a step", "bytes sent", "sleeping weights that move"]]  # fmt: skip
+             "FLOPs of a step", "bytes sent", "frozen weights that move"]]  # fmt: skip
     for arm in SIDE_BY_SIDE:
         shares = (
             held(bytes_held[arm]) / held(bytes_held["full"]),
@@ -292,7 +292,7 @@ def memory_held(figures: dict) -> Rows:
     """Of every arm of memory.py what it holds, by what it is, and its peak beside the plan."""
     kinds = ("weights", "gradients", "masters", "moments", "other")
     rows = [["MiB of a rank", *kinds, f"all, after {last_switch(figures)} switches", "after the first step",
-             "peak of a step", "its plan", "peak with a switch", "asleep, moved"]]  # fmt: skip
+             "peak of a step", "its plan", "peak with a switch", "frozen, moved"]]  # fmt: skip
     for ds_config, of_arms in figures.items():
         for name, arm in of_arms.items():
             first, *_, last = arm["live"].values()

@@ -1,7 +1,7 @@
-"""Gradient checkpointing as a dial: how many decoder layers store their inputs alone and run a second time.
+"""Gradient checkpointing by number of layers: how many of them store their inputs alone and run a second time.
 
 What a layer stores is computed again in the backward pass, which costs a forward pass of it: pure loss where memory is
-left. So the dial is a number of layers, the lowest ones, whose activations live longest.
+left. So it is done for a number of layers: the lowest ones, whose activations live longest.
 """
 
 import warnings
@@ -30,12 +30,12 @@ def parse_checkpointed_layers(value: str | int | None) -> int | str | None:
     return int(text)
 
 
-def parse_budget(gpu_memory: str | None, dial: int | str | None) -> int | None:
-    """Bytes of `--gpu_memory`, which only "auto" keeps to; ValueError with another dial."""
+def parse_budget(gpu_memory: str | None, checkpointed: int | str | None) -> int | None:
+    """Bytes of `--gpu_memory`, which only `checkpointed` "auto" keeps to; else ValueError."""
     if gpu_memory is None:
         return None
     budget = parse_bytes("--gpu_memory", gpu_memory)
-    if dial != AUTO:
+    if checkpointed != AUTO:
         raise UserError(f"--gpu_memory {gpu_memory}: only --checkpointed_layers auto keeps to it; give that too.")
     return budget
 

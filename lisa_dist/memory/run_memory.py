@@ -46,8 +46,8 @@ class RunMemory:
     """Sets the number of checkpointed layers, measures one step and reports both; every rank calls every method.
 
     `config` is the model's, None for a model or a loss that cannot be planned. `longest` is the largest possible
-    micro-batch. `checkpointed` is --checkpointed_layers ("the dial"), `budget` the bytes of a device. Raises ValueError
-    for a dial that this model cannot have.
+    micro-batch. `checkpointed` is --checkpointed_layers, parsed; `budget` the bytes of a device. Raises ValueError
+    where "auto" cannot plan.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RunMemory:
         assert lisa.is_attached, "attach the controller to a DeepSpeed engine first"
         self._lisa, self._engine = lisa, lisa.engine
         self._optim, self._config, self._longest = optim, config, longest
-        self._dial, self._budget = checkpointed, budget
+        self._checkpointed, self._budget = checkpointed, budget
         self._model, self._num_layers = self._engine.module, len(lisa.blocks.layers)
         self._ds_config = ds_config
         self._accumulates = self._engine.gradient_accumulation_steps() > 1
@@ -72,7 +72,7 @@ class RunMemory:
         self._meter: StepMeter | None = None
         self._measured: _MeasuredStep | None = None
         self._micro_batch: Workload | None = None
-        self._count: int | None = None  # of checkpointed layers, once the dial is set
+        self._count: int | None = None  # of checkpointed layers, once it is set
         self._planned_peaks: dict[int, int] = {}  # of the worst period, by number of checkpointed layers
         if checkpointed == AUTO and (config is None or longest is None):
             raise UserError(
@@ -82,12 +82,12 @@ class RunMemory:
         if checkpointed == AUTO and budget is None:
             raise UserError("--checkpointed_layers auto: give --gpu_memory where there is no GPU to ask.")
 
-    def set_dial(self) -> str | None:
-        """Checkpoint as many layers as the dial says; a line to print, if there is one."""
-        if self._dial is None:
+    def set_checkpointing(self) -> str | None:
+        """Checkpoint as many layers as --checkpointed_layers says; a line to print, if there is one."""
+        if self._checkpointed is None:
             return None
-        if self._dial != AUTO:
-            self._count = number_of_layers(self._dial, self._num_layers)
+        if self._checkpointed != AUTO:
+            self._count = number_of_layers(self._checkpointed, self._num_layers)
             checkpoint_layers(self._model, self._lisa.blocks, self._count)
             return None
         line = self._set_fewest_layers(plan_error=0)
@@ -95,7 +95,7 @@ class RunMemory:
             line += "; not corrected by a measured step, since each is the first of its period"
         return line
 
-    def hold_dial(self) -> None:
+    def restore_checkpointing(self) -> None:
         """Set the number again after a trainer has turned checkpointing off for a moment and then on for all layers."""
         blocks = self._lisa.blocks
         if self._count is not None and checkpointed_layers(self._model, blocks) != self._count:
@@ -106,8 +106,9 @@ class RunMemory:
         """Measure this step if it is the first one whose moments exist already."""
         interval = self._lisa.config.lisa_interval_steps
         if self._measured is None and step > self._first_step and step % interval != 0:
-            self._meter = StepMeter(self._lisa)
-            self._meter.start()
+            meter = StepMeter(self._lisa)
+            meter.start()
+            self._meter = meter
 
     @property
     def wants_micro_batch(self) -> bool:
@@ -121,7 +122,7 @@ class RunMemory:
             self._micro_batch = workload and replace(workload, checkpointed_layers=count)
 
     def end_step(self, step: int) -> str | None:
-        """Record what the step needed and, with "auto", correct the dial; a line to print, if there is one."""
+        """Record what the step needed and, with "auto", correct their number; a line to print, if there is one."""
         if self._meter is None:
             return None
         meter, self._meter = self._meter, None
@@ -131,7 +132,7 @@ class RunMemory:
         always_on = [name for name in self._lisa.config.always_on if self._lisa.blocks.outer(name).parameters]
         trained = Trained(self._lisa.active_layers, tuple(always_on), self._lisa.active_blocks)
         self._measured = _MeasuredStep(step, self._micro_batch, trained, meter.parts)
-        if self._dial != AUTO:
+        if self._checkpointed != AUTO:
             return None
         planned = self._plan_measured_step(self._measured)[0]
         plan_error = max(gather(meter.parts.peak - planned.peak if planned else 0))

@@ -87,14 +87,14 @@ class RunArguments:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
-        dial = parse_checkpointed_layers(self.checkpointed_layers)
-        if self.method != "lisa" and isinstance(dial, int) and dial > 0:
+        checkpointed = parse_checkpointed_layers(self.checkpointed_layers)
+        if self.method != "lisa" and isinstance(checkpointed, int) and checkpointed > 0:
             raise UserError(
                 f"--checkpointed_layers {self.checkpointed_layers} with --method {self.method}: a number of layers is "
                 "for --method lisa; give none or all."
             )
         # Other methods have no use for it, as their header says: a recipe that has it serves them too.
-        parse_budget(self.gpu_memory, dial if self.method == "lisa" else AUTO)
+        parse_budget(self.gpu_memory, checkpointed if self.method == "lisa" else AUTO)
         if self.hang_timeout < 0:
             raise UserError(f"--hang_timeout {self.hang_timeout}: seconds are not negative; 0 turns it off.")
         if self.layer_norms < 0:

@@ -85,10 +85,10 @@ def _settle(config: RunConfig) -> RunConfig:
     method, training = config.run.method, config.training
     if training.deepspeed:  # transformers loads models by the config that was set last, as long as it is alive
         set_hf_deepspeed_config(training.hf_deepspeed_config)
-    dial = parse_checkpointed_layers(config.run.checkpointed_layers)
-    if method != "lisa" and dial is not None:  # all or none; which layers fit is planned for LISA alone
+    checkpointed = parse_checkpointed_layers(config.run.checkpointed_layers)
+    if method != "lisa" and checkpointed is not None:  # all or none; which layers fit is planned for LISA alone
         # TRL reads the old name, the Trainer the new one, which it has set by the old before this.
-        training.gradient_checkpointing = training.activation_checkpointing = dial != 0
+        training.gradient_checkpointing = training.activation_checkpointing = checkpointed != 0
     if training.completion_only_loss is False:  # TRL's name for it
         config.data.train_on_inputs = True
     if method == "lisa" and training.use_liger_kernel:  # whose fused loss TRL's own takes the place of
@@ -140,9 +140,9 @@ def _check_layers(config: RunConfig) -> None:
         check_liger(copy.copy(config.training), model_config, config.lisa, trl_head=True)
     num_layers = model_config.get_text_config().num_hidden_layers
     config.lisa.check_num_layers(num_layers)
-    dial = parse_checkpointed_layers(config.run.checkpointed_layers)
-    if isinstance(dial, int):
-        number_of_layers(dial, num_layers)
+    checkpointed = parse_checkpointed_layers(config.run.checkpointed_layers)
+    if isinstance(checkpointed, int):
+        number_of_layers(checkpointed, num_layers)
     if config.lisa.lisa_weights_file is not None:
         load_layer_weights(config.lisa.lisa_weights_file, num_layers, config.lisa.lisa_activated_layers)
 

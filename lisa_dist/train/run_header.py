@@ -16,7 +16,7 @@ from lisa_dist.train.checks import precision_of_arguments
 
 def describe_run(config: RunConfig, attention: str, template: str) -> str:
     """A table of how the run is run, with the flags that have no effect under its method."""
-    args, dial = config.training, parse_checkpointed_layers(config.run.checkpointed_layers)
+    args, checkpointed = config.training, parse_checkpointed_layers(config.run.checkpointed_layers)
     batch = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
     optim = getattr(args.optim, "value", args.optim)
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
@@ -31,9 +31,9 @@ def describe_run(config: RunConfig, attention: str, template: str) -> str:
         ("global batch size", str(batch)),
         ("versions", versions),
     ]
-    if config.run.method != "lisa" and dial is not None:
+    if config.run.method != "lisa" and checkpointed is not None:
         which = {0: "no layer", AUTO: "all layers; auto chooses among them with --method lisa alone"}
-        rows.append(("checkpointing", which.get(dial, "all layers")))
+        rows.append(("checkpointing", which.get(checkpointed, "all layers")))
     rows += [("without effect", text) for text in _without_effect(config)]
     return "run\n" + format_table(rows)
 

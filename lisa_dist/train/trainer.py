@@ -224,7 +224,7 @@ class LisaMixin(MonitoredMixin):
             checkpointed=self._checkpointed_layers,
             budget=self._gpu_memory,
         )
-        self._print(self._memory.set_dial())
+        self._print(self._memory.set_checkpointing())
 
     def _check_global_batch_size(self, folder: Path, state: dict[str, Any]) -> None:
         """Another global batch size is another schedule, another place in the data, another end."""
@@ -284,7 +284,7 @@ class LisaMixin(MonitoredMixin):
         """The Trainer's, with a note of whether this rank's loss was finite, and of the measured step's micro-batch."""
         memory = self._memory
         assert memory is not None
-        memory.hold_dial()  # trainers that look at the model in two modes turn all of it on again
+        memory.restore_checkpointing()  # trainers that look at the model in two modes turn all of it on again
         if memory.wants_micro_batch and "input_ids" in inputs:
             mask = inputs.get("attention_mask")
             padded = mask is not None and not bool(mask.all())

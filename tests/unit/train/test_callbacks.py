@@ -54,7 +54,7 @@ def phases(folder: str) -> list[str]:
     record(Watchdog, "beat", "beat")
     record(trainer_module, "start_from_weights", "load")
     record(trainer_module, "describe_ranks", "ranks")
-    record(RunMemory, "set_dial", "plan")
+    record(RunMemory, "set_checkpointing", "plan")
     record(RunMemory, "end_step", "end_step")
     record(trainer_module, "save_checkpoint", "save")
     tiny_llama().save_pretrained(f"{folder}/model")

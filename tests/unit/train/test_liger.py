@@ -181,7 +181,7 @@ class InOrderSFT(InOrder, LisaTrainer):
     """TRL's, with its fused head."""
 
 
-def train_in_trainer(output_dir: str, ds_config: str, sft: bool, settings: dict, vocab_size: int, dial) -> dict:
+def train_in_trainer(output_dir: str, ds_config: str, sft: bool, settings: dict, vocab_size: int, checkpointed) -> dict:
     launched = interpret_liger()
     rows = [{"input_ids": row.tolist()} for row in token_batches(STEPS, ROWS, length=LENGTH).flatten(0, 2)]
     tokenizer = Tokenizer(models.WordLevel({str(index): index for index in range(vocab_size)}, unk_token="0"))
@@ -219,8 +219,8 @@ def train_in_trainer(output_dir: str, ds_config: str, sft: bool, settings: dict,
             eval_dataset=rows.select([0, 1]) if sft else rows[:2],
             processing_class=tokenizer,
             lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_activated_layers=1, **settings),
-            checkpointed_layers=dial,
-            gpu_memory="1GiB" if dial == "auto" else None,
+            checkpointed_layers=checkpointed,
+            gpu_memory="1GiB" if checkpointed == "auto" else None,
         )
         trainer.train()
     return {
@@ -234,9 +234,9 @@ def train_in_trainer(output_dir: str, ds_config: str, sft: bool, settings: dict,
 
 @needs_liger
 @pytest.mark.full
-@pytest.mark.parametrize(("ds_config", "dial"), [("zero2", None), ("zero3", "auto")])
-def test_a_trl_trainer_is_planned_as_without_liger(tmp_path, ds_config, dial):
-    outcome = run_ranks(train_in_trainer, 2, str(tmp_path), ds_config, True, {}, 128, dial, interpret=True)[0]
+@pytest.mark.parametrize(("ds_config", "checkpointed"), [("zero2", None), ("zero3", "auto")])
+def test_a_trl_trainer_is_planned_as_without_liger(tmp_path, ds_config, checkpointed):
+    outcome = run_ranks(train_in_trainer, 2, str(tmp_path), ds_config, True, {}, 128, checkpointed, interpret=True)[0]
     reference = reference_losses(outcome["blocks_of_period"], "embed,head,rest")
     assert outcome["losses"] == pytest.approx(reference, abs=1e-5)
     assert outcome["evaluations"] == 2

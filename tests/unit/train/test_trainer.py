@@ -63,13 +63,13 @@ def arguments(output_dir: str, ds_config: str, **changes) -> TrainingArguments:
     )
 
 
-def train(output_dir: str, ds_config: str, changes: dict, dial: str | int | None = None) -> dict:
+def train(output_dir: str, ds_config: str, changes: dict, checkpointed: str | int | None = None) -> dict:
     trainer = InOrder(
         model=tiny_llama(),
         args=arguments(output_dir, ds_config, **changes),
         train_dataset=rows_for(dist.get_world_size()),
         lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_debug=True),
-        checkpointed_layers=dial,
+        checkpointed_layers=checkpointed,
     )
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -117,7 +117,7 @@ def train_in_two_modes(output_dir: str) -> list[tuple[int, int]]:
     return trainer.seen
 
 
-def test_the_dial_holds_where_a_trainer_turns_checkpointing_off_and_on(tmp_path):
+def test_the_number_of_checkpointed_layers_holds_where_a_trainer_turns_checkpointing_off_and_on(tmp_path):
     assert run_ranks(train_in_two_modes, 1, str(tmp_path)) == [[(2, 0)] * 4]
 
 
@@ -128,8 +128,8 @@ def cosine(step: int) -> float:
 @pytest.mark.parametrize("ds_config", stages("zero2", "zero3"))
 def test_losses_equal_the_reference(tmp_path, ds_config):
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    dial = {"zero2": 2, "zero3": "none"}.get(ds_config)
-    outcome = run_ranks(train, 2, str(tmp_path), ds_config, checkpointing, dial)[0]
+    checkpointed = {"zero2": 2, "zero3": "none"}.get(ds_config)
+    outcome = run_ranks(train, 2, str(tmp_path), ds_config, checkpointing, checkpointed)[0]
 
     # A micro-batch of the global batch is one batch of rank 0 and the next one, of rank 1.
     batches = token_batches(STEPS * ACCUMULATION * 2, rows=ROWS).view(STEPS, ACCUMULATION, 2 * ROWS, -1)
@@ -147,7 +147,7 @@ def test_losses_equal_the_reference(tmp_path, ds_config):
 
     memory = json.loads((tmp_path / "lisa_memory.json").read_text())
     assert memory["step"] == 1
-    assert memory["checkpointed_layers"] == {2: 2, "none": 0, None: 6}[dial]
+    assert memory["checkpointed_layers"] == {2: 2, "none": 0, None: 6}[checkpointed]
     assert (memory["rows"], memory["tokens"]) == (ROWS, 16)
     planned, measured = memory["planned"], memory["measured"]
     for part in ("weights", "always_on_states", "active_states", "activations", "logits", "gathered"):

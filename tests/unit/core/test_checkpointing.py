@@ -1,4 +1,4 @@
-"""The dial of gradient checkpointing: which layers, how few, and an "auto" that holds its budget."""
+"""Gradient checkpointing by number of layers: which layers, how few, and an "auto" that holds its budget."""
 
 import pytest
 import torch
@@ -39,9 +39,9 @@ def test_a_budget_is_of_auto():
     assert parse_budget(None, None) is None
     assert parse_budget(None, 3) is None
     assert parse_budget("2GiB", "auto") == 2 * 2**30
-    for dial in (None, 0, "all", 3):
+    for checkpointed in (None, 0, "all", 3):
         with pytest.raises(ValueError, match="--gpu_memory 2GiB: only --checkpointed_layers auto"):
-            parse_budget("2GiB", dial)
+            parse_budget("2GiB", checkpointed)
     with pytest.raises(ValueError, match="--gpu_memory much: not a size"):
         parse_budget("much", "auto")
 
@@ -62,7 +62,7 @@ def test_the_fewest_layers_that_fit():
     assert fewest_layers(peak, 0, 1) == 0
 
 
-def test_the_lowest_layers_are_checkpointed_and_the_dial_turns_both_ways():
+def test_the_lowest_layers_are_checkpointed_and_their_number_goes_both_ways():
     model = tiny_llama().train()
     blocks = find_blocks(model)
     tokens = token_batches(1, rows=2)[0, 0]
@@ -105,16 +105,17 @@ def train_by_auto(ballast: int) -> dict:
     engine, lisa = lisa_dist.initialize(model, "zero2", config, optim="adamw_torch_fused")
     workload = Workload(LENGTH, ROWS, torch.float32, fused_head=False)
 
-    def memory(dial, budget: int) -> RunMemory:
+    def memory(checkpointed, budget: int) -> RunMemory:
         ds_config = read_ds_config("zero2")
         options = {"optim": "adamw_torch_fused", "config": model.config, "longest": workload}
-        return RunMemory(lisa, ds_config, checkpointed=dial, budget=budget, **options)
+        return RunMemory(lisa, ds_config, checkpointed=checkpointed, budget=budget, **options)
 
-    without = int(memory("auto", 2**40).set_dial().split("at most ")[1].split()[0].replace(".", ""))  # tenths of a MiB
+    said = memory("auto", 2**40).set_checkpointing()
+    without = int(said.split("at most ")[1].split()[0].replace(".", ""))  # tenths of a MiB
     budget = (without + 3) * 2**20 // 10 + before
     held = torch.zeros(ballast, dtype=torch.uint8)
     run = memory("auto", budget)
-    said, peaks = [run.set_dial()], []
+    said, peaks = [run.set_checkpointing()], []
     for step, (tokens,) in enumerate(token_batches(5, rows=ROWS * dist.get_world_size(), length=LENGTH)):
         rows = tokens.chunk(dist.get_world_size())[dist.get_rank()]
         lisa.on_step_begin()
