@@ -32,6 +32,13 @@ def _store_quantized(values, codes, offsets, mask, scales, block, block_is_here,
     tl.store(scales + block, scale, mask=block_is_here)
 
 
+@triton.jit
+def _word(words, number: tl.constexpr):
+    """One of the four words of a counter; Triton 3.2 takes no computed index of a tuple."""
+    first, second, third, fourth = words
+    return first if number == 0 else second if number == 1 else third if number == 2 else fourth
+
+
 @triton.jit(do_not_specialize=["seed", "parameter", "draw"])
 def _adamw(
     weight,
@@ -114,7 +121,7 @@ def _adamw(
             if weight.dtype.element_ty == tl.bfloat16:  # rounded here, as Triton's interpreter would cut it off
                 number = value.to(tl.int32, bitcast=True)
                 if STOCHASTIC:
-                    word = words[row // 2].to(tl.uint32)
+                    word = _word(words, row // 2).to(tl.uint32)
                     bits = ((word >> 16) if row % 2 else (word & 0xFFFF)).to(tl.int32)
                 else:
                     bits = 0x7FFF + ((number >> 16) & 1)  # to the nearest, ties to even
