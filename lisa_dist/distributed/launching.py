@@ -7,14 +7,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 import psutil
+from deepspeed.accelerator import get_accelerator
 
 from lisa_dist.distributed.ranks import free_port
 from lisa_dist.errors import UserError
 
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _RANK = ["-u", "-m", "lisa_dist.cli"]  # how the launcher starts one
 
 
@@ -35,13 +36,40 @@ def launch_if_asked(argv: Sequence[str], verb: str, check: Callable[[Sequence[st
         raise UserError(f"--gpus {number}: RANK is set, so a launcher has started this process already: leave it out.")
     rest = [*words[:at], *words[at + 2 :]]
     check(rest)
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", number]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *_device_words(int(number))]
     launcher += ["--master_port", str(free_port()), "--no_local_rank", "--module", "lisa_dist.cli", verb]
+    environment = {name: value for name, value in os.environ.items() if name != _VISIBLE}
     # In a session of its own: an interrupt from the keyboard comes to the ranks once, through here.
-    child = subprocess.Popen([*launcher, *rest], start_new_session=True)
+    child = subprocess.Popen([*launcher, *rest], start_new_session=True, env=environment)
     for stop in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(stop, lambda received, frame: _pass_on(child.pid, received))
     raise SystemExit(child.wait())
+
+
+def _device_words(number: int) -> list[str]:
+    """The launcher's words for ranks on the first `number` GPUs that CUDA_VISIBLE_DEVICES shows.
+
+    The launcher knows GPUs by their index on the host, and ignores the variable when it is told a number of them.
+    """
+    by_number = ["--num_gpus", str(number)]
+    if get_accelerator().device_name() == "cpu":
+        return by_number
+    if _VISIBLE not in os.environ:
+        if number > (count := get_accelerator().device_count()):
+            raise UserError(f"--gpus {number}: this host has {count} GPUs.")
+        return by_number
+    visible = [index.strip() for index in os.environ[_VISIBLE].split(",") if index.strip()]
+    if number > len(visible):
+        raise UserError(
+            f"--gpus {number}: {_VISIBLE}={os.environ[_VISIBLE]} shows {len(visible)} GPUs; show more, or give "
+            f"--gpus {len(visible)}."
+        )
+    if not all(index.isdigit() for index in visible):
+        raise UserError(
+            f"--gpus {number} with {_VISIBLE}={os.environ[_VISIBLE]}: the deepspeed launcher takes indices of GPUs "
+            f"alone; give those, or start torchrun --nproc_per_node {number} launch/train.py."
+        )
+    return ["--include", f"localhost:{','.join(visible[:number])}"]
 
 
 def end_process() -> NoReturn:

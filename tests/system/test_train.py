@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -401,6 +402,53 @@ def test_ranks_that_cannot_be_started(monkeypatch, words, variables, said):
         launch_if_asked(words, "train", run_parser().check)
     assert said in str(error.value)
     assert launch_if_asked(["--max_steps", "3"], "train", run_parser().check) == ["--max_steps", "3"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "words"),
+    [(None, ["--num_gpus", "2"]), ("4,5", ["--include", "localhost:4,5"]), ("7, 3,1", ["--include", "localhost:7,3"])],
+)
+def test_ranks_are_on_the_gpus_that_are_visible(monkeypatch, visible, words):
+    started = []
+
+    def popen(command, env, **_):
+        started.append((command, env))
+        return SimpleNamespace(pid=0, wait=lambda: 0)
+
+    on_gpus(monkeypatch, visible)
+    monkeypatch.setattr(launching.subprocess, "Popen", popen)
+    monkeypatch.setattr(launching.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit):
+        launch_if_asked(["--gpus", "2"], "train", lambda rest: None)
+    ((command, environment),) = started
+    assert command[3:5] == words
+    assert "CUDA_VISIBLE_DEVICES" not in environment  # the launcher sets it for each rank
+
+
+@pytest.mark.parametrize(
+    ("visible", "said"),
+    [
+        (None, "--gpus 9: this host has 8 GPUs."),
+        ("4,5", "--gpus 9: CUDA_VISIBLE_DEVICES=4,5 shows 2 GPUs; show more, or give --gpus 2."),
+        (",".join(f"GPU-{n}" for n in range(9)), "the deepspeed launcher takes indices of GPUs alone; give those, or "),
+    ],
+)
+def test_more_ranks_than_gpus_are_refused(monkeypatch, visible, said):
+    on_gpus(monkeypatch, visible)
+    with pytest.raises(ValueError, match="--gpus 9") as error:
+        launch_if_asked(["--gpus", "9"], "train", lambda rest: None)
+    assert said in str(error.value)
+
+
+def on_gpus(monkeypatch, visible: str | None) -> None:
+    """A host with eight GPUs."""
+    accelerator = SimpleNamespace(device_name=lambda: "cuda", device_count=lambda: 8)
+    monkeypatch.setattr(launching, "get_accelerator", lambda: accelerator)
+    monkeypatch.delenv("RANK", raising=False)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
 
 
 @pytest.mark.parametrize(("world_size", "steps"), [(1, 6), (2, 3), (6, 1)])
