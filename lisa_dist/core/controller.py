@@ -39,6 +39,7 @@ from lisa_dist.core.run_state import STATE_VERSION, changed_settings
 from lisa_dist.core.sampling import ActiveSet
 from lisa_dist.core.selection import BlockSelection
 from lisa_dist.core.warmup import ActivationWarmup
+from lisa_dist.distributed.devices import use_own_device
 from lisa_dist.optim.states import CopyStream, HostStates, PartitionKey, PartitionState, Piece, states_to_carry
 from lisa_dist.zero.cpu_ops import release_shared_memory
 from lisa_dist.zero.overrides import override_construction
@@ -80,6 +81,7 @@ class LisaController:
         self._warmup: ActivationWarmup | None = None
         self._begun_step = -1  # the last step that on_step_begin has seen
         if dist.is_initialized():
+            use_own_device()
             settings = [config.to_dict(), self.selection.weights, len(self.blocks.layers)]
             self._compare(settings, "have other --lisa_* settings or another model")
         self._activate()

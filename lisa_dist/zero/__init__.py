@@ -35,6 +35,10 @@ initialize_ds_offload                     attaches hooks to all modules        r
   the optimizer, during a switch:                                              a second one breaks checkpointing with
   rebuild.py                                                                   frozen layers.
                                                                                test_frozen_embedding_with_checkpointing
+empty_cache                               empties the allocator's cache once   nothing: each time the host would wait
+  the accelerator, during a switch:       a group                              for the device and for copies of kept
+  rebuild.py                                                                   states.
+                                                                               test_a_switch_waits_for_nothing_else
 LinearFunctionForZeroStage3               keeps the inputs of frozen weights   keeps those of trained weights: most
   process-wide, on stage 3: stage3.py     for the backward pass                activations of frozen layers go.
                                                                                test_a_plan_is_what_a_step_allocates
