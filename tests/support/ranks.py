@@ -62,7 +62,7 @@ def start_script(
     `folder` is where it runs, `output` takes what it prints. Where imports are tested, a new interpreter is the way.
     """
     arguments = (str(path), list(words), str(output), environment, str(folder))
-    process = _context().Process(target=_run_script, args=arguments, daemon=True)
+    process = rank_context().Process(target=_run_script, args=arguments, daemon=True)
     process.start()
     return process
 
@@ -83,7 +83,7 @@ def stop_ranks() -> None:
 class _Pool:
     def __init__(self, world_size: int, interpret: bool):
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn") if interpret else _context()
+        context = multiprocessing.get_context("spawn") if interpret else rank_context()
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
@@ -143,7 +143,8 @@ def without_collection():
         gc.collect = collect
 
 
-def _context() -> BaseContext:
+def rank_context() -> BaseContext:
+    """How processes begin that have imported what ranks import."""
     context = multiprocessing.get_context(START_METHOD)
     if START_METHOD == "forkserver":
         context.set_forkserver_preload(PRELOADED)
