@@ -5,6 +5,7 @@ mutant, in a copy of the tree, is given to the tests that execute its line, the 
 processes that have imported all that is not the library's fork a child for each.
 
     python tests/mutants.py --only zero --count 20 --seed 1
+    python tests/mutants.py --at lisa_dist/zero/layout.py:54 --budget 600       those of one line, and more tests
 """
 
 import argparse
@@ -29,9 +30,9 @@ ROOT = Path(__file__).parents[1]
 # The folders of tests/unit that matter to a room of lisa_dist, the nearest first.
 ROOMS = {
     "core": ("core", "checkpoint", "train"),
-    "zero": ("zero", "core", "checkpoint"),
+    "zero": ("zero", "core", "checkpoint", "train"),
     "optim": ("optim", "core", "checkpoint"),
-    "checkpoint": ("checkpoint", "train"),
+    "checkpoint": ("checkpoint", "train", "commands"),
 }
 FLIPS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -296,6 +297,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=ROOMS, help="the one room to change")
     parser.add_argument("--count", type=int, default=150, help="how many mutants")
+    parser.add_argument("--at", nargs="+", metavar="PATH:LINE", help="of the chosen ones those of these lines alone")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--budget", type=float, default=60, help="seconds of tests, as they are, for each mutant")
     parser.add_argument("--workers", type=int, default=2)
@@ -304,6 +306,7 @@ def main() -> None:
     paths = [path for room in rooms for path in sorted((ROOT / "lisa_dist" / room).glob("*.py"))]
     made = [mutant for path in paths for mutant in mutants_of(path)]
     chosen = random.Random(flags.seed).sample(made, min(flags.count, len(made)))
+    chosen = [mutant for mutant in chosen if not flags.at or f"{mutant.path}:{mutant.line}" in flags.at]
     begun, survivors, timeouts, done = time.monotonic(), [], 0, 0
     with tempfile.TemporaryDirectory(prefix="lisa_dist_mutants_") as folder, contextlib.ExitStack() as stack:
         workers = [Worker(Path(folder), str(number)) for number in range(flags.workers)]

@@ -3,6 +3,7 @@
 import json
 
 import deepspeed
+import numpy
 import pytest
 import torch
 from cells import full
@@ -13,7 +14,8 @@ from torch import distributed as dist
 import lisa_dist
 from lisa_dist.checkpoint.resume import load_checkpoint
 from lisa_dist.checkpoint.save import save_checkpoint
-from lisa_dist.core.movement import MOVEMENT_LOG
+from lisa_dist.core.blocks import Block
+from lisa_dist.core.movement import MOVEMENT_LOG, SAMPLE, _BlockSample
 
 INTERVAL, LR = 3, 1e-3
 
@@ -73,6 +75,15 @@ def check_against_copies(ds_config: str, folder: str) -> list[dict]:
                     assert value > 0
                     assert line["blocks"][name][figure] == pytest.approx(value, rel=within), name
     return lisa.movement.lines
+
+
+def test_the_sample_of_a_large_block_has_no_period():
+    """A period of the sample's would meet one of the matrix's width."""
+    block = Block("embed", {"weight": torch.nn.Parameter(torch.empty(512, 4 * SAMPLE // 512))})
+    (positions,) = _BlockSample(block).positions
+    assert len(positions) == SAMPLE
+    assert (positions // 4 == numpy.arange(SAMPLE)).all()  # one of every four
+    assert len(set(numpy.diff(positions))) > 4
 
 
 @pytest.mark.parametrize("ds_config", [full("zero2"), "zero3"])

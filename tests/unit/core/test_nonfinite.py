@@ -67,6 +67,20 @@ def spoil_a_step(ds_config: str, dtype: torch.dtype, policy: str, spoil: str, fo
     return said
 
 
+def spoil_the_last_step() -> str:
+    engine, lisa = lisa_dist.initialize(tiny_llama().to(torch.bfloat16), "zero2", lisa_dist.LisaConfig())
+    for index, (tokens,) in enumerate(token_batches(2, rows=4)):
+        step(engine, lisa, tokens, "gradient" if index == 1 else None)
+    with pytest.raises(RuntimeError, match="not finite") as error:
+        lisa.close()
+    engine.destroy()
+    return str(error.value)
+
+
+def test_a_spoilt_last_step_is_said_at_the_end():
+    assert run_ranks(spoil_the_last_step, 1)[0].startswith("step 2, period 0")
+
+
 @pytest.mark.parametrize(
     ("ds_config", "dtype", "spoil"),
     [

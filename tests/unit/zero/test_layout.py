@@ -10,8 +10,9 @@ import lisa_dist
 from lisa_dist.optim.states import Piece
 from lisa_dist.zero.layout import ALIGNMENT_FACTOR, partition_numel, pieces_of_group
 
-# Sizes that no number of ranks here divides, one smaller than the number of ranks, and none.
+# Sizes that no number of ranks here divides, one smaller than the number of ranks, and ends where partitions end.
 GROUPS = [[("a", 7), ("b", 12), ("c", 1), ("d", 30)], [("a", 64)], [("a", 3)], [("a", 1), ("b", 2)]]
+GROUPS += [[("a", 12), ("b", 12), ("c", 24)]]
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=str)

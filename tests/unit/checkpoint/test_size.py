@@ -1,0 +1,33 @@
+"""The size of a checkpoint by calculation."""
+
+import pytest
+from models import save_tiny_llama
+from transformers import AutoModelForCausalLM
+
+from lisa_dist.checkpoint.size import checkpoint_bytes
+
+
+def test_weights_in_their_precision_and_twelve_bytes_for_each_active_element(tmp_path):
+    save_tiny_llama(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    total = model.num_parameters()
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    flags = {"model_name_or_path": str(tmp_path), "bf16": "false"}
+    assert checkpoint_bytes(flags) == (4 * total, 12 * (total - 4 * layer))  # two of six layers
+    assert checkpoint_bytes(flags | {"bf16": True}) == (2 * total, 12 * (total - 4 * layer))
+    assert checkpoint_bytes(flags | {"lisa_activated_layers": "9"}) == (4 * total, 12 * total)
+    assert checkpoint_bytes(flags | {"method": "full"}) == (4 * total, 12 * total)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({}, "--save_within needs the run's --model_name_or_path"),
+        ({"method": "lora", "model_name_or_path": "model"}, "--save_within with --method lora"),
+        ({"model_name_or_path": "no/such-model"}, "--model_name_or_path no/such-model: no such folder"),
+    ],
+)
+def test_what_has_no_size_is_refused(flags, said):
+    with pytest.raises(ValueError, match="--") as error:
+        checkpoint_bytes(flags)
+    assert said in str(error.value)
