@@ -80,5 +80,6 @@ def test_a_trainer_on_two_gpus(tmp_path, ds_config):
             assert outcome["problems"] == []
         memory = json.loads((tmp_path / "out" / "lisa_memory.json").read_text())
         measured, planned = memory["measured"], memory["planned"]
-        assert measured["static"] == pytest.approx(planned["static"], rel=0.02)
+        # Each tensor is rounded up to 512 bytes, which is much of a tiny one.
+        assert planned["static"] <= measured["static"] <= 1.05 * planned["static"]
         assert measured["peak"] <= planned["peak"]  # on a GPU TRL computes logits of positions with a label alone
