@@ -20,7 +20,8 @@ def compare_ranks(value: object, what_differs: str, where: str) -> None:
     mine = torch.tensor([digest], dtype=torch.int64, device=get_accelerator().current_device_name())
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
-    differing = [rank for rank, theirs in enumerate(every) if theirs.item() != every[0].item()]
+    digests = torch.cat(every).tolist()  # at once: each look at a device's tensor waits for it
+    differing = [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]
     if differing:
         raise RuntimeError(
             f"{where}: ranks {differing} {what_differs} than rank 0 (this is rank {dist.get_rank()}): all ranks need "

@@ -62,6 +62,8 @@ _prepare_fp32_grad_for_sub_group          (stages 1, 2: step() does, where     -
   LisaAdamW, --lisa_offload: step.py      this returns None) and casts to      test_nothing_is_copied_before_or_behind
                                           fp32                                 _the_one_pass,
                                                                                test_blocks_with_their_states_on_the_host
+unscale_and_clip_grads                    asks the device for each group       asks it for none, with the same bits.
+  stages 1, 2: gradients.py               whether the norm is a number         test_a_step_waits_for_the_norm_alone
 unscale_and_clip_grads                    multiplies the whole gradient        LisaAdamW: gives the kernel the factor;
   LisaAdamW, --lisa_offload: step.py                                           --lisa_offload: moves the norm there.
                                                                                test_the_loss_scale_of_fp16_is_folded_in

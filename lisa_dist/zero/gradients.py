@@ -4,6 +4,7 @@ The embedding's gradient is the largest tensor of a step. A copy of it in fp64, 
 is 4 GiB for Llama-3.1-8B on one GPU: more than anything else of a step. All results are DeepSpeed's to the bit.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,6 +40,29 @@ def norms_with_one_collective(zero: Any, stage: Stage) -> dict[str, Callable]:
     if stage.is_stage_3:
         return {"_get_norm_groups": norms_of_groups}
     return {"scaled_global_norm": lambda: combine_grad_norm_groups(norms_of_groups())}
+
+
+def scale_without_waiting(zero: Any) -> Callable[[Any, torch.Tensor | None], None]:
+    """A replacement for `unscale_and_clip_grads` of stages 1 and 2, which is called for each parameter group.
+
+    DeepSpeed's own asks the device each time whether the norm is a number, and LISA has two groups for every block that
+    trains. Here a norm that is none becomes infinite on the device, which scales as DeepSpeed's answer does.
+    """
+
+    def unscale_and_clip(gradients: Any, total_norm: torch.Tensor | None) -> None:
+        scale: Any = zero.loss_scale
+        if zero.clip_grad > 0.0:
+            assert total_norm is not None
+            is_number = torch.isfinite(total_norm) & (total_norm >= 0)
+            norm = torch.where(is_number, total_norm, math.inf)
+            scale = torch.clamp((norm / zero.loss_scale + 1e-6) / zero.clip_grad, min=1.0) * zero.loss_scale
+        elif scale == 1.0:
+            return
+        for gradient in gradients:
+            for part in gradient if isinstance(gradient, list) else [gradient]:
+                part.data.mul_(1.0 / scale)
+
+    return unscale_and_clip
 
 
 def sent_in_chunks(zero: Any, stage: Stage) -> dict[str, Any]:

@@ -74,6 +74,8 @@ def override_optimizer(engine: deepspeed.DeepSpeedEngine, stage: Stage, pieces: 
     """
     zero = engine.optimizer
     replacements: dict[str, Callable] = {}
+    if not stage.is_stage_3:
+        replacements["unscale_and_clip_grads"] = gradients.scale_without_waiting(zero)
     host_groups = frozenset(index for index, group in enumerate(zero.optimizer.param_groups) if group.get("lisa_host"))
     if isinstance(zero.optimizer, LisaAdamW):
         replacements |= step.one_pass_step(engine, stage, pieces)

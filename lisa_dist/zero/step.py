@@ -12,6 +12,7 @@ DeepSpeed's step takes the norm of all gradients and then, group by group, on ea
 Source of the order: `DeepSpeedZeroOptimizer.step`, `DeepSpeedZeroOptimizer_Stage3.step`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 
 from lisa_dist.optim.adamw import PartitionStep
 from lisa_dist.optim.states import Piece
+from lisa_dist.zero.gradients import scale_without_waiting
 from lisa_dist.zero.stages import Stage
 
 
@@ -81,7 +83,7 @@ def gradient_scale(zero: Any, stage: Stage, total_norm: torch.Tensor | None) -> 
     """
     scale = torch.ones(1, device=zero.device)
     if not stage.is_stage_3:
-        type(zero).unscale_and_clip_grads(zero, [scale], total_norm)
+        scale_without_waiting(zero)([scale], total_norm)
         return scale
     # Stage 3's own scales the whole gradient that it finds at the master, so its formula stands here once more.
     combined = zero.loss_scale
@@ -115,7 +117,10 @@ def host_step(zero: Any, stage: Stage, host_groups: frozenset[int]) -> dict[str,
     The norm has been taken on the device by then. The rest follows from where the master is: AdamW runs on the host,
     and the copy of the new weights goes to the device.
     """
-    optimizer_class, unscale = type(zero), type(zero).unscale_and_clip_grads
+    optimizer_class = type(zero)
+    unscale: Callable[[Any, torch.Tensor | None], None] = scale_without_waiting(zero)
+    if stage.is_stage_3:
+        unscale = functools.partial(optimizer_class.unscale_and_clip_grads, zero)
 
     def gradients_on_host(index: int) -> torch.Tensor | None:
         flat = optimizer_class._get_preflattened_grad_partition(zero, index)
@@ -137,7 +142,7 @@ def host_step(zero: Any, stage: Stage, host_groups: frozenset[int]) -> dict[str,
 
     def unscale_where_gradients_are(index_or_gradients: Any, total_norm: torch.Tensor | None) -> None:
         gradient = stage.masters(zero)[index_or_gradients].grad if stage.is_stage_3 else index_or_gradients[0]
-        unscale(zero, index_or_gradients, None if total_norm is None else total_norm.to(gradient.device))
+        unscale(index_or_gradients, None if total_norm is None else total_norm.to(gradient.device))
 
     if stage.is_stage_3:
         return {

@@ -59,7 +59,6 @@ CONTEXT = _Context()
 def install(seed: int = 0) -> None:
     """Make this process believe that it has a GPU, from now on. `seed` is of when late work is finished."""
     CLOCKS.random.seed(seed)
-    torch.version.cuda = "12.8"
     for name, answer in _ANSWERS.items():
         setattr(torch.cuda, name, answer)
     for name in ("get_rng_state", "set_rng_state", "get_rng_state_all", "set_rng_state_all"):
