@@ -24,7 +24,8 @@ class StepMeter:
     """`with StepMeter(lisa) as meter:` around one whole optimizer step, or `start` and `stop`; then `meter.parts`.
 
     Of several micro-batches the first one's forward pass is measured, and the peak of all. The step should not be the
-    first of its period, which allocates the moments. `parts` is None where no whole step was run.
+    first of its period, which allocates the moments. `parts` is None where no whole step was run. On a GPU logits are
+    among the activations.
     """
 
     def __init__(self, lisa: LisaController) -> None:
@@ -48,8 +49,11 @@ class StepMeter:
         self._static = self._now()
         self._engine.backward, self._engine.optimizer.step = self._end_forward, self._end_backward
         self._begin_phase()
-        self._tracker.__enter__()
-        self._is_tracking = True
+        # A GPU's allocator counts by itself, and kernels that are compiled as they are called (flex attention) cannot
+        # be under the tracker.
+        if not self._on_gpu:
+            self._tracker.__enter__()
+            self._is_tracking = True
 
     def stop(self) -> None:
         """End the measurement after the step, and set `parts`."""
@@ -93,8 +97,6 @@ class StepMeter:
             self._after_forward = self._now()
             self._logits = self._tracker.bytes["logits"]
             self._gathered = self._partitions.gathered_bytes()
-            if self._on_gpu:  # the allocator counts by itself, but cannot tell logits from activations
-                self._stop_tracking()
         return self._backward(*args, **kwargs)
 
     def _end_backward(self, *args: Any, **kwargs: Any) -> Any:

@@ -47,6 +47,10 @@ class MemoryParts:
         absent = ("gradients",) if is_backward else ("activations", "logits", "gathered")
         return self.to_dict() | dict.fromkeys(absent, 0)
 
+    def with_logits_as_activations(self) -> "MemoryParts":
+        """As a GPU is measured, whose allocator does not tell what it is asked for."""
+        return replace(self, activations=self.activations + self.logits, logits=0)
+
     def with_host(self, host: dict[str, int]) -> "MemoryParts":
         """Device and host (the parts of `plan_memory`) as one, which is what they are on CPU."""
         lasting = sum(host.values()) - host.get(GROUP_GRADIENTS, 0)

@@ -150,6 +150,8 @@ class RunMemory:
             return None
         measured = self._measured
         planned, host, problem = self._plan_measured_step(measured)
+        if planned is not None and self._engine.device.type == "cuda":
+            planned = planned.with_logits_as_activations()
         workload = measured.workload
         return {
             "step": measured.step,
