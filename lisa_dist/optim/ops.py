@@ -7,6 +7,12 @@ forces either. The kernel is the torch operator `lisa_dist::adamw_`, so that com
 import functools
 import importlib.util
 import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,10 +79,13 @@ def _choose(device_type: str, forced: str, interpreted: bool) -> tuple[str, str]
                 f"{VARIABLE}=triton on {device_type}: Triton's kernels run on CUDA, and elsewhere in its interpreter "
                 "alone (TRITON_INTERPRET=1, slow); leave the variable out."
             )
+        if not interpreted and (missing := why_no_compiler()):
+            raise UserError(f"{VARIABLE}=triton: {missing}, or leave the variable out.")
         return "triton", f"{VARIABLE}=triton"
     if device_type != "cuda":
         return "torch", "no CUDA device"
     version, missing = _import_triton()
+    missing = missing or why_no_compiler()
     return ("torch", missing) if missing else ("triton", f"Triton {version}")
 
 
@@ -90,6 +99,29 @@ def _import_triton() -> tuple[str, str]:
     except (ImportError, OSError, RuntimeError) as error:
         return "", f"Triton cannot be imported ({' '.join(str(error).split())})"
     return triton.__version__, ""
+
+
+@functools.cache
+def why_no_compiler() -> str:
+    """Why Triton cannot launch a kernel where it can be imported, or nothing.
+
+    At its first launch it compiles C that includes Python.h, with the compiler that is looked for here.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return "there is no C compiler, which Triton needs: apt install gcc, or set CC"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "line.c"
+        source.write_text("#include <Python.h>\n", encoding="utf-8")
+        command = [*shlex.split(compiler), "-fsyntax-only", "-I", sysconfig.get_path("include"), str(source)]
+        try:
+            compiled = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            return f"the C compiler {compiler} cannot be run ({error.strerror}), which Triton needs: set CC"
+    if compiled.returncode:
+        first = next((line for line in compiled.stderr.splitlines() if "error" in line), compiled.stderr.strip())
+        return f"{compiler} cannot compile with Python.h, which Triton needs: apt install python3-dev ({first})"
+    return ""
 
 
 def adamw_step(tensors: StepTensors, numbers: StepNumbers) -> None:

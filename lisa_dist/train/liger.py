@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, TrainingArguments
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
+from lisa_dist.optim.ops import why_no_compiler
 
 FUSED_LOSS = "fused_linear_cross_entropy"
 
@@ -58,6 +59,8 @@ def _patch_parameters(model_type: str) -> dict[str, bool]:
     """The kernels that Liger has for a type of model, and whether each is on by default."""
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError("--use_liger_kernel True: its Triton kernels need a CUDA device; leave it out.")
+    if torch.cuda.is_available() and (missing := why_no_compiler()):
+        raise UserError(f"--use_liger_kernel True: {missing}, or leave the flag out.")
     if importlib.util.find_spec("liger_kernel") is None:
         raise UserError(
             "--use_liger_kernel True: liger-kernel is not installed; pip install 'lisa_dist[gpu]', or leave it out."

@@ -29,6 +29,7 @@ from lisa_dist.run_folder import write_run
 from lisa_dist.train.arguments import ALL_LINEAR, LisaOptimizerNames, ModelArguments, RunConfig
 from lisa_dist.train.attention import choose_attention, packs_documents
 from lisa_dist.train.checks import precision_of_arguments
+from lisa_dist.train.chunked_loss import choose_loss_kernels
 from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 from lisa_dist.train.layer_norms import LayerNorms
 from lisa_dist.train.liger import FUSED_LOSS, check_liger
@@ -69,11 +70,12 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
     data = load_examples(config.data, config.training, tokenizer)
     _check_same_data(config.data, data)
     config = _for_trl(config, attention)
+    loss = choose_loss_kernels()
     trainer = build_trainer(config, tokenizer, data)
     with together(output_dir):
         if trainer.is_world_process_zero():
             write_run(output_dir, record_of_run(config, words, trainer.model, data.lines), resumes=bool(resume_from))
-    trainer.accelerator.print(describe_run(config, f"{attention} ({reason})", template))
+    trainer.accelerator.print(describe_run(config, f"{attention} ({reason})", template, loss))
     trainer.accelerator.print("\n".join(["data", *(f"  {line}" for text in data.lines for line in text.split("\n"))]))
     trainer.train(resume_from_checkpoint=resume_from)
     return _finish(trainer, output_dir)

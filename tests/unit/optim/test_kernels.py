@@ -220,6 +220,41 @@ def test_bits_belong_to_elements_and_not_to_cuts():
     assert random_bits(2**33, 5, **choice).tolist() != whole[:5].tolist(), "the upper word of the counter counts"
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"PATH": ""}, "there is no C compiler, which Triton needs: apt install gcc, or set CC"),
+        ({"CC": "no-such-compiler"}, "the C compiler no-such-compiler cannot be run (No such file or directory)"),
+        ({"CC": "false"}, "false cannot compile with Python.h, which Triton needs: apt install python3-dev"),
+    ],
+    ids=["none", "absent", "without Python.h"],
+)
+def test_where_triton_cannot_compile_torch_takes_its_place(monkeypatch, variables, said):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for cached in (backend._choose, backend.why_no_compiler):
+        cached.cache_clear()
+    try:
+        kernels, why = backend.choose_kernels("cuda")
+        assert kernels == "torch"
+        assert why.startswith(said)
+        monkeypatch.setenv(backend.VARIABLE, "triton")
+        with pytest.raises(ValueError, match="LISA_DIST_KERNELS=triton: ") as error:
+            backend.choose_kernels("cuda")
+        assert said in str(error.value)
+    finally:
+        for cached in (backend._choose, backend.why_no_compiler):
+            cached.cache_clear()
+
+
+def test_a_compiler_that_works_is_no_reason():
+    backend.why_no_compiler.cache_clear()
+    assert backend.why_no_compiler() == ""
+
+
 def test_bits_are_evenly_spread():
     bits = random_bits(0, 1 << 20, seed=0, parameter=0, draw=0)
     assert bits.min() >= 0
