@@ -48,7 +48,8 @@ setup(
         *SHOWN,
     ],
     extras_require={
-        "gpu": ["flash-attn>=2.6,<3", *LIGER],
+        "gpu": LIGER,
+        "flash": ["flash-attn>=2.6,<3"],  # by itself, after the rest: its build and its metadata import torch
         "eval": EVAL,
         "quickstart": QUICKSTART,
         "dev": DEV + QUICKSTART,

@@ -18,15 +18,9 @@ _NEEDED = ("torch", "deepspeed", "transformers", "accelerate", "trl", "datasets"
 _OPTIONAL = ("triton", "flash-attn", "flash-attn-3", "liger-kernel")
 # What a run may lack: a module or a program, what for, where from, and whether only a GPU has a use for it.
 _WORTH_HAVING = (
-    ("flash_attn", "attention of packed rows at full speed", "pip install 'lisa_dist[gpu]' --no-build-isolation", True),
+    ("flash_attn", "attention of packed rows at full speed", "pip install flash-attn --no-build-isolation", True),
     ("liger_kernel", "--use_liger_kernel: no logits in memory", "pip install 'lisa_dist[gpu]'", True),
     ("triton", "fused steps of --optim lisa_adamw", "pip install triton (a CUDA torch brings it)", True),
-    (
-        "nvcc",
-        "offload by DeepSpeed: its CPU AdamW is built",
-        "CUDA's toolkit of torch's version, and CUDA_HOME",
-        True,
-    ),
     ("ninja", "building DeepSpeed's operators", "pip install ninja, and its folder on PATH", False),
     ("c++", "building DeepSpeed's operators", "apt install g++", False),
     ("pdsh", "deepspeed --hostfile on several hosts", "apt install pdsh", False),

@@ -36,7 +36,7 @@ class _Flash:
 _FLASH = {
     "flash_attention_2": _Flash(
         "flash-attn", "2.3.3", "flash_attn.bert_padding", range(8, 99), "an Ampere GPU or newer",
-        "pip install 'lisa_dist[gpu]'",
+        "pip install flash-attn --no-build-isolation",
     ),
     "flash_attention_3": _Flash(
         "flash-attn-3", "3.0.0b0", "flash_attn_interface", range(9, 10), "a Hopper GPU",

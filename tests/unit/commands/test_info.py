@@ -32,14 +32,14 @@ def test_kernels_and_attention_come_with_reasons(monkeypatch, capsys):
 
 
 def test_what_is_missing_comes_with_the_way_to_get_it(monkeypatch, capsys):
-    monkeypatch.setattr(info.shutil, "which", lambda name: None if name in ("pdsh", "c++", "nvcc") else f"/bin/{name}")
+    monkeypatch.setattr(info.shutil, "which", lambda name: None if name in ("pdsh", "c++") else f"/bin/{name}")
     monkeypatch.setattr(info, "find_spec", lambda name: None)
     said = lines_of(say(monkeypatch, capsys, "info"))
     missing = [line for line in said if line.startswith("missing")]
     assert missing == [
         "missing: c++ for building DeepSpeed's operators; apt install g++",
         "missing: pdsh for deepspeed --hostfile on several hosts; apt install pdsh",
-    ], "nvcc is of no use without a GPU"
+    ]
 
 
 def test_a_gpu_has_more_uses(monkeypatch, capsys):
@@ -52,7 +52,7 @@ def test_a_gpu_has_more_uses(monkeypatch, capsys):
     monkeypatch.setattr(info, "find_spec", lambda name: None)
     monkeypatch.setattr(info.shutil, "which", lambda name: None)
     said = "\n".join(lines_of(say(monkeypatch, capsys, "info")))
-    for name in ("flash-attn for attention of packed rows", "nvcc for offload", "triton for", "wandb for"):
+    for name in ("flash-attn for attention of packed rows", "triton for", "wandb for"):
         assert f"missing: {name}" in said
     assert "devices a GPU (80.00 GiB), a GPU (80.00 GiB)" in said
     monkeypatch.setattr(info.shutil, "which", lambda name: f"/bin/{name}")

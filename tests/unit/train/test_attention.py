@@ -280,7 +280,7 @@ LEAVE = "leave the flag out for SDPA."
         ("flash_attention_4", AMPERE, True, LlamaConfig(), f"flash-attn-4 needs a Hopper GPU or newer; {LEAVE}"),
         (
             "flash_attention_2", AMPERE, True, LlamaConfig(),
-            f"flash-attn is not installed; pip install 'lisa_dist[gpu]', or {LEAVE}",
+            f"flash-attn is not installed; pip install flash-attn --no-build-isolation, or {LEAVE}",
         ),
         (
             "flash_attention_3", HOPPER, True, LlamaConfig(),
