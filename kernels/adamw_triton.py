@@ -32,13 +32,6 @@ def _store_quantized(values, codes, offsets, mask, scales, block, block_is_here,
     tl.store(scales + block, scale, mask=block_is_here)
 
 
-@triton.jit
-def _word(words, number: tl.constexpr):
-    """One of the four words of a counter; Triton 3.2 takes no computed index of a tuple."""
-    first, second, third, fourth = words
-    return first if number == 0 else second if number == 1 else third if number == 2 else fourth
-
-
 @triton.jit(do_not_specialize=["seed", "parameter", "draw"])
 def _adamw(
     weight,
@@ -82,7 +75,7 @@ def _adamw(
     if STOCHASTIC:
         counter = tile * ROW + column
         zero = tl.zeros_like(column)
-        words = tl.philox(
+        word0, word1, word2, word3 = tl.philox(  # by name: Triton 3.2 takes no index of a tuple
             seed, counter.to(tl.int32), (counter >> 32).to(tl.int32), zero + draw.to(tl.int32), zero + parameter
         )
     for row in tl.static_range(ROWS):
@@ -121,7 +114,14 @@ def _adamw(
             if weight.dtype.element_ty == tl.bfloat16:  # rounded here, as Triton's interpreter would cut it off
                 number = value.to(tl.int32, bitcast=True)
                 if STOCHASTIC:
-                    word = _word(words, row // 2).to(tl.uint32)
+                    if row // 2 == 0:
+                        word = word0.to(tl.uint32)
+                    elif row // 2 == 1:
+                        word = word1.to(tl.uint32)
+                    elif row // 2 == 2:
+                        word = word2.to(tl.uint32)
+                    else:
+                        word = word3.to(tl.uint32)
                     bits = ((word >> 16) if row % 2 else (word & 0xFFFF)).to(tl.int32)
                 else:
                     bits = 0x7FFF + ((number >> 16) & 1)  # to the nearest, ties to even
