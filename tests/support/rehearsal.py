@@ -3,8 +3,8 @@
     python tests/support/rehearsal.py '{"kind": "loop", "ds_config": "zero2"}'
 
 What a rank finds: `problems`, texts; of a loop `losses`, a `digest` of weights and states, and what a step and a switch
-made the host wait for. The kinds: "loop", a DeepSpeed loop of one's own; "train", `lisa-dist train` with flags; "arms",
-arms of the benchmark for GPUs; "fault", a function of tests/unit/support/test_simulated_gpu.py.
+made the host wait for. The kinds: "loop", a DeepSpeed loop of one's own; "train", `lisa-dist train` with flags;
+"fault", a function of tests/unit/support/test_simulated_gpu.py.
 """
 
 import hashlib
@@ -164,10 +164,6 @@ def loop(
         "losses": losses,
         "digest": digest(engine, lisa),
         "counts": {when: dict(found) for when, found in counts.items()},
-        "pinned_asked": MEMORY.pinned_asked,
-        "pinned_reserved": MEMORY.pinned_reserved,
-        "peak": MEMORY.peak,
-        "layers": [record.layers for record in lisa.records],
     }
 
 
