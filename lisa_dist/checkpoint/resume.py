@@ -3,9 +3,11 @@
 On the same number of ranks the run continues bit for bit. A file that is damaged is found before anything is changed.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import distributed as dist
 
 from lisa_dist.checkpoint.folders import STATE_NAME, checkpoints_by_age, remove_leftovers
@@ -14,6 +16,7 @@ from lisa_dist.checkpoint.save import FORMAT
 from lisa_dist.checkpoint.weights import has_weights, read_weights
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.controller import LisaController
+from lisa_dist.core.groups import split_by_decay
 from lisa_dist.core.movement import MOVEMENT_FILE
 from lisa_dist.distributed.collectives import check_files, raise_together
 from lisa_dist.errors import UserError
@@ -68,8 +71,24 @@ def _load_states(
             fields = {MASTER: fields[MASTER]}
             without_moments.append(key)
         partitions.load_state(key, fields)
-    lisa.keep_states(lambda key, pieces, numel: saved.read(key, pieces, numel, coding))
+    lisa.host_states.clear()
+    for group, key, params in _kept_partitions(lisa):
+        kept, numel = partitions.layout(params)
+        fields = saved.read(key, kept, numel, coding)
+        if fields is not None:
+            lisa.host_states.put(key, partitions.state_of(group, kept, fields), kept)
     return without_moments
+
+
+def _kept_partitions(lisa: LisaController) -> Iterator[tuple[str, PartitionKey, list[torch.nn.Parameter]]]:
+    """Inactive partitions whose states wait on the host, by the name of a parameter group of their form."""
+    if lisa.config.lisa_state != "keep" or lisa.config.lisa_activated_layers == 0:  # inactive layers stay so
+        return
+    for block in lisa.selection.inactive(lisa.active):
+        name = block.name if block.name in lisa.block_visit_counts else "slot0"
+        for kind, params in split_by_decay(block).items():
+            (key,) = lisa.selection.names_of([params])
+            yield f"{name}/{kind}", key, params
 
 
 def _load_movement(

@@ -17,7 +17,7 @@ period would be lost.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import deepspeed
 import torch
@@ -29,7 +29,6 @@ from lisa_dist.core.agreement import broadcast_active_set, compare_ranks
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import check_checkpointing, let_backward_end
 from lisa_dist.core.engine_checks import check_engine
-from lisa_dist.core.groups import split_by_decay
 from lisa_dist.core.guards import InactiveWeights, MissedSwitchGuard, NonfiniteGuard
 from lisa_dist.core.importance import observe_layers
 from lisa_dist.core.live_bytes import live_tensor_bytes
@@ -312,25 +311,6 @@ class LisaController:
         get_accelerator().synchronize()  # copies to the host are not waited for
         states, pieces = self.partitions.states(), self.partitions.pieces()
         return states | self.host_states.states, pieces | self.host_states.pieces
-
-    def keep_states(self, read: Callable[[PartitionKey, list[Piece], int], dict | None]) -> None:
-        """Fill the host's states of inactive blocks from `read`, which gives a partition's saved fields or None."""
-        self.host_states.clear()
-        for group, key, params in self._inactive_groups():
-            pieces, numel = self.partitions.layout(params)
-            fields = read(key, pieces, numel)
-            if fields is not None:
-                self.host_states.put(key, self.partitions.state_of(group, pieces, fields), pieces)
-
-    def _inactive_groups(self) -> Iterator[tuple[str, PartitionKey, list[torch.nn.Parameter]]]:
-        """Groups whose states wait on the host, by the name of a parameter group of their form."""
-        if self.config.lisa_state != "keep" or self.config.lisa_activated_layers == 0:  # inactive layers stay so
-            return
-        for block in self.selection.inactive(self.active):
-            name = block.name if block.name in self.block_visit_counts else "slot0"
-            for kind, params in split_by_decay(block).items():
-                (key,) = self.selection.names_of([params])
-                yield f"{name}/{kind}", key, params
 
     def state_dict(self) -> dict:
         """Everything that a resumed run needs to activate the same layers before it loads the optimizer."""

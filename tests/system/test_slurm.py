@@ -37,7 +37,8 @@ STAND_IN = """#!/usr/bin/env bash
 set -eu
 check() {
     echo "check $SLURM_NODEID"
-    until [ "$MODE" != checking ] || [ -n "${SLURM_RESTART_COUNT:-}" ] || [ -e "$OUTPUT_DIR/go" ]; do sleep 0.05; done
+    # Not by scancel, which ends before the signal has come: this one has, when the check ends.
+    [ "$MODE$SLURM_NODEID${SLURM_RESTART_COUNT:-}" != checking0 ] || kill -USR1 "$SCRIPT"
 }
 case "$*" in
 "-m lisa_dist check "*) [ "$MODE" != "unfit" ] || exit 3; check; exit ;;
@@ -341,15 +342,14 @@ def test_a_signal_is_answered_whenever_it_comes(cluster, stand_in, tmp_path):
         variables = {"ACTIVATE": stand_in, "MODE": mode}
         if mode == "between":
             variables = {"ACTIVATE": f"{stand_in}; {between}", "MODE": "save"}
+        if mode == "checking":
+            variables["ACTIVATE"] += "; export SCRIPT=$$"
         words = ("--ntasks-per-node", "1", "--gpus-per-node", "1", "--cpus-per-task", "1")
         jobs[mode] = submit(cluster, "train_preemptible", tmp_path / mode, *words, **variables)
     for mode, number in jobs.items():
-        if mode == "between":
-            continue
-        begun = "check" if mode == "checking" else "train"
-        cluster.until(lambda m=mode, b=begun: log(tmp_path / m).count(b) == 2, PATIENCE, f"{begun} of {mode}")
-        cluster.run("scancel", "--batch", "--signal", "USR1", number)
-    (tmp_path / "checking" / "out" / "go").touch()
+        if mode not in ("between", "checking"):
+            cluster.until(lambda m=mode: log(tmp_path / m).count("train") == 2, PATIENCE, f"train of {mode}")
+            cluster.run("scancel", "--batch", "--signal", "USR1", number)
     cluster.until(lambda: log(tmp_path / "full").count("train") == 4, PATIENCE, "second start of full")
     cluster.run("scancel", "--batch", "--signal", "USR1", jobs["full"])
     for mode, number in jobs.items():

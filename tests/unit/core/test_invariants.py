@@ -434,7 +434,8 @@ def train_with_offload(ds_config: str, settings: dict) -> dict:
     for key, is_hosted in zip(lisa.partitions.keys(), hosted, strict=True):
         if key and is_hosted:  # on CPU the host is the device, but a copy it must be
             assert storage_of(lisa.partition_states()[key].master) not in weights
-    assert any(hosted) == bool(settings["lisa_offload"]) == ("unscale_and_clip_grads" in vars(engine.optimizer))
+    replaced = vars(engine.optimizer).keys() & {"_get_preflattened_grad_partition", "_prepare_fp32_grad_for_sub_group"}
+    assert any(hosted) == bool(settings["lisa_offload"]) == bool(replaced)
     on_host = {group["lisa_group"].split("/")[0] for group in engine.optimizer.param_groups if group.get("lisa_host")}
     engine.destroy()
     return {
