@@ -44,8 +44,8 @@ LinearFunctionForZeroStage3               keeps the inputs of frozen weights   k
                                                                                test_a_plan_is_what_a_step_allocates
 update_recompute_parameters               partitions a recomputed layer again  keeps the layer whole until its backward
   process-wide, on stage 3: stage3.py     after its last matrix                pass is done: one gather less a step.
-                                                                               test_stage_3_does_not_gather_for
-                                                                               _gradients_that_nobody_wants
+                                                                               test_a_recomputed_layer_stays_gathered
+                                                                               _until_its_backward_pass_is_done
 scaled_global_norm, _get_norm_groups      an all-reduce a group, and a copy    one all-reduce, and chunks; the norms
   without optimizer offload and model     in fp64 of each whole gradient       are the same to the bit.
   parallelism: gradients.py                                                    test_a_norm_taken_in_chunks_is_the_norm

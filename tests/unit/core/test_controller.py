@@ -18,6 +18,7 @@ from lisa_dist.core.agreement import broadcast_active_set
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.sampling import ActiveSet, sample_period
 from lisa_dist.zero import overrides, stages
+from lisa_dist.zero.stage3 import forget_module_order
 
 pytestmark = pytest.mark.usefixtures("cpu_ops")
 
@@ -314,7 +315,8 @@ def test_rank_0_draws_for_all():
 
 
 def restore_state() -> None:
-    engine, lisa = start("zero2", lisa_seed=7)
+    settings = {"lisa_seed": 7, "lisa_wake_warmup_steps": 1}
+    engine, lisa = start("zero2", **settings)
     first = lisa.active_layers
     for (tokens,) in token_batches(5, rows=4):
         lisa.on_step_begin()
@@ -322,11 +324,12 @@ def restore_state() -> None:
     state = json.loads(json.dumps(lisa.state_dict()))
     assert state["period"] == 2
     assert set(lisa.active_layers) != set(first), "the test needs other layers than period 0's"
+    assert state["woken"], "groups in the middle of their warm-up"
     engine.destroy()
     # Before the engine exists, and with an engine that already is partitioned for another set.
     for attached in (False, True):
         model = tiny_llama(seed=9)
-        other = LisaController(model, lisa_dist.LisaConfig(lisa_interval_steps=2, lisa_seed=7))
+        other = LisaController(model, lisa_dist.LisaConfig(lisa_interval_steps=2, **settings))
         if not attached:
             other.load_state_dict(state)
         engine, _ = engine_for(model, other)
@@ -335,6 +338,7 @@ def restore_state() -> None:
         other.attach(engine)
         if attached:
             other.load_state_dict(state)
+            assert other.state_dict()["woken"] == state["woken"]
         assert other.active_layers == lisa.active_layers
         assert other.visit_counts == lisa.visit_counts
         held = {name for key in other.partition_states() for name in key}
@@ -452,6 +456,8 @@ def orders_of_modules(settings: dict) -> list[tuple[int, bool]]:
         micro_step(engine, tokens[0])
         if step and step % 3 == 2:
             assert coordinator.is_complete_trace(), "learnt within the period"
+    forget_module_order(engine)
+    assert coordinator.is_invalid_trace()
     engine.destroy()
     return found
 
