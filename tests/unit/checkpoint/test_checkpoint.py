@@ -3,6 +3,8 @@
 Every resume begins from other initial weights than the run had, so that what is not restored is seen.
 """
 
+import contextlib
+import io
 import json
 import resource
 import shutil
@@ -17,7 +19,7 @@ from ranks import run_ranks
 from torch import distributed as dist
 
 import lisa_dist
-from lisa_dist.checkpoint.folders import STATE_NAME, rotate_checkpoints
+from lisa_dist.checkpoint.folders import STATE_NAME, rotate_checkpoints, staging_folder
 from lisa_dist.checkpoint.resume import find_checkpoint, load_checkpoint, read_state
 from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.files import write_json
@@ -258,7 +260,10 @@ def damage_each_file(folder: str) -> list[str]:
             dist.barrier()
             with pytest.raises(ValueError, match=name) as error:
                 load_checkpoint(lisa, newest)
-            assert find_checkpoint(folder)[0] == newest.with_name("checkpoint-2"), (name, how)
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                assert find_checkpoint(folder)[0] == newest.with_name("checkpoint-2"), (name, how)
+            warning = f"warning: {newest} is passed over: {error.value}\n"
+            assert printed.getvalue() == (warning if dist.get_rank() == 0 else "")
             problems.append(f"{name} {how}: {error.value}")
             dist.barrier()
             if dist.get_rank() == 0:
@@ -357,6 +362,10 @@ def resume_with_other_settings(folder: str) -> None:
     begun = {group["lisa_group"] for group, key in zip(groups, lisa.partitions.keys(), strict=True) if key in fresh}
     assert lowered == begun, "what begins with fresh moments warms up"
     lisa.close()
+    moved = everything(engine, lisa)["model.embed_tokens.weight"] - before["model.embed_tokens.weight"]
+    if dist.get_rank() == 0:
+        (line,) = lisa.movement.lines
+        assert line["blocks"]["embed"]["update"] == pytest.approx(moved.norm().item()), "since the resume alone"
     engine.destroy()
     dist.barrier()
     lines = (Path(folder) / "lisa_log.jsonl").read_text().splitlines()
@@ -430,6 +439,20 @@ def go_back_with_kept_states(folder: str) -> None:
 
 def test_a_run_that_goes_back_forgets_states_kept_since(tmp_path):
     run_ranks(go_back_with_kept_states, 2, str(tmp_path))
+
+
+def test_a_rank_that_does_not_write_leaves_the_staging_folder_alone(tmp_path):
+    """Another rank of the same file system may have begun to fill it."""
+    with staging_folder(tmp_path / "checkpoint-2", writes=False) as staging:
+        assert not staging.exists()
+    staging.mkdir()
+    with staging_folder(tmp_path / "checkpoint-2", writes=False):
+        pass
+    assert staging.is_dir()
+    (staging / "model.safetensors").touch()
+    with staging_folder(tmp_path / "checkpoint-2", writes=True):
+        assert not list(staging.iterdir())
+    assert not staging.exists()
 
 
 def test_rotation_keeps_what_was_just_written_and_the_best(tmp_path):

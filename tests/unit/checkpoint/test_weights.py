@@ -9,14 +9,16 @@ from cells import full
 from models import tiny_gpt2, tiny_llama, tiny_mixtral, token_batches
 from ranks import run_ranks
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
 import lisa_dist
 from lisa_dist.checkpoint.export import export_checkpoint
 from lisa_dist.checkpoint.save import save_checkpoint
-from lisa_dist.checkpoint.weights import write_configs, write_weights
+from lisa_dist.checkpoint.weights import _check_same_model, _fill_shards, _open_weights, write_configs, write_weights
 from lisa_dist.commands.export import main as export_main
+from lisa_dist.core.blocks import find_blocks
 from lisa_dist.ds_config import read_ds_config
 
 pytestmark = pytest.mark.usefixtures("cpu_ops")
@@ -38,7 +40,9 @@ def train_and_save(folder: str, ds_config: str, build, dtype: torch.dtype, max_s
     if dist.get_rank() == 0:
         out.mkdir()
         write_configs(engine.module, out)
+        (out / "model-00001-of-00099.safetensors").touch()
     write_weights(engine, lisa.blocks, out, dist.get_rank() == 0, max_shard_size, original_names=True)
+    assert not (out / "model-00001-of-00099.safetensors").exists(), "a shard of an earlier save"
     import deepspeed
 
     parameters = dict(engine.module.named_parameters())
@@ -77,6 +81,26 @@ def test_from_pretrained_loads_what_was_trained(tmp_path, ds_config, build, dtyp
             keys = {key for path in files for key in safe_open(path, framework="pt").keys()}  # noqa: SIM118
             assert "model.layers.0.block_sparse_moe.experts.1.w2.weight" in keys, "the names that the hub's files have"
     assert not list((tmp_path / "exported").glob("lisa_*"))
+
+
+def test_shards_are_filled_to_the_last_byte():
+    model = tiny_llama()
+    limit = 2 * sum(value.nbytes for value in model.model.layers[0].parameters())
+    shards = _fill_shards(model, find_blocks(model), limit)
+    sizes = [sum(value.nbytes for tensors in parts for value in tensors.values()) for parts in shards]
+    assert sizes[1:-1] == [limit, limit], "behind the embedding and one layer, before one layer and the head"
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    model, path = tiny_llama(tied=True), tmp_path / "model.safetensors"
+    parameters = dict(model.named_parameters())
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    assert weights.keys() - parameters.keys() == {"lm_head.weight"}, "the second name of the tied matrix"
+    save_file(weights, path)
+    _check_same_model(model, parameters, _open_weights(tmp_path), tmp_path, same_dtype=True)
+    save_file(weights | {"model.more.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"1 of its tensors are not in the model, such as model\.more\.weight"):
+        _check_same_model(model, parameters, _open_weights(tmp_path), tmp_path, same_dtype=True)
 
 
 def test_an_export_is_refused_where_it_cannot_be_right(tmp_path, capsys):

@@ -305,7 +305,7 @@ def test_blocks_with_their_states_on_the_host(ds_config, settings):
 
 
 @pytest.mark.usefixtures("cpu_ops")
-@pytest.mark.parametrize("ds_config", stages("zero2", "zero3", "zero3_offload"))
+@pytest.mark.parametrize("ds_config", stages("zero2", "zero3", "zero2_offload", "zero3_offload"))
 def test_a_norm_taken_in_chunks_is_the_norm(ds_config):
     accumulation = 2 if "offload" in ds_config else 1
     whole, chunks = (run_ranks(norms_of_steps, 2, ds_config, size, accumulation)[0] for size in (1 << 30, 300))
