@@ -118,7 +118,6 @@ STAGE_3 = Stage(
         "_offload_grad_partition_at_boundary",
         "fp16_partitioned_groups_flat",
         "_reassign_or_swap_out_partitioned_parameters",
-        "_unflatten_partitioned_parameters",
     ),
     offload_names=("grad_position", "norm_for_param_grads"),
 )

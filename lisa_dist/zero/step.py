@@ -56,18 +56,16 @@ def one_pass_step(engine: deepspeed.DeepSpeedEngine, stage: Stage, pieces: list[
         stage.masters(zero)[index].grad = prepare(index)
         zero.averaged_gradients[index] = None
 
-    def unflatten_written_weights(index: int) -> None:
+    def skip_written_weights(index: int) -> None:  # the parameters' partitions are views of them
         master, weights = stage.masters(zero)[index], stage.flat_weights(zero, index)
-        if master.device == weights.device:
-            zero._unflatten_partitioned_parameters(index)
-        else:
+        if master.device != weights.device:
             type(zero)._reassign_or_swap_out_partitioned_parameters(zero, index)
 
     if stage.is_stage_3:
         return {
             "unscale_and_clip_grads": set_gradient_scale,
             "_prepare_fp32_grad_for_sub_group": prepare_sub_group,
-            "_reassign_or_swap_out_partitioned_parameters": unflatten_written_weights,
+            "_reassign_or_swap_out_partitioned_parameters": skip_written_weights,
         }
     return {
         "unscale_and_clip_grads": set_gradient_scale,
