@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 # The folders of tests/unit that matter to a room of lisa_dist, the nearest first.
 ROOMS = {
     "core": ("core", "checkpoint", "train"),
-    "zero": ("zero", "core", "checkpoint", "train"),
+    "zero": ("zero", "optim", "core", "checkpoint", "train"),
     "optim": ("optim", "core", "checkpoint"),
     "checkpoint": ("checkpoint", "train", "commands"),
 }
