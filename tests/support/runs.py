@@ -26,7 +26,6 @@ def start(how: str, flags: list[str]) -> str:
     train = str(ROOT / "launch" / "train.py")
     command = {
         "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), train],
-        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), train],
         "python": [sys.executable, train],
         "lisa-dist": [str(BIN / "lisa-dist"), "train", "--gpus", "2"],
     }[how]

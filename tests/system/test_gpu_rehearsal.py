@@ -16,7 +16,6 @@ LOOPS = [
     {"ds_config": "zero2", "lisa_state": "keep", "saves": True} | SAMPLED,
     {"ds_config": "zero3", "world_size": 2, "checkpointed": 3, "saves": True} | OVERLAP,
     full({"ds_config": "zero1", "accumulation": 2}),
-    full(KEPT),
     full({"ds_config": "zero2", "world_size": 2, "dtype": "fp32", "optim": "lisa_adamw"}),
     full({"ds_config": "zero2_offload", "world_size": 2, "accumulation": 2} | OVERLAP),
     full({"ds_config": "zero3_offload", "checkpointed": 6, "saves": True} | OVERLAP),
@@ -39,10 +38,11 @@ def test_a_loop_has_no_problem(settings):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("settings", [LOOPS[0], KEPT, FETCHED], ids=name_of)
+@pytest.mark.parametrize("settings", [KEPT, FETCHED], ids=name_of)
 def test_it_does_not_matter_when_copies_are_finished(settings):
     late, early = (rehearse(**settings, early=chance, seed=1) for chance in (0, 1))
     for one, other in zip(late, early, strict=True):
+        assert one["problems"] == other["problems"] == []
         assert (one["losses"], one["digest"]) == (other["losses"], other["digest"])
 
 

@@ -133,9 +133,8 @@ def test_they_share_files_and_a_network_and_leave_nothing(tmp_path):
     assert not Path(f"/dev/shm/{tmp_path.name}").exists()
 
 
-@pytest.mark.parametrize("launch", [start_torchrun, start_deepspeed], ids=["torchrun", "deepspeed"])
-def test_two_hosts_compute_what_one_does(hosts, folder, on_one_host, tmp_path, launch):
-    for launcher in launch(hosts, flags_for(folder, tmp_path / "out", **CHANGES), tmp_path):
+def test_two_hosts_compute_what_one_does(hosts, folder, on_one_host, tmp_path):
+    for launcher in start_deepspeed(hosts, flags_for(folder, tmp_path / "out", **CHANGES), tmp_path):
         assert launcher.wait(timeout=PATIENCE) == 0, said(tmp_path)
     assert "node1: rank 0; node2: rank 1; CPU" in said(tmp_path)
     assert f"gloo over eth0 ({ADDRESSES['node1']})" in said(tmp_path)

@@ -71,8 +71,7 @@ main()
     [
         ("lisa-dist", {"deepspeed": "zero1"}),
         full("deepspeed", {"deepspeed": "zero3", "bf16": True, "sample_prompt": "1 + 1?"} | SMALLEST),
-        full("torchrun", {"deepspeed": "zero2_offload"}),
-        full("python", {}),
+        full("python", {"deepspeed": "zero2_offload"}),  # torchrun: test_hosts.py
     ],
 )
 def test_every_way_of_starting(folder, tmp_path, how, changes):
