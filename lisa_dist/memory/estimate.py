@@ -248,9 +248,16 @@ class _Step:
         sizes = {True: 0, False: 0}
         for group, partition in zip(self.groups, self._partitions, strict=True):
             if (group.on_host or self._offloads) == on_host:
-                has_master = group.on_host or not steps_weights(self.optim, self.master, self.run.workload.dtype)
+                has_master = group.on_host or not self._steps_weights
                 sizes[group.always_on] += state_bytes(partition, group.bits, self.optim, 4 if has_master else 0)
         return sizes
+
+    @property
+    def _steps_weights(self) -> bool:
+        """Whether groups on the device have no masters; without LISA, DeepSpeed does without on stage 3 alone."""
+        if self._offloads or (self.plain and self._stage < 3):
+            return False
+        return steps_weights(self.optim, self.master, self.run.workload.dtype)
 
     # Gradients and buffers
 
@@ -317,6 +324,8 @@ class _Step:
             for rank, kept_bytes in self._kept_gradients.items()
             for is_last in {True, self._stage == 1 or not self.accumulates}
         ]
+        if self._stage == 1 and self.settings.overlap_comm:
+            return max(backward_peak(self.trace, reduction, self.accumulates) for reduction in reductions)
         if self._stage == 1:
             return max(
                 backward_peak_stage_1(self.trace, self._trained, reduction, self.accumulates)

@@ -35,8 +35,12 @@ class Reduction:
         return sum(other.parameter.numel() for other in waiting) + arrival.parameter.numel() > self.bucket_numel
 
 
-def backward_peak(trace: StepTrace, reduction: Reduction) -> int:
-    """The most bytes at any time of the forward and backward pass, on top of what exists between steps."""
+def backward_peak(trace: StepTrace, reduction: Reduction, accumulates: bool = False) -> int:
+    """The most bytes at any time of the forward and backward pass, on top of what exists between steps.
+
+    `accumulates`, on stage 1: gradients are added to whole ones of earlier micro-batches, each of which goes then.
+    """
+    earlier = sum(arrival.nbytes for arrival in trace.arrivals) if accumulates else 0
     bucket = kept = 0
     waiting: list[Arrival] = []
     peaks: list[int] = []
@@ -50,19 +54,20 @@ def backward_peak(trace: StepTrace, reduction: Reduction) -> int:
             return
         kept_after = reduction.kept_after(waiting, kept)
         during = max(kept + reduction.scratch(waiting), kept_after)
-        peaks.append(other_bytes + bucket + waiting_outside_bucket() + during)
+        peaks.append(other_bytes + earlier + bucket + waiting_outside_bucket() + during)
         kept = kept_after
         waiting.clear()
 
     gathered = reduction.gathered(None)
     for arrival in trace.arrivals:
-        peaks.append(arrival.peak_before + gathered + bucket + waiting_outside_bucket() + kept)
+        peaks.append(arrival.peak_before + earlier + gathered + bucket + waiting_outside_bucket() + kept)
         bucket, gathered = reduction.bucket_bytes, reduction.gathered(arrival)
         if reduction.overflows(waiting, arrival):
             reduce(arrival.now + gathered)
         clone = arrival.nbytes if reduction.clones_large and reduction.is_large(arrival) else 0
-        peaks.append(arrival.now + clone + gathered + bucket + waiting_outside_bucket() + kept)
+        peaks.append(arrival.now + earlier + clone + gathered + bucket + waiting_outside_bucket() + kept)
         waiting.append(arrival)
+        earlier -= arrival.nbytes if accumulates else 0
     peaks.append(trace.peak_after + gathered + bucket + waiting_outside_bucket() + kept)
     reduce(trace.now)
     return max(peaks)
@@ -71,7 +76,7 @@ def backward_peak(trace: StepTrace, reduction: Reduction) -> int:
 def backward_peak_stage_1(
     trace: StepTrace, params: Sequence[torch.nn.Parameter], reduction: Reduction, accumulates: bool
 ) -> int:
-    """The same for stage 1: all gradients wait until the last has arrived, and are reduced in the order of `params`.
+    """The same for stage 1 without overlap: all wait until the last has arrived, and are reduced as `params` lie.
 
     `accumulates`: those of a later micro-batch are added to those of the earlier ones, which wait.
     """

@@ -11,8 +11,8 @@ _SMALLEST_QUANTIZED = 4096  # elements of a partition that bitsandbytes quantize
 
 
 def steps_weights(optim: str, master: str, weights: torch.dtype) -> bool:
-    """Whether the optimizer steps the weights themselves, without a master."""
-    return optim == LISA_ADAMW and (weights == torch.float32 or master != "fp32")
+    """Whether the optimizer steps the weights themselves, on the device, without a separate master."""
+    return weights == torch.float32 or (optim == LISA_ADAMW and master != "fp32")
 
 
 def state_bytes(partition: int, bits: int, optim: str, master: int = 4) -> int:

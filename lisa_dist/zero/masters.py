@@ -1,8 +1,8 @@
 """Where each master lives: on the device, on the host, or in the weights themselves.
 
-DeepSpeed clones an fp32 master from the weights of every group. Where LisaAdamW steps weights of the masters' dtype,
-the clone would be a second copy of the same numbers: the master becomes a view of the weights. The master of a group
-whose block is in --lisa_offload goes to the host.
+DeepSpeed clones an fp32 master from the weights of every group; LisaAdamW may be without, and have bf16 masters. Of
+weights of the masters' dtype the clone would be a second copy of the same numbers: the master becomes a view of the
+weights. The master of a group whose block is in --lisa_offload goes to the host.
 
 All clones are on the device for a moment, at the start and in a switch, when there are no gradients and no activations.
 """
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.zero.stages import Stage
 
 
@@ -38,13 +37,13 @@ def state_initializer(stage: Stage, original: Callable[[Any], None]) -> Callable
 def place_masters(zero: Any, stage: Stage) -> None:
     """Replace each master that belongs on the host, or that the weights can take the place of."""
     masters: list[Any] = stage.masters(zero)
-    groups, steps_weights = zero.optimizer.param_groups, isinstance(zero.optimizer, LisaAdamW)
+    groups = zero.optimizer.param_groups
     if len(masters) != len(groups):  # stage 3 has cut groups into sub-groups, which LISA refuses later
         return
     for index, (group, master) in enumerate(zip(groups, masters, strict=True)):
         if group.get("lisa_host"):
             placed: Any = master.detach().to("cpu", copy=True)  # in fp32 stage 3's master is the weights themselves
-        elif steps_weights and _same_kind(master, stage.flat_weights(zero, index)):
+        elif _same_kind(master, stage.flat_weights(zero, index)):
             placed = stage.flat_weights(zero, index).detach()
         else:
             continue

@@ -15,7 +15,6 @@ import torch
 from packaging.version import Version
 
 from lisa_dist.errors import UserError
-from lisa_dist.optim.adamw import LisaAdamW
 
 SUPPORTED_DEEPSPEED = ("0.19.8", "0.20")  # from, up to but not including
 _INSTALL = "pip install 'deepspeed>={},<{}'".format(*SUPPORTED_DEEPSPEED)
@@ -67,9 +66,7 @@ class Stage:
         return list.__getitem__(zero.parallel_partitioned_bit16_groups, index)[rank]
 
     def master_is_weights(self, zero: Any, index: int) -> bool:
-        """Whether LisaAdamW steps the weights of a group themselves, without a separate master."""
-        if not isinstance(zero.optimizer, LisaAdamW):
-            return False
+        """Whether the optimizer steps the weights of a group themselves, without a separate master."""
         return self.masters(zero)[index].data_ptr() == self.flat_weights(zero, index).data_ptr()
 
     def alignment(self, zero: Any) -> int:

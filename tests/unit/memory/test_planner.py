@@ -95,6 +95,7 @@ def ds_config_of(name: str, settings: dict) -> dict:
     if "bucket" in settings:
         config["zero_optimization"]["reduce_bucket_size"] = settings["bucket"]
     config["zero_optimization"]["stage"] = settings.get("stage", config["zero_optimization"]["stage"])
+    config["zero_optimization"]["overlap_comm"] = settings.get("overlap", True)
     return config
 
 
@@ -140,7 +141,8 @@ SETTINGS = [
     ("zero3", 2, torch.bfloat16, {}),
     ("zero3", 2, torch.bfloat16, FROZEN),
     full("zero3", 2, torch.bfloat16, {"tied": True, "checkpointing": True}),
-    full("zero1", 2, torch.bfloat16, {"accumulation": 2}),
+    full("zero1", 2, torch.bfloat16, {"accumulation": 2, "words": 8192}),
+    full("zero1", 2, torch.bfloat16, {"accumulation": 2, "overlap": False}),
     ("zero2", 2, torch.bfloat16, {"accumulation": 2}),
     full("zero2_offload", 2, torch.bfloat16, {"accumulation": 2}),
     ("zero2", 2, torch.bfloat16, {"lisa_offload": "embed,head"}),
@@ -158,10 +160,12 @@ SETTINGS = [
     full("zero2_offload", 1, torch.float32, FROZEN),
     ("zero3_offload", 2, torch.bfloat16, {"lisa_activated_layers": 1}),
     ("zero1", 2, torch.bfloat16, {"words": 8192}),
+    full("zero1", 2, torch.bfloat16, {"words": 8192, "overlap": False}),
     full("zero1", 1, torch.float32, {"words": 8192, "bucket": 1 << 20} | DRAWN),
     full("zero2_offload", 1, torch.bfloat16, {"words": 8192, "stage": 1}),
+    full("zero2_offload", 1, torch.bfloat16, {"words": 8192, "stage": 1, "overlap": False}),
     full("zero2", 4, torch.float32, {"words": 8192, "bucket": 300_000}),
-    full("zero2", 2, torch.float32, {"words": 8192}),
+    full("zero2", 2, torch.float32, {"words": 8192, "overlap": False}),
     ("zero2", 1, torch.bfloat16, {"words": 8192, "tied": True} | DRAWN),
     full("zero2", 2, torch.bfloat16, {"words": 8192, "accumulation": 2} | DRAWN),
     full("zero2_offload", 1, torch.bfloat16, {"words": 8192, "chunk": 4096} | DRAWN),
