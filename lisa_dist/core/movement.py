@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from deepspeed.accelerator import get_accelerator
 from safetensors.numpy import load_file, save_file
 from torch import distributed as dist
 
@@ -48,7 +49,7 @@ class WeightMovement:
 
     def restart(self) -> None:
         """Count from the weights of now."""
-        self._start = {name: self._look(name) for name in self._samples}
+        self._start = self._look(self._samples)
         self._latest = dict(self._start)
 
     def write_to(self, folder: str) -> None:
@@ -62,17 +63,15 @@ class WeightMovement:
         self._looked_at = step
         blocks: dict[str, dict[str, float]] = {}
         line = {"period": period, "step": step, "blocks": blocks}
-        for name in trained:
-            now = self._look(name)
-            if dist.get_rank() == 0:
-                norm = self._samples[name].norm
-                moved, at_start = norm(now - self._start[name]), norm(self._start[name])
-                blocks[name] = {
-                    "update": norm(now - self._latest[name]),
-                    "moved": moved,
-                    "relative": moved / at_start if at_start else math.nan,
-                }
-                self._latest[name] = now
+        for name, now in self._look(trained).items():
+            norm = self._samples[name].norm
+            moved, at_start = norm(now - self._start[name]), norm(self._start[name])
+            blocks[name] = {
+                "update": norm(now - self._latest[name]),
+                "moved": moved,
+                "relative": moved / at_start if at_start else math.nan,
+            }
+            self._latest[name] = now
         if dist.get_rank() == 0:
             self._write(line)
 
@@ -99,23 +98,20 @@ class WeightMovement:
                 if began < step:  # else other settings begin a period here
                     self._latest[name] = saved[f"latest:{name}"]
 
-    def _look(self, name: str) -> numpy.ndarray:
-        """The sample of a block now, in fp32; on other ranks than 0 nothing."""
-        sample, rank = self._samples[name], dist.get_rank()
-        sharded = self._partitions.weights_are_sharded
-        if rank != 0 and not sharded:
-            return numpy.empty(0)
-        seen = torch.cat(
-            [
-                _at(self._partitions.local_weights(parameter), where, rank if sharded else 0)
-                for parameter, where in zip(sample.parameters, sample.positions, strict=True)
-            ]
-        )
-        if sharded:
-            seen = seen.to(self._partitions.engine.device)
-            dist.reduce(seen, dst=0)
-        # A copy: a view would keep a tensor alive, among those whose bytes a run accounts for.
-        return seen.cpu().numpy().copy() if rank == 0 else numpy.empty(0)
+    def _look(self, names: Iterable[str]) -> dict[str, numpy.ndarray]:
+        """The samples of blocks now, in fp32; on other ranks than 0 nothing. The host waits once for all of them."""
+        rank, sharded = dist.get_rank(), self._partitions.weights_are_sharded
+        seen = {}
+        for name in names if rank == 0 or sharded else ():
+            local = [self._partitions.local_weights(parameter) for parameter in self._samples[name].parameters]
+            found = self._samples[name].of(local, rank if sharded else 0)
+            if sharded:
+                found = found.to(self._partitions.engine.device)
+                dist.reduce(found, dst=0)
+            if rank == 0:
+                seen[name] = _to_host(found)
+        get_accelerator().synchronize()
+        return {name: numpy.array(found) for name, found in seen.items()}
 
     def _write(self, line: dict) -> None:
         if self._path is not None:
@@ -145,17 +141,31 @@ class _BlockSample:
         self._weights = numpy.concatenate(weights)  # elements that each of the sample stands for
         self.numel = self._weights.size
 
+    def of(self, local: list[torch.Tensor], rank: int) -> torch.Tensor:
+        """The sample in fp32, of what this rank holds of each parameter, with zeros for what others hold."""
+        seen, begin = torch.zeros(self.numel, device=local[0].device), 0
+        for positions, held in zip(self.positions, local, strict=True):
+            first = rank * held.numel()
+            # Positions rise, so those of a shard lie side by side.
+            low, high = numpy.searchsorted(positions, (first, first + held.numel()))
+            index = _to_device(positions[low:high] - first, held.device)
+            seen[begin + low : begin + high] = held.detach().view(-1).index_select(0, index)
+            begin += len(positions)
+        return seen
+
     def norm(self, sampled: numpy.ndarray) -> float:
         """The L2 norm of the whole block, by its sample."""
         return math.sqrt(float(self._weights @ numpy.square(sampled, dtype=numpy.float64)))
 
 
-def _at(local: torch.Tensor, positions: numpy.ndarray, rank: int) -> torch.Tensor:
-    """Elements of a parameter in fp32 at positions of the whole, zeros where another rank's shard has them."""
-    local = local.detach().view(-1)
-    first = rank * local.numel()
-    mine = (positions >= first) & (positions < first + local.numel())
-    seen = torch.zeros(len(positions), dtype=torch.float32, device=local.device)
-    where = torch.from_numpy(positions[mine] - first).to(local.device)
-    seen[torch.from_numpy(mine).to(local.device)] = local[where].float()
-    return seen
+def _to_device(indices: numpy.ndarray, device: torch.device) -> torch.Tensor:
+    """Indices on a device, which does not wait for them; in 32 bits where those are enough."""
+    narrow = torch.from_numpy(indices if indices.max(initial=0) >= 2**31 else indices.astype(numpy.int32))
+    return narrow if device.type == "cpu" else narrow.pin_memory().to(device, non_blocking=True)
+
+
+def _to_host(seen: torch.Tensor) -> numpy.ndarray | torch.Tensor:
+    """The values, from a device in pinned memory, to be read when the device has been waited for."""
+    if seen.device.type == "cpu":
+        return seen.numpy().copy()  # a view would keep the tensor alive, among those whose bytes a run accounts for
+    return torch.empty_like(seen, device="cpu", pin_memory=True).copy_(seen, non_blocking=True)

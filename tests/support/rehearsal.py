@@ -163,6 +163,7 @@ def loop(
     return {
         "losses": losses,
         "digest": digest(engine, lisa),
+        "movement": lisa.movement.lines,
         "counts": {when: dict(found) for when, found in counts.items()},
     }
 

@@ -7,6 +7,8 @@ from cells import full
 from models import save_tiny_llama
 from rehearsal import rehearse
 
+from lisa_dist.core.movement import SAMPLE
+
 ALL_8 = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 SAMPLED = {"lisa_always_on": "rest", "lisa_activated_layers": 3}
 KEPT = {"ds_config": "zero2", "world_size": 2, "lisa_state": "keep"}
@@ -42,20 +44,16 @@ def test_it_does_not_matter_when_copies_are_finished(settings):
     late, early = (rehearse(**settings, early=chance, seed=1) for chance in (0, 1))
     for one, other in zip(late, early, strict=True):
         assert one["problems"] == other["problems"] == []
-        assert (one["losses"], one["digest"]) == (other["losses"], other["digest"])
+        for computed in ("losses", "digest", "movement"):
+            assert one[computed] == other[computed], computed
 
 
 def test_a_switch_waits_for_nothing_else():
-    """The host waits for the device, for two compares and a broadcast, and for copies to look at the weights."""
+    """The host waits for the device, once with a look at the weights, and for two compares and a broadcast."""
     counts = rehearse(ds_config="zero2")[0]["counts"]["switch"]
-    assert counts.keys() == {
-        "synchronize",
-        "tolist of a tensor of the device",
-        "copy between host and device",
-        "pageable",
-    }
-    assert counts["synchronize"] == 1
-    assert counts["tolist of a tensor of the device"] == 3
+    pinned = counts.pop("pinned")
+    assert 0 < pinned <= 8 * 5 * SAMPLE  # indices and values of five blocks
+    assert counts == {"synchronize": 2, "tolist of a tensor of the device": 3}
 
 
 def test_a_step_waits_for_the_norm_alone():

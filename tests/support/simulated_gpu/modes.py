@@ -78,6 +78,7 @@ class Operators(TorchDispatchMode):
         is_alike = target.dtype == source.dtype and target.shape == source.shape
         if kinds != {"cuda", "pinned"} or not (is_alike and target.is_contiguous() and source.is_contiguous()):
             return False
+        MEMORY.counts["pinned"] += source.nbytes
         stream = CLOCKS.current.id
         # What this stream writes to the source first is there when the copy begins.
         CLOCKS.finish(stream, MEMORY.last_write(source, stream))
@@ -120,6 +121,8 @@ class Operators(TorchDispatchMode):
         if not asked or pageable:
             MEMORY.counts["pageable"] += sum(tensor.nbytes for tensor in pageable)
             CLOCKS.host_waits(CLOCKS.current.id, "copy between host and device")
+        else:
+            MEMORY.counts["pinned"] += sum(tensor.nbytes for tensor in crossing)
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor, stream: int) -> Any:
