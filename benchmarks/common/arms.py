@@ -353,7 +353,7 @@ class Run:
         kept = 0
         if config.lisa_state == "keep":  # of the layers, which are alike, those that have trained and sleep
             asleep = {layer for layer, times in enumerate(self.lisa.visit_counts) if times} - {*self.active_layers}
-            every = kept_states(run, config, stage.stage, dist.get_world_size(), arm.optim)
+            every = kept_states(run, config, stage.stage, dist.get_world_size(), arm.optim, pinned=False)
             kept = every * len(asleep) // (len(self.blocks.layers) - config.lisa_activated_layers)
         return parts.peak + kept
 

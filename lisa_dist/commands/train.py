@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lisa_dist.commands import exit_on_error
+from lisa_dist.distributed.devices import use_expandable_segments
 from lisa_dist.distributed.launching import end_process, launch_if_asked
 from lisa_dist.distributed.signals import catch_stop_signals
 from lisa_dist.errors import UserError
@@ -21,6 +22,7 @@ def main(words: Sequence[str] | None = None) -> None:
     with exit_on_error("lisa-dist"):
         words = sys.argv[1:] if words is None else words
         words = launch_if_asked(words, "train", check=lambda rest: run_parser().check(rest))
+        use_expandable_segments()
         config = parse_arguments(words)
         if config.run.method == "lisa":
             catch_stop_signals()

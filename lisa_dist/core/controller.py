@@ -138,7 +138,7 @@ class LisaController:
             self.partitions.wait_for_device()
             self._repartition({})
         else:
-            self.partitions.apply_overrides()
+            self.partitions.apply_overrides(self.host_states.copies)
         self._verify()
         release_shared_memory()
         if config.lisa_debug:

@@ -12,6 +12,7 @@ period: the largest blocks that a period may train, with the lowest layers, sinc
 active one where the embedding is frozen.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,10 +35,11 @@ from lisa_dist.memory.gradient_peak import (
     slices_by_rank,
 )
 from lisa_dist.memory.parts import GROUP_GRADIENTS, STATES, WEIGHTS, MemoryParts
-from lisa_dist.memory.state_sizes import state_bytes, steps_weights
+from lisa_dist.memory.state_sizes import state_buffers, state_bytes, steps_weights
 from lisa_dist.memory.trace import Arrival, FakeRun, Group, StepTrace, Trained
 from lisa_dist.optim.build import BITSANDBYTES_ADAMW, LISA_ADAMW, default_state_bits
 from lisa_dist.optim.ops import chunk_bytes, table_bytes
+from lisa_dist.optim.states import pinned_block, pinned_bytes
 from lisa_dist.zero.layout import partition_numel, pieces_of_group, share_numel
 
 # DeepSpeed's defaults, where a config leaves them to it. Elements.
@@ -254,10 +256,9 @@ class _Step:
 
     @property
     def _steps_weights(self) -> bool:
-        """Whether groups on the device have no masters; without LISA, DeepSpeed does without on stage 3 alone."""
-        if self._offloads or (self.plain and self._stage < 3):
-            return False
-        return steps_weights(self.optim, self.master, self.run.workload.dtype)
+        """Whether groups on the device have no masters; DeepSpeed's own always have."""
+        is_lisa = not (self._offloads or self.plain)
+        return is_lisa and steps_weights(self.optim, self.master, self.run.workload.dtype)
 
     # Gradients and buffers
 
@@ -353,18 +354,27 @@ class _Step:
         return partition * (4 + max(self._element if is_copied else 0, adamw))
 
     def _host_step(self) -> int:
-        """On the host, while the largest group on it steps: gradients as they came, in fp32, and AdamW's own."""
-        largest = max(
-            partition for group, partition in zip(self.groups, self._partitions, strict=True) if group.on_host
-        )
+        """On the host, while its largest group steps: gradients as they came, in fp32, AdamW's own, new weights.
+
+        From a GPU the gradients of all its groups come at once, and the weights are cast before they go.
+        """
+        sizes = [partition for group, partition in zip(self.groups, self._partitions, strict=True) if group.on_host]
+        sent = max(sizes) * self._element
+        if not self.on_cpu:
+            sent = sum(pinned_block(size * self._element) for size in (*sizes, max(sizes)))
         if self.optim == LISA_ADAMW:  # takes gradients as they are, wherever they are
-            return 0 if self.on_cpu else largest * self._element
+            return 0 if self.on_cpu else sent
         kind = "bitsandbytes" if self._has_8_bits or self.optim in BITSANDBYTES_ADAMW else self.optim
-        return largest * (self._element + 4 + _HOST_STEP_BYTES[kind])
+        return sent + max(sizes) * (4 + _HOST_STEP_BYTES[kind])
 
 
-def kept_states(run: FakeRun, config: LisaConfig, stage: int, world_size: int, optim: str) -> int:
-    """Host bytes of --lisa_state keep, once every sampled block was active: the states of all that are inactive."""
+def kept_states(
+    run: FakeRun, config: LisaConfig, stage: int, world_size: int, optim: str, *, pinned: bool = True
+) -> int:
+    """Host bytes of --lisa_state keep, once every sampled block was active: the states of all that are inactive.
+
+    `pinned`: in the blocks that torch allocates of pinned memory, as beside a GPU.
+    """
     if config.lisa_activated_layers == 0:  # nothing is sampled, and nothing becomes inactive
         return 0
     sampled = [(name, run.blocks.outer(name)) for name in config.sampled]
@@ -374,16 +384,18 @@ def kept_states(run: FakeRun, config: LisaConfig, stage: int, world_size: int, o
     weights = run.workload.dtype
     master = weights.itemsize if steps_weights(optim, config.lisa_master, weights) else 4
 
-    def group_bytes(name: str, kind: str, params: Sequence[torch.nn.Parameter]) -> int:
+    def buffers_of(name: str, kind: str, params: Sequence[torch.nn.Parameter]) -> list[int]:
         partition = partition_numel([parameter.numel() for parameter in params], stage, world_size)
         bits = int(given.get(name, default))
-        return state_bytes(partition, bits if takes_bits(bits, kind) else default, optim, master)
+        return state_buffers(partition, bits if takes_bits(bits, kind) else default, optim, master)
 
-    sizes = [
-        sum(group_bytes(name, kind, params) for kind, params in split_by_decay(block).items())
+    by_block = [
+        [nbytes for kind, params in split_by_decay(block).items() for nbytes in buffers_of(name, kind, params)]
         for name, block in sampled
     ]
-    return sum(sizes) - sum(sorted(sizes)[: config.lisa_activated_layers])
+    inactive = sorted(by_block, key=sum)[config.lisa_activated_layers :]
+    buffers = Counter(nbytes for buffers in inactive for nbytes in buffers if nbytes)
+    return sum(pinned_bytes(nbytes, count) if pinned else nbytes * count for nbytes, count in buffers.items())
 
 
 def _kept_gradient_numel(group: Group, stage: int, rank: int, world_size: int) -> int:

@@ -6,6 +6,7 @@ then corrects the plan by its error for that step and sets the number again. The
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ class RunMemory:
     """Sets the number of checkpointed layers, measures one step and reports both; every rank calls every method.
 
     `config` is the model's, None for a model or a loss that cannot be planned. `longest` is the largest possible
-    micro-batch. `checkpointed` is --checkpointed_layers, parsed; `budget` the bytes of a device. Raises ValueError
-    where "auto" cannot plan.
+    micro-batch. `checkpointed` is --checkpointed_layers, parsed; `budget` the bytes of a device, and `measure_budget`
+    what they are found to be once a step has run. Raises ValueError where "auto" cannot plan.
     """
 
     def __init__(
@@ -60,11 +61,12 @@ class RunMemory:
         longest: Workload | None,
         checkpointed: int | str | None,
         budget: int | None,
+        measure_budget: Callable[[], int] | None = None,
     ) -> None:
         assert lisa.is_attached, "attach the controller to a DeepSpeed engine first"
         self._lisa, self._engine = lisa, lisa.engine
         self._optim, self._config, self._longest = optim, config, longest
-        self._checkpointed, self._budget = checkpointed, budget
+        self._checkpointed, self._budget, self._measure_budget = checkpointed, budget, measure_budget
         self._model, self._num_layers = self._engine.module, len(lisa.blocks.layers)
         self._ds_config = ds_config
         self._accumulates = self._engine.gradient_accumulation_steps() > 1
@@ -134,6 +136,8 @@ class RunMemory:
         self._measured = _MeasuredStep(step, self._micro_batch, trained, meter.parts)
         if self._checkpointed != AUTO:
             return None
+        if self._measure_budget is not None:
+            self._budget = min(gather(self._measure_budget()))
         planned = self._plan_measured_step(self._measured)[0]
         plan_error = max(gather(meter.parts.peak - planned.peak if planned else 0))
         return f"step {step} took {format_bytes(meter.parts.peak)} at its peak: {self._set_fewest_layers(plan_error)}"

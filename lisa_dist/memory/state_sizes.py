@@ -17,9 +17,14 @@ def steps_weights(optim: str, master: str, weights: torch.dtype) -> bool:
 
 def state_bytes(partition: int, bits: int, optim: str, master: int = 4) -> int:
     """Bytes of the master (`master` bytes an element) and the two moments of a partition of so many elements."""
+    return sum(state_buffers(partition, bits, optim, master))
+
+
+def state_buffers(partition: int, bits: int, optim: str, master: int = 4) -> list[int]:
+    """The same by tensor: the master, and of each moment its values, or its codes, scales and bitsandbytes' table."""
     scales = math.ceil(partition / QUANTIZED_BLOCK) * 4
     if bits == 8 and optim == LISA_ADAMW:
-        return partition * (master + 2) + 2 * scales
+        return [partition * master, *2 * (partition, scales)]
     if bits == 8 and partition >= _SMALLEST_QUANTIZED:
-        return partition * (master + 2) + 2 * (scales + 256 * 4)
-    return partition * (master + 8)
+        return [partition * master, *2 * (partition, scales, 256 * 4)]
+    return [partition * master, *2 * (partition * 4,)]

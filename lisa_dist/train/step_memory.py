@@ -1,5 +1,6 @@
 """A trainer's micro-batches as the memory plan takes them, and the plan of its run."""
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +9,11 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, Trainer, TrainingArguments
 
 from lisa_dist.core.controller import LisaController
+from lisa_dist.distributed.devices import gpu_bytes_for_tensors
 from lisa_dist.memory.run_memory import RunMemory
 from lisa_dist.memory.trace import Workload
 
-RESERVED = 2**30  # bytes of a GPU, for the CUDA context, NCCL and fragments
+RESERVED = 2**30  # bytes of a GPU, for the CUDA context, NCCL and fragments, until a step has shown them
 
 
 class StepWorkload:
@@ -65,9 +67,11 @@ def plan_run_memory(
     checkpointed: int | str | None,
     budget: int | None,
 ) -> RunMemory:
-    """The memory of a trainer's run; without a `budget` in bytes that of the GPU but 1 GiB."""
+    """The memory of a trainer's run; without a `budget` in bytes that of the GPU."""
+    measure_budget = None
     if budget is None and args.device.type == "cuda":
         budget = torch.cuda.get_device_properties(args.device).total_memory - RESERVED
+        measure_budget = functools.partial(gpu_bytes_for_tensors, args.device)
     return RunMemory(
         lisa,
         ds_config,
@@ -76,4 +80,5 @@ def plan_run_memory(
         longest=longest,
         checkpointed=checkpointed,
         budget=budget,
+        measure_budget=measure_budget,
     )

@@ -22,8 +22,8 @@ Every name of DeepSpeed's that is overridden, by `overrides.override` alone, why
 name; when; file of the replacement       DeepSpeed does                       we do instead, and why; the test
 ========================================  ===================================  =====================================
 initialize_optimizer_states               makes a gradient of zeros for every  moves masters of --lisa_offload to the
-  both classes, process-wide, without     master, and drops it                 host, makes LisaAdamW's a view of the
-  optimizer offload: masters.py                                                weights, and makes no gradients: 4 bytes
+  both classes, process-wide, without     master, and drops it                 host, makes those of fp32 weights views
+  optimizer offload: masters.py                                                of them, and makes no gradients: 4 bytes
                                                                                an active element less in a switch.
                                                                                test_a_switch_holds_the_new_masters
                                                                                _beside_the_old_states_and_little_else
@@ -59,18 +59,20 @@ temp_grad_buffer_for_gpu_offload          allocates it at construction         a
   gradients.py
 _get_preflattened_grad_partition,         flattens gradients on the device     LisaAdamW: takes them as they are;
 _prepare_fp32_grad_for_sub_group          (stages 1, 2: step() does, where     --lisa_offload: sends them to the host.
-  LisaAdamW, --lisa_offload: step.py      this returns None) and casts to      test_nothing_is_copied_before_or_behind
-                                          fp32                                 _the_one_pass,
+  LisaAdamW, --lisa_offload: step.py,     this returns None) and casts to      test_nothing_is_copied_before_or_behind
+  host_step.py                            fp32                                 _the_one_pass,
                                                                                test_blocks_with_their_states_on_the_host
 unscale_and_clip_grads                    asks the device for each group       asks it for none, with the same bits.
   stages 1, 2: gradients.py               whether the norm is a number         test_a_step_waits_for_the_norm_alone
 unscale_and_clip_grads                    multiplies the whole gradient        LisaAdamW: gives the kernel the factor;
-  LisaAdamW, --lisa_offload: step.py                                           --lisa_offload: moves the norm there.
-                                                                               test_the_loss_scale_of_fp16_is_folded_in
-_reassign_or_swap_out_partitioned         copies masters to the weights        the kernel has written the weights.
-_parameters,                                                                   test_nothing_is_copied_before_or_behind
-parallel_partitioned_bit16_groups                                              _the_one_pass
-  LisaAdamW: step.py
+  LisaAdamW, --lisa_offload: step.py,                                          --lisa_offload: moves the norm there.
+  host_step.py                                                                 test_the_loss_scale_of_fp16_is_folded_in
+_reassign_or_swap_out_partitioned         copies masters to the weights        LisaAdamW's kernel has written them;
+_parameters,                                                                   --lisa_offload: sends them, pinned.
+parallel_partitioned_bit16_groups                                              test_nothing_is_copied_before_or_behind
+  LisaAdamW, --lisa_offload: step.py,                                          _the_one_pass,
+  host_step.py                                                                 test_a_step_on_the_host_waits_for
+                                                                               _gradients_alone
 ds_opt_adam                               multiplies powers of the betas       records how, for a resume to repeat
   optimizer offload: host_adam.py                                              it to the bit.
                                                                                test_a_resumed_run_is_the_run_with

@@ -42,7 +42,7 @@ def place_masters(zero: Any, stage: Stage) -> None:
         return
     for index, (group, master) in enumerate(zip(groups, masters, strict=True)):
         if group.get("lisa_host"):
-            placed: Any = master.detach().to("cpu", copy=True)  # in fp32 stage 3's master is the weights themselves
+            placed: Any = master.detach().to("cpu", copy=True)
         elif _same_kind(master, stage.flat_weights(zero, index)):
             placed = stage.flat_weights(zero, index).detach()
         else:

@@ -12,8 +12,8 @@ import torch
 from deepspeed.runtime.zero import linear, partitioned_param_coordinator
 
 from lisa_dist.optim.adamw import LisaAdamW
-from lisa_dist.optim.states import Piece
-from lisa_dist.zero import gradients, masters, stage3, step
+from lisa_dist.optim.states import CopyStream, Piece
+from lisa_dist.zero import gradients, host_step, masters, stage3, step
 from lisa_dist.zero.stages import STAGE_1_2, STAGE_3, Stage
 
 # What `override_optimizer` replaces of how gradients are measured and sent, for whatever optimizer.
@@ -67,10 +67,12 @@ def override_stage_3(model: torch.nn.Module) -> None:
     override(partitioned_param_coordinator, "update_recompute_parameters", stage3.keep_until_layer_is_done)
 
 
-def override_optimizer(engine: deepspeed.DeepSpeedEngine, stage: Stage, pieces: list[list[Piece]]) -> None:
+def override_optimizer(
+    engine: deepspeed.DeepSpeedEngine, stage: Stage, pieces: list[list[Piece]], copies: CopyStream
+) -> None:
     """On one ZeRO optimizer, after each construction: gradients, norms and the step, as its settings need them.
 
-    `pieces` are those of this rank's partition of each group.
+    `pieces` are those of this rank's partition of each group; `copies` is for those between host and device.
     """
     zero = engine.optimizer
     replacements: dict[str, Callable] = {}
@@ -78,9 +80,9 @@ def override_optimizer(engine: deepspeed.DeepSpeedEngine, stage: Stage, pieces: 
         replacements["unscale_and_clip_grads"] = gradients.scale_without_waiting(zero)
     host_groups = frozenset(index for index, group in enumerate(zero.optimizer.param_groups) if group.get("lisa_host"))
     if isinstance(zero.optimizer, LisaAdamW):
-        replacements |= step.one_pass_step(engine, stage, pieces)
+        replacements |= step.one_pass_step(engine, stage, pieces, copies)
     elif host_groups:
-        replacements |= step.host_step(zero, stage, host_groups)
+        replacements |= host_step.host_step(zero, stage, host_groups, copies)
     if stage.offloads_optimizer(zero):
         replacements |= gradients.sent_in_chunks(zero, stage)
     elif zero.model_parallel_group is None:  # else the parts of other ranks' matrices count too

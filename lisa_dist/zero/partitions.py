@@ -174,15 +174,15 @@ class ZeroPartitions:
         if not self._stage.is_stage_3:
             self._zero._wait_for_offload_copies()
 
-    def apply_overrides(self) -> None:
+    def apply_overrides(self, copies: CopyStream) -> None:
         """Install our overrides on the optimizer that DeepSpeed built at the start, as after each rebuild."""
-        self._finish({}, CopyStream())
+        self._finish({}, copies)
 
     def repartition(
         self,
         params_of_groups: list[list[torch.nn.Parameter]],
         carried: Mapping[PartitionKey, PartitionState],
-        copies: CopyStream | None = None,
+        copies: CopyStream,
     ) -> None:
         """Rebuild the partitions over `params_of_groups`, one list for each parameter group, as many as before.
 
@@ -197,13 +197,13 @@ class ZeroPartitions:
         filled = [params or [self._placeholder(index)] for index, params in enumerate(params_of_groups)]
         position = {key: number for number, key in enumerate(self._names)}
         rebuild(self.engine, self._stage, filled, position)
-        self._finish(carried, copies or CopyStream())
+        self._finish(carried, copies)
 
     def _finish(self, carried: Mapping[PartitionKey, PartitionState], copies: CopyStream) -> None:
         """After DeepSpeed's construction: our overrides, and the states that are carried over."""
         keys = self.keys()
         pieces = self.pieces() if isinstance(self.optimizer, LisaAdamW) else {}
-        override_optimizer(self.engine, self._stage, [pieces.get(key, []) for key in keys])
+        override_optimizer(self.engine, self._stage, [pieces.get(key, []) for key in keys], copies)
         put_back(self._zero, self._stage, keys, carried, copies)
 
     def _placeholder(self, index: int) -> torch.nn.Parameter:

@@ -62,7 +62,7 @@ class Stage:
         if self.is_stage_3:
             return zero.fp16_partitioned_groups_flat[index]
         rank = torch.distributed.get_rank(zero.real_dp_process_group[index])
-        # Of the plain list: in the middle of a step `step.SkipWrittenWeights` would return something else.
+        # Of the plain list: in the middle of a step `host_step.WeightsOfStep` would return something else.
         return list.__getitem__(zero.parallel_partitioned_bit16_groups, index)[rank]
 
     def master_is_weights(self, zero: Any, index: int) -> bool:

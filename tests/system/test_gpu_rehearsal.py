@@ -4,7 +4,7 @@ import json
 
 import pytest
 from cells import full
-from models import save_tiny_llama
+from models import VOCABULARY, save_tiny_llama
 from rehearsal import rehearse
 
 from lisa_dist.core.movement import SAMPLE
@@ -62,6 +62,20 @@ def test_a_step_waits_for_the_norm_alone():
     assert counts.pop("_local_scalar_dense of a tensor of the device") <= 4  # seven groups would be seven more
     # The batch, and what overlaps the backward pass: DeepSpeed waits for the last reduction.
     assert counts == {"copy between host and device": 1, "pageable": 256, "synchronize": 1}
+
+
+@pytest.mark.parametrize("settings", [{}, full({"optim": "lisa_adamw"}), full({"ds_config": "zero3"})], ids=name_of)
+def test_a_step_on_the_host_waits_for_gradients_alone(settings):
+    """Of two blocks, which travel together; their new weights go back while the host goes on."""
+    there, here = (
+        rehearse(**{"ds_config": "zero2", "lisa_offload": offload} | settings)[0]["counts"]["step"]
+        for offload in ("embed,head", "")
+    )
+    assert there.pop("pinned") == 2 * 2 * (2 * 64 * VOCABULARY)  # down and up
+    assert there.pop("event") == 2
+    for name, more in (("copy between host and device", 2), ("pageable", 2 * 4)):  # the norm
+        there[name] -= more
+    assert there == here
 
 
 @pytest.mark.parametrize("ds_config", ["zero2", full("zero3")])

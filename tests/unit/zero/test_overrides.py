@@ -34,7 +34,9 @@ def overridden_names() -> set[str]:
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "override":
                 names |= {word.value for word in node.args[1:2] if isinstance(word, ast.Constant)}
             elif (
-                isinstance(node, ast.Return) and isinstance(node.value, ast.Dict) and path.stem in ("step", "gradients")
+                isinstance(node, ast.Return)
+                and isinstance(node.value, ast.Dict)
+                and path.stem in ("step", "host_step", "gradients")
             ):
                 names |= {key.value for key in node.value.keys}
     return names
