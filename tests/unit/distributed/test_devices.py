@@ -14,7 +14,7 @@ def test_what_others_hold_of_a_gpu_is_not_for_tensors(monkeypatch):
     """Of 80 GiB 10 are free; 60 are torch's own, in use or not; 10 are the context's, NCCL's and other processes'."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60 * GIB)
-    assert gpu_bytes_for_tensors(torch.device("cuda", 0)) == int(68.4 * GIB)
+    assert gpu_bytes_for_tensors(torch.device("cuda", 0)) == pytest.approx(68.4 * GIB)
 
 
 @pytest.mark.parametrize("name", [None, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
