@@ -73,8 +73,8 @@ def test_a_step_on_the_host_waits_for_gradients_alone(settings):
     )
     assert there.pop("pinned") == 2 * 2 * (2 * 64 * VOCABULARY)  # down and up
     assert there.pop("event") == 2
-    for name, more in (("copy between host and device", 2), ("pageable", 2 * 4)):  # the norm
-        there[name] -= more
+    for name, most in (("copy between host and device", 2), ("pageable", 2 * 8)):  # the norm of each
+        assert 0 <= there.pop(name) - here.pop(name) <= most
     assert there == here
 
 
