@@ -78,6 +78,7 @@ class LisaController:
         self._log = PeriodLog()
         self._inactive_weights: InactiveWeights | None = None  # with --lisa_debug
         self._warmup: ActivationWarmup | None = None
+        self._warming_up: Iterable[str] = ()  # groups, of a state that was loaded before `attach`
         self._begun_step = -1  # the last step that on_step_begin has seen
         if dist.is_initialized():
             use_own_device()
@@ -125,6 +126,7 @@ class LisaController:
         if config.lisa_wake_warmup_steps:
             optimizer, steps = self.partitions.optimizer, config.lisa_wake_warmup_steps
             self._warmup = ActivationWarmup(optimizer, steps, self._steps_of_period)
+            self._warmup.begin(self._warming_up)
         self._nonfinite = NonfiniteGuard(engine, config.lisa_nonfinite)
         trainable = [block for block in self.blocks if block.name not in (*config.frozen, "outside")]
         self.movement = WeightMovement(self.partitions, trainable)
@@ -348,8 +350,9 @@ class LisaController:
         same_kind = state["config"].get("lisa_importance") == self.config.lisa_importance
         if self.selection.importance is not None and state.get("importance") is not None and same_kind:
             self.selection.importance.load_state_dict(state["importance"])
+        self._warming_up = () if changed else state.get("woken", ())
         if self._warmup is not None:
-            self._warmup.begin(() if changed else state.get("woken", ()))
+            self._warmup.begin(self._warming_up)
         if changed:
             self.period = state["step"] // self.config.lisa_interval_steps
             self.active = self.selection.sample(self.period)

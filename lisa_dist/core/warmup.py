@@ -4,7 +4,7 @@ AdamW's first steps are its largest: with the moments of one gradient every elem
 At the start of a run the schedule's warm-up is for that; a block that is activated later meets the full rate.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -23,7 +23,7 @@ class ActivationWarmup:
         optimizer.register_step_pre_hook(self._lower)
         optimizer.register_step_post_hook(self._restore)
 
-    def begin(self, groups: Collection[str]) -> None:
+    def begin(self, groups: Iterable[str]) -> None:
         """A switch has given these groups fresh moments; the others go on as they were."""
         self.groups = frozenset(groups)
 

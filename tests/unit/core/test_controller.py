@@ -338,7 +338,7 @@ def restore_state() -> None:
         other.attach(engine)
         if attached:
             other.load_state_dict(state)
-            assert other.state_dict()["woken"] == state["woken"]
+        assert other.state_dict()["woken"] == state["woken"]
         assert other.active_layers == lisa.active_layers
         assert other.visit_counts == lisa.visit_counts
         held = {name for key in other.partition_states() for name in key}
