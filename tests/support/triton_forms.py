@@ -1,0 +1,83 @@
+"""The forms of AdamW's Triton kernel, compiled for a GPU that is not there.
+
+With another Triton than the environment's, in a process of its own, it prints what it compiles:
+
+    PYTHONPATH=folder_of_that_triton python tests/support/triton_forms.py kernels 80 90
+"""
+
+import importlib
+import inspect
+import json
+import sys
+import types
+from typing import Any
+
+# Weights, whether there is a master, whether moments have 8 bits, gradients; and accesses of 16 bytes in a row of 256.
+FORMS = {
+    "fp32": ("fp32", False, False, "fp32", 4, 3),
+    "bf16, fp32 master": ("bf16", True, False, "bf16", 3, 3),
+    "bf16, fp32 master, 8 bits": ("bf16", True, True, "bf16", 1, 1),
+    "bf16, stochastic": ("bf16", False, False, "bf16", 2, 2),
+    "bf16, stochastic, fp32 gradients": ("bf16", False, False, "fp32", 3, 2),
+    "bf16, stochastic, 8 bits": ("bf16", False, True, "bf16", 0, 0),
+}
+
+
+def compile_form(kernel: Any, form: str, capability: int, seed: str = "i32") -> str:
+    """PTX of the kernel `_adamw`, for pieces that begin and end at multiples of 16. `seed`: that argument's type."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    weight, has_master, quantized, gradient, *_ = FORMS[form]
+    moment, tables = ("*u8", "*fp32") if quantized else ("*fp32", None)
+    kinds = dict.fromkeys(kernel.arg_names, "fp32") | {
+        "weight": f"*{weight}", "master": "*fp32" if has_master else None, "gradient": f"*{gradient}",
+        "exp_avg": moment, "exp_avg_sq": moment, "exp_avg_scales": tables, "exp_avg_sq_scales": tables,
+        "gradient_scale": "*fp32", "numel": "i32", "element": "i32", "seed": seed, "parameter": "i32", "draw": "i32",
+    }  # fmt: skip
+    kinds |= {name: tables and ("*u8" if "guesses" in name else "*fp32")
+              for name in ("code", "thresholds", "guesses", "code_sq", "thresholds_sq", "guesses_sq")}  # fmt: skip
+    constants = {"HAS_MASTER": has_master, "HAS_WEIGHT": True, "HAS_SCALE": True, "ROW": 256, "ROWS": 8}
+    constants |= {"STOCHASTIC": weight == "bf16" and not has_master, "QUANTIZED": quantized}
+    constants |= {name: None for name in kinds if kinds[name] is None}
+    multiples = [
+        index
+        for index, (name, kind) in enumerate(kinds.items())
+        if name in ("numel", "element") or str(kind).startswith("*")
+    ]
+    if "constants" in inspect.signature(ASTSource).parameters:  # Triton 3.2
+        from triton.backends.compiler import AttrsDescriptor
+
+        signature = {name: kind for name, kind in kinds.items() if name not in constants}
+        attributes: Any = AttrsDescriptor.from_hints(dict.fromkeys(multiples, 16))
+    else:
+        signature = {name: "constexpr" if name in constants else kind for name, kind in kinds.items()}
+        attributes = {(index,): [["tt.divisibility", 16]] for index in multiples}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 2}).asm["ptx"]
+
+
+def accesses(ptx: str) -> tuple[int, int]:
+    """Loads and stores of 16 bytes."""
+    return ptx.count("ld.global.v4.b32"), ptx.count("st.global.v4.b32")
+
+
+def main(folder: str, *capabilities: str) -> None:
+    """Compile each form of the kernel in a folder, and print versions, accesses, and whether registers are enough."""
+    import triton
+
+    package = types.ModuleType("kernels_by_themselves")  # the library would import what needs the environment's Triton
+    package.__path__ = [folder]
+    sys.modules[package.__name__] = package
+    kernel = importlib.import_module(f"{package.__name__}.adamw_triton")._adamw
+    found = {}
+    for capability in map(int, capabilities):
+        for form in FORMS:
+            ptx = compile_form(kernel, form, capability)
+            found[f"sm_{capability}, {form}"] = [*accesses(ptx), ".local" in ptx]
+    print(json.dumps({"triton": triton.__version__, "forms": found}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
