@@ -22,6 +22,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.liger import apply_liger_kernel
 
 import lisa_dist
 from benchmarks.common.ranks import RankGroup, run_on_cpu
@@ -53,6 +54,8 @@ class Arm:
     settings: dict = field(default_factory=dict)
     optim: str = "adamw_torch_fused"
     checkpointed: int | str = 0  # layers whose activations are computed again, or "all"
+    attention: str = "sdpa"
+    liger: bool = False  # its kernels, with the loss fused with the head
 
     @property
     def config(self) -> lisa_dist.LisaConfig:
@@ -150,7 +153,6 @@ class Run:
         dtype: torch.dtype = torch.float32,
         interval: int = 10**6,
         layers: Sequence[int] = (),
-        attention: str = "sdpa",
     ):
         self.arm, self._interval, self._rows, self._layers = arm, interval, rows, tuple(layers)
         self._ds_config, self._rng = ds_config, random.Random(0)
@@ -160,7 +162,9 @@ class Run:
         self._period = -1  # of callback
         torch.manual_seed(0)
         with self._device:
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=arm.attention)
+        if arm.liger:
+            apply_liger_kernel(self.model, None)
         self.blocks = find_blocks(self.model)
         if arm.method == "lisa":
             settings = lisa_dist.LisaConfig(lisa_interval_steps=interval, **arm.settings)
@@ -306,13 +310,17 @@ class Run:
             self.step(length)
         return tracker.peak
 
+    def reserved_bytes(self) -> int | None:
+        """The most that a GPU's allocator has taken so far, with what it keeps to give out again."""
+        return None if self._device.type == "cpu" else get_accelerator().max_memory_reserved()
+
     def planned_bytes(self, length: int, checkpointed: int | None = None) -> int | None:
         """What the planner says of `peak_bytes`, for the blocks that train now; or if so many were checkpointed.
 
-        There is no plan of the callback, which `lisa-dist` does not run.
+        There is no plan of the callback, which `lisa-dist` does not run, nor of Liger's fused loss.
         """
         arm, config = self.arm, self.arm.config
-        if arm.method == "callback":
+        if arm.method == "callback" or arm.liger:
             return None
         lora_rank = arm.settings["r"] if arm.method == "lora" else 0
         dtype = next(self.model.parameters()).dtype
@@ -321,7 +329,7 @@ class Run:
             self._rows,
             dtype,
             self._checkpointed if checkpointed is None else checkpointed,
-            self.model.config._attn_implementation,
+            "eager" if arm.attention == "eager" else "sdpa",  # whose memory flash-attn's is
             fused_head=False,
         )
         run = FakeRun(self.model.config, workload, lora_rank)
@@ -351,7 +359,7 @@ class Run:
             plain=self.lisa is None,
         )
         kept = 0
-        if config.lisa_state == "keep":  # of the layers, which are alike, those that have trained and sleep
+        if config.lisa_state == "keep" and self._device.type == "cpu":  # of layers that have trained and sleep
             asleep = {layer for layer, times in enumerate(self.lisa.visit_counts) if times} - {*self.active_layers}
             every = kept_states(run, config, stage.stage, dist.get_world_size(), arm.optim, pinned=False)
             kept = every * len(asleep) // (len(self.blocks.layers) - config.lisa_activated_layers)

@@ -59,7 +59,11 @@ class RankGroup:
             self._processes[-1].start()
             there.close()
             self._pipes.append(here)
-        self._receive()
+        try:
+            self._receive()
+        except BaseException:
+            self.close()
+            raise
 
     def call(self, name: str, *args, **kwargs) -> list:
         """Call a method on every rank at once; what each rank returns."""
@@ -127,12 +131,14 @@ def _serve(pipe: Connection, rank: int, num_ranks: int, port: int, make: Callabl
     try:
         import deepspeed
         import torch
+        from deepspeed.accelerator import get_accelerator
         from transformers.utils.logging import disable_progress_bar
 
         from lisa_dist.zero.cpu_ops import release_shared_memory
 
         disable_progress_bar()
-        torch.set_num_threads(1)  # a rank is to have one core
+        if get_accelerator().device_name() == "cpu":
+            torch.set_num_threads(1)  # a rank is to have one core
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         made = make(*args, **kwargs)
         torch.distributed.barrier()  # when all have come past DeepSpeed's start, where they open each other's memory

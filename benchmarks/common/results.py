@@ -12,9 +12,12 @@ from pathlib import Path
 
 import torch
 
+from lisa_dist.files import replacing
+
 STARTED = time.monotonic()
 RESULTS = Path(__file__).parents[1] / "results"
-PACKAGES = ("torch", "deepspeed", "transformers", "trl", "peft", "bitsandbytes", "triton", "flash-attn", "lisa_dist")
+PACKAGES = ("torch", "deepspeed", "transformers", "trl", "peft", "bitsandbytes", "triton", "flash-attn", "liger-kernel")
+PACKAGES += ("lisa_dist",)
 
 
 def parser_of(about: str, results: str) -> argparse.ArgumentParser:
@@ -56,11 +59,12 @@ def write_results(path: Path, figures: dict, quiet: bool = False) -> None:
         "processor": _processor(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": versions(),
         "seconds": round(time.monotonic() - STARTED),  # that all of it took
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(about | {"figures": figures}, indent=2) + "\n", encoding="utf-8")
+    with replacing(path) as staged:
+        staged.write_text(json.dumps(about | {"figures": figures}, indent=2) + "\n", encoding="utf-8")
     if not quiet:
         print(f"written to {path}")
 
@@ -73,10 +77,12 @@ def _without_folders(word: str) -> str:
     return Path(word).name if word.startswith("/") else word
 
 
-def _versions() -> dict[str, str]:
-    """Of what is installed among PACKAGES."""
+def versions() -> dict[str, str]:
+    """Of Python and of what is installed among PACKAGES; with a GPU also of torch's CUDA."""
     installed = {found.metadata["Name"].lower().replace("_", "-") for found in metadata.distributions()}
-    return {name: metadata.version(name) for name in PACKAGES if name.replace("_", "-") in installed}
+    found = {name: metadata.version(name) for name in PACKAGES if name.replace("_", "-") in installed}
+    cuda = {"cuda": torch.version.cuda} if torch.cuda.is_available() else {}
+    return {"python": platform.python_version()} | found | cuda
 
 
 def _processor() -> str:

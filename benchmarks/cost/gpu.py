@@ -3,25 +3,33 @@
 python -m benchmarks.cost.gpu
 python -m benchmarks.cost.gpu --rehearse     # the same on a CPU, with models small enough for it
 
-Shapes of LLaMA-2-7B and Llama-3.1-8B with random weights, bf16, one row of 2048 tokens; each arm in a process of its
-own, so that the peak is its own. Full training of these does not fit one GPU of 80 GB: what it says is kept, and it is
-compared on the 7B shape with 12 of its layers, one of them active. Nothing is checkpointed where an arm does not say
-so. Arms run by turns through the shapes, the most telling first, until time is up. Static has the layers that LISA
-has. LISA's peak is the larger of two periods; where embedding and head are drawn, the second trains the embedding. No
-network is needed once the packages are there.
+Shapes of Llama-3.1-8B and LLaMA-2-7B with random weights, bf16, one row of 2048 tokens; each arm in a process of its
+own, so that the peak is its own. Arms run in the order of ORDER, the most telling first. A line is printed and the
+results are written anew whenever one ends, so that a run that is killed keeps what it has. None is begun that may not
+end in time, and one that hangs is ended.
+
+Full training of the shapes does not fit one GPU of 80 GB: what it says is kept, and it is compared on the 7B shape with
+12 of its layers, one of them active. Nothing is checkpointed where an arm does not say so. Static has the layers that
+LISA has. LISA's peak is the larger of two periods; where embedding and head are drawn, the second trains the embedding.
+A switch is what a period's first step begins with. No network is needed once the packages are there.
 """
 
 import argparse
+import contextlib
 import itertools
+import signal
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from statistics import median
 
 import torch
 
 from benchmarks.common import arms
-from benchmarks.common.ranks import RankError, RankGroup
-from benchmarks.common.results import RESULTS, parser_of, positive, print_table, write_results
+from benchmarks.common.ranks import Caller, RankError, RankGroup
+from benchmarks.common.results import RESULTS, parser_of, positive, print_table, versions, write_results
+from benchmarks.cost import kernels
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.selection import BlockSelection
 
@@ -30,38 +38,50 @@ SIX_BYTES = arms.Arm("lisa, 6 bytes", "lisa", EIGHT | {"lisa_master": "bf16_sr"}
 DRAWN = arms.Arm("lisa, drawn", "lisa", {"lisa_always_on": "rest"})
 ON_HOST = arms.Arm("lisa, always on, on host", "lisa", {"lisa_offload": "embed,head,rest"})
 ENDS_FROZEN = arms.Arm("lisa, embed and head frozen", "lisa", arms.EMBED_FROZEN)
+KEPT = arms.Arm("lisa, states kept", "lisa", {"lisa_state": "keep"})
 LISA_ADAMW = arms.Arm("lisa, lisa_adamw", "lisa", optim="lisa_adamw")
+FLASH = replace(arms.LISA, name="lisa, flash-attn", attention="flash_attention_2")
+LIGER = replace(arms.LISA, name="lisa, Liger", liger=True)
 ONE = {"lisa_activated_layers": 1}
 GAMMA_1, STATIC_1, CALLBACK_1 = (arms.Arm(f"{name}, gamma 1", name, ONE) for name in ("lisa", "static", "callback"))
-CHECKPOINTED = tuple(replace(arm, name=f"{arm.name}, checkpointed", checkpointed="all") for arm in (arms.FULL, GAMMA_1))
-# Of each shape: its name, layers (None: all), and the arms; the most telling first, in case time is short.
-POLICIES = (
-    arms.LISA,
-    arms.LORA_16,
-    arms.FULL,
-    SIX_BYTES,
-    arms.STATIC,
-    DRAWN,
-    arms.LORA_128,
-    ON_HOST,
-    ENDS_FROZEN,
-    LISA_ADAMW,
+
+
+def checkpointed(arm: arms.Arm) -> arms.Arm:
+    """The same arm with the activations of all layers computed again."""
+    return replace(arm, name=f"{arm.name}, checkpointed", checkpointed="all")
+
+
+# Model, and how many of its layers (None: all).
+LLAMA_8B, LLAMA_7B, OF_12_LAYERS = ("llama3.1-8b", None), ("llama2-7b", None), ("llama2-7b", 12)
+# The first four answer whether LISA fits, as it was planned to, and what it costs against what. None: kernels alone.
+ORDER = (
+    *((LLAMA_8B, arm) for arm in (arms.LISA, arms.STATIC, arms.FULL, arms.LORA_16)),
+    None,
+    *((LLAMA_8B, arm) for arm in (SIX_BYTES, FLASH, LIGER, checkpointed(arms.LISA), KEPT)),
+    *((OF_12_LAYERS, arm) for arm in (arms.FULL, GAMMA_1, arms.LORA_16, STATIC_1, CALLBACK_1)),
+    *((LLAMA_7B, arm) for arm in (arms.LISA, arms.STATIC, arms.FULL, arms.LORA_16, SIX_BYTES)),
+    *((LLAMA_8B, arm) for arm in (DRAWN, ENDS_FROZEN, LISA_ADAMW, arms.LORA_128)),
+    *((OF_12_LAYERS, checkpointed(arm)) for arm in (arms.FULL, GAMMA_1)),
+    (LLAMA_8B, ON_HOST),  # the last: it may have to build an operator first
 )
-SHAPES = (
-    ("llama2-7b", 12, (arms.FULL, GAMMA_1, arms.LORA_16, STATIC_1, CALLBACK_1, *CHECKPOINTED)),
-    ("llama2-7b", None, POLICIES),
-    ("llama3.1-8b", None, POLICIES),
-)
+KERNELS = ("lisa_adamw, bf16, stochastic", "lisa_adamw, bf16, stochastic, 8 bits", "lisa_adamw, bf16, fp32 master")
+KERNELS += ("lisa_adamw, fp32", "torch AdamW, fused")
 # Dense bf16, in floating-point operations a second, by a part of the card's name.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-WARMUP, INTERVAL = 2, 8
+REHEARSED = (64, 8)  # by how much widths are divided, and the layers
+WARMUP, INTERVAL, SWITCHES = 2, 8, 3
+ARM_SECONDS = 150  # after which an arm has hung
 
 
-def attention() -> str:
-    """flash-attn where it is installed and there is a GPU for it, else torch's own, which has its kernel too."""
+def why_not_here(arm: arms.Arm) -> str:
+    """What an arm needs and is not here, or nothing."""
     from transformers.utils import is_flash_attn_2_available
 
-    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    if arm.attention != "sdpa" and not is_flash_attn_2_available():
+        return "flash-attn is not installed"
+    if arm.liger and not torch.cuda.is_available():
+        return "Liger's kernels need a GPU"
+    return "liger-kernel is not installed" if arm.liger and find_spec("liger_kernel") is None else ""
 
 
 def seeded(arm: arms.Arm, config) -> arms.Arm:
@@ -77,8 +97,8 @@ def seeded(arm: arms.Arm, config) -> arms.Arm:
 
 
 def measure(arm: arms.Arm, config, layers: tuple[int, ...], arguments: argparse.Namespace) -> dict:
-    """Steps of one period and the peak of one more; of LISA a switch and the next period's peak. `layers`: static's."""
-    kind = {"rows": arguments.rows, "dtype": torch.bfloat16, "interval": INTERVAL, "attention": attention()}
+    """Steps of one period and the peak of one more; of LISA switches and the next period's peak. `layers`: static's."""
+    kind = {"rows": arguments.rows, "dtype": torch.bfloat16, "interval": INTERVAL}
     length, tokens = arguments.length, arguments.rows * arguments.length
     with RankGroup(1, arms.Run, seeded(arm, config), config, "zero2", layers=layers, **kind) as ranks:
         ranks.call("steps", WARMUP, length)
@@ -90,47 +110,124 @@ def measure(arm: arms.Arm, config, layers: tuple[int, ...], arguments: argparse.
             "flops": arms.flops_of_step(config, arm, tokens, length, active, blocks),
             "active_layers": active,
             "live": ranks.call("live_bytes")[0],
-            "switch": None,
         }
-        peaks = [arms.peak_of(ranks, length)]
-        if arm.method == "lisa":
-            found["switch"] = ranks.call("step", length)[0]["begin"]
-            peaks.append(arms.peak_of(ranks, length))
+        peaks, firsts = [arms.peak_of(ranks, length)], []
+        for number in range(SWITCHES if arm.method == "lisa" else 0):
+            firsts.append(ranks.call("step", length)[0])  # of a new period
+            if number == 0:
+                peaks.append(arms.peak_of(ranks, length))
+            ranks.call("steps", INTERVAL - 1 - (number == 0), length)
+        found["switches"], found["reserved"] = [step["begin"] for step in firsts], ranks.call("reserved_bytes")[0]
         return max(peaks, key=lambda one: one["peak"]) | found
 
 
-def by_turns() -> list[tuple[int, arms.Arm]]:
-    """Shape by number and arm, in the order in which they run: the first of every shape, the second, and so on."""
-    numbered = [[(number, arm) for arm in of_shape] for number, (_, _, of_shape) in enumerate(SHAPES)]
-    return [one for turn in itertools.zip_longest(*numbered) for one in turn if one is not None]
+def measure_kernels(numel: int) -> dict:
+    """On a rank: what kernels.py says of the forms of KERNELS, and of the floor."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    floor = kernels.bandwidth(device)
+    return {"bytes_a_second": floor, "kernels": kernels.of_one_size(numel, device, floor, KERNELS)}
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError where what is inside takes longer."""
+
+    def stop(*_) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Budget:
+    """The seconds of a run. What is begun is taken to need as long as the longest that has ended yet."""
+
+    def __init__(self, seconds: float):
+        self._started, self._seconds, self._longest = time.monotonic(), seconds, 0.0
+
+    def run(self, what: Callable[[], dict], is_typical: bool = True) -> dict:
+        """What a function finds, with its seconds; or why it could not run, or not to its end."""
+        begun = time.monotonic()
+        left = self._seconds - (begun - self._started)
+        if left <= self._longest:
+            return {"not_run": f"time was up: {max(left, 0):.0f} s are left, and an arm takes {self._longest:.0f} s"}
+        limit = min(left, ARM_SECONDS)
+        try:
+            with limited(limit):
+                found = what()
+        except RankError as error:  # of full training it is expected
+            found = {"not_run": {"OutOfMemoryError": "out of memory"}.get(error.kind, str(error)[-600:])}
+        except TimeoutError:
+            found = {"not_run": f"ended after {limit:.0f} s"}
+        else:
+            self._longest = max(self._longest, (time.monotonic() - begun) * is_typical)
+        return found | {"seconds": time.monotonic() - begun}
+
+
+def start() -> dict:
+    """Have the server of ranks started, and read from the disk what arms import."""
+    with RankGroup(1, arms.Arm, "none", "none"):
+        return {}
+
+
+def title_of(shape: tuple[str, int | None]) -> str:
+    """A shape by its name, as results have it."""
+    return f"{shape[0]}, {shape[1] or 'all'} layers"
 
 
 def run_all(arguments: argparse.Namespace, peak_flops: float | None) -> dict:
-    """Every arm of every shape until time is up; what could not run says why."""
-    figures, started, configs = {}, time.monotonic(), []
-    for model, num_layers, of_shape in SHAPES:
-        small = arguments.rehearse
-        configs.append(arms.shrunk_config(model, 64 if small else 1, 8 if small else num_layers))
-        figures[f"{model}, {num_layers or 'all'} layers"] = {arm.name: {"not_run": "not reached"} for arm in of_shape}
-    for number, arm in by_turns():
-        title, of_shape = list(figures.items())[number]
-        lisa = next(found for name, found in of_shape.items() if name.startswith("lisa"))
-        if time.monotonic() - started > 60 * arguments.minutes:
-            of_shape[arm.name] = {"not_run": "time was up"}
-        elif arm.method == "static" and "not_run" in lisa:
-            of_shape[arm.name] = {"not_run": "LISA, whose layers it has, did not run"}
+    """Every arm until time is up; what could not run says why."""
+    budget, figures = Budget(60 * arguments.minutes), {"arms": {}, "kernels": {"not_run": "not reached"}}
+    for shape, arm in filter(None, ORDER):
+        figures["arms"].setdefault(title_of(shape), {})[arm.name] = {"not_run": "not reached"}
+    started = budget.run(start, is_typical=False)
+    said = started.get("not_run") or f"{started['seconds']:.0f} s"
+    print(f"started: {said}", flush=True)
+    for shape, arm in (one or (None, None) for one in ORDER):
+        if shape is None:
+            figures["kernels"] = budget.run(lambda: kernels_on_a_rank(10**5 if arguments.rehearse else 10**8))
+            print_kernels(figures["kernels"])
         else:
-            try:
-                of_shape[arm.name] = measure(arm, configs[number], lisa.get("active_layers", ()), arguments)
-            except RankError as error:  # of full training it is expected
-                why = {"OutOfMemoryError": "out of memory"}.get(error.kind, str(error)[-600:])
-                of_shape[arm.name] = {"not_run": why}
-        cells = cells_of(of_shape[arm.name], next(iter(of_shape.values())), peak_flops)
-        named = (f"{name} {cell}" for name, cell in zip(HEADER, cells, strict=True))
-        print(f"{title}, {arm.name}: {', '.join(named) if all(cells) else cells[0]}", flush=True)
+            of_shape = figures["arms"][title_of(shape)]
+            found = of_shape[arm.name] = run_one(shape, arm, of_shape, budget, arguments)
+            cells = cells_of(found, next(iter(of_shape.values())), peak_flops)
+            named = (f"{name} {cell}" for name, cell in zip(HEADER, cells, strict=True))
+            print(f"{title_of(shape)}, {arm.name}: {', '.join(named) if all(cells) else cells[0]}", flush=True)
         if arguments.results:
             write_results(arguments.results, figures, quiet=True)
     return figures
+
+
+def run_one(shape: tuple, arm: arms.Arm, of_shape: dict, budget: Budget, arguments: argparse.Namespace) -> dict:
+    """One arm of a shape; `of_shape` has the others."""
+    lisa = next((found for name, found in of_shape.items() if name.startswith("lisa")), {"not_run": "no such arm"})
+    if missing := why_not_here(arm):
+        return {"not_run": missing}
+    if arm.method == "static" and "not_run" in lisa:
+        return {"not_run": "LISA, whose layers it has, did not run"}
+    config = arms.shrunk_config(shape[0], *(REHEARSED if arguments.rehearse else (1, shape[1])))
+    return budget.run(lambda: measure(arm, config, lisa.get("active_layers", ()), arguments))
+
+
+def kernels_on_a_rank(numel: int) -> dict:
+    """The step of AdamW by itself, in a process of its own."""
+    with RankGroup(1, Caller) as ranks:
+        return ranks.call("run", measure_kernels, numel)[0]
+
+
+def print_kernels(found: dict) -> None:
+    """A line of each kernel."""
+    if "not_run" in found:
+        return print(f"kernels: {found['not_run']}", flush=True)
+    print(f"kernels: a copy moves {found['bytes_a_second'] / 1e9:.1f} GB/s", flush=True)
+    for one in found["kernels"]:
+        said = one.get("not_run") or f"{1e3 * one['seconds']:.3f} ms, {one['share_of_floor']:.0%} of the floor"
+        print(f"kernels, {one['numel']:,} elements, {one['name']}: {said}", flush=True)
 
 
 def cells_of(found: dict, first: dict, peak_flops: float | None) -> list[str]:
@@ -143,16 +240,19 @@ def cells_of(found: dict, first: dict, peak_flops: float | None) -> list[str]:
     return [
         f"{found['peak'] / 2**30:.2f}",
         "-" if found["planned"] is None else f"{found['planned'] / found['peak'] - 1:+.1%}",
+        "-" if found["reserved"] is None else f"{found['reserved'] / 2**30:.2f}",
         f"{found['tokens'] / seconds:.0f}",
         f"{min(each):.3f}-{max(each):.3f}",
         "-" if of_first is None else f"{of_first:.2f}",
         *(f"{median(step[phase] for step in found['steps']):.3f}" for phase in arms.PHASES[1:]),
-        "-" if found["switch"] is None else f"{found['switch']:.3f}",
+        f"{median(found['switches']):.3f}" if found["switches"] else "-",
         "-" if peak_flops is None else f"{found['flops'] / seconds / peak_flops:.1%}",
+        f"{found['seconds']:.0f}",
     ]
 
 
-HEADER = ("peak GiB", "planned", "tokens/s", "step s", "of first", *arms.PHASES[1:], "switch s", "MFU")
+HEADER = ("peak GiB", "planned", "reserved GiB", "tokens/s", "step s", "of first", *arms.PHASES[1:], "switch s", "MFU")
+HEADER += ("took s",)
 
 
 def main() -> None:
@@ -161,7 +261,7 @@ def main() -> None:
     parser.set_defaults(results=None)
     parser.add_argument("--rows", type=positive, default=1)
     parser.add_argument("--length", type=positive, default=2048, help="tokens of a row")
-    parser.add_argument("--minutes", type=float, default=8, help="after which no further arm is begun")
+    parser.add_argument("--minutes", type=float, default=8.5, help="in which what is begun is to end")
     parser.add_argument("--peak_tflops", type=float, help="dense bf16 of the card, where it is not known here")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, a 64th of the width; writes no --results")
     arguments = parser.parse_args()
@@ -174,10 +274,13 @@ def main() -> None:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
     known = next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
     peak_flops = 1e12 * arguments.peak_tflops if arguments.peak_tflops else known
-    print(f"on {card}, {attention()}, bf16, {arguments.rows} x {arguments.length} tokens")
+    about = f"{card}, bf16, {arguments.rows} x {arguments.length} tokens; "
+    about += ", ".join(f"{name} {version}" for name, version in versions().items())
+    print(f"on {about}")
     print("MFU counts the operations that a method cannot do without.")
     figures = run_all(arguments, peak_flops)
-    for shape, of_arms in figures.items():
+    print(f"\non {about}")
+    for shape, of_arms in figures["arms"].items():
         first = next(iter(of_arms.values()))
         print_table([shape, *HEADER], [[name, *cells_of(found, first, peak_flops)] for name, found in of_arms.items()])
 

@@ -12,7 +12,7 @@ import gc
 import importlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import torch
@@ -165,10 +165,11 @@ def measure(name: str, form: str, build: Callable, numel: int, device: torch.dev
     return {"seconds": seconds, "share_of_floor": lowest / seconds, "bytes_beside": beside}
 
 
-def of_one_size(numel: int, device: torch.device, floor: float) -> list[dict]:
-    """What each contender takes for so many elements, printed too."""
+def of_one_size(numel: int, device: torch.device, floor: float, names: Container[str] | None = None) -> list[dict]:
+    """What each contender takes for so many elements, or each of these names, printed too."""
     figures, rows = [], []
-    for name, form, build in contenders(device.type == "cuda"):
+    chosen = [one for one in contenders(device.type == "cuda") if names is None or one[0] in names]
+    for name, form, build in chosen:
         found = measure(name, form, build, numel, device, floor)
         figures.append({"name": name, "form": form, "numel": numel} | found)
         shown = [f"{numel:,}", name, f"{MOVES[form]:.1f}"]

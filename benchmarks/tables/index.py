@@ -67,7 +67,7 @@ def of_states(figures: dict) -> str:
 def of_gpu(figures: dict) -> str:
     """Of each shape peak and speed of what has run, or that it has not."""
     shapes = []
-    for shape, arms in figures.items():
+    for shape, arms in figures["arms"].items():
         ran = {name: arm for name, arm in arms.items() if "not_run" not in arm}
         speed = {name: arm["tokens"] / statistics.median(step["step"] for step in arm["steps"])
                  for name, arm in ran.items()}  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from lisa_dist.commands import exit_on_error
+from lisa_dist.distributed.devices import why_no_gpu
 from lisa_dist.distributed.health import version_of
 from lisa_dist.optim.ops import choose_kernels
 from lisa_dist.text import format_bytes, format_table
@@ -41,6 +42,7 @@ def describe() -> str:
         ("lisa_dist", version_of("lisa_dist")),
         ("Python", platform.python_version()),
         ("devices", _devices() if on_gpu else f"{os.cpu_count()} CPU cores"),
+        *([("missing: GPU", why)] if (why := why_no_gpu()) else []),
         *((name, version_of(name)) for name in (*_NEEDED, *_OPTIONAL)),
         ("kernels of lisa_adamw", f"{kernels} ({why})"),
         ("attention of a Llama", f"{attention} ({why_attention})"),

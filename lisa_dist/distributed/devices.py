@@ -1,6 +1,7 @@
-"""The device of this rank, its memory and its allocator."""
+"""The device of this rank, its memory and its allocator; and why it can be none."""
 
 import os
+import re
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -35,3 +36,31 @@ def gpu_bytes_for_tensors(device: torch.device) -> int:
     """
     free, total = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - total // 50
+
+
+def why_no_gpu() -> str:
+    """Why torch cannot begin CUDA though this host has GPUs, in one line; nothing where it can, or need not.
+
+    With a driver that is older than its CUDA, torch warns once and then says that there is no GPU: a run would train on
+    CPUs. What begins CUDA raises, with the reason.
+    """
+    unwanted = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or os.environ.get("DS_ACCELERATOR") == "cpu"
+    only_counted = os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK") == "1"  # then torch asks no more than that
+    if unwanted or torch.version.cuda is None or (torch.cuda.is_available() and not only_counted):
+        return ""
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+    else:
+        return ""
+    if old := re.search(r"driver on your system is too old \(found version (\d+)\)", said):
+        newest = f"{int(old[1]) // 1000}.{int(old[1]) % 1000 // 10}"
+        return (
+            f"the NVIDIA driver is for CUDA {newest} at most, and torch {torch.__version__} has CUDA "
+            f"{torch.version.cuda}: update the driver, or install a torch for that CUDA (pytorch.org)"
+        )
+    # NVML's count of GPUs; a scheduler may have given none of them to this job.
+    if torch.cuda.device_count() > 0 and "No CUDA GPUs are available" not in said:
+        return f"torch cannot use the GPUs of this host ({said}): see that nvidia-smi and their driver work"
+    return ""

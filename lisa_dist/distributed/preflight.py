@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
+from lisa_dist.distributed.devices import why_no_gpu
 from lisa_dist.distributed.health import version_of
 from lisa_dist.distributed.ranks import expand_hosts
 from lisa_dist.errors import UserError
@@ -98,6 +99,8 @@ class HostCheck:
             return [f"host {self._host}: {one}" for one in [*problems, text]]
 
     def _gpus(self) -> list[str]:
+        if why := why_no_gpu():
+            return [why]
         wanted, found = self._gpus_wanted, torch.cuda.device_count()
         if found >= wanted:
             return []

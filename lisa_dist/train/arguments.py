@@ -17,6 +17,7 @@ from trl import ModelConfig, SFTConfig
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.data.dataset import DataArguments
+from lisa_dist.distributed.devices import why_no_gpu
 from lisa_dist.distributed.ranks import set_rank
 from lisa_dist.distributed.watchdog import HANG_TIMEOUT
 from lisa_dist.ds_config import find_ds_config
@@ -133,6 +134,8 @@ class LisaSFTConfig(SFTConfig):
             )
         if isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
             self.deepspeed = find_ds_config(self.deepspeed)
+        if not self.use_cpu and (why := why_no_gpu()):
+            raise UserError(f"{why}; --use_cpu true trains on CPUs.")
         if not torch.cuda.is_available():
             self.use_cpu = True  # has Accelerate start gloo
             self.bf16 = bool(self.bf16)  # asked for, not by default: few CPUs multiply in bf16

@@ -1,6 +1,10 @@
 """LISA on simulated GPUs: no problem is found, and it does not matter when copies and collectives are finished."""
 
 import json
+import multiprocessing
+import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 from cells import full
@@ -109,3 +113,51 @@ def test_a_trainer_on_two_gpus(tmp_path, ds_config):
         # Each tensor is rounded up to 512 bytes, which is much of a tiny one.
         assert planned["static"] <= measured["static"] <= 1.05 * planned["static"]
         assert measured["peak"] <= planned["peak"]  # on a GPU TRL computes logits of positions with a label alone
+
+
+# The benchmark
+
+
+def gpu_benchmark(results: str, half: int) -> None:
+    """Half of the arms of benchmarks/cost/gpu.py, at one shape; Liger's kernels need a real GPU."""
+    from simulated_gpu.cuda import CONTEXT
+    from simulated_gpu.problems import PROBLEMS
+
+    from benchmarks.common import arms, ranks
+    from benchmarks.cost import gpu
+
+    class Run(arms.Run):
+        def reserved_bytes(self):
+            """The last that is asked of an arm."""
+            assert not PROBLEMS, "; ".join(map(str, PROBLEMS.values()))
+            return super().reserved_bytes()
+
+    # Ranks are forked from here, where torch.cuda has been asked for the card. Their own server does not ask it:
+    # test_benchmarks.py.
+    multiprocessing.current_process().daemon = False
+    ranks.multiprocessing = SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork"))
+    os.register_at_fork(after_in_child=lambda: setattr(CONTEXT, "begun_in", None))
+    arms.Run, gpu.REHEARSED, gpu.WARMUP, gpu.INTERVAL, gpu.SWITCHES = Run, (64, 5), 1, 3, 1
+    once = [one for one in gpu.ORDER if one is None or one[0] == gpu.LLAMA_8B or one[1].method == "callback"]
+    once = [one for one in once if one is None or not one[1].liger]
+    gpu.ORDER = once[:8] if half == 0 else once[8:]
+    sys.argv = ["benchmarks/cost/gpu.py", "--rehearse", "--length", "32", "--results", results]
+    gpu.main()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("half", [0, 1])
+def test_arms_of_the_gpu_benchmark(tmp_path, half):
+    """No problem is found, and peaks are as planned, but that each tensor is rounded up to 512 bytes."""
+    results = tmp_path / "gpu.json"
+    rehearse(kind="fault", module=__name__, name="gpu_benchmark", results=str(results), half=half)
+    found = json.loads(results.read_text())
+    assert found["device"] == "NVIDIA H100 (simulated)"
+    ran = {name: one for of_shape in found["figures"]["arms"].values() for name, one in of_shape.items()}
+    assert len(ran) == 7
+    for name, one in ran.items():
+        assert "not_run" not in one or one["not_run"] == "flash-attn is not installed", (name, one)
+        if one.get("planned") is not None:
+            assert one["planned"] == pytest.approx(one["peak"], rel=0.05), name
+    if half == 0:
+        assert sum("seconds" in one for one in found["figures"]["kernels"]["kernels"]) == 5

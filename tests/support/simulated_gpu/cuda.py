@@ -59,16 +59,21 @@ CONTEXT = _Context()
 def install(seed: int = 0) -> None:
     """Make this process believe that it has a GPU, from now on. `seed` is of when late work is finished."""
     CLOCKS.random.seed(seed)
-    for name, answer in _ANSWERS.items():
-        setattr(torch.cuda, name, answer)
-    for name in ("get_rng_state", "set_rng_state", "get_rng_state_all", "set_rng_state_all"):
-        setattr(torch.cuda.random, name, _ANSWERS[name])
+    answer()
     torch.Tensor.record_stream = record_stream
     nccl.install()
     _hand_on_devices()
     _see_what_is_saved()
     Operators().__enter__()
     Devices().__enter__()
+
+
+def answer() -> None:
+    """Have torch.cuda alone answer as where there is a GPU, for what is imported after this."""
+    for name, reply in _ANSWERS.items():
+        setattr(torch.cuda, name, reply)
+    for name in ("get_rng_state", "set_rng_state", "get_rng_state_all", "set_rng_state_all"):
+        setattr(torch.cuda.random, name, _ANSWERS[name])
 
 
 def _beginning(answer: Callable) -> Callable:

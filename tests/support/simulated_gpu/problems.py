@@ -1,6 +1,7 @@
 """What a real GPU would have done wrong or refused, each place once."""
 
-import traceback
+import functools
+import sys
 from dataclasses import dataclass
 
 # Files of the simulation itself and of what only passes a call on.
@@ -29,10 +30,20 @@ def report(kind: str, text: str) -> None:
 
 
 def calls(count: int) -> tuple[str, ...]:
-    """The innermost calls of the program that is rehearsed."""
-    frames = traceback.extract_stack(limit=60)
-    shown = [frame for frame in frames if not any(part in frame.filename for part in _PASSING)]
-    return tuple(f"{_short(frame.filename)}:{frame.lineno} {frame.name}" for frame in shown[-count:])
+    """The innermost calls of the program that is rehearsed, the innermost last."""
+    shown: list[str] = []
+    frame = sys._getframe(1)
+    while frame is not None and len(shown) < count:
+        code = frame.f_code
+        if not _passes(code.co_filename):
+            shown.append(f"{_short(code.co_filename)}:{frame.f_lineno} {code.co_name}")
+        frame = frame.f_back
+    return tuple(reversed(shown))
+
+
+@functools.cache
+def _passes(path: str) -> bool:
+    return any(part in path for part in _PASSING)
 
 
 def _short(path: str) -> str:

@@ -4,9 +4,12 @@ import argparse
 import importlib
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import arms, ranks, results
 
 pytestmark = pytest.mark.full
+ROOT = Path(__file__).parents[3]
 TINY = ["--shrink", "64", "--num_layers", "3"]
 
 
@@ -84,10 +88,13 @@ def test_results_say_what_made_them_and_not_where(tmp_path, monkeypatch, capsys)
     assert "written to" in capsys.readouterr().out
 
 
-def test_the_gpu_set_begins_with_the_first_of_every_shape(benchmark, monkeypatch):
+def test_the_gpu_set_begins_with_what_tells_most(benchmark):
     gpu = benchmark("gpu")
-    monkeypatch.setattr(gpu, "SHAPES", (("a", 1, ("full", "lisa", "lora")), ("b", None, ("lisa", "full"))))
-    assert gpu.by_turns() == [(0, "full"), (1, "lisa"), (0, "lisa"), (1, "full"), (0, "lora")]
+    first = [(shape, arm.name) for shape, arm in gpu.ORDER[:4]]
+    assert first == [(("llama3.1-8b", None), name) for name in ("lisa", "static", "full", "lora r16")]
+    assert gpu.ORDER[4] is None, "the kernels"
+    arms_of_order = [one for one in gpu.ORDER if one is not None]
+    assert len(set(map(repr, arms_of_order))) == len(arms_of_order)
 
 
 def test_operations_without_layers_are_the_mean_of_all_draws():
@@ -226,35 +233,86 @@ def test_the_gpu_set_in_rehearsal(benchmark, tmp_path, capsys, monkeypatch):
     """Every arm that ran was planned to 1%, LoRA too; what has no time left says so."""
     results = tmp_path / "gpu.json"
     module = benchmark("gpu", "--rehearse", "--length", "64", "--results", str(results))
-    run = (arms.LISA, arms.STATIC, arms.LORA_16, module.SIX_BYTES, module.DRAWN)
-    monkeypatch.setattr(module, "SHAPES", (("llama2-7b", None, run), ("llama3.1-8b", None, run[:1])))
+    run = (arms.LISA, arms.STATIC, arms.LORA_16, module.SIX_BYTES, module.DRAWN, module.LIGER)
+    order = [*((module.LLAMA_7B, arm) for arm in run), None, (module.LLAMA_8B, run[0])]
+    monkeypatch.setattr(module, "ORDER", order)
     module.main()
-    figures = json.loads(results.read_text())["figures"]
+    written = json.loads(results.read_text())
+    assert {"torch", "deepspeed", "lisa_dist"} <= written["versions"].keys()
+    figures = written["figures"]["arms"]
     of_arms = figures["llama2-7b, all layers"]
-    assert list(of_arms) == [arm.name for arm in run]
+    assert of_arms.pop("lisa, Liger") == {"not_run": "Liger's kernels need a GPU"}
+    assert list(of_arms) == [arm.name for arm in run[:-1]]
     for name, found in (*of_arms.items(), *figures["llama3.1-8b, all layers"].items()):
         assert found["planned"] == pytest.approx(found["peak"], rel=0.01), name
+        assert len(found["switches"]) == module.SWITCHES * name.startswith("lisa")
     assert of_arms["static"]["active_layers"] == of_arms["lisa"]["active_layers"]
     assert of_arms["lisa, drawn"]["active_blocks"] == ["embed"]
     assert of_arms["lisa, drawn"]["peak"] < of_arms["lisa"]["peak"]
+    assert {one["name"] for one in written["figures"]["kernels"]["kernels"]} == set(module.KERNELS)
     assert "tokens/s" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["benchmarks/cost/gpu.py", "--rehearse", "--minutes", "0"])
     module.main()
     assert "time was up" in capsys.readouterr().out
 
 
-def test_what_a_gpu_cannot_hold_is_told_apart(benchmark, monkeypatch):
-    module = benchmark("gpu")
+def test_what_a_gpu_cannot_hold_is_told_apart_and_all_is_written_as_it_ends(benchmark, monkeypatch, tmp_path):
+    module, seen = benchmark("gpu"), []
 
     def measure(arm, *_):
+        seen.append(json.loads(results.read_text())["figures"]["arms"]["llama2-7b, 12 layers"] if seen else None)
         raise module.RankError({"full": "OutOfMemoryError"}.get(arm.name, "ValueError"), "rank 0: what it said")
 
+    results = tmp_path / "gpu.json"
     monkeypatch.setattr(module, "measure", measure)
-    monkeypatch.setattr(module, "SHAPES", (("llama2-7b", None, (arms.FULL, arms.LISA)),))
-    arguments = argparse.Namespace(rehearse=True, minutes=1, results=None)
-    assert module.run_all(arguments, None) == {
-        "llama2-7b, all layers": {"full": {"not_run": "out of memory"}, "lisa": {"not_run": "rank 0: what it said"}}
+    monkeypatch.setattr(module, "start", dict)
+    monkeypatch.setattr(module, "ORDER", [(module.OF_12_LAYERS, arm) for arm in (arms.FULL, arms.LISA)])
+    arguments = argparse.Namespace(rehearse=True, minutes=1, results=results)
+    found = module.run_all(arguments, None)["arms"]["llama2-7b, 12 layers"]
+    assert {name: one["not_run"] for name, one in found.items()} == {
+        "full": "out of memory",
+        "lisa": "rank 0: what it said",
     }
+    assert {name: one["not_run"] for name, one in seen[1].items()} == {"full": "out of memory", "lisa": "not reached"}
+    assert json.loads(results.read_text())["figures"]["arms"]["llama2-7b, 12 layers"] == found
+
+
+def test_no_arm_is_begun_that_may_not_end_in_time(benchmark, monkeypatch):
+    gpu, now = benchmark("gpu"), [0.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    budget = gpu.Budget(100)
+
+    def takes(seconds: float) -> dict:
+        now[0] += seconds
+        return {}
+
+    assert budget.run(lambda: takes(50), is_typical=False) == {"seconds": 50}
+    assert budget.run(lambda: takes(20)) == {"seconds": 20}
+    assert budget.run(lambda: takes(12)) == {"seconds": 12}
+    assert budget.run(lambda: takes(1)) == {"not_run": "time was up: 18 s are left, and an arm takes 20 s"}
+
+
+class Hangs:
+    """A rank that never answers."""
+
+    def work(self) -> None:
+        threading.Event().wait()
+
+
+def test_an_arm_that_hangs_is_ended(benchmark, monkeypatch):
+    gpu = benchmark("gpu")
+    monkeypatch.setattr(gpu, "ARM_SECONDS", 0.5)
+    groups = []
+
+    def hang() -> dict:
+        with ranks.RankGroup(1, Hangs) as group:
+            groups.append(group)
+            return group.call("work")[0]
+
+    ranks.RankGroup(1, Hangs).close()  # the server has started, whose imports take longer
+    found = gpu.Budget(100).run(hang)
+    assert found["not_run"].startswith("ended after")
+    assert not any(process.is_alive() for group in groups for process in group._processes)
 
 
 @pytest.mark.parametrize(
@@ -309,9 +367,31 @@ def test_without_a_gpu_the_gpu_set_says_how_to_rehearse(benchmark, capsys):
     assert "--rehearse" in capsys.readouterr().err
 
 
-def test_the_server_that_ranks_are_forked_from_does_not_initialise_cuda():
-    """The import of bitsandbytes does, where there is a GPU."""
-    code = f"import importlib, sys\nfor name in {ranks.PRELOADED}: importlib.import_module(name)\n"
-    code += "print('torch' in sys.modules, 'bitsandbytes' in sys.modules)"
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert finished.stdout.split()[-2:] == ["True", "False"]
+# A server that has imported modules where there is a GPU, and a rank that is forked from it and takes the GPU.
+FORKED = """
+import importlib, os, sys
+import torch
+from simulated_gpu import cuda
+torch.version.cuda, torch._C._cuda_getCurrentRawStream = "12.8", lambda device: 0
+cuda.answer()
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+if os.fork() == 0:
+    torch.cuda.current_device()
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.parametrize(("more", "status"), [([], 0), (["bitsandbytes"], 1)], ids=["as it is", "with bitsandbytes"])
+def test_ranks_are_forked_from_a_server_that_has_not_begun_cuda(more, status):
+    folders = os.pathsep.join([str(ROOT / "tests" / "support"), str(ROOT)])
+    finished = subprocess.run(
+        [sys.executable, "-c", FORKED, *ranks.PRELOADED, *more],
+        env=os.environ | {"PYTHONPATH": folders, "CUDA_VISIBLE_DEVICES": "0", "DS_ACCELERATOR": "cuda"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == status, finished.stderr
+    assert ("Cannot re-initialize CUDA in forked subprocess" in finished.stderr) == bool(status)

@@ -1,0 +1,95 @@
+"""A driver that is older than torch's CUDA: one line before a model is loaded, and no run on CPUs unasked."""
+
+import pytest
+import torch
+from ranks import free_port
+
+from lisa_dist.commands import check, train
+from lisa_dist.commands.info import describe
+from lisa_dist.distributed.devices import why_no_gpu
+
+TOO_OLD = (
+    "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver by downloading "
+    "and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx Alternatively, go to: "
+    "https://pytorch.org to install a PyTorch version that has been compiled with your version of the CUDA driver."
+)
+SAID = f"the NVIDIA driver is for CUDA 12.4 at most, and torch {torch.__version__} has CUDA 13.0: update the driver"
+
+
+@pytest.fixture
+def torch_says(monkeypatch):
+    """torch with CUDA 13 on a host with two GPUs, where CUDA cannot begin: NVML counts them, CUDA's runtime none."""
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "PYTORCH_NVML_BASED_CUDA_CHECK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def say(error: str, counted: int = 2) -> None:
+        def begin() -> None:
+            raise RuntimeError(error)
+
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "_cudart", object())
+        monkeypatch.setattr(torch.cuda, "_device_count_nvml", lambda: counted)
+        monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: 0, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_init", begin, raising=False)
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("error", "counted", "said"),
+    [
+        (TOO_OLD, 2, SAID),
+        (TOO_OLD, -1, SAID),  # NVML cannot be loaded
+        ("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized\nat:", 2,
+         "torch cannot use the GPUs of this host (Unexpected error from cudaGetDeviceCount(). Error 802: system not "
+         "yet initialized): see that nvidia-smi"),
+        ("Found no NVIDIA driver on your system. Please check", -1, ""),
+        ("No CUDA GPUs are available", 2, ""),
+    ],
+    ids=["old", "old, no NVML", "not initialized", "no driver", "no GPU for this job"],
+)  # fmt: skip
+def test_why_torch_does_not_begin(torch_says, error, counted, said):
+    torch_says(error, counted)
+    assert why_no_gpu().startswith(said)
+    assert "\n" not in why_no_gpu()
+    assert bool(why_no_gpu()) == bool(said)
+
+
+def test_where_gpus_are_only_counted_torch_says_that_there_are_some(torch_says, monkeypatch):
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    torch_says(TOO_OLD)
+    assert torch.cuda.is_available()
+    assert why_no_gpu().startswith(SAID)
+
+
+@pytest.mark.parametrize(("name", "value"), [("CUDA_VISIBLE_DEVICES", ""), ("DS_ACCELERATOR", "cpu")])
+def test_a_run_that_wants_no_gpu_hears_nothing(torch_says, monkeypatch, name, value):
+    torch_says(TOO_OLD)
+    monkeypatch.setenv(name, value)
+    assert why_no_gpu() == ""
+
+
+def test_a_run_ends_by_one_line_before_the_model_is_looked_for(torch_says, tmp_path, capsys):
+    torch_says(TOO_OLD)
+    words = ["--model_name_or_path", str(tmp_path / "absent"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="2"):
+        train.main([*words, "--dataset_name", "rows.jsonl"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"lisa-dist: {SAID}")
+    assert line.endswith("; --use_cpu true trains on CPUs.")
+    with pytest.raises(SystemExit, match="2"):
+        train.main([*words, "--dataset_name", "rows.jsonl", "--use_cpu", "true"])
+    assert SAID not in capsys.readouterr().out
+
+
+def test_check_and_info_say_it(torch_says, tmp_path, monkeypatch, capsys):
+    torch_says(TOO_OLD)
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (ranks | {"MASTER_PORT": str(free_port()), "SLURMD_NODENAME": "node1"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="2"):
+        check.main(["--output_dir", str(tmp_path / "out"), "--gpus_per_node", "2"])
+    assert f"lisa-dist check: host node1: {SAID}" in capsys.readouterr().err
+    said = [" ".join(line.split()) for line in describe().splitlines()]
+    (line,) = [line for line in said if line.startswith("missing: GPU")]
+    assert SAID in line
