@@ -129,7 +129,7 @@ def test_every_command_of(page, folder, monkeypatch, capsys):
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), command
         elif words[0] == "pip":
             assert words[2] == "-e", command
-            known = (".", ".[gpu]", ".[eval]")  # the Makefile's is another
+            known = (".", ".[gpu]", ".[eval]", ".[flash]")  # the Makefile's is another
             assert words[3] in known, command
         elif words[0] == "tensorboard":
             assert words[1:] == ["--logdir", "runs"]

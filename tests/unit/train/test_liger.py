@@ -286,6 +286,25 @@ def fake_run_after_liger() -> list[bool]:
     ]
 
 
+def steps_of_the_gpu_benchmark() -> dict:
+    """The arm with Liger of benchmarks/cost/gpu.py, which has no plan."""
+    launched = interpret_liger()
+    from benchmarks.common import arms
+    from benchmarks.cost.gpu import LIGER
+
+    run = arms.Run(LIGER, arms.shrunk_config("llama2-7b", 64, LAYERS), interval=INTERVAL)
+    run.steps(INTERVAL + 1, LENGTH)
+    return {"launched": set(launched), "planned": run.planned_bytes(LENGTH)}
+
+
+@needs_liger
+@pytest.mark.full
+def test_the_arm_of_the_gpu_benchmark():
+    (found,) = run_ranks(steps_of_the_gpu_benchmark, 1, interpret=True)
+    assert {"_triton_rope", "_rms_norm_backward_kernel", "liger_cross_entropy_kernel"} <= found["launched"]
+    assert found["planned"] is None
+
+
 @needs_liger
 def test_a_plan_runs_the_modeling_code_without_liger():
     assert run_ranks(fake_run_after_liger, 2, interpret=True)[0] == [True, True, True]
