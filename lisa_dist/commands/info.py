@@ -42,7 +42,7 @@ def describe() -> str:
         ("lisa_dist", version_of("lisa_dist")),
         ("Python", platform.python_version()),
         ("devices", _devices() if on_gpu else f"{os.cpu_count()} CPU cores"),
-        *([("missing: GPU", why)] if (why := why_no_gpu()) else []),
+        *([("missing: GPU", no_gpu)] if (no_gpu := why_no_gpu()) else []),
         *((name, version_of(name)) for name in (*_NEEDED, *_OPTIONAL)),
         ("kernels of lisa_adamw", f"{kernels} ({why})"),
         ("attention of a Llama", f"{attention} ({why_attention})"),

@@ -20,7 +20,8 @@ from lisa_dist import cli
 from lisa_dist.commands import eval as eval_command
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
-PAGES += ["benchmarks/README.md", "benchmarks/cost/GPU.md", "examples/README.md", "examples/continued_pretraining/README.md"]
+PAGES += ["benchmarks/README.md", "benchmarks/cost/GPU.md"]
+PAGES += ["examples/README.md", "examples/continued_pretraining/README.md"]
 PROGRAMS = ("make", "pip", "python", "deepspeed", "torchrun", "lisa-dist", "tensorboard")
 COMMAND = re.compile(rf"^(?:{'|'.join(PROGRAMS)})\s")
 # Every run takes so few steps, of a model that is small enough for CPUs.
