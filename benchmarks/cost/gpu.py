@@ -32,6 +32,7 @@ from benchmarks.common.results import RESULTS, parser_of, positive, print_table,
 from benchmarks.cost import kernels
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.selection import BlockSelection
+from lisa_dist.distributed.devices import use_expandable_segments
 
 EIGHT = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 SIX_BYTES = arms.Arm("lisa, 6 bytes", "lisa", EIGHT | {"lisa_master": "bf16_sr"}, optim="lisa_adamw")
@@ -271,6 +272,7 @@ def main() -> None:
         parser.error(f"--peak_tflops {arguments.peak_tflops:g}: must be more than 0")
     if not arguments.rehearse and not torch.cuda.is_available():
         parser.error("there is no GPU; --rehearse runs the same on a CPU, with small models")
+    use_expandable_segments()  # as `lisa-dist train` does; ranks inherit it
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
     known = next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
     peak_flops = 1e12 * arguments.peak_tflops if arguments.peak_tflops else known
