@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks.tables.parts import LATEST, Benchmarks, Rows, TableError, gib, latest, loss, named, percent
-from benchmarks.tables.rows import chosen, held, last_switch, mean_loss, ratios, times_a_layer
+from benchmarks.tables.rows import chosen, held, last_switch, mean_loss, of_ours, ratios, times_a_layer
 from benchmarks.tables.runs import losses_by_rate
 
 
@@ -127,6 +127,14 @@ def of_norms(figures: dict) -> str:
     arms = {"full training": "full", "LoRA on the layers": "lora", "LoRA at the ends too": "lora_ends"}
     shown = {name: times_a_layer(figures[arm]["blocks"], "update_norm", "embed") for name, arm in arms.items()}
     return f"update of the embedding, in times a layer's: {named(shown)}"
+
+
+@latest("peers")
+def of_peers(figures: dict) -> str:
+    ran = [name for name, arm in figures["arms"].items() if "not_run" not in arm and arm["baseline"] != name]
+    shares = {name: of_ours(figures, name, "cpu_seconds_per_step") for name in ran}
+    shown = {f"{name}:": f"{statistics.median(share):.2f}" for name, share in shares.items() if share}
+    return f"CPU seconds of a step, of ours: {named(shown) or 'no peer has run'}"
 
 
 @latest("policies")

@@ -451,3 +451,32 @@ def norms_of_the_ends(*models: dict) -> Rows:
         ends = [(model[arm]["blocks"], block) for model in models for block in ("embed", "head")]
         rows.append([name, *(times_a_layer(blocks, quantity, block) for blocks, block in ends)])
     return rows
+
+
+def of_ours(figures: dict, arm: str, quantity: str) -> list[float]:
+    """An arm of peers.py relative to ours on as many ranks, round by round."""
+    arms = figures["arms"]
+    pairs = zip(arms[arm]["runs"], arms[arms[arm]["baseline"]]["runs"], strict=False)  # one may have ended earlier
+    return [run[quantity] / ours[quantity] for run, ours in pairs]
+
+
+@table("comparing_peers", "peers")
+def peers(figures: dict) -> Rows:
+    """Medians over the rounds; of an arm that did not run the reason."""
+    rows = [["", "CPU s a step", "of ours", "MB of tensors", "of ours", "tokens, with loss", "versions"]]
+    for name, arm in figures["arms"].items():
+        if "not_run" in arm or not arm["runs"]:
+            rows.append([name, f"not run: {arm.get('not_run', 'no round')}", *[""] * 5])
+            continue
+        cells = []
+        for quantity, shown in (("cpu_seconds_per_step", "{:.2f}"), ("live_bytes", "{:,.0f}")):
+            values = sorted(run[quantity] / (1e6 if quantity == "live_bytes" else 1) for run in arm["runs"])
+            low, middle, high = (shown.format(one) for one in (values[0], statistics.median(values), values[-1]))
+            cells.append(f"{middle} ({low} to {high})" if low != high else middle)
+            ratios_of_rounds = of_ours(figures, name, quantity)
+            cells.append(f"{statistics.median(ratios_of_rounds):.2f}" if ratios_of_rounds else "-")
+        batch = [statistics.mean(run[count] for run in arm["runs"]) for count in ("tokens", "labels")]
+        versions = figures["versions"][arm["peer"]]
+        told = [f"{package} {versions[package]}" for package in (arm["peer"], "badam") if package in versions]
+        rows.append([name, *cells, "{:.0f}, {:.0f}".format(*batch), ", ".join(told)])
+    return rows
