@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -42,7 +43,19 @@ PEERS = {
 }
 TOLD = ("torch", "transformers", "trl", "accelerate", "deepspeed", "badam", OURS, *PEERS)  # packages whose versions are
 SYSTEM = "You solve problems."  # SmolLM2's template has a system turn of its own where there is none
-SWITCHED_OFF = {"report_to": "none", "save_strategy": "no", "bf16": "false"}
+FIXED = {  # flags of the Trainer, which all but soup have
+    "num_train_epochs": 1,  # of as many examples as a run has steps, since soup does not count steps
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "optim": "adamw_torch_fused",
+    "weight_decay": 0.01,
+    "lr_scheduler_type": "constant",
+    "bf16": "false",
+    "fp16": "false",  # which ms-swift takes under DeepSpeed for fp32
+    "use_cpu": "true",
+    "report_to": "none",
+    "save_strategy": "no",
+}
 
 
 @dataclass(frozen=True)
@@ -71,41 +84,30 @@ ARMS = (
 
 
 def words_of(arm: Arm, arguments: argparse.Namespace, folder: Path) -> list[str]:
-    """The words behind a trainer's name; soup's are in a file that this writes into the folder."""
-    common = {
-        "num_train_epochs": 1,
-        "learning_rate": arguments.lr,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.01,
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "optim": "adamw_torch_fused",
-        "logging_steps": arguments.interval,
-        "output_dir": folder / "out",
-    } | SWITCHED_OFF
+    """The words behind a trainer's name; what it reads besides, this writes into the folder."""
     model, data = Path(arguments.model).resolve(), folder / "rows.jsonl"
-    if arm.peer == OURS:
-        lisa = {"lisa_activated_layers": arguments.gamma, "lisa_interval_steps": arguments.interval}
-        common |= lisa | {"model_name_or_path": model, "dataset_name": data, "dtype": "float32"}
-        common |= {"max_length": 2 * arguments.length, "gradient_checkpointing": "false", "deepspeed": "zero2"}
-        return ["train", *as_flags(common)]
-    if arm.peer == "ms-swift":
-        lisa = {"lisa_activated_layers": arguments.gamma, "lisa_step_interval": arguments.interval}
-        common |= lisa | {"model": model, "model_type": AutoConfig.from_pretrained(model).model_type, "dataset": data}
-        common |= {"tuner_type": "full", "template": "chatml", "torch_dtype": "float32", "dataloader_num_workers": 0}
-        common |= {"max_length": 2 * arguments.length, "gradient_checkpointing": "false", "split_dataset_ratio": 0}
-        return as_flags(common | ({"deepspeed": "zero2"} if arm.ranks > 1 else {}))
+    gamma, interval = arguments.gamma, arguments.interval
+    longest = 2 * arguments.length  # a peer's template may have a token more
     if arm.peer == "soup-cli":
         return soup_words(arguments, model, folder)
+    flags = FIXED | {"learning_rate": arguments.lr, "logging_steps": interval, "output_dir": folder / "out"}
+    if arm.peer == OURS:
+        flags |= {"lisa_activated_layers": gamma, "lisa_interval_steps": interval, "deepspeed": "zero2"}
+        flags |= {"model_name_or_path": model, "dataset_name": data, "dtype": "float32", "max_length": longest}
+        return ["train", *as_flags(flags | {"gradient_checkpointing": "false"})]
+    if arm.peer == "ms-swift":
+        flags |= {"lisa_activated_layers": gamma, "lisa_step_interval": interval, "tuner_type": "full"}
+        flags |= {"model": model, "model_type": AutoConfig.from_pretrained(model).model_type, "template": "chatml"}
+        flags |= {"dataset": data, "split_dataset_ratio": 0, "max_length": longest, "torch_dtype": "float32"}
+        flags |= {"gradient_checkpointing": "false", "dataloader_num_workers": 0}
+        return as_flags(flags | ({"deepspeed": "zero2"} if arm.ranks > 1 else {}))
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-    described = {"file_name": data.name, "formatting": "sharegpt", "columns": {"messages": "messages"}}
-    described["tags"] = tags | {"system_tag": "system"}
-    (folder / "dataset_info.json").write_text(json.dumps({"rows": described}))
-    badam = {"use_badam": "true", "badam_mode": "layer", "badam_switch_mode": "random"}
-    common |= badam | {"badam_switch_interval": arguments.interval, "model_name_or_path": model, "stage": "sft"}
-    common |= {"do_train": "true", "finetuning_type": "full", "dataset_dir": folder, "dataset": "rows"}
-    common |= {"template": "chatml", "cutoff_len": 2 * arguments.length, "disable_gradient_checkpointing": "true"}
-    return ["train", *as_flags(common)]
+    rows = {"file_name": data.name, "formatting": "sharegpt", "columns": {"messages": "messages"}}
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": rows | {"tags": tags | {"system_tag": "system"}}}))
+    flags |= {"stage": "sft", "do_train": "true", "finetuning_type": "full", "model_name_or_path": model}
+    flags |= {"use_badam": "true", "badam_switch_mode": "random", "badam_switch_interval": interval}
+    flags |= {"dataset_dir": folder, "dataset": "rows", "template": "chatml", "cutoff_len": longest}
+    return ["train", *as_flags(flags | {"disable_gradient_checkpointing": "true"})]
 
 
 def as_flags(settings: dict) -> list[str]:
@@ -115,21 +117,10 @@ def as_flags(settings: dict) -> list[str]:
 def soup_words(arguments: argparse.Namespace, model: Path, folder: Path) -> list[str]:
     """soup has a file of its own kind, and no flags."""
     data = {"train": "rows.jsonl", "format": "chatml", "max_length": 2 * arguments.length, "val_split": 0.0}
-    training = {
-        "epochs": 1,
-        "batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "lr": arguments.lr,
-        "scheduler": "constant",
-        "warmup_ratio": 0.0,
-        "weight_decay": 0.01,
-        "optimizer": "adamw_torch_fused",
-        "logging_steps": arguments.interval,
-        "quantization": "none",
-        "lisa_enabled": True,
-        "lisa_num_layers": arguments.gamma,
-        "lisa_interval_steps": arguments.interval,
-    }
+    training = {"epochs": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "quantization": "none"}
+    training |= {"lr": arguments.lr, "scheduler": "constant", "warmup_ratio": 0.0, "weight_decay": 0.01}
+    training |= {"optimizer": FIXED["optim"], "logging_steps": arguments.interval, "lisa_enabled": True}
+    training |= {"lisa_num_layers": arguments.gamma, "lisa_interval_steps": arguments.interval}
     config = {"base": str(model), "task": "sft", "data": data | {"train_on_responses_only": True}, "output": "out"}
     (folder / "soup.yaml").write_text(yaml.safe_dump(config | {"training": training}))
     return ["train", "--config", "soup.yaml", "--yes"]
@@ -171,11 +162,15 @@ def python_of(peer: str, environments: Path) -> Path:
     wanted = [*PEERS[peer], f"torch=={torch.__version__.partition('+')[0]}"]
     if not done.is_file() or done.read_text().splitlines() != wanted:
         print(f"{folder}: installing {', '.join(wanted)}", flush=True)
-        venv.create(folder)
+        if not python.exists():
+            venv.create(folder, symlinks=True)
         pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", *wanted]
         installed = subprocess.run(pip, capture_output=True, text=True)
         if installed.returncode:
             raise UserError(f"{peer}: pip cannot install it in {folder}: {last_error(installed.stderr)}")
+        if torch.version.cuda is None:  # which PyPI's torchaudio needs when it is imported, but not without this file
+            for library in folder.glob("lib/*/site-packages/torchaudio/lib/_torchaudio*.so"):
+                library.unlink()
         done.write_text("\n".join(wanted) + "\n")
     return python
 
@@ -191,9 +186,10 @@ def versions_of(python: Path) -> dict[str, str]:
 
 
 def last_error(output: str) -> str:
-    """The last line that names an error, or the last at all."""
+    """The last line that begins with an error, after which a launcher may say more; or the last at all."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it said nothing"]
-    return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1])[:300]
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|ERROR|Exception): ", line)]
+    return (errors or lines)[-1][:300]
 
 
 def environment_of(python: Path, caches: Path | None = None) -> dict[str, str]:
@@ -202,6 +198,8 @@ def environment_of(python: Path, caches: Path | None = None) -> dict[str, str]:
     made |= {"TOKENIZERS_PARALLELISM": "false", "USE_HF": "1", "PATH": f"{python.parent}:{os.environ['PATH']}"}
     if python == Path(sys.executable):
         made["PYTHONPATH"] = str(ROOT)
+    else:  # DeepSpeed builds its operators anew for every environment, and a folder that all shared would hold one
+        made["TORCH_EXTENSIONS_DIR"] = str(python.parents[1] / "torch_extensions")
     if caches is not None:
         made |= {"HF_HOME": str(caches / "hf"), "MODELSCOPE_CACHE": str(caches / "modelscope")}
     return made
@@ -223,7 +221,7 @@ def measure(arm: Arm, arguments: argparse.Namespace, rows: list[dict]) -> dict:
     python, steps = python_of(arm.peer, arguments.environments), 2 * arguments.interval
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        used = rows[: steps * arm.ranks]  # one epoch, since not every peer counts steps
+        used = rows[: steps * arm.ranks]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in used))
         command = command_of(arm, python, folder / "record", steps, words_of(arm, arguments, folder))
         started = {"cwd": folder, "env": environment_of(python, folder), "stdin": subprocess.DEVNULL}

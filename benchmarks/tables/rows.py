@@ -456,7 +456,8 @@ def norms_of_the_ends(*models: dict) -> Rows:
 def of_ours(figures: dict, arm: str, quantity: str) -> list[float]:
     """An arm of peers.py relative to ours on as many ranks, round by round."""
     arms = figures["arms"]
-    pairs = zip(arms[arm]["runs"], arms[arms[arm]["baseline"]]["runs"], strict=False)  # one may have ended earlier
+    ours = arms.get(arms[arm]["baseline"], {"runs": []})["runs"]
+    pairs = zip(arms[arm]["runs"], ours, strict=False)  # one may have ended earlier
     return [run[quantity] / ours[quantity] for run, ours in pairs]
 
 

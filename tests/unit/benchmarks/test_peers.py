@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def test_the_probe_runs_in_the_peers_own_python(tmp_path):
     assert launched[1:4] == ["-m", "torch.distributed.run", "--nproc_per_node=2"]
     assert launched[5:] == command[1:]
     assert "PYTHONPATH" not in peers.environment_of(python, tmp_path), "this repository would hide its packages"
+    operators = peers.environment_of(python, tmp_path)["TORCH_EXTENSIONS_DIR"]
+    assert Path(operators).parent == tmp_path, "what another environment has built is no good"
     assert peers.environment_of(Path(sys.executable))["PYTHONPATH"] == str(peers.ROOT)
 
 
@@ -71,6 +74,19 @@ def test_a_peer_that_is_not_there(arguments, monkeypatch):
     with pytest.raises(UserError, match=r"ms-swift: pip cannot install it in .*: ERROR: .*no-such-trainer") as raised:
         peers.python_of("ms-swift", arguments.environments)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("x\n[rank0]: KeyError: 'a'\n  rank: 0\n  error_file: <N/A>\n", "[rank0]: KeyError: 'a'"),
+        ("huggingface_hub.errors.HFError: no\n", "huggingface_hub.errors.HFError: no"),
+        ("Killed\n\n", "Killed"),
+        ("", "it said nothing"),
+    ],
+)
+def test_why_a_trainer_ended(output, said):
+    assert peers.last_error(output) == said
 
 
 def test_an_arm_that_fails_is_not_run_again(arguments, monkeypatch, tmp_path):
@@ -139,3 +155,32 @@ def test_rows_are_of_one_length(arguments, tmp_path, monkeypatch):
     assert contents == [[3, 5, 9], [3, 2, 12]], "20 tokens with the turns' own; half of them labels first"
     with pytest.raises(UserError, match="2 examples can be cut to --length 20 tokens, and 3 are needed"):
         peers.make_rows(arguments, 3)
+
+
+TINY_TRAINER = """
+import sys, transformers
+config = transformers.LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=256)
+rows = 2 * [{"input_ids": 8 * [1], "labels": 3 * [-100] + 5 * [1]}, {"input_ids": 6 * [1], "labels": 6 * [1]}]
+words = {"max_steps": 9, "per_device_train_batch_size": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+args = transformers.TrainingArguments(sys.argv[1], train_sampling_strategy="sequential", **words)
+model = transformers.LlamaForCausalLM(config)
+print("parameters", model.num_parameters())
+transformers.Trainer(model, args, train_dataset=rows).train()
+print("trained on")
+"""  # noqa: E501
+
+
+@pytest.mark.full
+def test_what_the_probe_notes(tmp_path):
+    (tmp_path / "tiny_trainer.py").write_text(TINY_TRAINER)
+    command = [sys.executable, str(peers.PROBE), str(tmp_path / "record"), "4", "tiny_trainer", str(tmp_path / "out")]
+    environment = peers.environment_of(Path(sys.executable), tmp_path) | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    found = json.loads((tmp_path / "record.0").read_text())
+    assert run.returncode == 0
+    assert "trained on" not in run.stdout, "it ends the run after the last step"
+    assert len(found["seconds"]) == 3, "from end to end of four steps"
+    assert min(found["seconds"]) > 0
+    assert found["batches"] == [[1, 8, 5], [1, 6, 5], [1, 8, 5], [1, 6, 5]], "the first token is not predicted"
+    parameters = int(run.stdout.split("parameters ")[1].split()[0])
+    assert found["live_bytes"] == pytest.approx(3 * 4 * parameters, rel=0.02), "weights and two moments, no gradients"
