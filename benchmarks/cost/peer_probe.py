@@ -4,7 +4,7 @@ python peer_probe.py RECORD STEPS MODULE WORD ...
 
 It needs nothing but torch and transformers, whose Trainer every peer's is built on. Each rank writes RECORD.RANK and
 ends after step STEPS: CPU seconds (user and system, all threads) between the ends of steps; of every micro-batch the
-examples, tokens, and labels that count; bytes of all storages that live then, when the gradients have gone.
+examples, tokens, and labels that count; bytes of all storages that live before the last step, without gradients.
 """
 
 import sys
@@ -30,16 +30,18 @@ class Probe(transformers.TrainerCallback):
     def __init__(self, record: str, last: int):
         self._record, self._last = f"{record}.{os.environ.get('RANK', 0)}", last
         self._ended: float | None = None
+        self._live_bytes = 0
         self.batches: list[tuple[int, ...]] = []
         self._seconds: list[float] = []
 
     def on_step_end(self, args, state, control, **_):
         now = time.process_time()
         self._seconds += [] if self._ended is None else [now - self._ended]
-        if state.global_step == self._last:
+        if state.global_step == self._last - 1:  # not after the last, where some peers have switched already
             gc.collect()
-            live_bytes = runpy.run_path(str(LIVE_BYTES))["live_tensor_bytes"]()
-            found = {"seconds": self._seconds, "batches": self.batches, "live_bytes": live_bytes}
+            self._live_bytes = runpy.run_path(str(LIVE_BYTES))["live_tensor_bytes"]()
+        if state.global_step == self._last:
+            found = {"seconds": self._seconds, "batches": self.batches, "live_bytes": self._live_bytes}
             Path(self._record).write_text(json.dumps(found))
             os._exit(0)  # nobody wants the model
         self._ended = time.process_time()

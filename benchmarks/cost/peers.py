@@ -272,6 +272,8 @@ def main() -> None:
     parser.add_argument("--length", type=positive, default=256, help="tokens of an example")
     parser.add_argument("--lr", type=float, default=1e-4)
     arguments = parser.parse_args()
+    if arguments.interval < 2:
+        parser.error("--interval 1: tensors are counted between two steps of a period; take 2 or more")
     arms = [arm for arm in ARMS if arm.name in arguments.arms]
     try:
         rows = make_rows(arguments, 2 * arguments.interval * max(arm.ranks for arm in arms))
