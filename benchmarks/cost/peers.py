@@ -33,7 +33,7 @@ from benchmarks.tables.show import show
 from lisa_dist.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-PROBE = Path(__file__).with_name("peer_probe.py")
+PROBE = ROOT / "benchmarks" / "common" / "peer_probe.py"
 OURS = "lisa-dist"
 # What pip installs for each peer; torch is this environment's, so that all arms have the same kernels.
 PEERS = {

@@ -9,7 +9,7 @@ examples, tokens, and labels that count; bytes of all storages that live before 
 
 import sys
 
-sys.path.pop(0)  # this folder, whose `memory`, `kernels` and the like would hide packages
+sys.path.pop(0)  # this folder, whose modules could hide packages of the same name
 
 import functools
 import gc
