@@ -215,12 +215,12 @@ def hash_tensors(values: Iterable[tuple[str, object]]) -> str:
 
 
 def describe_checkpoint(output_dir: Path) -> dict:
-    """Names of a run's files; of its checkpoint the state, but for times and versions, and sums of the tensors."""
+    """Names of a run's files; of its checkpoint the state and sums of the tensors. Not times, versions, bytes of memory."""
     saved = output_dir / f"checkpoint-{CUT}"
     state = json.loads((saved / "lisa_state.json").read_text())
     for name in ("saved_at", "checksum", "versions", "files"):
         del state[name]
-    for name in ("seconds", "live_bytes"):
+    for name in ("seconds", "live_bytes", "bytes_released"):
         del state["lisa"]["record"][name]
     described = {"names of files": sorted(str(path.relative_to(output_dir)) for path in output_dir.rglob("*"))}
     described |= {f"{name} in lisa_state.json": value for name, value in state.items()}
