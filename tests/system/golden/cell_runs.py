@@ -215,7 +215,7 @@ def hash_tensors(values: Iterable[tuple[str, object]]) -> str:
 
 
 def describe_checkpoint(output_dir: Path) -> dict:
-    """Names of a run's files; of its checkpoint the state and sums of the tensors. Not times, versions, bytes of memory."""
+    """Names of a run's files; of its checkpoint state and sums of tensors, no times, versions or bytes of memory."""
     saved = output_dir / f"checkpoint-{CUT}"
     state = json.loads((saved / "lisa_state.json").read_text())
     for name in ("saved_at", "checksum", "versions", "files"):
