@@ -330,7 +330,7 @@ class Run:
             dtype,
             self._checkpointed if checkpointed is None else checkpointed,
             "eager" if arm.attention == "eager" else "sdpa",  # whose memory flash-attn's is
-            fused_head=False,
+            loss="own",
         )
         run = FakeRun(self.model.config, workload, lora_rank)
         trained = None

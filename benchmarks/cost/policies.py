@@ -43,6 +43,7 @@ def main() -> None:
         config = load_model_config(model)
         for seq_length, checkpointed in ((1024, config.num_hidden_layers), (1024, 0), (4096, 0)):
             of_all = {"deepspeed": "zero2", "seq_length": seq_length, "checkpointed_layers": str(checkpointed)}
+            of_all["loss"] = "chunked"
             for name, plan_flags, settings in ARMS:
                 plan = make_plans(config, PlanArguments(model, **of_all | plan_flags), LisaConfig(**settings))[0]
                 figures[f"{model}, {seq_length} tokens, {checkpointed} checkpointed, {name}"] = plan.to_dict()

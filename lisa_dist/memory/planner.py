@@ -1,5 +1,6 @@
 """Plans: the memory that a run needs under each DeepSpeed config, the fastest that fits, and its command."""
 
+import copy
 import json
 import shlex
 from collections.abc import Sequence
@@ -9,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.engine_config import prepare_ds_config
+from lisa_dist.core.label_logits import check_loss, why_no_label_logits
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.memory.estimate import StageSettings, kept_states, plan_memory, widest_periods
 from lisa_dist.memory.parts import MemoryParts
-from lisa_dist.memory.trace import FakeRun, Group, StepTrace, Trained, Workload
+from lisa_dist.memory.trace import CHUNKED, LOGITS, FakeRun, Group, StepTrace, Trained, Workload
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.run_folder import MEMORY_PARTS
 from lisa_dist.text import GIB, format_bytes, format_columns, parse_bytes
@@ -55,6 +57,10 @@ class PlanArguments:
             "another method than lisa none or all."
         },
     )
+    loss: str = field(
+        default=AUTO,
+        metadata={"help": "As in training; liger is planned as chunked."},
+    )
     reserve: str = field(default="1GiB", metadata={"help": "Of a GPU, for the CUDA context, NCCL and fragments."})
     json: str | None = field(default=None, metadata={"help": "Write the plans to this file."})
     plot: str | None = field(default=None, metadata={"help": "Draw them as bars to this .png."})
@@ -69,6 +75,7 @@ class PlanArguments:
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
         parse_checkpointed_layers(self.checkpointed_layers)
+        check_loss(self.loss)
         for name in ("gpu_memory", "host_memory", "reserve"):
             parse_bytes(f"--{name}", getattr(self, name))
 
@@ -112,11 +119,16 @@ class Plan:
 
 
 class Planner:
-    """Plans of one model and method; a step is traced once for each number of checkpointed layers."""
+    """Plans of one model and method; a step is traced once for each loss and number of checkpointed layers.
 
-    def __init__(self, config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig) -> None:
-        self._config, self._arguments, self._lisa = config, arguments, lisa_config
-        self._traces: dict[int, tuple[FakeRun, list[tuple[list[Group], StepTrace]]]] = {}
+    `on_cpu`: of ranks that have no GPU, where device and host are one.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig, on_cpu: bool = False
+    ) -> None:
+        self._config, self._arguments, self._lisa, self._on_cpu = config, arguments, lisa_config, on_cpu
+        self._traces: dict[tuple[int, str], tuple[FakeRun, list[tuple[list[Group], StepTrace]]]] = {}
         self.num_layers = config.get_text_config().num_hidden_layers
         if arguments.method == "lisa":
             lisa_config.check_num_layers(self.num_layers)
@@ -138,10 +150,10 @@ class Planner:
                 f"none; give none or all."
             )
 
-    def plan(self, ds_config: str, checkpointed_layers: int) -> Plan:
-        """The plan of the worst period under one DeepSpeed config."""
+    def plan(self, ds_config: str | dict, checkpointed_layers: int, loss: str) -> Plan:
+        """The plan of the worst period under one DeepSpeed config: short name, path, or its content."""
         arguments = self._arguments
-        run, periods = self._trace(checkpointed_layers)
+        run, periods = self._trace(checkpointed_layers, loss)
         settings = StageSettings.of(self._read(ds_config), run.hidden_size)
         planned = [
             plan_memory(
@@ -153,6 +165,7 @@ class Planner:
                 optim=arguments.optim,
                 master=self._lisa.lisa_master,
                 accumulates=arguments.gradient_accumulation_steps > 1,
+                on_cpu=self._on_cpu,
                 plain=arguments.method != "lisa",
             )
             for groups, trace in periods
@@ -161,34 +174,64 @@ class Planner:
         host = max((host for _, host in planned), key=lambda host: sum(host.values()))
         if arguments.method == "lisa" and self._lisa.lisa_state == "keep":
             host = host | {"kept states": kept_states(run, self._lisa, settings.stage, arguments.gpus, arguments.optim)}
-        return Plan(ds_config, run.workload, parts, host)
+        return Plan(str(ds_config), run.workload, parts, host)
 
-    def _read(self, name_or_path: str) -> dict:
-        ds_config = read_ds_config(name_or_path)
+    def _read(self, given: str | dict) -> dict:
+        ds_config = copy.deepcopy(given) if isinstance(given, dict) else read_ds_config(given)
         prepare_ds_config(ds_config, self._lisa, self._arguments.optim, self._arguments.precision)
         return ds_config
 
-    def cheapest(self, ds_config: str) -> Plan:
+    def cheapest(self, ds_config: str | dict) -> Plan:
         """With the fewest checkpointed layers that fit, since recomputing only costs; of other methods none or all."""
+        return self.choose_loss(ds_config)[0]
+
+    def choose_loss(self, ds_config: str | dict) -> tuple[Plan, str]:
+        """The cheapest plan, and why it has its loss.
+
+        --loss auto keeps logits where they fit and no layer need be checkpointed for them; where nothing fits, the loss
+        that needs less is planned.
+        """
+        given = self._arguments.loss
+        why_not = why_no_label_logits(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self._config), None))
+        if given == LOGITS and why_not:
+            raise UserError(f"--loss logits: {why_not}; give --loss chunked.")
+        if given != AUTO or why_not:
+            loss = LOGITS if given == LOGITS else CHUNKED
+            return self._fewest_layers(ds_config, loss), f"auto: {why_not}" if given == AUTO else f"--loss {given}"
+        kept = self._fewest_layers(ds_config, LOGITS)
+        needed = f"{format_bytes(kept.gpu.peak)} planned with logits"
+        if kept.lacks(self._arguments)[0]:
+            chunked, why = self._fewest_layers(ds_config, CHUNKED), f"auto: {needed}, and there are "
+            return min(chunked, kept, key=lambda plan: plan.gpu.peak), why + format_bytes(self._arguments.budget)
+        count = kept.workload.checkpointed_layers
+        if self._count is None and count:
+            fewer = count - 1 if self._arguments.method == "lisa" else 0
+            if not self.plan(ds_config, fewer, CHUNKED).lacks(self._arguments)[0]:
+                return self._fewest_layers(ds_config, CHUNKED), "auto: with logits more layers would be checkpointed"
+        return kept, f"auto: {needed}, of {format_bytes(self._arguments.budget)}"
+
+    def _fewest_layers(self, ds_config: str | dict, loss: str) -> Plan:
         if self._count is not None:
-            return self.plan(ds_config, self._count)
+            return self.plan(ds_config, self._count, loss)
         if self._arguments.method == "lisa":
 
             def peak(count: int) -> int:
-                return self.plan(ds_config, count).gpu.peak
+                return self.plan(ds_config, count, loss).gpu.peak
 
-            return self.plan(ds_config, fewest_layers(peak, self.num_layers, self._arguments.budget))
-        none = self.plan(ds_config, 0)
-        return none if not none.lacks(self._arguments)[0] else self.plan(ds_config, self.num_layers)
+            return self.plan(ds_config, fewest_layers(peak, self.num_layers, self._arguments.budget), loss)
+        none = self.plan(ds_config, 0, loss)
+        return none if not none.lacks(self._arguments)[0] else self.plan(ds_config, self.num_layers, loss)
 
-    def _trace(self, checkpointed_layers: int) -> tuple[FakeRun, list[tuple[list[Group], StepTrace]]]:
-        if checkpointed_layers not in self._traces:
+    def _trace(self, checkpointed_layers: int, loss: str) -> tuple[FakeRun, list[tuple[list[Group], StepTrace]]]:
+        if (checkpointed_layers, loss) not in self._traces:
             arguments = self._arguments
             workload = Workload(
                 arguments.seq_length,
                 arguments.micro_batch_size,
                 _DTYPES[arguments.precision],
                 checkpointed_layers,
+                loss=loss,
+                triton=not self._on_cpu,
                 padded=arguments.micro_batch_size > 1,
             )
             lora_rank = arguments.lora_r if arguments.method == "lora" else 0
@@ -202,8 +245,8 @@ class Planner:
             for period in periods:
                 groups = run.groups(period, arguments.optim, config.state_bits, config.offloaded)
                 traces.append((groups, run.trace(groups)))
-            self._traces[checkpointed_layers] = run, traces
-        return self._traces[checkpointed_layers]
+            self._traces[checkpointed_layers, loss] = run, traces
+        return self._traces[checkpointed_layers, loss]
 
 
 def shipped_model_configs() -> list[str]:
@@ -264,6 +307,8 @@ def command_for(plan: Plan, arguments: PlanArguments, lisa_config: LisaConfig) -
     flags: dict[str, Any] = {"model_name_or_path": model, "method": arguments.method, "deepspeed": plan.ds_config}
     flags |= {"per_device_train_batch_size": arguments.micro_batch_size, "max_length": arguments.seq_length}
     flags |= {"optim": arguments.optim, "bf16": arguments.precision == "bf16"}
+    if arguments.loss != AUTO or plan.workload.loss == LOGITS:
+        flags |= {"loss": LOGITS if arguments.loss == AUTO else arguments.loss}
     if arguments.gradient_accumulation_steps > 1:
         flags |= {"gradient_accumulation_steps": arguments.gradient_accumulation_steps}
     if arguments.method == "lora":
@@ -284,6 +329,7 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
     """The table: a row for each part, a column for each DeepSpeed config."""
     checkpointed = [f"{plan.workload.checkpointed_layers} checkpointed" for plan in plans]
     lines = [["GiB on each GPU", *(plan.ds_config for plan in plans)], ["layers", *checkpointed]]
+    lines.append(["loss", *(plan.workload.loss for plan in plans)])
     for title, fields in MEMORY_PARTS:
         lines.append([title, *(_gib(sum(plan.gpu.to_dict()[name] for name in fields)) for plan in plans)])
     lines.append(["peak", *(_gib(plan.gpu.peak) for plan in plans)])

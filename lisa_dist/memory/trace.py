@@ -7,6 +7,7 @@ LISA would train, and every allocation is counted. `estimate.py` adds what DeepS
 import contextlib
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,9 +24,13 @@ from lisa_dist.config import UserError
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import checkpoint_layers
 from lisa_dist.core.groups import split_by_decay, takes_bits
+from lisa_dist.core.label_logits import add_label_logits
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.memory.without_liger import without_liger
 from lisa_dist.optim.build import default_state_bits
+
+# How a step computes its loss.
+CHUNKED, LOGITS, OWN = "chunked", "logits", "own"
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,9 @@ class Workload:
     dtype: torch.dtype = torch.bfloat16
     checkpointed_layers: int = 0  # so many of the lowest layers store only their inputs
     attention: str = "sdpa"
-    fused_head: bool = True  # the loss without whole logits, as TRL's SFTTrainer has it; else the model's own
+    loss: str = CHUNKED  # TRL's in chunks, of LOGITS of the positions with a label, or the model's OWN
+    labels: int | None = None  # positions with a label, where LOGITS are not of all that can have one
+    triton: bool = False  # TRL's loss by its Triton kernels, as on a GPU
     padded: bool = False  # examples of several lengths: the attention has a mask
 
 
@@ -137,16 +144,25 @@ class FakeRun:
             model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
             attention = workload.attention if getattr(model_class, "_supports_sdpa", True) else "eager"
             self.model = AutoModelForCausalLM.from_config(config, dtype=workload.dtype, attn_implementation=attention)
-            if workload.fused_head:
+            if workload.loss != OWN:
                 from trl.trainer.utils import add_fused_lm_head
 
                 add_fused_lm_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
+            if workload.loss == LOGITS:
+                score = _TritonScores.apply if workload.triton else None
+                add_label_logits(self.model, select=self._with_label, score=score)
             self._run = _with_adapters(self.model, lora_rank) if lora_rank else self.model
         with _report_model_errors(config), self._mode:
             self._run.to_empty(device="cpu")  # on the meta device attention would run another kernel
             self.model.tie_weights()
         self.blocks = find_blocks(self.model, layers_attribute)
         checkpoint_layers(self.model, self.blocks, workload.checkpointed_layers)
+
+    def _with_label(self, mask: torch.Tensor) -> torch.Tensor:
+        """Numbers of the positions with a label, of which the last of a row never is one."""
+        rows, tokens = mask.shape
+        labels = self.workload.labels
+        return torch.empty(rows * (tokens - 1) if labels is None else labels, dtype=torch.long)
 
     def groups(
         self,
@@ -201,12 +217,12 @@ class FakeRun:
             tokens = torch.ones(workload.micro_batch_size, workload.seq_length, dtype=torch.long)
             mask = torch.ones_like(tokens) if workload.padded else None
             inputs = {"input_ids": tokens, "attention_mask": mask, "labels": tokens, "use_cache": False}
-            if workload.fused_head:
+            if workload.loss != OWN:
                 inputs["fused_lm_head"] = True
             tracker.add([*self._run.parameters(), *self._run.buffers()], "model")
             model_bytes = tracker.now
-            no_mask = _no_mask_without_padding(workload.padded)
-            with _report_model_errors(self.model.config), _without_zero3_init(), tracker, no_mask:
+            no_mask, tiles = _no_mask_without_padding(workload.padded), _as_triton(workload.triton)
+            with _report_model_errors(self.model.config), _without_zero3_init(), tiles, tracker, no_mask:
                 loss = self._run(**inputs).loss
                 after_forward = +tracker.bytes
                 loss.backward()
@@ -214,6 +230,39 @@ class FakeRun:
             hook.remove()
         peak_after, now = tracker.peak - model_bytes, tracker.now - model_bytes
         return StepTrace(after_forward["activations"], after_forward["logits"], tuple(arrivals), peak_after, now)
+
+
+@contextlib.contextmanager
+def _as_triton(is_triton: bool) -> Iterator[None]:
+    """Have TRL's loss in chunks allocate what it does with Triton, whose kernels take a tile as it is."""
+    if not is_triton:
+        yield
+        return
+    from trl.kernels import chunked_logprob
+
+    # The last is one product on a GPU; elsewhere it is of copies in fp32.
+    by_torch = {name: vars(chunked_logprob)[name] for name in ("_forward_tile", "_backward_tile", "_addmm_fp32")}
+    vars(chunked_logprob).update(dict.fromkeys(by_torch, lambda *args, **kwargs: None))
+    try:
+        yield
+    finally:
+        vars(chunked_logprob).update(by_torch)
+
+
+class _TritonScores(torch.autograd.Function):
+    """What TRL's Triton kernel allocates for log-probabilities and entropies; it cannot run on fake tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two values for each row of the logits, which are kept."""
+        ctx.save_for_backward(logits)
+        return torch.empty(len(targets), device=logits.device), torch.empty(len(targets), device=logits.device)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """A gradient beside the logits, in their precision."""
+        (logits,) = ctx.saved_tensors
+        return torch.empty_like(logits), None
 
 
 def part_of(tensor: torch.Tensor, vocab_size: int) -> str:

@@ -16,6 +16,7 @@ from trl import ModelConfig, SFTConfig
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
+from lisa_dist.core.label_logits import check_loss
 from lisa_dist.data.dataset import DataArguments
 from lisa_dist.distributed.devices import why_no_gpu
 from lisa_dist.distributed.ranks import set_rank
@@ -71,6 +72,13 @@ class RunArguments:
             "GPU but 1 GiB."
         },
     )
+    loss: str = field(
+        default=AUTO,
+        metadata={
+            "help": "How the loss is computed: logits (of the positions with a label, kept for the backward pass), "
+            "chunked (TRL's, computed again there), liger, or auto: logits where they fit, else liger where it runs."
+        },
+    )
     hang_timeout: float = field(
         default=HANG_TIMEOUT,
         metadata={
@@ -96,6 +104,7 @@ class RunArguments:
             )
         # Other methods have no use for it, as their header says: a recipe that has it serves them too.
         parse_budget(self.gpu_memory, checkpointed if self.method == "lisa" else AUTO)
+        check_loss(self.loss)
         if self.hang_timeout < 0:
             raise UserError(f"--hang_timeout {self.hang_timeout}: seconds are not negative; 0 turns it off.")
         if self.layer_norms < 0:

@@ -6,14 +6,19 @@ gradient of a frozen weight. Under ZeRO-3 a norm reads its weight within its own
 head's within the model's, where DeepSpeed gathers it.
 """
 
+import functools
 import importlib.util
 import inspect
 import os
+import types
+from typing import Any
 
 import torch
-from transformers import PretrainedConfig, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
+from transformers.integrations.liger import apply_liger_kernel
 
 from lisa_dist.config import LisaConfig
+from lisa_dist.core.label_logits import take_targets
 from lisa_dist.errors import UserError
 from lisa_dist.optim.ops import why_no_compiler
 
@@ -32,6 +37,8 @@ def check_liger(
     """
     kernels = dict(args.liger_kernel_config or {})
     setting = f"liger_kernel_config {kernels}"  # in a recipe or in code: the command line takes no dict
+    if (missing := why_no_liger(model_config.model_type)) is not None:
+        raise UserError(f"--use_liger_kernel True: {missing}; leave it out.")
     parameters = _patch_parameters(model_config.model_type)
     unknown = [name for name, wanted in kernels.items() if wanted and name not in parameters]
     if unknown:
@@ -55,28 +62,73 @@ def check_liger(
     return f"Liger kernels: {', '.join(on) or 'none'}" + (f" ({FUSED_LOSS} is off, since {why})" if turned_off else "")
 
 
-def _patch_parameters(model_type: str) -> dict[str, bool]:
-    """The kernels that Liger has for a type of model, and whether each is on by default."""
+def why_no_liger(model_type: str) -> str | None:
+    """Why Liger has no kernels that run here for a type of model, or None."""
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise UserError("--use_liger_kernel True: its Triton kernels need a CUDA device; leave it out.")
+        return "Liger's Triton kernels need a CUDA device"
     if torch.cuda.is_available() and (missing := why_no_compiler()):
-        raise UserError(f"--use_liger_kernel True: {missing}, or leave the flag out.")
+        return missing
     if importlib.util.find_spec("liger_kernel") is None:
-        raise UserError(
-            "--use_liger_kernel True: liger-kernel is not installed; pip install 'lisa_dist[gpu]', or leave it out."
-        )
+        return "liger-kernel is not installed (pip install 'lisa_dist[gpu]')"
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:  # a release for another transformers, or no triton
-        raise UserError(
-            f"--use_liger_kernel True: liger-kernel cannot be imported ({error}); pip install -U 'lisa_dist[gpu]'."
-        ) from error
+        return f"liger-kernel cannot be imported ({error}): pip install -U 'lisa_dist[gpu]'"
     if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # the Trainer would train without a word and without Liger
-        raise UserError(
-            f"--use_liger_kernel True: liger-kernel has no kernels for model type {model_type}; leave it out."
-        )
+        return f"liger-kernel has no kernels for model type {model_type}"
+    return None
+
+
+def _patch_parameters(model_type: str) -> dict[str, bool]:
+    """The kernels that Liger has for a type of model, and whether each is on by default."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
     signature = inspect.signature(MODEL_TYPE_TO_APPLY_LIGER_FN[model_type])
     return {name: value.default for name, value in signature.parameters.items() if isinstance(value.default, bool)}
+
+
+def why_no_liger_loss(args: Any, model_config: PretrainedConfig, lisa_config: LisaConfig) -> str | None:
+    """Why TRL's trainer, with its SFTConfig, cannot have Liger's loss fused with the head, or None."""
+    if (missing := why_no_liger(model_config.model_type)) is not None:
+        return missing
+    if FUSED_LOSS not in _patch_parameters(model_config.model_type):
+        return f"liger-kernel has no {FUSED_LOSS} for model type {model_config.model_type}"
+    if args.loss_type != "nll":
+        return f"--loss_type {args.loss_type} needs the loss of each token"
+    if hasattr(model_config.get_text_config(), "output_router_logits"):
+        return "it would count the loss of the model's routers twice"
+    return _why_no_fused_loss(args, {}, lisa_config, trl_head=False)
+
+
+def add_liger_loss(model: PreTrainedModel) -> None:
+    """Have Liger compute the loss of a model that TRL has given a fused head, wherever a backward pass will follow.
+
+    Its gradients are computed with it, chunk by chunk of the logits, once. It has no entropies: they are NaN.
+    """
+    chunked_forward = model.forward
+    apply_liger_kernel(model, dict.fromkeys(_patch_parameters(model.config.model_type), False) | {FUSED_LOSS: True})
+    liger_forward: Any = model.forward
+    assert liger_forward != chunked_forward, "Liger has replaced something else"
+
+    @functools.wraps(chunked_forward)
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head or not torch.is_grad_enabled():
+            return chunked_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
+        from trl.trainer.utils import FusedCausalLMOutput
+
+        targets = take_targets(kwargs)
+        how = {"num_items_in_batch": 1, "accum_dtype": torch.float32, "return_predicted_tokens": True}
+        outputs = liger_forward(*args, shift_labels=targets, skip_logits=True, **how, **kwargs)
+        mask = targets != -100
+        return FusedCausalLMOutput(
+            loss=outputs.loss / mask.sum().clamp(min=1),
+            log_probs=-outputs.loss[None],  # their sum, which is all that TRL takes of them
+            entropy=torch.full_like(outputs.loss.detach()[None], torch.nan),
+            is_top1=(outputs.predicted_tokens.view_as(mask) == targets) & mask,
+            label_mask=mask,
+        )
+
+    model.forward = types.MethodType(forward, model)
 
 
 def _why_no_fused_loss(

@@ -13,8 +13,13 @@ from lisa_dist.train.run_header import describe_devices, installed_versions
 from lisa_dist.zero.parameters import parameter_numel
 
 
-def record_of_run(config: RunConfig, words: Sequence[str], model: Any, data: Sequence[str]) -> dict[str, Any]:
-    """The content of lisa_run.json; `words` are those of the command line, `data` describes the examples in lines."""
+def record_of_run(
+    config: RunConfig, words: Sequence[str], model: Any, data: Sequence[str], loss: str
+) -> dict[str, Any]:
+    """The content of lisa_run.json; `words` are those of the command line, `data` describes the examples in lines.
+
+    `loss` is how the loss is computed, and why.
+    """
     words = without_secrets(
         word for word in words if not word.startswith(("--local_rank", "--resume_from_checkpoint="))
     )
@@ -27,6 +32,7 @@ def record_of_run(config: RunConfig, words: Sequence[str], model: Any, data: Seq
         "model": str(config.model.model_name_or_path),
         "method": config.run.method,
         "devices": describe_devices(config.training),
+        "loss": loss,
         "began": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "command": shlex.join([*start, *words]) + (f"  # by a launcher on {hosts} hosts" if hosts > 1 else ""),
         "given": [f"--{name}" for name in run_parser().given(words)],

@@ -29,10 +29,10 @@ from lisa_dist.run_folder import write_run
 from lisa_dist.train.arguments import ALL_LINEAR, LisaOptimizerNames, ModelArguments, RunConfig
 from lisa_dist.train.attention import choose_attention, packs_documents
 from lisa_dist.train.checks import precision_of_arguments
-from lisa_dist.train.chunked_loss import choose_loss_kernels
 from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 from lisa_dist.train.layer_norms import LayerNorms
 from lisa_dist.train.liger import FUSED_LOSS, check_liger
+from lisa_dist.train.loss import choose_loss
 from lisa_dist.train.record import record_of_run
 from lisa_dist.train.run_header import describe_outcome, describe_run, installed_versions
 from lisa_dist.train.sample_answer import SampleCallback
@@ -67,15 +67,16 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
         packed=packs_documents(config.training),
         use_cpu=config.training.use_cpu,
     )
+    loss, why = choose_loss(config, _model_config(config))
     data = load_examples(config.data, config.training, tokenizer)
     _check_same_data(config.data, data)
     config = _for_trl(config, attention)
-    loss = choose_loss_kernels()
-    trainer = build_trainer(config, tokenizer, data)
+    trainer = build_trainer(config, tokenizer, data, loss)
     with together(output_dir):
         if trainer.is_world_process_zero():
-            write_run(output_dir, record_of_run(config, words, trainer.model, data.lines), resumes=bool(resume_from))
-    trainer.accelerator.print(describe_run(config, f"{attention} ({reason})", template, loss))
+            record = record_of_run(config, words, trainer.model, data.lines, why)
+            write_run(output_dir, record, resumes=bool(resume_from))
+    trainer.accelerator.print(describe_run(config, f"{attention} ({reason})", template, why))
     trainer.accelerator.print("\n".join(["data", *(f"  {line}" for text in data.lines for line in text.split("\n"))]))
     trainer.train(resume_from_checkpoint=resume_from)
     return _finish(trainer, output_dir)
@@ -221,14 +222,17 @@ def _for_trl(config: RunConfig, attention: str) -> RunConfig:
     return config._replace(training=training)
 
 
-def build_trainer(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Data) -> LisaTrainer | BaselineTrainer:
-    """The trainer of the method, with the model loaded."""
+def build_trainer(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Data, loss: str
+) -> LisaTrainer | BaselineTrainer:
+    """The trainer of the method, with the model loaded; `loss` as `choose_loss` gives it."""
     arguments: dict[str, Any] = {
         "model": config.model.model_name_or_path,
         "args": config.training,
         "train_dataset": data.train,
         "eval_dataset": data.held_out,
         "processing_class": tokenizer,
+        "loss": loss,
     }
     trainer: LisaTrainer | BaselineTrainer
     if config.run.method == "lisa":

@@ -14,7 +14,7 @@ from lisa_dist.train.arguments import ALL_LINEAR, ModelArguments, RunConfig
 from lisa_dist.train.checks import precision_of_arguments
 
 
-def describe_run(config: RunConfig, attention: str, template: str, loss: str | None = None) -> str:
+def describe_run(config: RunConfig, attention: str, template: str, loss: str) -> str:
     """A table of how the run is run, with the flags that have no effect under its method."""
     args, checkpointed = config.training, parse_checkpointed_layers(config.run.checkpointed_layers)
     batch = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -25,7 +25,7 @@ def describe_run(config: RunConfig, attention: str, template: str, loss: str | N
         ("model from", str(config.model.model_name_or_path)),
         ("devices", describe_devices(args)),
         ("attention", attention),
-        *([("loss", loss)] if loss else []),
+        ("loss", loss),
         ("chat template", template),
         *([("adapters", _describe_adapters(config.model))] if config.run.method == "lora" else []),
         ("optimizer", f"{optim}, learning rate {args.learning_rate}, weight decay {args.weight_decay}"),

@@ -4,12 +4,17 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
+from lisa_dist.core.label_logits import add_label_logits, check_loss, why_no_label_logits
 from lisa_dist.errors import UserError
+from lisa_dist.memory.trace import CHUNKED, LOGITS
 from lisa_dist.train.attention import documents_see_each_other, packs_documents
+from lisa_dist.train.liger import add_liger_loss
 from lisa_dist.train.monitoring import MonitoredMixin
+from lisa_dist.train.step_memory import LIGER
 from lisa_dist.train.trainer import LisaMixin
 from lisa_dist.zero.stage3 import forget_module_order
 
@@ -20,7 +25,7 @@ class PackingCheck(TrainerCallback):
     All ranks take part, as ZeRO-3 gathers weights for it. The trainer's engine is there once training begins.
     """
 
-    def __init__(self, trainer: "_PackingMixin"):
+    def __init__(self, trainer: "_SFTMixin"):
         self._trainer = trainer
 
     def on_train_begin(
@@ -47,23 +52,43 @@ class PackingCheck(TrainerCallback):
             )
 
 
-class _PackingMixin(MonitoredMixin):
-    """Put before all else of a trainer: adds the check after every other callback of its construction."""
+class _SFTMixin(MonitoredMixin):
+    """Put before all else of a trainer: adds the check after every other callback of its construction, and `loss`."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, loss: str = CHUNKED, **kwargs: Any):
+        check_loss(loss)
+        if loss == "auto":
+            raise UserError("loss='auto': lisa-dist train chooses by a plan; give logits, chunked or liger here.")
+        self._loss = loss
         super().__init__(*args, **kwargs)
         if packs_documents(self.args):
             self.add_callback(PackingCheck(self))
+        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if loss == LOGITS:
+            if (why_not := why_no_label_logits(type(model))) is not None:
+                raise UserError(f"--loss logits: {why_not}; give --loss chunked.")
+            add_label_logits(model)
+        elif loss == LIGER:
+            add_liger_loss(model)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's, without the entropies that Liger does not compute."""
+        if self._loss == LIGER:
+            self._metrics["train"].pop("entropy", None)
+        super().log(*args, **kwargs)
 
 
-class LisaTrainer(_PackingMixin, LisaMixin, SFTTrainer):
+class LisaTrainer(_SFTMixin, LisaMixin, SFTTrainer):
     """TRL's SFTTrainer, trained by LISA: its formats, chat templates, packing and losses.
+
+    `loss` is how the loss is computed: "chunked" as TRL does, "logits" with logits of the positions with a label that
+    are kept for the backward pass, or "liger" (`--loss` of a run).
 
     Raises ValueError, at construction or before the first step, where packed documents would see each other.
     """
 
 
-class BaselineTrainer(_PackingMixin, SFTTrainer):
+class BaselineTrainer(_SFTMixin, SFTTrainer):
     """TRL's SFTTrainer with the same parameters in every step, all or adapters; it logs what a LISA run logs.
 
     Raises ValueError as `LisaTrainer` does.

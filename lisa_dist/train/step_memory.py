@@ -9,33 +9,43 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, Trainer, TrainingArguments
 
 from lisa_dist.core.controller import LisaController
+from lisa_dist.core.label_logits import uses_triton
 from lisa_dist.distributed.devices import gpu_bytes_for_tensors
 from lisa_dist.memory.run_memory import RunMemory
-from lisa_dist.memory.trace import Workload
+from lisa_dist.memory.trace import CHUNKED, LOGITS, OWN, Workload
 
+LIGER = "liger"  # takes no more memory than the loss in chunks, and is planned as that
 RESERVED = 2**30  # bytes of a GPU, for the CUDA context, NCCL and fragments, until a step has shown them
 
 
 class StepWorkload:
-    """What a micro-batch of a trainer computes; `compute_loss` is the trainer class's.
+    """What a micro-batch of a trainer computes; `compute_loss` is the trainer class's, `loss` what TRL's is made by.
 
     It holds no model: a Trainer with a `model_init` makes another one when training begins.
     """
 
-    def __init__(self, args: TrainingArguments, compute_loss: Callable[..., Any]):
+    def __init__(self, args: TrainingArguments, compute_loss: Callable[..., Any], loss: str = CHUNKED):
         self._args = args
-        self._fused_head = None if args.label_smoothing_factor else head_is_fused(compute_loss)
+        fused = None if args.label_smoothing_factor else head_is_fused(compute_loss)
+        self._loss = {True: CHUNKED if loss == LIGER else loss, False: OWN, None: None}[fused]
 
-    def of(self, model: PreTrainedModel, rows: int, tokens: int, padded: bool) -> Workload | None:
-        """A micro-batch as `FakeRun` takes it; None where the loss is one that it does not know."""
-        if self._fused_head is None:
+    def of(
+        self, model: PreTrainedModel, rows: int, tokens: int, padded: bool, labels: torch.Tensor | None = None
+    ) -> Workload | None:
+        """A micro-batch as `FakeRun` takes it; None where the loss is one that it does not know.
+
+        `labels` [rows, tokens] of a batch that is there; of others all that may have a label has one.
+        """
+        if self._loss is None:
             return None
         return Workload(
             seq_length=tokens,
             micro_batch_size=rows,
             dtype=next(model.parameters()).dtype,
             attention="eager" if model.config._attn_implementation == "eager" else "sdpa",
-            fused_head=self._fused_head,
+            loss=self._loss,
+            labels=None if labels is None or self._loss != LOGITS else int((labels[:, 1:] != -100).sum()),
+            triton=uses_triton(self._args.device),
             padded=padded,
         )
 
@@ -46,7 +56,7 @@ class StepWorkload:
 
 
 def head_is_fused(compute_loss: Callable[..., Any]) -> bool | None:
-    """Whether a trainer class's loss is fused with the head, as TRL's is, without whole logits.
+    """Whether a trainer class's loss is fused with the head, as TRL's SFTTrainer has it.
 
     None for a loss of neither the Trainer's nor TRL's SFTTrainer's, whose memory cannot be planned.
     """

@@ -41,6 +41,7 @@ from lisa_dist.distributed.watchdog import HANG_TIMEOUT, Watchdog
 from lisa_dist.ds_config import uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.memory.run_memory import RunMemory
+from lisa_dist.memory.trace import CHUNKED
 from lisa_dist.optim.build import build_optimizer
 from lisa_dist.text import format_active
 from lisa_dist.train.callbacks import Heartbeat, LisaSteps
@@ -64,6 +65,7 @@ class LisaMixin(MonitoredMixin):
     """
 
     optimizer: torch.optim.Optimizer | None  # the Trainer's
+    _loss = CHUNKED  # of TRL's SFTTrainer
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class LisaMixin(MonitoredMixin):
             self._print(check_liger(self.args, self.model.config, self.lisa_config))
         # Accelerate would replace the optimizer by a DeepSpeedCPUAdam of its own, with L2 decay and default betas.
         self._ds_config["zero_force_ds_cpu_optimizer"] = False
-        self._workload = StepWorkload(self.args, type(self).compute_loss)
+        self._workload = StepWorkload(self.args, type(self).compute_loss, self._loss)
         self._signals, self._watchdog = StopSignals(), Watchdog(hang_timeout)
         self._heartbeat = Heartbeat(self._watchdog)
         self.add_callback(self._heartbeat)
@@ -289,7 +291,7 @@ class LisaMixin(MonitoredMixin):
             mask = inputs.get("attention_mask")
             padded = mask is not None and not bool(mask.all())
             rows, tokens = inputs["input_ids"].shape
-            memory.note_micro_batch(self._workload.of(self.model, rows, tokens, padded))
+            memory.note_micro_batch(self._workload.of(self.model, rows, tokens, padded, inputs.get("labels")))
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._controller.note_loss(loss)
         return loss

@@ -106,7 +106,7 @@ def train_by_auto(ballast: int, lost: int | None = None) -> dict:
     before = live_tensor_bytes() - sum(parameter.nbytes for parameter in model.parameters())
     config = lisa_dist.LisaConfig(lisa_interval_steps=100)
     engine, lisa = lisa_dist.initialize(model, "zero2", config, optim="adamw_torch_fused")
-    workload = Workload(LENGTH, ROWS, torch.float32, fused_head=False)
+    workload = Workload(LENGTH, ROWS, torch.float32, loss="own")
 
     def memory(checkpointed, budget: int) -> RunMemory:
         ds_config = read_ds_config("zero2")

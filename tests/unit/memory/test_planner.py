@@ -30,7 +30,7 @@ from lisa_dist.memory.planner import (
     shipped_model_configs,
     what_fits,
 )
-from lisa_dist.memory.trace import FakeRun, Trained, Workload
+from lisa_dist.memory.trace import OWN, FakeRun, Trained, Workload
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.run_folder import MEMORY_PARTS
 from lisa_dist.text import parse_bytes
@@ -105,7 +105,7 @@ def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: 
     model_config = tiny_llama(tied=settings.get("tied", False), vocab_size=settings.get("words", VOCABULARY)).config
     rows, length = shape_of(model_config)
     checkpointed = model_config.num_hidden_layers if settings.get("checkpointing") else 0
-    run = FakeRun(model_config, Workload(length, rows, dtype, checkpointed, fused_head=False))
+    run = FakeRun(model_config, Workload(length, rows, dtype, checkpointed, loss=OWN))
     always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
     groups = run.groups(Trained(layers, always_on, drawn), optim, config.state_bits, config.offloaded)
     stage, trace = StageSettings.of(ds_config_of(ds_config, settings), run.hidden_size), run.trace(groups)
@@ -279,7 +279,7 @@ def test_tensors_without_memory_are_not_counted():
 
 
 def test_logits_are_told_apart():
-    run = FakeRun(tiny_llama().config, Workload(64, 4, torch.float32, fused_head=False))
+    run = FakeRun(tiny_llama().config, Workload(64, 4, torch.float32, loss=OWN))
     trace = run.trace(run.groups(Trained((0, 1), ("embed", "head", "rest"))))
     assert trace.logits == 4 * 64 * VOCABULARY * 4
 
@@ -366,7 +366,7 @@ def test_the_command_says_what_was_planned(tiny_config):
     assert command() == (
         f"deepspeed --num_gpus 1 launch/train.py --model_name_or_path {folder} --method lisa --deepspeed zero2 "
         "--per_device_train_batch_size 1 --max_length 1024 --optim adamw_torch_fused --bf16 True "
-        "--checkpointed_layers 0"
+        "--loss logits --checkpointed_layers 0"
     )
     assert command(gpus=16).startswith("deepspeed --hostfile hostfile --num_nodes 2 --num_gpus 8 ")
     assert "--optim adamw_torch_fused --bf16 False" in command(precision="fp32")

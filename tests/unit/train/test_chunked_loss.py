@@ -1,8 +1,11 @@
 """What computes the loss and Liger's layers on a GPU where Triton can be imported and cannot compile."""
 
 import pytest
+from models import tiny_llama
+from transformers import TrainingArguments
 from trl.kernels import chunked_logprob
 
+from lisa_dist import LisaConfig
 from lisa_dist.train import chunked_loss, liger
 
 WHY = "there is no C compiler, which Triton needs"
@@ -21,5 +24,6 @@ def test_torch_computes_the_loss_where_triton_cannot_compile(monkeypatch, on_gpu
 def test_liger_is_refused_where_triton_cannot_compile(monkeypatch):
     monkeypatch.setattr(liger.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(liger, "why_no_compiler", lambda: WHY)
-    with pytest.raises(ValueError, match="--use_liger_kernel True: there is no C compiler"):
-        liger._patch_parameters("llama")
+    args = TrainingArguments(output_dir="unused", use_cpu=True, use_liger_kernel=True)
+    with pytest.raises(ValueError, match="--use_liger_kernel True: there is no C compiler, which Triton needs; leave"):
+        liger.check_liger(args, tiny_llama().config, LisaConfig())

@@ -26,19 +26,21 @@ class BoundLoss(LisaTrainer):
 
 
 @pytest.mark.parametrize(
-    ("trainer", "smoothing", "fused"),
+    ("trainer", "smoothing", "loss", "planned"),
     [
-        (LisaTrainer, 0, True),
-        (OfTransformers, 0, False),
-        (OwnLoss, 0, None),
-        (BoundLoss, 0, None),
-        (LisaTrainer, 0.1, None),
+        (LisaTrainer, 0, "chunked", "chunked"),
+        (LisaTrainer, 0, "liger", "chunked"),
+        (LisaTrainer, 0, "logits", "logits"),
+        (OfTransformers, 0, "chunked", "own"),
+        (OwnLoss, 0, "chunked", None),
+        (BoundLoss, 0, "chunked", None),
+        (LisaTrainer, 0.1, "chunked", None),
     ],
 )
-def test_losses_whose_memory_can_be_planned(tmp_path, trainer, smoothing, fused):
+def test_losses_whose_memory_can_be_planned(tmp_path, trainer, smoothing, loss, planned):
     args = TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=smoothing, use_cpu=True)
-    workload = StepWorkload(args, trainer.compute_loss).of(tiny_llama(), rows=2, tokens=16, padded=False)
-    assert (None if workload is None else workload.fused_head) is fused
+    workload = StepWorkload(args, trainer.compute_loss, loss).of(tiny_llama(), rows=2, tokens=16, padded=False)
+    assert (workload and workload.loss) == planned
 
 
 def test_dtype_is_that_of_the_model_that_trains(tmp_path):
