@@ -36,15 +36,16 @@ _DESCRIBED = {
 }
 
 
-def choose_loss(config: RunConfig, model_config: PretrainedConfig) -> tuple[str, str]:
-    """The loss of a run and the line that says so; every rank calls it, and rank 0 decides.
+def check_loss_of_run(config: RunConfig, model_config: PretrainedConfig) -> None:
+    """Raise UserError for a `--loss`, not auto, that the run cannot have."""
+    if (why_not := _why_not(config.run.loss, config, model_config)) is not None:
+        raise UserError(f"--loss {config.run.loss}: {why_not}; leave it out.")
 
-    Raises UserError for a `--loss` that the run cannot have.
-    """
+
+def choose_loss(config: RunConfig, model_config: PretrainedConfig) -> tuple[str, str]:
+    """The loss of a run and the line that says so; every rank calls it, and rank 0 decides."""
     given, training = config.run.loss, config.training
     if given != AUTO:
-        if (why_not := _why_not(given, config, model_config)) is not None:
-            raise UserError(f"--loss {given}: {why_not}; leave it out.")
         loss, why = given, f"--loss {given}"
     elif training.label_smoothing_factor:
         loss, why = CHUNKED, "for the metrics: label smoothing has all logits"

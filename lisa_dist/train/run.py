@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from trl import SFTConfig, get_peft_config
 
-from lisa_dist.core.checkpointing import number_of_layers, parse_checkpointed_layers
+from lisa_dist.core.checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.engine_config import prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.data.dataset import Data, DataArguments, describe_examples, load_data
@@ -32,7 +32,7 @@ from lisa_dist.train.checks import precision_of_arguments
 from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 from lisa_dist.train.layer_norms import LayerNorms
 from lisa_dist.train.liger import FUSED_LOSS, check_liger
-from lisa_dist.train.loss import choose_loss
+from lisa_dist.train.loss import check_loss_of_run, choose_loss
 from lisa_dist.train.record import record_of_run
 from lisa_dist.train.run_header import describe_outcome, describe_run, installed_versions
 from lisa_dist.train.sample_answer import SampleCallback
@@ -115,6 +115,8 @@ def check_config(config: RunConfig) -> None:
         value = getattr(training, flag)
         if value != SFTConfig.__dataclass_fields__[flag].default:
             raise UserError(f"--{flag} {value}: has no effect here; use {ours}.")
+    if config.run.loss != AUTO:
+        check_loss_of_run(config, _known_model_config(config))
     if method != "lisa":
         if training.resume_from_checkpoint == "auto":
             raise UserError(f"--resume_from_checkpoint auto: --method {method} takes a folder or true.")
@@ -132,13 +134,7 @@ def check_config(config: RunConfig) -> None:
 
 def _check_layers(config: RunConfig) -> None:
     """Check what depends on the number of layers, before the model is loaded and anything is written."""
-    try:
-        model_config = _model_config(config)
-    except OSError as error:
-        raise UserError(
-            f"--model_name_or_path {config.model.model_name_or_path}: no such folder, and no such model can be reached "
-            f"on the hub ({type(error).__name__})."
-        ) from error
+    model_config = _known_model_config(config)
     if config.training.use_liger_kernel:
         check_liger(copy.copy(config.training), model_config, config.lisa, trl_head=True)
     num_layers = model_config.get_text_config().num_hidden_layers
@@ -148,6 +144,16 @@ def _check_layers(config: RunConfig) -> None:
         number_of_layers(checkpointed, num_layers)
     if config.lisa.lisa_weights_file is not None:
         load_layer_weights(config.lisa.lisa_weights_file, num_layers, config.lisa.lisa_activated_layers)
+
+
+def _known_model_config(config: RunConfig) -> PretrainedConfig:
+    try:
+        return _model_config(config)
+    except OSError as error:
+        raise UserError(
+            f"--model_name_or_path {config.model.model_name_or_path}: no such folder, and no such model can be reached "
+            f"on the hub ({type(error).__name__})."
+        ) from error
 
 
 def _model_config(config: RunConfig) -> PretrainedConfig:

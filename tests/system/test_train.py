@@ -286,6 +286,7 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
             "--checkpointed_layers 3 with --method full: a number of layers is for --method lisa; give none or all",
         ),
         (["--gpu_memory", "22GiB"], "--gpu_memory 22GiB: only --checkpointed_layers auto keeps to it"),
+        (["--loss", "nll"], "--loss nll: unknown; choose one of auto, logits, chunked, liger"),
         (["--deepspeed", "zero7"], "--deepspeed zero7: neither a file nor a shipped config"),
         (["--lisa_activated_layers", "-1"], "--lisa_activated_layers -1"),
         (["--method", "lora", "--lora_alpha", "0"], "--lora_alpha 0: adapters are scaled by it over the rank"),
@@ -340,6 +341,11 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
         ({"model_name_or_path": "no/such-model"}, "--model_name_or_path no/such-model: no such folder"),
         ({"deepspeed": "zero3_nvme"}, "--deepspeed zero3_offload"),
         ({"optim": "lomo"}, "--optim lomo: LISA runs AdamW"),
+        ({"loss": "liger"}, "--loss liger: Liger's Triton kernels need a CUDA device; leave it out"),
+        (
+            {"loss": "logits", "label_smoothing_factor": 0.1},
+            "--loss logits: --label_smoothing_factor 0.1 has a loss of",
+        ),
         ({"lisa_master": "bf16_sr"}, "--lisa_master bf16_sr with --optim adamw_torch_fused: only --optim lisa_adamw"),
         ({"lisa_master": "bf16_sr", "optim": "lisa_adamw"}, "--lisa_master bf16_sr with weights in fp32"),
         (

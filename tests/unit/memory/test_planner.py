@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from cells import full
 from models import VOCABULARY, tiny_llama, token_batches
 from ranks import run_ranks
 from torch import distributed as dist
-from transformers import LlamaConfig, MixtralConfig
+from transformers import LlamaConfig, MixtralConfig, xLSTMConfig
+from trl.trainer.utils import add_fused_lm_head
 
 import lisa_dist
 from lisa_dist.commands.plan import main
+from lisa_dist.core.label_logits import add_label_logits
 from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
@@ -24,6 +27,7 @@ from lisa_dist.memory.estimate import StageSettings, kept_states, plan_memory, w
 from lisa_dist.memory.meter import StepMeter
 from lisa_dist.memory.planner import (
     PlanArguments,
+    Planner,
     command_for,
     load_model_config,
     make_plans,
@@ -36,7 +40,7 @@ from lisa_dist.run_folder import MEMORY_PARTS
 from lisa_dist.text import parse_bytes
 from lisa_dist.zero import gradients, overrides
 
-ROWS, LENGTH = 4, 64
+ROWS, LENGTH, PROMPT = 4, 64, 4
 
 
 def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
@@ -50,6 +54,10 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
     model = tiny_llama(tied=settings.pop("tied", False), vocab_size=settings.pop("words", VOCABULARY)).to(dtype)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = settings.pop("loss", OWN)
+    if loss != OWN:
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        add_label_logits(model)
     accumulation = settings.pop("accumulation", 1)
     of_lisa = {name: value for name, value in settings.items() if name.startswith("lisa_")}
     config = lisa_dist.LisaConfig(lisa_interval_steps=100, **of_lisa)
@@ -72,9 +80,14 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
         def train_step(micro_batches=micro_batches):
             for tokens in micro_batches:
                 rows = tokens.chunk(dist.get_world_size())[dist.get_rank()]
-                loss = engine(input_ids=rows, labels=rows).loss
-                engine.backward(loss)
-                del loss
+                if loss == OWN:
+                    of_batch = engine(input_ids=rows, labels=rows).loss
+                else:
+                    labels = rows.masked_fill(torch.arange(rows.shape[1]) < PROMPT, -100)
+                    of_batch = engine(input_ids=rows, labels=labels, fused_lm_head=True).loss
+                    del labels
+                engine.backward(of_batch)
+                del of_batch
                 engine.step()
 
         if step < 3:
@@ -105,7 +118,9 @@ def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: 
     model_config = tiny_llama(tied=settings.get("tied", False), vocab_size=settings.get("words", VOCABULARY)).config
     rows, length = shape_of(model_config)
     checkpointed = model_config.num_hidden_layers if settings.get("checkpointing") else 0
-    run = FakeRun(model_config, Workload(length, rows, dtype, checkpointed, loss=OWN))
+    labels = rows * (length - PROMPT)
+    workload = Workload(length, rows, dtype, checkpointed, loss=settings.get("loss", OWN), labels=labels)
+    run = FakeRun(model_config, workload)
     always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
     groups = run.groups(Trained(layers, always_on, drawn), optim, config.state_bits, config.offloaded)
     stage, trace = StageSettings.of(ds_config_of(ds_config, settings), run.hidden_size), run.trace(groups)
@@ -172,6 +187,11 @@ SETTINGS = [
     full("zero2_offload", 2, torch.float32, {"words": 8192, "accumulation": 2}),
     full("zero3", 1, torch.float32, {"words": 8192}),
     full("zero3_offload", 2, torch.bfloat16, {"words": 8192} | DRAWN),
+    ("zero2", 2, torch.bfloat16, {"loss": "logits"}),
+    full("zero1", 1, torch.float32, {"loss": "logits", "words": 8192}),
+    full("zero2", 2, torch.float32, {"loss": "logits", "tied": True, "accumulation": 2} | DRAWN),
+    ("zero3", 2, torch.float32, {"loss": "logits", "words": 8192}),
+    full("zero3", 2, torch.bfloat16, {"loss": "logits"} | FROZEN),
     # DeepSpeed without what LISA changes, as other methods have it.
     ("zero2", 1, torch.bfloat16, {"words": 8192, "plain": True, "chunk": 4096}),
     full("zero2_offload", 1, torch.bfloat16, {"words": 8192, "plain": True, "chunk": 4096}),
@@ -356,6 +376,41 @@ def test_layers_are_checkpointed_only_where_that_is_needed(tiny_config):
     assert plan(gpu_memory=str(peaks[6] - 1)) == by_count[6] == plan(checkpointed_layers="all")
 
 
+def test_logits_are_kept_where_they_fit_without_a_checkpointed_layer_for_them():
+    """A vocabulary of which the logits weigh more than all else."""
+    sizes = {"hidden_size": 8, "intermediate_size": 2048, "num_attention_heads": 2, "num_hidden_layers": 6}
+    config = LlamaConfig(vocab_size=2**18, **sizes)
+
+    def choose(**changes):
+        settings = {"deepspeed": "zero2", "seq_length": 256, "reserve": "0"} | changes
+        planner = Planner(config, PlanArguments("m", **settings), lisa_dist.LisaConfig())
+        plan, why = planner.choose_loss("zero2")
+        return plan.gpu.peak, plan.workload.checkpointed_layers, plan.workload.loss, why
+
+    logits, chunked = (choose(loss=loss, checkpointed_layers="0")[0] for loss in ("logits", "chunked"))
+    fewer = choose(loss="chunked", checkpointed_layers="all")[0]
+    assert fewer < chunked < logits
+    for count in ("0", "auto"):
+        *chosen, why = choose(gpu_memory=str(logits), checkpointed_layers=count)
+        assert chosen == [logits, 0, "logits"]
+        assert re.fullmatch(r"auto: ([\d.]+ MiB) planned with logits, of \1", why)
+    *chosen, why = choose(gpu_memory=str(logits - 1), checkpointed_layers="0")
+    assert chosen == [chunked, 0, "chunked"]
+    assert re.fullmatch(r"auto: [\d.]+ MiB planned with logits, and there are [\d.]+ MiB", why)
+    *chosen, why = choose(gpu_memory=str(logits - 1))
+    assert chosen == [chunked, 0, "chunked"], "one layer less would store enough for them"
+    assert why == "auto: with logits more layers would be checkpointed"
+    assert choose(gpu_memory="1MiB")[2] == "chunked", "which lacks less"
+
+
+def test_a_loss_that_a_model_cannot_have():
+    config = xLSTMConfig(vocab_size=128, hidden_size=64, num_heads=2, num_hidden_layers=2)
+    with pytest.raises(ValueError, match=r"--loss logits: xLSTMForCausalLM takes no logits_to_keep.*; give --loss chu"):
+        Planner(config, PlanArguments("m", loss="logits"), lisa_dist.LisaConfig()).choose_loss("zero2")
+    with pytest.raises(ValueError, match="--loss dft: unknown; choose one of auto, logits, chunked, liger"):
+        PlanArguments("m", loss="dft")
+
+
 def test_the_command_says_what_was_planned(tiny_config):
     def command(lisa=None, **changes):
         arguments = PlanArguments(tiny_config, deepspeed="zero2", **changes)
@@ -368,6 +423,7 @@ def test_the_command_says_what_was_planned(tiny_config):
         "--per_device_train_batch_size 1 --max_length 1024 --optim adamw_torch_fused --bf16 True "
         "--loss logits --checkpointed_layers 0"
     )
+    assert "--bf16 True --loss chunked --checkpointed_layers" in command(loss="chunked")
     assert command(gpus=16).startswith("deepspeed --hostfile hostfile --num_nodes 2 --num_gpus 8 ")
     assert "--optim adamw_torch_fused --bf16 False" in command(precision="fp32")
     assert command(checkpointed_layers="4").endswith("--checkpointed_layers 4")

@@ -1,0 +1,110 @@
+"""Logits of the positions with a label: the loss, its metrics and gradients of a plain loss on all logits."""
+
+import pytest
+import torch
+from models import tiny_gpt2, tiny_llama, tiny_mixtral
+from torch.nn.functional import cross_entropy, log_softmax
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from lisa_dist.core.label_logits import add_label_logits, why_no_label_logits
+
+SHAPE = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 0}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+CAPPED = Gemma2Config(**SHAPE, head_dim=16, final_logit_softcapping=0.5)
+SCALED = CohereConfig(**SHAPE, logit_scale=3.0)
+
+
+def make(name: str):
+    torch.manual_seed(0)
+    plain = {
+        "llama": tiny_llama,
+        "tied llama": lambda: tiny_llama(tied=True),
+        "gpt2": tiny_gpt2,
+        "mixtral": tiny_mixtral,
+    }
+    config = {"capped logits": CAPPED, "scaled logits": SCALED}.get(name)
+    model = plain[name]() if config is None else AutoModelForCausalLM.from_config(config)
+    if name == "mixtral":
+        model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.1
+    return model.train()
+
+
+def with_label_logits(name: str):
+    """A model, and how many hidden states its head was given in each pass."""
+    model, rows = make(name), []
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    add_label_logits(model)
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, logits: rows.append(logits.shape[:-1].numel()))
+    return model, rows
+
+
+def masked_batch() -> dict[str, torch.Tensor]:
+    """Three rows of prompt and answer, one shorter than the others, one without an answer."""
+    tokens = torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(0))
+    labels, mask = tokens.clone(), torch.ones_like(tokens)
+    labels[:, :11], labels[1], labels[2, 14:], mask[2, 14:] = -100, -100, -100, 0
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("name", ["llama", "tied llama", "gpt2", "mixtral", "capped logits", "scaled logits"])
+def test_loss_metrics_and_gradients_equal_those_of_all_logits(name):
+    (model, rows), reference, batch = with_label_logits(name), make(name), masked_batch()
+    found = model(**batch, fused_lm_head=True)
+    found.loss.backward()
+
+    targets = batch.pop("labels")[:, 1:]
+    outputs = reference(**batch)
+    logits = outputs.logits[:, :-1][targets != -100]
+    loss = cross_entropy(logits, targets[targets != -100])
+    if name == "mixtral":
+        assert found.aux_loss.item() == pytest.approx(outputs.aux_loss.item())
+        loss = loss + 0.1 * outputs.aux_loss
+    loss.backward()
+    assert rows == [len(logits)] == [8], "the head has seen nothing else"
+    assert found.loss.item() == pytest.approx(loss.item(), abs=1e-6)
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+    probabilities = log_softmax(logits, -1)
+    assert found.label_mask.sum() == len(logits)
+    assert found.entropy.sum().item() == pytest.approx(-(probabilities.exp() * probabilities).sum().item(), rel=1e-5)
+    assert found.is_top1.sum() == (logits.argmax(-1) == targets[targets != -100]).sum()
+
+
+def test_a_batch_without_labels_reaches_every_weight():
+    model, rows = with_label_logits("llama")
+    batch = masked_batch()
+    batch["labels"].fill_(-100)
+    loss = model(**batch, fused_lm_head=True).loss
+    loss.backward()
+    assert loss == 0
+    assert rows == [0]
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_without_gradients_the_loss_in_chunks_stays():
+    """It never has all logits, and without a backward pass it computes them once."""
+    model, rows = with_label_logits("llama")
+    loss = model(**masked_batch(), fused_lm_head=True).loss
+    with torch.no_grad():
+        assert model(**masked_batch(), fused_lm_head=True).loss == pytest.approx(loss.item(), abs=1e-6)
+    assert rows == [8]
+    assert model(**masked_batch()).logits.shape == (3, 16, 128)
+
+
+class OfAllPositions(LlamaForCausalLM):
+    def forward(self, input_ids, attention_mask=None):
+        hidden = self.model(input_ids, attention_mask).last_hidden_state
+        return type("Outputs", (), {"logits": hidden @ self.lm_head.weight.T})
+
+
+def test_a_model_that_cannot_is_named():
+    assert why_no_label_logits(LlamaForCausalLM) is None
+    assert why_no_label_logits(OfAllPositions).startswith("OfAllPositions takes no logits_to_keep")
+    assert "none of transformers'" in why_no_label_logits(None)
+    model = OfAllPositions(tiny_llama().config)
+    add_fused_lm_head(model)
+    add_label_logits(model)
+    with pytest.raises(ValueError, match="--loss logits: OfAllPositions does not call its head; give --loss chunked"):
+        model(**masked_batch(), fused_lm_head=True)
