@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from deepspeed import DeepSpeedEngine
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
@@ -70,6 +71,16 @@ class _SFTMixin(MonitoredMixin):
             add_label_logits(model)
         elif loss == LIGER:
             add_liger_loss(model)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's. Its loss in chunks gathers the head by itself, where training's order would prefetch it."""
+        engine = self.model_wrapped
+        if self._loss != LOGITS or not isinstance(engine, DeepSpeedEngine):
+            return super().evaluation_loop(*args, **kwargs)
+        forget_module_order(engine)
+        outcome = super().evaluation_loop(*args, **kwargs)
+        forget_module_order(engine)
+        return outcome
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """TRL's, without the entropies that Liger does not compute."""
