@@ -77,6 +77,8 @@ def begin(seed: int, early: float) -> None:
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
+    import lisa_dist.core.label_logits as label_logits
+
     assert all((bitsandbytes, peft, trl.trainer.utils))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -86,6 +88,7 @@ def begin(seed: int, early: float) -> None:
     cuda.install(seed)
     set_accelerator(CUDA_Accelerator())
     chunked._use_triton = lambda device: False  # Triton needs a real GPU
+    trl.trainer.utils.is_triton_available = label_logits.is_triton_available = lambda: False
     chunked._MM_OUT_DTYPE = False
 
 

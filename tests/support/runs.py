@@ -98,11 +98,13 @@ def check_run(said: str, out: Path, periods_begin: list[int]) -> None:
         "sdpa (no CUDA device)",
         "active at a time",
         "held-out loss",
+        "logits of the positions with a label, computed once (auto: ",
         "period    2  active layers:",
     ):
         assert line in said, line
     periods = [json.loads(line) for line in (out / "lisa_log.jsonl").read_text().splitlines()]
     assert [period["step"] for period in periods] == periods_begin
+    assert json.loads((out / "lisa_run.json").read_text())["loss"] in said
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert held_out[-1] < held_out[0]

@@ -112,7 +112,7 @@ def test_a_trainer_on_two_gpus(tmp_path, ds_config):
         measured, planned = memory["measured"], memory["planned"]
         # Each tensor is rounded up to 512 bytes, which is much of a tiny one.
         assert planned["static"] <= measured["static"] <= 1.05 * planned["static"]
-        assert measured["peak"] <= planned["peak"]  # on a GPU TRL computes logits of positions with a label alone
+        assert measured["peak"] == pytest.approx(planned["peak"], rel=0.05)
 
 
 # The benchmark

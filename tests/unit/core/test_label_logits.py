@@ -67,7 +67,10 @@ def test_loss_metrics_and_gradients_equal_those_of_all_logits(name):
     for one, other in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-6)
     probabilities = log_softmax(logits, -1)
-    assert found.label_mask.sum() == len(logits)
+    assert torch.equal(found.label_mask[:, :-1], targets != -100)
+    scores = -cross_entropy(logits, targets[targets != -100], reduction="none")
+    assert torch.allclose(found.log_probs[found.label_mask], scores, atol=1e-5)
+    assert not found.log_probs[~found.label_mask].any()
     assert found.entropy.sum().item() == pytest.approx(-(probabilities.exp() * probabilities).sum().item(), rel=1e-5)
     assert found.is_top1.sum() == (logits.argmax(-1) == targets[targets != -100]).sum()
 

@@ -17,7 +17,7 @@ import pytest
 import ranks
 import torch
 from datasets import Dataset
-from models import tiny_gpt2, tiny_llama, token_batches
+from models import tiny_gpt2, tiny_llama, tiny_mixtral, token_batches
 from ranks import run_ranks
 from reference import train_reference
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -33,7 +33,7 @@ from lisa_dist.config import UserError
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.memory.trace import FakeRun, Trained, Workload
 from lisa_dist.memory.without_liger import without_liger
-from lisa_dist.train.liger import check_liger
+from lisa_dist.train.liger import check_liger, why_no_liger_loss
 
 LAYERS, STEPS, INTERVAL, LR, DECAY = 3, 4, 2, 1e-2, 0.1
 ROWS, LENGTH = 2, 4  # few tokens: each takes the interpreter milliseconds a kernel
@@ -181,7 +181,10 @@ class InOrderSFT(InOrder, LisaTrainer):
     """TRL's, with its fused head."""
 
 
-def train_in_trainer(output_dir: str, ds_config: str, sft: bool, settings: dict, vocab_size: int, checkpointed) -> dict:
+def train_in_trainer(
+    output_dir: str, ds_config: str, sft: bool, settings: dict, vocab_size: int, checkpointed, loss: str = "chunked"
+) -> dict:
+    unset_hf_deepspeed_config()
     launched = interpret_liger()
     rows = [{"input_ids": row.tolist()} for row in token_batches(STEPS, ROWS, length=LENGTH).flatten(0, 2)]
     tokenizer = Tokenizer(models.WordLevel({str(index): index for index in range(vocab_size)}, unk_token="0"))
@@ -221,10 +224,15 @@ def train_in_trainer(output_dir: str, ds_config: str, sft: bool, settings: dict,
             lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_activated_layers=1, **settings),
             checkpointed_layers=checkpointed,
             gpu_memory="1GiB" if checkpointed == "auto" else None,
+            **({"loss": loss} if sft else {}),
         )
         trainer.train()
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "right": [
+            entry["mean_token_accuracy"] for entry in trainer.state.log_history if "mean_token_accuracy" in entry
+        ],
+        "logged": {name for entry in trainer.state.log_history for name in entry},
         "evaluations": len([entry for entry in trainer.state.log_history if "eval_loss" in entry]),
         "blocks_of_period": [(*record.layers, *record.blocks) for record in trainer.lisa.records],
         "launched": set(launched),
@@ -243,6 +251,21 @@ def test_a_trl_trainer_is_planned_as_without_liger(tmp_path, ds_config, checkpoi
     assert "Liger kernels: rope, rms_norm, swiglu" in outcome["output"]
     assert {"_triton_rope", "_rms_norm_backward_kernel"} <= outcome["launched"]
     assert json.loads((tmp_path / "lisa_memory.json").read_text())["planned"] is not None
+
+
+@needs_liger
+@pytest.mark.full
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+def test_a_trl_trainer_with_the_loss_of_liger(tmp_path, ds_config):
+    arguments = (2, str(tmp_path), ds_config, True, {}, 128, 0)
+    outcome, chunked = (
+        run_ranks(train_in_trainer, *arguments, loss, interpret=True)[0] for loss in ("liger", "chunked")
+    )
+    reference = reference_losses(outcome["blocks_of_period"], "embed,head,rest")
+    assert outcome["losses"] == pytest.approx(reference, abs=1e-5)
+    assert outcome["right"] == chunked["right"]
+    assert chunked["logged"] - outcome["logged"] == {"entropy"}, "of which Liger has none; evaluations have them"
+    assert "liger_cross_entropy_kernel" in outcome["launched"] - chunked["launched"]
 
 
 @needs_liger
@@ -327,6 +350,26 @@ def outcome_of_check(model: str, kernels: dict | None, settings: dict, changes: 
         return check_liger(args, config, LisaConfig(**settings), trl_head), args.liger_kernel_config
     except UserError as error:
         return str(error), None
+
+
+def reasons_against_its_loss() -> list[str | None]:
+    args, config = arguments_with(), LisaConfig()
+    args.loss_type = "nll"
+    reasons = [why_no_liger_loss(args, model.config, config) for model in (tiny_llama(), tiny_gpt2(), tiny_mixtral())]
+    reasons.append(why_no_liger_loss(args, tiny_llama().config, LisaConfig(**HEAD_ALONE)))
+    args.loss_type = "dft"
+    return [*reasons, why_no_liger_loss(args, tiny_llama().config, config)]
+
+
+@needs_liger
+def test_where_the_loss_of_liger_cannot_be_had():
+    assert run_ranks(reasons_against_its_loss, 2, interpret=True)[0] == [
+        None,
+        "liger-kernel has no kernels for model type gpt2",
+        "it would count the loss of the model's routers twice",
+        "it has no gradient for a head that trains alone, which --lisa_always_on rest would prevent",
+        "--loss_type dft needs the loss of each token",
+    ]
 
 
 HEAD_ALONE = {"lisa_always_on": "", "lisa_block_probability": "head=0.2"}

@@ -115,7 +115,7 @@ def test_few_positions_with_a_label_and_metrics_as_with_the_loss_in_chunks(tmp_p
         assert len(set(found["labels"])) > 1
         assert chunked["computed"] == []
         for line, other in zip(found["logged"], chunked["logged"], strict=True):
-            assert line == pytest.approx(other, rel=1e-5)
+            assert line == pytest.approx(other, rel=1e-4)
         assert found["held_out"] == pytest.approx(chunked["held_out"], abs=1e-5)
         assert len(found["held_out"]) > 1
 
