@@ -48,7 +48,7 @@ lisa_interval_steps: {interval}
 deepspeed: {deepspeed}
 bf16: {bf16}
 optim: {optim}
-{budget}checkpointed_layers: {checkpointed:<15}# auto: as few as fit, by a measured step; planned: {fewest}/{num_layers}
+{loss}{budget}checkpointed_layers: {checkpointed:<15}# auto: as few as fit, by a measured step; planned: {fewest}/{num_layers}
 {gradient_accumulation}per_device_train_batch_size: {micro_batch_size}
 max_length: {seq_length}
 # packing: true                     # several short examples in one sequence, which never see each other
@@ -149,6 +149,7 @@ def format_recipe(arguments: InitArguments, way: str, plan: Plan, lisa_config: L
         bf16=str(arguments.precision == "bf16").lower(),
         checkpointed=arguments.checkpointed_layers,
         budget=f"gpu_memory: {arguments.budget / GIB:.2f}GiB\n" if arguments.checkpointed_layers == AUTO else "",
+        loss=f"loss: {arguments.loss}\n" if arguments.loss != AUTO else "",
         optim=arguments.optim,
         fewest=plan.workload.checkpointed_layers,
         num_layers=load_model_config(arguments.model).get_text_config().num_hidden_layers,

@@ -29,6 +29,7 @@ def test_the_recipe_is_one_that_a_run_takes(tiny, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     asked = ["--model", tiny, "--gpus", "16", "--gpu_memory", "4GiB", "--lisa_interval_steps", "7"]
     asked += ["--precision", "fp32", "--gradient_accumulation_steps", "2", "--dataset_name", "rows.jsonl"]
+    asked += ["--loss", "chunked"]
     main([*asked, "--recipe", str(path)])
     assert capsys.readouterr().out == f"wrote {path}\n"
     run_args, data_args, training_args, model_args, lisa_config = parse_arguments(["--config", str(path)])
@@ -39,6 +40,7 @@ def test_the_recipe_is_one_that_a_run_takes(tiny, tmp_path, capsys):
     assert (lisa_config.lisa_interval_steps, lisa_config.lisa_activated_layers) == (7, 2)
     assert (training_args.output_dir, training_args.gradient_accumulation_steps) == ("runs/model", 2)
     assert training_args.bf16 is False
+    assert run_args.loss == "chunked"
     text = path.read_text()
     assert "lisa-dist train --gpus 8 --config" in text
     assert "docs/clusters.md" in text, "16 GPUs are on two hosts"
