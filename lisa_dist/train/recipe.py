@@ -48,8 +48,8 @@ lisa_interval_steps: {interval}
 deepspeed: {deepspeed}
 bf16: {bf16}
 optim: {optim}
-{loss}{budget}checkpointed_layers: {checkpointed:<15}# auto: as few as fit, by a measured step; planned: {fewest}/{num_layers}
-{gradient_accumulation}per_device_train_batch_size: {micro_batch_size}
+{budget}checkpointed_layers: {checkpointed:<15}# auto: as few as fit, by a measured step; planned: {fewest}/{num_layers}
+{loss}{gradient_accumulation}per_device_train_batch_size: {micro_batch_size}
 max_length: {seq_length}
 # packing: true                     # several short examples in one sequence, which never see each other
 
