@@ -9,7 +9,8 @@ SHOWN = ["rich>=13.7,<16", "matplotlib>=3.8,<4", "tensorboard>=2.14,<3"]
 TRITON = ["triton>=3.2,<4; sys_platform == 'linux'"]  # a CUDA torch brings its own; the tests run it in its interpreter
 LIGER = ["liger-kernel>=0.8.2,<1"]
 EVAL = ["lm-eval>=0.4.13,<0.5"]
-DEV = [*TRITON, "liger-kernel>=0.8.2,<1; sys_platform == 'linux'", "pytest>=8,<10", "pytest-xdist>=3.8,<4"]
+# pytest 9.2 has renamed what pytest-xdist 3.8 marks groups by: their tests would be spread over the workers.
+DEV = [*TRITON, "liger-kernel>=0.8.2,<1; sys_platform == 'linux'", "pytest>=8,<9.2", "pytest-xdist>=3.8,<4"]
 DEV += ["ruff>=0.6,<1", "mypy>=1.18,<2", "types-PyYAML", "types-psutil", "types-tqdm"]
 DEV += [*EVAL, "transformers[serving]"]  # a judge of MT-Bench answers is `transformers serve`
 

@@ -5,6 +5,7 @@ test_slurm.py.
 """
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -152,6 +153,13 @@ def test_every_command_of(page, folder, monkeypatch, capsys):
             assert words[:2] == ["python", "-c"], f"{command}: nothing runs it"
             exec(words[2], {})
     capsys.readouterr()
+
+
+@pytest.mark.xdist_group("docs")
+def test_tests_of_a_group_stay_on_one_worker(request):
+    """The suffix is what pytest-xdist goes by; with a pytest that it does not know, there is none and no word of it."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert request.node.nodeid.endswith("@docs")
 
 
 def test_there_are_commands_to_run():
