@@ -148,7 +148,7 @@ def test_both_hosts_end_when_the_cable_is_cut(hosts, folder, tmp_path, launch):
     changes = {"max_steps": 100_000, "eval_strategy": "no", "learning_rate": 1e-6, "hang_timeout": HANG_TIMEOUT}
     launchers = launch(hosts, flags_for(folder, tmp_path / "out", **CHANGES | changes), tmp_path)
     running = [None] * len(launchers)
-    assert comes(lambda: "  loss " in said(tmp_path) or [one.poll() for one in launchers] != running)
+    assert comes(lambda: "%  loss " in said(tmp_path) or [one.poll() for one in launchers] != running)
     assert [one.poll() for one in launchers] == running, said(tmp_path)
     hosts[1].run("ip", "link", "set", "eth0", "down")
     cut_at = time.monotonic()

@@ -233,7 +233,7 @@ def test_a_run_that_is_preempted_and_comes_to_its_time_limit_ends_with_the_weigh
     assert starts == sorted(starts)
     for step in (preempted_at, stopped_at):
         assert f"SIGUSR1: stopped after step {step} and saved" in said
-    assert said.count("  loss ") == STEPS, "rank 0 says each step once: none is taken twice"
+    assert said.count("%  loss ") == STEPS, "rank 0 says each step once: none is taken twice"
     assert digest(tmp_path) == digest(whole)
 
 
@@ -270,7 +270,7 @@ def test_one_run_goes_on_under_each_launcher_and_ends_with_the_same_weights(clus
     assert INTERVAL < first <= 2 * INTERVAL < second < STEPS
     assert f"SIGTERM: stopped after step {first} and saved" in said
     assert f"SIGUSR1: stopped after step {second} and saved" in said
-    assert said.count("  loss ") == STEPS, "it went on where it was"
+    assert said.count("%  loss ") == STEPS, "it went on where it was"
     assert digest(tmp_path) == digest(whole)
 
 
