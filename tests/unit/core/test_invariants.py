@@ -618,7 +618,8 @@ def lisa_with_all_layers(ds_config: str, dtype: torch.dtype) -> dict[str, torch.
     for step, micro_batches in enumerate(token_batches(5, rows=4)):
         if step > 0 and step % 2 == 0:
             # The same set goes on as it is; what a rebuild would do to it is what we want to see.
-            lisa.partitions.repartition([group["params"] for group in lisa.param_groups()], lisa.partition_states())
+            params = [group["params"] for group in lisa.param_groups()]
+            lisa.partitions.repartition(params, lisa.partition_states(), lisa.host_states.copies)
         train_step(engine, lisa, micro_batches)
     weights = full_weights(engine)
     engine.destroy()
