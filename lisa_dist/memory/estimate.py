@@ -12,7 +12,6 @@ period: the largest blocks that a period may train, with the lowest layers, sinc
 active one where the embedding is frozen.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,6 @@ import torch
 
 from lisa_dist.config import OUTER_BLOCKS, LisaConfig
 from lisa_dist.core.blocks import Blocks
-from lisa_dist.core.groups import split_by_decay, takes_bits
 from lisa_dist.core.sampling import SampledBlock
 from lisa_dist.memory.gathered_weights import gathered_weights
 from lisa_dist.memory.gradient_peak import (
@@ -35,11 +33,11 @@ from lisa_dist.memory.gradient_peak import (
     slices_by_rank,
 )
 from lisa_dist.memory.parts import GROUP_GRADIENTS, STATES, WEIGHTS, MemoryParts
-from lisa_dist.memory.state_sizes import state_buffers, state_bytes, steps_weights
+from lisa_dist.memory.state_sizes import state_bytes, steps_weights
 from lisa_dist.memory.trace import Arrival, FakeRun, Group, StepTrace, Trained
-from lisa_dist.optim.build import BITSANDBYTES_ADAMW, LISA_ADAMW, default_state_bits
+from lisa_dist.optim.build import BITSANDBYTES_ADAMW, LISA_ADAMW
 from lisa_dist.optim.ops import chunk_bytes, table_bytes
-from lisa_dist.optim.states import pinned_block, pinned_bytes
+from lisa_dist.optim.states import pinned_block
 from lisa_dist.zero.layout import partition_numel, pieces_of_group, share_numel
 
 # DeepSpeed's defaults, where a config leaves them to it. Elements.
@@ -366,36 +364,6 @@ class _Step:
             return 0 if self.on_cpu else sent
         kind = "bitsandbytes" if self._has_8_bits or self.optim in BITSANDBYTES_ADAMW else self.optim
         return sent + max(sizes) * (4 + _HOST_STEP_BYTES[kind])
-
-
-def kept_states(
-    run: FakeRun, config: LisaConfig, stage: int, world_size: int, optim: str, *, pinned: bool = True
-) -> int:
-    """Host bytes of --lisa_state keep, once every sampled block was active: the states of all that are inactive.
-
-    `pinned`: in the blocks that torch allocates of pinned memory, as beside a GPU.
-    """
-    if config.lisa_activated_layers == 0:  # nothing is sampled, and nothing becomes inactive
-        return 0
-    sampled = [(name, run.blocks.outer(name)) for name in config.sampled]
-    sampled += [("layers", layer) for layer in run.blocks.layers]
-    default, given = default_state_bits(optim), config.state_bits
-    # A kept master that is the weights goes to the host in their dtype.
-    weights = run.workload.dtype
-    master = weights.itemsize if steps_weights(optim, config.lisa_master, weights) else 4
-
-    def buffers_of(name: str, kind: str, params: Sequence[torch.nn.Parameter]) -> list[int]:
-        partition = partition_numel([parameter.numel() for parameter in params], stage, world_size)
-        bits = int(given.get(name, default))
-        return state_buffers(partition, bits if takes_bits(bits, kind) else default, optim, master)
-
-    by_block = [
-        [nbytes for kind, params in split_by_decay(block).items() for nbytes in buffers_of(name, kind, params)]
-        for name, block in sampled
-    ]
-    inactive = sorted(by_block, key=sum)[config.lisa_activated_layers :]
-    buffers = Counter(nbytes for buffers in inactive for nbytes in buffers if nbytes)
-    return sum(pinned_bytes(nbytes, count) if pinned else nbytes * count for nbytes, count in buffers.items())
 
 
 def _kept_gradient_numel(group: Group, stage: int, rank: int, world_size: int) -> int:

@@ -20,7 +20,8 @@ from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
-from lisa_dist.memory.estimate import StageSettings, kept_states, plan_memory, widest_periods
+from lisa_dist.memory.estimate import StageSettings, plan_memory, widest_periods
+from lisa_dist.memory.kept_states import kept_states
 from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.trace import CHUNKED, LOGITS, FakeRun, Group, StepTrace, Trained, Workload
 from lisa_dist.optim.build import LISA_ADAMW

@@ -23,7 +23,8 @@ from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.kernels import dynamic_code
-from lisa_dist.memory.estimate import StageSettings, kept_states, plan_memory, widest_periods
+from lisa_dist.memory.estimate import StageSettings, plan_memory, widest_periods
+from lisa_dist.memory.kept_states import kept_states
 from lisa_dist.memory.meter import StepMeter
 from lisa_dist.memory.planner import (
     PlanArguments,

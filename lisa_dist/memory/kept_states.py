@@ -1,0 +1,44 @@
+"""Estimate what --lisa_state keep holds on the host, beside the steps that `estimate.py` is about."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from lisa_dist.config import LisaConfig
+from lisa_dist.core.groups import split_by_decay, takes_bits
+from lisa_dist.memory.state_sizes import state_buffers, steps_weights
+from lisa_dist.memory.trace import FakeRun
+from lisa_dist.optim.build import default_state_bits
+from lisa_dist.optim.states import pinned_bytes
+from lisa_dist.zero.layout import partition_numel
+
+
+def kept_states(
+    run: FakeRun, config: LisaConfig, stage: int, world_size: int, optim: str, *, pinned: bool = True
+) -> int:
+    """Host bytes of --lisa_state keep, once every sampled block was active: the states of all that are inactive.
+
+    `pinned`: in the blocks that torch allocates of pinned memory, as beside a GPU.
+    """
+    if config.lisa_activated_layers == 0:  # nothing is sampled, and nothing becomes inactive
+        return 0
+    sampled = [(name, run.blocks.outer(name)) for name in config.sampled]
+    sampled += [("layers", layer) for layer in run.blocks.layers]
+    default, given = default_state_bits(optim), config.state_bits
+    # A kept master that is the weights goes to the host in their dtype.
+    weights = run.workload.dtype
+    master = weights.itemsize if steps_weights(optim, config.lisa_master, weights) else 4
+
+    def buffers_of(name: str, kind: str, params: Sequence[torch.nn.Parameter]) -> list[int]:
+        partition = partition_numel([parameter.numel() for parameter in params], stage, world_size)
+        bits = int(given.get(name, default))
+        return state_buffers(partition, bits if takes_bits(bits, kind) else default, optim, master)
+
+    by_block = [
+        [nbytes for kind, params in split_by_decay(block).items() for nbytes in buffers_of(name, kind, params)]
+        for name, block in sampled
+    ]
+    inactive = sorted(by_block, key=sum)[config.lisa_activated_layers :]
+    buffers = Counter(nbytes for buffers in inactive for nbytes in buffers if nbytes)
+    return sum(pinned_bytes(nbytes, count) if pinned else nbytes * count for nbytes, count in buffers.items())
