@@ -41,12 +41,13 @@ class GradientsToHost:
             flattened = type(self._zero)._get_preflattened_grad_partition(self._zero, index)
             gradients = gradients if flattened is None else [flattened]
         numel, dtype = self._stage.masters(self._zero)[index].numel(), gradients[0].dtype
-        flat, begin = torch.zeros(numel, dtype=dtype, pin_memory=self._copies.overlaps), 0
+        flat, begin = torch.empty(numel, dtype=dtype, pin_memory=self._copies.overlaps), 0
         with self._copies.after_compute():
             for gradient in gradients:
                 flat[begin : begin + gradient.numel()].copy_(gradient.view(-1), non_blocking=True)
                 self._copies.hold(gradient)
                 begin += gradient.numel()
+        flat[begin:] = 0  # padding
         return flat, self._copies.mark()
 
 
