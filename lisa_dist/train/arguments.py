@@ -121,6 +121,13 @@ class LisaSFTConfig(SFTConfig):
     optim: str = field(
         default="adamw_torch_fused", metadata={"help": f"The Trainer's names, and {LISA_ADAMW} with --method lisa."}
     )
+    torch_compile: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile each decoder layer by itself, on ZeRO stages 1 and 2: a graph for active, one for frozen "
+            "layers."
+        },
+    )
     report_to: None | str | list[str] = field(  # noqa: RUF036 - the parser goes by the second
         default="tensorboard",
         metadata={"help": "Trackers: tensorboard, wandb, ..., several as wandb,tensorboard, all, or none."},

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.engine_config import prepare_ds_config
 from lisa_dist.errors import UserError
+from lisa_dist.train.compiled_layers import check_compile
 
 # Arguments that LISA does without, and why.
 _REFUSED = {
@@ -40,6 +41,7 @@ def check_trainer(
             "LISA runs on DeepSpeed's ZeRO, on one GPU too: give a config, such as ds_configs/zero2.json, by "
             "--deepspeed."
         )
+    check_compile(args, ds_config, switches=True)
     prepare_ds_config(ds_config, lisa_config, optim, precision_of_arguments(args))
     if optimizer is not None:
         raise UserError("LISA builds the optimizer from its own blocks: pass no optimizers=(...) to the Trainer.")

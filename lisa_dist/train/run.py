@@ -29,6 +29,7 @@ from lisa_dist.run_folder import write_run
 from lisa_dist.train.arguments import ALL_LINEAR, LisaOptimizerNames, ModelArguments, RunConfig
 from lisa_dist.train.attention import choose_attention, packs_documents
 from lisa_dist.train.checks import precision_of_arguments
+from lisa_dist.train.compiled_layers import CompiledLayers, check_compile
 from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 from lisa_dist.train.layer_norms import LayerNorms
 from lisa_dist.train.liger import FUSED_LOSS, check_liger
@@ -117,6 +118,9 @@ def check_config(config: RunConfig) -> None:
             raise UserError(f"--{flag} {value}: has no effect here; use {ours}.")
     if config.run.loss != AUTO:
         check_loss_of_run(config, _known_model_config(config))
+    given = training.deepspeed
+    ds_config = copy.deepcopy(given) if isinstance(given, dict) else read_ds_config(str(given)) if given else {}
+    check_compile(training, ds_config, switches=method == "lisa")
     if method != "lisa":
         if training.resume_from_checkpoint == "auto":
             raise UserError(f"--resume_from_checkpoint auto: --method {method} takes a folder or true.")
@@ -126,8 +130,6 @@ def check_config(config: RunConfig) -> None:
                 "give another, such as adamw_torch_fused."
             )
         return
-    given = training.deepspeed
-    ds_config = copy.deepcopy(given) if isinstance(given, dict) else read_ds_config(str(given))
     prepare_ds_config(ds_config, config.lisa, training.optim, precision_of_arguments(training))
     _check_layers(config)
 
@@ -252,6 +254,8 @@ def build_trainer(
     else:
         adapters = _adapters(config.model) if config.run.method == "lora" else None
         trainer = BaselineTrainer(peft_config=adapters, **arguments)
+        if config.training.torch_compile:
+            trainer.add_callback(CompiledLayers(trainer, config.lisa.lisa_layers_attribute))
     if config.training.bf16 and config.training.use_cpu and not cpu_multiplies_bf16():
         model: Any = trainer.model
         multiply_in_fp32(model)

@@ -26,6 +26,7 @@ def describe_run(config: RunConfig, attention: str, template: str, loss: str) ->
         ("devices", describe_devices(args)),
         ("attention", attention),
         ("loss", loss),
+        *([("compiled", f"each decoder layer, by {args.torch_compile_backend}")] if args.torch_compile else []),
         ("chat template", template),
         *([("adapters", _describe_adapters(config.model))] if config.run.method == "lora" else []),
         ("optimizer", f"{optim}, learning rate {args.learning_rate}, weight decay {args.weight_decay}"),

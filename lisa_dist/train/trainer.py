@@ -46,6 +46,7 @@ from lisa_dist.optim.build import build_optimizer
 from lisa_dist.text import format_active
 from lisa_dist.train.callbacks import Heartbeat, LisaSteps
 from lisa_dist.train.checks import check_trainer
+from lisa_dist.train.compiled_layers import CompiledLayers
 from lisa_dist.train.liger import check_liger
 from lisa_dist.train.model_header import describe_training
 from lisa_dist.train.monitoring import MonitoredMixin, SlowRanks, lisa_metrics
@@ -60,8 +61,8 @@ class LisaMixin(MonitoredMixin):
     takes longer than `hang_timeout` seconds for a step (0: never). `checkpointed_layers` is "none", "all", a number of
     decoder layers, or "auto" for the fewest that `gpu_memory`, such as "24GiB", is enough for (by default all of the
     GPU but 1 GiB); left out, `gradient_checkpointing` of the arguments decides. `optim` takes the place of the
-    arguments' own, which know no "lisa_adamw". Raises ValueError at construction for arguments that LISA cannot train
-    with.
+    arguments' own, which know no "lisa_adamw". `torch_compile` of the arguments compiles each decoder layer by itself.
+    Raises ValueError at construction for arguments that LISA cannot train with.
     """
 
     optimizer: torch.optim.Optimizer | None  # the Trainer's
@@ -103,6 +104,8 @@ class LisaMixin(MonitoredMixin):
         self._signals, self._watchdog = StopSignals(), Watchdog(hang_timeout)
         self._heartbeat = Heartbeat(self._watchdog)
         self.add_callback(self._heartbeat)
+        if self.args.torch_compile:
+            self.add_callback(CompiledLayers(self, self.lisa_config.lisa_layers_attribute))
 
     @property
     def stopped_by(self) -> str | None:

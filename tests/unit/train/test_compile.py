@@ -1,0 +1,259 @@
+"""`--torch_compile`: two graphs for any number of switches, the same losses, and an error for what cannot work."""
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+from cells import full
+from models import save_tiny_llama, tiny_gpt2, tiny_llama, token_batches
+from ranks import run_ranks
+from runs import flags_for, run_alone
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from transformers import Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+import lisa_dist
+from lisa_dist import LisaConfig, LisaMixin
+from lisa_dist.core.live_bytes import live_storages
+from lisa_dist.ds_config import find_ds_config
+from lisa_dist.train.arguments import parse_arguments
+from lisa_dist.train.compiled_layers import compile_layers
+from lisa_dist.train.run import check_config
+
+LENGTHS = (24, 9, 12, 20)  # none of them a size of the model, which torch would take for the same number
+SWITCHES = 50
+
+pytestmark = pytest.mark.usefixtures("cpu_ops")
+
+
+class LisaTrainer(LisaMixin, Trainer):
+    """Takes rows in order: those of a batch have one length."""
+
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def batches(steps: int) -> list[torch.Tensor]:
+    """Token ids of shape (rows, length), where lengths differ."""
+    tokens = token_batches(steps, rows=2, length=max(LENGTHS)).flatten(0, 1)
+    return [batch[:, : LENGTHS[step % len(LENGTHS)]] for step, batch in enumerate(tokens)]
+
+
+def rows_for(steps: int) -> list[dict]:
+    return [{"input_ids": row, "labels": row} for batch in batches(steps) for row in batch]
+
+
+def train(output_dir: str, backend: str | None, changes: dict, resume_from: str | None = None) -> dict:
+    """Losses, weights and the number of graphs of a run, by default with a switch before every step but the first."""
+    unset_hf_deepspeed_config()
+    torch._dynamo.reset()
+    counters.clear()
+    changes = dict(changes)
+    dtype = torch.bfloat16 if changes.get("bf16") else torch.float32
+    model = tiny_gpt2(dropout=0.1) if changes.pop("dropout", False) else tiny_llama()
+    checkpointed, interval = changes.pop("checkpointed", "none"), changes.pop("interval", 1)
+    args = {
+        "output_dir": output_dir,
+        "deepspeed": find_ds_config(changes.pop("ds_config", "zero2")),
+        "use_cpu": True,
+        "torch_compile": backend is not None,
+        "torch_compile_backend": backend,
+        "max_steps": SWITCHES + 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    } | changes
+    trainer = LisaTrainer(
+        model=model.to(dtype),
+        args=TrainingArguments(**args),
+        train_dataset=rows_for(args["max_steps"]),
+        eval_dataset=rows_for(1),
+        lisa_config=LisaConfig(lisa_interval_steps=interval),
+        checkpointed_layers=checkpointed,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", output_dir)
+        trainer.train(resume_from_checkpoint=resume_from)
+    graphs = counters["stats"]["unique_graphs"]
+    trainer.evaluate()
+    assert counters["stats"]["unique_graphs"] == graphs, "an evaluation runs the layers as they are"
+    return {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "weights": [parameter.detach().clone() for parameter in trainer.model.parameters()],
+        "layers": {tuple(record.layers) for record in trainer.lisa.records},
+        "graphs": graphs,
+    }
+
+
+def check_same(one: dict, other: dict) -> None:
+    assert one["losses"] == other["losses"]
+    assert all(map(torch.equal, one["weights"], other["weights"]))
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes", "graphs"),
+    [
+        ("eager", {}, 2),
+        ("aot_eager", {"ds_config": "zero1", "bf16": True, "checkpointed": 2}, 4),  # checkpointed or not, of each
+        full("eager", {"ds_config": "zero1", "bf16": True}, 2),
+        full("aot_eager", {"checkpointed": "all"}, 2),
+        full("aot_eager", {"ds_config": "zero2_offload"}, 2),
+        full("inductor", {"checkpointed": 2, "torch_compile_mode": "default"}, 4),
+    ],
+)
+def test_fifty_switches_take_two_graphs_and_leave_the_losses(tmp_path, backend, changes, graphs):
+    compiled = run_ranks(train, 1, str(tmp_path / "compiled"), backend, changes)[0]
+    changes = {name: value for name, value in changes.items() if name != "torch_compile_mode"}  # which turns it on
+    plain = run_ranks(train, 1, str(tmp_path / "plain"), None, changes)[0]
+    assert (compiled["graphs"], plain["graphs"]) == (graphs, 0)
+    assert len(compiled["layers"]) > 10
+    if backend == "inductor":
+        assert compiled["losses"][:5] == pytest.approx(plain["losses"][:5], abs=1e-5)
+        # Fresh moments at each step make an update of the gradient's sign, which enlarges what rounding differs by.
+        assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-3)
+    else:
+        check_same(compiled, plain)
+
+
+def test_a_run_that_is_resumed_within_a_period_is_the_run(tmp_path):
+    changes = {"dropout": True, "max_steps": 5, "interval": 3, "save_strategy": "steps", "save_steps": 4}
+    whole = run_ranks(train, 1, str(tmp_path), "aot_eager", changes)[0]
+    resumed = run_ranks(train, 1, str(tmp_path), "aot_eager", changes, str(tmp_path / "checkpoint-4"))[0]
+    check_same(resumed, whole)
+    assert (resumed["graphs"], whole["graphs"]) == (2, 2)
+
+
+def train_in_a_loop(backend: str | None) -> tuple[list[float], int]:
+    """A loop of one's own, whose layers the user compiles; the losses and the number of graphs."""
+    torch._dynamo.reset()
+    model, count = tiny_llama(), CompileCounterWithBackend(backend)
+    model.config.use_cache = False
+    engine, lisa = lisa_dist.initialize(model, "zero2", LisaConfig(lisa_interval_steps=1), lr=1e-3, micro_batch_size=2)
+    if backend is not None:
+        for layer in model.model.layers:
+            layer.compile(backend=count, dynamic=True)
+    losses = []
+    for batch in batches(SWITCHES + 1):
+        lisa.on_step_begin()
+        loss = engine(input_ids=batch, labels=batch).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses, count.frame_count
+
+
+def test_a_loop_of_ones_own_compiles_its_layers(tmp_path):
+    assert run_ranks(train_in_a_loop, 1, "eager") == [(run_ranks(train_in_a_loop, 1, None)[0][0], 2)]
+
+
+def held_for_the_backward_pass(backend: str | None, checkpointed: bool) -> int:
+    """Bytes that are there after a forward pass through layers of which the lowest one trains."""
+    torch._dynamo.reset()
+    model = tiny_llama()
+    model.model.layers[1:].requires_grad_(False)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if backend is not None:
+        compile_layers(model.model.layers, backend, None)
+    for _ in range(2):  # the first one compiles
+        before = sum(storage.nbytes() for storage in live_storages())
+        output = model.model(input_ids=batches(1)[0], use_cache=False).last_hidden_state
+        held = sum(storage.nbytes() for storage in live_storages()) - before
+        output.sum().backward()
+        model.zero_grad()
+        del output
+    return held
+
+
+def test_compiled_layers_hold_no_more_than_others():
+    """So a plan, which is of layers that are not compiled, is an upper bound."""
+    plain, compiled = ([held_for_the_backward_pass(one, ckpt) for ckpt in (False, True)] for one in (None, "aot_eager"))
+    assert compiled[0] < plain[0]
+    assert compiled[1] <= plain[1]
+    assert compiled[1] < compiled[0] / 3, "a checkpointed layer stores its input alone"
+
+
+def test_layers_can_still_be_copied():
+    """As trainers do that need a reference model; the copy runs with its own weights, without compilation."""
+    layer = torch.nn.Linear(2, 2)
+    compile_layers([layer], "eager", None)
+    twin = copy.deepcopy(layer)
+    torch.nn.init.zeros_(twin.weight)
+    inputs = torch.ones(1, 2)
+    assert torch.equal(twin(inputs)[0], twin.bias)
+    assert not torch.equal(layer(inputs)[0], layer.bias)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"deepspeed": "zero3"}, "--torch_compile True on ZeRO stage 3: it gathers weights module by module"),
+        ({"deepspeed": "zero3", "method": "full"}, "--torch_compile True on ZeRO stage 3: it gathers weights module"),
+        ({"use_liger_kernel": True}, "--torch_compile True with --use_liger_kernel True: both fuse"),
+        ({"torch_compile_backend": "fast"}, "--torch_compile_backend fast: unknown; choose one of aot_eager,"),
+        ({"torch_compile_backend": "cudagraphs"}, "--torch_compile_backend cudagraphs: CUDA graphs hold the addresses"),
+        ({"torch_compile_mode": "reduce-overhead"}, "--torch_compile_mode reduce-overhead: CUDA graphs hold the"),
+        ({"torch_compile_mode": "max-autotune"}, "use default or max-autotune-no-cudagraphs"),
+        ({"torch_compile_mode": "fast"}, "--torch_compile_mode fast: unknown; choose one of default,"),
+        (
+            {"torch_compile_mode": "default", "torch_compile_backend": "eager"},
+            "--torch_compile_mode default: is for inductor, not --torch_compile_backend eager",
+        ),
+        ({"CXX": "no-such-compiler"}, "--torch_compile True: there is no C++ compiler no-such-compiler"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, changes, said):
+    monkeypatch.setenv("CXX", changes.pop("CXX", "g++"))
+    flags = flags_for(tmp_path, tmp_path / "out", torch_compile=True, **changes)
+    with pytest.raises(ValueError, match="--torch_compile") as error:
+        check_config(parse_arguments(flags))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [{}, {"torch_compile_mode": "max-autotune", "method": "full"}])
+def test_what_can_be_compiled_is_not_refused(tmp_path, changes):
+    save_tiny_llama(tmp_path / "model")
+    check_config(parse_arguments(flags_for(tmp_path, tmp_path / "out", torch_compile=True, **changes)))
+
+
+def refused_by_the_trainer(output_dir: str) -> None:
+    with pytest.raises(ValueError, match="--torch_compile True on ZeRO stage 3"):
+        train(output_dir, "eager", {"ds_config": "zero3"})
+
+
+def test_any_trainer_refuses_what_cannot_be_compiled(tmp_path):
+    run_ranks(refused_by_the_trainer, 1, str(tmp_path))
+
+
+# A run from the command line, which says at its end how many graphs it has compiled.
+COUNTED = """
+from lisa_dist.commands.train import main
+from lisa_dist.train.compiled_layers import CompiledLayers
+from torch._dynamo.utils import counters
+
+CompiledLayers.on_train_end = lambda *args, **kwargs: print(counters["stats"]["unique_graphs"], "graphs", flush=True)
+main()
+"""
+
+
+@pytest.mark.parametrize(("method", "graphs"), [("lora", 1), full("full", 1), full("lisa", 2)])
+def test_every_method_compiles_layer_by_layer(tmp_path, method, graphs):
+    """Under TRL's trainer; a generation compiles nothing, and the record has the flag as it was given."""
+    save_tiny_llama(tmp_path / "model")
+    rows = [{"question": f"{n} + 1?" * (1 + n % 3), "answer": str(n + 1)} for n in range(64)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "counted.py").write_text(COUNTED)
+    changes = {"method": method, "torch_compile": True, "torch_compile_backend": "eager", "sample_prompt": "1 + 1?"}
+    changes["per_device_train_batch_size"] = 1  # rows that need no mask
+    flags = flags_for(tmp_path, tmp_path / "out", **changes)
+    status, said = run_alone(flags, tmp_path / "said.txt", tmp_path / "counted.py")
+    assert status == 0, said[-3000:]
+    assert re.search("compiled +each decoder layer, by eager", said)
+    assert f"{graphs} graphs" in said
+    assert json.loads((tmp_path / "out" / "lisa_run.json").read_text())["flags"]["--torch_compile"] is True
