@@ -79,6 +79,11 @@ def check_ds_config(config: dict) -> None:
         )
     if zero.get("zenflow"):
         raise UserError('the DeepSpeed config has a "zenflow" section: it picks parameters itself; remove it.')
+    if zero.get("zero_quantized_nontrainable_weights"):
+        raise UserError(
+            "the DeepSpeed config has zero_quantized_nontrainable_weights = true: a switch lets weights train that "
+            "DeepSpeed has quantized for good; remove it."
+        )
     if zero.get("zero_hpz_partition_size", 1) != 1:
         raise UserError(
             f"the DeepSpeed config has zero_hpz_partition_size = {zero['zero_hpz_partition_size']}: secondary "

@@ -37,6 +37,7 @@ from lisa_dist.memory.kept_states import kept_states
 from lisa_dist.memory.planner import load_model_config
 from lisa_dist.memory.trace import FakeRun, Trained, Workload
 from lisa_dist.memory.tracker import AllocationTracker
+from lisa_dist.train.compiled_layers import compile_layers
 from lisa_dist.zero.parameters import parameter_numel
 
 RANKS = 2
@@ -57,6 +58,7 @@ class Arm:
     checkpointed: int | str = 0  # layers whose activations are computed again, or "all"
     attention: str = "sdpa"
     liger: bool = False  # its kernels, with the loss fused with the head
+    compiled: bool = False  # each decoder layer by itself
 
     @property
     def config(self) -> lisa_dist.LisaConfig:
@@ -167,6 +169,8 @@ class Run:
         if arm.liger:
             apply_liger_kernel(self.model, None)
         self.blocks = find_blocks(self.model)
+        if arm.compiled:
+            compile_layers(self.model.get_submodule(self.blocks.layers_path).children(), "inductor", None)
         if arm.method == "lisa":
             settings = lisa_dist.LisaConfig(lisa_interval_steps=interval, **arm.settings)
             common = {"lr": LR, "weight_decay": WEIGHT_DECAY, "optim": arm.optim, "micro_batch_size": rows}
@@ -318,7 +322,8 @@ class Run:
     def planned_bytes(self, length: int, checkpointed: int | None = None) -> int | None:
         """What the planner says of `peak_bytes`, for the blocks that train now; or if so many were checkpointed.
 
-        There is no plan of the callback, which `lisa-dist` does not run, nor of Liger's fused loss.
+        There is no plan of the callback, which `lisa-dist` does not run, nor of Liger's fused loss; that of compiled
+        layers is of layers that are not, which hold more.
         """
         arm, config = self.arm, self.arm.config
         if arm.method == "callback" or arm.liger:

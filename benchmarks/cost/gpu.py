@@ -33,6 +33,7 @@ from benchmarks.cost import kernels
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.selection import BlockSelection
 from lisa_dist.distributed.devices import use_expandable_segments
+from lisa_dist.optim.ops import why_no_compiler
 
 EIGHT = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 SIX_BYTES = arms.Arm("lisa, 6 bytes", "lisa", EIGHT | {"lisa_master": "bf16_sr"}, optim="lisa_adamw")
@@ -43,6 +44,7 @@ KEPT = arms.Arm("lisa, states kept", "lisa", {"lisa_state": "keep"})
 LISA_ADAMW = arms.Arm("lisa, lisa_adamw", "lisa", optim="lisa_adamw")
 FLASH = replace(arms.LISA, name="lisa, flash-attn", attention="flash_attention_2")
 LIGER = replace(arms.LISA, name="lisa, Liger", liger=True)
+COMPILED = replace(arms.LISA, name="lisa, compiled", compiled=True)
 ONE = {"lisa_activated_layers": 1}
 GAMMA_1, STATIC_1, CALLBACK_1 = (arms.Arm(f"{name}, gamma 1", name, ONE) for name in ("lisa", "static", "callback"))
 
@@ -58,7 +60,7 @@ LLAMA_8B, LLAMA_7B, OF_12_LAYERS = ("llama3.1-8b", None), ("llama2-7b", None), (
 ORDER = (
     *((LLAMA_8B, arm) for arm in (arms.LISA, arms.STATIC, arms.FULL, arms.LORA_16)),
     None,
-    *((LLAMA_8B, arm) for arm in (SIX_BYTES, FLASH, LIGER, checkpointed(arms.LISA), KEPT)),
+    *((LLAMA_8B, arm) for arm in (SIX_BYTES, FLASH, LIGER, COMPILED, checkpointed(arms.LISA), KEPT)),
     *((OF_12_LAYERS, arm) for arm in (arms.FULL, GAMMA_1, arms.LORA_16, STATIC_1, CALLBACK_1)),
     *((LLAMA_7B, arm) for arm in (arms.LISA, arms.STATIC, arms.FULL, arms.LORA_16, SIX_BYTES)),
     *((LLAMA_8B, arm) for arm in (DRAWN, ENDS_FROZEN, LISA_ADAMW, arms.LORA_128)),
@@ -82,6 +84,8 @@ def why_not_here(arm: arms.Arm) -> str:
         return "flash-attn is not installed"
     if arm.liger and not torch.cuda.is_available():
         return "Liger's kernels need a GPU"
+    if arm.compiled:
+        return (why_no_compiler() if torch.cuda.is_available() else "") or ""
     return "liger-kernel is not installed" if arm.liger and find_spec("liger_kernel") is None else ""
 
 
@@ -212,7 +216,7 @@ def run_one(shape: tuple, arm: arms.Arm, of_shape: dict, budget: Budget, argumen
     if arm.method == "static" and "not_run" in lisa:
         return {"not_run": "LISA, whose layers it has, did not run"}
     config = arms.shrunk_config(shape[0], *(REHEARSED if arguments.rehearse else (1, shape[1])))
-    return budget.run(lambda: measure(arm, config, lisa.get("active_layers", ()), arguments))
+    return budget.run(lambda: measure(arm, config, lisa.get("active_layers", ()), arguments), not arm.compiled)
 
 
 def kernels_on_a_rank(numel: int) -> dict:

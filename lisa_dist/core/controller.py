@@ -28,7 +28,7 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.core.agreement import broadcast_active_set, compare_ranks
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import check_checkpointing, let_backward_end
-from lisa_dist.core.engine_checks import check_engine
+from lisa_dist.core.engine_checks import check_engine, check_weights
 from lisa_dist.core.guards import InactiveWeights, MissedSwitchGuard, NonfiniteGuard
 from lisa_dist.core.importance import observe_layers
 from lisa_dist.core.live_bytes import live_tensor_bytes
@@ -69,6 +69,7 @@ class LisaController:
         override_construction()
         self.config = config
         self.blocks = find_blocks(model, config.lisa_layers_attribute)
+        check_weights(self.blocks)
         self.selection = BlockSelection(config, self.blocks)
         self.period = 0
         self.active = self.selection.sample(0)

@@ -1,11 +1,23 @@
-"""What an engine must be for LISA to take it over; ValueError with the setting and the way out."""
+"""What a model and its engine must be for LISA to take them over; ValueError with the setting and the way out."""
 
 from collections.abc import Sequence
 
 from lisa_dist.config import LisaConfig
+from lisa_dist.core.blocks import Blocks
 from lisa_dist.errors import UserError
 from lisa_dist.optim.states import PartitionKey
 from lisa_dist.zero.partitions import ZeroPartitions
+
+
+def check_weights(blocks: Blocks) -> None:
+    """Raise ValueError for weights that cannot train: quantized ones, or of 8 bits, in any block that LISA may draw."""
+    for block in blocks:
+        for name, parameter in block.parameters.items() if block is not blocks.outside else ():
+            if not parameter.is_floating_point() or parameter.element_size() < 2:
+                raise UserError(
+                    f"{name} is {str(parameter.dtype).removeprefix('torch.')}: LISA trains the weights themselves, in "
+                    "16 or 32 bits; load the model in bf16."
+                )
 
 
 def check_engine(partitions: ZeroPartitions, config: LisaConfig, expected_keys: Sequence[PartitionKey]) -> None:

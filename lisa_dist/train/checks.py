@@ -1,8 +1,9 @@
 """Checks of a trainer's arguments: what LISA cannot train with is refused before anything is built."""
 
+import os
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import PretrainedConfig, TrainingArguments
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.engine_config import prepare_ds_config
@@ -24,6 +25,26 @@ def precision_of_arguments(args: TrainingArguments) -> str:
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
 
 
+def check_precision(args: TrainingArguments) -> None:
+    """Raise UserError for 8-bit arithmetic, which only Accelerate's environment can ask for."""
+    if precision_of_arguments(args) == "fp32" and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
+        raise UserError(
+            "ACCELERATE_MIXED_PRECISION=fp8: the layers that it puts in the model keep scales of their own, which no "
+            "switch moves; unset it and give --bf16 True."
+        )
+
+
+def check_quantization(model: str, config: PretrainedConfig) -> None:
+    """Raise UserError for a model whose weights are stored quantized, before it is loaded."""
+    given = getattr(config, "quantization_config", None)
+    if given is not None:
+        how = given if isinstance(given, dict) else given.to_dict()
+        raise UserError(
+            f"--model_name_or_path {model}: its weights are quantized (quant_method {how.get('quant_method')}), and "
+            "they are what trains; give a model in bf16, or save this one dequantized."
+        )
+
+
 def check_trainer(
     args: TrainingArguments,
     ds_config: dict[str, Any] | None,
@@ -41,6 +62,7 @@ def check_trainer(
             "LISA runs on DeepSpeed's ZeRO, on one GPU too: give a config, such as ds_configs/zero2.json, by "
             "--deepspeed."
         )
+    check_precision(args)
     check_compile(args, ds_config, switches=True)
     prepare_ds_config(ds_config, lisa_config, optim, precision_of_arguments(args))
     if optimizer is not None:

@@ -28,7 +28,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.run_folder import write_run
 from lisa_dist.train.arguments import ALL_LINEAR, LisaOptimizerNames, ModelArguments, RunConfig
 from lisa_dist.train.attention import choose_attention, packs_documents
-from lisa_dist.train.checks import precision_of_arguments
+from lisa_dist.train.checks import check_precision, check_quantization, precision_of_arguments
 from lisa_dist.train.compiled_layers import CompiledLayers, check_compile
 from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 from lisa_dist.train.layer_norms import LayerNorms
@@ -120,7 +120,10 @@ def check_config(config: RunConfig) -> None:
         check_loss_of_run(config, _known_model_config(config))
     given = training.deepspeed
     ds_config = copy.deepcopy(given) if isinstance(given, dict) else read_ds_config(str(given)) if given else {}
+    check_precision(training)
     check_compile(training, ds_config, switches=method == "lisa")
+    if method != "lora":  # whose adapters train on any weights
+        check_quantization(str(config.model.model_name_or_path), _known_model_config(config))
     if method != "lisa":
         if training.resume_from_checkpoint == "auto":
             raise UserError(f"--resume_from_checkpoint auto: --method {method} takes a folder or true.")

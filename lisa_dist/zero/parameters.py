@@ -41,7 +41,7 @@ def local_shard(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor]:
     """The first element of this rank's part of a parameter, and the part, flat, without padding.
 
     Without ZeRO-3 that is 0 and the whole parameter; under it a rank may have nothing. Raises ValueError where stage 3
-    does not hold the weights as they are: on NVMe, or quantized.
+    does not hold the weights as they are, as a run of another method may: on NVMe, or quantized.
     """
     if not hasattr(parameter, "ds_tensor"):
         return 0, parameter.detach().reshape(-1)

@@ -119,7 +119,7 @@ def test_a_trainer_on_two_gpus(tmp_path, ds_config):
 
 
 def gpu_benchmark(results: str, half: int) -> None:
-    """Half of the arms of benchmarks/cost/gpu.py, at one shape; Liger's kernels need a real GPU."""
+    """Half of the arms of benchmarks/cost/gpu.py, at one shape; Liger's kernels and inductor's need a real GPU."""
     from simulated_gpu.cuda import CONTEXT
     from simulated_gpu.problems import PROBLEMS
 
@@ -139,7 +139,7 @@ def gpu_benchmark(results: str, half: int) -> None:
     os.register_at_fork(after_in_child=lambda: setattr(CONTEXT, "begun_in", None))
     arms.Run, gpu.REHEARSED, gpu.WARMUP, gpu.INTERVAL, gpu.SWITCHES = Run, (64, 5), 1, 3, 1
     once = [one for one in gpu.ORDER if one is None or one[0] == gpu.LLAMA_8B or one[1].method == "callback"]
-    once = [one for one in once if one is None or not one[1].liger]
+    once = [one for one in once if one is None or not (one[1].liger or one[1].compiled)]
     gpu.ORDER = once[:8] if half == 0 else once[8:]
     sys.argv = ["benchmarks/cost/gpu.py", "--rehearse", "--length", "32", "--results", results]
     gpu.main()

@@ -76,6 +76,10 @@ def test_an_unknown_name_and_a_broken_file_are_named(tmp_path):
             "remove it; --lisa_master bf16_sr with --optim lisa_adamw",
         ),
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, '"zenflow" section'),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}},
+            "zero_quantized_nontrainable_weights = true: a switch lets weights train",
+        ),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size = 2"),
     ],
 )

@@ -156,6 +156,26 @@ def test_a_loop_of_ones_own_compiles_its_layers(tmp_path):
     assert run_ranks(train_in_a_loop, 1, "eager") == [(run_ranks(train_in_a_loop, 1, None)[0][0], 2)]
 
 
+def steps_of_the_gpu_benchmark(cache: str) -> tuple[int, float]:
+    """The arm with compiled layers of benchmarks/cost/gpu.py: graphs of two periods, the peak as a share of plan."""
+    from benchmarks.common import arms
+    from benchmarks.cost.gpu import COMPILED
+
+    counters.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", cache)
+        run = arms.Run(COMPILED, arms.shrunk_config("llama2-7b", 64, 4), interval=2)
+        run.steps(3, 32)
+    return counters["stats"]["unique_graphs"], run.peak_bytes(32) / run.planned_bytes(32)
+
+
+@pytest.mark.full
+def test_the_arm_of_the_gpu_benchmark(tmp_path):
+    ((graphs, of_plan),) = run_ranks(steps_of_the_gpu_benchmark, 1, str(tmp_path))
+    assert graphs == 2
+    assert of_plan < 1.01
+
+
 def held_for_the_backward_pass(backend: str | None, checkpointed: bool) -> int:
     """Bytes that are there after a forward pass through layers of which the lowest one trains."""
     torch._dynamo.reset()

@@ -1,0 +1,48 @@
+"""Weights and arithmetic of fewer than 16 bits are refused, before a model is loaded where a config shows them."""
+
+import json
+
+import pytest
+import torch
+from models import save_tiny_llama, tiny_llama
+from runs import flags_for
+
+from lisa_dist import LisaConfig
+from lisa_dist.core.controller import LisaController
+from lisa_dist.train.arguments import parse_arguments
+from lisa_dist.train.run import check_config
+
+
+@pytest.fixture
+def quantized(tmp_path):
+    """A folder whose model says that its weights are in FP8."""
+    save_tiny_llama(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", ["lisa", "full"])
+def test_a_quantized_model_is_refused(quantized, method):
+    with pytest.raises(ValueError, match=r"its weights are quantized \(quant_method fp8\).* give a model in bf16"):
+        check_config(parse_arguments(flags_for(quantized, quantized / "out", method=method)))
+
+
+def test_adapters_of_a_quantized_model_are_not_refused(quantized):
+    check_config(parse_arguments(flags_for(quantized, quantized / "out", method="lora")))
+
+
+def test_eight_bit_arithmetic_is_refused(tmp_path, monkeypatch):
+    save_tiny_llama(tmp_path / "model")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ValueError, match=r"ACCELERATE_MIXED_PRECISION=fp8: .* give --bf16 True"):
+        check_config(parse_arguments(flags_for(tmp_path, tmp_path / "out")))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused_in_any_loop(dtype):
+    model = tiny_llama()
+    projection = model.model.layers[1].mlp.up_proj
+    projection.weight = torch.nn.Parameter(projection.weight.detach().to(dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is (int8|float8_e4m3fn): LISA trains"):
+        LisaController(model, LisaConfig())
