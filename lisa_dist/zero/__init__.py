@@ -39,6 +39,10 @@ empty_cache                               empties the allocator's cache once   n
   the accelerator, during a switch:       a group                              for the device and for copies of kept
   rebuild.py                                                                   states.
                                                                                test_a_switch_waits_for_nothing_else
+defragment                                copies the partitions of all active  copies them on the device: the host
+  stage 3's module, during a switch:      parameters to the host and back,     does not wait.
+  stage3.py                               pageable                             test_a_switch_copies_partitions
+                                                                               _on_the_device
 LinearFunctionForZeroStage3               keeps the inputs of frozen weights   keeps those of trained weights: most
   process-wide, on stage 3: stage3.py     for the backward pass                activations of frozen layers go.
                                                                                test_a_plan_is_what_a_step_allocates

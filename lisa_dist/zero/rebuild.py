@@ -102,10 +102,15 @@ def _construct_in_place(zero: Any, stage: Stage, parameter_offload: Any) -> Iter
     module, original, accelerator = import_module(stage.module), stage.optimizer_class, get_accelerator()
     override(module, stage.class_name, construct)
     override(accelerator, "empty_cache", lambda: None)
+    over_the_host = getattr(module, "defragment", None)
+    if stage.is_stage_3:
+        override(module, "defragment", stage3.flatten_partitions)
     try:
         yield
     finally:
         setattr(module, stage.class_name, original)
+        if stage.is_stage_3:
+            override(module, "defragment", over_the_host)
         del accelerator.empty_cache
 
 

@@ -60,6 +60,13 @@ def test_a_switch_waits_for_nothing_else():
     assert counts == {"synchronize": 2, "tolist of a tensor of the device": 3}
 
 
+def test_a_switch_copies_partitions_on_the_device():
+    """Those of all active parameters, which ZeRO-3 has in one buffer."""
+    counts = rehearse(ds_config="zero3")[0]["counts"]["switch"]
+    assert not {"copy between host and device", "pageable"} & counts.keys()
+    assert counts["pinned"] > 0
+
+
 def test_a_step_waits_for_the_norm_alone():
     """DeepSpeed asks whether gradients and norm are finite, transformers looks at the mask, the loop at its loss."""
     counts = rehearse(ds_config="zero2")[0]["counts"]["step"]

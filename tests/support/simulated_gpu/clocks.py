@@ -115,6 +115,8 @@ class Clocks:
 class Stream:
     """torch.cuda.Stream."""
 
+    of_collectives = False
+
     def __init__(self, device: object = None, priority: int = 0, **_: object) -> None:
         self.id = CLOCKS.new_stream()
 

@@ -114,7 +114,7 @@ class Operators(TorchDispatchMode):
     def _wait_for_copies(self, name: str, args: Sequence[Any], kwargs: dict, inputs: list[torch.Tensor]) -> None:
         """The host waits for a copy that crosses, unless its side is pinned and it was asked not to."""
         crossing = [tensor for tensor in inputs if MEMORY.place_of(tensor) == "cpu"]
-        if not crossing or len(crossing) == len(inputs):
+        if not crossing or len(crossing) == len(inputs) or CLOCKS.current.of_collectives:  # gloo's own buffers
             return
         asked = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
         pageable = [tensor for tensor in crossing if not MEMORY.storage(tensor).pinned]

@@ -41,6 +41,7 @@ class _Nccl:
     def stream(self) -> Stream:
         if self._stream is None:
             self._stream = Stream()
+            self._stream.of_collectives = True
         return self._stream
 
 
