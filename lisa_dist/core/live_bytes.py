@@ -25,9 +25,18 @@ def live_storages() -> list[torch.UntypedStorage]:
         for tensor in (candidate, candidate.grad if candidate.is_leaf else None):
             if tensor is not None and tensor.layout == torch.strided and not tensor.is_meta:
                 storage = tensor.untyped_storage()
-                if storage.device.type != "meta":  # a plan's
-                    storages[storage.data_ptr()] = storage
+                address = _address(storage) if storage.device.type != "meta" else None  # a plan's
+                if address is not None:
+                    storages[address] = storage
     return list(storages.values())
+
+
+def _address(storage: torch.UntypedStorage) -> int | None:
+    """Where a storage is; None for one without memory, of a tensor that torch has compiled with."""
+    try:
+        return storage.data_ptr()
+    except RuntimeError:  # there is no other way to ask
+        return None
 
 
 def _tensor_classes() -> set[type]:

@@ -1,0 +1,24 @@
+"""Every storage that lives is counted once, and nothing that has no memory."""
+
+import torch
+
+from lisa_dist.core.live_bytes import live_storages, live_tensor_bytes
+
+
+def test_views_share_a_storage_and_gradients_count():
+    before = live_tensor_bytes()
+    weight = torch.zeros(1000, requires_grad=True)
+    view = weight.detach()[:10]
+    assert live_tensor_bytes() - before == 4000
+    weight.grad = torch.zeros(1000)
+    assert live_tensor_bytes() - before == 8000
+    assert view.untyped_storage().data_ptr() in {storage.data_ptr() for storage in live_storages()}
+
+
+def test_tensors_of_a_compiler_have_no_memory():
+    """They stay until the garbage collector comes by."""
+    behind = torch.zeros(4)
+    before = live_tensor_bytes()
+    functional = torch._to_functional_tensor(behind)
+    assert live_tensor_bytes() == before
+    del functional
