@@ -8,6 +8,7 @@ constant. On CPU ranks set DS_ACCELERATOR=cpu.
 """
 
 import json
+import os
 from pathlib import Path
 
 import deepspeed
@@ -80,6 +81,8 @@ def main() -> None:
     lisa.close()
     dist.barrier()
     dist.destroy_process_group()
+    if engine.device.type == "cpu":
+        os._exit(0)  # threads of gloo may still abort a process that takes its interpreter down
 
 
 if __name__ == "__main__":
