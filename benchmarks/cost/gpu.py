@@ -84,8 +84,8 @@ def why_not_here(arm: arms.Arm) -> str:
         return "flash-attn is not installed"
     if arm.liger and not torch.cuda.is_available():
         return "Liger's kernels need a GPU"
-    if arm.compiled:
-        return (why_no_compiler() if torch.cuda.is_available() else "") or ""
+    if arm.compiled and torch.cuda.is_available():
+        return why_no_compiler()
     return "liger-kernel is not installed" if arm.liger and find_spec("liger_kernel") is None else ""
 
 

@@ -36,8 +36,7 @@ def flatten_partitions(partitions: Sequence[torch.Tensor]) -> torch.Tensor:
     """Make partitions of one dtype and device views of one new buffer, in their order; the buffer.
 
     DeepSpeed copies them to the host, pageable, and back, so that the device need not hold both. In a switch it can:
-    masters and moments of the blocks that become inactive, at least 8 bytes an element, are gone, and those of the
-    activated ones are not there yet.
+    the buffer of gradients, which is as large, is gone, and the next one is not there yet.
     """
     buffer = torch.empty(sum(one.numel() for one in partitions), dtype=partitions[0].dtype, device=partitions[0].device)
     for partition, place in zip(partitions, buffer.split([one.numel() for one in partitions]), strict=True):
