@@ -93,7 +93,10 @@ def test_shipped_models_have_their_place_on_the_hub():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--model", "TINY", "--gpu_memory", "1GiB"], "--gpu_memory 1GiB on 1 GPU(s): nothing fits"),
+        (
+            ["--model", "TINY", "--gpu_memory", "1GiB", "--checkpointed_layers", "all"],
+            "--gpu_memory 1GiB on 1 GPU(s): nothing fits",
+        ),
         (["--model", "llama2-7b", "--method", "lora"], "--method lora: init writes recipes of LISA"),
         (["--model", "llama2-7b", "--json", "plans.json"], "--json plans.json: it is for lisa-dist plan"),
         (["--model", "no-such-model"], "--model no-such-model: no such folder"),

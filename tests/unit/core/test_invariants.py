@@ -167,8 +167,7 @@ def test_one_layer_at_a_time_and_nothing_beside_it(ds_config):
 @pytest.mark.parametrize(
     ("ds_config", "options"),
     [
-        full("zero1", {"optim": "lisa_adamw"}),
-        full("zero2", {"lisa": {"lisa_state": "reset_all"}}),
+        full("zero1", {"optim": "lisa_adamw", "lisa": {"lisa_state": "reset_all"}}),
         ("zero2", {"lisa": {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_seed": 1}}),
         ("zero3", {"accumulation": 2, "lisa": {"lisa_offload": "layers"}}),
         full("zero2_offload", {}),
@@ -219,17 +218,17 @@ def test_lisa_adamw_in_bf16(ds_config, settings):
     assert losses == pytest.approx(bf16_losses(), abs=0.01)
 
 
-@pytest.mark.parametrize("ds_config", stages("zero2", "zero3_offload"))
+@pytest.mark.parametrize("ds_config", [full("zero1"), "zero2", full("zero2_offload"), "zero3_offload"])
 def test_accumulation_and_checkpointing(ds_config):
     check_against_reference(ds_config, tiny_llama, "model.layers", {"accumulation": 2, "checkpointing": True})
 
 
-@pytest.mark.parametrize("ds_config", stages("zero1", "zero3"))
+@pytest.mark.parametrize("ds_config", stages("zero1", "zero3", among=("zero1", "zero2_offload", "zero3")))
 def test_tied_embeddings_and_reset_all(ds_config):
     check_against_reference(ds_config, tiny_gpt2, "transformer.h", {"lisa": {"lisa_state": "reset_all"}})
 
 
-@pytest.mark.parametrize("ds_config", stages("zero2", "zero3"))
+@pytest.mark.parametrize("ds_config", stages("zero2", "zero3", among=("zero2", "zero2_offload", "zero3")))
 def test_kept_states_come_back_when_a_layer_wakes(ds_config):
     """A layer goes on with the moments and the step count that it fell asleep with."""
     settings = {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_seed": 1}
@@ -252,7 +251,6 @@ def test_frozen_embedding_with_checkpointing(ds_config):
 @pytest.mark.parametrize(
     ("ds_config", "checkpointing"),
     [
-        full("zero1", False),
         full("zero2", True),
         ("zero3", True),
         ("zero2_offload", False),
@@ -283,8 +281,6 @@ def tiny_tied_llama():
     ("ds_config", "settings"),
     [
         ("zero2", {"lisa_offload": "embed,head"}),
-        full("zero3", {"lisa_offload": "embed,head"}),
-        full("zero2", {"lisa_offload": "head,layers", "lisa_state": "keep"}),
         ("zero3", {"lisa_offload": "head,layers", "lisa_state": "keep"}),
         full("zero2_offload", {"lisa_offload": "embed", "lisa_state_bits": "layers=8"}),
     ],
@@ -308,7 +304,7 @@ def test_blocks_with_their_states_on_the_host(ds_config, settings):
 
 
 @pytest.mark.usefixtures("cpu_ops")
-@pytest.mark.parametrize("ds_config", stages("zero2", "zero3", "zero2_offload", "zero3_offload"))
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3", "zero2_offload"])
 def test_a_norm_taken_in_chunks_is_the_norm(ds_config):
     accumulation = 2 if "offload" in ds_config else 1
     whole, chunks = (run_ranks(norms_of_steps, 2, ds_config, size, accumulation)[0] for size in (1 << 30, 300))
@@ -457,16 +453,15 @@ def train_with_offload(ds_config: str, settings: dict) -> dict:
     }
 
 
-@pytest.mark.parametrize("ds_config", [full("zero2"), "zero3"])
-def test_four_ranks_and_one_give_the_same_losses_as_two(ds_config):
-    two = check_against_reference(ds_config, tiny_llama, "model.layers", {})
+def test_four_ranks_and_one_give_the_same_losses_as_two():
+    two = check_against_reference("zero3", tiny_llama, "model.layers", {})
     for world_size in (4, 1):
-        other = check_against_reference(ds_config, tiny_llama, "model.layers", {}, world_size)
+        other = check_against_reference("zero3", tiny_llama, "model.layers", {}, world_size)
         assert other["losses"] == pytest.approx(two["losses"], abs=1e-5)
         assert other["layers_of_period"] == two["layers_of_period"]
 
 
-@pytest.mark.parametrize("ds_config", STAGES)
+@pytest.mark.parametrize("ds_config", ["zero1", "zero2_offload", "zero3"])
 def test_bf16_sleeps_moves_and_agrees(ds_config):
     """Invariants 1 to 4 in bf16, and losses near the fp32 reference's."""
     outcome = run_ranks(train_and_check, 2, ds_config, tiny_llama, torch.bfloat16, {})[0]
@@ -626,8 +621,10 @@ def lisa_with_all_layers(ds_config: str, dtype: torch.dtype) -> dict[str, torch.
     return weights
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, full(torch.bfloat16)])
-@pytest.mark.parametrize("ds_config", STAGES)
+@pytest.mark.parametrize(
+    ("ds_config", "dtype"),
+    [*((name, torch.float32) for name in STAGES), full("zero2", torch.bfloat16), full("zero3_offload", torch.bfloat16)],
+)
 def test_gamma_of_all_layers_is_full_training(ds_config, dtype):
     """Bit for bit, though every period rebuilds the partitions: what goes on goes on untouched."""
     full = run_ranks(full_training, 2, ds_config, dtype)[0]

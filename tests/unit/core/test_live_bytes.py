@@ -1,8 +1,20 @@
 """Every storage that lives is counted once, and nothing that has no memory."""
 
+import gc
+
+import pytest
 import torch
 
 from lisa_dist.core.live_bytes import live_storages, live_tensor_bytes
+
+
+@pytest.fixture(autouse=True)
+def _nothing_else_goes():
+    """What other tests of this process have left would go when the garbage collector comes by."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def test_views_share_a_storage_and_gradients_count():
