@@ -16,13 +16,23 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-# What ranks import, once for all of them; nothing of it starts threads.
-PRELOADED = ["deepspeed", "bitsandbytes", "trl.trainer.sft_trainer", "lisa_dist.commands.train"]
+import pytest
+
+# What ranks import, once for all of them; nothing of it starts threads. The last one has the others set aside.
+PRELOADED = [
+    "deepspeed",
+    "bitsandbytes",
+    "trl.trainer.sft_trainer",
+    "lisa_dist.commands.train",
+    "lisa_dist.report.html",
+]
+PRELOADED += ["tensorboard", "torch.utils.tensorboard", "set_aside"]
 
 # Seconds after which what a test waits for has hung: many times what it takes on a machine that has other work.
 PATIENCE = 900
@@ -147,7 +157,10 @@ def rank_context() -> BaseContext:
     """How processes begin that have imported what ranks import."""
     context = multiprocessing.get_context(START_METHOD)
     if START_METHOD == "forkserver":
-        context.set_forkserver_preload(PRELOADED)
+        forkserver.set_forkserver_preload(PRELOADED)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(Path(__file__).parent), os.pathsep)  # where it finds the last of them
+            forkserver.ensure_running()
     return context
 
 

@@ -26,7 +26,6 @@ def start(how: str, flags: list[str]) -> str:
     train = str(ROOT / "launch" / "train.py")
     command = {
         "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), train],
-        "python": [sys.executable, train],
         "lisa-dist": [str(BIN / "lisa-dist"), "train", "--gpus", "2"],
     }[how]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": PATIENCE}

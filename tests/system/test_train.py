@@ -70,8 +70,9 @@ main()
     ("how", "changes"),
     [
         ("lisa-dist", {"deepspeed": "zero1"}),
-        full("deepspeed", {"deepspeed": "zero3", "bf16": True, "sample_prompt": "1 + 1?"} | SMALLEST),
-        full("python", {"deepspeed": "zero2_offload"}),  # torchrun: test_hosts.py
+        full(
+            "deepspeed", {"deepspeed": "zero3", "bf16": True, "sample_prompt": "1 + 1?"} | SMALLEST
+        ),  # torchrun: test_hosts.py
     ],
 )
 def test_every_way_of_starting(folder, tmp_path, how, changes):
@@ -605,7 +606,7 @@ def converted(data_dir: Path, folder: Path) -> Path:
     ("name", "changes", "found"),
     [
         ("chat/oasst_en_chat.jsonl", {}, "oasst_en_chat.jsonl: "),
-        full("pubmedqa", {"max_length": 1024}, "pubmedqa.jsonl: question_answer (question, answer), 1000 examples"),
+        full("pubmedqa", {"max_length": 512}, "pubmedqa.jsonl: question_answer (question, answer), 1000 examples"),
         full("text/wiki_demo.txt", {"packing": True, "eval_rows": 1}, "wiki_demo.txt: text (text), "),
     ],
 )

@@ -139,8 +139,8 @@ def test_arms_take_turns_in_orders_that_differ(benchmark):
 def test_memory_sees_what_a_callback_keeps_and_moves(benchmark, tmp_path, capsys, monkeypatch):
     """What is claimed comes out of a tiny run: as little as static, and nothing drifts but under the callback."""
     results = tmp_path / "memory.json"
-    words = ["--shrink", "64", "--num_layers", "4", "--length", "16", "--switches", "2", "4", "--results", str(results)]
-    module = benchmark("memory", *words)
+    words = ["--shrink", "64", "--num_layers", "4", "--length", "16", "--switches", "2", "4", "--configs", "zero2"]
+    module = benchmark("memory", "--results", str(results), *words)
     monkeypatch.setattr(
         module.arms, "SIDE_BY_SIDE", tuple(one for one in module.arms.SIDE_BY_SIDE if one.method != "lora")
     )
@@ -154,9 +154,8 @@ def test_memory_sees_what_a_callback_keeps_and_moves(benchmark, tmp_path, capsys
     assert drawn["peak"] < figures["zero2"]["lisa"]["peak"]
     for arms_of_stage in figures.values():  # the new layers have no moments yet, and their gradients come later
         assert 0 < arms_of_stage["lisa"]["peak_with_switch"] <= arms_of_stage["lisa"]["peak"]
-    of_arms = figures["zero3"]
+    of_arms = figures["zero2"]
     assert of_arms["static"]["active_layers"] == of_arms["lisa"]["first_layers"]
-    assert of_arms["full"]["live"]["4"]["gradients"] > of_arms["lisa"]["live"]["4"]["gradients"] > 0
     held = {name: {when: parts["total"] for when, parts in found["live"].items()} for name, found in of_arms.items()}
     assert held["lisa"]["4"] == held["lisa"]["0"]
     assert held["lisa"]["4"] <= 1.01 * held["static"]["4"]
