@@ -131,8 +131,9 @@ def load_ds_config(
 ) -> dict:
     """The config with every "auto" filled in, ready for `deepspeed.initialize`.
 
-    Batch sizes in examples: `micro_batch_size` a GPU and step. The precision is that of the model's parameters; bucket
-    sizes, in elements, follow its hidden size as the Hugging Face integration has them.
+    Batch sizes in examples: `micro_batch_size` a GPU and step. They, the clipping and the precision, which is that of
+    the model's parameters, are filled in where they are missing too; bucket sizes, in elements, follow the model's
+    hidden size as the Hugging Face integration has them. Raises ValueError for a config that contradicts the arguments.
     """
     config = read_ds_config(name_or_path) if isinstance(name_or_path, str) else json.loads(json.dumps(name_or_path))
     dtype = next(model.parameters()).dtype
@@ -153,12 +154,14 @@ def load_ds_config(
         for parent in parents:
             section = section.get(parent, {})
         given = section.get(key)
-        if given == "auto":
+        if given == "auto" or (given is None and dotted in _MUST_MATCH):
             section[key] = value
         elif given is not None and dotted in _MUST_MATCH and given != value:
             raise UserError(
                 f"the DeepSpeed config has {dotted} = {given}, but the arguments say {value}: make them equal."
             )
+    if "bf16" not in config and "fp16" not in config and dtype in (torch.bfloat16, torch.float16):
+        config["bf16" if dtype == torch.bfloat16 else "fp16"] = {"enabled": True}
     if config.get("train_batch_size") == "auto":
         del config["train_batch_size"]  # DeepSpeed derives it from the other two and the world size
     return config

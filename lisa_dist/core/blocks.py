@@ -6,19 +6,24 @@ LISA switches blocks on and off, so every parameter of the model belongs to exac
 - layers[i]: decoder layer i;
 - head: the language-modelling head. A head tied to the embedding is the same matrix: it is in embed, and head is empty;
 - rest: the final norm and whatever else of the language model is neither;
-- outside: what does not belong to the language model at all (a vision tower and its projector). LISA never trains it.
+- outside: what does not belong to the language model at all (a vision tower and its projector), and parameters that
+  were frozen before LISA came. LISA never trains it.
 
 Parameters are distinguished by identity, never by name, so tied matrices are counted once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from lisa_dist.errors import UserError
 from lisa_dist.zero.parameters import parameter_numel
+
+# On a parameter that LISA has frozen, so that a later run in the same process does not take it for the user's choice.
+_FROZEN_BY_LISA = "lisa_dist_frozen"
 
 
 @dataclass(eq=False)
@@ -36,6 +41,8 @@ class Block:
     def requires_grad_(self, active: bool) -> None:
         """Let the block train or not. A block that becomes inactive gives up its gradients."""
         for parameter in self.parameters.values():
+            if parameter.requires_grad != active:
+                setattr(parameter, _FROZEN_BY_LISA, not active)
             parameter.requires_grad_(active)
             if not active:
                 parameter.grad = None
@@ -43,7 +50,10 @@ class Block:
 
 @dataclass
 class Blocks:
-    """The blocks of one model; `tied` says that head and embed share a matrix."""
+    """The blocks of one model; `tied` says that head and embed share a matrix.
+
+    `frozen_numel` are the elements of `outside` that the user has frozen.
+    """
 
     embed: Block
     layers: list[Block]
@@ -52,6 +62,7 @@ class Blocks:
     outside: Block
     tied: bool
     layers_path: str
+    frozen_numel: int = 0
 
     def __iter__(self) -> Iterator[Block]:
         return iter([self.embed, *self.layers, self.head, self.rest, self.outside])
@@ -60,43 +71,62 @@ class Blocks:
         """The block called embed, head or rest."""
         return {"embed": self.embed, "head": self.head, "rest": self.rest}[name]
 
+    def leave_out_frozen(self) -> None:
+        """Move to `outside` what requires no gradient though LISA has not frozen it: the user wants it as it is.
+
+        Raises ValueError where that leaves no decoder layer anything to train.
+        """
+        for block in (self.embed, *self.layers, self.head, self.rest):
+            for name, parameter in list(block.parameters.items()):
+                if not parameter.requires_grad and not getattr(parameter, _FROZEN_BY_LISA, False):
+                    self.outside.parameters[name] = block.parameters.pop(name)
+                    self.frozen_numel += parameter_numel(parameter)
+        if not any(layer.parameters for layer in self.layers):
+            raise UserError(
+                "every parameter of the decoder layers is frozen (requires_grad = False) already: LISA freezes and "
+                "activates layers itself, and leaves alone what was frozen before it; give it a model that trains."
+            )
+
 
 def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks:
     """Find the blocks of any Hugging Face causal language model, or of the language model inside a VLM.
 
     `layers_attribute` is the dotted path of the ModuleList of decoder layers, for models where it cannot be found.
-    Raises ValueError naming what was seen when it cannot decide.
+    Raises ValueError naming what was seen when it cannot decide, and for an encoder-decoder.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UserError(f"{type(model).__name__} is an encoder-decoder: LISA trains causal language models.")
     names = {id(module): name for name, module in model.named_modules()}
     embedding = _embedding(model)
-    head = _call_if_there(model, "get_output_embeddings")
-    layers_path = layers_attribute or _find_layers_path(model, names[id(embedding)])
+    layers_path = layers_attribute or _find_layers_path(model, embedding, names[id(embedding)])
     layer_list = _module_at(model, layers_path)
     if not isinstance(layer_list, nn.ModuleList | nn.Sequential):
         raise UserError(
             f"--lisa_layers_attribute {layers_path}: a {type(layer_list).__name__}, which is no list of modules."
         )
-
-    # The smallest module that holds both the embedding and the layers is the language model's backbone.
-    backbone = _common_prefix(names[id(embedding)], layers_path)
+    language_model = _language_model(model, embedding)
+    heads = (_call_if_there(one, "get_output_embeddings") for one in (model, language_model) if one is not None)
+    head = next((one for one in heads if one is not None), None)
     owner: dict[int, str] = {}
 
     def claim(module: nn.Module | None, block: str) -> None:
-        for parameter in module.parameters() if module is not None else ():
+        for parameter in _parameters(module):
             owner.setdefault(id(parameter), block)
 
     for index, layer in enumerate(layer_list):
         claim(layer, f"layers.{index}")
     claim(embedding, "embed")
-    tied = head is not None and any(owner.get(id(parameter)) == "embed" for parameter in head.parameters())
+    tied = any(owner.get(id(parameter)) == "embed" for parameter in _parameters(head))
     claim(head, "head")
-    backbone_module = _module_at(model, backbone)
-    for module in backbone_module.modules():
+    for tower in _other_models(model, [*embedding.parameters(), *layer_list.parameters(), *_parameters(head)]):
+        claim(tower, "outside")
+    # The smallest module that holds both the embedding and the layers is the language model's backbone.
+    backbone = _module_at(model, _common_prefix(names[id(embedding)], layers_path))
+    for module in backbone.modules():
         if isinstance(module, nn.Embedding):
             claim(module, "embed")
-    claim(backbone_module, "rest")
-    if not _has_towers(model):
-        claim(model, "rest")  # a reward model's score, a head's own norm
+    claim(backbone, "rest")
+    claim(language_model, "rest")  # a reward model's score, a head's own norm
 
     blocks = {name: Block(name) for name in ("embed", "head", "rest", "outside")}
     blocks |= {f"layers.{index}": Block(f"layers.{index}") for index in range(len(layer_list))}
@@ -113,6 +143,28 @@ def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks
     )
 
 
+def _language_model(model: nn.Module, embedding: nn.Module) -> nn.Module | None:
+    """The outermost model whose config is of text alone and that has the embedding; None if there is none."""
+    for module in model.modules():
+        if module is model or isinstance(module, PreTrainedModel):
+            config: Any = getattr(module, "config", None)
+            is_text = not hasattr(config, "get_text_config") or config.get_text_config() is config
+            if is_text and any(inner is embedding for inner in module.modules()):
+                return module
+    return None
+
+
+def _other_models(model: nn.Module, own: Iterable[nn.Parameter]) -> list[nn.Module]:
+    """Models inside a model that have none of these parameters: encoders of images and sounds."""
+    ours = set(map(id, own))
+    inner = (module for module in model.modules() if module is not model and isinstance(module, PreTrainedModel))
+    return [module for module in inner if not any(id(parameter) in ours for parameter in module.parameters())]
+
+
+def _parameters(module: nn.Module | None) -> Iterable[nn.Parameter]:
+    return () if module is None else module.parameters()
+
+
 def _call_if_there(model: nn.Module, method: str) -> nn.Module | None:
     return getattr(model, method)() if hasattr(model, method) else None
 
@@ -126,14 +178,8 @@ def _embedding(model: nn.Module) -> nn.Module:
     return embedding
 
 
-def _has_towers(model: nn.Module) -> bool:
-    """Whether the model is more than a language model: its config then holds a text config of its own."""
-    config: Any = getattr(model, "config", None)
-    return hasattr(config, "get_text_config") and config.get_text_config() is not config
-
-
-def _find_layers_path(model: nn.Module, embedding_path: str) -> str:
-    """The ModuleList as long as the text config says, nearest to the embedding."""
+def _find_layers_path(model: nn.Module, embedding: nn.Module, embedding_path: str) -> str:
+    """The ModuleList as long as the text config says, nearest to the embedding, outside of other models."""
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     num_layers = getattr(text_config, "num_hidden_layers", None)
@@ -141,8 +187,12 @@ def _find_layers_path(model: nn.Module, embedding_path: str) -> str:
     # Experts are ModuleLists too, and may be as many as there are layers: a list within a list is none of ours.
     outermost = [name for name in seen if not any(name.startswith(f"{other}.") for other in seen)]
     fitting = [name for name in outermost if seen[name] == num_layers]
+    towers = {id(inner) for tower in _other_models(model, embedding.parameters()) for inner in tower.modules()}
+    fitting = [name for name in fitting if id(model.get_submodule(name)) not in towers] or fitting
     nearest = max((_common_depth(name, embedding_path) for name in fitting), default=0)
     candidates = [name for name in fitting if _common_depth(name, embedding_path) == nearest]
+    if not fitting and len(outermost) == 1:  # a config may count both halves of a layer, or the layers of an encoder
+        candidates = outermost
     if len(candidates) != 1:
         listed = ", ".join(f"{name} ({seen[name]} modules)" for name in outermost) or "none"
         raise UserError(

@@ -28,7 +28,7 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.core.agreement import broadcast_active_set, compare_ranks
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import check_checkpointing, let_backward_end
-from lisa_dist.core.engine_checks import check_engine, check_weights
+from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_weights
 from lisa_dist.core.guards import InactiveWeights, MissedSwitchGuard, NonfiniteGuard
 from lisa_dist.core.importance import observe_layers
 from lisa_dist.core.live_bytes import live_tensor_bytes
@@ -68,8 +68,10 @@ class LisaController:
         check_deepspeed()
         override_construction()
         self.config = config
+        check_no_adapters(model)
         self.blocks = find_blocks(model, config.lisa_layers_attribute)
         check_weights(self.blocks)
+        self.blocks.leave_out_frozen()
         self.selection = BlockSelection(config, self.blocks)
         self.period = 0
         self.active = self.selection.sample(0)

@@ -1,12 +1,28 @@
 """What a model and its engine must be for LISA to take them over; ValueError with the setting and the way out."""
 
+import sys
 from collections.abc import Sequence
+
+from torch import nn
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.errors import UserError
 from lisa_dist.optim.states import PartitionKey
 from lisa_dist.zero.partitions import ZeroPartitions
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Raise ValueError for a model of peft's, or with adapters in it: LISA would train the weights below them."""
+    peft = sys.modules.get("peft")  # which has been imported where there are any
+    if peft is not None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if any(isinstance(module, BaseTunerLayer | peft.PeftModel) for module in model.modules()):
+            raise UserError(
+                f"{type(model).__name__} has adapters (peft): LISA trains the model's own weights; give it the model "
+                "without them, after merge_and_unload(), or train adapters by --method lora."
+            )
 
 
 def check_weights(blocks: Blocks) -> None:

@@ -70,5 +70,5 @@ def check_same_kinds(layers: list[Block]) -> None:
             raise UserError(
                 f"{layer.name} has parameters of the kinds {kind}, but {layers[0].name} has {kinds[0]}: decoder layers "
                 "must all have matrices, and all or none have norms or biases. Choose other layers with "
-                "--lisa_layers_attribute."
+                "--lisa_layers_attribute, and freeze the same in each, if anything."
             )

@@ -79,7 +79,8 @@ class RunMemory:
         if checkpointed == AUTO and (config is None or longest is None):
             raise UserError(
                 "--checkpointed_layers auto: the largest micro-batch cannot be planned: it takes a --max_length, and a "
-                "causal language model with its own loss or TRL's. Give none, all or a number of layers."
+                "causal language model with its own loss or TRL's, of which nothing was frozen before. Give none, all "
+                "or a number of layers."
             )
         if checkpointed == AUTO and budget is None:
             raise UserError("--checkpointed_layers auto: give --gpu_memory where there is no GPU to ask.")

@@ -31,6 +31,7 @@ def describe_training(
     active = sum(numel[name] for name in active_blocks) + sum(layers[layer] for layer in lisa.active_layers)
     states = list(lisa.partition_states().values())
     kept = "two moments" if all(state.is_weights for state in states) else "master weights and two moments"
+    frozen = lisa.blocks.frozen_numel
     factor = config.rate_factor(len(layers))
     world_size = torch.distributed.get_world_size()
 
@@ -45,7 +46,7 @@ def describe_training(
         ),
         ("always trained", named(always_on) + (" (embed and head are one tied matrix)" if lisa.blocks.tied else "")),
         *([("sampled like layers", named(list(lisa.block_visit_counts)))] if lisa.block_visit_counts else []),
-        ("never trained", named(never)),
+        ("never trained", named(never) + (f", of which {format_count(frozen)} were frozen before" if frozen else "")),
         ("active at a time", f"{format_count(active)} ({100 * active / total:.1f}%)"),
         ("inactive", format_count(total - active)),
         (

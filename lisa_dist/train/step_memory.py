@@ -79,6 +79,7 @@ def plan_run_memory(
 ) -> RunMemory:
     """The memory of a trainer's run; without a `budget` in bytes that of the GPU."""
     measure_budget = None
+    can_plan = type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING and not lisa.blocks.frozen_numel
     if budget is None and args.device.type == "cuda":
         budget = torch.cuda.get_device_properties(args.device).total_memory - RESERVED
         measure_budget = functools.partial(gpu_bytes_for_tensors, args.device)
@@ -86,7 +87,7 @@ def plan_run_memory(
         lisa,
         ds_config,
         optim=optim,
-        config=model.config if type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING else None,
+        config=model.config if can_plan else None,
         longest=longest,
         checkpointed=checkpointed,
         budget=budget,

@@ -34,6 +34,7 @@ from lisa_dist.checkpoint.weights import save_without_weights, write_weights
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import parse_budget, parse_checkpointed_layers
 from lisa_dist.core.controller import LisaController
+from lisa_dist.core.engine_checks import check_no_adapters
 from lisa_dist.distributed.collectives import gather, together
 from lisa_dist.distributed.health import ComputeTime, describe_ranks
 from lisa_dist.distributed.signals import StopSignals
@@ -96,6 +97,7 @@ class LisaMixin(MonitoredMixin):
         optimizers = self.optimizer, self.optimizer_cls_and_kwargs
         ds_config = self._ds_config if self.is_deepspeed_enabled else None
         check_trainer(self.args, ds_config, self.lisa_config, self._optim, *optimizers)
+        check_no_adapters(self.model)
         if self.args.use_liger_kernel:
             self._print(check_liger(self.args, self.model.config, self.lisa_config))
         # Accelerate would replace the optimizer by a DeepSpeedCPUAdam of its own, with L2 decay and default betas.

@@ -44,6 +44,24 @@ def test_lisa_runs_under_the_shipped_configs(name):
     check_ds_config(read_ds_config(name))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_a_config_lacks_comes_from_the_arguments(dtype):
+    filled = load_ds_config(
+        {"zero_optimization": {"stage": 2}},
+        model=tiny_llama().to(dtype),
+        micro_batch_size=3,
+        gradient_accumulation_steps=4,
+        max_grad_norm=0.0,
+    )
+    assert filled.pop("zero_optimization") == {"stage": 2}
+    precision = {torch.bfloat16: {"bf16": {"enabled": True}}, torch.float16: {"fp16": {"enabled": True}}}
+    assert filled == precision.get(dtype, {}) | {
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 0.0,
+    }
+
+
 def test_a_config_that_contradicts_the_arguments_is_refused():
     config = {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4}
     with pytest.raises(ValueError, match="gradient_accumulation_steps = 4, but the arguments say 1"):

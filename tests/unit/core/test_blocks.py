@@ -1,12 +1,16 @@
 """Block discovery on real architectures built from their configs, with random weights."""
 
+import peft
 import pytest
 import torch
 import transformers
 from models import tiny_gpt2, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lisa_dist import LisaConfig
 from lisa_dist.core.blocks import find_blocks
+from lisa_dist.core.controller import LisaController
+from lisa_dist.core.sampling import ActiveSet
 
 # Architecture -> where its layers are, whether its head is tied by default.
 CAUSAL = {
@@ -75,6 +79,96 @@ def test_learned_positions_belong_to_the_embedding():
     assert set(find_blocks(tiny_gpt2()).embed.parameters) == {"transformer.wte.weight", "transformer.wpe.weight"}
 
 
+def test_models_inside_a_model_are_outside_whatever_the_config_says():
+    config = AutoConfig.for_model("git", num_hidden_layers=2)
+    config.vision_config.num_hidden_layers = 2
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    blocks = find_blocks(model)
+    check_partition(model, blocks)
+    assert set(blocks.outside.parameters) == {
+        name for name in dict(model.named_parameters()) if "image_encoder" in name
+    }
+    assert "git.visual_projection.visual_projection.0.weight" in blocks.rest.parameters
+
+
+def test_a_head_of_a_model_inside_is_found():
+    config = AutoConfig.for_model("blip")
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 2
+    with torch.device("meta"):
+        model = transformers.BlipForConditionalGeneration(config)
+    assert model.get_output_embeddings() is None or "cls" not in str(model.get_output_embeddings())
+    blocks = find_blocks(model)
+    check_partition(model, blocks)
+    assert blocks.tied
+    assert "text_decoder.cls.predictions.transform.dense.weight" in blocks.rest.parameters
+    assert all(name.startswith("vision_model.") for name in blocks.outside.parameters)
+
+
+def test_encoder_decoders_are_refused():
+    for config in (transformers.T5Config(num_layers=2), transformers.BartConfig(encoder_layers=2)):
+        with torch.device("meta"):
+            model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+        with pytest.raises(ValueError, match="is an encoder-decoder: LISA trains causal language models"):
+            find_blocks(model)
+
+
+def test_the_only_list_of_modules_is_that_of_the_layers():
+    """Whatever the config counts: that of Blenderbot has the layers of an encoder that this class does not have."""
+    model = build("blenderbot", decoder_layers=3)
+    assert find_blocks(model).layers_path == "model.decoder.layers"
+
+
+def test_what_was_frozen_before_stays_outside():
+    model = tiny_llama()
+    model.model.embed_tokens.requires_grad_(False)
+    for layer in model.model.layers:
+        layer.mlp.requires_grad_(False)
+    lisa = LisaController(model, LisaConfig())
+    check_partition(model, lisa.blocks)
+    assert set(lisa.blocks.outside.parameters) == {
+        name for name in dict(model.named_parameters()) if "mlp" in name or "embed" in name
+    }
+    assert lisa.blocks.frozen_numel == lisa.blocks.outside.numel == 64 * 128 + 6 * 3 * 64 * 96
+    lisa.selection.activate(ActiveSet(tuple(range(6))))
+    assert not any(parameter.requires_grad for parameter in lisa.blocks.outside.parameters.values())
+
+
+def test_what_lisa_has_frozen_is_not_taken_for_the_users_choice():
+    model = tiny_llama()
+    blocks = find_blocks(model)
+    for layer in blocks.layers:
+        layer.requires_grad_(False)
+    blocks.layers[0].requires_grad_(True)
+    model.lm_head.requires_grad_(False)
+    blocks.head.requires_grad_(False)  # as it is already
+    again = LisaController(model, LisaConfig()).blocks
+    assert set(again.outside.parameters) == {"lm_head.weight"}
+    blocks.layers[0].requires_grad_(True)
+    model.model.layers[0].requires_grad_(False)  # by the user, after LISA has let it train
+    with pytest.raises(ValueError, match=r"layers\.1 has parameters of the kinds .* freeze the same in each"):
+        LisaController(model, LisaConfig())
+
+
+def test_a_model_with_nothing_left_to_train_is_refused():
+    model = tiny_llama()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="every parameter of the decoder layers is frozen"):
+        LisaController(model, LisaConfig())
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_adapters_are_refused(wrapped):
+    model = tiny_llama()
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    if wrapped:
+        model = peft.get_peft_model(model, lora)
+    else:
+        peft.inject_adapter_in_model(lora, model)
+    with pytest.raises(ValueError, match=r"has adapters \(peft\): .* --method lora"):
+        LisaController(model, LisaConfig())
+
+
 def test_as_many_experts_as_layers_are_no_layers():
     model = build("mixtral", num_hidden_layers=4, num_local_experts=4)
     assert find_blocks(model).layers_path == "model.layers"
@@ -106,6 +200,7 @@ def test_what_is_neither_embedding_nor_layer_nor_head_is_rest():
 def test_a_model_without_a_layer_list_says_what_it_has():
     model = tiny_llama()
     model.config.num_hidden_layers = 17
+    model.model.more_layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(4))
     with pytest.raises(ValueError, match="lisa_layers_attribute") as error:
         find_blocks(model)
     assert "num_hidden_layers = 17" in str(error.value)

@@ -1,0 +1,100 @@
+"""Blocks of every causal and image-text architecture of transformers, at its real size, on the meta device.
+
+Each is found right or refused in words. Right means: the layers are one list, the embedding and the head are in their
+blocks, other models inside are outside, and the blocks are as large as those of the language model by itself.
+"""
+
+import collections
+import warnings
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from lisa_dist.core.blocks import Blocks, find_blocks
+from lisa_dist.errors import UserError
+
+MAPPINGS = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "image-text": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+
+
+def build(model_type: str, class_name: str) -> PreTrainedModel | None:
+    """A model of the type's own config; None for one whose own config is not enough, or that needs another package."""
+    try:
+        with torch.device("meta"):
+            return getattr(transformers, class_name)._from_config(AutoConfig.for_model(model_type))
+    except Exception:  # noqa: BLE001 - of transformers, and of as many kinds as there are architectures
+        return None
+
+
+def what_is_wrong(model: PreTrainedModel, blocks: Blocks) -> list[str]:
+    """What is wrong with blocks that were found."""
+    held = [name for block in blocks for name in block.parameters]
+    prefix = blocks.layers_path
+    of_language = {id(one) for block in blocks if block is not blocks.outside for one in block.parameters.values()}
+    inner = [one for one in model.modules() if one is not model and isinstance(one, PreTrainedModel)]
+    encoders = [one for one in inner if model.get_input_embeddings() not in list(one.modules())]
+    encoders = [one for one in encoders if model.get_submodule(f"{prefix}.0") not in list(one.modules())]
+    head = model.get_output_embeddings()
+    checks = {
+        "a parameter is in no block, or in two": sorted(held) == sorted(dict(model.named_parameters())),
+        "a layer has nothing, or something from elsewhere": all(
+            layer.parameters and all(name.startswith(f"{prefix}.{number}.") for name in layer.parameters)
+            for number, layer in enumerate(blocks.layers)
+        ),
+        "the embedding is not in embed": model.get_input_embeddings().weight in blocks.embed.parameters.values(),
+        "the head is not in head": head is None
+        or any(head.weight is one for one in (blocks.head if not blocks.tied else blocks.embed).parameters.values()),
+        "an encoder is not outside": not any(id(one) in of_language for each in encoders for one in each.parameters()),
+        "something of a language model alone is outside": len(inner) > 1 or not blocks.outside.parameters,
+    }
+    return [said for said, holds in checks.items() if not holds] + by_itself(model, blocks)
+
+
+def by_itself(model: PreTrainedModel, blocks: Blocks) -> list[str]:
+    """Differences to the language model of the text config, where transformers has one."""
+    text = model.config.get_text_config()
+    if text is model.config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return []
+    with torch.device("meta"):
+        alone = find_blocks(AutoModelForCausalLM.from_config(text))
+    sizes = {
+        "layers": (sum(layer.numel for layer in one.layers) for one in (blocks, alone)),
+        "embedding and head": (one.embed.numel + (0 if one.tied else one.head.numel) for one in (blocks, alone)),
+    }
+    pairs = {name: tuple(both) for name, both in sizes.items()}
+    if blocks.tied != alone.tied:
+        del pairs["embedding and head"]
+    return [f"{name}: {here}, by itself {there}" for name, (here, there) in pairs.items() if here != there]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", MAPPINGS)
+def test_blocks_of_every_architecture(kind):
+    outcomes: collections.Counter[str] = collections.Counter()
+    wrong = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for model_type, class_name in MAPPINGS[kind].items():
+            model = build(model_type, class_name if isinstance(class_name, str) else class_name[0])
+            if model is None:
+                outcomes["not buildable"] += 1
+                continue
+            try:
+                blocks = find_blocks(model)
+            except UserError as error:
+                outcomes["refused"] += 1
+                assert str(error).endswith("."), model_type
+                continue
+            outcomes["found"] += 1
+            if said := what_is_wrong(model, blocks):
+                wrong[model_type] = said
+    print(kind, dict(outcomes))
+    assert wrong == {}
+    assert outcomes["found"] > 0.8 * outcomes.total()
+    assert outcomes["refused"] < 0.05 * outcomes.total()
