@@ -12,7 +12,6 @@ from lisa_dist.train.compiled_layers import check_compile
 
 # Arguments that LISA does without, and why.
 _REFUSED = {
-    "load_best_model_at_end": "the best checkpoint may be of other layers than those active at the end",
     "auto_find_batch_size": "a smaller batch would need a new run",
     "enable_jit_checkpoint": "SIGTERM and SIGUSR1 save a checkpoint anyway",
     "save_only_model": "a LISA checkpoint holds what a resume needs, which is little",

@@ -30,7 +30,7 @@ from lisa_dist.checkpoint.resume import (
     start_from_weights,
 )
 from lisa_dist.checkpoint.save import save_checkpoint
-from lisa_dist.checkpoint.weights import save_without_weights, write_weights
+from lisa_dist.checkpoint.weights import read_weights, save_without_weights, write_weights
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import parse_budget, parse_checkpointed_layers
 from lisa_dist.core.controller import LisaController
@@ -183,6 +183,9 @@ class LisaMixin(MonitoredMixin):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[torch.nn.Module, Any]:
         """Where the Trainer has DeepSpeed load a checkpoint: ours is loaded instead, over the engine's partitions."""
+        if self.model_wrapped is not self.model:  # an evaluation under ZeRO-3 has an engine without an optimizer
+            self.accelerator.free_memory()
+            self.model_wrapped, self.deepspeed = self.model, None
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._controller.attach(model, self.args.output_dir)
         for prepare in (partial(self._load, resume_from_checkpoint, max_steps), self._meet_ranks, self._plan_memory):
@@ -271,6 +274,9 @@ class LisaMixin(MonitoredMixin):
         best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
         output = super()._finalize_training(*args, **kwargs)
         self.state.best_model_checkpoint = best
+        if self.args.load_best_model_at_end and best is not None and self.stopped_by is None:
+            read_weights(self._engine, self._controller.blocks, Path(best))
+            self._print(f"the model is that of {best}, the best by {self.args.metric_for_best_model}")
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -207,10 +207,6 @@ def refused(output_dir: str, what: str) -> str:
         changes = {"deepspeed": {"zero_optimization": {"stage": 0}, "train_micro_batch_size_per_gpu": "auto"}}
     elif what == "contradiction":
         changes = {"deepspeed": {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 7}}
-    elif what == "load_best_model_at_end":
-        saving = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
-        changes = {what: True} | saving
-        extra = {"eval_dataset": rows_for(2)}
     elif what == "auto_find_batch_size":
         changes = {what: True}
     elif what == "optim_args":
@@ -252,7 +248,6 @@ def refused(output_dir: str, what: str) -> str:
         ("stage 0", "use stage 1"),
         ("contradiction", "gradient_accumulation_steps=7 vs hf gradient_accumulation_steps=2"),
         ("optimizer", "pass no optimizers"),
-        ("load_best_model_at_end", "--load_best_model_at_end True"),
         ("auto_find_batch_size", "--auto_find_batch_size True"),
         ("optim_args", "--optim_args amsgrad=True"),
         ("save_on_each_node", "--save_on_each_node True"),
@@ -266,6 +261,46 @@ def refused(output_dir: str, what: str) -> str:
 def test_arguments_that_cannot_work_are_refused(tmp_path, what, said):
     assert said in run_ranks(refused, 2, str(tmp_path), what)[0]
     assert not (tmp_path / "lisa_log.jsonl").exists(), "nothing half-written"
+
+
+def train_with_evaluations(output_dir: str, ds_config: str, early: bool, changes: dict) -> dict:
+    """Losses of a run, what the model is evaluated to at its end, and the same of the best checkpoint by itself."""
+    unset_hf_deepspeed_config()
+    trainer = InOrder(
+        model=tiny_llama(),
+        args=arguments(output_dir, ds_config, **changes),
+        train_dataset=rows_for(dist.get_world_size()),
+        eval_dataset=rows_for(1)[:4],
+        lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_debug=True),
+    )
+    before = trainer.evaluate()["eval_loss"] if early else None
+    trainer.train()
+    logs = trainer.state.log_history
+    return {
+        "losses": [entry["loss"] for entry in logs if "loss" in entry],
+        "before": before,
+        "evaluated": [entry["eval_loss"] for entry in logs if "eval_loss" in entry],
+        "after": trainer.evaluate()["eval_loss"],
+        "best": trainer.state.best_model_checkpoint,
+    }
+
+
+def test_an_evaluation_may_come_before_training(tmp_path):
+    """Under ZeRO-3 it needs an engine, which the engine of training takes the place of."""
+    early, late = (run_ranks(train_with_evaluations, 2, str(tmp_path), "zero3", one, {})[0] for one in (True, False))
+    assert early["losses"] == late["losses"]
+    assert early["after"] == late["after"] != early["before"]
+
+
+@pytest.mark.parametrize("ds_config", stages("zero2", "zero3"))
+def test_the_best_model_is_loaded_at_the_end(tmp_path, ds_config):
+    """Here the first, which had the greatest loss; its layers are inactive at the end."""
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    changes |= {"load_best_model_at_end": True, "save_total_limit": 2}
+    changes |= {"metric_for_best_model": "loss", "greater_is_better": True}
+    found = run_ranks(train_with_evaluations, 2, str(tmp_path), ds_config, False, changes)[0]
+    assert found["best"].endswith("checkpoint-2")
+    assert found["after"] == found["evaluated"][0] > max(found["evaluated"][1:])
 
 
 class Shuffled(LisaMixin, Trainer):
