@@ -8,6 +8,7 @@ A step of the loop, which is the Trainer's own::
     log              the loss, and lisa/... with it
 """
 
+import functools
 import random
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,12 @@ from lisa_dist.text import format_active
 from lisa_dist.train.callbacks import Heartbeat, LisaSteps
 from lisa_dist.train.checks import check_trainer
 from lisa_dist.train.compiled_layers import CompiledLayers
+from lisa_dist.train.identity import (
+    check_global_batch_size,
+    compare_on_rank_0,
+    describe_identity,
+    write_identity,
+)
 from lisa_dist.train.liger import check_liger
 from lisa_dist.train.model_header import describe_training
 from lisa_dist.train.monitoring import MonitoredMixin, SlowRanks, lisa_metrics
@@ -66,7 +73,8 @@ class LisaMixin(MonitoredMixin):
     Raises ValueError at construction for arguments that LISA cannot train with.
     """
 
-    optimizer: torch.optim.Optimizer | None  # the Trainer's
+    optimizer: torch.optim.Optimizer | None  # the Trainer's, as is the next
+    model_wrapped: Any
     _loss = CHUNKED  # of TRL's SFTTrainer
 
     def __init__(
@@ -206,11 +214,16 @@ class LisaMixin(MonitoredMixin):
         if checkpoint is not None:
             folder, state = Path(checkpoint), self._resume_state
             assert state is not None
-            self._check_global_batch_size(folder, state)
+            anew, mine = self.args.ignore_data_skip, self._identity if self.args.process_index == 0 else None
+            check_global_batch_size(folder, state, self._engine.train_batch_size(), anew)
+            changed, factor = compare_on_rank_0(folder, mine, anew)
+            for rates in state["learning_rates"].values():
+                rates |= {name: rate * factor for name, rate in rates.items()}
             load_checkpoint(self._controller, folder, state)
-            ratio = rate_ratio(self._controller, state["lisa"])
+            ratio = rate_ratio(self._controller, state["lisa"]) * factor
             self._load_schedule(torch.load(folder / SCHEDULER_NAME, weights_only=True), ratio)
             self._print(f"resumed from {folder}, after step {self._engine.global_steps} of {max_steps}")
+            self._print(f"not as its run had it: {', '.join(changed)}" if changed else None)
         elif self._weights_from is not None:
             start_from_weights(self._controller, self._weights_from)
 
@@ -236,16 +249,9 @@ class LisaMixin(MonitoredMixin):
         )
         self._print(self._memory.set_checkpointing())
 
-    def _check_global_batch_size(self, folder: Path, state: dict[str, Any]) -> None:
-        """Another global batch size is another schedule, another place in the data, another end."""
-        now = self._engine.train_batch_size()
-        then = state.get("rows_per_step", now)  # which checkpoints of older releases do not tell
-        if then != now and not self.args.ignore_data_skip:
-            raise UserError(
-                f"--resume_from_checkpoint {folder}: its run had a global batch size of {then}, and here it is {now}, "
-                f"so it would not go on as it was: give --global_batch_size {then}, or --ignore_data_skip true to "
-                "begin the data anew."
-            )
+    @functools.cached_property
+    def _identity(self) -> dict[str, Any]:
+        return describe_identity(self.args, getattr(self.model, "config", None), self.train_dataset)
 
     def _print(self, text: str | None) -> None:
         if text is not None and self.args.should_log:
@@ -333,6 +339,7 @@ class LisaMixin(MonitoredMixin):
         if not self.args.should_save:
             return
         save_without_weights(lambda path: self._save(path, state_dict={}), folder)
+        write_identity(self._identity, folder)
         torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
         states: dict[str, list] = {}
         for callback in [*self.callback_handler.callbacks, self.control]:

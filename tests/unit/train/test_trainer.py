@@ -464,5 +464,23 @@ def resume_finished_and_changed(output_dir: str) -> None:
         assert len(changed.lisa.active_layers) == gamma
 
 
+def resume_otherwise(output_dir: str) -> None:
+    """Half of the rate takes effect; another seed is refused by every rank."""
+    changes = {"gradient_accumulation_steps": 1, "save_steps": 4}
+    whole = train_shuffled(output_dir, "zero2", changes, None)
+    folder = f"{output_dir}/checkpoint-4"
+    half = train_shuffled(output_dir, "zero2", changes | {"learning_rate": LR / 2}, folder)
+    assert half["learning_rates"][:4] == whole["learning_rates"][:4]
+    assert half["learning_rates"][4:] == pytest.approx([rate / 2 for rate in whole["learning_rates"][4:]])
+    assert half["losses"][:5] == whole["losses"][:5]
+    assert half["losses"][5:] != whole["losses"][5:]
+    with pytest.raises(ValueError, match=r"its run had other data: --seed 7 \(it had 42\)"):
+        train_shuffled(output_dir, "zero2", changes | {"seed": 7}, folder)
+
+
+def test_a_resume_knows_its_run(tmp_path):
+    run_ranks(resume_otherwise, 2, str(tmp_path))
+
+
 def test_a_finished_run_and_other_settings(tmp_path):
     run_ranks(resume_finished_and_changed, 2, str(tmp_path))

@@ -1,0 +1,89 @@
+"""What a resumed run may have other than the run of its checkpoint, and what not."""
+
+import random
+
+import pytest
+import torch
+from datasets import Dataset
+from models import tiny_llama
+from transformers import TrainingArguments
+
+from lisa_dist.train.identity import compare_identity, describe_identity, fingerprint, write_identity
+
+ROWS = [{"input_ids": [number, number + 1], "labels": [-100, number + 1]} for number in range(10)]
+
+
+def identity(rows=ROWS, config=None, **changes) -> dict:
+    args = TrainingArguments(
+        **{"output_dir": "unused", "use_cpu": True, "learning_rate": 1e-3, "max_steps": 10} | changes
+    )
+    return describe_identity(args, config or tiny_llama().config, rows)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ROWS[::-1],
+        ROWS[:-1],
+        [ROWS[0] | {"labels": ROWS[0]["input_ids"]}, *ROWS[1:]],
+        [ROWS[0] | {"input_ids": [5]}, *ROWS[1:]],
+    ],
+    ids=["reversed", "fewer", "other labels", "shorter"],
+)
+def test_other_data_is_refused_unless_it_begins_anew(tmp_path, rows):
+    write_identity(identity(), tmp_path)
+    assert compare_identity(tmp_path, identity(list(ROWS)), False) == ([], 1.0)
+    with pytest.raises(ValueError, match=r"its run had other data: .*examples.* --ignore_data_skip true") as error:
+        compare_identity(tmp_path, identity(rows), False)
+    assert "\n" not in str(error.value)
+    differing, factor = compare_identity(tmp_path, identity(rows), True)
+    assert len(differing) == 1
+    assert factor == 1.0
+
+
+@pytest.mark.parametrize("name", ["seed", "data_seed"])
+def test_other_seeds_are_refused(tmp_path, name):
+    write_identity(identity(), tmp_path)
+    with pytest.raises(ValueError, match=rf"its run had other data: --{name} 7 \(it had (42|None)\)"):
+        compare_identity(tmp_path, identity(**{name: 7}), False)
+
+
+def test_another_model_is_refused(tmp_path):
+    write_identity(identity(), tmp_path)
+    config = tiny_llama().config
+    config.rms_norm_eps, config.use_cache, config.architectures = 0.5, False, ["Another"]
+    with pytest.raises(ValueError, match=r"its run had another model: rms_norm_eps 0.5 \(it had 1e-06\)\. Give"):
+        compare_identity(tmp_path, identity(config=config), True)
+
+
+def test_other_hyperparameters_take_effect_and_are_listed(tmp_path):
+    write_identity(identity(), tmp_path)
+    now = identity(learning_rate=5e-4, adam_beta2=0.9, lr_scheduler_type="cosine", output_dir="elsewhere")
+    changed, factor = compare_identity(tmp_path, now, False)
+    assert changed == [
+        "--learning_rate 0.0005 (it had 0.001)",
+        "--lr_scheduler_type cosine (it had linear)",
+        "--adam_beta2 0.9 (it had 0.999)",
+    ]
+    assert factor == 0.5
+
+
+def test_an_older_checkpoint_has_nothing_to_compare(tmp_path):
+    assert compare_identity(tmp_path, identity(), False) == ([], 1.0)
+
+
+def test_a_fingerprint_is_of_values_whatever_holds_them():
+    assert fingerprint(ROWS) == fingerprint(Dataset.from_list(ROWS))
+    assert fingerprint(ROWS) == fingerprint([{name: torch.tensor(each) for name, each in row.items()} for row in ROWS])
+    long = [{"input_ids": [number]} for number in range(10_000)]
+    assert fingerprint(long) != fingerprint([*long[1:], long[0]])
+
+
+def test_what_is_not_the_same_twice_has_no_fingerprint():
+    class Augmented(list):
+        def __getitem__(self, number):
+            return {"input_ids": [random.random()]}
+
+    assert fingerprint(Augmented(ROWS)) is None
+    assert fingerprint(iter(ROWS)) is None
+    assert fingerprint(None) is None
