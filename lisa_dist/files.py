@@ -5,8 +5,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
@@ -44,6 +44,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def find_foreign_name(names: Iterable[object]) -> object | None:
+    """The first name that leads out of the folder it is read in; None where all of them stay in it.
+
+    Absolute ones do, and ones with `..`. Links are not looked at: those of a hub's cache lead out of their folder.
+    """
+    for name in names:
+        path = PurePosixPath(name if isinstance(name, str) and "\0" not in name else "..")  # no file's name either
+        if path.is_absolute() or ".." in path.parts:
+            return name
+    return None
+
+
 def flush_folder(folder: Path) -> None:
     """Make the names in a folder durable: those of its files, or of a folder just renamed in it."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -55,8 +67,12 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write to the path this gives; it becomes `path` in one step once it is complete."""
+    """Write to the path this gives; it becomes `path` in one step once it is complete.
+
+    A link at either path is replaced, and what it leads to stays as it is.
+    """
     staged = path.with_name(f"tmp-{path.name}")
+    staged.unlink(missing_ok=True)
     try:
         yield staged
         with staged.open("rb") as file:

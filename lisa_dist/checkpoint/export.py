@@ -35,6 +35,8 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> None:
     if out.exists():
         raise UserError(f"{out} is there already: choose a folder that is not.")
     state = read_state(folder)
+    if "config.json" not in state["files"]:
+        raise UserError(f"{folder}: there is no config.json in it, which says what model it is; it cannot be exported.")
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f"tmp-{out.name}-", dir=out.parent))
     try:

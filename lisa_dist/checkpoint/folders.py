@@ -17,8 +17,8 @@ from lisa_dist.files import DamagedError, flush_folder, read_json, set_mode_by_u
 STATE_NAME = "lisa_state.json"
 # Prefixes of folders that are no checkpoints: being written, about to be replaced, being deleted.
 _STAGING, _REPLACED, _DOOMED = "tmp-", "tmp-replaced-", "tmp-deleted-"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_LEFTOVER = re.compile(rf"({_STAGING}|{_REPLACED}|{_DOOMED})checkpoint-\d+")
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # \d has the digits of every script
+_LEFTOVER = re.compile(rf"({_STAGING}|{_REPLACED}|{_DOOMED})checkpoint-[0-9]+")
 
 
 @contextlib.contextmanager
@@ -32,26 +32,27 @@ def staging_folder(folder: Path, writes: bool) -> Iterator[Path]:
         with together(folder):
             if writes:
                 remove_leftovers(folder.parent)
-                shutil.rmtree(staging, ignore_errors=True)
+                _remove(staging)
                 staging.mkdir(parents=True)
         yield staging
     finally:  # after a save that succeeded nothing is left there
         if writes:
-            shutil.rmtree(staging, ignore_errors=True)
+            _remove(staging)
 
 
 def put_in_place(staging: Path, folder: Path) -> None:
     """Rename a staged folder to `folder`; one that exists there is moved aside first and deleted afterwards."""
     for path in (staging, *staging.rglob("*")):
-        set_mode_by_umask(path)
+        if not path.is_symlink():  # whose mode is that of what it leads to
+            set_mode_by_umask(path)
     flush_folder(staging)
     replaced = folder.with_name(f"{_REPLACED}{folder.name}")
-    if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+    if os.path.lexists(folder):
+        _remove(replaced)
         os.rename(folder, replaced)
     os.rename(staging, folder)
     flush_folder(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
 
 
 def remove_leftovers(output_dir: Path) -> None:
@@ -59,10 +60,18 @@ def remove_leftovers(output_dir: Path) -> None:
     leftovers = [path for path in output_dir.glob("tmp-*") if _LEFTOVER.fullmatch(path.name)]
     for path in leftovers:
         original = path.with_name(path.name.removeprefix(_REPLACED))
-        if path.name.startswith(_REPLACED) and not original.exists():
+        if path.name.startswith(_REPLACED) and not path.is_symlink() and not original.exists():
             os.rename(path, original)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with all that is in it; of a link the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoints_by_age(output_dir: Path) -> list[Path]:
@@ -76,24 +85,25 @@ def checkpoints_by_age(output_dir: Path) -> list[Path]:
 def rotate_checkpoints(newest: Path, limit: int | None, best: Path | None = None) -> None:
     """Delete the oldest checkpoints next to `newest`, which was just written, until `limit` are left; on one rank.
 
-    `newest` and `best` always stay. Later steps than `newest`'s go first: a run that was resumed from an earlier step
-    left them behind.
+    `newest` and `best` always stay, and what is no checkpoint of a LISA run: links, folders without its state. Later
+    steps than `newest`'s go first: a run that was resumed from an earlier step left them behind.
     """
     if limit is None or limit < 1:
         return
     kept = {newest.resolve()} | ({best.resolve()} if best is not None and best.is_dir() else set())
-    steps = {path: step for path, step in _checkpoints_in(newest.parent) if path.resolve() not in kept}
+    ours = ((path, step) for path, step in _checkpoints_in(newest.parent) if _is_ours(path))
+    steps = {path: step for path, step in ours if path.resolve() not in kept}
     newest_step = _step_of(newest)
     assert newest_step is not None, f"{newest} is no checkpoint's name"
     order = sorted(steps, key=lambda path: (steps[path] < newest_step, steps[path]))
     for path in order[: max(0, len(order) + len(kept) - max(limit, len(kept)))]:
         doomed = path.with_name(f"{_DOOMED}{path.name}")
         try:
-            shutil.rmtree(doomed, ignore_errors=True)
+            _remove(doomed)
             os.rename(path, doomed)
         except OSError as error:
             print(f"warning: {path} could not be deleted ({error.strerror}).", flush=True)
-        shutil.rmtree(doomed, ignore_errors=True)
+        _remove(doomed)
 
 
 def _checkpoints_in(output_dir: Path) -> Iterator[tuple[Path, int]]:
@@ -101,6 +111,10 @@ def _checkpoints_in(output_dir: Path) -> Iterator[tuple[Path, int]]:
         step = _step_of(path)
         if step is not None and path.is_dir():
             yield path, step
+
+
+def _is_ours(path: Path) -> bool:
+    return (path / STATE_NAME).is_file() and not path.is_symlink()
 
 
 def _step_of(folder: Path) -> int | None:

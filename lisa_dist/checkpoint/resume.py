@@ -12,13 +12,14 @@ from torch import distributed as dist
 
 from lisa_dist.checkpoint.folders import STATE_NAME, checkpoints_by_age, remove_leftovers
 from lisa_dist.checkpoint.optimizer_states import MASTER, STATE_FILES, StateFiles, state_file
-from lisa_dist.checkpoint.save import FORMAT
+from lisa_dist.checkpoint.save import ENGINE_COUNTERS, FORMAT
+from lisa_dist.checkpoint.trust import why_foreign, why_unlisted
 from lisa_dist.checkpoint.weights import has_weights, read_weights
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.groups import split_by_decay
 from lisa_dist.core.movement import MOVEMENT_FILE
-from lisa_dist.distributed.collectives import check_files, raise_together
+from lisa_dist.distributed.collectives import check_files, raise_shared, raise_together
 from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError, read_json
 from lisa_dist.optim.states import PartitionKey
@@ -40,8 +41,8 @@ def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict[str, A
     # 2. The weights of all blocks.
     read_weights(engine, lisa.blocks, folder)
     # 3. The step, then the layers of its period: activated, and partitions built over them.
-    for name, value in state["engine"].items():
-        setattr(engine, name, value)
+    for name in ENGINE_COUNTERS:
+        setattr(engine, name, state["engine"][name])
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     lisa.load_state_dict(state["lisa"])
     # 4. Masters and moments, into those partitions.
@@ -117,7 +118,8 @@ def rate_ratio(lisa: LisaController, state: dict[str, Any]) -> float:
 def read_state(folder: Path) -> dict[str, Any]:
     """The checkpoint's `lisa_state.json`, after every file's sum was checked; all ranks call it.
 
-    Raises DamagedError on all ranks, naming each file that is not as it was written.
+    Raises on all ranks DamagedError, naming each file that is not as it was written, and UserError where a file leads
+    out of the folder, or one that would be read is not among those whose sums were checked.
     """
     path = folder / STATE_NAME
     problems: list[str] = []
@@ -132,7 +134,12 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"{path} has format {state['format']}, written by lisa_dist {state['versions']['lisa_dist']}; this release "
             f"reads up to {FORMAT}: upgrade lisa_dist."
         )
+    files = state.get("files")
+    lists_sums = isinstance(files, dict) and all(isinstance(about, dict) for about in files.values())
+    raise_together([] if lists_sums else [f"{path} is damaged: it lists no sums of files"])
+    raise_shared(why_foreign(folder, state["files"]))
     check_files(folder, state["files"])
+    raise_shared(why_unlisted(folder, state))
     return state
 
 

@@ -28,6 +28,7 @@ from lisa_dist.distributed.collectives import describe_files, together
 from lisa_dist.files import write_json
 
 FORMAT = 1
+ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _PACKAGES = ("lisa_dist", "torch", "deepspeed", "transformers")
 
 
@@ -87,7 +88,7 @@ def _describe_run(lisa: LisaController) -> dict[str, Any]:
         "zero_stage": engine.zero_optimization_stage(),
         "model": type(engine.module).__name__,
         "lisa": lisa.state_dict(),
-        "engine": {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")},
+        "engine": {name: getattr(engine, name) for name in ENGINE_COUNTERS},
         "counters": partitions.counters(),
         "learning_rates": rates,
         "versions": {name: metadata.version(name) for name in _PACKAGES},

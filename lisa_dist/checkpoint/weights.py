@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -23,7 +24,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.distributed.collectives import together
 from lisa_dist.errors import UserError
-from lisa_dist.files import replacing, set_mode_by_umask
+from lisa_dist.files import find_foreign_name, replacing, set_mode_by_umask
+from lisa_dist.run_folder import read_object
 from lisa_dist.zero.parameters import is_partitioned, parameter_numel, parameter_shape
 from lisa_dist.zero.stage3 import drop_prefetched
 
@@ -128,18 +130,20 @@ def read_weights(engine: deepspeed.DeepSpeedEngine, blocks: Blocks, folder: Path
 def export_weights(folder: Path, out: Path) -> None:
     """Copy a checkpoint's weights, file by file, under the names of the files on the hub; needs no ranks and no GPU."""
     architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ["none"]
-    model_class = getattr(transformers, architectures[0], None)
+    model_class: Any = getattr(transformers, architectures[0], None)
+    is_of_transformers = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
     model = None
-    if model_class is not None:  # else its code came with the model, and so did its names
+    if is_of_transformers:  # else its code came with the model, and so did its names
         with torch.device("meta"):
             model = model_class(model_class.config_class.from_pretrained(folder))
     nbytes_by_name: dict[str, int] = {}
     file_by_name: dict[str, str] = {}
-    for path in (folder / name for name in _weight_files(folder)):
-        tensors = load_file(path)
+    for file_name in weight_files(folder):
+        tensors = load_file(folder / file_name)
         tensors = tensors if model is None else _rename(model, tensors)
-        save_file(tensors, out / path.name, metadata={"format": "pt"})
-        file_by_name |= dict.fromkeys(tensors, path.name)
+        (out / file_name).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, out / file_name, metadata={"format": "pt"})
+        file_by_name |= dict.fromkeys(tensors, file_name)
         nbytes_by_name |= {name: value.nbytes for name, value in tensors.items()}
     if len(set(file_by_name.values())) > 1:
         _write_index(out / SAFE_WEIGHTS_INDEX_NAME, file_by_name, nbytes_by_name)
@@ -185,16 +189,23 @@ def _rename(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[st
     return {name: value.contiguous() for name, value in renamed.items()}
 
 
-def _weight_files(folder: Path) -> list[str]:
-    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
-        return sorted(set(index["weight_map"].values()))
-    return [SAFE_WEIGHTS_NAME]
+def weight_files(folder: Path) -> list[str]:
+    """The files that a model's weights are in, as its index names them. Raises UserError for names outside `folder`."""
+    path = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not path.is_file():
+        return [SAFE_WEIGHTS_NAME]
+    names = set((read_object(path).get("weight_map") or {}).values())
+    if (foreign := find_foreign_name(names)) is not None:
+        raise UserError(
+            f"{path} names the file {foreign!r}: weights lie in the folder of their index; use a copy from whoever "
+            "wrote it."
+        )
+    return sorted(names)
 
 
 def _open_weights(folder: Path) -> dict[str, safe_open]:
     """The file that each tensor is in, by the tensor's name."""
-    files = [safe_open(folder / name, framework="pt") for name in _weight_files(folder)]
+    files = [safe_open(folder / name, framework="pt") for name in weight_files(folder)]
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no dict
 
 

@@ -58,14 +58,14 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file under `folder`, each flushed to disk; the ranks share the work."""
     names = _list_files(folder)
     with together(folder):
-        mine = {name: describe_file(folder / name, flush=True) for name in _my_share(names)}
+        mine = {name: describe_file(folder / name, flush=True) for name in my_share(names)}
     return {name: about for part in gather(mine) for name, about in part.items()}
 
 
 def check_files(folder: Path, described: dict[str, dict[str, Any]]) -> None:
     """Raise DamagedError, on every rank, naming each file that is not as `describe_files` found it."""
     problems = []
-    for name in _my_share(sorted(described)):
+    for name in my_share(sorted(described)):
         path, about = folder / name, described[name]
         if not path.is_file():
             problems.append(f"{path} is missing")
@@ -96,5 +96,6 @@ def _list_files(folder: Path) -> list[str]:
     return sorted({name for names in gather(mine) for name in names})
 
 
-def _my_share(names: list[str]) -> list[str]:
+def my_share(names: list[str]) -> list[str]:
+    """Those of this rank, where the ranks share the work on files; all of them where there are no ranks."""
     return names[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else names

@@ -31,6 +31,7 @@ from lisa_dist.checkpoint.resume import (
     start_from_weights,
 )
 from lisa_dist.checkpoint.save import save_checkpoint
+from lisa_dist.checkpoint.trust import check_pickles
 from lisa_dist.checkpoint.weights import read_weights, save_without_weights, write_weights
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import parse_budget, parse_checkpointed_layers
@@ -147,6 +148,8 @@ class LisaMixin(MonitoredMixin):
         if self.lisa is not None:
             raise UserError("this trainer has trained once: build a new one.")
         folder = self._find_resume(resume_from_checkpoint)
+        if self._resume_state is not None:
+            check_pickles(Path(str(folder)), self._resume_state["files"])
         try:
             with self._signals, self._watchdog:
                 return super().train(folder, *args, **kwargs)

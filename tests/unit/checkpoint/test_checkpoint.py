@@ -455,6 +455,7 @@ def test_rotation_keeps_what_was_just_written_and_the_best(tmp_path):
 
     for step in (2, 4, 6, 8, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / STATE_NAME).touch()
     rotate_checkpoints(tmp_path / "checkpoint-10", None)
     assert len(names()) == 5
     rotate_checkpoints(tmp_path / "checkpoint-8", 3, best=tmp_path / "checkpoint-2")

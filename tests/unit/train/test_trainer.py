@@ -22,7 +22,7 @@ from lisa_dist import LisaConfig, LisaMixin
 from lisa_dist.checkpoint.folders import STATE_NAME
 from lisa_dist.core.checkpointing import checkpointed_layers
 from lisa_dist.ds_config import find_ds_config
-from lisa_dist.files import write_json
+from lisa_dist.files import describe_file, write_json
 
 STEPS, ACCUMULATION, INTERVAL, LR, DECAY, ROWS = 8, 2, 3, 1e-3, 0.1, 2
 
@@ -220,9 +220,16 @@ def refused(output_dir: str, what: str) -> str:
         resume = str(Path(output_dir) / "checkpoint-1")
         if dist.get_rank() == 0:
             Path(resume).mkdir()
-            (Path(resume) / "lisa_optimizer-00000-of-00001.safetensors").touch()
+            names = ("model.safetensors", "lisa_optimizer-00000-of-00001.safetensors")
+            for name in names:
+                (Path(resume) / name).touch()
             newer = {"format": 99, "versions": {"lisa_dist": "9.0"}, "saved_at": 0.0}
-            state = {"format": 1, "files": {}} if what == "resume a loop's" else newer
+            loops = {
+                "format": 1,
+                "world_size": 1,
+                "files": {name: describe_file(Path(resume) / name) for name in names},
+            }
+            state = loops if what == "resume a loop's" else newer
             if what != "resume without state":
                 write_json(Path(resume) / STATE_NAME, state)
         dist.barrier()
