@@ -1,24 +1,28 @@
 """Folders of checkpoints: names, staging, putting a whole one in place, which was saved last, rotation.
 
-A checkpoint is written to `tmp-checkpoint-N`, flushed to disk and renamed to `checkpoint-N`: a folder of that name is
-whole. One that is replaced or deleted is renamed first, so that half a checkpoint never has that name.
+A checkpoint is written to `tmp-checkpoint-N-RUN`, flushed to disk and renamed to `checkpoint-N`: a folder of that name
+is whole. One that is replaced or deleted is renamed first, so that half a checkpoint never has that name. RUN is the id
+of the run, so that two runs that save in one folder do not write into each other's.
 """
 
 import contextlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from lisa_dist.distributed.collectives import gather, together
+from lisa_dist.distributed.run_lock import is_held, run_id
 from lisa_dist.files import DamagedError, flush_folder, read_json, set_mode_by_umask
 
 STATE_NAME = "lisa_state.json"
 # Prefixes of folders that are no checkpoints: being written, about to be replaced, being deleted.
 _STAGING, _REPLACED, _DOOMED = "tmp-", "tmp-replaced-", "tmp-deleted-"
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # \d has the digits of every script
-_LEFTOVER = re.compile(rf"({_STAGING}|{_REPLACED}|{_DOOMED})checkpoint-[0-9]+")
+_LEFTOVER = re.compile(rf"(?:{_STAGING}|{_REPLACED}|{_DOOMED})(checkpoint-[0-9]+)(?:-([0-9a-f]+))?")
+_QUIET = 3600.0  # seconds after which nobody goes on writing to a folder
 
 
 @contextlib.contextmanager
@@ -27,7 +31,7 @@ def staging_folder(folder: Path, writes: bool) -> Iterator[Path]:
 
     It is gone afterwards. Raises SaveError on all ranks when it cannot be made.
     """
-    staging = folder.with_name(f"{_STAGING}{folder.name}")
+    staging = folder.with_name(f"{_STAGING}{folder.name}-{gather(run_id())[0]}")
     try:
         with together(folder):
             if writes:
@@ -46,7 +50,7 @@ def put_in_place(staging: Path, folder: Path) -> None:
         if not path.is_symlink():  # whose mode is that of what it leads to
             set_mode_by_umask(path)
     flush_folder(staging)
-    replaced = folder.with_name(f"{_REPLACED}{folder.name}")
+    replaced = folder.with_name(f"{_REPLACED}{folder.name}-{run_id()}")
     if os.path.lexists(folder):
         _remove(replaced)
         os.rename(folder, replaced)
@@ -56,14 +60,26 @@ def put_in_place(staging: Path, folder: Path) -> None:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what killed saves left behind, and restore a checkpoint that one was about to replace."""
-    leftovers = [path for path in output_dir.glob("tmp-*") if _LEFTOVER.fullmatch(path.name)]
-    for path in leftovers:
-        original = path.with_name(path.name.removeprefix(_REPLACED))
+    """Remove what killed saves left behind, and restore a checkpoint that one was about to replace.
+
+    What another run has begun within the last hour stays, unless this process holds the folder: it may go on.
+    """
+    for path in list(output_dir.glob("tmp-*")):
+        leftover = _LEFTOVER.fullmatch(path.name)
+        if leftover is None or not (leftover[2] in (None, run_id()) or is_held(output_dir) or _is_quiet(path)):
+            continue
+        original = path.with_name(leftover[1])
         if path.name.startswith(_REPLACED) and not path.is_symlink() and not original.exists():
             os.rename(path, original)
         else:
             _remove(path)
+
+
+def _is_quiet(folder: Path) -> bool:
+    try:
+        return time.time() - max(path.lstat().st_mtime for path in (folder, *folder.glob("*"))) > _QUIET
+    except FileNotFoundError:  # its run goes on
+        return False
 
 
 def _remove(path: Path) -> None:
@@ -97,7 +113,7 @@ def rotate_checkpoints(newest: Path, limit: int | None, best: Path | None = None
     assert newest_step is not None, f"{newest} is no checkpoint's name"
     order = sorted(steps, key=lambda path: (steps[path] < newest_step, steps[path]))
     for path in order[: max(0, len(order) + len(kept) - max(limit, len(kept)))]:
-        doomed = path.with_name(f"{_DOOMED}{path.name}")
+        doomed = path.with_name(f"{_DOOMED}{path.name}-{run_id()}")
         try:
             _remove(doomed)
             os.rename(path, doomed)

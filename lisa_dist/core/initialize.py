@@ -1,11 +1,14 @@
 """LISA in a DeepSpeed loop of one's own: engine and controller in one call."""
 
+import weakref
+
 import deepspeed
 import torch
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_config import prepare_ds_config
+from lisa_dist.distributed.run_lock import hold_folder
 from lisa_dist.ds_config import load_ds_config, precision_of, uses_optimizer_offload
 from lisa_dist.optim.build import build_optimizer
 
@@ -27,6 +30,7 @@ def initialize(
 
     `ds_config` is a shipped short name (zero1, zero2, zero3, zero2_offload, ...), a path, or a dict; its "auto" values
     are filled in from the arguments. Call `lisa.on_step_begin()` before every step.
+    While the controller lives no other run may have `output_dir`, where the logs go.
     """
     filled = load_ds_config(
         ds_config,
@@ -43,6 +47,8 @@ def initialize(
     lr *= config.rate_factor(len(lisa.blocks.layers))
     optimizer = build_optimizer(groups, optim, lr=lr, offload=offload, seed=config.lisa_seed)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=filled)
+    if output_dir is not None:  # the ranks know of each other now
+        weakref.finalize(lisa, hold_folder(output_dir))
     lisa.attach(engine, output_dir)
     engine.train()  # from_pretrained gives models that are to be used, not trained
     return engine, lisa

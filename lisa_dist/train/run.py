@@ -23,6 +23,7 @@ from lisa_dist.data.dataset import Data, DataArguments, describe_examples, load_
 from lisa_dist.data.encoding import set_chat_template
 from lisa_dist.distributed.collectives import raise_shared, together
 from lisa_dist.distributed.health import check_same_everywhere
+from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.run_folder import write_run
@@ -72,15 +73,17 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
     data = load_examples(config.data, config.training, tokenizer)
     _check_same_data(config.data, data)
     config = _for_trl(config, attention)
-    trainer = build_trainer(config, tokenizer, data, loss)
-    with together(output_dir):
-        if trainer.is_world_process_zero():
-            record = record_of_run(config, words, trainer.model, data.lines, why)
-            write_run(output_dir, record, resumes=bool(resume_from))
-    trainer.accelerator.print(describe_run(config, f"{attention} ({reason})", template, why))
-    trainer.accelerator.print("\n".join(["data", *(f"  {line}" for text in data.lines for line in text.split("\n"))]))
-    trainer.train(resume_from_checkpoint=resume_from)
-    return _finish(trainer, output_dir)
+    with one_run_in(output_dir):  # before the model is loaded, until it is saved
+        trainer = build_trainer(config, tokenizer, data, loss)
+        with together(output_dir):
+            if trainer.is_world_process_zero():
+                record = record_of_run(config, words, trainer.model, data.lines, why)
+                write_run(output_dir, record, resumes=bool(resume_from))
+        trainer.accelerator.print(describe_run(config, f"{attention} ({reason})", template, why))
+        lines = [line for text in data.lines for line in text.split("\n")]
+        trainer.accelerator.print("\n  ".join(["data", *lines]))
+        trainer.train(resume_from_checkpoint=resume_from)
+        return _finish(trainer, output_dir)
 
 
 def _settle(config: RunConfig) -> RunConfig:

@@ -39,6 +39,7 @@ from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_checks import check_no_adapters
 from lisa_dist.distributed.collectives import gather, together
 from lisa_dist.distributed.health import ComputeTime, describe_ranks
+from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.distributed.signals import StopSignals
 from lisa_dist.distributed.watchdog import HANG_TIMEOUT, Watchdog
 from lisa_dist.ds_config import uses_optimizer_offload
@@ -147,15 +148,16 @@ class LisaMixin(MonitoredMixin):
         """
         if self.lisa is not None:
             raise UserError("this trainer has trained once: build a new one.")
-        folder = self._find_resume(resume_from_checkpoint)
-        if self._resume_state is not None:
-            check_pickles(Path(str(folder)), self._resume_state["files"])
-        try:
-            with self._signals, self._watchdog:
-                return super().train(folder, *args, **kwargs)
-        finally:
-            if self._memory is not None:
-                self._memory.abandon()
+        with one_run_in(str(self.args.output_dir)):
+            folder = self._find_resume(resume_from_checkpoint)
+            if self._resume_state is not None:
+                check_pickles(Path(str(folder)), self._resume_state["files"])
+            try:
+                with self._signals, self._watchdog:
+                    return super().train(folder, *args, **kwargs)
+            finally:
+                if self._memory is not None:
+                    self._memory.abandon()
 
     def _find_resume(self, wanted: str | bool | None) -> str | None:
         if wanted in (None, False):

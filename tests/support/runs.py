@@ -110,4 +110,5 @@ def check_run(said: str, out: Path, periods_begin: list[int]) -> None:
     AutoModelForCausalLM.from_pretrained(out)
     saved = {path.name for path in out.iterdir()}
     assert {"generation_config.json", "chat_template.jinja", "tokenizer.json", "model.safetensors"} <= saved
+    assert "lisa_run.lock" not in saved, "the folder is released"
     assert {"report.html", "report", "lisa_run.json", "lisa_memory.json", "lisa_movement.jsonl"} <= saved

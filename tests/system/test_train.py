@@ -28,6 +28,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from lisa_dist.data.dataset import DataArguments
 from lisa_dist.distributed import launching
 from lisa_dist.distributed.launching import launch_if_asked
+from lisa_dist.distributed.run_lock import LOCK_NAME, one_run_in
 from lisa_dist.train.arguments import LisaSFTConfig, accumulation_steps, parse_arguments, run_parser
 from lisa_dist.train.run import load_examples, run
 from lisa_dist.train.sft_trainer import LisaTrainer
@@ -165,6 +166,19 @@ def test_every_method_trains_on_the_same_rows_in_the_same_order(folder, tmp_path
     assert len(set(losses["lisa"])) == 6
     assert losses["lisa"] == pytest.approx(losses["full"], abs=1e-6)
     assert losses["lisa"] == pytest.approx(losses["lora"], abs=1e-6)
+
+
+@pytest.mark.usefixtures("cpu_ops")
+def test_a_folder_that_another_run_has_is_refused(folder, tmp_path):
+    """Before a model is loaded."""
+    with one_run_in(tmp_path / "out"):
+        status, said = run_alone(flags_for(folder, tmp_path / "out"), tmp_path / "said.txt")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK_NAME]
+    assert status == 2
+    assert f"lisa-dist: --output_dir {tmp_path / 'out'}: run " in said
+    assert f", process {os.getpid()}, has it since " in said
+    assert "Traceback" not in said
+    assert "active at a time" not in said
 
 
 def test_an_error_is_one_line_and_nothing_is_written(folder, tmp_path):
@@ -530,6 +544,7 @@ def test_a_stopped_run_goes_on_to_the_weights_of_the_whole_one(folder, tmp_path)
     assert status == 0, said
     assert "SIGUSR1: stopped after step" in said
     assert "--resume_from_checkpoint true" in said
+    assert not (out / LOCK_NAME).exists(), "the run that goes on may be on another host"
     assert not (out / "model.safetensors").exists()
     (saved,) = out.glob("checkpoint-*")
     assert 2 < int(saved.name.split("-")[1]) < 50

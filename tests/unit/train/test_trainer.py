@@ -18,10 +18,13 @@ from torch import distributed as dist
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+import lisa_dist
 from lisa_dist import LisaConfig, LisaMixin
 from lisa_dist.checkpoint.folders import STATE_NAME
 from lisa_dist.core.checkpointing import checkpointed_layers
+from lisa_dist.distributed.run_lock import LOCK_NAME, one_run_in
 from lisa_dist.ds_config import find_ds_config
+from lisa_dist.errors import UserError
 from lisa_dist.files import describe_file, write_json
 
 STEPS, ACCUMULATION, INTERVAL, LR, DECAY, ROWS = 8, 2, 3, 1e-3, 0.1, 2
@@ -418,6 +421,60 @@ def resume_with_half_the_rows(output_dir: str) -> str:
     with pytest.raises(ValueError, match="give --global_batch_size") as error:
         train_shuffled(output_dir, "zero2", {"per_device_train_batch_size": ROWS}, True)
     return str(error.value)
+
+
+class RunsCode:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, folder: str):
+        self._folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self._folder,)
+
+
+def resume_from_a_crafted_checkpoint(output_dir: str) -> str:
+    """Whose random states are a program, and whose sums fit."""
+    train_shuffled(output_dir, "zero2", {"max_steps": 2}, None)
+    folder = Path(output_dir) / "checkpoint-2"
+    if dist.get_rank() == 0:
+        torch.save(RunsCode(f"{output_dir}/code_has_run"), folder / "rng_state_1.pth")
+        state = json.loads((folder / STATE_NAME).read_text())
+        del state["checksum"]
+        state["files"]["rng_state_1.pth"] = describe_file(folder / "rng_state_1.pth")
+        write_json(folder / STATE_NAME, state)
+    dist.barrier()
+    with pytest.raises(UserError, match="is not loaded") as error:
+        train_shuffled(output_dir, "zero2", {}, True)
+    return str(error.value)
+
+
+def test_a_pickle_that_could_run_code_is_one_line_on_all_ranks(tmp_path):
+    mine, others = run_ranks(resume_from_a_crafted_checkpoint, 2, str(tmp_path))
+    assert mine == others
+    assert mine.startswith(f"{tmp_path}/checkpoint-2/rng_state_1.pth is not loaded (UnpicklingError): ")
+    assert not (tmp_path / "code_has_run").exists()
+    assert not (tmp_path / LOCK_NAME).exists(), "released, after an error too"
+
+
+def refuse_the_folder(output_dir: str) -> list[str]:
+    said = []
+    trainer = InOrder(model=tiny_llama(), args=arguments(output_dir, "zero2"), train_dataset=rows_for(2))
+    unset_hf_deepspeed_config()
+    for begin in (trainer.train, lambda: lisa_dist.initialize(tiny_llama(), "zero2", output_dir=output_dir)):
+        with pytest.raises(UserError) as error:
+            begin()
+        said.append(str(error.value))
+    return said
+
+
+def test_a_folder_that_another_run_has_is_refused_on_all_ranks(tmp_path):
+    with one_run_in(tmp_path):
+        mine, others = run_ranks(refuse_the_folder, 2, str(tmp_path))
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
+    assert mine == others
+    for said in mine:
+        assert f", process {os.getpid()}, has it since " in said
 
 
 def save_on_a_full_disk(output_dir: str) -> str:
