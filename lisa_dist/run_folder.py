@@ -1,8 +1,11 @@
 """The files that a run leaves in its output folder, for those who write them and those who read them."""
 
+import contextlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from lisa_dist.errors import UserError
 from lisa_dist.files import replacing
@@ -16,6 +19,14 @@ TRAINER_STATE_NAME = "trainer_state.json"  # transformers.trainer's, which takes
 # The columns of lisa_norms.csv after the block, and one more of runs with adapters.
 NORMS = ("weight_norm", "update_norm", "moved_norm")
 PRODUCT = "product_norm"
+_HIDDEN = "***"
+# Names of secrets. Those of a tokenizer's special tokens are none.
+_SECRET = re.compile(
+    r"(?<!bos)(?<!eos)(?<!pad)(?<!unk)(?<!sep)(?<!cls)(?<!mask)(?:\b|_)"
+    r"(?:token|secret|password|credentials?|authorization|(?:api|access|secret|private)[_-]?key)$",
+    re.IGNORECASE,
+)
+_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|gh[opsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[\w-]{20,})")
 # Rows of a table of lisa_memory.json: the title of a part, and the fields that it is the sum of.
 MEMORY_PARTS = (
     ("weights", ("weights",)),
@@ -49,14 +60,37 @@ def write_run(folder: Path, run: dict, resumes: bool = False) -> None:
 
 
 def without_secrets(words: Iterable[str]) -> list[str]:
-    """The words of a command line, with *** in place of tokens, keys and passwords."""
+    """The words of a command line, with *** in place of tokens, keys and passwords, those in JSON too."""
     kept, hides = [], False
     for word in words:
-        name, equals, _ = word.partition("=")
-        secret = word.startswith("--") and any(part in name for part in ("token", "secret", "password", "api_key"))
-        kept.append("***" if hides else f"{name}=***" if secret and equals else word)
-        hides = secret and not equals
+        name, equals, value = word.partition("=")
+        if not word.startswith("--"):
+            kept.append(_HIDDEN if hides else hide_secrets(word))
+        else:
+            kept.append(f"{name}={hide_secrets(value, name)}" if equals else word)
+        hides = not equals and _SECRET.search(name) is not None
     return kept
+
+
+def hide_secrets(value: Any, name: str = "") -> Any:
+    """A value, or the dicts and lists in it, with *** in place of tokens, keys and passwords.
+
+    They are known by the name that they have, or by how they begin: those of the Hugging Face hub, GitHub and OpenAI.
+    """
+    if isinstance(value, dict):
+        return {key: hide_secrets(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [hide_secrets(inner, name) for inner in value]
+    if not isinstance(value, str) or not value:
+        return value
+    if _SECRET.search(name):
+        return _HIDDEN
+    if value.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError):  # no JSON
+            given = json.loads(value)
+            hidden = hide_secrets(given)
+            value = value if hidden == given else json.dumps(hidden)
+    return _TOKEN.sub(_HIDDEN, value)
 
 
 def read_object(path: Path) -> dict:

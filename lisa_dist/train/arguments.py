@@ -25,6 +25,7 @@ from lisa_dist.ds_config import find_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.flags import RunParser
 from lisa_dist.optim.build import LISA_ADAMW
+from lisa_dist.run_folder import hide_secrets
 
 METHODS = ("lisa", "full", "lora")
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
@@ -313,12 +314,13 @@ class RunConfig(NamedTuple):
         )
 
     def flags(self) -> dict[str, Any]:
-        """All flags and their values, but those that each rank has for itself."""
+        """All flags and their values, but those that each rank has for itself; *** in place of secrets."""
         flags: dict[str, Any] = {}
         for group in self:
             values = group.to_dict() if hasattr(group, "to_dict") else vars(group)
             flags |= {f"--{name}": value for name, value in values.items()}
-        return {name: value for name, value in flags.items() if name not in ("--local_rank", "--logging_dir")}
+        shown = {name: value for name, value in flags.items() if name not in ("--local_rank", "--logging_dir")}
+        return hide_secrets(shown)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:

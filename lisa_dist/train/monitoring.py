@@ -18,6 +18,7 @@ from transformers import (
 
 from lisa_dist.core.controller import LisaController
 from lisa_dist.distributed.health import SLOW, ComputeTime
+from lisa_dist.train.hidden_secrets import hide_secrets_of
 from lisa_dist.train.progress import Progress
 
 _SLOW_LOGS = 3  # in so many logs one after another a rank must be slow to be named
@@ -38,6 +39,7 @@ class MonitoredMixin(_TrainerClass):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        hide_secrets_of(self.args)
         self._meter = SpeedMeter(self.args.device)
         self.add_callback(self._meter)
         self._progress = Progress(self.active_now, plain=self.args.disable_tqdm)

@@ -29,6 +29,7 @@ from lisa_dist.data.dataset import DataArguments
 from lisa_dist.distributed import launching
 from lisa_dist.distributed.launching import launch_if_asked
 from lisa_dist.distributed.run_lock import LOCK_NAME, one_run_in
+from lisa_dist.ds_config import read_ds_config
 from lisa_dist.train.arguments import LisaSFTConfig, accumulation_steps, parse_arguments, run_parser
 from lisa_dist.train.run import load_examples, run
 from lisa_dist.train.sft_trainer import LisaTrainer
@@ -166,6 +167,23 @@ def test_every_method_trains_on_the_same_rows_in_the_same_order(folder, tmp_path
     assert len(set(losses["lisa"])) == 6
     assert losses["lisa"] == pytest.approx(losses["full"], abs=1e-6)
     assert losses["lisa"] == pytest.approx(losses["lora"], abs=1e-6)
+
+
+@pytest.mark.usefixtures("cpu_ops")
+def test_no_file_of_a_run_has_a_secret(folder, tmp_path):
+    ds_config = read_ds_config("zero2") | {"comet": {"enabled": False, "api_key": "secret-1"}}
+    changes = {"deepspeed": json.dumps(ds_config), "hub_token": "secret-2"}
+    changes |= {"model_init_kwargs": json.dumps({"token": "secret-3"}), "report_to": "tensorboard"}
+    changes |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "eval_on_start": False}
+    status, said = run_alone(flags_for(folder, tmp_path / "out", **changes), tmp_path / "said.txt")
+    assert status == 0, said[-3000:]
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    names = {path.name for path in written}
+    assert {"training_args.bin", "lisa_run.json", "lisa_memory.json", "report.html"} <= names
+    assert any("tfevents" in name for name in names)
+    for path in written:
+        assert b"secret-" not in path.read_bytes(), path
+    assert "secret-" not in said
 
 
 @pytest.mark.usefixtures("cpu_ops")

@@ -19,7 +19,7 @@ from lisa_dist.commands.report import main
 from lisa_dist.report.html import _as_svg, write_report
 from lisa_dist.report.plots import PLOTS, draw
 from lisa_dist.report.run_files import RunFiles, read_run
-from lisa_dist.run_folder import without_secrets, write_run
+from lisa_dist.run_folder import hide_secrets, without_secrets, write_run
 
 ALL = ["loss", "layers", "visits", "movement", "learning_rate", "memory", "speed"]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -165,6 +165,38 @@ def test_what_another_run_left_is_no_part_of_a_new_one(folder, tmp_path):
 def test_secrets_are_left_out():
     words = ["--hub_token", "hf_secret", "--max_steps", "3", "--push_to_hub_token=hf_secret"]
     assert without_secrets(words) == ["--hub_token", "***", "--max_steps", "3", "--push_to_hub_token=***"]
+    given = '{"token": "hf_secret", "revision": "main"}'
+    left = '{"token": "***", "revision": "main"}'
+    words = ["--model_init_kwargs", given, f"--model_init_kwargs={given}", "--run_name", "hf_" + 30 * "a"]
+    assert without_secrets(words) == ["--model_init_kwargs", left, f"--model_init_kwargs={left}", "--run_name", "***"]
+    plain = [
+        "--eos_token",
+        "<|im_end|>",
+        "--average_tokens_across_devices",
+        "true",
+        "--chat={% if a %}",
+        "--a",
+        '{"b":1}',
+    ]
+    assert without_secrets(plain) == plain, "the command that repeats the run"
+
+
+def test_nested_secrets_are_hidden():
+    secret = "the secret"
+    for name in (
+        "token",
+        "hub_token",
+        "api_key",
+        "apiKey",
+        "OPENAI_API_KEY",
+        "password",
+        "client_secret",
+        "secret-key",
+    ):
+        assert hide_secrets({"a": [{name: secret}], "n": 3}) == {"a": [{name: "***"}], "n": 3}, name
+    assert hide_secrets({"token": None, "use_auth_token": True}) == {"token": None, "use_auth_token": True}
+    plain = {"pad_token": "<pad>", "max_tokens": "8", "tokenizer": "a", "keys": ["k"], "path": "task-hf_x/sk-1"}
+    assert hide_secrets(plain) == plain
 
 
 def long_run() -> RunFiles:
