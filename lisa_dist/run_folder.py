@@ -15,6 +15,7 @@ LOG_NAME = "lisa_log.jsonl"  # a line for each period
 MOVEMENT_LOG = "lisa_movement.jsonl"  # a line for each period
 MEMORY_NAME = "lisa_memory.json"  # one step, planned and measured
 NORMS_NAME = "lisa_norms.csv"  # a line for each block
+IDENTITY_NAME = "lisa_identity.json"  # of a checkpoint of a trainer: what makes its run this run
 TRAINER_STATE_NAME = "trainer_state.json"  # transformers.trainer's, which takes long to import
 # The columns of lisa_norms.csv after the block, and one more of runs with adapters.
 NORMS = ("weight_norm", "update_norm", "moved_norm")

@@ -16,11 +16,12 @@ from lisa_dist.checkpoint.optimizer_states import state_file
 from lisa_dist.checkpoint.weights import weight_files
 from lisa_dist.distributed.collectives import my_share, raise_shared
 from lisa_dist.files import find_foreign_name
+from lisa_dist.run_folder import IDENTITY_NAME
 
 # What the Trainer loads by `torch.load`; the schedule is loaded by us.
 _PICKLES = ("scheduler.pt", "scaler.pt", "rng_state*.pth")
 # What an export or a resume reads wherever it is there.
-_READ_WHERE_THERE = ("config.json", "trainer_state.json", SAFE_WEIGHTS_INDEX_NAME, *_PICKLES)
+_READ_WHERE_THERE = ("config.json", "trainer_state.json", IDENTITY_NAME, SAFE_WEIGHTS_INDEX_NAME, *_PICKLES)
 # What `torch.load(weights_only=True)` raises: the first for what it refuses, the others for bytes that it never wrote.
 _REFUSALS = (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError, TypeError)
 _WAY_OUT = "use a copy from whoever wrote it."

@@ -16,8 +16,8 @@ from transformers import PretrainedConfig, TrainingArguments
 from lisa_dist.distributed.collectives import gather, raise_shared
 from lisa_dist.errors import UserError
 from lisa_dist.files import read_json, write_json
+from lisa_dist.run_folder import IDENTITY_NAME
 
-IDENTITY_NAME = "lisa_identity.json"
 # Examples that are looked at, in even steps from the first to the last, which any change of order or number shifts.
 _SAMPLE = 4096
 _SEEDS = ("seed", "data_seed", "group_by_length", "train_sampling_strategy")
