@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+import yaml
 from safetensors import SafetensorError
 
 from lisa_dist.errors import UserError
+from lisa_dist.text import in_one_line
 
 
 class SaveError(UserError):
@@ -20,6 +22,36 @@ class SaveError(UserError):
 
 class DamagedError(UserError):
     """A checkpoint is not as it was written: the message names the file."""
+
+
+def read_regular(path: Path) -> str:
+    """The text of a file. OSError for anything else too: to open a pipe, or to read a device, may take forever."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, and no file", str(path))
+    return path.read_text(encoding="utf-8")
+
+
+def read_text(flag: str, path: str | Path) -> str:
+    """The text of a file that the user names by a flag. Raises UserError where it is not one in UTF-8."""
+    try:
+        return read_regular(Path(path))
+    except FileNotFoundError as error:
+        raise UserError(f"{flag} {path}: no such file.") from error
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: is no text in UTF-8 ({error.reason} at byte {error.start}).") from error
+
+
+def read_yaml(flag: str, path: str | Path) -> Any:
+    """What a YAML file holds. Raises UserError where it cannot be read."""
+    try:
+        return yaml.safe_load(read_text(flag, path))
+    except UserError:
+        raise
+    # The last three are of PyYAML's constructors, for a value that is not what its tag says, and of deep nesting.
+    except (yaml.YAMLError, ValueError, AttributeError, KeyError, RecursionError) as error:
+        raise UserError(f"{flag} {path}: is not YAML ({in_one_line(error)}).") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -34,10 +66,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """What `write_json` wrote. Raises DamagedError when it is anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path))
     except OSError as error:
         raise DamagedError(f"{path} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged: not JSON ({error}).") from error
     if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
         raise DamagedError(f"{path} is damaged: its checksum does not fit its content.")

@@ -3,12 +3,13 @@
 import contextlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from lisa_dist.errors import UserError
-from lisa_dist.files import replacing
+from lisa_dist.files import DamagedError, read_json, read_regular, replacing
+from lisa_dist.shapes import Each, count, misfit, number
 
 RUN_NAME = "lisa_run.json"  # settings, model, versions
 LOG_NAME = "lisa_log.jsonl"  # a line for each period
@@ -16,6 +17,7 @@ MOVEMENT_LOG = "lisa_movement.jsonl"  # a line for each period
 MEMORY_NAME = "lisa_memory.json"  # one step, planned and measured
 NORMS_NAME = "lisa_norms.csv"  # a line for each block
 IDENTITY_NAME = "lisa_identity.json"  # of a checkpoint of a trainer: what makes its run this run
+STATE_NAME = "lisa_state.json"  # of a checkpoint: all but weights and optimizer states
 TRAINER_STATE_NAME = "trainer_state.json"  # transformers.trainer's, which takes long to import
 # The columns of lisa_norms.csv after the block, and one more of runs with adapters.
 NORMS = ("weight_norm", "update_norm", "moved_norm")
@@ -52,7 +54,9 @@ def write_run(folder: Path, run: dict, resumes: bool = False) -> None:
     if resumes and (folder / RUN_NAME).is_file():
         first = read_object(folder / RUN_NAME)
         kept = {name: first[name] for name in ("began", "command", "given") if name in first}
-        run = run | kept | {"resumed": [*first.get("resumed", []), {name: run[name] for name in ("began", "command")}]}
+        earlier = first.get("resumed")
+        earlier = earlier if isinstance(earlier, list) else []
+        run = run | kept | {"resumed": [*earlier, {name: run[name] for name in ("began", "command")}]}
     elif not resumes:
         for name in (LOG_NAME, MOVEMENT_LOG, MEMORY_NAME, NORMS_NAME, TRAINER_STATE_NAME):
             (folder / name).unlink(missing_ok=True)
@@ -97,17 +101,52 @@ def hide_secrets(value: Any, name: str = "") -> Any:
 def read_object(path: Path) -> dict:
     """A JSON file that holds one object. Raises ValueError naming a file that cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is damaged: it holds no object.")
+    return content
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The lines of a .jsonl log, none where there is no file; a line cut short by a kill ends it."""
+def _warn(problem: str) -> None:
+    print(f"warning: {problem}", flush=True)
+
+
+def read_lines(path: Path, shape: Any = None, warn: Callable[[str], None] = _warn) -> list[dict]:
+    """The lines of a .jsonl log that have a step and are of a shape, none where there is no file.
+
+    A line cut short by a kill ends it; others that are damaged are left out, and `warn` is told which.
+    """
     lines = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("}\n"):
-                break
-            lines.append(json.loads(line))
+    content = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for number_of_line, line in enumerate(content.split("\n")[:-1], start=1):
+        try:
+            found, read = None, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            found, read = f"is not JSON ({error})", None
+        found = found or misfit(read, {"step": count}) or (shape and misfit(read, shape))
+        if found:
+            warn(f"{path}: line {number_of_line} is damaged, and left out: {found}.")
+        else:
+            lines.append(read)
     return lines
+
+
+# What is read of a checkpoint's state before an engine is there.
+_STATE = {
+    "format": count,
+    "saved_at": number,
+    "world_size": count,
+    "lisa": {"config": dict},
+    "files": Each({"bytes": count, "sha256": str}),
+    "versions": {"lisa_dist": str},
+}
+
+
+def check_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's lisa_state.json. Raises DamagedError where it is damaged, or was written by something else."""
+    state = read_json(folder / STATE_NAME)
+    if (found := misfit(state, _STATE)) is not None:
+        raise DamagedError(f"{folder / STATE_NAME} is damaged, or not of a LISA run: {found}.")
+    return state

@@ -7,7 +7,14 @@ from lisa_dist.errors import UserError
 
 GIB = 2**30
 MIB = 2**20
+_LONGEST = 1000  # characters of a message
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def in_one_line(text: object) -> str:
+    """A value or another library's message without line breaks, and without an end that nobody reads."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 
 def format_active(layers: Sequence[int], blocks: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ The folder `report/` has the plots as PNG. Written at the end of a run, and at a
 import base64
 import html
 import io
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from importlib import resources
@@ -28,10 +29,12 @@ def write_report(folder: str | Path) -> Path:
     Raises ValueError for a folder without a run, OSError where a file cannot be written.
     """
     run = read_run(folder)
+    for problem in run.problems:
+        print(f"warning: {problem}", flush=True)
     page = _fill(run, "\n".join(_section(run, *plot) for plot in PLOTS))
     path = run.folder / REPORT_NAME
     with replacing(path) as new:
-        new.write_text(page, encoding="utf-8")
+        new.write_text(page, encoding="utf-8", errors="replace")  # halves of characters, which JSON can hold
     return path
 
 
@@ -64,15 +67,14 @@ def _fill(run: RunFiles, sections: str) -> str:
         "title": html.escape(run.folder.resolve().name),
         "subtitle": html.escape(_subtitle(run)),
         "cards": "".join(f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>" for name, value in _cards(run)),
+        "problems": "".join(f"<p>{html.escape(problem)}</p>" for problem in run.problems),
         "sections": sections,
         "command": html.escape(_commands(run)),
         "given": _table({name: value for name, value in flags.items() if name in run.run.get("given", [])}),
         "flags": _table(flags),
         "versions": _table(run.run.get("versions", {})),
     }
-    for name, value in parts.items():
-        template = template.replace(f"{{{{{name}}}}}", value)
-    return template
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)  # in one pass: values may have braces too
 
 
 def _commands(run: RunFiles) -> str:
@@ -80,7 +82,7 @@ def _commands(run: RunFiles) -> str:
     if not run.run:
         return "# a custom loop or trainer: its settings are in its code"
     resumed = [f"# resumed {part['began']}\n{part['command']}" for part in run.run.get("resumed", [])]
-    return "\n".join([run.run["command"], *resumed])
+    return "\n".join([run.run.get("command", ""), *resumed])
 
 
 def _subtitle(run: RunFiles) -> str:
@@ -107,8 +109,9 @@ def _cards(run: RunFiles) -> list[tuple[str, str]]:
         cards.append(("parameters", format_count(run.run["parameters"])))
     if run.periods:
         cards.append(("periods", str(len(run.periods))))
-        cards.append(("optimizer states per rank", format_bytes(run.periods[-1]["state_bytes_per_rank"])))
-        switches = [period["seconds"] for period in run.periods[1:]]
+        states = [period["state_bytes_per_rank"] for period in run.periods if period.get("state_bytes_per_rank")]
+        cards += [("optimizer states per rank", format_bytes(states[-1]))] if states else []
+        switches = [period["seconds"] for period in run.periods[1:] if period.get("seconds") is not None]
         cards += [("seconds per switch, mean", f"{sum(switches) / len(switches):.3f}")] if switches else []
     return cards
 

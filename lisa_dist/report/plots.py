@@ -37,10 +37,10 @@ def plot_loss(run: RunFiles, figure: Figure) -> None:
 
 def plot_layers(run: RunFiles, figure: Figure) -> None:
     """Which layer trained in which period: one row per layer, the first layer at the bottom."""
-    outer_blocks = sorted({block for period in run.periods for block in period.get("blocks", [])})
+    outer_blocks = sorted({block for period in run.periods for block in period.get("blocks") or []})
     names = [f"{layer}" for layer in range(run.num_layers)] + outer_blocks
     cells = [[int(layer in period["layers"]) for period in run.periods] for layer in range(run.num_layers)]
-    cells += [[int(block in period.get("blocks", [])) for period in run.periods] for block in outer_blocks]
+    cells += [[int(block in period.get("blocks") or []) for period in run.periods] for block in outer_blocks]
     axes = _axes(figure, "period", "decoder layer")
     few = len(run.periods) <= 60
     axes.pcolormesh(
@@ -66,6 +66,7 @@ def plot_visits(run: RunFiles, figure: Figure) -> None:
     visits = run.visits
     axes.bar(range(run.num_layers), visits, color=BLUE, width=0.8)
     probabilities = [period["probabilities"] for period in run.periods if period.get("probabilities")]
+    probabilities = [one for one in probabilities if len(one) == run.num_layers]
     if probabilities:
         expected = [math.fsum(by_period) for by_period in zip(*probabilities, strict=True)]
         axes.plot(expected, color=ORANGE, linewidth=1.5, linestyle="--", label="expected from probabilities")

@@ -1,18 +1,58 @@
 """What a run leaves in its output folder, read back for the report."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from lisa_dist.config import OUTER_BLOCKS
 from lisa_dist.errors import UserError
 from lisa_dist.run_folder import (
     LOG_NAME,
     MEMORY_NAME,
+    MEMORY_PARTS,
     MOVEMENT_LOG,
     RUN_NAME,
     TRAINER_STATE_NAME,
     read_lines,
     read_object,
 )
+from lisa_dist.shapes import Each, count, misfit, number
+
+_MOST_LAYERS = 10_000
+
+
+def _layer(value: object) -> str | None:
+    return count(value) or ("is no layer of a model" if value >= _MOST_LAYERS else None)  # type: ignore[operator]
+
+
+def _outer_block(value: object) -> str | None:
+    return None if value in OUTER_BLOCKS else "is no block"
+
+
+# What the page and the plots take from each file.
+_PARTS = dict.fromkeys(["peak", *(name for _, names in MEMORY_PARTS for name in names)], number)
+_MEMORY = {"planned?": _PARTS, "measured": _PARTS}
+_PERIOD = {
+    "step": count,
+    "layers": [_layer],
+    "blocks?": [_outer_block],
+    "probabilities?": [number],
+    "state_bytes_per_rank?": count,
+    "seconds?": number,
+}
+_MOVEMENT = {"blocks": Each({"relative": number})}
+_ENTRY = dict.fromkeys(
+    ("loss?", "eval_loss?", "learning_rate?", "tokens_per_second?", "memory_bytes?", "train_runtime?"), number
+)
+_RUN = dict.fromkeys(("method?", "model?", "devices?", "began?", "command?"), str) | {
+    "flags?": dict,
+    "versions?": dict,
+    "given?": [str],
+    "resumed?": [{"began": str, "command": str}],
+    "parameters?": count,
+    "num_layers?": _layer,
+}
 
 
 @dataclass
@@ -25,6 +65,7 @@ class RunFiles:
     periods: list[dict] = field(default_factory=list)
     movement: list[dict] = field(default_factory=list)
     memory: dict | None = None
+    problems: list[str] = field(default_factory=list)  # what of the files is damaged, and left out
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one entry of the log."""
@@ -61,12 +102,40 @@ def read_run(folder: str | Path) -> RunFiles:
             f"{folder}: there is no {TRAINER_STATE_NAME} in it or in a checkpoint of it: give the --output_dir of a "
             "run that has saved once."
         )
-    memory = folder / MEMORY_NAME
-    return RunFiles(
-        folder,
-        run=read_object(folder / RUN_NAME) if (folder / RUN_NAME).is_file() else {},
-        log=read_object(newest)["log_history"],
-        periods=read_lines(folder / LOG_NAME),
-        movement=read_lines(folder / MOVEMENT_LOG),
-        memory=read_object(memory) if memory.is_file() else None,
-    )
+    run = RunFiles(folder)
+    run.log = _read_log(newest, run.problems)
+    run.periods = read_lines(folder / LOG_NAME, _PERIOD, run.problems.append)
+    run.movement = read_lines(folder / MOVEMENT_LOG, _MOVEMENT, run.problems.append)
+    if (folder / RUN_NAME).is_file():
+        run.run = _fitting(read_object(folder / RUN_NAME), _RUN, str(folder / RUN_NAME), run.problems)
+    if (path := folder / MEMORY_NAME).is_file():
+        memory = read_object(path)
+        found = misfit(memory, _MEMORY)
+        run.memory = memory if found is None else None
+        run.problems += [f"{path}: is damaged, and left out: {found}."] if found else []
+    return run
+
+
+def _read_log(path: Path, problems: list[str]) -> list[dict]:
+    """The entries of the Trainer's log that have a step, with those of their values that are numbers."""
+    state = read_object(path)
+    if found := misfit(state, {"log_history": list}):
+        raise UserError(f"{path}: is damaged: {found}.")
+    log = []
+    for at, entry in enumerate(state["log_history"]):
+        name = f"{path}: log_history[{at}]"
+        if found := misfit(entry, {"step": count}):
+            problems.append(f"{name} is damaged, and left out: {found}.")
+        else:
+            log.append(_fitting(entry, _ENTRY, name, problems))
+    return log
+
+
+def _fitting(values: Mapping[str, Any], shapes: Mapping[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
+    """The values but those that are null, or not of their shape, of which `problems` gets a line each."""
+    kept = {key: value for key, value in values.items() if value is not None}
+    for key, shape in shapes.items():
+        if found := misfit(values, {key: shape}):
+            problems.append(f"{name} is damaged: {found}.")
+            del kept[key.removesuffix("?")]
+    return kept
