@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 from accelerate import PartialState
 from peft import PeftConfig
 from torch import distributed as dist
@@ -39,7 +38,7 @@ from lisa_dist.train.record import record_of_run
 from lisa_dist.train.run_header import describe_outcome, describe_run, installed_versions
 from lisa_dist.train.sample_answer import SampleCallback
 from lisa_dist.train.sft_trainer import BaselineTrainer, LisaTrainer
-from lisa_dist.zero.cpu_ops import release_shared_memory
+from lisa_dist.zero.cpu_ops import start_deepspeed
 
 # TRL flags for data that TRL tokenizes, and the flag to use here.
 _NOT_TAKEN = {
@@ -176,7 +175,7 @@ def _join_ranks(config: RunConfig) -> None:
     """Have DeepSpeed know of the ranks, and refuse ranks that differ in their environment or flags."""
     if config.training.use_cpu:
         # Accelerate has started gloo, but DeepSpeed must know of it too before a model is loaded under ZeRO-3.
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+        start_deepspeed()
     check_same_everywhere(
         installed_versions() | config.flags(), "start every rank with the same environment and the same flags"
     )
@@ -293,7 +292,6 @@ def _finish(trainer: LisaTrainer | BaselineTrainer, output_dir: Path) -> Path | 
         trainer.accelerator.print(f"saved {output_dir}; load it with from_pretrained")
     # Ranks that simply exit tear down gloo under each other's feet.
     dist.barrier()
-    release_shared_memory()
     writes_report = trainer.is_world_process_zero() and trainer.stopped_by is None
     trainer.end()
     return output_dir if writes_report else None

@@ -61,6 +61,7 @@ from lisa_dist.train.liger import check_liger
 from lisa_dist.train.model_header import describe_training
 from lisa_dist.train.monitoring import MonitoredMixin, SlowRanks, lisa_metrics
 from lisa_dist.train.step_memory import StepWorkload, plan_run_memory
+from lisa_dist.zero.cpu_ops import start_deepspeed
 
 
 class LisaMixin(MonitoredMixin):
@@ -101,7 +102,7 @@ class LisaMixin(MonitoredMixin):
         self._saved_step: int | None = None
         if dist.is_initialized() and not deepspeed.comm.is_initialized():
             # Accelerate has started gloo for CPU ranks, but DeepSpeed must know of it before it loads a model in parts.
-            deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
+            start_deepspeed()
         super().__init__(*args, **kwargs)
         self._optim = optim or self.args.optim.value
         optimizers = self.optimizer, self.optimizer_cls_and_kwargs

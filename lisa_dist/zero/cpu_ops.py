@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
+import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import distributed as dist
 
 
 def build_cpu_ops(offload: bool = True) -> None:
@@ -18,6 +20,20 @@ def build_cpu_ops(offload: bool = True) -> None:
         ShareMemCommBuilder().load(verbose=False)
     if offload:
         CPUAdamBuilder().load(verbose=False)
+
+
+def start_deepspeed() -> None:
+    """Have DeepSpeed know of the process group, and leave no name of its shared memory; every rank calls it.
+
+    Between making its buffer and removing the name a rank waits for no other: whenever it is killed, none stays.
+    """
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None and builder.is_compatible(verbose=False):
+        builder.load(verbose=False)  # which may take a rank longer than the others
+    dist.barrier()
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
+    dist.barrier()
+    release_shared_memory()
 
 
 def release_shared_memory() -> None:
