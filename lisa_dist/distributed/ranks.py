@@ -13,6 +13,8 @@ import re
 import socket
 from collections.abc import MutableMapping
 
+from torch import distributed as dist
+
 from lisa_dist.errors import UserError
 
 _GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -69,6 +71,25 @@ def set_rank(environment: MutableMapping[str, str] = os.environ) -> str:
     elif "SLURM_STEP_TASKS_PER_NODE" in environment:
         environment.setdefault("LOCAL_SIZE", str(_tasks_of_this_node(environment)))
     return started_by
+
+
+def check_port(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Raise UserError on rank 0 where the ranks cannot meet at MASTER_PORT, as another program listens there."""
+    port, shown = _count(environment, "MASTER_PORT"), f"MASTER_PORT {environment['MASTER_PORT']}"
+    if not 0 < port < 2**16:
+        raise UserError(f"{shown}: a port is from 1 to 65535.")
+    of_agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun listens there itself
+    if of_agent or environment["RANK"] != "0" or dist.is_initialized():
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does
+        try:
+            probe.bind(("", port))  # and listens to nobody, so that no rank takes it for rank 0
+        except OSError as error:
+            raise UserError(
+                f"{shown}: rank 0 cannot listen there ({error.strerror}); give another port, by --master_port of the "
+                "launcher or by the variable."
+            ) from error
 
 
 def expand_hosts(nodelist: str) -> list[str]:

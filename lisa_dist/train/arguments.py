@@ -19,7 +19,7 @@ from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_
 from lisa_dist.core.label_logits import check_loss
 from lisa_dist.data.dataset import DataArguments
 from lisa_dist.distributed.devices import why_no_gpu
-from lisa_dist.distributed.ranks import set_rank
+from lisa_dist.distributed.ranks import check_port, set_rank
 from lisa_dist.distributed.watchdog import HANG_TIMEOUT
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.errors import UserError
@@ -328,6 +328,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     parser = run_parser()
     words = parser.check(argv)
     set_rank()
+    check_port()
     # What is cheap to check comes first: the training arguments start the process group.
     run_args, data_args, lisa_config, model_args, training_args = parser.parse_args_and_config(words)
     return RunConfig(run_args, data_args, training_args, model_args, lisa_config)

@@ -1,8 +1,11 @@
 """Which rank a process is, by what each launcher sets; and contradictions between them."""
 
+import socket
+
 import pytest
 
-from lisa_dist.distributed.ranks import expand_hosts, set_rank
+from lisa_dist.distributed.ranks import check_port, expand_hosts, set_rank
+from lisa_dist.errors import UserError
 
 # As seen in processes that these started: two nodes of two ranks, the last of them.
 MASTER = {"MASTER_ADDR": "gpu01", "MASTER_PORT": "29500"}
@@ -85,3 +88,16 @@ def test_contradictions_are_shown(environment, said):
 )
 def test_the_hosts_of_a_list(nodelist, hosts):
     assert expand_hosts(nodelist) == hosts.split()
+
+
+def test_a_port_at_which_the_ranks_cannot_meet():
+    with socket.create_server(("", 0)) as other:
+        busy = {"RANK": "0", "MASTER_PORT": str(other.getsockname()[1])}
+        with pytest.raises(UserError, match=r"MASTER_PORT \d+: rank 0 cannot listen there \(Address already in use\)"):
+            check_port(busy)
+        check_port(busy | {"RANK": "1"})  # for which rank 0 listens there
+        check_port(busy | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    check_port(busy)
+    for port in ("0", "65536", "-1"):
+        with pytest.raises(UserError, match=f"MASTER_PORT {port}: a port is from 1 to 65535"):
+            check_port({"RANK": "1", "MASTER_PORT": port})
