@@ -1,9 +1,12 @@
 """A recipe for a model and a budget of memory: the first rung of a ladder of settings that fits, with comments."""
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import yaml
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO
@@ -127,30 +130,32 @@ def format_recipe(arguments: InitArguments, way: str, plan: Plan, lisa_config: L
     here = min(arguments.gpus, arguments.gpus_per_host)
     accumulation = arguments.gradient_accumulation_steps
     return RECIPE.format(
-        model=arguments.model_name,
+        model=_join([arguments.model_name]),
         gpus=arguments.gpus,
-        gpu_memory=arguments.gpu_memory,
-        command=shlex.join(["lisa-dist", "init", *words]),
+        gpu_memory=arguments.gpu_memory.strip(),
+        command=_join(["lisa-dist", "init", *words]),
         way=way[0].upper() + way[1:],
         gpu=format_bytes(plan.gpu.peak),
-        reserve=arguments.reserve,
+        reserve=arguments.reserve.strip(),
         host=format_bytes(plan.host_bytes),
         plan_command=_plan_command(arguments, plan, lisa_config),
         gpus_here=here,
         more_hosts="" if here == arguments.gpus else "\n# on one host; for several: docs/clusters.md",
-        recipe=arguments.recipe or "recipe.yaml",
-        model_name_or_path=HUB_IDS.get(arguments.model, str(path.parent if path.name == "config.json" else path)),
-        dataset_name=arguments.dataset_name,
-        output_dir=arguments.output_dir or f"runs/{arguments.model_name}",
+        recipe=_join([arguments.recipe or "recipe.yaml"]),
+        model_name_or_path=_as_yaml(
+            HUB_IDS.get(arguments.model, str(path.parent if path.name == "config.json" else path))
+        ),
+        dataset_name=_as_yaml(arguments.dataset_name),
+        output_dir=_as_yaml(arguments.output_dir or f"runs/{arguments.model_name}"),
         gamma=gamma,
         interval=interval,
-        lisa="".join(f"{name}: {value}\n" for name, value in shown.items()),
+        lisa="".join(f"{name}: {_as_yaml(value)}\n" for name, value in shown.items()),
         deepspeed=plan.ds_config,
         bf16=str(arguments.precision == "bf16").lower(),
         checkpointed=arguments.checkpointed_layers,
         budget=f"gpu_memory: {arguments.budget / GIB:.2f}GiB\n" if arguments.checkpointed_layers == AUTO else "",
         loss=f"loss: {arguments.loss}\n" if arguments.loss != AUTO else "",
-        optim=arguments.optim,
+        optim=_as_yaml(arguments.optim),
         fewest=plan.workload.checkpointed_layers,
         num_layers=load_model_config(arguments.model).get_text_config().num_hidden_layers,
         gradient_accumulation=f"gradient_accumulation_steps: {accumulation}\n" if accumulation > 1 else "",
@@ -166,4 +171,21 @@ def _plan_command(arguments: InitArguments, plan: Plan, lisa_config: LisaConfig)
     unlike = LisaConfig().to_dict()
     flags |= {name: value for name, value in lisa_config.to_dict().items() if value != unlike[name]}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return shlex.join(["lisa-dist", "plan", "--model", arguments.model, *words])
+    return _join(["lisa-dist", "plan", "--model", arguments.model, *words])
+
+
+def _as_yaml(value: object) -> str:
+    """A value in one line that YAML reads back as it is, with quotes where it needs them."""
+    return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=math.inf)[1:-2]
+
+
+def _join(words: Sequence[str]) -> str:
+    """A command in one line, as a comment holds it: what cannot be printed is written as in bash's $'...'."""
+    quoted = []
+    for word in words:
+        if word.isprintable():
+            quoted.append(shlex.quote(word))
+            continue
+        plain = word.replace("\\", "\\\\").replace("'", "\\'")
+        quoted.append("$'" + "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in plain) + "'")
+    return " ".join(quoted)

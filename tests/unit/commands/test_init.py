@@ -91,6 +91,40 @@ def test_shipped_models_have_their_place_on_the_hub():
 
 
 @pytest.mark.parametrize(
+    "value",
+    [
+        "a: b",
+        "*x",
+        "&x",
+        "a #b",
+        "null",
+        "2024-01-01",
+        "yes",
+        "1e5",
+        "0x1F",
+        "1:30",
+        "",
+        "'",
+        '"',
+        "{a: 1}",
+        "a\nb",
+        "\u2028",
+        "x" * 200,
+    ],
+)
+def test_a_recipe_gives_back_what_it_was_given(tiny, tmp_path, value):
+    path = tmp_path / "recipe.yaml"
+    given = {"dataset_name": value or "x", "output_dir": str(tmp_path / (value[:20] or "x"))}
+    words = [f"--{name}={one}" for name, one in given.items()]
+    main(["--model", tiny, "--gpu_memory", "4GiB", "--recipe", str(path), *words])
+    recipe = yaml.safe_load(path.read_text())
+    assert {name: recipe[name] for name in given} == given
+    config = parse_arguments(["--config", str(path)])
+    assert config.data.dataset_name == [given["dataset_name"]]
+    assert config.training.output_dir == given["output_dir"]
+
+
+@pytest.mark.parametrize(
     ("flags", "said"),
     [
         (
