@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lisa_dist.errors import UserError
+from lisa_dist.files import read_text
 
 # Values that a config may give itself, but not differently from the arguments of the run.
 _MUST_MATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -39,8 +40,10 @@ def read_ds_config(name_or_path: str) -> dict:
     """The config as it stands in the file, "auto" included."""
     path = find_ds_config(name_or_path)
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = json.loads(read_text("--deepspeed", path))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--deepspeed {name_or_path}: {path} is not JSON ({error}).") from error
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed {name_or_path}: {path} must hold a JSON object.")

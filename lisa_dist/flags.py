@@ -2,18 +2,21 @@
 
 import argparse
 import difflib
+import json
+import math
 import re
 import sys
 from argparse import SUPPRESS
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 from trl import TrlParser
 
 from lisa_dist.errors import UserError
+from lisa_dist.files import read_yaml
+from lisa_dist.text import in_one_line
 
 # Names in LMFlow, Axolotl, ms-swift and LLaMA-Factory, and here.
 _ELSEWHERE = {
@@ -69,6 +72,9 @@ class FlagParser(HfArgumentParser):
         # An abbreviation that is unique today is another flag tomorrow, and hides a slip of the pen.
         super().__init__(dataclass_types, usage=usage, allow_abbrev=False)
         self._groups = groups
+        for action in self._actions:
+            if action.type in (int, float):
+                action.type = _finite(action.type)
         self.add_argument("--help_all", action=_HelpAll, nargs=0, dest=SUPPRESS, default=SUPPRESS, help="All flags.")
 
     def print_help(self, file: Any = None) -> None:
@@ -82,7 +88,16 @@ class FlagParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         """In place of all flags and an exit."""
         message = re.sub(r"^argument (--\w+)[^:]*", r"\1", message)  # without the other way to write it
-        raise UserError(f"{message}.")
+        raise UserError(f"{in_one_line(message)}.")
+
+    def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's. What the arguments of transformers and TRL refuse is the user's to mend, as what ours refuse."""
+        try:
+            return super().parse_args_into_dataclasses(*args, **kwargs)
+        except UserError:
+            raise
+        except (ValueError, ImportError) as error:
+            raise UserError(in_one_line(error)) from error
 
     def check_words(self, words: Sequence[str]) -> None:
         """Raise UserError for a word that is no flag and belongs to none."""
@@ -133,28 +148,105 @@ class RunParser(FlagParser, TrlParser):
         words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
         names = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
         if "--config" in words:
-            recipe = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text(encoding="utf-8"))
-            names += [name for name in recipe if name != "env"]
+            names += [name for name in read_yaml("--config", words[words.index("--config") + 1]) if name != "env"]
         return [name for name in dict.fromkeys(names) if name not in ("config", "local_rank")]
+
+    def set_defaults_with_config(self, **recipe: Any) -> list[str]:
+        """TRL's, once each value is one that its flag takes; argparse reads texts as it reads words."""
+        kinds = {name: _kinds(hint) for one in self.dataclass_types for name, hint in get_type_hints(one).items()}
+        actions = {action.dest: action for action in reversed(self._actions)}  # not --no_NAME, which comes second
+        values = {name: _as_given(actions[name], kinds[name], value) for name, value in recipe.items()}
+        return super().set_defaults_with_config(**values)
 
     def _check_recipe(self, path: str) -> None:
         flag = f"--config {path}"
-        try:
-            recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UserError(f"{flag}: no such file.") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{flag}: cannot be read ({error}).") from error
-        except yaml.YAMLError as error:
-            raise UserError(f"{flag}: is not YAML ({error}).") from error
+        recipe = read_yaml("--config", path)
         if not isinstance(recipe, dict):
             raise UserError(f"{flag}: must hold keys and values, such as learning_rate: 1.0e-5.")
-        if not isinstance(recipe.get("env", {}), dict):
+        variables = recipe.pop("env", {})
+        if not isinstance(variables, dict):
             raise UserError(f"{flag}: env must hold variables and their values.")
-        known = {action.dest for action in self._actions}
+        for name, value in variables.items():
+            if not isinstance(name, str) or not re.fullmatch(r"[^=\0]+", name) or not isinstance(value, _SCALARS):
+                raise UserError(f"{flag}: env: {name}: {value}: a variable has a name, and a text or a number.")
+        known = {action.dest for action in self._actions if action.dest != "help"}
         for key in recipe:
-            if key not in known and key != "env":
-                raise UserError(f"{flag}: {key}: no such key; {_nearest(str(key), known)}")
+            if key not in known:
+                raise UserError(f"{flag}: {in_one_line(key)}: no such key; {_nearest(str(key), known)}")
+        try:
+            self.set_defaults_with_config(**recipe)  # whose texts `check_words` reads
+        except UserError as error:
+            raise UserError(f"{flag}: {error}") from error
+
+
+_SCALARS = (str, int, float)  # bool is an int
+
+
+def _finite(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Reads a finite number in ASCII, an integer of 64 bits: Python's own take nan, and digits of any script."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not text.isascii() or not math.isfinite(value) or (kind is int and abs(value) >= 2**63):
+            raise ValueError
+        return value
+
+    read.__name__ = kind.__name__  # for argparse's message
+    return read
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The types in a hint: of `dict[str, int] | str | None` dict, str and NoneType."""
+    origin = get_origin(hint)
+    return (
+        {hint if origin is None else origin}
+        if origin in (None, list, dict)
+        else {kind for part in get_args(hint) for kind in _kinds(part)}
+    )
+
+
+def _as_given(action: argparse.Action, kinds: set[Any], value: Any) -> Any:
+    """A recipe's value as its flag takes it. Raises UserError, with the key, for null, a date, ... where it is none."""
+    if (value is None and NoneType in kinds) or (isinstance(value, bool) and bool in kinds):
+        return value
+    if isinstance(value, bool):
+        if not value and "no" in (action.choices or ()):
+            return "no"  # as it was written, if it was not quoted
+        if action.dest == "resume_from_checkpoint":
+            return str(value).lower()
+    elif isinstance(value, dict) and dict in kinds and _is_json(value):
+        return value
+    elif isinstance(value, list) and list in kinds and value and all(type(one) in _SCALARS for one in value):
+        return [_read(action, one) for one in value]
+    elif isinstance(value, _SCALARS):
+        if list in kinds and str not in kinds and not isinstance(value, str):
+            return [_read(action, value)]
+        if action.choices and value not in action.choices:
+            raise UserError(f"{action.dest}: {value}: choose one of {', '.join(map(str, action.choices))}.")
+        return str(value)
+    named = {NoneType: "null", list: "a list", dict: "an object", bool: "true or false"}
+    kind = named.get(type(value), f"a {type(value).__name__}")
+    raise UserError(
+        f"{action.dest}: {in_one_line(value)}: {kind} is no value of this key; put a text in quotes, and leave the key "
+        "out for its default."
+    )
+
+
+def _read(action: argparse.Action, value: object) -> Any:
+    """One value of several, as argparse reads a word."""
+    read: Any = action.type or str
+    try:
+        return read(str(value))
+    except ValueError as error:
+        raise UserError(f"{action.dest}: {value}: is no {getattr(read, '__name__', 'value')}.") from error
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):  # a date, or an object in itself
+        return False
+    return True
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -11,14 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lisa_dist.checkpoint.size import checkpoint_bytes
 from lisa_dist.core.layer_weights import split_columns
 from lisa_dist.distributed.health import host_name
 from lisa_dist.distributed.preflight import HostCheck
 from lisa_dist.distributed.ranks import set_rank
 from lisa_dist.errors import UserError
+from lisa_dist.files import read_yaml
 from lisa_dist.flags import FlagParser
 
 USAGE = "lisa-dist check --config recipe.yaml --output_dir DIR [--any_flag_of_the_run value ...], on every host"
@@ -78,10 +77,7 @@ def flags_of_run(arguments: CheckArguments, rest: Sequence[str]) -> dict[str, An
     """The run's flags, from its recipe and the command line."""
     flags = {}
     if arguments.config is not None:
-        try:
-            flags = yaml.safe_load(Path(arguments.config).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"--config {arguments.config}: cannot be read ({error}).") from error
+        flags = read_yaml("--config", arguments.config)
         if not isinstance(flags, dict):
             raise UserError(f"--config {arguments.config}: holds no flags, such as learning_rate: 1.0e-5.")
     name, values = None, []

@@ -19,6 +19,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 
 from lisa_dist.data.formats import ExampleError, refuse_examples
 from lisa_dist.errors import UserError
+from lisa_dist.files import read_text
 
 IGNORED = -100  # the label of a token without loss, as everywhere in transformers
 LONG_EXAMPLES = ("auto", "truncate", "drop")
@@ -47,10 +48,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> s
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
         return "plain, as the model has none"
     if Path(path).suffix in (".jinja", ".j2"):
-        try:
-            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--chat_template_path {path}: cannot be read ({error}).") from error
+        tokenizer.chat_template = read_text("--chat_template_path", path)
         return path
     try:
         other = AutoTokenizer.from_pretrained(path)

@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 from lisa_dist.errors import UserError
+from lisa_dist.text import in_one_line
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")  # and all but .parquet with .gz
 _NOT_UTF8 = "is not UTF-8"
@@ -36,8 +37,9 @@ def read_file(path: Path, source: str) -> Iterator[FileExample]:
     }
     try:
         yield from _read_json(path, source) if suffix == ".json" else by_suffix[suffix](path)
-    except (OSError, EOFError, zlib.error, csv.Error, pyarrow.ArrowException) as error:
-        raise UserError(f"{source}: {path} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+    except (OSError, EOFError, zlib.error, csv.Error, pyarrow.ArrowException, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or in_one_line(error)
+        raise UserError(f"{source}: {path} cannot be read ({why}).") from error
 
 
 def _lines(path: Path, keep_blank: bool = False) -> Iterator[tuple[int, str | None]]:

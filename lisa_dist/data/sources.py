@@ -5,6 +5,7 @@ contains invalid examples too, each with its problem, file and line, so that all
 """
 
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,11 @@ def load_turns(source: Source, skip_invalid: bool, seed: int) -> tuple[Dataset, 
     Raises UserError naming the file, the line and the rule: for a source that cannot be read, and for invalid examples
     unless `skip_invalid`.
     """
-    name, sample_size = _split_sample_size(source)
-    examples, columns = _convert(source, name)
+    try:
+        name, sample_size = _split_sample_size(source)
+        examples, columns = _convert(source, name)
+    except OSError as error:  # of a path that cannot be looked at; what is in files has errors of its own
+        raise UserError(f"{source.label}: cannot be read ({error.strerror or error}).") from error
     invalid = [index for index, problem in enumerate(examples["problem"]) if problem]
     if invalid and not skip_invalid:
         problems = (_describe_problem(examples[index]) for index in invalid)
@@ -104,7 +108,7 @@ def _split_sample_size(source: Source) -> tuple[str, int | None]:
     name, mark, number = source.name.rpartition("#")
     if not mark or Path(source.name).exists():
         return source.name, None
-    if not number.isdigit() or int(number) == 0:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,17}", number):
         raise UserError(f"{source.label}: give a number of examples after #, such as {name}#1000.")
     return name, int(number)
 
@@ -227,6 +231,8 @@ def _list_files(source: Source, path: Path) -> list[Path]:
     if not path.is_dir():
         if not path.exists():
             raise UserError(f"{source.label}: no such file.")
+        if not path.is_file():  # to open a pipe, or to read a device, may take forever
+            raise UserError(f"{source.label}: is neither a file nor a folder, but a pipe or a device.")
         if suffix_of(path) not in SUFFIXES:
             raise UserError(
                 f"{source.label}: unknown kind of file; give one of {', '.join(SUFFIXES)}, or a folder of them."

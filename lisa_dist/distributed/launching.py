@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def launch_if_asked(argv: Sequence[str], verb: str, check: Callable[[Sequence[st
         return argv
     at = words.index("--gpus")
     number = words[at + 1] if at + 1 < len(words) else ""
-    if not number.isdigit() or int(number) < 1:
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", number):
         raise UserError(f"--gpus {number}: give a number of GPUs of this host; on CPUs it is one of ranks.")
     if "RANK" in os.environ:
         raise UserError(f"--gpus {number}: RANK is set, so a launcher has started this process already: leave it out.")

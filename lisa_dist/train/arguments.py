@@ -26,6 +26,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.flags import RunParser
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.run_folder import hide_secrets
+from lisa_dist.train.ranges import check_ranges
 
 METHODS = ("lisa", "full", "lora")
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
@@ -142,6 +143,9 @@ class LisaSFTConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.max_length == -1:  # which TRL's null is on a command line; it would cut the last token off
+            self.max_length = None
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = accumulation_steps(
                 self.global_batch_size,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig
 from torch import distributed as dist
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -17,7 +18,7 @@ from trl import SFTConfig, get_peft_config
 
 from lisa_dist.core.checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.engine_config import prepare_ds_config
-from lisa_dist.core.layer_weights import load_layer_weights
+from lisa_dist.core.layer_weights import load_layer_weights, split_columns
 from lisa_dist.data.dataset import Data, DataArguments, describe_examples, load_data
 from lisa_dist.data.encoding import set_chat_template
 from lisa_dist.distributed.collectives import raise_shared, together
@@ -25,12 +26,15 @@ from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.errors import UserError
+from lisa_dist.files import read_text
 from lisa_dist.run_folder import write_run
+from lisa_dist.text import in_one_line
 from lisa_dist.train.arguments import ALL_LINEAR, LisaOptimizerNames, ModelArguments, RunConfig
 from lisa_dist.train.attention import choose_attention, packs_documents
 from lisa_dist.train.checks import check_precision, check_quantization, precision_of_arguments
 from lisa_dist.train.compiled_layers import CompiledLayers, check_compile
 from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
+from lisa_dist.train.given_paths import check_model_folder, check_output_dir, check_resume
 from lisa_dist.train.layer_norms import LayerNorms
 from lisa_dist.train.liger import FUSED_LOSS, check_liger
 from lisa_dist.train.loss import check_loss_of_run, choose_loss
@@ -59,6 +63,7 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
     output_dir, resume_from = Path(str(config.training.output_dir)), _resume_from(config.training)
     check_config(config)
     _join_ranks(config)
+    check_resume(resume_from, output_dir, config.run.method)
     tokenizer = load_tokenizer(config)
     template = set_chat_template(tokenizer, config.training.chat_template_path)
     attention, reason = choose_attention(
@@ -73,7 +78,7 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
     _check_same_data(config.data, data)
     config = _for_trl(config, attention)
     with one_run_in(output_dir):  # before the model is loaded, until it is saved
-        trainer = build_trainer(config, tokenizer, data, loss)
+        trainer = _load_model(config, tokenizer, data, loss)
         with together(output_dir):
             if trainer.is_world_process_zero():
                 record = record_of_run(config, words, trainer.model, data.lines, why)
@@ -83,6 +88,19 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
         trainer.accelerator.print("\n  ".join(["data", *lines]))
         trainer.train(resume_from_checkpoint=resume_from)
         return _finish(trainer, output_dir)
+
+
+def _load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Data, loss: str) -> Any:
+    """The trainer, which loads the model. Raises UserError for weights of other sizes than its configuration's."""
+    try:
+        return build_trainer(config, tokenizer, data, loss)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):  # the argument of from_pretrained that transformers names
+            raise
+        name = config.model.model_name_or_path
+        raise UserError(
+            f"--model_name_or_path {name}: its weights have other sizes than its config.json says."
+        ) from error
 
 
 def _settle(config: RunConfig) -> RunConfig:
@@ -114,6 +132,10 @@ def _resume_from(training: SFTConfig) -> str | bool | None:
 def check_config(config: RunConfig) -> None:
     """Raise UserError for arguments that do not go together, and change none of them."""
     method, training = config.run.method, config.training
+    if packs_documents(training) and training.max_length is None:
+        raise UserError("--packing true needs a --max_length: that of the rows which examples share.")
+    check_output_dir(Path(str(training.output_dir)))
+    check_model_folder(str(config.model.model_name_or_path), training.model_init_kwargs or {})
     for flag, ours in _NOT_TAKEN.items():
         value = getattr(training, flag)
         if value != SFTConfig.__dataclass_fields__[flag].default:
@@ -150,6 +172,7 @@ def _check_layers(config: RunConfig) -> None:
     if isinstance(checkpointed, int):
         number_of_layers(checkpointed, num_layers)
     if config.lisa.lisa_weights_file is not None:
+        read_text("--lisa_weights_file", split_columns(config.lisa.lisa_weights_file)[0])
         load_layer_weights(config.lisa.lisa_weights_file, num_layers, config.lisa.lisa_activated_layers)
 
 
@@ -160,6 +183,11 @@ def _known_model_config(config: RunConfig) -> PretrainedConfig:
         raise UserError(
             f"--model_name_or_path {config.model.model_name_or_path}: no such folder, and no such model can be reached "
             f"on the hub ({type(error).__name__})."
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise UserError(
+            f"--model_name_or_path {config.model.model_name_or_path}: its config.json is of no model that can be "
+            f"trained ({in_one_line(error)})."
         ) from error
 
 
@@ -183,11 +211,20 @@ def _join_ranks(config: RunConfig) -> None:
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with the end of a turn that `--eos_token` gives."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        config.model.model_name_or_path,
-        revision=config.model.model_revision,
-        trust_remote_code=config.training.trust_remote_code,
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.model.model_name_or_path,
+            revision=config.model.model_revision,
+            trust_remote_code=config.training.trust_remote_code,
+        )
+    except Exception as error:
+        # The library tokenizers, which is in Rust, raises Exception itself for files that it cannot read.
+        if type(error) is not Exception and not isinstance(error, OSError | ValueError | TypeError | KeyError):
+            raise
+        raise UserError(
+            f"--model_name_or_path {config.model.model_name_or_path}: its tokenizer cannot be loaded "
+            f"({in_one_line(error)})."
+        ) from error
     if config.training.eos_token is not None:
         if config.training.eos_token not in tokenizer.get_vocab():
             raise UserError(f"--eos_token {config.training.eos_token}: the tokenizer has no such token.")

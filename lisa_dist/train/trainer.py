@@ -51,6 +51,7 @@ from lisa_dist.text import format_active
 from lisa_dist.train.callbacks import Heartbeat, LisaSteps
 from lisa_dist.train.checks import check_trainer
 from lisa_dist.train.compiled_layers import CompiledLayers
+from lisa_dist.train.given_paths import check_saved_by_trainer
 from lisa_dist.train.identity import (
     check_global_batch_size,
     compare_on_rank_0,
@@ -167,6 +168,7 @@ class LisaMixin(MonitoredMixin):
         if wanted in (True, "auto"):
             found = find_checkpoint(output_dir)
             if found is not None:
+                check_saved_by_trainer(*found)
                 folder, self._resume_state = found
                 return str(folder)
             if wanted is True:
@@ -185,12 +187,7 @@ class LisaMixin(MonitoredMixin):
             self._weights_from = folder
             return None
         self._resume_state = read_state(folder)
-        missing = [name for name in (TRAINER_STATE_NAME, SCHEDULER_NAME) if name not in self._resume_state["files"]]
-        if missing:
-            raise UserError(
-                f"--resume_from_checkpoint {folder}: there is no {missing[0]} in it: it was saved in a loop of one's "
-                "own, and goes on there with load_checkpoint()."
-            )
+        check_saved_by_trainer(folder, self._resume_state)
         return str(folder)
 
     def _prepare_for_training(

@@ -242,7 +242,7 @@ def test_a_template_can_be_given(tokenizer, folder, tmp_path):
 
 
 def test_a_template_that_is_no_use_is_named(tokenizer, folder, tmp_path):
-    with pytest.raises(ValueError, match=r"--chat_template_path absent\.jinja: cannot be read"):
+    with pytest.raises(ValueError, match=r"--chat_template_path absent\.jinja: no such file"):
         set_chat_template(tokenizer, "absent.jinja")
     with pytest.raises(ValueError, match=r"--chat_template_path no/tokenizer: is not a \.jinja file, and no tokenizer"):
         set_chat_template(tokenizer, "no/tokenizer")

@@ -1,0 +1,160 @@
+"""Files and folders that a run is given, looked at before anything is loaded or written."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from lisa_dist.checkpoint.resume import has_only_weights
+from lisa_dist.distributed.collectives import raise_shared
+from lisa_dist.errors import UserError
+from lisa_dist.files import DamagedError, read_json
+from lisa_dist.run_folder import RUN_NAME, STATE_NAME, TRAINER_STATE_NAME, check_state, read_object
+from lisa_dist.shapes import misfit
+
+SCHEDULER_NAME = "scheduler.pt"  # transformers.trainer's
+_TOKENIZERS = ("tokenizer*", "vocab*", "spiece*", "sentencepiece*", "*.model", "*.tiktoken", "tekken.json")
+
+
+def check_output_dir(folder: Path) -> None:
+    """Raise UserError for an output folder that is none, or in which nothing can be written; nothing is made there."""
+    flag = f"--output_dir {folder}"
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            folder.stat()  # a name that is too long, or below a file
+        # A link to nothing is there too, and no folder can be made of it.
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir():
+            raise UserError(f"{flag}: {there} is no folder; give another.")
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag}: nothing can be written there ({error.strerror}); give another folder.") from error
+
+
+def check_model_folder(name: str, loads_by: dict[str, Any]) -> None:
+    """Raise UserError for a model's folder without configuration, tokenizer or weights, or with damaged ones.
+
+    A name that is no path is one of the hub; `loads_by` are the arguments of from_pretrained.
+    """
+    folder, flag = Path(name), f"--model_name_or_path {name}"
+    try:
+        if not folder.is_dir():
+            if os.path.lexists(folder):
+                raise UserError(f"{flag}: is a file; give the folder of a model.")
+            return
+    except OSError as error:
+        raise UserError(f"{flag}: cannot be read ({error.strerror}).") from error
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        rule = "it holds an adapter; merge it into its model first" if adapter else "give the folder of a model"
+        raise UserError(f"{flag}: there is no config.json in it; {rule}.")
+    for file in ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / file).exists():
+            read_object(folder / file)
+    if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+        raise UserError(f"{flag}: there is no tokenizer in it; save the model's there, by save_pretrained.")
+    if not {"variant", "gguf_file"} & set(loads_by):  # which are files of other names
+        _check_weights(folder, flag)
+
+
+def _check_weights(folder: Path, flag: str) -> None:
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    found = next((name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{flag}: there are no weights in it, such as {SAFE_WEIGHTS_NAME}.")
+    shards = {found}
+    if found.endswith(".json"):
+        index = read_object(folder / found)
+        if wrong := misfit(index, {"weight_map": dict}) or misfit([*index["weight_map"].values()], [str]):
+            raise UserError(f"{folder / found}: is damaged: {wrong}.")
+        shards = set(index["weight_map"].values())
+    for shard in sorted(shards):
+        if not (folder / shard).is_file():
+            raise UserError(f"{flag}: {found} names {shard}, and there is no such file.")
+        if shard.endswith(".safetensors"):
+            try:
+                with safe_open(folder / shard, framework="pt"):  # whose header says how long the file must be
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{flag}: {shard} is damaged ({error}).") from error
+
+
+def check_resume(wanted: str | bool | None, output_dir: Path, method: str) -> None:
+    """Raise UserError on all ranks for a checkpoint that cannot be resumed, as far as its small files tell.
+
+    All ranks call it: rank 0's view of the folders counts.
+    """
+    problem = None
+    if wanted not in (None, False) and os.environ.get("RANK", "0") == "0":
+        try:
+            if (output_dir / RUN_NAME).is_file():
+                read_object(output_dir / RUN_NAME)
+            (_check_lisa if method == "lisa" else _check_other)(wanted, output_dir, method)
+        except UserError as error:
+            problem = str(error)
+    raise_shared(problem)
+
+
+def _check_lisa(wanted: str | bool | None, output_dir: Path, method: str) -> None:
+    if wanted in (True, "auto"):
+        found = _newest(output_dir)
+        if found is not None:
+            check_saved_by_trainer(*found)
+        elif wanted is True:
+            raise UserError(
+                f"--resume_from_checkpoint true: there is no whole checkpoint in --output_dir {output_dir}; leave it "
+                "out, or give auto, to begin at step 0."
+            )
+        return
+    folder = Path(str(wanted))
+    if not folder.is_dir():
+        raise UserError(f"--resume_from_checkpoint {folder}: no such folder.")
+    if not has_only_weights(folder):  # from which a new run begins
+        check_saved_by_trainer(folder, check_state(folder))
+
+
+def _newest(output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that was saved last, and its state."""
+    found = []
+    for folder in output_dir.glob("checkpoint-*"):
+        try:
+            read_json(folder / STATE_NAME)
+        except DamagedError:  # passed over with a warning when the run resumes
+            continue
+        found.append((folder, check_state(folder)))
+    return max(found, key=lambda one: one[1]["saved_at"], default=None)
+
+
+def check_saved_by_trainer(folder: Path, state: dict[str, Any]) -> None:
+    """Raise UserError for a LISA checkpoint without what a trainer needs to go on."""
+    missing = [name for name in (TRAINER_STATE_NAME, SCHEDULER_NAME) if name not in state["files"]]
+    if missing:
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: there is no {missing[0]} in it: it was saved in a loop of one's "
+            "own, and goes on there with load_checkpoint()."
+        )
+
+
+def _check_other(wanted: str | bool | None, output_dir: Path, method: str) -> None:
+    """Of the Trainer's own checkpoints, which are those of --method full and lora."""
+    last = get_last_checkpoint(output_dir) if wanted is True and output_dir.is_dir() else wanted
+    if last in (None, True):
+        raise UserError(f"--resume_from_checkpoint true: there is no checkpoint in --output_dir {output_dir}.")
+    folder = Path(str(last))
+    flag = f"--resume_from_checkpoint {folder} with --method {method}"
+    if not folder.is_dir():
+        raise UserError(f"{flag}: no such folder.")
+    if (folder / STATE_NAME).exists():
+        raise UserError(
+            f"{flag}: it is a checkpoint of --method lisa, which resumes it; to begin from its weights, give what "
+            "lisa-dist export makes of it as --model_name_or_path."
+        )
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        raise UserError(f"{flag}: there is no {TRAINER_STATE_NAME} in it; give a checkpoint that a trainer has saved.")
+    read_object(folder / TRAINER_STATE_NAME)

@@ -1,0 +1,250 @@
+"""What a run is given and cannot use: numbers, recipes, folders, checkpoints. One line, before a model is loaded."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from models import save_tiny_llama
+from runs import flags_for
+
+from lisa_dist.errors import UserError
+from lisa_dist.files import describe_file, write_json
+from lisa_dist.train.arguments import parse_arguments
+from lisa_dist.train.given_paths import check_resume
+from lisa_dist.train.run import check_config, load_tokenizer, run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("given")
+    save_tiny_llama(folder / "model")
+    (folder / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n' * 16)
+    return folder
+
+
+def refused(call, *arguments) -> str:
+    """The message, which is one line."""
+    with pytest.raises(UserError) as error:
+        call(*arguments)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("learning_rate", "nan", "--learning_rate: invalid float value: 'nan'."),
+        ("learning_rate", "1e400", "--learning_rate: invalid float value: '1e400'."),
+        ("learning_rate", "-1", "--learning_rate -1.0: 0 or more."),
+        ("max_steps", "0", "--max_steps 0: 1 or more; -1 lets --num_train_epochs decide."),
+        ("max_steps", "١٢", "--max_steps: invalid int value: '١٢'."),
+        ("max_steps", str(2**63), f"--max_steps: invalid int value: '{2**63}'."),
+        ("per_device_train_batch_size", "0", "--per_device_train_batch_size 0: 1 or more."),
+        ("max_length", "-2", "--max_length -2: 1 or more; -1 is no limit."),
+        ("eval_steps", "0", "--eval_steps 0.0: above 0."),
+        ("seed", "-1", "--seed -1: from 0 to 4294967295."),
+        ("adam_beta2", "1", "--adam_beta2 1.0: from 0 up to, not including, 1."),
+        ("hang_timeout", "inf", "--hang_timeout: invalid float value: 'inf'."),
+        # What the arguments of transformers and TRL say themselves.
+        ("lr_scheduler_kwargs", "{", "Expecting property name enclosed in double quotes"),
+        ("pad_to_multiple_of", "x", "invalid literal for int() with base 10: 'x'"),
+    ],
+)
+def test_numbers_that_make_no_sense(folder, tmp_path, flag, value, said):
+    assert said in refused(parse_arguments, flags_for(folder, tmp_path / "out", **{flag: value}))
+
+
+@pytest.mark.parametrize("given", ["--max_length -1", "max_length: null", "max_length: -1"])
+def test_no_limit_of_length_is_none(folder, tmp_path, given):
+    (tmp_path / "recipe.yaml").write_text(f"{given}\n")
+    words = flags_for(folder, tmp_path / "out")
+    del words[(at := words.index("--max_length")) : at + 2]
+    words += given.split() if given.startswith("--") else ["--config", str(tmp_path / "recipe.yaml")]
+    config = parse_arguments(words)
+    assert config.training.max_length is None
+    check_config(config)
+    config.training.packing = True
+    assert "--packing true needs a --max_length" in refused(check_config, config)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("max_steps: null", "max_steps: None: null is no value of this key"),
+        ("max_steps: 3.0", "--max_steps: invalid int value: '3.0'"),
+        ("max_steps: [1]", "max_steps: [1]: a list is no value"),
+        ("max_steps: true", "max_steps: True: true or false is no value"),
+        ("learning_rate: .nan", "--learning_rate: invalid float value: 'nan'"),
+        ("output_dir: 2024-01-01", "output_dir: 2024-01-01: a date is no value of this key; put a text in quotes"),
+        ("output_dir: {a: 1}", "output_dir: {'a': 1}: an object is no value"),
+        ("dataset_name: [[a]]", "dataset_name: [['a']]: a list is no value"),
+        ("dataset_name: [null]", "dataset_name: [None]: a list is no value"),
+        ("dataset_weights: [1, x]", "dataset_weights: x: is no float"),
+        ("lr_scheduler_type: 3", "lr_scheduler_type: 3: choose one of linear"),
+        ("model_init_kwargs: {a: 2024-01-01}", "an object is no value"),
+        ("max_steps: &a [*a]", "a list is no value"),
+        ("learning_rate: !!python/object:os.system x", "is not YAML (could not determine a constructor"),
+        ("learning_rate: 2024-13-45", "is not YAML (month must be in 1..12"),
+        ("learning_rate: *b", "is not YAML (found undefined alias 'b'"),
+        ("env: {A: [1]}", "env: A: [1]: a variable has a name, and a text or a number"),
+        ("help: me", "help: no such key"),
+    ],
+)
+def test_values_of_a_recipe_that_are_none(folder, tmp_path, line, said):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{line}\n")
+    words = ["--model_name_or_path", str(folder / "model"), "--config", str(path)]
+    message = refused(parse_arguments, words)
+    assert said in message
+
+
+def test_values_of_a_recipe_are_read_as_words_are(folder, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    lines = ["eval_strategy: no", "dataset_weights: 2", "checkpointed_layers: 4", "learning_rate: 1e-5", "bf16: false"]
+    lines += ["resume_from_checkpoint: true", "report_to: [tensorboard]", "lr_scheduler_kwargs: {num_cycles: 2}"]
+    path.write_text("\n".join(lines))
+    words = flags_for(folder, tmp_path / "out", config=path)
+    for flag in ("eval_strategy", "learning_rate", "report_to"):
+        del words[(at := words.index(f"--{flag}")) : at + 2]
+    config = parse_arguments(words)
+    training = config.training
+    assert (training.eval_strategy, training.learning_rate, training.bf16) == ("no", 1e-5, False)
+    assert (training.resume_from_checkpoint, training.report_to) == ("true", ["tensorboard"])
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert (config.data.dataset_weights, config.run.checkpointed_layers) == ([2.0], "4")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("file", "file is no folder; give another"),
+        ("file/below", "nothing can be written there (Not a directory)"),
+        ("link", "link is no folder"),
+        ("x" * 300, "nothing can be written there (File name too long)"),
+        ("/proc/self/x", "nothing can be written there"),
+    ],
+)
+def test_output_folders_in_which_nothing_can_be_written(folder, tmp_path, name, said):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    config = parse_arguments(flags_for(folder, tmp_path / name))
+    assert said in refused(check_config, config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+def without(*names: str):
+    return lambda model: [path.unlink() for name in names for path in model.glob(name)]
+
+
+def writing(name: str, content: str):
+    return lambda model: (model / name).write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (without("config.json"), "there is no config.json in it; give the folder of a model"),
+        (without("tokenizer*"), "there is no tokenizer in it"),
+        (without("*.safetensors"), "there are no weights in it, such as model.safetensors"),
+        (writing("config.json", "{"), "config.json: cannot be read"),
+        (writing("config.json", "[]"), "config.json: is damaged: it holds no object"),
+        (writing("config.json", "{}"), "its config.json is of no model that can be trained"),
+        (writing("tokenizer_config.json", "{"), "tokenizer_config.json: cannot be read"),
+        (writing("tokenizer.json", "{"), "its tokenizer cannot be loaded"),
+        (writing("tokenizer.json", "{}"), "its tokenizer cannot be loaded"),
+        (writing("model.safetensors", ""), "model.safetensors is damaged"),
+        (
+            lambda model: os.truncate(model / "model.safetensors", 5000),
+            "model.safetensors is damaged",
+        ),
+        (
+            lambda model: (
+                (model / "model.safetensors").unlink(),
+                (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'),
+            ),
+            "model.safetensors.index.json names gone.safetensors, and there is no such file",
+        ),
+        (lambda model: (shutil.rmtree(model), model.touch()), "is a file; give the folder of a model"),
+    ],
+)
+def test_a_model_that_is_not_whole(folder, tmp_path, damage, said):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    damage(model)
+    config = parse_arguments(flags_for(folder, tmp_path / "out", model_name_or_path=model))
+
+    def until_the_model():
+        check_config(config)
+        load_tokenizer(config)
+
+    assert said in refused(until_the_model)
+
+
+@pytest.mark.parametrize(
+    ("flag", "place", "said"),
+    [
+        ("dataset_name", "pipe.jsonl", "pipe.jsonl: is neither a file nor a folder, but a pipe or a device"),
+        ("chat_template_path", "pipe.jinja", "pipe.jinja: cannot be read (it is a folder, a pipe or a device"),
+        ("config", "pipe.yaml", "pipe.yaml: cannot be read (it is a folder, a pipe or a device"),
+        ("dataset_name", "x" * 300, "cannot be read (File name too long)"),
+        ("lisa_weights_file", "pipe.json", "pipe.json: cannot be read (it is a folder, a pipe or a device"),
+    ],
+)
+def test_what_is_no_file_is_not_opened(folder, tmp_path, flag, place, said):
+    if place.startswith("pipe"):
+        os.mkfifo(tmp_path / place)
+    weighted = {"lisa_sampler": "weighted"} if flag == "lisa_weights_file" else {}
+    words = flags_for(folder, tmp_path / "out", **{flag: tmp_path / place}, **weighted)
+    assert said in refused(lambda: run(parse_arguments(words)))
+
+
+def checkpoint(folder: Path, **changes: object) -> None:
+    """The small files of a LISA checkpoint that a trainer saved."""
+    folder.mkdir(parents=True)
+    for name in ("trainer_state.json", "scheduler.pt"):
+        (folder / name).write_text("{}")
+    files = {path.name: describe_file(path) for path in folder.iterdir()}
+    state = {"format": 1, "saved_at": 1.0, "world_size": 1, "lisa": {"config": {}}, "versions": {"lisa_dist": "0"}}
+    state |= {"files": files} | changes
+    write_json(folder / "lisa_state.json", {name: value for name, value in state.items() if value != "missing"})
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted", "changes", "said"),
+    [
+        ("full", True, {}, "checkpoint-2 with --method full: it is a checkpoint of --method lisa, which resumes it"),
+        ("lora", "CHECKPOINT", {}, "checkpoint-2 with --method lora: it is a checkpoint of --method lisa"),
+        ("lisa", True, {"files": {}}, "there is no trainer_state.json in it: it was saved in a loop of one's own"),
+        ("lisa", "CHECKPOINT", {"files": {}}, "there is no trainer_state.json in it: it was saved in a loop"),
+        ("lisa", "CHECKPOINT", {"lisa": []}, "lisa_state.json is damaged, or not of a LISA run: lisa is not an object"),
+        ("lisa", True, {"saved_at": "missing"}, "or not of a LISA run: saved_at is no number"),
+        ("lisa", "auto", {"files": {"a": {"bytes": -1}}}, "or not of a LISA run: files.a.bytes is no whole number"),
+        ("lisa", "absent", {}, "--resume_from_checkpoint absent: no such folder."),
+        ("full", "absent", {}, "--resume_from_checkpoint absent with --method full: no such folder."),
+    ],
+)
+def test_checkpoints_that_cannot_be_resumed(tmp_path, method, wanted, changes, said):
+    checkpoint(tmp_path / "checkpoint-2", **changes)
+    wanted = tmp_path / "checkpoint-2" if wanted == "CHECKPOINT" else wanted
+    assert said in refused(check_resume, wanted, tmp_path, method)
+
+
+def test_checkpoints_that_can_be_resumed(tmp_path):
+    checkpoint(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "lisa_state.json").write_text("{")  # which the trainer passes over
+    for wanted in (None, False, True, "auto", tmp_path / "checkpoint-2"):
+        check_resume(wanted, tmp_path, "lisa")
+    check_resume("auto", tmp_path / "absent", "lisa")
+    (tmp_path / "full" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "full" / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    check_resume(True, tmp_path / "full", "full")
+    (tmp_path / "full" / "lisa_run.json").write_text(json.dumps([]))
+    assert "lisa_run.json: is damaged" in refused(check_resume, True, tmp_path / "full", "full")
+
+
+@pytest.mark.parametrize("method", ["lisa", "full"])
+def test_nothing_to_resume(tmp_path, method):
+    assert "--resume_from_checkpoint true: there is no" in refused(check_resume, True, tmp_path, method)
