@@ -94,13 +94,14 @@ class FlagParser(HfArgumentParser):
         """The base's. What the arguments of transformers and TRL refuse is the user's to mend, as what ours refuse."""
         try:
             return super().parse_args_into_dataclasses(*args, **kwargs)
-        except UserError:
-            raise
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError) as error:  # ours too, whose values may have line breaks
             raise UserError(in_one_line(error)) from error
 
     def check_words(self, words: Sequence[str]) -> None:
         """Raise UserError for a word that is no flag and belongs to none."""
+        for word in words:
+            if word.startswith("--") and word.endswith("=--"):  # of which argparse makes an empty list
+                raise UserError(f"{word}: -- is no value.")
         for word in self.parse_known_args(list(words))[1]:
             if not word.startswith("-"):
                 raise UserError(f"{word}: belongs to no flag; flags begin with --.")
@@ -176,7 +177,7 @@ class RunParser(FlagParser, TrlParser):
         try:
             self.set_defaults_with_config(**recipe)  # whose texts `check_words` reads
         except UserError as error:
-            raise UserError(f"{flag}: {error}") from error
+            raise UserError(f"{flag}: {in_one_line(error)}") from error
 
 
 _SCALARS = (str, int, float)  # bool is an int

@@ -36,11 +36,10 @@ def misfit(value: Any, shape: Any, name: str = "it") -> str | None:
         return None if isinstance(value, shape) else f"{name} is not {_KINDS[shape]}: {_show(value)}"
     if isinstance(shape, list):
         found = misfit(value, list, name)
-        parts = [] if found else ((f"{name}[{at}]", one, shape[0]) for at, one in enumerate(value))
+        parts = [] if found else [(f"{name}[{at}]", one, shape[0]) for at, one in enumerate(value)]
     elif isinstance(shape, dict | Each):
         found = misfit(value, dict, name)
-        of_keys = dict.fromkeys(value, shape.shape) if not found and isinstance(shape, Each) else shape
-        parts = [] if found else _parts(value, of_keys, name)
+        parts = [] if found else _parts(value, shape, name)
     else:
         found = shape(value)
         return found and f"{name} {found}: {_show(value)}"
@@ -51,9 +50,11 @@ def _show(value: object) -> str:
     return json.dumps(value)[:60]  # in ASCII, whatever is in it
 
 
-def _parts(value: dict[str, Any], shapes: dict[str, Any], name: str) -> list[tuple[str, Any, Any]]:
+def _parts(value: dict[str, Any], shapes: dict[str, Any] | Each, name: str) -> list[tuple[str, Any, Any]]:
     """The parts of an object that have a shape: how each is called, the part, and its shape."""
     below = "" if name == "it" else f"{name}."
+    if isinstance(shapes, Each):
+        return [(f"{below}{_show(key)[1:-1]}", one, shapes.shape) for key, one in value.items()]
     parts = [(key.removesuffix("?"), of) for key, of in shapes.items()]
     optional = {key.removesuffix("?") for key in shapes if key.endswith("?")}
     return [

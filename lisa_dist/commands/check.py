@@ -100,10 +100,11 @@ def compared_files(recipe: str | None, flags: Mapping[str, Any]) -> list[tuple[s
     """The files of a run that every host must have with the same bytes: flag and path."""
     files = [("--config", recipe)] if recipe is not None else []
     model = flags.get("model_name_or_path")
-    files += [("--model_name_or_path", f"{model}/config.json")] if model else []
+    files += [("--model_name_or_path", f"{model}/config.json")] if isinstance(model, str) else []
     for flag in ("dataset_name", "eval_dataset_name", "lisa_weights_file", "deepspeed"):
-        names = flags.get(flag) or []
-        for name in names.split() if isinstance(names, str) else names:
+        given = flags.get(flag)
+        names = given.split() if isinstance(given, str) else given if isinstance(given, list) else []
+        for name in filter(lambda name: isinstance(name, str), names):  # what else there is the run's parser refuses
             path = split_columns(name)[0] if flag == "lisa_weights_file" else re.sub(r"#\d+$", "", name)
             files.append((f"--{flag}", path))
     return [(flag, path) for flag, path in files if flag == "--config" or Path(path).suffix in _COMPARED]

@@ -40,7 +40,7 @@ def plot_layers(run: RunFiles, figure: Figure) -> None:
     outer_blocks = sorted({block for period in run.periods for block in period.get("blocks") or []})
     names = [f"{layer}" for layer in range(run.num_layers)] + outer_blocks
     cells = [[int(layer in period["layers"]) for period in run.periods] for layer in range(run.num_layers)]
-    cells += [[int(block in period.get("blocks") or []) for period in run.periods] for block in outer_blocks]
+    cells += [[int(block in (period.get("blocks") or [])) for period in run.periods] for block in outer_blocks]
     axes = _axes(figure, "period", "decoder layer")
     few = len(run.periods) <= 60
     axes.pcolormesh(
@@ -90,7 +90,7 @@ def plot_learning_rate(run: RunFiles, figure: Figure) -> None:
 def plot_memory(run: RunFiles, figure: Figure) -> None:
     """The parts of a rank's memory in one step, planned and measured."""
     assert run.memory is not None
-    planned, measured = run.memory["planned"], run.memory["measured"]
+    planned, measured = run.memory.get("planned"), run.memory["measured"]
     sums = {
         title: [sum(parts[name] for name in fields) if parts else 0 for parts in (planned, measured)]
         for title, fields in [*MEMORY_PARTS, ("peak", ("peak",))]

@@ -95,12 +95,10 @@ def _load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Dat
     try:
         return build_trainer(config, tokenizer, data, loss)
     except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):  # the argument of from_pretrained that transformers names
+        if "ignore_mismatched_sizes" not in str(error):  # what from_pretrained says of weights of other sizes
             raise
         name = config.model.model_name_or_path
-        raise UserError(
-            f"--model_name_or_path {name}: its weights have other sizes than its config.json says."
-        ) from error
+        raise UserError(f"--model_name_or_path {name}: its weights are not of its config.json's sizes.") from error
 
 
 def _settle(config: RunConfig) -> RunConfig:
@@ -225,9 +223,11 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
             f"--model_name_or_path {config.model.model_name_or_path}: its tokenizer cannot be loaded "
             f"({in_one_line(error)})."
         ) from error
+    for flag in ("eos_token", "pad_token"):
+        token = getattr(config.training, flag)
+        if token is not None and token not in tokenizer.get_vocab():
+            raise UserError(f"--{flag} {token}: the tokenizer has no such token.")
     if config.training.eos_token is not None:
-        if config.training.eos_token not in tokenizer.get_vocab():
-            raise UserError(f"--eos_token {config.training.eos_token}: the tokenizer has no such token.")
         tokenizer.eos_token = config.training.eos_token  # before rows are made of it
     return tokenizer
 

@@ -97,14 +97,17 @@ def test_a_log_that_was_cut_is_read_to_its_last_whole_line(run):
 
 def test_braces_in_values_stay_as_they_are(run):
     flags = {"--sample_prompt": "{{flags}} {{title}} {0} \\1", "--half": "\ud800"}
-    (run / "lisa_run.json").write_text(json.dumps(RUN | {"command": "lisa-dist train {{sections}}", "flags": flags}))
+    (run / "lisa_run.json").write_text(json.dumps(RUN | {"command": "lisa-dist train {{versions}}", "flags": flags}))
     page = write_report(run).read_text()
     assert "<td>{{flags}} {{title}} {0} \\1</td>" in page
-    assert "lisa-dist train {{sections}}" in page
+    assert "lisa-dist train {{versions}}" in page
 
 
 def test_probabilities_of_other_models_are_not_drawn(run):
-    lines = [line | {"probabilities": [0.5] * number} for line, number in zip(PERIODS, (2, 3), strict=True)]
+    lines = [
+        line | {"probabilities": [0.5] * number, "blocks": ["head"] if number == 2 else None}
+        for line, number in zip(PERIODS, (2, 3), strict=True)
+    ]
     (run / "lisa_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert '<section id="visits">' in write_report(run).read_text()
 

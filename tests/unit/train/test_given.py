@@ -49,11 +49,19 @@ def refused(call, *arguments) -> str:
         ("hang_timeout", "inf", "--hang_timeout: invalid float value: 'inf'."),
         # What the arguments of transformers and TRL say themselves.
         ("lr_scheduler_kwargs", "{", "Expecting property name enclosed in double quotes"),
+        ("pad_token", "<none>", "--pad_token <none>: the tokenizer has no such token."),
+        ("method", "a\nb", "--method a b: unknown; choose one of lisa, full, lora."),
         ("pad_to_multiple_of", "x", "invalid literal for int() with base 10: 'x'"),
     ],
 )
 def test_numbers_that_make_no_sense(folder, tmp_path, flag, value, said):
-    assert said in refused(parse_arguments, flags_for(folder, tmp_path / "out", **{flag: value}))
+    words = flags_for(folder, tmp_path / "out", **{flag: value})
+    assert said in refused(lambda: load_tokenizer(parse_arguments(words)))
+
+
+def test_a_value_that_argparse_takes_for_none(folder, tmp_path):
+    words = [*flags_for(folder, tmp_path / "out"), "--layer_norms=--"]
+    assert refused(parse_arguments, words) == "--layer_norms=--: -- is no value."
 
 
 @pytest.mark.parametrize("given", ["--max_length -1", "max_length: null", "max_length: -1"])
