@@ -26,7 +26,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.flags import RunParser
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.run_folder import hide_secrets
-from lisa_dist.train.ranges import check_ranges
+from lisa_dist.train.ranges import check_objects, check_ranges
 
 METHODS = ("lisa", "full", "lora")
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
@@ -144,6 +144,7 @@ class LisaSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_objects(self)
         if self.max_length == -1:  # which TRL's null is on a command line; it would cut the last token off
             self.max_length = None
         if self.global_batch_size is not None:
@@ -217,6 +218,8 @@ class ModelArguments(ModelConfig):
             if getattr(self, flag):
                 rule = instead or "every method trains on weights in full precision; leave it out"
                 raise UserError(f"--{flag} True: {rule}.")
+        if self.dtype not in (None, "auto") and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise UserError(f"--dtype {self.dtype}: unknown; give auto or a name of torch's, such as bfloat16.")
         if self.lora_r < 1:
             raise UserError(f"--lora_r {self.lora_r}: the rank of an adapter is at least 1.")
         if self.lora_alpha <= 0:

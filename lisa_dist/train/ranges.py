@@ -1,6 +1,7 @@
-"""The ranges of numbers of the Trainer's and TRL's arguments, which check few of them themselves."""
+"""Ranges of numbers, and objects, among the Trainer's and TRL's arguments, which check few of them themselves."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lisa_dist.errors import UserError
@@ -53,6 +54,24 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("1 or more; -1 is no limit", lambda value: value == -1 or 1 <= value <= _LONG, ("max_length",)),
     ("from 0 to 4294967295", lambda value: 0 <= value < 2**32, ("seed", "data_seed")),  # as NumPy takes it
 )
+# Arguments that are objects; where a text does not begin as JSON does, it would be taken as it is.
+_OBJECTS = (
+    "model_init_kwargs",
+    "dataset_kwargs",
+    "lr_scheduler_kwargs",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing_kwargs",
+    "accelerator_config",
+)
+
+
+def check_objects(arguments: Any) -> None:
+    """Raise UserError for a text in the place of an object."""
+    for name in _OBJECTS:
+        value = getattr(arguments, name, None)
+        is_file = name == "accelerator_config" and isinstance(value, str) and Path(value).is_file()
+        if isinstance(value, str) and not value.startswith("{") and not is_file:
+            raise UserError(f'--{name} {value}: give an object in JSON, such as {{"name": 1}}.')
 
 
 def check_ranges(arguments: Any) -> None:

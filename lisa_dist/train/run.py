@@ -128,7 +128,14 @@ def _resume_from(training: SFTConfig) -> str | bool | None:
 
 
 def check_config(config: RunConfig) -> None:
-    """Raise UserError for arguments that do not go together, and change none of them."""
+    """Raise UserError, of one line, for arguments that do not go together, and change none of them."""
+    try:
+        _check(config)
+    except UserError as error:  # with values as they were given, line breaks and all
+        raise UserError(in_one_line(error)) from error
+
+
+def _check(config: RunConfig) -> None:
     method, training = config.run.method, config.training
     if packs_documents(training) and training.max_length is None:
         raise UserError("--packing true needs a --max_length: that of the rows which examples share.")

@@ -50,13 +50,17 @@ def refused(call, *arguments) -> str:
         # What the arguments of transformers and TRL say themselves.
         ("lr_scheduler_kwargs", "{", "Expecting property name enclosed in double quotes"),
         ("pad_token", "<none>", "--pad_token <none>: the tokenizer has no such token."),
+        ("model_init_kwargs", "-5", '--model_init_kwargs -5: give an object in JSON, such as {"name": 1}.'),
+        ("accelerator_config", "x", "--accelerator_config x: give an object in JSON"),
+        ("dtype", "@x", "--dtype @x: unknown; give auto or a name of torch's, such as bfloat16."),
+        ("torch_compile_mode", "a\u2028b", "--torch_compile_mode a b: unknown; choose one of default"),
         ("method", "a\nb", "--method a b: unknown; choose one of lisa, full, lora."),
         ("pad_to_multiple_of", "x", "invalid literal for int() with base 10: 'x'"),
     ],
 )
 def test_numbers_that_make_no_sense(folder, tmp_path, flag, value, said):
     words = flags_for(folder, tmp_path / "out", **{flag: value})
-    assert said in refused(lambda: load_tokenizer(parse_arguments(words)))
+    assert said in refused(lambda: run(parse_arguments(words)))
 
 
 def test_a_value_that_argparse_takes_for_none(folder, tmp_path):
