@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 from transformers.utils import ExplicitEnum
 from trl import ModelConfig, SFTConfig
@@ -163,6 +164,11 @@ class LisaSFTConfig(SFTConfig):
             self.bf16 = bool(self.bf16)  # asked for, not by default: few CPUs multiply in bf16
         if isinstance(self.report_to, str) and "," in self.report_to:
             self.report_to = [name.strip() for name in self.report_to.split(",")]
+        trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        if unknown := [name for name in trackers if name not in ("all", "none", *INTEGRATION_TO_CALLBACK)]:
+            raise UserError(
+                f"--report_to {unknown[0]}: unknown; choose all, none, or of {', '.join(INTEGRATION_TO_CALLBACK)}."
+            )
         if self.fsdp:
             raise UserError(f"--fsdp {self.fsdp}: training is sharded by DeepSpeed's ZeRO; leave it out.")
         optim = getattr(self.optim, "value", self.optim)

@@ -224,7 +224,8 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         )
     except Exception as error:
         # The library tokenizers, which is in Rust, raises Exception itself for files that it cannot read.
-        if type(error) is not Exception and not isinstance(error, OSError | ValueError | TypeError | KeyError):
+        known = OSError | ValueError | TypeError | KeyError | AttributeError  # of transformers, which reads them too
+        if type(error) is not Exception and not isinstance(error, known):
             raise
         raise UserError(
             f"--model_name_or_path {config.model.model_name_or_path}: its tokenizer cannot be loaded "

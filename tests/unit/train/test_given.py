@@ -52,6 +52,7 @@ def refused(call, *arguments) -> str:
         ("pad_token", "<none>", "--pad_token <none>: the tokenizer has no such token."),
         ("model_init_kwargs", "-5", '--model_init_kwargs -5: give an object in JSON, such as {"name": 1}.'),
         ("accelerator_config", "x", "--accelerator_config x: give an object in JSON"),
+        ("report_to", "wandb,x", "--report_to x: unknown; choose all, none, or of "),
         ("dtype", "@x", "--dtype @x: unknown; give auto or a name of torch's, such as bfloat16."),
         ("torch_compile_mode", "a\u2028b", "--torch_compile_mode a b: unknown; choose one of default"),
         ("method", "a\nb", "--method a b: unknown; choose one of lisa, full, lora."),
@@ -165,6 +166,7 @@ def writing(name: str, content: str):
         (writing("config.json", "{}"), "its config.json is of no model that can be trained"),
         (writing("tokenizer_config.json", "{"), "tokenizer_config.json: cannot be read"),
         (writing("tokenizer.json", "{"), "its tokenizer cannot be loaded"),
+        (writing("tokenizer.json", '{"added_tokens": "x"}'), "its tokenizer cannot be loaded"),
         (writing("tokenizer.json", "{}"), "its tokenizer cannot be loaded"),
         (writing("model.safetensors", ""), "model.safetensors is damaged"),
         (
