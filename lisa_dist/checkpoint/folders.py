@@ -16,8 +16,8 @@ from pathlib import Path
 from lisa_dist.distributed.collectives import gather, together
 from lisa_dist.distributed.run_lock import is_held, run_id
 from lisa_dist.files import DamagedError, flush_folder, read_json, set_mode_by_umask
+from lisa_dist.run_folder import STATE_NAME
 
-STATE_NAME = "lisa_state.json"
 # Prefixes of folders that are no checkpoints: being written, about to be replaced, being deleted.
 _STAGING, _REPLACED, _DOOMED = "tmp-", "tmp-replaced-", "tmp-deleted-"
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # \d has the digits of every script

@@ -21,8 +21,9 @@ from lisa_dist.core.groups import split_by_decay
 from lisa_dist.core.movement import MOVEMENT_FILE
 from lisa_dist.distributed.collectives import check_files, raise_shared, raise_together
 from lisa_dist.errors import UserError
-from lisa_dist.files import DamagedError, read_json
+from lisa_dist.files import DamagedError
 from lisa_dist.optim.states import PartitionKey
+from lisa_dist.run_folder import check_state
 from lisa_dist.zero.partitions import ZeroPartitions
 
 
@@ -125,7 +126,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     problems: list[str] = []
     state: dict[str, Any] = {}
     try:
-        state = read_json(path)
+        state = check_state(folder)
     except DamagedError as error:
         problems = [str(error).removesuffix(".")]
     raise_together(problems)
@@ -134,9 +135,6 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"{path} has format {state['format']}, written by lisa_dist {state['versions']['lisa_dist']}; this release "
             f"reads up to {FORMAT}: upgrade lisa_dist."
         )
-    files = state.get("files")
-    lists_sums = isinstance(files, dict) and all(isinstance(about, dict) for about in files.values())
-    raise_together([] if lists_sums else [f"{path} is damaged: it lists no sums of files"])
     raise_shared(why_foreign(folder, state["files"]))
     check_files(folder, state["files"])
     raise_shared(why_unlisted(folder, state))

@@ -152,8 +152,6 @@ class LisaMixin(MonitoredMixin):
             raise UserError("this trainer has trained once: build a new one.")
         with one_run_in(str(self.args.output_dir)):
             folder = self._find_resume(resume_from_checkpoint)
-            if self._resume_state is not None:
-                check_pickles(Path(str(folder)), self._resume_state["files"])
             try:
                 with self._signals, self._watchdog:
                     return super().train(folder, *args, **kwargs)
@@ -220,6 +218,7 @@ class LisaMixin(MonitoredMixin):
             anew, mine = self.args.ignore_data_skip, self._identity if self.args.process_index == 0 else None
             check_global_batch_size(folder, state, self._engine.train_batch_size(), anew)
             changed, factor = compare_on_rank_0(folder, mine, anew)
+            check_pickles(folder, state["files"])
             for rates in state["learning_rates"].values():
                 rates |= {name: rate * factor for name, rate in rates.items()}
             load_checkpoint(self._controller, folder, state)

@@ -20,6 +20,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.files import describe_file, replacing, write_json
 
 INDEX = "model.safetensors.index.json"
+STATE = {"format": 1, "world_size": 1, "saved_at": 0.0, "lisa": {"config": {}}, "versions": {"lisa_dist": "0"}}
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def folder(tmp_path):
 
 def list_files(folder, left_out=(), **more) -> None:
     files = {name: about for name, about in describe_files(folder).items() if name not in (STATE_NAME, *left_out)}
-    write_json(folder / STATE_NAME, {"format": 1, "world_size": 1, "files": files | more})
+    write_json(folder / STATE_NAME, STATE | {"files": files | more})
 
 
 def check_refused(folder, words: str) -> None:
@@ -89,10 +90,10 @@ def test_every_file_that_is_read_has_a_sum(folder, name):
 
 
 def test_a_checkpoint_without_sums_is_refused(folder):
-    write_json(folder / STATE_NAME, {"format": 1, "world_size": 1, "files": {}})
+    write_json(folder / STATE_NAME, STATE | {"files": {}})
     check_refused(folder, f"{STATE_NAME} does not list")
-    write_json(folder / STATE_NAME, {"format": 1, "world_size": 1})
-    with pytest.raises(UserError, match="lists no sums of files"):
+    write_json(folder / STATE_NAME, STATE)
+    with pytest.raises(UserError, match=r"is damaged, or not of a LISA run: files is not an object"):
         export_checkpoint(folder, folder.parent / "out")
 
 
