@@ -88,6 +88,12 @@ def find_foreign_name(names: Iterable[object]) -> object | None:
     return None
 
 
+def flush_file(path: Path) -> None:
+    """Make the bytes of a file durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def flush_folder(folder: Path) -> None:
     """Make the names in a folder durable: those of its files, or of a folder just renamed in it."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -107,8 +113,7 @@ def replacing(path: Path) -> Iterator[Path]:
     staged.unlink(missing_ok=True)
     try:
         yield staged
-        with staged.open("rb") as file:
-            os.fsync(file.fileno())
+        flush_file(staged)
         set_mode_by_umask(staged)
         os.replace(staged, path)
     finally:

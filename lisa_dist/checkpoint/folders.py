@@ -5,7 +5,6 @@ is whole. One that is replaced or deleted is renamed first, so that half a check
 of the run, so that two runs that save in one folder do not write into each other's.
 """
 
-import contextlib
 import os
 import re
 import shutil
@@ -25,23 +24,24 @@ _LEFTOVER = re.compile(rf"(?:{_STAGING}|{_REPLACED}|{_DOOMED})(checkpoint-[0-9]+
 _QUIET = 3600.0  # seconds after which nobody goes on writing to a folder
 
 
-@contextlib.contextmanager
-def staging_folder(folder: Path, writes: bool) -> Iterator[Path]:
-    """Where to write what becomes `folder`, until `put_in_place`; every rank enters it, one with `writes` makes it.
+def make_staging(folder: Path, writes: bool) -> Path:
+    """A folder next to `folder` to write a checkpoint in, made on the rank that `writes`.
 
-    It is gone afterwards. Raises SaveError on all ranks when it cannot be made.
+    Raises SaveError on all ranks when it cannot be made.
     """
     staging = folder.with_name(f"{_STAGING}{folder.name}-{gather(run_id())[0]}")
-    try:
-        with together(folder):
-            if writes:
-                remove_leftovers(folder.parent)
-                _remove(staging)
-                staging.mkdir(parents=True)
-        yield staging
-    finally:  # after a save that succeeded nothing is left there
+    with together(folder):
         if writes:
+            remove_leftovers(folder.parent)
             _remove(staging)
+            staging.mkdir(parents=True)
+    return staging
+
+
+def drop_staging(staging: Path, writes: bool) -> None:
+    """Remove what a save that failed has written."""
+    if writes:
+        _remove(staging)
 
 
 def put_in_place(staging: Path, folder: Path) -> None:

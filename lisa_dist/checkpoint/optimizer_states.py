@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from lisa_dist.optim.adamw import BLOCK, decode_moment, num_blocks, with_blocks
 from lisa_dist.optim.moments import MOMENTS, dequantize
@@ -30,10 +29,13 @@ def state_file(rank: int, world_size: int) -> str:
     return f"lisa_optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def write_states(
-    path: Path, states: dict[PartitionKey, PartitionState], pieces: dict[PartitionKey, list[Piece]]
-) -> None:
-    """Write this rank's partitions; `pieces` lists which elements of which parameters are in each of them."""
+def states_on_host(
+    states: dict[PartitionKey, PartitionState], pieces: dict[PartitionKey, list[Piece]]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Copies of this rank's partitions, as tensors and metadata of a file.
+
+    `pieces` lists which elements of which parameters are in each of them.
+    """
     canonical = {f"state{number}": moment for moment, number in MOMENTS.items()}
     tensors: dict[str, torch.Tensor] = {}
     partitions = []
@@ -46,18 +48,23 @@ def write_states(
             elif scales is not None:
                 for piece, blocks in with_blocks(pieces[key]):
                     cut = value.detach()[piece.offset : piece.offset + piece.length]
-                    tensors[f"{piece.name}:{field}_codes"] = cut.cpu()
-                    tensors[f"{piece.name}:{field}_scales"] = scales[blocks].cpu()
+                    tensors[f"{piece.name}:{field}_codes"] = copy_on_host(cut)
+                    tensors[f"{piece.name}:{field}_scales"] = copy_on_host(scales[blocks])
             elif field.endswith("_scales"):
                 continue
             elif value.numel() == state.numel and value.is_floating_point():
                 for piece in pieces[key]:
                     cut = value.detach()[piece.offset : piece.offset + piece.length]
-                    tensors[f"{piece.name}:{canonical.get(field, field)}"] = cut.cpu()
+                    tensors[f"{piece.name}:{canonical.get(field, field)}"] = copy_on_host(cut)
             else:
-                tensors[f"{index}:{field}"] = value.detach().cpu().clone()
+                tensors[f"{index}:{field}"] = copy_on_host(value.detach())
         partitions.append(partition)
-    save_file(tensors, path, metadata={"partitions": json.dumps(partitions)})
+    return tensors, {"partitions": json.dumps(partitions)}
+
+
+def copy_on_host(value: torch.Tensor) -> torch.Tensor:
+    """A copy that no later step changes."""
+    return value.to("cpu", copy=True)
 
 
 def _as_lists(pieces: list[Piece]) -> list[list]:

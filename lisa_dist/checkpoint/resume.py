@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from lisa_dist.checkpoint.block_files import block_files, saved_blocks
 from lisa_dist.checkpoint.folders import STATE_NAME, checkpoints_by_age, remove_leftovers
 from lisa_dist.checkpoint.optimizer_states import MASTER, STATE_FILES, StateFiles, state_file
 from lisa_dist.checkpoint.save import ENGINE_COUNTERS, FORMAT
@@ -54,6 +55,9 @@ def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict[str, A
     if changed_settings:
         lisa.begin_afresh(without_moments)
     _load_learning_rates(engine.optimizer.param_groups, state["learning_rates"], rate_ratio(lisa, state["lisa"]))
+    # 6. Blocks that do not change from here on need not be written again.
+    files = block_files(engine.module, lisa.blocks)
+    lisa.changes.begin(saved_blocks(folder, state["files"], files), engine.global_steps)
     return state
 
 
@@ -168,3 +172,4 @@ def start_from_weights(lisa: LisaController, folder: Path) -> None:
     read_weights(lisa.engine, lisa.blocks, folder, same_dtype=False)
     lisa.load_state_dict(lisa.state_dict())  # builds the partitions again, with masters from the weights
     lisa.movement.restart()
+    lisa.changes.forget()

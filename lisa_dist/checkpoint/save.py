@@ -2,7 +2,8 @@
 
 A folder `checkpoint-N` contains
 
-- the model as `save_pretrained` writes it, all blocks, frozen or not;
+- the model as `save_pretrained` writes it, all blocks, frozen or not, each in a file of its own. A block that has not
+  changed since the last checkpoint beside it is a hard link to that one's file;
 - `lisa_optimizer-RANK-of-RANKS.safetensors`: masters and moments of active blocks and of kept ones, by parameter name;
 - `lisa_movement.safetensors`: samples of the weights at the start, by which later movement is measured;
 - `lisa_state.json`: format, step, period, active layers, settings, versions, and the SHA-256 of every other file.
@@ -12,24 +13,36 @@ restores neither frozen weights nor the step counts of several groups.
 """
 
 import time
+import weakref
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import deepspeed
+import torch
+from safetensors.torch import save_file
 from torch import distributed as dist
 
-from lisa_dist.checkpoint.folders import STATE_NAME, put_in_place, staging_folder
-from lisa_dist.checkpoint.optimizer_states import state_file, write_states
-from lisa_dist.checkpoint.weights import MAX_SHARD_SIZE, write_configs, write_weights
+from lisa_dist.checkpoint.block_files import assign, block_files, host_by_host, link_unchanged, write_index_of
+from lisa_dist.checkpoint.folders import STATE_NAME, drop_staging, make_staging, put_in_place
+from lisa_dist.checkpoint.optimizer_states import copy_on_host, state_file, states_on_host
+from lisa_dist.checkpoint.weights import write_configs
+from lisa_dist.core.changes import SavedBlocks
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.movement import MOVEMENT_FILE
-from lisa_dist.distributed.collectives import describe_files, together
+from lisa_dist.distributed.collectives import background_group, describe_files, gather, together
+from lisa_dist.distributed.health import host_name
 from lisa_dist.files import write_json
+from lisa_dist.zero.stage3 import drop_prefetched
 
 FORMAT = 1
 ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+HOST_BYTES = 8 * 1024**3  # of a rank's copies, which wait to be written
 _PACKAGES = ("lisa_dist", "torch", "deepspeed", "transformers")
+
+_running: "weakref.WeakKeyDictionary[LisaController, _Save]" = weakref.WeakKeyDictionary()
 
 
 def save_checkpoint(
@@ -38,39 +51,153 @@ def save_checkpoint(
     *,
     writes: bool | None = None,
     write_more: Callable[[Path], None] | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
+    in_background: bool = False,
+    then: Callable[[], None] | None = None,
+    host_bytes: int = HOST_BYTES,
 ) -> None:
     """Write a checkpoint; every rank calls it between two optimizer steps.
 
-    `writes`: whether this rank writes the model (rank 0 by default). `write_more(path)`, called on every rank, writes
-    the model's configs instead of this function, and whatever else belongs to the model. `max_shard_size` in bytes.
+    `writes`: whether this rank writes what the ranks do not share (rank 0 by default). `write_more(path)`, called on
+    every rank, writes the model's configs instead of this function, and whatever else belongs to the model.
+    `in_background`: return once what has changed is copied to the host, and write it while training goes on;
+    `finish_save` waits for that, as the next save does. `then()` comes on every rank once the checkpoint is there.
+    `host_bytes`: what a rank holds in copies at most; where there is more, all are written before training goes on.
+
     `folder` does not exist before all of it is on disk. Raises SaveError on every rank when one cannot write.
     """
     assert lisa.is_attached, "attach the controller to a DeepSpeed engine first"
-    folder, engine, movement = Path(folder), lisa.engine, lisa.movement
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    writes = rank == 0 if writes is None else writes
-    with staging_folder(folder, writes) as staging:
+    finish_save(lisa)
+    folder, writes = Path(folder), dist.get_rank() == 0 if writes is None else writes
+    with _Save(lisa, folder, make_staging(folder, writes), writes, host_bytes, then) as save:
         # 1. The model's configs, or what `write_more` writes.
         with together(folder):
             if write_more is not None:
-                write_more(staging)
+                write_more(save.staging)
             elif writes:
-                write_configs(engine.module, staging)
-        # 2. The weights of all blocks: gathered block by block under ZeRO-3, written by one rank.
-        write_weights(engine, lisa.blocks, staging, writes, max_shard_size, reported_folder=folder)
-        # 3. Masters and moments: each rank writes those of its own partitions.
-        with together(folder):
-            write_states(staging / state_file(rank, world_size), *lisa.saved_states())
-            if rank == 0:
-                movement.save(staging / MOVEMENT_FILE)
-        # 4. Sizes and sums: the ranks share the files, and flush each to disk.
-        files = describe_files(staging)
-        # 5. The state, and the rename that makes it a checkpoint.
-        with together(folder):
-            if writes:
-                write_json(staging / STATE_NAME, _describe_run(lisa) | {"files": files})
-                put_in_place(staging, folder)
+                write_configs(lisa.engine.module, save.staging)
+            if dist.get_rank() == 0:
+                lisa.movement.save(save.staging / MOVEMENT_FILE)
+        # 2. The weights of blocks that have changed, gathered block by block under ZeRO-3, and links for the others.
+        save.link_and_copy_weights()
+        # 3. Masters and moments: each rank copies those of its own partitions.
+        save.copy_states()
+        # 4. Copies to disk, sizes and sums, and the rename that makes it a checkpoint.
+        if in_background:
+            save.complete_in_background()
+            _running[lisa] = save
+        else:
+            save.complete()
+            lisa.changes.saved = save.saved
+
+
+def finish_save(lisa: LisaController) -> None:
+    """Wait until the save that goes on in the background is complete, where there is one; every rank calls it.
+
+    Raises SaveError on every rank when one could not write.
+    """
+    save = _running.pop(lisa, None)
+    if save is not None:
+        with save:
+            save.wait()
+            lisa.changes.saved = save.saved
+
+
+class _Save:
+    """A checkpoint that is being written; where an error ends it nothing of it stays."""
+
+    saved: SavedBlocks  # once it is complete
+
+    def __init__(
+        self,
+        lisa: LisaController,
+        folder: Path,
+        staging: Path,
+        writes: bool,
+        host_bytes: int,
+        then: Callable[[], None] | None,
+    ):
+        self.staging = staging
+        self._lisa, self._folder, self._writes, self._host_bytes, self._then = lisa, folder, writes, host_bytes, then
+        lisa.note_changes()
+        self._changed = lisa.changes.take(lisa.engine.global_steps)
+        self._on_host: dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]] = {}
+        self._written: list[str] = []
+        self._group: dist.ProcessGroup | None = None  # of the thread that writes
+        self._future: Future[None] | None = None
+
+    def __enter__(self) -> "_Save":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._lisa.changes.give_back(self._changed)
+            drop_staging(self.staging, self._writes)
+
+    def link_and_copy_weights(self) -> None:
+        """Link what has not changed, and copy what has: each file to the rank that writes it."""
+        engine, rank, linked = self._lisa.engine, dist.get_rank(), None
+        drop_prefetched(engine)
+        self._files = block_files(engine.module, self._lisa.blocks)
+        with together(self._folder):
+            if self._writes:
+                linked = link_unchanged(self._files, self._changed, self._lisa.changes.saved, self.staging)
+                write_index_of(self._files, self.staging)
+        self._linked = next(found for found in gather(linked) if found is not None)
+        files = [file for file in self._files if file.name not in self._linked]
+        owners = assign(files, host_by_host(gather(host_name())))
+        held = dict.fromkeys(owners.values(), 0)
+        for file in files:
+            owner = owners[file.name]
+            if held[owner] + file.nbytes > self._host_bytes:
+                self._write_copies()
+                held = dict.fromkeys(held, 0)
+            held[owner] += file.nbytes
+            with deepspeed.zero.GatheredParameters(list(file.tensors.values())):
+                if rank == owner:
+                    copies = {name: copy_on_host(value.detach()) for name, value in file.tensors.items()}
+                    self._on_host[file.name] = copies, {"format": "pt"}
+
+    def copy_states(self) -> None:
+        """Copy masters and moments, and note where the run is."""
+        file = state_file(dist.get_rank(), dist.get_world_size())
+        self._on_host[file] = states_on_host(*self._lisa.saved_states())
+        self._state = _describe_run(self._lisa)
+        held = sum(copy.nbytes for copies, _ in self._on_host.values() for copy in copies.values())
+        if max(gather(held)) > self._host_bytes:
+            self._write_copies()
+
+    def complete(self) -> None:
+        """Write all that is on the host, and make a checkpoint of the folder."""
+        self._write_copies()
+        described = describe_files(self.staging, self._linked, self._written, self._group)
+        with together(self._folder, self._group):
+            if self._writes:
+                write_json(self.staging / STATE_NAME, self._state | {"files": described})
+                put_in_place(self.staging, self._folder)
+        of_blocks = {file.block: file.name for file in self._files}
+        self.saved = SavedBlocks(self._folder, of_blocks, {name: described[name] for name in of_blocks.values()})
+        if self._then is not None:
+            self._then()
+
+    def complete_in_background(self) -> None:
+        """`complete` in a thread beside the one that trains."""
+        self._group = background_group()
+        executor = ThreadPoolExecutor(1, thread_name_prefix="lisa_dist saves")
+        self._future = executor.submit(self.complete)
+        executor.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Until it is complete; raises what `complete` has raised."""
+        assert self._future is not None
+        self._future.result()
+
+    def _write_copies(self) -> None:
+        """Write this rank's copies, which are on the host no longer; every rank calls it."""
+        with together(self._folder, self._group):
+            for name, (tensors, about) in self._on_host.items():
+                save_file(tensors, self.staging / name, metadata=about)
+                self._written.append(name)
+        self._on_host.clear()
 
 
 def _describe_run(lisa: LisaController) -> dict[str, Any]:

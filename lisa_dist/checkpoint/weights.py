@@ -76,7 +76,7 @@ def write_weights(
         if writes:
             if len(shards) > 1:
                 with replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as path:
-                    _write_index(path, file_by_name, nbytes_by_name)
+                    write_index(path, file_by_name, sum(nbytes_by_name.values()))
                 names = [*names, SAFE_WEIGHTS_INDEX_NAME]
             _remove_weights(folder, except_names=names)  # those of an earlier save
 
@@ -146,12 +146,12 @@ def export_weights(folder: Path, out: Path) -> None:
         file_by_name |= dict.fromkeys(tensors, file_name)
         nbytes_by_name |= {name: value.nbytes for name, value in tensors.items()}
     if len(set(file_by_name.values())) > 1:
-        _write_index(out / SAFE_WEIGHTS_INDEX_NAME, file_by_name, nbytes_by_name)
+        write_index(out / SAFE_WEIGHTS_INDEX_NAME, file_by_name, sum(nbytes_by_name.values()))
 
 
-def _write_index(path: Path, file_by_name: dict[str, str], nbytes_by_name: dict[str, int]) -> None:
-    """The index of sharded weights, as `from_pretrained` reads it."""
-    index = {"metadata": {"total_size": sum(nbytes_by_name.values())}, "weight_map": file_by_name}
+def write_index(path: Path, file_by_name: dict[str, str], nbytes: int) -> None:
+    """The index of sharded weights, `nbytes` in all, as `from_pretrained` reads it."""
+    index = {"metadata": {"total_size": nbytes}, "weight_map": file_by_name}
     path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -160,11 +160,15 @@ def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
 
 
-def _parts(model: torch.nn.Module, blocks: Blocks) -> list[dict[str, torch.Tensor]]:
-    """Everything that is saved, by name: the parameters of each block, then the persistent buffers."""
+def named_parts(model: torch.nn.Module, blocks: Blocks) -> list[tuple[str, dict[str, torch.Tensor]]]:
+    """Everything that is saved: the parameters of each block, by its name, then the persistent buffers."""
     saved = model.state_dict().keys()
-    parts: list[dict[str, torch.Tensor]] = [{**block.parameters} for block in blocks]
-    return [*parts, {name: value for name, value in model.named_buffers() if name in saved}]
+    parts: list[tuple[str, dict[str, torch.Tensor]]] = [(block.name, {**block.parameters}) for block in blocks]
+    return [*parts, ("buffers", {name: value for name, value in model.named_buffers() if name in saved})]
+
+
+def _parts(model: torch.nn.Module, blocks: Blocks) -> list[dict[str, torch.Tensor]]:
+    return [tensors for _, tensors in named_parts(model, blocks)]
 
 
 def _fill_shards(

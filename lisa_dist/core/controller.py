@@ -27,6 +27,7 @@ from torch import distributed as dist
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.agreement import broadcast_active_set, compare_ranks
 from lisa_dist.core.blocks import find_blocks
+from lisa_dist.core.changes import BlockChanges
 from lisa_dist.core.checkpointing import check_checkpointing, let_backward_end
 from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_weights
 from lisa_dist.core.guards import InactiveWeights, MissedSwitchGuard, NonfiniteGuard
@@ -78,6 +79,7 @@ class LisaController:
         self.visit_counts = [0] * len(self.blocks.layers)
         self.block_visit_counts = {block.name: 0 for block in self.selection.sampled}
         self.is_attached = False
+        self.changes = BlockChanges()
         self._log = PeriodLog()
         self._inactive_weights: InactiveWeights | None = None  # with --lisa_debug
         self._warmup: ActivationWarmup | None = None
@@ -203,6 +205,7 @@ class LisaController:
         if self._inactive_weights is not None:
             self._inactive_weights.check(self.period)
         started = time.perf_counter()
+        self.note_changes()
         self._note_movement()
         self._observe()
         self.period = period
@@ -229,9 +232,12 @@ class LisaController:
 
     def _note_movement(self) -> None:
         """Look at the weights of the blocks whose period ends."""
+        self.movement.end_period(self.period, self.engine.global_steps, self._trained())
+
+    def _trained(self) -> list[str]:
+        """The names of the blocks that train in this period."""
         inactive = self.selection.inactive(self.active)
-        trained = [block.name for block in self.blocks if block.parameters and block not in inactive]
-        self.movement.end_period(self.period, self.engine.global_steps, trained)
+        return [block.name for block in self.blocks if block.parameters and block not in inactive]
 
     def _observe(self) -> None:
         """For the sampler "adaptive": what the layers have shown whose period ends."""
@@ -310,6 +316,10 @@ class LisaController:
     def partition_states(self) -> dict[PartitionKey, PartitionState]:
         """This rank's masters and optimizer states, keyed by the names of the parameters they were cut from."""
         return self.partitions.states()
+
+    def note_changes(self) -> None:
+        """Note for the next checkpoint which weights the steps of this period have changed."""
+        self.changes.note(self._trained(), self.engine.global_steps)
 
     def saved_states(self) -> tuple[dict[PartitionKey, PartitionState], dict[PartitionKey, list[Piece]]]:
         """What a checkpoint holds of this rank's optimizer: active and kept partitions, and the pieces of each."""

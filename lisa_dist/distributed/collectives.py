@@ -4,6 +4,8 @@ A checkpoint is written by all ranks. When one of them meets a full disk the oth
 checkpoint for complete: `together` makes every rank of a phase raise when one does.
 """
 
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -15,14 +17,27 @@ from lisa_dist.files import DamagedError, SaveError, describe_file, is_disk_erro
 
 T = TypeVar("T")
 
+_background_groups: dict[Any, dist.ProcessGroup] = {}
 
-def gather(value: T) -> list[T]:
+
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """The value of every rank, in rank order; where there are no ranks, of this process."""
     if not dist.is_initialized():
         return [value]
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, value)
+    dist.all_gather_object(every, value, group)
     return every
+
+
+def background_group() -> dist.ProcessGroup | None:
+    """Ranks for a thread beside the one that trains, whose collectives must not mix with its; all ranks call it."""
+    if not dist.is_initialized():
+        return None
+    world = dist.group.WORLD
+    if world not in _background_groups:
+        # A rank may write long after the others have.
+        _background_groups[world] = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
+    return _background_groups[world]
 
 
 class together:  # noqa: N801 - reads as a verb: `with together(folder):`
@@ -31,8 +46,8 @@ class together:  # noqa: N801 - reads as a verb: `with together(folder):`
     Every rank must enter it, and the body must hold no collective. `folder` is what the message says was being written.
     """
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, folder: Path, group: dist.ProcessGroup | None = None):
+        self._folder, self._group = folder, group
 
     def __enter__(self) -> "together":
         return self
@@ -40,7 +55,8 @@ class together:  # noqa: N801 - reads as a verb: `with together(folder):`
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        every = gather(None if error is None else (f"{type(error).__name__}: {error}", is_disk_error(error)))
+        about = None if error is None else (f"{type(error).__name__}: {error}", is_disk_error(error))
+        every = gather(about, self._group)
         failed = {rank: about for rank, about in enumerate(every) if about is not None}
         if not failed:
             return
@@ -54,12 +70,23 @@ class together:  # noqa: N801 - reads as a verb: `with together(folder):`
             raise RuntimeError(f"{self._folder} could not be written ({reasons})")
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file under `folder`, each flushed to disk; the ranks share the work."""
-    names = _list_files(folder)
-    with together(folder):
-        mine = {name: describe_file(folder / name, flush=True) for name in my_share(names)}
-    return {name: about for part in gather(mine) for name, about in part.items()}
+def describe_files(
+    folder: Path,
+    known: Mapping[str, dict[str, Any]] | None = None,
+    own: Sequence[str] = (),
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file under `folder`, each flushed to disk.
+
+    Each rank describes its `own` files, which it has just written, and the ranks share all others but those that are
+    `known`.
+    """
+    described = dict(known or {})
+    taken = described.keys() | {name for names in gather(list(own), group) for name in names}
+    names = [name for name in _list_files(folder, group) if name not in taken]
+    with together(folder, group):
+        mine = {name: describe_file(folder / name, flush=True) for name in (*own, *my_share(names))}
+    return described | {name: about for part in gather(mine, group) for name, about in part.items()}
 
 
 def check_files(folder: Path, described: dict[str, dict[str, Any]]) -> None:
@@ -90,10 +117,10 @@ def raise_shared(problem: str | None) -> None:
         raise SharedError(first)
 
 
-def _list_files(folder: Path) -> list[str]:
+def _list_files(folder: Path, group: dist.ProcessGroup | None) -> list[str]:
     """Files under `folder` that any rank sees: a shared file system may show a rank its own files first."""
     mine = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    return sorted({name for names in gather(mine) for name in names})
+    return sorted({name for names in gather(mine, group) for name in names})
 
 
 def my_share(names: list[str]) -> list[str]:

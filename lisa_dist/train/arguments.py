@@ -82,6 +82,13 @@ class RunArguments:
             "chunked (TRL's, computed again there), liger, or auto: logits where they fit, else liger where it runs."
         },
     )
+    save_async: bool = field(
+        default=False,
+        metadata={
+            "help": "With --method lisa: write checkpoints while training goes on, which waits for the copies of what "
+            "has changed on the host alone."
+        },
+    )
     hang_timeout: float = field(
         default=HANG_TIMEOUT,
         metadata={

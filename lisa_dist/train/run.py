@@ -299,6 +299,7 @@ def build_trainer(
             hang_timeout=config.run.hang_timeout,
             checkpointed_layers=config.run.checkpointed_layers,
             gpu_memory=config.run.gpu_memory,
+            save_async=config.run.save_async,
             **arguments,
         )
     else:

@@ -46,6 +46,7 @@ def _without_effect(config: RunConfig) -> list[str]:
     defaults = LisaConfig().to_dict()
     given = [name for name, value in config.lisa.to_dict().items() if value != defaults[name]]
     given += ["gpu_memory"] if config.run.gpu_memory is not None else []
+    given += ["save_async"] if config.run.save_async else []
     if method != "lisa" and given:
         texts.append(f"{', '.join(f'--{name}' for name in given)}, which are for --method lisa")
     fields = ModelArguments.__dataclass_fields__

@@ -30,7 +30,7 @@ from lisa_dist.checkpoint.resume import (
     read_state,
     start_from_weights,
 )
-from lisa_dist.checkpoint.save import save_checkpoint
+from lisa_dist.checkpoint.save import finish_save, save_checkpoint
 from lisa_dist.checkpoint.trust import check_pickles
 from lisa_dist.checkpoint.weights import read_weights, save_without_weights, write_weights
 from lisa_dist.config import LisaConfig
@@ -74,6 +74,7 @@ class LisaMixin(MonitoredMixin):
     decoder layers, or "auto" for the fewest that `gpu_memory`, such as "24GiB", is enough for (by default all of the
     GPU but 1 GiB); left out, `gradient_checkpointing` of the arguments decides. `optim` takes the place of the
     arguments' own, which know no "lisa_adamw". `torch_compile` of the arguments compiles each decoder layer by itself.
+    With `save_async` training waits for the copies of a checkpoint alone, and `on_save` comes before it is there.
     Raises ValueError at construction for arguments that LISA cannot train with.
     """
 
@@ -89,6 +90,7 @@ class LisaMixin(MonitoredMixin):
         checkpointed_layers: str | int | None = None,
         gpu_memory: str | None = None,
         optim: str | None = None,
+        save_async: bool = False,
         **kwargs: Any,
     ):
         self.lisa: LisaController | None = None
@@ -101,6 +103,7 @@ class LisaMixin(MonitoredMixin):
         self._resume_state: dict[str, Any] | None = None
         self._weights_from: Path | None = None
         self._saved_step: int | None = None
+        self._save_async = save_async
         if dist.is_initialized() and not deepspeed.comm.is_initialized():
             # Accelerate has started gloo for CPU ranks, but DeepSpeed must know of it before it loads a model in parts.
             start_deepspeed()
@@ -154,7 +157,9 @@ class LisaMixin(MonitoredMixin):
             folder = self._find_resume(resume_from_checkpoint)
             try:
                 with self._signals, self._watchdog:
-                    return super().train(folder, *args, **kwargs)
+                    output = super().train(folder, *args, **kwargs)
+                    finish_save(self._controller)
+                    return output
             finally:
                 if self._memory is not None:
                     self._memory.abandon()
@@ -282,6 +287,7 @@ class LisaMixin(MonitoredMixin):
         best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
         output = super()._finalize_training(*args, **kwargs)
         self.state.best_model_checkpoint = best
+        finish_save(self._controller)
         if self.args.load_best_model_at_end and best is not None and self.stopped_by is None:
             read_weights(self._engine, self._controller.blocks, Path(best))
             self._print(f"the model is that of {best}, the best by {self.args.metric_for_best_model}")
@@ -322,18 +328,27 @@ class LisaMixin(MonitoredMixin):
         step = self.state.global_step
         if self._saved_step == step:  # a signal in a step that is saved anyway
             return
+        finish_save(self._controller)
         self.store_flos()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
         best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
         if self.state.best_global_step and (best == folder or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
-        save_checkpoint(self._controller, folder, writes=self.args.should_save, write_more=self._write_training_state)
+        save_checkpoint(
+            self._controller,
+            folder,
+            writes=self.args.should_save,
+            write_more=self._write_training_state,
+            in_background=self._save_async,
+            then=partial(self._after_save, folder, self.state.best_model_checkpoint),
+        )
         self._saved_step = step
+
+    def _after_save(self, folder: Path, best: str | None) -> None:
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
-            kept = self.state.best_model_checkpoint
-            rotate_checkpoints(folder, self.args.save_total_limit, kept and Path(kept))
+            rotate_checkpoints(folder, self.args.save_total_limit, best and Path(best))
 
     def _write_training_state(self, folder: Path) -> None:
         """What the Trainer keeps next to model and optimizer: random states, schedule, its own state, the tokenizer."""

@@ -222,9 +222,13 @@ def describe_checkpoint(output_dir: Path) -> dict:
         del state[name]
     for name in ("seconds", "live_bytes", "bytes_released"):
         del state["lisa"]["record"][name]
-    described = {"names of files": sorted(str(path.relative_to(output_dir)) for path in output_dir.rglob("*"))}
+    others = (path for path in output_dir.rglob("*") if not path.name.startswith("model"))
+    described = {"names of files": sorted(str(path.relative_to(output_dir)) for path in others)}
     described |= {f"{name} in lisa_state.json": value for name, value in state.items()}
-    return described | {path.name: hash_file(path) for path in sorted(saved.glob("*.safetensors"))}
+    described |= {path.name: hash_file(path) for path in sorted(saved.glob("lisa_*.safetensors"))}
+    weights = [safe_open(path, "pt") for path in saved.glob("model*.safetensors")]  # in one file, or in one for a block
+    named = sorted(((name, file) for file in weights for name in file.keys()), key=lambda pair: pair[0])  # noqa: SIM118
+    return described | {"weights": hash_tensors((name, file.get_tensor(name)) for name, file in named)}
 
 
 def hash_file(path: Path) -> str:

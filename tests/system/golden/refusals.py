@@ -115,7 +115,7 @@ def prepare(folder: Path) -> None:
     saved = folder / f"checkpoint-{CUT}"
     cell_runs.run(CELLS[0], str(folder))
     shutil.copytree(saved, folder / "damaged")
-    weights = folder / "damaged" / "model.safetensors"
+    weights = min((folder / "damaged").glob("model*.safetensors"))
     content = bytearray(weights.read_bytes())
     content[-20] ^= 1
     weights.write_bytes(content)

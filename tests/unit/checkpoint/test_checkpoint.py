@@ -19,7 +19,7 @@ from ranks import run_ranks
 from torch import distributed as dist
 
 import lisa_dist
-from lisa_dist.checkpoint.folders import STATE_NAME, rotate_checkpoints, staging_folder
+from lisa_dist.checkpoint.folders import STATE_NAME, drop_staging, make_staging, rotate_checkpoints
 from lisa_dist.checkpoint.resume import find_checkpoint, load_checkpoint, read_state
 from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.files import write_json
@@ -272,7 +272,12 @@ def test_every_damaged_file_is_named_and_the_older_checkpoint_found(tmp_path):
     problems, others = run_ranks(damage_each_file, 2, str(tmp_path))
     assert problems == others, "all ranks say the same"
     files = {problem.split()[0] for problem in problems}
-    assert {STATE_NAME, "model.safetensors", "config.json", "lisa_optimizer-00001-of-00002.safetensors"} <= files
+    assert {
+        STATE_NAME,
+        "model-00001-of-00009.safetensors",
+        "config.json",
+        "lisa_optimizer-00001-of-00002.safetensors",
+    } <= files
     assert len(problems) == 4 * len(files)
 
 
@@ -437,15 +442,16 @@ def test_a_run_that_goes_back_forgets_states_kept_since(tmp_path):
 
 def test_a_rank_that_does_not_write_leaves_the_staging_folder_alone(tmp_path):
     """Another rank of the same file system may have begun to fill it."""
-    with staging_folder(tmp_path / "checkpoint-2", writes=False) as staging:
-        assert not staging.exists()
+    staging = make_staging(tmp_path / "checkpoint-2", writes=False)
+    assert not staging.exists()
     staging.mkdir()
-    with staging_folder(tmp_path / "checkpoint-2", writes=False):
-        pass
-    assert staging.is_dir()
     (staging / "model.safetensors").touch()
-    with staging_folder(tmp_path / "checkpoint-2", writes=True):
-        assert not list(staging.iterdir())
+    make_staging(tmp_path / "checkpoint-2", writes=False)
+    drop_staging(staging, writes=False)
+    assert list(staging.iterdir())
+    make_staging(tmp_path / "checkpoint-2", writes=True)
+    assert not list(staging.iterdir())
+    drop_staging(staging, writes=True)
     assert not staging.exists()
 
 

@@ -12,7 +12,7 @@ from models import tiny_llama
 from safetensors.torch import save_file
 
 from lisa_dist.checkpoint.export import export_checkpoint
-from lisa_dist.checkpoint.folders import STATE_NAME, put_in_place, remove_leftovers, rotate_checkpoints, staging_folder
+from lisa_dist.checkpoint.folders import STATE_NAME, make_staging, put_in_place, remove_leftovers, rotate_checkpoints
 from lisa_dist.checkpoint.trust import check_pickles
 from lisa_dist.checkpoint.weights import weight_files
 from lisa_dist.distributed.collectives import describe_files
@@ -137,13 +137,13 @@ def test_links_in_the_places_of_checkpoints_are_replaced(tmp_path):
     (tmp_path / "outside" / "kept.txt").touch()
     out = tmp_path / "out"
     out.mkdir()
-    with staging_folder(out / "checkpoint-2", writes=True) as staging:
-        pass
+    staging = make_staging(out / "checkpoint-2", writes=True)
+    staging.rmdir()
     for name in (staging.name, "checkpoint-2", "tmp-checkpoint-3", "tmp-replaced-checkpoint-4"):
         (out / name).symlink_to(tmp_path / "outside")
-    with staging_folder(out / "checkpoint-2", writes=True) as staging:
-        (staging / STATE_NAME).touch()
-        put_in_place(staging, out / "checkpoint-2")
+    make_staging(out / "checkpoint-2", writes=True)
+    (staging / STATE_NAME).touch()
+    put_in_place(staging, out / "checkpoint-2")
     remove_leftovers(out)
     assert [path.name for path in out.iterdir()] == ["checkpoint-2"]
     assert not (out / "checkpoint-2").is_symlink()

@@ -35,7 +35,7 @@ def train_and_save(folder: str, ds_config: str, build, dtype: torch.dtype, max_s
         engine.step()
     with torch.no_grad():  # stage 3 now fetches ahead for a backward pass, and must not be left with it
         engine(input_ids=rows, labels=rows)
-    save_checkpoint(lisa, Path(folder) / "checkpoint-4", max_shard_size=max_shard_size)
+    save_checkpoint(lisa, Path(folder) / "checkpoint-4")
     out = Path(folder) / "saved"
     if dist.get_rank() == 0:
         out.mkdir()
@@ -73,7 +73,7 @@ def test_from_pretrained_loads_what_was_trained(tmp_path, ds_config, build, dtyp
             assert torch.equal(value, trained[parameter]), f"{parameter} in {name}"
         files = [path for path in folder.glob("*.safetensors") if not path.name.startswith("lisa_")]
         assert all(path.stat().st_size < max_shard_size + 200_000 for path in files)
-        if max_shard_size < 1 << 30:
+        if max_shard_size < 1 << 30 or name == "checkpoint-4":
             assert len(files) > 2
             index = json.loads((folder / "model.safetensors.index.json").read_text())
             assert index["metadata"]["total_size"] == sum(value.nbytes for value in trained.values())
