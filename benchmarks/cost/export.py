@@ -19,7 +19,8 @@ import lisa_dist
 from benchmarks.common.arms import model_of
 from benchmarks.common.ranks import run_on_ranks
 from benchmarks.common.results import parser_of, print_table, write_results
-from lisa_dist.checkpoint.save import load_checkpoint, save_checkpoint
+from lisa_dist.checkpoint.resume import load_checkpoint
+from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.checkpoint.weights import write_configs, write_weights
 
 SHARD_BYTES = 100_000_000

@@ -55,6 +55,19 @@ def of_export(figures: dict) -> str:
     return f"a checkpoint of {size:.2f} GB: saved in {save:.1f} s, loaded in {load:.1f} s, exported in {export:.1f} s"
 
 
+@latest("checkpoints")
+def of_checkpoints(figures: dict) -> str:
+    texts = {}
+    for ds_config, ways in figures["saves"].items():
+        written = [sum(one["bytes"] for one in found) / len(found) / 1e9 for found in ways.values()]
+        waited = [sum(one["waited"] for one in found) / len(found) for found in ways.values()]
+        texts[f"{ds_config}:"] = (
+            f"{written[0]:.2f} GB in {waited[0]:.1f} s, changed alone {written[1]:.2f} GB in {waited[1]:.1f} s, in the "
+            f"background {waited[2]:.1f} s"
+        )
+    return f"a save writes, and training waits: {named(texts)}"
+
+
 @latest("states")
 def of_states(figures: dict) -> str:
     if "keep" in figures:
