@@ -1,0 +1,185 @@
+"""Every causal and image-text architecture of transformers, tiny: one step and one switch, against plain AdamW.
+
+python tests/system/architectures.py [model_type ...]
+
+Sizes of a config are known by their names, and made small; what cannot be built so is counted. A loop of one's own
+trains each on one CPU rank under ZeRO-2, with a switch before the second step, and plain torch trains the same layers:
+losses and all weights must be equal but for rounding. Prints a table; test_architectures.py runs a part of it.
+"""
+
+import collections
+import contextlib
+import copy
+import io
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+import lisa_dist
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from ranks import run_ranks, stop_ranks
+from reference import train_reference
+
+from lisa_dist.core.blocks import find_blocks
+from lisa_dist.errors import UserError
+
+MAPPINGS = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "image-text": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+LAYERS, VOCABULARY, LENGTH = 4, 128, 16
+LR = 1e-3
+# What the name of a size says of it; the first that fits decides.
+SIZES = (
+    (r"vocab_size(_per_layer_input)?|max_position_embeddings|n_positions|max_seq_len|n_ctx", VOCABULARY),
+    (r"(num_|n_)?(hidden_|decoder_|encoder_|self_)?layers?|depth|num_blocks|num_mem_blocks", LAYERS),
+    (r"num_experts_per_tok(en)?|moe_topk|moe_k|num_selected_experts|top_k|expert_topk|top_k_experts", 2),
+    (r"(num_|n_)?(local_|routed_)?experts", 4),
+    (r"n_shared_experts|num_shared_experts|moe_num_shared_experts|n_group|topk_group|num_expert_groups|n_groups", 1),
+    (r"(num_|n_)?(key_value|kv)_heads|num_query_groups|num_kv_heads", 2),
+    (r"(mamba_|linear_)?(num_|n_)?(.*_)?heads?|n_head", 4),
+    (r"qk_rope_head_dim|index_head_dim", 8),
+    (r"(.*_)?head_dim|head_size|kv_channels|d_kv|(.*_)?lora_rank|d_state|(.*_)?state_size|(.*_)?chunk_size", 16),
+    (r"hidden_size_per_layer_input|embedding_size_per_layer", 16),
+    (r"(.*_)?intermediate_size|(.*_)?ffn_dim|ffn_hidden_size|d_ff|n_inner|dense_ffn.*", 96),
+    (r"(.*_)?hidden_size|n_embd|d_model|dim|embedding_size|embed_dim|embedding_dim|word_embed_proj_dim|d_embed", 64),
+    (r"sliding_window|window_size|attention_window", 8),
+)
+
+
+def shrink(config: PretrainedConfig) -> None:
+    """Make every size of a config, and of the configs in it, small, and lists by layer as long as there are layers."""
+    depths = {value for name, value in vars(config).items() if isinstance(value, int) and size_of(name) == LAYERS}
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):
+            shrink(value)
+        elif isinstance(value, bool) or name.startswith("_"):
+            continue
+        elif isinstance(value, int) and (small := size_of(name)) is not None:
+            set_if_possible(config, name, min(value, small))
+        elif isinstance(value, list) and len(value) in depths and len(value) > LAYERS:
+            set_if_possible(config, name, spread(value))
+        elif re.fullmatch(r".*_token_id|.*_token_index", name) and isinstance(value, int) and value >= VOCABULARY:
+            set_if_possible(config, name, VOCABULARY - 1)
+        elif re.search("dropout|_pdrop|jitter|layerdrop", name) and isinstance(value, float):
+            set_if_possible(config, name, 0.0)
+
+
+def size_of(name: str) -> int | None:
+    return next((small for pattern, small in SIZES if re.fullmatch(pattern, name)), None)
+
+
+def spread(values: list) -> list:
+    """As many as there are layers, with as many kinds as fit."""
+    kinds = list(dict.fromkeys(map(repr, values)))
+    firsts = [next(value for value in values if repr(value) == kind) for kind in kinds][:LAYERS]
+    return firsts + values[: LAYERS - len(firsts)]
+
+
+def set_if_possible(config: PretrainedConfig, name: str, value: Any) -> None:
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        setattr(config, name, value)
+
+
+def build(model_type: str, class_name: str) -> PreTrainedModel | None:
+    """A tiny model; None for one that needs more than small sizes."""
+    try:
+        config = AutoConfig.for_model(model_type)
+        shrink(config)
+        torch.manual_seed(0)
+        model = getattr(transformers, class_name)._from_config(config, dtype=torch.float32)
+        model.config.use_cache = False
+        if sum(parameter.numel() for parameter in model.parameters()) > 20_000_000:
+            return None
+        model.train()
+        tokens = batches()[0, 0]
+        first, second = (model(input_ids=tokens, labels=tokens).loss for _ in range(2))
+        return model if torch.equal(first, second) and first.isfinite() and first.requires_grad else None
+    except Exception:  # noqa: BLE001 - of transformers, and of as many kinds as there are architectures
+        return None
+
+
+def batches() -> torch.Tensor:
+    """Of shape (steps, micro-batches, rows, length); the last ids may be special."""
+    return torch.randint(3, VOCABULARY - 8, (2, 1, 2, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def train(model: PreTrainedModel) -> str:
+    """Equal, refused with the reason, or what differs."""
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(True)
+    try:
+        config = lisa_dist.LisaConfig(lisa_interval_steps=1, lisa_activated_layers=1, lisa_sampler="reshuffle")
+        engine, lisa = lisa_dist.initialize(model, "zero2", config, lr=LR, micro_batch_size=2)
+    except UserError as error:
+        return f"refused: {error}"
+    losses, periods = [], []
+    for (tokens,) in batches():
+        lisa.on_step_begin()
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+        periods.append(lisa.active_layers)
+    blocks = find_blocks(twin)
+    layers = list(twin.get_submodule(blocks.layers_path))
+    outside = [list(blocks.outside.parameters.values())] * 2
+    expected = train_reference(twin, layers, periods, 1, batches(), lr=LR, weight_decay=0.0, asleep_of_period=outside)
+    worst, name = max(
+        ((mine - theirs).abs().max().item(), name)
+        for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True)
+    )
+    engine.destroy()
+    if max(abs(one - other) for one, other in zip(losses, expected, strict=True)) > 1e-4:
+        return f"losses {losses}, of plain AdamW {expected}"
+    # A first step of AdamW is the sign of the gradient, so rounding shows where a gradient is next to nothing.
+    return "equal" if worst <= 1e-5 else f"{name} differs by {worst:.2g}"
+
+
+def outcomes(names: list[str] | None = None) -> Iterator[tuple[str, str, str]]:
+    """Of each architecture: in which mapping it is, its type, and what came of it."""
+    for kind, mapping in MAPPINGS.items():
+        for model_type, class_name in mapping.items():
+            if names is not None and model_type not in names:
+                continue
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                model = build(model_type, class_name if isinstance(class_name, str) else class_name[0])
+                try:
+                    outcome = "not buildable" if model is None else train(model)
+                except Exception as error:  # noqa: BLE001 - a crash is an outcome too
+                    outcome = f"{type(error).__name__}: {error}"
+            yield kind, model_type, outcome
+
+
+def on_a_rank(names: list[str] | None = None) -> list[tuple[str, str, str]]:
+    """All of them, on a rank."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    found = []
+    for one in outcomes(names):
+        found.append(one)
+        print(*one, file=sys.__stderr__, flush=True)
+    return found
+
+
+def main() -> None:
+    """Print every outcome, and how many there are of each."""
+    (found,) = run_ranks(on_a_rank, 1, sys.argv[1:] or None, timeout=7200)
+    for kind in MAPPINGS:
+        of_kind = [outcome.partition(":")[0] for one, _, outcome in found if one == kind]
+        print(kind, dict(collections.Counter(of_kind)))
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    main()

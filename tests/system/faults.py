@@ -1,0 +1,279 @@
+"""Ranks of a run are killed, stopped, or find the disk full, at every moment of saves, switches and loads.
+
+python tests/system/faults.py --faults 1000 --seed 0
+
+A run is a loop of one's own on two CPU ranks, which saves every other step and is started again after each fault, from
+what it finds. Nothing is lost: whatever has the name of a checkpoint is whole, the newest is never older than before
+the fault, and the run ends with the bits of one that nothing has happened to. Prints a table of moments and faults.
+test_faults.py runs a few of them.
+"""
+
+import argparse
+import collections
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from models import tiny_llama, token_batches
+from ranks import rank_context
+
+STEPS, INTERVAL, SAVES = 12, 3, 2
+DRAWN = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.5"}
+PATIENCE = 120  # seconds after which a start has hung
+RUNS = (
+    {"ds_config": "zero2", "in_background": True},
+    {"ds_config": "zero3", "in_background": True, "lisa": {"lisa_state": "keep"}},
+    {"ds_config": "zero1", "in_background": False, "optim": "lisa_adamw"},
+    {"ds_config": "zero2_offload", "in_background": True},
+    {"ds_config": "zero3", "in_background": False},
+    {"ds_config": "zero2", "in_background": True, "lisa": DRAWN},
+)
+# Functions by whose calls moments are told, and whether a full disk may come there. Some are called by rank 0 alone.
+MOMENTS = {
+    "copy to the host": ("lisa_dist.checkpoint.save", "copy_on_host", False),
+    "link": ("lisa_dist.checkpoint.block_files", "_link_or_copy", True),
+    "write": ("lisa_dist.checkpoint.save", "save_file", True),
+    "sum": ("lisa_dist.distributed.collectives", "describe_file", True),
+    "state": ("lisa_dist.checkpoint.save", "write_json", True),
+    "rename": ("lisa_dist.checkpoint.save", "put_in_place", True),
+    "rotation": ("lisa_dist.checkpoint.folders", "_remove", False),
+    "switch": ("lisa_dist.core.controller", "LisaController._activate", False),
+    "partition": ("lisa_dist.core.controller", "LisaController._repartition", False),
+    "check of the sums": ("lisa_dist.distributed.collectives", "check_files", False),
+    "load of the weights": ("lisa_dist.checkpoint.resume", "read_weights", False),
+    "load of the states": ("lisa_dist.checkpoint.resume", "_load_states", False),
+    "step": ("deepspeed.runtime.engine", "DeepSpeedEngine.step", False),
+}
+OF_RANK_0 = ("link", "state", "rename", "rotation")
+KINDS = ("SIGKILL", "SIGTERM", "SIGSTOP", "full disk", "torn file")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The `number`-th call of a moment's function on a rank ends in a fault, before or after it."""
+
+    moment: str
+    kind: str
+    rank: int
+    number: int
+    after: bool
+
+
+def draw(generator: random.Random) -> Fault:
+    moment = generator.choice(list(MOMENTS))
+    kinds = [kind for kind in KINDS if kind != "full disk" or MOMENTS[moment][2]]
+    kinds = [kind for kind in kinds if kind != "torn file" or moment == "write"]
+    rank = 0 if moment in OF_RANK_0 else generator.randrange(2)
+    most = {"copy to the host": 60, "link": 9, "write": 9, "sum": 30, "rotation": 6, "step": 8}.get(moment, 3)
+    if "load" in moment or "check" in moment:
+        most = 1
+    return Fault(moment, generator.choice(kinds), rank, generator.randint(1, most), generator.random() < 0.5)
+
+
+# On a rank
+
+
+def strike(fault: Fault) -> None:
+    """Have the fault come. A process that is stopped goes on no more."""
+    module_name, attribute, _ = MOMENTS[fault.moment]
+    owner: Any = __import__(module_name, fromlist=["_"])
+    *inner, name = attribute.split(".")
+    for one in inner:
+        owner = getattr(owner, one)
+    function, calls = getattr(owner, name), 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls != fault.number:
+            return function(*args, **kwargs)
+        if fault.after:
+            outcome = function(*args, **kwargs)
+        Path(os.environ["STRUCK"]).touch()
+        if fault.kind == "full disk":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if fault.kind == "torn file":
+            function(*args, **kwargs)
+            os.truncate(args[1], os.path.getsize(args[1]) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), getattr(signal, fault.kind))
+        return outcome if fault.after else function(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def run_rank(rank: int, store: str, folder: str, run: dict, fault: dict | None, said: str) -> None:
+    """Go on from what is in `folder` to the end, unless the fault comes."""
+    with open(said, "wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=Path(store).parent.name, DS_ACCELERATOR="cpu", STRUCK=f"{said}.struck",
+    )  # fmt: skip
+    import torch
+
+    import lisa_dist
+    from lisa_dist.checkpoint.folders import rotate_checkpoints
+    from lisa_dist.checkpoint.resume import find_checkpoint
+    from lisa_dist.zero.cpu_ops import start_deepspeed
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    start_deepspeed()
+    if fault is not None and fault["rank"] == rank:
+        strike(Fault(**fault))
+    found = find_checkpoint(folder)
+    config = lisa_dist.LisaConfig(**{"lisa_interval_steps": INTERVAL} | run.get("lisa", {}))
+    model = tiny_llama(seed=0 if found is None else 9, num_layers=4)
+    optim = run.get("optim", "adamw_torch")
+    engine, lisa = lisa_dist.initialize(model, run["ds_config"], config, lr=1e-3, optim=optim)
+    if found is not None:
+        lisa_dist.load_checkpoint(lisa, *found)
+    batches = token_batches(STEPS, rows=2, length=8)
+    while engine.global_steps < STEPS:
+        lisa.on_step_begin()
+        rows = batches[engine.global_steps, 0, rank : rank + 1]
+        engine.backward(engine(input_ids=rows, labels=rows).loss)
+        engine.step()
+        if engine.global_steps % SAVES == 0:
+            saved = Path(folder) / f"checkpoint-{engine.global_steps}"
+
+            def rotate(saved: Path = saved) -> None:
+                if rank == 0:
+                    rotate_checkpoints(saved, 2)
+
+            lisa_dist.save_checkpoint(lisa, saved, in_background=run["in_background"], then=rotate)
+    lisa_dist.finish_save(lisa)
+    torch.distributed.barrier()
+    if rank == 0:
+        (Path(folder) / "done").touch()
+    os._exit(0)
+
+
+# Around the ranks
+
+
+def start(folder: Path, run: dict, fault: Fault | None) -> tuple[bool, str]:
+    """Start both ranks and wait for their end: whether the fault came, and what the ranks said."""
+    with tempfile.TemporaryDirectory() as meeting:
+        said = [f"{meeting}/{rank}.txt" for rank in range(2)]
+        arguments = [
+            (rank, f"{meeting}/store", str(folder), run, asdict(fault) if fault else None, said[rank])
+            for rank in range(2)
+        ]
+        ranks = [rank_context().Process(target=run_rank, args=one, daemon=True) for one in arguments]
+        for one in ranks:
+            one.start()
+        deadline = time.monotonic() + PATIENCE
+        while any(one.is_alive() for one in ranks):
+            stopped = any(one.is_alive() and state_of(one.pid) == "T" for one in ranks)
+            if not stopped and any(one.exitcode not in (None, 0) for one in ranks):
+                deadline = min(deadline, time.monotonic() + 15)  # for the other one to see that its peer is gone
+            hangs = not stopped and time.monotonic() > deadline
+            if stopped or hangs:
+                for one in ranks:
+                    one.kill()
+            if hangs:
+                raise AssertionError(f"{fault} in {run}: hung\n" + "".join(Path(one).read_text() for one in said))
+            time.sleep(0.01)
+        for one in ranks:
+            one.join()
+        came = any(Path(f"{one}.struck").exists() for one in said)
+        return came, "".join(Path(one).read_text(errors="replace") for one in said)
+
+
+def state_of(process: int | None) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
+
+
+def whole_checkpoints(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder; AssertionError for one that is not whole."""
+    from lisa_dist.checkpoint.resume import read_state
+
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        read_state(path)  # raises where a file is not as it was written
+        found.append(int(path.name.removeprefix("checkpoint-")))
+    return sorted(found)
+
+
+def digest(folder: Path) -> str:
+    """Of the weights and states of a finished run."""
+    last = folder / f"checkpoint-{STEPS}"
+    described = json.loads((last / "lisa_state.json").read_text())["files"]
+    sums = {name: about["sha256"] for name, about in described.items() if name.endswith(".safetensors")}
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+
+
+def undisturbed(run: dict, folder: Path) -> str:
+    _, said = start(folder, run, None)
+    assert (folder / "done").exists(), said[-3000:]
+    return digest(folder)
+
+
+def campaign(number: int, seed: int, report: Callable[[str], None] = print) -> collections.Counter:
+    """Have `number` faults come; how many by moment and kind. Raises AssertionError where anything is lost."""
+    generator = random.Random(seed)
+    came: collections.Counter[tuple[str, str]] = collections.Counter()
+    expected: dict[int, str] = {}
+    for chain in endless():
+        if came.total() >= number:
+            return came
+        index = (chain + seed) % len(RUNS)
+        run = RUNS[index]
+        with tempfile.TemporaryDirectory() as temporary:
+            if index not in expected:
+                expected[index] = undisturbed(run, Path(temporary) / "whole")
+            folder, newest, left = Path(temporary) / "run", 0, min(12, number - came.total())
+            while not (folder / "done").exists():
+                fault = draw(generator) if left else None
+                struck, said = start(folder, run, fault)
+                assert struck or (folder / "done").exists(), f"{fault} in {run} did not come\n{said[-3000:]}"
+                steps = whole_checkpoints(folder)
+                assert max(steps, default=0) >= newest, f"{fault} in {run}: {steps} after {newest}"
+                newest = max(steps, default=0)
+                if struck:
+                    left -= 1
+                    came[fault.moment, fault.kind] += 1
+            assert digest(folder) == expected[index], f"another end than undisturbed: {run}"
+        report(f"{came.total()} faults, run {chain + 1}: {run}")
+
+
+def endless() -> Iterator[int]:
+    chain = 0
+    while True:
+        yield chain
+        chain += 1
+
+
+def main() -> None:
+    """Print how many faults of each kind came at each moment."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    came = campaign(arguments.faults, arguments.seed, lambda line: print(line, flush=True))
+    print(f"{'':20}" + "".join(kind.rjust(11) for kind in KINDS))
+    for moment in MOMENTS:
+        print(moment.ljust(20) + "".join(f"{came[moment, kind]:11}" for kind in KINDS))
+    print(f"{came.total()} faults in {time.monotonic() - started:.0f} s: 0 lost, 0 hung")
+
+
+if __name__ == "__main__":
+    main()
