@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lisa_dist.checkpoint.export import export_checkpoint
     from lisa_dist.checkpoint.resume import load_checkpoint
-    from lisa_dist.checkpoint.save import save_checkpoint
+    from lisa_dist.checkpoint.save import finish_save, save_checkpoint
     from lisa_dist.config import LisaConfig
     from lisa_dist.core.controller import LisaController
     from lisa_dist.core.initialize import initialize

@@ -75,11 +75,13 @@ def set_rank(environment: MutableMapping[str, str] = os.environ) -> str:
 
 def check_port(environment: MutableMapping[str, str] = os.environ) -> None:
     """Raise UserError on rank 0 where the ranks cannot meet at MASTER_PORT, as another program listens there."""
+    if dist.is_initialized():  # they have met
+        return
     port, shown = _count(environment, "MASTER_PORT"), f"MASTER_PORT {environment['MASTER_PORT']}"
     if not 0 < port < 2**16:
         raise UserError(f"{shown}: a port is from 1 to 65535.")
     of_agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun listens there itself
-    if of_agent or environment["RANK"] != "0" or dist.is_initialized():
+    if of_agent or environment["RANK"] != "0":
         return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does

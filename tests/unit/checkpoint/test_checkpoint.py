@@ -250,7 +250,9 @@ def damage_each_file(folder: str) -> list[str]:
         for how, content in {"cut": whole[:-7], "empty": b"", "flip": flipped, "remove": None}.items():
             dist.barrier()
             if dist.get_rank() == 0:
-                path.unlink() if content is None else path.write_bytes(content)
+                path.unlink()  # and no other checkpoint's, of which it may be a link
+                if content is not None:
+                    path.write_bytes(content)
             dist.barrier()
             with pytest.raises(ValueError, match=name) as error:
                 load_checkpoint(lisa, newest)

@@ -3,6 +3,7 @@
 import socket
 
 import pytest
+from torch import distributed as dist
 
 from lisa_dist.distributed.ranks import check_port, expand_hosts, set_rank
 from lisa_dist.errors import UserError
@@ -90,7 +91,8 @@ def test_the_hosts_of_a_list(nodelist, hosts):
     assert expand_hosts(nodelist) == hosts.split()
 
 
-def test_a_port_at_which_the_ranks_cannot_meet():
+def test_a_port_at_which_the_ranks_cannot_meet(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)  # another test may have begun it
     with socket.create_server(("", 0)) as other:
         busy = {"RANK": "0", "MASTER_PORT": str(other.getsockname()[1])}
         with pytest.raises(UserError, match=r"MASTER_PORT \d+: rank 0 cannot listen there \(Address already in use\)"):

@@ -7,6 +7,7 @@ import signal
 import threading
 
 import pytest
+import torch
 from ranks import PATIENCE
 
 from lisa_dist.distributed.run_lock import LOCK_NAME, hold_folder, is_held, one_run_in
@@ -26,8 +27,10 @@ def hold(folder, connection) -> None:
 
 
 @pytest.fixture
-def start():
+def start(monkeypatch):
     """Start processes that hold a folder; they are gone at the end."""
+    # Another test of this process may have begun it, and a fork knows nothing of its threads.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     context, begun = multiprocessing.get_context("fork"), []
 
     def begin(folder):
