@@ -17,7 +17,7 @@ period would be lost.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import deepspeed
 import torch
@@ -80,6 +80,7 @@ class LisaController:
         self.block_visit_counts = {block.name: 0 for block in self.selection.sampled}
         self.is_attached = False
         self.changes = BlockChanges()
+        self.at_close: Callable[[], object] = lambda: None
         self._log = PeriodLog()
         self._inactive_weights: InactiveWeights | None = None  # with --lisa_debug
         self._warmup: ActivationWarmup | None = None
@@ -188,12 +189,13 @@ class LisaController:
         self._nonfinite.check(f"period {self.period}, active layers {list(self.active_layers)}")
 
     def close(self) -> None:
-        """Write the last period's line of the log; call after the last step."""
+        """Write the last period's line of the log, and give the output folder back; call after the last step."""
         self.check_finite()
         if self._inactive_weights is not None:
             self._inactive_weights.check(self.period)
         self._log.close(self.engine.global_steps, self._measure)
         self._note_movement()
+        self.at_close()
 
     def live_bytes(self) -> int:
         """Bytes that tensors hold on this rank's device right now."""

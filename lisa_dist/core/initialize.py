@@ -30,7 +30,7 @@ def initialize(
 
     `ds_config` is a shipped short name (zero1, zero2, zero3, zero2_offload, ...), a path, or a dict; its "auto" values
     are filled in from the arguments. Call `lisa.on_step_begin()` before every step.
-    While the controller lives no other run may have `output_dir`, where the logs go.
+    Until `lisa.close()`, or the end of the controller, no other run may have `output_dir`, where the logs go.
     """
     filled = load_ds_config(
         ds_config,
@@ -48,7 +48,7 @@ def initialize(
     optimizer = build_optimizer(groups, optim, lr=lr, offload=offload, seed=config.lisa_seed)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=filled)
     if output_dir is not None:  # the ranks know of each other now
-        weakref.finalize(lisa, hold_folder(output_dir))
+        lisa.at_close = weakref.finalize(lisa, hold_folder(output_dir))
     lisa.attach(engine, output_dir)
     engine.train()  # from_pretrained gives models that are to be used, not trained
     return engine, lisa

@@ -44,9 +44,11 @@ class _HidesSecrets:
 
 def _written_state(args: Any) -> dict[str, Any]:
     state = hide_secrets(vars(args))
-    if state.get("deepspeed_plugin") is not None:  # it has DeepSpeed's config as a dict and in an object
+    if state.get("deepspeed_plugin") is not None:  # it has DeepSpeed's config as a dict and in two objects
         plugin = state["deepspeed_plugin"] = copy.deepcopy(args.deepspeed_plugin)
         vars(plugin).update(hide_secrets(vars(plugin)))
-        plugin.hf_ds_config.config = hide_secrets(plugin.hf_ds_config.config)
+        for held in vars(plugin).values():
+            if isinstance(getattr(held, "config", None), dict):
+                held.config = hide_secrets(held.config)
         state["hf_deepspeed_config"] = plugin.hf_ds_config
     return state

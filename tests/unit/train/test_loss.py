@@ -157,7 +157,7 @@ BUDGET = {"checkpointed_layers": "auto", "gpu_memory": "1GiB"}
         ),
         ({"words": 2**33 // 512}, "chunked: logits in chunks, computed twice (auto: 8.00 GiB of logits"),
         (
-            {"max_length": 0},
+            {"max_length": -1},
             "(auto: no --max_length bounds the logits; Liger's Triton kernels need a CUDA device)",
         ),
         ({"label_smoothing_factor": 0.1}, "chunked: logits in chunks, computed twice (for the metrics: label smooth"),
