@@ -38,6 +38,7 @@ setup(
         "trl>=1.16,<2",
         "peft>=0.17,<1",
         "safetensors>=0.8,<1",
+        "huggingface-hub>=1.31,<3",
         "numpy>=1.26,<3",
         "pyarrow>=21,<27",
         "packaging>=23",  # its versions are years

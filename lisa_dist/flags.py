@@ -73,7 +73,7 @@ class FlagParser(HfArgumentParser):
         super().__init__(dataclass_types, usage=usage, allow_abbrev=False)
         self._groups = groups
         for action in self._actions:
-            if action.type in (int, float):
+            if action.type is int or action.type is float:
                 action.type = _finite(action.type)
         self.add_argument("--help_all", action=_HelpAll, nargs=0, dest=SUPPRESS, default=SUPPRESS, help="All flags.")
 

@@ -133,20 +133,29 @@ def read_lines(path: Path, shape: Any = None, warn: Callable[[str], None] = _war
     return lines
 
 
-# What is read of a checkpoint's state before an engine is there.
-_STATE = {
-    "format": count,
-    "saved_at": number,
+STATE_FORMAT = 1  # of lisa_state.json
+# What is read of a checkpoint's state before an engine is there; of one of a newer format, that it is one.
+_ANY_STATE = {"format": count, "saved_at": number, "versions": {"lisa_dist": str}}
+_STATE = _ANY_STATE | {
     "world_size": count,
     "lisa": {"config": dict},
     "files": Each({"bytes": count, "sha256": str}),
-    "versions": {"lisa_dist": str},
 }
 
 
 def check_state(folder: Path) -> dict[str, Any]:
-    """A checkpoint's lisa_state.json. Raises DamagedError where it is damaged, or was written by something else."""
-    state = read_json(folder / STATE_NAME)
-    if (found := misfit(state, _STATE)) is not None:
-        raise DamagedError(f"{folder / STATE_NAME} is damaged, or not of a LISA run: {found}.")
+    """A checkpoint's lisa_state.json.
+
+    Raises DamagedError where it is damaged, or was written by something else; UserError where by a newer release.
+    """
+    path = folder / STATE_NAME
+    state = read_json(path)
+    found = misfit(state, _ANY_STATE)
+    if found is None and state["format"] > STATE_FORMAT:
+        raise UserError(
+            f"{path} has format {state['format']}, written by lisa_dist {state['versions']['lisa_dist']}; this release "
+            f"reads up to {STATE_FORMAT}: upgrade lisa_dist."
+        )
+    if found := found or misfit(state, _STATE):
+        raise DamagedError(f"{path} is damaged, or not of a LISA run: {found}.")
     return state

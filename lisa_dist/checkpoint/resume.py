@@ -13,7 +13,7 @@ from torch import distributed as dist
 from lisa_dist.checkpoint.block_files import block_files, saved_blocks
 from lisa_dist.checkpoint.folders import STATE_NAME, checkpoints_by_age, remove_leftovers
 from lisa_dist.checkpoint.optimizer_states import MASTER, STATE_FILES, StateFiles, state_file
-from lisa_dist.checkpoint.save import ENGINE_COUNTERS, FORMAT
+from lisa_dist.checkpoint.save import ENGINE_COUNTERS
 from lisa_dist.checkpoint.trust import why_foreign, why_unlisted
 from lisa_dist.checkpoint.weights import has_weights, read_weights
 from lisa_dist.config import LisaConfig
@@ -21,7 +21,6 @@ from lisa_dist.core.controller import LisaController
 from lisa_dist.core.groups import split_by_decay
 from lisa_dist.core.movement import MOVEMENT_FILE
 from lisa_dist.distributed.collectives import check_files, raise_shared, raise_together
-from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError
 from lisa_dist.optim.states import PartitionKey
 from lisa_dist.run_folder import check_state
@@ -126,7 +125,6 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises on all ranks DamagedError, naming each file that is not as it was written, and UserError where a file leads
     out of the folder, or one that would be read is not among those whose sums were checked.
     """
-    path = folder / STATE_NAME
     problems: list[str] = []
     state: dict[str, Any] = {}
     try:
@@ -134,11 +132,6 @@ def read_state(folder: Path) -> dict[str, Any]:
     except DamagedError as error:
         problems = [str(error).removesuffix(".")]
     raise_together(problems)
-    if state["format"] > FORMAT:
-        raise UserError(
-            f"{path} has format {state['format']}, written by lisa_dist {state['versions']['lisa_dist']}; this release "
-            f"reads up to {FORMAT}: upgrade lisa_dist."
-        )
     raise_shared(why_foreign(folder, state["files"]))
     check_files(folder, state["files"])
     raise_shared(why_unlisted(folder, state))

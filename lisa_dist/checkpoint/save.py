@@ -35,9 +35,9 @@ from lisa_dist.core.movement import MOVEMENT_FILE
 from lisa_dist.distributed.collectives import background_group, describe_files, gather, together
 from lisa_dist.distributed.health import host_name
 from lisa_dist.files import write_json
+from lisa_dist.run_folder import STATE_FORMAT
 from lisa_dist.zero.stage3 import drop_prefetched
 
-FORMAT = 1
 ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 HOST_BYTES = 8 * 1024**3  # of a rank's copies, which wait to be written
 _PACKAGES = ("lisa_dist", "torch", "deepspeed", "transformers")
@@ -208,7 +208,7 @@ def _describe_run(lisa: LisaController) -> dict[str, Any]:
         for group in engine.optimizer.param_groups
     }
     return {
-        "format": FORMAT,
+        "format": STATE_FORMAT,
         "saved_at": time.time(),
         "world_size": dist.get_world_size(),
         "rows_per_step": engine.train_batch_size(),

@@ -231,7 +231,8 @@ class ModelArguments(ModelConfig):
             if getattr(self, flag):
                 rule = instead or "every method trains on weights in full precision; leave it out"
                 raise UserError(f"--{flag} True: {rule}.")
-        if self.dtype not in (None, "auto") and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+        known = self.dtype in (None, "auto") or isinstance(getattr(torch, str(self.dtype), None), torch.dtype)
+        if not known:
             raise UserError(f"--dtype {self.dtype}: unknown; give auto or a name of torch's, such as bfloat16.")
         if self.lora_r < 1:
             raise UserError(f"--lora_r {self.lora_r}: the rank of an adapter is at least 1.")

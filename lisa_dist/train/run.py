@@ -140,7 +140,8 @@ def _check(config: RunConfig) -> None:
     if packs_documents(training) and training.max_length is None:
         raise UserError("--packing true needs a --max_length: that of the rows which examples share.")
     check_output_dir(Path(str(training.output_dir)))
-    check_model_folder(str(config.model.model_name_or_path), training.model_init_kwargs or {})
+    loads_by: Any = training.model_init_kwargs  # JSON of a command line is an object by now
+    check_model_folder(str(config.model.model_name_or_path), loads_by or {})
     for flag, ours in _NOT_TAKEN.items():
         value = getattr(training, flag)
         if value != SFTConfig.__dataclass_fields__[flag].default:

@@ -348,7 +348,7 @@ class LisaMixin(MonitoredMixin):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
-            rotate_checkpoints(folder, self.args.save_total_limit, best and Path(best))
+            rotate_checkpoints(folder, self.args.save_total_limit, Path(best) if best else None)
 
     def _write_training_state(self, folder: Path) -> None:
         """What the Trainer keeps next to model and optimizer: random states, schedule, its own state, the tokenizer."""

@@ -227,9 +227,10 @@ def refused(output_dir: str, what: str) -> str:
             for name in names:
                 (Path(resume) / name).touch()
             newer = {"format": 99, "versions": {"lisa_dist": "9.0"}, "saved_at": 0.0}
-            loops = {
+            loops = newer | {
                 "format": 1,
                 "world_size": 1,
+                "lisa": {"config": {}},
                 "files": {name: describe_file(Path(resume) / name) for name in names},
             }
             state = loops if what == "resume a loop's" else newer
