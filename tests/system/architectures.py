@@ -1,10 +1,11 @@
 """Every causal and image-text architecture of transformers, tiny: one step and one switch, against plain AdamW.
 
-python tests/system/architectures.py [model_type ...]
+python tests/system/architectures.py [--blocks | model_type ...]
 
 Sizes of a config are known by their names, and made small; what cannot be built so is counted. A loop of one's own
 trains each on one CPU rank under ZeRO-2, with a switch before the second step, and plain torch trains the same layers:
-losses and all weights must be equal but for rounding. Prints a table; test_architectures.py runs a part of it.
+losses and all weights must be equal but for rounding. Prints a table; test_architectures.py runs a part of it. With
+`--blocks` it looks at the blocks of all, at their real size.
 """
 
 import collections
@@ -174,6 +175,12 @@ def on_a_rank(names: list[str] | None = None) -> list[tuple[str, str, str]]:
 
 def main() -> None:
     """Print every outcome, and how many there are of each."""
+    if "--blocks" in sys.argv:
+        from test_architectures import look_at_blocks
+
+        for kind in MAPPINGS:
+            look_at_blocks(kind, stride=1)
+        return
     (found,) = run_ranks(on_a_rank, 1, sys.argv[1:] or None, timeout=7200)
     for kind in MAPPINGS:
         of_kind = [outcome.partition(":")[0] for one, _, outcome in found if one == kind]

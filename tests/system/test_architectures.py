@@ -1,4 +1,4 @@
-"""Blocks of every causal and image-text architecture of transformers, at its real size, on the meta device.
+"""Blocks of the causal and image-text architectures of transformers, at their real size, on the meta device.
 
 Each is found right or refused in words. Right means: the layers are one list, the embedding and the head are in their
 blocks, other models inside are outside, and the blocks are as large as those of the language model by itself.
@@ -7,9 +7,11 @@ blocks, other models inside are outside, and the blocks are as large as those of
 import collections
 import warnings
 
+import architectures
 import pytest
 import torch
 import transformers
+from ranks import run_ranks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -80,12 +82,17 @@ def by_itself(model: PreTrainedModel, blocks: Blocks) -> list[str]:
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", MAPPINGS)
-def test_blocks_of_every_architecture(kind):
+def test_blocks_of_every_third_architecture(kind):
+    """`python tests/system/architectures.py --blocks` looks at all of them."""
+    look_at_blocks(kind, stride=3)
+
+
+def look_at_blocks(kind: str, stride: int) -> None:
     outcomes: collections.Counter[str] = collections.Counter()
     wrong = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for model_type, class_name in MAPPINGS[kind].items():
+        for model_type, class_name in list(MAPPINGS[kind].items())[::stride]:
             model = build(model_type, class_name if isinstance(class_name, str) else class_name[0])
             if model is None:
                 outcomes["not buildable"] += 1
@@ -104,3 +111,27 @@ def test_blocks_of_every_architecture(kind):
     assert wrong == {}
     assert outcomes["found"] > 0.75 * outcomes.total()
     assert outcomes["refused"] < 0.1 * outcomes.total()
+
+
+SLICE = [
+    "bloom",
+    "cohere",
+    "falcon",
+    "gemma3_text",
+    "gpt_neox",
+    "olmoe",
+    "opt",
+    "phi3",
+    "qwen2_moe",
+    "stablelm",
+    "llava",
+]
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("cpu_ops")
+def test_a_step_and_a_switch_are_those_of_plain_adamw():
+    """A slice of `python tests/system/architectures.py`."""
+    (found,) = run_ranks(architectures.on_a_rank, 1, SLICE)
+    assert {outcome for _, _, outcome in found} == {"equal"}, found
+    assert len(found) >= len(SLICE)

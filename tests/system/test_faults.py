@@ -6,10 +6,13 @@ import signal
 import time
 from pathlib import Path
 
+import faults
 import pytest
 from models import save_tiny_llama
 from ranks import free_port
 from runs import TRAIN, Alone, flags_for
+
+from lisa_dist.files import DamagedError
 
 pytestmark = [pytest.mark.full, pytest.mark.usefixtures("cpu_ops")]
 
@@ -86,3 +89,35 @@ def test_every_start_after_a_fault_goes_on_to_the_weights_of_the_undisturbed_run
     ranks = start(folder, out)
     assert ended(ranks) == [0, 0], ranks[0].said[-3000:]
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_no_fault_loses_what_was_saved():
+    """A slice of `python tests/system/faults.py`, at moments that are drawn."""
+    came = faults.campaign(8, seed=3)
+    assert came.total() == 8
+    assert len(came) > 4
+
+
+@pytest.mark.parametrize("lost", ["torn", "older", "other end"])
+def test_the_campaign_sees_what_is_lost(monkeypatch, lost):
+    """Each with one of its checks, of a run that nothing else has happened to."""
+    start = faults.start
+
+    def start_and_lose(folder, run, fault):
+        ended = start(folder, run, None)
+        if folder.name == "run":
+            last = folder / f"checkpoint-{faults.STEPS}"
+            weights = min(last.glob("model-*.safetensors"))
+            if lost == "torn":
+                os.truncate(weights, 100)
+            elif lost == "other end":
+                monkeypatch.setattr(faults, "digest", lambda _: "another")
+            else:
+                monkeypatch.setattr(faults, "whole_checkpoints", lambda _: [-1])
+        return ended
+
+    monkeypatch.setattr(faults, "start", start_and_lose)
+    monkeypatch.setattr(faults, "draw", lambda _: None)
+    said = {"torn": "is damaged", "older": "after 0", "other end": "another end than undisturbed"}[lost]
+    with pytest.raises((AssertionError, DamagedError), match=said):
+        faults.campaign(1, seed=0)

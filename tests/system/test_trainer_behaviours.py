@@ -123,10 +123,10 @@ def train(kind: type[Trainer], ds_config: str, changes: dict) -> tuple[list[dict
     return logs, weights
 
 
-def compare(ds_config: str) -> dict[str, str]:
+def compare(ds_config: str, names: list[str]) -> dict[str, str]:
     """What differs, by behaviour; "" where nothing does."""
     found = {}
-    for name, changes in BEHAVIOURS.items():
+    for name, changes in ((name, BEHAVIOURS[name]) for name in names):
         try:
             found[name] = differs(ds_config, changes)
         except Exception as error:  # noqa: BLE001 - of either trainer; the other behaviours are compared all the same
@@ -150,7 +150,9 @@ def differs(ds_config: str, changes: dict) -> str:
 
 @pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
-@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
-def test_lisa_of_all_layers_is_the_plain_trainer(ds_config):
-    found = run_ranks(compare, 2, ds_config)[0]
+@pytest.mark.parametrize(("ds_config", "part"), [("zero2", 0), ("zero3", 1)])
+def test_lisa_of_all_layers_is_the_plain_trainer(ds_config, part):
+    """Each stage in half of the ways."""
+    found = run_ranks(compare, 2, ds_config, list(BEHAVIOURS)[part::2])[0]
+    assert len(found) == len(BEHAVIOURS) // 2
     assert {name: said for name, said in found.items() if said} == {}
