@@ -47,17 +47,17 @@ RUNS = (
 # Functions by whose calls moments are told, and whether a full disk may come there. Some are called by rank 0 alone.
 MOMENTS = {
     "copy to the host": ("lisa_dist.checkpoint.save", "copy_on_host", False),
-    "link": ("lisa_dist.checkpoint.block_files", "_link_or_copy", True),
+    "link": ("os", "link", True),
     "write": ("lisa_dist.checkpoint.save", "save_file", True),
     "sum": ("lisa_dist.distributed.collectives", "describe_file", True),
     "state": ("lisa_dist.checkpoint.save", "write_json", True),
     "rename": ("lisa_dist.checkpoint.save", "put_in_place", True),
-    "rotation": ("lisa_dist.checkpoint.folders", "_remove", False),
-    "switch": ("lisa_dist.core.controller", "LisaController._activate", False),
-    "partition": ("lisa_dist.core.controller", "LisaController._repartition", False),
+    "rotation": ("shutil", "rmtree", False),
+    "switch": ("lisa_dist.core.selection", "BlockSelection.activate", False),
+    "partition": ("lisa_dist.zero.partitions", "ZeroPartitions.repartition", False),
     "check of the sums": ("lisa_dist.distributed.collectives", "check_files", False),
     "load of the weights": ("lisa_dist.checkpoint.resume", "read_weights", False),
-    "load of the states": ("lisa_dist.checkpoint.resume", "_load_states", False),
+    "load of the states": ("lisa_dist.checkpoint.optimizer_states", "StateFiles.read", False),
     "step": ("deepspeed.runtime.engine", "DeepSpeedEngine.step", False),
 }
 OF_RANK_0 = ("link", "state", "rename", "rotation")

@@ -213,18 +213,26 @@ def test_a_save_that_fails_in_the_background_is_named_by_all_and_its_blocks_are_
 
 
 def save_with_little_memory(folder: str, host_bytes: int) -> int:
-    """The greatest number of bytes of weights that this rank has held at a time."""
+    """The most bytes of weights that this rank has held at a time."""
     engine, lisa = start("zero3")
     take_steps(engine, lisa, 2)
-    most, write = 0, save_module._Save._write_copies
+    held = most = 0
+    copy_on_host, save_file = save_module.copy_on_host, save_module.save_file
 
-    def watched(save):
-        nonlocal most
-        most = max(most, sum(copy.nbytes for copies, _ in save._on_host.values() for copy in copies.values()))
-        write(save)
+    def copying(value: torch.Tensor) -> torch.Tensor:
+        nonlocal held, most
+        held += value.nbytes
+        most = max(most, held)
+        return copy_on_host(value)
+
+    def writing(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        nonlocal held
+        held -= sum(value.nbytes for value in tensors.values()) if path.name.startswith("model-") else 0
+        save_file(tensors, path, metadata=metadata)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(save_module._Save, "_write_copies", watched)
+        patch.setattr(save_module, "copy_on_host", copying)
+        patch.setattr(save_module, "save_file", writing)
         save_checkpoint(lisa, Path(folder) / "checkpoint-2", host_bytes=host_bytes)
     saved, weights = weights_in(Path(folder) / "checkpoint-2"), gathered(engine)
     assert all(torch.equal(value, saved[name]) for name, value in weights.items())
@@ -234,9 +242,9 @@ def save_with_little_memory(folder: str, host_bytes: int) -> int:
 
 def test_copies_on_the_host_are_bounded(tmp_path):
     layer = sum(parameter.numel() for parameter in tiny_llama().model.layers[0].parameters()) * 4
-    states = max(run_ranks(save_with_little_memory, 2, str(tmp_path / "one"), 1))
-    whole = min(run_ranks(save_with_little_memory, 2, str(tmp_path / "all"), 1 << 40))
-    assert whole > states + 2 * layer
+    assert max(run_ranks(save_with_little_memory, 2, str(tmp_path / "one"), 1)) == layer, "a file at a time"
+    assert max(run_ranks(save_with_little_memory, 2, str(tmp_path / "two"), 2 * layer)) == 2 * layer
+    assert min(run_ranks(save_with_little_memory, 2, str(tmp_path / "all"), 1 << 40)) > 2 * layer
 
 
 # Without ranks
