@@ -98,6 +98,8 @@ def check_resume(wanted: str | bool | None, output_dir: Path, method: str) -> No
             (_check_lisa if method == "lisa" else _check_other)(wanted, output_dir, method)
         except UserError as error:
             problem = str(error)
+        except OSError as error:  # a name that is too long, or a folder that may not be looked into
+            problem = f"--resume_from_checkpoint {wanted}: cannot be read ({error.strerror})."
     raise_shared(problem)
 
 

@@ -91,9 +91,16 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
 
 
 def _load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Data, loss: str) -> Any:
-    """The trainer, which loads the model. Raises UserError for weights of other sizes than its configuration's."""
+    """The trainer, which loads the model. Raises UserError for what the trainers of TRL and transformers refuse.
+
+    So it does for weights of other sizes than their configuration's.
+    """
     try:
         return build_trainer(config, tokenizer, data, loss)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(in_one_line(error)) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):  # what from_pretrained says of weights of other sizes
             raise
@@ -139,6 +146,8 @@ def _check(config: RunConfig) -> None:
     method, training = config.run.method, config.training
     if packs_documents(training) and training.max_length is None:
         raise UserError("--packing true needs a --max_length: that of the rows which examples share.")
+    if not training.output_dir:
+        raise UserError("--output_dir is empty: give a folder.")
     check_output_dir(Path(str(training.output_dir)))
     loads_by: Any = training.model_init_kwargs  # JSON of a command line is an object by now
     check_model_folder(str(config.model.model_name_or_path), loads_by or {})
