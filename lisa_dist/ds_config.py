@@ -4,6 +4,7 @@ Under the Hugging Face Trainer the "auto" values are filled in from its argument
 word, so a loop of one's own takes the config from `load_ds_config`.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from importlib import resources
@@ -28,8 +29,9 @@ def find_ds_config(name_or_path: str) -> str:
     """The file behind `--deepspeed`: a shipped short name or a path. Raises ValueError when it is neither."""
     if name_or_path in shipped_ds_configs():
         return str(resources.files("lisa_dist") / "ds_configs" / f"{name_or_path}.json")
-    if Path(name_or_path).is_file():
-        return name_or_path
+    with contextlib.suppress(OSError):  # of a name that is too long
+        if Path(name_or_path).is_file():
+            return name_or_path
     raise UserError(
         f"--deepspeed {name_or_path}: neither a file nor a shipped config; shipped are "
         f"{', '.join(shipped_ds_configs())}."

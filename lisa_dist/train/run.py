@@ -234,7 +234,8 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         )
     except Exception as error:
         # The library tokenizers, which is in Rust, raises Exception itself for files that it cannot read.
-        known = OSError | ValueError | TypeError | KeyError | AttributeError  # of transformers, which reads them too
+        # Of transformers, which reads them too, and the model's config with them.
+        known = OSError | ValueError | TypeError | KeyError | AttributeError | StrictDataclassError
         if type(error) is not Exception and not isinstance(error, known):
             raise
         raise UserError(

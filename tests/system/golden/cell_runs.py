@@ -222,7 +222,8 @@ def describe_checkpoint(output_dir: Path) -> dict:
         del state[name]
     for name in ("seconds", "live_bytes", "bytes_released"):
         del state["lisa"]["record"][name]
-    others = (path for path in output_dir.rglob("*") if not path.name.startswith("model"))
+    # Weights by their tensors below; an identity is of releases that have one.
+    others = (path for path in output_dir.rglob("*") if not path.name.startswith(("model", "lisa_identity")))
     described = {"names of files": sorted(str(path.relative_to(output_dir)) for path in others)}
     described |= {f"{name} in lisa_state.json": value for name, value in state.items()}
     described |= {path.name: hash_file(path) for path in sorted(saved.glob("lisa_*.safetensors"))}
