@@ -258,11 +258,14 @@ def damage_json(draws: random.Random, path: Path) -> None:
     if draws.random() < 0.35:
         damage_bytes(draws, path)
         return
-    lines = (
-        path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text(encoding="utf-8")]
-    )
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    lines = text.splitlines() if path.suffix == ".jsonl" else [text]
     at = draws.randrange(len(lines))
-    lines[at] = json.dumps(damage_value(draws, json.loads(lines[at])))
+    try:
+        lines[at] = json.dumps(damage_value(draws, json.loads(lines[at])))
+    except ValueError:  # it is damaged already
+        damage_bytes(draws, path)
+        return
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
