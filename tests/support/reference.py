@@ -59,6 +59,7 @@ def train_reference(
             total += loss.item()
         losses.append(total)
 
+        trained = [p for p in trained if p.grad is not None]  # an expert may have no token
         norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in trained))
         shrink = min(1.0, max_grad_norm / (norm + 1e-6))
         rate = lr(step) if callable(lr) else lr
