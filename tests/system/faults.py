@@ -55,7 +55,7 @@ MOMENTS = {
     "rotation": ("shutil", "rmtree", False),
     "switch": ("lisa_dist.core.selection", "BlockSelection.activate", False),
     "partition": ("lisa_dist.zero.partitions", "ZeroPartitions.repartition", False),
-    "check of the sums": ("lisa_dist.distributed.collectives", "check_files", False),
+    "check of the sums": ("lisa_dist.checkpoint.resume", "check_files", False),
     "load of the weights": ("lisa_dist.checkpoint.resume", "read_weights", False),
     "load of the states": ("lisa_dist.checkpoint.optimizer_states", "StateFiles.read", False),
     "step": ("deepspeed.runtime.engine", "DeepSpeedEngine.step", False),
