@@ -23,11 +23,8 @@ from transformers.trainer_callback import ExportableState
 
 from lisa_dist.checkpoint.folders import rotate_checkpoints
 from lisa_dist.checkpoint.resume import (
-    find_checkpoint,
-    has_only_weights,
     load_checkpoint,
     rate_ratio,
-    read_state,
     start_from_weights,
 )
 from lisa_dist.checkpoint.save import finish_save, save_checkpoint
@@ -37,7 +34,7 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import parse_budget, parse_checkpointed_layers
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_checks import check_no_adapters
-from lisa_dist.distributed.collectives import gather, together
+from lisa_dist.distributed.collectives import together
 from lisa_dist.distributed.health import ComputeTime, describe_ranks
 from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.distributed.signals import StopSignals
@@ -51,7 +48,6 @@ from lisa_dist.text import format_active
 from lisa_dist.train.callbacks import Heartbeat, LisaSteps
 from lisa_dist.train.checks import check_trainer
 from lisa_dist.train.compiled_layers import CompiledLayers
-from lisa_dist.train.given_paths import check_saved_by_trainer
 from lisa_dist.train.identity import (
     check_global_batch_size,
     compare_on_rank_0,
@@ -61,6 +57,7 @@ from lisa_dist.train.identity import (
 from lisa_dist.train.liger import check_liger
 from lisa_dist.train.model_header import describe_training
 from lisa_dist.train.monitoring import MonitoredMixin, SlowRanks, lisa_metrics
+from lisa_dist.train.resume_from import Beginning, find_beginning, load_schedule
 from lisa_dist.train.step_memory import StepWorkload, plan_run_memory
 from lisa_dist.zero.cpu_ops import start_deepspeed
 
@@ -100,8 +97,7 @@ class LisaMixin(MonitoredMixin):
         self._memory: RunMemory | None = None
         self._ranks: list[tuple[str, str]] = []
         self._slow_ranks: SlowRanks | None = None
-        self._resume_state: dict[str, Any] | None = None
-        self._weights_from: Path | None = None
+        self._begins = Beginning()
         self._saved_step: int | None = None
         self._save_async = save_async
         if dist.is_initialized() and not deepspeed.comm.is_initialized():
@@ -154,44 +150,16 @@ class LisaMixin(MonitoredMixin):
         if self.lisa is not None:
             raise UserError("this trainer has trained once: build a new one.")
         with one_run_in(str(self.args.output_dir)):
-            folder = self._find_resume(resume_from_checkpoint)
+            self._begins = find_beginning(resume_from_checkpoint, self.args.output_dir, self.accelerator.print)
+            folder = self._begins.checkpoint
             try:
                 with self._signals, self._watchdog:
-                    output = super().train(folder, *args, **kwargs)
+                    output = super().train(folder and str(folder), *args, **kwargs)
                     finish_save(self._controller)
                     return output
             finally:
                 if self._memory is not None:
                     self._memory.abandon()
-
-    def _find_resume(self, wanted: str | bool | None) -> str | None:
-        if wanted in (None, False):
-            return None
-        output_dir = self.args.output_dir
-        if wanted in (True, "auto"):
-            found = find_checkpoint(output_dir)
-            if found is not None:
-                check_saved_by_trainer(*found)
-                folder, self._resume_state = found
-                return str(folder)
-            if wanted is True:
-                raise UserError(
-                    f"--resume_from_checkpoint true: there is no whole checkpoint in --output_dir {output_dir}."
-                )
-            self.accelerator.print(f"no checkpoint in {output_dir} yet: the run begins at step 0.")
-            return None
-        folder = Path(str(wanted))
-        # Rank 0's view counts: a rank that saw no folder and raised alone would leave the others waiting.
-        is_folder, only_weights = gather((folder.is_dir(), has_only_weights(folder)))[0]
-        if not is_folder:
-            raise UserError(f"--resume_from_checkpoint {folder}: no such folder.")
-        if only_weights:
-            self.accelerator.print(f"{folder} is no checkpoint of a LISA run: a new run begins from its weights.")
-            self._weights_from = folder
-            return None
-        self._resume_state = read_state(folder)
-        check_saved_by_trainer(folder, self._resume_state)
-        return str(folder)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
@@ -218,7 +186,7 @@ class LisaMixin(MonitoredMixin):
     def _load(self, checkpoint: str | None, max_steps: int) -> None:
         """Go on from a checkpoint, or begin from the weights of a model, where there is one to load."""
         if checkpoint is not None:
-            folder, state = Path(checkpoint), self._resume_state
+            folder, state = Path(checkpoint), self._begins.state
             assert state is not None
             anew, mine = self.args.ignore_data_skip, self._identity if self.args.process_index == 0 else None
             check_global_batch_size(folder, state, self._engine.train_batch_size(), anew)
@@ -228,11 +196,15 @@ class LisaMixin(MonitoredMixin):
                 rates |= {name: rate * factor for name, rate in rates.items()}
             load_checkpoint(self._controller, folder, state)
             ratio = rate_ratio(self._controller, state["lisa"]) * factor
-            self._load_schedule(torch.load(folder / SCHEDULER_NAME, weights_only=True), ratio)
+            schedule, groups = (
+                torch.load(folder / SCHEDULER_NAME, weights_only=True),
+                self._engine.optimizer.param_groups,
+            )
+            load_schedule(self.lr_scheduler, groups, schedule, ratio)
             self._print(f"resumed from {folder}, after step {self._engine.global_steps} of {max_steps}")
             self._print(f"not as its run had it: {', '.join(changed)}" if changed else None)
-        elif self._weights_from is not None:
-            start_from_weights(self._controller, self._weights_from)
+        elif self._begins.weights_from is not None:
+            start_from_weights(self._controller, self._begins.weights_from)
 
     def _meet_ranks(self) -> None:
         """Learn which ranks there are and how fast they talk, for the header; time each of them from here on."""
@@ -263,17 +235,6 @@ class LisaMixin(MonitoredMixin):
     def _print(self, text: str | None) -> None:
         if text is not None and self.args.should_log:
             print(text, flush=True)
-
-    def _load_schedule(self, state: dict[str, Any], ratio: float) -> None:
-        """Go on with a saved schedule, times `ratio`; where there are other groups, each has the schedule's rate."""
-        for name in ("base_lrs", "_last_lr"):
-            if name in state:
-                state[name] = [rate * ratio for rate in state[name]]
-        fresh, groups = self.lr_scheduler.state_dict(), self._engine.optimizer.param_groups
-        if len(state.get("base_lrs", groups)) != len(groups):
-            state |= {name: value for name, value in fresh.items() if isinstance(value, list)}
-            state["_last_lr"] = [group["lr"] for group in groups]
-        self.lr_scheduler.load_state_dict(state)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's, which would train one step more when it resumes a run that has taken all of its steps."""

@@ -86,12 +86,13 @@ def spread(values: list) -> list:
 
 
 def set_if_possible(config: PretrainedConfig, name: str, value: Any) -> None:
+    # Some sizes are properties without a setter, which follow from others; a model that stays large is not built.
     with contextlib.suppress(AttributeError, NotImplementedError):
         setattr(config, name, value)
 
 
-def build(model_type: str, class_name: str) -> PreTrainedModel | None:
-    """A tiny model; None for one that needs more than small sizes."""
+def build(model_type: str, class_name: str) -> PreTrainedModel | str:
+    """A tiny model, or why there is none: some need more than small sizes."""
     try:
         config = AutoConfig.for_model(model_type)
         shrink(config)
@@ -99,13 +100,15 @@ def build(model_type: str, class_name: str) -> PreTrainedModel | None:
         model = getattr(transformers, class_name)._from_config(config, dtype=torch.float32)
         model.config.use_cache = False
         if sum(parameter.numel() for parameter in model.parameters()) > 20_000_000:
-            return None
+            return "it stays large"
         model.train()
         tokens = batches()[0, 0]
         first, second = (model(input_ids=tokens, labels=tokens).loss for _ in range(2))
-        return model if torch.equal(first, second) and first.isfinite() and first.requires_grad else None
-    except Exception:  # noqa: BLE001 - of transformers, and of as many kinds as there are architectures
-        return None
+        if torch.equal(first, second) and first.isfinite() and first.requires_grad:
+            return model
+        return f"its losses are {first.item():.6g} and {second.item():.6g}"
+    except Exception as error:  # noqa: BLE001 - of transformers alone, in as many kinds as there are architectures
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def batches() -> torch.Tensor:
@@ -155,7 +158,7 @@ def outcomes(names: list[str] | None = None) -> Iterator[tuple[str, str, str]]:
                 name = class_name if isinstance(class_name, str) else class_name[0]
                 model, twin = (build(model_type, name) for _ in range(2))
                 try:
-                    outcome = "not buildable" if model is None or twin is None else train(model, twin)
+                    outcome = f"not buildable: {model}" if isinstance(model, str) else train(model, twin)
                 except Exception as error:  # noqa: BLE001 - a crash is an outcome too
                     outcome = f"{type(error).__name__}: {error}"
             yield kind, model_type, outcome

@@ -25,13 +25,13 @@ from lisa_dist.errors import UserError
 MAPPINGS = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "image-text": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
 
 
-def build(model_type: str, class_name: str) -> PreTrainedModel | None:
-    """A model of the type's own config; None for one whose own config is not enough, or that needs another package."""
+def build(model_type: str, class_name: str) -> PreTrainedModel | str:
+    """A model of the type's own config, or why that is not enough: some need another package."""
     try:
         with torch.device("meta"):
             return getattr(transformers, class_name)._from_config(AutoConfig.for_model(model_type))
-    except Exception:  # noqa: BLE001 - of transformers, and of as many kinds as there are architectures
-        return None
+    except Exception as error:  # noqa: BLE001 - of transformers alone, in as many kinds as there are architectures
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def what_is_wrong(model: PreTrainedModel, blocks: Blocks) -> list[str]:
@@ -94,7 +94,8 @@ def look_at_blocks(kind: str, stride: int) -> None:
         warnings.simplefilter("ignore")
         for model_type, class_name in list(MAPPINGS[kind].items())[::stride]:
             model = build(model_type, class_name if isinstance(class_name, str) else class_name[0])
-            if model is None:
+            if isinstance(model, str):
+                print(kind, model_type, "not buildable:", model)
                 outcomes["not buildable"] += 1
                 continue
             try:
