@@ -134,7 +134,7 @@ def test_they_share_files_and_a_network_and_leave_nothing(tmp_path):
 
 
 def test_two_hosts_compute_what_one_does(hosts, folder, on_one_host, tmp_path):
-    for launcher in start_deepspeed(hosts, flags_for(folder, tmp_path / "out", **CHANGES), tmp_path):
+    for launcher in start_torchrun(hosts, flags_for(folder, tmp_path / "out", **CHANGES), tmp_path):
         assert launcher.wait(timeout=PATIENCE) == 0, said(tmp_path)
     assert "node1: rank 0; node2: rank 1; CPU" in said(tmp_path)
     assert f"gloo over eth0 ({ADDRESSES['node1']})" in said(tmp_path)
@@ -143,10 +143,10 @@ def test_two_hosts_compute_what_one_does(hosts, folder, on_one_host, tmp_path):
     assert [host.shared_memory() for host in hosts] == [[], []]
 
 
-@pytest.mark.parametrize("launch", [start_torchrun, start_deepspeed], ids=["torchrun", "deepspeed"])
-def test_both_hosts_end_when_the_cable_is_cut(hosts, folder, tmp_path, launch):
+def test_both_hosts_end_when_the_cable_is_cut(hosts, folder, tmp_path):
+    """Under deepspeed, whose launcher has lost the host too."""
     changes = {"max_steps": 100_000, "eval_strategy": "no", "learning_rate": 1e-6, "hang_timeout": HANG_TIMEOUT}
-    launchers = launch(hosts, flags_for(folder, tmp_path / "out", **CHANGES | changes), tmp_path)
+    launchers = start_deepspeed(hosts, flags_for(folder, tmp_path / "out", **CHANGES | changes), tmp_path)
     running = [None] * len(launchers)
     assert comes(lambda: "%  loss " in said(tmp_path) or [one.poll() for one in launchers] != running)
     assert [one.poll() for one in launchers] == running, said(tmp_path)

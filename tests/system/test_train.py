@@ -640,7 +640,6 @@ def converted(data_dir: Path, folder: Path) -> Path:
     [
         ("chat/oasst_en_chat.jsonl", {}, "oasst_en_chat.jsonl: "),
         full("pubmedqa", {"max_length": 512}, "pubmedqa.jsonl: question_answer (question, answer), 1000 examples"),
-        full("text/wiki_demo.txt", {"packing": True, "eval_rows": 1}, "wiki_demo.txt: text (text), "),
     ],
 )
 def test_each_kind_of_real_data_trains(data_dir, tmp_path, name, changes, found):

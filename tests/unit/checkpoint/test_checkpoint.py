@@ -119,14 +119,11 @@ def test_a_resumed_run_is_the_run(tmp_path, ds_config, dtype):
 @pytest.mark.parametrize(
     ("ds_config", "options"),
     [
-        full("zero1", {"accumulation": 2, "tied": True}),
         ("zero3", {"accumulation": 2, "tied": True, "lisa": {"lisa_state": "reset_all"}}),
         ("zero3", {"optim": "adamw_8bit"}),
         ("zero2", {"lisa": {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_state_bits": "embed=8"}}),
         full("zero3_offload", {"lisa": DRAWN | {"lisa_state": "keep", "lisa_activated_layers": 3}}),
-        full("zero2", {"lisa": {"lisa_always_on": "head,rest", "lisa_frozen": "embed", "lisa_sampler": "reshuffle"}}),
         full("zero2", {"lisa": {"lisa_offload": "head,layers", "lisa_state": "keep", "lisa_activated_layers": 3}}),
-        full("zero3", {"lisa": {"lisa_offload": "embed,head", "lisa_always_on": "rest"}}),
         ("zero2", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | {"lisa_offload": "rest", "lisa_state": "keep"}}),
         full("zero2", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | {"lisa_master": "bf16_sr", "lisa_state": "keep"}}),
         ("zero3", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | DRAWN | {"lisa_master": "bf16_sr"}}),

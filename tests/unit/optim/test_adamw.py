@@ -304,9 +304,9 @@ def train_from(ds_config: str, form: str, folder: str) -> dict[str, torch.Tensor
 
 @pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
-@pytest.mark.parametrize("form", ["bf16_sr, 8 bits", "fp32, 8 bits"])
-def test_any_number_of_ranks_and_a_resume_on_another_give_the_same_bits(form, tmp_path):
+def test_any_number_of_ranks_and_a_resume_on_another_give_the_same_bits(tmp_path):
     """Where no cut is within a block of 256, as in models that people train."""
+    form = "bf16_sr, 8 bits"
     whole = run_ranks(train_and_save, 2, "zero2", form, str(tmp_path))[0]
     runs = {
         "one rank": run_ranks(train_and_save, 1, "zero1", form, str(tmp_path / "other"))[0],

@@ -107,7 +107,6 @@ def check_same(one: dict, other: dict) -> None:
     [
         ("eager", {}, 2),
         ("aot_eager", {"ds_config": "zero1", "bf16": True, "checkpointed": 2}, 4),  # checkpointed or not, of each
-        full("aot_eager", {"ds_config": "zero2_offload"}, 2),
         full("inductor", {"torch_compile_mode": "default"}, 2),
     ],
 )

@@ -148,8 +148,6 @@ FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}
     [
         ("zero1", True, NO_FUSED_LOSS, FROZEN, True),
         ("zero2", False, None, DRAWN, True),
-        ("zero2", True, None, {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.5"}, False),
-        ("zero3", False, None, DRAWN, True),
         ("zero3", False, NO_FUSED_LOSS | {"cross_entropy": True}, FROZEN, False),
         ("zero3_offload", False, None, {"lisa_frozen": "head", "lisa_always_on": "embed,rest"}, False),
     ],
