@@ -120,6 +120,25 @@ def replacing(path: Path) -> Iterator[Path]:
         staged.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def naming_lost_files(folder: Path) -> Iterator[None]:
+    """Raise SaveError where the body meets a file of a run's folder that the file system refuses, or a full one."""
+    try:
+        yield
+    except OSError as error:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
+        # A write to a file that is open already does not say which it is.
+        full = name is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+        if not full and (
+            name is None or folder.absolute() not in (Path(name).absolute(), *Path(name).absolute().parents)
+        ):
+            raise
+        raise SaveError(
+            f"{name or folder} could not be written ({error.strerror}); checkpoints are untouched. Mend it, and go on "
+            "with --resume_from_checkpoint true."
+        ) from error
+
+
 def is_disk_error(error: BaseException) -> bool:
     """Whether a file system refused a write; some writers report it in exceptions of their own kinds."""
     messages = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]

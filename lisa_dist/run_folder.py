@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lisa_dist.errors import UserError
-from lisa_dist.files import DamagedError, read_json, read_regular, replacing
+from lisa_dist.files import DamagedError, naming_lost_files, read_json, read_regular, replacing
 from lisa_dist.shapes import Each, count, misfit, number
 
 RUN_NAME = "lisa_run.json"  # settings, model, versions
@@ -131,6 +131,20 @@ def read_lines(path: Path, shape: Any = None, warn: Callable[[str], None] = _war
         else:
             lines.append(read)
     return lines
+
+
+def append_line(path: Path, line: dict, keep: Callable[[dict], bool] | None = None) -> None:
+    """Add a line to a .jsonl log. With `keep` it is a run's first: of the lines that are there it says which stay.
+
+    Raises SaveError where the file system refuses it. A resumed run leaves out a line that was cut then.
+    """
+    with naming_lost_files(path.parent):
+        if keep is not None:
+            earlier = [one for one in read_lines(path) if keep(one)]
+            with replacing(path) as new:
+                new.write_text("".join(json.dumps(one) + "\n" for one in earlier), encoding="utf-8")
+        with path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
 
 
 STATE_FORMAT = 1  # of lisa_state.json

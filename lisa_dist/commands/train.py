@@ -1,6 +1,7 @@
 """`lisa-dist train` and launch/train.py: a training run, on this rank or on `--gpus` ranks that it starts."""
 
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ def main(words: Sequence[str] | None = None) -> None:
     # Of names that DeepSpeed and TRL use, and will until the releases that we support end: nobody can act on them here.
     for warning in (r"`torch\.distributed\.\w+` is deprecated", "`gradient_checkpointing` is deprecated"):
         warnings.filterwarnings("ignore", warning, FutureWarning)
+    threading.excepthook = _in_one_line
     with exit_on_error("lisa-dist"):
         words = sys.argv[1:] if words is None else words
         words = launch_if_asked(words, "train", check=lambda rest: run_parser().check(rest))
@@ -30,6 +32,14 @@ def main(words: Sequence[str] | None = None) -> None:
         if finished is not None:  # and no other rank waits for this one
             _write_report(finished)
         end_process()
+
+
+def _in_one_line(failed: threading.ExceptHookArgs) -> None:
+    """A file that a tracker's thread cannot write is no bug of it; the run meets the same error when it logs next."""
+    if isinstance(failed.exc_value, OSError):
+        print(f"{failed.thread.name if failed.thread else 'a thread'}: {failed.exc_value}", flush=True)
+    else:
+        threading.__excepthook__(failed)
 
 
 def _write_report(folder: Path) -> None:

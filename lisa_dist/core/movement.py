@@ -7,7 +7,6 @@ period it looks again at the blocks that trained. Under ZeRO-3 each rank puts in
 1%.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,8 +18,7 @@ from safetensors.numpy import load_file, save_file
 from torch import distributed as dist
 
 from lisa_dist.core.blocks import Block
-from lisa_dist.files import replacing
-from lisa_dist.run_folder import MOVEMENT_LOG, read_lines
+from lisa_dist.run_folder import MOVEMENT_LOG, append_line
 from lisa_dist.zero.parameters import parameter_numel
 from lisa_dist.zero.partitions import ZeroPartitions
 
@@ -115,12 +113,7 @@ class WeightMovement:
 
     def _write(self, line: dict) -> None:
         if self._path is not None:
-            if not self.lines:
-                earlier = [one for one in read_lines(self._path) if one["step"] <= self._began]
-                with replacing(self._path) as path:
-                    path.write_text("".join(json.dumps(one) + "\n" for one in earlier), encoding="utf-8")
-            with self._path.open("a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
+            append_line(self._path, line, None if self.lines else lambda earlier: earlier["step"] <= self._began)
         self.lines.append(line)
 
 

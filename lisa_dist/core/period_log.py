@@ -1,12 +1,10 @@
 """lisa_log.jsonl: a line for each period, written once its first step has made the moments; a resumed run goes on."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lisa_dist.files import replacing
-from lisa_dist.run_folder import LOG_NAME, read_lines
+from lisa_dist.run_folder import LOG_NAME, append_line
 
 
 @dataclass
@@ -57,20 +55,11 @@ class PeriodLog:
         self._open = None
         vars(record).update(measure())
         self.records.append(record)
-        if self._path is None:
-            return
-        if not self._begun:
-            with replacing(self._path) as path:
-                path.write_text(self._earlier_lines(record.step), encoding="utf-8")
+        if self._path is not None:
+            before = record.step if self.resumed else 0
+            append_line(self._path, vars(record), None if self._begun else lambda earlier: earlier["step"] < before)
             self._begun = True
-        with self._path.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(vars(record)) + "\n")
 
     def state_dict(self) -> dict | None:
         """The record that is still open, for a resumed run to complete."""
         return None if self._open is None else vars(self._open).copy()
-
-    def _earlier_lines(self, step: int) -> str:
-        """The log up to `step` of the run that this one resumes."""
-        earlier = read_lines(self._path) if self.resumed and self._path is not None else []
-        return "".join(json.dumps(line) + "\n" for line in earlier if line["step"] < step)

@@ -77,6 +77,8 @@ class DataArguments:
             self.dataset_name = [self.dataset_name]
         if isinstance(self.eval_dataset_name, str):
             self.eval_dataset_name = [self.eval_dataset_name]
+        if isinstance(self.dataset_weights, int | float):
+            self.dataset_weights = [self.dataset_weights]
         if isinstance(self.dataset_columns, str):
             self.dataset_columns = self.dataset_columns.split()
         if not self.dataset_name or not all(self.dataset_name):

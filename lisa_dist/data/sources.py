@@ -16,6 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 from lisa_dist.data.formats import FORMATS, ExampleError, describe_columns, detect, refuse_examples, to_turns
 from lisa_dist.data.readers import SUFFIXES, read_file, suffix_of
 from lisa_dist.errors import UserError
+from lisa_dist.text import in_one_line
 
 _VERSION = 2  # increase it with any change of what an example becomes: older caches are then not used
 _FEATURES = Features(
@@ -48,7 +49,7 @@ class Source:
     @property
     def label(self) -> str:
         """The flag and its value, for messages."""
-        return f"{self.flag} {self.name}"
+        return f"{self.flag} {in_one_line(self.name)}"
 
     def renamed(self, columns: Iterable[str]) -> list[str]:
         """Columns by their names in the format."""

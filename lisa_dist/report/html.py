@@ -45,7 +45,8 @@ def _section(
         return ""
     wide, narrow = draw(plot, run), draw(plot, run, narrow=True)
     (run.folder / PLOTS_FOLDER).mkdir(exist_ok=True)
-    wide.savefig(run.folder / PLOTS_FOLDER / f"{name}.png", dpi=_DPI)
+    with replacing(run.folder / PLOTS_FOLDER / f"{name}.png") as new:
+        wide.savefig(new, dpi=_DPI, format="png")
     return (
         f'<section id="{name}"><h2>{title}</h2><p>{caption}</p><picture>'
         f'<source media="(max-width: 640px)" srcset="{_as_svg(narrow)}">'

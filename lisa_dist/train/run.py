@@ -26,7 +26,7 @@ from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.errors import UserError
-from lisa_dist.files import read_text
+from lisa_dist.files import naming_lost_files, read_text
 from lisa_dist.run_folder import write_run
 from lisa_dist.text import in_one_line
 from lisa_dist.train.arguments import ALL_LINEAR, LisaOptimizerNames, ModelArguments, RunConfig
@@ -50,6 +50,8 @@ _NOT_TAKEN = {
     "truncation_mode": "--long_examples, which cuts texts into several examples",
     "dataset_kwargs": "--dataset_format and --dataset_columns",
 }
+# Of a model's configuration.
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -86,8 +88,9 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
         trainer.accelerator.print(describe_run(config, f"{attention} ({reason})", template, why))
         lines = [line for text in data.lines for line in text.split("\n")]
         trainer.accelerator.print("\n  ".join(["data", *lines]))
-        trainer.train(resume_from_checkpoint=resume_from)
-        return _finish(trainer, output_dir)
+        with naming_lost_files(output_dir):  # logs, and what trackers write: saves have errors of their own
+            trainer.train(resume_from_checkpoint=resume_from)
+            return _finish(trainer, output_dir)
 
 
 def _load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Data, loss: str) -> Any:
@@ -155,14 +158,15 @@ def _check(config: RunConfig) -> None:
         value = getattr(training, flag)
         if value != SFTConfig.__dataclass_fields__[flag].default:
             raise UserError(f"--{flag} {value}: has no effect here; use {ours}.")
+    model_config = _known_model_config(config)
     if config.run.loss != AUTO:
-        check_loss_of_run(config, _known_model_config(config))
+        check_loss_of_run(config, model_config)
     given = training.deepspeed
     ds_config = copy.deepcopy(given) if isinstance(given, dict) else read_ds_config(str(given)) if given else {}
     check_precision(training)
     check_compile(training, ds_config, switches=method == "lisa")
     if method != "lora":  # whose adapters train on any weights
-        check_quantization(str(config.model.model_name_or_path), _known_model_config(config))
+        check_quantization(str(config.model.model_name_or_path), model_config)
     if method != "lisa":
         if training.resume_from_checkpoint == "auto":
             raise UserError(f"--resume_from_checkpoint auto: --method {method} takes a folder or true.")
@@ -173,12 +177,11 @@ def _check(config: RunConfig) -> None:
             )
         return
     prepare_ds_config(ds_config, config.lisa, training.optim, precision_of_arguments(training))
-    _check_layers(config)
+    _check_layers(config, model_config)
 
 
-def _check_layers(config: RunConfig) -> None:
+def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
     """Check what depends on the number of layers, before the model is loaded and anything is written."""
-    model_config = _known_model_config(config)
     if config.training.use_liger_kernel:
         check_liger(copy.copy(config.training), model_config, config.lisa, trl_head=True)
     num_layers = model_config.get_text_config().num_hidden_layers
@@ -193,7 +196,11 @@ def _check_layers(config: RunConfig) -> None:
 
 def _known_model_config(config: RunConfig) -> PretrainedConfig:
     try:
-        return _model_config(config)
+        model_config = _model_config(config)
+        for name in _SIZES:
+            if (getattr(model_config.get_text_config(), name, None) or 0) < 0:
+                raise ValueError(f"{name} {getattr(model_config.get_text_config(), name)}")
+        return model_config
     except OSError as error:
         raise UserError(
             f"--model_name_or_path {config.model.model_name_or_path}: no such folder, and no such model can be reached "

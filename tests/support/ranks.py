@@ -164,7 +164,19 @@ def rank_context() -> BaseContext:
     return context
 
 
+def _stay_on_one_core() -> None:
+    """Where each worker of pytest has one core at most, its ranks take turns on it.
+
+    A rank that waits for another lets it run at once then; spread over cores, each collective waits for the scheduler.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if 1 < len(cores) <= int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")):
+        worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+        os.sched_setaffinity(0, {cores[worker % len(cores)]})
+
+
 def _run_script(path: str, words: list[str], output: str, environment: dict[str, str], folder: str) -> None:
+    _stay_on_one_core()
     with open(output, "wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -177,6 +189,7 @@ def _run_script(path: str, words: list[str], output: str, environment: dict[str,
 
 
 def _serve(rank: int, world_size: int, store: str, connection: Connection, interpret: bool) -> None:
+    _stay_on_one_core()
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"
     os.environ.update(

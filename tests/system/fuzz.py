@@ -393,7 +393,7 @@ def fuzz_data(draws: random.Random, place: Place, folder: Path) -> str:
         if path.is_file() and path.stat().st_size:
             with contextlib.suppress(ValueError):  # it was damaged before
                 (damage_json if name.endswith(("json", "jsonl")) else damage_bytes)(draws, path)
-    if draws.random() < 0.05:
+    if draws.random() < 0.05 and path.exists():
         path = path.rename(folder / f"{name}.gz")
     note(path, path.read_bytes()[:300] if path.is_file() else "")
     given = str(folder if draws.random() < 0.1 else path) + draws.choice(("", "", "", "#2", "#²", "#99"))

@@ -51,7 +51,7 @@ def test_held_out_rows_are_held_out_whole(tokenizer, tmp_path):
     """Also where a weight repeats examples, and where a text is split into several."""
     path = tmp_path / "texts.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"({n})" * 40}) for n in range(10, 60)))
-    data = load(tokenizer, dataset_name=str(path), dataset_weights=[2.5], eval_rows=0.2, max_length=32)
+    data = load(tokenizer, dataset_name=str(path), dataset_weights=2.5, eval_rows=0.2, max_length=32)
     assert len(data.held_out) >= 4 * 10, "ten texts in several examples each"
     train, held_out = (
         {number for row in part for number in re.findall(r"\((\d+)\)", tokenizer.decode(row["input_ids"]))}

@@ -57,6 +57,17 @@ def folder(tmp_path_factory, cpu_ops) -> Path:
     return folder / "out"
 
 
+def test_a_link_in_the_place_of_a_plot_is_replaced(folder, tmp_path):
+    out, precious = tmp_path / "out", tmp_path / "precious"
+    shutil.copytree(folder, out)
+    precious.write_text("mine")
+    (out / "report" / "loss.png").unlink()
+    (out / "report" / "loss.png").symlink_to(precious)
+    write_report(out)
+    assert precious.read_text() == "mine"
+    assert imread(out / "report" / "loss.png").size > 0
+
+
 def test_the_report_has_all_of_the_run(folder):
     page = (folder / "report.html").read_text()
     assert re.findall(r'<section id="(\w+)">', page) == [*ALL, "settings"]

@@ -164,6 +164,10 @@ def writing(name: str, content: str):
         (writing("config.json", "{"), "config.json: cannot be read"),
         (writing("config.json", "[]"), "config.json: is damaged: it holds no object"),
         (writing("config.json", "{}"), "its config.json is of no model that can be trained"),
+        (
+            writing("config.json", '{"model_type": "llama", "num_attention_heads": -4}'),
+            "its config.json is of no model that can be trained (num_attention_heads -4)",
+        ),
         (writing("tokenizer_config.json", "{"), "tokenizer_config.json: cannot be read"),
         (writing("tokenizer.json", "{"), "its tokenizer cannot be loaded"),
         (writing("tokenizer.json", '{"added_tokens": "x"}'), "its tokenizer cannot be loaded"),
