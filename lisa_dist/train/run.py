@@ -158,13 +158,13 @@ def _check(config: RunConfig) -> None:
         value = getattr(training, flag)
         if value != SFTConfig.__dataclass_fields__[flag].default:
             raise UserError(f"--{flag} {value}: has no effect here; use {ours}.")
-    model_config = _known_model_config(config)
-    if config.run.loss != AUTO:
-        check_loss_of_run(config, model_config)
     given = training.deepspeed
     ds_config = copy.deepcopy(given) if isinstance(given, dict) else read_ds_config(str(given)) if given else {}
     check_precision(training)
     check_compile(training, ds_config, switches=method == "lisa")
+    model_config = _known_model_config(config)
+    if config.run.loss != AUTO:
+        check_loss_of_run(config, model_config)
     if method != "lora":  # whose adapters train on any weights
         check_quantization(str(config.model.model_name_or_path), model_config)
     if method != "lisa":

@@ -21,13 +21,9 @@ def clean_environment() -> dict[str, str]:
     return environment | {"PATH": f"{BIN}:{environment['PATH']}"}
 
 
-def start(how: str, flags: list[str]) -> str:
-    """Run launch/train.py as a user would; what it said."""
-    train = str(ROOT / "launch" / "train.py")
-    command = {
-        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), train],
-        "lisa-dist": [str(BIN / "lisa-dist"), "train", "--gpus", "2"],
-    }[how]
+def start_deepspeed(flags: list[str]) -> str:
+    """Run launch/train.py on two ranks as a user would; what it said."""
+    command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), str(TRAIN)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": PATIENCE}
     finished = subprocess.run([*command, *flags], env=clean_environment(), **options)
     assert finished.returncode == 0, finished.stdout[-5000:]

@@ -101,7 +101,7 @@ def test_a_trainer_on_two_gpus(tmp_path, ds_config):
         "output_dir": tmp_path / "out",
         "deepspeed": ds_config,
         "bf16": True,
-        "max_steps": 6,
+        "max_steps": 4,
         "lisa_interval_steps": 2,
         "save_steps": 3,
         "eval_rows": 6,

@@ -21,7 +21,18 @@ from datasets import Dataset
 from models import save_tiny_llama
 from peft import PeftModel
 from ranks import PATIENCE, run_ranks
-from runs import BIN, ROOT, TRAIN, Alone, check_run, clean_environment, flags_for, on_two_ranks, run_alone, start
+from runs import (
+    BIN,
+    ROOT,
+    TRAIN,
+    Alone,
+    check_run,
+    clean_environment,
+    flags_for,
+    on_two_ranks,
+    run_alone,
+    start_deepspeed,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -68,24 +79,16 @@ main()
 
 
 @pytest.mark.usefixtures("cpu_ops")
-@pytest.mark.parametrize(
-    ("how", "changes"),
-    [
-        ("lisa-dist", {"deepspeed": "zero1"}),
-        full(
-            "deepspeed", {"deepspeed": "zero3", "bf16": True, "sample_prompt": "1 + 1?"} | SMALLEST
-        ),  # torchrun: test_hosts.py
-    ],
-)
-def test_every_way_of_starting(folder, tmp_path, how, changes):
-    said = start(how, flags_for(folder, tmp_path / "out", **changes))
-    check_run(said, tmp_path / "out", [0, 2, 4])
-    if "sample_prompt" in changes:
-        assert "before training, asked: 1 + 1?" in said
-        assert "after training, asked: 1 + 1?" in said
-
-
 @pytest.mark.full
+def test_a_run_of_the_deepspeed_launcher(folder, tmp_path):
+    """`lisa-dist train` is below, torchrun in test_hosts.py and test_slurm.py."""
+    changes = {"deepspeed": "zero3", "bf16": True, "sample_prompt": "1 + 1?"} | SMALLEST
+    said = start_deepspeed(flags_for(folder, tmp_path / "out", **changes))
+    check_run(said, tmp_path / "out", [0, 2, 4])
+    assert "before training, asked: 1 + 1?" in said
+    assert "after training, asked: 1 + 1?" in said
+
+
 @pytest.mark.usefixtures("cpu_ops")
 def test_a_signal_to_lisa_dist_train_saves_on_its_ranks(folder, tmp_path):
     flags = flags_for(folder, tmp_path / "out", max_steps=2000, eval_strategy="no", eval_on_start=False)

@@ -149,7 +149,6 @@ FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}
         ("zero1", True, NO_FUSED_LOSS, FROZEN, True),
         ("zero2", False, None, DRAWN, True),
         ("zero3", False, NO_FUSED_LOSS | {"cross_entropy": True}, FROZEN, False),
-        ("zero3_offload", False, None, {"lisa_frozen": "head", "lisa_always_on": "embed,rest"}, False),
     ],
 )
 def test_losses_equal_the_reference(ds_config, tied, kernels, settings, checkpointing):
