@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cells import full
 from models import save_tiny_llama
 from runs import Alone, flags_for, run_alone
 
@@ -106,7 +105,8 @@ def computed(out: Path) -> dict:
     }
 
 
-@pytest.mark.parametrize("lose", [fill, full(take_away)], ids=lambda lose: lose.__name__)
+@pytest.mark.full
+@pytest.mark.parametrize("lose", [fill, take_away], ids=lambda lose: lose.__name__)
 def test_a_run_whose_folder_is_lost_goes_on_from_its_last_checkpoint(folder, whole, disk, tmp_path, lose: Callable):
     (tmp_path / "losing.py").write_text(SCRIPT.format(here=str(Path(__file__).parent)))
     out = disk / "out"

@@ -545,6 +545,7 @@ def test_a_recipe_that_is_no_use_is_refused(tmp_path, text, said):
         parse_arguments([f"--config={path}", "--dataset_name", "rows.jsonl"])
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 def test_a_stopped_run_goes_on_to_the_weights_of_the_whole_one(folder, tmp_path):
     changes = {

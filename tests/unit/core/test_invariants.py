@@ -221,7 +221,7 @@ def test_lisa_adamw_in_bf16(ds_config, settings):
     assert losses == pytest.approx(bf16_losses(), abs=0.01)
 
 
-@pytest.mark.parametrize("ds_config", [full("zero1"), "zero2", full("zero2_offload"), "zero3_offload"])
+@pytest.mark.parametrize("ds_config", [full("zero1"), "zero2", full("zero2_offload"), full("zero3_offload")])
 def test_accumulation_and_checkpointing(ds_config):
     check_against_reference(ds_config, tiny_llama, "model.layers", {"accumulation": 2, "checkpointing": True})
 
@@ -456,6 +456,7 @@ def train_with_offload(ds_config: str, settings: dict) -> dict:
     }
 
 
+@pytest.mark.full
 def test_four_ranks_and_one_give_the_same_losses_as_two():
     two = check_against_reference("zero3", tiny_llama, "model.layers", {})
     for world_size in (4, 1):

@@ -106,7 +106,7 @@ def check_same(one: dict, other: dict) -> None:
     ("backend", "changes", "graphs"),
     [
         ("eager", {}, 2),
-        ("aot_eager", {"ds_config": "zero1", "bf16": True, "checkpointed": 2}, 4),  # checkpointed or not, of each
+        full("aot_eager", {"ds_config": "zero1", "bf16": True, "checkpointed": 2}, 4),  # checkpointed or not, of each
         full("inductor", {"torch_compile_mode": "default"}, 2),
     ],
 )
@@ -195,6 +195,7 @@ def held_for_the_backward_pass(backend: str | None, checkpointed: bool) -> int:
     return held
 
 
+@pytest.mark.full
 def test_compiled_layers_hold_no_more_than_others():
     """So a plan, which is of layers that are not compiled, is an upper bound."""
     plain, compiled = (
