@@ -129,9 +129,7 @@ def naming_lost_files(folder: Path) -> Iterator[None]:
         name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
         # A write to a file that is open already does not say which it is.
         full = name is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-        if not full and (
-            name is None or folder.absolute() not in (Path(name).absolute(), *Path(name).absolute().parents)
-        ):
+        if not full and (name is None or not Path(name).absolute().is_relative_to(folder.absolute())):
             raise
         raise SaveError(
             f"{name or folder} could not be written ({error.strerror}); checkpoints are untouched. Mend it, and go on "

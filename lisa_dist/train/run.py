@@ -198,8 +198,9 @@ def _known_model_config(config: RunConfig) -> PretrainedConfig:
     try:
         model_config = _model_config(config)
         for name in _SIZES:
-            if (getattr(model_config.get_text_config(), name, None) or 0) < 0:
-                raise ValueError(f"{name} {getattr(model_config.get_text_config(), name)}")
+            size = getattr(model_config.get_text_config(), name, None)
+            if size is not None and size < 0:
+                raise ValueError(f"{name} {size}")
         return model_config
     except OSError as error:
         raise UserError(

@@ -196,11 +196,8 @@ class LisaMixin(MonitoredMixin):
                 rates |= {name: rate * factor for name, rate in rates.items()}
             load_checkpoint(self._controller, folder, state)
             ratio = rate_ratio(self._controller, state["lisa"]) * factor
-            schedule, groups = (
-                torch.load(folder / SCHEDULER_NAME, weights_only=True),
-                self._engine.optimizer.param_groups,
-            )
-            load_schedule(self.lr_scheduler, groups, schedule, ratio)
+            schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
+            load_schedule(self.lr_scheduler, self._engine.optimizer.param_groups, schedule, ratio)
             self._print(f"resumed from {folder}, after step {self._engine.global_steps} of {max_steps}")
             self._print(f"not as its run had it: {', '.join(changed)}" if changed else None)
         elif self._begins.weights_from is not None:

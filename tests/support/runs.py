@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from models import save_tiny_llama
 from ranks import PATIENCE, free_port, start_script
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +29,14 @@ def start_deepspeed(flags: list[str]) -> str:
     finished = subprocess.run([*command, *flags], env=clean_environment(), **options)
     assert finished.returncode == 0, finished.stdout[-5000:]
     return finished.stdout
+
+
+def save_tiny_run(folder: Path) -> Path:
+    """A tiny model with a byte tokenizer and a chat template, and some rows, where `flags_for` has them."""
+    save_tiny_llama(folder / "model")
+    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(64)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
 
 
 class Alone:

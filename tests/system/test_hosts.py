@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 from hosts import ADDRESSES, Host, Hosts, why_not
-from models import save_tiny_llama
 from ranks import PATIENCE
-from runs import BIN, ROOT, clean_environment, flags_for, on_two_ranks
+from runs import BIN, ROOT, clean_environment, flags_for, on_two_ranks, save_tiny_run
 
 TRAIN = str(ROOT / "launch" / "train.py")
 CHANGES = {"deepspeed": "zero3", "max_steps": 4, "eval_steps": 4, "disable_tqdm": True}
@@ -34,11 +33,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tiny model and some rows."""
-    folder = tmp_path_factory.mktemp("hosts")
-    save_tiny_llama(folder / "model")
-    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(64)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
+    return save_tiny_run(tmp_path_factory.mktemp("hosts"))
 
 
 @pytest.fixture(scope="module")

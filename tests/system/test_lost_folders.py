@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from models import save_tiny_llama
-from runs import Alone, flags_for, run_alone
+from runs import Alone, flags_for, run_alone, save_tiny_run
 
 STEPS, HURT_AT = 8, 5  # saved at 3 and 6; a period begins at every second step
 
@@ -59,11 +58,7 @@ def give_back(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tiny model and some rows."""
-    folder = tmp_path_factory.mktemp("lost")
-    save_tiny_llama(folder / "model")
-    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(64)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
+    return save_tiny_run(tmp_path_factory.mktemp("lost"))
 
 
 @pytest.fixture

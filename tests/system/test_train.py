@@ -18,7 +18,6 @@ import torch
 import yaml
 from cells import full
 from datasets import Dataset
-from models import save_tiny_llama
 from peft import PeftModel
 from ranks import PATIENCE, run_ranks
 from runs import (
@@ -31,6 +30,7 @@ from runs import (
     flags_for,
     on_two_ranks,
     run_alone,
+    save_tiny_run,
     start_deepspeed,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -49,11 +49,7 @@ from lisa_dist.train.sft_trainer import LisaTrainer
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tiny model with a byte tokenizer and a chat template, and some rows."""
-    folder = tmp_path_factory.mktemp("train")
-    save_tiny_llama(folder / "model")
-    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(64)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
+    return save_tiny_run(tmp_path_factory.mktemp("train"))
 
 
 SMALLEST = {"optim": "lisa_adamw", "lisa_master": "bf16_sr", "lisa_state_bits": "embed=8,head=8,layers=8"}
