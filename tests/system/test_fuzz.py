@@ -51,13 +51,13 @@ def table(said: str) -> dict[str, list[int]]:
 
 @pytest.mark.full
 def test_a_seeded_slice_ends_in_no_traceback():
-    ended = run(str(FUZZ), "--cases", "200", "--seed", "1")
+    ended = run(str(FUZZ), "--cases", "100", "--seed", "1")
     counts = table(ended.stdout)
     assert ended.returncode == 0, ended.stdout[-6000:]
     cases, ok, refused, *bad = counts["all"]
     assert (cases, bad) == (ok + refused, [0, 0, 0])
     assert len(counts) > 10
-    assert ok > 30
+    assert ok > 15
     assert refused > 60
 
 
