@@ -639,7 +639,7 @@ def converted(data_dir: Path, folder: Path) -> Path:
     ("name", "changes", "found"),
     [
         ("chat/oasst_en_chat.jsonl", {}, "oasst_en_chat.jsonl: "),
-        full("pubmedqa", {"max_length": 512}, "pubmedqa.jsonl: question_answer (question, answer), 1000 examples"),
+        full("pubmedqa", {"max_length": 128}, "pubmedqa.jsonl: question_answer (question, answer), 1000 examples"),
     ],
 )
 def test_each_kind_of_real_data_trains(data_dir, tmp_path, name, changes, found):

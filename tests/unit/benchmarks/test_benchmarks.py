@@ -232,7 +232,7 @@ def test_the_gpu_set_in_rehearsal(benchmark, tmp_path, capsys, monkeypatch):
     """Every arm that ran was planned to 1%, LoRA too; what has no time left says so."""
     results = tmp_path / "gpu.json"
     module = benchmark("gpu", "--rehearse", "--length", "64", "--results", str(results))
-    run = (arms.LISA, arms.STATIC, arms.LORA_16, module.SIX_BYTES, module.DRAWN, module.LIGER)
+    run = (arms.LISA, arms.STATIC, arms.LORA_16, module.DRAWN, module.LIGER)
     order = [*((module.LLAMA_7B, arm) for arm in run), None, (module.LLAMA_8B, run[0])]
     monkeypatch.setattr(module, "ORDER", order)
     monkeypatch.setattr(module, "SWITCHES", 1)

@@ -106,16 +106,18 @@ def check_same(one: dict, other: dict) -> None:
     ("backend", "changes", "graphs"),
     [
         ("eager", {}, 2),
-        full("aot_eager", {"ds_config": "zero1", "bf16": True, "checkpointed": 2}, 4),  # checkpointed or not, of each
-        full("inductor", {"torch_compile_mode": "default"}, 2),
+        full(
+            "aot_eager", {"ds_config": "zero1", "bf16": True, "checkpointed": 2, "max_steps": 20}, 4
+        ),  # checkpointed or not, of each
+        full("inductor", {"torch_compile_mode": "default", "max_steps": 20}, 2),
     ],
 )
-def test_fifty_switches_take_two_graphs_and_leave_the_losses(tmp_path, backend, changes, graphs):
+def test_switches_take_two_graphs_and_leave_the_losses(tmp_path, backend, changes, graphs):
     compiled = run_ranks(train, 1, str(tmp_path / "compiled"), backend, changes)[0]
     changes = {name: value for name, value in changes.items() if name != "torch_compile_mode"}  # which turns it on
     plain = run_ranks(train, 1, str(tmp_path / "plain"), None, changes)[0]
     assert (compiled["graphs"], plain["graphs"]) == (graphs, 0)
-    assert len(compiled["layers"]) > 10
+    assert len(compiled["layers"]) > 8
     if backend == "inductor":
         assert compiled["losses"][:3] == pytest.approx(plain["losses"][:3], abs=1e-5)
         # Fresh moments at each step make an update of the gradient's sign, which enlarges what rounding differs by.
