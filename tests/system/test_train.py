@@ -134,9 +134,8 @@ def test_full_training_under_the_same_roof(folder, tmp_path):
 
 
 @pytest.mark.usefixtures("cpu_ops")
-@pytest.mark.parametrize("ds_config", ["zero2", full("zero3")])
-def test_lora_under_the_same_roof(folder, tmp_path, ds_config):
-    changes = {"deepspeed": ds_config, "method": "lora", "lora_r": 4, "lora_dropout": 0.0, "max_steps": 10}
+def test_lora_under_the_same_roof(folder, tmp_path):
+    changes = {"deepspeed": "zero2", "method": "lora", "lora_r": 4, "lora_dropout": 0.0, "max_steps": 10}
     changes |= {"checkpointed_layers": "none", "gpu_memory": "23GiB"}
     (tmp_path / "watched.py").write_text(WATCHED)
     on_two_ranks(flags_for(folder, tmp_path / "out", **changes), tmp_path, tmp_path / "watched.py")
@@ -639,7 +638,7 @@ def converted(data_dir: Path, folder: Path) -> Path:
     ("name", "changes", "found"),
     [
         ("chat/oasst_en_chat.jsonl", {}, "oasst_en_chat.jsonl: "),
-        full("pubmedqa", {"max_length": 128}, "pubmedqa.jsonl: question_answer (question, answer), 1000 examples"),
+        full("pubmedqa", {"max_length": 512}, "pubmedqa.jsonl: question_answer (question, answer), 1000 examples"),
     ],
 )
 def test_each_kind_of_real_data_trains(data_dir, tmp_path, name, changes, found):

@@ -129,8 +129,8 @@ def test_switches_take_two_graphs_and_leave_the_losses(tmp_path, backend, change
 @pytest.mark.full
 def test_a_run_that_is_resumed_within_a_period_is_the_run(tmp_path):
     changes = {"dropout": True, "max_steps": 5, "interval": 3, "save_strategy": "steps", "save_steps": 4}
-    whole = run_ranks(train, 1, str(tmp_path), "aot_eager", changes)[0]
-    resumed = run_ranks(train, 1, str(tmp_path), "aot_eager", changes, str(tmp_path / "checkpoint-4"))[0]
+    whole = run_ranks(train, 1, str(tmp_path), "eager", changes)[0]
+    resumed = run_ranks(train, 1, str(tmp_path), "eager", changes, str(tmp_path / "checkpoint-4"))[0]
     check_same(resumed, whole)
     assert (resumed["graphs"], whole["graphs"]) == (2, 2)
 
