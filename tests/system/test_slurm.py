@@ -303,7 +303,7 @@ def test_a_signal_is_answered_whenever_it_comes(cluster, stand_in, tmp_path):
         "save": ("0:0", "1"),
         "starting": ("0:0", "1"),  # no rank could save yet
         "uneven": ("0:0", "1"),  # one rank could
-        "broken": ("1:0", "0"),  # the save failed
+        "broken": ("1:0", "0"),  # the save failed; of the only rank, as srun may kill a second one first
         "ending": ("0:0", "0"),  # there was nothing more to do
         "checking": ("0:0", "1"),
         "between": ("0:0", "1"),  # the script has started the ranks, and not noted that it has
@@ -321,10 +321,12 @@ def test_a_signal_is_answered_whenever_it_comes(cluster, stand_in, tmp_path):
         if mode == "checking":
             variables["ACTIVATE"] += "; export SCRIPT=$$"
         words = ("--ntasks-per-node", "1", "--gpus-per-node", "1", "--cpus-per-task", "1")
+        words += ("--nodes", "1") if mode == "broken" else ()
         jobs[mode] = submit(cluster, "train_preemptible", tmp_path / mode, *words, **variables)
     for mode, number in jobs.items():
         if mode not in ("between", "checking"):
-            cluster.until(lambda m=mode: log(tmp_path / m).count("train") == 2, PATIENCE, f"train of {mode}")
+            ranks = 1 if mode == "broken" else 2
+            cluster.until(lambda m=mode, n=ranks: log(tmp_path / m).count("train") == n, PATIENCE, f"train of {mode}")
             cluster.run("scancel", "--batch", "--signal", "USR1", number)
     cluster.until(lambda: log(tmp_path / "full").count("train") == 4, PATIENCE, "second start of full")
     cluster.run("scancel", "--batch", "--signal", "USR1", jobs["full"])
