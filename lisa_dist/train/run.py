@@ -197,9 +197,9 @@ def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
 def _known_model_config(config: RunConfig) -> PretrainedConfig:
     try:
         model_config = _model_config(config)
+        sizes = model_config.get_text_config().to_dict()  # some models have one for each layer
         for name in _SIZES:
-            size = getattr(model_config.get_text_config(), name, None)
-            if size is not None and size < 0:
+            if isinstance(size := sizes.get(name), int) and size < 0:
                 raise ValueError(f"{name} {size}")
         return model_config
     except OSError as error:

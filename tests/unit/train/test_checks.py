@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import save_tiny_llama, tiny_llama
 from runs import flags_for
+from transformers import AutoConfig
 
 from lisa_dist import LisaConfig
 from lisa_dist.core.controller import LisaController
@@ -30,6 +31,14 @@ def test_a_quantized_model_is_refused(quantized, method):
 
 def test_adapters_of_a_quantized_model_are_not_refused(quantized):
     check_config(parse_arguments(flags_for(quantized, quantized / "out", method="lora")))
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_sizes_that_differ_by_layer_are_not_refused(tmp_path, model_type):
+    """As a list, or as attributes that a config gives of single layers alone."""
+    save_tiny_llama(tmp_path / "model")
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path / "model")
+    check_config(parse_arguments(flags_for(tmp_path, tmp_path / "out")))
 
 
 def test_eight_bit_arithmetic_is_refused(tmp_path, monkeypatch):
