@@ -56,22 +56,27 @@ SIZES = (
 )
 
 
-def shrink(config: PretrainedConfig) -> None:
-    """Make every size of a config, and of the configs in it, small, and lists by layer as long as there are layers."""
+def shrink(config: PretrainedConfig) -> list[str]:
+    """Make every size of a config, and of the configs in it, small, and lists by layer as long as there are layers.
+
+    The names that stay as they are: properties that follow from others and cannot be set.
+    """
+    stay: list[str] = []
     depths = {value for name, value in vars(config).items() if isinstance(value, int) and size_of(name) == LAYERS}
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
-            shrink(value)
+            stay += shrink(value)
         elif isinstance(value, bool) or name.startswith("_"):
             continue
         elif isinstance(value, int) and (small := size_of(name)) is not None:
-            set_if_possible(config, name, min(value, small))
+            stay += set_or_name(config, name, min(value, small))
         elif isinstance(value, list) and len(value) in depths and len(value) > LAYERS:
-            set_if_possible(config, name, spread(value))
+            stay += set_or_name(config, name, spread(value))
         elif re.fullmatch(r".*_token_id|.*_token_index", name) and isinstance(value, int) and value >= VOCABULARY:
-            set_if_possible(config, name, VOCABULARY - 1)
+            stay += set_or_name(config, name, VOCABULARY - 1)
         elif re.search("dropout|_pdrop|jitter|layerdrop", name) and isinstance(value, float):
-            set_if_possible(config, name, 0.0)
+            stay += set_or_name(config, name, 0.0)
+    return stay
 
 
 def size_of(name: str) -> int | None:
@@ -85,22 +90,25 @@ def spread(values: list) -> list:
     return firsts + values[: LAYERS - len(firsts)]
 
 
-def set_if_possible(config: PretrainedConfig, name: str, value: Any) -> None:
-    # Some sizes are properties without a setter, which follow from others; a model that stays large is not built.
-    with contextlib.suppress(AttributeError, NotImplementedError):
+def set_or_name(config: PretrainedConfig, name: str, value: Any) -> list[str]:
+    """The name if it cannot be set: a property without a setter, or with one that is there to say so."""
+    try:
         setattr(config, name, value)
+    except (AttributeError, NotImplementedError):
+        return [name]
+    return []
 
 
 def build(model_type: str, class_name: str) -> PreTrainedModel | str:
     """A tiny model, or why there is none: some need more than small sizes."""
     try:
         config = AutoConfig.for_model(model_type)
-        shrink(config)
+        stay = shrink(config)
         torch.manual_seed(0)
         model = getattr(transformers, class_name)._from_config(config, dtype=torch.float32)
         model.config.use_cache = False
         if sum(parameter.numel() for parameter in model.parameters()) > 20_000_000:
-            return "it stays large"
+            return f"it stays large{': cannot set ' + ', '.join(stay) if stay else ''}"
         model.train()
         tokens = batches()[0, 0]
         first, second = (model(input_ids=tokens, labels=tokens).loss for _ in range(2))

@@ -106,9 +106,8 @@ def check_same(one: dict, other: dict) -> None:
     ("backend", "changes", "graphs"),
     [
         ("eager", {}, 2),
-        full(
-            "aot_eager", {"ds_config": "zero1", "bf16": True, "checkpointed": 2, "max_steps": 20}, 4
-        ),  # checkpointed or not, of each
+        # Checkpointed or not, of each.
+        full("aot_eager", {"ds_config": "zero1", "bf16": True, "checkpointed": 2, "max_steps": 20}, 4),
         full("inductor", {"torch_compile_mode": "default", "max_steps": 20}, 2),
     ],
 )
@@ -117,7 +116,7 @@ def test_switches_take_two_graphs_and_leave_the_losses(tmp_path, backend, change
     changes = {name: value for name, value in changes.items() if name != "torch_compile_mode"}  # which turns it on
     plain = run_ranks(train, 1, str(tmp_path / "plain"), None, changes)[0]
     assert (compiled["graphs"], plain["graphs"]) == (graphs, 0)
-    assert len(compiled["layers"]) > 8
+    assert len(compiled["layers"]) > (8 if "max_steps" in changes else 10)
     if backend == "inductor":
         assert compiled["losses"][:3] == pytest.approx(plain["losses"][:3], abs=1e-5)
         # Fresh moments at each step make an update of the gradient's sign, which enlarges what rounding differs by.
@@ -129,8 +128,8 @@ def test_switches_take_two_graphs_and_leave_the_losses(tmp_path, backend, change
 @pytest.mark.full
 def test_a_run_that_is_resumed_within_a_period_is_the_run(tmp_path):
     changes = {"dropout": True, "max_steps": 5, "interval": 3, "save_strategy": "steps", "save_steps": 4}
-    whole = run_ranks(train, 1, str(tmp_path), "eager", changes)[0]
-    resumed = run_ranks(train, 1, str(tmp_path), "eager", changes, str(tmp_path / "checkpoint-4"))[0]
+    whole = run_ranks(train, 1, str(tmp_path), "aot_eager", changes)[0]
+    resumed = run_ranks(train, 1, str(tmp_path), "aot_eager", changes, str(tmp_path / "checkpoint-4"))[0]
     check_same(resumed, whole)
     assert (resumed["graphs"], whole["graphs"]) == (2, 2)
 
