@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lisa_dist.errors import UserError
+from lisa_dist.text import in_one_line
 from lisa_dist.zero.parameters import parameter_numel
 
 # On a parameter that LISA has frozen, so that a later run in the same process does not take it for the user's choice.
@@ -167,6 +168,17 @@ def _parameters(module: nn.Module | None) -> Iterable[nn.Parameter]:
 
 def _call_if_there(model: nn.Module, method: str) -> nn.Module | None:
     return getattr(model, method)() if hasattr(model, method) else None
+
+
+def number_of_decoder_layers(config: Any) -> int:
+    """The number that a model's config of transformers gives; UserError where it gives none, or of several models."""
+    try:
+        return config.get_text_config().num_hidden_layers
+    except (AttributeError, ValueError) as error:
+        raise UserError(
+            f"{type(config).__name__} does not say how many decoder layers there are ({in_one_line(error)}): "
+            "LISA trains causal language models."
+        ) from error
 
 
 def _embedding(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
 from lisa_dist.config import LisaConfig
+from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.engine_config import prepare_ds_config
 from lisa_dist.core.label_logits import check_loss, why_no_label_logits
@@ -130,7 +131,7 @@ class Planner:
     ) -> None:
         self._config, self._arguments, self._lisa, self._on_cpu = config, arguments, lisa_config, on_cpu
         self._traces: dict[tuple[int, str], tuple[FakeRun, list[tuple[list[Group], StepTrace]]]] = {}
-        self.num_layers = config.get_text_config().num_hidden_layers
+        self.num_layers = number_of_decoder_layers(config)
         if arguments.method == "lisa":
             lisa_config.check_num_layers(self.num_layers)
             if lisa_config.lisa_weights_file is not None:

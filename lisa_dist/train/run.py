@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from trl import SFTConfig, get_peft_config
 
+from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.engine_config import prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights, split_columns
@@ -184,7 +185,7 @@ def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
     """Check what depends on the number of layers, before the model is loaded and anything is written."""
     if config.training.use_liger_kernel:
         check_liger(copy.copy(config.training), model_config, config.lisa, trl_head=True)
-    num_layers = model_config.get_text_config().num_hidden_layers
+    num_layers = number_of_decoder_layers(model_config)
     config.lisa.check_num_layers(num_layers)
     checkpointed = parse_checkpointed_layers(config.run.checkpointed_layers)
     if isinstance(checkpointed, int):

@@ -1,15 +1,22 @@
 """Weights and arithmetic of fewer than 16 bits are refused, before a model is loaded where a config shows them."""
 
+import contextlib
 import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from models import save_tiny_llama, tiny_llama
 from runs import flags_for
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from lisa_dist import LisaConfig
 from lisa_dist.core.controller import LisaController
+from lisa_dist.errors import UserError
 from lisa_dist.train.arguments import parse_arguments
 from lisa_dist.train.run import check_config
 
@@ -33,12 +40,24 @@ def test_adapters_of_a_quantized_model_are_not_refused(quantized):
     check_config(parse_arguments(flags_for(quantized, quantized / "out", method="lora")))
 
 
-@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
-def test_sizes_that_differ_by_layer_are_not_refused(tmp_path, model_type):
-    """As a list, or as attributes that a config gives of single layers alone."""
+def test_the_config_of_every_architecture_is_taken_or_refused_in_one_line(tmp_path):
+    """Some have sizes that differ by layer, as a list, or as attributes of single layers; some have no layers."""
     save_tiny_llama(tmp_path / "model")
-    AutoConfig.for_model(model_type).save_pretrained(tmp_path / "model")
-    check_config(parse_arguments(flags_for(tmp_path, tmp_path / "out")))
+    taken = 0
+    for model_type in sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}):
+        try:
+            model_config = AutoConfig.for_model(model_type)
+            has_layers = hasattr(model_config.get_text_config(), "num_hidden_layers")
+        except StrictDataclassClassValidationError:  # one that cannot be made without sizes
+            continue
+        except ValueError:  # of two text models
+            has_layers = False
+        model_config.save_pretrained(tmp_path / "model")
+        config = parse_arguments(flags_for(tmp_path, tmp_path / "out"))
+        with contextlib.nullcontext() if has_layers else pytest.raises(UserError, match=r"^[^\n]+$"):
+            check_config(config)
+            taken += 1
+    assert taken > 250
 
 
 def test_eight_bit_arithmetic_is_refused(tmp_path, monkeypatch):
