@@ -267,7 +267,7 @@ def moved(arm: dict) -> str:
 def headline(memory: dict, speed: dict, communication: dict) -> Rows:
     """What each method takes, in parts of full training."""
     bytes_held, steps = memory["zero2"], speed["zero2"]
-    rows = [["of full training's, ZeRO-2, two ranks", "memory between steps", "peak of a step", "time of a step",
+    rows = [["% of full training, ZeRO-2, two ranks", "memory between steps", "peak of a step", "time of a step",
              "FLOPs of a step", "bytes sent", "frozen weights that move"]]  # fmt: skip
     for arm in SIDE_BY_SIDE:
         shares = (

@@ -69,7 +69,7 @@ def save_checkpoint(
     finish_save(lisa)
     folder, writes = Path(folder), dist.get_rank() == 0 if writes is None else writes
     with _Save(lisa, folder, make_staging(folder, writes), writes, host_bytes, then) as save:
-        # 1. The model's configs, or what `write_more` writes.
+        # 1. The model's configs; or what `write_more` writes, a trainer's random states first.
         with together(folder):
             if write_more is not None:
                 write_more(save.staging)

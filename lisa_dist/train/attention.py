@@ -60,7 +60,7 @@ def choose_attention(
     `packed`: documents share rows. Raises UserError for a flash-attn that was asked for and cannot be used.
     """
     model_class = _model_class(config)
-    capability = None if use_cpu else _capability()
+    capability = None if use_cpu else gpu_capability()
     if requested is None:
         chosen, why = _choose(half_precision, config, model_class, capability)
     else:
@@ -172,7 +172,7 @@ def _problem(
         head = _largest_head(config)
         if head > _LARGEST_HEAD:
             return f"flash-attn takes heads of at most {_LARGEST_HEAD}, and the model's are {head}", None
-    problem = _import_problem(flash)
+    problem = import_problem(flash)
     return problem, problem and flash.install
 
 
@@ -188,11 +188,12 @@ def _misfit(name: str, config: PretrainedConfig, model_class: Any) -> str | None
     return None
 
 
-def _capability() -> tuple[int, int] | None:
+def gpu_capability() -> tuple[int, int] | None:
+    """The compute capability of this process's GPU, or None."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
-def _import_problem(flash: _Flash) -> str | None:
+def import_problem(flash: _Flash) -> str | None:
     """Why it cannot be imported, or None. What is installed need not fit this torch: only an import tells."""
     try:
         version = importlib.metadata.version(flash.package)

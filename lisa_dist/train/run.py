@@ -52,6 +52,14 @@ _NOT_TAKEN = {
     "dataset_kwargs": "--dataset_format and --dataset_columns",
 }
 # Of a model's configuration.
+# What transformers takes by --model_init_kwargs too, and the flags by which it is checked.
+_FLAGS_OF_LOADING = {
+    "attn_implementation": "attn_implementation",
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "revision": "model_revision",
+    "trust_remote_code": "trust_remote_code",
+}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -154,6 +162,9 @@ def _check(config: RunConfig) -> None:
         raise UserError("--output_dir is empty: give a folder.")
     check_output_dir(Path(str(training.output_dir)))
     loads_by: Any = training.model_init_kwargs  # JSON of a command line is an object by now
+    for name in loads_by or {}:
+        if name in _FLAGS_OF_LOADING:
+            raise UserError(f"--model_init_kwargs {name}: give --{_FLAGS_OF_LOADING[name]} in its place.")
     check_model_folder(str(config.model.model_name_or_path), loads_by or {})
     for flag, ours in _NOT_TAKEN.items():
         value = getattr(training, flag)

@@ -16,7 +16,7 @@ from lisa_dist.zero.parameters import partition_of
 # The decoder layer of each module, of all models in the process.
 _layer_of: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[torch.nn.Module]] = weakref.WeakKeyDictionary()
 # DeepSpeed's own; a release without it is reported by `check_private_names`.
-_keep_until_module_is_done = getattr(partitioned_param_coordinator, "update_recompute_parameters", None)
+keep_until_module_is_done = getattr(partitioned_param_coordinator, "update_recompute_parameters", None)
 
 
 class LinearFunction(LinearFunctionForZeroStage3):
@@ -58,10 +58,10 @@ def keep_until_layer_is_done(module: torch.nn.Module, parameter: torch.nn.Parame
     DeepSpeed ties it to the module whose backward pass began the recomputation, a layer's last matrix, and partitions
     it again right after: most of every frozen layer would be gathered a third time in each step.
     """
-    assert _keep_until_module_is_done is not None
+    assert keep_until_module_is_done is not None
     reference = _layer_of.get(module)
     layer = None if reference is None else reference()
-    _keep_until_module_is_done(module if layer is None else layer, parameter)
+    keep_until_module_is_done(module if layer is None else layer, parameter)
 
 
 def forget_module_order(engine: deepspeed.DeepSpeedEngine) -> None:

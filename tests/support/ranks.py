@@ -180,6 +180,8 @@ def _run_script(path: str, words: list[str], output: str, environment: dict[str,
     with open(output, "wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    # Where pytest itself is forked it has put others in their place.
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
     multiprocessing.current_process().daemon = False  # so that it may have children
     os.chdir(folder)
     os.environ.clear()

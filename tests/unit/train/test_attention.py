@@ -164,11 +164,11 @@ def device(monkeypatch):
     """Sets the GPU, and what of flash-attn can be imported on it."""
 
     def set_device(capability, *importable, kernels=False, problem="is not installed"):
-        monkeypatch.setattr(attention, "_capability", lambda: capability)
+        monkeypatch.setattr(attention, "gpu_capability", lambda: capability)
         monkeypatch.setattr(attention, "is_kernels_available", lambda: kernels)
         monkeypatch.setattr(
             attention,
-            "_import_problem",
+            "import_problem",
             lambda flash: None if flash.package in importable else f"{flash.package} {problem}",
         )
 
@@ -342,7 +342,7 @@ def test_only_an_import_tells_whether_flash_attn_is_there(tmp_path, monkeypatch,
     monkeypatch.syspath_prepend(str(tmp_path))
     for part in ("flash_attn", flash.module):
         monkeypatch.delitem(sys.modules, part, raising=False)
-    assert attention._import_problem(flash) == found
+    assert attention.import_problem(flash) == found
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,18 @@ def test_the_config_of_every_architecture_is_taken_or_refused_in_one_line(tmp_pa
     assert taken > 250
 
 
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [("attn_implementation", "attn_implementation"), ("torch_dtype", "dtype"), ("revision", "model_revision")],
+)
+def test_what_has_a_flag_is_not_taken_beside_it(tmp_path, name, flag):
+    """It would win over the flag, without the flag's checks."""
+    save_tiny_llama(tmp_path / "model")
+    flags = flags_for(tmp_path, tmp_path / "out", model_init_kwargs=json.dumps({name: "eager"}))
+    with pytest.raises(UserError, match=rf"^--model_init_kwargs {name}: give --{flag} in its place\.$"):
+        check_config(parse_arguments(flags))
+
+
 def test_eight_bit_arithmetic_is_refused(tmp_path, monkeypatch):
     save_tiny_llama(tmp_path / "model")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")

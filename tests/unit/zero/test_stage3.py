@@ -32,7 +32,7 @@ def test_the_input_of_a_frozen_weight_is_not_kept(trains, has_bias):
 def test_a_recomputed_layer_stays_gathered_until_its_backward_pass_is_done(monkeypatch):
     """DeepSpeed's own ties it to the module whose backward pass began the recomputation."""
     model, kept = tiny_llama(num_layers=1), []
-    monkeypatch.setattr(stage3, "_keep_until_module_is_done", lambda *by_and_what: kept.append(by_and_what))
+    monkeypatch.setattr(stage3, "keep_until_module_is_done", lambda *by_and_what: kept.append(by_and_what))
     stage3.remember_checkpointed_layers(model)
     (layer,) = model.model.layers
     for module, keeper in ((layer.mlp.down_proj, layer), (model.lm_head, model.lm_head)):
