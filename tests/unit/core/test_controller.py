@@ -272,6 +272,37 @@ def test_the_log_has_a_line_for_each_period(tmp_path):
     assert visits == [sum(layer in line["layers"] for line in lines) for layer in range(6)]
 
 
+def train_with_sampled_blocks() -> tuple[dict[str, int], list[list[str]]]:
+    engine, lisa = start(lisa_always_on="rest", lisa_block_probability="embed=0.5,head=0.5")
+    for (tokens,) in token_batches(9, rows=2):
+        lisa.on_step_begin()
+        micro_step(engine, tokens)
+    lisa.close()
+    return lisa.block_visit_counts, [record.blocks for record in lisa.records]
+
+
+def test_periods_of_sampled_blocks_are_counted():
+    counts, blocks = run_ranks(train_with_sampled_blocks, 1)[0]
+    assert counts == {name: sum(name in of_period for of_period in blocks) for name in ("embed", "head")}
+    assert 0 < sum(counts.values()) < 2 * len(blocks)
+
+
+def partitions_before_and_after(gamma: int) -> bool:
+    """Whether the partitions of a period are those of the one before."""
+    engine, lisa = start(lisa_activated_layers=gamma)
+    seen = []
+    for (tokens,) in token_batches(3, rows=2):
+        lisa.on_step_begin()
+        seen.append([group["params"][0] for group in lisa.partitions.optimizer.param_groups])
+        micro_step(engine, tokens)
+    return all(one is other for one, other in zip(seen[0], seen[-1], strict=True))
+
+
+def test_a_switch_to_the_same_layers_builds_nothing_anew():
+    assert run_ranks(partitions_before_and_after, 1, 6)[0]
+    assert not run_ranks(partitions_before_and_after, 1, 2)[0]
+
+
 def debug_finds_drift(steps: int) -> str:
     engine, lisa = start(lisa_debug=True)
     batches = [tokens for (tokens,) in token_batches(3, rows=4)]

@@ -553,3 +553,11 @@ def test_8_bit_moments_are_as_good_as_those_of_bitsandbytes(data_dir):
     )
     mine = train_real(path, batches, lambda parameters: LisaAdamW(parameters, state_bits=8, **settings))
     assert 0 < (mine - exact).norm() < (theirs - exact).norm()
+
+
+def test_defaults_are_those_of_torch():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    ours, theirs = LisaAdamW([parameter]).defaults, torch.optim.AdamW([parameter]).defaults
+    assert {name: ours[name] for name in ("lr", "betas", "eps", "weight_decay")} == {
+        name: theirs[name] for name in ("lr", "betas", "eps", "weight_decay")
+    }

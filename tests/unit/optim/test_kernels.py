@@ -225,9 +225,13 @@ def test_bits_belong_to_elements_and_not_to_cuts():
     [
         ({"PATH": ""}, "there is no C compiler, which Triton needs: apt install gcc, or set CC"),
         ({"CC": "no-such-compiler"}, "the C compiler no-such-compiler cannot be run (No such file or directory)"),
-        ({"CC": "false"}, "false cannot compile with Python.h, which Triton needs: apt install python3-dev"),
+        ({"CC": "false"}, "false cannot compile with Python.h, which Triton needs: apt install python3-dev ()"),
+        (
+            {"CC": "cat /no-such-file"},
+            "cat /no-such-file cannot compile with Python.h, which Triton needs: apt install python3-dev (cat: ",
+        ),
     ],
-    ids=["none", "absent", "without Python.h"],
+    ids=["none", "absent", "without Python.h", "with a message"],
 )
 def test_where_triton_cannot_compile_torch_takes_its_place(monkeypatch, variables, said):
     monkeypatch.delenv("CC", raising=False)

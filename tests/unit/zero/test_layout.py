@@ -53,7 +53,9 @@ def compare_with_deepspeed(ds_config: str) -> None:
     initial = {name: parameter.detach().clone().flatten() for name, parameter in model.named_parameters()}
     engine, lisa = lisa_dist.initialize(model, ds_config)
     stage, rank, world_size = engine.zero_optimization_stage(), dist.get_rank(), dist.get_world_size()
+    assert {group["lr"] for group in lisa.partitions.optimizer.param_groups} == {1e-5}  # as documented
     if stage < 3:
+        assert lisa.partitions.gathered_bytes() == 0
         assert engine.optimizer.nccl_start_alignment_factor == ALIGNMENT_FACTOR
     states, pieces = lisa.partition_states(), lisa.partitions.pieces()
     assert len(states) > 6
