@@ -16,6 +16,7 @@ import lisa_dist
 from lisa_dist.core import controller
 from lisa_dist.core.agreement import broadcast_active_set
 from lisa_dist.core.controller import LisaController
+from lisa_dist.core.engine_config import prepare_ds_config
 from lisa_dist.core.sampling import ActiveSet, sample_period
 from lisa_dist.zero import overrides, stages
 from lisa_dist.zero.stage3 import forget_module_order
@@ -270,6 +271,11 @@ def test_the_log_has_a_line_for_each_period(tmp_path):
     assert 0 < lines[1]["bytes_released"] < lines[0]["state_bytes_per_rank"]  # embed, head and rest stay
     assert all(line["live_bytes"] > line["state_bytes_per_rank"] for line in lines)
     assert visits == [sum(layer in line["layers"] for line in lines) for layer in range(6)]
+
+
+def test_a_ds_config_that_cannot_work_is_refused_before_there_is_an_engine():
+    with pytest.raises(ValueError, match=r"the DeepSpeed config has zero_optimization\.stage = 0"):
+        prepare_ds_config({"zero_optimization": {"stage": 0}}, lisa_dist.LisaConfig(), "adamw_torch", "fp32")
 
 
 def train_with_sampled_blocks() -> tuple[dict[str, int], list[list[str]]]:
