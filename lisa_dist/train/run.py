@@ -51,7 +51,6 @@ _NOT_TAKEN = {
     "truncation_mode": "--long_examples, which cuts texts into several examples",
     "dataset_kwargs": "--dataset_format and --dataset_columns",
 }
-# Of a model's configuration.
 # What transformers takes by --model_init_kwargs too, and the flags by which it is checked.
 _FLAGS_OF_LOADING = {
     "attn_implementation": "attn_implementation",
@@ -60,6 +59,7 @@ _FLAGS_OF_LOADING = {
     "revision": "model_revision",
     "trust_remote_code": "trust_remote_code",
 }
+# Of a model's configuration.
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 

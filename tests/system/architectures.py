@@ -94,8 +94,8 @@ def set_or_name(config: PretrainedConfig, name: str, value: Any) -> list[str]:
     """The name if it cannot be set: a property without a setter, or with one that is there to say so."""
     try:
         setattr(config, name, value)
-    except (AttributeError, NotImplementedError):
-        return [name]
+    except (AttributeError, NotImplementedError):  # what Python and transformers raise for such a property
+        return [name]  # it is told where the model stays large for it; a small one is compared all the same
     return []
 
 
