@@ -17,7 +17,7 @@ rounding for it: Zamirai et al., "Revisiting bfloat16 training" (2020), section 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +30,27 @@ from .philox import random_bits
 CHUNK = 1 << 18
 
 
+class Target:
+    """What a step writes to: a weight, its master, or both."""
+
+    weight: torch.Tensor | None
+    master: torch.Tensor | None
+
+    @property
+    def target(self) -> torch.Tensor:
+        """What the update is added to: the master where there is one, else the weight."""
+        target = self.weight if self.master is None else self.master
+        assert target is not None  # checked before
+        return target
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the result is rounded stochastically."""
+        return self.master is None and self.target.dtype == torch.bfloat16
+
+
 @dataclass
-class StepTensors:
+class StepTensors(Target):
     """The tensors of one piece, each 1-D, contiguous, on one device; the scales have one fp32 a block.
 
     `weight`: what the model computes with, None where someone else writes it; `master`: fp32, or None. Moments are
@@ -46,18 +65,6 @@ class StepTensors:
     exp_avg_scales: torch.Tensor | None = None
     exp_avg_sq_scales: torch.Tensor | None = None
     gradient_scale: torch.Tensor | None = None
-
-    @property
-    def target(self) -> torch.Tensor:
-        """What the update is added to: the master where there is one, else the weight."""
-        target = self.weight if self.master is None else self.master
-        assert target is not None  # `check_tensors` has seen to it
-        return target
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether the result is rounded stochastically."""
-        return self.master is None and self.target.dtype == torch.bfloat16
 
     @property
     def quantized(self) -> bool:
@@ -89,26 +96,48 @@ class StepNumbers:
 
 def check_tensors(tensors: StepTensors, element: int, of: str = "AdamW") -> None:
     """Raise ValueError, saying of what, what was expected and what came, for tensors that no kernel may touch."""
+    numel = check_target(tensors, of)
+    blocks = num_blocks(element, numel)
+    for name in ("exp_avg_scales", "exp_avg_sq_scales"):
+        if tensors.quantized and getattr(tensors, name) is None:
+            raise ValueError(f"{of}: expected {blocks} {name} with 8-bit moments, got none.")
+    moments = (numel, (torch.uint8 if tensors.quantized else torch.float32,))
+    scales = (blocks, (torch.float32,))
+    expected = {
+        "exp_avg": moments,
+        "exp_avg_sq": moments,
+        "exp_avg_scales": scales,
+        "exp_avg_sq_scales": scales,
+    }
+    check_expected(tensors, expected, of)
+
+
+def check_target(tensors: Target, of: str) -> int:
+    """The elements of a piece; ValueError for what cannot be stepped, as `check_tensors` raises it."""
     if tensors.weight is None and tensors.master is None:
         raise ValueError(f"{of}: expected a weight or a master, got neither.")
-    target = tensors.target
-    numel, device = target.numel(), target.device
-    blocks = num_blocks(element, numel)
-    expected = {
-        "weight": (numel, (torch.float32, torch.bfloat16, torch.float16)),
+    numel = tensors.target.numel()
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    expected: dict[str, tuple[int, tuple[torch.dtype, ...]]] = {
+        "weight": (numel, floats),
         "master": (numel, (torch.float32,)),
-        "gradient": (numel, (torch.float32, torch.bfloat16, torch.float16)),
-        "exp_avg": (numel, (torch.uint8 if tensors.quantized else torch.float32,)),
-        "exp_avg_sq": (numel, (torch.uint8 if tensors.quantized else torch.float32,)),
-        "exp_avg_scales": (blocks, (torch.float32,)),
-        "exp_avg_sq_scales": (blocks, (torch.float32,)),
+        "gradient": (numel, floats),
         "gradient_scale": (1, (torch.float32,)),
     }
+    check_expected(tensors, expected, of)
+    if tensors.master is None and tensors.target.dtype == torch.float16:
+        raise ValueError(
+            f"{of}: expected weights without a master in torch.bfloat16 or torch.float32, got torch.float16."
+        )
+    return numel
+
+
+def check_expected(tensors: Target, expected: Mapping[str, tuple[int, tuple[torch.dtype, ...]]], of: str) -> None:
+    """Raise ValueError for a tensor that has not the expected elements and one of the expected dtypes."""
+    device = tensors.target.device
     for name, (size, dtypes) in expected.items():
         tensor = getattr(tensors, name)
         if tensor is None:
-            if name.endswith("scales") and tensors.quantized:
-                raise ValueError(f"{of}: expected {blocks} {name} with 8-bit moments, got none.")
             continue
         if tensor.numel() != size:
             raise ValueError(f"{of}: expected {size} elements of {name}, got {tensor.numel()}.")
@@ -119,10 +148,6 @@ def check_tensors(tensors: StepTensors, element: int, of: str = "AdamW") -> None
             raise ValueError(f"{of}: expected {name} on {device}, where the weights are, got it on {tensor.device}.")
         if not tensor.is_contiguous():
             raise ValueError(f"{of}: expected {name} to be contiguous, got strides {tensor.stride()}.")
-    if tensors.master is None and tensors.target.dtype == torch.float16:
-        raise ValueError(
-            f"{of}: expected weights without a master in torch.bfloat16 or torch.float32, got torch.float16."
-        )
 
 
 def adamw_reference(tensors: StepTensors, numbers: StepNumbers) -> StepTensors:

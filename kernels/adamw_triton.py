@@ -32,6 +32,49 @@ def _store_quantized(values, codes, offsets, mask, scales, block, block_is_here,
     tl.store(scales + block, scale, mask=block_is_here)
 
 
+@triton.jit
+def random_words(tile, column, seed, parameter, draw, ROW: tl.constexpr):  # noqa: N803 - constants of a kernel
+    """Four words of a tile's columns, which have the random bits of its eight rows."""
+    counter = tile * ROW + column
+    zero = tl.zeros_like(column)
+    return tl.philox(
+        seed, counter.to(tl.int32), (counter >> 32).to(tl.int32), zero + draw.to(tl.int32), zero + parameter
+    )
+
+
+@triton.jit
+def store_weight(
+    weight,
+    value,
+    offsets,
+    mask,
+    word0,
+    word1,
+    word2,
+    word3,
+    row: tl.constexpr,  # of the tile
+    STOCHASTIC: tl.constexpr,  # noqa: N803
+):
+    """Write fp32 values to weights of any dtype; to bf16 they are rounded here, as Triton's interpreter would cut."""
+    if weight.dtype.element_ty == tl.bfloat16:
+        number = value.to(tl.int32, bitcast=True)
+        if STOCHASTIC:
+            if row // 2 == 0:
+                word = word0.to(tl.uint32)
+            elif row // 2 == 1:
+                word = word1.to(tl.uint32)
+            elif row // 2 == 2:
+                word = word2.to(tl.uint32)
+            else:
+                word = word3.to(tl.uint32)
+            bits = ((word >> 16) if row % 2 else (word & 0xFFFF)).to(tl.int32)
+        else:
+            bits = 0x7FFF + ((number >> 16) & 1)  # to the nearest, ties to even
+        rounded = ((number + bits) & -0x10000).to(tl.float32, bitcast=True)
+        value = tl.where(value == value, rounded, value)
+    tl.store(weight + offsets, value.to(weight.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["seed", "parameter", "draw"])
 def _adamw(
     weight,
@@ -72,12 +115,9 @@ def _adamw(
     tile = element // (ROW * ROWS) + tl.program_id(0).to(tl.int64)
     column = tl.arange(0, ROW)
     scale = tl.load(gradient_scale) if HAS_SCALE else 1.0
-    if STOCHASTIC:
-        counter = tile * ROW + column
-        zero = tl.zeros_like(column)
-        word0, word1, word2, word3 = tl.philox(  # by name: Triton 3.2 takes no index of a tuple
-            seed, counter.to(tl.int32), (counter >> 32).to(tl.int32), zero + draw.to(tl.int32), zero + parameter
-        )
+    word0, word1, word2, word3 = column, column, column, column  # none that is read, where rounding is to the nearest
+    if STOCHASTIC:  # by name: Triton 3.2 takes no index of a tuple
+        word0, word1, word2, word3 = random_words(tile, column, seed, parameter, draw, ROW)
     for row in tl.static_range(ROWS):
         offsets = tile * (ROW * ROWS) + row * ROW + column - element
         mask = (offsets >= 0) & (offsets < numel)
@@ -111,23 +151,7 @@ def _adamw(
         if HAS_MASTER:
             tl.store(master + offsets, value, mask=mask)
         if HAS_WEIGHT:
-            if weight.dtype.element_ty == tl.bfloat16:  # rounded here, as Triton's interpreter would cut it off
-                number = value.to(tl.int32, bitcast=True)
-                if STOCHASTIC:
-                    if row // 2 == 0:
-                        word = word0.to(tl.uint32)
-                    elif row // 2 == 1:
-                        word = word1.to(tl.uint32)
-                    elif row // 2 == 2:
-                        word = word2.to(tl.uint32)
-                    else:
-                        word = word3.to(tl.uint32)
-                    bits = ((word >> 16) if row % 2 else (word & 0xFFFF)).to(tl.int32)
-                else:
-                    bits = 0x7FFF + ((number >> 16) & 1)  # to the nearest, ties to even
-                rounded = ((number + bits) & -0x10000).to(tl.float32, bitcast=True)
-                value = tl.where(value == value, rounded, value)
-            tl.store(weight + offsets, value.to(weight.dtype.element_ty), mask=mask)
+            store_weight(weight, value, offsets, mask, word0, word1, word2, word3, row, STOCHASTIC)
 
 
 def adamw_triton(tensors: StepTensors, numbers: StepNumbers) -> None:

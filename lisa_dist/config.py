@@ -6,8 +6,9 @@ Fine-Tuning" (arXiv 2403.17919). Flag names follow the ones in use elsewhere.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from lisa_dist.errors import UserError
 
@@ -17,6 +18,8 @@ STATE_POLICIES = ("reset", "reset_all", "keep")
 NONFINITE_POLICIES = ("stop", "skip")
 MASTERS = ("fp32", "bf16_sr")
 OUTER_BLOCKS = ("embed", "head", "rest")
+FACTORED = "factored"  # in the place of bits: a second moment by row and column, and no first one
+StateBits = int | str
 
 
 @dataclass
@@ -112,8 +115,8 @@ class LisaConfig:
     lisa_state_bits: str = field(
         default="",
         metadata={
-            "help": "Bits of the moments by block, 8 (blockwise) or 32, such as embed=8,layers=32; by default as "
-            "--optim has them."
+            "help": "Moments by block: 8 (bits, blockwise), 32 or, of embed and head, factored (one number a row and "
+            "one a column, and no first moment), such as embed=factored,layers=8; by default as --optim has them."
         },
     )
     lisa_master: str = field(
@@ -233,11 +236,17 @@ class LisaConfig:
 
     def _check_state_bits(self) -> None:
         for block, bits in self._given_bits.items():
-            if bits not in (8, 32):
+            if bits not in (8, 32, FACTORED):
                 raise UserError(
-                    f"--lisa_state_bits {self.lisa_state_bits}: moments have 8 or 32 bits; {block} has {bits:g}."
+                    f"--lisa_state_bits {self.lisa_state_bits}: moments have 8 or 32 bits, or are {FACTORED}; {block} "
+                    f"has {float(bits):g}."
                 )
-            if bits == 8 and block in self.offloaded:
+            if bits == FACTORED and block not in ("embed", "head"):
+                raise UserError(
+                    f"--lisa_state_bits {self.lisa_state_bits}: the moments of embed and head can be {FACTORED}, where "
+                    f"a row is a token; give {block}=8."
+                )
+            if bits != 32 and block in self.offloaded:
                 raise UserError(
                     f"--lisa_state_bits {self.lisa_state_bits} with --lisa_offload {self.lisa_offload}: states on the "
                     f"host have 32 bits; take {block} out of one of them."
@@ -300,13 +309,14 @@ class LisaConfig:
         return _block_values(flag, self.lisa_block_probability, OUTER_BLOCKS)
 
     @property
-    def state_bits(self) -> dict[str, int]:
-        """Bits of the moments that the user gave, for embed, head, rest and layers."""
-        return {block: int(bits) for block, bits in self._given_bits.items()}
+    def state_bits(self) -> dict[str, StateBits]:
+        """Bits of the moments that the user gave, or "factored", for embed, head, rest and layers."""
+        given = self._given_bits.items()
+        return {block: bits if isinstance(bits, str) else int(bits) for block, bits in given}
 
     @property
-    def _given_bits(self) -> dict[str, float]:
-        return _block_values("--lisa_state_bits", self.lisa_state_bits, (*OUTER_BLOCKS, "layers"))
+    def _given_bits(self) -> dict[str, float | str]:
+        return _block_values("--lisa_state_bits", self.lisa_state_bits, (*OUTER_BLOCKS, "layers"), words=(FACTORED,))
 
     @property
     def offloaded(self) -> tuple[str, ...]:
@@ -329,26 +339,26 @@ class LisaConfig:
         return asdict(self)
 
 
-def _canonical(flag: str, value: str, numbers: dict[str, float]) -> str:
-    if value.count("=") > len(numbers):
+def _canonical(flag: str, value: str, given: Mapping[str, float | str]) -> str:
+    if value.count("=") > len(given):
         raise UserError(f"{flag} {value}: a block is named twice.")
-    return ",".join(f"{block}={number:g}" for block, number in sorted(numbers.items()))
+    return ",".join(f"{block}={one if isinstance(one, str) else f'{one:g}'}" for block, one in sorted(given.items()))
 
 
-def _block_values(flag: str, value: str, blocks: Sequence[str]) -> dict[str, float]:
-    """What `block=number,...` says, for a flag that takes it."""
-    numbers: dict[str, float] = {}
+def _block_values(flag: str, value: str, blocks: Sequence[str], words: Sequence[str] = ()) -> dict[str, Any]:
+    """What `block=number,...` says, for a flag that takes it; in the place of a number may be one of `words`."""
+    given: dict[str, float | str] = {}
     for part in (part.strip() for part in value.split(",")):
         if not part:
             continue
-        block, _, number = part.partition("=")
-        if block.strip() not in blocks:
-            raise UserError(f"{flag} {value}: unknown block {block.strip()!r}; choose from {', '.join(blocks)}.")
+        block, _, number = (text.strip() for text in part.partition("="))
+        if block not in blocks:
+            raise UserError(f"{flag} {value}: unknown block {block!r}; choose from {', '.join(blocks)}.")
         try:
-            numbers[block.strip()] = float(number)
+            given[block] = number if number in words else float(number)
         except ValueError:
-            raise UserError(f"{flag} {value}: {part!r} is no block=number.") from None
-    return numbers
+            raise UserError(f"{flag} {value}: {part!r} is no block={'|'.join(('number', *words))}.") from None
+    return given
 
 
 def _block_names(flag: str, value: str, blocks: Sequence[str] = OUTER_BLOCKS) -> tuple[str, ...]:

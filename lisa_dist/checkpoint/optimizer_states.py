@@ -8,6 +8,8 @@ LisaAdamW's 8-bit moments are quantized in blocks of their parameter: "name:exp_
 "name:exp_avg_scales" the scales of its blocks. They are restored bit for bit wherever no cut has split a block. Those
 of bitsandbytes are quantized in blocks of their partition and cannot be cut by name: their codes and scales are kept
 whole ("0:state1", "0:absmax1", ...), restored bit for bit into the same partition, and dequantized for any other.
+
+Factored moments of a matrix are "name:row_sq", of the rows that a piece touches, "name:column_sq" and "name:mean_sq".
 """
 
 import json
@@ -16,6 +18,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from lisa_dist.config import FACTORED
+from lisa_dist.optim import factored
 from lisa_dist.optim.adamw import BLOCK, decode_moment, num_blocks, with_blocks
 from lisa_dist.optim.moments import MOMENTS, dequantize
 from lisa_dist.optim.states import PartitionKey, PartitionState, Piece
@@ -45,12 +49,15 @@ def states_on_host(
             scales = state.optimizer_state.get(f"{field}_scales")
             if field == "step":
                 partition["step"] = int(value)
+            elif field in factored.FIELDS:
+                for place in factored.places(state.optimizer_state[factored.WIDTHS], pieces[key]):
+                    tensors[f"{place.piece.name}:{field}"] = copy_on_host(value[place.of_fields[field]])
             elif scales is not None:
                 for piece, blocks in with_blocks(pieces[key]):
                     cut = value.detach()[piece.offset : piece.offset + piece.length]
                     tensors[f"{piece.name}:{field}_codes"] = copy_on_host(cut)
                     tensors[f"{piece.name}:{field}_scales"] = copy_on_host(scales[blocks])
-            elif field.endswith("_scales"):
+            elif field.endswith("_scales") or field == factored.WIDTHS:
                 continue
             elif value.numel() == state.numel and value.is_floating_point():
                 for piece in pieces[key]:
@@ -60,6 +67,11 @@ def states_on_host(
                 tensors[f"{index}:{field}"] = copy_on_host(value.detach())
         partitions.append(partition)
     return tensors, {"partitions": json.dumps(partitions)}
+
+
+def _rows_of(piece: Piece, width: int) -> tuple[int, int]:
+    """The first row that a piece of a matrix touches, and the one behind its last."""
+    return piece.start // width, -(-(piece.start + piece.length) // width)
 
 
 def copy_on_host(value: torch.Tensor) -> torch.Tensor:
@@ -91,7 +103,8 @@ class StateFiles:
 
         "master", and once the optimizer has stepped "step" with "exp_avg" and "exp_avg_sq", in fp32 and bit for bit as
         written. With a `coding`, "lisa" or "bitsandbytes", 8-bit moments are given as codes and scales where possible:
-        those of bitsandbytes only for the same partition.
+        those of bitsandbytes only for the same partition. For "factored" moments are given as those are. They cannot be
+        turned into others, or others into them: where they would have to be, there is a master alone.
         """
         if not all(name in self._sources for name in key):
             return None
@@ -101,10 +114,38 @@ class StateFiles:
         step = steps.pop()
         if step is None:
             return fields
+        if coding == FACTORED or self._is_factored(key):
+            is_both = coding == FACTORED and self._is_factored(key)
+            return fields | ({"step": step, **self._factored(pieces)} if is_both else {})
         fields["step"] = step
         find_codes = {"lisa": self._codes, "bitsandbytes": self._codes_of_bitsandbytes}.get(coding or "")
         codes = find_codes(key, pieces, numel) if find_codes else None
         return fields | (codes or {moment: self._gather(moment, pieces, numel) for moment in MOMENTS})
+
+    def _is_factored(self, key: PartitionKey) -> bool:
+        file, _, piece = self._sources[key[0]][0]
+        return f"{piece.name}:row_sq" in self._names[file]
+
+    def _factored(self, pieces: list[Piece]) -> dict:
+        """Factored moments of the rows that the pieces touch; several files have the same of a row that was cut."""
+        widths, by_field = [], {name: [torch.zeros(0)] for name in factored.FIELDS}
+        for piece in pieces:
+            sources = [(self._files[file], source) for file, _, source in self._sources[piece.name]]
+            of_matrix = {name: sources[0][0].get_tensor(f"{piece.name}:{name}") for name in ("column_sq", "mean_sq")}
+            widths.append(of_matrix["column_sq"].numel())
+            first, last = _rows_of(piece, widths[-1])
+            rows = torch.full((last - first,), torch.nan)
+            for file, source in sources:
+                begin, end = _rows_of(source, widths[-1])
+                low, high = max(first, begin), min(last, end)
+                if low < high:
+                    rows[low - first : high - first] = file.get_slice(f"{piece.name}:row_sq")[
+                        low - begin : high - begin
+                    ]
+            assert not rows.isnan().any(), f"rows of {piece.name} are not in the files"
+            for name, value in {"row_sq": rows, **of_matrix}.items():
+                by_field[name].append(value)
+        return {factored.WIDTHS: tuple(widths)} | {name: torch.cat(values) for name, values in by_field.items()}
 
     def _gather(self, field: str, pieces: list[Piece], numel: int) -> torch.Tensor:
         """A flat partition, put together from whichever files its pieces are in; padding is zero."""

@@ -65,21 +65,22 @@ def _load_states(
 ) -> list[PartitionKey]:
     """Fill this rank's partitions, active and kept ones; the keys of those that begin with fresh moments."""
     saved = StateFiles([folder / state_file(rank, state["world_size"]) for rank in range(state["world_size"])])
-    pieces, coding = partitions.pieces(), partitions.coding
+    pieces = partitions.pieces()
     without_moments = []
     for key, partition in lisa.partition_states().items():
-        fields = saved.read(key, pieces[key], partition.numel, coding)
+        fields = saved.read(key, pieces[key], partition.numel, partitions.form_of_moments(key))
         if fields is None:  # a block that only other settings than the saved run's train
             without_moments.append(key)
             continue
         if settings_changed and lisa.config.lisa_state == "reset_all":  # a period begins, whose switch would reset them
             fields = {MASTER: fields[MASTER]}
+        if "step" not in fields:
             without_moments.append(key)
         partitions.load_state(key, fields)
     lisa.host_states.clear()
     for group, key, params in _kept_partitions(lisa):
         kept, numel = partitions.layout(params)
-        fields = saved.read(key, kept, numel, coding)
+        fields = saved.read(key, kept, numel, partitions.form_of_moments(group))
         if fields is not None:
             lisa.host_states.put(key, partitions.state_of(group, kept, fields), kept)
     return without_moments

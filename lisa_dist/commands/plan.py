@@ -46,7 +46,7 @@ HELP = {
         "lisa_always_on": "of embed, head, rest; those left out are sampled like layers",
         "lisa_frozen": "of embed, head, rest: never trained",
         "lisa_state": "at a switch: reset, reset_all, keep (on the host)",
-        "lisa_state_bits": "of moments, by block: embed=8,head=8,layers=8",
+        "lisa_state_bits": "of moments, by block: embed=8,head=factored,layers=8",
         "lisa_master": "fp32, or bf16_sr for no masters",
         "lisa_offload": "blocks whose optimizer states live on the host",
     },

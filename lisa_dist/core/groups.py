@@ -10,6 +10,7 @@ from collections.abc import Container, Iterable, Mapping
 
 import torch
 
+from lisa_dist.config import StateBits
 from lisa_dist.core.blocks import Block
 from lisa_dist.errors import UserError
 from lisa_dist.zero.parameters import parameter_shape
@@ -32,13 +33,13 @@ def build_param_groups(
     outer: Iterable[Block],
     active_layers: Iterable[Block],
     weight_decay: float,
-    state_bits: Mapping[str, int] | None = None,
+    state_bits: Mapping[str, StateBits] | None = None,
     offloaded: Container[str] = (),
 ) -> list[dict]:
     """Parameter groups: the outer blocks first, then one slot for each active layer.
 
     Every group carries a `lisa_group` name, such as "embed/decay" or "slot1/no_decay". Where `state_bits` has its block
-    (embed, head, rest or layers), the bits of its moments are its `lisa_state_bits`; 8 are for matrices alone.
+    (embed, head, rest or layers), that is its `lisa_state_bits`: 32, or of matrices alone 8 or "factored".
     `lisa_host` says that its states are on the host, since `offloaded` has its block.
     """
     named = [(block.name, block.name, block) for block in outer]
@@ -57,8 +58,8 @@ def build_param_groups(
     ]
 
 
-def takes_bits(bits: int, kind: str) -> bool:
-    """Whether a group of this kind has the bits that its block is given: 8 bits apply to matrices only."""
+def takes_bits(bits: StateBits, kind: str) -> bool:
+    """Whether a group of this kind has what its block is given: fewer bits than 32 apply to matrices only."""
     return bits == 32 or kind == "decay"
 
 

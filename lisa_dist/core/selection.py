@@ -7,14 +7,15 @@ from collections.abc import Iterable
 
 import torch
 
-from lisa_dist.config import OUTER_BLOCKS, LisaConfig
+from lisa_dist.config import FACTORED, OUTER_BLOCKS, LisaConfig, StateBits
 from lisa_dist.core.blocks import Block, Blocks
-from lisa_dist.core.groups import build_param_groups, check_same_kinds
+from lisa_dist.core.groups import build_param_groups, check_same_kinds, decays
 from lisa_dist.core.importance import LayerImportance
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.sampling import ActiveSet, SampledBlock, inclusion_probabilities, sample_period
 from lisa_dist.errors import UserError
 from lisa_dist.optim.states import PartitionKey
+from lisa_dist.zero.parameters import parameter_shape
 
 
 class BlockSelection:
@@ -152,13 +153,21 @@ def sampled_blocks(config: LisaConfig, blocks: Blocks) -> list[SampledBlock]:
     return sampled
 
 
-def _state_bits(config: LisaConfig, blocks: Blocks) -> dict[str, int]:
+def _state_bits(config: LisaConfig, blocks: Blocks) -> dict[str, StateBits]:
     bits = config.state_bits
     if blocks.tied and bits.get("head", bits.get("embed")) != bits.get("embed"):
         raise UserError(
             f"--lisa_state_bits {config.lisa_state_bits}: embed and head of this model are one tied matrix; give both "
             "the same."
         )
+    for block in (blocks.outer(name) for name, given in bits.items() if given == FACTORED):
+        for name, parameter in block.parameters.items():
+            shape = parameter_shape(parameter)
+            if decays(name, parameter) and len(shape) != 2:
+                raise UserError(
+                    f"--lisa_state_bits {config.lisa_state_bits}: moments by row and column are for matrices, and "
+                    f"{name} in {block.name} has the shape {list(shape)}; give {block.name}=8."
+                )
     return bits
 
 

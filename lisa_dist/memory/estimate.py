@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lisa_dist.config import OUTER_BLOCKS, LisaConfig
+from lisa_dist.config import FACTORED, OUTER_BLOCKS, LisaConfig
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.sampling import SampledBlock
 from lisa_dist.memory.gathered_weights import gathered_weights
@@ -33,10 +33,10 @@ from lisa_dist.memory.gradient_peak import (
     slices_by_rank,
 )
 from lisa_dist.memory.parts import GROUP_GRADIENTS, STATES, WEIGHTS, MemoryParts
-from lisa_dist.memory.state_sizes import state_bytes, steps_weights
+from lisa_dist.memory.state_sizes import group_state_bytes, steps_weights
 from lisa_dist.memory.trace import Arrival, FakeRun, Group, StepTrace, Trained
 from lisa_dist.optim.build import BITSANDBYTES_ADAMW, LISA_ADAMW
-from lisa_dist.optim.ops import chunk_bytes, table_bytes
+from lisa_dist.optim.ops import chunk_bytes, factored_chunk_bytes, table_bytes
 from lisa_dist.optim.states import pinned_block
 from lisa_dist.zero.layout import partition_numel, pieces_of_group, share_numel
 
@@ -246,10 +246,12 @@ class _Step:
     def _states(self, on_host: bool) -> dict[bool, int]:
         """Bytes of masters and moments, on the host or the device, of always-trained blocks (True) and the others."""
         sizes = {True: 0, False: 0}
-        for group, partition in zip(self.groups, self._partitions, strict=True):
+        for group in self.groups:
             if (group.on_host or self._offloads) == on_host:
-                has_master = group.on_host or not self._steps_weights
-                sizes[group.always_on] += state_bytes(partition, group.bits, self.optim, 4 if has_master else 0)
+                master = 4 if group.on_host or not self._steps_weights else 0
+                sizes[group.always_on] += group_state_bytes(
+                    group, self._stage, self.world_size, self.optim, master, self.ranks
+                )
         return sizes
 
     @property
@@ -344,6 +346,10 @@ class _Step:
         """Of one group: its gradient in fp32, and before it the flat copy, or after it what AdamW allocates."""
         if self.optim == LISA_ADAMW:  # takes gradients as they are; on CPU one chunk of the largest piece is copied
             piece = max(_largest_piece(group, self._stage, rank, self.world_size) for rank in self.ranks)
+            if group.bits == FACTORED:  # and the new roots and sums, of each row and column
+                sums = 2 * group_state_bytes(group, self._stage, self.world_size, self.optim, 0, self.ranks)
+                chunk = factored_chunk_bytes(piece, max(group.widths), self.master != "fp32")
+                return sums + (chunk if self.on_cpu else 0)
             return chunk_bytes(piece, group.bits == 8, self.master != "fp32") if self.on_cpu else 0
         if group.on_host:
             return 0

@@ -7,11 +7,10 @@ import torch
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.groups import split_by_decay, takes_bits
-from lisa_dist.memory.state_sizes import state_buffers, steps_weights
-from lisa_dist.memory.trace import FakeRun
+from lisa_dist.memory.state_sizes import group_state_buffers, steps_weights
+from lisa_dist.memory.trace import FakeRun, Group
 from lisa_dist.optim.build import default_state_bits
 from lisa_dist.optim.states import pinned_bytes
-from lisa_dist.zero.layout import partition_numel
 
 
 def kept_states(
@@ -31,9 +30,9 @@ def kept_states(
     master = weights.itemsize if steps_weights(optim, config.lisa_master, weights) else 4
 
     def buffers_of(name: str, kind: str, params: Sequence[torch.nn.Parameter]) -> list[int]:
-        partition = partition_numel([parameter.numel() for parameter in params], stage, world_size)
-        bits = int(given.get(name, default))
-        return state_buffers(partition, bits if takes_bits(bits, kind) else default, optim, master)
+        bits = given.get(name, default)
+        group = Group(tuple(params), bits if takes_bits(bits, kind) else default)
+        return group_state_buffers(group, stage, world_size, optim, master)
 
     by_block = [
         [nbytes for kind, params in split_by_decay(block).items() for nbytes in buffers_of(name, kind, params)]

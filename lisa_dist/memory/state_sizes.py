@@ -1,11 +1,16 @@
 """Bytes of a partition's master and moments, as each optimizer has them."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
+from lisa_dist.config import FACTORED, StateBits
+from lisa_dist.memory.trace import Group
 from lisa_dist.optim.build import LISA_ADAMW
+from lisa_dist.optim.factored import places
 from lisa_dist.optim.moments import QUANTIZED_BLOCK
+from lisa_dist.zero.layout import partition_numel, pieces_of_group
 
 _SMALLEST_QUANTIZED = 4096  # elements of a partition that bitsandbytes quantizes
 
@@ -15,16 +20,35 @@ def steps_weights(optim: str, master: str, weights: torch.dtype) -> bool:
     return weights == torch.float32 or (optim == LISA_ADAMW and master != "fp32")
 
 
-def state_bytes(partition: int, bits: int, optim: str, master: int = 4) -> int:
-    """Bytes of the master (`master` bytes an element) and the two moments of a partition of so many elements."""
-    return sum(state_buffers(partition, bits, optim, master))
+def group_state_bytes(
+    group: Group, stage: int, world_size: int, optim: str, master: int = 4, ranks: Sequence[int] = (0,)
+) -> int:
+    """Bytes of the master (`master` bytes an element) and the moments of a group's partition, of the largest."""
+    return max(sum(group_state_buffers(group, stage, world_size, optim, master, rank)) for rank in ranks)
 
 
-def state_buffers(partition: int, bits: int, optim: str, master: int = 4) -> list[int]:
+def group_state_buffers(
+    group: Group, stage: int, world_size: int, optim: str, master: int = 4, rank: int = 0
+) -> list[int]:
     """The same by tensor: the master, and of each moment its values, or its codes, scales and bitsandbytes' table."""
+    partition = partition_numel(group.numels, stage, world_size)
+    if group.bits == FACTORED:
+        return [partition * master, *(4 * numel for numel in _factored_numels(group, stage, rank, world_size))]
+    return state_buffers(partition, group.bits, optim, master)
+
+
+def state_buffers(partition: int, bits: StateBits, optim: str, master: int = 4) -> list[int]:
+    """The same of any partition of so many elements whose moments are not factored."""
     scales = math.ceil(partition / QUANTIZED_BLOCK) * 4
     if bits == 8 and optim == LISA_ADAMW:
         return [partition * master, *2 * (partition, scales)]
     if bits == 8 and partition >= _SMALLEST_QUANTIZED:
         return [partition * master, *2 * (partition, scales, 256 * 4)]
     return [partition * master, *2 * (partition * 4,)]
+
+
+def _factored_numels(group: Group, stage: int, rank: int, world_size: int) -> list[int]:
+    """Numbers of rows, of columns and of matrices that a rank keeps."""
+    pieces = pieces_of_group(group.named_numels, stage, rank, world_size)
+    here = places([group.widths[int(piece.name)] for piece in pieces], pieces)
+    return [here[-1].rows.stop, here[-1].columns.stop, len(here)] if here else []

@@ -20,11 +20,12 @@ from transformers import (
 )
 from transformers.integrations import deepspeed as hf_deepspeed
 
-from lisa_dist.config import UserError
+from lisa_dist.config import StateBits
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import checkpoint_layers
 from lisa_dist.core.groups import split_by_decay, takes_bits
 from lisa_dist.core.label_logits import add_label_logits
+from lisa_dist.errors import UserError
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.memory.without_liger import without_liger
 from lisa_dist.optim.build import default_state_bits
@@ -59,13 +60,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Group:
-    """One parameter group: its parameters, the bits of its moments, whether it trains in every period.
+    """One parameter group: its parameters, the bits of its moments or "factored", whether it trains in every period.
 
     `on_host`: its states are on the host (--lisa_offload).
     """
 
     params: tuple[torch.nn.Parameter, ...]
-    bits: int = 32
+    bits: StateBits = 32
     always_on: bool = True
     on_host: bool = False
 
@@ -73,6 +74,11 @@ class Group:
     def numels(self) -> list[int]:
         """Elements of each parameter."""
         return [parameter.numel() for parameter in self.params]
+
+    @property
+    def widths(self) -> list[int]:
+        """Elements of a row of each parameter."""
+        return [parameter.shape[-1] for parameter in self.params]
 
     @property
     def named_numels(self) -> list[tuple[str, int]]:
@@ -168,7 +174,7 @@ class FakeRun:
         self,
         trained: Trained | None,
         optim: str = "adamw_torch_fused",
-        state_bits: Mapping[str, float] | None = None,
+        state_bits: Mapping[str, StateBits] | None = None,
         offloaded: Container[str] = (),
     ) -> list[Group]:
         """The parameter groups of a period; for None of all that is trainable, adapters or the whole model."""
@@ -187,9 +193,9 @@ class FakeRun:
             for kind, params in split_by_decay(block).items()
         ]
 
-    def _bits(self, name: str, kind: str, optim: str, state_bits: Mapping[str, float]) -> int:
+    def _bits(self, name: str, kind: str, optim: str, state_bits: Mapping[str, StateBits]) -> StateBits:
         default = default_state_bits(optim)
-        bits = int(state_bits.get(name, default))
+        bits = state_bits.get(name, default)
         return bits if takes_bits(bits, kind) else default
 
     def trace(self, groups: Sequence[Group]) -> StepTrace:

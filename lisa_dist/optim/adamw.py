@@ -1,7 +1,7 @@
 """LisaAdamW: AdamW that takes a partition of ZeRO in one pass, in fewer bytes where that is asked for.
 
 An fp32 parameter is a master, or a weight that needs none; a bf16 parameter is a weight without a master, and is
-rounded stochastically. Moments have 32 or 8 bits, by parameter group.
+rounded stochastically. Moments have 32 or 8 bits, or are factored (`factored.py`), by parameter group.
 
 The random bits, and the blocks of 8-bit moments, belong to the elements of a model's parameters, not to partitions: a
 sharded optimizer says by `prepare` which pieces a partition consists of. So a resume, and another number of ranks, give
@@ -10,6 +10,7 @@ written together with the master; nothing is copied before or after the step.
 """
 
 import copy
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,14 +18,21 @@ from typing import Any
 
 import torch
 
+from lisa_dist.config import FACTORED, StateBits
+from lisa_dist.optim import factored
+from lisa_dist.optim.factored import Matrix, Place
 from lisa_dist.optim.ops import (
     BLOCK,
+    FactoredNumbers,
+    FactoredTensors,
     StepNumbers,
     StepTensors,
     adamw_step,
+    check_factored,
     check_tensors,
     chunks,
     dequantize,
+    factored_step,
     num_blocks,
     quantize,
 )
@@ -42,6 +50,8 @@ class PartitionStep:
 
     `gradients` are 1-D and follow one another as the partition has them; `weight`, flat like the partition, is written
     too; `gradient_scale`, one fp32 number, multiplies gradients; `draw` chooses random bits: the run's count of steps.
+    `matrices`, of a group with factored moments: all of the group, whatever is in the partition; `add_up` adds a tensor
+    up over the ranks that share them.
     """
 
     pieces: Sequence[Piece]
@@ -49,14 +59,16 @@ class PartitionStep:
     weight: torch.Tensor | None = None
     gradient_scale: torch.Tensor | None = None
     draw: int = 0
+    matrices: Sequence[Matrix] = ()
+    add_up: Callable[[torch.Tensor], None] | None = None
 
 
 class LisaAdamW(torch.optim.Optimizer):
     """AdamW over fp32 or bf16 parameters, contiguous and of any shape; weight decay is decoupled.
 
-    `state_bits` is 32 or 8, and a group may have its own as "lisa_state_bits"; `seed` is that of the stochastic
-    rounding. A step raises ValueError, and changes nothing, for gradients that are not finite; where `prepare` was
-    called, whoever called it has looked. Source: Loshchilov and Hutter (ICLR 2019), Algorithm 2.
+    `state_bits` is 32, 8 or, for matrices, "factored", and a group may have its own as "lisa_state_bits"; `seed` is
+    that of the stochastic rounding. A step raises ValueError, and changes nothing, for gradients that are not finite;
+    where `prepare` was called, whoever called it has looked. Source: Loshchilov and Hutter (ICLR 2019), Algorithm 2.
     """
 
     def __init__(
@@ -67,7 +79,7 @@ class LisaAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        state_bits: int = 32,
+        state_bits: StateBits = 32,
         seed: int = 0,
     ):
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
@@ -83,8 +95,10 @@ class LisaAdamW(torch.optim.Optimizer):
                 raise ValueError(f"LisaAdamW: expected {name} of 0 or more, got {settings[name]}.")
         if not all(0 <= beta < 1 for beta in settings["betas"]):
             raise ValueError(f"LisaAdamW: expected betas from 0 up to, not including, 1, got {settings['betas']}.")
-        if settings["lisa_state_bits"] not in (8, 32):
-            raise ValueError(f"LisaAdamW: expected 8 or 32 bits of the moments, got {settings['lisa_state_bits']}.")
+        if settings["lisa_state_bits"] not in (8, 32, FACTORED):
+            raise ValueError(
+                f"LisaAdamW: expected 8 or 32 bits of the moments, or {FACTORED!r}, got {settings['lisa_state_bits']}."
+            )
         super().add_param_group(param_group)
 
     def prepare(self, parameter: torch.Tensor, partition: PartitionStep) -> None:
@@ -104,18 +118,14 @@ class LisaAdamW(torch.optim.Optimizer):
             for index, parameter in enumerate(group["params"]):
                 partition = prepared.get(parameter)
                 if partition is None and parameter.grad is not None:
-                    partition = self._alone(parameter, f"{number}.{index}")
+                    partition = self._alone(group, parameter, f"{number}.{index}")
                 if partition is not None:
                     partitions.append((group, parameter, partition))
         _check_finite([gradient for _, parameter, one in partitions if parameter not in prepared
                        for gradient in one.gradients])  # fmt: skip
-        checked = [(parameter, *self._step_of(group, parameter, one)) for group, parameter, one in partitions]
-        for parameter, state, pieces in checked:
-            if pieces:
-                self.state[parameter] = state
-                state["step"] += 1
-            for tensors, numbers in pieces:
-                adamw_step(tensors, numbers)
+        steps = [self._step_of(group, parameter, partition) for group, parameter, partition in partitions]
+        for step in steps:  # all were checked
+            step()
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -132,7 +142,12 @@ class LisaAdamW(torch.optim.Optimizer):
                 }
 
     def restore(self, group: dict, parameter: torch.Tensor, pieces: Sequence[Piece], fields: dict) -> None:
-        """Give a parameter saved moments: "step", and each moment in fp32, or as codes with their scales."""
+        """Give a parameter saved moments: "step", and each moment in fp32, as codes with their scales, or factored."""
+        if group["lisa_state_bits"] == FACTORED:
+            if pieces:
+                moments = {name: fields[name].to(parameter.device, copy=True) for name in factored.FIELDS}
+                self.state[parameter] = {"step": fields["step"], factored.WIDTHS: fields[factored.WIDTHS], **moments}
+            return
         state = self._new_state(group, parameter, pieces)
         state["step"] = fields["step"]
         for name, signed in SIGNED.items():
@@ -165,7 +180,7 @@ class LisaAdamW(torch.optim.Optimizer):
                 state[name] = torch.zeros(numel, dtype=torch.float32, device=device)
         return state
 
-    def _alone(self, parameter: torch.Tensor, name: str) -> PartitionStep:
+    def _alone(self, group: dict, parameter: torch.Tensor, name: str) -> PartitionStep:
         """A parameter that is no partition: all of itself, with its own gradient."""
         gradient = parameter.grad
         assert gradient is not None
@@ -176,53 +191,124 @@ class LisaAdamW(torch.optim.Optimizer):
             )
         draw = self.state[parameter].get("step", 0) if parameter in self.state else 0
         whole = Piece(name, start=0, length=parameter.numel(), offset=0)
-        return PartitionStep([whole], [gradient.view(-1)], draw=draw)
+        matrices = []
+        if group["lisa_state_bits"] == FACTORED:
+            if parameter.ndim != 2:
+                raise ValueError(
+                    f"LisaAdamW: expected parameter {name} to be a matrix, as its moments are {FACTORED}, got shape "
+                    f"{tuple(parameter.shape)}."
+                )
+            matrices = [Matrix(name, *parameter.shape)]
+        return PartitionStep([whole], [gradient.view(-1)], draw=draw, matrices=matrices)
 
-    def _step_of(
-        self, group: dict, parameter: torch.Tensor, partition: PartitionStep
-    ) -> tuple[dict, list[tuple[StepTensors, StepNumbers]]]:
-        """The state of a parameter, and what the kernels take of its pieces, checked; nothing is changed yet."""
+    def _step_of(self, group: dict, parameter: torch.Tensor, partition: PartitionStep) -> Callable[[], None]:
+        """The step of a parameter, checked; nothing is changed until it is called."""
         flat, pieces = parameter.detach().view(-1), partition.pieces
-        if not pieces:  # padding, or the placeholder of an inactive block
-            return {}, []
+        is_factored = group["lisa_state_bits"] == FACTORED
+        assert not (is_factored and pieces) or partition.matrices, "whoever prepares a partition knows its matrices"
+        if not pieces and not partition.matrices:  # padding, or the placeholder of an inactive block
+            return lambda: None
         of = f"LisaAdamW, {', '.join(piece.name for piece in pieces)}"
         if flat.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"{of}: expected it in torch.float32 or torch.bfloat16, got {flat.dtype}.")
-        state = self.state.get(parameter) or self._new_state(group, parameter, pieces)
+        state = self.state.get(parameter)
+        if is_factored:
+            state = state or factored.new_state(partition.matrices, pieces, parameter.device)
+            matrices = self._check_factored(flat, partition, state)
+            return functools.partial(self._step_factored, group, parameter, partition, state, matrices)
+        state = state or self._new_state(group, parameter, pieces)
         for name in SIGNED:
             if state[name].numel() != flat.numel():
                 raise ValueError(
                     f"{of}: expected {flat.numel()} elements of {name}, as the partition has, got "
                     f"{state[name].numel()}: the state is of another partition."
                 )
-        beta1, beta2 = group["betas"]
         found = []
         for piece, blocks in with_blocks(pieces):
-            cut = slice(piece.offset, piece.offset + piece.length)
-            weight = flat if partition.weight is None else partition.weight
             tensors = StepTensors(
-                weight=weight[cut] if partition.weight is not None or flat.dtype == torch.bfloat16 else None,
-                master=None if flat.dtype == torch.bfloat16 else flat[cut],
-                gradient=_cut(partition.gradients, piece.offset, piece.length),
-                gradient_scale=partition.gradient_scale,
-                **{name: state[name][cut] for name in SIGNED},
+                **_weights_and_gradient(flat, partition, piece),
+                **{name: state[name][_elements(piece)] for name in SIGNED},
                 **{f"{name}_scales": state[f"{name}_scales"][blocks] for name in SIGNED if f"{name}_scales" in state},
             )
             check_tensors(tensors, piece.start, f"LisaAdamW, {piece.name}")
+            found.append((piece, tensors))
+        return functools.partial(self._step_adamw, group, parameter, partition, state, found)
+
+    def _step_adamw(
+        self,
+        group: dict,
+        parameter: torch.Tensor,
+        partition: PartitionStep,
+        state: dict,
+        pieces: Sequence[tuple[Piece, StepTensors]],
+    ) -> None:
+        self.state[parameter] = state
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        for piece, tensors in pieces:
             numbers = StepNumbers(
-                lr=float(group["lr"]),
-                beta1=beta1,
-                beta2=beta2,
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                step=state["step"] + 1,
-                element=piece.start,
-                seed=self.seed,
-                parameter=_number_of(piece.name),
-                draw=partition.draw,
+                beta1=beta1, beta2=beta2, step=state["step"], **self._numbers_of(group, partition, piece)
             )
-            found.append((tensors, numbers))
-        return state, found
+            adamw_step(tensors, numbers)
+
+    def _check_factored(
+        self, flat: torch.Tensor, partition: PartitionStep, state: dict
+    ) -> list[tuple[Place, FactoredTensors]]:
+        found = []
+        for place in factored.places(state[factored.WIDTHS], partition.pieces):
+            tensors = FactoredTensors(
+                **_weights_and_gradient(flat, partition, place.piece),
+                row_roots=state["row_sq"][place.rows],  # of the same sizes; the roots come with the new moments
+                column_roots=state["column_sq"][place.columns],
+            )
+            check_factored(tensors, place.piece.start, f"LisaAdamW, {place.piece.name}")
+            found.append((place, tensors))
+        return found
+
+    def _step_factored(
+        self,
+        group: dict,
+        parameter: torch.Tensor,
+        partition: PartitionStep,
+        state: dict,
+        pieces: Sequence[tuple[Place, FactoredTensors]],
+    ) -> None:
+        state["step"] += 1
+        if pieces:
+            self.state[parameter] = state
+        _, beta2 = group["betas"]
+        factored.update_moments(partition.matrices, pieces, state, beta2, partition.add_up, parameter.device)
+        for place, tensors in pieces:
+            factored_step(tensors, FactoredNumbers(**self._numbers_of(group, partition, place.piece)))
+
+    def _numbers_of(self, group: dict, partition: PartitionStep, piece: Piece) -> dict[str, Any]:
+        """What the kernels take of numbers, whatever the moments are."""
+        return {
+            "lr": float(group["lr"]),
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "element": piece.start,
+            "seed": self.seed,
+            "parameter": _number_of(piece.name),
+            "draw": partition.draw,
+        }
+
+
+def _elements(piece: Piece) -> slice:
+    """Where a piece is in its partition."""
+    return slice(piece.offset, piece.offset + piece.length)
+
+
+def _weights_and_gradient(flat: torch.Tensor, partition: PartitionStep, piece: Piece) -> dict[str, Any]:
+    """What the kernels take of a piece beside its moments; `flat` is the partition."""
+    cut = _elements(piece)
+    weight = flat if partition.weight is None else partition.weight
+    return {
+        "weight": weight[cut] if partition.weight is not None or flat.dtype == torch.bfloat16 else None,
+        "master": None if flat.dtype == torch.bfloat16 else flat[cut],
+        "gradient": _cut(partition.gradients, piece.offset, piece.length),
+        "gradient_scale": partition.gradient_scale,
+    }
 
 
 def decode_moment(name: str, codes: torch.Tensor, scales: torch.Tensor, start: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from lisa_dist.config import LisaConfig
+from lisa_dist.config import FACTORED, LisaConfig
 from lisa_dist.errors import UserError
 from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.optim.ops import choose_kernels
@@ -49,11 +49,16 @@ def check_optim(optim: str, offload: bool, config: LisaConfig | None = None, hal
                 f"--optim {optim} with --lisa_offload {config.lisa_offload}: states on the host have 32 bits; give "
                 f"--lisa_state_bits {block}=32, or use --optim adamw_torch_fused."
             )
-    eight = [block for block, bits in state_bits.items() if bits == 8]
-    if offload and eight:
+    fewer = [f"{block}={bits}" for block, bits in state_bits.items() if bits != 32]
+    if offload and fewer:
         raise UserError(
-            f"--lisa_state_bits {eight[0]}=8 with offload_optimizer: DeepSpeed steps offloaded states on the host with "
+            f"--lisa_state_bits {fewer[0]} with offload_optimizer: DeepSpeed steps offloaded states on the host with "
             "its own AdamW at 32 bits; leave the flag out, or use a DeepSpeed config without offload_optimizer."
+        )
+    if FACTORED in state_bits.values() and optim != LISA_ADAMW:
+        listed = ",".join(one for one in fewer if one.endswith(FACTORED))
+        raise UserError(
+            f"--lisa_state_bits {listed} with --optim {optim}: only --optim lisa_adamw has factored moments."
         )
     if offload and optim in BITSANDBYTES_ADAMW:
         raise UserError(
@@ -86,8 +91,10 @@ def build_optimizer(
     check_optim(optim, offload)
     optim = getattr(optim, "value", optim)
     bits = [group.get("lisa_state_bits") for group in param_groups]
-    if offload and 8 in bits:
-        raise UserError("moments of 8 bits with offload: DeepSpeed's AdamW on the host keeps them in 32.")
+    if offload and {8, FACTORED} & set(bits):
+        raise UserError("moments of 8 bits, or factored, with offload: DeepSpeed's AdamW on the host keeps 32 bits.")
+    if FACTORED in bits and optim != LISA_ADAMW:
+        raise UserError(f"factored moments with {optim}: only lisa_adamw has them.")
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

@@ -1,7 +1,7 @@
 """Which implementation of a kernel runs where: the one module that imports `lisa_dist.kernels`.
 
 Triton on CUDA where it can be imported, torch otherwise; the environment variable LISA_DIST_KERNELS = triton | torch
-forces either. The kernel is the torch operator `lisa_dist::adamw_`, so that compilers and fake tensors know it.
+forces either. AdamW's kernel is the torch operator `lisa_dist::adamw_`, so that compilers and fake tensors know it.
 """
 
 import functools
@@ -20,20 +20,36 @@ import torch
 from lisa_dist.config import UserError
 from lisa_dist.kernels.adamw import StepNumbers, StepTensors, adamw_torch, check_tensors, chunk_bytes, chunks
 from lisa_dist.kernels.dynamic_code import BLOCK, dequantize, num_blocks, quantize, table_bytes
+from lisa_dist.kernels.factored import (
+    FactoredNumbers,
+    FactoredTensors,
+    check_factored,
+    factored_chunk_bytes,
+    factored_torch,
+    num_rows,
+    squared_sums_torch,
+)
 
 __all__ = [
     "BLOCK",
     "OPERATORS",
+    "FactoredNumbers",
+    "FactoredTensors",
     "StepNumbers",
     "StepTensors",
     "adamw_step",
+    "check_factored",
     "check_tensors",
     "choose_kernels",
     "chunk_bytes",
     "chunks",
     "dequantize",
+    "factored_chunk_bytes",
+    "factored_step",
     "num_blocks",
+    "num_rows",
     "quantize",
+    "squared_sums",
     "table_bytes",
 ]
 
@@ -122,6 +138,28 @@ def why_no_compiler() -> str:
         first = next((line for line in compiled.stderr.splitlines() if "error" in line), compiled.stderr.strip())
         return f"{compiler} cannot compile with Python.h, which Triton needs: apt install python3-dev ({first})"
     return ""
+
+
+def squared_sums(
+    gradient: torch.Tensor, gradient_scale: torch.Tensor | None, element: int, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of a piece's squared gradient over each row that it touches, and over each of the matrix's columns, fp32."""
+    kernels, _ = choose_kernels(gradient.device.type)
+    if kernels == "triton":
+        from lisa_dist.kernels.factored_triton import squared_sums_triton as sums
+    else:
+        sums = squared_sums_torch
+    return sums(gradient, gradient_scale, element, columns)
+
+
+def factored_step(tensors: FactoredTensors, numbers: FactoredNumbers) -> None:
+    """One step with a factored moment over a piece of a matrix, in place; the tensors have passed `check_factored`."""
+    kernels, _ = choose_kernels(tensors.target.device.type)
+    if kernels == "triton":
+        from lisa_dist.kernels.factored_triton import factored_triton as step
+    else:
+        step = factored_torch
+    step(tensors, numbers)
 
 
 def adamw_step(tensors: StepTensors, numbers: StepNumbers) -> None:

@@ -11,9 +11,21 @@ The engine (`partitions.py`) and the memory estimate (`memory/estimate.py`) both
 group's parameters in the order of the group, each with its number of elements.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from lisa_dist.optim.factored import Matrix
 from lisa_dist.optim.states import Piece
+
+
+@dataclass(frozen=True)
+class GroupLayouts:
+    """By parameter group: the pieces of this rank's partition and, where its moments are factored, its matrices."""
+
+    pieces: list[list[Piece]]
+    matrices: list[list[Matrix]]
+
 
 # `nccl_start_alignment_factor` of DeepSpeedZeroOptimizer (deepspeed/runtime/zero/stage_1_and_2.py): a partition begins
 # at a multiple of 4 bytes. An engine has the live value; this one is for estimates, which have no engine.
@@ -67,3 +79,23 @@ def pieces_of_parameters(named_numels: Sequence[tuple[str, int]], rank: int, wor
             pieces.append(Piece(name, start=rank * share, length=length, offset=offset))
         offset += share
     return pieces
+
+
+def matrices_of_group(
+    named_shapes: Sequence[tuple[str, tuple[int, ...]]],
+    stage: int,
+    world_size: int,
+    alignment: int = ALIGNMENT_FACTOR,
+) -> list[Matrix]:
+    """A group's matrices, and which rows of each the cuts between ranks go through; the same on every rank."""
+    named_numels = [(name, rows * columns) for name, (rows, columns) in named_shapes]
+    columns_of = {name: columns for name, (_, columns) in named_shapes}
+    ends: dict[str, Counter[int]] = {name: Counter() for name in columns_of}  # how many ranks begin or end in a row
+    for rank in range(world_size):
+        for piece in pieces_of_group(named_numels, stage, rank, world_size, alignment):
+            columns = columns_of[piece.name]
+            ends[piece.name].update({piece.start // columns, (piece.start + piece.length - 1) // columns})
+    return [
+        Matrix(name, rows, columns, tuple(sorted(row for row, ranks in ends[name].items() if ranks > 1)))
+        for name, (rows, columns) in named_shapes
+    ]

@@ -12,8 +12,9 @@ import torch
 from deepspeed.runtime.zero import linear, partitioned_param_coordinator
 
 from lisa_dist.optim.adamw import LisaAdamW
-from lisa_dist.optim.states import CopyStream, Piece
+from lisa_dist.optim.states import CopyStream
 from lisa_dist.zero import gradients, host_step, masters, stage3, step
+from lisa_dist.zero.layout import GroupLayouts
 from lisa_dist.zero.stages import STAGE_1_2, STAGE_3, Stage
 
 # What `override_optimizer` replaces of how gradients are measured and sent, for whatever optimizer.
@@ -68,11 +69,11 @@ def override_stage_3(model: torch.nn.Module) -> None:
 
 
 def override_optimizer(
-    engine: deepspeed.DeepSpeedEngine, stage: Stage, pieces: list[list[Piece]], copies: CopyStream
+    engine: deepspeed.DeepSpeedEngine, stage: Stage, layouts: GroupLayouts, copies: CopyStream
 ) -> None:
     """On one ZeRO optimizer, after each construction: gradients, norms and the step, as its settings need them.
 
-    `pieces` are those of this rank's partition of each group; `copies` is for those between host and device.
+    `copies` is for those between host and device.
     """
     zero = engine.optimizer
     replacements: dict[str, Callable] = {}
@@ -80,7 +81,7 @@ def override_optimizer(
         replacements["unscale_and_clip_grads"] = gradients.scale_without_waiting(zero)
     host_groups = frozenset(index for index, group in enumerate(zero.optimizer.param_groups) if group.get("lisa_host"))
     if isinstance(zero.optimizer, LisaAdamW):
-        replacements |= step.one_pass_step(engine, stage, pieces, copies)
+        replacements |= step.one_pass_step(engine, stage, layouts, copies)
     elif host_groups:
         replacements |= host_step.host_step(zero, stage, host_groups, copies)
     if stage.offloads_optimizer(zero):

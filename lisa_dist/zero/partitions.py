@@ -7,13 +7,15 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from lisa_dist.config import FACTORED
 from lisa_dist.errors import UserError
 from lisa_dist.optim.adamw import LisaAdamW
+from lisa_dist.optim.factored import Matrix
 from lisa_dist.optim.moments import coding_of_states, restore_state
 from lisa_dist.optim.states import CopyStream, PartitionKey, PartitionState, Piece
 from lisa_dist.zero import parameters
 from lisa_dist.zero.host_adam import count_host_adam, host_adam_history, replay_host_adam
-from lisa_dist.zero.layout import partition_numel, pieces_of_group
+from lisa_dist.zero.layout import GroupLayouts, matrices_of_group, partition_numel, pieces_of_group
 from lisa_dist.zero.overrides import override_optimizer, override_stage_3
 from lisa_dist.zero.rebuild import CARRIED_FIELDS, put_back, rebuild
 from lisa_dist.zero.stages import check_deepspeed, check_pin_memory_backend, check_private_names, stage_of
@@ -74,6 +76,12 @@ class ZeroPartitions:
     def coding(self) -> str | None:
         """Whose codes and scales the optimizer keeps 8-bit moments in, if any: "bitsandbytes" or "lisa"."""
         return coding_of_states(self.optimizer)
+
+    def form_of_moments(self, of: PartitionKey | str) -> str | None:
+        """ "factored", or else `coding`, of a partition or of the group with that `lisa_group`."""
+        groups, keys = self.optimizer.param_groups, self.keys()
+        (group,) = (group for group, key in zip(groups, keys, strict=True) if of in (key, group["lisa_group"]))
+        return FACTORED if group.get("lisa_state_bits") == FACTORED else self.coding
 
     def keys(self) -> list[PartitionKey]:
         """The partitions in order, each known by the names of its parameters; () for a group without any."""
@@ -203,8 +211,21 @@ class ZeroPartitions:
         """After DeepSpeed's construction: our overrides, and the states that are carried over."""
         keys = self.keys()
         pieces = self.pieces() if isinstance(self.optimizer, LisaAdamW) else {}
-        override_optimizer(self.engine, self._stage, [pieces.get(key, []) for key in keys], copies)
+        layout = GroupLayouts([pieces.get(key, []) for key in keys], self._matrices(keys))
+        override_optimizer(self.engine, self._stage, layout, copies)
         put_back(self._zero, self._stage, keys, carried, copies)
+
+    def _matrices(self, keys: list[PartitionKey]) -> list[list[Matrix]]:
+        """Of each group whose moments are factored: its matrices."""
+        laid_out = self._stage.groups_as_laid_out(self._zero)
+        world_size = torch.distributed.get_world_size(self._zero.dp_process_group)
+        found = []
+        for key, params, group in zip(keys, laid_out, self.optimizer.param_groups, strict=True):
+            is_factored = key and group.get("lisa_state_bits") == FACTORED
+            shapes = [(self._names[id(one)], parameters.parameter_shape(one)) for one in params] if is_factored else []
+            alignment = self._stage.alignment(self._zero)
+            found.append(matrices_of_group(shapes, self._stage.number, world_size, alignment))
+        return found
 
     def _placeholder(self, index: int) -> torch.nn.Parameter:
         if index not in self._placeholders:

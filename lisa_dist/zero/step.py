@@ -19,20 +19,22 @@ import deepspeed
 import torch
 
 from lisa_dist.optim.adamw import PartitionStep
-from lisa_dist.optim.states import CopyStream, Piece
+from lisa_dist.optim.states import CopyStream
 from lisa_dist.zero.gradients import scale_without_waiting
 from lisa_dist.zero.host_step import GradientsToHost, WeightsOfStep, send_weights
+from lisa_dist.zero.layout import GroupLayouts
 from lisa_dist.zero.stages import Stage
 
 
 def one_pass_step(
-    engine: deepspeed.DeepSpeedEngine, stage: Stage, pieces: list[list[Piece]], copies: CopyStream
+    engine: deepspeed.DeepSpeedEngine, stage: Stage, layouts: GroupLayouts, copies: CopyStream
 ) -> dict[str, Any]:
     """Replace DeepSpeed's passes over a group's memory by what LisaAdamW needs to do all in one.
 
-    DeepSpeed is given a single zero, spread over the partition, as the gradient. `pieces` are those of each group.
+    DeepSpeed is given a single zero, spread over the partition, as the gradient.
     """
     zero = engine.optimizer
+    add_up = functools.partial(torch.distributed.all_reduce, group=zero.dp_process_group)
     masters = enumerate(stage.masters(zero))
     on_host = frozenset(index for index, one in masters if one.device != stage.flat_weights(zero, index).device)
     to_host = GradientsToHost(zero, stage, on_host, copies)
@@ -48,7 +50,14 @@ def one_pass_step(
         if not stage.is_stage_3:
             zero.parallel_partitioned_bit16_groups.writers[index] = functools.partial(write, index)
         writes_weights = index not in on_host and master.data_ptr() != weights.data_ptr()
-        step = PartitionStep(pieces[index], gradients, weights if writes_weights else None, draw=engine.global_steps)
+        step = PartitionStep(
+            layouts.pieces[index],
+            gradients,
+            weights if writes_weights else None,
+            draw=engine.global_steps,
+            matrices=layouts.matrices[index],
+            add_up=add_up,
+        )
         prepared.append(step)
         zero.optimizer.prepare(master, step)
         return master.new_zeros(1).expand(master.numel())

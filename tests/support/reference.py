@@ -25,6 +25,7 @@ def train_reference(
     asleep_of_period: Sequence[Sequence[torch.nn.Parameter]] = (),
     states: str = "reset",
     wake_warmup: int = 0,
+    factored: Sequence[torch.nn.Parameter] = (),
 ) -> list[float]:
     """Train `model` in place and return each step's loss.
 
@@ -67,8 +68,19 @@ def train_reference(
         with torch.no_grad():
             for p in trained:
                 step_lr = min(rate, rising) if id(p) in woken else rate
-                first, second, count = moments.get(id(p), [torch.zeros_like(p), torch.zeros_like(p), 0])
                 gradient = p.grad * shrink
+                if any(p is matrix for matrix in factored):
+                    rows, columns, count = moments.get(id(p), [torch.zeros(len(p)), torch.zeros(p.shape[1]), 0])
+                    squares = gradient * gradient
+                    touched = squares[squares.sum(1) > 0]
+                    rows = betas[1] * rows + (1 - betas[1]) * squares.mean(1)
+                    columns = betas[1] * columns + (1 - betas[1]) * touched.mean(0)
+                    moments[id(p)] = [rows, columns, count + 1]
+                    second = rows[:, None] * columns[None, :] / rows.mean() / (1 - betas[1] ** (count + 1))
+                    p -= step_lr * weight_decay * p
+                    p -= step_lr * gradient / (second.sqrt() + eps)
+                    continue
+                first, second, count = moments.get(id(p), [torch.zeros_like(p), torch.zeros_like(p), 0])
                 count += 1
                 first = betas[0] * first + (1 - betas[0]) * gradient
                 second = betas[1] * second + (1 - betas[1]) * gradient * gradient

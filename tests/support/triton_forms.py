@@ -1,4 +1,4 @@
-"""The forms of AdamW's Triton kernel, compiled for a GPU that is not there.
+"""The forms of the Triton kernels, compiled for a GPU that is not there.
 
 With another Triton than the environment's, in a process of its own, it prints what it compiles:
 
@@ -23,24 +23,59 @@ FORMS = {
 }
 
 
+# Of the factored moment: weights, whether there is a master, and accesses of 16 bytes in a row of 256.
+FACTORED_FORMS = {
+    "fp32": ("fp32", False, 2, 1),
+    "bf16, fp32 master": ("bf16", True, 1, 1),
+    "bf16, stochastic": ("bf16", False, 0, 0),
+}
+
+
 def compile_form(kernel: Any, form: str, capability: int, seed: str = "i32") -> str:
     """PTX of the kernel `_adamw`, for pieces that begin and end at multiples of 16. `seed`: that argument's type."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     weight, has_master, quantized, gradient, *_ = FORMS[form]
     moment, tables = ("*u8", "*fp32") if quantized else ("*fp32", None)
-    kinds = dict.fromkeys(kernel.arg_names, "fp32") | {
-        "weight": f"*{weight}", "master": "*fp32" if has_master else None, "gradient": f"*{gradient}",
+    kinds = _kinds(kernel, weight, has_master, gradient, seed) | {
         "exp_avg": moment, "exp_avg_sq": moment, "exp_avg_scales": tables, "exp_avg_sq_scales": tables,
-        "gradient_scale": "*fp32", "numel": "i32", "element": "i32", "seed": seed, "parameter": "i32", "draw": "i32",
     }  # fmt: skip
     kinds |= {name: tables and ("*u8" if "guesses" in name else "*fp32")
               for name in ("code", "thresholds", "guesses", "code_sq", "thresholds_sq", "guesses_sq")}  # fmt: skip
     constants = {"HAS_MASTER": has_master, "HAS_WEIGHT": True, "HAS_SCALE": True, "ROW": 256, "ROWS": 8}
     constants |= {"STOCHASTIC": weight == "bf16" and not has_master, "QUANTIZED": quantized}
-    constants |= {name: None for name in kinds if kinds[name] is None}
+    return _compile(kernel, kinds, constants, capability, num_warps=2)
+
+
+def compile_factored(kernel: Any, form: str, capability: int) -> str:
+    """PTX of the kernel `_factored`, for pieces that begin and end at multiples of 16."""
+    weight, has_master, *_ = FACTORED_FORMS[form]
+    kinds = _kinds(kernel, weight, has_master, weight) | {"row_roots": "*fp32", "column_roots": "*fp32"}
+    kinds |= {"columns": "i32"}
+    constants = {"HAS_MASTER": has_master, "HAS_WEIGHT": True, "HAS_SCALE": True, "ROW": 256, "ROWS": 8}
+    constants |= {"STOCHASTIC": weight == "bf16" and not has_master}
+    return _compile(kernel, kinds, constants, capability, num_warps=2)
+
+
+def compile_sums(kernel: Any, capability: int) -> str:
+    """PTX of the kernel `_squared_sums`."""
+    kinds = dict.fromkeys(kernel.arg_names, "i32") | {
+        "gradient": "*bf16", "gradient_scale": "*fp32", "row_sums": "*fp32", "column_sums": "*fp32",
+    }  # fmt: skip
+    return _compile(kernel, kinds, {"HAS_SCALE": True, "ROWS": 16, "COLUMNS": 256}, capability, num_warps=4)
+
+
+def _kinds(kernel: Any, weight: str, has_master: bool, gradient: str, seed: str = "i32") -> dict[str, Any]:
+    return dict.fromkeys(kernel.arg_names, "fp32") | {
+        "weight": f"*{weight}", "master": "*fp32" if has_master else None, "gradient": f"*{gradient}",
+        "gradient_scale": "*fp32", "numel": "i32", "element": "i32", "seed": seed, "parameter": "i32", "draw": "i32",
+    }  # fmt: skip
+
+
+def _compile(kernel: Any, kinds: dict[str, Any], constants: dict[str, Any], capability: int, num_warps: int) -> str:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = constants | {name: None for name in kinds if kinds[name] is None}
     multiples = [
         index
         for index, (name, kind) in enumerate(kinds.items())
@@ -55,7 +90,8 @@ def compile_form(kernel: Any, form: str, capability: int, seed: str = "i32") -> 
         signature = {name: "constexpr" if name in constants else kind for name, kind in kinds.items()}
         attributes = {(index,): [["tt.divisibility", 16]] for index in multiples}
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 2}).asm["ptx"]
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": num_warps}).asm["ptx"]
 
 
 def accesses(ptx: str) -> tuple[int, int]:
@@ -71,10 +107,14 @@ def main(folder: str, *capabilities: str) -> None:
     package.__path__ = [folder]
     sys.modules[package.__name__] = package
     kernel = importlib.import_module(f"{package.__name__}.adamw_triton")._adamw
+    factored = importlib.import_module(f"{package.__name__}.factored_triton")
     found = {}
     for capability in map(int, capabilities):
-        for form in FORMS:
-            ptx = compile_form(kernel, form, capability)
+        compiled = {form: compile_form(kernel, form, capability) for form in FORMS}
+        for form in FACTORED_FORMS:
+            compiled[f"factored, {form}"] = compile_factored(factored._factored, form, capability)
+        compiled["sums"] = compile_sums(factored._squared_sums, capability)
+        for form, ptx in compiled.items():
             found[f"sm_{capability}, {form}"] = [*accesses(ptx), ".local" in ptx]
     print(json.dumps({"triton": triton.__version__, "forms": found}))
 

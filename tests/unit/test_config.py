@@ -30,7 +30,20 @@ from lisa_dist import LisaConfig
         ({"lisa_state": "forget"}, "--lisa_state forget: unknown; choose one of reset"),
         ({"lisa_always_on": "embed,tail"}, "--lisa_always_on embed,tail: unknown block 'tail'"),
         ({"lisa_frozen": "embed"}, "both name embed"),
-        ({"lisa_state_bits": "embed=4"}, "--lisa_state_bits embed=4: moments have 8 or 32 bits; embed has 4"),
+        (
+            {"lisa_state_bits": "embed=4"},
+            "embed=4: moments have 8 or 32 bits, or are factored; embed has 4",
+        ),
+        (
+            {"lisa_state_bits": "layers=factored"},
+            "embed and head can be factored, where a row is a token; give layers=8",
+        ),
+        ({"lisa_state_bits": "rest=factored"}, "give rest=8"),
+        ({"lisa_state_bits": "embed=factor"}, "'embed=factor' is no block=number|factored"),
+        (
+            {"lisa_offload": "head", "lisa_state_bits": "head=factored"},
+            "on the host have 32 bits; take head",
+        ),
         ({"lisa_state_bits": "norms=8"}, "unknown block 'norms'; choose from embed, head, rest, layers"),
         (
             {"lisa_offload": "embed,tail"},
@@ -57,6 +70,7 @@ def test_settings_are_written_in_one_way():
     one, other = LisaConfig(lisa_state_bits="head=8, embed=8"), LisaConfig(lisa_state_bits="embed=8.0,head=8")
     assert one == other
     assert one.state_bits == {"embed": 8, "head": 8}
+    assert LisaConfig(lisa_state_bits=" head = factored").lisa_state_bits == "head=factored"
 
 
 def test_blocks_come_in_model_order():

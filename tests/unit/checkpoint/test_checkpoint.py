@@ -26,6 +26,7 @@ from lisa_dist.files import write_json
 
 STEPS, INTERVAL = 8, 3
 EIGHT_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8"}
+FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 DRAWN = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.4,head=0.4"}
 ADAPTIVE = {"lisa_sampler": "adaptive", "lisa_importance_temperature": 0.2, "lisa_activated_layers": 3}
 # After the last step of a period, where the next one switches; after the first step of one; before its last.
@@ -127,6 +128,8 @@ def test_a_resumed_run_is_the_run(tmp_path, ds_config, dtype):
         ("zero2", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | {"lisa_offload": "rest", "lisa_state": "keep"}}),
         full("zero2", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | {"lisa_master": "bf16_sr", "lisa_state": "keep"}}),
         ("zero3", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | DRAWN | {"lisa_master": "bf16_sr"}}),
+        ("zero2", {"optim": "lisa_adamw", "tied": True, "lisa": FACTORED}),
+        ("zero3", {"optim": "lisa_adamw", "lisa": FACTORED | DRAWN | {"lisa_master": "bf16_sr", "lisa_state": "keep"}}),
         full("zero2", {"lisa": ADAPTIVE | {"lisa_wake_warmup_steps": 2}}),
         ("zero3", {"lisa": ADAPTIVE | {"lisa_state": "keep", "lisa_importance": "update"}}),
     ],
@@ -176,6 +179,19 @@ def test_another_world_size_and_stage_goes_on_with_the_same_losses(tmp_path, bef
         for name, value in whole["everything"].items():
             if name in dict(tiny_llama().named_parameters()):
                 torch.testing.assert_close(resumed["everything"][name], value, rtol=0, atol=1e-4)  # a step is 1e-3
+
+
+def test_factored_moments_go_on_on_another_world_size_and_stage(tmp_path):
+    """Of a matrix whose rows are cut elsewhere: the losses are those of the run, and not those without the moments."""
+    options = {"optim": "lisa_adamw", "tied": True, "cuts": [6], "lisa": FACTORED}
+    whole = run_ranks(run_and_save, 4, str(tmp_path), "zero2", torch.float32, options)[0]
+    for ds_config, world_size in (("zero3", 2), ("zero1", 1)):
+        resumed = run_ranks(resume, world_size, str(tmp_path), 6, ds_config, torch.float32, options)[0]
+        assert resumed["losses"] == pytest.approx(whole["losses"][6:], abs=1e-5)
+    others = options | {"lisa": {}}  # where a period begins: moments of another form begin afresh
+    afresh = run_ranks(resume, 2, str(tmp_path), 6, "zero2", torch.float32, others)[0]
+    assert afresh["losses"][0] == pytest.approx(whole["losses"][6], abs=1e-5)
+    assert afresh["losses"][1:] != pytest.approx(whole["losses"][7:], abs=1e-4)
 
 
 @pytest.mark.parametrize(("before", "after"), [("zero2", ("zero3", 4)), full("zero3", ("zero1", 1))], ids=str)

@@ -111,7 +111,8 @@ def reference_losses(build, layers_path: str, blocks_of_period, options: dict) -
     """`blocks_of_period` are layers by number and drawn outer blocks by name."""
     model = build()
     always_on = options.get("lisa", {}).get("lisa_always_on", "embed,head,rest").split(",")
-    norm = model.get_submodule(layers_path.rpartition(".")[0] + (".ln_f" if "transformer" in layers_path else ".norm"))
+    body = model.get_submodule(layers_path.rpartition(".")[0])
+    norm = body.get_submodule("ln_f" if "transformer" in layers_path else "norm")
     outer = {"embed": model.get_input_embeddings(), "head": model.get_output_embeddings(), "rest": norm}
     asleep = []
     for blocks in blocks_of_period:
@@ -130,6 +131,12 @@ def reference_losses(build, layers_path: str, blocks_of_period, options: dict) -
         asleep_of_period=asleep,
         states=options.get("lisa", {}).get("lisa_state", "reset"),
         wake_warmup=options.get("lisa", {}).get("lisa_wake_warmup_steps", 0),
+        factored=[
+            value
+            for name, module in (*outer.items(), ("embed", getattr(body, "wpe", None)))
+            if f"{name}=factored" in options.get("lisa", {}).get("lisa_state_bits", "") and module is not None
+            for value in module.parameters()
+        ],
     )
 
 
@@ -197,6 +204,44 @@ LISA_ADAMW = {"optim": "lisa_adamw"}
 )
 def test_lisa_adamw_equals_the_reference(ds_config, options):
     check_against_reference(ds_config, tiny_llama, "model.layers", options)
+
+
+BOTH_FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
+FACTORED = LISA_ADAMW | {"lisa": BOTH_FACTORED}
+SAMPLED_OUTER = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.3,head=0.4", "lisa_seed": 2}
+SAMPLED_OUTER |= {"lisa_activated_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "world_size", "options"),
+    [
+        full("zero1", 1, FACTORED),
+        ("zero2", 2, FACTORED | {"accumulation": 2}),
+        ("zero2", 4, LISA_ADAMW | {"lisa": {"lisa_state_bits": "head=factored,layers=32"}}),
+        full("zero3", 2, FACTORED),
+        ("zero3", 4, LISA_ADAMW | {"lisa": BOTH_FACTORED | SAMPLED_OUTER}),
+    ],
+)
+def test_factored_moments_equal_the_reference(ds_config, world_size, options):
+    """Rows are cut between ranks; sampled embeddings come and go."""
+    build = functools.partial(tiny_llama, vocab_size=131)
+    check_against_reference(ds_config, build, "model.layers", options, world_size)
+
+
+@pytest.mark.parametrize(("ds_config", "world_size"), [("zero2", 2), full("zero3", 4)])
+def test_factored_moments_of_a_tied_matrix(ds_config, world_size):
+    """GPT-2's positions are a second matrix of the block."""
+    check_against_reference(ds_config, tiny_gpt2, "transformer.h", FACTORED, world_size)
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "master"), [("zero2", "bf16_sr"), full("zero3", "bf16_sr"), full("zero3", "fp32")]
+)
+def test_factored_moments_in_bf16(ds_config, master):
+    options = LISA_ADAMW | {"lisa": BOTH_FACTORED | {"lisa_master": master}}
+    outcome = run_ranks(train_and_check, 2, ds_config, tiny_llama, torch.bfloat16, options)[0]
+    reference = reference_losses(tiny_llama, "model.layers", outcome["layers_of_period"], options)
+    assert outcome["losses"] == pytest.approx(reference, abs=0.02)
 
 
 @functools.cache

@@ -138,6 +138,7 @@ def shape_of(config: LlamaConfig) -> tuple[int, int]:
 FROZEN = {"lisa_always_on": "head,rest", "lisa_frozen": "embed", "lisa_seed": 3}
 DRAWN = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.5,head=0.5"}
 LISA_ADAMW = {"optim": "lisa_adamw"}
+FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 EIGHT_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 SETTINGS = [
     ("zero1", 1, torch.bfloat16, {}),
@@ -154,6 +155,9 @@ SETTINGS = [
     ("zero2", 2, torch.bfloat16, LISA_ADAMW | EIGHT_BITS | {"words": 8192}),
     full("zero2", 2, torch.bfloat16, LISA_ADAMW | {"lisa_offload": "embed", "words": 8192}),
     ("zero3", 2, torch.bfloat16, LISA_ADAMW | EIGHT_BITS | {"lisa_master": "bf16_sr", "words": 8192}),
+    ("zero2", 2, torch.bfloat16, LISA_ADAMW | FACTORED | {"words": 8192}),
+    full("zero2", 1, torch.bfloat16, LISA_ADAMW | FACTORED | {"words": 8192, "lisa_master": "bf16_sr"}),
+    full("zero3", 4, torch.bfloat16, LISA_ADAMW | FACTORED | {"words": 8192} | DRAWN),
     full("zero3", 2, torch.float32, LISA_ADAMW),
     full("zero3", 2, torch.bfloat16, {"lisa_offload": "embed,head,layers"}),
     full("zero2", 1, torch.bfloat16, {"lisa_offload": "head", "optim": "adamw_torch"}),

@@ -225,9 +225,9 @@ def test_gradients_that_are_not_finite_change_nothing():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="expected 8 or 32 bits of the moments, got 16"):
+    with pytest.raises(ValueError, match="expected 8 or 32 bits of the moments, or 'factored', got 16"):
         LisaAdamW(parameters_of(), state_bits=16)
-    with pytest.raises(ValueError, match="expected 8 or 32 bits of the moments, got 4"):
+    with pytest.raises(ValueError, match="expected 8 or 32 bits of the moments, or 'factored', got 4"):
         LisaAdamW([{"params": parameters_of(), "lisa_state_bits": 4}])
     for name, value in {"lr": -1.0, "eps": -1e-8, "weight_decay": float("nan"), "betas": (0.9, 1.0)}.items():
         with pytest.raises(ValueError, match=f"expected {name} .*, got {re.escape(str(value))}"):

@@ -115,14 +115,34 @@ def test_kernels_that_cannot_run_are_refused_at_the_start(monkeypatch):
     check_optim("lisa_adamw", True)  # DeepSpeed's AdamW on the host takes its place
 
 
+@pytest.mark.parametrize(
+    ("optim", "offload", "said"),
+    [
+        (
+            "adamw_torch",
+            False,
+            "embed=factored with --optim adamw_torch: only --optim lisa_adamw has",
+        ),
+        ("lisa_adamw", True, "embed=factored with offload_optimizer: DeepSpeed steps"),
+    ],
+)
+def test_factored_moments_that_cannot_be_had(optim, offload, said):
+    with pytest.raises(ValueError, match="factored") as error:
+        check_optim(optim, offload, LisaConfig(lisa_state_bits="embed=factored"))
+    assert said in str(error.value)
+    with pytest.raises(ValueError, match="factored"):
+        build_optimizer([{"params": [], "lisa_state_bits": "factored"}], optim, offload=offload)
+
+
 def test_norms_and_biases_keep_32_bits():
     blocks = find_blocks(tiny_llama())
-    groups = build_param_groups([blocks.embed, blocks.rest], [blocks.layers[0]], 0.1, {"embed": 8, "layers": 8})
+    given = {"embed": "factored", "layers": 8}
+    groups = build_param_groups([blocks.embed, blocks.rest], [blocks.layers[0]], 0.1, given)
     bits = {group["lisa_group"]: group.get("lisa_state_bits") for group in groups}
-    assert bits == {"embed/decay": 8, "rest/no_decay": None, "slot0/decay": 8, "slot0/no_decay": None}
+    assert bits == {"embed/decay": "factored", "rest/no_decay": None, "slot0/decay": 8, "slot0/no_decay": None}
     optimizer = build_optimizer(groups, "lisa_adamw", lr=3e-4, betas=(0.8, 0.9), eps=1e-6, seed=5)
     assert isinstance(optimizer, LisaAdamW)
-    assert [group["lisa_state_bits"] for group in optimizer.param_groups] == [8, 32, 8, 32]
+    assert [group["lisa_state_bits"] for group in optimizer.param_groups] == ["factored", 32, 8, 32]
     assert (optimizer.defaults["lr"], optimizer.defaults["betas"], optimizer.seed) == (3e-4, (0.8, 0.9), 5)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernel of AdamW compiles for GPUs that are not there, with the environment's Triton and the oldest."""
+"""The Triton kernels compile for GPUs that are not there, with the environment's Triton and the oldest."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cells import full
-from triton_forms import FORMS, accesses, compile_form
+from triton_forms import FACTORED_FORMS, FORMS, accesses, compile_factored, compile_form, compile_sums
 
 ROOT = Path(__file__).parents[3]
 
@@ -27,6 +27,19 @@ def test_triton_compiles_for_a_gpu_that_is_not_there(form, capability, seed):
     *_, loads, stores = FORMS[form]
     assert accesses(code) == (8 * loads, 8 * stores)
     assert ".local" not in code, "registers are enough"
+
+
+@pytest.mark.parametrize("capability", [full(80), 90])
+def test_the_kernels_of_factored_moments_compile(capability):
+    """What is read a row or a column at a time cannot be one access; weights, masters and gradients are."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from lisa_dist.kernels.factored_triton import _factored, _squared_sums
+
+    for form, (*_, loads, stores) in FACTORED_FORMS.items():
+        code = compile_factored(_factored, form, capability)
+        assert accesses(code) == (8 * loads, 8 * stores), form
+        assert ".local" not in code, form
+    assert ".local" not in compile_sums(_squared_sums, capability)
 
 
 @pytest.fixture
@@ -55,5 +68,8 @@ def test_the_oldest_triton_compiles_all_forms(oldest_triton, tmp_path):
     assert finished.returncode == 0, finished.stderr[-3000:]
     found = json.loads(finished.stdout)
     assert oldest_triton.name == f"triton-{found['triton'].rpartition('.')[0]}"
-    wanted = {name: [8 * loads, 8 * stores, False] for name, (*_, loads, stores) in FORMS.items()}
+    forms = FORMS | {f"factored, {name}": form for name, form in FACTORED_FORMS.items()}
+    wanted = {name: [8 * loads, 8 * stores, False] for name, (*_, loads, stores) in forms.items()}
+    sums = {name: found["forms"].pop(name) for name in ("sm_80, sums", "sm_90, sums")}
+    assert not any(is_local for *_, is_local in sums.values())
     assert found["forms"] == {f"sm_{sm}, {name}": one for sm in (80, 90) for name, one in wanted.items()}
