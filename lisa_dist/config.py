@@ -6,17 +6,19 @@ Fine-Tuning" (arXiv 2403.17919). Flag names follow the ones in use elsewhere.
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lisa_dist.errors import UserError
+from lisa_dist.text import format_by_block, parse_blocks, parse_by_block
 
 SAMPLERS = ("uniform", "reshuffle", "cyclic", "fixed", "weighted", "adaptive")
 IMPORTANCES = ("gradient", "update")
 STATE_POLICIES = ("reset", "reset_all", "keep")
 NONFINITE_POLICIES = ("stop", "skip")
 MASTERS = ("fp32", "bf16_sr")
+FROZEN_BITS = (16, 8, 4)
+AUTO_LAYERS: Any = "auto"  # in the place of a number of layers, until one is planned
 OUTER_BLOCKS = ("embed", "head", "rest")
 FACTORED = "factored"  # in the place of bits: a second moment by row and column, and no first one
 StateBits = int | str
@@ -33,7 +35,8 @@ class LisaConfig:
     lisa_activated_layers: int = field(
         default=2,
         metadata={
-            "help": "Decoder layers that train in each period (gamma in the paper); 0 for always-trained blocks alone."
+            "help": "Decoder layers that train in each period (gamma in the paper); 0 for always-trained blocks alone; "
+            "auto for as many as --gpu_memory is enough for."
         },
     )
     lisa_interval_steps: int = field(
@@ -133,6 +136,20 @@ class LisaConfig:
             "others' stay on the GPU, whatever the DeepSpeed config says of offload_optimizer."
         },
     )
+    lisa_frozen_bits: int = field(
+        default=16,
+        metadata={
+            "help": "Bits of frozen decoder layers on the device: 16 as they are, or 8 or 4 (NF4) by bitsandbytes, "
+            "with the originals once a host. On ZeRO stages 1 and 2."
+        },
+    )
+    lisa_frozen_store: str = field(
+        default="host",
+        metadata={
+            "help": "Where the originals are that --lisa_frozen_bits 8 and 4 need: host (its memory) or a folder on a "
+            "local disk."
+        },
+    )
     lisa_nonfinite: str = field(
         default="stop",
         metadata={
@@ -160,15 +177,15 @@ class LisaConfig:
         # One way of writing each, so that a resumed run with another is no other run.
         self.lisa_always_on, self.lisa_frozen = ",".join(self.always_on), ",".join(self.frozen)
         self.lisa_offload = ",".join(self.offloaded)
-        self.lisa_state_bits = _canonical("--lisa_state_bits", self.lisa_state_bits, self._given_bits)
-        self.lisa_block_probability = _canonical(
+        self.lisa_state_bits = format_by_block("--lisa_state_bits", self.lisa_state_bits, self._given_bits)
+        self.lisa_block_probability = format_by_block(
             "--lisa_block_probability", self.lisa_block_probability, self.block_probabilities
         )
         self._check_blocks()
         self._check_state_bits()
 
     def _check_periods(self) -> None:
-        if self.lisa_activated_layers < 0:
+        if self.lisa_activated_layers != AUTO_LAYERS and not self.lisa_activated_layers >= 0:
             raise UserError(
                 f"--lisa_activated_layers {self.lisa_activated_layers}: a period trains 0 decoder layers or more."
             )
@@ -200,6 +217,14 @@ class LisaConfig:
             raise UserError(
                 f"--lisa_master {self.lisa_master} with --lisa_offload {self.lisa_offload}: what steps on the host is "
                 "an fp32 master; leave one of them out."
+            )
+        if self.lisa_frozen_bits not in FROZEN_BITS:
+            allowed = ", ".join(map(str, FROZEN_BITS))
+            raise UserError(f"--lisa_frozen_bits {self.lisa_frozen_bits}: frozen layers have one of {allowed} bits.")
+        if self.lisa_frozen_bits == 16 and self.lisa_frozen_store != "host":
+            raise UserError(
+                f"--lisa_frozen_store {self.lisa_frozen_store}: frozen layers of 16 bits have no originals elsewhere; "
+                "give --lisa_frozen_bits 8 or 4, or leave it out."
             )
         if self.lisa_nonfinite not in NONFINITE_POLICIES:
             raise UserError(
@@ -290,12 +315,12 @@ class LisaConfig:
     @property
     def always_on(self) -> tuple[str, ...]:
         """Outer blocks that train in every period."""
-        return _block_names("--lisa_always_on", self.lisa_always_on)
+        return parse_blocks("--lisa_always_on", self.lisa_always_on, OUTER_BLOCKS)
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """Outer blocks that never train."""
-        return _block_names("--lisa_frozen", self.lisa_frozen)
+        return parse_blocks("--lisa_frozen", self.lisa_frozen, OUTER_BLOCKS)
 
     @property
     def sampled(self) -> tuple[str, ...]:
@@ -306,7 +331,7 @@ class LisaConfig:
     def block_probabilities(self) -> dict[str, float]:
         """The probabilities that the user gave, by block."""
         flag = "--lisa_block_probability"
-        return _block_values(flag, self.lisa_block_probability, OUTER_BLOCKS)
+        return parse_by_block(flag, self.lisa_block_probability, OUTER_BLOCKS)
 
     @property
     def state_bits(self) -> dict[str, StateBits]:
@@ -316,15 +341,19 @@ class LisaConfig:
 
     @property
     def _given_bits(self) -> dict[str, float | str]:
-        return _block_values("--lisa_state_bits", self.lisa_state_bits, (*OUTER_BLOCKS, "layers"), words=(FACTORED,))
+        return parse_by_block("--lisa_state_bits", self.lisa_state_bits, (*OUTER_BLOCKS, "layers"), words=(FACTORED,))
 
     @property
     def offloaded(self) -> tuple[str, ...]:
         """Blocks, "layers" among them, whose optimizer states are on the host."""
-        return _block_names("--lisa_offload", self.lisa_offload, (*OUTER_BLOCKS, "layers"))
+        return parse_blocks("--lisa_offload", self.lisa_offload, (*OUTER_BLOCKS, "layers"))
 
     def check_num_layers(self, num_layers: int) -> None:
         """Raise when a model of so many decoder layers has too few to sample from."""
+        if self.lisa_activated_layers == AUTO_LAYERS:
+            raise UserError(
+                "--lisa_activated_layers auto: lisa-dist train and lisa-dist plan make a number of it; give one here."
+            )
         if self.lisa_activated_layers > num_layers:
             raise UserError(
                 f"--lisa_activated_layers {self.lisa_activated_layers}: the model has {num_layers} decoder layers."
@@ -337,33 +366,3 @@ class LisaConfig:
     def to_dict(self) -> dict:
         """The settings as plain values, for logs and checkpoints."""
         return asdict(self)
-
-
-def _canonical(flag: str, value: str, given: Mapping[str, float | str]) -> str:
-    if value.count("=") > len(given):
-        raise UserError(f"{flag} {value}: a block is named twice.")
-    return ",".join(f"{block}={one if isinstance(one, str) else f'{one:g}'}" for block, one in sorted(given.items()))
-
-
-def _block_values(flag: str, value: str, blocks: Sequence[str], words: Sequence[str] = ()) -> dict[str, Any]:
-    """What `block=number,...` says, for a flag that takes it; in the place of a number may be one of `words`."""
-    given: dict[str, float | str] = {}
-    for part in (part.strip() for part in value.split(",")):
-        if not part:
-            continue
-        block, _, number = (text.strip() for text in part.partition("="))
-        if block not in blocks:
-            raise UserError(f"{flag} {value}: unknown block {block!r}; choose from {', '.join(blocks)}.")
-        try:
-            given[block] = number if number in words else float(number)
-        except ValueError:
-            raise UserError(f"{flag} {value}: {part!r} is no block={'|'.join(('number', *words))}.") from None
-    return given
-
-
-def _block_names(flag: str, value: str, blocks: Sequence[str] = OUTER_BLOCKS) -> tuple[str, ...]:
-    names = [name.strip() for name in value.split(",") if name.strip()]
-    unknown = [name for name in names if name not in blocks]
-    if unknown:
-        raise UserError(f"{flag} {value}: unknown block {unknown[0]!r}; choose from {', '.join(blocks)}.")
-    return tuple(block for block in blocks if block in names)

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 from transformers import HfArgumentParser
 from trl import TrlParser
 
+from lisa_dist.config import AUTO_LAYERS
 from lisa_dist.errors import UserError
 from lisa_dist.files import read_yaml
 from lisa_dist.text import in_one_line
@@ -74,7 +75,7 @@ class FlagParser(HfArgumentParser):
         self._groups = groups
         for action in self._actions:
             if action.type is int or action.type is float:
-                action.type = _finite(action.type)
+                action.type = _finite(action.type, _WORDS.get(action.dest))
         self.add_argument("--help_all", action=_HelpAll, nargs=0, dest=SUPPRESS, default=SUPPRESS, help="All flags.")
 
     def print_help(self, file: Any = None) -> None:
@@ -180,13 +181,20 @@ class RunParser(FlagParser, TrlParser):
             raise UserError(f"{flag}: {in_one_line(error)}") from error
 
 
+# Flags whose value is a number or a word.
+_WORDS = {"lisa_activated_layers": AUTO_LAYERS}
 _SCALARS = (str, int, float)  # bool is an int
 
 
-def _finite(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Reads a finite number in ASCII, an integer of 64 bits: Python's own take nan, and digits of any script."""
+def _finite(kind: Callable[[str], Any], word: str | None = None) -> Callable[[str], Any]:
+    """Reads a finite number in ASCII, an integer of 64 bits: Python's own take nan, and digits of any script.
+
+    Or `word`, in the place of a number.
+    """
 
     def read(text: str) -> Any:
+        if text == word:
+            return text
         value = kind(text)
         if not text.isascii() or not math.isfinite(value) or (kind is int and abs(value) >= 2**63):
             raise ValueError

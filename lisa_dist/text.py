@@ -1,7 +1,8 @@
 """Numbers, sizes and tables as text, and sizes read from it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lisa_dist.errors import UserError
 
@@ -56,3 +57,35 @@ def format_table(rows: Sequence[tuple[str, str]]) -> str:
     """Two columns, the first as wide as its longest entry."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def format_by_block(flag: str, value: str, given: Mapping[str, float | str]) -> str:
+    """The one way of writing what `value` says by block, which is `given`; UserError where a block is named twice."""
+    if value.count("=") > len(given):
+        raise UserError(f"{flag} {value}: a block is named twice.")
+    return ",".join(f"{block}={one if isinstance(one, str) else f'{one:g}'}" for block, one in sorted(given.items()))
+
+
+def parse_by_block(flag: str, value: str, blocks: Sequence[str], words: Sequence[str] = ()) -> dict[str, Any]:
+    """What `block=number,...` says, for a flag that takes it; in the place of a number may be one of `words`."""
+    given: dict[str, float | str] = {}
+    for part in (part.strip() for part in value.split(",")):
+        if not part:
+            continue
+        block, _, number = (text.strip() for text in part.partition("="))
+        if block not in blocks:
+            raise UserError(f"{flag} {value}: unknown block {block!r}; choose from {', '.join(blocks)}.")
+        try:
+            given[block] = number if number in words else float(number)
+        except ValueError:
+            raise UserError(f"{flag} {value}: {part!r} is no block={'|'.join(('number', *words))}.") from None
+    return given
+
+
+def parse_blocks(flag: str, value: str, blocks: Sequence[str]) -> tuple[str, ...]:
+    """The blocks that a flag lists, in the order of `blocks`; UserError for one that is not among them."""
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    unknown = [name for name in names if name not in blocks]
+    if unknown:
+        raise UserError(f"{flag} {value}: unknown block {unknown[0]!r}; choose from {', '.join(blocks)}.")
+    return tuple(block for block in blocks if block in names)

@@ -8,7 +8,8 @@ from pathlib import Path
 from benchmarks.common.results import parser_of, write_results
 from benchmarks.tables.show import show
 from lisa_dist import LisaConfig
-from lisa_dist.memory.planner import PlanArguments, load_model_config, make_plans
+from lisa_dist.memory.plan import PlanArguments
+from lisa_dist.memory.planner import load_model_config, make_plans
 from lisa_dist.text import GIB
 
 MODELS = ("llama2-7b", "llama3.1-8b")

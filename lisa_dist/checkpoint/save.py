@@ -36,6 +36,7 @@ from lisa_dist.distributed.collectives import background_group, describe_files, 
 from lisa_dist.distributed.health import host_name
 from lisa_dist.files import write_json
 from lisa_dist.run_folder import STATE_FORMAT
+from lisa_dist.zero.parameters import whole_weights
 from lisa_dist.zero.stage3 import drop_prefetched
 
 ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -154,7 +155,7 @@ class _Save:
             held[owner] += file.nbytes
             with deepspeed.zero.GatheredParameters(list(file.tensors.values())):
                 if rank == owner:
-                    copies = {name: copy_on_host(value.detach()) for name, value in file.tensors.items()}
+                    copies = {name: copy_on_host(whole_weights(value)) for name, value in file.tensors.items()}
                     self._on_host[file.name] = copies, {"format": "pt"}
 
     def copy_states(self) -> None:

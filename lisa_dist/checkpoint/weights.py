@@ -26,7 +26,7 @@ from lisa_dist.distributed.collectives import together
 from lisa_dist.errors import UserError
 from lisa_dist.files import find_foreign_name, replacing, set_mode_by_umask
 from lisa_dist.run_folder import read_object
-from lisa_dist.zero.parameters import is_partitioned, parameter_numel, parameter_shape
+from lisa_dist.zero.parameters import is_partitioned, original_of, parameter_numel, parameter_shape, whole_weights
 from lisa_dist.zero.stage3 import drop_prefetched
 
 MAX_SHARD_SIZE = 5 * 1024**3  # bytes
@@ -64,7 +64,7 @@ def write_weights(
         for tensors in parts:
             with deepspeed.zero.GatheredParameters(list(tensors.values())):
                 if writes:
-                    part = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+                    part = {name: whole_weights(value).cpu().clone() for name, value in tensors.items()}
                     shard |= _rename(model, part) if original_names else part
         with together(reported_folder):
             if writes:
@@ -123,8 +123,11 @@ def read_weights(engine: deepspeed.DeepSpeedEngine, blocks: Blocks, folder: Path
         with deepspeed.zero.GatheredParameters(list(tensors.values()), modifier_rank=0), torch.no_grad():
             for name, value in tensors.items():
                 # What ZeRO-3 has gathered goes from rank 0 to all; anything else every rank reads for itself.
-                if dist.get_rank() == 0 or not is_partitioned(value):
+                if (held := original_of(value)) is not None:
+                    held.load(file_by_name[name].get_tensor(name))
+                elif dist.get_rank() == 0 or not is_partitioned(value):
                     value.copy_(file_by_name[name].get_tensor(name))
+    dist.barrier()  # one rank of a host has written the originals of frozen layers, and the others read them
 
 
 def export_weights(folder: Path, out: Path) -> None:

@@ -9,8 +9,8 @@ from lisa_dist.commands import exit_on_error
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
 from lisa_dist.flags import FlagParser
+from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import (
-    PlanArguments,
     command_for,
     format_plans,
     load_model_config,
@@ -42,11 +42,12 @@ HELP = {
         "precision": "bf16 or fp32",
         "optim": "as in training",
         "checkpointed_layers": "none, all, a number, or auto: the fewest that fit",
-        "lisa_activated_layers": "decoder layers that train in a period (gamma)",
+        "lisa_activated_layers": "decoder layers that train in a period (gamma), or auto",
         "lisa_always_on": "of embed, head, rest; those left out are sampled like layers",
         "lisa_frozen": "of embed, head, rest: never trained",
         "lisa_state": "at a switch: reset, reset_all, keep (on the host)",
         "lisa_state_bits": "of moments, by block: embed=8,head=factored,layers=8",
+        "lisa_frozen_bits": "of frozen layers: 16, 8 or 4, with originals on the host",
         "lisa_master": "fp32, or bf16_sr for no masters",
         "lisa_offload": "blocks whose optimizer states live on the host",
     },
@@ -71,4 +72,4 @@ def main(words: Sequence[str]) -> None:
         if arguments.plot:
             plot_plans(plans, arguments)
         best = what_fits(plans, arguments)
-        print(f"\n{command_for(best, arguments, lisa_config)}")
+        print(f"\n{command_for(best, arguments)}")

@@ -7,6 +7,7 @@ One period, K optimizer steps long, as it runs on every rank::
       sample     all compare their period: 8 W bytes gathered; rank 0 samples and broadcasts (period, outer block,
                  layers): 8 (gamma + 2) bytes
       activate   requires_grad of what is activated and what becomes inactive, whose gradients become None
+      freeze     --lisa_frozen_bits alone: inactive layers become codes, activated ones are copied from their originals
       partition  ZeroPartitions.repartition: states of blocks that stay active move over, of activated ones are new
       verify     each rank hashes what it now holds and all compare: 8 W bytes gathered
     forward, backward, step         K times; on_step_begin() between them is one comparison
@@ -30,6 +31,7 @@ from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.changes import BlockChanges
 from lisa_dist.core.checkpointing import check_checkpointing, let_backward_end
 from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_weights
+from lisa_dist.core.frozen_layers import hold_frozen_layers
 from lisa_dist.core.guards import InactiveWeights, MissedSwitchGuard, NonfiniteGuard
 from lisa_dist.core.importance import observe_layers
 from lisa_dist.core.live_bytes import live_tensor_bytes
@@ -90,6 +92,7 @@ class LisaController:
             use_own_device()
             settings = [config.to_dict(), self.selection.weights, len(self.blocks.layers)]
             self._compare(settings, "have other --lisa_* settings or another model")
+        self.frozen_layers = hold_frozen_layers(model, self.blocks, config, self.selection.widest(self.active).layers)
         self._activate()
 
     @property
@@ -266,6 +269,8 @@ class LisaController:
                 self.host_states.put(key, states[key], pieces[key])
 
     def _repartition(self, carried: Mapping[PartitionKey, PartitionState]) -> None:
+        if self.frozen_layers is not None:  # with --lisa_frozen_bits 8 or 4
+            self.frozen_layers.switch(self.active_layers)
         self.partitions.repartition(self.selection.params_of_groups(self.active), carried, self.host_states.copies)
 
     def _verify(self) -> None:
@@ -293,17 +298,9 @@ class LisaController:
             self.visit_counts[layer] += 1
         for block in self.active_blocks:
             self.block_visit_counts[block] += 1
-        self._log.open(
-            PeriodRecord(
-                period=self.period,
-                step=step,
-                layers=list(self.active_layers),
-                blocks=list(self.active_blocks),
-                seconds=seconds,
-                bytes_released=bytes_released,
-                probabilities=self.selection.probabilities(self.active),
-            )
-        )
+        probabilities = self.selection.probabilities(self.active)
+        fields = {"period": self.period, "step": step, "seconds": seconds, "bytes_released": bytes_released}
+        self._log.begin(self.active, **fields, probabilities=probabilities)
 
     def _measure(self) -> dict[str, int]:
         """Bytes of this rank, once the period's first step has made the moments."""

@@ -1,5 +1,6 @@
 """LISA in a DeepSpeed loop of one's own: engine and controller in one call."""
 
+import os
 import weakref
 
 import deepspeed
@@ -42,6 +43,8 @@ def initialize(
     config = config or LisaConfig()
     prepare_ds_config(filled, config, optim, precision_of(filled))
     offload = uses_optimizer_offload(filled)
+    if config.lisa_frozen_bits != 16 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        deepspeed.init_distributed(auto_mpi_discovery=False)  # ranks of a host share the originals of frozen layers
     lisa = LisaController(model, config)
     groups = lisa.param_groups(weight_decay)
     lr *= config.rate_factor(len(lisa.blocks.layers))

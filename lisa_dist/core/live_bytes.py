@@ -4,6 +4,9 @@ import gc
 
 import torch
 
+# Where memory begins that the ranks of a host share: tensors see it on each of them, and it is there once.
+shared_addresses: set[int] = set()
+
 
 def live_tensor_bytes(device: torch.device | None = None) -> int:
     """Bytes of live tensors on this rank.
@@ -17,7 +20,7 @@ def live_tensor_bytes(device: torch.device | None = None) -> int:
 
 
 def live_storages() -> list[torch.UntypedStorage]:
-    """Every storage that a tensor known to the garbage collector points to, once."""
+    """Every storage that a tensor known to the garbage collector points to, once; none that ranks share."""
     kinds = _tensor_classes()
     storages: dict[int, torch.UntypedStorage] = {}
     # By exact class: isinstance would be slower, and asks lazy proxies for __class__, which makes them load.
@@ -26,7 +29,7 @@ def live_storages() -> list[torch.UntypedStorage]:
             if tensor is not None and tensor.layout == torch.strided and not tensor.is_meta:
                 storage = tensor.untyped_storage()
                 address = _address(storage) if storage.device.type != "meta" else None  # a plan's
-                if address is not None:
+                if address is not None and address not in shared_addresses:
                     storages[address] = storage
     return list(storages.values())
 

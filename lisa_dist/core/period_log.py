@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from lisa_dist.core.sampling import ActiveSet
 from lisa_dist.run_folder import LOG_NAME, append_line
 
 
@@ -42,6 +44,10 @@ class PeriodLog:
         """Write to lisa_log.jsonl in a folder, which is made if need be."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._path = Path(folder) / LOG_NAME
+
+    def begin(self, active: ActiveSet, **fields: Any) -> None:
+        """A period begins, in which these blocks train; `fields` are further ones of its record."""
+        self.open(PeriodRecord(layers=list(active.layers), blocks=list(active.blocks), **fields))
 
     def open(self, record: PeriodRecord | None) -> None:
         """A period begins; its bytes are not known yet. None: there is no line to be written before the next switch."""

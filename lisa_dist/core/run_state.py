@@ -13,6 +13,8 @@ FREE_SETTINGS = (
     "lisa_state",
     "lisa_offload",
     "lisa_master",
+    "lisa_frozen_bits",
+    "lisa_frozen_store",
     "lisa_nonfinite",
     "lisa_layers_attribute",
     "lisa_weights_file",

@@ -21,6 +21,7 @@ import torch
 
 from lisa_dist.config import FACTORED, OUTER_BLOCKS, LisaConfig
 from lisa_dist.core.blocks import Blocks
+from lisa_dist.core.frozen_layers import held_bytes
 from lisa_dist.core.sampling import SampledBlock
 from lisa_dist.memory.gathered_weights import gathered_weights
 from lisa_dist.memory.gradient_peak import (
@@ -237,8 +238,11 @@ class _Step:
         numels = [parameter.numel() for parameter in self.run.model.parameters()]
         if self._stage == 3:
             return sum(share_numel(numel, self.world_size) for numel in numels) * self._element
-        frozen = sum(numels) - sum(parameter.numel() for parameter in self._trained)
-        return frozen * self._element + self._partition_bytes * self.world_size  # active weights lie in padded buffers
+        held = [module.weight.numel() for module in self.run.held_modules(self._trained)]
+        frozen = sum(numels) - sum(held) - sum(parameter.numel() for parameter in self._trained)
+        in_codes = held_bytes(held, self.run.workload.frozen_bits, shares_tables=self.on_cpu)
+        # Active weights lie in padded buffers.
+        return frozen * self._element + in_codes + self._partition_bytes * self.world_size
 
     def _device_weights(self) -> int:
         return 0 if self._stage == 3 and self.settings.offload_param else self._weights()

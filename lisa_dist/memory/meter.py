@@ -16,6 +16,7 @@ from lisa_dist.core.live_bytes import live_storages
 from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.trace import part_of
 from lisa_dist.memory.tracker import AllocationTracker
+from lisa_dist.zero.parameters import held_tensors
 
 _STABLE_POLLS = 10  # without a change of memory, after which no thread is expected to free any
 
@@ -112,8 +113,9 @@ class StepMeter:
         self._is_tracking = False
 
     def _weight_bytes(self) -> int:
-        local = [self._partitions.local_weights(parameter) for parameter in self._engine.module.parameters()]
-        return sum(weights.nbytes for weights in local if self._is_on_device(weights))
+        held = [tensor for parameter in self._engine.module.parameters() for tensor in held_tensors(parameter)]
+        once = {(tensor.data_ptr(), tensor.nbytes): tensor for tensor in held}  # tables of codes are shared
+        return sum(tensor.nbytes for tensor in once.values() if self._is_on_device(tensor))
 
     def _state_bytes(self) -> tuple[int, int]:
         """Bytes of the states of always-trained and of other blocks; on a GPU only of those on the GPU."""

@@ -1,123 +1,40 @@
 """Plans: the memory that a run needs under each DeepSpeed config, the fastest that fits, and its command."""
 
 import copy
+import functools
 import json
 import shlex
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
-from lisa_dist.config import LisaConfig
+from lisa_dist.config import AUTO_LAYERS, LisaConfig
 from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.engine_config import prepare_ds_config
-from lisa_dist.core.label_logits import check_loss, why_no_label_logits
+from lisa_dist.core.label_logits import why_no_label_logits
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.memory.estimate import StageSettings, plan_memory, widest_periods
 from lisa_dist.memory.kept_states import kept_states
-from lisa_dist.memory.parts import MemoryParts
+from lisa_dist.memory.plan import DTYPES, WAYS, Plan, PlanArguments
 from lisa_dist.memory.trace import CHUNKED, LOGITS, FakeRun, Group, StepTrace, Trained, Workload
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.run_folder import MEMORY_PARTS
-from lisa_dist.text import GIB, format_bytes, format_columns, parse_bytes
+from lisa_dist.text import GIB, format_bytes, format_columns
 
-METHODS = ("lisa", "full", "lora")
-# From the fastest to the slowest: with offload a step waits for the host, and stage 3 gathers every weight twice.
-WAYS = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass
-class PlanArguments:
-    """The flags of `lisa-dist plan`."""
-
-    model: str = field(metadata={"help": "Shipped name (llama3.1-8b, ...), folder, config.json, or hub id."})
-    gpus: int = field(default=1, metadata={"help": "GPUs of the run."})
-    gpu_memory: str = field(default="80GiB", metadata={"help": "Memory of a GPU, such as 24GiB or 80GB."})
-    host_memory: str = field(default="1TiB", metadata={"help": "Memory of a host."})
-    gpus_per_host: int = field(default=8, metadata={"help": "GPUs that share a host's memory."})
-    seq_length: int = field(default=1024, metadata={"help": "Tokens of an example."})
-    micro_batch_size: int = field(default=1, metadata={"help": "Examples of a GPU in a forward pass."})
-    method: str = field(default="lisa", metadata={"help": "lisa, full or lora."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters, for --method lora."})
-    optim: str = field(default="adamw_torch_fused", metadata={"help": "As in training."})
-    precision: str = field(default="bf16", metadata={"help": "bf16 or fp32."})
-    deepspeed: str | None = field(default=None, metadata={"help": "Plan this config alone: short name or path."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of a step."})
-    checkpointed_layers: str = field(
-        default=AUTO,
-        metadata={
-            "help": "none, all, a number of decoder layers, or auto for the fewest that fit; with "
-            "another method than lisa none or all."
-        },
-    )
-    loss: str = field(
-        default=AUTO,
-        metadata={"help": "As in training; liger is planned as chunked."},
-    )
-    reserve: str = field(default="1GiB", metadata={"help": "Of a GPU, for the CUDA context, NCCL and fragments."})
-    json: str | None = field(default=None, metadata={"help": "Write the plans to this file."})
-    plot: str | None = field(default=None, metadata={"help": "Draw them as bars to this .png."})
-
-    def __post_init__(self) -> None:
-        counts = ("gpus", "gpus_per_host", "seq_length", "micro_batch_size", "gradient_accumulation_steps", "lora_r")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: at least 1.")
-        if self.precision not in _DTYPES:
-            raise UserError(f"--precision {self.precision}: unknown; choose bf16 or fp32.")
-        if self.method not in METHODS:
-            raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
-        parse_checkpointed_layers(self.checkpointed_layers)
-        check_loss(self.loss)
-        for name in ("gpu_memory", "host_memory", "reserve"):
-            parse_bytes(f"--{name}", getattr(self, name))
-
-    @property
-    def budget(self) -> int:
-        """Bytes of a GPU that a run may take."""
-        return parse_bytes("--gpu_memory", self.gpu_memory) - parse_bytes("--reserve", self.reserve)
-
-    @property
-    def host_budget(self) -> int:
-        """Bytes of a host for each rank on it."""
-        return parse_bytes("--host_memory", self.host_memory) // min(self.gpus, self.gpus_per_host)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The memory that each rank needs under one DeepSpeed config."""
-
-    ds_config: str
-    workload: Workload
-    gpu: MemoryParts
-    host: dict[str, int]
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes on the host of one rank."""
-        return sum(self.host.values())
-
-    def lacks(self, arguments: PlanArguments) -> tuple[int, int]:
-        """Bytes that a GPU, and a rank's share of its host, lack; 0 where the plan fits."""
-        return (
-            max(0, self.gpu.peak - arguments.budget),
-            max(0, self.host_bytes - arguments.host_budget),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        workload = asdict(self.workload) | {"dtype": str(self.workload.dtype).removeprefix("torch.")}
-        host = self.host | {"total": self.host_bytes}
-        return {"ds_config": self.ds_config, "workload": workload, "gpu": self.gpu.to_dict(), "host": host}
+# What else would make room for a layer, each with its flags.
+_SMALLER = (
+    {"lisa_state_bits": "embed=factored,head=factored,layers=8", "lisa_master": "bf16_sr"},
+    {"lisa_frozen_bits": 4},
+    {"lisa_always_on": "rest"},
+)
 
 
 class Planner:
@@ -152,6 +69,11 @@ class Planner:
                 f"none; give none or all."
             )
 
+    @property
+    def given_count(self) -> int:
+        """The number of checkpointed layers that was given; all, where it was left to the plans."""
+        return self.num_layers if self._count is None else self._count
+
     def plan(self, ds_config: str | dict, checkpointed_layers: int, loss: str) -> Plan:
         """The plan of the worst period under one DeepSpeed config: short name, path, or its content."""
         arguments = self._arguments
@@ -176,7 +98,10 @@ class Planner:
         host = max((host for _, host in planned), key=lambda host: sum(host.values()))
         if arguments.method == "lisa" and self._lisa.lisa_state == "keep":
             host = host | {"kept states": kept_states(run, self._lisa, settings.stage, arguments.gpus, arguments.optim)}
-        return Plan(str(ds_config), run.workload, parts, host)
+        if self._lisa.lisa_frozen_bits != 16:
+            originals = sum(module.weight.nbytes for module in run.held_modules([]))
+            host = host | {"originals of the layers": -(-originals // min(arguments.gpus, arguments.gpus_per_host))}
+        return Plan(str(ds_config), run.workload, parts, host, self._lisa)
 
     def _read(self, given: str | dict) -> dict:
         ds_config = copy.deepcopy(given) if isinstance(given, dict) else read_ds_config(given)
@@ -230,11 +155,12 @@ class Planner:
             workload = Workload(
                 arguments.seq_length,
                 arguments.micro_batch_size,
-                _DTYPES[arguments.precision],
+                DTYPES[arguments.precision],
                 checkpointed_layers,
                 loss=loss,
                 triton=not self._on_cpu,
                 padded=arguments.micro_batch_size > 1,
+                frozen_bits=self._lisa.lisa_frozen_bits,
             )
             lora_rank = arguments.lora_r if arguments.method == "lora" else 0
             run = FakeRun(self._config, workload, lora_rank, self._lisa.lisa_layers_attribute)
@@ -279,11 +205,56 @@ def load_model_config(model: str) -> PretrainedConfig:
         raise UserError(f"--model {model}: is no model's config.json ({error}).") from error
 
 
+def with_most_layers(
+    config: PretrainedConfig,
+    arguments: PlanArguments,
+    lisa_config: LisaConfig,
+    ds_config: str | dict,
+    on_cpu: bool = False,
+) -> LisaConfig:
+    """The settings of a run with a number in the place of auto; as they are where they have one.
+
+    Layers come before checkpointing less: the number is planned with all layers checkpointed, where the run may choose,
+    and with TRL's loss in chunks. Raises UserError, with the closest three settings, where not one layer fits.
+    """
+    if lisa_config.lisa_activated_layers != AUTO_LAYERS:
+        return lisa_config
+    num_layers = number_of_decoder_layers(config)
+    checkpointed = "all" if arguments.checkpointed_layers == AUTO else arguments.checkpointed_layers
+    smallest = replace(arguments, checkpointed_layers=checkpointed)
+
+    def peak_of(settings: LisaConfig, layers: int) -> int:
+        planner = Planner(config, smallest, replace(settings, lisa_activated_layers=layers), on_cpu)
+        loss = LOGITS if arguments.loss == LOGITS else CHUNKED
+        return planner.plan(ds_config, planner.given_count, loss).gpu.peak
+
+    peak = functools.cache(lambda frozen: peak_of(lisa_config, num_layers - frozen))
+    frozen = fewest_layers(peak, num_layers - 1, arguments.budget)
+    if peak(frozen) > arguments.budget:
+        raise UserError(
+            f"--lisa_activated_layers auto: not one layer fits {format_bytes(arguments.budget)}: with one "
+            f"{format_bytes(peak(frozen))} are planned. {_closest_settings(peak_of, lisa_config)}"
+        )
+    return replace(lisa_config, lisa_activated_layers=num_layers - frozen)
+
+
+def _closest_settings(peak_of: Callable[[LisaConfig, int], int], lisa_config: LisaConfig) -> str:
+    """What would make room for a layer, in addition to what is given, from the smallest peak on."""
+    found = []
+    for settings in _SMALLER:
+        try:
+            peak = peak_of(replace(lisa_config, **settings), 1)
+        except UserError:  # they do not go with what is given
+            continue
+        found.append((peak, " ".join(f"--{name} {value}" for name, value in settings.items())))
+    return f"The closest: {'; '.join(f'{flags} takes {format_bytes(peak)}' for peak, flags in sorted(found))}."
+
+
 def make_plans(
     config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig, ways: Sequence[str] = WAYS
 ) -> list[Plan]:
     """A plan under each DeepSpeed config, or under --deepspeed alone, from the fastest to the slowest."""
-    planner = Planner(config, arguments, lisa_config)
+    planner = None if lisa_config.lisa_activated_layers == AUTO_LAYERS else Planner(config, arguments, lisa_config)
     refused: UserError | None = None
     ways = [arguments.deepspeed] if arguments.deepspeed else list(ways)
     if lisa_config.offloaded and not arguments.deepspeed:  # the flag says what is offloaded, whatever a config says
@@ -292,17 +263,18 @@ def make_plans(
     for way in ways:
         try:
             prepare_ds_config(read_ds_config(way), lisa_config, arguments.optim, arguments.precision)
+            of_way = planner or Planner(config, arguments, with_most_layers(config, arguments, lisa_config, way))
         except UserError as error:
-            refused = error  # 8-bit moments are not for DeepSpeed's host AdamW
+            refused = error  # 8-bit moments are not for DeepSpeed's host AdamW; not one layer fits
             continue
-        plans.append(planner.cheapest(way))
+        plans.append(of_way.cheapest(way))
     if not plans:
         assert refused is not None
         raise refused
     return plans
 
 
-def command_for(plan: Plan, arguments: PlanArguments, lisa_config: LisaConfig) -> str:
+def command_for(plan: Plan, arguments: PlanArguments) -> str:
     """The command line of a plan; data and output folder are to be added."""
     path = Path(arguments.model)
     model = "MODEL" if arguments.model in shipped_model_configs() else str(path.parent if path.is_file() else path)
@@ -320,7 +292,7 @@ def command_for(plan: Plan, arguments: PlanArguments, lisa_config: LisaConfig) -
     else:
         flags |= {"checkpointed_layers": plan.workload.checkpointed_layers}
         defaults = LisaConfig().to_dict()
-        flags |= {name: value for name, value in lisa_config.to_dict().items() if value != defaults[name]}
+        flags |= {name: value for name, value in plan.lisa_config.to_dict().items() if value != defaults[name]}
     words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
     hosts = -(-arguments.gpus // arguments.gpus_per_host)
     several = f"--hostfile hostfile --num_nodes {hosts} " if hosts > 1 else ""
@@ -331,6 +303,8 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
     """The table: a row for each part, a column for each DeepSpeed config."""
     checkpointed = [f"{plan.workload.checkpointed_layers} checkpointed" for plan in plans]
     lines = [["GiB on each GPU", *(plan.ds_config for plan in plans)], ["layers", *checkpointed]]
+    if len({plan.lisa_config.lisa_activated_layers for plan in plans}) > 1:
+        lines.append(["", *(f"{plan.lisa_config.lisa_activated_layers} active" for plan in plans)])
     lines.append(["loss", *(plan.workload.loss for plan in plans)])
     for title, fields in MEMORY_PARTS:
         lines.append([title, *(_gib(sum(plan.gpu.to_dict()[name] for name in fields)) for plan in plans)])

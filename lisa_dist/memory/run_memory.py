@@ -231,6 +231,7 @@ class RunMemory:
 
     def _fake_run(self, workload: Workload) -> FakeRun:
         assert self._config is not None
+        workload = replace(workload, frozen_bits=self._lisa.config.lisa_frozen_bits)
         return FakeRun(self._config, workload, layers_attribute=self._lisa.config.lisa_layers_attribute)
 
     def _plan(self, run: FakeRun, trained: Trained, rank: int | None) -> tuple[MemoryParts, dict[str, int]]:

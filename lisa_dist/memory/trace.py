@@ -5,7 +5,8 @@ LISA would train, and every allocation is counted. `estimate.py` adds what DeepS
 """
 
 import contextlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from lisa_dist.config import StateBits
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import checkpoint_layers
+from lisa_dist.core.frozen_layers import held_forward, linear_modules
 from lisa_dist.core.groups import split_by_decay, takes_bits
 from lisa_dist.core.label_logits import add_label_logits
 from lisa_dist.errors import UserError
@@ -47,6 +49,7 @@ class Workload:
     labels: int | None = None  # positions with a label, where LOGITS are not of all that can have one
     triton: bool = False  # TRL's loss by its Triton kernels, as on a GPU
     padded: bool = False  # examples of several lengths: the attention has a mask
+    frozen_bits: int = 16  # of the matrices of frozen decoder layers
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,14 @@ class FakeRun:
         bits = state_bits.get(name, default)
         return bits if takes_bits(bits, kind) else default
 
+    def held_modules(self, trained: Iterable[torch.nn.Parameter]) -> list[Any]:
+        """The linear modules of decoder layers that are held in fewer bits where `trained` parameters train."""
+        if self.workload.frozen_bits == 16:
+            return []
+        ours = {id(parameter) for parameter in trained}
+        frozen = [layer for layer in self.blocks.layers if not ours & set(map(id, layer.parameters.values()))]
+        return [module for layer in frozen for module in linear_modules(self.model, layer).values()]
+
     def trace(self, groups: Sequence[Group]) -> StepTrace:
         """Run one forward and backward pass and count its allocations; gradients are dropped as they arrive.
 
@@ -228,7 +239,8 @@ class FakeRun:
             tracker.add([*self._run.parameters(), *self._run.buffers()], "model")
             model_bytes = tracker.now
             no_mask, tiles = _no_mask_without_padding(workload.padded), _as_triton(workload.triton)
-            with _report_model_errors(self.model.config), _without_zero3_init(), tiles, tracker, no_mask:
+            held = _made_whole(self.held_modules(trained))
+            with _report_model_errors(self.model.config), _without_zero3_init(), tiles, held, tracker, no_mask:
                 loss = self._run(**inputs).loss
                 after_forward = +tracker.bytes
                 loss.backward()
@@ -236,6 +248,30 @@ class FakeRun:
             hook.remove()
         peak_after, now = tracker.peak - model_bytes, tracker.now - model_bytes
         return StepTrace(after_forward["activations"], after_forward["logits"], tuple(arrivals), peak_after, now)
+
+
+class _MadeWhole:
+    """A matrix that is held in fewer bits, as a trace sees it: made whole whenever it is computed with."""
+
+    def __init__(self, module: Any):
+        self._weight = module.weight
+
+    def whole(self) -> torch.Tensor:
+        """The memory that it takes then."""
+        return torch.empty_like(self._weight.detach())
+
+
+@contextlib.contextmanager
+def _made_whole(modules: Sequence[Any]) -> Iterator[None]:
+    """Have these linear modules make their matrix whole in each pass, as frozen layers in fewer bits do."""
+    for module in modules:
+        forward = functools.partial(held_forward, module)
+        module.lisa_held, module.forward = _MadeWhole(module), forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.lisa_held, module.forward
 
 
 @contextlib.contextmanager

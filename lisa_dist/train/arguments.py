@@ -89,6 +89,13 @@ class RunArguments:
             "has changed on the host alone."
         },
     )
+    eval_frozen_bits: int | None = field(
+        default=None,
+        metadata={
+            "help": "With --lisa_frozen_bits 8 or 4: 16 evaluates with the originals of frozen layers, copied in one "
+            "matrix at a time; by default with what the device has."
+        },
+    )
     hang_timeout: float = field(
         default=HANG_TIMEOUT,
         metadata={
@@ -269,7 +276,7 @@ HELP = {
         "packing": "several examples in one sequence, which never see each other",
     },
     "LISA": {
-        "lisa_activated_layers": "decoder layers that train in a period (gamma)",
+        "lisa_activated_layers": "decoder layers that train in a period (gamma), or auto",
         "lisa_interval_steps": "optimizer steps in a period (K)",
         "lisa_sampler": "uniform, reshuffle, cyclic, fixed, weighted, adaptive",
         "lisa_always_on": "of embed, head, rest; those left out are sampled like layers",

@@ -44,6 +44,15 @@ def check_quantization(model: str, config: PretrainedConfig) -> None:
         )
 
 
+def check_compiled_frozen_layers(args: TrainingArguments, lisa_config: LisaConfig) -> None:
+    """Raise UserError where layers would be compiled that make their matrices whole by another library."""
+    if args.torch_compile and lisa_config.lisa_frozen_bits != 16:
+        raise UserError(
+            f"--torch_compile True with --lisa_frozen_bits {lisa_config.lisa_frozen_bits}: a graph ends where "
+            "bitsandbytes makes a matrix of a frozen layer whole; give one of the two."
+        )
+
+
 def check_trainer(
     args: TrainingArguments,
     ds_config: dict[str, Any] | None,
@@ -63,6 +72,7 @@ def check_trainer(
         )
     check_precision(args)
     check_compile(args, ds_config, switches=True)
+    check_compiled_frozen_layers(args, lisa_config)
     prepare_ds_config(ds_config, lisa_config, optim, precision_of_arguments(args))
     if optimizer is not None:
         raise UserError("LISA builds the optimizer from its own blocks: pass no optimizers=(...) to the Trainer.")

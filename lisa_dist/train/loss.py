@@ -17,7 +17,8 @@ from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_
 from lisa_dist.core.label_logits import why_no_label_logits
 from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
-from lisa_dist.memory.planner import PlanArguments, Planner
+from lisa_dist.memory.plan import PlanArguments
+from lisa_dist.memory.planner import Planner
 from lisa_dist.memory.trace import CHUNKED, LOGITS
 from lisa_dist.optim.ops import why_no_compiler
 from lisa_dist.text import format_bytes
@@ -81,19 +82,33 @@ def _choose(config: RunConfig, model_config: PretrainedConfig) -> tuple[str, str
 
 def _logits_fit(config: RunConfig, model_config: PretrainedConfig) -> tuple[bool, str]:
     """Whether logits fit beside all else that a step needs, and why."""
-    training, checkpointed = config.training, parse_checkpointed_layers(config.run.checkpointed_layers)
+    training = config.training
     if not training.max_length:
         return False, "no --max_length bounds the logits"
+    arguments = plan_arguments(config)
+    if arguments is None:
+        return _fits_on_the_host(training, model_config)
+    try:
+        planner = Planner(model_config, arguments, _lisa_config(config), on_cpu=training.use_cpu)
+        plan, why = planner.choose_loss(training.hf_deepspeed_config.config)
+    except UserError as error:  # no step of this model, or of this method, can be planned
+        return False, str(error).rstrip(".")
+    return plan.workload.loss == LOGITS, why.removeprefix("auto: ")
+
+
+def plan_arguments(config: RunConfig) -> PlanArguments | None:
+    """What is to be planned for a run that has a --max_length; None where nobody knows the memory that it may take."""
+    training, checkpointed = config.training, parse_checkpointed_layers(config.run.checkpointed_layers)
     is_lisa = config.run.method == "lisa"
     budget = parse_budget(config.run.gpu_memory, checkpointed) if is_lisa else None
     if budget is None and torch.cuda.is_available():
         budget = torch.cuda.get_device_properties(training.device).total_memory - RESERVED
     if budget is None:
-        return _fits_on_the_host(training, model_config)
+        return None
     if not is_lisa or checkpointed is None:
         checkpointed = "all" if training.gradient_checkpointing else "none"
     is_fp32 = config.model.dtype == "float32" or precision_of_arguments(training) == "fp32"
-    arguments = PlanArguments(
+    return PlanArguments(
         str(config.model.model_name_or_path),
         gpus=training.world_size,
         gpu_memory=f"{budget}B",
@@ -107,12 +122,6 @@ def _logits_fit(config: RunConfig, model_config: PretrainedConfig) -> tuple[bool
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         checkpointed_layers=str(checkpointed),
     )
-    try:
-        planner = Planner(model_config, arguments, _lisa_config(config), on_cpu=training.use_cpu)
-        plan, why = planner.choose_loss(training.hf_deepspeed_config.config)
-    except UserError as error:  # no step of this model, or of this method, can be planned
-        return False, str(error).rstrip(".")
-    return plan.workload.loss == LOGITS, why.removeprefix("auto: ")
 
 
 def _fits_on_the_host(training: Any, model_config: PretrainedConfig) -> tuple[bool, str]:

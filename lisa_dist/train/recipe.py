@@ -11,7 +11,8 @@ import yaml
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO
 from lisa_dist.errors import UserError
-from lisa_dist.memory.planner import WAYS, Plan, PlanArguments, load_model_config, make_plans, what_fits
+from lisa_dist.memory.plan import WAYS, Plan, PlanArguments
+from lisa_dist.memory.planner import load_model_config, make_plans, what_fits
 from lisa_dist.text import GIB, format_bytes
 from lisa_dist.train.arguments import HUB_IDS
 
@@ -138,7 +139,7 @@ def format_recipe(arguments: InitArguments, way: str, plan: Plan, lisa_config: L
         gpu=format_bytes(plan.gpu.peak),
         reserve=arguments.reserve.strip(),
         host=format_bytes(plan.host_bytes),
-        plan_command=_plan_command(arguments, plan, lisa_config),
+        plan_command=_plan_command(arguments, plan),
         gpus_here=here,
         more_hosts="" if here == arguments.gpus else "\n# on one host; for several: docs/clusters.md",
         recipe=_join([arguments.recipe or "recipe.yaml"]),
@@ -164,12 +165,12 @@ def format_recipe(arguments: InitArguments, way: str, plan: Plan, lisa_config: L
     )
 
 
-def _plan_command(arguments: InitArguments, plan: Plan, lisa_config: LisaConfig) -> str:
+def _plan_command(arguments: InitArguments, plan: Plan) -> str:
     """The command of the plan that was chosen."""
     asked, defaults = vars(arguments), vars(PlanArguments(arguments.model))
     flags = {name: asked[name] for name in defaults if asked[name] != defaults[name]} | {"deepspeed": plan.ds_config}
     unlike = LisaConfig().to_dict()
-    flags |= {name: value for name, value in lisa_config.to_dict().items() if value != unlike[name]}
+    flags |= {name: value for name, value in plan.lisa_config.to_dict().items() if value != unlike[name]}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return _join(["lisa-dist", "plan", "--model", arguments.model, *words])
 

@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from trl import SFTConfig, get_peft_config
 
+from lisa_dist.config import AUTO_LAYERS
 from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
-from lisa_dist.core.engine_config import prepare_ds_config
+from lisa_dist.core.engine_config import check_eval_frozen_bits, prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights, split_columns
 from lisa_dist.data.dataset import Data, DataArguments, describe_examples, load_data
 from lisa_dist.data.encoding import set_chat_template
@@ -32,7 +33,13 @@ from lisa_dist.run_folder import write_run
 from lisa_dist.text import in_one_line
 from lisa_dist.train.arguments import ALL_LINEAR, LisaOptimizerNames, ModelArguments, RunConfig
 from lisa_dist.train.attention import choose_attention, packs_documents
-from lisa_dist.train.checks import check_precision, check_quantization, precision_of_arguments
+from lisa_dist.train.auto_layers import check_auto_layers, settle_layers
+from lisa_dist.train.checks import (
+    check_compiled_frozen_layers,
+    check_precision,
+    check_quantization,
+    precision_of_arguments,
+)
 from lisa_dist.train.compiled_layers import CompiledLayers, check_compile
 from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 from lisa_dist.train.given_paths import check_model_folder, check_output_dir, check_resume
@@ -84,6 +91,7 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
         packed=packs_documents(config.training),
         use_cpu=config.training.use_cpu,
     )
+    config = settle_layers(config, _model_config(config), resume_from)
     loss, why = choose_loss(config, _model_config(config))
     data = load_examples(config.data, config.training, tokenizer)
     _check_same_data(config.data, data)
@@ -179,7 +187,13 @@ def _check(config: RunConfig) -> None:
         check_loss_of_run(config, model_config)
     if method != "lora":  # whose adapters train on any weights
         check_quantization(str(config.model.model_name_or_path), model_config)
+    check_eval_frozen_bits(config.run.eval_frozen_bits, config.lisa)
     if method != "lisa":
+        if config.lisa.lisa_frozen_bits != 16:
+            raise UserError(
+                f"--lisa_frozen_bits {config.lisa.lisa_frozen_bits} with --method {method}: it is for --method lisa; "
+                "leave it out."
+            )
         if training.resume_from_checkpoint == "auto":
             raise UserError(f"--resume_from_checkpoint auto: --method {method} takes a folder or true.")
         if training.optim is LisaOptimizerNames.LISA_ADAMW:
@@ -188,6 +202,8 @@ def _check(config: RunConfig) -> None:
                 "give another, such as adamw_torch_fused."
             )
         return
+    check_compiled_frozen_layers(training, config.lisa)
+    check_auto_layers(config)
     prepare_ds_config(ds_config, config.lisa, training.optim, precision_of_arguments(training))
     _check_layers(config, model_config)
 
@@ -197,13 +213,16 @@ def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
     if config.training.use_liger_kernel:
         check_liger(copy.copy(config.training), model_config, config.lisa, trl_head=True)
     num_layers = number_of_decoder_layers(model_config)
-    config.lisa.check_num_layers(num_layers)
+    is_planned = config.lisa.lisa_activated_layers == AUTO_LAYERS
+    if not is_planned:
+        config.lisa.check_num_layers(num_layers)
     checkpointed = parse_checkpointed_layers(config.run.checkpointed_layers)
     if isinstance(checkpointed, int):
         number_of_layers(checkpointed, num_layers)
     if config.lisa.lisa_weights_file is not None:
         read_text("--lisa_weights_file", split_columns(config.lisa.lisa_weights_file)[0])
-        load_layer_weights(config.lisa.lisa_weights_file, num_layers, config.lisa.lisa_activated_layers)
+        num_active = 1 if is_planned else config.lisa.lisa_activated_layers
+        load_layer_weights(config.lisa.lisa_weights_file, num_layers, num_active)
 
 
 def _known_model_config(config: RunConfig) -> PretrainedConfig:
@@ -331,6 +350,7 @@ def build_trainer(
             checkpointed_layers=config.run.checkpointed_layers,
             gpu_memory=config.run.gpu_memory,
             save_async=config.run.save_async,
+            eval_frozen_bits=config.run.eval_frozen_bits,
             **arguments,
         )
     else:

@@ -8,6 +8,7 @@ A step of the loop, which is the Trainer's own::
     log              the loss, and lisa/... with it
 """
 
+import contextlib
 import functools
 import random
 from functools import partial
@@ -34,6 +35,7 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import parse_budget, parse_checkpointed_layers
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_checks import check_no_adapters
+from lisa_dist.core.engine_config import check_eval_frozen_bits
 from lisa_dist.distributed.collectives import together
 from lisa_dist.distributed.health import ComputeTime, describe_ranks
 from lisa_dist.distributed.run_lock import one_run_in
@@ -71,6 +73,7 @@ class LisaMixin(MonitoredMixin):
     decoder layers, or "auto" for the fewest that `gpu_memory`, such as "24GiB", is enough for (by default all of the
     GPU but 1 GiB); left out, `gradient_checkpointing` of the arguments decides. `optim` takes the place of the
     arguments' own, which know no "lisa_adamw". `torch_compile` of the arguments compiles each decoder layer by itself.
+    `eval_frozen_bits` 16 evaluates with the originals of frozen layers in 8 or 4 bits.
     With `save_async` training waits for the copies of a checkpoint alone, and `on_save` comes before it is there.
     Raises ValueError at construction for arguments that LISA cannot train with.
     """
@@ -88,6 +91,7 @@ class LisaMixin(MonitoredMixin):
         gpu_memory: str | None = None,
         optim: str | None = None,
         save_async: bool = False,
+        eval_frozen_bits: int | None = None,
         **kwargs: Any,
     ):
         self.lisa: LisaController | None = None
@@ -100,6 +104,8 @@ class LisaMixin(MonitoredMixin):
         self._begins = Beginning()
         self._saved_step: int | None = None
         self._save_async = save_async
+        check_eval_frozen_bits(eval_frozen_bits, self.lisa_config)
+        self._evaluates_originals = eval_frozen_bits == 16
         if dist.is_initialized() and not deepspeed.comm.is_initialized():
             # Accelerate has started gloo for CPU ranks, but DeepSpeed must know of it before it loads a model in parts.
             start_deepspeed()
@@ -259,7 +265,9 @@ class LisaMixin(MonitoredMixin):
         """
         cuda = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_available() else []
         python_state, numpy_state = random.getstate(), numpy.random.get_state()
-        with torch.random.fork_rng(devices=cuda):
+        held = self.lisa.frozen_layers if self.lisa is not None else None
+        exact = held.exact() if held and self._evaluates_originals else contextlib.nullcontext()
+        with torch.random.fork_rng(devices=cuda), exact:
             metrics = super().evaluate(*args, **kwargs)
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)

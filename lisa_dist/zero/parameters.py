@@ -1,10 +1,44 @@
 """Parameters of a model, whole or cut by ZeRO-3: their sizes, and what this rank holds of them."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from lisa_dist.errors import UserError
+
+
+class Original(Protocol):
+    """Where the weights of a frozen parameter are that the device has in fewer bits, and nothing of in itself."""
+
+    @property
+    def original(self) -> torch.Tensor:
+        """The weights, on the host."""
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What the device has of them."""
+
+    def load(self, value: torch.Tensor) -> None:
+        """Take other weights."""
+
+
+_ORIGINAL = "lisa_original"  # on a parameter
+
+
+def set_original(parameter: torch.nn.Parameter, original: Original | None) -> None:
+    """Say where the weights are of a parameter whose data is empty; None where they are in it again."""
+    setattr(parameter, _ORIGINAL, original)
+
+
+def original_of(parameter: torch.Tensor) -> Original | None:
+    """Where the weights of a parameter are that is empty itself; None where they are in it, or in ranks' parts."""
+    return getattr(parameter, _ORIGINAL, None)
+
+
+def whole_weights(parameter: torch.Tensor) -> torch.Tensor:
+    """The weights of a parameter, on the device or as their original on the host; ZeRO-3 must have gathered it."""
+    held = original_of(parameter)
+    return parameter.detach() if held is None else held.original
 
 
 def _zero3(parameter: torch.Tensor) -> Any:
@@ -18,13 +52,15 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
 
 
 def parameter_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """The shape of the whole parameter; ZeRO-3 leaves [0] in `shape`."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """The shape of the whole parameter; ZeRO-3, and fewer bits, leave [0] in `shape`."""
+    held = original_of(parameter)
+    return tuple(getattr(parameter, "ds_shape", parameter.shape) if held is None else held.original.shape)
 
 
 def parameter_numel(parameter: torch.Tensor) -> int:
-    """Elements of the whole parameter; ZeRO-3 leaves 0 in `numel()`."""
-    return getattr(parameter, "ds_numel", None) or parameter.numel()
+    """Elements of the whole parameter; ZeRO-3, and fewer bits, leave 0 in `numel()`."""
+    held = original_of(parameter)
+    return (getattr(parameter, "ds_numel", None) or parameter.numel()) if held is None else held.original.numel()
 
 
 def partition_of(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -33,8 +69,17 @@ def partition_of(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def local_weights(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """What this rank holds of a parameter: its part on ZeRO-3, padded (empty while on NVMe), else all of it."""
-    return partition_of(parameter).data if is_partitioned(parameter) else parameter.data
+    """What this rank holds of a parameter: its part on ZeRO-3, padded (empty while on NVMe), else all of it.
+
+    That is on the host where the device has it in fewer bits.
+    """
+    return partition_of(parameter).data if is_partitioned(parameter) else whole_weights(parameter)
+
+
+def held_tensors(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    """What this rank's memory has of a parameter: its weights, or the codes that stand for them."""
+    held = original_of(parameter)
+    return [local_weights(parameter)] if held is None else held.tensors
 
 
 def local_shard(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor]:
@@ -44,7 +89,7 @@ def local_shard(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor]:
     does not hold the weights as they are, as a run of another method may: on NVMe, or quantized.
     """
     if not hasattr(parameter, "ds_tensor"):
-        return 0, parameter.detach().reshape(-1)
+        return 0, whole_weights(parameter).to(parameter.device).reshape(-1)
     sharded = _zero3(parameter)
     part = sharded.ds_tensor
     if part.status.name != "AVAILABLE" or not part.is_floating_point():

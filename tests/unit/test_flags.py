@@ -13,7 +13,7 @@ from lisa_dist.commands.norms import NormsArguments
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.data.dataset import DataArguments
 from lisa_dist.eval.arguments import EvalArguments
-from lisa_dist.memory.planner import PlanArguments
+from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.train import arguments
 from lisa_dist.train.arguments import RunArguments, run_parser
 from lisa_dist.train.recipe import InitArguments

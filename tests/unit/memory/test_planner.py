@@ -26,8 +26,8 @@ from lisa_dist.kernels import dynamic_code
 from lisa_dist.memory.estimate import StageSettings, plan_memory, widest_periods
 from lisa_dist.memory.kept_states import kept_states
 from lisa_dist.memory.meter import StepMeter
+from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import (
-    PlanArguments,
     Planner,
     command_for,
     load_model_config,
@@ -399,7 +399,7 @@ def test_the_command_says_what_was_planned(tiny_config):
     def command(lisa=None, **changes):
         arguments = PlanArguments(tiny_config, deepspeed="zero2", **changes)
         config = lisa or lisa_dist.LisaConfig()
-        return command_for(make_plans(load_model_config(tiny_config), arguments, config)[0], arguments, config)
+        return command_for(make_plans(load_model_config(tiny_config), arguments, config)[0], arguments)
 
     folder = str(Path(tiny_config).parent)
     assert command() == (

@@ -1,0 +1,253 @@
+"""Frozen decoder layers in 8 or 4 bits (`--lisa_frozen_bits`): what a switch freezes is quantized, what it activates is
+copied in.
+
+A frozen layer's matrices are codes on the device; its norms and biases stay as they are. The 16-bit original of every
+matrix that may be frozen is in a `WeightStore`, once a host. A forward or backward pass makes one matrix whole at a
+time, and nothing of it is kept between them. So of L layers of which gamma train a device holds, in bytes an element:
+
+    gamma x 2 + (L - gamma) x 1.02 (8 bits) or 0.52 (4 bits), and the largest matrix once more
+
+Codes are bitsandbytes': 8 bits in blocks of 256, or NF4 in blocks of 64 whose scales are in 8 bits. Source: Dettmers et
+al., "QLoRA" (NeurIPS 2023), sections 2 and 3. A layer that was frozen all along has the weights that it was loaded
+with, bit for bit: it is never quantized twice, but from its original.
+"""
+
+import contextlib
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from lisa_dist.config import LisaConfig
+from lisa_dist.core.blocks import Block, Blocks
+from lisa_dist.core.weight_store import WeightStore
+from lisa_dist.errors import UserError
+from lisa_dist.text import format_bytes, in_one_line
+from lisa_dist.zero.parameters import set_original
+
+BLOCKSIZES = {8: 256, 4: 64}  # elements that share a scale
+
+
+class HeldMatrix:
+    """A matrix of a frozen layer: its codes on the device, its original on the host."""
+
+    def __init__(self, module: nn.Module, name: str, store: WeightStore, bits: int, device: torch.device):
+        self._module, self._name, self._store, self._bits, self._device = module, name, store, bits, device
+        self._codes: Any = None
+        self._state: Any = None
+        self.is_exact = False  # whether the original is computed with
+
+    @property
+    def original(self) -> torch.Tensor:
+        """On the host, in 16 bits."""
+        return self._store[self._name]
+
+    def hold(self, value: torch.Tensor) -> None:
+        """Keep codes of `value`, which is or was the original, in the place of the weights."""
+        self._quantize(value.detach().to(self._device))
+        parameter = self._parameter
+        parameter.data = torch.empty(0, dtype=value.dtype, device=self._device)
+        set_original(parameter, self)
+        self._module.forward = types.MethodType(held_forward, self._module)
+        self._module.lisa_held = self
+
+    def release(self) -> None:
+        """Let the module have its weights again, copied from the original; a GPU's copy is not waited for."""
+        self._codes = self._state = None
+        parameter, original = self._parameter, self.original
+        set_original(parameter, None)
+        parameter.data = torch.empty_like(original, device=self._device).copy_(original, non_blocking=True)
+        del self._module.forward, self._module.lisa_held
+
+    def load(self, value: torch.Tensor) -> None:
+        """Another original: a saved model's, which every rank reads for itself."""
+        value = value.to(self.original.dtype)
+        self._store.write(self._name, value)
+        self._quantize(value.to(self._device))
+
+    def whole(self) -> torch.Tensor:
+        """The matrix to compute with, in 16 bits on the device."""
+        from bitsandbytes import functional as codes
+
+        if self.is_exact:
+            return self.original.to(self._device, non_blocking=True)
+        if self._bits == 8:
+            return codes.dequantize_blockwise(self._codes, self._state)
+        return codes.dequantize_4bit(self._codes, self._state)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What the device holds of it."""
+        return list(_tensors_of([self._codes, self._state]))
+
+    @property
+    def _parameter(self) -> nn.Parameter:
+        parameter = self._module.weight
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    def _quantize(self, value: torch.Tensor) -> None:
+        from bitsandbytes import functional as codes
+
+        if self._bits == 8:
+            self._codes, self._state = codes.quantize_blockwise(value, blocksize=BLOCKSIZES[8])
+        else:
+            self._codes, self._state = codes.quantize_4bit(
+                value, blocksize=BLOCKSIZES[4], compress_statistics=True, quant_type="nf4"
+            )
+
+
+class HeldProduct(torch.autograd.Function):
+    """The product with a held matrix, which is made whole for each of the two passes; it has no gradient itself."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, bias: torch.Tensor | None, held: Any, transposed: bool) -> Any:
+        ctx.held, ctx.transposed = held, transposed
+        weight = held.whole()
+        return functional.linear(inputs, weight.t() if transposed else weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        weight = ctx.held.whole()
+        return gradients[0] @ (weight.t() if ctx.transposed else weight), None, None, None
+
+
+def held_forward(module: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """In the place of the `forward` of a linear module, or of GPT-2's, which has its matrix transposed."""
+    return HeldProduct.apply(inputs, module.bias, module.lisa_held, isinstance(module, Conv1D))
+
+
+class FrozenLayers:
+    """The decoder layers of one model, held in `bits` while they are inactive; all ranks build it together.
+
+    `place` is where originals are: "host" or a folder. Raises ValueError for a model that has nothing to hold, in
+    weights of other than 16 bits, or where bitsandbytes cannot run.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Blocks, bits: int, place: str, device: torch.device):
+        self._layers = [linear_modules(model, layer) for layer in blocks.layers]
+        modules = {name: module for layer in self._layers for name, module in layer.items()}
+        self._check(model, modules, bits, device)
+        weights = {name: module.weight.detach() for name, module in modules.items()}
+        on_host = sum(weight.nbytes for weight in weights.values() if weight.device.type == "cpu")
+        self.store = WeightStore(weights, place, device, freed=on_host)
+        self._held = {name: HeldMatrix(module, name, self.store, bits, device) for name, module in modules.items()}
+        self._frozen: set[int] = set()
+        self._bits = bits
+        del weights
+
+    def describe(self) -> str:
+        """What is held and where its originals are, for a header."""
+        return f"{self._bits} bits; originals, once a host: {format_bytes(self.store.nbytes)}"
+
+    @staticmethod
+    def _check(model: nn.Module, modules: dict[str, Any], bits: int, device: torch.device) -> None:
+        flag = f"--lisa_frozen_bits {bits}"
+        if not modules:
+            raise UserError(
+                f"{flag}: the decoder layers of {type(model).__name__} hold no linear weights that could be held in "
+                "fewer bits; leave it out."
+            )
+        for name, module in modules.items():
+            if module.weight.element_size() != 2:
+                dtype = str(module.weight.dtype).removeprefix("torch.")
+                raise UserError(f"{flag}: {name} is {dtype}: what is frozen is 16 bits wide; give --bf16 true.")
+        try:
+            held = HeldMatrix(nn.Linear(1, 1), "", None, bits, device)  # type: ignore[arg-type]  # it needs no original
+            held._quantize(torch.ones(BLOCKSIZES[bits], 2, dtype=torch.bfloat16, device=device))
+            held.whole()
+        except (ImportError, AttributeError, RuntimeError, NotImplementedError, OSError) as error:
+            raise UserError(
+                f"{flag}: bitsandbytes cannot quantize on {device.type} here ({in_one_line(error)}); "
+                "pip install -U bitsandbytes, or leave the flag out."
+            ) from error
+
+    def begin(self, active: Iterable[int]) -> None:
+        """Take all originals into the store, and hold the layers that are not active, one after the other."""
+        active = set(active)
+        for number, layer in enumerate(self._layers):
+            for name, module in layer.items():
+                self.store.write(name, module.weight.detach())
+            if number not in active:
+                self._freeze(number)
+
+    def switch(self, active: Iterable[int]) -> None:
+        """Hold the layers that become inactive, whose originals are what training has made of them, and release others.
+
+        Called between the step that wrote the last of them and the partitions of the activated ones.
+        """
+        active = set(active)
+        for number in sorted(set(range(len(self._layers))) - active - self._frozen):
+            for name, module in self._layers[number].items():
+                self.store.write(name, module.weight.detach())
+            self._freeze(number)
+        for number in sorted(active & self._frozen):
+            for name in self._layers[number]:
+                self._held[name].release()
+            self._frozen.discard(number)
+
+    def _freeze(self, number: int) -> None:
+        for name, module in self._layers[number].items():
+            self._held[name].hold(module.weight)
+        self._frozen.add(number)
+
+    @contextlib.contextmanager
+    def exact(self) -> Iterator[None]:
+        """While this lasts, forward passes compute with originals, copied in one matrix at a time."""
+        for held in self._held.values():
+            held.is_exact = True
+        try:
+            yield
+        finally:
+            for held in self._held.values():
+                held.is_exact = False
+
+    @property
+    def held(self) -> Sequence[HeldMatrix]:
+        """The matrices that the device holds as codes now."""
+        return [self._held[name] for number in sorted(self._frozen) for name in self._layers[number]]
+
+
+def hold_frozen_layers(
+    model: nn.Module, blocks: Blocks, config: LisaConfig, active: Iterable[int]
+) -> FrozenLayers | None:
+    """Hold the layers of a model that are not active in the bits of `config`; None for 16, in which they stay."""
+    if config.lisa_frozen_bits == 16:
+        return None
+    device = torch.device(get_accelerator().current_device_name())
+    frozen = FrozenLayers(model, blocks, config.lisa_frozen_bits, config.lisa_frozen_store, device)
+    frozen.begin(active)
+    return frozen
+
+
+def held_bytes(numels: Sequence[int], bits: int, shares_tables: bool) -> int:
+    """Bytes on the device of the codes of matrices of so many elements; `shares_tables`, as on CPU: one of each."""
+    if not numels:
+        return 0
+    tables = 1 if shares_tables else len(numels)
+    blocks = [-(-numel // BLOCKSIZES[bits]) for numel in numels]
+    if bits == 8:  # codes, scales in fp32, and the 256 values of the codes
+        return sum(numels) + 4 * sum(blocks) + 1024 * tables
+    # Codes, scales in 8 bits with scales of their own and a mean, the 16 values of NF4, and the 256 of the scales.
+    of_scales = sum(count + 4 * -(-count // 256) + 4 for count in blocks)
+    return sum(-(-numel // 2) for numel in numels) + of_scales + 64 * len(numels) + 1024 * tables
+
+
+def linear_modules(model: nn.Module, layer: Block) -> dict[str, Any]:
+    """The linear modules of a layer, by the name of their matrix in the model."""
+    owners = {id(module.weight): module for module in model.modules() if type(module) in (nn.Linear, Conv1D)}
+    return {name: owners[id(value)] for name, value in layer.parameters.items() if id(value) in owners}
+
+
+def _tensors_of(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors of codes and of bitsandbytes' states, which may have a state of their own."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif value is not None and hasattr(value, "absmax"):
+            yield from _tensors_of([value.absmax, value.code, getattr(value, "offset", None), value.state2])

@@ -1,0 +1,111 @@
+"""The originals of weights that a device has in fewer bits: one copy for all ranks of a host.
+
+The first rank of each host makes a file without a name, in memory or in a folder, and the others map it through that
+rank's descriptor: it is gone with the last of them, whatever ends the run. What is mapped is pinned where there is a
+GPU, so that copies run beside its work.
+
+The first rank writes, the others read; whoever reads what was written has met that rank in a collective since.
+"""
+
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import torch
+
+from lisa_dist.core.live_bytes import shared_addresses
+from lisa_dist.distributed.collectives import gather, raise_shared
+from lisa_dist.distributed.health import host_name
+from lisa_dist.text import format_bytes
+
+HOST = "host"  # in the place of a folder: in the host's memory
+_ALIGNMENT = 4096  # bytes, of each tensor's place
+
+
+class WeightStore:
+    """Tensors of the sizes of `like`, by name, in memory that the ranks of a host share; all ranks build it together.
+
+    `place` is "host" or a folder, `freed` the bytes of this host's memory that come free as the store is filled. Raises
+    SharedError on all ranks, naming the host, where one has no room.
+    """
+
+    def __init__(self, like: Mapping[str, torch.Tensor], place: str, device: torch.device, freed: int = 0):
+        sizes = {name: -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT for name, value in like.items()}
+        self.nbytes = sum(sizes.values())
+        hosts, rank = gather(host_name()), self._rank()
+        first = hosts.index(hosts[rank])
+        self.is_first_of_host = first == rank
+        descriptor, problem = None, None
+        if self.is_first_of_host:
+            try:
+                descriptor = _make_file(place, self.nbytes, freed * hosts.count(hosts[rank]))
+            except OSError as error:
+                problem = (
+                    f"--lisa_frozen_store {place}: {hosts[rank]} cannot hold {format_bytes(self.nbytes)} of frozen "
+                )
+                problem += (
+                    f"layers there ({error.strerror or error}); give a folder with room for them, or fewer layers."
+                )
+        raise_shared(problem)
+        where = gather((os.getpid(), descriptor))[first]
+        path = f"/proc/{where[0]}/fd/{where[1]}"
+        with open(path, "r+b") as file:
+            self._mapped = mmap.mmap(file.fileno(), self.nbytes)
+        gather(None)  # all have it open
+        if descriptor is not None:
+            os.close(descriptor)
+        whole = torch.frombuffer(self._mapped, dtype=torch.uint8)
+        shared_addresses.add(whole.data_ptr())
+        weakref.finalize(self, shared_addresses.discard, whole.data_ptr())
+        if device.type == "cuda":
+            _register(whole)
+        self._tensors, begin = {}, 0
+        for name, value in like.items():
+            self._tensors[name] = whole[begin : begin + value.nbytes].view(value.dtype).view(value.shape)
+            begin += sizes[name]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A tensor of the store, on the host, in the shape and dtype of what it is the original of."""
+        return self._tensors[name]
+
+    def write(self, name: str, value: torch.Tensor) -> None:
+        """Take a tensor over, on the host's first rank; a copy from a GPU is not waited for."""
+        if self.is_first_of_host:
+            self._tensors[name].copy_(value, non_blocking=True)
+
+    @staticmethod
+    def _rank() -> int:
+        return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _make_file(place: str, nbytes: int, freed: int) -> int:
+    """A descriptor of a file without a name; OSError where there is no room for it."""
+    if place != HOST:
+        file = tempfile.TemporaryFile(dir=Path(place))  # noqa: SIM115 - it lives on as a descriptor
+        descriptor = os.dup(file.fileno())
+        file.close()
+    else:
+        available = psutil.virtual_memory().available + freed
+        if nbytes > available:
+            raise OSError(f"{format_bytes(available)} of its memory are free")
+        descriptor = os.memfd_create("lisa_dist")
+    try:
+        if place == HOST:
+            os.ftruncate(descriptor, nbytes)  # memory is taken as it is written
+        else:
+            os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _register(whole: torch.Tensor) -> None:
+    """Pin what is mapped, so that a GPU copies it by itself."""
+    error = int(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.nbytes, 0))
+    if error:
+        print(f"warning: frozen layers could not be pinned (CUDA error {error}): copies of a switch take longer")

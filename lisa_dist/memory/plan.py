@@ -1,0 +1,105 @@
+"""What `lisa-dist plan` is asked, and the plan of one way of running that answers it."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from lisa_dist.config import LisaConfig
+from lisa_dist.core.checkpointing import AUTO, parse_checkpointed_layers
+from lisa_dist.core.label_logits import check_loss
+from lisa_dist.errors import UserError
+from lisa_dist.memory.parts import MemoryParts
+from lisa_dist.memory.trace import Workload
+from lisa_dist.text import parse_bytes
+
+METHODS = ("lisa", "full", "lora")
+# From the fastest to the slowest: with offload a step waits for the host, and stage 3 gathers every weight twice.
+WAYS = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class PlanArguments:
+    """The flags of `lisa-dist plan`."""
+
+    model: str = field(metadata={"help": "Shipped name (llama3.1-8b, ...), folder, config.json, or hub id."})
+    gpus: int = field(default=1, metadata={"help": "GPUs of the run."})
+    gpu_memory: str = field(default="80GiB", metadata={"help": "Memory of a GPU, such as 24GiB or 80GB."})
+    host_memory: str = field(default="1TiB", metadata={"help": "Memory of a host."})
+    gpus_per_host: int = field(default=8, metadata={"help": "GPUs that share a host's memory."})
+    seq_length: int = field(default=1024, metadata={"help": "Tokens of an example."})
+    micro_batch_size: int = field(default=1, metadata={"help": "Examples of a GPU in a forward pass."})
+    method: str = field(default="lisa", metadata={"help": "lisa, full or lora."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters, for --method lora."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "As in training."})
+    precision: str = field(default="bf16", metadata={"help": "bf16 or fp32."})
+    deepspeed: str | None = field(default=None, metadata={"help": "Plan this config alone: short name or path."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of a step."})
+    checkpointed_layers: str = field(
+        default=AUTO,
+        metadata={
+            "help": "none, all, a number of decoder layers, or auto for the fewest that fit; with "
+            "another method than lisa none or all."
+        },
+    )
+    loss: str = field(
+        default=AUTO,
+        metadata={"help": "As in training; liger is planned as chunked."},
+    )
+    reserve: str = field(default="1GiB", metadata={"help": "Of a GPU, for the CUDA context, NCCL and fragments."})
+    json: str | None = field(default=None, metadata={"help": "Write the plans to this file."})
+    plot: str | None = field(default=None, metadata={"help": "Draw them as bars to this .png."})
+
+    def __post_init__(self) -> None:
+        counts = ("gpus", "gpus_per_host", "seq_length", "micro_batch_size", "gradient_accumulation_steps", "lora_r")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: at least 1.")
+        if self.precision not in DTYPES:
+            raise UserError(f"--precision {self.precision}: unknown; choose bf16 or fp32.")
+        if self.method not in METHODS:
+            raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
+        parse_checkpointed_layers(self.checkpointed_layers)
+        check_loss(self.loss)
+        for name in ("gpu_memory", "host_memory", "reserve"):
+            parse_bytes(f"--{name}", getattr(self, name))
+
+    @property
+    def budget(self) -> int:
+        """Bytes of a GPU that a run may take."""
+        return parse_bytes("--gpu_memory", self.gpu_memory) - parse_bytes("--reserve", self.reserve)
+
+    @property
+    def host_budget(self) -> int:
+        """Bytes of a host for each rank on it."""
+        return parse_bytes("--host_memory", self.host_memory) // min(self.gpus, self.gpus_per_host)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory that each rank needs under one DeepSpeed config; `lisa_config` with a number in the place of auto."""
+
+    ds_config: str
+    workload: Workload
+    gpu: MemoryParts
+    host: dict[str, int]
+    lisa_config: LisaConfig
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes on the host of one rank."""
+        return sum(self.host.values())
+
+    def lacks(self, arguments: PlanArguments) -> tuple[int, int]:
+        """Bytes that a GPU, and a rank's share of its host, lack; 0 where the plan fits."""
+        return (
+            max(0, self.gpu.peak - arguments.budget),
+            max(0, self.host_bytes - arguments.host_budget),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        workload = asdict(self.workload) | {"dtype": str(self.workload.dtype).removeprefix("torch.")}
+        host = self.host | {"total": self.host_bytes}
+        return {"ds_config": self.ds_config, "workload": workload, "gpu": self.gpu.to_dict(), "host": host}

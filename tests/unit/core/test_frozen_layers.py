@@ -1,0 +1,300 @@
+"""Frozen layers in 8 or 4 bits: what trains is what trains over frozen layers that were rounded by bitsandbytes."""
+
+import resource
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes import functional as codes
+from cells import full
+from engines import full_weights, train_step
+from models import tiny_gpt2, tiny_llama, token_batches
+from ranks import run_ranks
+from torch import distributed as dist
+from transformers.pytorch_utils import Conv1D
+
+import lisa_dist
+from lisa_dist.checkpoint.resume import load_checkpoint
+from lisa_dist.checkpoint.save import save_checkpoint
+from lisa_dist.checkpoint.weights import write_weights
+from lisa_dist.core.blocks import Block, find_blocks
+from lisa_dist.core.frozen_layers import FrozenLayers
+from lisa_dist.core.weight_store import WeightStore
+from lisa_dist.zero.parameters import whole_weights
+
+STEPS, INTERVAL = 8, 3
+
+pytestmark = pytest.mark.usefixtures("cpu_ops")
+
+
+def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """A matrix as bitsandbytes gives it back."""
+    if bits == 8:
+        return codes.dequantize_blockwise(*codes.quantize_blockwise(weight, blocksize=256))
+    return codes.dequantize_4bit(*codes.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4"))
+
+
+def start(build, ds_config, settings, optim="adamw_torch", seed=0):
+    settings = {"lisa_interval_steps": INTERVAL, "lisa_debug": True} | settings
+    model = build(seed=seed).to(torch.bfloat16)
+    return lisa_dist.initialize(
+        model, ds_config, lisa_dist.LisaConfig(**settings), lr=1e-3, weight_decay=0.1, optim=optim
+    )
+
+
+def originals(engine, lisa) -> dict[str, torch.Tensor]:
+    """All weights in 16 bits, wherever they are."""
+    return {name: whole_weights(value).clone() for name, value in engine.module.named_parameters()}
+
+
+def train_held(build, ds_config, bits, settings, optim) -> dict:
+    engine, lisa = start(build, ds_config, settings | {"lisa_frozen_bits": bits}, optim)
+    loaded = originals(engine, lisa)
+    losses, sets, live = [], [], []
+    for micro_batches in token_batches(STEPS, rows=4):
+        losses.append(train_step(engine, lisa, micro_batches))
+        sets.append(lisa.active_layers)
+        live.append(lisa.live_bytes())
+    after, never = originals(engine, lisa), set(range(6)) - {layer for layers in sets for layer in layers}
+    assert never, "needs a layer that is never active"
+    for layer in never:
+        for name in lisa.blocks.layers[layer].parameters:
+            assert torch.equal(after[name], loaded[name]), f"{name} was never active"
+    held = {name for name, value in engine.module.named_parameters() if value.numel() == 0}
+    inactive = {name for layer, block in enumerate(lisa.blocks.layers) for name in block.parameters
+                if layer not in lisa.active_layers}  # fmt: skip
+    assert held == {name for name in inactive if after[name].ndim == 2}
+    lisa.close()
+    engine.destroy()
+    return {"losses": losses, "weights": after, "sets": sets, "live": live}
+
+
+def train_rounded(build, ds_config, bits, settings, optim) -> dict:
+    """The same with frozen layers of 16 bits whose matrices are rounded between two switches."""
+    engine, lisa = start(build, ds_config, settings | {"lisa_debug": False}, optim)
+    kept: dict[str, torch.Tensor] = {}
+
+    def restore() -> None:
+        for name, value in engine.module.named_parameters():
+            if name in kept:
+                value.data.copy_(kept[name])
+        kept.clear()
+
+    losses = []
+    for step, micro_batches in enumerate(token_batches(STEPS, rows=4)):
+        if step % INTERVAL == 0:
+            restore()
+            lisa.on_step_begin()
+            for layer, block in enumerate(lisa.blocks.layers):
+                for name, value in block.parameters.items():
+                    if layer not in lisa.active_layers and value.ndim == 2:
+                        kept[name] = value.detach().clone()
+                        value.data.copy_(rounded(value.data, bits))
+        losses.append(train_step(engine, lisa, micro_batches))
+    restore()
+    weights = full_weights(engine)
+    lisa.close()
+    engine.destroy()
+    return {"losses": losses, "weights": weights}
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "world_size", "bits", "options"),
+    [
+        ("zero2", 2, 4, {}),
+        ("zero1", 1, 8, {"settings": {"lisa_state": "keep", "lisa_activated_layers": 1}}),
+        full("zero2_offload", 2, 8, {}),
+        full("zero2", 2, 8, {"settings": {"lisa_offload": "layers"}}),
+        full("zero2", 4, 4, {"build": tiny_gpt2}),
+        full("zero2", 1, 4, {"optim": "lisa_adamw", "settings": {"lisa_master": "bf16_sr"}}),
+        ("zero2", 2, 8, {"settings": {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.4,head=0.4"}}),
+    ],
+)
+def test_frozen_layers_compute_as_rounded_ones(ds_config, world_size, bits, options):
+    build, settings = options.get("build", tiny_llama), options.get("settings", {})
+    arguments = build, ds_config, bits, settings, options.get("optim", "adamw_torch")
+    held = run_ranks(train_held, world_size, *arguments)
+    plain = run_ranks(train_rounded, world_size, *arguments)[0]
+    for outcome in held:
+        assert outcome["losses"] == plain["losses"]
+        for name, value in plain["weights"].items():
+            assert torch.equal(outcome["weights"][name], value), name
+    assert len(set(held[0]["sets"])) > 1, "needs a switch"
+
+
+def live_bytes_over_switches(bits: int) -> dict:
+    engine, lisa = start(tiny_llama, "zero2", {"lisa_interval_steps": 1, "lisa_frozen_bits": bits, "lisa_debug": False})
+    loaded, live, active = originals(engine, lisa), [], set()
+    for micro_batches in token_batches(30, rows=4):
+        train_step(engine, lisa, micro_batches)
+        live.append(lisa.live_bytes())
+        active |= set(lisa.active_layers)
+    frozen = [name for layer in set(range(6)) - active for name in lisa.blocks.layers[layer].parameters]
+    engine.destroy()
+    return {"live": live, "frozen": len(frozen), "loaded": len(loaded)}
+
+
+def test_live_bytes_are_flat_over_switches_and_fall_with_the_bits():
+    by_bits = {bits: run_ranks(live_bytes_over_switches, 1, bits)[0]["live"] for bits in (16, 8, 4)}
+    for live in by_bits.values():
+        assert max(live[1:]) - min(live[1:]) <= 4096
+    layer = sum(value.numel() for value in tiny_llama().model.layers[0].parameters() if value.ndim == 2)
+    for bits in (8, 4):  # four layers of six are frozen
+        saved = 4 * layer * (2 - bits / 8)
+        assert by_bits[16][-1] - by_bits[bits][-1] == pytest.approx(saved, rel=0.15)
+
+
+def run_and_save(folder: str, bits: int) -> dict:
+    engine, lisa = start(tiny_llama, "zero2", {"lisa_frozen_bits": bits})
+    losses = []
+    for step, micro_batches in enumerate(token_batches(STEPS, rows=4), 1):
+        losses.append(train_step(engine, lisa, micro_batches))
+        if step == 5:
+            save_checkpoint(lisa, Path(folder) / "checkpoint-5")
+    write_weights(engine, lisa.blocks, Path(folder), writes=dist.get_rank() == 0)
+    weights = originals(engine, lisa)
+    engine.destroy()
+    return {"losses": losses, "weights": weights}
+
+
+def resume(folder: str, bits: int) -> dict:
+    engine, lisa = start(tiny_llama, "zero2", {"lisa_frozen_bits": bits}, seed=99)
+    load_checkpoint(lisa, Path(folder) / "checkpoint-5")
+    losses = [train_step(engine, lisa, micro_batches) for micro_batches in token_batches(STEPS, rows=4)[5:]]
+    weights = originals(engine, lisa)
+    engine.destroy()
+    return {"losses": losses, "weights": weights}
+
+
+@pytest.mark.parametrize("bits", [4, full(8)])
+def test_a_resumed_run_is_the_run_and_files_have_the_originals(tmp_path, bits):
+    from transformers import AutoModelForCausalLM
+
+    whole = run_ranks(run_and_save, 2, str(tmp_path), bits)
+    resumed = run_ranks(resume, 2, str(tmp_path), bits)
+    for rank in (0, 1):
+        assert resumed[rank]["losses"] == whole[rank]["losses"][5:]
+        for name, value in whole[rank]["weights"].items():
+            assert torch.equal(resumed[rank]["weights"][name], value), name
+    tiny_llama().config.save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, value in saved.named_parameters():
+        assert torch.equal(value, whole[0]["weights"][name]), name
+
+
+def test_exact_forward_passes_are_those_of_the_model():
+    torch.manual_seed(0)
+    model, plain = (tiny_llama().to(torch.bfloat16) for _ in range(2))
+    frozen = FrozenLayers(model, find_blocks(model), 4, "host", torch.device("cpu"))
+    frozen.begin([1])
+    tokens = token_batches(1, rows=2)[0, 0]
+    with torch.no_grad():
+        assert not torch.equal(model(tokens).logits, plain(tokens).logits)
+        with frozen.exact():
+            assert torch.equal(model(tokens).logits, plain(tokens).logits)
+        assert not torch.equal(model(tokens).logits, plain(tokens).logits)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_the_gradient_is_that_of_the_rounded_matrix(kind):
+    torch.manual_seed(0)
+    made = torch.nn.Linear(64, 128) if kind == "linear" else Conv1D(128, 64)
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([made.to(torch.bfloat16)])
+    reference = torch.nn.Linear(64, 128) if kind == "linear" else Conv1D(128, 64)
+    reference.to(torch.bfloat16).load_state_dict(made.state_dict())
+    reference.weight.data.copy_(rounded(reference.weight.data, 4))
+    made.requires_grad_(False)
+
+    block = Block("layers.0", {f"layers.0.{name}": value for name, value in made.named_parameters()})
+    blocks = types.SimpleNamespace(layers=[block])
+    FrozenLayers(model, blocks, 4, "host", torch.device("cpu")).begin([])
+    inputs = [torch.randn(3, 5, 64, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    outputs = [module(one.requires_grad_()) for module, one in zip((made, reference), inputs, strict=True)]
+    assert torch.equal(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+
+
+# The store
+
+
+def share_a_store(place: str) -> list:
+    like = {"a": torch.zeros(3, 5, dtype=torch.bfloat16), "b": torch.zeros(7)}
+    store = WeightStore(like, place, torch.device("cpu"))
+    store.write("a", torch.arange(15).view(3, 5))  # on the host's first rank alone
+    store.write("b", torch.full((7,), dist.get_rank() + 1.0))
+    dist.barrier()
+    found = [store["a"].tolist(), store["b"].tolist(), store["a"].dtype]
+    dist.barrier()
+    return found
+
+
+@pytest.mark.parametrize("where", ["host", "folder"])
+def test_ranks_of_a_host_share_one_copy(tmp_path, where):
+    found = run_ranks(share_a_store, 3, "host" if where == "host" else str(tmp_path))
+    assert found == [[torch.arange(15.0).view(3, 5).tolist(), [1.0] * 7, torch.bfloat16]] * 3
+    assert list(tmp_path.iterdir()) == [], "nothing stays behind"
+
+
+def test_a_store_without_room_is_refused(small_disk, monkeypatch):
+    folder, largest_file = small_disk
+    like = {"a": torch.zeros(1 << 24, dtype=torch.bfloat16)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, before[1]))
+    with pytest.raises(ValueError, match=r"cannot hold 32.0 MiB of layers there \((No|File)"):
+        WeightStore(like, str(folder), torch.device("cpu"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with pytest.raises(ValueError, match="No such file or directory"):
+        WeightStore(like, str(folder / "missing"), torch.device("cpu"))
+    available = type("Memory", (), {"available": 1 << 20})
+    monkeypatch.setattr("psutil.virtual_memory", lambda: available)
+    with pytest.raises(ValueError, match=r"--lisa_frozen_store host: .* 1.0 MiB of its memory are free"):
+        WeightStore(like, "host", torch.device("cpu"))
+    WeightStore(like, "host", torch.device("cpu"), freed=1 << 25)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dtype": torch.float32}, "is float32: what is frozen is 16 bits wide; give --bf16 true"),
+        ({"blocks": "none"}, "hold no linear weights"),
+    ],
+)
+def test_models_that_cannot_be_held_are_refused(change, said):
+    model = tiny_llama().to(change.get("dtype", torch.bfloat16))
+    blocks = find_blocks(model)
+    if "blocks" in change:
+        for layer in blocks.layers:
+            layer.parameters = {name: value for name, value in layer.parameters.items() if value.ndim == 1}
+    with pytest.raises(ValueError, match=said):
+        FrozenLayers(model, blocks, 4, "host", torch.device("cpu"))
+
+
+def test_a_bitsandbytes_that_cannot_run_is_refused(monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no kernel\nfor this device")
+
+    monkeypatch.setattr(codes, "quantize_4bit", fails)
+    model = tiny_llama().to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"bitsandbytes cannot quantize on cpu here \(no kernel for this device\)"):
+        FrozenLayers(model, find_blocks(model), 4, "host", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "settings", "said"),
+    [
+        ("zero3", {}, "--lisa_frozen_bits 4 on ZeRO stage 3: .* use --deepspeed zero2"),
+        ("zero2", {}, "with weights in fp32: .* give --bf16 true"),
+    ],
+)
+def test_engines_that_cannot_hold_are_refused(ds_config, settings, said):
+    config = lisa_dist.LisaConfig(lisa_frozen_bits=4, **settings)
+    with pytest.raises(ValueError, match=said):
+        lisa_dist.initialize(tiny_llama(), ds_config, config)
