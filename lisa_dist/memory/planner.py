@@ -29,11 +29,11 @@ from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.run_folder import MEMORY_PARTS
 from lisa_dist.text import GIB, format_bytes, format_columns
 
-# What else would make room for a layer, each with its flags.
-_SMALLER = (
-    {"lisa_state_bits": "embed=factored,head=factored,layers=8", "lisa_master": "bf16_sr"},
-    {"lisa_frozen_bits": 4},
-    {"lisa_always_on": "rest"},
+# What else would make room for a layer: settings, and the optimizer that they need, if it is a certain one.
+_SMALLER: tuple[tuple[str | None, dict[str, Any]], ...] = (
+    (LISA_ADAMW, {"lisa_state_bits": "embed=factored,head=factored,layers=8", "lisa_master": "bf16_sr"}),
+    (None, {"lisa_frozen_bits": 4}),
+    (None, {"lisa_always_on": "rest"}),
 )
 
 
@@ -221,10 +221,10 @@ def with_most_layers(
         return lisa_config
     num_layers = number_of_decoder_layers(config)
     checkpointed = "all" if arguments.checkpointed_layers == AUTO else arguments.checkpointed_layers
-    smallest = replace(arguments, checkpointed_layers=checkpointed)
 
-    def peak_of(settings: LisaConfig, layers: int) -> int:
-        planner = Planner(config, smallest, replace(settings, lisa_activated_layers=layers), on_cpu)
+    def peak_of(settings: LisaConfig, layers: int, optim: str | None = None) -> int:
+        asked = replace(arguments, checkpointed_layers=checkpointed, optim=optim or arguments.optim)
+        planner = Planner(config, asked, replace(settings, lisa_activated_layers=layers), on_cpu)
         loss = LOGITS if arguments.loss == LOGITS else CHUNKED
         return planner.plan(ds_config, planner.given_count, loss).gpu.peak
 
@@ -238,15 +238,16 @@ def with_most_layers(
     return replace(lisa_config, lisa_activated_layers=num_layers - frozen)
 
 
-def _closest_settings(peak_of: Callable[[LisaConfig, int], int], lisa_config: LisaConfig) -> str:
+def _closest_settings(peak_of: Callable[[LisaConfig, int, str | None], int], lisa_config: LisaConfig) -> str:
     """What would make room for a layer, in addition to what is given, from the smallest peak on."""
     found = []
-    for settings in _SMALLER:
+    for optim, settings in _SMALLER:
         try:
-            peak = peak_of(replace(lisa_config, **settings), 1)
+            peak = peak_of(replace(lisa_config, **settings), 1, optim)
         except UserError:  # they do not go with what is given
             continue
-        found.append((peak, " ".join(f"--{name} {value}" for name, value in settings.items())))
+        flags = settings if optim is None else {"optim": optim, **settings}
+        found.append((peak, " ".join(f"--{name} {value}" for name, value in flags.items())))
     return f"The closest: {'; '.join(f'{flags} takes {format_bytes(peak)}' for peak, flags in sorted(found))}."
 
 

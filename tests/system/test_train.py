@@ -86,6 +86,28 @@ def test_a_run_of_the_deepspeed_launcher(folder, tmp_path):
 
 
 @pytest.mark.usefixtures("cpu_ops")
+def test_the_number_of_layers_is_planned_and_stays_on_a_resume(folder, tmp_path):
+    """Also frozen layers in fewer bits, evaluated with their originals, from the command line."""
+    auto = {"lisa_activated_layers": "auto", "checkpointed_layers": "auto", "deepspeed": "zero2", "bf16": True}
+    auto |= {"optim": "lisa_adamw", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    out = tmp_path / "out"
+    status, said = run_alone(flags_for(folder, out, **auto, gpu_memory="1GiB"), tmp_path / "said.txt")
+    assert status == 0, said[-3000:]
+    assert "2 steps with 6 layers, uniform" in said, "all that there are"
+    shutil.rmtree(out / "checkpoint-4")
+    resumed = auto | {"gpu_memory": "8MiB", "resume_from_checkpoint": True, "eval_frozen_bits": 16}
+    resumed |= {"lisa_frozen_bits": 4, "lisa_frozen_store": tmp_path}
+    status, said = run_alone(flags_for(folder, out, **resumed), tmp_path / "resumed.txt")
+    assert status == 0, said[-3000:]
+    assert "2 steps with 6 layers, uniform" in said, "though fewer would be planned"
+    assert re.search(r"frozen layers +4 bits; originals, once a host: [\d.]+ MiB", said)
+    fewer = auto | {"gpu_memory": "8MiB", "max_steps": 1, "lisa_frozen_bits": 4}
+    status, said = run_alone(flags_for(folder, tmp_path / "fewer", **fewer), tmp_path / "fewer.txt")
+    assert status == 0, said[-3000:]
+    assert int(re.search(r"2 steps with (\d) layers, uniform", said)[1]) < 6
+
+
+@pytest.mark.usefixtures("cpu_ops")
 def test_a_signal_to_lisa_dist_train_saves_on_its_ranks(folder, tmp_path):
     flags = flags_for(folder, tmp_path / "out", max_steps=2000, eval_strategy="no", eval_on_start=False)
     command = [str(BIN / "lisa-dist"), "train", "--gpus", "2", *flags]
@@ -320,6 +342,9 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
         (["--loss", "nll"], "--loss nll: unknown; choose one of auto, logits, chunked, liger"),
         (["--deepspeed", "zero7"], "--deepspeed zero7: neither a file nor a shipped config"),
         (["--lisa_activated_layers", "-1"], "--lisa_activated_layers -1"),
+        (["--lisa_activated_layers", "most"], "--lisa_activated_layers: invalid int value: 'most'"),
+        (["--lisa_frozen_bits", "5"], "--lisa_frozen_bits 5: frozen layers have one of 16, 8, 4 bits"),
+        (["--lisa_frozen_store", "/tmp"], "--lisa_frozen_store /tmp: frozen layers of 16 bits have no originals"),
         (["--method", "lora", "--lora_alpha", "0"], "--lora_alpha 0: adapters are scaled by it over the rank"),
         (["--method", "lora", "--lora_dropout", "1"], "--lora_dropout 1.0: a probability from 0 up to"),
         (["--method", "lora", "--lora_target_modules", "lm_head"], "--lora_target_modules lm_head: TRL computes the"),
@@ -378,6 +403,22 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
             "--loss logits: --label_smoothing_factor 0.1 has a loss of",
         ),
         ({"lisa_master": "bf16_sr"}, "--lisa_master bf16_sr with --optim adamw_torch_fused: only --optim lisa_adamw"),
+        (
+            {"lisa_activated_layers": "auto"},
+            "--lisa_activated_layers auto: there is no GPU to ask for its memory; give",
+        ),
+        (
+            {"lisa_activated_layers": "auto", "checkpointed_layers": "auto", "gpu_memory": "2MiB"},
+            "--lisa_activated_layers auto: not one layer fits 2.0 MiB",
+        ),
+        ({"lisa_frozen_bits": 4, "bf16": True, "deepspeed": "zero3"}, "--lisa_frozen_bits 4 on ZeRO stage 3"),
+        ({"lisa_frozen_bits": 8}, "--lisa_frozen_bits 8 with weights in fp32"),
+        ({"lisa_frozen_bits": 4, "method": "full"}, "--lisa_frozen_bits 4 with --method full: it is for --method lisa"),
+        (
+            {"lisa_frozen_bits": 4, "bf16": True, "torch_compile": True},
+            "--torch_compile True with --lisa_frozen_bits 4",
+        ),
+        ({"eval_frozen_bits": 8}, "--eval_frozen_bits 8: frozen layers are evaluated as they are held"),
         ({"lisa_master": "bf16_sr", "optim": "lisa_adamw"}, "--lisa_master bf16_sr with weights in fp32"),
         (
             {"method": "full", "optim": "lisa_adamw", "checkpointed_layers": "none"},

@@ -34,6 +34,7 @@ from lisa_dist.memory.planner import (
     make_plans,
     shipped_model_configs,
     what_fits,
+    with_most_layers,
 )
 from lisa_dist.memory.trace import OWN, FakeRun, Trained, Workload
 from lisa_dist.memory.tracker import AllocationTracker
@@ -121,6 +122,7 @@ def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: 
     checkpointed = model_config.num_hidden_layers if settings.get("checkpointing") else 0
     labels = rows * (length - PROMPT)
     workload = Workload(length, rows, dtype, checkpointed, loss=settings.get("loss", OWN), labels=labels)
+    workload = replace(workload, frozen_bits=config.lisa_frozen_bits)
     run = FakeRun(model_config, workload)
     always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
     groups = run.groups(Trained(layers, always_on, drawn), optim, config.state_bits, config.offloaded)
@@ -158,6 +160,9 @@ SETTINGS = [
     ("zero2", 2, torch.bfloat16, LISA_ADAMW | FACTORED | {"words": 8192}),
     full("zero2", 1, torch.bfloat16, LISA_ADAMW | FACTORED | {"words": 8192, "lisa_master": "bf16_sr"}),
     full("zero3", 4, torch.bfloat16, LISA_ADAMW | FACTORED | {"words": 8192} | DRAWN),
+    ("zero2", 2, torch.bfloat16, {"lisa_frozen_bits": 4, "lisa_activated_layers": 1}),
+    full("zero1", 1, torch.bfloat16, {"lisa_frozen_bits": 8, "checkpointing": True}),
+    full("zero2_offload", 1, torch.bfloat16, {"lisa_frozen_bits": 8, "lisa_activated_layers": 1}),
     full("zero3", 2, torch.float32, LISA_ADAMW),
     full("zero3", 2, torch.bfloat16, {"lisa_offload": "embed,head,layers"}),
     full("zero2", 1, torch.bfloat16, {"lisa_offload": "head", "optim": "adamw_torch"}),
@@ -417,6 +422,62 @@ def test_the_command_says_what_was_planned(tiny_config):
     assert command(lisa=frozen).endswith("--lisa_always_on '' --lisa_frozen embed,head,rest")
     assert "--method lora " in command(method="lora")
     assert command(method="lora", lora_r=8).endswith("--lora_r 8 --lora_dropout 0.0 --checkpointed_layers none")
+
+
+def test_as_many_layers_train_as_fit(tiny_config):
+    config, asked = load_model_config(tiny_config), lisa_dist.LisaConfig(lisa_activated_layers="auto")
+
+    def peak(layers: int) -> int:
+        arguments = PlanArguments(tiny_config, deepspeed="zero2", checkpointed_layers="all", loss="chunked")
+        planner = Planner(config, arguments, lisa_dist.LisaConfig(lisa_activated_layers=layers))
+        return planner.plan("zero2", 6, "chunked").gpu.peak
+
+    def chosen(budget: int) -> int:
+        arguments = PlanArguments(tiny_config, gpu_memory=f"{budget}B", reserve="0")
+        return with_most_layers(config, arguments, asked, "zero2").lisa_activated_layers
+
+    assert [chosen(peak(layers)) for layers in (1, 3, 6)] == [1, 3, 6]
+    assert chosen(peak(3) - 1) == 2
+    assert chosen(1 << 40) == 6
+    with pytest.raises(
+        ValueError, match=r"--lisa_activated_layers auto: not one layer fits [\d.]+ MiB: with one"
+    ) as error:
+        chosen(peak(1) - 1)
+    closest = str(error.value).partition("The closest: ")[2].split("; ")
+    assert len(closest) == 3
+    assert any(one.startswith("--optim lisa_adamw --lisa_state_bits embed=factored,head=factored,") for one in closest)
+    sizes = [parse_bytes("", one.rstrip(".").rpartition(" takes ")[2]) for one in closest]
+    assert sizes == sorted(sizes)
+
+
+def test_cheaper_states_become_more_layers():
+    """On 24 GB with everything checkpointed; the command has the number."""
+    config, asked = load_model_config("llama3.1-8b"), {"lisa_activated_layers": "auto"}
+    small = {"lisa_state_bits": "embed=factored,head=factored,layers=8", "lisa_master": "bf16_sr"}
+    arguments = PlanArguments("llama3.1-8b", gpu_memory="24GiB", optim="lisa_adamw", deepspeed="zero2")
+    (plan,) = make_plans(config, arguments, lisa_dist.LisaConfig(**asked | small))
+    layers = plan.lisa_config.lisa_activated_layers
+    assert 2 < layers < 32
+    assert f"--lisa_activated_layers {layers} " in command_for(plan, arguments)
+    assert not any(plan.lacks(arguments))
+    with pytest.raises(ValueError, match=r"not one layer fits 23\.00 GiB"):
+        make_plans(config, arguments, lisa_dist.LisaConfig(**asked))
+
+
+def test_frozen_layers_in_fewer_bits_are_planned():
+    """The device has codes of 30 of 32 layers, the host the originals of all; stage 3 is left out."""
+    config = load_model_config("llama3.1-8b")
+    plans = {}
+    for bits in (16, 8, 4):
+        arguments = PlanArguments("llama3.1-8b", checkpointed_layers="all", gpus=2)
+        of_ways = make_plans(config, arguments, lisa_dist.LisaConfig(lisa_frozen_bits=bits))
+        plans[bits] = {plan.ds_config: plan for plan in of_ways}
+    assert plans[4].keys() == {"zero1", "zero2", "zero2_offload"}
+    layer = 218_103_808  # elements of matrices
+    weights = {bits: plans[bits]["zero2"].gpu.weights for bits in plans}
+    assert weights[16] - weights[8] == pytest.approx(30 * layer * (2 - 1 - 4 / 256), rel=1e-3)
+    assert weights[16] - weights[4] == pytest.approx(30 * layer * (2 - 0.5 - 1 / 64 - 4 / 64 / 256), rel=1e-3)
+    assert plans[4]["zero2"].host["originals of the layers"] == 32 * layer * 2 // 2, "a rank's share"
 
 
 def test_what_is_never_drawn_keeps_nothing_on_the_host():
