@@ -42,6 +42,14 @@ MEMORY_PARTS = (
     ("logits", ("logits",)),
     ("beyond these at the peak", ("temporary",)),
 )
+# Of a plan: the last of them by what has it.
+PLANNED_PARTS = (
+    *MEMORY_PARTS[:-1],
+    ("gradients by the peak", ("by_then",)),
+    ("their buckets", ("buckets_at_peak",)),
+    ("layers and loss, for a moment", ("passes",)),
+    ("the optimizer, for a moment", ("step",)),
+)
 
 
 def write_run(folder: Path, run: dict, resumes: bool = False) -> None:

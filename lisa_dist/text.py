@@ -8,6 +8,7 @@ from lisa_dist.errors import UserError
 
 GIB = 2**30
 MIB = 2**20
+BYTE_UNITS = ((GIB, "GiB"), (MIB, "MiB"), (2**10, "KiB"))
 _LONGEST = 1000  # characters of a message
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 

@@ -25,6 +25,7 @@ from lisa_dist.core.frozen_layers import held_bytes
 from lisa_dist.core.sampling import SampledBlock
 from lisa_dist.memory.gathered_weights import gathered_weights
 from lisa_dist.memory.gradient_peak import (
+    Peak,
     backward_peak,
     backward_peak_stage_1,
     norm_scratch_in_chunks,
@@ -155,7 +156,7 @@ class _Step:
         """The parts of the device."""
         weights, states, buffers = self._device_weights(), self._states(on_host=False), self._buffers()
         static = weights + sum(states.values()) + buffers
-        gradients = self._gradients()
+        gradients, peak = self._gradients(), self._backward_peak()
         return MemoryParts(
             weights=weights,
             always_on_states=states[True],
@@ -165,8 +166,10 @@ class _Step:
             logits=self.trace.logits,
             gathered=self._gathered(None),
             gradients=gradients,
-            peak_backward=static + self._backward_peak(),
+            peak_backward=static + peak.total,
             peak_step=static + gradients + self._step_peak(),
+            gradients_by_then=peak.gradients,
+            buckets_by_then=peak.buckets,
         )
 
     def host(self) -> dict[str, int]:
@@ -312,7 +315,7 @@ class _Step:
         """Bytes allocated while the norm of a gradient of so many elements is taken, or while it is sent."""
         return norm_scratch_of_deepspeed(self._stage, self._offloads) if self.plain else norm_scratch_in_chunks
 
-    def _backward_peak(self) -> int:
+    def _backward_peak(self) -> Peak:
         sizes = {"element": self._element, "bucket_numel": self.settings.reduce_bucket}
         send_scratch = self._norm_scratch if self._offloads else None
         if self._stage == 3:
@@ -330,14 +333,17 @@ class _Step:
             for is_last in {True, self._stage == 1 or not self.accumulates}
         ]
         if self._stage == 1 and self.settings.overlap_comm:
-            return max(backward_peak(self.trace, reduction, self.accumulates) for reduction in reductions)
-        if self._stage == 1:
-            return max(
+            peaks = [backward_peak(self.trace, reduction, self.accumulates) for reduction in reductions]
+        elif self._stage == 1:
+            peaks = [
                 backward_peak_stage_1(self.trace, self._trained, reduction, self.accumulates)
                 for reduction in reductions
-            )
-        peak = max(backward_peak(self.trace, reduction) for reduction in reductions)
-        return peak + (self._gradients() if self.accumulates else 0)
+            ]
+        else:
+            peaks = [backward_peak(self.trace, reduction) for reduction in reductions]
+        peak = max(peaks, key=lambda peak: peak.total)
+        waiting = self._gradients() if self.accumulates and self._stage == 2 else 0
+        return peak._replace(gradients=peak.gradients + waiting)
 
     def _step_peak(self) -> int:
         """On the device, on top of weights, states, buffers and gradients: of a gradient's norm or a group's step."""

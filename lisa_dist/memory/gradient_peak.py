@@ -6,6 +6,7 @@ have arrived are reduced, and only then there is memory for what this rank keeps
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -35,15 +36,31 @@ class Reduction:
         return sum(other.parameter.numel() for other in waiting) + arrival.parameter.numel() > self.bucket_numel
 
 
-def backward_peak(trace: StepTrace, reduction: Reduction, accumulates: bool = False) -> int:
-    """The most bytes at any time of the forward and backward pass, on top of what exists between steps.
+class Peak(NamedTuple):
+    """The most bytes at any time of a forward and backward pass, on top of what exists between steps, by what has them.
+
+    `passes`: activations, logits, weights that are gathered, and what the two passes allocate for a moment.
+    """
+
+    passes: int
+    gradients: int = 0  # that have arrived by then
+    buckets: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+def backward_peak(trace: StepTrace, reduction: Reduction, accumulates: bool = False) -> Peak:
+    """The peak of the forward and backward pass.
 
     `accumulates`, on stage 1: gradients are added to whole ones of earlier micro-batches, each of which goes then.
     """
     earlier = sum(arrival.nbytes for arrival in trace.arrivals) if accumulates else 0
     bucket = kept = 0
     waiting: list[Arrival] = []
-    peaks: list[int] = []
+    peaks: list[Peak] = []
 
     def waiting_outside_bucket() -> int:
         return sum(arrival.nbytes for arrival in waiting if reduction.is_large(arrival))
@@ -54,39 +71,40 @@ def backward_peak(trace: StepTrace, reduction: Reduction, accumulates: bool = Fa
             return
         kept_after = reduction.kept_after(waiting, kept)
         during = max(kept + reduction.scratch(waiting), kept_after)
-        peaks.append(other_bytes + earlier + bucket + waiting_outside_bucket() + during)
+        peaks.append(Peak(other_bytes, earlier + waiting_outside_bucket() + during, bucket))
         kept = kept_after
         waiting.clear()
 
     gathered = reduction.gathered(None)
     for arrival in trace.arrivals:
-        peaks.append(arrival.peak_before + earlier + gathered + bucket + waiting_outside_bucket() + kept)
+        peaks.append(Peak(arrival.peak_before + gathered, earlier + waiting_outside_bucket() + kept, bucket))
         bucket, gathered = reduction.bucket_bytes, reduction.gathered(arrival)
         if reduction.overflows(waiting, arrival):
             reduce(arrival.now + gathered)
         clone = arrival.nbytes if reduction.clones_large and reduction.is_large(arrival) else 0
-        peaks.append(arrival.now + earlier + clone + gathered + bucket + waiting_outside_bucket() + kept)
+        peaks.append(Peak(arrival.now + gathered, earlier + clone + waiting_outside_bucket() + kept, bucket))
         waiting.append(arrival)
         earlier -= arrival.nbytes if accumulates else 0
-    peaks.append(trace.peak_after + gathered + bucket + waiting_outside_bucket() + kept)
+    peaks.append(Peak(trace.peak_after + gathered, waiting_outside_bucket() + kept, bucket))
     reduce(trace.now)
-    return max(peaks)
+    return max(peaks, key=lambda peak: peak.total)
 
 
 def backward_peak_stage_1(
     trace: StepTrace, params: Sequence[torch.nn.Parameter], reduction: Reduction, accumulates: bool
-) -> int:
+) -> Peak:
     """The same for stage 1 without overlap: all wait until the last has arrived, and are reduced as `params` lie.
 
     `accumulates`: those of a later micro-batch are added to those of the earlier ones, which wait.
     """
     active = sum(arrival.nbytes for arrival in trace.arrivals)
-    waiting_bytes, peaks = (active + reduction.bucket_bytes if accumulates else 0), []
+    waiting_bytes, bucket = (active, reduction.bucket_bytes) if accumulates else (0, 0)
+    peaks: list[Peak] = []
     for arrival in trace.arrivals:
-        peaks.append(arrival.peak_before + waiting_bytes)
+        peaks.append(Peak(arrival.peak_before, waiting_bytes, bucket))
         if not accumulates:
-            waiting_bytes += arrival.nbytes + (0 if waiting_bytes else reduction.bucket_bytes)
-    peaks.append(trace.peak_after + waiting_bytes)
+            waiting_bytes, bucket = waiting_bytes + arrival.nbytes, reduction.bucket_bytes
+    peaks.append(Peak(trace.peak_after, waiting_bytes, bucket))
 
     arrivals = {id(arrival.parameter): arrival for arrival in trace.arrivals}
     waiting: list[Arrival] = []
@@ -95,7 +113,7 @@ def backward_peak_stage_1(
     def reduce() -> None:
         nonlocal waiting_bytes, kept
         kept_after = reduction.kept_after(waiting, kept)
-        peaks.append(trace.now + waiting_bytes + max(kept + reduction.scratch(waiting), kept_after))
+        peaks.append(Peak(trace.now, waiting_bytes + max(kept + reduction.scratch(waiting), kept_after), bucket))
         kept = kept_after
         waiting_bytes -= sum(
             arrival.nbytes for arrival in waiting if reduction.is_large(arrival) and reduction.is_local(arrival)
@@ -106,11 +124,12 @@ def backward_peak_stage_1(
         if waiting and reduction.overflows(waiting, arrival):
             reduce()
         is_large = reduction.is_large(arrival)
-        peaks.append(trace.now + waiting_bytes + kept + (arrival.nbytes if reduction.clones_large and is_large else 0))
+        clone = arrival.nbytes if reduction.clones_large and is_large else 0
+        peaks.append(Peak(trace.now, waiting_bytes + kept + clone, bucket))
         waiting_bytes -= 0 if is_large else arrival.nbytes
         waiting.append(arrival)
     reduce()
-    return max(peaks)
+    return max(peaks, key=lambda peak: peak.total)
 
 
 def slices_by_rank(groups: Sequence[Group], stage: int, world_size: int) -> dict[int, dict[int, int]]:

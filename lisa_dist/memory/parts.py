@@ -23,6 +23,9 @@ class MemoryParts:
     gradients: int  # at the end of the backward pass, beyond the buffers
     peak_backward: int  # of forward and backward, everything included
     peak_step: int  # of the optimizer's step, everything included
+    # Of the backward pass, at its peak; estimated alone, since a measurement cannot tell what it sees.
+    gradients_by_then: int = 0
+    buckets_by_then: int = 0
 
     @property
     def static(self) -> int:
@@ -39,13 +42,38 @@ class MemoryParts:
         """The bytes of the peak that no other part has."""
         at_backward = self.static + self.activations + self.logits + self.gathered
         at_step = self.static + self.gradients
-        return max(0, self.peak - (at_backward if self.peak_backward >= self.peak_step else at_step))
+        return max(0, self.peak - (at_backward if self.is_backward else at_step))
+
+    @property
+    def is_backward(self) -> bool:
+        """Whether the peak is of the forward and backward pass, and not of the optimizer's step."""
+        return self.peak_backward >= self.peak_step
+
+    def beyond(self) -> dict[str, int]:
+        """What an estimate has at the peak beside the other parts, by what has it.
+
+        Of a backward pass the gradients that have arrived, their buckets, and what the passes allocate for a moment.
+        """
+        if not self.is_backward:
+            return {"by_then": 0, "buckets_at_peak": 0, "passes": 0, "step": self.temporary}
+        arrived = self.gradients_by_then + self.buckets_by_then
+        passes = max(0, self.temporary - arrived)
+        found = {"by_then": self.gradients_by_then, "buckets_at_peak": self.buckets_by_then}
+        return found | {"passes": passes, "step": 0}
 
     def at_peak(self) -> dict[str, int]:
-        """All parts, with 0 for those that do not exist at the peak: the others add up to it."""
-        is_backward = self.peak_backward >= self.peak_step
-        absent = ("gradients",) if is_backward else ("activations", "logits", "gathered")
-        return self.to_dict() | dict.fromkeys(absent, 0)
+        """All parts at the peak: those of a plan add up to it.
+
+        Late in a backward pass fewer activations are left than the forward pass has stored.
+        """
+        parts = self.to_dict()
+        if not self.is_backward:
+            return parts | dict.fromkeys(("activations", "logits", "gathered"), 0)
+        left = self.peak - self.static - sum(self.beyond().values())
+        for name in ("gathered", "activations", "logits"):
+            parts[name] = min(parts[name], left)
+            left -= parts[name]
+        return parts | {"gradients": 0}
 
     def with_logits_as_activations(self) -> "MemoryParts":
         """As a GPU is measured, whose allocator does not tell what it is asked for."""
@@ -68,4 +96,5 @@ class MemoryParts:
 
     def to_dict(self) -> dict[str, int]:
         """All parts and what is derived from them."""
-        return asdict(self) | {"static": self.static, "temporary": self.temporary, "peak": self.peak}
+        derived = {"static": self.static, "temporary": self.temporary, "peak": self.peak}
+        return asdict(self) | derived | self.beyond()

@@ -26,8 +26,8 @@ from lisa_dist.memory.kept_states import kept_states
 from lisa_dist.memory.plan import DTYPES, WAYS, Plan, PlanArguments
 from lisa_dist.memory.trace import CHUNKED, LOGITS, FakeRun, Group, StepTrace, Trained, Workload
 from lisa_dist.optim.build import LISA_ADAMW
-from lisa_dist.run_folder import MEMORY_PARTS
-from lisa_dist.text import GIB, format_bytes, format_columns
+from lisa_dist.run_folder import PLANNED_PARTS
+from lisa_dist.text import BYTE_UNITS, format_bytes, format_columns
 
 # What else would make room for a layer: settings, and the optimizer that they need, if it is a certain one.
 _SMALLER: tuple[tuple[str | None, dict[str, Any]], ...] = (
@@ -302,19 +302,30 @@ def command_for(plan: Plan, arguments: PlanArguments) -> str:
 
 def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
     """The table: a row for each part, a column for each DeepSpeed config."""
+    unit, name = _unit_of(plans)
+
+    def shown(size: int) -> str:
+        return f"{size / unit:.2f}" if size else "-"
+
     checkpointed = [f"{plan.workload.checkpointed_layers} checkpointed" for plan in plans]
-    lines = [["GiB on each GPU", *(plan.ds_config for plan in plans)], ["layers", *checkpointed]]
+    lines = [[f"{name} on each GPU", *(plan.ds_config for plan in plans)], ["layers", *checkpointed]]
     if len({plan.lisa_config.lisa_activated_layers for plan in plans}) > 1:
         lines.append(["", *(f"{plan.lisa_config.lisa_activated_layers} active" for plan in plans)])
     lines.append(["loss", *(plan.workload.loss for plan in plans)])
-    for title, fields in MEMORY_PARTS:
-        lines.append([title, *(_gib(sum(plan.gpu.to_dict()[name] for name in fields)) for plan in plans)])
-    lines.append(["peak", *(_gib(plan.gpu.peak) for plan in plans)])
-    lines.append(["GiB on the host, a rank", *(_gib(plan.host_bytes) for plan in plans)])
-    for name in dict.fromkeys(name for plan in plans for name in plan.host):
-        lines.append([f"  {name}", *(_gib(plan.host.get(name, 0)) for plan in plans)])
+    for title, fields in PLANNED_PARTS:
+        lines.append([title, *(shown(sum(plan.gpu.to_dict()[name] for name in fields)) for plan in plans)])
+    lines.append(["peak", *(shown(plan.gpu.peak) for plan in plans)])
+    lines.append([f"{name} on the host, a rank", *(shown(plan.host_bytes) for plan in plans)])
+    for title in dict.fromkeys(title for plan in plans for title in plan.host):
+        lines.append([f"  {title}", *(shown(plan.host.get(title, 0)) for plan in plans)])
     lines.append(["fits", *("yes" if not any(plan.lacks(arguments)) else "no" for plan in plans)])
     return format_columns(lines)
+
+
+def _unit_of(plans: Sequence[Plan]) -> tuple[int, str]:
+    """The largest unit of which every plan's peak has a tenth at least."""
+    smallest = min(plan.gpu.peak for plan in plans)
+    return next((unit, name) for unit, name in BYTE_UNITS if smallest >= unit / 10 or name == "KiB")
 
 
 def plot_plans(plans: Sequence[Plan], arguments: PlanArguments) -> None:
@@ -322,15 +333,18 @@ def plot_plans(plans: Sequence[Plan], arguments: PlanArguments) -> None:
     assert arguments.plot is not None
     from matplotlib.figure import Figure  # slow to import, and a table does not need it
 
+    unit, name = _unit_of(plans)
     figure = Figure(figsize=(1.5 * len(plans) + 3, 5), layout="constrained")
     axes = figure.subplots()
     names, bottoms = [plan.ds_config for plan in plans], [0.0] * len(plans)
-    for title, fields in MEMORY_PARTS:
-        heights = [sum(plan.gpu.at_peak()[name] for name in fields) / GIB for plan in plans]
-        axes.bar(names, heights, bottom=bottoms, label=title)
+    for title, fields in PLANNED_PARTS:
+        heights = [sum(plan.gpu.at_peak()[name] for name in fields) / unit for plan in plans]
+        if any(heights):
+            axes.bar(names, heights, bottom=bottoms, label=title)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-    axes.axhline(arguments.budget / GIB, color="black", linestyle="--", label="budget")
-    axes.set_ylabel("GiB on each GPU at the peak")
+    if arguments.budget / unit <= 5 * max(bottoms):  # else the bars of a small model could not be seen
+        axes.axhline(arguments.budget / unit, color="black", linestyle="--", label="budget")
+    axes.set_ylabel(f"{name} on each GPU at the peak")
     axes.set_title(f"{Path(arguments.model).name}, {arguments.method}, {arguments.gpus} GPU(s)")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     try:
@@ -361,7 +375,3 @@ def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
         f"The closest: {listed}. More GPUs, a shorter --seq_length, --lisa_state_bits embed=8,head=8, or "
         "--lisa_always_on rest (embed and head sampled as layers are) need less."
     )
-
-
-def _gib(count: int) -> str:
-    return f"{count / GIB:.2f}" if count else "-"

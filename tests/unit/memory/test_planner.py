@@ -38,7 +38,7 @@ from lisa_dist.memory.planner import (
 )
 from lisa_dist.memory.trace import OWN, FakeRun, Trained, Workload
 from lisa_dist.memory.tracker import AllocationTracker
-from lisa_dist.run_folder import MEMORY_PARTS
+from lisa_dist.run_folder import PLANNED_PARTS
 from lisa_dist.text import parse_bytes
 from lisa_dist.zero import gradients, overrides
 
@@ -341,7 +341,7 @@ def test_the_plot_shows_parts_that_add_up_to_the_peak(tiny_config, tmp_path, cap
     assert path.read_bytes().startswith(b"\x89PNG")
     for plan in make_plans(load_model_config(tiny_config), PlanArguments(tiny_config), lisa_dist.LisaConfig()):
         parts = plan.gpu.at_peak()
-        assert sum(parts[name] for _, fields in MEMORY_PARTS for name in fields) == plan.gpu.peak
+        assert sum(parts[name] for _, fields in PLANNED_PARTS for name in fields) == plan.gpu.peak
     with pytest.raises(SystemExit, match="2"):
         main(["--model", tiny_config, "--plot", str(tmp_path / "plans.unknown"), "--gpu_memory", "2GiB"])
     assert "plans.unknown: cannot be written" in capsys.readouterr().out
