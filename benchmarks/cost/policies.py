@@ -14,6 +14,7 @@ from lisa_dist.text import GIB
 
 MODELS = ("llama2-7b", "llama3.1-8b")
 SMALLEST = {"lisa_master": "bf16_sr", "lisa_state_bits": "embed=8,head=8,layers=8"}
+FACTORED = {"lisa_master": "bf16_sr", "lisa_state_bits": "embed=factored,head=factored,layers=8"}
 # Name, arguments of the plan, settings of LISA.
 ARMS = (
     ("full", {"method": "full"}, {}),
@@ -23,6 +24,9 @@ ARMS = (
     ("LISA, always-on 8 bit", {}, {"lisa_state_bits": "embed=8,head=8,rest=8"}),
     ("LISA, lisa_adamw", {"optim": "lisa_adamw"}, {}),
     ("LISA, always on, 6 bytes", {"optim": "lisa_adamw"}, SMALLEST),
+    ("LISA, factored", {"optim": "lisa_adamw"}, FACTORED),
+    ("LISA, factored, frozen 8 bits", {"optim": "lisa_adamw"}, FACTORED | {"lisa_frozen_bits": 8}),
+    ("LISA, factored, frozen 4 bits", {"optim": "lisa_adamw"}, FACTORED | {"lisa_frozen_bits": 4}),
     ("LISA, drawn, 6 bytes", {"optim": "lisa_adamw"}, SMALLEST | {"lisa_always_on": "rest"}),
     ("LISA, states on host", {"deepspeed": "zero2_offload"}, {}),
     ("LISA, embed+head on host", {}, {"lisa_offload": "embed,head"}),
@@ -42,7 +46,12 @@ def main() -> None:
     figures = {}
     for model in MODELS:
         config = load_model_config(model)
-        for seq_length, checkpointed in ((1024, config.num_hidden_layers), (1024, 0), (4096, 0)):
+        for seq_length, checkpointed in (
+            (1024, config.num_hidden_layers),
+            (1024, 0),
+            (4096, config.num_hidden_layers),
+            (4096, 0),
+        ):
             of_all = {"deepspeed": "zero2", "seq_length": seq_length, "checkpointed_layers": str(checkpointed)}
             of_all["loss"] = "chunked"
             for name, plan_flags, settings in ARMS:

@@ -12,6 +12,8 @@ takes for its --steps, by the CPU seconds of a step in that file.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 import gc
 import json
@@ -30,7 +32,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import lisa_dist
 from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
@@ -38,12 +40,18 @@ from benchmarks.common.results import parser_with_data, positive, print_table, w
 from benchmarks.quality.training import Batch, train
 from benchmarks.tables.rows import BASELINES, quality_table
 from benchmarks.tables.runs import best_rate, losses_by_rate, quality_key, runs_at_best
+from lisa_dist.config import AUTO_LAYERS
 from lisa_dist.core.live_bytes import live_tensor_bytes
+from lisa_dist.memory.plan import PlanArguments
+from lisa_dist.memory.planner import Planner, with_most_layers
 
 LISA, EMBED_AND_HEAD = {"lisa_activated_layers": 2}, {"lisa_activated_layers": 0}
 FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}
 WEIGHTED = {"lisa_sampler": "weighted"}  # and "weights", of a layer by its number from 0
 BADAM = {"lisa_always_on": "", "lisa_frozen": "embed,head,rest", "lisa_activated_layers": 1}
+ONE_PASS, BF16 = {"optim": "lisa_adamw"}, {"dtype": torch.bfloat16}
+FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
+SMALL = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
 # Name: method, its settings, and the middle of its learning rates in units of --rate.
 ARMS = {
     "full": ("full", {}, 1),
@@ -74,6 +82,14 @@ ARMS = {
     "lisa 2 upper more": ("lisa", LISA | WEIGHTED | {"weights": lambda layer: layer + 1}, 1),
     "lisa 2 upper most": ("lisa", LISA | WEIGHTED | {"weights": lambda layer: (layer + 1) ** 3}, 1),
     "lisa 2 lower most": ("lisa", LISA | WEIGHTED | {"weights": lambda layer: 1 / (layer + 1) ** 3}, 1),
+    # Smaller states and frozen layers; "optim" and "dtype" are the run's.
+    "lisa 2 one pass": ("lisa", LISA | ONE_PASS, 1),
+    "lisa 2, 8 bits": ("lisa", LISA | ONE_PASS | {"lisa_state_bits": "embed=8,head=8,layers=8"}, 1),
+    "lisa 2, factored": ("lisa", LISA | ONE_PASS | FACTORED, 1),
+    "lisa 2 bf16": ("lisa", LISA | ONE_PASS | BF16, 1),
+    "lisa 2, frozen 8 bits": ("lisa", LISA | ONE_PASS | BF16 | {"lisa_frozen_bits": 8}, 1),
+    "lisa 2, frozen 4 bits": ("lisa", LISA | ONE_PASS | BF16 | {"lisa_frozen_bits": 4}, 1),
+    "lisa auto": ("lisa", {"lisa_activated_layers": AUTO_LAYERS} | ONE_PASS | SMALL, 1),
     "lisa 3": ("lisa", {"lisa_activated_layers": 3}, 1),
     "lisa 4": ("lisa", {"lisa_activated_layers": 4}, 1),
     "lisa 4 keep": ("lisa", {"lisa_activated_layers": 4, "lisa_state": "keep"}, 1),
@@ -95,18 +111,17 @@ class Data:
     @classmethod
     @functools.cache
     def read(cls, model_path: str, path: str, count: float) -> "Data":
-        """The first examples of a file in which something of the answer is left."""
+        """The first examples of a file in which something of the answer is left, or with a negative count the last."""
         tokenizer, rows = AutoTokenizer.from_pretrained(model_path), []
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            question = tokenizer(row["question"] + "\n")["input_ids"]
-            answer = [*tokenizer(row["answer"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for asked, answered in read_pairs(path):
+            question = tokenizer(asked + "\n")["input_ids"]
+            answer = [*tokenizer(answered, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
             tokens = (question + answer)[:LENGTH]
             if len(tokens) > len(question):
                 rows.append((tokens, len(question)))
             if len(rows) == count:
                 break
-        return cls(tokenizer, rows)
+        return cls(tokenizer, rows[int(count) :] if count < 0 else rows)
 
     def batch(self, places: list[int]) -> Batch:
         """Examples side by side, as wide as the longest; labels are the answers."""
@@ -121,13 +136,45 @@ class Data:
         return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
+def read_pairs(path: str) -> list[tuple[str, str]]:
+    """Questions and answers of a .jsonl, or instructions and outputs of a .json in Alpaca's format."""
+    text = Path(path).read_text(encoding="utf-8")
+    if path.endswith(".jsonl"):
+        return [(row["question"], row["answer"]) for row in map(json.loads, text.splitlines())]
+    return [("\n".join(filter(None, (row["instruction"], row["input"]))), row["output"]) for row in json.loads(text)]
+
+
+def with_memory_of_two_layers(arguments: argparse.Namespace, settings: dict) -> dict:
+    """As many layers as fit the memory that two take with AdamW's states in 32 bits."""
+    config = AutoConfig.from_pretrained(arguments.model)
+    asked = PlanArguments(
+        arguments.model,
+        reserve="0",
+        seq_length=LENGTH,
+        micro_batch_size=arguments.rows,
+        precision="fp32",
+        optim="lisa_adamw",
+        checkpointed_layers="none",
+        loss="chunked",
+    )
+    budget = Planner(config, asked, lisa_dist.LisaConfig(**LISA), on_cpu=True).plan("zero2", 0, "chunked").gpu.peak
+    asked = dataclasses.replace(asked, gpu_memory=f"{budget}B")
+    found = with_most_layers(config, asked, lisa_dist.LisaConfig(**settings), "zero2", on_cpu=True)
+    return settings | {"lisa_activated_layers": found.lisa_activated_layers}
+
+
 def build(arguments: argparse.Namespace, arm: str, lr: float, seed: int):
     """An engine of an arm, and LISA's controller if it has one."""
     method, settings, _ = ARMS[arm]
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    settings = dict(settings)
+    dtype = settings.pop("dtype", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
     common = {"lr": lr, "micro_batch_size": arguments.rows}
     if method == "lisa":
+        common["optim"] = settings.pop("optim", "adamw_torch")
         settings = {"lisa_interval_steps": INTERVAL} | settings
+        if settings.get("lisa_activated_layers") == AUTO_LAYERS:
+            settings = with_memory_of_two_layers(arguments, settings)
         with tempfile.NamedTemporaryFile("w", suffix=".json") as weights:
             if weight_of := settings.pop("weights", None):
                 json.dump([weight_of(layer) for layer in range(model.config.num_hidden_layers)], weights)
@@ -184,7 +231,11 @@ def run(arguments: argparse.Namespace, arm: str, lr: float, seed: int, steps: in
     needed = math.inf if arguments.same_time_as else arguments.rows * arguments.steps
     data = Data.read(arguments.model, arguments.dataset, needed)
     assert len(data.rows) >= min(needed, 1000), "too few rows"
-    held_out = Data.read(arguments.model, arguments.held_out, arguments.held_out_rows)
+    if arguments.held_out is None:  # the end of the rows, which are more than are trained on
+        held_out = Data.read(arguments.model, arguments.dataset, -arguments.held_out_rows)
+        data = Data(data.tokenizer, [row for row in data.rows if row not in held_out.rows])
+    else:
+        held_out = Data.read(arguments.model, arguments.held_out, arguments.held_out_rows)
     order = random.Random(seed).sample(range(len(data.rows)), len(data.rows))
     places = [[order[at % len(order)] for at in range(step * arguments.rows, (step + 1) * arguments.rows)]
               for step in range(steps)]  # fmt: skip
@@ -204,16 +255,19 @@ def run(arguments: argparse.Namespace, arm: str, lr: float, seed: int, steps: in
         most = max(most, live_tensor_bytes() - of_others)
     if lisa is not None:
         lisa.close()
-    held_out_loss, accuracy = evaluate(engine, held_out, arguments.rows)
+    exact = contextlib.nullcontext() if lisa is None or lisa.frozen_layers is None else lisa.frozen_layers.exact()
+    with exact:  # of the 16-bit model, whatever frozen layers were held in
+        held_out_loss, accuracy = evaluate(engine, held_out, arguments.rows)
     found = {
         "held_out": held_out_loss,
         "token_accuracy": accuracy,
-        "solved": solved(engine, data.tokenizer, arguments.held_out, arguments.questions),
+        "solved": solved(engine, data.tokenizer, arguments.held_out or arguments.dataset, arguments.questions),
         "train_last_50": statistics.mean(losses[-50:]),
         "steps": steps,
         "cpu_seconds_per_step": cpu_seconds / steps,
         "live_bytes": most,
         "visits": None if lisa is None else lisa.visit_counts,
+        "layers": None if lisa is None else lisa.config.lisa_activated_layers,
     }
     engine.destroy()
     return found
@@ -314,7 +368,7 @@ def main() -> None:
     """Tune, run the other seeds, print the table and write what came of it."""
     run_on_cpu()
     parser = parser_with_data(__doc__, "quality")
-    parser.add_argument("--held_out", required=True, help="question/answer examples to measure on, .jsonl")
+    parser.add_argument("--held_out", help="examples to measure on; by default the last of --dataset")
     parser.add_argument("--held_out_rows", type=positive, default=256)
     parser.add_argument("--questions", type=int, default=0, help="held-out questions to answer, for exact accuracy")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=BASELINES, metavar="ARM", help=", ".join(ARMS))

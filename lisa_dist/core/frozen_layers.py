@@ -109,7 +109,9 @@ class HeldProduct(torch.autograd.Function):
     def forward(ctx: Any, inputs: torch.Tensor, bias: torch.Tensor | None, held: Any, transposed: bool) -> Any:
         ctx.held, ctx.transposed = held, transposed
         weight = held.whole()
-        return functional.linear(inputs, weight.t() if transposed else weight, bias)
+        if not transposed:
+            return functional.linear(inputs, weight, bias)
+        return torch.addmm(bias, inputs.reshape(-1, inputs.shape[-1]), weight).view(*inputs.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
