@@ -38,7 +38,7 @@ from lisa_dist.memory.planner import load_model_config
 from lisa_dist.memory.trace import FakeRun, Trained, Workload
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.train.compiled_layers import compile_layers
-from lisa_dist.zero.parameters import parameter_numel
+from lisa_dist.zero.parameters import held_tensors, parameter_numel
 
 RANKS = 2
 LR, WEIGHT_DECAY = 1e-4, 0.1
@@ -285,7 +285,9 @@ class Run:
         parameters = list(self.engine.module.parameters())
         of = {
             "weights": [
-                one for parameter in parameters for one in (parameter.data, getattr(parameter, "ds_tensor", None))
+                one
+                for parameter in parameters
+                for one in (parameter.data, getattr(parameter, "ds_tensor", None), *held_tensors(parameter))
             ],
             # Stage 3 keeps its buffer of gradients between steps.
             "gradients": [getattr(zero, "grad_partitions_flat_buffer", None), *(one.grad for one in parameters)],
@@ -337,6 +339,7 @@ class Run:
             self._checkpointed if checkpointed is None else checkpointed,
             "eager" if arm.attention == "eager" else "sdpa",  # whose memory flash-attn's is
             loss="own",
+            frozen_bits=config.lisa_frozen_bits,
         )
         run = FakeRun(self.model.config, workload, lora_rank)
         trained = None
