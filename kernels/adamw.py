@@ -98,9 +98,6 @@ def check_tensors(tensors: StepTensors, element: int, of: str = "AdamW") -> None
     """Raise ValueError, saying of what, what was expected and what came, for tensors that no kernel may touch."""
     numel = check_target(tensors, of)
     blocks = num_blocks(element, numel)
-    for name in ("exp_avg_scales", "exp_avg_sq_scales"):
-        if tensors.quantized and getattr(tensors, name) is None:
-            raise ValueError(f"{of}: expected {blocks} {name} with 8-bit moments, got none.")
     moments = (numel, (torch.uint8 if tensors.quantized else torch.float32,))
     scales = (blocks, (torch.float32,))
     expected = {
@@ -110,6 +107,9 @@ def check_tensors(tensors: StepTensors, element: int, of: str = "AdamW") -> None
         "exp_avg_sq_scales": scales,
     }
     check_expected(tensors, expected, of)
+    for name in ("exp_avg_scales", "exp_avg_sq_scales"):
+        if tensors.quantized and getattr(tensors, name) is None:
+            raise ValueError(f"{of}: expected {blocks} {name} with 8-bit moments, got none.")
 
 
 def check_target(tensors: Target, of: str) -> int:

@@ -227,17 +227,16 @@ def hold_frozen_layers(
     return frozen
 
 
-def held_bytes(numels: Sequence[int], bits: int, shares_tables: bool) -> int:
-    """Bytes on the device of the codes of matrices of so many elements; `shares_tables`, as on CPU: one of each."""
-    if not numels:
-        return 0
-    tables = 1 if shares_tables else len(numels)
-    blocks = [-(-numel // BLOCKSIZES[bits]) for numel in numels]
-    if bits == 8:  # codes, scales in fp32, and the 256 values of the codes
-        return sum(numels) + 4 * sum(blocks) + 1024 * tables
-    # Codes, scales in 8 bits with scales of their own and a mean, the 16 values of NF4, and the 256 of the scales.
-    of_scales = sum(count + 4 * -(-count // 256) + 4 for count in blocks)
-    return sum(-(-numel // 2) for numel in numels) + of_scales + 64 * len(numels) + 1024 * tables
+def held_bytes(numels: Iterable[int], bits: int) -> int:
+    """Bytes on the device of the codes of matrices of so many elements, with their scales and tables."""
+    total = 0
+    for numel in numels:
+        scales = -(-numel // BLOCKSIZES[bits])
+        if bits == 8:  # scales in fp32, and the 256 values of the codes
+            total += numel + 4 * scales + 1024
+        else:  # scales in 8 bits, with scales of their own, a mean and a table; and the 16 values of NF4
+            total += -(-numel // 2) + scales + 4 * -(-scales // 256) + 4 + 1024 + 64
+    return total
 
 
 def linear_modules(model: nn.Module, layer: Block) -> dict[str, Any]:

@@ -45,10 +45,8 @@ class WeightStore:
                 descriptor = _make_file(place, self.nbytes, freed * hosts.count(hosts[rank]))
             except OSError as error:
                 problem = (
-                    f"--lisa_frozen_store {place}: {hosts[rank]} cannot hold {format_bytes(self.nbytes)} of frozen "
-                )
-                problem += (
-                    f"layers there ({error.strerror or error}); give a folder with room for them, or fewer layers."
+                    f"--lisa_frozen_store {place}: {hosts[rank]} cannot hold {format_bytes(self.nbytes)} of layers "
+                    f"there ({error.strerror or error}); give a folder on a local disk with room for them."
                 )
         raise_shared(problem)
         where = gather((os.getpid(), descriptor))[first]

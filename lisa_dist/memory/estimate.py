@@ -5,7 +5,7 @@ the sizes that it gives to partitions and buffers at each ZeRO stage:
 
     static        = weights + states + buffers
     peak_backward = static + peak of activations, gradients, buckets and reductions (`gradient_peak.py`)
-    peak_step     = static + gradients + largest of: a gradient's norm, the step of a group
+    peak_step     = static + largest of: gradients and a gradient's norm, gradients that are left and a group's step
 
 `StepMeter` in meter.py measures the same parts of a real step. All sizes are bytes of one rank. A plan is of the worst
 period: the largest blocks that a period may train, with the lowest layers, since the backward pass ends at the lowest
@@ -15,7 +15,6 @@ active one where the embedding is frozen.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -35,6 +34,7 @@ from lisa_dist.memory.gradient_peak import (
     slices_by_rank,
 )
 from lisa_dist.memory.parts import GROUP_GRADIENTS, STATES, WEIGHTS, MemoryParts
+from lisa_dist.memory.stage_settings import StageSettings
 from lisa_dist.memory.state_sizes import group_state_bytes, steps_weights
 from lisa_dist.memory.trace import Arrival, FakeRun, Group, StepTrace, Trained
 from lisa_dist.optim.build import BITSANDBYTES_ADAMW, LISA_ADAMW
@@ -42,49 +42,8 @@ from lisa_dist.optim.ops import chunk_bytes, factored_chunk_bytes, table_bytes
 from lisa_dist.optim.states import pinned_block
 from lisa_dist.zero.layout import partition_numel, pieces_of_group, share_numel
 
-# DeepSpeed's defaults, where a config leaves them to it. Elements.
-_REDUCE_BUCKET = 500_000_000
-_PERSISTENCE_THRESHOLD = 100_000
-_MAX_REUSE_DISTANCE = 1_000_000_000
 # Bytes an element that AdamW on the host allocates while it steps, on top of masters, moments and gradients.
 _HOST_STEP_BYTES = {"adamw_torch_fused": 0, "adamw_torch": 8, "bitsandbytes": 12}
-
-
-@dataclass(frozen=True)
-class StageSettings:
-    """The settings of a DeepSpeed config that decide on memory. Sizes in elements."""
-
-    stage: int
-    offload_optimizer: bool
-    offload_param: bool
-    reduce_bucket: int
-    overlap_comm: bool
-    persistence_threshold: int
-    max_reuse_distance: int
-
-    @classmethod
-    def of(cls, ds_config: dict[str, Any], hidden_size: int) -> "StageSettings":
-        """Read a config, with "auto" as the Hugging Face integration fills it in."""
-        zero = ds_config["zero_optimization"]
-
-        def elements(key: str, auto: int, default: int) -> int:
-            value = zero.get(key, default)
-            return auto if value == "auto" else int(value)
-
-        def offloads(section: str) -> bool:
-            return (zero.get(section) or {}).get("device", "none") != "none"
-
-        return cls(
-            stage=zero["stage"],
-            offload_optimizer=offloads("offload_optimizer"),
-            offload_param=offloads("offload_param"),
-            reduce_bucket=elements("reduce_bucket_size", hidden_size**2, _REDUCE_BUCKET),
-            overlap_comm=bool(zero.get("overlap_comm")),
-            persistence_threshold=elements(
-                "stage3_param_persistence_threshold", 10 * hidden_size, _PERSISTENCE_THRESHOLD
-            ),
-            max_reuse_distance=elements("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE, _MAX_REUSE_DISTANCE),
-        )
 
 
 def widest_periods(
@@ -167,7 +126,7 @@ class _Step:
             gathered=self._gathered(None),
             gradients=gradients,
             peak_backward=static + peak.total,
-            peak_step=static + gradients + self._step_peak(),
+            peak_step=static + self._step_peak(),
             gradients_by_then=peak.gradients,
             buckets_by_then=peak.buckets,
         )
@@ -243,7 +202,7 @@ class _Step:
             return sum(share_numel(numel, self.world_size) for numel in numels) * self._element
         held = [module.weight.numel() for module in self.run.held_modules(self._trained)]
         frozen = sum(numels) - sum(held) - sum(parameter.numel() for parameter in self._trained)
-        in_codes = held_bytes(held, self.run.workload.frozen_bits, shares_tables=self.on_cpu)
+        in_codes = held_bytes(held, self.run.workload.frozen_bits)
         # Active weights lie in padded buffers.
         return frozen * self._element + in_codes + self._partition_bytes * self.world_size
 
@@ -272,11 +231,7 @@ class _Step:
     @cached_property
     def _kept_gradients(self) -> dict[int, int]:
         """By rank, stages 1 and 2: bytes of the gradients that are kept for the step, each parameter's whole."""
-        return {
-            rank: self._element
-            * sum(_kept_gradient_numel(group, self._stage, rank, self.world_size) for group in self.groups)
-            for rank in self.ranks
-        }
+        return {rank: sum(self._kept_of_group(group, rank) for group in self.groups) for rank in self.ranks}
 
     def _gradients(self) -> int:
         """At the end of the backward pass, on the device; those of stage 3 are in buffers."""
@@ -327,7 +282,12 @@ class _Step:
         sizes["bucket_bytes"] = self._bucket_bytes
         reductions = [
             reduction_stages_1_2(
-                slices, rank, kept_bytes=kept_bytes, send_scratch=send_scratch, is_last=is_last, **sizes
+                slices,
+                rank,
+                one_buffer=kept_bytes if self.plain and not self._offloads else None,
+                send_scratch=send_scratch,
+                is_last=is_last,
+                **sizes,
             )
             for rank, kept_bytes in self._kept_gradients.items()
             for is_last in {True, self._stage == 1 or not self.accumulates}
@@ -346,26 +306,43 @@ class _Step:
         return peak._replace(gradients=peak.gradients + waiting)
 
     def _step_peak(self) -> int:
-        """On the device, on top of weights, states, buffers and gradients: of a gradient's norm or a group's step."""
-        if self._offloads:
-            return 0
-        norm = self._norm_scratch(share_numel(self._largest_gradient // self._element, self.world_size))
-        return max([norm, *map(self._group_step, self.groups, self._partitions)])
+        """On the device, on top of weights, states and buffers: of a gradient's norm or a group's step.
 
-    def _group_step(self, group: Group, partition: int) -> int:
-        """Of one group: its gradient in fp32, and before it the flat copy, or after it what AdamW allocates."""
+        Gradients that are kept by themselves go as their groups step, one after the other.
+        """
+        if self._offloads:
+            return self._gradients()
+        norm = self._norm_scratch(share_numel(self._largest_gradient // self._element, self.world_size))
+        peaks = [self._gradients() + norm]
+        for rank in self.ranks if self._stage < 3 else self.ranks[:1]:
+            kept = [self._kept_of_group(group, rank) for group in self.groups]
+            for number, (group, partition) in enumerate(zip(self.groups, self._partitions, strict=True)):
+                left = kept if self.plain else kept[number:]
+                before, while_stepping = self._group_step(group, partition)
+                gone = 0 if self.plain or self.optim == LISA_ADAMW or group.on_host else kept[number]
+                peaks.append(sum(left) + max(before, while_stepping - gone))
+        return max(peaks)
+
+    def _kept_of_group(self, group: Group, rank: int) -> int:
+        """Bytes of the gradients of a group that wait for its step; those of stage 3 are in buffers."""
+        if self._stage == 3:
+            return 0
+        return self._element * _kept_gradient_numel(group, self._stage, rank, self.world_size)
+
+    def _group_step(self, group: Group, partition: int) -> tuple[int, int]:
+        """Of one group: its gradient flat and in fp32, with itself still there; then that, and what AdamW takes."""
         if self.optim == LISA_ADAMW:  # takes gradients as they are; on CPU one chunk of the largest piece is copied
             piece = max(_largest_piece(group, self._stage, rank, self.world_size) for rank in self.ranks)
             if group.bits == FACTORED:  # and the new roots and sums, of each row and column
                 sums = 2 * group_state_bytes(group, self._stage, self.world_size, self.optim, 0, self.ranks)
                 chunk = factored_chunk_bytes(piece, max(group.widths), self.master != "fp32")
-                return sums + (chunk if self.on_cpu else 0)
-            return chunk_bytes(piece, group.bits == 8, self.master != "fp32") if self.on_cpu else 0
+                return 0, sums + (chunk if self.on_cpu else 0)
+            return 0, chunk_bytes(piece, group.bits == 8, self.master != "fp32") if self.on_cpu else 0
         if group.on_host:
-            return 0
+            return 0, 0
         is_copied = self._element < 4 and (len(group.params) > 1 or self.world_size > 1)
         adamw = 8 if self.optim == "adamw_torch" and group.bits == 32 else 0
-        return partition * (4 + max(self._element if is_copied else 0, adamw))
+        return partition * (4 + (self._element if is_copied else 0)), partition * (4 + adamw)
 
     def _host_step(self) -> int:
         """On the host, while its largest group steps: gradients as they came, in fp32, AdamW's own, new weights.

@@ -1,7 +1,7 @@
 """The peak of a backward pass: gradients, buckets and reductions, followed gradient by gradient as DeepSpeed has them.
 
 A gradient goes into a bucket; one that is larger than the bucket waits whole. When the next one does not fit, all that
-have arrived are reduced, and only then there is memory for what this rank keeps of them.
+have arrived are reduced, and only then there is memory for what this rank keeps of them, but for one that waited whole.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,8 @@ class Reduction:
     bucket_numel: int
     bucket_bytes: int  # 0 where the bucket exists all the time
     scratch: Callable[[list[Arrival]], int]  # allocated only while these gradients are reduced
-    kept_after: Callable[[list[Arrival], int], int]  # all that this rank keeps after these; the number is of before
+    copied: Callable[[list[Arrival], int], int]  # allocated for what this rank keeps of them; the number is kept before
+    stays: Callable[[list[Arrival]], int]  # of those outside the bucket, what this rank keeps where it is
     gathered: Callable[[Arrival | None], int]  # whole weights when that gradient arrives; None: before the first
     is_local: Callable[[Arrival], bool]  # whether some of it belongs to this rank's partition
     clones_large: bool = False  # a gradient that is larger than the bucket is cloned when it arrives
@@ -69,10 +70,10 @@ def backward_peak(trace: StepTrace, reduction: Reduction, accumulates: bool = Fa
         nonlocal kept
         if not waiting:
             return
-        kept_after = reduction.kept_after(waiting, kept)
-        during = max(kept + reduction.scratch(waiting), kept_after)
+        copied = reduction.copied(waiting, kept)
+        during = kept + max(reduction.scratch(waiting), copied)
         peaks.append(Peak(other_bytes, earlier + waiting_outside_bucket() + during, bucket))
-        kept = kept_after
+        kept += copied + reduction.stays(waiting)
         waiting.clear()
 
     gathered = reduction.gathered(None)
@@ -112,9 +113,9 @@ def backward_peak_stage_1(
 
     def reduce() -> None:
         nonlocal waiting_bytes, kept
-        kept_after = reduction.kept_after(waiting, kept)
-        peaks.append(Peak(trace.now, waiting_bytes + max(kept + reduction.scratch(waiting), kept_after), bucket))
-        kept = kept_after
+        copied = reduction.copied(waiting, kept)
+        peaks.append(Peak(trace.now, waiting_bytes + kept + max(reduction.scratch(waiting), copied), bucket))
+        kept += copied + reduction.stays(waiting)
         waiting_bytes -= sum(
             arrival.nbytes for arrival in waiting if reduction.is_large(arrival) and reduction.is_local(arrival)
         )
@@ -149,15 +150,16 @@ def reduction_stages_1_2(
     element: int,
     bucket_numel: int,
     bucket_bytes: int,
-    kept_bytes: int,
+    one_buffer: int | None,
     send_scratch: Callable[[int], int] | None,
     is_last: bool,
 ) -> Reduction:
-    """How stages 1 and 2 reduce on one rank, which keeps `kept_bytes` of gradients at the end of the backward pass.
+    """How stages 1 and 2 reduce on one rank, which keeps gradients as they are.
 
-    `slices` is the result of `slices_by_rank`, `element` the bytes of an element. `send_scratch(numel)`, with optimizer
-    offload: bytes allocated while a gradient of so many elements is sent to the host. `is_last`: of a step's
-    micro-batches; with offload the gradients of the others are added up on the host, and sent with the last.
+    `slices` is the result of `slices_by_rank`, `element` the bytes of an element. `one_buffer`: bytes of the buffer
+    that all are copied to where there is one, as without LISA. `send_scratch(numel)`, with optimizer offload: bytes
+    allocated while a gradient of so many elements is sent to the host. `is_last`: of a step's micro-batches; with
+    offload the gradients of the others are added up on the host, and sent with the last.
     """
 
     def slices_of(arrival: Arrival) -> dict[int, int]:
@@ -181,18 +183,27 @@ def reduction_stages_1_2(
             sent = [send_scratch(slices_of(arrival)[rank]) for arrival in reduced if is_local(arrival)]
         return max([most_copied * element, *sent])
 
-    def kept_after(reduced: list[Arrival], kept: int) -> int:
+    def copied(reduced: list[Arrival], kept: int) -> int:
         local = [arrival for arrival in reduced if is_local(arrival)]
-        if send_scratch:  # before the last micro-batch large gradients stay here, though they are on the host too
-            large = [arrival for arrival in local if arrival.parameter.numel() > bucket_numel]
-            return kept + (0 if is_last else sum(arrival.nbytes for arrival in large))
-        return kept_bytes if local else kept
+        if send_scratch:
+            return 0
+        if one_buffer is not None:
+            return one_buffer - kept if local else 0
+        return sum(arrival.nbytes for arrival in local if arrival.parameter.numel() <= bucket_numel)
+
+    def stays(reduced: list[Arrival]) -> int:
+        # With offload, before the last micro-batch, large gradients stay here, though they are on the host too.
+        if one_buffer is not None or (send_scratch and is_last):
+            return 0
+        large = [arrival for arrival in reduced if arrival.parameter.numel() > bucket_numel]
+        return sum(arrival.nbytes for arrival in large if is_local(arrival))
 
     return Reduction(
         bucket_numel,
         bucket_bytes,
         scratch,
-        kept_after,
+        copied,
+        stays,
         gathered=lambda arrival: 0,
         is_local=is_local,
         clones_large=send_scratch is not None,
@@ -222,7 +233,13 @@ def reduction_stage_3(
         return interleaved + max(gloo, *returned)
 
     return Reduction(
-        bucket_numel, 0, scratch, kept_after=lambda reduced, kept: 0, gathered=gathered, is_local=lambda arrival: True
+        bucket_numel,
+        0,
+        scratch,
+        copied=lambda reduced, kept: 0,
+        stays=lambda reduced: 0,
+        gathered=gathered,
+        is_local=lambda arrival: True,
     )
 
 

@@ -21,9 +21,10 @@ from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
-from lisa_dist.memory.estimate import StageSettings, plan_memory, widest_periods
+from lisa_dist.memory.estimate import plan_memory, widest_periods
 from lisa_dist.memory.kept_states import kept_states
 from lisa_dist.memory.plan import DTYPES, WAYS, Plan, PlanArguments
+from lisa_dist.memory.stage_settings import StageSettings
 from lisa_dist.memory.trace import CHUNKED, LOGITS, FakeRun, Group, StepTrace, Trained, Workload
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.run_folder import PLANNED_PARTS

@@ -25,9 +25,10 @@ from lisa_dist.core.controller import LisaController
 from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
 from lisa_dist.files import replacing
-from lisa_dist.memory.estimate import StageSettings, plan_memory, widest_periods
+from lisa_dist.memory.estimate import plan_memory, widest_periods
 from lisa_dist.memory.meter import StepMeter
 from lisa_dist.memory.parts import MemoryParts
+from lisa_dist.memory.stage_settings import StageSettings
 from lisa_dist.memory.trace import FakeRun, Trained, Workload
 from lisa_dist.run_folder import MEMORY_NAME, MEMORY_PARTS
 from lisa_dist.text import format_bytes, format_columns

@@ -62,16 +62,7 @@ def describe_training(
         ("ZeRO", f"stage {ds_config['zero_optimization']['stage']} on {world_size} rank(s)"),
         ("optimizer", _describe_optimizer(optim, ds_config, engine.device.type)),
         ("states per rank", f"{format_count(sum(state.numel for state in states))} elements each of {kept}"),
-        *(
-            [
-                (
-                    "frozen layers",
-                    f"{config.lisa_frozen_bits} bits; originals on this host: {format_bytes(held.store.nbytes)}",
-                )
-            ]
-            if (held := lisa.frozen_layers) is not None
-            else []
-        ),
+        *([] if lisa.frozen_layers is None else [("frozen layers", lisa.frozen_layers.describe())]),
         ("checkpointed", f"{checkpointed_layers(model, lisa.blocks)} of {len(layers)} layers"),
         ("memory now", f"{format_bytes(lisa.live_bytes())} of tensors per rank, before the moments"),
     ]

@@ -58,6 +58,10 @@ async_inplace_copy_grad_to_fp32           for its norm, and in fp32 to send    8
 _buffer_from_gpu,                         it                                   gradient less.
 _offload_grad_partition_at_boundary                                            test_a_norm_taken_in_chunks_is_the_norm
   under optimizer offload: gradients.py
+copy_grads_in_partition                   copies gradients to one buffer for   keeps each by itself, as it arrives:
+  stages 1, 2 without optimizer             all that will come                 no copy of the largest, and memory goes
+  offload: gradients.py                                                        as groups step.
+                                                                               test_a_plan_is_what_a_step_allocates
 temp_grad_buffer_for_gpu_offload          allocates it at construction         allocates it when accumulation uses it.
   under optimizer offload, stages 1, 2:                                        test_a_plan_is_what_a_step_allocates
   gradients.py

@@ -42,6 +42,26 @@ def norms_with_one_collective(zero: Any, stage: Stage) -> dict[str, Callable]:
     return {"scaled_global_norm": lambda: combine_grad_norm_groups(norms_of_groups())}
 
 
+def kept_by_themselves(zero: Any) -> dict[str, Callable]:
+    """Replace where stages 1 and 2 keep reduced gradients of this rank's partition, without optimizer offload.
+
+    DeepSpeed has one buffer for all of them, whole as soon as the first has been reduced, to which one that is larger
+    than the bucket is copied beside itself. Here such a gradient stays where it is, and one in the bucket is copied out
+    of it: there is memory for those that have arrived, and it goes as their groups step.
+    """
+    original = type(zero).copy_grads_in_partition
+
+    def keep(param: torch.nn.Parameter, group_index: int | None = None) -> None:
+        index = zero._get_param_group_idx(param) if group_index is None else group_index
+        if zero._use_compact_grad_partition_buffer(index):
+            original(zero, param, index)
+        elif param.numel() <= zero.reduce_bucket_size:
+            gradient = zero.get_gradient_for_reduction(param)
+            gradient.data = gradient.data.clone()
+
+    return {"copy_grads_in_partition": keep}
+
+
 def scale_without_waiting(zero: Any) -> Callable[[Any, torch.Tensor | None], None]:
     """A replacement for `unscale_and_clip_grads` of stages 1 and 2, which is called for each parameter group.
 

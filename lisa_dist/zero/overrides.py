@@ -25,6 +25,7 @@ GRADIENT_NAMES = (
     "async_inplace_copy_grad_to_fp32_buffer_from_gpu",
     "temp_grad_buffer_for_gpu_offload",
     "_offload_grad_partition_at_boundary",
+    "copy_grads_in_partition",
 )
 _left_out: set[str] = set()
 classes_with_placed_masters: set[type] = set()  # classes of DeepSpeed's whose `initialize_optimizer_states` is replaced
@@ -84,6 +85,8 @@ def override_optimizer(
         replacements |= step.one_pass_step(engine, stage, layouts, copies)
     elif host_groups:
         replacements |= host_step.host_step(zero, stage, host_groups, copies)
+    if not (stage.is_stage_3 or stage.offloads_optimizer(zero)):
+        replacements |= gradients.kept_by_themselves(zero)
     if stage.offloads_optimizer(zero):
         replacements |= gradients.sent_in_chunks(zero, stage)
     elif zero.model_parallel_group is None:  # else the parts of other ranks' matrices count too

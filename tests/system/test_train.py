@@ -101,7 +101,7 @@ def test_the_number_of_layers_is_planned_and_stays_on_a_resume(folder, tmp_path)
     assert status == 0, said[-3000:]
     assert "2 steps with 6 layers, uniform" in said, "though fewer would be planned"
     assert re.search(r"frozen layers +4 bits; originals, once a host: [\d.]+ MiB", said)
-    fewer = auto | {"gpu_memory": "8MiB", "max_steps": 1, "lisa_frozen_bits": 4}
+    fewer = auto | {"gpu_memory": "2.6MiB", "max_steps": 1, "lisa_frozen_bits": 4}
     status, said = run_alone(flags_for(folder, tmp_path / "fewer", **fewer), tmp_path / "fewer.txt")
     assert status == 0, said[-3000:]
     assert int(re.search(r"2 steps with (\d) layers, uniform", said)[1]) < 6
@@ -233,7 +233,7 @@ def test_every_recipe_parses(recipe):
     run_args, _, training_args, model_args, lisa_config = parse_arguments(["--config", str(recipe)])
     assert run_args.method == "lisa"
     assert model_args.model_name_or_path
-    assert lisa_config.lisa_activated_layers >= 1
+    assert lisa_config.lisa_activated_layers == "auto" or lisa_config.lisa_activated_layers >= 1
     assert Path(training_args.deepspeed).is_file()
 
 
@@ -317,7 +317,7 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
         flags += ["--gpu_memory", "4GiB"] if "checkpointed_layers: auto" in recipe.read_text() else []
         rows = str(yaml.safe_load(recipe.read_text())["per_device_train_batch_size"])
         flags += ["--eval_rows", "8", "--global_batch_size", rows, "--gradient_accumulation_steps", "1"]
-        flags += ["--bf16", "false"]
+        flags += [] if "lisa_master: bf16_sr" in recipe.read_text() else ["--bf16", "false"]
         status, said = run_alone(flags, tmp_path / f"{recipe.stem}.txt")
         assert status == 0, said[-3000:]
         state = json.loads((tmp_path / recipe.stem / "trainer_state.json").read_text())

@@ -23,7 +23,7 @@ from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.kernels import dynamic_code
-from lisa_dist.memory.estimate import StageSettings, plan_memory, widest_periods
+from lisa_dist.memory.estimate import plan_memory, widest_periods
 from lisa_dist.memory.kept_states import kept_states
 from lisa_dist.memory.meter import StepMeter
 from lisa_dist.memory.plan import PlanArguments
@@ -36,6 +36,7 @@ from lisa_dist.memory.planner import (
     what_fits,
     with_most_layers,
 )
+from lisa_dist.memory.stage_settings import StageSettings
 from lisa_dist.memory.trace import OWN, FakeRun, Trained, Workload
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.run_folder import PLANNED_PARTS

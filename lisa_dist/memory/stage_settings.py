@@ -1,0 +1,46 @@
+"""The settings of a DeepSpeed config that decide on memory."""
+
+from dataclasses import dataclass
+from typing import Any
+
+# DeepSpeed's defaults, where a config leaves them to it. Elements.
+_REDUCE_BUCKET = 500_000_000
+_PERSISTENCE_THRESHOLD = 100_000
+_MAX_REUSE_DISTANCE = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """The settings of a DeepSpeed config that decide on memory. Sizes in elements."""
+
+    stage: int
+    offload_optimizer: bool
+    offload_param: bool
+    reduce_bucket: int
+    overlap_comm: bool
+    persistence_threshold: int
+    max_reuse_distance: int
+
+    @classmethod
+    def of(cls, ds_config: dict[str, Any], hidden_size: int) -> "StageSettings":
+        """Read a config, with "auto" as the Hugging Face integration fills it in."""
+        zero = ds_config["zero_optimization"]
+
+        def elements(key: str, auto: int, default: int) -> int:
+            value = zero.get(key, default)
+            return auto if value == "auto" else int(value)
+
+        def offloads(section: str) -> bool:
+            return (zero.get(section) or {}).get("device", "none") != "none"
+
+        return cls(
+            stage=zero["stage"],
+            offload_optimizer=offloads("offload_optimizer"),
+            offload_param=offloads("offload_param"),
+            reduce_bucket=elements("reduce_bucket_size", hidden_size**2, _REDUCE_BUCKET),
+            overlap_comm=bool(zero.get("overlap_comm")),
+            persistence_threshold=elements(
+                "stage3_param_persistence_threshold", 10 * hidden_size, _PERSISTENCE_THRESHOLD
+            ),
+            max_reuse_distance=elements("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE, _MAX_REUSE_DISTANCE),
+        )
