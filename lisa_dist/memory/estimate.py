@@ -92,7 +92,7 @@ def plan_memory(
     ranks = range(world_size) if rank is None else (rank,)
     step = _Step(run, groups, trace, settings, world_size, optim, master, ranks, accumulates, on_cpu, plain)
     device, host = step.device(), step.host()
-    return (device.with_host(host) if on_cpu else device), host
+    return (device.with_host(host, step.gradients_beside_host_step()) if on_cpu else device), host
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,15 @@ class _Step:
         elif any(states.values()):
             host[GROUP_GRADIENTS] = self._host_step()
         return host
+
+    def gradients_beside_host_step(self) -> int:
+        """Bytes of gradients that wait while the largest group on the host steps, whose own has gone there."""
+        on_host = [number for number, group in enumerate(self.groups) if group.on_host]
+        if self._offloads or not on_host:
+            return self._gradients()
+        largest = max(on_host, key=lambda number: self._partitions[number])  # the first of them
+        behind = self.groups[largest + 1 :]
+        return max(sum(self._kept_of_group(group, rank) for group in behind) for rank in self.ranks)
 
     # What the terms share
 
@@ -356,7 +365,8 @@ class _Step:
         if self.optim == LISA_ADAMW:  # takes gradients as they are, wherever they are
             return 0 if self.on_cpu else sent
         kind = "bitsandbytes" if self._has_8_bits or self.optim in BITSANDBYTES_ADAMW else self.optim
-        return sent + max(sizes) * (4 + _HOST_STEP_BYTES[kind])
+        in_fp32 = 4 if self._element < 4 else 0
+        return sent + max(sizes) * (in_fp32 + _HOST_STEP_BYTES[kind])
 
 
 def _kept_gradient_numel(group: Group, stage: int, rank: int, world_size: int) -> int:

@@ -79,8 +79,11 @@ class MemoryParts:
         """As a GPU is measured, whose allocator does not tell what it is asked for."""
         return replace(self, activations=self.activations + self.logits, logits=0)
 
-    def with_host(self, host: dict[str, int]) -> "MemoryParts":
-        """Device and host (the parts of `plan_memory`) as one, which is what they are on CPU."""
+    def with_host(self, host: dict[str, int], gradients_beside: int) -> "MemoryParts":
+        """Device and host (the parts of `plan_memory`) as one, which is what they are on CPU.
+
+        `gradients_beside` are those that wait while a group on the host steps.
+        """
         lasting = sum(host.values()) - host.get(GROUP_GRADIENTS, 0)
         weights, always_on, active = (host.get(name, 0) for name in (WEIGHTS, STATES[True], STATES[False]))
         return replace(
@@ -91,7 +94,7 @@ class MemoryParts:
             buffers=self.buffers + lasting - weights - always_on - active,
             peak_backward=self.peak_backward + lasting,
             # The norm, or a group on the device, steps at another time than a group on the host.
-            peak_step=max(self.peak_step + lasting, self.static + self.gradients + sum(host.values())),
+            peak_step=max(self.peak_step + lasting, self.static + gradients_beside + sum(host.values())),
         )
 
     def to_dict(self) -> dict[str, int]:

@@ -216,18 +216,21 @@ def with_most_layers(
     """The settings of a run with a number in the place of auto; as they are where they have one.
 
     Layers come before checkpointing less: the number is planned with all layers checkpointed, where the run may choose,
-    and with TRL's loss in chunks. Raises UserError, with the closest three settings, where not one layer fits.
+    and with the loss that needs less. Raises UserError, with the closest three settings, where not one layer fits.
     """
     if lisa_config.lisa_activated_layers != AUTO_LAYERS:
         return lisa_config
     num_layers = number_of_decoder_layers(config)
     checkpointed = "all" if arguments.checkpointed_layers == AUTO else arguments.checkpointed_layers
 
+    losses = _losses(config, arguments)
+
     def peak_of(settings: LisaConfig, layers: int, optim: str | None = None) -> int:
         asked = replace(arguments, checkpointed_layers=checkpointed, optim=optim or arguments.optim)
         planner = Planner(config, asked, replace(settings, lisa_activated_layers=layers), on_cpu)
-        loss = LOGITS if arguments.loss == LOGITS else CHUNKED
-        return planner.plan(ds_config, planner.given_count, loss).gpu.peak
+        peaks = {loss: planner.plan(ds_config, planner.given_count, loss).gpu.peak for loss in losses}
+        losses[:] = [min(losses, key=lambda loss: peaks[loss])]  # the one that needs less does so for any number
+        return peaks[losses[0]]
 
     peak = functools.cache(lambda frozen: peak_of(lisa_config, num_layers - frozen))
     frozen = fewest_layers(peak, num_layers - 1, arguments.budget)
@@ -237,6 +240,14 @@ def with_most_layers(
             f"{format_bytes(peak(frozen))} are planned. {_closest_settings(peak_of, lisa_config)}"
         )
     return replace(lisa_config, lisa_activated_layers=num_layers - frozen)
+
+
+def _losses(config: PretrainedConfig, arguments: PlanArguments) -> list[str]:
+    """How a step may compute its loss."""
+    if arguments.loss != AUTO:
+        return [LOGITS if arguments.loss == LOGITS else CHUNKED]
+    why_not = why_no_label_logits(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
+    return [CHUNKED] if why_not else [CHUNKED, LOGITS]
 
 
 def _closest_settings(peak_of: Callable[[LisaConfig, int, str | None], int], lisa_config: LisaConfig) -> str:

@@ -434,7 +434,7 @@ def test_as_many_layers_train_as_fit(tiny_config):
         return planner.plan("zero2", 6, "chunked").gpu.peak
 
     def chosen(budget: int) -> int:
-        arguments = PlanArguments(tiny_config, gpu_memory=f"{budget}B", reserve="0")
+        arguments = PlanArguments(tiny_config, gpu_memory=f"{budget}B", reserve="0", loss="chunked")
         return with_most_layers(config, arguments, asked, "zero2").lisa_activated_layers
 
     assert [chosen(peak(layers)) for layers in (1, 3, 6)] == [1, 3, 6]
