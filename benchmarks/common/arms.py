@@ -347,15 +347,16 @@ class Run:
         if arm.method in ("static", "lisa"):
             always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
             trained = Trained(self.active_layers, always_on, self.lisa.active_blocks if self.lisa else ())
-        groups = run.groups(trained, arm.optim, config.state_bits, config.offloaded)
-        if arm.method == "static":  # two groups in all, as `_plain_engine` makes them
-            params = [parameter for group in groups for parameter in group.params]
-            halves = ([one for one in params if (one.ndim > 1) == decays] for decays in (True, False))
-            groups = [replace(groups[0], params=tuple(half)) for half in halves if half]
         ds_config = self._ds_config
         stage = StageSettings.of(
             read_ds_config(ds_config) if isinstance(ds_config, str) else ds_config, run.hidden_size
         )
+        by_rows = stage.reduces_rows(arm.optim, arm.method)
+        groups = run.groups(trained, arm.optim, config.state_bits, config.offloaded, by_rows)
+        if arm.method == "static":  # two groups in all, as `_plain_engine` makes them
+            params = [parameter for group in groups for parameter in group.params]
+            halves = ([one for one in params if (one.ndim > 1) == decays] for decays in (True, False))
+            groups = [replace(groups[0], params=tuple(half)) for half in halves if half]
         parts, _ = plan_memory(
             run,
             groups,

@@ -45,7 +45,8 @@ from benchmarks.common.arms import FULL, Arm, flops_of_step, model_of
 from lisa_dist.core.blocks import Blocks, find_blocks
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
-from lisa_dist.memory.estimate import plan_memory, widest_periods
+from lisa_dist.memory.estimate import plan_memory
+from lisa_dist.memory.periods import widest_periods
 from lisa_dist.memory.stage_settings import StageSettings
 from lisa_dist.memory.trace import FakeRun, Trained, Workload
 

@@ -192,12 +192,13 @@ class LisaController:
         self._nonfinite.check(f"period {self.period}, active layers {list(self.active_layers)}")
 
     def close(self) -> None:
-        """Write the last period's line of the log, and give the output folder back; call after the last step."""
+        """Write the last period's line of the log, give the output folder back, and the model; after the last step."""
         self.check_finite()
         if self._inactive_weights is not None:
             self._inactive_weights.check(self.period)
         self._log.close(self.engine.global_steps, self._measure)
         self._note_movement()
+        self.partitions.close()
         self.at_close()
 
     def live_bytes(self) -> int:

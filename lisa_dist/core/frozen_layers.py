@@ -141,6 +141,7 @@ class FrozenLayers:
         self._held = {name: HeldMatrix(module, name, self.store, bits, device) for name, module in modules.items()}
         self._frozen: set[int] = set()
         self._bits = bits
+        model.register_state_dict_post_hook(self._put_originals)
         del weights
 
     def describe(self) -> str:
@@ -168,6 +169,12 @@ class FrozenLayers:
                 f"{flag}: bitsandbytes cannot quantize on {device.type} here ({in_one_line(error)}); "
                 "pip install -U bitsandbytes, or leave the flag out."
             ) from error
+
+    def _put_originals(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+        """Whoever saves the model by its state dict has the originals."""
+        for number in self._frozen:
+            for name in self._layers[number]:
+                state[prefix + name] = self._held[name].original
 
     def begin(self, active: Iterable[int]) -> None:
         """Take all originals into the store, and hold the layers that are not active, one after the other."""

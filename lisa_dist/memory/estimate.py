@@ -18,10 +18,8 @@ from functools import cached_property
 
 import torch
 
-from lisa_dist.config import FACTORED, OUTER_BLOCKS, LisaConfig
-from lisa_dist.core.blocks import Blocks
+from lisa_dist.config import FACTORED
 from lisa_dist.core.frozen_layers import held_bytes
-from lisa_dist.core.sampling import SampledBlock
 from lisa_dist.memory.gathered_weights import gathered_weights
 from lisa_dist.memory.gradient_peak import (
     Peak,
@@ -36,36 +34,15 @@ from lisa_dist.memory.gradient_peak import (
 from lisa_dist.memory.parts import GROUP_GRADIENTS, STATES, WEIGHTS, MemoryParts
 from lisa_dist.memory.stage_settings import StageSettings
 from lisa_dist.memory.state_sizes import group_state_bytes, steps_weights
-from lisa_dist.memory.trace import Arrival, FakeRun, Group, StepTrace, Trained
+from lisa_dist.memory.trace import Arrival, FakeRun, Group, StepTrace
 from lisa_dist.optim.build import BITSANDBYTES_ADAMW, LISA_ADAMW
-from lisa_dist.optim.ops import chunk_bytes, factored_chunk_bytes, table_bytes
+from lisa_dist.optim.ops import chunk_bytes, factored_chunk_bytes, num_rows, table_bytes
+from lisa_dist.optim.row_gradient import SLAB
 from lisa_dist.optim.states import pinned_block
 from lisa_dist.zero.layout import partition_numel, pieces_of_group, share_numel
 
 # Bytes an element that AdamW on the host allocates while it steps, on top of masters, moments and gradients.
 _HOST_STEP_BYTES = {"adamw_torch_fused": 0, "adamw_torch": 8, "bitsandbytes": 12}
-
-
-def widest_periods(
-    config: LisaConfig, blocks: Blocks, sampled: Sequence[SampledBlock], checkpointed_layers: int = 0
-) -> list[Trained]:
-    """The periods that may need most memory: with the lowest layers, and with each outer block that is sampled.
-
-    Where only some layers are checkpointed, an active one of the others, higher up, stores more.
-    """
-    gamma, num_layers = config.lisa_activated_layers, len(blocks.layers)
-    always_on = tuple(name for name in OUTER_BLOCKS if name in config.always_on and blocks.outer(name).parameters)
-    by_size = sorted(range(num_layers), key=lambda layer: -blocks.layers[layer].numel)
-
-    def candidates(count: int) -> list[tuple[int, ...]]:
-        low, high = tuple(range(count)), tuple(range(num_layers - count, num_layers))
-        mixed = [(0, *high[1:]), high] if count and 0 < checkpointed_layers < num_layers else []
-        return list(dict.fromkeys([low, tuple(sorted(by_size[:count])), *mixed]))
-
-    periods = [Trained(layers, always_on) for layers in candidates(gamma)]
-    for block in sampled:
-        periods += [Trained(layers, always_on, (block.name,)) for layers in candidates(gamma - block.places)]
-    return periods
 
 
 def plan_memory(
@@ -182,7 +159,8 @@ class _Step:
 
     @cached_property
     def _largest_gradient(self) -> int:
-        return max((parameter.numel() for parameter in self._trained), default=0) * self._element
+        whole = [numel for group in self.groups if not group.by_rows for numel in group.numels]
+        return max(whole, default=0) * self._element
 
     @cached_property
     def _partitions(self) -> list[int]:
@@ -312,7 +290,18 @@ class _Step:
             peaks = [backward_peak(self.trace, reduction) for reduction in reductions]
         peak = max(peaks, key=lambda peak: peak.total)
         waiting = self._gradients() if self.accumulates and self._stage == 2 else 0
-        return peak._replace(gradients=peak.gradients + waiting)
+        peak = peak._replace(gradients=peak.gradients + waiting)
+        at_end = Peak(self.trace.now, self._gradients() + self._rows_at_end())
+        return max(peak, at_end, key=lambda one: one.total)
+
+    def _rows_at_end(self) -> int:
+        """Bytes of rows of an embedding, beside those that are kept, while they go to the ranks that keep them."""
+        group = next((group for group in self.groups if group.by_rows), None)
+        if group is None or self.world_size == 1:
+            return 0
+        tokens = min(self.run.workload.tokens, len(group.params[0]))
+        sent = 2 * tokens * group.widths[0] * self._element
+        return sent + max(self._kept_of_group(group, rank) for rank in self.ranks)
 
     def _step_peak(self) -> int:
         """On the device, on top of weights, states and buffers: of a gradient's norm or a group's step.
@@ -336,17 +325,25 @@ class _Step:
         """Bytes of the gradients of a group that wait for its step; those of stage 3 are in buffers."""
         if self._stage == 3:
             return 0
+        if group.by_rows:
+            pieces = pieces_of_group(group.named_numels, self._stage, rank, self.world_size)
+            rows = sum(num_rows(piece.start, piece.length, group.widths[0]) for piece in pieces)
+            # Of several micro-batches nobody knows how many tokens they have together.
+            tokens = rows if self.accumulates else self.world_size * self.run.workload.tokens
+            return self._element * min(rows, tokens) * group.widths[0]
         return self._element * _kept_gradient_numel(group, self._stage, rank, self.world_size)
 
     def _group_step(self, group: Group, partition: int) -> tuple[int, int]:
         """Of one group: its gradient flat and in fp32, with itself still there; then that, and what AdamW takes."""
         if self.optim == LISA_ADAMW:  # takes gradients as they are; on CPU one chunk of the largest piece is copied
             piece = max(_largest_piece(group, self._stage, rank, self.world_size) for rank in self.ranks)
+            laid_out = min(piece, SLAB) * self._element if group.by_rows else 0
             if group.bits == FACTORED:  # and the new roots and sums, of each row and column
                 sums = 2 * group_state_bytes(group, self._stage, self.world_size, self.optim, 0, self.ranks)
                 chunk = factored_chunk_bytes(piece, max(group.widths), self.master != "fp32")
-                return 0, sums + (chunk if self.on_cpu else 0)
-            return 0, chunk_bytes(piece, group.bits == 8, self.master != "fp32") if self.on_cpu else 0
+                return 0, laid_out + sums + (chunk if self.on_cpu else 0)
+            chunk = chunk_bytes(piece, group.bits == 8, self.master != "fp32")
+            return 0, laid_out + (chunk if self.on_cpu else 0)
         if group.on_host:
             return 0, 0
         is_copied = self._element < 4 and (len(group.params) > 1 or self.world_size > 1)

@@ -21,8 +21,9 @@ from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
-from lisa_dist.memory.estimate import plan_memory, widest_periods
+from lisa_dist.memory.estimate import plan_memory
 from lisa_dist.memory.kept_states import kept_states
+from lisa_dist.memory.periods import widest_periods
 from lisa_dist.memory.plan import DTYPES, WAYS, Plan, PlanArguments
 from lisa_dist.memory.stage_settings import StageSettings
 from lisa_dist.memory.trace import CHUNKED, LOGITS, FakeRun, Group, StepTrace, Trained, Workload
@@ -48,7 +49,7 @@ class Planner:
         self, config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig, on_cpu: bool = False
     ) -> None:
         self._config, self._arguments, self._lisa, self._on_cpu = config, arguments, lisa_config, on_cpu
-        self._traces: dict[tuple[int, str], tuple[FakeRun, list[tuple[list[Group], StepTrace]]]] = {}
+        self._traces: dict[tuple[int, str, bool], tuple[FakeRun, list[tuple[list[Group], StepTrace]]]] = {}
         self.num_layers = number_of_decoder_layers(config)
         if arguments.method == "lisa":
             lisa_config.check_num_layers(self.num_layers)
@@ -78,8 +79,9 @@ class Planner:
     def plan(self, ds_config: str | dict, checkpointed_layers: int, loss: str) -> Plan:
         """The plan of the worst period under one DeepSpeed config: short name, path, or its content."""
         arguments = self._arguments
-        run, periods = self._trace(checkpointed_layers, loss)
-        settings = StageSettings.of(self._read(ds_config), run.hidden_size)
+        settings = StageSettings.of(self._read(ds_config), self._config.get_text_config().hidden_size)
+        by_rows = settings.reduces_rows(arguments.optim, arguments.method)
+        run, periods = self._trace(checkpointed_layers, loss, by_rows)
         planned = [
             plan_memory(
                 run,
@@ -150,8 +152,10 @@ class Planner:
         none = self.plan(ds_config, 0, loss)
         return none if not none.lacks(self._arguments)[0] else self.plan(ds_config, self.num_layers, loss)
 
-    def _trace(self, checkpointed_layers: int, loss: str) -> tuple[FakeRun, list[tuple[list[Group], StepTrace]]]:
-        if (checkpointed_layers, loss) not in self._traces:
+    def _trace(
+        self, checkpointed_layers: int, loss: str, by_rows: bool
+    ) -> tuple[FakeRun, list[tuple[list[Group], StepTrace]]]:
+        if (checkpointed_layers, loss, by_rows) not in self._traces:
             arguments = self._arguments
             workload = Workload(
                 arguments.seq_length,
@@ -172,10 +176,10 @@ class Planner:
                 periods = widest_periods(config, run.blocks, sampled, checkpointed_layers)
             traces = []
             for period in periods:
-                groups = run.groups(period, arguments.optim, config.state_bits, config.offloaded)
+                groups = run.groups(period, arguments.optim, config.state_bits, config.offloaded, by_rows)
                 traces.append((groups, run.trace(groups)))
-            self._traces[checkpointed_layers, loss] = run, traces
-        return self._traces[checkpointed_layers, loss]
+            self._traces[checkpointed_layers, loss, by_rows] = run, traces
+        return self._traces[checkpointed_layers, loss, by_rows]
 
 
 def shipped_model_configs() -> list[str]:

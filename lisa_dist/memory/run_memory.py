@@ -25,9 +25,10 @@ from lisa_dist.core.controller import LisaController
 from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
 from lisa_dist.files import replacing
-from lisa_dist.memory.estimate import plan_memory, widest_periods
+from lisa_dist.memory.estimate import plan_memory
 from lisa_dist.memory.meter import StepMeter
 from lisa_dist.memory.parts import MemoryParts
+from lisa_dist.memory.periods import widest_periods
 from lisa_dist.memory.stage_settings import StageSettings
 from lisa_dist.memory.trace import FakeRun, Trained, Workload
 from lisa_dist.run_folder import MEMORY_NAME, MEMORY_PARTS
@@ -237,12 +238,14 @@ class RunMemory:
 
     def _plan(self, run: FakeRun, trained: Trained, rank: int | None) -> tuple[MemoryParts, dict[str, int]]:
         config = self._lisa.config
-        groups = run.groups(trained, self._optim, config.state_bits, config.offloaded)
+        settings = StageSettings.of(self._ds_config, run.hidden_size)
+        by_rows = settings.reduces_rows(self._optim)
+        groups = run.groups(trained, self._optim, config.state_bits, config.offloaded, by_rows)
         return plan_memory(
             run,
             groups,
             run.trace(groups),
-            StageSettings.of(self._ds_config, run.hidden_size),
+            settings,
             self._engine.dp_world_size,
             optim=self._optim,
             master=config.lisa_master,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from lisa_dist.optim.build import LISA_ADAMW
+
 # DeepSpeed's defaults, where a config leaves them to it. Elements.
 _REDUCE_BUCKET = 500_000_000
 _PERSISTENCE_THRESHOLD = 100_000
@@ -44,3 +46,7 @@ class StageSettings:
             ),
             max_reuse_distance=elements("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE, _MAX_REUSE_DISTANCE),
         )
+
+    def reduces_rows(self, optim: str, method: str = "lisa") -> bool:
+        """Whether the gradient of an embedding is of the rows that occur (`zero/embedding_rows.py`)."""
+        return method == "lisa" and optim == LISA_ADAMW and self.stage < 3 and not self.offload_optimizer

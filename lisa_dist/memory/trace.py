@@ -5,9 +5,8 @@ LISA would train, and every allocation is counted. `estimate.py` adds what DeepS
 """
 
 import contextlib
-import functools
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,13 +23,15 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from lisa_dist.config import StateBits
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import checkpoint_layers
-from lisa_dist.core.frozen_layers import held_forward, linear_modules
+from lisa_dist.core.frozen_layers import linear_modules
 from lisa_dist.core.groups import split_by_decay, takes_bits
 from lisa_dist.core.label_logits import add_label_logits
 from lisa_dist.errors import UserError
+from lisa_dist.memory.stand_ins import TritonScores, as_triton, looked_up, made_whole
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.memory.without_liger import without_liger
 from lisa_dist.optim.build import default_state_bits
+from lisa_dist.zero.embedding_rows import embedding_of
 
 # How a step computes its loss.
 CHUNKED, LOGITS, OWN = "chunked", "logits", "own"
@@ -51,6 +52,11 @@ class Workload:
     padded: bool = False  # examples of several lengths: the attention has a mask
     frozen_bits: int = 16  # of the matrices of frozen decoder layers
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch of a rank."""
+        return self.micro_batch_size * self.seq_length
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -65,13 +71,15 @@ class Trained:
 class Group:
     """One parameter group: its parameters, the bits of its moments or "factored", whether it trains in every period.
 
-    `on_host`: its states are on the host (--lisa_offload).
+    `on_host`: its states are on the host (--lisa_offload). `by_rows`: an embedding whose gradient is of the rows that
+    occur (`zero/embedding_rows.py`).
     """
 
     params: tuple[torch.nn.Parameter, ...]
     bits: StateBits = 32
     always_on: bool = True
     on_host: bool = False
+    by_rows: bool = False
 
     @property
     def numels(self) -> list[int]:
@@ -158,7 +166,7 @@ class FakeRun:
 
                 add_fused_lm_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
             if workload.loss == LOGITS:
-                score = _TritonScores.apply if workload.triton else None
+                score = TritonScores.apply if workload.triton else None
                 add_label_logits(self.model, select=self._with_label, score=score)
             self._run = _with_adapters(self.model, lora_rank) if lora_rank else self.model
         with _report_model_errors(config), self._mode:
@@ -179,8 +187,12 @@ class FakeRun:
         optim: str = "adamw_torch_fused",
         state_bits: Mapping[str, StateBits] | None = None,
         offloaded: Container[str] = (),
+        reduces_rows: bool = False,
     ) -> list[Group]:
-        """The parameter groups of a period; for None of all that is trainable, adapters or the whole model."""
+        """The parameter groups of a period; for None of all that is trainable, adapters or the whole model.
+
+        `reduces_rows`: the run's ZeRO optimizer takes gradients of embeddings by rows.
+        """
         if trained is None:
             kinds: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}  # matrices and the rest
             for parameter in self._run.parameters():
@@ -190,11 +202,18 @@ class FakeRun:
         names = [(name, self.blocks.outer(name), True) for name in trained.always_on]
         names += [(name, self.blocks.outer(name), False) for name in trained.sampled]
         names += [("layers", self.blocks.layers[layer], False) for layer in trained.layers]
-        return [
+        groups = [
             Group(tuple(params), self._bits(name, kind, optim, state_bits or {}), always_on, name in offloaded)
             for name, block, always_on in names
             for kind, params in split_by_decay(block).items()
         ]
+        if not reduces_rows or len(groups) == 1:
+            return groups
+        return [replace(group, by_rows=self._has_rows(group)) for group in groups]
+
+    def _has_rows(self, group: Group) -> bool:
+        alone = len(group.params) == 1 and not group.on_host
+        return alone and embedding_of(self._run, group.params[0]) is not None
 
     def _bits(self, name: str, kind: str, optim: str, state_bits: Mapping[str, StateBits]) -> StateBits:
         default = default_state_bits(optim)
@@ -238,9 +257,14 @@ class FakeRun:
                 inputs["fused_lm_head"] = True
             tracker.add([*self._run.parameters(), *self._run.buffers()], "model")
             model_bytes = tracker.now
-            no_mask, tiles = _no_mask_without_padding(workload.padded), _as_triton(workload.triton)
-            held = _made_whole(self.held_modules(trained))
-            with _report_model_errors(self.model.config), _without_zero3_init(), tiles, held, tracker, no_mask:
+            no_mask, tiles = _no_mask_without_padding(workload.padded), as_triton(workload.triton)
+            held = made_whole(self.held_modules(trained))
+            embeddings = [embedding_of(self._run, group.params[0]) for group in groups if group.by_rows]
+            by_rows = looked_up([embedding for embedding in embeddings if embedding is not None])
+            outside = _report_model_errors(self.model.config), _without_zero3_init(), tiles, held, by_rows
+            with contextlib.ExitStack() as stack:
+                for context in (*outside, tracker, no_mask):
+                    stack.enter_context(context)
                 loss = self._run(**inputs).loss
                 after_forward = +tracker.bytes
                 loss.backward()
@@ -248,63 +272,6 @@ class FakeRun:
             hook.remove()
         peak_after, now = tracker.peak - model_bytes, tracker.now - model_bytes
         return StepTrace(after_forward["activations"], after_forward["logits"], tuple(arrivals), peak_after, now)
-
-
-class _MadeWhole:
-    """A matrix that is held in fewer bits, as a trace sees it: made whole whenever it is computed with."""
-
-    def __init__(self, module: Any):
-        self._weight = module.weight
-
-    def whole(self) -> torch.Tensor:
-        """The memory that it takes then."""
-        return torch.empty_like(self._weight.detach())
-
-
-@contextlib.contextmanager
-def _made_whole(modules: Sequence[Any]) -> Iterator[None]:
-    """Have these linear modules make their matrix whole in each pass, as frozen layers in fewer bits do."""
-    for module in modules:
-        forward = functools.partial(held_forward, module)
-        module.lisa_held, module.forward = _MadeWhole(module), forward
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.lisa_held, module.forward
-
-
-@contextlib.contextmanager
-def _as_triton(is_triton: bool) -> Iterator[None]:
-    """Have TRL's loss in chunks allocate what it does with Triton, whose kernels take a tile as it is."""
-    if not is_triton:
-        yield
-        return
-    from trl.kernels import chunked_logprob
-
-    # The last is one product on a GPU; elsewhere it is of copies in fp32.
-    by_torch = {name: vars(chunked_logprob)[name] for name in ("_forward_tile", "_backward_tile", "_addmm_fp32")}
-    vars(chunked_logprob).update(dict.fromkeys(by_torch, lambda *args, **kwargs: None))
-    try:
-        yield
-    finally:
-        vars(chunked_logprob).update(by_torch)
-
-
-class _TritonScores(torch.autograd.Function):
-    """What TRL's Triton kernel allocates for log-probabilities and entropies; it cannot run on fake tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two values for each row of the logits, which are kept."""
-        ctx.save_for_backward(logits)
-        return torch.empty(len(targets), device=logits.device), torch.empty(len(targets), device=logits.device)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """A gradient beside the logits, in their precision."""
-        (logits,) = ctx.saved_tensors
-        return torch.empty_like(logits), None
 
 
 def part_of(tensor: torch.Tensor, vocab_size: int) -> str:

@@ -13,7 +13,7 @@ import copy
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from lisa_dist.optim.ops import (
     num_blocks,
     quantize,
 )
+from lisa_dist.optim.row_gradient import RowGradient, adamw_slabs, factored_slabs
 from lisa_dist.optim.states import Piece
 
 __all__ = ["BLOCK", "LisaAdamW", "PartitionStep", "decode_moment", "in_chunks", "num_blocks", "with_blocks"]
@@ -48,14 +49,14 @@ SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 class PartitionStep:
     """What is known of one partition (a flat parameter of LisaAdamW) for one step.
 
-    `gradients` are 1-D and follow one another as the partition has them; `weight`, flat like the partition, is written
-    too; `gradient_scale`, one fp32 number, multiplies gradients; `draw` chooses random bits: the run's count of steps.
-    `matrices`, of a group with factored moments: all of the group, whatever is in the partition; `add_up` adds a tensor
-    up over the ranks that share them.
+    `gradients` are 1-D, or one RowGradient, and follow one another as the partition has them; `weight`, flat like the
+    partition, is written too; `gradient_scale`, one fp32 number, multiplies gradients; `draw` chooses random bits: the
+    run's count of steps. `matrices`, of a group with factored moments: all of the group, whatever is in the partition;
+    `add_up` adds a tensor up over the ranks that share them.
     """
 
     pieces: Sequence[Piece]
-    gradients: Sequence[torch.Tensor]
+    gradients: Sequence[torch.Tensor | RowGradient]
     weight: torch.Tensor | None = None
     gradient_scale: torch.Tensor | None = None
     draw: int = 0
@@ -249,7 +250,8 @@ class LisaAdamW(torch.optim.Optimizer):
             numbers = StepNumbers(
                 beta1=beta1, beta2=beta2, step=state["step"], **self._numbers_of(group, partition, piece)
             )
-            adamw_step(tensors, numbers)
+            for part, element in adamw_slabs(tensors, piece.start):
+                adamw_step(part, replace(numbers, element=element))
 
     def _check_factored(
         self, flat: torch.Tensor, partition: PartitionStep, state: dict
@@ -279,7 +281,9 @@ class LisaAdamW(torch.optim.Optimizer):
         _, beta2 = group["betas"]
         factored.update_moments(partition.matrices, pieces, state, beta2, partition.add_up, parameter.device)
         for place, tensors in pieces:
-            factored_step(tensors, FactoredNumbers(**self._numbers_of(group, partition, place.piece)))
+            numbers = FactoredNumbers(**self._numbers_of(group, partition, place.piece))
+            for part, element in factored_slabs(tensors, place.piece.start, place.width):
+                factored_step(part, replace(numbers, element=element))
 
     def _numbers_of(self, group: dict, partition: PartitionStep, piece: Piece) -> dict[str, Any]:
         """What the kernels take of numbers, whatever the moments are."""
@@ -336,11 +340,14 @@ def in_chunks(pieces: Sequence[Piece]) -> Iterator[tuple[int, slice, slice]]:
             yield element, here, slice(first, first + num_blocks(element, cut.stop - cut.start))
 
 
-def _cut(gradients: Sequence[torch.Tensor], offset: int, length: int) -> torch.Tensor:
+def _cut(gradients: Sequence[torch.Tensor | RowGradient], offset: int, length: int) -> Any:
     """The gradient of a piece, which is within one of the gradients that follow one another."""
     for gradient in gradients:
         if offset < gradient.numel() or length == 0:
             assert offset + length <= gradient.numel(), "gradients are cut where parameters are"
+            if isinstance(gradient, RowGradient):
+                assert (offset, length) == (0, gradient.numel()), "rows are of a piece"
+                return gradient
             return gradient.reshape(-1)[offset : offset + length]
         offset -= gradient.numel()
     raise AssertionError("there are fewer gradients than elements")

@@ -15,10 +15,12 @@ Source: "Ember" (arXiv 2607.01455); why the moment of a token must stay, "SlimAd
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from lisa_dist.optim.ops import FactoredTensors, num_rows, squared_sums
+from lisa_dist.optim.row_gradient import RowGradient
 from lisa_dist.optim.states import Piece
 
 # Of a partition: r of the rows of its pieces, c of the matrices that they are of, and mean(r) of each.
@@ -99,9 +101,11 @@ def update_moments(
         column_sums, count = torch.zeros(matrix.columns, dtype=torch.float32, device=device), cut.new_zeros(1)
         if matrix.name in by_name:
             place, tensors = by_name[matrix.name]
-            sums, column_sums = squared_sums(
-                tensors.gradient, tensors.gradient_scale, place.piece.start, matrix.columns
-            )
+            gradient: Any = tensors.gradient
+            if isinstance(gradient, RowGradient):
+                sums, column_sums = gradient.squared_sums(tensors.gradient_scale)
+            else:
+                sums, column_sums = squared_sums(gradient, tensors.gradient_scale, place.piece.start, matrix.columns)
             row_sums[matrix.name] = sums
             has_gradient = sums > 0
             for number, at in place.cut_ends(matrix.cut_rows):

@@ -12,6 +12,7 @@ import torch
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.utils import get_norm_dtype
 
+from lisa_dist.optim.row_gradient import RowGradient
 from lisa_dist.zero.stages import Stage
 
 NORM_CHUNK = 1 << 22  # elements of a gradient whose norm is taken at once: 32 MiB in fp64
@@ -25,9 +26,8 @@ def norms_with_one_collective(zero: Any, stage: Stage) -> dict[str, Callable]:
 
     def sum_of_squares(index: int) -> torch.Tensor:
         dtype = get_norm_dtype()
-        chunks = (
-            chunk for gradient in zero.averaged_gradients[index] for chunk in gradient.flatten().split(NORM_CHUNK)
-        )
+        found = (one.rows if isinstance(one, RowGradient) else one for one in zero.averaged_gradients[index])
+        chunks = (chunk for gradient in found for chunk in gradient.flatten().split(NORM_CHUNK))
         norms = [torch.linalg.vector_norm(chunk.to(dtype)) for chunk in chunks]
         return torch.stack(norms).pow(2).sum() if norms else torch.zeros((), dtype=dtype, device=zero.device)
 

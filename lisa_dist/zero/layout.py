@@ -21,10 +21,14 @@ from lisa_dist.optim.states import Piece
 
 @dataclass(frozen=True)
 class GroupLayouts:
-    """By parameter group: the pieces of this rank's partition and, where its moments are factored, its matrices."""
+    """By parameter group: the pieces of this rank's partition and, where its moments are factored, its matrices.
+
+    `of_rows`: the group, if there is one, whose gradient is of the rows that occur, and the piece that each rank has.
+    """
 
     pieces: list[list[Piece]]
     matrices: list[list[Matrix]]
+    of_rows: tuple[int, list[Piece | None]] | None = None
 
 
 # `nccl_start_alignment_factor` of DeepSpeedZeroOptimizer (deepspeed/runtime/zero/stage_1_and_2.py): a partition begins

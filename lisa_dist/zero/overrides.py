@@ -13,7 +13,7 @@ from deepspeed.runtime.zero import linear, partitioned_param_coordinator
 
 from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.optim.states import CopyStream
-from lisa_dist.zero import gradients, host_step, masters, stage3, step
+from lisa_dist.zero import embedding_rows, gradients, host_step, masters, stage3, step
 from lisa_dist.zero.layout import GroupLayouts
 from lisa_dist.zero.stages import STAGE_1_2, STAGE_3, Stage
 
@@ -69,6 +69,11 @@ def override_stage_3(model: torch.nn.Module) -> None:
     override(partitioned_param_coordinator, "update_recompute_parameters", stage3.keep_until_layer_is_done)
 
 
+def host_groups(zero: Any) -> frozenset[int]:
+    """The parameter groups whose states are on the host (--lisa_offload)."""
+    return frozenset(index for index, group in enumerate(zero.optimizer.param_groups) if group.get("lisa_host"))
+
+
 def override_optimizer(
     engine: deepspeed.DeepSpeedEngine, stage: Stage, layouts: GroupLayouts, copies: CopyStream
 ) -> None:
@@ -80,11 +85,15 @@ def override_optimizer(
     replacements: dict[str, Callable] = {}
     if not stage.is_stage_3:
         replacements["unscale_and_clip_grads"] = gradients.scale_without_waiting(zero)
-    host_groups = frozenset(index for index, group in enumerate(zero.optimizer.param_groups) if group.get("lisa_host"))
+    on_host = host_groups(zero)
+    if layouts.of_rows is not None:
+        replacements |= embedding_rows.reduced_by_rows(engine.module, zero, *layouts.of_rows)
+    else:
+        embedding_rows.leave(engine.module)
     if isinstance(zero.optimizer, LisaAdamW):
         replacements |= step.one_pass_step(engine, stage, layouts, copies)
-    elif host_groups:
-        replacements |= host_step.host_step(zero, stage, host_groups, copies)
+    elif on_host:
+        replacements |= host_step.host_step(zero, stage, on_host, copies)
     if not (stage.is_stage_3 or stage.offloads_optimizer(zero)):
         replacements |= gradients.kept_by_themselves(zero)
     if stage.offloads_optimizer(zero):

@@ -12,11 +12,13 @@ from lisa_dist.errors import UserError
 from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.optim.factored import Matrix
 from lisa_dist.optim.moments import coding_of_states, restore_state
+from lisa_dist.optim.row_gradient import RowGradient
 from lisa_dist.optim.states import CopyStream, PartitionKey, PartitionState, Piece
-from lisa_dist.zero import parameters
+from lisa_dist.zero import embedding_rows, parameters
+from lisa_dist.zero.embedding_rows import embedding_of, reduces_rows
 from lisa_dist.zero.host_adam import count_host_adam, host_adam_history, replay_host_adam
 from lisa_dist.zero.layout import GroupLayouts, matrices_of_group, partition_numel, pieces_of_group
-from lisa_dist.zero.overrides import override_optimizer, override_stage_3
+from lisa_dist.zero.overrides import host_groups, override_optimizer, override_stage_3
 from lisa_dist.zero.rebuild import CARRIED_FIELDS, put_back, rebuild
 from lisa_dist.zero.stages import check_deepspeed, check_pin_memory_backend, check_private_names, stage_of
 
@@ -123,7 +125,8 @@ class ZeroPartitions:
     def held_gradients(self) -> list[torch.Tensor]:
         """The gradients that wait for a step; on stages 1 and 2 they are parts of whole ones, which they keep alive."""
         params = list(self.engine.module.parameters())
-        gradients = [gradient for group in self._zero.averaged_gradients.values() for gradient in group or ()]
+        averaged = [gradient for group in self._zero.averaged_gradients.values() for gradient in group or ()]
+        gradients = [one.rows if isinstance(one, RowGradient) else one for one in averaged]
         gradients += [parameter.grad for parameter in params]
         gradients += [getattr(parameter, "grad_accum", None) for parameter in params]
         return [gradient for gradient in gradients if gradient is not None]
@@ -135,6 +138,10 @@ class ZeroPartitions:
     def gathered_bytes(self) -> int:
         """Bytes of the parameters that stage 3 holds whole right now, next to this rank's parts of them."""
         return parameters.gathered_bytes(self.engine.module) if self._stage.is_stage_3 else 0
+
+    def close(self) -> None:
+        """Give the model back as any trainer finds one: its embedding has a gradient of its own again."""
+        embedding_rows.leave(self.engine.module)
 
     # What a save and a resume do
 
@@ -211,9 +218,28 @@ class ZeroPartitions:
         """After DeepSpeed's construction: our overrides, and the states that are carried over."""
         keys = self.keys()
         pieces = self.pieces() if isinstance(self.optimizer, LisaAdamW) else {}
-        layout = GroupLayouts([pieces.get(key, []) for key in keys], self._matrices(keys))
+        of_rows = self._of_rows(keys)
+        layout = GroupLayouts([pieces.get(key, []) for key in keys], self._matrices(keys), of_rows)
         override_optimizer(self.engine, self._stage, layout, copies)
         put_back(self._zero, self._stage, keys, carried, copies)
+
+    def _of_rows(self, keys: list[PartitionKey]) -> tuple[int, list[Piece | None]] | None:
+        """The group of an embedding whose gradient is of rows, and the piece of each rank."""
+        if not (isinstance(self.optimizer, LisaAdamW) and reduces_rows(self._zero, self._stage)):
+            return None
+        for index, (key, params) in enumerate(zip(keys, self._stage.groups(self._zero), strict=True)):
+            if len(key) != 1 or index in host_groups(self._zero) or sum(map(bool, keys)) == 1:
+                continue  # another parameter's gradient is what begins the end of a backward pass
+            if embedding_of(self.engine.module, params[0]) is not None:
+                return index, self._piece_of_each_rank(key[0], params[0].numel())
+        return None
+
+    def _piece_of_each_rank(self, name: str, numel: int) -> list[Piece | None]:
+        """Of a group of one parameter; None for a rank that has nothing of it."""
+        world_size = torch.distributed.get_world_size(self._zero.dp_process_group)
+        stage, alignment = self._stage.number, self._stage.alignment(self._zero)
+        of_ranks = [pieces_of_group([(name, numel)], stage, rank, world_size, alignment) for rank in range(world_size)]
+        return [next(iter(pieces), None) for pieces in of_ranks]
 
     def _matrices(self, keys: list[PartitionKey]) -> list[list[Matrix]]:
         """Of each group whose moments are factored: its matrices."""

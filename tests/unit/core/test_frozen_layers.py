@@ -183,7 +183,7 @@ def test_a_resumed_run_is_the_run_and_files_have_the_originals(tmp_path, bits):
         assert torch.equal(value, whole[0]["weights"][name]), name
 
 
-def test_exact_forward_passes_are_those_of_the_model():
+def test_exact_forward_passes_and_saves_are_those_of_the_model(tmp_path):
     torch.manual_seed(0)
     model, plain = (tiny_llama().to(torch.bfloat16) for _ in range(2))
     frozen = FrozenLayers(model, find_blocks(model), 4, "host", torch.device("cpu"))
@@ -194,6 +194,11 @@ def test_exact_forward_passes_are_those_of_the_model():
         with frozen.exact():
             assert torch.equal(model(tokens).logits, plain(tokens).logits)
         assert not torch.equal(model(tokens).logits, plain(tokens).logits)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items()), "originals are saved"
+    model.save_pretrained(tmp_path)
+    saved = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(saved(tokens).logits, plain(tokens).logits)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])

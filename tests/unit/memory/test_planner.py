@@ -23,9 +23,10 @@ from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.kernels import dynamic_code
-from lisa_dist.memory.estimate import plan_memory, widest_periods
+from lisa_dist.memory.estimate import plan_memory
 from lisa_dist.memory.kept_states import kept_states
 from lisa_dist.memory.meter import StepMeter
+from lisa_dist.memory.periods import widest_periods
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import (
     Planner,
@@ -126,8 +127,10 @@ def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: 
     workload = replace(workload, frozen_bits=config.lisa_frozen_bits)
     run = FakeRun(model_config, workload)
     always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
-    groups = run.groups(Trained(layers, always_on, drawn), optim, config.state_bits, config.offloaded)
-    stage, trace = StageSettings.of(ds_config_of(ds_config, settings), run.hidden_size), run.trace(groups)
+    stage = StageSettings.of(ds_config_of(ds_config, settings), run.hidden_size)
+    by_rows = stage.reduces_rows(optim)
+    groups = run.groups(Trained(layers, always_on, drawn), optim, config.state_bits, config.offloaded, by_rows)
+    trace = run.trace(groups)
     options = {"optim": optim, "master": config.lisa_master, "on_cpu": True, "plain": settings.get("plain", False)}
     options["accumulates"] = settings.get("accumulation", 1) > 1
     return [plan_memory(run, groups, trace, stage, world_size, rank=rank, **options)[0] for rank in range(world_size)]

@@ -36,7 +36,7 @@ def overridden_names() -> set[str]:
             elif (
                 isinstance(node, ast.Return)
                 and isinstance(node.value, ast.Dict)
-                and path.stem in ("step", "host_step", "gradients")
+                and path.stem in ("step", "host_step", "gradients", "embedding_rows")
             ):
                 names |= {key.value for key in node.value.keys}
     return names

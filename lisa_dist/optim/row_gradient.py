@@ -1,0 +1,108 @@
+"""The gradient of a piece of a matrix by the rows that have one: of an embedding no more than a batch has tokens."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lisa_dist.optim.ops import BLOCK, FactoredTensors, StepTensors, num_blocks, num_rows
+
+# Elements of a piece that are laid out at a time, from a multiple of them on: 16 MiB in fp32. Blocks of 8-bit moments
+# and tiles of random bits end there too.
+SLAB = 1 << 22
+
+
+class RowGradient:
+    """The elements [start, start + numel) of a flattened matrix of `columns` columns.
+
+    `rows[i]` is the gradient of row `indices[i]`; indices ascend, each comes once, and whatever else there is has none.
+    What rows have outside of the piece is made zero.
+    """
+
+    def __init__(self, start: int, numel: int, columns: int, indices: torch.Tensor, rows: torch.Tensor):
+        self.start, self.columns, self.indices, self.rows = start, columns, indices, rows
+        self._numel = numel
+        first, last = start // columns, -(-(start + numel) // columns) - 1  # rows that may begin or end elsewhere
+        ends = start + numel - last * columns
+        for row, outside in ((first, slice(0, start % columns)), (last, slice(ends, columns))):
+            if outside.stop > outside.start:
+                rows[:, outside] *= (indices != row)[:, None]
+
+    def numel(self) -> int:
+        """Elements of the piece."""
+        return self._numel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rows.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    def is_contiguous(self) -> bool:
+        """Whether its slabs are."""
+        return True
+
+    def slabs(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The piece laid out, a slab at a time: where it is, and its gradient, flat. The host waits once."""
+        cuts, begins = [], 0
+        while begins < self._numel:
+            ends = min(self._numel, begins + SLAB - (self.start + begins) % SLAB)
+            cuts.append(slice(begins, ends))
+            begins = ends
+        firsts = [(self.start + cut.start) // self.columns for cut in cuts]
+        behind = [-(-(self.start + cut.stop) // self.columns) for cut in cuts]
+        bounds = torch.tensor([firsts, behind], dtype=self.indices.dtype).to(self.device)
+        low, high = torch.searchsorted(self.indices, bounds).tolist()
+        for number, cut in enumerate(cuts):
+            first = firsts[number]
+            held = slice(low[number], high[number])
+            laid_out = self.rows.new_zeros(behind[number] - first, self.columns)
+            laid_out.index_copy_(0, self.indices[held] - first, self.rows[held])
+            begins = self.start + cut.start - first * self.columns
+            yield cut, laid_out.view(-1)[begins : begins + cut.stop - cut.start]
+
+    def dense(self) -> torch.Tensor:
+        """All of it laid out."""
+        slabs = [slab for _, slab in self.slabs()]
+        return torch.cat(slabs) if slabs else self.rows.new_zeros(0)
+
+    def squared_sums(self, gradient_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of squares over each row that the piece touches and over each column, as `ops.squared_sums` has them."""
+        squares = self.rows.to(torch.float32, copy=True)
+        squares = (squares if gradient_scale is None else squares.mul_(gradient_scale)).square_()
+        row_sums = squares.new_zeros(num_rows(self.start, self._numel, self.columns))
+        row_sums.index_copy_(0, self.indices - self.start // self.columns, squares.sum(1))
+        return row_sums, squares.sum(0)
+
+
+def adamw_slabs(tensors: StepTensors, start: int) -> Iterator[tuple[StepTensors, int]]:
+    """A piece whose gradient is of rows, slab by slab, each with its first element; any other as it is."""
+    gradient: Any = tensors.gradient
+    if not isinstance(gradient, RowGradient):
+        yield tensors, start
+        return
+    for cut, laid_out in gradient.slabs():
+        element = start + cut.start
+        first = element // BLOCK - start // BLOCK
+        blocks = slice(first, first + num_blocks(element, len(laid_out)))
+        cuts = {"gradient_scale": slice(None), "exp_avg_scales": blocks, "exp_avg_sq_scales": blocks}
+        there = {name: value for name, value in vars(tensors).items() if value is not None and name != "gradient"}
+        fields = {name: value[cuts.get(name, cut)] for name, value in there.items()}
+        yield replace(tensors, gradient=laid_out, **fields), element
+
+
+def factored_slabs(tensors: FactoredTensors, start: int, columns: int) -> Iterator[tuple[FactoredTensors, int]]:
+    """The same of a piece whose moments are factored."""
+    gradient: Any = tensors.gradient
+    if not isinstance(gradient, RowGradient):
+        yield tensors, start
+        return
+    for cut, laid_out in gradient.slabs():
+        element = start + cut.start
+        first = element // columns - start // columns
+        rows = slice(first, first + num_rows(element, len(laid_out), columns))
+        fields = {name: value[cut] for name in ("weight", "master") if (value := getattr(tensors, name)) is not None}
+        yield replace(tensors, gradient=laid_out, row_roots=tensors.row_roots[rows], **fields), element
