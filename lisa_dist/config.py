@@ -185,10 +185,9 @@ class LisaConfig:
         self._check_state_bits()
 
     def _check_periods(self) -> None:
-        if self.lisa_activated_layers != AUTO_LAYERS and not self.lisa_activated_layers >= 0:
-            raise UserError(
-                f"--lisa_activated_layers {self.lisa_activated_layers}: a period trains 0 decoder layers or more."
-            )
+        given = self.lisa_activated_layers
+        if given != AUTO_LAYERS and not (isinstance(given, int) and given >= 0):
+            raise UserError(f"--lisa_activated_layers {given}: a period trains 0 decoder layers or more, or auto.")
         if self.lisa_interval_steps < 1:
             raise UserError(
                 f"--lisa_interval_steps {self.lisa_interval_steps}: a period lasts at least 1 optimizer step."

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -169,3 +170,19 @@ def _file_digest(file: BinaryIO) -> Any:
 
 def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_folder(flag: str, folder: Path, must_be_there: bool = False) -> None:
+    """Raise UserError for a folder that is none, or in which nothing can be written; nothing is made there."""
+    flag = f"{flag} {folder}"
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            folder.stat()  # a name that is too long, or below a file
+        # A link to nothing is there too, and no folder can be made of it.
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir() or (must_be_there and there != folder.absolute()):
+            raise UserError(f"{flag}: {folder if must_be_there else there} is no folder; give another.")
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag}: nothing can be written there ({error.strerror}); give another folder.") from error

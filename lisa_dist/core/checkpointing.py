@@ -30,13 +30,16 @@ def parse_checkpointed_layers(value: str | int | None) -> int | str | None:
     return int(text)
 
 
-def parse_budget(gpu_memory: str | None, checkpointed: int | str | None) -> int | None:
-    """Bytes of `--gpu_memory`, which only `checkpointed` "auto" keeps to; else ValueError."""
+def parse_budget(gpu_memory: str | None, is_kept_to: bool) -> int | None:
+    """Bytes of `--gpu_memory`; ValueError where nothing keeps to it."""
     if gpu_memory is None:
         return None
     budget = parse_bytes("--gpu_memory", gpu_memory)
-    if checkpointed != AUTO:
-        raise UserError(f"--gpu_memory {gpu_memory}: only --checkpointed_layers auto keeps to it; give that too.")
+    if not is_kept_to:
+        raise UserError(
+            f"--gpu_memory {gpu_memory}: only --checkpointed_layers auto and --lisa_activated_layers auto keep to it; "
+            "give one of them too."
+        )
     return budget
 
 

@@ -30,7 +30,7 @@ from lisa_dist.core.agreement import broadcast_active_set, compare_ranks
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.changes import BlockChanges
 from lisa_dist.core.checkpointing import check_checkpointing, let_backward_end
-from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_weights
+from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_not_held, check_weights
 from lisa_dist.core.frozen_layers import hold_frozen_layers
 from lisa_dist.core.guards import InactiveWeights, MissedSwitchGuard, NonfiniteGuard
 from lisa_dist.core.importance import observe_layers
@@ -72,6 +72,7 @@ class LisaController:
         override_construction()
         self.config = config
         check_no_adapters(model)
+        check_not_held(model)
         self.blocks = find_blocks(model, config.lisa_layers_attribute)
         check_weights(self.blocks)
         self.blocks.leave_out_frozen()
@@ -192,13 +193,13 @@ class LisaController:
         self._nonfinite.check(f"period {self.period}, active layers {list(self.active_layers)}")
 
     def close(self) -> None:
-        """Write the last period's line of the log, give the output folder back, and the model; after the last step."""
+        """Write the last period's line of the log, and give the output folder back; call after the last step."""
+        self.partitions.close()
         self.check_finite()
         if self._inactive_weights is not None:
             self._inactive_weights.check(self.period)
         self._log.close(self.engine.global_steps, self._measure)
         self._note_movement()
-        self.partitions.close()
         self.at_close()
 
     def live_bytes(self) -> int:
@@ -299,9 +300,8 @@ class LisaController:
             self.visit_counts[layer] += 1
         for block in self.active_blocks:
             self.block_visit_counts[block] += 1
-        probabilities = self.selection.probabilities(self.active)
         fields = {"period": self.period, "step": step, "seconds": seconds, "bytes_released": bytes_released}
-        self._log.begin(self.active, **fields, probabilities=probabilities)
+        self._log.begin(self.active, **fields, probabilities=self.selection.probabilities(self.active))
 
     def _measure(self) -> dict[str, int]:
         """Bytes of this rank, once the period's first step has made the moments."""
@@ -372,6 +372,8 @@ class LisaController:
         else:
             self.period = state["period"]
             self.active = ActiveSet(tuple(state["active_layers"]), tuple(state["active_blocks"]))
+        if self.frozen_layers is not None and not self.is_attached:
+            self.frozen_layers.switch(self.selection.widest(self.active).layers)
         self._activate()
         if self.is_attached:
             self._nonfinite.resume()

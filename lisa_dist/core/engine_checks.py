@@ -9,6 +9,7 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.errors import UserError
 from lisa_dist.optim.states import PartitionKey
+from lisa_dist.zero.parameters import original_of
 from lisa_dist.zero.partitions import ZeroPartitions
 
 
@@ -23,6 +24,15 @@ def check_no_adapters(model: nn.Module) -> None:
                 f"{type(model).__name__} has adapters (peft): LISA trains the model's own weights; give it the model "
                 "without them, after merge_and_unload(), or train adapters by --method lora."
             )
+
+
+def check_not_held(model: nn.Module) -> None:
+    """Raise ValueError for a model whose frozen layers another run holds in fewer bits."""
+    if any(original_of(parameter) is not None for parameter in model.parameters()):
+        raise UserError(
+            f"the frozen layers of this {type(model).__name__} are held in fewer bits by an earlier run "
+            "(--lisa_frozen_bits): load the model anew."
+        )
 
 
 def check_weights(blocks: Blocks) -> None:

@@ -13,12 +13,14 @@ with, bit for bit: it is never quantized twice, but from its original.
 """
 
 import contextlib
+import functools
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import distributed as dist
 from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -26,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.blocks import Block, Blocks
 from lisa_dist.core.weight_store import WeightStore
+from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
 from lisa_dist.text import format_bytes, in_one_line
 from lisa_dist.zero.parameters import set_original
@@ -37,9 +40,11 @@ class HeldMatrix:
     """A matrix of a frozen layer: its codes on the device, its original on the host."""
 
     def __init__(self, module: nn.Module, name: str, store: WeightStore, bits: int, device: torch.device):
-        self._module, self._name, self._store, self._bits, self._device = module, name, store, bits, device
+        self._module: Any = module
+        self._name, self._store, self._bits, self._device = name, store, bits, device
         self._codes: Any = None
         self._state: Any = None
+        self._forward_before: Any = None
         self.is_exact = False  # whether the original is computed with
 
     @property
@@ -53,6 +58,7 @@ class HeldMatrix:
         parameter = self._parameter
         parameter.data = torch.empty(0, dtype=value.dtype, device=self._device)
         set_original(parameter, self)
+        self._forward_before = vars(self._module).get("forward")
         self._module.forward = types.MethodType(held_forward, self._module)
         self._module.lisa_held = self
 
@@ -63,6 +69,8 @@ class HeldMatrix:
         set_original(parameter, None)
         parameter.data = torch.empty_like(original, device=self._device).copy_(original, non_blocking=True)
         del self._module.forward, self._module.lisa_held
+        if self._forward_before is not None:
+            self._module.forward = self._forward_before
 
     def load(self, value: torch.Tensor) -> None:
         """Another original: a saved model's, which every rank reads for itself."""
@@ -79,6 +87,11 @@ class HeldMatrix:
         if self._bits == 8:
             return codes.dequantize_blockwise(self._codes, self._state)
         return codes.dequantize_4bit(self._codes, self._state)
+
+    @property
+    def in_fp32(self) -> bool:
+        """Whether the module multiplies in fp32, as on CPUs that are slow in bf16 (`train/cpu_bf16.py`)."""
+        return self._forward_before is not None
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -107,20 +120,32 @@ class HeldProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, bias: torch.Tensor | None, held: Any, transposed: bool) -> Any:
+        """Inputs of any number of dimensions, the last of which the matrix is applied to; `held` has `whole()`."""
         ctx.held, ctx.transposed = held, transposed
         weight = held.whole()
+        if held.in_fp32:
+            shift = None if bias is None else bias.float()
+            return functional.linear(inputs.float(), weight.float(), shift).to(inputs.dtype)
         if not transposed:
             return functional.linear(inputs, weight, bias)
+        assert bias is not None  # which GPT-2's always has
         return torch.addmm(bias, inputs.reshape(-1, inputs.shape[-1]), weight).view(*inputs.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        weight = ctx.held.whole()
-        return gradients[0] @ (weight.t() if ctx.transposed else weight), None, None, None
+        weight, (gradient,) = ctx.held.whole(), gradients
+        if ctx.held.in_fp32:
+            return (gradient.float() @ weight.float()).to(gradient.dtype), None, None, None
+        return gradient @ (weight.t() if ctx.transposed else weight), None, None, None
 
 
 def held_forward(module: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """In the place of the `forward` of a linear module, or of GPT-2's, which has its matrix transposed."""
+    """In the place of the `forward` of a linear module, or of GPT-2's, which has its matrix transposed.
+
+    Raises RuntimeError where something else than LISA would train the module, whose weights are not there.
+    """
+    if module.weight.requires_grad and module.weight.numel() == 0:
+        raise RuntimeError("this model's frozen layers are held in fewer bits by a LISA run: load it anew to train it.")
     return HeldProduct.apply(inputs, module.bias, module.lisa_held, isinstance(module, Conv1D))
 
 
@@ -140,8 +165,8 @@ class FrozenLayers:
         self.store = WeightStore(weights, place, device, freed=on_host)
         self._held = {name: HeldMatrix(module, name, self.store, bits, device) for name, module in modules.items()}
         self._frozen: set[int] = set()
-        self._bits = bits
-        model.register_state_dict_post_hook(self._put_originals)
+        self._bits, self._device = bits, device
+        model.register_state_dict_post_hook(functools.partial(self._put_originals))
         del weights
 
     def describe(self) -> str:
@@ -177,13 +202,23 @@ class FrozenLayers:
                 state[prefix + name] = self._held[name].original
 
     def begin(self, active: Iterable[int]) -> None:
-        """Take all originals into the store, and hold the layers that are not active, one after the other."""
-        active = set(active)
+        """Take rank 0's weights into the store, and hold the layers that are not active, one after the other.
+
+        DeepSpeed sends rank 0's weights to all when an engine is built, but of what is held by then it finds nothing.
+        """
+        active, several = set(active), dist.is_initialized() and dist.get_world_size() > 1
         for number, layer in enumerate(self._layers):
             for name, module in layer.items():
-                self.store.write(name, module.weight.detach())
+                value = module.weight.detach()
+                if several:
+                    value = value.to(self._device, copy=True)
+                    dist.broadcast(value, src=0)
+                self.store.write(name, value)
+                if number not in active:
+                    self._held[name].hold(value)
             if number not in active:
-                self._freeze(number)
+                self._frozen.add(number)
+        gather(None)  # the host's first rank has written what the others will read
 
     def switch(self, active: Iterable[int]) -> None:
         """Hold the layers that become inactive, whose originals are what training has made of them, and release others.
@@ -248,8 +283,14 @@ def held_bytes(numels: Iterable[int], bits: int) -> int:
 
 def linear_modules(model: nn.Module, layer: Block) -> dict[str, Any]:
     """The linear modules of a layer, by the name of their matrix in the model."""
-    owners = {id(module.weight): module for module in model.modules() if type(module) in (nn.Linear, Conv1D)}
+    owners = {id(module.weight): module for module in model.modules() if _is_linear(module)}
     return {name: owners[id(value)] for name, value in layer.parameters.items() if id(value) in owners}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a product with its matrix and no more, as its class has it or in fp32."""
+    own = vars(module).get("forward")
+    return type(module) in (nn.Linear, Conv1D) and (own is None or getattr(own, "multiplies_in_fp32", False))
 
 
 def _tensors_of(values: Iterable[Any]) -> Iterator[torch.Tensor]:

@@ -2,11 +2,12 @@
 
 The first rank of each host makes a file without a name, in memory or in a folder, and the others map it through that
 rank's descriptor: it is gone with the last of them, whatever ends the run. What is mapped is pinned where there is a
-GPU, so that copies run beside its work.
+GPU, so that the host waits for no copy; they are in the order of what the GPU computes.
 
 The first rank writes, the others read; whoever reads what was written has met that rank in a collective since.
 """
 
+import contextlib
 import mmap
 import os
 import tempfile
@@ -20,9 +21,12 @@ import torch
 from lisa_dist.core.live_bytes import shared_addresses
 from lisa_dist.distributed.collectives import gather, raise_shared
 from lisa_dist.distributed.health import host_name
+from lisa_dist.errors import UserError
+from lisa_dist.files import check_folder
 from lisa_dist.text import format_bytes
 
 HOST = "host"  # in the place of a folder: in the host's memory
+_OF_OTHER_HOSTS = ("nfs", "nfs4", "cifs", "smb3", "lustre", "beegfs", "gpfs", "ceph", "fuse.sshfs", "9p")
 _ALIGNMENT = 4096  # bytes, of each tensor's place
 
 
@@ -30,7 +34,7 @@ class WeightStore:
     """Tensors of the sizes of `like`, by name, in memory that the ranks of a host share; all ranks build it together.
 
     `place` is "host" or a folder, `freed` the bytes of this host's memory that come free as the store is filled. Raises
-    SharedError on all ranks, naming the host, where one has no room.
+    SharedError on all ranks, naming the host, where one has no room or a rank cannot see what the first has made.
     """
 
     def __init__(self, like: Mapping[str, torch.Tensor], place: str, device: torch.device, freed: int = 0):
@@ -49,18 +53,26 @@ class WeightStore:
                     f"there ({error.strerror or error}); give a folder on a local disk with room for them."
                 )
         raise_shared(problem)
-        where = gather((os.getpid(), descriptor))[first]
-        path = f"/proc/{where[0]}/fd/{where[1]}"
-        with open(path, "r+b") as file:
-            self._mapped = mmap.mmap(file.fileno(), self.nbytes)
-        gather(None)  # all have it open
+        process, number, made = gather((os.getpid(), descriptor, _identity(descriptor)))[first]
+        try:
+            with open(f"/proc/{process}/fd/{number}", "r+b") as file:
+                if _identity(file.fileno()) != made:
+                    raise OSError("another process has that number here")
+                self._mapped = mmap.mmap(file.fileno(), self.nbytes)
+        except (OSError, ValueError) as error:
+            problem = (
+                f"--lisa_frozen_store {place}: rank {rank} cannot see the memory of rank {first}, though both are on "
+                f"{hosts[rank]} by its name ({error}); give containers other host names."
+            )
+        raise_shared(problem)
         if descriptor is not None:
             os.close(descriptor)
         whole = torch.frombuffer(self._mapped, dtype=torch.uint8)
         shared_addresses.add(whole.data_ptr())
         weakref.finalize(self, shared_addresses.discard, whole.data_ptr())
         if device.type == "cuda":
-            _register(whole)
+            _register(whole, device, says=self.is_first_of_host)
+            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, whole.data_ptr())
         self._tensors, begin = {}, 0
         for name, value in like.items():
             self._tensors[name] = whole[begin : begin + value.nbytes].view(value.dtype).view(value.shape)
@@ -87,7 +99,7 @@ def _make_file(place: str, nbytes: int, freed: int) -> int:
         descriptor = os.dup(file.fileno())
         file.close()
     else:
-        available = psutil.virtual_memory().available + freed
+        available = _available_memory() + freed
         if nbytes > available:
             raise OSError(f"{format_bytes(available)} of its memory are free")
         descriptor = os.memfd_create("lisa_dist")
@@ -102,8 +114,45 @@ def _make_file(place: str, nbytes: int, freed: int) -> int:
     return descriptor
 
 
-def _register(whole: torch.Tensor) -> None:
-    """Pin what is mapped, so that a GPU copies it by itself."""
+def _identity(descriptor: int | None) -> tuple[int, int, int] | None:
+    """What file a descriptor is of."""
+    if descriptor is None:
+        return None
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size
+
+
+def _available_memory() -> int:
+    """Bytes that this host has free, or the container that this process is in."""
+    available = psutil.virtual_memory().available
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.is_file() and (allowed := limit.read_text(encoding="ascii").strip()) != "max":
+        available = min(available, int(allowed) - int(used.read_text(encoding="ascii")))
+    return available
+
+
+def check_store(place: str) -> None:
+    """Raise UserError for a --lisa_frozen_store that is no folder to write in, or one that other hosts have."""
+    if place == HOST:
+        return
+    folder = Path(place)
+    check_folder("--lisa_frozen_store", folder, must_be_there=True)
+    mounts = [(Path(one.mountpoint), one.fstype) for one in psutil.disk_partitions(all=True)]
+    of_folder = [mount for mount in mounts if mount[0] in (folder.resolve(), *folder.resolve().parents)]
+    kind = max(of_folder, key=lambda mount: len(mount[0].parts), default=(folder, ""))[1]
+    if kind in _OF_OTHER_HOSTS:
+        raise UserError(
+            f"--lisa_frozen_store {place}: is on another host's disk ({kind}), which every switch would read; give a "
+            "folder on a disk of this host, or host for its memory."
+        )
+
+
+def _register(whole: torch.Tensor, device: torch.device, says: bool) -> None:
+    """Pin what is mapped, so that copies to a GPU need not be waited for; a warning where that cannot be."""
     error = int(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.nbytes, 0))
-    if error:
-        print(f"warning: frozen layers could not be pinned (CUDA error {error}): copies of a switch take longer")
+    if not error:
+        return
+    with contextlib.suppress(RuntimeError):  # CUDA tells of it once more, at the next kernel
+        torch.zeros(1, device=device)
+    if says:
+        print(f"warning: frozen layers could not be pinned (CUDA error {error}): a switch takes longer", flush=True)

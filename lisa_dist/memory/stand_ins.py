@@ -28,10 +28,10 @@ class _LookUp(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def looked_up(embeddings: Sequence[torch.nn.Embedding]) -> Iterator[None]:
+def looked_up(embeddings: Sequence[Any]) -> Iterator[None]:
     """Have these embeddings' gradients be of rows."""
 
-    def look_up(embedding: torch.nn.Embedding, tokens: torch.Tensor) -> torch.Tensor:
+    def look_up(embedding: Any, tokens: torch.Tensor) -> torch.Tensor:
         leaf = torch.zeros((), requires_grad=True)
         return _LookUp.apply(leaf, embedding.weight.detach(), tokens)
 
@@ -46,6 +46,8 @@ def looked_up(embeddings: Sequence[torch.nn.Embedding]) -> Iterator[None]:
 
 class _MadeWhole:
     """A matrix that is held in fewer bits, as a trace sees it: made whole whenever it is computed with."""
+
+    in_fp32 = False
 
     def __init__(self, module: Any):
         self._weight = module.weight

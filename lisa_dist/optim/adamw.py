@@ -358,7 +358,7 @@ def _number_of(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
 
 
-def _check_finite(gradients: list[torch.Tensor]) -> None:
+def _check_finite(gradients: list[Any]) -> None:
     gradients = [gradient for gradient in gradients if gradient.numel()]
     extremes = [value.float() for gradient in gradients for value in torch.aminmax(gradient)]
     if extremes and not torch.stack(extremes).isfinite().all():

@@ -16,8 +16,8 @@ SLAB = 1 << 22
 class RowGradient:
     """The elements [start, start + numel) of a flattened matrix of `columns` columns.
 
-    `rows[i]` is the gradient of row `indices[i]`; indices ascend, each comes once, and whatever else there is has none.
-    What rows have outside of the piece is made zero.
+    `rows[i]`, of `columns` elements in any float dtype, is the gradient of row `indices[i]`; indices, int64, ascend,
+    each comes once, and whatever else there is has none. `rows` are taken over: what is outside of the piece becomes 0.
     """
 
     def __init__(self, start: int, numel: int, columns: int, indices: torch.Tensor, rows: torch.Tensor):

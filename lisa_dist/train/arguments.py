@@ -119,8 +119,7 @@ class RunArguments:
                 f"--checkpointed_layers {self.checkpointed_layers} with --method {self.method}: a number of layers is "
                 "for --method lisa; give none or all."
             )
-        # Other methods have no use for it, as their header says: a recipe that has it serves them too.
-        parse_budget(self.gpu_memory, checkpointed if self.method == "lisa" else AUTO)
+        parse_budget(self.gpu_memory, is_kept_to=True)
         check_loss(self.loss)
         if self.hang_timeout < 0:
             raise UserError(f"--hang_timeout {self.hang_timeout}: seconds are not negative; 0 turns it off.")
@@ -359,4 +358,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     check_port()
     # What is cheap to check comes first: the training arguments start the process group.
     run_args, data_args, lisa_config, model_args, training_args = parser.parse_args_and_config(words)
+    _check_budget(run_args, lisa_config)
     return RunConfig(run_args, data_args, training_args, model_args, lisa_config)
+
+
+def _check_budget(run_args: RunArguments, lisa_config: LisaConfig) -> None:
+    """Other methods have no use for --gpu_memory, as their header says: a recipe that has it serves them too."""
+    is_auto = AUTO in (parse_checkpointed_layers(run_args.checkpointed_layers), lisa_config.lisa_activated_layers)
+    parse_budget(run_args.gpu_memory, is_auto or run_args.method != "lisa")

@@ -1,18 +1,20 @@
 """`--lisa_activated_layers auto` of a run: planned at its beginning, and on a resume what its run had."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from lisa_dist.checkpoint.folders import checkpoints_by_age
 from lisa_dist.config import AUTO_LAYERS, LisaConfig
+from lisa_dist.core.checkpointing import AUTO, parse_checkpointed_layers
 from lisa_dist.distributed.collectives import gather, raise_shared
 from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError
 from lisa_dist.memory.planner import with_most_layers
 from lisa_dist.run_folder import check_state
 from lisa_dist.train.arguments import RunConfig
-from lisa_dist.train.loss import plan_arguments
+from lisa_dist.train.loss import plan_arguments, possible_losses
 
 
 def check_auto_layers(config: RunConfig) -> None:
@@ -33,15 +35,18 @@ def settle_layers(config: RunConfig, model_config: PretrainedConfig, resume_from
         except UserError as error:
             problem = str(error)
     raise_shared(problem)
-    return config._replace(lisa=gather(settled)[0])
+    run = config.run
+    if parse_checkpointed_layers(run.checkpointed_layers) != AUTO:  # nothing else keeps to it
+        run = replace(run, gpu_memory=None)
+    return config._replace(lisa=gather(settled)[0], run=run)
 
 
 def _planned(config: RunConfig, model_config: PretrainedConfig) -> LisaConfig:
-    arguments, training = plan_arguments(config), config.training
+    arguments, training = plan_arguments(config, possible_losses(config, model_config)), config.training
     if arguments is None:
         raise UserError(
-            "--lisa_activated_layers auto: there is no GPU to ask for its memory; give --gpu_memory and "
-            "--checkpointed_layers auto, or a number of layers."
+            "--lisa_activated_layers auto: there is no GPU to ask for its memory; give --gpu_memory, or a number of "
+            "layers."
         )
     ds_config = training.hf_deepspeed_config.config
     return with_most_layers(model_config, arguments, config.lisa, ds_config, on_cpu=training.use_cpu)

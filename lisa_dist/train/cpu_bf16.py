@@ -26,6 +26,8 @@ def multiply_in_fp32(model: nn.Module) -> None:
 class _Fp32Forward:
     """Stands in for a Linear's forward; a class, so that the model can still be pickled and copied."""
 
+    multiplies_in_fp32 = True  # what frozen layers in fewer bits then do too
+
     def __init__(self, module: nn.Linear):
         self._module = module
 

@@ -1,8 +1,6 @@
 """Files and folders that a run is given, looked at before anything is loaded or written."""
 
-import contextlib
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +17,6 @@ from lisa_dist.shapes import misfit
 
 SCHEDULER_NAME = "scheduler.pt"  # transformers.trainer's
 _TOKENIZERS = ("tokenizer*", "vocab*", "spiece*", "sentencepiece*", "*.model", "*.tiktoken", "tekken.json")
-
-
-def check_output_dir(folder: Path) -> None:
-    """Raise UserError for an output folder that is none, or in which nothing can be written; nothing is made there."""
-    flag = f"--output_dir {folder}"
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            folder.stat()  # a name that is too long, or below a file
-        # A link to nothing is there too, and no folder can be made of it.
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-        if not there.is_dir():
-            raise UserError(f"{flag}: {there} is no folder; give another.")
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise UserError(f"{flag}: nothing can be written there ({error.strerror}); give another folder.") from error
 
 
 def check_model_folder(name: str, loads_by: dict[str, Any]) -> None:

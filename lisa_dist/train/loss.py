@@ -85,7 +85,7 @@ def _logits_fit(config: RunConfig, model_config: PretrainedConfig) -> tuple[bool
     training = config.training
     if not training.max_length:
         return False, "no --max_length bounds the logits"
-    arguments = plan_arguments(config)
+    arguments = plan_arguments(config, AUTO)
     if arguments is None:
         return _fits_on_the_host(training, model_config)
     try:
@@ -96,11 +96,19 @@ def _logits_fit(config: RunConfig, model_config: PretrainedConfig) -> tuple[bool
     return plan.workload.loss == LOGITS, why.removeprefix("auto: ")
 
 
-def plan_arguments(config: RunConfig) -> PlanArguments | None:
+def possible_losses(config: RunConfig, model_config: PretrainedConfig) -> str:
+    """What a plan is to be asked for: the loss of the run, or auto where it may keep logits, or not."""
+    given = config.run.loss
+    return CHUNKED if given == AUTO and _why_not(LOGITS, config, model_config) is not None else given
+
+
+def plan_arguments(config: RunConfig, loss: str) -> PlanArguments | None:
     """What is to be planned for a run that has a --max_length; None where nobody knows the memory that it may take."""
     training, checkpointed = config.training, parse_checkpointed_layers(config.run.checkpointed_layers)
+    longest = training.max_length
+    assert longest  # checked by who calls it
     is_lisa = config.run.method == "lisa"
-    budget = parse_budget(config.run.gpu_memory, checkpointed) if is_lisa else None
+    budget = parse_budget(config.run.gpu_memory, is_kept_to=True) if is_lisa else None
     if budget is None and torch.cuda.is_available():
         budget = torch.cuda.get_device_properties(training.device).total_memory - RESERVED
     if budget is None:
@@ -113,7 +121,7 @@ def plan_arguments(config: RunConfig) -> PlanArguments | None:
         gpus=training.world_size,
         gpu_memory=f"{budget}B",
         reserve="0",
-        seq_length=training.max_length,
+        seq_length=longest,
         micro_batch_size=training.per_device_train_batch_size,
         method=config.run.method,
         lora_r=config.model.lora_r,
@@ -121,6 +129,7 @@ def plan_arguments(config: RunConfig) -> PlanArguments | None:
         precision="fp32" if is_fp32 else "bf16",  # fp16 takes as much
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         checkpointed_layers=str(checkpointed),
+        loss=loss,
     )
 
 

@@ -21,6 +21,7 @@ from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.engine_config import check_eval_frozen_bits, prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights, split_columns
+from lisa_dist.core.weight_store import check_store
 from lisa_dist.data.dataset import Data, DataArguments, describe_examples, load_data
 from lisa_dist.data.encoding import set_chat_template
 from lisa_dist.distributed.collectives import raise_shared, together
@@ -28,7 +29,7 @@ from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.errors import UserError
-from lisa_dist.files import naming_lost_files, read_text
+from lisa_dist.files import check_folder, naming_lost_files, read_text
 from lisa_dist.run_folder import write_run
 from lisa_dist.text import in_one_line
 from lisa_dist.train.arguments import ALL_LINEAR, LisaOptimizerNames, ModelArguments, RunConfig
@@ -42,7 +43,7 @@ from lisa_dist.train.checks import (
 )
 from lisa_dist.train.compiled_layers import CompiledLayers, check_compile
 from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
-from lisa_dist.train.given_paths import check_model_folder, check_output_dir, check_resume
+from lisa_dist.train.given_paths import check_model_folder, check_resume
 from lisa_dist.train.layer_norms import LayerNorms
 from lisa_dist.train.liger import FUSED_LOSS, check_liger
 from lisa_dist.train.loss import check_loss_of_run, choose_loss
@@ -168,7 +169,7 @@ def _check(config: RunConfig) -> None:
         raise UserError("--packing true needs a --max_length: that of the rows which examples share.")
     if not training.output_dir:
         raise UserError("--output_dir is empty: give a folder.")
-    check_output_dir(Path(str(training.output_dir)))
+    check_folder("--output_dir", Path(str(training.output_dir)))
     loads_by: Any = training.model_init_kwargs  # JSON of a command line is an object by now
     for name in loads_by or {}:
         if name in _FLAGS_OF_LOADING:
@@ -203,6 +204,7 @@ def _check(config: RunConfig) -> None:
             )
         return
     check_compiled_frozen_layers(training, config.lisa)
+    check_store(config.lisa.lisa_frozen_store)
     check_auto_layers(config)
     prepare_ds_config(ds_config, config.lisa, training.optim, precision_of_arguments(training))
     _check_layers(config, model_config)

@@ -32,7 +32,7 @@ from lisa_dist.checkpoint.save import finish_save, save_checkpoint
 from lisa_dist.checkpoint.trust import check_pickles
 from lisa_dist.checkpoint.weights import read_weights, save_without_weights, write_weights
 from lisa_dist.config import LisaConfig
-from lisa_dist.core.checkpointing import parse_budget, parse_checkpointed_layers
+from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_checks import check_no_adapters
 from lisa_dist.core.engine_config import check_eval_frozen_bits
@@ -97,7 +97,7 @@ class LisaMixin(MonitoredMixin):
         self.lisa: LisaController | None = None
         self.lisa_config = lisa_config or LisaConfig()
         self._checkpointed_layers = parse_checkpointed_layers(checkpointed_layers)
-        self._gpu_memory = parse_budget(gpu_memory, self._checkpointed_layers)
+        self._gpu_memory = parse_budget(gpu_memory, self._checkpointed_layers == AUTO)
         self._memory: RunMemory | None = None
         self._ranks: list[tuple[str, str]] = []
         self._slow_ranks: SlowRanks | None = None
@@ -166,6 +166,8 @@ class LisaMixin(MonitoredMixin):
             finally:
                 if self._memory is not None:
                     self._memory.abandon()
+                if self.lisa is not None and self.lisa.is_attached:  # also where the run has raised
+                    self.lisa.partitions.close()
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None

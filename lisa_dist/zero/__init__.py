@@ -63,8 +63,9 @@ copy_grads_in_partition                   copies gradients to one buffer for   k
   offload: gradients.py                                                        as groups step.
                                                                                test_a_plan_is_what_a_step_allocates
 get_all_grad_tensors,                     has the gradient of an embedding     LisaAdamW: has the rows that occur,
-get_flat_partition, _has_inf_or_nan       whole, on each rank                  each at the ranks whose pieces it is
-  LisaAdamW on stages 1, 2, without                                            in.
+get_flat_partition, _has_inf_or_nan,      whole, on each rank                  each at the ranks whose pieces it is
+zero_grad                                                                      in.
+  LisaAdamW on stages 1, 2, without
   offload: embedding_rows.py                                                   test_rows_train_as_whole_gradients_do
 temp_grad_buffer_for_gpu_offload          allocates it at construction         allocates it when accumulation uses it.
   under optimizer offload, stages 1, 2:                                        test_a_plan_is_what_a_step_allocates

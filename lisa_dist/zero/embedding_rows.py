@@ -31,6 +31,9 @@ def embedding_of(model: nn.Module, parameter: nn.Parameter) -> nn.Embedding | No
     if len(owners) != 1 or type(owners[0]) is not nn.Embedding:
         return None
     embedding = owners[0]
+    own = vars(embedding).get("forward")
+    if own is not None and not isinstance(getattr(own, "__self__", None), EmbeddingRows):
+        return None  # somebody has replaced it
     plain = embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
     return embedding if plain else None
 
@@ -43,7 +46,8 @@ class EmbeddingRows:
         self.noted: list[tuple[torch.Tensor, torch.Tensor]] = []  # tokens, once each, and their rows, of lookups
         self._owned: tuple[torch.Tensor, torch.Tensor] | None = None
         self._leaf = torch.zeros((), device=embedding.weight.device, requires_grad=True)
-        embedding.forward = self._look_up
+        module: Any = embedding
+        module.forward = self._look_up
 
     def note(self, tokens: torch.Tensor, gradient: torch.Tensor) -> None:
         """The gradient of what a lookup has given."""
@@ -52,6 +56,10 @@ class EmbeddingRows:
         self.noted.append(_add_up(tokens.reshape(-1), gradient.reshape(-1, gradient.shape[-1])))
         if sum(len(indices) for indices, _ in self.noted) > self._embedding.num_embeddings:  # on stage 1
             self.noted = [_merge(self.noted)]
+
+    def clear(self) -> None:
+        """Forget what waits for a step, as when gradients are set to zero."""
+        self.noted, self._owned = [], None
 
     def reduce(self) -> None:
         """At the end of a backward pass: every row to the ranks that have a piece of it; all ranks call it."""
@@ -167,8 +175,17 @@ def reduced_by_rows(model: nn.Module, zero: Any, index: int, pieces: Sequence[Pi
     def gradients_of(params: list[nn.Parameter], dtype: torch.dtype) -> list[torch.Tensor]:
         if params is not zero.params_in_partition[index]:
             return optimizer_class.get_all_grad_tensors(zero, params, dtype)
+        if zero.get_gradient_for_reduction(parameter) is not None:
+            raise RuntimeError(
+                f"{type(model).__name__} reads the matrix of its input embedding elsewhere than in a lookup, so its "
+                "gradient would be lost: use another --optim than lisa_adamw."
+            )
         rows.reduce()
         return []
+
+    def zero_grad(*args: Any, **kwargs: Any) -> None:
+        rows.clear()
+        optimizer_class.zero_grad(zero, *args, **kwargs)
 
     def flat_partition(*args: Any, param_group_idx: int, **kwargs: Any) -> Any:
         if param_group_idx != index:
@@ -183,4 +200,5 @@ def reduced_by_rows(model: nn.Module, zero: Any, index: int, pieces: Sequence[Pi
         "get_all_grad_tensors": gradients_of,
         "get_flat_partition": flat_partition,
         "_has_inf_or_nan": has_inf_or_nan,
+        "zero_grad": zero_grad,
     }

@@ -338,7 +338,10 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
             ["--checkpointed_layers", "3", "--method", "full"],
             "--checkpointed_layers 3 with --method full: a number of layers is for --method lisa; give none or all",
         ),
-        (["--gpu_memory", "22GiB"], "--gpu_memory 22GiB: only --checkpointed_layers auto keeps to it"),
+        (
+            ["--gpu_memory", "22GiB"],
+            "--gpu_memory 22GiB: only --checkpointed_layers auto and",
+        ),
         (["--loss", "nll"], "--loss nll: unknown; choose one of auto, logits, chunked, liger"),
         (["--deepspeed", "zero7"], "--deepspeed zero7: neither a file nor a shipped config"),
         (["--lisa_activated_layers", "-1"], "--lisa_activated_layers -1"),
@@ -408,7 +411,7 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
             "--lisa_activated_layers auto: there is no GPU to ask for its memory",
         ),
         (
-            {"lisa_activated_layers": "auto", "checkpointed_layers": "auto", "gpu_memory": "2MiB"},
+            {"lisa_activated_layers": "auto", "checkpointed_layers": "all", "gpu_memory": "2MiB"},
             "--lisa_activated_layers auto: not one layer fits 2.0 MiB",
         ),
         ({"lisa_frozen_bits": 4, "bf16": True, "deepspeed": "zero3"}, "--lisa_frozen_bits 4 on ZeRO stage 3"),
@@ -417,6 +420,10 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
         (
             {"lisa_frozen_bits": 4, "bf16": True, "torch_compile": True},
             "--torch_compile True with --lisa_frozen_bits 4",
+        ),
+        (
+            {"lisa_frozen_bits": 4, "bf16": True, "lisa_frozen_store": "absent"},
+            "--lisa_frozen_store absent: absent is no",
         ),
         ({"eval_frozen_bits": 8}, "--eval_frozen_bits 8: frozen layers are evaluated as they are held"),
         ({"lisa_master": "bf16_sr", "optim": "lisa_adamw"}, "--lisa_master bf16_sr with weights in fp32"),

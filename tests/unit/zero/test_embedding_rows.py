@@ -39,8 +39,10 @@ def train(ds_config: str, by_rows: bool, dtype: torch.dtype, settings: dict, opt
             gradient_accumulation_steps=accumulation,
         )
         embedding = model.get_input_embeddings()
-        whole = []
+        whole, trains = [], embedding.weight.requires_grad
+        embedding.weight.requires_grad_(True)  # to take the hook, whichever period is the first
         embedding.weight.register_post_accumulate_grad_hook(lambda weight: whole.append(weight.grad.shape))
+        embedding.weight.requires_grad_(trains)
         losses, kept = [], []
         for micro_batches in token_batches(STEPS, rows=4, micro_batches=accumulation, length=8):
             losses.append(train_step(engine, lisa, micro_batches))
