@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers import PretrainedConfig
 
 from lisa_dist.checkpoint.folders import checkpoints_by_age
@@ -18,9 +19,16 @@ from lisa_dist.train.loss import plan_arguments, possible_losses
 
 
 def check_auto_layers(config: RunConfig) -> None:
-    """Raise UserError where a number of layers is to be planned and a step's longest row is not known."""
-    if config.lisa.lisa_activated_layers == AUTO_LAYERS and not config.training.max_length:
+    """Raise UserError where a number of layers is to be planned, and what bounds it is not known."""
+    if config.lisa.lisa_activated_layers != AUTO_LAYERS:
+        return
+    if not config.training.max_length:
         raise UserError("--lisa_activated_layers auto: give --max_length, which bounds what a step needs.")
+    if config.run.gpu_memory is None and not torch.cuda.is_available():
+        raise UserError(
+            "--lisa_activated_layers auto: there is no GPU to ask for its memory; give --gpu_memory, or a number of "
+            "layers."
+        )
 
 
 def settle_layers(config: RunConfig, model_config: PretrainedConfig, resume_from: str | bool | None) -> RunConfig:
@@ -43,11 +51,7 @@ def settle_layers(config: RunConfig, model_config: PretrainedConfig, resume_from
 
 def _planned(config: RunConfig, model_config: PretrainedConfig) -> LisaConfig:
     arguments, training = plan_arguments(config, possible_losses(config, model_config)), config.training
-    if arguments is None:
-        raise UserError(
-            "--lisa_activated_layers auto: there is no GPU to ask for its memory; give --gpu_memory, or a number of "
-            "layers."
-        )
+    assert arguments is not None  # its memory is known
     ds_config = training.hf_deepspeed_config.config
     return with_most_layers(model_config, arguments, config.lisa, ds_config, on_cpu=training.use_cpu)
 

@@ -105,6 +105,11 @@ def test_the_number_of_layers_is_planned_and_stays_on_a_resume(folder, tmp_path)
     status, said = run_alone(flags_for(folder, tmp_path / "fewer", **fewer), tmp_path / "fewer.txt")
     assert status == 0, said[-3000:]
     assert int(re.search(r"2 steps with (\d) layers, uniform", said)[1]) < 6
+    none = auto | {"gpu_memory": "1MiB", "checkpointed_layers": "all"}
+    status, said = run_alone(flags_for(folder, tmp_path / "none", **none), tmp_path / "none.txt")
+    assert status == 2
+    assert "lisa-dist: --lisa_activated_layers auto: not one layer fits 1.0 MiB: with one " in said
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.usefixtures("cpu_ops")
@@ -409,10 +414,6 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
         (
             {"lisa_activated_layers": "auto"},
             "--lisa_activated_layers auto: there is no GPU to ask for its memory",
-        ),
-        (
-            {"lisa_activated_layers": "auto", "checkpointed_layers": "all", "gpu_memory": "2MiB"},
-            "--lisa_activated_layers auto: not one layer fits 2.0 MiB",
         ),
         ({"lisa_frozen_bits": 4, "bf16": True, "deepspeed": "zero3"}, "--lisa_frozen_bits 4 on ZeRO stage 3"),
         ({"lisa_frozen_bits": 8}, "--lisa_frozen_bits 8 with weights in fp32"),

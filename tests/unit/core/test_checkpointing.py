@@ -35,15 +35,13 @@ def test_values_of_the_flag():
         number_of_layers(7, 6)
 
 
-def test_a_budget_is_of_auto():
-    assert parse_budget(None, None) is None
-    assert parse_budget(None, 3) is None
-    assert parse_budget("2GiB", "auto") == 2 * 2**30
-    for checkpointed in (None, 0, "all", 3):
-        with pytest.raises(ValueError, match="--gpu_memory 2GiB: only --checkpointed_layers auto"):
-            parse_budget("2GiB", checkpointed)
+def test_a_budget_is_of_what_keeps_to_it():
+    assert parse_budget(None, is_kept_to=False) is None
+    assert parse_budget("2GiB", is_kept_to=True) == 2 * 2**30
+    with pytest.raises(ValueError, match="only --checkpointed_layers auto and --lisa_activated_layers auto keep to it"):
+        parse_budget("2GiB", is_kept_to=False)
     with pytest.raises(ValueError, match="--gpu_memory much: not a size"):
-        parse_budget("much", "auto")
+        parse_budget("much", is_kept_to=True)
 
 
 def test_the_fewest_layers_that_fit():
