@@ -169,15 +169,7 @@ def reduction_stages_1_2(
         return rank in slices_of(arrival)
 
     def scratch(reduced: list[Arrival]) -> int:
-        # Slice after slice is copied to one flat tensor until that is larger than the bucket; a single one is not.
-        most_copied = numel_in_flat = slices_in_flat = 0
-        previous_owner = None
-        for owner, numel in (owned for arrival in reduced for owned in slices_of(arrival).items()):
-            slices_in_flat, previous_owner = slices_in_flat + (owner != previous_owner), owner
-            numel_in_flat += numel
-            most_copied = max(most_copied, numel_in_flat if slices_in_flat > 1 else 0)
-            if numel_in_flat > bucket_numel:
-                numel_in_flat, slices_in_flat, previous_owner = 0, 0, None
+        most_copied = _most_copied([owned for arrival in reduced for owned in slices_of(arrival).items()], bucket_numel)
         sent = []
         if send_scratch and is_last:
             sent = [send_scratch(slices_of(arrival)[rank]) for arrival in reduced if is_local(arrival)]
@@ -208,6 +200,22 @@ def reduction_stages_1_2(
         is_local=is_local,
         clones_large=send_scratch is not None,
     )
+
+
+def _most_copied(owned: Sequence[tuple[int, int]], bucket_numel: int) -> int:
+    """Elements of the largest flat copy of gradients that are sent, each slice as its owner and its elements.
+
+    Slice after slice is copied to one flat tensor until that is larger than the bucket; a single one is not.
+    """
+    most_copied = numel_in_flat = slices_in_flat = 0
+    previous_owner = None
+    for owner, numel in owned:
+        slices_in_flat, previous_owner = slices_in_flat + (owner != previous_owner), owner
+        numel_in_flat += numel
+        most_copied = max(most_copied, numel_in_flat if slices_in_flat > 1 else 0)
+        if numel_in_flat > bucket_numel:
+            numel_in_flat, slices_in_flat, previous_owner = 0, 0, None
+    return most_copied
 
 
 def reduction_stage_3(
