@@ -214,6 +214,10 @@ def hash_tensors(values: Iterable[tuple[str, object]]) -> str:
     return digest.hexdigest()
 
 
+# Of releases that have them; where they are as by default a run is one of before.
+NEW_SETTINGS = {"lisa_frozen_bits": 16, "lisa_frozen_store": "host"}
+
+
 def describe_checkpoint(output_dir: Path) -> dict:
     """Names of a run's files; of its checkpoint state and sums of tensors, no times, versions or bytes of memory."""
     saved = output_dir / f"checkpoint-{CUT}"
@@ -222,6 +226,9 @@ def describe_checkpoint(output_dir: Path) -> dict:
         del state[name]
     for name in ("seconds", "live_bytes", "bytes_released"):
         del state["lisa"]["record"][name]
+    for name, default in NEW_SETTINGS.items():
+        if state["lisa"]["config"].get(name) == default:
+            del state["lisa"]["config"][name]
     # Weights by their tensors below; an identity is of releases that have one.
     others = (path for path in output_dir.rglob("*") if not path.name.startswith(("model", "lisa_identity")))
     described = {"names of files": sorted(str(path.relative_to(output_dir)) for path in others)}

@@ -167,7 +167,7 @@ def test_memory_sees_what_a_callback_keeps_and_moves(benchmark, tmp_path, capsys
 
 def test_speed_has_every_arm(benchmark, tmp_path, capsys):
     results = tmp_path / "speed.json"
-    words = [*TINY, "--configs", "zero2", "--length", "16", "--repeats", "2", "--results", str(results)]
+    words = [*TINY, "--configs", "zero2", "--length", "64", "--repeats", "2", "--results", str(results)]
     benchmark("speed", *words).main()
     figures = json.loads(results.read_text())["figures"]
     plain, _, more = figures.values()  # and the two at twice the width
