@@ -149,7 +149,8 @@ def test_live_bytes_are_flat_over_switches_and_fall_with_the_bits():
     numels = [value.numel() for value in tiny_llama().model.layers[0].parameters() if value.ndim == 2]
     for bits in (8, 4):  # four layers of six are frozen
         saved = 4 * (2 * sum(numels) - held_bytes(numels, bits))
-        assert by_bits[16][-1] - by_bits[bits][-1] == pytest.approx(saved, abs=512)
+        # bitsandbytes has a table of its own from a process's first quantization on.
+        assert by_bits[16][-1] - by_bits[bits][-1] == pytest.approx(saved, abs=1024 + 512)
 
 
 def run_and_save(folder: str, bits: int) -> dict:
