@@ -1,6 +1,6 @@
 """The gradient of a piece of a matrix by the rows that have one: of an embedding no more than a batch has tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -80,29 +80,34 @@ class RowGradient:
 
 def adamw_slabs(tensors: StepTensors, start: int) -> Iterator[tuple[StepTensors, int]]:
     """A piece whose gradient is of rows, slab by slab, each with its first element; any other as it is."""
-    gradient: Any = tensors.gradient
-    if not isinstance(gradient, RowGradient):
-        yield tensors, start
-        return
-    for cut, laid_out in gradient.slabs():
-        element = start + cut.start
+
+    def cuts(element: int, numel: int) -> dict[str, slice]:
         first = element // BLOCK - start // BLOCK
-        blocks = slice(first, first + num_blocks(element, len(laid_out)))
-        cuts = {"gradient_scale": slice(None), "exp_avg_scales": blocks, "exp_avg_sq_scales": blocks}
-        there = {name: value for name, value in vars(tensors).items() if value is not None and name != "gradient"}
-        fields = {name: value[cuts.get(name, cut)] for name, value in there.items()}
-        yield replace(tensors, gradient=laid_out, **fields), element
+        blocks = slice(first, first + num_blocks(element, numel))
+        return {"exp_avg_scales": blocks, "exp_avg_sq_scales": blocks}
+
+    return _in_slabs(tensors, start, cuts)
 
 
 def factored_slabs(tensors: FactoredTensors, start: int, columns: int) -> Iterator[tuple[FactoredTensors, int]]:
     """The same of a piece whose moments are factored."""
-    gradient: Any = tensors.gradient
+
+    def cuts(element: int, numel: int) -> dict[str, slice]:
+        first = element // columns - start // columns
+        return {"row_roots": slice(first, first + num_rows(element, numel, columns)), "column_roots": slice(None)}
+
+    return _in_slabs(tensors, start, cuts)
+
+
+def _in_slabs(tensors: Any, start: int, cuts: Callable[[int, int], dict[str, slice]]) -> Iterator[tuple[Any, int]]:
+    """`cuts` are those of fields that have not one number an element, for an element and a number of them."""
+    gradient = tensors.gradient
     if not isinstance(gradient, RowGradient):
         yield tensors, start
         return
+    there = {name: value for name, value in vars(tensors).items() if value is not None and name != "gradient"}
     for cut, laid_out in gradient.slabs():
         element = start + cut.start
-        first = element // columns - start // columns
-        rows = slice(first, first + num_rows(element, len(laid_out), columns))
-        fields = {name: value[cut] for name in ("weight", "master") if (value := getattr(tensors, name)) is not None}
-        yield replace(tensors, gradient=laid_out, row_roots=tensors.row_roots[rows], **fields), element
+        cuts_here = {"gradient_scale": slice(None), **cuts(element, len(laid_out))}
+        fields = {name: value[cuts_here.get(name, cut)] for name, value in there.items()}
+        yield replace(tensors, gradient=laid_out, **fields), element
