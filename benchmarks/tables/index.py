@@ -152,7 +152,7 @@ def of_peers(figures: dict) -> str:
 
 @latest("policies")
 def of_policies(figures: dict) -> str:
-    names = ("LoRA r16", "LISA as published", "LISA, embed+head drawn", "LISA, drawn, on host")
+    names = ("LoRA r16", "QLoRA r16", "LISA as published", "LISA, factored", "LISA, factored, frozen 4 bits")
     peaks = [gib(figures[f"llama3.1-8b, 1024 tokens, 0 checkpointed, {name}"]["gpu"]["peak"]) for name in names]
     shown = "; ".join(f"{name} {peak}" for name, peak in zip(names, peaks, strict=True))
     return f"planned peak GiB of llama3.1-8b, 1024 tokens: {shown}"

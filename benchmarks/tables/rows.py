@@ -214,18 +214,24 @@ def forms(figures: dict) -> Rows:
 def policies(figures: dict) -> Rows:
     names = {
         "LoRA r16": "LoRA, rank 16",
+        "QLoRA r16": "QLoRA, rank 16 (by its layers' codes)",
         "LISA as published": "LISA as published: embed and head always trained",
         "LISA, always-on 8 bit": "their moments in 8 bits",
         "LISA, embed+head drawn": "embed and head sampled",
         "LISA, drawn, 8 bit": "sampled, all moments in 8 bits",
         "LISA, always on, 6 bytes": "always trained, no masters, moments in 8 bits "
         "(`--optim lisa_adamw --lisa_master bf16_sr`)",
-        "LISA, drawn, 6 bytes": "sampled, the same",
+        "LISA, factored": "the same, embed and head factored "
+        "(`--lisa_state_bits embed=factored,head=factored,layers=8`)",
+        "LISA, factored, frozen 8 bits": "the same, frozen layers in 8 bits (`--lisa_frozen_bits 8`)",
+        "LISA, factored, frozen 4 bits": "the same, frozen layers in 4 bits",
+        "LISA, drawn, 6 bytes": "embed and head sampled, no masters, moments in 8 bits",
         "LISA, states on host": "all states on the host (`--deepspeed zero2_offload`)",
         "LISA, drawn, on host": "sampled (`--lisa_always_on rest`), all states on the host "
         "(`--lisa_offload embed,head,rest,layers`)",
     }
-    lengths = {"1024": "1024 tokens, 0", "4096": "4096 tokens, 0", "1024, all checkpointed": "1024 tokens, 32"}
+    lengths = {"1024": "1024 tokens, 0", "4096": "4096 tokens, 0"}
+    lengths |= {f"{tokens}, all checkpointed": f"{tokens} tokens, 32" for tokens in lengths}
     models = {"LLaMA-2-7B": "llama2-7b", "Llama-3.1-8B": "llama3.1-8b"}
     columns = [f"{model}, {length} checkpointed" for model in models.values() for length in lengths.values()]
     rows = [

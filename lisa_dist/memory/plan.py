@@ -45,7 +45,7 @@ class PlanArguments:
     )
     loss: str = field(
         default=AUTO,
-        metadata={"help": "As in training; liger is planned as chunked."},
+        metadata={"help": "As in training; auto is for logits where they fit, else chunked."},
     )
     reserve: str = field(default="1GiB", metadata={"help": "Of a GPU, for the CUDA context, NCCL and fragments."})
     json: str | None = field(default=None, metadata={"help": "Write the plans to this file."})

@@ -126,7 +126,7 @@ class Planner:
         if given == LOGITS and why_not:
             raise UserError(f"--loss logits: {why_not}; give --loss chunked.")
         if given != AUTO or why_not:
-            loss = LOGITS if given == LOGITS else CHUNKED
+            loss = CHUNKED if given == AUTO else given
             return self._fewest_layers(ds_config, loss), f"auto: {why_not}" if given == AUTO else f"--loss {given}"
         kept = self._fewest_layers(ds_config, LOGITS)
         needed = f"{format_bytes(kept.gpu.peak)} planned with logits"
@@ -249,7 +249,7 @@ def with_most_layers(
 def _losses(config: PretrainedConfig, arguments: PlanArguments) -> list[str]:
     """How a step may compute its loss."""
     if arguments.loss != AUTO:
-        return [LOGITS if arguments.loss == LOGITS else CHUNKED]
+        return [arguments.loss]
     why_not = why_no_label_logits(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
     return [CHUNKED] if why_not else [CHUNKED, LOGITS]
 

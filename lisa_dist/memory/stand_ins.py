@@ -87,6 +87,21 @@ def as_triton(is_triton: bool) -> Iterator[None]:
         vars(chunked_logprob).update(by_torch)
 
 
+@contextlib.contextmanager
+def gradient_at_once(is_liger: bool) -> Iterator[None]:
+    """Have the loss in chunks stand for Liger's: it too sums the gradient of the whole head in fp32, and rounds it."""
+    if not is_liger:
+        yield
+        return
+    from lisa_dist.core.head_gradient import LogProbsInSlabs
+
+    words, LogProbsInSlabs.words = LogProbsInSlabs.words, None
+    try:
+        yield
+    finally:
+        LogProbsInSlabs.words = words
+
+
 class TritonScores(torch.autograd.Function):
     """What TRL's Triton kernel allocates for log-probabilities and entropies; it cannot run on fake tensors."""
 

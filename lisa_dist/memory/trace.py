@@ -27,14 +27,14 @@ from lisa_dist.core.frozen_layers import linear_modules
 from lisa_dist.core.groups import split_by_decay, takes_bits
 from lisa_dist.core.label_logits import add_label_logits
 from lisa_dist.errors import UserError
-from lisa_dist.memory.stand_ins import TritonScores, as_triton, looked_up, made_whole
+from lisa_dist.memory.stand_ins import TritonScores, as_triton, gradient_at_once, looked_up, made_whole
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.memory.without_liger import without_liger
 from lisa_dist.optim.build import default_state_bits
 from lisa_dist.zero.embedding_rows import embedding_of
 
 # How a step computes its loss.
-CHUNKED, LOGITS, OWN = "chunked", "logits", "own"
+CHUNKED, LOGITS, LIGER, OWN = "chunked", "logits", "liger", "own"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Workload:
     dtype: torch.dtype = torch.bfloat16
     checkpointed_layers: int = 0  # so many of the lowest layers store only their inputs
     attention: str = "sdpa"
-    loss: str = CHUNKED  # TRL's in chunks, of LOGITS of the positions with a label, or the model's OWN
+    loss: str = CHUNKED  # TRL's in chunks, of LOGITS of the positions with a label, LIGER's, or the model's OWN
     labels: int | None = None  # positions with a label, where LOGITS are not of all that can have one
     triton: bool = False  # TRL's loss by its Triton kernels, as on a GPU
     padded: bool = False  # examples of several lengths: the attention has a mask
@@ -164,6 +164,9 @@ class FakeRun:
             if workload.loss != OWN:
                 from trl.trainer.utils import add_fused_lm_head
 
+                from lisa_dist.core.head_gradient import use_slabs
+
+                use_slabs()
                 add_fused_lm_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
             if workload.loss == LOGITS:
                 score = TritonScores.apply if workload.triton else None
@@ -258,10 +261,11 @@ class FakeRun:
             tracker.add([*self._run.parameters(), *self._run.buffers()], "model")
             model_bytes = tracker.now
             no_mask, tiles = _no_mask_without_padding(workload.padded), as_triton(workload.triton)
+            whole = gradient_at_once(workload.loss == LIGER)
             held = made_whole(self.held_modules(trained))
             embeddings = [embedding_of(self._run, group.params[0]) for group in groups if group.by_rows]
             by_rows = looked_up([embedding for embedding in embeddings if embedding is not None])
-            outside = _report_model_errors(self.model.config), _without_zero3_init(), tiles, held, by_rows
+            outside = _report_model_errors(self.model.config), _without_zero3_init(), tiles, whole, held, by_rows
             with contextlib.ExitStack() as stack:
                 for context in (*outside, tracker, no_mask):
                     stack.enter_context(context)

@@ -3,10 +3,11 @@
 logits: of the positions with a label, computed once and kept for the backward pass (`core/label_logits.py`)
 chunked: TRL's own, which computes them in chunks, and again in the backward pass
 liger: Liger's, which computes them in chunks, once, and the gradients with them
-auto: logits where the plan of a step says that they fit; else Liger's where it runs; else chunked
+auto: logits where the plan of a step says that they fit; else Liger's where it runs and fits; else chunked
 """
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,14 +20,14 @@ from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner
-from lisa_dist.memory.trace import CHUNKED, LOGITS
+from lisa_dist.memory.trace import CHUNKED, LIGER, LOGITS
 from lisa_dist.optim.ops import why_no_compiler
 from lisa_dist.text import format_bytes
 from lisa_dist.train.arguments import RunConfig
 from lisa_dist.train.checks import precision_of_arguments
 from lisa_dist.train.chunked_loss import choose_loss_kernels
 from lisa_dist.train.liger import why_no_liger_loss
-from lisa_dist.train.step_memory import LIGER, RESERVED
+from lisa_dist.train.step_memory import RESERVED
 
 # Of a host's memory, for the logits of all its ranks, where no budget says what there is.
 HOST_SHARE = 1 / 16
@@ -76,8 +77,27 @@ def _choose(config: RunConfig, model_config: PretrainedConfig) -> tuple[str, str
         fits, why_not = _logits_fit(config, model_config)
         if fits:
             return LOGITS, f"auto: {why_not}"
-    no_liger = _why_not(LIGER, config, model_config)
+    no_liger = _why_not(LIGER, config, model_config) or _no_room_for_liger(config, model_config)
     return (LIGER, f"auto: {why_not}") if no_liger is None else (CHUNKED, f"auto: {why_not}; {no_liger}")
+
+
+def _no_room_for_liger(config: RunConfig, model_config: PretrainedConfig) -> str | None:
+    """Why the loss in chunks is better, for the memory that the head's gradient in fp32 takes; None where it is not."""
+    training = config.training
+    arguments = plan_arguments(config, LIGER) if training.max_length else None
+    if arguments is None:
+        return None
+    ds_config, plans = training.hf_deepspeed_config.config, []
+    try:
+        for loss in (LIGER, CHUNKED):
+            planner = Planner(
+                model_config, replace(arguments, loss=loss), _lisa_config(config), on_cpu=training.use_cpu
+            )
+            plans.append(planner.cheapest(ds_config))
+    except UserError:  # nothing of it can be planned
+        return None
+    liger, chunked = ((plan.lacks(arguments)[0], plan.workload.checkpointed_layers) for plan in plans)
+    return f"Liger's needs {format_bytes(plans[0].gpu.peak)}" if liger > chunked else None
 
 
 def _logits_fit(config: RunConfig, model_config: PretrainedConfig) -> tuple[bool, str]:

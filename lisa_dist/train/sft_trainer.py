@@ -9,13 +9,13 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
+from lisa_dist.core.head_gradient import use_slabs
 from lisa_dist.core.label_logits import add_label_logits, check_loss, why_no_label_logits
 from lisa_dist.errors import UserError
-from lisa_dist.memory.trace import CHUNKED, LOGITS
+from lisa_dist.memory.trace import CHUNKED, LIGER, LOGITS
 from lisa_dist.train.attention import documents_see_each_other, packs_documents
 from lisa_dist.train.liger import add_liger_loss
 from lisa_dist.train.monitoring import MonitoredMixin
-from lisa_dist.train.step_memory import LIGER
 from lisa_dist.train.trainer import LisaMixin
 from lisa_dist.zero.stage3 import forget_module_order
 
@@ -61,6 +61,7 @@ class _SFTMixin(MonitoredMixin):
         if loss == "auto":
             raise UserError("loss='auto': lisa-dist train chooses by a plan; give logits, chunked or liger here.")
         self._loss = loss
+        use_slabs()
         super().__init__(*args, **kwargs)
         if packs_documents(self.args):
             self.add_callback(PackingCheck(self))

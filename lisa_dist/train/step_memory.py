@@ -14,7 +14,6 @@ from lisa_dist.distributed.devices import gpu_bytes_for_tensors
 from lisa_dist.memory.run_memory import RunMemory
 from lisa_dist.memory.trace import CHUNKED, LOGITS, OWN, Workload
 
-LIGER = "liger"  # takes no more memory than the loss in chunks, and is planned as that
 RESERVED = 2**30  # bytes of a GPU, for the CUDA context, NCCL and fragments, until a step has shown them
 
 
@@ -27,7 +26,7 @@ class StepWorkload:
     def __init__(self, args: TrainingArguments, compute_loss: Callable[..., Any], loss: str = CHUNKED):
         self._args = args
         fused = None if args.label_smoothing_factor else head_is_fused(compute_loss)
-        self._loss = {True: CHUNKED if loss == LIGER else loss, False: OWN, None: None}[fused]
+        self._loss = {True: loss, False: OWN, None: None}[fused]
 
     def of(
         self, model: PreTrainedModel, rows: int, tokens: int, padded: bool, labels: torch.Tensor | None = None

@@ -5,7 +5,7 @@ is 4 GiB for Llama-3.1-8B on one GPU: more than anything else of a step. All res
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,15 +24,18 @@ def norms_with_one_collective(zero: Any, stage: Stage) -> dict[str, Callable]:
     DeepSpeed has an all-reduce for each group, and LISA has two groups for every block that trains.
     """
 
-    def sum_of_squares(index: int) -> torch.Tensor:
-        dtype = get_norm_dtype()
-        found = (one.rows if isinstance(one, RowGradient) else one for one in zero.averaged_gradients[index])
-        chunks = (chunk for gradient in found for chunk in gradient.flatten().split(NORM_CHUNK))
-        norms = [torch.linalg.vector_norm(chunk.to(dtype)) for chunk in chunks]
-        return torch.stack(norms).pow(2).sum() if norms else torch.zeros((), dtype=dtype, device=zero.device)
+    def sum_of_squares(gradients: Sequence[torch.Tensor], buffer: torch.Tensor) -> torch.Tensor:
+        chunks = (chunk for gradient in gradients for chunk in gradient.flatten().split(NORM_CHUNK))
+        norms = [torch.linalg.vector_norm(buffer[: len(chunk)].copy_(chunk)) for chunk in chunks]
+        return torch.stack(norms).pow(2).sum() if norms else buffer.new_zeros(())
 
     def norms_of_groups() -> list[torch.Tensor]:
-        sums = torch.stack([sum_of_squares(index) for index in range(len(stage.groups(zero)))])
+        groups = [zero.averaged_gradients[index] for index in range(len(stage.groups(zero)))]
+        groups = [[one.rows if isinstance(one, RowGradient) else one for one in group] for group in groups]
+        largest = max((one.numel() for group in groups for one in group), default=0)
+        # One for all chunks: on CPU the pages of a new one for each take longer than everything else here.
+        buffer = torch.empty(min(largest, NORM_CHUNK), dtype=get_norm_dtype(), device=zero.device)
+        sums = torch.stack([sum_of_squares(group, buffer) for group in groups])
         sums = sums if stage.is_stage_3 else sums.float()
         torch.distributed.all_reduce(sums, group=zero.dp_process_group)
         return list(sums.pow(0.5))

@@ -76,6 +76,14 @@ def local_weights(parameter: torch.nn.Parameter) -> torch.Tensor:
     return partition_of(parameter).data if is_partitioned(parameter) else whole_weights(parameter)
 
 
+def rows_of(parameter: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Rows of a parameter that is whole; where ZeRO-3 has gathered it, they say so too."""
+    found = parameter.detach()[rows]
+    if is_partitioned(parameter):
+        _zero3(found).ds_status = _zero3(parameter).ds_status
+    return found
+
+
 def held_tensors(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
     """What this rank's memory has of a parameter: its weights, or the codes that stand for them."""
     held = original_of(parameter)

@@ -18,6 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import lisa_dist
 from lisa_dist.commands.plan import main
+from lisa_dist.core.head_gradient import use_slabs
 from lisa_dist.core.label_logits import add_label_logits
 from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.core.selection import sampled_blocks
@@ -38,7 +39,7 @@ from lisa_dist.memory.planner import (
     with_most_layers,
 )
 from lisa_dist.memory.stage_settings import StageSettings
-from lisa_dist.memory.trace import OWN, FakeRun, Trained, Workload
+from lisa_dist.memory.trace import LOGITS, OWN, FakeRun, Trained, Workload
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.run_folder import PLANNED_PARTS
 from lisa_dist.text import parse_bytes
@@ -60,7 +61,9 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     loss = settings.pop("loss", OWN)
     if loss != OWN:
+        use_slabs()
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    if loss == LOGITS:
         add_label_logits(model)
     accumulation = settings.pop("accumulation", 1)
     of_lisa = {name: value for name, value in settings.items() if name.startswith("lisa_")}
@@ -184,6 +187,8 @@ SETTINGS = [
     full("zero3_offload", 2, torch.bfloat16, {"words": 8192} | DRAWN),
     ("zero2", 2, torch.bfloat16, {"loss": "logits"}),
     ("zero3", 2, torch.float32, {"loss": "logits", "words": 8192}),
+    ("zero2", 1, torch.bfloat16, {"loss": "chunked", "words": 8192}),
+    full("zero3", 2, torch.bfloat16, {"loss": "chunked", "words": 8192}),
     # DeepSpeed without what LISA changes, as other methods have it.
     ("zero2", 1, torch.bfloat16, {"words": 8192, "plain": True, "chunk": 4096}),
     full("zero2_offload", 1, torch.bfloat16, {"words": 8192, "plain": True, "chunk": 4096}),

@@ -16,6 +16,9 @@ from trl import SFTConfig
 
 from lisa_dist import LisaConfig, LisaTrainer
 from lisa_dist.ds_config import find_ds_config
+from lisa_dist.memory.plan import PlanArguments
+from lisa_dist.memory.planner import Planner
+from lisa_dist.train import liger
 from lisa_dist.train.arguments import parse_arguments
 from lisa_dist.train.loss import check_loss_of_run, choose_loss
 
@@ -184,6 +187,41 @@ def test_the_loss_of_a_run_and_why(tmp_path, changes, said):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": changes["type"], "num_heads": 2}))
     changes = {name: value for name, value in changes.items() if name not in ("words", "type")}
     assert said in run_ranks(choose, 1, str(tmp_path), changes)[0]
+
+
+def choose_where_liger_runs(folder: str, changes: dict) -> dict[str, str]:
+    """The losses of a run with just so much memory as each loss is planned with."""
+    liger.why_no_liger = lambda model_type: None
+    peaks, found = {}, {}
+    for loss in ("chunked", "liger", "logits"):
+        unset_hf_deepspeed_config()
+        arguments = PlanArguments(
+            folder,
+            gpus=1,
+            seq_length=64,
+            micro_batch_size=2,
+            checkpointed_layers="none",
+            loss=loss,
+            optim="adamw_torch",
+        )
+        planner = Planner(AutoConfig.from_pretrained(folder), arguments, LisaConfig(), on_cpu=True)
+        peaks[loss] = planner.plan(find_ds_config("zero2"), 0, loss).gpu.peak
+    assert sorted(peaks, key=lambda loss: peaks[loss]) == list(peaks)
+    for loss, peak in peaks.items():
+        found[loss] = choose(folder, changes | {"gpu_memory": f"{peak}B"})
+    return found
+
+
+def test_liger_s_loss_is_taken_where_it_fits(tmp_path):
+    """It sums the gradient of the head in fp32, which the loss in chunks has of a few words at a time."""
+    save_tiny_llama(tmp_path)
+    LlamaConfig(vocab_size=2**16, hidden_size=64, num_attention_heads=2, num_hidden_layers=2,
+                intermediate_size=16).save_pretrained(tmp_path)  # fmt: skip
+    flags = {"bf16": True, "dtype": "bfloat16", "optim": "adamw_torch", "checkpointed_layers": "auto"}
+    said = run_ranks(choose_where_liger_runs, 1, str(tmp_path), flags)[0]
+    assert {loss: line.split(":")[0] for loss, line in said.items()} == {loss: loss for loss in said}
+    assert "; Liger's needs " in said["chunked"]
+    assert " MiB planned with logits, and there are " in said["liger"]
 
 
 def test_a_trainer_of_ones_own_does_not_choose():

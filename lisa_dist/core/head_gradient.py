@@ -1,0 +1,54 @@
+"""The head's gradient by slabs of words, in TRL's loss in chunks.
+
+TRL sums the gradient of a head [words, size] in fp32 and rounds it to the weights' precision at the end: for weights in
+bf16 that is three times the gradient's bytes at once (128,256 words by 4,096: 2 GiB and 1 GiB). A word's row depends on
+no other word, so here it is rounded slab by slab: the same sums, and fp32 for one slab alone.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.trainer import utils
+
+from lisa_dist.zero.parameters import rows_of
+
+
+class LogProbsInSlabs(ChunkedLogProbFunction):
+    """TRL's log-probabilities; of weights below fp32 the gradient is computed by slabs."""
+
+    words: int | None = 2048  # of a slab; None: of all at once, as TRL does
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """TRL's gradients of hidden states [tokens, size], weight [words, size] and bias [words], slab by slab."""
+        hidden, weight, bias, targets, *statistics = ctx.saved_tensors
+        words = LogProbsInSlabs.words
+        if words is None or weight.dtype == torch.float32 or not ctx.needs_input_grad[1]:
+            return ChunkedLogProbFunction.backward(ctx, *gradients)
+        # TRL rounds what it returns to the precision of what it is given, and slabs are to be summed in fp32.
+        exact = hidden.float()
+        of_hidden = torch.zeros_like(exact) if ctx.needs_input_grad[0] else None
+        with utils.maybe_gather_lm_head_ctx(weight, bias):
+            of_weight = torch.empty_like(weight)
+            of_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
+            for start in range(0, len(weight), words):
+                slab = slice(start, start + words)
+                in_slab = rows_of(weight, slab), None if bias is None else rows_of(bias, slab), targets - start
+                part = SimpleNamespace(**vars(ctx), saved_tensors=(exact, *in_slab, *statistics))
+                part.chunk_size, part.needs_input_grad = words, ctx.needs_input_grad
+                found = ChunkedLogProbFunction.backward(part, *gradients)
+                of_weight[slab] = found[1]
+                if of_hidden is not None:
+                    of_hidden += found[0]
+                if of_bias is not None:
+                    of_bias[slab] = found[2]
+        of_hidden = None if of_hidden is None else of_hidden.to(hidden.dtype)
+        return of_hidden, of_weight, of_bias, *(None,) * (len(ctx.needs_input_grad) - 3)
+
+
+def use_slabs() -> None:
+    """Have the fused heads that TRL gives to models compute the head's gradient by slabs, from now on."""
+    assert hasattr(utils, "_ChunkedLogProbFunction"), "TRL has renamed what its fused head calls"
+    vars(utils)["_ChunkedLogProbFunction"] = LogProbsInSlabs

@@ -1,0 +1,102 @@
+"""The head's gradient by slabs of words: TRL's, to the bit of the weights, in a third of its bytes."""
+
+import pytest
+import torch
+from models import tiny_llama
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, PhiConfig
+from trl.kernels import chunked_logprob
+from trl.trainer import utils
+
+from lisa_dist.core import head_gradient
+from lisa_dist.core.head_gradient import LogProbsInSlabs, use_slabs
+from lisa_dist.memory.tracker import AllocationTracker
+
+WORDS = 48  # of a slab; of the 128 words the last slab has 32
+SHAPE = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "pad_token_id": 0}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+CONFIGS = {
+    "capped logits": Gemma2Config(**SHAPE, head_dim=16, final_logit_softcapping=0.5),
+    "scaled logits": CohereConfig(**SHAPE, logit_scale=3.0),
+    "head with a bias": PhiConfig(**SHAPE),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_slabs(monkeypatch):
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", None)
+    monkeypatch.setattr(LogProbsInSlabs, "words", WORDS)
+    use_slabs()
+
+
+def gradients(name: str, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
+    """Of a fused head's loss, with the entropy of one more token in it for its gradient."""
+    torch.manual_seed(0)
+    model = (
+        AutoModelForCausalLM.from_config(CONFIGS[name]) if name in CONFIGS else tiny_llama(tied=name == "tied llama")
+    )
+    model = model.to(dtype).train()
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    tokens = torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(0))
+    found = model(input_ids=tokens, labels=tokens.masked_fill(torch.arange(16) < 4, -100), fused_lm_head=True)
+    (found.loss + 0.1 * found.entropy.mean()).backward()
+    return found.loss.item(), {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize("at_once", [4096, 20])
+@pytest.mark.parametrize("name", ["llama", "tied llama", *CONFIGS])
+def test_the_gradient_of_a_bf16_head_is_that_of_all_words_at_once(monkeypatch, name, at_once):
+    monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", at_once)  # tokens; of 48, so the last part has fewer
+    loss, by_slabs = gradients(name, torch.bfloat16)
+    monkeypatch.setattr(LogProbsInSlabs, "words", None)
+    whole_loss, whole = gradients(name, torch.bfloat16)
+    assert loss == whole_loss
+    assert by_slabs.keys() == whole.keys()
+    for parameter, gradient in whole.items():
+        exact = "lm_head" in parameter
+        assert (
+            torch.equal(by_slabs[parameter], gradient)
+            if exact
+            else torch.allclose(by_slabs[parameter], gradient, rtol=0.02, atol=1e-5)
+        ), parameter
+    assert any("lm_head" in parameter for parameter in whole) is (
+        name not in ("tied llama", "capped logits", "scaled logits")
+    )
+
+
+def test_gradients_are_those_of_plain_logits_in_fp32():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(30, 16), torch.randn(100, 16)
+    targets = torch.randint(0, 100, (30,))
+    found = [tensor.bfloat16().requires_grad_() for tensor in (hidden, weight)]
+    LogProbsInSlabs.apply(*found, None, targets, 1.0, 32, None, 1.0, ())[0].mean().neg().backward()
+    exact = [tensor.detach().float().requires_grad_() for tensor in found]
+    cross_entropy(exact[0] @ exact[1].T, targets).backward()
+    for one, other in zip(found, exact, strict=True):
+        assert torch.allclose(one.grad.float(), other.grad, atol=0.02 * other.grad.abs().max())
+
+
+@pytest.mark.parametrize(("words", "copies"), [(None, 3), (WORDS, 1)])
+def test_a_bf16_head_s_gradient_is_never_whole_in_fp32(monkeypatch, words, copies):
+    """Its bytes at the backward pass's peak, in copies of the gradient; of the rest there is little beside it."""
+    monkeypatch.setattr(LogProbsInSlabs, "words", words)
+    hidden = torch.zeros(4, 512, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(4096, 512, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(4, dtype=torch.long)
+    loss = LogProbsInSlabs.apply(hidden, weight, None, targets, 1.0, 64, None, 1.0, ())[0].sum()
+    with AllocationTracker(lambda tensor: "all") as tracker:
+        tracker.add([weight])
+        loss.backward()
+    assert copies <= tracker.peak / weight.nbytes - 1 < copies + 0.2
+
+
+def test_frozen_and_fp32_heads_have_trl_s_own_pass(monkeypatch):
+    """A frozen head has no gradient to cut; one in fp32 has its sum in fp32 as the gradient, and no copy."""
+    monkeypatch.setattr(head_gradient, "rows_of", None)  # which slabs need
+    for dtype, trains in ((torch.bfloat16, False), (torch.float32, True)):
+        hidden = torch.randn(4, 8, dtype=dtype, requires_grad=True)
+        weight = torch.randn(128, 8, dtype=dtype, requires_grad=trains)
+        targets = torch.zeros(4, dtype=torch.long)
+        LogProbsInSlabs.apply(hidden, weight, None, targets, 1.0, 64, None, 1.0, ())[0].sum().backward()
+        assert hidden.grad is not None
+        assert (weight.grad is not None) is trains
