@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 from transformers import HfArgumentParser
 from trl import TrlParser
 
-from lisa_dist.config import AUTO_LAYERS
+from lisa_dist.config import AUTO_INTERVAL, AUTO_LAYERS
 from lisa_dist.errors import UserError
 from lisa_dist.files import read_yaml
 from lisa_dist.text import in_one_line
@@ -182,7 +182,7 @@ class RunParser(FlagParser, TrlParser):
 
 
 # Flags whose value is a number or a word.
-_WORDS = {"lisa_activated_layers": AUTO_LAYERS}
+_WORDS = {"lisa_activated_layers": AUTO_LAYERS, "lisa_interval_steps": AUTO_INTERVAL}
 _SCALARS = (str, int, float)  # bool is an int
 
 

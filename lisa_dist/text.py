@@ -64,7 +64,7 @@ def format_by_block(flag: str, value: str, given: Mapping[str, float | str]) -> 
     """The one way of writing what `value` says by block, which is `given`; UserError where a block is named twice."""
     if value.count("=") > len(given):
         raise UserError(f"{flag} {value}: a block is named twice.")
-    return ",".join(f"{block}={one if isinstance(one, str) else f'{one:g}'}" for block, one in sorted(given.items()))
+    return ",".join(f"{block}={one if isinstance(one, str) else f'{one:.12g}'}" for block, one in sorted(given.items()))
 
 
 def parse_by_block(flag: str, value: str, blocks: Sequence[str], words: Sequence[str] = ()) -> dict[str, Any]:

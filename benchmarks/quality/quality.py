@@ -52,6 +52,8 @@ BADAM = {"lisa_always_on": "", "lisa_frozen": "embed,head,rest", "lisa_activated
 ONE_PASS, BF16 = {"optim": "lisa_adamw"}, {"dtype": torch.bfloat16}
 FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 SMALL = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
+BALANCED = {"lisa_sampler": "balanced"}
+IN_LORA_S = {"lisa_activated_layers": AUTO_LAYERS, "memory_of": "lora"} | ONE_PASS | SMALL
 # Name: method, its settings, and the middle of its learning rates in units of --rate.
 ARMS = {
     "full": ("full", {}, 1),
@@ -90,6 +92,18 @@ ARMS = {
     "lisa 2, frozen 8 bits": ("lisa", LISA | ONE_PASS | BF16 | {"lisa_frozen_bits": 8}, 1),
     "lisa 2, frozen 4 bits": ("lisa", LISA | ONE_PASS | BF16 | {"lisa_frozen_bits": 4}, 1),
     "lisa auto": ("lisa", {"lisa_activated_layers": AUTO_LAYERS} | ONE_PASS | SMALL, 1),
+    # As many layers as fit in a tenth more than a step of LoRA takes, rank 16, and which of them.
+    "lisa in lora's memory": ("lisa", IN_LORA_S, 1),
+    "lisa in lora's, upper more": ("lisa", IN_LORA_S | BALANCED | {"lisa_depth_bias": 1.0}, 1),
+    "lisa in lora's, upper most": ("lisa", IN_LORA_S | BALANCED | {"lisa_depth_bias": 4.0}, 1),
+    "lisa in lora's, embed frozen": ("lisa", IN_LORA_S | FROZEN | {"lisa_state_bits": "layers=8"}, 1),
+    "lisa 2 balanced": ("lisa", LISA | BALANCED, 1),
+    "lisa 2 depth 1": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 1.0}, 1),
+    "lisa 2 depth 2": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 2.0}, 1),
+    "lisa 2 depth 4": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 4.0}, 1),
+    "lisa 2 depth 8": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 8.0}, 1),
+    "lisa 2 window": ("lisa", LISA | {"lisa_sampler": "window"}, 1),
+    "lisa 2, embed and head / 2": ("lisa", LISA | {"lisa_lr_scale": "embed=0.5,head=0.5"}, 1),
     "lisa 3": ("lisa", {"lisa_activated_layers": 3}, 1),
     "lisa 4": ("lisa", {"lisa_activated_layers": 4}, 1),
     "lisa 4 keep": ("lisa", {"lisa_activated_layers": 4, "lisa_state": "keep"}, 1),
@@ -144,8 +158,8 @@ def read_pairs(path: str) -> list[tuple[str, str]]:
     return [("\n".join(filter(None, (row["instruction"], row["input"]))), row["output"]) for row in json.loads(text)]
 
 
-def with_memory_of_two_layers(arguments: argparse.Namespace, settings: dict) -> dict:
-    """As many layers as fit the memory that two take with AdamW's states in 32 bits."""
+def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict) -> dict:
+    """As many layers as fit the planned peak of two with AdamW's states in 32 bits, or 1.1 times that of LoRA."""
     config = AutoConfig.from_pretrained(arguments.model)
     asked = PlanArguments(
         arguments.model,
@@ -157,8 +171,10 @@ def with_memory_of_two_layers(arguments: argparse.Namespace, settings: dict) -> 
         checkpointed_layers="none",
         loss="chunked",
     )
-    budget = Planner(config, asked, lisa_dist.LisaConfig(**LISA), on_cpu=True).plan("zero2", 0, "chunked").gpu.peak
-    asked = dataclasses.replace(asked, gpu_memory=f"{budget}B")
+    of_other = asked if other == "lisa" else dataclasses.replace(asked, method=other, optim="adamw_torch")
+    lisa_config = lisa_dist.LisaConfig(**(LISA if other == "lisa" else {}))
+    peak = Planner(config, of_other, lisa_config, on_cpu=True).plan("zero2", 0, "chunked").gpu.peak
+    asked = dataclasses.replace(asked, gpu_memory=f"{round(peak * (1 if other == 'lisa' else 1.1))}B")
     found = with_most_layers(config, asked, lisa_dist.LisaConfig(**settings), "zero2", on_cpu=True)
     return settings | {"lisa_activated_layers": found.lisa_activated_layers}
 
@@ -173,8 +189,9 @@ def build(arguments: argparse.Namespace, arm: str, lr: float, seed: int):
     if method == "lisa":
         common["optim"] = settings.pop("optim", "adamw_torch")
         settings = {"lisa_interval_steps": INTERVAL} | settings
+        other = settings.pop("memory_of", "lisa")
         if settings.get("lisa_activated_layers") == AUTO_LAYERS:
-            settings = with_memory_of_two_layers(arguments, settings)
+            settings = with_memory_of(other, arguments, settings)
         with tempfile.NamedTemporaryFile("w", suffix=".json") as weights:
             if weight_of := settings.pop("weights", None):
                 json.dump([weight_of(layer) for layer in range(model.config.num_hidden_layers)], weights)

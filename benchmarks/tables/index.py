@@ -4,7 +4,7 @@ import ast
 import statistics
 from pathlib import Path
 
-from benchmarks.tables.parts import LATEST, Benchmarks, Rows, TableError, gib, latest, loss, named, percent
+from benchmarks.tables.parts import LATEST, Benchmarks, Rows, TableError, gib, latest, loss, mib, named, percent
 from benchmarks.tables.rows import chosen, held, last_switch, mean_loss, of_ours, ratios, times_a_layer
 from benchmarks.tables.runs import losses_by_rate
 
@@ -156,6 +156,18 @@ def of_policies(figures: dict) -> str:
     peaks = [gib(figures[f"llama3.1-8b, 1024 tokens, 0 checkpointed, {name}"]["gpu"]["peak"]) for name in names]
     shown = "; ".join(f"{name} {peak}" for name, peak in zip(names, peaks, strict=True))
     return f"planned peak GiB of llama3.1-8b, 1024 tokens: {shown}"
+
+
+@latest("smaller")
+def of_smaller(figures: dict) -> str:
+    off = [abs(cell["planned"] / cell["peak"] - 1) for cell in figures.values()]
+    names = {
+        "AdamW, 32 bits": "AdamW",
+        "factored, layers 8 bits, no masters": "factored",
+        "the same, frozen layers in 4 bits": "4 bits",
+    }
+    peaks = named({f"{short}:": mib(figures[f"1 ranks, {name}"]["peak"]) for name, short in names.items()})
+    return f"peak of a step on one rank: {peaks}; plans are off by {percent(max(off))} at most"
 
 
 @latest("quality")

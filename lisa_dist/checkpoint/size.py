@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lisa_dist.config import LisaConfig
+from lisa_dist.config import AUTO_LAYERS, LisaConfig
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.errors import UserError
 
@@ -32,7 +32,8 @@ def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:
         model = AutoModelForCausalLM.from_config(config)
     blocks = find_blocks(model, None)
     layers = [block.numel for block in blocks.layers]
-    gamma = int(flags.get("lisa_activated_layers", LisaConfig().lisa_activated_layers))
+    given = flags.get("lisa_activated_layers", LisaConfig().lisa_activated_layers)
+    gamma = len(layers) if given == AUTO_LAYERS else int(given)  # at most
     total = active = sum(block.numel for block in blocks)
     if flags.get("method", "lisa") == "lisa":
         active = total - sum(layers) + min(gamma, len(layers)) * max(layers)

@@ -40,7 +40,7 @@ from lisa_dist.core.period_log import PeriodLog, PeriodRecord
 from lisa_dist.core.run_state import STATE_VERSION, changed_settings
 from lisa_dist.core.sampling import ActiveSet
 from lisa_dist.core.selection import BlockSelection
-from lisa_dist.core.warmup import ActivationWarmup
+from lisa_dist.core.step_rates import StepRates
 from lisa_dist.distributed.devices import use_own_device
 from lisa_dist.optim.states import CopyStream, HostStates, PartitionKey, PartitionState, Piece, states_to_carry
 from lisa_dist.zero.cpu_ops import release_shared_memory
@@ -64,11 +64,13 @@ class LisaController:
     partitions: ZeroPartitions
     host_states: HostStates
     movement: WeightMovement  # of weights
+    _rates: StepRates
     _nonfinite: NonfiniteGuard
     _missed_switch: MissedSwitchGuard
 
     def __init__(self, model: torch.nn.Module, config: LisaConfig):
         check_deepspeed()
+        config.check_settled()
         override_construction()
         self.config = config
         check_no_adapters(model)
@@ -86,7 +88,6 @@ class LisaController:
         self.at_close: Callable[[], object] = lambda: None
         self._log = PeriodLog()
         self._inactive_weights: InactiveWeights | None = None  # with --lisa_debug
-        self._warmup: ActivationWarmup | None = None
         self._warming_up: Iterable[str] = ()  # groups, of a state that was loaded before `attach`
         self._begun_step = -1  # the last step that on_step_begin has seen
         if dist.is_initialized():
@@ -133,10 +134,9 @@ class LisaController:
         self.host_states = HostStates(CopyStream(engine.device))
         self.partitions.before_step(self.host_states.copies.wait)
         self._missed_switch = MissedSwitchGuard(self.partitions, config.lisa_interval_steps, lambda: self.period)
-        if config.lisa_wake_warmup_steps:
-            optimizer, steps = self.partitions.optimizer, config.lisa_wake_warmup_steps
-            self._warmup = ActivationWarmup(optimizer, steps, self._steps_of_period)
-            self._warmup.begin(self._warming_up)
+        steps, optimizer = config.lisa_wake_warmup_steps, self.partitions.optimizer
+        self._rates = StepRates(optimizer, config.lr_scales, steps, self._steps_of_period)
+        self._rates.begin(self._warming_up)
         self._nonfinite = NonfiniteGuard(engine, config.lisa_nonfinite)
         trainable = [block for block in self.blocks if block.name not in (*config.frozen, "outside")]
         self.movement = WeightMovement(self.partitions, trainable)
@@ -229,9 +229,7 @@ class LisaController:
         del states  # states that are dropped must be freed before those of activated blocks are allocated
         if is_changed:  # otherwise the same blocks go on with all they have
             self._repartition(carried)
-        if self._warmup is not None:
-            fresh = [key for key in next_keys if key not in carried or not carried[key].optimizer_state]
-            self._warmup.begin(self._groups_of(fresh))
+        self.begin_afresh(key for key in next_keys if key not in carried or not carried[key].optimizer_state)
         self._verify()
         self._begin_record(self.engine.global_steps, time.perf_counter() - started, released_bytes)
         if self._inactive_weights is not None:
@@ -342,7 +340,7 @@ class LisaController:
             "config": self.config.to_dict(),
             "weights": self.selection.weights,
             "importance": None if importance is None else importance.state_dict(),
-            "woken": [] if self._warmup is None else sorted(self._warmup.groups),
+            "woken": sorted(self._rates.warming_up) if self.is_attached else [],
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -364,8 +362,8 @@ class LisaController:
         if self.selection.importance is not None and state.get("importance") is not None and same_kind:
             self.selection.importance.load_state_dict(state["importance"])
         self._warming_up = () if changed else state.get("woken", ())
-        if self._warmup is not None:
-            self._warmup.begin(self._warming_up)
+        if self.is_attached:
+            self._rates.begin(self._warming_up)
         if changed:
             self.period = state["step"] // self.config.lisa_interval_steps
             self.active = self.selection.sample(self.period)
@@ -388,9 +386,8 @@ class LisaController:
             self._inactive_weights.remember(self.selection.inactive(self.active))
 
     def begin_afresh(self, keys: Iterable[PartitionKey]) -> None:
-        """Warm up these partitions, whose moments are fresh because settings differ from the saved run's."""
-        if self._warmup is not None:
-            self._warmup.begin(self._groups_of(list(keys)))
+        """Warm up these partitions, whose moments are fresh."""
+        self._rates.begin(self._groups_of(list(keys)))
 
     def check_state_dict(self, state: dict) -> list[str]:
         """The settings in which a saved run differs from this one.

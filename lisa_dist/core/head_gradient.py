@@ -2,7 +2,8 @@
 
 TRL sums the gradient of a head [words, size] in fp32 and rounds it to the weights' precision at the end: for weights in
 bf16 that is three times the gradient's bytes at once (128,256 words by 4,096: 2 GiB and 1 GiB). A word's row depends on
-no other word, so here it is rounded slab by slab: the same sums, and fp32 for one slab alone.
+no other word, so here it is rounded slab by slab: the same sums, of which fp32 has one slab at a time. Hidden states
+[tokens, size] have two more copies in fp32 meanwhile, so slabs are for fewer tokens than two thirds of the words.
 """
 
 from types import SimpleNamespace
@@ -16,36 +17,41 @@ from lisa_dist.zero.parameters import rows_of
 
 
 class LogProbsInSlabs(ChunkedLogProbFunction):
-    """TRL's log-probabilities; of weights below fp32 the gradient is computed by slabs."""
+    """TRL's log-probabilities; of weights below fp32 the gradient is computed by slabs, where that takes less."""
 
     words: int | None = 2048  # of a slab; None: of all at once, as TRL does
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """TRL's gradients of hidden states [tokens, size], weight [words, size] and bias [words], slab by slab."""
-        hidden, weight, bias, targets, *statistics = ctx.saved_tensors
-        words = LogProbsInSlabs.words
-        if words is None or weight.dtype == torch.float32 or not ctx.needs_input_grad[1]:
-            return ChunkedLogProbFunction.backward(ctx, *gradients)
-        # TRL rounds what it returns to the precision of what it is given, and slabs are to be summed in fp32.
-        exact = hidden.float()
-        of_hidden = torch.zeros_like(exact) if ctx.needs_input_grad[0] else None
+        saved = ctx.saved_tensors  # once: what offloads activations gives each but once
+        hidden, weight, bias, targets, *statistics = saved
+        words, needed = LogProbsInSlabs.words, ctx.needs_input_grad
+
+        def gradients_of(tensors: tuple, **changes: Any) -> tuple:
+            context = vars(ctx) | {"saved_tensors": tensors, "needs_input_grad": needed} | changes
+            return ChunkedLogProbFunction.backward(SimpleNamespace(**context), *gradients)
+
         with utils.maybe_gather_lm_head_ctx(weight, bias):
+            is_smaller = 3 * len(hidden) < 2 * len(weight)
+            if words is None or weight.dtype == torch.float32 or not needed[1] or not is_smaller:
+                return gradients_of(saved)
+            # TRL rounds what it returns to the precision of what it is given, and slabs are to be summed in fp32.
+            exact = hidden.float()
+            of_hidden = torch.zeros_like(exact) if needed[0] else None
             of_weight = torch.empty_like(weight)
-            of_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
+            of_bias = torch.empty_like(bias) if needed[2] else None
             for start in range(0, len(weight), words):
                 slab = slice(start, start + words)
                 in_slab = rows_of(weight, slab), None if bias is None else rows_of(bias, slab), targets - start
-                part = SimpleNamespace(**vars(ctx), saved_tensors=(exact, *in_slab, *statistics))
-                part.chunk_size, part.needs_input_grad = words, ctx.needs_input_grad
-                found = ChunkedLogProbFunction.backward(part, *gradients)
+                found = gradients_of((exact, *in_slab, *statistics), chunk_size=words)
                 of_weight[slab] = found[1]
                 if of_hidden is not None:
                     of_hidden += found[0]
                 if of_bias is not None:
                     of_bias[slab] = found[2]
         of_hidden = None if of_hidden is None else of_hidden.to(hidden.dtype)
-        return of_hidden, of_weight, of_bias, *(None,) * (len(ctx.needs_input_grad) - 3)
+        return of_hidden, of_weight, of_bias, *(None,) * (len(needed) - 3)
 
 
 def use_slabs() -> None:

@@ -22,11 +22,14 @@ class LayerImportance:
 
     A layer's average is exponential over its visits: `decay` is the share that the past keeps at each. Averages are
     divided by their mean over the layers seen, so `temperature` has no unit; a layer that was never seen counts as the
-    highest that was, so that each is looked at soon.
+    highest that was, so that each is looked at soon. A `prior` multiplies the weights, the even part of them too.
     """
 
-    def __init__(self, num_layers: int, decay: float, temperature: float, floor: float):
+    def __init__(
+        self, num_layers: int, decay: float, temperature: float, floor: float, prior: Sequence[float] | None = None
+    ):
         assert num_layers > 0
+        self._prior = prior
         self.averages: list[float | None] = [None] * num_layers
         self._decay, self._temperature, self._floor = decay, temperature, floor
 
@@ -38,7 +41,14 @@ class LayerImportance:
                 self.averages[layer] = value if past is None else self._decay * past + (1 - self._decay) * value
 
     def weights(self) -> list[float]:
-        """Weights of the layers, which add up to 1: `floor` of it spread evenly, the rest by a softmax."""
+        """Weights of the layers, which add up to 1: `floor` of it evenly, the rest by a softmax, times the prior."""
+        weights = self._by_averages()
+        if self._prior is None:
+            return weights
+        weights = [prior * weight for prior, weight in zip(self._prior, weights, strict=True)]
+        return [weight / sum(weights) for weight in weights]
+
+    def _by_averages(self) -> list[float]:
         num_layers = len(self.averages)
         known = [value for value in self.averages if value is not None]
         mean = sum(known) / len(known) if known else 0.0

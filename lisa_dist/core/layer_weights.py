@@ -1,4 +1,4 @@
-"""Weights of the layers for the sampler "weighted", from a list of the user's or a table of norms.
+"""Weights of the layers that samplers go by: a list of the user's, a table of norms, or the depth of a layer.
 
 The paper's motivation gives p_l = w_l(LoRA) / w_l(full): "norms.csv#lora.weight_norm/full.weight_norm".
 """
@@ -9,7 +9,24 @@ import json
 import math
 from pathlib import Path
 
-from lisa_dist.config import UserError
+from lisa_dist.config import LisaConfig, UserError
+
+
+def layer_weights(config: LisaConfig, num_layers: int) -> list[float] | None:
+    """The weights that the settings give the layers of a model, or None where all are alike.
+
+    By --lisa_depth_bias B layer l of N, counted from 1, has (l / N)^B times its weight. Raises ValueError as
+    `load_layer_weights` does.
+    """
+    if config.lisa_weights_file is None and not config.lisa_depth_bias:
+        return None
+    weights, active = [1.0] * num_layers, config.lisa_activated_layers
+    if config.lisa_weights_file is not None:
+        weights = load_layer_weights(config.lisa_weights_file, num_layers, active)
+    if not config.lisa_depth_bias:
+        return weights
+    biased = [weight * ((layer + 1) / num_layers) ** config.lisa_depth_bias for layer, weight in enumerate(weights)]
+    return [float(f"{weight:.12g}") for weight in biased]  # the last bits of a power are another's on another machine
 
 
 def load_layer_weights(source: str, num_layers: int, num_active: int) -> list[float]:

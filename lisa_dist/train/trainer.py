@@ -11,6 +11,7 @@ A step of the loop, which is the Trainer's own::
 import contextlib
 import functools
 import random
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from lisa_dist.checkpoint.resume import (
 from lisa_dist.checkpoint.save import finish_save, save_checkpoint
 from lisa_dist.checkpoint.trust import check_pickles
 from lisa_dist.checkpoint.weights import read_weights, save_without_weights, write_weights
-from lisa_dist.config import LisaConfig
+from lisa_dist.config import AUTO_INTERVAL, LisaConfig
+from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_checks import check_no_adapters
@@ -73,7 +75,7 @@ class LisaMixin(MonitoredMixin):
     decoder layers, or "auto" for the fewest that `gpu_memory`, such as "24GiB", is enough for (by default all of the
     GPU but 1 GiB); left out, `gradient_checkpointing` of the arguments decides. `optim` takes the place of the
     arguments' own, which know no "lisa_adamw". `torch_compile` of the arguments compiles each decoder layer by itself.
-    `eval_frozen_bits` 16 evaluates with the originals of frozen layers in 8 or 4 bits.
+    `eval_frozen_bits` 16 evaluates, and predicts, with the originals of frozen layers in 8 or 4 bits.
     With `save_async` training waits for the copies of a checkpoint alone, and `on_save` comes before it is there.
     Raises ValueError at construction for arguments that LISA cannot train with.
     """
@@ -173,6 +175,7 @@ class LisaMixin(MonitoredMixin):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[torch.nn.Module, Any]:
         """Where the Trainer has DeepSpeed load a checkpoint: ours is loaded instead, over the engine's partitions."""
+        self.lisa_config = self._settled(max_steps)
         if self.model_wrapped is not self.model:  # an evaluation under ZeRO-3 has an engine without an optimizer
             self.accelerator.free_memory()
             self.model_wrapped, self.deepspeed = self.model, None
@@ -190,6 +193,15 @@ class LisaMixin(MonitoredMixin):
         steps = LisaSteps(self._controller, self._memory, self._signals, self._watchdog)
         callbacks.insert(callbacks.index(self._heartbeat) + 1, steps)
         return model, train_dataloader
+
+    def _settled(self, max_steps: int) -> LisaConfig:
+        """The settings with a number in the place of `--lisa_interval_steps auto`: of a resumed run the run's own."""
+        config, state = self.lisa_config, self._begins.state
+        if config.lisa_interval_steps != AUTO_INTERVAL:
+            return config
+        if state is not None:
+            return replace(config, lisa_interval_steps=state["lisa"]["config"]["lisa_interval_steps"])
+        return config.with_interval(max_steps, len(find_blocks(self.model, config.lisa_layers_attribute).layers))
 
     def _load(self, checkpoint: str | None, max_steps: int) -> None:
         """Go on from a checkpoint, or begin from the weights of a model, where there is one to load."""
@@ -267,13 +279,17 @@ class LisaMixin(MonitoredMixin):
         """
         cuda = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_available() else []
         python_state, numpy_state = random.getstate(), numpy.random.get_state()
-        held = self.lisa.frozen_layers if self.lisa is not None else None
-        exact = held.exact() if held and self._evaluates_originals else contextlib.nullcontext()
-        with torch.random.fork_rng(devices=cuda), exact:
+        with torch.random.fork_rng(devices=cuda):
             metrics = super().evaluate(*args, **kwargs)
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)
         return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, for an evaluation and a prediction, with what frozen layers are to be evaluated as."""
+        held = self.lisa.frozen_layers if self.lisa is not None and self._evaluates_originals else None
+        with held.exact() if held else contextlib.nullcontext():
+            return super().evaluation_loop(*args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The Trainer's, with a note of whether this rank's loss was finite, and of the measured step's micro-batch."""

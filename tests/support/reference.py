@@ -26,6 +26,7 @@ def train_reference(
     states: str = "reset",
     wake_warmup: int = 0,
     factored: Sequence[torch.nn.Parameter] = (),
+    lr_scale: Callable[[torch.nn.Parameter], float] = lambda parameter: 1.0,
 ) -> list[float]:
     """Train `model` in place and return each step's loss.
 
@@ -33,6 +34,7 @@ def train_reference(
     `asleep_of_period` are parameters outside the layers that do not train in a period. What falls asleep loses its
     moments ("reset"), every parameter does at every switch ("reset_all"), or none ever does ("keep"). What a switch
     leaves without moments has 1/(n+1), 2/(n+1), ... of the rate in the `wake_warmup` = n first steps behind it.
+    Each parameter's rate is `lr_scale` of it times the rate.
     """
     layer_of = {id(p): index for index, layer in enumerate(layers) for p in layer.parameters()}
     moments: dict[int, list] = {}
@@ -67,7 +69,7 @@ def train_reference(
         rising = rate * (step % period_steps + 1) / (wake_warmup + 1)
         with torch.no_grad():
             for p in trained:
-                step_lr = min(rate, rising) if id(p) in woken else rate
+                step_lr = (min(rate, rising) if id(p) in woken else rate) * lr_scale(p)
                 gradient = p.grad * shrink
                 if any(p is matrix for matrix in factored):
                     rows, columns, count = moments.get(id(p), [torch.zeros(len(p)), torch.zeros(p.shape[1]), 0])

@@ -1,5 +1,7 @@
 """LisaConfig refuses what cannot work, naming the flag, the value and the rule."""
 
+import math
+
 import pytest
 
 from lisa_dist import LisaConfig
@@ -23,10 +25,22 @@ from lisa_dist import LisaConfig
         ({"lisa_importance_floor": 1.5}, "--lisa_importance_floor 1.5: a part is from 0 to 1"),
         ({"lisa_lr_power": 2.0}, "--lisa_lr_power 2.0: a power is from -1 to 1"),
         ({"lisa_wake_warmup_steps": 20}, "--lisa_wake_warmup_steps 20: a period has --lisa_interval_steps 20 steps"),
-        ({"lisa_interval_steps": 0}, "--lisa_interval_steps 0: a period lasts at least 1"),
+        ({"lisa_interval_steps": 0}, "--lisa_interval_steps 0: a period lasts at least 1 optimizer step, or auto"),
+        ({"lisa_interval_steps": "few"}, "--lisa_interval_steps few: a period lasts at least 1"),
+        ({"lisa_interval_steps": "auto", "lisa_wake_warmup_steps": 20}, "has --lisa_interval_steps auto steps"),
         ({"lisa_sampler": "random"}, "--lisa_sampler random: unknown; choose one of uniform"),
-        ({"lisa_sampler": "weighted"}, "--lisa_weights_file None: the weighted sampler needs"),
+        ({"lisa_sampler": "weighted"}, "--lisa_sampler weighted: it needs weights of the layers; give --lisa_weights"),
         ({"lisa_weights_file": "w.json"}, "--lisa_sampler uniform with --lisa_weights_file w.json"),
+        ({"lisa_weights_file": "w.json", "lisa_sampler": "adaptive"}, "the weighted and the balanced sampler read one"),
+        ({"lisa_depth_bias": 4.0}, "--lisa_depth_bias 4 with --lisa_sampler uniform: this sampler has no weights"),
+        ({"lisa_depth_bias": 17.0, "lisa_sampler": "balanced"}, "--lisa_depth_bias 17.0: a power is from -16 to 16"),
+        ({"lisa_depth_bias": math.nan, "lisa_sampler": "balanced"}, "--lisa_depth_bias nan: a power is from"),
+        ({"lisa_lr_scale": "embed=0"}, "--lisa_lr_scale embed=0: embed has 0; a scale is above 0, and finite; what"),
+        ({"lisa_lr_scale": "embed=1,layers=-1"}, "layers has -1; a scale is above 0"),
+        ({"lisa_lr_scale": "head=inf"}, "head has inf; a scale is above 0, and finite"),
+        ({"lisa_lr_scale": "head=nan"}, "head has nan; a scale is above 0, and finite"),
+        ({"lisa_lr_scale": "norms=2"}, "unknown block 'norms'; choose from embed, head, rest, layers"),
+        ({"lisa_lr_scale": "embed=half"}, "'embed=half' is no block=number"),
         ({"lisa_state": "forget"}, "--lisa_state forget: unknown; choose one of reset"),
         ({"lisa_always_on": "embed,tail"}, "--lisa_always_on embed,tail: unknown block 'tail'"),
         ({"lisa_frozen": "embed"}, "both name embed"),
@@ -97,3 +111,43 @@ def test_the_learning_rate_scales_with_gamma():
     assert LisaConfig(lisa_lr_power=0.5).rate_factor(32) == 4  # the root of 32 / 2
     assert LisaConfig(lisa_lr_power=0.5, lisa_activated_layers=32).rate_factor(32) == 1
     assert LisaConfig(lisa_lr_power=1.0, lisa_activated_layers=0).rate_factor(32) == 32
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "num_layers", "settings", "steps"),
+    [
+        (10_000, 32, {}, 20),  # the paper's
+        (400, 32, {}, 12),  # 33 periods, of which a layer has two
+        (64, 32, {}, 2),
+        (10, 32, {}, 1),
+        (400, 32, {"lisa_activated_layers": 8}, 20),
+        (5, 32, {"lisa_activated_layers": 0}, 20),  # nothing is sampled
+        (10, 32, {"lisa_wake_warmup_steps": 3}, 4),  # a warm-up is shorter
+    ],
+)
+def test_periods_are_so_short_that_each_layer_has_two(total_steps, num_layers, settings, steps):
+    config = LisaConfig(lisa_interval_steps="auto", **settings)
+    settled = config.with_interval(total_steps, num_layers)
+    assert settled.to_dict() == config.to_dict() | {"lisa_interval_steps": steps}
+    if 1 < steps < 20 and not config.lisa_wake_warmup_steps:
+        assert total_steps // steps * config.lisa_activated_layers >= 2 * num_layers
+        assert total_steps // (steps + 1) * config.lisa_activated_layers < 2 * num_layers
+
+
+def test_layers_are_settled_before_the_steps_of_a_period():
+    config = LisaConfig(lisa_interval_steps="auto", lisa_activated_layers="auto")
+    with pytest.raises(ValueError, match="--lisa_activated_layers auto: lisa-dist train and lisa-dist plan make"):
+        config.with_interval(100, 32)
+
+
+def test_a_scale_of_what_does_not_train_is_said():
+    with pytest.warns(UserWarning, match="--lisa_lr_scale embed=0.5: embed does not train"):
+        LisaConfig(lisa_lr_scale="embed=0.5", lisa_always_on="rest", lisa_frozen="embed,head")
+    with pytest.warns(UserWarning, match="layers does not train"):
+        LisaConfig(lisa_lr_scale="layers=0.123456789", lisa_activated_layers=0)
+    assert LisaConfig(lisa_lr_scale="layers=0.123456789").lr_scales == {"layers": 0.123456789}
+
+
+def test_a_loop_of_ones_own_gives_a_number_of_steps():
+    with pytest.raises(ValueError, match="--lisa_interval_steps auto: a trainer makes a number of it"):
+        LisaConfig(lisa_interval_steps="auto").check_settled()

@@ -215,7 +215,7 @@ def hash_tensors(values: Iterable[tuple[str, object]]) -> str:
 
 
 # Of releases that have them; where they are as by default a run is one of before.
-NEW_SETTINGS = {"lisa_frozen_bits": 16, "lisa_frozen_store": "host"}
+NEW_SETTINGS = {"lisa_frozen_bits": 16, "lisa_frozen_store": "host", "lisa_depth_bias": 0.0, "lisa_lr_scale": ""}
 
 
 def describe_checkpoint(output_dir: Path) -> dict:

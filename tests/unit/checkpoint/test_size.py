@@ -16,6 +16,7 @@ def test_weights_in_their_precision_and_twelve_bytes_for_each_active_element(tmp
     assert checkpoint_bytes(flags) == (4 * total, 12 * (total - 4 * layer))  # two of six layers
     assert checkpoint_bytes(flags | {"bf16": True}) == (2 * total, 12 * (total - 4 * layer))
     assert checkpoint_bytes(flags | {"lisa_activated_layers": "9"}) == (4 * total, 12 * total)
+    assert checkpoint_bytes(flags | {"lisa_activated_layers": "auto"}) == (4 * total, 12 * total)  # at most
     assert checkpoint_bytes(flags | {"method": "full"}) == (4 * total, 12 * total)
 
 

@@ -18,6 +18,7 @@ from lisa_dist.core.agreement import broadcast_active_set
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_config import prepare_ds_config
 from lisa_dist.core.sampling import ActiveSet, sample_period
+from lisa_dist.core.step_rates import StepRates
 from lisa_dist.zero import overrides, stages
 from lisa_dist.zero.stage3 import forget_module_order
 
@@ -47,6 +48,7 @@ def start(ds_config="zero2", accumulation=1, output_dir=None, model=None, **sett
         (tiny_llama, {"lisa_activated_layers": 7}, "--lisa_activated_layers 7: the model has 6 decoder layers"),
         (tiny_gpt2, {"lisa_always_on": "head,rest", "lisa_frozen": "embed"}, "one tied matrix; give both the same"),
         (tiny_gpt2, {"lisa_state_bits": "embed=factored,head=8"}, "one tied matrix; give both the same"),
+        (tiny_gpt2, {"lisa_lr_scale": "embed=0.5,head=1"}, "one tied matrix; give both the same"),
         (tiny_gpt2, {"lisa_always_on": "embed,rest"}, "one tied matrix; give both the same"),
         (
             tiny_gpt2,
@@ -386,6 +388,32 @@ def restore_state() -> None:
 
 def test_state_comes_back_before_and_after_attach():
     run_ranks(restore_state, 2)
+
+
+def test_a_state_without_newer_settings_has_them_as_by_default():
+    """In the middle of a period, where no other setting may come in."""
+    lisa = LisaController(tiny_llama(), lisa_dist.LisaConfig())
+    state = lisa.state_dict() | {"step": 7}
+    for name in ("lisa_depth_bias", "lisa_lr_scale", "lisa_frozen_bits"):
+        del state["config"][name]
+    assert lisa.check_state_dict(state) == []
+    other = LisaController(tiny_llama(), lisa_dist.LisaConfig(lisa_sampler="balanced", lisa_depth_bias=2.0))
+    with pytest.raises(ValueError, match="had other settings than --lisa_sampler balanced") as error:
+        other.check_state_dict(state)
+    assert "--lisa_depth_bias 2.0 (it had 0.0)" in str(error.value)
+    assert "--lisa_weights_file" not in str(error.value)
+
+
+def test_rates_are_whole_again_after_a_step_that_has_raised():
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = torch.optim.SGD([{"params": [parameter], "lisa_group": "slot0/decay", "lr": 1.0}])
+    StepRates(optimizer, {"layers": 0.5}, 0, lambda: 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    parameter.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert torch.equal(parameter, torch.full((2, 2), -0.5))
+    assert optimizer.param_groups[0]["lr"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,29 @@ def test_a_resumed_run_is_the_run_and_files_have_the_originals(tmp_path, bits):
         assert torch.equal(value, whole[0]["weights"][name]), name
 
 
+def load(folder: str, bits: int) -> dict:
+    """What a checkpoint gives a run with these bits: the weights, and the losses of the steps after it."""
+    engine, lisa = start(tiny_llama, "zero2", {"lisa_frozen_bits": bits}, seed=99)
+    load_checkpoint(lisa, Path(folder) / "checkpoint-5")
+    weights, layers = originals(engine, lisa), lisa.active_layers
+    losses = [train_step(engine, lisa, micro_batches) for micro_batches in token_batches(STEPS, rows=4)[5:]]
+    engine.destroy()
+    return {"losses": losses, "weights": weights, "layers": layers}
+
+
+@pytest.mark.parametrize(("world_size", "bits"), [(1, 4), full(2, 16), full(1, 8)])
+def test_a_run_resumes_on_other_ranks_and_with_other_bits(tmp_path, world_size, bits):
+    """The weights of the checkpoint to the bit; then what other sums, or other bits, make of them."""
+    whole = run_ranks(run_and_save, 2, str(tmp_path), 4)[0]
+    same, found = (run_ranks(load, ranks, str(tmp_path), of)[0] for ranks, of in ((2, 4), (world_size, bits)))
+    assert same["losses"] == whole["losses"][5:]
+    assert found["layers"] == same["layers"]
+    for name, value in same["weights"].items():
+        assert torch.equal(found["weights"][name], value), name
+    assert found["losses"] == pytest.approx(same["losses"], abs=0.03)
+    assert (found["losses"] == same["losses"]) is False
+
+
 def test_exact_forward_passes_and_saves_are_those_of_the_model(tmp_path):
     torch.manual_seed(0)
     model, plain = (tiny_llama().to(torch.bfloat16).requires_grad_(False) for _ in range(2))

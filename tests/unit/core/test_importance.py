@@ -12,8 +12,10 @@ from ranks import run_ranks
 from torch import distributed as dist
 
 import lisa_dist
+from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.importance import LayerImportance
 from lisa_dist.core.sampling import inclusion_probabilities
+from lisa_dist.core.selection import BlockSelection
 
 INTERVAL, BETA2 = 3, 0.999
 
@@ -41,6 +43,23 @@ def test_weights_are_a_softmax_with_a_floor():
     expected = [0.1 + 0.7 * power / sum(powers) for power in powers]
     assert importance.weights() == pytest.approx(expected)
     assert sum(importance.weights()) == pytest.approx(1)
+
+
+def test_a_prior_multiplies_the_weights():
+    """Of a layer's depth: before anything is seen it is all that there is."""
+    prior = [1.0, 2.0, 5.0]
+    one, plain = (LayerImportance(3, decay=0.5, temperature=0.5, floor=0.3, prior=given) for given in (prior, None))
+    assert one.weights() == pytest.approx([1 / 8, 2 / 8, 5 / 8])
+    for importance in (one, plain):
+        importance.observe({0: 1.0, 1: 2.0, 2: 3.0})
+    products = [times * weight for times, weight in zip(prior, plain.weights(), strict=True)]
+    assert one.weights() == pytest.approx([product / sum(products) for product in products])
+
+
+def test_a_depth_bias_is_the_adaptive_sampler_s_prior():
+    config = lisa_dist.LisaConfig(lisa_sampler="adaptive", lisa_depth_bias=2.0)
+    weights = BlockSelection(config, find_blocks(tiny_llama(num_layers=3))).weights_now
+    assert weights == pytest.approx([1 / 14, 4 / 14, 9 / 14])
 
 
 def test_units_do_not_matter():

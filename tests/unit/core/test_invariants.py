@@ -120,6 +120,8 @@ def reference_losses(build, layers_path: str, blocks_of_period, options: dict) -
         asleep.append([value for module in outer.values() for value in module.parameters() if id(value) not in awake])
     layers_of_period = [[block for block in blocks if isinstance(block, int)] for blocks in blocks_of_period]
     batches = token_batches(STEPS, rows=4, micro_batches=options.get("accumulation", 1))
+    scales = options.get("scales", {})
+    scale_of = {id(value): scales.get(name, 1.0) for name, module in outer.items() for value in module.parameters()}
     return train_reference(
         model,
         list(model.get_submodule(layers_path)),
@@ -131,6 +133,7 @@ def reference_losses(build, layers_path: str, blocks_of_period, options: dict) -
         asleep_of_period=asleep,
         states=options.get("lisa", {}).get("lisa_state", "reset"),
         wake_warmup=options.get("lisa", {}).get("lisa_wake_warmup_steps", 0),
+        lr_scale=lambda parameter: scale_of.get(id(parameter), options.get("scales", {}).get("layers", 1.0)),
         factored=[
             value
             for name, module in (*outer.items(), ("embed", getattr(body, "wpe", None)))
@@ -186,6 +189,24 @@ def test_one_layer_at_a_time_and_nothing_beside_it(ds_config):
 def test_woken_blocks_warm_up(ds_config, options):
     """Only those, only where they begin with fresh moments, and by the share that is promised."""
     options = options | {"lisa": {"lisa_wake_warmup_steps": 2} | options.get("lisa", {})}
+    check_against_reference(ds_config, tiny_llama, "model.layers", options)
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "options"),
+    [
+        ("zero2", {}),
+        ("zero3", {"lisa": {"lisa_wake_warmup_steps": 2}}),
+        full("zero1", {"optim": "lisa_adamw", "accumulation": 2}),
+        full("zero2_offload", {}),
+        full("zero2", {"lisa": {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.4,head=0.4"}}),
+    ],
+)
+def test_each_block_has_its_own_rate(ds_config, options):
+    """The rest's, which no scale names, is the schedule's."""
+    scales = {"embed": 0.5, "head": 0.25, "layers": 2.0}
+    given = ",".join(f"{name}={scale}" for name, scale in scales.items())
+    options = options | {"scales": scales, "lisa": {"lisa_lr_scale": given} | options.get("lisa", {})}
     check_against_reference(ds_config, tiny_llama, "model.layers", options)
 
 

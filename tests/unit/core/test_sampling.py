@@ -7,8 +7,9 @@ from itertools import combinations
 
 import pytest
 
-from lisa_dist.core.layer_weights import load_layer_weights
-from lisa_dist.core.sampling import SampledBlock, inclusion_probabilities, sample_period
+from lisa_dist.config import LisaConfig
+from lisa_dist.core.layer_weights import layer_weights, load_layer_weights
+from lisa_dist.core.sampling import SampledBlock, balanced_samples, inclusion_probabilities, sample_period
 
 
 def sample_layers(*arguments) -> tuple[int, ...]:
@@ -19,7 +20,7 @@ def sample_layers(*arguments) -> tuple[int, ...]:
 OUTER = [SampledBlock("embed", 0.2, 2), SampledBlock("head", 0.1, 1)]
 
 
-@pytest.mark.parametrize("sampler", ["uniform", "reshuffle", "cyclic", "fixed", "weighted"])
+@pytest.mark.parametrize("sampler", ["uniform", "reshuffle", "cyclic", "fixed", "window", "weighted", "balanced"])
 @pytest.mark.parametrize(("num_layers", "num_active"), [(1, 1), (5, 2), (5, 5), (7, 3), (32, 2)])
 def test_draws_are_distinct_sorted_and_repeatable(sampler, num_layers, num_active):
     weights = [1.0 + layer for layer in range(num_layers)]
@@ -37,6 +38,10 @@ def test_draws_are_the_same_on_every_machine_and_release():
     assert uniform == [(2, 7), (1, 22), (14, 19), (25, 26)]
     reshuffle = [sample_layers("reshuffle", 5, 2, 7, period) for period in range(5)]
     assert reshuffle == [(2, 4), (0, 1), (3, 4), (1, 2), (0, 3)]
+    window = [sample_layers("window", 32, 4, 0, period)[0] for period in range(4)]
+    assert window == [0, 22, 10, 21]
+    balanced = [sample_layers("balanced", 5, 2, 7, period, [1, 2, 3, 4, 5]) for period in range(5)]
+    assert balanced == [(2, 4), (1, 3), (3, 4), (2, 3), (2, 4)]
 
 
 def test_seeds_and_periods_matter():
@@ -58,6 +63,73 @@ def test_reshuffle_takes_every_layer_before_any_repeats(num_layers, num_active, 
 
 def test_cyclic_goes_round_in_order():
     assert [sample_layers("cyclic", 5, 2, 0, period) for period in range(3)] == [(0, 1), (2, 3), (0, 4)]
+
+
+def test_a_window_is_of_neighbours_and_starts_anywhere():
+    firsts = Counter()
+    for period in range(3000):
+        layers = sample_layers("window", 8, 3, 5, period)
+        assert layers == tuple(range(layers[0], layers[0] + 3))
+        firsts[layers[0]] += 1
+    assert chi_square([firsts[layer] for layer in range(6)], [500] * 6) < 20.5  # 5 degrees, 0.999 quantile
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_active", "bias"),
+    [(5, 2, 0), (5, 2, 8), (12, 3, 2), (32, 2, 1), (32, 2, 4), (30, 8, 4), (9, 1, 2)],
+)
+def test_balanced_visits_follow_the_weights_at_any_time(num_layers, num_active, bias):
+    """Within one and a half, within one nearly always, where weighted draws go astray by the root of their number."""
+    weights = [((layer + 1) / num_layers) ** bias for layer in range(num_layers)]
+    rates = inclusion_probabilities(weights, num_active)
+
+    def deviations(samples) -> list[float]:
+        visits, worst = Counter(), []
+        for period, layers in enumerate(samples, 1):
+            visits.update(layers)
+            worst.append(max(abs(visits[layer] - period * rates[layer]) for layer in range(num_layers)))
+        return worst
+
+    found = [worst for seed in range(2) for worst in deviations(balanced_samples(seed, [num_active] * 1000, rates))]
+    assert max(found) < 1.5
+    assert sum(worst > 1.05 for worst in found) <= 0.05 * len(found)
+    weighted = (sample_layers("weighted", num_layers, num_active, 0, period, weights) for period in range(1000))
+    assert max(deviations(weighted)) > 3
+
+
+def test_balanced_samples_differ():
+    """Not one order over and over."""
+    samples = balanced_samples(1, [2] * 300, [1 / 3] * 6)
+    pairs = Counter(tuple(sorted(layers)) for layers in samples)
+    assert len(pairs) == 15
+    assert max(pairs.values()) < 45
+
+
+def test_balanced_counts_what_sampled_blocks_leave():
+    visits, places = Counter(), 0
+    for period in range(200):
+        found = sample_period("balanced", 6, 3, 2, period, [1.0] * 6, OUTER)
+        assert len(found.layers) == 3 - sum(block.places for block in OUTER if block.name in found.blocks)
+        places += len(found.layers)
+        visits.update(found.layers)
+    assert max(abs(visits[layer] - places / 6) for layer in range(6)) < 2
+
+
+def test_a_layer_without_weight_is_never_sampled():
+    visits = Counter(layer for p in range(50) for layer in sample_layers("balanced", 4, 2, 0, p, [1.0, 0.0, 3.0, 1.0]))
+    assert visits[1] == 0
+    assert sample_layers("balanced", 4, 0, 0, 3) == ()
+
+
+@pytest.mark.parametrize(("bias", "file"), [(0, None), (2, None), (-1, None), (2, "[4, 1, 0, 1]")])
+def test_weights_of_a_layer_are_its_own_times_its_depth(tmp_path, bias, file):
+    path = tmp_path / "weights.json"
+    if file:
+        path.write_text(file)
+    given = LisaConfig(lisa_sampler="balanced", lisa_depth_bias=bias, lisa_weights_file=str(path) if file else None)
+    own = json.loads(file) if file else [1, 1, 1, 1]
+    expected = [weight * (number / 4) ** bias for number, weight in enumerate(own, 1)]
+    assert layer_weights(given, 4) == (pytest.approx(expected) if bias or file else None)
 
 
 def chi_square(observed: list[int], expected: list[float]) -> float:
@@ -220,7 +292,7 @@ def test_a_good_weights_file_is_read(tmp_path):
     assert load_layer_weights(str(path), 3, 3) == [1.0, 0.5, 2.0]
 
 
-@pytest.mark.parametrize("sampler", ["uniform", "reshuffle", "cyclic", "fixed", "weighted"])
+@pytest.mark.parametrize("sampler", ["uniform", "reshuffle", "cyclic", "fixed", "window", "weighted", "balanced"])
 def test_a_drawn_block_takes_the_places_of_layers(sampler):
     draws = [sample_period(sampler, 12, 2, 5, period, [1.0] * 12, OUTER) for period in range(200)]
     for draw in draws:

@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig
 
 from lisa_dist import LisaConfig, LisaTrainer
+from lisa_dist.core.head_gradient import LogProbsInSlabs
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner
@@ -53,7 +54,6 @@ def train(output_dir: str, ds_config: str, loss: str, prompt: int, changes: dict
         output_dir=output_dir,
         deepspeed=find_ds_config(ds_config),
         use_cpu=True,
-        bf16=False,
         max_steps=STEPS,
         gradient_accumulation_steps=ACCUMULATION,
         per_device_train_batch_size=1,
@@ -66,11 +66,12 @@ def train(output_dir: str, ds_config: str, loss: str, prompt: int, changes: dict
         report_to="none",
         disable_tqdm=True,
         gradient_checkpointing=False,
-        **{"max_length": LENGTH} | changes,
+        **{"max_length": LENGTH, "bf16": False} | changes,
     )
+    dtype = torch.bfloat16 if changes.get("bf16") else torch.float32
     data = Dataset.from_dict({"input_ids": rows, "labels": labels})
     trainer = InOrder(
-        model=tiny_llama(num_layers=LAYERS, tied=ds_config == "zero2"),
+        model=tiny_llama(num_layers=LAYERS, tied=ds_config == "zero2").to(dtype),
         args=args,
         train_dataset=data,
         eval_dataset=data.select(range(4)),
@@ -121,6 +122,19 @@ def test_few_positions_with_a_label_and_metrics_as_with_the_loss_in_chunks(tmp_p
             assert line == pytest.approx(other, rel=1e-4)
         assert found["held_out"] == pytest.approx(chunked["held_out"], abs=1e-5)
         assert len(found["held_out"]) > 1
+
+
+def train_by_slabs(output_dir: str, ds_config: str, words: int | None) -> dict:
+    LogProbsInSlabs.words = words
+    return train(output_dir, ds_config, "chunked", 10, {"bf16": True})
+
+
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+def test_the_gradient_of_a_head_by_slabs_of_words_is_the_whole_one_s(tmp_path, ds_config):
+    """Of 128 words in slabs of 48; on ZeRO stage 3 the head is gathered for it."""
+    by_slabs, whole = (run_ranks(train_by_slabs, 2, str(tmp_path), ds_config, words)[0] for words in (48, None))
+    for line, other in zip(by_slabs["logged"], whole["logged"], strict=True):
+        assert line == pytest.approx(other, rel=2e-3)
 
 
 # Which one

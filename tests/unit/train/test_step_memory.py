@@ -29,7 +29,7 @@ class BoundLoss(LisaTrainer):
     ("trainer", "smoothing", "loss", "planned"),
     [
         (LisaTrainer, 0, "chunked", "chunked"),
-        (LisaTrainer, 0, "liger", "chunked"),
+        (LisaTrainer, 0, "liger", "liger"),
         (LisaTrainer, 0, "logits", "logits"),
         (OfTransformers, 0, "chunked", "own"),
         (OwnLoss, 0, "chunked", None),

@@ -15,7 +15,7 @@ from ranks import run_ranks
 from reference import train_reference
 from safetensors import safe_open
 from torch import distributed as dist
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import lisa_dist
@@ -26,6 +26,8 @@ from lisa_dist.distributed.run_lock import LOCK_NAME, one_run_in
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.files import describe_file, write_json
+from lisa_dist.train.resume_from import Beginning
+from lisa_dist.zero.parameters import whole_weights
 
 STEPS, ACCUMULATION, INTERVAL, LR, DECAY, ROWS = 8, 2, 3, 1e-3, 0.1, 2
 
@@ -274,15 +276,51 @@ def test_arguments_that_cannot_work_are_refused(tmp_path, what, said):
     assert not (tmp_path / "lisa_log.jsonl").exists(), "nothing half-written"
 
 
+def of_lisa_and_others(changes: dict) -> tuple[dict, dict]:
+    """The settings among them that are LISA's, and the rest."""
+    of_lisa = {name: value for name, value in changes.items() if name.startswith("lisa_")}
+    return of_lisa, {name: value for name, value in changes.items() if name not in of_lisa}
+
+
+def predict(output_dir: str, bits: int | None) -> tuple[list[float], float]:
+    """Losses of a prediction after a run over frozen layers in 4 bits, by the trainer and by the saved model itself."""
+    unset_hf_deepspeed_config()
+    trainer = InOrder(
+        model=tiny_llama().to(torch.bfloat16),
+        args=arguments(output_dir, "zero2", bf16=True, max_steps=3),
+        train_dataset=rows_for(1),
+        eval_dataset=rows_for(1)[:4],
+        lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_frozen_bits=4),
+        eval_frozen_bits=bits,
+    )
+    trainer.train()
+    trainer.save_model(output_dir)
+    of_trainer = [trainer.predict(rows_for(1)[:4]).metrics["test_loss"], trainer.evaluate()["eval_loss"]]
+    model = AutoModelForCausalLM.from_pretrained(output_dir, dtype=torch.bfloat16)
+    rows = torch.stack([row["input_ids"] for row in rows_for(1)[:4]])
+    with torch.no_grad():
+        return of_trainer, model(input_ids=rows, labels=rows).loss.item()
+
+
+@pytest.mark.parametrize(("bits", "exact"), [(16, True), (None, False)])
+def test_a_prediction_may_be_of_the_originals_of_frozen_layers(tmp_path, bits, exact):
+    (predicted, evaluated), of_model = run_ranks(predict, 1, str(tmp_path), bits)[0]
+    assert predicted == evaluated
+    assert (predicted == pytest.approx(of_model, abs=2e-4)) is exact
+
+
 def train_with_evaluations(output_dir: str, ds_config: str, early: bool, changes: dict) -> dict:
     """Losses of a run, what the model is evaluated to at its end, and the same of the best checkpoint by itself."""
     unset_hf_deepspeed_config()
+    of_lisa, changes = of_lisa_and_others(changes)
+    save_async = changes.pop("save_async", False)
     trainer = InOrder(
-        model=tiny_llama(),
+        model=tiny_llama().to(torch.bfloat16 if changes.get("bf16") else torch.float32),
         args=arguments(output_dir, ds_config, **changes),
         train_dataset=rows_for(dist.get_world_size()),
         eval_dataset=rows_for(1)[:4],
-        lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_debug=True),
+        lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_debug=True, **of_lisa),
+        save_async=save_async,
     )
     before = trainer.evaluate()["eval_loss"] if early else None
     trainer.train()
@@ -303,10 +341,13 @@ def test_an_evaluation_may_come_before_training(tmp_path):
     assert early["after"] == late["after"] != early["before"]
 
 
-@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
-def test_the_best_model_is_loaded_at_the_end(tmp_path, ds_config):
+@pytest.mark.parametrize(
+    ("ds_config", "changes"),
+    [("zero2", {}), ("zero3", {}), ("zero2", {"bf16": True, "lisa_frozen_bits": 4, "save_async": True})],
+)
+def test_the_best_model_is_loaded_at_the_end(tmp_path, ds_config, changes):
     """Here the first, which had the greatest loss; its layers are inactive at the end."""
-    changes = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    changes |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     changes |= {"load_best_model_at_end": True, "save_total_limit": 2}
     changes |= {"metric_for_best_model": "loss", "greater_is_better": True}
     found = run_ranks(train_with_evaluations, 2, str(tmp_path), ds_config, False, changes)[0]
@@ -336,8 +377,7 @@ def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, 
     if "eval_strategy" in changes:
         rows = rows[: 4 * 2 * ROWS * ACCUMULATION]  # epochs of four steps
     world_size = dist.get_world_size()
-    changes = dict(changes)
-    of_lisa = {name: changes.pop(name) for name in list(changes) if name.startswith("lisa_")}
+    of_lisa, changes = of_lisa_and_others(changes)
     optim = changes.pop("optim", None)
     trainer = Shuffled(
         model=tiny_gpt2(seed=seed, dropout=0.1).to(torch.bfloat16 if changes.get("bf16") else torch.float32),
@@ -354,14 +394,14 @@ def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, 
         ),
         train_dataset=rows,
         eval_dataset=rows[:4],
-        lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_debug=True, **of_lisa),
+        lisa_config=LisaConfig(**{"lisa_interval_steps": INTERVAL, "lisa_debug": True} | of_lisa),
         optim=optim,
         callbacks=[StopAfter(stop_after)],
     )
     trainer.train(resume_from_checkpoint=resume_from)
     parameters = dict(trainer.model.named_parameters())
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
-        weights = {name: value.detach().clone() for name, value in parameters.items()}
+        weights = {name: whole_weights(value).clone() for name, value in parameters.items()}
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "weights": weights,
@@ -376,6 +416,8 @@ def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, 
     [
         ("zero3", {}),
         ("zero2", {"bf16": True, "optim": "lisa_adamw", "lisa_master": "bf16_sr"}),
+        ("zero2", {"bf16": True, "optim": "lisa_adamw", "lisa_state_bits": "embed=factored", "lisa_frozen_bits": 8}),
+        full("zero2", {"lisa_interval_steps": "auto", "lisa_activated_layers": 4, "lisa_sampler": "balanced"}),
         # After checkpoint-4 was saved, and not again in the resumed run.
         full("zero2", {"bf16": True, "eval_strategy": "epoch"}),
     ],
@@ -396,6 +438,17 @@ def test_a_resumed_run_is_the_run(tmp_path, ds_config, changes):
     assert [(one["period"], one["layers"]) for one in periods] == [
         (one["period"], one["layers"]) for one in map(json.loads, log.splitlines())
     ]
+
+
+def test_the_steps_of_a_period_are_those_of_the_run_that_is_resumed():
+    trainer = Shuffled.__new__(Shuffled)
+    trainer.model = tiny_llama()
+    settled = {}
+    for given, saved in ((7, None), ("auto", None), ("auto", 3), (7, 3)):
+        state = None if saved is None else {"lisa": {"config": {"lisa_interval_steps": saved}}}
+        trainer._begins, trainer.lisa_config = Beginning(state=state), LisaConfig(lisa_interval_steps=given)
+        settled[given, saved] = trainer._settled(30).lisa_interval_steps
+    assert settled == {(7, None): 7, ("auto", None): 5, ("auto", 3): 3, (7, 3): 7}  # 30 steps x 2 / (2 x 6 layers)
 
 
 @pytest.mark.full

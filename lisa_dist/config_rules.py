@@ -1,0 +1,180 @@
+"""What can be given for the settings of LISA, and the rule of each; every refusal names the flag and the value.
+
+The settings of each function are a `LisaConfig`, which is built on this module.
+"""
+
+import math
+import warnings
+from typing import Any
+
+from lisa_dist.errors import UserError
+
+SAMPLERS = ("uniform", "reshuffle", "cyclic", "fixed", "window", "weighted", "balanced", "adaptive")
+BY_WEIGHTS = ("weighted", "balanced", "adaptive")
+IMPORTANCES = ("gradient", "update")
+STATE_POLICIES = ("reset", "reset_all", "keep")
+NONFINITE_POLICIES = ("stop", "skip")
+MASTERS = ("fp32", "bf16_sr")
+FROZEN_BITS = (16, 8, 4)
+AUTO_LAYERS: Any = "auto"  # in the place of a number of layers, until one is planned
+AUTO_INTERVAL: Any = "auto"  # in the place of a period's steps, until those of the run are known
+LONGEST_AUTO_INTERVAL = 20  # K of the paper's runs
+OUTER_BLOCKS = ("embed", "head", "rest")
+FACTORED = "factored"  # in the place of bits: a second moment by row and column, and no first one
+StateBits = int | str
+
+
+def check_periods(config: Any) -> None:
+    given = config.lisa_activated_layers
+    if given != AUTO_LAYERS and not (isinstance(given, int) and given >= 0):
+        raise UserError(f"--lisa_activated_layers {given}: a period trains 0 decoder layers or more, or auto.")
+    interval = config.lisa_interval_steps
+    if interval != AUTO_INTERVAL and not (isinstance(interval, int) and interval >= 1):
+        raise UserError(f"--lisa_interval_steps {interval}: a period lasts at least 1 optimizer step, or auto.")
+    if config.lisa_sampler not in SAMPLERS:
+        raise UserError(f"--lisa_sampler {config.lisa_sampler}: unknown; choose one of {', '.join(SAMPLERS)}.")
+    check_weights(config)
+    if not -1 <= config.lisa_lr_power <= 1:
+        raise UserError(f"--lisa_lr_power {config.lisa_lr_power}: a power is from -1 to 1, such as 0.5; 0 for none.")
+    longest = LONGEST_AUTO_INTERVAL if interval == AUTO_INTERVAL else interval
+    if not 0 <= config.lisa_wake_warmup_steps < longest:
+        raise UserError(
+            f"--lisa_wake_warmup_steps {config.lisa_wake_warmup_steps}: a period has --lisa_interval_steps "
+            f"{interval} steps, and the warm-up is shorter; 0 for none."
+        )
+
+
+def check_weights(config: Any) -> None:
+    if config.lisa_weights_file is not None and config.lisa_sampler not in ("weighted", "balanced"):
+        raise UserError(
+            f"--lisa_sampler {config.lisa_sampler} with --lisa_weights_file {config.lisa_weights_file}: the weighted "
+            "and the balanced sampler read one, and no other; give one of them."
+        )
+    if config.lisa_sampler == "weighted" and config.lisa_weights_file is None and not config.lisa_depth_bias:
+        raise UserError(
+            "--lisa_sampler weighted: it needs weights of the layers; give --lisa_weights_file or --lisa_depth_bias."
+        )
+    if not -16 <= config.lisa_depth_bias <= 16:
+        raise UserError(f"--lisa_depth_bias {config.lisa_depth_bias}: a power is from -16 to 16; 0 for none.")
+    if config.lisa_depth_bias and config.lisa_sampler not in BY_WEIGHTS:
+        raise UserError(
+            f"--lisa_depth_bias {config.lisa_depth_bias:g} with --lisa_sampler {config.lisa_sampler}: this sampler has "
+            f"no weights of layers; give one of {', '.join(BY_WEIGHTS)}."
+        )
+
+
+def check_states(config: Any) -> None:
+    if config.lisa_state not in STATE_POLICIES:
+        raise UserError(f"--lisa_state {config.lisa_state}: unknown; choose one of {', '.join(STATE_POLICIES)}.")
+    if config.lisa_master not in MASTERS:
+        raise UserError(f"--lisa_master {config.lisa_master}: unknown; choose one of {', '.join(MASTERS)}.")
+    if config.lisa_master != "fp32" and config.offloaded:
+        raise UserError(
+            f"--lisa_master {config.lisa_master} with --lisa_offload {config.lisa_offload}: what steps on the host is "
+            "an fp32 master; leave one of them out."
+        )
+    if config.lisa_frozen_bits not in FROZEN_BITS:
+        allowed = ", ".join(map(str, FROZEN_BITS))
+        raise UserError(f"--lisa_frozen_bits {config.lisa_frozen_bits}: frozen layers have one of {allowed} bits.")
+    if config.lisa_frozen_bits == 16 and config.lisa_frozen_store != "host":
+        raise UserError(
+            f"--lisa_frozen_store {config.lisa_frozen_store}: frozen layers of 16 bits have no originals elsewhere; "
+            "give --lisa_frozen_bits 8 or 4, or leave it out."
+        )
+    if config.lisa_nonfinite not in NONFINITE_POLICIES:
+        raise UserError(
+            f"--lisa_nonfinite {config.lisa_nonfinite}: unknown; choose one of {', '.join(NONFINITE_POLICIES)}."
+        )
+
+
+def check_blocks(config: Any) -> None:
+    both = set(config.always_on) & set(config.frozen)
+    if both:
+        raise UserError(
+            f"--lisa_always_on {config.lisa_always_on} and --lisa_frozen {config.lisa_frozen} both name "
+            f"{', '.join(sorted(both))}: a block is one or the other."
+        )
+    if config.lisa_activated_layers == 0 and not {"embed", "head"} & set(config.always_on):
+        raise UserError(
+            f"--lisa_activated_layers 0 with --lisa_always_on {config.lisa_always_on}: no layer is sampled, and "
+            "neither embed nor head trains: nothing to train but norms. Sample a layer, or leave embed or head "
+            "always-trained."
+        )
+    if config.lisa_activated_layers == 0 and config.sampled:
+        raise UserError(
+            f"--lisa_activated_layers 0: {config.sampled[0]} is to be sampled in the place of layers, and there is "
+            "none; put it in --lisa_always_on or in --lisa_frozen."
+        )
+    for block, probability in config.block_probabilities.items():
+        flag = f"--lisa_block_probability {config.lisa_block_probability}"
+        if block not in config.sampled:
+            raise UserError(
+                f"{flag}: {block} is always-trained or frozen; take it out of --lisa_always_on and --lisa_frozen "
+                "to have it sampled."
+            )
+        if not 0 < probability <= 1:
+            raise UserError(f"{flag}: a probability is above 0 and at most 1; {block} has {probability:g}.")
+
+
+def check_lr_scales(config: Any) -> None:
+    for block, scale in config.lr_scales.items():
+        if not 0 < scale < math.inf:
+            raise UserError(
+                f"--lisa_lr_scale {config.lisa_lr_scale}: {block} has {scale:g}; a scale is above 0, and finite; "
+                "what is not to train is for --lisa_frozen."
+            )
+        if block in config.frozen or (block == "layers" and config.lisa_activated_layers == 0):
+            warnings.warn(f"--lisa_lr_scale {config.lisa_lr_scale}: {block} does not train.", stacklevel=4)
+
+
+def check_state_bits(config: Any) -> None:
+    for block, bits in config.given_bits.items():
+        if bits not in (8, 32, FACTORED):
+            raise UserError(
+                f"--lisa_state_bits {config.lisa_state_bits}: moments have 8 or 32 bits, or are {FACTORED}; {block} "
+                f"has {float(bits):g}."
+            )
+        if bits == FACTORED and block not in ("embed", "head"):
+            raise UserError(
+                f"--lisa_state_bits {config.lisa_state_bits}: the moments of embed and head can be {FACTORED}, where "
+                f"a row is a token; give {block}=8."
+            )
+        if bits != 32 and block in config.offloaded:
+            raise UserError(
+                f"--lisa_state_bits {config.lisa_state_bits} with --lisa_offload {config.lisa_offload}: states on the "
+                f"host have 32 bits; take {block} out of one of them."
+            )
+    for block in config.offloaded:
+        if block in config.frozen:
+            warnings.warn(
+                f"--lisa_offload {config.lisa_offload}: {block} is in --lisa_frozen {config.lisa_frozen} and has no "
+                "states to put on the host.",
+                stacklevel=4,
+            )
+
+
+def check_importance(config: Any) -> None:
+    if config.lisa_importance not in IMPORTANCES:
+        raise UserError(f"--lisa_importance {config.lisa_importance}: unknown; choose one of {', '.join(IMPORTANCES)}.")
+    if not 0 <= config.lisa_importance_decay < 1:
+        raise UserError(
+            f"--lisa_importance_decay {config.lisa_importance_decay}: a share of the past is from 0 up to, not "
+            "including, 1."
+        )
+    if not 1e-3 <= config.lisa_importance_temperature < math.inf:
+        raise UserError(
+            f"--lisa_importance_temperature {config.lisa_importance_temperature}: a temperature is 0.001 or more, "
+            "and finite."
+        )
+    if not 0 <= config.lisa_importance_floor <= 1:
+        raise UserError(
+            f"--lisa_importance_floor {config.lisa_importance_floor}: a part is from 0 to 1; 1 samples uniformly."
+        )
+    defaults = {name: field.default for name, field in type(config).__dataclass_fields__.items()}
+    for name, value in defaults.items():
+        if "importance" in name and getattr(config, name) != value and config.lisa_sampler != "adaptive":
+            warnings.warn(
+                f"--{name} {getattr(config, name)} with --lisa_sampler {config.lisa_sampler}: it has no effect, being "
+                "for the adaptive sampler.",
+                stacklevel=4,
+            )
