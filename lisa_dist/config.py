@@ -52,8 +52,8 @@ class LisaConfig:
         metadata={
             "help": "How layers are sampled: uniform (the paper), reshuffle (each layer once before any repeats), "
             "cyclic (in order), fixed (one set for the whole run), window (neighbouring layers, the first and the last "
-            "more seldom), weighted (by --lisa_weights_file or --lisa_depth_bias), balanced (by the same, as often as a "
-            "layer's weight says, evenly over the run), adaptive (by the size of each layer's gradients)."
+            "more seldom), weighted (by --lisa_weights_file or --lisa_depth_bias), balanced (by the same, as often as "
+            "a layer's weight says, evenly over the run), adaptive (by the size of each layer's gradients)."
         },
     )
     lisa_weights_file: str | None = field(
