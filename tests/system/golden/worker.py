@@ -112,10 +112,8 @@ class Server:
         for call in refusals.FEW_CALLS if few else refusals.CALLS:
             (answers[call.__name__],) = self._call(1, "refusals", "refused_call", call.__name__, self.folder)
         tree = Path(lisa_dist.__file__).parents[1]
-        return {
-            name: [status, said.replace(str(self.folder), "FOLDER").replace(str(tree), "TREE").strip()]
-            for name, (status, said) in answers.items()
-        }
+        places = {str(self.folder): "FOLDER", str(tree): "TREE"}
+        return {name: [status, by_other_names(said, places)] for name, (status, said) in answers.items()}
 
     def _command(self, words: list[str]) -> list:
         """Exit status and output of `lisa-dist`, in a process of its own."""
@@ -136,6 +134,13 @@ class Server:
         except RuntimeError:
             self.groups.pop(world_size).kill()
             raise
+
+
+def by_other_names(said: str, places: dict[str, str]) -> str:
+    """What was said, of places by their names here, and of a folder that is being written without its random end."""
+    for place, name in places.items():
+        said = said.replace(place, name)
+    return re.sub(r"(tmp-checkpoint-\d+-)[0-9a-f]+", r"\1RANDOM", said).strip()
 
 
 def run_command(words: list[str], output: Path) -> None:
