@@ -42,8 +42,10 @@ from benchmarks.tables.rows import BASELINES, quality_table
 from benchmarks.tables.runs import best_rate, losses_by_rate, quality_key, runs_at_best
 from lisa_dist.config import AUTO_LAYERS
 from lisa_dist.core.live_bytes import live_tensor_bytes
+from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.plan import PlanArguments
-from lisa_dist.memory.planner import Planner, with_most_layers
+from lisa_dist.memory.planner import Planner
+from lisa_dist.memory.trace import CHUNKED
 
 LISA, EMBED_AND_HEAD = {"lisa_activated_layers": 2}, {"lisa_activated_layers": 0}
 FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}
@@ -159,7 +161,7 @@ def read_pairs(path: str) -> list[tuple[str, str]]:
 
 
 def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict) -> dict:
-    """As many layers as fit the planned peak of two with AdamW's states in 32 bits, or 1.1 times that of LoRA."""
+    """As many layers as two with AdamW's states in 32 bits hold beside activations, or as fit 1.1 times LoRA's peak."""
     config = AutoConfig.from_pretrained(arguments.model)
     asked = PlanArguments(
         arguments.model,
@@ -171,12 +173,23 @@ def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict) ->
         checkpointed_layers="none",
         loss="chunked",
     )
-    of_other = asked if other == "lisa" else dataclasses.replace(asked, method=other, optim="adamw_torch")
-    lisa_config = lisa_dist.LisaConfig(**(LISA if other == "lisa" else {}))
-    peak = Planner(config, of_other, lisa_config, on_cpu=True).plan("zero2", 0, "chunked").gpu.peak
-    asked = dataclasses.replace(asked, gpu_memory=f"{round(peak * (1 if other == 'lisa' else 1.1))}B")
-    found = with_most_layers(config, asked, lisa_dist.LisaConfig(**settings), "zero2", on_cpu=True)
-    return settings | {"lisa_activated_layers": found.lisa_activated_layers}
+
+    def parts(settings: dict, **changes) -> MemoryParts:
+        lisa_config = lisa_dist.LisaConfig(**settings)
+        return (
+            Planner(config, dataclasses.replace(asked, **changes), lisa_config, on_cpu=True)
+            .plan("zero2", 0, CHUNKED)
+            .gpu
+        )
+
+    def taken(parts: MemoryParts) -> int:
+        return parts.static + parts.gradients if other == "lisa" else parts.peak
+
+    budget = taken(parts(LISA)) if other == "lisa" else 1.1 * taken(parts({}, method=other, optim="adamw_torch"))
+    of_layers = {"lisa_activated_layers": config.num_hidden_layers}
+    while taken(parts(settings | of_layers)) > budget:
+        of_layers["lisa_activated_layers"] -= 1
+    return settings | of_layers
 
 
 def build(arguments: argparse.Namespace, arm: str, lr: float, seed: int):

@@ -84,6 +84,10 @@ def mean_loss(arm: str, runs: dict) -> float:
     return statistics.mean(run["held_out"] for run in runs_at_best(arm, runs))
 
 
+def spread_of_seeds(losses: list[float]) -> str:
+    return loss(statistics.stdev(losses)) if len(losses) > 1 else "one seed"
+
+
 def quality_table(figures: dict, arms: Iterable[str]) -> Rows:
     """Arms of a results file of quality.py, each at its best rate, the best first.
 
@@ -100,7 +104,7 @@ def quality_table(figures: dict, arms: Iterable[str]) -> Rows:
         found = runs_at_best(arm, runs)
         losses = [run["held_out"] for run in found]
         row = [method_name(arm), rate(of_results.best_rate(arm, runs)), loss(statistics.mean(losses))]
-        row += [loss(statistics.stdev(losses)) if len(found) > 1 else "one seed"]
+        row += [spread_of_seeds(losses)]
         row += [percent(statistics.mean(run["token_accuracy"] for run in found))]
         if of_answers:
             row += [of_results.solved_by(found)]
@@ -157,6 +161,32 @@ def changes_to_lisa(figures: dict) -> Rows:
     runs = figures["runs"]
     rows = [[name, loss(runs[of_results.quality_key(arm, 4e-3, 0)]["held_out"])] for arm, name in arms.items()]
     return [["change", "held-out loss"], *rows]
+
+
+@table("comparing_smaller", "quality")
+def smaller_states(figures: dict) -> Rows:
+    """Mean held-out loss over the seeds, at the best rate of each."""
+    arms = {
+        "lisa 2 one pass": "gamma 2, AdamW's states in 32 bits (`--optim lisa_adamw`)",
+        "lisa 2, 8 bits": "the same, moments in 8 bits",
+        "lisa 2, factored": "the same, embed and head factored",
+        "lisa 2 bf16": "gamma 2, weights in bf16",
+        "lisa 2, frozen 8 bits": "the same, frozen layers in 8 bits",
+        "lisa 2, frozen 4 bits": "the same, frozen layers in 4 bits",
+        "lisa auto": "factored, layers in 8 bits: as many layers as gamma 2 in 32 bits holds",
+        "lisa in lora's memory": "the same: as many layers as fit the peak of LoRA, rank 16, and a tenth",
+        "lora r16": "LoRA, rank 16",
+        "full": "full training",
+    }
+    rows = []
+    for arm, name in arms.items():
+        found = runs_at_best(arm, figures["runs"])
+        losses = [run["held_out"] for run in found]
+        layers = f"{found[0]['layers']}" if found[0].get("layers") else "-"
+        best = rate(of_results.best_rate(arm, figures["runs"]))
+        row = [name, layers, best, loss(statistics.mean(losses)), spread_of_seeds(losses)]
+        rows.append([*row, f"{found[0]['live_bytes'] / 1e6:.1f}"])
+    return [["", "layers", "best rate", "held-out loss", "spread of seeds", "MB of tensors"], *rows]
 
 
 # docs/kernels.md
