@@ -69,7 +69,12 @@ def method_name(arm: str) -> str:
     """An arm of quality.py as the pages call it."""
     if lisa := re.fullmatch(r"lisa (\d+),? ?(.*)", arm):
         return f"LISA, gamma {lisa[1]}, {lisa[2] or 'uniform'}"
-    named = {"embed and head": "embeddings and head", "one block": "one block at a time"}
+    named = {
+        "embed and head": "embeddings and head",
+        "one block": "one block at a time",
+        "lisa in lora's memory": "LISA, as many layers as fit LoRA's peak and a tenth",
+        "lisa in lora's, embed frozen": "LISA, as many as fit it with embed frozen",
+    }
     return named.get(arm, arm).replace("lora", "LoRA").replace("fixed ", "fixed layers, gamma ")
 
 
@@ -122,7 +127,7 @@ def methods(figures: dict) -> Rows:
 
 @table("comparing_smollm2", "quality_smollm2")
 def methods_on_smollm2(figures: dict) -> Rows:
-    return quality_table(figures, ON_SMOLLM2)
+    return quality_table(figures, (*ON_SMOLLM2, "lisa in lora's memory", "lisa in lora's, embed frozen"))
 
 
 @table("comparing_smollm2_time", "quality_smollm2_time")
