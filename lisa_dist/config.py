@@ -71,6 +71,14 @@ class LisaConfig:
             "by (l / N) to this power, such as 4, so that upper layers train more often; 0 for none."
         },
     )
+    lisa_probe_steps: int = field(
+        default=0,
+        metadata={
+            "help": "For the weighted, balanced and adaptive samplers: before the first step, trains up to 8 sets of "
+            "layers for this many steps each from the same weights, such as 10, and weighs layers by the held-out loss "
+            "that follows; 0 for none."
+        },
+    )
     lisa_importance: str = field(
         default="gradient",
         metadata={"help": "The adaptive sampler's measure of a layer: the norm of its gradient, or of its update."},
@@ -82,12 +90,16 @@ class LisaConfig:
     lisa_importance_temperature: float = field(
         default=1.0,
         metadata={
-            "help": "Temperature of the adaptive sampler's softmax over averages whose mean is 1: lower is sharper."
+            "help": "Temperature of the adaptive sampler's softmax over averages whose mean is 1, and of that over a "
+            "probe's scores, whose deviation is up to 1: lower is sharper."
         },
     )
     lisa_importance_floor: float = field(
         default=0.2,
-        metadata={"help": "Part of the adaptive sampler's probability that is spread evenly over the layers."},
+        metadata={
+            "help": "Part of the adaptive sampler's probability, and of a probe's weights, that is spread evenly over "
+            "the layers."
+        },
     )
     lisa_lr_power: float = field(
         default=0.0,

@@ -50,9 +50,12 @@ def check_weights(config: Any) -> None:
             f"--lisa_sampler {config.lisa_sampler} with --lisa_weights_file {config.lisa_weights_file}: the weighted "
             "and the balanced sampler read one, and no other; give one of them."
         )
-    if config.lisa_sampler == "weighted" and config.lisa_weights_file is None and not config.lisa_depth_bias:
+    check_probe(config)
+    weights = config.lisa_weights_file is not None, config.lisa_depth_bias, config.lisa_probe_steps
+    if config.lisa_sampler == "weighted" and not any(weights):
         raise UserError(
-            "--lisa_sampler weighted: it needs weights of the layers; give --lisa_weights_file or --lisa_depth_bias."
+            "--lisa_sampler weighted: it needs weights of the layers; give --lisa_weights_file, --lisa_depth_bias or "
+            "--lisa_probe_steps."
         )
     if not -16 <= config.lisa_depth_bias <= 16:
         raise UserError(f"--lisa_depth_bias {config.lisa_depth_bias}: a power is from -16 to 16; 0 for none.")
@@ -61,6 +64,27 @@ def check_weights(config: Any) -> None:
             f"--lisa_depth_bias {config.lisa_depth_bias:g} with --lisa_sampler {config.lisa_sampler}: this sampler has "
             f"no weights of layers; give one of {', '.join(BY_WEIGHTS)}."
         )
+
+
+def check_probe(config: Any) -> None:
+    steps = config.lisa_probe_steps
+    flag = f"--lisa_probe_steps {steps}"
+    if not (isinstance(steps, int) and steps >= 0):
+        raise UserError(f"{flag}: a probe takes 0 steps or more of each set of layers; 0 for none.")
+    if steps == 0:
+        return
+    if config.lisa_sampler not in BY_WEIGHTS:
+        raise UserError(
+            f"{flag} with --lisa_sampler {config.lisa_sampler}: this sampler has no weights of layers; give one of "
+            f"{', '.join(BY_WEIGHTS)}."
+        )
+    if config.lisa_weights_file is not None:
+        raise UserError(
+            f"{flag} with --lisa_weights_file {config.lisa_weights_file}: both say how often layers train; give one of "
+            "them."
+        )
+    if config.lisa_activated_layers == 0:
+        raise UserError(f"{flag} with --lisa_activated_layers 0: no layer is sampled; leave one of them out.")
 
 
 def check_states(config: Any) -> None:
@@ -172,7 +196,10 @@ def check_importance(config: Any) -> None:
         )
     defaults = {name: field.default for name, field in type(config).__dataclass_fields__.items()}
     for name, value in defaults.items():
+        of_probes = config.lisa_probe_steps and name.endswith(("temperature", "floor"))
         if "importance" in name and getattr(config, name) != value and config.lisa_sampler != "adaptive":
+            if of_probes:
+                continue
             warnings.warn(
                 f"--{name} {getattr(config, name)} with --lisa_sampler {config.lisa_sampler}: it has no effect, being "
                 "for the adaptive sampler.",

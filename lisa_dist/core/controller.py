@@ -18,7 +18,7 @@ period would be lost.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import deepspeed
 import torch
@@ -67,6 +67,7 @@ class LisaController:
     _rates: StepRates
     _nonfinite: NonfiniteGuard
     _missed_switch: MissedSwitchGuard
+    _inactive_weights: InactiveWeights
 
     def __init__(self, model: torch.nn.Module, config: LisaConfig):
         check_deepspeed()
@@ -87,7 +88,6 @@ class LisaController:
         self.changes = BlockChanges()
         self.at_close: Callable[[], object] = lambda: None
         self._log = PeriodLog()
-        self._inactive_weights: InactiveWeights | None = None  # with --lisa_debug
         self._warming_up: Iterable[str] = ()  # groups, of a state that was loaded before `attach`
         self._begun_step = -1  # the last step that on_step_begin has seen
         if dist.is_initialized():
@@ -153,9 +153,8 @@ class LisaController:
             self.partitions.apply_overrides(self.host_states.copies)
         self._verify()
         release_shared_memory()
-        if config.lisa_debug:
-            self._inactive_weights = InactiveWeights(self.partitions)
-            self._inactive_weights.remember(self.selection.inactive(self.active))
+        self._inactive_weights = InactiveWeights(self.partitions, config.lisa_debug)
+        self._inactive_weights.remember(self.selection.inactive(self.active))
         if not self._log.resumed:
             self._begin_record(engine.global_steps, seconds=0.0, bytes_released=0)
 
@@ -196,8 +195,7 @@ class LisaController:
         """Write the last period's line of the log, and give the output folder back; call after the last step."""
         self.partitions.close()
         self.check_finite()
-        if self._inactive_weights is not None:
-            self._inactive_weights.check(self.period)
+        self._inactive_weights.check(self.period)
         self._log.close(self.engine.global_steps, self._measure)
         self._note_movement()
         self.at_close()
@@ -209,8 +207,7 @@ class LisaController:
     # A switch, in order
 
     def _switch(self, period: int) -> None:
-        if self._inactive_weights is not None:
-            self._inactive_weights.check(self.period)
+        self._inactive_weights.check(self.period)
         started = time.perf_counter()
         self.note_changes()
         self._note_movement()
@@ -232,8 +229,7 @@ class LisaController:
         self.begin_afresh(key for key in next_keys if key not in carried or not carried[key].optimizer_state)
         self._verify()
         self._begin_record(self.engine.global_steps, time.perf_counter() - started, released_bytes)
-        if self._inactive_weights is not None:
-            self._inactive_weights.remember(self.selection.inactive(self.active))
+        self._inactive_weights.remember(self.selection.inactive(self.active))
 
     def _note_movement(self) -> None:
         """Look at the weights of the blocks whose period ends."""
@@ -327,7 +323,6 @@ class LisaController:
 
     def state_dict(self) -> dict:
         """Everything that a resumed run needs to activate the same layers before it loads the optimizer."""
-        importance = self.selection.importance
         return {
             "version": STATE_VERSION,
             "step": self.engine.global_steps if self.is_attached else 0,
@@ -338,8 +333,7 @@ class LisaController:
             "block_visit_counts": dict(self.block_visit_counts),
             "record": self._log.state_dict(),
             "config": self.config.to_dict(),
-            "weights": self.selection.weights,
-            "importance": None if importance is None else importance.state_dict(),
+            **self.selection.state_dict(),
             "woken": sorted(self._rates.warming_up) if self.is_attached else [],
         }
 
@@ -353,37 +347,44 @@ class LisaController:
         self._log.resumed = True
         self._begun_step = -1
         self.visit_counts = list(state["visit_counts"])
-        saved_counts = state["block_visit_counts"]
-        self.block_visit_counts |= {
-            name: saved_counts[name] for name in self.block_visit_counts if name in saved_counts
-        }
-        # Norms of gradients and of updates are numbers of two kinds: by another --lisa_importance they begin anew.
-        same_kind = state["config"].get("lisa_importance") == self.config.lisa_importance
-        if self.selection.importance is not None and state.get("importance") is not None and same_kind:
-            self.selection.importance.load_state_dict(state["importance"])
+        counts = state["block_visit_counts"]
+        self.block_visit_counts |= {name: counts[name] for name in self.block_visit_counts if name in counts}
+        self.selection.load_state_dict(state)
         self._warming_up = () if changed else state.get("woken", ())
         if self.is_attached:
             self._rates.begin(self._warming_up)
         if changed:
             self.period = state["step"] // self.config.lisa_interval_steps
-            self.active = self.selection.sample(self.period)
+            active = self.selection.sample(self.period)
         else:
             self.period = state["period"]
-            self.active = ActiveSet(tuple(state["active_layers"]), tuple(state["active_blocks"]))
+            active = ActiveSet(tuple(state["active_layers"]), tuple(state["active_blocks"]))
         if self.frozen_layers is not None and not self.is_attached:
-            self.frozen_layers.switch(self.selection.widest(self.active).layers)
+            self.frozen_layers.switch(self.selection.widest(active).layers)
+        self.activate_from_weights(active)
+        if changed:
+            self._begin_record(state["step"], seconds=0.0, bytes_released=0)
+        else:
+            self._log.open(None if state["record"] is None else PeriodRecord(**state["record"]))
+
+    def activate_from_weights(self, active: ActiveSet) -> None:
+        """Let these blocks train, with masters from the weights as they are and fresh moments; between two steps."""
+        self.active = active
         self._activate()
         if self.is_attached:
             self._nonfinite.resume()
             self.partitions.wait_for_device()
             self._repartition({})
             self._verify()
-        if changed:
-            self._begin_record(state["step"], seconds=0.0, bytes_released=0)
-        else:
-            self._log.open(None if state["record"] is None else PeriodRecord(**state["record"]))
-        if self._inactive_weights is not None:
-            self._inactive_weights.remember(self.selection.inactive(self.active))
+            self._inactive_weights.remember(self.selection.inactive(active))
+
+    def sample_by(self, probed: Sequence[float]) -> None:
+        """Before the first step: sample period 0 anew, by these weights of layers, which a probe has found."""
+        self.selection.sample_by(probed)
+        self.visit_counts = [0] * len(self.visit_counts)
+        self.block_visit_counts = dict.fromkeys(self.block_visit_counts, 0)
+        self.activate_from_weights(self._agree())
+        self._begin_record(step=0, seconds=0.0, bytes_released=0)
 
     def begin_afresh(self, keys: Iterable[PartitionKey]) -> None:
         """Warm up these partitions, whose moments are fresh."""
@@ -394,4 +395,5 @@ class LisaController:
 
         Raises ValueError when the state is of another model, or when they differ in the middle of a period.
         """
-        return changed_settings(state, self.config, len(self.blocks.layers), self.selection.weights)
+        weights = self.selection.weights_by(state.get("probed") if self.config.lisa_probe_steps else None)
+        return changed_settings(state, self.config, len(self.blocks.layers), weights)

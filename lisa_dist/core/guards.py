@@ -79,15 +79,17 @@ class NonfiniteGuard:
 
 
 class InactiveWeights:
-    """Remembers digests of inactive weights, as this rank holds them, from one switch to the next."""
+    """Remembers digests of inactive weights, as this rank holds them, from one switch to the next; or does nothing."""
 
-    def __init__(self, partitions: ZeroPartitions):
-        self._partitions = partitions
+    def __init__(self, partitions: ZeroPartitions, enabled: bool):
+        self._partitions, self._enabled = partitions, enabled
         self._digests: dict[str, str] = {}
         self._parameters: dict[str, torch.nn.Parameter] = {}
 
     def remember(self, blocks: Iterable[Block]) -> None:
         """Take the digests of these inactive blocks, and compare them between ranks that each hold all weights."""
+        if not self._enabled:
+            return
         self._parameters = {name: value for block in blocks for name, value in block.parameters.items()}
         self._digests = {name: self._digest(value) for name, value in self._parameters.items()}
         if self._partitions.weights_are_sharded:

@@ -29,7 +29,7 @@ class LayerImportance:
         self, num_layers: int, decay: float, temperature: float, floor: float, prior: Sequence[float] | None = None
     ):
         assert num_layers > 0
-        self._prior = prior
+        self.prior = prior
         self.averages: list[float | None] = [None] * num_layers
         self._decay, self._temperature, self._floor = decay, temperature, floor
 
@@ -43,9 +43,9 @@ class LayerImportance:
     def weights(self) -> list[float]:
         """Weights of the layers, which add up to 1: `floor` of it evenly, the rest by a softmax, times the prior."""
         weights = self._by_averages()
-        if self._prior is None:
+        if self.prior is None:
             return weights
-        weights = [prior * weight for prior, weight in zip(self._prior, weights, strict=True)]
+        weights = [prior * weight for prior, weight in zip(self.prior, weights, strict=True)]
         return [weight / sum(weights) for weight in weights]
 
     def _by_averages(self) -> list[float]:

@@ -42,6 +42,11 @@ def changed_settings(
         raise UserError(
             f"the LISA state is of a model with {len(state['visit_counts'])} decoder layers; this one has {num_layers}."
         )
+    if config.lisa_probe_steps and state.get("probed") is None:
+        raise UserError(
+            f"--lisa_probe_steps {config.lisa_probe_steps}: the run saved at step {state['step']} was not probed, and "
+            "layers are probed before the first step; leave it out."
+        )
     saved, current, step = LisaConfig().to_dict() | state["config"], config.to_dict(), state["step"]
     changed = [name for name in current if name not in FREE_SETTINGS and current[name] != saved[name]]
     if weights != state["weights"] and "lisa_depth_bias" not in changed:  # their file may have moved

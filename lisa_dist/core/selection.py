@@ -3,7 +3,7 @@
 `sampling` knows numbers alone; this file knows which parameters they stand for. It knows no engine and no rank.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -33,6 +33,7 @@ class BlockSelection:
         self._state_bits = _state_bits(config, blocks)
         self._offloaded = _offloaded(config, blocks)
         _check_lr_scales(config, blocks)
+        self.probed: list[float] | None = None  # weights of layers, with --lisa_probe_steps
         self.weights = layer_weights(config, num_layers)
         self.importance: LayerImportance | None = None  # of the layers, for the sampler "adaptive"
         if config.lisa_sampler == "adaptive":
@@ -53,6 +54,34 @@ class BlockSelection:
             self.weights_now,
             self.sampled,
         )
+
+    def sample_by(self, probed: Sequence[float]) -> None:
+        """Sample by these weights of layers, besides what the settings say of their depth."""
+        self.probed = list(probed)
+        self.weights = self.weights_by(self.probed)
+        if self.importance is not None:
+            self.importance.prior = self.weights
+
+    def weights_by(self, probed: list[float] | None) -> list[float] | None:
+        """The weights of layers that the settings give, times those that a probe has found, if there are any."""
+        given = layer_weights(self._config, len(self._blocks.layers))
+        if given is None or probed is None:
+            return probed or given
+        return [one * other for one, other in zip(given, probed, strict=True)]
+
+    def state_dict(self) -> dict:
+        """What is known of the layers, as JSON has it."""
+        importance = None if self.importance is None else self.importance.state_dict()
+        return {"weights": self.weights, "probed": self.probed, "importance": importance}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on with what a saved run (`LisaController.state_dict`) had learned of its layers."""
+        if self._config.lisa_probe_steps:
+            self.sample_by(state["probed"])
+        # Norms of gradients and of updates are numbers of two kinds: by another --lisa_importance they begin anew.
+        same_kind = state["config"].get("lisa_importance") == self._config.lisa_importance
+        if self.importance is not None and state.get("importance") is not None and same_kind:
+            self.importance.load_state_dict(state["importance"])
 
     @property
     def weights_now(self) -> list[float] | None:

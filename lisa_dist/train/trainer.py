@@ -10,25 +10,19 @@ A step of the loop, which is the Trainer's own::
 
 import contextlib
 import functools
-import random
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import numpy
 import torch
 from torch import distributed as dist
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from lisa_dist.checkpoint.folders import rotate_checkpoints
-from lisa_dist.checkpoint.resume import (
-    load_checkpoint,
-    rate_ratio,
-    start_from_weights,
-)
+from lisa_dist.checkpoint.resume import load_checkpoint, rate_ratio, start_from_weights
 from lisa_dist.checkpoint.save import finish_save, save_checkpoint
 from lisa_dist.checkpoint.trust import check_pickles
 from lisa_dist.checkpoint.weights import read_weights, save_without_weights, write_weights
@@ -52,15 +46,12 @@ from lisa_dist.text import format_active
 from lisa_dist.train.callbacks import Heartbeat, LisaSteps
 from lisa_dist.train.checks import check_trainer
 from lisa_dist.train.compiled_layers import CompiledLayers
-from lisa_dist.train.identity import (
-    check_global_batch_size,
-    compare_on_rank_0,
-    describe_identity,
-    write_identity,
-)
+from lisa_dist.train.identity import check_global_batch_size, compare_on_rank_0, describe_identity, write_identity
 from lisa_dist.train.liger import check_liger
 from lisa_dist.train.model_header import describe_training
 from lisa_dist.train.monitoring import MonitoredMixin, SlowRanks, lisa_metrics
+from lisa_dist.train.probe import check_probe_of_run, probe_in_trainer
+from lisa_dist.train.random_states import random_states_kept
 from lisa_dist.train.resume_from import Beginning, find_beginning, load_schedule
 from lisa_dist.train.step_memory import StepWorkload, plan_run_memory
 from lisa_dist.zero.cpu_ops import start_deepspeed
@@ -181,7 +172,12 @@ class LisaMixin(MonitoredMixin):
             self.model_wrapped, self.deepspeed = self.model, None
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._controller.attach(model, self.args.output_dir)
-        for prepare in (partial(self._load, resume_from_checkpoint, max_steps), self._meet_ranks, self._plan_memory):
+        for prepare in (
+            partial(self._load, resume_from_checkpoint, max_steps),
+            self._meet_ranks,
+            self._plan_memory,
+            self._probe,
+        ):
             self._watchdog.beat()  # each may take as long as a step
             prepare()
         self._watchdog.beat()
@@ -197,11 +193,13 @@ class LisaMixin(MonitoredMixin):
     def _settled(self, max_steps: int) -> LisaConfig:
         """The settings with a number in the place of `--lisa_interval_steps auto`: of a resumed run the run's own."""
         config, state = self.lisa_config, self._begins.state
-        if config.lisa_interval_steps != AUTO_INTERVAL:
-            return config
+        is_auto = config.lisa_interval_steps == AUTO_INTERVAL
         if state is not None:
-            return replace(config, lisa_interval_steps=state["lisa"]["config"]["lisa_interval_steps"])
-        return config.with_interval(max_steps, len(find_blocks(self.model, config.lisa_layers_attribute).layers))
+            saved = state["lisa"]["config"]["lisa_interval_steps"]
+            return replace(config, lisa_interval_steps=saved) if is_auto else config
+        num_layers = len(find_blocks(self.model, config.lisa_layers_attribute).layers)
+        check_probe_of_run(config, num_layers, max_steps)
+        return config.with_interval(max_steps, num_layers) if is_auto else config
 
     def _load(self, checkpoint: str | None, max_steps: int) -> None:
         """Go on from a checkpoint, or begin from the weights of a model, where there is one to load."""
@@ -245,6 +243,11 @@ class LisaMixin(MonitoredMixin):
         )
         self._print(self._memory.set_checkpointing())
 
+    def _probe(self) -> None:
+        """With --lisa_probe_steps, of a run that begins: find out how often each layer is to train."""
+        if self.lisa_config.lisa_probe_steps and self._begins.checkpoint is None:
+            self._print(probe_in_trainer(self))
+
     @functools.cached_property
     def _identity(self) -> dict[str, Any]:
         return describe_identity(self.args, getattr(self.model, "config", None), self.train_dataset)
@@ -277,13 +280,8 @@ class LisaMixin(MonitoredMixin):
         A resumed run does not evaluate again what was evaluated before it was saved, and must see the same random
         numbers.
         """
-        cuda = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_available() else []
-        python_state, numpy_state = random.getstate(), numpy.random.get_state()
-        with torch.random.fork_rng(devices=cuda):
-            metrics = super().evaluate(*args, **kwargs)
-        random.setstate(python_state)
-        numpy.random.set_state(numpy_state)
-        return metrics
+        with random_states_kept():
+            return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, for an evaluation and a prediction, with what frozen layers are to be evaluated as."""

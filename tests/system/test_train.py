@@ -113,6 +113,47 @@ def test_the_number_of_layers_is_planned_and_stays_on_a_resume(folder, tmp_path)
 
 
 @pytest.mark.usefixtures("cpu_ops")
+def test_a_probe_leaves_no_trace_but_how_often_layers_train(folder, tmp_path):
+    """Nor in what TRL gathers for its log, nor in dropout or the order of rows; a resumed run does not probe again."""
+    settings = {"lisa_sampler": "balanced", "max_steps": 40, "gradient_accumulation_steps": 2, "deepspeed": "zero2"}
+    settings |= {"save_strategy": "steps", "save_steps": 3, "learning_rate": 5e-3, "packing": True}
+    settings |= {"eval_on_start": False}
+    out, given = tmp_path / "out", tmp_path / "given"
+    probe = {"lisa_probe_steps": 4, "output_dir": out}
+    status, said = run_alone(flags_for(folder, **settings | probe), tmp_path / "said.txt")
+    assert status == 0, said[-3000:]
+    weights = json.loads((out / "checkpoint-3/lisa_state.json").read_text())["lisa"]["probed"]
+    assert len(set(weights)) > 1
+    found = re.search(r"layers probed for 4 steps, held-out loss and weight of each: (.+)", said)[1].split(", ")
+    assert [words.split()[0] for words in found] == [f"{layer}-{layer}" for layer in range(6)]
+    assert [float(words.split()[2]) for words in found] == pytest.approx(weights, rel=1e-2)
+    best = min(range(6), key=lambda layer: float(found[layer].split()[1]))
+    assert weights[best] == max(weights)
+    (tmp_path / "weights.json").write_text(json.dumps(weights))
+    others = settings | {"lisa_weights_file": tmp_path / "weights.json", "output_dir": given}
+    status, said = run_alone(flags_for(folder, **others), tmp_path / "said_too.txt")
+    assert status == 0, said[-3000:]
+    assert history(out) == history(given)
+    shutil.rmtree(out / "checkpoint-40")
+    resumed = settings | probe | {"resume_from_checkpoint": out / "checkpoint-39"}
+    status, said = run_alone(flags_for(folder, **resumed), tmp_path / "resumed.txt")
+    assert status == 0, said[-3000:]
+    assert "layers probed" not in said
+    assert [one.get("loss") for one in history(out)] == [one.get("loss") for one in history(given)]
+    refused = settings | probe | {"resume_from_checkpoint": given / "checkpoint-39"}
+    status, said = run_alone(flags_for(folder, **refused), tmp_path / "refused.txt")
+    assert status != 0
+    assert "--lisa_probe_steps 4: the run saved at step 39 was not probed" in said
+
+
+def history(folder: Path) -> list[dict]:
+    """What a run has logged, times left out."""
+    entries = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    timed = ("second", "runtime", "flops", "seconds", "bytes")
+    return [{name: value for name, value in one.items() if not any(map(name.__contains__, timed))} for one in entries]
+
+
+@pytest.mark.usefixtures("cpu_ops")
 def test_a_signal_to_lisa_dist_train_saves_on_its_ranks(folder, tmp_path):
     flags = flags_for(folder, tmp_path / "out", max_steps=2000, eval_strategy="no", eval_on_start=False)
     command = [str(BIN / "lisa-dist"), "train", "--gpus", "2", *flags]
@@ -402,6 +443,10 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
         ({"dataset_text_field": "body"}, "--dataset_text_field body: has no effect here; use --dataset_columns text="),
         ({"lisa_activated_layers": 7}, "--lisa_activated_layers 7: the model has 6 decoder layers"),
         ({"lisa_sampler": "weighted", "lisa_weights_file": "absent.json"}, "--lisa_weights_file absent.json"),
+        (
+            {"lisa_sampler": "balanced", "lisa_probe_steps": 1, "max_steps": 6},
+            "--lisa_probe_steps 1: 6 sets of layers take 6 steps, and the run has 6; give at most 0",
+        ),
         ({"model_name_or_path": "no/such-model"}, "--model_name_or_path no/such-model: no such folder"),
         ({"deepspeed": "zero3_nvme"}, "--deepspeed zero3_offload"),
         ({"optim": "lomo"}, "--optim lomo: LISA runs AdamW"),

@@ -35,6 +35,17 @@ from lisa_dist import LisaConfig
         ({"lisa_depth_bias": 4.0}, "--lisa_depth_bias 4 with --lisa_sampler uniform: this sampler has no weights"),
         ({"lisa_depth_bias": 17.0, "lisa_sampler": "balanced"}, "--lisa_depth_bias 17.0: a power is from -16 to 16"),
         ({"lisa_depth_bias": math.nan, "lisa_sampler": "balanced"}, "--lisa_depth_bias nan: a power is from"),
+        ({"lisa_probe_steps": 10}, "--lisa_probe_steps 10 with --lisa_sampler uniform: this sampler has no weights"),
+        ({"lisa_probe_steps": -1}, "--lisa_probe_steps -1: a probe takes 0 steps or more"),
+        ({"lisa_probe_steps": 2.5}, "--lisa_probe_steps 2.5: a probe takes 0 steps or more"),
+        (
+            {"lisa_probe_steps": 5, "lisa_sampler": "balanced", "lisa_weights_file": "w.json"},
+            "--lisa_probe_steps 5 with --lisa_weights_file w.json: both say how often layers train",
+        ),
+        (
+            {"lisa_probe_steps": 5, "lisa_sampler": "balanced", "lisa_activated_layers": 0},
+            "--lisa_probe_steps 5 with --lisa_activated_layers 0: no layer is sampled",
+        ),
         ({"lisa_lr_scale": "embed=0"}, "--lisa_lr_scale embed=0: embed has 0; a scale is above 0, and finite; what"),
         ({"lisa_lr_scale": "embed=1,layers=-1"}, "layers has -1; a scale is above 0"),
         ({"lisa_lr_scale": "head=inf"}, "head has inf; a scale is above 0, and finite"),

@@ -1,0 +1,150 @@
+"""What each layer is worth, found by trying (`--lisa_probe_steps`): before a run's first step some layers at a time
+train for a few steps from the same weights, and the held-out loss after each try sets the sampling weights.
+
+The decoder is cut into up to 8 stretches of neighbouring layers, and of each the layers in the middle are tried, at
+most gamma of them, so that a try needs no more of a device's memory than a step of the run. Copies of the weights that
+it trains are on the host meanwhile; at its end they are put back, bit for bit.
+
+Norms of gradients, and what a step's gradients promise, rank layers otherwise than long runs that train them do; the
+held-out loss after some steps ranks them alike. The batches are the same for all tries, and scores are told from noise
+by how the batches of held-out rows differ among themselves: where stretches differ no more, layers stay alike.
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+from torch import distributed as dist
+
+from lisa_dist.core.controller import LisaController
+from lisa_dist.core.sampling import ActiveSet
+from lisa_dist.errors import UserError
+from lisa_dist.zero.parameters import is_partitioned
+from lisa_dist.zero.stage3 import drop_prefetched
+
+MOST_STRETCHES = 8
+COUNTS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")  # of DeepSpeed's engine
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring decoder layers, and those of them that are tried for all."""
+
+    layers: range
+    tried: range
+
+
+def stretches(num_layers: int, num_active: int) -> list[Stretch]:
+    """The stretches of a model, all with as many layers tried: at most `num_active`."""
+    count = min(MOST_STRETCHES, num_layers)
+    width = min(num_active, num_layers // count)
+    cuts = [number * num_layers // count for number in range(count + 1)]
+    firsts = [begin + (end - begin - width) // 2 for begin, end in itertools.pairwise(cuts)]
+    return [
+        Stretch(range(begin, end), range(first, first + width))
+        for (begin, end), first in zip(itertools.pairwise(cuts), firsts, strict=True)
+    ]
+
+
+def probe_layers(
+    lisa: LisaController, train_step: Callable[[int], object], held_out_losses: Callable[[], Sequence[float]]
+) -> list[float]:
+    """Set the layers' sampling weights by what training them does; returns each stretch's held-out loss.
+
+    Call it before the first step, on all ranks. `train_step(step)` takes an optimizer step of the engine on this rank's
+    share of a batch, of the same batch whenever it gets the same number, from 0 to --lisa_probe_steps;
+    `held_out_losses()` gives this rank's losses of at least two batches that are not trained on, always the same.
+    Weights, counts of steps and what the optimizer knows are left as they were; random generators are not.
+
+    Raises ValueError after the first step, and for losses of which there are too few or that are not finite.
+    """
+    engine, config = lisa.engine, lisa.config
+    if engine.global_steps or lisa.records:
+        raise UserError(f"probe_layers: {engine.global_steps} steps are over; layers are probed before the first.")
+    losses = []
+    for stretch in stretches(len(lisa.blocks.layers), config.lisa_activated_layers):
+        with _leaving_no_trace(lisa, ActiveSet(tuple(stretch.tried))):
+            for step in range(config.lisa_probe_steps):
+                lisa.period = step // config.lisa_interval_steps  # or a switch would seem to be missed
+                train_step(step)
+                lisa.check_finite()
+            losses.append(_mean_of_ranks(held_out_losses(), engine.device))
+    if len(losses[0]) < 2 or not all(map(math.isfinite, itertools.chain(*losses))):
+        raise UserError(f"probe_layers: needs finite losses of two held-out batches or more, got {losses}.")
+    lisa.sample_by(_by_layer(lisa, scores(losses)))
+    return [sum(of_batches) / len(of_batches) for of_batches in losses]
+
+
+@contextlib.contextmanager
+def _leaving_no_trace(lisa: LisaController, active: ActiveSet) -> Iterator[None]:
+    """Let these layers train; afterwards weights, counts and rates are what they were, and no moments are left."""
+    engine, optimizer = lisa.engine, lisa.partitions.optimizer
+    counts = {name: getattr(engine, name) for name in COUNTS}
+    scheduler, engine.lr_scheduler = engine.lr_scheduler, None
+    rates, counters = [group["lr"] for group in optimizer.param_groups], lisa.partitions.counters()
+    lisa.activate_from_weights(active)
+    inactive = lisa.selection.inactive(active)
+    trained = [list(block.parameters.values()) for block in lisa.blocks if block not in inactive]
+    kept = []
+    for parameters in trained:  # one block at a time is whole under ZeRO-3, and rank 0 keeps it for all
+        with deepspeed.zero.GatheredParameters(parameters):
+            kept.append([one.detach().to("cpu", copy=True) for one in parameters if _keeps(one)])
+    yield
+    drop_prefetched(engine)
+    for parameters, weights in zip(trained, kept, strict=True):
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0), torch.no_grad():
+            for one, weight in zip(filter(_keeps, parameters), weights, strict=True):
+                one.copy_(weight)
+    vars(engine).update(counts)
+    engine.lr_scheduler, lisa.period = scheduler, 0
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    lisa.partitions.load_counters(counters)
+
+
+def _keeps(parameter: torch.nn.Parameter) -> bool:
+    """Whether this rank keeps a parameter that is whole now."""
+    return dist.get_rank() == 0 or not is_partitioned(parameter)
+
+
+def _by_layer(lisa: LisaController, found: Sequence[float]) -> list[float]:
+    """Weights of layers, which add up to 1: `floor` of it evenly, the rest by a softmax of their stretches' scores."""
+    config, num_layers = lisa.config, len(lisa.blocks.layers)
+    cut = stretches(num_layers, config.lisa_activated_layers)
+    highest = max(found)
+    powers = [
+        math.exp((score - highest) / config.lisa_importance_temperature)
+        for stretch, score in zip(cut, found, strict=True)
+        for _ in stretch.layers
+    ]
+    floor = config.lisa_importance_floor
+    weights = [floor / num_layers + (1 - floor) * max(power, 1e-6) / sum(powers) for power in powers]
+    return [float(f"{weight:.9g}") for weight in weights]  # the last bits of a power are another's on another machine
+
+
+def scores(losses: Sequence[Sequence[float]]) -> list[float]:
+    """How much better than the mean each stretch is, in standard deviations of stretches, less what is noise.
+
+    `losses` has a row of batches' losses for each stretch. What all stretches share of a batch is taken off; what is
+    left of a stretch's batches around their mean is noise, of variance e in the mean. Of the variance s of the
+    stretches' means the part e is noise too, and scores are shrunk to max(0, 1 - e / s) of theirs.
+
+    Source: James and Stein, "Estimation with quadratic loss", 1961, the positive part.
+    """
+    table = torch.tensor(losses, dtype=torch.float64)
+    better = table.mean(dim=0) - table
+    means = better.mean(dim=1)
+    if len(means) < 2 or not (spread := means.var().item()):
+        return [0.0] * len(means)
+    noise = (better.var(dim=1) / better.shape[1]).mean().item()
+    return (means / math.sqrt(spread) * max(0.0, 1 - noise / spread)).tolist()
+
+
+def _mean_of_ranks(losses: Sequence[float], device: torch.device) -> list[float]:
+    total = torch.tensor(losses, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).tolist()

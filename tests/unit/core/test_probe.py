@@ -1,0 +1,214 @@
+"""Weights of layers from a probe: what it makes of losses, what it tries, and that it leaves no trace in a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cells import full
+from engines import full_weights, my_rows, train_step
+from models import tiny_llama, token_batches
+from ranks import run_ranks
+from torch import distributed as dist
+
+import lisa_dist
+from lisa_dist.core.probe import Stretch, scores, stretches
+
+STEPS, LR = 5, 1e-3
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_active", "expected"),
+    [
+        (1, 1, [((0, 1), (0, 1))]),
+        (5, 2, [((0, 1), (0, 1)), ((1, 2), (1, 2)), ((2, 3), (2, 3)), ((3, 4), (3, 4)), ((4, 5), (4, 5))]),
+        (16, 1, [((2 * number, 2 * number + 2), (2 * number, 2 * number + 1)) for number in range(8)]),
+        (80, 4, [((10 * number, 10 * number + 10), (10 * number + 3, 10 * number + 7)) for number in range(8)]),
+    ],
+)
+def test_stretches_cover_the_layers_and_try_the_middle(num_layers, num_active, expected):
+    assert stretches(num_layers, num_active) == [Stretch(range(*layers), range(*tried)) for layers, tried in expected]
+
+
+@pytest.mark.parametrize("num_active", [1, 2, 25])
+@pytest.mark.parametrize("num_layers", [2, 7, 9, 30, 61])
+def test_every_stretch_tries_as_many_layers_and_all_are_in_one(num_layers, num_active):
+    found = stretches(num_layers, num_active)
+    assert [layer for stretch in found for layer in stretch.layers] == list(range(num_layers))
+    assert len({len(stretch.tried) for stretch in found}) == 1
+    assert all(0 < len(stretch.tried) <= num_active for stretch in found)
+    assert all(set(stretch.tried) <= set(stretch.layers) for stretch in found)
+
+
+def test_scores_are_standardized_and_what_batches_share_is_no_noise():
+    found = scores([[3.0, 5.0, 9.0], [2.0, 4.0, 8.0], [1.0, 3.0, 7.0]])
+    assert found == pytest.approx([-1.0, 0.0, 1.0])
+
+
+def test_scores_shrink_by_the_share_of_noise():
+    """Means are 1 and 2, their variance 1/2; of batches the variance is 1/8 around each, so 1/16 in a mean of two."""
+    losses = [[2.25, 1.75], [0.75, 1.25]]
+    assert scores(losses) == pytest.approx([-(0.5**0.5) * (1 - 0.0625 / 0.5), 0.5**0.5 * (1 - 0.0625 / 0.5)])
+
+
+def test_noise_alone_has_no_score():
+    generator = torch.Generator().manual_seed(0)
+    assert max(map(abs, scores(torch.randn(8, 4, generator=generator).tolist()))) < 0.5
+    assert scores([[2.0, 3.0], [3.0, 2.0]]) == [0.0, 0.0]
+    assert scores([[1.0, 2.0]]) == [0.0]
+
+
+def build(ds_config: str, settings: dict, options: dict, dtype: torch.dtype):
+    """An engine and a controller whose sampler goes by weights."""
+    config = lisa_dist.LisaConfig(lisa_interval_steps=2, lisa_sampler="balanced", lisa_debug=True, **settings)
+    return lisa_dist.initialize(tiny_llama().to(dtype), ds_config, config, **{"lr": LR} | options)
+
+
+def probe(engine, lisa) -> list[float]:
+    """Some steps on two batches, then the losses of these: random tokens have nothing to teach about others."""
+    batches = [micro_batches[0] for micro_batches in token_batches(9, rows=4)[-2:]]
+
+    def train(step: int) -> None:
+        for group in engine.optimizer.param_groups:
+            group["lr"] = LR * (step + 1)
+        rows = my_rows(batches[step % 2])
+        engine.backward(engine(input_ids=rows, labels=rows).loss)
+        engine.step()
+
+    def held_out() -> list[float]:
+        with torch.no_grad():
+            return [engine(input_ids=my_rows(rows), labels=my_rows(rows)).loss.item() for rows in batches]
+
+    return lisa_dist.probe_layers(lisa, train, held_out)
+
+
+def compare(ds_config: str, settings: dict, options: dict, dtype: torch.dtype, file: Path) -> dict:
+    """A run that was probed, and one that is given the weights that the probe has found."""
+    engine, lisa = build(ds_config, settings | {"lisa_probe_steps": STEPS}, options, dtype)
+    before, rates = originals(engine, lisa), [group["lr"] for group in engine.optimizer.param_groups]
+    found = probe(engine, lisa)
+    weights = lisa.selection.weights
+    assert weights is not None
+    assert weights == lisa.state_dict()["probed"]
+    outcome = {"found": found, "weights": weights, "active": [lisa.active_layers]}
+    for name, value in originals(engine, lisa).items():
+        assert torch.equal(value, before[name]), f"the probe has changed {name}"
+    assert [group["lr"] for group in engine.optimizer.param_groups] == rates
+    assert (engine.global_steps, engine.micro_steps, lisa.period, sum(lisa.visit_counts)) == (0, 0, 0, 2)
+    runs = []
+    for name in ("probed", "given"):
+        if name == "given":
+            if dist.get_rank() == 0:
+                file.write_text(json.dumps(weights), encoding="utf-8")
+            dist.barrier()
+            engine, lisa = build(ds_config, settings | {"lisa_weights_file": str(file)}, options, dtype)
+        losses = [train_step(engine, lisa, micro_batches) for micro_batches in token_batches(5, rows=4)]
+        runs.append((losses, originals(engine, lisa), lisa.visit_counts, [vars(one)["layers"] for one in lisa.records]))
+        lisa.close()
+        engine.destroy()
+    (losses, values, *visits), (others, other_values, *other_visits) = runs
+    outcome |= {"losses": (losses, others), "visits": (visits, other_visits)}
+    outcome["differing"] = [name for name, value in values.items() if not torch.equal(value, other_values[name])]
+    return outcome
+
+
+def originals(engine, lisa) -> dict[str, torch.Tensor]:
+    """The weights, also where the device holds them in fewer bits."""
+    if lisa.frozen_layers is None:
+        return full_weights(engine)
+    return {name: value.clone() for name, value in engine.module.state_dict().items()}
+
+
+SMALL = {"lisa_state_bits": "embed=factored,head=factored,layers=8", "lisa_master": "bf16_sr"}
+
+
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize(
+    ("ds_config", "world_size", "settings", "options", "dtype"),
+    [
+        ("zero2", 2, {}, {}, torch.float32),
+        ("zero3", 2, {"lisa_wake_warmup_steps": 1}, {}, torch.bfloat16),
+        ("zero1", 1, SMALL, {"optim": "lisa_adamw"}, torch.bfloat16),
+        full("zero2", 2, {"lisa_frozen_bits": 8}, {"optim": "lisa_adamw"}, torch.bfloat16),
+        full("zero2_offload", 2, {}, {}, torch.float32),
+        full("zero3_offload", 2, {}, {}, torch.bfloat16),
+        full("zero2", 2, {"lisa_always_on": "head,rest", "lisa_block_probability": "embed=0.5"}, {}, torch.float32),
+    ],
+)
+def test_a_probed_run_is_one_that_is_given_its_weights(ds_config, world_size, settings, options, dtype, tmp_path):
+    outcomes = run_ranks(compare, world_size, ds_config, settings, options, dtype, tmp_path / "weights.json")
+    for outcome in outcomes:
+        assert len(set(outcome["weights"])) > 1
+        assert sum(outcome["weights"]) == pytest.approx(1)
+        assert outcome["differing"] == []
+        assert outcome["losses"][0] == outcome["losses"][1]
+        assert outcome["visits"][0] == outcome["visits"][1]
+        assert outcome["weights"] == outcomes[0]["weights"]
+
+
+def by_plain_torch() -> list[float]:
+    """Each layer of six, trained for some steps with embed, head and rest by torch's AdamW: the mean of two losses."""
+    batches = [micro_batches[0] for micro_batches in token_batches(9, rows=4)[-2:]]
+    found = []
+    for layer in range(6):
+        model = tiny_llama()
+        for number, one in enumerate(model.model.layers):
+            one.requires_grad_(number == layer)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+        for step in range(STEPS):
+            optimizer.param_groups[0]["lr"] = LR * (step + 1)
+            model(input_ids=batches[step % 2], labels=batches[step % 2]).loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            found.append(sum(model(input_ids=rows, labels=rows).loss.item() for rows in batches) / 2)
+    return found
+
+
+def probed_alone(ds_config: str) -> tuple[list[float], list[float]]:
+    settings = {"lisa_importance_floor": 0.1, "lisa_importance_temperature": 0.5, "lisa_depth_bias": 1.0}
+    engine, lisa = build(ds_config, settings | {"lisa_probe_steps": STEPS}, {}, torch.float32)
+    found = probe(engine, lisa)
+    engine.destroy()
+    return found, lisa.selection.weights
+
+
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize("ds_config", ["zero2", full("zero3")])
+def test_the_losses_of_a_probe_are_plain_adamw_s(ds_config):
+    expected = by_plain_torch()
+    for found, weights in run_ranks(probed_alone, 2, ds_config):
+        assert found == pytest.approx(expected, abs=1e-5)
+        by_depth = [weight / (layer + 1) for layer, weight in enumerate(weights)]
+        by_loss = sorted(range(6), key=expected.__getitem__)
+        assert sorted(range(6), key=by_depth.__getitem__, reverse=True) == by_loss
+        assert min(by_depth) > 0.1 / 36
+
+
+def refuse_to_probe() -> list[str]:
+    said = []
+    engine, lisa = build("zero2", {"lisa_probe_steps": STEPS}, {}, torch.float32)
+    for losses in ([1.0], [1.0, float("nan")]):
+        try:
+            lisa_dist.probe_layers(lisa, lambda step: None, lambda losses=losses: losses)
+        except ValueError as error:
+            said.append(str(error))
+    lisa.sample_by([1.0] * 6)
+    train_step(engine, lisa, next(iter(token_batches(1, rows=4))))
+    try:
+        probe(engine, lisa)
+    except ValueError as error:
+        said.append(str(error))
+    engine.destroy()
+    return said
+
+
+@pytest.mark.usefixtures("cpu_ops")
+def test_what_a_probe_cannot_go_by_is_refused():
+    too_few, not_finite, too_late = run_ranks(refuse_to_probe, 1)[0]
+    assert "two held-out batches or more, got [[1.0]" in too_few
+    assert "finite losses" in not_finite
+    assert "nan" in not_finite
+    assert too_late == "probe_layers: 1 steps are over; layers are probed before the first."
