@@ -86,7 +86,9 @@ def compare(ds_config: str, settings: dict, options: dict, dtype: torch.dtype, f
     """A run that was probed, and one that is given the weights that the probe has found."""
     engine, lisa = build(ds_config, settings | {"lisa_probe_steps": STEPS}, options, dtype)
     before, rates = originals(engine, lisa), [group["lr"] for group in engine.optimizer.param_groups]
+    counters = lisa.partitions.counters()
     found = probe(engine, lisa)
+    assert lisa.partitions.counters() == counters
     weights = lisa.selection.weights
     assert weights is not None
     assert weights == lisa.state_dict()["probed"]
