@@ -93,6 +93,26 @@ def spread_of_seeds(losses: list[float]) -> str:
     return loss(statistics.stdev(losses)) if len(losses) > 1 else "one seed"
 
 
+def importance_table(figures: dict) -> Rows:
+    """Spearman's rank correlation of each measure of importance.py with the sets of layers that were trained."""
+    losses: dict[tuple[int, ...], list[float]] = {}
+    for key, value in figures["fixed"].items():
+        layers = tuple(map(int, key.partition(", ")[0].split(",")))
+        losses.setdefault(layers, []).append(value)
+    paid = ranks([-statistics.mean(found) for found in losses.values()])
+    rows = []
+    for name, of_layers in figures["measures"].items():
+        of_sets = ranks([statistics.mean(of_layers[layer] for layer in layers) for layers in losses])
+        rows.append([name, f"{statistics.correlation(of_sets, paid):+.2f}"])
+    return [["measure", f"rank correlation with {len(losses)} sets of layers"], *rows]
+
+
+def ranks(values: list[float]) -> list[float]:
+    """The rank of each value; equal values share the mean of theirs."""
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
+
+
 def quality_table(figures: dict, arms: Iterable[str]) -> Rows:
     """Arms of a results file of quality.py, each at its best rate, the best first.
 

@@ -224,6 +224,16 @@ def test_a_new_benchmark_in_the_index(copy):
     assert f"| [new](cost/new.py) | What is new? Nothing. {row}" in (folder / "README.md").read_text()
 
 
+def test_the_table_of_importance_is_of_ranks():
+    """Equal values share a rank; a measure that orders sets as their losses do has 1, the other way round -1."""
+    assert rows.ranks([3.0, 1.0, 3.0, 2.0]) == [2.5, 0.0, 2.5, 1.0]
+    fixed = {"0,1, seed 0": 3.0, "0,1, seed 1": 2.0, "0,2, seed 0": 1.9, "0,2, seed 1": 2.1, "1,2, seed 0": 1.0}
+    measures = {"like it": [1.0, 2.0, 5.0], "against it": [2.0, 1.0, 0.5], "neither": [1.0, 1.0, 1.25]}
+    _, *lines = rows.importance_table({"fixed": fixed, "measures": measures})
+    assert lines[:2] == [["like it", "+1.00"], ["against it", "-1.00"]]
+    assert lines[2][1] == "+0.87"  # ranks 0, 1.5, 1.5 with 0, 1, 2
+
+
 def test_tables_of_quality():
     """The best rate is that of the first seed; steps and right answers have columns where there are some."""
     run = {"token_accuracy": 0.5, "cpu_seconds_per_step": 0.1, "live_bytes": 2**20, "solved": None, "steps": 431}

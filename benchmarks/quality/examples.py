@@ -1,0 +1,89 @@
+"""Questions and answers as batches whose labels are the answers, and what a model makes of them."""
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks.quality.training import Batch
+
+LENGTH = 256  # tokens of the longest row
+
+
+@dataclass(frozen=True)
+class Data:
+    """Examples: their tokens, and how many of these are the question's."""
+
+    tokenizer: object
+    rows: list[tuple[list[int], int]]
+
+    @classmethod
+    @functools.cache
+    def read(cls, model_path: str, path: str, count: float) -> "Data":
+        """The first examples of a file in which something of the answer is left, or with a negative count the last."""
+        tokenizer, rows = AutoTokenizer.from_pretrained(model_path), []
+        for asked, answered in read_pairs(path):
+            question = tokenizer(asked + "\n")["input_ids"]
+            answer = [*tokenizer(answered, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            tokens = (question + answer)[:LENGTH]
+            if len(tokens) > len(question):
+                rows.append((tokens, len(question)))
+            if len(rows) == count:
+                break
+        return cls(tokenizer, rows[int(count) :] if count < 0 else rows)
+
+    def batch(self, places: list[int]) -> Batch:
+        """Examples side by side, as wide as the longest; labels are the answers."""
+        rows = [self.rows[place] for place in places]
+        width = max(len(tokens) for tokens, _ in rows)
+        ids = torch.full((len(rows), width), self.tokenizer.eos_token_id)
+        labels = torch.full((len(rows), width), -100)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for at, (tokens, asked) in enumerate(rows):
+            ids[at, : len(tokens)], mask[at, : len(tokens)] = torch.tensor(tokens), 1
+            labels[at, asked : len(tokens)] = torch.tensor(tokens[asked:])
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def read_pairs(path: str) -> list[tuple[str, str]]:
+    """Questions and answers of a .jsonl, or instructions and outputs of a .json in Alpaca's format."""
+    text = Path(path).read_text(encoding="utf-8")
+    if path.endswith(".jsonl"):
+        return [(row["question"], row["answer"]) for row in map(json.loads, text.splitlines())]
+    return [("\n".join(filter(None, (row["instruction"], row["input"]))), row["output"]) for row in json.loads(text)]
+
+
+def evaluate(engine, data: Data, rows: int) -> tuple[float, float]:
+    """Loss and next-token accuracy over the answers' tokens."""
+    engine.eval()
+    loss = hits = count = 0.0
+    for start in range(0, len(data.rows), rows):
+        inputs = data.batch(range(start, min(start + rows, len(data.rows))))
+        labels = inputs.pop("labels")[:, 1:]
+        with torch.no_grad():
+            logits = engine(**inputs).logits[:, :-1]
+        counted = labels != -100
+        loss += torch.nn.functional.cross_entropy(logits[counted].float(), labels[counted], reduction="sum").item()
+        hits += (logits[counted].argmax(-1) == labels[counted]).sum().item()
+        count += counted.sum().item()
+    return loss / count, hits / count
+
+
+def solved(engine, tokenizer, path: str, count: int) -> float | None:
+    """The part of the first questions of a file whose greedy answer ends with the right number."""
+    asked = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()[:count]]
+    right = 0
+    for start in range(0, len(asked), 8):
+        some = asked[start : start + 8]
+        prompts = [row["question"] + "\n" for row in some]
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        with torch.no_grad():
+            answers = engine.module.generate(**inputs, max_new_tokens=200, do_sample=False)
+        for tokens, row in zip(answers[:, inputs["input_ids"].shape[1] :], some, strict=True):
+            number = re.search(r"####\s*(-?[\d,.]*\d)", tokenizer.decode(tokens, skip_special_tokens=True))
+            right += number is not None and number[1].replace(",", "") == row["answer"].split("####")[1].strip()
+    return right / len(asked) if asked else None
