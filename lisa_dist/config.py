@@ -20,6 +20,8 @@ from lisa_dist.config_rules import (
     check_periods,
     check_state_bits,
     check_states,
+    check_units,
+    parse_share,
 )
 from lisa_dist.errors import UserError
 from lisa_dist.text import format_by_block, parse_blocks, parse_by_block
@@ -38,6 +40,20 @@ class LisaConfig:
         metadata={
             "help": "Decoder layers that train in each period (gamma in the paper); 0 for always-trained blocks alone; "
             "auto for as many as --gpu_memory is enough for."
+        },
+    )
+    lisa_unit: str = field(
+        default="layer",
+        metadata={
+            "help": "What is sampled: layer, or module (each linear module of a decoder layer by itself, as many as "
+            "--lisa_budget is enough for; norms then belong to rest)."
+        },
+    )
+    lisa_budget: str = field(
+        default="",
+        metadata={
+            "help": "With --lisa_unit module: part of the parameters of the linear modules that trains in each period, "
+            "such as 3%, in the place of --lisa_activated_layers."
         },
     )
     lisa_interval_steps: int = field(
@@ -203,6 +219,7 @@ class LisaConfig:
 
     def __post_init__(self) -> None:
         check_periods(self)
+        check_units(self)
         check_importance(self)
         check_states(self)
         # One way of writing each, so that a resumed run with another is no other run.
@@ -216,6 +233,16 @@ class LisaConfig:
         check_blocks(self)
         check_lr_scales(self)
         check_state_bits(self)
+
+    @property
+    def by_module(self) -> bool:
+        """Whether linear modules are sampled in the place of decoder layers."""
+        return self.lisa_unit == "module"
+
+    @property
+    def budget(self) -> float:
+        """The part of the modules' parameters that trains in a period; of layers there is none."""
+        return parse_share("--lisa_budget", self.lisa_budget)
 
     @property
     def always_on(self) -> tuple[str, ...]:
@@ -267,6 +294,8 @@ class LisaConfig:
 
     def check_num_layers(self, num_layers: int) -> None:
         """Raise when a model of so many decoder layers has too few to sample from."""
+        if self.by_module:
+            return
         if self.lisa_activated_layers == AUTO_LAYERS:
             raise UserError(
                 "--lisa_activated_layers auto: lisa-dist train and lisa-dist plan make a number of it; give one here."
@@ -279,16 +308,22 @@ class LisaConfig:
     def with_interval(self, total_steps: int, num_layers: int) -> "LisaConfig":
         """These settings with a number in the place of auto: of a run of so many steps each layer has two periods.
 
-        That is steps x gamma / (2 N_L), from 1 to 20, and more than those of a warm-up.
+        That is steps x gamma / (2 N_L), from 1 to 20, and more than those of a warm-up; of modules steps x budget / 2.
         """
         self.check_num_layers(num_layers)
-        steps = total_steps * self.lisa_activated_layers // (2 * num_layers) if self.lisa_activated_layers else math.inf
+        share = self._active_share(num_layers)
+        steps = math.floor(total_steps * share / 2 + 1e-9) if share else math.inf
         steps = min(max(steps, self.lisa_wake_warmup_steps + 1), LONGEST_AUTO_INTERVAL)
         return replace(self, lisa_interval_steps=int(steps))
 
     def rate_factor(self, num_layers: int) -> float:
         """What the learning rate is multiplied by for a model of so many decoder layers, by --lisa_lr_power."""
-        return (num_layers / max(1, self.lisa_activated_layers)) ** self.lisa_lr_power
+        share = self._active_share(num_layers) or 1 / num_layers
+        return (1 / share) ** self.lisa_lr_power
+
+    def _active_share(self, num_layers: int) -> float:
+        """The part of the layers, or of the modules' parameters, that trains in a period."""
+        return self.budget if self.by_module else self.lisa_activated_layers / num_layers
 
     def to_dict(self) -> dict:
         """The settings as plain values, for logs and checkpoints."""

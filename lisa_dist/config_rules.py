@@ -10,6 +10,8 @@ from typing import Any
 from lisa_dist.errors import UserError
 
 SAMPLERS = ("uniform", "reshuffle", "cyclic", "fixed", "window", "weighted", "balanced", "adaptive")
+UNITS = ("layer", "module")
+OF_MODULES = ("uniform", "fixed", "weighted", "adaptive")  # samplers that any number of units can be taken from
 BY_WEIGHTS = ("weighted", "balanced", "adaptive")
 IMPORTANCES = ("gradient", "update")
 STATE_POLICIES = ("reset", "reset_all", "keep")
@@ -41,6 +43,49 @@ def check_periods(config: Any) -> None:
         raise UserError(
             f"--lisa_wake_warmup_steps {config.lisa_wake_warmup_steps}: a period has --lisa_interval_steps "
             f"{interval} steps, and the warm-up is shorter; 0 for none."
+        )
+
+
+def parse_share(flag: str, value: str) -> float:
+    """0.03 of "3%" or "0.03". Raises UserError for what is no part of a whole."""
+    try:
+        share = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise UserError(f"{flag} {value}: give a part of the whole, above 0 and at most 100%, such as 3%.")
+    return share
+
+
+def check_units(config: Any) -> None:
+    flag = f"--lisa_unit {config.lisa_unit}"
+    if config.lisa_unit not in UNITS:
+        raise UserError(f"{flag}: unknown; choose one of {', '.join(UNITS)}.")
+    if config.lisa_unit == "layer":
+        if config.lisa_budget:
+            raise UserError(f"--lisa_budget {config.lisa_budget}: it is for --lisa_unit module; give that too.")
+        return
+    if not config.lisa_budget:
+        raise UserError(f"{flag}: give --lisa_budget, the part of the modules' parameters that trains, such as 3%.")
+    parse_share("--lisa_budget", config.lisa_budget)
+    default = type(config).__dataclass_fields__["lisa_activated_layers"].default
+    if config.lisa_activated_layers != default:
+        raise UserError(
+            f"{flag} with --lisa_activated_layers {config.lisa_activated_layers}: of modules --lisa_budget says how "
+            "many train; leave it out."
+        )
+    if config.lisa_sampler not in OF_MODULES:
+        raise UserError(
+            f"{flag} with --lisa_sampler {config.lisa_sampler}: it is for units of one size; give one of "
+            f"{', '.join(OF_MODULES)}."
+        )
+    for name in ("lisa_weights_file", "lisa_probe_steps"):
+        if getattr(config, name):
+            raise UserError(f"{flag} with --{name} {getattr(config, name)}: it is for layers; leave it out.")
+    if config.sampled:
+        raise UserError(
+            f"{flag}: {config.sampled[0]} would be sampled in the place of layers; put it in --lisa_always_on or in "
+            "--lisa_frozen."
         )
 
 

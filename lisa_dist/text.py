@@ -19,9 +19,9 @@ def in_one_line(text: object) -> str:
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 
-def format_active(layers: Sequence[int], blocks: Sequence[str]) -> str:
+def format_active(layers: Sequence[str], blocks: Sequence[str]) -> str:
     """What trains in a period next to the always-trained blocks: "2, 7" or "head; layers 7"."""
-    listed = ", ".join(map(str, layers)) or ("" if blocks else "none")
+    listed = ", ".join(layers) or ("" if blocks else "none")
     return "; ".join([*blocks, *([f"layers {listed}"] if listed else [])]) if blocks else listed
 
 

@@ -114,9 +114,8 @@ def _load_learning_rates(groups: list[dict[str, Any]], saved_rates: dict[str, di
 def rate_ratio(lisa: LisaController, state: dict[str, Any]) -> float:
     """The factor by which --lisa_lr_power scales a saved run's learning rates, where power or gamma have changed."""
     saved, num_layers = state["config"], len(lisa.blocks.layers)
-    saved_config = LisaConfig(
-        lisa_activated_layers=saved["lisa_activated_layers"], lisa_lr_power=saved.get("lisa_lr_power", 0.0)
-    )
+    named = ("lisa_activated_layers", "lisa_lr_power", "lisa_unit", "lisa_budget")
+    saved_config = LisaConfig(**{name: saved[name] for name in named if name in saved})
     return lisa.config.rate_factor(num_layers) / saved_config.rate_factor(num_layers)
 
 

@@ -1,12 +1,13 @@
 """How large a checkpoint of a run will be, from the run's flags and the config of its model alone."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lisa_dist.config import AUTO_LAYERS, LisaConfig
+from lisa_dist.config import AUTO_LAYERS, LisaConfig, parse_share
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.errors import UserError
 
@@ -36,7 +37,10 @@ def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:
     gamma = len(layers) if given == AUTO_LAYERS else int(given)  # at most
     total = active = sum(block.numel for block in blocks)
     if flags.get("method", "lisa") == "lisa":
-        active = total - sum(layers) + min(gamma, len(layers)) * max(layers)
+        of_layers = min(gamma, len(layers)) * max(layers)
+        if budget := str(flags.get("lisa_budget") or ""):
+            of_layers = math.ceil(parse_share("--lisa_budget", budget) * sum(layers))
+        active = total - sum(layers) + of_layers
     # In bf16 unless told otherwise where there are GPUs, as the run itself.
     in_bf16 = str(flags.get("bf16", torch.cuda.is_available())).lower() == "true"
     return total * (2 if in_bf16 else 4), 12 * active

@@ -13,15 +13,16 @@ Parameters are distinguished by identity, never by name, so tied matrices are co
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lisa_dist.errors import UserError
 from lisa_dist.text import in_one_line
-from lisa_dist.zero.parameters import parameter_numel
+from lisa_dist.zero.parameters import parameter_numel, parameter_shape
 
 # On a parameter that LISA has frozen, so that a later run in the same process does not take it for the user's choice.
 _FROZEN_BY_LISA = "lisa_dist_frozen"
@@ -53,7 +54,8 @@ class Block:
 class Blocks:
     """The blocks of one model; `tied` says that head and embed share a matrix.
 
-    `frozen_numel` are the elements of `outside` that the user has frozen.
+    `layers` are what is sampled: decoder layers, of which there are `num_layers`, or with --lisa_unit module the linear
+    modules of them all. `frozen_numel` are the elements of `outside` that the user has frozen.
     """
 
     embed: Block
@@ -63,6 +65,7 @@ class Blocks:
     outside: Block
     tied: bool
     layers_path: str
+    num_layers: int
     frozen_numel: int = 0
 
     def __iter__(self) -> Iterator[Block]:
@@ -141,7 +144,48 @@ def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks
         outside=blocks["outside"],
         tied=tied,
         layers_path=layers_path,
+        num_layers=len(layer_list),
     )
+
+
+def split_into_modules(model: nn.Module, blocks: Blocks) -> Blocks:
+    """The same blocks with each linear module of a decoder layer in the place of the layers, which are otherwise rest.
+
+    A module is its matrix alone, named like layers.3.self_attn.q_proj. Raises ValueError where a layer has a matrix
+    that is of no linear module, such as the experts of a mixture in one tensor.
+    """
+    rest, units = replace(blocks.rest, parameters=dict(blocks.rest.parameters)), []
+    for layer in blocks.layers:
+        found = linear_modules(model, layer)
+        prefix = f"{blocks.layers_path}."
+        for name, parameter in layer.parameters.items():
+            if name in found:
+                unit = name.removesuffix(".weight").removeprefix(prefix)
+                units.append(Block(f"layers.{unit}", {name: parameter}))
+            elif len(parameter_shape(parameter)) > 1:
+                raise UserError(
+                    f"--lisa_unit module: {name} is a matrix, and of no linear module; sample layers of "
+                    f"{type(model).__name__}: --lisa_unit layer."
+                )
+            else:
+                rest.parameters[name] = parameter
+    if not units:
+        raise UserError(
+            f"--lisa_unit module: the decoder layers of {type(model).__name__} have no linear modules; leave it out."
+        )
+    return replace(blocks, layers=units, rest=rest)
+
+
+def linear_modules(model: nn.Module, layer: Block) -> dict[str, Any]:
+    """The linear modules of a layer, by the name of their matrix in the model."""
+    owners = {id(module.weight): module for module in model.modules() if _is_linear(module)}
+    return {name: owners[id(value)] for name, value in layer.parameters.items() if id(value) in owners}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a product with its matrix and no more, as its class has it or in fp32."""
+    own = vars(module).get("forward")
+    return type(module) in (nn.Linear, Conv1D) and (own is None or getattr(own, "multiplies_in_fp32", False))
 
 
 def _language_model(model: nn.Module, embedding: nn.Module) -> nn.Module | None:

@@ -27,7 +27,7 @@ from torch import distributed as dist
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.agreement import broadcast_active_set, compare_ranks
-from lisa_dist.core.blocks import find_blocks
+from lisa_dist.core.blocks import find_blocks, split_into_modules
 from lisa_dist.core.changes import BlockChanges
 from lisa_dist.core.checkpointing import check_checkpointing, let_backward_end
 from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_not_held, check_weights
@@ -77,6 +77,8 @@ class LisaController:
         check_no_adapters(model)
         check_not_held(model)
         self.blocks = find_blocks(model, config.lisa_layers_attribute)
+        if config.by_module:
+            self.blocks = split_into_modules(model, self.blocks)
         check_weights(self.blocks)
         self.blocks.leave_out_frozen()
         self.selection = BlockSelection(config, self.blocks)
@@ -99,7 +101,7 @@ class LisaController:
 
     @property
     def active_layers(self) -> tuple[int, ...]:
-        """The decoder layers that train in this period."""
+        """The decoder layers, or with --lisa_unit module the modules, that train in this period."""
         return self.active.layers
 
     @property
@@ -145,7 +147,7 @@ class LisaController:
             self.movement.write_to(output_dir)
         self.is_attached = True
         self.active = self._agree()
-        if self.selection.sampled:
+        if self.selection.sampled or self.config.by_module:
             self._activate()
             self.partitions.wait_for_device()
             self._repartition({})
@@ -237,21 +239,20 @@ class LisaController:
 
     def _trained(self) -> list[str]:
         """The names of the blocks that train in this period."""
-        inactive = self.selection.inactive(self.active)
-        return [block.name for block in self.blocks if block.parameters and block not in inactive]
+        return [block.name for block in self.selection.trained(self.active)]
 
     def _observe(self) -> None:
         """For the sampler "adaptive": what the layers have shown whose period ends."""
         if self.selection.importance is not None:
             updates = self.movement.updates() if self.config.lisa_importance == "update" else None
-            importance, layer_of = self.selection.importance, self.selection.layer_of
-            observe_layers(importance, self.active_layers, self.partitions, layer_of, updates)
+            layers = {layer: self.blocks.layers[layer].name for layer in self.active_layers}
+            observe_layers(self.selection.importance, layers, self.partitions, self.selection.layer_of, updates)
 
     def _agree(self) -> ActiveSet:
         """Rank 0's sample for the period, on every rank."""
         self._compare(self.period, "are in another period")
         sampled, names = self.selection.sample(self.period), [block.name for block in self.selection.sampled]
-        return broadcast_active_set(sampled, self.period, self.config.lisa_activated_layers, names, self.engine.device)
+        return broadcast_active_set(sampled, self.period, self.selection.most_active, names, self.engine.device)
 
     def _activate(self) -> None:
         """Let the active blocks alone require gradients; before `attach`, all that the optimizer is built over."""

@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.core.blocks import Block, Blocks
+from lisa_dist.core.blocks import Blocks, linear_modules
 from lisa_dist.core.weight_store import WeightStore
 from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
@@ -279,18 +279,6 @@ def held_bytes(numels: Iterable[int], bits: int) -> int:
         else:  # scales in 8 bits, with scales of their own, a mean and a table; and the 16 values of NF4
             total += -(-numel // 2) + scales + 4 * -(-scales // 256) + 4 + 1024 + 64
     return total
-
-
-def linear_modules(model: nn.Module, layer: Block) -> dict[str, Any]:
-    """The linear modules of a layer, by the name of their matrix in the model."""
-    owners = {id(module.weight): module for module in model.modules() if _is_linear(module)}
-    return {name: owners[id(value)] for name, value in layer.parameters.items() if id(value) in owners}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is a product with its matrix and no more, as its class has it or in fp32."""
-    own = vars(module).get("forward")
-    return type(module) in (nn.Linear, Conv1D) and (own is None or getattr(own, "multiplies_in_fp32", False))
 
 
 def _tensors_of(values: Iterable[Any]) -> Iterator[torch.Tensor]:

@@ -71,20 +71,22 @@ class LayerImportance:
 
 def observe_layers(
     importance: LayerImportance,
-    layers: Sequence[int],
+    layers: Mapping[int, str],
     partitions: ZeroPartitions,
     layer_of: Callable[[PartitionKey], int | None],
     updates: Mapping[str, float] | None = None,
 ) -> None:
     """Have `importance` observe the layers whose period ends: the same numbers on all ranks, rank 0's. All ranks call.
 
+    `layers` are their numbers, with the names of their blocks.
+
     By the norms of their gradients, or by `updates`, the norms of what the period added to each block's weights, which
     rank 0 alone needs to have.
     """
     if updates is None:
-        norms = gradient_norms(partitions, layers, layer_of)
+        norms = gradient_norms(partitions, list(layers), layer_of)
     else:
-        norms = [updates.get(f"layers.{layer}", math.nan) for layer in layers]
+        norms = [updates.get(name, math.nan) for name in layers.values()]
     message = torch.tensor(norms, dtype=torch.float64, device=partitions.engine.device)
     dist.broadcast(message, src=0)
     importance.observe(dict(zip(layers, message.tolist(), strict=True)))

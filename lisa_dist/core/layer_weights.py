@@ -10,22 +10,24 @@ import math
 from pathlib import Path
 
 from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.core.blocks import Blocks
 
 
-def layer_weights(config: LisaConfig, num_layers: int) -> list[float] | None:
-    """The weights that the settings give the layers of a model, or None where all are alike.
+def layer_weights(config: LisaConfig, blocks: Blocks) -> list[float] | None:
+    """The weights that the settings give the layers, or modules, of a model, or None where all are alike.
 
-    By --lisa_depth_bias B layer l of N, counted from 1, has (l / N)^B times its weight. Raises ValueError as
-    `load_layer_weights` does.
+    By --lisa_depth_bias B layer l of N, counted from 1, has (l / N)^B times its weight, and so have its modules. Raises
+    ValueError as `load_layer_weights` does.
     """
     if config.lisa_weights_file is None and not config.lisa_depth_bias:
         return None
-    weights, active = [1.0] * num_layers, config.lisa_activated_layers
+    weights = [1.0] * len(blocks.layers)
     if config.lisa_weights_file is not None:
-        weights = load_layer_weights(config.lisa_weights_file, num_layers, active)
+        weights = load_layer_weights(config.lisa_weights_file, blocks.num_layers, config.lisa_activated_layers)
     if not config.lisa_depth_bias:
         return weights
-    biased = [weight * ((layer + 1) / num_layers) ** config.lisa_depth_bias for layer, weight in enumerate(weights)]
+    depths = [(1 + int(block.name.split(".")[1])) / blocks.num_layers for block in blocks.layers]
+    biased = [weight * depth**config.lisa_depth_bias for weight, depth in zip(weights, depths, strict=True)]
     return [float(f"{weight:.12g}") for weight in biased]  # the last bits of a power are another's on another machine
 
 

@@ -87,8 +87,7 @@ def _leaving_no_trace(lisa: LisaController, active: ActiveSet) -> Iterator[None]
     scheduler, engine.lr_scheduler = engine.lr_scheduler, None
     rates, counters = [group["lr"] for group in optimizer.param_groups], lisa.partitions.counters()
     lisa.activate_from_weights(active)
-    inactive = lisa.selection.inactive(active)
-    trained = [list(block.parameters.values()) for block in lisa.blocks if block not in inactive]
+    trained = [list(block.parameters.values()) for block in lisa.selection.trained(active)]
     kept = []
     for parameters in trained:  # one block at a time is whole under ZeRO-3, and rank 0 keeps it for all
         with deepspeed.zero.GatheredParameters(parameters):

@@ -87,6 +87,29 @@ def sample_period(
     return ActiveSet(tuple(sorted(chosen)), () if block is None else (block.name,))
 
 
+def sample_units(
+    sampler: str, sizes: Sequence[int], budget: int, seed: int, period: int, weights: Sequence[float] | None = None
+) -> ActiveSet:
+    """Sample one period of units of different sizes: in random order, each that still fits `budget`, their sum's bound.
+
+    `weights` (one non-negative number a unit) count for the samplers "weighted" and "adaptive". `budget` is at least
+    the smallest size.
+    """
+    by_weights = sampler in ("weighted", "adaptive")
+    order = _random_order(seed, 0 if sampler == "fixed" else period, len(sizes), weights if by_weights else None)
+    return ActiveSet(tuple(sorted(fill(order, sizes, budget))))
+
+
+def fill(order: Iterable[int], sizes: Sequence[int], budget: int) -> list[int]:
+    """The units of an order that fit a budget together, each that still does; none of size 0, which is frozen."""
+    chosen = []
+    for unit in order:
+        if 0 < sizes[unit] <= budget:
+            chosen.append(unit)
+            budget -= sizes[unit]
+    return chosen
+
+
 def _num_layers(block: SampledBlock | None, num_active: int) -> int:
     return num_active - (0 if block is None else block.places)
 

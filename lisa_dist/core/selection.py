@@ -3,6 +3,7 @@
 `sampling` knows numbers alone; this file knows which parameters they stand for. It knows no engine and no rank.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -12,9 +13,10 @@ from lisa_dist.core.blocks import Block, Blocks
 from lisa_dist.core.groups import build_param_groups, check_same_kinds, decays
 from lisa_dist.core.importance import LayerImportance
 from lisa_dist.core.layer_weights import layer_weights
-from lisa_dist.core.sampling import ActiveSet, SampledBlock, inclusion_probabilities, sample_period
+from lisa_dist.core.sampling import ActiveSet, SampledBlock, fill, inclusion_probabilities, sample_period, sample_units
 from lisa_dist.errors import UserError
 from lisa_dist.optim.states import PartitionKey
+from lisa_dist.text import format_active, format_count
 from lisa_dist.zero.parameters import parameter_shape
 
 
@@ -27,14 +29,16 @@ class BlockSelection:
     def __init__(self, config: LisaConfig, blocks: Blocks):
         num_layers = len(blocks.layers)
         config.check_num_layers(num_layers)
-        check_same_kinds(blocks.layers)
+        check_same_kinds([layer for layer in blocks.layers if layer.parameters or not config.by_module])
         self._config, self._blocks = config, blocks
+        self._sizes = [layer.numel for layer in blocks.layers]
+        self.most_active = most_active(config, self._sizes)
         self.sampled = sampled_blocks(config, blocks)
         self._state_bits = _state_bits(config, blocks)
         self._offloaded = _offloaded(config, blocks)
         _check_lr_scales(config, blocks)
         self.probed: list[float] | None = None  # weights of layers, with --lisa_probe_steps
-        self.weights = layer_weights(config, num_layers)
+        self.weights = layer_weights(config, blocks)
         self.importance: LayerImportance | None = None  # of the layers, for the sampler "adaptive"
         if config.lisa_sampler == "adaptive":
             averaging = config.lisa_importance_decay, config.lisa_importance_temperature, config.lisa_importance_floor
@@ -45,6 +49,9 @@ class BlockSelection:
     def sample(self, period: int) -> ActiveSet:
         """What a period trains besides the always-trained blocks."""
         config = self._config
+        if config.by_module:
+            budget = unit_budget(config, self._sizes)
+            return sample_units(config.lisa_sampler, self._sizes, budget, config.lisa_seed, period, self.weights_now)
         return sample_period(
             config.lisa_sampler,
             len(self._blocks.layers),
@@ -64,7 +71,7 @@ class BlockSelection:
 
     def weights_by(self, probed: list[float] | None) -> list[float] | None:
         """The weights of layers that the settings give, times those that a probe has found, if there are any."""
-        given = layer_weights(self._config, len(self._blocks.layers))
+        given = layer_weights(self._config, self._blocks)
         if given is None or probed is None:
             return probed or given
         return [one * other for one, other in zip(given, probed, strict=True)]
@@ -89,9 +96,12 @@ class BlockSelection:
         return self.weights if self.importance is None else self.importance.weights()
 
     def probabilities(self, active: ActiveSet) -> list[float]:
-        """The probability that each layer had to be sampled, by the current weights; empty where there are none."""
+        """The probability that each layer had to be sampled, by the current weights; empty where there are none.
+
+        Of modules too: their sizes decide as well.
+        """
         weights = self.weights_now
-        return [] if weights is None else inclusion_probabilities(weights, len(active.layers))
+        return [] if weights is None or self._config.by_module else inclusion_probabilities(weights, len(active.layers))
 
     def layer_of(self, key: PartitionKey) -> int | None:
         """The decoder layer of a partition, or None for one of embed, head and rest."""
@@ -102,15 +112,24 @@ class BlockSelection:
 
         What the optimizer is built over, since DeepSpeed takes no group without parameters.
         """
-        others = [layer for layer in range(len(self._blocks.layers)) if layer not in active.layers]
-        missing = self._config.lisa_activated_layers - len(active.layers)
-        layers = sorted([*active.layers, *others[:missing]])
+        others = [layer for layer, size in enumerate(self._sizes) if layer not in active.layers and size > 0]
+        others.sort(key=self._sizes.__getitem__)  # layers of a size stay in order
+        layers = sorted([*active.layers, *others[: self.most_active - len(active.layers)]])
         return ActiveSet(tuple(layers), tuple(block.name for block in self.sampled))
+
+    def trained(self, active: ActiveSet) -> list[Block]:
+        """The blocks that train, in the model's order; none without parameters."""
+        inactive = self.inactive(active)
+        return [block for block in self._blocks if block.parameters and block not in inactive]
 
     def inactive(self, active: ActiveSet) -> list[Block]:
         """The blocks that do not train."""
         trained = [*self._outer(active), *self._layers(active)]
         return [block for block in self._blocks if block not in trained]
+
+    def describe(self, active: ActiveSet) -> str:
+        """What trains besides the always-trained blocks: layers by number, modules like 3.mlp.up_proj."""
+        return format_active([layer.name.removeprefix("layers.") for layer in self._layers(active)], active.blocks)
 
     def activate(self, active: ActiveSet) -> None:
         """Let exactly the active blocks require gradients."""
@@ -144,6 +163,25 @@ class BlockSelection:
     def _groups(self, active: ActiveSet, weight_decay: float = 0.0) -> list[dict]:
         outer, layers = self._outer(active), self._layers(active)
         return build_param_groups(outer, layers, weight_decay, self._state_bits, self._offloaded)
+
+
+def most_active(config: LisaConfig, sizes: Sequence[int]) -> int:
+    """Gamma, or the most modules that fit the budget: the slots of the optimizer."""
+    if not config.by_module:
+        return config.lisa_activated_layers
+    smallest = sorted(range(len(sizes)), key=sizes.__getitem__)
+    return len(fill(smallest, sizes, unit_budget(config, sizes)))
+
+
+def unit_budget(config: LisaConfig, sizes: Sequence[int]) -> int:
+    """Parameters that a period may train of modules of these sizes. Raises ValueError where not one fits."""
+    budget, smallest, total = int(config.budget * sum(sizes)), min(filter(None, sizes)), sum(sizes)
+    if budget < smallest:
+        raise UserError(
+            f"--lisa_budget {config.lisa_budget}: {format_count(budget)} of {format_count(total)} parameters, and the "
+            f"smallest module has {format_count(smallest)}; give {math.ceil(1e4 * smallest / total) / 100:g}% or more."
+        )
+    return budget
 
 
 def sampled_blocks(config: LisaConfig, blocks: Blocks) -> list[SampledBlock]:

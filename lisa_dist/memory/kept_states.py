@@ -7,6 +7,7 @@ import torch
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.groups import split_by_decay, takes_bits
+from lisa_dist.core.selection import most_active
 from lisa_dist.memory.state_sizes import group_state_buffers, steps_weights
 from lisa_dist.memory.trace import FakeRun, Group
 from lisa_dist.optim.build import default_state_bits
@@ -38,6 +39,7 @@ def kept_states(
         [nbytes for kind, params in split_by_decay(block).items() for nbytes in buffers_of(name, kind, params)]
         for name, block in sampled
     ]
-    inactive = sorted(by_block, key=sum)[config.lisa_activated_layers :]
+    active = most_active(config, [layer.numel for layer in run.blocks.layers])
+    inactive = sorted(by_block, key=sum)[active:]
     buffers = Counter(nbytes for buffers in inactive for nbytes in buffers if nbytes)
     return sum(pinned_bytes(nbytes, count) if pinned else nbytes * count for nbytes, count in buffers.items())

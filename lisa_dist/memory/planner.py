@@ -166,6 +166,7 @@ class Planner:
                 triton=not self._on_cpu,
                 padded=arguments.micro_batch_size > 1,
                 frozen_bits=self._lisa.lisa_frozen_bits,
+                by_module=self._lisa.by_module,
             )
             lora_rank = arguments.lora_r if arguments.method == "lora" else 0
             run = FakeRun(self._config, workload, lora_rank, self._lisa.lisa_layers_attribute)

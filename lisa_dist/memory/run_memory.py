@@ -69,7 +69,7 @@ class RunMemory:
         self._lisa, self._engine = lisa, lisa.engine
         self._optim, self._config, self._longest = optim, config, longest
         self._checkpointed, self._budget, self._measure_budget = checkpointed, budget, measure_budget
-        self._model, self._num_layers = self._engine.module, len(lisa.blocks.layers)
+        self._model, self._num_layers = self._engine.module, lisa.blocks.num_layers
         self._ds_config = ds_config
         self._accumulates = self._engine.gradient_accumulation_steps() > 1
         self._first_step = self._engine.global_steps
@@ -233,8 +233,9 @@ class RunMemory:
 
     def _fake_run(self, workload: Workload) -> FakeRun:
         assert self._config is not None
-        workload = replace(workload, frozen_bits=self._lisa.config.lisa_frozen_bits)
-        return FakeRun(self._config, workload, layers_attribute=self._lisa.config.lisa_layers_attribute)
+        config = self._lisa.config
+        workload = replace(workload, frozen_bits=config.lisa_frozen_bits, by_module=config.by_module)
+        return FakeRun(self._config, workload, layers_attribute=config.lisa_layers_attribute)
 
     def _plan(self, run: FakeRun, trained: Trained, rank: int | None) -> tuple[MemoryParts, dict[str, int]]:
         config = self._lisa.config

@@ -21,9 +21,8 @@ from transformers import (
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from lisa_dist.config import StateBits
-from lisa_dist.core.blocks import find_blocks
+from lisa_dist.core.blocks import find_blocks, linear_modules, split_into_modules
 from lisa_dist.core.checkpointing import checkpoint_layers
-from lisa_dist.core.frozen_layers import linear_modules
 from lisa_dist.core.groups import split_by_decay, takes_bits
 from lisa_dist.core.label_logits import add_label_logits
 from lisa_dist.errors import UserError
@@ -51,6 +50,7 @@ class Workload:
     triton: bool = False  # TRL's loss by its Triton kernels, as on a GPU
     padded: bool = False  # examples of several lengths: the attention has a mask
     frozen_bits: int = 16  # of the matrices of frozen decoder layers
+    by_module: bool = False  # linear modules are sampled in the place of layers
 
     @property
     def tokens(self) -> int:
@@ -60,7 +60,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Trained:
-    """The blocks that one period trains: layers by number, outer blocks by name."""
+    """The blocks that one period trains: layers, or modules, by number, outer blocks by name."""
 
     layers: tuple[int, ...]
     always_on: tuple[str, ...]
@@ -176,6 +176,8 @@ class FakeRun:
             self._run.to_empty(device="cpu")  # on the meta device attention would run another kernel
             self.model.tie_weights()
         self.blocks = find_blocks(self.model, layers_attribute)
+        if workload.by_module:
+            self.blocks = split_into_modules(self.model, self.blocks)
         checkpoint_layers(self.model, self.blocks, workload.checkpointed_layers)
 
     def _with_label(self, mask: torch.Tensor) -> torch.Tensor:

@@ -38,10 +38,10 @@ def plot_loss(run: RunFiles, figure: Figure) -> None:
 def plot_layers(run: RunFiles, figure: Figure) -> None:
     """Which layer trained in which period: one row per layer, the first layer at the bottom."""
     outer_blocks = sorted({block for period in run.periods for block in period.get("blocks") or []})
-    names = [f"{layer}" for layer in range(run.num_layers)] + outer_blocks
+    names = [name.removeprefix("layers.") for name in run.units] + outer_blocks
     cells = [[int(layer in period["layers"]) for period in run.periods] for layer in range(run.num_layers)]
     cells += [[int(block in (period.get("blocks") or [])) for period in run.periods] for block in outer_blocks]
-    axes = _axes(figure, "period", "decoder layer")
+    axes = _axes(figure, "period", run.unit)
     few = len(run.periods) <= 60
     axes.pcolormesh(
         [column - 0.5 for column in range(len(run.periods) + 1)],
@@ -62,7 +62,7 @@ def plot_layers(run: RunFiles, figure: Figure) -> None:
 
 def plot_visits(run: RunFiles, figure: Figure) -> None:
     """In how many periods each layer trained, and the number expected from its probabilities."""
-    axes = _axes(figure, "decoder layer", "periods")
+    axes = _axes(figure, run.unit, "periods")
     visits = run.visits
     axes.bar(range(run.num_layers), visits, color=BLUE, width=0.8)
     probabilities = [period["probabilities"] for period in run.periods if period.get("probabilities")]
@@ -70,10 +70,11 @@ def plot_visits(run: RunFiles, figure: Figure) -> None:
     if probabilities:
         expected = [math.fsum(by_period) for by_period in zip(*probabilities, strict=True)]
         axes.plot(expected, color=ORANGE, linewidth=1.5, linestyle="--", label="expected from probabilities")
-    else:
+    elif not run.modules:  # of which smaller ones fit more often
         uniform = sum(visits) / run.num_layers
         axes.axhline(uniform, color=ORANGE, linewidth=1.5, linestyle="--", label=f"uniform: {uniform:.1f}")
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -122,9 +123,9 @@ def plot_movement(run: RunFiles, figure: Figure) -> None:
     latest: dict[str, float] = {}
     for line in run.movement:
         latest |= {block: figures["relative"] for block, figures in line["blocks"].items()}
-    layers = [latest.get(f"layers.{layer}", 0.0) for layer in range(run.num_layers)]
+    layers = [latest.get(name, 0.0) for name in run.units]
     outer = {block: latest[block] for block in ("embed", "head", "rest") if block in latest}
-    axes = _axes(figure, "decoder layer", "distance from start, % of norm")
+    axes = _axes(figure, run.unit, "distance from start, % of norm")
     axes.bar(range(len(layers)), [100 * value for value in layers], color=BLUE, width=0.8)
     # Bars of the outer blocks are as wide as their names, whatever the number of layers.
     width = max(1.0, (len(layers) + 3) / 8)

@@ -52,6 +52,7 @@ _RUN = dict.fromkeys(("method?", "model?", "devices?", "began?", "command?"), st
     "resumed?": [{"began": str, "command": str}],
     "parameters?": count,
     "num_layers?": _layer,
+    "modules?": [str],
 }
 
 
@@ -78,10 +79,25 @@ class RunFiles:
         return max((line["step"] for line in self.log), default=0)
 
     @property
+    def modules(self) -> list[str]:
+        """The linear modules that were sampled, by name; none where layers were."""
+        return self.run.get("modules") or []
+
+    @property
     def num_layers(self) -> int:
-        """Decoder layers of the model; where it is not recorded, up to the highest that trained."""
+        """Decoder layers of the model, or modules; where that is not recorded, up to the highest that trained."""
         trained = [layer for period in self.periods for layer in period["layers"]]
-        return self.run.get("num_layers") or 1 + max(trained, default=-1)
+        return len(self.modules) or self.run.get("num_layers") or 1 + max(trained, default=-1)
+
+    @property
+    def units(self) -> list[str]:
+        """The names of the blocks that were sampled: layers.0 or layers.0.mlp.up_proj."""
+        return self.modules or [f"layers.{layer}" for layer in range(self.num_layers)]
+
+    @property
+    def unit(self) -> str:
+        """What they are."""
+        return "linear module" if self.modules else "decoder layer"
 
     @property
     def visits(self) -> list[int]:

@@ -8,7 +8,6 @@ from lisa_dist.core.controller import LisaController
 from lisa_dist.distributed.signals import StopSignals
 from lisa_dist.distributed.watchdog import Watchdog
 from lisa_dist.memory.run_memory import RunMemory
-from lisa_dist.text import format_active
 
 
 class Heartbeat(TrainerCallback):
@@ -75,5 +74,6 @@ class LisaSteps(TrainerCallback):
             self._memory.write_report(str(args.output_dir))
 
     def _print_active(self, state: TrainerState) -> None:
-        active = format_active(self._lisa.active_layers, self._lisa.active_blocks)
-        print(f"step {state.global_step:>5}  period {self._lisa.period:>4}  active layers: {active}", flush=True)
+        active = self._lisa.selection.describe(self._lisa.active)
+        kind = "modules" if self._lisa.config.by_module else "layers"
+        print(f"step {state.global_step:>5}  period {self._lisa.period:>4}  active {kind}: {active}", flush=True)

@@ -3,12 +3,16 @@
 import os
 from typing import Any
 
-from transformers import PretrainedConfig, TrainingArguments
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, TrainingArguments
 
 from lisa_dist.config import LisaConfig
+from lisa_dist.core.blocks import find_blocks, split_into_modules
 from lisa_dist.core.engine_config import prepare_ds_config
+from lisa_dist.core.selection import unit_budget
 from lisa_dist.errors import UserError
 from lisa_dist.train.compiled_layers import check_compile
+from lisa_dist.train.probe import check_probe_of_run
 
 # Arguments that LISA does without, and why.
 _REFUSED = {
@@ -51,6 +55,21 @@ def check_compiled_frozen_layers(args: TrainingArguments, lisa_config: LisaConfi
             f"--torch_compile True with --lisa_frozen_bits {lisa_config.lisa_frozen_bits}: a graph ends where "
             "bitsandbytes makes a matrix of a frozen layer whole; give one of the two."
         )
+
+
+def check_sampling(config: LisaConfig, model_config: PretrainedConfig, num_layers: int, max_steps: int) -> None:
+    """Raise UserError for layers, modules or a probe that this model, or a run of so many steps, cannot have.
+
+    Modules of models that come with their own code, or see and hear too, are checked once they are loaded.
+    """
+    config.check_num_layers(num_layers)
+    if max_steps > 0:
+        check_probe_of_run(config, num_layers, max_steps)
+    if config.by_module and type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config)
+        modules = split_into_modules(model, find_blocks(model, config.lisa_layers_attribute)).layers
+        unit_budget(config, [module.numel for module in modules])
 
 
 def check_trainer(

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import checkpointed_layers
 from lisa_dist.core.controller import LisaController
 from lisa_dist.ds_config import uses_optimizer_offload
@@ -40,19 +41,13 @@ def describe_training(
 
     rows = [
         ("model", f"{type(model).__name__}, {format_count(total)} parameters"),
-        (
-            "decoder layers",
-            f"{len(layers)} at {lisa.blocks.layers_path}, of {format_count(max(layers))} parameters each",
-        ),
+        ("decoder layers", _describe_layers(lisa)),
         ("always trained", named(always_on) + (" (embed and head are one tied matrix)" if lisa.blocks.tied else "")),
         *([("sampled like layers", named(list(lisa.block_visit_counts)))] if lisa.block_visit_counts else []),
         ("never trained", named(never) + (f", of which {format_count(frozen)} were frozen before" if frozen else "")),
         ("active at a time", f"{format_count(active)} ({100 * active / total:.1f}%)"),
         ("inactive", format_count(total - active)),
-        (
-            "period",
-            f"{config.lisa_interval_steps} steps with {config.lisa_activated_layers} layers, {config.lisa_sampler}",
-        ),
+        ("period", f"{config.lisa_interval_steps} steps with {_describe_active(config)}, {config.lisa_sampler}"),
         *(
             [("learning rate", f"times {factor:.3g}, by --lisa_lr_power {config.lisa_lr_power:g}")]
             if factor != 1
@@ -64,10 +59,22 @@ def describe_training(
         ("optimizer", _describe_optimizer(optim, ds_config, engine.device.type)),
         ("states per rank", f"{format_count(sum(state.numel for state in states))} elements each of {kept}"),
         *([] if lisa.frozen_layers is None else [("frozen layers", lisa.frozen_layers.describe())]),
-        ("checkpointed", f"{checkpointed_layers(model, lisa.blocks)} of {len(layers)} layers"),
+        ("checkpointed", f"{checkpointed_layers(model, lisa.blocks)} of {lisa.blocks.num_layers} layers"),
         ("memory now", f"{format_bytes(lisa.live_bytes())} of tensors per rank, before the moments"),
     ]
     return "LISA\n" + format_table(rows)
+
+
+def _describe_layers(lisa: LisaController) -> str:
+    units, count = [block.numel for block in lisa.blocks.layers], lisa.blocks.num_layers
+    if lisa.config.by_module:
+        sizes = f"{format_count(min(units))} to {format_count(max(units))}"
+        return f"{count} at {lisa.blocks.layers_path}, of {len(units)} linear modules, {sizes} parameters each"
+    return f"{count} at {lisa.blocks.layers_path}, of {format_count(max(units))} parameters each"
+
+
+def _describe_active(config: LisaConfig) -> str:
+    return f"{config.lisa_budget} of the modules" if config.by_module else f"{config.lisa_activated_layers} layers"
 
 
 def _describe_optimizer(optim: str, ds_config: dict[str, Any], device_type: str) -> str:

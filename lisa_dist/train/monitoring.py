@@ -175,18 +175,19 @@ def lisa_metrics(lisa: LisaController) -> dict[str, float]:
         "lisa/live_bytes": record.live_bytes,
         "lisa/host_bytes": record.host_bytes,
     }
-    for layer, count in enumerate(lisa.visit_counts):
-        metrics[f"lisa/active_layers/layer_{layer:02d}"] = int(layer in lisa.active_layers)
-        metrics[f"lisa/visits/layer_{layer:02d}"] = count
-    metrics |= {f"lisa/probability/layer_{layer:02d}": odds for layer, odds in enumerate(record.probabilities)}
+    names = [_metric_name(block.name) for block in lisa.blocks.layers]
+    for layer, (name, count) in enumerate(zip(names, lisa.visit_counts, strict=True)):
+        metrics[f"lisa/active_layers/{name}"] = int(layer in lisa.active_layers)
+        metrics[f"lisa/visits/{name}"] = count
+    metrics |= {f"lisa/probability/{name}": odds for name, odds in zip(names, record.probabilities, strict=False)}
     learned = lisa.selection.importance.averages if lisa.selection.importance is not None else []
-    metrics |= {f"lisa/importance/layer_{layer:02d}": seen for layer, seen in enumerate(learned) if seen is not None}
+    metrics |= {f"lisa/importance/{name}": seen for name, seen in zip(names, learned, strict=False) if seen is not None}
     metrics |= {f"lisa/visits/{block}": count for block, count in lisa.block_visit_counts.items()}
     moved = lisa.movement.lines[-1]["blocks"] if lisa.movement.lines else {}
     return metrics | {f"lisa/update_norm/{_metric_name(block)}": one["update"] for block, one in moved.items()}
 
 
 def _metric_name(block: str) -> str:
-    """layers.7 as layer_07, for trackers to sort by."""
-    kind, _, number = block.partition(".")
-    return f"layer_{int(number):02d}" if number else kind
+    """layers.7 as layer_07, for trackers to sort by, and layers.7.mlp.up_proj as layer_07.mlp.up_proj."""
+    kind, *numbered = block.split(".", 2)
+    return ".".join([f"layer_{int(numbered[0]):02d}", *numbered[1:]]) if numbered else kind

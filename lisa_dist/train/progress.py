@@ -136,7 +136,7 @@ class Progress(TrainerCallback):
 
     def _layers(self) -> str:
         active = self._active()
-        return active if not active or active.startswith(("layers", "embed", "head")) else f"layers {active}"
+        return active if not active or active.startswith(("layers", "modules", "embed", "head")) else f"layers {active}"
 
     def _left(self) -> str:
         """The time that the rest will take if it goes on as fast as since the start, evaluation and saving with it."""

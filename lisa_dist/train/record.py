@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from lisa_dist.core.blocks import find_blocks, split_into_modules
 from lisa_dist.run_folder import without_secrets
 from lisa_dist.train.arguments import RunConfig, run_parser
 from lisa_dist.train.run_header import describe_devices, installed_versions
@@ -41,7 +42,16 @@ def record_of_run(
         "parameters": sum(parameter_numel(parameter) for parameter in model.parameters()),
         "num_layers": getattr(model.config.get_text_config(), "num_hidden_layers", None),
         "rows": list(data),
+        **_modules_of(config, model),
     }
+
+
+def _modules_of(config: RunConfig, model: Any) -> dict[str, list[str]]:
+    """With --lisa_unit module the names of the modules, which the log has by number."""
+    if config.run.method != "lisa" or not config.lisa.by_module:
+        return {}
+    blocks = split_into_modules(model, find_blocks(model, config.lisa.lisa_layers_attribute))
+    return {"modules": [block.name for block in blocks.layers]}
 
 
 def _plain(value: object) -> object:

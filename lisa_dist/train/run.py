@@ -39,6 +39,7 @@ from lisa_dist.train.checks import (
     check_compiled_frozen_layers,
     check_precision,
     check_quantization,
+    check_sampling,
     precision_of_arguments,
 )
 from lisa_dist.train.compiled_layers import CompiledLayers, check_compile
@@ -47,7 +48,6 @@ from lisa_dist.train.given_paths import check_model_folder, check_resume
 from lisa_dist.train.layer_norms import LayerNorms
 from lisa_dist.train.liger import FUSED_LOSS, check_liger
 from lisa_dist.train.loss import check_loss_of_run, choose_loss
-from lisa_dist.train.probe import check_probe_of_run
 from lisa_dist.train.record import record_of_run
 from lisa_dist.train.run_header import describe_outcome, describe_run, installed_versions
 from lisa_dist.train.sample_answer import SampleCallback
@@ -218,9 +218,7 @@ def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
     num_layers = number_of_decoder_layers(model_config)
     is_planned = config.lisa.lisa_activated_layers == AUTO_LAYERS
     if not is_planned:
-        config.lisa.check_num_layers(num_layers)
-        if config.training.max_steps > 0:
-            check_probe_of_run(config.lisa, num_layers, config.training.max_steps)
+        check_sampling(config.lisa, model_config, num_layers, config.training.max_steps)
     checkpointed = parse_checkpointed_layers(config.run.checkpointed_layers)
     if isinstance(checkpointed, int):
         number_of_layers(checkpointed, num_layers)

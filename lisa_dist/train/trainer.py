@@ -42,7 +42,6 @@ from lisa_dist.errors import UserError
 from lisa_dist.memory.run_memory import RunMemory
 from lisa_dist.memory.trace import CHUNKED
 from lisa_dist.optim.build import build_optimizer
-from lisa_dist.text import format_active
 from lisa_dist.train.callbacks import Heartbeat, LisaSteps
 from lisa_dist.train.checks import check_trainer
 from lisa_dist.train.compiled_layers import CompiledLayers
@@ -374,8 +373,10 @@ class LisaMixin(MonitoredMixin):
         super().log(logs, *args, **kwargs)
 
     def active_now(self) -> str:
-        """The layers, and the sampled outer blocks, of this period."""
-        return "" if self.lisa is None else format_active(self.lisa.active_layers, self.lisa.active_blocks)
+        """The layers, and the sampled outer blocks, of this period, or how many modules."""
+        if self.lisa is None or self.lisa_config.by_module:
+            return "" if self.lisa is None else f"modules: {len(self.lisa.active_layers)}"
+        return self.lisa.selection.describe(self.lisa.active)
 
     def describe(self) -> str:
         """What will be trained, for the header of a run: blocks, parameters, ranks, states."""

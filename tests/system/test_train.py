@@ -113,6 +113,36 @@ def test_the_number_of_layers_is_planned_and_stays_on_a_resume(folder, tmp_path)
 
 
 @pytest.mark.usefixtures("cpu_ops")
+def test_modules_of_layers_are_sampled_by_themselves(folder, tmp_path):
+    """What the run says, logs and draws of them, and that the plan of a step is near what was measured."""
+    changes = {"lisa_unit": "module", "lisa_budget": "10%", "max_steps": 6, "lisa_interval_steps": 2, "bf16": True}
+    out = tmp_path / "out"
+    status, said = run_alone(flags_for(folder, out, **changes, deepspeed="zero2"), tmp_path / "said.txt")
+    assert status == 0, said[-3000:]
+    assert "6 at model.layers, of 42 linear modules, 2048 to 6144 parameters each" in said
+    assert "2 steps with 10% of the modules, uniform" in said
+    assert re.search(r"active modules: (\d\.(self_attn|mlp)\.\w+_proj(, )?)+\n", said)
+    assert re.search(r"step 1/6 .*  modules: \d+  ", said)
+    modules = json.loads((out / "lisa_run.json").read_text())["modules"]
+    assert len(modules) == 42
+    assert modules[7] == "layers.1.self_attn.q_proj"
+    periods = [json.loads(line)["layers"] for line in (out / "lisa_log.jsonl").read_text().splitlines()]
+    assert len(periods) == 3
+    assert all(0 < len(period) <= 9 for period in periods)
+    moved = [json.loads(line)["blocks"] for line in (out / "lisa_movement.jsonl").read_text().splitlines()]
+    for period, blocks in zip(periods, moved, strict=True):
+        assert {modules[number] for number in period} | {"embed", "head", "rest"} == set(blocks)
+    logged = [one for one in history(out) if "lisa/visits/layer_00.mlp.up_proj" in one]
+    assert sum(value for name, value in logged[0].items() if "active_layers" in name) == len(periods[0])
+    norms = {name for one in logged for name in one if name.startswith("lisa/update_norm/layer_")}
+    ended = {modules[number].removeprefix("layers.") for period in periods[:-1] for number in period}
+    assert norms == {f"lisa/update_norm/layer_0{name}" for name in ended}
+    memory = json.loads((out / "lisa_memory.json").read_text())
+    assert memory["planned"]["peak"] == pytest.approx(memory["measured"]["peak"], rel=0.01)
+    assert {path.stem for path in (out / "report").iterdir()} >= {"layers", "visits", "movement"}
+
+
+@pytest.mark.usefixtures("cpu_ops")
 def test_a_probe_leaves_no_trace_but_how_often_layers_train(folder, tmp_path):
     """Nor in what TRL gathers for its log, nor in dropout or the order of rows; a resumed run does not probe again."""
     settings = {"lisa_sampler": "balanced", "max_steps": 40, "gradient_accumulation_steps": 2, "deepspeed": "zero2"}
@@ -443,6 +473,7 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
         ({"dataset_text_field": "body"}, "--dataset_text_field body: has no effect here; use --dataset_columns text="),
         ({"lisa_activated_layers": 7}, "--lisa_activated_layers 7: the model has 6 decoder layers"),
         ({"lisa_sampler": "weighted", "lisa_weights_file": "absent.json"}, "--lisa_weights_file absent.json"),
+        ({"lisa_unit": "module", "lisa_budget": "1%"}, "--lisa_budget 1%: 1843 of 0.18 M parameters, and the smallest"),
         (
             {"lisa_sampler": "balanced", "lisa_probe_steps": 1, "max_steps": 6},
             "--lisa_probe_steps 1: 6 sets of layers take 6 steps, and the run has 6; give at most 0",

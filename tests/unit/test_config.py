@@ -35,6 +35,36 @@ from lisa_dist import LisaConfig
         ({"lisa_depth_bias": 4.0}, "--lisa_depth_bias 4 with --lisa_sampler uniform: this sampler has no weights"),
         ({"lisa_depth_bias": 17.0, "lisa_sampler": "balanced"}, "--lisa_depth_bias 17.0: a power is from -16 to 16"),
         ({"lisa_depth_bias": math.nan, "lisa_sampler": "balanced"}, "--lisa_depth_bias nan: a power is from"),
+        ({"lisa_unit": "block"}, "--lisa_unit block: unknown; choose one of layer, module"),
+        ({"lisa_unit": "module"}, "--lisa_unit module: give --lisa_budget"),
+        ({"lisa_budget": "3%"}, "--lisa_budget 3%: it is for --lisa_unit module"),
+        ({"lisa_unit": "module", "lisa_budget": "0%"}, "--lisa_budget 0%: give a part of the whole, above 0 and at mo"),
+        ({"lisa_unit": "module", "lisa_budget": "101%"}, "--lisa_budget 101%: give a part of the whole"),
+        ({"lisa_unit": "module", "lisa_budget": "some"}, "--lisa_budget some: give a part of the whole"),
+        (
+            {"lisa_unit": "module", "lisa_budget": "3%", "lisa_activated_layers": 4},
+            "--lisa_unit module with --lisa_activated_layers 4: of modules --lisa_budget says how many",
+        ),
+        (
+            {"lisa_unit": "module", "lisa_budget": "3%", "lisa_activated_layers": "auto"},
+            "--lisa_unit module with --lisa_activated_layers auto",
+        ),
+        (
+            {"lisa_unit": "module", "lisa_budget": "3%", "lisa_sampler": "reshuffle"},
+            "--lisa_unit module with --lisa_sampler reshuffle: it is for units of one size; give one of uniform, fixed",
+        ),
+        (
+            {"lisa_unit": "module", "lisa_budget": "3%", "lisa_sampler": "weighted", "lisa_probe_steps": 5},
+            "--lisa_unit module with --lisa_probe_steps 5: it is for layers",
+        ),
+        (
+            {"lisa_unit": "module", "lisa_budget": "3%", "lisa_sampler": "weighted", "lisa_weights_file": "w.json"},
+            "--lisa_unit module with --lisa_weights_file w.json: it is for layers",
+        ),
+        (
+            {"lisa_unit": "module", "lisa_budget": "3%", "lisa_always_on": "embed,rest"},
+            "--lisa_unit module: head would be sampled in the place of layers",
+        ),
         ({"lisa_probe_steps": 10}, "--lisa_probe_steps 10 with --lisa_sampler uniform: this sampler has no weights"),
         ({"lisa_probe_steps": -1}, "--lisa_probe_steps -1: a probe takes 0 steps or more"),
         ({"lisa_probe_steps": 2.5}, "--lisa_probe_steps 2.5: a probe takes 0 steps or more"),
@@ -131,6 +161,7 @@ def test_the_learning_rate_scales_with_gamma():
         (400, 32, {}, 12),  # 33 periods, of which a layer has two
         (64, 32, {}, 2),
         (10, 32, {}, 1),
+        (400, 32, {"lisa_unit": "module", "lisa_budget": "5%"}, 10),
         (400, 32, {"lisa_activated_layers": 8}, 20),
         (5, 32, {"lisa_activated_layers": 0}, 20),  # nothing is sampled
         (10, 32, {"lisa_wake_warmup_steps": 3}, 4),  # a warm-up is shorter
@@ -141,8 +172,9 @@ def test_periods_are_so_short_that_each_layer_has_two(total_steps, num_layers, s
     settled = config.with_interval(total_steps, num_layers)
     assert settled.to_dict() == config.to_dict() | {"lisa_interval_steps": steps}
     if 1 < steps < 20 and not config.lisa_wake_warmup_steps:
-        assert total_steps // steps * config.lisa_activated_layers >= 2 * num_layers
-        assert total_steps // (steps + 1) * config.lisa_activated_layers < 2 * num_layers
+        share = config.budget if config.by_module else config.lisa_activated_layers / num_layers
+        assert total_steps // steps * share >= 2
+        assert total_steps // (steps + 1) * share < 2
 
 
 def test_layers_are_settled_before_the_steps_of_a_period():

@@ -8,7 +8,7 @@ from models import tiny_gpt2, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_dist import LisaConfig
-from lisa_dist.core.blocks import find_blocks
+from lisa_dist.core.blocks import find_blocks, split_into_modules
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.sampling import ActiveSet
 
@@ -64,6 +64,27 @@ def test_causal_models(model_type):
     assert bool(blocks.head.parameters) == (not tied)
     assert blocks.rest.parameters
     assert not blocks.outside.parameters
+
+
+def test_linear_modules_take_the_place_of_layers():
+    model = build("qwen2", num_hidden_layers=3)
+    blocks = split_into_modules(model, find_blocks(model))
+    check_partition(model, blocks)
+    attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    of_layer = [*(f"self_attn.{name}" for name in attention), *(f"mlp.{name}" for name in mlp)]
+    assert [block.name for block in blocks.layers] == [f"layers.{n}.{name}" for n in range(3) for name in of_layer]
+    assert blocks.num_layers == 3
+    for block in blocks.layers:
+        (name,) = block.parameters
+        assert name == f"model.{block.name}.weight"
+    assert "model.layers.2.self_attn.q_proj.bias" in blocks.rest.parameters
+    assert "model.layers.2.input_layernorm.weight" in blocks.rest.parameters
+
+
+def test_matrices_of_no_linear_module_are_named():
+    model = build("qwen3_moe", num_hidden_layers=2)
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj is a matrix, and of no linear module; sample"):
+        split_into_modules(model, find_blocks(model))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -18,6 +18,7 @@ from models import tiny_gpt2, tiny_llama, token_batches
 from ranks import run_ranks, without_collection
 from reference import train_reference
 from torch import distributed as dist
+from transformers.pytorch_utils import Conv1D
 
 import lisa_dist
 from lisa_dist.core.live_bytes import live_storages, live_tensor_bytes
@@ -122,9 +123,13 @@ def reference_losses(build, layers_path: str, blocks_of_period, options: dict) -
     batches = token_batches(STEPS, rows=4, micro_batches=options.get("accumulation", 1))
     scales = options.get("scales", {})
     scale_of = {id(value): scales.get(name, 1.0) for name, module in outer.items() for value in module.parameters()}
+    layers = list(model.get_submodule(layers_path))
+    if options.get("lisa", {}).get("lisa_unit") == "module":
+        linear = [one for layer in layers for one in layer.modules() if is_linear(one)]
+        layers = [torch.nn.ParameterList([one.weight]) for one in linear]
     return train_reference(
         model,
-        list(model.get_submodule(layers_path)),
+        layers,
         layers_of_period,
         INTERVAL,
         batches,
@@ -154,6 +159,36 @@ def check_against_reference(ds_config: str, build, layers_path: str, options: di
 @pytest.mark.parametrize("ds_config", STAGES)
 def test_losses_equal_the_reference(ds_config):
     check_against_reference(ds_config, tiny_llama, "model.layers", {})
+
+
+BY_DEPTH = {"lisa_sampler": "weighted", "lisa_depth_bias": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "build", "layers_path", "settings"),
+    [
+        ("zero2", tiny_llama, "model.layers", {"lisa_state": "keep"}),
+        ("zero3", tiny_llama, "model.layers", {"lisa_sampler": "adaptive"}),
+        full(
+            "zero1",
+            tiny_gpt2,
+            "transformer.h",
+            {"lisa_sampler": "weighted", "lisa_depth_bias": 2.0, "lisa_budget": "25%"},
+        ),
+        full("zero2_offload", tiny_llama, "model.layers", {"lisa_offload": "layers"}),
+        full("zero3_offload", tiny_llama, "model.layers", {"lisa_importance": "update", "lisa_sampler": "adaptive"}),
+    ],
+)
+def test_modules_are_sampled_by_themselves(ds_config, build, layers_path, settings):
+    """As many as the budget is enough for; norms and biases, which are of no module, train in every step."""
+    settings = {"lisa_unit": "module", "lisa_budget": "8%"} | settings
+    outcome = check_against_reference(ds_config, build, layers_path, {"lisa": settings})
+    assert len(outcome["visits"]) == sum(is_linear(one) for one in build().get_submodule(layers_path).modules())
+    assert len({len(modules) for modules in outcome["layers_of_period"]}) > 1, "the test needs periods of two sizes"
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear | Conv1D)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ from collections import Counter
 from itertools import combinations
 
 import pytest
+from models import tiny_llama
 
 from lisa_dist.config import LisaConfig
+from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.layer_weights import layer_weights, load_layer_weights
-from lisa_dist.core.sampling import SampledBlock, balanced_samples, inclusion_probabilities, sample_period
+from lisa_dist.core.sampling import SampledBlock, balanced_samples, inclusion_probabilities, sample_period, sample_units
 
 
 def sample_layers(*arguments) -> tuple[int, ...]:
@@ -129,7 +131,36 @@ def test_weights_of_a_layer_are_its_own_times_its_depth(tmp_path, bias, file):
     given = LisaConfig(lisa_sampler="balanced", lisa_depth_bias=bias, lisa_weights_file=str(path) if file else None)
     own = json.loads(file) if file else [1, 1, 1, 1]
     expected = [weight * (number / 4) ** bias for number, weight in enumerate(own, 1)]
-    assert layer_weights(given, 4) == (pytest.approx(expected) if bias or file else None)
+    found = layer_weights(given, find_blocks(tiny_llama(num_layers=4)))
+    assert found == (pytest.approx(expected) if bias or file else None)
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "fixed", "weighted"])
+def test_units_fill_the_budget(sampler):
+    """In random order each that still fits: none that is left would, and all come about as often as their sizes let."""
+    sizes, weights = [4, 4, 1, 1, 10, 10, 10, 0], [1.0] * 8
+    visits = [0] * 8
+    for period in range(400):
+        active = sample_units(sampler, sizes, 13, 3, period, weights)
+        assert active.blocks == ()
+        assert list(active.layers) == sorted(set(active.layers))
+        left = 13 - sum(sizes[unit] for unit in active.layers)
+        assert left >= 0
+        assert all(sizes[unit] > left for unit in set(range(7)) - set(active.layers))
+        for unit in active.layers:
+            visits[unit] += 1
+    assert visits[7] == 0, "of size 0"
+    if sampler == "fixed":
+        assert set(visits) <= {0, 400}
+    else:
+        assert min(visits[:7]) > 50
+        assert max(visits[4:7]) < min(visits[2:4]), "small ones fit more often"
+
+
+def test_heavy_units_come_first():
+    sizes, weights = [1] * 10, [0.0] * 8 + [1.0, 1.0]
+    assert {sample_units("weighted", sizes, 2, 0, period, weights).layers for period in range(20)} == {(8, 9)}
+    assert len({sample_units("uniform", sizes, 2, 0, period, weights).layers for period in range(20)}) > 10
 
 
 def chi_square(observed: list[int], expected: list[float]) -> float:

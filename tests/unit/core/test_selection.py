@@ -4,7 +4,7 @@ import pytest
 from models import tiny_llama
 
 from lisa_dist import LisaConfig
-from lisa_dist.core.blocks import find_blocks
+from lisa_dist.core.blocks import find_blocks, split_into_modules
 from lisa_dist.core.sampling import ActiveSet
 from lisa_dist.core.selection import BlockSelection
 
@@ -28,3 +28,53 @@ def test_tied_matrices_are_treated_as_one(settings):
     selection(**settings)
     with pytest.raises(ValueError, match="tied"):
         selection(tied=True, **settings)
+
+
+MODULES = {"lisa_unit": "module", "lisa_budget": "8%"}
+
+
+def by_module(model, **settings) -> BlockSelection:
+    blocks = split_into_modules(model, find_blocks(model))
+    blocks.leave_out_frozen()
+    return BlockSelection(LisaConfig(**MODULES | settings), blocks)
+
+
+def test_there_is_a_slot_for_the_most_modules_that_fit():
+    """Of a tiny Llama the linear modules have 2 x 2,048, 2 x 4,096 and 3 x 6,144 parameters, in 6 layers."""
+    sampling = by_module(tiny_llama())
+    assert sampling.most_active == 7, "of 14,745 parameters: 7 x 2,048"
+    sets = [sampling.sample(period) for period in range(30)]
+    assert len({len(active.layers) for active in sets}) > 1
+    assert all(len(sampling.widest(active).layers) == 7 for active in sets)
+    groups = sampling.param_groups(sets[0])
+    assert [group["lisa_group"] for group in groups[-7:]] == [f"slot{slot}/decay" for slot in range(7)]
+    for active in sets:
+        found = sampling.params_of_groups(active)
+        assert len(found) == len(groups)
+        assert sum(bool(params) for params in found[-7:]) == len(active.layers)
+
+
+def test_a_budget_below_the_smallest_module_is_refused():
+    with pytest.raises(ValueError, match=r"--lisa_budget 1%: 1843 of 0.18 M parameters, .* has 2048; give 1.12% or"):
+        by_module(tiny_llama(), lisa_budget="1%")
+    assert by_module(tiny_llama(), lisa_budget="1.12%").most_active == 1
+    assert by_module(tiny_llama(), lisa_budget="100%").most_active == 42
+
+
+def test_a_module_that_the_user_has_frozen_is_never_sampled():
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.mlp.requires_grad_(False)
+        layer.self_attn.q_proj.requires_grad_(False)
+    sampling = by_module(model, lisa_budget="20%")
+    names = {sampling.describe(sampling.sample(period)) for period in range(40)}
+    assert not any("mlp" in name or "q_proj" in name for name in names)
+    assert any("o_proj" in name for name in names)
+    groups = sampling.param_groups(sampling.sample(0))
+    trained = [name for key in sampling.names_of(group["params"] for group in groups) for name in key]
+    assert not any("mlp" in name or "q_proj" in name for name in trained)
+
+
+def test_modules_have_the_weight_of_their_layer_s_depth():
+    weights = by_module(tiny_llama(), lisa_sampler="weighted", lisa_depth_bias=1.0).weights
+    assert weights == pytest.approx([layer / 6 for layer in range(1, 7) for _ in range(7)])

@@ -127,7 +127,7 @@ def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: 
     checkpointed = model_config.num_hidden_layers if settings.get("checkpointing") else 0
     labels = rows * (length - PROMPT)
     workload = Workload(length, rows, dtype, checkpointed, loss=settings.get("loss", OWN), labels=labels)
-    workload = replace(workload, frozen_bits=config.lisa_frozen_bits)
+    workload = replace(workload, frozen_bits=config.lisa_frozen_bits, by_module=config.by_module)
     run = FakeRun(model_config, workload)
     always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
     stage = StageSettings.of(ds_config_of(ds_config, settings), run.hidden_size)
@@ -148,6 +148,7 @@ FROZEN = {"lisa_always_on": "head,rest", "lisa_frozen": "embed", "lisa_seed": 3}
 DRAWN = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.5,head=0.5"}
 LISA_ADAMW = {"optim": "lisa_adamw"}
 FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
+MODULES = {"lisa_unit": "module", "lisa_budget": "8%"}
 EIGHT_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 SETTINGS = [
     ("zero1", 1, torch.bfloat16, {}),
@@ -170,6 +171,9 @@ SETTINGS = [
     ("zero2", 2, torch.bfloat16, {"lisa_frozen_bits": 4, "lisa_activated_layers": 1}),
     full("zero1", 1, torch.bfloat16, {"lisa_frozen_bits": 8, "checkpointing": True}),
     full("zero2_offload", 1, torch.bfloat16, {"lisa_frozen_bits": 8, "lisa_activated_layers": 1}),
+    ("zero2", 2, torch.bfloat16, MODULES),
+    full("zero3", 2, torch.bfloat16, MODULES | {"checkpointing": True}),
+    full("zero2", 2, torch.bfloat16, MODULES | {"lisa_frozen_bits": 4}),
     full("zero3", 2, torch.float32, LISA_ADAMW),
     full("zero3", 2, torch.bfloat16, {"lisa_offload": "embed,head,layers"}),
     full("zero2", 1, torch.bfloat16, {"lisa_offload": "head", "optim": "adamw_torch"}),

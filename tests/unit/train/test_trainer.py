@@ -417,6 +417,7 @@ def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, 
         ("zero3", {}),
         ("zero2", {"bf16": True, "optim": "lisa_adamw", "lisa_master": "bf16_sr"}),
         ("zero2", {"bf16": True, "optim": "lisa_adamw", "lisa_state_bits": "embed=factored", "lisa_frozen_bits": 8}),
+        full("zero2", {"lisa_unit": "module", "lisa_budget": "20%", "lisa_sampler": "adaptive", "lisa_state": "keep"}),
         full("zero2", {"lisa_interval_steps": "auto", "lisa_activated_layers": 4, "lisa_sampler": "balanced"}),
         # After checkpoint-4 was saved, and not again in the resumed run.
         full("zero2", {"bf16": True, "eval_strategy": "epoch"}),
