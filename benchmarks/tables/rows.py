@@ -93,6 +93,16 @@ def spread_of_seeds(losses: list[float]) -> str:
     return loss(statistics.stdev(losses)) if len(losses) > 1 else "one seed"
 
 
+def pareto_table(figures: dict) -> Rows:
+    """Arms of pareto.py, the best first."""
+    arms = sorted(figures["arms"].items(), key=lambda arm: arm[1]["loss"])
+    rows = []
+    for arm, one in arms:
+        row = [method_name(arm), loss(one["loss"]), spread_of_seeds(one["losses"])]
+        rows.append([*row, f"{one['peak'] / 1e6:,.1f}", f"{one['seconds']:.3f}"])
+    return [["method", "held-out loss", "spread of seeds", "MB at the peak", "CPU s a step"], *rows]
+
+
 def importance_table(figures: dict) -> Rows:
     """Spearman's rank correlation of each measure of importance.py with the sets of layers that were trained."""
     losses: dict[tuple[int, ...], list[float]] = {}
@@ -188,30 +198,39 @@ def changes_to_lisa(figures: dict) -> Rows:
     return [["change", "held-out loss"], *rows]
 
 
-@table("comparing_smaller", "quality")
-def smaller_states(figures: dict) -> Rows:
+SMALLER = {
+    "lisa 2 one pass": "gamma 2, AdamW's states in 32 bits (`--optim lisa_adamw`)",
+    "lisa 2, 8 bits": "the same, moments in 8 bits",
+    "lisa 2, factored": "the same, embed and head factored",
+    "lisa 2 bf16": "gamma 2, weights in bf16",
+    "lisa 2, frozen 8 bits": "the same, frozen layers in 8 bits",
+    "lisa 2, frozen 4 bits": "the same, frozen layers in 4 bits",
+    "lisa auto": "factored, layers in 8 bits: as many layers as gamma 2 in 32 bits holds",
+    "lisa in lora's memory": "the same: as many layers as fit the peak of LoRA, rank 16, and a tenth",
+    "lora r16": "LoRA, rank 16",
+    "full": "full training",
+}
+
+
+@table("comparing_smaller", "quality", "quality_alpaca")
+def smaller_states(gsm8k: dict, alpaca: dict) -> Rows:
     """Mean held-out loss over the seeds, at the best rate of each."""
-    arms = {
-        "lisa 2 one pass": "gamma 2, AdamW's states in 32 bits (`--optim lisa_adamw`)",
-        "lisa 2, 8 bits": "the same, moments in 8 bits",
-        "lisa 2, factored": "the same, embed and head factored",
-        "lisa 2 bf16": "gamma 2, weights in bf16",
-        "lisa 2, frozen 8 bits": "the same, frozen layers in 8 bits",
-        "lisa 2, frozen 4 bits": "the same, frozen layers in 4 bits",
-        "lisa auto": "factored, layers in 8 bits: as many layers as gamma 2 in 32 bits holds",
-        "lisa in lora's memory": "the same: as many layers as fit the peak of LoRA, rank 16, and a tenth",
-        "lora r16": "LoRA, rank 16",
-        "full": "full training",
-    }
+    return _smaller_states(SMALLER, {"GSM8K": gsm8k, "Alpaca": alpaca})
+
+
+def _smaller_states(arms: dict[str, str], tasks: dict[str, dict]) -> Rows:
     rows = []
     for arm, name in arms.items():
-        found = runs_at_best(arm, figures["runs"])
-        losses = [run["held_out"] for run in found]
-        layers = f"{found[0]['layers']}" if found[0].get("layers") else "-"
-        best = rate(of_results.best_rate(arm, figures["runs"]))
-        row = [name, layers, best, loss(statistics.mean(losses)), spread_of_seeds(losses)]
-        rows.append([*row, f"{found[0]['live_bytes'] / 1e6:.1f}"])
-    return [["", "layers", "best rate", "held-out loss", "spread of seeds", "MB of tensors"], *rows]
+        by_task = [runs_at_best(arm, figures["runs"]) for figures in tasks.values()]
+        first = by_task[0][0]
+        row = [name, f"{first['layers']}" if first.get("layers") else "-", f"{first['live_bytes'] / 1e6:.1f}"]
+        for figures, found in zip(tasks.values(), by_task, strict=True):
+            losses = [run["held_out"] for run in found]
+            row += [rate(of_results.best_rate(arm, figures["runs"])), loss(statistics.mean(losses))]
+            row += [spread_of_seeds(losses)]
+        rows.append(row)
+    of_tasks = [column for task in tasks for column in (f"{task}: rate", "held-out loss", "spread of seeds")]
+    return [["", "layers", "MB of tensors", *of_tasks], *rows]
 
 
 # docs/kernels.md
@@ -263,6 +282,23 @@ def forms(figures: dict) -> Rows:
 
 
 # docs/memory.md, docs/zero.md, docs/norms.md
+
+
+@table("memory_smaller", "smaller", "smaller_smollm2")
+def smaller_forms(llama: dict, smollm2: dict) -> Rows:
+    """Of each form the peak of a step, how far its plan is off, and a switch's share of a period."""
+    shown = [(name, figures, ranks) for name, figures in (("LLaMA-2-7B / 8", llama), ("SmolLM2-135M", smollm2))
+             for ranks in (1, 2)]  # fmt: skip
+    header = [f"{name}, {ranks} rank{'s' * (ranks > 1)}" for name, _, ranks in shown]
+    rows = []
+    for form in (key.partition(", ")[2] for key in llama if key.startswith("1 ranks")):
+        row = [form]
+        for _, figures, ranks in shown:
+            cell = figures[f"{ranks} ranks, {form}"]
+            off = abs(cell["planned"] / cell["peak"] - 1)
+            row.append(f"{mib(cell['peak'])}, {percent(off)}, {percent(cell['share_of_period'])}")
+        rows.append(row)
+    return [["", *header], *rows]
 
 
 @table("memory_policies", "policies")
