@@ -35,6 +35,7 @@ from lisa_dist.errors import UserError
 ROOT = Path(__file__).parents[2]
 PROBE = ROOT / "benchmarks" / "common" / "peer_probe.py"
 OURS = "lisa-dist"
+ENVIRONMENTS = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lisa_dist" / "peers"
 # What pip installs for each peer; torch is this environment's, so that all arms have the same kernels.
 PEERS = {
     "ms-swift": ("ms-swift>=4.6,<4.7", "deepspeed>=0.19,<0.20"),
@@ -261,10 +262,11 @@ def main() -> None:
     parser = parser_of(__doc__, "peers")
     data = os.environ.get("LISA_DIST_DATA")
     data = data and f"{data}/gsm8k/train.jsonl"
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lisa_dist" / "peers"
     parser.add_argument("--model", required=True, help="folder, with a ChatML template")
     parser.add_argument("--dataset", default=data, required=not data, help="question/answer examples, .jsonl")
-    parser.add_argument("--environments", type=Path, default=cache, help="folder of the peers' environments: 6 GB")
+    parser.add_argument(
+        "--environments", type=Path, default=ENVIRONMENTS, help="folder of the peers' environments: 6 GB"
+    )
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], default=[arm.name for arm in ARMS])
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--interval", type=positive, default=5, help="K; a run has twice as many steps")

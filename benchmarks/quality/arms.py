@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import json
+import subprocess
 import tempfile
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -11,8 +13,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lisa_dist
+from benchmarks.cost import peers
 from benchmarks.quality.examples import LENGTH
+from benchmarks.quality.training import Batch
 from lisa_dist.config import AUTO_LAYERS
+from lisa_dist.core.sampling import sample_period
 from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner
@@ -27,6 +32,7 @@ ONE_PASS, BF16 = {"optim": "lisa_adamw"}, {"dtype": torch.bfloat16}
 FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 SMALL = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
 BALANCED = {"lisa_sampler": "balanced"}
+MODULES = {"lisa_unit": "module", "lisa_budget": AUTO_LAYERS}
 PROBED = BALANCED | {"lisa_probe_steps": 10}
 SHARP = {"lisa_importance_temperature": 0.5, "lisa_importance_floor": 0.0}
 # As their packages have them; what is no matrix of a layer steps by plain AdamW.
@@ -49,6 +55,7 @@ ARMS = {
     "lora r64": ("lora", {"r": 64}, 1),
     "galore r16": ("galore", GALORE, 4),
     "apollo r16": ("apollo", APOLLO, 1),
+    "ms-swift lisa 2": ("ms-swift", LISA, 1),
     "lisa 1": ("lisa", {"lisa_activated_layers": 1}, 1),
     "lisa 1 reshuffle": ("lisa", {"lisa_activated_layers": 1, "lisa_sampler": "reshuffle"}, 1),
     "lisa 1 adaptive": ("lisa", {"lisa_activated_layers": 1, "lisa_sampler": "adaptive"}, 1),
@@ -94,6 +101,8 @@ ARMS = {
     "lisa 2 depth 8": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 8.0}, 1),
     "lisa 2 probed": ("lisa", LISA | PROBED, 1),
     "lisa 2 probed sharp": ("lisa", LISA | PROBED | SHARP, 1),
+    "lisa modules": ("lisa", MODULES, 1),  # as many of their parameters as two layers have
+    "lisa modules adaptive": ("lisa", MODULES | {"lisa_sampler": "adaptive"}, 1),
     "lisa 2 window": ("lisa", LISA | {"lisa_sampler": "window"}, 1),
     "lisa 2, embed and head / 2": ("lisa", LISA | {"lisa_lr_scale": "embed=0.5,head=0.5"}, 1),
     "lisa 3": ("lisa", {"lisa_activated_layers": 3}, 1),
@@ -135,6 +144,25 @@ def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict) ->
     while taken(parts(settings | of_layers)) > budget:
         of_layers["lisa_activated_layers"] -= 1
     return settings | of_layers
+
+
+def train_by_swift(
+    arguments: argparse.Namespace, arm: str, seed: int, batches: list[Batch], rates: list[float]
+) -> tuple:
+    """What ms-swift's LISA makes of the model, in the environment that cost/peers.py has for it; layers are ours."""
+    gamma = ARMS[arm][1]["lisa_activated_layers"]
+    num_layers = AutoConfig.from_pretrained(arguments.model).num_hidden_layers
+    periods = range(-(-len(batches) // INTERVAL))
+    layers = [list(sample_period("uniform", num_layers, gamma, seed, period).layers) for period in periods]
+    work = {"model": str(Path(arguments.model).resolve()), "layers": layers, "interval": INTERVAL}
+    python = peers.python_of("ms-swift", peers.ENVIRONMENTS)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(work | {"batches": batches, "rates": rates}, f"{folder}/work.pt")
+        command = [str(python), str(Path(__file__).with_name("swift_lisa.py")), folder]
+        subprocess.run(command, check=True, env=peers.environment_of(python, Path(folder)))
+        found = json.loads(Path(folder, "found.json").read_text(encoding="utf-8"))
+        model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
+    return PlainEngine(model, torch.optim.SGD(model.parameters())), None, found
 
 
 class PlainEngine:
@@ -190,6 +218,8 @@ def build(arguments: argparse.Namespace, arm: str, lr: float, seed: int):
         common["optim"] = settings.pop("optim", "adamw_torch")
         settings = {"lisa_interval_steps": INTERVAL} | settings
         other = settings.pop("memory_of", "lisa")
+        if settings.get("lisa_budget") == AUTO_LAYERS:
+            settings["lisa_budget"] = str(LISA["lisa_activated_layers"] / model.config.num_hidden_layers)
         if settings.get("lisa_activated_layers") == AUTO_LAYERS:
             settings = with_memory_of(other, arguments, settings)
         with tempfile.NamedTemporaryFile("w", suffix=".json") as weights:

@@ -27,7 +27,7 @@ from pathlib import Path
 import lisa_dist
 from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
 from benchmarks.common.results import parser_with_data, positive, print_table, write_results
-from benchmarks.quality.arms import ARMS, build
+from benchmarks.quality.arms import ARMS, build, train_by_swift
 from benchmarks.quality.examples import Data, evaluate, solved
 from benchmarks.quality.training import Batch, held_out_losses, train
 from benchmarks.tables.rows import BASELINES, quality_table
@@ -41,30 +41,58 @@ PROBE_ROWS = 64  # that a probe measures on
 
 def run(arguments: argparse.Namespace, arm: str, lr: float, seed: int, steps: int) -> dict:
     """On a rank: train an arm, and measure what it has learned."""
-    # Where some arms take more steps than others, the order is one of all rows, so that it begins alike for all.
-    needed = math.inf if arguments.same_time_as else arguments.rows * arguments.steps
-    data = Data.read(arguments.model, arguments.dataset, needed)
-    assert len(data.rows) >= min(needed, 1000), "too few rows"
-    if arguments.held_out is None:  # the end of the rows, which are more than are trained on
-        held_out = Data.read(arguments.model, arguments.dataset, -arguments.held_out_rows)
-        data = Data(data.tokenizer, [row for row in data.rows if row not in held_out.rows])
-    else:
-        held_out = Data.read(arguments.model, arguments.held_out, arguments.held_out_rows)
+    data, held_out = read(arguments)
     order = random.Random(seed).sample(range(len(data.rows)), len(data.rows))
     places = [[order[at % len(order)] for at in range(step * arguments.rows, (step + 1) * arguments.rows)]
               for step in range(steps)]  # fmt: skip
     batches = list(map(data.batch, places))
+    rates = [lr * min(1.0, (step + 1) / WARMUP, 1 - step / steps) for step in range(steps)]  # linear, to nothing
+    if ARMS[arm][0] == "ms-swift":
+        engine, lisa, found = train_by_swift(arguments, arm, seed, batches, rates)
+    else:
+        engine, lisa, found = train_here(arguments, arm, lr, seed, batches, rates)
+    losses = found.pop("losses")
+    exact = contextlib.nullcontext() if lisa is None or lisa.frozen_layers is None else lisa.frozen_layers.exact()
+    with exact:  # of the 16-bit model, whatever frozen layers were held in
+        held_out_loss, accuracy = evaluate(engine, held_out, arguments.rows)
+    found |= {
+        "held_out": held_out_loss,
+        "token_accuracy": accuracy,
+        "solved": solved(engine, data.tokenizer, arguments.held_out or arguments.dataset, arguments.questions),
+        "train_last_50": statistics.mean(losses[-50:]),
+        "steps": steps,
+        "visits": None if lisa is None else lisa.visit_counts,
+        "layers": None if lisa is None else lisa.config.lisa_activated_layers,
+    }
+    engine.destroy()
+    return found
+
+
+def read(arguments: argparse.Namespace) -> tuple[Data, Data]:
+    """Examples to train on, and those to measure on."""
+    # Where some arms take more steps than others, the order is one of all rows, so that it begins alike for all.
+    needed = math.inf if arguments.same_time_as else arguments.rows * arguments.steps
+    data = Data.read(arguments.model, arguments.dataset, needed)
+    assert len(data.rows) >= min(needed, 1000), "too few rows"
+    if arguments.held_out is not None:
+        return data, Data.read(arguments.model, arguments.held_out, arguments.held_out_rows)
+    # The end of the rows, which are more than are trained on.
+    held_out = Data.read(arguments.model, arguments.dataset, -arguments.held_out_rows)
+    return Data(data.tokenizer, [row for row in data.rows if row not in held_out.rows]), held_out
+
+
+def train_here(
+    arguments: argparse.Namespace, arm: str, lr: float, seed: int, batches: list[Batch], rates: list[float]
+) -> tuple:
+    """An arm's engine and its controller, if it has one, trained; losses, seconds and bytes."""
     gc.collect()
     of_others = live_tensor_bytes()  # the batches, and what DeepSpeed has left of the runs before
     engine, lisa = build(arguments, arm, lr, seed)
-    factor = 1.0 if lisa is None else lisa.config.rate_factor(len(lisa.blocks.layers))
-    rates = [
-        factor * lr * min(1.0, (step + 1) / WARMUP, 1 - step / steps) for step in range(steps)
-    ]  # linear, to nothing
-    if lisa is not None and lisa.config.lisa_probe_steps:
-        unseen = [order[at % len(order)] for at in range(steps * arguments.rows, steps * arguments.rows + PROBE_ROWS)]
-        starts = range(0, PROBE_ROWS, arguments.rows)
-        probe(engine, lisa, batches, [data.batch(unseen[start : start + arguments.rows]) for start in starts], lr)
+    if lisa is not None:
+        factor = lisa.config.rate_factor(len(lisa.blocks.layers))
+        rates = [factor * rate for rate in rates]
+        if lisa.config.lisa_probe_steps:
+            probe(engine, lisa, batches, unseen(arguments), lr)
     losses, most, cpu_seconds = [], 0, 0.0
     for part in (slice(2), slice(2, None)):
         started = time.process_time()
@@ -73,22 +101,18 @@ def run(arguments: argparse.Namespace, arm: str, lr: float, seed: int, steps: in
         most = max(most, live_tensor_bytes() - of_others)
     if lisa is not None:
         lisa.close()
-    exact = contextlib.nullcontext() if lisa is None or lisa.frozen_layers is None else lisa.frozen_layers.exact()
-    with exact:  # of the 16-bit model, whatever frozen layers were held in
-        held_out_loss, accuracy = evaluate(engine, held_out, arguments.rows)
-    found = {
-        "held_out": held_out_loss,
-        "token_accuracy": accuracy,
-        "solved": solved(engine, data.tokenizer, arguments.held_out or arguments.dataset, arguments.questions),
-        "train_last_50": statistics.mean(losses[-50:]),
-        "steps": steps,
-        "cpu_seconds_per_step": cpu_seconds / steps,
-        "live_bytes": most,
-        "visits": None if lisa is None else lisa.visit_counts,
-        "layers": None if lisa is None else lisa.config.lisa_activated_layers,
-    }
-    engine.destroy()
-    return found
+    return engine, lisa, {"losses": losses, "live_bytes": most, "cpu_seconds_per_step": cpu_seconds / len(losses)}
+
+
+def unseen(arguments: argparse.Namespace) -> list[Batch]:
+    """Rows behind those that are trained on, and not those that are measured on, for a probe."""
+    data, held_out = read(arguments)
+    more = Data.read(arguments.model, arguments.dataset, len(data.rows) + len(held_out.rows) + PROBE_ROWS)
+    rows = [row for row in more.rows[len(data.rows) :] if row not in held_out.rows and row not in data.rows]
+    assert len(rows) >= PROBE_ROWS, "a probe needs rows that are not trained on"
+    others = Data(data.tokenizer, rows[:PROBE_ROWS])
+    starts = range(0, PROBE_ROWS, arguments.rows)
+    return [others.batch(range(start, min(start + arguments.rows, PROBE_ROWS))) for start in starts]
 
 
 def probe(engine, lisa: lisa_dist.LisaController, batches: list[Batch], held_out: list[Batch], lr: float) -> list:
