@@ -9,6 +9,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -122,7 +123,7 @@ def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict) ->
         reserve="0",
         seq_length=LENGTH,
         micro_batch_size=arguments.rows,
-        precision="fp32",
+        precision="bf16" if arguments.gpu else "fp32",
         optim="lisa_adamw",
         checkpointed_layers="none",
         loss="chunked",
@@ -131,7 +132,7 @@ def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict) ->
     def parts(settings: dict, **changes) -> MemoryParts:
         lisa_config = lisa_dist.LisaConfig(**settings)
         return (
-            Planner(config, dataclasses.replace(asked, **changes), lisa_config, on_cpu=True)
+            Planner(config, dataclasses.replace(asked, **changes), lisa_config, on_cpu=not arguments.gpu)
             .plan("zero2", 0, CHUNKED)
             .gpu
         )
@@ -170,7 +171,7 @@ class PlainEngine:
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
         deepspeed.init_distributed(auto_mpi_discovery=False)
-        self.module, self.optimizer = model.train(), optimizer
+        self.module, self.optimizer, self.device = model.train(), optimizer, model.device
         self.train, self.eval = model.train, model.eval
 
     def __call__(self, **inputs: torch.Tensor):
@@ -211,7 +212,7 @@ def build(arguments: argparse.Namespace, arm: str, lr: float, seed: int):
     """An engine of an arm, and LISA's controller if it has one."""
     method, settings, _ = ARMS[arm]
     settings = dict(settings)
-    dtype = settings.pop("dtype", torch.float32)
+    dtype = settings.pop("dtype", torch.bfloat16 if arguments.gpu else torch.float32)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
     common = {"lr": lr, "micro_batch_size": arguments.rows}
     if method == "lisa":
@@ -230,6 +231,7 @@ def build(arguments: argparse.Namespace, arm: str, lr: float, seed: int):
             return lisa_dist.initialize(model, "zero2", lisa_dist.LisaConfig(lisa_seed=seed, **settings), **common)
     torch.manual_seed(seed)
     if method in ("galore", "apollo"):
+        model = model.to(get_accelerator().current_device_name())
         return PlainEngine(model, low_rank_optimizer(method, model, settings, lr)), None
     if method == "lora":
         more = {"lora_alpha": 2 * settings["r"], "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

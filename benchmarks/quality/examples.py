@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.quality.training import Batch
+from benchmarks.quality.training import Batch, on_device
 
 LENGTH = 256  # tokens of the longest row
 
@@ -62,7 +62,7 @@ def evaluate(engine, data: Data, rows: int) -> tuple[float, float]:
     engine.eval()
     loss = hits = count = 0.0
     for start in range(0, len(data.rows), rows):
-        inputs = data.batch(range(start, min(start + rows, len(data.rows))))
+        inputs = on_device(engine, data.batch(range(start, min(start + rows, len(data.rows)))))
         labels = inputs.pop("labels")[:, 1:]
         with torch.no_grad():
             logits = engine(**inputs).logits[:, :-1]
@@ -80,7 +80,7 @@ def solved(engine, tokenizer, path: str, count: int) -> float | None:
     for start in range(0, len(asked), 8):
         some = asked[start : start + 8]
         prompts = [row["question"] + "\n" for row in some]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        inputs = on_device(engine, tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left"))
         with torch.no_grad():
             answers = engine.module.generate(**inputs, max_new_tokens=200, do_sample=False)
         for tokens, row in zip(answers[:, inputs["input_ids"].shape[1] :], some, strict=True):

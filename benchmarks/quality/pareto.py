@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw it to this .png")
     arguments = parser.parse_args()
     of_quality = json.loads(arguments.of.read_text(encoding="utf-8"))["figures"]
-    runs, arguments.rows = of_quality["runs"], of_quality["settings"]["rows"]
+    runs, arguments.rows, arguments.gpu = of_quality["runs"], of_quality["settings"]["rows"], False
     at_best = {arm: runs_at_best(arm, runs) for arm in ARMS}
     most = max(map(len, at_best.values()))
     arms = arguments.arms or [arm for arm, found in at_best.items() if len(found) == most]

@@ -32,6 +32,11 @@ def of_rank(batch: torch.Tensor) -> Batch:
     return {"input_ids": mine, "labels": mine}
 
 
+def on_device(engine, inputs: Batch) -> Batch:
+    """A batch where the engine's model is."""
+    return {name: value.to(engine.device) for name, value in inputs.items()}
+
+
 def mean_of_ranks(loss: torch.Tensor) -> float:
     total = loss.detach().float().clone()
     dist.all_reduce(total)
@@ -46,7 +51,7 @@ def train(engine, lisa: lisa_dist.LisaController | None, batches: Iterable[Batch
             group["lr"] = group["lr"] if rate is None else rate
         if lisa is not None:
             lisa.on_step_begin()
-        loss = engine(**inputs).loss
+        loss = engine(**on_device(engine, inputs)).loss
         engine.backward(loss)
         engine.step()
         losses.append(mean_of_ranks(loss))
@@ -57,6 +62,6 @@ def held_out_losses(engine, batches: Iterable[Batch]) -> list[float]:
     """The loss of each batch, of all ranks, without training."""
     engine.eval()
     with torch.no_grad():
-        losses = [mean_of_ranks(engine(**inputs).loss) for inputs in batches]
+        losses = [mean_of_ranks(engine(**on_device(engine, inputs)).loss) for inputs in batches]
     engine.train()
     return losses

@@ -21,6 +21,7 @@ LOOPS = [
     {"ds_config": "zero2", "lisa_state": "keep", "saves": True} | SAMPLED,
     {"ds_config": "zero3", "world_size": 2, "checkpointed": 3, "saves": True},
     full({"ds_config": "zero1", "accumulation": 2}),
+    full({"ds_config": "zero2", "world_size": 2, "lisa_unit": "module", "lisa_budget": "8%", "saves": True}),
     full({"ds_config": "zero2", "world_size": 2, "dtype": "fp32", "optim": "lisa_adamw"}),
     full({"ds_config": "zero2_offload", "world_size": 2, "accumulation": 2, "zero": {"overlap_comm": False}}),
     full({"ds_config": "zero3_offload", "checkpointed": 6, "saves": True}),
@@ -92,7 +93,7 @@ def test_a_step_on_the_host_waits_for_gradients_alone(settings):
 
 
 def test_a_trainer_on_two_gpus(tmp_path):
-    """With an evaluation and a save between the steps, and a resume."""
+    """With a probe before the steps, an evaluation and a save between them, and a resume."""
     save_tiny_llama(tmp_path / "model")
     rows = [json.dumps({"question": f"{n} + 1? " * 3, "answer": f"{n + 1} " * 4}) for n in range(64)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
@@ -102,18 +103,20 @@ def test_a_trainer_on_two_gpus(tmp_path):
         "output_dir": tmp_path / "out",
         "deepspeed": "zero2",
         "bf16": True,
-        "max_steps": 4,
+        "max_steps": 8,
         "lisa_interval_steps": 2,
-        "save_steps": 3,
-        "eval_rows": 6,
+        "lisa_sampler": "balanced",
+        "lisa_probe_steps": 1,
+        "save_steps": 7,
+        "eval_rows": 8,
         "eval_strategy": "steps",
-        "eval_steps": 3,
+        "eval_steps": 7,
         "max_length": 48,
         "per_device_train_batch_size": 2,
         "report_to": "none",
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    for more in ([], ["--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-3")]):
+    for more in ([], ["--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-7")]):
         for outcome in rehearse(2, kind="train", flags=[*words, *more]):
             assert outcome["problems"] == []
         memory = json.loads((tmp_path / "out" / "lisa_memory.json").read_text())
