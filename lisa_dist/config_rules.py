@@ -46,10 +46,11 @@ def check_periods(config: Any) -> None:
         )
 
 
-def parse_share(flag: str, value: str) -> float:
+def parse_share(flag: str, value: str | float) -> float:
     """0.03 of "3%" or "0.03". Raises UserError for what is no part of a whole."""
+    text = str(value)
     try:
-        share = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         share = math.nan
     if not 0 < share <= 1:
@@ -98,10 +99,8 @@ def check_weights(config: Any) -> None:
     check_probe(config)
     weights = config.lisa_weights_file is not None, config.lisa_depth_bias, config.lisa_probe_steps
     if config.lisa_sampler == "weighted" and not any(weights):
-        raise UserError(
-            "--lisa_sampler weighted: it needs weights of the layers; give --lisa_weights_file, --lisa_depth_bias or "
-            "--lisa_probe_steps."
-        )
+        others = "" if config.lisa_unit == "module" else "--lisa_weights_file, --lisa_probe_steps or "
+        raise UserError(f"--lisa_sampler weighted: it needs weights of the layers; give {others}--lisa_depth_bias.")
     if not -16 <= config.lisa_depth_bias <= 16:
         raise UserError(f"--lisa_depth_bias {config.lisa_depth_bias}: a power is from -16 to 16; 0 for none.")
     if config.lisa_depth_bias and config.lisa_sampler not in BY_WEIGHTS:
@@ -241,10 +240,9 @@ def check_importance(config: Any) -> None:
         )
     defaults = {name: field.default for name, field in type(config).__dataclass_fields__.items()}
     for name, value in defaults.items():
-        of_probes = config.lisa_probe_steps and name.endswith(("temperature", "floor"))
-        if "importance" in name and getattr(config, name) != value and config.lisa_sampler != "adaptive":
-            if of_probes:
-                continue
+        has_effect = config.lisa_probe_steps and name.endswith(("temperature", "floor"))
+        has_effect = has_effect or config.lisa_sampler == "adaptive"
+        if "importance" in name and getattr(config, name) != value and not has_effect:
             warnings.warn(
                 f"--{name} {getattr(config, name)} with --lisa_sampler {config.lisa_sampler}: it has no effect, being "
                 "for the adaptive sampler.",

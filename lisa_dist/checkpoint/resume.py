@@ -90,7 +90,10 @@ def _kept_partitions(lisa: LisaController) -> Iterator[tuple[str, PartitionKey, 
     """Inactive partitions whose states wait on the host, by the name of a parameter group of their form."""
     if lisa.config.lisa_state != "keep" or lisa.config.lisa_activated_layers == 0:  # inactive layers stay so
         return
-    for block in lisa.selection.inactive(lisa.active):
+    inactive = lisa.selection.inactive(lisa.active)
+    for block in (*lisa.blocks.layers, *map(lisa.blocks.outer, lisa.block_visit_counts)):
+        if block not in inactive:
+            continue
         name = block.name if block.name in lisa.block_visit_counts else "slot0"
         for kind, params in split_by_decay(block).items():
             (key,) = lisa.selection.names_of([params])
@@ -163,6 +166,6 @@ def has_only_weights(folder: Path) -> bool:
 def start_from_weights(lisa: LisaController, folder: Path) -> None:
     """Start a run from the weights in a folder, in whatever precision: an attached controller at step 0 takes them."""
     read_weights(lisa.engine, lisa.blocks, folder, same_dtype=False)
-    lisa.load_state_dict(lisa.state_dict())  # builds the partitions again, with masters from the weights
+    lisa.activate_from_weights(lisa.active)
     lisa.movement.restart()
     lisa.changes.forget()

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from lisa_dist.config import AUTO_LAYERS, LisaConfig, parse_share
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.errors import UserError
+from lisa_dist.memory.trace import model_without_weights
 
 
 def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:
@@ -29,9 +30,7 @@ def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:
             f"--model_name_or_path {name}: no such folder, and no such model can be reached on the hub "
             f"({type(error).__name__})."
         ) from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    blocks = find_blocks(model, None)
+    blocks = find_blocks(model_without_weights(config), None)
     layers = [block.numel for block in blocks.layers]
     given = flags.get("lisa_activated_layers", LisaConfig().lisa_activated_layers)
     gamma = len(layers) if given == AUTO_LAYERS else int(given)  # at most

@@ -34,7 +34,7 @@ def broadcast_active_set(
 ) -> ActiveSet:
     """Rank 0's active set of a period, on every rank: 8 (num_slots + 2) bytes.
 
-    `num_slots` is gamma; `block_names` are the outer blocks that may be sampled.
+    `num_slots` is gamma, or the most modules that can train; `block_names` are the outer blocks that may be sampled.
     """
     block = block_names.index(sampled.blocks[0]) if sampled.blocks else -1
     padding = [-1] * (num_slots - len(sampled.layers))

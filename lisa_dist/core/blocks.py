@@ -155,11 +155,11 @@ def split_into_modules(model: nn.Module, blocks: Blocks) -> Blocks:
     that is of no linear module, such as the experts of a mixture in one tensor.
     """
     rest, units = replace(blocks.rest, parameters=dict(blocks.rest.parameters)), []
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
+    prefix = f"{blocks.layers_path}."
     for layer in blocks.layers:
-        found = linear_modules(model, layer)
-        prefix = f"{blocks.layers_path}."
         for name, parameter in layer.parameters.items():
-            if name in found:
+            if id(parameter) in linear:
                 unit = name.removesuffix(".weight").removeprefix(prefix)
                 units.append(Block(f"layers.{unit}", {name: parameter}))
             elif len(parameter_shape(parameter)) > 1:

@@ -171,6 +171,7 @@ class LisaController:
         step = self.engine.global_steps
         if step == self._begun_step:
             return False
+        self.selection.check_probed()
         self.check_finite()
         self._log.close(step, self._measure)
         period = step // self.config.lisa_interval_steps
@@ -235,11 +236,8 @@ class LisaController:
 
     def _note_movement(self) -> None:
         """Look at the weights of the blocks whose period ends."""
-        self.movement.end_period(self.period, self.engine.global_steps, self._trained())
-
-    def _trained(self) -> list[str]:
-        """The names of the blocks that train in this period."""
-        return [block.name for block in self.selection.trained(self.active)]
+        trained = [block.name for block in self.selection.trained(self.active)]
+        self.movement.end_period(self.period, self.engine.global_steps, trained)
 
     def _observe(self) -> None:
         """For the sampler "adaptive": what the layers have shown whose period ends."""
@@ -314,7 +312,8 @@ class LisaController:
 
     def note_changes(self) -> None:
         """Note for the next checkpoint which weights the steps of this period have changed."""
-        self.changes.note(self._trained(), self.engine.global_steps)
+        trained = [block.name for block in self.selection.trained(self.active)]
+        self.changes.note(trained, self.engine.global_steps)
 
     def saved_states(self) -> tuple[dict[PartitionKey, PartitionState], dict[PartitionKey, list[Piece]]]:
         """What a checkpoint holds of this rank's optimizer: active and kept partitions, and the pieces of each."""

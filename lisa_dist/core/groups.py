@@ -2,8 +2,8 @@
 
 Schedulers keep one base learning rate for each group and DeepSpeed one flat buffer, so the groups must not change in
 number or order when other layers are activated. Each outer block has its own groups, and each of the gamma active
-layers fills one slot; a block has one group for what decays and one for what does not. A slot, or a sampled outer
-block, may be empty in a period: its groups stay in the list without parameters.
+layers, or each active module, fills one slot; a block has one group for what decays and one for what does not. A slot,
+or a sampled outer block, may be empty in a period: its groups stay in the list without parameters.
 """
 
 from collections.abc import Container, Iterable, Mapping

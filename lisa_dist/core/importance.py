@@ -49,15 +49,12 @@ class LayerImportance:
         return [weight / sum(weights) for weight in weights]
 
     def _by_averages(self) -> list[float]:
-        num_layers = len(self.averages)
         known = [value for value in self.averages if value is not None]
         mean = sum(known) / len(known) if known else 0.0
         if mean <= 0:
-            return [1 / num_layers] * num_layers
+            return [1 / len(self.averages)] * len(self.averages)
         scores = [(max(known) if value is None else value) / mean / self._temperature for value in self.averages]
-        # Not below a millionth, so that there are always layers enough to sample, however sharp the softmax is.
-        powers = [max(math.exp(score - max(scores)), 1e-6) for score in scores]
-        return [self._floor / num_layers + (1 - self._floor) * power / sum(powers) for power in powers]
+        return weights_of_scores(scores, self._floor)
 
     def state_dict(self) -> list[float | None]:
         """The averages, as JSON has them."""
@@ -67,6 +64,15 @@ class LayerImportance:
         """Go on with saved averages, of as many layers."""
         assert len(averages) == len(self.averages)
         self.averages = list(averages)
+
+
+def weights_of_scores(scores: Sequence[float], floor: float) -> list[float]:
+    """Weights that add up to 1: `floor` of it evenly, the rest by a softmax of scores.
+
+    No power is below a millionth of the highest, so that there are always layers enough to sample.
+    """
+    powers = [max(math.exp(score - max(scores)), 1e-6) for score in scores]
+    return [floor / len(scores) + (1 - floor) * power / sum(powers) for power in powers]
 
 
 def observe_layers(

@@ -21,6 +21,7 @@ import torch
 from torch import distributed as dist
 
 from lisa_dist.core.controller import LisaController
+from lisa_dist.core.importance import weights_of_scores
 from lisa_dist.core.sampling import ActiveSet
 from lisa_dist.errors import UserError
 from lisa_dist.zero.parameters import is_partitioned
@@ -55,17 +56,21 @@ def probe_layers(
 ) -> list[float]:
     """Set the layers' sampling weights by what training them does; returns each stretch's held-out loss.
 
-    Call it before the first step, on all ranks. `train_step(step)` takes an optimizer step of the engine on this rank's
-    share of a batch, of the same batch whenever it gets the same number, from 0 to --lisa_probe_steps;
-    `held_out_losses()` gives this rank's losses of at least two batches that are not trained on, always the same.
-    Weights, counts of steps and what the optimizer knows are left as they were; random generators are not.
+    Call it before the first step, on all ranks. `train_step(step)` takes an optimizer step of the engine, without
+    `on_step_begin`, on this rank's share of a batch: of the same batch whenever it gets the same number, which is below
+    --lisa_probe_steps. `held_out_losses()` gives this rank's losses of at least two batches that are not trained on,
+    always the same. Weights, counts of steps and what the optimizer knows are left as they were; random generators are
+    not.
 
-    Raises ValueError after the first step, and for losses of which there are too few or that are not finite.
+    Raises ValueError without --lisa_probe_steps, after the first step, and for losses of which there are too few or
+    that are not finite; the engine is then to be thrown away.
     """
     engine, config = lisa.engine, lisa.config
+    if not config.lisa_probe_steps:
+        raise UserError("probe_layers: the settings have no lisa_probe_steps; give a number of steps, such as 10.")
     if engine.global_steps or lisa.records:
         raise UserError(f"probe_layers: {engine.global_steps} steps are over; layers are probed before the first.")
-    losses = []
+    losses: list[list[float]] = []
     for stretch in stretches(len(lisa.blocks.layers), config.lisa_activated_layers):
         with _leaving_no_trace(lisa, ActiveSet(tuple(stretch.tried))):
             for step in range(config.lisa_probe_steps):
@@ -73,10 +78,21 @@ def probe_layers(
                 train_step(step)
                 lisa.check_finite()
             losses.append(_mean_of_ranks(held_out_losses(), engine.device))
-    if len(losses[0]) < 2 or not all(map(math.isfinite, itertools.chain(*losses))):
-        raise UserError(f"probe_layers: needs finite losses of two held-out batches or more, got {losses}.")
+        _check_losses(losses[-1], stretch, config.lisa_probe_steps)
     lisa.sample_by(_by_layer(lisa, scores(losses)))
     return [sum(of_batches) / len(of_batches) for of_batches in losses]
+
+
+def _check_losses(losses: Sequence[float], stretch: Stretch, probe_steps: int) -> None:
+    flag = f"--lisa_probe_steps {probe_steps}"
+    if len(losses) < 2:
+        raise UserError(f"{flag}: stretches are compared by two held-out batches or more, and there is {len(losses)}.")
+    if not all(map(math.isfinite, losses)):
+        first, last = stretch.tried[0], stretch.tried[-1]
+        raise UserError(
+            f"{flag}: after steps of layers {first} to {last} the held-out loss is {sum(losses) / len(losses)}; lower "
+            "the learning rate, or look at the held-out examples."
+        )
 
 
 @contextlib.contextmanager
@@ -92,16 +108,18 @@ def _leaving_no_trace(lisa: LisaController, active: ActiveSet) -> Iterator[None]
     for parameters in trained:  # one block at a time is whole under ZeRO-3, and rank 0 keeps it for all
         with deepspeed.zero.GatheredParameters(parameters):
             kept.append([one.detach().to("cpu", copy=True) for one in parameters if _keeps(one)])
-    yield
+    try:
+        yield
+    finally:  # what is this rank's own; after an error the weights stay as they are
+        vars(engine).update(counts)
+        engine.lr_scheduler, lisa.period = scheduler, 0
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
     drop_prefetched(engine)
     for parameters, weights in zip(trained, kept, strict=True):
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0), torch.no_grad():
             for one, weight in zip(filter(_keeps, parameters), weights, strict=True):
                 one.copy_(weight)
-    vars(engine).update(counts)
-    engine.lr_scheduler, lisa.period = scheduler, 0
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
     lisa.partitions.load_counters(counters)
 
 
@@ -111,26 +129,23 @@ def _keeps(parameter: torch.nn.Parameter) -> bool:
 
 
 def _by_layer(lisa: LisaController, found: Sequence[float]) -> list[float]:
-    """Weights of layers, which add up to 1: `floor` of it evenly, the rest by a softmax of their stretches' scores."""
-    config, num_layers = lisa.config, len(lisa.blocks.layers)
-    cut = stretches(num_layers, config.lisa_activated_layers)
-    highest = max(found)
-    powers = [
-        math.exp((score - highest) / config.lisa_importance_temperature)
-        for stretch, score in zip(cut, found, strict=True)
-        for _ in stretch.layers
-    ]
-    floor = config.lisa_importance_floor
-    weights = [floor / num_layers + (1 - floor) * max(power, 1e-6) / sum(powers) for power in powers]
-    return [float(f"{weight:.9g}") for weight in weights]  # the last bits of a power are another's on another machine
+    """Weights of layers by the scores of their stretches, rank 0's."""
+    config = lisa.config
+    cut = stretches(len(lisa.blocks.layers), config.lisa_activated_layers)
+    of_layers = [score / config.lisa_importance_temperature for stretch, score in zip(cut, found, strict=True)
+                 for _ in stretch.layers]  # fmt: skip
+    weights = weights_of_scores(of_layers, config.lisa_importance_floor)
+    message = torch.tensor(weights, dtype=torch.float64, device=lisa.engine.device)
+    dist.broadcast(message, src=0)
+    return message.tolist()
 
 
 def scores(losses: Sequence[Sequence[float]]) -> list[float]:
     """How much better than the mean each stretch is, in standard deviations of stretches, less what is noise.
 
     `losses` has a row of batches' losses for each stretch. What all stretches share of a batch is taken off; what is
-    left of a stretch's batches around their mean is noise, of variance e in the mean. Of the variance s of the
-    stretches' means the part e is noise too, and scores are shrunk to max(0, 1 - e / s) of theirs.
+    left of a stretch's batches around their mean is noise, of variance e in the mean. Of the variance s^2 of the
+    stretches' means the part e is noise too, and scores are shrunk to max(0, 1 - e / s^2) of theirs.
 
     Source: James and Stein, "Estimation with quadratic loss", 1961, the positive part.
     """

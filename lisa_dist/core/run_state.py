@@ -38,19 +38,26 @@ def changed_settings(
     """
     if state["version"] != STATE_VERSION:
         raise UserError(f"the LISA state has version {state['version']}; this release reads {STATE_VERSION}.")
+    saved, current, step = LisaConfig().to_dict() | state["config"], config.to_dict(), state["step"]
+    if saved["lisa_unit"] != config.lisa_unit:
+        raise UserError(
+            f"--lisa_unit {config.lisa_unit}: the run saved at step {step} sampled by {saved['lisa_unit']}; give that, "
+            "or begin a new run from its weights."
+        )
     if len(state["visit_counts"]) != num_layers:
         raise UserError(
             f"the LISA state is of a model with {len(state['visit_counts'])} decoder layers; this one has {num_layers}."
         )
     if config.lisa_probe_steps and state.get("probed") is None:
         raise UserError(
-            f"--lisa_probe_steps {config.lisa_probe_steps}: the run saved at step {state['step']} was not probed, and "
-            "layers are probed before the first step; leave it out."
+            f"--lisa_probe_steps {config.lisa_probe_steps}: the run saved at step {step} was not probed, and layers "
+            "are probed before the first step; leave it out."
         )
-    saved, current, step = LisaConfig().to_dict() | state["config"], config.to_dict(), state["step"]
     changed = [name for name in current if name not in FREE_SETTINGS and current[name] != saved[name]]
-    if weights != state["weights"] and "lisa_depth_bias" not in changed:  # their file may have moved
-        changed.append("lisa_weights_file")
+    if config.lisa_probe_steps and saved["lisa_probe_steps"]:  # of however many steps the probe was
+        changed = [name for name in changed if name != "lisa_probe_steps"]
+    if weights != state["weights"] and not {"lisa_depth_bias", "lisa_probe_steps"} & {*changed}:
+        changed.append("lisa_weights_file")  # the same file may have moved
     intervals = (saved["lisa_interval_steps"], config.lisa_interval_steps)
     if changed and any(step % interval for interval in intervals):
         listed = ", ".join(f"--{name} {current[name]} (it had {saved[name]})" for name in changed)

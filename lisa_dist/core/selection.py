@@ -29,9 +29,11 @@ class BlockSelection:
     def __init__(self, config: LisaConfig, blocks: Blocks):
         num_layers = len(blocks.layers)
         config.check_num_layers(num_layers)
-        check_same_kinds([layer for layer in blocks.layers if layer.parameters or not config.by_module])
+        if not config.by_module:
+            check_same_kinds(blocks.layers)
         self._config, self._blocks = config, blocks
         self._sizes = [layer.numel for layer in blocks.layers]
+        self._budget = unit_budget(config, self._sizes) if config.by_module else 0
         self.most_active = most_active(config, self._sizes)
         self.sampled = sampled_blocks(config, blocks)
         self._state_bits = _state_bits(config, blocks)
@@ -50,8 +52,8 @@ class BlockSelection:
         """What a period trains besides the always-trained blocks."""
         config = self._config
         if config.by_module:
-            budget = unit_budget(config, self._sizes)
-            return sample_units(config.lisa_sampler, self._sizes, budget, config.lisa_seed, period, self.weights_now)
+            sizes, budget = self._sizes, self._budget
+            return sample_units(config.lisa_sampler, sizes, budget, config.lisa_seed, period, self.weights_now)
         return sample_period(
             config.lisa_sampler,
             len(self._blocks.layers),
@@ -61,6 +63,14 @@ class BlockSelection:
             self.weights_now,
             self.sampled,
         )
+
+    def check_probed(self) -> None:
+        """Raise where a run begins to train that was to be probed."""
+        if self._config.lisa_probe_steps and self.probed is None:
+            raise UserError(
+                f"--lisa_probe_steps {self._config.lisa_probe_steps}: a loop of one's own calls lisa_dist.probe_layers "
+                "before its first step; call it, or leave the setting out."
+            )
 
     def sample_by(self, probed: Sequence[float]) -> None:
         """Sample by these weights of layers, besides what the settings say of their depth."""
@@ -98,7 +108,7 @@ class BlockSelection:
     def probabilities(self, active: ActiveSet) -> list[float]:
         """The probability that each layer had to be sampled, by the current weights; empty where there are none.
 
-        Of modules too: their sizes decide as well.
+        Empty for modules too, whose sizes decide as well.
         """
         weights = self.weights_now
         return [] if weights is None or self._config.by_module else inclusion_probabilities(weights, len(active.layers))

@@ -390,5 +390,5 @@ def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
     raise UserError(
         f"--gpu_memory {arguments.gpu_memory} on {arguments.gpus} GPU(s): nothing fits. "
         f"The closest: {listed}. More GPUs, a shorter --seq_length, --lisa_state_bits embed=8,head=8, or "
-        "--lisa_always_on rest (embed and head sampled as layers are) need less."
+        "--lisa_always_on rest (embed and head sampled as layers are; not with --lisa_unit module) need less."
     )

@@ -143,6 +143,12 @@ def _report_model_errors(config: PretrainedConfig) -> Iterator[None]:
         ) from error
 
 
+def model_without_weights(config: PretrainedConfig, **options: Any) -> Any:
+    """A model of shapes alone, on the meta device. Raises PlanError where its code cannot build it."""
+    with _report_model_errors(config), _without_zero3_init(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **options)
+
+
 class FakeRun:
     """A model without data whose blocks can be trained on fake tensors. Raises ValueError for one that cannot."""
 
@@ -157,10 +163,10 @@ class FakeRun:
         self.vocab_size = config.get_text_config().vocab_size
         self.hidden_size = config.get_text_config().hidden_size
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        attention = workload.attention if getattr(model_class, "_supports_sdpa", True) else "eager"
+        self.model = model_without_weights(config, dtype=workload.dtype, attn_implementation=attention)
         with _report_model_errors(config), _without_zero3_init(), torch.device("meta"):
-            model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-            attention = workload.attention if getattr(model_class, "_supports_sdpa", True) else "eager"
-            self.model = AutoModelForCausalLM.from_config(config, dtype=workload.dtype, attn_implementation=attention)
             if workload.loss != OWN:
                 from trl.trainer.utils import add_fused_lm_head
 

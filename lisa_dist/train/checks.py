@@ -3,14 +3,14 @@
 import os
 from typing import Any
 
-import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, TrainingArguments
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, TrainingArguments
 
-from lisa_dist.config import LisaConfig
+from lisa_dist.config import AUTO_LAYERS, LisaConfig
 from lisa_dist.core.blocks import find_blocks, split_into_modules
 from lisa_dist.core.engine_config import prepare_ds_config
 from lisa_dist.core.selection import unit_budget
 from lisa_dist.errors import UserError
+from lisa_dist.memory.trace import model_without_weights
 from lisa_dist.train.compiled_layers import check_compile
 from lisa_dist.train.probe import check_probe_of_run
 
@@ -48,8 +48,13 @@ def check_quantization(model: str, config: PretrainedConfig) -> None:
         )
 
 
-def check_compiled_frozen_layers(args: TrainingArguments, lisa_config: LisaConfig) -> None:
-    """Raise UserError where layers would be compiled that make their matrices whole by another library."""
+def check_compiled_layers(args: TrainingArguments, lisa_config: LisaConfig) -> None:
+    """Raise UserError where two graphs do not serve all periods: for modules, and for matrices in fewer bits."""
+    if args.torch_compile and lisa_config.by_module:
+        raise UserError(
+            "--torch_compile True with --lisa_unit module: a layer has a graph for each set of its modules; give one "
+            "of the two."
+        )
     if args.torch_compile and lisa_config.lisa_frozen_bits != 16:
         raise UserError(
             f"--torch_compile True with --lisa_frozen_bits {lisa_config.lisa_frozen_bits}: a graph ends where "
@@ -58,16 +63,17 @@ def check_compiled_frozen_layers(args: TrainingArguments, lisa_config: LisaConfi
 
 
 def check_sampling(config: LisaConfig, model_config: PretrainedConfig, num_layers: int, max_steps: int) -> None:
-    """Raise UserError for layers, modules or a probe that this model, or a run of so many steps, cannot have.
+    """Raise UserError for layers, modules or a probe that this model, or a new run of so many steps, cannot have.
 
-    Modules of models that come with their own code, or see and hear too, are checked once they are loaded.
+    `max_steps` is 0 where it is not known. Modules of models that come with their own code, or see and hear too, are
+    checked once they are loaded.
     """
-    config.check_num_layers(num_layers)
+    if config.lisa_activated_layers != AUTO_LAYERS:
+        config.check_num_layers(num_layers)
     if max_steps > 0:
         check_probe_of_run(config, num_layers, max_steps)
     if config.by_module and type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config)
+        model = model_without_weights(model_config)
         modules = split_into_modules(model, find_blocks(model, config.lisa_layers_attribute)).layers
         unit_budget(config, [module.numel for module in modules])
 
@@ -91,7 +97,7 @@ def check_trainer(
         )
     check_precision(args)
     check_compile(args, ds_config, switches=True)
-    check_compiled_frozen_layers(args, lisa_config)
+    check_compiled_layers(args, lisa_config)
     prepare_ds_config(ds_config, lisa_config, optim, precision_of_arguments(args))
     if optimizer is not None:
         raise UserError("LISA builds the optimizer from its own blocks: pass no optimizers=(...) to the Trainer.")

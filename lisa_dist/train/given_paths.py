@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
@@ -142,3 +143,14 @@ def _check_other(wanted: str | bool | None, output_dir: Path, method: str) -> No
     if not (folder / TRAINER_STATE_NAME).is_file():
         raise UserError(f"{flag}: there is no {TRAINER_STATE_NAME} in it; give a checkpoint that a trainer has saved.")
     read_object(folder / TRAINER_STATE_NAME)
+
+
+def given_resume(training: TrainingArguments) -> str | bool | None:
+    """`--resume_from_checkpoint`: true, false, auto or a path."""
+    value = training.resume_from_checkpoint
+    return {"true": True, "false": False}.get(str(value).lower(), value)
+
+
+def begins(training: TrainingArguments) -> bool:
+    """Whether the run is a new one, and not resumed."""
+    return given_resume(training) in (None, False)

@@ -66,7 +66,7 @@ def describe_training(
 
 
 def _describe_layers(lisa: LisaController) -> str:
-    units, count = [block.numel for block in lisa.blocks.layers], lisa.blocks.num_layers
+    units, count = [block.numel for block in lisa.blocks.layers if block.parameters], lisa.blocks.num_layers
     if lisa.config.by_module:
         sizes = f"{format_count(min(units))} to {format_count(max(units))}"
         return f"{count} at {lisa.blocks.layers_path}, of {len(units)} linear modules, {sizes} parameters each"
@@ -74,7 +74,11 @@ def _describe_layers(lisa: LisaController) -> str:
 
 
 def _describe_active(config: LisaConfig) -> str:
-    return f"{config.lisa_budget} of the modules" if config.by_module else f"{config.lisa_activated_layers} layers"
+    return (
+        f"modules of {config.lisa_budget} of their parameters"
+        if config.by_module
+        else f"{config.lisa_activated_layers} layers"
+    )
 
 
 def _describe_optimizer(optim: str, ds_config: dict[str, Any], device_type: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.probe import probe_layers, stretches
@@ -24,12 +25,28 @@ def check_probe_of_run(config: LisaConfig, num_layers: int, max_steps: int) -> N
     steps = config.lisa_probe_steps
     if not steps:
         return
-    config.check_num_layers(num_layers)
-    count = len(stretches(num_layers, config.lisa_activated_layers))
+    count = len(stretches(num_layers, num_active=1))  # whatever gamma is
     if count * steps >= max_steps:
         raise UserError(
             f"--lisa_probe_steps {steps}: {count} sets of layers take {count * steps} steps, and the run has "
             f"{max_steps}; give at most {(max_steps - 1) // count}."
+        )
+
+
+def check_probe_rows(config: LisaConfig, args: TrainingArguments, train: Any, held_out: Any) -> None:
+    """Raise UserError where there are too few rows for a probe; a stream is not counted. `held_out` may be None."""
+    if not config.lisa_probe_steps or not hasattr(train, "__len__"):
+        return
+    together = args.train_batch_size * args.world_size
+    wanted = config.lisa_probe_steps * args.gradient_accumulation_steps * together
+    if held_out is None:
+        there = min(len(train), wanted), max(0, len(train) - wanted)
+    else:
+        there = len(train), len(held_out) if hasattr(held_out, "__len__") else 2 * together
+    if there[0] < wanted or there[1] < 2 * together:
+        raise UserError(
+            f"--lisa_probe_steps {config.lisa_probe_steps}: a probe trains on {wanted} rows and measures on "
+            f"{2 * together} or more, and there are {there[0]} and {there[1]}; give fewer steps, or more data."
         )
 
 
@@ -51,6 +68,8 @@ def probe_in_trainer(trainer: Any) -> str:
             return trainer.compute_loss(engine, trainer._prepare_inputs(copy.copy(batch)))
 
     def train_step(step: int) -> None:
+        engine.train()  # a model that was just loaded is not
+        trainer._memory.restore_checkpointing()
         for group in engine.optimizer.param_groups:
             group["lr"] = rate * (step + 1) / steps
         for batch in train[step * micro_batches : (step + 1) * micro_batches]:
@@ -63,43 +82,37 @@ def probe_in_trainer(trainer: Any) -> str:
         with torch.no_grad():
             losses = [loss_of(batch).item() for batch in held_out]
         forget_module_order(engine)
-        engine.train()
         return losses
 
     metrics = {name: copy.deepcopy(vars(trainer)[name]) for name in _METRICS if name in vars(trainer)}
     with random_states_kept():
         losses = probe_layers(lisa, train_step, held_out_losses)
+    engine.train()
     vars(trainer).update(metrics)
     cut = stretches(len(lisa.blocks.layers), lisa.config.lisa_activated_layers)
     told = [
-        f"{stretch.layers[0]}-{stretch.layers[-1]} {loss:.4f} {lisa.selection.weights[stretch.layers[0]]:.3g}"
+        f"{stretch.layers[0]}-{stretch.layers[-1]} {loss:.4f} {lisa.selection.probed[stretch.layers[0]]:.3g}"
         for stretch, loss in zip(cut, losses, strict=True)
     ]
     return f"layers probed for {steps} steps, held-out loss and weight of each: {', '.join(told)}"
 
 
 def _batches(trainer: Any, num_micro_batches: int) -> tuple[list, list]:
-    """This rank's micro-batches to train on and held out."""
+    """This rank's micro-batches to train on and held out: of several evaluation sets the first."""
     args = trainer.args
-    flag, rows = f"--lisa_probe_steps {trainer.lisa.config.lisa_probe_steps}", args.train_batch_size
-    together = rows * args.world_size
-    num_held_out = max(2, math.ceil(HELD_OUT_ROWS / together))
-    wanted = num_micro_batches * together
+    rows, together = args.train_batch_size, args.train_batch_size * args.world_size
     held_out: Any = trainer.eval_dataset
     if isinstance(held_out, dict):
         held_out = next(iter(held_out.values()))
+    wanted, measured = num_micro_batches * together, max(2, math.ceil(HELD_OUT_ROWS / together)) * together
     if held_out is None:
-        found = _some_rows(trainer.train_dataset, wanted + num_held_out * together, args.seed)
+        found = _some_rows(trainer.train_dataset, wanted + measured, args.seed)
         train, held_out = found[:wanted], found[wanted:]
     else:
         train = _some_rows(trainer.train_dataset, wanted, args.seed)
-        held_out = _some_rows(held_out, num_held_out * together, args.seed)
+        held_out = _some_rows(held_out, measured, args.seed)
     held_out = held_out[: len(held_out) // together * together]
-    if len(train) < wanted or len(held_out) < 2 * together:
-        raise UserError(
-            f"{flag}: a probe trains on {wanted} rows and measures on {2 * together} or more, and there are "
-            f"{len(train)} and {len(held_out)}; give fewer steps, or more data."
-        )
+    check_probe_rows(trainer.lisa.config, args, train, held_out)
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="probe")
     mine = args.process_index * rows
     return tuple(  # type: ignore[return-value]  # two lists

@@ -43,10 +43,9 @@ dataset_name: {dataset_name}
 eval_rows: 0.02                     # this part of them is held out
 output_dir: {output_dir}
 
-# LISA: decoder layers that train in a period, and optimizer steps in it.
+# LISA: what trains in a period, and optimizer steps in it.
 method: lisa
-lisa_activated_layers: {gamma:<13}# more is nearer to full training, and takes more memory
-lisa_interval_steps: {interval}
+{active}lisa_interval_steps: {interval}
 {lisa}
 # How it is run.
 deepspeed: {deepspeed}
@@ -71,6 +70,9 @@ save_steps: 200
 save_total_limit: 2
 report_to: tensorboard              # or wandb, mlflow, ..., none
 """
+
+
+_MORE = "# decoder layers; more is nearer to full training, and takes more memory"
 
 
 @dataclass
@@ -111,8 +113,8 @@ def choose(arguments: InitArguments, lisa_config: LisaConfig) -> tuple[str, Plan
         for_offload = offloads or "lisa_state_bits" in settings  # which goes with no states on the host
         if any(given[name] != defaults[name] for name in settings) or (for_offload and lisa_config.offloaded):
             continue  # it would change what was given
-        if "lisa_always_on" in settings and lisa_config.lisa_activated_layers == 0:
-            continue  # nothing is sampled in the place of layers
+        if "lisa_always_on" in settings and (lisa_config.lisa_activated_layers == 0 or lisa_config.by_module):
+            continue  # nothing can be sampled in the place of layers
         tried = LisaConfig(**given | settings)
         try:
             ways = [name for name in WAYS if name.endswith("_offload") == offloads]
@@ -148,7 +150,7 @@ def format_recipe(arguments: InitArguments, way: str, plan: Plan, lisa_config: L
         ),
         dataset_name=_as_yaml(arguments.dataset_name),
         output_dir=_as_yaml(arguments.output_dir or f"runs/{arguments.model_name}"),
-        gamma=gamma,
+        active="" if lisa_config.by_module else f"lisa_activated_layers: {gamma:<13}{_MORE}\n",
         interval=interval,
         lisa="".join(f"{name}: {_as_yaml(value)}\n" for name, value in shown.items()),
         deepspeed=plan.ds_config,

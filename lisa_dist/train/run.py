@@ -36,7 +36,7 @@ from lisa_dist.train.arguments import ALL_LINEAR, LisaOptimizerNames, ModelArgum
 from lisa_dist.train.attention import choose_attention, packs_documents
 from lisa_dist.train.auto_layers import check_auto_layers, settle_layers
 from lisa_dist.train.checks import (
-    check_compiled_frozen_layers,
+    check_compiled_layers,
     check_precision,
     check_quantization,
     check_sampling,
@@ -44,10 +44,11 @@ from lisa_dist.train.checks import (
 )
 from lisa_dist.train.compiled_layers import CompiledLayers, check_compile
 from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
-from lisa_dist.train.given_paths import check_model_folder, check_resume
+from lisa_dist.train.given_paths import begins, check_model_folder, check_resume, given_resume
 from lisa_dist.train.layer_norms import LayerNorms
 from lisa_dist.train.liger import FUSED_LOSS, check_liger
 from lisa_dist.train.loss import check_loss_of_run, choose_loss
+from lisa_dist.train.probe import check_probe_rows
 from lisa_dist.train.record import record_of_run
 from lisa_dist.train.run_header import describe_outcome, describe_run, installed_versions
 from lisa_dist.train.sample_answer import SampleCallback
@@ -80,7 +81,7 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
     before a model is loaded for what cannot work.
     """
     config = _settle(config)
-    output_dir, resume_from = Path(str(config.training.output_dir)), _resume_from(config.training)
+    output_dir, resume_from = Path(str(config.training.output_dir)), given_resume(config.training)
     check_config(config)
     _join_ranks(config)
     check_resume(resume_from, output_dir, config.run.method)
@@ -96,7 +97,7 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
     config = settle_layers(config, _model_config(config), resume_from)
     loss, why = choose_loss(config, _model_config(config))
     data = load_examples(config.data, config.training, tokenizer)
-    _check_same_data(config.data, data)
+    _check_data(config, data)
     config = _for_trl(config, attention)
     with one_run_in(output_dir):  # before the model is loaded, until it is saved
         trainer = _load_model(config, tokenizer, data, loss)
@@ -150,12 +151,6 @@ def _settle(config: RunConfig) -> RunConfig:
     return config
 
 
-def _resume_from(training: SFTConfig) -> str | bool | None:
-    """`--resume_from_checkpoint`: true, false, auto or a path."""
-    value = training.resume_from_checkpoint
-    return {"true": True, "false": False}.get(str(value).lower(), value)
-
-
 def check_config(config: RunConfig) -> None:
     """Raise UserError, of one line, for arguments that do not go together, and change none of them."""
     try:
@@ -204,7 +199,7 @@ def _check(config: RunConfig) -> None:
                 "give another, such as adamw_torch_fused."
             )
         return
-    check_compiled_frozen_layers(training, config.lisa)
+    check_compiled_layers(training, config.lisa)
     check_store(config.lisa.lisa_frozen_store)
     check_auto_layers(config)
     prepare_ds_config(ds_config, config.lisa, training.optim, precision_of_arguments(training))
@@ -216,16 +211,15 @@ def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
     if config.training.use_liger_kernel:
         check_liger(copy.copy(config.training), model_config, config.lisa, trl_head=True)
     num_layers = number_of_decoder_layers(model_config)
-    is_planned = config.lisa.lisa_activated_layers == AUTO_LAYERS
-    if not is_planned:
-        check_sampling(config.lisa, model_config, num_layers, config.training.max_steps)
+    max_steps = max(0, config.training.max_steps) if begins(config.training) else 0
+    check_sampling(config.lisa, model_config, num_layers, max_steps)
     checkpointed = parse_checkpointed_layers(config.run.checkpointed_layers)
     if isinstance(checkpointed, int):
         number_of_layers(checkpointed, num_layers)
     if config.lisa.lisa_weights_file is not None:
         read_text("--lisa_weights_file", split_columns(config.lisa.lisa_weights_file)[0])
-        num_active = 1 if is_planned else config.lisa.lisa_activated_layers
-        load_layer_weights(config.lisa.lisa_weights_file, num_layers, num_active)
+        num_active = config.lisa.lisa_activated_layers
+        load_layer_weights(config.lisa.lisa_weights_file, num_layers, 1 if num_active == AUTO_LAYERS else num_active)
 
 
 def _known_model_config(config: RunConfig) -> PretrainedConfig:
@@ -311,8 +305,11 @@ def load_examples(data_args: DataArguments, training_args: SFTConfig, tokenizer:
     return data
 
 
-def _check_same_data(data_args: DataArguments, data: Data) -> None:
-    content = {f"the content of --dataset_name {' '.join(data_args.dataset_name or [])}": describe_examples(data.train)}
+def _check_data(config: RunConfig, data: Data) -> None:
+    if begins(config.training) and not packs_documents(config.training):  # whose rows TRL makes
+        check_probe_rows(config.lisa, config.training, data.train, data.held_out)
+    named = f"the content of --dataset_name {' '.join(config.data.dataset_name or [])}"
+    content = {named: describe_examples(data.train)}
     if data.held_out is not None:
         content["the content of the held-out examples"] = describe_examples(data.held_out)
     check_same_everywhere(content, "give every host the same file")

@@ -171,12 +171,8 @@ class LisaMixin(MonitoredMixin):
             self.model_wrapped, self.deepspeed = self.model, None
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._controller.attach(model, self.args.output_dir)
-        for prepare in (
-            partial(self._load, resume_from_checkpoint, max_steps),
-            self._meet_ranks,
-            self._plan_memory,
-            self._probe,
-        ):
+        load = partial(self._load, resume_from_checkpoint, max_steps)
+        for prepare in (load, self._plan_memory, self._probe, self._meet_ranks):
             self._watchdog.beat()  # each may take as long as a step
             prepare()
         self._watchdog.beat()
@@ -374,8 +370,10 @@ class LisaMixin(MonitoredMixin):
 
     def active_now(self) -> str:
         """The layers, and the sampled outer blocks, of this period, or how many modules."""
-        if self.lisa is None or self.lisa_config.by_module:
-            return "" if self.lisa is None else f"modules: {len(self.lisa.active_layers)}"
+        if self.lisa is None:
+            return ""
+        if self.lisa_config.by_module:
+            return f"modules: {len(self.lisa.active_layers)}"
         return self.lisa.selection.describe(self.lisa.active)
 
     def describe(self) -> str:

@@ -117,10 +117,10 @@ def test_modules_of_layers_are_sampled_by_themselves(folder, tmp_path):
     """What the run says, logs and draws of them, and that the plan of a step is near what was measured."""
     changes = {"lisa_unit": "module", "lisa_budget": "10%", "max_steps": 6, "lisa_interval_steps": 2, "bf16": True}
     out = tmp_path / "out"
-    status, said = run_alone(flags_for(folder, out, **changes, deepspeed="zero2"), tmp_path / "said.txt")
+    status, said = run_alone(flags_for(folder, out, **changes, deepspeed="zero3"), tmp_path / "said.txt")
     assert status == 0, said[-3000:]
     assert "6 at model.layers, of 42 linear modules, 2048 to 6144 parameters each" in said
-    assert "2 steps with 10% of the modules, uniform" in said
+    assert "2 steps with modules of 10% of their parameters, uniform" in said
     assert re.search(r"active modules: (\d\.(self_attn|mlp)\.\w+_proj(, )?)+\n", said)
     assert re.search(r"step 1/6 .*  modules: \d+  ", said)
     modules = json.loads((out / "lisa_run.json").read_text())["modules"]
@@ -475,6 +475,14 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
         ({"lisa_sampler": "weighted", "lisa_weights_file": "absent.json"}, "--lisa_weights_file absent.json"),
         ({"lisa_unit": "module", "lisa_budget": "1%"}, "--lisa_budget 1%: 1843 of 0.18 M parameters, and the smallest"),
         (
+            {"lisa_unit": "module", "lisa_budget": "10%", "torch_compile": True},
+            "--torch_compile True with --lisa_unit module: a layer has a graph for each set of its modules",
+        ),
+        (
+            {"lisa_sampler": "balanced", "lisa_probe_steps": 40, "max_steps": 600},
+            "--lisa_probe_steps 40: a probe trains on 80 rows and measures on 4 or more, and there are 56 and 8",
+        ),
+        (
             {"lisa_sampler": "balanced", "lisa_probe_steps": 1, "max_steps": 6},
             "--lisa_probe_steps 1: 6 sets of layers take 6 steps, and the run has 6; give at most 0",
         ),
@@ -718,6 +726,10 @@ def test_a_plain_model_begins_a_new_run_and_auto_begins_without_a_checkpoint(fol
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for one, two in zip(trained.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
+    probe = {"lisa_sampler": "balanced", "lisa_probe_steps": 1, "max_steps": 7, "deepspeed": "zero2", "eval_rows": 16}
+    status, said = run_alone(flags_for(folder, tmp_path / "probed", **probe | resume), tmp_path / "probed.txt")
+    assert status == 0, said[-3000:]
+    assert said.index("a new run begins from its weights") < said.index("layers probed for 1 steps")
     flags = flags_for(folder, tmp_path / "out", resume_from_checkpoint="auto", max_steps=2)
     status, said = run_alone(flags, tmp_path / "auto.txt")
     assert status == 0, said[-3000:]

@@ -30,6 +30,10 @@ from lisa_dist import LisaConfig
         ({"lisa_interval_steps": "auto", "lisa_wake_warmup_steps": 20}, "has --lisa_interval_steps auto steps"),
         ({"lisa_sampler": "random"}, "--lisa_sampler random: unknown; choose one of uniform"),
         ({"lisa_sampler": "weighted"}, "--lisa_sampler weighted: it needs weights of the layers; give --lisa_weights"),
+        (
+            {"lisa_sampler": "weighted", "lisa_unit": "module", "lisa_budget": "3%"},
+            "--lisa_sampler weighted: it needs weights of the layers; give --lisa_depth_bias.",
+        ),
         ({"lisa_weights_file": "w.json"}, "--lisa_sampler uniform with --lisa_weights_file w.json"),
         ({"lisa_weights_file": "w.json", "lisa_sampler": "adaptive"}, "the weighted and the balanced sampler read one"),
         ({"lisa_depth_bias": 4.0}, "--lisa_depth_bias 4 with --lisa_sampler uniform: this sampler has no weights"),
@@ -194,3 +198,8 @@ def test_a_scale_of_what_does_not_train_is_said():
 def test_a_loop_of_ones_own_gives_a_number_of_steps():
     with pytest.raises(ValueError, match="--lisa_interval_steps auto: a trainer makes a number of it"):
         LisaConfig(lisa_interval_steps="auto").check_settled()
+
+
+def test_a_budget_has_one_way_of_writing():
+    for given in ("3%", "0.03", 0.03, "3.00%"):
+        assert LisaConfig(lisa_unit="module", lisa_budget=given).lisa_budget == "3%"

@@ -46,6 +46,18 @@ def test_the_recipe_is_one_that_a_run_takes(tiny, tmp_path, capsys):
     assert "docs/clusters.md" in text, "16 GPUs are on two hosts"
 
 
+def test_modules_need_no_number_of_layers(tiny, tmp_path):
+    """Nor are embeddings sampled like layers for them: where nothing else fits, what is lacking is said."""
+    path = tmp_path / "recipe.yaml"
+    asked = ["--model", tiny, "--lisa_unit", "module", "--lisa_budget", "10%"]
+    main([*asked, "--gpu_memory", "4GiB", "--recipe", str(path)])
+    assert "lisa_activated_layers" not in path.read_text()
+    *_, lisa_config = parse_arguments(["--config", str(path)])
+    assert (lisa_config.lisa_unit, lisa_config.lisa_budget) == ("module", "10%")
+    with pytest.raises(UserError, match="nothing fits"):
+        choose(InitArguments(tiny, gpu_memory="1MiB", reserve="0"), LisaConfig(lisa_unit="module", lisa_budget="10%"))
+
+
 def test_the_plan_it_names_is_the_plan(tiny, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lisa-dist", "init", "--model", tiny, "--gpu_memory", "4GiB"])
     cli.main()

@@ -189,28 +189,84 @@ def test_the_losses_of_a_probe_are_plain_adamw_s(ds_config):
         assert min(by_depth) > 0.1 / 36
 
 
+def error_of(call, *arguments) -> str:
+    with pytest.raises(ValueError, match="probe") as error:
+        call(*arguments)
+    return str(error.value)
+
+
 def refuse_to_probe() -> list[str]:
-    said = []
+    engine, lisa = build("zero2", {}, {}, torch.float32)
+    said = [error_of(probe, engine, lisa)]
+    engine.destroy()
     engine, lisa = build("zero2", {"lisa_probe_steps": STEPS}, {}, torch.float32)
+    rates = [group["lr"] for group in engine.optimizer.param_groups]
+    engine.lr_scheduler = scheduler = torch.optim.lr_scheduler.ConstantLR(lisa.partitions.optimizer)
     for losses in ([1.0], [1.0, float("nan")]):
-        try:
-            lisa_dist.probe_layers(lisa, lambda step: None, lambda losses=losses: losses)
-        except ValueError as error:
-            said.append(str(error))
+        said.append(error_of(lisa_dist.probe_layers, lisa, lambda step: None, lambda losses=losses: losses))
+    with pytest.raises(ZeroDivisionError):
+        lisa_dist.probe_layers(lisa, lambda step: 1 // 0, list)
+    assert engine.lr_scheduler is scheduler
+    engine.lr_scheduler = None
+    for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    (micro_batches,) = token_batches(1, rows=4)
+    said.append(error_of(train_step, engine, lisa, micro_batches))
     lisa.sample_by([1.0] * 6)
-    train_step(engine, lisa, next(iter(token_batches(1, rows=4))))
-    try:
-        probe(engine, lisa)
-    except ValueError as error:
-        said.append(str(error))
+    train_step(engine, lisa, micro_batches)
+    said.append(error_of(probe, engine, lisa))
     engine.destroy()
     return said
 
 
 @pytest.mark.usefixtures("cpu_ops")
 def test_what_a_probe_cannot_go_by_is_refused():
-    too_few, not_finite, too_late = run_ranks(refuse_to_probe, 1)[0]
-    assert "two held-out batches or more, got [[1.0]" in too_few
-    assert "finite losses" in not_finite
-    assert "nan" in not_finite
+    no_steps, too_few, not_finite, forgotten, too_late = run_ranks(refuse_to_probe, 1)[0]
+    assert no_steps == "probe_layers: the settings have no lisa_probe_steps; give a number of steps, such as 10."
+    assert too_few.startswith(f"--lisa_probe_steps {STEPS}: stretches are compared by two held-out batches or")
+    assert "after steps of layers 0 to 0 the held-out loss is nan; lower the learning rate" in not_finite
+    assert "calls lisa_dist.probe_layers before its first step; call it" in forgotten
     assert too_late == "probe_layers: 1 steps are over; layers are probed before the first."
+
+
+def saved(period: int, **settings) -> dict:
+    """The state of a run whose period begins at a multiple of 20 steps, or five steps later."""
+    lisa = lisa_dist.LisaController(tiny_llama(), lisa_dist.LisaConfig(lisa_sampler="balanced", **settings))
+    if lisa.config.lisa_probe_steps:
+        lisa.selection.sample_by([0.1, 0.1, 0.1, 0.2, 0.2, 0.3])
+    return lisa.state_dict() | {"step": 20 * period if period else 5}
+
+
+def resumed(state: dict, **settings) -> lisa_dist.LisaController:
+    lisa = lisa_dist.LisaController(tiny_llama(), lisa_dist.LisaConfig(**{"lisa_sampler": "balanced"} | settings))
+    lisa.load_state_dict(json.loads(json.dumps(state)))
+    return lisa
+
+
+def test_a_resumed_run_has_the_weights_of_its_probe():
+    """Whatever the steps that it is given now; a depth bias is the settings' own."""
+    state = saved(0, lisa_probe_steps=5)
+    assert resumed(state, lisa_probe_steps=5).selection.weights == state["probed"]
+    assert resumed(state, lisa_probe_steps=3).selection.weights == state["probed"]
+    at_a_switch = saved(1, lisa_probe_steps=5)
+    lisa = resumed(at_a_switch, lisa_probe_steps=5, lisa_depth_bias=1.0)
+    expected = [weight * layer / 6 for layer, weight in enumerate(state["probed"], 1)]
+    assert lisa.selection.weights == pytest.approx(expected)
+    assert resumed(at_a_switch).selection.weights is None
+
+
+@pytest.mark.parametrize(
+    ("state", "settings", "said"),
+    [
+        ({}, {"lisa_probe_steps": 5}, "--lisa_probe_steps 5: the run saved at step 5 was not probed, and layers"),
+        ({"lisa_probe_steps": 5}, {}, r"other settings than --lisa_probe_steps 0 \(it had 5\): they can"),
+        (
+            {},
+            {"lisa_unit": "module", "lisa_budget": "8%", "lisa_sampler": "uniform"},
+            "saved at step 5 sampled by layer",
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_resumed_so_says_why(state, settings, said):
+    with pytest.raises(ValueError, match=said):
+        resumed(saved(0, **state), **settings)

@@ -411,13 +411,17 @@ def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, 
     }
 
 
+MODULES = {"lisa_unit": "module", "lisa_budget": "20%"}
+
+
 @pytest.mark.parametrize(
     ("ds_config", "changes"),
     [
         ("zero3", {}),
         ("zero2", {"bf16": True, "optim": "lisa_adamw", "lisa_master": "bf16_sr"}),
         ("zero2", {"bf16": True, "optim": "lisa_adamw", "lisa_state_bits": "embed=factored", "lisa_frozen_bits": 8}),
-        full("zero2", {"lisa_unit": "module", "lisa_budget": "20%", "lisa_sampler": "adaptive", "lisa_state": "keep"}),
+        full("zero2", MODULES | {"lisa_sampler": "adaptive", "lisa_state": "keep"}),
+        full("zero2", MODULES | {"lisa_state": "keep", "lisa_always_on": "embed,head", "lisa_frozen": "rest"}),
         full("zero2", {"lisa_interval_steps": "auto", "lisa_activated_layers": 4, "lisa_sampler": "balanced"}),
         # After checkpoint-4 was saved, and not again in the resumed run.
         full("zero2", {"bf16": True, "eval_strategy": "epoch"}),
@@ -601,3 +605,69 @@ def test_a_resume_knows_its_run(tmp_path):
 
 def test_a_finished_run_and_other_settings(tmp_path):
     run_ranks(resume_finished_and_changed, 2, str(tmp_path))
+
+
+class Probed(LisaMixin, Trainer):
+    """Notes what a probe sees: the mode and the checkpointed layers of each pass, and the rows."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.lisa is not None and not self.state.global_step:
+            checkpointed = checkpointed_layers(self.model, self.lisa.blocks)
+            rows = [tuple(row.tolist()) for row in inputs["input_ids"]]
+            self.seen.append((self.model.training, checkpointed, torch.is_grad_enabled(), rows))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def train_probed(output_dir: str, ds_config: str, evaluates: str, weights: Path | None) -> dict:
+    """With a probe, or the weights that another run has found by one."""
+    unset_hf_deepspeed_config()
+    by = {"lisa_probe_steps": 3} if weights is None else {"lisa_weights_file": str(weights)}
+    # Rows that repeat, in training and held out, have something to teach in a few steps.
+    rows = rows_for(2)[:16] * 8
+    held_out = {"none": None, "one": rows[:8], "two": {"first": rows[:8], "second": rows[:2]}}[evaluates]
+    trainer = Probed(
+        model=tiny_llama(),
+        args=arguments(output_dir, ds_config, max_steps=20, learning_rate=3e-3, warmup_steps=4),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        lisa_config=LisaConfig(lisa_sampler="balanced", lisa_interval_steps=INTERVAL, lisa_debug=True, **by),
+        checkpointed_layers=2,
+    )
+    trainer.seen = []
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "seen": trainer.seen,
+        "weights": trainer.lisa.selection.weights,
+        "losses": [entry["loss"] for entry in logs],
+        "learning_rates": [entry["learning_rate"] for entry in logs],
+    }
+
+
+@pytest.mark.parametrize(("ds_config", "evaluates"), [("zero3", "none"), ("zero2", "one"), full("zero2", "two")])
+def test_a_probe_trains_as_the_run_does_and_leaves_it_alone(tmp_path, ds_config, evaluates):
+    """Every try in training mode, checkpointed as planned, on the same rows of each rank; then the schedule begins."""
+    ranks = run_ranks(train_probed, 2, str(tmp_path / "probed"), ds_config, evaluates, None)
+    weights = ranks[0]["weights"]
+    assert len(set(weights)) > 1
+    rows_of_ranks = []
+    for outcome in ranks:
+        passes = outcome["seen"][:-ACCUMULATION]  # the last are of the run's first step
+        tries = len(passes) // 6
+        assert len(passes) == 6 * tries
+        for start in range(0, len(passes), tries):
+            trained, held_out = (
+                passes[start : start + 3 * ACCUMULATION],
+                passes[start + 3 * ACCUMULATION : start + tries],
+            )
+            assert {one[:3] for one in trained} == {(True, 2, True)}
+            assert len(held_out) >= 2
+            assert {(training, grads) for training, _, grads, _ in held_out} == {(False, False)}
+            assert [one[3] for one in passes[start : start + tries]] == [one[3] for one in passes[:tries]]
+        rows_of_ranks.append([row for one in passes[:tries] for row in one[3]])
+    assert rows_of_ranks[0] != rows_of_ranks[1]
+    (tmp_path / "weights.json").write_text(json.dumps(weights))
+    given = run_ranks(train_probed, 2, str(tmp_path / "given"), ds_config, evaluates, tmp_path / "weights.json")[0]
+    assert given["losses"] == ranks[0]["losses"]
+    assert given["learning_rates"] == ranks[0]["learning_rates"]
+    assert given["learning_rates"][0] < given["learning_rates"][4] == 3e-3
