@@ -5,7 +5,16 @@ import statistics
 from pathlib import Path
 
 from benchmarks.tables.parts import LATEST, Benchmarks, Rows, TableError, gib, latest, loss, mib, named, percent
-from benchmarks.tables.rows import chosen, held, last_switch, mean_loss, of_ours, ratios, times_a_layer
+from benchmarks.tables.rows import (
+    chosen,
+    held,
+    importance_table,
+    last_switch,
+    mean_loss,
+    of_ours,
+    ratios,
+    times_a_layer,
+)
 from benchmarks.tables.runs import losses_by_rate
 
 
@@ -177,6 +186,13 @@ def of_quality(figures: dict) -> str:
     time = "the time of full training's " if settings.get("same_time_as") else ""
     losses = named({arm: loss(mean_loss(arm, runs)) for arm in arms})
     return f"held-out loss of {settings['model']} after {time}{settings['steps']} steps: {losses}"
+
+
+@latest("importance")
+def of_importance(figures: dict) -> str:
+    _, *rows = importance_table(figures)
+    shown = {row[0]: row[1] for row in rows if row[0] in ("probe 10", "update", "gradient")}
+    return f"rank correlation with runs of fixed layers: {named(shown)}"
 
 
 @latest("scaling")

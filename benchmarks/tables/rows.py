@@ -198,6 +198,22 @@ def changes_to_lisa(figures: dict) -> Rows:
     return [["change", "held-out loss"], *rows]
 
 
+@table("comparing_importance", "importance")
+def measures_of_layers(figures: dict) -> Rows:
+    """In the order of the page."""
+    header, *rows = importance_table(figures)
+    found = {row[0]: row[1] for row in rows}
+    names = {
+        "probe 5": "probe of 5 steps (`--lisa_probe_steps 5`)",
+        "probe 10": "probe of 10 steps",
+        "probe 20": "probe of 20 steps",
+        "update": "norm of the update (`--lisa_importance update`)",
+        "gradient": "norm of the gradient (`--lisa_importance gradient`)",
+        "depth": "depth",
+    }
+    return [header, *([name, found[key]] for key, name in names.items())]
+
+
 SMALLER = {
     "lisa 2 one pass": "gamma 2, AdamW's states in 32 bits (`--optim lisa_adamw`)",
     "lisa 2, 8 bits": "the same, moments in 8 bits",

@@ -5,9 +5,9 @@ The decoder is cut into up to 8 stretches of neighbouring layers, and of each th
 most gamma of them, so that a try needs no more of a device's memory than a step of the run. Copies of the weights that
 it trains are on the host meanwhile; at its end they are put back, bit for bit.
 
-Norms of gradients, and what a step's gradients promise, rank layers otherwise than long runs that train them do; the
-held-out loss after some steps ranks them alike. The batches are the same for all tries, and scores are told from noise
-by how the batches of held-out rows differ among themselves: where stretches differ no more, layers stay alike.
+Norms of gradients may rank layers otherwise than long runs that train them do, where the held-out loss after some steps
+ranks them alike: docs/comparing.md has what was measured. The batches are the same for all tries, and scores are told
+from noise by how held-out batches differ among themselves: where stretches differ no more, layers stay alike.
 """
 
 import contextlib
