@@ -5,6 +5,7 @@ from models import tiny_llama
 
 from lisa_dist import LisaConfig
 from lisa_dist.core.blocks import find_blocks, split_into_modules
+from lisa_dist.core.controller import LisaController
 from lisa_dist.core.sampling import ActiveSet
 from lisa_dist.core.selection import BlockSelection
 
@@ -78,3 +79,14 @@ def test_a_module_that_the_user_has_frozen_is_never_sampled():
 def test_modules_have_the_weight_of_their_layer_s_depth():
     weights = by_module(tiny_llama(), lisa_sampler="weighted", lisa_depth_bias=1.0).weights
     assert weights == pytest.approx([layer / 6 for layer in range(1, 7) for _ in range(7)])
+
+
+def test_a_budget_may_change_where_a_period_begins():
+    state = LisaController(tiny_llama(), LisaConfig(**MODULES)).state_dict()
+    other = LisaController(tiny_llama(), LisaConfig(**MODULES | {"lisa_budget": "30%"}))
+    with pytest.raises(ValueError, match=r"--lisa_budget 30% \(it had 8%\)"):
+        other.load_state_dict(state | {"step": 5})
+    other.load_state_dict(state | {"step": 40})
+    assert other.period == 2
+    active = sum(other.blocks.layers[module].numel for module in other.active_layers)
+    assert 0.2 < active / sum(module.numel for module in other.blocks.layers) <= 0.3
