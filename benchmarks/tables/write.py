@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-import benchmarks.tables.rows  # noqa: F401 - registers the tables
+import benchmarks.tables.experiments  # noqa: F401 - registers its table, and those of rows
 from benchmarks.tables.index import index
 from benchmarks.tables.parts import TABLES, Benchmarks, Rows, TableError
 

@@ -1,0 +1,49 @@
+"""The table of docs/experiments.md: ideas, in the order of the page, and what each is worth."""
+
+import statistics
+
+from benchmarks.tables.parts import Rows, loss, table
+from benchmarks.tables.rows import runs_at_best, spread_of_seeds
+
+# Idea, arm of quality.py, verdict.
+IDEAS = (
+    ("LISA as published", "lisa 2", "what the others are measured against"),
+    ("full training", "full", "the aim"),
+    ("LoRA, rank 16", "lora r16", "the memory to stay below"),
+    ("cheaper states, and more layers in the same memory", "lisa auto", "closes the gap: four of five layers"),
+    ("as many layers as fit LoRA's step", "lisa in lora's memory", "as good as full training; here all five layers"),
+    ("factored embed and head", "lisa 2, factored", "no worse than two moments"),
+    ("moments in 8 bits", "lisa 2, 8 bits", "nothing is lost"),
+    ("weights in bf16", "lisa 2 bf16", "nothing is lost"),
+    ("frozen layers in 8 bits", "lisa 2, frozen 8 bits", "nothing is lost"),
+    ("frozen layers in 4 bits", "lisa 2, frozen 4 bits", "costs something"),
+    ("one set of layers for the whole run", "fixed 2", "better where the set is the upper one, else worse"),
+    ("upper layers more often", "lisa 2 upper most", "helps on this task"),
+    ("lower layers more often", "lisa 2 lower most", "hurts on this task"),
+    ("weights from norms of gradients", "lisa 2 adaptive", "nothing: they rank layers the wrong way round"),
+    ("the same, sharper", "lisa 2 sharp", "nothing"),
+    ("each layer once before any repeats", "lisa 2 reshuffle", "nothing"),
+    ("states kept while a layer is frozen", "lisa 2 keep", "little, for the memory of all states"),
+    ("a warm-up after a switch", "lisa 2 warm-up", "little, for nothing"),
+    ("both", "lisa 2 keep, warm-up", "no more than either"),
+    ("short periods", "lisa 2 K 5", "worse: switching is not what costs, but it does not help"),
+    ("short periods, states kept", "lisa 2 keep, K 5", "worse"),
+    ("a switch in every step, states kept", "lisa 2 keep, K 1", "worse"),
+    ("long periods", "lisa 2 K 100", "nothing"),
+    ("a rate 1.6 times as high", "lisa 2 rate x 1.6", "worse"),
+    ("a rate 1.6 times as low", "lisa 2 rate / 1.6", "worse"),
+    ("one layer at a time", "lisa 1", "worse"),
+    ("three layers", "lisa 3", "layers are what helps"),
+    ("four layers", "lisa 4", "layers are what helps"),
+    ("one block at a time, BAdam's order", "one block", "far behind"),
+)
+
+
+@table("experiments", "quality")
+def experiments(figures: dict) -> Rows:
+    """Mean held-out loss at the best rate of each."""
+    rows = []
+    for idea, arm, verdict in IDEAS:
+        losses = [run["held_out"] for run in runs_at_best(arm, figures["runs"])]
+        rows.append([idea, f"`{arm}`", loss(statistics.mean(losses)), spread_of_seeds(losses), verdict])
+    return [["idea", "arm", "held-out loss", "spread of seeds", "verdict"], *rows]
