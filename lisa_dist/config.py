@@ -53,7 +53,7 @@ class LisaConfig:
         default="",
         metadata={
             "help": "With --lisa_unit module: part of the parameters of the linear modules that trains in each period, "
-            "such as 3%, in the place of --lisa_activated_layers."
+            "such as 0.03, in the place of --lisa_activated_layers."
         },
     )
     lisa_interval_steps: int = field(

@@ -9,8 +9,8 @@ from transformers import AutoConfig
 
 from lisa_dist.config import AUTO_LAYERS, LisaConfig, parse_share
 from lisa_dist.core.blocks import find_blocks
+from lisa_dist.core.meta_model import model_without_weights
 from lisa_dist.errors import UserError
-from lisa_dist.memory.trace import model_without_weights
 
 
 def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:

@@ -18,13 +18,13 @@ from transformers import (
     PreTrainedModel,
     masking_utils,
 )
-from transformers.integrations import deepspeed as hf_deepspeed
 
 from lisa_dist.config import StateBits
 from lisa_dist.core.blocks import find_blocks, linear_modules, split_into_modules
 from lisa_dist.core.checkpointing import checkpoint_layers
 from lisa_dist.core.groups import split_by_decay, takes_bits
 from lisa_dist.core.label_logits import add_label_logits
+from lisa_dist.core.meta_model import without_zero3_init
 from lisa_dist.errors import UserError
 from lisa_dist.memory.stand_ins import TritonScores, as_triton, gradient_at_once, looked_up, made_whole
 from lisa_dist.memory.tracker import AllocationTracker
@@ -143,12 +143,6 @@ def _report_model_errors(config: PretrainedConfig) -> Iterator[None]:
         ) from error
 
 
-def model_without_weights(config: PretrainedConfig, **options: Any) -> Any:
-    """A model of shapes alone, on the meta device. Raises PlanError where its code cannot build it."""
-    with _report_model_errors(config), _without_zero3_init(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **options)
-
-
 class FakeRun:
     """A model without data whose blocks can be trained on fake tensors. Raises ValueError for one that cannot."""
 
@@ -163,10 +157,10 @@ class FakeRun:
         self.vocab_size = config.get_text_config().vocab_size
         self.hidden_size = config.get_text_config().hidden_size
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        attention = workload.attention if getattr(model_class, "_supports_sdpa", True) else "eager"
-        self.model = model_without_weights(config, dtype=workload.dtype, attn_implementation=attention)
-        with _report_model_errors(config), _without_zero3_init(), torch.device("meta"):
+        with _report_model_errors(config), without_zero3_init(), torch.device("meta"):
+            model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+            attention = workload.attention if getattr(model_class, "_supports_sdpa", True) else "eager"
+            self.model = AutoModelForCausalLM.from_config(config, dtype=workload.dtype, attn_implementation=attention)
             if workload.loss != OWN:
                 from trl.trainer.utils import add_fused_lm_head
 
@@ -273,7 +267,7 @@ class FakeRun:
             held = made_whole(self.held_modules(trained))
             embeddings = [embedding_of(self._run, group.params[0]) for group in groups if group.by_rows]
             by_rows = looked_up([embedding for embedding in embeddings if embedding is not None])
-            outside = _report_model_errors(self.model.config), _without_zero3_init(), tiles, whole, held, by_rows
+            outside = _report_model_errors(self.model.config), without_zero3_init(), tiles, whole, held, by_rows
             with contextlib.ExitStack() as stack:
                 for context in (*outside, tracker, no_mask):
                     stack.enter_context(context)
@@ -289,17 +283,6 @@ class FakeRun:
 def part_of(tensor: torch.Tensor, vocab_size: int) -> str:
     """The part that a tensor made in a step belongs to."""
     return "logits" if tensor.ndim > 1 and tensor.shape[-1] == vocab_size else "activations"
-
-
-@contextlib.contextmanager
-def _without_zero3_init() -> Iterator[None]:
-    """In a run under ZeRO-3 transformers would partition any model that is built, in collectives with all ranks."""
-    configured = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = configured
 
 
 def _with_adapters(model: PreTrainedModel, rank: int) -> torch.nn.Module:

@@ -8,9 +8,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, Training
 from lisa_dist.config import AUTO_LAYERS, LisaConfig
 from lisa_dist.core.blocks import find_blocks, split_into_modules
 from lisa_dist.core.engine_config import prepare_ds_config
+from lisa_dist.core.meta_model import model_without_weights
 from lisa_dist.core.selection import unit_budget
 from lisa_dist.errors import UserError
-from lisa_dist.memory.trace import model_without_weights
 from lisa_dist.train.compiled_layers import check_compile
 from lisa_dist.train.probe import check_probe_of_run
 

@@ -147,7 +147,8 @@ def test_every_command_of(page, folder, monkeypatch, capsys):
             assert Path(script).name in examples, f"{command}: no test runs it"
         elif words[0] == "python" and words[2].startswith("benchmarks."):  # each takes minutes
             script = ROOT / f"{words[2].replace('.', '/')}.py"
-            text = script.read_text() + (ROOT / "benchmarks" / "common" / "results.py").read_text()
+            common = [ROOT / "benchmarks" / "common" / name for name in ("results.py", "arms.py")]
+            text = "".join(path.read_text() for path in (script, *common))
             assert all(f'"{word}"' in text for word in words if word.startswith("--")), command
         else:
             assert words[:2] == ["python", "-c"], f"{command}: nothing runs it"

@@ -94,7 +94,7 @@ NAMES = [
     for page, text in PAGES.items()
     for name in code_spans(text)
     if re.fullmatch(r"lisa_dist(\.\w+)+(\(\))?", name)
-    or (page == "method" and re.fullmatch(r"[a-z_]+(\.\w+)+", name) and not name.endswith((".py", ".jsonl")))
+    or (page == "method" and re.fullmatch(r"[a-z_]+(\.\w+)+", name) and not name.endswith((".py", ".json", ".jsonl")))
 ]
 
 
