@@ -216,6 +216,7 @@ def hash_tensors(values: Iterable[tuple[str, object]]) -> str:
 
 # Of releases that have them; where they are as by default a run is one of before.
 NEW_SETTINGS = {"lisa_frozen_bits": 16, "lisa_frozen_store": "host", "lisa_depth_bias": 0.0, "lisa_lr_scale": ""}
+NEW_SETTINGS |= {"lisa_unit": "layer", "lisa_budget": "", "lisa_probe_steps": 0}
 
 
 def describe_checkpoint(output_dir: Path) -> dict:
@@ -229,6 +230,8 @@ def describe_checkpoint(output_dir: Path) -> dict:
     for name, default in NEW_SETTINGS.items():
         if state["lisa"]["config"].get(name) == default:
             del state["lisa"]["config"][name]
+    if state["lisa"].get("probed") is None:
+        state["lisa"].pop("probed", None)
     # Weights by their tensors below; an identity is of releases that have one.
     others = (path for path in output_dir.rglob("*") if not path.name.startswith(("model", "lisa_identity")))
     described = {"names of files": sorted(str(path.relative_to(output_dir)) for path in others)}
