@@ -607,6 +607,16 @@ def test_a_finished_run_and_other_settings(tmp_path):
     run_ranks(resume_finished_and_changed, 2, str(tmp_path))
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Rows of which no one knows how many there are."""
+
+    def __init__(self, rows: list[dict]):
+        self._rows = rows
+
+    def __iter__(self):
+        return iter(self._rows)
+
+
 class Probed(LisaMixin, Trainer):
     """Notes what a probe sees: the mode and the checkpointed layers of each pass, and the rows."""
 
@@ -624,11 +634,11 @@ def train_probed(output_dir: str, ds_config: str, evaluates: str, weights: Path 
     by = {"lisa_probe_steps": 3} if weights is None else {"lisa_weights_file": str(weights)}
     # Rows that repeat, in training and held out, have something to teach in a few steps.
     rows = rows_for(2)[:16] * 8
-    held_out = {"none": None, "one": rows[:8], "two": {"first": rows[:8], "second": rows[:2]}}[evaluates]
+    held_out = {"one": rows[:8], "two": {"first": rows[:8], "second": rows[:2]}}.get(evaluates)
     trainer = Probed(
         model=tiny_llama(),
         args=arguments(output_dir, ds_config, max_steps=20, learning_rate=3e-3, warmup_steps=4),
-        train_dataset=rows,
+        train_dataset=Stream(rows) if evaluates == "stream" else rows,
         eval_dataset=held_out,
         lisa_config=LisaConfig(lisa_sampler="balanced", lisa_interval_steps=INTERVAL, lisa_debug=True, **by),
         checkpointed_layers=2,
@@ -644,7 +654,9 @@ def train_probed(output_dir: str, ds_config: str, evaluates: str, weights: Path 
     }
 
 
-@pytest.mark.parametrize(("ds_config", "evaluates"), [("zero3", "none"), ("zero2", "one"), full("zero2", "two")])
+@pytest.mark.parametrize(
+    ("ds_config", "evaluates"), [("zero3", "none"), ("zero2", "one"), full("zero2", "two"), full("zero2", "stream")]
+)
 def test_a_probe_trains_as_the_run_does_and_leaves_it_alone(tmp_path, ds_config, evaluates):
     """Every try in training mode, checkpointed as planned, on the same rows of each rank; then the schedule begins."""
     ranks = run_ranks(train_probed, 2, str(tmp_path / "probed"), ds_config, evaluates, None)
