@@ -312,19 +312,15 @@ class LisaConfig:
         That is steps x gamma / (2 N_L), from 1 to 20, and more than those of a warm-up; of modules steps x budget / 2.
         """
         self.check_num_layers(num_layers)
-        share = self._active_share(num_layers)
+        share = self.budget if self.by_module else self.lisa_activated_layers / num_layers
         steps = math.floor(total_steps * share / 2 + 1e-9) if share else math.inf
         steps = min(max(steps, self.lisa_wake_warmup_steps + 1), LONGEST_AUTO_INTERVAL)
         return replace(self, lisa_interval_steps=int(steps))
 
     def rate_factor(self, num_layers: int) -> float:
         """What the learning rate is multiplied by for a model of so many decoder layers, by --lisa_lr_power."""
-        share = self._active_share(num_layers) or 1 / num_layers
-        return (1 / share) ** self.lisa_lr_power
-
-    def _active_share(self, num_layers: int) -> float:
-        """The part of the layers, or of the modules' parameters, that trains in a period."""
-        return self.budget if self.by_module else self.lisa_activated_layers / num_layers
+        times = 1 / self.budget if self.by_module else num_layers / max(1, self.lisa_activated_layers)
+        return times**self.lisa_lr_power
 
     def to_dict(self) -> dict:
         """The settings as plain values, for logs and checkpoints."""

@@ -84,10 +84,8 @@ def observe_layers(
 ) -> None:
     """Have `importance` observe the layers whose period ends: the same numbers on all ranks, rank 0's. All ranks call.
 
-    `layers` are their numbers, with the names of their blocks.
-
-    By the norms of their gradients, or by `updates`, the norms of what the period added to each block's weights, which
-    rank 0 alone needs to have.
+    `layers` are their numbers, with the names of their blocks. By the norms of their gradients, or by `updates`, the
+    norms of what the period added to each block's weights, which rank 0 alone needs to have.
     """
     if updates is None:
         norms = gradient_norms(partitions, list(layers), layer_of)
