@@ -74,6 +74,23 @@ def test_a_module_that_the_user_has_frozen_is_never_sampled():
     groups = sampling.param_groups(sampling.sample(0))
     trained = [name for key in sampling.names_of(group["params"] for group in groups) for name in key]
     assert not any("mlp" in name or "q_proj" in name for name in trained)
+    slots = {group["lisa_group"].partition("/")[0] for group in groups} - {"embed", "head", "rest"}
+    assert len(slots) == sampling.most_active, "no slot is taken by a frozen module"
+
+
+def test_the_optimizer_is_built_over_the_smallest_modules_besides_those_of_a_period():
+    model = tiny_llama()
+    sampling = by_module(model)
+    numel = [module.numel for module in split_into_modules(model, find_blocks(model)).layers]
+    active = ActiveSet((numel.index(max(numel)),))
+    others = set(sampling.widest(active).layers) - set(active.layers)
+    assert [numel[module] for module in others] == [min(numel)] * 6
+
+
+def test_modules_have_no_probabilities_of_their_own():
+    """Since a module is sampled where it still fits, its weight is no chance."""
+    sampling = by_module(tiny_llama(), lisa_sampler="weighted", lisa_depth_bias=1.0)
+    assert sampling.probabilities(sampling.sample(0)) == []
 
 
 def test_modules_have_the_weight_of_their_layer_s_depth():
