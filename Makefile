@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Quickstart and tests run on CPU ranks, one thread each, and need no hub.
 CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-all golden mutants checks bench bench-gpu clean
+.PHONY: quickstart test test-all golden mutants flags checks bench bench-gpu clean
 
 $(VENV)/.ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lisa_dist needs Python 3.10 or newer")'
@@ -55,6 +55,9 @@ bench: $(VENV)/.ready  ## methods side by side on two CPU ranks: 40 minutes of a
 bench-gpu: $(VENV)/.ready  ## the same on one GPU, with models of 7B and 8B: under nine minutes, without a network
 	PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.cost.gpu
 	$(BIN)/python -m benchmarks.tables.write
+
+flags: $(VENV)/.ready  ## write lisa_dist/flag_tables.jsonl, after a flag has changed
+	$(BIN)/python -c 'from lisa_dist.cli import write_flag_tables; write_flag_tables()'
 
 checks: $(VENV)/.ready  ## lint, format and types
 	$(BIN)/ruff check .

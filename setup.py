@@ -22,7 +22,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["lisa_dist*"]), "lisa_dist.kernels", "lisa_dist.ds_configs"],
     package_data={
-        "lisa_dist": ["py.typed", "model_configs/*.json"],
+        "lisa_dist": ["py.typed", "flag_tables.jsonl", "model_configs/*.json"],
         "lisa_dist.eval": ["eval_tasks/*.y*ml"],
         "lisa_dist.report": ["report.html"],
         "lisa_dist.ds_configs": ["*.json"],

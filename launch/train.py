@@ -3,10 +3,9 @@
 Starts under the `deepspeed` launcher, under `torchrun`, and as plain `python launch/train.py` on one device.
 """
 
-from lisa_dist.cli import without_collection
+import sys
 
-with without_collection():
-    from lisa_dist.commands.train import main
+from lisa_dist.cli import run_verb
 
 if __name__ == "__main__":
-    main()
+    run_verb("train", sys.argv[1:])

@@ -1,13 +1,21 @@
 """The `lisa-dist` command. Each verb is a module of `commands`, imported when it is asked for."""
 
 import contextlib
+import difflib
 import gc
 import importlib
+import importlib.metadata
 import logging
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-USAGE = """usage: lisa-dist train [--gpus N] --config recipe.yaml [--any_flag value]
+from lisa_dist import flag_tables
+from lisa_dist.commands import exit_on_error
+from lisa_dist.flag_words import first_word_as
+
+USAGE = """usage: lisa-dist train recipe.yaml [--gpus N] [--any_flag value]
        lisa-dist init --model llama3.1-8b --gpus 1 --gpu_memory 24GiB --recipe recipe.yaml
        lisa-dist plan --model llama3.1-8b --gpus 4 --gpu_memory 80GiB [--any_flag value]
        lisa-dist eval MODEL --tasks mmlu,gsm8k,mt_bench [--data_dir DIR] [--gpus N]
@@ -29,8 +37,8 @@ USAGE = """usage: lisa-dist train [--gpus N] --config recipe.yaml [--any_flag va
 
 lisa-dist VERB --help has the flags of a verb.
 """
-# Verbs that parse flags of their own and answer --help.
-_WITH_FLAGS = ("train", "init", "plan", "eval", "check", "norms")
+# Verbs that parse flags of their own and answer --help; what a first word that is no flag is the value of.
+_WITH_FLAGS = {"train": "--config", "init": None, "plan": None, "eval": "--model", "check": None, "norms": None}
 # Verbs with words alone, and the words.
 _WITH_WORDS = {"export": ("CHECKPOINT", "OUT"), "report": ("OUTPUT_DIR",), "info": ()}
 
@@ -41,19 +49,52 @@ def main() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     verb, words = sys.argv[1] if len(sys.argv) > 1 else None, sys.argv[2:]
     if verb in _WITH_FLAGS:
-        _main_of(verb)(words)
+        run_verb(verb, words)
         return
+    if verb in ("--version", "-V", "version"):
+        print(f"lisa-dist {importlib.metadata.version('lisa_dist')}")
+        raise SystemExit(0)
     asks = verb in ("-h", "--help") or words in (["-h"], ["--help"])
     if verb in _WITH_WORDS:
         needed = _WITH_WORDS[verb]
         if len(words) == len(needed) and not asks:
-            _main_of(verb)(*words)
+            _import(verb).main(*words)
             return
         what = next(line.split(maxsplit=1)[1] for line in USAGE.splitlines() if line.startswith(f"  {verb} "))
         print(f"usage: {' '.join(['lisa-dist', verb, *needed])}\n\n{what}")
-    else:
+    elif verb is None or asks:
         print(USAGE, end="")
+    else:
+        found = difflib.get_close_matches(verb, [*_WITH_FLAGS, *_WITH_WORDS], n=1)
+        meant = f"did you mean {found[0]}?" if found else "lisa-dist --help lists them."
+        print(f"lisa-dist: {verb}: no such verb; {meant}")
     raise SystemExit(0 if asks else 2)
+
+
+def run_verb(verb: str, words: Sequence[str]) -> None:
+    """Run a verb that has flags; what its words cannot be is answered before anything is imported for it."""
+    table = flag_tables.load(verb)
+    if table is not None and "RANK" not in os.environ:  # a rank's words were looked at before it was started
+        _answer(verb, table, words)
+    module = _import(verb)
+    if table is None:
+        flag_tables.store(verb, module.parser())
+    module.main(words)
+
+
+def _answer(verb: str, table: list, words: Sequence[str]) -> None:
+    """Exit where the words ask for help or cannot be meant."""
+    first = _WITH_FLAGS[verb]
+    words = list(words) if first is None else first_word_as(first, words)
+    if verb in ("train", "eval"):  # `--gpus N` is the launcher's
+        words = [part for word in words for part in (word.split("=", 1) if word.startswith("--gpus=") else [word])]
+        if "--gpus" in words:
+            at = words.index("--gpus")
+            words = words[:at] + words[at + 2 :]
+    if verb == "check" and not {"-h", "--help"} & set(words):  # which takes any flag of a run
+        return
+    with exit_on_error("lisa-dist" if verb == "train" else f"lisa-dist {verb}"):
+        flag_tables.answer(table, words, takes_recipe=verb == "train")
 
 
 @contextlib.contextmanager
@@ -72,9 +113,14 @@ def without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _main_of(verb: str) -> Callable[..., None]:
+def _import(verb: str) -> Any:
     with without_collection():
-        return importlib.import_module(f"lisa_dist.commands.{verb}").main
+        return importlib.import_module(f"lisa_dist.commands.{verb}")
+
+
+def write_flag_tables() -> None:
+    """The tables that are shipped, of the versions that are installed: `make flags`."""
+    flag_tables.write({verb: _import(verb).parser() for verb in _WITH_FLAGS}, flag_tables.SHIPPED)
 
 
 if __name__ == "__main__":

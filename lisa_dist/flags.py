@@ -1,95 +1,38 @@
-"""Flags and recipes: read, and refused with the nearest known name before anything is started."""
+"""Flags and recipes of dataclasses: read, and refused with the nearest known name before anything is started."""
 
 import argparse
-import difflib
-import json
-import math
-import re
 import sys
 from argparse import SUPPRESS
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import NoneType
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
-from lisa_dist.config import AUTO_INTERVAL, AUTO_LAYERS
 from lisa_dist.errors import UserError
 from lisa_dist.files import read_yaml
+from lisa_dist.flag_words import NUMBER_OR_WORD, WordParser, finite, read_bool, split_config
 from lisa_dist.text import in_one_line
 
-# Names in LMFlow, Axolotl, ms-swift and LLaMA-Factory, and here.
-_ELSEWHERE = {
-    "base_model": "model_name_or_path",
-    "model": "model_name_or_path",
-    "datasets": "dataset_name",
-    "dataset": "dataset_name",
-    "dataset_path": "dataset_name",
-    "test_datasets": "eval_dataset_name",
-    "val_dataset": "eval_dataset_name",
-    "val_set_size": "eval_rows",
-    "val_size": "eval_rows",
-    "split_dataset_ratio": "eval_rows",
-    "sequence_len": "max_length",
-    "cutoff_len": "max_length",
-    "block_size": "max_length",
-    "sample_packing": "packing",
-    "neat_packing": "packing",
-    "template": "chat_template_path",
-    "chat_template": "chat_template_path",
-    "train_on_prompt": "train_on_inputs",
-    "micro_batch_size": "per_device_train_batch_size",
-    "num_epochs": "num_train_epochs",
-    "optimizer": "optim",
-    "lr_scheduler": "lr_scheduler_type",
-    "warmup_ratio": "warmup_steps",
-    "flash_attn": "attn_implementation",
-    "attn_impl": "attn_implementation",
-    "num_gpus": "gpus",
-    "finetuning_type": "method",
-    "adapter": "method",
-    "lora_rank": "lora_r",
-    "lora_target": "lora_target_modules",
-    "lora_target_linear": "lora_target_modules",
-    "tuner_type": "method",
-    "train_type": "method",
-    "use_lisa": "method",
-    "use_badam": "method",
-    "lisa_n_layers": "lisa_activated_layers",
-    "lisa_step_interval": "lisa_interval_steps",
-    "badam_switch_interval": "lisa_interval_steps",
-    "badam_switch_mode": "lisa_sampler",
-}
 
-
-class FlagParser(HfArgumentParser):
-    """Flags of dataclasses; its errors are for users, and its help fits a screen.
-
-    `groups` are the headings of that screen, each with flags and a few words on them; all others are in `--help_all`.
-    """
+class FlagParser(WordParser, HfArgumentParser):
+    """Flags of dataclasses; its errors are for users, and its help fits a screen."""
 
     def __init__(self, dataclass_types: Sequence[Any], usage: str, groups: Mapping[str, Mapping[str, str]]):
         # An abbreviation that is unique today is another flag tomorrow, and hides a slip of the pen.
         super().__init__(dataclass_types, usage=usage, allow_abbrev=False)
-        self._groups = groups
+        self.groups = groups
         for action in self._actions:
             if action.type is int or action.type is float:
-                action.type = _finite(action.type, _WORDS.get(action.dest))
+                action.type = finite(action.type, NUMBER_OR_WORD.get(action.dest))
+            elif action.type is string_to_bool:
+                action.type = read_bool
         self.add_argument("--help_all", action=_HelpAll, nargs=0, dest=SUPPRESS, default=SUPPRESS, help="All flags.")
 
-    def print_help(self, file: Any = None) -> None:
-        """The flags of the groups, a line each: name, default, what it is."""
-        actions = {action.dest: action for action in self._actions}
-        lines = [f"usage: {self.usage}"]
-        for heading, flags in self._groups.items():
-            lines += ["", heading, *(_line_of(actions[name], what) for name, what in flags.items())]
-        print("\n".join([*lines, "", "--help_all lists every flag."]), file=file or sys.stdout)
-
-    def error(self, message: str) -> NoReturn:
-        """In place of all flags and an exit."""
-        message = re.sub(r"^argument (--\w+)[^:]*", r"\1", message)  # without the other way to write it
-        raise UserError(f"{in_one_line(message)}.")
+    def kinds(self) -> dict[str, set[Any]]:
+        """By the hints of the dataclasses."""
+        return {name: _kinds(hint) for one in self.dataclass_types for name, hint in get_type_hints(one).items()}
 
     def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> Any:
         """The base's. What the arguments of transformers and TRL refuse is the user's to mend, as what ours refuse."""
@@ -97,17 +40,6 @@ class FlagParser(HfArgumentParser):
             return super().parse_args_into_dataclasses(*args, **kwargs)
         except (ValueError, ImportError) as error:  # ours too, whose values may have line breaks
             raise UserError(in_one_line(error)) from error
-
-    def check_words(self, words: Sequence[str]) -> None:
-        """Raise UserError for a word that is no flag and belongs to none."""
-        for word in words:
-            if word.startswith("--") and word.endswith("=--"):  # of which argparse makes an empty list
-                raise UserError(f"{word}: -- is no value.")
-        for word in self.parse_known_args(list(words))[1]:
-            if not word.startswith("-"):
-                raise UserError(f"{word}: belongs to no flag; flags begin with --.")
-            flag = word.partition("=")[0]
-            raise UserError(f"{flag}: no such flag; {_nearest(flag, self._option_string_actions)}")
 
 
 class _HelpAll(argparse.Action):
@@ -128,80 +60,20 @@ class RunParser(FlagParser, TrlParser):
     """The same with a recipe in YAML, as TRL reads one."""
 
     def check(self, argv: Sequence[str] | None = None) -> list[str]:
-        """The words for `parse_args_and_config`, once each is known and the recipe of `--config` is one.
-
-        Raises UserError naming the flag or the key. `--help` is answered here.
-        """
-        words = []
-        for word in sys.argv[1:] if argv is None else argv:
-            words += word.split("=", 1) if word.startswith("--config=") else [word]
-        if "--config" in words:
-            at = words.index("--config")
-            if at + 1 == len(words):
-                raise UserError("--config is the last word: give a recipe, such as launch/recipes/quickstart.yaml.")
-            self._check_recipe(words[at + 1])
-        else:
-            at = len(words)
-        self.check_words(words[:at] + words[at + 2 :])
-        return words
+        """The words for `parse_args_and_config`, once each is known and the recipe of `--config` is one."""
+        return self.check_with_recipe(sys.argv[1:] if argv is None else argv)
 
     def given(self, words: Sequence[str]) -> list[str]:
         """The names that `check`ed words and their recipe give, in that order, each once."""
-        words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+        words = split_config(words)
         names = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
         if "--config" in words:
             names += [name for name in read_yaml("--config", words[words.index("--config") + 1]) if name != "env"]
         return [name for name in dict.fromkeys(names) if name not in ("config", "local_rank")]
 
     def set_defaults_with_config(self, **recipe: Any) -> list[str]:
-        """TRL's, once each value is one that its flag takes; argparse reads texts as it reads words."""
-        kinds = {name: _kinds(hint) for one in self.dataclass_types for name, hint in get_type_hints(one).items()}
-        actions = {action.dest: action for action in reversed(self._actions)}  # not --no_NAME, which comes second
-        values = {name: _as_given(actions[name], kinds[name], value) for name, value in recipe.items()}
-        return super().set_defaults_with_config(**values)
-
-    def _check_recipe(self, path: str) -> None:
-        flag = f"--config {path}"
-        recipe = read_yaml("--config", path)
-        if not isinstance(recipe, dict):
-            raise UserError(f"{flag}: must hold keys and values, such as learning_rate: 1.0e-5.")
-        variables = recipe.pop("env", {})
-        if not isinstance(variables, dict):
-            raise UserError(f"{flag}: env must hold variables and their values.")
-        for name, value in variables.items():
-            if not isinstance(name, str) or not re.fullmatch(r"[^=\0]+", name) or not isinstance(value, _SCALARS):
-                raise UserError(f"{flag}: env: {name}: {value}: a variable has a name, and a text or a number.")
-        known = {action.dest for action in self._actions if action.dest != "help"}
-        for key in recipe:
-            if key not in known:
-                raise UserError(f"{flag}: {in_one_line(key)}: no such key; {_nearest(str(key), known)}")
-        try:
-            self.set_defaults_with_config(**recipe)  # whose texts `check_words` reads
-        except UserError as error:
-            raise UserError(f"{flag}: {in_one_line(error)}") from error
-
-
-# Flags whose value is a number or a word.
-_WORDS = {"lisa_activated_layers": AUTO_LAYERS, "lisa_interval_steps": AUTO_INTERVAL}
-_SCALARS = (str, int, float)  # bool is an int
-
-
-def _finite(kind: Callable[[str], Any], word: str | None = None) -> Callable[[str], Any]:
-    """Reads a finite number in ASCII, an integer of 64 bits: Python's own take nan, and digits of any script.
-
-    Or `word`, in the place of a number.
-    """
-
-    def read(text: str) -> Any:
-        if text == word:
-            return text
-        value = kind(text)
-        if not text.isascii() or not math.isfinite(value) or (kind is int and abs(value) >= 2**63):
-            raise ValueError
-        return value
-
-    read.__name__ = kind.__name__  # for argparse's message
-    return read
+        """TRL's, once each value is one that its flag takes."""
+        return TrlParser.set_defaults_with_config(self, **self.as_given(recipe))
 
 
 def _kinds(hint: Any) -> set[Any]:
@@ -212,62 +84,3 @@ def _kinds(hint: Any) -> set[Any]:
         if origin in (None, list, dict)
         else {kind for part in get_args(hint) for kind in _kinds(part)}
     )
-
-
-def _as_given(action: argparse.Action, kinds: set[Any], value: Any) -> Any:
-    """A recipe's value as its flag takes it. Raises UserError, with the key, for null, a date, ... where it is none."""
-    if (value is None and NoneType in kinds) or (isinstance(value, bool) and bool in kinds):
-        return value
-    if isinstance(value, bool):
-        if not value and "no" in (action.choices or ()):
-            return "no"  # as it was written, if it was not quoted
-        if action.dest == "resume_from_checkpoint":
-            return str(value).lower()
-    elif isinstance(value, dict) and dict in kinds and _is_json(value):
-        return value
-    elif isinstance(value, list) and list in kinds and value and all(type(one) in _SCALARS for one in value):
-        return [_read(action, one) for one in value]
-    elif isinstance(value, _SCALARS):
-        if list in kinds and str not in kinds and not isinstance(value, str):
-            return [_read(action, value)]
-        if action.choices and value not in action.choices:
-            raise UserError(f"{action.dest}: {value}: choose one of {', '.join(map(str, action.choices))}.")
-        return str(value)
-    named = {NoneType: "null", list: "a list", dict: "an object", bool: "true or false"}
-    kind = named.get(type(value), f"a {type(value).__name__}")
-    raise UserError(
-        f"{action.dest}: {in_one_line(value)}: {kind} is no value of this key; put a text in quotes, and leave the key "
-        "out for its default."
-    )
-
-
-def _read(action: argparse.Action, value: object) -> Any:
-    """One value of several, as argparse reads a word."""
-    read: Any = action.type or str
-    try:
-        return read(str(value))
-    except ValueError as error:
-        raise UserError(f"{action.dest}: {value}: is no {getattr(read, '__name__', 'value')}.") from error
-
-
-def _is_json(value: object) -> bool:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError, RecursionError):  # a date, or an object in itself
-        return False
-    return True
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """What it is called here, if it is another tool's; else the known name that is most like it, or where all are."""
-    ours = _ELSEWHERE.get(name.lstrip("-"))
-    if ours is not None:
-        return f"here it is {'--' if name.startswith('--') else ''}{ours}: docs/coming_from.md."
-    found = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), [*known], n=1)
-    return f"did you mean {found[0]}?" if found else "--help_all lists them."
-
-
-def _line_of(action: argparse.Action, what: str) -> str:
-    default = "" if action.default is None else getattr(action.default, "value", action.default)
-    default = " ".join(map(str, default)) if isinstance(default, list) else str(default)
-    return f"  --{action.dest:<29}{default:<19}{what}".rstrip()

@@ -49,12 +49,16 @@ class CheckArguments:
     meet_within: float = field(default=60.0, metadata={"help": "Seconds to wait for the other hosts."})
 
 
+def parser() -> FlagParser:
+    """Of the check's own flags."""
+    return FlagParser([CheckArguments], USAGE, HELP)
+
+
 def main(words: Sequence[str]) -> None:
     """Check this host and compare it with the others; exit status 2 on every host when anything is wrong."""
     host = host_name()
     try:
-        parser = FlagParser([CheckArguments], USAGE, HELP)
-        arguments, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+        arguments, rest = parser().parse_args_into_dataclasses(words, return_remaining_strings=True)
         set_rank()
         flags = flags_of_run(arguments, rest)
         problems = HostCheck(

@@ -6,6 +6,7 @@ from lisa_dist.commands import exit_on_error
 from lisa_dist.distributed.launching import launch_if_asked
 from lisa_dist.eval.arguments import EvalArguments
 from lisa_dist.eval.evaluation import run
+from lisa_dist.flag_words import first_word_as
 from lisa_dist.flags import FlagParser
 
 USAGE = "lisa-dist eval MODEL --tasks mmlu,gsm8k [--data_dir DIR] [--gpus N] [--flag value ...]"
@@ -35,14 +36,16 @@ HELP = {
 }
 
 
+def parser() -> FlagParser:
+    """Of the flags of an evaluation."""
+    return FlagParser([EvalArguments], USAGE, HELP)
+
+
 def parse(words: Sequence[str]) -> EvalArguments:
     """The arguments, of which the first word may be the model."""
-    words = list(words)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--model")
-    parser = FlagParser([EvalArguments], USAGE, HELP)
-    parser.check_words(words)
-    return parser.parse_args_into_dataclasses(words)[0]
+    words, flags = first_word_as("--model", words), parser()
+    flags.check_words(words)
+    return flags.parse_args_into_dataclasses(words)[0]
 
 
 def main(words: Sequence[str]) -> None:

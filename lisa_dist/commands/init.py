@@ -41,12 +41,17 @@ HELP = {
 }
 
 
+def parser() -> FlagParser:
+    """Of the flags that a recipe is chosen by."""
+    return FlagParser((InitArguments, LisaConfig), USAGE, HELP)
+
+
 def main(words: Sequence[str]) -> None:
     """Choose and write the recipe."""
     with exit_on_error("lisa-dist init"):
-        parser = FlagParser((InitArguments, LisaConfig), USAGE, HELP)
-        parser.check_words(words)
-        arguments, lisa_config = parser.parse_args_into_dataclasses(words)
+        flags = parser()
+        flags.check_words(words)
+        arguments, lisa_config = flags.parse_args_into_dataclasses(words)
         text = format_recipe(arguments, *choose(arguments, lisa_config), words)
         if arguments.recipe is None:
             print(text, end="")

@@ -23,13 +23,19 @@ class NormsArguments:
     out: str = field(metadata={"help": "Folder for norms.csv and norms.png."})
 
 
+def parser() -> FlagParser:
+    """Of the runs and the flags."""
+    flags = FlagParser((NormsArguments,), USAGE, HELP)
+    flags.add_argument("runs", metavar="RUN", nargs="+")
+    return flags
+
+
 def main(words: Sequence[str]) -> None:
     """Read, write and print the table."""
     with exit_on_error("lisa-dist norms"):
-        parser = FlagParser((NormsArguments,), USAGE, HELP)
-        parser.add_argument("runs", metavar="RUN", nargs="+")
-        parser.check_words(words)
-        arguments, others = parser.parse_args_into_dataclasses(words)
+        flags = parser()
+        flags.check_words(words)
+        arguments, others = flags.parse_args_into_dataclasses(words)
         runs, out = read_runs(others.runs), Path(arguments.out)
         try:
             out.mkdir(parents=True, exist_ok=True)

@@ -55,12 +55,17 @@ HELP = {
 }
 
 
+def parser() -> FlagParser:
+    """Of the flags of a plan."""
+    return FlagParser((PlanArguments, LisaConfig), USAGE, HELP)
+
+
 def main(words: Sequence[str]) -> None:
     """Plan, print the table and the command."""
     with exit_on_error("lisa-dist plan"):
-        parser = FlagParser((PlanArguments, LisaConfig), USAGE, HELP)
-        parser.check_words(words)
-        arguments, lisa_config = parser.parse_args_into_dataclasses(words)
+        flags = parser()
+        flags.check_words(words)
+        arguments, lisa_config = flags.parse_args_into_dataclasses(words)
         plans = make_plans(load_model_config(arguments.model), arguments, lisa_config)
         print(format_plans(plans, arguments))
         if arguments.json:

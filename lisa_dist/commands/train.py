@@ -11,7 +11,9 @@ from lisa_dist.distributed.devices import use_expandable_segments
 from lisa_dist.distributed.launching import end_process, launch_if_asked
 from lisa_dist.distributed.signals import catch_stop_signals
 from lisa_dist.errors import UserError
-from lisa_dist.train.arguments import parse_arguments, run_parser
+from lisa_dist.flag_words import first_word_as
+from lisa_dist.train.arguments import parse_arguments
+from lisa_dist.train.arguments import run_parser as parser
 from lisa_dist.train.run import run
 
 
@@ -22,8 +24,8 @@ def main(words: Sequence[str] | None = None) -> None:
         warnings.filterwarnings("ignore", warning, FutureWarning)
     threading.excepthook = _in_one_line
     with exit_on_error("lisa-dist"):
-        words = sys.argv[1:] if words is None else words
-        words = launch_if_asked(words, "train", check=lambda rest: run_parser().check(rest))
+        words = first_word_as("--config", sys.argv[1:] if words is None else words)
+        words = launch_if_asked(words, "train", check=lambda rest: parser().check(rest))
         use_expandable_segments()
         config = parse_arguments(words)
         if config.run.method == "lisa":

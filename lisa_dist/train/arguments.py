@@ -255,7 +255,7 @@ class ModelArguments(ModelConfig):
             )
 
 
-USAGE = "lisa-dist train [--gpus N] --config recipe.yaml [--any_flag value ...]"
+USAGE = "lisa-dist train recipe.yaml [--gpus N] [--any_flag value ...]"
 # The screen of --help; what is not here is in --help_all.
 HELP = {
     "What is trained, on what": {

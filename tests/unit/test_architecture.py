@@ -21,7 +21,19 @@ LEVELS = [
     {"commands"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-GROUND = {"config", "config_rules", "ds_config", "errors", "files", "flags", "run_folder", "shapes", "text"}
+GROUND = {
+    "config",
+    "config_rules",
+    "ds_config",
+    "errors",
+    "files",
+    "flag_tables",
+    "flag_words",
+    "flags",
+    "run_folder",
+    "shapes",
+    "text",
+}
 ENTRY_POINTS = {"__main__", "cli"}
 # These two run without a trainer: on the files of a run, on a model.
 INDEPENDENT = {"eval", "report"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,9 @@ def test_help_is_a_screen(capsys, monkeypatch, verb, groups):
     [
         (["--help"], 0, "usage: lisa-dist train"),
         ([], 2, "usage: lisa-dist train"),
-        (["trian"], 2, "usage: lisa-dist train"),
+        (["trian"], 2, "lisa-dist: trian: no such verb; did you mean train?\n"),
+        (["x"], 2, "lisa-dist: x: no such verb; lisa-dist --help lists them.\n"),
+        (["--version"], 0, f"lisa-dist {version('lisa_dist')}\n"),
         (["export", "--help"], 0, "usage: lisa-dist export CHECKPOINT OUT\n\nturn a checkpoint of any LISA run"),
         (["export", "one"], 2, "usage: lisa-dist export CHECKPOINT OUT\n"),
         (["report", "-h"], 0, "usage: lisa-dist report OUTPUT_DIR\n\nwrite report.html"),

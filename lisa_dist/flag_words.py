@@ -1,0 +1,255 @@
+"""What words of a command line and keys of a recipe are: known or not, with the nearest known name.
+
+All of it is argparse's, so that it is imported in no time: a slip of the pen is answered before torch is loaded.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType
+from typing import Any, NoReturn
+
+from lisa_dist.config import AUTO_INTERVAL, AUTO_LAYERS
+from lisa_dist.errors import UserError
+from lisa_dist.files import read_yaml
+from lisa_dist.text import in_one_line
+
+# Names in LMFlow, Axolotl, ms-swift and LLaMA-Factory, and here.
+_ELSEWHERE = {
+    "base_model": "model_name_or_path",
+    "model": "model_name_or_path",
+    "datasets": "dataset_name",
+    "dataset": "dataset_name",
+    "dataset_path": "dataset_name",
+    "test_datasets": "eval_dataset_name",
+    "val_dataset": "eval_dataset_name",
+    "val_set_size": "eval_rows",
+    "val_size": "eval_rows",
+    "split_dataset_ratio": "eval_rows",
+    "sequence_len": "max_length",
+    "cutoff_len": "max_length",
+    "block_size": "max_length",
+    "sample_packing": "packing",
+    "neat_packing": "packing",
+    "template": "chat_template_path",
+    "chat_template": "chat_template_path",
+    "train_on_prompt": "train_on_inputs",
+    "micro_batch_size": "per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
+    "optimizer": "optim",
+    "lr_scheduler": "lr_scheduler_type",
+    "warmup_ratio": "warmup_steps",
+    "flash_attn": "attn_implementation",
+    "attn_impl": "attn_implementation",
+    "num_gpus": "gpus",
+    "finetuning_type": "method",
+    "adapter": "method",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
+    "lora_target_linear": "lora_target_modules",
+    "tuner_type": "method",
+    "train_type": "method",
+    "use_lisa": "method",
+    "use_badam": "method",
+    "lisa_n_layers": "lisa_activated_layers",
+    "lisa_step_interval": "lisa_interval_steps",
+    "badam_switch_interval": "lisa_interval_steps",
+    "badam_switch_mode": "lisa_sampler",
+}
+
+
+class WordParser(argparse.ArgumentParser):
+    """A parser whose errors are for users, and whose help fits a screen.
+
+    `groups` are the headings of that screen, each with flags and a few words on them; all others are in `--help_all`.
+    """
+
+    groups: Mapping[str, Mapping[str, str]] = {}
+
+    def kinds(self) -> Mapping[str, set[Any]]:
+        """The types that a recipe's value of each flag may have."""
+        raise NotImplementedError
+
+    def print_help(self, file: Any = None) -> None:
+        """The flags of the groups, a line each: name, default, what it is."""
+        actions = {action.dest: action for action in self._actions}
+        lines = [f"usage: {self.usage}"]
+        for heading, flags in self.groups.items():
+            lines += ["", heading, *(_line_of(actions[name], what) for name, what in flags.items())]
+        print("\n".join([*lines, "", "--help_all lists every flag."]), file=file or sys.stdout)
+
+    def error(self, message: str) -> NoReturn:
+        """In place of all flags and an exit."""
+        message = re.sub(r"^argument (--\w+)[^:]*", r"\1", message)  # without the other way to write it
+        raise UserError(f"{in_one_line(message)}.")
+
+    def check_words(self, words: Sequence[str]) -> None:
+        """Raise UserError for a word that is no flag and belongs to none."""
+        for word in words:
+            if word.startswith("--") and word.endswith("=--"):  # of which argparse makes an empty list
+                raise UserError(f"{word}: -- is no value.")
+        for word in self.parse_known_args(list(words))[1]:
+            if not word.startswith("-"):
+                raise UserError(f"{word}: belongs to no flag; flags begin with --.")
+            flag = word.partition("=")[0]
+            raise UserError(f"{flag}: no such flag; {nearest(flag, self._option_string_actions)}")
+
+    def check_with_recipe(self, argv: Sequence[str]) -> list[str]:
+        """The words, `--config=FILE` as two, once each is known and the recipe of `--config` is one.
+
+        Raises UserError naming the flag or the key. `--help` is answered here.
+        """
+        words = split_config(argv)
+        if words.count("--config") > 1:
+            raise UserError("--config: two recipes are given, and a run has one; give what differs as flags.")
+        if "--config" in words:
+            at = words.index("--config")
+            if at + 1 == len(words):
+                raise UserError("--config is the last word: give a recipe, such as launch/recipes/quickstart.yaml.")
+            self._check_recipe(words[at + 1])
+        else:
+            at = len(words)
+        self.check_words(words[:at] + words[at + 2 :])
+        return words
+
+    def set_defaults_with_config(self, **recipe: Any) -> list[str]:
+        """TRL's name: values of a recipe become defaults, once each is one that its flag takes."""
+        for name, value in self.as_given(recipe).items():
+            for action in self._actions:
+                if action.dest == name:
+                    action.default, action.required = value, False
+        return []
+
+    def as_given(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """A recipe's values as flags take them: argparse reads texts as it reads words."""
+        kinds = self.kinds()
+        actions = {action.dest: action for action in reversed(self._actions)}  # not --no_NAME, which comes second
+        return {name: _as_given(actions[name], kinds[name], value) for name, value in recipe.items()}
+
+    def _check_recipe(self, path: str) -> None:
+        flag = f"--config {path}"
+        recipe = read_yaml("--config", path)
+        if not isinstance(recipe, dict):
+            raise UserError(f"{flag}: must hold keys and values, such as learning_rate: 1.0e-5.")
+        variables = recipe.pop("env", {})
+        if not isinstance(variables, dict):
+            raise UserError(f"{flag}: env must hold variables and their values.")
+        for name, value in variables.items():
+            if not isinstance(name, str) or not re.fullmatch(r"[^=\0]+", name) or not isinstance(value, _SCALARS):
+                raise UserError(f"{flag}: env: {name}: {value}: a variable has a name, and a text or a number.")
+        known = {action.dest for action in self._actions if action.dest != "help"}
+        for key in recipe:
+            if key not in known:
+                raise UserError(f"{flag}: {in_one_line(key)}: no such key; {nearest(str(key), known)}")
+        try:
+            self.set_defaults_with_config(**recipe)  # whose texts `check_words` reads
+        except UserError as error:
+            raise UserError(f"{flag}: {in_one_line(error)}") from error
+
+
+# Flags whose value is a number or a word.
+NUMBER_OR_WORD = {"lisa_activated_layers": AUTO_LAYERS, "lisa_interval_steps": AUTO_INTERVAL}
+_SCALARS = (str, int, float)  # bool is an int
+_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+
+
+def first_word_as(flag: str, words: Sequence[str]) -> list[str]:
+    """The words; a first one that is no flag is the value of `flag`."""
+    return [flag, *words] if words and not words[0].startswith("-") else list(words)
+
+
+def split_config(words: Iterable[str]) -> list[str]:
+    """The words with `--config=FILE` as two."""
+    return [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+
+
+def read_bool(text: str | bool) -> bool:
+    """What argparse reads for a flag that is true or false."""
+    if isinstance(text, bool):
+        return text
+    for value, named in ((True, _TRUE), (False, _FALSE)):
+        if text.lower() in named:
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
+
+
+def finite(kind: Callable[[str], Any], word: str | None = None) -> Callable[[str], Any]:
+    """Reads a finite number in ASCII, an integer of 64 bits: Python's own take nan, and digits of any script.
+
+    Or `word`, in the place of a number.
+    """
+
+    def read(text: str) -> Any:
+        if text == word:
+            return text
+        value = kind(text)
+        if not text.isascii() or not math.isfinite(value) or (kind is int and abs(value) >= 2**63):
+            raise ValueError
+        return value
+
+    read.__name__ = kind.__name__  # for argparse's message
+    return read
+
+
+def _as_given(action: argparse.Action, kinds: set[Any], value: Any) -> Any:
+    """A recipe's value as its flag takes it. Raises UserError, with the key, for null, a date, ... where it is none."""
+    if (value is None and NoneType in kinds) or (isinstance(value, bool) and bool in kinds):
+        return value
+    if isinstance(value, bool):
+        if not value and "no" in (action.choices or ()):
+            return "no"  # as it was written, if it was not quoted
+        if action.dest == "resume_from_checkpoint":
+            return str(value).lower()
+    elif isinstance(value, dict) and dict in kinds and _is_json(value):
+        return value
+    elif isinstance(value, list) and list in kinds and value and all(type(one) in _SCALARS for one in value):
+        return [_read(action, one) for one in value]
+    elif isinstance(value, _SCALARS):
+        if list in kinds and str not in kinds and not isinstance(value, str):
+            return [_read(action, value)]
+        if action.choices and value not in action.choices:
+            raise UserError(f"{action.dest}: {value}: choose one of {', '.join(map(str, action.choices))}.")
+        return str(value)
+    named = {NoneType: "null", list: "a list", dict: "an object", bool: "true or false"}
+    kind = named.get(type(value), f"a {type(value).__name__}")
+    raise UserError(
+        f"{action.dest}: {in_one_line(value)}: {kind} is no value of this key; put a text in quotes, and leave the key "
+        "out for its default."
+    )
+
+
+def _read(action: argparse.Action, value: object) -> Any:
+    """One value of several, as argparse reads a word."""
+    read: Any = action.type or str
+    try:
+        return read(str(value))
+    except ValueError as error:
+        raise UserError(f"{action.dest}: {value}: is no {getattr(read, '__name__', 'value')}.") from error
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):  # a date, or an object in itself
+        return False
+    return True
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What it is called here, if it is another tool's; else the known name that is most like it, or where all are."""
+    ours = _ELSEWHERE.get(name.lstrip("-"))
+    if ours is not None:
+        return f"here it is {'--' if name.startswith('--') else ''}{ours}: docs/coming_from.md."
+    found = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), [*known], n=1)
+    return f"did you mean {found[0]}?" if found else "--help_all lists them."
+
+
+def _line_of(action: argparse.Action, what: str) -> str:
+    default = getattr(action, "shown", action.default)
+    default = "" if default is None else getattr(default, "value", default)
+    default = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+    return f"  --{action.dest:<29}{default:<19}{what}".rstrip()

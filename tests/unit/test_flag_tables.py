@@ -1,0 +1,164 @@
+"""Help and slips of the pen, answered by tables: as the parsers would, and before anything is imported."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lisa_dist import cli, flag_tables
+from lisa_dist.commands import check, eval, init, norms, plan, train
+from lisa_dist.errors import UserError
+
+PARSERS = {"train": train, "init": init, "plan": plan, "eval": eval, "check": check, "norms": norms}
+HEAVY = ("torch", "transformers", "trl", "deepspeed", "datasets")
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, list]:
+    return {verb: json.loads(json.dumps(flag_tables.table_of(module.parser()))) for verb, module in PARSERS.items()}
+
+
+def test_the_shipped_tables_are_of_the_flags_as_they_are(tables):
+    """After a flag has changed: make flags. Those of TRL and of the Trainer may be of other releases."""
+    versions, *lines = map(json.loads, flag_tables.SHIPPED.read_text(encoding="utf-8").splitlines())
+    shipped: dict[str, list] = {}
+    for line in lines:
+        shipped.setdefault(line.pop("verb"), []).append(line)
+    assert shipped.keys() == tables.keys()
+    for verb, table in tables.items():
+        if versions == flag_tables.versions() or verb != "train":
+            assert shipped[verb] == table, f"the flags of {verb} are others: make flags"
+        ours, known = (
+            [one for one in each if one.get("dest", "").startswith("lisa_")] for each in (table, shipped[verb])
+        )
+        assert ours == known, f"the flags of {verb} are others: make flags"
+
+
+SLIPS = [
+    ("train", ["--lerning_rate", "3"], r"--lerning_rate: no such flag; did you mean --learning_rate\?"),
+    ("train", ["--learning_rate", "abc"], "--learning_rate: invalid float value: 'abc'"),
+    ("train", ["--max_steps", "9" * 20], "--max_steps: invalid int value"),
+    ("train", ["--packing", "maybe"], "--packing: maybe is neither true nor false"),
+    ("train", ["--lr_scheduler_type", "steep"], "--lr_scheduler_type: invalid choice: 'steep'"),
+    ("train", ["--lisa_interval_steps", "many"], "--lisa_interval_steps: invalid int value: 'many'"),
+    ("train", ["--config", "there_is_none.yaml"], "--config there_is_none.yaml: no such file"),
+    ("train", ["--config", "a.yaml", "--config=b.yaml"], "--config: two recipes are given"),
+    ("train", ["--sequence_len", "3"], "--sequence_len: no such flag; here it is --max_length"),
+    ("train", ["word"], "word: belongs to no flag"),
+    ("plan", ["--gpus", "2"], "the following arguments are required: --model"),
+    ("plan", ["--model", "x", "--gpu_memry", "3"], r"did you mean --gpu_memory\?"),
+    ("eval", ["--model", "x", "--limit", "y"], "--limit: invalid float value: 'y'"),
+    ("norms", ["--out", "x"], "the following arguments are required: RUN"),
+]
+
+
+@pytest.mark.parametrize(("verb", "words", "said"), SLIPS, ids=[" ".join(words)[:40] for _, words, _ in SLIPS])
+def test_a_table_refuses_what_the_parser_does(tables, verb, words, said):
+    with pytest.raises(UserError, match=said) as by_table:
+        flag_tables.answer(tables[verb], words, takes_recipe=verb == "train")
+    parser = PARSERS[verb].parser()
+    with pytest.raises(UserError) as by_parser:
+        parser.check(words) if verb == "train" else parser.check_words(words)
+    assert str(by_table.value) == str(by_parser.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("learning_rate: 1.0e-5\nlisa_sampler: none\n", "--lisa_sampler none: unknown"),
+        ("lerning_rate: 1.0e-5\n", "lerning_rate: no such key; did you mean learning_rate"),
+        ("max_steps: 2026-01-01\n", "max_steps: 2026-01-01: a date is no value of this key"),
+        ("[1, 2]\n", "must hold keys and values"),
+    ],
+)
+def test_a_recipe_is_read_too(tables, tmp_path, recipe, said):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe, encoding="utf-8")
+    with pytest.raises(UserError, match=said):
+        flag_tables.answer(tables["train"], ["--config", str(path)], takes_recipe=True)
+
+
+def test_words_that_can_be_meant_pass(tables, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "lisa_sampler: weighted\nlisa_depth_bias: 2\nlisa_activated_layers: auto\nbf16: null\n", encoding="utf-8"
+    )
+    words = [
+        "--config",
+        str(path),
+        "--lisa_interval_steps",
+        "auto",
+        "--no_remove_unused_columns",
+        "--dataset_name",
+        "a",
+        "b",
+    ]
+    flag_tables.answer(tables["train"], words, takes_recipe=True)
+    flag_tables.answer(tables["plan"], ["--model", "x", "--lisa_state_bits", "embed=8"], takes_recipe=False)
+    flag_tables.answer(tables["norms"], ["a", "b", "--out", "c"], takes_recipe=False)
+
+
+@pytest.mark.parametrize("verb", PARSERS)
+def test_a_table_has_the_parser_s_screen(tables, verb, capsys):
+    with pytest.raises(SystemExit):
+        flag_tables.answer(tables[verb], ["--help"], takes_recipe=False)
+    by_table = capsys.readouterr().out
+    PARSERS[verb].parser().print_help()
+    assert by_table == capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--version"], 0),
+        (["trian"], 2),
+        (["train", "--help"], 0),
+        (["train", "--lerning_rate", "3"], 2),
+        (["train", "there_is_none.yaml", "--gpus", "2"], 2),
+        (["train", "--lisa_activated_layers", "-1"], 2),
+        (["plan", "--gpu_memry", "3"], 2),
+        (["eval", "model", "--help"], 0),
+        (["check", "--help"], 0),
+    ],
+    ids=str,
+)
+def test_nothing_is_imported_for_an_answer(monkeypatch, tmp_path, words, code):
+    """Where a table of these releases is shipped, or in the cache."""
+    monkeypatch.delenv("RANK", raising=False)  # what trained in this process has set it
+    for verb, module in PARSERS.items():
+        if flag_tables.load(verb) is None:
+            flag_tables.store(verb, module.parser())
+    script = f"""
+import sys
+from lisa_dist import cli
+sys.argv = ["lisa-dist", *{words!r}]
+try:
+    cli.main()
+    code = 0
+except SystemExit as ended:
+    code = ended.code
+print(code, [name for name in {HEAVY!r} if name in sys.modules])
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert ran.stdout.splitlines()[-1] == f"{code} []", ran.stdout + ran.stderr
+
+
+def test_with_other_releases_the_first_command_leaves_a_table(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(flag_tables, "versions", lambda: {"transformers": "5.99", "trl": "1.99"})
+    assert flag_tables.load("norms") is None
+    with pytest.raises(SystemExit):
+        cli.run_verb("norms", ["--help"])
+    (kept,) = tmp_path.rglob("norms-*.jsonl")
+    assert flag_tables.load("norms") == json.loads(json.dumps(flag_tables.table_of(norms.parser())))
+    kept.write_text("cut", encoding="utf-8")
+    assert flag_tables.load("norms") is None
+
+
+def test_a_home_that_cannot_be_written_costs_nothing_but_time(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    flag_tables.store("norms", norms.parser())
+    assert not (tmp_path / "file").read_bytes()
