@@ -6,7 +6,7 @@ import shutil
 from importlib.util import find_spec
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from lisa_dist.commands import exit_on_error
 from lisa_dist.distributed.devices import why_no_gpu
@@ -37,7 +37,9 @@ def describe() -> str:
     """
     on_gpu = torch.cuda.is_available()
     kernels, why = choose_kernels("cuda" if on_gpu else "cpu")
-    attention, why_attention = choose_attention(None, half_precision=True, config=LlamaConfig())
+    # Without a GPU it is SDPA's for any model, and to ask a Llama's class takes a second of imports.
+    config = LlamaConfig() if on_gpu else PretrainedConfig()
+    attention, why_attention = choose_attention(None, half_precision=True, config=config)
     rows = [
         ("lisa_dist", version_of("lisa_dist")),
         ("Python", platform.python_version()),
