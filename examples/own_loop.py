@@ -11,7 +11,6 @@ import json
 import os
 from pathlib import Path
 
-import deepspeed
 import torch
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
@@ -43,8 +42,6 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     lisa_config, args = parser.parse_args_into_dataclasses()
 
-    deepspeed.init_distributed()
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = read_rows(args.data, tokenizer, args.length)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
@@ -59,6 +56,7 @@ def main() -> None:
         micro_batch_size=args.batch_size,
         output_dir=args.output_dir,
     )
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     if args.resume:
         lisa_dist.load_checkpoint(lisa, args.resume)
 

@@ -35,6 +35,15 @@ def cpu_ops() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _errors_name_flags():
+    """As in a run; test_errors.py has them as Python sees them."""
+    from lisa_dist.errors import naming_flags
+
+    with naming_flags():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _stop_ranks_at_the_end():
     yield
     ranks.stop_ranks()

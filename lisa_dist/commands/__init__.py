@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from lisa_dist.errors import SharedError, UserError
+from lisa_dist.errors import SharedError, UserError, naming_flags
 
 
 @contextlib.contextmanager
@@ -15,11 +15,13 @@ def exit_on_error(name: str, *others: type[Exception]) -> Iterator[None]:
     """
     errors: tuple[type[Exception], ...] = (UserError, *others)
     try:
-        yield
+        with naming_flags():
+            yield
     except errors as error:
         rank, shared = os.environ.get("RANK", "0"), isinstance(error, SharedError)
         if not shared and os.environ.get("WORLD_SIZE", "1") != "1":
             name += f", rank {rank}"
         if not shared or rank == "0":
-            print(f"{name}: {error}", flush=True)
+            with naming_flags():
+                print(f"{name}: {error}", flush=True)
         raise SystemExit(2) from error

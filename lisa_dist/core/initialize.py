@@ -1,6 +1,5 @@
 """LISA in a DeepSpeed loop of one's own: engine and controller in one call."""
 
-import os
 import weakref
 
 import deepspeed
@@ -9,6 +8,7 @@ import torch
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_config import prepare_ds_config
+from lisa_dist.distributed.ranks import join_ranks
 from lisa_dist.distributed.run_lock import hold_folder
 from lisa_dist.ds_config import load_ds_config, precision_of, uses_optimizer_offload
 from lisa_dist.optim.build import build_optimizer
@@ -30,7 +30,8 @@ def initialize(
     """A DeepSpeed engine that trains `model` by LISA, and its controller: the short way for a loop of one's own.
 
     `ds_config` is a shipped short name (zero1, zero2, zero3, zero2_offload, ...), a path, or a dict; its "auto" values
-    are filled in from the arguments. Call `lisa.on_step_begin()` before every step.
+    are filled in from the arguments. Without a launcher this process is the only rank. Call `lisa.on_step_begin()`
+    before every step.
     Until `lisa.close()`, or the end of the controller, no other run may have `output_dir`, where the logs go.
     """
     filled = load_ds_config(
@@ -43,8 +44,7 @@ def initialize(
     config = config or LisaConfig()
     prepare_ds_config(filled, config, optim, precision_of(filled))
     offload = uses_optimizer_offload(filled)
-    if config.lisa_frozen_bits != 16 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        deepspeed.init_distributed(auto_mpi_discovery=False)  # ranks of a host share the originals of frozen layers
+    join_ranks()  # those of a host share the originals of frozen layers
     lisa = LisaController(model, config)
     groups = lisa.param_groups(weight_decay)
     lr *= config.rate_factor(len(lisa.blocks.layers))

@@ -13,6 +13,7 @@ import re
 import socket
 from collections.abc import MutableMapping
 
+import deepspeed
 from torch import distributed as dist
 
 from lisa_dist.errors import UserError
@@ -71,6 +72,21 @@ def set_rank(environment: MutableMapping[str, str] = os.environ) -> str:
     elif "SLURM_STEP_TASKS_PER_NODE" in environment:
         environment.setdefault("LOCAL_SIZE", str(_tasks_of_this_node(environment)))
     return started_by
+
+
+def join_ranks() -> None:
+    """A process group for a script that has begun none: of the ranks of its launcher, or of this process alone.
+
+    Those of mpirun are DeepSpeed's to find.
+    """
+    if dist.is_initialized():
+        return
+    of_mpi = "RANK" not in os.environ and any(
+        _count(os.environ, name) > 1 for name, by in _OTHERS.items() if by == "mpirun"
+    )
+    if not of_mpi:
+        set_rank()
+    deepspeed.init_distributed(verbose=False, auto_mpi_discovery=of_mpi)
 
 
 def check_port(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -15,9 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from torch import distributed as dist
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -45,6 +43,7 @@ from lisa_dist.optim.build import build_optimizer
 from lisa_dist.train.callbacks import Heartbeat, LisaSteps
 from lisa_dist.train.checks import check_trainer
 from lisa_dist.train.compiled_layers import CompiledLayers
+from lisa_dist.train.deepspeed_arguments import begin_deepspeed
 from lisa_dist.train.identity import check_global_batch_size, compare_on_rank_0, describe_identity, write_identity
 from lisa_dist.train.liger import check_liger
 from lisa_dist.train.model_header import describe_training
@@ -53,13 +52,13 @@ from lisa_dist.train.probe import check_probe_of_run, probe_in_trainer
 from lisa_dist.train.random_states import random_states_kept
 from lisa_dist.train.resume_from import Beginning, find_beginning, load_schedule
 from lisa_dist.train.step_memory import StepWorkload, plan_run_memory
-from lisa_dist.zero.cpu_ops import start_deepspeed
 
 
 class LisaMixin(MonitoredMixin):
     """Put before a Trainer class: `class MyTrainer(LisaMixin, DPOTrainer): ...`; takes `lisa_config=LisaConfig(...)`.
 
-    Needs a DeepSpeed config with ZeRO stage 1, 2 or 3 in the training arguments. `trainer.lisa` is the controller once
+    `deepspeed` is a short name (zero1, zero2, zero3, zero2_offload, ...), a path or a dict; zero2, unless the training
+    arguments have a config. Without a launcher the process is the only rank. `trainer.lisa` is the controller once
     training has begun; `trainer.stopped_by` names the signal that ended it early, if one did. A run ends when a rank
     takes longer than `hang_timeout` seconds for a step (0: never). `checkpointed_layers` is "none", "all", a number of
     decoder layers, or "auto" for the fewest that `gpu_memory`, such as "24GiB", is enough for (by default all of the
@@ -78,6 +77,7 @@ class LisaMixin(MonitoredMixin):
         self,
         *args: Any,
         lisa_config: LisaConfig | None = None,
+        deepspeed: str | dict | None = None,
         hang_timeout: float = HANG_TIMEOUT,
         checkpointed_layers: str | int | None = None,
         gpu_memory: str | None = None,
@@ -98,9 +98,7 @@ class LisaMixin(MonitoredMixin):
         self._save_async = save_async
         check_eval_frozen_bits(eval_frozen_bits, self.lisa_config)
         self._evaluates_originals = eval_frozen_bits == 16
-        if dist.is_initialized() and not deepspeed.comm.is_initialized():
-            # Accelerate has started gloo for CPU ranks, but DeepSpeed must know of it before it loads a model in parts.
-            start_deepspeed()
+        begin_deepspeed(kwargs.get("args", args[1] if len(args) > 1 else None), deepspeed)
         super().__init__(*args, **kwargs)
         self._optim = optim or self.args.optim.value
         optimizers = self.optimizer, self.optimizer_cls_and_kwargs

@@ -212,6 +212,7 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection, inter
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     deepspeed.init_distributed("gloo")
     torch.distributed.barrier()
+    from lisa_dist.errors import naming_flags
     from lisa_dist.zero.cpu_ops import release_shared_memory
 
     release_shared_memory()
@@ -226,7 +227,8 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection, inter
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             function, args = connection.recv()
             try:
-                outcome = ("value", function(*args))
+                with naming_flags():  # as in a run
+                    outcome = ("value", function(*args))
             except BaseException:  # noqa: BLE001 - whatever it is, the test must see it
                 outcome = ("raised", traceback.format_exc())
             # A Trainer of an earlier test, not collected yet, would have transformers build models under ZeRO-3.

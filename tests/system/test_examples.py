@@ -214,3 +214,37 @@ def test_continued_pretraining_splits_packs_and_learns(given, tmp_path):
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert held_out[-1] < held_out[0] - 0.5
     assert text_loss(tmp_path, given.text) < text_loss(given.model, given.text) - 0.5
+
+
+def snippets() -> list[str]:
+    """The Python of the README."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"), [(0, "step    20  period    1  active layers"), (1, "step 5 layers")], ids=["trainer", "loop"]
+)
+def test_what_the_readme_prints_runs_as_it_stands(tmp_path, given, place, said):
+    """Under plain python, in a shell that knows of no rank;."""
+    (tmp_path / ".quickstart").mkdir()
+    (tmp_path / ".quickstart" / "model").symlink_to(given.model)
+    (tmp_path / "pairs.jsonl").symlink_to(given.pairs)
+    (tmp_path / "text.txt").write_text("\n".join(f"Once there were {n} friends." for n in range(20)), encoding="utf-8")
+    text = snippets()[place]
+    (tmp_path / "script.py").write_text(text, encoding="utf-8")
+    kept = ("PATH", "HOME", "HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHONPATH")
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    environment |= (
+        {"TORCH_EXTENSIONS_DIR": os.environ["TORCH_EXTENSIONS_DIR"]} if "TORCH_EXTENSIONS_DIR" in os.environ else {}
+    )
+    ran = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert said in ran.stdout
+    saved = tmp_path / ("model" if place == 0 else "runs/loop/checkpoint")
+    trained = AutoModelForCausalLM.from_pretrained(saved).state_dict()
+    begun = AutoModelForCausalLM.from_pretrained(given.model).state_dict()
+    moved = [name for name, value in trained.items() if not torch.equal(value, begun[name])]
+    assert any("embed_tokens" in name for name in moved)
+    assert any(".layers." in name for name in moved)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cells import full, stages
 from models import tiny_gpt2, tiny_llama, tiny_mixtral, token_batches
-from ranks import run_ranks
+from ranks import RankError, run_ranks
 from reference import train_reference
 from safetensors import safe_open
 from torch import distributed as dist
@@ -68,13 +68,20 @@ def arguments(output_dir: str, ds_config: str, **changes) -> TrainingArguments:
     )
 
 
-def train(output_dir: str, ds_config: str, changes: dict, checkpointed: str | int | None = None) -> dict:
+def train(
+    output_dir: str,
+    ds_config: str,
+    changes: dict,
+    checkpointed: str | int | None = None,
+    given: str | dict | None = None,
+) -> dict:
     trainer = InOrder(
         model=tiny_llama(),
         args=arguments(output_dir, ds_config, **changes),
         train_dataset=rows_for(dist.get_world_size()),
         lisa_config=LisaConfig(lisa_interval_steps=INTERVAL, lisa_debug=True),
         checkpointed_layers=checkpointed,
+        deepspeed=given,
     )
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -89,6 +96,26 @@ def train(output_dir: str, ds_config: str, changes: dict, checkpointed: str | in
         "header": trainer.describe(),
         "sum_of_weights": total,
     }
+
+
+@pytest.mark.parametrize(
+    "given", ["zero3", None, {"zero_optimization": {"stage": 1}, "train_batch_size": "auto"}], ids=str
+)
+def test_a_config_may_be_given_to_the_trainer(given, tmp_path):
+    """Or none, for zero2; the arguments are as for any Trainer then, and what trains is the same."""
+    ds_config = {"zero3": "zero3", "None": "zero2"}.get(str(given), "zero1")
+    (by_arguments, *_), (by_trainer, *_) = (
+        run_ranks(train, 2, str(tmp_path / name), ds_config, changes, None, config)
+        for name, changes, config in (("arguments", {}, None), ("trainer", {"deepspeed": None}, given))
+    )
+    assert by_trainer["losses"] == by_arguments["losses"]
+    assert by_trainer["sum_of_weights"] == by_arguments["sum_of_weights"]
+    assert f"stage {ds_config[-1]}" in by_trainer["header"]
+
+
+def test_two_configs_are_one_too_many(tmp_path):
+    with pytest.raises(RankError, match="deepspeed: the training arguments have a DeepSpeed config too"):
+        run_ranks(train, 1, str(tmp_path), "zero2", {}, None, "zero1")
 
 
 class TwoModes(InOrder):

@@ -1,0 +1,62 @@
+"""A DeepSpeed config for the arguments of a Trainer that were made without one, and a process group for a script.
+
+What `TrainingArguments` do when they are made with `deepspeed=FILE` under a launcher is done here later, for arguments
+that a user has made as for any Trainer.
+"""
+
+import os
+from typing import Any
+
+import torch
+from accelerate.utils import DeepSpeedPlugin
+from deepspeed import comm
+from torch import distributed as dist
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+from lisa_dist.distributed.ranks import set_rank
+from lisa_dist.ds_config import find_ds_config
+from lisa_dist.errors import UserError
+from lisa_dist.zero.cpu_ops import start_deepspeed
+
+DEFAULT = "zero2"
+# What `accelerate launch --use_deepspeed` has for the arguments.
+_OF_ACCELERATE = ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
+
+
+def begin_deepspeed(args: TrainingArguments | None, given: str | dict | None) -> None:
+    """Have the arguments of a Trainer train under DeepSpeed, and DeepSpeed know of the ranks.
+
+    `given`: a short name, a path or the content of a config; zero2 where neither it nor the arguments have one. Where
+    no launcher has started ranks this process is the only one. A Trainer that is given no arguments makes its own, and
+    says that they have no config. Raises UserError where there are two configs.
+    """
+    if isinstance(args, TrainingArguments):
+        _use_deepspeed(args, given)
+    if dist.is_initialized() and not comm.is_initialized():
+        # Accelerate has started gloo for CPU ranks, but DeepSpeed must know of it before it loads a model in parts.
+        start_deepspeed()
+
+
+def _use_deepspeed(args: TrainingArguments, given: str | dict | None) -> None:
+    # An earlier trainer of this process leaves ACCELERATE_USE_DEEPSPEED, by which arguments take a config of nobody's.
+    has_one = bool(args.deepspeed) or any(name in os.environ for name in _OF_ACCELERATE)
+    if has_one and given is not None:
+        raise UserError("deepspeed: the training arguments have a DeepSpeed config too; give it in one place.")
+    if not has_one:
+        args.deepspeed = find_ds_config(given or DEFAULT) if not isinstance(given, dict) else given
+    if not has_one or not dist.is_initialized():
+        _join(args)
+    if not has_one:
+        args.hf_deepspeed_config = HfTrainerDeepSpeedConfig(args.deepspeed)
+        args.hf_deepspeed_config.trainer_config_process(args)
+        args.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=args.hf_deepspeed_config)
+
+
+def _join(args: Any) -> None:
+    """Start the process group again, as DeepSpeed's: the arguments started none, or another one of Accelerate's."""
+    set_rank()
+    if not torch.cuda.is_available():
+        args.use_cpu, args.dataloader_pin_memory = True, False  # has Accelerate start gloo
+    vars(args).pop("_setup_devices", None)  # a cached property
+    assert args.device is not None

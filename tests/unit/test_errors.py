@@ -1,0 +1,41 @@
+"""Errors name settings as the user has given them: by flags of a command line, by arguments in Python."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lisa_dist import errors
+from lisa_dist.errors import UserError, naming_flags
+
+
+@pytest.mark.parametrize(
+    ("text", "in_python"),
+    [
+        ("--lisa_sampler x: unknown; choose one of a, b.", "lisa_sampler x: unknown; choose one of a, b."),
+        ("a with --lisa_depth_bias 3: give --lisa_sampler.", "a with lisa_depth_bias 3: give lisa_sampler."),
+        ("pip install flash-attn --no-build-isolation", "pip install flash-attn --no-build-isolation"),
+        ("a -- b, c--d", "a -- b, c--d"),
+    ],
+)
+def test_a_setting_is_named_as_it_was_given(monkeypatch, text, in_python):
+    monkeypatch.setattr(errors, "_names_flags", False)
+    error = UserError(text)
+    assert str(error) == in_python
+    with naming_flags():
+        assert str(error) == text
+        with naming_flags():
+            pass
+        assert str(error) == text
+    assert str(error) == in_python
+
+
+def test_python_is_told_of_an_argument_and_the_command_line_of_a_flag():
+    """In new processes: nothing of these tests' own."""
+    script = "import lisa_dist\ntry: lisa_dist.LisaConfig(lisa_sampler='x')\nexcept ValueError as error: print(error)"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("lisa_sampler x: unknown; choose one of uniform")
+    command = [sys.executable, "-m", "lisa_dist", "plan", "--model", "llama2-7b", "--lisa_sampler", "x"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert ran.stdout.startswith("lisa-dist plan: --lisa_sampler x: unknown; choose one of uniform")
