@@ -1,7 +1,8 @@
-"""Packaging of lisa_dist. `lisa_dist/kernels` and `lisa_dist/ds_configs` are links to the folders at the top."""
+"""Packaging of lisa_dist, in which some folders are links to those at the top."""
 
 from setuptools import find_packages, setup
 
+LINKS = ("kernels", "ds_configs", "recipes", "examples")
 LAUNCHER = ["ninja>=1.11,<2"]  # DeepSpeed compiles its C++ ops with it at first use
 QUICKSTART = ["gguf>=0.10,<1"]
 # The line of the progress, the plots of the report, the tracker that a run logs to by default.
@@ -20,13 +21,12 @@ setup(
     description="Distributed LLM training by LISA, Layerwise Importance Sampled AdamW, on DeepSpeed",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["lisa_dist*"]), "lisa_dist.kernels", "lisa_dist.ds_configs"],
+    packages=[*find_packages(include=["lisa_dist*"]), *(f"lisa_dist.{link}" for link in LINKS)],
     package_data={
         "lisa_dist": ["py.typed", "flag_tables.jsonl", "model_configs/*.json"],
         "lisa_dist.eval": ["eval_tasks/*.y*ml"],
         "lisa_dist.report": ["report.html"],
-        "lisa_dist.ds_configs": ["*.json"],
-        "lisa_dist.kernels": ["*"],
+        **{f"lisa_dist.{link}": ["*", "*/*"] for link in LINKS},
     },
     install_requires=[
         "torch>=2.6,<3",

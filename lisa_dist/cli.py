@@ -21,26 +21,37 @@ USAGE = """usage: lisa-dist train recipe.yaml [--gpus N] [--any_flag value]
        lisa-dist eval MODEL --tasks mmlu,gsm8k,mt_bench [--data_dir DIR] [--gpus N]
        lisa-dist export CHECKPOINT OUT
        lisa-dist report OUTPUT_DIR
-       lisa-dist norms RUN [RUN ...] --out FOLDER
+       lisa-dist norms RUN [RUN ...] --output_dir FOLDER
+       lisa-dist recipes [show NAME | copy NAME [FILE]]
        lisa-dist info
+       lisa-dist completion bash|zsh
        srun --ntasks-per-node=1 lisa-dist check --config recipe.yaml --output_dir DIR --gpus_per_node 8
 
-  train   train a model by LISA, on one device or on several of this host; on more: launch/README.md
-  init    write a commented recipe for a model and a budget of memory
-  plan    what a run will need of memory, part by part, and the command that fits; needs no GPU and no weights
-  eval    a model's scores on lm-evaluation-harness' tasks and on MT-Bench
-  export  turn a checkpoint of any LISA run into a folder that from_pretrained loads, without a GPU
-  report  write report.html of a run, also while it goes on or where it was cut
-  norms   norms of weights and updates by block, of runs with --layer_norms: a table, a CSV, the paper's figure
-  check   on every host before a run: GPUs, address, output folder, versions, time to save
-  info    what is installed here, which kernels and attention a run would use and why, and what is missing
+  train       train a model by LISA, on one device or on several of this host; on more: launch/README.md
+  init        write a commented recipe for a model and a budget of memory
+  plan        what a run will need of memory, part by part, and the command that fits; needs no GPU and no weights
+  eval        a model's scores on lm-evaluation-harness' tasks and on MT-Bench
+  export      turn a checkpoint of any LISA run into a folder that from_pretrained loads, without a GPU
+  report      write report.html of a run, also while it goes on or where it was cut
+  norms       norms of weights and updates by block, of runs with --layer_norms: a table, a CSV, the paper's figure
+  check       on every host before a run: GPUs, address, output folder, versions, time to save
+  recipes     the recipes and examples that come with the package: listed, shown, or copied to edit
+  info        what is installed here, which kernels and attention a run would use and why, and what is missing
+  completion  words for the shell: eval "$(lisa-dist completion bash)"
 
 lisa-dist VERB --help has the flags of a verb.
 """
 # Verbs that parse flags of their own and answer --help; what a first word that is no flag is the value of.
 _WITH_FLAGS = {"train": "--config", "init": None, "plan": None, "eval": "--model", "check": None, "norms": None}
-# Verbs with words alone, and the words.
-_WITH_WORDS = {"export": ("CHECKPOINT", "OUT"), "report": ("OUTPUT_DIR",), "info": ()}
+# Verbs with words alone: how many, and which.
+_WITH_WORDS = {
+    "export": ((2,), "CHECKPOINT OUT"),
+    "report": ((1,), "OUTPUT_DIR"),
+    "recipes": ((0, 2, 3), "[show NAME | copy NAME [FILE]]"),
+    "info": ((0,), ""),
+    "completion": ((1,), "bash|zsh"),
+}
+VERBS = (*_WITH_FLAGS, *_WITH_WORDS)
 
 
 def main() -> None:
@@ -56,16 +67,16 @@ def main() -> None:
         raise SystemExit(0)
     asks = verb in ("-h", "--help") or words in (["-h"], ["--help"])
     if verb in _WITH_WORDS:
-        needed = _WITH_WORDS[verb]
-        if len(words) == len(needed) and not asks:
+        counts, named = _WITH_WORDS[verb]
+        if len(words) in counts and not asks:
             _import(verb).main(*words)
             return
         what = next(line.split(maxsplit=1)[1] for line in USAGE.splitlines() if line.startswith(f"  {verb} "))
-        print(f"usage: {' '.join(['lisa-dist', verb, *needed])}\n\n{what}")
+        print(f"usage: lisa-dist {verb} {named}".rstrip() + f"\n\n{what}")
     elif verb is None or asks:
         print(USAGE, end="")
     else:
-        found = difflib.get_close_matches(verb, [*_WITH_FLAGS, *_WITH_WORDS], n=1)
+        found = difflib.get_close_matches(verb, VERBS, n=1)
         meant = f"did you mean {found[0]}?" if found else "lisa-dist --help lists them."
         print(f"lisa-dist: {verb}: no such verb; {meant}")
     raise SystemExit(0 if asks else 2)
@@ -80,6 +91,17 @@ def run_verb(verb: str, words: Sequence[str]) -> None:
     if table is None:
         flag_tables.store(verb, module.parser())
     module.main(words)
+
+
+def table_of_verb(verb: str) -> list:
+    """The screen of help and the flags of a verb; of one without flags nothing."""
+    if verb not in _WITH_FLAGS:
+        return []
+    table = flag_tables.load(verb)
+    if table is None:
+        flag_tables.store(verb, parser := _import(verb).parser())
+        table = flag_tables.table_of(parser)
+    return table
 
 
 def _answer(verb: str, table: list, words: Sequence[str]) -> None:

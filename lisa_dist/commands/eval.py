@@ -23,7 +23,7 @@ HELP = {
         "batch_size": "prompts at a time on each rank, or auto",
         "dtype": "of the weights; auto: as they were saved",
         "seed": "of sampled examples and answers",
-        "output": "folder of the results, by default eval/ and the model's name",
+        "output_dir": "folder of the results, by default eval/ and the model's name",
     },
     "MT-Bench": {
         "max_new_tokens": "of an answer",

@@ -9,18 +9,18 @@ from lisa_dist.errors import UserError
 from lisa_dist.flags import FlagParser
 from lisa_dist.report.norms import format_skew, plot_norms, read_runs, write_csv
 
-USAGE = """lisa-dist norms RUN [RUN ...] --out FOLDER
+USAGE = """lisa-dist norms RUN [RUN ...] --output_dir FOLDER
 
 RUN is the output_dir of a run that was trained with --layer_norms N, or a lisa_norms.csv, by itself or with a label as
 label=RUN; without one it is called by its method."""
-HELP = {"What is written": {"out": "the folder for norms.csv and norms.png, the paper's figure"}}
+HELP = {"What is written": {"output_dir": "the folder for norms.csv and norms.png, the paper's figure"}}
 
 
 @dataclass
 class NormsArguments:
     """Flags of `lisa-dist norms`, next to the runs."""
 
-    out: str = field(metadata={"help": "Folder for norms.csv and norms.png."})
+    output_dir: str = field(metadata={"aliases": ["--out"], "help": "Folder for norms.csv and norms.png."})
 
 
 def parser() -> FlagParser:
@@ -36,12 +36,12 @@ def main(words: Sequence[str]) -> None:
         flags = parser()
         flags.check_words(words)
         arguments, others = flags.parse_args_into_dataclasses(words)
-        runs, out = read_runs(others.runs), Path(arguments.out)
+        runs, out = read_runs(others.runs), Path(arguments.output_dir)
         try:
             out.mkdir(parents=True, exist_ok=True)
             write_csv(runs, out / "norms.csv")
             plot_norms(runs, out / "norms.png")
         except OSError as error:
-            raise UserError(f"--out {out}: cannot be written ({error.strerror}).") from error
+            raise UserError(f"--output_dir {out}: cannot be written ({error.strerror}).") from error
         print(format_skew(runs))
         print(f"wrote {out / 'norms.csv'} and {out / 'norms.png'}")

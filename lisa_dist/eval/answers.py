@@ -52,7 +52,7 @@ class AnswerFile:
                 if differing:
                     raise UserError(
                         f"{path}: has answers made with other {', '.join(differing)}; move it away, or give another "
-                        "--output."
+                        "--output_dir."
                     )
                 saved[line["question_id"]] = line
         return saved

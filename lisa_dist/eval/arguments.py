@@ -32,7 +32,9 @@ class EvalArguments:
     dtype: str = field(default="auto", metadata={"help": f"Of the weights: {', '.join(_DTYPES)}; auto: as saved."})
     seed: int = field(default=1234, metadata={"help": "Seed of the few-shot examples and of sampled answers."})
     gpus: int | None = field(default=None, metadata={"help": "Ranks to start on this host; each evaluates a share."})
-    output: str | None = field(default=None, metadata={"help": "Folder of the results; left out, eval/MODEL."})
+    output_dir: str | None = field(
+        default=None, metadata={"aliases": ["--output"], "help": "Folder of the results; left out, eval/MODEL."}
+    )
     max_new_tokens: int = field(default=1024, metadata={"help": "Tokens per answer of mt_bench."})
     judge_url: str | None = field(
         default=None, metadata={"help": "OpenAI-compatible endpoint, such as http://localhost:8000/v1."}
@@ -79,4 +81,4 @@ class EvalArguments:
     @property
     def folder(self) -> Path:
         """The folder of the results."""
-        return Path("eval", self.model_id) if self.output is None else Path(self.output)
+        return Path("eval", self.model_id) if self.output_dir is None else Path(self.output_dir)

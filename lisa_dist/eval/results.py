@@ -12,7 +12,7 @@ from lisa_dist.files import replacing
 
 
 class Results:
-    """The results of one model in `--output`; tasks are added one by one, and replace what was there of them."""
+    """The results of one model in `--output_dir`; tasks are added one by one, and replace what was there of them."""
 
     def __init__(self, arguments: EvalArguments):
         self._arguments = arguments
@@ -23,12 +23,12 @@ class Results:
                 raise PermissionError(13, "no permission to write")
             content = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
         except OSError as error:
-            raise UserError(f"--output {arguments.folder}: {error.strerror}; give another folder.") from error
+            raise UserError(f"--output_dir {arguments.folder}: {error.strerror}; give another folder.") from error
         except ValueError as error:
             raise UserError(f"{self._path}: is not JSON ({error}); move it away.") from error
         if content.get("model", arguments.model) != arguments.model:
             raise UserError(
-                f"--output {arguments.folder}: has results of {content['model']}; give another folder for those of "
+                f"--output_dir {arguments.folder}: has results of {content['model']}; give another folder for those of "
                 f"{arguments.model}."
             )
         self._tasks = content.get("tasks", {})

@@ -1,0 +1,71 @@
+"""`lisa-dist recipes`: the recipes and examples that come with the package, listed, shown, copied."""
+
+import difflib
+import shutil
+from importlib import resources
+from pathlib import Path
+
+from lisa_dist.commands import exit_on_error
+from lisa_dist.errors import UserError
+
+
+def main(*words: str) -> None:
+    """List them, print one, or copy one to edit."""
+    with exit_on_error("lisa-dist recipes"):
+        verb, *rest = words or ("list",)
+        if verb == "list" and not rest:
+            print(_listed())
+        elif verb == "show" and len(rest) == 1:
+            print(_find(rest[0]).read_text(encoding="utf-8"), end="")
+        elif verb == "copy" and len(rest) in (1, 2):
+            source = _find(rest[0])
+            print(f"wrote {_copy(source, Path(rest[1] if len(rest) == 2 else source.name))}")
+        else:
+            raise UserError(f"{' '.join(words)}: give nothing for a list, show NAME, or copy NAME [FILE].")
+
+
+def shipped() -> dict[str, Path]:
+    """Recipes by name, and examples by file name."""
+    root = Path(str(resources.files("lisa_dist")))
+    found = {path.stem: path for path in sorted((root / "recipes").glob("*.yaml"))}
+    found["continued_pretraining"] = root / "examples" / "continued_pretraining" / "recipe.yaml"
+    return found | {path.name: path for path in sorted((root / "examples").glob("*.py"))}
+
+
+def _find(name: str) -> Path:
+    known = shipped()
+    path = known.get(name) or known.get(name.removesuffix(".yaml"))
+    if path is None:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        raise UserError(f"{name}: no such recipe; {f'did you mean {nearest[0]}?' if nearest else 'see the list.'}")
+    return path
+
+
+def _copy(source: Path, target: Path) -> Path:
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise UserError(f"{target}: is there already; name another file.")
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror}).") from error
+    return target
+
+
+def _listed() -> str:
+    """Each with the first sentence of what it says of itself."""
+    known = shipped()
+    width = max(map(len, known)) + 2
+    return "\n".join(f"{name:<{width}}{_first_sentence(path).rstrip('.')}" for name, path in known.items())
+
+
+def _first_sentence(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return text.partition('"""')[2].partition("\n")[0]
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("# ") or line.startswith("# $"):
+            break
+        lines.append(line.removeprefix("# "))
+    return " ".join(lines).partition(": ")[0]
