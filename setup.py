@@ -26,7 +26,7 @@ setup(
         "lisa_dist": ["py.typed", "flag_tables.jsonl", "model_configs/*.json"],
         "lisa_dist.eval": ["eval_tasks/*.y*ml"],
         "lisa_dist.report": ["report.html"],
-        **{f"lisa_dist.{link}": ["*", "*/*"] for link in LINKS},
+        **{f"lisa_dist.{link}": ["*.*", "*/*.yaml", "*/*.md"] for link in LINKS},
     },
     install_requires=[
         "torch>=2.6,<3",

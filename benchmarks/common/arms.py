@@ -34,7 +34,7 @@ from lisa_dist.core.live_bytes import live_storages
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.memory.estimate import plan_memory
 from lisa_dist.memory.kept_states import kept_states
-from lisa_dist.memory.planner import load_model_config
+from lisa_dist.memory.known_models import load_model_config
 from lisa_dist.memory.stage_settings import StageSettings
 from lisa_dist.memory.trace import FakeRun, Trained, Workload
 from lisa_dist.memory.tracker import AllocationTracker

@@ -8,7 +8,9 @@ from lisa_dist.commands.plan import HELP as HELP_OF_PLAN
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
 from lisa_dist.flags import FlagParser
-from lisa_dist.train.recipe import InitArguments, choose, format_recipe
+from lisa_dist.memory.known_models import load_model_config
+from lisa_dist.memory.ladder import first_that_fits
+from lisa_dist.train.recipe import InitArguments, format_recipe
 
 USAGE = "lisa-dist init --model llama3.1-8b [--gpus N] [--gpu_memory 24GiB] [--any_flag value ...]"
 # The screen of --help; what is not here is in --help_all.
@@ -52,7 +54,8 @@ def main(words: Sequence[str]) -> None:
         flags = parser()
         flags.check_words(words)
         arguments, lisa_config = flags.parse_args_into_dataclasses(words)
-        text = format_recipe(arguments, *choose(arguments, lisa_config), words)
+        chosen = first_that_fits(load_model_config(arguments.model), arguments, lisa_config)
+        text = format_recipe(chosen, words)
         if arguments.recipe is None:
             print(text, end="")
             return

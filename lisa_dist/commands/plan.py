@@ -2,22 +2,24 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from lisa_dist.commands import exit_on_error
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
 from lisa_dist.flags import FlagParser
+from lisa_dist.memory.known_models import load_model_config
+from lisa_dist.memory.ladder import first_that_fits
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import (
     command_for,
     format_plans,
-    load_model_config,
     make_plans,
     plot_plans,
     what_fits,
 )
+from lisa_dist.text import format_bytes
 
 USAGE = "lisa-dist plan --model llama3.1-8b [--gpus N] [--gpu_memory 80GiB] [--any_flag value ...]"
 # The screen of --help; what is not here is in --help_all.
@@ -51,7 +53,11 @@ HELP = {
         "lisa_master": "fp32, or bf16_sr for no masters",
         "lisa_offload": "blocks whose optimizer states live on the host",
     },
-    "What is written": {"json": "the plans, to this file", "plot": "their bars, to this .png"},
+    "What is written": {
+        "dataset_name": "in the command of the run",
+        "json": "the plans, to this file",
+        "plot": "their bars, to this .png",
+    },
 }
 
 
@@ -76,5 +82,26 @@ def main(words: Sequence[str]) -> None:
                 raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror}).") from error
         if arguments.plot:
             plot_plans(plans, arguments)
-        best = what_fits(plans, arguments)
+        try:
+            best = what_fits(plans, arguments)
+        except UserError:
+            _tell_what_would(arguments, lisa_config)
+            raise
+        if best.ds_config.endswith("_offload") and not arguments.deepspeed:
+            _tell_what_would(arguments, lisa_config)
         print(f"\n{command_for(best, arguments)}")
+
+
+def _tell_what_would(arguments: PlanArguments, lisa_config: LisaConfig) -> None:
+    """Print the first settings by which the GPU's memory is enough without the host's, if there are any."""
+    if arguments.method != "lisa":
+        return
+    asked = replace(arguments, deepspeed=None)
+    try:
+        found = first_that_fits(load_model_config(arguments.model), asked, lisa_config, with_offload=False)
+    except UserError:  # none does
+        return
+    flags = ({} if found.rung.optim is None else {"optim": found.rung.optim}) | found.rung.settings
+    words = " ".join(f"--{name} {value}" for name, value in flags.items())
+    size, way = format_bytes(found.plan.gpu.peak), found.plan.ds_config
+    print(f"\nWithout the host: {words} takes {size} of the GPU ({way}; {found.rung.name})")

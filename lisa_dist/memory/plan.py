@@ -48,6 +48,7 @@ class PlanArguments:
         metadata={"help": "As in training; auto is for logits where they fit, else chunked."},
     )
     reserve: str = field(default="1GiB", metadata={"help": "Of a GPU, for the CUDA context, NCCL and fragments."})
+    dataset_name: str = field(default="DATA", metadata={"help": "Data to train on, for the command of the run."})
     json: str | None = field(default=None, metadata={"help": "Write the plans to this file."})
     plot: str | None = field(default=None, metadata={"help": "Draw them as bars to this .png."})
 

@@ -2,15 +2,13 @@
 
 import copy
 import functools
-import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from lisa_dist.config import AUTO_LAYERS, LisaConfig
 from lisa_dist.core.blocks import number_of_decoder_layers
@@ -23,6 +21,7 @@ from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.memory.estimate import plan_memory
 from lisa_dist.memory.kept_states import kept_states
+from lisa_dist.memory.known_models import name_or_folder
 from lisa_dist.memory.periods import widest_periods
 from lisa_dist.memory.plan import DTYPES, WAYS, Plan, PlanArguments
 from lisa_dist.memory.stage_settings import StageSettings
@@ -183,34 +182,6 @@ class Planner:
         return self._traces[checkpointed_layers, loss, by_rows]
 
 
-def shipped_model_configs() -> list[str]:
-    """Names of the model configs that come with the package, such as llama3.1-8b."""
-    folder = resources.files("lisa_dist") / "model_configs"
-    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
-
-
-def load_model_config(model: str) -> PretrainedConfig:
-    """The config of a shipped name, a folder, a config.json, or a model of the hub."""
-    path = Path(model)
-    if model in shipped_model_configs():
-        text = (resources.files("lisa_dist") / "model_configs" / f"{model}.json").read_text(encoding="utf-8")
-    elif path.is_file():
-        text = None
-    else:
-        try:
-            return AutoConfig.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--model {model}: no such folder, and no such model can be reached on the hub "
-                f"({type(error).__name__}). Give the path of its config.json, or one of the shipped names: "
-                f"{', '.join(shipped_model_configs())}."
-            ) from error
-    try:
-        return AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8") if text is None else text))
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"--model {model}: is no model's config.json ({error}).") from error
-
-
 def with_most_layers(
     config: PretrainedConfig,
     arguments: PlanArguments,
@@ -293,10 +264,14 @@ def make_plans(
 
 
 def command_for(plan: Plan, arguments: PlanArguments) -> str:
-    """The command line of a plan; data and output folder are to be added."""
-    path = Path(arguments.model)
-    model = "MODEL" if arguments.model in shipped_model_configs() else str(path.parent if path.is_file() else path)
-    flags: dict[str, Any] = {"model_name_or_path": model, "method": arguments.method, "deepspeed": plan.ds_config}
+    """The command that starts the run of a plan; DATA stands for data that was not given."""
+    flags: dict[str, Any] = {
+        "model_name_or_path": name_or_folder(arguments.model),
+        "dataset_name": arguments.dataset_name,
+        "output_dir": f"runs/{Path(name_or_folder(arguments.model)).name}",
+        "method": arguments.method,
+        "deepspeed": plan.ds_config,
+    }
     flags |= {"per_device_train_batch_size": arguments.micro_batch_size, "max_length": arguments.seq_length}
     flags |= {"optim": arguments.optim, "bf16": arguments.precision == "bf16"}
     if arguments.loss != AUTO or plan.workload.loss == LOGITS:
@@ -313,8 +288,10 @@ def command_for(plan: Plan, arguments: PlanArguments) -> str:
         flags |= {name: value for name, value in plan.lisa_config.to_dict().items() if value != defaults[name]}
     words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
     hosts = -(-arguments.gpus // arguments.gpus_per_host)
-    several = f"--hostfile hostfile --num_nodes {hosts} " if hosts > 1 else ""
-    return f"deepspeed {several}--num_gpus {min(arguments.gpus, arguments.gpus_per_host)} launch/train.py {words}"
+    if hosts == 1:
+        return f"lisa-dist train --gpus {arguments.gpus} {words}"
+    several = f"--hostfile hostfile --num_nodes {hosts} --num_gpus {arguments.gpus_per_host}"
+    return f"deepspeed {several} --no_local_rank --module lisa_dist.cli train {words}"
 
 
 def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:

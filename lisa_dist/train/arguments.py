@@ -25,25 +25,13 @@ from lisa_dist.distributed.watchdog import HANG_TIMEOUT
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.flags import RunParser
+from lisa_dist.memory.known_models import HUB_IDS
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.run_folder import hide_secrets
 from lisa_dist.train.ranges import check_objects, check_ranges
 
 METHODS = ("lisa", "full", "lora")
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
-# Where the weights of the shipped configs are.
-HUB_IDS = {
-    "gemma2-9b": "google/gemma-2-9b",
-    "llama2-7b": "meta-llama/Llama-2-7b-hf",
-    "llama2-13b": "meta-llama/Llama-2-13b-hf",
-    "llama2-70b": "meta-llama/Llama-2-70b-hf",
-    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
-    "llama3.1-70b": "meta-llama/Llama-3.1-70B",
-    "mistral-7b": "mistralai/Mistral-7B-v0.1",
-    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
-    "qwen2.5-32b": "Qwen/Qwen2.5-32B",
-    "qwen2.5-72b": "Qwen/Qwen2.5-72B",
-}
 
 
 @dataclass

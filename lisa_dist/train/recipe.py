@@ -1,4 +1,4 @@
-"""A recipe for a model and a budget of memory: the first rung of a ladder of settings that fits, with comments."""
+"""A recipe for a model and a budget of memory, with comments."""
 
 import math
 import shlex
@@ -11,31 +11,18 @@ import yaml
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO
 from lisa_dist.errors import UserError
-from lisa_dist.memory.plan import WAYS, Plan, PlanArguments
-from lisa_dist.memory.planner import load_model_config, make_plans, what_fits
+from lisa_dist.memory.known_models import load_model_config, name_or_folder
+from lisa_dist.memory.ladder import Chosen
+from lisa_dist.memory.plan import Plan, PlanArguments
 from lisa_dist.text import GIB, format_bytes
-from lisa_dist.train.arguments import HUB_IDS
 
-# What is tried until something fits, from the method as it was published to what gives most of it up for memory.
-LADDER: tuple[tuple[str, dict[str, str], bool], ...] = (
-    ("AdamW in 32 bits, as published", {}, False),
-    ("moments of embeddings and head in 8 bits", {"lisa_state_bits": "embed=8,head=8"}, False),
-    ("AdamW in 32 bits, as published; optimizer states on the host", {}, True),
-    ("embeddings and head sampled like layers", {"lisa_always_on": "rest"}, False),
-    (
-        "embeddings and head sampled like layers, moments in 8 bits",
-        {"lisa_always_on": "rest", "lisa_state_bits": "embed=8,head=8,layers=8"},
-        False,
-    ),
-    ("embeddings and head sampled like layers, optimizer states on the host", {"lisa_always_on": "rest"}, True),
-)
 RECIPE = """\
 # LISA on {model}, {gpus} x {gpu_memory}, made by
 #   {command}
 # {way}.
 # Planned for {seq_length} tokens a sequence: {gpu} on each GPU and {reserve} for CUDA, {host} of host memory a rank.
 # The parts of it: {plan_command}
-# Start it: lisa-dist train --gpus {gpus_here} --config {recipe}{more_hosts}
+# Start it: lisa-dist train {recipe} --gpus {gpus_here}{more_hosts}
 
 # The model, and the data: files (.jsonl, .json, .csv, .parquet, .txt), folders or datasets of the hub; docs/data.md.
 model_name_or_path: {model_name_or_path}
@@ -79,7 +66,6 @@ _MORE = "# decoder layers; more is nearer to full training, and takes more memor
 class InitArguments(PlanArguments):
     """What is asked of `lisa-dist init`: a plan's questions, and where things are."""
 
-    dataset_name: str = field(default="DATA", metadata={"help": "Data to train on; to be filled in if left out."})
     output_dir: str | None = field(
         default=None, metadata={"help": "Of the run; by default runs/ and the model's name."}
     )
@@ -102,34 +88,13 @@ class InitArguments(PlanArguments):
         return (path.parent if path.name == "config.json" else path).name
 
 
-def choose(arguments: InitArguments, lisa_config: LisaConfig) -> tuple[str, Plan, LisaConfig]:
-    """The first rung of the ladder that fits, what it is, and its settings; those that were given stay as they are.
-
-    Raises ValueError with what is lacking where nothing fits.
-    """
-    config, given = load_model_config(arguments.model), lisa_config.to_dict()
-    problem, defaults = UserError("no way of running fits the settings"), LisaConfig().to_dict()
-    for way, settings, offloads in LADDER:
-        for_offload = offloads or "lisa_state_bits" in settings  # which goes with no states on the host
-        if any(given[name] != defaults[name] for name in settings) or (for_offload and lisa_config.offloaded):
-            continue  # it would change what was given
-        if "lisa_always_on" in settings and (lisa_config.lisa_activated_layers == 0 or lisa_config.by_module):
-            continue  # nothing can be sampled in the place of layers
-        tried = LisaConfig(**given | settings)
-        try:
-            ways = [name for name in WAYS if name.endswith("_offload") == offloads]
-            return way, what_fits(make_plans(config, arguments, tried, ways), arguments), tried
-        except UserError as error:
-            problem = error
-    raise problem
-
-
-def format_recipe(arguments: InitArguments, way: str, plan: Plan, lisa_config: LisaConfig, words: Sequence[str]) -> str:
-    """The recipe's text, YAML with comments."""
+def format_recipe(chosen: Chosen, words: Sequence[str]) -> str:
+    """The recipe's text, YAML with comments; `words` are those of the command."""
+    arguments, plan, lisa_config = chosen.arguments, chosen.plan, chosen.lisa_config
+    assert isinstance(arguments, InitArguments)
     defaults = LisaConfig().to_dict()
     shown = {name: value for name, value in lisa_config.to_dict().items() if value != defaults[name]}
     gamma, interval = (shown.pop(name, defaults[name]) for name in ("lisa_activated_layers", "lisa_interval_steps"))
-    path = Path(arguments.model)
     here = min(arguments.gpus, arguments.gpus_per_host)
     accumulation = arguments.gradient_accumulation_steps
     return RECIPE.format(
@@ -137,7 +102,7 @@ def format_recipe(arguments: InitArguments, way: str, plan: Plan, lisa_config: L
         gpus=arguments.gpus,
         gpu_memory=arguments.gpu_memory.strip(),
         command=_join(["lisa-dist", "init", *words]),
-        way=way[0].upper() + way[1:],
+        way=chosen.rung.name[0].upper() + chosen.rung.name[1:],
         gpu=format_bytes(plan.gpu.peak),
         reserve=arguments.reserve.strip(),
         host=format_bytes(plan.host_bytes),
@@ -145,9 +110,7 @@ def format_recipe(arguments: InitArguments, way: str, plan: Plan, lisa_config: L
         gpus_here=here,
         more_hosts="" if here == arguments.gpus else "\n# on one host; for several: docs/clusters.md",
         recipe=_join([arguments.recipe or "recipe.yaml"]),
-        model_name_or_path=_as_yaml(
-            HUB_IDS.get(arguments.model, str(path.parent if path.name == "config.json" else path))
-        ),
+        model_name_or_path=_as_yaml(name_or_folder(arguments.model)),
         dataset_name=_as_yaml(arguments.dataset_name),
         output_dir=_as_yaml(arguments.output_dir or f"runs/{arguments.model_name}"),
         active="" if lisa_config.by_module else f"lisa_activated_layers: {gamma:<13}{_MORE}\n",
@@ -170,7 +133,9 @@ def format_recipe(arguments: InitArguments, way: str, plan: Plan, lisa_config: L
 def _plan_command(arguments: InitArguments, plan: Plan) -> str:
     """The command of the plan that was chosen."""
     asked, defaults = vars(arguments), vars(PlanArguments(arguments.model))
-    flags = {name: asked[name] for name in defaults if asked[name] != defaults[name]} | {"deepspeed": plan.ds_config}
+    flags = {name: asked[name] for name in defaults if asked[name] != defaults[name] and name != "dataset_name"} | {
+        "deepspeed": plan.ds_config
+    }
     unlike = LisaConfig().to_dict()
     flags |= {name: value for name, value in plan.lisa_config.to_dict().items() if value != unlike[name]}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]

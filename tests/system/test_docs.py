@@ -19,6 +19,7 @@ from runs import ROOT, run_alone
 
 from lisa_dist import cli
 from lisa_dist.commands import eval as eval_command
+from lisa_dist.flag_words import first_word_as
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PAGES += ["benchmarks/README.md", "benchmarks/cost/GPU.md"]
@@ -31,7 +32,6 @@ SMALL = {
     "max_length": "64",
     "per_device_train_batch_size": "2",
     "gradient_accumulation_steps": "1",
-    "bf16": "false",
     "report_to": "none",
 }
 # What a reader has under a name of his own.
@@ -83,13 +83,15 @@ def folder(tmp_path_factory, cpu_ops) -> Path:
 def run_flags(words: list[str], folder: Path) -> None:
     """A training run with these flags, small; the launchers themselves are started in test_train.py."""
     flags = [str(ROOT / word) if word.startswith(("launch/", "examples/")) else word for word in words]
-    flags = ["--config", "recipe.yaml", *flags[1:]] if flags[:1] == ["..."] else flags
+    flags = ["--config", "recipe.yaml", *flags[1:]] if flags[:1] == ["..."] else first_word_as("--config", flags)
     flags = [THERE.get(flag, flag) for flag in flags]
     for name, value in ({"model_name_or_path": str(folder / "model_dir")} | SMALL).items():
         flags += [f"--{name}", value]
     recipe = flags[flags.index("--config") + 1]
     if "--dataset_name" not in flags:
         flags += ["--dataset_name", "rows.jsonl"]
+    if "full" not in flags and "lora" not in flags:  # the recipe is of bf16, without masters; other methods need not be
+        flags += ["--bf16", "true"]
     if "gpu_memory" not in yaml.safe_load((folder / recipe).read_text()):
         flags += ["--checkpointed_layers", "none"]  # for auto there is no GPU to ask
     if "--output_dir" not in flags:

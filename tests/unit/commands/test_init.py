@@ -13,9 +13,14 @@ from lisa_dist.commands import plan as plan_command
 from lisa_dist.commands.init import main
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.memory import planner as plan
-from lisa_dist.memory.planner import shipped_model_configs
-from lisa_dist.train.arguments import HUB_IDS, parse_arguments
-from lisa_dist.train.recipe import LADDER, InitArguments, choose
+from lisa_dist.memory.known_models import HUB_IDS, load_model_config, shipped_model_configs
+from lisa_dist.memory.ladder import LADDER, Chosen, first_that_fits
+from lisa_dist.train.arguments import parse_arguments
+from lisa_dist.train.recipe import InitArguments
+
+
+def choose(arguments: InitArguments, lisa_config: LisaConfig) -> Chosen:
+    return first_that_fits(load_model_config(arguments.model), arguments, lisa_config)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,7 @@ def test_the_recipe_is_one_that_a_run_takes(tiny, tmp_path, capsys):
     assert training_args.bf16 is False
     assert run_args.loss == "chunked"
     text = path.read_text()
-    assert "lisa-dist train --gpus 8 --config" in text
+    assert f"lisa-dist train {path} --gpus 8" in text
     assert "docs/clusters.md" in text, "16 GPUs are on two hosts"
 
 
@@ -76,24 +81,26 @@ def test_nothing_is_given_up_without_need(tmp_path):
     config.save_pretrained(tmp_path)
     asked = {"model": str(tmp_path), "checkpointed_layers": "all", "seq_length": 64}
     needs = {}
-    for way, settings, offloads in LADDER:
-        plans = plan.make_plans(config, InitArguments(**asked), LisaConfig(**settings))
-        needs[way] = min(one.gpu.peak for one in plans if one.ds_config.endswith("_offload") == offloads)
+    for rung in LADDER:
+        asked_so = InitArguments(**asked | ({} if rung.optim is None else {"optim": rung.optim}))
+        plans = plan.make_plans(config, asked_so, LisaConfig(**rung.settings))
+        needs[rung.name] = min(one.gpu.peak for one in plans if one.ds_config.endswith("_offload") == rung.offloads)
     reached = set()
     for need in needs.values():
-        way, chosen, settled = choose(InitArguments(**asked, gpu_memory=f"{need + 2**30}B"), LisaConfig())
-        assert way == next(way for way, theirs in needs.items() if theirs <= need)
-        assert chosen.gpu.peak <= need
-        assert settled == LisaConfig(**next(settings for name, settings, _ in LADDER if name == way))
-        reached.add(way)
-    assert len(reached) > 3, needs
+        chosen = choose(InitArguments(**asked, gpu_memory=f"{need + 2**30}B"), LisaConfig())
+        assert chosen.rung.name == next(name for name, theirs in needs.items() if theirs <= need)
+        assert chosen.plan.gpu.peak <= need
+        assert chosen.lisa_config == LisaConfig(**chosen.rung.settings)
+        assert chosen.arguments.optim == (chosen.rung.optim or "adamw_torch_fused")
+        reached.add(chosen.rung.name)
+    assert len(reached) > 4, needs
 
 
 def test_settings_that_are_given_stay(tiny):
     arguments = InitArguments(tiny, gpu_memory="4GiB")
-    _, chosen, config = choose(arguments, LisaConfig(lisa_activated_layers=4))
-    assert config == LisaConfig(lisa_activated_layers=4)
-    assert not any(chosen.lacks(arguments))
+    chosen = choose(arguments, LisaConfig(lisa_activated_layers=4))
+    assert chosen.lisa_config == LisaConfig(lisa_activated_layers=4)
+    assert not any(chosen.plan.lacks(arguments))
     with pytest.raises(UserError, match="nothing fits"):
         choose(InitArguments(tiny, gpu_memory="1GiB"), LisaConfig(lisa_offload="embed,head"))
 

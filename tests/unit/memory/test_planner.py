@@ -26,15 +26,14 @@ from lisa_dist.ds_config import read_ds_config
 from lisa_dist.kernels import dynamic_code
 from lisa_dist.memory.estimate import plan_memory
 from lisa_dist.memory.kept_states import kept_states
+from lisa_dist.memory.known_models import load_model_config, shipped_model_configs
 from lisa_dist.memory.meter import StepMeter
 from lisa_dist.memory.periods import widest_periods
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import (
     Planner,
     command_for,
-    load_model_config,
     make_plans,
-    shipped_model_configs,
     what_fits,
     with_most_layers,
 )
@@ -328,6 +327,35 @@ def test_every_shipped_model_has_the_parameters_it_is_known_for():
         assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("given", "shipped"),
+    [
+        ("meta-llama/Llama-3.1-8B", "llama3.1-8b"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama3.1-8b"),
+        ("meta-llama/Llama-2-7b-chat-hf", "llama2-7b"),
+        ("meta-llama/Llama-2-7b", "llama2-7b"),
+        ("qwen/qwen2.5-72b-instruct", "qwen2.5-72b"),
+        ("google/gemma-2-9b-it", "gemma2-9b"),
+    ],
+)
+def test_models_of_the_hub_whose_config_is_shipped_need_no_hub(given, shipped):
+    assert load_model_config(given).to_dict() == load_model_config(shipped).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("llama3-8b", r"no shipped name; did you mean llama3\.1-8b\?"),
+        ("Llama2_7b", r"no shipped name; did you mean llama2-7b\?"),
+        ("meta-llama/Llama-3.1-9B", r"can be reached on the hub .*Did you mean meta-llama/Llama-3\.1-8B\?"),
+        ("no/such-model", r"can be reached on the hub \(\w+\)\. Give the path"),
+    ],
+)
+def test_the_nearest_shipped_model_is_named(given, said):
+    with pytest.raises(ValueError, match=rf"--model {given}: no such folder.*{said}"):
+        load_model_config(given)
+
+
 @pytest.fixture
 def tiny_config(tmp_path) -> str:
     tiny_llama().config.save_pretrained(tmp_path)
@@ -337,7 +365,7 @@ def tiny_config(tmp_path) -> str:
 def test_the_command_line(tiny_config, tmp_path, capsys):
     main(["--model", tiny_config, "--gpus", "2", "--json", str(tmp_path / "plans.json"), "--lisa_state", "keep"])
     said = capsys.readouterr().out
-    for words in ("weights", "states, always on", "zero3_offload", "fits", "deepspeed --num_gpus 2 launch/train.py"):
+    for words in ("weights", "states, always on", "zero3_offload", "fits", "lisa-dist train --gpus 2 "):
         assert words in said
     assert "--deepspeed zero1" in said, "the fastest that fits"
     assert "--lisa_state keep" in said
@@ -421,12 +449,15 @@ def test_the_command_says_what_was_planned(tiny_config):
 
     folder = str(Path(tiny_config).parent)
     assert command() == (
-        f"deepspeed --num_gpus 1 launch/train.py --model_name_or_path {folder} --method lisa --deepspeed zero2 "
+        f"lisa-dist train --gpus 1 --model_name_or_path {folder} --dataset_name DATA --output_dir "
+        f"runs/{Path(folder).name} --method lisa --deepspeed zero2 "
         "--per_device_train_batch_size 1 --max_length 1024 --optim adamw_torch_fused --bf16 True "
         "--loss logits --checkpointed_layers 0"
     )
     assert "--bf16 True --loss chunked --checkpointed_layers" in command(loss="chunked")
-    assert command(gpus=16).startswith("deepspeed --hostfile hostfile --num_nodes 2 --num_gpus 8 ")
+    assert command(gpus=16).startswith(
+        "deepspeed --hostfile hostfile --num_nodes 2 --num_gpus 8 --no_local_rank --module lisa_dist.cli train "
+    )
     assert "--optim adamw_torch_fused --bf16 False" in command(precision="fp32")
     assert command(checkpointed_layers="4").endswith("--checkpointed_layers 4")
     assert "--gradient_accumulation_steps 2 --checkpointed_layers 0" in command(gradient_accumulation_steps=2)
@@ -548,6 +579,26 @@ def test_what_cannot_be_planned_is_refused(tiny_config, capsys, flags, said):
     with pytest.raises(SystemExit, match="2"):
         main(["--model", tiny_config, "--reserve", "0", *flags])
     assert said in capsys.readouterr().out
+
+
+def test_what_would_fit_the_gpu_without_the_host_is_said(tiny_config, capsys):
+    """Where only offload fits; where the GPU is enough there is nothing to say."""
+    arguments = PlanArguments(tiny_config, reserve="0", checkpointed_layers="all", seq_length=64)
+    plans = {
+        plan.ds_config: plan.gpu.peak
+        for plan in make_plans(load_model_config(tiny_config), arguments, lisa_dist.LisaConfig())
+    }
+    as_published = min(peak for way, peak in plans.items() if not way.endswith("_offload"))
+    common = ["--model", tiny_config, "--reserve", "0", "--checkpointed_layers", "all", "--seq_length", "64"]
+    main([*common, "--gpu_memory", f"{as_published}B"])
+    assert "Without the host" not in capsys.readouterr().out
+    main([*common, "--gpu_memory", f"{as_published - 1}B"])
+    said = capsys.readouterr().out
+    (line,) = (line for line in said.splitlines() if line.startswith("Without the host: "))
+    words = line.partition(": ")[2].partition(" takes ")[0].split()
+    assert words
+    main([*common, *words, "--gpu_memory", f"{as_published - 1}B"])
+    assert "_offload " not in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_file_that_is_no_config_is_refused(tmp_path):
