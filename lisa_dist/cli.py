@@ -22,6 +22,7 @@ USAGE = """usage: lisa-dist train recipe.yaml [--gpus N] [--any_flag value]
        lisa-dist export CHECKPOINT OUT
        lisa-dist report OUTPUT_DIR
        lisa-dist norms RUN [RUN ...] --output_dir FOLDER
+       lisa-dist convert FILE [RECIPE]
        lisa-dist recipes [show NAME | copy NAME [FILE]]
        lisa-dist info
        lisa-dist completion bash|zsh
@@ -35,6 +36,7 @@ USAGE = """usage: lisa-dist train recipe.yaml [--gpus N] [--any_flag value]
   report      write report.html of a run, also while it goes on or where it was cut
   norms       norms of weights and updates by block, of runs with --layer_norms: a table, a CSV, the paper's figure
   check       on every host before a run: GPUs, address, output folder, versions, time to save
+  convert     a configuration of Axolotl, LLaMA-Factory, ms-swift or LMFlow, as a recipe
   recipes     the recipes and examples that come with the package: listed, shown, or copied to edit
   info        what is installed here, which kernels and attention a run would use and why, and what is missing
   completion  words for the shell: eval "$(lisa-dist completion bash)"
@@ -47,6 +49,7 @@ _WITH_FLAGS = {"train": "--config", "init": None, "plan": None, "eval": "--model
 _WITH_WORDS = {
     "export": ((2,), "CHECKPOINT OUT"),
     "report": ((1,), "OUTPUT_DIR"),
+    "convert": (range(1, 9), "FILE [RECIPE] [--tool axolotl|llamafactory|ms-swift|lmflow]"),
     "recipes": ((0, 2, 3), "[show NAME | copy NAME [FILE]]"),
     "info": ((0,), ""),
     "completion": ((1,), "bash|zsh"),

@@ -17,7 +17,7 @@ LEVELS = [
     {"core"},
     {"checkpoint", "memory"},
     {"train"},
-    {"eval", "report"},
+    {"convert", "eval", "report"},
     {"commands"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -36,7 +36,7 @@ GROUND = {
 }
 ENTRY_POINTS = {"__main__", "cli"}
 # These two run without a trainer: on the files of a run, on a model.
-INDEPENDENT = {"eval", "report"}
+INDEPENDENT = {"convert", "eval", "report"}
 PRIVATES = re.compile(
     r"_z3_optimizer|_hp_mapping|bit16_groups|fp16_groups|single_partition_of_fp32|fp32_partitioned_groups"
     r"|_grad_acc_hooks|parameter_offload|_configure_zero_optimizer|ds_opt_adam"

@@ -1,0 +1,93 @@
+"""Reads what another tool is started with: YAML, JSON, or a shell script with one command and its flags."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lisa_dist.errors import UserError
+from lisa_dist.files import read_text, read_yaml
+
+AXOLOTL, LLAMA_FACTORY, SWIFT, LMFLOW = "axolotl", "llamafactory", "ms-swift", "lmflow"
+TOOLS = (AXOLOTL, LLAMA_FACTORY, SWIFT, LMFLOW)
+# Keys that one tool alone has, or words of its command, in the order in which they are looked for.
+_SIGNS = (
+    (AXOLOTL, {"base_model", "lisa_n_layers", "micro_batch_size", "sequence_len"}),
+    (LLAMA_FACTORY, {"stage", "finetuning_type", "use_badam", "cutoff_len", "llamafactory-cli"}),
+    (LMFLOW, {"use_lisa", "dataset_path", "conversation_template", "lisa_interval_steps", "examples/finetune.py"}),
+    (SWIFT, {"tuner_type", "train_type", "lisa_step_interval", "split_dataset_ratio", "swift", "model"}),
+)
+
+
+def read(path: str) -> dict[str, Any]:
+    """The keys of a configuration, or the flags of a script's command. Raises UserError for a file that is neither."""
+    if Path(path).suffix in (".yaml", ".yml", ".json"):
+        found = read_yaml("", path)
+        if not isinstance(found, dict):
+            raise UserError(f"{path}: must hold keys and values.")
+        return {str(key): value for key, value in found.items()}
+    return _read_script(path)
+
+
+def tool_of(given: dict[str, Any]) -> str | None:
+    """Whose keys they are; None where it cannot be told."""
+    return next((tool for tool, signs in _SIGNS if signs & given.keys()), None)
+
+
+def _read_script(path: str) -> dict[str, Any]:
+    text = re.sub(r"\\\s*\n", " ", read_text("", path))
+    variables: dict[str, str] = {}
+    commands: list[list[str]] = []
+    for line in text.splitlines():
+        try:
+            words = shlex.split(re.sub(r"(^|\s)#.*", "", line))
+        except ValueError:  # a quotation over several lines: no command of flags
+            continue
+        while words and re.fullmatch(r"(export|set|local)|\w+=.*", words[0]):
+            name, is_set, value = words.pop(0).partition("=")
+            if is_set:
+                variables.setdefault(name, value)  # what follows is of a loop over the script's own words
+        commands.append(words)
+    longest = max(commands, key=lambda words: sum(word.startswith("--") for word in words), default=[])
+    if not any(word.startswith("--") for word in longest):
+        raise UserError(f"{path}: holds no command with flags, and is no .yaml, .yml or .json.")
+    return _flags([_expanded(word, variables) for word in longest])
+
+
+def _expanded(word: str, variables: dict[str, str]) -> str:
+    return re.sub(r"\$\{(\w+)\}|\$(\w+)", lambda found: variables.get(found[1] or found[2], found[0]), word)
+
+
+def _flags(words: list[str]) -> dict[str, Any]:
+    """`--a 1 --b --c x y` as YAML would have it; words before the first flag are keys too, which nothing is said of."""
+    found: dict[str, Any] = {}
+    name, values = None, []
+    for word in [*words, "--"]:
+        if word in ("|", ">", "2>", "&&", "&", ";"):
+            word = "--"
+        if not word.startswith("--"):
+            if name is None:
+                found[word] = None
+            else:
+                values.append(word)
+            continue
+        if name is not None:
+            found[name] = True if not values else _value(values[0]) if len(values) == 1 else list(map(_value, values))
+        if word == "--":
+            break
+        name, is_set, value = word.removeprefix("--").partition("=")
+        values = [value] if is_set else []
+    return found
+
+
+def _value(word: str) -> Any:
+    try:
+        value = json.loads(word) if word[:1] in "[{" else yaml.safe_load(word)
+    except (ValueError, yaml.YAMLError):
+        return word
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value

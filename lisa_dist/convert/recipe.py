@@ -1,0 +1,110 @@
+"""The recipe that a configuration of another tool becomes, and what became of each of its keys."""
+
+import math
+import re
+from collections.abc import Container
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from lisa_dist.convert.reading import SWIFT, TOOLS, read, tool_of
+from lisa_dist.convert.rules import DEFAULTS, RULES, Flags, NoCounterpart
+from lisa_dist.errors import UserError
+from lisa_dist.text import in_one_line
+
+_SHELL = re.compile(r"\$[({]|\$\w|`")
+_BATCH_OF_SWIFT = 16  # examples of a step, where nothing is said of accumulation
+
+
+@dataclass
+class Converted:
+    """A recipe: flags, remarks on keys that are nothing here, and those that may go, with the reason."""
+
+    tool: str
+    flags: Flags = field(default_factory=dict)
+    remarks: dict[str, str] = field(default_factory=dict)
+    gone: dict[str, str] = field(default_factory=dict)
+    defaults: Flags = field(default_factory=dict)  # of the other tool, which its configuration relied on
+
+
+def convert(path: str, tool: str | None, known: Container[str]) -> Converted:
+    """The recipe of a configuration; `known` are the flags of a run. Raises UserError for a file of no known tool."""
+    given = read(path)
+    tool = tool or tool_of(given)
+    if tool is None:
+        raise UserError(f"{path}: it cannot be told whose keys these are; give --tool, one of {', '.join(TOOLS)}.")
+    if tool not in TOOLS:
+        raise UserError(f"--tool {tool}: unknown; choose one of {', '.join(TOOLS)}.")
+    found = Converted(tool)
+    for key, value in given.items():
+        try:
+            _take(found, key, value, given, known)
+        except NoCounterpart as none:
+            found.remarks[key] = f"{in_one_line(value)}: {none}"
+    _add_defaults(found, given)
+    return found
+
+
+def _take(found: Converted, key: str, value: Any, given: Flags, known: Container[str]) -> None:
+    rule = RULES[found.tool].get(key)
+    if value is None and key != "pt":  # YAML's way to say nothing, or a word of the command
+        return
+    if any(isinstance(one, str) and _SHELL.search(one) for one in (value if isinstance(value, list) else [value])):
+        raise NoCounterpart("the shell would have made a value of it; give one")
+    if rule is None:
+        if key not in known:
+            raise NoCounterpart("nothing here is like it; lisa-dist train --help_all lists all there is")
+        found.flags[key] = value
+    elif callable(rule):
+        try:
+            flags = rule(value, given)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:  # a value of a kind that the tool takes not
+            raise NoCounterpart(f"no value that {found.tool} takes") from error
+        env = found.flags.get("env", {}) | flags.pop("env", {})
+        found.flags |= flags | ({"env": env} if env else {})
+    elif rule.startswith("("):
+        found.gone[key] = rule.strip("()")
+    elif rule.isidentifier():
+        found.flags[rule] = value
+    else:
+        raise NoCounterpart(rule)
+
+
+def _add_defaults(found: Converted, given: Flags) -> None:
+    """What the configuration relied on, and nothing of LISA for another method."""
+    defaults = dict(DEFAULTS[found.tool])
+    if found.flags.get("lisa_activated_layers"):
+        defaults["method"] = "lisa"
+    if found.tool == SWIFT and "gradient_accumulation_steps" not in given:
+        defaults["global_batch_size"] = _BATCH_OF_SWIFT
+    if "learning_rate" in defaults and found.flags.get("method", defaults["method"]) == "lora":
+        defaults["learning_rate"] = 1e-4  # of all three
+    found.defaults = {name: value for name, value in defaults.items() if name not in found.flags}
+    if (found.flags | found.defaults)["method"] != "lisa":
+        for name in [name for name in found.flags if name.startswith("lisa_")]:
+            found.gone[name] = f"for --method lisa, it was {found.flags.pop(name)}"
+
+
+def format_recipe(found: Converted, path: str) -> str:
+    """The recipe as YAML; what is nothing here is in its comments."""
+    lines = [f"# {in_one_line(path)} of {found.tool}, as a recipe of lisa-dist train."]
+    lines += _as_yaml(found.flags)
+    if found.defaults:
+        lines += ["", f"# What {found.tool} does where nothing is said of it."]
+        lines += _as_yaml(found.defaults)
+    if found.remarks:
+        lines += ["", "# Nothing here is like these; what to do:"]
+        lines += [f"#   {key}: {remark}" for key, remark in found.remarks.items()]
+    if found.gone:
+        lines += ["", "# These may go:"]
+        lines += [f"#   {key}: {reason}" for key, reason in found.gone.items()]
+    return "\n".join([*lines, ""])
+
+
+def _as_yaml(flags: Flags) -> list[str]:
+    lines = []
+    for name, value in flags.items():
+        inner = yaml.safe_dump([value], allow_unicode=True, default_flow_style=True, width=math.inf).strip()[1:-1]
+        lines.append(f"{name}: {inner}")
+    return lines

@@ -1,0 +1,245 @@
+"""`lisa-dist convert`: recipes of what other tools are started with, and a word on every key that is nothing here."""
+
+import re
+
+import pytest
+import yaml
+
+from lisa_dist import flag_tables
+from lisa_dist.commands.convert import known_flags, main
+from lisa_dist.commands.train import parser
+from lisa_dist.convert.reading import TOOLS, tool_of
+from lisa_dist.convert.recipe import convert, format_recipe
+from lisa_dist.convert.rules import DEFAULTS, RULES
+
+AXOLOTL = """
+base_model: meta-llama/Llama-3.1-8B
+load_in_4bit: false
+datasets:
+  - {path: rows.jsonl, type: chat_template, field_messages: dialog}
+  - {path: json, data_files: [one.jsonl, two.jsonl], type: alpaca, split: train}
+sequence_len: 4096
+sample_packing: true
+val_set_size: 0.05
+evals_per_epoch: 4
+saves_per_epoch: 1
+num_epochs: 2
+micro_batch_size: 2
+optimizer: paged_adamw_8bit
+lr_scheduler: cosine
+warmup_ratio: 0.1
+learning_rate: 2e-5
+bf16: auto
+deepspeed: deepspeed_configs/zero3_bf16_cpuoffload_params.json
+lisa_n_layers: 4
+lisa_step_interval: 10
+lisa_layers_attribute: model.layers
+liger_rope: true
+flash_attention: true
+wandb_project: mine
+wandb_entity:
+special_tokens: {pad_token: x}
+unheard_of: 3
+"""
+FACTORY = """
+model_name_or_path: org/model
+stage: sft
+do_train: true
+finetuning_type: full
+use_badam: true
+badam_switch_mode: descending
+badam_switch_interval: 50
+dataset: one,two
+max_samples: 100
+template: llama3
+cutoff_len: 1024
+val_size: 0.1
+disable_gradient_checkpointing: true
+deepspeed: examples/deepspeed/ds_z2_config.json
+warmup_ratio: 0.1
+"""
+SWIFT = """#!/bin/bash
+nproc=2
+model=Qwen/Qwen2-7B-Instruct  # of the hub
+NPROC_PER_NODE=$nproc \\
+swift sft \\
+    --model ${model} \\
+    --train_type full \\
+    --lisa_activated_layers 2 \\
+    --dataset 'org/data:sub#1000' other.jsonl \\
+    --learning_rate 1e-5 \\
+    --gradient_accumulation_steps $(expr 16 / $nproc) \\
+    --truncation_strategy delete \\
+    --loss_scale last_round \\
+    --deepspeed default-zero2 \\
+    2>&1 | tee --append log
+"""
+LMFLOW = """
+lisa_activated_layers=1
+block_size=256
+while [[ $# -ge 1 ]]; do
+  case ${key} in
+    --block_size) block_size="$2" ;;
+  esac
+done
+python examples/finetune.py --model_name_or_path org/model --dataset_path data/rows --output_dir out \\
+  --overwrite_output_dir --block_size ${block_size} --disable_group_texts 0 --optim paged_adamw_32bit --bf16 \\
+  --use_lisa 1 --lisa_activated_layers ${lisa_activated_layers} --lisa_interval_steps=20 --validation_split_percentage 5
+"""
+GIVEN = {"a.yaml": AXOLOTL, "f.yml": FACTORY, "s.sh": SWIFT, "l.sh": LMFLOW}
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in GIVEN.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def recipe_of(name: str, tool: str | None = None) -> dict:
+    return yaml.safe_load(format_recipe(convert(name, tool, known_flags()), name))
+
+
+def test_axolotl(files):
+    recipe = recipe_of("a.yaml")
+    assert recipe == {
+        "model_name_or_path": "meta-llama/Llama-3.1-8B",
+        "dataset_name": ["rows.jsonl", "one.jsonl", "two.jsonl"],
+        "dataset_columns": ["messages=dialog"],
+        "dataset_split": "train",
+        "max_length": 4096,
+        "packing": True,
+        "eval_rows": 0.05,
+        "eval_strategy": "steps",
+        "eval_steps": 0.125,
+        "save_strategy": "epoch",
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 2,
+        "optim": "adamw_8bit",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "learning_rate": "2e-5",  # a text of YAML 1.1, which the flag reads
+        "deepspeed": "zero3_offload",
+        "lisa_activated_layers": 4,
+        "lisa_interval_steps": 10,
+        "use_liger_kernel": True,
+        "report_to": "wandb",
+        "env": {"WANDB_PROJECT": "mine"},
+        # What their defaults are.
+        "method": "lisa",
+        "gradient_checkpointing": False,
+        "long_examples": "drop",
+        "save_total_limit": 4,
+    }
+    found = convert("a.yaml", None, known_flags())
+    assert found.remarks.keys() == {"special_tokens", "unheard_of"}
+    assert found.gone.keys() == {"lisa_layers_attribute", "flash_attention"}
+
+
+def test_llama_factory(files):
+    recipe = recipe_of("f.yml")
+    assert recipe["method"] == "lisa"
+    assert (recipe["lisa_activated_layers"], recipe["lisa_interval_steps"]) == (1, 50)
+    assert (recipe["lisa_always_on"], recipe["lisa_frozen"]) == ("", "embed,head,rest")
+    assert recipe["dataset_name"] == ["one#100", "two#100"]
+    assert recipe["gradient_checkpointing"] is False
+    assert (recipe["deepspeed"], recipe["warmup_steps"], recipe["learning_rate"]) == ("zero2", 0.1, 5e-5)
+    assert "lisa_sampler" not in recipe
+    assert convert("f.yml", None, known_flags()).remarks.keys() == {"badam_switch_mode", "template"}
+    (files / "f.yml").write_text("stage: pt\nfinetuning_type: full\ndataset: a\n", encoding="utf-8")
+    recipe = recipe_of("f.yml")
+    assert (recipe["method"], recipe["packing"], recipe["dataset_format"]) == ("full", True, "text")
+
+
+def test_swift(files):
+    recipe = recipe_of("s.sh")
+    assert recipe["model_name_or_path"] == "Qwen/Qwen2-7B-Instruct"
+    assert recipe["dataset_name"] == ["org/data#1000", "other.jsonl"]
+    assert (recipe["dataset_config"], recipe["long_examples"], recipe["deepspeed"]) == ("sub", "drop", "zero2")
+    assert (recipe["method"], recipe["lisa_activated_layers"], recipe["learning_rate"]) == ("lisa", 2, 1e-5)
+    assert recipe["adam_beta2"] == 0.95
+    assert "append" not in recipe
+    remarks = convert("s.sh", None, known_flags()).remarks
+    assert remarks.keys() == {"gradient_accumulation_steps", "loss_scale"}
+    assert "the shell" in remarks["gradient_accumulation_steps"]
+    (files / "s.sh").write_text("swift sft --model m --tuner_type lora --dataset d --lora_rank 4\n", encoding="utf-8")
+    recipe = recipe_of("s.sh")
+    assert (recipe["method"], recipe["lora_r"], recipe["global_batch_size"]) == ("lora", 4, 16)
+    assert recipe["learning_rate"] == 1e-4
+
+
+def test_lmflow(files):
+    recipe = recipe_of("l.sh")
+    assert (recipe["method"], recipe["lisa_activated_layers"], recipe["lisa_interval_steps"]) == ("lisa", 1, 20)
+    assert (recipe["max_length"], recipe["packing"], recipe["optim"]) == (256, True, "adamw_torch_fused")
+    assert (recipe["dataset_name"], recipe["eval_rows"], recipe["bf16"]) == (["data/rows"], 0.05, True)
+    (files / "l.sh").write_text(LMFLOW.replace("--use_lisa 1", "--use_lisa 0"), encoding="utf-8")
+    found = convert("l.sh", None, known_flags())
+    assert found.flags["method"] == "full"
+    assert {"lisa_activated_layers", "lisa_interval_steps"} <= found.gone.keys()
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_run_takes_the_recipe(files, name):
+    (files / "recipe.yaml").write_text(format_recipe(convert(name, None, known_flags()), name), encoding="utf-8")
+    flag_tables.answer(flag_tables.table_of(parser()), ["--config", "recipe.yaml"], takes_recipe=True)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_rule_leads_to_a_flag(tool):
+    known = {*known_flags(), "env"}
+    named = {rule for rule in RULES[tool].values() if isinstance(rule, str) and rule.isidentifier()}
+    assert named | DEFAULTS[tool].keys() <= known
+
+
+def test_the_keys_tell_whose_they_are():
+    for keys, tool in (({"base_model"}, "axolotl"), ({"stage"}, "llamafactory"), ({"model"}, "ms-swift")):
+        assert tool_of(dict.fromkeys(keys)) == tool
+    assert tool_of({"model_name_or_path": "x", "learning_rate": 1}) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words", "said"),
+    [
+        (
+            "x.yaml",
+            "learning_rate: 1\n",
+            (),
+            r"x\.yaml: it cannot be told whose keys these are; give --tool, one of axolotl",
+        ),
+        ("x.yaml", "[1]\n", (), r"x\.yaml: must hold keys and values"),
+        ("x.yaml", "a: [\n", (), r"x\.yaml: is not YAML"),
+        ("x.sh", "echo hello\n", (), r"x\.sh: holds no command with flags"),
+        ("x.sh", "echo --x 1\n", ("--tool", "soup"), "--tool: invalid choice: 'soup'"),
+        ("y.yaml", None, (), r"y\.yaml: no such file"),
+        ("x.yaml", "base_model: m\n", ("there",), "there: is there already"),
+        ("x.yaml", "base_model: m\n", ("no/such.yaml",), r"no/such\.yaml: cannot be written"),
+    ],
+)
+def test_what_cannot_be_converted(tmp_path, monkeypatch, capsys, name, text, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").touch()
+    if text is not None:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        main(name, *words)
+    assert ended.value.code == 2
+    assert re.match(rf"lisa-dist convert: .*{said}", capsys.readouterr().out)
+
+
+def test_values_of_another_kind_are_told_of(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "base_model: m\ndatasets: rows.jsonl\nevals_per_epoch: often\nlr_scheduler: rex\n", encoding="utf-8"
+    )
+    assert convert(str(path), None, known_flags()).remarks.keys() == {"datasets", "evals_per_epoch", "lr_scheduler"}
+
+
+def test_the_recipe_is_written_and_the_remarks_are_on_the_screen(files, capsys):
+    main("a.yaml", "recipe.yaml")
+    said = capsys.readouterr()
+    assert said.out == "wrote recipe.yaml; start it: lisa-dist train recipe.yaml\n"
+    assert "unheard_of: 3: nothing here is like it" in said.err
+    main("a.yaml")
+    assert capsys.readouterr().out == (files / "recipe.yaml").read_text(encoding="utf-8")
