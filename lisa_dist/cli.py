@@ -20,7 +20,7 @@ USAGE = """usage: lisa-dist train recipe.yaml [--gpus N] [--any_flag value]
        lisa-dist plan --model llama3.1-8b --gpus 4 --gpu_memory 80GiB [--any_flag value]
        lisa-dist eval MODEL --tasks mmlu,gsm8k,mt_bench [--data_dir DIR] [--gpus N]
        lisa-dist export CHECKPOINT OUT
-       lisa-dist report OUTPUT_DIR
+       lisa-dist report OUTPUT_DIR [OUTPUT_DIR ...]
        lisa-dist norms RUN [RUN ...] --output_dir FOLDER
        lisa-dist convert FILE [RECIPE]
        lisa-dist recipes [show NAME | copy NAME [FILE]]
@@ -33,7 +33,7 @@ USAGE = """usage: lisa-dist train recipe.yaml [--gpus N] [--any_flag value]
   plan        what a run will need of memory, part by part, and the command that fits; needs no GPU and no weights
   eval        a model's scores on lm-evaluation-harness' tasks and on MT-Bench
   export      turn a checkpoint of any LISA run into a folder that from_pretrained loads, without a GPU
-  report      write report.html of a run, also while it goes on or where it was cut
+  report      write report.html of a run, also while it goes on or where it was cut; of several runs one page
   norms       norms of weights and updates by block, of runs with --layer_norms: a table, a CSV, the paper's figure
   check       on every host before a run: GPUs, address, output folder, versions, time to save
   convert     a configuration of Axolotl, LLaMA-Factory, ms-swift or LMFlow, as a recipe
@@ -48,7 +48,7 @@ _WITH_FLAGS = {"train": "--config", "init": None, "plan": None, "eval": "--model
 # Verbs with words alone: how many, and which.
 _WITH_WORDS = {
     "export": ((2,), "CHECKPOINT OUT"),
-    "report": ((1,), "OUTPUT_DIR"),
+    "report": (range(1, 100), "OUTPUT_DIR [OUTPUT_DIR ...]"),
     "convert": (range(1, 9), "FILE [RECIPE] [--tool axolotl|llamafactory|ms-swift|lmflow]"),
     "recipes": ((0, 2, 3), "[show NAME | copy NAME [FILE]]"),
     "info": ((0,), ""),
@@ -59,8 +59,6 @@ VERBS = (*_WITH_FLAGS, *_WITH_WORDS)
 
 def main() -> None:
     """Run one verb of the command line."""
-    # It warns of a kernel for 4-bit weights, which nothing here has.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     verb, words = sys.argv[1] if len(sys.argv) > 1 else None, sys.argv[2:]
     if verb in _WITH_FLAGS:
         run_verb(verb, words)
@@ -87,6 +85,8 @@ def main() -> None:
 
 def run_verb(verb: str, words: Sequence[str]) -> None:
     """Run a verb that has flags; what its words cannot be is answered before anything is imported for it."""
+    # It warns of a kernel for 4-bit weights, which nothing here has.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     table = flag_tables.load(verb)
     if table is not None and "RANK" not in os.environ:  # a rank's words were looked at before it was started
         _answer(verb, table, words)

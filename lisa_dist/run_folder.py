@@ -14,6 +14,7 @@ from lisa_dist.shapes import Each, count, misfit, number
 RUN_NAME = "lisa_run.json"  # settings, model, versions
 LOG_NAME = "lisa_log.jsonl"  # a line for each period
 MOVEMENT_LOG = "lisa_movement.jsonl"  # a line for each period
+ANSWERS_NAME = "lisa_answers.jsonl"  # a line for each answer to --sample_prompt
 MEMORY_NAME = "lisa_memory.json"  # one step, planned and measured
 NORMS_NAME = "lisa_norms.csv"  # a line for each block
 IDENTITY_NAME = "lisa_identity.json"  # of a checkpoint of a trainer: what makes its run this run
@@ -66,7 +67,7 @@ def write_run(folder: Path, run: dict, resumes: bool = False) -> None:
         earlier = earlier if isinstance(earlier, list) else []
         run = run | kept | {"resumed": [*earlier, {name: run[name] for name in ("began", "command")}]}
     elif not resumes:
-        for name in (LOG_NAME, MOVEMENT_LOG, MEMORY_NAME, NORMS_NAME, TRAINER_STATE_NAME):
+        for name in (LOG_NAME, MOVEMENT_LOG, ANSWERS_NAME, MEMORY_NAME, NORMS_NAME, TRAINER_STATE_NAME):
             (folder / name).unlink(missing_ok=True)
     with replacing(folder / RUN_NAME) as path:
         path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")

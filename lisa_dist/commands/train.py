@@ -14,6 +14,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.flag_words import first_word_as
 from lisa_dist.train.arguments import parse_arguments
 from lisa_dist.train.arguments import run_parser as parser
+from lisa_dist.train.quiet import leave_out_useless_words
 from lisa_dist.train.run import run
 
 
@@ -22,6 +23,7 @@ def main(words: Sequence[str] | None = None) -> None:
     # Of names that DeepSpeed and TRL use, and will until the releases that we support end: nobody can act on them here.
     for warning in (r"`torch\.distributed\.\w+` is deprecated", "`gradient_checkpointing` is deprecated"):
         warnings.filterwarnings("ignore", warning, FutureWarning)
+    leave_out_useless_words()
     threading.excepthook = _in_one_line
     with exit_on_error("lisa-dist"):
         words = first_word_as("--config", sys.argv[1:] if words is None else words)

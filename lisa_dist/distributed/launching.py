@@ -38,7 +38,16 @@ def launch_if_asked(argv: Sequence[str], verb: str, check: Callable[[Sequence[st
     rest = [*words[:at], *words[at + 2 :]]
     check(rest)
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *_device_words(int(number))]
-    launcher += ["--master_port", str(free_port()), "--no_local_rank", "--module", "lisa_dist.cli", verb]
+    launcher += [
+        "--log_level",
+        "error",
+        "--master_port",
+        str(free_port()),
+        "--no_local_rank",
+        "--module",
+        "lisa_dist.cli",
+        verb,
+    ]
     environment = {name: value for name, value in os.environ.items() if name != _VISIBLE}
     # In a session of its own: an interrupt from the keyboard comes to the ranks once, through here.
     child = subprocess.Popen([*launcher, *rest], start_new_session=True, env=environment)

@@ -7,6 +7,8 @@
 Whichever it was, the variables of the first row are set in the end, which torch, DeepSpeed and Accelerate read.
 """
 
+import contextlib
+import io
 import itertools
 import os
 import re
@@ -86,7 +88,8 @@ def join_ranks() -> None:
     )
     if not of_mpi:
         set_rank()
-    deepspeed.init_distributed(verbose=False, auto_mpi_discovery=of_mpi)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has built an operator
+        deepspeed.init_distributed(verbose=False, auto_mpi_discovery=of_mpi)
 
 
 def check_port(environment: MutableMapping[str, str] = os.environ) -> None:

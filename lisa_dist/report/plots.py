@@ -16,18 +16,18 @@ from lisa_dist.text import MIB
 
 BLUE, ORANGE, GREY, PALE = "#2563eb", "#d9580d", "#6b7280", "#e8edf5"
 # More bands or points cannot be told apart.
-_MOST_BANDS, _MOST_POINTS = 40, 2000
+_MOST_BANDS, _MOST_POINTS, _MOST_TIPS = 40, 2000, 400
 STYLE: Any = {"font.size": 9, "axes.edgecolor": "#9ca3af", "axes.labelcolor": "#374151", "axes.titlesize": 10}
 
 
 def plot_loss(run: RunFiles, figure: Figure) -> None:
     """Training loss, logged and smoothed, and held-out loss, with periods as bands."""
-    axes = _axes(figure, "optimizer step", "loss")
+    axes = new_axes(figure, "optimizer step", "loss")
     _shade_periods(run, axes)
     steps, losses = _thin(*run.series("loss"))
     axes.plot(steps, losses, color=BLUE, alpha=0.35 if len(losses) > 30 else 1.0, linewidth=1.2, label="training")
     if len(losses) > 30:
-        axes.plot(steps, _smooth(losses), color=BLUE, linewidth=1.8, label="training, smoothed")
+        axes.plot(steps, smoothed(losses), color=BLUE, linewidth=1.8, label="training, smoothed")
     steps, losses = run.series("eval_loss")
     if losses:
         axes.plot(steps, losses, color=ORANGE, marker="o", markersize=4, linewidth=1.5, label="held out")
@@ -41,7 +41,7 @@ def plot_layers(run: RunFiles, figure: Figure) -> None:
     names = [name.removeprefix("layers.") for name in run.units] + outer_blocks
     cells = [[int(layer in period["layers"]) for period in run.periods] for layer in range(run.num_layers)]
     cells += [[int(block in (period.get("blocks") or [])) for period in run.periods] for block in outer_blocks]
-    axes = _axes(figure, "period", run.unit)
+    axes = new_axes(figure, "period", run.unit)
     few = len(run.periods) <= 60
     axes.pcolormesh(
         [column - 0.5 for column in range(len(run.periods) + 1)],
@@ -62,7 +62,7 @@ def plot_layers(run: RunFiles, figure: Figure) -> None:
 
 def plot_visits(run: RunFiles, figure: Figure) -> None:
     """In how many periods each layer trained, and the number expected from its probabilities."""
-    axes = _axes(figure, run.unit, "periods")
+    axes = new_axes(figure, run.unit, "periods")
     visits = run.visits
     axes.bar(range(run.num_layers), visits, color=BLUE, width=0.8)
     probabilities = [period["probabilities"] for period in run.periods if period.get("probabilities")]
@@ -81,9 +81,18 @@ def plot_visits(run: RunFiles, figure: Figure) -> None:
 
 def plot_learning_rate(run: RunFiles, figure: Figure) -> None:
     """The learning rate of each logged step."""
-    axes = _axes(figure, "optimizer step", "learning rate")
+    axes = new_axes(figure, "optimizer step", "learning rate")
     axes.plot(*_thin(*run.series("learning_rate")), color=BLUE, linewidth=1.5)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.set_xlim(0, max(1, run.last_step))
+    axes.set_ylim(bottom=0)
+
+
+def plot_gradient_norm(run: RunFiles, figure: Figure) -> None:
+    """The norm of each logged step's gradients, before clipping."""
+    axes = new_axes(figure, "optimizer step", "gradient norm")
+    _shade_periods(run, axes)
+    axes.plot(*_thin(*run.series("grad_norm")), color=BLUE, linewidth=1.2)
     axes.set_xlim(0, max(1, run.last_step))
     axes.set_ylim(bottom=0)
 
@@ -97,7 +106,7 @@ def plot_memory(run: RunFiles, figure: Figure) -> None:
         for title, fields in [*MEMORY_PARTS, ("peak", ("peak",))]
     }
     shown = {title: pair for title, pair in sums.items() if max(pair) >= sums["peak"][1] / 1000}
-    axes = _axes(figure, "MiB per rank", "")
+    axes = new_axes(figure, "MiB per rank", "")
     rows = range(len(shown))
     for offset, which, color, label in ((-0.2, 0, GREY, "planned"), (0.2, 1, BLUE, "measured")):
         if which == 1 or planned:
@@ -111,7 +120,7 @@ def plot_memory(run: RunFiles, figure: Figure) -> None:
 
 def plot_speed(run: RunFiles, figure: Figure) -> None:
     """Tokens per second of all ranks."""
-    axes = _axes(figure, "optimizer step", "tokens / s")
+    axes = new_axes(figure, "optimizer step", "tokens / s")
     axes.plot(*_thin(*run.series("tokens_per_second")), color=BLUE, linewidth=1.2)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(0, max(1, run.last_step))
@@ -125,7 +134,7 @@ def plot_movement(run: RunFiles, figure: Figure) -> None:
         latest |= {block: figures["relative"] for block, figures in line["blocks"].items()}
     layers = [latest.get(name, 0.0) for name in run.units]
     outer = {block: latest[block] for block in ("embed", "head", "rest") if block in latest}
-    axes = _axes(figure, run.unit, "distance from start, % of norm")
+    axes = new_axes(figure, run.unit, "distance from start, % of norm")
     axes.bar(range(len(layers)), [100 * value for value in layers], color=BLUE, width=0.8)
     # Bars of the outer blocks are as wide as their names, whatever the number of layers.
     width = max(1.0, (len(layers) + 3) / 8)
@@ -136,6 +145,7 @@ def plot_movement(run: RunFiles, figure: Figure) -> None:
 
 
 Plot = Callable[[RunFiles, Figure], None]
+OF_LINES = ("loss", "learning_rate", "gradient_norm", "speed")
 # Name, title, caption, the plot, and whether a run has data for it.
 PLOTS: tuple[tuple[str, str, str, Plot, Callable[[RunFiles], bool]], ...] = (
     (
@@ -174,6 +184,13 @@ PLOTS: tuple[tuple[str, str, str, Plot, Callable[[RunFiles], bool]], ...] = (
         lambda run: bool(run.series("learning_rate")[0]),
     ),
     (
+        "gradient_norm",
+        "Gradient norm",
+        "Of what trains in the period, before clipping.",
+        plot_gradient_norm,
+        lambda run: bool(run.series("grad_norm")[0]),
+    ),
+    (
         "memory",
         "Memory",
         "One early step of rank 0, part by part: planned and measured.",
@@ -192,15 +209,35 @@ PLOTS: tuple[tuple[str, str, str, Plot, Callable[[RunFiles], bool]], ...] = (
 
 def draw(plot: Plot, run: RunFiles, narrow: bool = False) -> Figure:
     """A figure of one plot."""
+    return with_style(lambda figure: plot(run, figure), narrow)
+
+
+def with_style(plot: Callable[[Figure], None], narrow: bool = False) -> Figure:
+    """A figure in the look of the page."""
     from matplotlib import rc_context
 
     with rc_context(STYLE):
         figure = Figure(figsize=(4.2, 3.2) if narrow else (8.8, 3.3), layout="constrained")
-        plot(run, figure)
+        plot(figure)
         return figure
 
 
-def _axes(figure: Figure, x: str, y: str) -> Axes:
+def points_of(figure: Figure, title: str) -> dict[str, Any]:
+    """What a reader may point at: where the axes are on the figure, their limits, and the points of each line."""
+    (axes,) = figure.axes
+    box = axes.get_position()
+    lines = []
+    for line in axes.get_lines():
+        label = str(line.get_label())
+        points: Any = line.get_xydata()
+        points = points[:: max(1, len(points) // _MOST_TIPS)].tolist()
+        shown = [[round(x), float(f"{y:.5g}")] for x, y in points]
+        lines.append({"name": title.lower() if label.startswith("_") else label, "points": shown})
+    return {"left": box.x0, "width": box.width, "from": axes.get_xlim()[0], "to": axes.get_xlim()[1], "lines": lines}
+
+
+def new_axes(figure: Figure, x: str, y: str) -> Axes:
+    """Labelled axes."""
     axes = figure.subplots()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -231,7 +268,7 @@ def _thin(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], lis
     return [steps[chunk][-1] for chunk in chunks], [math.fsum(values[chunk]) / len(values[chunk]) for chunk in chunks]
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
+def smoothed(values: Sequence[float]) -> list[float]:
     """An exponential moving mean over a tenth of the values, with the bias of its start corrected."""
     keep, mean, weight, smoothed = 1 - 1 / max(2.0, len(values) / 20), 0.0, 0.0, []
     for value in values:

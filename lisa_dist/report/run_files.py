@@ -8,6 +8,7 @@ from typing import Any
 from lisa_dist.config import OUTER_BLOCKS
 from lisa_dist.errors import UserError
 from lisa_dist.run_folder import (
+    ANSWERS_NAME,
     LOG_NAME,
     MEMORY_NAME,
     MEMORY_PARTS,
@@ -41,10 +42,10 @@ _PERIOD = {
     "state_bytes_per_rank?": count,
     "seconds?": number,
 }
+_ANSWER = {"step": count, "prompt": str, "answer": str}
 _MOVEMENT = {"blocks": Each({"relative": number})}
-_ENTRY = dict.fromkeys(
-    ("loss?", "eval_loss?", "learning_rate?", "tokens_per_second?", "memory_bytes?", "train_runtime?"), number
-)
+_LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second", "memory_bytes", "train_runtime")
+_ENTRY = {f"{name}?": number for name in _LOGGED}
 _RUN = dict.fromkeys(("method?", "model?", "devices?", "began?", "command?"), str) | {
     "flags?": dict,
     "versions?": dict,
@@ -65,6 +66,7 @@ class RunFiles:
     log: list[dict] = field(default_factory=list)
     periods: list[dict] = field(default_factory=list)
     movement: list[dict] = field(default_factory=list)
+    answers: list[dict] = field(default_factory=list)
     memory: dict | None = None
     problems: list[str] = field(default_factory=list)  # what of the files is damaged, and left out
 
@@ -122,6 +124,7 @@ def read_run(folder: str | Path) -> RunFiles:
     run.log = _read_log(newest, run.problems)
     run.periods = read_lines(folder / LOG_NAME, _PERIOD, run.problems.append)
     run.movement = read_lines(folder / MOVEMENT_LOG, _MOVEMENT, run.problems.append)
+    run.answers = read_lines(folder / ANSWERS_NAME, _ANSWER, run.problems.append)
     if (folder / RUN_NAME).is_file():
         run.run = _fitting(read_object(folder / RUN_NAME), _RUN, str(folder / RUN_NAME), run.problems)
     if (path := folder / MEMORY_NAME).is_file():

@@ -45,8 +45,8 @@ class RunArguments:
             "(--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules)."
         },
     )
-    sample_prompt: str | None = field(
-        default=None, metadata={"help": "A prompt to answer before and after training, printed on rank 0."}
+    sample_prompt: list[str] | None = field(
+        default=None, metadata={"help": "Prompts to answer before and after training, printed on rank 0."}
     )
     checkpointed_layers: str | None = field(
         default=None,
@@ -99,6 +99,8 @@ class RunArguments:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.sample_prompt, str):  # as a recipe has one
+            self.sample_prompt = [self.sample_prompt]
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
         checkpointed = parse_checkpointed_layers(self.checkpointed_layers)

@@ -49,6 +49,7 @@ from lisa_dist.train.layer_norms import LayerNorms
 from lisa_dist.train.liger import FUSED_LOSS, check_liger
 from lisa_dist.train.loss import check_loss_of_run, choose_loss
 from lisa_dist.train.probe import check_probe_rows
+from lisa_dist.train.quiet import without_bars_of_datasets
 from lisa_dist.train.record import record_of_run
 from lisa_dist.train.run_header import describe_outcome, describe_run, installed_versions
 from lisa_dist.train.sample_answer import SampleCallback
@@ -344,20 +345,20 @@ def build_trainer(
     }
     trainer: LisaTrainer | BaselineTrainer
     if config.run.method == "lisa":
-        trainer = LisaTrainer(
-            lisa_config=config.lisa,
-            hang_timeout=config.run.hang_timeout,
-            checkpointed_layers=config.run.checkpointed_layers,
-            gpu_memory=config.run.gpu_memory,
-            save_async=config.run.save_async,
-            eval_frozen_bits=config.run.eval_frozen_bits,
-            **arguments,
-        )
+        arguments |= {
+            "lisa_config": config.lisa,
+            "hang_timeout": config.run.hang_timeout,
+            "checkpointed_layers": config.run.checkpointed_layers,
+            "gpu_memory": config.run.gpu_memory,
+            "save_async": config.run.save_async,
+            "eval_frozen_bits": config.run.eval_frozen_bits,
+        }
     else:
-        adapters = _adapters(config.model) if config.run.method == "lora" else None
-        trainer = BaselineTrainer(peft_config=adapters, **arguments)
-        if config.training.torch_compile:
-            trainer.add_callback(CompiledLayers(trainer, config.lisa.lisa_layers_attribute))
+        arguments["peft_config"] = _adapters(config.model) if config.run.method == "lora" else None
+    with without_bars_of_datasets():
+        trainer = LisaTrainer(**arguments) if config.run.method == "lisa" else BaselineTrainer(**arguments)
+    if config.run.method != "lisa" and config.training.torch_compile:
+        trainer.add_callback(CompiledLayers(trainer, config.lisa.lisa_layers_attribute))
     if config.training.bf16 and config.training.use_cpu and not cpu_multiplies_bf16():
         model: Any = trainer.model
         multiply_in_fp32(model)

@@ -1,37 +1,50 @@
-"""`--sample_prompt`: one prompt answered before and after training, for people to see what has been learnt."""
+"""`--sample_prompt`: prompts answered before and after training, for people to see what has been learnt."""
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lisa_dist.run_folder import ANSWERS_NAME
 from lisa_dist.train.monitoring import MonitoredMixin
 from lisa_dist.zero.stage3 import forget_module_order
 
 
 class SampleCallback(TrainerCallback):
-    """Answers one prompt before and after training; all ranks take part, as ZeRO-3 gathers weights for it."""
+    """Answers prompts before and after training; all ranks take part, as ZeRO-3 gathers weights for it."""
 
-    def __init__(self, trainer: MonitoredMixin, prompt: str):
+    def __init__(self, trainer: MonitoredMixin, prompts: Sequence[str]):
         self._trainer = trainer
-        self._prompt = prompt
+        self._prompts = prompts
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._answer("before")
+        self._answer_all("before", state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._trainer.stopped_by is None:
-            self._answer("after")
+            self._answer_all("after", state.global_step)
 
-    def _answer(self, when: str) -> None:
+    def _answer_all(self, when: str, step: int) -> None:
+        trainer = self._trainer
+        for prompt in self._prompts:
+            answer = self._answer(prompt)
+            trainer.accelerator.print(f"\n{when} training, asked: {prompt}\nanswer: {answer}\n")
+            if trainer.is_world_process_zero():
+                with Path(trainer.args.output_dir, ANSWERS_NAME).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}) + "\n")
+
+    def _answer(self, prompt: str) -> str:
         trainer, tokenizer = self._trainer, self._trainer.processing_class
-        inputs = {"text": self._prompt}
+        inputs = {"text": prompt}
         if tokenizer.chat_template is not None:
-            turn = [{"role": "user", "content": self._prompt}]
+            turn = [{"role": "user", "content": prompt}]
             inputs = {"text": tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)}
         encoded = tokenizer(**inputs, return_tensors="pt", add_special_tokens=tokenizer.chat_template is None)
         model = trainer.model_wrapped.module
@@ -46,5 +59,4 @@ class SampleCallback(TrainerCallback):
             )
         model.train(training)
         forget_module_order(trainer.model_wrapped)
-        answer = tokenizer.decode(generated[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-        trainer.accelerator.print(f"\n{when} training, asked: {self._prompt}\nanswer: {answer.strip()}\n")
+        return tokenizer.decode(generated[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -1,5 +1,7 @@
 """DeepSpeed on CPU ranks: its C++ ops, built before ranks start, and its shared memory, released."""
 
+import contextlib
+import io
 import os
 from pathlib import Path
 
@@ -31,7 +33,8 @@ def start_deepspeed() -> None:
     if builder is not None and builder.is_compatible(verbose=False):
         builder.load(verbose=False)  # which may take a rank longer than the others
     dist.barrier()
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has built an operator
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
     dist.barrier()
     release_shared_memory()
 

@@ -79,10 +79,17 @@ main()
 def test_a_run_of_the_deepspeed_launcher(folder, tmp_path):
     """`lisa-dist train` is below, torchrun in test_hosts.py and test_slurm.py."""
     changes = {"deepspeed": "zero3", "bf16": True, "sample_prompt": "1 + 1?"} | SMALLEST
-    said = start_deepspeed(flags_for(folder, tmp_path / "out", **changes))
+    said = start_deepspeed([*flags_for(folder, tmp_path / "out", **changes), "--sample_prompt", "1 + 1?", "2 + 2?"])
     check_run(said, tmp_path / "out", [0, 2, 4])
     assert "before training, asked: 1 + 1?" in said
-    assert "after training, asked: 1 + 1?" in said
+    assert "after training, asked: 2 + 2?" in said
+    answers = [json.loads(line) for line in (tmp_path / "out" / "lisa_answers.jsonl").read_text().splitlines()]
+    assert [(one["step"], one["prompt"]) for one in answers] == [
+        (0, "1 + 1?"),
+        (0, "2 + 2?"),
+        (6, "1 + 1?"),
+        (6, "2 + 2?"),
+    ]
 
 
 @pytest.mark.usefixtures("cpu_ops")

@@ -109,3 +109,13 @@ def test_all_flags_can_be_listed(capsys):
 def test_a_recipe_at_the_end_without_a_name():
     with pytest.raises(UserError, match="--config is the last word: give a recipe"):
         run_parser().check(["--max_steps", "3", "--config"])
+
+
+def test_a_recipe_may_have_one_prompt_or_several(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    for text, prompts in (("one: 1 + 1?", ["one: 1 + 1?"]), ("[a, b]", ["a", "b"])):
+        path.write_text(f"sample_prompt: {text if text[0] == '[' else repr(text)}\n", encoding="utf-8")
+        parser = run_parser()
+        words = parser.check(["--config", str(path)])
+        given = parser.parse_known_args(words[2:])[0].sample_prompt
+        assert RunArguments(sample_prompt=given).sample_prompt == prompts

@@ -1,5 +1,6 @@
 """The report of a run: what is in it, and that a browser shows it."""
 
+import html
 import json
 import os
 import re
@@ -16,12 +17,12 @@ from ranks import PATIENCE
 from runs import check_run, flags_for, on_two_ranks
 
 from lisa_dist.commands.report import main
-from lisa_dist.report.html import _as_svg, write_report
+from lisa_dist.report.html import as_svg, title_of, write_report
 from lisa_dist.report.plots import PLOTS, draw
 from lisa_dist.report.run_files import RunFiles, read_run
 from lisa_dist.run_folder import hide_secrets, without_secrets, write_run
 
-ALL = ["loss", "layers", "visits", "movement", "learning_rate", "memory", "speed"]
+ALL = ["loss", "layers", "visits", "movement", "learning_rate", "gradient_norm", "memory", "speed"]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # Where the pictures are on a page of some width, and how wide it would like to be.
 WRAPPER = """<body style="margin:0"><iframe src="report.html" style="border:0;width:{width}px;height:6000px"></iframe>
@@ -32,7 +33,11 @@ document.querySelector("iframe").onload = event => {{
     const box = image.getBoundingClientRect();
     return [image.alt, box.x, box.y, box.width, box.height];
   }});
-  const found = {{boxes, width: page.documentElement.scrollWidth, requests: page.defaultView.performance
+  const pointed = page.querySelector("picture[data-points]"), box = pointed.getBoundingClientRect();
+  const at = {{clientX: box.x + box.width / 2, clientY: box.y + 10}};
+  pointed.dispatchEvent(new page.defaultView.PointerEvent("pointermove", at));
+  const tip = pointed.querySelector("output").textContent;
+  const found = {{boxes, tip, width: page.documentElement.scrollWidth, requests: page.defaultView.performance
     .getEntriesByType("resource").map(entry => entry.name).filter(name => !name.startsWith("data:"))}};
   document.getElementById("found").textContent = JSON.stringify(found);
 }};
@@ -120,6 +125,7 @@ def test_a_browser_shows_every_plot(folder, tmp_path, width):
     found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', asked.stdout.decode())[1].replace("&gt;", ">"))
     assert found["width"] <= width, "it has to be scrolled sideways"
     assert found["requests"] == []
+    assert re.fullmatch(r"training [\d.]+ at \d+, training, smoothed .* at \d+, held out [\d.]+ at \d+", found["tip"])
     assert [title for title, *_ in found["boxes"]] == [title for _, title, *_ in PLOTS]
     shot = imread(tmp_path / "shot.png")[..., :3]
     for title, x, y, box_width, box_height in found["boxes"]:
@@ -214,7 +220,13 @@ def long_run() -> RunFiles:
     """100,000 steps in 5,000 periods of a model of 80 layers."""
     draws = numpy.random.default_rng(0)
     log = [
-        {"step": step, "loss": 2 + draws.random(), "learning_rate": 1e-5, "tokens_per_second": 1e4}
+        {
+            "step": step,
+            "loss": 2 + draws.random(),
+            "learning_rate": 1e-5,
+            "grad_norm": draws.random(),
+            "tokens_per_second": 1e4,
+        }
         for step in range(10, 100_001, 10)
     ]
     periods = [
@@ -232,7 +244,7 @@ def test_a_long_run_of_a_large_model_can_be_drawn(name, narrow):
     run = long_run()
     assert has(run)
     figure = draw(plot, run, narrow)
-    assert len(_as_svg(figure)) < 1_000_000
+    assert len(as_svg(figure)) < 1_000_000
     figure.canvas.draw()
     axes = figure.axes[0]
     assert all(len(line.get_xdata()) <= 2000 for line in axes.lines)
@@ -244,3 +256,64 @@ def test_a_long_run_of_a_large_model_can_be_drawn(name, narrow):
 def test_a_run_of_full_training_has_no_plots_of_lisa():
     run = RunFiles(Path(), {"num_layers": 6}, [{"step": 1, "loss": 2.0, "learning_rate": 1e-5}])
     assert [name for name, *_, has in PLOTS if has(run)] == ["loss", "learning_rate"]
+
+
+def test_a_reader_may_point_at_lines(folder):
+    """The page's script has the points of the log, and where the axes are."""
+    page = (folder / "report.html").read_text()
+    found = re.findall(r'<picture data-points="(.*?)">.*?<img alt="(.*?)"', page, re.S)
+    assert [title for _, title in found] == ["Loss", "Learning rate", "Gradient norm", "Speed"]
+    history = [entry for entry in read_run(folder).log if "loss" in entry]
+    for data, title in found:
+        sizes = json.loads(html.unescape(data))
+        assert sizes.keys() == {"narrow", "wide"}
+        for chart in sizes.values():
+            assert 0 < chart["left"] < 0.3 < chart["width"] < 1 - chart["left"]
+            assert (chart["from"], chart["to"]) == (0, 60)
+        name = {"Loss": "loss", "Learning rate": "learning_rate", "Gradient norm": "grad_norm"}.get(title)
+        if name is not None:
+            expected = [[entry["step"], pytest.approx(entry[name], rel=1e-4)] for entry in history]
+            assert sizes["wide"]["lines"][0]["points"] == expected
+
+
+def test_the_title_names_the_model_and_its_data(folder, tmp_path):
+    page = (folder / "report.html").read_text()
+    assert "<title>model on rows.jsonl</title>" in page
+    assert title_of(RunFiles(tmp_path / "x")) == "x"
+    many = RunFiles(tmp_path, run={"model": "a/b", "flags": {"--dataset_name": [f"d/{n}.jsonl" for n in range(5)]}})
+    assert title_of(many) == "b on 0.jsonl, 1.jsonl, 2.jsonl and 2 more"
+
+
+def test_answers_are_shown_from_the_first_to_the_last(folder, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    lines = [{"step": step, "prompt": "1 < 2?", "answer": said} for step, said in ((0, "no"), (30, "-"), (60, "<yes>"))]
+    (out / "lisa_answers.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 1}\n')
+    write_report(out)
+    page = (out / "report.html").read_text()
+    assert "<th>1 &lt; 2?</th><td><p><b>step 0</b> no</p><p><b>step 60</b> &lt;yes&gt;</p></td>" in page
+    assert "lisa_answers.jsonl: line 4 is damaged" in page
+    write_run(out, {})
+    assert not (out / "lisa_answers.jsonl").exists(), "a new run has its own"
+
+
+def test_several_runs_are_one_page(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    record = json.loads((other / "lisa_run.json").read_text())
+    record["flags"] |= {"--lisa_interval_steps": 7, "--learning_rate": 0.5}
+    (other / "lisa_run.json").write_text(json.dumps(record))
+    main(str(folder), str(other))
+    assert capsys.readouterr().out == "wrote lisa_runs.html\n"
+    page = (tmp_path / "lisa_runs.html").read_text()
+    assert re.findall(r'<section id="(\w+)">', page) == ["loss", "eval_loss", "figures", "settings"]
+    assert "<tr><th>--lisa_interval_steps</th><td>5</td><td>7</td></tr>" in page
+    assert "<th>--lisa_activated_layers</th>" not in page, "it does not differ"
+    assert "<tr><th>steps</th><td>60</td><td>60</td></tr>" in page
+    data = json.loads(html.unescape(re.search(r'data-points="(.*?)"', page)[1]))
+    assert [line["name"] for line in data["wide"]["lines"]] == [folder.name, "other"]
+    for words, said in (([folder, folder], "a run is given twice"), ([folder, tmp_path], "there is no trainer_state")):
+        with pytest.raises(SystemExit):
+            main(*map(str, words))
+        assert said in capsys.readouterr().out

@@ -1,0 +1,51 @@
+"""What a run need not say: other libraries' words that nobody can act on, and bars of what takes no time."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import datasets
+from transformers.utils import logging as transformers_logging
+
+# By logger, the beginnings of what is left out, and why.
+_USELESS = {
+    "DeepSpeed": (
+        "**** You are using ZeRO with an untested optimizer",  # its own are two; ours are tested
+        "Unable to find hostfile",  # one host needs none
+    ),
+    "accelerate.accelerator": ("Gradient accumulation steps mismatch",),  # DeepSpeed's count is the one that counts
+    "transformers.tokenization_utils_base": ("Token indices sequence length is longer",),  # examples are cut after it
+}
+
+
+class _LeaveOut(logging.Filter):
+    def __init__(self, beginnings: tuple[str, ...]):
+        super().__init__()
+        self._beginnings = beginnings
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self._beginnings)
+
+
+def leave_out_useless_words() -> None:
+    """From now on; on ranks but the first bars are left out too."""
+    for name, beginnings in _USELESS.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(one, _LeaveOut) for one in logger.filters):
+            logger.addFilter(_LeaveOut(beginnings))
+    if os.environ.get("RANK", "0") != "0":
+        transformers_logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
+@contextlib.contextmanager
+def without_bars_of_datasets() -> Iterator[None]:
+    """For what goes over rows that are tokenized already."""
+    were_disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_disabled:
+            datasets.enable_progress_bars()
