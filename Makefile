@@ -10,8 +10,9 @@ CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE
 $(VENV)/.ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lisa_dist needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --upgrade pip setuptools
-	$(BIN)/python -m pip install -e '.[dev]'
+	@echo 'installing lisa_dist and what it needs into $(VENV), about 5 GB: some minutes'
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
 $(VENV)/.quickstart: $(VENV)/.ready
@@ -19,9 +20,13 @@ $(VENV)/.quickstart: $(VENV)/.ready
 	touch $@
 
 quickstart: $(VENV)/.quickstart  ## train a real 135M model by LISA on two CPU ranks
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.zero.cpu_ops import build_cpu_ops; build_cpu_ops(offload=False)'
-	$(CPU) $(BIN)/python launch/quickstart.py
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/deepspeed --num_gpus 2 launch/train.py --config launch/recipes/quickstart.yaml
+	@echo 'building an operator of DeepSpeed, once: half a minute'
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.zero.cpu_ops import build_cpu_ops; build_cpu_ops(offload=False)'
+	@$(CPU) $(BIN)/python launch/quickstart.py
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/lisa-dist train launch/recipes/quickstart.yaml --gpus 2
+	@echo 'next: open .quickstart/trained/report.html'
+	@echo '      lisa-dist recipes, after source .venv/bin/activate: recipes for your GPU'
+	@echo '      lisa-dist plan --model llama3.1-8b --gpu_memory 24GiB: what your GPU is enough for'
 
 # Two workers take the next test each; what shares something costly is one xdist_group and stays together. Tests begin in
 # the order of tests/conftest.py: the longest first, so that no worker idles at the end.

@@ -84,12 +84,8 @@ def test_a_run_of_the_deepspeed_launcher(folder, tmp_path):
     assert "before training, asked: 1 + 1?" in said
     assert "after training, asked: 2 + 2?" in said
     answers = [json.loads(line) for line in (tmp_path / "out" / "lisa_answers.jsonl").read_text().splitlines()]
-    assert [(one["step"], one["prompt"]) for one in answers] == [
-        (0, "1 + 1?"),
-        (0, "2 + 2?"),
-        (6, "1 + 1?"),
-        (6, "2 + 2?"),
-    ]
+    asked = [(step, prompt) for step in (0, 6) for prompt in ("1 + 1?", "2 + 2?")]
+    assert [(one["step"], one["prompt"]) for one in answers] == asked
 
 
 @pytest.mark.usefixtures("cpu_ops")

@@ -84,7 +84,7 @@ def test_help_is_a_screen(capsys, monkeypatch, verb, groups):
         (["--version"], 0, f"lisa-dist {version('lisa_dist')}\n"),
         (["export", "--help"], 0, "usage: lisa-dist export CHECKPOINT OUT\n\nturn a checkpoint of any LISA run"),
         (["export", "one"], 2, "usage: lisa-dist export CHECKPOINT OUT\n"),
-        (["report", "-h"], 0, "usage: lisa-dist report OUTPUT_DIR\n\nwrite report.html"),
+        (["report", "-h"], 0, "usage: lisa-dist report OUTPUT_DIR [OUTPUT_DIR ...]\n\nwrite report.html"),
         (["info", "more"], 2, "usage: lisa-dist info\n\nwhat is installed here"),
     ],
 )
