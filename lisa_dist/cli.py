@@ -19,6 +19,7 @@ USAGE = """usage: lisa-dist train recipe.yaml [--gpus N] [--any_flag value]
        lisa-dist init --model llama3.1-8b --gpus 1 --gpu_memory 24GiB --recipe recipe.yaml
        lisa-dist plan --model llama3.1-8b --gpus 4 --gpu_memory 80GiB [--any_flag value]
        lisa-dist eval MODEL --tasks mmlu,gsm8k,mt_bench [--data_dir DIR] [--gpus N]
+       lisa-dist chat RUN_OR_MODEL
        lisa-dist export CHECKPOINT OUT
        lisa-dist report OUTPUT_DIR [OUTPUT_DIR ...]
        lisa-dist norms RUN [RUN ...] --output_dir FOLDER
@@ -32,6 +33,7 @@ USAGE = """usage: lisa-dist train recipe.yaml [--gpus N] [--any_flag value]
   init        write a commented recipe for a model and a budget of memory
   plan        what a run will need of memory, part by part, and the command that fits; needs no GPU and no weights
   eval        a model's scores on lm-evaluation-harness' tasks and on MT-Bench
+  chat        talk with a model, or with that of a run, in the terminal
   export      turn a checkpoint of any LISA run into a folder that from_pretrained loads, without a GPU
   report      write report.html of a run, also while it goes on or where it was cut; of several runs one page
   norms       norms of weights and updates by block, of runs with --layer_norms: a table, a CSV, the paper's figure
@@ -44,7 +46,8 @@ USAGE = """usage: lisa-dist train recipe.yaml [--gpus N] [--any_flag value]
 lisa-dist VERB --help has the flags of a verb.
 """
 # Verbs that parse flags of their own and answer --help; what a first word that is no flag is the value of.
-_WITH_FLAGS = {"train": "--config", "init": None, "plan": None, "eval": "--model", "check": None, "norms": None}
+_WITH_FLAGS = dict.fromkeys(("train", "init", "plan", "eval", "chat", "check", "norms"))
+_WITH_FLAGS |= {"train": "--config", "eval": "--model", "chat": "--model"}
 # Verbs with words alone: how many, and which.
 _WITH_WORDS = {
     "export": ((2,), "CHECKPOINT OUT"),

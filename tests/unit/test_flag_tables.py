@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from lisa_dist import cli, flag_tables
-from lisa_dist.commands import check, eval, init, norms, plan, train
+from lisa_dist.commands import chat, check, eval, init, norms, plan, train
 from lisa_dist.errors import UserError
 
-PARSERS = {"train": train, "init": init, "plan": plan, "eval": eval, "check": check, "norms": norms}
+PARSERS = {"train": train, "init": init, "plan": plan, "eval": eval, "chat": chat, "check": check, "norms": norms}
 HEAVY = ("torch", "transformers", "trl", "deepspeed", "datasets")
 
 

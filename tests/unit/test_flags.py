@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lisa_dist import cli
-from lisa_dist.commands import check, eval, init, norms, plan, train
+from lisa_dist.commands import chat, check, eval, init, norms, plan, train
+from lisa_dist.commands.chat import ChatArguments
 from lisa_dist.commands.check import CheckArguments
 from lisa_dist.commands.norms import NormsArguments
 from lisa_dist.config import LisaConfig, UserError
@@ -31,6 +32,7 @@ def own_flags() -> dict[str, dict[str, str]]:
         "check": (CheckArguments,),
         "eval": (EvalArguments,),
         "norms": (NormsArguments,),
+        "chat": (ChatArguments,),
     }
     return {
         verb: {
@@ -56,6 +58,7 @@ def test_the_flags_are_those_that_people_use():
         (check.main, check.HELP),
         (eval.main, eval.HELP),
         (norms.main, norms.HELP),
+        (chat.main, chat.HELP),
     ],
 )
 def test_help_is_a_screen(capsys, monkeypatch, verb, groups):

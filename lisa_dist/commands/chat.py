@@ -1,0 +1,65 @@
+"""`lisa-dist chat`: talk with a model, or with that of a run, in the terminal."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lisa_dist.commands import exit_on_error
+from lisa_dist.errors import UserError
+from lisa_dist.eval.chat import HELP as KEYS
+from lisa_dist.eval.chat import Chat, find_model, talk
+from lisa_dist.eval.model import load_model
+from lisa_dist.flag_words import first_word_as
+from lisa_dist.flags import FlagParser
+
+USAGE = "lisa-dist chat RUN_OR_MODEL [--flag value ...]"
+HELP = {
+    "The model and its answers": {
+        "model": "a run's output_dir, a checkpoint, a folder, or one of the hub",
+        "max_new_tokens": "of an answer",
+        "temperature": "0 for the likeliest words",
+        "dtype": "of the weights; auto: as they were saved",
+        "seed": "of sampled answers",
+    }
+}
+
+
+@dataclass
+class ChatArguments:
+    """Flags of `lisa-dist chat`."""
+
+    model: str = field(metadata={"help": "A run's output_dir, a checkpoint, a model's folder, or one of the hub."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Tokens of an answer at most."})
+    temperature: float = field(default=0.7, metadata={"help": "Of sampled words; 0 for the likeliest."})
+    dtype: str = field(default="auto", metadata={"help": "Of the weights, as torch names it; auto: as saved."})
+    seed: int = field(default=0, metadata={"help": "Of sampled answers."})
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max_new_tokens {self.max_new_tokens}: an answer has 1 token or more.")
+        if self.temperature < 0:
+            raise UserError(f"--temperature {self.temperature}: is not negative; 0 for the likeliest words.")
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise UserError(f"--dtype {self.dtype}: unknown; give auto or a name of torch's, such as bfloat16.")
+
+
+def parser() -> FlagParser:
+    """Of the flags of a talk."""
+    return FlagParser([ChatArguments], USAGE, HELP)
+
+
+def main(words: Sequence[str]) -> None:
+    """Load the model and talk."""
+    with exit_on_error("lisa-dist chat"):
+        words, flags = first_word_as("--model", words), parser()
+        flags.check_words(words)
+        (arguments,) = flags.parse_args_into_dataclasses(words)
+        name = find_model(arguments.model)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, tokenizer = load_model(name, arguments.dtype, device)
+        torch.manual_seed(arguments.seed)
+        print(f"{name}; {KEYS}")
+        chat = Chat(model, tokenizer, arguments.max_new_tokens, arguments.temperature)
+        talk(chat, sys.stdin, lambda: print("> ", end="", flush=True))

@@ -1,0 +1,78 @@
+"""A talk with a model in the terminal: answers stream as they are generated."""
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from lisa_dist.errors import UserError
+
+HELP = "/reset begins anew, /exit or an end of input ends; all else is said to the model"
+
+
+def find_model(name: str) -> str:
+    """The model of a run, or the name as it is: of a run that has saved none yet, its newest checkpoint."""
+    folder = Path(name)
+    if not folder.is_dir() or (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return name
+    checkpoints = [path for path in folder.glob("checkpoint-*") if (path / "config.json").is_file()]
+    numbered = [path for path in checkpoints if path.name.rpartition("-")[2].isascii() and path.name[11:].isdigit()]
+    if not numbered:
+        raise UserError(f"{name}: there is no model in it and no checkpoint; give a run's output_dir, or a model.")
+    return str(max(numbered, key=lambda path: int(path.name[11:])))
+
+
+class Chat:
+    """Turns of a user and of a model; a model without a chat template goes on with the text."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
+    ):
+        self._model: Any = model  # its type does not declare `generate`
+        self._tokenizer, self._max_new_tokens, self._temperature = tokenizer, max_new_tokens, temperature
+        self._turns: list[dict[str, str]] = []
+
+    def reset(self) -> None:
+        """Forget all turns."""
+        self._turns = []
+
+    def say(self, text: str) -> str:
+        """The answer, which is printed as it comes."""
+        self._turns.append({"role": "user", "content": text})
+        if self._tokenizer.chat_template is None:
+            encoded = self._tokenizer(text, return_tensors="pt")
+        else:
+            prompt = self._tokenizer.apply_chat_template(self._turns, tokenize=False, add_generation_prompt=True)
+            encoded = self._tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self._temperature > 0:
+            sampling = {"do_sample": True, "temperature": self._temperature}
+        streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with torch.no_grad():
+            generated = self._model.generate(
+                **encoded.to(self._model.device), max_new_tokens=self._max_new_tokens, streamer=streamer, **sampling
+            )
+        answer = str(self._tokenizer.decode(generated[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
+        answer = answer.strip()
+        self._turns.append({"role": "assistant", "content": answer})
+        return answer
+
+
+def talk(chat: Chat, lines: Iterable[str], prompt: Callable[[], None]) -> None:
+    """Answer lines until they end; `prompt` is called before each."""
+    prompt()
+    for line in lines:
+        text = line.strip()
+        if text == "/exit":
+            return
+        if text == "/reset":
+            chat.reset()
+        elif text.startswith("/"):
+            print(HELP)
+        elif text:
+            chat.say(text)
+        prompt()
+        sys.stdout.flush()
