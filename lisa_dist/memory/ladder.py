@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from lisa_dist.config import LisaConfig
+from lisa_dist.config import AUTO_LAYERS, LisaConfig
 from lisa_dist.errors import UserError
 from lisa_dist.memory.plan import WAYS, Plan, PlanArguments
-from lisa_dist.memory.planner import make_plans, what_fits
+from lisa_dist.memory.planner import make_plans, what_fits, with_most_layers
 from lisa_dist.optim.build import LISA_ADAMW
 
 
@@ -70,6 +70,20 @@ def first_that_fits(
         except UserError as error:
             problem = error
     raise problem
+
+
+def with_more_layers(config: PretrainedConfig, chosen: Chosen) -> Chosen:
+    """The same with as many layers at a time as fit without checkpointing more: they are what loss depends on most.
+
+    As it is where modules are sampled, of which a budget says how many.
+    """
+    if chosen.lisa_config.by_module:
+        return chosen
+    count, way = str(chosen.plan.workload.checkpointed_layers), chosen.plan.ds_config
+    auto = replace(chosen.lisa_config, lisa_activated_layers=AUTO_LAYERS)
+    most = with_most_layers(config, replace(chosen.arguments, checkpointed_layers=count), auto, way)
+    (plan,) = make_plans(config, chosen.arguments, most, [way])
+    return replace(chosen, plan=plan, lisa_config=most)
 
 
 def _possible(arguments: PlanArguments, lisa_config: LisaConfig) -> Iterator[tuple[Rung, PlanArguments, LisaConfig]]:

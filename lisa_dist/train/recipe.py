@@ -59,7 +59,7 @@ report_to: tensorboard              # or wandb, mlflow, ..., none
 """
 
 
-_MORE = "# decoder layers; more is nearer to full training, and takes more memory"
+_MORE = "# decoder layers: as many as were planned to fit; fewer are faster"
 
 
 @dataclass

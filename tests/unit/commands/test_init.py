@@ -42,7 +42,7 @@ def test_the_recipe_is_one_that_a_run_takes(tiny, tmp_path, capsys):
     assert data_args.dataset_name == ["rows.jsonl"]
     assert data_args.eval_rows == 0.02
     assert model_args.model_name_or_path == tiny
-    assert (lisa_config.lisa_interval_steps, lisa_config.lisa_activated_layers) == (7, 2)
+    assert (lisa_config.lisa_interval_steps, lisa_config.lisa_activated_layers) == (7, 6), "all that there are"
     assert (training_args.output_dir, training_args.gradient_accumulation_steps) == ("runs/model", 2)
     assert training_args.bf16 is False
     assert run_args.loss == "chunked"
@@ -94,6 +94,25 @@ def test_nothing_is_given_up_without_need(tmp_path):
         assert chosen.arguments.optim == (chosen.rung.optim or "adamw_torch_fused")
         reached.add(chosen.rung.name)
     assert len(reached) > 4, needs
+
+
+def test_layers_are_as_many_as_fit_without_checkpointing_more(tmp_path):
+    config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=256, num_hidden_layers=8)
+    config.save_pretrained(tmp_path)
+    asked = {"model": str(tmp_path), "seq_length": 64, "reserve": "0"}
+    needs = {
+        layers: plan.make_plans(config, InitArguments(**asked), LisaConfig(lisa_activated_layers=layers), ["zero2"])[0]
+        for layers in (2, 5)
+    }
+    assert [one.workload.checkpointed_layers for one in needs.values()] == [0, 0]
+    budget = needs[5].gpu.peak
+    recipes = {}
+    for words in ([], ["--lisa_activated_layers", "2"], ["--lisa-activated-layers=2"]):
+        path = tmp_path / f"{len(recipes)}.yaml"
+        common = ["--model", str(tmp_path), "--seq_length", "64", "--reserve", "0", "--recipe", str(path)]
+        main([*common, "--gpu_memory", f"{budget}B", *words])
+        recipes[path] = yaml.safe_load(path.read_text())["lisa_activated_layers"]
+    assert [*recipes.values()] == [5, 2, 2]
 
 
 def test_settings_that_are_given_stay(tiny):
