@@ -4,6 +4,7 @@ Those of make, pip and benchmarks are looked up, and examples are run in test_ex
 test_slurm.py.
 """
 
+import io
 import json
 import os
 import re
@@ -41,6 +42,7 @@ THERE = {
     "x.yaml": "recipe.yaml",
     "path/to/config.json": "model_dir/config.json",
     "models/llama2-70b": "llama2-70b",
+    "models/llama3.1-8b": "llama3.1-8b",
 }
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#([^)]*))?\)")
 
@@ -75,6 +77,7 @@ def folder(tmp_path_factory, cpu_ops) -> Path:
         (folder / name).write_text("\n".join(f"line {n} of a book" for n in range(200)))
     write_benchmarks(folder / "data")
     write_mt_bench(folder / "data")
+    (folder / "axolotl.yaml").write_text("base_model: org/model\nlisa_n_layers: 2\n")
     recipe = {"model_name_or_path": "MODEL", "dataset_name": "rows.jsonl", "output_dir": "runs/1"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
@@ -103,6 +106,10 @@ def run_flags(words: list[str], folder: Path) -> None:
 def run_cli(words: list[str], monkeypatch) -> None:
     """A verb of lisa-dist that trains nothing."""
     words = [THERE.get(word, word) for word in words]
+    if words[0] == "chat":
+        monkeypatch.setattr("sys.stdin", io.StringIO("1 + 1?\n"))
+    if words[0] == "convert":
+        Path(words[2]).unlink(missing_ok=True)
     if "--recipe" in words:
         Path("recipe.yaml").unlink()  # nothing is written over
     monkeypatch.setattr(cli.sys, "argv", ["lisa-dist", *words])
