@@ -226,10 +226,7 @@ def test_a_model_is_saved_under_the_names_of_the_hub(tmp_path):
 
 def refused(output_dir: str, what: str) -> str:
     changes, extra = {}, {}
-    if what == "no deepspeed":
-        changes = {"deepspeed": None}
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # an earlier trainer in this process has set it
-    elif what == "reentrant":
+    if what == "reentrant":
         changes = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     elif what == "optim":
         changes = {"optim": "adafactor"}
@@ -281,7 +278,6 @@ def refused(output_dir: str, what: str) -> str:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("no deepspeed", "such as ds_configs/zero2.json, by --deepspeed"),
         ("reentrant", "use_reentrant=True: reentrant checkpointing"),
         ("optim", "--optim adafactor"),
         ("optim with offload", "--optim adamw_8bit with offload_optimizer"),
