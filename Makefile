@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Quickstart and tests run on CPU ranks, one thread each, and need no hub.
 CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-all golden mutants flags checks bench bench-gpu clean
+.PHONY: quickstart test test-all golden mutants docs flags checks bench bench-gpu clean
 
 $(VENV)/.ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lisa_dist needs Python 3.10 or newer")'
@@ -61,6 +61,9 @@ bench-gpu: $(VENV)/.ready  ## the same on one GPU, with models of 7B and 8B: und
 	PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.cost.gpu
 	$(BIN)/python -m benchmarks.tables.write
 
+docs: $(VENV)/.ready  ## the pages of docs/ and the reference of the public names, into site/
+	$(BIN)/mkdocs build --strict
+
 flags: $(VENV)/.ready  ## write lisa_dist/flag_tables.jsonl, after a flag has changed
 	$(BIN)/python -c 'from lisa_dist.cli import write_flag_tables; write_flag_tables()'
 
@@ -70,4 +73,4 @@ checks: $(VENV)/.ready  ## lint, format and types
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .quickstart build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .quickstart build site *.egg-info .pytest_cache .ruff_cache .mypy_cache

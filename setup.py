@@ -13,7 +13,8 @@ EVAL = ["lm-eval>=0.4.13,<0.5"]
 # pytest 9.2 has renamed what pytest-xdist 3.8 marks groups by: their tests would be spread over the workers.
 DEV = [*TRITON, "liger-kernel>=0.8.2,<1; sys_platform == 'linux'", "pytest>=8,<9.2", "pytest-xdist>=3.8,<4"]
 DEV += ["ruff>=0.6,<1", "mypy>=1.18,<2", "types-PyYAML", "types-psutil", "types-tqdm"]
-DEV += [*EVAL, "transformers[serving]"]  # a judge of MT-Bench answers is `transformers serve`
+DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=0.29,<2"]
+DEV += [*DOCS, *EVAL, "transformers[serving]"]  # a judge of MT-Bench answers is `transformers serve`
 
 setup(
     name="lisa_dist",
@@ -54,6 +55,7 @@ setup(
         "flash": ["flash-attn>=2.6,<3"],  # by itself, after the rest: its build and its metadata import torch
         "eval": EVAL,
         "quickstart": QUICKSTART,
+        "docs": DOCS,
         "dev": DEV + QUICKSTART,
     },
     entry_points={"console_scripts": ["lisa-dist=lisa_dist.cli:main"]},
