@@ -33,6 +33,7 @@ ONE_PASS, BF16 = {"optim": "lisa_adamw"}, {"dtype": torch.bfloat16}
 FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 SMALL = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
 BALANCED = {"lisa_sampler": "balanced"}
+UPPER = BALANCED | {"lisa_depth_bias": 16.0}
 MODULES = {"lisa_unit": "module", "lisa_budget": AUTO_LAYERS}
 PROBED = BALANCED | {"lisa_probe_steps": 10}
 SHARP = {"lisa_importance_temperature": 0.5, "lisa_importance_floor": 0.0}
@@ -112,7 +113,18 @@ ARMS = {
     "lisa 2, embed frozen": ("lisa", LISA | FROZEN, 1),
     "lisa 8, embed frozen": ("lisa", {"lisa_activated_layers": 8} | FROZEN, 1),
     "lisa 8": ("lisa", {"lisa_activated_layers": 8}, 1),
+    # The backward pass ends early where embeddings are frozen and lower layers seldom train.
+    "lisa 8 upper, embed frozen": ("lisa", {"lisa_activated_layers": 8} | FROZEN | UPPER, 1),
+    "lisa 8 window, embed frozen": ("lisa", {"lisa_activated_layers": 8, "lisa_sampler": "window"} | FROZEN, 1),
+    "lisa in lora's, embed frozen, probed": ("lisa", IN_LORA_S | FROZEN | PROBED | {"lisa_state_bits": "layers=8"}, 1),
 }
+# Of the comparison of every method at equal steps, time and memory.
+PROTOCOL = (
+    "full", "lora r16", "lora r64", "galore r16", "apollo r16", "ms-swift lisa 2", "lisa 2", "lisa 2 balanced",
+    "lisa 2 depth 4", "lisa 2 probed", "lisa 2 probed sharp", "lisa modules", "lisa modules adaptive", "lisa 2 window",
+    "lisa 2, embed and head / 2", "lisa 2 warm-up", "lisa in lora's memory", "lisa in lora's, upper most",
+    "lisa in lora's, probed", "lisa in lora's, embed frozen", "lisa 8 upper, embed frozen",
+)  # fmt: skip
 
 
 def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict) -> dict:

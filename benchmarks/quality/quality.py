@@ -34,7 +34,7 @@ from pathlib import Path
 import lisa_dist
 from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
 from benchmarks.common.results import parser_with_data, positive, print_table, write_results
-from benchmarks.quality.arms import ARMS, build, train_by_swift
+from benchmarks.quality.arms import ARMS, PROTOCOL, build, train_by_swift
 from benchmarks.quality.examples import Data, evaluate, solved
 from benchmarks.quality.training import Batch, held_out_losses, train
 from benchmarks.tables.rows import BASELINES, quality_table
@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--held_out_rows", type=positive, default=256)
     parser.add_argument("--questions", type=int, default=0, help="held-out questions to answer, for exact accuracy")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=BASELINES, metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--protocol", action="store_true", help="the arms of the comparison of every method")
     parser.add_argument("--steps", type=positive, default=400)
     parser.add_argument("--rows", type=positive, default=8, help="of a step")
     parser.add_argument("--rate", type=float, default=4e-3, help="the middle of full training's learning rates")
@@ -243,6 +244,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw losses to this .png")
     parser.add_argument("--gpu", action="store_true", help="on the first GPU, in bf16")
     arguments = parser.parse_args()
+    arguments.arms = PROTOCOL if arguments.protocol else arguments.arms
     if not arguments.gpu:
         run_on_cpu()
     figures = read_figures(arguments)
