@@ -1,18 +1,15 @@
 """The `lisa-dist` command. Each verb is a module of `commands`, imported when it is asked for."""
 
-import contextlib
 import difflib
-import gc
-import importlib
 import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lisa_dist import flag_tables
 from lisa_dist.commands import exit_on_error
+from lisa_dist.commands.verbs import VERBS, WITH_FLAGS, WITH_WORDS, import_verb
 from lisa_dist.flag_words import first_word_as
 
 USAGE = """usage: lisa-dist train recipe.yaml [--gpus N] [--any_flag value]
@@ -45,35 +42,22 @@ USAGE = """usage: lisa-dist train recipe.yaml [--gpus N] [--any_flag value]
 
 lisa-dist VERB --help has the flags of a verb.
 """
-# Verbs that parse flags of their own and answer --help; what a first word that is no flag is the value of.
-_WITH_FLAGS = dict.fromkeys(("train", "init", "plan", "eval", "chat", "check", "norms"))
-_WITH_FLAGS |= {"train": "--config", "eval": "--model", "chat": "--model"}
-# Verbs with words alone: how many, and which.
-_WITH_WORDS = {
-    "export": ((2,), "CHECKPOINT OUT"),
-    "report": (range(1, 100), "OUTPUT_DIR [OUTPUT_DIR ...]"),
-    "convert": (range(1, 9), "FILE [RECIPE] [--tool axolotl|llamafactory|ms-swift|lmflow]"),
-    "recipes": ((0, 2, 3), "[show NAME | copy NAME [FILE]]"),
-    "info": ((0,), ""),
-    "completion": ((1,), "bash|zsh"),
-}
-VERBS = (*_WITH_FLAGS, *_WITH_WORDS)
 
 
 def main() -> None:
     """Run one verb of the command line."""
     verb, words = sys.argv[1] if len(sys.argv) > 1 else None, sys.argv[2:]
-    if verb in _WITH_FLAGS:
+    if verb in WITH_FLAGS:
         run_verb(verb, words)
         return
     if verb in ("--version", "-V", "version"):
         print(f"lisa-dist {importlib.metadata.version('lisa_dist')}")
         raise SystemExit(0)
     asks = verb in ("-h", "--help") or words in (["-h"], ["--help"])
-    if verb in _WITH_WORDS:
-        counts, named = _WITH_WORDS[verb]
+    if verb in WITH_WORDS:
+        counts, named = WITH_WORDS[verb]
         if len(words) in counts and not asks:
-            _import(verb).main(*words)
+            import_verb(verb).main(*words)
             return
         what = next(line.split(maxsplit=1)[1] for line in USAGE.splitlines() if line.startswith(f"  {verb} "))
         print(f"usage: lisa-dist {verb} {named}".rstrip() + f"\n\n{what}")
@@ -93,26 +77,15 @@ def run_verb(verb: str, words: Sequence[str]) -> None:
     table = flag_tables.load(verb)
     if table is not None and "RANK" not in os.environ:  # a rank's words were looked at before it was started
         _answer(verb, table, words)
-    module = _import(verb)
+    module = import_verb(verb)
     if table is None:
         flag_tables.store(verb, module.parser())
     module.main(words)
 
 
-def table_of_verb(verb: str) -> list:
-    """The screen of help and the flags of a verb; of one without flags nothing."""
-    if verb not in _WITH_FLAGS:
-        return []
-    table = flag_tables.load(verb)
-    if table is None:
-        flag_tables.store(verb, parser := _import(verb).parser())
-        table = flag_tables.table_of(parser)
-    return table
-
-
 def _answer(verb: str, table: list, words: Sequence[str]) -> None:
     """Exit where the words ask for help or cannot be meant."""
-    first = _WITH_FLAGS[verb]
+    first = WITH_FLAGS[verb]
     words = list(words) if first is None else first_word_as(first, words)
     if verb in ("train", "eval"):  # `--gpus N` is the launcher's
         words = [part for word in words for part in (word.split("=", 1) if word.startswith("--gpus=") else [word])]
@@ -125,30 +98,9 @@ def _answer(verb: str, table: list, words: Sequence[str]) -> None:
         flag_tables.answer(table, words, takes_recipe=verb == "train")
 
 
-@contextlib.contextmanager
-def without_collection() -> Iterator[None]:
-    """Imports in the body take a sixth less: what they make stays, and the collector would walk it again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if gc.get_freeze_count() == 0:
-            # To the oldest generation unseen; else the first collection of the youngest would walk it all.
-            gc.freeze()
-            gc.unfreeze()
-        if was_enabled:
-            gc.enable()
-
-
-def _import(verb: str) -> Any:
-    with without_collection():
-        return importlib.import_module(f"lisa_dist.commands.{verb}")
-
-
 def write_flag_tables() -> None:
     """The tables that are shipped, of the versions that are installed: `make flags`."""
-    flag_tables.write({verb: _import(verb).parser() for verb in _WITH_FLAGS}, flag_tables.SHIPPED)
+    flag_tables.write({verb: import_verb(verb).parser() for verb in WITH_FLAGS}, flag_tables.SHIPPED)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,20 @@
 """The errors that are for users: their message is all that is printed."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 _FLAG = re.compile(r"(?<![\w-])--([a-z]\w*)(?![-\w])")
 _names_flags = False
+
+
+@functools.cache
+def _settings() -> frozenset[str]:
+    """The names of all flags: those of torchrun and of other programs stay flags in Python too."""
+    tables = Path(__file__).with_name("flag_tables.jsonl").read_text(encoding="utf-8")
+    return frozenset(re.findall(r'"dest": "(\w+)"', tables))
 
 
 class UserError(ValueError):
@@ -16,7 +25,9 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         text = super().__str__()
-        return text if _names_flags else _FLAG.sub(r"\1", text)
+        if _names_flags:
+            return text
+        return _FLAG.sub(lambda found: found[1] if found[1] in _settings() else found[0], text)
 
 
 class SharedError(UserError):

@@ -1,4 +1,4 @@
-"""The flags of each verb as a table, so that help and a slip of the pen are answered before torch is imported.
+"""The flags of each verb as a table, so that help and mistyped flags are answered before torch is imported.
 
 Flags of a run are fields of transformers' and TRL's dataclasses, whose import takes seconds. What they are with the
 versions of the day is in flag_tables.jsonl, next to this file (`make flags` writes it); with other versions the first
@@ -123,13 +123,13 @@ def answer(table: Sequence[Mapping[str, Any]], words: Sequence[str], takes_recip
 
 def load(verb: str) -> list[dict[str, Any]] | None:
     """The table of a verb with the installed versions; None where there is none yet."""
-    for path in (SHIPPED, _cached(verb)):
+    for place in (lambda verb: SHIPPED, _cached):
         try:
-            first, *lines = path.read_text(encoding="utf-8").splitlines()
+            first, *lines = place(verb).read_text(encoding="utf-8").splitlines()
             if json.loads(first) == versions():
                 table = [json.loads(line) for line in lines if line.startswith(_beginning(verb))]
                 return [{name: value for name, value in one.items() if name != "verb"} for one in table]
-        except (OSError, ValueError):  # there is none, or it is of a process that was cut
+        except (OSError, ValueError, RuntimeError):  # there is none, it is of a process that was cut, or no home
             continue
     return None
 
@@ -140,11 +140,13 @@ def _beginning(verb: str) -> str:
 
 def store(verb: str, parser: WordParser) -> None:
     """Leave the table of a verb in the user's cache; where there can be none, the next command takes seconds again."""
-    path = _cached(verb)
+    if any("dev" in found or "+" in found for found in versions().values()):
+        return  # flags may change under such a version
     try:
+        path = _cached(verb)
         path.parent.mkdir(parents=True, exist_ok=True)
         write({verb: parser}, path)
-    except OSError:  # a home that is read-only, or none: nothing depends on a cache
+    except (OSError, RuntimeError):  # a home that is read-only, or none: nothing depends on a cache
         return
 
 

@@ -1,6 +1,6 @@
 """What words of a command line and keys of a recipe are: known or not, with the nearest known name.
 
-All of it is argparse's, so that it is imported in no time: a slip of the pen is answered before torch is loaded.
+All of it is argparse's, which is imported at once: mistyped flags are answered before torch is loaded.
 """
 
 import argparse
@@ -158,8 +158,12 @@ _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 def first_word_as(flag: str, words: Sequence[str]) -> list[str]:
-    """The words; a first one that is no flag is the value of `flag`."""
-    return [flag, *words] if words and not words[0].startswith("-") else list(words)
+    """The words; a first one that is no flag, besides `--gpus N`, is the value of `flag`."""
+    at = 0
+    while at < len(words) and words[at].partition("=")[0] == "--gpus":
+        at += 1 if "=" in words[at] else 2
+    named = at < len(words) and not words[at].startswith("-")
+    return [*words[:at], *([flag] if named else []), *words[at:]]
 
 
 def split_config(words: Iterable[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """`lisa-dist chat`: talk with a model, or with that of a run, in the terminal."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -62,4 +63,5 @@ def main(words: Sequence[str]) -> None:
         torch.manual_seed(arguments.seed)
         print(f"{name}; {KEYS}")
         chat = Chat(model, tokenizer, arguments.max_new_tokens, arguments.temperature)
-        talk(chat, sys.stdin, lambda: print("> ", end="", flush=True))
+        with contextlib.suppress(KeyboardInterrupt):
+            talk(chat, sys.stdin, lambda: print("> ", end="", flush=True))

@@ -16,7 +16,7 @@ from lisa_dist.core.layer_weights import split_columns
 from lisa_dist.distributed.health import host_name
 from lisa_dist.distributed.preflight import HostCheck
 from lisa_dist.distributed.ranks import set_rank
-from lisa_dist.errors import UserError
+from lisa_dist.errors import UserError, naming_flags
 from lisa_dist.files import read_yaml
 from lisa_dist.flags import FlagParser
 
@@ -57,11 +57,19 @@ def parser() -> FlagParser:
 def main(words: Sequence[str]) -> None:
     """Check this host and compare it with the others; exit status 2 on every host when anything is wrong."""
     host = host_name()
+    with naming_flags():
+        problems = _problems(host, words)
+        for problem in problems:
+            print(f"lisa-dist check: {problem}", file=sys.stderr, flush=True)
+    raise SystemExit(2 if problems else 0)
+
+
+def _problems(host: str, words: Sequence[str]) -> list[str]:
     try:
         arguments, rest = parser().parse_args_into_dataclasses(words, return_remaining_strings=True)
         set_rank()
         flags = flags_of_run(arguments, rest)
-        problems = HostCheck(
+        return HostCheck(
             host,
             Path(flags["output_dir"]),
             gpus=arguments.gpus_per_node,
@@ -71,10 +79,7 @@ def main(words: Sequence[str]) -> None:
             checkpoint_bytes=partial(checkpoint_bytes, flags),
         ).problems()
     except UserError as error:
-        problems = [f"host {host}: {error}"]
-    for problem in problems:
-        print(f"lisa-dist check: {problem}", file=sys.stderr, flush=True)
-    raise SystemExit(2 if problems else 0)
+        return [f"host {host}: {error}"]
 
 
 def flags_of_run(arguments: CheckArguments, rest: Sequence[str]) -> dict[str, Any]:

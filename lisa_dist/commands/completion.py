@@ -1,6 +1,7 @@
 """`lisa-dist completion`: verbs and flags for the shell."""
 
 from lisa_dist.commands import exit_on_error
+from lisa_dist.commands.verbs import VERBS, table_of_verb
 from lisa_dist.errors import UserError
 
 _BASH = """\
@@ -28,8 +29,6 @@ def main(shell: str) -> None:
 
 
 def _script() -> str:
-    from lisa_dist.cli import VERBS, table_of_verb  # which imports this module by name
-
     flags = []
     for verb in VERBS:
         if table := table_of_verb(verb):

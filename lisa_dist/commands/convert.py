@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lisa_dist.commands import exit_on_error
+from lisa_dist.commands.verbs import table_of_verb
 from lisa_dist.convert.reading import TOOLS
 from lisa_dist.convert.recipe import convert, format_recipe
 from lisa_dist.errors import UserError
@@ -43,6 +44,4 @@ def main(*words: str) -> None:
 
 def known_flags() -> Sequence[str]:
     """The flags of a run."""
-    from lisa_dist.cli import table_of_verb
-
     return [flag["dest"] for flag in table_of_verb("train")[1:]]

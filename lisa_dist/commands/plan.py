@@ -93,7 +93,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _tell_what_would(arguments: PlanArguments, lisa_config: LisaConfig) -> None:
-    """Print the first settings by which the GPU's memory is enough without the host's, if there are any."""
+    """Print the first settings by which the GPU's memory is enough for states too, if there are any."""
     if arguments.method != "lisa":
         return
     asked = replace(arguments, deepspeed=None)
@@ -102,6 +102,7 @@ def _tell_what_would(arguments: PlanArguments, lisa_config: LisaConfig) -> None:
     except UserError:  # none does
         return
     flags = ({} if found.rung.optim is None else {"optim": found.rung.optim}) | found.rung.settings
-    words = " ".join(f"--{name} {value}" for name, value in flags.items())
-    size, way = format_bytes(found.plan.gpu.peak), found.plan.ds_config
-    print(f"\nWithout the host: {words} takes {size} of the GPU ({way}; {found.rung.name})")
+    way = {"deepspeed": found.plan.ds_config}
+    words = " ".join(f"--{name} {value}" for name, value in (flags | way).items())
+    size = format_bytes(found.plan.gpu.peak)
+    print(f"\nWith states on the GPU: {words} takes {size} of it ({found.rung.name})")

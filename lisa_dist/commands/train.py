@@ -14,7 +14,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.flag_words import first_word_as
 from lisa_dist.train.arguments import parse_arguments
 from lisa_dist.train.arguments import run_parser as parser
-from lisa_dist.train.quiet import leave_out_useless_words
+from lisa_dist.train.quiet import leave_out_bars_of_other_ranks, leave_out_useless_words
 from lisa_dist.train.run import run
 
 
@@ -30,6 +30,7 @@ def main(words: Sequence[str] | None = None) -> None:
         words = launch_if_asked(words, "train", check=lambda rest: parser().check(rest))
         use_expandable_segments()
         config = parse_arguments(words)
+        leave_out_bars_of_other_ranks()
         if config.run.method == "lisa":
             catch_stop_signals()
         finished = run(config, words)

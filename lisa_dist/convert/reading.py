@@ -38,7 +38,7 @@ def tool_of(given: dict[str, Any]) -> str | None:
 
 
 def _read_script(path: str) -> dict[str, Any]:
-    text = re.sub(r"\\\s*\n", " ", read_text("", path))
+    text = re.sub(r"\\[ \t]*\n", " ", read_text("", path))
     variables: dict[str, str] = {}
     commands: list[list[str]] = []
     for line in text.splitlines():

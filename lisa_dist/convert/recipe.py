@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from lisa_dist.convert.reading import SWIFT, TOOLS, read, tool_of
-from lisa_dist.convert.rules import DEFAULTS, RULES, Flags, NoCounterpart
+from lisa_dist.convert.reading import LLAMA_FACTORY, SWIFT, TOOLS, read, tool_of
+from lisa_dist.convert.rules import BADAM, DEFAULTS, OF_LORA, RULES, Flags, NoCounterpart
 from lisa_dist.errors import UserError
 from lisa_dist.text import in_one_line
 
@@ -59,7 +59,13 @@ def _take(found: Converted, key: str, value: Any, given: Flags, known: Container
     elif callable(rule):
         try:
             flags = rule(value, given)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:  # a value of a kind that the tool takes not
+        except (
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:  # a value of a kind that the tool takes not
             raise NoCounterpart(f"no value that {found.tool} takes") from error
         env = found.flags.get("env", {}) | flags.pop("env", {})
         found.flags |= flags | ({"env": env} if env else {})
@@ -74,12 +80,20 @@ def _take(found: Converted, key: str, value: Any, given: Flags, known: Container
 def _add_defaults(found: Converted, given: Flags) -> None:
     """What the configuration relied on, and nothing of LISA for another method."""
     defaults = dict(DEFAULTS[found.tool])
-    if found.flags.get("lisa_activated_layers"):
+    if found.tool == LLAMA_FACTORY and given.get("use_badam"):
+        found.flags["method"] = "lisa"
+        defaults |= BADAM
+    elif found.flags.get("lisa_activated_layers") and given.get("use_lisa", True):
         defaults["method"] = "lisa"
-    if found.tool == SWIFT and "gradient_accumulation_steps" not in given:
-        defaults["global_batch_size"] = _BATCH_OF_SWIFT
-    if "learning_rate" in defaults and found.flags.get("method", defaults["method"]) == "lora":
-        defaults["learning_rate"] = 1e-4  # of all three
+    if found.tool == SWIFT:
+        if "gradient_accumulation_steps" not in given:
+            defaults["global_batch_size"] = _BATCH_OF_SWIFT
+        if {"eval_rows", "eval_dataset_name"} & found.flags.keys():
+            defaults["eval_strategy"] = "steps"  # as checkpoints are saved there
+    if found.flags.get("method", defaults["method"]) == "lora":
+        defaults |= OF_LORA[found.tool]
+        if found.tool == LLAMA_FACTORY:
+            defaults["lora_alpha"] = 2 * found.flags.get("lora_r", defaults["lora_r"])
     found.defaults = {name: value for name, value in defaults.items() if name not in found.flags}
     if (found.flags | found.defaults)["method"] != "lisa":
         for name in [name for name in found.flags if name.startswith("lisa_")]:

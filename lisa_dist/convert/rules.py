@@ -28,7 +28,14 @@ _CACHED = "(data are cached by themselves)"
 _SAME_RUN = "(nothing is written over; --resume_from_checkpoint auto goes on)"
 
 
+def _is_lisa(given: Given) -> bool:
+    keys = ("lisa_n_layers", "lisa_activated_layers", "use_badam", "use_lisa")
+    return bool(given.get("use_lisa", any(given.get(key) for key in keys)))
+
+
 def _optimizer(value: str, given: Given) -> Flags:
+    if value == "paged_adamw_32bit":
+        return {"optim": "lisa_adamw"} if _is_lisa(given) else {"optim": "adamw_torch_fused"}
     plain = str(value).replace("paged_", "").replace("_32bit", "")
     plain = {"adamw": "adamw_torch_fused", "adamw_hf": "adamw_torch", "adamw_apex_fused": "adamw_torch_fused"}.get(
         plain, plain
@@ -45,17 +52,18 @@ def _schedule(value: str, given: Given) -> Flags:
 
 
 def _warmup_ratio(value: float, given: Given) -> Flags:
-    return {"warmup_steps": value} if value and not given.get("warmup_steps") else {}
+    return {} if given.get("warmup_steps") else {"warmup_steps": value}
 
 
 def _deepspeed(value: Any, given: Given) -> Flags:
     if isinstance(value, dict):
         raise NoCounterpart("put it in a file of its own, without its optimizer section, and give its path")
-    stage = re.search(r"(?:zero_?|z|ds_z|stage)(\d)", str(value))
+    name = str(value).rpartition("/")[2]
+    stage = re.search(r"(?:zero_?|z|stage_?)(\d)", name)
     if stage is None:
         raise NoCounterpart("give zero1, zero2, zero3, zero2_offload, zero3_offload, or a file without an optimizer")
     number = max(1, int(stage[1]))
-    offload = "offload" in str(value) and "no_offload" not in str(value)
+    offload = "offload" in name and "no_offload" not in name
     return {"deepspeed": f"zero{number}" + "_offload" * (offload and number > 1)}
 
 
@@ -115,27 +123,42 @@ _COMMON: dict[str, Rule] = {
 _FORMATS = {"alpaca": {}, "chat_template": {}, "sharegpt": {}, "completion": {"dataset_format": "text"}}
 
 
+_OF_DATASET = {"path", "data_files", "ds_type", "type", "name", "split", "field_messages", "field"}
+
+
 def _axolotl_datasets(value: list[dict], given: Given) -> Flags:
+    """Files, or names of the hub; what is said of one must hold for all."""
     names: list[str] = []
-    found: Flags = {}
+    of_each: list[Flags] = []
     for one in value:
         files = one.get("data_files")
         named = [files] if isinstance(files, str) else files or [one["path"]]
         names += named
-        kind = one.get("type") or "chat_template"
-        if not isinstance(kind, str) or kind.split(":")[0].split(".")[0] not in _FORMATS:
-            raise NoCounterpart(f"{named[0]}: rows of type {kind}; name their columns by dataset_columns, docs/data.md")
-        found |= _FORMATS[kind.split(":")[0].split(".")[0]]
-        found |= {"dataset_config": one["name"]} if one.get("name") else {}
-        found |= {"dataset_split": one["split"]} if one.get("split") else {}
+        kind = str(one.get("type") or "chat_template").split(":")[0].split(".")[0]
+        if kind not in _FORMATS or isinstance(one.get("type"), dict):
+            raise NoCounterpart("name the columns of rows of another type by dataset_columns, docs/data.md")
+        if others := one.keys() - _OF_DATASET:
+            raise NoCounterpart(
+                f"{', '.join(sorted(others))} of {named[0]} is nothing here; change the rows themselves"
+            )
         columns = {"messages": one.get("field_messages"), "text": one.get("field")}
-        if pairs := [f"{ours}={theirs}" for ours, theirs in columns.items() if theirs and ours != theirs]:
-            found["dataset_columns"] = pairs
-    return {"dataset_name": names} | found
+        pairs = [f"{ours}={theirs}" for ours, theirs in columns.items() if theirs and ours != theirs]
+        split = one.get("split") if one.get("split") != "train" else None
+        found = {"dataset_config": one.get("name"), "dataset_split": split, "dataset_columns": pairs}
+        of_each.append({name: value for name, value in found.items() if value} | _FORMATS[kind])
+    if any(found != of_each[0] for found in of_each):
+        raise NoCounterpart("its datasets differ in format, columns, split or config, and here all have the same")
+    return {"dataset_name": names} | of_each[0]
+
+
+def _held_out_files(value: list[dict], given: Given) -> Flags:
+    return {"eval_dataset_name": _axolotl_datasets(value, given)["dataset_name"], "eval_strategy": "epoch"}
 
 
 def _per_epoch(strategy: str) -> Rule:
     def rule(value: int, given: Given) -> Flags:
+        if not value:
+            return {}
         share = 1 / (value * float(given.get("num_epochs") or 1))
         if value == 1:
             return {f"{strategy}_strategy": "epoch"}
@@ -176,7 +199,8 @@ def _template(value: str, given: Given) -> Flags:
 
 
 _AXOLOTL: dict[str, Rule] = {
-    "base_model": "model_name_or_path", "datasets": _axolotl_datasets, "sequence_len": "max_length",
+    "base_model": "model_name_or_path", "datasets": _axolotl_datasets, "test_datasets": _held_out_files,
+    "sequence_len": "max_length",
     "micro_batch_size": "per_device_train_batch_size", "eval_batch_size": "per_device_eval_batch_size",
     "num_epochs": "num_train_epochs", "optimizer": _optimizer, "lr_scheduler": _schedule, "sample_packing": "packing",
     "eval_sample_packing": "eval_packing", "val_set_size": _axolotl_held_out, "evals_per_epoch": _per_epoch("eval"),
@@ -230,22 +254,26 @@ def _tuning(value: str, given: Given) -> Flags:
         return {"method": "lora"}
     if value != "full":
         raise NoCounterpart(f"{value}: method is lisa, full or lora")
-    return {} if given.get("use_badam") else {"method": "full"}
+    return {"method": "full"}
 
 
-_BADAM = {"method": "lisa", "lisa_activated_layers": 1, "lisa_always_on": "", "lisa_frozen": "embed,head,rest"}
-_BADAM_ORDER = {"ascending": "cyclic", "random": "reshuffle"}
+BADAM = {
+    "lisa_sampler": "cyclic", "lisa_interval_steps": 50, "lisa_activated_layers": 1, "lisa_always_on": "",
+    "lisa_frozen": "embed,head,rest",
+}  # fmt: skip
+_ORDER = {"ascending": "cyclic", "random": "reshuffle"}
 
 
 def _badam_order(value: str, given: Given) -> Flags:
-    if value not in _BADAM_ORDER:
+    if value not in _ORDER:
         raise NoCounterpart("lisa_sampler: cyclic is ascending, reshuffle is random; weighted takes weights of layers")
-    return {"lisa_sampler": _BADAM_ORDER[value]}
+    return {"lisa_sampler": _ORDER[value]}
 
 
 _FACTORY: dict[str, Rule] = _LORA | {
+    "use_badam": "(method: lisa, one layer at a time)",
     "stage": _stage, "finetuning_type": _tuning, "dataset": _factory_datasets, "cutoff_len": "max_length",
-    "use_badam": lambda value, given: dict(_BADAM) if value else {}, "badam_switch_mode": _badam_order,
+    "badam_switch_mode": _badam_order,
     "badam_switch_interval": "lisa_interval_steps", "badam_mode": _unless("layer", "layers alone are sampled so"),
     "badam_verbose": "(each switch is printed)", "badam_start_block": _unless(0, "lisa_seed gives another order"),
     "lora_target": _lora_targets, "eval_dataset": lambda value, given: {"eval_dataset_name": _names(value)},
@@ -275,7 +303,7 @@ def _swift_method(value: str, given: Given) -> Flags:
 def _swift_datasets(value: Any, given: Given) -> Flags:
     names, subset = [], None
     for one in value if isinstance(value, list) else [value]:
-        plain, _, count = str(one).partition("#")
+        plain, _, count = re.sub(r"^(hf|ms)::", "", str(one), flags=re.I).partition("#")
         plain, _, of_hub = plain.partition(":")
         subset = of_hub or subset
         names.append(f"{plain}#{count}" if count else plain)
@@ -297,7 +325,9 @@ _SWIFT: dict[str, Rule] = _LORA | {
     "truncation_strategy": lambda value, given: {"long_examples": _LONG.get(value, "truncate")},
     "attn_impl": _AT_ONCE, "split_dataset_ratio": _rows("eval_rows"), "loss_scale": _swift_loss_scale,
     "val_dataset": lambda value, given: {"eval_dataset_name": value if isinstance(value, list) else [value]},
-    "torch_dtype": lambda value, given: {"bf16": value == "bfloat16"},
+    "torch_dtype": lambda value, given: {"fp16": True} if value == "float16" else {"bf16": value == "bfloat16"},
+    "columns": "the other way round: dataset_columns: [question=text1, answer=text2]",
+    "interleave_prob": "dataset_weights says how often the rows of each come in an epoch",
     "strict": "(--skip_bad_rows true skips invalid rows)",
     "use_hf": _unless(True, "models and datasets are Hugging Face's"), "dataset_num_proc": _CACHED,
     "template": "the tokenizer's own chat template is used; for another give chat_template_path: x.jinja",
@@ -310,10 +340,17 @@ _SWIFT: dict[str, Rule] = _LORA | {
 
 # LMFlow
 
+
+def _lmflow_dataset(value: str, given: Given) -> Flags:
+    count = given.get("max_train_samples")
+    return {"dataset_name": [f"{value}#{count}" if count else value]}
+
+
 _LMFLOW: dict[str, Rule] = _LORA | {
-    "use_lisa": lambda value, given: {"method": "lisa" if value else "full"},
-    "use_lora": lambda value, given: {"method": "lora"} if value else {},
-    "dataset_path": lambda value, given: {"dataset_name": [value]}, "block_size": "max_length",
+    "use_lisa": lambda value, given: {"method": "lisa"} if value else {},
+    "use_lora": lambda value, given: {"method": "lora"} if value and not given.get("use_lisa") else {},
+    "max_train_samples": "(of each dataset)",
+    "dataset_path": _lmflow_dataset, "block_size": "max_length",
     "eval_dataset_path": lambda value, given: {"eval_dataset_name": [value]},
     "train_on_prompt": _boolean("train_on_inputs"),
     "disable_group_texts": lambda value, given: {"packing": not value},
@@ -336,10 +373,17 @@ DEFAULTS: dict[str, Flags] = {
         "num_train_epochs": 1, "max_length": 512, "gradient_checkpointing": False, "long_examples": "drop",
         "save_total_limit": 4,
     },
-    LLAMA_FACTORY: {"method": "full", "learning_rate": 5e-5, "max_length": 2048},
+    LLAMA_FACTORY: {"method": "lora", "learning_rate": 5e-5, "max_length": 2048},
     SWIFT: {
         "method": "lora", "lr_scheduler_type": "cosine", "weight_decay": 0.1, "adam_beta2": 0.95, "warmup_steps": 0.05,
-        "per_device_train_batch_size": 1, "learning_rate": 1e-5,
+        "per_device_train_batch_size": 1, "learning_rate": 1e-5, "max_length": -1, "long_examples": "drop",
     },
-    LMFLOW: {"method": "full", "learning_rate": 5e-5, "gradient_checkpointing": False},
+    LMFLOW: {"method": "full", "learning_rate": 5e-5, "gradient_checkpointing": False, "max_length": -1},
 }  # fmt: skip
+# The same for adapters.
+OF_LORA: dict[str, Flags] = {
+    AXOLOTL: {},
+    LLAMA_FACTORY: {"lora_r": 8, "lora_dropout": 0.0},  # alpha is twice the rank
+    SWIFT: {"learning_rate": 1e-4, "lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.05},
+    LMFLOW: {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.1},
+}

@@ -13,7 +13,7 @@ from typing import NoReturn
 import psutil
 from deepspeed.accelerator import get_accelerator
 
-from lisa_dist.distributed.ranks import free_port
+from lisa_dist.distributed.ranks import forget_rank_of_parent, free_port
 from lisa_dist.errors import UserError
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -33,6 +33,7 @@ def launch_if_asked(argv: Sequence[str], verb: str, check: Callable[[Sequence[st
     number = words[at + 1] if at + 1 < len(words) else ""
     if not re.fullmatch(r"[1-9][0-9]{0,5}", number):
         raise UserError(f"--gpus {number}: give a number of GPUs of this host; on CPUs it is one of ranks.")
+    forget_rank_of_parent()
     if "RANK" in os.environ:
         raise UserError(f"--gpus {number}: RANK is set, so a launcher has started this process already: leave it out.")
     rest = [*words[:at], *words[at + 2 :]]

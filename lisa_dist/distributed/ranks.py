@@ -23,6 +23,7 @@ from lisa_dist.errors import UserError
 _GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Of a process in a step, which srun starts. The script of a job has SLURM_PROCID too, but is in no step.
 _OF_STEP = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+_ALONE = "LISA_DIST_ALONE"  # the process that `set_rank` has made the only rank, and its port
 _OTHERS = {"SLURM_NTASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
 _SHOWN: tuple[str, ...] = (
     *_GIVEN,
@@ -40,6 +41,7 @@ def set_rank(environment: MutableMapping[str, str] = os.environ) -> str:
 
     Raises ValueError, with everything that was seen, where some are missing or contradict each other.
     """
+    forget_rank_of_parent(environment)
     if any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         started_by = _check_launched(environment)
     elif _count(environment, "SLURM_STEP_NUM_TASKS") > 1:
@@ -69,6 +71,7 @@ def set_rank(environment: MutableMapping[str, str] = os.environ) -> str:
         environment.update({name: str(value) for name, value in alone.items()})
         environment.setdefault("MASTER_ADDR", "127.0.0.1")
         environment.setdefault("MASTER_PORT", str(free_port()))
+        environment[_ALONE] = f"{os.getpid()}:{environment['MASTER_PORT']}"
     if "LOCAL_WORLD_SIZE" in environment:
         environment.setdefault("LOCAL_SIZE", environment["LOCAL_WORLD_SIZE"])  # DeepSpeed's word for torchrun's
     elif "SLURM_STEP_TASKS_PER_NODE" in environment:
@@ -90,6 +93,15 @@ def join_ranks() -> None:
         set_rank()
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has built an operator
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=of_mpi)
+
+
+def forget_rank_of_parent(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Where a process that trains alone has started this one, its rank is not this one's."""
+    process, _, port = environment.get(_ALONE, "").partition(":")
+    inherited = process not in ("", str(os.getpid())) and environment.get("WORLD_SIZE") == "1"
+    if inherited and environment.get("MASTER_PORT") == port:  # a launcher would have set another
+        for name in (*_GIVEN, "LOCAL_SIZE", _ALONE):
+            environment.pop(name, None)
 
 
 def check_port(environment: MutableMapping[str, str] = os.environ) -> None:

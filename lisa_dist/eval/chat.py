@@ -16,13 +16,17 @@ HELP = "/reset begins anew, /exit or an end of input ends; all else is said to t
 def find_model(name: str) -> str:
     """The model of a run, or the name as it is: of a run that has saved none yet, its newest checkpoint."""
     folder = Path(name)
-    if not folder.is_dir() or (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+    if not folder.is_dir() or _is_model(folder):
         return name
-    checkpoints = [path for path in folder.glob("checkpoint-*") if (path / "config.json").is_file()]
+    checkpoints = [path for path in folder.glob("checkpoint-*") if _is_model(path)]
     numbered = [path for path in checkpoints if path.name.rpartition("-")[2].isascii() and path.name[11:].isdigit()]
     if not numbered:
         raise UserError(f"{name}: there is no model in it and no checkpoint; give a run's output_dir, or a model.")
     return str(max(numbered, key=lambda path: int(path.name[11:])))
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
 
 
 class Chat:
@@ -47,6 +51,7 @@ class Chat:
         else:
             prompt = self._tokenizer.apply_chat_template(self._turns, tokenize=False, add_generation_prompt=True)
             encoded = self._tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        self._check_room(encoded["input_ids"].shape[1])
         sampling: dict[str, Any] = {"do_sample": False}
         if self._temperature > 0:
             sampling = {"do_sample": True, "temperature": self._temperature}
@@ -59,6 +64,16 @@ class Chat:
         answer = answer.strip()
         self._turns.append({"role": "assistant", "content": answer})
         return answer
+
+    def _check_room(self, length: int) -> None:
+        """Raise UserError where the turns and an answer are longer than the model's context."""
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and length + self._max_new_tokens > positions:
+            self._turns.pop()
+            raise UserError(
+                f"{length} tokens were said, and the model's context has {positions}, with {self._max_new_tokens} for "
+                "the answer; /reset begins anew."
+            )
 
 
 def talk(chat: Chat, lines: Iterable[str], prompt: Callable[[], None]) -> None:
@@ -73,6 +88,11 @@ def talk(chat: Chat, lines: Iterable[str], prompt: Callable[[], None]) -> None:
         elif text.startswith("/"):
             print(HELP)
         elif text:
-            chat.say(text)
+            try:
+                chat.say(text)
+            except UserError as error:
+                print(error)
+            except KeyboardInterrupt:  # of this answer; another one at the prompt ends the talk
+                print()
         prompt()
         sys.stdout.flush()

@@ -46,7 +46,9 @@ def shipped_name(model: str) -> str | None:
 def name_or_folder(model: str) -> str:
     """What `--model_name_or_path` is for a `--model` of a plan."""
     path = Path(model)
-    return HUB_IDS.get(model) or str(path.parent if path.is_file() else path)
+    if path.exists():
+        return str(path.parent if path.is_file() else path)
+    return HUB_IDS.get(model, model)
 
 
 def load_model_config(model: str) -> PretrainedConfig:

@@ -26,7 +26,7 @@ class Rung:
 _SAMPLED = {"lisa_always_on": "rest"}
 _SMALL = {"lisa_state_bits": "embed=factored,head=factored,layers=8", "lisa_master": "bf16_sr"}
 _SMALL_NAME = "embeddings and head with a moment by row and column, layers with moments in 8 bits, no masters"
-# What needs no host comes first: with offload a step waits for it.
+# States on the GPU come first: with offload a step waits for the host.
 LADDER = (
     Rung("AdamW in 32 bits, as published"),
     Rung("moments of embeddings and head in 8 bits", {"lisa_state_bits": "embed=8,head=8"}),
@@ -82,8 +82,17 @@ def with_more_layers(config: PretrainedConfig, chosen: Chosen) -> Chosen:
     count, way = str(chosen.plan.workload.checkpointed_layers), chosen.plan.ds_config
     auto = replace(chosen.lisa_config, lisa_activated_layers=AUTO_LAYERS)
     most = with_most_layers(config, replace(chosen.arguments, checkpointed_layers=count), auto, way)
-    (plan,) = make_plans(config, chosen.arguments, most, [way])
-    return replace(chosen, plan=plan, lisa_config=most)
+    fits, above = chosen.lisa_config.lisa_activated_layers, most.lisa_activated_layers + 1
+    tried = above - 1  # fits the GPU; states on the host may be too many
+    while tried > fits:
+        settings = replace(chosen.lisa_config, lisa_activated_layers=tried)
+        (plan,) = make_plans(config, chosen.arguments, settings, [way])
+        if any(plan.lacks(chosen.arguments)):
+            above = tried
+        else:
+            fits, chosen = tried, replace(chosen, plan=plan, lisa_config=settings)
+        tried = (fits + above) // 2
+    return chosen
 
 
 def _possible(arguments: PlanArguments, lisa_config: LisaConfig) -> Iterator[tuple[Rung, PlanArguments, LisaConfig]]:

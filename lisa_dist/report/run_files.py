@@ -1,5 +1,6 @@
 """What a run leaves in its output folder, read back for the report."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,11 @@ def _outer_block(value: object) -> str | None:
     return None if value in OUTER_BLOCKS else "is no block"
 
 
+def _norm(value: object) -> str | None:
+    """Of a step that an fp16 scaler leaves out it is no finite number."""
+    return None if isinstance(value, int | float) else "is no number"
+
+
 # What the page and the plots take from each file.
 _PARTS = dict.fromkeys(["peak", *(name for _, names in MEMORY_PARTS for name in names)], number)
 _MEMORY = {"planned?": _PARTS, "measured": _PARTS}
@@ -46,6 +52,7 @@ _ANSWER = {"step": count, "prompt": str, "answer": str}
 _MOVEMENT = {"blocks": Each({"relative": number})}
 _LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second", "memory_bytes", "train_runtime")
 _ENTRY = {f"{name}?": number for name in _LOGGED}
+_ENTRY["grad_norm?"] = _norm
 _RUN = dict.fromkeys(("method?", "model?", "devices?", "began?", "command?"), str) | {
     "flags?": dict,
     "versions?": dict,
@@ -72,7 +79,7 @@ class RunFiles:
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one entry of the log."""
-        logged = [line for line in self.log if name in line]
+        logged = [line for line in self.log if name in line and math.isfinite(line[name])]
         return [line["step"] for line in logged], [line[name] for line in logged]
 
     @property

@@ -5,6 +5,7 @@ that a user has made as for any Trainer.
 """
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,27 +25,31 @@ DEFAULT = "zero2"
 _OF_ACCELERATE = ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
 
 
-def begin_deepspeed(args: TrainingArguments | None, given: str | dict | None) -> None:
-    """Have the arguments of a Trainer train under DeepSpeed, and DeepSpeed know of the ranks.
+def begin_deepspeed(arguments: Iterable[Any], given: str | dict | None) -> None:
+    """Have the training arguments among a Trainer's own train under DeepSpeed, and DeepSpeed know of the ranks.
 
     `given`: a short name, a path or the content of a config; zero2 where neither it nor the arguments have one. Where
     no launcher has started ranks this process is the only one. A Trainer that is given no arguments makes its own, and
-    says that they have no config. Raises UserError where there are two configs.
+    says that they have no config. Raises UserError where there are two configs, or no arguments for one.
     """
-    if isinstance(args, TrainingArguments):
+    args = next((one for one in arguments if isinstance(one, TrainingArguments)), None)
+    if args is not None:
         _use_deepspeed(args, given)
+    elif given is not None:
+        raise UserError("deepspeed: there are no training arguments that could take it; give the trainer args.")
     if dist.is_initialized() and not comm.is_initialized():
         # Accelerate has started gloo for CPU ranks, but DeepSpeed must know of it before it loads a model in parts.
         start_deepspeed()
 
 
-def _use_deepspeed(args: TrainingArguments, given: str | dict | None) -> None:
+def _use_deepspeed(args: Any, given: str | dict | None) -> None:
+    wanted = given if isinstance(given, dict) else find_ds_config(given or DEFAULT)
     # An earlier trainer of this process leaves ACCELERATE_USE_DEEPSPEED, by which arguments take a config of nobody's.
     has_one = bool(args.deepspeed) or any(name in os.environ for name in _OF_ACCELERATE)
-    if has_one and given is not None:
+    if has_one and given is not None and args.deepspeed != wanted:  # the same is of an earlier trainer
         raise UserError("deepspeed: the training arguments have a DeepSpeed config too; give it in one place.")
     if not has_one:
-        args.deepspeed = find_ds_config(given or DEFAULT) if not isinstance(given, dict) else given
+        args.deepspeed = wanted
     if not has_one or not dist.is_initialized():
         _join(args)
     if not has_one:

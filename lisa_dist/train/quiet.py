@@ -29,12 +29,16 @@ class _LeaveOut(logging.Filter):
 
 
 def leave_out_useless_words() -> None:
-    """From now on; on ranks but the first bars are left out too."""
+    """From now on."""
     for name, beginnings in _USELESS.items():
         logger = logging.getLogger(name)
         if not any(isinstance(one, _LeaveOut) for one in logger.filters):
             logger.addFilter(_LeaveOut(beginnings))
-    if os.environ.get("RANK", "0") != "0":
+
+
+def leave_out_bars_of_other_ranks() -> None:
+    """Where this rank is not the first, which RANK says by now."""
+    if os.environ["RANK"] != "0":
         transformers_logging.disable_progress_bar()
         datasets.disable_progress_bars()
 

@@ -98,7 +98,7 @@ class LisaMixin(MonitoredMixin):
         self._save_async = save_async
         check_eval_frozen_bits(eval_frozen_bits, self.lisa_config)
         self._evaluates_originals = eval_frozen_bits == 16
-        begin_deepspeed(kwargs.get("args", args[1] if len(args) > 1 else None), deepspeed)
+        begin_deepspeed([*args, *kwargs.values()], deepspeed)
         super().__init__(*args, **kwargs)
         self._optim = optim or self.args.optim.value
         optimizers = self.optimizer, self.optimizer_cls_and_kwargs

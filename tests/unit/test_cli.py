@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lisa_dist.cli import without_collection
+from lisa_dist.commands.verbs import without_collection
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from lisa_dist.errors import UserError, naming_flags
         ("a with --lisa_depth_bias 3: give --lisa_sampler.", "a with lisa_depth_bias 3: give lisa_sampler."),
         ("pip install flash-attn --no-build-isolation", "pip install flash-attn --no-build-isolation"),
         ("a -- b, c--d", "a -- b, c--d"),
+        ("torchrun --nproc_per_node 2 by (--deepspeed)", "torchrun --nproc_per_node 2 by (deepspeed)"),
     ],
 )
 def test_a_setting_is_named_as_it_was_given(monkeypatch, text, in_python):
@@ -39,3 +40,7 @@ def test_python_is_told_of_an_argument_and_the_command_line_of_a_flag():
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 2
     assert ran.stdout.startswith("lisa-dist plan: --lisa_sampler x: unknown; choose one of uniform")
+    ran = subprocess.run(
+        [sys.executable, "-m", "lisa_dist", "check", "--gpus_per_node", "8"], capture_output=True, text=True
+    )
+    assert "--output_dir is missing" in ran.stderr

@@ -1,4 +1,4 @@
-"""Help and slips of the pen, answered by tables: as the parsers would, and before anything is imported."""
+"""Help and mistyped flags, answered by tables: as the parsers would, and before anything is imported."""
 
 import json
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 from lisa_dist import cli, flag_tables
 from lisa_dist.commands import chat, check, eval, init, norms, plan, train
 from lisa_dist.errors import UserError
+from lisa_dist.flag_words import first_word_as
 
 PARSERS = {"train": train, "init": init, "plan": plan, "eval": eval, "chat": chat, "check": check, "norms": norms}
 HEAVY = ("torch", "transformers", "trl", "deepspeed", "datasets")
@@ -119,6 +120,8 @@ def test_a_table_has_the_parser_s_screen(tables, verb, capsys):
         (["train", "--lisa_activated_layers", "-1"], 2),
         (["plan", "--gpu_memry", "3"], 2),
         (["eval", "model", "--help"], 0),
+        (["eval", "--gpus", "2", "model", "--limt", "3"], 2),
+        (["train", "--gpus=2", "there_is_none.yaml"], 2),
         (["check", "--help"], 0),
     ],
     ids=str,
@@ -162,3 +165,36 @@ def test_a_home_that_cannot_be_written_costs_nothing_but_time(monkeypatch, tmp_p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     flag_tables.store("norms", norms.parser())
     assert not (tmp_path / "file").read_bytes()
+
+
+def test_without_a_home_or_with_versions_of_a_day_there_is_no_cache(monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(flag_tables.Path, "expanduser", no_home)
+    monkeypatch.setattr(flag_tables, "versions", lambda: {"transformers": "5.99", "trl": "1.99"})
+    assert flag_tables.load("norms") is None
+    flag_tables.store("norms", norms.parser())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for version in ("5.99.0.dev0", "5.99+local"):
+        monkeypatch.setattr(flag_tables, "versions", lambda version=version: {"transformers": version, "trl": "1.99"})
+        flag_tables.store("norms", norms.parser())
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], []),
+        (["a.yaml", "--x", "1"], ["--config", "a.yaml", "--x", "1"]),
+        (["--gpus", "2", "a.yaml"], ["--gpus", "2", "--config", "a.yaml"]),
+        (["--gpus=2", "a.yaml", "--x"], ["--gpus=2", "--config", "a.yaml", "--x"]),
+        (["--gpus", "2"], ["--gpus", "2"]),
+        (["--x", "a.yaml"], ["--x", "a.yaml"]),
+    ],
+    ids=str,
+)
+def test_a_first_word_that_is_no_flag(words, named):
+    assert first_word_as("--config", words) == named

@@ -14,7 +14,7 @@ from lisa_dist.commands.init import main
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.memory import planner as plan
 from lisa_dist.memory.known_models import HUB_IDS, load_model_config, shipped_model_configs
-from lisa_dist.memory.ladder import LADDER, Chosen, first_that_fits
+from lisa_dist.memory.ladder import LADDER, Chosen, first_that_fits, with_more_layers
 from lisa_dist.train.arguments import parse_arguments
 from lisa_dist.train.recipe import InitArguments
 
@@ -113,6 +113,24 @@ def test_layers_are_as_many_as_fit_without_checkpointing_more(tmp_path):
         main([*common, "--gpu_memory", f"{budget}B", *words])
         recipes[path] = yaml.safe_load(path.read_text())["lisa_activated_layers"]
     assert [*recipes.values()] == [5, 2, 2]
+
+
+def test_layers_are_no_more_than_the_host_has_room_for(tmp_path):
+    """Whose states are there, where the GPU has room for all."""
+    config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=256, num_hidden_layers=8)
+    config.save_pretrained(tmp_path)
+    common = {"model": str(tmp_path), "seq_length": 64, "reserve": "0", "gpu_memory": "1GiB"}
+    way = ["zero2_offload"]
+    needed = [
+        plan.make_plans(config, InitArguments(**common), LisaConfig(lisa_activated_layers=layers), way)[0].host_bytes
+        for layers in (2, 4, 8)
+    ]
+    assert needed[0] < needed[1] < needed[2]
+    arguments = InitArguments(**common, host_memory=f"{needed[1]}B")
+    (begun,) = plan.make_plans(config, arguments, LisaConfig(), way)
+    chosen = with_more_layers(config, Chosen(LADDER[-2], begun, arguments, LisaConfig()))
+    assert chosen.lisa_config.lisa_activated_layers == 4
+    assert not any(chosen.plan.lacks(arguments))
 
 
 def test_settings_that_are_given_stay(tiny):

@@ -17,7 +17,7 @@ base_model: meta-llama/Llama-3.1-8B
 load_in_4bit: false
 datasets:
   - {path: rows.jsonl, type: chat_template, field_messages: dialog}
-  - {path: json, data_files: [one.jsonl, two.jsonl], type: alpaca, split: train}
+  - {path: json, data_files: [one.jsonl, two.jsonl], field_messages: dialog, split: train}
 sequence_len: 4096
 sample_packing: true
 val_set_size: 0.05
@@ -107,7 +107,6 @@ def test_axolotl(files):
         "model_name_or_path": "meta-llama/Llama-3.1-8B",
         "dataset_name": ["rows.jsonl", "one.jsonl", "two.jsonl"],
         "dataset_columns": ["messages=dialog"],
-        "dataset_split": "train",
         "max_length": 4096,
         "packing": True,
         "eval_rows": 0.05,
@@ -145,7 +144,7 @@ def test_llama_factory(files):
     assert recipe["dataset_name"] == ["one#100", "two#100"]
     assert recipe["gradient_checkpointing"] is False
     assert (recipe["deepspeed"], recipe["warmup_steps"], recipe["learning_rate"]) == ("zero2", 0.1, 5e-5)
-    assert "lisa_sampler" not in recipe
+    assert recipe["lisa_sampler"] == "cyclic", "the nearest"
     assert convert("f.yml", None, known_flags()).remarks.keys() == {"badam_switch_mode", "template"}
     (files / "f.yml").write_text("stage: pt\nfinetuning_type: full\ndataset: a\n", encoding="utf-8")
     recipe = recipe_of("f.yml")
@@ -172,12 +171,59 @@ def test_swift(files):
 def test_lmflow(files):
     recipe = recipe_of("l.sh")
     assert (recipe["method"], recipe["lisa_activated_layers"], recipe["lisa_interval_steps"]) == ("lisa", 1, 20)
-    assert (recipe["max_length"], recipe["packing"], recipe["optim"]) == (256, True, "adamw_torch_fused")
+    assert (recipe["max_length"], recipe["packing"], recipe["optim"]) == (256, True, "lisa_adamw")
     assert (recipe["dataset_name"], recipe["eval_rows"], recipe["bf16"]) == (["data/rows"], 0.05, True)
     (files / "l.sh").write_text(LMFLOW.replace("--use_lisa 1", "--use_lisa 0"), encoding="utf-8")
     found = convert("l.sh", None, known_flags())
-    assert found.flags["method"] == "full"
+    assert (found.flags | found.defaults)["method"] == "full"
     assert {"lisa_activated_layers", "lisa_interval_steps"} <= found.gone.keys()
+
+
+def test_lora_of_each_tool(files):
+    (files / "f.yml").write_text("stage: sft\nmodel_name_or_path: m\ndataset: a\nlora_rank: 64\n", encoding="utf-8")
+    recipe = recipe_of("f.yml")
+    assert (recipe["method"], recipe["lora_r"], recipe["lora_alpha"], recipe["learning_rate"]) == (
+        "lora",
+        64,
+        128,
+        5e-5,
+    )
+    (files / "l.sh").write_text(
+        "python examples/finetune.py --use_lora 1 --use_lisa 0 --dataset_path d\n", encoding="utf-8"
+    )
+    recipe = recipe_of("l.sh")
+    assert (recipe["method"], recipe["lora_r"]) == ("lora", 8)
+
+
+def test_two_commands_of_a_script_stay_two(files):
+    text = (
+        "swift sft --model m --tuner_type full --dataset hf::org/data --warmup_ratio 0 \\\n\nswift infer --adapters x\n"
+    )
+    (files / "s.sh").write_text(text, encoding="utf-8")
+    recipe = recipe_of("s.sh")
+    assert (recipe["warmup_steps"], recipe["dataset_name"]) == (0, ["org/data"])
+    assert "adapters" not in convert("s.sh", None, known_flags()).remarks
+
+
+def test_badam_has_its_defaults_written_out(files):
+    (files / "f.yml").write_text("finetuning_type: full\nuse_badam: true\ndataset: a\n", encoding="utf-8")
+    recipe = recipe_of("f.yml")
+    assert (recipe["method"], recipe["lisa_interval_steps"], recipe["lisa_sampler"]) == ("lisa", 50, "cyclic")
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ("[{path: a, type: alpaca}, {path: b, type: completion}]", "differ in format"),
+        ("[{path: a, type: alpaca, shards: 10}]", "shards of a"),
+        ("[{path: a, type: {field_instruction: q}}]", "name the columns of rows"),
+    ],
+)
+def test_datasets_that_are_not_alike_are_told_of(files, entries, said):
+    (files / "a.yaml").write_text(f"base_model: m\ndatasets: {entries}\nevals_per_epoch: 0\n", encoding="utf-8")
+    found = convert("a.yaml", None, known_flags())
+    assert said in found.remarks["datasets"]
+    assert "dataset_name" not in found.flags
 
 
 @pytest.mark.parametrize("name", GIVEN)

@@ -1,11 +1,12 @@
 """Which rank a process is, by what each launcher sets; and contradictions between them."""
 
+import os
 import socket
 
 import pytest
 from torch import distributed as dist
 
-from lisa_dist.distributed.ranks import check_port, expand_hosts, set_rank
+from lisa_dist.distributed.ranks import check_port, expand_hosts, forget_rank_of_parent, set_rank
 from lisa_dist.errors import UserError
 
 # As seen in processes that these started: two nodes of two ranks, the last of them.
@@ -103,3 +104,26 @@ def test_a_port_at_which_the_ranks_cannot_meet(monkeypatch):
     for port in ("0", "65536", "-1"):
         with pytest.raises(UserError, match=f"MASTER_PORT {port}: a port is from 1 to 65535"):
             check_port({"RANK": "1", "MASTER_PORT": port})
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_forgotten"),
+    [
+        ({}, True),
+        ({"MASTER_PORT": "7"}, False),  # a launcher has set another
+        ({"WORLD_SIZE": "2"}, False),
+        ({"LISA_DIST_ALONE": f"{os.getpid()}:"}, False),  # this process itself
+    ],
+    ids=str,
+)
+def test_what_a_process_that_trains_alone_has_started_is_not_its_rank(changes, is_forgotten):
+    """As `!lisa-dist train --gpus 2` in a notebook that has trained."""
+    environment: dict[str, str] = {}
+    assert set_rank(environment) == "python"
+    port = environment["MASTER_PORT"]
+    assert environment["LISA_DIST_ALONE"] == f"{os.getpid()}:{port}"
+    environment["LISA_DIST_ALONE"] = f"1:{port}"  # it was another process
+    environment |= {name: value + port if value.endswith(":") else value for name, value in changes.items()}
+    before = dict(environment)
+    forget_rank_of_parent(environment)
+    assert environment == ({} if is_forgotten else before)

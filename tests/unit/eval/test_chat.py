@@ -1,6 +1,7 @@
 """`lisa-dist chat`: which model it takes, and what is said."""
 
 import io
+import re
 import shutil
 
 import pytest
@@ -115,3 +116,26 @@ def test_what_cannot_be_asked(tiny, capsys, words, refused):
 
 def test_the_tiny_tokenizer_has_a_template(tiny):
     assert AutoTokenizer.from_pretrained(tiny).chat_template
+
+
+def test_more_than_the_context_is_refused_and_forgotten(tiny, capsys):
+    model, tokenizer = load_model(tiny)
+    chat = Chat(model, tokenizer, max_new_tokens=model.config.max_position_embeddings, temperature=0)
+    talk(chat, ["hello\n"], lambda: None)
+    assert re.search(r"\d+ tokens were said, and the model's context has \d+", capsys.readouterr().out)
+    assert chat._turns == []
+
+
+def test_an_interrupt_ends_the_answer_alone():
+    class Slow(Chat):
+        said = 0
+
+        def __init__(self):
+            pass
+
+        def say(self, text):
+            Slow.said += 1
+            raise KeyboardInterrupt
+
+    talk(Slow(), ["one\n", "two\n"], lambda: None)
+    assert Slow.said == 2

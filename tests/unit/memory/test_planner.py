@@ -26,7 +26,7 @@ from lisa_dist.ds_config import read_ds_config
 from lisa_dist.kernels import dynamic_code
 from lisa_dist.memory.estimate import plan_memory
 from lisa_dist.memory.kept_states import kept_states
-from lisa_dist.memory.known_models import load_model_config, shipped_model_configs
+from lisa_dist.memory.known_models import load_model_config, name_or_folder, shipped_model_configs
 from lisa_dist.memory.meter import StepMeter
 from lisa_dist.memory.periods import widest_periods
 from lisa_dist.memory.plan import PlanArguments
@@ -356,6 +356,13 @@ def test_the_nearest_shipped_model_is_named(given, said):
         load_model_config(given)
 
 
+def test_a_folder_of_a_shipped_name_is_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert name_or_folder("llama3.1-8b") == "meta-llama/Llama-3.1-8B"
+    (tmp_path / "llama3.1-8b").mkdir()
+    assert name_or_folder("llama3.1-8b") == "llama3.1-8b"
+
+
 @pytest.fixture
 def tiny_config(tmp_path) -> str:
     tiny_llama().config.save_pretrained(tmp_path)
@@ -581,7 +588,7 @@ def test_what_cannot_be_planned_is_refused(tiny_config, capsys, flags, said):
     assert said in capsys.readouterr().out
 
 
-def test_what_would_fit_the_gpu_without_the_host_is_said(tiny_config, capsys):
+def test_what_would_fit_the_gpu_with_its_states_is_said(tiny_config, capsys):
     """Where only offload fits; where the GPU is enough there is nothing to say."""
     arguments = PlanArguments(tiny_config, reserve="0", checkpointed_layers="all", seq_length=64)
     plans = {
@@ -591,10 +598,10 @@ def test_what_would_fit_the_gpu_without_the_host_is_said(tiny_config, capsys):
     as_published = min(peak for way, peak in plans.items() if not way.endswith("_offload"))
     common = ["--model", tiny_config, "--reserve", "0", "--checkpointed_layers", "all", "--seq_length", "64"]
     main([*common, "--gpu_memory", f"{as_published}B"])
-    assert "Without the host" not in capsys.readouterr().out
+    assert "With states on the GPU" not in capsys.readouterr().out
     main([*common, "--gpu_memory", f"{as_published - 1}B"])
     said = capsys.readouterr().out
-    (line,) = (line for line in said.splitlines() if line.startswith("Without the host: "))
+    (line,) = (line for line in said.splitlines() if line.startswith("With states on the GPU: "))
     words = line.partition(": ")[2].partition(" takes ")[0].split()
     assert words
     main([*common, *words, "--gpu_memory", f"{as_published - 1}B"])

@@ -258,6 +258,18 @@ def test_a_run_of_full_training_has_no_plots_of_lisa():
     assert [name for name, *_, has in PLOTS if has(run)] == ["loss", "learning_rate"]
 
 
+def test_the_norm_of_a_step_that_was_left_out_is_no_damage(folder, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    state = json.loads((out / "trainer_state.json").read_text())
+    losses = [entry for entry in state["log_history"] if "grad_norm" in entry]
+    losses[3]["grad_norm"] = float("nan")
+    (out / "trainer_state.json").write_text(json.dumps(state))
+    run = read_run(out)
+    assert run.problems == []
+    assert len(run.series("grad_norm")[0]) == len(losses) - 1
+
+
 def test_a_reader_may_point_at_lines(folder):
     """The page's script has the points of the log, and where the axes are."""
     page = (folder / "report.html").read_text()

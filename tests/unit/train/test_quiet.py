@@ -4,8 +4,9 @@ import logging
 
 import datasets
 import pytest
+from transformers.utils import logging as transformers_logging
 
-from lisa_dist.train.quiet import leave_out_useless_words, without_bars_of_datasets
+from lisa_dist.train.quiet import leave_out_bars_of_other_ranks, leave_out_useless_words, without_bars_of_datasets
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,15 @@ def test_bars_come_back():
             pass
         assert datasets.are_progress_bars_disabled()
     assert not datasets.are_progress_bars_disabled()
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
+def test_one_rank_shows_bars(monkeypatch, rank, shown):
+    monkeypatch.setenv("RANK", rank)
+    leave_out_bars_of_other_ranks()
+    try:
+        assert datasets.are_progress_bars_disabled() != shown
+        assert transformers_logging.is_progress_bar_enabled() == shown
+    finally:
+        datasets.enable_progress_bars()
+        transformers_logging.enable_progress_bar()

@@ -26,6 +26,7 @@ from lisa_dist.distributed.run_lock import LOCK_NAME, one_run_in
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.files import describe_file, write_json
+from lisa_dist.train.deepspeed_arguments import begin_deepspeed
 from lisa_dist.train.resume_from import Beginning
 from lisa_dist.zero.parameters import whole_weights
 
@@ -111,6 +112,23 @@ def test_a_config_may_be_given_to_the_trainer(given, tmp_path):
     assert by_trainer["losses"] == by_arguments["losses"]
     assert by_trainer["sum_of_weights"] == by_arguments["sum_of_weights"]
     assert f"stage {ds_config[-1]}" in by_trainer["header"]
+
+
+def begin_again(output_dir: str) -> None:
+    """As a cell of a notebook that is run twice does."""
+    args = arguments(output_dir, "zero2", deepspeed=None)
+    for _ in range(2):
+        begin_deepspeed(["model", args], "zero1")
+    assert args.deepspeed == find_ds_config("zero1")
+    begin_deepspeed([args], None)
+    with pytest.raises(UserError, match="deepspeed: the training arguments have a DeepSpeed config too"):
+        begin_deepspeed([args], "zero3")
+    with pytest.raises(UserError, match="deepspeed: there are no training arguments that could take it"):
+        begin_deepspeed(["model", None], "zero2")
+
+
+def test_the_same_arguments_serve_a_second_trainer(tmp_path):
+    run_ranks(begin_again, 1, str(tmp_path))
 
 
 def test_two_configs_are_one_too_many(tmp_path):

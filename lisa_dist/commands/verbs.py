@@ -1,0 +1,56 @@
+"""Which verbs there are, and the module and the flags of each, imported when they are asked for."""
+
+import contextlib
+import gc
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from lisa_dist import flag_tables
+
+# Verbs that parse flags of their own and answer --help; what a first word that is no flag is the value of.
+WITH_FLAGS = dict.fromkeys(("train", "init", "plan", "eval", "chat", "check", "norms"))
+WITH_FLAGS |= {"train": "--config", "eval": "--model", "chat": "--model"}
+# Verbs with words alone: how many, and which.
+WITH_WORDS = {
+    "export": ((2,), "CHECKPOINT OUT"),
+    "report": (range(1, 100), "OUTPUT_DIR [OUTPUT_DIR ...]"),
+    "convert": (range(1, 9), "FILE [RECIPE] [--tool axolotl|llamafactory|ms-swift|lmflow]"),
+    "recipes": (range(4), "[show NAME | copy NAME [FILE]]"),
+    "info": ((0,), ""),
+    "completion": ((1,), "bash|zsh"),
+}
+VERBS = (*WITH_FLAGS, *WITH_WORDS)
+
+
+def table_of_verb(verb: str) -> list:
+    """The screen of help and the flags of a verb; of one without flags nothing."""
+    if verb not in WITH_FLAGS:
+        return []
+    table = flag_tables.load(verb)
+    if table is None:
+        flag_tables.store(verb, parser := import_verb(verb).parser())
+        table = flag_tables.table_of(parser)
+    return table
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Imports in the body take a sixth less: what they make stays, and the collector would walk it again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if gc.get_freeze_count() == 0:
+            # To the oldest generation unseen; else the first collection of the youngest would walk it all.
+            gc.freeze()
+            gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+def import_verb(verb: str) -> Any:
+    """The module of a verb."""
+    with without_collection():
+        return importlib.import_module(f"lisa_dist.commands.{verb}")
