@@ -112,7 +112,7 @@ def test_a_port_at_which_the_ranks_cannot_meet(monkeypatch):
         ({}, True),
         ({"MASTER_PORT": "7"}, False),  # a launcher has set another
         ({"WORLD_SIZE": "2"}, False),
-        ({"LISA_DIST_ALONE": f"{os.getpid()}:"}, False),  # this process itself
+        ({"LISA_DIST_ALONE": "this process"}, False),
     ],
     ids=str,
 )
@@ -123,7 +123,8 @@ def test_what_a_process_that_trains_alone_has_started_is_not_its_rank(changes, i
     port = environment["MASTER_PORT"]
     assert environment["LISA_DIST_ALONE"] == f"{os.getpid()}:{port}"
     environment["LISA_DIST_ALONE"] = f"1:{port}"  # it was another process
-    environment |= {name: value + port if value.endswith(":") else value for name, value in changes.items()}
+    named = {"this process": f"{os.getpid()}:{port}"}
+    environment |= {name: named.get(value, value) for name, value in changes.items()}
     before = dict(environment)
     forget_rank_of_parent(environment)
     assert environment == ({} if is_forgotten else before)
