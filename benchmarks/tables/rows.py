@@ -260,11 +260,14 @@ def methods_on_every_task(*tasks: dict) -> Rows:
     rows = []
     for arm, name in arms.items():
         found = [[run["held_out"] for run in runs_at_best(arm, figures["runs"])] for figures in tasks]
-        rows.append(
-            [name, *(f"{loss(statistics.mean(losses), 3)} ± {statistics.stdev(losses):.3f}" for losses in found)]
-        )
+        rows.append([name, *map(_mean_and_spread, found)])
     models = [f"{model}: {task}" for model in ("Llama of 260K", "SmolLM2-135M") for task in ("GSM8K", "Alpaca")]
     return [["held-out loss, mean and spread of three seeds", *models], *rows]
+
+
+def _mean_and_spread(losses: list[float]) -> str:
+    spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ", one seed"
+    return loss(statistics.mean(losses), 3) + spread
 
 
 def _smaller_states(arms: dict[str, str], tasks: dict[str, dict]) -> Rows:
