@@ -87,10 +87,6 @@ def checkpoint_in_a_file(folder: Path) -> None:
     lisa_dist.save_checkpoint(lisa, folder / "rows.jsonl" / "checkpoint-0")
 
 
-def trainer_without_deepspeed(folder: Path) -> None:
-    cell_runs.build_trainer(CELLS[-2], folder / "trainer", deepspeed=None)
-
-
 CALLS = [
     no_steps_in_a_period,
     stage_0,
@@ -101,7 +97,6 @@ CALLS = [
     damaged_checkpoint,
     other_settings_in_mid_period,
     checkpoint_in_a_file,
-    trainer_without_deepspeed,
 ]
 FEW_CALLS = [missed_switch]
 
