@@ -44,7 +44,6 @@ def table_of(parser: WordParser) -> list[dict[str, Any]]:
     groups = {heading: dict(shown) for heading, shown in parser.groups.items()}
     shown = {name for flags in groups.values() for name in flags}
     table: list[dict[str, Any]] = [{"usage": parser.usage, "groups": groups}]
-    kinds = parser.kinds()
     for action in parser._actions:
         if action.dest in (SUPPRESS, "help"):
             continue
@@ -53,7 +52,7 @@ def table_of(parser: WordParser) -> list[dict[str, Any]]:
             "dest": action.dest,
             "names": list(action.option_strings),
             "reader": reader if reader in _READERS and not action.choices else "str",
-            "kinds": [name for name, one in _KINDS.items() if one in kinds.get(action.dest, ())],
+            "kinds": [name for name, one in _KINDS.items() if one in parser.kinds.get(action.dest, ())],
             "nargs": action.nargs,
             "required": action.required or None,
             "metavar": action.metavar if isinstance(action.metavar, str) else None,
@@ -71,15 +70,11 @@ class _TableParser(WordParser):
         screen, *flags = table
         super().__init__(usage=screen["usage"], allow_abbrev=False)
         self.groups = screen["groups"]
-        self._kinds: dict[str, set[Any]] = {}
+        self.kinds = {flag["dest"]: {_KINDS[name] for name in flag.get("kinds", ())} for flag in flags}
         for flag in flags:
             action = self.add_argument(*flag.get("names", [flag["dest"]]), **_as_argument(flag))
             action.shown = flag.get("default")  # type: ignore[attr-defined]  # `print_help` reads it
-            self._kinds.setdefault(flag["dest"], {_KINDS[name] for name in flag.get("kinds", ())})
         self.add_argument("--help_all", action="store_true", default=SUPPRESS)
-
-    def kinds(self) -> dict[str, set[Any]]:
-        return self._kinds
 
 
 def _as_argument(flag: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,13 +66,11 @@ class WordParser(argparse.ArgumentParser):
     """A parser whose errors are for users, and whose help fits a screen.
 
     `groups` are the headings of that screen, each with flags and a few words on them; all others are in `--help_all`.
+    `kinds` are the types that a recipe's value of each flag may have.
     """
 
-    groups: Mapping[str, Mapping[str, str]] = {}
-
-    def kinds(self) -> Mapping[str, set[Any]]:
-        """The types that a recipe's value of each flag may have."""
-        raise NotImplementedError
+    groups: Mapping[str, Mapping[str, str]]
+    kinds: Mapping[str, set[Any]]
 
     def print_help(self, file: Any = None) -> None:
         """The flags of the groups, a line each: name, default, what it is."""
@@ -126,9 +124,8 @@ class WordParser(argparse.ArgumentParser):
 
     def as_given(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
         """A recipe's values as flags take them: argparse reads texts as it reads words."""
-        kinds = self.kinds()
         actions = {action.dest: action for action in reversed(self._actions)}  # not --no_NAME, which comes second
-        return {name: _as_given(actions[name], kinds[name], value) for name, value in recipe.items()}
+        return {name: _as_given(actions[name], self.kinds[name], value) for name, value in recipe.items()}
 
     def _check_recipe(self, path: str) -> None:
         flag = f"--config {path}"

@@ -20,19 +20,16 @@ class FlagParser(WordParser, HfArgumentParser):
     """Flags of dataclasses; its errors are for users, and its help fits a screen."""
 
     def __init__(self, dataclass_types: Sequence[Any], usage: str, groups: Mapping[str, Mapping[str, str]]):
-        # An abbreviation that is unique today is another flag tomorrow, and hides a slip of the pen.
+        # An abbreviation that is unique today is another flag tomorrow, and hides a mistyped one.
         super().__init__(dataclass_types, usage=usage, allow_abbrev=False)
         self.groups = groups
+        self.kinds = {name: _kinds(hint) for one in dataclass_types for name, hint in get_type_hints(one).items()}
         for action in self._actions:
             if action.type is int or action.type is float:
                 action.type = finite(action.type, NUMBER_OR_WORD.get(action.dest))
             elif action.type is string_to_bool:
                 action.type = read_bool
         self.add_argument("--help_all", action=_HelpAll, nargs=0, dest=SUPPRESS, default=SUPPRESS, help="All flags.")
-
-    def kinds(self) -> dict[str, set[Any]]:
-        """By the hints of the dataclasses."""
-        return {name: _kinds(hint) for one in self.dataclass_types for name, hint in get_type_hints(one).items()}
 
     def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> Any:
         """The base's. What the arguments of transformers and TRL refuse is the user's to mend, as what ours refuse."""

@@ -10,10 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 # By logger, the beginnings of what is left out, and why.
 _USELESS = {
-    "DeepSpeed": (
-        "**** You are using ZeRO with an untested optimizer",  # its own are two; ours are tested
-        "Unable to find hostfile",  # one host needs none
-    ),
+    "DeepSpeed": ("**** You are using ZeRO with an untested optimizer",),  # its own are two; ours are tested
     "accelerate.accelerator": ("Gradient accumulation steps mismatch",),  # DeepSpeed's count is the one that counts
     "transformers.tokenization_utils_base": ("Token indices sequence length is longer",),  # examples are cut after it
 }
