@@ -25,6 +25,7 @@ _SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constan
               "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau")  # fmt: skip
 _AT_ONCE = "(chosen by itself: the fastest that runs)"
 _CACHED = "(data are cached by themselves)"
+_OWN_TEMPLATE = "the tokenizer's own chat template is used; for another give chat_template_path: x.jinja"
 _SAME_RUN = "(nothing is written over; --resume_from_checkpoint auto goes on)"
 
 
@@ -67,7 +68,7 @@ def _deepspeed(value: Any, given: Given) -> Flags:
     return {"deepspeed": f"zero{number}" + "_offload" * (offload and number > 1)}
 
 
-def _weights_in(key: str, bits: str) -> Rule:
+def _weights_in(bits: int) -> Rule:
     def rule(value: Any, given: Given) -> Flags:
         if not value:
             return {}
@@ -109,7 +110,7 @@ _ZERO = _unless(None, "ZeRO shards: --deepspeed zero3")
 _LORA: dict[str, Rule] = {"lora_rank": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
 _COMMON: dict[str, Rule] = {
     "optim": _optimizer, "lr_scheduler_type": _schedule, "warmup_ratio": _warmup_ratio, "deepspeed": _deepspeed,
-    "load_in_8bit": _weights_in("load_in_8bit", "8"), "load_in_4bit": _weights_in("load_in_4bit", "4"),
+    "load_in_8bit": _weights_in(8), "load_in_4bit": _weights_in(4),
     "do_train": "(a run trains)", "overwrite_output_dir": _SAME_RUN, "preprocessing_num_workers": _CACHED,
     "overwrite_cache": _CACHED, "ddp_timeout": "(--hang_timeout ends a run that hangs)", "bf16": _boolean("bf16"),
     "tf32": _boolean("tf32"), "max_samples": "(of each dataset)", "fsdp": _ZERO, "fsdp_config": _ZERO,
@@ -121,8 +122,6 @@ _COMMON: dict[str, Rule] = {
 # Axolotl
 
 _FORMATS = {"alpaca": {}, "chat_template": {}, "sharegpt": {}, "completion": {"dataset_format": "text"}}
-
-
 _OF_DATASET = {"path", "data_files", "ds_type", "type", "name", "split", "field_messages", "field"}
 
 
@@ -195,7 +194,7 @@ def _template(value: str, given: Given) -> Flags:
         return {}
     if str(value).endswith(".jinja"):
         return {"chat_template_path": value}
-    raise NoCounterpart("the tokenizer's own chat template is used; for another give chat_template_path: x.jinja")
+    raise NoCounterpart(_OWN_TEMPLATE)
 
 
 _AXOLOTL: dict[str, Rule] = {
@@ -280,8 +279,8 @@ _FACTORY: dict[str, Rule] = _LORA | {
     "val_size": _rows("eval_rows"), "train_on_prompt": "train_on_inputs", "neat_packing": _true("packing"),
     "flash_attn": _AT_ONCE, "enable_liger_kernel": _true("use_liger_kernel"),
     "disable_gradient_checkpointing": _true("gradient_checkpointing", False),
-    "plot_loss": "(report.html has it)", "template": "the tokenizer's own chat template is used; for another "
-    "give chat_template_path: x.jinja", "dataset_dir": "give the files of dataset_info.json as dataset_name",
+    "plot_loss": "(report.html has it)", "template": _OWN_TEMPLATE,
+    "dataset_dir": "give the files of dataset_info.json as dataset_name",
     "quantization_bit": _unless(None, "with method: lisa frozen layers can be held in fewer bits, lisa_frozen_bits: 4"),
     "pure_bf16": _true("bf16"), "save_only_model": "(a checkpoint holds what a resume needs, which is little)",
     "interleave_probs": "dataset_weights says how often the rows of each come in an epoch",
@@ -330,7 +329,7 @@ _SWIFT: dict[str, Rule] = _LORA | {
     "interleave_prob": "dataset_weights says how often the rows of each come in an epoch",
     "strict": "(--skip_bad_rows true skips invalid rows)",
     "use_hf": _unless(True, "models and datasets are Hugging Face's"), "dataset_num_proc": _CACHED,
-    "template": "the tokenizer's own chat template is used; for another give chat_template_path: x.jinja",
+    "template": _OWN_TEMPLATE,
     "system": "a system text comes with the rows, as their first turn", "model_author": "change the rows themselves",
     "model_name": "change the rows themselves", "add_version": "(a run has no folder of its own below output_dir)",
     "resume_only_model": "the weights alone are model_name_or_path: CHECKPOINT; a resume goes on with all there is",
@@ -358,7 +357,7 @@ _LMFLOW: dict[str, Rule] = _LORA | {
     "torch_dtype": "(bf16 says it)", "use_flash_attention": _AT_ONCE,
     "trust_remote_code": _boolean("trust_remote_code"),
     "lisa_layers_attribute": "(layers are found by themselves)",
-    "conversation_template": "the tokenizer's own chat template is used; for another give chat_template_path: x.jinja",
+    "conversation_template": _OWN_TEMPLATE,
     "gradient_checkpointing": _boolean("gradient_checkpointing"),
 }  # fmt: skip
 
