@@ -91,7 +91,7 @@ def _as_argument(flag: Mapping[str, Any]) -> dict[str, Any]:
     if choices := flag.get("choices"):
         by_text = {str(choice): choice for choice in choices}
         found |= {"choices": choices, "type": lambda text: by_text.get(text, text)}
-    return found | ({"const": True} if flag.get("nargs") == "?" else {})
+    return found
 
 
 def answer(table: Sequence[Mapping[str, Any]], words: Sequence[str], takes_recipe: bool) -> None:

@@ -99,7 +99,7 @@ def test_nothing_is_given_up_without_need(tmp_path):
 def test_layers_are_as_many_as_fit_without_checkpointing_more(tmp_path):
     config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=256, num_hidden_layers=8)
     config.save_pretrained(tmp_path)
-    asked = {"model": str(tmp_path), "seq_length": 64, "reserve": "0"}
+    asked = {"model": str(tmp_path), "seq_length": 1024, "reserve": "0"}
     needs = {
         layers: plan.make_plans(config, InitArguments(**asked), LisaConfig(lisa_activated_layers=layers), ["zero2"])[0]
         for layers in (2, 5)
@@ -109,9 +109,10 @@ def test_layers_are_as_many_as_fit_without_checkpointing_more(tmp_path):
     recipes = {}
     for words in ([], ["--lisa_activated_layers", "2"], ["--lisa-activated-layers=2"]):
         path = tmp_path / f"{len(recipes)}.yaml"
-        common = ["--model", str(tmp_path), "--seq_length", "64", "--reserve", "0", "--recipe", str(path)]
+        common = ["--model", str(tmp_path), "--seq_length", "1024", "--reserve", "0", "--recipe", str(path)]
         main([*common, "--gpu_memory", f"{budget}B", *words])
         recipes[path] = yaml.safe_load(path.read_text())["lisa_activated_layers"]
+        assert "planned: 0/8" in path.read_text()
     assert [*recipes.values()] == [5, 2, 2]
 
 
@@ -140,6 +141,20 @@ def test_settings_that_are_given_stay(tiny):
     assert not any(chosen.plan.lacks(arguments))
     with pytest.raises(UserError, match="nothing fits"):
         choose(InitArguments(tiny, gpu_memory="1GiB"), LisaConfig(lisa_offload="embed,head"))
+
+
+def test_no_rung_changes_what_is_given(tiny):
+    """With moments of layers in 8 bits and too little memory for that alone, blocks are sampled: their bits stay."""
+    given = {"lisa_state_bits": "layers=8", "lisa_activated_layers": 1}
+    common = {"model": tiny, "reserve": "0", "seq_length": 512, "checkpointed_layers": "all"}
+    config = load_model_config(tiny)
+    peaks = [
+        min(one.gpu.peak for one in plan.make_plans(config, InitArguments(**common), LisaConfig(**settings), ["zero2"]))
+        for settings in (given, given | {"lisa_always_on": "rest"})
+    ]
+    assert peaks[1] < peaks[0]
+    chosen = choose(InitArguments(**common, gpu_memory=f"{peaks[1]}B"), LisaConfig(**given))
+    assert chosen.lisa_config == LisaConfig(**given, lisa_always_on="rest")
 
 
 def test_shipped_models_have_their_place_on_the_hub():

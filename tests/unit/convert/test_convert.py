@@ -79,7 +79,9 @@ lisa_activated_layers=1
 block_size=256
 while [[ $# -ge 1 ]]; do
   case ${key} in
-    --block_size) block_size="$2" ;;
+    --block_size)
+      block_size="$2"
+      ;;
   esac
 done
 python examples/finetune.py --model_name_or_path org/model --dataset_path data/rows --output_dir out \\
