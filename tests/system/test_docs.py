@@ -35,6 +35,7 @@ SMALL = {
     "gradient_accumulation_steps": "1",
     "report_to": "none",
 }
+SMALL_LAYERS = 6  # of save_tiny_llama's model
 # What a reader has under a name of his own.
 THERE = {
     "runs/llama3.1-8b/checkpoint-200": "runs/llama3.1-8b/checkpoint-2",
@@ -90,12 +91,14 @@ def run_flags(words: list[str], folder: Path) -> None:
     flags = [THERE.get(flag, flag) for flag in flags]
     for name, value in ({"model_name_or_path": str(folder / "model_dir")} | SMALL).items():
         flags += [f"--{name}", value]
-    recipe = flags[flags.index("--config") + 1]
+    recipe = yaml.safe_load((folder / flags[flags.index("--config") + 1]).read_text())
+    if recipe.get("lisa_activated_layers", 0) > SMALL_LAYERS:  # of the large model's
+        flags += ["--lisa_activated_layers", str(SMALL_LAYERS)]
     if "--dataset_name" not in flags:
         flags += ["--dataset_name", "rows.jsonl"]
     if "full" not in flags and "lora" not in flags:  # the recipe is of bf16, without masters; other methods need not be
         flags += ["--bf16", "true"]
-    if "gpu_memory" not in yaml.safe_load((folder / recipe).read_text()):
+    if "gpu_memory" not in recipe:
         flags += ["--checkpointed_layers", "none"]  # for auto there is no GPU to ask
     if "--output_dir" not in flags:
         flags += ["--output_dir", "runs/llama3.1-8b"]
