@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from lisa_dist import flag_tables
 from lisa_dist.commands import exit_on_error
-from lisa_dist.commands.verbs import VERBS, WITH_FLAGS, WITH_WORDS, import_verb
+from lisa_dist.commands.verbs import TABLES, VERBS, WITH_FLAGS, WITH_WORDS, import_verb, name_of_table, parser_of
 from lisa_dist.flag_words import first_word_as
 
 USAGE = """usage: lisa-dist train recipe.yaml [--gpus N] [--any_flag value]
@@ -74,12 +74,14 @@ def run_verb(verb: str, words: Sequence[str]) -> None:
     """Run a verb that has flags; what its words cannot be is answered before anything is imported for it."""
     # It warns of a kernel for 4-bit weights, which nothing here has.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    table = flag_tables.load(verb)
+    with exit_on_error(_name_of(verb)):
+        table_name = name_of_table(verb, words)
+    table = flag_tables.load(table_name)
     if table is not None and "RANK" not in os.environ:  # a rank's words were looked at before it was started
         _answer(verb, table, words)
     module = import_verb(verb)
     if table is None:
-        flag_tables.store(verb, module.parser())
+        flag_tables.store(table_name, parser_of(table_name))
     module.main(words)
 
 
@@ -94,13 +96,22 @@ def _answer(verb: str, table: list, words: Sequence[str]) -> None:
             words = words[:at] + words[at + 2 :]
     if verb == "check" and not {"-h", "--help"} & set(words):  # which takes any flag of a run
         return
-    with exit_on_error("lisa-dist" if verb == "train" else f"lisa-dist {verb}"):
-        flag_tables.answer(table, words, takes_recipe=verb == "train")
+    with exit_on_error(_name_of(verb)):
+        given = flag_tables.answer(table, words, takes_recipe=verb == "train")
+        if verb == "train" and given:
+            from lisa_dist.data.first_look import look_at_data  # pyarrow, which help does without
+
+            look_at_data(given)
+
+
+def _name_of(verb: str) -> str:
+    """What an error begins with."""
+    return "lisa-dist" if verb == "train" else f"lisa-dist {verb}"
 
 
 def write_flag_tables() -> None:
     """The tables that are shipped, of the versions that are installed: `make flags`."""
-    flag_tables.write({verb: import_verb(verb).parser() for verb in WITH_FLAGS}, flag_tables.SHIPPED)
+    flag_tables.write({name: parser_of(name) for name in TABLES}, flag_tables.SHIPPED)
 
 
 if __name__ == "__main__":

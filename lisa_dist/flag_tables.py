@@ -94,14 +94,14 @@ def _as_argument(flag: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def answer(table: Sequence[Mapping[str, Any]], words: Sequence[str], takes_recipe: bool) -> None:
-    """Print the help of a verb and exit, or raise UserError for what its words cannot be; else return.
+def answer(table: Sequence[Mapping[str, Any]], words: Sequence[str], takes_recipe: bool) -> dict[str, Any]:
+    """Print the help of a verb and exit, or raise UserError for what its words cannot be; else what they give.
 
     A setting of LISA that cannot work is refused here too. What else a verb refuses it must refuse itself.
     """
     parser = _TableParser(table)
     if "--help_all" in words:  # with a text on each flag, which a table has not
-        return
+        return {}
     if takes_recipe:
         words = parser.check_with_recipe(words)
         if "--config" in words:  # its values are defaults by now
@@ -114,6 +114,7 @@ def answer(table: Sequence[Mapping[str, Any]], words: Sequence[str], takes_recip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of settings without an effect: said when the run has begun
         LisaConfig(**settings)
+    return given
 
 
 def load(verb: str) -> list[dict[str, Any]] | None:
@@ -122,15 +123,12 @@ def load(verb: str) -> list[dict[str, Any]] | None:
         try:
             first, *lines = place(verb).read_text(encoding="utf-8").splitlines()
             if json.loads(first) == versions():
-                table = [json.loads(line) for line in lines if line.startswith(_beginning(verb))]
-                return [{name: value for name, value in one.items() if name != "verb"} for one in table]
+                entries = [json.loads(line) for line in lines]
+                table = [entry for entry in entries if verb in entry.pop("of")]
+                return sorted(table, key=lambda entry: "usage" not in entry)  # the screen is the first
         except (OSError, ValueError, RuntimeError):  # there is none, it is of a process that was cut, or no home
             continue
     return None
-
-
-def _beginning(verb: str) -> str:
-    return json.dumps({"verb": verb})[:-1]
 
 
 def store(verb: str, parser: WordParser) -> None:
@@ -146,15 +144,18 @@ def store(verb: str, parser: WordParser) -> None:
 
 
 def write(parsers: Mapping[str, WordParser], path: Path) -> None:
-    """The tables of verbs as a file: versions, then a line for each entry."""
-    lines: list[Any] = [versions()]
-    lines += [{"verb": verb} | entry for verb, parser in parsers.items() for entry in table_of(parser)]
+    """The tables of verbs as a file: versions, then a line for each entry, which several tables may have alike."""
+    tables_of: dict[str, list[str]] = {}
+    for verb, parser in parsers.items():
+        for entry in table_of(parser):
+            tables_of.setdefault(json.dumps(entry), []).append(verb)
+    lines = [json.dumps({"of": verbs} | json.loads(entry)) for entry, verbs in tables_of.items()]
     with replacing(path) as new:
-        new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        new.write_text("".join(f"{line}\n" for line in [json.dumps(versions()), *lines]), encoding="utf-8")
 
 
 def _cached(verb: str) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     ours = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()[:12]  # it changes with the flags of lisa_dist
-    name = "-".join([verb, ours, *(f"{package}-{found}" for package, found in versions().items())])
+    name = "-".join([verb.replace(" ", "-"), ours, *(f"{package}-{found}" for package, found in versions().items())])
     return root / "lisa_dist" / "flags" / f"{name}.jsonl"

@@ -44,8 +44,11 @@ MEMORY_PARTS = (
     ("beyond these at the peak", ("temporary",)),
 )
 # Of a plan: the last of them by what has it.
+REFERENCE = ("reference model", ("reference",))  # of some tasks
 PLANNED_PARTS = (
-    *MEMORY_PARTS[:-1],
+    MEMORY_PARTS[0],
+    REFERENCE,
+    *MEMORY_PARTS[1:-1],
     ("gradients by the peak", ("by_then",)),
     ("their buckets", ("buckets_at_peak",)),
     ("layers and loss, for a moment", ("passes",)),

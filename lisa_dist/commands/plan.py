@@ -27,6 +27,7 @@ HELP = {
     "What is trained": {
         "model": "a shipped name, a folder, a config.json, or a model of the hub",
         "method": "lisa, full or lora",
+        "task": "sft, dpo, kto, orpo, reward or grpo: some have a reference model too",
         "lora_r": "of the adapters, for --method lora",
         "seq_length": "tokens of a sequence",
         "micro_batch_size": "examples of a GPU in a forward pass",

@@ -12,6 +12,7 @@ from lisa_dist.distributed.launching import end_process, launch_if_asked
 from lisa_dist.distributed.signals import catch_stop_signals
 from lisa_dist.errors import UserError
 from lisa_dist.flag_words import first_word_as
+from lisa_dist.tasks import task_of
 from lisa_dist.train.arguments import parse_arguments
 from lisa_dist.train.arguments import run_parser as parser
 from lisa_dist.train.quiet import leave_out_bars_of_other_ranks, leave_out_useless_words
@@ -21,13 +22,13 @@ from lisa_dist.train.run import run
 def main(words: Sequence[str] | None = None) -> None:
     """Parse and run, or start `--gpus` ranks that do. An error of the user's is one line and exit status 2."""
     # Of names that DeepSpeed and TRL use, and will until the releases that we support end: nobody can act on them here.
-    for warning in (r"`torch\.distributed\.\w+` is deprecated", "`gradient_checkpointing` is deprecated"):
+    for warning in (r"`torch\.distributed\.\w+` is deprecated", r"`(is_)?gradient_checkpointing(_\w+)?` is deprecated"):
         warnings.filterwarnings("ignore", warning, FutureWarning)
     leave_out_useless_words()
     threading.excepthook = _in_one_line
     with exit_on_error("lisa-dist"):
         words = first_word_as("--config", sys.argv[1:] if words is None else words)
-        words = launch_if_asked(words, "train", check=lambda rest: parser().check(rest))
+        words = launch_if_asked(words, "train", check=lambda rest: parser(task_of(rest)).check(rest))
         use_expandable_segments()
         config = parse_arguments(words)
         leave_out_bars_of_other_ranks()

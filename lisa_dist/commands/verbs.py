@@ -3,10 +3,12 @@
 import contextlib
 import gc
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lisa_dist import flag_tables
+from lisa_dist.flag_words import first_word_as
+from lisa_dist.tasks import SFT, TASKS, task_of
 
 # Verbs that parse flags of their own and answer --help; what a first word that is no flag is the value of.
 WITH_FLAGS = dict.fromkeys(("train", "init", "plan", "eval", "chat", "check", "norms"))
@@ -21,6 +23,8 @@ WITH_WORDS = {
     "completion": ((1,), "bash|zsh"),
 }
 VERBS = (*WITH_FLAGS, *WITH_WORDS)
+# Tables of flags: one for each verb, and one for each task of train.
+TABLES = (*WITH_FLAGS, *(f"train {task}" for task in TASKS if task != SFT))
 
 
 def table_of_verb(verb: str) -> list:
@@ -29,9 +33,22 @@ def table_of_verb(verb: str) -> list:
         return []
     table = flag_tables.load(verb)
     if table is None:
-        flag_tables.store(verb, parser := import_verb(verb).parser())
+        flag_tables.store(verb, parser := parser_of(verb))
         table = flag_tables.table_of(parser)
     return table
+
+
+def name_of_table(verb: str, words: Sequence[str]) -> str:
+    """The table of flags that words of a verb go by. Raises UserError for a task that there is not."""
+    if verb != "train" or (task := task_of(first_word_as("--config", words))) == SFT:
+        return verb
+    return f"train {task}"
+
+
+def parser_of(table: str) -> Any:
+    """The parser that a table is made of."""
+    verb, _, task = table.partition(" ")
+    return import_verb(verb).parser(*[task] if task else [])
 
 
 @contextlib.contextmanager

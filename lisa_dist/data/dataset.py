@@ -168,7 +168,7 @@ def load_data(
     train_sources, held_out_sources = arguments.sources()
     parts, held_out = load(train_sources), None
     if not held_out_sources and arguments.eval_rows:
-        parts, held_out = _hold_out(parts, arguments, seed)
+        parts, held_out = hold_out(parts, arguments, seed)
     weighted = []
     for source, examples in zip(train_sources, parts, strict=True):
         weighted.append(apply_weight(examples, source, seed) if len(examples) else examples)
@@ -184,8 +184,8 @@ def load_data(
     return Data(train, held_out if held_out is None else held_out.remove_columns("origin"), lines)
 
 
-def _hold_out(parts: list[Dataset], arguments: DataArguments, seed: int) -> tuple[list[Dataset], Dataset]:
-    """Sample `--eval_rows` of all examples, before weights repeat them; parts of one example stay together."""
+def hold_out(parts: list[Dataset], arguments: DataArguments, seed: int) -> tuple[list[Dataset], Dataset]:
+    """Sample `--eval_rows` of all examples, before weights repeat them; those of one origin stay together."""
     origins = [list(part["origin"]) for part in parts]
     examples = [(index, origin) for index, names in enumerate(origins) for origin in dict.fromkeys(names)]
     fraction_or_number = arguments.eval_rows

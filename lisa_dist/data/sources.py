@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
@@ -64,8 +65,10 @@ def load_turns(source: Source, skip_invalid: bool, seed: int) -> tuple[Dataset, 
     unless `skip_invalid`.
     """
     try:
-        name, sample_size = _split_sample_size(source)
-        examples, columns = _convert(source, name)
+        name, sample_size = split_sample_size(source)
+        opened = open_source(source, name)
+        convert: Any = _convert_table if isinstance(opened, Dataset) else _convert_files
+        examples, columns = convert(source, opened)
     except OSError as error:  # of a path that cannot be looked at; what is in files has errors of its own
         raise UserError(f"{source.label}: cannot be read ({error.strerror or error}).") from error
     invalid = [index for index, problem in enumerate(examples["problem"]) if problem]
@@ -82,11 +85,16 @@ def load_turns(source: Source, skip_invalid: bool, seed: int) -> tuple[Dataset, 
     if invalid:
         description += f", {len(invalid)} invalid ones skipped, such as {_describe_problem(examples[invalid[0]])}"
     if sample_size is not None:
-        if sample_size > len(valid):
-            raise UserError(f"{source.label}: has only {len(valid)} examples.")
-        valid = _sample(valid, sample_size, random.Random(f"{seed} {source.name}"))
+        valid = sample_source(valid, source, sample_size, seed)
         description += f", {sample_size} of them sampled by --seed {seed}"
     return valid, description
+
+
+def sample_source(examples: Dataset, source: Source, number: int, seed: int) -> Dataset:
+    """So many examples of a source, as its name asks for. Raises UserError where it has fewer."""
+    if number > len(examples):
+        raise UserError(f"{source.label}: has only {len(examples)} examples.")
+    return _sample(examples, number, random.Random(f"{seed} {source.name}"))
 
 
 def apply_weight(examples: Dataset, source: Source, seed: int) -> Dataset:
@@ -104,7 +112,7 @@ def _describe_problem(example: Mapping[str, str]) -> str:
     return f"{example['origin']} {example['problem']}"
 
 
-def _split_sample_size(source: Source) -> tuple[str, int | None]:
+def split_sample_size(source: Source) -> tuple[str, int | None]:
     """The name and the number of `name#1000`; the number is None if there is none."""
     name, mark, number = source.name.rpartition("#")
     if not mark or Path(source.name).exists():
@@ -118,20 +126,20 @@ def _sample(examples: Dataset, number: int, generator: random.Random) -> Dataset
     return examples.select(sorted(generator.sample(range(len(examples)), number)))
 
 
-def _convert(source: Source, name: str) -> tuple[Dataset, str]:
-    """All examples of a source as turns, and a description of their format."""
+def open_source(source: Source, name: str) -> Dataset | list[Path]:
+    """The table of a source, or its files. Raises UserError for what is neither."""
     path = Path(name)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # written by save_to_disk
         saved = load_from_disk(name)
         if isinstance(saved, Dataset):
-            return _convert_table(source, saved)
+            return saved
         if source.split not in saved:
             raise UserError(f"{source.label}: has no split {source.split}; it has {', '.join(saved)}.")
-        return _convert_table(source, saved[source.split])
+        return saved[source.split]
     if path.exists() or suffix_of(path) in SUFFIXES:
-        return _convert_files(source, _list_files(source, path))
+        return _list_files(source, path)
     try:
-        table = load_dataset(name, source.config, split=source.split)
+        return load_dataset(name, source.config, split=source.split)
     except (FileNotFoundError, ConnectionError) as error:
         raise UserError(
             f"{source.label}: no such file or folder, and no dataset of that name on the hub can be reached "
@@ -139,7 +147,6 @@ def _convert(source: Source, name: str) -> tuple[Dataset, str]:
         ) from error
     except ValueError as error:  # an unknown split or configuration
         raise UserError(f"{source.label}: {error}") from error
-    return _convert_table(source, table)
 
 
 def _convert_files(source: Source, files: list[Path]) -> tuple[Dataset, str]:

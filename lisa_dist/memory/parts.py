@@ -26,11 +26,23 @@ class MemoryParts:
     # Of the backward pass, at its peak; estimated alone, since a measurement cannot tell what it sees.
     gradients_by_then: int = 0
     buckets_by_then: int = 0
+    reference: int = 0  # the model as it was before, which some tasks compare with; estimated alone
 
     @property
     def static(self) -> int:
         """Bytes between two steps."""
-        return self.weights + self.always_on_states + self.active_states + self.buffers
+        return self.weights + self.reference + self.always_on_states + self.active_states + self.buffers
+
+    def with_reference(self, nbytes: int) -> "MemoryParts":
+        """The same with so many bytes of a reference model, at all times."""
+        return replace(self._raised(nbytes), reference=nbytes)
+
+    def with_buffer(self, nbytes: int) -> "MemoryParts":
+        """The same with a buffer more of so many bytes: a measurement does not tell a reference model from one."""
+        return replace(self._raised(nbytes), buffers=self.buffers + nbytes)
+
+    def _raised(self, nbytes: int) -> "MemoryParts":
+        return replace(self, peak_backward=self.peak_backward + nbytes, peak_step=self.peak_step + nbytes)
 
     @property
     def peak(self) -> int:

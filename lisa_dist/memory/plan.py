@@ -11,6 +11,7 @@ from lisa_dist.core.label_logits import check_loss
 from lisa_dist.errors import UserError
 from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.trace import Workload
+from lisa_dist.tasks import PAIRED, SFT, WITH_REFERENCE, check_task
 from lisa_dist.text import parse_bytes
 
 METHODS = ("lisa", "full", "lora")
@@ -31,6 +32,7 @@ class PlanArguments:
     seq_length: int = field(default=1024, metadata={"help": "Tokens of an example."})
     micro_batch_size: int = field(default=1, metadata={"help": "Examples of a GPU in a forward pass."})
     method: str = field(default="lisa", metadata={"help": "lisa, full or lora."})
+    task: str = field(default=SFT, metadata={"help": "As in training; grpo is planned without a reference model."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters, for --method lora."})
     optim: str = field(default="adamw_torch_fused", metadata={"help": "As in training."})
     precision: str = field(default="bf16", metadata={"help": "bf16 or fp32."})
@@ -61,10 +63,23 @@ class PlanArguments:
             raise UserError(f"--precision {self.precision}: unknown; choose bf16 or fp32.")
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
+        check_task(self.task)
         parse_checkpointed_layers(self.checkpointed_layers)
         check_loss(self.loss)
+        if self.task != SFT and self.loss != AUTO:
+            raise UserError(f"--loss {self.loss} with --task {self.task}: it is for --task {SFT}; leave it out.")
         for name in ("gpu_memory", "host_memory", "reserve"):
             parse_bytes(f"--{name}", getattr(self, name))
+
+    @property
+    def rows(self) -> int:
+        """Sequences of a GPU in a forward pass: of a pair both are."""
+        return self.micro_batch_size * (2 if self.task in PAIRED else 1)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the model as it was stands beside the one that trains; with adapters it is the one without them."""
+        return self.task in WITH_REFERENCE and self.method != "lora"
 
     @property
     def budget(self) -> int:

@@ -25,11 +25,13 @@ from lisa_dist.memory.known_models import name_or_folder
 from lisa_dist.memory.periods import widest_periods
 from lisa_dist.memory.plan import DTYPES, WAYS, Plan, PlanArguments
 from lisa_dist.memory.stage_settings import StageSettings
-from lisa_dist.memory.trace import CHUNKED, LOGITS, FakeRun, Group, StepTrace, Trained, Workload
+from lisa_dist.memory.trace import CHUNKED, LOGITS, RATIO, SCORE, FakeRun, Group, StepTrace, Trained, Workload
 from lisa_dist.optim.build import LISA_ADAMW
-from lisa_dist.run_folder import PLANNED_PARTS
+from lisa_dist.run_folder import PLANNED_PARTS, REFERENCE
+from lisa_dist.tasks import REWARD, SFT
 from lisa_dist.text import BYTE_UNITS, format_bytes, format_columns
 
+LOSS_OF_TASK = {"orpo": RATIO, REWARD: SCORE}  # of the others TRL computes what it needs of the logits in chunks
 # What else would make room for a layer: settings, and the optimizer that they need, if it is a certain one.
 _SMALLER: tuple[tuple[str | None, dict[str, Any]], ...] = (
     (LISA_ADAMW, {"lisa_state_bits": "embed=factored,head=factored,layers=8", "lisa_master": "bf16_sr"}),
@@ -98,6 +100,9 @@ class Planner:
         ]
         parts = max((parts for parts, _ in planned), key=lambda parts: parts.peak)
         host = max((host for _, host in planned), key=lambda host: sum(host.values()))
+        if arguments.has_reference:
+            whole = sum(parameter.nbytes for parameter in run.model.parameters())
+            parts = parts.with_reference(-(-whole // arguments.gpus) if settings.stage == 3 else whole)
         if arguments.method == "lisa" and self._lisa.lisa_state == "keep":
             host = host | {"kept states": kept_states(run, self._lisa, settings.stage, arguments.gpus, arguments.optim)}
         if self._lisa.lisa_frozen_bits != 16:
@@ -120,7 +125,9 @@ class Planner:
         --loss auto keeps logits where they fit and no layer need be checkpointed for them; where nothing fits, the loss
         that needs less is planned.
         """
-        given = self._arguments.loss
+        given, task = self._arguments.loss, self._arguments.task
+        if task != SFT:
+            return self._fewest_layers(ds_config, LOSS_OF_TASK.get(task, CHUNKED)), f"TRL's of {task}"
         why_not = why_no_label_logits(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self._config), None))
         if given == LOGITS and why_not:
             raise UserError(f"--loss logits: {why_not}; give --loss chunked.")
@@ -158,12 +165,12 @@ class Planner:
             arguments = self._arguments
             workload = Workload(
                 arguments.seq_length,
-                arguments.micro_batch_size,
+                arguments.rows,
                 DTYPES[arguments.precision],
                 checkpointed_layers,
                 loss=loss,
                 triton=not self._on_cpu,
-                padded=arguments.micro_batch_size > 1,
+                padded=arguments.rows > 1,
                 frozen_bits=self._lisa.lisa_frozen_bits,
                 by_module=self._lisa.by_module,
             )
@@ -220,6 +227,8 @@ def with_most_layers(
 
 def _losses(config: PretrainedConfig, arguments: PlanArguments) -> list[str]:
     """How a step may compute its loss."""
+    if arguments.task != SFT:
+        return [LOSS_OF_TASK.get(arguments.task, CHUNKED)]
     if arguments.loss != AUTO:
         return [arguments.loss]
     why_not = why_no_label_logits(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
@@ -272,8 +281,11 @@ def command_for(plan: Plan, arguments: PlanArguments) -> str:
         "method": arguments.method,
         "deepspeed": plan.ds_config,
     }
+    flags |= {"task": arguments.task} if arguments.task != SFT else {}
     flags |= {"per_device_train_batch_size": arguments.micro_batch_size, "max_length": arguments.seq_length}
     flags |= {"optim": arguments.optim, "bf16": arguments.precision == "bf16"}
+    if arguments.task == "grpo":  # seq_length is of a prompt and its answer
+        flags |= {"max_completion_length": flags.pop("max_length") // 2, "reward_funcs": "rewards.py"}
     if arguments.loss != AUTO or plan.workload.loss == LOGITS:
         flags |= {"loss": LOGITS if arguments.loss == AUTO else arguments.loss}
     if arguments.gradient_accumulation_steps > 1:
@@ -307,6 +319,8 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
         lines.append(["", *(f"{plan.lisa_config.lisa_activated_layers} active" for plan in plans)])
     lines.append(["loss", *(plan.workload.loss for plan in plans)])
     for title, fields in PLANNED_PARTS:
+        if title == REFERENCE[0] and not arguments.has_reference:
+            continue
         lines.append([title, *(shown(sum(plan.gpu.to_dict()[name] for name in fields)) for plan in plans)])
     lines.append(["peak", *(shown(plan.gpu.peak) for plan in plans)])
     lines.append([f"{name} on the host, a rank", *(shown(plan.host_bytes) for plan in plans)])

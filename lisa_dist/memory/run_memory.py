@@ -50,7 +50,8 @@ class RunMemory:
 
     `config` is the model's, None for a model or a loss that cannot be planned. `longest` is the largest possible
     micro-batch. `checkpointed` is --checkpointed_layers, parsed; `budget` the bytes of a device, and `measure_budget`
-    what they are found to be once a step has run. Raises ValueError where "auto" cannot plan.
+    what they are found to be once a step has run; `beside` the bytes of a model that does not train.
+    Raises ValueError where "auto" cannot plan.
     """
 
     def __init__(
@@ -64,13 +65,14 @@ class RunMemory:
         checkpointed: int | str | None,
         budget: int | None,
         measure_budget: Callable[[], int] | None = None,
+        beside: int = 0,
     ) -> None:
         assert lisa.is_attached, "attach the controller to a DeepSpeed engine first"
         self._lisa, self._engine = lisa, lisa.engine
         self._optim, self._config, self._longest = optim, config, longest
         self._checkpointed, self._budget, self._measure_budget = checkpointed, budget, measure_budget
         self._model, self._num_layers = self._engine.module, lisa.blocks.num_layers
-        self._ds_config = ds_config
+        self._ds_config, self._beside = ds_config, beside
         self._accumulates = self._engine.gradient_accumulation_steps() > 1
         self._first_step = self._engine.global_steps
         self._meter: StepMeter | None = None
@@ -242,7 +244,7 @@ class RunMemory:
         settings = StageSettings.of(self._ds_config, run.hidden_size)
         by_rows = settings.reduces_rows(self._optim)
         groups = run.groups(trained, self._optim, config.state_bits, config.offloaded, by_rows)
-        return plan_memory(
+        parts, host = plan_memory(
             run,
             groups,
             run.trace(groups),
@@ -254,6 +256,7 @@ class RunMemory:
             accumulates=self._accumulates,
             on_cpu=self._engine.device.type == "cpu",
         )
+        return parts.with_buffer(self._beside), host
 
 
 def format_report(report: dict[str, Any] | None) -> str:

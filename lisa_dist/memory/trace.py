@@ -5,6 +5,7 @@ LISA would train, and every allocation is counted. `estimate.py` adds what DeepS
 """
 
 import contextlib
+import copy
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
     masking_utils,
@@ -33,7 +35,7 @@ from lisa_dist.optim.build import default_state_bits
 from lisa_dist.zero.embedding_rows import embedding_of
 
 # How a step computes its loss.
-CHUNKED, LOGITS, LIGER, OWN = "chunked", "logits", "liger", "own"
+CHUNKED, LOGITS, LIGER, OWN, SCORE, RATIO = "chunked", "logits", "liger", "own", "score", "ratio"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Workload:
     dtype: torch.dtype = torch.bfloat16
     checkpointed_layers: int = 0  # so many of the lowest layers store only their inputs
     attention: str = "sdpa"
-    loss: str = CHUNKED  # TRL's in chunks, of LOGITS of the positions with a label, LIGER's, or the model's OWN
+    # TRL's in chunks, of LOGITS of the positions with a label, LIGER's, the model's OWN, of a reward model's SCORE, or
+    # of a RATIO: as the model's own, and whoever computes it keeps the logits.
+    loss: str = CHUNKED
     labels: int | None = None  # positions with a label, where LOGITS are not of all that can have one
     triton: bool = False  # TRL's loss by its Triton kernels, as on a GPU
     padded: bool = False  # examples of several lengths: the attention has a mask
@@ -160,8 +164,12 @@ class FakeRun:
         with _report_model_errors(config), without_zero3_init(), torch.device("meta"):
             model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
             attention = workload.attention if getattr(model_class, "_supports_sdpa", True) else "eager"
-            self.model = AutoModelForCausalLM.from_config(config, dtype=workload.dtype, attn_implementation=attention)
-            if workload.loss != OWN:
+            loads: Any = AutoModelForCausalLM
+            if workload.loss == SCORE:
+                loads, config = AutoModelForSequenceClassification, copy.deepcopy(config)
+                config.num_labels, config.pad_token_id = 1, 0
+            self.model = loads.from_config(config, dtype=workload.dtype, attn_implementation=attention)
+            if workload.loss not in (OWN, SCORE, RATIO):
                 from trl.trainer.utils import add_fused_lm_head
 
                 from lisa_dist.core.head_gradient import use_slabs
@@ -257,8 +265,10 @@ class FakeRun:
         with self._mode:
             tokens = torch.ones(workload.micro_batch_size, workload.seq_length, dtype=torch.long)
             mask = torch.ones_like(tokens) if workload.padded else None
-            inputs = {"input_ids": tokens, "attention_mask": mask, "labels": tokens, "use_cache": False}
-            if workload.loss != OWN:
+            inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
+            if workload.loss != SCORE:
+                inputs["labels"] = tokens
+            if workload.loss not in (OWN, SCORE, RATIO):
                 inputs["fused_lm_head"] = True
             tracker.add([*self._run.parameters(), *self._run.buffers()], "model")
             model_bytes = tracker.now
@@ -271,7 +281,10 @@ class FakeRun:
             with contextlib.ExitStack() as stack:
                 for context in (*outside, tracker, no_mask):
                     stack.enter_context(context)
-                loss = self._run(**inputs).loss
+                outputs = self._run(**inputs)
+                loss = outputs.logits.sum() if workload.loss == SCORE else outputs.loss
+                if workload.loss != RATIO:
+                    del outputs
                 after_forward = +tracker.bytes
                 loss.backward()
         for hook in hooks:

@@ -5,30 +5,26 @@ TRL's parser reads flags and recipe into TRL's SFTConfig and ModelConfig, LisaCo
 
 import copy
 import os
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.training_args import OptimizerNames
-from transformers.utils import ExplicitEnum
-from trl import ModelConfig, SFTConfig
+from trl import ModelConfig
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.core.label_logits import check_loss
 from lisa_dist.data.dataset import DataArguments
-from lisa_dist.distributed.devices import why_no_gpu
 from lisa_dist.distributed.ranks import check_port, set_rank
 from lisa_dist.distributed.watchdog import HANG_TIMEOUT
-from lisa_dist.ds_config import find_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.flags import RunParser
 from lisa_dist.memory.known_models import HUB_IDS
-from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.run_folder import hide_secrets
-from lisa_dist.train.ranges import check_objects, check_ranges
+from lisa_dist.tasks import OF_SFT, SFT, TASKS, check_rewards_given, check_task, task_of
+from lisa_dist.train.task_configs import CONFIGS, LisaSFTConfig
 
 METHODS = ("lisa", "full", "lora")
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
@@ -43,6 +39,17 @@ class RunArguments:
         metadata={
             "help": "lisa, full to train every parameter in every step, or lora to train adapters "
             "(--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules)."
+        },
+    )
+    task: str = field(
+        default=SFT,
+        metadata={"help": "; ".join(f"{name}: {task.what}" for name, task in TASKS.items()) + "."},
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "With --task grpo, one or several: rewards.py for the function reward in it, rewards.py:name for "
+            "another, a folder with a reward model, or a name of trl.rewards, such as think_format_reward."
         },
     )
     sample_prompt: list[str] | None = field(
@@ -101,6 +108,10 @@ class RunArguments:
     def __post_init__(self) -> None:
         if isinstance(self.sample_prompt, str):  # as a recipe has one
             self.sample_prompt = [self.sample_prompt]
+        if isinstance(self.reward_funcs, str):
+            self.reward_funcs = [self.reward_funcs]
+        check_task(self.task)
+        check_rewards_given(self.task, self.reward_funcs)
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
         checkpointed = parse_checkpointed_layers(self.checkpointed_layers)
@@ -115,97 +126,6 @@ class RunArguments:
             raise UserError(f"--hang_timeout {self.hang_timeout}: seconds are not negative; 0 turns it off.")
         if self.layer_norms < 0:
             raise UserError(f"--layer_norms {self.layer_norms}: looks at every N-th step; 1 at each, 0 at none.")
-
-
-@dataclass
-class LisaSFTConfig(SFTConfig):
-    """TRL's SFTConfig; `--deepspeed` also takes the short name of a shipped config, and CPU ranks work."""
-
-    deepspeed: dict | str | None = field(
-        default="zero2", metadata={"help": "Short name (zero1, zero2, zero3, zero2_offload, ...), path, or JSON."}
-    )
-    optim: str = field(
-        default="adamw_torch_fused", metadata={"help": f"The Trainer's names, and {LISA_ADAMW} with --method lisa."}
-    )
-    torch_compile: bool = field(
-        default=False,
-        metadata={
-            "help": "Compile each decoder layer by itself, on ZeRO stages 1 and 2: a graph for active, one for frozen "
-            "layers."
-        },
-    )
-    report_to: None | str | list[str] = field(  # noqa: RUF036 - the parser goes by the second
-        default="tensorboard",
-        metadata={"help": "Trackers: tensorboard, wandb, ..., several as wandb,tensorboard, all, or none."},
-    )
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Examples of a step on all ranks together, for a run to be the same on any number of GPUs; "
-            "--gradient_accumulation_steps follows from it."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        check_objects(self)
-        if self.max_length == -1:  # which TRL's null is on a command line; it would cut the last token off
-            self.max_length = None
-        if self.global_batch_size is not None:
-            self.gradient_accumulation_steps = accumulation_steps(
-                self.global_batch_size,
-                micro_batch_size=self.per_device_train_batch_size,
-                given=self.gradient_accumulation_steps,
-                world_size=int(os.environ.get("WORLD_SIZE", 1)),
-            )
-        if isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
-            self.deepspeed = find_ds_config(self.deepspeed)
-        if not self.use_cpu and (why := why_no_gpu()):
-            raise UserError(f"{why}; --use_cpu true trains on CPUs.")
-        if not torch.cuda.is_available():
-            self.use_cpu = True  # has Accelerate start gloo
-            self.bf16 = bool(self.bf16)  # asked for, not by default: few CPUs multiply in bf16
-        if isinstance(self.report_to, str) and "," in self.report_to:
-            self.report_to = [name.strip() for name in self.report_to.split(",")]
-        trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
-        if unknown := [name for name in trackers if name not in ("all", "none", *INTEGRATION_TO_CALLBACK)]:
-            raise UserError(
-                f"--report_to {unknown[0]}: unknown; choose all, none, or of {', '.join(INTEGRATION_TO_CALLBACK)}."
-            )
-        if self.fsdp:
-            raise UserError(f"--fsdp {self.fsdp}: training is sharded by DeepSpeed's ZeRO; leave it out.")
-        optim = getattr(self.optim, "value", self.optim)
-        ours, known = optim == LISA_ADAMW, [name.value for name in OptimizerNames]
-        if not ours and optim not in known:
-            raise UserError(f"--optim {optim}: unknown; choose {LISA_ADAMW} or one of {', '.join(known)}.")
-        if ours:  # which the Trainer's arguments do not know
-            self.optim = "adamw_torch_fused"
-        super().__post_init__()
-        if ours:
-            self.optim = LisaOptimizerNames.LISA_ADAMW
-
-
-def accumulation_steps(global_batch_size: int, micro_batch_size: int, given: int, world_size: int) -> int:
-    """Micro-batches of a rank in a global batch; `given` are --gradient_accumulation_steps, where 1 stands for none."""
-    at_once = micro_batch_size * world_size
-    if global_batch_size < 1 or global_batch_size % at_once:
-        raise UserError(
-            f"--global_batch_size {global_batch_size}: must be a multiple of {at_once}, which "
-            f"--per_device_train_batch_size {micro_batch_size} is on {world_size} ranks."
-        )
-    steps = global_batch_size // at_once
-    if given not in (1, steps):
-        raise UserError(
-            f"--global_batch_size {global_batch_size} and --gradient_accumulation_steps {given}: give one of them; on "
-            f"{world_size} ranks it is {steps}."
-        )
-    return steps
-
-
-class LisaOptimizerNames(ExplicitEnum):
-    """Optimizers that the Trainer's OptimizerNames lacks."""
-
-    LISA_ADAMW = LISA_ADAMW
 
 
 @dataclass
@@ -250,6 +170,7 @@ USAGE = "lisa-dist train recipe.yaml [--gpus N] [--any_flag value ...]"
 HELP = {
     "What is trained, on what": {
         "method": "lisa; full: every parameter, always; lora: adapters",
+        "task": "sft, dpo, kto, orpo, reward, grpo: each has a help of its own",
         "model_name_or_path": "folder, or model of the hub",
         "dataset_name": "files, folders, datasets of the hub; name#1000: so many of them",
         "dataset_weights": "one for each: 2 takes its examples twice an epoch, 0.5 half of them",
@@ -297,14 +218,41 @@ HELP = {
         "save_total_limit": "checkpoints to keep",
         "resume_from_checkpoint": "a checkpoint, true for the newest, auto for that or the beginning",
         "report_to": "wandb, mlflow, ..., several as wandb,tensorboard, or none",
-        "hang_timeout": "seconds without a step that end a run of several ranks",
     },
 }
 
 
-def run_parser() -> RunParser:
+# What the help of a task has in the place of the flags that are sft's alone.
+_OF_TASK = {
+    "dpo": {"beta": "how near the model stays to what it was", "loss_type": "sigmoid, ipo, ..."},
+    "kto": {"beta": "how near the model stays to what it was", "desirable_weight": "", "undesirable_weight": ""},
+    "orpo": {"beta": "weight of the odds ratio beside the loss of what was chosen"},
+    "reward": {"center_rewards_coefficient": "keeps the mean of rewards at 0"},
+    "grpo": {
+        "reward_funcs": "rewards.py or rewards.py:name, with reward(completions, **columns)",
+        "num_generations": "answers to each prompt",
+        "max_completion_length": "tokens of the longest answer",
+        "temperature": "",
+        "beta": "how near the model stays to what it was; 0 needs no reference model",
+        "use_vllm": "answers by vLLM",
+    },
+}
+
+
+def run_parser(task: str = SFT) -> RunParser:
     """Of all flags of a run."""
-    return RunParser((RunArguments, DataArguments, LisaConfig, ModelArguments, LisaSFTConfig), USAGE, HELP)
+    usage, screen = USAGE, HELP
+    if task != SFT:
+        known = {
+            one.name for group in (RunArguments, DataArguments, LisaConfig, CONFIGS[task]) for one in fields(group)
+        }
+        known = known - OF_SFT.keys() | {"model_name_or_path", "attn_implementation"}
+        usage = USAGE.replace("recipe.yaml", f"recipe.yaml --task {task}")
+        of_all = {
+            heading: {name: what for name, what in flags.items() if name in known} for heading, flags in HELP.items()
+        }
+        screen = {f"Of {task}": _OF_TASK[task]} | of_all
+    return RunParser((RunArguments, DataArguments, LisaConfig, ModelArguments, CONFIGS[task]), usage, screen)
 
 
 class RunConfig(NamedTuple):
@@ -342,7 +290,8 @@ class RunConfig(NamedTuple):
 
 def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     """The arguments of a run from flags and `--config file.yaml`; flags win. Unknown keys and flags are errors."""
-    parser = run_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = run_parser(task_of(argv))
     words = parser.check(argv)
     set_rank()
     check_port()

@@ -22,6 +22,7 @@ from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner
 from lisa_dist.memory.trace import CHUNKED, LIGER, LOGITS
 from lisa_dist.optim.ops import why_no_compiler
+from lisa_dist.tasks import SFT
 from lisa_dist.text import format_bytes
 from lisa_dist.train.arguments import RunConfig
 from lisa_dist.train.checks import precision_of_arguments
@@ -47,6 +48,8 @@ def check_loss_of_run(config: RunConfig, model_config: PretrainedConfig) -> None
 def choose_loss(config: RunConfig, model_config: PretrainedConfig) -> tuple[str, str]:
     """The loss of a run and the line that says so; every rank calls it, and rank 0 decides."""
     given, training = config.run.loss, config.training
+    if config.run.task != SFT:
+        return CHUNKED, f"TRL's of {config.run.task}"
     if given != AUTO:
         loss, why = given, f"--loss {given}"
     elif training.label_smoothing_factor:
@@ -119,6 +122,8 @@ def _logits_fit(config: RunConfig, model_config: PretrainedConfig) -> tuple[bool
 def possible_losses(config: RunConfig, model_config: PretrainedConfig) -> str:
     """What a plan is to be asked for: the loss of the run, or auto where it may keep logits, or not."""
     given = config.run.loss
+    if config.run.task != SFT:
+        return AUTO
     return CHUNKED if given == AUTO and _why_not(LOGITS, config, model_config) is not None else given
 
 
@@ -144,6 +149,7 @@ def plan_arguments(config: RunConfig, loss: str) -> PlanArguments | None:
         seq_length=longest,
         micro_batch_size=training.per_device_train_batch_size,
         method=config.run.method,
+        task=config.run.task,
         lora_r=config.model.lora_r,
         optim=getattr(training.optim, "value", training.optim),
         precision="fp32" if is_fp32 else "bf16",  # fp16 takes as much

@@ -23,6 +23,8 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "dataset_num_proc",
             "ddp_timeout",
             "ddp_bucket_cap_mb",
+            "max_completion_length",
+            "num_iterations",
         ),
     ),
     (
@@ -78,6 +80,6 @@ def check_ranges(arguments: Any) -> None:
     """Raise UserError for a number out of its range."""
     for rule, holds, names in _RULES:
         for name in names:
-            value = getattr(arguments, name)
+            value = getattr(arguments, name, None)  # one that a task lacks is not given
             if value is not None and not holds(value):
                 raise UserError(f"--{name} {value}: {rule}.")

@@ -14,6 +14,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.memory.known_models import load_model_config, name_or_folder
 from lisa_dist.memory.ladder import Chosen
 from lisa_dist.memory.plan import Plan, PlanArguments
+from lisa_dist.tasks import GRPO, SFT
 from lisa_dist.text import GIB, format_bytes
 
 RECIPE = """\
@@ -32,7 +33,7 @@ output_dir: {output_dir}
 
 # LISA: what trains in a period, and optimizer steps in it.
 method: lisa
-{active}lisa_interval_steps: {interval}
+{task}{active}lisa_interval_steps: {interval}
 {lisa}
 # How it is run.
 deepspeed: {deepspeed}
@@ -75,6 +76,8 @@ class InitArguments(PlanArguments):
         super().__post_init__()
         if self.method != "lisa":
             raise UserError(f"--method {self.method}: init writes recipes of LISA.")
+        if self.task == GRPO:
+            raise UserError(f"--task {GRPO}: init writes no recipe of it; docs/tasks.md has its flags.")
         for flag in ("json", "plot", "deepspeed"):
             if getattr(self, flag) is not None:
                 raise UserError(f"--{flag} {getattr(self, flag)}: it is for lisa-dist plan.")
@@ -114,6 +117,7 @@ def format_recipe(chosen: Chosen, words: Sequence[str]) -> str:
         dataset_name=_as_yaml(arguments.dataset_name),
         output_dir=_as_yaml(arguments.output_dir or f"runs/{arguments.model_name}"),
         active="" if lisa_config.by_module else f"lisa_activated_layers: {gamma:<13}{_MORE}\n",
+        task=f"task: {arguments.task}\n" if arguments.task != SFT else "",
         interval=interval,
         lisa="".join(f"{name}: {_as_yaml(value)}\n" for name, value in shown.items()),
         deepspeed=plan.ds_config,

@@ -32,11 +32,12 @@ def record_of_run(
     return {
         "model": str(config.model.model_name_or_path),
         "method": config.run.method,
+        "task": config.run.task,
         "devices": describe_devices(config.training),
         "loss": loss,
         "began": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "command": shlex.join([*start, *words]) + (f"  # by a launcher on {hosts} hosts" if hosts > 1 else ""),
-        "given": [f"--{name}" for name in run_parser().given(words)],
+        "given": [f"--{name}" for name in run_parser(config.run.task).given(words)],
         "flags": {name: _plain(value) for name, value in flags.items()},
         "versions": installed_versions() | {"Python": platform.python_version()},
         "parameters": sum(parameter_numel(parameter) for parameter in model.parameters()),

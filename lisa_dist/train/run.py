@@ -1,6 +1,6 @@
 """A training run, in its order: what `launch/train.py` and `lisa-dist train` do after the flags are parsed.
 
-TRL's SFTTrainer loads the model and trains.
+TRL's trainer of the task loads the model and trains.
 """
 
 import copy
@@ -12,66 +12,42 @@ from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig
 from torch import distributed as dist
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
-from trl import SFTConfig, get_peft_config
+from trl import get_peft_config
 
-from lisa_dist.config import AUTO_LAYERS
-from lisa_dist.core.blocks import number_of_decoder_layers
-from lisa_dist.core.checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
-from lisa_dist.core.engine_config import check_eval_frozen_bits, prepare_ds_config
-from lisa_dist.core.layer_weights import load_layer_weights, split_columns
-from lisa_dist.core.weight_store import check_store
-from lisa_dist.data.dataset import Data, DataArguments, describe_examples, load_data
+from lisa_dist.core.checkpointing import parse_checkpointed_layers
+from lisa_dist.data.dataset import Data, describe_examples, load_data
 from lisa_dist.data.encoding import set_chat_template
+from lisa_dist.data.task_rows import load_task_data
 from lisa_dist.distributed.collectives import raise_shared, together
 from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.distributed.run_lock import one_run_in
-from lisa_dist.ds_config import read_ds_config
 from lisa_dist.errors import UserError
-from lisa_dist.files import check_folder, naming_lost_files, read_text
+from lisa_dist.files import naming_lost_files
 from lisa_dist.run_folder import write_run
+from lisa_dist.tasks import REWARD, SFT
 from lisa_dist.text import in_one_line
-from lisa_dist.train.arguments import ALL_LINEAR, LisaOptimizerNames, ModelArguments, RunConfig
+from lisa_dist.train.arguments import ALL_LINEAR, RunConfig
 from lisa_dist.train.attention import choose_attention, packs_documents
-from lisa_dist.train.auto_layers import check_auto_layers, settle_layers
-from lisa_dist.train.checks import (
-    check_compiled_layers,
-    check_precision,
-    check_quantization,
-    check_sampling,
-    precision_of_arguments,
-)
-from lisa_dist.train.compiled_layers import CompiledLayers, check_compile
+from lisa_dist.train.auto_layers import settle_layers
+from lisa_dist.train.checks import precision_of_arguments
+from lisa_dist.train.compiled_layers import CompiledLayers
 from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
-from lisa_dist.train.given_paths import begins, check_model_folder, check_resume, given_resume
+from lisa_dist.train.given_paths import begins, check_resume, given_resume
 from lisa_dist.train.layer_norms import LayerNorms
-from lisa_dist.train.liger import FUSED_LOSS, check_liger
-from lisa_dist.train.loss import check_loss_of_run, choose_loss
+from lisa_dist.train.liger import FUSED_LOSS
+from lisa_dist.train.loss import choose_loss
 from lisa_dist.train.probe import check_probe_rows
 from lisa_dist.train.quiet import without_bars_of_datasets
 from lisa_dist.train.record import record_of_run
+from lisa_dist.train.reward_functions import load_rewards
+from lisa_dist.train.run_checks import check_config, model_config_of
 from lisa_dist.train.run_header import describe_outcome, describe_run, installed_versions
 from lisa_dist.train.sample_answer import SampleCallback
-from lisa_dist.train.sft_trainer import BaselineTrainer, LisaTrainer
+from lisa_dist.train.task_trainers import TRAINERS
 from lisa_dist.zero.cpu_ops import start_deepspeed
 
-# TRL flags for data that TRL tokenizes, and the flag to use here.
-_NOT_TAKEN = {
-    "dataset_text_field": "--dataset_columns text=COLUMN",
-    "truncation_mode": "--long_examples, which cuts texts into several examples",
-    "dataset_kwargs": "--dataset_format and --dataset_columns",
-}
-# What transformers takes by --model_init_kwargs too, and the flags by which it is checked.
-_FLAGS_OF_LOADING = {
-    "attn_implementation": "attn_implementation",
-    "dtype": "dtype",
-    "torch_dtype": "dtype",
-    "revision": "model_revision",
-    "trust_remote_code": "trust_remote_code",
-}
-# Of a model's configuration.
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -87,17 +63,17 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
     _join_ranks(config)
     check_resume(resume_from, output_dir, config.run.method)
     tokenizer = load_tokenizer(config)
-    template = set_chat_template(tokenizer, config.training.chat_template_path)
+    template = set_chat_template(tokenizer, getattr(config.training, "chat_template_path", None))
     attention, reason = choose_attention(
         config.model.attn_implementation,
         half_precision=precision_of_arguments(config.training) != "fp32",
-        config=_model_config(config),
-        packed=packs_documents(config.training),
+        config=model_config_of(config),
+        packed=config.run.task == SFT and packs_documents(config.training),
         use_cpu=config.training.use_cpu,
     )
-    config = settle_layers(config, _model_config(config), resume_from)
-    loss, why = choose_loss(config, _model_config(config))
-    data = load_examples(config.data, config.training, tokenizer)
+    config = settle_layers(config, model_config_of(config), resume_from)
+    loss, why = choose_loss(config, model_config_of(config))
+    data = load_examples(config, tokenizer)
     _check_data(config, data)
     config = _for_trl(config, attention)
     with one_run_in(output_dir):  # before the model is loaded, until it is saved
@@ -142,7 +118,7 @@ def _settle(config: RunConfig) -> RunConfig:
     if method != "lisa" and checkpointed is not None:  # all or none; which layers fit is planned for LISA alone
         # TRL reads the old name, the Trainer the new one, which it has set by the old before this.
         training.gradient_checkpointing = training.activation_checkpointing = checkpointed != 0
-    if training.completion_only_loss is False:  # TRL's name for it
+    if config.run.task == SFT and training.completion_only_loss is False:  # TRL's name for it
         config.data.train_on_inputs = True
     if method == "lisa" and training.use_liger_kernel:  # whose fused loss TRL's own takes the place of
         training.liger_kernel_config = {FUSED_LOSS: False} | (training.liger_kernel_config or {})
@@ -150,105 +126,6 @@ def _settle(config: RunConfig) -> RunConfig:
         model: Any = config.model  # whose targets are names to TRL, and one word to peft
         model.lora_target_modules = model.lora_target_modules or ALL_LINEAR
     return config
-
-
-def check_config(config: RunConfig) -> None:
-    """Raise UserError, of one line, for arguments that do not go together, and change none of them."""
-    try:
-        _check(config)
-    except UserError as error:  # with values as they were given, line breaks and all
-        raise UserError(in_one_line(error)) from error
-
-
-def _check(config: RunConfig) -> None:
-    method, training = config.run.method, config.training
-    if packs_documents(training) and training.max_length is None:
-        raise UserError("--packing true needs a --max_length: that of the rows which examples share.")
-    if not training.output_dir:
-        raise UserError("--output_dir is empty: give a folder.")
-    check_folder("--output_dir", Path(str(training.output_dir)))
-    loads_by: Any = training.model_init_kwargs  # JSON of a command line is an object by now
-    for name in loads_by or {}:
-        if name in _FLAGS_OF_LOADING:
-            raise UserError(f"--model_init_kwargs {name}: give --{_FLAGS_OF_LOADING[name]} in its place.")
-    check_model_folder(str(config.model.model_name_or_path), loads_by or {})
-    for flag, ours in _NOT_TAKEN.items():
-        value = getattr(training, flag)
-        if value != SFTConfig.__dataclass_fields__[flag].default:
-            raise UserError(f"--{flag} {value}: has no effect here; use {ours}.")
-    given = training.deepspeed
-    ds_config = copy.deepcopy(given) if isinstance(given, dict) else read_ds_config(str(given)) if given else {}
-    check_precision(training)
-    check_compile(training, ds_config, switches=method == "lisa")
-    model_config = _known_model_config(config)
-    if config.run.loss != AUTO:
-        check_loss_of_run(config, model_config)
-    if method != "lora":  # whose adapters train on any weights
-        check_quantization(str(config.model.model_name_or_path), model_config)
-    check_eval_frozen_bits(config.run.eval_frozen_bits, config.lisa)
-    if method != "lisa":
-        if config.lisa.lisa_frozen_bits != 16:
-            raise UserError(
-                f"--lisa_frozen_bits {config.lisa.lisa_frozen_bits} with --method {method}: it is for --method lisa; "
-                "leave it out."
-            )
-        if training.resume_from_checkpoint == "auto":
-            raise UserError(f"--resume_from_checkpoint auto: --method {method} takes a folder or true.")
-        if training.optim is LisaOptimizerNames.LISA_ADAMW:
-            raise UserError(
-                f"--optim lisa_adamw with --method {method}: it is for --method lisa; "
-                "give another, such as adamw_torch_fused."
-            )
-        return
-    check_compiled_layers(training, config.lisa)
-    check_store(config.lisa.lisa_frozen_store)
-    check_auto_layers(config)
-    prepare_ds_config(ds_config, config.lisa, training.optim, precision_of_arguments(training))
-    _check_layers(config, model_config)
-
-
-def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
-    """Check what depends on the number of layers, before the model is loaded and anything is written."""
-    if config.training.use_liger_kernel:
-        check_liger(copy.copy(config.training), model_config, config.lisa, trl_head=True)
-    num_layers = number_of_decoder_layers(model_config)
-    max_steps = max(0, config.training.max_steps) if begins(config.training) else 0
-    check_sampling(config.lisa, model_config, num_layers, max_steps)
-    checkpointed = parse_checkpointed_layers(config.run.checkpointed_layers)
-    if isinstance(checkpointed, int):
-        number_of_layers(checkpointed, num_layers)
-    if config.lisa.lisa_weights_file is not None:
-        read_text("--lisa_weights_file", split_columns(config.lisa.lisa_weights_file)[0])
-        num_active = config.lisa.lisa_activated_layers
-        load_layer_weights(config.lisa.lisa_weights_file, num_layers, 1 if num_active == AUTO_LAYERS else num_active)
-
-
-def _known_model_config(config: RunConfig) -> PretrainedConfig:
-    try:
-        model_config = _model_config(config)
-        sizes = model_config.get_text_config().to_dict()  # some models have one for each layer
-        for name in _SIZES:
-            if isinstance(size := sizes.get(name), int) and size < 0:
-                raise ValueError(f"{name} {size}")
-        return model_config
-    except OSError as error:
-        raise UserError(
-            f"--model_name_or_path {config.model.model_name_or_path}: no such folder, and no such model can be reached "
-            f"on the hub ({type(error).__name__})."
-        ) from error
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise UserError(
-            f"--model_name_or_path {config.model.model_name_or_path}: its config.json is of no model that can be "
-            f"trained ({in_one_line(error)})."
-        ) from error
-
-
-def _model_config(config: RunConfig) -> PretrainedConfig:
-    return AutoConfig.from_pretrained(
-        str(config.model.model_name_or_path),
-        revision=config.model.model_revision,
-        trust_remote_code=config.training.trust_remote_code,
-    )
 
 
 def _join_ranks(config: RunConfig) -> None:
@@ -280,26 +157,29 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
             f"({in_one_line(error)})."
         ) from error
     for flag in ("eos_token", "pad_token"):
-        token = getattr(config.training, flag)
+        token = getattr(config.training, flag, None)  # not every task has both
         if token is not None and token not in tokenizer.get_vocab():
             raise UserError(f"--{flag} {token}: the tokenizer has no such token.")
-    if config.training.eos_token is not None:
+    if getattr(config.training, "eos_token", None) is not None:
         tokenizer.eos_token = config.training.eos_token  # before rows are made of it
     return tokenizer
 
 
-def load_examples(data_args: DataArguments, training_args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """The examples of a run as tokens, which TRL takes as they are; all ranks call it, one of a host does the work."""
-    ranks, problem = PartialState(), None
+def load_examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """The examples of a run: of sft as tokens, which TRL takes as they are; all ranks call it, one of a host works."""
+    ranks, problem, training = PartialState(), None, config.training
     with ranks.main_process_first(), ranks.local_main_process_first():  # the others find what was cached, as in TRL
         try:
-            data = load_data(
-                data_args,
-                tokenizer,
-                max_length=training_args.max_length,
-                seed=training_args.seed,
-                num_proc=training_args.dataset_num_proc,
-            )
+            if config.run.task == SFT:
+                data = load_data(
+                    config.data,
+                    tokenizer,
+                    max_length=training.max_length,
+                    seed=training.seed,
+                    num_proc=training.dataset_num_proc,
+                )
+            else:
+                data = load_task_data(config.data, config.run.task, training.seed)
         except UserError as error:
             problem = str(error)
     raise_shared(problem)
@@ -307,7 +187,8 @@ def load_examples(data_args: DataArguments, training_args: SFTConfig, tokenizer:
 
 
 def _check_data(config: RunConfig, data: Data) -> None:
-    if begins(config.training) and not packs_documents(config.training):  # whose rows TRL makes
+    is_tokens = config.run.task == SFT and not packs_documents(config.training)  # of others TRL makes the rows
+    if begins(config.training) and is_tokens:
         check_probe_rows(config.lisa, config.training, data.train, data.held_out)
     named = f"the content of --dataset_name {' '.join(config.data.dataset_name or [])}"
     content = {named: describe_examples(data.train)}
@@ -320,30 +201,34 @@ def _for_trl(config: RunConfig, attention: str) -> RunConfig:
     """The same for TRL's trainer, which loads the model and takes rows that are tokens already."""
     training = copy.copy(config.training)
     given: Any = training.model_init_kwargs or {}
-    training.model_init_kwargs = {
+    loads_by = {
         "revision": config.model.model_revision,
         "trust_remote_code": training.trust_remote_code,
         "attn_implementation": attention,
         "dtype": config.model.dtype or _DTYPES[precision_of_arguments(training)],
     } | given
-    training.assistant_only_loss, training.completion_only_loss = False, None
+    if config.run.task == "orpo":
+        loads_by["device_map"] = None  # which would be auto, for one process with all GPUs
+    training.model_init_kwargs = loads_by
+    if config.run.task == SFT:
+        training.assistant_only_loss, training.completion_only_loss = False, None
     training.chat_template_path = None
     return config._replace(training=training)
 
 
-def build_trainer(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Data, loss: str
-) -> LisaTrainer | BaselineTrainer:
-    """The trainer of the method, with the model loaded; `loss` as `choose_loss` gives it."""
+def build_trainer(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Data, loss: str) -> Any:
+    """The trainer of the task and the method, with the model loaded; `loss` of sft as `choose_loss` gives it."""
     arguments: dict[str, Any] = {
         "model": config.model.model_name_or_path,
         "args": config.training,
         "train_dataset": data.train,
         "eval_dataset": data.held_out,
         "processing_class": tokenizer,
-        "loss": loss,
     }
-    trainer: LisaTrainer | BaselineTrainer
+    if config.run.task == SFT:
+        arguments["loss"] = loss
+    if config.run.reward_funcs:
+        arguments["reward_funcs"] = load_rewards(config.run.reward_funcs)
     if config.run.method == "lisa":
         arguments |= {
             "lisa_config": config.lisa,
@@ -354,9 +239,16 @@ def build_trainer(
             "eval_frozen_bits": config.run.eval_frozen_bits,
         }
     else:
-        arguments["peft_config"] = _adapters(config.model) if config.run.method == "lora" else None
+        arguments["peft_config"] = _adapters(config) if config.run.method == "lora" else None
     with without_bars_of_datasets():
-        trainer = LisaTrainer(**arguments) if config.run.method == "lisa" else BaselineTrainer(**arguments)
+        trainer = TRAINERS[config.run.task][config.run.method != "lisa"](**arguments)
+    left = len(trainer.train_dataset)
+    if left < len(data.train) and config.run.task != SFT:  # TRL leaves out what is too long, of some tasks
+        if not left:
+            raise UserError(
+                f"--max_length {config.training.max_length}: every one of {len(data.train)} rows is longer."
+            )
+        trainer.accelerator.print(f"{len(data.train) - left} of {len(data.train)} rows are too long, and left out")
     if config.run.method != "lisa" and config.training.torch_compile:
         trainer.add_callback(CompiledLayers(trainer, config.lisa.lisa_layers_attribute))
     if config.training.bf16 and config.training.use_cpu and not cpu_multiplies_bf16():
@@ -369,14 +261,16 @@ def build_trainer(
     return trainer
 
 
-def _adapters(model_args: ModelArguments) -> PeftConfig | None:
+def _adapters(config: RunConfig) -> PeftConfig | None:
     """The adapters of `--lora_*`."""
-    model_args = copy.copy(model_args)
+    model_args = copy.copy(config.model)
     model_args.use_peft = True  # TRL's flag for them
+    if config.run.task == REWARD:
+        model_args.lora_task_type = "SEQ_CLS"  # by which peft trains the score, and saves it
     return get_peft_config(model_args)
 
 
-def _finish(trainer: LisaTrainer | BaselineTrainer, output_dir: Path) -> Path | None:
+def _finish(trainer: Any, output_dir: Path) -> Path | None:
     """Save the model of a run that was not stopped, and leave the ranks."""
     if trainer.stopped_by is not None:
         trainer.accelerator.print(

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, parse_checkpointed_layers
+from lisa_dist.tasks import SFT, TASKS
 from lisa_dist.text import format_table
 from lisa_dist.train.arguments import ALL_LINEAR, ModelArguments, RunConfig
 from lisa_dist.train.checks import precision_of_arguments
@@ -22,6 +23,7 @@ def describe_run(config: RunConfig, attention: str, template: str, loss: str) ->
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     rows = [
         ("method", config.run.method),
+        *([("task", f"{task}: {TASKS[task].what}")] if (task := config.run.task) != SFT else []),
         ("model from", str(config.model.model_name_or_path)),
         ("devices", describe_devices(args)),
         ("attention", attention),
@@ -76,11 +78,15 @@ def installed_versions() -> dict[str, str]:
 
 
 def describe_outcome(log_history: Sequence[dict[str, Any]]) -> str:
-    """Seconds of training, and the held-out loss before and after it where it was evaluated."""
+    """Seconds of training; the held-out loss before and after it, and the reward of answers, where there are any."""
     held_out = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
     lines = [f"trained in {log_history[-1]['train_runtime']:.0f} s"]
     if len(held_out) > 1:
         (first, before), (last, after) = held_out[0], held_out[-1]
         when = "before" if first == 0 else f"at step {first}"
         lines.append(f"held-out loss {before:.4f} {when}, {after:.4f} {'after' if first == 0 else f'at step {last}'}")
+    rewards = [(entry["step"], entry["reward"]) for entry in log_history if "reward" in entry]
+    if len(rewards) > 1:
+        (first, before), (last, after) = rewards[0], rewards[-1]
+        lines.append(f"reward {before:.4f} at step {first}, {after:.4f} at step {last}")
     return "; ".join(lines)

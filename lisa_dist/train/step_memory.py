@@ -1,20 +1,31 @@
 """A trainer's micro-batches as the memory plan takes them, and the plan of its run."""
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, Trainer, TrainingArguments
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, TrainingArguments
 
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.label_logits import uses_triton
 from lisa_dist.distributed.devices import gpu_bytes_for_tensors
 from lisa_dist.memory.run_memory import RunMemory
-from lisa_dist.memory.trace import CHUNKED, LOGITS, OWN, Workload
+from lisa_dist.memory.trace import CHUNKED, LOGITS, OWN, RATIO, SCORE, Workload
+from lisa_dist.zero.parameters import held_tensors
 
 RESERVED = 2**30  # bytes of a GPU, for the CUDA context, NCCL and fragments, until a step has shown them
+
+
+# By trainer: how its loss is computed, None where the run chooses; and the sequences of an example.
+_OF_TRAINER: dict[str, tuple[str | None, int]] = {
+    "Trainer": (OWN, 1),
+    "SFTTrainer": (None, 1),
+    "DPOTrainer": (CHUNKED, 2),
+    "KTOTrainer": (CHUNKED, 1),
+    "ORPOTrainer": (RATIO, 2),
+    "RewardTrainer": (SCORE, 2),
+}
 
 
 class StepWorkload:
@@ -25,8 +36,13 @@ class StepWorkload:
 
     def __init__(self, args: TrainingArguments, compute_loss: Callable[..., Any], loss: str = CHUNKED):
         self._args = args
-        fused = None if args.label_smoothing_factor else head_is_fused(compute_loss)
-        self._loss = {True: loss, False: OWN, None: None}[fused]
+        whose = getattr(compute_loss, "__module__", "").partition(".")[0]
+        name = getattr(compute_loss, "__qualname__", "").removesuffix(".compute_loss")
+        self._loss: str | None = None
+        self._sequences = 1
+        if whose in ("transformers", "trl") and name in _OF_TRAINER and not args.label_smoothing_factor:
+            self._loss, self._sequences = _OF_TRAINER[name]
+            self._loss = self._loss or loss
 
     def of(
         self, model: PreTrainedModel, rows: int, tokens: int, padded: bool, labels: torch.Tensor | None = None
@@ -50,19 +66,9 @@ class StepWorkload:
 
     def longest(self, model: PreTrainedModel) -> Workload | None:
         """The largest micro-batch that may come; None where no --max_length bounds it."""
-        tokens, rows = getattr(self._args, "max_length", None), self._args.per_device_train_batch_size
+        tokens = getattr(self._args, "max_length", None)
+        rows = self._args.per_device_train_batch_size * self._sequences
         return self.of(model, rows, tokens, padded=rows > 1) if tokens else None
-
-
-def head_is_fused(compute_loss: Callable[..., Any]) -> bool | None:
-    """Whether a trainer class's loss is fused with the head, as TRL's SFTTrainer has it.
-
-    None for a loss of neither the Trainer's nor TRL's SFTTrainer's, whose memory cannot be planned.
-    """
-    if compute_loss is Trainer.compute_loss:
-        return False
-    trl = sys.modules.get("trl.trainer.sft_trainer")  # imported already where a trainer is one of TRL's
-    return True if trl is not None and compute_loss is trl.SFTTrainer.compute_loss else None
 
 
 def plan_run_memory(
@@ -75,8 +81,13 @@ def plan_run_memory(
     longest: Workload | None,
     checkpointed: int | str | None,
     budget: int | None,
+    reference: torch.nn.Module | None = None,
 ) -> RunMemory:
-    """The memory of a trainer's run; without a `budget` in bytes that of the GPU."""
+    """The memory of a trainer's run; without a `budget` in bytes that of the GPU.
+
+    `reference`: a model that stands beside the one that trains.
+    """
+    beside = [] if reference is None else [held for one in reference.parameters() for held in held_tensors(one)]
     measure_budget = None
     can_plan = type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING and not lisa.blocks.frozen_numel
     if budget is None and args.device.type == "cuda":
@@ -91,4 +102,5 @@ def plan_run_memory(
         checkpointed=checkpointed,
         budget=budget,
         measure_budget=measure_budget,
+        beside=sum(tensor.nbytes for tensor in beside if tensor.device.type == args.device.type),
     )

@@ -233,6 +233,7 @@ class LisaMixin(MonitoredMixin):
             longest=self._workload.longest(self.model),
             checkpointed=self._checkpointed_layers,
             budget=self._gpu_memory,
+            reference=getattr(self, "ref_model", None),
         )
         self._print(self._memory.set_checkpointing())
 

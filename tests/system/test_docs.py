@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from runs import ROOT, run_alone
 from lisa_dist import cli
 from lisa_dist.commands import eval as eval_command
 from lisa_dist.flag_words import first_word_as
+from lisa_dist.tasks import task_of
+from lisa_dist.train.task_configs import CONFIGS
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PAGES += ["benchmarks/README.md", "benchmarks/cost/GPU.md"]
@@ -45,6 +48,7 @@ THERE = {
     "models/llama2-70b": "llama2-70b",
     "models/llama3.1-8b": "llama3.1-8b",
 }
+REWARDS = re.compile(r"^```python\n(def reward.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#([^)]*))?\)")
 
 
@@ -71,6 +75,11 @@ def folder(tmp_path_factory, cpu_ops) -> Path:
     rows = "\n".join(json.dumps({"question": f"{n} + 1?", "answer": str(n + 1)}) for n in range(200))
     for name in ("rows.jsonl", "gsm8k.jsonl"):
         (folder / name).write_text(rows)
+    pairs = [{"prompt": f"{n} + 1? ", "chosen": str(n + 1), "rejected": str(n)} for n in range(50)]
+    kto = [{"prompt": f"{n} + 1? ", "completion": str(n + n % 2), "label": bool(n % 2)} for n in range(50)]
+    for name, of_task in (("pairs", pairs), ("kto", kto)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, of_task)))
+    (folder / "rewards.py").write_text(REWARDS.search((ROOT / "docs" / "tasks.md").read_text())[1])
     alpaca = [{"instruction": f"{n} + 1?", "input": "", "output": str(n + 1)} for n in range(2000)]
     (folder / "alpaca.json").write_text(json.dumps(alpaca))
     (folder / "books").mkdir()
@@ -89,9 +98,15 @@ def run_flags(words: list[str], folder: Path) -> None:
     flags = [str(ROOT / word) if word.startswith(("launch/", "examples/")) else word for word in words]
     flags = ["--config", "recipe.yaml", *flags[1:]] if flags[:1] == ["..."] else first_word_as("--config", flags)
     flags = [THERE.get(flag, flag) for flag in flags]
+    task = task_of(flags)
+    known = {one.name for one in fields(CONFIGS[task])} | {"model_name_or_path"}
     for name, value in ({"model_name_or_path": str(folder / "model_dir")} | SMALL).items():
-        flags += [f"--{name}", value]
-    recipe = yaml.safe_load((folder / flags[flags.index("--config") + 1]).read_text())
+        flags += (
+            [f"--{name}", "4" if task == "grpo" and name.endswith("batch_size") else value] if name in known else []
+        )
+    recipe = {}
+    if "--config" in flags:
+        recipe = yaml.safe_load((folder / flags[flags.index("--config") + 1]).read_text())
     if recipe.get("lisa_activated_layers", 0) > SMALL_LAYERS:  # of the large model's
         flags += ["--lisa_activated_layers", str(SMALL_LAYERS)]
     if "--dataset_name" not in flags:

@@ -41,9 +41,11 @@ from lisa_dist.distributed import launching
 from lisa_dist.distributed.launching import launch_if_asked
 from lisa_dist.distributed.run_lock import LOCK_NAME, one_run_in
 from lisa_dist.ds_config import read_ds_config
-from lisa_dist.train.arguments import LisaSFTConfig, accumulation_steps, parse_arguments, run_parser
+from lisa_dist.train.arguments import RunArguments, RunConfig, parse_arguments, run_parser
 from lisa_dist.train.run import load_examples, run
 from lisa_dist.train.sft_trainer import LisaTrainer
+from lisa_dist.train.task_configs import LisaSFTConfig
+from lisa_dist.train.training_flags import accumulation_steps
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +354,8 @@ def count_tokenized(folder: str, output_dir: str) -> tuple[int, list[str]]:
     type(tokenizer).__call__ = counting
     try:
         args = LisaSFTConfig(output_dir=output_dir, deepspeed="zero2", bf16=False, report_to="none", max_length=32)
-        data = load_examples(DataArguments(dataset_name=f"{output_dir}/rows.jsonl", eval_rows=8), args, tokenizer)
+        data_args = DataArguments(dataset_name=f"{output_dir}/rows.jsonl", eval_rows=8)
+        data = load_examples(RunConfig(RunArguments(), data_args, args, None, None), tokenizer)
         rows = {"train_dataset": data.train, "eval_dataset": data.held_out}
         trainer = LisaTrainer(model=f"{folder}/model", args=args, processing_class=tokenizer, **rows)
     finally:

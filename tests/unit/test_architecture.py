@@ -32,6 +32,7 @@ GROUND = {
     "flags",
     "run_folder",
     "shapes",
+    "tasks",
     "text",
 }
 ENTRY_POINTS = {"__main__", "cli"}

@@ -51,6 +51,18 @@ def test_the_recipe_is_one_that_a_run_takes(tiny, tmp_path, capsys):
     assert "docs/clusters.md" in text, "16 GPUs are on two hosts"
 
 
+def test_a_recipe_of_another_task(tiny, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    main(["--model", tiny, "--gpu_memory", "4GiB", "--precision", "fp32", "--task", "dpo", "--recipe", str(path)])
+    run_args, _, training_args, _, _ = parse_arguments(["--config", str(path)])
+    assert (run_args.task, run_args.checkpointed_layers, run_args.gpu_memory) == ("dpo", "auto", "3.00GiB")
+    assert type(training_args).__name__ == "LisaDPOConfig"
+    with pytest.raises(UserError, match="--task grpo: init writes no recipe of it"):
+        InitArguments(tiny, task="grpo")
+    with pytest.raises(UserError, match="--loss logits with --task dpo: it is for --task sft"):
+        InitArguments(tiny, task="dpo", loss="logits")
+
+
 def test_modules_need_no_number_of_layers(tiny, tmp_path):
     """Nor are embeddings sampled like layers for them: where nothing else fits, what is lacking is said."""
     path = tmp_path / "recipe.yaml"

@@ -641,3 +641,26 @@ def test_sizes():
     assert parse_bytes("--gpu_memory", "1.5g") == 1.5 * 10**9
     with pytest.raises(ValueError, match="--gpu_memory 24: of bytes that is next to nothing; give a unit, as in 24GiB"):
         parse_bytes("--gpu_memory", "24")
+
+
+def test_a_task_s_reference_model_and_pairs_are_planned():
+    """On stage 3 in parts, with adapters not at all; steps of tasks are measured in tests/system/test_tasks.py."""
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)
+
+    def planned(stage: str = "zero2", **asked):
+        arguments = PlanArguments("x", gpus=4, seq_length=64, checkpointed_layers="none", **asked)
+        return Planner(config, arguments, lisa_dist.LisaConfig()).cheapest(stage)
+
+    sft, dpo = planned(loss="chunked", micro_batch_size=2), planned(task="dpo")
+    assert dpo.workload.micro_batch_size == 2
+    assert dpo.gpu.peak - sft.gpu.peak == dpo.gpu.reference == sft.gpu.weights
+    assert planned("zero3", task="kto").gpu.reference == -(-sft.gpu.weights // 4)
+    assert not planned(task="dpo", method="lora").gpu.reference
+    assert planned(task="grpo").workload.micro_batch_size == 1
+    assert planned(task="orpo").gpu.logits
+    score = planned(task="reward").gpu
+    assert not score.logits
+    assert score.weights < sft.gpu.weights - 2 * 64 * 31_000, "there is no head"
+    command = command_for(planned(task="grpo"), PlanArguments("x", task="grpo", seq_length=64))
+    assert "--task grpo" in command
+    assert "--max_completion_length 32 --reward_funcs rewards.py" in command

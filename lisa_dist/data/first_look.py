@@ -1,0 +1,57 @@
+"""A first look at the data of a run, before torch is imported: files that are not there, rows that cannot serve.
+
+What it lets pass is looked at as a whole when the run begins.
+"""
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lisa_dist.data.formats import refuse_examples
+from lisa_dist.data.readers import SUFFIXES, read_file, suffix_of
+from lisa_dist.data.row_rules import why_not_of_columns, why_not_of_task
+from lisa_dist.errors import UserError
+from lisa_dist.tasks import SFT, check_rewards_given, check_task, refuse_flags_of_sft
+from lisa_dist.text import in_one_line
+
+_ROWS = 200  # of each file
+
+
+def look_at_data(given: Mapping[str, Any]) -> None:
+    """Raise UserError for flags of a run whose files cannot serve it."""
+    task = check_task(given.get("task", SFT))
+    if task != SFT:
+        refuse_flags_of_sft(task, given)
+    check_rewards_given(task, _listed(given.get("reward_funcs")))
+    for flag in ("dataset_name", "eval_dataset_name"):
+        for name in _listed(given.get(flag)):
+            label = f"--{flag} {in_one_line(name)}"
+            path = Path(name if Path(name).exists() else name.rpartition("#")[0] or name)
+            if suffix_of(path) not in SUFFIXES:  # a folder, or a name of the hub
+                continue
+            if not path.exists():
+                raise UserError(f"{label}: no such file.")
+            if task != SFT and path.is_file() and not given.get("skip_bad_rows"):
+                _look_at_rows(path, label, task, _listed(given.get("dataset_columns")))
+
+
+def _look_at_rows(path: Path, label: str, task: str, renamed: list[str]) -> None:
+    pairs = [pair.split("=", 1) for pair in renamed if "=" in pair]
+    problems, looked_at = [], 0
+    for origin, row, problem in itertools.islice(read_file(path, label), _ROWS):
+        if row is not None:
+            row = {name: row[column] for name, column in pairs if column in row} | row
+            if not looked_at and (why := why_not_of_columns(task, list(row))):
+                raise UserError(f"{label}: {why}")
+            problem = why_not_of_task(task, row)
+        looked_at += 1
+        if problem:
+            problems.append(f"{path}, {origin} {problem}")
+    if problems:
+        refuse_examples(problems, len(problems), looked_at, label)
+
+
+def _listed(value: Any) -> list[str]:
+    """What one word, several, or a recipe's text gives."""
+    return [] if value is None else [value] if isinstance(value, str) else list(value)

@@ -1,0 +1,132 @@
+"""Rows of the tasks that TRL tokenizes itself: checked, and handed on with all their columns.
+
+A text is a string or a list of turns of `role` and `content`, as in TRL's formats; in a file all rows are of one kind.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+from datasets.exceptions import DatasetGenerationError
+
+from lisa_dist.data.dataset import Data, DataArguments, hold_out
+from lisa_dist.data.formats import refuse_examples
+from lisa_dist.data.readers import read_file
+from lisa_dist.data.row_rules import why_not_of_columns, why_not_of_task
+from lisa_dist.data.sources import Source, apply_weight, open_source, sample_source, split_sample_size
+from lisa_dist.errors import UserError
+from lisa_dist.text import in_one_line
+
+_VERSION = 1  # increase it with any change of what a row becomes: older caches are then not used
+_NUM_SHOWN = 700  # characters of the first row in the header of a run
+
+
+def load_task_data(arguments: DataArguments, task: str, seed: int) -> Data:
+    """Load all rows of a task. The first rank of a host fills the cache, the others read it.
+
+    Raises UserError naming the flag, the file, the line and the rule.
+    """
+    lines: list[str] = []
+
+    def load(sources: list[Source]) -> list[Dataset]:
+        loaded = [_load(source, task, arguments.skip_bad_rows, seed) for source in sources]
+        lines.extend(line for _, line in loaded)
+        return [rows for rows, _ in loaded]
+
+    train_sources, held_out_sources = arguments.sources()
+    parts, held_out = load(train_sources), None
+    if not held_out_sources and arguments.eval_rows:
+        parts, held_out = hold_out(parts, arguments, seed)
+    weighted = [apply_weight(rows, source, seed) for rows, source in zip(parts, train_sources, strict=True)]
+    train = _joined(weighted, "--dataset_name")
+    lines.append(_describe_row(train[0]))
+    if held_out is not None:
+        lines.append(f"held out: {len(held_out)} of these rows, sampled by --seed {seed}")
+    elif held_out_sources:
+        lines.append("held out:")
+        held_out = _joined(load(held_out_sources), "--eval_dataset_name")
+    return Data(train.remove_columns("origin"), held_out and held_out.remove_columns("origin"), lines)
+
+
+def _load(source: Source, task: str, skip_invalid: bool, seed: int) -> tuple[Dataset, str]:
+    """The valid rows of a source, sampled, with their origin; and a line that describes them."""
+    try:
+        name, sample_size = split_sample_size(source)
+        opened = open_source(source, name)
+    except OSError as error:  # of a path that cannot be looked at
+        raise UserError(f"{source.label}: cannot be read ({error.strerror or error}).") from error
+    arguments: dict[str, Any] = {"version": _VERSION, "task": task, "columns": source.columns, "label": source.label}
+    rows: dict[str, Any]
+    if isinstance(opened, Dataset):
+        columns, rows = opened.column_names, {"table": opened}
+    else:
+        first = next((row for path in opened for _, row, _ in read_file(path, source.label) if row is not None), {})
+        columns = list(first)
+        # Size and time are in the key of the cache, so that a changed file is read again.
+        rows = {"files": [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in opened]}
+    if (why := why_not_of_columns(task, source.renamed(columns))) is not None:
+        raise UserError(f"{source.label}: {why}")
+    problems = [why and f"{origin} {why}" for origin, _, why in _checked(rows, **arguments)]
+    invalid = [problem for problem in problems if problem]
+    if invalid and not skip_invalid:
+        refuse_examples(invalid, len(invalid), len(problems), source.label)
+    try:
+        valid = Dataset.from_generator(_valid, gen_kwargs=arguments | {"rows": rows})
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(
+            f"{source.label}: its rows are not of one kind ({in_one_line(error.__cause__ or error)})."
+        ) from error
+    if not len(valid):
+        raise UserError(f"{source.label}: none of its rows can be used.")
+    line = f"{name}: {', '.join(column for column in valid.column_names if column != 'origin')}, {len(valid)} rows"
+    line += f", {len(invalid)} invalid ones skipped, such as {invalid[0]}" if invalid else ""
+    if sample_size is not None:
+        valid = sample_source(valid, source, sample_size, seed)
+        line += f", {sample_size} of them sampled by --seed {seed}"
+    return valid, line
+
+
+def _checked(
+    rows: Mapping[str, Any], task: str, columns: tuple, label: str, version: int
+) -> Iterator[tuple[str, dict | None, str | None]]:
+    """Each row: where it is, what it holds, and why it cannot be trained on: one of the last two is None."""
+    for origin, row, problem in _read(rows, label):
+        if row is not None:
+            row = {name: row[column] for name, column in columns if column in row} | row
+            problem = why_not_of_task(task, row)
+        yield origin, None if problem else row, problem
+
+
+def _read(rows: Mapping[str, Any], label: str) -> Iterator[tuple[str, dict | None, str | None]]:
+    if "table" in rows:
+        for number, row in enumerate(rows["table"], start=1):
+            yield f"row {number}", row, None
+        return
+    for path, *_ in rows["files"]:
+        for origin, row, problem in read_file(Path(path), label):
+            yield f"{path}, {origin}", row, problem
+
+
+def _valid(rows: Mapping[str, Any], **arguments: Any) -> Iterator[dict]:
+    for origin, row, _ in _checked(rows, **arguments):
+        if row is not None:
+            yield row | {"origin": origin}
+
+
+def _joined(parts: list[Dataset], flag: str) -> Dataset:
+    try:
+        return concatenate_datasets(parts)
+    except ValueError as error:  # features that do not align
+        raise UserError(f"{flag}: rows of its sources are not of one kind ({in_one_line(error)}).") from error
+
+
+def _describe_row(row: Mapping[str, Any]) -> str:
+    lines = ["first row:"]
+    for name, value in row.items():
+        if name != "origin" and value is not None:
+            text = in_one_line(value)
+            lines.append(f"  {name}: {text if len(text) <= _NUM_SHOWN else f'{text[:_NUM_SHOWN]} ...'}")
+    return "\n".join(lines)

@@ -1,0 +1,130 @@
+"""What `--task` may be: what each task trains on, by the columns of its rows, which are those of TRL's formats."""
+
+import ast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lisa_dist.errors import UserError
+from lisa_dist.files import read_yaml
+from lisa_dist.flag_words import split_config
+
+SFT, GRPO, REWARD, KTO = "sft", "grpo", "reward", "kto"
+_PAIRS = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: what it is, and the columns of which its rows have all of one set; `prompt` may stand beside any."""
+
+    what: str
+    columns: tuple[tuple[str, ...], ...] = ()  # of sft those of data/formats.py
+
+
+TASKS = {
+    SFT: Task("supervised fine-tuning"),
+    "dpo": Task("direct preference optimization, against the model as it was", (_PAIRS,)),
+    KTO: Task(
+        "Kahneman-Tversky optimization, against the model as it was", (("prompt", "completion", "label"), _PAIRS)
+    ),
+    "orpo": Task("odds-ratio preference optimization, without a reference model", (_PAIRS,)),
+    REWARD: Task("a reward model, with a score in the place of the head", (_PAIRS,)),
+    GRPO: Task("group relative policy optimization, by reward functions", (("prompt",),)),
+}
+PAIRED = ("dpo", "orpo", REWARD)  # whose steps run both answers of a pair
+WITH_REFERENCE = ("dpo", KTO)
+# Flags, with what stands for none, of examples that are tokenized here; those of the other tasks TRL tokenizes.
+OF_SFT: dict[str, Any] = {"loss": "auto", "dataset_format": None, "long_examples": "auto", "train_on_inputs": False}
+
+
+def check_task(task: str) -> str:
+    """The same. Raises UserError for one that there is not."""
+    if task not in TASKS:
+        raise UserError(f"--task {task}: unknown; choose one of {', '.join(TASKS)}.")
+    return task
+
+
+def task_of(words: Sequence[str]) -> str:
+    """The task that words of a command line, or else their recipe, ask for. Raises UserError for an unknown one."""
+    words = [
+        part for word in split_config(words) for part in (word.split("=", 1) if word.startswith("--task=") else [word])
+    ]
+    for flag in ("--task", "--config"):
+        if flag in words[:-1]:
+            value: Any = words[len(words) - words[::-1].index(flag)]
+            if flag == "--config":
+                recipe = read_yaml("--config", value)
+                value = recipe.get("task", SFT) if isinstance(recipe, dict) else SFT
+            return check_task(str(value))
+    return SFT
+
+
+def tasks_for(columns: Iterable[str]) -> list[str]:
+    """The tasks, of those whose rows TRL tokenizes, that rows with these columns serve."""
+    there = set(columns)
+    return [name for name, task in TASKS.items() if any(there.issuperset(needed) for needed in task.columns)]
+
+
+def describe_columns_of(task: str) -> str:
+    """The columns that a task's rows have."""
+    return ", or ".join(", ".join(needed) for needed in TASKS[task].columns)
+
+
+def check_rewards_given(task: str, rewards: Sequence[str] | None) -> None:
+    """Raise UserError for a file of reward functions that is not there, or has no such function; nothing is run.
+
+    So for grpo without a reward, and for another task with one.
+    """
+    if task != GRPO and rewards:
+        raise UserError(
+            f"--reward_funcs {' '.join(rewards)} with --task {task}: it is for --task {GRPO}; leave it out."
+        )
+    if task == GRPO and not rewards:
+        raise UserError("--reward_funcs is missing: give a file with a function of completions, such as rewards.py.")
+    for given in rewards or ():
+        path, name = split_reward(given)
+        if path is not None:
+            _check_function(given, path, name)
+
+
+def split_reward(given: str) -> tuple[Path | None, str]:
+    """The file and the function of `rewards.py:name`; None and the word itself where it names no file."""
+    file, mark, name = given.rpartition(":")
+    if not mark:
+        file, name = given, "reward"
+    return (Path(file), name) if file.endswith(".py") else (None, given)
+
+
+def _check_function(given: str, path: Path, name: str) -> None:
+    flag = f"--reward_funcs {given}"
+    if not path.is_file():
+        raise UserError(f"{flag}: no such file.")
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{flag}: is not Python ({error}).") from error
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    # Names that are imported or assigned are known when the file is run.
+    if name not in functions and not _is_bound(tree, name):
+        there = f"it has {', '.join(functions)}; name one as {path}:{functions[0]}" if functions else "it has none"
+        raise UserError(f"{flag}: has no function {name}; {there}.")
+
+
+def _is_bound(tree: ast.Module, name: str) -> bool:
+    """Whether a module may bind a name by other means than a function of its own."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and any((one.asname or one.name) in (name, "*") for one in node.names):
+            return True
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id == name:
+            return True
+        if isinstance(node, ast.FunctionDef) and node.name == name:  # below an if
+            return True
+    return False
+
+
+def refuse_flags_of_sft(task: str, given: Mapping[str, Any]) -> None:
+    """Raise UserError for a flag that has no effect on a task whose rows TRL tokenizes."""
+    for name, default in OF_SFT.items():
+        if given.get(name, default) != default:
+            raise UserError(f"--{name} {given[name]} with --task {task}: it is for --task {SFT}; leave it out.")
