@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Quickstart and tests run on CPU ranks, one thread each, and need no hub.
 CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-all golden mutants docs flags checks bench bench-gpu clean
+.PHONY: quickstart test test-all test-plugins golden mutants docs flags checks bench bench-gpu clean
 
 $(VENV)/.ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lisa_dist needs Python 3.10 or newer")'
@@ -42,6 +42,19 @@ test-all: $(VENV)/.ready  ## the whole test suite: 25 minutes on two cores
 	$(BUILD_OPS)
 	$(PYTEST)
 
+# The programs that there are plugins for, each in an environment of its own with the package.
+PLUGINS := axolotl>=0.19,<0.20 ms-swift>=4.6,<4.7
+.plugins/%/.ready: setup.py
+	$(PYTHON) -m venv $(@D)
+	@echo 'installing $* into $(@D): some minutes'
+	$(@D)/bin/python -m pip install --quiet --upgrade pip setuptools
+	$(@D)/bin/python -m pip install --quiet -e . '$(filter $*>=%,$(PLUGINS))'
+	touch $@
+
+test-plugins: $(VENV)/.ready .plugins/axolotl/.ready .plugins/ms-swift/.ready  ## the plugins in their programs: ten minutes
+	$(BUILD_OPS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest tests/plugins
+
 mutants: $(VENV)/.ready  ## change the engine in 150 places, one at a time: does make test see it? an hour on two cores
 	$(BUILD_OPS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python tests/mutants.py
@@ -73,4 +86,4 @@ checks: $(VENV)/.ready  ## lint, format and types
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .quickstart build site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .plugins .quickstart build site *.egg-info .pytest_cache .ruff_cache .mypy_cache

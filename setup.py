@@ -32,14 +32,14 @@ setup(
     install_requires=[
         "torch>=2.6,<3",
         "deepspeed>=0.19.8,<0.20",
-        "transformers>=5.18,<6",
+        "transformers>=5.16,<6",
         "accelerate>=1.10.1,<2",
         "datasets>=4.7,<6",
         "bitsandbytes>=0.46,<1",
-        "trl>=1.16,<2",
+        "trl>=0.29,<2",  # of 1.16 for a run from the command line; in other trainers theirs will do
         "peft>=0.17,<1",
         "safetensors>=0.8,<1",
-        "huggingface-hub>=1.31,<3",
+        "huggingface-hub>=1.17,<3",
         "numpy>=1.26,<3",
         "pyarrow>=21,<27",
         "packaging>=23",  # its versions are years

@@ -79,7 +79,8 @@ def run_verb(verb: str, words: Sequence[str]) -> None:
     table = flag_tables.load(table_name)
     if table is not None and "RANK" not in os.environ:  # a rank's words were looked at before it was started
         _answer(verb, table, words)
-    module = import_verb(verb)
+    with exit_on_error(_name_of(verb)):
+        module = import_verb(verb)
     if table is None:
         flag_tables.store(table_name, parser_of(table_name))
     module.main(words)

@@ -4,9 +4,13 @@ import contextlib
 import gc
 import importlib
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
+from packaging.version import Version
+
 from lisa_dist import flag_tables
+from lisa_dist.errors import UserError
 from lisa_dist.flag_words import first_word_as
 from lisa_dist.tasks import SFT, TASKS, task_of
 
@@ -23,6 +27,8 @@ WITH_WORDS = {
     "completion": ((1,), "bash|zsh"),
 }
 VERBS = (*WITH_FLAGS, *WITH_WORDS)
+# Those that train, or plan, by TRL's trainers. Beside other programs, whose plugins do without them, it may be older.
+_BY_TRL, _TRL = ("train", "init", "plan"), "1.16"
 # Tables of flags: one for each verb, and one for each task of train.
 TABLES = (*WITH_FLAGS, *(f"train {task}" for task in TASKS if task != SFT))
 
@@ -68,6 +74,8 @@ def without_collection() -> Iterator[None]:
 
 
 def import_verb(verb: str) -> Any:
-    """The module of a verb."""
+    """The module of a verb. Raises UserError where the trainers that it takes are those of another program."""
+    if verb in _BY_TRL and Version(there := version("trl")) < Version(_TRL):
+        raise UserError(f"trl {there}: needs trl>={_TRL}; install it, or train by a plugin (docs/plugins.md).")
     with without_collection():
         return importlib.import_module(f"lisa_dist.commands.{verb}")

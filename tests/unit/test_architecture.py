@@ -17,7 +17,7 @@ LEVELS = [
     {"core"},
     {"checkpoint", "memory"},
     {"train"},
-    {"convert", "eval", "report"},
+    {"convert", "eval", "integrations", "report"},
     {"commands"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

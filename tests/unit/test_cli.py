@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from lisa_dist import cli
+from lisa_dist.commands import verbs
 from lisa_dist.commands.verbs import without_collection
 
 
@@ -51,3 +53,13 @@ def test_what_the_program_has_set_itself_stays():
 def test_the_command_as_a_module(module):
     finished = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
     assert finished.stdout.startswith("usage: lisa-dist train")
+
+
+def test_trl_of_another_program_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(verbs, "version", lambda name: "1.9.0")
+    monkeypatch.setattr(cli.sys, "argv", ["lisa-dist", "plan", "--model", "llama3.1-8b"])
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "lisa-dist plan: trl 1.9.0: needs trl>=1.16; install it, or train by a plugin" in capsys.readouterr().out

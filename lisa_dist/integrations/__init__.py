@@ -1,0 +1,1 @@
+"""LISA in other trainers: each module is imported by the program that it is a plugin of, and imports it."""

@@ -1,0 +1,50 @@
+"""LISA in Axolotl: `plugins: [lisa_dist.integrations.axolotl.LisaPlugin]` in its configuration.
+
+Settings have the names that they have in a recipe of lisa_dist, `lisa_activated_layers: 2` and so on, with
+`checkpointed_layers`, `gpu_memory`, `hang_timeout`, `save_async` and `eval_frozen_bits`.
+"""
+
+from typing import Any
+
+from axolotl.core.trainers import AxolotlTrainer
+from axolotl.integrations.base import BasePlugin
+
+from lisa_dist.errors import UserError
+from lisa_dist.integrations.axolotl_args import NAMES
+from lisa_dist.integrations.settings import arguments_of, check_host
+from lisa_dist.train.trainer import LisaMixin
+
+# Keys of Axolotl that ask for other trainers, or for adapters.
+_NOT_WITH = ("adapter", "rl", "reward_model", "process_reward_model", "relora", "unfrozen_parameters", "trainer_cls")
+
+
+class LisaPlugin(BasePlugin):
+    """Trains Axolotl's own examples, by its own trainer, by LISA. Raises UserError for keys that do not go with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        check_host("axolotl", ">=0.19,<0.20")
+
+    def get_input_args(self) -> str:
+        """Where the keys are."""
+        return "lisa_dist.integrations.axolotl_args.LisaArgs"
+
+    def get_trainer_cls(self, cfg: Any) -> type:
+        """Axolotl's trainer, by LISA with the settings of a configuration."""
+        if cfg.lisa_n_layers or cfg.lisa_step_interval:
+            raise UserError(
+                "lisa_n_layers, lisa_step_interval: they attach Axolotl's own LISA; give lisa_activated_layers and "
+                "lisa_interval_steps."
+            )
+        if given := [name for name in _NOT_WITH if cfg[name]]:
+            raise UserError(f"{given[0]}: {cfg[given[0]]}: LISA trains whole layers, supervised; leave it out.")
+        settings = {name: cfg[name] for name in NAMES if cfg[name] is not None}
+        of_mixin = arguments_of(settings, "the configuration")
+
+        class LisaAxolotlTrainer(LisaMixin, AxolotlTrainer):
+            """Axolotl's trainer by LISA."""
+
+            def __init__(self, *args: Any, **kwargs: Any):
+                super().__init__(*args, **of_mixin, **kwargs)
+
+        return LisaAxolotlTrainer

@@ -1,0 +1,35 @@
+"""Settings of LISA in the place where a plugin's program has its own, and the versions that a plugin is for."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from lisa_dist.config import LisaConfig
+from lisa_dist.errors import UserError
+from lisa_dist.flag_words import nearest
+
+# What a plugin's settings may hold besides LisaConfig's: keyword arguments of LisaMixin.
+OF_MIXIN = ("checkpointed_layers", "gpu_memory", "hang_timeout", "save_async", "eval_frozen_bits")
+
+
+def check_host(name: str, versions: str) -> None:
+    """Raise UserError where the program that a plugin is imported by is of another version than it is for."""
+    there = version(name)
+    if not SpecifierSet(versions).contains(there, prereleases=True):
+        raise UserError(f"{name} {there}: lisa_dist's plugin is for {name}{versions}; install one of them.")
+
+
+def arguments_of(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """LisaMixin's keyword arguments, of settings by the names of LisaConfig's fields and of its own arguments.
+
+    Raises UserError, naming `where` they stand, for a name that there is not or a value that cannot work.
+    """
+    known = {*LisaConfig.__dataclass_fields__, *OF_MIXIN}
+    for name in settings:
+        if name not in known:
+            raise UserError(f"{where}: {name}: no such setting; {nearest(name, known)}")
+    config = {name: value for name, value in settings.items() if name not in OF_MIXIN}
+    mixin = {name: value for name, value in settings.items() if name in OF_MIXIN}
+    return mixin | {"lisa_config": LisaConfig(**config)}

@@ -1,0 +1,68 @@
+"""Settings of LISA in the places of other programs; the programs themselves are in tests/plugins."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.integrations import axolotl_args, settings
+from lisa_dist.integrations.settings import arguments_of, check_host
+
+
+def test_settings_are_those_of_the_mixin():
+    found = arguments_of({"lisa_activated_layers": 3, "checkpointed_layers": "none", "save_async": True}, "here")
+    assert found == {
+        "lisa_config": LisaConfig(lisa_activated_layers=3),
+        "checkpointed_layers": "none",
+        "save_async": True,
+    }
+    with pytest.raises(UserError, match=r"here: lisa_samplr: no such setting; did you mean lisa_sampler\?"):
+        arguments_of({"lisa_samplr": "balanced"}, "here")
+    with pytest.raises(UserError, match="lisa_sampler x: unknown"):
+        arguments_of({"lisa_sampler": "x"}, "here")
+
+
+@pytest.mark.parametrize(("there", "fits"), [("0.19.3", True), ("0.18.0", False), ("0.20.0", False)])
+def test_a_host_of_another_version_is_refused(monkeypatch, there, fits):
+    monkeypatch.setattr(settings, "version", lambda name: there)
+    if fits:
+        check_host("axolotl", ">=0.19,<0.20")
+        return
+    with pytest.raises(UserError, match=f"axolotl {there}: lisa_dist's plugin is for axolotl>=0.19,<0.20; install one"):
+        check_host("axolotl", ">=0.19,<0.20")
+
+
+def test_every_setting_is_a_key_of_axolotl_s():
+    fields = axolotl_args.LisaArgs.model_fields
+    assert {*fields, "lisa_layers_attribute"} == {*LisaConfig.__dataclass_fields__, *settings.OF_MIXIN}
+    assert axolotl_args.LisaArgs(lisa_activated_layers=2).lisa_activated_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "problem"),
+    [
+        ("{lisa_sampler: balanced}", None),
+        ("[1]", "LISA_DIST: must hold names and values"),
+        ("{lisa: [", "LISA_DIST: is not YAML"),
+        ("{lisa_interval_steps: 5}", "LISA_DIST: lisa_interval_steps: ms-swift has a flag for it"),
+        ("{lisa_n_layers: 5}", "LISA_DIST: lisa_n_layers: no such setting; here it is lisa_activated_layers"),
+    ],
+)
+def test_ms_swift_s_settings(monkeypatch, variable, problem):
+    monkeypatch.setattr("lisa_dist.integrations.settings.version", lambda name: "4.6.0")
+    factory = SimpleNamespace(TRAINER_MAPPING={"causal_lm": "swift.trainers.Seq2SeqTrainer"})
+    monkeypatch.setitem(
+        __import__("sys").modules, "swift.trainers.trainer_factory", SimpleNamespace(TrainerFactory=factory)
+    )
+    for name in ("swift", "swift.trainers"):
+        monkeypatch.setitem(__import__("sys").modules, name, SimpleNamespace())
+    from lisa_dist.integrations.ms_swift import settings_of
+
+    monkeypatch.setenv("LISA_DIST", variable)
+    args = SimpleNamespace(tuner_type="full", lisa_activated_layers=3, lisa_step_interval=7)
+    if problem is None:
+        config = LisaConfig(lisa_sampler="balanced", lisa_activated_layers=3, lisa_interval_steps=7)
+        assert settings_of(args) == {"lisa_config": config}
+        return
+    with pytest.raises(UserError, match=problem.replace("[", r"\[")):
+        settings_of(args)
