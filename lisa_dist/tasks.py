@@ -1,6 +1,7 @@
 """What `--task` may be: what each task trains on, by the columns of its rows, which are those of TRL's formats."""
 
 import ast
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,9 @@ def task_of(words: Sequence[str]) -> str:
         part for word in split_config(words) for part in (word.split("=", 1) if word.startswith("--task=") else [word])
     ]
     for flag in ("--task", "--config"):
-        if flag in words[:-1]:
-            value: Any = words[len(words) - words[::-1].index(flag)]
+        given = [value for word, value in itertools.pairwise(words) if word == flag]
+        if given:
+            value: Any = given[-1]
             if flag == "--config":
                 recipe = read_yaml("--config", value)
                 value = recipe.get("task", SFT) if isinstance(recipe, dict) else SFT
@@ -104,16 +106,20 @@ def _check_function(given: str, path: Path, name: str) -> None:
         tree = ast.parse(path.read_bytes(), str(path))
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{flag}: is not Python ({error}).") from error
-    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    # Names that are imported or assigned are known when the file is run.
-    if name not in functions and not _is_bound(tree, name):
-        there = f"it has {', '.join(functions)}; name one as {path}:{functions[0]}" if functions else "it has none"
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    if name not in functions and not any(_binds(node, name) for node in tree.body):
+        first = next(iter(functions), "")
+        there = f"it has {', '.join(functions)}; name one as {path}:{first}" if functions else "it has none"
         raise UserError(f"{flag}: has no function {name}; {there}.")
+    if name in functions and functions[name].args.kwarg is None:
+        raise UserError(f"{flag}: {name} must take all columns of the rows: def {name}(completions, **columns).")
 
 
-def _is_bound(tree: ast.Module, name: str) -> bool:
-    """Whether a module may bind a name by other means than a function of its own."""
-    for node in ast.walk(tree):
+def _binds(statement: ast.stmt, name: str) -> bool:
+    """Whether a statement of a module may bind a name there by other means than a function of its own."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return statement.name == name
+    for node in ast.walk(statement):
         if isinstance(node, ast.ImportFrom) and any((one.asname or one.name) in (name, "*") for one in node.names):
             return True
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id == name:

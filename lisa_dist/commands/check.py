@@ -33,7 +33,7 @@ HELP = {
     },
 }
 # Files of a run that all hosts must have alike.
-_COMPARED = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gz")
+_COMPARED = (".py", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gz")
 
 
 @dataclass

@@ -210,7 +210,7 @@ def describe_examples(examples: Dataset) -> str:
     """The number of examples, and a checksum of a hundred of them, to compare ranks."""
     checksum = 0
     for index in range(0, len(examples), max(1, len(examples) // 100)):
-        checksum = zlib.crc32(json.dumps(examples[index], sort_keys=True).encode(), checksum)
+        checksum = zlib.crc32(json.dumps(examples[index], sort_keys=True, default=str).encode(), checksum)
     return f"{len(examples)} examples with checksum {checksum:08x}"
 
 

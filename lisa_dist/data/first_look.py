@@ -3,6 +3,7 @@
 What it lets pass is looked at as a whole when the run begins.
 """
 
+import contextlib
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 
 from lisa_dist.data.formats import refuse_examples
 from lisa_dist.data.readers import SUFFIXES, read_file, suffix_of
-from lisa_dist.data.row_rules import why_not_of_columns, why_not_of_task
+from lisa_dist.data.row_rules import RowRules, why_not_of_columns
 from lisa_dist.errors import UserError
 from lisa_dist.tasks import SFT, check_rewards_given, check_task, refuse_flags_of_sft
 from lisa_dist.text import in_one_line
 
-_ROWS = 200  # of each file
+_ROWS, _FILES = 200, 3  # of each file; of a folder
 
 
 def look_at_data(given: Mapping[str, Any]) -> None:
@@ -26,25 +27,31 @@ def look_at_data(given: Mapping[str, Any]) -> None:
     check_rewards_given(task, _listed(given.get("reward_funcs")))
     for flag in ("dataset_name", "eval_dataset_name"):
         for name in _listed(given.get(flag)):
-            label = f"--{flag} {in_one_line(name)}"
-            path = Path(name if Path(name).exists() else name.rpartition("#")[0] or name)
-            if suffix_of(path) not in SUFFIXES:  # a folder, or a name of the hub
-                continue
-            if not path.exists():
-                raise UserError(f"{label}: no such file.")
-            if task != SFT and path.is_file() and not given.get("skip_bad_rows"):
-                _look_at_rows(path, label, task, _listed(given.get("dataset_columns")))
+            with contextlib.suppress(OSError):  # a path that cannot be looked at: the run says why
+                _look_at(name, f"--{flag} {in_one_line(name)}", task, given)
+
+
+def _look_at(name: str, label: str, task: str, given: Mapping[str, Any]) -> None:
+    path = Path(name if Path(name).exists() else name.rpartition("#")[0] or name)
+    if suffix_of(path) not in SUFFIXES and not path.is_dir():  # a name of the hub
+        return
+    if not path.exists():
+        raise UserError(f"{label}: no such file.")
+    if task == SFT or given.get("skip_bad_rows"):
+        return
+    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if suffix_of(one) in SUFFIXES)
+    for file in files[:_FILES]:
+        _look_at_rows(file, label, task, _listed(given.get("dataset_columns")))
 
 
 def _look_at_rows(path: Path, label: str, task: str, renamed: list[str]) -> None:
-    pairs = [pair.split("=", 1) for pair in renamed if "=" in pair]
-    problems, looked_at = [], 0
+    pairs = [(name, column) for pair in renamed for name, _, column in [pair.partition("=")]]
+    rules, problems, looked_at = RowRules(task, pairs), [], 0
     for origin, row, problem in itertools.islice(read_file(path, label), _ROWS):
         if row is not None:
-            row = {name: row[column] for name, column in pairs if column in row} | row
-            if not looked_at and (why := why_not_of_columns(task, list(row))):
+            if not looked_at and (why := why_not_of_columns(task, list(row), pairs)):
                 raise UserError(f"{label}: {why}")
-            problem = why_not_of_task(task, row)
+            _, problem = rules.checked(row)
         looked_at += 1
         if problem:
             problems.append(f"{path}, {origin} {problem}")
@@ -54,4 +61,4 @@ def _look_at_rows(path: Path, label: str, task: str, renamed: list[str]) -> None
 
 def _listed(value: Any) -> list[str]:
     """What one word, several, or a recipe's text gives."""
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+    return [] if value is None else value.split() if isinstance(value, str) else list(value)

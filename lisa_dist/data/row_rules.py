@@ -1,18 +1,26 @@
 """What a row of a task must hold, in plain Python: a first look at a file needs nothing else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lisa_dist.tasks import GRPO, KTO, TASKS, describe_columns_of, tasks_for
 
 _ANSWERS = ("chosen", "rejected", "completion")
+_LABELS = {"true": True, "false": False, "1": True, "0": False}  # as CSV has them
 
 
-def why_not_of_columns(task: str, columns: Sequence[str]) -> str | None:
-    """Why rows of these columns serve no run of a task, and what to do; None where they do."""
-    if any(set(columns).issuperset(needed) for needed in TASKS[task].columns):
+def why_not_of_columns(task: str, columns: Sequence[str], renamed: Iterable[tuple[str, str]]) -> str | None:
+    """Why rows of these columns serve no run of a task, and what to do; None where they do.
+
+    `renamed`: names in the format, and in the rows.
+    """
+    lacking = [column for _, column in renamed if column not in columns]
+    if lacking:
+        return f"--dataset_columns: there is no {', '.join(lacking)}; its columns are {', '.join(columns)}."
+    there = {*columns, *(name for name, _ in renamed)}
+    if any(there.issuperset(needed) for needed in TASKS[task].columns):
         return None
-    serves = tasks_for(columns)
+    serves = tasks_for(there)
     instead = f", or give --task {' or '.join(serves)}" if serves else ""
     return (
         f"its columns {', '.join(columns)} are none of --task {task}, which takes {describe_columns_of(task)}; rename "
@@ -20,35 +28,74 @@ def why_not_of_columns(task: str, columns: Sequence[str]) -> str | None:
     )
 
 
-def why_not_of_task(task: str, row: Mapping[str, Any]) -> str | None:
-    """Why a row cannot be trained on, for after its file and line; None where it can."""
-    names = [name for name in ("prompt", *_ANSWERS) if row.get(name) is not None]
-    if task == GRPO:
-        names = ["prompt"]
-    for name in names:
-        if (why := _why_no_text(name, row.get(name))) is not None:
-            return why
-    if len({isinstance(row[name], str) for name in names}) > 1:
-        return f"has texts and lists of turns among {', '.join(names)}"
-    if task == GRPO:
+class RowRules:
+    """The rules of one source: every row has the columns of the first one, each a text or turns as there."""
+
+    def __init__(self, task: str, renamed: Iterable[tuple[str, str]] = ()):
+        self._task, self._renamed = task, tuple(renamed)
+        self.shape: dict[str, str] | None = None  # of the first valid row: a text or turns, by column
+
+    def checked(self, row: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
+        """The row as a run takes it, and why it cannot: one of them is None."""
+        new = dict(row) | {name: row.get(column) for name, column in self._renamed}
+        if self._task == GRPO:
+            names = ["prompt"]
+        else:
+            is_pair = self._task != KTO or (new.get("chosen") is not None and new.get("rejected") is not None)
+            names = ["chosen", "rejected"] if is_pair else ["completion"]
+            if new.get("prompt") is not None or not is_pair:
+                names.insert(0, "prompt")
+            new = {name: new.get(name) for name in [*names, *([] if is_pair else ["label"])]}
+        problem = self._problem(new, names)
+        return (None, problem) if problem else (new, None)
+
+    def _problem(self, row: dict[str, Any], names: list[str]) -> str | None:
+        for name in names:
+            if (why := _why_no_text(name, row.get(name), may_be_empty=self._task != GRPO)) is not None:
+                return why
+        shape = {name: "a text" if isinstance(row[name], str) else "turns" for name in names}
+        if len(set(shape.values())) > 1:
+            return f"has texts and lists of turns among {', '.join(names)}"
+        if self.shape not in (None, shape):
+            return f"has {_described(shape)}; the rows before it have {_described(self.shape or {})}"
+        if "rejected" in names and row["chosen"] == row["rejected"]:
+            return "has the same answer as chosen and rejected"
+        if "label" in row:
+            label = row["label"] if isinstance(row["label"], bool) else _LABELS.get(str(row["label"]).lower())
+            if label is None:
+                return f"has the label {row['label']!r}; it is true or false"
+            row["label"] = label
+        self.shape = shape
         return None
-    if task == KTO and "label" in row and row["label"] is not None:
-        return None if isinstance(row["label"], bool) else f"has the label {row['label']!r}; it is true or false"
-    for name in ("completion",) if task == KTO and "chosen" not in names else ("chosen", "rejected"):
-        if name not in names:
-            return f"has no {name}"
-    if task == KTO and "chosen" not in names:
-        return "has no label"
-    return "has the same answer as chosen and rejected" if row["chosen"] == row["rejected"] else None
 
 
-def _why_no_text(name: str, value: Any) -> str | None:
-    """Why it is neither a text nor turns."""
+def _described(shape: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in shape.items())
+
+
+def _why_no_text(name: str, value: Any, may_be_empty: bool) -> str | None:
+    """Why it is neither a text nor turns; a prompt of a text may be empty."""
     if isinstance(value, str):
-        return None if value.strip() or name == "prompt" else f"has an empty {name}"
-    if not isinstance(value, list) or not value:
-        return f"has no {name}" if value is None or value == [] else f"has a {name} that is neither a text nor turns"
+        if not value.strip() and (name in _ANSWERS or not may_be_empty):
+            return f"has an empty {name}"
+        return _why_no_characters(name, value)
+    if value is None or value == []:
+        return f"has no {name}"
+    if not isinstance(value, list):
+        return f"has a {name} that is neither a text nor turns"
     for number, turn in enumerate(value, start=1):
         if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str) or "content" not in turn:
             return f"has a {name} whose turn {number} is not of role and content"
+        if isinstance(turn["content"], str) and (why := _why_no_characters(name, turn["content"])) is not None:
+            return why
+    if name in _ANSWERS and value[-1]["role"] != "assistant":
+        return f"has a {name} that does not end with a turn of the assistant"
+    return None
+
+
+def _why_no_characters(name: str, text: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return f"has half of a character (a lone surrogate) in {name}"
     return None

@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 from lisa_dist.data.dataset import Data, DataArguments, hold_out
 from lisa_dist.data.formats import refuse_examples
 from lisa_dist.data.readers import read_file
-from lisa_dist.data.row_rules import why_not_of_columns, why_not_of_task
+from lisa_dist.data.row_rules import RowRules, why_not_of_columns
 from lisa_dist.data.sources import Source, apply_weight, open_source, sample_source, split_sample_size
 from lisa_dist.errors import UserError
 from lisa_dist.text import in_one_line
@@ -38,7 +38,8 @@ def load_task_data(arguments: DataArguments, task: str, seed: int) -> Data:
     parts, held_out = load(train_sources), None
     if not held_out_sources and arguments.eval_rows:
         parts, held_out = hold_out(parts, arguments, seed)
-    weighted = [apply_weight(rows, source, seed) for rows, source in zip(parts, train_sources, strict=True)]
+    given = zip(parts, train_sources, strict=True)
+    weighted = [apply_weight(rows, source, seed) if len(rows) else rows for rows, source in given]
     train = _joined(weighted, "--dataset_name")
     lines.append(_describe_row(train[0]))
     if held_out is not None:
@@ -56,31 +57,34 @@ def _load(source: Source, task: str, skip_invalid: bool, seed: int) -> tuple[Dat
         opened = open_source(source, name)
     except OSError as error:  # of a path that cannot be looked at
         raise UserError(f"{source.label}: cannot be read ({error.strerror or error}).") from error
-    arguments: dict[str, Any] = {"version": _VERSION, "task": task, "columns": source.columns, "label": source.label}
-    rows: dict[str, Any]
     if isinstance(opened, Dataset):
-        columns, rows = opened.column_names, {"table": opened}
-    else:
-        first = next((row for path in opened for _, row, _ in read_file(path, source.label) if row is not None), {})
-        columns = list(first)
-        # Size and time are in the key of the cache, so that a changed file is read again.
+        rows: dict[str, Any] = {"table": opened}
+    else:  # size and time are in the key of the cache, so that a changed file is read again
         rows = {"files": [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in opened]}
-    if (why := why_not_of_columns(task, source.renamed(columns))) is not None:
+    first = next((row for _, row, _ in _read(rows, source.label) if row is not None), None)
+    if first is None:
+        raise UserError(f"{source.label}: contains no row that can be read.")
+    if (why := why_not_of_columns(task, list(first), source.columns)) is not None:
         raise UserError(f"{source.label}: {why}")
-    problems = [why and f"{origin} {why}" for origin, _, why in _checked(rows, **arguments)]
+    arguments: dict[str, Any] = {"version": _VERSION, "task": task, "columns": source.columns, "label": source.label}
+    problems, names = [], dict.fromkeys(["origin"])
+    for origin, row, why in _checked(rows, **arguments):
+        problems.append(why and f"{origin} {why}")
+        names |= dict.fromkeys(row or ())
     invalid = [problem for problem in problems if problem]
     if invalid and not skip_invalid:
         refuse_examples(invalid, len(invalid), len(problems), source.label)
+    if len(invalid) == len(problems):
+        raise UserError(f"{source.label}: none of its {len(problems)} rows can be used.")
     try:
-        valid = Dataset.from_generator(_valid, gen_kwargs=arguments | {"rows": rows})
+        valid = Dataset.from_generator(_valid, gen_kwargs=arguments | {"rows": rows, "names": tuple(names)})
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise UserError(
-            f"{source.label}: its rows are not of one kind ({in_one_line(error.__cause__ or error)})."
+            f"{source.label}: a column has values of several kinds ({in_one_line(error.__cause__ or error)}); leave it "
+            "out, or give it one kind."
         ) from error
-    if not len(valid):
-        raise UserError(f"{source.label}: none of its rows can be used.")
     line = f"{name}: {', '.join(column for column in valid.column_names if column != 'origin')}, {len(valid)} rows"
     line += f", {len(invalid)} invalid ones skipped, such as {invalid[0]}" if invalid else ""
     if sample_size is not None:
@@ -93,11 +97,9 @@ def _checked(
     rows: Mapping[str, Any], task: str, columns: tuple, label: str, version: int
 ) -> Iterator[tuple[str, dict | None, str | None]]:
     """Each row: where it is, what it holds, and why it cannot be trained on: one of the last two is None."""
+    rules = RowRules(task, columns)
     for origin, row, problem in _read(rows, label):
-        if row is not None:
-            row = {name: row[column] for name, column in columns if column in row} | row
-            problem = why_not_of_task(task, row)
-        yield origin, None if problem else row, problem
+        yield (origin, None, problem) if row is None else (origin, *rules.checked(row))
 
 
 def _read(rows: Mapping[str, Any], label: str) -> Iterator[tuple[str, dict | None, str | None]]:
@@ -110,13 +112,16 @@ def _read(rows: Mapping[str, Any], label: str) -> Iterator[tuple[str, dict | Non
             yield f"{path}, {origin}", row, problem
 
 
-def _valid(rows: Mapping[str, Any], **arguments: Any) -> Iterator[dict]:
+def _valid(rows: Mapping[str, Any], names: tuple[str, ...], **arguments: Any) -> Iterator[dict]:
     for origin, row, _ in _checked(rows, **arguments):
         if row is not None:
-            yield row | {"origin": origin}
+            yield {name: row.get(name) for name in names} | {"origin": origin}
 
 
 def _joined(parts: list[Dataset], flag: str) -> Dataset:
+    columns = [", ".join(sorted(set(part.column_names) - {"origin"})) for part in parts]
+    if len(set(columns)) > 1:
+        raise UserError(f"{flag}: its sources have other columns each: {'; '.join(columns)}; give them the same ones.")
     try:
         return concatenate_datasets(parts)
     except ValueError as error:  # features that do not align

@@ -11,7 +11,7 @@ from lisa_dist.core.label_logits import check_loss
 from lisa_dist.errors import UserError
 from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.trace import Workload
-from lisa_dist.tasks import PAIRED, SFT, WITH_REFERENCE, check_task
+from lisa_dist.tasks import GRPO, KTO, PAIRED, SFT, WITH_REFERENCE, check_task
 from lisa_dist.text import parse_bytes
 
 METHODS = ("lisa", "full", "lora")
@@ -64,6 +64,10 @@ class PlanArguments:
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
         check_task(self.task)
+        if self.task == KTO and self.micro_batch_size < 2:
+            raise UserError("--micro_batch_size 1 with --task kto: it compares the rows of a batch; give 2 or more.")
+        if self.task == GRPO and self.answers < 2:
+            raise UserError("--micro_batch_size 1 with --task grpo: it compares answers of a step; give 2 or more.")
         parse_checkpointed_layers(self.checkpointed_layers)
         check_loss(self.loss)
         if self.task != SFT and self.loss != AUTO:
@@ -75,6 +79,11 @@ class PlanArguments:
     def rows(self) -> int:
         """Sequences of a GPU in a forward pass: of a pair both are."""
         return self.micro_batch_size * (2 if self.task in PAIRED else 1)
+
+    @property
+    def answers(self) -> int:
+        """Sequences of a step on all GPUs."""
+        return self.micro_batch_size * self.gpus * self.gradient_accumulation_steps
 
     @property
     def has_reference(self) -> bool:

@@ -102,7 +102,11 @@ class Planner:
         host = max((host for _, host in planned), key=lambda host: sum(host.values()))
         if arguments.has_reference:
             whole = sum(parameter.nbytes for parameter in run.model.parameters())
-            parts = parts.with_reference(-(-whole // arguments.gpus) if settings.stage == 3 else whole)
+            share = -(-whole // arguments.gpus) if settings.stage == 3 else whole
+            if settings.offload_param:
+                host = host | {"reference model": share}
+            else:
+                parts = parts.with_reference(share)
         if arguments.method == "lisa" and self._lisa.lisa_state == "keep":
             host = host | {"kept states": kept_states(run, self._lisa, settings.stage, arguments.gpus, arguments.optim)}
         if self._lisa.lisa_frozen_bits != 16:
@@ -285,7 +289,10 @@ def command_for(plan: Plan, arguments: PlanArguments) -> str:
     flags |= {"per_device_train_batch_size": arguments.micro_batch_size, "max_length": arguments.seq_length}
     flags |= {"optim": arguments.optim, "bf16": arguments.precision == "bf16"}
     if arguments.task == "grpo":  # seq_length is of a prompt and its answer
+        group = next(size for size in range(8, 0, -1) if arguments.answers % size == 0)
+        group = group if group > 1 else arguments.answers
         flags |= {"max_completion_length": flags.pop("max_length") // 2, "reward_funcs": "rewards.py"}
+        flags |= {"num_generations": group}
     if arguments.loss != AUTO or plan.workload.loss == LOGITS:
         flags |= {"loss": LOGITS if arguments.loss == AUTO else arguments.loss}
     if arguments.gradient_accumulation_steps > 1:

@@ -37,18 +37,37 @@ _TAKE_EFFECT = (
     "label_smoothing_factor",
     "neftune_noise_alpha",
 )
+# Of TRL's arguments for other tasks, where a run has them.
+_OF_TASKS = (
+    "beta",
+    "desirable_weight",
+    "undesirable_weight",
+    "num_generations",
+    "num_iterations",
+    "steps_per_generation",
+    "temperature",
+    "max_completion_length",
+    "precompute_ref_log_probs",
+)
 # Of a model's config: what says how it is stored and run, not what it computes.
 _NOT_THE_MODEL = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "name_or_path"}
 
 
-def describe_identity(args: TrainingArguments, config: PretrainedConfig | None, examples: Any) -> dict[str, Any]:
-    """A run's identity, of values that JSON has. `examples` are those that the trainer samples from."""
+def describe_identity(
+    args: TrainingArguments, config: PretrainedConfig | None, examples: Any, trainer: str | None = None
+) -> dict[str, Any]:
+    """A run's identity, of values that JSON has. `examples` are those that the trainer samples from.
+
+    `trainer`: of TRL's the name, where it is one for another task than supervised fine-tuning.
+    """
     model = {} if config is None else config.to_dict()
+    names = [*_TAKE_EFFECT, *(name for name in _OF_TASKS if hasattr(args, name))]
     return {
         "examples": len(examples) if isinstance(examples, Sized) else None,
         "data": fingerprint(examples),
+        **({} if trainer is None else {"trainer": trainer}),
         "seeds": {name: _plain(getattr(args, name)) for name in _SEEDS if hasattr(args, name)},
-        "hyperparameters": {name: _plain(getattr(args, name, None)) for name in _TAKE_EFFECT},
+        "hyperparameters": {name: _plain(getattr(args, name, None)) for name in names},
         "model": {
             name: _plain(value) for name, value in model.items() if name not in _NOT_THE_MODEL and name[0] != "_"
         },
@@ -89,6 +108,11 @@ def compare_identity(folder: Path, now: Mapping[str, Any], begins_data_anew: boo
     if not path.exists():
         return [], 1.0
     then = read_json(path)
+    if then.get("trainer") != now.get("trainer") and None not in (then.get("trainer"), now.get("trainer")):
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: its run was of another task, by {then['trainer']}, and this one is by "
+            f"{now['trainer']}; begin a new run, from its weights by lisa-dist export."
+        )
     _check_model(folder, then["model"], now["model"])
     differing = [
         f"--{name} {now['seeds'][name]} (it had {value})"

@@ -42,8 +42,7 @@ optim: {optim}
 {budget}checkpointed_layers: {checkpointed:<15}# auto: as few as fit, by a measured step; planned: {fewest}/{num_layers}
 {loss}{gradient_accumulation}per_device_train_batch_size: {micro_batch_size}
 max_length: {seq_length}
-# packing: true                     # several short examples in one sequence, which never see each other
-
+{packing}
 # The schedule. Lower the rate for more layers at a time, or for a model that is tuned already.
 learning_rate: 1.0e-5
 lr_scheduler_type: cosine
@@ -60,6 +59,7 @@ report_to: tensorboard              # or wandb, mlflow, ..., none
 """
 
 
+_PACKING = "# packing: true                     # several short examples in one sequence, which never see each other\n"
 _MORE = "# decoder layers: as many as were planned to fit; fewer are faster"
 
 
@@ -117,6 +117,7 @@ def format_recipe(chosen: Chosen, words: Sequence[str]) -> str:
         dataset_name=_as_yaml(arguments.dataset_name),
         output_dir=_as_yaml(arguments.output_dir or f"runs/{arguments.model_name}"),
         active="" if lisa_config.by_module else f"lisa_activated_layers: {gamma:<13}{_MORE}\n",
+        packing=_PACKING if arguments.task == SFT else "",
         task=f"task: {arguments.task}\n" if arguments.task != SFT else "",
         interval=interval,
         lisa="".join(f"{name}: {_as_yaml(value)}\n" for name, value in shown.items()),

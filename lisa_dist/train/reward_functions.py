@@ -13,34 +13,44 @@ from trl import rewards
 
 from lisa_dist.distributed.collectives import raise_shared
 from lisa_dist.errors import UserError
+from lisa_dist.run_folder import read_object
 from lisa_dist.tasks import split_reward
 from lisa_dist.text import in_one_line
 
 
 def load_rewards(given: Sequence[str]) -> list[Any]:
-    """What GRPOTrainer takes for each word: a function, or the folder of a reward model.
+    """What GRPOTrainer takes for each word: a function, or the folder of a reward model; every rank calls it.
 
     Raises UserError for a file that cannot be run or lacks the function, and for a name that is nothing.
     """
-    return [_load(word) for word in given]
+    loaded, problem = [], None
+    try:
+        loaded = [_load(word) for word in given]
+    except (UserError, OSError) as error:  # a file that one host lacks
+        problem = str(error)
+    raise_shared(problem)
+    return loaded
 
 
 def _load(given: str) -> Any:
     path, name = split_reward(given)
-    if path is None:
-        if Path(given).is_dir():
-            return given
-        function = getattr(rewards, given, None)
-        if function is None:
-            raise UserError(
-                f"--reward_funcs {given}: is no .py file, no folder, and no name of trl.rewards, which has "
-                f"{', '.join(name for name in dir(rewards) if name.endswith(('_reward', '_punishment')))}."
-            )
-        return function() if given.startswith("get_") else function
-    function = getattr(_module_of(given, path), name, None)
-    if not callable(function):
-        raise UserError(f"--reward_funcs {given}: has no function {name}.")
-    return _checked(function, given)
+    if path is not None:
+        function = getattr(_module_of(given, path), name, None)
+        if not callable(function):
+            raise UserError(f"--reward_funcs {given}: has no function {name}.")
+        return _checked(function, given)
+    if Path(given).is_dir():
+        config = read_object(Path(given) / "config.json")
+        if not str(config.get("architectures")).endswith("ForSequenceClassification']"):
+            raise UserError(f"--reward_funcs {given}: is no reward model, as --task reward makes one.")
+        return given
+    known = [one for one in dir(rewards) if one.endswith("_reward") and callable(getattr(rewards, one))]
+    if given not in known:
+        raise UserError(
+            f"--reward_funcs {given}: is no .py file, no folder, and no function of trl.rewards, which has "
+            f"{', '.join(known)}."
+        )
+    return _checked(getattr(rewards, given), given)
 
 
 def _module_of(given: str, path: Path) -> Any:
@@ -63,11 +73,11 @@ class _naming:  # noqa: N801 - reads as a verb
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception):
+        if isinstance(error, Exception | SystemExit) and not isinstance(error, UserError):
             raise UserError(f"--reward_funcs {self._given}: {_describe(error)}.") from error
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"raised {type(error).__name__}: {in_one_line(error)} ({last.filename}, line {last.lineno})"
 
@@ -82,8 +92,7 @@ def _checked(function: Callable[..., Any], given: str) -> Callable[..., Any]:
         @functools.wraps(function)
         async def awaited(*args: Any, completions: Sequence[Any], **columns: Any) -> list[float | None]:
             with _naming(given):
-                found = await function(*args, completions=completions, **columns)
-            return _numbers(found, given, len(completions))
+                return _numbers(await function(*args, completions=completions, **columns), given, len(completions))
 
         return awaited
 
@@ -92,8 +101,7 @@ def _checked(function: Callable[..., Any], given: str) -> Callable[..., Any]:
         problem, numbers = None, []
         try:
             with _naming(given):
-                found = function(*args, completions=completions, **columns)
-            numbers = _numbers(found, given, len(completions))
+                numbers = _numbers(function(*args, completions=completions, **columns), given, len(completions))
         except UserError as error:
             problem = str(error)
         raise_shared(problem)
@@ -104,10 +112,11 @@ def _checked(function: Callable[..., Any], given: str) -> Callable[..., Any]:
 
 def _numbers(found: Any, given: str, count: int) -> list[float | None]:
     """What a function returned, a list, an array or a tensor, as numbers."""
-    if isinstance(found, str) or not hasattr(found, "__len__") or len(found) != count:
-        there = f"{len(found)} rewards" if hasattr(found, "__len__") else f"a {type(found).__name__}"
+    rewards = found.tolist() if hasattr(found, "tolist") else found
+    if not isinstance(rewards, list | tuple) or len(rewards) != count:
+        there = f"{len(rewards)} rewards" if isinstance(rewards, list | tuple) else f"a {type(found).__name__}"
         raise UserError(f"--reward_funcs {given}: returned {there} for {count} completions.")
-    rewards = [one.item() if hasattr(one, "item") else one for one in found]
+    rewards = [one.item() if hasattr(one, "item") else one for one in rewards]
     for number, reward in enumerate(rewards, start=1):
         if reward is not None and not (isinstance(reward, int | float) and math.isfinite(reward)):
             raise UserError(

@@ -99,7 +99,7 @@ def _load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Dat
         return build_trainer(config, tokenizer, data, loss)
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # of a package that a flag needs
         raise UserError(in_one_line(error)) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):  # what from_pretrained says of weights of other sizes

@@ -17,7 +17,7 @@ from lisa_dist.core.weight_store import check_store
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.files import check_folder, read_text
-from lisa_dist.tasks import REWARD, SFT, refuse_flags_of_sft
+from lisa_dist.tasks import GRPO, KTO, REWARD, SFT, refuse_flags_of_sft
 from lisa_dist.text import in_one_line
 from lisa_dist.train.arguments import RunConfig
 from lisa_dist.train.attention import packs_documents
@@ -120,6 +120,26 @@ def _check_task(config: RunConfig) -> None:
     refuse_flags_of_sft(task, vars(config.run) | vars(config.data))
     if task == REWARD and config.run.sample_prompt:
         raise UserError(f"--sample_prompt with --task {task}: a reward model gives scores, not answers; leave it out.")
+    training: Any = config.training
+    for flag, why in (
+        ("label_smoothing_factor", "the loss of this task has none"),
+        ("sync_ref_model", "a checkpoint has no reference model, and a resumed run would be another"),
+    ):
+        if getattr(training, flag, None):
+            raise UserError(f"--{flag} {getattr(training, flag)} with --task {task}: {why}; leave it out.")
+    if task == KTO and training.per_device_train_batch_size < 2:
+        raise UserError(
+            "--per_device_train_batch_size 1 with --task kto: it compares the rows of a batch; give 2 or more."
+        )
+    if task == GRPO:  # whose micro-batches are answers, of lengths and in rows that nothing bounds beforehand
+        for flag, value, not_taken in (
+            ("lisa_activated_layers", config.lisa.lisa_activated_layers, AUTO_LAYERS),
+            ("checkpointed_layers", parse_checkpointed_layers(config.run.checkpointed_layers), AUTO),
+        ):
+            if value == not_taken:
+                raise UserError(f"--{flag} {value} with --task {task}: no step of it can be planned; give a number.")
+        if config.lisa.lisa_probe_steps:
+            raise UserError(f"--lisa_probe_steps with --task {task}: its rows have no held-out loss; leave it out.")
 
 
 def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:

@@ -85,7 +85,7 @@ def describe_outcome(log_history: Sequence[dict[str, Any]]) -> str:
         (first, before), (last, after) = held_out[0], held_out[-1]
         when = "before" if first == 0 else f"at step {first}"
         lines.append(f"held-out loss {before:.4f} {when}, {after:.4f} {'after' if first == 0 else f'at step {last}'}")
-    rewards = [(entry["step"], entry["reward"]) for entry in log_history if "reward" in entry]
+    rewards = [(entry["step"], entry["reward"]) for entry in log_history if entry.get("reward") is not None]
     if len(rewards) > 1:
         (first, before), (last, after) = rewards[0], rewards[-1]
         lines.append(f"reward {before:.4f} at step {first}, {after:.4f} at step {last}")

@@ -51,6 +51,7 @@ from lisa_dist.train.monitoring import MonitoredMixin, SlowRanks, lisa_metrics
 from lisa_dist.train.probe import check_probe_of_run, probe_in_trainer
 from lisa_dist.train.random_states import random_states_kept
 from lisa_dist.train.resume_from import Beginning, find_beginning, load_schedule
+from lisa_dist.train.resume_tasks import check_beginning, check_generations, task_trainer_of
 from lisa_dist.train.step_memory import StepWorkload, plan_run_memory
 
 
@@ -148,6 +149,7 @@ class LisaMixin(MonitoredMixin):
         with one_run_in(str(self.args.output_dir)):
             self._begins = find_beginning(resume_from_checkpoint, self.args.output_dir, self.accelerator.print)
             folder = self._begins.checkpoint
+            check_beginning(self, self._begins)
             try:
                 with self._signals, self._watchdog:
                     output = super().train(folder and str(folder), *args, **kwargs)
@@ -203,6 +205,7 @@ class LisaMixin(MonitoredMixin):
             check_global_batch_size(folder, state, self._engine.train_batch_size(), anew)
             changed, factor = compare_on_rank_0(folder, mine, anew)
             check_pickles(folder, state["files"])
+            check_generations(self.args, folder, state)
             for rates in state["learning_rates"].values():
                 rates |= {name: rate * factor for name, rate in rates.items()}
             load_checkpoint(self._controller, folder, state)
@@ -244,7 +247,8 @@ class LisaMixin(MonitoredMixin):
 
     @functools.cached_property
     def _identity(self) -> dict[str, Any]:
-        return describe_identity(self.args, getattr(self.model, "config", None), self.train_dataset)
+        name = task_trainer_of(type(self))
+        return describe_identity(self.args, getattr(self.model, "config", None), self.train_dataset, name)
 
     def _print(self, text: str | None) -> None:
         if text is not None and self.args.should_log:

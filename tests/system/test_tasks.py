@@ -5,8 +5,11 @@ import random
 import re
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from cells import full
@@ -15,10 +18,12 @@ from runs import BIN, clean_environment, on_two_ranks, run_alone
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lisa_dist.config import LisaConfig
+from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner
-from lisa_dist.tasks import SFT, TASKS
+from lisa_dist.tasks import SFT, TASKS, task_of
+from lisa_dist.train.arguments import parse_arguments
+from lisa_dist.train.run_checks import check_config
 
 REWARDS = """
 import math
@@ -104,6 +109,26 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("words", "task"),
+    [
+        ([], "sft"),
+        (["--task", "dpo"], "dpo"),
+        (["--task=kto"], "kto"),
+        (["--task", "dpo", "--task", "orpo"], "orpo"),
+        (["--max_steps", "3", "--task"], "sft"),  # which the parser refuses
+        (["--config", "of_grpo.yaml"], "grpo"),
+        (["--config=of_grpo.yaml", "--task", "dpo"], "dpo"),
+        (["--config"], "sft"),
+    ],
+    ids=str,
+)
+def test_the_task_is_that_of_the_words_or_of_their_recipe(tmp_path, monkeypatch, words, task):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "of_grpo.yaml").write_text("task: grpo\n")
+    assert task_of(words) == task
+
+
 def test_there_is_a_case_for_each_task():
     assert {SFT, *OF_TASK} == set(TASKS)
 
@@ -187,6 +212,100 @@ def test_a_reward_that_is_none_ends_the_run_in_one_line(folder, tmp_path, monkey
     assert status == 2
     assert said.splitlines()[-1].startswith(f"lisa-dist: --reward_funcs rewards.py:{function}: {problem}")
     assert "Traceback" not in said
+
+
+SETTLED = [
+    ("dpo", {"label_smoothing_factor": 0.5}, "--label_smoothing_factor 0.5 with --task dpo: the loss of this task has"),
+    (
+        "dpo",
+        {"sync_ref_model": True},
+        "--sync_ref_model True with --task dpo: a checkpoint has no reference model, and",
+    ),
+    (
+        "kto",
+        {"per_device_train_batch_size": 1},
+        "--per_device_train_batch_size 1 with --task kto: it compares the",
+    ),
+    ("grpo", {"lisa_activated_layers": "auto"}, "--lisa_activated_layers auto with --task grpo: no step of it can be"),
+    ("grpo", {"checkpointed_layers": "auto"}, "--checkpointed_layers auto with --task grpo: no step of it can be plan"),
+    ("grpo", {"lisa_probe_steps": 1, "lisa_sampler": "weighted"}, "--lisa_probe_steps with --task grpo: its rows have"),
+    ("reward", {"sample_prompt": "x"}, "--sample_prompt with --task reward: a reward model gives scores, not answers;"),
+]
+
+
+@pytest.mark.parametrize(("task", "changes", "problem"), SETTLED, ids=[f"{task} {min(it)}" for task, it, _ in SETTLED])
+def test_what_a_task_does_not_take_is_said_before_a_model_is_loaded(
+    folder, tmp_path, monkeypatch, task, changes, problem
+):
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError) as refused:
+        check_config(parse_arguments(flags_of(task, tmp_path / "out", **changes)))
+    assert str(refused.value).startswith(problem)
+
+
+@pytest.mark.full
+def test_a_resume_knows_its_task_its_reference_and_its_answers(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+
+    def said_by(task: str, name: str, code: int, **changes) -> str:
+        status, said = run_alone(flags_of(task, tmp_path / name, **changes), tmp_path / "said.txt")
+        assert status == code, said[-3000:]
+        return said
+
+    said_by("dpo", "dpo", 0)
+    checkpoint = tmp_path / "dpo" / "checkpoint-3"
+    assert "--beta 5.0 (it had 0.1)" in said_by("dpo", "other_beta", 0, resume_from_checkpoint=checkpoint, beta=5)
+    turns = {"resume_from_checkpoint": checkpoint, "dataset_name": "pairs.jsonl"}
+    assert "its run was of another task, by DPOTrainer, and this one is by ORPO" in said_by("orpo", "orpo", 2, **turns)
+    said = said_by("dpo", "of_weights", 2, resume_from_checkpoint=folder / "model")
+    assert "and the reference model would be another one; give it as --model_name_or_path." in said
+    twice = {"num_iterations": 2, "save_steps": 1}
+    said_by("grpo", "grpo", 0, **twice)
+    said = said_by("grpo", "amid", 2, resume_from_checkpoint=tmp_path / "grpo" / "checkpoint-3", **twice)
+    assert "its answers are used for 2 steps, and step 3 is amid them; resume from a multiple of 2" in said
+    said_by("grpo", "again", 0, resume_from_checkpoint=tmp_path / "grpo" / "checkpoint-4", **twice)
+    after, again = weights_of(tmp_path / "grpo"), weights_of(tmp_path / "again")
+    assert all(torch.equal(after[name], again[name]) for name in after)
+
+
+@pytest.mark.full
+def test_rows_of_every_shape_that_can_be_trained_on(folder, tmp_path, monkeypatch):
+    """Renamed where both names are there, labels of a CSV, keys that the first row lacks, dates beside, a source left
+    without rows."""
+    monkeypatch.chdir(folder)
+    (tmp_path / "kto.csv").write_text("prompt,completion,label\n" + "a,b,true\nc,d,False\n" * 8)
+    swapped = [{"chosen": str(n), "rejected": str(n + 1)} for n in range(16)]
+    (tmp_path / "swapped.jsonl").write_text("\n".join(map(json.dumps, swapped)))
+    (tmp_path / "one.jsonl").write_text(json.dumps(swapped[0] | {"rejected": "x"}))
+    late = [{"prompt": "1"}, *({"prompt": str(n), "source": "s"} for n in range(15))]
+    (tmp_path / "late.jsonl").write_text("\n".join(map(json.dumps, late)))
+    dated = pyarrow.table({"chosen": ["a"] * 8, "rejected": ["b"] * 8, "when": [datetime(2026, 1, 1)] * 8})
+    pyarrow.parquet.write_table(dated, tmp_path / "dated.parquet")
+    (tmp_path / "sources.py").write_text(
+        "def reward(completions, source, **columns):\n    return [float(len(source))] * 4"
+    )
+    cases = {
+        "csv": ("kto", {"dataset_name": tmp_path / "kto.csv"}, "completion"),
+        "renamed": ("dpo", {"dataset_name": tmp_path / "swapped.jsonl"}, "chosen: "),
+        "late": ("grpo", {"dataset_name": tmp_path / "late.jsonl", "reward_funcs": tmp_path / "sources.py"}, "source"),
+        "dated": ("reward", {"dataset_name": tmp_path / "dated.parquet"}, "8 rows"),
+    }
+    for name, (task, changes, expected) in cases.items():
+        flags = flags_of(task, tmp_path / name, **changes, max_steps=1)
+        if name == "late":
+            at = flags.index("--dataset_columns")
+            del flags[at : at + 2]
+        if name == "renamed":
+            flags += ["--dataset_columns", "chosen=rejected", "rejected=chosen", "--dataset_name"]
+            flags += [str(tmp_path / "swapped.jsonl"), str(tmp_path / "one.jsonl"), "--eval_rows", "8"]
+        status, said = run_alone(flags, tmp_path / "said.txt")
+        assert status == 0, said[-3000:]
+        assert expected in said
+        if name == "renamed":
+            better, worse = (
+                int(re.search(rf"^ +{column}: (\d+)$", said, re.M)[1]) for column in ("chosen", "rejected")
+            )
+            assert better == worse + 1
 
 
 @pytest.mark.full
@@ -297,6 +416,31 @@ SLIPS = [
     (["--task", "kto", "--dataset_name", "labels.jsonl"], "labels.jsonl, line 1 has the label 'yes'; it is true or fa"),
     (["--task", "grpo", "--reward_funcs", "rewards.py", "--loss", "logits"], "--loss logits with --task grpo: it is f"),
     (["--task", "dpo", "--packing", "true"], "--packing: no such flag;"),
+    (
+        ["--task", "dpo", "--dataset_name", "late.jsonl"],
+        "line 2 has prompt (a text), chosen (a text), rejected (a text);",
+    ),
+    (
+        ["--task", "dpo", "--dataset_name", "kinds.jsonl"],
+        "kinds.jsonl, line 65 has prompt (turns), chosen (turns), rej",
+    ),
+    (
+        ["--task", "orpo", "--dataset_name", "user.jsonl"],
+        "line 1 has a chosen that does not end with a turn of the ass",
+    ),
+    (["--task", "kto", "--dataset_name", "unsaid.jsonl"], "unsaid.jsonl, line 2 has no completion"),
+    (["--task", "kto", "--dataset_name", "equal_labelled.jsonl"], "line 1 has the same answer as chosen and rejected"),
+    (["--task", "dpo", "--dataset_name", "half.jsonl"], "line 2 has half of a character (a lone surrogate) in chosen"),
+    (
+        ["--task", "dpo", "--dataset_name", "pairs.jsonl", "--dataset_columns", "chosen=better"],
+        "there is no better; its",
+    ),
+    (["--task", "grpo", "--reward_funcs", "rewards.py", "--dataset_name", "no_prompt.jsonl"], "has an empty prompt"),
+    (
+        ["--task", "grpo", "--reward_funcs", "fixed.py"],
+        "fixed.py: reward must take all columns of the rows: def reward",
+    ),
+    (["--task", "grpo", "--reward_funcs", "local.py"], "local.py: has no function reward; it has other; name one as"),
 ]
 
 
@@ -307,7 +451,17 @@ def bad_files(folder) -> Path:
         "equal": [ROWS["pairs"][0], ROWS["pairs"][1] | {"rejected": "2"}],
         "mixed": [ROWS["turns"][0] | {"rejected": "0"}],
         "labels": [ROWS["kto"][0] | {"label": "yes"}],
+        "late": [{"chosen": "b", "rejected": "c"}, *ROWS["pairs"]],
+        "kinds": [*ROWS["pairs"], ROWS["turns"][0] | {"prompt": [{"role": "user", "content": "x"}]}],
+        "user": [{name: ROWS["turns"][0][name][:1] for name in ("chosen", "rejected")}],
+        "unsaid": [ROWS["kto"][0], ROWS["kto"][1] | {"completion": None}],
+        "equal_labelled": [ROWS["pairs"][0] | {"rejected": "1", "label": True}],
+        "no_prompt": [{"prompt": " "}],
+        "half": [ROWS["pairs"][0], ROWS["pairs"][1] | {"chosen": "\ud800"}],
     }
+    (folder / "fixed.py").write_text("def reward(completions):\n    return [1.0]\n")
+    (folder / "local.py").write_text("def other(**columns):\n    reward = 1\n")
+    (folder / "empty.jsonl").write_text("\n")
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
@@ -318,7 +472,7 @@ def test_a_slip_is_told_without_torch(bad_files, tmp_path, words, problem):
     """Before any of the large packages is imported, which -X importtime shows."""
     given = [*words, "--model_name_or_path", "model", "--output_dir", str(tmp_path / "out")]
     given += [] if "--dataset_name" in given else ["--dataset_name", "questions.jsonl"]
-    given += ["--dataset_columns", "prompt=question"] if "grpo" in given else []
+    given += ["--dataset_columns", "prompt=question"] if "questions.jsonl" in given and "grpo" in given else []
     command = [sys.executable, "-X", "importtime", str(BIN / "lisa-dist"), "train", *given]
     asked = {"cwd": bad_files, "env": clean_environment(), "capture_output": True, "text": True}
     finished = subprocess.run(command, **asked, timeout=100)

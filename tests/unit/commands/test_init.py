@@ -57,8 +57,11 @@ def test_a_recipe_of_another_task(tiny, tmp_path):
     run_args, _, training_args, _, _ = parse_arguments(["--config", str(path)])
     assert (run_args.task, run_args.checkpointed_layers, run_args.gpu_memory) == ("dpo", "auto", "3.00GiB")
     assert type(training_args).__name__ == "LisaDPOConfig"
+    assert "packing" not in path.read_text()
+    with pytest.raises(UserError, match="--micro_batch_size 1 with --task kto: it compares the rows of a batch"):
+        InitArguments(tiny, task="kto")
     with pytest.raises(UserError, match="--task grpo: init writes no recipe of it"):
-        InitArguments(tiny, task="grpo")
+        InitArguments(tiny, task="grpo", micro_batch_size=8)
     with pytest.raises(UserError, match="--loss logits with --task dpo: it is for --task sft"):
         InitArguments(tiny, task="dpo", loss="logits")
 

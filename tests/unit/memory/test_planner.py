@@ -23,6 +23,7 @@ from lisa_dist.core.label_logits import add_label_logits
 from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
+from lisa_dist.errors import UserError
 from lisa_dist.kernels import dynamic_code
 from lisa_dist.memory.estimate import plan_memory
 from lisa_dist.memory.kept_states import kept_states
@@ -654,13 +655,17 @@ def test_a_task_s_reference_model_and_pairs_are_planned():
     sft, dpo = planned(loss="chunked", micro_batch_size=2), planned(task="dpo")
     assert dpo.workload.micro_batch_size == 2
     assert dpo.gpu.peak - sft.gpu.peak == dpo.gpu.reference == sft.gpu.weights
-    assert planned("zero3", task="kto").gpu.reference == -(-sft.gpu.weights // 4)
+    assert planned("zero3", task="kto", micro_batch_size=2).gpu.reference == -(-sft.gpu.weights // 4)
+    on_host = planned("zero3_offload", task="dpo", optim="adamw_torch_fused")
+    assert (on_host.gpu.reference, on_host.host["reference model"]) == (0, -(-sft.gpu.weights // 4))
     assert not planned(task="dpo", method="lora").gpu.reference
     assert planned(task="grpo").workload.micro_batch_size == 1
     assert planned(task="orpo").gpu.logits
     score = planned(task="reward").gpu
     assert not score.logits
     assert score.weights < sft.gpu.weights - 2 * 64 * 31_000, "there is no head"
-    command = command_for(planned(task="grpo"), PlanArguments("x", task="grpo", seq_length=64))
+    command = command_for(planned(task="grpo"), PlanArguments("x", task="grpo", seq_length=64, gpus=4))
     assert "--task grpo" in command
-    assert "--max_completion_length 32 --reward_funcs rewards.py" in command
+    assert "--max_completion_length 32 --reward_funcs rewards.py --num_generations 4" in command
+    with pytest.raises(UserError, match="--micro_batch_size 1 with --task grpo: it compares answers of a step"):
+        PlanArguments("x", task="grpo")
