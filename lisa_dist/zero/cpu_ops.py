@@ -3,12 +3,16 @@
 import contextlib
 import io
 import os
+import time
 from pathlib import Path
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
+from torch.utils.cpp_extension import get_default_build_root
+
+_LONGEST_BUILD = 15 * 60  # seconds; one takes a minute or two
 
 
 def build_cpu_ops(offload: bool = True) -> None:
@@ -18,10 +22,21 @@ def build_cpu_ops(offload: bool = True) -> None:
     """
     from deepspeed.ops.op_builder import CPUAdamBuilder, ShareMemCommBuilder
 
+    forget_cut_builds()
     if get_accelerator().device_name() == "cpu":
         ShareMemCommBuilder().load(verbose=False)
     if offload:
         CPUAdamBuilder().load(verbose=False)
+
+
+def forget_cut_builds() -> None:
+    """Remove the locks of builds that were cut, which torch would wait for without end; of a younger one it is said."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.glob("**/lock"):
+        if time.time() - lock.stat().st_mtime > _LONGEST_BUILD:
+            lock.unlink(missing_ok=True)
+        else:
+            print(f"waiting for another build of it to end; if there is none, remove {lock}", flush=True)
 
 
 def start_deepspeed() -> None:

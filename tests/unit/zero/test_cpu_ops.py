@@ -10,6 +10,7 @@ from runs import TRAIN, Alone, flags_for
 from torch import distributed as dist
 
 import lisa_dist
+from lisa_dist.zero.cpu_ops import forget_cut_builds
 
 
 def names_left() -> list[str]:
@@ -59,3 +60,17 @@ def test_a_run_that_ends_before_its_first_step_leaves_no_shared_memory(tmp_path,
             f"lisa-dist: --dataset_name {tmp_path / 'rows.jsonl'}: no such file."
         ]
     assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+
+
+def test_a_lock_of_a_build_that_was_cut_goes_and_a_younger_one_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    cut, younger = (tmp_path / name / "lock" for name in ("cpu_adam", "deepspeed_shm_comm"))
+    for lock in (cut, younger):
+        lock.parent.mkdir()
+        lock.touch()
+    an_hour_ago = younger.stat().st_mtime - 3600
+    os.utime(cut, (an_hour_ago, an_hour_ago))
+    forget_cut_builds()
+    assert not cut.exists()
+    assert younger.exists()
+    assert capsys.readouterr().out == (f"waiting for another build of it to end; if there is none, remove {younger}\n")
