@@ -248,3 +248,28 @@ def test_what_the_readme_prints_runs_as_it_stands(tmp_path, given, place, said):
     moved = [name for name, value in trained.items() if not torch.equal(value, begun[name])]
     assert any("embed_tokens" in name for name in moved)
     assert any(".layers." in name for name in moved)
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
+    notebook = json.loads((EXAMPLES / "notebook.ipynb").read_text(encoding="utf-8"))
+    save_tiny_llama(tmp_path / "model")
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert cells[0].startswith('MODEL = "')
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    (tmp_path / "cells.py").write_text("\n".join([f'MODEL = "{tmp_path / "model"}"', *cells[1:]]))
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    environment["PATH"] = f"{BIN}:{environment['PATH']}"
+    finished = subprocess.run(
+        [sys.executable, "cells.py"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert finished.returncode == 0, finished.stdout[-5000:]
+    for said in ("lisa-dist train --gpus 1", "layers by period: [[", "held-out loss: [", "{'role': 'assistant'"):
+        assert said in finished.stdout, said
