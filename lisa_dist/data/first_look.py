@@ -41,11 +41,10 @@ def _look_at(name: str, label: str, task: str, given: Mapping[str, Any]) -> None
         return
     files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if suffix_of(one) in SUFFIXES)
     for file in files[:_FILES]:
-        _look_at_rows(file, label, task, _listed(given.get("dataset_columns")))
+        _look_at_rows(file, label, task, _pairs(given.get("dataset_columns")))
 
 
-def _look_at_rows(path: Path, label: str, task: str, renamed: list[str]) -> None:
-    pairs = [(name, column) for pair in renamed for name, _, column in [pair.partition("=")]]
+def _look_at_rows(path: Path, label: str, task: str, pairs: list[tuple[str, str]]) -> None:
     rules, problems, looked_at = RowRules(task, pairs), [], 0
     for origin, row, problem in itertools.islice(read_file(path, label), _ROWS):
         if row is not None:
@@ -60,5 +59,11 @@ def _look_at_rows(path: Path, label: str, task: str, renamed: list[str]) -> None
 
 
 def _listed(value: Any) -> list[str]:
-    """What one word, several, or a recipe's text gives."""
-    return [] if value is None else value.split() if isinstance(value, str) else list(value)
+    """What several words give, or a recipe's text, which may have blanks."""
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _pairs(value: Any) -> list[tuple[str, str]]:
+    """The names of `--dataset_columns`; what is no pair of them the run refuses."""
+    words = value.split() if isinstance(value, str) else value or []
+    return [(name, column) for word in words for name, _, column in [word.partition("=")] if name and column]

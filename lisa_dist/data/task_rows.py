@@ -1,6 +1,7 @@
-"""Rows of the tasks that TRL tokenizes itself: checked, and handed on with all their columns.
+"""Rows of the tasks that TRL tokenizes itself: checked, and handed on with the columns of their task.
 
-A text is a string or a list of turns of `role` and `content`, as in TRL's formats; in a file all rows are of one kind.
+Those of grpo keep all columns, for the reward functions. A text is a string or a list of turns of `role` and `content`,
+as in TRL's formats; all rows of a source are of one kind.
 """
 
 from collections.abc import Iterator, Mapping

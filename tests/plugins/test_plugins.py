@@ -6,15 +6,14 @@ Two CPU ranks under ZeRO-2, on the same examples and in the same order as `lisa-
 import json
 import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from models import save_tiny_llama
-from ranks import PATIENCE, free_port
-from runs import ROOT, clean_environment, on_two_ranks
+from ranks import free_port
+from runs import ROOT, on_two_ranks, said_by
 from safetensors.torch import load_file
 
 ENVIRONMENTS = Path(os.environ.get("LISA_DIST_PLUGINS") or ROOT / ".plugins")
@@ -59,11 +58,8 @@ def folder(tmp_path_factory, cpu_ops) -> Path:
 def start(python: Path, program: list[str], folder: Path, **variables: str) -> str:
     """Two ranks of a program; what they said."""
     command = [str(python.with_name("torchrun")), "--nproc-per-node", "2", "--master-port", str(free_port()), *program]
-    environment = clean_environment() | {"PYTHONPATH": str(ROOT), "PATH": f"{python.parent}:{os.environ['PATH']}"}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": PATIENCE, "cwd": folder}
-    finished = subprocess.run(command, env=environment | variables, **options)
-    assert finished.returncode == 0, finished.stdout[-6000:]
-    return finished.stdout
+    mine = {"PYTHONPATH": str(ROOT), "PATH": f"{python.parent}:{os.environ['PATH']}"}
+    return said_by(command, folder, **mine, **variables)
 
 
 def swift(folder: Path, out: Path, **flags) -> str:

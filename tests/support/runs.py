@@ -22,13 +22,25 @@ def clean_environment() -> dict[str, str]:
     return environment | {"PATH": f"{BIN}:{environment['PATH']}"}
 
 
+def said_by(command: list[str], folder: Path | None = None, **variables: str) -> str:
+    """What a command said that a user starts in a folder, and that ends well."""
+    finished = subprocess.run(
+        command,
+        cwd=folder,
+        env=clean_environment() | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert finished.returncode == 0, finished.stdout[-6000:]
+    return finished.stdout
+
+
 def start_deepspeed(flags: list[str]) -> str:
     """Run launch/train.py on two ranks as a user would; what it said."""
-    command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), str(TRAIN)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": PATIENCE}
-    finished = subprocess.run([*command, *flags], env=clean_environment(), **options)
-    assert finished.returncode == 0, finished.stdout[-5000:]
-    return finished.stdout
+    launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    return said_by([*launcher, str(TRAIN), *flags])
 
 
 def save_tiny_run(folder: Path) -> Path:

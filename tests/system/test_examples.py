@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import save_tiny_llama
 from ranks import PATIENCE, free_port
-from runs import on_two_ranks
+from runs import on_two_ranks, said_by
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -71,20 +71,7 @@ def start(launcher: str, script: Path, flags: dict) -> str:
         "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port],
         "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", port],
     }[launcher]
-    set_by_other_tests = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in set_by_other_tests}
-    environment["PATH"] = f"{BIN}:{environment['PATH']}"
-    finished = subprocess.run(
-        [*command, str(script), *words(flags)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert finished.returncode == 0, finished.stdout[-5000:]
-    return finished.stdout
+    return said_by([*command, str(script), *words(flags)], ROOT)
 
 
 def check_what_trained(before: Path, after: Path, log: Path) -> None:
@@ -257,19 +244,6 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
     assert cells[0].startswith('MODEL = "')
     assert not any(cell.get("outputs") for cell in notebook["cells"])
     (tmp_path / "cells.py").write_text("\n".join([f'MODEL = "{tmp_path / "model"}"', *cells[1:]]))
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
-    environment["PATH"] = f"{BIN}:{environment['PATH']}"
-    finished = subprocess.run(
-        [sys.executable, "cells.py"],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert finished.returncode == 0, finished.stdout[-5000:]
+    all_of_it = said_by([sys.executable, "cells.py"], tmp_path)
     for said in ("lisa-dist train --gpus 1", "layers by period: [[", "held-out loss: [", "{'role': 'assistant'"):
-        assert said in finished.stdout, said
+        assert said in all_of_it, said
