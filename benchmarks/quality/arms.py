@@ -17,7 +17,7 @@ import lisa_dist
 from benchmarks.cost import peers
 from benchmarks.quality.examples import LENGTH
 from benchmarks.quality.training import Batch
-from lisa_dist.config import AUTO_LAYERS
+from lisa_dist.config import AUTO_INTERVAL, AUTO_LAYERS
 from lisa_dist.core.sampling import sample_period
 from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.plan import PlanArguments
@@ -69,6 +69,7 @@ ARMS = {
     "one block": ("lisa", BADAM | {"lisa_sampler": "reshuffle"}, 1),
     # What may close the gap between LISA and full training.
     "lisa 2 K 5": ("lisa", LISA | {"lisa_interval_steps": 5}, 1),
+    "lisa 2 K auto": ("lisa", LISA | {"lisa_interval_steps": AUTO_INTERVAL}, 1),
     "lisa 2 K 50": ("lisa", LISA | {"lisa_interval_steps": 50}, 1),
     "lisa 2 K 100": ("lisa", LISA | {"lisa_interval_steps": 100}, 1),
     "lisa 2 keep": ("lisa", LISA | {"lisa_state": "keep"}, 1),
@@ -96,6 +97,7 @@ ARMS = {
     "lisa in lora's, upper most": ("lisa", IN_LORA_S | BALANCED | {"lisa_depth_bias": 4.0}, 1),
     "lisa in lora's, probed": ("lisa", IN_LORA_S | PROBED, 1),
     "lisa in lora's, embed frozen": ("lisa", IN_LORA_S | FROZEN | {"lisa_state_bits": "layers=8"}, 1),
+    "lisa in lora's, no masters": ("lisa", IN_LORA_S | BF16 | {"lisa_master": "bf16_sr"}, 1),
     "lisa 2 balanced": ("lisa", LISA | BALANCED, 1),
     "lisa 2 depth 1": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 1.0}, 1),
     "lisa 2 depth 2": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 2.0}, 1),
@@ -112,6 +114,9 @@ ARMS = {
     "lisa 4 keep": ("lisa", {"lisa_activated_layers": 4, "lisa_state": "keep"}, 1),
     "lisa 2, embed frozen": ("lisa", LISA | FROZEN, 1),
     "lisa 8, embed frozen": ("lisa", {"lisa_activated_layers": 8} | FROZEN, 1),
+    "lisa 8 K 5, embed frozen": ("lisa", {"lisa_activated_layers": 8, "lisa_interval_steps": 5} | FROZEN, 1),
+    "lisa 8 keep, embed frozen": ("lisa", {"lisa_activated_layers": 8, "lisa_state": "keep"} | FROZEN, 1),
+    "lisa 12, embed frozen": ("lisa", {"lisa_activated_layers": 12} | FROZEN, 1),
     "lisa 8": ("lisa", {"lisa_activated_layers": 8}, 1),
     # The backward pass ends early where embeddings are frozen and lower layers seldom train.
     "lisa 8 upper, embed frozen": ("lisa", {"lisa_activated_layers": 8} | FROZEN | UPPER, 1),
@@ -122,8 +127,9 @@ ARMS = {
 PROTOCOL = (
     "full", "lora r16", "lora r64", "galore r16", "apollo r16", "ms-swift lisa 2", "lisa 2", "lisa 2 balanced",
     "lisa 2 depth 4", "lisa 2 probed", "lisa 2 probed sharp", "lisa modules", "lisa modules adaptive", "lisa 2 window",
-    "lisa 2, embed and head / 2", "lisa 2 warm-up", "lisa in lora's memory", "lisa in lora's, upper most",
-    "lisa in lora's, probed", "lisa in lora's, embed frozen", "lisa 8 upper, embed frozen",
+    "lisa 2, embed and head / 2", "lisa 2 warm-up", "lisa 2 K auto", "lisa in lora's memory",
+    "lisa in lora's, upper most", "lisa in lora's, probed", "lisa in lora's, embed frozen",
+    "lisa in lora's, no masters", "lisa 8 upper, embed frozen",
 )  # fmt: skip
 
 
@@ -142,7 +148,8 @@ def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict) ->
     )
 
     def parts(settings: dict, **changes) -> MemoryParts:
-        lisa_config = lisa_dist.LisaConfig(**settings)
+        # The number of layers is that of weights in fp32, which are their own masters, for a fair comparison.
+        lisa_config = lisa_dist.LisaConfig(**{name: value for name, value in settings.items() if name != "lisa_master"})
         return (
             Planner(config, dataclasses.replace(asked, **changes), lisa_config, on_cpu=not arguments.gpu)
             .plan("zero2", 0, CHUNKED)
@@ -240,7 +247,10 @@ def build(arguments: argparse.Namespace, arm: str, lr: float, seed: int):
                 json.dump([weight_of(layer) for layer in range(model.config.num_hidden_layers)], weights)
                 weights.flush()
                 settings["lisa_weights_file"] = weights.name
-            return lisa_dist.initialize(model, "zero2", lisa_dist.LisaConfig(lisa_seed=seed, **settings), **common)
+            config = lisa_dist.LisaConfig(lisa_seed=seed, **settings)
+            if config.lisa_interval_steps == AUTO_INTERVAL:
+                config = config.with_interval(arguments.steps, model.config.num_hidden_layers)
+            return lisa_dist.initialize(model, "zero2", config, **common)
     torch.manual_seed(seed)
     if method in ("galore", "apollo"):
         model = model.to(get_accelerator().current_device_name())

@@ -84,7 +84,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw it to this .png")
     arguments = parser.parse_args()
     of_quality = json.loads(arguments.of.read_text(encoding="utf-8"))["figures"]
-    runs, arguments.rows, arguments.gpu = of_quality["runs"], of_quality["settings"]["rows"], False
+    runs, arguments.gpu = of_quality["runs"], False
+    arguments.rows, arguments.steps = of_quality["settings"]["rows"], of_quality["settings"]["steps"]
     at_best = {arm: runs_at_best(arm, runs) for arm in ARMS}
     most = max(map(len, at_best.values()))
     arms = arguments.arms or [arm for arm, found in at_best.items() if len(found) == most]

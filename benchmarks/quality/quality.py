@@ -49,6 +49,7 @@ PROBE_ROWS = 64  # that a probe measures on
 def run(arguments: argparse.Namespace, arm: str, lr: float, seed: int, steps: int) -> dict:
     """On a rank: train an arm, and measure what it has learned."""
     data, held_out = read(arguments)
+    arguments = argparse.Namespace(**vars(arguments) | {"steps": steps})  # of this arm
     order = random.Random(seed).sample(range(len(data.rows)), len(data.rows))
     places = [[order[at % len(order)] for at in range(step * arguments.rows, (step + 1) * arguments.rows)]
               for step in range(steps)]  # fmt: skip
