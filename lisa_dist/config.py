@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 
 from lisa_dist.config_rules import (
     AUTO_INTERVAL,
-    AUTO_LAYERS,
     FACTORED,
     LONGEST_AUTO_INTERVAL,
     OUTER_BLOCKS,
+    PLANNED_LAYERS,
     StateBits,
     check_blocks,
     check_importance,
@@ -39,7 +39,8 @@ class LisaConfig:
         default=2,
         metadata={
             "help": "Decoder layers that train in each period (gamma in the paper); 0 for always-trained blocks alone; "
-            "auto for as many as --gpu_memory is enough for."
+            "auto for as many as --gpu_memory is enough for; lora for as many as fit what a step of LoRA, rank 16, "
+            "takes and a tenth, two at least."
         },
     )
     lisa_unit: str = field(
@@ -297,9 +298,10 @@ class LisaConfig:
         """Raise when a model of so many decoder layers has too few to sample from."""
         if self.by_module:
             return
-        if self.lisa_activated_layers == AUTO_LAYERS:
+        if self.lisa_activated_layers in PLANNED_LAYERS:
             raise UserError(
-                "--lisa_activated_layers auto: lisa-dist train and lisa-dist plan make a number of it; give one here."
+                f"--lisa_activated_layers {self.lisa_activated_layers}: lisa-dist train and lisa-dist plan make a "
+                "number of it; give one here."
             )
         if self.lisa_activated_layers > num_layers:
             raise UserError(

@@ -19,6 +19,8 @@ NONFINITE_POLICIES = ("stop", "skip")
 MASTERS = ("fp32", "bf16_sr")
 FROZEN_BITS = (16, 8, 4)
 AUTO_LAYERS: Any = "auto"  # in the place of a number of layers, until one is planned
+LORA_LAYERS: Any = "lora"  # the same, of as many as fit the memory of LoRA's step
+PLANNED_LAYERS = (AUTO_LAYERS, LORA_LAYERS)
 AUTO_INTERVAL: Any = "auto"  # in the place of a period's steps, until those of the run are known
 LONGEST_AUTO_INTERVAL = 20  # K of the paper's runs
 OUTER_BLOCKS = ("embed", "head", "rest")
@@ -28,8 +30,8 @@ StateBits = int | str
 
 def check_periods(config: Any) -> None:
     given = config.lisa_activated_layers
-    if given != AUTO_LAYERS and not (isinstance(given, int) and given >= 0):
-        raise UserError(f"--lisa_activated_layers {given}: a period trains 0 decoder layers or more, or auto.")
+    if given not in PLANNED_LAYERS and not (isinstance(given, int) and given >= 0):
+        raise UserError(f"--lisa_activated_layers {given}: a period trains 0 decoder layers or more, auto, or lora.")
     interval = config.lisa_interval_steps
     if interval != AUTO_INTERVAL and not (isinstance(interval, int) and interval >= 1):
         raise UserError(f"--lisa_interval_steps {interval}: a period lasts at least 1 optimizer step, or auto.")

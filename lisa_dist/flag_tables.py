@@ -86,7 +86,7 @@ def _as_argument(flag: Mapping[str, Any]) -> dict[str, Any]:
         return named | {"action": "store_false", "default": SUPPRESS}
     reader = _READERS[flag["reader"]]
     if reader in (int, float):
-        reader = finite(reader, NUMBER_OR_WORD.get(flag["dest"]))
+        reader = finite(reader, NUMBER_OR_WORD.get(flag["dest"], ()))
     found = named | {"nargs": flag.get("nargs"), "default": SUPPRESS, "type": reader}
     if choices := flag.get("choices"):
         by_text = {str(choice): choice for choice in choices}

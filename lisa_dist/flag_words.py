@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType
 from typing import Any, NoReturn
 
-from lisa_dist.config import AUTO_INTERVAL, AUTO_LAYERS
+from lisa_dist.config import AUTO_INTERVAL
+from lisa_dist.config_rules import PLANNED_LAYERS
 from lisa_dist.errors import UserError
 from lisa_dist.files import read_yaml
 from lisa_dist.text import in_one_line
@@ -148,8 +149,8 @@ class WordParser(argparse.ArgumentParser):
             raise UserError(f"{flag}: {in_one_line(error)}") from error
 
 
-# Flags whose value is a number or a word.
-NUMBER_OR_WORD = {"lisa_activated_layers": AUTO_LAYERS, "lisa_interval_steps": AUTO_INTERVAL}
+# Flags whose value is a number or one of these words.
+NUMBER_OR_WORD = {"lisa_activated_layers": PLANNED_LAYERS, "lisa_interval_steps": (AUTO_INTERVAL,)}
 _SCALARS = (str, int, float)  # bool is an int
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
@@ -178,14 +179,14 @@ def read_bool(text: str | bool) -> bool:
     raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
 
 
-def finite(kind: Callable[[str], Any], word: str | None = None) -> Callable[[str], Any]:
+def finite(kind: Callable[[str], Any], words: Sequence[str] = ()) -> Callable[[str], Any]:
     """Reads a finite number in ASCII, an integer of 64 bits: Python's own take nan, and digits of any script.
 
-    Or `word`, in the place of a number.
+    Or one of `words`, in the place of a number.
     """
 
     def read(text: str) -> Any:
-        if text == word:
+        if text in words:
             return text
         value = kind(text)
         if not text.isascii() or not math.isfinite(value) or (kind is int and abs(value) >= 2**63):

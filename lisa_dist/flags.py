@@ -26,7 +26,7 @@ class FlagParser(WordParser, HfArgumentParser):
         self.kinds = {name: _kinds(hint) for one in dataclass_types for name, hint in get_type_hints(one).items()}
         for action in self._actions:
             if action.type is int or action.type is float:
-                action.type = finite(action.type, NUMBER_OR_WORD.get(action.dest))
+                action.type = finite(action.type, NUMBER_OR_WORD.get(action.dest, ()))
             elif action.type is string_to_bool:
                 action.type = read_bool
         self.add_argument("--help_all", action=_HelpAll, nargs=0, dest=SUPPRESS, default=SUPPRESS, help="All flags.")
@@ -63,7 +63,7 @@ class RunParser(FlagParser, TrlParser):
     def given(self, words: Sequence[str]) -> list[str]:
         """The names that `check`ed words and their recipe give, in that order, each once."""
         words = split_config(words)
-        names = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+        names = [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
         if "--config" in words:
             names += [name for name in read_yaml("--config", words[words.index("--config") + 1]) if name != "env"]
         return [name for name in dict.fromkeys(names) if name not in ("config", "local_rank")]

@@ -17,7 +17,8 @@ import lisa_dist
 from benchmarks.cost import peers
 from benchmarks.quality.examples import LENGTH
 from benchmarks.quality.training import Batch
-from lisa_dist.config import AUTO_INTERVAL, AUTO_LAYERS
+from lisa_dist.config import AUTO_INTERVAL
+from lisa_dist.config_rules import AUTO_LAYERS
 from lisa_dist.core.sampling import sample_period
 from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.plan import PlanArguments
@@ -129,7 +130,7 @@ PROTOCOL = (
     "lisa 2 depth 4", "lisa 2 probed", "lisa 2 probed sharp", "lisa modules", "lisa modules adaptive", "lisa 2 window",
     "lisa 2, embed and head / 2", "lisa 2 warm-up", "lisa 2 K auto", "lisa in lora's memory",
     "lisa in lora's, upper most", "lisa in lora's, probed", "lisa in lora's, embed frozen",
-    "lisa in lora's, no masters", "lisa 8 upper, embed frozen",
+    "lisa 8 upper, embed frozen",
 )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from lisa_dist.config import AUTO_LAYERS, LisaConfig, parse_share
+from lisa_dist.config import LisaConfig, parse_share
+from lisa_dist.config_rules import PLANNED_LAYERS
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.meta_model import model_without_weights
 from lisa_dist.errors import UserError
@@ -33,7 +34,7 @@ def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:
     blocks = find_blocks(model_without_weights(config), None)
     layers = [block.numel for block in blocks.layers]
     given = flags.get("lisa_activated_layers", LisaConfig().lisa_activated_layers)
-    gamma = len(layers) if given == AUTO_LAYERS else int(given)  # at most
+    gamma = len(layers) if given in PLANNED_LAYERS else int(given)  # at most
     total = active = sum(block.numel for block in blocks)
     if flags.get("method", "lisa") == "lisa":
         of_layers = min(gamma, len(layers)) * max(layers)

@@ -12,13 +12,8 @@ from lisa_dist.flags import FlagParser
 from lisa_dist.memory.known_models import load_model_config
 from lisa_dist.memory.ladder import first_that_fits
 from lisa_dist.memory.plan import PlanArguments
-from lisa_dist.memory.planner import (
-    command_for,
-    format_plans,
-    make_plans,
-    plot_plans,
-    what_fits,
-)
+from lisa_dist.memory.planner import command_for, format_plans, plot_plans
+from lisa_dist.memory.plans import make_plans, what_fits
 from lisa_dist.text import format_bytes
 
 USAGE = "lisa-dist plan --model llama3.1-8b [--gpus N] [--gpu_memory 80GiB] [--any_flag value ...]"

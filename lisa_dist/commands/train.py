@@ -13,6 +13,7 @@ from lisa_dist.distributed.signals import catch_stop_signals
 from lisa_dist.errors import UserError
 from lisa_dist.flag_words import first_word_as
 from lisa_dist.tasks import task_of
+from lisa_dist.train.apply_preset import apply_preset
 from lisa_dist.train.arguments import parse_arguments
 from lisa_dist.train.arguments import run_parser as parser
 from lisa_dist.train.quiet import leave_out_bars_of_other_ranks, leave_out_useless_words
@@ -30,7 +31,7 @@ def main(words: Sequence[str] | None = None) -> None:
         words = first_word_as("--config", sys.argv[1:] if words is None else words)
         words = launch_if_asked(words, "train", check=lambda rest: parser(task_of(rest)).check(rest))
         use_expandable_segments()
-        config = parse_arguments(words)
+        config = apply_preset(parse_arguments(words), parser(task_of(words)).given(words))
         leave_out_bars_of_other_ranks()
         if config.run.method == "lisa":
             catch_stop_signals()

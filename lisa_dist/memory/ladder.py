@@ -6,11 +6,13 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from lisa_dist.config import AUTO_LAYERS, LisaConfig
+from lisa_dist.config import LisaConfig
+from lisa_dist.config_rules import AUTO_LAYERS
 from lisa_dist.errors import UserError
 from lisa_dist.memory.plan import WAYS, Plan, PlanArguments
-from lisa_dist.memory.planner import make_plans, what_fits, with_most_layers
+from lisa_dist.memory.plans import make_plans, what_fits, with_most_layers
 from lisa_dist.optim.build import LISA_ADAMW
+from lisa_dist.presets import SMALL_STATES
 
 
 @dataclass(frozen=True)
@@ -24,20 +26,19 @@ class Rung:
 
 
 _SAMPLED = {"lisa_always_on": "rest"}
-_SMALL = {"lisa_state_bits": "embed=factored,head=factored,layers=8", "lisa_master": "bf16_sr"}
 _SMALL_NAME = "embeddings and head with a moment by row and column, layers with moments in 8 bits, no masters"
 # States on the GPU come first: with offload a step waits for the host.
 LADDER = (
     Rung("AdamW in 32 bits, as published"),
     Rung("moments of embeddings and head in 8 bits", {"lisa_state_bits": "embed=8,head=8"}),
-    Rung(_SMALL_NAME, _SMALL, LISA_ADAMW),
-    Rung(f"{_SMALL_NAME}; frozen layers in 8 bits", _SMALL | {"lisa_frozen_bits": 8}, LISA_ADAMW),
+    Rung(_SMALL_NAME, SMALL_STATES, LISA_ADAMW),
+    Rung(f"{_SMALL_NAME}; frozen layers in 8 bits", SMALL_STATES | {"lisa_frozen_bits": 8}, LISA_ADAMW),
     Rung("embeddings and head sampled like layers", _SAMPLED),
     Rung(
         "embeddings and head sampled like layers, moments in 8 bits",
         _SAMPLED | {"lisa_state_bits": "embed=8,head=8,layers=8"},
     ),
-    Rung(f"{_SMALL_NAME}; frozen layers in 4 bits", _SMALL | {"lisa_frozen_bits": 4}, LISA_ADAMW),
+    Rung(f"{_SMALL_NAME}; frozen layers in 4 bits", SMALL_STATES | {"lisa_frozen_bits": 4}, LISA_ADAMW),
     Rung("AdamW in 32 bits, as published; optimizer states on the host", offloads=True),
     Rung("embeddings and head sampled like layers, optimizer states on the host", _SAMPLED, offloads=True),
 )
@@ -81,7 +82,7 @@ def with_more_layers(config: PretrainedConfig, chosen: Chosen) -> Chosen:
         return chosen
     count, way = str(chosen.plan.workload.checkpointed_layers), chosen.plan.ds_config
     auto = replace(chosen.lisa_config, lisa_activated_layers=AUTO_LAYERS)
-    most = with_most_layers(config, replace(chosen.arguments, checkpointed_layers=count), auto, way)
+    most, _ = with_most_layers(config, replace(chosen.arguments, checkpointed_layers=count), auto, way)
     fits, above = chosen.lisa_config.lisa_activated_layers, most.lisa_activated_layers + 1
     tried = above - 1  # fits the GPU; states on the host may be too many
     while tried > fits:

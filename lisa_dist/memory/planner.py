@@ -1,29 +1,27 @@
 """Plans: the memory that a run needs under each DeepSpeed config, the fastest that fits, and its command."""
 
 import copy
-import functools
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
-from lisa_dist.config import AUTO_LAYERS, LisaConfig
+from lisa_dist.config import LisaConfig
 from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.engine_config import prepare_ds_config
 from lisa_dist.core.label_logits import why_no_label_logits
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.selection import sampled_blocks
-from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
+from lisa_dist.ds_config import read_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.memory.estimate import plan_memory
 from lisa_dist.memory.kept_states import kept_states
 from lisa_dist.memory.known_models import name_or_folder
 from lisa_dist.memory.periods import widest_periods
-from lisa_dist.memory.plan import DTYPES, WAYS, Plan, PlanArguments
+from lisa_dist.memory.plan import DTYPES, Plan, PlanArguments
 from lisa_dist.memory.stage_settings import StageSettings
 from lisa_dist.memory.trace import CHUNKED, LOGITS, RATIO, SCORE, FakeRun, Group, StepTrace, Trained, Workload
 from lisa_dist.optim.build import LISA_ADAMW
@@ -32,12 +30,6 @@ from lisa_dist.tasks import REWARD, SFT
 from lisa_dist.text import BYTE_UNITS, format_bytes, format_columns
 
 LOSS_OF_TASK = {"orpo": RATIO, REWARD: SCORE}  # of the others TRL computes what it needs of the logits in chunks
-# What else would make room for a layer: settings, and the optimizer that they need, if it is a certain one.
-_SMALLER: tuple[tuple[str | None, dict[str, Any]], ...] = (
-    (LISA_ADAMW, {"lisa_state_bits": "embed=factored,head=factored,layers=8", "lisa_master": "bf16_sr"}),
-    (None, {"lisa_frozen_bits": 4}),
-    (None, {"lisa_always_on": "rest"}),
-)
 
 
 class Planner:
@@ -56,7 +48,7 @@ class Planner:
             lisa_config.check_num_layers(self.num_layers)
             if lisa_config.lisa_weights_file is not None:
                 load_layer_weights(lisa_config.lisa_weights_file, self.num_layers, lisa_config.lisa_activated_layers)
-        elif lisa_config != LisaConfig():
+        elif lisa_config != LisaConfig(lisa_layers_attribute=lisa_config.lisa_layers_attribute):
             raise UserError(f"--method {arguments.method}: flags that begin with --lisa_ are for --method lisa.")
         if arguments.method != "lisa" and arguments.optim == LISA_ADAMW:
             raise UserError(
@@ -193,89 +185,6 @@ class Planner:
         return self._traces[checkpointed_layers, loss, by_rows]
 
 
-def with_most_layers(
-    config: PretrainedConfig,
-    arguments: PlanArguments,
-    lisa_config: LisaConfig,
-    ds_config: str | dict,
-    on_cpu: bool = False,
-) -> LisaConfig:
-    """The settings of a run with a number in the place of auto; as they are where they have one.
-
-    Layers come before checkpointing less: the number is planned with all layers checkpointed, where the run may choose,
-    and with the loss that needs less. Raises UserError, with the closest three settings, where not one layer fits.
-    """
-    if lisa_config.lisa_activated_layers != AUTO_LAYERS:
-        return lisa_config
-    num_layers = number_of_decoder_layers(config)
-    checkpointed = "all" if arguments.checkpointed_layers == AUTO else arguments.checkpointed_layers
-
-    losses = _losses(config, arguments)
-
-    def peak_of(settings: LisaConfig, layers: int, optim: str | None = None) -> int:
-        asked = replace(arguments, checkpointed_layers=checkpointed, optim=optim or arguments.optim)
-        planner = Planner(config, asked, replace(settings, lisa_activated_layers=layers), on_cpu)
-        peaks = {loss: planner.plan(ds_config, planner.given_count, loss).gpu.peak for loss in losses}
-        losses[:] = [min(losses, key=lambda loss: peaks[loss])]  # the one that needs less does so for any number
-        return peaks[losses[0]]
-
-    peak = functools.cache(lambda frozen: peak_of(lisa_config, num_layers - frozen))
-    frozen = fewest_layers(peak, num_layers - 1, arguments.budget)
-    if peak(frozen) > arguments.budget:
-        raise UserError(
-            f"--lisa_activated_layers auto: not one layer fits {format_bytes(arguments.budget)}: with one "
-            f"{format_bytes(peak(frozen))} are planned. {_closest_settings(peak_of, lisa_config)}"
-        )
-    return replace(lisa_config, lisa_activated_layers=num_layers - frozen)
-
-
-def _losses(config: PretrainedConfig, arguments: PlanArguments) -> list[str]:
-    """How a step may compute its loss."""
-    if arguments.task != SFT:
-        return [LOSS_OF_TASK.get(arguments.task, CHUNKED)]
-    if arguments.loss != AUTO:
-        return [arguments.loss]
-    why_not = why_no_label_logits(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
-    return [CHUNKED] if why_not else [CHUNKED, LOGITS]
-
-
-def _closest_settings(peak_of: Callable[[LisaConfig, int, str | None], int], lisa_config: LisaConfig) -> str:
-    """What would make room for a layer, in addition to what is given, from the smallest peak on."""
-    found = []
-    for optim, settings in _SMALLER:
-        try:
-            peak = peak_of(replace(lisa_config, **settings), 1, optim)
-        except UserError:  # they do not go with what is given
-            continue
-        flags = settings if optim is None else {"optim": optim, **settings}
-        found.append((peak, " ".join(f"--{name} {value}" for name, value in flags.items())))
-    return f"The closest: {'; '.join(f'{flags} takes {format_bytes(peak)}' for peak, flags in sorted(found))}."
-
-
-def make_plans(
-    config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig, ways: Sequence[str] = WAYS
-) -> list[Plan]:
-    """A plan under each DeepSpeed config, or under --deepspeed alone, from the fastest to the slowest."""
-    planner = None if lisa_config.lisa_activated_layers == AUTO_LAYERS else Planner(config, arguments, lisa_config)
-    refused: UserError | None = None
-    ways = [arguments.deepspeed] if arguments.deepspeed else list(ways)
-    if lisa_config.offloaded and not arguments.deepspeed:  # the flag says what is offloaded, whatever a config says
-        ways = [way for way in ways if not uses_optimizer_offload(read_ds_config(way))]
-    plans = []
-    for way in ways:
-        try:
-            prepare_ds_config(read_ds_config(way), lisa_config, arguments.optim, arguments.precision)
-            of_way = planner or Planner(config, arguments, with_most_layers(config, arguments, lisa_config, way))
-        except UserError as error:
-            refused = error  # 8-bit moments are not for DeepSpeed's host AdamW; not one layer fits
-            continue
-        plans.append(of_way.cheapest(way))
-    if not plans:
-        assert refused is not None
-        raise refused
-    return plans
-
-
 def command_for(plan: Plan, arguments: PlanArguments) -> str:
     """The command that starts the run of a plan; DATA stands for data that was not given."""
     flags: dict[str, Any] = {
@@ -366,27 +275,3 @@ def plot_plans(plans: Sequence[Plan], arguments: PlanArguments) -> None:
         figure.savefig(arguments.plot, dpi=120)
     except (OSError, ValueError) as error:
         raise UserError(f"--plot {arguments.plot}: cannot be written ({error}).") from error
-
-
-def _slowness(plan: Plan) -> tuple[int, int]:
-    """Stages 1 and 2 send the same; among them the one that recomputes less is faster. Then the order of WAYS."""
-    place = WAYS.index(plan.ds_config) if plan.ds_config in WAYS else len(WAYS)
-    return max(place, 1), plan.workload.checkpointed_layers
-
-
-def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
-    """The fastest plan that fits. Raises ValueError with the closest three, and what each lacks, when none does."""
-    fitting = [plan for plan in plans if not any(plan.lacks(arguments))]
-    if fitting:
-        return min(fitting, key=_slowness)
-    closest = sorted(plans, key=lambda plan: sum(plan.lacks(arguments)))[:3]
-    listed = "; ".join(
-        f"{plan.ds_config} lacks {format_bytes(plan.lacks(arguments)[0])} on a GPU and "
-        f"{format_bytes(plan.lacks(arguments)[1])} on the host"
-        for plan in closest
-    )
-    raise UserError(
-        f"--gpu_memory {arguments.gpu_memory} on {arguments.gpus} GPU(s): nothing fits. "
-        f"The closest: {listed}. More GPUs, a shorter --seq_length, --lisa_state_bits embed=8,head=8, or "
-        "--lisa_always_on rest (embed and head sampled as layers are; not with --lisa_unit module) need less."
-    )

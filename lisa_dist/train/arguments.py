@@ -22,6 +22,7 @@ from lisa_dist.distributed.watchdog import HANG_TIMEOUT
 from lisa_dist.errors import UserError
 from lisa_dist.flags import RunParser
 from lisa_dist.memory.known_models import HUB_IDS
+from lisa_dist.presets import PRESETS
 from lisa_dist.run_folder import hide_secrets
 from lisa_dist.tasks import OF_SFT, SFT, TASKS, check_rewards_given, check_task, task_of
 from lisa_dist.train.task_configs import CONFIGS, LisaSFTConfig
@@ -39,6 +40,16 @@ class RunArguments:
         metadata={
             "help": "lisa, full to train every parameter in every step, or lora to train adapters "
             "(--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules)."
+        },
+    )
+    lisa_preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings by one name: lora (as many layers as fit what a step of LoRA takes and a tenth, "
+            "lisa_adamw with small states), paper (2 layers, 20 steps, AdamW in 32 bits that starts afresh in each "
+            "period) or none. By default lora where none of --lisa_activated_layers, --optim, --lisa_state_bits, "
+            "--lisa_master, --lisa_offload, --lisa_unit and --gpu_memory is given and the DeepSpeed config does not "
+            "offload."
         },
     )
     task: str = field(
@@ -114,6 +125,8 @@ class RunArguments:
         check_rewards_given(self.task, self.reward_funcs)
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
+        if self.lisa_preset not in (None, *PRESETS):
+            raise UserError(f"--lisa_preset {self.lisa_preset}: unknown; choose one of {', '.join(PRESETS)}.")
         checkpointed = parse_checkpointed_layers(self.checkpointed_layers)
         if self.method != "lisa" and isinstance(checkpointed, int) and checkpointed > 0:
             raise UserError(
@@ -186,13 +199,13 @@ HELP = {
         "packing": "several examples in one sequence, which never see each other",
     },
     "LISA": {
-        "lisa_activated_layers": "decoder layers that train in a period (gamma), or auto",
+        "lisa_preset": "lora (by default, if nothing is said of memory), paper, none",
+        "lisa_activated_layers": "decoder layers that train in a period (gamma), auto, lora",
         "lisa_interval_steps": "optimizer steps in a period (K), or auto",
         "lisa_sampler": "uniform, reshuffle, window, weighted, balanced, adaptive, ...",
         "lisa_always_on": "of embed, head, rest; those left out are sampled like layers",
         "lisa_frozen": "of embed, head, rest: never trained",
         "lisa_state": "at a switch: reset, reset_all (as in the paper), keep",
-        "lisa_offload": "blocks whose optimizer states live on the host",
     },
     "Training": {
         "output_dir": "checkpoints, logs and the model",

@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, TrainingArguments
 
-from lisa_dist.config import AUTO_LAYERS, LisaConfig
+from lisa_dist.config import LisaConfig
+from lisa_dist.config_rules import PLANNED_LAYERS
 from lisa_dist.core.blocks import find_blocks, split_into_modules
 from lisa_dist.core.engine_config import prepare_ds_config
 from lisa_dist.core.meta_model import model_without_weights
@@ -68,7 +69,7 @@ def check_sampling(config: LisaConfig, model_config: PretrainedConfig, num_layer
     `max_steps` is 0 where it is not known. Modules of models that come with their own code, or see and hear too, are
     checked once they are loaded.
     """
-    if config.lisa_activated_layers != AUTO_LAYERS:
+    if config.lisa_activated_layers not in PLANNED_LAYERS:
         config.check_num_layers(num_layers)
     if max_steps > 0:
         check_probe_of_run(config, num_layers, max_steps)

@@ -127,8 +127,11 @@ def possible_losses(config: RunConfig, model_config: PretrainedConfig) -> str:
     return CHUNKED if given == AUTO and _why_not(LOGITS, config, model_config) is not None else given
 
 
-def plan_arguments(config: RunConfig, loss: str) -> PlanArguments | None:
-    """What is to be planned for a run that has a --max_length; None where nobody knows the memory that it may take."""
+def plan_arguments(config: RunConfig, loss: str, bounded: bool = True) -> PlanArguments | None:
+    """What is to be planned for a run that has a --max_length; None where nobody knows the memory that it may take.
+
+    Unless nothing is asked of that memory: not `bounded`.
+    """
     training, checkpointed = config.training, parse_checkpointed_layers(config.run.checkpointed_layers)
     longest = training.max_length
     assert longest  # checked by who calls it
@@ -136,7 +139,7 @@ def plan_arguments(config: RunConfig, loss: str) -> PlanArguments | None:
     budget = parse_budget(config.run.gpu_memory, is_kept_to=True) if is_lisa else None
     if budget is None and torch.cuda.is_available():
         budget = torch.cuda.get_device_properties(training.device).total_memory - RESERVED
-    if budget is None:
+    if budget is None and bounded:
         return None
     if not is_lisa or checkpointed is None:
         checkpointed = "all" if training.gradient_checkpointing else "none"
@@ -144,7 +147,7 @@ def plan_arguments(config: RunConfig, loss: str) -> PlanArguments | None:
     return PlanArguments(
         str(config.model.model_name_or_path),
         gpus=training.world_size,
-        gpu_memory=f"{budget}B",
+        gpu_memory=f"{budget or 1 << 60}B",
         reserve="0",
         seq_length=longest,
         micro_batch_size=training.per_device_train_batch_size,

@@ -71,7 +71,7 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
         packed=config.run.task == SFT and packs_documents(config.training),
         use_cpu=config.training.use_cpu,
     )
-    config = settle_layers(config, model_config_of(config), resume_from)
+    config, layers = settle_layers(config, model_config_of(config), resume_from)
     loss, why = choose_loss(config, model_config_of(config))
     data = load_examples(config, tokenizer)
     _check_data(config, data)
@@ -82,7 +82,7 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
             if trainer.is_world_process_zero():
                 record = record_of_run(config, words, trainer.model, data.lines, why)
                 write_run(output_dir, record, resumes=bool(resume_from))
-        trainer.accelerator.print(describe_run(config, f"{attention} ({reason})", template, why))
+        trainer.accelerator.print(describe_run(config, f"{attention} ({reason})", template, why, layers))
         lines = [line for text in data.lines for line in text.split("\n")]
         trainer.accelerator.print("\n  ".join(["data", *lines]))
         with naming_lost_files(output_dir):  # logs, and what trackers write: saves have errors of their own

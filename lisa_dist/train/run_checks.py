@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 from trl import SFTConfig
 
-from lisa_dist.config import AUTO_LAYERS
+from lisa_dist.config_rules import PLANNED_LAYERS
 from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.engine_config import check_eval_frozen_bits, prepare_ds_config
@@ -133,10 +133,10 @@ def _check_task(config: RunConfig) -> None:
         )
     if task == GRPO:  # whose micro-batches are answers, of lengths and in rows that nothing bounds beforehand
         for flag, value, not_taken in (
-            ("lisa_activated_layers", config.lisa.lisa_activated_layers, AUTO_LAYERS),
-            ("checkpointed_layers", parse_checkpointed_layers(config.run.checkpointed_layers), AUTO),
+            ("lisa_activated_layers", config.lisa.lisa_activated_layers, PLANNED_LAYERS),
+            ("checkpointed_layers", parse_checkpointed_layers(config.run.checkpointed_layers), (AUTO,)),
         ):
-            if value == not_taken:
+            if value in not_taken:
                 raise UserError(f"--{flag} {value} with --task {task}: no step of it can be planned; give a number.")
         if config.lisa.lisa_probe_steps:
             raise UserError(f"--lisa_probe_steps with --task {task}: its rows have no held-out loss; leave it out.")
@@ -155,7 +155,8 @@ def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
     if config.lisa.lisa_weights_file is not None:
         read_text("--lisa_weights_file", split_columns(config.lisa.lisa_weights_file)[0])
         num_active = config.lisa.lisa_activated_layers
-        load_layer_weights(config.lisa.lisa_weights_file, num_layers, 1 if num_active == AUTO_LAYERS else num_active)
+        num_active = 1 if num_active in PLANNED_LAYERS else num_active
+        load_layer_weights(config.lisa.lisa_weights_file, num_layers, num_active)
 
 
 def _known_model_config(config: RunConfig) -> PretrainedConfig:

@@ -9,20 +9,24 @@ from transformers import TrainingArguments
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, parse_checkpointed_layers
+from lisa_dist.presets import NONE
 from lisa_dist.tasks import SFT, TASKS
 from lisa_dist.text import format_table
+from lisa_dist.train.apply_preset import describe_preset
 from lisa_dist.train.arguments import ALL_LINEAR, ModelArguments, RunConfig
 from lisa_dist.train.checks import precision_of_arguments
 
 
-def describe_run(config: RunConfig, attention: str, template: str, loss: str) -> str:
-    """A table of how the run is run, with the flags that have no effect under its method."""
+def describe_run(config: RunConfig, attention: str, template: str, loss: str, layers: str = "") -> str:
+    """A table of how the run is run, with the flags that have no effect under its method; `layers`: why so many."""
     args, checkpointed = config.training, parse_checkpointed_layers(config.run.checkpointed_layers)
     batch = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
     optim = getattr(args.optim, "value", args.optim)
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     rows = [
         ("method", config.run.method),
+        *([("preset", describe_preset(config))] if config.run.lisa_preset not in (None, NONE) else []),
+        *([("layers", layers)] if layers else []),
         *([("task", f"{task}: {TASKS[task].what}")] if (task := config.run.task) != SFT else []),
         ("model from", str(config.model.model_name_or_path)),
         ("devices", describe_devices(args)),

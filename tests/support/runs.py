@@ -82,7 +82,8 @@ def on_two_ranks(flags: list[str], folder: Path, script: Path = TRAIN) -> str:
     meet = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     outputs = {str(rank): folder / f"{rank}.txt" for rank in range(2)}
     ranks = [Alone(flags, output, script, RANK=rank, LOCAL_RANK=rank, **meet) for rank, output in outputs.items()]
-    assert [rank.wait() for rank in ranks] == [0, 0], "".join(rank.said[-3000:] for rank in ranks)
+    codes = [rank.wait() for rank in ranks]
+    assert codes == [0, 0], "".join(f"{code}: {rank.said[-3000:]}" for code, rank in zip(codes, ranks, strict=True))
     return ranks[0].said
 
 
@@ -96,6 +97,7 @@ def flags_for(folder: Path, output_dir: Path, **changes) -> list[str]:
         "eval_strategy": "steps",
         "eval_steps": 5,
         "max_steps": 5,
+        "lisa_preset": "none",
         "lisa_interval_steps": 2,
         "lisa_debug": True,
         "per_device_train_batch_size": 2,

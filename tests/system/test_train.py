@@ -33,6 +33,7 @@ from runs import (
     save_tiny_run,
     start_deepspeed,
 )
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -115,6 +116,29 @@ def test_the_number_of_layers_is_planned_and_stays_on_a_resume(folder, tmp_path)
     assert status == 2
     assert "lisa-dist: --lisa_activated_layers auto: not one layer fits 1.0 MiB: with one " in said
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_a_run_of_which_nothing_is_said_has_the_memory_of_lora(folder, tmp_path, stage):
+    """On two ranks, in bf16; resumed in a period it ends with the same weights."""
+    changes = {"deepspeed": stage, "bf16": True, "max_steps": 5, "save_strategy": "steps", "save_steps": 3}
+    words = flags_for(folder, tmp_path / "out", **changes)
+    del words[(at := words.index("--lisa_preset")) : at + 2]
+    said = on_two_ranks(words, tmp_path)
+    small = "lisa_state_bits embed=factored,head=factored,layers=8, lisa_master bf16_sr"
+    assert f"lora: optim lisa_adamw, {small}" in said
+    assert (
+        layers := re.search(r"layers +lora: (\d) of 6, [\d.]+ \wiB planned; LoRA's step, rank 16, and a tenth", said)
+    )
+    assert f"2 steps with {layers[1]} layers, uniform" in said
+    whole = load_file(tmp_path / "out" / "model.safetensors")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-5")
+    said = on_two_ranks([*words, "--resume_from_checkpoint", "true"], tmp_path)
+    assert f"{layers[1]}, as the run had that goes on" in said
+    resumed = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
 @pytest.mark.usefixtures("cpu_ops")

@@ -30,6 +30,7 @@ GROUND = {
     "flag_tables",
     "flag_words",
     "flags",
+    "presets",
     "run_folder",
     "shapes",
     "tasks",

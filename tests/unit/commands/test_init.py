@@ -12,9 +12,9 @@ from lisa_dist import cli
 from lisa_dist.commands import plan as plan_command
 from lisa_dist.commands.init import main
 from lisa_dist.config import LisaConfig, UserError
-from lisa_dist.memory import planner as plan
 from lisa_dist.memory.known_models import HUB_IDS, load_model_config, shipped_model_configs
 from lisa_dist.memory.ladder import LADDER, Chosen, first_that_fits, with_more_layers
+from lisa_dist.memory.plans import make_plans
 from lisa_dist.train.arguments import parse_arguments
 from lisa_dist.train.recipe import InitArguments
 
@@ -98,7 +98,7 @@ def test_nothing_is_given_up_without_need(tmp_path):
     needs = {}
     for rung in LADDER:
         asked_so = InitArguments(**asked | ({} if rung.optim is None else {"optim": rung.optim}))
-        plans = plan.make_plans(config, asked_so, LisaConfig(**rung.settings))
+        plans = make_plans(config, asked_so, LisaConfig(**rung.settings))
         needs[rung.name] = min(one.gpu.peak for one in plans if one.ds_config.endswith("_offload") == rung.offloads)
     reached = set()
     for need in needs.values():
@@ -116,7 +116,7 @@ def test_layers_are_as_many_as_fit_without_checkpointing_more(tmp_path):
     config.save_pretrained(tmp_path)
     asked = {"model": str(tmp_path), "seq_length": 1024, "reserve": "0"}
     needs = {
-        layers: plan.make_plans(config, InitArguments(**asked), LisaConfig(lisa_activated_layers=layers), ["zero2"])[0]
+        layers: make_plans(config, InitArguments(**asked), LisaConfig(lisa_activated_layers=layers), ["zero2"])[0]
         for layers in (2, 5)
     }
     assert [one.workload.checkpointed_layers for one in needs.values()] == [0, 0]
@@ -138,12 +138,12 @@ def test_layers_are_no_more_than_the_host_has_room_for(tmp_path):
     common = {"model": str(tmp_path), "seq_length": 64, "reserve": "0", "gpu_memory": "1GiB"}
     way = ["zero2_offload"]
     needed = [
-        plan.make_plans(config, InitArguments(**common), LisaConfig(lisa_activated_layers=layers), way)[0].host_bytes
+        make_plans(config, InitArguments(**common), LisaConfig(lisa_activated_layers=layers), way)[0].host_bytes
         for layers in (2, 4, 8)
     ]
     assert needed[0] < needed[1] < needed[2]
     arguments = InitArguments(**common, host_memory=f"{needed[1]}B")
-    (begun,) = plan.make_plans(config, arguments, LisaConfig(), way)
+    (begun,) = make_plans(config, arguments, LisaConfig(), way)
     chosen = with_more_layers(config, Chosen(LADDER[-2], begun, arguments, LisaConfig()))
     assert chosen.lisa_config.lisa_activated_layers == 4
     assert not any(chosen.plan.lacks(arguments))
@@ -164,7 +164,7 @@ def test_no_rung_changes_what_is_given(tiny):
     common = {"model": tiny, "reserve": "0", "seq_length": 512, "checkpointed_layers": "all"}
     config = load_model_config(tiny)
     peaks = [
-        min(one.gpu.peak for one in plan.make_plans(config, InitArguments(**common), LisaConfig(**settings), ["zero2"]))
+        min(one.gpu.peak for one in make_plans(config, InitArguments(**common), LisaConfig(**settings), ["zero2"]))
         for settings in (given, given | {"lisa_always_on": "rest"})
     ]
     assert peaks[1] < peaks[0]

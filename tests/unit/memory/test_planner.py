@@ -31,13 +31,8 @@ from lisa_dist.memory.known_models import load_model_config, name_or_folder, shi
 from lisa_dist.memory.meter import StepMeter
 from lisa_dist.memory.periods import widest_periods
 from lisa_dist.memory.plan import PlanArguments
-from lisa_dist.memory.planner import (
-    Planner,
-    command_for,
-    make_plans,
-    what_fits,
-    with_most_layers,
-)
+from lisa_dist.memory.planner import Planner, command_for
+from lisa_dist.memory.plans import make_plans, what_fits, with_most_layers
 from lisa_dist.memory.stage_settings import StageSettings
 from lisa_dist.memory.trace import LOGITS, OWN, FakeRun, Trained, Workload
 from lisa_dist.memory.tracker import AllocationTracker
@@ -486,7 +481,7 @@ def test_as_many_layers_train_as_fit(tiny_config):
 
     def chosen(budget: int) -> int:
         arguments = PlanArguments(tiny_config, gpu_memory=f"{budget}B", reserve="0", loss="chunked")
-        return with_most_layers(config, arguments, asked, "zero2").lisa_activated_layers
+        return with_most_layers(config, arguments, asked, "zero2")[0].lisa_activated_layers
 
     assert [chosen(peak(layers)) for layers in (1, 3, 6)] == [1, 3, 6]
     assert chosen(peak(3) - 1) == 2
@@ -500,6 +495,43 @@ def test_as_many_layers_train_as_fit(tiny_config):
     assert any(one.startswith("--optim lisa_adamw --lisa_state_bits embed=factored,head=factored,") for one in closest)
     sizes = [parse_bytes("", one.rstrip(".").rpartition(" takes ")[2]) for one in closest]
     assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("checkpointed", ["none", "3", "auto"])
+def test_as_many_layers_train_as_fit_the_memory_of_lora(checkpointed):
+    """Of 8 layers; LoRA's step is one of as many checkpointed layers."""
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, vocab_size=2048, tie_word_embeddings=True)
+    small = {"lisa_state_bits": "embed=factored,head=factored,layers=8", "lisa_master": "bf16_sr"}
+    asked = {"seq_length": 64, "checkpointed_layers": checkpointed, "loss": "chunked", "reserve": "0"}
+    arguments = PlanArguments("model", optim="lisa_adamw", **asked)
+    count = {"none": 0, "3": 3, "auto": 8}[checkpointed]
+
+    def peak(layers: int, **settings) -> int:
+        of_all = replace(arguments, checkpointed_layers=str(count))
+        planner = Planner(config, of_all, lisa_dist.LisaConfig(lisa_activated_layers=layers, **settings))
+        return planner.plan("zero2", count, "chunked").gpu.peak
+
+    lora = PlanArguments("model", method="lora", lora_r=16, **asked | {"checkpointed_layers": "all"})
+    budget = 1.1 * Planner(config, lora, lisa_dist.LisaConfig()).plan("zero2", count, "chunked").gpu.peak
+    as_lora = lisa_dist.LisaConfig(lisa_activated_layers="lora", **small)
+    found, why = with_most_layers(config, arguments, as_lora, "zero2")
+    layers = found.lisa_activated_layers
+    assert 2 < layers < 8
+    assert peak(layers, **small) <= budget < peak(layers + 1, **small)
+    assert why.startswith(f"lora: {layers} of 8, ")
+    # With AdamW's states in 32 bits not one fits, and there are two.
+    plain = replace(arguments, optim="adamw_torch_fused")
+    found, why = with_most_layers(config, plain, lisa_dist.LisaConfig(lisa_activated_layers="lora"), "zero2")
+    assert found.lisa_activated_layers == 2
+    assert why.startswith("lora: 2 of 8, ")
+
+
+def test_a_model_of_one_layer_trains_it():
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    lisa_config = lisa_dist.LisaConfig(lisa_activated_layers="lora")
+    found, _ = with_most_layers(config, PlanArguments("model", seq_length=8), lisa_config, "zero2")
+    assert found.lisa_activated_layers == 1
 
 
 def test_cheaper_states_become_more_layers():

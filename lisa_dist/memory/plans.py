@@ -1,0 +1,174 @@
+"""As many layers as fit, the plans under every DeepSpeed config, and the fastest of them that fits."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+
+from lisa_dist.config import LisaConfig
+from lisa_dist.config_rules import LORA_LAYERS, PLANNED_LAYERS
+from lisa_dist.core.blocks import number_of_decoder_layers
+from lisa_dist.core.checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
+from lisa_dist.core.engine_config import prepare_ds_config
+from lisa_dist.core.label_logits import why_no_label_logits
+from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
+from lisa_dist.errors import UserError
+from lisa_dist.memory.plan import WAYS, Plan, PlanArguments
+from lisa_dist.memory.planner import LOSS_OF_TASK, Planner
+from lisa_dist.memory.trace import CHUNKED, LOGITS
+from lisa_dist.optim.build import LISA_ADAMW, TORCH_ADAMW
+from lisa_dist.presets import SMALL_STATES
+from lisa_dist.tasks import SFT
+from lisa_dist.text import format_bytes
+
+# What else would make room for a layer: settings, and the optimizer that they need, if it is a certain one.
+_SMALLER: tuple[tuple[str | None, dict[str, Any]], ...] = (
+    (LISA_ADAMW, SMALL_STATES),
+    (None, {"lisa_frozen_bits": 4}),
+    (None, {"lisa_always_on": "rest"}),
+)
+
+LORA_RANK = 16  # of the adapters whose memory --lisa_activated_layers lora keeps to
+FEWEST_LAYERS = 2  # that it has: the paper's
+
+
+def with_most_layers(
+    config: PretrainedConfig,
+    arguments: PlanArguments,
+    lisa_config: LisaConfig,
+    ds_config: str | dict,
+    on_cpu: bool = False,
+) -> tuple[LisaConfig, str]:
+    """The settings of a run with a number in the place of auto or lora, and why; as they are where they have one.
+
+    Layers come before checkpointing less: the number is planned with all layers checkpointed, where the run may choose,
+    and with the loss that needs less. auto raises UserError, with the closest three settings, where not one layer fits;
+    lora has two layers at least, those of the paper.
+    """
+    given = lisa_config.lisa_activated_layers
+    if given not in PLANNED_LAYERS:
+        return lisa_config, ""
+    num_layers = number_of_decoder_layers(config)
+    checkpointed = "all" if arguments.checkpointed_layers == AUTO else arguments.checkpointed_layers
+    asked = replace(arguments, checkpointed_layers=checkpointed)
+
+    losses = _losses(config, arguments)
+
+    def peak_of(settings: LisaConfig, layers: int, optim: str | None = None) -> int:
+        of_optim = replace(asked, optim=optim or arguments.optim)
+        planner = Planner(config, of_optim, replace(settings, lisa_activated_layers=layers), on_cpu)
+        peaks = {loss: planner.plan(ds_config, planner.given_count, loss).gpu.peak for loss in losses}
+        losses[:] = [min(losses, key=lambda loss: peaks[loss])]  # the one that needs less does so for any number
+        return peaks[losses[0]]
+
+    peak = functools.cache(lambda frozen: peak_of(lisa_config, num_layers - frozen))
+    if given == LORA_LAYERS:
+        peak(num_layers - 1)  # which settles the loss
+        budget = _memory_of_lora(config, asked, lisa_config, ds_config, losses[0], on_cpu)
+        bound = f"LoRA's step, rank {LORA_RANK}, and a tenth take {format_bytes(budget)}"
+    else:
+        budget = arguments.budget
+        bound = f"there are {format_bytes(budget)}"
+    frozen = fewest_layers(peak, num_layers - 1, budget)
+    if given == LORA_LAYERS:
+        frozen = min(frozen, max(0, num_layers - FEWEST_LAYERS))
+    elif peak(frozen) > budget:
+        raise UserError(
+            f"--lisa_activated_layers auto: not one layer fits {format_bytes(budget)}: with one "
+            f"{format_bytes(peak(frozen))} are planned. {_closest_settings(peak_of, lisa_config)}"
+        )
+    layers = num_layers - frozen
+    why = f"{given}: {layers} of {num_layers}, {format_bytes(peak(frozen))} planned; {bound}"
+    return replace(lisa_config, lisa_activated_layers=layers), why
+
+
+def _memory_of_lora(
+    config: PretrainedConfig,
+    asked: PlanArguments,
+    lisa_config: LisaConfig,
+    ds_config: str | dict,
+    loss: str,
+    on_cpu: bool,
+) -> int:
+    """Bytes of a step of LoRA with as many layers checkpointed, and a tenth of them more."""
+    given = parse_checkpointed_layers(asked.checkpointed_layers)
+    assert given is not None
+    assert given != AUTO
+    count = number_of_layers(given, number_of_decoder_layers(config))
+    lora = replace(asked, method="lora", lora_r=LORA_RANK, optim=TORCH_ADAMW[1], checkpointed_layers="all")
+    model_alone = LisaConfig(lisa_layers_attribute=lisa_config.lisa_layers_attribute)
+    return int(1.1 * Planner(config, lora, model_alone, on_cpu).plan(ds_config, count, loss).gpu.peak)
+
+
+def _losses(config: PretrainedConfig, arguments: PlanArguments) -> list[str]:
+    """How a step may compute its loss."""
+    if arguments.task != SFT:
+        return [LOSS_OF_TASK.get(arguments.task, CHUNKED)]
+    if arguments.loss != AUTO:
+        return [arguments.loss]
+    why_not = why_no_label_logits(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
+    return [CHUNKED] if why_not else [CHUNKED, LOGITS]
+
+
+def _closest_settings(peak_of: Callable[[LisaConfig, int, str | None], int], lisa_config: LisaConfig) -> str:
+    """What would make room for a layer, in addition to what is given, from the smallest peak on."""
+    found = []
+    for optim, settings in _SMALLER:
+        try:
+            peak = peak_of(replace(lisa_config, **settings), 1, optim)
+        except UserError:  # they do not go with what is given
+            continue
+        flags = settings if optim is None else {"optim": optim, **settings}
+        found.append((peak, " ".join(f"--{name} {value}" for name, value in flags.items())))
+    return f"The closest: {'; '.join(f'{flags} takes {format_bytes(peak)}' for peak, flags in sorted(found))}."
+
+
+def make_plans(
+    config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig, ways: Sequence[str] = WAYS
+) -> list[Plan]:
+    """A plan under each DeepSpeed config, or under --deepspeed alone, from the fastest to the slowest."""
+    is_planned = lisa_config.lisa_activated_layers in PLANNED_LAYERS
+    planner = None if is_planned else Planner(config, arguments, lisa_config)
+    refused: UserError | None = None
+    ways = [arguments.deepspeed] if arguments.deepspeed else list(ways)
+    if lisa_config.offloaded and not arguments.deepspeed:  # the flag says what is offloaded, whatever a config says
+        ways = [way for way in ways if not uses_optimizer_offload(read_ds_config(way))]
+    plans = []
+    for way in ways:
+        try:
+            prepare_ds_config(read_ds_config(way), lisa_config, arguments.optim, arguments.precision)
+            of_way = planner or Planner(config, arguments, with_most_layers(config, arguments, lisa_config, way)[0])
+        except UserError as error:
+            refused = error  # 8-bit moments are not for DeepSpeed's host AdamW; not one layer fits
+            continue
+        plans.append(of_way.cheapest(way))
+    if not plans:
+        assert refused is not None
+        raise refused
+    return plans
+
+
+def _slowness(plan: Plan) -> tuple[int, int]:
+    """Stages 1 and 2 send the same; among them the one that recomputes less is faster. Then the order of WAYS."""
+    place = WAYS.index(plan.ds_config) if plan.ds_config in WAYS else len(WAYS)
+    return max(place, 1), plan.workload.checkpointed_layers
+
+
+def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
+    """The fastest plan that fits. Raises ValueError with the closest three, and what each lacks, when none does."""
+    fitting = [plan for plan in plans if not any(plan.lacks(arguments))]
+    if fitting:
+        return min(fitting, key=_slowness)
+    closest = sorted(plans, key=lambda plan: sum(plan.lacks(arguments)))[:3]
+    listed = "; ".join(
+        f"{plan.ds_config} lacks {format_bytes(plan.lacks(arguments)[0])} on a GPU and "
+        f"{format_bytes(plan.lacks(arguments)[1])} on the host"
+        for plan in closest
+    )
+    raise UserError(
+        f"--gpu_memory {arguments.gpu_memory} on {arguments.gpus} GPU(s): nothing fits. "
+        f"The closest: {listed}. More GPUs, a shorter --seq_length, --lisa_state_bits embed=8,head=8, or "
+        "--lisa_always_on rest (embed and head sampled as layers are; not with --lisa_unit module) need less."
+    )

@@ -1,0 +1,116 @@
+"""`--lisa_preset`: what it sets where nothing else is given, and when a run has the one of LoRA's memory by itself."""
+
+from pathlib import Path
+
+import pytest
+from models import save_tiny_llama
+from runs import flags_for
+
+from lisa_dist.config import LisaConfig
+from lisa_dist.errors import UserError
+from lisa_dist.presets import PRESETS
+from lisa_dist.tasks import task_of
+from lisa_dist.train.apply_preset import apply_preset, describe_preset
+from lisa_dist.train.arguments import RunConfig, parse_arguments, run_parser
+
+SMALL = "embed=factored,head=factored,layers=8"
+# Layers, optimizer, moments, masters.
+LORA = ("lora", "lisa_adamw", SMALL, "fp32")
+OWN = (2, "adamw_torch_fused", "", "fp32")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("presets")
+    save_tiny_llama(folder / "model")
+    (folder / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n' * 16)
+    return folder
+
+
+def settled(folder: Path, more: list[str], **changes) -> RunConfig:
+    words = flags_for(folder, folder / "out", **changes)
+    del words[(at := words.index("--lisa_preset")) : at + 2]
+    words = [*words, *more]
+    return apply_preset(parse_arguments(words), run_parser(task_of(words)).given(words))
+
+
+def settings_of(config: RunConfig) -> tuple:
+    lisa = config.lisa
+    return (lisa.lisa_activated_layers, config.training.optim.value, lisa.lisa_state_bits, lisa.lisa_master)
+
+
+@pytest.mark.parametrize(
+    ("words", "preset", "settings"),
+    [
+        ("", "lora", LORA),
+        ("--bf16 true", "lora", (*LORA[:3], "bf16_sr")),
+        ("--deepspeed zero3 --lisa_state keep", "lora", LORA),
+        # Something is said of what the preset sets, or of memory.
+        ("--lisa_activated_layers 2", "none", OWN),
+        ("--lisa-activated-layers 3", "none", (3, *OWN[1:])),
+        ("--lisa_activated_layers=3", "none", (3, *OWN[1:])),
+        ("--optim adamw_torch", "none", (2, "adamw_torch", "", "fp32")),
+        ("--optim lisa_adamw --lisa_state_bits layers=8", "none", (2, "lisa_adamw", "layers=8", "fp32")),
+        ("--lisa_offload embed", "none", OWN),
+        ("--lisa_unit module --lisa_budget 5%", "none", OWN),
+        ("--gpu_memory 1GiB --checkpointed_layers auto", "none", OWN),
+        ("--deepspeed zero2_offload", "none", OWN),
+        ("--max_length -1", "none", OWN),
+        # One that is given.
+        ("--lisa_preset none", "none", OWN),
+        ("--lisa_preset paper", "paper", OWN),
+        ("--lisa_preset paper --optim adamw_torch", "paper", (2, "adamw_torch", "", "fp32")),
+        ("--lisa_preset lora --lisa_activated_layers 3", "lora", (3, *LORA[1:])),
+        ("--lisa_preset lora --lisa_state_bits layers=32", "lora", ("lora", "lisa_adamw", "layers=32", "fp32")),
+        ("--lisa_preset lora --optim lisa_adamw --bf16 true", "lora", (*LORA[:3], "bf16_sr")),
+        ("--lisa_preset lora --optim adamw_torch", "lora", ("lora", "adamw_torch", "", "fp32")),
+        ("--lisa_preset lora --bf16 true --deepspeed zero2_offload", "lora", ("lora", *OWN[1:])),
+        ("--lisa_preset lora --bf16 true --lisa_offload layers", "lora", ("lora", *OWN[1:])),
+    ],
+)
+def test_what_a_run_is_trained_with(folder, words, preset, settings):
+    config = settled(folder, words.split())
+    assert config.run.lisa_preset == preset
+    assert settings_of(config) == settings
+
+
+def test_a_recipe_s_values_are_given_too(folder, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("lisa_activated_layers: 3\nlisa_state: keep\n")
+    assert settings_of(settled(folder, ["--config", str(recipe)])) == (3, *OWN[1:])
+    recipe.write_text("lisa_preset: paper\nlisa_state: keep\n")
+    config = settled(folder, ["--config", str(recipe), "--lisa_sampler", "reshuffle"])
+    assert (config.lisa.lisa_state, config.lisa.lisa_sampler) == ("keep", "reshuffle")
+
+
+def test_the_paper_s_states_start_afresh(folder):
+    config = settled(folder, ["--lisa_preset", "paper"])
+    assert config.lisa == LisaConfig(lisa_state="reset_all", lisa_interval_steps=2, lisa_debug=True)
+    said = describe_preset(config)
+    assert said.startswith("paper: optim adamw_torch_fused, lisa_interval_steps 2, lisa_sampler uniform, ")
+    assert said.endswith("lisa_state reset_all")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_other_methods_have_none(folder, method):
+    config = settled(folder, ["--lisa_preset", "lora"], method=method)
+    assert settings_of(config) == OWN
+
+
+def test_answers_of_grpo_cannot_be_planned(folder, tmp_path):
+    (tmp_path / "rewards.py").write_text("def reward(completions, **columns):\n    return [0.0] * len(completions)\n")
+    words = ["--task", "grpo", "--reward_funcs", str(tmp_path / "rewards.py"), "--output_dir", str(tmp_path / "out")]
+    words += ["--dataset_name", str(folder / "rows.jsonl"), "--model_name_or_path", str(folder / "model")]
+    config = apply_preset(parse_arguments(words), run_parser("grpo").given(words))
+    assert config.run.lisa_preset == "none"
+    assert settings_of(config) == OWN
+
+
+def test_an_unknown_one_is_refused(folder):
+    with pytest.raises(UserError, match=r"^--lisa_preset best: unknown; choose one of lora, paper, none\.$"):
+        settled(folder, ["--lisa_preset", "best"])
+
+
+def test_every_preset_is_of_flags():
+    names = {name for settings in PRESETS.values() for name in settings}
+    assert names - {"optim"} <= set(LisaConfig.__dataclass_fields__)
