@@ -24,6 +24,7 @@ from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner
 from lisa_dist.memory.trace import CHUNKED
+from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 
 INTERVAL = 20  # K
 LISA, EMBED_AND_HEAD = {"lisa_activated_layers": 2}, {"lisa_activated_layers": 0}
@@ -234,6 +235,8 @@ def build(arguments: argparse.Namespace, arm: str, lr: float, seed: int):
     settings = dict(settings)
     dtype = settings.pop("dtype", torch.bfloat16 if arguments.gpu else torch.float32)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+    if dtype == torch.bfloat16 and not arguments.gpu and not cpu_multiplies_bf16():
+        multiply_in_fp32(model)
     common = {"lr": lr, "micro_batch_size": arguments.rows}
     if method == "lisa":
         common["optim"] = settings.pop("optim", "adamw_torch")
