@@ -191,7 +191,15 @@ def _fill_shards(
 
 
 def _rename(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole blocks under the names, and in the shapes, of the files on the hub."""
+    """Whole blocks under the names, and in the shapes, of the files on the hub.
+
+    Those of a model's conversions count that it was loaded by: under ZeRO-3 transformers keeps all that it knows, and
+    would undo one that was never done.
+    """
+    known: Any = model
+    conversions = getattr(known, "_weight_conversions", None)
+    if conversions is not None:
+        known._weight_conversions = [one for one in conversions if one.was_used()]
     renamed = revert_weight_conversion(model, tensors)
     return {name: value.contiguous() for name, value in renamed.items()}
 

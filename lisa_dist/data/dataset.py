@@ -126,11 +126,12 @@ class DataArguments:
 
 @dataclass
 class Data:
-    """Examples with the columns input_ids and labels, and lines for the header of the run."""
+    """Examples with the columns input_ids and labels, or rows for TRL, and lines for the header of the run."""
 
     train: Dataset
     held_out: Dataset | None
     lines: list[str]
+    has_images: bool = False
 
 
 def load_data(
@@ -209,6 +210,7 @@ def hold_out(parts: list[Dataset], arguments: DataArguments, seed: int) -> tuple
 def describe_examples(examples: Dataset) -> str:
     """The number of examples, and a checksum of a hundred of them, to compare ranks."""
     checksum = 0
+    examples = examples.remove_columns([name for name in ("images",) if name in examples.column_names])
     for index in range(0, len(examples), max(1, len(examples) // 100)):
         checksum = zlib.crc32(json.dumps(examples[index], sort_keys=True, default=str).encode(), checksum)
     return f"{len(examples)} examples with checksum {checksum:08x}"

@@ -9,65 +9,22 @@ import hashlib
 import json
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from lisa_dist.data.chat_template import PLAIN_TEMPLATE, as_taken, takes_parts
 from lisa_dist.data.formats import ExampleError, refuse_examples
 from lisa_dist.errors import UserError
-from lisa_dist.files import read_text
 
 IGNORED = -100  # the label of a token without loss, as everywhere in transformers
 LONG_EXAMPLES = ("auto", "truncate", "drop")
 _VERSION = 2  # increase it with any change of the encoding: older caches are then not used
 # The status of an encoded example; any other status is why the example is invalid.
 _WHOLE, _CUT, _NEXT_PART, _TOO_LONG, _NO_LABELS = "whole", "cut", "next part", "too long", "no labels"
-# A question, a line break, the answer and the end-of-text token.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}"
-    "{% elif message['role'] == 'system' %}{{ '\\n\\n' }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
-)
-
-
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> str:
-    """Set the template of `--chat_template_path`, or the plain one if there is none; returns a description of it.
-
-    Raises UserError if the path is neither a template nor a tokenizer with one.
-    """
-    if path is None:
-        if tokenizer.chat_template is not None:
-            return "the tokenizer's own"
-        if tokenizer.eos_token is None:
-            raise UserError("the tokenizer has no chat template and no end-of-text token: give --chat_template_path.")
-        adds_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
-        return "plain, as the model has none"
-    if Path(path).suffix in (".jinja", ".j2"):
-        tokenizer.chat_template = read_text("--chat_template_path", path)
-        return path
-    try:
-        other = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--chat_template_path {path}: is not a .jinja file, and no tokenizer of that name can be loaded "
-            f"({type(error).__name__})."
-        ) from error
-    if other.chat_template is None:
-        raise UserError(f"--chat_template_path {path}: that tokenizer has no chat template.")
-    unknown = sorted(set(other.get_added_vocab()) - set(tokenizer.get_vocab()))
-    missing = [token for token in unknown if token in str(other.chat_template)]
-    if missing:
-        raise UserError(
-            f"--chat_template_path {path}: its template uses the tokens {', '.join(missing)}, which the model does not "
-            "have."
-        )
-    tokenizer.chat_template = other.chat_template
-    return f"that of {path}"
 
 
 class Encoder:
@@ -81,6 +38,7 @@ class Encoder:
         self._tokenizer, self._assistant_only = tokenizer, assistant_only
         self._special = list(tokenizer.get_added_vocab())
         self._plain = str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE)
+        self._in_parts = not self._plain and takes_parts(tokenizer)
         self.marked_template = self._find_marked_template() if assistant_only and not self._plain else None
         if not tokenizer.is_fast:
             raise UserError(
@@ -150,7 +108,7 @@ class Encoder:
     def _encode_marked(self, turns: Sequence[dict[str, str]], template: str) -> tuple[list[int], list[int]]:
         settings: Any = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True}
         try:
-            encoded: Any = self._tokenizer.apply_chat_template(list(turns), **settings)
+            encoded: Any = self._tokenizer.apply_chat_template(as_taken(turns, self._in_parts), **settings)
         except TemplateError as error:
             raise ExampleError(f"the chat template refuses it: {error}") from error
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
@@ -182,7 +140,7 @@ class Encoder:
 
     def _apply(self, turns: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> str:
         text = self._tokenizer.apply_chat_template(
-            list(turns), tokenize=False, add_generation_prompt=add_generation_prompt
+            as_taken(turns, self._in_parts), tokenize=False, add_generation_prompt=add_generation_prompt
         )
         return cast(str, text)
 

@@ -113,9 +113,9 @@ _OPTIONAL = {
 }
 
 
-def describe_columns(format_name: str, columns: Iterable[str]) -> str:
-    """The columns that a format reads, and those that it ignores."""
-    read = (*FORMATS[format_name][0], *_OPTIONAL.get(format_name, ()))
+def describe_columns(format_name: str, columns: Iterable[str], more: Sequence[str] = ()) -> str:
+    """The columns that a format reads, `more` that are read beside them, and those that are ignored."""
+    read = (*FORMATS[format_name][0], *_OPTIONAL.get(format_name, ()), *more)
     ignored = [column for column in columns if column not in read]
     used = ", ".join(column for column in columns if column in read)
     return f"{format_name} ({used}" + (f"; ignored: {', '.join(ignored)})" if ignored else ")")

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from lisa_dist.data.formats import FORMATS, ExampleError, describe_columns, detect, refuse_examples, to_turns
+from lisa_dist.data.images import COLUMNS, images_of
 from lisa_dist.data.readers import SUFFIXES, read_file, suffix_of
 from lisa_dist.errors import UserError
 from lisa_dist.text import in_one_line
 
-_VERSION = 2  # increase it with any change of what an example becomes: older caches are then not used
+_VERSION = 3  # increase it with any change of what an example becomes: older caches are then not used
 _FEATURES = Features(
     {
         "turns": List({"role": Value("string"), "content": Value("string")}),
@@ -27,6 +28,7 @@ _FEATURES = Features(
         "problem": Value("string"),
     }
 )
+_WITH_IMAGES = Features({**_FEATURES, "images": List(Image())})
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,10 @@ class Source:
         return [names.get(column, column) for column in columns]
 
 
-def load_turns(source: Source, skip_invalid: bool, seed: int) -> tuple[Dataset, str]:
+def load_turns(source: Source, skip_invalid: bool, seed: int, with_images: bool = False) -> tuple[Dataset, str]:
     """The valid examples of a source, sampled, with the columns turns and origin; and a line that describes them.
 
+    `with_images`: they have a column images too, and those that have none, or no turns, are invalid.
     Raises UserError naming the file, the line and the rule: for a source that cannot be read, and for invalid examples
     unless `skip_invalid`.
     """
@@ -68,7 +71,7 @@ def load_turns(source: Source, skip_invalid: bool, seed: int) -> tuple[Dataset, 
         name, sample_size = split_sample_size(source)
         opened = open_source(source, name)
         convert: Any = _convert_table if isinstance(opened, Dataset) else _convert_files
-        examples, columns = convert(source, opened)
+        examples, columns = convert(source, opened, with_images)
     except OSError as error:  # of a path that cannot be looked at; what is in files has errors of its own
         raise UserError(f"{source.label}: cannot be read ({error.strerror or error}).") from error
     invalid = [index for index, problem in enumerate(examples["problem"]) if problem]
@@ -149,7 +152,16 @@ def open_source(source: Source, name: str) -> Dataset | list[Path]:
         raise UserError(f"{source.label}: {error}") from error
 
 
-def _convert_files(source: Source, files: list[Path]) -> tuple[Dataset, str]:
+def first_columns(source: Source) -> list[str]:
+    """The columns of a source's first example, by their names in its format."""
+    try:
+        opened = open_source(source, split_sample_size(source)[0])
+    except OSError as error:
+        raise UserError(f"{source.label}: cannot be read ({error.strerror or error}).") from error
+    return source.renamed(opened.column_names if isinstance(opened, Dataset) else _first_example(source, opened))
+
+
+def _convert_files(source: Source, files: list[Path], with_images: bool) -> tuple[Dataset, str]:
     first = _first_example(source, files)
     format_name = _choose_format(source, list(first))
     arguments = {
@@ -159,8 +171,10 @@ def _convert_files(source: Source, files: list[Path]) -> tuple[Dataset, str]:
         "label": source.label,
         "format_name": format_name,
         "columns": source.columns,
+        "with_images": with_images,
     }
-    return _generate(_turns_of_files, arguments), describe_columns(format_name, source.renamed(first))
+    columns = describe_columns(format_name, source.renamed(first), COLUMNS if with_images else ())
+    return _generate(_turns_of_files, arguments), columns
 
 
 def _first_example(source: Source, files: list[Path]) -> dict:
@@ -174,11 +188,12 @@ def _first_example(source: Source, files: list[Path]) -> dict:
     raise UserError(f"{source.label}: contains no example that can be read: {problem}.")
 
 
-def _convert_table(source: Source, table: Dataset) -> tuple[Dataset, str]:
+def _convert_table(source: Source, table: Dataset, with_images: bool) -> tuple[Dataset, str]:
     format_name = _choose_format(source, table.column_names)
-    arguments = {"version": _VERSION, "table": table, "format_name": format_name, "columns": source.columns}
-    columns = source.renamed(table.column_names)
-    return _generate(_turns_of_table, arguments), describe_columns(format_name, columns)
+    arguments: dict[str, Any] = {"version": _VERSION, "table": table, "format_name": format_name}
+    arguments |= {"columns": source.columns, "with_images": with_images}
+    columns = describe_columns(format_name, source.renamed(table.column_names), COLUMNS if with_images else ())
+    return _generate(_turns_of_table, arguments), columns
 
 
 def _choose_format(source: Source, columns: Sequence[str]) -> str:
@@ -199,39 +214,60 @@ def _choose_format(source: Source, columns: Sequence[str]) -> str:
 
 def _generate(function: Callable[..., Iterator[dict]], arguments: dict) -> Dataset:
     try:
-        return Dataset.from_generator(function, gen_kwargs=arguments, features=_FEATURES)
+        features = _WITH_IMAGES if arguments["with_images"] else _FEATURES
+        return Dataset.from_generator(function, gen_kwargs=arguments, features=features)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
 
 
-def _turns_of_files(version: int, files: list[tuple], label: str, format_name: str, columns: tuple) -> Iterator[dict]:
+def _turns_of_files(
+    version: int, files: list[tuple], label: str, format_name: str, columns: tuple, with_images: bool
+) -> Iterator[dict]:
     for path, *_ in files:
         for origin, example, problem in read_file(Path(path), label):
             if example is None:
-                yield {"turns": [], "origin": f"{path}, {origin}", "problem": problem}
+                entry: dict[str, Any] = {"turns": [], "origin": f"{path}, {origin}", "problem": problem}
+                yield entry | ({"images": []} if with_images else {})
             else:
-                yield _to_turns(f"{path}, {origin}", example, format_name, columns)
+                folder = Path(path).parent
+                yield _to_turns(f"{path}, {origin}", example, format_name, columns, with_images, folder)
 
 
-def _turns_of_table(version: int, table: Dataset, format_name: str, columns: tuple) -> Iterator[dict]:
+def _turns_of_table(
+    version: int, table: Dataset, format_name: str, columns: tuple, with_images: bool
+) -> Iterator[dict]:
     for number, example in enumerate(table, start=1):
-        yield _to_turns(f"row {number}", example, format_name, columns)
+        yield _to_turns(f"row {number}", example, format_name, columns, with_images, None)
 
 
-def _to_turns(origin: str, example: Mapping, format_name: str, columns: tuple) -> dict:
-    """An entry of the cache: the turns of an example, or none and its problem."""
-    turns, problem = [], ""
+def _to_turns(
+    origin: str, example: Mapping, format_name: str, columns: tuple, with_images: bool, folder: Path | None
+) -> dict:
+    """An entry of the cache: the turns of an example, and its images, or none and its problem."""
+    turns: list[dict[str, str]] = []
+    images: list[Any] = []
+    problem = ""
+    example = {**example, **{name: example.get(column) for name, column in columns}}
     try:
-        turns = to_turns({**example, **{name: example.get(column) for name, column in columns}}, format_name)
+        turns = to_turns(example, format_name)
+        if with_images:
+            images = _images_beside(turns, example, folder)
         for turn in turns:
             turn["content"].encode()
     except ExampleError as error:
-        problem = str(error)
+        turns, problem = [], str(error)
     except UnicodeEncodeError:
-        turns, problem = [], "has half of a character (a lone surrogate)"
-    return {"turns": turns, "origin": origin, "problem": problem}
+        turns, images, problem = [], [], "has half of a character (a lone surrogate)"
+    entry: dict[str, Any] = {"turns": turns, "origin": origin, "problem": problem}
+    return entry | ({"images": images} if with_images else {})
+
+
+def _images_beside(turns: list[dict[str, str]], example: Mapping, folder: Path | None) -> list[Any]:
+    if turns[0]["role"] == "text":
+        raise ExampleError("has images beside a text; give a question and an answer, or turns")
+    return images_of(example, folder)
 
 
 def _list_files(source: Source, path: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from lisa_dist.data.chat_template import as_taken, takes_parts
 from lisa_dist.errors import UserError
 
 HELP = "/reset begins anew, /exit or an end of input ends; all else is said to the model"
@@ -49,7 +50,8 @@ class Chat:
         if self._tokenizer.chat_template is None:
             encoded = self._tokenizer(text, return_tensors="pt")
         else:
-            prompt = self._tokenizer.apply_chat_template(self._turns, tokenize=False, add_generation_prompt=True)
+            turns = as_taken(self._turns, takes_parts(self._tokenizer))
+            prompt = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             encoded = self._tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         self._check_room(encoded["input_ids"].shape[1])
         sampling: dict[str, Any] = {"do_sample": False}

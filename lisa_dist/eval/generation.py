@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from lisa_dist.data.chat_template import as_taken, takes_parts
+
 TEMPERATURES = {
     "writing": 0.7,
     "roleplay": 0.7,
@@ -45,9 +47,10 @@ class AnswerWriter:
         return [[chat[1]["content"], chat[3]["content"]] for chat in chats]
 
     def _answer_turn(self, questions: Sequence[dict], chats: list[list[dict]], turn: int) -> list[str]:
-        prompts = []
+        prompts, parts = [], takes_parts(self._tokenizer)
         for chat in chats:
-            text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            turns = as_taken(chat, parts)
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             prompts.append(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         texts, batch = [""] * len(prompts), []
         for index, prompt in enumerate(prompts):

@@ -1,5 +1,6 @@
 """The header's part on the model: blocks, parameters, optimizer, memory."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ def describe_training(
         ("always trained", named(always_on) + (" (embed and head are one tied matrix)" if lisa.blocks.tied else "")),
         *([("sampled like layers", named(list(lisa.block_visit_counts)))] if lisa.block_visit_counts else []),
         ("never trained", named(never) + (f", of which {format_count(frozen)} were frozen before" if frozen else "")),
+        *([("outside", _describe_outside(lisa))] if "outside" in never else []),
         ("active at a time", f"{format_count(active)} ({100 * active / total:.1f}%)"),
         ("inactive", format_count(total - active)),
         ("period", f"{config.lisa_interval_steps} steps with {_describe_active(config)}, {config.lisa_sampler}"),
@@ -63,6 +65,16 @@ def describe_training(
         ("memory now", f"{format_bytes(lisa.live_bytes())} of tensors per rank, before the moments"),
     ]
     return "LISA\n" + format_table(rows)
+
+
+def _describe_outside(lisa: LisaController) -> str:
+    """What is not the language model's, such as a vision tower, by the names at which it parts from the layers'."""
+    layers, found = lisa.blocks.layers_path.split("."), {}
+    for name in lisa.blocks.outside.parameters:
+        parts = name.split(".")
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(parts, layers, strict=False)))
+        found[".".join(parts[: same + 1])] = True
+    return f"not of the language model, or frozen before: {', '.join(found)}"
 
 
 def _describe_layers(lisa: LisaController) -> str:

@@ -17,8 +17,9 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from trl import get_peft_config
 
 from lisa_dist.core.checkpointing import parse_checkpointed_layers
+from lisa_dist.data.chat_template import set_chat_template
 from lisa_dist.data.dataset import Data, describe_examples, load_data
-from lisa_dist.data.encoding import set_chat_template
+from lisa_dist.data.image_rows import have_images, load_image_data
 from lisa_dist.data.task_rows import load_task_data
 from lisa_dist.distributed.collectives import raise_shared, together
 from lisa_dist.distributed.health import check_same_everywhere
@@ -39,6 +40,7 @@ from lisa_dist.train.layer_norms import LayerNorms
 from lisa_dist.train.liger import FUSED_LOSS
 from lisa_dist.train.loss import choose_loss
 from lisa_dist.train.probe import check_probe_rows
+from lisa_dist.train.processor import Processing, load_processor
 from lisa_dist.train.quiet import without_bars_of_datasets
 from lisa_dist.train.record import record_of_run
 from lisa_dist.train.reward_functions import load_rewards
@@ -73,16 +75,17 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
     )
     config, layers = settle_layers(config, model_config_of(config), resume_from)
     loss, why = choose_loss(config, model_config_of(config))
-    data = load_examples(config, tokenizer)
+    processor, said = load_processor(config, model_config_of(config), tokenizer)
+    data = load_examples(config, processor)
     _check_data(config, data)
     config = _for_trl(config, attention)
     with one_run_in(output_dir):  # before the model is loaded, until it is saved
-        trainer = _load_model(config, tokenizer, data, loss)
+        trainer = _load_model(config, processor, data, loss)
         with together(output_dir):
             if trainer.is_world_process_zero():
                 record = record_of_run(config, words, trainer.model, data.lines, why)
                 write_run(output_dir, record, resumes=bool(resume_from))
-        trainer.accelerator.print(describe_run(config, f"{attention} ({reason})", template, why, layers))
+        trainer.accelerator.print(describe_run(config, f"{attention} ({reason})", template, why, layers, said))
         lines = [line for text in data.lines for line in text.split("\n")]
         trainer.accelerator.print("\n  ".join(["data", *lines]))
         with naming_lost_files(output_dir):  # logs, and what trackers write: saves have errors of their own
@@ -90,13 +93,13 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
             return _finish(trainer, output_dir)
 
 
-def _load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Data, loss: str) -> Any:
+def _load_model(config: RunConfig, processing: Processing, data: Data, loss: str) -> Any:
     """The trainer, which loads the model. Raises UserError for what the trainers of TRL and transformers refuse.
 
     So it does for weights of other sizes than their configuration's.
     """
     try:
-        return build_trainer(config, tokenizer, data, loss)
+        return build_trainer(config, processing, data, loss)
     except UserError:
         raise
     except (ValueError, ImportError) as error:  # of a package that a flag needs
@@ -165,12 +168,18 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """The examples of a run: of sft as tokens, which TRL takes as they are; all ranks call it, one of a host works."""
+def load_examples(config: RunConfig, processing: Processing) -> Data:
+    """The examples of a run: of sft as tokens, which TRL takes as they are; all ranks call it, one of a host works.
+
+    `processing` is the tokenizer, or a processor with it, for which rows with images stay rows.
+    """
     ranks, problem, training = PartialState(), None, config.training
+    tokenizer: Any = getattr(processing, "tokenizer", processing)
     with ranks.main_process_first(), ranks.local_main_process_first():  # the others find what was cached, as in TRL
         try:
-            if config.run.task == SFT:
+            if config.run.task == SFT and processing is not tokenizer and have_images(config.data):
+                data = load_image_data(config.data, training.seed)
+            elif config.run.task == SFT:
                 data = load_data(
                     config.data,
                     tokenizer,
@@ -187,7 +196,13 @@ def load_examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data
 
 
 def _check_data(config: RunConfig, data: Data) -> None:
+    if data.has_images and config.lisa.lisa_probe_steps:
+        raise UserError(
+            f"--lisa_probe_steps {config.lisa.lisa_probe_steps} with images: a probe measures rows that are tokens; "
+            "leave it out."
+        )
     is_tokens = config.run.task == SFT and not packs_documents(config.training)  # of others TRL makes the rows
+    is_tokens = is_tokens and not data.has_images
     if begins(config.training) and is_tokens:
         check_probe_rows(config.lisa, config.training, data.train, data.held_out)
     named = f"the content of --dataset_name {' '.join(config.data.dataset_name or [])}"
@@ -216,14 +231,14 @@ def _for_trl(config: RunConfig, attention: str) -> RunConfig:
     return config._replace(training=training)
 
 
-def build_trainer(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Data, loss: str) -> Any:
+def build_trainer(config: RunConfig, processing: Processing, data: Data, loss: str) -> Any:
     """The trainer of the task and the method, with the model loaded; `loss` of sft as `choose_loss` gives it."""
     arguments: dict[str, Any] = {
         "model": config.model.model_name_or_path,
         "args": config.training,
         "train_dataset": data.train,
         "eval_dataset": data.held_out,
-        "processing_class": tokenizer,
+        "processing_class": processing,
     }
     if config.run.task == SFT:
         arguments["loss"] = loss

@@ -17,8 +17,11 @@ from lisa_dist.train.arguments import ALL_LINEAR, ModelArguments, RunConfig
 from lisa_dist.train.checks import precision_of_arguments
 
 
-def describe_run(config: RunConfig, attention: str, template: str, loss: str, layers: str = "") -> str:
-    """A table of how the run is run, with the flags that have no effect under its method; `layers`: why so many."""
+def describe_run(config: RunConfig, attention: str, template: str, loss: str, layers: str, processor: str) -> str:
+    """A table of how the run is run, with the flags that have no effect under its method.
+
+    `layers` is why so many train, `processor` what images would go by; where they are empty nothing is said.
+    """
     args, checkpointed = config.training, parse_checkpointed_layers(config.run.checkpointed_layers)
     batch = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
     optim = getattr(args.optim, "value", args.optim)
@@ -34,6 +37,7 @@ def describe_run(config: RunConfig, attention: str, template: str, loss: str, la
         ("loss", loss),
         *([("compiled", f"each decoder layer, by {args.torch_compile_backend}")] if args.torch_compile else []),
         ("chat template", template),
+        *([("processor", processor)] if processor else []),
         *([("adapters", _describe_adapters(config.model))] if config.run.method == "lora" else []),
         ("optimizer", f"{optim}, learning rate {args.learning_rate}, weight decay {args.weight_decay}"),
         ("global batch size", str(batch)),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lisa_dist.data.chat_template import as_taken, takes_parts
 from lisa_dist.run_folder import ANSWERS_NAME
 from lisa_dist.train.monitoring import MonitoredMixin
 from lisa_dist.zero.stage3 import forget_module_order
@@ -41,11 +42,13 @@ class SampleCallback(TrainerCallback):
                     file.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}) + "\n")
 
     def _answer(self, prompt: str) -> str:
-        trainer, tokenizer = self._trainer, self._trainer.processing_class
+        trainer: Any = self._trainer
+        processing = trainer.processing_class
+        tokenizer = getattr(processing, "tokenizer", processing)  # of a processor
         inputs = {"text": prompt}
         if tokenizer.chat_template is not None:
-            turn = [{"role": "user", "content": prompt}]
-            inputs = {"text": tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)}
+            turns = as_taken([{"role": "user", "content": prompt}], takes_parts(tokenizer))
+            inputs = {"text": tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)}
         encoded = tokenizer(**inputs, return_tensors="pt", add_special_tokens=tokenizer.chat_template is None)
         model = trainer.model_wrapped.module
         training = model.training

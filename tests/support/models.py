@@ -6,9 +6,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     MixtralConfig,
     PreTrainedTokenizerFast,
 )
@@ -17,6 +23,11 @@ VOCABULARY = 128
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PARTS_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
@@ -67,6 +78,32 @@ def save_tiny_llama(folder: Path) -> None:
     model = tiny_llama()
     model.resize_token_embeddings(len(fast))
     model.save_pretrained(folder)
+
+
+def save_tiny_llava(folder: Path) -> None:
+    """A tiny Llama that sees, with a tower, a projector and a processor, whose template has contents as parts alone."""
+    save_tiny_llama(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>", "<image>"]})
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4}
+    text = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=len(tokenizer))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, image_size=32, patch_size=16, projection_dim=32)
+    torch.manual_seed(0)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=image)
+    ).save_pretrained(folder)
+    tokenizer.chat_template = None
+    LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=PARTS_TEMPLATE,
+    ).save_pretrained(folder)
 
 
 def tiny_gpt2(seed: int = 0, num_layers: int = 6, dropout: float = 0.0):

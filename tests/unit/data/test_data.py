@@ -8,8 +8,9 @@ import torch
 from models import save_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lisa_dist.data.chat_template import set_chat_template
 from lisa_dist.data.dataset import DataArguments, describe_examples, load_data
-from lisa_dist.data.encoding import IGNORED, set_chat_template
+from lisa_dist.data.encoding import IGNORED
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from datasets import Dataset
 from models import TEMPLATE, save_tiny_llama
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from lisa_dist.data.encoding import IGNORED, PLAIN_TEMPLATE, Encoder, encode_examples, set_chat_template
+from lisa_dist.data.chat_template import PLAIN_TEMPLATE, set_chat_template
+from lisa_dist.data.encoding import IGNORED, Encoder, encode_examples
 from lisa_dist.data.formats import ExampleError, to_turns
 
 CHATML = (

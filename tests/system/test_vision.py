@@ -1,0 +1,154 @@
+"""A model that sees, from the command line: its language model trains, on texts and on images; no tower does."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from cells import full
+from models import save_tiny_llava
+from PIL import Image
+from runs import flags_for, on_two_ranks, run_alone
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from lisa_dist.data.chat_template import takes_parts
+from lisa_dist.data.dataset import DataArguments
+from lisa_dist.data.image_rows import load_image_data
+from lisa_dist.errors import UserError
+
+SETTINGS = {"lisa_activated_layers": 1, "lisa_sampler": "reshuffle", "max_steps": 6, "save_strategy": "steps"}
+SETTINGS |= {"save_steps": 3, "eval_on_start": False, "max_length": 64}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, cpu_ops) -> Path:
+    folder = tmp_path_factory.mktemp("vision")
+    save_tiny_llava(folder / "model")
+    (folder / "rows.jsonl").write_text(
+        "\n".join(json.dumps({"question": f"{n} + 1?", "answer": str(n + 1)}) for n in range(64))
+    )
+    save_images(folder / "red", lambda n: (8 * n, 0, 0))
+    save_images(folder / "blue", lambda n: (0, 0, 255 - 8 * n))
+    return folder
+
+
+def save_images(folder: Path, colour) -> None:
+    """Thirty-two rows, and an image of one colour for each."""
+    folder.mkdir()
+    rows = []
+    for n in range(32):
+        Image.new("RGB", (40, 32), colour(n)).save(folder / f"{n}.png")
+        turns = [{"from": "human", "value": "<image>\nHow red?"}, {"from": "gpt", "value": str(n)}]
+        rows.append({"image": f"{n}.png", "conversations": turns})
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def losses_of(out: Path) -> list[float]:
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    ("rows", "stage"),
+    [("red/rows.jsonl", "zero2"), *(full(*cell) for cell in (("red/rows.jsonl", "zero3"), ("rows.jsonl", "zero3")))],
+)
+def test_the_layers_train_and_the_tower_stays_on_two_ranks(folder, tmp_path, rows, stage):
+    settings = SETTINGS | {"dataset_name": folder / rows, "deepspeed": stage}
+    said = on_two_ranks(flags_for(folder, tmp_path / "out", **settings), tmp_path)
+    assert "LlavaProcessor, saved with the model" in said
+    assert re.search(r"outside +not of the language model.*: model\.vision_tower, model\.multi_modal_projector\n", said)
+    periods = [json.loads(line) for line in (tmp_path / "out" / "lisa_log.jsonl").read_text().splitlines()]
+    layers = {layer for period in periods for layer in period["layers"]}
+    assert len(layers) == 3
+    start, after = (load_file(path / "model.safetensors") for path in (folder / "model", tmp_path / "out"))
+    for name, value in start.items():
+        layer = re.search(r"language_model\.(?:model\.)?layers\.(\d+)\.", name)
+        tower = "vision_tower" in name or "projector" in name
+        trains = not tower and (layer is None or int(layer[1]) in layers)
+        assert torch.equal(value, after[name]) != trains, name
+
+    resume = settings | {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-3"}  # in the middle of a period
+    on_two_ranks(flags_for(folder, tmp_path / "again", **resume), tmp_path)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in after.items())
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    inputs = processor(images=Image.open(folder / "red" / "1.png"), text="<user><image>How red?", return_tensors="pt")
+    assert model(**inputs).logits.isfinite().all()
+
+
+def test_what_the_images_show_is_trained_on(folder, tmp_path):
+    """The same questions and answers beside other images have other losses; with either loss they are the same ones."""
+    settings = SETTINGS | {"lisa_preset": "none", "eval_strategy": "no", "eval_rows": 0, "max_steps": 2}
+    found = {}
+    for name, rows, loss in (("red", "red", "logits"), ("blue", "blue", "logits"), ("chunked", "red", "chunked")):
+        changes = settings | {"dataset_name": folder / rows / "rows.jsonl", "loss": loss}
+        status, said = run_alone(flags_for(folder, tmp_path / name, **changes), tmp_path / "said.txt")
+        assert status == 0, said[-3000:]
+        assert "sharegpt (image, conversations), 32 examples" in said
+        assert "first example: images of 40 x 32 pixels\n    user: How red?\n    assistant: 0\n" in said
+        found[name] = losses_of(tmp_path / name)
+    assert found["red"] == pytest.approx(found["chunked"], abs=1e-4)
+    assert abs(found["red"][0] - found["blue"][0]) > 1e-4
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_other_methods_train_on_images_too(folder, tmp_path, method):
+    changes = SETTINGS | {"dataset_name": folder / "red" / "rows.jsonl", "method": method, "max_steps": 2}
+    status, said = run_alone(flags_for(folder, tmp_path / "out", **changes), tmp_path / "said.txt")
+    assert status == 0, said[-3000:]
+
+
+def test_a_template_of_parts_is_given_parts(folder, tmp_path):
+    """Which on texts alone would be a row without its question, and without its answer."""
+    tokenizer = AutoProcessor.from_pretrained(folder / "model").tokenizer
+    tokenizer.chat_template = AutoProcessor.from_pretrained(folder / "model").chat_template
+    assert takes_parts(tokenizer)
+    changes = SETTINGS | {"max_steps": 1, "sample_prompt": "1 + 1?"}
+    status, said = run_alone(flags_for(folder, tmp_path / "out", **changes), tmp_path / "said.txt")
+    assert status == 0, said[-3000:]
+    assert "    <user>0 + 1?<end><assistant>\n  > 1<end>\n" in said
+
+
+def test_all_turns_have_labels_where_that_is_asked(folder):
+    arguments = DataArguments(dataset_name=[str(folder / "red" / "rows.jsonl")], train_on_inputs=True, eval_rows=8)
+    data = load_image_data(arguments, seed=0)
+    assert data.has_images
+    assert set(data.train.column_names) == {"images", "messages"}
+    assert (len(data.train), len(data.held_out)) == (24, 8)
+    assert [turn["role"] for turn in data.train[0]["messages"]] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"image": "absent.png", "question": "?", "answer": "1"}, "has an image absent.png: no such file"),
+        ({"image": "rows.jsonl", "question": "?", "answer": "1"}, "has an image rows.jsonl: is no image that can be"),
+        ({"image": None, "question": "?", "answer": "1"}, "has no image"),
+        ({"images": [], "question": "?", "answer": "1"}, "has no image"),
+        ({"image": "a.png", "text": "?"}, "has images beside a text; give a question and an answer, or turns"),
+    ],
+)
+def test_rows_that_cannot_serve(tmp_path, row, problem):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=re.escape(f"rows.jsonl, line 1 {problem}")):
+        load_image_data(DataArguments(dataset_name=[str(tmp_path / "rows.jsonl")]), seed=0)
+
+
+def test_what_does_not_go_with_images_is_one_line(folder, tmp_path):
+    rows = {"dataset_name": folder / "red" / "rows.jsonl"}
+    for changes, problem in (
+        (
+            {"lisa_probe_steps": 1, "lisa_sampler": "balanced", "max_steps": 9},
+            "--lisa_probe_steps 1 with images: a probe measures",
+        ),
+        ({"packing": True}, "Packing is not supported for vision datasets."),
+    ):
+        flags = flags_for(folder, tmp_path / "out", **SETTINGS | rows | changes)
+        status, said = run_alone(flags, tmp_path / "said.txt")
+        assert status == 2, said[-3000:]
+        assert f"lisa-dist: {problem}" in said
+        assert "Traceback" not in said
