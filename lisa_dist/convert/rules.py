@@ -125,6 +125,14 @@ _FORMATS = {"alpaca": {}, "chat_template": {}, "sharegpt": {}, "completion": {"d
 _OF_DATASET = {"path", "data_files", "ds_type", "type", "name", "split", "field_messages", "field"}
 
 
+def _special_tokens(value: dict[str, str] | None, given: Given) -> Flags:
+    """Those that a run may name; of others the model's tokenizer has to know."""
+    found = value or {}
+    if set(found) - {"pad_token", "eos_token"}:
+        raise NoCounterpart("save them in the model's tokenizer, by save_pretrained")
+    return dict(found)
+
+
 def _axolotl_datasets(value: list[dict], given: Given) -> Flags:
     """Files, or names of the hub; what is said of one must hold for all."""
     names: list[str] = []
@@ -216,7 +224,7 @@ _AXOLOTL: dict[str, Rule] = {
     "pad_to_sequence_len": "(rows are padded to the longest of a batch)", "flash_attention": _AT_ONCE,
     "xformers_attention": _AT_ONCE, "sdp_attention": _AT_ONCE, "attn_implementation": _AT_ONCE,
     "gradient_checkpointing_kwargs": "(checkpointing is never reentrant)",
-    "special_tokens": "save them in the model's tokenizer, by save_pretrained",
+    "special_tokens": _special_tokens,
     "plugins": "what Liger's does is use_liger_kernel: true", "debug": "(--logging_steps 1 shows each step)",
     "gradient_checkpointing": lambda value, given: {"gradient_checkpointing": bool(value)},
     **{f"liger_{kernel}": _true("use_liger_kernel") for kernel in

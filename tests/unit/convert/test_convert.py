@@ -38,7 +38,7 @@ liger_rope: true
 flash_attention: true
 wandb_project: mine
 wandb_entity:
-special_tokens: {pad_token: x}
+special_tokens: {pad_token: x, eos_token: y}
 unheard_of: 3
 """
 FACTORY = """
@@ -127,6 +127,8 @@ def test_axolotl(files):
         "use_liger_kernel": True,
         "report_to": "wandb",
         "env": {"WANDB_PROJECT": "mine"},
+        "pad_token": "x",
+        "eos_token": "y",
         # What their defaults are.
         "method": "lisa",
         "gradient_checkpointing": False,
@@ -134,7 +136,7 @@ def test_axolotl(files):
         "save_total_limit": 4,
     }
     found = convert("a.yaml", None, known_flags())
-    assert found.remarks.keys() == {"special_tokens", "unheard_of"}
+    assert found.remarks.keys() == {"unheard_of"}
     assert found.gone.keys() == {"lisa_layers_attribute", "flash_attention"}
 
 
@@ -291,3 +293,10 @@ def test_the_recipe_is_written_and_the_remarks_are_on_the_screen(files, capsys):
     assert "unheard_of: 3: nothing here is like it" in said.err
     main("a.yaml")
     assert capsys.readouterr().out == (files / "recipe.yaml").read_text(encoding="utf-8")
+
+
+def test_other_special_tokens_are_for_the_tokenizer(tmp_path):
+    (tmp_path / "a.yaml").write_text("base_model: m\nspecial_tokens: {pad_token: x, bos_token: y}\n")
+    found = convert(str(tmp_path / "a.yaml"), None, known_flags())
+    assert "save them in the model's tokenizer" in found.remarks["special_tokens"]
+    assert "pad_token" not in found.flags
