@@ -10,6 +10,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.flags import FlagParser
 from lisa_dist.memory.known_models import load_model_config
 from lisa_dist.memory.ladder import first_that_fits, with_more_layers
+from lisa_dist.memory.trace import FakeRuns
 from lisa_dist.train.recipe import InitArguments, format_recipe
 
 USAGE = "lisa-dist init --model llama3.1-8b [--gpus N] [--gpu_memory 24GiB] [--any_flag value ...]"
@@ -55,9 +56,10 @@ def main(words: Sequence[str]) -> None:
         flags.check_words(words)
         arguments, lisa_config = flags.parse_args_into_dataclasses(words)
         config = load_model_config(arguments.model)
-        chosen = first_that_fits(config, arguments, lisa_config)
+        runs = FakeRuns(config)
+        chosen = first_that_fits(config, arguments, lisa_config, runs=runs)
         if not any(word.partition("=")[0].replace("-", "_") == "__lisa_activated_layers" for word in words):
-            chosen = with_more_layers(config, chosen)
+            chosen = with_more_layers(config, chosen, runs)
         text = format_recipe(chosen, words)
         if arguments.recipe is None:
             print(text, end="")

@@ -14,6 +14,7 @@ from lisa_dist.memory.ladder import first_that_fits
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import command_for, format_plans, plot_plans
 from lisa_dist.memory.plans import make_plans, what_fits
+from lisa_dist.memory.trace import FakeRuns
 from lisa_dist.text import format_bytes
 
 USAGE = "lisa-dist plan --model llama3.1-8b [--gpus N] [--gpu_memory 80GiB] [--any_flag value ...]"
@@ -68,7 +69,9 @@ def main(words: Sequence[str]) -> None:
         flags = parser()
         flags.check_words(words)
         arguments, lisa_config = flags.parse_args_into_dataclasses(words)
-        plans = make_plans(load_model_config(arguments.model), arguments, lisa_config)
+        config = load_model_config(arguments.model)
+        runs = FakeRuns(config)
+        plans = make_plans(config, arguments, lisa_config, runs=runs)
         print(format_plans(plans, arguments))
         if arguments.json:
             written = {"arguments": asdict(arguments), "plans": [plan.to_dict() for plan in plans]}
@@ -81,20 +84,20 @@ def main(words: Sequence[str]) -> None:
         try:
             best = what_fits(plans, arguments)
         except UserError:
-            _tell_what_would(arguments, lisa_config)
+            _tell_what_would(runs, arguments, lisa_config)
             raise
         if best.ds_config.endswith("_offload") and not arguments.deepspeed:
-            _tell_what_would(arguments, lisa_config)
+            _tell_what_would(runs, arguments, lisa_config)
         print(f"\n{command_for(best, arguments)}")
 
 
-def _tell_what_would(arguments: PlanArguments, lisa_config: LisaConfig) -> None:
+def _tell_what_would(runs: FakeRuns, arguments: PlanArguments, lisa_config: LisaConfig) -> None:
     """Print the first settings by which the GPU's memory is enough for states too, if there are any."""
     if arguments.method != "lisa":
         return
     asked = replace(arguments, deepspeed=None)
     try:
-        found = first_that_fits(load_model_config(arguments.model), asked, lisa_config, with_offload=False)
+        found = first_that_fits(runs.config, asked, lisa_config, with_offload=False, runs=runs)
     except UserError:  # none does
         return
     flags = ({} if found.rung.optim is None else {"optim": found.rung.optim}) | found.rung.settings

@@ -11,6 +11,7 @@ from lisa_dist.config_rules import AUTO_LAYERS
 from lisa_dist.errors import UserError
 from lisa_dist.memory.plan import WAYS, Plan, PlanArguments
 from lisa_dist.memory.plans import make_plans, what_fits, with_most_layers
+from lisa_dist.memory.trace import FakeRuns
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.presets import SMALL_STATES
 
@@ -55,39 +56,44 @@ class Chosen:
 
 
 def first_that_fits(
-    config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig, with_offload: bool = True
+    config: PretrainedConfig,
+    arguments: PlanArguments,
+    lisa_config: LisaConfig,
+    with_offload: bool = True,
+    runs: FakeRuns | None = None,
 ) -> Chosen:
     """The first rung of the ladder that fits; settings that were given stay as they are.
 
     Raises UserError, with what the last one lacks, where none does.
     """
-    problem = UserError("no way of running fits the settings")
+    problem, runs = UserError("no way of running fits the settings"), runs or FakeRuns(config)
     for rung, asked, tried in _possible(arguments, lisa_config):
         if rung.offloads and not with_offload:
             continue
         try:
             ways = [name for name in WAYS if name.endswith("_offload") == rung.offloads]
-            return Chosen(rung, what_fits(make_plans(config, asked, tried, ways), asked), asked, tried)
+            return Chosen(rung, what_fits(make_plans(config, asked, tried, ways, runs), asked), asked, tried)
         except UserError as error:
             problem = error
     raise problem
 
 
-def with_more_layers(config: PretrainedConfig, chosen: Chosen) -> Chosen:
+def with_more_layers(config: PretrainedConfig, chosen: Chosen, runs: FakeRuns | None = None) -> Chosen:
     """The same with as many layers at a time as fit without checkpointing more: they are what loss depends on most.
 
     As it is where modules are sampled, of which a budget says how many.
     """
     if chosen.lisa_config.by_module:
         return chosen
+    runs = runs or FakeRuns(config)
     count, way = str(chosen.plan.workload.checkpointed_layers), chosen.plan.ds_config
     auto = replace(chosen.lisa_config, lisa_activated_layers=AUTO_LAYERS)
-    most, _ = with_most_layers(config, replace(chosen.arguments, checkpointed_layers=count), auto, way)
+    most, _ = with_most_layers(config, replace(chosen.arguments, checkpointed_layers=count), auto, way, runs=runs)
     fits, above = chosen.lisa_config.lisa_activated_layers, most.lisa_activated_layers + 1
     tried = above - 1  # fits the GPU; states on the host may be too many
     while tried > fits:
         settings = replace(chosen.lisa_config, lisa_activated_layers=tried)
-        (plan,) = make_plans(config, chosen.arguments, settings, [way])
+        (plan,) = make_plans(config, chosen.arguments, settings, [way], runs)
         if any(plan.lacks(chosen.arguments)):
             above = tried
         else:

@@ -23,7 +23,7 @@ from lisa_dist.memory.known_models import name_or_folder
 from lisa_dist.memory.periods import widest_periods
 from lisa_dist.memory.plan import DTYPES, Plan, PlanArguments
 from lisa_dist.memory.stage_settings import StageSettings
-from lisa_dist.memory.trace import CHUNKED, LOGITS, RATIO, SCORE, FakeRun, Group, StepTrace, Trained, Workload
+from lisa_dist.memory.trace import CHUNKED, LOGITS, RATIO, SCORE, FakeRun, FakeRuns, Group, StepTrace, Trained, Workload
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.run_folder import PLANNED_PARTS, REFERENCE
 from lisa_dist.tasks import REWARD, SFT
@@ -35,13 +35,19 @@ LOSS_OF_TASK = {"orpo": RATIO, REWARD: SCORE}  # of the others TRL computes what
 class Planner:
     """Plans of one model and method; a step is traced once for each loss and number of checkpointed layers.
 
-    `on_cpu`: of ranks that have no GPU, where device and host are one.
+    `on_cpu`: of ranks that have no GPU, where device and host are one. The model's `runs` may be shared by planners.
     """
 
     def __init__(
-        self, config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig, on_cpu: bool = False
+        self,
+        config: PretrainedConfig,
+        arguments: PlanArguments,
+        lisa_config: LisaConfig,
+        on_cpu: bool = False,
+        runs: FakeRuns | None = None,
     ) -> None:
         self._config, self._arguments, self._lisa, self._on_cpu = config, arguments, lisa_config, on_cpu
+        self._runs = runs or FakeRuns(config)
         self._traces: dict[tuple[int, str, bool], tuple[FakeRun, list[tuple[list[Group], StepTrace]]]] = {}
         self.num_layers = number_of_decoder_layers(config)
         if arguments.method == "lisa":
@@ -171,7 +177,7 @@ class Planner:
                 by_module=self._lisa.by_module,
             )
             lora_rank = arguments.lora_r if arguments.method == "lora" else 0
-            run = FakeRun(self._config, workload, lora_rank, self._lisa.lisa_layers_attribute)
+            run = self._runs.of(workload, lora_rank, self._lisa.lisa_layers_attribute)
             config = self._lisa
             periods: Sequence[Trained | None] = [None]
             if arguments.method == "lisa":

@@ -17,7 +17,7 @@ from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.memory.plan import WAYS, Plan, PlanArguments
 from lisa_dist.memory.planner import LOSS_OF_TASK, Planner
-from lisa_dist.memory.trace import CHUNKED, LOGITS
+from lisa_dist.memory.trace import CHUNKED, LOGITS, FakeRuns
 from lisa_dist.optim.build import LISA_ADAMW, TORCH_ADAMW
 from lisa_dist.presets import SMALL_STATES
 from lisa_dist.tasks import SFT
@@ -40,6 +40,7 @@ def with_most_layers(
     lisa_config: LisaConfig,
     ds_config: str | dict,
     on_cpu: bool = False,
+    runs: FakeRuns | None = None,
 ) -> tuple[LisaConfig, str]:
     """The settings of a run with a number in the place of auto or lora, and why; as they are where they have one.
 
@@ -50,7 +51,7 @@ def with_most_layers(
     given = lisa_config.lisa_activated_layers
     if given not in PLANNED_LAYERS:
         return lisa_config, ""
-    num_layers = number_of_decoder_layers(config)
+    num_layers, runs = number_of_decoder_layers(config), runs or FakeRuns(config)
     checkpointed = "all" if arguments.checkpointed_layers == AUTO else arguments.checkpointed_layers
     asked = replace(arguments, checkpointed_layers=checkpointed)
 
@@ -58,7 +59,7 @@ def with_most_layers(
 
     def peak_of(settings: LisaConfig, layers: int, optim: str | None = None) -> int:
         of_optim = replace(asked, optim=optim or arguments.optim)
-        planner = Planner(config, of_optim, replace(settings, lisa_activated_layers=layers), on_cpu)
+        planner = Planner(config, of_optim, replace(settings, lisa_activated_layers=layers), on_cpu, runs)
         peaks = {loss: planner.plan(ds_config, planner.given_count, loss).gpu.peak for loss in losses}
         losses[:] = [min(losses, key=lambda loss: peaks[loss])]  # the one that needs less does so for any number
         return peaks[losses[0]]
@@ -66,7 +67,7 @@ def with_most_layers(
     peak = functools.cache(lambda frozen: peak_of(lisa_config, num_layers - frozen))
     if given == LORA_LAYERS:
         peak(num_layers - 1)  # which settles the loss
-        budget = _memory_of_lora(config, asked, lisa_config, ds_config, losses[0], on_cpu)
+        budget = _memory_of_lora(runs, asked, lisa_config, ds_config, losses[0], on_cpu)
         bound = f"LoRA's step, rank {LORA_RANK}, and a tenth take {format_bytes(budget)}"
     else:
         budget = arguments.budget
@@ -85,7 +86,7 @@ def with_most_layers(
 
 
 def _memory_of_lora(
-    config: PretrainedConfig,
+    runs: FakeRuns,
     asked: PlanArguments,
     lisa_config: LisaConfig,
     ds_config: str | dict,
@@ -96,10 +97,10 @@ def _memory_of_lora(
     given = parse_checkpointed_layers(asked.checkpointed_layers)
     assert given is not None
     assert given != AUTO
-    count = number_of_layers(given, number_of_decoder_layers(config))
+    count = number_of_layers(given, number_of_decoder_layers(runs.config))
     lora = replace(asked, method="lora", lora_r=LORA_RANK, optim=TORCH_ADAMW[1], checkpointed_layers="all")
     model_alone = LisaConfig(lisa_layers_attribute=lisa_config.lisa_layers_attribute)
-    return int(1.1 * Planner(config, lora, model_alone, on_cpu).plan(ds_config, count, loss).gpu.peak)
+    return int(1.1 * Planner(runs.config, lora, model_alone, on_cpu, runs).plan(ds_config, count, loss).gpu.peak)
 
 
 def _losses(config: PretrainedConfig, arguments: PlanArguments) -> list[str]:
@@ -126,11 +127,16 @@ def _closest_settings(peak_of: Callable[[LisaConfig, int, str | None], int], lis
 
 
 def make_plans(
-    config: PretrainedConfig, arguments: PlanArguments, lisa_config: LisaConfig, ways: Sequence[str] = WAYS
+    config: PretrainedConfig,
+    arguments: PlanArguments,
+    lisa_config: LisaConfig,
+    ways: Sequence[str] = WAYS,
+    runs: FakeRuns | None = None,
 ) -> list[Plan]:
     """A plan under each DeepSpeed config, or under --deepspeed alone, from the fastest to the slowest."""
+    runs = runs or FakeRuns(config)
     is_planned = lisa_config.lisa_activated_layers in PLANNED_LAYERS
-    planner = None if is_planned else Planner(config, arguments, lisa_config)
+    planner = None if is_planned else Planner(config, arguments, lisa_config, runs=runs)
     refused: UserError | None = None
     ways = [arguments.deepspeed] if arguments.deepspeed else list(ways)
     if lisa_config.offloaded and not arguments.deepspeed:  # the flag says what is offloaded, whatever a config says
@@ -139,7 +145,12 @@ def make_plans(
     for way in ways:
         try:
             prepare_ds_config(read_ds_config(way), lisa_config, arguments.optim, arguments.precision)
-            of_way = planner or Planner(config, arguments, with_most_layers(config, arguments, lisa_config, way)[0])
+            of_way = planner or Planner(
+                config,
+                arguments,
+                with_most_layers(config, arguments, lisa_config, way, runs=runs)[0],
+                runs=runs,
+            )
         except UserError as error:
             refused = error  # 8-bit moments are not for DeepSpeed's host AdamW; not one layer fits
             continue

@@ -187,6 +187,7 @@ class FakeRun:
         if workload.by_module:
             self.blocks = split_into_modules(self.model, self.blocks)
         checkpoint_layers(self.model, self.blocks, workload.checkpointed_layers)
+        self._traces: dict[tuple[frozenset[int], frozenset[int]], StepTrace] = {}
 
     def _with_label(self, mask: torch.Tensor) -> torch.Tensor:
         """Numbers of the positions with a label, of which the last of a row never is one."""
@@ -244,8 +245,16 @@ class FakeRun:
     def trace(self, groups: Sequence[Group]) -> StepTrace:
         """Run one forward and backward pass and count its allocations; gradients are dropped as they arrive.
 
-        Raises ValueError for a model that cannot be run on fake tensors.
+        Once for each set of parameters that train: how their states are held changes nothing of it. Raises ValueError
+        for a model that cannot be run on fake tensors.
         """
+        by_rows = frozenset(id(group.params[0]) for group in groups if group.by_rows)
+        key = frozenset(id(parameter) for group in groups for parameter in group.params), by_rows
+        if key not in self._traces:
+            self._traces[key] = self._trace(groups)
+        return self._traces[key]
+
+    def _trace(self, groups: Sequence[Group]) -> StepTrace:
         for parameter in self._run.parameters():
             parameter.requires_grad_(False)
         trained = [parameter for group in groups for parameter in group.params]
@@ -291,6 +300,24 @@ class FakeRun:
             hook.remove()
         peak_after, now = tracker.peak - model_bytes, tracker.now - model_bytes
         return StepTrace(after_forward["activations"], after_forward["logits"], tuple(arrivals), peak_after, now)
+
+
+class FakeRuns:
+    """Fake runs of one model, one for each workload, which plans of several settings share, and with them the traces.
+
+    They take a second each, and a trace of 32 layers takes another.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = config
+        self._runs: dict[tuple[Workload, int, str | None], FakeRun] = {}
+
+    def of(self, workload: Workload, lora_rank: int = 0, layers_attribute: str | None = None) -> FakeRun:
+        """That of a workload. Raises ValueError for a model that cannot be run."""
+        key = workload, lora_rank, layers_attribute
+        if key not in self._runs:
+            self._runs[key] = FakeRun(self.config, workload, lora_rank, layers_attribute)
+        return self._runs[key]
 
 
 def part_of(tensor: torch.Tensor, vocab_size: int) -> str:
