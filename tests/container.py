@@ -1,9 +1,9 @@
-"""The Dockerfile's steps without a daemon: run in a new root of Debian, which debootstrap makes; needs root and network.
+"""The Dockerfile's steps without a daemon, in a new root of Debian that debootstrap makes; as root, with a network.
 
     python tests/container.py FOLDER [--pip-config pip.conf]
 
-Instructions are read as they stand: ARG, ENV, COPY, RUN and WORKDIR are done in the root, and then the entry point is
-asked for its version, a plan, and a run of one step on a tiny model.
+Instructions are read as they stand: ARG, ENV, COPY of the last commit, RUN and WORKDIR are done in the root; then the
+entry point is asked what is installed, and for a run of one step on a tiny model.
 """
 
 import argparse
@@ -22,7 +22,8 @@ sys.path.insert(0, "/support")
 from models import save_tiny_llama
 from pathlib import Path
 save_tiny_llama(Path("model"))
-Path("rows.jsonl").write_text("\\n".join(json.dumps({"question": f"{n} + 1?", "answer": str(n + 1)}) for n in range(16)))
+rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(16)]
+Path("rows.jsonl").write_text("\\n".join(map(json.dumps, rows)))
 """
 
 
@@ -76,8 +77,7 @@ def main() -> None:
                 run(rest)
         shutil.copytree(ROOT / "tests" / "support", root / "support", dirs_exist_ok=True)
         (root / folder[1:] / "trial.py").write_text(TRIAL, encoding="utf-8")
-        run("lisa-dist --version")
-        run("lisa-dist plan --model smollm2-135m --gpu_memory 8GiB | tail -1")
+        run("lisa-dist --version && lisa-dist info")
         run("python trial.py")
         words = "--model_name_or_path model --dataset_name rows.jsonl --output_dir out --max_steps 1 --report_to none"
         run(f"lisa-dist train {words} --gpus 2")
