@@ -7,7 +7,6 @@ entry point is asked what is installed, and for a run of one step on a tiny mode
 """
 
 import argparse
-import os
 import re
 import shutil
 import subprocess
@@ -43,7 +42,8 @@ def main() -> None:
     root = arguments.folder.resolve()
     if not root.exists():
         subprocess.run(["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "stable", str(root)], check=True)
-    environment = {"PATH": os.defpath, "HOME": "/root", "PIP_BREAK_SYSTEM_PACKAGES": "1"}  # Debian's Python refuses pip
+    path = "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    environment = {"PATH": path, "HOME": "/root", "PIP_BREAK_SYSTEM_PACKAGES": "1"}  # Debian's Python refuses pip
     if arguments.pip_config:
         shutil.copy(arguments.pip_config, root / "etc" / "pip.conf")
     mounts = [Path("/proc"), Path("/dev"), *arguments.mount]
@@ -56,7 +56,7 @@ def main() -> None:
 
     def run(command: str) -> None:
         print(f"+ {command}", flush=True)
-        inside = ["chroot", str(root), "/bin/sh", "-ec", f"cd {folder}; {command}"]
+        inside = [str(shutil.which("chroot")), str(root), "/bin/sh", "-ec", f"cd {folder}; {command}"]
         subprocess.run(inside, env=environment, check=True)
 
     try:
