@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = "python3,python3-pip,python3-venv,python-is-python3,ca-certificates"
+PACKAGES = "python3,python3-dev,python3-pip,python3-venv,python-is-python3,ca-certificates"
 TRIAL = """
 import json, sys
 sys.path.insert(0, "/support")
