@@ -1,5 +1,6 @@
 """Settings that go together, by one name: `--lisa_preset`."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from lisa_dist.config_rules import LORA_LAYERS
@@ -21,3 +22,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     NONE: {},
 }
+# Flags that say what a run may take, besides those that `lora` sets.
+_OF_MEMORY = ("gpu_memory", "lisa_offload", "lisa_unit")
+
+
+def says_nothing_of_memory(given: Iterable[str]) -> bool:
+    """Whether none of the given flags stands against `lora`, which is then the preset by default."""
+    return not {*PRESETS[LORA], *_OF_MEMORY}.intersection(given)

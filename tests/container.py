@@ -47,10 +47,6 @@ def main() -> None:
     if arguments.pip_config:
         shutil.copy(arguments.pip_config, root / "etc" / "pip.conf")
     mounts = [Path("/proc"), Path("/dev"), *arguments.mount]
-    for place in mounts:
-        target = root / place.relative_to("/")
-        target.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["mount", "--rbind", str(place), str(target)], check=True)
     shutil.copy("/etc/resolv.conf", root / "etc" / "resolv.conf")
     folder = "/"
 
@@ -60,6 +56,11 @@ def main() -> None:
         subprocess.run(inside, env=environment, check=True)
 
     try:
+        for place in mounts:
+            target = root / place.relative_to("/")
+            target.mkdir(parents=True, exist_ok=True)
+            subprocess.run(["mount", "--rbind", str(place), str(target)], check=True)
+            subprocess.run(["mount", "--make-rslave", str(target)], check=True)  # what is unmounted here stays there
         for word, rest in instructions((ROOT / "Dockerfile").read_text(encoding="utf-8")):
             if word in ("ARG", "ENV"):
                 name, _, value = rest.partition("=")

@@ -12,6 +12,7 @@ from lisa_dist.config_rules import PLANNED_LAYERS
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.meta_model import model_without_weights
 from lisa_dist.errors import UserError
+from lisa_dist.presets import LORA, NONE, PRESETS, says_nothing_of_memory
 
 
 def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:
@@ -33,14 +34,19 @@ def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:
         ) from error
     blocks = find_blocks(model_without_weights(config), None)
     layers = [block.numel for block in blocks.layers]
-    given = flags.get("lisa_activated_layers", LisaConfig().lisa_activated_layers)
+    is_lisa = flags.get("method", "lisa") == "lisa"
+    preset = flags.get("lisa_preset") or (LORA if is_lisa and says_nothing_of_memory(flags) else NONE)
+    settings = {**PRESETS.get(preset, {}), **flags}
+    given = settings.get("lisa_activated_layers", LisaConfig().lisa_activated_layers)
     gamma = len(layers) if given in PLANNED_LAYERS else int(given)  # at most
     total = active = sum(block.numel for block in blocks)
-    if flags.get("method", "lisa") == "lisa":
+    if is_lisa:
         of_layers = min(gamma, len(layers)) * max(layers)
         if budget := str(flags.get("lisa_budget") or ""):
             of_layers = math.ceil(parse_share("--lisa_budget", budget) * sum(layers))
         active = total - sum(layers) + of_layers
     # In bf16 unless told otherwise where there are GPUs, as the run itself.
     in_bf16 = str(flags.get("bf16", torch.cuda.is_available())).lower() == "true"
-    return total * (2 if in_bf16 else 4), 12 * active
+    # A master and two moments, or moments in 8 bits and no master.
+    small = is_lisa and preset == LORA and "lisa_state_bits" not in flags
+    return total * (2 if in_bf16 else 4), (2 if small else 12) * active

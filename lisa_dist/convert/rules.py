@@ -127,7 +127,7 @@ _OF_DATASET = {"path", "data_files", "ds_type", "type", "name", "split", "field_
 
 def _special_tokens(value: dict[str, str] | None, given: Given) -> Flags:
     """Those that a run may name; of others the model's tokenizer has to know."""
-    found = value or {}
+    found = {name: token for name, token in (value or {}).items() if token is not None}
     if set(found) - {"pad_token", "eos_token"}:
         raise NoCounterpart("save them in the model's tokenizer, by save_pretrained")
     return dict(found)

@@ -1,16 +1,12 @@
-"""The chat template: the tokenizer's own, one that is given, or a plain one; and turns as a template takes them."""
+"""The chat template: the tokenizer's own, one that is given, or a plain one."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lisa_dist.errors import UserError
 from lisa_dist.files import read_text
 
-_WORD = "content-of-a-turn"
 # A question, a line break, the answer and the end-of-text token.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
@@ -53,25 +49,3 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> s
         )
     tokenizer.chat_template = other.chat_template
     return f"that of {path}"
-
-
-def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template has contents as lists of parts alone, as those of models that see do, and no texts."""
-    turn = {"role": "user", "content": _WORD}
-    return not _shows(tokenizer, turn) and _shows(tokenizer, _in_parts(turn))
-
-
-def as_taken(turns: Sequence[dict[str, Any]], parts: bool) -> list[dict[str, Any]]:
-    """The turns for `apply_chat_template`: contents as lists of parts where the template takes those."""
-    return [_in_parts(turn) if parts else turn for turn in turns]
-
-
-def _in_parts(turn: dict[str, Any]) -> dict[str, Any]:
-    return turn | {"content": [{"type": "text", "text": turn["content"]}]}
-
-
-def _shows(tokenizer: PreTrainedTokenizerBase, turn: dict[str, Any]) -> bool:
-    try:
-        return _WORD in str(tokenizer.apply_chat_template([turn], tokenize=False))
-    except (TemplateError, TypeError):  # one that refuses it, or adds what is no text
-        return False

@@ -16,13 +16,14 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from lisa_dist.data.chat_template import PLAIN_TEMPLATE, as_taken, takes_parts
+from lisa_dist.data.chat_template import PLAIN_TEMPLATE
 from lisa_dist.data.formats import ExampleError, refuse_examples
 from lisa_dist.errors import UserError
+from lisa_dist.turns import as_taken, takes_parts
 
 IGNORED = -100  # the label of a token without loss, as everywhere in transformers
 LONG_EXAMPLES = ("auto", "truncate", "drop")
-_VERSION = 2  # increase it with any change of the encoding: older caches are then not used
+_VERSION = 3  # increase it with any change of the encoding: older caches are then not used
 # The status of an encoded example; any other status is why the example is invalid.
 _WHOLE, _CUT, _NEXT_PART, _TOO_LONG, _NO_LABELS = "whole", "cut", "next part", "too long", "no labels"
 

@@ -61,7 +61,7 @@ def _for_trl(examples: Dataset, all_labels: bool) -> Dataset:
 
     def convert(turns: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
         found = [
-            {"role": _ROLES.get(turn["role"], turn["role"]), "content": _MARK.sub("", turn["content"])}
+            {"role": _ROLES.get(turn["role"], turn["role"]), "content": _without_marks(turn["content"])}
             for turn in turns
         ]
         last = max(place for place, turn in enumerate(found) if turn["role"] == "assistant")
@@ -69,6 +69,11 @@ def _for_trl(examples: Dataset, all_labels: bool) -> Dataset:
 
     converted = undecoded.map(convert, input_columns=["turns"], remove_columns=["turns"])
     return converted.cast_column("images", List(Image()))
+
+
+def _without_marks(text: str) -> str:
+    """The text without `<image>`, where a blank, or the line's end that was there, stays."""
+    return _MARK.sub(lambda found: "\n" if "\n" in found[0] else " ", text).strip()
 
 
 def _describe(row: Mapping[str, Any]) -> str:

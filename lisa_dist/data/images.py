@@ -35,6 +35,7 @@ def images_of(example: Mapping[str, Any], folder: Path | None) -> list[Any]:
 def _why_no_image(path: Path) -> str | None:
     import PIL.Image  # for rows with images alone
 
-    with contextlib.suppress(OSError), PIL.Image.open(path):  # which reads what kind of file it is
+    # Which reads what kind of file it is, and how large the image.
+    with contextlib.suppress(OSError, PIL.Image.DecompressionBombError), PIL.Image.open(path):
         return None
     return "is no image that can be read"

@@ -267,6 +267,10 @@ def _to_turns(
 def _images_beside(turns: list[dict[str, str]], example: Mapping, folder: Path | None) -> list[Any]:
     if turns[0]["role"] == "text":
         raise ExampleError("has images beside a text; give a question and an answer, or turns")
+    roles = [turn["role"] for turn in turns]
+    last = max((place for place, role in enumerate(roles) if role in ("assistant", "completion")), default=0)
+    if not {"user", "prompt"}.intersection(roles[:last]):
+        raise ExampleError("has images and no question before its last answer, where they would stand")
     return images_of(example, folder)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from lisa_dist.data.chat_template import as_taken, takes_parts
 from lisa_dist.errors import UserError
+from lisa_dist.turns import as_taken, takes_parts
 
 HELP = "/reset begins anew, /exit or an end of input ends; all else is said to the model"
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from lisa_dist.data.chat_template import as_taken, takes_parts
+from lisa_dist.turns import as_taken, takes_parts
 
 TEMPERATURES = {
     "writing": 0.7,

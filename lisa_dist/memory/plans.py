@@ -1,6 +1,7 @@
 """As many layers as fit, the plans under every DeepSpeed config, and the fastest of them that fits."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.engine_config import prepare_ds_config
 from lisa_dist.core.label_logits import why_no_label_logits
+from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.memory.plan import WAYS, Plan, PlanArguments
@@ -64,25 +66,41 @@ def with_most_layers(
         losses[:] = [min(losses, key=lambda loss: peaks[loss])]  # the one that needs less does so for any number
         return peaks[losses[0]]
 
-    peak = functools.cache(lambda frozen: peak_of(lisa_config, num_layers - frozen))
+    most = _most_layers(config, lisa_config, num_layers)
+    peak = functools.cache(lambda fewer: peak_of(lisa_config, most - fewer))
     if given == LORA_LAYERS:
-        peak(num_layers - 1)  # which settles the loss
+        peak(most - 1)  # which settles the loss
         budget = _memory_of_lora(runs, asked, lisa_config, ds_config, losses[0], on_cpu)
         bound = f"LoRA's step, rank {LORA_RANK}, and a tenth take {format_bytes(budget)}"
     else:
         budget = arguments.budget
         bound = f"there are {format_bytes(budget)}"
-    frozen = fewest_layers(peak, num_layers - 1, budget)
+    fewer = fewest_layers(peak, most - 1, budget)
     if given == LORA_LAYERS:
-        frozen = min(frozen, max(0, num_layers - FEWEST_LAYERS))
-    elif peak(frozen) > budget:
+        fewer = min(fewer, max(0, most - FEWEST_LAYERS))
+    elif peak(fewer) > budget:
         raise UserError(
             f"--lisa_activated_layers auto: not one layer fits {format_bytes(budget)}: with one "
-            f"{format_bytes(peak(frozen))} are planned. {_closest_settings(peak_of, lisa_config)}"
+            f"{format_bytes(peak(fewer))} are planned. {_closest_settings(peak_of, lisa_config)}"
         )
-    layers = num_layers - frozen
-    why = f"{given}: {layers} of {num_layers}, {format_bytes(peak(frozen))} planned; {bound}"
+    layers = most - fewer
+    why = f"{given}: {layers} of {num_layers}, {format_bytes(peak(fewer))} planned; {bound}"
     return replace(lisa_config, lisa_activated_layers=layers), why
+
+
+def _most_layers(config: PretrainedConfig, lisa_config: LisaConfig, num_layers: int) -> int:
+    """The most that a period can have: those of positive weight, and a sampled block's probability is one of theirs."""
+    most = num_layers
+    if lisa_config.lisa_weights_file is not None:
+        weights = load_layer_weights(lisa_config.lisa_weights_file, num_layers, num_active=1)
+        most = sum(weight > 0 for weight in weights)
+    tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
+    names = {"embed" if tied and name == "head" else name for name in lisa_config.sampled}
+    given = {"embed" if tied and name == "head" else name: p for name, p in lisa_config.block_probabilities.items()}
+    if by_default := names - given.keys():
+        left = max(0.0, 1 - sum(given.values()))
+        most = min(most, math.floor(left * num_layers / len(by_default) + 1e-9))
+    return max(1, most)
 
 
 def _memory_of_lora(

@@ -179,7 +179,8 @@ class FakeRun:
             if workload.loss == LOGITS:
                 score = TritonScores.apply if workload.triton else None
                 add_label_logits(self.model, select=self._with_label, score=score)
-            self._run = _with_adapters(self.model, lora_rank) if lora_rank else self.model
+            task_type = "SEQ_CLS" if workload.loss == SCORE else "CAUSAL_LM"
+            self._run = _with_adapters(self.model, lora_rank, task_type) if lora_rank else self.model
         with _report_model_errors(config), self._mode:
             self._run.to_empty(device="cpu")  # on the meta device attention would run another kernel
             self.model.tie_weights()
@@ -187,6 +188,7 @@ class FakeRun:
         if workload.by_module:
             self.blocks = split_into_modules(self.model, self.blocks)
         checkpoint_layers(self.model, self.blocks, workload.checkpointed_layers)
+        self._trainable = [parameter for parameter in self._run.parameters() if parameter.requires_grad]
         self._traces: dict[tuple[frozenset[int], frozenset[int]], StepTrace] = {}
 
     def _with_label(self, mask: torch.Tensor) -> torch.Tensor:
@@ -209,9 +211,8 @@ class FakeRun:
         """
         if trained is None:
             kinds: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}  # matrices and the rest
-            for parameter in self._run.parameters():
-                if parameter.requires_grad:
-                    kinds[parameter.ndim > 1].append(parameter)
+            for parameter in self._trainable:
+                kinds[parameter.ndim > 1].append(parameter)
             return [Group(tuple(params), default_state_bits(optim)) for params in kinds.values() if params]
         names = [(name, self.blocks.outer(name), True) for name in trained.always_on]
         names += [(name, self.blocks.outer(name), False) for name in trained.sampled]
@@ -288,6 +289,8 @@ class FakeRun:
             by_rows = looked_up([embedding for embedding in embeddings if embedding is not None])
             outside = _report_model_errors(self.model.config), without_zero3_init(), tiles, whole, held, by_rows
             with contextlib.ExitStack() as stack:
+                for hook in hooks:
+                    stack.callback(hook.remove)
                 for context in (*outside, tracker, no_mask):
                     stack.enter_context(context)
                 outputs = self._run(**inputs)
@@ -296,8 +299,6 @@ class FakeRun:
                     del outputs
                 after_forward = +tracker.bytes
                 loss.backward()
-        for hook in hooks:
-            hook.remove()
         peak_after, now = tracker.peak - model_bytes, tracker.now - model_bytes
         return StepTrace(after_forward["activations"], after_forward["logits"], tuple(arrivals), peak_after, now)
 
@@ -325,11 +326,11 @@ def part_of(tensor: torch.Tensor, vocab_size: int) -> str:
     return "logits" if tensor.ndim > 1 and tensor.shape[-1] == vocab_size else "activations"
 
 
-def _with_adapters(model: PreTrainedModel, rank: int) -> torch.nn.Module:
+def _with_adapters(model: PreTrainedModel, rank: int, task_type: str) -> torch.nn.Module:
     """The baseline: LoRA on every linear layer but the head, without dropout."""
     from peft import LoraConfig, get_peft_model
 
-    adapters = LoraConfig(r=rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    adapters = LoraConfig(r=rank, target_modules="all-linear", lora_dropout=0.0, task_type=task_type)
     with_adapters = get_peft_model(model, adapters, autocast_adapter_dtype=False)
     for parameter in with_adapters.parameters():  # on the meta device peft leaves adapters in fp32
         if parameter.requires_grad:

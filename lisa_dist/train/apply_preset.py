@@ -8,15 +8,13 @@ from typing import Any
 from transformers.training_args import OptimizerNames
 
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
+from lisa_dist.errors import UserError
 from lisa_dist.optim.build import LISA_ADAMW
-from lisa_dist.presets import LORA, NONE, PRESETS
+from lisa_dist.presets import LORA, NONE, PRESETS, says_nothing_of_memory
 from lisa_dist.tasks import GRPO
 from lisa_dist.train.arguments import RunConfig
 from lisa_dist.train.checks import precision_of_arguments
 from lisa_dist.train.training_flags import LisaOptimizerNames
-
-# Flags that say what a run may take, besides those that the preset sets.
-_OF_MEMORY = ("gpu_memory", "lisa_offload", "lisa_unit")
 
 
 def apply_preset(config: RunConfig, given: Collection[str]) -> RunConfig:
@@ -29,6 +27,13 @@ def apply_preset(config: RunConfig, given: Collection[str]) -> RunConfig:
     preset = config.run.lisa_preset or (LORA if _may_be_lora(config, given) else NONE)
     settings = {name: value for name, value in PRESETS[preset].items() if name not in given}
     if preset == LORA:
+        if config.lisa.by_module:  # of which --lisa_budget says how many train
+            settings.pop("lisa_activated_layers", None)
+        elif "lisa_activated_layers" in settings and not _can_be_planned(config):
+            raise UserError(
+                f"--lisa_preset {LORA}: it plans a step, by --max_length, and can plan none of --task {GRPO}; give "
+                "--lisa_activated_layers too, or another preset."
+            )
         _leave_out_what_cannot_be(settings, config)
     training: Any = copy.copy(config.training)
     if (optim := settings.pop("optim", None)) is not None:
@@ -46,9 +51,11 @@ def describe_preset(config: RunConfig) -> str:
 
 
 def _may_be_lora(config: RunConfig, given: Collection[str]) -> bool:
-    says = {*PRESETS[LORA], *_OF_MEMORY}.intersection(given)
-    can_be_planned = config.run.task != GRPO and bool(config.training.max_length)
-    return not says and can_be_planned and not _offloads(config)
+    return says_nothing_of_memory(given) and _can_be_planned(config) and not _offloads(config)
+
+
+def _can_be_planned(config: RunConfig) -> bool:
+    return config.run.task != GRPO and bool(config.training.max_length)
 
 
 def _leave_out_what_cannot_be(settings: dict[str, Any], config: RunConfig) -> None:

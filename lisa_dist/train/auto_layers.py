@@ -15,6 +15,7 @@ from lisa_dist.distributed.collectives import gather, raise_shared
 from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError
 from lisa_dist.memory.plans import FEWEST_LAYERS, with_most_layers
+from lisa_dist.memory.trace import PlanError
 from lisa_dist.run_folder import check_state
 from lisa_dist.train.arguments import RunConfig
 from lisa_dist.train.loss import plan_arguments, possible_losses
@@ -49,11 +50,13 @@ def settle_layers(
         saved = _saved_layers(folders)
         try:
             settled = _with_saved(config.lisa, saved) if saved is not None else _planned(config, model_config)
-        except UserError as error:
-            if config.lisa.lisa_activated_layers == LORA_LAYERS:  # as of a model that cannot be planned
+        except PlanError as error:  # the model's own code does not run on fake tensors
+            if config.lisa.lisa_activated_layers == LORA_LAYERS:
                 settled = _fewest(config.lisa, model_config, str(error))
             else:
                 problem = str(error)
+        except UserError as error:
+            problem = str(error)
     raise_shared(problem)
     run = config.run
     if parse_checkpointed_layers(run.checkpointed_layers) != AUTO:  # nothing else keeps to it

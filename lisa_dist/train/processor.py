@@ -1,19 +1,25 @@
-"""The processor of a model that sees or hears too: its tokenizer trains here, and it is saved with the model."""
+"""The processor of a vision-language model: rows with images go by it, and it is saved with the model."""
 
 from typing import Any, TypeAlias
 
 from transformers import AutoProcessor, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
+from lisa_dist.tasks import REWARD
 from lisa_dist.text import in_one_line
 from lisa_dist.train.arguments import RunConfig
 
 Processing: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
+_TOKENIZER_ALONE = ("orpo", REWARD)  # tasks whose trainers of TRL take no processor
 
 
 def load_processor(
     config: RunConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Processing, str]:
-    """The processor with this tokenizer, or the tokenizer of a model that has none; and what is to be said of it."""
+    """The processor with this tokenizer, or the tokenizer where there is none; and what is to be said of it.
+
+    The second is empty for a model of texts alone, and begins with "none" where one should be there. A tokenizer
+    without a chat template has the processor's then.
+    """
     if model_config.get_text_config() is model_config:
         return tokenizer, ""
     try:
@@ -25,8 +31,10 @@ def load_processor(
     except (OSError, ValueError, ImportError) as error:  # no files of one, or no package for its images
         return tokenizer, f"none, and the model is saved without one: {in_one_line(error)[:200]}"
     if not isinstance(processor, ProcessorMixin):
-        return tokenizer, ""
+        return tokenizer, "none, and the model is saved without one: there are no files of one beside it"
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = processor.chat_template
+    if config.run.task in _TOKENIZER_ALONE:
+        return tokenizer, f"none: TRL's trainer of {config.run.task} takes a tokenizer, which is saved with the model"
     vars(processor)["tokenizer"] = tokenizer
-    if getattr(config.training, "chat_template_path", None) or not processor.chat_template:
-        processor.chat_template = tokenizer.chat_template
     return processor, f"{type(processor).__name__}, saved with the model"

@@ -65,7 +65,10 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
     _join_ranks(config)
     check_resume(resume_from, output_dir, config.run.method)
     tokenizer = load_tokenizer(config)
-    template = set_chat_template(tokenizer, getattr(config.training, "chat_template_path", None))
+    processing, said = load_processor(config, model_config_of(config), tokenizer)
+    template = set_chat_template(tokenizer, path := getattr(config.training, "chat_template_path", None))
+    if path is not None or not processing.chat_template:
+        processing.chat_template = tokenizer.chat_template
     attention, reason = choose_attention(
         config.model.attn_implementation,
         half_precision=precision_of_arguments(config.training) != "fp32",
@@ -75,12 +78,11 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
     )
     config, layers = settle_layers(config, model_config_of(config), resume_from)
     loss, why = choose_loss(config, model_config_of(config))
-    processor, said = load_processor(config, model_config_of(config), tokenizer)
-    data = load_examples(config, processor)
+    data = load_examples(config, processing, said)
     _check_data(config, data)
     config = _for_trl(config, attention)
     with one_run_in(output_dir):  # before the model is loaded, until it is saved
-        trainer = _load_model(config, processor, data, loss)
+        trainer = _load_model(config, processing, data, loss)
         with together(output_dir):
             if trainer.is_world_process_zero():
                 record = record_of_run(config, words, trainer.model, data.lines, why)
@@ -168,16 +170,22 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_examples(config: RunConfig, processing: Processing) -> Data:
+def load_examples(config: RunConfig, processing: Processing, said: str = "") -> Data:
     """The examples of a run: of sft as tokens, which TRL takes as they are; all ranks call it, one of a host works.
 
-    `processing` is the tokenizer, or a processor with it, for which rows with images stay rows.
+    `processing` is the tokenizer, or a processor with it, for which rows with images stay rows; `said` is what
+    `load_processor` says of it.
     """
     ranks, problem, training = PartialState(), None, config.training
     tokenizer: Any = getattr(processing, "tokenizer", processing)
     with ranks.main_process_first(), ranks.local_main_process_first():  # the others find what was cached, as in TRL
         try:
-            if config.run.task == SFT and processing is not tokenizer and have_images(config.data):
+            if config.run.task == SFT and said and have_images(config.data):
+                if processing is tokenizer:
+                    raise UserError(
+                        f"--dataset_name {' '.join(config.data.dataset_name or [])}: its rows have images, and the "
+                        f"model's processor is {said}; save it beside the model, or leave the column out."
+                    )
                 data = load_image_data(config.data, training.seed)
             elif config.run.task == SFT:
                 data = load_data(

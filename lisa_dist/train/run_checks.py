@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 from trl import SFTConfig
 
-from lisa_dist.config_rules import PLANNED_LAYERS
+from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS
 from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.engine_config import check_eval_frozen_bits, prepare_ds_config
@@ -17,6 +17,7 @@ from lisa_dist.core.weight_store import check_store
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.files import check_folder, read_text
+from lisa_dist.memory.plans import FEWEST_LAYERS
 from lisa_dist.tasks import GRPO, KTO, REWARD, SFT, refuse_flags_of_sft
 from lisa_dist.text import in_one_line
 from lisa_dist.train.arguments import RunConfig
@@ -155,7 +156,8 @@ def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
     if config.lisa.lisa_weights_file is not None:
         read_text("--lisa_weights_file", split_columns(config.lisa.lisa_weights_file)[0])
         num_active = config.lisa.lisa_activated_layers
-        num_active = 1 if num_active in PLANNED_LAYERS else num_active
+        fewest = {LORA_LAYERS: min(FEWEST_LAYERS, num_layers), AUTO_LAYERS: 1}
+        num_active = fewest.get(num_active, num_active)
         load_layer_weights(config.lisa.lisa_weights_file, num_layers, num_active)
 
 

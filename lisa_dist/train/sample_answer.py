@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lisa_dist.data.chat_template import as_taken, takes_parts
 from lisa_dist.run_folder import ANSWERS_NAME
 from lisa_dist.train.monitoring import MonitoredMixin
+from lisa_dist.turns import as_taken, takes_parts
 from lisa_dist.zero.stage3 import forget_module_order
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ from runs import flags_for, on_two_ranks, run_alone
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lisa_dist.data.chat_template import takes_parts
 from lisa_dist.data.dataset import DataArguments
 from lisa_dist.data.image_rows import load_image_data
 from lisa_dist.errors import UserError
+from lisa_dist.turns import takes_parts
 
 SETTINGS = {"lisa_activated_layers": 1, "lisa_sampler": "reshuffle", "max_steps": 6, "save_strategy": "steps"}
 SETTINGS |= {"save_steps": 3, "eval_on_start": False, "max_length": 64}
@@ -128,6 +129,10 @@ def test_all_turns_have_labels_where_that_is_asked(folder):
         ({"image": "rows.jsonl", "question": "?", "answer": "1"}, "has an image rows.jsonl: is no image that can be"),
         ({"image": None, "question": "?", "answer": "1"}, "has no image"),
         ({"images": [], "question": "?", "answer": "1"}, "has no image"),
+        (
+            {"image": "a.png", "messages": [{"role": "assistant", "content": "1"}]},
+            "has images and no question before its last answer",
+        ),
         ({"image": "a.png", "text": "?"}, "has images beside a text; give a question and an answer, or turns"),
     ],
 )
@@ -152,3 +157,54 @@ def test_what_does_not_go_with_images_is_one_line(folder, tmp_path):
         assert status == 2, said[-3000:]
         assert f"lisa-dist: {problem}" in said
         assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("<image>\nHow red?", "How red?"),
+        ("How red?<image>", "How red?"),
+        ("Is the cat in <image> asleep?", "Is the cat in asleep?"),
+        ("One\n<image>\ntwo", "One\ntwo"),
+    ],
+)
+def test_a_mark_of_an_image_leaves_the_words_apart(tmp_path, text, left):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "question": text, "answer": "1"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    data = load_image_data(DataArguments(dataset_name=[str(tmp_path / "rows.jsonl")]), seed=0)
+    assert data.train[0]["prompt"] == [{"role": "user", "content": left}]
+
+
+def test_images_without_a_processor_are_refused(folder, tmp_path):
+    """And not left out in silence; texts train, and the header says that there is no processor."""
+    shutil.copytree(folder / "model", tmp_path / "model", ignore=shutil.ignore_patterns("processor_config.json"))
+    flags = flags_for(tmp_path, tmp_path / "out", **SETTINGS | {"dataset_name": folder / "red" / "rows.jsonl"})
+    status, said = run_alone(flags, tmp_path / "said.txt")
+    assert status == 2, said[-3000:]
+    assert re.search(r"lisa-dist: --dataset_name .*: its rows have images, and the model's processor is none", said)
+    texts = SETTINGS | {"dataset_name": folder / "rows.jsonl", "max_steps": 1}
+    status, said = run_alone(flags_for(tmp_path, tmp_path / "out", **texts), tmp_path / "said.txt")
+    assert status == 0, said[-3000:]
+    assert "processor          none, and the model is saved without one" in said
+
+
+def test_a_processor_s_own_template_is_the_tokenizer_s_too(folder, tmp_path):
+    """As older models have it, in a file of the processor's alone."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    template = (tmp_path / "model" / "chat_template.jinja").read_text()
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    (tmp_path / "model" / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    changes = SETTINGS | {"dataset_name": folder / "rows.jsonl", "max_steps": 1}
+    status, said = run_alone(flags_for(tmp_path, tmp_path / "out", **changes), tmp_path / "said.txt")
+    assert status == 0, said[-3000:]
+    assert "    <user>0 + 1?<end><assistant>\n  > 1<end>\n" in said
+
+
+@pytest.mark.parametrize("task", ["dpo", "orpo"])
+def test_other_tasks_train_its_texts(folder, tmp_path, task):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}\n' * 16)
+    changes = SETTINGS | {"dataset_name": tmp_path / "pairs.jsonl", "task": task, "max_steps": 1, "eval_rows": 0}
+    flags = flags_for(folder, tmp_path / "out", **changes | {"eval_strategy": "no"})
+    status, said = run_alone(flags, tmp_path / "said.txt")
+    assert status == 0, said[-3000:]

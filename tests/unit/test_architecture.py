@@ -35,6 +35,7 @@ GROUND = {
     "shapes",
     "tasks",
     "text",
+    "turns",
 }
 ENTRY_POINTS = {"__main__", "cli"}
 # These two run without a trainer: on the files of a run, on a model.

@@ -12,12 +12,15 @@ def test_weights_in_their_precision_and_twelve_bytes_for_each_active_element(tmp
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     total = model.num_parameters()
     layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
-    flags = {"model_name_or_path": str(tmp_path), "bf16": "false"}
+    flags = {"model_name_or_path": str(tmp_path), "bf16": "false", "lisa_preset": "none"}
     assert checkpoint_bytes(flags) == (4 * total, 12 * (total - 4 * layer))  # two of six layers
     assert checkpoint_bytes(flags | {"bf16": True}) == (2 * total, 12 * (total - 4 * layer))
     assert checkpoint_bytes(flags | {"lisa_activated_layers": "9"}) == (4 * total, 12 * total)
     assert checkpoint_bytes(flags | {"lisa_activated_layers": "auto"}) == (4 * total, 12 * total)  # at most
     assert checkpoint_bytes(flags | {"method": "full"}) == (4 * total, 12 * total)
+    del flags["lisa_preset"]
+    assert checkpoint_bytes(flags | {"optim": "adamw_torch"}) == (4 * total, 12 * (total - 4 * layer))
+    assert checkpoint_bytes(flags) == (4 * total, 2 * total)  # as many layers as fit LoRA's memory, in 8 bits
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner, command_for
 from lisa_dist.memory.plans import make_plans, what_fits, with_most_layers
 from lisa_dist.memory.stage_settings import StageSettings
-from lisa_dist.memory.trace import LOGITS, OWN, FakeRun, Trained, Workload
+from lisa_dist.memory.trace import LOGITS, OWN, FakeRun, FakeRuns, Trained, Workload
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.run_folder import PLANNED_PARTS
 from lisa_dist.text import parse_bytes
@@ -525,6 +525,19 @@ def test_as_many_layers_train_as_fit_the_memory_of_lora(checkpointed):
     found, why = with_most_layers(config, plain, lisa_dist.LisaConfig(lisa_activated_layers="lora"), "zero2")
     assert found.lisa_activated_layers == 2
     assert why.startswith("lora: 2 of 8, ")
+
+
+def test_all_parameters_are_planned_after_some_were_traced():
+    """Plans of several methods share a model's fake runs, and a trace says of each parameter whether it trains."""
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2)
+    runs = FakeRuns(config)
+
+    def peak(method: str, runs: FakeRuns | None) -> int:
+        arguments = PlanArguments("model", method=method, seq_length=8)
+        return Planner(config, arguments, lisa_dist.LisaConfig(), runs=runs).plan("zero2", 0, "chunked").gpu.peak
+
+    alone = {method: peak(method, None) for method in ("lisa", "full", "lora")}
+    assert {method: peak(method, runs) for method in ("lisa", "full", "lora")} == alone
 
 
 def test_a_model_of_one_layer_trains_it():

@@ -1,5 +1,6 @@
 """`--lisa_preset`: what it sets where nothing else is given, and when a run has the one of LoRA's memory by itself."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from lisa_dist.presets import PRESETS
 from lisa_dist.tasks import task_of
 from lisa_dist.train.apply_preset import apply_preset, describe_preset
 from lisa_dist.train.arguments import RunConfig, parse_arguments, run_parser
+from lisa_dist.train.auto_layers import settle_layers
+from lisa_dist.train.run_checks import check_config, model_config_of
 
 SMALL = "embed=factored,head=factored,layers=8"
 # Layers, optimizer, moments, masters.
@@ -65,6 +68,8 @@ def settings_of(config: RunConfig) -> tuple:
         ("--lisa_preset lora --optim lisa_adamw --bf16 true", "lora", (*LORA[:3], "bf16_sr")),
         ("--lisa_preset lora --optim adamw_torch", "lora", ("lora", "adamw_torch", "", "fp32")),
         ("--lisa_preset lora --bf16 true --deepspeed zero2_offload", "lora", ("lora", *OWN[1:])),
+        ("--lisa_preset lora --lisa_unit module --lisa_budget 5%", "lora", (2, *LORA[1:])),
+        ("--lisa_preset lora --max_length -1 --lisa_activated_layers 3", "lora", (3, *LORA[1:])),
         ("--lisa_preset lora --bf16 true --lisa_offload layers", "lora", ("lora", *OWN[1:])),
     ],
 )
@@ -109,6 +114,45 @@ def test_answers_of_grpo_cannot_be_planned(folder, tmp_path):
 def test_an_unknown_one_is_refused(folder):
     with pytest.raises(UserError, match=r"^--lisa_preset best: unknown; choose one of lora, paper, none\.$"):
         settled(folder, ["--lisa_preset", "best"])
+
+
+def test_what_cannot_be_planned_has_no_lora(folder):
+    with pytest.raises(UserError, match=r"^--lisa_preset lora: it plans a step, by --max_length"):
+        settled(folder, ["--lisa_preset", "lora", "--max_length", "-1"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "--packing true",
+        "--torch_compile true",
+        "--lisa_always_on rest",
+        "--lisa_always_on=",
+        "--lisa_always_on rest,head --lisa_frozen embed",
+        "--lisa_state keep",
+        "--lisa_sampler balanced --lisa_depth_bias 4",
+        "--lisa_sampler balanced --lisa_probe_steps 1 --max_steps 50",
+        "--lisa_interval_steps auto",
+        "--lisa_sampler weighted --lisa_weights_file WEIGHTS",
+        "--task orpo --dataset_name PAIRS",
+        "--task dpo --dataset_name PAIRS",
+        "--task reward --dataset_name PAIRS",
+        "--task kto --dataset_name PAIRS",
+    ],
+)
+def test_layers_are_planned_whatever_else_is_given(folder, tmp_path, words):
+    """From two on, and by a plan: none of these settings is what cannot be planned."""
+    (tmp_path / "weights.json").write_text("[0, 1, 1, 0, 1, 0]")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}\n' * 16)
+    paths = {"WEIGHTS": tmp_path / "weights.json", "PAIRS": tmp_path / "pairs.jsonl"}
+    words = [str(paths.get(word, word)) for word in words.split()]
+    config = settled(folder, words)
+    assert config.run.lisa_preset == "lora"
+    check_config(config)
+    found, why = settle_layers(config, model_config_of(config), None)
+    assert 2 <= found.lisa.lisa_activated_layers <= (3 if "weighted" in words else 6)
+    assert re.match(r"lora: \d of 6, [\d.]+ \wiB planned; LoRA's step, rank 16, and a tenth take ", why)
 
 
 def test_every_preset_is_of_flags():
