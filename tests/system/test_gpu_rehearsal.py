@@ -105,6 +105,7 @@ def test_a_trainer_on_two_gpus(tmp_path):
         "bf16": True,
         "max_steps": 8,
         "lisa_interval_steps": 2,
+        "lisa_preset": "none",
         "lisa_sampler": "balanced",
         "lisa_probe_steps": 1,
         "save_steps": 7,

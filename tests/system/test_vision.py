@@ -201,10 +201,9 @@ def test_a_processor_s_own_template_is_the_tokenizer_s_too(folder, tmp_path):
     assert "    <user>0 + 1?<end><assistant>\n  > 1<end>\n" in said
 
 
-@pytest.mark.parametrize("task", ["dpo", "orpo"])
-def test_other_tasks_train_its_texts(folder, tmp_path, task):
+def test_dpo_trains_its_texts(folder, tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}\n' * 16)
-    changes = SETTINGS | {"dataset_name": tmp_path / "pairs.jsonl", "task": task, "max_steps": 1, "eval_rows": 0}
+    changes = SETTINGS | {"dataset_name": tmp_path / "pairs.jsonl", "task": "dpo", "max_steps": 1, "eval_rows": 0}
     flags = flags_for(folder, tmp_path / "out", **changes | {"eval_strategy": "no"})
     status, said = run_alone(flags, tmp_path / "said.txt")
     assert status == 0, said[-3000:]
