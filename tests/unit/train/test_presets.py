@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from models import save_tiny_llama
-from runs import flags_for
+from runs import flags_for, save_tiny_run
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
@@ -24,10 +23,7 @@ OWN = (2, "adamw_torch_fused", "", "fp32")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("presets")
-    save_tiny_llama(folder / "model")
-    (folder / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n' * 16)
-    return folder
+    return save_tiny_run(tmp_path_factory.mktemp("presets"))
 
 
 def settled(folder: Path, more: list[str], **changes) -> RunConfig:
