@@ -44,6 +44,7 @@ setup(
         "pyarrow>=21,<27",
         "packaging>=23",  # its versions are years
         "jinja2>=3.1,<4",
+        "pillow>=10.1,<14",  # looks at the images of rows
         "pyyaml>=6,<7",
         "tqdm>=4.66,<5",
         "psutil>=5.9,<8",
