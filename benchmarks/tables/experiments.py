@@ -2,8 +2,9 @@
 
 import statistics
 
-from benchmarks.tables.parts import Rows, loss, table
-from benchmarks.tables.rows import runs_at_best, spread_of_seeds
+from benchmarks.tables.parts import Rows, TableError, loss, table
+from benchmarks.tables.rows import spread_of_seeds
+from benchmarks.tables.runs import runs_at_best
 
 # Idea, arm of quality.py, verdict.
 IDEAS = (
@@ -39,11 +40,18 @@ IDEAS = (
 )
 
 
-@table("experiments", "quality")
-def experiments(figures: dict) -> Rows:
-    """Mean held-out loss at the best rate of each."""
+@table("experiments", "quality", "quality_smollm2", "quality_smollm2_alpaca")
+def experiments(*tasks: dict) -> Rows:
+    """Mean held-out loss at the best rate of each, on every task that it was tried on."""
     rows = []
     for idea, arm, verdict in IDEAS:
-        losses = [run["held_out"] for run in runs_at_best(arm, figures["runs"])]
-        rows.append([idea, f"`{arm}`", loss(statistics.mean(losses)), spread_of_seeds(losses), verdict])
-    return [["idea", "arm", "held-out loss", "spread of seeds", "verdict"], *rows]
+        found = [runs_at_best(arm, figures["runs"]) for figures in tasks]
+        if not any(found):
+            raise TableError(f"no results have a run of {arm}")
+        rows.append([idea, f"`{arm}`", *map(_cell, found), verdict])
+    return [["idea", "arm", "stories260K, GSM8K", "SmolLM2, GSM8K", "SmolLM2, Alpaca", "verdict"], *rows]
+
+
+def _cell(runs: list[dict]) -> str:
+    losses = [run["held_out"] for run in runs]
+    return f"{loss(statistics.mean(losses))} ({spread_of_seeds(losses)})" if losses else "-"

@@ -88,18 +88,20 @@ def as_triton(is_triton: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gradient_at_once(is_liger: bool) -> Iterator[None]:
-    """Have the loss in chunks stand for Liger's: it too sums the gradient of the whole head in fp32, and rounds it."""
-    if not is_liger:
-        yield
-        return
+def head_gradient_of(is_liger: bool) -> Iterator[None]:
+    """Have the loss in chunks compute two slabs of the head's gradient, for all that come after allocate the same.
+
+    Where it stands for Liger's, all of it at once: Liger too sums the whole gradient in fp32, and rounds it.
+    """
     from lisa_dist.core.head_gradient import LogProbsInSlabs
 
-    words, LogProbsInSlabs.words = LogProbsInSlabs.words, None
+    ours = LogProbsInSlabs.words, LogProbsInSlabs.starts
+    LogProbsInSlabs.words = None if is_liger else LogProbsInSlabs.words
+    LogProbsInSlabs.starts = staticmethod(lambda count, words: range(0, count, words)[:2])
     try:
         yield
     finally:
-        LogProbsInSlabs.words = words
+        LogProbsInSlabs.words, LogProbsInSlabs.starts = ours[0], staticmethod(ours[1])
 
 
 class TritonScores(torch.autograd.Function):

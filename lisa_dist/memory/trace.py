@@ -28,7 +28,8 @@ from lisa_dist.core.groups import split_by_decay, takes_bits
 from lisa_dist.core.label_logits import add_label_logits
 from lisa_dist.core.meta_model import without_zero3_init
 from lisa_dist.errors import UserError
-from lisa_dist.memory.stand_ins import TritonScores, as_triton, gradient_at_once, looked_up, made_whole
+from lisa_dist.memory.repeats import Event, LayersDifferError, Stretch, skipping, stretches_of, unroll
+from lisa_dist.memory.stand_ins import TritonScores, as_triton, head_gradient_of, looked_up, made_whole
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.memory.without_liger import without_liger
 from lisa_dist.optim.build import default_state_bits
@@ -189,7 +190,13 @@ class FakeRun:
             self.blocks = split_into_modules(self.model, self.blocks)
         checkpoint_layers(self.model, self.blocks, workload.checkpointed_layers)
         self._trainable = [parameter for parameter in self._run.parameters() if parameter.requires_grad]
-        self._traces: dict[tuple[frozenset[int], frozenset[int]], StepTrace] = {}
+        self._traces: dict[tuple[int, frozenset[int], frozenset[int]], StepTrace] = {}
+
+    def checkpointing(self, layers: int) -> "FakeRun":
+        """The same model with so many layers checkpointed."""
+        other = copy.copy(self)
+        other.workload = replace(self.workload, checkpointed_layers=layers)
+        return other
 
     def _with_label(self, mask: torch.Tensor) -> torch.Tensor:
         """Numbers of the positions with a label, of which the last of a row never is one."""
@@ -250,24 +257,36 @@ class FakeRun:
         for a model that cannot be run on fake tensors.
         """
         by_rows = frozenset(id(group.params[0]) for group in groups if group.by_rows)
-        key = frozenset(id(parameter) for group in groups for parameter in group.params), by_rows
+        trained = frozenset(id(parameter) for group in groups for parameter in group.params)
+        key = self.workload.checkpointed_layers, trained, by_rows
         if key not in self._traces:
-            self._traces[key] = self._trace(groups)
+            checkpoint_layers(self.model, self.blocks, self.workload.checkpointed_layers)
+            layers = list(self.model.get_submodule(self.blocks.layers_path).children())
+            try:
+                self._traces[key] = self._trace(groups, layers, stretches_of(layers, trained))
+            except LayersDifferError:
+                self._traces[key] = self._trace(groups, layers, [])
         return self._traces[key]
 
-    def _trace(self, groups: Sequence[Group]) -> StepTrace:
+    def _trace(
+        self, groups: Sequence[Group], layers: Sequence[torch.nn.Module], stretches: Sequence[Stretch]
+    ) -> StepTrace:
         for parameter in self._run.parameters():
             parameter.requires_grad_(False)
         trained = [parameter for group in groups for parameter in group.params]
         for parameter in trained:
             parameter.requires_grad_(True)
         self._run.train()
-        arrivals: list[Arrival] = []
+        events: list[Event] = []
+
+        def mark(what: Any) -> None:
+            events.append(Event(what, tracker.peak - model_bytes, tracker.now - model_bytes))
+            tracker.begin_phase()
 
         def drop(parameter: torch.nn.Parameter) -> None:
-            arrivals.append(Arrival(parameter, tracker.peak - model_bytes, tracker.now - model_bytes))
+            mark(parameter)
             parameter.grad = None
-            tracker.begin_phase()
+            tracker.begin_phase()  # without it
 
         hooks = [parameter.register_post_accumulate_grad_hook(drop) for parameter in trained]
         tracker = AllocationTracker(lambda tensor: part_of(tensor, self.vocab_size))
@@ -283,7 +302,7 @@ class FakeRun:
             tracker.add([*self._run.parameters(), *self._run.buffers()], "model")
             model_bytes = tracker.now
             no_mask, tiles = _no_mask_without_padding(workload.padded), as_triton(workload.triton)
-            whole = gradient_at_once(workload.loss == LIGER)
+            whole = head_gradient_of(workload.loss == LIGER)
             held = made_whole(self.held_modules(trained))
             embeddings = [embedding_of(self._run, group.params[0]) for group in groups if group.by_rows]
             by_rows = looked_up([embedding for embedding in embeddings if embedding is not None])
@@ -291,7 +310,8 @@ class FakeRun:
             with contextlib.ExitStack() as stack:
                 for hook in hooks:
                     stack.callback(hook.remove)
-                for context in (*outside, tracker, no_mask):
+                skipped = skipping(layers, stretches, mark, lambda: tracker.bytes)
+                for context in (*outside, skipped, tracker, no_mask):
                     stack.enter_context(context)
                 outputs = self._run(**inputs)
                 loss = outputs.logits.sum() if workload.loss == SCORE else outputs.loss
@@ -299,8 +319,13 @@ class FakeRun:
                     del outputs
                 after_forward = +tracker.bytes
                 loss.backward()
-        peak_after, now = tracker.peak - model_bytes, tracker.now - model_bytes
-        return StepTrace(after_forward["activations"], after_forward["logits"], tuple(arrivals), peak_after, now)
+                mark(None)
+        for stretch in stretches:
+            after_forward.update({part: size * stretch.num_skipped for part, size in stretch.stays.items()})
+        *arrivals, end = _arrivals(unroll(events, layers))
+        return StepTrace(
+            after_forward["activations"], after_forward["logits"], tuple(arrivals), end.peak_before, end.now
+        )
 
 
 class FakeRuns:
@@ -315,10 +340,21 @@ class FakeRuns:
 
     def of(self, workload: Workload, lora_rank: int = 0, layers_attribute: str | None = None) -> FakeRun:
         """That of a workload. Raises ValueError for a model that cannot be run."""
-        key = workload, lora_rank, layers_attribute
+        key = replace(workload, checkpointed_layers=0), lora_rank, layers_attribute
         if key not in self._runs:
             self._runs[key] = FakeRun(self.config, workload, lora_rank, layers_attribute)
-        return self._runs[key]
+        return self._runs[key].checkpointing(workload.checkpointed_layers)
+
+
+def _arrivals(events: Sequence[Event]) -> list[Arrival]:
+    """The gradients that arrive, with the peak since the one before, and the end of the step as one more."""
+    arrivals, peak = [], 0
+    for number, event in enumerate(events):
+        peak = max(peak, event.peak_before)
+        if event.what is not None or number == len(events) - 1:
+            arrivals.append(Arrival(event.what, peak, event.now))
+            peak = 0
+    return arrivals
 
 
 def part_of(tensor: torch.Tensor, vocab_size: int) -> str:
