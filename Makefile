@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Quickstart and tests run on CPU ranks, one thread each, and need no hub.
 CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# glibc is to keep the memory of large tensors: given back and taken anew in every step, each page of it is a fault.
+CPU += MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184
 
 .PHONY: quickstart test test-all test-plugins golden mutants docs flags checks bench bench-gpu clean
 
