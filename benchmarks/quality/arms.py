@@ -229,8 +229,8 @@ def low_rank_optimizer(method: str, model: torch.nn.Module, settings: dict, lr: 
     return APOLLOAdamW(groups, lr=lr, weight_decay=0.0)
 
 
-def build(arguments: argparse.Namespace, arm: str, lr: float, seed: int):
-    """An engine of an arm, and LISA's controller if it has one."""
+def build(arguments: argparse.Namespace, arm: str, lr: float, seed: int, interval: int | None = None):
+    """An engine of an arm, and LISA's controller if it has one; with periods of `interval` steps, if given."""
     method, settings, _ = ARMS[arm]
     settings = dict(settings)
     dtype = settings.pop("dtype", torch.bfloat16 if arguments.gpu else torch.float32)
@@ -242,6 +242,8 @@ def build(arguments: argparse.Namespace, arm: str, lr: float, seed: int):
         common["optim"] = settings.pop("optim", "adamw_torch")
         settings = {"lisa_interval_steps": INTERVAL} | settings
         other = settings.pop("memory_of", "lisa")
+        if interval is not None:
+            settings["lisa_interval_steps"] = interval
         if settings.get("lisa_budget") == AUTO_LAYERS:
             settings["lisa_budget"] = str(LISA["lisa_activated_layers"] / model.config.num_hidden_layers)
         if settings.get("lisa_activated_layers") == AUTO_LAYERS:

@@ -14,8 +14,8 @@ python -m benchmarks.quality.quality --gpu --model Qwen/Qwen2.5-3B --dataset gsm
     --arms full "lora r16" "lisa 2" "lisa 8" "lisa 2, factored" "lisa in lora's memory" \\
     --middle "lora r16=2e-4" "lisa 2=4e-5" "lisa 8=2e-5" "lisa 2, factored=4e-5" "lisa in lora's memory=2e-5"
 
-With --same_time_as, an earlier file of results, every arm takes as many steps as fit in the time that full training
-takes for its --steps, by the CPU seconds of a step in that file (on a GPU: seconds).
+With --same_time_as, results of pareto.py, every arm takes as many steps as fit in the time that full training takes for
+its --steps, by the CPU seconds of a step in that file.
 """
 
 import argparse
@@ -169,15 +169,11 @@ def steps_of(arm: str, arguments: argparse.Namespace) -> int:
     """The steps of an arm: --steps, or with --same_time_as those that take as long as --steps of full training."""
     if arguments.same_time_as is None:
         return arguments.steps
-    runs = json.loads(arguments.same_time_as.read_text())["figures"]["runs"]
-
-    def seconds(of: str) -> float:
-        found = [run["cpu_seconds_per_step"] for key, run in runs.items() if key.rsplit(", ", 2)[0] == of]
-        if not found:
-            sys.exit(f"--same_time_as {arguments.same_time_as}: has no run of {of}.")
-        return statistics.median(found)
-
-    return round(arguments.steps * seconds("full") / seconds(arm))
+    arms = json.loads(arguments.same_time_as.read_text(encoding="utf-8"))["figures"]["arms"]
+    missing = [name for name in ("full", arm) if name not in arms]
+    if missing:
+        sys.exit(f"--same_time_as {arguments.same_time_as}: has no {', '.join(missing)}.")
+    return round(arguments.steps * arms["full"]["seconds"] / arms[arm]["seconds"])
 
 
 def settings_of(arguments: argparse.Namespace) -> dict:
@@ -240,7 +236,7 @@ def main() -> None:
     parser.add_argument("--num_rates", type=positive, default=3)
     parser.add_argument("--more_rates", type=int, default=2, help="that an arm may try where its best is at an end")
     parser.add_argument("--seeds", type=positive, default=3)
-    parser.add_argument("--same_time_as", type=Path, help="a file of results of this script, for its seconds of a step")
+    parser.add_argument("--same_time_as", type=Path, help="results of pareto.py, for the seconds of a step")
     parser.add_argument("--jobs", type=positive, default=1, help="processes at a time")
     parser.add_argument("--plot", type=Path, help="draw losses to this .png")
     parser.add_argument("--gpu", action="store_true", help="on the first GPU, in bf16")

@@ -4,8 +4,9 @@ What a layer stores is computed again in the backward pass, which costs a forwar
 left. So it is done for a number of layers: the lowest ones, whose activations live longest.
 """
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,20 +58,20 @@ def checkpoint_layers(model: torch.nn.Module, blocks: Blocks, count: int) -> Non
     Raises ValueError for a model whose layers cannot be checkpointed one by one.
     """
     layers = _layers(model, blocks)
+    if not count:
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            with _no_renaming_told():
+                _pretrained(model).gradient_checkpointing_disable()
+        return
     if not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
-        if count not in (0, len(layers)):
+        if count != len(layers):
             raise UserError(
                 f"--checkpointed_layers {count}: the layers of {type(model).__name__} cannot be checkpointed one by "
                 "one; give none or all."
             )
-        if count:
-            _enable(model)
-        else:
-            _pretrained(model).gradient_checkpointing_disable()
+        _enable(model)
         return
     if not any(hasattr(layer, "_gradient_checkpointing_func") for layer in layers):
-        if not count:
-            return
         _enable(model)
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number < count
@@ -85,9 +86,16 @@ def _layers(model: torch.nn.Module, blocks: Blocks) -> list[Any]:
     return list(model.get_submodule(blocks.layers_path).children())
 
 
-def _enable(model: torch.nn.Module) -> None:
+@contextlib.contextmanager
+def _no_renaming_told() -> Iterator[None]:
+    """Without transformers' warning that the method has another name too."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # transformers renames it
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def _enable(model: torch.nn.Module) -> None:
+    with _no_renaming_told():
         try:
             _pretrained(model).gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:

@@ -21,7 +21,7 @@ class LogProbsInSlabs(ChunkedLogProbFunction):
 
     words: int | None = 2048  # of a slab; None: of all at once, as TRL does
 
-    starts = staticmethod(lambda count, words: range(0, count, words))  # of the slabs
+    slabs: int | None = None  # that are computed: all; a step that is only traced does with the first
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -43,7 +43,7 @@ class LogProbsInSlabs(ChunkedLogProbFunction):
             of_hidden = torch.zeros_like(exact) if needed[0] else None
             of_weight = torch.empty_like(weight)
             of_bias = torch.empty_like(bias) if needed[2] else None
-            for start in LogProbsInSlabs.starts(len(weight), words):
+            for start in range(0, len(weight), words)[: LogProbsInSlabs.slabs]:
                 slab = slice(start, start + words)
                 in_slab = rows_of(weight, slab), None if bias is None else rows_of(bias, slab), targets - start
                 found = gradients_of((exact, *in_slab, *statistics), chunk_size=words)

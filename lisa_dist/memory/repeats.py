@@ -1,37 +1,44 @@
-"""Of decoder layers that are alike, one after the other, a traced step runs three: they tell what the others allocate.
+"""Where decoder layers are alike, a traced step runs three repeats; their allocations stand for those of the others.
 
 A stretch repeats a pattern of one layer or of a few, as where every sixth attends to all tokens. Its first and last
-repeats run, since what is before and after them may differ, and one between them, the model; the others hand on what
-they get. What the model leaves allocated in the forward pass they would leave too, and its events of the backward pass
-come once for each of them.
+repeats run, since what is before and after them may differ, and one between them, the sample; layers of the others hand
+on the hidden states that they get. What the sample leaves allocated in the forward pass the others would leave too, and
+its events of the backward pass come once for each of them.
 
-    repeat      0      1        2      3 ...       repeats - 1
-                runs   skipped  runs   skipped ... runs
-                       ^ enters        ^ enters: between the two the model has run
+    repeat      0      1        2       3 ...       repeats - 1
+                runs   skipped  sample  skipped ... runs
+                       ^ the sample begins after this mark, and ends before the next
+                                        ^
+Whatever shows that layers are not alike raises LayersDifferError, and all of them run.
 """
 
 import contextlib
 import re
+import types
+import weakref
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 LONGEST_PATTERN = 8  # layers
 FEWEST_REPEATS = 5
+SAMPLE = 2  # the repeat that the skipped ones are taken from; those beside it are skipped
 OWN_NUMBER = re.compile(r"(^|_)(idx|index|id|number)$")  # names of a layer's own number
-MODEL = 2  # the repeat that the skipped ones are taken from
+RECORDED = ("output_router_logits", "output_hidden_states", "output_attentions")  # of each layer, for the loss
+SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 
 
 class LayersDifferError(Exception):
-    """Layers that look alike are given other inputs, or return something else than one tensor: all must run."""
+    """Layers that look alike are used in different ways."""
 
 
 class Event(NamedTuple):
-    """Something in a traced step: a gradient that arrives, or a place where the pass gets to.
+    """Something in a traced step: a gradient that arrives, or a place that a pass comes to.
 
     Bytes of all allocations but the gradients before it.
     """
@@ -48,32 +55,39 @@ class Stretch:
     start: int
     period: int
     repeats: int
-    # By part: what the model leaves at the end of its forward pass.
-    stays: Counter[str] = field(default_factory=Counter)
+    stays: Counter[str] = field(default_factory=Counter)  # what the sample leaves of its forward pass, by part
 
     @property
     def num_skipped(self) -> int:
         """Repeats that do not run."""
         return self.repeats - 3
 
-    def skipped_layers(self) -> Iterator[tuple[int, int]]:
-        """Number of each layer that does not run, and its number in the pattern."""
-        for repeat in range(self.repeats):
-            if repeat not in (0, MODEL, self.repeats - 1):
-                yield from ((self.start + repeat * self.period + number, number) for number in range(self.period))
+    @property
+    def layers_skipped(self) -> int:
+        """Layers that do not run."""
+        return self.num_skipped * self.period
+
+    def numbers(self, repeat: int) -> range:
+        """Numbers of the layers of a repeat."""
+        start = self.start + repeat * self.period
+        return range(start, start + self.period)
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """The pass comes to a model's beginning, or its end."""
+    """A pass comes to the beginning or the end of a sample."""
 
     stretch: Stretch
     is_end: bool
     backward: bool
 
 
-def stretches_of(layers: Sequence[torch.nn.Module], trained: Container[int]) -> list[Stretch]:
+def stretches_of(
+    layers: Sequence[torch.nn.Module], trained: Container[int], config: PretrainedConfig | None = None
+) -> list[Stretch]:
     """The stretches of decoder layers of which some need not run, where parameters with ids in `trained` train."""
+    if any(getattr(config, name, False) for name in RECORDED):
+        return []
     if not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
         return []  # the model checkpoints them itself, and would those that are skipped
     parameters = [id(parameter) for layer in layers for parameter in layer.parameters()]
@@ -82,17 +96,14 @@ def stretches_of(layers: Sequence[torch.nn.Module], trained: Container[int]) -> 
     kinds = [_kind(number, layer, trained) for number, layer in enumerate(layers)]
     found, start = [], 0
     while start < len(kinds):
-        longest = max((_stretch(kinds, start, period) for period in range(1, LONGEST_PATTERN + 1)), key=_layers_skipped)
+        patterns = [_stretch(kinds, start, period) for period in range(1, LONGEST_PATTERN + 1)]
+        longest = max(patterns, key=lambda stretch: stretch.layers_skipped)
         if longest.repeats >= FEWEST_REPEATS:
             found.append(longest)
             start += longest.period * longest.repeats
         else:
             start += 1
     return found
-
-
-def _layers_skipped(stretch: Stretch) -> int:
-    return stretch.num_skipped * stretch.period
 
 
 def _stretch(kinds: Sequence[Any], start: int, period: int) -> Stretch:
@@ -103,108 +114,171 @@ def _stretch(kinds: Sequence[Any], start: int, period: int) -> Stretch:
 
 
 def _kind(number: int, layer: torch.nn.Module, trained: Container[int]) -> Any:
-    """What two layers have in common that allocate the same: all modules, their settings and parameters."""
-    settings = (bool, int, float, str, type(None))
+    """Equal for two layers that allocate the same: of all modules the types, settings, parameters and buffers."""
 
     def of_module(module: torch.nn.Module) -> Any:
-        plain = {name: value for name, value in vars(module).items() if isinstance(value, settings)}
-        plain |= {name: "its own" for name, value in plain.items() if value == number and OWN_NUMBER.search(name)}
+        settings = {name: _setting(value) for name, value in vars(module).items() if not name.startswith("_")}
+        settings |= {name: "its own" for name, value in settings.items() if value == number and OWN_NUMBER.search(name)}
         shapes = [
-            (name, parameter.shape, parameter.dtype, id(parameter) in trained)
-            for name, parameter in module.named_parameters(recurse=False)
+            (name, tensor.shape, tensor.dtype, id(tensor) in trained)
+            for tensors in (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+            for name, tensor in tensors
         ]
-        return type(module), plain, shapes
+        return type(module), settings, shapes
 
     return [(name, of_module(module)) for name, module in layer.named_modules()]
 
 
-@contextlib.contextmanager
-def skipping(
-    layers: Sequence[torch.nn.Module],
-    stretches: Sequence[Stretch],
-    mark: Callable[[Any], None],
-    held_bytes: Callable[[], Counter[str]],
-) -> Iterator[None]:
-    """Skip the layers of `stretches` that need not run, and mark where the passes come to the models of the others.
+def _setting(value: Any) -> Any:
+    """Simple values as they are; functions and configs, equal where they are one; of other objects the type."""
+    if isinstance(value, SIMPLE):
+        return value
+    if isinstance(value, list | tuple):
+        return [_setting(one) for one in value]
+    return id(value) if isinstance(value, PretrainedConfig | types.FunctionType) else type(value)
+
+
+class Skipping:
+    """The layers of `stretches` that need not run are skipped, and it is marked where passes come to the samples.
 
     `held_bytes()`: what is allocated at this moment, by part.
     """
-    with contextlib.ExitStack() as stack:
-        for stretch in stretches:
-            _skip(layers, stretch, mark, held_bytes, stack)
-        yield
 
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        stretches: Sequence[Stretch],
+        mark: Callable[[Any], None],
+        held_bytes: Callable[[], Counter[str]],
+    ) -> None:
+        self._layers, self._stretches, self._mark, self._held_bytes = layers, stretches, mark, held_bytes
+        self._in_forward = True
+        self._begun: dict[Stretch, tuple[Counter[str], bool]] = {}  # bytes then, and whether a gradient flows
+        self._ended: set[Stretch] = set()
+        # No tensor is held, so that each goes when the model lets it go.
+        self._inputs: dict[tuple[Stretch, int], Any] = {}  # of a layer of the pattern, beside the hidden states
+        self._outputs: dict[int, weakref.ref[torch.Tensor]] = {}  # by number of the layer
 
-def _skip(
-    layers: Sequence[Any],
-    stretch: Stretch,
-    mark: Callable[[Any], None],
-    held_bytes: Callable[[], Counter[str]],
-    stack: contextlib.ExitStack,
-) -> None:
-    before: Counter[str] = Counter()
-    inputs: dict[int, Any] = {}  # by number in the pattern: those of the layer beside the hidden states
-    had_gradient: list[bool] = []
-    begins = stretch.start + stretch.period
-    ends = begins + 2 * stretch.period
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """While it lasts the layers are skipped."""
+        with contextlib.ExitStack() as stack:
+            for stretch in self._stretches:
+                for repeat in range(stretch.repeats - 1):
+                    for place, number in enumerate(stretch.numbers(repeat)):
+                        if repeat in (0, SAMPLE):
+                            self._watch(stretch, place, number, stack)
+                        else:
+                            stack.enter_context(self._skipped(stretch, place, number))
+            yield
 
-    def hand_on(layer: int, number: int, *args: Any, **kwargs: Any) -> torch.Tensor:
-        given = dict(zip(("hidden_states", *range(1, len(args))), args, strict=False)) | kwargs
-        hidden = given.pop("hidden_states", None)
-        if hidden is None or inputs.setdefault(number, _identities(given)) != _identities(given):
-            raise LayersDifferError
-        if layer not in (begins, ends):
+    def end_forward(self) -> None:
+        """The forward pass is over; layers that run again are recomputed."""
+        self._in_forward = False
+        if self._ended != set(self._stretches):
+            raise LayersDifferError("a sample has not run")
+
+    def _watch(self, stretch: Stretch, place: int, number: int, stack: contextlib.ExitStack) -> None:
+        def before(layer: Any, args: tuple, kwargs: dict) -> None:
+            if self._in_forward:
+                self._check_inputs(stretch, place, *_inputs(args, kwargs))
+
+        def after(layer: Any, args: Any, output: Any) -> None:
+            if self._in_forward:
+                self._returned(number, output)
+
+        layer = self._layers[number]
+        stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(layer.register_forward_hook(after).remove)
+
+    @contextlib.contextmanager
+    def _skipped(self, stretch: Stretch, place: int, number: int) -> Iterator[None]:
+        def hand_on(*args: Any, **kwargs: Any) -> Any:
+            hidden, others = _inputs(args, kwargs)
+            self._check_inputs(stretch, place, hidden, others)
+            if number - 1 not in self._outputs or self._outputs[number - 1]() is not hidden:
+                raise LayersDifferError("something runs between the layers")
+            self._returned(number, hidden)
+            assert hidden is not None
+            if number == stretch.numbers(SAMPLE - 1)[0]:
+                self._begin(stretch, hidden)
+            elif number == stretch.numbers(SAMPLE + 1)[0]:
+                self._end(stretch, hidden)
             return hidden
-        is_end = layer == ends
-        mark(Place(stretch, is_end, backward=False))
-        had_gradient.append(hidden.requires_grad)
-        if is_end:
-            stretch.stays.update(held_bytes())
-            stretch.stays.subtract(before)
-            if had_gradient[0] != had_gradient[1]:
-                raise LayersDifferError
-        else:
-            before.update(held_bytes())
+
+        layer = self._layers[number]
+        layer.forward = hand_on
+        try:
+            yield
+        finally:
+            del layer.forward
+
+    def _check_inputs(self, stretch: Stretch, place: int, hidden: Any, others: Any) -> None:
+        if not isinstance(hidden, torch.Tensor):
+            raise LayersDifferError("hidden states are no tensor")
+        seen = self._inputs.setdefault((stretch, place), _seen(others))
+        if not _are_same(seen, others):
+            raise LayersDifferError("layers get different inputs")
+
+    def _returned(self, number: int, output: Any) -> None:
+        if not isinstance(output, torch.Tensor) or number in self._outputs:
+            raise LayersDifferError("a layer returns more than hidden states, or runs twice")
+        self._outputs[number] = weakref.ref(output)
+
+    def _begin(self, stretch: Stretch, hidden: torch.Tensor) -> None:
+        if stretch in self._begun:
+            raise LayersDifferError("layers run twice")
+        self._mark_both(stretch, hidden, is_end=False)
+        self._begun[stretch] = Counter(self._held_bytes()), hidden.requires_grad
+
+    def _end(self, stretch: Stretch, hidden: torch.Tensor) -> None:
+        if stretch not in self._begun or stretch in self._ended:
+            raise LayersDifferError("layers run twice, or in another order")
+        self._mark_both(stretch, hidden, is_end=True)
+        self._ended.add(stretch)
+        before, had_gradient = self._begun[stretch]
+        stretch.stays = Counter(self._held_bytes())
+        stretch.stays.subtract(before)
+        if had_gradient != hidden.requires_grad or (not had_gradient and stretch.stays.total()):
+            raise LayersDifferError("no backward pass comes to what stays")
+
+    def _mark_both(self, stretch: Stretch, hidden: torch.Tensor, is_end: bool) -> None:
+        """Mark that the forward pass is here, and have it marked when the backward pass is."""
+        self._mark(Place(stretch, is_end, backward=False))
         if hidden.requires_grad:
-            hidden.register_hook(lambda _: mark(Place(stretch, is_end, backward=True)))
-        return hidden
-
-    def check(layer: Any, args: Any, output: Any) -> None:
-        if not isinstance(output, torch.Tensor):
-            raise LayersDifferError
-
-    for number in range(stretch.period):
-        stack.callback(layers[stretch.start + number].register_forward_hook(check).remove)
-    for layer, number in stretch.skipped_layers():
-        stack.enter_context(_instead(layers[layer], layer, number, hand_on))
+            hidden.register_hook(lambda _: self._mark(Place(stretch, is_end, backward=True)))
 
 
-@contextlib.contextmanager
-def _instead(layer: Any, index: int, number: int, hand_on: Callable[..., torch.Tensor]) -> Iterator[None]:
-    layer.forward = lambda *args, **kwargs: hand_on(index, number, *args, **kwargs)
-    try:
-        yield
-    finally:
-        del layer.forward
+def _inputs(args: tuple, kwargs: dict) -> tuple[Any, Any]:
+    """Hidden states, and what else a layer gets."""
+    hidden, *others = args or (kwargs.get("hidden_states"),)
+    return hidden, (others, {name: value for name, value in kwargs.items() if name != "hidden_states"})
 
 
-def _identities(value: Any) -> Any:
-    """What distinguishes inputs: which tensors they are, and the values of others."""
+def _seen(value: Any) -> Any:
+    """What a layer gets, with references to its tensors."""
     if isinstance(value, dict):
-        return {name: _identities(one) for name, one in value.items()}
+        return {name: _seen(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_identities(one) for one in value]
-    if isinstance(value, torch.Tensor):
-        return id(value)
-    if isinstance(value, bool | int | float | str | type(None)):
-        return value
-    raise LayersDifferError  # an object in which layers may leave something for each other
+        return [_seen(one) for one in value]
+    return weakref.ref(value) if isinstance(value, torch.Tensor) else value
+
+
+def _are_same(seen: Any, value: Any) -> bool:
+    """Whether a layer gets what another has: the same tensors, and equal values."""
+    if isinstance(seen, dict) and isinstance(value, dict):
+        return seen.keys() == value.keys() and all(_are_same(seen[name], value[name]) for name in seen)
+    if isinstance(seen, list) and isinstance(value, list | tuple):
+        return len(seen) == len(value) and all(map(_are_same, seen, value))
+    if isinstance(seen, weakref.ref):
+        return seen() is value
+    return isinstance(seen, SIMPLE) and seen == value  # in other objects layers may leave something for each other
 
 
 def unroll(events: Sequence[Event], layers: Sequence[torch.nn.Module]) -> list[Event]:
     """The events of a step in which all layers run: gradients that arrive, and None for the others."""
     unrolled: list[Event] = []
-    skipped = 0  # bytes of the layers that would have run forward, and not backward
+    skipped = 0  # bytes of layers that would have run forward by now, and not backward
     at = iter(events)
     for event in at:
         place = event.what if isinstance(event.what, Place) else None
@@ -214,17 +288,19 @@ def unroll(events: Sequence[Event], layers: Sequence[torch.nn.Module]) -> list[E
         stretch = place.stretch
         if not place.backward:
             skipped += stretch.num_skipped * stretch.stays.total()
-        else:
-            skipped -= stretch.num_skipped * stretch.stays.total()
-            of_model = []
-            for event in at:
-                of_model.append(event)
-                if isinstance(event.what, Place):
-                    break
-            for repeat in reversed(range(1, stretch.repeats - 1)):
-                parameters = _parameters_of(layers, stretch, repeat)
-                beneath = skipped + (repeat - 1) * stretch.stays.total()
-                unrolled += [_later(one, beneath, parameters.get(id(one.what))) for one in of_model]
+            continue
+        skipped -= stretch.num_skipped * stretch.stays.total()
+        of_sample = [next(at)]
+        while not isinstance(of_sample[-1].what, Place):
+            of_sample.append(next(at))
+        begins = of_sample.pop()
+        if begins.what.stretch is not stretch or event.now - begins.now != stretch.stays.total():
+            raise LayersDifferError("the backward pass frees something else than the forward pass has left")
+        for repeat in reversed(range(1, stretch.repeats - 1)):
+            parameters = _parameters_of(layers, stretch, repeat)
+            beneath = skipped + (repeat - 1) * stretch.stays.total()
+            unrolled += [_later(one, beneath, parameters[id(one.what)]) for one in of_sample]
+            unrolled.append(_later(begins, beneath, None))
     return unrolled
 
 
@@ -233,10 +309,8 @@ def _later(event: Event, more: int, what: Any) -> Event:
 
 
 def _parameters_of(layers: Sequence[torch.nn.Module], stretch: Stretch, repeat: int) -> dict[int, torch.nn.Parameter]:
-    """By the id of each parameter of the model: that of another repeat."""
+    """The parameters of a repeat, by the id of the sample's."""
     found: dict[int, torch.nn.Parameter] = {}
-    for number in range(stretch.start, stretch.start + stretch.period):
-        model = layers[number + MODEL * stretch.period]
-        names = dict(layers[number + repeat * stretch.period].named_parameters())
-        found |= {id(parameter): names[name] for name, parameter in model.named_parameters()}
+    for of_sample, number in zip(stretch.numbers(SAMPLE), stretch.numbers(repeat), strict=True):
+        found |= dict(zip(map(id, layers[of_sample].parameters()), layers[number].parameters(), strict=True))
     return found

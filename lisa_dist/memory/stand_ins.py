@@ -95,13 +95,12 @@ def head_gradient_of(is_liger: bool) -> Iterator[None]:
     """
     from lisa_dist.core.head_gradient import LogProbsInSlabs
 
-    ours = LogProbsInSlabs.words, LogProbsInSlabs.starts
-    LogProbsInSlabs.words = None if is_liger else LogProbsInSlabs.words
-    LogProbsInSlabs.starts = staticmethod(lambda count, words: range(0, count, words)[:2])
+    ours = LogProbsInSlabs.words, LogProbsInSlabs.slabs
+    LogProbsInSlabs.words, LogProbsInSlabs.slabs = None if is_liger else ours[0], 2
     try:
         yield
     finally:
-        LogProbsInSlabs.words, LogProbsInSlabs.starts = ours[0], staticmethod(ours[1])
+        LogProbsInSlabs.words, LogProbsInSlabs.slabs = ours
 
 
 class TritonScores(torch.autograd.Function):

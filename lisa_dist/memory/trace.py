@@ -28,7 +28,7 @@ from lisa_dist.core.groups import split_by_decay, takes_bits
 from lisa_dist.core.label_logits import add_label_logits
 from lisa_dist.core.meta_model import without_zero3_init
 from lisa_dist.errors import UserError
-from lisa_dist.memory.repeats import Event, LayersDifferError, Stretch, skipping, stretches_of, unroll
+from lisa_dist.memory.repeats import Event, LayersDifferError, Skipping, Stretch, stretches_of, unroll
 from lisa_dist.memory.stand_ins import TritonScores, as_triton, head_gradient_of, looked_up, made_whole
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.memory.without_liger import without_liger
@@ -188,7 +188,6 @@ class FakeRun:
         self.blocks = find_blocks(self.model, layers_attribute)
         if workload.by_module:
             self.blocks = split_into_modules(self.model, self.blocks)
-        checkpoint_layers(self.model, self.blocks, workload.checkpointed_layers)
         self._trainable = [parameter for parameter in self._run.parameters() if parameter.requires_grad]
         self._traces: dict[tuple[int, frozenset[int], frozenset[int]], StepTrace] = {}
 
@@ -262,10 +261,12 @@ class FakeRun:
         if key not in self._traces:
             checkpoint_layers(self.model, self.blocks, self.workload.checkpointed_layers)
             layers = list(self.model.get_submodule(self.blocks.layers_path).children())
-            try:
-                self._traces[key] = self._trace(groups, layers, stretches_of(layers, trained))
-            except LayersDifferError:
-                self._traces[key] = self._trace(groups, layers, [])
+            stretches = stretches_of(layers, trained, self.model.config.get_text_config())
+            short = None
+            if stretches:  # a model that finds nothing where a skipped layer leaves something may raise what it likes
+                with contextlib.suppress(LayersDifferError, PlanError, LookupError):
+                    short = self._trace(groups, layers, stretches)
+            self._traces[key] = short or self._trace(groups, layers, [])
         return self._traces[key]
 
     def _trace(
@@ -302,7 +303,7 @@ class FakeRun:
             tracker.add([*self._run.parameters(), *self._run.buffers()], "model")
             model_bytes = tracker.now
             no_mask, tiles = _no_mask_without_padding(workload.padded), as_triton(workload.triton)
-            whole = head_gradient_of(workload.loss == LIGER)
+            whole = head_gradient_of(workload.loss == LIGER) if "fused_lm_head" in inputs else contextlib.nullcontext()
             held = made_whole(self.held_modules(trained))
             embeddings = [embedding_of(self._run, group.params[0]) for group in groups if group.by_rows]
             by_rows = looked_up([embedding for embedding in embeddings if embedding is not None])
@@ -310,13 +311,14 @@ class FakeRun:
             with contextlib.ExitStack() as stack:
                 for hook in hooks:
                     stack.callback(hook.remove)
-                skipped = skipping(layers, stretches, mark, lambda: tracker.bytes)
-                for context in (*outside, skipped, tracker, no_mask):
+                skipping = Skipping(layers, stretches, mark, lambda: tracker.bytes)
+                for context in (*outside, skipping.entered(), tracker, no_mask):
                     stack.enter_context(context)
                 outputs = self._run(**inputs)
                 loss = outputs.logits.sum() if workload.loss == SCORE else outputs.loss
                 if workload.loss != RATIO:
                     del outputs
+                skipping.end_forward()
                 after_forward = +tracker.bytes
                 loss.backward()
                 mark(None)

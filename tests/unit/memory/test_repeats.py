@@ -1,17 +1,20 @@
 """Of layers that are alike few run in a traced step, and the trace is that of a step in which all do."""
 
 import contextlib
+import sys
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
 import torch
-from transformers import FalconConfig, Gemma3TextConfig, LlamaConfig, PretrainedConfig
+from transformers import FalconConfig, Gemma3TextConfig, LlamaConfig, MixtralConfig, PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from lisa_dist.core.head_gradient import LogProbsInSlabs
 from lisa_dist.memory import trace as traces
-from lisa_dist.memory.repeats import LayersDifferError, Stretch, stretches_of
-from lisa_dist.memory.trace import CHUNKED, LOGITS, OWN, FakeRun, Trained, Workload
+from lisa_dist.memory.repeats import Event, LayersDifferError, Place, Skipping, Stretch, stretches_of, unroll
+from lisa_dist.memory.trace import CHUNKED, LIGER, LOGITS, OWN, RATIO, SCORE, FakeRun, FakeRuns, Trained, Workload
 
 SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 LLAMA = LlamaConfig(**SIZES, num_hidden_layers=12)
@@ -34,7 +37,7 @@ def traced(config: PretrainedConfig, workload: Workload, trained: Trained | None
 
 def of_all_layers(monkeypatch, *of: object) -> tuple:
     with monkeypatch.context() as patched:
-        patched.setattr(traces, "stretches_of", lambda layers, trained: [])
+        patched.setattr(traces, "stretches_of", lambda *_: [])
         return traced(*of)
 
 
@@ -70,13 +73,10 @@ def test_layers_repeat_in_a_pattern(monkeypatch):
 
 def kinds(*sizes: int) -> Sequence[torch.nn.Module]:
     """Layers of which only those of equal size are alike."""
-    layer = type(FakeRun(LLAMA, Workload(8)).model.model.layers[0])
-    layers = []
-    for number, size in enumerate(sizes):
-        config = LlamaConfig(**SIZES | {"intermediate_size": size})
+    configs = {size: LlamaConfig(**SIZES | {"intermediate_size": size}) for size in sizes}
+    for config in configs.values():
         config._attn_implementation = "eager"
-        layers.append(layer(config, number))
-    return layers
+    return [LlamaDecoderLayer(configs[size], number) for number, size in enumerate(sizes)]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_stretches_of_layers_that_are_alike(sizes, found):
     assert [(one.start, one.period, one.repeats) for one in stretches] == found
 
 
-@pytest.mark.parametrize("change", ["trained", "setting", "shared", "checkpointed"])
+@pytest.mark.parametrize("change", ["trained", "setting", "tuple", "function", "buffer", "shared", "checkpointed"])
 def test_one_layer_of_another_kind_ends_a_stretch(change):
     layers, trained = kinds(*[8] * 7), set()
     assert [one.repeats for one in stretches_of(layers, trained)] == [7]
@@ -103,6 +103,14 @@ def test_one_layer_of_another_kind_ends_a_stretch(change):
         trained = {id(layers[3].mlp.up_proj.weight)}
     elif change == "setting":
         layers[3].self_attn.scaling = 0.5
+    elif change == "tuple":
+        for number, layer in enumerate(layers):
+            layer.window = (8, number == 3)
+    elif change == "function":
+        for number, layer in enumerate(layers):
+            layer.activation = traced if number == 3 else kinds
+    elif change == "buffer":
+        layers[3].register_buffer("table", torch.zeros(3))
     elif change == "shared":
         layers[3].mlp = layers[2].mlp
     else:
@@ -120,19 +128,112 @@ def test_layers_that_hand_on_more_than_hidden_states_all_run(monkeypatch):
     assert runs > 8, "begun with few, and again with all"
 
 
-def test_layers_that_are_given_different_tensors_all_run(monkeypatch):
-    stretch = Stretch(0, 1, 6)
+class Model(torch.nn.Module):
+    """Six layers of Llama, which a model may use in several ways."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.layers, self.use = torch.nn.ModuleList(kinds(*[8] * 6)), use
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        masks = [torch.zeros(2, 2), torch.zeros(2, 2)]
+        embeddings = torch.ones(1, 2, 16), torch.ones(1, 2, 16)
+        for number, layer in enumerate(self.layers):
+            if self.use == "leave out" and number == 2:
+                continue
+            more = {"position_embeddings": embeddings, "attention_mask": masks[0]}
+            if self.use == "other masks":
+                more["attention_mask"] = masks[number % 2]
+            elif self.use == "a mask each":
+                more["attention_mask"] = torch.zeros(2, 2)
+            elif self.use == "a cache":
+                more["cache"] = object()
+            elif self.use == "numbers":
+                more["layer_number"] = number
+            for _ in range(1 + (self.use == "twice")):
+                hidden = layer(hidden, **more)
+            hidden = hidden + 1 if self.use == "between" else hidden
+        return hidden
+
+
+@pytest.mark.parametrize(
+    ("use", "raises"),
+    [
+        ("plain", None),
+        ("leave out", "a sample has not run|something runs between"),
+        ("other masks", "different inputs"),
+        ("a mask each", "different inputs"),
+        ("a cache", "different inputs"),
+        ("numbers", "different inputs"),
+        ("twice", "twice"),
+        ("between", "something runs between"),
+    ],
+)
+def test_how_a_model_uses_its_layers(use, raises):
+    model, marks, tracker = Model(use), [], traces.AllocationTracker()
+    (stretch,) = stretches_of(model.layers, trained=())
+    skipping = Skipping(model.layers, [stretch], marks.append, lambda: tracker.bytes)
+    with (
+        tracker,
+        skipping.entered(),
+        pytest.raises(LayersDifferError, match=raises) if raises else contextlib.nullcontext(),
+    ):
+        model(torch.zeros(1, 2, 64)).sum().backward()
+        skipping.end_forward()
+    assert not any("forward" in vars(layer) for layer in model.layers)
+    if not raises:
+        places = [(place.is_end, place.backward) for place in marks]
+        assert places == [(False, False), (True, False), (True, True), (False, True)]
+        assert stretch.stays.total() > 0
+
+
+@pytest.mark.parametrize("change", ["grown", "unknown"])
+def test_a_backward_pass_that_is_not_the_forward_passs_is_told(change):
     layers = kinds(*[8] * 6)
-    hidden = torch.zeros(1, 2, 64)
-    with traces.skipping(layers, [stretch], lambda place: None, lambda: traces.AllocationTracker().bytes):
-        mask = torch.zeros(2, 2)
-        assert layers[1](hidden, attention_mask=mask) is hidden
-        assert layers[3](hidden, attention_mask=mask) is hidden
-        with pytest.raises(LayersDifferError):
-            layers[4](hidden, attention_mask=torch.zeros(2, 2))
-        with pytest.raises(LayersDifferError):  # where one layer may leave something for the next
-            layers[4](hidden, attention_mask=mask, shared=object())
-    assert "forward" not in vars(layers[1])
+    stretch = Stretch(0, 1, 6, Counter(activations=100))
+    end, begin = (Place(stretch, is_end, backward=True) for is_end in (True, False))
+    weight = layers[2 if change == "grown" else 3].mlp.up_proj.weight
+    events = [Event(end, 300, 200), Event(weight, 250, 150), Event(begin, 160, 90 if change == "grown" else 100)]
+    with pytest.raises(LayersDifferError if change == "grown" else KeyError):
+        unroll(events, layers)
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [
+        Workload(24, frozen_bits=8),
+        Workload(24, by_module=True),
+        Workload(24, loss=SCORE),
+        Workload(24, loss=RATIO),
+        Workload(24, loss=LIGER),
+    ],
+)
+def test_other_workloads(monkeypatch, workload):
+    of = (LLAMA, workload, Trained((0, 9), ("rest",)))
+    assert traced(*of)[0] == of_all_layers(monkeypatch, *of)[0]
+
+
+def test_a_router_whose_outputs_are_recorded_runs_in_all_layers(monkeypatch):
+    config = MixtralConfig(**SIZES, num_key_value_heads=2, num_hidden_layers=8, num_local_experts=2)
+    of = (config, Workload(8, dtype=torch.bfloat16, loss=OWN), None)
+    (few, _), (all_of_them, _) = traced(*of), of_all_layers(monkeypatch, *of)
+    assert few == all_of_them
+    config.output_router_logits = True
+    (few, _), (all_of_them, _) = traced(*of), of_all_layers(monkeypatch, *of)
+    assert few == all_of_them
+
+
+def test_one_model_serves_several_numbers_of_checkpointed_layers():
+    runs = FakeRuns(LLAMA)
+    groups = runs.of(Workload(24)).groups(Trained((0, 1), ALL))
+    of_counts = [runs.of(Workload(24, checkpointed_layers=count)).trace(groups).activations for count in (0, 12, 0, 6)]
+    assert of_counts[0] == of_counts[2] > of_counts[3] > of_counts[1]
+
+
+def test_a_trace_of_a_models_own_loss_does_without_trl(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "lisa_dist.core.head_gradient")
+    assert traced(LLAMA, Workload(24, loss=OWN), Trained((0, 1), ALL))[1] < 12
 
 
 def test_a_gradient_is_not_counted_once_it_has_arrived():
