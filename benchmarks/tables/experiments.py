@@ -40,7 +40,7 @@ IDEAS = (
     ("neighbouring layers", "lisa 2 window", "worse with 5 layers, nothing with 30"),
     ("modules in the place of layers", "lisa modules", "helps, with 30 layers more"),
     ("modules by norms of gradients", "lisa modules adaptive", "little more"),
-    ("embeddings and head at half the rate", "lisa 2, embed and head / 2", "a little on SmolLM2"),
+    ("embeddings and head at half the rate", "lisa 2, embed and head / 2", "helps SmolLM2 a little, hurts the other"),
     ("periods so short that layers come twice", "lisa 2 K auto", "a little"),
     ("weights from norms of gradients", "lisa 2 adaptive", "nothing: they rank layers the wrong way round"),
     ("the same, sharper", "lisa 2 sharp", "nothing"),
