@@ -226,14 +226,12 @@ class Skipping:
         self._outputs[number] = weakref.ref(output)
 
     def _begin(self, stretch: Stretch, hidden: torch.Tensor) -> None:
-        if stretch in self._begun:
-            raise LayersDifferError("layers run twice")
         self._mark_both(stretch, hidden, is_end=False)
         self._begun[stretch] = Counter(self._held_bytes()), hidden.requires_grad
 
     def _end(self, stretch: Stretch, hidden: torch.Tensor) -> None:
-        if stretch not in self._begun or stretch in self._ended:
-            raise LayersDifferError("layers run twice, or in another order")
+        if stretch not in self._begun:
+            raise LayersDifferError("layers run in another order")
         self._mark_both(stretch, hidden, is_end=True)
         self._ended.add(stretch)
         before, had_gradient = self._begun[stretch]
@@ -290,14 +288,19 @@ def unroll(events: Sequence[Event], layers: Sequence[torch.nn.Module]) -> list[E
             skipped += stretch.num_skipped * stretch.stays.total()
             continue
         skipped -= stretch.num_skipped * stretch.stays.total()
-        of_sample = [next(at)]
-        while not isinstance(of_sample[-1].what, Place):
-            of_sample.append(next(at))
-        begins = of_sample.pop()
-        if begins.what.stretch is not stretch or event.now - begins.now != stretch.stays.total():
+        of_sample: list[Event] = []
+        for one in at:
+            of_sample.append(one)
+            if isinstance(one.what, Place):
+                break
+        begins = of_sample.pop() if of_sample else event
+        is_beginning = isinstance(begins.what, Place) and begins.what.stretch is stretch and not begins.what.is_end
+        if not is_beginning or event.now - begins.now != stretch.stays.total():
             raise LayersDifferError("the backward pass frees something else than the forward pass has left")
         for repeat in reversed(range(1, stretch.repeats - 1)):
             parameters = _parameters_of(layers, stretch, repeat)
+            if any(id(one.what) not in parameters for one in of_sample):
+                raise LayersDifferError("a gradient of another layer arrives in the sample")
             beneath = skipped + (repeat - 1) * stretch.stays.total()
             unrolled += [_later(one, beneath, parameters[id(one.what)]) for one in of_sample]
             unrolled.append(_later(begins, beneath, None))

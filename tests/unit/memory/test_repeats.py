@@ -187,15 +187,16 @@ def test_how_a_model_uses_its_layers(use, raises):
         assert stretch.stays.total() > 0
 
 
-@pytest.mark.parametrize("change", ["grown", "unknown"])
+@pytest.mark.parametrize("change", ["grown", "unknown", "unfinished"])
 def test_a_backward_pass_that_is_not_the_forward_passs_is_told(change):
     layers = kinds(*[8] * 6)
     stretch = Stretch(0, 1, 6, Counter(activations=100))
     end, begin = (Place(stretch, is_end, backward=True) for is_end in (True, False))
-    weight = layers[2 if change == "grown" else 3].mlp.up_proj.weight
+    weight = layers[3 if change == "unknown" else 2].mlp.up_proj.weight
     events = [Event(end, 300, 200), Event(weight, 250, 150), Event(begin, 160, 90 if change == "grown" else 100)]
-    with pytest.raises(LayersDifferError if change == "grown" else KeyError):
-        unroll(events, layers)
+    says = {"grown": "frees something else", "unknown": "another layer", "unfinished": "frees something else"}[change]
+    with pytest.raises(LayersDifferError, match=says):
+        unroll(events[: 2 if change == "unfinished" else 3], layers)
 
 
 @pytest.mark.parametrize(
