@@ -168,3 +168,13 @@ def test_auto_takes_the_budget_that_the_step_has_shown():
 
 def test_a_report_without_a_measured_step():
     assert "no step was measured" in format_report(None)
+
+
+def test_where_no_layer_is_checkpointed_no_other_module_is():
+    model = tiny_llama()
+    model.tower = type(model.model.layers[0])(model.config, 0)
+    blocks = find_blocks(model, "model.layers")
+    checkpoint_layers(model, blocks, 2)
+    assert model.tower.gradient_checkpointing
+    checkpoint_layers(model, blocks, 0)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

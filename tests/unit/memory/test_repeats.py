@@ -193,7 +193,7 @@ def test_a_backward_pass_that_is_not_the_forward_passs_is_told(change):
     stretch = Stretch(0, 1, 6, Counter(activations=100))
     end, begin = (Place(stretch, is_end, backward=True) for is_end in (True, False))
     weight = layers[3 if change == "unknown" else 2].mlp.up_proj.weight
-    events = [Event(end, 300, 200), Event(weight, 250, 150), Event(begin, 160, 90 if change == "grown" else 100)]
+    events = [Event(end, 300, 200), Event(weight, 250, 100), Event(begin, 160, 90 if change == "grown" else 100)]
     says = {"grown": "frees something else", "unknown": "another layer", "unfinished": "frees something else"}[change]
     with pytest.raises(LayersDifferError, match=says):
         unroll(events[: 2 if change == "unfinished" else 3], layers)
