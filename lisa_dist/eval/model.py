@@ -34,9 +34,11 @@ def load_model(
 
     Raises UserError where no model of this name can be loaded.
     """
-    base, adapter = name, Path(name) / "adapter_config.json"
-    if adapter.is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    adapter = _settings(name, "adapter_config.json")
+    base: str = adapter.get("base_model_name_or_path", name)
+    architecture = str((_settings(name, "config.json").get("architectures") or [""])[0])
+    if architecture.endswith("ForSequenceClassification") or adapter.get("task_type") == "SEQ_CLS":
+        raise UserError(f"{name}: a reward model, which scores texts and writes none; give a model that writes them.")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name if (Path(name) / "tokenizer_config.json").is_file() else base)
@@ -53,6 +55,12 @@ def load_model(
             model.resize_token_embeddings(len(tokenizer))
         model = PeftModel.from_pretrained(model, name).merge_and_unload()
     return model.to(device).eval(), tokenizer
+
+
+def _settings(name: str, file: str) -> dict[str, Any]:
+    """Of a model's folder; nothing where it has no such file, as one of the hub."""
+    path = Path(name) / file
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def describe_weights(name: str) -> str:

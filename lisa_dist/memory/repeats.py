@@ -165,11 +165,11 @@ class Skipping:
         with contextlib.ExitStack() as stack:
             for stretch in self._stretches:
                 for repeat in range(stretch.repeats - 1):
-                    for place, number in enumerate(stretch.numbers(repeat)):
+                    for position, number in enumerate(stretch.numbers(repeat)):
                         if repeat in (0, SAMPLE):
-                            self._watch(stretch, place, number, stack)
+                            self._watch(stretch, position, number, stack)
                         else:
-                            stack.enter_context(self._skipped(stretch, place, number))
+                            stack.enter_context(self._skipped(stretch, position, number))
             yield
 
     def end_forward(self) -> None:
@@ -178,10 +178,10 @@ class Skipping:
         if self._ended != set(self._stretches):
             raise LayersDifferError("a sample has not run")
 
-    def _watch(self, stretch: Stretch, place: int, number: int, stack: contextlib.ExitStack) -> None:
+    def _watch(self, stretch: Stretch, position: int, number: int, stack: contextlib.ExitStack) -> None:
         def before(layer: Any, args: tuple, kwargs: dict) -> None:
             if self._in_forward:
-                self._check_inputs(stretch, place, *_inputs(args, kwargs))
+                self._check_inputs(stretch, position, *_inputs(args, kwargs))
 
         def after(layer: Any, args: Any, output: Any) -> None:
             if self._in_forward:
@@ -192,10 +192,10 @@ class Skipping:
         stack.callback(layer.register_forward_hook(after).remove)
 
     @contextlib.contextmanager
-    def _skipped(self, stretch: Stretch, place: int, number: int) -> Iterator[None]:
+    def _skipped(self, stretch: Stretch, position: int, number: int) -> Iterator[None]:
         def hand_on(*args: Any, **kwargs: Any) -> Any:
             hidden, others = _inputs(args, kwargs)
-            self._check_inputs(stretch, place, hidden, others)
+            self._check_inputs(stretch, position, hidden, others)
             if number - 1 not in self._outputs or self._outputs[number - 1]() is not hidden:
                 raise LayersDifferError("something runs between the layers")
             self._returned(number, hidden)
@@ -213,10 +213,10 @@ class Skipping:
         finally:
             del layer.forward
 
-    def _check_inputs(self, stretch: Stretch, place: int, hidden: Any, others: Any) -> None:
+    def _check_inputs(self, stretch: Stretch, position: int, hidden: Any, others: Any) -> None:
         if not isinstance(hidden, torch.Tensor):
             raise LayersDifferError("hidden states are no tensor")
-        seen = self._inputs.setdefault((stretch, place), _seen(others))
+        seen = self._inputs.setdefault((stretch, position), _seen(others))
         if not _are_same(seen, others):
             raise LayersDifferError("layers get different inputs")
 

@@ -1,6 +1,7 @@
 """`lisa-dist chat`: which model it takes, and what is said."""
 
 import io
+import json
 import re
 import shutil
 
@@ -48,6 +49,21 @@ def test_a_turn_is_answered_in_the_light_of_those_before(tiny, capsys):
     chat.reset()
     first = chat.say("1 + 1?")
     assert first == turns[1]["content"], "nothing is remembered"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", {"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}),
+        ("adapter_config.json", {"task_type": "SEQ_CLS", "base_model_name_or_path": "anywhere"}),
+    ],
+)
+def test_a_reward_model_is_refused(file, content, tmp_path, capsys):
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path)])
+    assert ended.value.code == 2
+    assert f"{tmp_path}: a reward model, which scores texts and writes none" in capsys.readouterr().out
 
 
 def test_without_a_template_the_text_goes_on(tiny):
