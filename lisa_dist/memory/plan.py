@@ -33,6 +33,9 @@ class PlanArguments:
     micro_batch_size: int = field(default=1, metadata={"help": "Examples of a GPU in a forward pass."})
     method: str = field(default="lisa", metadata={"help": "lisa, full or lora."})
     task: str = field(default=SFT, metadata={"help": "As in training; grpo is planned without a reference model."})
+    precompute_ref_log_probs: bool = field(
+        default=False, metadata={"help": "As in training, with --task dpo or kto: no reference model stays."}
+    )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters, for --method lora."})
     optim: str = field(default="adamw_torch_fused", metadata={"help": "As in training."})
     precision: str = field(default="bf16", metadata={"help": "bf16 or fp32."})
@@ -68,6 +71,11 @@ class PlanArguments:
             raise UserError("--micro_batch_size 1 with --task kto: it compares the rows of a batch; give 2 or more.")
         if self.task == GRPO and self.answers < 2:
             raise UserError("--micro_batch_size 1 with --task grpo: it compares answers of a step; give 2 or more.")
+        if self.precompute_ref_log_probs and self.task not in WITH_REFERENCE:
+            raise UserError(
+                f"--precompute_ref_log_probs with --task {self.task}: it is for those with a reference model, "
+                f"{' and '.join(WITH_REFERENCE)}; leave it out."
+            )
         parse_checkpointed_layers(self.checkpointed_layers)
         check_loss(self.loss)
         if self.task != SFT and self.loss != AUTO:
@@ -88,7 +96,7 @@ class PlanArguments:
     @property
     def has_reference(self) -> bool:
         """Whether the model as it was stands beside the one that trains; with adapters it is the one without them."""
-        return self.task in WITH_REFERENCE and self.method != "lora"
+        return self.task in WITH_REFERENCE and self.method != "lora" and not self.precompute_ref_log_probs
 
     @property
     def budget(self) -> int:

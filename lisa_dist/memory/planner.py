@@ -201,6 +201,7 @@ def command_for(plan: Plan, arguments: PlanArguments) -> str:
         "deepspeed": plan.ds_config,
     }
     flags |= {"task": arguments.task} if arguments.task != SFT else {}
+    flags |= {"precompute_ref_log_probs": True} if arguments.precompute_ref_log_probs else {}
     flags |= {"per_device_train_batch_size": arguments.micro_batch_size, "max_length": arguments.seq_length}
     flags |= {"optim": arguments.optim, "bf16": arguments.precision == "bf16"}
     if arguments.task == "grpo":  # seq_length is of a prompt and its answer

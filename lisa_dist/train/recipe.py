@@ -118,7 +118,7 @@ def format_recipe(chosen: Chosen, words: Sequence[str]) -> str:
         output_dir=_as_yaml(arguments.output_dir or f"runs/{arguments.model_name}"),
         active="" if lisa_config.by_module else f"lisa_activated_layers: {gamma:<13}{_MORE}\n",
         packing=_PACKING if arguments.task == SFT else "",
-        task=f"task: {arguments.task}\n" if arguments.task != SFT else "",
+        task=_task(arguments),
         interval=interval,
         lisa="".join(f"{name}: {_as_yaml(value)}\n" for name, value in shown.items()),
         deepspeed=plan.ds_config,
@@ -133,6 +133,12 @@ def format_recipe(chosen: Chosen, words: Sequence[str]) -> str:
         micro_batch_size=arguments.micro_batch_size,
         seq_length=arguments.seq_length,
     )
+
+
+def _task(arguments: InitArguments) -> str:
+    """Lines of a task other than sft."""
+    task = f"task: {arguments.task}\n" if arguments.task != SFT else ""
+    return task + ("precompute_ref_log_probs: true\n" if arguments.precompute_ref_log_probs else "")
 
 
 def _plan_command(arguments: InitArguments, plan: Plan) -> str:

@@ -704,6 +704,10 @@ def test_a_task_s_reference_model_and_pairs_are_planned():
     on_host = planned("zero3_offload", task="dpo", optim="adamw_torch_fused")
     assert (on_host.gpu.reference, on_host.host["reference model"]) == (0, -(-sft.gpu.weights // 4))
     assert not planned(task="dpo", method="lora").gpu.reference
+    computed = {"task": "dpo", "precompute_ref_log_probs": True}
+    assert planned(**computed).gpu.peak == sft.gpu.peak, "the reference model is gone by the first step"
+    command = command_for(planned(**computed), PlanArguments("x", gpus=4, **computed))
+    assert "--task dpo --precompute_ref_log_probs True" in command
     assert planned(task="grpo").workload.micro_batch_size == 1
     assert planned(task="orpo").gpu.logits
     score = planned(task="reward").gpu
@@ -714,3 +718,5 @@ def test_a_task_s_reference_model_and_pairs_are_planned():
     assert "--max_completion_length 32 --reward_funcs rewards.py --num_generations 4" in command
     with pytest.raises(UserError, match="--micro_batch_size 1 with --task grpo: it compares answers of a step"):
         PlanArguments("x", task="grpo")
+    with pytest.raises(UserError, match="--precompute_ref_log_probs with --task orpo: it is for those with a ref"):
+        PlanArguments("x", task="orpo", precompute_ref_log_probs=True)
