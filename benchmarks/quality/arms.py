@@ -135,6 +135,13 @@ PROTOCOL = (
 )  # fmt: skip
 
 
+def protocol_of(model: str) -> list[str]:
+    """The arms of the comparison of every method that a model has enough layers for."""
+    num_layers = AutoConfig.from_pretrained(model).num_hidden_layers
+    layers = {arm: ARMS[arm][1].get("lisa_activated_layers", 0) for arm in PROTOCOL}
+    return [arm for arm, count in layers.items() if count == AUTO_LAYERS or count <= num_layers]
+
+
 def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict) -> dict:
     """As many layers as two with AdamW's states in 32 bits hold beside activations, or as fit 1.1 times LoRA's peak."""
     config = AutoConfig.from_pretrained(arguments.model)

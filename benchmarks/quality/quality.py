@@ -34,7 +34,7 @@ from pathlib import Path
 import lisa_dist
 from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
 from benchmarks.common.results import parser_with_data, positive, print_table, write_results
-from benchmarks.quality.arms import ARMS, PROTOCOL, build, train_by_swift
+from benchmarks.quality.arms import ARMS, build, protocol_of, train_by_swift
 from benchmarks.quality.examples import Data, evaluate, solved
 from benchmarks.quality.training import Batch, held_out_losses, train
 from benchmarks.tables.rows import BASELINES, quality_table
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw losses to this .png")
     parser.add_argument("--gpu", action="store_true", help="on the first GPU, in bf16")
     arguments = parser.parse_args()
-    arguments.arms = PROTOCOL if arguments.protocol else arguments.arms
+    arguments.arms = protocol_of(arguments.model) if arguments.protocol else arguments.arms
     if not arguments.gpu:
         run_on_cpu()
     figures = read_figures(arguments)
