@@ -1,10 +1,14 @@
 """What does a loss cost? Held-out losses of quality.py against the peak of a step's memory and its CPU seconds.
 
-python -m benchmarks.quality.pareto --model stories260k-hf --of benchmarks/results/quality.json --plot pareto.png
+python -m benchmarks.quality.pareto --plot docs/pareto.png \\
+    --task "stories260K on GSM8K" stories260k-hf benchmarks/results/quality.json \\
+    --task "SmolLM2-135M on GSM8K" .quickstart/model benchmarks/results/quality_smollm2.json \\
+    --task "SmolLM2-135M on Alpaca" .quickstart/model benchmarks/results/quality_smollm2_alpaca.json
 
-Both are measured here, of steps of the longest rows in one process, arm after arm: the peak of all tensors that live at
-once in the third step, and the seconds of steps without a switch in several periods, since what a step takes may depend
-on the layers. The front is of the arms that no other is better than in both. Arms of other programs are left out.
+Costs are measured here, of steps of the longest rows in one process, arm after arm: the peak of all tensors that live
+at once in the third step, and the seconds of steps without a switch in several periods, since what a step takes may
+depend on the layers. What is in the results already is not measured again. The front is of the arms that no other is
+better than in both. Arms of other programs are left out.
 """
 
 import argparse
@@ -22,14 +26,17 @@ from benchmarks.quality.arms import ARMS, build
 from benchmarks.quality.examples import LENGTH
 from benchmarks.quality.training import train
 from benchmarks.tables.rows import method_name, pareto_table
-from benchmarks.tables.runs import best_rate, runs_at_best
+from benchmarks.tables.runs import runs_at_best
 from lisa_dist.core.live_bytes import live_storages, live_tensor_bytes
 from lisa_dist.memory.tracker import AllocationTracker
 
 PERIODS, STEPS = 4, 3  # that are timed, and of each
+NAMED = ("full", "lora r16", "lora r64", "galore r16", "apollo r16", "lisa 2", "lisa modules", "lisa in lora's memory",
+         "lisa in lora's, embed frozen")  # fmt: skip
+"""Arms that the plot names; beside them it names those of the front."""
 
 
-def cost_of(arguments: argparse.Namespace, arm: str) -> tuple[int, float]:
+def cost_of(arguments: argparse.Namespace, arm: str) -> dict[str, float]:
     """On a rank: the most bytes that tensors hold at once in the third step, and the CPU seconds of a step."""
     gc.collect()
     of_others = live_tensor_bytes()
@@ -53,32 +60,59 @@ def cost_of(arguments: argparse.Namespace, arm: str) -> tuple[int, float]:
             of_steps.append(time.process_time() - started)
         of_periods.append(statistics.median(of_steps))
     engine.destroy()
-    return tracker.peak - of_others, statistics.mean(of_periods)
+    return {"peak": tracker.peak - of_others, "seconds": statistics.mean(of_periods)}
+
+
+def measure(tasks: dict[str, dict], results: Path, only: list[str] | None) -> dict[str, dict]:
+    """Costs of the arms that have most seeds of each task, and their losses; written as they come."""
+    held = json.loads(results.read_text(encoding="utf-8"))["figures"]["costs"] if results.is_file() else {}
+    figures: dict[str, dict] = {"costs": held, "tasks": {}}
+    with RankGroup(1, Caller) as rank:
+        for name, task in tasks.items():
+            settings, runs = task["figures"]["settings"], task["figures"]["runs"]
+            arguments = argparse.Namespace(
+                model=task["model"], rows=settings["rows"], steps=settings["steps"], gpu=False
+            )
+            costs = held.setdefault(f"{settings['model']}, rows: {settings['rows']}", {})
+            at_best = {arm: runs_at_best(arm, runs) for arm in ARMS if ARMS[arm][0] != "ms-swift"}
+            most = max(map(len, at_best.values()))
+            arms = figures["tasks"].setdefault(name, {"settings": settings, "arms": {}})["arms"]
+            for arm in only or [arm for arm in at_best if len(at_best[arm]) == most]:
+                if arm not in costs:
+                    (costs[arm],) = rank.call("run", cost_of, arguments, arm)
+                    print(name, arm, f"{costs[arm]['peak'] / 1e6:.1f} MB, {costs[arm]['seconds']:.3f} s", flush=True)
+                losses = [run["held_out"] for run in at_best[arm]]
+                if losses:
+                    arms[arm] = costs[arm] | {"loss": statistics.mean(losses), "losses": losses}
+                write_results(results, figures, quiet=True)
+    return figures
 
 
 def plot(figures: dict, path: Path) -> None:
-    """Loss against memory and against time, a point an arm with its seeds, and the front."""
+    """A row a task: loss against memory and against time, a point an arm with its seeds, and the front."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    found = list(figures["arms"].items())
-    for axes, cost, label in zip(
-        figure.subplots(1, 2, sharey=True), ("peak", "seconds"), ("peak of a step, MB", "CPU s a step"), strict=True
+    tasks = figures["tasks"]
+    figure = Figure(figsize=(12, 4 * len(tasks)), layout="constrained")
+    for (name, task), row in zip(
+        tasks.items(), figure.subplots(len(tasks), 2, sharey="row", squeeze=False), strict=True
     ):
-        scale = 1e6 if cost == "peak" else 1
-        front = sorted(front_of([(one[cost] / scale, one["loss"]) for _, one in found]))
-        axes.step(*zip(*front, strict=True), where="post", color="0.6", linewidth=1)
-        for place, (arm, one) in enumerate(found):
-            color = "C1" if arm.startswith(("lora", "galore", "apollo")) else "C3" if arm == "full" else "C0"
-            at = one[cost] / scale
-            axes.plot([at] * len(one["losses"]), one["losses"], "o", color=color, alpha=0.25, markersize=4)
-            axes.plot(at, one["loss"], "o", color=color)
-            above = (5, 4 if place % 2 else -10)
-            axes.annotate(method_name(arm), (at, one["loss"]), xytext=above, textcoords="offset points", fontsize=7)
-        axes.set(xlabel=label)
-        axes.grid(alpha=0.3)
-    figure.axes[0].set(ylabel="held-out loss")
-    figure.savefig(path, dpi=120)
+        for axes, cost, scale in zip(row, ("peak", "seconds"), (1e6, 1), strict=True):
+            points = {arm: (one[cost] / scale, one["loss"]) for arm, one in task["arms"].items()}
+            front = sorted(front_of(list(points.values())))
+            axes.step(*zip(*front, strict=True), where="post", color="0.6", linewidth=1)
+            for arm, (at, loss) in points.items():
+                color = "C3" if arm == "full" else "C1" if ARMS[arm][0] != "lisa" else "C0"
+                losses = task["arms"][arm]["losses"]
+                axes.plot([at] * len(losses), losses, "o", color=color, alpha=0.25, markersize=3)
+                axes.plot(at, loss, "o", color=color)
+                if arm in NAMED or (at, loss) in front:
+                    text = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7}
+                    axes.annotate(method_name(arm), (at, loss), **text)
+            axes.grid(alpha=0.3)
+        row[0].set(ylabel=f"{name}\nheld-out loss", xlabel="peak of a step, MB")
+        row[1].set(xlabel="CPU s a step")
+    figure.savefig(path, dpi=110)
 
 
 def front_of(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -87,33 +121,30 @@ def front_of(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def main() -> None:
-    """Measure the peak of every arm that has been run, print the table, draw the plot."""
+    """Measure the costs of every arm that has been run, print a table of each task, draw the plot."""
     run_on_cpu()
     parser = parser_of(__doc__, "pareto")
-    parser.add_argument("--model", required=True, help="folder or hub id")
-    parser.add_argument("--of", type=Path, required=True, help="results of quality.py")
+    parser.add_argument(
+        "--task",
+        nargs=3,
+        action="append",
+        required=True,
+        metavar=("NAME", "MODEL", "RESULTS"),
+        help="a name for the plot, the model (folder or hub id), and results of quality.py; may be given several times",
+    )
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="by default those with most seeds")
     parser.add_argument("--plot", type=Path, help="draw it to this .png")
     arguments = parser.parse_args()
-    of_quality = json.loads(arguments.of.read_text(encoding="utf-8"))["figures"]
-    runs, arguments.gpu = of_quality["runs"], False
-    arguments.rows, arguments.steps = of_quality["settings"]["rows"], of_quality["settings"]["steps"]
-    at_best = {arm: runs_at_best(arm, runs) for arm in ARMS}
-    most = max(map(len, at_best.values()))
-    ours = [arm for arm in ARMS if ARMS[arm][0] != "ms-swift"]
-    arms = arguments.arms or [arm for arm in ours if len(at_best[arm]) == most]
-    measured = {}
-    with RankGroup(1, Caller) as rank:
-        for arm in arms:
-            ((peak, seconds),) = rank.call("run", cost_of, arguments, arm)
-            losses = [run["held_out"] for run in at_best[arm]]
-            measured[arm] = {"peak": peak, "seconds": seconds, "loss": statistics.mean(losses), "losses": losses}
-            measured[arm] |= {"rate": best_rate(arm, runs), "layers": at_best[arm][0]["layers"]}
-            print(arm, f"{peak / 1e6:.1f} MB, {seconds:.3f} s", flush=True)
-    figures = {"settings": of_quality["settings"], "arms": measured}
+    tasks = {
+        name: {"model": model, "figures": json.loads(Path(path).read_text(encoding="utf-8"))["figures"]}
+        for name, model, path in arguments.task
+    }
+    figures = measure(tasks, arguments.results, arguments.arms)
     write_results(arguments.results, figures)
-    header, *lines = pareto_table(figures)
-    print_table(header, lines)
+    for name, task in figures["tasks"].items():
+        header, *lines = pareto_table(task)
+        print(name)
+        print_table(header, lines)
     if arguments.plot:
         plot(figures, arguments.plot)
 

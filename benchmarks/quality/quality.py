@@ -169,10 +169,11 @@ def steps_of(arm: str, arguments: argparse.Namespace) -> int:
     """The steps of an arm: --steps, or with --same_time_as those that take as long as --steps of full training."""
     if arguments.same_time_as is None:
         return arguments.steps
-    arms = json.loads(arguments.same_time_as.read_text(encoding="utf-8"))["figures"].get("arms", {})
+    costs = json.loads(arguments.same_time_as.read_text(encoding="utf-8"))["figures"].get("costs", {})
+    arms = costs.get(f"{Path(arguments.model).name}, rows: {arguments.rows}", {})
     missing = [name for name in ("full", arm) if name not in arms]
     if missing:
-        sys.exit(f"--same_time_as {arguments.same_time_as}: has no {', '.join(missing)}.")
+        sys.exit(f"--same_time_as {arguments.same_time_as}: has no {', '.join(missing)} of this model and --rows.")
     return round(arguments.steps * arms["full"]["seconds"] / arms[arm]["seconds"])
 
 

@@ -35,11 +35,14 @@ def test_every_arm_tries_as_many_rates_and_more_where_the_best_is_at_an_end():
 
 
 def test_at_equal_time_a_faster_arm_takes_more_steps(tmp_path):
-    path = tmp_path / "pareto.json"
-    path.write_text(json.dumps({"figures": {"arms": {"full": {"seconds": 3.0}, "lora r16": {"seconds": 1.2}}}}))
-    arguments = argparse.Namespace(steps=100, same_time_as=path)
+    path, costs = tmp_path / "pareto.json", {"full": {"seconds": 3.0}, "lora r16": {"seconds": 1.2}}
+    path.write_text(json.dumps({"figures": {"costs": {"model, rows: 1": costs}}}))
+    arguments = argparse.Namespace(model="a/model", rows=1, steps=100, same_time_as=path)
     assert [steps_of(arm, arguments) for arm in ("full", "lora r16")] == [100, 250]
     with pytest.raises(SystemExit, match="has no lisa 2"):
         steps_of("lisa 2", arguments)
+    arguments.rows = 2
+    with pytest.raises(SystemExit, match="has no full, lora r16 of this model"):
+        steps_of("lora r16", arguments)
     arguments.same_time_as = None
     assert steps_of("lisa 2", arguments) == 100
