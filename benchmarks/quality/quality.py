@@ -150,19 +150,25 @@ def beyond(arm: str, figures: dict) -> float | None:
 def run_all(runs: list, arguments: argparse.Namespace, figures: dict) -> None:
     """Those of `runs` that have no figures yet, on as many processes as `--jobs`; figures are filled in."""
     missing = [one for one in runs if quality_key(*one) not in figures]
-    writing = threading.Lock()
+    # Each takes the next as it ends one, since a run with a probe takes several times as long as others.
+    jobs, waiting, writing = min(arguments.jobs, len(missing)), iter(missing), threading.Lock()
 
-    def work(mine: list) -> None:
+    def work(_: int) -> None:
         with RankGroup(1, Caller) as rank:
-            for arm, lr, seed in mine:
+            while True:
+                with writing:
+                    one = next(waiting, None)
+                if one is None:
+                    return
+                arm, lr, seed = one
                 (found,) = rank.call("run", run, arguments, arm, lr, seed, steps_of(arm, arguments))
                 with writing:
                     figures[quality_key(arm, lr, seed)] = found
                     write_results(arguments.results, {"settings": settings_of(arguments), "runs": figures}, quiet=True)
                 print(arm, lr, seed, found["held_out"], flush=True)
 
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(work, filter(None, (missing[job :: arguments.jobs] for job in range(arguments.jobs)))))
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        list(pool.map(work, range(jobs)))
 
 
 def steps_of(arm: str, arguments: argparse.Namespace) -> int:
