@@ -127,11 +127,10 @@ ARMS = {
 }
 # Of the comparison of every method at equal steps, time and memory.
 PROTOCOL = (
-    "full", "lora r16", "lora r64", "galore r16", "apollo r16", "ms-swift lisa 2", "lisa 2", "lisa 2 balanced",
-    "lisa 2 depth 4", "lisa 2 probed", "lisa 2 probed sharp", "lisa modules", "lisa modules adaptive", "lisa 2 window",
-    "lisa 2, embed and head / 2", "lisa 2 warm-up", "lisa 2 K auto", "lisa in lora's memory",
-    "lisa in lora's, upper most", "lisa in lora's, probed", "lisa in lora's, embed frozen",
-    "lisa 8 upper, embed frozen",
+    "full", "lora r16", "lora r64", "galore r16", "apollo r16", "ms-swift lisa 2", "lisa 2", "lisa in lora's memory",
+    "lisa in lora's, embed frozen", "lisa modules", "lisa modules adaptive", "lisa 2 balanced", "lisa 2 depth 4",
+    "lisa 2 window", "lisa 2, embed and head / 2", "lisa 2 warm-up", "lisa 2 K auto", "lisa in lora's, upper most",
+    "lisa 8 upper, embed frozen", "lisa 2 probed", "lisa 2 probed sharp", "lisa in lora's, probed",
 )  # fmt: skip
 
 
