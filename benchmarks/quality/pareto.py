@@ -31,9 +31,9 @@ from lisa_dist.core.live_bytes import live_storages, live_tensor_bytes
 from lisa_dist.memory.tracker import AllocationTracker
 
 PERIODS, STEPS = 4, 3  # that are timed, and of each
+# Arms that the plot names; beside them it names those of the front.
 NAMED = ("full", "lora r16", "lora r64", "galore r16", "apollo r16", "lisa 2", "lisa modules", "lisa in lora's memory",
          "lisa in lora's, embed frozen")  # fmt: skip
-"""Arms that the plot names; beside them it names those of the front."""
 
 
 def cost_of(arguments: argparse.Namespace, arm: str) -> dict[str, float]:
