@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lisa_dist.core.blocks import Block, Blocks
-from lisa_dist.memory.trace import Arrival, FakeRun
+from lisa_dist.memory.step_trace import Arrival
+from lisa_dist.memory.trace import FakeRun
 
 
 def gathered_weights(

@@ -23,7 +23,8 @@ from lisa_dist.memory.known_models import name_or_folder
 from lisa_dist.memory.periods import widest_periods
 from lisa_dist.memory.plan import DTYPES, Plan, PlanArguments
 from lisa_dist.memory.stage_settings import StageSettings
-from lisa_dist.memory.trace import CHUNKED, LOGITS, RATIO, SCORE, FakeRun, FakeRuns, Group, StepTrace, Trained, Workload
+from lisa_dist.memory.step_trace import StepTrace
+from lisa_dist.memory.trace import CHUNKED, LOGITS, RATIO, SCORE, FakeRun, FakeRuns, Group, Trained, Workload
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.run_folder import PLANNED_PARTS, REFERENCE
 from lisa_dist.tasks import REWARD, SFT

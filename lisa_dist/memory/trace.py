@@ -6,7 +6,7 @@ LISA would train, and every allocation is counted. `estimate.py` adds what DeepS
 
 import contextlib
 import copy
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,8 @@ from lisa_dist.core.meta_model import without_zero3_init
 from lisa_dist.errors import UserError
 from lisa_dist.memory.repeats import Event, LayersDifferError, Skipping, Stretch, stretches_of, unroll
 from lisa_dist.memory.stand_ins import TritonScores, as_triton, head_gradient_of, looked_up, made_whole
+from lisa_dist.memory.step_trace import Arrival, StepTrace
+from lisa_dist.memory.trace_cache import TraceCache
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.memory.without_liger import without_liger
 from lisa_dist.optim.build import default_state_bits
@@ -102,31 +104,6 @@ class Group:
         return [(str(number), numel) for number, numel in enumerate(self.numels)]
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """A gradient that arrives in a traced backward pass. Bytes of all allocations but the gradients before it."""
-
-    parameter: torch.nn.Parameter
-    peak_before: int  # the most since the gradient before it
-    now: int  # when it arrives, itself included
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the gradient."""
-        return self.parameter.numel() * self.parameter.element_size()
-
-
-@dataclass(frozen=True)
-class StepTrace:
-    """Bytes that a forward and backward pass allocates on top of weights and states."""
-
-    activations: int  # at the end of the forward pass
-    logits: int  # at the end of the forward pass: what has the vocabulary as its last dimension
-    arrivals: tuple[Arrival, ...]
-    peak_after: int  # the most after the last gradient
-    now: int  # at the end of the backward pass, without gradients
-
-
 class PlanError(UserError):
     """The model cannot be run on fake tensors: the message contains its error."""
 
@@ -170,16 +147,6 @@ class FakeRun:
                 loads, config = AutoModelForSequenceClassification, copy.deepcopy(config)
                 config.num_labels, config.pad_token_id = 1, 0
             self.model = loads.from_config(config, dtype=workload.dtype, attn_implementation=attention)
-            if workload.loss not in (OWN, SCORE, RATIO):
-                from trl.trainer.utils import add_fused_lm_head
-
-                from lisa_dist.core.head_gradient import use_slabs
-
-                use_slabs()
-                add_fused_lm_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
-            if workload.loss == LOGITS:
-                score = TritonScores.apply if workload.triton else None
-                add_label_logits(self.model, select=self._with_label, score=score)
             task_type = "SEQ_CLS" if workload.loss == SCORE else "CAUSAL_LM"
             self._run = _with_adapters(self.model, lora_rank, task_type) if lora_rank else self.model
         with _report_model_errors(config), self._mode:
@@ -190,6 +157,25 @@ class FakeRun:
             self.blocks = split_into_modules(self.model, self.blocks)
         self._trainable = [parameter for parameter in self._run.parameters() if parameter.requires_grad]
         self._traces: dict[tuple[int, frozenset[int], frozenset[int]], StepTrace] = {}
+        self._before_a_trace: list[Callable[[], None]] = [self._set_loss]
+        # What is read from a file is of released code: of other models' nothing says when it changes.
+        is_released = type(self.model).__module__.startswith("transformers.")
+        described = config.to_json_string(use_diff=False), lora_rank, layers_attribute
+        self._cache = TraceCache(described) if is_released and workload.labels is None else None
+
+    def _set_loss(self) -> None:
+        """Have the model compute its loss as the run does; TRL takes seconds to import."""
+        workload = self.workload
+        if workload.loss not in (OWN, SCORE, RATIO):
+            from trl.trainer.utils import add_fused_lm_head
+
+            from lisa_dist.core.head_gradient import use_slabs
+
+            use_slabs()
+            add_fused_lm_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
+        if workload.loss == LOGITS:
+            score = TritonScores.apply if workload.triton else None
+            add_label_logits(self.model, select=self._with_label, score=score)
 
     def checkpointing(self, layers: int) -> "FakeRun":
         """The same model with so many layers checkpointed."""
@@ -259,15 +245,33 @@ class FakeRun:
         trained = frozenset(id(parameter) for group in groups for parameter in group.params)
         key = self.workload.checkpointed_layers, trained, by_rows
         if key not in self._traces:
-            checkpoint_layers(self.model, self.blocks, self.workload.checkpointed_layers)
-            layers = list(self.model.get_submodule(self.blocks.layers_path).children())
-            stretches = stretches_of(layers, trained, self.model.config.get_text_config())
-            short = None
-            if stretches:  # a model that finds nothing where a skipped layer leaves something may raise what it likes
-                with contextlib.suppress(LayersDifferError, PlanError, LookupError):
-                    short = self._trace(groups, layers, stretches)
-            self._traces[key] = short or self._trace(groups, layers, [])
+            self._traces[key] = self._kept_or_new(groups, trained, by_rows)
         return self._traces[key]
+
+    def _kept_or_new(self, groups: Sequence[Group], trained: frozenset[int], by_rows: frozenset[int]) -> StepTrace:
+        if self._cache is None:
+            return self._new_trace(groups, trained)
+        parameters = dict(self._run.named_parameters())
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        what = str(self.workload), *(sorted(names[one] for one in ids) for ids in (trained, by_rows))
+        kept = self._cache.read(what)
+        if kept is not None:
+            return StepTrace.of_dict(kept, parameters)
+        trace = self._new_trace(groups, trained)
+        self._cache.write(what, trace.to_dict(names))
+        return trace
+
+    def _new_trace(self, groups: Sequence[Group], trained: frozenset[int]) -> StepTrace:
+        while self._before_a_trace:
+            self._before_a_trace.pop()()
+        checkpoint_layers(self.model, self.blocks, self.workload.checkpointed_layers)
+        layers = list(self.model.get_submodule(self.blocks.layers_path).children())
+        stretches = stretches_of(layers, trained, self.model.config.get_text_config())
+        short = None
+        if stretches:  # a model that finds nothing where a skipped layer leaves something may raise what it likes
+            with contextlib.suppress(LayersDifferError, PlanError, LookupError):
+                short = self._trace(groups, layers, stretches)
+        return short or self._trace(groups, layers, [])
 
     def _trace(
         self, groups: Sequence[Group], layers: Sequence[torch.nn.Module], stretches: Sequence[Stretch]
