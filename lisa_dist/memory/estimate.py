@@ -35,7 +35,8 @@ from lisa_dist.memory.parts import GROUP_GRADIENTS, STATES, WEIGHTS, MemoryParts
 from lisa_dist.memory.stage_settings import StageSettings
 from lisa_dist.memory.state_sizes import group_state_bytes, steps_weights
 from lisa_dist.memory.step_trace import Arrival, StepTrace
-from lisa_dist.memory.trace import FakeRun, Group
+from lisa_dist.memory.trace import FakeRun
+from lisa_dist.memory.workload import Group
 from lisa_dist.optim.build import BITSANDBYTES_ADAMW, LISA_ADAMW
 from lisa_dist.optim.ops import chunk_bytes, factored_chunk_bytes, num_rows, table_bytes
 from lisa_dist.optim.row_gradient import SLAB

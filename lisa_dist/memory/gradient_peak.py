@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from lisa_dist.memory.step_trace import Arrival, StepTrace
-from lisa_dist.memory.trace import Group
+from lisa_dist.memory.workload import Group
 from lisa_dist.zero import gradients
 from lisa_dist.zero.layout import pieces_of_group, share_numel
 

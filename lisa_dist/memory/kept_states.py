@@ -9,7 +9,8 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.core.groups import split_by_decay, takes_bits
 from lisa_dist.core.selection import most_active
 from lisa_dist.memory.state_sizes import group_state_buffers, steps_weights
-from lisa_dist.memory.trace import FakeRun, Group
+from lisa_dist.memory.trace import FakeRun
+from lisa_dist.memory.workload import Group
 from lisa_dist.optim.build import default_state_bits
 from lisa_dist.optim.states import pinned_bytes
 

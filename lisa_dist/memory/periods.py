@@ -6,7 +6,7 @@ from lisa_dist.config import OUTER_BLOCKS, LisaConfig
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.sampling import SampledBlock, fill
 from lisa_dist.core.selection import unit_budget
-from lisa_dist.memory.trace import Trained
+from lisa_dist.memory.workload import Trained
 
 
 def widest_periods(

@@ -10,7 +10,7 @@ from lisa_dist.core.checkpointing import AUTO, parse_checkpointed_layers
 from lisa_dist.core.label_logits import check_loss
 from lisa_dist.errors import UserError
 from lisa_dist.memory.parts import MemoryParts
-from lisa_dist.memory.trace import Workload
+from lisa_dist.memory.workload import Workload
 from lisa_dist.tasks import GRPO, KTO, PAIRED, SFT, WITH_REFERENCE, check_task
 from lisa_dist.text import parse_bytes
 

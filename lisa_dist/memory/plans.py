@@ -19,7 +19,8 @@ from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.memory.plan import WAYS, Plan, PlanArguments
 from lisa_dist.memory.planner import LOSS_OF_TASK, Planner
-from lisa_dist.memory.trace import CHUNKED, LOGITS, FakeRuns
+from lisa_dist.memory.trace import FakeRuns
+from lisa_dist.memory.workload import CHUNKED, LOGITS
 from lisa_dist.optim.build import LISA_ADAMW, TORCH_ADAMW
 from lisa_dist.presets import SMALL_STATES
 from lisa_dist.tasks import SFT

@@ -18,7 +18,7 @@ import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -93,7 +93,7 @@ def stretches_of(
     parameters = [id(parameter) for layer in layers for parameter in layer.parameters()]
     if len(set(parameters)) < len(parameters):
         return []
-    kinds = [_kind(number, layer, trained) for number, layer in enumerate(layers)]
+    kinds = _kinds(layers, trained, config)
     found, start = [], 0
     while start < len(kinds):
         patterns = [_stretch(kinds, start, period) for period in range(1, LONGEST_PATTERN + 1)]
@@ -111,6 +111,11 @@ def _stretch(kinds: Sequence[Any], start: int, period: int) -> Stretch:
     while end < len(kinds) and kinds[end] == kinds[end - period]:
         end += 1
     return Stretch(start, period, (end - start) // period)
+
+
+def _kinds(layers: Sequence[torch.nn.Module], trained: Container[int], config: PretrainedConfig | None) -> list[Any]:
+    types = getattr(config, "layer_types", None) or []  # by which a model may choose what it gives to a layer
+    return [(_kind(number, layer, trained), types[number : number + 1]) for number, layer in enumerate(layers)]
 
 
 def _kind(number: int, layer: torch.nn.Module, trained: Container[int]) -> Any:
@@ -136,6 +141,20 @@ def _setting(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_setting(one) for one in value]
     return id(value) if isinstance(value, PretrainedConfig | types.FunctionType) else type(value)
+
+
+def pattern_of(
+    layers: Sequence[torch.nn.Module], stretches: Sequence[Stretch], trained: Container[int], config: PretrainedConfig
+) -> list[Any]:
+    """Equal for two steps that differ in nothing but how often stretches repeat, and so in where layers are."""
+    kinds = _kinds(layers, trained, config)
+    begins = {stretch.start: stretch for stretch in stretches}
+    pattern, number = [], 0
+    while number < len(layers):
+        stretch = begins.get(number, Stretch(number, 1, 1))
+        pattern.append(([kinds[one] for one in stretch.numbers(0)], stretch.repeats > 1))
+        number += stretch.period * stretch.repeats
+    return pattern
 
 
 class Skipping:
@@ -273,6 +292,52 @@ def _are_same(seen: Any, value: Any) -> bool:
     return isinstance(seen, SIMPLE) and seen == value  # in other objects layers may leave something for each other
 
 
+@dataclass(frozen=True, eq=False)
+class ShortStep:
+    """A step in which the layers of `stretches` that need not run have not; bytes after its forward pass, by part."""
+
+    layers: Sequence[torch.nn.Module]
+    stretches: Sequence[Stretch]
+    events: Sequence[Event]
+    after_forward: Counter[str]
+
+    def moved(self, stretches: Sequence[Stretch]) -> "ShortStep":
+        """The step of the same pattern in which these stretches repeat, without running it."""
+        moved = dict(zip(self.stretches, stretches, strict=True))
+        for ran, stretch in moved.items():
+            stretch.stays = ran.stays
+        numbers = zip(_running(self.layers, self.stretches), _running(self.layers, stretches), strict=True)
+        parameters: dict[int, torch.nn.Parameter] = {}
+        for of_ran, number in numbers:
+            parameters |= _same_parameters(self.layers[of_ran], self.layers[number])
+
+        def in_place(what: Any) -> Any:
+            if isinstance(what, Place):
+                return replace(what, stretch=moved[what.stretch])
+            return parameters.get(id(what), what)
+
+        events = [event._replace(what=in_place(event.what)) for event in self.events]
+        return ShortStep(self.layers, stretches, events, self.after_forward)
+
+    def all_after_forward(self) -> Counter[str]:
+        """Bytes after the forward pass of a step in which all layers run."""
+        total = Counter(self.after_forward)
+        for stretch in self.stretches:
+            total.update({part: size * stretch.num_skipped for part, size in stretch.stays.items()})
+        return total
+
+
+def _running(layers: Sequence[torch.nn.Module], stretches: Sequence[Stretch]) -> list[int]:
+    skipped = {
+        number
+        for stretch in stretches
+        for repeat in range(1, stretch.repeats - 1)
+        if repeat != SAMPLE
+        for number in stretch.numbers(repeat)
+    }
+    return [number for number in range(len(layers)) if number not in skipped]
+
+
 def unroll(events: Sequence[Event], layers: Sequence[torch.nn.Module]) -> list[Event]:
     """The events of a step in which all layers run: gradients that arrive, and None for the others."""
     unrolled: list[Event] = []
@@ -315,5 +380,10 @@ def _parameters_of(layers: Sequence[torch.nn.Module], stretch: Stretch, repeat: 
     """The parameters of a repeat, by the id of the sample's."""
     found: dict[int, torch.nn.Parameter] = {}
     for of_sample, number in zip(stretch.numbers(SAMPLE), stretch.numbers(repeat), strict=True):
-        found |= dict(zip(map(id, layers[of_sample].parameters()), layers[number].parameters(), strict=True))
+        found |= _same_parameters(layers[of_sample], layers[number])
     return found
+
+
+def _same_parameters(layer: torch.nn.Module, other: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
+    """The parameters of another layer, by the id of this one's."""
+    return dict(zip(map(id, layer.parameters()), other.parameters(), strict=True))

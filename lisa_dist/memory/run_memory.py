@@ -30,7 +30,8 @@ from lisa_dist.memory.meter import StepMeter
 from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.periods import widest_periods
 from lisa_dist.memory.stage_settings import StageSettings
-from lisa_dist.memory.trace import FakeRun, Trained, Workload
+from lisa_dist.memory.trace import FakeRun
+from lisa_dist.memory.workload import Trained, Workload
 from lisa_dist.run_folder import MEMORY_NAME, MEMORY_PARTS
 from lisa_dist.text import format_bytes, format_columns
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from lisa_dist.config import FACTORED, StateBits
-from lisa_dist.memory.trace import Group
+from lisa_dist.memory.workload import Group
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.optim.factored import places
 from lisa_dist.optim.moments import QUANTIZED_BLOCK

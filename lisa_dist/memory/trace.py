@@ -7,7 +7,7 @@ LISA would train, and every allocation is counted. `estimate.py` adds what DeepS
 import contextlib
 import copy
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,80 +28,24 @@ from lisa_dist.core.groups import split_by_decay, takes_bits
 from lisa_dist.core.label_logits import add_label_logits
 from lisa_dist.core.meta_model import without_zero3_init
 from lisa_dist.errors import UserError
-from lisa_dist.memory.repeats import Event, LayersDifferError, Skipping, Stretch, stretches_of, unroll
+from lisa_dist.memory.repeats import (
+    Event,
+    LayersDifferError,
+    ShortStep,
+    Skipping,
+    Stretch,
+    pattern_of,
+    stretches_of,
+    unroll,
+)
 from lisa_dist.memory.stand_ins import TritonScores, as_triton, head_gradient_of, looked_up, made_whole
 from lisa_dist.memory.step_trace import Arrival, StepTrace
 from lisa_dist.memory.trace_cache import TraceCache
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.memory.without_liger import without_liger
+from lisa_dist.memory.workload import LIGER, LOGITS, OWN, RATIO, SCORE, Group, Trained, Workload
 from lisa_dist.optim.build import default_state_bits
 from lisa_dist.zero.embedding_rows import embedding_of
-
-# How a step computes its loss.
-CHUNKED, LOGITS, LIGER, OWN, SCORE, RATIO = "chunked", "logits", "liger", "own", "score", "ratio"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The shape of one micro-batch of a rank, and how the model computes it."""
-
-    seq_length: int
-    micro_batch_size: int = 1
-    dtype: torch.dtype = torch.bfloat16
-    checkpointed_layers: int = 0  # so many of the lowest layers store only their inputs
-    attention: str = "sdpa"
-    # TRL's in chunks, of LOGITS of the positions with a label, LIGER's, the model's OWN, of a reward model's SCORE, or
-    # of a RATIO: as the model's own, and whoever computes it keeps the logits.
-    loss: str = CHUNKED
-    labels: int | None = None  # positions with a label, where LOGITS are not of all that can have one
-    triton: bool = False  # TRL's loss by its Triton kernels, as on a GPU
-    padded: bool = False  # examples of several lengths: the attention has a mask
-    frozen_bits: int = 16  # of the matrices of frozen decoder layers
-    by_module: bool = False  # linear modules are sampled in the place of layers
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a micro-batch of a rank."""
-        return self.micro_batch_size * self.seq_length
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The blocks that one period trains: layers, or modules, by number, outer blocks by name."""
-
-    layers: tuple[int, ...]
-    always_on: tuple[str, ...]
-    sampled: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Group:
-    """One parameter group: its parameters, the bits of its moments or "factored", whether it trains in every period.
-
-    `on_host`: its states are on the host (--lisa_offload). `by_rows`: an embedding whose gradient is of the rows that
-    occur (`zero/embedding_rows.py`).
-    """
-
-    params: tuple[torch.nn.Parameter, ...]
-    bits: StateBits = 32
-    always_on: bool = True
-    on_host: bool = False
-    by_rows: bool = False
-
-    @property
-    def numels(self) -> list[int]:
-        """Elements of each parameter."""
-        return [parameter.numel() for parameter in self.params]
-
-    @property
-    def widths(self) -> list[int]:
-        """Elements of a row of each parameter."""
-        return [parameter.shape[-1] for parameter in self.params]
-
-    @property
-    def named_numels(self) -> list[tuple[str, int]]:
-        """The same for `zero.layout`, which names pieces: here by the parameter's number in the group."""
-        return [(str(number), numel) for number, numel in enumerate(self.numels)]
 
 
 class PlanError(UserError):
@@ -157,6 +101,7 @@ class FakeRun:
             self.blocks = split_into_modules(self.model, self.blocks)
         self._trainable = [parameter for parameter in self._run.parameters() if parameter.requires_grad]
         self._traces: dict[tuple[int, frozenset[int], frozenset[int]], StepTrace] = {}
+        self._steps: list[tuple[Any, ShortStep]] = []  # that were run, by their pattern
         self._before_a_trace: list[Callable[[], None]] = [self._set_loss]
         # What is read from a file is of released code: of other models' nothing says when it changes.
         is_released = type(self.model).__module__.startswith("transformers.")
@@ -267,15 +212,39 @@ class FakeRun:
         checkpoint_layers(self.model, self.blocks, self.workload.checkpointed_layers)
         layers = list(self.model.get_submodule(self.blocks.layers_path).children())
         stretches = stretches_of(layers, trained, self.model.config.get_text_config())
-        short = None
         if stretches:  # a model that finds nothing where a skipped layer leaves something may raise what it likes
             with contextlib.suppress(LayersDifferError, PlanError, LookupError):
-                short = self._trace(groups, layers, stretches)
-        return short or self._trace(groups, layers, [])
+                return self._trace_of(self._short_step(groups, layers, stretches, trained))
+        return self._trace_of(self._step(groups, layers, []))
 
-    def _trace(
+    def _short_step(
+        self,
+        groups: Sequence[Group],
+        layers: Sequence[torch.nn.Module],
+        stretches: Sequence[Stretch],
+        trained: frozenset[int],
+    ) -> ShortStep:
+        """As it was run for another number of the same layers, or a new one."""
+        in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        by_rows = {id(group.params[0]) for group in groups if group.by_rows}
+        kinds = pattern_of(layers, stretches, trained, self.model.config.get_text_config())
+        pattern = kinds, trained - in_layers, by_rows
+        for other, step in self._steps:
+            if other == pattern:
+                return step.moved(stretches)
+        step = self._step(groups, layers, stretches)
+        self._steps.append((pattern, step))
+        return step
+
+    def _trace_of(self, step: ShortStep) -> StepTrace:
+        *arrivals, end = _arrivals(unroll(step.events, step.layers))
+        after = step.all_after_forward()
+        return StepTrace(after["activations"], after["logits"], tuple(arrivals), end.peak_before, end.now)
+
+    def _step(
         self, groups: Sequence[Group], layers: Sequence[torch.nn.Module], stretches: Sequence[Stretch]
-    ) -> StepTrace:
+    ) -> ShortStep:
+        """Run forward and backward, without the layers of `stretches` that need not run."""
         for parameter in self._run.parameters():
             parameter.requires_grad_(False)
         trained = [parameter for group in groups for parameter in group.params]
@@ -326,12 +295,7 @@ class FakeRun:
                 after_forward = +tracker.bytes
                 loss.backward()
                 mark(None)
-        for stretch in stretches:
-            after_forward.update({part: size * stretch.num_skipped for part, size in stretch.stays.items()})
-        *arrivals, end = _arrivals(unroll(events, layers))
-        return StepTrace(
-            after_forward["activations"], after_forward["logits"], tuple(arrivals), end.peak_before, end.now
-        )
+        return ShortStep(layers, stretches, events, after_forward)
 
 
 class FakeRuns:

@@ -20,7 +20,7 @@ from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner
-from lisa_dist.memory.trace import CHUNKED, LIGER, LOGITS
+from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS
 from lisa_dist.optim.ops import why_no_compiler
 from lisa_dist.tasks import SFT
 from lisa_dist.text import format_bytes

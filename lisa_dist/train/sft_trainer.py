@@ -12,7 +12,7 @@ from trl import SFTTrainer
 from lisa_dist.core.head_gradient import use_slabs
 from lisa_dist.core.label_logits import add_label_logits, check_loss, why_no_label_logits
 from lisa_dist.errors import UserError
-from lisa_dist.memory.trace import CHUNKED, LIGER, LOGITS
+from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS
 from lisa_dist.train.attention import documents_see_each_other, packs_documents
 from lisa_dist.train.liger import add_liger_loss
 from lisa_dist.train.monitoring import MonitoredMixin

@@ -11,7 +11,7 @@ from lisa_dist.core.controller import LisaController
 from lisa_dist.core.label_logits import uses_triton
 from lisa_dist.distributed.devices import gpu_bytes_for_tensors
 from lisa_dist.memory.run_memory import RunMemory
-from lisa_dist.memory.trace import CHUNKED, LOGITS, OWN, RATIO, SCORE, Workload
+from lisa_dist.memory.workload import CHUNKED, LOGITS, OWN, RATIO, SCORE, Workload
 from lisa_dist.zero.parameters import held_tensors
 
 RESERVED = 2**30  # bytes of a GPU, for the CUDA context, NCCL and fragments, until a step has shown them

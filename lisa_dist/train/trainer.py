@@ -38,7 +38,7 @@ from lisa_dist.distributed.watchdog import HANG_TIMEOUT, Watchdog
 from lisa_dist.ds_config import uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.memory.run_memory import RunMemory
-from lisa_dist.memory.trace import CHUNKED
+from lisa_dist.memory.workload import CHUNKED
 from lisa_dist.optim.build import build_optimizer
 from lisa_dist.train.callbacks import Heartbeat, LisaSteps
 from lisa_dist.train.checks import check_trainer

@@ -19,7 +19,7 @@ from lisa_dist.core.checkpointing import (
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.memory.meter import StepMeter
 from lisa_dist.memory.run_memory import RunMemory, format_report
-from lisa_dist.memory.trace import Workload
+from lisa_dist.memory.workload import Workload
 
 ROWS, LENGTH = 2, 64
 

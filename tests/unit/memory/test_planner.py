@@ -34,8 +34,9 @@ from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner, command_for
 from lisa_dist.memory.plans import make_plans, what_fits, with_most_layers
 from lisa_dist.memory.stage_settings import StageSettings
-from lisa_dist.memory.trace import LOGITS, OWN, FakeRun, FakeRuns, Trained, Workload
+from lisa_dist.memory.trace import FakeRun, FakeRuns
 from lisa_dist.memory.tracker import AllocationTracker
+from lisa_dist.memory.workload import LOGITS, OWN, Trained, Workload
 from lisa_dist.run_folder import PLANNED_PARTS
 from lisa_dist.text import parse_bytes
 from lisa_dist.zero import gradients, overrides

@@ -14,12 +14,16 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from lisa_dist.core.head_gradient import LogProbsInSlabs
 from lisa_dist.memory import trace as traces
 from lisa_dist.memory.repeats import Event, LayersDifferError, Place, Skipping, Stretch, stretches_of, unroll
-from lisa_dist.memory.trace import CHUNKED, LIGER, LOGITS, OWN, RATIO, SCORE, FakeRun, FakeRuns, Trained, Workload
+from lisa_dist.memory.trace import FakeRun, FakeRuns
+from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS, OWN, RATIO, SCORE, Trained, Workload
 
 SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 LLAMA = LlamaConfig(**SIZES, num_hidden_layers=12)
+LONG = LlamaConfig(**SIZES, num_hidden_layers=20)
 # Every sixth layer attends to all tokens.
-GEMMA = Gemma3TextConfig(**SIZES, num_key_value_heads=2, head_dim=16, num_hidden_layers=32, sliding_window=8)
+GEMMA_SIZES = SIZES | {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8}
+GEMMA = Gemma3TextConfig(**GEMMA_SIZES, num_hidden_layers=32)
+LAYER_TYPES = ["sliding_attention"] * 3 + ["full_attention"]
 ALL = ("embed", "head", "rest")
 
 
@@ -59,6 +63,58 @@ def test_a_short_trace_is_that_of_all_layers(monkeypatch, checkpointed, loss, tr
     (few, runs), (all_of_them, all_runs) = traced(*of), of_all_layers(monkeypatch, *of)
     assert few == all_of_them
     assert runs < all_runs
+
+
+@pytest.mark.parametrize(
+    ("config", "number", "other"),
+    [
+        (LONG, (8, (0, 1)), (13, (0, 1))),  # so many layers checkpointed, and which train
+        (LLAMA, (0, (0, 1, 2, 3, 4)), (0, (0, 1, 2, 3, 4, 5))),
+        (LONG, (12, (19,)), (7, (19,))),
+        (Gemma3TextConfig(**GEMMA_SIZES, num_hidden_layers=64, layer_types=LAYER_TYPES * 16), (20, ()), (40, ())),
+    ],
+)
+@pytest.mark.parametrize("loss", [LOGITS, CHUNKED])
+def test_a_step_of_the_same_pattern_is_not_run_again(monkeypatch, config, number, other, loss):
+    run = FakeRun(config, Workload(24, checkpointed_layers=number[0], loss=loss))
+    run.trace(run.groups(Trained(number[1], ALL)))
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeRun, "_step", None)
+        moved = run.checkpointing(other[0])
+        trace = moved.trace(moved.groups(Trained(other[1], ALL)))
+    names = {id(parameter): name for name, parameter in run._run.named_parameters()}
+    arrivals = [(names[id(one.parameter)], one.peak_before, one.now) for one in trace.arrivals]
+    found = trace.activations, trace.logits, arrivals, trace.peak_after, trace.now
+    workload = Workload(24, checkpointed_layers=other[0], loss=loss)
+    assert found == of_all_layers(monkeypatch, config, workload, Trained(other[1], ALL))[0]
+
+
+@pytest.mark.parametrize(
+    ("number", "other"),
+    [
+        ((6, (0, 1), ALL), (6, (0, 1), ("embed",))),
+        ((6, (0, 1), ALL), (6, (0, 2), ALL)),
+        ((6, (0, 1), ALL), (6, (0,), ALL)),
+        ((6, (0, 1), ALL), (9, (0, 1), ALL)),  # three layers are no stretch
+        ((6, (0, 1), ALL), (0, (0, 1), ALL)),
+    ],
+)
+def test_a_step_of_another_pattern_is_run(monkeypatch, number, other):
+    run = FakeRun(LLAMA, Workload(24, checkpointed_layers=number[0]))
+    run.trace(run.groups(Trained(*number[1:])))
+    calls = []
+    step = FakeRun._step
+    monkeypatch.setattr(FakeRun, "_step", lambda *of: calls.append(None) or step(*of))
+    moved = run.checkpointing(other[0])
+    moved.trace(moved.groups(Trained(*other[1:])))
+    assert calls
+
+
+def test_a_step_of_rows_of_an_embedding_is_another(monkeypatch):
+    run = FakeRun(LLAMA, Workload(24))
+    whole = run.trace(run.groups(Trained((0, 1), ALL)))
+    by_rows = run.trace(run.groups(Trained((0, 1), ALL), reduces_rows=True))
+    assert whole.now != by_rows.now or whole.arrivals[-1].now != by_rows.arrivals[-1].now
 
 
 def test_layers_repeat_in_a_pattern(monkeypatch):

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lisa_dist.memory import trace_cache
-from lisa_dist.memory.trace import CHUNKED, LOGITS, FakeRun, Trained, Workload
+from lisa_dist.memory.trace import FakeRun
+from lisa_dist.memory.workload import CHUNKED, LOGITS, Trained, Workload
 
 SIZES = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
 LLAMA = LlamaConfig(**SIZES, num_hidden_layers=6)
