@@ -12,7 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 _caches = tempfile.mkdtemp(prefix="lisa_dist_tests_")
 os.environ["HF_HOME"] = _caches  # data may be read-only, and nothing is left in the user's cache
-os.environ["LISA_DIST_CACHE"] = ""  # every trace is made; test_trace_cache.py has those that are kept
+os.environ["LISA_DIST_CACHE"] = ""  # every trace is made; test_trace_files.py has those that are kept
 
 import ranks  # noqa: E402
 

@@ -13,24 +13,17 @@ Whatever shows that layers are not alike raises LayersDifferError, and all of th
 """
 
 import contextlib
-import re
-import types
 import weakref
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PretrainedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-LONGEST_PATTERN = 8  # layers
-FEWEST_REPEATS = 5
+from lisa_dist.memory.stretches import SIMPLE, Stretch
+
 SAMPLE = 2  # the repeat that the skipped ones are taken from; those beside it are skipped
-OWN_NUMBER = re.compile(r"(^|_)(idx|index|id|number)$")  # names of a layer's own number
-RECORDED = ("output_router_logits", "output_hidden_states", "output_attentions")  # of each layer, for the loss
-SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 
 
 class LayersDifferError(Exception):
@@ -48,31 +41,6 @@ class Event(NamedTuple):
     now: int
 
 
-@dataclass(eq=False)
-class Stretch:
-    """Repeats of a pattern of `period` layers, from layer `start` on."""
-
-    start: int
-    period: int
-    repeats: int
-    stays: Counter[str] = field(default_factory=Counter)  # what the sample leaves of its forward pass, by part
-
-    @property
-    def num_skipped(self) -> int:
-        """Repeats that do not run."""
-        return self.repeats - 3
-
-    @property
-    def layers_skipped(self) -> int:
-        """Layers that do not run."""
-        return self.num_skipped * self.period
-
-    def numbers(self, repeat: int) -> range:
-        """Numbers of the layers of a repeat."""
-        start = self.start + repeat * self.period
-        return range(start, start + self.period)
-
-
 @dataclass(frozen=True, eq=False)
 class Place:
     """A pass comes to the beginning or the end of a sample."""
@@ -80,81 +48,6 @@ class Place:
     stretch: Stretch
     is_end: bool
     backward: bool
-
-
-def stretches_of(
-    layers: Sequence[torch.nn.Module], trained: Container[int], config: PretrainedConfig | None = None
-) -> list[Stretch]:
-    """The stretches of decoder layers of which some need not run, where parameters with ids in `trained` train."""
-    if any(getattr(config, name, False) for name in RECORDED):
-        return []
-    if not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
-        return []  # the model checkpoints them itself, and would those that are skipped
-    parameters = [id(parameter) for layer in layers for parameter in layer.parameters()]
-    if len(set(parameters)) < len(parameters):
-        return []
-    kinds = _kinds(layers, trained, config)
-    found, start = [], 0
-    while start < len(kinds):
-        patterns = [_stretch(kinds, start, period) for period in range(1, LONGEST_PATTERN + 1)]
-        longest = max(patterns, key=lambda stretch: stretch.layers_skipped)
-        if longest.repeats >= FEWEST_REPEATS:
-            found.append(longest)
-            start += longest.period * longest.repeats
-        else:
-            start += 1
-    return found
-
-
-def _stretch(kinds: Sequence[Any], start: int, period: int) -> Stretch:
-    end = start + period
-    while end < len(kinds) and kinds[end] == kinds[end - period]:
-        end += 1
-    return Stretch(start, period, (end - start) // period)
-
-
-def _kinds(layers: Sequence[torch.nn.Module], trained: Container[int], config: PretrainedConfig | None) -> list[Any]:
-    types = getattr(config, "layer_types", None) or []  # by which a model may choose what it gives to a layer
-    return [(_kind(number, layer, trained), types[number : number + 1]) for number, layer in enumerate(layers)]
-
-
-def _kind(number: int, layer: torch.nn.Module, trained: Container[int]) -> Any:
-    """Equal for two layers that allocate the same: of all modules the types, settings, parameters and buffers."""
-
-    def of_module(module: torch.nn.Module) -> Any:
-        settings = {name: _setting(value) for name, value in vars(module).items() if not name.startswith("_")}
-        settings |= {name: "its own" for name, value in settings.items() if value == number and OWN_NUMBER.search(name)}
-        shapes = [
-            (name, tensor.shape, tensor.dtype, id(tensor) in trained)
-            for tensors in (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-            for name, tensor in tensors
-        ]
-        return type(module), settings, shapes
-
-    return [(name, of_module(module)) for name, module in layer.named_modules()]
-
-
-def _setting(value: Any) -> Any:
-    """Simple values as they are; functions and configs, equal where they are one; of other objects the type."""
-    if isinstance(value, SIMPLE):
-        return value
-    if isinstance(value, list | tuple):
-        return [_setting(one) for one in value]
-    return id(value) if isinstance(value, PretrainedConfig | types.FunctionType) else type(value)
-
-
-def pattern_of(
-    layers: Sequence[torch.nn.Module], stretches: Sequence[Stretch], trained: Container[int], config: PretrainedConfig
-) -> list[Any]:
-    """Equal for two steps that differ in nothing but how often stretches repeat, and so in where layers are."""
-    kinds = _kinds(layers, trained, config)
-    begins = {stretch.start: stretch for stretch in stretches}
-    pattern, number = [], 0
-    while number < len(layers):
-        stretch = begins.get(number, Stretch(number, 1, 1))
-        pattern.append(([kinds[one] for one in stretch.numbers(0)], stretch.repeats > 1))
-        number += stretch.period * stretch.repeats
-    return pattern
 
 
 class Skipping:
@@ -174,21 +67,25 @@ class Skipping:
         self._in_forward = True
         self._begun: dict[Stretch, tuple[Counter[str], bool]] = {}  # bytes then, and whether a gradient flows
         self._ended: set[Stretch] = set()
+        # By number of the layer: which of `_inputs` it gets; None where nothing says whether others are the same.
+        self.inputs_of: dict[int, int | None] = {}
         # No tensor is held, so that each goes when the model lets it go.
-        self._inputs: dict[tuple[Stretch, int], Any] = {}  # of a layer of the pattern, beside the hidden states
+        self._inputs: list[Any] = []  # that differ, beside the hidden states
         self._outputs: dict[int, weakref.ref[torch.Tensor]] = {}  # by number of the layer
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """While it lasts the layers are skipped."""
         with contextlib.ExitStack() as stack:
+            for number, layer in enumerate(self._layers):
+                stack.callback(layer.register_forward_pre_hook(self._noting(number), with_kwargs=True).remove)
             for stretch in self._stretches:
                 for repeat in range(stretch.repeats - 1):
-                    for position, number in enumerate(stretch.numbers(repeat)):
+                    for number in stretch.numbers(repeat):
                         if repeat in (0, SAMPLE):
-                            self._watch(stretch, position, number, stack)
+                            self._watch(stretch, number, stack)
                         else:
-                            stack.enter_context(self._skipped(stretch, position, number))
+                            stack.enter_context(self._skipped(stretch, number))
             yield
 
     def end_forward(self) -> None:
@@ -197,10 +94,10 @@ class Skipping:
         if self._ended != set(self._stretches):
             raise LayersDifferError("a sample has not run")
 
-    def _watch(self, stretch: Stretch, position: int, number: int, stack: contextlib.ExitStack) -> None:
+    def _watch(self, stretch: Stretch, number: int, stack: contextlib.ExitStack) -> None:
         def before(layer: Any, args: tuple, kwargs: dict) -> None:
             if self._in_forward:
-                self._check_inputs(stretch, position, *_inputs(args, kwargs))
+                self._check_inputs(stretch, number, _inputs(args, kwargs)[0])
 
         def after(layer: Any, args: Any, output: Any) -> None:
             if self._in_forward:
@@ -211,10 +108,10 @@ class Skipping:
         stack.callback(layer.register_forward_hook(after).remove)
 
     @contextlib.contextmanager
-    def _skipped(self, stretch: Stretch, position: int, number: int) -> Iterator[None]:
+    def _skipped(self, stretch: Stretch, number: int) -> Iterator[None]:
         def hand_on(*args: Any, **kwargs: Any) -> Any:
-            hidden, others = _inputs(args, kwargs)
-            self._check_inputs(stretch, position, hidden, others)
+            hidden, _ = _inputs(args, kwargs)
+            self._check_inputs(stretch, number, hidden)
             if number - 1 not in self._outputs or self._outputs[number - 1]() is not hidden:
                 raise LayersDifferError("something runs between the layers")
             self._returned(number, hidden)
@@ -232,11 +129,28 @@ class Skipping:
         finally:
             del layer.forward
 
-    def _check_inputs(self, stretch: Stretch, position: int, hidden: Any, others: Any) -> None:
+    def _noting(self, number: int) -> Callable[[Any, tuple, dict], None]:
+        def before(layer: Any, args: tuple, kwargs: dict) -> None:
+            if self._in_forward:
+                self.inputs_of[number] = self._which_inputs(_inputs(args, kwargs)[1])
+
+        return before
+
+    def _which_inputs(self, others: Any) -> int | None:
+        seen = _seen(others)
+        if not _are_same(seen, others):
+            return None
+        for which, other in enumerate(self._inputs):
+            if _are_same(other, others):
+                return which
+        self._inputs.append(seen)
+        return len(self._inputs) - 1
+
+    def _check_inputs(self, stretch: Stretch, number: int, hidden: Any) -> None:
         if not isinstance(hidden, torch.Tensor):
             raise LayersDifferError("hidden states are no tensor")
-        seen = self._inputs.setdefault((stretch, position), _seen(others))
-        if not _are_same(seen, others):
+        first = stretch.start + (number - stretch.start) % stretch.period
+        if self.inputs_of[number] is None or self.inputs_of[number] != self.inputs_of[first]:
             raise LayersDifferError("layers get different inputs")
 
     def _returned(self, number: int, output: Any) -> None:
@@ -293,20 +207,25 @@ def _are_same(seen: Any, value: Any) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class ShortStep:
-    """A step in which the layers of `stretches` that need not run have not; bytes after its forward pass, by part."""
+class TracedStep:
+    """A step that was run, of `stretches` only the repeats that must."""
 
     layers: Sequence[torch.nn.Module]
     stretches: Sequence[Stretch]
     events: Sequence[Event]
-    after_forward: Counter[str]
+    after_forward: Counter[str]  # bytes after the forward pass, by part
+    inputs_of: Mapping[int, int | None]  # `Skipping.inputs_of`
 
-    def moved(self, stretches: Sequence[Stretch]) -> "ShortStep":
-        """The step of the same pattern in which these stretches repeat, without running it."""
+    def moved(self, stretches: Sequence[Stretch]) -> "TracedStep | None":
+        """This step with the same pattern in other places; None where layers would get other inputs than those here."""
+        numbers = list(zip(_running(self.layers, self.stretches), _running(self.layers, stretches), strict=True))
+        alike = [*numbers, *((number, first) for stretch in stretches for first, number in stretch.positions())]
+        inputs = [(self.inputs_of.get(number), self.inputs_of.get(other)) for number, other in alike]
+        if any(one is None or one != other for one, other in inputs):
+            return None
         moved = dict(zip(self.stretches, stretches, strict=True))
         for ran, stretch in moved.items():
             stretch.stays = ran.stays
-        numbers = zip(_running(self.layers, self.stretches), _running(self.layers, stretches), strict=True)
         parameters: dict[int, torch.nn.Parameter] = {}
         for of_ran, number in numbers:
             parameters |= _same_parameters(self.layers[of_ran], self.layers[number])
@@ -317,7 +236,7 @@ class ShortStep:
             return parameters.get(id(what), what)
 
         events = [event._replace(what=in_place(event.what)) for event in self.events]
-        return ShortStep(self.layers, stretches, events, self.after_forward)
+        return TracedStep(self.layers, stretches, events, self.after_forward, self.inputs_of)
 
     def all_after_forward(self) -> Counter[str]:
         """Bytes after the forward pass of a step in which all layers run."""

@@ -6,8 +6,8 @@ LISA would train, and every allocation is counted. `estimate.py` adds what DeepS
 
 import contextlib
 import copy
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,19 +28,11 @@ from lisa_dist.core.groups import split_by_decay, takes_bits
 from lisa_dist.core.label_logits import add_label_logits
 from lisa_dist.core.meta_model import without_zero3_init
 from lisa_dist.errors import UserError
-from lisa_dist.memory.repeats import (
-    Event,
-    LayersDifferError,
-    ShortStep,
-    Skipping,
-    Stretch,
-    pattern_of,
-    stretches_of,
-    unroll,
-)
+from lisa_dist.memory.repeats import Event, LayersDifferError, Skipping, TracedStep, unroll
 from lisa_dist.memory.stand_ins import TritonScores, as_triton, head_gradient_of, looked_up, made_whole
 from lisa_dist.memory.step_trace import Arrival, StepTrace
-from lisa_dist.memory.trace_cache import TraceCache
+from lisa_dist.memory.stretches import Stretch, pattern_of, stretches_of
+from lisa_dist.memory.trace_files import TraceFiles
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.memory.without_liger import without_liger
 from lisa_dist.memory.workload import LIGER, LOGITS, OWN, RATIO, SCORE, Group, Trained, Workload
@@ -69,6 +61,15 @@ def _report_model_errors(config: PretrainedConfig) -> Iterator[None]:
         ) from error
 
 
+@dataclass
+class _Shared:
+    """What the fake runs of one model share, however many layers they checkpoint."""
+
+    traces: dict[tuple[int, frozenset[int], frozenset[int]], StepTrace] = field(default_factory=dict)
+    steps: list[tuple[Any, TracedStep]] = field(default_factory=list)  # with their patterns
+    has_loss: bool = False  # whether the model computes the loss of its workload
+
+
 class FakeRun:
     """A model without data whose blocks can be trained on fake tensors. Raises ValueError for one that cannot."""
 
@@ -78,7 +79,10 @@ class FakeRun:
         workload: Workload,
         lora_rank: int = 0,
         layers_attribute: str | None = None,
+        *,
+        on_disk: bool = False,
     ) -> None:
+        """`on_disk`: traces are read from files and written to them, as for plans, which ask for the same again."""
         self.workload = workload
         self.vocab_size = config.get_text_config().vocab_size
         self.hidden_size = config.get_text_config().hidden_size
@@ -91,6 +95,9 @@ class FakeRun:
                 loads, config = AutoModelForSequenceClassification, copy.deepcopy(config)
                 config.num_labels, config.pad_token_id = 1, 0
             self.model = loads.from_config(config, dtype=workload.dtype, attn_implementation=attention)
+            self._shared = _Shared()
+            if lora_rank:  # TRL's head is for a model without adapters
+                self._set_loss()
             task_type = "SEQ_CLS" if workload.loss == SCORE else "CAUSAL_LM"
             self._run = _with_adapters(self.model, lora_rank, task_type) if lora_rank else self.model
         with _report_model_errors(config), self._mode:
@@ -100,16 +107,10 @@ class FakeRun:
         if workload.by_module:
             self.blocks = split_into_modules(self.model, self.blocks)
         self._trainable = [parameter for parameter in self._run.parameters() if parameter.requires_grad]
-        self._traces: dict[tuple[int, frozenset[int], frozenset[int]], StepTrace] = {}
-        self._steps: list[tuple[Any, ShortStep]] = []  # that were run, by their pattern
-        self._before_a_trace: list[Callable[[], None]] = [self._set_loss]
-        # What is read from a file is of released code: of other models' nothing says when it changes.
-        is_released = type(self.model).__module__.startswith("transformers.")
-        described = config.to_json_string(use_diff=False), lora_rank, layers_attribute
-        self._cache = TraceCache(described) if is_released and workload.labels is None else None
+        self._files = TraceFiles(self.model, (lora_rank, layers_attribute)) if on_disk else None
 
     def _set_loss(self) -> None:
-        """Have the model compute its loss as the run does; TRL takes seconds to import."""
+        """Have the model compute its loss as the run does; before a trace alone, since TRL takes seconds to import."""
         workload = self.workload
         if workload.loss not in (OWN, SCORE, RATIO):
             from trl.trainer.utils import add_fused_lm_head
@@ -121,6 +122,7 @@ class FakeRun:
         if workload.loss == LOGITS:
             score = TritonScores.apply if workload.triton else None
             add_label_logits(self.model, select=self._with_label, score=score)
+        self._shared.has_loss = True
 
     def checkpointing(self, layers: int) -> "FakeRun":
         """The same model with so many layers checkpointed."""
@@ -189,62 +191,62 @@ class FakeRun:
         by_rows = frozenset(id(group.params[0]) for group in groups if group.by_rows)
         trained = frozenset(id(parameter) for group in groups for parameter in group.params)
         key = self.workload.checkpointed_layers, trained, by_rows
-        if key not in self._traces:
-            self._traces[key] = self._kept_or_new(groups, trained, by_rows)
-        return self._traces[key]
+        if key not in self._shared.traces:
+            self._shared.traces[key] = self._read_or_make(groups, trained, by_rows)
+        return self._shared.traces[key]
 
-    def _kept_or_new(self, groups: Sequence[Group], trained: frozenset[int], by_rows: frozenset[int]) -> StepTrace:
-        if self._cache is None:
-            return self._new_trace(groups, trained)
+    def _read_or_make(self, groups: Sequence[Group], trained: frozenset[int], by_rows: frozenset[int]) -> StepTrace:
+        if self._files is None:
+            return self._make_trace(groups, trained, by_rows)
         parameters = dict(self._run.named_parameters())
         names = {id(parameter): name for name, parameter in parameters.items()}
-        what = str(self.workload), *(sorted(names[one] for one in ids) for ids in (trained, by_rows))
-        kept = self._cache.read(what)
-        if kept is not None:
-            return StepTrace.of_dict(kept, parameters)
-        trace = self._new_trace(groups, trained)
-        self._cache.write(what, trace.to_dict(names))
+        step = str(self.workload), *(sorted(names[one] for one in ids) for ids in (trained, by_rows))
+        written = self._files.read(step)
+        if written is not None:
+            return StepTrace.of_dict(written, parameters)
+        trace = self._make_trace(groups, trained, by_rows)
+        self._files.write(step, trace.to_dict(names))
         return trace
 
-    def _new_trace(self, groups: Sequence[Group], trained: frozenset[int]) -> StepTrace:
-        while self._before_a_trace:
-            self._before_a_trace.pop()()
+    def _make_trace(self, groups: Sequence[Group], trained: frozenset[int], by_rows: frozenset[int]) -> StepTrace:
+        if not self._shared.has_loss:
+            with _report_model_errors(self.model.config), without_zero3_init(), torch.device("meta"):
+                self._set_loss()
         checkpoint_layers(self.model, self.blocks, self.workload.checkpointed_layers)
         layers = list(self.model.get_submodule(self.blocks.layers_path).children())
-        stretches = stretches_of(layers, trained, self.model.config.get_text_config())
-        if stretches:  # a model that finds nothing where a skipped layer leaves something may raise what it likes
-            with contextlib.suppress(LayersDifferError, PlanError, LookupError):
-                return self._trace_of(self._short_step(groups, layers, stretches, trained))
-        return self._trace_of(self._step(groups, layers, []))
+        config = self.model.config.get_text_config()
+        stretches = stretches_of(layers, trained, config)
+        if stretches:
+            in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+            pattern = pattern_of(layers, stretches, trained, config), trained - in_layers, by_rows
+            with contextlib.suppress(LayersDifferError):
+                return self._trace_of(self._short_step(groups, layers, stretches, pattern))
+        return self._trace_of(self._run_step(groups, layers, []))
 
     def _short_step(
-        self,
-        groups: Sequence[Group],
-        layers: Sequence[torch.nn.Module],
-        stretches: Sequence[Stretch],
-        trained: frozenset[int],
-    ) -> ShortStep:
-        """As it was run for another number of the same layers, or a new one."""
-        in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
-        by_rows = {id(group.params[0]) for group in groups if group.by_rows}
-        kinds = pattern_of(layers, stretches, trained, self.model.config.get_text_config())
-        pattern = kinds, trained - in_layers, by_rows
-        for other, step in self._steps:
-            if other == pattern:
-                return step.moved(stretches)
-        step = self._step(groups, layers, stretches)
-        self._steps.append((pattern, step))
+        self, groups: Sequence[Group], layers: Sequence[torch.nn.Module], stretches: Sequence[Stretch], pattern: Any
+    ) -> TracedStep:
+        """A step that skips layers: one of the same pattern, where there is one, or a new one."""
+        for other, step in self._shared.steps:
+            if other == pattern and (moved := step.moved(stretches)):
+                return moved
+        try:
+            step = self._run_step(groups, layers, stretches)
+        except (PlanError, LookupError) as error:
+            # A model that finds nothing where a skipped layer leaves something may raise what it likes.
+            raise LayersDifferError("a layer is needed that was skipped") from error
+        self._shared.steps.append((pattern, step))
         return step
 
-    def _trace_of(self, step: ShortStep) -> StepTrace:
+    def _trace_of(self, step: TracedStep) -> StepTrace:
         *arrivals, end = _arrivals(unroll(step.events, step.layers))
         after = step.all_after_forward()
         return StepTrace(after["activations"], after["logits"], tuple(arrivals), end.peak_before, end.now)
 
-    def _step(
+    def _run_step(
         self, groups: Sequence[Group], layers: Sequence[torch.nn.Module], stretches: Sequence[Stretch]
-    ) -> ShortStep:
-        """Run forward and backward, without the layers of `stretches` that need not run."""
+    ) -> TracedStep:
+        """Run forward and backward; of `stretches` only the repeats that must run do."""
         for parameter in self._run.parameters():
             parameter.requires_grad_(False)
         trained = [parameter for group in groups for parameter in group.params]
@@ -295,7 +297,7 @@ class FakeRun:
                 after_forward = +tracker.bytes
                 loss.backward()
                 mark(None)
-        return ShortStep(layers, stretches, events, after_forward)
+        return TracedStep(layers, stretches, events, after_forward, skipping.inputs_of)
 
 
 class FakeRuns:
@@ -312,7 +314,7 @@ class FakeRuns:
         """That of a workload. Raises ValueError for a model that cannot be run."""
         key = replace(workload, checkpointed_layers=0), lora_rank, layers_attribute
         if key not in self._runs:
-            self._runs[key] = FakeRun(self.config, workload, lora_rank, layers_attribute)
+            self._runs[key] = FakeRun(self.config, workload, lora_rank, layers_attribute, on_disk=True)
         return self._runs[key].checkpointing(workload.checkpointed_layers)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from lisa_dist.core.head_gradient import LogProbsInSlabs
 from lisa_dist.memory import trace as traces
-from lisa_dist.memory.repeats import Event, LayersDifferError, Place, Skipping, Stretch, stretches_of, unroll
+from lisa_dist.memory.repeats import Event, LayersDifferError, Place, Skipping, unroll
+from lisa_dist.memory.stretches import Stretch, stretches_of
 from lisa_dist.memory.trace import FakeRun, FakeRuns
 from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS, OWN, RATIO, SCORE, Trained, Workload
 
@@ -79,7 +81,7 @@ def test_a_step_of_the_same_pattern_is_not_run_again(monkeypatch, config, number
     run = FakeRun(config, Workload(24, checkpointed_layers=number[0], loss=loss))
     run.trace(run.groups(Trained(number[1], ALL)))
     with monkeypatch.context() as patched:
-        patched.setattr(FakeRun, "_step", None)
+        patched.setattr(FakeRun, "_run_step", None)
         moved = run.checkpointing(other[0])
         trace = moved.trace(moved.groups(Trained(other[1], ALL)))
     names = {id(parameter): name for name, parameter in run._run.named_parameters()}
@@ -103,11 +105,50 @@ def test_a_step_of_another_pattern_is_run(monkeypatch, number, other):
     run = FakeRun(LLAMA, Workload(24, checkpointed_layers=number[0]))
     run.trace(run.groups(Trained(*number[1:])))
     calls = []
-    step = FakeRun._step
-    monkeypatch.setattr(FakeRun, "_step", lambda *of: calls.append(None) or step(*of))
+    step = FakeRun._run_step
+    monkeypatch.setattr(FakeRun, "_run_step", lambda *of: calls.append(None) or step(*of))
     moved = run.checkpointing(other[0])
     moved.trace(moved.groups(Trained(*other[1:])))
     assert calls
+
+
+def test_layers_that_get_other_inputs_are_run_again(monkeypatch):
+    """A model may give a layer what its number says, and nothing of that layer shows it."""
+    run = FakeRun(LONG, Workload(24, checkpointed_layers=10))
+
+    def without_positions(layer: torch.nn.Module, args: tuple, kwargs: dict) -> tuple:
+        return args, kwargs | {"position_ids": None}
+
+    for layer in list(run.model.model.layers)[10:]:
+        layer.register_forward_pre_hook(without_positions, with_kwargs=True)
+    run.trace(run.groups(Trained((), ALL)))
+    ran, step = [], FakeRun._run_step
+    monkeypatch.setattr(FakeRun, "_run_step", lambda *of: ran.append(of[-1]) or step(*of))
+    moved = run.checkpointing(12)
+    moved.trace(moved.groups(Trained((), ALL)))
+    assert [len(stretches) for stretches in ran] == [2, 0], "of the first stretch layers get different inputs: all run"
+
+
+@pytest.mark.parametrize(
+    ("workload", "lora_rank"),
+    [
+        (Workload(24, dtype=torch.bfloat16, frozen_bits=8, loss=LOGITS), 0),
+        (Workload(24, loss=LIGER), 0),
+        (Workload(24, loss=LOGITS), 4),
+    ],
+)
+def test_other_ways_of_running_share_steps_too(monkeypatch, workload, lora_rank):
+    trained = None if lora_rank else Trained((0, 1), ALL)
+    run = FakeRun(LONG, replace(workload, checkpointed_layers=8), lora_rank)
+    run.trace(run.groups(trained))
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeRun, "_run_step", None)
+        moved = run.checkpointing(13)
+        trace = moved.trace(moved.groups(trained))
+    names = {id(parameter): name for name, parameter in run._run.named_parameters()}
+    arrivals = [(names[id(one.parameter)], one.peak_before, one.now) for one in trace.arrivals]
+    found = trace.activations, trace.logits, arrivals, trace.peak_after, trace.now
+    assert found == of_all_layers(monkeypatch, LONG, replace(workload, checkpointed_layers=13), trained, lora_rank)[0]
 
 
 def test_a_step_of_rows_of_an_embedding_is_another(monkeypatch):

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
-from lisa_dist.memory import trace_cache
-from lisa_dist.memory.trace import FakeRun
+from lisa_dist.memory import trace_files
+from lisa_dist.memory.trace import FakeRun, FakeRuns, PlanError
 from lisa_dist.memory.workload import CHUNKED, LOGITS, Trained, Workload
 
 SIZES = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
-LLAMA = LlamaConfig(**SIZES, num_hidden_layers=6)
+LLAMA = LlamaConfig(**SIZES, num_hidden_layers=9)
 WORKLOAD = Workload(16, loss=LOGITS)
-PERIOD = Trained((0, 3), ("embed", "head", "rest"))
+PERIOD = Trained((0, 1), ("embed", "head", "rest"))  # of the others most are skipped
 
 
 class OwnConfig(LlamaConfig):
@@ -34,7 +34,7 @@ AutoModelForCausalLM.register(OwnConfig, OwnModel)
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv(trace_cache.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(trace_files.VARIABLE, str(tmp_path))
     return tmp_path / "traces"
 
 
@@ -42,9 +42,9 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*"))
 
 
-def trace_of(config=LLAMA, workload=WORKLOAD, period=PERIOD, reduces_rows=False, lora_rank=0):
+def trace_of(config=LLAMA, workload=WORKLOAD, period=PERIOD, reduces_rows=False, lora_rank=0, layers_attribute=None):
     """A trace by a new fake run, with parameters by name, and whether a step has run for it."""
-    run = FakeRun(config, workload, lora_rank)
+    run = FakeRun(config, workload, lora_rank, layers_attribute, on_disk=True)
     calls = []
     run.model.register_forward_hook(lambda *_: calls.append(None))
     trace = run.trace(run.groups(period, reduces_rows=reduces_rows))
@@ -70,7 +70,7 @@ def test_a_trace_after_one_that_was_read_is_that_after_one_that_was_made(monkeyp
     """What is read leaves the model without its loss and its checkpoints."""
 
     def with_more_checkpoints() -> str:
-        run = FakeRun(LLAMA, WORKLOAD)
+        run = FakeRun(LLAMA, WORKLOAD, on_disk=True)
         run.trace(run.groups(PERIOD))
         names = {id(parameter): name for name, parameter in run._run.named_parameters()}
         other = run.checkpointing(4)
@@ -78,23 +78,28 @@ def test_a_trace_after_one_that_was_read_is_that_after_one_that_was_made(monkeyp
 
     trace_of()
     after_one_that_was_read = with_more_checkpoints()
-    monkeypatch.setenv(trace_cache.VARIABLE, "")
+    monkeypatch.setenv(trace_files.VARIABLE, "")
     assert with_more_checkpoints() == after_one_that_was_read
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"config": LlamaConfig(**SIZES | {"intermediate_size": 64}, num_hidden_layers=6)},
-        {"config": LlamaConfig(**SIZES, num_hidden_layers=7)},
+        {"config": LlamaConfig(**SIZES | {"intermediate_size": 64}, num_hidden_layers=9)},
+        {"config": LlamaConfig(**SIZES, num_hidden_layers=10)},
         {"workload": replace(WORKLOAD, seq_length=17)},
         {"workload": replace(WORKLOAD, checkpointed_layers=2)},
         {"workload": replace(WORKLOAD, dtype=torch.float32)},
         {"workload": replace(WORKLOAD, loss=CHUNKED)},
         {"workload": replace(WORKLOAD, padded=True)},
+        {"workload": replace(WORKLOAD, attention="eager")},
+        {"workload": replace(WORKLOAD, micro_batch_size=2)},
+        {"workload": replace(WORKLOAD, triton=True)},
+        {"workload": replace(WORKLOAD, by_module=True)},
+        {"layers_attribute": "model.layers"},
         {"workload": replace(WORKLOAD, frozen_bits=8)},
-        {"period": Trained((0, 4), ("embed", "head", "rest"))},
-        {"period": Trained((0, 3), ("head", "rest"))},
+        {"period": Trained((0, 2), ("embed", "head", "rest"))},
+        {"period": Trained((0, 1), ("head", "rest"))},
         {"reduces_rows": True},
         {"period": None, "lora_rank": 2},
         {"period": None, "lora_rank": 4},
@@ -110,23 +115,49 @@ def test_what_a_trace_depends_on_makes_another(folder, change):
     assert len(files(folder)) == before + 1
 
 
+def test_how_experts_are_computed_makes_another(folder):
+    """It is not in config.json."""
+    config = MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2, num_hidden_layers=2)
+    found = []
+    for experts in ("grouped_mm", "batched_mm"):
+        config._experts_implementation = experts
+        found.append(trace_of(config, period=Trained((0,), ("head",))))
+    assert found[1][1]
+    assert found[0][0]["activations"] != found[1][0]["activations"]
+
+
+def test_which_kernels_attention_may_use_makes_another(folder):
+    trace_of()
+    try:
+        torch.backends.cuda.enable_flash_sdp(False)
+        assert trace_of()[1]
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+
+
 def test_other_code_makes_another(folder, monkeypatch):
     trace_of()
-    monkeypatch.setattr(trace_cache, "_code", lambda: ("torch 0.1", "other"))
+    monkeypatch.setattr(trace_files, "_CODE", ["torch 0.1", "other"])
     assert trace_of()[1]
     assert len(files(folder)) == 2
 
 
 def test_the_code_is_that_of_every_module_and_package(tmp_path, monkeypatch):
     (tmp_path / "memory").mkdir()
-    monkeypatch.setattr(trace_cache, "__file__", str(tmp_path / "memory" / "trace_cache.py"))
-    found = set()
+    monkeypatch.setattr(trace_files, "__file__", str(tmp_path / "memory" / "trace_files.py"))
+    found = []
     for number, text in enumerate(("a = 1", "a = 2", "a = 2")):
         (tmp_path / "other.py").write_text(text)
         if number == 2:
-            monkeypatch.setattr(trace_cache, "version", lambda name: f"9.9 of {name}")
-        found.add(trace_cache._code.__wrapped__())
-    assert len(found) == 3
+            monkeypatch.setattr(trace_files, "version", lambda name: f"9.9 of {name}")
+        found.append(str(trace_files._code()))
+    assert len(set(found)) == 3
+
+
+def test_a_config_that_is_no_json_is_described(folder):
+    config = LlamaConfig(**SIZES, num_hidden_layers=9)
+    config.own = {1: {2, 3}, "four": torch.float32}
+    assert trace_of(config)[1]
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"now": 3, "checksum": "x"}', None])
@@ -142,38 +173,73 @@ def test_a_damaged_file_is_written_anew(folder, content):
 
 def test_without_a_place_nothing_is_kept(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(trace_cache.VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setenv(trace_files.VARIABLE, str(tmp_path / "file"))
     assert trace_of()[1]
     assert trace_of()[1]
-    monkeypatch.setenv(trace_cache.VARIABLE, "")
+    monkeypatch.setenv(trace_files.VARIABLE, "")
     assert trace_of()[1]
     assert trace_of()[1]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_folder_is_the_users_cache(monkeypatch):
-    monkeypatch.delenv(trace_cache.VARIABLE)
-    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    assert trace_cache.cache_folder() == Path("/caches/lisa_dist")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert trace_cache.cache_folder() == Path("/home/someone/.cache/lisa_dist")
+@pytest.mark.parametrize(
+    ("set_to", "folder"),
+    [
+        ({trace_files.VARIABLE: "~/own"}, "/home/someone/own"),
+        ({"XDG_CACHE_HOME": "/caches"}, "/caches/lisa_dist"),
+        ({}, "/home/someone/.cache/lisa_dist"),
+        ({trace_files.VARIABLE: "", "XDG_CACHE_HOME": "/caches"}, None),
+    ],
+)
+def test_the_folder_is_the_users_cache(monkeypatch, set_to, folder):
+    for name in (trace_files.VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"HOME": "/home/someone"} | set_to).items():
+        monkeypatch.setenv(name, value)
+    assert trace_files.cache_folder() == (folder and Path(folder))
+
+
+def test_a_user_without_a_home_has_no_folder(monkeypatch):
+    for name in (trace_files.VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    assert trace_cache.cache_folder() is None
+    assert trace_files.cache_folder() is None
 
 
 def test_of_models_that_are_not_of_transformers_nothing_is_kept(folder):
-    config = OwnConfig(**SIZES, num_hidden_layers=6)
+    config = OwnConfig(**SIZES, num_hidden_layers=9)
     assert trace_of(config)[1]
     assert trace_of(config)[1]
     assert not files(folder)
 
 
-def test_of_one_batch_of_a_run_nothing_is_kept(folder):
-    assert trace_of(workload=replace(WORKLOAD, labels=5))[1]
+def test_of_a_transformers_in_development_nothing_is_kept(folder, monkeypatch):
+    monkeypatch.setattr(trace_files.transformers, "__version__", "9.9.0.dev0")
+    assert trace_of()[1]
     assert not files(folder)
 
 
+def test_traces_that_are_not_of_plans_are_not_kept(folder):
+    run = FakeRun(LLAMA, WORKLOAD)
+    run.trace(run.groups(PERIOD))
+    assert not files(folder)
+    runs = FakeRuns(LLAMA).of(WORKLOAD)
+    runs.trace(runs.groups(PERIOD))
+    assert files(folder)
+
+
+def test_a_loss_that_could_not_be_set_is_set_by_the_next_trace(monkeypatch):
+    run = FakeRun(LLAMA, replace(WORKLOAD, loss=CHUNKED))
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "trl.trainer.utils", None)
+        with pytest.raises(PlanError, match="LlamaConfig: this model cannot be planned"):
+            run.trace(run.groups(PERIOD))
+    names = {id(parameter): name for name, parameter in run._run.named_parameters()}
+    whole, _ = trace_of(workload=run.workload)
+    assert json.dumps(run.trace(run.groups(PERIOD)).to_dict(names)) == json.dumps(whole)
+
+
+@pytest.mark.full
 def test_a_plan_by_kept_traces_needs_neither_trl_nor_what_it_imports(tmp_path):
     LLAMA.save_pretrained(tmp_path / "model")
     script = (
