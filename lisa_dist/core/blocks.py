@@ -176,10 +176,12 @@ def split_into_modules(model: nn.Module, blocks: Blocks) -> Blocks:
     return replace(blocks, layers=units, rest=rest)
 
 
-def linear_modules(model: nn.Module, layer: Block) -> dict[str, Any]:
-    """The linear modules of a layer, by the name of their matrix in the model."""
+def linear_modules(model: nn.Module, layers: Iterable[Block]) -> list[dict[str, Any]]:
+    """The linear modules of each of the layers, by the name of their matrix in the model."""
     owners = {id(module.weight): module for module in model.modules() if _is_linear(module)}
-    return {name: owners[id(value)] for name, value in layer.parameters.items() if id(value) in owners}
+    return [
+        {name: owners[id(value)] for name, value in layer.parameters.items() if id(value) in owners} for layer in layers
+    ]
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -157,7 +157,7 @@ class FrozenLayers:
     """
 
     def __init__(self, model: nn.Module, blocks: Blocks, bits: int, place: str, device: torch.device):
-        self._layers = [linear_modules(model, layer) for layer in blocks.layers]
+        self._layers = linear_modules(model, blocks.layers)
         modules = {name: module for layer in self._layers for name, module in layer.items()}
         self._check(model, modules, bits, device)
         weights = {name: module.weight.detach() for name, module in modules.items()}

@@ -63,9 +63,9 @@ def _report_model_errors(config: PretrainedConfig) -> Iterator[None]:
 
 @dataclass
 class _Shared:
-    """What the fake runs of one model share, however many layers they checkpoint."""
+    """What the fake runs of one model share."""
 
-    traces: dict[tuple[int, frozenset[int], frozenset[int]], StepTrace] = field(default_factory=dict)
+    traces: dict[tuple[Workload, frozenset[int], frozenset[int]], StepTrace] = field(default_factory=dict)
     steps: list[tuple[Any, TracedStep]] = field(default_factory=list)  # with their patterns
     has_loss: bool = False  # whether the model computes the loss of its workload
 
@@ -126,8 +126,13 @@ class FakeRun:
 
     def checkpointing(self, layers: int) -> "FakeRun":
         """The same model with so many layers checkpointed."""
+        return self.with_workload(replace(self.workload, checkpointed_layers=layers))
+
+    def with_workload(self, workload: Workload) -> "FakeRun":
+        """The same model; of the workload what a model is not built by may be another."""
+        assert model_workload(workload) == model_workload(self.workload)
         other = copy.copy(self)
-        other.workload = replace(self.workload, checkpointed_layers=layers)
+        other.workload = workload
         return other
 
     def _with_label(self, mask: torch.Tensor) -> torch.Tensor:
@@ -180,7 +185,7 @@ class FakeRun:
             return []
         ours = {id(parameter) for parameter in trained}
         frozen = [layer for layer in self.blocks.layers if not ours & set(map(id, layer.parameters.values()))]
-        return [module for layer in frozen for module in linear_modules(self.model, layer).values()]
+        return [module for of_layer in linear_modules(self.model, frozen) for module in of_layer.values()]
 
     def trace(self, groups: Sequence[Group]) -> StepTrace:
         """Run one forward and backward pass and count its allocations; gradients are dropped as they arrive.
@@ -190,7 +195,7 @@ class FakeRun:
         """
         by_rows = frozenset(id(group.params[0]) for group in groups if group.by_rows)
         trained = frozenset(id(parameter) for group in groups for parameter in group.params)
-        key = self.workload.checkpointed_layers, trained, by_rows
+        key = self.workload, trained, by_rows
         if key not in self._shared.traces:
             self._shared.traces[key] = self._read_or_make(groups, trained, by_rows)
         return self._shared.traces[key]
@@ -218,7 +223,8 @@ class FakeRun:
         stretches = stretches_of(layers, trained, config)
         if stretches:
             in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
-            pattern = pattern_of(layers, stretches, trained, config), trained - in_layers, by_rows
+            kinds = pattern_of(layers, stretches, trained, config)
+            pattern = kinds, trained - in_layers, by_rows, self.workload.frozen_bits
             with contextlib.suppress(LayersDifferError):
                 return self._trace_of(self._short_step(groups, layers, stretches, pattern))
         return self._trace_of(self._run_step(groups, layers, []))
@@ -312,10 +318,15 @@ class FakeRuns:
 
     def of(self, workload: Workload, lora_rank: int = 0, layers_attribute: str | None = None) -> FakeRun:
         """That of a workload. Raises ValueError for a model that cannot be run."""
-        key = replace(workload, checkpointed_layers=0), lora_rank, layers_attribute
+        key = model_workload(workload), lora_rank, layers_attribute
         if key not in self._runs:
             self._runs[key] = FakeRun(self.config, workload, lora_rank, layers_attribute, on_disk=True)
-        return self._runs[key].checkpointing(workload.checkpointed_layers)
+        return self._runs[key].with_workload(workload)
+
+
+def model_workload(workload: Workload) -> Workload:
+    """The workload as far as a model is built by it: the others that are equal in this share one."""
+    return replace(workload, checkpointed_layers=0, frozen_bits=16)
 
 
 def _arrivals(events: Sequence[Event]) -> list[Arrival]:

@@ -91,6 +91,17 @@ def test_a_step_of_the_same_pattern_is_not_run_again(monkeypatch, config, number
     assert found == of_all_layers(monkeypatch, config, workload, Trained(other[1], ALL))[0]
 
 
+def test_a_step_with_frozen_layers_in_fewer_bits_is_another(monkeypatch):
+    run, workload = FakeRuns(LONG).of(Workload(2)), Workload(2, frozen_bits=8)  # short: matrices weigh more
+    whole = run.trace(run.groups(Trained((0, 1), ALL)))
+    held = run.with_workload(workload)
+    trace = held.trace(held.groups(Trained((0, 1), ALL)))
+    peaks = [one.peak_before for one in trace.arrivals]
+    assert peaks != [one.peak_before for one in whole.arrivals]
+    alone, _ = of_all_layers(monkeypatch, LONG, workload, Trained((0, 1), ALL))
+    assert peaks == [peak_before for _, peak_before, _ in alone[2]]
+
+
 @pytest.mark.parametrize(
     ("number", "other"),
     [
