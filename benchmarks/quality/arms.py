@@ -23,7 +23,7 @@ from lisa_dist.core.sampling import sample_period
 from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner
-from lisa_dist.memory.workload import CHUNKED
+from lisa_dist.memory.workload import OWN
 from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 
 INTERVAL = 20  # K
@@ -152,7 +152,6 @@ def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict) ->
         precision="bf16" if arguments.gpu else "fp32",
         optim="lisa_adamw",
         checkpointed_layers="none",
-        loss="chunked",
     )
 
     def parts(settings: dict, **changes) -> MemoryParts:
@@ -160,7 +159,7 @@ def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict) ->
         lisa_config = lisa_dist.LisaConfig(**{name: value for name, value in settings.items() if name != "lisa_master"})
         return (
             Planner(config, dataclasses.replace(asked, **changes), lisa_config, on_cpu=not arguments.gpu)
-            .plan("zero2", 0, CHUNKED)
+            .plan("zero2", 0, OWN)  # as these runs compute it
             .gpu
         )
 
@@ -250,6 +249,7 @@ def build(arguments: argparse.Namespace, arm: str, lr: float, seed: int, interva
         other = settings.pop("memory_of", "lisa")
         if interval is not None:
             settings["lisa_interval_steps"] = interval
+            settings.pop("lisa_wake_warmup_steps", None)  # may be longer, and changes no cost
         if settings.get("lisa_budget") == AUTO_LAYERS:
             settings["lisa_budget"] = str(LISA["lisa_activated_layers"] / model.config.num_hidden_layers)
         if settings.get("lisa_activated_layers") == AUTO_LAYERS:

@@ -5,10 +5,11 @@ python -m benchmarks.quality.pareto --plot docs/pareto.png \\
     --task "SmolLM2-135M on GSM8K" .quickstart/model benchmarks/results/quality_smollm2.json \\
     --task "SmolLM2-135M on Alpaca" .quickstart/model benchmarks/results/quality_smollm2_alpaca.json
 
-Costs are measured here, of steps of the longest rows in one process, arm after arm: the peak of all tensors that live
-at once in the third step, and the seconds of steps without a switch in several periods, since what a step takes may
-depend on the layers. What is in the results already is not measured again. The front is of the arms that no other is
-better than in both. Arms of other programs are left out.
+Costs are measured here, of steps of the longest rows, each arm in a process of its own: the peak of all tensors that
+live at once in the third step, and the seconds of steps without a switch in several periods, since what a step takes
+may depend on the layers. What is in the results already is not measured again. The front is of the arms that no other
+is better than in both. Arms are those of the protocol; of other programs none is measured, and those with a probe have
+steps as without.
 """
 
 import argparse
@@ -22,24 +23,30 @@ import torch
 
 from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
 from benchmarks.common.results import parser_of, print_table, write_results
-from benchmarks.quality.arms import ARMS, build
+from benchmarks.quality.arms import ARMS, build, protocol_of
 from benchmarks.quality.examples import LENGTH
 from benchmarks.quality.training import train
-from benchmarks.tables.rows import method_name, pareto_table
+from benchmarks.tables.rows import pareto_table
 from benchmarks.tables.runs import runs_at_best
-from lisa_dist.core.live_bytes import live_storages, live_tensor_bytes
+from lisa_dist.core.live_bytes import live_storages
 from lisa_dist.memory.tracker import AllocationTracker
 
 PERIODS, STEPS = 4, 3  # that are timed, and of each
-# Arms that the plot names; beside them it names those of the front.
-NAMED = ("full", "lora r16", "lora r64", "galore r16", "apollo r16", "lisa 2", "lisa modules", "lisa in lora's memory",
-         "lisa in lora's, embed frozen")  # fmt: skip
+NAMED = {
+    "full": "full",
+    "lora r16": "LoRA 16",
+    "lora r64": "LoRA 64",
+    "galore r16": "GaLore",
+    "apollo r16": "APOLLO",
+    "lisa 2": "LISA, 2 layers",
+    "lisa modules": "LISA, modules",
+    "lisa in lora's memory": "LISA in LoRA's memory",
+    "lisa in lora's, embed frozen": "the same, embed frozen",
+}  # what the plot calls some arms; the others have no names there
 
 
 def cost_of(arguments: argparse.Namespace, arm: str) -> dict[str, float]:
     """On a rank: the most bytes that tensors hold at once in the third step, and the CPU seconds of a step."""
-    gc.collect()
-    of_others = live_tensor_bytes()
     engine, lisa = build(arguments, arm, 1e-4, seed=0, interval=STEPS)
     words = engine.module.get_input_embeddings().weight.shape[0]
     rows = torch.randint(0, words, (arguments.rows, LENGTH))
@@ -60,31 +67,31 @@ def cost_of(arguments: argparse.Namespace, arm: str) -> dict[str, float]:
             of_steps.append(time.process_time() - started)
         of_periods.append(statistics.median(of_steps))
     engine.destroy()
-    return {"peak": tracker.peak - of_others, "seconds": statistics.mean(of_periods)}
+    return {"peak": tracker.peak, "seconds": statistics.mean(of_periods)}
 
 
 def measure(tasks: dict[str, dict], results: Path, only: list[str] | None) -> dict[str, dict]:
     """Costs of the arms that have most seeds of each task, and their losses; written as they come."""
     held = json.loads(results.read_text(encoding="utf-8"))["figures"]["costs"] if results.is_file() else {}
     figures: dict[str, dict] = {"costs": held, "tasks": {}}
-    with RankGroup(1, Caller) as rank:
-        for name, task in tasks.items():
-            settings, runs = task["figures"]["settings"], task["figures"]["runs"]
-            arguments = argparse.Namespace(
-                model=task["model"], rows=settings["rows"], steps=settings["steps"], gpu=False
-            )
-            costs = held.setdefault(f"{settings['model']}, rows: {settings['rows']}", {})
-            at_best = {arm: runs_at_best(arm, runs) for arm in ARMS if ARMS[arm][0] != "ms-swift"}
-            most = max(map(len, at_best.values()))
-            arms = figures["tasks"].setdefault(name, {"settings": settings, "arms": {}})["arms"]
-            for arm in only or [arm for arm in at_best if len(at_best[arm]) == most]:
-                if arm not in costs:
+    for name, task in tasks.items():
+        settings, runs = task["figures"]["settings"], task["figures"]["runs"]
+        arguments = argparse.Namespace(model=task["model"], rows=settings["rows"], steps=settings["steps"], gpu=False)
+        costs = held.setdefault(f"{settings['model']}, rows: {settings['rows']}", {})
+        protocol = [(arm, ARMS[arm]) for arm in protocol_of(task["model"])]
+        at_best = {arm: runs_at_best(arm, runs) for arm, (method, of_arm, _) in protocol
+                   if method != "ms-swift" and "lisa_probe_steps" not in of_arm}  # fmt: skip
+        most = max(map(len, at_best.values()))
+        arms = figures["tasks"].setdefault(name, {"settings": settings, "arms": {}})["arms"]
+        for arm in only or [arm for arm in at_best if len(at_best[arm]) == most]:
+            if arm not in costs:
+                with RankGroup(1, Caller) as rank:  # its own, since DeepSpeed holds tensors of an engine that ended
                     (costs[arm],) = rank.call("run", cost_of, arguments, arm)
-                    print(name, arm, f"{costs[arm]['peak'] / 1e6:.1f} MB, {costs[arm]['seconds']:.3f} s", flush=True)
-                losses = [run["held_out"] for run in at_best[arm]]
-                if losses:
-                    arms[arm] = costs[arm] | {"loss": statistics.mean(losses), "losses": losses}
-                write_results(results, figures, quiet=True)
+                print(name, arm, f"{costs[arm]['peak'] / 1e6:.1f} MB, {costs[arm]['seconds']:.3f} s", flush=True)
+            losses = [run["held_out"] for run in at_best[arm]]
+            if losses:
+                arms[arm] = costs[arm] | {"loss": statistics.mean(losses), "losses": losses}
+            write_results(results, figures, quiet=True)
     return figures
 
 
@@ -106,9 +113,12 @@ def plot(figures: dict, path: Path) -> None:
                 losses = task["arms"][arm]["losses"]
                 axes.plot([at] * len(losses), losses, "o", color=color, alpha=0.25, markersize=3)
                 axes.plot(at, loss, "o", color=color)
-                if arm in NAMED or (at, loss) in front:
-                    text = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7}
-                    axes.annotate(method_name(arm), (at, loss), **text)
+                axes.margins(x=0.15)
+                if arm in NAMED:  # beside the point, on the side where there is room
+                    costs = [x for x, _ in points.values()]
+                    is_right = at > (min(costs) + max(costs)) / 2
+                    text = {"xytext": (-5 if is_right else 5, 3), "ha": "right" if is_right else "left"}
+                    axes.annotate(NAMED[arm], (at, loss), textcoords="offset points", fontsize=7, **text)
             axes.grid(alpha=0.3)
         row[0].set(ylabel=f"{name}\nheld-out loss", xlabel="peak of a step, MB")
         row[1].set(xlabel="CPU s a step")

@@ -188,6 +188,15 @@ def of_quality(figures: dict) -> str:
     return f"held-out loss of {settings['model']} after {time}{settings['steps']} steps: {losses}"
 
 
+@latest("pareto")
+def of_pareto(figures: dict) -> str:
+    shown = {}
+    for name, task in figures["tasks"].items():
+        arms = {arm: task["arms"][arm] for arm in ("lora r16", "lisa in lora's memory") if arm in task["arms"]}
+        shown[name] = ", ".join(f"{arm} {loss(one['loss'])} at {mib(one['peak'])}" for arm, one in arms.items())
+    return f"held-out loss at the peak of a step: {named(shown)}"
+
+
 @latest("importance")
 def of_importance(figures: dict) -> str:
     _, *rows = importance_table(figures)

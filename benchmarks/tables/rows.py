@@ -72,6 +72,9 @@ def method_name(arm: str) -> str:
     named = {
         "embed and head": "embeddings and head",
         "one block": "one block at a time",
+        "galore r16": "GaLore r16",
+        "apollo r16": "APOLLO r16",
+        "lisa modules": "LISA, modules in the place of layers",
         "lisa in lora's memory": "LISA, as many layers as fit LoRA's peak and a tenth",
         "lisa in lora's, embed frozen": "LISA, as many as fit it with embed frozen",
     }
@@ -93,9 +96,11 @@ def spread_of_seeds(losses: list[float]) -> str:
     return loss(statistics.stdev(losses)) if len(losses) > 1 else "one seed"
 
 
-def pareto_table(figures: dict) -> Rows:
-    """Arms of pareto.py, the best first."""
-    arms = sorted(figures["arms"].items(), key=lambda arm: arm[1]["loss"])
+def pareto_table(figures: dict, only: Iterable[str] | None = None) -> Rows:
+    """Arms of a task of pareto.py, the best first."""
+    found = figures["arms"]
+    shown = found if only is None else {arm: found[arm] for arm in only if arm in found}
+    arms = sorted(shown.items(), key=lambda arm: arm[1]["loss"])
     rows = []
     for arm, one in arms:
         row = [method_name(arm), loss(one["loss"]), spread_of_seeds(one["losses"])]
@@ -163,6 +168,26 @@ def methods_on_smollm2(figures: dict) -> Rows:
 @table("comparing_smollm2_time", "quality_smollm2_time")
 def methods_on_smollm2_in_equal_time(figures: dict) -> Rows:
     return quality_table(figures, [arm for arm in ON_SMOLLM2 if arm != "lisa 2"])
+
+
+# Of the others docs/experiments.md has the losses; their costs are those of one of these.
+OF_THE_PLOT = ("full", "lora r16", "lora r64", "galore r16", "apollo r16", "lisa 2", "lisa 2, factored", "lisa modules",
+               "lisa 4", "lisa auto", "lisa in lora's memory", "lisa in lora's, embed frozen")  # fmt: skip
+
+
+@table("comparing_pareto_stories", "pareto")
+def costs_on_stories(figures: dict) -> Rows:
+    return pareto_table(figures["tasks"]["stories260K on GSM8K"], OF_THE_PLOT)
+
+
+@table("comparing_pareto_smollm2", "pareto")
+def costs_on_smollm2(figures: dict) -> Rows:
+    return pareto_table(figures["tasks"]["SmolLM2-135M on GSM8K"], OF_THE_PLOT)
+
+
+@table("comparing_pareto_alpaca", "pareto")
+def costs_on_alpaca(figures: dict) -> Rows:
+    return pareto_table(figures["tasks"]["SmolLM2-135M on Alpaca"], OF_THE_PLOT)
 
 
 @table("comparing_seeds", "quality")
