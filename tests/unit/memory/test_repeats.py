@@ -226,6 +226,15 @@ def test_one_layer_of_another_kind_ends_a_stretch(change):
     assert stretches_of(layers, trained) == []
 
 
+def test_a_setting_that_differs_for_one_layer_ends_a_stretch():
+    """A layer may look to it by its number, and nothing of the layer shows it."""
+    config = LlamaConfig()
+    config.rotates = [True] * 7
+    assert [one.repeats for one in stretches_of(kinds(*[8] * 7), (), config)] == [7]
+    config.rotates[3] = False
+    assert stretches_of(kinds(*[8] * 7), (), config) == []
+
+
 def test_layers_that_hand_on_more_than_hidden_states_all_run(monkeypatch):
     config = FalconConfig(vocab_size=512, hidden_size=64, num_attention_heads=4, num_hidden_layers=8)
     (few, runs), (all_of_them, _) = (
