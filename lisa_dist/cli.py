@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from lisa_dist import flag_tables
 from lisa_dist.commands import exit_on_error
+from lisa_dist.commands.given_files import look_for_files, look_for_words
 from lisa_dist.commands.verbs import TABLES, VERBS, WITH_FLAGS, WITH_WORDS, import_verb, name_of_table, parser_of
 from lisa_dist.flag_words import first_word_as
 
@@ -57,6 +58,8 @@ def main() -> None:
     if verb in WITH_WORDS:
         counts, named = WITH_WORDS[verb]
         if len(words) in counts and not asks:
+            with exit_on_error(_name_of(verb)):
+                look_for_words(verb, words)
             import_verb(verb).main(*words)
             return
         what = next(line.split(maxsplit=1)[1] for line in USAGE.splitlines() if line.startswith(f"  {verb} "))
@@ -99,6 +102,7 @@ def _answer(verb: str, table: list, words: Sequence[str]) -> None:
         return
     with exit_on_error(_name_of(verb)):
         given = flag_tables.answer(table, words, takes_recipe=verb == "train")
+        look_for_files(verb, given)
         if verb == "train" and given:
             from lisa_dist.data.first_look import look_at_data  # pyarrow, which help does without
 

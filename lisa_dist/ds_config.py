@@ -9,11 +9,13 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lisa_dist.errors import UserError
 from lisa_dist.files import read_text
+
+if TYPE_CHECKING:
+    import torch  # the verbs look for configs without it
 
 # Values that a config may give itself, but not differently from the arguments of the run.
 _MUST_MATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -129,7 +131,7 @@ def keep_no_master(config: dict) -> None:
 def load_ds_config(
     name_or_path: str | dict,
     *,
-    model: torch.nn.Module,
+    model: "torch.nn.Module",
     micro_batch_size: int = 1,
     gradient_accumulation_steps: int = 1,
     max_grad_norm: float = 1.0,
@@ -141,14 +143,14 @@ def load_ds_config(
     hidden size as the Hugging Face integration has them. Raises ValueError for a config that contradicts the arguments.
     """
     config = read_ds_config(name_or_path) if isinstance(name_or_path, str) else json.loads(json.dumps(name_or_path))
-    dtype = next(model.parameters()).dtype
+    precision = str(next(model.parameters()).dtype)
     hidden_size = _hidden_size(model)
     filling = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "gradient_clipping": max_grad_norm,
-        "bf16.enabled": dtype == torch.bfloat16,
-        "fp16.enabled": dtype == torch.float16,
+        "bf16.enabled": precision == "torch.bfloat16",
+        "fp16.enabled": precision == "torch.float16",
         "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
         "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
@@ -165,14 +167,14 @@ def load_ds_config(
             raise UserError(
                 f"the DeepSpeed config has {dotted} = {given}, but the arguments say {value}: make them equal."
             )
-    if "bf16" not in config and "fp16" not in config and dtype in (torch.bfloat16, torch.float16):
-        config["bf16" if dtype == torch.bfloat16 else "fp16"] = {"enabled": True}
+    if "bf16" not in config and "fp16" not in config and precision in ("torch.bfloat16", "torch.float16"):
+        config["bf16" if precision == "torch.bfloat16" else "fp16"] = {"enabled": True}
     if config.get("train_batch_size") == "auto":
         del config["train_batch_size"]  # DeepSpeed derives it from the other two and the world size
     return config
 
 
-def _hidden_size(model: torch.nn.Module) -> int:
+def _hidden_size(model: "torch.nn.Module") -> int:
     config = getattr(model, "config", None)
     if config is None:
         return 1024

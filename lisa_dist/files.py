@@ -34,14 +34,15 @@ def read_regular(path: Path) -> str:
 
 def read_text(flag: str, path: str | Path) -> str:
     """The text of a file that the user names by a flag. Raises UserError where it is not one in UTF-8."""
+    given = f"{flag} {path}".lstrip()
     try:
         return read_regular(Path(path))
     except FileNotFoundError as error:
-        raise UserError(f"{flag} {path}: no such file.") from error
+        raise UserError(f"{given}: no such file.") from error
     except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be read ({error.strerror}).") from error
+        raise UserError(f"{given}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{flag} {path}: is no text in UTF-8 ({error.reason} at byte {error.start}).") from error
+        raise UserError(f"{given}: is no text in UTF-8 ({error.reason} at byte {error.start}).") from error
 
 
 def read_yaml(flag: str, path: str | Path) -> Any:

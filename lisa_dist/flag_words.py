@@ -103,16 +103,16 @@ class WordParser(argparse.ArgumentParser):
         Raises UserError naming the flag or the key. `--help` is answered here.
         """
         words = split_config(argv)
-        if words.count("--config") > 1:
+        at = words.index("--config") if "--config" in words else len(words)
+        rest = words[:at] + words[at + 2 :]
+        others = self.parse_known_args(rest)[1]
+        if "--config" in rest or (at < len(words) and any(word.endswith((".yaml", ".yml")) for word in others)):
             raise UserError("--config: two recipes are given, and a run has one; give what differs as flags.")
-        if "--config" in words:
-            at = words.index("--config")
+        if at < len(words):
             if at + 1 == len(words):
                 raise UserError("--config is the last word: give a recipe, such as launch/recipes/quickstart.yaml.")
             self._check_recipe(words[at + 1])
-        else:
-            at = len(words)
-        self.check_words(words[:at] + words[at + 2 :])
+        self.check_words(rest)
         return words
 
     def set_defaults_with_config(self, **recipe: Any) -> list[str]:

@@ -19,13 +19,13 @@ from lisa_dist.ds_config import read_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.memory.estimate import plan_memory
 from lisa_dist.memory.kept_states import kept_states
-from lisa_dist.memory.known_models import name_or_folder
 from lisa_dist.memory.periods import widest_periods
 from lisa_dist.memory.plan import DTYPES, Plan, PlanArguments
 from lisa_dist.memory.stage_settings import StageSettings
 from lisa_dist.memory.step_trace import StepTrace
 from lisa_dist.memory.trace import FakeRun, FakeRuns
 from lisa_dist.memory.workload import CHUNKED, LOGITS, RATIO, SCORE, Group, Trained, Workload
+from lisa_dist.model_names import name_or_folder
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.run_folder import PLANNED_PARTS, REFERENCE
 from lisa_dist.tasks import REWARD, SFT

@@ -21,7 +21,7 @@ from lisa_dist.distributed.ranks import check_port, set_rank
 from lisa_dist.distributed.watchdog import HANG_TIMEOUT
 from lisa_dist.errors import UserError
 from lisa_dist.flags import RunParser
-from lisa_dist.memory.known_models import HUB_IDS
+from lisa_dist.model_names import HUB_IDS
 from lisa_dist.presets import PRESETS
 from lisa_dist.run_folder import hide_secrets
 from lisa_dist.tasks import OF_SFT, SFT, TASKS, check_rewards_given, check_task, task_of

@@ -11,9 +11,10 @@ import yaml
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO
 from lisa_dist.errors import UserError
-from lisa_dist.memory.known_models import load_model_config, name_or_folder
+from lisa_dist.memory.known_models import load_model_config
 from lisa_dist.memory.ladder import Chosen
 from lisa_dist.memory.plan import Plan, PlanArguments
+from lisa_dist.model_names import name_or_folder
 from lisa_dist.tasks import GRPO, SFT
 from lisa_dist.text import GIB, format_bytes
 

@@ -30,6 +30,7 @@ GROUND = {
     "flag_tables",
     "flag_words",
     "flags",
+    "model_names",
     "presets",
     "run_folder",
     "shapes",

@@ -8,6 +8,7 @@ import pytest
 
 from lisa_dist import cli, flag_tables
 from lisa_dist.commands import chat, check, eval, init, norms, plan, train
+from lisa_dist.commands.given_files import look_for_files, look_for_words
 from lisa_dist.commands.verbs import TABLES, parser_of
 from lisa_dist.errors import UserError
 from lisa_dist.flag_words import first_word_as
@@ -48,6 +49,8 @@ SLIPS = [
     ("train", ["--lisa_interval_steps", "many"], "--lisa_interval_steps: invalid int value: 'many'"),
     ("train", ["--config", "there_is_none.yaml"], "--config there_is_none.yaml: no such file"),
     ("train", ["--config", "a.yaml", "--config=b.yaml"], "--config: two recipes are given"),
+    ("train", ["--config", "a.yaml", "b.yaml"], "--config: two recipes are given"),
+    ("train", ["b.yaml", "--config", "a.yaml"], "--config: two recipes are given"),
     ("train", ["--sequence_len", "3"], "--sequence_len: no such flag; here it is --max_length"),
     ("train", ["word"], "word: belongs to no flag"),
     ("plan", ["--gpus", "2"], "the following arguments are required: --model"),
@@ -126,6 +129,8 @@ def test_a_table_has_the_parser_s_screen(tables, verb, capsys):
         (["eval", "--gpus", "2", "model", "--limt", "3"], 2),
         (["train", "--gpus=2", "there_is_none.yaml"], 2),
         (["check", "--help"], 0),
+        (["train", "--deepspeed", "none.json"], 2),
+        (["export", "nofile", "out"], 2),
     ],
     ids=str,
 )
@@ -148,6 +153,48 @@ print(code, [name for name in {HEAVY!r} if name in sys.modules])
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert ran.stdout.splitlines()[-1] == f"{code} []", ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("verb", "given", "said"),
+    [
+        ("train", {"deepspeed": "zero9"}, "--deepspeed zero9: neither a file nor a shipped config"),
+        ("train", {"model_name_or_path": "./none"}, "--model_name_or_path ./none: no such folder"),
+        ("train", {"resume_from_checkpoint": "runs/none"}, "--resume_from_checkpoint runs/none: no such folder"),
+        ("train", {"lisa_weights_file": "none.csv#a/b"}, "--lisa_weights_file none.csv: no such file"),
+        ("plan", {"model": "here/none.json"}, "--model here/none.json: no such file or folder"),
+        ("init", {"model": "llama3.1-8"}, r"--model llama3.1-8: .*did you mean llama3\.1-8b\?"),
+        ("chat", {"model": "/none"}, "/none: no such folder"),
+        ("eval", {"model": "a/b", "data_dir": "none"}, "--data_dir none: no such folder"),
+        ("norms", {"runs": ["here", "x=none"]}, "x=none: no such file or folder"),
+    ],
+)
+def test_what_is_not_there_is_named(monkeypatch, tmp_path, verb, given, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(UserError, match=said):
+        look_for_files(verb, given)
+
+
+def test_what_may_be_there_passes(monkeypatch, tmp_path):
+    """Names of the hub, words that name no file, and what is there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here.json").write_text("{}")
+    of_hub = {"model_name_or_path": "org/name", "resume_from_checkpoint": "auto", "deepspeed": "zero2"}
+    for verb, given in {
+        "train": of_hub,
+        "check": {"deepspeed": "here.json", "model_name_or_path": "./none"},
+        "plan": {"model": "org/name", "deepspeed": None},
+        "init": {"model": "./here"},
+        "chat": {"model": "here"},
+        "norms": {"runs": ["here", "x=here", "a=b=here"]},
+    }.items():
+        look_for_files(verb, given)
+    look_for_files("train", {"resume_from_checkpoint": "true", "lisa_weights_file": "here.json#a"})
+    look_for_words("report", ["here"])
+    with pytest.raises(UserError, match="none: no such folder"):
+        look_for_words("report", ["here", "none"])
 
 
 def test_with_other_releases_the_first_command_leaves_a_table(monkeypatch, tmp_path):

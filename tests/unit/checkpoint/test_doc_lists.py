@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lisa_dist.core.run_state import FREE_SETTINGS
-from lisa_dist.memory.known_models import shipped_model_configs
+from lisa_dist.model_names import shipped_model_configs
 from lisa_dist.run_folder import MEMORY_PARTS
 
 DOCS = Path(__file__).parents[3] / "docs"

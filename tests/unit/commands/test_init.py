@@ -12,9 +12,10 @@ from lisa_dist import cli
 from lisa_dist.commands import plan as plan_command
 from lisa_dist.commands.init import main
 from lisa_dist.config import LisaConfig, UserError
-from lisa_dist.memory.known_models import HUB_IDS, load_model_config, shipped_model_configs
+from lisa_dist.memory.known_models import load_model_config
 from lisa_dist.memory.ladder import LADDER, Chosen, first_that_fits, with_more_layers
 from lisa_dist.memory.plans import make_plans
+from lisa_dist.model_names import HUB_IDS, shipped_model_configs
 from lisa_dist.train.arguments import parse_arguments
 from lisa_dist.train.recipe import InitArguments
 

@@ -27,7 +27,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.kernels import dynamic_code
 from lisa_dist.memory.estimate import plan_memory
 from lisa_dist.memory.kept_states import kept_states
-from lisa_dist.memory.known_models import load_model_config, name_or_folder, shipped_model_configs
+from lisa_dist.memory.known_models import load_model_config
 from lisa_dist.memory.meter import StepMeter
 from lisa_dist.memory.periods import widest_periods
 from lisa_dist.memory.plan import PlanArguments
@@ -37,6 +37,7 @@ from lisa_dist.memory.stage_settings import StageSettings
 from lisa_dist.memory.trace import FakeRun, FakeRuns
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.memory.workload import LOGITS, OWN, Trained, Workload
+from lisa_dist.model_names import name_or_folder, shipped_model_configs
 from lisa_dist.run_folder import PLANNED_PARTS
 from lisa_dist.text import parse_bytes
 from lisa_dist.zero import gradients, overrides

@@ -1,0 +1,64 @@
+"""Files and folders that the words of a verb name and that are not there: said before torch is imported.
+
+What may be a name of the hub is left to what loads it.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lisa_dist.ds_config import find_ds_config
+from lisa_dist.errors import UserError
+from lisa_dist.model_names import is_path, nearest_name, shipped_name
+from lisa_dist.run_folder import STATE_NAME
+
+
+def look_for_files(verb: str, given: Mapping[str, Any]) -> None:
+    """Raise UserError for the first that is missing, of the flags of a verb or of its recipe."""
+    texts = {flag: value for flag, value in given.items() if isinstance(value, str)}
+    if "deepspeed" in texts and not texts["deepspeed"].lstrip().startswith("{"):
+        find_ds_config(texts["deepspeed"])
+    if verb in ("plan", "init"):
+        _look_for_model(texts.get("model"))
+    elif verb in ("chat", "eval"):
+        _look_for_folder("", texts.get("model"))
+        _look_for_folder("--data_dir ", texts.get("data_dir"), may_be_name=False)
+    elif verb == "norms":
+        for run in given.get("runs", ()):
+            path = Path(run) if Path(run).exists() else Path(run.rpartition("=")[2])  # label=RUN
+            if not path.exists():
+                raise UserError(f"{run}: no such file or folder.")
+    elif verb == "train":
+        _look_for_folder("--model_name_or_path ", texts.get("model_name_or_path"))
+        wanted = texts.get("resume_from_checkpoint", "")
+        if wanted.lower() not in ("", "true", "false", "auto", "none"):
+            _look_for_folder("--resume_from_checkpoint ", wanted, may_be_name=False)
+        weights = texts.get("lisa_weights_file", "").partition("#")[0]  # a column of it
+        if weights and not Path(weights).exists():
+            raise UserError(f"--lisa_weights_file {weights}: no such file.")
+
+
+def look_for_words(verb: str, words: Sequence[str]) -> None:
+    """The same of a verb that has no flags."""
+    if verb == "export":
+        _look_for_folder("", words[0], may_be_name=False)
+        if Path(words[1]).exists() and (Path(words[0]) / STATE_NAME).is_file():
+            raise UserError(f"{words[1]} is there already: choose a folder that is not.")
+    elif verb == "report":
+        for folder in words:
+            _look_for_folder("", folder, may_be_name=False)
+
+
+def _look_for_folder(flag: str, name: str | None, may_be_name: bool = True) -> None:
+    if name and (is_path(name) or not may_be_name) and not Path(name).exists():
+        raise UserError(f"{flag}{name}: no such folder.")
+
+
+def _look_for_model(name: str | None) -> None:
+    if name is None or Path(name).exists() or shipped_name(name):
+        return
+    if is_path(name):
+        raise UserError(f"--model {name}: no such file or folder.")
+    nearest = nearest_name(name)
+    if nearest is not None and "/" not in name:
+        raise UserError(f"--model {name}: no such folder, and no shipped name; did you mean {nearest}?")
