@@ -29,6 +29,7 @@ EIGHT_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 DRAWN = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.4,head=0.4"}
 ADAPTIVE = {"lisa_sampler": "adaptive", "lisa_importance_temperature": 0.2, "lisa_activated_layers": 3}
+BALANCED = {"lisa_sampler": "balanced", "lisa_depth_bias": 2.0}
 # After the last step of a period, where the next one switches; after the first step of one; before its last.
 CUTS = {"switch step": 3, "first step": 4, "last step": 5}
 
@@ -131,6 +132,8 @@ def test_a_resumed_run_is_the_run(tmp_path, ds_config, dtype):
         ("zero2", {"optim": "lisa_adamw", "tied": True, "lisa": FACTORED}),
         ("zero3", {"optim": "lisa_adamw", "lisa": FACTORED | DRAWN | {"lisa_master": "bf16_sr", "lisa_state": "keep"}}),
         full("zero2", {"lisa": ADAPTIVE | {"lisa_wake_warmup_steps": 2}}),
+        ("zero2", {"lisa": BALANCED | {"lisa_lr_scale": "embed=0.5,layers=2"}}),
+        full("zero3", {"lisa": {"lisa_sampler": "window", "lisa_lr_scale": "head=0.25", "lisa_state": "keep"}}),
         ("zero3", {"lisa": ADAPTIVE | {"lisa_state": "keep", "lisa_importance": "update"}}),
     ],
 )

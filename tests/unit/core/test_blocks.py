@@ -87,6 +87,15 @@ def test_matrices_of_no_linear_module_are_named():
         split_into_modules(model, find_blocks(model))
 
 
+def test_layers_without_linear_modules_are_named():
+    """What is left of them are norms."""
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.self_attn, layer.mlp = torch.nn.Identity(), torch.nn.Identity()
+    with pytest.raises(ValueError, match="layers of LlamaForCausalLM have no linear modules; leave it out"):
+        split_into_modules(model, find_blocks(model))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_tied_matrix_is_counted_once(tied):
     model = tiny_llama(tied=tied)

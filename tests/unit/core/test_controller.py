@@ -46,6 +46,11 @@ def start(ds_config="zero2", accumulation=1, output_dir=None, model=None, **sett
     ("build", "settings", "said"),
     [
         (tiny_llama, {"lisa_activated_layers": 7}, "--lisa_activated_layers 7: the model has 6 decoder layers"),
+        (
+            tiny_llama,
+            {"lisa_activated_layers": 7, "lisa_sampler": "window"},
+            "--lisa_activated_layers 7: the model has 6 decoder layers",
+        ),
         (tiny_gpt2, {"lisa_always_on": "head,rest", "lisa_frozen": "embed"}, "one tied matrix; give both the same"),
         (tiny_gpt2, {"lisa_state_bits": "embed=factored,head=8"}, "one tied matrix; give both the same"),
         (tiny_gpt2, {"lisa_lr_scale": "embed=0.5,head=1"}, "one tied matrix; give both the same"),

@@ -161,7 +161,23 @@ def test_losses_equal_the_reference(ds_config):
     check_against_reference(ds_config, tiny_llama, "model.layers", {})
 
 
-BY_DEPTH = {"lisa_sampler": "weighted", "lisa_depth_bias": 2.0}
+UPPER = {"lisa_depth_bias": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "settings"),
+    [
+        ("zero2", {"lisa_sampler": "window", "lisa_always_on": "head,rest", "lisa_frozen": "embed"}),
+        ("zero3", {"lisa_sampler": "balanced"} | UPPER),
+        full("zero1", {"lisa_sampler": "weighted"} | UPPER),
+        full("zero2", {"lisa_sampler": "adaptive", "lisa_importance": "update"} | UPPER),
+    ],
+)
+def test_whichever_layers_a_sampler_draws(ds_config, settings):
+    outcome = check_against_reference(ds_config, tiny_llama, "model.layers", {"lisa": settings})
+    if settings["lisa_sampler"] == "window":
+        for low, high in outcome["layers_of_period"]:
+            assert high == low + 1
 
 
 @pytest.mark.parametrize(
@@ -173,7 +189,7 @@ BY_DEPTH = {"lisa_sampler": "weighted", "lisa_depth_bias": 2.0}
             "zero1",
             tiny_gpt2,
             "transformer.h",
-            {"lisa_sampler": "weighted", "lisa_depth_bias": 2.0, "lisa_budget": "25%"},
+            UPPER | {"lisa_sampler": "weighted", "lisa_budget": "25%"},
         ),
         full("zero2_offload", tiny_llama, "model.layers", {"lisa_offload": "layers"}),
         full("zero3_offload", tiny_llama, "model.layers", {"lisa_importance": "update", "lisa_sampler": "adaptive"}),
