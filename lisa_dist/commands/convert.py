@@ -11,6 +11,7 @@ from lisa_dist.commands.verbs import table_of_verb
 from lisa_dist.convert.reading import TOOLS
 from lisa_dist.convert.recipe import convert, format_recipe
 from lisa_dist.errors import UserError
+from lisa_dist.tasks import SFT
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,7 +27,7 @@ def main(*words: str) -> None:
         parser.add_argument("recipe", nargs="?", help="the file to write; left out, the recipe is printed")
         parser.add_argument("--tool", choices=TOOLS, help="whose it is; by default its keys tell")
         arguments = parser.parse_args(words)
-        found = convert(arguments.file, arguments.tool, known_flags())
+        found = convert(arguments.file, arguments.tool, known_flags)
         text = format_recipe(found, arguments.file)
         if arguments.recipe is None:
             print(text, end="")
@@ -42,6 +43,6 @@ def main(*words: str) -> None:
         print(f"wrote {arguments.recipe}; start it: lisa-dist train {arguments.recipe}")
 
 
-def known_flags() -> Sequence[str]:
-    """The flags of a run."""
-    return [flag["dest"] for flag in table_of_verb("train")[1:]]
+def known_flags(task: str = SFT) -> Sequence[str]:
+    """The flags of a run of a task."""
+    return [flag["dest"] for flag in table_of_verb("train" if task == SFT else f"train {task}")[1:]]

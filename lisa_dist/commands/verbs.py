@@ -34,8 +34,8 @@ TABLES = (*WITH_FLAGS, *(f"train {task}" for task in TASKS if task != SFT))
 
 
 def table_of_verb(verb: str) -> list:
-    """The screen of help and the flags of a verb; of one without flags nothing."""
-    if verb not in WITH_FLAGS:
+    """The screen of help and the flags of a verb, or of `train TASK`; of one without flags nothing."""
+    if verb.partition(" ")[0] not in WITH_FLAGS:
         return []
     table = flag_tables.load(verb)
     if table is None:

@@ -2,15 +2,18 @@
 
 import math
 import re
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from lisa_dist.convert.reading import LLAMA_FACTORY, SWIFT, TOOLS, read, tool_of
-from lisa_dist.convert.rules import BADAM, DEFAULTS, OF_LORA, RULES, Flags, NoCounterpart
+from lisa_dist.convert.rule import Flags, Given, NoCounterpart
+from lisa_dist.convert.rules import BADAM, DEFAULTS, OF_LORA, RULES
+from lisa_dist.convert.task_rules import flattened, task_given
 from lisa_dist.errors import UserError
+from lisa_dist.tasks import OF_SFT, SFT
 from lisa_dist.text import in_one_line
 
 _SHELL = re.compile(r"\$[({]|\$\w|`")
@@ -28,25 +31,41 @@ class Converted:
     defaults: Flags = field(default_factory=dict)  # of the other tool, which its configuration relied on
 
 
-def convert(path: str, tool: str | None, known: Container[str]) -> Converted:
-    """The recipe of a configuration; `known` are the flags of a run. Raises UserError for a file of no known tool."""
-    given = read(path)
-    tool = tool or tool_of(given)
+def convert(path: str, tool: str | None, known_flags: Callable[[str], Container[str]]) -> Converted:
+    """The recipe of a configuration, by the flags of a run of each task.
+
+    Raises UserError for a file of no known tool.
+    """
+    configured = read(path)
+    tool = tool or tool_of(configured)
     if tool is None:
         raise UserError(f"{path}: it cannot be told whose keys these are; give --tool, one of {', '.join(TOOLS)}.")
     if tool not in TOOLS:
         raise UserError(f"--tool {tool}: unknown; choose one of {', '.join(TOOLS)}.")
-    found = Converted(tool)
+    found, task = Converted(tool), task_given(tool, configured)
+    known = known_flags(task)
+    given = flattened(tool, configured)
     for key, value in given.items():
         try:
             _take(found, key, value, given, known)
         except NoCounterpart as none:
             found.remarks[key] = f"{in_one_line(value)}: {none}"
     _add_defaults(found, given)
+    if task != SFT:
+        _leave_out_what_is_of_sft(found, task, known)
     return found
 
 
-def _take(found: Converted, key: str, value: Any, given: Flags, known: Container[str]) -> None:
+def _leave_out_what_is_of_sft(found: Converted, task: str, known: Container[str]) -> None:
+    """Flags that the task has not."""
+    for flags in (found.flags, found.defaults):
+        for name in [name for name in flags if name != "env" and (name not in known or name in OF_SFT)]:
+            value = flags.pop(name)
+            if flags is found.flags:
+                found.gone[name] = f"for --task {SFT}, it was {in_one_line(value)}; this is {task}"
+
+
+def _take(found: Converted, key: str, value: Any, given: Given, known: Container[str]) -> None:
     rule = RULES[found.tool].get(key)
     if value is None and key != "pt":  # YAML's way to say nothing, or a word of the command
         return
@@ -77,12 +96,14 @@ def _take(found: Converted, key: str, value: Any, given: Flags, known: Container
         raise NoCounterpart(rule)
 
 
-def _add_defaults(found: Converted, given: Flags) -> None:
+def _add_defaults(found: Converted, given: Given) -> None:
     """What the configuration relied on, and nothing of LISA for another method."""
     defaults = dict(DEFAULTS[found.tool])
     if found.tool == LLAMA_FACTORY and given.get("use_badam"):
         found.flags["method"] = "lisa"
         defaults |= BADAM
+        if given.get("badam_switch_mode") == "fixed":  # no sampler is near to it
+            del defaults["lisa_sampler"]
     elif found.flags.get("lisa_activated_layers") and given.get("use_lisa", True):
         defaults["method"] = "lisa"
     if found.tool == SWIFT:

@@ -1,24 +1,14 @@
 """What each key of another tool is here, by the sources of Axolotl 0.21, LLaMA-Factory 0.9.5, ms-swift 4.6 and LMFlow.
 
-A rule is a name of ours, for the same value; a function of the value and of all that was given; a text in parentheses,
-why the key may go; or any other text, what to do about it. Keys that have no rule and are flags here stay as they are.
+Keys that have no rule and are flags here stay as they are.
 """
 
 import re
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from lisa_dist.convert.reading import AXOLOTL, LLAMA_FACTORY, LMFLOW, SWIFT
-
-Given = Mapping[str, Any]
-Flags = dict[str, Any]
-
-
-class NoCounterpart(Exception):  # noqa: N818 - not an error: a remark in the recipe
-    """A key, or a value of one, that is nothing here; the text says what to do."""
-
-
-Rule = str | Callable[[Any, Given], Flags]
+from lisa_dist.convert.rule import Flags, Given, NoCounterpart, Rule
+from lisa_dist.convert.task_rules import TASK_RULES
 
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "lisa_adamw")
 _SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -248,14 +238,6 @@ def _factory_datasets(value: Any, given: Given) -> Flags:
     return {"dataset_name": [name if count is None else f"{name}#{count}" for name in _names(value)]}
 
 
-def _stage(value: str, given: Given) -> Flags:
-    if value == "pt":
-        return {"dataset_format": "text", "packing": given.get("packing") is not False}
-    if value == "sft":
-        return {}
-    raise NoCounterpart(f"{value}: lisa_dist.LisaMixin in Python, README.md")
-
-
 def _tuning(value: str, given: Given) -> Flags:
     if value == "lora":
         return {"method": "lora"}
@@ -266,23 +248,40 @@ def _tuning(value: str, given: Given) -> Flags:
 
 BADAM = {
     "lisa_sampler": "cyclic", "lisa_interval_steps": 50, "lisa_activated_layers": 1, "lisa_always_on": "",
-    "lisa_frozen": "embed,head,rest",
+    "lisa_frozen": "embed,head,rest", "weight_decay": 0.01,
 }  # fmt: skip
 _ORDER = {"ascending": "cyclic", "random": "reshuffle"}
 
 
 def _badam_order(value: str, given: Given) -> Flags:
+    if value == "fixed":
+        layer = given.get("badam_start_block") or 0
+        raise NoCounterpart(f"lisa_sampler: weighted, lisa_weights_file: a list of 1 for layer {layer}, 0 for others")
     if value not in _ORDER:
         raise NoCounterpart("lisa_sampler: cyclic is ascending, reshuffle is random; weighted takes weights of layers")
     return {"lisa_sampler": _ORDER[value]}
 
 
+def _decay_of_factory(value: float, given: Given) -> Flags:
+    if given.get("use_badam") and value != BADAM["weight_decay"]:
+        raise NoCounterpart(f"BAdam's decay there is {BADAM['weight_decay']}, whatever is given")
+    return {"weight_decay": value}
+
+
+def _first_block(value: int, given: Given) -> Flags:
+    if value and given.get("badam_switch_mode") != "fixed":
+        raise NoCounterpart(
+            "lisa_sampler: cyclic begins with the lowest layer; reshuffle with another for each lisa_seed"
+        )
+    return {}
+
+
 _FACTORY: dict[str, Rule] = _LORA | {
     "use_badam": "(method: lisa, one layer at a time)",
-    "stage": _stage, "finetuning_type": _tuning, "dataset": _factory_datasets, "cutoff_len": "max_length",
-    "badam_switch_mode": _badam_order,
+    "weight_decay": _decay_of_factory, "finetuning_type": _tuning, "dataset": _factory_datasets,
+    "cutoff_len": "max_length", "badam_switch_mode": _badam_order,
     "badam_switch_interval": "lisa_interval_steps", "badam_mode": _unless("layer", "layers alone are sampled so"),
-    "badam_verbose": "(each switch is printed)", "badam_start_block": _unless(0, "lisa_seed gives another order"),
+    "badam_verbose": "(each switch is printed)", "badam_start_block": _first_block,
     "lora_target": _lora_targets, "eval_dataset": lambda value, given: {"eval_dataset_name": _names(value)},
     "val_size": _rows("eval_rows"), "train_on_prompt": "train_on_inputs", "neat_packing": _true("packing"),
     "flash_attn": _AT_ONCE, "enable_liger_kernel": _true("use_liger_kernel"),
@@ -370,7 +369,7 @@ _LMFLOW: dict[str, Rule] = _LORA | {
 }  # fmt: skip
 
 RULES: dict[str, dict[str, Rule]] = {
-    tool: _COMMON | rules
+    tool: _COMMON | rules | TASK_RULES.get(tool, {})
     for tool, rules in ((AXOLOTL, _AXOLOTL), (LLAMA_FACTORY, _FACTORY), (SWIFT, _SWIFT), (LMFLOW, _LMFLOW))
 }
 # What a recipe of theirs means where it says nothing, and ours does not.

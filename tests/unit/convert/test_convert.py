@@ -11,6 +11,7 @@ from lisa_dist.commands.train import parser
 from lisa_dist.convert.reading import TOOLS, tool_of
 from lisa_dist.convert.recipe import convert, format_recipe
 from lisa_dist.convert.rules import DEFAULTS, RULES
+from lisa_dist.tasks import TASKS
 
 AXOLOTL = """
 base_model: meta-llama/Llama-3.1-8B
@@ -100,7 +101,7 @@ def files(tmp_path, monkeypatch):
 
 
 def recipe_of(name: str, tool: str | None = None) -> dict:
-    return yaml.safe_load(format_recipe(convert(name, tool, known_flags()), name))
+    return yaml.safe_load(format_recipe(convert(name, tool, known_flags), name))
 
 
 def test_axolotl(files):
@@ -135,7 +136,7 @@ def test_axolotl(files):
         "long_examples": "drop",
         "save_total_limit": 4,
     }
-    found = convert("a.yaml", None, known_flags())
+    found = convert("a.yaml", None, known_flags)
     assert found.remarks.keys() == {"unheard_of"}
     assert found.gone.keys() == {"lisa_layers_attribute", "flash_attention"}
 
@@ -149,7 +150,7 @@ def test_llama_factory(files):
     assert recipe["gradient_checkpointing"] is False
     assert (recipe["deepspeed"], recipe["warmup_steps"], recipe["learning_rate"]) == ("zero2", 0.1, 5e-5)
     assert recipe["lisa_sampler"] == "cyclic", "the nearest"
-    assert convert("f.yml", None, known_flags()).remarks.keys() == {"badam_switch_mode", "template"}
+    assert convert("f.yml", None, known_flags).remarks.keys() == {"badam_switch_mode", "template"}
     (files / "f.yml").write_text("stage: pt\nfinetuning_type: full\ndataset: a\n", encoding="utf-8")
     recipe = recipe_of("f.yml")
     assert (recipe["method"], recipe["packing"], recipe["dataset_format"]) == ("full", True, "text")
@@ -163,7 +164,7 @@ def test_swift(files):
     assert (recipe["method"], recipe["lisa_activated_layers"], recipe["learning_rate"]) == ("lisa", 2, 1e-5)
     assert recipe["adam_beta2"] == 0.95
     assert "append" not in recipe
-    remarks = convert("s.sh", None, known_flags()).remarks
+    remarks = convert("s.sh", None, known_flags).remarks
     assert remarks.keys() == {"gradient_accumulation_steps", "loss_scale"}
     assert "the shell" in remarks["gradient_accumulation_steps"]
     (files / "s.sh").write_text("swift sft --model m --tuner_type lora --dataset d --lora_rank 4\n", encoding="utf-8")
@@ -178,7 +179,7 @@ def test_lmflow(files):
     assert (recipe["max_length"], recipe["packing"], recipe["optim"]) == (256, True, "lisa_adamw")
     assert (recipe["dataset_name"], recipe["eval_rows"], recipe["bf16"]) == (["data/rows"], 0.05, True)
     (files / "l.sh").write_text(LMFLOW.replace("--use_lisa 1", "--use_lisa 0"), encoding="utf-8")
-    found = convert("l.sh", None, known_flags())
+    found = convert("l.sh", None, known_flags)
     assert (found.flags | found.defaults)["method"] == "full"
     assert {"lisa_activated_layers", "lisa_interval_steps"} <= found.gone.keys()
 
@@ -206,13 +207,98 @@ def test_two_commands_of_a_script_stay_two(files):
     (files / "s.sh").write_text(text, encoding="utf-8")
     recipe = recipe_of("s.sh")
     assert (recipe["warmup_steps"], recipe["dataset_name"]) == (0, ["org/data"])
-    assert "adapters" not in convert("s.sh", None, known_flags()).remarks
+    assert "adapters" not in convert("s.sh", None, known_flags).remarks
 
 
 def test_badam_has_its_defaults_written_out(files):
     (files / "f.yml").write_text("finetuning_type: full\nuse_badam: true\ndataset: a\n", encoding="utf-8")
     recipe = recipe_of("f.yml")
     assert (recipe["method"], recipe["lisa_interval_steps"], recipe["lisa_sampler"]) == ("lisa", 50, "cyclic")
+    assert recipe["weight_decay"] == 0.01
+
+
+def test_badam_decays_as_it_does_there_and_fixed_layers_are_told_of(files):
+    """A sampler that is not asked for is not filled in."""
+    text = "finetuning_type: full\nuse_badam: true\ndataset: a\nweight_decay: 0.2\nbadam_start_block: 3\n"
+    (files / "f.yml").write_text(text + "badam_switch_mode: fixed\n", encoding="utf-8")
+    found = convert("f.yml", None, known_flags)
+    assert "1 for layer 3, 0 for others" in found.remarks["badam_switch_mode"]
+    assert "BAdam's decay there is 0.01" in found.remarks["weight_decay"]
+    assert found.remarks.keys() == {"badam_switch_mode", "weight_decay"}
+    recipe = recipe_of("f.yml")
+    assert recipe["weight_decay"] == 0.01
+    assert "lisa_sampler" not in recipe
+    (files / "f.yml").write_text(text + "badam_switch_mode: random\n", encoding="utf-8")
+    found = convert("f.yml", None, known_flags)
+    assert found.flags["lisa_sampler"] == "reshuffle"
+    assert "another for each lisa_seed" in found.remarks["badam_start_block"]
+
+
+DPO_OF_FACTORY = """
+model_name_or_path: org/model
+stage: dpo
+finetuning_type: lora
+lora_rank: 8
+pref_beta: 0.2
+pref_loss: ipo
+pref_ftx: 0.5
+dataset: dpo_en_demo
+cutoff_len: 2048
+"""
+GRPO_OF_AXOLOTL = """
+base_model: org/model
+rl: grpo
+trl: {beta: 0.01, num_generations: 4, max_completion_length: 64, reward_funcs: [rewards.lengths]}
+datasets: [{path: rows.jsonl, type: chat_template}]
+sequence_len: 512
+micro_batch_size: 4
+"""
+KTO_OF_SWIFT = """
+swift rlhf --rlhf_type kto --model org/model --train_type full --dataset rows.jsonl --beta 0.3 --desirable_weight 2 \\
+  --max_length 256 --truncation_strategy delete
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "task", "flags", "remarks"),
+    [
+        (
+            "f.yaml",
+            DPO_OF_FACTORY,
+            "dpo",
+            {"beta": 0.2, "loss_type": ["ipo"], "method": "lora", "max_length": 2048},
+            {"pref_ftx": "loss_weights"},
+        ),
+        ("f.yaml", DPO_OF_FACTORY.replace("ipo", "orpo"), "orpo", {"beta": 0.2}, {"pref_ftx": "loss_weights"}),
+        ("f.yaml", DPO_OF_FACTORY.replace("dpo\n", "rm\n", 1), "reward", {"lora_r": 8}, {"pref_ftx": "loss_weights"}),
+        ("f.yaml", "stage: ppo\nmodel_name_or_path: m\n", None, {}, {"stage": "there is no such task here"}),
+        (
+            "a.yaml",
+            GRPO_OF_AXOLOTL,
+            "grpo",
+            {"beta": 0.01, "num_generations": 4, "max_completion_length": 64},
+            {"reward_funcs": "a file with a function of completions"},
+        ),
+        ("a.yaml", "base_model: m\nrl: ipo\nrl_beta: 0.2\n", "dpo", {"beta": 0.2, "loss_type": ["ipo"]}, {}),
+        ("a.yaml", "base_model: m\nreward_model: true\nmicro_batch_size: 2\n", "reward", {}, {}),
+        ("s.sh", KTO_OF_SWIFT, "kto", {"beta": 0.3, "desirable_weight": 2, "max_length": 256}, {}),
+    ],
+)
+def test_training_by_preferences_and_rewards(tmp_path, monkeypatch, name, text, task, flags, remarks):
+    """The task, and its own flags; those that are of examples alone are left out."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    found = convert(name, None, known_flags)
+    assert found.flags.get("task") == task
+    assert flags.items() <= (found.flags | found.defaults).items()
+    assert found.remarks.keys() == remarks.keys()
+    for key, said in remarks.items():
+        assert said in found.remarks[key]
+    (tmp_path / "recipe.yaml").write_text(format_recipe(found, name), encoding="utf-8")
+    table = flag_tables.load("train" if task is None else f"train {task}")
+    flag_tables.answer(table, ["--config", "recipe.yaml"], takes_recipe=True)
+    if task == "kto":
+        assert found.gone["long_examples"] == "for --task sft, it was drop; this is kto"
 
 
 @pytest.mark.parametrize(
@@ -225,20 +311,20 @@ def test_badam_has_its_defaults_written_out(files):
 )
 def test_datasets_that_are_not_alike_are_told_of(files, entries, said):
     (files / "a.yaml").write_text(f"base_model: m\ndatasets: {entries}\nevals_per_epoch: 0\n", encoding="utf-8")
-    found = convert("a.yaml", None, known_flags())
+    found = convert("a.yaml", None, known_flags)
     assert said in found.remarks["datasets"]
     assert "dataset_name" not in found.flags
 
 
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_run_takes_the_recipe(files, name):
-    (files / "recipe.yaml").write_text(format_recipe(convert(name, None, known_flags()), name), encoding="utf-8")
+    (files / "recipe.yaml").write_text(format_recipe(convert(name, None, known_flags), name), encoding="utf-8")
     flag_tables.answer(flag_tables.table_of(parser()), ["--config", "recipe.yaml"], takes_recipe=True)
 
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_every_rule_leads_to_a_flag(tool):
-    known = {*known_flags(), "env"}
+    known = {"env"}.union(*map(known_flags, TASKS))
     named = {rule for rule in RULES[tool].values() if isinstance(rule, str) and rule.isidentifier()}
     assert named | DEFAULTS[tool].keys() <= known
 
@@ -283,7 +369,7 @@ def test_values_of_another_kind_are_told_of(tmp_path):
     path.write_text(
         "base_model: m\ndatasets: rows.jsonl\nevals_per_epoch: often\nlr_scheduler: rex\n", encoding="utf-8"
     )
-    assert convert(str(path), None, known_flags()).remarks.keys() == {"datasets", "evals_per_epoch", "lr_scheduler"}
+    assert convert(str(path), None, known_flags).remarks.keys() == {"datasets", "evals_per_epoch", "lr_scheduler"}
 
 
 def test_the_recipe_is_written_and_the_remarks_are_on_the_screen(files, capsys):
@@ -297,6 +383,6 @@ def test_the_recipe_is_written_and_the_remarks_are_on_the_screen(files, capsys):
 
 def test_other_special_tokens_are_for_the_tokenizer(tmp_path):
     (tmp_path / "a.yaml").write_text("base_model: m\nspecial_tokens: {pad_token: x, bos_token: y}\n")
-    found = convert(str(tmp_path / "a.yaml"), None, known_flags())
+    found = convert(str(tmp_path / "a.yaml"), None, known_flags)
     assert "save them in the model's tokenizer" in found.remarks["special_tokens"]
     assert "pad_token" not in found.flags
