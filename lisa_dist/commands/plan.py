@@ -10,8 +10,8 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
 from lisa_dist.flags import FlagParser
 from lisa_dist.memory.known_models import load_model_config
-from lisa_dist.memory.ladder import first_that_fits
-from lisa_dist.memory.plan import PlanArguments
+from lisa_dist.memory.ladder import Chosen, first_that_fits
+from lisa_dist.memory.plan import NO_DATA, Plan, PlanArguments
 from lisa_dist.memory.planner import command_for, format_plans, plot_plans
 from lisa_dist.memory.plans import make_plans, what_fits
 from lisa_dist.memory.trace import FakeRuns
@@ -84,24 +84,33 @@ def main(words: Sequence[str]) -> None:
         try:
             best = what_fits(plans, arguments)
         except UserError:
-            _tell_what_would(runs, arguments, lisa_config)
+            if (found := _on_the_gpu(runs, arguments, lisa_config)) is not None:
+                _print_command(found.plan, found.arguments, _what_it_takes(found))
             raise
-        if best.ds_config.endswith("_offload") and not arguments.deepspeed:
-            _tell_what_would(runs, arguments, lisa_config)
-        print(f"\n{command_for(best, arguments)}")
+        why = "Of these the fastest that fits"
+        offloads = best.ds_config.endswith("_offload") and not arguments.deepspeed
+        if offloads and (found := _on_the_gpu(runs, arguments, lisa_config)) is not None:
+            _print_command(best, arguments, "With states on the host, for which a step waits")
+            best, arguments, why = found.plan, found.arguments, _what_it_takes(found)
+        if arguments.dataset_name == NO_DATA:
+            why += " (the data are an example: --dataset_name takes yours)"
+        _print_command(best, arguments, why)
 
 
-def _tell_what_would(runs: FakeRuns, arguments: PlanArguments, lisa_config: LisaConfig) -> None:
-    """Print the first settings by which the GPU's memory is enough for states too, if there are any."""
+def _print_command(plan: Plan, arguments: PlanArguments, why: str) -> None:
+    print(f"\n{why}:\n{command_for(plan, arguments)}")
+
+
+def _on_the_gpu(runs: FakeRuns, arguments: PlanArguments, lisa_config: LisaConfig) -> Chosen | None:
+    """The first settings by which the GPU's memory is enough for states too, if there are any."""
     if arguments.method != "lisa":
-        return
+        return None
     asked = replace(arguments, deepspeed=None)
     try:
-        found = first_that_fits(runs.config, asked, lisa_config, with_offload=False, runs=runs)
+        return first_that_fits(runs.config, asked, lisa_config, with_offload=False, runs=runs)
     except UserError:  # none does
-        return
-    flags = ({} if found.rung.optim is None else {"optim": found.rung.optim}) | found.rung.settings
-    way = {"deepspeed": found.plan.ds_config}
-    words = " ".join(f"--{name} {value}" for name, value in (flags | way).items())
-    size = format_bytes(found.plan.gpu.peak)
-    print(f"\nWith states on the GPU: {words} takes {size} of it ({found.rung.name})")
+        return None
+
+
+def _what_it_takes(found: Chosen) -> str:
+    return f"With states on the GPU, {format_bytes(found.plan.gpu.peak)} of it: {found.rung.name}"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lisa_dist.core.blocks import Blocks
@@ -71,7 +72,7 @@ def checkpoint_layers(model: torch.nn.Module, blocks: Blocks, count: int) -> Non
             )
         _enable(model)
         return
-    if not any(hasattr(layer, "_gradient_checkpointing_func") for layer in layers):
+    if any(_may_be_reentrant(layer) for layer in layers):  # as transformers leaves them that were switched off
         _enable(model)
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number < count
@@ -109,12 +110,19 @@ def check_checkpointing(model: torch.nn.Module) -> None:
     It runs a layer's backward pass only if its input requires a gradient: above inactive blocks nothing would train.
     """
     for module in model.modules():
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(checkpoint, "keywords", {}).get("use_reentrant") and module.gradient_checkpointing:
+        is_on = hasattr(module, "_gradient_checkpointing_func") and module.gradient_checkpointing
+        if is_on and _may_be_reentrant(module):
             raise UserError(
                 "the model's gradient checkpointing is reentrant, which gives no gradients where the blocks before a "
                 'layer are inactive: call gradient_checkpointing_enable({"use_reentrant": False}).'
             )
+
+
+def _may_be_reentrant(module: Any) -> bool:
+    """Whether a module has no function to be checkpointed by, or torch's, not told to be other than reentrant."""
+    checkpoint = getattr(module, "_gradient_checkpointing_func", torch.utils.checkpoint.checkpoint)
+    is_torch_s = getattr(checkpoint, "func", checkpoint) is torch.utils.checkpoint.checkpoint
+    return is_torch_s and getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False
 
 
 def let_backward_end(model: torch.nn.Module) -> None:

@@ -16,6 +16,7 @@ from lisa_dist.text import parse_bytes
 
 METHODS = ("lisa", "full", "lora")
 # From the fastest to the slowest: with offload a step waits for the host, and stage 3 gathers every weight twice.
+NO_DATA = "DATA"  # what `--dataset_name` is where none is given
 WAYS = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -53,7 +54,7 @@ class PlanArguments:
         metadata={"help": "As in training; auto is for logits where they fit, else chunked."},
     )
     reserve: str = field(default="1GiB", metadata={"help": "Of a GPU, for the CUDA context, NCCL and fragments."})
-    dataset_name: str = field(default="DATA", metadata={"help": "Data to train on, for the command of the run."})
+    dataset_name: str = field(default=NO_DATA, metadata={"help": "Data to train on, for the command of the run."})
     json: str | None = field(default=None, metadata={"help": "Write the plans to this file."})
     plot: str | None = field(default=None, metadata={"help": "Draw them as bars to this .png."})
 

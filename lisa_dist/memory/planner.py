@@ -20,7 +20,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.memory.estimate import plan_memory
 from lisa_dist.memory.kept_states import kept_states
 from lisa_dist.memory.periods import widest_periods
-from lisa_dist.memory.plan import DTYPES, Plan, PlanArguments
+from lisa_dist.memory.plan import DTYPES, NO_DATA, Plan, PlanArguments
 from lisa_dist.memory.stage_settings import StageSettings
 from lisa_dist.memory.step_trace import StepTrace
 from lisa_dist.memory.trace import FakeRun, FakeRuns
@@ -193,11 +193,24 @@ class Planner:
         return self._traces[checkpointed_layers, loss, by_rows]
 
 
+_PREFERENCES = {"dataset_name": "trl-lib/ultrafeedback_binarized"}
+# Data of the hub that a run of each task takes as they are.
+_EXAMPLES: dict[str, dict[str, str]] = {
+    SFT: {"dataset_name": "openai/gsm8k", "dataset_config": "main"},
+    "dpo": _PREFERENCES,
+    "kto": {"dataset_name": "trl-lib/kto-mix-14k"},
+    "orpo": _PREFERENCES,
+    "reward": _PREFERENCES,
+    "grpo": {"dataset_name": "trl-lib/tldr"},
+}
+
+
 def command_for(plan: Plan, arguments: PlanArguments) -> str:
-    """The command that starts the run of a plan; DATA stands for data that was not given."""
+    """The command that starts the run of a plan; where no data were given, on those of the hub for its task."""
+    data = {"dataset_name": arguments.dataset_name}
     flags: dict[str, Any] = {
         "model_name_or_path": name_or_folder(arguments.model),
-        "dataset_name": arguments.dataset_name,
+        **(_EXAMPLES[arguments.task] if arguments.dataset_name == NO_DATA else data),
         "output_dir": f"runs/{Path(name_or_folder(arguments.model)).name}",
         "method": arguments.method,
         "deepspeed": plan.ds_config,
@@ -209,7 +222,8 @@ def command_for(plan: Plan, arguments: PlanArguments) -> str:
     if arguments.task == "grpo":  # seq_length is of a prompt and its answer
         group = next(size for size in range(8, 0, -1) if arguments.answers % size == 0)
         group = group if group > 1 else arguments.answers
-        flags |= {"max_completion_length": flags.pop("max_length") // 2, "reward_funcs": "rewards.py"}
+        reward = "think_format_reward" if arguments.dataset_name == NO_DATA else "rewards.py"
+        flags |= {"max_completion_length": flags.pop("max_length") // 2, "reward_funcs": reward}
         flags |= {"num_generations": group}
     if arguments.loss != AUTO or plan.workload.loss == LOGITS:
         flags |= {"loss": LOGITS if arguments.loss == AUTO else arguments.loss}

@@ -9,6 +9,7 @@ from torch import distributed as dist
 import lisa_dist
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import (
+    check_checkpointing,
     checkpoint_layers,
     checkpointed_layers,
     fewest_layers,
@@ -168,6 +169,24 @@ def test_auto_takes_the_budget_that_the_step_has_shown():
 
 def test_a_report_without_a_measured_step():
     assert "no step was measured" in format_report(None)
+
+
+def test_layers_that_were_switched_off_are_not_reentrant_again():
+    """Where the embedding is frozen, the reentrant way has no gradients to give."""
+    model = tiny_llama().train()
+    model.get_input_embeddings().requires_grad_(False)
+    blocks = find_blocks(model)
+    for count in (0, 6):
+        checkpoint_layers(model, blocks, count)
+    tokens = token_batches(1, rows=2)[0, 0]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.model.layers.parameters())
+    check_checkpointing(model)
+    model.gradient_checkpointing_disable()  # which leaves torch's own function
+    check_checkpointing(model)
+    model.model.layers[2].gradient_checkpointing = True
+    with pytest.raises(ValueError, match="gradient checkpointing is reentrant"):
+        check_checkpointing(model)
 
 
 def test_where_no_layer_is_checkpointed_no_other_module_is():

@@ -454,8 +454,8 @@ def test_the_command_says_what_was_planned(tiny_config):
 
     folder = str(Path(tiny_config).parent)
     assert command() == (
-        f"lisa-dist train --gpus 1 --model_name_or_path {folder} --dataset_name DATA --output_dir "
-        f"runs/{Path(folder).name} --method lisa --deepspeed zero2 "
+        f"lisa-dist train --gpus 1 --model_name_or_path {folder} --dataset_name openai/gsm8k --dataset_config main "
+        f"--output_dir runs/{Path(folder).name} --method lisa --deepspeed zero2 "
         "--per_device_train_batch_size 1 --max_length 1024 --optim adamw_torch_fused --bf16 True "
         "--loss logits --checkpointed_layers 0"
     )
@@ -647,13 +647,22 @@ def test_what_would_fit_the_gpu_with_its_states_is_said(tiny_config, capsys):
     common = ["--model", tiny_config, "--reserve", "0", "--checkpointed_layers", "all", "--seq_length", "64"]
     main([*common, "--gpu_memory", f"{as_published}B"])
     assert "With states on the GPU" not in capsys.readouterr().out
-    main([*common, "--gpu_memory", f"{as_published - 1}B"])
-    said = capsys.readouterr().out
-    (line,) = (line for line in said.splitlines() if line.startswith("With states on the GPU: "))
-    words = line.partition(": ")[2].partition(" takes ")[0].split()
-    assert words
-    main([*common, *words, "--gpu_memory", f"{as_published - 1}B"])
-    assert "_offload " not in capsys.readouterr().out.splitlines()[-1]
+    main([*common, "--gpu_memory", f"{as_published - 1}B", "--dataset_name", "rows.jsonl"])
+    *_, host, offloads, _, gpu, command = capsys.readouterr().out.splitlines()
+    assert host == "With states on the host, for which a step waits:"
+    assert "_offload " in offloads
+    assert gpu.startswith("With states on the GPU, ")
+    assert "_offload " not in command
+    # The command's own flags are a plan that fits.
+    words = command.split()[4:]
+    values = dict(zip(words[::2], words[1::2], strict=True))
+    of_lisa = {name: value for name, value in values.items() if name.startswith(("--lisa_", "--deepspeed", "--optim"))}
+    assert "--lisa_state_bits" in of_lisa
+    asked = [word for flag in of_lisa.items() for word in flag]
+    main([*common, *asked, "--gpu_memory", f"{as_published - 1}B"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.split()[:4] == command.split()[:4]
+    assert "_offload " not in last
 
 
 def test_a_file_that_is_no_config_is_refused(tmp_path):
