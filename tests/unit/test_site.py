@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import lisa_dist
+from docs.site_hooks import OTHERS
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +25,7 @@ def pages(entries: list) -> list[str]:
 
 def test_every_page_has_its_place():
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
-    assert sorted(pages(nav)) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    assert sorted(pages(nav)) == sorted([*(path.name for path in (ROOT / "docs").glob("*.md")), *OTHERS.values()])
 
 
 def test_every_public_name_is_in_the_reference():
@@ -34,10 +35,15 @@ def test_every_public_name_is_in_the_reference():
 
 @pytest.mark.full
 def test_the_site_is_built(tmp_path):
-    """With --strict: a name that cannot be found, or a link to a heading that is not there, ends it."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    """With --strict: a name that cannot be found, or a link to a page or a heading that is not there, ends it.
+
+    As `make docs` does it: with --quiet there would be no warnings, and nothing to be strict about.
+    """
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     reference = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
     assert "lisa_dist.config.LisaConfig" in reference
     assert "Call before every step" in reference, "docstrings are there"
+    first = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert 'href="tutorial/"' in first, "README's links are those of the site"
