@@ -3,7 +3,7 @@
 #   docker build -t lisa-dist .
 #   docker run --rm --shm-size 16g -v "$PWD:/work" lisa-dist train recipe.yaml
 #
-# The base needs Python 3.10 or newer and pip. For GPUs it also needs CUDA's compiler, with which DeepSpeed builds its
+# The base needs Python 3.11 or newer and pip. For GPUs it also needs CUDA's compiler, with which DeepSpeed builds its
 # operators: --build-arg BASE=pytorch/pytorch:2.9.1-cuda12.8-cudnn9-devel, and docker run --gpus all. On CPUs a torch without CUDA
 # is a tenth of the size: --build-arg PIP_ARGS="--extra-index-url URL", of the index of torch's CPU builds.
 ARG BASE=python:3.12-slim

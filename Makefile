@@ -7,10 +7,10 @@ CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE
 # glibc is to keep the memory of large tensors: given back and taken anew in every step, each page of it is a fault.
 CPU += MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184
 
-.PHONY: quickstart test test-all test-plugins golden mutants docs flags checks bench bench-gpu clean
+.PHONY: quickstart test test-all test-plugins test-container golden mutants docs flags checks bench bench-gpu clean
 
 $(VENV)/.ready: setup.py pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lisa_dist needs Python 3.10 or newer")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lisa_dist needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	@echo 'installing lisa_dist and what it needs into $(VENV), about 5 GB: some minutes'
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
@@ -45,7 +45,7 @@ test-all: $(VENV)/.ready  ## the whole test suite: 25 minutes on two cores
 	$(PYTEST)
 
 # The programs that there are plugins for, each in an environment of its own with the package.
-PLUGINS := axolotl>=0.19,<0.20 ms-swift>=4.6,<4.7
+PLUGINS := axolotl>=0.19,<0.22 ms-swift>=4.6,<4.7
 .plugins/%/.ready: setup.py
 	$(PYTHON) -m venv $(@D)
 	@echo 'installing $* into $(@D): some minutes'
@@ -56,6 +56,9 @@ PLUGINS := axolotl>=0.19,<0.20 ms-swift>=4.6,<4.7
 test-plugins: $(VENV)/.ready .plugins/axolotl/.ready .plugins/ms-swift/.ready  ## the plugins in their programs: ten minutes
 	$(BUILD_OPS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest tests/plugins
+
+test-container: $(VENV)/.ready  ## the steps of the Dockerfile in a clean root, as root: half an hour
+	$(BIN)/python tests/container.py /tmp/lisa_dist_root
 
 mutants: $(VENV)/.ready  ## change the engine in 150 places, one at a time: does make test see it? an hour on two cores
 	$(BUILD_OPS)

@@ -21,7 +21,7 @@ setup(
     version="0.1.0",
     description="Distributed LLM training by LISA, Layerwise Importance Sampled AdamW, on DeepSpeed",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",  # as TRL
     packages=[*find_packages(include=["lisa_dist*"]), *(f"lisa_dist.{link}" for link in LINKS)],
     package_data={
         "lisa_dist": ["py.typed", "flag_tables.jsonl", "model_configs/*.json"],

@@ -19,6 +19,13 @@ def in_one_line(text: object) -> str:
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 
+def no_such_model(given: str, error: Exception) -> str:
+    """What is said where a name, after its flag, leads to no model, by what transformers said of it."""
+    if "gated repo" in str(error).lower():
+        return f"{given}: is gated: accept its licence on its page of the hub, then log in with `hf auth login`."
+    return f"{given}: no such folder, and no such model can be reached on the hub ({type(error).__name__})."
+
+
 def format_active(layers: Sequence[str], blocks: Sequence[str]) -> str:
     """What trains in a period next to the always-trained blocks: "2, 7" or "head; layers 7"."""
     listed = ", ".join(layers) or ("" if blocks else "none")

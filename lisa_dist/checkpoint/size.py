@@ -13,6 +13,7 @@ from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.meta_model import model_without_weights
 from lisa_dist.errors import UserError
 from lisa_dist.presets import LORA, NONE, PRESETS, says_nothing_of_memory
+from lisa_dist.text import no_such_model
 
 
 def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:
@@ -28,10 +29,7 @@ def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:
     try:
         config = AutoConfig.from_pretrained(name)
     except OSError as error:
-        raise UserError(
-            f"--model_name_or_path {name}: no such folder, and no such model can be reached on the hub "
-            f"({type(error).__name__})."
-        ) from error
+        raise UserError(no_such_model(f"--model_name_or_path {name}", error)) from error
     blocks = find_blocks(model_without_weights(config), None)
     layers = [block.numel for block in blocks.layers]
     is_lisa = flags.get("method", "lisa") == "lisa"

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from lisa_dist.errors import SharedError, UserError
 from lisa_dist.eval.process_group import on_all_ranks
+from lisa_dist.text import no_such_model
 
 
 class LazyModel:
@@ -44,10 +45,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(name if (Path(name) / "tokenizer_config.json").is_file() else base)
     except (OSError, ValueError) as error:
         what = name if base == name else f"{base}, the base of the adapter {name}"
-        raise UserError(
-            f"{what}: no such folder with a model, and no such model can be reached on the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})."
-        ) from error
+        raise UserError(no_such_model(what, error)) from error
     if base != name:
         from peft import PeftModel
 

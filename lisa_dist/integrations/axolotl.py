@@ -6,13 +6,16 @@ Settings have the names that they have in a recipe of lisa_dist, `lisa_activated
 
 from typing import Any
 
-from axolotl.core.trainers import AxolotlTrainer
-from axolotl.integrations.base import BasePlugin
-
 from lisa_dist.errors import UserError
-from lisa_dist.integrations.axolotl_args import NAMES
 from lisa_dist.integrations.settings import arguments_of, check_host
-from lisa_dist.train.trainer import LisaMixin
+
+check_host("axolotl", ">=0.19,<0.22")  # before names that other versions may not have
+
+from axolotl.core.trainers import AxolotlTrainer  # noqa: E402
+from axolotl.integrations.base import BasePlugin  # noqa: E402
+
+from lisa_dist.integrations.axolotl_args import NAMES  # noqa: E402
+from lisa_dist.train.trainer import LisaMixin  # noqa: E402
 
 # Keys of Axolotl that ask for other trainers, or for adapters.
 _NOT_WITH = ("adapter", "rl", "reward_model", "process_reward_model", "relora", "unfrozen_parameters", "trainer_cls")
@@ -20,10 +23,6 @@ _NOT_WITH = ("adapter", "rl", "reward_model", "process_reward_model", "relora", 
 
 class LisaPlugin(BasePlugin):
     """Trains Axolotl's own examples, by its own trainer, by LISA. Raises UserError for keys that do not go with it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        check_host("axolotl", ">=0.19,<0.20")
 
     def get_input_args(self) -> str:
         """Where the keys are."""

@@ -35,9 +35,9 @@ def settings_of(args: Any) -> dict[str, Any]:
 
 
 def _register() -> None:
+    check_host("ms-swift", ">=4.6,<4.7")  # before names that other versions may not have
     from swift.trainers.trainer_factory import TrainerFactory
 
-    check_host("ms-swift", ">=4.6,<4.7")
     TrainerFactory.TRAINER_MAPPING["causal_lm"] = "lisa_dist.integrations.ms_swift_trainer.LisaSeq2SeqTrainer"
 
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from lisa_dist.errors import UserError
 from lisa_dist.model_names import nearest_name, shipped_model_configs, shipped_name
+from lisa_dist.text import no_such_model
 
 
 def load_model_config(model: str) -> PretrainedConfig:
@@ -43,7 +44,6 @@ def _of_folder_or_hub(model: str) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         meant = f"Did you mean {nearest}? " if nearest else ""
         raise UserError(
-            f"--model {model}: no such folder, and no such model can be reached on the hub "
-            f"({type(error).__name__}). {meant}Give the path of its config.json, or one of the shipped names: "
-            f"{', '.join(shipped_model_configs())}."
+            f"{no_such_model(f'--model {model}', error)} {meant}Give the path of its config.json, or one of the "
+            f"shipped names: {', '.join(shipped_model_configs())}."
         ) from error

@@ -25,13 +25,21 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class PlanArguments:
     """The flags of `lisa-dist plan`."""
 
-    model: str = field(metadata={"help": "Shipped name (llama3.1-8b, ...), folder, config.json, or hub id."})
+    model: str = field(
+        metadata={
+            "aliases": ["--model_name_or_path"],
+            "help": "Shipped name (llama3.1-8b, ...), folder, config.json, or hub id.",
+        }
+    )
     gpus: int = field(default=1, metadata={"help": "GPUs of the run."})
     gpu_memory: str = field(default="80GiB", metadata={"help": "Memory of a GPU, such as 24GiB or 80GB."})
     host_memory: str = field(default="1TiB", metadata={"help": "Memory of a host."})
     gpus_per_host: int = field(default=8, metadata={"help": "GPUs that share a host's memory."})
-    seq_length: int = field(default=1024, metadata={"help": "Tokens of an example."})
-    micro_batch_size: int = field(default=1, metadata={"help": "Examples of a GPU in a forward pass."})
+    seq_length: int = field(default=1024, metadata={"aliases": ["--max_length"], "help": "Tokens of an example."})
+    micro_batch_size: int = field(
+        default=1,
+        metadata={"aliases": ["--per_device_train_batch_size"], "help": "Examples of a GPU in a forward pass."},
+    )
     method: str = field(default="lisa", metadata={"help": "lisa, full or lora."})
     task: str = field(default=SFT, metadata={"help": "As in training; grpo is planned without a reference model."})
     precompute_ref_log_probs: bool = field(

@@ -19,7 +19,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.files import check_folder, read_text
 from lisa_dist.memory.plans import FEWEST_LAYERS
 from lisa_dist.tasks import GRPO, KTO, REWARD, SFT, refuse_flags_of_sft
-from lisa_dist.text import in_one_line
+from lisa_dist.text import in_one_line, no_such_model
 from lisa_dist.train.arguments import RunConfig
 from lisa_dist.train.attention import packs_documents
 from lisa_dist.train.auto_layers import check_auto_layers
@@ -170,10 +170,7 @@ def _known_model_config(config: RunConfig) -> PretrainedConfig:
                 raise ValueError(f"{name} {size}")
         return model_config
     except OSError as error:
-        raise UserError(
-            f"--model_name_or_path {config.model.model_name_or_path}: no such folder, and no such model can be reached "
-            f"on the hub ({type(error).__name__})."
-        ) from error
+        raise UserError(no_such_model(f"--model_name_or_path {config.model.model_name_or_path}", error)) from error
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise UserError(
             f"--model_name_or_path {config.model.model_name_or_path}: its config.json is of no model that can be "

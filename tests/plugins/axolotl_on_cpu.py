@@ -4,6 +4,7 @@ import runpy
 import sys
 
 import deepspeed.comm
+import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, TrainingArguments
@@ -29,6 +30,7 @@ PreTrainedModel.from_pretrained = classmethod(lambda cls, *args, device_map=None
 deepspeed.comm.init_distributed = lambda dist_backend=None, **kwargs: meet(dist_backend="gloo", **kwargs)
 AcceleratorState._reset_state = staticmethod(forget_and_meet)
 TrainingArguments.__post_init__ = on_cpu
+torch.cuda.can_device_access_peer = lambda *_: True  # which it asks, and a torch that is for CUDA looks for a driver
 
 if __name__ == "__main__":  # and not in the processes that tokenize
     sys.argv[0] = "axolotl"

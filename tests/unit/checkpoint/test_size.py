@@ -2,9 +2,10 @@
 
 import pytest
 from models import save_tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_dist.checkpoint.size import checkpoint_bytes
+from lisa_dist.errors import UserError
 
 
 def test_weights_in_their_precision_and_twelve_bytes_for_each_active_element(tmp_path):
@@ -35,3 +36,16 @@ def test_what_has_no_size_is_refused(flags, said):
     with pytest.raises(ValueError, match="--") as error:
         checkpoint_bytes(flags)
     assert said in str(error.value)
+
+
+def test_a_gated_model_is_told_from_one_that_there_is_not(monkeypatch):
+    """As transformers raises it for a model whose licence was not accepted."""
+
+    def gated(name):
+        raise OSError(f"You are trying to access a gated repo.\nMake sure to have access to it at https://hub/{name}.")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", gated)
+    with pytest.raises(
+        UserError, match=r"^--model_name_or_path org/m: is gated: accept its licence .* `hf auth login`"
+    ):
+        checkpoint_bytes({"model_name_or_path": "org/m"})

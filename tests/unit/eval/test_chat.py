@@ -120,7 +120,7 @@ def test_the_command(tiny, monkeypatch, capsys):
         (["--max_new_tokens", "0"], "--max_new_tokens 0: an answer has 1 token or more"),
         (["--temperature", "-1"], "--temperature -1.0: is not negative"),
         (["--dtype", "float99"], "--dtype float99: unknown"),
-        (["--model", "no/such"], "no/such: no such folder with a model"),
+        (["--model", "no/such"], "no/such: no such folder, and no such model"),
     ],
 )
 def test_what_cannot_be_asked(tiny, capsys, words, refused):

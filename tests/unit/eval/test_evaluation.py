@@ -292,7 +292,9 @@ def test_an_adapter_is_merged_into_its_base(tiny, tmp_path):
     shutil.move(tmp_path / "adapter" / "adapter_config.json", tmp_path / "config.json")
     config["base_model_name_or_path"] = "nowhere/nothing"
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"nowhere/nothing, the base of the adapter .*: no such folder with a model"):
+    with pytest.raises(
+        UserError, match=r"nowhere/nothing, the base of the adapter .*: no such folder, and no such model"
+    ):
         load_model(str(tmp_path / "adapter"))
 
 
@@ -400,7 +402,7 @@ def test_without_a_hub_the_way_out_is_files(monkeypatch, capsys, tmp_path):
             ["m", "--tasks", "agieval", "--data_dir", "FILES", "--num_fewshot", "5"],
             "it takes no examples; leave the flag out",
         ),
-        (["no/model", "--tasks", "winogrande", "--data_dir", "FILES"], "no/model: no such folder with a model"),
+        (["no/model", "--tasks", "winogrande", "--data_dir", "FILES"], "no/model: no such folder, and no such model"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(files, tmp_path, monkeypatch, capsys, words, said):

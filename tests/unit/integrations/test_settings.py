@@ -1,5 +1,7 @@
 """Settings of LISA in the places of other programs; the programs themselves are in tests/plugins."""
 
+import importlib
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +32,15 @@ def test_a_host_of_another_version_is_refused(monkeypatch, there, fits):
         return
     with pytest.raises(UserError, match=f"axolotl {there}: lisa_dist's plugin is for axolotl>=0.19,<0.20; install one"):
         check_host("axolotl", ">=0.19,<0.20")
+
+
+@pytest.mark.parametrize(("plugin", "host"), [("axolotl", "axolotl"), ("ms_swift", "ms-swift")])
+def test_its_version_is_looked_at_before_anything_of_a_host_is_imported(monkeypatch, plugin, host):
+    """Names may have moved there; that would be an ImportError of no use."""
+    monkeypatch.setattr(settings, "version", lambda name: "99.0")
+    monkeypatch.delitem(sys.modules, f"lisa_dist.integrations.{plugin}", raising=False)
+    with pytest.raises(UserError, match=f"{host} 99.0: lisa_dist's plugin is for {host}>="):
+        importlib.import_module(f"lisa_dist.integrations.{plugin}")
 
 
 def test_every_setting_is_a_key_of_axolotl_s():
