@@ -7,7 +7,7 @@ CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE
 # glibc is to keep the memory of large tensors: given back and taken anew in every step, each page of it is a fault.
 CPU += MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184
 
-.PHONY: quickstart test test-all test-plugins test-container golden mutants docs flags checks bench bench-gpu clean
+.PHONY: quickstart test test-all test-plugins test-oldest test-container golden mutants docs flags checks bench bench-gpu clean
 
 $(VENV)/.ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lisa_dist needs Python 3.11 or newer")'
@@ -56,6 +56,19 @@ PLUGINS := axolotl>=0.19,<0.22 ms-swift>=4.6,<4.7
 test-plugins: $(VENV)/.ready .plugins/axolotl/.ready .plugins/ms-swift/.ready  ## the plugins in their programs: ten minutes
 	$(BUILD_OPS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest tests/plugins
+
+# The oldest releases that setup.py allows; the newest are those of .venv.
+.oldest/.ready: setup.py
+	$(PYTHON) -m venv $(@D)
+	@echo 'installing the oldest of everything into $(@D): some minutes'
+	$(@D)/bin/python -m pip install --quiet --upgrade pip setuptools 'uv>=0.9,<1'
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --resolution lowest-direct -e '.[dev]' 'trl>=1.16'
+	touch $@
+
+test-oldest: .oldest/.ready  ## the core of the suite on the oldest releases that setup.py allows: twenty minutes
+	PATH="$(CURDIR)/.oldest/bin:$$PATH" $(CPU) TORCH_EXTENSIONS_DIR="$(CURDIR)/.oldest/torch_extensions" \
+		.oldest/bin/python -m pytest -m "not full" --numprocesses 2 --dist loadgroup \
+		tests/unit/core tests/unit/zero tests/unit/optim tests/unit/checkpoint tests/unit/train tests/system/test_train.py
 
 test-container: $(VENV)/.ready  ## the steps of the Dockerfile in a clean root, as root: half an hour
 	$(BIN)/python tests/container.py /tmp/lisa_dist_root

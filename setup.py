@@ -7,7 +7,7 @@ LAUNCHER = ["ninja>=1.11,<2"]  # DeepSpeed compiles its C++ ops with it at first
 QUICKSTART = ["gguf>=0.10,<1"]
 # The line of the progress, the plots of the report, the tracker that a run logs to by default.
 SHOWN = ["rich>=13.7,<16", "matplotlib>=3.8,<4", "tensorboard>=2.14,<3"]
-TRITON = ["triton>=3.2,<4; sys_platform == 'linux'"]  # a CUDA torch brings its own; the tests run it in its interpreter
+TRITON = ["triton>=3.4,<4; sys_platform == 'linux'"]  # a CUDA torch brings its own; the tests run it in its interpreter
 LIGER = ["liger-kernel>=0.8.2,<1"]
 EVAL = ["lm-eval>=0.4.13,<0.5"]
 # pytest 9.2 has renamed what pytest-xdist 3.8 marks groups by: their tests would be spread over the workers.
@@ -30,17 +30,17 @@ setup(
         **{f"lisa_dist.{link}": ["*.*", "*/*.yaml", "*/*.md"] for link in LINKS},
     },
     install_requires=[
-        "torch>=2.6,<3",
+        "torch>=2.8,<3",
         "deepspeed>=0.19.8,<0.20",
-        "transformers>=5.16,<6",
+        "transformers>=5.6,<6",
         "accelerate>=1.10.1,<2",
         "datasets>=4.7,<6",
-        "bitsandbytes>=0.46,<1",
+        "bitsandbytes>=0.50,<1",  # the first whose 8-bit AdamW is for CPUs too
         "trl>=0.29,<2",  # of 1.16 for a run from the command line; in other trainers theirs will do
-        "peft>=0.17,<1",
+        "peft>=0.18,<1",
         "safetensors>=0.8,<1",
         "huggingface-hub>=1.17,<3",
-        "numpy>=1.26,<3",
+        "numpy>=2.0,<3",
         "pyarrow>=21,<27",
         "packaging>=23",  # its versions are years
         "jinja2>=3.1,<4",

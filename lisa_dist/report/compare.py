@@ -1,4 +1,4 @@
-"""Several runs side by side: losses in one plot, key figures and the settings that differ as columns."""
+"""Several runs side by side: losses and gradient norms in one plot each, figures, answers and settings as columns."""
 
 import html
 from collections.abc import Sequence
@@ -28,7 +28,9 @@ def write_comparison(folders: Sequence[str | Path], page: Path) -> Path:
     sections = [
         _plot(runs, "loss", "Training loss", "Smoothed.", smooth=True),
         _plot(runs, "eval_loss", "Held-out loss", "At every evaluation."),
+        _plot(runs, "grad_norm", "Gradient norm", "Before clipping, smoothed.", smooth=True),
         section("figures", "Figures", "Of each run.", _table(runs, _figures(runs))),
+        _answers(runs),
         section("settings", "Settings", "Those that differ.", _table(runs, _differing(runs))),
     ]
     parts = {
@@ -56,7 +58,8 @@ def _plot(runs: dict[str, RunFiles], entry: str, title: str, caption: str, smoot
         return ""
 
     def draw(figure: Figure) -> None:
-        axes, marker = new_axes(figure, "optimizer step", "loss"), None if smooth else "o"
+        axes = new_axes(figure, "optimizer step", "norm" if entry == "grad_norm" else "loss")
+        marker = None if smooth else "o"
         for place, (name, (steps, losses)) in enumerate(shown.items()):
             color, values = _COLORS[place % len(_COLORS)], smoothed(losses) if smooth else losses
             axes.plot(steps, values, color=color, linewidth=1.6, marker=marker, markersize=3, label=name)
@@ -72,6 +75,14 @@ def _figures(runs: dict[str, RunFiles]) -> dict[str, list[str]]:
     of_each = [dict(cards(run)) for run in runs.values()]
     names = dict.fromkeys(name for found in of_each for name in found)
     return {name: [found.get(name, "") for found in of_each] for name in names}
+
+
+def _answers(runs: dict[str, RunFiles]) -> str:
+    """The last answers to every prompt that a run was asked."""
+    prompts = dict.fromkeys(answer["prompt"] for run in runs.values() for answer in run.answers)
+    of_each = [{answer["prompt"]: answer["answer"] for answer in run.answers} for run in runs.values()]
+    rows = {prompt: [answers.get(prompt, "") for answers in of_each] for prompt in prompts}
+    return section("answers", "Answers", "The last of each run.", _table(runs, rows)) if rows else ""
 
 
 def _differing(runs: dict[str, RunFiles]) -> dict[str, list[str]]:

@@ -12,6 +12,8 @@ from transformers.utils import logging as transformers_logging
 _USELESS = {
     "DeepSpeed": ("**** You are using ZeRO with an untested optimizer",),  # its own are two; ours are tested
     "accelerate.accelerator": ("Gradient accumulation steps mismatch",),  # DeepSpeed's count is the one that counts
+    # The trainer gives the model's configs the tokenizer's, which is what they are for.
+    **dict.fromkeys(("transformers.trainer", "transformers.trainer_utils"), ("The tokenizer has new PAD/BOS/EOS",)),
     "transformers.tokenization_utils_base": ("Token indices sequence length is longer",),  # examples are cut after it
 }
 

@@ -316,10 +316,15 @@ def test_several_runs_are_one_page(folder, tmp_path, monkeypatch, capsys):
     record = json.loads((other / "lisa_run.json").read_text())
     record["flags"] |= {"--lisa_interval_steps": 7, "--learning_rate": 0.5}
     (other / "lisa_run.json").write_text(json.dumps(record))
+    answers = [{"step": step, "prompt": "1 + 1?", "answer": f"<{step}>"} for step in (0, 60)]
+    (other / "lisa_answers.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in answers))
     main(str(folder), str(other))
     assert capsys.readouterr().out == "wrote lisa_runs.html\n"
     page = (tmp_path / "lisa_runs.html").read_text()
-    assert re.findall(r'<section id="(\w+)">', page) == ["loss", "eval_loss", "figures", "settings"]
+    assert re.findall(r'<section id="(\w+)">', page) == [
+        "loss", "eval_loss", "grad_norm", "figures", "answers", "settings"
+    ]  # fmt: skip
+    assert "<tr><th>1 + 1?</th><td></td><td>&lt;60&gt;</td></tr>" in page, "the last answer of each"
     assert "<tr><th>--lisa_interval_steps</th><td>5</td><td>7</td></tr>" in page
     assert "<th>--lisa_activated_layers</th>" not in page, "it does not differ"
     assert "<tr><th>steps</th><td>60</td><td>60</td></tr>" in page
