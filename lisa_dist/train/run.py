@@ -308,5 +308,5 @@ def _finish(trainer: Any, output_dir: Path) -> Path | None:
     # Ranks that simply exit tear down gloo under each other's feet.
     dist.barrier()
     writes_report = trainer.is_world_process_zero() and trainer.stopped_by is None
-    trainer.end()
+    trainer.accelerator.end_training()
     return output_dir if writes_report else None
