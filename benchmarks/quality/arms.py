@@ -27,11 +27,13 @@ from lisa_dist.memory.workload import OWN
 from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 
 INTERVAL = 20  # K
+ALL_LAYERS = "all"
 LISA, EMBED_AND_HEAD = {"lisa_activated_layers": 2}, {"lisa_activated_layers": 0}
 FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}
 WEIGHTED = {"lisa_sampler": "weighted"}  # and "weights", of a layer by its number from 0
 BADAM = {"lisa_always_on": "", "lisa_frozen": "embed,head,rest", "lisa_activated_layers": 1}
 ONE_PASS, BF16 = {"optim": "lisa_adamw"}, {"dtype": torch.bfloat16}
+EVERY_LAYER = {"lisa_activated_layers": ALL_LAYERS, "lisa_sampler": "fixed"}
 FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 SMALL = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
 BALANCED = {"lisa_sampler": "balanced"}
@@ -53,6 +55,8 @@ IN_LORA_S = {"lisa_activated_layers": AUTO_LAYERS, "memory_of": "lora"} | ONE_PA
 # Name: method, its settings, and the middle of its learning rates in units of --rate.
 ARMS = {
     "full": ("full", {}, 1),
+    "full one pass": ("lisa", EVERY_LAYER | ONE_PASS, 1),
+    "lisa all, factored": ("lisa", EVERY_LAYER | ONE_PASS | FACTORED, 1),
     "lora r8": ("lora", {"r": 8}, 2),
     "lora r16": ("lora", {"r": 16}, 1),
     "lora r32": ("lora", {"r": 32}, 1),
@@ -64,8 +68,10 @@ ARMS = {
     "lisa 1 reshuffle": ("lisa", {"lisa_activated_layers": 1, "lisa_sampler": "reshuffle"}, 1),
     "lisa 1 adaptive": ("lisa", {"lisa_activated_layers": 1, "lisa_sampler": "adaptive"}, 1),
     "lisa 2": ("lisa", LISA, 1),
+    "lisa 2 as published": ("lisa", LISA | {"lisa_state": "reset_all"}, 1),
     "lisa 2 reshuffle": ("lisa", LISA | {"lisa_sampler": "reshuffle"}, 1),
     "lisa 2 adaptive": ("lisa", LISA | {"lisa_sampler": "adaptive"}, 1),
+    "lisa 2 by update": ("lisa", LISA | {"lisa_sampler": "adaptive", "lisa_importance": "update"}, 1),
     "fixed 2": ("lisa", LISA | {"lisa_sampler": "fixed"}, 1),
     "embed and head": ("lisa", EMBED_AND_HEAD, 4),
     "one block": ("lisa", BADAM | {"lisa_sampler": "reshuffle"}, 1),
@@ -127,10 +133,11 @@ ARMS = {
 }
 # Of the comparison of every method at equal steps, time and memory.
 PROTOCOL = (
-    "full", "lora r16", "lora r64", "galore r16", "apollo r16", "ms-swift lisa 2", "lisa 2", "lisa in lora's memory",
-    "lisa in lora's, embed frozen", "lisa modules", "lisa modules adaptive", "lisa 2 balanced", "lisa 2 depth 4",
-    "lisa 2 window", "lisa 2, embed and head / 2", "lisa 2 warm-up", "lisa 2 K auto", "lisa in lora's, upper most",
-    "lisa 8 upper, embed frozen", "lisa 2 probed", "lisa 2 probed sharp", "lisa in lora's, probed",
+    "full", "lora r16", "lora r64", "galore r16", "apollo r16", "ms-swift lisa 2", "lisa 2 as published", "lisa 2",
+    "lisa in lora's memory", "lisa in lora's, embed frozen", "lisa modules", "lisa modules adaptive", "lisa 2 balanced",
+    "lisa 2 depth 4", "lisa 2 window", "lisa 2, embed and head / 2", "lisa 2 warm-up", "lisa 2 K auto",
+    "lisa in lora's, upper most", "lisa 8 upper, embed frozen", "lisa 8, embed frozen", "lisa 2 probed",
+    "lisa 2 probed sharp", "lisa in lora's, probed",
 )  # fmt: skip
 
 
@@ -138,12 +145,16 @@ def protocol_of(model: str) -> list[str]:
     """The arms of the comparison of every method that a model has enough layers for."""
     num_layers = AutoConfig.from_pretrained(model).num_hidden_layers
     layers = {arm: ARMS[arm][1].get("lisa_activated_layers", 0) for arm in PROTOCOL}
-    return [arm for arm, count in layers.items() if count == AUTO_LAYERS or count <= num_layers]
+    return [arm for arm, count in layers.items() if isinstance(count, str) or count <= num_layers]
 
 
-def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict) -> dict:
-    """As many layers as two with AdamW's states in 32 bits hold beside activations, or as fit 1.1 times LoRA's peak."""
-    config = AutoConfig.from_pretrained(arguments.model)
+def adamw_of(arguments: argparse.Namespace) -> str:
+    """torch's AdamW; on a GPU the fused one, since the other's temporaries are as large as its states."""
+    return "adamw_torch_fused" if arguments.gpu else "adamw_torch"
+
+
+def planned(arguments: argparse.Namespace, settings: dict, **changes) -> MemoryParts:
+    """The plan of a run's step, or with `changes` that of another method."""
     asked = PlanArguments(
         arguments.model,
         reserve="0",
@@ -154,21 +165,23 @@ def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict) ->
         checkpointed_layers="none",
     )
 
-    def parts(settings: dict, **changes) -> MemoryParts:
-        # The number of layers is that of weights in fp32, which are their own masters, for a fair comparison.
-        lisa_config = lisa_dist.LisaConfig(**{name: value for name, value in settings.items() if name != "lisa_master"})
-        return (
-            Planner(config, dataclasses.replace(asked, **changes), lisa_config, on_cpu=not arguments.gpu)
-            .plan("zero2", 0, OWN)  # as these runs compute it
-            .gpu
-        )
+    # The number of layers is that of weights in fp32, which are their own masters, for a fair comparison.
+    lisa_config = lisa_dist.LisaConfig(**{name: value for name, value in settings.items() if name != "lisa_master"})
+    config = AutoConfig.from_pretrained(arguments.model)
+    planner = Planner(config, dataclasses.replace(asked, **changes), lisa_config, on_cpu=not arguments.gpu)
+    return planner.plan("zero2", 0, OWN).gpu  # the loss as these runs compute it
+
+
+def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict) -> dict:
+    """As many layers as two with AdamW's states in 32 bits hold beside activations, or as fit 1.1 times LoRA's peak."""
 
     def taken(parts: MemoryParts) -> int:
         return parts.static + parts.gradients if other == "lisa" else parts.peak
 
-    budget = taken(parts(LISA)) if other == "lisa" else 1.1 * taken(parts({}, method=other, optim="adamw_torch"))
-    of_layers = {"lisa_activated_layers": config.num_hidden_layers}
-    while taken(parts(settings | of_layers)) > budget:
+    lora = {"method": other, "optim": adamw_of(arguments)}
+    budget = taken(planned(arguments, LISA)) if other == "lisa" else 1.1 * taken(planned(arguments, {}, **lora))
+    of_layers = {"lisa_activated_layers": AutoConfig.from_pretrained(arguments.model).num_hidden_layers}
+    while taken(planned(arguments, settings | of_layers)) > budget:
         of_layers["lisa_activated_layers"] -= 1
     return settings | of_layers
 
@@ -244,7 +257,7 @@ def build(arguments: argparse.Namespace, arm: str, lr: float, seed: int, interva
         multiply_in_fp32(model)
     common = {"lr": lr, "micro_batch_size": arguments.rows}
     if method == "lisa":
-        common["optim"] = settings.pop("optim", "adamw_torch")
+        common["optim"] = settings.pop("optim", adamw_of(arguments))
         settings = {"lisa_interval_steps": INTERVAL} | settings
         other = settings.pop("memory_of", "lisa")
         if interval is not None:
@@ -252,6 +265,8 @@ def build(arguments: argparse.Namespace, arm: str, lr: float, seed: int, interva
             settings.pop("lisa_wake_warmup_steps", None)  # may be longer, and changes no cost
         if settings.get("lisa_budget") == AUTO_LAYERS:
             settings["lisa_budget"] = str(LISA["lisa_activated_layers"] / model.config.num_hidden_layers)
+        if settings.get("lisa_activated_layers") == ALL_LAYERS:
+            settings["lisa_activated_layers"] = model.config.num_hidden_layers
         if settings.get("lisa_activated_layers") == AUTO_LAYERS:
             settings = with_memory_of(other, arguments, settings)
         with tempfile.NamedTemporaryFile("w", suffix=".json") as weights:
@@ -272,7 +287,7 @@ def build(arguments: argparse.Namespace, arm: str, lr: float, seed: int, interva
         model = get_peft_model(model, LoraConfig(**more, **settings))
     config = lisa_dist.load_ds_config("zero2", model=model, micro_batch_size=arguments.rows)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = lisa_dist.build_optimizer([{"params": trained, "weight_decay": 0.0}], lr=lr)
+    optimizer = lisa_dist.build_optimizer([{"params": trained, "weight_decay": 0.0}], adamw_of(arguments), lr=lr)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     engine.train()
     return engine, None

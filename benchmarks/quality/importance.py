@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import random
+import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from benchmarks.common.results import parser_with_data, positive, print_table, w
 from benchmarks.quality.examples import Data, evaluate
 from benchmarks.quality.quality import PROBE_ROWS, WARMUP, probe
 from benchmarks.quality.training import Batch, train
-from benchmarks.tables.rows import importance_table
+from benchmarks.tables.quality import importance_table
 from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.probe import stretches
 
@@ -118,7 +119,9 @@ def main() -> None:
     figures: dict = {"settings": {name: Path(str(getattr(arguments, name))).name for name in SETTINGS}}
     if arguments.results.is_file():  # what is there already is not run again
         held = json.loads(arguments.results.read_text(encoding="utf-8"))["figures"]
-        figures = held if held["settings"] == figures["settings"] else figures
+        if other := [name for name in SETTINGS if held["settings"].get(name) != figures["settings"][name]]:
+            sys.exit(f"{arguments.results} was made with other {', '.join(other)}: give other --results.")
+        figures = held
     measures = [*(f"probe {steps}" for steps in PROBES), "gradient", "update", "depth"]
     work = [("measures", name, (measure, arguments, name)) for name in measures]
     for seed, layers in itertools.product(range(arguments.seeds), sets):

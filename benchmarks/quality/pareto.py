@@ -5,11 +5,10 @@ python -m benchmarks.quality.pareto --plot docs/pareto.png \\
     --task "SmolLM2-135M on GSM8K" .quickstart/model benchmarks/results/quality_smollm2.json \\
     --task "SmolLM2-135M on Alpaca" .quickstart/model benchmarks/results/quality_smollm2_alpaca.json
 
-Costs are measured here, of steps of the longest rows, each arm in a process of its own: the peak of all tensors that
-live at once in the third step, and the seconds of steps without a switch in several periods, since what a step takes
-may depend on the layers. What is in the results already is not measured again. The front is of the arms that no other
-is better than in both. Arms are those of the protocol; of other programs none is measured, and those with a probe have
-steps as without.
+Costs are measured here, of steps of the longest rows: the most bytes that tensors hold at once in a step, those that
+they hold between two steps, and CPU seconds. Arms take turns for some rounds, each in a process of its own and with
+other layers in every round; seconds are the median. What is in the results already is not measured again, and tasks
+that are not given stay. The front is of the arms that no other is better than in both.
 """
 
 import argparse
@@ -17,23 +16,26 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
 from benchmarks.common.results import parser_of, print_table, write_results
-from benchmarks.quality.arms import ARMS, build, protocol_of
+from benchmarks.quality.arms import ARMS, build
 from benchmarks.quality.examples import LENGTH
 from benchmarks.quality.training import train
-from benchmarks.tables.rows import pareto_table
+from benchmarks.tables.quality import MEASURED, pareto_table
 from benchmarks.tables.runs import runs_at_best
-from lisa_dist.core.live_bytes import live_storages
+from lisa_dist.core.live_bytes import live_storages, live_tensor_bytes
 from lisa_dist.memory.tracker import AllocationTracker
 
-PERIODS, STEPS = 4, 3  # that are timed, and of each
+ROUNDS, STEPS = 2, 5  # of steps that are timed in each
+SAME_TRAINING = {"full one pass": "full"}  # its losses are the other's
 NAMED = {
     "full": "full",
+    "full one pass": "full, one pass",
     "lora r16": "LoRA 16",
     "lora r64": "LoRA 64",
     "galore r16": "GaLore",
@@ -45,53 +47,60 @@ NAMED = {
 }  # what the plot calls some arms; the others have no names there
 
 
-def cost_of(arguments: argparse.Namespace, arm: str) -> dict[str, float]:
-    """On a rank: the most bytes that tensors hold at once in the third step, and the CPU seconds of a step."""
-    engine, lisa = build(arguments, arm, 1e-4, seed=0, interval=STEPS)
+def cost_of(arguments: argparse.Namespace, arm: str, seed: int) -> dict[str, float]:
+    """On a rank: bytes that tensors hold, at most in the third step and between steps, and CPU seconds of steps."""
+    engine, lisa = build(arguments, arm, 1e-4, seed, interval=STEPS + 3)  # all in one period
     words = engine.module.get_input_embeddings().weight.shape[0]
     rows = torch.randint(0, words, (arguments.rows, LENGTH))
     batch = {"input_ids": rows, "labels": rows}
     train(engine, lisa, [batch] * 2)
     gc.collect()
+    between = live_tensor_bytes()
     tracker = AllocationTracker()
     tracker.add(torch.empty(0, dtype=torch.uint8).set_(storage) for storage in live_storages())
     tracker.begin_phase()
     with tracker:
         train(engine, lisa, [batch])
-    of_periods = []
-    for _ in range(PERIODS):
-        of_steps = []
-        for _ in range(STEPS):
-            started = time.process_time()
-            train(engine, lisa, [batch])
-            of_steps.append(time.process_time() - started)
-        of_periods.append(statistics.median(of_steps))
+    of_steps = []
+    for _ in range(STEPS):
+        started = time.process_time()
+        train(engine, lisa, [batch])
+        of_steps.append(time.process_time() - started)
     engine.destroy()
-    return {"peak": tracker.peak, "seconds": statistics.mean(of_periods)}
+    return {"peak": tracker.peak, "between": between, "seconds": statistics.median(of_steps)}
 
 
-def measure(tasks: dict[str, dict], results: Path, only: list[str] | None) -> dict[str, dict]:
-    """Costs of the arms that have most seeds of each task, and their losses; written as they come."""
-    held = json.loads(results.read_text(encoding="utf-8"))["figures"]["costs"] if results.is_file() else {}
-    figures: dict[str, dict] = {"costs": held, "tasks": {}}
+def measure(tasks: dict[str, dict], results: Path, asked: Iterable[str]) -> dict[str, dict]:
+    """Costs of the arms that have runs, and their losses; written as they come."""
+    figures: dict[str, dict] = {"costs": {}, "tasks": {}}
+    if results.is_file():
+        figures = json.loads(results.read_text(encoding="utf-8"))["figures"]
     for name, task in tasks.items():
         settings, runs = task["figures"]["settings"], task["figures"]["runs"]
         arguments = argparse.Namespace(model=task["model"], rows=settings["rows"], steps=settings["steps"], gpu=False)
-        costs = held.setdefault(f"{settings['model']}, rows: {settings['rows']}", {})
-        protocol = [(arm, ARMS[arm]) for arm in protocol_of(task["model"])]
-        at_best = {arm: runs_at_best(arm, runs) for arm, (method, of_arm, _) in protocol
-                   if method != "ms-swift" and "lisa_probe_steps" not in of_arm}  # fmt: skip
-        most = max(map(len, at_best.values()))
-        arms = figures["tasks"].setdefault(name, {"settings": settings, "arms": {}})["arms"]
-        for arm in only or [arm for arm in at_best if len(at_best[arm]) == most]:
-            if arm not in costs:
+        costs = figures["costs"].setdefault(f"{settings['model']}, rows: {settings['rows']}", {})
+        at_best = {arm: runs_at_best(SAME_TRAINING.get(arm, arm), runs) for arm in asked}
+        for seed in range(ROUNDS):
+            for arm in (arm for arm in at_best if at_best[arm]):
+                rounds = costs.setdefault(arm, {"rounds": []})["rounds"]
+                if len(rounds) > seed:
+                    continue
                 with RankGroup(1, Caller) as rank:  # its own, since DeepSpeed holds tensors of an engine that ended
-                    (costs[arm],) = rank.call("run", cost_of, arguments, arm)
-                print(name, arm, f"{costs[arm]['peak'] / 1e6:.1f} MB, {costs[arm]['seconds']:.3f} s", flush=True)
-            losses = [run["held_out"] for run in at_best[arm]]
-            if losses:
-                arms[arm] = costs[arm] | {"loss": statistics.mean(losses), "losses": losses}
-            write_results(results, figures, quiet=True)
+                    (found,) = rank.call("run", cost_of, arguments, arm, seed)
+                rounds.append(found)
+                costs[arm] = {size: max(one[size] for one in rounds) for size in ("peak", "between")}
+                costs[arm] |= {"seconds": statistics.median(one["seconds"] for one in rounds), "rounds": rounds}
+                print(name, arm, f"{found['peak'] / 1e6:.1f} MB, {found['seconds']:.3f} s", flush=True)
+                write_results(results, figures, quiet=True)
+        losses = {arm: [run["held_out"] for run in found] for arm, found in at_best.items() if found}
+        figures["tasks"][name] = {
+            "settings": settings,
+            "arms": {
+                arm: {size: costs[arm][size] for size in ("peak", "between", "seconds")}
+                | {"loss": statistics.mean(of_arm), "losses": of_arm}
+                for arm, of_arm in losses.items()
+            },
+        }
     return figures
 
 
@@ -142,7 +151,7 @@ def main() -> None:
         metavar=("NAME", "MODEL", "RESULTS"),
         help="a name for the plot, the model (folder or hub id), and results of quality.py; may be given several times",
     )
-    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="by default those with most seeds")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=MEASURED, metavar="ARM", help="of those with runs")
     parser.add_argument("--plot", type=Path, help="draw it to this .png")
     arguments = parser.parse_args()
     tasks = {

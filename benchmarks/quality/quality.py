@@ -14,13 +14,16 @@ python -m benchmarks.quality.quality --gpu --model Qwen/Qwen2.5-3B --dataset gsm
     --arms full "lora r16" "lisa 2" "lisa 8" "lisa 2, factored" "lisa in lora's memory" \\
     --middle "lora r16=2e-4" "lisa 2=4e-5" "lisa 8=2e-5" "lisa 2, factored=4e-5" "lisa in lora's memory=2e-5"
 
-With --same_time_as, results of pareto.py, every arm takes as many steps as fit in the time that full training takes for
-its --steps, by the CPU seconds of a step in that file.
+There the peak of memory and the seconds of a step are of the runs themselves; on CPU pareto.py measures them.
+
+With --seconds arms are compared at equal time: each trains as long as that, in CPU seconds of its process, or of a
+clock on a GPU, and the rate falls with the time that is left. Switches count, evaluation does not.
 """
 
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import math
 import random
@@ -28,8 +31,11 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 import lisa_dist
 from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
@@ -37,26 +43,30 @@ from benchmarks.common.results import parser_with_data, positive, print_table, w
 from benchmarks.quality.arms import ARMS, build, protocol_of, train_by_swift
 from benchmarks.quality.examples import Data, evaluate, solved
 from benchmarks.quality.training import Batch, held_out_losses, train
-from benchmarks.tables.rows import BASELINES, quality_table
+from benchmarks.tables.quality import BASELINES, quality_table
 from benchmarks.tables.runs import best_rate, losses_by_rate, quality_key, runs_at_best
-from lisa_dist.core.live_bytes import live_tensor_bytes
 
-SETTINGS = ("model", "dataset", "held_out", "steps", "rows", "held_out_rows", "same_time_as")  # of all runs of a file
+SETTINGS = ("model", "dataset", "held_out", "steps", "rows", "held_out_rows", "seconds", "gpu")  # of all runs of a file
 WARMUP = 10  # steps in which the rate rises
 PROBE_ROWS = 64  # that a probe measures on
 
 
-def run(arguments: argparse.Namespace, arm: str, lr: float, seed: int, steps: int) -> dict:
+def run(arguments: argparse.Namespace, arm: str, lr: float, seed: int) -> dict:
     """On a rank: train an arm, and measure what it has learned."""
     data, held_out = read(arguments)
-    arguments = argparse.Namespace(**vars(arguments) | {"steps": steps})  # of this arm
     order = random.Random(seed).sample(range(len(data.rows)), len(data.rows))
-    places = [[order[at % len(order)] for at in range(step * arguments.rows, (step + 1) * arguments.rows)]
-              for step in range(steps)]  # fmt: skip
-    batches = list(map(data.batch, places))
-    rates = [lr * min(1.0, (step + 1) / WARMUP, 1 - step / steps) for step in range(steps)]  # linear, to nothing
+
+    def batch_of(step: int) -> Batch:
+        at = range(step * arguments.rows, (step + 1) * arguments.rows)
+        return data.batch([order[place % len(order)] for place in at])
+
+    steps = arguments.steps
+    batches, rates = map(batch_of, itertools.count()), rates_by_time(lr, arguments.seconds, clock_of(arguments))
+    if arguments.seconds is None:
+        batches = map(batch_of, range(steps))
+        rates = (lr * min(1.0, (step + 1) / WARMUP, 1 - step / steps) for step in range(steps))  # linear, to nothing
     if ARMS[arm][0] == "ms-swift":
-        engine, lisa, found = train_by_swift(arguments, arm, seed, batches, rates)
+        engine, lisa, found = train_by_swift(arguments, arm, seed, list(batches), list(rates))
     else:
         engine, lisa, found = train_here(arguments, arm, lr, seed, batches, rates)
     losses = found.pop("losses")
@@ -68,7 +78,7 @@ def run(arguments: argparse.Namespace, arm: str, lr: float, seed: int, steps: in
         "token_accuracy": accuracy,
         "solved": solved(engine, data.tokenizer, arguments.held_out or arguments.dataset, arguments.questions),
         "train_last_50": statistics.mean(losses[-50:]),
-        "steps": steps,
+        "steps": len(losses),
         "visits": None if lisa is None else lisa.visit_counts,
         "layers": None if lisa is None else lisa.config.lisa_activated_layers,
     }
@@ -79,7 +89,7 @@ def run(arguments: argparse.Namespace, arm: str, lr: float, seed: int, steps: in
 def read(arguments: argparse.Namespace) -> tuple[Data, Data]:
     """Examples to train on, and those to measure on."""
     # Where some arms take more steps than others, the order is one of all rows, so that it begins alike for all.
-    needed = math.inf if arguments.same_time_as else arguments.rows * arguments.steps
+    needed = math.inf if arguments.seconds else arguments.rows * arguments.steps
     data = Data.read(arguments.model, arguments.dataset, needed)
     assert len(data.rows) >= min(needed, 1000), "too few rows"
     if arguments.held_out is not None:
@@ -89,28 +99,43 @@ def read(arguments: argparse.Namespace) -> tuple[Data, Data]:
     return Data(data.tokenizer, [row for row in data.rows if row not in held_out.rows]), held_out
 
 
+def clock_of(arguments: argparse.Namespace) -> Callable[[], float]:
+    """What steps are timed by; on a GPU a step's loss is waited for."""
+    return time.perf_counter if arguments.gpu else time.process_time
+
+
+def rates_by_time(lr: float, seconds: float, clock: Callable[[], float]) -> Iterator[float]:
+    """A learning rate for every step that begins within `seconds` of the first: linear in time, to nothing."""
+    began, step = clock(), 0
+    while (gone := (clock() - began) / seconds) < 1.0:
+        step += 1
+        yield lr * min(1.0, step / WARMUP, 1 - gone)
+
+
 def train_here(
-    arguments: argparse.Namespace, arm: str, lr: float, seed: int, batches: list[Batch], rates: list[float]
+    arguments: argparse.Namespace, arm: str, lr: float, seed: int, batches: Iterable[Batch], rates: Iterable[float]
 ) -> tuple:
-    """An arm's engine and its controller, if it has one, trained; losses, seconds and bytes."""
+    """An arm's engine and its controller, if it has one, trained; losses, and on a GPU seconds and bytes."""
     gc.collect()
-    of_others = live_tensor_bytes()  # the batches, and what DeepSpeed has left of the runs before
+    if arguments.gpu:
+        torch.cuda.reset_peak_memory_stats()
+        of_others = torch.cuda.memory_allocated()
     engine, lisa = build(arguments, arm, lr, seed)
     if lisa is not None:
         factor = lisa.config.rate_factor(len(lisa.blocks.layers))
-        rates = [factor * rate for rate in rates]
+        rates = (factor * rate for rate in rates)
         if lisa.config.lisa_probe_steps:
+            batches = list(batches)
             probe(engine, lisa, batches, unseen(arguments), lr)
-    losses, most, cpu_seconds = [], 0, 0.0
-    clock = time.perf_counter if arguments.gpu else time.process_time  # a step's loss is waited for
-    for part in (slice(2), slice(2, None)):
-        started = clock()
-        losses += train(engine, lisa, batches[part], rates[part])
-        cpu_seconds += clock() - started
-        most = max(most, live_tensor_bytes() - of_others)
+    clock = clock_of(arguments)
+    started = clock()
+    found: dict = {"losses": train(engine, lisa, batches, rates)}
+    if arguments.gpu:
+        found["seconds_per_step"] = (clock() - started) / len(found["losses"])
+        found["peak_bytes"] = torch.cuda.max_memory_allocated() - of_others
     if lisa is not None:
         lisa.close()
-    return engine, lisa, {"losses": losses, "live_bytes": most, "cpu_seconds_per_step": cpu_seconds / len(losses)}
+    return engine, lisa, found
 
 
 def unseen(arguments: argparse.Namespace) -> list[Batch]:
@@ -161,7 +186,7 @@ def run_all(runs: list, arguments: argparse.Namespace, figures: dict) -> None:
                 if one is None:
                     return
                 arm, lr, seed = one
-                (found,) = rank.call("run", run, arguments, arm, lr, seed, steps_of(arm, arguments))
+                (found,) = rank.call("run", run, arguments, arm, lr, seed)
                 with writing:
                     figures[quality_key(arm, lr, seed)] = found
                     write_results(arguments.results, {"settings": settings_of(arguments), "runs": figures}, quiet=True)
@@ -171,22 +196,11 @@ def run_all(runs: list, arguments: argparse.Namespace, figures: dict) -> None:
         list(pool.map(work, range(jobs)))
 
 
-def steps_of(arm: str, arguments: argparse.Namespace) -> int:
-    """The steps of an arm: --steps, or with --same_time_as those that take as long as --steps of full training."""
-    if arguments.same_time_as is None:
-        return arguments.steps
-    costs = json.loads(arguments.same_time_as.read_text(encoding="utf-8"))["figures"].get("costs", {})
-    arms = costs.get(f"{Path(arguments.model).name}, rows: {arguments.rows}", {})
-    missing = [name for name in ("full", arm) if name not in arms]
-    if missing:
-        sys.exit(f"--same_time_as {arguments.same_time_as}: has no {', '.join(missing)} of this model and --rows.")
-    return round(arguments.steps * arms["full"]["seconds"] / arms[arm]["seconds"])
-
-
 def settings_of(arguments: argparse.Namespace) -> dict:
     """What all runs of a file have in common; of files their names, wherever they lie."""
     settings = {name: getattr(arguments, name) for name in SETTINGS}
-    paths = ("model", "dataset", "held_out", "same_time_as")
+    settings["steps"] = arguments.steps if arguments.seconds is None else None
+    paths = ("model", "dataset", "held_out")
     return settings | {name: Path(settings[name]).name for name in paths if settings[name] is not None}
 
 
@@ -200,6 +214,17 @@ def read_figures(arguments: argparse.Namespace) -> dict:
     if other:
         sys.exit(f"{arguments.results} has runs with {', '.join(other)}: give other --results.")
     return held["runs"]
+
+
+def check_arms(arguments: argparse.Namespace) -> None:
+    """Whether every arm can run as asked."""
+    for arm in arguments.arms:
+        method, settings, _ = ARMS[arm]
+        if arguments.seconds is not None and (method == "ms-swift" or "lisa_probe_steps" in settings):
+            reason = "its time is not measured" if method == "ms-swift" else "its probe would not be in the time"
+            sys.exit(f"--seconds with {arm}: {reason}; leave the arm out.")
+        if arguments.gpu and method in ("ms-swift", "galore", "apollo"):
+            sys.exit(f"--gpu with {arm}: it has no fp32 masters, which other arms have; leave the arm out.")
 
 
 def plot(arms: list[str], figures: dict, path: Path) -> None:
@@ -243,12 +268,13 @@ def main() -> None:
     parser.add_argument("--num_rates", type=positive, default=3)
     parser.add_argument("--more_rates", type=int, default=2, help="that an arm may try where its best is at an end")
     parser.add_argument("--seeds", type=positive, default=3)
-    parser.add_argument("--same_time_as", type=Path, help="results of pareto.py, for the seconds of a step")
+    parser.add_argument("--seconds", type=float, help="train as long as that, in the place of --steps")
     parser.add_argument("--jobs", type=positive, default=1, help="processes at a time")
     parser.add_argument("--plot", type=Path, help="draw losses to this .png")
-    parser.add_argument("--gpu", action="store_true", help="on the first GPU, in bf16")
+    parser.add_argument("--gpu", action="store_const", const=True, help="on the first GPU, in bf16")
     arguments = parser.parse_args()
     arguments.arms = protocol_of(arguments.model) if arguments.protocol else arguments.arms
+    check_arms(arguments)
     if not arguments.gpu:
         run_on_cpu()
     figures = read_figures(arguments)

@@ -43,10 +43,15 @@ def mean_of_ranks(loss: torch.Tensor) -> float:
     return total.item() / dist.get_world_size()
 
 
-def train(engine, lisa: lisa_dist.LisaController | None, batches: Iterable[Batch], rates: Iterable[float] = ()) -> list:
-    """The losses of a step on each batch, of all ranks; without `rates` the learning rate stays."""
+def train(
+    engine,
+    lisa: lisa_dist.LisaController | None,
+    batches: Iterable[Batch],
+    rates: Iterable[float | None] = itertools.repeat(None),
+) -> list[float]:
+    """The losses of a step on each batch, of all ranks, as long as there are rates; at None the learning rate stays."""
     losses = []
-    for inputs, rate in itertools.zip_longest(batches, rates):
+    for inputs, rate in zip(batches, rates, strict=False):
         for group in engine.optimizer.param_groups:
             group["lr"] = group["lr"] if rate is None else rate
         if lisa is not None:

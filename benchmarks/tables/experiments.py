@@ -3,12 +3,12 @@
 import statistics
 
 from benchmarks.tables.parts import Rows, TableError, loss, table
-from benchmarks.tables.rows import spread_of_seeds
-from benchmarks.tables.runs import runs_at_best
+from benchmarks.tables.quality import spread_of_seeds
+from benchmarks.tables.runs import losses_by_rate, runs_at_best
 
 # Idea, arm of quality.py, verdict.
 IDEAS = (
-    ("LISA as published", "lisa 2", "what the others are measured against"),
+    ("LISA, two layers at a time", "lisa 2", "what the others are measured against"),
     ("full training", "full", "the aim"),
     ("LoRA, rank 16", "lora r16", "the memory to stay below"),
     ("LoRA, rank 64", "lora r64", "more adapters help little where the text is new"),
@@ -26,8 +26,12 @@ IDEAS = (
         "lisa in lora's, embed frozen",
         "better with 30 layers, far worse where the text is new",
     ),
-    ("the same layers, upper ones more often", "lisa in lora's, upper most", "worse than all alike"),
-    ("the same layers, by a probe", "lisa in lora's, probed", "nothing"),
+    (
+        "the same layers, upper ones more often",
+        "lisa in lora's, upper most",
+        "the same with 5 layers, which are all; worse with 30",
+    ),
+    ("the same layers, by a probe", "lisa in lora's, probed", "the same with 5 layers; nothing with 30"),
     (
         "eight layers, mostly upper, embeddings frozen",
         "lisa 8 upper, embed frozen",
@@ -38,9 +42,10 @@ IDEAS = (
     ("weights in bf16", "lisa 2 bf16", "nothing is lost"),
     ("frozen layers in 8 bits", "lisa 2, frozen 8 bits", "nothing is lost"),
     ("frozen layers in 4 bits", "lisa 2, frozen 4 bits", "costs something"),
-    ("one set of layers for the whole run", "fixed 2", "better where the set is the upper one, else worse"),
-    ("upper layers more often", "lisa 2 upper most", "helps on this task"),
-    ("lower layers more often", "lisa 2 lower most", "hurts on this task"),
+    ("one set of layers for the whole run", "fixed 2", "better with 5 layers, whichever two but the lowest"),
+    ("upper layers more often, weights 1 to 5", "lisa 2 upper more", "helps a little with 5 layers"),
+    ("the same, their cubes", "lisa 2 upper most", "helps with 5 layers"),
+    ("lower layers more often", "lisa 2 lower most", "hurts with 5 layers"),
     ("by depth to the fourth power, evenly drawn", "lisa 2 depth 4", "most of the gap with 5 layers; hurts with 30"),
     ("each as often as any other", "lisa 2 balanced", "nothing, and no less spread"),
     ("more often what a probe by loss says pays", "lisa 2 probed", "helps with 5 layers, nothing with 30"),
@@ -49,22 +54,30 @@ IDEAS = (
     ("modules in the place of layers", "lisa modules", "helps on GSM8K, with 30 layers more"),
     ("modules by norms of gradients", "lisa modules adaptive", "nothing more"),
     ("embeddings and head at half the rate", "lisa 2, embed and head / 2", "helps SmolLM2 a little, hurts the other"),
-    ("periods so short that layers come twice", "lisa 2 K auto", "nothing"),
+    (
+        "periods so short that layers come twice",
+        "lisa 2 K auto",
+        "K 20 of 400 steps, as it was; with 30 layers K 3, and nothing",
+    ),
     ("weights from norms of gradients", "lisa 2 adaptive", "nothing: they rank layers the wrong way round"),
     ("the same, sharper", "lisa 2 sharp", "nothing"),
     ("each layer once before any repeats", "lisa 2 reshuffle", "nothing"),
     ("states kept while a layer is frozen", "lisa 2 keep", "little, for the memory of all states"),
-    ("a warm-up after a switch", "lisa 2 warm-up", "little, for nothing"),
+    ("a warm-up after a switch", "lisa 2 warm-up", "a little with 5 layers, for nothing; none with 30"),
     ("both", "lisa 2 keep, warm-up", "no more than either"),
-    ("short periods", "lisa 2 K 5", "worse: switching is not what costs, but it does not help"),
+    ("short periods", "lisa 2 K 5", "worse with 5 layers; with 30, of which more are reached, better"),
     ("short periods, states kept", "lisa 2 keep, K 5", "worse"),
     ("a switch in every step, states kept", "lisa 2 keep, K 1", "worse"),
-    ("long periods", "lisa 2 K 100", "nothing"),
+    ("long periods", "lisa 2 K 50", "nothing"),
+    ("longer ones", "lisa 2 K 100", "nothing"),
     ("a rate 1.6 times as high", "lisa 2 rate x 1.6", "worse"),
     ("a rate 1.6 times as low", "lisa 2 rate / 1.6", "worse"),
     ("one layer at a time", "lisa 1", "worse"),
+    ("the same, each once before any repeats", "lisa 1 reshuffle", "no better"),
+    ("the same, by norms of gradients", "lisa 1 adaptive", "no better"),
     ("three layers", "lisa 3", "layers are what helps"),
     ("four layers", "lisa 4", "layers are what helps"),
+    ("four layers, states kept", "lisa 4 keep", "a little more"),
     ("one block at a time, BAdam's order", "one block", "far behind"),
 )
 
@@ -77,10 +90,14 @@ def experiments(*tasks: dict) -> Rows:
         found = [runs_at_best(arm, figures["runs"]) for figures in tasks]
         if not any(found):
             raise TableError(f"no results have a run of {arm}")
-        rows.append([idea, f"`{arm}`", *map(_cell, found), verdict])
+        tried = [losses_by_rate(arm, figures["runs"]) for figures in tasks]
+        rows.append([idea, f"`{arm}`", *map(_cell, found, tried), verdict])
     return [["idea", "arm", "stories260K, GSM8K", "SmolLM2, GSM8K", "SmolLM2, Alpaca", "verdict"], *rows]
 
 
-def _cell(runs: list[dict]) -> str:
+def _cell(runs: list[dict], by_rate: dict[float, float]) -> str:
     losses = [run["held_out"] for run in runs]
-    return f"{loss(statistics.mean(losses))} ({spread_of_seeds(losses)})" if losses else "-"
+    if not losses:
+        return "-"
+    one_rate = ", one rate" if len(by_rate) == 1 else ""
+    return f"{loss(statistics.mean(losses))} ({spread_of_seeds(losses)}{one_rate})"

@@ -5,16 +5,8 @@ import statistics
 from pathlib import Path
 
 from benchmarks.tables.parts import LATEST, Benchmarks, Rows, TableError, gib, latest, loss, mib, named, percent
-from benchmarks.tables.rows import (
-    chosen,
-    held,
-    importance_table,
-    last_switch,
-    mean_loss,
-    of_ours,
-    ratios,
-    times_a_layer,
-)
+from benchmarks.tables.quality import importance_table, mean_loss
+from benchmarks.tables.rows import chosen, held, last_switch, of_ours, ratios, times_a_layer
 from benchmarks.tables.runs import losses_by_rate
 
 
@@ -183,9 +175,9 @@ def of_smaller(figures: dict) -> str:
 def of_quality(figures: dict) -> str:
     settings, runs = figures["settings"], figures["runs"]
     arms = [arm for arm in ("full", "lisa 2", "lora r8", "lora r16", "lora r32") if losses_by_rate(arm, runs)]
-    time = "the time of full training's " if settings.get("same_time_as") else ""
+    after = f"{settings['steps']} steps" if settings.get("seconds") is None else f"{settings['seconds']:.0f} CPU s"
     losses = named({arm: loss(mean_loss(arm, runs)) for arm in arms})
-    return f"held-out loss of {settings['model']} after {time}{settings['steps']} steps: {losses}"
+    return f"held-out loss of {settings['model']} after {after}: {losses}"
 
 
 @latest("pareto")

@@ -42,8 +42,7 @@ def runs_at_best(arm: str, runs: dict) -> list[dict]:
     if not losses_by_rate(arm, runs):
         return []
     begins = quality_key(arm, best_rate(arm, runs), 0).removesuffix("0")
-    seeds = sum(key.startswith(begins) for key in runs)
-    return [runs[f"{begins}{seed}"] for seed in range(seeds)]
+    return [runs[key] for key in sorted(runs) if key.startswith(begins)]
 
 
 def solved_by(runs: list[dict]) -> str:

@@ -1,7 +1,7 @@
 """Print the tables that a script's figures make, as they stand on the pages."""
 
 from benchmarks.common.results import print_table
-from benchmarks.tables import rows  # noqa: F401 - registers the tables
+from benchmarks.tables import quality, rows  # noqa: F401 - both register tables
 from benchmarks.tables.index import sentence
 from benchmarks.tables.parts import TABLES
 

@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-import benchmarks.tables.experiments  # noqa: F401 - registers its table, and those of rows
+import benchmarks.tables.experiments  # noqa: F401 - registers its table, and those of quality.py
 from benchmarks.tables.index import index
 from benchmarks.tables.parts import TABLES, Benchmarks, Rows, TableError
 

@@ -167,7 +167,9 @@ def test_modules_of_layers_are_sampled_by_themselves(folder, tmp_path):
     ended = {modules[number].removeprefix("layers.") for period in periods[:-1] for number in period}
     assert norms == {f"lisa/update_norm/layer_0{name}" for name in ended}
     memory = json.loads((out / "lisa_memory.json").read_text())
-    assert memory["planned"]["peak"] == pytest.approx(memory["measured"]["peak"], rel=0.02)  # 0.013 with the oldest releases
+    assert memory["planned"]["peak"] == pytest.approx(
+        memory["measured"]["peak"], rel=0.02
+    )  # 0.013 with the oldest releases
     assert {path.stem for path in (out / "report").iterdir()} >= {"layers", "visits", "movement"}
 
 

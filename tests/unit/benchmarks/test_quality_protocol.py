@@ -6,8 +6,9 @@ import json
 import pytest
 from transformers import LlamaConfig
 
-from benchmarks.quality.arms import PROTOCOL, protocol_of
-from benchmarks.quality.quality import beyond, steps_of, window_of
+from benchmarks.quality import importance, pareto
+from benchmarks.quality.arms import PROTOCOL, planned, protocol_of, with_memory_of
+from benchmarks.quality.quality import beyond, check_arms, rates_by_time, window_of
 from benchmarks.tables.runs import quality_key
 
 pytestmark = pytest.mark.full
@@ -16,7 +17,8 @@ pytestmark = pytest.mark.full
 def test_arms_of_more_layers_than_a_model_has_are_left_out(tmp_path):
     LlamaConfig(num_hidden_layers=5).save_pretrained(tmp_path / "five")
     LlamaConfig(num_hidden_layers=8).save_pretrained(tmp_path / "eight")
-    assert set(PROTOCOL) - set(protocol_of(str(tmp_path / "five"))) == {"lisa 8 upper, embed frozen"}
+    eight = {"lisa 8 upper, embed frozen", "lisa 8, embed frozen"}
+    assert set(PROTOCOL) - set(protocol_of(str(tmp_path / "five"))) == eight
     assert protocol_of(str(tmp_path / "eight")) == list(PROTOCOL)
 
 
@@ -34,15 +36,92 @@ def test_every_arm_tries_as_many_rates_and_more_where_the_best_is_at_an_end():
     assert beyond("full", figures(2.0, 1.0, 3.0)) is None
 
 
-def test_at_equal_time_a_faster_arm_takes_more_steps(tmp_path):
-    path, costs = tmp_path / "pareto.json", {"full": {"seconds": 3.0}, "lora r16": {"seconds": 1.2}}
-    path.write_text(json.dumps({"figures": {"costs": {"model, rows: 1": costs}}}))
-    arguments = argparse.Namespace(model="a/model", rows=1, steps=100, same_time_as=path)
-    assert [steps_of(arm, arguments) for arm in ("full", "lora r16")] == [100, 250]
-    with pytest.raises(SystemExit, match="has no lisa 2"):
-        steps_of("lisa 2", arguments)
-    arguments.rows = 2
-    with pytest.raises(SystemExit, match="has no full, lora r16 of this model"):
-        steps_of("lora r16", arguments)
-    arguments.same_time_as = None
-    assert steps_of("lisa 2", arguments) == 100
+def test_at_equal_time_the_rate_falls_with_the_clock():
+    """Steps begin while there is time; the rate rises over ten of them, and is linear in the time that is left."""
+    times = iter([100.0, 100.0, 101.0, 105.0, 109.0, 110.0])
+    assert list(rates_by_time(2.0, 10.0, lambda: next(times))) == pytest.approx([0.2, 0.4, 0.6, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("flags", "arm", "told"),
+    [
+        ({"seconds": 60.0}, "ms-swift lisa 2", "its time is not measured"),
+        ({"seconds": 60.0}, "lisa 2 probed", "its probe would not be in the time"),
+        ({"gpu": True}, "galore r16", "no fp32 masters"),
+    ],
+)
+def test_arms_that_cannot_be_compared_are_refused(flags, arm, told):
+    arguments = argparse.Namespace(**{"arms": ["full", arm], "seconds": None, "gpu": None} | flags)
+    with pytest.raises(SystemExit, match=f"with {arm}: .*{told}"):
+        check_arms(arguments)
+    arguments.arms = ["full", "lora r16"]
+    check_arms(arguments)
+
+
+def test_costs_are_of_rounds_in_turns_and_other_tasks_stay(tmp_path, monkeypatch):
+    """Medians of seconds, the highest peak; what is measured already is not measured again."""
+    asked, found = [], iter([1.0, 9.0, 3.0, 8.0])
+
+    class Ranks:
+        """In the place of a process: seconds from a list."""
+
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def call(self, _, function, arguments, arm, seed):
+            asked.append((arm, seed))
+            return [{"peak": 100 + seed, "between": 10, "seconds": next(found)}]
+
+    monkeypatch.setattr(pareto, "RankGroup", Ranks)
+    results = tmp_path / "pareto.json"
+    results.write_text(json.dumps({"figures": {"costs": {}, "tasks": {"another": {"arms": {}}}}}))
+    runs = {quality_key(arm, 1e-4, seed): {"held_out": 1.0 + seed} for arm in ("full", "lisa 2") for seed in (0, 1)}
+    task = {"model": "a/model", "figures": {"settings": {"model": "model", "rows": 1, "steps": 5}, "runs": runs}}
+    figures = pareto.measure({"a task": task}, results, ["full", "lora r16", "lisa 2"])
+    assert asked == [(arm, seed) for seed in (0, 1) for arm in ("full", "lisa 2")], "in turns, of those with runs"
+    assert set(figures["tasks"]) == {"another", "a task"}
+    of_arms = figures["tasks"]["a task"]["arms"]
+    assert of_arms["full"] == {"peak": 101, "between": 10, "seconds": 2.0, "loss": 1.5, "losses": [1.0, 2.0]}
+    assert of_arms["lisa 2"]["seconds"] == 8.5
+    pareto.measure({"a task": task}, results, ["full", "lisa 2"])
+    assert len(asked) == 4
+
+
+def test_the_front_is_of_points_that_no_other_is_below_and_left_of():
+    points = [(1.0, 5.0), (2.0, 4.0), (2.0, 6.0), (3.0, 4.0), (4.0, 1.0)]
+    assert pareto.front_of(points) == [(1.0, 5.0), (2.0, 4.0), (4.0, 1.0)]
+
+
+def test_importance_does_not_write_over_results_of_other_settings(tmp_path, monkeypatch):
+    LlamaConfig(num_hidden_layers=5).save_pretrained(tmp_path / "model")
+    results = tmp_path / "importance.json"
+    results.write_text(json.dumps({"figures": {"settings": {"model": "another"}}}))
+    flags = ["--model", str(tmp_path / "model"), "--dataset", "d", "--held_out", "h", "--results", str(results)]
+    monkeypatch.setattr("sys.argv", ["importance.py", *flags])
+    with pytest.raises(SystemExit, match=r"importance\.json was made with other model, dataset"):
+        importance.main()
+    assert json.loads(results.read_text())["figures"] == {"settings": {"model": "another"}}
+
+
+def test_as_many_layers_as_fit_the_memory_of_lora(tmp_path):
+    """The plan of one more would be above a tenth more than LoRA's."""
+    config = LlamaConfig(
+        num_hidden_layers=8, hidden_size=256, intermediate_size=512, num_attention_heads=4, vocab_size=64
+    )
+    config.save_pretrained(tmp_path)
+    arguments = argparse.Namespace(model=str(tmp_path), rows=1, gpu=None)
+    settings: dict = {}  # 32 bits
+
+    def peak(count: int) -> int:
+        return planned(arguments, settings | {"lisa_activated_layers": count}).peak
+
+    fits = with_memory_of("lora", arguments, settings)["lisa_activated_layers"]
+    lora = planned(arguments, {}, method="lora", optim="adamw_torch").peak
+    assert 0 < fits < 8, "the test needs a number between"
+    assert peak(fits) <= 1.1 * lora < peak(fits + 1)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import index, parts, rows, write
+from benchmarks.tables import index, parts, quality, write
+from benchmarks.tables.runs import runs_at_best
 
 ROOT = Path(__file__).parents[3]
 PAGES = [path.relative_to(ROOT) for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
@@ -92,7 +93,7 @@ def test_a_figure_in_the_results(copy, capsys):
     path = copy / "benchmarks" / "results" / "quality.json"
     results = json.loads(path.read_text(encoding="utf-8"))
     runs = results["figures"]["runs"]
-    rows.runs_at_best("full", runs)[0]["held_out"] -= 0.001
+    quality.runs_at_best("full", runs)[0]["held_out"] -= 0.001
     path.write_text(json.dumps(results), encoding="utf-8")
     assert {"comparing_methods", "index"} <= names_in(check(copy, capsys))
 
@@ -226,27 +227,48 @@ def test_a_new_benchmark_in_the_index(copy):
 
 def test_the_table_of_importance_is_of_ranks():
     """Equal values share a rank; a measure that orders sets as their losses do has 1, the other way round -1."""
-    assert rows.ranks([3.0, 1.0, 3.0, 2.0]) == [2.5, 0.0, 2.5, 1.0]
+    assert quality.ranks([3.0, 1.0, 3.0, 2.0]) == [2.5, 0.0, 2.5, 1.0]
     fixed = {"0,1, seed 0": 3.0, "0,1, seed 1": 2.0, "0,2, seed 0": 1.9, "0,2, seed 1": 2.1, "1,2, seed 0": 1.0}
     measures = {"like it": [1.0, 2.0, 5.0], "against it": [2.0, 1.0, 0.5], "neither": [1.0, 1.0, 1.25]}
-    _, *lines = rows.importance_table({"fixed": fixed, "measures": measures})
+    _, *lines = quality.importance_table({"fixed": fixed, "measures": measures})
     assert lines[:2] == [["like it", "+1.00"], ["against it", "-1.00"]]
     assert lines[2][1] == "+0.87"  # ranks 0, 1.5, 1.5 with 0, 1, 2
 
 
 def test_tables_of_quality():
     """The best rate is that of the first seed; steps and right answers have columns where there are some."""
-    run = {"token_accuracy": 0.5, "cpu_seconds_per_step": 0.1, "live_bytes": 2**20, "solved": None, "steps": 431}
+    run = {"token_accuracy": 0.5, "seconds_per_step": 0.1, "peak_bytes": 2**30, "solved": None, "steps": 431}
     losses = {"full, 0.004, seed 0": 1.2, "full, 0.004, seed 1": 1.4, "full, 0.002, seed 0": 1.3}
     losses |= {"full, 0.002, seed 1": 1.0, "lisa 2 K 5, 0.032, seed 0": 1.1}
     figures = {"settings": {}, "runs": {key: run | {"held_out": loss} for key, loss in losses.items()}}
-    header, *lines = rows.quality_table(figures, ["full", "lisa 2 K 5"])
+    header, *lines = quality.quality_table(figures, ["full", "lisa 2 K 5"])
     assert lines == [
-        ["LISA, gamma 2, K 5", "3.2e-2", "1.1000", "one seed", "50.0%", "0.100", "1.0"],
-        ["full", "4e-3", "1.3000", "0.1414", "50.0%", "0.100", "1.0"],
+        ["LISA, gamma 2, K 5", "3.2e-2", "1.1000", "one seed", "50.0%"],
+        ["full", "4e-3", "1.3000", "0.1414", "50.0%"],
     ]
-    figures["settings"] = {"same_time_as": "quality.json"}
-    figures["runs"]["full, 0.004, seed 1"]["solved"] = 0.25
-    with_both, *lines = rows.quality_table(figures, ["full", "lisa 2 K 5"])
-    assert with_both == [*header[:5], "answers right", "steps", *header[5:]]
-    assert [row[5:7] for row in lines] == [["-", "431"], ["25.0%", "431"]]
+    figures["settings"] = {"seconds": 60.0, "gpu": True}
+    figures["runs"]["full, 0.004, seed 1"] |= {"solved": 0.25, "steps": 433, "peak_bytes": 2**31}
+    with_all, *lines = quality.quality_table(figures, ["full", "lisa 2 K 5"])
+    assert with_all == [*header, "answers right", "steps", "s a step", "GiB at the peak"]
+    assert [row[5:] for row in lines] == [["-", "431", "0.100", "1.00"], ["25.0%", "432", "0.100", "2.00"]]
+
+
+def test_seeds_that_a_cut_sweep_has_left_out_are_no_error():
+    """Two processes may have ended seeds 0 and 2, and not 1."""
+    figures = {f"full, 0.004, seed {seed}": {"held_out": float(seed)} for seed in (0, 2)}
+    assert [run["held_out"] for run in runs_at_best("full", figures)] == [0.0, 2.0]
+
+
+def test_at_equal_memory_the_best_lisa_is_one_whose_peak_is_near():
+    def arm(peak: float, held_out: float) -> dict:
+        return {"peak": peak * 1e6, "loss": held_out}
+
+    arms = {"lora r16": arm(100, 2.0), "galore r16": arm(200, 1.5), "lisa 2": arm(105, 1.9), "lisa 4": arm(106, 1.7)}
+    _, *lines = quality.best_in_the_memory_of_others({"tasks": {"a task": {"arms": arms}}})
+    assert lines == [
+        ["a task", "LoRA r16", "100.0", "2.0000", "LISA, gamma 2, uniform", "105.0", "1.9000"],
+        ["a task", "GaLore r16", "200.0", "1.5000", "LISA, gamma 4, uniform", "106.0", "1.7000"],
+    ]
+    arms["lora r16"]["peak"] = 50e6
+    _, line, _ = quality.best_in_the_memory_of_others({"tasks": {"a task": {"arms": arms}}})
+    assert line[4:] == ["-", "-", "-"]

@@ -1,0 +1,312 @@
+"""The tables of quality.py, pareto.py and importance.py in README, docs/comparing.md and docs/experiments.md."""
+
+import re
+import statistics
+from collections.abc import Iterable
+
+from benchmarks.tables import runs as of_results
+from benchmarks.tables.parts import Rows, TableError, gib, loss, percent, rate, table
+
+BASELINES = ("full", "lora r8", "lora r32", "lisa 1", "lisa 1 reshuffle", "lisa 1 adaptive", "lisa 2",
+             "lisa 2 reshuffle", "lisa 2 adaptive", "fixed 2", "embed and head", "one block")  # fmt: skip
+ON_SMOLLM2 = ("full", "lora r16", "lisa 2", "lisa 2 K 5", "lisa 2, embed frozen", "lisa 8", "lisa 8, embed frozen")
+
+
+def method_name(arm: str) -> str:
+    """An arm of quality.py as the pages call it."""
+    if lisa := re.fullmatch(r"lisa (\d+),? ?(.*)", arm):
+        return f"LISA, gamma {lisa[1]}, {lisa[2] or 'uniform'}"
+    named = {
+        "embed and head": "embeddings and head",
+        "one block": "one block at a time",
+        "full one pass": "full, one pass (`lisa_adamw`)",
+        "lisa auto": "LISA, as many layers as the states of two in 32 bits take",
+        "lisa all, factored": "LISA, all layers, embed and head factored",
+        "galore r16": "GaLore r16",
+        "apollo r16": "APOLLO r16",
+        "lisa modules": "LISA, modules in the place of layers",
+        "lisa in lora's memory": "LISA, as many layers as fit LoRA's peak and a tenth",
+        "lisa in lora's, embed frozen": "LISA, as many as fit it with embed frozen",
+    }
+    return named.get(arm, arm).replace("lora", "LoRA").replace("fixed ", "fixed layers, gamma ")
+
+
+def runs_at_best(arm: str, runs: dict) -> list[dict]:
+    """Every seed at the rate that is best on the first one."""
+    if not (found := of_results.runs_at_best(arm, runs)):
+        raise TableError(f"the results of quality.py have no run of {arm}")
+    return found
+
+
+def mean_loss(arm: str, runs: dict) -> float:
+    return statistics.mean(run["held_out"] for run in runs_at_best(arm, runs))
+
+
+def spread_of_seeds(losses: list[float]) -> str:
+    return loss(statistics.stdev(losses)) if len(losses) > 1 else "one seed"
+
+
+# Arms whose costs pareto.py measures: others of docs/experiments.md cost as much as one of these.
+MEASURED = ("full", "full one pass", "lora r16", "lora r64", "galore r16", "apollo r16", "lisa 2", "lisa 2 one pass",
+            "lisa 2, factored", "lisa 2, 8 bits", "lisa 2 bf16", "lisa 2, frozen 8 bits", "lisa 2, frozen 4 bits",
+            "lisa auto", "lisa modules", "lisa in lora's memory", "lisa in lora's, embed frozen", "lisa 8",
+            "lisa 8, embed frozen")  # fmt: skip
+NEAR = 1.05  # a peak of at most so many times another's is the same memory
+
+
+def pareto_table(figures: dict) -> Rows:
+    """Arms of a task of pareto.py, the best first."""
+    arms = sorted(figures["arms"].items(), key=lambda arm: arm[1]["loss"])
+    rows = []
+    for arm, one in arms:
+        row = [method_name(arm), loss(one["loss"]), spread_of_seeds(one["losses"])]
+        rows.append([*row, f"{one['peak'] / 1e6:,.1f}", f"{one['seconds']:.3f}"])
+    return [["method", "held-out loss", "spread of seeds", "MB at the peak", "CPU s a step"], *rows]
+
+
+@table("comparing_equal_memory", "pareto")
+def best_in_the_memory_of_others(figures: dict) -> Rows:
+    """Beside each other method the LISA of the lowest loss whose peak is at most a twentieth above its own."""
+    rows = [["task", "method", "MB at the peak", "held-out loss", "LISA in as much", "MB at the peak", "held-out loss"]]
+    for task, of_task in figures["tasks"].items():
+        arms = of_task["arms"]
+        for other in ("lora r16", "lora r64", "apollo r16", "galore r16", "full one pass"):
+            if other not in arms:
+                continue
+            near = [arm for arm in arms if arm.startswith("lisa") and arms[arm]["peak"] <= NEAR * arms[other]["peak"]]
+            cells = ["-"] * 3
+            if near:
+                cells = _of_memory(best := min(near, key=lambda arm: arms[arm]["loss"]), arms[best])
+            rows.append([task, *_of_memory(other, arms[other]), *cells])
+    return rows
+
+
+def _of_memory(arm: str, one: dict) -> list[str]:
+    return [method_name(arm), f"{one['peak'] / 1e6:,.1f}", loss(one["loss"])]
+
+
+def importance_table(figures: dict) -> Rows:
+    """Spearman's rank correlation of each measure of importance.py with the sets of layers that were trained."""
+    losses: dict[tuple[int, ...], list[float]] = {}
+    for key, value in figures["fixed"].items():
+        layers = tuple(map(int, key.partition(", ")[0].split(",")))
+        losses.setdefault(layers, []).append(value)
+    paid = ranks([-statistics.mean(found) for found in losses.values()])
+    rows = []
+    for name, of_layers in figures["measures"].items():
+        of_sets = ranks([statistics.mean(of_layers[layer] for layer in layers) for layers in losses])
+        rows.append([name, f"{statistics.correlation(of_sets, paid):+.2f}"])
+    return [["measure", f"rank correlation with {len(losses)} sets of layers"], *rows]
+
+
+def ranks(values: list[float]) -> list[float]:
+    """The rank of each value; equal values share the mean of theirs."""
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
+
+
+def quality_table(figures: dict, arms: Iterable[str]) -> Rows:
+    """Arms of a results file of quality.py, each at its best rate, the best first.
+
+    Steps have a column where they differ, right answers where questions were asked, costs where a GPU measured them.
+    """
+    runs, settings = figures["runs"], figures["settings"]
+    arms = sorted(arms, key=lambda arm: mean_loss(arm, runs))
+    of_steps, of_costs = settings.get("seconds") is not None, bool(settings.get("gpu"))
+    of_answers = any(run["solved"] is not None for arm in arms for run in runs_at_best(arm, runs))
+    header = ["method", "best rate", "held-out loss", "spread of seeds", "next tokens right"]
+    header += of_answers * ["answers right"] + of_steps * ["steps"] + of_costs * ["s a step", "GiB at the peak"]
+    rows = []
+    for arm in arms:
+        found = runs_at_best(arm, runs)
+        losses = [run["held_out"] for run in found]
+        row = [method_name(arm), rate(of_results.best_rate(arm, runs)), loss(statistics.mean(losses))]
+        row += [spread_of_seeds(losses)]
+        row += [percent(statistics.mean(run["token_accuracy"] for run in found))]
+        if of_answers:
+            row += [of_results.solved_by(found)]
+        if of_steps:
+            row += [f"{statistics.mean(run['steps'] for run in found):.0f}"]
+        if of_costs:
+            row += [f"{statistics.median(run['seconds_per_step'] for run in found):.3f}"]
+            row += [gib(max(run["peak_bytes"] for run in found))]
+        rows.append(row)
+    return [header, *rows]
+
+
+@table("comparing_methods", "quality")
+def methods(figures: dict) -> Rows:
+    return quality_table(figures, BASELINES)
+
+
+@table("comparing_smollm2", "quality_smollm2")
+def methods_on_smollm2(figures: dict) -> Rows:
+    return quality_table(figures, (*ON_SMOLLM2, "lisa in lora's memory", "lisa in lora's, embed frozen"))
+
+
+IN_TIME = (
+    "full",
+    "lora r16",
+    "lisa all, factored",
+    "lisa in lora's memory",
+    "lisa in lora's, embed frozen",
+    "lisa 8, embed frozen",
+)
+
+
+@table("comparing_time", "time")
+def methods_in_equal_time(*tasks: dict) -> Rows:
+    """Mean held-out loss and steps of each method after as many seconds, of every task."""
+    rows = []
+    for arm in IN_TIME:
+        row = [method_name(arm)]
+        for figures in tasks:
+            cells = ["-", "-"]
+            if found := of_results.runs_at_best(arm, figures["runs"]):
+                cells = [_mean_and_spread([run["held_out"] for run in found])]
+                cells += [f"{statistics.mean(run['steps'] for run in found):.0f}"]
+            row += cells
+        if set(row[1:]) != {"-"}:
+            rows.append(row)
+    header = ["held-out loss"]
+    for name, figures in zip(("stories260K, GSM8K",), tasks, strict=True):
+        header += [f"{name}, {figures['settings']['seconds']:.0f} CPU s", "steps"]
+    return [header, *rows]
+
+
+@table("comparing_pareto_stories", "pareto")
+def costs_on_stories(figures: dict) -> Rows:
+    return pareto_table(figures["tasks"]["stories260K on GSM8K"])
+
+
+@table("comparing_pareto_smollm2", "pareto")
+def costs_on_smollm2(figures: dict) -> Rows:
+    return pareto_table(figures["tasks"]["SmolLM2-135M on GSM8K"])
+
+
+@table("comparing_pareto_alpaca", "pareto")
+def costs_on_alpaca(figures: dict) -> Rows:
+    return pareto_table(figures["tasks"]["SmolLM2-135M on Alpaca"])
+
+
+@table("comparing_seeds", "quality")
+def changes_with_every_seed(figures: dict) -> Rows:
+    arms = ("full", "lisa 2", "lisa 2 keep", "lisa 2 warm-up", "lisa 2 upper most", "lisa 4", "lisa 4 keep")
+    return quality_table(figures, arms)
+
+
+@table("comparing_changes", "quality")
+def changes_to_lisa(figures: dict) -> Rows:
+    """Single runs, of the first seed at 4e-3."""
+    arms = {
+        "lisa 2 K 5": "K = 5",
+        "lisa 2 K 50": "K = 50",
+        "lisa 2 K 100": "K = 100",
+        "lisa 2 keep": "states kept (`--lisa_state keep`)",
+        "lisa 2 warm-up": "10 steps of warm-up after a wake (`--lisa_wake_warmup_steps 10`)",
+        "lisa 2 keep, warm-up": "both",
+        "lisa 2 keep, K 5": "states kept, K = 5",
+        "lisa 2 keep, K 1": "states kept, K = 1",
+        "lisa 2 rate x 1.6": "the rate 1.6 times as high (`--lisa_lr_power 0.5`)",
+        "lisa 2 rate / 1.6": "the rate 1.6 times as low (`--lisa_lr_power -0.5`)",
+        "lisa 2 sharp": "adaptive at temperature 0.2",
+        "lisa 2 upper more": "`weighted`, upper layers more often: weights 1, 2, 3, 4, 5",
+        "lisa 2 upper most": "`weighted`, their cubes: 1, 8, 27, 64, 125",
+        "lisa 2 lower most": "`weighted`, lower layers more often: 1, 1/8, 1/27, 1/64, 1/125",
+        "lisa 3": "gamma 3",
+        "lisa 4": "gamma 4",
+        "lisa 4 keep": "gamma 4, states kept",
+    }
+    runs = figures["runs"]
+    rows = [[name, loss(runs[of_results.quality_key(arm, 4e-3, 0)]["held_out"])] for arm, name in arms.items()]
+    return [["change", "held-out loss"], *rows]
+
+
+@table("comparing_importance", "importance")
+def measures_of_layers(figures: dict) -> Rows:
+    """In the order of the page."""
+    header, *rows = importance_table(figures)
+    found = {row[0]: row[1] for row in rows}
+    names = {
+        "probe 5": "probe of 5 steps (`--lisa_probe_steps 5`)",
+        "probe 10": "probe of 10 steps",
+        "probe 20": "probe of 20 steps",
+        "update": "norm of the update (`--lisa_importance update`)",
+        "gradient": "norm of the gradient (`--lisa_importance gradient`)",
+        "depth": "depth",
+    }
+    return [header, *([name, found[key]] for key, name in names.items())]
+
+
+SMALLER = {
+    "lisa 2 one pass": "gamma 2, AdamW's states in 32 bits (`--optim lisa_adamw`)",
+    "lisa 2, 8 bits": "the same, moments in 8 bits",
+    "lisa 2, factored": "the same, embed and head factored",
+    "lisa 2 bf16": "gamma 2, weights in bf16",
+    "lisa 2, frozen 8 bits": "the same, frozen layers in 8 bits",
+    "lisa 2, frozen 4 bits": "the same, frozen layers in 4 bits",
+    "lisa auto": "factored, layers in 8 bits: as many layers as gamma 2 in 32 bits holds",
+    "lisa in lora's memory": "the same: as many layers as fit the peak of LoRA, rank 16, and a tenth",
+    "lora r16": "LoRA, rank 16",
+    "full": "full training",
+}
+
+
+@table("comparing_smaller", "quality", "quality_alpaca", "pareto")
+def smaller_states(gsm8k: dict, alpaca: dict, costs: dict) -> Rows:
+    """Mean held-out loss over the seeds, at the best rate of each."""
+    of_arms = costs["tasks"]["stories260K on GSM8K"]["arms"]
+    return _smaller_states(SMALLER, {"GSM8K": gsm8k, "Alpaca": alpaca}, of_arms)
+
+
+# With frozen embeddings more layers fit; embed and head are a fifth of this model.
+SMALLER_ON_SMOLLM2 = {
+    **{arm: name for arm, name in SMALLER.items() if arm not in ("lora r16", "full")},
+    "lisa in lora's, embed frozen": "the same with embed and head frozen",
+    **{arm: SMALLER[arm] for arm in ("lora r16", "full")},
+}
+
+
+@table("comparing_smaller_smollm2", "quality_smollm2", "quality_smollm2_alpaca", "pareto")
+def smaller_states_on_smollm2(gsm8k: dict, alpaca: dict, costs: dict) -> Rows:
+    """Mean held-out loss over the seeds, at the best rate of each."""
+    of_arms = costs["tasks"]["SmolLM2-135M on GSM8K"]["arms"]
+    return _smaller_states(SMALLER_ON_SMOLLM2, {"GSM8K": gsm8k, "Alpaca": alpaca}, of_arms)
+
+
+@table("headline_quality", "quality", "quality_alpaca", "quality_smollm2", "quality_smollm2_alpaca")
+def methods_on_every_task(*tasks: dict) -> Rows:
+    """Mean held-out loss over the seeds, at the best rate of each."""
+    arms = {
+        "full": "full training",
+        "lora r16": "LoRA, rank 16",
+        "lisa 2 one pass": "LISA, two layers at a time",
+        "lisa in lora's memory": "LISA, as many layers as fit the memory of LoRA's step and a tenth",
+    }
+    rows = []
+    for arm, name in arms.items():
+        found = [[run["held_out"] for run in runs_at_best(arm, figures["runs"])] for figures in tasks]
+        rows.append([name, *map(_mean_and_spread, found)])
+    models = [f"{model}: {task}" for model in ("Llama of 260K", "SmolLM2-135M") for task in ("GSM8K", "Alpaca")]
+    return [["held-out loss, mean and spread of three seeds", *models], *rows]
+
+
+def _mean_and_spread(losses: list[float]) -> str:
+    spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ", one seed"
+    return loss(statistics.mean(losses), 3) + spread
+
+
+def _smaller_states(arms: dict[str, str], tasks: dict[str, dict], costs: dict[str, dict]) -> Rows:
+    rows = []
+    for arm, name in arms.items():
+        by_task = [runs_at_best(arm, figures["runs"]) for figures in tasks.values()]
+        first = by_task[0][0]
+        row = [name, f"{first['layers']}" if first.get("layers") else "-"]
+        row += [f"{costs[arm][size] / 1e6:,.1f}" for size in ("between", "peak")]
+        for figures, found in zip(tasks.values(), by_task, strict=True):
+            losses = [run["held_out"] for run in found]
+            row += [rate(of_results.best_rate(arm, figures["runs"])), loss(statistics.mean(losses))]
+            row += [spread_of_seeds(losses)]
+        rows.append(row)
+    of_tasks = [column for task in tasks for column in (f"{task}: rate", "held-out loss", "spread of seeds")]
+    return [["", "layers", "MB between steps", "MB at the peak", *of_tasks], *rows]
