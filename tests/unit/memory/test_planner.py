@@ -724,9 +724,13 @@ def test_a_task_s_reference_model_and_pairs_are_planned():
     score = planned(task="reward").gpu
     assert not score.logits
     assert score.weights < sft.gpu.weights - 2 * 64 * 31_000, "there is no head"
-    command = command_for(planned(task="grpo"), PlanArguments("x", task="grpo", seq_length=64, gpus=4))
+    grpo = PlanArguments("x", task="grpo", seq_length=64, gpus=4)
+    command = command_for(planned(task="grpo"), replace(grpo, dataset_name="rows.jsonl"))
     assert "--task grpo" in command
     assert "--max_completion_length 32 --reward_funcs rewards.py --num_generations 4" in command
+    command = command_for(planned(task="grpo"), grpo)  # on an example of the hub, by a function of TRL's
+    assert "--dataset_name trl-lib/tldr" in command
+    assert "--reward_funcs think_format_reward" in command
     with pytest.raises(UserError, match="--micro_batch_size 1 with --task grpo: it compares answers of a step"):
         PlanArguments("x", task="grpo")
     with pytest.raises(UserError, match="--precompute_ref_log_probs with --task orpo: it is for those with a ref"):
