@@ -3,14 +3,13 @@
 What may be a name of the hub is left to what loads it.
 """
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.model_names import is_path, nearest_name, shipped_name
-from lisa_dist.run_folder import STATE_NAME
 
 
 def look_for_files(verb: str, given: Mapping[str, Any]) -> None:
@@ -25,8 +24,7 @@ def look_for_files(verb: str, given: Mapping[str, Any]) -> None:
         _look_for_folder("--data_dir ", texts.get("data_dir"), may_be_name=False)
     elif verb == "norms":
         for run in given.get("runs", ()):
-            path = Path(run) if Path(run).exists() else Path(run.rpartition("=")[2])  # label=RUN
-            if not path.exists():
+            if _is_missing(run) and _is_missing(run.rpartition("=")[2]):  # label=RUN
                 raise UserError(f"{run}: no such file or folder.")
     elif verb == "train":
         _look_for_folder("--model_name_or_path ", texts.get("model_name_or_path"))
@@ -34,7 +32,7 @@ def look_for_files(verb: str, given: Mapping[str, Any]) -> None:
         if wanted.lower() not in ("", "true", "false", "auto", "none"):
             _look_for_folder("--resume_from_checkpoint ", wanted, may_be_name=False)
         weights = texts.get("lisa_weights_file", "").partition("#")[0]  # a column of it
-        if weights and not Path(weights).exists():
+        if weights and _is_missing(weights):
             raise UserError(f"--lisa_weights_file {weights}: no such file.")
 
 
@@ -42,23 +40,32 @@ def look_for_words(verb: str, words: Sequence[str]) -> None:
     """The same of a verb that has no flags."""
     if verb == "export":
         _look_for_folder("", words[0], may_be_name=False)
-        if Path(words[1]).exists() and (Path(words[0]) / STATE_NAME).is_file():
-            raise UserError(f"{words[1]} is there already: choose a folder that is not.")
     elif verb == "report":
         for folder in words:
             _look_for_folder("", folder, may_be_name=False)
 
 
 def _look_for_folder(flag: str, name: str | None, may_be_name: bool = True) -> None:
-    if name and (is_path(name) or not may_be_name) and not Path(name).exists():
+    if name and (is_path(name) or not may_be_name) and _is_missing(name):
         raise UserError(f"{flag}{name}: no such folder.")
 
 
 def _look_for_model(name: str | None) -> None:
-    if name is None or Path(name).exists() or shipped_name(name):
+    if name is None or shipped_name(name) or not _is_missing(name):
         return
     if is_path(name):
         raise UserError(f"--model {name}: no such file or folder.")
     nearest = nearest_name(name)
     if nearest is not None and "/" not in name:
         raise UserError(f"--model {name}: no such folder, and no shipped name; did you mean {nearest}?")
+
+
+def _is_missing(name: str) -> bool:
+    """Whether there is nothing of this name; of one that cannot be looked at, what opens it says why."""
+    try:
+        os.stat(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):  # too long, not allowed, or with a null byte
+        return False
+    return False

@@ -189,6 +189,7 @@ def test_what_may_be_there_passes(monkeypatch, tmp_path):
         "init": {"model": "./here"},
         "chat": {"model": "here"},
         "norms": {"runs": ["here", "x=here", "a=b=here"]},
+        "eval": {"model": "org/name", "data_dir": 300 * "x"},  # of which what opens it says more
     }.items():
         look_for_files(verb, given)
     look_for_files("train", {"resume_from_checkpoint": "true", "lisa_weights_file": "here.json#a"})
