@@ -53,5 +53,5 @@ def name_or_folder(model: str) -> str:
 
 
 def is_path(name: str) -> bool:
-    """Whether a model's name can be no id of the hub, which has one slash at most, and not at an end."""
-    return name.startswith((".", "/", "~")) or name.endswith(("/", ".json")) or name.count("/") > 1
+    """Whether a model's name can be no id of the hub: of 96 characters and a slash at most, and that at no end."""
+    return name.startswith((".", "/", "~")) or name.endswith(("/", ".json")) or name.count("/") > 1 or len(name) > 96

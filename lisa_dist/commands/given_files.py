@@ -3,6 +3,7 @@
 What may be a name of the hub is left to what loads it.
 """
 
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -66,6 +67,8 @@ def _is_missing(name: str) -> bool:
         os.stat(name)
     except (FileNotFoundError, NotADirectoryError):
         return True
-    except (OSError, ValueError):  # too long, not allowed, or with a null byte
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG  # else it is not allowed, or is broken
+    except ValueError:  # a null byte
         return False
     return False

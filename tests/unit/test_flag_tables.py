@@ -167,6 +167,8 @@ print(code, [name for name in {HEAVY!r} if name in sys.modules])
         ("chat", {"model": "/none"}, "/none: no such folder"),
         ("eval", {"model": "a/b", "data_dir": "none"}, "--data_dir none: no such folder"),
         ("norms", {"runs": ["here", "x=none"]}, "x=none: no such file or folder"),
+        ("plan", {"model": 300 * "x"}, "--model xxx.*x: no such file or folder"),
+        ("chat", {"model": 300 * "x"}, "xxx.*x: no such folder"),
     ],
 )
 def test_what_is_not_there_is_named(monkeypatch, tmp_path, verb, given, said):
@@ -189,7 +191,7 @@ def test_what_may_be_there_passes(monkeypatch, tmp_path):
         "init": {"model": "./here"},
         "chat": {"model": "here"},
         "norms": {"runs": ["here", "x=here", "a=b=here"]},
-        "eval": {"model": "org/name", "data_dir": 300 * "x"},  # of which what opens it says more
+        "eval": {"model": "org/name", "data_dir": "a\0b"},  # of which what opens it says more
     }.items():
         look_for_files(verb, given)
     look_for_files("train", {"resume_from_checkpoint": "true", "lisa_weights_file": "here.json#a"})
