@@ -226,7 +226,7 @@ class LisaConfig:
         # One way of writing each, so that a resumed run with another is no other run.
         self.lisa_always_on, self.lisa_frozen = ",".join(self.always_on), ",".join(self.frozen)
         self.lisa_offload = ",".join(self.offloaded)
-        self.lisa_budget = f"{100 * self.budget:g}%" if self.by_module else self.lisa_budget
+        self.lisa_budget = f"{100 * self.budget:.10g}%" if self.by_module else self.lisa_budget
         self.lisa_lr_scale = format_by_block("--lisa_lr_scale", self.lisa_lr_scale, self.lr_scales)
         self.lisa_state_bits = format_by_block("--lisa_state_bits", self.lisa_state_bits, self.given_bits)
         self.lisa_block_probability = format_by_block(

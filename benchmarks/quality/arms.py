@@ -28,6 +28,7 @@ from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 
 INTERVAL = 20  # K
 ALL_LAYERS = "all"
+THREE = {"lisa_activated_layers": 3}
 LISA, EMBED_AND_HEAD = {"lisa_activated_layers": 2}, {"lisa_activated_layers": 0}
 FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}
 WEIGHTED = {"lisa_sampler": "weighted"}  # and "weights", of a layer by its number from 0
@@ -105,12 +106,16 @@ ARMS = {
     "lisa in lora's, upper most": ("lisa", IN_LORA_S | BALANCED | {"lisa_depth_bias": 4.0}, 1),
     "lisa in lora's, probed": ("lisa", IN_LORA_S | PROBED, 1),
     "lisa in lora's, embed frozen": ("lisa", IN_LORA_S | FROZEN | {"lisa_state_bits": "layers=8"}, 1),
+    "lisa in lora's, 32 bits": ("lisa", IN_LORA_S | FACTORED, 1),
+    "lisa in lora's, embed frozen, 32 bits": ("lisa", IN_LORA_S | FROZEN | {"lisa_state_bits": ""}, 1),
     "lisa in lora's, no masters": ("lisa", IN_LORA_S | BF16 | {"lisa_master": "bf16_sr"}, 1),
     "lisa 2 balanced": ("lisa", LISA | BALANCED, 1),
     "lisa 2 depth 1": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 1.0}, 1),
     "lisa 2 depth 2": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 2.0}, 1),
     "lisa 2 depth 4": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 4.0}, 1),
     "lisa 2 depth 8": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 8.0}, 1),
+    "lisa 2 depth 8, factored": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 8.0} | ONE_PASS | FACTORED, 1),
+    "lisa 3 depth 8, factored": ("lisa", THREE | BALANCED | {"lisa_depth_bias": 8.0} | ONE_PASS | FACTORED, 1),
     "lisa 2 probed": ("lisa", LISA | PROBED, 1),
     "lisa 2 probed sharp": ("lisa", LISA | PROBED | SHARP, 1),
     "lisa modules": ("lisa", MODULES, 1),  # as many of their parameters as two layers have
@@ -126,6 +131,7 @@ ARMS = {
     "lisa 8 keep, embed frozen": ("lisa", {"lisa_activated_layers": 8, "lisa_state": "keep"} | FROZEN, 1),
     "lisa 12, embed frozen": ("lisa", {"lisa_activated_layers": 12} | FROZEN, 1),
     "lisa 8": ("lisa", {"lisa_activated_layers": 8}, 1),
+    "lisa 14, factored": ("lisa", {"lisa_activated_layers": 14} | ONE_PASS | FACTORED, 1),
     # The backward pass ends early where embeddings are frozen and lower layers seldom train.
     "lisa 8 upper, embed frozen": ("lisa", {"lisa_activated_layers": 8} | FROZEN | UPPER, 1),
     "lisa 8 window, embed frozen": ("lisa", {"lisa_activated_layers": 8, "lisa_sampler": "window"} | FROZEN, 1),

@@ -69,10 +69,12 @@ class LayerImportance:
 def weights_of_scores(scores: Sequence[float], floor: float) -> list[float]:
     """Weights that add up to 1: `floor` of it evenly, the rest by a softmax of scores.
 
-    No power is below a millionth of the highest, so that there are always layers enough to sample.
+    No power is below a millionth of the highest, so that there are always layers enough to sample. Rounded to 12
+    digits: the last bits of a power are others on another machine, and all ranks hold the same weights.
     """
     powers = [max(math.exp(score - max(scores)), 1e-6) for score in scores]
-    return [floor / len(scores) + (1 - floor) * power / sum(powers) for power in powers]
+    weights = [floor / len(scores) + (1 - floor) * power / sum(powers) for power in powers]
+    return [float(f"{weight:.12g}") for weight in weights]
 
 
 def observe_layers(

@@ -143,9 +143,10 @@ def _by_layer(lisa: LisaController, found: Sequence[float]) -> list[float]:
 def scores(losses: Sequence[Sequence[float]]) -> list[float]:
     """How much better than the mean each stretch is, in standard deviations of stretches, less what is noise.
 
-    `losses` has a row of batches' losses for each stretch. What all stretches share of a batch is taken off; what is
-    left of a stretch's batches around their mean is noise, of variance e in the mean. Of the variance s^2 of the
-    stretches' means the part e is noise too, and scores are shrunk to max(0, 1 - e / s^2) of theirs.
+    `losses` has a row of batches' losses for each stretch. What all J stretches share of a batch is taken off; what is
+    left of a stretch's batches around their mean is noise, of variance e in the mean. The mean over stretches that was
+    taken off has 1/J of it, for which e is made larger by J / (J - 1). Of the variance s^2 of the stretches' means the
+    part e is noise too, and scores are shrunk to max(0, 1 - e / s^2) of theirs.
 
     Source: James and Stein, "Estimation with quadratic loss", 1961, the positive part.
     """
@@ -154,7 +155,7 @@ def scores(losses: Sequence[Sequence[float]]) -> list[float]:
     means = better.mean(dim=1)
     if len(means) < 2 or not (spread := means.var().item()):
         return [0.0] * len(means)
-    noise = (better.var(dim=1) / better.shape[1]).mean().item()
+    noise = (better.var(dim=1) / better.shape[1]).mean().item() * len(means) / (len(means) - 1)
     return (means / math.sqrt(spread) * max(0.0, 1 - noise / spread)).tolist()
 
 

@@ -185,7 +185,8 @@ def most_active(config: LisaConfig, sizes: Sequence[int]) -> int:
 
 def unit_budget(config: LisaConfig, sizes: Sequence[int]) -> int:
     """Parameters that a period may train of modules of these sizes. Raises ValueError where not one fits."""
-    budget, smallest, total = int(config.budget * sum(sizes)), min(filter(None, sizes)), sum(sizes)
+    smallest, total = min(filter(None, sizes)), sum(sizes)
+    budget = int(config.budget * total * (1 + 1e-9))  # 0.29 of 100 is 28.999999999999996
     if budget < smallest:
         raise UserError(
             f"--lisa_budget {config.lisa_budget}: {format_count(budget)} of {format_count(total)} parameters, and the "

@@ -203,3 +203,4 @@ def test_a_loop_of_ones_own_gives_a_number_of_steps():
 def test_a_budget_has_one_way_of_writing():
     for given in ("3%", "0.03", 0.03, "3.00%"):
         assert LisaConfig(lisa_unit="module", lisa_budget=given).lisa_budget == "3%"
+    assert LisaConfig(lisa_unit="module", lisa_budget=1 / 3).lisa_budget == "33.33333333%"

@@ -46,9 +46,25 @@ def test_scores_are_standardized_and_what_batches_share_is_no_noise():
 
 
 def test_scores_shrink_by_the_share_of_noise():
-    """Means are 1 and 2, their variance 1/2; of batches the variance is 1/8 around each, so 1/16 in a mean of two."""
+    """Means are 1 and 2, their variance 1/2; each mean of two batches has a variance of 1/8 of its own.
+
+    Around their mean over stretches batches vary by 1/8, which is half of 1/4, a batch's own variance.
+    """
     losses = [[2.25, 1.75], [0.75, 1.25]]
-    assert scores(losses) == pytest.approx([-(0.5**0.5) * (1 - 0.0625 / 0.5), 0.5**0.5 * (1 - 0.0625 / 0.5)])
+    assert scores(losses) == pytest.approx([-(0.5**0.5) * (1 - 0.125 / 0.5), 0.5**0.5 * (1 - 0.125 / 0.5)])
+
+
+def test_the_share_of_noise_is_that_of_many_draws():
+    """Stretches far apart whose batches have noise of variance 4: of 16 batches e is 0.25."""
+    generator = torch.Generator().manual_seed(0)
+    kept = []
+    for _ in range(2000):
+        means = 10 * torch.randn(4, 1, generator=generator, dtype=torch.float64)
+        shared = torch.randn(1, 16, generator=generator, dtype=torch.float64)
+        losses = means + shared + 2 * torch.randn(4, 16, generator=generator, dtype=torch.float64)
+        variance = losses.mean(dim=1).var().item()
+        kept.append(variance * (1 - torch.tensor(scores(losses.tolist()), dtype=torch.float64).var().sqrt().item()))
+    assert sum(kept) / len(kept) == pytest.approx(0.25, rel=0.05)
 
 
 def test_noise_alone_has_no_score():
@@ -84,7 +100,7 @@ def probe(engine, lisa) -> list[float]:
 
 def compare(ds_config: str, settings: dict, options: dict, dtype: torch.dtype, file: Path) -> dict:
     """A run that was probed, and one that is given the weights that the probe has found."""
-    engine, lisa = build(ds_config, settings | {"lisa_probe_steps": STEPS}, options, dtype)
+    engine, lisa = build(ds_config, {"lisa_probe_steps": STEPS} | settings, options, dtype)
     before, rates = originals(engine, lisa), [group["lr"] for group in engine.optimizer.param_groups]
     counters = lisa.partitions.counters()
     found = probe(engine, lisa)
@@ -103,7 +119,7 @@ def compare(ds_config: str, settings: dict, options: dict, dtype: torch.dtype, f
             if dist.get_rank() == 0:
                 file.write_text(json.dumps(weights), encoding="utf-8")
             dist.barrier()
-            engine, lisa = build(ds_config, settings | {"lisa_weights_file": str(file)}, options, dtype)
+            engine, lisa = build(ds_config, settings | {"lisa_probe_steps": 0, "lisa_weights_file": str(file)}, options, dtype)
         losses = [train_step(engine, lisa, micro_batches) for micro_batches in token_batches(5, rows=4)]
         runs.append((losses, originals(engine, lisa), lisa.visit_counts, [vars(one)["layers"] for one in lisa.records]))
         lisa.close()
@@ -130,7 +146,7 @@ SMALL = {"lisa_state_bits": "embed=factored,head=factored,layers=8", "lisa_maste
     [
         ("zero2", 2, {}, {}, torch.float32),
         ("zero3", 2, {"lisa_wake_warmup_steps": 1}, {}, torch.bfloat16),
-        ("zero1", 1, SMALL, {"optim": "lisa_adamw"}, torch.bfloat16),
+        ("zero1", 1, SMALL | {"lisa_probe_steps": 10}, {"optim": "lisa_adamw"}, torch.bfloat16),
         full("zero2", 2, {"lisa_frozen_bits": 8}, {"optim": "lisa_adamw"}, torch.bfloat16),
         full("zero2_offload", 2, {}, {}, torch.float32),
         full("zero3_offload", 2, {}, {}, torch.bfloat16),

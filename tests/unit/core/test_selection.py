@@ -7,7 +7,7 @@ from lisa_dist import LisaConfig
 from lisa_dist.core.blocks import find_blocks, split_into_modules
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.sampling import ActiveSet
-from lisa_dist.core.selection import BlockSelection
+from lisa_dist.core.selection import BlockSelection, most_active, unit_budget
 
 
 def selection(tied: bool = False, **settings) -> BlockSelection:
@@ -53,6 +53,13 @@ def test_there_is_a_slot_for_the_most_modules_that_fit():
         found = sampling.params_of_groups(active)
         assert len(found) == len(groups)
         assert sum(bool(params) for params in found[-7:]) == len(active.layers)
+
+
+@pytest.mark.parametrize(("budget", "sizes"), [("29%", [29, 71]), (1 / 3, [10**8, 10**8, 10**8])])
+def test_a_budget_that_is_a_module_s_share_to_the_last_digit_holds_it(budget, sizes):
+    config = LisaConfig(lisa_unit="module", lisa_budget=budget)
+    assert unit_budget(config, sizes) == sizes[0]
+    assert most_active(config, sizes) == 1
 
 
 def test_a_budget_below_the_smallest_module_is_refused():
