@@ -20,6 +20,9 @@ _SIGNS = (
     (LMFLOW, {"use_lisa", "dataset_path", "conversation_template", "lisa_interval_steps", "examples/finetune.py"}),
     (SWIFT, {"tuner_type", "train_type", "lisa_step_interval", "split_dataset_ratio", "swift", "model"}),
 )
+_ENDS = re.compile(r"\|.*|\d*>.*|&+|;")  # of a command: what is done with its output, or the next one
+_LAUNCHERS = ("deepspeed", "torchrun", "accelerate", "python", "python3")
+_OF_LAUNCH = ("NPROC_PER_NODE", "USE_HF")  # variables of ms-swift that say what flags say elsewhere
 
 
 def read(path: str) -> dict[str, Any]:
@@ -50,11 +53,20 @@ def _read_script(path: str) -> dict[str, Any]:
             name, is_set, value = words.pop(0).partition("=")
             if is_set:
                 variables.setdefault(name, value)  # what follows is of a loop over the script's own words
-        commands.append(words)
+        commands.append(_without_launcher(words))
     longest = max(commands, key=lambda words: sum(word.startswith("--") for word in words), default=[])
     if not any(word.startswith("--") for word in longest):
         raise UserError(f"{path}: holds no command with flags, and is no .yaml, .yml or .json.")
-    return _flags([_expanded(word, variables) for word in longest])
+    given = {name: _value(_expanded(variables[name], variables)) for name in _OF_LAUNCH if name in variables}
+    return _flags([_expanded(word, variables) for word in longest]) | given
+
+
+def _without_launcher(words: list[str]) -> list[str]:
+    """The program and its flags, without those of what starts its processes."""
+    if words and words[0] in _LAUNCHERS:
+        programs = (number for number, word in enumerate(words) if word.endswith(".py"))
+        return words[next(programs, 0) :]
+    return words
 
 
 def _expanded(word: str, variables: dict[str, str]) -> str:
@@ -66,7 +78,7 @@ def _flags(words: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     name, values = None, []
     for word in [*words, "--"]:
-        if word in ("|", ">", "2>", "&&", "&", ";"):
+        if _ENDS.fullmatch(word):
             word = "--"
         if not word.startswith("--"):
             if name is None:

@@ -8,12 +8,14 @@ from typing import Any
 
 import yaml
 
+from lisa_dist.convert.llama_factory_rules import BADAM
+from lisa_dist.convert.ms_swift_rules import OTHER_HUB
 from lisa_dist.convert.reading import LLAMA_FACTORY, SWIFT, TOOLS, read, tool_of
 from lisa_dist.convert.rule import Flags, Given, NoCounterpart
-from lisa_dist.convert.rules import BADAM, DEFAULTS, OF_LORA, RULES
+from lisa_dist.convert.rules import DEFAULTS, OF_GRPO, OF_LISA, OF_LORA, RULES
 from lisa_dist.convert.task_rules import flattened, task_given
 from lisa_dist.errors import UserError
-from lisa_dist.tasks import OF_SFT, SFT
+from lisa_dist.tasks import GRPO, OF_SFT, SFT
 from lisa_dist.text import in_one_line
 
 _SHELL = re.compile(r"\$[({]|\$\w|`")
@@ -49,8 +51,9 @@ def convert(path: str, tool: str | None, known_flags: Callable[[str], Container[
         try:
             _take(found, key, value, given, known)
         except NoCounterpart as none:
+            found.flags |= none.flags
             found.remarks[key] = f"{in_one_line(value)}: {none}"
-    _add_defaults(found, given)
+    _add_defaults(found, given, task)
     if task != SFT:
         _leave_out_what_is_of_sft(found, task, known)
     return found
@@ -96,7 +99,7 @@ def _take(found: Converted, key: str, value: Any, given: Given, known: Container
         raise NoCounterpart(rule)
 
 
-def _add_defaults(found: Converted, given: Given) -> None:
+def _add_defaults(found: Converted, given: Given, task: str) -> None:
     """What the configuration relied on, and nothing of LISA for another method."""
     defaults = dict(DEFAULTS[found.tool])
     if found.tool == LLAMA_FACTORY and given.get("use_badam"):
@@ -107,18 +110,35 @@ def _add_defaults(found: Converted, given: Given) -> None:
     elif found.flags.get("lisa_activated_layers") and given.get("use_lisa", True):
         defaults["method"] = "lisa"
     if found.tool == SWIFT:
-        if "gradient_accumulation_steps" not in given:
-            defaults["global_batch_size"] = _BATCH_OF_SWIFT
-        if {"eval_rows", "eval_dataset_name"} & found.flags.keys():
-            defaults["eval_strategy"] = "steps"  # as checkpoints are saved there
-    if found.flags.get("method", defaults["method"]) == "lora":
-        defaults |= OF_LORA[found.tool]
+        defaults |= _defaults_of_swift(found, given)
+    if found.tool == SWIFT and "use_hf" not in given and not given.get("USE_HF"):
+        found.remarks["use_hf"] = OTHER_HUB
+    defaults |= OF_GRPO.get(found.tool, {}) if task == GRPO else {}
+    method = found.flags.get("method", defaults["method"])
+    if method == "lisa":
+        defaults |= OF_LISA.get(found.tool, {})
+    if method == "lora":
+        defaults |= OF_LORA.get(found.tool, {})
         if found.tool == LLAMA_FACTORY:
             defaults["lora_alpha"] = 2 * found.flags.get("lora_r", defaults["lora_r"])
     found.defaults = {name: value for name, value in defaults.items() if name not in found.flags}
     if (found.flags | found.defaults)["method"] != "lisa":
         for name in [name for name in found.flags if name.startswith("lisa_")]:
             found.gone[name] = f"for --method lisa, it was {found.flags.pop(name)}"
+
+
+def _defaults_of_swift(found: Converted, given: Given) -> Flags:
+    """Sixteen examples a step, as nearly as micro-batches make them; evaluation with checkpoints."""
+    defaults: Flags = {}
+    if "gradient_accumulation_steps" not in given:
+        rows = found.flags.get("per_device_train_batch_size", 1)
+        if _BATCH_OF_SWIFT % rows:
+            defaults["gradient_accumulation_steps"] = math.ceil(_BATCH_OF_SWIFT / rows)
+        else:
+            defaults["global_batch_size"] = _BATCH_OF_SWIFT
+    if {"eval_rows", "eval_dataset_name"} & found.flags.keys():
+        defaults["eval_strategy"] = "steps"  # as checkpoints are saved there
+    return defaults
 
 
 def format_recipe(found: Converted, path: str) -> str:
@@ -129,7 +149,7 @@ def format_recipe(found: Converted, path: str) -> str:
         lines += ["", f"# What {found.tool} does where nothing is said of it."]
         lines += _as_yaml(found.defaults)
     if found.remarks:
-        lines += ["", "# Nothing here is like these; what to do:"]
+        lines += ["", "# Nothing here is quite like these; what to do:"]
         lines += [f"#   {key}: {remark}" for key, remark in found.remarks.items()]
     if found.gone:
         lines += ["", "# These may go:"]

@@ -6,7 +6,7 @@ from lisa_dist.convert.reading import AXOLOTL, LLAMA_FACTORY, SWIFT
 from lisa_dist.convert.rule import Flags, Given, NoCounterpart, Rule
 
 _NONE_LIKE_IT = "there is no such task here: sft, dpo, kto, orpo, reward or grpo"
-_REWARDS = "a file with a function of completions: reward_funcs: rewards.py"
+_REWARDS = "a file with a function of completions, reward_funcs: rewards.py, or the name of one of trl.rewards"
 _REFERENCE = "the reference model is the model as the run begins"
 _TASK_KEYS = {AXOLOTL: "rl", LLAMA_FACTORY: "stage", SWIFT: "rlhf_type"}
 _TASKS = {"dpo": "dpo", "ipo": "dpo", "kto": "kto", "orpo": "orpo", "rm": "reward", "grpo": "grpo"}

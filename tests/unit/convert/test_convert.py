@@ -1,6 +1,8 @@
 """`lisa-dist convert`: recipes of what other tools are started with, and a word on every key that is nothing here."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -150,7 +152,7 @@ def test_llama_factory(files):
     assert recipe["gradient_checkpointing"] is False
     assert (recipe["deepspeed"], recipe["warmup_steps"], recipe["learning_rate"]) == ("zero2", 0.1, 5e-5)
     assert recipe["lisa_sampler"] == "cyclic", "the nearest"
-    assert convert("f.yml", None, known_flags).remarks.keys() == {"badam_switch_mode", "template"}
+    assert convert("f.yml", None, known_flags).remarks.keys() == {"badam_switch_mode", "template", "dataset"}
     (files / "f.yml").write_text("stage: pt\nfinetuning_type: full\ndataset: a\n", encoding="utf-8")
     recipe = recipe_of("f.yml")
     assert (recipe["method"], recipe["packing"], recipe["dataset_format"]) == ("full", True, "text")
@@ -165,7 +167,8 @@ def test_swift(files):
     assert recipe["adam_beta2"] == 0.95
     assert "append" not in recipe
     remarks = convert("s.sh", None, known_flags).remarks
-    assert remarks.keys() == {"gradient_accumulation_steps", "loss_scale"}
+    assert remarks.keys() == {"gradient_accumulation_steps", "loss_scale", "NPROC_PER_NODE", "use_hf"}
+    assert remarks["NPROC_PER_NODE"].startswith("2: the number of GPUs: lisa-dist train recipe.yaml --gpus")
     assert "the shell" in remarks["gradient_accumulation_steps"]
     (files / "s.sh").write_text("swift sft --model m --tuner_type lora --dataset d --lora_rank 4\n", encoding="utf-8")
     recipe = recipe_of("s.sh")
@@ -224,7 +227,7 @@ def test_badam_decays_as_it_does_there_and_fixed_layers_are_told_of(files):
     found = convert("f.yml", None, known_flags)
     assert "1 for layer 3, 0 for others" in found.remarks["badam_switch_mode"]
     assert "BAdam's decay there is 0.01" in found.remarks["weight_decay"]
-    assert found.remarks.keys() == {"badam_switch_mode", "weight_decay"}
+    assert found.remarks.keys() == {"badam_switch_mode", "weight_decay", "dataset"}
     recipe = recipe_of("f.yml")
     assert recipe["weight_decay"] == 0.01
     assert "lisa_sampler" not in recipe
@@ -253,6 +256,7 @@ datasets: [{path: rows.jsonl, type: chat_template}]
 sequence_len: 512
 micro_batch_size: 4
 """
+FROM_FACTORY = {"pref_ftx": "loss_weights", "dataset": "dpo_en_demo: names of dataset_info.json"}
 KTO_OF_SWIFT = """
 swift rlhf --rlhf_type kto --model org/model --train_type full --dataset rows.jsonl --beta 0.3 --desirable_weight 2 \\
   --max_length 256 --truncation_strategy delete
@@ -267,10 +271,10 @@ swift rlhf --rlhf_type kto --model org/model --train_type full --dataset rows.js
             DPO_OF_FACTORY,
             "dpo",
             {"beta": 0.2, "loss_type": ["ipo"], "method": "lora", "max_length": 2048},
-            {"pref_ftx": "loss_weights"},
+            FROM_FACTORY,
         ),
-        ("f.yaml", DPO_OF_FACTORY.replace("ipo", "orpo"), "orpo", {"beta": 0.2}, {"pref_ftx": "loss_weights"}),
-        ("f.yaml", DPO_OF_FACTORY.replace("dpo\n", "rm\n", 1), "reward", {"lora_r": 8}, {"pref_ftx": "loss_weights"}),
+        ("f.yaml", DPO_OF_FACTORY.replace("ipo", "orpo"), "orpo", {"beta": 0.2}, FROM_FACTORY),
+        ("f.yaml", DPO_OF_FACTORY.replace("dpo\n", "rm\n", 1), "reward", {"lora_r": 8}, FROM_FACTORY),
         ("f.yaml", "stage: ppo\nmodel_name_or_path: m\n", None, {}, {"stage": "there is no such task here"}),
         (
             "a.yaml",
@@ -281,7 +285,20 @@ swift rlhf --rlhf_type kto --model org/model --train_type full --dataset rows.js
         ),
         ("a.yaml", "base_model: m\nrl: ipo\nrl_beta: 0.2\n", "dpo", {"beta": 0.2, "loss_type": ["ipo"]}, {}),
         ("a.yaml", "base_model: m\nreward_model: true\nmicro_batch_size: 2\n", "reward", {}, {}),
-        ("s.sh", KTO_OF_SWIFT, "kto", {"beta": 0.3, "desirable_weight": 2, "max_length": 256}, {}),
+        (
+            "s.sh",
+            KTO_OF_SWIFT,
+            "kto",
+            {"beta": 0.3, "desirable_weight": 2, "max_length": 256},
+            {"use_hf": "Hugging Face's here"},
+        ),
+        (
+            "s.sh",
+            "swift rlhf --rlhf_type grpo --model m --tuner_type full --use_hf true --reward_funcs accuracy\n",
+            "grpo",
+            {"beta": 0.04, "temperature": 0.9, "max_completion_length": 512, "global_batch_size": 16},
+            {"reward_funcs": "of trl.rewards"},
+        ),
     ],
 )
 def test_training_by_preferences_and_rewards(tmp_path, monkeypatch, name, text, task, flags, remarks):
@@ -305,7 +322,6 @@ def test_training_by_preferences_and_rewards(tmp_path, monkeypatch, name, text, 
     ("entries", "said"),
     [
         ("[{path: a, type: alpaca}, {path: b, type: completion}]", "differ in format"),
-        ("[{path: a, type: alpaca, shards: 10}]", "shards of a"),
         ("[{path: a, type: {field_instruction: q}}]", "name the columns of rows"),
     ],
 )
@@ -314,6 +330,135 @@ def test_datasets_that_are_not_alike_are_told_of(files, entries, said):
     found = convert("a.yaml", None, known_flags)
     assert said in found.remarks["datasets"]
     assert "dataset_name" not in found.flags
+
+
+def converted(text: str, name: str = "a.yaml"):
+    """What becomes of a configuration, and its flags with the defaults."""
+    Path(name).write_text(text, encoding="utf-8")
+    found = convert(name, None, known_flags)
+    return found, found.flags | found.defaults
+
+
+def test_what_a_dataset_of_axolotl_says_as_it_is_here_is_no_remark(files):
+    as_here = """
+base_model: m
+datasets:
+  - path: a
+    type: chat_template
+    message_property_mappings: {role: role, content: content}
+    roles: {user: [user, human], assistant: [gpt]}
+    roles_to_train: [assistant]
+"""
+    found, flags = converted(as_here)
+    assert (flags["dataset_name"], found.remarks) == (["a"], {})
+    found, flags = converted(as_here.replace("role: role", "role: from") + "    shards: 10\n")
+    assert flags["dataset_name"] == ["a"]
+    assert "nothing here is like message_property_mappings of a, shards of a" in found.remarks["datasets"]
+
+
+def test_adapters_of_axolotl(files):
+    for adapter in ("lora", "qlora"):
+        found, flags = converted(f"base_model: m\nadapter: {adapter}\nlora_r: 32\nlearning_rate: 2.0e-4\n")
+        assert (flags["method"], flags["lora_r"]) == ("lora", 32)
+        assert ("adapter" in found.remarks) == (adapter == "qlora")
+
+
+def test_axolotl_saves_and_pushes_as_it_does_there(files):
+    found, flags = converted(
+        "base_model: m\nhub_model_id: me/it\nplugins: [lisa_dist.integrations.axolotl.LisaPlugin]\n"
+    )
+    assert (flags["save_strategy"], flags["push_to_hub"], flags["hub_private_repo"]) == ("epoch", True, True)
+    assert found.remarks == {}
+    found, flags = converted("base_model: m\nsave_steps: 5\nevals_per_epoch: 2\ntest_datasets: [{path: b}]\n")
+    assert (flags["save_strategy"], flags["save_steps"]) == ("steps", 5)
+    assert (flags["eval_strategy"], flags["eval_steps"]) == ("steps", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("deepspeed_configs/zero3_bf16_cpuoffload_all.json", "zero3_offload"),
+        ("examples/deepspeed/ds_z2_offload_config.json", "zero2_offload"),
+        ("examples/deepspeed/ds_z0_config.json", "zero1"),
+        ("configs/ds_config_zero3.json", "zero3_offload"),
+        ("configs/ds_config_zero2_no_offload.json", "zero2"),
+        ("zero3_offload", "zero3_offload"),
+        ("default-zero3", "zero3"),
+        ("my/zero3.json", None),
+        ("configs/zero3_nvme.json", None),
+        ("examples/deepspeed/ds_z3_fp8_config.json", None),
+    ],
+)
+def test_only_configurations_of_the_tools_have_a_short_name(files, given, expected):
+    found, flags = converted(f"base_model: m\ndeepspeed: {given}\n")
+    assert flags["deepspeed"] == (expected or given)
+    assert ("deepspeed" in found.remarks) == (expected is None)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("warmup_ratio: 0.1\nwarmup_steps: 0\n", {"warmup_steps": 0.1}),
+        ("warmup_steps: 5\nwarmup_ratio: 0.1\n", {"warmup_steps": 5}),
+        ("evaluation_strategy: steps\ndo_eval: true\n", {"eval_strategy": "steps"}),
+        ("do_eval: true\n", {"eval_strategy": "epoch"}),
+        (
+            "cosine_min_lr_ratio: 0.1\nlr_scheduler: cosine\n",
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+        ),
+        ("optimizer: adafactor\nadapter: lora\n", {"optim": "adafactor"}),
+        ("lora_target_modules: q_proj, v_proj\n", {"lora_target_modules": ["q_proj", "v_proj"]}),
+        ("lora_modules_to_save: [lm_head]\nadapter: lora\n", {"lora_modules_to_save": ["lm_head"]}),
+        ("save_only_model: true\nsave_safetensors: true\nfsdp: []\n", {}),
+    ],
+)
+def test_keys_of_the_trainer(files, text, expected):
+    found, flags = converted(f"base_model: m\n{text}")
+    assert expected.items() <= flags.items()
+    assert found.remarks == {}
+    assert "save_only_model" not in flags
+
+
+def test_datasets_of_llama_factory_are_the_files_behind_their_names(files):
+    """Where dataset_info.json is at hand."""
+    (files / "data").mkdir()
+    (files / "data" / "dataset_info.json").write_text(
+        json.dumps(
+            {
+                "mine": {"file_name": "x.json", "columns": {"prompt": "q", "query": "input", "response": "a"}},
+                "theirs": {"hf_hub_url": "org/rows", "columns": {"prompt": "q", "response": "a"}, "split": "train"},
+            }
+        ),
+        encoding="utf-8",
+    )
+    text = "finetuning_type: full\ndataset: {}\nmax_samples: 7\n"
+    found, flags = converted(text.format("mine"))
+    assert (flags["dataset_name"], flags["dataset_columns"]) == (["data/x.json#7"], ["instruction=q", "output=a"])
+    assert found.remarks == {}
+    found, flags = converted(text.format("theirs"))
+    assert (flags["dataset_name"], flags["dataset_split"]) == (["org/rows#7"], "train")
+    found, flags = converted(text.format("other"))
+    assert "other: names of dataset_info.json" in found.remarks["dataset"]
+    assert flags["dataset_name"] == ["other#7"]
+
+
+def test_batches_of_swift_make_sixteen_examples_or_as_many_as_they_can(files):
+    for rows, expected in ((4, {"global_batch_size": 16}), (3, {"gradient_accumulation_steps": 6})):
+        text = f"swift sft --model m --dataset d.jsonl --per_device_train_batch_size {rows} --use_hf true\n"
+        found, flags = converted(text, "s.sh")
+        assert expected.items() <= flags.items()
+        assert len({"global_batch_size", "gradient_accumulation_steps"} & flags.keys()) == 1
+        assert found.remarks == {}
+
+
+def test_flags_of_a_launcher_are_no_flags_of_a_run(files):
+    text = (
+        "deepspeed --master_port=11000 examples/finetune.py --use_lisa 1 --dataset_path d --do_eval --bf16 > log 2>&1\n"
+    )
+    found, flags = converted(text, "l.sh")
+    assert found.remarks.keys() == {"dataset_path"}
+    assert "jq -c" in found.remarks["dataset_path"]
+    assert (flags["lisa_activated_layers"], flags["lisa_interval_steps"], flags["bf16"]) == (2, 20, True)
 
 
 @pytest.mark.parametrize("name", GIVEN)

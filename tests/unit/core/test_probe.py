@@ -119,7 +119,9 @@ def compare(ds_config: str, settings: dict, options: dict, dtype: torch.dtype, f
             if dist.get_rank() == 0:
                 file.write_text(json.dumps(weights), encoding="utf-8")
             dist.barrier()
-            engine, lisa = build(ds_config, settings | {"lisa_probe_steps": 0, "lisa_weights_file": str(file)}, options, dtype)
+            engine, lisa = build(
+                ds_config, settings | {"lisa_probe_steps": 0, "lisa_weights_file": str(file)}, options, dtype
+            )
         losses = [train_step(engine, lisa, micro_batches) for micro_batches in token_batches(5, rows=4)]
         runs.append((losses, originals(engine, lisa), lisa.visit_counts, [vars(one)["layers"] for one in lisa.records]))
         lisa.close()

@@ -1,0 +1,111 @@
+"""What each key of LLaMA-Factory is here, by the sources of 0.9.5."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lisa_dist.convert.common_rules import AT_ONCE, FEWER_BITS, LORA, OWN_TEMPLATE, lora_targets
+from lisa_dist.convert.rule import (
+    Flags,
+    Given,
+    NoCounterpart,
+    Rule,
+    alike,
+    names_of,
+    nothing_but,
+    true_is,
+    unless_zero,
+)
+
+_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}  # as rows of alpaca have them here
+
+
+def _known_datasets(given: Given) -> dict[str, dict]:
+    """What dataset_info.json says of each name; nothing where it is not at hand."""
+    path = Path(str(given.get("dataset_dir") or "data"), "dataset_info.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _datasets(value: Any, given: Given) -> Flags:
+    """The files or the hub's names behind those of dataset_info.json, each with the number of rows that are taken."""
+    names, count = names_of(value), given.get("max_samples")
+    known, folder = _known_datasets(given), Path(str(given.get("dataset_dir") or "data"))
+    found, of_each = [], []
+    for name in names:
+        info = known.get(name, {})
+        source = info.get("hf_hub_url") or (folder / info["file_name"]).as_posix() if info else name
+        found.append(source if count is None else f"{source}#{count}")
+        sharegpt = info.get("formatting") == "sharegpt"
+        pairs = [
+            f"{name if sharegpt else _COLUMNS.get(name, name)}={column}"
+            for name, column in info.get("columns", {}).items()
+        ]
+        pairs = [pair for pair in pairs if pair.partition("=")[0] != pair.partition("=")[2]]
+        flags = {"dataset_config": info.get("subset"), "dataset_split": info.get("split"), "dataset_columns": pairs}
+        of_each.append({name: value for name, value in flags.items() if value})
+    flags = alike(found, of_each)
+    if unknown := [name for name in names if name not in known]:
+        raise NoCounterpart(
+            f"{', '.join(unknown)}: names of dataset_info.json, which is not at hand; give files, or the hub's names",
+            flags,
+        )
+    return flags
+
+
+def _tuning(value: str, given: Given) -> Flags:
+    if value == "lora":
+        return {"method": "lora"}
+    if value != "full":
+        raise NoCounterpart(f"{value}: method is lisa, full or lora")
+    return {"method": "full"}
+
+
+BADAM = {
+    "lisa_sampler": "cyclic", "lisa_interval_steps": 50, "lisa_activated_layers": 1, "lisa_always_on": "",
+    "lisa_frozen": "embed,head,rest", "weight_decay": 0.01,
+}  # fmt: skip
+_ORDER = {"ascending": "cyclic", "random": "reshuffle"}
+
+
+def _badam_order(value: str, given: Given) -> Flags:
+    if value == "fixed":
+        layer = given.get("badam_start_block") or 0
+        raise NoCounterpart(f"lisa_sampler: weighted, lisa_weights_file: a list of 1 for layer {layer}, 0 for others")
+    if value not in _ORDER:
+        raise NoCounterpart("lisa_sampler: cyclic is ascending, reshuffle is random; weighted takes weights of layers")
+    return {"lisa_sampler": _ORDER[value]}
+
+
+def _decay_of_factory(value: float, given: Given) -> Flags:
+    if given.get("use_badam") and value != BADAM["weight_decay"]:
+        raise NoCounterpart(f"BAdam's decay there is {BADAM['weight_decay']}, whatever is given")
+    return {"weight_decay": value}
+
+
+def _first_block(value: int, given: Given) -> Flags:
+    if value and given.get("badam_switch_mode") != "fixed":
+        raise NoCounterpart(
+            "lisa_sampler: cyclic begins with the lowest layer; reshuffle with another for each lisa_seed"
+        )
+    return {}
+
+
+FACTORY_RULES: dict[str, Rule] = LORA | {
+    "use_badam": "(method: lisa, one layer at a time)",
+    "weight_decay": _decay_of_factory, "finetuning_type": _tuning, "dataset": _datasets,
+    "cutoff_len": "max_length", "badam_switch_mode": _badam_order,
+    "badam_switch_interval": "lisa_interval_steps", "badam_mode": nothing_but("layer", "layers alone are sampled so"),
+    "badam_verbose": "(each switch is printed)", "badam_start_block": _first_block,
+    "lora_target": lora_targets, "eval_dataset": lambda value, given: {"eval_dataset_name": names_of(value)},
+    "val_size": unless_zero("eval_rows"), "train_on_prompt": "train_on_inputs", "neat_packing": true_is("packing"),
+    "flash_attn": AT_ONCE, "enable_liger_kernel": true_is("use_liger_kernel"),
+    "disable_gradient_checkpointing": true_is("gradient_checkpointing", False),
+    "plot_loss": "(report.html has it)", "template": OWN_TEMPLATE,
+    "dataset_dir": "(dataset_name has the files themselves)",
+    "quantization_bit": nothing_but(None, FEWER_BITS),
+    "pure_bf16": true_is("bf16"),
+    "interleave_probs": "dataset_weights says how often the rows of each come in an epoch",
+    "mix_strategy": "(dataset_weights mixes)", "compute_accuracy": "(logged: mean_token_accuracy)",
+}  # fmt: skip
+FACTORY_DEFAULTS: Flags = {"method": "lora", "learning_rate": 5e-5, "max_length": 2048}
+FACTORY_LORA: Flags = {"lora_r": 8, "lora_dropout": 0.0}  # alpha is twice the rank
