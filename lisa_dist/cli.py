@@ -1,11 +1,12 @@
 """The `lisa-dist` command. Each verb is a module of `commands`, imported when it is asked for."""
 
+import contextlib
 import difflib
 import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lisa_dist import flag_tables
 from lisa_dist.commands import exit_on_error
@@ -51,6 +52,12 @@ def main() -> None:
     if verb in WITH_FLAGS:
         run_verb(verb, words)
         return
+    with _printed():
+        _run_words(verb, words)
+
+
+def _run_words(verb: str | None, words: list[str]) -> None:
+    """A verb that has no flags, and what is asked of the command itself."""
     if verb in ("--version", "-V", "version"):
         print(f"lisa-dist {importlib.metadata.version('lisa_dist')}")
         raise SystemExit(0)
@@ -73,6 +80,19 @@ def main() -> None:
     raise SystemExit(0 if asks else 2)
 
 
+@contextlib.contextmanager
+def _printed() -> Iterator[None]:
+    """Texts to read: a reader that goes before their end, as `head` does, is no error."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it exits
+        raise SystemExit(0) from None
+
+
 def run_verb(verb: str, words: Sequence[str]) -> None:
     """Run a verb that has flags; what its words cannot be is answered before anything is imported for it."""
     # It warns of a kernel for 4-bit weights, which nothing here has.
@@ -81,12 +101,14 @@ def run_verb(verb: str, words: Sequence[str]) -> None:
         table_name = name_of_table(verb, words)
     table = flag_tables.load(table_name)
     if table is not None and "RANK" not in os.environ:  # a rank's words were looked at before it was started
-        _answer(verb, table, words)
+        with _printed():
+            _answer(verb, table, words)
     with exit_on_error(_name_of(verb)):
         module = import_verb(verb)
     if table is None:
         flag_tables.store(table_name, parser_of(table_name))
-    module.main(words)
+    with _printed() if "--help_all" in words else contextlib.nullcontext():
+        module.main(words)
 
 
 def _answer(verb: str, table: list, words: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lisa_dist.data.formats import refuse_examples
 from lisa_dist.data.readers import SUFFIXES, read_file, suffix_of
-from lisa_dist.data.row_rules import RowRules, why_not_of_columns
+from lisa_dist.data.row_rules import RowRules, why_not_of_columns, why_not_of_sft
 from lisa_dist.errors import UserError
 from lisa_dist.tasks import SFT, check_rewards_given, check_task, refuse_flags_of_sft
 from lisa_dist.text import in_one_line
@@ -37,11 +37,19 @@ def _look_at(name: str, label: str, task: str, given: Mapping[str, Any]) -> None
         return
     if not path.exists():
         raise UserError(f"{label}: no such file.")
-    if task == SFT or given.get("skip_bad_rows"):
+    if given.get("dataset_format" if task == SFT else "skip_bad_rows"):
         return
     files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if suffix_of(one) in SUFFIXES)
+    look = _look_at_columns if task == SFT else _look_at_rows
     for file in files[:_FILES]:
-        _look_at_rows(file, label, task, _pairs(given.get("dataset_columns")))
+        look(file, label, task, _pairs(given.get("dataset_columns")))
+
+
+def _look_at_columns(path: Path, label: str, task: str, pairs: list[tuple[str, str]]) -> None:
+    """Of examples the first row: the run reads the others, and says what is wrong with each."""
+    first = next((row for _, row, _ in itertools.islice(read_file(path, label), _ROWS) if row is not None), None)
+    if first is not None and (why := why_not_of_sft(list(first), pairs, first.get("label"))):
+        raise UserError(f"{label}: {why}")
 
 
 def _look_at_rows(path: Path, label: str, task: str, pairs: list[tuple[str, str]]) -> None:

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lisa_dist.tasks import GRPO, KTO, TASKS, describe_columns_of, tasks_for
+from lisa_dist.data.formats import detect
+from lisa_dist.tasks import GRPO, KTO, SFT, TASKS, describe_columns_of, tasks_for
 
 _ANSWERS = ("chosen", "rejected", "completion")
 _LABELS = {"true": True, "false": False, "1": True, "0": False}  # as CSV has them
@@ -26,6 +27,25 @@ def why_not_of_columns(task: str, columns: Sequence[str], renamed: Iterable[tupl
         f"its columns {', '.join(columns)} are none of --task {task}, which takes {describe_columns_of(task)}; rename "
         f"them, as --dataset_columns {TASKS[task].columns[0][0]}=COLUMN{instead}."
     )
+
+
+def why_not_of_sft(columns: Sequence[str], renamed: Iterable[tuple[str, str]], label: Any) -> str | None:
+    """Why rows of these columns, of which the first has this label, are no examples to imitate; None where they are."""
+    there = {*columns, *(name for name, _ in renamed)}
+    if there.issuperset(TASKS[KTO].columns[0]) and isinstance(label, bool):
+        return (
+            f"its rows have a label that says which completions are wanted: give --task {KTO}, or --dataset_format "
+            "prompt_completion to train on them all."
+        )
+    if detect(list(there)) is None and (hint := hint_of_tasks(there)):
+        return f"its columns {', '.join(columns)} are those of no format of --task {SFT}.{hint}"
+    return None
+
+
+def hint_of_tasks(columns: Iterable[str]) -> str:
+    """What rows of these columns serve besides examples; empty where they serve nothing, or have a prompt alone."""
+    serves = [task for task in tasks_for(columns) if task != GRPO]
+    return f" Such rows are for --task {' or '.join(serves)}." if serves else ""
 
 
 class RowRules:

@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetGenerationError
 from lisa_dist.data.formats import FORMATS, ExampleError, describe_columns, detect, refuse_examples, to_turns
 from lisa_dist.data.images import COLUMNS, images_of
 from lisa_dist.data.readers import SUFFIXES, read_file, suffix_of
+from lisa_dist.data.row_rules import hint_of_tasks
 from lisa_dist.errors import UserError
 from lisa_dist.text import in_one_line
 
@@ -207,7 +208,7 @@ def _choose_format(source: Source, columns: Sequence[str]) -> str:
         formats = "; ".join(f"{name} ({', '.join(required)})" for name, (required, _) in FORMATS.items())
         raise UserError(
             f"{source.label}: its columns {', '.join(columns)} are those of no format. Formats are {formats}. Rename "
-            "columns with --dataset_columns, such as question=QUESTION answer=LONG_ANSWER."
+            f"columns with --dataset_columns, such as question=QUESTION answer=LONG_ANSWER.{hint_of_tasks(columns)}"
         )
     return format_name
 

@@ -7,22 +7,23 @@ Settings have the names that they have in a recipe of lisa_dist, `lisa_activated
 from typing import Any
 
 from lisa_dist.errors import UserError
-from lisa_dist.integrations.settings import arguments_of, check_host
+from lisa_dist.integrations.settings import arguments_of, check_host, one_line
 
-check_host("axolotl", ">=0.19,<0.22")  # before names that other versions may not have
+with one_line():
+    check_host("axolotl", ">=0.19,<0.22")  # before names that other versions may not have
 
-from axolotl.core.trainers import AxolotlTrainer  # noqa: E402
-from axolotl.integrations.base import BasePlugin  # noqa: E402
+from axolotl.core.trainers import AxolotlTrainer
+from axolotl.integrations.base import BasePlugin
 
-from lisa_dist.integrations.axolotl_args import NAMES  # noqa: E402
-from lisa_dist.train.trainer import LisaMixin  # noqa: E402
+from lisa_dist.integrations.axolotl_args import NAMES
+from lisa_dist.train.trainer import LisaMixin
 
 # Keys of Axolotl that ask for other trainers, or for adapters.
 _NOT_WITH = ("adapter", "rl", "reward_model", "process_reward_model", "relora", "unfrozen_parameters", "trainer_cls")
 
 
 class LisaPlugin(BasePlugin):
-    """Trains Axolotl's own examples, by its own trainer, by LISA. Raises UserError for keys that do not go with it."""
+    """Trains Axolotl's own examples, by its own trainer, by LISA. Ends by one line for keys that do not go with it."""
 
     def get_input_args(self) -> str:
         """Where the keys are."""
@@ -30,20 +31,29 @@ class LisaPlugin(BasePlugin):
 
     def get_trainer_cls(self, cfg: Any) -> type:
         """Axolotl's trainer, by LISA with the settings of a configuration."""
-        if cfg.lisa_n_layers or cfg.lisa_step_interval:
-            raise UserError(
-                "lisa_n_layers, lisa_step_interval: they attach Axolotl's own LISA; give lisa_activated_layers and "
-                "lisa_interval_steps."
-            )
-        if given := [name for name in _NOT_WITH if cfg[name]]:
-            raise UserError(f"{given[0]}: {cfg[given[0]]}: LISA trains whole layers, supervised; leave it out.")
-        settings = {name: cfg[name] for name in NAMES if cfg[name] is not None}
-        of_mixin = arguments_of(settings, "the configuration")
+        with one_line():
+            return _trainer_by(_arguments(cfg))
 
-        class LisaAxolotlTrainer(LisaMixin, AxolotlTrainer):
-            """Axolotl's trainer by LISA."""
 
-            def __init__(self, *args: Any, **kwargs: Any):
+def _trainer_by(of_mixin: dict[str, Any]) -> type:
+    class LisaAxolotlTrainer(LisaMixin, AxolotlTrainer):
+        """Axolotl's trainer by LISA."""
+
+        def __init__(self, *args: Any, **kwargs: Any):
+            with one_line():
                 super().__init__(*args, **of_mixin, **kwargs)
 
-        return LisaAxolotlTrainer
+    return LisaAxolotlTrainer
+
+
+def _arguments(cfg: Any) -> dict[str, Any]:
+    """What LisaMixin takes, of a configuration. Raises UserError for keys that do not go with it."""
+    if cfg.lisa_n_layers or cfg.lisa_step_interval:
+        raise UserError(
+            "lisa_n_layers, lisa_step_interval: they attach Axolotl's own LISA; give lisa_activated_layers and "
+            "lisa_interval_steps."
+        )
+    if given := [name for name in _NOT_WITH if cfg[name]]:
+        raise UserError(f"{given[0]}: {cfg[given[0]]}: LISA trains whole layers, supervised; leave it out.")
+    settings = {name: cfg[name] for name in NAMES if cfg[name] is not None}
+    return arguments_of(settings, "the configuration")

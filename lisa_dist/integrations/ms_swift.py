@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from lisa_dist.errors import UserError
-from lisa_dist.integrations.settings import arguments_of, check_host
+from lisa_dist.integrations.settings import arguments_of, check_host, one_line
 
 VARIABLE = "LISA_DIST"
 
@@ -35,10 +35,14 @@ def settings_of(args: Any) -> dict[str, Any]:
 
 
 def _register() -> None:
-    check_host("ms-swift", ">=4.6,<4.7")  # before names that other versions may not have
+    with one_line():
+        check_host("ms-swift", ">=4.6,<4.7")  # before names that other versions may not have
     from swift.trainers.trainer_factory import TrainerFactory
 
-    TrainerFactory.TRAINER_MAPPING["causal_lm"] = "lisa_dist.integrations.ms_swift_trainer.LisaSeq2SeqTrainer"
+    place = "lisa_dist.integrations.ms_swift_trainer"
+    for task in TrainerFactory.TRAINING_ARGS_MAPPING.keys() - {"causal_lm"}:  # asked for before a model is loaded
+        TrainerFactory.TRAINING_ARGS_MAPPING[task] = f"{place}.NotByLisa"
+    TrainerFactory.TRAINER_MAPPING["causal_lm"] = f"{place}.LisaSeq2SeqTrainer"
 
 
 if __name__ == "__main__":

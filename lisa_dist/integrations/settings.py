@@ -1,6 +1,7 @@
 """Settings of LISA in the place where a plugin's program has its own, and the versions that a plugin is for."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -12,6 +13,15 @@ from lisa_dist.flag_words import nearest
 
 # What a plugin's settings may hold besides LisaConfig's: keyword arguments of LisaMixin.
 OF_MIXIN = ("checkpointed_layers", "gpu_memory", "hang_timeout", "save_async", "eval_frozen_bits")
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """End the process, whose program would print a traceback, by the one line of an error that is for users."""
+    try:
+        yield
+    except UserError as error:
+        raise SystemExit(f"lisa_dist: {error}") from None
 
 
 def check_host(name: str, versions: str) -> None:

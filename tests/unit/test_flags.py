@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -99,6 +101,16 @@ def test_verbs_without_flags_say_how_they_are_used(monkeypatch, capsys, words, c
     screen = capsys.readouterr().out
     assert screen.startswith(said)
     assert len(screen.splitlines()) <= 54
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["train", "--help_all"], ["recipes", "--help"], ["--help"]])
+def test_a_reader_may_go_before_the_end(words):
+    """As `lisa-dist train --help | head -1` has it, also where Python does not buffer."""
+    command = [sys.executable, "-u", "-m", "lisa_dist.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (0, "")
 
 
 def test_all_flags_can_be_listed(capsys):

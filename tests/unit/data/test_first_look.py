@@ -45,3 +45,35 @@ def test_a_missing_file_and_a_row_that_cannot_serve():
         look_at_data({"dataset_name": "three words.jsonl"})
     with pytest.raises(UserError, match="its columns better, worse are none of --task dpo"):
         look_at_data({"task": "dpo", "dataset_name": "two words.jsonl"})
+
+
+KTO = [{"prompt": "q", "completion": "a", "label": True}] * 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "said"),
+    [
+        (
+            [{"prompt": "q", "chosen": "a", "rejected": "b"}],
+            {},
+            r"x\.jsonl: its columns prompt, chosen, rejected are those of no format of --task sft\. Such rows are for "
+            "--task dpo or kto or orpo or reward",
+        ),
+        (PAIRS, {"dataset_columns": ["chosen=better", "rejected=worse"]}, "its columns better, worse .* --task dpo or"),
+        (KTO, {}, "its rows have a label that says which completions are wanted: give --task kto, or --dataset_format"),
+        (KTO, {"dataset_format": "prompt_completion"}, None),
+        ([{"prompt": "q", "completion": "a", "label": "news"}], {}, None),
+        ([{"instruction": "q", "output": "a"}], {}, None),
+        ([{"prompt": "q"}], {}, None),
+        ([{"nothing": "q"}], {}, None),
+    ],
+)
+def test_examples_without_a_task_that_are_those_of_one(tmp_path, rows, given, said):
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("x.jsonl", str(tmp_path / "x.jsonl")):
+        given = given | {"dataset_name": name}
+        if said is None:
+            look_at_data(given)
+        else:
+            with pytest.raises(UserError, match=said):
+                look_at_data(given)

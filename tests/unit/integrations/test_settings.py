@@ -39,7 +39,7 @@ def test_its_version_is_looked_at_before_anything_of_a_host_is_imported(monkeypa
     """Names may have moved there; that would be an ImportError of no use."""
     monkeypatch.setattr(settings, "version", lambda name: "99.0")
     monkeypatch.delitem(sys.modules, f"lisa_dist.integrations.{plugin}", raising=False)
-    with pytest.raises(UserError, match=f"{host} 99.0: lisa_dist's plugin is for {host}>="):
+    with pytest.raises(SystemExit, match=f"^lisa_dist: {host} 99.0: lisa_dist's plugin is for {host}>="):
         importlib.import_module(f"lisa_dist.integrations.{plugin}")
 
 
@@ -61,14 +61,16 @@ def test_every_setting_is_a_key_of_axolotl_s():
 )
 def test_ms_swift_s_settings(monkeypatch, variable, problem):
     monkeypatch.setattr("lisa_dist.integrations.settings.version", lambda name: "4.6.0")
-    factory = SimpleNamespace(TRAINER_MAPPING={"causal_lm": "swift.trainers.Seq2SeqTrainer"})
-    monkeypatch.setitem(
-        __import__("sys").modules, "swift.trainers.trainer_factory", SimpleNamespace(TrainerFactory=factory)
-    )
+    theirs = {"causal_lm": "swift.trainers.Seq2SeqTrainer", "dpo": "swift.rlhf_trainers.DPOTrainer"}
+    factory = SimpleNamespace(TRAINER_MAPPING=dict(theirs), TRAINING_ARGS_MAPPING=dict(theirs))
+    monkeypatch.setitem(sys.modules, "swift.trainers.trainer_factory", SimpleNamespace(TrainerFactory=factory))
     for name in ("swift", "swift.trainers"):
-        monkeypatch.setitem(__import__("sys").modules, name, SimpleNamespace())
-    from lisa_dist.integrations.ms_swift import settings_of
-
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.delitem(sys.modules, "lisa_dist.integrations.ms_swift", raising=False)
+    settings_of = importlib.import_module("lisa_dist.integrations.ms_swift").settings_of
+    ours = "lisa_dist.integrations.ms_swift_trainer"
+    assert factory.TRAINER_MAPPING == theirs | {"causal_lm": f"{ours}.LisaSeq2SeqTrainer"}
+    assert factory.TRAINING_ARGS_MAPPING == theirs | {"dpo": f"{ours}.NotByLisa"}
     monkeypatch.setenv("LISA_DIST", variable)
     args = SimpleNamespace(tuner_type="full", lisa_activated_layers=3, lisa_step_interval=7)
     if problem is None:
