@@ -47,6 +47,8 @@ _ELSEWHERE = {
     "flash_attn": "attn_implementation",
     "attn_impl": "attn_implementation",
     "num_gpus": "gpus",
+    "gpu": "gpus",
+    "nproc_per_node": "gpus",
     "finetuning_type": "method",
     "adapter": "method",
     "lora_rank": "lora_r",

@@ -30,10 +30,11 @@ def shipped_name(model: str) -> str | None:
     """The shipped name of a model that is called by it or by its id on the hub, of a tuned one too; None of others."""
     if model in shipped_model_configs():
         return model
+    asked = model.lower().replace("/meta-llama-3", "/llama-3")  # as Llama 3.1 was called at first
     for end in ("", *_TUNED):
         for name, hub_id in HUB_IDS.items():
             plain = hub_id.lower().removesuffix("-hf")
-            if "/" in model and model.lower() in (hub_id.lower(), plain + end):
+            if "/" in asked and asked in (hub_id.lower(), plain + end):
                 return name
     return None
 

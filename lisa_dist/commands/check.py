@@ -42,7 +42,9 @@ class CheckArguments:
 
     config: str | None = field(default=None, metadata={"help": "Recipe of the run, as for train."})
     output_dir: str | None = field(default=None, metadata={"help": "Of the run; every host must see it."})
-    gpus_per_node: int = field(default=0, metadata={"help": "GPUs that each host must have."})
+    gpus_per_node: int = field(
+        default=0, metadata={"aliases": ["--gpus_per_host"], "help": "GPUs that each host must have."}
+    )
     save_within: float = field(
         default=0.0, metadata={"help": "Seconds between the signal that stops the job and its end; 0: not checked."}
     )

@@ -1,9 +1,11 @@
 """`lisa-dist completion`: verbs and flags for the shell."""
 
 from lisa_dist.commands import exit_on_error
-from lisa_dist.commands.verbs import VERBS, table_of_verb
+from lisa_dist.commands.verbs import TABLES, VERBS, table_of_verb
 from lisa_dist.errors import UserError
 
+_OF_LAUNCHER = {"train": {"--gpus", "--config"}, "eval": {"--gpus"}}
+_WORDS = {"recipes": "show copy", "convert": "--tool", "completion": "bash zsh"}
 _BASH = """\
 _lisa_dist() {{
     local verb="${{COMP_WORDS[1]}}" word="${{COMP_WORDS[COMP_CWORD]}}" words
@@ -31,8 +33,10 @@ def main(shell: str) -> None:
 def _script() -> str:
     flags = []
     for verb in VERBS:
-        if table := table_of_verb(verb):
-            named = {name for flag in table[1:] for name in flag.get("names", ())[:1]} | {"--help", "--help_all"}
+        tables = [table_of_verb(name) for name in TABLES if name.partition(" ")[0] == verb]  # of train each task's
+        if table := [flag for table in tables for flag in table[1:]]:
+            named = {name for flag in table for name in flag.get("names", ())[:1]} | {"--help", "--help_all"}
+            named |= _OF_LAUNCHER.get(verb, set())
             flags.append(f'            {verb}) words="{" ".join(sorted(named))}" ;;')
-    flags.append('            recipes) words="show copy" ;;')
+    flags += [f'            {verb}) words="{words}" ;;' for verb, words in _WORDS.items()]
     return _BASH.format(verbs=" ".join(VERBS), flags="\n".join(flags))

@@ -11,7 +11,7 @@ from lisa_dist.core.label_logits import check_loss
 from lisa_dist.errors import UserError
 from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.workload import Workload
-from lisa_dist.tasks import GRPO, KTO, PAIRED, SFT, WITH_REFERENCE, check_task
+from lisa_dist.tasks import GRPO, KTO, PAIRED, REWARD, SFT, WITH_REFERENCE, check_task
 from lisa_dist.text import parse_bytes
 
 METHODS = ("lisa", "full", "lora")
@@ -34,14 +34,20 @@ class PlanArguments:
     gpus: int = field(default=1, metadata={"help": "GPUs of the run."})
     gpu_memory: str = field(default="80GiB", metadata={"help": "Memory of a GPU, such as 24GiB or 80GB."})
     host_memory: str = field(default="1TiB", metadata={"help": "Memory of a host."})
-    gpus_per_host: int = field(default=8, metadata={"help": "GPUs that share a host's memory."})
+    gpus_per_host: int = field(
+        default=8, metadata={"aliases": ["--gpus_per_node"], "help": "GPUs that share a host's memory."}
+    )
     seq_length: int = field(default=1024, metadata={"aliases": ["--max_length"], "help": "Tokens of an example."})
     micro_batch_size: int = field(
         default=1,
         metadata={"aliases": ["--per_device_train_batch_size"], "help": "Examples of a GPU in a forward pass."},
     )
     method: str = field(default="lisa", metadata={"help": "lisa, full or lora."})
-    task: str = field(default=SFT, metadata={"help": "As in training; grpo is planned without a reference model."})
+    task: str = field(default=SFT, metadata={"help": "As in training; of grpo a step is planned, not what generates."})
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "As in training, with dpo, kto, orpo or grpo, which above 0 has a reference model."},
+    )
     precompute_ref_log_probs: bool = field(
         default=False, metadata={"help": "As in training, with --task dpo or kto: no reference model stays."}
     )
@@ -85,6 +91,10 @@ class PlanArguments:
                 f"--precompute_ref_log_probs with --task {self.task}: it is for those with a reference model, "
                 f"{' and '.join(WITH_REFERENCE)}; leave it out."
             )
+        if self.beta is not None and self.task in (SFT, REWARD):
+            raise UserError(
+                f"--beta {self.beta} with --task {self.task}: it is for dpo, kto, orpo and grpo; leave it out."
+            )
         parse_checkpointed_layers(self.checkpointed_layers)
         check_loss(self.loss)
         if self.task != SFT and self.loss != AUTO:
@@ -105,7 +115,8 @@ class PlanArguments:
     @property
     def has_reference(self) -> bool:
         """Whether the model as it was stands beside the one that trains; with adapters it is the one without them."""
-        return self.task in WITH_REFERENCE and self.method != "lora" and not self.precompute_ref_log_probs
+        has_it = self.task in WITH_REFERENCE or (self.task == GRPO and bool(self.beta))
+        return has_it and self.method != "lora" and not self.precompute_ref_log_probs
 
     @property
     def budget(self) -> int:

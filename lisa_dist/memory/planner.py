@@ -217,6 +217,7 @@ def command_for(plan: Plan, arguments: PlanArguments) -> str:
     }
     flags |= {"task": arguments.task} if arguments.task != SFT else {}
     flags |= {"precompute_ref_log_probs": True} if arguments.precompute_ref_log_probs else {}
+    flags |= {"beta": arguments.beta} if arguments.beta is not None else {}
     flags |= {"per_device_train_batch_size": arguments.micro_batch_size, "max_length": arguments.seq_length}
     flags |= {"optim": arguments.optim, "bf16": arguments.precision == "bf16"}
     if arguments.task == "grpo":  # seq_length is of a prompt and its answer

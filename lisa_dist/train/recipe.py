@@ -139,6 +139,7 @@ def format_recipe(chosen: Chosen, words: Sequence[str]) -> str:
 def _task(arguments: InitArguments) -> str:
     """Lines of a task other than sft."""
     task = f"task: {arguments.task}\n" if arguments.task != SFT else ""
+    task += f"beta: {arguments.beta}\n" if arguments.beta is not None else ""
     return task + ("precompute_ref_log_probs: true\n" if arguments.precompute_ref_log_probs else "")
 
 

@@ -135,9 +135,10 @@ def run_cli(words: list[str], monkeypatch) -> None:
 
 
 def run_eval(words: list[str], monkeypatch) -> None:
-    """An evaluation of the tiny model on a few rows, without the ranks and the judge, which test_mt_bench.py has."""
+    """An evaluation of the tiny model on a few rows of a folder, without test_mt_bench.py's ranks and judge."""
     flags = eval_command.parse(words)
-    words = ["eval", "model_dir", "--tasks", flags.tasks, "--data_dir", flags.data_dir, "--max_new_tokens", "4"]
+    data = flags.data_dir or "data"  # where a reader has none, the hub's questions
+    words = ["eval", "model_dir", "--tasks", flags.tasks, "--data_dir", data, "--max_new_tokens", "4"]
     with monkeypatch.context() as of_this_run:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             of_this_run.setenv(name, "0")  # for the context to take away what the run sets

@@ -54,12 +54,13 @@ def test_the_recipe_is_one_that_a_run_takes(tiny, tmp_path, capsys):
 
 def test_a_recipe_of_another_task(tiny, tmp_path):
     path = tmp_path / "recipe.yaml"
-    asked = ["--task", "dpo", "--precompute_ref_log_probs", "true"]
+    asked = ["--task", "dpo", "--precompute_ref_log_probs", "true", "--beta", "0.2"]
     main(["--model", tiny, "--gpu_memory", "4GiB", "--precision", "fp32", *asked, "--recipe", str(path)])
     run_args, _, training_args, _, _ = parse_arguments(["--config", str(path)])
     assert (run_args.task, run_args.checkpointed_layers, run_args.gpu_memory) == ("dpo", "auto", "3.00GiB")
     assert type(training_args).__name__ == "LisaDPOConfig"
     assert training_args.precompute_ref_log_probs
+    assert training_args.beta == 0.2
     assert "packing" not in path.read_text()
     with pytest.raises(UserError, match="--micro_batch_size 1 with --task kto: it compares the rows of a batch"):
         InitArguments(tiny, task="kto")

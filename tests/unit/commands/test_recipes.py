@@ -75,6 +75,9 @@ COMP_WORDS=({words}); COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 )); _lisa_dist; ech
         ("lisa-dist train --lisa_state", "--lisa_state --lisa_state_bits"),
         ("lisa-dist plan --gpu_m", "--gpu_memory"),
         ("lisa-dist recipes s", "show"),
+        ("lisa-dist train --gp", "--gpu_memory --gpus"),
+        ("lisa-dist train --num_gen", "--num_generations --num_generations_eval"),
+        ("lisa-dist convert --t", "--tool"),
         ("lisa-dist train set", "setup.py"),
     ],
 )

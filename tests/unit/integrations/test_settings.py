@@ -62,15 +62,16 @@ def test_every_setting_is_a_key_of_axolotl_s():
 def test_ms_swift_s_settings(monkeypatch, variable, problem):
     monkeypatch.setattr("lisa_dist.integrations.settings.version", lambda name: "4.6.0")
     theirs = {"causal_lm": "swift.trainers.Seq2SeqTrainer", "dpo": "swift.rlhf_trainers.DPOTrainer"}
-    factory = SimpleNamespace(TRAINER_MAPPING=dict(theirs), TRAINING_ARGS_MAPPING=dict(theirs))
+    trainers, arguments = dict(theirs), dict(theirs)
+    factory = SimpleNamespace(TRAINER_MAPPING=trainers, TRAINING_ARGS_MAPPING=arguments)
     monkeypatch.setitem(sys.modules, "swift.trainers.trainer_factory", SimpleNamespace(TrainerFactory=factory))
     for name in ("swift", "swift.trainers"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace())
     monkeypatch.delitem(sys.modules, "lisa_dist.integrations.ms_swift", raising=False)
     settings_of = importlib.import_module("lisa_dist.integrations.ms_swift").settings_of
     ours = "lisa_dist.integrations.ms_swift_trainer"
-    assert factory.TRAINER_MAPPING == theirs | {"causal_lm": f"{ours}.LisaSeq2SeqTrainer"}
-    assert factory.TRAINING_ARGS_MAPPING == theirs | {"dpo": f"{ours}.NotByLisa"}
+    assert trainers == theirs | {"causal_lm": f"{ours}.LisaSeq2SeqTrainer"}
+    assert arguments == theirs | {"dpo": f"{ours}.NotByLisa"}
     monkeypatch.setenv("LISA_DIST", variable)
     args = SimpleNamespace(tuner_type="full", lisa_activated_layers=3, lisa_step_interval=7)
     if problem is None:

@@ -330,6 +330,7 @@ def test_every_shipped_model_has_the_parameters_it_is_known_for():
     [
         ("meta-llama/Llama-3.1-8B", "llama3.1-8b"),
         ("meta-llama/Llama-3.1-8B-Instruct", "llama3.1-8b"),
+        ("meta-llama/Meta-Llama-3.1-8B-Instruct", "llama3.1-8b"),
         ("meta-llama/Llama-2-7b-chat-hf", "llama2-7b"),
         ("meta-llama/Llama-2-7b", "llama2-7b"),
         ("qwen/qwen2.5-72b-instruct", "qwen2.5-72b"),
@@ -731,6 +732,15 @@ def test_a_task_s_reference_model_and_pairs_are_planned():
     command = command_for(planned(task="grpo"), grpo)  # on an example of the hub, by a function of TRL's
     assert "--dataset_name trl-lib/tldr" in command
     assert "--reward_funcs think_format_reward" in command
+    held = planned(task="grpo", beta=0.04)
+    assert held.gpu.peak - planned(task="grpo").gpu.peak == held.gpu.reference == sft.gpu.weights
+    assert not planned(task="grpo", beta=0.0).gpu.reference
+    assert not planned(task="orpo", beta=0.1).gpu.reference
+    assert "--beta 0.04" in command_for(held, replace(grpo, beta=0.04))
+    with pytest.raises(
+        UserError, match=r"--beta 0\.1 with --task sft: it is for dpo, kto, orpo and grpo; leave it out"
+    ):
+        PlanArguments("x", beta=0.1)
     with pytest.raises(UserError, match="--micro_batch_size 1 with --task grpo: it compares answers of a step"):
         PlanArguments("x", task="grpo")
     with pytest.raises(UserError, match="--precompute_ref_log_probs with --task orpo: it is for those with a ref"):
