@@ -37,6 +37,7 @@ ONE_PASS, BF16 = {"optim": "lisa_adamw"}, {"dtype": torch.bfloat16}
 EVERY_LAYER = {"lisa_activated_layers": ALL_LAYERS, "lisa_sampler": "fixed"}
 FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 SMALL = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
+LAYERS_8 = {"lisa_state_bits": "layers=8"}
 BALANCED = {"lisa_sampler": "balanced"}
 UPPER = BALANCED | {"lisa_depth_bias": 16.0}
 MODULES = {"lisa_unit": "module", "lisa_budget": AUTO_LAYERS}
@@ -105,9 +106,10 @@ ARMS = {
     "lisa in lora's, upper more": ("lisa", IN_LORA_S | BALANCED | {"lisa_depth_bias": 1.0}, 1),
     "lisa in lora's, upper most": ("lisa", IN_LORA_S | BALANCED | {"lisa_depth_bias": 4.0}, 1),
     "lisa in lora's, probed": ("lisa", IN_LORA_S | PROBED, 1),
-    "lisa in lora's, embed frozen": ("lisa", IN_LORA_S | FROZEN | {"lisa_state_bits": "layers=8"}, 1),
+    "lisa in lora's, embed frozen": ("lisa", IN_LORA_S | FROZEN | LAYERS_8, 1),
     "lisa in lora's, 32 bits": ("lisa", IN_LORA_S | FACTORED, 1),
     "lisa in lora's, embed frozen, 32 bits": ("lisa", IN_LORA_S | FROZEN | {"lisa_state_bits": ""}, 1),
+    "lisa at lora's peak, embed frozen": ("lisa", IN_LORA_S | FROZEN | LAYERS_8 | {"times": 1.0}, 1),
     "lisa in lora's, no masters": ("lisa", IN_LORA_S | BF16 | {"lisa_master": "bf16_sr"}, 1),
     "lisa 2 balanced": ("lisa", LISA | BALANCED, 1),
     "lisa 2 depth 1": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 1.0}, 1),
@@ -135,7 +137,7 @@ ARMS = {
     # The backward pass ends early where embeddings are frozen and lower layers seldom train.
     "lisa 8 upper, embed frozen": ("lisa", {"lisa_activated_layers": 8} | FROZEN | UPPER, 1),
     "lisa 8 window, embed frozen": ("lisa", {"lisa_activated_layers": 8, "lisa_sampler": "window"} | FROZEN, 1),
-    "lisa in lora's, embed frozen, probed": ("lisa", IN_LORA_S | FROZEN | PROBED | {"lisa_state_bits": "layers=8"}, 1),
+    "lisa in lora's, embed frozen, probed": ("lisa", IN_LORA_S | FROZEN | PROBED | LAYERS_8, 1),
 }
 # Of the comparison of every method at equal steps, time and memory.
 PROTOCOL = (
@@ -178,14 +180,14 @@ def planned(arguments: argparse.Namespace, settings: dict, **changes) -> MemoryP
     return planner.plan("zero2", 0, OWN).gpu  # the loss as these runs compute it
 
 
-def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict) -> dict:
-    """As many layers as two with AdamW's states in 32 bits hold beside activations, or as fit 1.1 times LoRA's peak."""
+def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict, times: float = 1.1) -> dict:
+    """As many layers as two with AdamW's states in 32 bits hold beside activations, or as fit LoRA's peak `times`."""
 
     def taken(parts: MemoryParts) -> int:
         return parts.static + parts.gradients if other == "lisa" else parts.peak
 
     lora = {"method": other, "optim": adamw_of(arguments)}
-    budget = taken(planned(arguments, LISA)) if other == "lisa" else 1.1 * taken(planned(arguments, {}, **lora))
+    budget = taken(planned(arguments, LISA)) if other == "lisa" else times * taken(planned(arguments, {}, **lora))
     of_layers = {"lisa_activated_layers": AutoConfig.from_pretrained(arguments.model).num_hidden_layers}
     while taken(planned(arguments, settings | of_layers)) > budget:
         of_layers["lisa_activated_layers"] -= 1
@@ -265,7 +267,7 @@ def build(arguments: argparse.Namespace, arm: str, lr: float, seed: int, interva
     if method == "lisa":
         common["optim"] = settings.pop("optim", adamw_of(arguments))
         settings = {"lisa_interval_steps": INTERVAL} | settings
-        other = settings.pop("memory_of", "lisa")
+        other, times = settings.pop("memory_of", "lisa"), settings.pop("times", 1.1)
         if interval is not None:
             settings["lisa_interval_steps"] = interval
             settings.pop("lisa_wake_warmup_steps", None)  # may be longer, and changes no cost
@@ -274,7 +276,7 @@ def build(arguments: argparse.Namespace, arm: str, lr: float, seed: int, interva
         if settings.get("lisa_activated_layers") == ALL_LAYERS:
             settings["lisa_activated_layers"] = model.config.num_hidden_layers
         if settings.get("lisa_activated_layers") == AUTO_LAYERS:
-            settings = with_memory_of(other, arguments, settings)
+            settings = with_memory_of(other, arguments, settings, times)
         with tempfile.NamedTemporaryFile("w", suffix=".json") as weights:
             if weight_of := settings.pop("weights", None):
                 json.dump([weight_of(layer) for layer in range(model.config.num_hidden_layers)], weights)
