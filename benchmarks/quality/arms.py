@@ -41,6 +41,7 @@ LAYERS_8 = {"lisa_state_bits": "layers=8"}
 BALANCED = {"lisa_sampler": "balanced"}
 UPPER = BALANCED | {"lisa_depth_bias": 16.0}
 MODULES = {"lisa_unit": "module", "lisa_budget": AUTO_LAYERS}
+OF_EIGHT = {"lisa_unit": "module", "lisa_budget": str(8 / 30)}  # of SmolLM2's 30 layers
 PROBED = BALANCED | {"lisa_probe_steps": 10}
 SHARP = {"lisa_importance_temperature": 0.5, "lisa_importance_floor": 0.0}
 # As their packages have them; what is no matrix of a layer steps by plain AdamW.
@@ -122,6 +123,7 @@ ARMS = {
     "lisa 2 probed sharp": ("lisa", LISA | PROBED | SHARP, 1),
     "lisa modules": ("lisa", MODULES, 1),  # as many of their parameters as two layers have
     "lisa modules adaptive": ("lisa", MODULES | {"lisa_sampler": "adaptive"}, 1),
+    "lisa modules 8, embed frozen": ("lisa", OF_EIGHT | FROZEN, 1),
     "lisa 2 window": ("lisa", LISA | {"lisa_sampler": "window"}, 1),
     "lisa 2, embed and head / 2": ("lisa", LISA | {"lisa_lr_scale": "embed=0.5,head=0.5"}, 1),
     "lisa 3": ("lisa", {"lisa_activated_layers": 3}, 1),

@@ -20,7 +20,11 @@ IDEAS = (
     ),
     ("LISA in ms-swift", "ms-swift lisa 2", "the same on the same draws; it keeps states, as `lisa 2 keep`"),
     ("cheaper states, and more layers in the same memory", "lisa auto", "closes the gap: four of five layers"),
-    ("as many layers as fit LoRA's step", "lisa in lora's memory", "within 0.02 of full training, or better: of 5 layers all, of 30 fourteen"),
+    (
+        "as many layers as fit LoRA's step",
+        "lisa in lora's memory",
+        "within 0.02 of full training, or better: of 5 layers all, of 30 fourteen",
+    ),
     (
         "the same, embeddings and head frozen",
         "lisa in lora's, embed frozen",

@@ -25,8 +25,12 @@ def method_name(arm: str) -> str:
         "galore r16": "GaLore r16",
         "apollo r16": "APOLLO r16",
         "lisa modules": "LISA, modules in the place of layers",
+        "lisa modules 8, embed frozen": "LISA, as many modules as 8 layers, embed frozen",
         "lisa in lora's memory": "LISA, as many layers as fit LoRA's peak and a tenth",
+        "lisa in lora's, 32 bits": "LISA, as many as fit it with layers' moments in 32 bits",
         "lisa in lora's, embed frozen": "LISA, as many as fit it with embed frozen",
+        "lisa at lora's peak, embed frozen": "LISA, as many as fit LoRA's own peak with embed frozen",
+        "lisa in lora's, no masters": "LISA, as many layers as fit LoRA's peak and a tenth, in bf16",
     }
     return named.get(arm, arm).replace("lora", "LoRA").replace("fixed ", "fixed layers, gamma ")
 
@@ -147,14 +151,18 @@ def methods_on_smollm2(figures: dict) -> Rows:
 IN_TIME = (
     "full",
     "lora r16",
-    "lisa all, factored",
     "lisa in lora's memory",
+    "lisa in lora's, 32 bits",
     "lisa in lora's, embed frozen",
+    "lisa 3 depth 8, factored",
+    "lisa 14, factored",
     "lisa 8, embed frozen",
+    "lisa modules 8, embed frozen",
 )
+TASKS = ("stories260K, GSM8K", "SmolLM2, GSM8K", "SmolLM2, Alpaca")
 
 
-@table("comparing_time", "time")
+@table("comparing_time", "time", "time_smollm2", "time_smollm2_alpaca")
 def methods_in_equal_time(*tasks: dict) -> Rows:
     """Mean held-out loss and steps of each method after as many seconds, of every task."""
     rows = []
@@ -169,7 +177,7 @@ def methods_in_equal_time(*tasks: dict) -> Rows:
         if set(row[1:]) != {"-"}:
             rows.append(row)
     header = ["held-out loss"]
-    for name, figures in zip(("stories260K, GSM8K",), tasks, strict=True):
+    for name, figures in zip(TASKS, tasks, strict=True):
         header += [f"{name}, {figures['settings']['seconds']:.0f} CPU s", "steps"]
     return [header, *rows]
 
