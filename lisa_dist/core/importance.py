@@ -69,12 +69,10 @@ class LayerImportance:
 def weights_of_scores(scores: Sequence[float], floor: float) -> list[float]:
     """Weights that add up to 1: `floor` of it evenly, the rest by a softmax of scores.
 
-    No power is below a millionth of the highest, so that there are always layers enough to sample. Rounded to 12
-    digits: the last bits of a power are others on another machine, and all ranks hold the same weights.
+    No power is below a millionth of the highest, so that there are always layers enough to sample.
     """
     powers = [max(math.exp(score - max(scores)), 1e-6) for score in scores]
-    weights = [floor / len(scores) + (1 - floor) * power / sum(powers) for power in powers]
-    return [float(f"{weight:.12g}") for weight in weights]
+    return [floor / len(scores) + (1 - floor) * power / sum(powers) for power in powers]
 
 
 def observe_layers(
