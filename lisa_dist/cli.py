@@ -82,7 +82,7 @@ def _run_words(verb: str | None, words: list[str]) -> None:
 
 @contextlib.contextmanager
 def _printed() -> Iterator[None]:
-    """Texts to read: a reader that goes before their end, as `head` does, is no error."""
+    """Texts to read: a reader that goes before their end, as `head` does, ends the process without a traceback."""
     try:
         try:
             yield
@@ -90,7 +90,7 @@ def _printed() -> Iterator[None]:
             sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it exits
-        raise SystemExit(0) from None
+        raise SystemExit(1) from None  # not 0, for what was to be read may have been an error
 
 
 def run_verb(verb: str, words: Sequence[str]) -> None:

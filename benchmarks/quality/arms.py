@@ -28,7 +28,6 @@ from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 
 INTERVAL = 20  # K
 ALL_LAYERS = "all"
-THREE = {"lisa_activated_layers": 3}
 LISA, EMBED_AND_HEAD = {"lisa_activated_layers": 2}, {"lisa_activated_layers": 0}
 FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}
 WEIGHTED = {"lisa_sampler": "weighted"}  # and "weights", of a layer by its number from 0
@@ -39,6 +38,7 @@ FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 SMALL = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
 LAYERS_8 = {"lisa_state_bits": "layers=8"}
 BALANCED = {"lisa_sampler": "balanced"}
+DEEP = BALANCED | {"lisa_depth_bias": 8.0}
 UPPER = BALANCED | {"lisa_depth_bias": 16.0}
 MODULES = {"lisa_unit": "module", "lisa_budget": AUTO_LAYERS}
 OF_EIGHT = {"lisa_unit": "module", "lisa_budget": str(8 / 30)}  # of SmolLM2's 30 layers
@@ -109,16 +109,14 @@ ARMS = {
     "lisa in lora's, probed": ("lisa", IN_LORA_S | PROBED, 1),
     "lisa in lora's, embed frozen": ("lisa", IN_LORA_S | FROZEN | LAYERS_8, 1),
     "lisa in lora's, 32 bits": ("lisa", IN_LORA_S | FACTORED, 1),
-    "lisa in lora's, embed frozen, 32 bits": ("lisa", IN_LORA_S | FROZEN | {"lisa_state_bits": ""}, 1),
     "lisa at lora's peak, embed frozen": ("lisa", IN_LORA_S | FROZEN | LAYERS_8 | {"times": 1.0}, 1),
     "lisa in lora's, no masters": ("lisa", IN_LORA_S | BF16 | {"lisa_master": "bf16_sr"}, 1),
     "lisa 2 balanced": ("lisa", LISA | BALANCED, 1),
     "lisa 2 depth 1": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 1.0}, 1),
     "lisa 2 depth 2": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 2.0}, 1),
     "lisa 2 depth 4": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 4.0}, 1),
-    "lisa 2 depth 8": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 8.0}, 1),
-    "lisa 2 depth 8, factored": ("lisa", LISA | BALANCED | {"lisa_depth_bias": 8.0} | ONE_PASS | FACTORED, 1),
-    "lisa 3 depth 8, factored": ("lisa", THREE | BALANCED | {"lisa_depth_bias": 8.0} | ONE_PASS | FACTORED, 1),
+    "lisa 2 depth 8": ("lisa", LISA | DEEP, 1),
+    "lisa 3 depth 8, factored": ("lisa", {"lisa_activated_layers": 3} | DEEP | ONE_PASS | FACTORED, 1),
     "lisa 2 probed": ("lisa", LISA | PROBED, 1),
     "lisa 2 probed sharp": ("lisa", LISA | PROBED | SHARP, 1),
     "lisa modules": ("lisa", MODULES, 1),  # as many of their parameters as two layers have

@@ -16,6 +16,18 @@ _AS_HERE = {
 }  # fmt: skip
 
 
+def _schedule(value: str, given: Given) -> Flags:
+    return {} if value == "cosine" and given.get("cosine_min_lr_ratio") else schedule(value, given)
+
+
+def _least_rate(value: float, given: Given) -> Flags:
+    if not value:
+        return {}
+    if given.get("lr_scheduler", "cosine") != "cosine":
+        raise NoCounterpart("it is of the schedule cosine alone: lr_scheduler_type: cosine_with_min_lr")
+    return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": float(value)}}
+
+
 def _special_tokens(value: dict[str, str] | None, given: Given) -> Flags:
     """Those that a run may name; of others the model's tokenizer has to know."""
     found = {name: token for name, token in (value or {}).items() if token is not None}
@@ -125,7 +137,7 @@ AXOLOTL_RULES: dict[str, Rule] = {
     "base_model": "model_name_or_path", "datasets": _datasets, "test_datasets": _held_out_files,
     "sequence_len": "max_length", "hub_model_id": _hub_model,
     "micro_batch_size": "per_device_train_batch_size", "eval_batch_size": "per_device_eval_batch_size",
-    "num_epochs": "num_train_epochs", "optimizer": optimizer, "lr_scheduler": schedule, "sample_packing": "packing",
+    "num_epochs": "num_train_epochs", "optimizer": optimizer, "lr_scheduler": _schedule, "sample_packing": "packing",
     "eval_sample_packing": "eval_packing", "val_set_size": _held_out_part, "evals_per_epoch": _per_epoch("eval"),
     "saves_per_epoch": _per_epoch("save"), "eval_steps": _steps("eval"), "save_steps": _steps("save"),
     "lisa_n_layers": "lisa_activated_layers", "lisa_step_interval": "lisa_interval_steps",
@@ -140,7 +152,7 @@ AXOLOTL_RULES: dict[str, Rule] = {
     "pad_to_sequence_len": "(rows are padded to the longest of a batch)", "flash_attention": AT_ONCE,
     "xformers_attention": AT_ONCE, "sdp_attention": AT_ONCE, "attn_implementation": AT_ONCE,
     "gradient_checkpointing_kwargs": "(checkpointing is never reentrant)", "special_tokens": _special_tokens,
-    "plugins": _plugins, "debug": "(--logging_steps 1 shows each step)",
+    "cosine_min_lr_ratio": _least_rate, "plugins": _plugins, "debug": "(--logging_steps 1 shows each step)",
     "gradient_checkpointing": lambda value, given: {"gradient_checkpointing": bool(value)},
     **{f"liger_{kernel}": true_is("use_liger_kernel") for kernel in
        ("rope", "rms_norm", "glu_activation", "swiglu", "fused_linear_cross_entropy", "layer_norm")},

@@ -16,7 +16,7 @@ OWN_TEMPLATE = "the tokenizer's own chat template is used; for another give chat
 FEWER_BITS = "with method: lisa frozen layers can be held in fewer bits, lisa_frozen_bits: 4"
 _SAME_RUN = "(nothing is written over; --resume_from_checkpoint auto goes on)"
 # DeepSpeed's configurations that the tools have, by their names, and the same with the optimizer on the host.
-_DS_FOLDERS = ("", "configs", "deepspeed_configs", "examples/deepspeed")
+_DS_FOLDERS = (".", "configs", "deepspeed_configs", "examples/deepspeed")
 _DS_CONFIGS = (
     (r"(?:default-)?zero([0-3])(?:_torch_compile|_bf16|_no_offload)?", ""),
     (r"ds_z([0-3])_config|ds_config_zero([0-3])_(?:no_offload|nocpu)", ""),
@@ -51,15 +51,7 @@ def schedule(value: str, given: Given) -> Flags:
     """A schedule of transformers."""
     if value not in _SCHEDULES:
         raise NoCounterpart(f"the nearest is cosine; there are {', '.join(_SCHEDULES)}")
-    return {} if value == "cosine" and given.get("cosine_min_lr_ratio") else {"lr_scheduler_type": value}
-
-
-def _least_rate(value: float, given: Given) -> Flags:
-    if not value:
-        return {}
-    if given.get("lr_scheduler", "cosine") != "cosine":
-        raise NoCounterpart("it is of the schedule cosine alone: lr_scheduler_type: cosine_with_min_lr")
-    return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": float(value)}}
+    return {"lr_scheduler_type": value}
 
 
 def _warmup_ratio(value: float, given: Given) -> Flags:
@@ -78,10 +70,10 @@ def _evaluates(value: Any, given: Given) -> Flags:
 def _deepspeed(value: Any, given: Given) -> Flags:
     if isinstance(value, dict):
         raise NoCounterpart("put it in a file of its own, without its optimizer section, and give its path")
-    folder, name = Path(str(value)).parent.as_posix(), Path(str(value)).name.removesuffix(".json")
-    if folder.lstrip("./") in _DS_FOLDERS:
+    path = Path(str(value))
+    if path.parent.as_posix() in _DS_FOLDERS:
         for names, offload in _DS_CONFIGS:
-            if found := re.fullmatch(names, name):
+            if found := re.fullmatch(names, path.name.removesuffix(".json")):
                 stage = max(1, *(int(digit) for digit in found.groups() if digit))
                 return {"deepspeed": f"zero{stage}{offload}"}
     raise NoCounterpart(
@@ -111,7 +103,7 @@ LORA: dict[str, Rule] = {
 }  # fmt: skip
 COMMON: dict[str, Rule] = {
     "optim": optimizer, "lr_scheduler_type": schedule, "warmup_ratio": _warmup_ratio, "warmup_steps": _warmup_steps,
-    "cosine_min_lr_ratio": _least_rate, "deepspeed": _deepspeed, "evaluation_strategy": "eval_strategy",
+    "deepspeed": _deepspeed, "evaluation_strategy": "eval_strategy",
     "do_eval": _evaluates, "load_in_8bit": _weights_in(8), "load_in_4bit": _weights_in(4),
     "do_train": "(a run trains)", "overwrite_output_dir": _SAME_RUN, "preprocessing_num_workers": CACHED,
     "overwrite_cache": CACHED, "ddp_timeout": "(--hang_timeout ends a run that hangs)", "bf16": boolean("bf16"),

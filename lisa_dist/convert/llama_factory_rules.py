@@ -26,30 +26,31 @@ def _known_datasets(given: Given) -> dict[str, dict]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _datasets(value: Any, given: Given) -> Flags:
-    """The files or the hub's names behind those of dataset_info.json, each with the number of rows that are taken."""
-    names, count = names_of(value), given.get("max_samples")
-    known, folder = _known_datasets(given), Path(str(given.get("dataset_dir") or "data"))
-    found, of_each = [], []
-    for name in names:
-        info = known.get(name, {})
-        source = info.get("hf_hub_url") or (folder / info["file_name"]).as_posix() if info else name
-        found.append(source if count is None else f"{source}#{count}")
-        sharegpt = info.get("formatting") == "sharegpt"
-        pairs = [
-            f"{name if sharegpt else _COLUMNS.get(name, name)}={column}"
-            for name, column in info.get("columns", {}).items()
-        ]
-        pairs = [pair for pair in pairs if pair.partition("=")[0] != pair.partition("=")[2]]
-        flags = {"dataset_config": info.get("subset"), "dataset_split": info.get("split"), "dataset_columns": pairs}
-        of_each.append({name: value for name, value in flags.items() if value})
-    flags = alike(found, of_each)
-    if unknown := [name for name in names if name not in known]:
-        raise NoCounterpart(
-            f"{', '.join(unknown)}: names of dataset_info.json, which is not at hand; give files, or the hub's names",
-            flags,
-        )
-    return flags
+def _looked_up(name: str, known: Given, given: Given) -> tuple[str, Flags]:
+    """The file or the hub's name behind one of dataset_info.json, with the number of rows, and what is said of it."""
+    info, count = known.get(name, {}), given.get("max_samples")
+    folder = Path(str(given.get("dataset_dir") or "data"))
+    source = info.get("hf_hub_url") or (folder / info["file_name"]).as_posix() if info else name
+    here = {} if info.get("formatting") == "sharegpt" else _COLUMNS
+    columns = {here.get(theirs, theirs): column for theirs, column in info.get("columns", {}).items()}
+    pairs = [f"{ours}={column}" for ours, column in columns.items() if ours != column]
+    said = {"dataset_config": info.get("subset"), "dataset_split": info.get("split"), "dataset_columns": pairs}
+    return source if count is None else f"{source}#{count}", {key: value for key, value in said.items() if value}
+
+
+def _datasets_as(flag: str) -> Rule:
+    def rule(value: Any, given: Given) -> Flags:
+        names, known = names_of(value), _known_datasets(given)
+        sources, of_each = zip(*(_looked_up(name, known, given) for name in names), strict=True)
+        flags = alike(list(sources), list(of_each))
+        flags = flags if flag == "dataset_name" else {flag: flags["dataset_name"]}
+        if unknown := [name for name in names if name not in known]:
+            raise NoCounterpart(
+                f"{', '.join(unknown)}: in no dataset_info.json at hand; give files, or the hub's names", flags
+            )
+        return flags
+
+    return rule
 
 
 def _tuning(value: str, given: Given) -> Flags:
@@ -92,11 +93,11 @@ def _first_block(value: int, given: Given) -> Flags:
 
 FACTORY_RULES: dict[str, Rule] = LORA | {
     "use_badam": "(method: lisa, one layer at a time)",
-    "weight_decay": _decay_of_factory, "finetuning_type": _tuning, "dataset": _datasets,
+    "weight_decay": _decay_of_factory, "finetuning_type": _tuning, "dataset": _datasets_as("dataset_name"),
     "cutoff_len": "max_length", "badam_switch_mode": _badam_order,
     "badam_switch_interval": "lisa_interval_steps", "badam_mode": nothing_but("layer", "layers alone are sampled so"),
     "badam_verbose": "(each switch is printed)", "badam_start_block": _first_block,
-    "lora_target": lora_targets, "eval_dataset": lambda value, given: {"eval_dataset_name": names_of(value)},
+    "lora_target": lora_targets, "eval_dataset": _datasets_as("eval_dataset_name"),
     "val_size": unless_zero("eval_rows"), "train_on_prompt": "train_on_inputs", "neat_packing": true_is("packing"),
     "flash_attn": AT_ONCE, "enable_liger_kernel": true_is("use_liger_kernel"),
     "disable_gradient_checkpointing": true_is("gradient_checkpointing", False),

@@ -4,7 +4,6 @@ from typing import Any
 
 from swift.trainers import Seq2SeqTrainer
 
-from lisa_dist.errors import UserError
 from lisa_dist.integrations.ms_swift import settings_of
 from lisa_dist.integrations.settings import one_line
 from lisa_dist.train.trainer import LisaMixin
@@ -27,8 +26,7 @@ class NotByLisa:
     """In the place of the arguments of ms-swift's other trainers."""
 
     def __init__(self, **arguments: Any):
-        with one_line():
-            raise UserError(
-                "ms-swift's plugin is for `swift sft` and `swift pt` of causal language models; leave it out, or run "
-                "lisa-dist train with --task."
-            )
+        raise SystemExit(
+            "lisa_dist: ms-swift's plugin is for `swift sft` and `swift pt` of causal language models; leave it out, or run "
+            "lisa-dist train with --task."
+        )

@@ -110,7 +110,7 @@ def test_a_reader_may_go_before_the_end(words):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         errors = process.stderr.read()
-    assert (process.returncode, errors) == (0, "")
+    assert (process.returncode, errors) == (1, "")
 
 
 def test_all_flags_can_be_listed(capsys):

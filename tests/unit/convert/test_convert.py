@@ -256,7 +256,7 @@ datasets: [{path: rows.jsonl, type: chat_template}]
 sequence_len: 512
 micro_batch_size: 4
 """
-FROM_FACTORY = {"pref_ftx": "loss_weights", "dataset": "dpo_en_demo: names of dataset_info.json"}
+FROM_FACTORY = {"pref_ftx": "loss_weights", "dataset": "dpo_en_demo: in no dataset_info.json at hand"}
 KTO_OF_SWIFT = """
 swift rlhf --rlhf_type kto --model org/model --train_type full --dataset rows.jsonl --beta 0.3 --desirable_weight 2 \\
   --max_length 256 --truncation_strategy delete
@@ -438,8 +438,10 @@ def test_datasets_of_llama_factory_are_the_files_behind_their_names(files):
     found, flags = converted(text.format("theirs"))
     assert (flags["dataset_name"], flags["dataset_split"]) == (["org/rows#7"], "train")
     found, flags = converted(text.format("other"))
-    assert "other: names of dataset_info.json" in found.remarks["dataset"]
+    assert "other: in no dataset_info.json at hand" in found.remarks["dataset"]
     assert flags["dataset_name"] == ["other#7"]
+    found, flags = converted(text.format("mine") + "eval_dataset: theirs\n")
+    assert (flags["eval_dataset_name"], found.remarks) == (["org/rows#7"], {})
 
 
 def test_batches_of_swift_make_sixteen_examples_or_as_many_as_they_can(files):
