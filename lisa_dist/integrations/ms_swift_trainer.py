@@ -27,6 +27,6 @@ class NotByLisa:
 
     def __init__(self, **arguments: Any):
         raise SystemExit(
-            "lisa_dist: ms-swift's plugin is for `swift sft` and `swift pt` of causal language models; leave it out, or run "
-            "lisa-dist train with --task."
+            "lisa_dist: ms-swift's plugin is for `swift sft` and `swift pt` of causal language models; leave it out, "
+            "or run lisa-dist train with --task."
         )
