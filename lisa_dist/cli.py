@@ -107,7 +107,7 @@ def run_verb(verb: str, words: Sequence[str]) -> None:
         module = import_verb(verb)
     if table is None:
         flag_tables.store(table_name, parser_of(table_name))
-    with _printed() if "--help_all" in words else contextlib.nullcontext():
+    with _printed() if {"-h", "--help", "--help_all"} & set(words) else contextlib.nullcontext():
         module.main(words)
 
 

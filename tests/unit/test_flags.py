@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -103,11 +104,15 @@ def test_verbs_without_flags_say_how_they_are_used(monkeypatch, capsys, words, c
     assert len(screen.splitlines()) <= 54
 
 
+@pytest.mark.parametrize("rank", [{}, {"RANK": "0"}], ids=["of its table", "of its parser"])
 @pytest.mark.parametrize("words", [["train", "--help"], ["train", "--help_all"], ["recipes", "--help"], ["--help"]])
-def test_a_reader_may_go_before_the_end(words):
+def test_a_reader_may_go_before_the_end(words, rank):
     """As `lisa-dist train --help | head -1` has it, also where Python does not buffer."""
     command = [sys.executable, "-u", "-m", "lisa_dist.cli", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"} | rank
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         process.stdout.close()
         errors = process.stderr.read()
     assert (process.returncode, errors) == (1, "")
