@@ -25,14 +25,18 @@ _NOT_WITH = ("adapter", "rl", "reward_model", "process_reward_model", "relora", 
 class LisaPlugin(BasePlugin):
     """Trains Axolotl's own examples, by its own trainer, by LISA. Ends by one line for keys that do not go with it."""
 
+    def register(self, cfg: dict) -> None:
+        """Look at the keys, which Axolotl shows here first: its data and its model take minutes."""
+        with one_line():
+            _arguments(cfg)
+
     def get_input_args(self) -> str:
         """Where the keys are."""
         return "lisa_dist.integrations.axolotl_args.LisaArgs"
 
     def get_trainer_cls(self, cfg: Any) -> type:
         """Axolotl's trainer, by LISA with the settings of a configuration."""
-        with one_line():
-            return _trainer_by(_arguments(cfg))
+        return _trainer_by(_arguments(cfg))
 
 
 def _trainer_by(of_mixin: dict[str, Any]) -> type:

@@ -201,10 +201,12 @@ def test_a_host_s_run_is_ours_and_resumes_to_the_same_bits(folder, host):
         ("ms-swift", {"program": "rlhf", "rlhf_type": "dpo"}, "ms-swift's plugin is for `swift sft` and `swift pt`"),
         ("axolotl", {"lisa_n_layers": 2, "lisa_step_interval": 2}, "lisa_n_layers, lisa_step_interval: they attach"),
         ("axolotl", {"rl": "dpo"}, "rl: dpo: LISA trains whole layers, supervised; leave it out."),
+        ("axolotl", {"lisa_sampler": "x"}, "lisa_sampler x: unknown"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(folder, host, settings, problem):
-    """By each rank; what its program and the launcher make of its end is theirs."""
+    """By each rank, before a model is loaded; what its program and the launcher make of its end is theirs."""
     with pytest.raises(AssertionError, match=f"(?m)^(\\[rank[01]\\]: ?)?lisa_dist: {re.escape(problem)}") as failed:
         HOSTS[host](folder, folder / f"{host}-slip", **settings)
     assert "lisa_dist.errors" not in str(failed.value)
+    assert "Loading weights" not in str(failed.value)
