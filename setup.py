@@ -30,9 +30,9 @@ setup(
         **{f"lisa_dist.{link}": ["*.*", "*/*.yaml", "*/*.md"] for link in LINKS},
     },
     install_requires=[
-        "torch>=2.8,<3",
+        "torch>=2.9,<3",
         "deepspeed>=0.19.8,<0.20",
-        "transformers>=5.6,<6",
+        "transformers>=5.10.1,<6",
         "accelerate>=1.10.1,<2",
         "datasets>=4.7,<6",
         "bitsandbytes>=0.50,<1",  # the first whose 8-bit AdamW is for CPUs too

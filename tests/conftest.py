@@ -50,6 +50,13 @@ def _stop_ranks_at_the_end():
     ranks.stop_ranks()
 
 
+@pytest.fixture(autouse=True)
+def _no_rank_of_another_test():
+    """A parse makes its process the only rank where nothing says which it is, and that would stay."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data, beside the repository or where LISA_DIST_DATA points; skips where it is absent."""

@@ -24,7 +24,7 @@ def live_storages() -> list[torch.UntypedStorage]:
     kinds = _tensor_classes()
     storages: dict[int, torch.UntypedStorage] = {}
     # By exact class: isinstance would be slower, and asks lazy proxies for __class__, which makes them load.
-    for candidate in [thing for thing in gc.get_objects() if type(thing) in kinds]:
+    for candidate in [thing for thing in gc.get_objects() if type(thing) in kinds and _is_defined(thing)]:
         for tensor in (candidate, candidate.grad if candidate.is_leaf else None):
             if tensor is not None and tensor.layout == torch.strided and not tensor.is_meta:
                 storage = tensor.untyped_storage()
@@ -32,6 +32,14 @@ def live_storages() -> list[torch.UntypedStorage]:
                 if address is not None and address not in shared_addresses:
                     storages[address] = storage
     return list(storages.values())
+
+
+def _is_defined(tensor: torch.Tensor) -> bool:
+    """Whether there is a tensor behind an object; autograd of torch 2.9 and older has some without."""
+    try:
+        return tensor.device is not None
+    except RuntimeError:  # there is no other way to ask
+        return False
 
 
 def _address(storage: torch.UntypedStorage) -> int | None:

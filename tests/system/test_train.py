@@ -238,7 +238,6 @@ def test_a_signal_to_lisa_dist_train_saves_on_its_ranks(folder, tmp_path):
 
 
 def test_flags_are_checked_before_ranks_are_started(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(launching.subprocess, "Popen", None)
     with pytest.raises(ValueError, match=r"--max_step: no such flag; did you mean --max_steps\?"):
         launch_if_asked(["--gpus", "2", "--max_step", "4"], "train", run_parser().check)

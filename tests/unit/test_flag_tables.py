@@ -136,7 +136,6 @@ def test_a_table_has_the_parser_s_screen(tables, verb, capsys):
 )
 def test_nothing_is_imported_for_an_answer(monkeypatch, tmp_path, words, code):
     """Where a table of these releases is shipped, or in the cache."""
-    monkeypatch.delenv("RANK", raising=False)  # what trained in this process has set it
     for verb, module in PARSERS.items():
         if flag_tables.load(verb) is None:
             flag_tables.store(verb, module.parser())
@@ -202,7 +201,6 @@ def test_what_may_be_there_passes(monkeypatch, tmp_path):
 
 def test_with_other_releases_the_first_command_leaves_a_table(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(flag_tables, "versions", lambda: {"transformers": "5.99", "trl": "1.99"})
     assert flag_tables.load("norms") is None
     with pytest.raises(SystemExit):

@@ -177,8 +177,6 @@ def test_a_run_whose_ranks_differ_ends_at_the_start(tmp_path):
 
 
 def test_an_error_before_there_is_a_rank_is_one_line(monkeypatch, capsys):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "4")
     with pytest.raises(SystemExit) as ended:
         main(["--dataset_name", "rows.jsonl"])

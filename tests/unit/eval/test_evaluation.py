@@ -62,11 +62,7 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _one_rank(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv(name, "0")  # for monkeypatch to take away what a run sets
-        monkeypatch.delenv(name)
+def _no_entries_of_another_test():
     benchmark_files.read_entries.cache_clear()
 
 

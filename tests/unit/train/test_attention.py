@@ -212,7 +212,10 @@ BOTH = ("flash-attn", "flash-attn-3")
             "flash-attn takes heads of at most 256, and the model's are 512",
         ),
         (HOPPER, BOTH, True, Gemma2Config(), "flash_attention_3", "flash-attn-3 is installed"),
-        (None, [], True, Gemma2Config(), "eager", "no CUDA device; Gemma2ForCausalLM does not support SDPA"),
+        (
+            None, [], True, LlamaConfig(architectures=["BloomForCausalLM"]), "eager",
+            "no CUDA device; BloomForCausalLM does not support SDPA",
+        ),
         (
             HOPPER, BOTH, True, LlamaConfig(architectures=["BloomForCausalLM"]), "eager",
             "BloomForCausalLM does not support flash-attn; BloomForCausalLM does not support SDPA",

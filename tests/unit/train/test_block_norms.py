@@ -380,8 +380,9 @@ def test_bad_words_are_named(tmp_path, monkeypatch, capsys):
         (["--out", tmp_path], "the following arguments are required: RUN"),
         ([f"a/b={run}", "--out", tmp_path], "a label may contain letters, digits, _ and - only"),
         ([f"a={run}", f"a={run}", "--out", tmp_path], "the label a is given twice"),
-        ([tmp_path / "nowhere", "--out", tmp_path], "there is no lisa_norms.csv in"),
-        ([tmp_path / "no.csv", "--out", tmp_path], "there is no no.csv in"),
+        ([tmp_path / "nowhere", "--out", tmp_path], "nowhere: no such file or folder."),
+        ([tmp_path, "--out", tmp_path], "there is no lisa_norms.csv in"),
+        ([tmp_path / "no.csv", "--out", tmp_path], "no.csv: no such file or folder."),
         ([broken, "--out", tmp_path], "lisa_run.json: cannot be read"),
         ([run, "--out", tmp_path / "file"], "cannot be written"),
     ):

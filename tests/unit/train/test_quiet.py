@@ -23,7 +23,6 @@ from lisa_dist.train.quiet import leave_out_bars_of_other_ranks, leave_out_usele
     ],
 )
 def test_what_nobody_can_act_on_is_left_out(monkeypatch, logger, said, is_shown):
-    monkeypatch.delenv("RANK", raising=False)
     theirs = logging.getLogger(logger)
     monkeypatch.setattr(theirs, "filters", [])
     leave_out_useless_words()
