@@ -1,6 +1,8 @@
 """Bytes that live tensors hold on this rank."""
 
+import contextlib
 import gc
+from collections.abc import Iterator
 
 import torch
 
@@ -23,19 +25,34 @@ def live_storages() -> list[torch.UntypedStorage]:
     """Every storage that a tensor known to the garbage collector points to, once; none that ranks share."""
     kinds = _tensor_classes()
     storages: dict[int, torch.UntypedStorage] = {}
-    # By exact class: isinstance would be slower, and asks lazy proxies for __class__, which makes them load.
-    for candidate in [thing for thing in gc.get_objects() if type(thing) in kinds and _is_defined(thing)]:
-        for tensor in (candidate, candidate.grad if candidate.is_leaf else None):
-            if tensor is not None and tensor.layout == torch.strided and not tensor.is_meta:
-                storage = tensor.untyped_storage()
-                address = _address(storage) if storage.device.type != "meta" else None  # a plan's
-                if address is not None and address not in shared_addresses:
-                    storages[address] = storage
+    with _without_collection():
+        # By exact class: isinstance would be slower, and asks lazy proxies for __class__, which makes them load.
+        for candidate in [thing for thing in gc.get_objects() if type(thing) in kinds]:
+            if not _is_defined(candidate):
+                continue
+            for tensor in (candidate, candidate.grad if candidate.is_leaf else None):
+                if tensor is not None and tensor.layout == torch.strided and not tensor.is_meta:
+                    storage = tensor.untyped_storage()
+                    address = _address(storage) if storage.device.type != "meta" else None  # a plan's
+                    if address is not None and address not in shared_addresses:
+                        storages[address] = storage
     return list(storages.values())
 
 
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """The garbage collector may take the tensor from an object that torch 2.9 and older own, whoever refers to it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _is_defined(tensor: torch.Tensor) -> bool:
-    """Whether there is a tensor behind an object; autograd of torch 2.9 and older has some without."""
+    """Whether the tensor behind an object is there still."""
     try:
         return tensor.device is not None
     except RuntimeError:  # there is no other way to ask

@@ -37,7 +37,7 @@ def test_tensors_of_a_compiler_have_no_memory():
 
 
 def test_an_object_without_a_tensor_behind_it_has_no_bytes():
-    """Which torch 2.9 leaves some of, now and then, and a call of whose methods fails."""
+    """As torch 2.9 leaves some, now and then; a call of their methods fails."""
 
     def fail(_):
         raise RuntimeError("cannot call get_autograd_meta() on undefined tensor")
