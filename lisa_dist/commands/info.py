@@ -6,7 +6,7 @@ import shutil
 from importlib.util import find_spec
 
 import torch
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from lisa_dist.commands import exit_on_error
 from lisa_dist.distributed.devices import why_no_gpu
@@ -37,8 +37,11 @@ def describe() -> str:
     """
     on_gpu = torch.cuda.is_available()
     kernels, why = choose_kernels("cuda" if on_gpu else "cpu")
-    # Without a GPU it is SDPA's for any model, and to ask a Llama's class takes a second of imports.
-    config = LlamaConfig() if on_gpu else PretrainedConfig()
+    config = PretrainedConfig()
+    if on_gpu:  # without one it is SDPA's for any model, and a Llama's classes take more than a second to import
+        from transformers import LlamaConfig
+
+        config = LlamaConfig()
     attention, why_attention = choose_attention(None, half_precision=True, config=config)
     rows = [
         ("lisa_dist", version_of("lisa_dist")),
