@@ -38,7 +38,7 @@ def describe() -> str:
     on_gpu = torch.cuda.is_available()
     kernels, why = choose_kernels("cuda" if on_gpu else "cpu")
     config = PretrainedConfig()
-    if on_gpu:  # without one it is SDPA's for any model, and a Llama's classes take more than a second to import
+    if on_gpu:  # without one it is SDPA's for any model, and a Llama's configuration takes half a second to import
         from transformers import LlamaConfig
 
         config = LlamaConfig()

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 
+from lisa_dist.core import live_bytes
 from lisa_dist.core.live_bytes import live_storages, live_tensor_bytes
 
 
@@ -34,6 +35,18 @@ def test_tensors_of_a_compiler_have_no_memory():
     functional = torch._to_functional_tensor(behind)
     assert live_tensor_bytes() == before
     del functional
+
+
+def test_nothing_is_collected_meanwhile(monkeypatch):
+    collects = []
+    monkeypatch.setattr(live_bytes.gc, "get_objects", lambda: collects.append(gc.isenabled()) or [])
+    gc.enable()
+    live_storages()
+    assert collects == [False]
+    assert gc.isenabled()
+    gc.disable()
+    live_storages()
+    assert not gc.isenabled(), "as it was"
 
 
 def test_an_object_without_a_tensor_behind_it_has_no_bytes():
