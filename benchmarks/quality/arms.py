@@ -37,7 +37,7 @@ EVERY_LAYER = {"lisa_activated_layers": ALL_LAYERS, "lisa_sampler": "fixed"}
 FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 SMALL = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
 LAYERS_8 = {"lisa_state_bits": "layers=8"}
-BALANCED = {"lisa_sampler": "balanced"}
+BALANCED, WINDOW = {"lisa_sampler": "balanced"}, {"lisa_sampler": "window"}
 DEEP = BALANCED | {"lisa_depth_bias": 8.0}
 UPPER = BALANCED | {"lisa_depth_bias": 16.0}
 MODULES = {"lisa_unit": "module", "lisa_budget": AUTO_LAYERS}
@@ -122,7 +122,7 @@ ARMS = {
     "lisa modules": ("lisa", MODULES, 1),  # as many of their parameters as two layers have
     "lisa modules adaptive": ("lisa", MODULES | {"lisa_sampler": "adaptive"}, 1),
     "lisa modules 8, embed frozen": ("lisa", OF_EIGHT | FROZEN, 1),
-    "lisa 2 window": ("lisa", LISA | {"lisa_sampler": "window"}, 1),
+    "lisa 2 window": ("lisa", LISA | WINDOW, 1),
     "lisa 2, embed and head / 2": ("lisa", LISA | {"lisa_lr_scale": "embed=0.5,head=0.5"}, 1),
     "lisa 3": ("lisa", {"lisa_activated_layers": 3}, 1),
     "lisa 4": ("lisa", {"lisa_activated_layers": 4}, 1),
@@ -132,11 +132,13 @@ ARMS = {
     "lisa 8 K 5, embed frozen": ("lisa", {"lisa_activated_layers": 8, "lisa_interval_steps": 5} | FROZEN, 1),
     "lisa 8 keep, embed frozen": ("lisa", {"lisa_activated_layers": 8, "lisa_state": "keep"} | FROZEN, 1),
     "lisa 12, embed frozen": ("lisa", {"lisa_activated_layers": 12} | FROZEN, 1),
+    "lisa 14, embed frozen": ("lisa", {"lisa_activated_layers": 14} | FROZEN | ONE_PASS, 1),
     "lisa 8": ("lisa", {"lisa_activated_layers": 8}, 1),
     "lisa 14, factored": ("lisa", {"lisa_activated_layers": 14} | ONE_PASS | FACTORED, 1),
     # The backward pass ends early where embeddings are frozen and lower layers seldom train.
     "lisa 8 upper, embed frozen": ("lisa", {"lisa_activated_layers": 8} | FROZEN | UPPER, 1),
-    "lisa 8 window, embed frozen": ("lisa", {"lisa_activated_layers": 8, "lisa_sampler": "window"} | FROZEN, 1),
+    "lisa 8 window, embed frozen": ("lisa", {"lisa_activated_layers": 8} | FROZEN | WINDOW | ONE_PASS, 1),
+    "lisa 14 window, embed frozen": ("lisa", {"lisa_activated_layers": 14} | FROZEN | WINDOW | ONE_PASS, 1),
     "lisa in lora's, embed frozen, probed": ("lisa", IN_LORA_S | FROZEN | PROBED | LAYERS_8, 1),
 }
 # Of the comparison of every method at equal steps, time and memory.

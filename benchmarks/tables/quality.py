@@ -159,6 +159,7 @@ IN_TIME = (
     "lisa 8, embed frozen",
     "lisa modules 8, embed frozen",
 )
+MODELS = ("stories260K", "SmolLM2")
 TASKS = ("stories260K, GSM8K", "SmolLM2, GSM8K", "SmolLM2, Alpaca")
 
 
@@ -230,11 +231,15 @@ def changes_to_lisa(figures: dict) -> Rows:
     return [["change", "held-out loss"], *rows]
 
 
-@table("comparing_importance", "importance")
-def measures_of_layers(figures: dict) -> Rows:
+@table("comparing_importance", "importance", "importance_smollm2")
+def measures_of_layers(*models: dict) -> Rows:
     """In the order of the page."""
-    header, *rows = importance_table(figures)
-    found = {row[0]: row[1] for row in rows}
+    header, found = ["measure"], {}
+    for name, figures in zip(MODELS, models, strict=True):
+        (_, of_sets), *rows = importance_table(figures)
+        header.append(f"{name}: {of_sets}")
+        for measure, correlation in rows:
+            found.setdefault(measure, []).append(correlation)
     names = {
         "probe 5": "probe of 5 steps (`--lisa_probe_steps 5`)",
         "probe 10": "probe of 10 steps",
@@ -243,7 +248,7 @@ def measures_of_layers(figures: dict) -> Rows:
         "gradient": "norm of the gradient (`--lisa_importance gradient`)",
         "depth": "depth",
     }
-    return [header, *([name, found[key]] for key, name in names.items())]
+    return [header, *([name, *found[key]] for key, name in names.items())]
 
 
 SMALLER = {
