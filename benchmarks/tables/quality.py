@@ -156,6 +156,8 @@ IN_TIME = (
     "lisa in lora's, embed frozen",
     "lisa 3 depth 8, factored",
     "lisa 14, factored",
+    "lisa 14, embed frozen",
+    "lisa 14 window, embed frozen",
     "lisa 8, embed frozen",
     "lisa modules 8, embed frozen",
 )
