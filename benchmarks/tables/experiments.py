@@ -67,7 +67,7 @@ IDEAS = (
     ("more often what a probe by loss says pays", "lisa 2 probed", "helps with 5 layers, nothing with 30"),
     ("the same, sharper", "lisa 2 probed sharp", "as good as depth with 5 layers, and no harm with 30"),
     ("neighbouring layers", "lisa 2 window", "worse: windows reach the first and the last layer half as often"),
-    ("modules in the place of layers", "lisa modules", "helps on GSM8K, with 30 layers more"),
+    ("modules in the place of layers", "lisa modules", "helps, with 30 layers more"),
     ("modules by norms of gradients", "lisa modules adaptive", "nothing more"),
     ("embeddings and head at half the rate", "lisa 2, embed and head / 2", "helps SmolLM2 a little, hurts the other"),
     (
