@@ -16,7 +16,7 @@ IDEAS = (
     (
         "APOLLO, rank 16",
         "apollo r16",
-        "as good as full training with 5 layers, three quarters of the gap with 30; the same gradient",
+        "as good as full training with 5 layers; with 30 three quarters of the gap, or six tenths; the same gradient",
     ),
     ("LISA in ms-swift", "ms-swift lisa 2", "the same on the same draws; it keeps states, as `lisa 2 keep`"),
     ("cheaper states, and more layers in the same memory", "lisa auto", "closes the gap: four of five layers"),

@@ -45,8 +45,11 @@ def test_nothing_is_collected_meanwhile(monkeypatch):
     assert collects == [False]
     assert gc.isenabled()
     gc.disable()
-    live_storages()
-    assert not gc.isenabled(), "as it was"
+    try:
+        live_storages()
+        assert not gc.isenabled(), "as it was"
+    finally:
+        gc.enable()  # other tests of the process need it
 
 
 def test_an_object_without_a_tensor_behind_it_has_no_bytes():
