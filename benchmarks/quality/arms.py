@@ -59,7 +59,6 @@ IN_LORA_S = {"lisa_activated_layers": AUTO_LAYERS, "memory_of": "lora"} | ONE_PA
 ARMS = {
     "full": ("full", {}, 1),
     "full one pass": ("lisa", EVERY_LAYER | ONE_PASS, 1),
-    "lisa all, factored": ("lisa", EVERY_LAYER | ONE_PASS | FACTORED, 1),
     "lora r8": ("lora", {"r": 8}, 2),
     "lora r16": ("lora", {"r": 16}, 1),
     "lora r32": ("lora", {"r": 32}, 1),
@@ -104,7 +103,6 @@ ARMS = {
     "lisa auto": ("lisa", {"lisa_activated_layers": AUTO_LAYERS} | ONE_PASS | SMALL, 1),
     # As many layers as fit in a tenth more than a step of LoRA takes, rank 16, and which of them.
     "lisa in lora's memory": ("lisa", IN_LORA_S, 1),
-    "lisa in lora's, upper more": ("lisa", IN_LORA_S | BALANCED | {"lisa_depth_bias": 1.0}, 1),
     "lisa in lora's, upper most": ("lisa", IN_LORA_S | BALANCED | {"lisa_depth_bias": 4.0}, 1),
     "lisa in lora's, probed": ("lisa", IN_LORA_S | PROBED, 1),
     "lisa in lora's, embed frozen": ("lisa", IN_LORA_S | FROZEN | LAYERS_8, 1),
@@ -136,7 +134,6 @@ ARMS = {
     "lisa 8 upper, embed frozen": ("lisa", {"lisa_activated_layers": 8} | FROZEN | UPPER, 1),
     "lisa 8 window, embed frozen": ("lisa", {"lisa_activated_layers": 8} | FROZEN | WINDOW | ONE_PASS, 1),
     "lisa 14 window, embed frozen": ("lisa", {"lisa_activated_layers": 14} | FROZEN | WINDOW | ONE_PASS, 1),
-    "lisa in lora's, embed frozen, probed": ("lisa", IN_LORA_S | FROZEN | PROBED | LAYERS_8, 1),
 }
 # Of the comparison of every method at equal steps, time and memory.
 PROTOCOL = (

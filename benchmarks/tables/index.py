@@ -1,6 +1,7 @@
 """The index of benchmarks/README.md: a row for every results file, with what came of it, and for scripts without."""
 
 import ast
+import shlex
 import statistics
 from pathlib import Path
 
@@ -29,9 +30,17 @@ def index(benchmarks: Benchmarks) -> Rows:
 
 
 def shown_command(results: dict) -> str:
-    """The command that made them; of files outside the repository the name, wherever they lie."""
-    words = results["command"].split()
-    return " ".join(Path(word).name if word.startswith(("/", "..")) else word for word in words)
+    """The command that made them; of files outside the repository the name, wherever they lie.
+
+    Of an option that was given twice the last counts, and is shown; pareto.py's --task counts each time.
+    """
+    options: list[list[str]] = [[]]
+    for word in shlex.split(results["command"]):
+        if word.startswith("--"):
+            options = [option for option in options if option[:1] != [word] or word == "--task"] + [[]]
+        options[-1].append(Path(word).name if word.startswith(("/", "..")) else word)
+    words = [word for option in options for word in option]
+    return " ".join(f'"{word}"' if "'" in word else shlex.quote(word) for word in words)
 
 
 def sentence(script: str, figures: dict) -> str:

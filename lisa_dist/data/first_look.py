@@ -40,12 +40,15 @@ def _look_at(name: str, label: str, task: str, given: Mapping[str, Any]) -> None
     if given.get("dataset_format" if task == SFT else "skip_bad_rows"):
         return
     files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if suffix_of(one) in SUFFIXES)
-    look = _look_at_columns if task == SFT else _look_at_rows
+    pairs = _pairs(given.get("dataset_columns"))
     for file in files[:_FILES]:
-        look(file, label, task, _pairs(given.get("dataset_columns")))
+        if task == SFT:
+            _look_at_columns(file, label, pairs)
+        else:
+            _look_at_rows(file, label, task, pairs)
 
 
-def _look_at_columns(path: Path, label: str, task: str, pairs: list[tuple[str, str]]) -> None:
+def _look_at_columns(path: Path, label: str, pairs: list[tuple[str, str]]) -> None:
     """Of examples the first row: the run reads the others, and says what is wrong with each."""
     first = next((row for _, row, _ in itertools.islice(read_file(path, label), _ROWS) if row is not None), None)
     if first is not None and (why := why_not_of_sft(list(first), pairs, first.get("label"))):

@@ -236,7 +236,7 @@ def test_the_table_of_importance_is_of_ranks():
 
 
 def test_tables_of_quality():
-    """The best rate is that of the first seed; steps and right answers have columns where there are some."""
+    """The best rate is that of the first seed; steps and right answers have columns where every arm has some."""
     run = {"token_accuracy": 0.5, "seconds_per_step": 0.1, "peak_bytes": 2**30, "solved": None, "steps": 431}
     losses = {"full, 0.004, seed 0": 1.2, "full, 0.004, seed 1": 1.4, "full, 0.002, seed 0": 1.3}
     losses |= {"full, 0.002, seed 1": 1.0, "lisa 2 K 5, 0.032, seed 0": 1.1}
@@ -248,9 +248,13 @@ def test_tables_of_quality():
     ]
     figures["settings"] = {"seconds": 60.0, "gpu": True}
     figures["runs"]["full, 0.004, seed 1"] |= {"solved": 0.25, "steps": 433, "peak_bytes": 2**31}
+    with_costs, *lines = quality.quality_table(figures, ["full", "lisa 2 K 5"])
+    assert with_costs == [*header, "steps", "s a step", "GiB at the peak"]
+    assert [row[5:] for row in lines] == [["431", "0.100", "1.00"], ["432", "0.100", "2.00"]]
+    figures["runs"]["lisa 2 K 5, 0.032, seed 0"]["solved"] = 0.5
     with_all, *lines = quality.quality_table(figures, ["full", "lisa 2 K 5"])
     assert with_all == [*header, "answers right", "steps", "s a step", "GiB at the peak"]
-    assert [row[5:] for row in lines] == [["-", "431", "0.100", "1.00"], ["25.0%", "432", "0.100", "2.00"]]
+    assert [row[5] for row in lines] == ["50.0%", "25.0%"]
 
 
 def test_seeds_that_a_cut_sweep_has_left_out_are_no_error():
