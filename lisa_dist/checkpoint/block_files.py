@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from lisa_dist.checkpoint.weights import named_parts, write_index
+from lisa_dist.checkpoint.weights import BUFFERS, named_parts, write_index
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.changes import SavedBlocks
 from lisa_dist.files import flush_file
@@ -62,13 +62,14 @@ def link_unchanged(
 ) -> dict[str, dict[str, Any]]:
     """Link what has not changed since the last checkpoint beside this one; size and sum of each file, by its name.
 
-    Where the file system has no hard links they are copied. A file that is not as large as it was is left out.
+    Where the file system has no hard links they are copied. A file that is not as large as it was is left out, and that
+    of the buffers, which forward passes change.
     """
     if saved is None or saved.folder.resolve().parent != staging.resolve().parent:
         return {}
     linked = {}
     for file in files:
-        if file.block in changed or saved.files.get(file.block) != file.name:
+        if file.block in (*changed, BUFFERS) or saved.files.get(file.block) != file.name:
             continue
         path, about = saved.folder / file.name, saved.described[file.name]
         if not path.is_file() or path.stat().st_size != about["bytes"]:

@@ -15,7 +15,7 @@ restores neither frozen weights nor the step counts of several groups.
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,14 @@ from lisa_dist.core.controller import LisaController
 from lisa_dist.core.movement import MOVEMENT_FILE
 from lisa_dist.distributed.collectives import background_group, describe_files, gather, together
 from lisa_dist.distributed.health import host_name
-from lisa_dist.files import write_json
+from lisa_dist.files import SaveError, write_json
 from lisa_dist.run_folder import STATE_FORMAT
 from lisa_dist.zero.parameters import whole_weights
 from lisa_dist.zero.stage3 import drop_prefetched
 
 ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 HOST_BYTES = 8 * 1024**3  # of a rank's copies, which wait to be written
+_PATIENCE = 600.0  # seconds
 _PACKAGES = ("lisa_dist", "torch", "deepspeed", "transformers")
 
 _running: "weakref.WeakKeyDictionary[LisaController, _Save]" = weakref.WeakKeyDictionary()
@@ -101,6 +102,23 @@ def finish_save(lisa: LisaController) -> None:
         with save:
             save.wait()
             lisa.changes.saved = save.saved
+
+
+def end_save(lisa: LisaController) -> None:
+    """Where a run has raised: let the save that goes on in the background come to its end, at most ten minutes.
+
+    The threads that write speak with each other alone, so ranks need not raise at the same place. What goes wrong is
+    printed, since the run's own error is on its way.
+    """
+    save = _running.pop(lisa, None)
+    if save is None:
+        return
+    try:
+        with save:
+            save.wait(_PATIENCE)
+    except (SaveError, RuntimeError) as error:  # of a disk, or of another rank that is gone
+        if dist.get_rank() == 0:
+            print(f"lisa-dist: {error}", flush=True)
 
 
 class _Save:
@@ -187,9 +205,11 @@ class _Save:
         self._future = executor.submit(self.complete)
         executor.shutdown(wait=False)
 
-    def wait(self) -> None:
-        """Until it is complete; raises what `complete` has raised."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Until it is complete; raises what `complete` has raised, SaveError after `seconds`."""
         assert self._future is not None
+        if not wait([self._future], seconds).done:
+            raise SaveError(f"{self.staging}: not complete after {seconds:.0f} s, and given up.")
         self._future.result()
 
     def _write_copies(self) -> None:

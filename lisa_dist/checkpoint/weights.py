@@ -29,6 +29,7 @@ from lisa_dist.run_folder import read_object
 from lisa_dist.zero.parameters import is_partitioned, original_of, parameter_numel, parameter_shape, whole_weights
 from lisa_dist.zero.stage3 import drop_prefetched
 
+BUFFERS = "buffers"  # in the place of a block's name
 MAX_SHARD_SIZE = 5 * 1024**3  # bytes
 _DTYPE_NAMES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -167,7 +168,7 @@ def named_parts(model: torch.nn.Module, blocks: Blocks) -> list[tuple[str, dict[
     """Everything that is saved: the parameters of each block, by its name, then the persistent buffers."""
     saved = model.state_dict().keys()
     parts: list[tuple[str, dict[str, torch.Tensor]]] = [(block.name, {**block.parameters}) for block in blocks]
-    return [*parts, ("buffers", {name: value for name, value in model.named_buffers() if name in saved})]
+    return [*parts, (BUFFERS, {name: value for name, value in model.named_buffers() if name in saved})]
 
 
 def _parts(model: torch.nn.Module, blocks: Blocks) -> list[dict[str, torch.Tensor]]:

@@ -146,7 +146,7 @@ class LisaController:
             self._log.write_to(output_dir)
             self.movement.write_to(output_dir)
         self.is_attached = True
-        self.active = self._agree()
+        self.active = self._agree(self.active)
         if self.selection.sampled or self.config.by_module:
             self._activate()
             self.partitions.wait_for_device()
@@ -216,7 +216,7 @@ class LisaController:
         self._note_movement()
         self._observe()
         self.period = period
-        self.active = self._agree()
+        self.active = self._agree(self.selection.sample(period))
         self._activate()
         self.partitions.wait_for_device()  # here, so that copies to the host overlap the next step
         states = self.partitions.states()
@@ -246,10 +246,10 @@ class LisaController:
             layers = {layer: self.blocks.layers[layer].name for layer in self.active_layers}
             observe_layers(self.selection.importance, layers, self.partitions, self.selection.layer_of, updates)
 
-    def _agree(self) -> ActiveSet:
+    def _agree(self, sampled: ActiveSet) -> ActiveSet:
         """Rank 0's sample for the period, on every rank."""
         self._compare(self.period, "are in another period")
-        sampled, names = self.selection.sample(self.period), [block.name for block in self.selection.sampled]
+        names = [block.name for block in self.selection.sampled]
         return broadcast_active_set(sampled, self.period, self.selection.most_active, names, self.engine.device)
 
     def _activate(self) -> None:
@@ -344,7 +344,7 @@ class LisaController:
         Raises ValueError as `check_state_dict` does.
         """
         changed = self.check_state_dict(state)
-        self._log.resumed = True
+        self._log.resume()
         self._begun_step = -1
         self.visit_counts = list(state["visit_counts"])
         counts = state["block_visit_counts"]
@@ -383,7 +383,7 @@ class LisaController:
         self.selection.sample_by(probed)
         self.visit_counts = [0] * len(self.visit_counts)
         self.block_visit_counts = dict.fromkeys(self.block_visit_counts, 0)
-        self.activate_from_weights(self._agree())
+        self.activate_from_weights(self._agree(self.selection.sample(self.period)))
         self._begin_record(step=0, seconds=0.0, bytes_released=0)
 
     def begin_afresh(self, keys: Iterable[PartitionKey]) -> None:

@@ -116,7 +116,10 @@ class HeldMatrix:
 
 
 class HeldProduct(torch.autograd.Function):
-    """The product with a held matrix, which is made whole for each of the two passes; it has no gradient itself."""
+    """The product with a held matrix, which is made whole for each of the two passes; it has no gradient itself.
+
+    A bias has one: with --lisa_unit module it trains as part of `rest` where its matrix is frozen.
+    """
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, bias: torch.Tensor | None, held: Any, transposed: bool) -> Any:
@@ -134,9 +137,10 @@ class HeldProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         weight, (gradient,) = ctx.held.whole(), gradients
+        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         if ctx.held.in_fp32:
-            return (gradient.float() @ weight.float()).to(gradient.dtype), None, None, None
-        return gradient @ (weight.t() if ctx.transposed else weight), None, None, None
+            return (gradient.float() @ weight.float()).to(gradient.dtype), of_bias, None, None
+        return gradient @ (weight.t() if ctx.transposed else weight), of_bias, None, None
 
 
 def held_forward(module: Any, inputs: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ class MissedSwitchGuard:
     def __init__(self, partitions: ZeroPartitions, interval_steps: int, current_period: Callable[[], int]):
         self._engine, self._interval_steps, self._current_period = partitions.engine, interval_steps, current_period
         partitions.before_step(self._check)
-        self._engine.module.register_forward_pre_hook(self._check_forward)
+        partitions.before_forward(self._check_forward)
 
     def error(self, step: int) -> RuntimeError:
         """What is wrong at a step whose period is not the current one."""

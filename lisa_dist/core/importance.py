@@ -90,7 +90,7 @@ def observe_layers(
     if updates is None:
         norms = gradient_norms(partitions, list(layers), layer_of)
     else:
-        norms = [updates.get(name, math.nan) for name in layers.values()]
+        norms = [updates.get(name) or math.nan for name in layers.values()]  # 0 where every step was skipped
     message = torch.tensor(norms, dtype=torch.float64, device=partitions.engine.device)
     dist.broadcast(message, src=0)
     importance.observe(dict(zip(layers, message.tolist(), strict=True)))
@@ -99,7 +99,7 @@ def observe_layers(
 def gradient_norms(
     partitions: ZeroPartitions, layers: Sequence[int], layer_of: Callable[[PartitionKey], int | None]
 ) -> list[float]:
-    """Of each layer, all active, the root mean square of its gradient's norm since its moments began.
+    """Of each layer, all active, the root mean square of its gradient's norm since its moments began; NaN before that.
 
     All ranks call it, and 8 bytes a layer are summed. Gradients count as the optimizer has them, which is clipped.
     """

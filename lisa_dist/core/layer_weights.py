@@ -68,10 +68,10 @@ def split_columns(source: str) -> tuple[str, str | None]:
 
 def _weights_of_list(flag: str, text: str) -> list[float]:
     try:
-        weights = json.loads(text)
+        weights = json.loads(text, parse_int=float)
     except ValueError as error:
         raise UserError(f"{flag}: is not JSON ({error}).") from error
-    if not isinstance(weights, list) or not all(type(weight) in (int, float) for weight in weights):
+    if not isinstance(weights, list) or not all(type(weight) is float for weight in weights):
         raise UserError(f"{flag}: must hold a JSON list of numbers, such as [1, 0.5, 2].")
     return weights
 

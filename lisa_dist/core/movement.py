@@ -41,6 +41,7 @@ class WeightMovement:
         self._start: dict[str, numpy.ndarray] = {}
         self._latest: dict[str, numpy.ndarray] = {}
         self._path: Path | None = None
+        self._begun = False  # whether a line is written since the last load
         self._looked_at = 0
         self._began = 0  # the step at which the period began; lines of an earlier run up to it stay
         self.restart()
@@ -87,6 +88,7 @@ class WeightMovement:
         """Go on at `step`, in a period that began at `began`, with what was saved, or from the weights of now."""
         self.restart()
         self._began = self._looked_at = began
+        self._begun, self.lines = False, [line for line in self.lines if line["step"] <= began]
         if path is None or dist.get_rank() != 0:
             return
         saved = load_file(path)
@@ -113,7 +115,8 @@ class WeightMovement:
 
     def _write(self, line: dict) -> None:
         if self._path is not None:
-            append_line(self._path, line, None if self.lines else lambda earlier: earlier["step"] <= self._began)
+            append_line(self._path, line, None if self._begun else lambda earlier: earlier["step"] <= self._began)
+            self._begun = True
         self.lines.append(line)
 
 

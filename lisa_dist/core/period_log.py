@@ -35,7 +35,7 @@ class PeriodLog:
 
     def __init__(self) -> None:
         self.records: list[PeriodRecord] = []
-        self.resumed = False  # the lines of earlier steps then stay
+        self.resumed = False
         self._open: PeriodRecord | None = None
         self._path: Path | None = None
         self._begun = False
@@ -45,6 +45,10 @@ class PeriodLog:
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._path = Path(folder) / LOG_NAME
 
+    def resume(self) -> None:
+        """A state has been loaded: the lines of the steps before it stay, those of later ones go."""
+        self.resumed, self._begun = True, False
+
     def begin(self, active: ActiveSet, **fields: Any) -> None:
         """A period begins, in which these blocks train; `fields` are further ones of its record."""
         self.open(PeriodRecord(layers=list(active.layers), blocks=list(active.blocks), **fields))
@@ -52,6 +56,8 @@ class PeriodLog:
     def open(self, record: PeriodRecord | None) -> None:
         """A period begins; its bytes are not known yet. None: there is no line to be written before the next switch."""
         self._open = record
+        if record is not None:
+            self.records = [earlier for earlier in self.records if earlier.step < record.step]
 
     def close(self, step: int, measure: Callable[[], dict[str, int]]) -> None:
         """Complete the period's record by what `measure` gives, and write it, if its first step has been taken."""

@@ -149,7 +149,13 @@ class BlockSelection:
 
     def param_groups(self, active: ActiveSet, weight_decay: float = 0.0) -> list[dict]:
         """The parameter groups of the widest set: the same number and order whatever is sampled."""
-        return self._groups(self.widest(active), weight_decay)
+        groups = self._groups(self.widest(active), weight_decay)
+        if not groups:
+            raise UserError(
+                "--lisa_activated_layers 0, and what else would train has requires_grad=False in this model: nothing "
+                "trains; activate layers, or leave embed, head or rest trainable."
+            )
+        return groups
 
     def params_of_groups(self, active: ActiveSet) -> list[list[torch.nn.Parameter]]:
         """The parameters of each of `param_groups` that are active; a group may have none."""

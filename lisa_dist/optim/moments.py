@@ -1,5 +1,6 @@
 """AdamW's moments as each optimizer keeps them: in fp32, or in the 8-bit codes of bitsandbytes or of LisaAdamW."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,9 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, code: torch.Tensor) ->
 
 
 def mean_squared_norm(state: PartitionState, pieces: list[Piece], beta2: float) -> float | torch.Tensor:
-    """The squared L2 norm of a partition's gradient, averaged over the steps since its moments began; 0 before them.
+    """The squared L2 norm of a partition's gradient, averaged over the steps since its moments began; NaN before them.
+
+    Where this rank has no piece of the partition it is 0.
 
     AdamW keeps it: its second moment is an exponential average of each element's square, so the sum over the elements,
     corrected for its beginning at zero, is that of the squared norm (Kingma and Ba, ICLR 2015, section 3).
@@ -30,7 +33,7 @@ def mean_squared_norm(state: PartitionState, pieces: list[Piece], beta2: float) 
     fields = state.optimizer_state
     steps = int(fields["step"]) if fields else 0
     if steps == 0:
-        return 0.0
+        return math.nan if pieces else 0.0
     squares = sum(part.sum(dtype=torch.float64) for part in _second_moment(fields, pieces))
     return squares / (1 - beta2**steps)
 

@@ -21,7 +21,7 @@ from transformers.trainer_callback import ExportableState
 
 from lisa_dist.checkpoint.folders import rotate_checkpoints
 from lisa_dist.checkpoint.resume import load_checkpoint, rate_ratio, start_from_weights
-from lisa_dist.checkpoint.save import finish_save, save_checkpoint
+from lisa_dist.checkpoint.save import end_save, finish_save, save_checkpoint
 from lisa_dist.checkpoint.trust import check_pickles
 from lisa_dist.checkpoint.weights import read_weights, save_without_weights, write_weights
 from lisa_dist.config import AUTO_INTERVAL, LisaConfig
@@ -159,6 +159,7 @@ class LisaMixin(MonitoredMixin):
                 if self._memory is not None:
                     self._memory.abandon()
                 if self.lisa is not None and self.lisa.is_attached:  # also where the run has raised
+                    end_save(self.lisa)
                     self.lisa.partitions.close()
 
     def _prepare_for_training(
@@ -269,14 +270,14 @@ class LisaMixin(MonitoredMixin):
         finish_save(self._controller)
         if self.args.load_best_model_at_end and best is not None and self.stopped_by is None:
             read_weights(self._engine, self._controller.blocks, Path(best))
+            self._controller.changes.forget()
             self._print(f"the model is that of {best}, the best by {self.args.metric_for_best_model}")
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's, without a trace in the random states.
 
-        A resumed run does not evaluate again what was evaluated before it was saved, and must see the same random
-        numbers.
+        A resumed run must see the same random numbers, and does not repeat evaluations from before the save.
         """
         with random_states_kept():
             return super().evaluate(*args, **kwargs)

@@ -6,12 +6,13 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch.utils.hooks import RemovableHandle
 
 from lisa_dist.config import FACTORED
 from lisa_dist.errors import UserError
 from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.optim.factored import Matrix
-from lisa_dist.optim.moments import coding_of_states, restore_state
+from lisa_dist.optim.moments import MOMENTS, coding_of_states, restore_state
 from lisa_dist.optim.row_gradient import RowGradient
 from lisa_dist.optim.states import CopyStream, PartitionKey, PartitionState, Piece
 from lisa_dist.zero import embedding_rows, parameters
@@ -36,6 +37,7 @@ class ZeroPartitions:
         self._stage = stage_of(engine)
         self._names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         self._placeholders: dict[int, torch.nn.Parameter] = {}
+        self._forward_hooks: list[RemovableHandle] = []
         check_private_names(engine, self._stage, CARRIED_FIELDS)
         count_host_adam(self.optimizer)
         if isinstance(self.optimizer, LisaAdamW):
@@ -140,17 +142,25 @@ class ZeroPartitions:
         return parameters.gathered_bytes(self.engine.module) if self._stage.is_stage_3 else 0
 
     def close(self) -> None:
-        """Give the model back as any trainer finds one: its embedding has a gradient of its own again."""
+        """Give the model back as any trainer finds one: no hook of ours, and its embedding's gradient its own again."""
+        for hook in self._forward_hooks:
+            hook.remove()
         embedding_rows.leave(self.engine.module)
 
     # What a save and a resume do
 
     def counters(self) -> dict:
-        """What a run needs besides the partitions to go on: the loss scale of fp16, and the host AdamW's history."""
-        scaler = vars(self._zero.loss_scaler)
+        """What a run needs besides the partitions to go on: the loss scale of fp16, and the host AdamW's history.
+
+        The host's AdamW steps placeholders too, and how often it did decides on the last bits of the others.
+        """
+        scaler, history = vars(self._zero.loss_scaler), host_adam_history(self.optimizer)
+        masters = () if history is None else zip(self.keys(), self._masters, strict=True)
+        steps = [0 if key else int(self.optimizer.state.get(master, {}).get("step", 0)) for key, master in masters]
         return {
             "loss_scaler": {name: value for name, value in scaler.items() if isinstance(value, int | float)},
-            "host_adam": host_adam_history(self.optimizer),
+            "host_adam": history,
+            "placeholder_steps": steps,
         }
 
     def load_counters(self, counters: dict) -> None:
@@ -158,6 +168,11 @@ class ZeroPartitions:
         for name, value in counters["loss_scaler"].items():
             setattr(self._zero.loss_scaler, name, value)
         replay_host_adam(self.optimizer, counters["host_adam"])
+        groups = zip(self.keys(), self._masters, self.optimizer.param_groups, strict=True)
+        for (key, master, group), step in zip(groups, counters.get("placeholder_steps", ()), strict=False):
+            if step and not key:
+                moments = dict.fromkeys(MOMENTS, torch.zeros_like(master))
+                restore_state(self.optimizer, group, master, [], moments | {"step": step})
 
     def load_state(self, key: PartitionKey, fields: dict) -> None:
         """Fill one partition with its saved master ("master") and, once it has stepped, moments."""
@@ -182,6 +197,10 @@ class ZeroPartitions:
     def before_step(self, call: Callable) -> None:
         """Have `call` called before the optimizer steps any group."""
         self.optimizer.register_step_pre_hook(call)
+
+    def before_forward(self, call: Callable) -> None:
+        """Have `call`, which is given the model and its inputs, called before each forward pass, until `close`."""
+        self._forward_hooks.append(self.engine.module.register_forward_pre_hook(call))
 
     def wait_for_device(self) -> None:
         """Let the device finish what is queued; to be called before `repartition`."""

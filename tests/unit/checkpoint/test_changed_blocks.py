@@ -1,6 +1,8 @@
 """A checkpoint costs what has changed: files of other blocks are linked; and it may be written beside training."""
 
+import contextlib
 import errno
+import io
 import os
 import threading
 from pathlib import Path
@@ -18,7 +20,7 @@ from lisa_dist.checkpoint import block_files as module
 from lisa_dist.checkpoint import save as save_module
 from lisa_dist.checkpoint.block_files import BlockFile, assign, host_by_host, link_unchanged
 from lisa_dist.checkpoint.resume import find_checkpoint, load_checkpoint
-from lisa_dist.checkpoint.save import finish_save, save_checkpoint
+from lisa_dist.checkpoint.save import end_save, finish_save, save_checkpoint
 from lisa_dist.core.changes import BlockChanges, SavedBlocks
 from lisa_dist.files import SaveError
 
@@ -210,6 +212,54 @@ def test_a_save_that_fails_in_the_background_is_named_by_all_and_its_blocks_are_
     (said, _), (other, _) = run_ranks(fail_in_the_background, 2, str(tmp_path))
     assert said == other
     assert "checkpoint-4 could not be written (rank 1: OSError: [Errno 28] No space left on device)" in said
+
+
+def save_what_a_forward_pass_counts(folder: str) -> list[float]:
+    """Of each checkpoint its buffer, which no step of an optimizer changes."""
+
+    def count(module: torch.nn.Module, _: object) -> None:
+        module.passes += 1
+
+    model = tiny_llama()
+    model.register_buffer("passes", torch.zeros(1))
+    model.register_forward_pre_hook(count)
+    engine, lisa = lisa_dist.initialize(model, "zero2", lisa_dist.LisaConfig(lisa_interval_steps=INTERVAL), lr=1e-3)
+    found = []
+    for step in (1, 2, 3):
+        take_steps(engine, lisa, step)
+        checkpoint = Path(folder) / f"checkpoint-{step}"
+        save_checkpoint(lisa, checkpoint)
+        found.append(weights_in(checkpoint)["passes"].item())
+    engine.destroy()
+    return found
+
+
+def test_buffers_are_written_anew_each_time(tmp_path):
+    assert run_ranks(save_what_a_forward_pass_counts, 1, str(tmp_path))[0] == [1.0, 2.0, 3.0]
+
+
+def raise_while_a_save_goes_on(folder: str, error: OSError | None) -> tuple[list[str], str]:
+    """The folder after a run has raised, as it gives it back; and what is said."""
+    engine, lisa = start("zero2")
+    take_steps(engine, lisa, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        gate = Gate(patch, error)
+        save_checkpoint(lisa, Path(folder) / "checkpoint-2", in_background=True)
+        threading.Timer(0.5, gate.is_open.set).start()
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            end_save(lisa)
+    engine.destroy()
+    return sorted(path.name for path in Path(folder).iterdir()), said.getvalue()
+
+
+def test_a_run_that_raises_waits_for_its_save(tmp_path):
+    whole, failed = tmp_path / "whole", tmp_path / "failed"
+    assert run_ranks(raise_while_a_save_goes_on, 2, str(whole), None) == [(["checkpoint-2"], "")] * 2
+    full_disk = OSError(errno.ENOSPC, "No space left")
+    (left, said), (_, of_rank_1) = run_ranks(raise_while_a_save_goes_on, 2, str(failed), full_disk)
+    assert left == []
+    assert "checkpoint-2 could not be written (rank 0: OSError: [Errno 28] No space left" in said
+    assert of_rank_1 == ""
 
 
 def save_with_little_memory(folder: str, host_bytes: int) -> int:

@@ -141,10 +141,16 @@ def test_a_resumed_run_is_the_run_with(tmp_path, ds_config, options):
     check_resume(tmp_path, ds_config, torch.bfloat16, options)
 
 
-@pytest.mark.parametrize("ds_config", ["zero2_offload", full("zero3_offload")])
-def test_a_resume_within_the_first_period_is_the_run(tmp_path, ds_config):
-    """All groups have stepped alike then, and the host's AdamW carries powers of the betas from step to step."""
-    check_resume(tmp_path, ds_config, torch.float32, {"lisa": {"lisa_interval_steps": 20}, "cuts": [2, 5]})
+@pytest.mark.parametrize(
+    ("ds_config", "settings"),
+    [("zero2_offload", {}), full("zero3_offload", {}), full("zero2_offload", DRAWN), ("zero3_offload", DRAWN)],
+)
+def test_a_resume_within_the_first_period_is_the_run(tmp_path, ds_config, settings):
+    """All groups have stepped alike then, and the host's AdamW carries powers of the betas from step to step.
+
+    Groups whose blocks are not sampled have placeholders, which step too.
+    """
+    check_resume(tmp_path, ds_config, torch.float32, {"lisa": {"lisa_interval_steps": 20} | settings, "cuts": [2, 5]})
 
 
 def check_resume(tmp_path, ds_config, dtype, options) -> None:

@@ -13,6 +13,8 @@ from ranks import run_ranks
 from torch import distributed as dist
 
 import lisa_dist
+from lisa_dist.checkpoint.resume import load_checkpoint
+from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.core import controller
 from lisa_dist.core.agreement import broadcast_active_set
 from lisa_dist.core.controller import LisaController
@@ -393,6 +395,76 @@ def restore_state() -> None:
 
 def test_state_comes_back_before_and_after_attach():
     run_ranks(restore_state, 2)
+
+
+def restore_before_attach_with_another_temperature() -> None:
+    """By which the sampler would sample other layers now than those whose period goes on."""
+    settings = {"lisa_interval_steps": 6, "lisa_sampler": "adaptive", "lisa_importance_floor": 0.0}
+    engine, lisa = start(**settings, lisa_importance_temperature=0.05)
+    for (tokens,) in token_batches(13, rows=4):
+        lisa.on_step_begin()
+        micro_step(engine, tokens)
+    state = json.loads(json.dumps(lisa.state_dict()))
+    engine.destroy()
+    model = tiny_llama()
+    other = LisaController(model, lisa_dist.LisaConfig(**settings, lisa_importance_temperature=5.0))
+    other.load_state_dict(state)
+    engine, _ = engine_for(model, other)
+    engine.global_steps = state["step"]
+    other.attach(engine)
+    assert other.selection.sample(other.period).layers != lisa.active_layers, "the test needs another sample"
+    assert other.active_layers == lisa.active_layers
+    engine.destroy()
+
+
+def test_a_state_that_is_loaded_before_attach_keeps_its_layers_to_the_end_of_their_period():
+    run_ranks(restore_before_attach_with_another_temperature, 1)
+
+
+def train_one_model_twice() -> None:
+    model = tiny_llama()
+    batches = [tokens for (tokens,) in token_batches(4, rows=4)]
+    for _ in range(2):  # each run ends with a period
+        engine, lisa = start(model=model)
+        for tokens in batches:
+            lisa.on_step_begin()
+            micro_step(engine, tokens)
+        lisa.close()
+        engine.destroy()
+        model.train()
+        model(input_ids=batches[0], labels=batches[0])
+
+
+def test_a_model_can_be_trained_again():
+    run_ranks(train_one_model_twice, 1)
+
+
+def roll_back(folder: str) -> tuple[list[int], list[int]]:
+    """As a loop does whose loss has blown up; the steps of the lines that are in memory."""
+    engine, lisa = start(output_dir=folder)
+    for step, (tokens,) in enumerate(token_batches(7, rows=4)):
+        lisa.on_step_begin()
+        micro_step(engine, tokens)
+        if step == 2:
+            save_checkpoint(lisa, f"{folder}/checkpoint-3")
+    for _ in range(2):
+        load_checkpoint(lisa, f"{folder}/checkpoint-3")
+        for tokens in [tokens for (tokens,) in token_batches(7, rows=4)][3:]:
+            lisa.on_step_begin()
+            micro_step(engine, tokens)
+    lisa.close()
+    engine.destroy()
+    return [one.step for one in lisa.records], [line["step"] for line in lisa.movement.lines]
+
+
+def test_logs_of_a_run_that_goes_back_to_a_checkpoint_have_each_period_once(tmp_path):
+    in_memory = run_ranks(roll_back, 1, str(tmp_path))[0]
+    written = [
+        [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("lisa_log.jsonl", "lisa_movement.jsonl")
+    ]
+    assert written == [[0, 2, 4, 6], [2, 4, 6, 7]]
+    assert list(in_memory) == written
 
 
 def test_a_state_without_newer_settings_has_them_as_by_default():

@@ -117,6 +117,9 @@ def train_rounded(build, ds_config, bits, settings, optim) -> dict:
         full("zero2", 2, 8, {"settings": {"lisa_offload": "layers"}}),
         full("zero2", 4, 4, {"build": tiny_gpt2}),
         full("zero2", 2, 4, {"settings": {"lisa_unit": "module", "lisa_budget": "8%"}}),
+        # Biases of frozen matrices train as part of `rest`.
+        ("zero2", 1, 8, {"build": tiny_gpt2, "settings": {"lisa_unit": "module", "lisa_budget": "8%"}}),
+        full("zero1", 2, 4, {"build": tiny_gpt2, "settings": {"lisa_unit": "module", "lisa_budget": "8%"}}),
         full("zero2", 2, 4, {"settings": {"in_fp32": True, "checkpointing": True}}),
         full("zero2", 1, 4, {"optim": "lisa_adamw", "settings": {"lisa_master": "bf16_sr"}}),
         ("zero2", 2, 8, {"settings": {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.4,head=0.4"}}),

@@ -214,6 +214,32 @@ def test_layers_with_large_gradients_are_drawn_more_often_and_all_are_seen():
     assert min(visits) >= 1
 
 
+def skip_a_period(by: str) -> tuple[list, list]:
+    """Averages after a period whose one step was skipped, and after the next; and the layers of both."""
+    settings = {"lisa_importance": by, "lisa_nonfinite": "skip", "lisa_interval_steps": 1}
+    config = lisa_dist.LisaConfig(lisa_sampler="adaptive", **settings)
+    engine, lisa = lisa_dist.initialize(tiny_llama(), "zero2", config, lr=1e-3)
+    averages, sets = [], []
+    for step, (tokens,) in enumerate(token_batches(2, rows=2)):
+        lisa.on_step_begin()
+        sets.append(lisa.active_layers)
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss * (math.nan if step == 0 else 1.0))
+        engine.step()
+        lisa.on_step_begin()
+        averages.append(list(lisa.selection.importance.averages))
+    engine.destroy()
+    return averages, sets
+
+
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize("by", ["gradient", "update"])
+def test_a_layer_whose_steps_were_all_skipped_has_shown_nothing(by):
+    (skipped, then), (_, active) = run_ranks(skip_a_period, 1, by)[0]
+    assert skipped == [None] * 6
+    assert {layer for layer, value in enumerate(then) if value is not None} == set(active)
+
+
 def test_the_state_is_json():
     importance = LayerImportance(3, decay=0.5, temperature=1.0, floor=0.1)
     importance.observe({0: 1.25, 2: 1 / 3})

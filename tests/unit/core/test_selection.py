@@ -31,6 +31,20 @@ def test_tied_matrices_are_treated_as_one(settings):
         selection(tied=True, **settings)
 
 
+def test_a_model_of_which_nothing_would_train_is_refused():
+    model = tiny_llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".layers." in name)
+    with pytest.raises(ValueError, match="--lisa_activated_layers 0, and what else would train has requires_grad"):
+        LisaController(model, LisaConfig(lisa_activated_layers=0)).param_groups()
+
+
+def test_weights_of_any_size_are_named(tmp_path):
+    (tmp_path / "w.json").write_text(f"[1, {10**400}, 1, 1, 1, 1]")
+    with pytest.raises(ValueError, match="the weight of layer 1 is inf; weights are finite and not negative"):
+        selection(lisa_sampler="weighted", lisa_weights_file=str(tmp_path / "w.json"))
+
+
 MODULES = {"lisa_unit": "module", "lisa_budget": "8%"}
 
 

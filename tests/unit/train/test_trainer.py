@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import time
 from pathlib import Path
 
 import deepspeed
@@ -20,6 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import lisa_dist
 from lisa_dist import LisaConfig, LisaMixin
+from lisa_dist.checkpoint import save
 from lisa_dist.checkpoint.folders import STATE_NAME
 from lisa_dist.core.checkpointing import checkpointed_layers
 from lisa_dist.distributed.run_lock import LOCK_NAME, one_run_in
@@ -366,6 +368,10 @@ def train_with_evaluations(output_dir: str, ds_config: str, early: bool, changes
     before = trainer.evaluate()["eval_loss"] if early else None
     trainer.train()
     logs = trainer.state.log_history
+    if changes.get("load_best_model_at_end"):
+        save.save_checkpoint(trainer.lisa, f"{output_dir}/checkpoint-99")
+        best, last = (AutoModelForCausalLM.from_pretrained(f"{output_dir}/checkpoint-{one}") for one in (2, 99))
+        assert all(map(torch.equal, best.state_dict().values(), last.state_dict().values()))
     return {
         "losses": [entry["loss"] for entry in logs if "loss" in entry],
         "before": before,
@@ -394,6 +400,39 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path, ds_config, changes):
     found = run_ranks(train_with_evaluations, 2, str(tmp_path), ds_config, False, changes)[0]
     assert found["best"].endswith("checkpoint-2")
     assert found["after"] == found["evaluated"][0] > max(found["evaluated"][1:])
+
+
+class RaisesIn(TrainerCallback):
+    """Ends training with an error before a step."""
+
+    def __init__(self, step: int):
+        self._step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self._step:
+            raise RuntimeError("an error of the user's")
+
+
+def raise_right_after_a_save(output_dir: str) -> list[str]:
+    """The folder as the run leaves it that has raised, on a disk that is slow."""
+    trainer = InOrder(
+        model=tiny_llama(),
+        args=arguments(output_dir, "zero2", save_strategy="steps", save_steps=2),
+        train_dataset=rows_for(1),
+        lisa_config=LisaConfig(lisa_interval_steps=INTERVAL),
+        save_async=True,
+        callbacks=[RaisesIn(2)],
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        save_file = save.save_file
+        patch.setattr(save, "save_file", lambda *given, **named: (time.sleep(0.3), save_file(*given, **named)))
+        with pytest.raises(RuntimeError, match="an error of the user's"):
+            trainer.train()
+        return [path.name for path in Path(output_dir).glob("*checkpoint*")]
+
+
+def test_a_save_in_the_background_is_whole_before_a_run_that_raises_is_over(tmp_path):
+    assert run_ranks(raise_right_after_a_save, 1, str(tmp_path))[0] == ["checkpoint-2"]
 
 
 class Shuffled(LisaMixin, Trainer):
