@@ -5,6 +5,7 @@ word, so a loop of one's own takes the config from `load_ds_config`.
 """
 
 import contextlib
+import copy
 import json
 from collections.abc import Sequence
 from importlib import resources
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # Values that a config may give itself, but not differently from the arguments of the run.
 _MUST_MATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
 
 
 def shipped_ds_configs() -> list[str]:
@@ -52,6 +55,38 @@ def read_ds_config(name_or_path: str) -> dict:
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed {name_or_path}: {path} must hold a JSON object.")
     return config
+
+
+def given_ds_config(given: dict | str | None) -> dict:
+    """The config that `--deepspeed` gives, as an object, JSON, a short name or a path; an empty one where none is."""
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        try:
+            return json.loads(given)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"--deepspeed {given}: is not JSON ({error}).") from error
+    return copy.deepcopy(given) if isinstance(given, dict) else read_ds_config(given) if given else {}
+
+
+def check_sections(config: dict) -> None:
+    """Refuse values that are not of their kind, which DeepSpeed and transformers trip over."""
+    for name in _SECTIONS:
+        if config.get(name) is not None and not isinstance(config[name], dict):
+            raise UserError(
+                f'the DeepSpeed config has {name} = {json.dumps(config[name])}: give an object {{"...": ...}}.'
+            )
+    zero = config.get("zero_optimization") or {}
+    if zero.get("stage", 0) not in range(4) or isinstance(zero.get("stage"), bool):
+        raise UserError(
+            f"the DeepSpeed config has zero_optimization.stage = {json.dumps(zero['stage'])}: give 1, 2 or 3."
+        )
+    for name, value in zero.items():
+        if name.endswith(("_size", "_threshold", "_live_parameters", "_reuse_distance")) and not (
+            value == "auto" or (isinstance(value, int | float) and value >= 0)
+        ):
+            raise UserError(
+                f"the DeepSpeed config has zero_optimization.{name} = {json.dumps(value)}: give a number of elements, "
+                'or "auto".'
+            )
 
 
 def check_ds_config(config: dict) -> None:

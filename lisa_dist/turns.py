@@ -6,6 +6,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+# What a template raises by itself, and what the expressions in it raise on turns that it was not written for.
+OF_TEMPLATES = (TemplateError, TypeError, ArithmeticError, LookupError, AttributeError)
 _WORD = "content-of-a-turn"
 
 
@@ -27,5 +29,5 @@ def _in_parts(turn: dict[str, Any]) -> dict[str, Any]:
 def _shows(tokenizer: PreTrainedTokenizerBase, turn: dict[str, Any]) -> bool:
     try:
         return _WORD in str(tokenizer.apply_chat_template([turn], tokenize=False))
-    except (TemplateError, TypeError):  # one that refuses it, or adds what is no text
+    except OF_TEMPLATES:  # one that refuses it, or adds what is no text
         return False

@@ -72,6 +72,10 @@ def _evaluates(given: Given) -> bool:
     return any(given.get(key) for key in ("evals_per_epoch", "eval_steps", "eval_strategy"))
 
 
+def _holds_out(given: Given) -> bool:
+    return bool(given.get("val_set_size") or given.get("test_datasets"))
+
+
 def _held_out_files(value: list[dict], given: Given) -> Flags:
     names = {"eval_dataset_name": _datasets(value, given)["dataset_name"]}
     return names | ({} if _evaluates(given) else {"eval_strategy": "epoch"})
@@ -83,7 +87,7 @@ def _held_out_part(value: float, given: Given) -> Flags:
 
 def _per_epoch(strategy: str) -> Rule:
     def rule(value: int, given: Given) -> Flags:
-        if not value:
+        if not value or (strategy == "eval" and not _holds_out(given)):
             return {}
         share = 1 / (value * float(given.get("num_epochs") or 1))
         if value == 1:
@@ -94,7 +98,12 @@ def _per_epoch(strategy: str) -> Rule:
 
 
 def _steps(strategy: str) -> Rule:
-    return lambda value, given: {f"{strategy}_strategy": "steps", f"{strategy}_steps": value} if value else {}
+    def rule(value: int, given: Given) -> Flags:
+        if not value or (strategy == "eval" and not _holds_out(given)):
+            return {}
+        return {f"{strategy}_strategy": "steps", f"{strategy}_steps": value}
+
+    return rule
 
 
 def _adapter(value: str, given: Given) -> Flags:
@@ -154,6 +163,7 @@ AXOLOTL_RULES: dict[str, Rule] = {
     "gradient_checkpointing_kwargs": "(checkpointing is never reentrant)", "special_tokens": _special_tokens,
     "cosine_min_lr_ratio": _least_rate, "plugins": _plugins, "debug": "(--logging_steps 1 shows each step)",
     "gradient_checkpointing": lambda value, given: {"gradient_checkpointing": bool(value)},
+    "torch_compile": lambda value, given: {"torch_compile": True} if value is True else {},
     **{f"liger_{kernel}": true_is("use_liger_kernel") for kernel in
        ("rope", "rms_norm", "glu_activation", "swiglu", "fused_linear_cross_entropy", "layer_norm")},
     **{f"wandb_{key}": nothing_but(None, f"a variable of wandb, WANDB_{key.upper()}; env in a recipe sets it")

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ _SIGNS = (
     (SWIFT, {"tuner_type", "train_type", "lisa_step_interval", "split_dataset_ratio", "swift", "model"}),
 )
 _ENDS = re.compile(r"\|.*|\d*>.*|&+|;")  # of a command: what is done with its output, or the next one
+# A quotation or a word, which stays, or a comment behind neither.
+_COMMENT = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"#\\][^\s'"\\]*)|(?<!\S)#.*""")
+_LONGEST_QUOTATION = 30  # lines
 _LAUNCHERS = ("deepspeed", "torchrun", "accelerate", "python", "python3")
 _OF_LAUNCH = ("NPROC_PER_NODE", "USE_HF")  # variables of ms-swift that say what flags say elsewhere
 
@@ -44,21 +48,41 @@ def _read_script(path: str) -> dict[str, Any]:
     text = re.sub(r"\\[ \t]*\n", " ", read_text("", path))
     variables: dict[str, str] = {}
     commands: list[list[str]] = []
-    for line in text.splitlines():
-        try:
-            words = shlex.split(re.sub(r"(^|\s)#.*", "", line))
-        except ValueError:  # a quotation over several lines: no command of flags
-            continue
+    for words in _lines_of_words(text):
         while words and re.fullmatch(r"(export|set|local)|\w+=.*", words[0]):
             name, is_set, value = words.pop(0).partition("=")
+            if value.startswith("("):
+                raise UserError(f"{path}: {name} is an array of bash; write its words out behind the command.")
             if is_set:
                 variables.setdefault(name, value)  # what follows is of a loop over the script's own words
-        commands.append(_without_launcher(words))
+        commands.append(_without_launcher([part for word in words for part in _parts(word, variables)]))
     longest = max(commands, key=lambda words: sum(word.startswith("--") for word in words), default=[])
     if not any(word.startswith("--") for word in longest):
         raise UserError(f"{path}: holds no command with flags, and is no .yaml, .yml or .json.")
     given = {name: _value(_expanded(variables[name], variables)) for name in _OF_LAUNCH if name in variables}
     return _flags([_expanded(word, variables) for word in longest]) | given
+
+
+def _lines_of_words(text: str) -> Iterator[list[str]]:
+    """The words of each line, or of several where a quotation goes on; without comments."""
+    lines = text.splitlines()
+    while lines:
+        for number in range(1, min(len(lines), _LONGEST_QUOTATION) + 1):
+            try:
+                words = shlex.split(_COMMENT.sub(r"\1", "\n".join(lines[:number])))
+            except ValueError:  # no closing quotation yet
+                continue
+            yield words
+            break
+        else:  # what is quoted never ends: no command of flags
+            number = 1
+        del lines[:number]
+
+
+def _parts(word: str, variables: dict[str, str]) -> list[str]:
+    """A word, or the flags that it stands for where a variable holds several."""
+    value = variables.get(found[1]) if (found := re.fullmatch(r"\$\{?(\w+)\}?", word)) else None
+    return shlex.split(value) if value is not None and value.lstrip().startswith("--") else [word]
 
 
 def _without_launcher(words: list[str]) -> list[str]:
@@ -96,6 +120,8 @@ def _flags(words: list[str]) -> dict[str, Any]:
 
 
 def _value(word: str) -> Any:
+    if "\n" in word or " #" in word:  # a text, which YAML would fold or cut
+        return word
     try:
         value = json.loads(word) if word[:1] in "[{" else yaml.safe_load(word)
     except (ValueError, yaml.YAMLError):

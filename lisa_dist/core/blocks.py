@@ -17,15 +17,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lisa_dist.errors import UserError
+from lisa_dist.tasks import REWARD
 from lisa_dist.text import in_one_line
 from lisa_dist.zero.parameters import parameter_numel, parameter_shape
 
 # On a parameter that LISA has frozen, so that a later run in the same process does not take it for the user's choice.
 _FROZEN_BY_LISA = "lisa_dist_frozen"
+_OF_OTHER_MODELS = ("ForMaskedLM", "ForQuestionAnswering", "ForTokenClassification")  # which write no text
 
 
 @dataclass(eq=False)
@@ -90,6 +92,20 @@ class Blocks:
                 "every parameter of the decoder layers is frozen (requires_grad = False) already: LISA freezes and "
                 "activates layers itself, and leaves alone what was frozen before it; give it a model that trains."
             )
+
+
+def why_not_trained(config: PretrainedConfig, task: str) -> str | None:
+    """Why a model of this configuration cannot be trained to write text, or to score it; None where it can."""
+    architecture = str((config.architectures or [""])[0])
+    if config.is_encoder_decoder:
+        return "is an encoder-decoder: LISA trains causal language models"
+    if architecture.endswith(_OF_OTHER_MODELS):
+        return f"is a {architecture}: LISA trains causal language models"
+    if architecture.endswith("ForSequenceClassification") and task != REWARD:
+        return (
+            f"is a reward model, which scores texts and writes none: give a model that writes them, or --task {REWARD}"
+        )
+    return None
 
 
 def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks:

@@ -12,18 +12,17 @@ from itertools import groupby
 from typing import Any, cast
 
 from datasets import Dataset
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from lisa_dist.data.chat_template import PLAIN_TEMPLATE
 from lisa_dist.data.formats import ExampleError, refuse_examples
 from lisa_dist.errors import UserError
-from lisa_dist.turns import as_taken, takes_parts
+from lisa_dist.turns import OF_TEMPLATES, as_taken, takes_parts
 
 IGNORED = -100  # the label of a token without loss, as everywhere in transformers
 LONG_EXAMPLES = ("auto", "truncate", "drop")
-_VERSION = 3  # increase it with any change of the encoding: older caches are then not used
+_VERSION = 4  # increase it with any change of the encoding: older caches are then not used
 # The status of an encoded example; any other status is why the example is invalid.
 _WHOLE, _CUT, _NEXT_PART, _TOO_LONG, _NO_LABELS = "whole", "cut", "next part", "too long", "no labels"
 
@@ -76,6 +75,7 @@ class Encoder:
         for index, (begin, end) in enumerate(encoded["offset_mapping"]):
             if begin < end and any(first <= begin < last for first, last in spans):
                 labels[index] = ids[index]
+        _check_labels(labels)
         return ids, labels
 
     def describe(self, ids: Sequence[int], labels: Sequence[int]) -> list[tuple[str, bool]]:
@@ -91,7 +91,7 @@ class Encoder:
             return self._tokenizer.chat_template
         try:
             return get_training_chat_template(self._tokenizer)
-        except ValueError:  # TRL has none
+        except (ValueError, *OF_TEMPLATES):  # TRL has none, or it fails, as it will on rows
             return None
 
     def _encode_text(self, text: str, prompt_length: int) -> tuple[list[int], list[int]]:
@@ -110,10 +110,12 @@ class Encoder:
         settings: Any = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True}
         try:
             encoded: Any = self._tokenizer.apply_chat_template(as_taken(turns, self._in_parts), **settings)
-        except TemplateError as error:
+        except OF_TEMPLATES as error:
             raise ExampleError(f"the chat template refuses it: {error}") from error
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-        return ids, [token if marked else IGNORED for token, marked in zip(ids, mask, strict=True)]
+        labels = [token if marked else IGNORED for token, marked in zip(ids, mask, strict=True)]
+        _check_labels(labels)
+        return ids, labels
 
     def _render(self, turns: Sequence[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
         """The text of all turns, and the spans of the assistant's turns in it."""
@@ -125,8 +127,11 @@ class Encoder:
             for number, turn in enumerate(turns):
                 if turn["role"] != "assistant":
                     continue
-                before = self._apply(turns[:number], add_generation_prompt=True)
                 after = self._apply(turns[: number + 1])
+                if number:
+                    before = self._apply(turns[:number], add_generation_prompt=True)
+                else:  # no template renders no turns
+                    before = after.partition(turn["content"].strip())[0]
                 end = self._end_of_turn(before, after, text, turn["content"])
                 if end is None:
                     raise ExampleError(
@@ -135,7 +140,7 @@ class Encoder:
                         "{% generation %} by --chat_template_path"
                     )
                 spans.append((len(before), end))
-        except TemplateError as error:
+        except OF_TEMPLATES as error:
             raise ExampleError(f"the chat template refuses it: {error}") from error
         return text, spans
 
@@ -233,6 +238,11 @@ def _report_invalid(
         problems = (f"{encoded[index]['origin']} {status[index]}" for index in invalid)
         refuse_examples(problems, len(invalid), num_examples, source)
     return [f"{len(invalid)} examples skipped, such as {encoded[invalid[0]]['origin']} {status[invalid[0]]}"]
+
+
+def _check_labels(labels: Sequence[int]) -> None:
+    if all(label == IGNORED for label in labels):
+        raise ExampleError("has no answer in what the chat template makes of it; give another by --chat_template_path")
 
 
 def _limit_length(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lisa_dist.data.formats import refuse_examples
-from lisa_dist.data.readers import SUFFIXES, read_file, suffix_of
+from lisa_dist.data.readers import OF_SAVED_DATASETS, SUFFIXES, read_file, suffix_of
 from lisa_dist.data.row_rules import RowRules, why_not_of_columns, why_not_of_sft
 from lisa_dist.errors import UserError
 from lisa_dist.tasks import SFT, check_rewards_given, check_task, refuse_flags_of_sft
@@ -34,6 +34,8 @@ def look_at_data(given: Mapping[str, Any]) -> None:
 def _look_at(name: str, label: str, task: str, given: Mapping[str, Any]) -> None:
     path = Path(name if Path(name).exists() else name.rpartition("#")[0] or name)
     if suffix_of(path) not in SUFFIXES and not path.is_dir():  # a name of the hub
+        return
+    if any((path / name).exists() for name in OF_SAVED_DATASETS):  # whose tables are no text
         return
     if not path.exists():
         raise UserError(f"{label}: no such file.")

@@ -155,6 +155,8 @@ def _turns(example: Mapping, column: str, role_key: str, content_key: str) -> li
             raise ExampleError(f"{place} has the unknown role {turn[keys[0]]!r}; known roles are {known}")
         if role == "assistant" and not turn[keys[1]].strip():
             raise ExampleError(f"{place} is an empty answer")
+        if role == "assistant" and (turn.get("weight") == 0 or turn.get("train") is False):
+            raise ExampleError(f"{place} is not to be trained on (weight 0, or train false), but every answer is here")
         turns.append({"role": role, "content": turn[keys[1]]})
     return turns
 

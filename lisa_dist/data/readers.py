@@ -14,6 +14,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.text import in_one_line
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")  # and all but .parquet with .gz
+OF_SAVED_DATASETS = ("state.json", "dataset_dict.json")  # one is in a folder that save_to_disk has written
 _NOT_UTF8 = "is not UTF-8"
 _MARK = "\ufdd0"  # stands for a line that is not UTF-8: no character, and csv of every Python version accepts it
 # Where an example is in its file, its columns, and why it cannot be read: one of the last two is None.

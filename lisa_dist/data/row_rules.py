@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lisa_dist.data.formats import detect
+from lisa_dist.data.formats import ROLES, detect
 from lisa_dist.tasks import GRPO, KTO, SFT, TASKS, describe_columns_of, tasks_for
 
 _ANSWERS = ("chosen", "rejected", "completion")
@@ -80,6 +80,8 @@ class RowRules:
             return f"has {_described(shape)}; the rows before it have {_described(self.shape or {})}"
         if "rejected" in names and row["chosen"] == row["rejected"]:
             return "has the same answer as chosen and rejected"
+        if names == ["chosen", "rejected"] and "turns" in shape.values() and row["chosen"][0] != row["rejected"][0]:
+            return "has chosen and rejected that do not begin with the same turn: that is the prompt; give it to both"
         if "label" in row:
             label = row["label"] if isinstance(row["label"], bool) else _LABELS.get(str(row["label"]).lower())
             if label is None:
@@ -106,10 +108,19 @@ def _why_no_text(name: str, value: Any, may_be_empty: bool) -> str | None:
     for number, turn in enumerate(value, start=1):
         if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str) or "content" not in turn:
             return f"has a {name} whose turn {number} is not of role and content"
-        if isinstance(turn["content"], str) and (why := _why_no_characters(name, turn["content"])) is not None:
+        if turn["role"] not in (*ROLES, "developer"):
+            return f"has a {name} whose turn {number} has the role {turn['role']!r}; roles are {', '.join(ROLES)}"
+        content = turn["content"]
+        if content is None and turn.get("tool_calls"):
+            continue
+        if not isinstance(content, str):
+            return f"has a {name} whose turn {number} has a content that is no text"
+        if (why := _why_no_characters(name, content)) is not None:
             return why
     if name in _ANSWERS and value[-1]["role"] != "assistant":
         return f"has a {name} that does not end with a turn of the assistant"
+    if name in _ANSWERS and not (value[-1]["content"] or "").strip() and not value[-1].get("tool_calls"):
+        return f"has an empty {name}"
     return None
 
 

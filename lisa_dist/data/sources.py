@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from lisa_dist.data.formats import FORMATS, ExampleError, describe_columns, detect, refuse_examples, to_turns
 from lisa_dist.data.images import COLUMNS, images_of
-from lisa_dist.data.readers import SUFFIXES, read_file, suffix_of
+from lisa_dist.data.readers import OF_SAVED_DATASETS, SUFFIXES, read_file, suffix_of
 from lisa_dist.data.row_rules import hint_of_tasks
 from lisa_dist.errors import UserError
 from lisa_dist.text import in_one_line
@@ -133,7 +133,7 @@ def _sample(examples: Dataset, number: int, generator: random.Random) -> Dataset
 def open_source(source: Source, name: str) -> Dataset | list[Path]:
     """The table of a source, or its files. Raises UserError for what is neither."""
     path = Path(name)
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # written by save_to_disk
+    if any((path / file).exists() for file in OF_SAVED_DATASETS):
         saved = load_from_disk(name)
         if isinstance(saved, Dataset):
             return saved
@@ -142,6 +142,18 @@ def open_source(source: Source, name: str) -> Dataset | list[Path]:
         return saved[source.split]
     if path.exists() or suffix_of(path) in SUFFIXES:
         return _list_files(source, path)
+    if name in (
+        "arrow",
+        "csv",
+        "json",
+        "parquet",
+        "text",
+        "xml",
+        "webdataset",
+        "sql",
+        "pandas",
+    ):  # builders of datasets
+        raise UserError(f"{source.label}: a kind of file and no name of a dataset; give the file itself.")
     try:
         return load_dataset(name, source.config, split=source.split)
     except (FileNotFoundError, ConnectionError) as error:

@@ -19,7 +19,8 @@ from lisa_dist.data.sources import Source, apply_weight, open_source, sample_sou
 from lisa_dist.errors import UserError
 from lisa_dist.text import in_one_line
 
-_VERSION = 1  # increase it with any change of what a row becomes: older caches are then not used
+ORIGIN = "__origin__"  # the column of where a row is, in memory alone
+_VERSION = 2  # increase it with any change of what a row becomes: older caches are then not used
 _NUM_SHOWN = 700  # characters of the first row in the header of a run
 
 
@@ -48,7 +49,7 @@ def load_task_data(arguments: DataArguments, task: str, seed: int) -> Data:
     elif held_out_sources:
         lines.append("held out:")
         held_out = _joined(load(held_out_sources), "--eval_dataset_name")
-    return Data(train.remove_columns("origin"), held_out and held_out.remove_columns("origin"), lines)
+    return Data(train.remove_columns(ORIGIN), held_out and held_out.remove_columns(ORIGIN), lines)
 
 
 def _load(source: Source, task: str, skip_invalid: bool, seed: int) -> tuple[Dataset, str]:
@@ -68,7 +69,7 @@ def _load(source: Source, task: str, skip_invalid: bool, seed: int) -> tuple[Dat
     if (why := why_not_of_columns(task, list(first), source.columns)) is not None:
         raise UserError(f"{source.label}: {why}")
     arguments: dict[str, Any] = {"version": _VERSION, "task": task, "columns": source.columns, "label": source.label}
-    problems, names = [], dict.fromkeys(["origin"])
+    problems, names = [], dict.fromkeys([ORIGIN])
     for origin, row, why in _checked(rows, **arguments):
         problems.append(why and f"{origin} {why}")
         names |= dict.fromkeys(row or ())
@@ -86,7 +87,10 @@ def _load(source: Source, task: str, skip_invalid: bool, seed: int) -> tuple[Dat
             f"{source.label}: a column has values of several kinds ({in_one_line(error.__cause__ or error)}); leave it "
             "out, or give it one kind."
         ) from error
-    line = f"{name}: {', '.join(column for column in valid.column_names if column != 'origin')}, {len(valid)} rows"
+    used = [column for column in valid.column_names if column != ORIGIN]
+    ignored = [column for column in first if column not in (*used, *(old for _, old in source.columns))]
+    line = f"{name}: {', '.join(used)}" + (f" (ignored: {', '.join(ignored)})" if ignored else "")
+    line += f", {len(valid)} rows"
     line += f", {len(invalid)} invalid ones skipped, such as {invalid[0]}" if invalid else ""
     if sample_size is not None:
         valid = sample_source(valid, source, sample_size, seed)
@@ -116,11 +120,11 @@ def _read(rows: Mapping[str, Any], label: str) -> Iterator[tuple[str, dict | Non
 def _valid(rows: Mapping[str, Any], names: tuple[str, ...], **arguments: Any) -> Iterator[dict]:
     for origin, row, _ in _checked(rows, **arguments):
         if row is not None:
-            yield {name: row.get(name) for name in names} | {"origin": origin}
+            yield {name: row.get(name) for name in names} | {ORIGIN: origin}
 
 
 def _joined(parts: list[Dataset], flag: str) -> Dataset:
-    columns = [", ".join(sorted(set(part.column_names) - {"origin"})) for part in parts]
+    columns = [", ".join(sorted(set(part.column_names) - {ORIGIN})) for part in parts]
     if len(set(columns)) > 1:
         raise UserError(f"{flag}: its sources have other columns each: {'; '.join(columns)}; give them the same ones.")
     try:
@@ -132,7 +136,7 @@ def _joined(parts: list[Dataset], flag: str) -> Dataset:
 def _describe_row(row: Mapping[str, Any]) -> str:
     lines = ["first row:"]
     for name, value in row.items():
-        if name != "origin" and value is not None:
+        if name != ORIGIN and value is not None:
             text = in_one_line(value)
             lines.append(f"  {name}: {text if len(text) <= _NUM_SHOWN else f'{text[:_NUM_SHOWN]} ...'}")
     return "\n".join(lines)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
+from lisa_dist.core.blocks import why_not_trained
 from lisa_dist.errors import UserError
 from lisa_dist.model_names import nearest_name, shipped_model_configs, shipped_name
+from lisa_dist.tasks import REWARD
 from lisa_dist.text import no_such_model
 
 
@@ -16,8 +18,15 @@ def load_model_config(model: str) -> PretrainedConfig:
     """The config of a shipped name, a folder, a config.json, or a model of the hub.
 
     The hub is not asked for models whose config is shipped. Raises UserError, with the nearest shipped name, where
-    there is none.
+    there is none, and for a model that LISA cannot train.
     """
+    config = _find_config(model)
+    if (why := why_not_trained(config, REWARD)) is not None:
+        raise UserError(f"--model {model}: {why}.")
+    return config
+
+
+def _find_config(model: str) -> PretrainedConfig:
     path = Path(model)
     name = None if path.exists() else shipped_name(model)
     if name is not None:

@@ -62,6 +62,14 @@ class MonitoredMixin(_TrainerClass):
         finally:
             self._progress.stop()
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's; some of its schedules read the optimizer's `defaults`, which DeepSpeed's wrapper lacks."""
+        wrapper = inner = self.optimizer if optimizer is None else optimizer
+        while not hasattr(inner, "defaults"):
+            inner = inner.optimizer
+        wrapper.defaults = inner.defaults
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def training_step(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The Trainer's, with its tokens counted."""
         self._meter.count(inputs)

@@ -40,12 +40,15 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "save_total_limit",
             "dataloader_num_workers",
             "router_aux_loss_coef",
+            "beta",
+            "desirable_weight",
+            "undesirable_weight",
         ),
     ),
     (
         "above 0",
         lambda value: 0 < value <= _LONG,
-        ("num_train_epochs", "adam_epsilon", "logging_steps", "eval_steps", "save_steps"),
+        ("num_train_epochs", "adam_epsilon", "logging_steps", "eval_steps", "save_steps", "temperature"),
     ),
     (
         "from 0 up to, not including, 1",

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig
 from torch import distributed as dist
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, IntervalStrategy, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from trl import get_peft_config
 
@@ -89,6 +89,9 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
                 write_run(output_dir, record, resumes=bool(resume_from))
         trainer.accelerator.print(describe_run(config, f"{attention} ({reason})", template, why, layers, said))
         lines = [line for text in data.lines for line in text.split("\n")]
+        evaluates = config.training.eval_strategy != IntervalStrategy.NO or config.lisa.lisa_probe_steps
+        if data.held_out is not None and not evaluates:
+            lines.append("what is held out is not evaluated: --eval_strategy is no; give steps or epoch")
         trainer.accelerator.print("\n  ".join(["data", *lines]))
         with naming_lost_files(output_dir):  # logs, and what trackers write: saves have errors of their own
             trainer.train(resume_from_checkpoint=resume_from)

@@ -9,17 +9,18 @@ from transformers import AutoConfig, PretrainedConfig
 from trl import SFTConfig
 
 from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS
-from lisa_dist.core.blocks import number_of_decoder_layers
+from lisa_dist.core.blocks import number_of_decoder_layers, why_not_trained
 from lisa_dist.core.checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.engine_config import check_eval_frozen_bits, prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights, split_columns
 from lisa_dist.core.weight_store import check_store
-from lisa_dist.ds_config import read_ds_config
+from lisa_dist.ds_config import given_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.files import check_folder, read_text
 from lisa_dist.memory.plans import FEWEST_LAYERS
 from lisa_dist.tasks import GRPO, KTO, REWARD, SFT, refuse_flags_of_sft
 from lisa_dist.text import in_one_line, no_such_model
+from lisa_dist.train.argument_checks import check_ds_arguments, check_evaluation, check_schedule
 from lisa_dist.train.arguments import RunConfig
 from lisa_dist.train.attention import packs_documents
 from lisa_dist.train.auto_layers import check_auto_layers
@@ -76,11 +77,15 @@ def _check(config: RunConfig) -> None:
         if name in _FLAGS_OF_LOADING:
             raise UserError(f"--model_init_kwargs {name}: give --{_FLAGS_OF_LOADING[name]} in its place.")
     check_model_folder(str(config.model.model_name_or_path), loads_by or {})
-    given = training.deepspeed
-    ds_config = copy.deepcopy(given) if isinstance(given, dict) else read_ds_config(str(given)) if given else {}
+    ds_config = given_ds_config(training.deepspeed)
+    check_ds_arguments(training, ds_config)
     check_precision(training)
+    check_schedule(training)
+    check_evaluation(training, bool(config.data.eval_rows or config.data.eval_dataset_name))
     check_compile(training, ds_config, switches=method == "lisa")
     model_config = _known_model_config(config)
+    if (why := why_not_trained(model_config, config.run.task)) is not None:
+        raise UserError(f"--model_name_or_path {config.model.model_name_or_path}: {why}.")
     if config.run.loss != AUTO:
         check_loss_of_run(config, model_config)
     if method != "lora":  # whose adapters train on any weights

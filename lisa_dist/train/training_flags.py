@@ -11,9 +11,10 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import ExplicitEnum
 
 from lisa_dist.distributed.devices import why_no_gpu
-from lisa_dist.ds_config import find_ds_config
+from lisa_dist.ds_config import check_sections, find_ds_config, given_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.optim.build import LISA_ADAMW
+from lisa_dist.train.argument_checks import check_trackers
 from lisa_dist.train.ranges import check_objects, check_ranges
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class TrainingFlags(_Arguments):
             )
         if isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
             self.deepspeed = find_ds_config(self.deepspeed)
+        check_sections(given_ds_config(self.deepspeed))
         if not self.use_cpu and (why := why_no_gpu()):
             raise UserError(f"{why}; --use_cpu true trains on CPUs.")
         if not torch.cuda.is_available():
@@ -83,6 +85,7 @@ class TrainingFlags(_Arguments):
             raise UserError(
                 f"--report_to {unknown[0]}: unknown; choose all, none, or of {', '.join(INTEGRATION_TO_CALLBACK)}."
             )
+        check_trackers([name for name in trackers if name not in ("all", "none")])
         if self.fsdp:
             raise UserError(f"--fsdp {self.fsdp}: training is sharded by DeepSpeed's ZeRO; leave it out.")
         optim = getattr(self.optim, "value", self.optim)

@@ -10,7 +10,7 @@ import yaml
 from lisa_dist import flag_tables
 from lisa_dist.commands.convert import known_flags, main
 from lisa_dist.commands.train import parser
-from lisa_dist.convert.reading import TOOLS, tool_of
+from lisa_dist.convert.reading import TOOLS, read, tool_of
 from lisa_dist.convert.recipe import convert, format_recipe
 from lisa_dist.convert.rules import DEFAULTS, RULES
 from lisa_dist.tasks import TASKS
@@ -356,6 +356,29 @@ datasets:
     assert "nothing here is like message_property_mappings of a, shards of a" in found.remarks["datasets"]
 
 
+@pytest.mark.parametrize("evaluates", ["evals_per_epoch: 4", "eval_steps: 10"])
+def test_axolotl_does_not_evaluate_what_is_not_there(files, evaluates):
+    text = f"base_model: m\ndatasets: [{{path: rows.jsonl, type: alpaca}}]\n{evaluates}\ntorch_compile: auto\n"
+    _, without = converted(f"{text}val_set_size: 0.0\n")
+    assert without.get("eval_strategy", "no") == "no"
+    assert "torch_compile" not in without
+    _, having = converted(f"{text}val_set_size: 0.1\n")
+    assert having["eval_strategy"] == "steps"
+
+
+def test_words_of_a_script_are_those_of_a_shell(tmp_path):
+    path = tmp_path / "x.sh"
+    path.write_text(
+        "# don't\nMORE=\"--lr 1e-4 --note 'a b'\"\n"
+        'swift sft --model Q --dataset rows#500 --system "You are\nhelpful # and kind." $MORE # of a run\n'
+    )
+    found = read(str(path))
+    assert found == {
+        "swift": None, "sft": None, "model": "Q", "dataset": "rows#500", "system": "You are\nhelpful # and kind.",
+        "lr": 1e-4, "note": "a b",
+    }  # fmt: skip
+
+
 def test_adapters_of_axolotl(files):
     for adapter in ("lora", "qlora"):
         found, flags = converted(f"base_model: m\nadapter: {adapter}\nlora_r: 32\nlearning_rate: 2.0e-4\n")
@@ -495,6 +518,7 @@ def test_the_keys_tell_whose_they_are():
         ("x.yaml", "a: [\n", (), r"x\.yaml: is not YAML"),
         ("x.sh", "echo hello\n", (), r"x\.sh: holds no command with flags"),
         ("x.sh", "echo --x 1\n", ("--tool", "soup"), "--tool: invalid choice: 'soup'"),
+        ("x.sh", 'a=(--model Q)\nswift sft "${a[@]}"\n', (), r"x\.sh: a is an array of bash; write its words out"),
         ("y.yaml", None, (), r"y\.yaml: no such file"),
         ("x.yaml", "base_model: m\n", ("there",), "there: is there already"),
         ("x.yaml", "base_model: m\n", ("no/such.yaml",), r"no/such\.yaml: cannot be written"),
@@ -514,7 +538,8 @@ def test_what_cannot_be_converted(tmp_path, monkeypatch, capsys, name, text, wor
 def test_values_of_another_kind_are_told_of(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text(
-        "base_model: m\ndatasets: rows.jsonl\nevals_per_epoch: often\nlr_scheduler: rex\n", encoding="utf-8"
+        "base_model: m\ndatasets: rows.jsonl\nval_set_size: 9\nevals_per_epoch: often\nlr_scheduler: rex\n",
+        encoding="utf-8",
     )
     assert convert(str(path), None, known_flags).remarks.keys() == {"datasets", "evals_per_epoch", "lr_scheduler"}
 

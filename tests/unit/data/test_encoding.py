@@ -161,6 +161,30 @@ def test_a_template_that_raises_says_so_of_the_row(tokenizer, template):
         pieces(tokenizer, [{"role": "tool", "content": "t"}, *TURNS[:2]], template)
 
 
+@pytest.mark.parametrize("template", [CHATML, TEMPLATE])
+def test_an_assistant_may_speak_first(tokenizer, template):
+    """As in many a row of ShareGPT; no template renders the nothing before it."""
+    turns = [{"role": "assistant", "content": "Hello!"}, *TURNS[:2]]
+    answers = [text for text, has_labels in pieces(tokenizer, turns, template) if has_labels]
+    assert len(answers) == 2
+    assert answers[0].startswith("Hello!")
+    assert answers[1:] == [text for text, has_labels in pieces(tokenizer, TURNS[:2], template) if has_labels]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "the chat template refuses it: "),
+        ("{{ 1 / 0 }}", "the chat template refuses it: division by zero"),
+        ("hello", "has no answer in what the chat template makes of it"),
+        ("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}", "has no answer in what"),
+    ],
+)
+def test_templates_that_fail_or_show_no_answer(tokenizer, template, said):
+    with pytest.raises(ExampleError, match=said):
+        pieces(tokenizer, TURNS[:2], template)
+
+
 def test_a_tokenizer_without_offsets_is_refused():
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = TEMPLATE

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from lisa_dist.config import UserError
 from lisa_dist.data.first_look import look_at_data
@@ -22,6 +23,15 @@ def folder(tmp_path, monkeypatch):
 )
 def test_a_name_may_have_blanks_or_be_none_of_a_file(name):
     look_at_data({"dataset_name": name})
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_tables_of_the_datasets_library_are_for_the_run_to_read(tmp_path, task):
+    table = Dataset.from_list(PAIRS)
+    table.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": table}).save_to_disk(tmp_path / "several")
+    for name in ("one", "several"):
+        look_at_data({"dataset_name": str(tmp_path / name), "task": task})
 
 
 @pytest.mark.parametrize("columns", ["chosen=better rejected=worse", ["chosen=better", "rejected=worse"]])

@@ -57,6 +57,15 @@ def refused(call, *arguments) -> str:
         ("torch_compile_mode", "a\u2028b", "--torch_compile_mode a b: unknown; choose one of default"),
         ("method", "a\nb", "--method a b: unknown; choose one of lisa, full, lora."),
         ("pad_to_multiple_of", "x", "invalid literal for int() with base 10: 'x'"),
+        # What transformers would trip over with a model loaded.
+        ("report_to", "clearml", "--report_to clearml: its package is not installed; install it, or give another"),
+        ("lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_type cosine_with_min_lr with"),
+        (
+            "lr_scheduler_kwargs",
+            '{"foo": 1}',
+            "--lr_scheduler_kwargs {'foo': 1}: get_linear_schedule_with_warmup() got",
+        ),
+        ("dataset_name", "json", "--dataset_name json: a kind of file and no name of a dataset; give the file itself."),
     ],
 )
 def test_numbers_that_make_no_sense(folder, tmp_path, flag, value, said):
@@ -145,6 +154,58 @@ def test_output_folders_in_which_nothing_can_be_written(folder, tmp_path, name, 
     config = parse_arguments(flags_for(folder, tmp_path / name))
     assert said in refused(check_config, config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_an_evaluation_of_nothing(folder, tmp_path):
+    config = parse_arguments(flags_for(folder, tmp_path / "out", eval_strategy="steps", eval_rows=0))
+    assert "--eval_strategy steps: there are no rows to evaluate; give --eval_rows 100" in refused(check_config, config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"train_micro_batch_size_per_gpu": 64},
+            "has train_micro_batch_size_per_gpu = 64, but --per_device_train_batch",
+        ),
+        ({"train_batch_size": 7}, "has train_batch_size = 7, but --per_device_train_batch_size"),
+        ({"gradient_clipping": 3.0}, "has gradient_clipping = 3.0, but --max_grad_norm is 1.0; make them equal"),
+        ({"bf16": {"enabled": True}}, "has bf16.enabled = True, but --bf16 is False"),
+        ({"bf16": True}, 'has bf16 = true: give an object {"...": ...}'),
+        ({"zero_optimization": 3}, 'has zero_optimization = 3: give an object {"...": ...}'),
+        ({"zero_optimization": {"stage": 7}}, "has zero_optimization.stage = 7: give 1, 2 or 3"),
+        ({"zero_optimization": {"stage": "2"}}, 'has zero_optimization.stage = "2": give 1, 2 or 3'),
+        ({"zero_optimization": {"stage": True}}, "has zero_optimization.stage = true: give 1, 2 or 3"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}},
+            'has zero_optimization.reduce_bucket_size = "big": give a number of elements, or "auto"',
+        ),
+    ],
+)
+def test_deepspeed_configs_that_make_no_sense(folder, tmp_path, changes, said):
+    auto = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    write_json(tmp_path / "ds.json", auto | {"zero_optimization": {"stage": 2}} | changes)
+    words = flags_for(folder, tmp_path / "out", deepspeed=tmp_path / "ds.json", bf16=False)
+    assert said in refused(lambda: check_config(parse_arguments(words)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "is a reward model, which scores texts and writes none",
+        ),
+        ({"architectures": ["BertForMaskedLM"]}, "is a BertForMaskedLM: LISA trains causal language models"),
+        ({"is_encoder_decoder": True}, "is an encoder-decoder: LISA trains causal language models"),
+    ],
+)
+def test_models_that_write_no_text(folder, tmp_path, changes, said):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    write_json(model / "config.json", json.loads((model / "config.json").read_text()) | changes)
+    config = parse_arguments(flags_for(folder, tmp_path / "out", model_name_or_path=model))
+    assert said in refused(check_config, config)
 
 
 def without(*names: str):

@@ -116,6 +116,15 @@ def test_a_config_may_be_given_to_the_trainer(given, tmp_path):
     assert f"stage {ds_config[-1]}" in by_trainer["header"]
 
 
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+def test_a_schedule_may_read_the_defaults_of_the_optimizer(tmp_path, ds_config):
+    """Which those of DeepSpeed lack."""
+    changes = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}}
+    rates = run_ranks(train, 1, str(tmp_path), ds_config, changes)[0]["learning_rates"]
+    expected = [rates[0] * (1 - step / len(rates)) ** 2 for step in range(len(rates))]
+    assert rates == pytest.approx(expected, rel=0.02, abs=1e-7)
+
+
 def begin_again(output_dir: str) -> None:
     """As a cell of a notebook that is run twice does."""
     args = arguments(output_dir, "zero2", deepspeed=None)
