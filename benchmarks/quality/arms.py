@@ -41,6 +41,7 @@ BALANCED, WINDOW = {"lisa_sampler": "balanced"}, {"lisa_sampler": "window"}
 DEEP = BALANCED | {"lisa_depth_bias": 8.0}
 UPPER = BALANCED | {"lisa_depth_bias": 16.0}
 MODULES = {"lisa_unit": "module", "lisa_budget": AUTO_LAYERS}
+OF_14 = {"lisa_activated_layers": 14} | FROZEN | ONE_PASS
 OF_EIGHT = {"lisa_unit": "module", "lisa_budget": str(8 / 30)}  # of SmolLM2's 30 layers
 PROBED = BALANCED | {"lisa_probe_steps": 10}
 SHARP = {"lisa_importance_temperature": 0.5, "lisa_importance_floor": 0.0}
@@ -127,7 +128,11 @@ ARMS = {
     "lisa 4 keep": ("lisa", {"lisa_activated_layers": 4, "lisa_state": "keep"}, 1),
     "lisa 2, embed frozen": ("lisa", LISA | FROZEN, 1),
     "lisa 8, embed frozen": ("lisa", {"lisa_activated_layers": 8} | FROZEN, 1),
-    "lisa 14, embed frozen": ("lisa", {"lisa_activated_layers": 14} | FROZEN | ONE_PASS, 1),
+    "lisa 14, embed frozen": ("lisa", OF_14, 1),
+    "lisa 14 keep, embed frozen": ("lisa", OF_14 | {"lisa_state": "keep"}, 1),
+    "lisa 14 K 10, embed frozen": ("lisa", OF_14 | {"lisa_interval_steps": 10}, 1),
+    "lisa 14 keep, K 5, embed frozen": ("lisa", OF_14 | {"lisa_state": "keep", "lisa_interval_steps": 5}, 1),
+    "lisa 14 fixed, embed frozen": ("lisa", OF_14 | {"lisa_sampler": "fixed"}, 1),
     "lisa 8": ("lisa", {"lisa_activated_layers": 8}, 1),
     "lisa 14, factored": ("lisa", {"lisa_activated_layers": 14} | ONE_PASS | FACTORED, 1),
     # The backward pass ends early where embeddings are frozen and lower layers seldom train.

@@ -37,7 +37,10 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> None:
     state = read_state(folder)
     if "config.json" not in state["files"]:
         raise UserError(f"{folder}: there is no config.json in it, which says what model it is; it cannot be exported.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: {out.parent} can be no folder ({error.strerror}); choose another.") from error
     staging = Path(tempfile.mkdtemp(prefix=f"tmp-{out.name}-", dir=out.parent))
     try:
         export_weights(folder, staging)

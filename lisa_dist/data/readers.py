@@ -1,5 +1,6 @@
 """Read files of examples: each example, or why it cannot be read, with its line or row."""
 
+import codecs
 import csv
 import gzip
 import json
@@ -50,6 +51,8 @@ def _lines(path: Path, keep_blank: bool = False) -> Iterator[tuple[int, str | No
     """
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise UnicodeDecodeError("utf-8", line, 0, 2, "it is in UTF-16")
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError:
@@ -128,6 +131,10 @@ def _read_parquet(path: Path) -> Iterator[FileExample]:
     number = 0
     with pyarrow.parquet.ParquetFile(path) as file:
         for batch in file.iter_batches():
-            for row in batch.to_pylist():
+            try:
+                rows = batch.to_pylist()
+            except (OverflowError, LookupError, ValueError) as error:  # times that Python has not, zones of no name
+                raise pyarrow.ArrowInvalid(f"a value of one of its columns: {error}") from error
+            for row in rows:
                 number += 1
                 yield f"row {number}", row, None

@@ -7,7 +7,7 @@ from lisa_dist.data.formats import ROLES, detect
 from lisa_dist.tasks import GRPO, KTO, SFT, TASKS, describe_columns_of, tasks_for
 
 _ANSWERS = ("chosen", "rejected", "completion")
-_LABELS = {"true": True, "false": False, "1": True, "0": False}  # as CSV has them
+_LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}  # as CSV has them
 
 
 def why_not_of_columns(task: str, columns: Sequence[str], renamed: Iterable[tuple[str, str]]) -> str | None:

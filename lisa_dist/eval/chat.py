@@ -82,7 +82,7 @@ def talk(chat: Chat, lines: Iterable[str], prompt: Callable[[], None]) -> None:
     """Answer lines until they end; `prompt` is called before each."""
     prompt()
     for line in lines:
-        text = line.strip()
+        text = line.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
         if text == "/exit":
             return
         if text == "/reset":

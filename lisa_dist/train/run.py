@@ -109,6 +109,10 @@ def _load_model(config: RunConfig, processing: Processing, data: Data, loss: str
         raise
     except (ValueError, ImportError) as error:  # of a package that a flag needs
         raise UserError(in_one_line(error)) from error
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise UserError(f"--model_init_kwargs: {in_one_line(error)}.") from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):  # what from_pretrained says of weights of other sizes
             raise

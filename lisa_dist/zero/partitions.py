@@ -157,11 +157,11 @@ class ZeroPartitions:
         scaler, history = vars(self._zero.loss_scaler), host_adam_history(self.optimizer)
         masters = () if history is None else zip(self.keys(), self._masters, strict=True)
         steps = [0 if key else int(self.optimizer.state.get(master, {}).get("step", 0)) for key, master in masters]
-        return {
+        counters = {
             "loss_scaler": {name: value for name, value in scaler.items() if isinstance(value, int | float)},
             "host_adam": history,
-            "placeholder_steps": steps,
         }
+        return counters | ({"placeholder_steps": steps} if any(steps) else {})
 
     def load_counters(self, counters: dict) -> None:
         """Go on with the loss scale and the history of a saved run."""

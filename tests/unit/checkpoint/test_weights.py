@@ -107,6 +107,9 @@ def test_an_export_is_refused_where_it_cannot_be_right(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"is no checkpoint of a LISA run: there is no lisa_state\.json in it"):
         export_checkpoint(tmp_path, tmp_path / "out")
     run_ranks(train_and_save, 1, str(tmp_path), "zero2", tiny_llama, torch.float32, 1 << 30)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file can be no folder \(File exists\); choose another"):
+        export_checkpoint(tmp_path / "checkpoint-4", tmp_path / "file" / "below")
     with pytest.raises(ValueError, match="saved is there already"):
         export_checkpoint(tmp_path / "checkpoint-4", tmp_path / "saved")
     (tmp_path / "checkpoint-4" / "config.json").write_text("{}")

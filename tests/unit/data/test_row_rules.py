@@ -40,6 +40,12 @@ def test_turns_of_a_pair(row, said):
     assert why is None if said is None else said in why
 
 
+@pytest.mark.parametrize(("label", "taken"), [(True, True), ("0", False), (1.0, True), ("0.0", False), (0.5, None)])
+def test_labels_as_tables_have_them(label, taken):
+    row, why = RowRules("kto").checked({"prompt": "q", "completion": "a", "label": label})
+    assert row["label"] is taken if row else "has the label 0.5; it is true or false" in why
+
+
 def test_columns_that_a_task_leaves_out_are_named_and_all_others_stay(tmp_path):
     rows = tmp_path / "rows.jsonl"
     row = {"prompt": "q", "origin": "a book", "chosen": "a", "rejected": "b"}

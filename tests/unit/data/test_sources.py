@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 
+import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -73,6 +74,21 @@ def test_a_folder_has_the_rows_of_its_files_in_order(tmp_path):
     write(tmp_path / "rows" / "1.jsonl", [{"question": "first", "answer": "a"}, {"question": "second", "answer": "a"}])
     (tmp_path / "rows" / "README.md").write_text("no rows")
     assert questions(load(str(tmp_path / "rows"))[0]) == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.txt"])
+def test_a_file_in_utf_16_is_named(tmp_path, name):
+    (tmp_path / name).write_text("question,answer\nq,a\n", encoding="utf-16")
+    with pytest.raises(UserError, match=r"cannot be read .*it is in UTF-16"):
+        load(str(tmp_path / name))
+
+
+def test_a_column_of_times_that_python_has_not(tmp_path):
+    times = pyarrow.array([10**12], pyarrow.timestamp("s"))
+    table = pyarrow.table({"question": ["q"], "answer": ["a"], "at": times})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows\.parquet cannot be read"):
+        load(str(tmp_path / "rows.parquet"))
 
 
 def test_a_saved_dataset(tmp_path):

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +141,13 @@ def test_more_than_the_context_is_refused_and_forgotten(tiny, capsys):
     talk(chat, ["hello\n"], lambda: None)
     assert re.search(r"\d+ tokens were said, and the model's context has \d+", capsys.readouterr().out)
     assert chat._turns == []
+
+
+def test_bytes_that_are_no_text_are_shown_as_such(tiny):
+    said = []
+    chat = SimpleNamespace(say=said.append)
+    talk(chat, [b"hi\xff\n".decode("utf-8", "surrogateescape")], lambda: None)
+    assert said == ["hi\ufffd"]
 
 
 def test_an_interrupt_ends_the_answer_alone():

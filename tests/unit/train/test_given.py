@@ -65,6 +65,7 @@ def refused(call, *arguments) -> str:
             '{"foo": 1}',
             "--lr_scheduler_kwargs {'foo': 1}: get_linear_schedule_with_warmup() got",
         ),
+        ("model_init_kwargs", '{"foo": 1}', "--model_init_kwargs: LlamaForCausalLM.__init__() got an unexpected"),
         ("dataset_name", "json", "--dataset_name json: a kind of file and no name of a dataset; give the file itself."),
     ],
 )
