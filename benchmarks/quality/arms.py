@@ -133,6 +133,12 @@ ARMS = {
     "lisa 14 K 10, embed frozen": ("lisa", OF_14 | {"lisa_interval_steps": 10}, 1),
     "lisa 14 keep, K 5, embed frozen": ("lisa", OF_14 | {"lisa_state": "keep", "lisa_interval_steps": 5}, 1),
     "lisa 14 fixed, embed frozen": ("lisa", OF_14 | {"lisa_sampler": "fixed"}, 1),
+    "lisa 14 middle, embed frozen": ("lisa", OF_14 | WEIGHTED | {"weights": lambda layer: int(8 <= layer < 22)}, 1),
+    "lisa 8 middle, embed frozen": (
+        "lisa",
+        OF_14 | {"lisa_activated_layers": 8} | WEIGHTED | {"weights": lambda layer: int(11 <= layer < 19)},
+        1,
+    ),
     "lisa 8": ("lisa", {"lisa_activated_layers": 8}, 1),
     "lisa 14, factored": ("lisa", {"lisa_activated_layers": 14} | ONE_PASS | FACTORED, 1),
     # The backward pass ends early where embeddings are frozen and lower layers seldom train.
