@@ -97,8 +97,9 @@ class Blocks:
 def why_not_trained(config: PretrainedConfig, task: str) -> str | None:
     """Why a model of this configuration cannot be trained to write text, or to score it; None where it can."""
     architecture = str((config.architectures or [""])[0])
-    if config.is_encoder_decoder:
-        return "is an encoder-decoder: LISA trains causal language models"
+    is_decoder = architecture.endswith(("ForCausalLM", "LMHeadModel"))  # alone, whatever it was taken from
+    if config.is_encoder_decoder and architecture and not is_decoder:
+        return f"is a {architecture}, an encoder-decoder: LISA trains causal language models"
     if architecture.endswith(_OF_OTHER_MODELS):
         return f"is a {architecture}: LISA trains causal language models"
     if architecture.endswith("ForSequenceClassification") and task != REWARD:

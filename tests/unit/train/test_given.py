@@ -198,7 +198,10 @@ def test_deepspeed_configs_that_make_no_sense(folder, tmp_path, changes, said):
             "is a reward model, which scores texts and writes none",
         ),
         ({"architectures": ["BertForMaskedLM"]}, "is a BertForMaskedLM: LISA trains causal language models"),
-        ({"is_encoder_decoder": True}, "is an encoder-decoder: LISA trains causal language models"),
+        (
+            {"is_encoder_decoder": True, "architectures": ["BartForConditionalGeneration"]},
+            "is a BartForConditionalGeneration, an encoder-decoder: LISA trains causal language models",
+        ),
     ],
 )
 def test_models_that_write_no_text(folder, tmp_path, changes, said):
