@@ -185,10 +185,12 @@ def load_data(
     return Data(train, held_out if held_out is None else held_out.remove_columns("origin"), lines)
 
 
-def hold_out(parts: list[Dataset], arguments: DataArguments, seed: int) -> tuple[list[Dataset], Dataset]:
-    """Sample `--eval_rows` of all examples, before weights repeat them; those of one origin stay together."""
-    origins = [list(part["origin"]) for part in parts]
-    examples = [(index, origin) for index, names in enumerate(origins) for origin in dict.fromkeys(names)]
+def hold_out(
+    parts: list[Dataset], arguments: DataArguments, seed: int, origin: str = "origin"
+) -> tuple[list[Dataset], Dataset]:
+    """Sample `--eval_rows` of all examples, before weights repeat them; those of an `origin` stay together."""
+    origins = [list(part[origin]) for part in parts]
+    examples = [(index, name) for index, names in enumerate(origins) for name in dict.fromkeys(names)]
     fraction_or_number = arguments.eval_rows
     number = int(fraction_or_number) if fraction_or_number >= 1 else round(fraction_or_number * len(examples))
     if not 0 < number < len(examples):

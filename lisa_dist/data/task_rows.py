@@ -39,7 +39,7 @@ def load_task_data(arguments: DataArguments, task: str, seed: int) -> Data:
     train_sources, held_out_sources = arguments.sources()
     parts, held_out = load(train_sources), None
     if not held_out_sources and arguments.eval_rows:
-        parts, held_out = hold_out(parts, arguments, seed)
+        parts, held_out = hold_out(parts, arguments, seed, ORIGIN)
     given = zip(parts, train_sources, strict=True)
     weighted = [apply_weight(rows, source, seed) if len(rows) else rows for rows, source in given]
     train = _joined(weighted, "--dataset_name")

@@ -1,6 +1,7 @@
 """What a row of a task must hold: turns of known roles with a text, answers that are not empty, one prompt for both."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -55,3 +56,5 @@ def test_columns_that_a_task_leaves_out_are_named_and_all_others_stay(tmp_path):
     assert "rows.jsonl: prompt, chosen, rejected (ignored: origin), 3 rows" in pairs.lines[0]
     assert prompts.train[0] == row  # which a reward function is given
     assert "prompt, origin, chosen, rejected, 3 rows" in prompts.lines[0]
+    split = load_task_data(replace(arguments, eval_rows=1), "dpo", seed=0)
+    assert (len(split.train), len(split.held_out), split.train.column_names) == (2, 1, ["prompt", "chosen", "rejected"])
