@@ -31,6 +31,9 @@ _FEATURES = Features(
 )
 _WITH_IMAGES = Features({**_FEATURES, "images": List(Image())})
 
+# What datasets takes for a way to read whatever lies in the current folder.
+_KINDS_OF_FILES = ("arrow", "csv", "json", "pandas", "parquet", "sql", "text", "webdataset", "xml")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -142,17 +145,7 @@ def open_source(source: Source, name: str) -> Dataset | list[Path]:
         return saved[source.split]
     if path.exists() or suffix_of(path) in SUFFIXES:
         return _list_files(source, path)
-    if name in (
-        "arrow",
-        "csv",
-        "json",
-        "parquet",
-        "text",
-        "xml",
-        "webdataset",
-        "sql",
-        "pandas",
-    ):  # builders of datasets
+    if name in _KINDS_OF_FILES:
         raise UserError(f"{source.label}: a kind of file and no name of a dataset; give the file itself.")
     try:
         return load_dataset(name, source.config, split=source.split)
