@@ -10,6 +10,7 @@ TRL's trainer uses these columns as they are, shuffles and packs them.
 
 import json
 import random
+import re
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,6 +97,12 @@ class DataArguments:
             raise UserError(
                 f"--eval_rows {self.eval_rows:g} and --eval_dataset_name {' '.join(self.eval_dataset_name)}: give one "
                 "of them."
+            )
+        paths = [re.sub(r"#\d+$", "", name) for name in self.dataset_name]
+        if self.eval_rows and len(set(paths)) < len(paths):  # held out of one, trained in the other
+            raise UserError(
+                f"--eval_rows {self.eval_rows:g}: --dataset_name has {max(paths, key=paths.count)} twice; give it "
+                "once, and --dataset_weights 2 to repeat it."
             )
         self.sources()
 

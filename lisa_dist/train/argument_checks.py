@@ -1,6 +1,7 @@
 """What transformers, TRL and DeepSpeed would refuse of their own arguments with a model loaded, refused before."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,16 @@ def check_schedule(training: Any) -> None:
         raise UserError(
             f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {given}: {in_one_line(error).rstrip('.')}."
         ) from error
+
+
+def check_loss_type(training: Any) -> None:
+    """Raise UserError for a loss that TRL's own help of `loss_type` does not name, where it names some."""
+    given = getattr(training, "loss_type", None) or []
+    about = type(training).__dataclass_fields__["loss_type"].metadata if given else {}
+    known = list(dict.fromkeys(re.findall(r"(?<!=)['\"](\w+)['\"]", about.get("help", ""))))
+    for name in [given] if isinstance(given, str) else given:
+        if known and name not in known:
+            raise UserError(f"--loss_type {name}: unknown; choose one of {', '.join(known)}.")
 
 
 def check_evaluation(training: Any, has_held_out: bool) -> None:

@@ -1,5 +1,6 @@
-"""What LISA does at the Trainer's events: the steps of the controller, and a heartbeat for the watchdog."""
+"""What is done at the Trainer's events: steps of the controller, a heartbeat for the watchdog, a check of a metric."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -7,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lisa_dist.core.controller import LisaController
 from lisa_dist.distributed.signals import StopSignals
 from lisa_dist.distributed.watchdog import Watchdog
+from lisa_dist.errors import UserError
 from lisa_dist.memory.run_memory import RunMemory
 
 
@@ -24,6 +26,25 @@ class Heartbeat(TrainerCallback):
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop the step timeout."""
         self._watchdog.end_steps()
+
+
+class BestMetric(TrainerCallback):
+    """At the first evaluation: raises UserError for a `--metric_for_best_model` that no evaluation has."""
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look for it among the metrics, whose names begin with eval_."""
+        name = args.metric_for_best_model
+        if name is None or metrics is None or f"eval_{name.removeprefix('eval_')}" in metrics:
+            return
+        known = ", ".join(sorted(metric.removeprefix("eval_") for metric in metrics if metric.startswith("eval_")))
+        raise UserError(f"--metric_for_best_model {name}: no metric of an evaluation here; choose one of {known}.")
 
 
 class LisaSteps(TrainerCallback):

@@ -32,6 +32,7 @@ from lisa_dist.text import in_one_line
 from lisa_dist.train.arguments import ALL_LINEAR, RunConfig
 from lisa_dist.train.attention import choose_attention, packs_documents
 from lisa_dist.train.auto_layers import settle_layers
+from lisa_dist.train.callbacks import BestMetric
 from lisa_dist.train.checks import precision_of_arguments
 from lisa_dist.train.compiled_layers import CompiledLayers
 from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
@@ -286,6 +287,7 @@ def build_trainer(config: RunConfig, processing: Processing, data: Data, loss: s
         multiply_in_fp32(model)
     if config.run.sample_prompt:
         trainer.add_callback(SampleCallback(trainer, config.run.sample_prompt))
+    trainer.add_callback(BestMetric())
     if config.run.layer_norms:
         trainer.add_callback(LayerNorms(config.run.layer_norms, config.lisa.lisa_layers_attribute))
     return trainer

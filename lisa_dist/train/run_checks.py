@@ -20,7 +20,7 @@ from lisa_dist.files import check_folder, read_text
 from lisa_dist.memory.plans import FEWEST_LAYERS
 from lisa_dist.tasks import GRPO, KTO, REWARD, SFT, refuse_flags_of_sft
 from lisa_dist.text import in_one_line, no_such_model
-from lisa_dist.train.argument_checks import check_ds_arguments, check_evaluation, check_schedule
+from lisa_dist.train.argument_checks import check_ds_arguments, check_evaluation, check_loss_type, check_schedule
 from lisa_dist.train.arguments import RunConfig
 from lisa_dist.train.attention import packs_documents
 from lisa_dist.train.auto_layers import check_auto_layers
@@ -81,6 +81,7 @@ def _check(config: RunConfig) -> None:
     check_ds_arguments(training, ds_config)
     check_precision(training)
     check_schedule(training)
+    check_loss_type(training)
     check_evaluation(training, bool(config.data.eval_rows or config.data.eval_dataset_name))
     check_compile(training, ds_config, switches=method == "lisa")
     model_config = _known_model_config(config)

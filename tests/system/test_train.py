@@ -342,6 +342,14 @@ def test_an_error_is_one_line_and_nothing_is_written(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_metric_that_no_evaluation_has_is_one_line(folder, tmp_path):
+    flags = flags_for(folder, tmp_path / "out", metric_for_best_model="accuracy")
+    status, said = run_alone(flags, tmp_path / "said.txt")
+    assert status == 2
+    assert "lisa-dist: --metric_for_best_model accuracy: no metric of an evaluation here; choose one of " in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_parses(recipe):
     run_args, _, training_args, model_args, lisa_config = parse_arguments(["--config", str(recipe)])
@@ -528,6 +536,7 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
         ({"model_name_or_path": "no/such-model"}, "--model_name_or_path no/such-model: no such folder"),
         ({"deepspeed": "zero3_nvme"}, "--deepspeed zero3_offload"),
         ({"optim": "lomo"}, "--optim lomo: LISA runs AdamW"),
+        ({"task": "dpo", "loss_type": "foo"}, "--loss_type foo: unknown; choose one of sigmoid, hinge, ipo"),
         ({"loss": "liger"}, "--loss liger: Liger's Triton kernels need a CUDA device; leave it out"),
         (
             {"loss": "logits", "label_smoothing_factor": 0.1},

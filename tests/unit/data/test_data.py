@@ -108,6 +108,12 @@ def test_something_must_be_left_and_held_out(tokenizer, names, eval_rows):
         load(tokenizer, dataset_name=names[0], eval_rows=eval_rows)
 
 
+def test_nothing_that_is_held_out_of_a_source_comes_in_by_another(tokenizer, names):
+    with pytest.raises(ValueError, match=r"--eval_rows 5: --dataset_name has .* twice; give it once"):
+        load(tokenizer, dataset_name=[names[0], f"{names[0]}#10"], eval_rows=5)
+    assert len(load(tokenizer, dataset_name=[names[0], names[0]]).train) == 40, "without held-out rows it may be twice"
+
+
 def in_every_form(row: dict) -> dict[str, dict]:
     """A question and its answer as each format has them."""
     question, answer = row["question"], row["answer"]
