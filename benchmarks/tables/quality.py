@@ -52,8 +52,8 @@ def spread_of_seeds(losses: list[float]) -> str:
 # Arms whose costs pareto.py measures: others of docs/experiments.md cost as much as one of these.
 MEASURED = ("full", "full one pass", "lora r16", "lora r64", "galore r16", "apollo r16", "lisa 2", "lisa 2 one pass",
             "lisa 2, factored", "lisa 2, 8 bits", "lisa 2 bf16", "lisa 2, frozen 8 bits", "lisa 2, frozen 4 bits",
-            "lisa auto", "lisa modules", "lisa in lora's memory", "lisa in lora's, embed frozen", "lisa 8",
-            "lisa 8, embed frozen")  # fmt: skip
+            "lisa auto", "lisa modules", "lisa in lora's memory", "lisa in lora's, embed frozen",
+            "lisa at lora's peak, embed frozen", "lisa 14, embed frozen", "lisa 8", "lisa 8, embed frozen")  # fmt: skip
 NEAR = 1.05  # a peak of at most so many times another's is the same memory
 
 
@@ -295,6 +295,7 @@ def methods_on_every_task(*tasks: dict) -> Rows:
     arms = {
         "full": "full training",
         "lora r16": "LoRA, rank 16",
+        "lisa 2 as published": "LISA as in the paper (`--lisa_preset paper`)",
         "lisa 2 one pass": "LISA, two layers at a time",
         "lisa in lora's memory": "LISA, as many layers as fit the memory of LoRA's step and a tenth",
     }
