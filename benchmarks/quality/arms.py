@@ -133,6 +133,7 @@ ARMS = {
     "lisa 14 K 10, embed frozen": ("lisa", OF_14 | {"lisa_interval_steps": 10}, 1),
     "lisa 14 keep, K 5, embed frozen": ("lisa", OF_14 | {"lisa_state": "keep", "lisa_interval_steps": 5}, 1),
     "lisa 14 fixed, embed frozen": ("lisa", OF_14 | {"lisa_sampler": "fixed"}, 1),
+    "lisa 14 balanced, embed frozen": ("lisa", OF_14 | BALANCED, 1),
     "lisa 14 middle, embed frozen": ("lisa", OF_14 | WEIGHTED | {"weights": lambda layer: int(8 <= layer < 22)}, 1),
     "lisa 8 middle, embed frozen": (
         "lisa",

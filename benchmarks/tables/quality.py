@@ -158,14 +158,28 @@ IN_TIME = (
     "lisa 14, embed frozen",
     "lisa 14 window, embed frozen",
     "lisa 14 middle, embed frozen",
+    "lisa 14 fixed, embed frozen",
     "lisa 8, embed frozen",
     "lisa modules 8, embed frozen",
 )
 MODELS = ("stories260K", "SmolLM2")
-TASKS = ("stories260K, GSM8K", "SmolLM2, GSM8K", "SmolLM2, Alpaca", "SmolLM2, Alpaca, another day")
+TASKS = (
+    "stories260K, GSM8K",
+    "SmolLM2, GSM8K",
+    "SmolLM2, GSM8K, another day",
+    "SmolLM2, Alpaca",
+    "SmolLM2, Alpaca, another day",
+)
 
 
-@table("comparing_time", "time", "time_smollm2", "time_smollm2_alpaca", "time_smollm2_alpaca_middle")
+@table(
+    "comparing_time",
+    "time",
+    "time_smollm2",
+    "time_smollm2_fixed",
+    "time_smollm2_alpaca",
+    "time_smollm2_alpaca_middle",
+)
 def methods_in_equal_time(*tasks: dict) -> Rows:
     """Mean held-out loss and steps of each method after as many seconds, of every task."""
     rows = []
