@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +34,7 @@ from lisa_dist.memory.tracker import AllocationTracker
 
 ROUNDS, STEPS = 2, 5  # of steps that are timed in each
 SAME_TRAINING = {"full one pass": "full"}  # its losses are the other's
+FONT = 7  # points
 NAMED = {
     "full": "full",
     "full one pass": "full, one pass",
@@ -44,6 +46,7 @@ NAMED = {
     "lisa modules": "LISA, modules",
     "lisa in lora's memory": "LISA in LoRA's memory",
     "lisa in lora's, embed frozen": "the same, embed frozen",
+    "lisa at lora's peak, embed frozen": "LISA at LoRA's peak",
 }  # what the plot calls some arms; the others have no names there
 
 
@@ -123,15 +126,32 @@ def plot(figures: dict, path: Path) -> None:
                 axes.plot([at] * len(losses), losses, "o", color=color, alpha=0.25, markersize=3)
                 axes.plot(at, loss, "o", color=color)
                 axes.margins(x=0.15)
-                if arm in NAMED:  # beside the point, on the side where there is room
-                    costs = [x for x, _ in points.values()]
-                    is_right = at > (min(costs) + max(costs)) / 2
-                    text = {"xytext": (-5 if is_right else 5, 3), "ha": "right" if is_right else "left"}
-                    axes.annotate(NAMED[arm], (at, loss), textcoords="offset points", fontsize=7, **text)
             axes.grid(alpha=0.3)
         row[0].set(ylabel=f"{name}\nheld-out loss", xlabel="peak of a step, MB")
         row[1].set(xlabel="CPU s a step")
+    figure.draw_without_rendering()  # by which axes have their sizes
+    for index, task in enumerate(tasks.values()):
+        for axes, cost, scale in zip(figure.axes[2 * index :], ("peak", "seconds"), (1e6, 1), strict=False):
+            named = {NAMED[arm]: (one[cost] / scale, one["loss"]) for arm, one in task["arms"].items() if arm in NAMED}
+            name_points(axes, named)
     figure.savefig(path, dpi=110)
+
+
+def name_points(axes: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Names beside their points, on the side where there is room, and above names that they would cover."""
+    points_of_pixel = 72 / axes.figure.dpi
+    middle = sum(axes.get_xlim()) / 2
+    taken: list[tuple[float, float, float]] = []  # left and right end of a name and its height, in points
+    for name, at in sorted(points.items(), key=lambda point: point[1][1]):
+        x, y = axes.transData.transform(at) * points_of_pixel
+        side = -1 if at[0] > middle else 1
+        left, right = sorted((x + 5 * side, x + (5 + FONT * 0.62 * len(name)) * side))
+        height = y - FONT / 3
+        while any(left < other[1] and other[0] < right and abs(height - other[2]) < FONT for other in taken):
+            height += 1
+        taken.append((left, right, height))
+        place = {"xytext": (5 * side, height - y), "ha": "right" if side < 0 else "left"}
+        axes.annotate(name, at, textcoords="offset points", fontsize=FONT, **place)
 
 
 def front_of(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
