@@ -111,7 +111,7 @@ def plot(figures: dict, path: Path) -> None:
     """A row a task: loss against memory and against time, a point an arm with its seeds, and the front."""
     from matplotlib.figure import Figure
 
-    tasks = figures["tasks"]
+    tasks, named = figures["tasks"], []
     figure = Figure(figsize=(12, 4 * len(tasks)), layout="constrained")
     for (name, task), row in zip(
         tasks.items(), figure.subplots(len(tasks), 2, sharey="row", squeeze=False), strict=True
@@ -127,13 +127,12 @@ def plot(figures: dict, path: Path) -> None:
                 axes.plot(at, loss, "o", color=color)
                 axes.margins(x=0.15)
             axes.grid(alpha=0.3)
+            named.append((axes, {NAMED[arm]: at for arm, at in points.items() if arm in NAMED}))
         row[0].set(ylabel=f"{name}\nheld-out loss", xlabel="peak of a step, MB")
         row[1].set(xlabel="CPU s a step")
     figure.draw_without_rendering()  # by which axes have their sizes
-    for index, task in enumerate(tasks.values()):
-        for axes, cost, scale in zip(figure.axes[2 * index :], ("peak", "seconds"), (1e6, 1), strict=False):
-            named = {NAMED[arm]: (one[cost] / scale, one["loss"]) for arm, one in task["arms"].items() if arm in NAMED}
-            name_points(axes, named)
+    for axes, of_axes in named:
+        name_points(axes, of_axes)
     figure.savefig(path, dpi=110)
 
 
