@@ -12,7 +12,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 _caches = tempfile.mkdtemp(prefix="lisa_dist_tests_")
 os.environ["HF_HOME"] = _caches  # data may be read-only, and nothing is left in the user's cache
-os.environ["LISA_DIST_CACHE"] = ""  # every trace is made; test_trace_files.py has those that are kept
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the traces of the process that starts them
+    os.environ["LISA_DIST_CACHE"] = _caches
 
 import ranks  # noqa: E402
 

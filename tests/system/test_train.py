@@ -176,16 +176,16 @@ def test_modules_of_layers_are_sampled_by_themselves(folder, tmp_path):
 @pytest.mark.usefixtures("cpu_ops")
 def test_a_probe_leaves_no_trace_but_how_often_layers_train(folder, tmp_path):
     """Nor in what TRL gathers for its log, nor in dropout or the order of rows; a resumed run does not probe again."""
-    settings = {"lisa_sampler": "balanced", "max_steps": 40, "gradient_accumulation_steps": 2, "deepspeed": "zero2"}
+    settings = {"lisa_sampler": "balanced", "max_steps": 16, "gradient_accumulation_steps": 2, "deepspeed": "zero2"}
     settings |= {"save_strategy": "steps", "save_steps": 3, "learning_rate": 5e-3, "packing": True}
     settings |= {"eval_on_start": False}
     out, given = tmp_path / "out", tmp_path / "given"
-    probe = {"lisa_probe_steps": 4, "output_dir": out}
+    probe = {"lisa_probe_steps": 2, "output_dir": out}
     status, said = run_alone(flags_for(folder, **settings | probe), tmp_path / "said.txt")
     assert status == 0, said[-3000:]
     weights = json.loads((out / "checkpoint-3/lisa_state.json").read_text())["lisa"]["probed"]
     assert len(set(weights)) > 1
-    found = re.search(r"layers probed for 4 steps, held-out loss and weight of each: (.+)", said)[1].split(", ")
+    found = re.search(r"layers probed for 2 steps, held-out loss and weight of each: (.+)", said)[1].split(", ")
     assert [words.split()[0] for words in found] == [f"{layer}-{layer}" for layer in range(6)]
     assert [float(words.split()[2]) for words in found] == pytest.approx(weights, rel=1e-2)
     best = min(range(6), key=lambda layer: float(found[layer].split()[1]))
@@ -195,16 +195,16 @@ def test_a_probe_leaves_no_trace_but_how_often_layers_train(folder, tmp_path):
     status, said = run_alone(flags_for(folder, **others), tmp_path / "said_too.txt")
     assert status == 0, said[-3000:]
     assert history(out) == history(given)
-    shutil.rmtree(out / "checkpoint-40")
-    resumed = settings | probe | {"resume_from_checkpoint": out / "checkpoint-39"}
+    shutil.rmtree(out / "checkpoint-16")
+    resumed = settings | probe | {"resume_from_checkpoint": out / "checkpoint-15"}
     status, said = run_alone(flags_for(folder, **resumed), tmp_path / "resumed.txt")
     assert status == 0, said[-3000:]
     assert "layers probed" not in said
     assert [one.get("loss") for one in history(out)] == [one.get("loss") for one in history(given)]
-    refused = settings | probe | {"resume_from_checkpoint": given / "checkpoint-39"}
+    refused = settings | probe | {"resume_from_checkpoint": given / "checkpoint-15"}
     status, said = run_alone(flags_for(folder, **refused), tmp_path / "refused.txt")
     assert status != 0
-    assert "--lisa_probe_steps 4: the run saved at step 39 was not probed" in said
+    assert "--lisa_probe_steps 2: the run saved at step 15 was not probed" in said
 
 
 def history(folder: Path) -> list[dict]:

@@ -95,7 +95,7 @@ def test_what_the_images_show_is_trained_on(folder, tmp_path):
     assert abs(found["red"][0] - found["blue"][0]) > 1e-4
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", [full("full"), "lora"])
 def test_other_methods_train_on_images_too(folder, tmp_path, method):
     changes = SETTINGS | {"dataset_name": folder / "red" / "rows.jsonl", "method": method, "max_steps": 2}
     status, said = run_alone(flags_for(folder, tmp_path / "out", **changes), tmp_path / "said.txt")

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from cells import full
 
 from lisa_dist import cli
 from lisa_dist.commands import chat, check, eval, init, norms, plan, train
@@ -102,8 +103,17 @@ def test_verbs_without_flags_say_how_they_are_used(monkeypatch, capsys, words, c
     assert len(screen.splitlines()) <= 54
 
 
-@pytest.mark.parametrize("rank", [{}, {"RANK": "0"}], ids=["of its table", "of its parser"])
-@pytest.mark.parametrize("words", [["train", "--help"], ["train", "--help_all"], ["recipes", "--help"], ["--help"]])
+@pytest.mark.parametrize(
+    ("words", "rank"),
+    [
+        (["--help"], {}),
+        (["recipes", "--help"], {}),
+        (["train", "--help"], {}),  # of its table
+        (["train", "--help"], {"RANK": "0"}),  # of its parser
+        full(["train", "--help_all"], {}),
+        full(["train", "--help_all"], {"RANK": "0"}),
+    ],
+)
 def test_a_reader_may_go_before_the_end(words, rank):
     """As `lisa-dist train --help | head -1` has it, also where Python does not buffer."""
     command = [sys.executable, "-u", "-m", "lisa_dist.cli", *words]

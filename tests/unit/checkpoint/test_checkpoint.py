@@ -122,14 +122,14 @@ def test_a_resumed_run_is_the_run(tmp_path, ds_config, dtype):
     ("ds_config", "options"),
     [
         ("zero3", {"accumulation": 2, "tied": True, "lisa": {"lisa_state": "reset_all"}}),
-        ("zero3", {"optim": "adamw_8bit"}),
+        full("zero3", {"optim": "adamw_8bit"}),
         ("zero2", {"lisa": {"lisa_state": "keep", "lisa_activated_layers": 3, "lisa_state_bits": "embed=8"}}),
         full("zero3_offload", {"lisa": DRAWN | {"lisa_state": "keep", "lisa_activated_layers": 3}}),
         full("zero2", {"lisa": {"lisa_offload": "head,layers", "lisa_state": "keep", "lisa_activated_layers": 3}}),
         ("zero2", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | {"lisa_offload": "rest", "lisa_state": "keep"}}),
         full("zero2", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | {"lisa_master": "bf16_sr", "lisa_state": "keep"}}),
-        ("zero3", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | DRAWN | {"lisa_master": "bf16_sr"}}),
-        ("zero2", {"optim": "lisa_adamw", "tied": True, "lisa": FACTORED}),
+        full("zero3", {"optim": "lisa_adamw", "lisa": EIGHT_BITS | DRAWN | {"lisa_master": "bf16_sr"}}),
+        full("zero2", {"optim": "lisa_adamw", "tied": True, "lisa": FACTORED}),
         ("zero3", {"optim": "lisa_adamw", "lisa": FACTORED | DRAWN | {"lisa_master": "bf16_sr", "lisa_state": "keep"}}),
         full("zero2", {"lisa": ADAPTIVE | {"lisa_wake_warmup_steps": 2}}),
         ("zero2", {"lisa": BALANCED | {"lisa_lr_scale": "embed=0.5,layers=2"}}),
@@ -172,7 +172,7 @@ def check_resume(tmp_path, ds_config, dtype, options) -> None:
     [
         full(("zero2", 2), [("zero2", 1), ("zero2", 4), ("zero1", 2)]),
         (("zero3", 2), [("zero3", 1), ("zero3", 4), ("zero2", 2)]),
-        (("zero2_offload", 4), [("zero3_offload", 2)]),
+        full(("zero2_offload", 4), [("zero3_offload", 2)]),
         full(("zero1", 1), [("zero2", 2)]),
     ],
     ids=lambda value: str(value[0]),
@@ -215,6 +215,7 @@ def test_kept_states_come_back_on_another_world_size_and_stage(tmp_path, before,
     assert forgetful["losses"] != pytest.approx(whole["losses"][5:], abs=1e-5), "does it matter at all?"
 
 
+@pytest.mark.full
 def test_8bit_states_go_on_elsewhere(tmp_path):
     """Quantized moments are cut anew: not bit for bit, but far nearer to the run than without them."""
     options = {"optim": "adamw_8bit", "cuts": [5]}

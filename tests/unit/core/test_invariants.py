@@ -290,8 +290,8 @@ SAMPLED_OUTER |= {"lisa_activated_layers": 1}
         full("zero1", 1, FACTORED),
         ("zero2", 2, FACTORED | {"accumulation": 2}),
         ("zero2", 4, LISA_ADAMW | {"lisa": {"lisa_state_bits": "head=factored,layers=32"}}),
-        full("zero3", 2, FACTORED),
-        ("zero3", 4, LISA_ADAMW | {"lisa": BOTH_FACTORED | SAMPLED_OUTER}),
+        full("zero3", 4, FACTORED),
+        ("zero3", 2, LISA_ADAMW | {"lisa": BOTH_FACTORED | SAMPLED_OUTER}),
     ],
 )
 def test_factored_moments_equal_the_reference(ds_config, world_size, options):

@@ -28,14 +28,18 @@ def check(port: int, folder: str, flags: list[str], on_host_2: dict) -> tuple[in
         flags += on_host_2.get("flags", [])
     before = dict(os.environ)
     os.environ.update(environment)
-    said, begun, packages = io.StringIO(), time.monotonic(), preflight.PACKAGES
-    if rank == 1 and "packages" in on_host_2:
-        preflight.PACKAGES = on_host_2["packages"]
+    said, begun = io.StringIO(), time.monotonic()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
+        with contextlib.ExitStack() as stack:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            if rank == 1:
+                for name, value in on_host_2.get("there", {}).items():
+                    patch.setattr(preflight, name, value)
+            stack.enter_context(contextlib.redirect_stdout(said))
+            stack.enter_context(contextlib.redirect_stderr(said))
+            ended = stack.enter_context(pytest.raises(SystemExit))
             main(flags)
     finally:
-        preflight.PACKAGES = packages
         os.environ.clear()
         os.environ.update(before)
     return ended.value.code, said.getvalue(), time.monotonic() - begun
@@ -58,11 +62,15 @@ def test_hosts_that_are_fit(tmp_path):
         ([], {"flags": ["--gpus_per_node", "1"]}, "host node2: 0 GPUs are visible, not 1 (--gpus_per_node)"),
         (
             [],
-            {"flags": ["--output_dir", "FOLDER/other"]},
+            {"flags": ["--output_dir", "FOLDER/other"], "there": {"_APPEARS": 1.0}},
             "host node2: --output_dir FOLDER/other is another one: what host",
         ),
         ([], {"flags": ["--output_dir", "/proc/out"]}, "host node2: --output_dir /proc/out cannot be written"),
-        ([], {"packages": ("lisa_dist", "triton", "magic")}, "host node2: torch is not there, on host node1 2."),
+        (
+            [],
+            {"there": {"PACKAGES": ("lisa_dist", "triton", "magic")}},
+            "host node2: torch is not there, on host node1 2.",
+        ),
         (
             [],
             {"flags": ["--dataset_name", "FOLDER/absent.jsonl"]},

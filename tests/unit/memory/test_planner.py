@@ -500,7 +500,7 @@ def test_as_many_layers_train_as_fit(tiny_config):
     assert sizes == sorted(sizes)
 
 
-@pytest.mark.parametrize("checkpointed", ["none", "3", "auto"])
+@pytest.mark.parametrize("checkpointed", [full("none"), "3", "auto"])
 def test_as_many_layers_train_as_fit_the_memory_of_lora(checkpointed):
     """Of 8 layers; LoRA's step is one of as many checkpointed layers."""
     sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 4}

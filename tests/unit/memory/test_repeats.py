@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cells import full
 from transformers import FalconConfig, Gemma3TextConfig, LlamaConfig, MixtralConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
@@ -47,6 +48,12 @@ def of_all_layers(monkeypatch, *of: object) -> tuple:
         return traced(*of)
 
 
+@pytest.fixture(autouse=True)
+def _no_trace_files(monkeypatch):
+    """Every trace is made: test_trace_files.py has those that are kept."""
+    monkeypatch.setenv("LISA_DIST_CACHE", "")
+
+
 @pytest.mark.parametrize(("checkpointed", "loss"), [(0, LOGITS), (6, CHUNKED), (12, OWN)])
 @pytest.mark.parametrize(
     ("trained", "lora_rank"),
@@ -76,7 +83,7 @@ def test_a_short_trace_is_that_of_all_layers(monkeypatch, checkpointed, loss, tr
         (Gemma3TextConfig(**GEMMA_SIZES, num_hidden_layers=64, layer_types=LAYER_TYPES * 16), (20, ()), (40, ())),
     ],
 )
-@pytest.mark.parametrize("loss", [LOGITS, CHUNKED])
+@pytest.mark.parametrize("loss", [LOGITS, full(CHUNKED)])
 def test_a_step_of_the_same_pattern_is_not_run_again(monkeypatch, config, number, other, loss):
     run = FakeRun(config, Workload(24, checkpointed_layers=number[0], loss=loss))
     run.trace(run.groups(Trained(number[1], ALL)))

@@ -36,5 +36,5 @@ def test_every_rank_answers():
 )
 def test_what_goes_wrong_on_one_rank_is_seen(function, said):
     with pytest.raises(RankError, match=said):
-        run_ranks(function, 2, timeout=60 if function is not hang_on_rank_1 else 8)
+        run_ranks(function, 2, timeout=60 if function is not hang_on_rank_1 else 4)
     assert run_ranks(rank_and_world, 2) == [(0, 2), (1, 2)], "the next test gets fresh ranks"

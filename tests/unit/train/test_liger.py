@@ -41,7 +41,8 @@ ROWS, LENGTH = 2, 4  # few tokens: each takes the interpreter milliseconds a ker
 NO_FUSED_LOSS = {"fused_linear_cross_entropy": False}
 
 needs_liger = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="no liger-kernel")
-pytestmark = pytest.mark.usefixtures("cpu_ops")
+# Importing its kernels takes ten seconds: one worker does.
+pytestmark = [pytest.mark.usefixtures("cpu_ops"), pytest.mark.xdist_group("liger")]
 
 
 @pytest.fixture(scope="module", autouse=True)

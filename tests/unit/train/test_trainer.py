@@ -399,7 +399,7 @@ def test_an_evaluation_may_come_before_training(tmp_path):
 
 @pytest.mark.parametrize(
     ("ds_config", "changes"),
-    [("zero2", {}), ("zero3", {}), ("zero2", {"bf16": True, "lisa_frozen_bits": 4, "save_async": True})],
+    [full("zero2", {}), ("zero3", {}), ("zero2", {"bf16": True, "lisa_frozen_bits": 4, "save_async": True})],
 )
 def test_the_best_model_is_loaded_at_the_end(tmp_path, ds_config, changes):
     """Here the first, which had the greatest loss; its layers are inactive at the end."""
@@ -508,7 +508,9 @@ MODULES = {"lisa_unit": "module", "lisa_budget": "20%"}
     [
         ("zero3", {}),
         ("zero2", {"bf16": True, "optim": "lisa_adamw", "lisa_master": "bf16_sr"}),
-        ("zero2", {"bf16": True, "optim": "lisa_adamw", "lisa_state_bits": "embed=factored", "lisa_frozen_bits": 8}),
+        full(
+            "zero2", {"bf16": True, "optim": "lisa_adamw", "lisa_state_bits": "embed=factored", "lisa_frozen_bits": 8}
+        ),
         full("zero2", MODULES | {"lisa_sampler": "adaptive", "lisa_state": "keep"}),
         full("zero2", MODULES | {"lisa_state": "keep", "lisa_always_on": "embed,head", "lisa_frozen": "rest"}),
         full("zero2", {"lisa_interval_steps": "auto", "lisa_activated_layers": 4, "lisa_sampler": "balanced"}),
@@ -720,13 +722,13 @@ class Probed(LisaMixin, Trainer):
 def train_probed(output_dir: str, ds_config: str, evaluates: str, weights: Path | None) -> dict:
     """With a probe, or the weights that another run has found by one."""
     unset_hf_deepspeed_config()
-    by = {"lisa_probe_steps": 3} if weights is None else {"lisa_weights_file": str(weights)}
+    by = {"lisa_probe_steps": 2} if weights is None else {"lisa_weights_file": str(weights)}
     # Rows that repeat, in training and held out, have something to teach in a few steps.
     rows = rows_for(2)[:16] * 8
     held_out = {"one": rows[:8], "two": {"first": rows[:8], "second": rows[:2]}}.get(evaluates)
     trainer = Probed(
         model=tiny_llama(),
-        args=arguments(output_dir, ds_config, max_steps=20, learning_rate=3e-3, warmup_steps=4),
+        args=arguments(output_dir, ds_config, max_steps=13, learning_rate=3e-3, warmup_steps=4),
         train_dataset=Stream(rows) if evaluates == "stream" else rows,
         eval_dataset=held_out,
         lisa_config=LisaConfig(lisa_sampler="balanced", lisa_interval_steps=INTERVAL, lisa_debug=True, **by),
@@ -758,8 +760,8 @@ def test_a_probe_trains_as_the_run_does_and_leaves_it_alone(tmp_path, ds_config,
         assert len(passes) == 6 * tries
         for start in range(0, len(passes), tries):
             trained, held_out = (
-                passes[start : start + 3 * ACCUMULATION],
-                passes[start + 3 * ACCUMULATION : start + tries],
+                passes[start : start + 2 * ACCUMULATION],
+                passes[start + 2 * ACCUMULATION : start + tries],
             )
             assert {one[:3] for one in trained} == {(True, 2, True)}
             assert len(held_out) >= 2
