@@ -116,7 +116,11 @@ IDEAS = (
         "worse with 5 layers; with 30 nothing on GSM8K, and 0.055 better on Alpaca",
     ),
     ("more often what a probe by loss says pays", "lisa 2 probed", "helps with 5 layers, nothing with 30"),
-    ("the same, sharper", "lisa 2 probed sharp", "as good as depth with 5 layers; with 30 no better than balanced draws alone"),
+    (
+        "the same, sharper",
+        "lisa 2 probed sharp",
+        "as good as depth with 5 layers; with 30 no better than balanced draws alone",
+    ),
     (
         "neighbouring layers",
         "lisa 2 window",

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 Rows = list[list[str]]  # the first is the header
@@ -16,19 +16,23 @@ class TableError(ValueError):
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """A folder of scripts, and their results."""
+    """A folder of scripts, and their results, each of which is read once."""
 
     folder: Path
+    _read: dict[str, dict] = field(default_factory=dict, repr=False, compare=False)
 
     def results(self, name: str) -> dict:
         """A results file: command, machine, device, versions, figures."""
+        if name in self._read:
+            return self._read[name]
         path = self.folder / "results" / f"{name}.json"
         if not path.is_file():
             raise TableError(f"there is no benchmarks/results/{path.name}")
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            self._read[name] = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise TableError(f"benchmarks/results/{path.name} is no JSON ({error})") from error
+        return self._read[name]
 
     def rows(self, table: str) -> Rows:
         """The rows of a table, from the figures of the results that it reads."""

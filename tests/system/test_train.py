@@ -107,6 +107,13 @@ def test_the_number_of_layers_is_planned_and_stays_on_a_resume(folder, tmp_path)
     assert status == 0, said[-3000:]
     assert "2 steps with 6 layers, uniform" in said, "though fewer would be planned"
     assert re.search(r"frozen layers +4 bits; originals, once a host: [\d.]+ MiB", said)
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("cpu_ops")
+def test_fewer_layers_are_planned_or_none(folder, tmp_path):
+    auto = {"lisa_activated_layers": "auto", "checkpointed_layers": "auto", "deepspeed": "zero2", "bf16": True}
+    auto |= {"optim": "lisa_adamw"}
     fewer = auto | {"gpu_memory": "2.6MiB", "max_steps": 1, "lisa_frozen_bits": 4}
     status, said = run_alone(flags_for(folder, tmp_path / "fewer", **fewer), tmp_path / "fewer.txt")
     assert status == 0, said[-3000:]

@@ -109,7 +109,7 @@ def test_verbs_without_flags_say_how_they_are_used(monkeypatch, capsys, words, c
         (["--help"], {}),
         (["recipes", "--help"], {}),
         (["train", "--help"], {}),  # of its table
-        (["train", "--help"], {"RANK": "0"}),  # of its parser
+        full(["train", "--help"], {"RANK": "0"}),  # of its parser
         full(["train", "--help_all"], {}),
         full(["train", "--help_all"], {"RANK": "0"}),
     ],

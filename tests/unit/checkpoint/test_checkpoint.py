@@ -118,6 +118,7 @@ def test_a_resumed_run_is_the_run(tmp_path, ds_config, dtype):
     check_resume(tmp_path, ds_config, dtype, {})
 
 
+@pytest.mark.parametrize("cuts", [[CUTS["first step"]], full([CUTS["switch step"], CUTS["last step"]])])
 @pytest.mark.parametrize(
     ("ds_config", "options"),
     [
@@ -137,8 +138,8 @@ def test_a_resumed_run_is_the_run(tmp_path, ds_config, dtype):
         ("zero3", {"lisa": ADAPTIVE | {"lisa_state": "keep", "lisa_importance": "update"}}),
     ],
 )
-def test_a_resumed_run_is_the_run_with(tmp_path, ds_config, options):
-    check_resume(tmp_path, ds_config, torch.bfloat16, options)
+def test_a_resumed_run_is_the_run_with(tmp_path, ds_config, options, cuts):
+    check_resume(tmp_path, ds_config, torch.bfloat16, options | {"cuts": cuts})
 
 
 @pytest.mark.parametrize(
@@ -227,6 +228,7 @@ def test_8bit_states_go_on_elsewhere(tmp_path):
         assert resumed["losses"] == pytest.approx(whole["losses"][5:], abs=2e-3), (ds_config, world_size, optim)
 
 
+@pytest.mark.full
 def test_8bit_states_of_lisa_adamw_go_on_elsewhere(tmp_path):
     """Into another form of the optimizer, and into another optimizer; and those of bitsandbytes into it."""
     ours, theirs = {"optim": "lisa_adamw", "lisa": EIGHT_BITS}, {"optim": "adamw_8bit"}

@@ -78,8 +78,9 @@ def test_modules_need_no_number_of_layers(tiny, tmp_path):
     assert "lisa_activated_layers" not in path.read_text()
     *_, lisa_config = parse_arguments(["--config", str(path)])
     assert (lisa_config.lisa_unit, lisa_config.lisa_budget) == ("module", "10%")
+    least = InitArguments(tiny, gpu_memory="1MiB", reserve="0", checkpointed_layers="all", loss="chunked")
     with pytest.raises(UserError, match="nothing fits"):
-        choose(InitArguments(tiny, gpu_memory="1MiB", reserve="0"), LisaConfig(lisa_unit="module", lisa_budget="10%"))
+        choose(least, LisaConfig(lisa_unit="module", lisa_budget="10%"))
 
 
 def test_the_plan_it_names_is_the_plan(tiny, monkeypatch, capsys):

@@ -97,20 +97,20 @@ def test_what_is_wrong_is_named_with_its_host(tmp_path, flags, on_host_2, said):
 
 def test_an_address_that_does_not_resolve_is_named_on_its_host(tmp_path):
     on_host_2 = {"environment": {"MASTER_ADDR": "no-such-host.invalid"}}
-    flags = ["--meet_within", "5"]
+    flags = ["--meet_within", "3"]
     first, (status, said, seconds) = run_ranks(check, 2, free_port(), str(tmp_path), flags, on_host_2)
     assert status == 2
     assert said.startswith("lisa-dist check: host node2: MASTER_ADDR no-such-host.invalid: ")
     assert seconds < 300
     assert first[0] == 2
-    assert "lisa-dist check: rank 1 has not come within 5 s (--meet_within): it is down, or MASTER_ADDR" in first[1]
+    assert "lisa-dist check: rank 1 has not come within 3 s (--meet_within): it is down, or MASTER_ADDR" in first[1]
 
 
 def two_of_four(port: int, folder: str) -> tuple[int, str, float]:
     """Two hosts that expect two more."""
     os.environ |= {"WORLD_SIZE": "4", "SLURM_STEP_NODELIST": "node[1-4]"}
     on_host_2 = {"flags": ["--gpus_per_node", "1"]}
-    return check(port, folder, ["--meet_within", "5"], on_host_2)
+    return check(port, folder, ["--meet_within", "3"], on_host_2)
 
 
 def test_hosts_that_do_not_come_are_named_beside_what_is_wrong_elsewhere(tmp_path):
@@ -118,7 +118,7 @@ def test_hosts_that_do_not_come_are_named_beside_what_is_wrong_elsewhere(tmp_pat
     assert (status, other, nothing) == (2, 2, "")
     lines = said.splitlines()
     assert [line.partition(", which")[0] for line in lines[:2]] == [
-        f"lisa-dist check: rank {rank}, host node{rank + 1}, has not come within 5 s (--meet_within): it is down, or "
+        f"lisa-dist check: rank {rank}, host node{rank + 1}, has not come within 3 s (--meet_within): it is down, or "
         "MASTER_ADDR is another one there"
         for rank in (2, 3)
     ]

@@ -554,7 +554,8 @@ def test_cheaper_states_become_more_layers():
     """On 24 GB with everything checkpointed; the command has the number."""
     config, asked = load_model_config("llama3.1-8b"), {"lisa_activated_layers": "auto"}
     small = {"lisa_state_bits": "embed=factored,head=factored,layers=8", "lisa_master": "bf16_sr"}
-    arguments = PlanArguments("llama3.1-8b", gpu_memory="24GiB", optim="lisa_adamw", deepspeed="zero2")
+    least = {"checkpointed_layers": "all", "loss": "chunked"}
+    arguments = PlanArguments("llama3.1-8b", gpu_memory="24GiB", optim="lisa_adamw", deepspeed="zero2", **least)
     (plan,) = make_plans(config, arguments, lisa_dist.LisaConfig(**asked | small))
     layers = plan.lisa_config.lisa_activated_layers
     assert 2 < layers < 32
@@ -606,7 +607,7 @@ def test_other_methods_are_planned_too(tiny_config):
     ("flags", "said"),
     [
         (
-            ["--gpu_memory", "1MiB", "--host_memory", "1MiB"],
+            ["--gpu_memory", "1MiB", "--host_memory", "1MiB", "--checkpointed_layers", "all", "--loss", "chunked"],
             "nothing fits. The closest: ",
         ),
         (["--gpu_memory", "much"], "--gpu_memory much: not a size, such as 24GiB or 80GB"),

@@ -80,7 +80,7 @@ def test_a_short_trace_is_that_of_all_layers(monkeypatch, checkpointed, loss, tr
         (LONG, (8, (0, 1)), (13, (0, 1))),  # so many layers checkpointed, and which train
         (LLAMA, (0, (0, 1, 2, 3, 4)), (0, (0, 1, 2, 3, 4, 5))),
         (LONG, (12, (19,)), (7, (19,))),
-        (Gemma3TextConfig(**GEMMA_SIZES, num_hidden_layers=64, layer_types=LAYER_TYPES * 16), (20, ()), (40, ())),
+        full(Gemma3TextConfig(**GEMMA_SIZES, num_hidden_layers=64, layer_types=LAYER_TYPES * 16), (20, ()), (40, ())),
     ],
 )
 @pytest.mark.parametrize("loss", [LOGITS, full(CHUNKED)])

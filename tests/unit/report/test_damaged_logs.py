@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from cells import full
 
 from lisa_dist.commands.report import main
 from lisa_dist.errors import UserError
@@ -41,29 +42,29 @@ def test_a_run_that_is_whole_has_no_problems(run):
     ("name", "content", "said"),
     [
         ("trainer_state.json", log_with(loss=float("nan")), "log_history[0] is damaged: loss is no number"),
-        ("trainer_state.json", log_with(loss=[1]), "log_history[0] is damaged: loss is no number"),
-        (
+        full("trainer_state.json", log_with(loss=[1]), "log_history[0] is damaged: loss is no number"),
+        full(
             "trainer_state.json",
             log_with(loss=10**400),
             "log_history[0] is damaged: loss is no number, or far too large",
         ),
         ("trainer_state.json", log_with(step="1"), "log_history[0] is damaged, and left out: step is no whole number"),
         ("trainer_state.json", log_with(train_runtime=1e300), "train_runtime is no number, or far too large"),
-        (
+        full(
             "trainer_state.json",
             json.dumps({"log_history": [3, *LOG]}),
             "log_history[0] is damaged, and left out: it is not an object",
         ),
         ("lisa_log.jsonl", "{\n" + json.dumps(PERIODS[0]) + "\n", "line 1 is damaged, and left out: is not JSON"),
-        ("lisa_log.jsonl", "3\n", "line 1 is damaged, and left out: it is not an object: 3"),
-        ("lisa_log.jsonl", '{"step": 1}\n', "line 1 is damaged, and left out: layers is not a list"),
+        full("lisa_log.jsonl", "3\n", "line 1 is damaged, and left out: it is not an object: 3"),
+        full("lisa_log.jsonl", '{"step": 1}\n', "line 1 is damaged, and left out: layers is not a list"),
         ("lisa_log.jsonl", '{"step": 1, "layers": [1000000000]}\n', "layers[0] is no layer of a model"),
         ("lisa_log.jsonl", '{"step": 1, "layers": [], "blocks": ["$x"]}\n', "blocks[0] is no block"),
-        ("lisa_log.jsonl", "[" * 100_000 + "\n", "line 1 is damaged, and left out: is not JSON"),
+        full("lisa_log.jsonl", "[" * 100_000 + "\n", "line 1 is damaged, and left out: is not JSON"),
         ("lisa_movement.jsonl", '{"step": 1, "blocks": {"embed": 3}}\n', "blocks.embed is not an object: 3"),
         ("lisa_run.json", json.dumps(RUN | {"flags": [1]}), "lisa_run.json is damaged: flags is not an object: [1]"),
         ("lisa_run.json", json.dumps(RUN | {"num_layers": 10**9}), "num_layers is no layer of a model"),
-        ("lisa_run.json", json.dumps(RUN | {"resumed": [3]}), "resumed[0] is not an object: 3"),
+        full("lisa_run.json", json.dumps(RUN | {"resumed": [3]}), "resumed[0] is not an object: 3"),
         ("lisa_memory.json", '{"measured": {"peak": "x"}}', "lisa_memory.json: is damaged, and left out: measured."),
     ],
 )

@@ -153,6 +153,7 @@ def train_in_a_loop(backend: str | None) -> tuple[list[float], int]:
     return losses, count.frame_count
 
 
+@pytest.mark.full
 def test_a_loop_of_ones_own_compiles_its_layers(tmp_path):
     assert run_ranks(train_in_a_loop, 1, "eager") == [(run_ranks(train_in_a_loop, 1, None)[0][0], 2)]
 

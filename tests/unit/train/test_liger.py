@@ -358,6 +358,7 @@ def reasons_against_its_loss() -> list[str | None]:
 
 
 @needs_liger
+@pytest.mark.full
 def test_where_the_loss_of_liger_cannot_be_had():
     assert run_ranks(reasons_against_its_loss, 2, interpret=True)[0] == [
         None,

@@ -102,7 +102,7 @@ def train(
 
 
 @pytest.mark.parametrize(
-    "given", ["zero3", None, {"zero_optimization": {"stage": 1}, "train_batch_size": "auto"}], ids=str
+    "given", ["zero3", full(None), {"zero_optimization": {"stage": 1}, "train_batch_size": "auto"}], ids=str
 )
 def test_a_config_may_be_given_to_the_trainer(given, tmp_path):
     """Or none, for zero2; the arguments are as for any Trainer then, and what trains is the same."""
@@ -746,7 +746,7 @@ def train_probed(output_dir: str, ds_config: str, evaluates: str, weights: Path 
 
 
 @pytest.mark.parametrize(
-    ("ds_config", "evaluates"), [("zero3", "none"), ("zero2", "one"), full("zero2", "two"), full("zero2", "stream")]
+    ("ds_config", "evaluates"), [full("zero3", "none"), ("zero2", "one"), full("zero2", "two"), full("zero2", "stream")]
 )
 def test_a_probe_trains_as_the_run_does_and_leaves_it_alone(tmp_path, ds_config, evaluates):
     """Every try in training mode, checkpointed as planned, on the same rows of each rank; then the schedule begins."""
