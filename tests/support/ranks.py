@@ -218,8 +218,7 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection, inter
     release_shared_memory()
     # DeepSpeed asks for the CPU's vendor with every CPU optimizer, and the answer comes from a new process each time.
     cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
-    # `lisa_dist.zero` asks at every switch whether objects are set aside, and counting them takes as long as walking.
-    gc.get_freeze_count = lambda: 1
+    gc.get_freeze_count = lambda: 1  # as in set_aside.py, where they are not forked
     while True:
         # Else collections and counts of live bytes would walk all that was imported, and what tests have left.
         gc.collect()

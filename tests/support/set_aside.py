@@ -4,3 +4,5 @@ import gc
 
 gc.collect()
 gc.freeze()
+# `lisa_dist.zero` asks at every switch whether objects are set aside, and counting them takes as long as walking.
+gc.get_freeze_count = lambda: 1

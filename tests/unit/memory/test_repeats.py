@@ -54,7 +54,7 @@ def _no_trace_files(monkeypatch):
     monkeypatch.setenv("LISA_DIST_CACHE", "")
 
 
-@pytest.mark.parametrize(("checkpointed", "loss"), [(0, LOGITS), (6, CHUNKED), (12, OWN)])
+@pytest.mark.parametrize(("checkpointed", "loss"), [(0, LOGITS), (6, CHUNKED), full(12, OWN)])
 @pytest.mark.parametrize(
     ("trained", "lora_rank"),
     [

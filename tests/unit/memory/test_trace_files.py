@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -36,6 +37,16 @@ AutoModelForCausalLM.register(OwnConfig, OwnModel)
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv(trace_files.VARIABLE, str(tmp_path))
     return tmp_path / "traces"
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    """A folder with the trace of the defaults."""
+    place = tmp_path_factory.mktemp("kept")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(trace_files.VARIABLE, str(place))
+        trace_of()
+    return place / "traces"
 
 
 def files(folder: Path) -> list[Path]:
@@ -105,14 +116,19 @@ def test_a_trace_after_one_that_was_read_is_that_after_one_that_was_made(monkeyp
         {"period": None, "lora_rank": 4},
     ],
 )
-def test_what_a_trace_depends_on_makes_another(folder, change):
-    trace_of()
+def test_what_a_trace_depends_on_makes_another(folder, kept, change):
+    shutil.copytree(kept, folder)
     if "lora_rank" in change:
         trace_of(**change | {"lora_rank": change["lora_rank"] + 1})
     before = len(files(folder))
     _, ran = trace_of(**change)
     assert ran
     assert len(files(folder)) == before + 1
+
+
+def test_what_is_kept_is_read_where_nothing_is_another(folder, kept):
+    shutil.copytree(kept, folder)
+    assert not trace_of()[1]
 
 
 def test_how_experts_are_computed_makes_another(folder):
