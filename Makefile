@@ -40,7 +40,7 @@ test: $(VENV)/.ready  ## every invariant on every stage: ten minutes on two core
 	$(BUILD_OPS)
 	$(PYTEST) -m "not full"
 
-test-all: $(VENV)/.ready  ## the whole test suite: 25 minutes on two cores
+test-all: $(VENV)/.ready  ## the whole test suite: half an hour on two cores
 	$(BUILD_OPS)
 	$(PYTEST)
 
