@@ -43,6 +43,7 @@ UPPER = BALANCED | {"lisa_depth_bias": 16.0}
 MODULES = {"lisa_unit": "module", "lisa_budget": AUTO_LAYERS}
 OF_14 = {"lisa_activated_layers": 14} | FROZEN | ONE_PASS
 OF_EIGHT = {"lisa_unit": "module", "lisa_budget": str(8 / 30)}  # of SmolLM2's 30 layers
+OF_FOURTEEN = OF_EIGHT | {"lisa_budget": str(14 / 30)}
 PROBED = BALANCED | {"lisa_probe_steps": 10}
 SHARP = {"lisa_importance_temperature": 0.5, "lisa_importance_floor": 0.0}
 # As their packages have them; what is no matrix of a layer steps by plain AdamW.
@@ -121,6 +122,8 @@ ARMS = {
     "lisa modules": ("lisa", MODULES, 1),  # as many of their parameters as two layers have
     "lisa modules adaptive": ("lisa", MODULES | {"lisa_sampler": "adaptive"}, 1),
     "lisa modules 8, embed frozen": ("lisa", OF_EIGHT | FROZEN, 1),
+    "lisa modules 8 fixed, embed frozen": ("lisa", OF_EIGHT | FROZEN | ONE_PASS | {"lisa_sampler": "fixed"}, 1),
+    "lisa modules 14 fixed, embed frozen": ("lisa", OF_FOURTEEN | FROZEN | ONE_PASS | {"lisa_sampler": "fixed"}, 1),
     "lisa 2 window": ("lisa", LISA | WINDOW, 1),
     "lisa 2, embed and head / 2": ("lisa", LISA | {"lisa_lr_scale": "embed=0.5,head=0.5"}, 1),
     "lisa 3": ("lisa", {"lisa_activated_layers": 3}, 1),

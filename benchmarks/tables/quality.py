@@ -25,6 +25,8 @@ def method_name(arm: str) -> str:
         "apollo r16": "APOLLO r16",
         "lisa modules": "LISA, modules in the place of layers",
         "lisa modules 8, embed frozen": "LISA, as many modules as 8 layers, embed frozen",
+        "lisa modules 8 fixed, embed frozen": "LISA, as many modules as 8 layers, fixed, embed frozen",
+        "lisa modules 14 fixed, embed frozen": "LISA, as many modules as 14 layers, fixed, embed frozen",
         "lisa in lora's memory": "LISA, as many layers as fit LoRA's peak and a tenth",
         "lisa in lora's, 32 bits": "LISA, as many as fit it with layers' moments in 32 bits",
         "lisa in lora's, embed frozen": "LISA, as many as fit it with embed frozen",
@@ -161,12 +163,15 @@ IN_TIME = (
     "lisa 14 fixed, embed frozen",
     "lisa 8, embed frozen",
     "lisa modules 8, embed frozen",
+    "lisa modules 8 fixed, embed frozen",
+    "lisa modules 14 fixed, embed frozen",
 )
 MODELS = ("stories260K", "SmolLM2")
 TASKS = (
     "stories260K, GSM8K",
     "SmolLM2, GSM8K",
     "SmolLM2, GSM8K, another day",
+    "SmolLM2, GSM8K, a third day",
     "SmolLM2, Alpaca",
     "SmolLM2, Alpaca, another day",
 )
@@ -177,6 +182,7 @@ TASKS = (
     "time",
     "time_smollm2",
     "time_smollm2_fixed",
+    "time_smollm2_modules",
     "time_smollm2_alpaca",
     "time_smollm2_alpaca_middle",
 )
