@@ -90,7 +90,7 @@ IDEAS = (
     (
         "as many modules as eight layers have, one set for the whole run",
         "lisa modules 8 fixed, embed frozen",
-        "the nearest to LoRA at equal time on GSM8K, 0.005 behind it over three seeds",
+        "the nearest to LoRA at equal time on GSM8K, 0.005 behind it over three seeds; level on Alpaca",
     ),
     (
         "eight layers, mostly upper, embeddings frozen",

@@ -174,6 +174,7 @@ TASKS = (
     "SmolLM2, GSM8K, a third day",
     "SmolLM2, Alpaca",
     "SmolLM2, Alpaca, another day",
+    "SmolLM2, Alpaca, a third day",
 )
 
 
@@ -185,6 +186,7 @@ TASKS = (
     "time_smollm2_modules",
     "time_smollm2_alpaca",
     "time_smollm2_alpaca_middle",
+    "time_smollm2_alpaca_modules",
 )
 def methods_in_equal_time(*tasks: dict) -> Rows:
     """Mean held-out loss and steps of each method after as many seconds, of every task."""
