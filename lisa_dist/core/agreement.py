@@ -16,6 +16,8 @@ def compare_ranks(value: object, what_differs: str, where: str) -> None:
 
     Raises RuntimeError on every rank, naming those unlike rank 0. `where` says in which period this rank is.
     """
+    if dist.get_world_size() == 1:  # which has nothing to wait for
+        return
     digest = int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest()[:7], "big")
     mine = torch.tensor([digest], dtype=torch.int64, device=get_accelerator().current_device_name())
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -36,6 +38,8 @@ def broadcast_active_set(
 
     `num_slots` is gamma, or the most modules that can train; `block_names` are the outer blocks that may be sampled.
     """
+    if dist.get_world_size() == 1:
+        return sampled
     block = block_names.index(sampled.blocks[0]) if sampled.blocks else -1
     padding = [-1] * (num_slots - len(sampled.layers))
     message = torch.tensor([period, block, *sampled.layers, *padding], dtype=torch.int64, device=device)

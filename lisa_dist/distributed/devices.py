@@ -28,6 +28,12 @@ def use_expandable_segments() -> None:
         os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
+def free_gpu_bytes(device: int | torch.device | None = None) -> int:
+    """Bytes that this process can still allocate on a GPU: what is free there, and what torch has cached."""
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved - allocated
+
+
 def gpu_bytes_for_tensors(device: torch.device) -> int:
     """Bytes that this process's tensors may take of a GPU that has run a step.
 

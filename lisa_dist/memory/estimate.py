@@ -176,7 +176,8 @@ class _Step:
 
     @property
     def _bucket_bytes(self) -> int:
-        buckets = 2 if self.settings.overlap_comm and self._stage < 3 else 1
+        overlaps = self.settings.overlap_comm and (self.world_size > 1 or self.plain)
+        buckets = 2 if overlaps and self._stage < 3 else 1
         return self.settings.reduce_bucket * self._element * buckets
 
     @property
@@ -268,6 +269,8 @@ class _Step:
             )
             return backward_peak(self.trace, reduction)
         slices = slices_by_rank(self.groups, self._stage, self.world_size)
+        if self.world_size == 1 and self.settings.plain_sums and not (self._offloads or self.plain):
+            sizes["bucket_numel"] = 0  # all stay where they are
         sizes["bucket_bytes"] = self._bucket_bytes
         reductions = [
             reduction_stages_1_2(

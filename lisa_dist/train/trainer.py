@@ -106,6 +106,8 @@ class LisaMixin(MonitoredMixin):
         ds_config = self._ds_config if self.is_deepspeed_enabled else None
         check_trainer(self.args, ds_config, self.lisa_config, self._optim, *optimizers)
         check_no_adapters(self.model)
+        if self.lisa_config.lisa_nonfinite == "stop" and not self.args.fp16:
+            self.args.logging_nan_inf_filter = False  # it asks each loss twice; a loss that is none ends the run
         if self.args.use_liger_kernel:
             self._print(check_liger(self.args, self.model.config, self.lisa_config))
         # Accelerate would replace the optimizer by a DeepSpeedCPUAdam of its own, with L2 decay and default betas.

@@ -35,6 +35,10 @@ initialize_ds_offload                     attaches hooks to all modules        r
   the optimizer, during a switch:                                              a second one breaks checkpointing with
   rebuild.py                                                                   frozen layers.
                                                                                test_frozen_embedding_with_checkpointing
+available_memory                          asks NVML, which calls what torch    counts what torch has cached as free: a
+  the accelerator, process-wide, on       has cached used                      switch copies nothing to the host and
+  CUDA: overrides.py                                                           back to make room.
+                                                                               test_a_switch_waits_for_nothing_else
 empty_cache                               empties the allocator's cache once   nothing: each time the host would wait
   the accelerator, during a switch:       a group                              for the device and for copies of kept
   rebuild.py                                                                   states.
@@ -50,9 +54,11 @@ update_recompute_parameters               partitions a recomputed layer again  k
   process-wide, on stage 3: stage3.py     after its last matrix                pass is done: one gather less a step.
                                                                                test_a_recomputed_layer_stays_gathered
                                                                                _until_its_backward_pass_is_done
-scaled_global_norm, _get_norm_groups      an all-reduce a group, and a copy    one all-reduce, and chunks; the norms
-  without optimizer offload and model     in fp64 of each whole gradient       are the same to the bit.
-  parallelism: gradients.py                                                    test_a_norm_taken_in_chunks_is_the_norm
+scaled_global_norm, _get_norm_groups,     an all-reduce a group, a copy in     one all-reduce and one wait; on a GPU
+has_overflow                              fp64 of each whole gradient, two     each gradient is read once, on CPU the
+  without optimizer offload and model     more passes and two more waits to    norms are the same to the bit.
+  parallelism: gradients.py               see whether it is finite             test_a_norm_taken_in_chunks_is_the_norm,
+                                                                               test_a_step_waits_for_the_norm_alone
 set_norm_for_param_grad_in_gpu,           copies each whole gradient in fp64   sends and measures chunks: up to
 async_inplace_copy_grad_to_fp32           for its norm, and in fp32 to send    8 bytes an element of the largest
 _buffer_from_gpu,                         it                                   gradient less.
@@ -62,9 +68,17 @@ copy_grads_in_partition                   copies gradients to one buffer for   k
   stages 1, 2 without optimizer             all that will come                 no copy of the largest, and memory goes
   offload: gradients.py                                                        as groups step.
                                                                                test_a_plan_is_what_a_step_allocates
+_record_gradient_stream                   protects gradients under optimizer   with overlap_comm as well: one that is
+  stages 1, 2, without optimizer          offload alone                        larger than the bucket is not written
+  offload: gradients.py                                                        over while it is reduced.
+                                                                               test_a_loop_has_no_problem, 3 ranks
+reduce_independent_p_g_buckets_and        copies each gradient and divides it  leaves it where it is.
+_remove_grads                             by 1
+  stages 1, 2, on one rank, without                                            test_a_gradient_of_one_rank_is_not
+  optimizer offload: gradients.py                                              _copied
 get_all_grad_tensors,                     has the gradient of an embedding     LisaAdamW: has the rows that occur,
-get_flat_partition, _has_inf_or_nan,      whole, on each rank                  each at the ranks whose pieces it is
-zero_grad                                                                      in.
+get_flat_partition, zero_grad             whole, on each rank                  each at the ranks whose pieces it is
+                                                                               in.
   LisaAdamW on stages 1, 2, without
   offload: embedding_rows.py                                                   test_rows_train_as_whole_gradients_do
 temp_grad_buffer_for_gpu_offload          allocates it at construction         allocates it when accumulation uses it.
@@ -75,11 +89,8 @@ _prepare_fp32_grad_for_sub_group          (stages 1, 2: step() does, where     -
   LisaAdamW, --lisa_offload: step.py,     this returns None) and casts to      test_nothing_is_copied_before_or_behind
   host_step.py                            fp32                                 _the_one_pass,
                                                                                test_blocks_with_their_states_on_the_host
-unscale_and_clip_grads                    asks the device for each group       asks it for none, with the same bits.
-  stages 1, 2: gradients.py               whether the norm is a number         test_a_step_waits_for_the_norm_alone
-unscale_and_clip_grads                    multiplies the whole gradient        LisaAdamW: gives the kernel the factor;
-  LisaAdamW, --lisa_offload: step.py,                                          --lisa_offload: moves the norm there.
-  host_step.py                                                                 test_the_loss_scale_of_fp16_is_folded_in
+unscale_and_clip_grads                    multiplies the whole gradient        gives the kernel the factor.
+  LisaAdamW: step.py                                                           test_the_loss_scale_of_fp16_is_folded_in
 _reassign_or_swap_out_partitioned         copies masters to the weights        LisaAdamW's kernel has written them;
 _parameters,                                                                   --lisa_offload: sends them, pinned.
 parallel_partitioned_bit16_groups                                              test_nothing_is_copied_before_or_behind
@@ -92,7 +103,7 @@ ds_opt_adam                               multiplies powers of the betas       r
 ========================================  ===================================  =====================================
 
 Also written, and not replaced: entries of the list of masters, `params` of the inner optimizer's groups (masters.py),
-and `grad_position` while chunks are sent (gradients.py).
+`grad_position` while chunks are sent, and `overlap_comm` of a rank that is alone: false (gradients.py).
 
 A release outside the supported range is refused when training starts, and so is one in which a listed name is missing
 (`stages.check_private_names`). `overrides.without(name)` leaves DeepSpeed's own norms and transfers in place.

@@ -144,8 +144,8 @@ def _merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Te
     return _add_up(indices, rows)
 
 
-def reduces_rows(zero: Any, stage: Stage) -> bool:
-    """Whether a ZeRO optimizer reduces as rows are reduced: sums in the dtype of the weights, divided by W."""
+def reduces_plainly(zero: Any, stage: Stage) -> bool:
+    """Whether a ZeRO optimizer adds gradients up in the dtype of the weights and divides by W, as is done with rows."""
     return (
         not stage.is_stage_3
         and not stage.offloads_optimizer(zero)
@@ -192,13 +192,8 @@ def reduced_by_rows(model: nn.Module, zero: Any, index: int, pieces: Sequence[Pi
             return optimizer_class.get_flat_partition(zero, *args, param_group_idx=param_group_idx, **kwargs)
         return rows.take()
 
-    def has_inf_or_nan(gradient: Any, *args: Any) -> Any:
-        values = gradient.rows if isinstance(gradient, RowGradient) else gradient
-        return optimizer_class._has_inf_or_nan(values, *args)
-
     return {
         "get_all_grad_tensors": gradients_of,
         "get_flat_partition": flat_partition,
-        "_has_inf_or_nan": has_inf_or_nan,
         "zero_grad": zero_grad,
     }

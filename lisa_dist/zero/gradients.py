@@ -1,14 +1,14 @@
 """Norms and transfers of gradients: in chunks, and with one collective, where DeepSpeed copies whole gradients.
 
 The embedding's gradient is the largest tensor of a step. A copy of it in fp64, which DeepSpeed makes to take its norm,
-is 4 GiB for Llama-3.1-8B on one GPU: more than anything else of a step. All results are DeepSpeed's to the bit.
+is 4 GiB for Llama-3.1-8B on one GPU: more than anything else of a step. On CPU all results are DeepSpeed's to the bit.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.utils import get_norm_dtype
 
@@ -19,30 +19,56 @@ NORM_CHUNK = 1 << 22  # elements of a gradient whose norm is taken at once: 32 M
 
 
 def norms_with_one_collective(zero: Any, stage: Stage) -> dict[str, Callable]:
-    """Replace the norms of all groups, without optimizer offload: one all-reduce, and chunks of gradients.
+    """Replace the norms of all groups, without optimizer offload: one all-reduce, and one wait of the host.
 
-    DeepSpeed has an all-reduce for each group, and LISA has two groups for every block that trains.
+    DeepSpeed has an all-reduce for each group, and LISA has two groups for every block that trains. The norms are on
+    the host: what DeepSpeed, a clipped step and a trainer's log ask of them asks the device for nothing more.
     """
+    on_gpu = torch.device(zero.device).type == "cuda"
+    sums_of_squares = sums_of_squares_in_fp32 if on_gpu else sums_of_squares_in_chunks
 
-    def sum_of_squares(gradients: Sequence[torch.Tensor], buffer: torch.Tensor) -> torch.Tensor:
+    def norms_of_groups() -> list[torch.Tensor]:
+        groups = [zero.averaged_gradients[index] for index in range(len(stage.groups(zero)))]
+        sums = sums_of_squares(
+            [[one.rows if isinstance(one, RowGradient) else one for one in group] for group in groups]
+        )
+        sums = sums.to(zero.device) if stage.is_stage_3 else sums.to(zero.device, torch.float)
+        torch.distributed.all_reduce(sums, group=zero.dp_process_group)
+        return list(sums.pow(0.5).cpu())
+
+    # Right after it DeepSpeed leaves a step out whose norm is not finite, so gradients need not be read for that too.
+    replacements: dict[str, Callable] = {"has_overflow": lambda partition_gradients=True: False}
+    if not getattr(zero, "compute_grad_norm", True):
+        replacements = {}
+    if stage.is_stage_3:
+        return replacements | {"_get_norm_groups": norms_of_groups}
+    return replacements | {"scaled_global_norm": lambda: combine_grad_norm_groups(norms_of_groups())}
+
+
+def sums_of_squares_in_fp32(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """The sum of squares of each group, fp64: every gradient is read once, where a copy in fp64 costs 9 times as much.
+
+    Norms of single gradients are in fp32, as GPUs add bf16 up: their relative error is some 1e-6.
+    """
+    gradients = [gradient for group in groups for gradient in group]
+    if not gradients:  # of a rank that has no piece of what trains
+        return torch.zeros(len(groups), dtype=torch.double)
+    squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float)).double().pow(2)
+    return torch.stack([of_group.sum() for of_group in squares.split([len(group) for group in groups])])
+
+
+def sums_of_squares_in_chunks(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """The same with norms in fp64, as DeepSpeed's are, of chunks that are copied one after the other."""
+    largest = max((one.numel() for group in groups for one in group), default=0)
+    # One for all chunks: on CPU the pages of a new one for each take longer than everything else here.
+    buffer = torch.empty(min(largest, NORM_CHUNK), dtype=get_norm_dtype())
+
+    def sum_of_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         chunks = (chunk for gradient in gradients for chunk in gradient.flatten().split(NORM_CHUNK))
         norms = [torch.linalg.vector_norm(buffer[: len(chunk)].copy_(chunk)) for chunk in chunks]
         return torch.stack(norms).pow(2).sum() if norms else buffer.new_zeros(())
 
-    def norms_of_groups() -> list[torch.Tensor]:
-        groups = [zero.averaged_gradients[index] for index in range(len(stage.groups(zero)))]
-        groups = [[one.rows if isinstance(one, RowGradient) else one for one in group] for group in groups]
-        largest = max((one.numel() for group in groups for one in group), default=0)
-        # One for all chunks: on CPU the pages of a new one for each take longer than everything else here.
-        buffer = torch.empty(min(largest, NORM_CHUNK), dtype=get_norm_dtype(), device=zero.device)
-        sums = torch.stack([sum_of_squares(group, buffer) for group in groups])
-        sums = sums if stage.is_stage_3 else sums.float()
-        torch.distributed.all_reduce(sums, group=zero.dp_process_group)
-        return list(sums.pow(0.5))
-
-    if stage.is_stage_3:
-        return {"_get_norm_groups": norms_of_groups}
-    return {"scaled_global_norm": lambda: combine_grad_norm_groups(norms_of_groups())}
+    return torch.stack([sum_of_squares(group) for group in groups])
 
 
 def kept_by_themselves(zero: Any) -> dict[str, Callable]:
@@ -62,30 +88,37 @@ def kept_by_themselves(zero: Any) -> dict[str, Callable]:
             gradient = zero.get_gradient_for_reduction(param)
             gradient.data = gradient.data.clone()
 
-    return {"copy_grads_in_partition": keep}
+    return {"copy_grads_in_partition": keep, "_record_gradient_stream": record_of_reduction(zero)}
 
 
-def scale_without_waiting(zero: Any) -> Callable[[Any, torch.Tensor | None], None]:
-    """A replacement for `unscale_and_clip_grads` of stages 1 and 2, which is called for each parameter group.
+def record_of_reduction(zero: Any) -> Callable[[torch.Tensor, Any], None]:
+    """A replacement for `_record_gradient_stream` of stages 1 and 2, which DeepSpeed has under optimizer offload alone.
 
-    DeepSpeed's own asks the device each time whether the norm is a number, and LISA has two groups for every block that
-    trains. Here a norm that is none becomes infinite on the device, which scales as DeepSpeed's answer does.
+    With overlap_comm a gradient larger than the bucket is divided, copied and reduced on a stream of its own, while a
+    rank that keeps none of it lets it go. Its memory would be given out again, and written, before that is done.
     """
 
-    def unscale_and_clip(gradients: Any, total_norm: torch.Tensor | None) -> None:
-        scale: Any = zero.loss_scale
-        if zero.clip_grad > 0.0:
-            assert total_norm is not None
-            is_number = torch.isfinite(total_norm) & (total_norm >= 0)
-            norm = torch.where(is_number, total_norm, math.inf)
-            scale = torch.clamp((norm / zero.loss_scale + 1e-6) / zero.clip_grad, min=1.0) * zero.loss_scale
-        elif scale == 1.0:
-            return
-        for gradient in gradients:
-            for part in gradient if isinstance(gradient, list) else [gradient]:
-                part.data.mul_(1.0 / scale)
+    def record(tensor: torch.Tensor, stream: Any) -> None:
+        if zero.overlap_comm and not get_accelerator().resolves_data_dependency():
+            tensor.record_stream(stream)
 
-    return unscale_and_clip
+    return record
+
+
+def kept_on_one_rank(zero: Any) -> dict[str, Callable]:
+    """Replace the reduction of stages 1 and 2 where a rank is alone: a gradient stays where it is.
+
+    DeepSpeed copies it to the bucket or, where it is larger, to itself, and divides it by 1. Nothing overlaps either.
+    """
+    zero.overlap_comm = False  # its end is a wait for the device, and it has a second bucket
+
+    def keep(param: torch.nn.Parameter, group_index: int) -> None:
+        if param.numel() and getattr(param, "ds_grad_is_ready", True):
+            key = zero.get_param_id(param)
+            assert not zero.params_already_reduced[key], "a gradient is computed twice"
+            zero.params_already_reduced[key] = True
+
+    return {"reduce_independent_p_g_buckets_and_remove_grads": keep}
 
 
 def sent_in_chunks(zero: Any, stage: Stage) -> dict[str, Any]:

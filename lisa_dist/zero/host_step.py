@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from lisa_dist.optim.states import CopyStream
-from lisa_dist.zero.gradients import scale_without_waiting
 from lisa_dist.zero.stages import Stage
 
 
@@ -85,9 +84,6 @@ def host_step(zero: Any, stage: Stage, host_groups: frozenset[int], copies: Copy
     The norm has been taken on the device by then. The rest follows from where the master is: AdamW runs on the host.
     """
     optimizer_class = type(zero)
-    unscale: Callable[[Any, torch.Tensor | None], None] = scale_without_waiting(zero)
-    if stage.is_stage_3:
-        unscale = functools.partial(optimizer_class.unscale_and_clip_grads, zero)
     to_host = GradientsToHost(zero, stage, host_groups, copies)
 
     def write(index: int) -> None:
@@ -112,18 +108,12 @@ def host_step(zero: Any, stage: Stage, host_groups: frozenset[int], copies: Copy
         else:
             optimizer_class._reassign_or_swap_out_partitioned_parameters(zero, index)
 
-    def unscale_where_gradients_are(index_or_gradients: Any, total_norm: torch.Tensor | None) -> None:
-        gradient = stage.masters(zero)[index_or_gradients].grad if stage.is_stage_3 else index_or_gradients[0]
-        unscale(index_or_gradients, None if total_norm is None else total_norm.to(gradient.device))
-
     if stage.is_stage_3:
         return {
             "_prepare_fp32_grad_for_sub_group": sub_group_gradients_on_host,
             "_reassign_or_swap_out_partitioned_parameters": write_sub_group,
-            "unscale_and_clip_grads": unscale_where_gradients_are,
         }
     return {
         "_get_preflattened_grad_partition": gradients_on_host,
         "parallel_partitioned_bit16_groups": WeightsOfStep(zero.parallel_partitioned_bit16_groups),
-        "unscale_and_clip_grads": unscale_where_gradients_are,
     }

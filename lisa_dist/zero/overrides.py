@@ -9,8 +9,10 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import linear, partitioned_param_coordinator
 
+from lisa_dist.distributed.devices import free_gpu_bytes
 from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.optim.states import CopyStream
 from lisa_dist.zero import embedding_rows, gradients, host_step, masters, stage3, step
@@ -19,6 +21,7 @@ from lisa_dist.zero.stages import STAGE_1_2, STAGE_3, Stage
 
 # What `override_optimizer` replaces of how gradients are measured and sent, for whatever optimizer.
 GRADIENT_NAMES = (
+    "has_overflow",
     "scaled_global_norm",
     "_get_norm_groups",
     "set_norm_for_param_grad_in_gpu",
@@ -53,13 +56,16 @@ def without(*names: str) -> Iterator[None]:
 
 
 def override_construction() -> None:
-    """Process-wide, before an engine is built: masters in their place, and no gradient of zeros for each of them."""
+    """Process-wide, before an engine is built: masters in their place, no gradients of zeros, the GPU's free memory."""
     for stage in (STAGE_1_2, STAGE_3):
         kind: Any = stage.optimizer_class
         if kind not in classes_with_placed_masters:
             replacement = masters.state_initializer(stage, kind.initialize_optimizer_states)
             override(kind, "initialize_optimizer_states", replacement)
             classes_with_placed_masters.add(kind)
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cuda":
+        override(accelerator, "available_memory", free_gpu_bytes)
 
 
 def override_stage_3(model: torch.nn.Module) -> None:
@@ -83,8 +89,6 @@ def override_optimizer(
     """
     zero = engine.optimizer
     replacements: dict[str, Callable] = {}
-    if not stage.is_stage_3:
-        replacements["unscale_and_clip_grads"] = gradients.scale_without_waiting(zero)
     on_host = host_groups(zero)
     if layouts.of_rows is not None:
         replacements |= embedding_rows.reduced_by_rows(engine.module, zero, *layouts.of_rows)
@@ -96,6 +100,8 @@ def override_optimizer(
         replacements |= host_step.host_step(zero, stage, on_host, copies)
     if not (stage.is_stage_3 or stage.offloads_optimizer(zero)):
         replacements |= gradients.kept_by_themselves(zero)
+    if torch.distributed.get_world_size() == 1 and embedding_rows.reduces_plainly(zero, stage):
+        replacements |= gradients.kept_on_one_rank(zero)
     if stage.offloads_optimizer(zero):
         replacements |= gradients.sent_in_chunks(zero, stage)
     elif zero.model_parallel_group is None:  # else the parts of other ranks' matrices count too

@@ -16,7 +16,7 @@ from lisa_dist.optim.moments import MOMENTS, coding_of_states, restore_state
 from lisa_dist.optim.row_gradient import RowGradient
 from lisa_dist.optim.states import CopyStream, PartitionKey, PartitionState, Piece
 from lisa_dist.zero import embedding_rows, parameters
-from lisa_dist.zero.embedding_rows import embedding_of, reduces_rows
+from lisa_dist.zero.embedding_rows import embedding_of, reduces_plainly
 from lisa_dist.zero.host_adam import count_host_adam, host_adam_history, replay_host_adam
 from lisa_dist.zero.layout import GroupLayouts, matrices_of_group, partition_numel, pieces_of_group
 from lisa_dist.zero.overrides import host_groups, override_optimizer, override_stage_3
@@ -244,7 +244,7 @@ class ZeroPartitions:
 
     def _of_rows(self, keys: list[PartitionKey]) -> tuple[int, list[Piece | None]] | None:
         """The group of an embedding whose gradient is of rows, and the piece of each rank."""
-        if not (isinstance(self.optimizer, LisaAdamW) and reduces_rows(self._zero, self._stage)):
+        if not (isinstance(self.optimizer, LisaAdamW) and reduces_plainly(self._zero, self._stage)):
             return None
         for index, (key, params) in enumerate(zip(keys, self._stage.groups(self._zero), strict=True)):
             if len(key) != 1 or index in host_groups(self._zero) or sum(map(bool, keys)) == 1:

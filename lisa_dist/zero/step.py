@@ -20,7 +20,6 @@ import torch
 
 from lisa_dist.optim.adamw import PartitionStep
 from lisa_dist.optim.states import CopyStream
-from lisa_dist.zero.gradients import scale_without_waiting
 from lisa_dist.zero.host_step import GradientsToHost, WeightsOfStep, send_weights
 from lisa_dist.zero.layout import GroupLayouts
 from lisa_dist.zero.stages import Stage
@@ -64,7 +63,7 @@ def one_pass_step(
 
     def set_gradient_scale(index_or_gradients: Any, total_norm: torch.Tensor | None) -> None:
         step = prepared.pop()  # it holds gradients, which are to be freed after the step
-        step.gradient_scale = gradient_scale(zero, stage, total_norm).to(step.gradients[0].device)
+        step.gradient_scale = gradient_scale(zero, stage, total_norm, step.gradients[0].device)
 
     def prepare_sub_group(index: int) -> None:
         stage.masters(zero)[index].grad = prepare(index)
@@ -87,14 +86,14 @@ def one_pass_step(
     }
 
 
-def gradient_scale(zero: Any, stage: Stage, total_norm: torch.Tensor | None) -> torch.Tensor:
+def gradient_scale(zero: Any, stage: Stage, total_norm: torch.Tensor | None, device: torch.device) -> torch.Tensor:
     """The factor of the gradients, fp32 of shape [1], for clipping and the loss scale, as DeepSpeed computes it.
 
-    `total_norm` is the norm of all gradients, times the loss scale; it is needed where gradients are clipped.
+    `total_norm`, on the host, is the norm of all gradients, times the loss scale; it is needed where they are clipped.
     """
-    scale = torch.ones(1, device=zero.device)
+    scale = torch.ones(1, device=device)
     if not stage.is_stage_3:
-        scale_without_waiting(zero)([scale], total_norm)
+        type(zero).unscale_and_clip_grads(zero, [scale], total_norm)
         return scale
     # Stage 3's own scales the whole gradient that it finds at the master, so its formula stands here once more.
     combined = zero.loss_scale

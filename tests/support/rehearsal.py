@@ -2,9 +2,9 @@
 
     python tests/support/rehearsal.py '{"kind": "loop", "ds_config": "zero2"}'
 
-What a rank finds: `problems`, texts; of a loop `losses`, a `digest` of weights and states, and what a step and a switch
-made the host wait for. The kinds: "loop", a DeepSpeed loop of one's own; "train", `lisa-dist train` with flags;
-"fault", a function of tests/unit/support/test_simulated_gpu.py.
+What a rank finds: `problems`, texts; of a loop `losses`, a `digest` of weights and states, what a step and a switch
+made the host wait for, and how many operators they launched. The kinds: "loop", a DeepSpeed loop of one's own; "train",
+`lisa-dist train` with flags; "fault", a function of a module of tests.
 """
 
 import hashlib
@@ -24,7 +24,6 @@ from ranks import PATIENCE, free_port, rank_context
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cuda",
-    "CUDA_VISIBLE_DEVICES": "0,1",
     "LISA_DIST_KERNELS": "torch",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -67,8 +66,11 @@ def _be_rank(settings: dict, rank: int, world_size: int, port: int, folder: str,
     main(settings, rank, world_size, port)
 
 
-def begin(seed: int, early: float) -> None:
-    """Simulate a GPU in this process. What looks for one at its import is imported before."""
+def begin(seed: int, early: float, nvml_free: int | None = None) -> None:
+    """Simulate a GPU in this process. What looks for one at its import is imported before.
+
+    `nvml_free`: pynvml is installed and says that so many bytes are free, of GPUs that are named by their UUIDs.
+    """
     import bitsandbytes
     import peft
     import torch
@@ -86,6 +88,9 @@ def begin(seed: int, early: float) -> None:
 
     clocks.EARLY = early
     cuda.install(seed)
+    if nvml_free is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "GPU-5a2e,GPU-77c1"
+        sys.modules["pynvml"] = cuda.nvml(nvml_free)
     set_accelerator(CUDA_Accelerator())
     chunked._use_triton = lambda device: False  # Triton needs a real GPU
     trl.trainer.utils.is_triton_available = label_logits.is_triton_available = lambda: False
@@ -136,19 +141,21 @@ def loop(
         let_backward_end(engine.module)
     data, losses = token_batches(steps, 2 * world, accumulation), []
     counts: dict[str, Counter] = {"switch": Counter(), "step": Counter()}
+    launches = {"switch": 0, "step": 0}
 
     def step(number: int) -> None:
-        before = CLOCKS.waits + MEMORY.counts
+        before, launched = CLOCKS.waits + MEMORY.counts, CLOCKS.launches
         switched = lisa.on_step_begin()
         after = CLOCKS.waits + MEMORY.counts
         if switched:
-            counts["switch"] = after - before
+            counts["switch"], launches["switch"] = after - before, CLOCKS.launches - launched
+        launched = CLOCKS.launches
         for micro in range(accumulation):
             rows = data[number, micro, 2 * rank : 2 * rank + 2].to(engine.device)
             loss = engine(input_ids=rows, labels=rows, use_cache=False).loss
             engine.backward(loss)
             engine.step()
-        counts["step"] = CLOCKS.waits + MEMORY.counts - after
+        counts["step"], launches["step"] = CLOCKS.waits + MEMORY.counts - after, CLOCKS.launches - launched
         losses.append(loss.item())
 
     for number in range(steps):
@@ -168,6 +175,7 @@ def loop(
         "digest": digest(engine, lisa),
         "movement": lisa.movement.lines,
         "counts": {when: dict(found) for when, found in counts.items()},
+        "launches": launches,
     }
 
 
@@ -206,11 +214,12 @@ KINDS = {"loop": loop, "train": train, "fault": fault}
 def main(settings: dict[str, Any], rank: int = 0, world_size: int = 1, port: int = 0) -> None:
     """Rehearse, print what was found, and end the process at once: there is no device to take down."""
     of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
-    os.environ.update(ENVIRONMENT | {name: str(value) for name, value in of_rank.items()} | {"MASTER_PORT": str(port)})
+    of_rank |= {"MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(max(2, world_size))))}
+    os.environ.update(ENVIRONMENT | {name: str(value) for name, value in of_rank.items()})
     settings = dict(settings)
     found: dict[str, Any] = {}
     try:
-        begin(settings.pop("seed", 0), settings.pop("early", 0.1))
+        begin(settings.pop("seed", 0), settings.pop("early", 0.1), settings.pop("nvml_free", None))
         found = KINDS[settings.pop("kind", "loop")](**settings)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the test must see it
         if not isinstance(error, SystemExit) or error.code:

@@ -25,6 +25,7 @@ class Clocks:
     def __init__(self) -> None:
         self.of: dict[int, Clock] = {HOST: {}, 0: {}}
         self.waits: Counter[str] = Counter()  # of the host, by reason
+        self.launches = 0  # operators that a stream was given
         self.late: dict[int, deque[tuple[int, Callable[[], None]]]] = defaultdict(deque)
         self.random = random.Random(0)
         self._number = 0

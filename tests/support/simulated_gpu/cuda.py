@@ -63,6 +63,7 @@ def install(seed: int = 0) -> None:
     torch.Tensor.record_stream = record_stream
     nccl.install()
     _hand_on_devices()
+    _pin_batches()
     _see_what_is_saved()
     Operators().__enter__()
     Devices().__enter__()
@@ -150,6 +151,16 @@ _ANSWERS: dict[str, Any] = {
 }
 
 
+def nvml(free: int) -> Any:
+    """The module pynvml where NVML says that so many bytes are free."""
+    return types.SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetMemoryInfo=lambda handle: types.SimpleNamespace(free=free),
+    )
+
+
 def _hand_on_devices() -> None:
     """Have `Devices` answer in what autograd calls, for which it turns function modes off."""
     from deepspeed.runtime.base_optimizer import BackwardHookStateManager
@@ -162,6 +173,18 @@ def _hand_on_devices() -> None:
         setattr(torch.Tensor, name, lambda self, hook, register=register: register(self, _with_devices(hook)))
     start = hooks.__init__
     hooks.__init__ = lambda self, pack, unpack: start(self, _with_devices(pack), _with_devices(unpack))
+
+
+def _pin_batches() -> None:
+    """A DataLoader asks torch.accelerator, which is not simulated."""
+    iterator = torch.utils.data.dataloader._SingleProcessDataLoaderIter
+    start = iterator.__init__
+
+    def begin(self: Any, loader: Any) -> None:
+        start(self, loader)
+        self._pin_memory = loader.pin_memory
+
+    iterator.__init__ = begin
 
 
 def _see_what_is_saved() -> None:

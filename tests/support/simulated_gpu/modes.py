@@ -98,6 +98,7 @@ class Operators(TorchDispatchMode):
     ) -> None:
         name, stream = function._schema.name, CLOCKS.current.id
         who = stream if on_device else HOST
+        CLOCKS.launches += on_device
         number = CLOCKS.begin(who)
         written = {id(tensor) for tensor in (*outputs, *_written(function, args, kwargs))}
         for tensor in inputs:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 from engines import train_step
 from models import tiny_llama, token_batches
 from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lisa_dist
 from lisa_dist import zero
@@ -57,6 +59,40 @@ def test_the_tests_of_the_table_exist():
     assert named <= there
 
 
+class Copies(TorchDispatchMode):
+    """Elements that are read and written without being computed with."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name in ("aten::copy_", "aten::clone", "aten::div_"):
+            self.found[name] += args[0].numel()
+        return function(*args, **kwargs or {})
+
+
+def copies_of_gradients(stage: str, reduced_by_deepspeed: bool) -> Counter:
+    engine, lisa = lisa_dist.initialize(tiny_llama(), stage, lisa_dist.LisaConfig(lisa_seed=3))
+    lisa.on_step_begin()
+    if reduced_by_deepspeed:
+        del engine.optimizer.reduce_independent_p_g_buckets_and_remove_grads
+    tokens = token_batches(1, 2, 1)[0, 0]
+    loss = engine(input_ids=tokens, labels=tokens, use_cache=False).loss
+    with Copies() as copies:
+        engine.backward(loss)
+    return copies.found
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+def test_a_gradient_of_one_rank_is_not_copied(stage):
+    own, by_deepspeed = (run_ranks(copies_of_gradients, 1, stage, plain)[0] for plain in (False, True))
+    assert own["aten::copy_"] == own["aten::div_"] == 0
+    assert by_deepspeed["aten::copy_"] > by_deepspeed["aten::div_"] > 0
+    assert own["aten::clone"] < by_deepspeed["aten::clone"]
+
+
 def train_without(names: tuple[str, ...]) -> dict[str, bool]:
     """Whether each name is still DeepSpeed's own after a switch."""
     with overrides.without(*names):
@@ -82,7 +118,7 @@ def test_the_scale_of_stage_3_is_deepspeeds(clip_grad):
     zero3 = SimpleNamespace(loss_scale=4.0, clip_grad=clip_grad, fp32_partitioned_groups_flat=[master], device="cpu")
     stages.STAGE_3.optimizer_class.unscale_and_clip_grads(zero3, 0, norm)
     assert 0 < master.grad < 1
-    assert torch.equal(step.gradient_scale(zero3, stages.STAGE_3, norm), master.grad)
+    assert torch.equal(step.gradient_scale(zero3, stages.STAGE_3, norm, master.device), master.grad)
 
 
 def test_a_name_that_is_not_there_is_no_override():
