@@ -35,8 +35,8 @@ def begin_deepspeed(arguments: Iterable[Any], given: str | dict | None) -> None:
     args = next((one for one in arguments if isinstance(one, TrainingArguments)), None)
     if args is not None:
         _use_deepspeed(args, given)
-        if args.dataloader_pin_memory:
-            args.accelerator_config.non_blocking = True  # a batch's copy to a GPU, for which the host need not wait
+        copies: Any = args.accelerator_config
+        copies.non_blocking = args.dataloader_pin_memory  # of batches to a GPU, for which the host need not wait
     elif given is not None:
         raise UserError("deepspeed: there are no training arguments that could take it; give the trainer args.")
     if dist.is_initialized() and not comm.is_initialized():
