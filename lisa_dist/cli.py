@@ -12,6 +12,7 @@ from lisa_dist import flag_tables
 from lisa_dist.commands import exit_on_error
 from lisa_dist.commands.given_files import look_for_files, look_for_words
 from lisa_dist.commands.verbs import TABLES, VERBS, WITH_FLAGS, WITH_WORDS, import_verb, name_of_table, parser_of
+from lisa_dist.distributed.allocator import use_expandable_segments
 from lisa_dist.flag_words import first_word_as
 
 USAGE = """usage: lisa-dist train recipe.yaml [--gpus N] [--any_flag value]
@@ -103,6 +104,7 @@ def run_verb(verb: str, words: Sequence[str]) -> None:
     if table is not None and "RANK" not in os.environ:  # a rank's words were looked at before it was started
         with _printed():
             _answer(verb, table, words)
+    use_expandable_segments()  # what the next lines import begins CUDA
     with exit_on_error(_name_of(verb)):
         module = import_verb(verb)
     if table is None:

@@ -32,7 +32,7 @@ from benchmarks.common.results import RESULTS, parser_of, positive, print_table,
 from benchmarks.cost import kernels
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.selection import BlockSelection
-from lisa_dist.distributed.devices import use_expandable_segments
+from lisa_dist.distributed.allocator import use_expandable_segments
 from lisa_dist.optim.ops import why_no_compiler
 
 EIGHT = {"lisa_state_bits": "embed=8,head=8,layers=8"}

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lisa_dist.commands import exit_on_error
-from lisa_dist.distributed.devices import use_expandable_segments
 from lisa_dist.distributed.launching import end_process, launch_if_asked
 from lisa_dist.distributed.signals import catch_stop_signals
 from lisa_dist.errors import UserError
@@ -30,7 +29,6 @@ def main(words: Sequence[str] | None = None) -> None:
     with exit_on_error("lisa-dist"):
         words = first_word_as("--config", sys.argv[1:] if words is None else words)
         words = launch_if_asked(words, "train", check=lambda rest: parser(task_of(rest)).check(rest))
-        use_expandable_segments()
         config = apply_preset(parse_arguments(words), parser(task_of(words)).given(words))
         leave_out_bars_of_other_ranks()
         if config.run.method == "lisa":

@@ -41,7 +41,7 @@ from lisa_dist.core.run_state import STATE_VERSION, changed_settings
 from lisa_dist.core.sampling import ActiveSet
 from lisa_dist.core.selection import BlockSelection
 from lisa_dist.core.step_rates import StepRates
-from lisa_dist.distributed.devices import use_own_device
+from lisa_dist.distributed.devices import prepare_device
 from lisa_dist.optim.states import CopyStream, HostStates, PartitionKey, PartitionState, Piece, states_to_carry
 from lisa_dist.zero.cpu_ops import release_shared_memory
 from lisa_dist.zero.overrides import override_construction
@@ -92,8 +92,8 @@ class LisaController:
         self._log = PeriodLog()
         self._warming_up: Iterable[str] = ()  # groups, of a state that was loaded before `attach`
         self._begun_step = -1  # the last step that on_step_begin has seen
+        prepare_device()
         if dist.is_initialized():
-            use_own_device()
             settings = [config.to_dict(), self.selection.weights, len(self.blocks.layers)]
             self._compare(settings, "have other --lisa_* settings or another model")
         self.frozen_layers = hold_frozen_layers(model, self.blocks, config, self.selection.widest(self.active).layers)

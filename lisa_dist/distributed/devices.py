@@ -5,27 +5,20 @@ import re
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import distributed as dist
 
-_ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+from lisa_dist.distributed.allocator import use_expandable_segments
 
 
-def use_own_device() -> None:
-    """Make the GPU of this rank the current one, on which new tensors and collectives are.
+def prepare_device() -> None:
+    """Have the allocator grow its segments; of several ranks, make this one's GPU current, on which new tensors are.
 
     `deepspeed.init_distributed` leaves each rank at the first GPU. DeepSpeed's engine takes the rank's own only when it
     is built, which is after LISA's first collective.
     """
-    if "LOCAL_RANK" in os.environ:
+    use_expandable_segments()
+    if dist.is_initialized() and "LOCAL_RANK" in os.environ:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-
-
-def use_expandable_segments() -> None:
-    """Have torch's CUDA allocator grow its segments, before its first allocation, unless the user has set it.
-
-    A switch frees partitions and allocates others of other sizes, which would leave gaps in segments of fixed sizes.
-    """
-    if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
-        os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
 def free_gpu_bytes(device: int | torch.device | None = None) -> int:
