@@ -223,6 +223,7 @@ class FrozenLayers:
             if number not in active:
                 self._frozen.add(number)
         gather(None)  # the host's first rank has written what the others will read
+        self.store.pin()
 
     def switch(self, active: Iterable[int]) -> None:
         """Hold the layers that become inactive, whose originals are what training has made of them, and release others.

@@ -67,12 +67,10 @@ class WeightStore:
         raise_shared(problem)
         if descriptor is not None:
             os.close(descriptor)
-        whole = torch.frombuffer(self._mapped, dtype=torch.uint8)
+        self._whole = whole = torch.frombuffer(self._mapped, dtype=torch.uint8)
+        self._device = device
         shared_addresses.add(whole.data_ptr())
         weakref.finalize(self, shared_addresses.discard, whole.data_ptr())
-        if device.type == "cuda":
-            _register(whole, device, says=self.is_first_of_host)
-            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, whole.data_ptr())
         self._tensors, begin = {}, 0
         for name, value in like.items():
             self._tensors[name] = whole[begin : begin + value.nbytes].view(value.dtype).view(value.shape)
@@ -87,6 +85,12 @@ class WeightStore:
         if self.is_first_of_host:
             self._tensors[name].copy_(value, non_blocking=True)
 
+    def pin(self) -> None:
+        """Pin it where there is a GPU. That takes all of its memory at once: call it when what is freed has gone."""
+        if self._device.type == "cuda":
+            _register(self._whole, self._device, says=self.is_first_of_host)
+            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self._whole.data_ptr())
+
     @staticmethod
     def _rank() -> int:
         return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
@@ -99,7 +103,7 @@ def _make_file(place: str, nbytes: int, freed: int) -> int:
         descriptor = os.dup(file.fileno())
         file.close()
     else:
-        available = _available_memory() + freed
+        available = available_memory() + freed
         if nbytes > available:
             raise OSError(f"{format_bytes(available)} of its memory are free")
         descriptor = os.memfd_create("lisa_dist")
@@ -122,12 +126,14 @@ def _identity(descriptor: int | None) -> tuple[int, int, int] | None:
     return found.st_dev, found.st_ino, found.st_size
 
 
-def _available_memory() -> int:
-    """Bytes that this host has free, or the container that this process is in."""
+def available_memory(container: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this host has free, or the container that this process is in, page cache included."""
     available = psutil.virtual_memory().available
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    limit = container / "memory.max"
     if limit.is_file() and (allowed := limit.read_text(encoding="ascii").strip()) != "max":
-        available = min(available, int(allowed) - int(used.read_text(encoding="ascii")))
+        used = int((container / "memory.current").read_text(encoding="ascii"))
+        parts = dict(line.split() for line in (container / "memory.stat").read_text(encoding="ascii").splitlines())
+        available = min(available, int(allowed) - used + int(parts["inactive_file"]))
     return available
 
 

@@ -20,7 +20,7 @@ from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.checkpoint.weights import write_weights
 from lisa_dist.core.blocks import Block, find_blocks
 from lisa_dist.core.frozen_layers import FrozenLayers, held_bytes
-from lisa_dist.core.weight_store import WeightStore, check_store
+from lisa_dist.core.weight_store import WeightStore, available_memory, check_store
 from lisa_dist.train.cpu_bf16 import multiply_in_fp32
 from lisa_dist.zero.parameters import whole_weights
 
@@ -299,6 +299,40 @@ def test_a_store_without_room_is_refused(small_disk, monkeypatch):
     with pytest.raises(ValueError, match=r"--lisa_frozen_store host: .* \(1.0 MiB of its memory are free\)"):
         WeightStore(like, "host", torch.device("cpu"))
     WeightStore(like, "host", torch.device("cpu"), freed=1 << 25)
+
+
+def test_what_a_container_has_read_of_files_is_free(tmp_path):
+    """The kernel lets go of page cache where memory is wanted."""
+    for name, text in {"max": "1000", "current": "900", "stat": "anon 250\ninactive_file 600\nfile 650"}.items():
+        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+    assert available_memory(tmp_path) == 700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory(tmp_path) > 1000
+
+
+def test_a_store_is_pinned_when_the_weights_have_gone(monkeypatch):
+    """Pinning takes all of its memory, for which a host may have no room beside the model."""
+    model = tiny_llama().to(torch.bfloat16)
+    frozen = FrozenLayers(model, find_blocks(model), 8, "host", torch.device("cpu"))
+    left = []
+    monkeypatch.setattr(
+        frozen.store,
+        "pin",
+        lambda: left.append(sum(layer.mlp.up_proj.weight.numel() > 0 for layer in model.model.layers)),
+    )
+    frozen.begin([0])
+    assert left == [1], "the active layer's alone"
+
+    pinned = []
+    register = lambda address, nbytes, flags: pinned.append(nbytes) or 0  # noqa: E731
+    runtime = types.SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: pinned.append(0))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    store = WeightStore({"a": torch.zeros(3)}, "host", torch.device("cuda"))
+    assert pinned == []
+    store.pin()
+    assert pinned == [store.nbytes]
+    del store
+    assert pinned[1:] == [0]
 
 
 def hold_other_weights(bits: int) -> list:
