@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import distributed as dist
 
+from lisa_dist.distributed.network import gloo_group
 from lisa_dist.errors import SharedError
 from lisa_dist.files import DamagedError, SaveError, describe_file, is_disk_error
 
@@ -36,7 +37,7 @@ def background_group() -> dist.ProcessGroup | None:
     world = dist.group.WORLD
     if world not in _background_groups:
         # A rank may write long after the others have.
-        _background_groups[world] = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
+        _background_groups[world] = gloo_group(timedelta(hours=6))
     return _background_groups[world]
 
 

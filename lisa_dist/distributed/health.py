@@ -2,11 +2,9 @@
 
 import os
 import socket
-import struct
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib import metadata
 from itertools import groupby
 from statistics import median_low
@@ -16,6 +14,7 @@ import torch
 from torch import distributed as dist
 
 from lisa_dist.distributed.collectives import gather
+from lisa_dist.distributed.network import GLOO_INTERFACE, gloo_group, interface_to
 from lisa_dist.errors import UserError
 
 SLOW = 1.2  # times the median of all ranks
@@ -96,7 +95,7 @@ class ComputeTime:
 
     def __init__(self, model: torch.nn.Module, device: torch.device, waits: bool):
         self._on_gpu = device.type == "cuda"
-        self._group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+        self._group = gloo_group() if dist.get_backend() != "gloo" else None
         self._hosts = gather(host_name())
         self._begun: Any = None
         self._spans: list[tuple[Any, Any]] = []  # since the last log, not yet in _seconds
@@ -161,23 +160,8 @@ def _interconnect() -> str:
     adapters = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     if backend == "nccl" and adapters and os.environ.get("NCCL_IB_DISABLE", "0") != "1":
         return f"{backend}, InfiniBand adapters {os.environ.get('NCCL_IB_HCA') or ', '.join(adapters)}"
-    variable = "GLOO_SOCKET_IFNAME" if backend == "gloo" else "NCCL_SOCKET_IFNAME"
+    variable = GLOO_INTERFACE if backend == "gloo" else "NCCL_SOCKET_IFNAME"
     if variable in os.environ:
         return f"{backend} over {os.environ[variable]} ({variable})"
-    return f"{backend} over {_interface_to(os.environ.get('MASTER_ADDR', '127.0.0.1'))}"
-
-
-def _interface_to(address: str) -> str:
-    """The network interface by which packets to an address of IPv4 leave, and its own address."""
-    import fcntl
-
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))
-        own = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):  # an interface without an address
-                request = struct.pack("256s", name.encode()[:15])
-                if socket.inet_ntoa(fcntl.ioctl(probe.fileno(), 0x8915, request)[20:24]) == own:  # SIOCGIFADDR
-                    return f"{name} ({own})"
-        return own
-    return "an unknown interface"  # an address of IPv6
+    found = interface_to(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    return f"{backend} over {f'{found[0]} ({found[1]})' if found else 'an unknown interface'}"

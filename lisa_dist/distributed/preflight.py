@@ -14,15 +14,17 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed as dist
 
 from lisa_dist.distributed.devices import why_no_gpu
 from lisa_dist.distributed.health import version_of
+from lisa_dist.distributed.network import GLOO_INTERFACE
 from lisa_dist.distributed.ranks import expand_hosts
 from lisa_dist.errors import UserError
-from lisa_dist.text import format_bytes
+from lisa_dist.text import format_bytes, in_one_line
 
 PACKAGES: tuple[str, ...] = (
     "lisa_dist",
@@ -148,6 +150,12 @@ class HostCheck:
             store.set("token", str(token))
         store.get("token")
         mine["sees"] = bool(mine["problems"]) or _appears(token)
+        store.set(f"here {self._rank}", "")
+        if self._rank == 0:
+            store.set("missing", json.dumps(self._missing(store, meets_until)))
+        missing = json.loads(store.get("missing"))
+        if not missing and (problem := self._why_no_gloo(store)):
+            mine["problems"].append(problem)
         store.set(f"host {self._rank}", json.dumps(mine))
         if self._rank != 0:
             verdict = store.get("verdict")
@@ -156,7 +164,8 @@ class HostCheck:
                 raise SystemExit(2)  # rank 0 says why
             return []
         try:
-            problems, arrived = self._judge(store, meets_until)
+            arrived = [rank for rank in range(self._world_size) if rank not in missing]
+            problems = self._judge(store, arrived)
             store.set("verdict", "bad" if problems else "good")
             with suppress(dist.DistError):  # a host that has been killed meanwhile
                 store.wait([f"left {rank}" for rank in arrived if rank != 0], timedelta(seconds=_APPEARS))
@@ -164,24 +173,34 @@ class HostCheck:
         finally:
             token.unlink(missing_ok=True)
 
-    def _judge(self, store: dist.TCPStore, meets_until: float) -> tuple[list[str], list[int]]:
-        """Rank 0: what the hosts say, and where they differ from this one; and the ranks that have come."""
-        problems, reports, arrived = [], [], []
+    def _missing(self, store: dist.TCPStore, meets_until: float) -> list[int]:
+        """Rank 0: the ranks that have not come in time."""
         while True:  # `check` says without waiting what has come; `wait` would print the stack when something has not
-            missing = [rank for rank in range(self._world_size) if not store.check([f"host {rank}"])]
+            missing = [rank for rank in range(self._world_size) if not store.check([f"here {rank}"])]
             if not missing or time.monotonic() > meets_until:
-                break
+                return missing
             time.sleep(0.05)
-        for rank in range(self._world_size):
-            if rank in missing:
-                within = f"{self._meet_within:.0f} s (--meet_within)"
-                problems.append(
-                    f"{_name_of_task(rank)} has not come within {within}: it is down, or MASTER_ADDR is another one "
-                    "there"
-                )
-            else:
-                reports.append(json.loads(store.get(f"host {rank}")))
-                arrived.append(rank)
+
+    def _why_no_gloo(self, store: dist.TCPStore) -> str:
+        """Why no group over gloo can be made, as every run has one; nothing where it can."""
+        patience = timedelta(seconds=min(self._meet_within, _APPEARS))
+        try:
+            group: Any = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), self._rank, self._world_size, patience)
+            group.barrier().wait()
+        except RuntimeError as error:
+            over = f"{GLOO_INTERFACE} {os.environ.get(GLOO_INTERFACE, 'is not set')}"
+            return f"{over}: gloo does not reach the others ({in_one_line(error)}); export the interface that does"
+        return ""
+
+    def _judge(self, store: dist.TCPStore, arrived: Sequence[int]) -> list[str]:
+        """Rank 0: what the hosts say, and where they differ from this one."""
+        within = f"{self._meet_within:.0f} s (--meet_within)"
+        problems = [
+            f"{_name_of_task(rank)} has not come within {within}: it is down, or MASTER_ADDR is another one there"
+            for rank in range(self._world_size)
+            if rank not in arrived
+        ]
+        reports = [json.loads(store.get(f"host {rank}")) for rank in arrived]
         for report in reports:
             found = list(report["problems"])
             if not report["sees"]:
@@ -201,7 +220,7 @@ class HostCheck:
         if not problems:
             hosts = ", ".join(report["host"] for report in reports)
             print(f"lisa-dist check: {len(reports)} host(s) are fit: {hosts}", flush=True)
-        return problems, arrived
+        return problems
 
     def _time_to_save(self, bytes_a_second: list[float]) -> list[str]:
         """What is wrong with the time for a save."""

@@ -18,6 +18,7 @@ from collections.abc import MutableMapping
 import deepspeed
 from torch import distributed as dist
 
+from lisa_dist.distributed.network import bind_gloo
 from lisa_dist.errors import UserError
 
 _GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -37,7 +38,9 @@ _SHOWN += (*_OF_STEP.values(), "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NOD
 
 
 def set_rank(environment: MutableMapping[str, str] = os.environ) -> str:
-    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT; returns who started the ranks.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT, and gloo's interface between hosts.
+
+    Returns who started the ranks.
 
     Raises ValueError, with everything that was seen, where some are missing or contradict each other.
     """
@@ -76,6 +79,7 @@ def set_rank(environment: MutableMapping[str, str] = os.environ) -> str:
         environment.setdefault("LOCAL_SIZE", environment["LOCAL_WORLD_SIZE"])  # DeepSpeed's word for torchrun's
     elif "SLURM_STEP_TASKS_PER_NODE" in environment:
         environment.setdefault("LOCAL_SIZE", str(_tasks_of_this_node(environment)))
+    bind_gloo(environment)
     return started_by
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from lisa_dist.distributed.network import gloo_group
+
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _ONE_SIGNAL = 2.0  # seconds: launchers and schedulers both pass a signal on, so it may come twice
 _received: list[tuple[int, float]] = []  # the first signal and when it came
@@ -53,7 +55,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo")
+            self._group = gloo_group()
         self._previous = catch_stop_signals()
         return self
 

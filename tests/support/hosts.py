@@ -1,9 +1,9 @@
 """Two hosts on this machine that share nothing but a network, and files as nodes of a cluster do.
 
 Each is a set of namespaces: a network with one interface, which a cable joins to that of the other, a host name,
-processes, and mounts of its own over /dev/shm, /etc/hosts, /etc/ssh and /run; an sshd lets each into the other. The
-cable is made between the two networks, so nothing is changed outside them, and killing a host's first process ends
-all that it had.
+processes, and mounts of its own over /dev/shm, /etc/hosts, /etc/ssh and /run; an sshd lets each into the other. Its own
+name resolves to 127.0.1.1 on it, as Debian has it. The cable is made between the two networks, so nothing is changed
+outside them, and killing a host's first process ends all that it had.
 """
 
 import os
@@ -61,7 +61,7 @@ class Host:
     def __init__(self, name: str, folder: Path):
         self.name = name
         self._log = folder / f"{name}.log"
-        own = {"/etc/hosts": "hosts", "/etc/ssh": "ssh"}
+        own = {"/etc/hosts": f"hosts of {name}", "/etc/ssh": "ssh"}
         inside = [f"hostname {name}", "mount -t tmpfs tmpfs /dev/shm", "mount -t tmpfs tmpfs /run", "mkdir /run/sshd"]
         inside += [f"mount --bind {shlex.quote(str(folder / file))} {path}" for path, file in own.items()]
         inside += ["ip link set lo up", f"touch {shlex.quote(str(folder / name))}"]
@@ -155,7 +155,9 @@ class Hosts:
         (ssh / "ssh_config").write_text(_SSH.lstrip())
         words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(ssh / "key")]
         subprocess.run(words, check=True, capture_output=True)
-        (self._folder / "hosts").write_text("".join(f"{address} {name}\n" for name, address in names.items()))
+        for own in ADDRESSES:
+            lines = [f"{address} {name}\n" for name, address in (names | {own: "127.0.1.1"}).items()]
+            (self._folder / f"hosts of {own}").write_text("".join(lines))
         try:
             for name in ADDRESSES:
                 self._hosts.append(Host(name, self._folder))

@@ -72,11 +72,6 @@ def test_ranks_are_told_in_ranges(ranks, said):
     assert health._in_ranges(ranks) == said
 
 
-def test_an_address_without_an_interface_ends_no_run():
-    assert health._interface_to("::1") == "an unknown interface"
-    assert health._interface_to("127.0.0.1") == "lo (127.0.0.1)"
-
-
 @pytest.mark.parametrize(
     ("files", "variables", "said"),
     [

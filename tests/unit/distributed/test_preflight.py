@@ -81,8 +81,22 @@ def test_hosts_that_are_fit(tmp_path):
             {"flags": ["--deepspeed", "FOLDER/absent.json"]},
             "host node2: --deepspeed FOLDER/absent.json is no such file, on host node1 not there",
         ),
+        (
+            ["--meet_within", "3"],
+            {"environment": {"GLOO_SOCKET_IFNAME": "absent"}},
+            "host node2: GLOO_SOCKET_IFNAME absent: gloo does not reach the others (",
+        ),
     ],
-    ids=["no GPUs", "no GPUs on one", "other folder", "read-only folder", "versions", "data", "DeepSpeed config"],
+    ids=[
+        "no GPUs",
+        "no GPUs on one",
+        "other folder",
+        "read-only folder",
+        "versions",
+        "data",
+        "DeepSpeed config",
+        "gloo",
+    ],
 )
 def test_what_is_wrong_is_named_with_its_host(tmp_path, flags, on_host_2, said):
     on_host_2 = {

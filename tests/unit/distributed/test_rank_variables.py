@@ -10,7 +10,7 @@ from lisa_dist.distributed.ranks import check_port, expand_hosts, forget_rank_of
 from lisa_dist.errors import UserError
 
 # As seen in processes that these started: two nodes of two ranks, the last of them.
-MASTER = {"MASTER_ADDR": "gpu01", "MASTER_PORT": "29500"}
+MASTER = {"MASTER_ADDR": "gpu01", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "lo"}  # or gpu01 would be looked up
 TORCHRUN = MASTER | {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 TORCHRUN |= {"TORCHELASTIC_RUN_ID": "none"}
 DEEPSPEED = MASTER | {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "1"}
@@ -18,6 +18,7 @@ BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_L
 SRUN = BATCH | {
     "SLURM_STEP_ID": "1", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_STEP_NODELIST": "gpu[01-02]",
+    "GLOO_SOCKET_IFNAME": "lo",
 }  # fmt: skip
 TASK_A_NODE = SRUN | {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}
 TASK_A_NODE |= {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NTASKS": "2"}
