@@ -3,9 +3,10 @@
 #   docker build -t lisa-dist .
 #   docker run --rm --shm-size 16g -v "$PWD:/work" lisa-dist train recipe.yaml
 #
-# The base needs Python 3.11 or newer and pip. For GPUs it also needs CUDA's compiler, with which DeepSpeed builds its
-# operators: --build-arg BASE=pytorch/pytorch:2.9.1-cuda12.8-cudnn9-devel, and docker run --gpus all. On CPUs a torch without CUDA
-# is a tenth of the size: --build-arg PIP_ARGS="--extra-index-url URL", of the index of torch's CPU builds.
+# The base needs Python 3.11 or newer and pip. For GPUs: --build-arg BASE=pytorch/pytorch:2.9.1-cuda12.8-cudnn9-devel, and
+# docker run --gpus all. It needs no compiler of CUDA's: g++ builds DeepSpeed's AdamW of the host, and kernels are Triton's.
+# On CPUs a torch without CUDA is a tenth of the size: --build-arg PIP_ARGS="--extra-index-url URL", of the index of
+# torch's CPU builds.
 ARG BASE=python:3.12-slim
 FROM ${BASE}
 RUN apt-get update \

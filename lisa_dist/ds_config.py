@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 # Values that a config may give itself, but not differently from the arguments of the run.
 _MUST_MATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
+# By which ranks have other parts of a layer, other experts or other tokens of a row.
+_SPLIT_MODELS = (
+    ("tensor_parallel", "autotp_size"),
+    ("expert_parallel", "enabled"),
+    ("", "sequence_parallel_size"),
+)
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
 
 
@@ -126,6 +132,18 @@ def check_ds_config(config: dict) -> None:
             "the DeepSpeed config has zero_quantized_nontrainable_weights = true: a switch lets weights train that "
             "DeepSpeed has quantized for good; remove it."
         )
+    for name in ("zero_quantized_weights", "zero_quantized_gradients"):
+        if zero.get(name):
+            raise UserError(
+                f"the DeepSpeed config has {name} = true: a switch does not move what it quantizes; remove it."
+            )
+    for parent, name in _SPLIT_MODELS:
+        value = (config.get(parent) or {}).get(name) if parent else config.get(name)
+        if value is True or (isinstance(value, int) and value > 1):
+            raise UserError(
+                f"the DeepSpeed config has {parent}{'.' if parent else ''}{name} = {json.dumps(value)}: ranks share "
+                "the model by ZeRO alone, each with rows of its own; remove it."
+            )
     if zero.get("zero_hpz_partition_size", 1) != 1:
         raise UserError(
             f"the DeepSpeed config has zero_hpz_partition_size = {zero['zero_hpz_partition_size']}: secondary "

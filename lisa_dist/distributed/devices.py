@@ -8,6 +8,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 
 from lisa_dist.distributed.allocator import use_expandable_segments
+from lisa_dist.errors import UserError
 
 
 def prepare_device() -> None:
@@ -16,6 +17,7 @@ def prepare_device() -> None:
     `deepspeed.init_distributed` leaves each rank at the first GPU. DeepSpeed's engine takes the rank's own only when it
     is built, which is after LISA's first collective.
     """
+    check_accelerator()
     use_expandable_segments()
     if dist.is_initialized() and "LOCAL_RANK" in os.environ:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
@@ -25,6 +27,26 @@ def free_gpu_bytes(device: int | torch.device | None = None) -> int:
     """Bytes that this process can still allocate on a GPU: what is free there, and what torch has cached."""
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + reserved - allocated
+
+
+def check_accelerator() -> None:
+    """Raise UserError where DeepSpeed would train on what is neither a GPU of CUDA or ROCm nor a CPU."""
+    name = get_accelerator().device_name()
+    if name not in ("cpu", "cuda"):
+        raise UserError(
+            f"DeepSpeed has found an accelerator of the kind {name} here, and training is on GPUs, by CUDA or ROCm, or "
+            "on CPUs: export DS_ACCELERATOR=cpu."
+        )
+
+
+def gpu_bytes_at_start(device: torch.device) -> int:
+    """Bytes that this process's tensors may take of a GPU, before a step has shown it.
+
+    Of what others and CUDA's context leave free a reserve of 1.5 GiB is kept back, or 6% of the card if that is more:
+    for NCCL's buffers, the pools of further streams, kernels that are loaded later, and fragments.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, free + torch.cuda.memory_reserved(device) - max(3 << 29, total * 6 // 100))
 
 
 def gpu_bytes_for_tensors(device: torch.device) -> int:

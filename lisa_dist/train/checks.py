@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from accelerate.parallelism_config import ParallelismConfig
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, TrainingArguments
 
 from lisa_dist.config import LisaConfig
@@ -47,6 +48,19 @@ def check_quantization(model: str, config: PretrainedConfig) -> None:
             f"--model_name_or_path {model}: its weights are quantized (quant_method {how.get('quant_method')}), and "
             "they are what trains; give a model in bf16, or save this one dequantized."
         )
+
+
+def check_parallelism(args: TrainingArguments) -> None:
+    """Raise UserError where ranks would share layers or rows, as a script or Accelerate's environment can ask for."""
+    given = args.parallelism_config
+    if given is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        given = ParallelismConfig()  # of the environment, as Accelerate makes it
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if (size := getattr(given, name, 1)) > 1:
+            raise UserError(
+                f"parallelism_config has {name} = {size}: ranks share the model by ZeRO alone, each with rows of its "
+                "own; make it 1."
+            )
 
 
 def check_compiled_layers(args: TrainingArguments, lisa_config: LisaConfig) -> None:
@@ -99,6 +113,7 @@ def check_trainer(
     check_precision(args)
     check_compile(args, ds_config, switches=True)
     check_compiled_layers(args, lisa_config)
+    check_parallelism(args)
     prepare_ds_config(ds_config, lisa_config, optim, precision_of_arguments(args))
     if optimizer is not None:
         raise UserError("LISA builds the optimizer from its own blocks: pass no optimizers=(...) to the Trainer.")

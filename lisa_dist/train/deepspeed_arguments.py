@@ -15,6 +15,7 @@ from torch import distributed as dist
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
+from lisa_dist.distributed.devices import check_accelerator
 from lisa_dist.distributed.ranks import set_rank
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.errors import UserError
@@ -63,6 +64,7 @@ def _use_deepspeed(args: Any, given: str | dict | None) -> None:
 def _join(args: Any) -> None:
     """Start the process group again, as DeepSpeed's: the arguments started none, or another one of Accelerate's."""
     set_rank()
+    check_accelerator()
     if not torch.cuda.is_available():
         args.use_cpu, args.dataloader_pin_memory = True, False  # has Accelerate start gloo
     vars(args).pop("_setup_devices", None)  # a cached property

@@ -20,6 +20,7 @@ from lisa_dist.core.controller import LisaController
 from lisa_dist.distributed.health import SLOW, ComputeTime
 from lisa_dist.train.hidden_secrets import hide_secrets_of
 from lisa_dist.train.progress import Progress
+from lisa_dist.zero.parameters import original_of, parameter_numel
 
 _SLOW_LOGS = 3  # in so many logs one after another a rank must be slow to be named
 
@@ -74,6 +75,12 @@ class MonitoredMixin(_TrainerClass):
         """The Trainer's, with its tokens counted."""
         self._meter.count(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """The Trainer's, 6 a token and parameter, and those of frozen layers in fewer bits, which are empty to it."""
+        held = sum(parameter_numel(one) for one in self.model.parameters() if original_of(one) is not None)
+        counted = super().floating_point_ops(inputs)
+        return counted + 6 * held * inputs[self.model.main_input_name].numel() if held and counted else counted
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add speed and memory to the log of a loss, which all ranks write or none."""

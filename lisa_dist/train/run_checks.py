@@ -26,6 +26,7 @@ from lisa_dist.train.attention import packs_documents
 from lisa_dist.train.auto_layers import check_auto_layers
 from lisa_dist.train.checks import (
     check_compiled_layers,
+    check_parallelism,
     check_precision,
     check_quantization,
     check_sampling,
@@ -107,6 +108,7 @@ def _check(config: RunConfig) -> None:
             )
         return
     check_compiled_layers(training, config.lisa)
+    check_parallelism(training)
     check_store(config.lisa.lisa_frozen_store)
     check_auto_layers(config)
     prepare_ds_config(ds_config, config.lisa, training.optim, precision_of_arguments(training))

@@ -10,7 +10,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 from transformers.utils import ExplicitEnum
 
-from lisa_dist.distributed.devices import why_no_gpu
+from lisa_dist.distributed.devices import check_accelerator, why_no_gpu
 from lisa_dist.ds_config import check_sections, find_ds_config, given_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.optim.build import LISA_ADAMW
@@ -75,6 +75,7 @@ class TrainingFlags(_Arguments):
         check_sections(given_ds_config(self.deepspeed))
         if not self.use_cpu and (why := why_no_gpu()):
             raise UserError(f"{why}; --use_cpu true trains on CPUs.")
+        check_accelerator()
         if not torch.cuda.is_available():
             self.use_cpu = True  # has Accelerate start gloo
             self.bf16 = bool(self.bf16)  # asked for, not by default: few CPUs multiply in bf16

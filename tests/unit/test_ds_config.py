@@ -99,6 +99,11 @@ def test_an_unknown_name_and_a_broken_file_are_named(tmp_path):
             "zero_quantized_nontrainable_weights = true: a switch lets weights train",
         ),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size = 2"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights = true"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "zero_quantized_gradients = true"),
+        ({"zero_optimization": {"stage": 2}, "tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size = 2"),
+        ({"zero_optimization": {"stage": 2}, "expert_parallel": {"enabled": True}}, "expert_parallel.enabled = true"),
+        ({"zero_optimization": {"stage": 2}, "sequence_parallel_size": 2}, "has sequence_parallel_size = 2"),
     ],
 )
 def test_what_lisa_cannot_run_under_is_refused(config, said):

@@ -2,11 +2,18 @@
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
+from models import tiny_llama
 from ranks import free_port
+from transformers import TrainingArguments
 
 from lisa_dist.commands import check, train
 from lisa_dist.commands.info import describe
+from lisa_dist.config import LisaConfig
+from lisa_dist.core.controller import LisaController
 from lisa_dist.distributed.devices import why_no_gpu
+from lisa_dist.errors import UserError
+from lisa_dist.train.deepspeed_arguments import begin_deepspeed
 
 TOO_OLD = (
     "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver by downloading "
@@ -93,3 +100,18 @@ def test_check_and_info_say_it(torch_says, tmp_path, monkeypatch, capsys):
     said = [" ".join(line.split()) for line in describe().splitlines()]
     (line,) = [line for line in said if line.startswith("missing: GPU")]
     assert SAID in line
+
+
+@pytest.mark.parametrize("kind", ["xpu", "npu", "hpu", "mps"])
+def test_another_accelerator_is_told_before_a_model_is_looked_for(monkeypatch, tmp_path, capsys, kind):
+    monkeypatch.setattr(get_accelerator(), "device_name", lambda index=None: kind)
+    words = ["--model_name_or_path", str(tmp_path / "absent"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="2"):
+        train.main([*words, "--dataset_name", "rows.jsonl"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"lisa-dist: DeepSpeed has found an accelerator of the kind {kind} here, ")
+    assert line.endswith(": export DS_ACCELERATOR=cpu.")
+    with pytest.raises(UserError, match="export DS_ACCELERATOR=cpu"):
+        LisaController(tiny_llama(), LisaConfig())
+    with pytest.raises(UserError, match="export DS_ACCELERATOR=cpu"):
+        begin_deepspeed([TrainingArguments(output_dir=str(tmp_path), use_cpu=True)], "zero2")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lisa_dist import LisaConfig
 from lisa_dist.core.controller import LisaController
 from lisa_dist.errors import UserError
 from lisa_dist.train.arguments import parse_arguments
+from lisa_dist.train.checks import check_trainer
 from lisa_dist.train.run import check_config
 
 
@@ -71,6 +73,21 @@ def test_what_has_a_flag_is_not_taken_beside_it(tmp_path, name, flag):
     flags = flags_for(tmp_path, tmp_path / "out", model_init_kwargs=json.dumps({name: "eager"}))
     with pytest.raises(UserError, match=rf"^--model_init_kwargs {name}: give --{flag} in its place\.$"):
         check_config(parse_arguments(flags))
+
+
+@pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
+def test_ranks_that_share_layers_or_rows_are_refused(tmp_path, monkeypatch, name):
+    save_tiny_llama(tmp_path / "model")
+    config = parse_arguments(flags_for(tmp_path, tmp_path / "out"))
+    refused = f"^parallelism_config has {name} = 2: ranks share the model by ZeRO alone"
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+        patch.setenv(f"PARALLELISM_CONFIG_{name.upper()}", "2")
+        with pytest.raises(UserError, match=refused):
+            check_config(config)
+    config.training.parallelism_config = SimpleNamespace(**{name: 2})
+    with pytest.raises(UserError, match=refused):
+        check_trainer(config.training, {}, config.lisa, "adamw_torch", None, None)
 
 
 def test_eight_bit_arithmetic_is_refused(tmp_path, monkeypatch):
