@@ -25,6 +25,7 @@ from lisa_dist.memory.gradient_peak import (
     Peak,
     backward_peak,
     backward_peak_stage_1,
+    kept_gradient_numel,
     norm_scratch_in_chunks,
     norm_scratch_of_deepspeed,
     reduction_stage_3,
@@ -94,7 +95,7 @@ class _Step:
         """The parts of the device."""
         weights, states, buffers = self._device_weights(), self._states(on_host=False), self._buffers()
         static = weights + sum(states.values()) + buffers
-        gradients, peak = self._gradients(), self._backward_peak()
+        gradients, peak, step_peak = self._gradients(), self._backward_peak(), self._step_peak()
         return MemoryParts(
             weights=weights,
             always_on_states=states[True],
@@ -105,9 +106,10 @@ class _Step:
             gathered=self._gathered(None),
             gradients=gradients,
             peak_backward=static + peak.total,
-            peak_step=static + self._step_peak(),
+            peak_step=static + step_peak,
             gradients_by_then=peak.gradients,
             buckets_by_then=peak.buckets,
+            pool=self._pool(peak, step_peak),
         )
 
     def host(self) -> dict[str, int]:
@@ -126,6 +128,10 @@ class _Step:
             host["buffers"] = self._largest_gradient
         if self._offloads:
             host["gradients in fp32"] = sum(self._partitions) * 4
+            if self._stage < 3 and self.settings.pins and not self.on_cpu:  # masters, gradients, weights of each group
+                pinned = [size * numel for numel in self._partitions for size in (4, 4, self._element)]
+                pinned.append(self._largest_gradient)
+                host["rounding of pinned memory"] = sum(pinned_block(nbytes) - nbytes for nbytes in pinned)
         elif any(states.values()):
             host[GROUP_GRADIENTS] = self._host_step()
         return host
@@ -299,6 +305,23 @@ class _Step:
         at_end = Peak(self.trace.now, self._gradients() + self._rows_at_end())
         return max(peak, at_end, key=lambda one: one.total)
 
+    def _pool(self, peak: Peak, step_peak: int) -> int:
+        """Bytes beyond the peak of the pool of DeepSpeed's reduction stream: buckets, and gradients cloned out of them.
+
+        Until the step they are part of the peaks; but no other stream can use that memory afterwards, in the next
+        forward pass either.
+        """
+        if self.on_cpu or self.plain or self._offloads or self._stage == 3 or not self.settings.overlap_comm:
+            return 0
+        whole, bucket = [group for group in self.groups if not group.by_rows], self.settings.reduce_bucket
+        cloned = self._element * max(
+            sum(kept_gradient_numel(group, self._stage, rank, self.world_size, bucket) for group in whole)
+            for rank in self.ranks
+        )
+        arrived = max(0, peak.gradients - (self._gradients() - cloned))  # of them, at the peak of the backward pass
+        at_backward = peak.total + cloned - min(cloned, arrived) + self._bucket_bytes - peak.buckets
+        return max(at_backward, step_peak + self._bucket_bytes) - max(peak.total, step_peak)
+
     def _rows_at_end(self) -> int:
         """Bytes of rows of an embedding, beside those that are kept, while they go to the ranks that keep them."""
         group = next((group for group in self.groups if group.by_rows), None)
@@ -336,7 +359,7 @@ class _Step:
             # Of several micro-batches nobody knows how many tokens they have together.
             tokens = rows if self.accumulates else self.world_size * self.run.workload.tokens
             return self._element * min(rows, tokens) * group.widths[0]
-        return self._element * _kept_gradient_numel(group, self._stage, rank, self.world_size)
+        return self._element * kept_gradient_numel(group, self._stage, rank, self.world_size)
 
     def _group_step(self, group: Group, partition: int) -> tuple[int, int]:
         """Of one group: its gradient flat and in fp32, with itself still there; then that, and what AdamW takes."""
@@ -369,12 +392,6 @@ class _Step:
         kind = "bitsandbytes" if self._has_8_bits or self.optim in BITSANDBYTES_ADAMW else self.optim
         in_fp32 = 4 if self._element < 4 else 0
         return sent + max(sizes) * (in_fp32 + _HOST_STEP_BYTES[kind])
-
-
-def _kept_gradient_numel(group: Group, stage: int, rank: int, world_size: int) -> int:
-    """Elements of gradients that stages 1 and 2 keep of a group: all of each parameter that the partition cuts."""
-    pieces = pieces_of_group(group.named_numels, stage, rank, world_size)
-    return sum(group.params[int(piece.name)].numel() for piece in pieces)
 
 
 def _largest_piece(group: Group, stage: int, rank: int, world_size: int) -> int:

@@ -4,6 +4,7 @@ A gradient goes into a bucket; one that is larger than the bucket waits whole. W
 have arrived are reduced, and only then there is memory for what this rank keeps of them, but for one that waited whole.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -132,6 +133,16 @@ def backward_peak_stage_1(
         waiting.append(arrival)
     reduce()
     return max(peaks, key=lambda peak: peak.total)
+
+
+def kept_gradient_numel(group: Group, stage: int, rank: int, world_size: int, largest: float = math.inf) -> int:
+    """Elements of gradients that stages 1 and 2 keep of a group: all of each parameter that the partition cuts.
+
+    Of parameters of at most `largest` elements.
+    """
+    pieces = pieces_of_group(group.named_numels, stage, rank, world_size)
+    numels = (group.params[int(piece.name)].numel() for piece in pieces)
+    return sum(numel for numel in numels if numel <= largest)
 
 
 def slices_by_rank(groups: Sequence[Group], stage: int, world_size: int) -> dict[int, dict[int, int]]:

@@ -27,6 +27,7 @@ class MemoryParts:
     gradients_by_then: int = 0
     buckets_by_then: int = 0
     reference: int = 0  # the model as it was before, which some tasks compare with; estimated alone
+    pool: int = 0  # beyond the peak, that a stream has taken and no other can use: reserved, and so not measured
 
     @property
     def static(self) -> int:
@@ -48,6 +49,11 @@ class MemoryParts:
     def peak(self) -> int:
         """The most at any time of a step."""
         return max(self.peak_backward, self.peak_step)
+
+    @property
+    def needed(self) -> int:
+        """What a GPU must have for tensors."""
+        return self.peak + self.pool
 
     @property
     def temporary(self) -> int:

@@ -67,7 +67,13 @@ class PlanArguments:
         default=AUTO,
         metadata={"help": "As in training; auto is for logits where they fit, else chunked."},
     )
-    reserve: str = field(default="1GiB", metadata={"help": "Of a GPU, for the CUDA context, NCCL and fragments."})
+    reserve: str = field(
+        default=AUTO,
+        metadata={
+            "help": "Of a GPU, for the CUDA context, NCCL's two communicators and fragments: auto is 1GiB, of several "
+            "GPUs 2GiB."
+        },
+    )
     dataset_name: str = field(default=NO_DATA, metadata={"help": "Data to train on, for the command of the run."})
     json: str | None = field(default=None, metadata={"help": "Write the plans to this file."})
     plot: str | None = field(default=None, metadata={"help": "Draw them as bars to this .png."})
@@ -99,6 +105,8 @@ class PlanArguments:
         check_loss(self.loss)
         if self.task != SFT and self.loss != AUTO:
             raise UserError(f"--loss {self.loss} with --task {self.task}: it is for --task {SFT}; leave it out.")
+        if self.reserve == AUTO:
+            self.reserve = "1GiB" if self.gpus == 1 else "2GiB"
         for name in ("gpu_memory", "host_memory", "reserve"):
             parse_bytes(f"--{name}", getattr(self, name))
 
@@ -147,7 +155,7 @@ class Plan:
     def lacks(self, arguments: PlanArguments) -> tuple[int, int]:
         """Bytes that a GPU, and a rank's share of its host, lack; 0 where the plan fits."""
         return (
-            max(0, self.gpu.peak - arguments.budget),
+            max(0, self.gpu.needed - arguments.budget),
             max(0, self.host_bytes - arguments.host_budget),
         )
 

@@ -98,7 +98,7 @@ class Planner:
             )
             for groups, trace in periods
         ]
-        parts = max((parts for parts, _ in planned), key=lambda parts: parts.peak)
+        parts = max((parts for parts, _ in planned), key=lambda parts: parts.needed)
         host = max((host for _, host in planned), key=lambda host: sum(host.values()))
         if arguments.has_reference:
             whole = sum(parameter.nbytes for parameter in run.model.parameters())
@@ -142,7 +142,7 @@ class Planner:
         needed = f"{format_bytes(kept.gpu.peak)} planned with logits"
         if kept.lacks(self._arguments)[0]:
             chunked, why = self._fewest_layers(ds_config, CHUNKED), f"auto: {needed}, and there are "
-            return min(chunked, kept, key=lambda plan: plan.gpu.peak), why + format_bytes(self._arguments.budget)
+            return min(chunked, kept, key=lambda plan: plan.gpu.needed), why + format_bytes(self._arguments.budget)
         count = kept.workload.checkpointed_layers
         if self._count is None and count:
             fewer = count - 1 if self._arguments.method == "lisa" else 0
@@ -156,7 +156,7 @@ class Planner:
         if self._arguments.method == "lisa":
 
             def peak(count: int) -> int:
-                return self.plan(ds_config, count, loss).gpu.peak
+                return self.plan(ds_config, count, loss).gpu.needed
 
             return self.plan(ds_config, fewest_layers(peak, self.num_layers, self._arguments.budget), loss)
         none = self.plan(ds_config, 0, loss)
@@ -263,6 +263,7 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
             continue
         lines.append([title, *(shown(sum(plan.gpu.to_dict()[name] for name in fields)) for plan in plans)])
     lines.append(["peak", *(shown(plan.gpu.peak) for plan in plans)])
+    lines.append(["and reserved for reductions", *(shown(plan.gpu.pool) for plan in plans)])
     lines.append([f"{name} on the host, a rank", *(shown(plan.host_bytes) for plan in plans)])
     for title in dict.fromkeys(title for plan in plans for title in plan.host):
         lines.append([f"  {title}", *(shown(plan.host.get(title, 0)) for plan in plans)])

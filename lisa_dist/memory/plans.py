@@ -63,7 +63,7 @@ def with_most_layers(
     def peak_of(settings: LisaConfig, layers: int, optim: str | None = None) -> int:
         of_optim = replace(asked, optim=optim or arguments.optim)
         planner = Planner(config, of_optim, replace(settings, lisa_activated_layers=layers), on_cpu, runs)
-        peaks = {loss: planner.plan(ds_config, planner.given_count, loss).gpu.peak for loss in losses}
+        peaks = {loss: planner.plan(ds_config, planner.given_count, loss).gpu.needed for loss in losses}
         losses[:] = [min(losses, key=lambda loss: peaks[loss])]  # the one that needs less does so for any number
         return peaks[losses[0]]
 
@@ -73,7 +73,7 @@ def with_most_layers(
         peak(most - 1)  # which settles the loss
         budget = _memory_of_lora(runs, asked, lisa_config, ds_config, losses[0], on_cpu)
         bound = f"LoRA's step, rank {LORA_RANK}, and a tenth take {format_bytes(budget)}"
-    else:
+    if given != LORA_LAYERS or budget > arguments.budget:
         budget = arguments.budget
         bound = f"there are {format_bytes(budget)}"
     fewer = fewest_layers(peak, most - 1, budget)

@@ -219,7 +219,7 @@ class RunMemory:
             assert self._longest is not None
             run = self._fake_run(replace(self._longest, checkpointed_layers=count))
             periods = widest_periods(self._lisa.config, run.blocks, self._lisa.selection.sampled, count)
-            self._planned_peaks[count] = max(self._plan(run, period, rank=None)[0].peak for period in periods)
+            self._planned_peaks[count] = max(self._plan(run, period, rank=None)[0].needed for period in periods)
         return self._planned_peaks[count]
 
     def _plan_measured_step(

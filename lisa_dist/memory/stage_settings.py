@@ -20,6 +20,7 @@ class StageSettings:
     stage: int
     offload_optimizer: bool
     offload_param: bool
+    pins: bool  # what is offloaded of the optimizer
     reduce_bucket: int
     overlap_comm: bool
     persistence_threshold: int
@@ -42,6 +43,7 @@ class StageSettings:
             stage=zero["stage"],
             offload_optimizer=offloads("offload_optimizer"),
             offload_param=offloads("offload_param"),
+            pins=bool((zero.get("offload_optimizer") or {}).get("pin_memory")),
             reduce_bucket=elements("reduce_bucket_size", hidden_size**2, _REDUCE_BUCKET),
             overlap_comm=bool(zero.get("overlap_comm")),
             persistence_threshold=elements(

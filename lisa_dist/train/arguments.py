@@ -77,8 +77,8 @@ class RunArguments:
     gpu_memory: str | None = field(
         default=None,
         metadata={
-            "help": "Memory for --checkpointed_layers auto with --method lisa, such as 22GiB; by default all of the "
-            "GPU but 1 GiB."
+            "help": "Memory for --checkpointed_layers auto with --method lisa, such as 22GiB; by default what the GPU "
+            "has free but 1.5 GiB, or 6%."
         },
     )
     loss: str = field(

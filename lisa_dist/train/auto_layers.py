@@ -36,20 +36,27 @@ def check_auto_layers(config: RunConfig) -> None:
 
 
 def settle_layers(
-    config: RunConfig, model_config: PretrainedConfig, resume_from: str | bool | None
+    config: RunConfig, model_config: PretrainedConfig, resume_from: str | bool | None, gpu_bytes: int | None = None
 ) -> tuple[RunConfig, str]:
     """The run with a number of layers in the place of auto or lora, and why; every rank calls it, and rank 0 decides.
 
-    What was given is its own reason, the empty one.
+    What was given is its own reason, the empty one. `gpu_bytes` is what a GPU has for tensors, None on CPUs.
     """
     if config.run.method != "lisa" or config.lisa.lisa_activated_layers not in PLANNED_LAYERS:
         return config, ""
+    if config.lisa.lisa_activated_layers == AUTO_LAYERS and config.run.gpu_memory is None and gpu_bytes == 0:
+        raise UserError(
+            "--lisa_activated_layers auto: the GPU has less free than the 1.5 GiB, or 6%, that are kept for CUDA and "
+            "fragments; end what else is on it (nvidia-smi), take another GPU, or give a number of layers."
+        )
     settled, problem = (config.lisa, ""), None
     folders = _checkpoints(resume_from, Path(str(config.training.output_dir)))
     if config.training.process_index == 0:
         saved = _saved_layers(folders)
         try:
-            settled = _with_saved(config.lisa, saved) if saved is not None else _planned(config, model_config)
+            settled = (
+                _with_saved(config.lisa, saved) if saved is not None else _planned(config, model_config, gpu_bytes)
+            )
         except PlanError as error:  # the model's own code does not run on fake tensors
             if config.lisa.lisa_activated_layers == LORA_LAYERS:
                 settled = _fewest(config.lisa, model_config, str(error))
@@ -65,9 +72,9 @@ def settle_layers(
     return config._replace(lisa=lisa_config, run=run), why
 
 
-def _planned(config: RunConfig, model_config: PretrainedConfig) -> tuple[LisaConfig, str]:
+def _planned(config: RunConfig, model_config: PretrainedConfig, gpu_bytes: int | None) -> tuple[LisaConfig, str]:
     losses, training = possible_losses(config, model_config), config.training
-    arguments = plan_arguments(config, losses, bounded=config.lisa.lisa_activated_layers == AUTO_LAYERS)
+    arguments = plan_arguments(config, losses, gpu_bytes, bounded=config.lisa.lisa_activated_layers == AUTO_LAYERS)
     assert arguments is not None  # its memory is known
     ds_config = training.hf_deepspeed_config.config
     return with_most_layers(model_config, arguments, config.lisa, ds_config, on_cpu=training.use_cpu)

@@ -28,7 +28,6 @@ from lisa_dist.train.arguments import RunConfig
 from lisa_dist.train.checks import precision_of_arguments
 from lisa_dist.train.chunked_loss import choose_loss_kernels
 from lisa_dist.train.liger import why_no_liger_loss
-from lisa_dist.train.step_memory import RESERVED
 
 # Of a host's memory, for the logits of all its ranks, where no budget says what there is.
 HOST_SHARE = 1 / 16
@@ -45,8 +44,11 @@ def check_loss_of_run(config: RunConfig, model_config: PretrainedConfig) -> None
         raise UserError(f"--loss {config.run.loss}: {why_not}; leave it out.")
 
 
-def choose_loss(config: RunConfig, model_config: PretrainedConfig) -> tuple[str, str]:
-    """The loss of a run and the line that says so; every rank calls it, and rank 0 decides."""
+def choose_loss(config: RunConfig, model_config: PretrainedConfig, gpu_bytes: int | None = None) -> tuple[str, str]:
+    """The loss of a run and the line that says so; every rank calls it, and rank 0 decides.
+
+    `gpu_bytes` is what a GPU has for tensors, None on CPUs.
+    """
     given, training = config.run.loss, config.training
     if config.run.task != SFT:
         return CHUNKED, f"TRL's of {config.run.task}"
@@ -55,7 +57,7 @@ def choose_loss(config: RunConfig, model_config: PretrainedConfig) -> tuple[str,
     elif training.label_smoothing_factor:
         loss, why = CHUNKED, "for the metrics: label smoothing has all logits"
     else:
-        loss, why = gather(_choose(config, model_config) if training.process_index == 0 else ("", ""))[0]
+        loss, why = gather(_choose(config, model_config, gpu_bytes) if training.process_index == 0 else ("", ""))[0]
     kernels = choose_loss_kernels()
     return loss, f"{_DESCRIBED[loss]} ({why})" + (f"; by {kernels}" if kernels and loss == CHUNKED else "")
 
@@ -74,20 +76,20 @@ def _why_not(loss: str, config: RunConfig, model_config: PretrainedConfig) -> st
     return why_no_label_logits(model_class) if loss == LOGITS and model_class is not None else None
 
 
-def _choose(config: RunConfig, model_config: PretrainedConfig) -> tuple[str, str]:
+def _choose(config: RunConfig, model_config: PretrainedConfig, gpu_bytes: int | None) -> tuple[str, str]:
     why_not = _why_not(LOGITS, config, model_config)
     if why_not is None:
-        fits, why_not = _logits_fit(config, model_config)
+        fits, why_not = _logits_fit(config, model_config, gpu_bytes)
         if fits:
             return LOGITS, f"auto: {why_not}"
-    no_liger = _why_not(LIGER, config, model_config) or _no_room_for_liger(config, model_config)
+    no_liger = _why_not(LIGER, config, model_config) or _no_room_for_liger(config, model_config, gpu_bytes)
     return (LIGER, f"auto: {why_not}") if no_liger is None else (CHUNKED, f"auto: {why_not}; {no_liger}")
 
 
-def _no_room_for_liger(config: RunConfig, model_config: PretrainedConfig) -> str | None:
+def _no_room_for_liger(config: RunConfig, model_config: PretrainedConfig, gpu_bytes: int | None) -> str | None:
     """Why the loss in chunks is better, for the memory that the head's gradient in fp32 takes; None where it is not."""
     training = config.training
-    arguments = plan_arguments(config, LIGER) if training.max_length else None
+    arguments = plan_arguments(config, LIGER, gpu_bytes) if training.max_length else None
     if arguments is None:
         return None
     ds_config, plans = training.hf_deepspeed_config.config, []
@@ -103,12 +105,12 @@ def _no_room_for_liger(config: RunConfig, model_config: PretrainedConfig) -> str
     return f"Liger's needs {format_bytes(plans[0].gpu.peak)}" if liger > chunked else None
 
 
-def _logits_fit(config: RunConfig, model_config: PretrainedConfig) -> tuple[bool, str]:
+def _logits_fit(config: RunConfig, model_config: PretrainedConfig, gpu_bytes: int | None) -> tuple[bool, str]:
     """Whether logits fit beside all else that a step needs, and why."""
     training = config.training
     if not training.max_length:
         return False, "no --max_length bounds the logits"
-    arguments = plan_arguments(config, AUTO)
+    arguments = plan_arguments(config, AUTO, gpu_bytes)
     if arguments is None:
         return _fits_on_the_host(training, model_config)
     try:
@@ -127,18 +129,17 @@ def possible_losses(config: RunConfig, model_config: PretrainedConfig) -> str:
     return CHUNKED if given == AUTO and _why_not(LOGITS, config, model_config) is not None else given
 
 
-def plan_arguments(config: RunConfig, loss: str, bounded: bool = True) -> PlanArguments | None:
+def plan_arguments(config: RunConfig, loss: str, gpu_bytes: int | None, bounded: bool = True) -> PlanArguments | None:
     """What is to be planned for a run that has a --max_length; None where nobody knows the memory that it may take.
 
-    Unless nothing is asked of that memory: not `bounded`.
+    Without --gpu_memory that is `gpu_bytes`. Unless nothing is asked of that memory: not `bounded`.
     """
     training, checkpointed = config.training, parse_checkpointed_layers(config.run.checkpointed_layers)
     longest = training.max_length
     assert longest  # checked by who calls it
     is_lisa = config.run.method == "lisa"
     budget = parse_budget(config.run.gpu_memory, is_kept_to=True) if is_lisa else None
-    if budget is None and torch.cuda.is_available():
-        budget = torch.cuda.get_device_properties(training.device).total_memory - RESERVED
+    budget = gpu_bytes if budget is None else budget
     if budget is None and bounded:
         return None
     if not is_lisa or checkpointed is None:
@@ -147,7 +148,7 @@ def plan_arguments(config: RunConfig, loss: str, bounded: bool = True) -> PlanAr
     return PlanArguments(
         str(config.model.model_name_or_path),
         gpus=training.world_size,
-        gpu_memory=f"{budget or 1 << 60}B",
+        gpu_memory=f"{1 << 60 if budget is None else budget}B",
         reserve="0",
         seq_length=longest,
         micro_batch_size=training.per_device_train_batch_size,

@@ -48,6 +48,7 @@ from lisa_dist.train.reward_functions import load_rewards
 from lisa_dist.train.run_checks import check_config, model_config_of
 from lisa_dist.train.run_header import describe_outcome, describe_run, installed_versions
 from lisa_dist.train.sample_answer import SampleCallback
+from lisa_dist.train.step_memory import bytes_of_any_gpu
 from lisa_dist.train.task_trainers import TRAINERS
 from lisa_dist.zero.cpu_ops import start_deepspeed
 
@@ -77,8 +78,9 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
         packed=config.run.task == SFT and packs_documents(config.training),
         use_cpu=config.training.use_cpu,
     )
-    config, layers = settle_layers(config, model_config_of(config), resume_from)
-    loss, why = choose_loss(config, model_config_of(config))
+    gpu_bytes = bytes_of_any_gpu(config.training.device)
+    config, layers = settle_layers(config, model_config_of(config), resume_from, gpu_bytes)
+    loss, why = choose_loss(config, model_config_of(config), gpu_bytes)
     data = load_examples(config, processing, said)
     _check_data(config, data)
     config = _for_trl(config, attention)

@@ -9,13 +9,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, TrainingA
 
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.label_logits import uses_triton
-from lisa_dist.distributed.devices import gpu_bytes_for_tensors
+from lisa_dist.distributed.collectives import gather
+from lisa_dist.distributed.devices import gpu_bytes_at_start, gpu_bytes_for_tensors
 from lisa_dist.memory.run_memory import RunMemory
 from lisa_dist.memory.workload import CHUNKED, LOGITS, OWN, RATIO, SCORE, Workload
 from lisa_dist.zero.parameters import held_tensors
-
-RESERVED = 2**30  # bytes of a GPU, for the CUDA context, NCCL and fragments, until a step has shown them
-
 
 # By trainer: how its loss is computed, None where the run chooses; and the sequences of an example.
 _OF_TRAINER: dict[str, tuple[str | None, int]] = {
@@ -71,6 +69,11 @@ class StepWorkload:
         return self.of(model, rows, tokens, padded=rows > 1) if tokens else None
 
 
+def bytes_of_any_gpu(device: torch.device) -> int | None:
+    """Bytes that tensors may take of every rank's GPU before the first step; None on CPUs. All ranks call it."""
+    return min(gather(gpu_bytes_at_start(device))) if device.type == "cuda" else None
+
+
 def plan_run_memory(
     lisa: LisaController,
     model: PreTrainedModel,
@@ -91,7 +94,7 @@ def plan_run_memory(
     measure_budget = None
     can_plan = type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING and not lisa.blocks.frozen_numel
     if budget is None and args.device.type == "cuda":
-        budget = torch.cuda.get_device_properties(args.device).total_memory - RESERVED
+        budget = bytes_of_any_gpu(args.device)
         measure_budget = functools.partial(gpu_bytes_for_tensors, args.device)
     return RunMemory(
         lisa,

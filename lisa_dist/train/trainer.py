@@ -62,9 +62,9 @@ class LisaMixin(MonitoredMixin):
     arguments have a config. Without a launcher the process is the only rank. `trainer.lisa` is the controller once
     training has begun; `trainer.stopped_by` names the signal that ended it early, if one did. A run ends when a rank
     takes longer than `hang_timeout` seconds for a step (0: never). `checkpointed_layers` is "none", "all", a number of
-    decoder layers, or "auto" for the fewest that `gpu_memory`, such as "24GiB", is enough for (by default all of the
-    GPU but 1 GiB); left out, `gradient_checkpointing` of the arguments decides. `optim` takes the place of the
-    arguments' own, which know no "lisa_adamw". `torch_compile` of the arguments compiles each decoder layer by itself.
+    decoder layers, or "auto" for the fewest that `gpu_memory`, such as "24GiB", is enough for (by default what the GPU
+    has free but 1.5 GiB, or 6%); left out, `gradient_checkpointing` of the arguments decides. `optim` takes the place
+    of the arguments' own, which know no "lisa_adamw". `torch_compile` of the arguments compiles each layer by itself.
     `eval_frozen_bits` 16 evaluates, and predicts, with the originals of frozen layers in 8 or 4 bits.
     With `save_async` training waits for the copies of a checkpoint alone, and `on_save` comes before it is there.
     Raises ValueError at construction for arguments that LISA cannot train with.

@@ -12,7 +12,7 @@ from models import tiny_llama
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.controller import LisaController
 from lisa_dist.distributed.allocator import use_expandable_segments
-from lisa_dist.distributed.devices import gpu_bytes_for_tensors
+from lisa_dist.distributed.devices import gpu_bytes_at_start, gpu_bytes_for_tensors
 
 ROOT = Path(__file__).parents[3]
 GIB = 2**30
@@ -31,6 +31,15 @@ cuda.CONTEXT.begin = cuda._ANSWERS["_lazy_init"] = begin
 cuda.answer()
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
+
+
+@pytest.mark.parametrize(
+    ("free", "total", "reserved", "expected"), [(20, 24, 2, 20.5), (70, 80, 5, 70.2), (1, 24, 0, 0)]
+)
+def test_before_a_step_a_reserve_is_kept_back(monkeypatch, free, total, reserved, expected):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, total * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved * GIB)
+    assert gpu_bytes_at_start(torch.device("cuda", 0)) == pytest.approx(expected * GIB)
 
 
 def test_what_others_hold_of_a_gpu_is_not_for_tensors(monkeypatch):

@@ -480,7 +480,7 @@ def test_as_many_layers_train_as_fit(tiny_config):
     def peak(layers: int) -> int:
         arguments = PlanArguments(tiny_config, deepspeed="zero2", checkpointed_layers="all", loss="chunked")
         planner = Planner(config, arguments, lisa_dist.LisaConfig(lisa_activated_layers=layers))
-        return planner.plan("zero2", 6, "chunked").gpu.peak
+        return planner.plan("zero2", 6, "chunked").gpu.needed
 
     def chosen(budget: int) -> int:
         arguments = PlanArguments(tiny_config, gpu_memory=f"{budget}B", reserve="0", loss="chunked")
@@ -513,7 +513,7 @@ def test_as_many_layers_train_as_fit_the_memory_of_lora(checkpointed):
     def peak(layers: int, **settings) -> int:
         of_all = replace(arguments, checkpointed_layers=str(count))
         planner = Planner(config, of_all, lisa_dist.LisaConfig(lisa_activated_layers=layers, **settings))
-        return planner.plan("zero2", count, "chunked").gpu.peak
+        return planner.plan("zero2", count, "chunked").gpu.needed
 
     lora = PlanArguments("model", method="lora", lora_r=16, **asked | {"checkpointed_layers": "all"})
     budget = 1.1 * Planner(config, lora, lisa_dist.LisaConfig()).plan("zero2", count, "chunked").gpu.peak
@@ -523,11 +523,43 @@ def test_as_many_layers_train_as_fit_the_memory_of_lora(checkpointed):
     assert 2 < layers < 8
     assert peak(layers, **small) <= budget < peak(layers + 1, **small)
     assert why.startswith(f"lora: {layers} of 8, ")
+    assert "; LoRA's step, rank 16, and a tenth take " in why
+    # A card that holds less.
+    smaller = replace(arguments, gpu_memory=f"{peak(layers - 1, **small)}B")
+    found, why = with_most_layers(config, smaller, as_lora, "zero2")
+    assert found.lisa_activated_layers == layers - 1
+    assert "; there are " in why
     # With AdamW's states in 32 bits not one fits, and there are two.
     plain = replace(arguments, optim="adamw_torch_fused")
     found, why = with_most_layers(config, plain, lisa_dist.LisaConfig(lisa_activated_layers="lora"), "zero2")
     assert found.lisa_activated_layers == 2
     assert why.startswith("lora: 2 of 8, ")
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+def test_what_a_gpu_has_beside_tensors_is_planned(gpus):
+    """The reduction stream's memory, which no other stream can use; pinned blocks are of powers of two."""
+    sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, vocab_size=512)
+    asked = {"gpus": gpus, "seq_length": 64, "checkpointed_layers": "all", "loss": "chunked"}
+    arguments, lisa = PlanArguments("model", **asked), lisa_dist.LisaConfig(lisa_activated_layers=2)
+
+    def planned(ds_config, **on_cpu):
+        return Planner(config, arguments, lisa, **on_cpu).plan(ds_config, 4, "chunked")
+
+    buckets, in_buckets = 2 * 2 * 64**2, 2 * (2 * (4 * 64**2 + 2 * 64) + 64)  # bytes; attention and norms
+    plan, alone = planned("zero2"), read_ds_config("zero2")
+    assert 0 < plan.gpu.pool <= buckets + in_buckets
+    assert plan.gpu.needed == plan.gpu.peak + plan.gpu.pool
+    alone["zero_optimization"]["overlap_comm"] = False
+    for other in (planned("zero2", on_cpu=True), planned("zero3"), planned("zero2_offload"), planned(alone)):
+        assert other.gpu.pool == 0
+    host, on_cpu = planned("zero2_offload").host, planned("zero2_offload", on_cpu=True).host
+    rounding = host.pop("rounding of pinned memory")
+    assert host == on_cpu
+    assert 0 < rounding < sum(host.values())
+    assert arguments.budget == (79 << 30 if gpus == 1 else 78 << 30)
+    assert replace(arguments, reserve="0").budget == 80 << 30
 
 
 def test_all_parameters_are_planned_after_some_were_traced():

@@ -151,6 +151,12 @@ def test_layers_are_planned_whatever_else_is_given(folder, tmp_path, words):
     assert re.match(r"lora: \d of 6, [\d.]+ \wiB planned; LoRA's step, rank 16, and a tenth take ", why)
 
 
+def test_a_gpu_that_others_have_taken_is_told(folder):
+    config = settled(folder, ["--lisa_activated_layers", "auto"])
+    with pytest.raises(ValueError, match=r"auto: the GPU has less free than the 1.5 GiB, or 6%, .* \(nvidia-smi\)"):
+        settle_layers(config, model_config_of(config), None, gpu_bytes=0)
+
+
 def test_every_preset_is_of_flags():
     names = {name for settings in PRESETS.values() for name in settings}
     assert names - {"optim"} <= set(LisaConfig.__dataclass_fields__)
