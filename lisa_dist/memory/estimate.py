@@ -181,9 +181,13 @@ class _Step:
         return sum(self._partitions) * self._element
 
     @property
+    def _overlaps(self) -> bool:
+        """Whether gradients are reduced beside the backward pass; LISA's engine of one rank reduces none."""
+        return self.settings.overlap_comm and (self.world_size > 1 or self.plain)
+
+    @property
     def _bucket_bytes(self) -> int:
-        overlaps = self.settings.overlap_comm and (self.world_size > 1 or self.plain)
-        buckets = 2 if overlaps and self._stage < 3 else 1
+        buckets = 2 if self._overlaps and self._stage < 3 else 1
         return self.settings.reduce_bucket * self._element * buckets
 
     @property
@@ -311,7 +315,7 @@ class _Step:
         Until the step they are part of the peaks; but no other stream can use that memory afterwards, in the next
         forward pass either.
         """
-        if self.on_cpu or self.plain or self._offloads or self._stage == 3 or not self.settings.overlap_comm:
+        if self.on_cpu or self.plain or self._offloads or self._stage == 3 or not self._overlaps:
             return 0
         whole, bucket = [group for group in self.groups if not group.by_rows], self.settings.reduce_bucket
         cloned = self._element * max(
