@@ -12,6 +12,11 @@ LISA switches blocks on and off, so every parameter of the model belongs to exac
 Parameters are distinguished by identity, never by name, so tied matrices are counted once.
 """
 
+import dis
+import functools
+import inspect
+import types
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -194,17 +199,50 @@ def split_into_modules(model: nn.Module, blocks: Blocks) -> Blocks:
 
 
 def linear_modules(model: nn.Module, layers: Iterable[Block]) -> list[dict[str, Any]]:
-    """The linear modules of each of the layers, by the name of their matrix in the model."""
+    """The linear modules of each of the layers, by the name of their matrix in the model.
+
+    Without those whose matrix is read elsewhere than in their own forward: a matrix of two modules, or one that a
+    module around them multiplies with itself, or hands to a fused kernel.
+    """
     owners = {id(module.weight): module for module in model.modules() if _is_linear(module)}
+    places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    elsewhere = {parameter for parameter, count in places.items() if count > 1}
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel) and (names := _weights_read(type(module))):
+            inside = ((name.rpartition(".")[2], inner) for name, inner in module.named_modules())
+            elsewhere |= {id(inner.weight) for name, inner in inside if name in names and _is_linear(inner)}
     return [
-        {name: owners[id(value)] for name, value in layer.parameters.items() if id(value) in owners} for layer in layers
+        {name: owners[id(value)] for name, value in layer.parameters.items() if id(value) in owners.keys() - elsewhere}
+        for layer in layers
     ]
 
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module is a product with its matrix and no more, as its class has it or in fp32."""
-    own = vars(module).get("forward")
-    return type(module) in (nn.Linear, Conv1D) and (own is None or getattr(own, "multiplies_in_fp32", False))
+    kind, own = type(module), vars(module).get("forward")
+    is_product = kind is Conv1D or (isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward)
+    is_product = is_product or kind.__name__ == "FalconLinear"  # writes the product out
+    return is_product and (own is None or getattr(own, "multiplies_in_fp32", False))
+
+
+@functools.cache
+def _weights_read(kind: type) -> frozenset[str]:
+    """Names of inner modules whose weight the methods of a class read, such as `self.dt_proj.weight @ hidden`.
+
+    By their code, since a pass on the CPU does not take what a fused kernel does on a GPU. Its dtype and device, which
+    a held matrix has too, may be read.
+    """
+    own = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
+    methods = [value for base in own for value in vars(base).values() if inspect.isfunction(value)]
+    codes, names = [inspect.unwrap(method).__code__ for method in methods], set()
+    while codes:
+        code = codes.pop()
+        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+        steps = list(dis.get_instructions(code))
+        for owner, weight, use in zip(steps, steps[1:], steps[2:], strict=False):
+            is_read = (owner.opname, weight.argval) == ("LOAD_ATTR", "weight") and use.argval not in ("dtype", "device")
+            names |= {owner.argval} if is_read else set()
+    return frozenset(names)
 
 
 def _language_model(model: nn.Module, embedding: nn.Module) -> nn.Module | None:

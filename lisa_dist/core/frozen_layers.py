@@ -161,10 +161,15 @@ class FrozenLayers:
     """
 
     def __init__(self, model: nn.Module, blocks: Blocks, bits: int, place: str, device: torch.device):
-        self._layers = linear_modules(model, blocks.layers)
+        linear = linear_modules(model, blocks.layers)
+        self._check(model, [module for layer in linear for module in layer.values()], bits, device)
+        self._layers = [  # the gate of a mixture's experts may be in fp32, and stays as it is
+            {name: module for name, module in layer.items() if module.weight.element_size() == 2} for layer in linear
+        ]
         modules = {name: module for layer in self._layers for name, module in layer.items()}
-        self._check(model, modules, bits, device)
         weights = {name: module.weight.detach() for name, module in modules.items()}
+        of_layers = (parameter.nbytes for block in blocks.layers for parameter in block.parameters.values())
+        self._share = sum(weight.nbytes for weight in weights.values()) / sum(of_layers)
         on_host = sum(weight.nbytes for weight in weights.values() if weight.device.type == "cpu")
         self.store = WeightStore(weights, place, device, freed=on_host)
         self._held = {name: HeldMatrix(module, name, self.store, bits, device) for name, module in modules.items()}
@@ -174,21 +179,26 @@ class FrozenLayers:
         del weights
 
     def describe(self) -> str:
-        """What is held and where its originals are, for a header."""
-        return f"{self._bits} bits; originals, once a host: {format_bytes(self.store.nbytes)}"
+        """What is held and where its originals are, for a header; a warning where that is less than half."""
+        text = f"{self._share:.0%} of their bytes in {self._bits} bits; originals, once a host: "
+        text += format_bytes(self.store.nbytes)
+        if self._share < 0.5:
+            text += "; warning: the rest stays in 16 bits, such as the experts of a mixture that are one tensor"
+        return text
 
     @staticmethod
-    def _check(model: nn.Module, modules: dict[str, Any], bits: int, device: torch.device) -> None:
+    def _check(model: nn.Module, modules: Sequence[Any], bits: int, device: torch.device) -> None:
         flag = f"--lisa_frozen_bits {bits}"
         if not modules:
             raise UserError(
                 f"{flag}: the decoder layers of {type(model).__name__} hold no linear weights that could be held in "
                 "fewer bits; leave it out."
             )
-        for name, module in modules.items():
-            if module.weight.element_size() != 2:
-                dtype = str(module.weight.dtype).removeprefix("torch.")
-                raise UserError(f"{flag}: {name} is {dtype}: what is frozen is 16 bits wide; give --bf16 true.")
+        if all(module.weight.element_size() != 2 for module in modules):
+            dtype = str(modules[0].weight.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{flag}: the decoder layers are in {dtype}: what is frozen is 16 bits wide; give --bf16 true."
+            )
         try:
             held = HeldMatrix(nn.Linear(1, 1), "", None, bits, device)  # type: ignore[arg-type]  # it needs no original
             held._quantize(torch.ones(BLOCKSIZES[bits], 2, dtype=torch.bfloat16, device=device))

@@ -8,7 +8,7 @@ from models import tiny_gpt2, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_dist import LisaConfig
-from lisa_dist.core.blocks import find_blocks, split_into_modules
+from lisa_dist.core.blocks import find_blocks, linear_modules, split_into_modules
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.sampling import ActiveSet
 
@@ -94,6 +94,36 @@ def test_layers_without_linear_modules_are_named():
         layer.self_attn, layer.mlp = torch.nn.Identity(), torch.nn.Identity()
     with pytest.raises(ValueError, match="layers of LlamaForCausalLM have no linear modules; leave it out"):
         split_into_modules(model, find_blocks(model))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "read_elsewhere"),
+    [
+        ("jamba", {"mamba.dt_proj"}),
+        ("mamba", {"mixer.dt_proj", "mixer.x_proj", "mixer.out_proj"}),  # the latter two by a fused kernel
+        ("bamba", {"mamba.out_proj"}),
+        ("gemma3n_text", {"altup.correction_coefs", "altup.prediction_coefs"}),
+        ("falcon", set()),  # whose linear modules are of a subclass
+        ("qwen2", set()),
+    ],
+)
+def test_linear_modules_read_elsewhere_are_left_out(model_type, read_elsewhere):
+    model = build(model_type, **({} if model_type == "gemma3n_text" else {"num_hidden_layers": 5}))
+    blocks = find_blocks(model)
+    names = {name for layer in linear_modules(model, blocks.layers) for name in layer}
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    in_layers = {name for layer in blocks.layers for name in layer.parameters} & linear
+    left_out = {name.removeprefix(f"{blocks.layers_path}.") for name in in_layers - names}
+    assert {name.partition(".")[2].removesuffix(".weight") for name in left_out} == read_elsewhere
+    assert names <= in_layers
+
+
+def test_linear_modules_that_share_a_matrix_are_left_out():
+    model = build("qwen2", num_hidden_layers=2)
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    layers = linear_modules(model, find_blocks(model).layers)
+    assert [len(layer) for layer in layers] == [6, 6]
 
 
 @pytest.mark.parametrize("tied", [True, False])

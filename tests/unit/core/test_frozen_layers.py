@@ -9,9 +9,10 @@ import torch
 from bitsandbytes import functional as codes
 from cells import full
 from engines import full_weights, train_step
-from models import tiny_gpt2, tiny_llama, token_batches
+from models import tiny_gpt2, tiny_llama, tiny_mixtral, token_batches
 from ranks import run_ranks
 from torch import distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import lisa_dist
@@ -184,8 +185,6 @@ def resume(folder: str, bits: int) -> dict:
 
 @pytest.mark.parametrize("bits", [4, full(8)])
 def test_a_resumed_run_is_the_run_and_files_have_the_originals(tmp_path, bits):
-    from transformers import AutoModelForCausalLM
-
     whole = run_ranks(run_and_save, 2, str(tmp_path), bits)
     resumed = run_ranks(resume, 2, str(tmp_path), bits)
     for rank in (0, 1):
@@ -238,6 +237,28 @@ def test_exact_forward_passes_and_saves_are_those_of_the_model(tmp_path):
     saved = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, value in saved.named_parameters():
         assert torch.equal(value, plain.get_parameter(name)), name
+
+
+def test_a_matrix_that_is_read_elsewhere_stays_in_16_bits():
+    """Mamba multiplies with one of its own, so that a held one would be of no elements."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128, "state_size": 16}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes)).to(torch.bfloat16)
+    frozen = FrozenLayers(model.requires_grad_(False), find_blocks(model), 4, "host", torch.device("cpu"))
+    frozen.begin([])
+    empty = [name for name, value in model.named_parameters() if not value.numel()]
+    assert empty == [f"backbone.layers.{layer}.mixer.in_proj.weight" for layer in range(2)]
+    assert model(token_batches(1, rows=1)[0, 0]).logits.isfinite().all()
+
+
+def test_a_header_says_how_much_of_the_layers_is_held():
+    llama, mixtral = (build().to(torch.bfloat16) for build in (tiny_llama, tiny_mixtral))
+    llama.model.layers[0].mlp.gate_proj.float()  # as the gate of a mixture's experts may be
+    texts = [FrozenLayers(one, find_blocks(one), 4, "host", torch.device("cpu")).describe() for one in (llama, mixtral)]
+    held = sum(value.nbytes for value in llama.model.layers.parameters() if value.ndim == 2 and value.itemsize == 2)
+    share = held / sum(value.nbytes for value in llama.model.layers.parameters())
+    assert texts[0].startswith(f"{share:.0%} of their bytes in 4 bits; originals")
+    assert "warning" not in texts[0]
+    assert texts[1].endswith("warning: the rest stays in 16 bits, such as the experts of a mixture that are one tensor")
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -400,7 +421,7 @@ def test_a_store_on_another_hosts_disk_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"dtype": torch.float32}, "is float32: what is frozen is 16 bits wide; give --bf16 true"),
+        ({"dtype": torch.float32}, "are in float32: what is frozen is 16 bits wide; give --bf16 true"),
         ({"blocks": "none"}, "hold no linear weights"),
     ],
 )
