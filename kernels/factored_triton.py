@@ -98,6 +98,7 @@ def _factored(
     HAS_WEIGHT: tl.constexpr,  # noqa: N803
     HAS_SCALE: tl.constexpr,  # noqa: N803
     STOCHASTIC: tl.constexpr,  # noqa: N803
+    NARROW: tl.constexpr,  # noqa: N803 - rows of the matrix are shorter than ROW
     ROW: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
 ):
@@ -108,16 +109,19 @@ def _factored(
     if STOCHASTIC:  # by name: Triton 3.2 takes no index of a tuple
         word0, word1, word2, word3 = random_words(tile, column, seed, parameter, draw, ROW)
     for row in tl.static_range(ROWS):
-        place = tile * (ROW * ROWS) + row * ROW + column
-        offsets = place - element
+        first = tile * (ROW * ROWS) + row * ROW
+        offsets = first - element + column
         mask = (offsets >= 0) & (offsets < numel)
         grad = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32) * scale
         if HAS_MASTER:
             value = tl.load(master + offsets, mask=mask, other=0.0)
         else:
             value = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
-        of_row = tl.load(row_roots + place // columns - element // columns, mask=mask, other=1.0)
-        of_column = tl.load(column_roots + place % columns, mask=mask, other=1.0)
+        matrix_row = first // columns  # one division in 64 bits for ROW elements, and none for each
+        place = (first - matrix_row * columns).to(tl.int32) + column  # from the beginning of that row on
+        further = place // columns if NARROW else (place >= columns).to(tl.int32)  # rows
+        of_row = tl.load(row_roots + (matrix_row - element // columns) + further, mask=mask, other=1.0)
+        of_column = tl.load(column_roots + place - further * columns, mask=mask, other=1.0)
         value = value * decay - lr * (grad / (of_row * of_column + eps))
         if HAS_MASTER:
             tl.store(master + offsets, value, mask=mask)
@@ -152,6 +156,7 @@ def factored_triton(tensors: FactoredTensors, numbers: FactoredNumbers) -> None:
             HAS_WEIGHT=tensors.weight is not None,
             HAS_SCALE=tensors.gradient_scale is not None,
             STOCHASTIC=tensors.stochastic,
+            NARROW=tensors.column_roots.numel() < ROW,
             ROW=ROW,
             ROWS=ROWS,
             num_warps=2,

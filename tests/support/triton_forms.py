@@ -51,7 +51,7 @@ def compile_factored(kernel: Any, form: str, capability: int) -> str:
     kinds = _kinds(kernel, weight, has_master, weight) | {"row_roots": "*fp32", "column_roots": "*fp32"}
     kinds |= {"columns": "i32"}
     constants = {"HAS_MASTER": has_master, "HAS_WEIGHT": True, "HAS_SCALE": True, "ROW": 256, "ROWS": 8}
-    constants |= {"STOCHASTIC": weight == "bf16" and not has_master}
+    constants |= {"STOCHASTIC": weight == "bf16" and not has_master, "NARROW": False}
     return _compile(kernel, kinds, constants, capability, num_warps=2)
 
 
