@@ -40,7 +40,7 @@ from lisa_dist.memory.trace import FakeRun
 from lisa_dist.memory.workload import Group
 from lisa_dist.optim.build import BITSANDBYTES_ADAMW, LISA_ADAMW
 from lisa_dist.optim.ops import chunk_bytes, factored_chunk_bytes, num_rows, table_bytes
-from lisa_dist.optim.row_gradient import SLAB
+from lisa_dist.optim.row_gradient import slab_numel
 from lisa_dist.optim.states import pinned_block
 from lisa_dist.zero.layout import partition_numel, pieces_of_group, share_numel
 
@@ -369,7 +369,7 @@ class _Step:
         """Of one group: its gradient flat and in fp32, with itself still there; then that, and what AdamW takes."""
         if self.optim == LISA_ADAMW:  # takes gradients as they are; on CPU one chunk of the largest piece is copied
             piece = max(_largest_piece(group, self._stage, rank, self.world_size) for rank in self.ranks)
-            laid_out = min(piece, SLAB) * self._element if group.by_rows else 0
+            laid_out = min(piece, slab_numel(self.on_cpu)) * self._element if group.by_rows else 0
             if group.bits == FACTORED:  # and the new roots and sums, of each row and column
                 sums = 2 * group_state_bytes(group, self._stage, self.world_size, self.optim, 0, self.ranks)
                 chunk = factored_chunk_bytes(piece, max(group.widths), self.master != "fp32")

@@ -8,9 +8,14 @@ import torch
 
 from lisa_dist.optim.ops import BLOCK, FactoredTensors, StepTensors, num_blocks, num_rows
 
-# Elements of a piece that are laid out at a time, from a multiple of them on: 16 MiB in fp32. Blocks of 8-bit moments
-# and tiles of random bits end there too.
-SLAB = 1 << 22
+# Elements of a piece that are laid out at a time, from a multiple of them on; blocks of 8-bit moments and tiles of
+# random bits end there too. On a CPU 16 MiB in fp32, for its caches; on a GPU each costs launches: 128 MiB in bf16.
+SLAB, GPU_SLAB = 1 << 22, 1 << 26
+
+
+def slab_numel(on_cpu: bool) -> int:
+    """Elements of a slab on the CPU or on a GPU."""
+    return SLAB if on_cpu else GPU_SLAB
 
 
 class RowGradient:
@@ -47,9 +52,9 @@ class RowGradient:
 
     def slabs(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """The piece laid out, a slab at a time: where it is, and its gradient, flat. The host waits once."""
-        cuts, begins = [], 0
+        cuts, begins, slab = [], 0, slab_numel(self.device.type == "cpu")
         while begins < self._numel:
-            ends = min(self._numel, begins + SLAB - (self.start + begins) % SLAB)
+            ends = min(self._numel, begins + slab - (self.start + begins) % slab)
             cuts.append(slice(begins, ends))
             begins = ends
         firsts = [(self.start + cut.start) // self.columns for cut in cuts]

@@ -38,6 +38,7 @@ from lisa_dist.memory.trace import FakeRun, FakeRuns
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.memory.workload import LOGITS, OWN, Trained, Workload
 from lisa_dist.model_names import name_or_folder, shipped_model_configs
+from lisa_dist.optim import row_gradient
 from lisa_dist.run_folder import PLANNED_PARTS
 from lisa_dist.text import parse_bytes
 from lisa_dist.zero import gradients, overrides
@@ -611,6 +612,21 @@ def test_frozen_layers_in_fewer_bits_are_planned():
     assert weights[16] - weights[8] == pytest.approx(30 * layer * (2 - 1 - 4 / 256), rel=1e-3)
     assert weights[16] - weights[4] == pytest.approx(30 * layer * (2 - 0.5 - 1 / 64 - 4 / 64 / 256), rel=1e-3)
     assert plans[4]["zero2"].host["originals of the layers"] == 32 * layer * 2 // 2, "a rank's share"
+
+
+def test_a_slab_of_an_embedding_s_gradient_is_that_of_the_device(monkeypatch):
+    """A GPU lays all of it out at a time, in bf16."""
+    words, width = 100_000, 64
+    run = FakeRun(tiny_llama(num_layers=1, vocab_size=words).config, Workload(8, 1, torch.bfloat16))
+    groups = run.groups(Trained((0,), ("embed",), ()), "lisa_adamw", reduces_rows=True)
+    trace, stage = run.trace(groups), StageSettings.of(read_ds_config("zero2"), width)
+
+    def peak() -> int:
+        return plan_memory(run, groups, trace, stage, 1, optim="lisa_adamw")[0].peak_step
+
+    whole = peak()
+    monkeypatch.setattr(row_gradient, "GPU_SLAB", row_gradient.SLAB)
+    assert whole - peak() == 2 * (words * width - row_gradient.SLAB)
 
 
 def test_what_is_never_drawn_keeps_nothing_on_the_host():
