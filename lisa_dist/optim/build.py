@@ -1,5 +1,7 @@
 """The optimizer over flat partitions, as `--optim` names it, and what each one cannot do."""
 
+from typing import Any
+
 import torch
 from deepspeed.accelerator import get_accelerator
 
@@ -115,5 +117,21 @@ def _bitsandbytes_adamw() -> type:
         def get_config(self, gindex: int, pindex: int, group: dict) -> dict:
             config = super().get_config(gindex, pindex, group)
             return config | {"optim_bits": group.get("lisa_state_bits", config["optim_bits"])}
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            """The same without waiting for the device after each tensor, which its paged states alone need."""
+            assert closure is None  # DeepSpeed calls it without one
+            if not self.initialized:
+                self.check_overrides()
+                self.to_gpu()
+                self.initialized = True
+            for number, group in enumerate(self.param_groups):
+                for place, parameter in enumerate(group["params"]):
+                    if parameter.grad is None:
+                        continue
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, number, place)
+                    self.update_step(group, parameter, number, place)
 
     return BlockwiseAdamW

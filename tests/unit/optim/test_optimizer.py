@@ -67,6 +67,26 @@ def test_the_optimizer_asked_for_is_built(optim):
         assert optimizer.args.optim_bits == 8
 
 
+def test_bitsandbytes_steps_without_a_wait_for_each_tensor(monkeypatch):
+    import bitsandbytes
+
+    stepped = []
+    for is_ours in (False, True):
+        groups = groups_of(tiny_llama(num_layers=1), [0])
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        if is_ours:
+            monkeypatch.delattr("bitsandbytes.optim.optimizer.sync_gpu")
+            optimizer = build_optimizer(groups, "adamw_bnb_8bit", lr=1e-2)
+        else:
+            optimizer = bitsandbytes.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.999), optim_bits=8)
+        for _ in range(2):
+            for parameter in parameters[1:]:  # the first has no gradient
+                parameter.grad = torch.sin(parameter.detach() * 1e3)
+            optimizer.step()
+        stepped.append(parameters)
+    assert all(map(torch.equal, *stepped))
+
+
 @pytest.mark.usefixtures("cpu_ops")
 def test_offload_gets_deepspeeds_adamw():
     from deepspeed.ops.adam import DeepSpeedCPUAdam
