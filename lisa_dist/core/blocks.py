@@ -208,7 +208,8 @@ def linear_modules(model: nn.Module, layers: Iterable[Block]) -> list[dict[str, 
     places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     elsewhere = {parameter for parameter, count in places.items() if count > 1}
     for module in model.modules():
-        if not isinstance(module, PreTrainedModel) and (names := _weights_read(type(module))):
+        kind: Any = type(module)  # which mypy takes for unhashable
+        if not isinstance(module, PreTrainedModel) and (names := _weights_read(kind)):
             inside = ((name.rpartition(".")[2], inner) for name, inner in module.named_modules())
             elsewhere |= {id(inner.weight) for name, inner in inside if name in names and _is_linear(inner)}
     return [

@@ -34,6 +34,7 @@ from lisa_dist.text import format_bytes, in_one_line
 from lisa_dist.zero.parameters import set_original
 
 BLOCKSIZES = {8: 256, 4: 64}  # elements that share a scale
+_SCALES_BLOCKSIZE = 256  # scales of 4 bits that share one of their own
 
 
 class HeldMatrix:
@@ -42,8 +43,8 @@ class HeldMatrix:
     def __init__(self, module: nn.Module, name: str, store: WeightStore, bits: int, device: torch.device):
         self._module: Any = module
         self._name, self._store, self._bits, self._device = name, store, bits, device
-        self._codes: Any = None
-        self._state: Any = None
+        self._codes: tuple[torch.Tensor, ...] = ()  # with their scales
+        self._shape, self._dtype = torch.Size(), torch.bfloat16
         self._forward_before: Any = None
         self.is_exact = False  # whether the original is computed with
 
@@ -64,7 +65,7 @@ class HeldMatrix:
 
     def release(self) -> None:
         """Let the module have its weights again, copied from the original; a GPU's copy is not waited for."""
-        self._codes = self._state = None
+        self._codes = ()
         parameter, original = self._parameter, self.original
         set_original(parameter, None)
         parameter.data = torch.empty_like(original, device=self._device).copy_(original, non_blocking=True)
@@ -80,13 +81,17 @@ class HeldMatrix:
 
     def whole(self) -> torch.Tensor:
         """The matrix to compute with, in 16 bits on the device."""
-        from bitsandbytes import functional as codes
-
         if self.is_exact:
             return self.original.to(self._device, non_blocking=True)
+        table, operators = _table(self._device), torch.ops.bitsandbytes
         if self._bits == 8:
-            return codes.dequantize_blockwise(self._codes, self._state)
-        return codes.dequantize_4bit(self._codes, self._state)
+            return operators.dequantize_blockwise.default(*self._codes, table, BLOCKSIZES[8], self._dtype)
+        codes, codes_of_scales, scales_of_scales, mean = self._codes
+        scales = operators.dequantize_blockwise.default(
+            codes_of_scales, scales_of_scales, table, _SCALES_BLOCKSIZE, torch.float32
+        )
+        scales += mean
+        return operators.dequantize_4bit.default(codes, scales, BLOCKSIZES[4], "nf4", self._shape, self._dtype)
 
     @property
     def in_fp32(self) -> bool:
@@ -96,7 +101,7 @@ class HeldMatrix:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """What the device holds of it."""
-        return list(_tensors_of([self._codes, self._state]))
+        return list(self._codes)
 
     @property
     def _parameter(self) -> nn.Parameter:
@@ -105,14 +110,26 @@ class HeldMatrix:
         return parameter
 
     def _quantize(self, value: torch.Tensor) -> None:
-        from bitsandbytes import functional as codes
+        """What bitsandbytes' `quantize_blockwise` and `quantize_4bit` do, by its operators.
 
+        Those make a table for each matrix, whose copy to the device the host waits for.
+        """
+        table, operators = _table(self._device), torch.ops.bitsandbytes
+        self._shape, self._dtype = value.shape, value.dtype
         if self._bits == 8:
-            self._codes, self._state = codes.quantize_blockwise(value, blocksize=BLOCKSIZES[8])
-        else:
-            self._codes, self._state = codes.quantize_4bit(
-                value, blocksize=BLOCKSIZES[4], compress_statistics=True, quant_type="nf4"
-            )
+            self._codes = operators.quantize_blockwise(value, table, BLOCKSIZES[8])
+            return
+        codes, scales = operators.quantize_4bit(value, BLOCKSIZES[4], "nf4", torch.uint8)
+        mean = scales.mean()
+        self._codes = codes, *operators.quantize_blockwise(scales - mean, table, _SCALES_BLOCKSIZE), mean
+
+
+@functools.cache
+def _table(device: torch.device) -> torch.Tensor:
+    """The 256 values of bitsandbytes' 8-bit codes; with its import its operators are there."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map().to(device)
 
 
 class HeldProduct(torch.autograd.Function):
@@ -285,21 +302,12 @@ def hold_frozen_layers(
 
 
 def held_bytes(numels: Iterable[int], bits: int) -> int:
-    """Bytes on the device of the codes of matrices of so many elements, with their scales and tables."""
+    """Bytes on the device of the codes of matrices of so many elements, with their scales."""
     total = 0
     for numel in numels:
         scales = -(-numel // BLOCKSIZES[bits])
-        if bits == 8:  # scales in fp32, and the 256 values of the codes
-            total += numel + 4 * scales + 1024
-        else:  # scales in 8 bits, with scales of their own, a mean and a table; and the 16 values of NF4
-            total += -(-numel // 2) + scales + 4 * -(-scales // 256) + 4 + 1024 + 64
+        if bits == 8:  # scales in fp32
+            total += numel + 4 * scales
+        else:  # scales in 8 bits, with scales of their own and a mean
+            total += -(-numel // 2) + scales + 4 * -(-scales // _SCALES_BLOCKSIZE) + 4
     return total
-
-
-def _tensors_of(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """The tensors of codes and of bitsandbytes' states, which may have a state of their own."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif value is not None and hasattr(value, "absmax"):
-            yield from _tensors_of([value.absmax, value.code, getattr(value, "offset", None), value.state2])
