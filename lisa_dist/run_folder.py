@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -56,11 +58,37 @@ PLANNED_PARTS = (
 )
 
 
+_CHECKPOINTS, _WEIGHTS = "checkpoint-[0-9]*", ("*.safetensors", "*model*.bin")
+
+
+def check_overwrites(output_dir: str, resume: str | bool | None, is_asked_for: bool) -> None:
+    """Raise UserError for a run that would begin in a folder with the model or the checkpoints of another one.
+
+    `resume` is the value of --resume_from_checkpoint, `is_asked_for` that of --overwrite_output_dir. A run that was
+    cut before its first checkpoint has left nothing that could be lost.
+    """
+    folder, wanted = Path(output_dir), str(resume)
+    if is_asked_for or not os.path.isdir(output_dir):
+        return
+    checkpoints = sorted(folder.glob(_CHECKPOINTS))
+    in_folder = os.path.isdir(wanted) and os.path.dirname(os.path.realpath(wanted)) == os.path.realpath(folder)
+    if in_folder or wanted.lower() == "true" or (wanted == "auto" and checkpoints):
+        return
+    weights = [path for names in _WEIGHTS for path in sorted(folder.glob(names))]
+    if not (found := [*weights, *checkpoints]):
+        return
+    goes_on = "--resume_from_checkpoint auto to go on with its run, " if checkpoints else ""
+    raise UserError(
+        f"--output_dir {output_dir}: has {found[0].name}, which this run would write over; give another folder, "
+        f"{goes_on}or --overwrite_output_dir true."
+    )
+
+
 def write_run(folder: Path, run: dict, resumes: bool = False) -> None:
     """Write lisa_run.json, on one rank.
 
-    A new run removes the logs of an earlier one from the folder. A resumed run keeps the first command and adds its own
-    to `resumed`.
+    A new run removes the logs and checkpoints of an earlier one from the folder. A resumed run keeps the first command
+    and adds its own to `resumed`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if resumes and (folder / RUN_NAME).is_file():
@@ -72,6 +100,8 @@ def write_run(folder: Path, run: dict, resumes: bool = False) -> None:
     elif not resumes:
         for name in (LOG_NAME, MOVEMENT_LOG, ANSWERS_NAME, MEMORY_NAME, NORMS_NAME, TRAINER_STATE_NAME):
             (folder / name).unlink(missing_ok=True)
+        for path in folder.glob(_CHECKPOINTS):  # or --resume_from_checkpoint true might go on with one of them
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
     with replacing(folder / RUN_NAME) as path:
         path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 

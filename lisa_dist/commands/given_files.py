@@ -11,6 +11,7 @@ from typing import Any
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.model_names import is_path, nearest_name, shipped_name
+from lisa_dist.run_folder import check_overwrites
 
 
 def look_for_files(verb: str, given: Mapping[str, Any]) -> None:
@@ -32,6 +33,7 @@ def look_for_files(verb: str, given: Mapping[str, Any]) -> None:
         wanted = texts.get("resume_from_checkpoint", "")
         if wanted.lower() not in ("", "true", "false", "auto", "none"):
             _look_for_folder("--resume_from_checkpoint ", wanted, may_be_name=False)
+        check_overwrites(texts.get("output_dir", ""), wanted, given.get("overwrite_output_dir", False))
         weights = texts.get("lisa_weights_file", "").partition("#")[0]  # a column of it
         if weights and _is_missing(weights):
             raise UserError(f"--lisa_weights_file {weights}: no such file.")

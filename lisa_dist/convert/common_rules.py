@@ -14,7 +14,6 @@ AT_ONCE = "(chosen by itself: the fastest that runs)"
 CACHED = "(data are cached by themselves)"
 OWN_TEMPLATE = "the tokenizer's own chat template is used; for another give chat_template_path: x.jinja"
 FEWER_BITS = "with method: lisa frozen layers can be held in fewer bits, lisa_frozen_bits: 4"
-_SAME_RUN = "(nothing is written over; --resume_from_checkpoint auto goes on)"
 # DeepSpeed's configurations that the tools have, by their names, and the same with the optimizer on the host.
 _DS_FOLDERS = (".", "configs", "deepspeed_configs", "examples/deepspeed")
 _DS_CONFIGS = (
@@ -105,7 +104,7 @@ COMMON: dict[str, Rule] = {
     "optim": optimizer, "lr_scheduler_type": schedule, "warmup_ratio": _warmup_ratio, "warmup_steps": _warmup_steps,
     "deepspeed": _deepspeed, "evaluation_strategy": "eval_strategy",
     "do_eval": _evaluates, "load_in_8bit": _weights_in(8), "load_in_4bit": _weights_in(4),
-    "do_train": "(a run trains)", "overwrite_output_dir": _SAME_RUN, "preprocessing_num_workers": CACHED,
+    "do_train": "(a run trains)", "preprocessing_num_workers": CACHED,
     "overwrite_cache": CACHED, "ddp_timeout": "(--hang_timeout ends a run that hangs)", "bf16": boolean("bf16"),
     "tf32": boolean("tf32"), "max_samples": "(of each dataset)", "fsdp": _ZERO, "fsdp_config": _ZERO,
     "save_only_model": "(a checkpoint holds what a resume needs, which is little)",

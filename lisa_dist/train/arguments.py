@@ -63,6 +63,13 @@ class RunArguments:
             "another, a folder with a reward model, or a name of trl.rewards, such as think_format_reward."
         },
     )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Begin in an --output_dir that has the model or the checkpoints of another run, which go; without "
+            "it such a run is refused."
+        },
+    )
     sample_prompt: list[str] | None = field(
         default=None, metadata={"help": "Prompts to answer before and after training, printed on rank 0."}
     )

@@ -13,7 +13,14 @@ from lisa_dist.checkpoint.resume import has_only_weights
 from lisa_dist.distributed.collectives import raise_shared
 from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError, read_json
-from lisa_dist.run_folder import RUN_NAME, STATE_NAME, TRAINER_STATE_NAME, check_state, read_object
+from lisa_dist.run_folder import (
+    RUN_NAME,
+    STATE_NAME,
+    TRAINER_STATE_NAME,
+    check_overwrites,
+    check_state,
+    read_object,
+)
 from lisa_dist.shapes import misfit
 
 SCHEDULER_NAME = "scheduler.pt"  # transformers.trainer's
@@ -68,17 +75,20 @@ def _check_weights(folder: Path, flag: str) -> None:
                 raise UserError(f"{flag}: {shard} is damaged ({error}).") from error
 
 
-def check_resume(wanted: str | bool | None, output_dir: Path, method: str) -> None:
+def check_resume(wanted: str | bool | None, output_dir: Path, method: str, overwrites: bool = False) -> None:
     """Raise UserError on all ranks for a checkpoint that cannot be resumed, as far as its small files tell.
 
-    All ranks call it: rank 0's view of the folders counts.
+    So it does for a run that would write over another one without being asked by `overwrites`. All ranks call it: rank
+    0's view of the folders counts.
     """
     problem = None
-    if wanted not in (None, False) and os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0":
         try:
-            if (output_dir / RUN_NAME).is_file():
-                read_object(output_dir / RUN_NAME)
-            (_check_lisa if method == "lisa" else _check_other)(wanted, output_dir, method)
+            if wanted not in (None, False):
+                if (output_dir / RUN_NAME).is_file():
+                    read_object(output_dir / RUN_NAME)
+                (_check_lisa if method == "lisa" else _check_other)(wanted, output_dir, method)
+            check_overwrites(str(output_dir), wanted, overwrites)
         except UserError as error:
             problem = str(error)
         except OSError as error:  # a name that is too long, or a folder that may not be looked into

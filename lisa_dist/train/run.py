@@ -65,7 +65,7 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
     output_dir, resume_from = Path(str(config.training.output_dir)), given_resume(config.training)
     check_config(config)
     _join_ranks(config)
-    check_resume(resume_from, output_dir, config.run.method)
+    check_resume(resume_from, output_dir, config.run.method, config.run.overwrite_output_dir)
     tokenizer = load_tokenizer(config)
     processing, said = load_processor(config, model_config_of(config), tokenizer)
     template = set_chat_template(tokenizer, path := getattr(config.training, "chat_template_path", None))

@@ -117,6 +117,8 @@ def run_flags(words: list[str], folder: Path) -> None:
         flags += ["--checkpointed_layers", "none"]  # for auto there is no GPU to ask
     if "--output_dir" not in flags:
         flags += ["--output_dir", "runs/llama3.1-8b"]
+    if "--resume_from_checkpoint" not in flags:  # a reader of several pages has folders of his own
+        flags += ["--overwrite_output_dir", "true"]
     status, said = run_alone(flags, folder / "said.txt")
     assert status == 0, f"{shlex.join(words)}\n{said[-3000:]}"
 

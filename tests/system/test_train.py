@@ -208,7 +208,7 @@ def test_a_probe_leaves_no_trace_but_how_often_layers_train(folder, tmp_path):
     assert status == 0, said[-3000:]
     assert "layers probed" not in said
     assert [one.get("loss") for one in history(out)] == [one.get("loss") for one in history(given)]
-    refused = settings | probe | {"resume_from_checkpoint": given / "checkpoint-15"}
+    refused = settings | probe | {"resume_from_checkpoint": given / "checkpoint-15", "overwrite_output_dir": True}
     status, said = run_alone(flags_for(folder, **refused), tmp_path / "refused.txt")
     assert status != 0
     assert "--lisa_probe_steps 2: the run saved at step 15 was not probed" in said
@@ -785,10 +785,10 @@ def test_a_plain_model_begins_a_new_run_and_auto_begins_without_a_checkpoint(fol
     status, said = run_alone(flags_for(folder, tmp_path / "probed", **probe | resume), tmp_path / "probed.txt")
     assert status == 0, said[-3000:]
     assert said.index("a new run begins from its weights") < said.index("layers probed for 1 steps")
-    flags = flags_for(folder, tmp_path / "out", resume_from_checkpoint="auto", max_steps=2)
+    flags = flags_for(folder, tmp_path / "new", resume_from_checkpoint="auto", max_steps=2)
     status, said = run_alone(flags, tmp_path / "auto.txt")
     assert status == 0, said[-3000:]
-    assert f"no checkpoint in {tmp_path / 'out'} yet: the run begins at step 0." in said
+    assert f"no checkpoint in {tmp_path / 'new'} yet: the run begins at step 0." in said
 
 
 @pytest.mark.full

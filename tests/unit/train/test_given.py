@@ -9,8 +9,10 @@ import pytest
 from models import save_tiny_llama
 from runs import flags_for
 
+from lisa_dist.commands.given_files import look_for_files
 from lisa_dist.errors import UserError
 from lisa_dist.files import describe_file, write_json
+from lisa_dist.run_folder import write_run
 from lisa_dist.train.arguments import parse_arguments
 from lisa_dist.train.given_paths import check_resume
 from lisa_dist.train.run import check_config, load_tokenizer, run
@@ -318,8 +320,10 @@ def test_checkpoints_that_can_be_resumed(tmp_path):
     checkpoint(tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "lisa_state.json").write_text("{")  # which the trainer passes over
-    for wanted in (None, False, True, "auto", tmp_path / "checkpoint-2"):
+    for wanted in (True, "auto", tmp_path / "checkpoint-2"):
         check_resume(wanted, tmp_path, "lisa")
+    (tmp_path / "latest").symlink_to(tmp_path / "checkpoint-2")
+    check_resume(tmp_path / "latest", tmp_path, "lisa")
     check_resume("auto", tmp_path / "absent", "lisa")
     (tmp_path / "full" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "full" / "checkpoint-1" / "trainer_state.json").write_text("{}")
@@ -331,3 +335,39 @@ def test_checkpoints_that_can_be_resumed(tmp_path):
 @pytest.mark.parametrize("method", ["lisa", "full"])
 def test_nothing_to_resume(tmp_path, method):
     assert "--resume_from_checkpoint true: there is no" in refused(check_resume, True, tmp_path, method)
+
+
+@pytest.mark.parametrize("wanted", [None, False, "auto", "ELSEWHERE"])
+def test_a_folder_with_a_model_or_checkpoints_is_not_written_over(tmp_path, wanted):
+    """But where it is asked for, or where the run that begins has left logs alone."""
+    out, elsewhere = tmp_path / "out", tmp_path / "other" / "checkpoint-1"
+    checkpoint(elsewhere)
+    wanted = elsewhere if wanted == "ELSEWHERE" else wanted
+    out.mkdir()
+    (out / "lisa_run.json").write_text("{}")
+    (out / "training_args.bin").touch()
+    check_resume(wanted, out, "lisa")
+    (out / "model.safetensors").touch()
+    said = f"--output_dir {out}: has model.safetensors, which this run would write over; give another folder, or "
+    assert f"{said}--overwrite_output_dir true." in refused(check_resume, wanted, out, "lisa")
+    (out / "model.safetensors").unlink()
+    checkpoint(out / "checkpoint-2")
+    given = {"output_dir": str(out), "resume_from_checkpoint": str(wanted).lower()}
+    if wanted == "auto":
+        check_resume(wanted, out, "lisa")
+    else:
+        said = f"--output_dir {out}: has checkpoint-2, which this run would write over; give another folder, --resume"
+        assert said in refused(check_resume, wanted, out, "lisa")
+        assert said in refused(look_for_files, "train", given), "also before torch is imported"
+    check_resume(wanted, out, "lisa", overwrites=True)
+    look_for_files("train", given | {"overwrite_output_dir": True})
+
+
+def test_a_run_that_writes_over_another_one_leaves_none_of_its_checkpoints(tmp_path):
+    checkpoint(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-4").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "checkpoint-notes.txt").touch()
+    write_run(tmp_path, {}, resumes=True)
+    assert (tmp_path / "checkpoint-2").is_dir()
+    write_run(tmp_path, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"lisa_run.json", "checkpoint-notes.txt"}
