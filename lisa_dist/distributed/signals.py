@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: finish the step, save, and end well.
+"""SIGTERM and SIGUSR1, and Ctrl-C of the command line: finish the step, save, and end well.
 
 Schedulers send one of them before they take a machine away, often to some ranks only and now and then twice. All ranks
 must stop after the same step, so they agree on it in every step: 8 bytes over gloo, which no GPU waits for.
@@ -57,6 +57,10 @@ class StopSignals:
         if dist.get_backend() != "gloo":
             self._group = gloo_group()
         self._previous = catch_stop_signals()
+        # Of a process that ends with the run Ctrl-C too. In a notebook or a script it stays an exception, and so it does
+        # before training, where nothing is there to save.
+        if _receive in self._previous.values() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, _receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,6 +90,8 @@ def _listen(read_end: int) -> None:
             continue
         if not _received:
             _received.append((number, now))
+            if number == signal.SIGINT:
+                print("Ctrl-C: the run saves after this step and ends; once more ends it at once", flush=True)
         elif now - _received[0][1] > _ONE_SIGNAL:
             os._exit(128 + number)  # asked again: at once
 
@@ -100,7 +106,7 @@ def _block_signals() -> None:
     """A signal to a child that still has our handlers would be lost on it, and reach us through the pipe: it waits."""
     # Noted first: these calls run the handlers of other signals, which may raise.
     _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*_SIGNALS, signal.SIGINT))
 
 
 def _unblock_signals() -> None:
@@ -108,7 +114,10 @@ def _unblock_signals() -> None:
 
 
 def _forget_in_child() -> None:
-    """A forked worker of a data loader or a pool ends by SIGTERM as usual, and tells this process nothing."""
+    """A forked worker of a data loader or a pool ends by SIGTERM as usual, and tells this process nothing.
+
+    Ctrl-C reaches it with this process, whose last steps need its rows: it ignores that.
+    """
     try:
         signal.set_wakeup_fd(-1)
         _pipe.clear()  # its thread is not here
@@ -116,5 +125,7 @@ def _forget_in_child() -> None:
         for number in _SIGNALS:
             if signal.getsignal(number) is _receive:
                 signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGINT) is _receive:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     finally:
         _unblock_signals()

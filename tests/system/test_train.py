@@ -744,10 +744,11 @@ def test_a_stopped_run_goes_on_to_the_weights_of_the_whole_one(folder, tmp_path)
     run = Alone(flags_for(folder, out, **changes), tmp_path / "out.txt", TRAIN)
     while "period    1  active" not in run.said and run.process.is_alive():
         time.sleep(0.01)
-    os.kill(run.process.pid, signal.SIGUSR1)
+    os.kill(run.process.pid, signal.SIGINT)  # SIGTERM is above, SIGUSR1 in test_slurm.py
     status, said = run.wait(), run.said
     assert status == 0, said
-    assert "SIGUSR1: stopped after step" in said
+    assert "Ctrl-C: the run saves after this step and ends; once more ends it at once" in said
+    assert "SIGINT: stopped after step" in said
     assert "--resume_from_checkpoint true" in said
     assert not (out / LOCK_NAME).exists(), "the run that goes on may be on another host"
     assert not (out / "model.safetensors").exists()

@@ -28,8 +28,12 @@ def rank_main(how: str, victim: int) -> None:
     hang_timeout = {"off": 0, "twice": 60, "stop late": 10, "at end": 60}.get(how, 3)
     if how == "stall" and mine:
         hang_timeout = 60  # else it may end first, and is named for that
+    if how in ("command", "twice"):
+        stop_signals.catch_stop_signals()
     with stop_signals.StopSignals() as stop, Watchdog(hang_timeout) as watchdog:
         for step in range(40):
+            if how == "nothing":  # in a script or a notebook Ctrl-C is an exception, as ever
+                assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
             watchdog.beat()
             dist.all_reduce(torch.ones(1))
             stopped_by = stop.agree()
@@ -53,6 +57,13 @@ def rank_main(how: str, victim: int) -> None:
                     with multiprocessing.get_context("fork").Pool(1) as pool:  # ends by SIGTERM to its worker
                         pool.apply(int)  # so that the worker has begun; the case below is of one that has not
                         pool.apply_async(time.sleep, (100,))
+                elif how == "command":  # Ctrl-C reaches workers too, whose rows the last steps need
+                    child = os.fork()
+                    if not child:
+                        os.kill(os.getpid(), signal.SIGINT)
+                        os._exit(3)
+                    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+                    os.kill(os.getpid(), signal.SIGINT)
                 elif how == "fork, signalled at once":
                     for _ in range(2):
                         child = os.fork()
@@ -213,16 +224,23 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path, number, vic
     assert said[0].startswith(f"{number.name} after step ")
 
 
+def test_an_interrupt_of_the_command_line_is_a_signal_to_stop(tmp_path):
+    ranks = start("command", 1, tmp_path)
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    assert (tmp_path / "0.out").read_text().startswith("SIGINT after step ")
+
+
 @pytest.mark.full
-def test_a_second_signal_ends_at_once(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(tmp_path, number):
     ranks = start("twice", 1, tmp_path)
     wait_for(tmp_path, 1, "now")
     try:
-        ranks[1].send_signal(signal.SIGTERM)
+        ranks[1].send_signal(number)
         time.sleep(4)  # two at once are one, however late they come
         assert not ranks[1].has_ended()
-        ranks[1].send_signal(signal.SIGTERM)
-        assert ranks[1].wait() == 128 + signal.SIGTERM
+        ranks[1].send_signal(number)
+        assert ranks[1].wait() == 128 + number
     finally:
         for rank in ranks:
             rank.end()
