@@ -57,8 +57,8 @@ class StopSignals:
         if dist.get_backend() != "gloo":
             self._group = gloo_group()
         self._previous = catch_stop_signals()
-        # Of a process that ends with the run Ctrl-C too. In a notebook or a script it stays an exception, and so it does
-        # before training, where nothing is there to save.
+        # Of a process that ends with the run Ctrl-C too. In a notebook or a script it stays an exception, and before
+        # training too, when there is nothing to save.
         if _receive in self._previous.values() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, _receive)
         return self
