@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from lisa_dist.errors import UserError
 from lisa_dist.tasks import REWARD
 from lisa_dist.text import in_one_line
-from lisa_dist.zero.parameters import parameter_numel, parameter_shape
+from lisa_dist.zero.parameters import original_of, parameter_numel, parameter_shape
 
 # On a parameter that LISA has frozen, so that a later run in the same process does not take it for the user's choice.
 _FROZEN_BY_LISA = "lisa_dist_frozen"
@@ -55,6 +55,12 @@ class Block:
             parameter.requires_grad_(active)
             if not active:
                 parameter.grad = None
+
+    def give_back(self) -> None:
+        """Let what LISA has frozen require gradients again; but not what is held in fewer bits, which cannot train."""
+        for parameter in self.parameters.values():
+            if original_of(parameter) is None and vars(parameter).pop(_FROZEN_BY_LISA, False):
+                parameter.requires_grad_(True)
 
 
 @dataclass

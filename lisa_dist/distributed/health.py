@@ -101,9 +101,13 @@ class ComputeTime:
         self._spans: list[tuple[Any, Any]] = []  # since the last log, not yet in _seconds
         self._seconds = 0.0
         timed = [module for module in model.modules() if isinstance(module, torch.nn.Linear)] if waits else [model]
-        for module in timed:
-            module.register_forward_pre_hook(self._begin)
-            module.register_forward_hook(self._end, prepend=True)
+        self._hooks = [module.register_forward_pre_hook(self._begin) for module in timed]
+        self._hooks += [module.register_forward_hook(self._end, prepend=True) for module in timed]
+
+    def close(self) -> None:
+        """Leave the model without hooks."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _now(self) -> Any:
         if not self._on_gpu:

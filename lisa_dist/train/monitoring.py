@@ -93,12 +93,12 @@ class SlowRanks:
     """The rank that computes longest, for the logs; a warning where it is the same one several times in a row."""
 
     def __init__(self, compute_time: ComputeTime):
-        self._compute_time = compute_time
+        self.compute_time = compute_time
         self._rank, self._times_in_a_row = -1, 0
 
     def measure(self) -> tuple[dict[str, float], str | None]:
         """Metrics since the last call and a warning, if there is one; all ranks call it."""
-        rank, ratio, host = self._compute_time.slowest()
+        rank, ratio, host = self.compute_time.slowest()
         self._times_in_a_row = (self._times_in_a_row + 1 if rank == self._rank else 1) if ratio > SLOW else 0
         self._rank = rank if ratio > SLOW else -1
         warning = None

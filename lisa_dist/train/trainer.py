@@ -160,9 +160,12 @@ class LisaMixin(MonitoredMixin):
             finally:
                 if self._memory is not None:
                     self._memory.abandon()
-                if self.lisa is not None and self.lisa.is_attached:  # also where the run has raised
-                    end_save(self.lisa)
-                    self.lisa.partitions.close()
+                if self._slow_ranks is not None:
+                    self._slow_ranks.compute_time.close()
+                if self.lisa is not None:  # also where the run has raised
+                    if self.lisa.is_attached:
+                        end_save(self.lisa)
+                    self.lisa.give_back()
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None

@@ -20,7 +20,7 @@ from lisa_dist.zero.embedding_rows import embedding_of, reduces_plainly
 from lisa_dist.zero.host_adam import count_host_adam, host_adam_history, replay_host_adam
 from lisa_dist.zero.layout import GroupLayouts, matrices_of_group, partition_numel, pieces_of_group
 from lisa_dist.zero.overrides import host_groups, override_optimizer, override_stage_3
-from lisa_dist.zero.rebuild import CARRIED_FIELDS, put_back, rebuild
+from lisa_dist.zero.rebuild import CARRIED_FIELDS, let_go_of_model, put_back, rebuild
 from lisa_dist.zero.stages import check_deepspeed, check_pin_memory_backend, check_private_names, stage_of
 
 
@@ -142,10 +142,17 @@ class ZeroPartitions:
         return parameters.gathered_bytes(self.engine.module) if self._stage.is_stage_3 else 0
 
     def close(self) -> None:
-        """Give the model back as any trainer finds one: no hook of ours, and its embedding's gradient its own again."""
+        """Give the model back as any trainer finds one, without a hook or an attribute of ours or of DeepSpeed's.
+
+        But on stage 3 the hooks that gather weights stay, for an evaluation and a save to come.
+        """
         for hook in self._forward_hooks:
             hook.remove()
         embedding_rows.leave(self.engine.module)
+        let_go_of_model(self._zero, self._stage)
+        if not self._stage.is_stage_3:
+            self.engine.module_forward_pre_hook.remove()
+            self.engine.module_forward_post_hook.remove()
 
     # What a save and a resume do
 

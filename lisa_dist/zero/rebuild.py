@@ -34,8 +34,20 @@ CARRIED_FIELDS = (
     "_coalesce_grad_reduction",
     "_is_gradient_accumulation_boundary",
 )
-# Attributes of a parameter that would keep the old partition alive.
-_STALE_ATTRIBUTES = ("_hp_mapping", "grad_accum")
+# Attributes that stages 1 and 2 give a parameter of theirs. The first two would keep the old partition alive, and a model
+# with the others cannot be pickled.
+_STALE_ATTRIBUTES = (
+    "_hp_mapping",
+    "grad_accum",
+    "_dp_group",
+    "_index_in_param_group",
+    "param_idx_in_group",
+    "get_full_hp_param",
+    "get_full_hp_grad",
+    "set_full_hp_param",
+    "set_full_hp_grad",
+    "load_hp_checkpoint_state",
+)
 
 
 def rebuild(
@@ -69,17 +81,23 @@ def rebuild(
 def _take_down(zero: Any, stage: Stage, next_params_of_groups: Sequence[Sequence[torch.nn.Parameter]]) -> None:
     """Let go of everything that the optimizer object holds or has attached to the model."""
     staying = {id(parameter) for params in next_params_of_groups for parameter in params}
+    let_go_of_model(zero, stage)
+    for group in stage.groups(zero) if stage.is_stage_3 else ():
+        for parameter in group:
+            if id(parameter) not in staying:
+                stage3.give_own_storage(parameter, pin=zero.offload_param_pin_memory)
+    zero._unpin_offload_buffers()
+    zero.__dict__.clear()
+
+
+def let_go_of_model(zero: Any, stage: Stage) -> None:
+    """Remove from the model what the optimizer has attached to it: hooks on gradients, attributes of parameters."""
     for hook in [*zero._grad_acc_hooks, *getattr(zero, "_leaf_module_hooks", ())]:
         hook.remove()
     for group in stage.groups(zero):
         for parameter in group:
             for name in _STALE_ATTRIBUTES:
-                if hasattr(parameter, name):
-                    setattr(parameter, name, None)
-            if stage.is_stage_3 and id(parameter) not in staying:
-                stage3.give_own_storage(parameter, pin=zero.offload_param_pin_memory)
-    zero._unpin_offload_buffers()
-    zero.__dict__.clear()
+                vars(parameter).pop(name, None)
 
 
 @contextlib.contextmanager

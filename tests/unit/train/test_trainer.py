@@ -87,6 +87,9 @@ def train(
         deepspeed=given,
     )
     trainer.train()
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    if "zero3" not in ds_config:
+        assert not any(module._forward_hooks | module._forward_pre_hooks for module in trainer.model.modules())
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     parameters = list(trainer.model.parameters())
     with deepspeed.zero.GatheredParameters(parameters, enabled="zero3" in ds_config):
