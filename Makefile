@@ -22,7 +22,6 @@ $(VENV)/.quickstart: $(VENV)/.ready
 	touch $@
 
 quickstart: $(VENV)/.quickstart  ## train a real 135M model by LISA on two CPU ranks
-	@echo 'building an operator of DeepSpeed, once: half a minute'
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.zero.cpu_ops import build_cpu_ops; build_cpu_ops(offload=False)'
 	@$(CPU) $(BIN)/python launch/quickstart.py
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/lisa-dist train launch/recipes/quickstart.yaml --gpus 2

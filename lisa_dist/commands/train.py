@@ -17,6 +17,7 @@ from lisa_dist.train.arguments import parse_arguments
 from lisa_dist.train.arguments import run_parser as parser
 from lisa_dist.train.quiet import leave_out_bars_of_other_ranks, leave_out_useless_words
 from lisa_dist.train.run import run
+from lisa_dist.zero.cpu_ops import guard_builds
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -29,6 +30,7 @@ def main(words: Sequence[str] | None = None) -> None:
     with exit_on_error("lisa-dist"):
         words = first_word_as("--config", sys.argv[1:] if words is None else words)
         words = launch_if_asked(words, "train", check=lambda rest: parser(task_of(rest)).check(rest))
+        guard_builds()  # which parsing may begin: it starts the process group
         config = apply_preset(parse_arguments(words), parser(task_of(words)).given(words))
         leave_out_bars_of_other_ranks()
         if config.run.method == "lisa":

@@ -12,6 +12,7 @@ from lisa_dist.distributed.ranks import join_ranks
 from lisa_dist.distributed.run_lock import hold_folder
 from lisa_dist.ds_config import load_ds_config, precision_of, uses_optimizer_offload
 from lisa_dist.optim.build import build_optimizer
+from lisa_dist.zero.cpu_ops import guard_builds
 
 
 def initialize(
@@ -44,6 +45,7 @@ def initialize(
     config = config or LisaConfig()
     prepare_ds_config(filled, config, optim, precision_of(filled))
     offload = uses_optimizer_offload(filled)
+    guard_builds()
     join_ranks()  # those of a host share the originals of frozen layers
     lisa = LisaController(model, config)
     groups = lisa.param_groups(weight_decay)

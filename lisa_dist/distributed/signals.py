@@ -4,11 +4,13 @@ Schedulers send one of them before they take a machine away, often to some ranks
 must stop after the same step, so they agree on it in every step: 8 bytes over gloo, which no GPU waits for.
 """
 
+import contextlib
 import functools
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -77,6 +79,22 @@ class StopSignals:
         dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
         self.stopped_by = signal.Signals(int(number)).name if number else None
         return self.stopped_by
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """In the body a signal ends the process at once, as if nobody caught it: in a wait before there is what to save."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = [number for number in _SIGNALS if signal.getsignal(number) is _receive]
+    for number in caught:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, _receive)
 
 
 def _receive(number: int, frame: FrameType | None) -> None:

@@ -19,7 +19,7 @@ from lisa_dist.distributed.devices import check_accelerator
 from lisa_dist.distributed.ranks import set_rank
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.errors import UserError
-from lisa_dist.zero.cpu_ops import start_deepspeed
+from lisa_dist.zero.cpu_ops import guard_builds, start_deepspeed
 
 DEFAULT = "zero2"
 # What `accelerate launch --use_deepspeed` has for the arguments.
@@ -33,6 +33,7 @@ def begin_deepspeed(arguments: Iterable[Any], given: str | dict | None) -> None:
     no launcher has started ranks this process is the only one. A Trainer that is given no arguments makes its own, and
     says that they have no config. Raises UserError where there are two configs, or no arguments for one.
     """
+    guard_builds()
     args = next((one for one in arguments if isinstance(one, TrainingArguments)), None)
     if args is not None:
         _use_deepspeed(args, given)

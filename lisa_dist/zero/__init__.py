@@ -97,6 +97,10 @@ parallel_partitioned_bit16_groups                                              t
   LisaAdamW, --lisa_offload: step.py,                                          _the_one_pass,
   host_step.py                                                                 test_a_step_on_the_host_waits_for
                                                                                _gradients_alone
+OpBuilder.jit_load                        builds an op, and waits for a lock   lets one process build at a time, says
+  process-wide: cpu_ops.py                that a killed build has left         how long it takes, and removes such a
+                                                                               lock.
+                                                                               test_a_build_that_was_cut_is_taken_over
 ds_opt_adam                               multiplies powers of the betas       records how, for a resume to repeat
   optimizer offload: host_adam.py                                              it to the bit.
                                                                                test_a_resumed_run_is_the_run_with

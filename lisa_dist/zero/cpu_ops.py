@@ -1,18 +1,27 @@
 """DeepSpeed on CPU ranks: its C++ ops, built before ranks start, and its shared memory, released."""
 
 import contextlib
+import fcntl
+import functools
 import io
 import os
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import deepspeed
+import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 from torch.utils.cpp_extension import get_default_build_root
 
-_LONGEST_BUILD = 15 * 60  # seconds; one takes a minute or two
+from lisa_dist.distributed.signals import ended_by_signals
+from lisa_dist.zero.overrides import override
+
+_SILENT = 3.0  # seconds after which a build is no look at one that is there, but a compilation
 
 
 def build_cpu_ops(offload: bool = True) -> None:
@@ -22,21 +31,80 @@ def build_cpu_ops(offload: bool = True) -> None:
     """
     from deepspeed.ops.op_builder import CPUAdamBuilder, ShareMemCommBuilder
 
-    forget_cut_builds()
+    guard_builds()
     if get_accelerator().device_name() == "cpu":
         ShareMemCommBuilder().load(verbose=False)
     if offload:
         CPUAdamBuilder().load(verbose=False)
 
 
-def forget_cut_builds() -> None:
-    """Remove the locks of builds that were cut, which torch would wait for without end; of a younger one it is said."""
+def guard_builds() -> None:
+    """Process-wide: DeepSpeed builds each of its C++ ops by `built_alone`, whoever asks for it first."""
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    if not hasattr(OpBuilder.jit_load, "__wrapped__"):
+        override(OpBuilder, "jit_load", _guarded(OpBuilder.jit_load))
+
+
+def _guarded(jit_load: Callable) -> Callable:
+    @functools.wraps(jit_load)
+    def load(builder: Any, *args: Any, **kwargs: Any) -> Any:
+        with ended_by_signals(), built_alone(builder.name):
+            return jit_load(builder, *args, **kwargs)
+
+    return load
+
+
+@contextlib.contextmanager
+def built_alone(name: str, silent: float = _SILENT) -> Iterator[None]:
+    """While the body builds the op of this name no other process of ours does; that it takes long is said, once a host.
+
+    torch's own lock is a file that stays when its process is killed, and that every later build waits for. Ours goes
+    with its process: whoever holds it knows that torch's is of a build that was cut, unless a compiler still works
+    there, of a program that does not know of ours or of a process that was killed. `silent` is in seconds.
+    """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in root.glob("**/lock"):
-        if time.time() - lock.stat().st_mtime > _LONGEST_BUILD:
-            lock.unlink(missing_ok=True)
-        else:
-            print(f"waiting for another build of it to end; if there is none, remove {lock}", flush=True)
+    root.mkdir(parents=True, exist_ok=True)
+    begun, said = time.monotonic(), threading.Event()
+
+    def say() -> None:
+        said.set()
+        print(f"compiling {name} of DeepSpeed in {root}, once: a minute or two", flush=True)
+
+    timer = threading.Timer(silent, say)
+    timer.daemon = True
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        timer.start()
+    try:
+        with (root / f"{name}.lisa_dist_lock").open("w") as lock:
+            if _holds(lock):
+                for stale in root.glob(f"**/{name}/lock"):
+                    while _has_a_compiler(stale.parent):
+                        time.sleep(0.2)
+                    stale.unlink(missing_ok=True)
+            yield
+    finally:
+        timer.cancel()
+    if said.is_set():
+        print(f"compiled {name} in {time.monotonic() - begun:.0f} s", flush=True)
+
+
+def _holds(lock: IO) -> bool:
+    """Wait for the lock; False on a file system that has none."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+def _has_a_compiler(folder: Path) -> bool:
+    """Whether a process works in a folder, as ninja does where it builds."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it has ended, or is another user's
+            if process.cwd() == str(folder.resolve()):
+                return True
+    return False
 
 
 def start_deepspeed() -> None:
@@ -44,6 +112,7 @@ def start_deepspeed() -> None:
 
     Between making its buffer and removing the name a rank waits for no other: whenever it is killed, none stays.
     """
+    guard_builds()
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None and builder.is_compatible(verbose=False):
         builder.load(verbose=False)  # which may take a rank longer than the others

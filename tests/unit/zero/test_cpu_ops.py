@@ -1,16 +1,22 @@
 """What DeepSpeed's C++ ops leave behind."""
 
+import fcntl
 import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
+from deepspeed.ops.op_builder.builder import OpBuilder
 from models import save_tiny_llama, tiny_llama
-from ranks import free_port, run_ranks
+from ranks import PATIENCE, free_port, run_ranks
 from runs import TRAIN, Alone, flags_for
 from torch import distributed as dist
 
 import lisa_dist
-from lisa_dist.zero.cpu_ops import forget_cut_builds
+from lisa_dist.distributed import signals
+from lisa_dist.zero.cpu_ops import built_alone, guard_builds
 
 
 def names_left() -> list[str]:
@@ -62,15 +68,53 @@ def test_a_run_that_ends_before_its_first_step_leaves_no_shared_memory(tmp_path,
     assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
 
 
-def test_a_lock_of_a_build_that_was_cut_goes_and_a_younger_one_is_told(tmp_path, monkeypatch, capsys):
+class Op(OpBuilder):
+    """Looks around where it would be compiled."""
+
+    def __init__(self, folder: Path):
+        super().__init__("some_op")
+        self._folder = folder
+
+    def is_compatible(self, verbose: bool = False) -> bool:
+        assert not (self._folder / "some_op" / "lock").exists(), "torch would wait for it without end"
+        with (self._folder / "some_op.lisa_dist_lock").open("w") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "nothing is there to save"
+        return False
+
+    def absolute_name(self) -> str:
+        return self.name
+
+    def sources(self) -> list[str]:
+        return []
+
+
+def test_a_build_that_was_cut_is_taken_over(tmp_path, monkeypatch):
+    """Once no compiler works there any more, which may outlive its process."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    cut, younger = (tmp_path / name / "lock" for name in ("cpu_adam", "deepspeed_shm_comm"))
-    for lock in (cut, younger):
-        lock.parent.mkdir()
-        lock.touch()
-    an_hour_ago = younger.stat().st_mtime - 3600
-    os.utime(cut, (an_hour_ago, an_hour_ago))
-    forget_cut_builds()
-    assert not cut.exists()
-    assert younger.exists()
-    assert capsys.readouterr().out == (f"waiting for another build of it to end; if there is none, remove {younger}\n")
+    (tmp_path / "some_op").mkdir()
+    (tmp_path / "some_op" / "lock").touch()
+    compiler = subprocess.Popen(["sleep", "1"], cwd=tmp_path / "some_op")
+    before = signals.catch_stop_signals()
+    try:
+        guard_builds()
+        with pytest.raises(RuntimeError, match="Unable to JIT load the some_op op"):
+            Op(tmp_path).load(verbose=False)
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert compiler.poll() == 0
+
+
+def test_it_is_said_what_is_compiled(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    said, deadline = "", time.monotonic() + PATIENCE
+    with built_alone("some_op", silent=0):
+        while not said and time.monotonic() < deadline:
+            said = capsys.readouterr().out
+    assert said == f"compiling some_op of DeepSpeed in {tmp_path}, once: a minute or two\n"
+    assert capsys.readouterr().out.startswith("compiled some_op in ")
+    with built_alone("some_op"):
+        pass
+    assert not capsys.readouterr().out, "it was there"
