@@ -1,6 +1,7 @@
 """`--gpus N` of `lisa-dist train` and `eval`: the deepspeed launcher as one command; and the end of a rank."""
 
 import atexit
+import contextlib
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from lisa_dist.distributed.ranks import forget_rank_of_parent, free_port
 from lisa_dist.errors import UserError
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_LAUNCHER = "LISA_DIST_LAUNCHER"  # the process that was given --gpus
 _RANK = ["-u", "-m", "lisa_dist.cli"]  # how the launcher starts one
 
 
@@ -28,6 +30,8 @@ def launch_if_asked(argv: Sequence[str], verb: str, check: Callable[[Sequence[st
     """
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--gpus=") else [word])]
     if "--gpus" not in words:
+        if _LAUNCHER in os.environ:  # a rank that it has started
+            _end_with(int(os.environ[_LAUNCHER]))
         return argv
     at = words.index("--gpus")
     number = words[at + 1] if at + 1 < len(words) else ""
@@ -41,7 +45,7 @@ def launch_if_asked(argv: Sequence[str], verb: str, check: Callable[[Sequence[st
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *_device_words(int(number))]
     launcher += [
         "--log_level",
-        "error",
+        "critical",  # below it the launcher prints the command of a rank that has said what is wrong
         "--master_port",
         str(free_port()),
         "--no_local_rank",
@@ -49,12 +53,29 @@ def launch_if_asked(argv: Sequence[str], verb: str, check: Callable[[Sequence[st
         "lisa_dist.cli",
         verb,
     ]
+    device = "CPUs of this host" if get_accelerator().device_name() == "cpu" else "GPUs"
+    print(f"starting {number} ranks on {device}: each imports torch, DeepSpeed and transformers first", flush=True)
     environment = {name: value for name, value in os.environ.items() if name != _VISIBLE}
+    environment[_LAUNCHER] = str(os.getpid())
     # In a session of its own: an interrupt from the keyboard comes to the ranks once, through here.
     child = subprocess.Popen([*launcher, *rest], start_new_session=True, env=environment)
     for stop in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(stop, lambda received, frame: _pass_on(child.pid, received))
-    raise SystemExit(child.wait())
+    status = child.wait()
+    if (number_of := 256 - status) < signal.NSIG:  # of a signal, of which a rank says nothing itself
+        print(f"lisa-dist: a rank was ended by signal {number_of} ({signal.strsignal(number_of)})", flush=True)
+    raise SystemExit(status)
+
+
+def _end_with(launcher: int) -> None:
+    """Have this rank get a SIGTERM, by which it saves and ends, when the launcher is gone: a SIGKILL takes it alone."""
+
+    def watch() -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(launcher).wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="lisa_dist launcher", daemon=True).start()
 
 
 def _device_words(number: int) -> list[str]:

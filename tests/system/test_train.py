@@ -244,6 +244,22 @@ def test_a_signal_to_lisa_dist_train_saves_on_its_ranks(folder, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in saved.iterdir() if path.is_file()} == {0o666 & ~mask}
 
 
+ORPHAN = """
+import os, subprocess, time
+from lisa_dist.distributed.launching import launch_if_asked
+launcher = subprocess.Popen(["sleep", "1000"])
+os.environ["LISA_DIST_LAUNCHER"] = str(launcher.pid)
+launch_if_asked([], "train", check=print)
+launcher.kill()
+time.sleep(1000)
+"""
+
+
+def test_a_rank_ends_with_its_launcher(tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    assert Alone([], tmp_path / "said.txt", tmp_path / "orphan.py").wait() == -signal.SIGTERM
+
+
 def test_flags_are_checked_before_ranks_are_started(monkeypatch):
     monkeypatch.setattr(launching.subprocess, "Popen", None)
     with pytest.raises(ValueError, match=r"--max_step: no such flag; did you mean --max_steps\?"):
@@ -632,18 +648,19 @@ def test_ranks_that_cannot_be_started(monkeypatch, words, variables, said):
     ("visible", "words"),
     [(None, ["--num_gpus", "2"]), ("4,5", ["--include", "localhost:4,5"]), ("7, 3,1", ["--include", "localhost:7,3"])],
 )
-def test_ranks_are_on_the_gpus_that_are_visible(monkeypatch, visible, words):
+def test_ranks_are_on_the_gpus_that_are_visible(monkeypatch, capsys, visible, words):
     started = []
 
     def popen(command, env, **_):
         started.append((command, env))
-        return SimpleNamespace(pid=0, wait=lambda: 0)
+        return SimpleNamespace(pid=0, wait=lambda: 256 - signal.SIGKILL)
 
     on_gpus(monkeypatch, visible)
     monkeypatch.setattr(launching.subprocess, "Popen", popen)
     monkeypatch.setattr(launching.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit):
         launch_if_asked(["--gpus", "2"], "train", lambda rest: None)
+    assert "lisa-dist: a rank was ended by signal 9 (Killed)" in capsys.readouterr().out
     ((command, environment),) = started
     assert command[3:5] == words
     assert "CUDA_VISIBLE_DEVICES" not in environment  # the launcher sets it for each rank
