@@ -173,6 +173,12 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def check_new_file(flag: str, path: str) -> None:
+    """Raise UserError for a file to write that is there already."""
+    if os.path.lexists(path):
+        raise UserError(f"{flag} {path}: is there already; move it away, or give another name.")
+
+
 def check_folder(flag: str, folder: Path, must_be_there: bool = False) -> None:
     """Raise UserError for a folder that is none, or in which nothing can be written; nothing is made there."""
     flag = f"{flag} {folder}"

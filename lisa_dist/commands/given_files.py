@@ -1,4 +1,4 @@
-"""Files and folders that the words of a verb name and that are not there: said before torch is imported.
+"""What is wrong with the words of a verb by themselves: files that are not there, sizes. Before torch is imported.
 
 What may be a name of the hub is left to what loads it.
 """
@@ -10,13 +10,20 @@ from typing import Any
 
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.errors import UserError
+from lisa_dist.files import check_new_file
 from lisa_dist.model_names import is_path, nearest_name, shipped_name
 from lisa_dist.run_folder import check_overwrites
+from lisa_dist.text import parse_bytes
 
 
 def look_for_files(verb: str, given: Mapping[str, Any]) -> None:
     """Raise UserError for the first that is missing, of the flags of a verb or of its recipe."""
     texts = {flag: value for flag, value in given.items() if isinstance(value, str)}
+    for flag in ("gpu_memory", "host_memory", "reserve"):
+        if flag in texts:
+            parse_bytes(f"--{flag}", texts[flag])
+    if verb == "init" and "recipe" in texts:
+        check_new_file("--recipe", texts["recipe"])
     if "deepspeed" in texts and not texts["deepspeed"].lstrip().startswith("{"):
         find_ds_config(texts["deepspeed"])
     if verb in ("plan", "init"):

@@ -11,6 +11,7 @@ import yaml
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO
 from lisa_dist.errors import UserError
+from lisa_dist.files import check_new_file
 from lisa_dist.memory.known_models import load_model_config
 from lisa_dist.memory.ladder import Chosen
 from lisa_dist.memory.plan import Plan, PlanArguments
@@ -82,8 +83,8 @@ class InitArguments(PlanArguments):
         for flag in ("json", "plot", "deepspeed"):
             if getattr(self, flag) is not None:
                 raise UserError(f"--{flag} {getattr(self, flag)}: it is for lisa-dist plan.")
-        if self.recipe is not None and Path(self.recipe).exists():
-            raise UserError(f"--recipe {self.recipe}: is there already; move it away, or give another name.")
+        if self.recipe is not None:
+            check_new_file("--recipe", self.recipe)
 
     @property
     def model_name(self) -> str:

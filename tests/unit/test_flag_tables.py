@@ -131,6 +131,9 @@ def test_a_table_has_the_parser_s_screen(tables, verb, capsys):
         (["check", "--help"], 0),
         (["train", "--deepspeed", "none.json"], 2),
         (["export", "nofile", "out"], 2),
+        (["plan", "--model", "llama3.1-8b", "--gpu_memory", "24"], 2),
+        (["init", "--model", "llama3.1-8b", "--recipe", "."], 2),
+        (["train", "--output_dir", "finished"], 2),
     ],
     ids=str,
 )
@@ -139,6 +142,7 @@ def test_nothing_is_imported_for_an_answer(monkeypatch, tmp_path, words, code):
     for verb, module in PARSERS.items():
         if flag_tables.load(verb) is None:
             flag_tables.store(verb, module.parser())
+    (tmp_path / "finished" / "checkpoint-2").mkdir(parents=True)
     script = f"""
 import sys
 from lisa_dist import cli
