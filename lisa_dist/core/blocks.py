@@ -56,12 +56,6 @@ class Block:
             if not active:
                 parameter.grad = None
 
-    def give_back(self) -> None:
-        """Let what LISA has frozen require gradients again; but not what is held in fewer bits, which cannot train."""
-        for parameter in self.parameters.values():
-            if original_of(parameter) is None and vars(parameter).pop(_FROZEN_BY_LISA, False):
-                parameter.requires_grad_(True)
-
 
 @dataclass
 class Blocks:
@@ -87,6 +81,12 @@ class Blocks:
     def outer(self, name: str) -> Block:
         """The block called embed, head or rest."""
         return {"embed": self.embed, "head": self.head, "rest": self.rest}[name]
+
+    def give_back(self) -> None:
+        """Let what LISA has frozen require gradients again; but not what is held in fewer bits, which cannot train."""
+        for parameter in (parameter for block in self for parameter in block.parameters.values()):
+            if original_of(parameter) is None and vars(parameter).pop(_FROZEN_BY_LISA, False):
+                parameter.requires_grad_(True)
 
     def leave_out_frozen(self) -> None:
         """Move to `outside` what requires no gradient though LISA has not frozen it: the user wants it as it is.

@@ -196,19 +196,13 @@ class LisaController:
 
     def close(self) -> None:
         """Write the last period's line of the log, give model and output folder back; call after the last step."""
-        self.give_back()
+        self.partitions.close()
+        self.blocks.give_back()
         self.check_finite()
         self._inactive_weights.check(self.period)
         self._log.close(self.engine.global_steps, self._measure)
         self._note_movement()
         self.at_close()
-
-    def give_back(self) -> None:
-        """Give the model back as it was given, also where a run has raised: what required gradients does so again."""
-        if self.is_attached:
-            self.partitions.close()
-        for block in self.blocks:
-            block.give_back()
 
     def live_bytes(self) -> int:
         """Bytes that tensors hold on this rank's device right now."""

@@ -9,7 +9,7 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.errors import UserError
 from lisa_dist.optim.states import PartitionKey
-from lisa_dist.zero.parameters import original_of
+from lisa_dist.zero.parameters import is_in_an_engine, original_of
 from lisa_dist.zero.partitions import ZeroPartitions
 
 
@@ -27,7 +27,12 @@ def check_no_adapters(model: nn.Module) -> None:
 
 
 def check_not_held(model: nn.Module) -> None:
-    """Raise ValueError for a model whose frozen layers another run holds in fewer bits."""
+    """Raise ValueError for a model that another run has: trains still, or has left with frozen layers in fewer bits."""
+    if any(is_in_an_engine(parameter) for parameter in model.parameters()):
+        raise UserError(
+            f"this {type(model).__name__} is in a DeepSpeed engine of another trainer or loop that has not ended: end "
+            "it, by close() of its controller or destroy() of its engine, or load the model anew."
+        )
     if any(original_of(parameter) is not None for parameter in model.parameters()):
         raise UserError(
             f"the frozen layers of this {type(model).__name__} are held in fewer bits by an earlier run "

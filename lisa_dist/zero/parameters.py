@@ -35,6 +35,12 @@ def original_of(parameter: torch.Tensor) -> Original | None:
     return getattr(parameter, _ORIGINAL, None)
 
 
+def is_in_an_engine(parameter: torch.Tensor) -> bool:
+    """Whether an engine has hooks of DeepSpeed's on the parameter's gradient."""
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    return any(hook.__module__.startswith("deepspeed.") for hook in hooks.values())
+
+
 def whole_weights(parameter: torch.Tensor) -> torch.Tensor:
     """The weights of a parameter, on the device or as their original on the host; ZeRO-3 must have gathered it."""
     held = original_of(parameter)

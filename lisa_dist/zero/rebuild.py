@@ -34,8 +34,8 @@ CARRIED_FIELDS = (
     "_coalesce_grad_reduction",
     "_is_gradient_accumulation_boundary",
 )
-# Attributes that stages 1 and 2 give a parameter of theirs. The first two would keep the old partition alive, and a model
-# with the others cannot be pickled.
+# Attributes that stages 1 and 2 give a parameter of theirs: the first two would keep the old partition alive, and a
+# model with the others cannot be pickled.
 _STALE_ATTRIBUTES = (
     "_hp_mapping",
     "grad_accum",

@@ -21,6 +21,7 @@ from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_config import prepare_ds_config
 from lisa_dist.core.sampling import ActiveSet, sample_period
 from lisa_dist.core.step_rates import StepRates
+from lisa_dist.errors import UserError
 from lisa_dist.zero import overrides, stages
 from lisa_dist.zero.stage3 import forget_module_order
 
@@ -431,6 +432,8 @@ def train_one_model_twice(folder: str) -> None:
         for tokens in batches:
             lisa.on_step_begin()
             micro_step(engine, tokens)
+        with pytest.raises(UserError, match="this LlamaForCausalLM is in a DeepSpeed engine of another trainer"):
+            LisaController(model, lisa.config)
         lisa.close()
         save_checkpoint(lisa, f"{folder}/checkpoint-4")
         assert {name for name, one in model.named_parameters() if not one.requires_grad} == {"lm_head.weight"}
