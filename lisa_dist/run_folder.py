@@ -58,6 +58,7 @@ PLANNED_PARTS = (
 )
 
 
+_OF_A_RESUME = ("--resume_from_checkpoint", "--overwrite_output_dir")
 _CHECKPOINTS, _WEIGHTS = "checkpoint-[0-9]*", ("*.safetensors", "*model*.bin")
 
 
@@ -88,7 +89,7 @@ def write_run(folder: Path, run: dict, resumes: bool = False) -> None:
     """Write lisa_run.json, on one rank.
 
     A new run removes the logs and checkpoints of an earlier one from the folder. A resumed run keeps the first command
-    and adds its own to `resumed`.
+    and adds its own to `resumed`, with the values `before` it of flags that it changes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if resumes and (folder / RUN_NAME).is_file():
@@ -96,7 +97,11 @@ def write_run(folder: Path, run: dict, resumes: bool = False) -> None:
         kept = {name: first[name] for name in ("began", "command", "given") if name in first}
         earlier = first.get("resumed")
         earlier = earlier if isinstance(earlier, list) else []
-        run = run | kept | {"resumed": [*earlier, {name: run[name] for name in ("began", "command")}]}
+        resume: dict[str, Any] = {name: run[name] for name in ("began", "command")}
+        now, then = run.get("flags", {}), first.get("flags", {})
+        other = [name for name in then if name in now and now[name] != then[name] and name not in _OF_A_RESUME]
+        resume |= {"before": {name: then[name] for name in other}} if other else {}
+        run = run | kept | {"resumed": [*earlier, resume]}
     elif not resumes:
         for name in (LOG_NAME, MOVEMENT_LOG, ANSWERS_NAME, MEMORY_NAME, NORMS_NAME, TRAINER_STATE_NAME):
             (folder / name).unlink(missing_ok=True)

@@ -85,7 +85,7 @@ def as_svg(figure: Figure) -> str:
 
 
 def _fill(run: RunFiles, sections: str) -> str:
-    flags = run.run.get("flags", {})
+    flags = {name: _since(run, name, value) for name, value in run.run.get("flags", {}).items()}
     settings = {
         "command": html.escape(_commands(run)),
         "given": table({name: value for name, value in flags.items() if name in run.run.get("given", [])}),
@@ -133,6 +133,16 @@ def _answers(run: RunFiles) -> str:
         )
         rows.append(f"<tr><th>{html.escape(prompt)}</th><td>{cells}</td></tr>")
     return f"<table>{''.join(rows)}</table>"
+
+
+def _since(run: RunFiles, name: str, value: object) -> object:
+    """The value of a flag; where resumes have changed it the first one, and each of the others with its beginning."""
+    changes = [part for part in run.run.get("resumed", []) if name in part.get("before", {})]
+    if not changes:
+        return value
+    values = [*(part["before"][name] for part in changes), value]
+    since = [f"{format_value(new)} since {part['began']}" for part, new in zip(changes, values[1:], strict=True)]
+    return "; ".join([format_value(values[0]), *since])
 
 
 def _commands(run: RunFiles) -> str:

@@ -57,7 +57,7 @@ _RUN = dict.fromkeys(("method?", "model?", "devices?", "began?", "command?"), st
     "flags?": dict,
     "versions?": dict,
     "given?": [str],
-    "resumed?": [{"began": str, "command": str}],
+    "resumed?": [{"began": str, "command": str, "before?": dict}],
     "parameters?": count,
     "num_layers?": _layer,
     "modules?": [str],

@@ -1,6 +1,7 @@
 """Checks of a trainer's arguments: what LISA cannot train with is refused before anything is built."""
 
 import os
+from collections.abc import Sized
 from typing import Any
 
 from accelerate.parallelism_config import ParallelismConfig
@@ -12,6 +13,7 @@ from lisa_dist.core.blocks import find_blocks, split_into_modules
 from lisa_dist.core.engine_config import prepare_ds_config
 from lisa_dist.core.meta_model import model_without_weights
 from lisa_dist.core.selection import unit_budget
+from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.errors import UserError
 from lisa_dist.train.compiled_layers import check_compile
 from lisa_dist.train.probe import check_probe_of_run
@@ -28,6 +30,13 @@ _REFUSED = {
 def precision_of_arguments(args: TrainingArguments) -> str:
     """ "bf16", "fp16" or "fp32"."""
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+
+
+def check_numbers_of_examples(training: object, evaluation: object) -> None:
+    """Raise UserError on ranks that have other numbers of examples: they would wait for each other at the end."""
+    datasets = {"training": training, "evaluation": evaluation}
+    sizes = {f"the number of {name} examples": len(one) for name, one in datasets.items() if isinstance(one, Sized)}
+    check_same_everywhere(sizes, "give every rank the same datasets: each takes its share of them")
 
 
 def check_precision(args: TrainingArguments) -> None:

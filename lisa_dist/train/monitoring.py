@@ -3,6 +3,7 @@
 import resource
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -52,6 +53,16 @@ class MonitoredMixin(_TrainerClass):
         """The signal that ended training early, if one did."""
         return None
 
+    def _print(self, text: str | None) -> None:
+        if text is not None and self.args.should_log:
+            print(text, flush=True)
+
+    def _warn_if_stopped(self, folder: Path) -> None:
+        """Where a model is saved: a script of one's own may not have looked at `stopped_by`."""
+        if self.stopped_by is not None:
+            done = f"{self.state.global_step} of {self.state.max_steps} steps"
+            self._print(f"warning: {self.stopped_by} ended the run after {done}: {folder} is no finished model.")
+
     def active_now(self) -> str:
         """What trains now, for the line of the progress; "" where it is everything."""
         return ""
@@ -93,12 +104,12 @@ class SlowRanks:
     """The rank that computes longest, for the logs; a warning where it is the same one several times in a row."""
 
     def __init__(self, compute_time: ComputeTime):
-        self.compute_time = compute_time
+        self._compute_time = compute_time
         self._rank, self._times_in_a_row = -1, 0
 
     def measure(self) -> tuple[dict[str, float], str | None]:
         """Metrics since the last call and a warning, if there is one; all ranks call it."""
-        rank, ratio, host = self.compute_time.slowest()
+        rank, ratio, host = self._compute_time.slowest()
         self._times_in_a_row = (self._times_in_a_row + 1 if rank == self._rank else 1) if ratio > SLOW else 0
         self._rank = rank if ratio > SLOW else -1
         warning = None

@@ -41,7 +41,7 @@ from lisa_dist.memory.run_memory import RunMemory
 from lisa_dist.memory.workload import CHUNKED
 from lisa_dist.optim.build import build_optimizer
 from lisa_dist.train.callbacks import Heartbeat, LisaSteps
-from lisa_dist.train.checks import check_trainer
+from lisa_dist.train.checks import check_numbers_of_examples, check_trainer
 from lisa_dist.train.compiled_layers import CompiledLayers
 from lisa_dist.train.deepspeed_arguments import begin_deepspeed
 from lisa_dist.train.identity import check_global_batch_size, compare_on_rank_0, describe_identity, write_identity
@@ -152,6 +152,7 @@ class LisaMixin(MonitoredMixin):
             self._begins = find_beginning(resume_from_checkpoint, self.args.output_dir, self.accelerator.print)
             folder = self._begins.checkpoint
             check_beginning(self, self._begins)
+            check_numbers_of_examples(self.train_dataset, self.eval_dataset)
             try:
                 with self._signals, self._watchdog:
                     output = super().train(folder and str(folder), *args, **kwargs)
@@ -160,12 +161,10 @@ class LisaMixin(MonitoredMixin):
             finally:
                 if self._memory is not None:
                     self._memory.abandon()
-                if self._slow_ranks is not None:
-                    self._slow_ranks.compute_time.close()
-                if self.lisa is not None:  # also where the run has raised
-                    if self.lisa.is_attached:
-                        end_save(self.lisa)
-                    self.lisa.give_back()
+                if self.lisa is not None and self.lisa.is_attached:  # also where the run has raised
+                    end_save(self.lisa)
+                    self.lisa.partitions.close()
+                    self.lisa.blocks.give_back()
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
@@ -229,7 +228,8 @@ class LisaMixin(MonitoredMixin):
         if self.args.world_size > 1:
             partitions: Any = self._controller.partitions
             waits = partitions.weights_are_sharded
-            self._slow_ranks = SlowRanks(ComputeTime(self._engine.module, self.args.device, waits))
+            timed = ComputeTime(self._engine.module, self.args.device, waits)
+            self._slow_ranks, self._controller.at_close = SlowRanks(timed), timed.close
 
     def _plan_memory(self) -> None:
         """Set how many layers are checkpointed."""
@@ -255,10 +255,6 @@ class LisaMixin(MonitoredMixin):
     def _identity(self) -> dict[str, Any]:
         name = task_trainer_of(type(self))
         return describe_identity(self.args, getattr(self.model, "config", None), self.train_dataset, name)
-
-    def _print(self, text: str | None) -> None:
-        if text is not None and self.args.should_log:
-            print(text, flush=True)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's, which would train one step more when it resumes a run that has taken all of its steps."""
@@ -360,6 +356,7 @@ class LisaMixin(MonitoredMixin):
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or self.args.output_dir)
+        self._warn_if_stopped(folder)
         with together(folder):
             if self.args.should_save:
                 save_without_weights(lambda path: self._save(path, state_dict={}), folder)

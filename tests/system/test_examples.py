@@ -209,7 +209,7 @@ def snippets() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("place", "said"), [(0, "step    20  period    1  active layers"), (1, "step 5 layers")], ids=["trainer", "loop"]
+    ("place", "said"), [(0, "step     4  period    1  active layers"), (1, "step 5 layers")], ids=["trainer", "loop"]
 )
 def test_what_the_readme_prints_runs_as_it_stands(tmp_path, given, place, said):
     """Under plain python, in a shell that knows of no rank."""

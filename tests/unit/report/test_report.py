@@ -174,6 +174,14 @@ def test_what_another_run_left_is_no_part_of_a_new_one(folder, tmp_path):
     assert "lisa-dist train --gpus 2" in page
     assert "# resumed now\nlisa-dist train more" in page
     assert "time since the last resume" in page
+    rate = {"--learning_rate": 3e-3, "--resume_from_checkpoint": "true"}
+    again = {"began": "later", "command": "lisa-dist train again", "method": "lisa", "flags": first["flags"] | rate}
+    (tmp_path / "out" / "lisa_run.json").write_text(json.dumps(first))
+    write_run(tmp_path / "out", again, resumes=True)
+    then = first["flags"]["--learning_rate"]
+    assert read_run(tmp_path / "out").run["resumed"][0]["before"] == {"--learning_rate": then}
+    page = write_report(tmp_path / "out").read_text()
+    assert f"<th>--learning_rate</th><td>{then:g}; 0.003 since later</td>" in page
     write_run(tmp_path / "out", {"began": "now", "method": "full"})
     assert not read_run(tmp_path / "out").periods
     assert read_run(tmp_path / "out").memory is None

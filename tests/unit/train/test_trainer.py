@@ -1,5 +1,7 @@
 """LISA in the Hugging Face Trainer: the same losses as the reference, under its schedule and accumulation."""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -494,6 +496,10 @@ def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, 
         callbacks=[StopAfter(stop_after)],
     )
     trainer.train(resume_from_checkpoint=resume_from)
+    said = io.StringIO()
+    if trainer.stopped_by is not None:  # as in a script that does not look at it
+        with contextlib.redirect_stdout(said):
+            trainer.save_model(f"{output_dir}-stopped")
     parameters = dict(trainer.model.named_parameters())
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
         weights = {name: whole_weights(value).clone() for name, value in parameters.items()}
@@ -503,6 +509,7 @@ def train_shuffled(output_dir: str, ds_config: str, changes: dict, resume_from, 
         "losses": [entry["loss"] for entry in logs],
         "learning_rates": [entry["learning_rate"] for entry in logs],
         "stopped_by": trainer.stopped_by,
+        "said": said.getvalue(),
     }
 
 
@@ -562,6 +569,8 @@ def test_a_signals_checkpoint_stays_though_another_is_the_best(tmp_path):
     assert {"checkpoint-2", "checkpoint-8"} <= {path.name for path in (tmp_path / "whole").iterdir()}
     stopped = run_ranks(train_shuffled, 2, str(tmp_path / "out"), "zero2", changes, None, 0, 5)[0]
     assert stopped["stopped_by"] == "SIGUSR1"
+    unfinished = f"{tmp_path / 'out'}-stopped is no finished model."
+    assert stopped["said"] == f"warning: SIGUSR1 ended the run after 5 of {STEPS} steps: {unfinished}\n"
     assert (tmp_path / "out" / "checkpoint-5").is_dir()
     resumed = run_ranks(train_shuffled, 2, str(tmp_path / "out"), "zero2", changes, True, 99)[0]
     for name, value in whole["weights"].items():
@@ -619,6 +628,11 @@ def refuse_the_folder(output_dir: str) -> list[str]:
         with pytest.raises(UserError) as error:
             begin()
         said.append(str(error.value))
+    uneven = rows_for(2)[dist.get_rank() :]
+    trainer = InOrder(model=tiny_llama(), args=arguments(f"{output_dir}-uneven", "zero2"), train_dataset=uneven)
+    sizes = f"the number of training examples is {len(rows_for(2)) - 1}, not {len(rows_for(2))}, as on host "
+    with pytest.raises(UserError, match=sizes):
+        trainer.train()
     return said
 
 
