@@ -22,7 +22,7 @@ from lisa_dist.turns import OF_TEMPLATES, as_taken, takes_parts
 
 IGNORED = -100  # the label of a token without loss, as everywhere in transformers
 LONG_EXAMPLES = ("auto", "truncate", "drop")
-_VERSION = 4  # increase it with any change of the encoding: older caches are then not used
+_VERSION = 5  # increase it with any change of the encoding: older caches are then not used
 # The status of an encoded example; any other status is why the example is invalid.
 _WHOLE, _CUT, _NEXT_PART, _TOO_LONG, _NO_LABELS = "whole", "cut", "next part", "too long", "no labels"
 
@@ -38,6 +38,7 @@ class Encoder:
         self._tokenizer, self._assistant_only = tokenizer, assistant_only
         self._special = list(tokenizer.get_added_vocab())
         self._plain = str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE)
+        self._shown: set[str] = set()  # of tools and tool_calls, those that the template is known to show
         self._in_parts = not self._plain and takes_parts(tokenizer)
         self.marked_template = self._find_marked_template() if assistant_only and not self._plain else None
         if not tokenizer.is_fast:
@@ -53,8 +54,12 @@ class Encoder:
         parts += [json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True), str(_VERSION)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def encode(self, turns: Sequence[dict[str, str]]) -> tuple[list[int], list[int]]:
+    def encode(self, turns: Sequence[dict[str, Any]], tools: list | None = None) -> tuple[list[int], list[int]]:
         """Token ids and labels. Raises ExampleError if the chat template cannot render the turns."""
+        has = _tools_in(turns, tools)
+        if not has <= self._shown:  # what the template does with those of one example it does with all
+            check_tools_shown(self._tokenizer, turns, tools)
+            self._shown |= has
         first = turns[0]["role"]
         if first == "text":
             return self._encode_text(turns[0]["content"], 0)
@@ -65,8 +70,8 @@ class Encoder:
             roles = {"prompt": "user", "completion": "assistant"}
             turns = [turn | {"role": roles[turn["role"]]} for turn in turns]
         if self.marked_template is not None:
-            return self._encode_marked(turns, self.marked_template)
-        text, spans = self._render(turns)
+            return self._encode_marked(turns, tools, self.marked_template)
+        text, spans = self._render(turns, tools)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoded["input_ids"]
         if not self._assistant_only:
@@ -106,10 +111,12 @@ class Encoder:
             starts[-1] = len(text)
         return ids, [token if start >= prompt_length else IGNORED for token, start in zip(ids, starts, strict=True)]
 
-    def _encode_marked(self, turns: Sequence[dict[str, str]], template: str) -> tuple[list[int], list[int]]:
+    def _encode_marked(
+        self, turns: Sequence[dict[str, Any]], tools: list | None, template: str
+    ) -> tuple[list[int], list[int]]:
         settings: Any = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True}
         try:
-            encoded: Any = self._tokenizer.apply_chat_template(as_taken(turns, self._in_parts), **settings)
+            encoded: Any = self._tokenizer.apply_chat_template(as_taken(turns, self._in_parts), tools, **settings)
         except OF_TEMPLATES as error:
             raise ExampleError(f"the chat template refuses it: {error}") from error
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
@@ -117,22 +124,24 @@ class Encoder:
         _check_labels(labels)
         return ids, labels
 
-    def _render(self, turns: Sequence[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+    def _render(self, turns: Sequence[dict[str, Any]], tools: list | None) -> tuple[str, list[tuple[int, int]]]:
         """The text of all turns, and the spans of the assistant's turns in it."""
         try:
-            text = self._apply(turns)
+            text = self._apply(turns, tools)
             if not self._assistant_only:
                 return text, []
             spans = []
             for number, turn in enumerate(turns):
                 if turn["role"] != "assistant":
                     continue
-                after = self._apply(turns[: number + 1])
+                after = self._apply(turns[: number + 1], tools)
                 if number:
-                    before = self._apply(turns[:number], add_generation_prompt=True)
+                    before = self._apply(turns[:number], tools, add_generation_prompt=True)
+                elif not turn["content"].strip():
+                    raise ExampleError("begins with a tool call; put a turn of the user before it")
                 else:  # no template renders no turns
                     before = after.partition(turn["content"].strip())[0]
-                end = self._end_of_turn(before, after, text, turn["content"])
+                end = self._end_of_turn(before, after, text, [turn["content"].strip(), *_names(turn.get("tool_calls"))])
                 if end is None:
                     raise ExampleError(
                         f"the chat template renders turn {number + 1} differently once later turns follow, so the "
@@ -144,18 +153,16 @@ class Encoder:
             raise ExampleError(f"the chat template refuses it: {error}") from error
         return text, spans
 
-    def _apply(self, turns: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> str:
-        text = self._tokenizer.apply_chat_template(
-            as_taken(turns, self._in_parts), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        return cast(str, text)
+    def _apply(self, turns: Sequence[dict[str, Any]], tools: list | None, add_generation_prompt: bool = False) -> str:
+        given: Any = {"tools": tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
+        return cast(str, self._tokenizer.apply_chat_template(as_taken(turns, self._in_parts), **given))
 
-    def _end_of_turn(self, before: str, after: str, text: str, content: str) -> int | None:
+    def _end_of_turn(self, before: str, after: str, text: str, said: list[str]) -> int | None:
         """Where in `text`, that of all turns, a turn ends; None if its end cannot be found.
 
-        `before` and `after` are the text without and with the turn, both without later turns. Some templates end the
-        last turn with text that they omit once turns follow. The turn then ends with its last special token that is in
-        both texts.
+        `before` and `after` are the text without and with the turn, both without later turns; it has
+        the texts `said`. Some templates end the last turn with text that they omit once turns follow. The turn then
+        ends with its last special token that is in both texts.
         """
         if not (text.startswith(before) and after.startswith(before)):
             return None
@@ -163,9 +170,38 @@ class Encoder:
         ends = [common.rfind(token) + len(token) for token in self._special if token in common[len(before) :]]
         last = max(ends, default=None)
         if common != after:
-            return last if last is not None and content.strip() in common[len(before) : last] else None
+            return last if last is not None and all(part in common[len(before) : last] for part in said) else None
         # A line break after the end of a turn belongs to the next turn.
         return last if last is not None and not common[last:].strip() else len(common)
+
+
+def check_tools_shown(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, Any]], tools: Any) -> None:
+    """Raise UserError where the chat template leaves out the tools or the tool calls of an example."""
+
+    def rendered(turns: Sequence[dict[str, Any]], tools: Any) -> Any:
+        try:
+            return tokenizer.apply_chat_template(as_taken(turns, parts), tools=tools, tokenize=False)
+        except OF_TEMPLATES:  # it looks at them; what it refuses is said of the example
+            return None
+
+    parts = takes_parts(tokenizer)
+    bare = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in turns]
+    for name in sorted(_tools_in(turns, tools)):
+        without = rendered(turns, None) if name == "tools" else rendered(bare, tools)
+        if without is not None and without == rendered(turns, tools):
+            raise UserError(
+                f"--dataset_name has examples with {name}, and the chat template leaves them out: give one that shows "
+                "them by --chat_template_path, or examples without."
+            )
+
+
+def _tools_in(turns: Sequence[dict[str, Any]], tools: Any) -> set[str]:
+    has = {"tools": tools, "tool_calls": any(turn.get("tool_calls") for turn in turns)}
+    return {name for name, given in has.items() if given}
+
+
+def _names(functions: list[dict[str, Any]] | None) -> list[str]:
+    return [function["function"]["name"] for function in functions or ()]
 
 
 def _common_prefix(first: str, second: str) -> str:
@@ -192,10 +228,10 @@ def encode_examples(
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
         columns: dict[str, list] = {name: [] for name in ("input_ids", "labels", "origin", "length", "status")}
-        for turns, origin in zip(batch["turns"], batch["origin"], strict=True):
+        for turns, tools, origin in zip(batch["turns"], batch["tools"], batch["origin"], strict=True):
             parts: list[tuple[list[int], list[int], str]]
             try:
-                ids, labels = encoder.encode(turns)
+                ids, labels = encoder.encode(turns, tools)
             except ExampleError as error:
                 parts, length = [([], [], str(error))], 0
             else:

@@ -7,13 +7,16 @@
     question_answer     question, answer; system
     text                text, for continued pre-training
 
-A turn is {"role": ..., "content": ...} with the role system, user, assistant or tool, for the output of a tool. An
-example of text is one turn of the role "text". A prompt and a completion that are texts are turns of the roles "prompt"
+A turn is {"role": ..., "content": ...} with the role system, user, assistant or tool, for the output of a tool. The
+assistant's may have `tool_calls`, and an example of turns `tools`, both in transformers' form. An example of
+text is one turn of the role "text". A prompt and a completion that are texts are turns of the roles "prompt"
 and "completion": for a model without a chat template they are concatenated as they are.
 """
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from lisa_dist.errors import UserError
 
@@ -21,6 +24,8 @@ _NUM_SHOWN = 5  # invalid examples that an error lists
 ROLES = ("system", "user", "assistant", "tool")
 _SAME_ROLE = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant"}
 _SAME_ROLE |= {"model": "assistant", "bot": "assistant", "observation": "tool", "developer": "system"}
+_CALLS = "function_call"  # the role of a turn whose text is the JSON of calls, in ShareGPT's form
+_SAME_ROLE |= {_CALLS: "assistant"}
 
 
 class ExampleError(ValueError):
@@ -47,12 +52,51 @@ def detect(columns: Sequence[str]) -> str | None:
     return None
 
 
-def to_turns(example: Mapping, format_name: str) -> list[dict[str, str]]:
+def to_turns(example: Mapping, format_name: str) -> list[dict[str, Any]]:
     """The turns of an example. Raises ExampleError if it does not follow the format."""
     turns = FORMATS[format_name][1](example)
     if turns[0]["role"] not in ("text", "prompt"):
         _check_order(turns)
     return turns
+
+
+def tools_of(example: Mapping, format_name: str) -> list[dict[str, Any]] | None:
+    """The tools of an example, None where it has none. Raises ExampleError for what describes no functions."""
+    given = example.get("tools") if "tools" in _OPTIONAL.get(format_name, ()) else None
+    return to_functions(given, "tools") or None if given else None
+
+
+def to_functions(given: Any, place: str, are_calls: bool = False) -> list[dict[str, Any]]:
+    """Tools or calls in transformers' form, of OpenAI's, of functions alone, or of the JSON of them.
+
+    The arguments of calls become objects, as chat templates take them. Raises ExampleError that names the `place`.
+    """
+    listed, functions = _of_json(given, place), []
+    for number, entry in enumerate(listed if isinstance(listed, (list, tuple)) else [listed], start=1):
+        entry = {key: value for key, value in entry.items() if value is not None} if isinstance(entry, Mapping) else {}
+        function = entry.pop("function", None)
+        if function is None:
+            entry, function = {}, entry
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise ExampleError(f"entry {number} of {place} is no function with a name")
+        if are_calls:
+            arguments = _of_json(function.get("arguments") or {}, f"the arguments of {function['name']} in {place}")
+            if not isinstance(arguments, Mapping):
+                raise ExampleError(f"{place} has arguments of {function['name']} that are no object")
+            function = {**function, "arguments": arguments}
+        functions.append({"type": "function", **entry, "function": function})
+    try:
+        json.dumps(functions, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ExampleError(f"{place} has what is no JSON ({error})") from error
+    return functions
+
+
+def _of_json(given: Any, place: str) -> Any:
+    try:
+        return json.loads(given) if isinstance(given, str) else given
+    except (ValueError, RecursionError) as error:
+        raise ExampleError(f"{place} is no JSON ({error})") from error
 
 
 def _alpaca(example: Mapping) -> list[dict[str, str]]:
@@ -105,9 +149,9 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping], list[dict[str, str
 }
 # Optional columns.
 _OPTIONAL = {
-    "messages": ("system",),
-    "sharegpt": ("system",),
-    "prompt_completion": ("system",),  # with lists of turns
+    "messages": ("system", "tools"),
+    "sharegpt": ("system", "tools"),
+    "prompt_completion": ("system", "tools"),  # with lists of turns
     "alpaca": ("input", "system", "history"),
     "question_answer": ("system",),
 }
@@ -130,7 +174,7 @@ def _system(example: Mapping) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}] if system.strip() else []
 
 
-def _turns(example: Mapping, column: str, role_key: str, content_key: str) -> list[dict[str, str]]:
+def _turns(example: Mapping, column: str, role_key: str, content_key: str) -> list[dict[str, Any]]:
     """The turns in a list column, with the given keys or the other pair of role/content and from/value."""
     turns = []
     for number, turn in enumerate(_list(example, column), start=1):
@@ -144,6 +188,11 @@ def _turns(example: Mapping, column: str, role_key: str, content_key: str) -> li
             if "role" in turn
             else ("from", "value")
         )
+        calls, role = turn.get("tool_calls"), turn.get(keys[0])
+        if calls and turn.get(keys[1]) is None:  # as OpenAI has it
+            turn = {**turn, keys[1]: ""}
+        elif role == _CALLS and turn.get(keys[1]):
+            calls, turn = turn[keys[1]], {**turn, keys[1]: ""}
         for key, expected in zip(keys, (role_key, content_key), strict=True):
             if turn.get(key) is None:
                 raise ExampleError(f"{place} has no {expected if expected not in turn else key}")
@@ -153,11 +202,20 @@ def _turns(example: Mapping, column: str, role_key: str, content_key: str) -> li
         if role not in ROLES:
             known = ", ".join([*ROLES, *_SAME_ROLE])
             raise ExampleError(f"{place} has the unknown role {turn[keys[0]]!r}; known roles are {known}")
-        if role == "assistant" and not turn[keys[1]].strip():
+        if calls and role != "assistant":
+            raise ExampleError(
+                f"{place} has tool_calls, and its role is {role}; those of the assistant alone are taken"
+            )
+        if role == "assistant" and not calls and not turn[keys[1]].strip():
             raise ExampleError(f"{place} is an empty answer")
         if role == "assistant" and (turn.get("weight") == 0 or turn.get("train") is False):
             raise ExampleError(f"{place} is not to be trained on (weight 0, or train false), but every answer is here")
-        turns.append({"role": role, "content": turn[keys[1]]})
+        found = {"role": role, "content": turn[keys[1]]}
+        if calls:
+            found["tool_calls"] = to_functions(calls, f"tool_calls of {place}", are_calls=True)
+        if role == "tool":  # which some templates show
+            found |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
+        turns.append(found)
     return turns
 
 

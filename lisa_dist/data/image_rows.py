@@ -67,7 +67,7 @@ def _for_trl(examples: Dataset, all_labels: bool) -> Dataset:
         last = max(place for place, turn in enumerate(found) if turn["role"] == "assistant")
         return {"messages": found} if all_labels else {"prompt": found[:last], "completion": found[last : last + 1]}
 
-    converted = undecoded.map(convert, input_columns=["turns"], remove_columns=["turns"])
+    converted = undecoded.map(convert, input_columns=["turns"], remove_columns=["turns", "tools"])
     return converted.cast_column("images", List(Image()))
 
 

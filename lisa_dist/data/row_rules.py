@@ -1,11 +1,13 @@
 """What a row of a task must hold, in plain Python: a first look at a file needs nothing else."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lisa_dist.data.formats import ROLES, detect
-from lisa_dist.tasks import GRPO, KTO, SFT, TASKS, describe_columns_of, tasks_for
+from lisa_dist.data.formats import ROLES, ExampleError, detect, to_functions
+from lisa_dist.tasks import GRPO, KTO, REWARD, SFT, TASKS, describe_columns_of, tasks_for
 
+_WITH_TOOLS = ("dpo", KTO, REWARD)  # of the others TRL hands the tools of a row to no chat template
 _ANSWERS = ("chosen", "rejected", "completion")
 _LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}  # as CSV has them
 
@@ -67,6 +69,13 @@ class RowRules:
                 names.insert(0, "prompt")
             new = {name: new.get(name) for name in [*names, *([] if is_pair else ["label"])]}
         problem = self._problem(new, names)
+        if problem is None:
+            try:
+                new |= {name: _with_calls(new[name], name) for name in names}
+                if row.get("tools") and self._task in _WITH_TOOLS:
+                    new["tools"] = json.dumps(to_functions(row["tools"], "tools"))  # of which TRL takes the JSON
+            except ExampleError as error:
+                problem = str(error)
         return (None, problem) if problem else (new, None)
 
     def _problem(self, row: dict[str, Any], names: list[str]) -> str | None:
@@ -89,6 +98,19 @@ class RowRules:
             row["label"] = label
         self.shape = shape
         return None
+
+
+def _with_calls(text: Any, name: str) -> Any:
+    """A text, or turns with their tool calls in the form that chat templates take."""
+    if isinstance(text, str):
+        return text
+    turns = []
+    for turn in text:
+        if calls := turn.get("tool_calls"):
+            calls = to_functions(calls, f"tool_calls of {name}", are_calls=True)
+            turn = {**turn, "content": turn["content"] or "", "tool_calls": calls}
+        turns.append(turn)
+    return turns
 
 
 def _described(shape: Mapping[str, str]) -> str:

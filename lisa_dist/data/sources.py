@@ -11,20 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, Features, Image, Json, List, Value, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from lisa_dist.data.formats import FORMATS, ExampleError, describe_columns, detect, refuse_examples, to_turns
+from lisa_dist.data.formats import FORMATS, ExampleError, describe_columns, detect, refuse_examples, to_turns, tools_of
 from lisa_dist.data.images import COLUMNS, images_of
 from lisa_dist.data.readers import OF_SAVED_DATASETS, SUFFIXES, read_file, suffix_of
 from lisa_dist.data.row_rules import hint_of_tasks
 from lisa_dist.errors import UserError
 from lisa_dist.text import in_one_line
 
-_VERSION = 3  # increase it with any change of what an example becomes: older caches are then not used
+_VERSION = 4  # increase it with any change of what an example becomes: older caches are then not used
 _FEATURES = Features(
     {
-        "turns": List({"role": Value("string"), "content": Value("string")}),
+        "turns": List(Json()),  # tool calls have arguments of any kind
+        "tools": Json(),
         "origin": Value("string"),
         "problem": Value("string"),
     }
@@ -65,7 +66,7 @@ class Source:
 
 
 def load_turns(source: Source, skip_invalid: bool, seed: int, with_images: bool = False) -> tuple[Dataset, str]:
-    """The valid examples of a source, sampled, with the columns turns and origin; and a line that describes them.
+    """The valid examples of a source, sampled, with the columns turns, tools and origin; and a line of them.
 
     `with_images`: they have a column images too, and those that have none, or no turns, are invalid.
     Raises UserError naming the file, the line and the rule: for a source that cannot be read, and for invalid examples
@@ -234,7 +235,7 @@ def _turns_of_files(
     for path, *_ in files:
         for origin, example, problem in read_file(Path(path), label):
             if example is None:
-                entry: dict[str, Any] = {"turns": [], "origin": f"{path}, {origin}", "problem": problem}
+                entry: dict[str, Any] = {"turns": [], "tools": None, "origin": f"{path}, {origin}", "problem": problem}
                 yield entry | ({"images": []} if with_images else {})
             else:
                 folder = Path(path).parent
@@ -252,12 +253,14 @@ def _to_turns(
     origin: str, example: Mapping, format_name: str, columns: tuple, with_images: bool, folder: Path | None
 ) -> dict:
     """An entry of the cache: the turns of an example, and its images, or none and its problem."""
-    turns: list[dict[str, str]] = []
+    turns: list[dict[str, Any]] = []
     images: list[Any] = []
-    problem = ""
+    problem, tools = "", None
     example = {**example, **{name: example.get(column) for name, column in columns}}
     try:
-        turns = to_turns(example, format_name)
+        turns, tools = to_turns(example, format_name), tools_of(example, format_name)
+        if with_images and (tools or any("tool_calls" in turn for turn in turns)):
+            raise ExampleError("has tools or tool calls beside images; leave one of them out")
         if with_images:
             images = _images_beside(turns, example, folder)
         for turn in turns:
@@ -266,11 +269,11 @@ def _to_turns(
         turns, problem = [], str(error)
     except UnicodeEncodeError:
         turns, images, problem = [], [], "has half of a character (a lone surrogate)"
-    entry: dict[str, Any] = {"turns": turns, "origin": origin, "problem": problem}
+    entry: dict[str, Any] = {"turns": turns, "tools": tools, "origin": origin, "problem": problem}
     return entry | ({"images": images} if with_images else {})
 
 
-def _images_beside(turns: list[dict[str, str]], example: Mapping, folder: Path | None) -> list[Any]:
+def _images_beside(turns: list[dict[str, Any]], example: Mapping, folder: Path | None) -> list[Any]:
     if turns[0]["role"] == "text":
         raise ExampleError("has images beside a text; give a question and an answer, or turns")
     roles = [turn["role"] for turn in turns]

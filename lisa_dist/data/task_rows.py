@@ -4,23 +4,28 @@ Those of grpo keep all columns, for the reward functions. A text is a string or 
 as in TRL's formats; all rows of a source are of one kind.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
+from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.data.dataset import Data, DataArguments, hold_out
+from lisa_dist.data.encoding import check_tools_shown
 from lisa_dist.data.formats import refuse_examples
 from lisa_dist.data.readers import read_file
 from lisa_dist.data.row_rules import RowRules, why_not_of_columns
 from lisa_dist.data.sources import Source, apply_weight, open_source, sample_source, split_sample_size
 from lisa_dist.errors import UserError
+from lisa_dist.tasks import GRPO
 from lisa_dist.text import in_one_line
 
 ORIGIN = "__origin__"  # the column of where a row is, in memory alone
-_VERSION = 2  # increase it with any change of what a row becomes: older caches are then not used
+_VERSION = 3  # increase it with any change of what a row becomes: older caches are then not used
+_NUM_CHECKED = 100  # rows whose tools the chat template is tried with
 _NUM_SHOWN = 700  # characters of the first row in the header of a run
 
 
@@ -52,6 +57,15 @@ def load_task_data(arguments: DataArguments, task: str, seed: int) -> Data:
     return Data(train.remove_columns(ORIGIN), held_out and held_out.remove_columns(ORIGIN), lines)
 
 
+def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:
+    """Raise UserError where the chat template leaves out tools or tool calls of the first rows."""
+    for row in rows.select(range(min(len(rows), _NUM_CHECKED))):
+        texts = [row[name] for name in ("prompt", "chosen", "completion") if isinstance(row.get(name), list)]
+        if turns := [turn for text in texts for turn in text]:
+            tools = row.get("tools")
+            check_tools_shown(tokenizer, turns, json.loads(tools) if isinstance(tools, str) else None)
+
+
 def _load(source: Source, task: str, skip_invalid: bool, seed: int) -> tuple[Dataset, str]:
     """The valid rows of a source, sampled, with their origin; and a line that describes them."""
     try:
@@ -69,17 +83,21 @@ def _load(source: Source, task: str, skip_invalid: bool, seed: int) -> tuple[Dat
     if (why := why_not_of_columns(task, list(first), source.columns)) is not None:
         raise UserError(f"{source.label}: {why}")
     arguments: dict[str, Any] = {"version": _VERSION, "task": task, "columns": source.columns, "label": source.label}
-    problems, names = [], dict.fromkeys([ORIGIN])
+    problems, features = [], {ORIGIN: Value("string")}
     for origin, row, why in _checked(rows, **arguments):
         problems.append(why and f"{origin} {why}")
-        names |= dict.fromkeys(row or ())
+        features |= {column: _feature_of(value) for column, value in (row or {}).items()}
     invalid = [problem for problem in problems if problem]
     if invalid and not skip_invalid:
         refuse_examples(invalid, len(invalid), len(problems), source.label)
     if len(invalid) == len(problems):
         raise UserError(f"{source.label}: none of its {len(problems)} rows can be used.")
     try:
-        valid = Dataset.from_generator(_valid, gen_kwargs=arguments | {"rows": rows, "names": tuple(names)})
+        valid = Dataset.from_generator(
+            _valid,
+            gen_kwargs=arguments | {"rows": rows, "names": tuple(features)},
+            features=None if task == GRPO else Features(features),  # whose columns may be of any kind
+        )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
@@ -96,6 +114,11 @@ def _load(source: Source, task: str, skip_invalid: bool, seed: int) -> tuple[Dat
         valid = sample_source(valid, source, sample_size, seed)
         line += f", {sample_size} of them sampled by --seed {seed}"
     return valid, line
+
+
+def _feature_of(value: Any) -> Any:
+    """A column's kind: of turns JSON, as the arguments of tool calls are of any kind."""
+    return List(Json()) if isinstance(value, list) else Value("bool" if isinstance(value, bool) else "string")
 
 
 def _checked(

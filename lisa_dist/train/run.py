@@ -20,7 +20,7 @@ from lisa_dist.core.checkpointing import parse_checkpointed_layers
 from lisa_dist.data.chat_template import set_chat_template
 from lisa_dist.data.dataset import Data, describe_examples, load_data
 from lisa_dist.data.image_rows import have_images, load_image_data
-from lisa_dist.data.task_rows import load_task_data
+from lisa_dist.data.task_rows import check_template, load_task_data
 from lisa_dist.distributed.collectives import raise_shared, together
 from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.distributed.run_lock import one_run_in
@@ -207,6 +207,7 @@ def load_examples(config: RunConfig, processing: Processing, said: str = "") -> 
                 )
             else:
                 data = load_task_data(config.data, config.run.task, training.seed)
+                check_template(tokenizer, data.train)
         except UserError as error:
             problem = str(error)
     raise_shared(problem)

@@ -12,6 +12,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 from lisa_dist.data.chat_template import PLAIN_TEMPLATE, set_chat_template
 from lisa_dist.data.encoding import IGNORED, Encoder, encode_examples
 from lisa_dist.data.formats import ExampleError, to_turns
+from lisa_dist.data.sources import Source, load_turns
+from lisa_dist.errors import UserError
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -60,11 +62,11 @@ def tokenizer(folder):
     return tokenizer
 
 
-def pieces(tokenizer, turns, template=None, assistant_only=True) -> list[tuple[str, bool]]:
+def pieces(tokenizer, turns, template=None, assistant_only=True, tools=None) -> list[tuple[str, bool]]:
     if template is not None:
         tokenizer.chat_template = template
     encoder = Encoder(tokenizer, assistant_only)
-    return encoder.describe(*encoder.encode(turns))
+    return encoder.describe(*encoder.encode(turns, tools))
 
 
 @pytest.mark.parametrize(
@@ -159,6 +161,80 @@ def test_a_template_that_raises_says_so_of_the_row(tokenizer, template):
     template = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}" + template
     with pytest.raises(ExampleError, match="the chat template refuses it: no tools here"):
         pieces(tokenizer, [{"role": "tool", "content": "t"}, *TURNS[:2]], template)
+
+
+# As Qwen's and Hermes', with the tools before the turns and calls within the assistant's.
+WITH_TOOLS = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls %}<call>{{ call.function.name }}"
+    "{% for name, value in call.function.arguments.items() %} {{ name }}={{ value }}{% endfor %}</call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOL_ROW = {
+    "messages": [
+        {"role": "user", "content": "1+2, 3+4?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"id": "a", "type": "function", "function": {"name": "add", "arguments": '{"x": 1, "y": 2}'}},
+                {"id": "b", "type": "function", "function": {"name": "add", "arguments": '{"z": [3, 4]}'}},
+            ],
+        },
+        {"role": "tool", "tool_call_id": "a", "content": "3"},
+        {"role": "assistant", "content": "3, 7"},
+    ],
+    "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],
+}
+
+
+def test_tools_and_tool_calls_reach_the_template(tokenizer, tmp_path):
+    """Through the cache, whose columns are alike for all rows; the assistant's turns alone count, calls included."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in [{"messages": TURNS[:2]}, TOOL_ROW]))
+    rows, _ = load_turns(Source(str(path)), False, 0)
+    assert rows[0]["turns"] == TURNS[:2]
+    assert rows[0]["tools"] is None
+    expected = [
+        (
+            '<|im_start|>tools\n[{"type": "function", "function": {"name": "add", "parameters": {}}}]<|im_end|>\n'
+            "<|im_start|>user\n1+2, 3+4?<|im_end|>\n<|im_start|>assistant\n",
+            False,
+        ),
+        ("<call>add x=1 y=2</call><call>add z=[3, 4]</call><|im_end|>", True),
+        ("\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n", False),
+        ("3, 7<|im_end|>", True),
+        ("\n", False),
+    ]
+    assert pieces(tokenizer, rows[1]["turns"], WITH_TOOLS, tools=rows[1]["tools"]) == expected
+    encoded, _ = encode_examples(rows, encoder := Encoder(tokenizer, True), "rows")
+    assert encoder.describe(encoded[1]["input_ids"], encoded[1]["labels"]) == expected
+
+
+def test_tool_calls_of_a_template_with_marks(tokenizer):
+    turns, tools = to_turns(TOOL_ROW, "messages"), TOOL_ROW["tools"]
+    tokenizer.chat_template = (TRL_TEMPLATES / "qwen3.jinja").read_text(encoding="utf-8")
+    found = pieces(tokenizer, turns, tools=tools)
+    assert '"name": "add"' in found[0][0]
+    counted = [text for text, has_labels in found if has_labels]
+    assert len(counted) == 2
+    assert '{"name": "add", "arguments": {"x": 1, "y": 2}}' in counted[0]
+    assert "3, 7<|im_end|>" in counted[1]
+
+
+def test_a_template_that_leaves_tools_out_is_refused(tokenizer):
+    turns, tools = to_turns(TOOL_ROW, "messages"), TOOL_ROW["tools"]
+    with pytest.raises(UserError, match="has examples with tool_calls, and the chat template leaves them out"):
+        pieces(tokenizer, turns, CHATML)
+    with pytest.raises(UserError, match="has examples with tools, and the chat template leaves them out"):
+        pieces(tokenizer, TURNS, MARKED, tools=tools)
+    tokenizer.chat_template = None
+    set_chat_template(tokenizer, None)
+    with pytest.raises(UserError, match="has examples with tools, and"):
+        pieces(tokenizer, to_turns({"prompt": "q", "completion": "a"}, "prompt_completion"), tools=tools)
+    with pytest.raises(ExampleError, match="begins with a tool call"):
+        pieces(tokenizer, turns[1:], WITH_TOOLS)
 
 
 @pytest.mark.parametrize("template", [CHATML, TEMPLATE])
@@ -289,7 +365,9 @@ def test_a_template_that_is_no_use_is_named(tokenizer, folder, tmp_path):
 
 
 def rows_of(*turns: list[dict]) -> Dataset:
-    return Dataset.from_list([{"turns": one, "origin": f"row {n}"} for n, one in enumerate(turns, start=1)])
+    return Dataset.from_list(
+        [{"turns": one, "tools": None, "origin": f"row {n}"} for n, one in enumerate(turns, start=1)]
+    )
 
 
 def text(length: int) -> list[dict]:
@@ -355,7 +433,7 @@ def test_rows_that_a_template_refuses_are_named_or_left_out(tokenizer):
 def test_what_was_encoded_is_found_again_and_only_that(tokenizer, tmp_path):
     """The cache is told apart by rows, tokenizer, template, what counts and lengths."""
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps({"turns": TURNS[:2], "origin": f"row {n}"}) for n in range(4)))
+    path.write_text("\n".join(json.dumps({"turns": TURNS[:2], "tools": None, "origin": f"row {n}"}) for n in range(4)))
     rows = Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
     tokenizer.chat_template = TEMPLATE
 

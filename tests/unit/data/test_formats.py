@@ -1,8 +1,10 @@
 """Each format of rows becomes turns; a row that breaks a rule says which."""
 
+import json
+
 import pytest
 
-from lisa_dist.data.formats import ExampleError, describe_columns, detect, to_turns
+from lisa_dist.data.formats import ExampleError, describe_columns, detect, to_turns, tools_of
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
@@ -56,8 +58,37 @@ def test_rows_become_turns(row, name, turns):
 
 
 def test_columns_that_are_not_read_are_told():
-    assert describe_columns("messages", ["id", "messages", "tools"]) == "messages (messages; ignored: id, tools)"
+    assert describe_columns("messages", ["id", "messages", "tools"]) == "messages (messages, tools; ignored: id)"
     assert describe_columns("alpaca", ["instruction", "input", "output"]) == "alpaca (instruction, input, output)"
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"x": 1}'}, "id": None}]},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {"x": 1}}]},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"x": 1}}'},
+    ],
+    ids=["openai", "arguments_of_json", "functions_alone", "sharegpt"],
+)
+def test_tool_calls_take_the_form_of_chat_templates(turn):
+    result = {"role": "tool", "content": "2", "tool_call_id": "a"}
+    assert to_turns({"messages": [USER, turn, result, ASSISTANT]}, "messages") == [USER, CALLED, result, ASSISTANT]
+
+
+def test_tools_take_the_form_of_chat_templates():
+    for given in ([TOOL], json.dumps([TOOL]), [TOOL["function"]], json.dumps(TOOL["function"])):
+        assert tools_of({"messages": [USER], "tools": given}, "messages") == [TOOL]
+    assert tools_of({"messages": [USER], "tools": "[]"}, "messages") is None
+    assert tools_of({"text": "t", "tools": "saw, hammer"}, "text") is None, "a column of another meaning"
+    with pytest.raises(ExampleError, match="tools is no JSON"):
+        tools_of({"messages": [USER], "tools": "add"}, "messages")
 
 
 def test_columns_of_no_format():
@@ -91,6 +122,28 @@ def test_columns_of_no_format():
         ({"messages": [USER, "a"]}, "messages", "turn 2 of messages is text, not an object with role and content"),
         ({"messages": [USER, {"role": "assistant"}]}, "messages", "turn 2 of messages has no content"),
         ({"messages": [{"content": "q"}]}, "messages", "turn 1 of messages has no role"),
+        ({"messages": [USER | {"tool_calls": [CALL]}]}, "messages", "has tool_calls, and its role is user"),
+        (
+            {"messages": [CALLED | {"tool_calls": [{"id": 1}]}]},
+            "messages",
+            "turn 1 of messages is no function with a name",
+        ),
+        (
+            {"messages": [CALLED | {"tool_calls": [{"name": "add", "arguments": "x=1"}]}]},
+            "messages",
+            "the arguments of add in tool_calls of turn 1 of messages is no JSON",
+        ),
+        (
+            {"messages": [CALLED | {"tool_calls": [{"name": "add", "arguments": "[1]"}]}]},
+            "messages",
+            "tool_calls of turn 1 of messages has arguments of add that are no object",
+        ),
+        (
+            {"messages": [CALLED | {"tool_calls": [{"name": "add", "arguments": '{"x": NaN}'}]}]},
+            "messages",
+            "tool_calls of turn 1 of messages has what is no JSON",
+        ),
+        ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, "sharegpt", "is no JSON"),
         (
             {"messages": [USER, {"role": "assistant", "content": ""}]},
             "messages",

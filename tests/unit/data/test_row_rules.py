@@ -4,10 +4,14 @@ import json
 from dataclasses import replace
 
 import pytest
+from models import TEMPLATE
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from lisa_dist.data.dataset import DataArguments
 from lisa_dist.data.row_rules import RowRules
-from lisa_dist.data.task_rows import load_task_data
+from lisa_dist.data.task_rows import check_template, load_task_data
+from lisa_dist.errors import UserError
 
 USER, ANSWER, OTHER = ({"role": role, "content": text} for role, text in
                        (("user", "q"), ("assistant", "a"), ("assistant", "b")))  # fmt: skip
@@ -45,6 +49,25 @@ def test_turns_of_a_pair(row, said):
 def test_labels_as_tables_have_them(label, taken):
     row, why = RowRules("kto").checked({"prompt": "q", "completion": "a", "label": label})
     assert row["label"] is taken if row else "has the label 0.5; it is true or false" in why
+
+
+def test_tools_and_tool_calls_of_pairs_reach_trl(tmp_path):
+    """As the JSON that TRL's tasks take, and as turns whose calls have arguments of any kind, late in a file too."""
+    rows, called = tmp_path / "rows.jsonl", ANSWER | {"content": None, "tool_calls": [{"name": "f", "arguments": "{}"}]}
+    plain, given = [{"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]}] * 1001, {"tools": [{"name": "f"}]}
+    rows.write_text("\n".join(map(json.dumps, [*plain, pair([called]) | given])))
+    data = load_task_data(DataArguments(dataset_name=[str(rows)]), "dpo", seed=0)
+    function = {"type": "function", "function": {"name": "f"}}
+    assert data.train[0] == plain[0] | {"tools": None}
+    assert json.loads(data.train[1001]["tools"]) == [function]
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    assert data.train[1001]["chosen"] == [ANSWER | {"content": "", "tool_calls": [call]}]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=TEMPLATE)
+    check_template(tokenizer, data.train)
+    with pytest.raises(UserError, match="has examples with tool_calls, and the chat template leaves them out"):
+        check_template(tokenizer, data.train.select([1001]))
+    _, why = RowRules("dpo").checked(pair([called | {"tool_calls": [{"name": "f", "arguments": "no"}]}]))
+    assert why.startswith("the arguments of f in tool_calls of chosen is no JSON")
 
 
 def test_columns_that_a_task_leaves_out_are_named_and_all_others_stay(tmp_path):
