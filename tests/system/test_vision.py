@@ -122,12 +122,27 @@ def test_all_turns_have_labels_where_that_is_asked(folder):
     assert [turn["role"] for turn in data.train[0]["messages"]] == ["user", "assistant"]
 
 
+CALLED = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
         ({"image": "absent.png", "question": "?", "answer": "1"}, "has an image absent.png: no such file"),
         ({"image": "rows.jsonl", "question": "?", "answer": "1"}, "has an image rows.jsonl: is no image that can be"),
         ({"image": None, "question": "?", "answer": "1"}, "has no image"),
+        (
+            {"image": {"path": "http://host/a.png", "bytes": None}, "question": "?", "answer": "1"},
+            "has an image http://host/a.png: no such",
+        ),
+        ({"image": {"path": "/etc/passwd"}, "question": "?", "answer": "1"}, "has an image /etc/passwd: is no image"),
+        ({"image": {"bytes": "a"}, "question": "?", "answer": "1"}, "has an image that is neither a path nor bytes"),
+        (
+            {"images": [["a.png"]], "question": "?", "answer": "1"},
+            "has an image that is neither a path nor bytes: ['a.png']",
+        ),
+        ({"image": "../a.png", "question": "?", "answer": "1"}, "has an image ../a.png: leads out of its folder"),
+        ({"image": "a.png", "question": "?", "answer": "1", "messages": [CALLED]}, "has tools or tool calls beside"),
         ({"images": [], "question": "?", "answer": "1"}, "has no image"),
         (
             {"image": "a.png", "messages": [{"role": "assistant", "content": "1"}]},
