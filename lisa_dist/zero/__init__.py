@@ -72,8 +72,8 @@ _record_gradient_stream                   protects gradients under optimizer   w
   stages 1, 2, without optimizer          offload alone                        larger than the bucket is not written
   offload: gradients.py                                                        over while it is reduced.
                                                                                test_a_loop_has_no_problem, 3 ranks
-reduce_independent_p_g_buckets_and        copies each gradient and divides it  leaves it where it is.
-_remove_grads                             by 1
+reduce_independent_p_g_buckets_and        copies each gradient and divides it  leaves it where it is, and waits for
+_remove_grads, overlap_comm               by 1, and waits for that             nothing.
   stages 1, 2, on one rank, without                                            test_a_gradient_of_one_rank_is_not
   optimizer offload: gradients.py                                              _copied
 get_all_grad_tensors,                     has the gradient of an embedding     LisaAdamW: has the rows that occur,
@@ -107,7 +107,7 @@ ds_opt_adam                               multiplies powers of the betas       r
 ========================================  ===================================  =====================================
 
 Also written, and not replaced: entries of the list of masters, `params` of the inner optimizer's groups (masters.py),
-`grad_position` while chunks are sent, and `overlap_comm` of a rank that is alone: false (gradients.py).
+and `grad_position` while chunks are sent (gradients.py).
 
 A release outside the supported range is refused when training starts, and so is one in which a listed name is missing
 (`stages.check_private_names`). `overrides.without(name)` leaves DeepSpeed's own norms and transfers in place.

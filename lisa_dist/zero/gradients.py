@@ -105,12 +105,12 @@ def record_of_reduction(zero: Any) -> Callable[[torch.Tensor, Any], None]:
     return record
 
 
-def kept_on_one_rank(zero: Any) -> dict[str, Callable]:
+def kept_on_one_rank(zero: Any) -> dict[str, Any]:
     """Replace the reduction of stages 1 and 2 where a rank is alone: a gradient stays where it is.
 
-    DeepSpeed copies it to the bucket or, where it is larger, to itself, and divides it by 1. Nothing overlaps either.
+    DeepSpeed copies it to the bucket or, where it is larger, to itself, and divides it by 1. Nothing overlaps either:
+    without overlap_comm there is no wait for the device at the end, and no second bucket.
     """
-    zero.overlap_comm = False  # its end is a wait for the device, and it has a second bucket
 
     def keep(param: torch.nn.Parameter, group_index: int) -> None:
         if param.numel() and getattr(param, "ds_grad_is_ready", True):
@@ -118,7 +118,7 @@ def kept_on_one_rank(zero: Any) -> dict[str, Callable]:
             assert not zero.params_already_reduced[key], "a gradient is computed twice"
             zero.params_already_reduced[key] = True
 
-    return {"reduce_independent_p_g_buckets_and_remove_grads": keep}
+    return {"reduce_independent_p_g_buckets_and_remove_grads": keep, "overlap_comm": False}
 
 
 def sent_in_chunks(zero: Any, stage: Stage) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -29,6 +29,8 @@ GRADIENT_NAMES = (
     "temp_grad_buffer_for_gpu_offload",
     "_offload_grad_partition_at_boundary",
     "copy_grads_in_partition",
+    "reduce_independent_p_g_buckets_and_remove_grads",
+    "overlap_comm",
 )
 _left_out: set[str] = set()
 classes_with_placed_masters: set[type] = set()  # classes of DeepSpeed's whose `initialize_optimizer_states` is replaced
@@ -88,7 +90,7 @@ def override_optimizer(
     `copies` is for those between host and device.
     """
     zero = engine.optimizer
-    replacements: dict[str, Callable] = {}
+    replacements: dict[str, Any] = {}
     on_host = host_groups(zero)
     if layouts.of_rows is not None:
         replacements |= embedding_rows.reduced_by_rows(engine.module, zero, *layouts.of_rows)

@@ -212,7 +212,7 @@ def choose_where_liger_runs(folder: str, changes: dict) -> dict[str, str]:
         arguments = PlanArguments(
             folder,
             gpus=1,
-            seq_length=64,
+            seq_length=512,
             micro_batch_size=2,
             checkpointed_layers="none",
             loss=loss,
@@ -231,7 +231,13 @@ def test_liger_s_loss_is_taken_where_it_fits(tmp_path):
     save_tiny_llama(tmp_path)
     LlamaConfig(vocab_size=2**16, hidden_size=64, num_attention_heads=2, num_hidden_layers=2,
                 intermediate_size=16).save_pretrained(tmp_path)  # fmt: skip
-    flags = {"bf16": True, "dtype": "bfloat16", "optim": "adamw_torch", "checkpointed_layers": "auto"}
+    flags = {
+        "bf16": True,
+        "dtype": "bfloat16",
+        "optim": "adamw_torch",
+        "checkpointed_layers": "auto",
+        "max_length": 256,
+    }
     said = run_ranks(choose_where_liger_runs, 1, str(tmp_path), flags)[0]
     assert {loss: line.split(":")[0] for loss, line in said.items()} == {loss: loss for loss in said}
     assert "; Liger's needs " in said["chunked"]
