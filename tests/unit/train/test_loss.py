@@ -236,7 +236,7 @@ def test_liger_s_loss_is_taken_where_it_fits(tmp_path):
         "dtype": "bfloat16",
         "optim": "adamw_torch",
         "checkpointed_layers": "auto",
-        "max_length": 256,
+        "max_length": 512,
     }
     said = run_ranks(choose_where_liger_runs, 1, str(tmp_path), flags)[0]
     assert {loss: line.split(":")[0] for loss, line in said.items()} == {loss: loss for loss in said}
