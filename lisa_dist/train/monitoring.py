@@ -1,5 +1,6 @@
 """What every run logs, whatever its method: tokens a second, memory, and the line of its progress."""
 
+import functools
 import resource
 import time
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from lisa_dist.core.controller import LisaController
 from lisa_dist.distributed.health import SLOW, ComputeTime
 from lisa_dist.train.hidden_secrets import hide_secrets_of
 from lisa_dist.train.progress import Progress
-from lisa_dist.zero.parameters import original_of, parameter_numel
+from lisa_dist.zero.parameters import parameter_numel
 
 _SLOW_LOGS = 3  # in so many logs one after another a rank must be slow to be named
 
@@ -88,10 +89,15 @@ class MonitoredMixin(_TrainerClass):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """The Trainer's, 6 a token and parameter, and those of frozen layers in fewer bits, which are empty to it."""
-        held = sum(parameter_numel(one) for one in self.model.parameters() if original_of(one) is not None)
-        counted = super().floating_point_ops(inputs)
-        return counted + 6 * held * inputs[self.model.main_input_name].numel() if held and counted else counted
+        """The Trainer's, which goes through all parameters for each micro-batch, and misses those held elsewhere."""
+        name = getattr(self.model, "main_input_name", "input_ids")
+        return 6 * inputs[name].numel() * self._multiplied if name in inputs else 0
+
+    @functools.cached_property
+    def _multiplied(self) -> int:
+        """Elements of the parameters but for embeddings."""
+        looked_up = {id(module.weight) for module in self.model.modules() if isinstance(module, torch.nn.Embedding)}
+        return sum(parameter_numel(one) for one in self.model.parameters() if id(one) not in looked_up)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add speed and memory to the log of a loss, which all ranks write or none."""

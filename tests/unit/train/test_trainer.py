@@ -351,8 +351,7 @@ def predict(output_dir: str, bits: int | None) -> tuple[list[float], float]:
         eval_frozen_bits=bits,
     )
     trainer.train()
-    rows = trainer.state.max_steps * trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
-    tokens = rows * rows_for(1)[0]["input_ids"].numel()
+    tokens = 3 * trainer.args.gradient_accumulation_steps * ROWS * rows_for(1)[0]["input_ids"].numel()
     assert trainer.state.total_flos == 6 * tokens * tiny_llama().num_parameters(exclude_embeddings=True)
     trainer.save_model(output_dir)
     of_trainer = [trainer.predict(rows_for(1)[:4]).metrics["test_loss"], trainer.evaluate()["eval_loss"]]
