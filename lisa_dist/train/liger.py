@@ -6,6 +6,7 @@ gradient of a frozen weight. Under ZeRO-3 a norm reads its weight within its own
 head's within the model's, where DeepSpeed gathers it.
 """
 
+import copy
 import functools
 import importlib.util
 import inspect
@@ -60,6 +61,24 @@ def check_liger(
         args.liger_kernel_config = kernels
     on = [name for name, default in parameters.items() if kernels.get(name, default)]
     return f"Liger kernels: {', '.join(on) or 'none'}" + (f" ({FUSED_LOSS} is off, since {why})" if turned_off else "")
+
+
+def settle_liger(training: TrainingArguments, model_config: PretrainedConfig, lisa_config: LisaConfig) -> None:
+    """Take Liger's kernels on a GPU where nobody has said whether; not its fused loss, since TRL has its own."""
+    if training.use_liger_kernel is None:
+        training.use_liger_kernel = _takes_liger(training, model_config, lisa_config)
+    if training.use_liger_kernel:
+        training.liger_kernel_config = {FUSED_LOSS: False} | (training.liger_kernel_config or {})
+
+
+def _takes_liger(training: TrainingArguments, model_config: PretrainedConfig, lisa_config: LisaConfig) -> bool:
+    if not torch.cuda.is_available() or training.torch_compile or why_no_liger(model_config.model_type):
+        return False
+    try:
+        check_liger(copy.copy(training), model_config, lisa_config, trl_head=True)
+    except UserError:  # of its MLP, or of what liger_kernel_config asks for
+        return False
+    return True
 
 
 def why_no_liger(model_type: str) -> str | None:

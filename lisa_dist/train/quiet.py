@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 
 import datasets
@@ -29,6 +30,7 @@ class _LeaveOut(logging.Filter):
 
 def leave_out_useless_words() -> None:
     """From now on."""
+    warnings.filterwarnings("ignore", "`use_liger_kernel=True` is deprecated", FutureWarning)  # which nobody has given
     for name, beginnings in _USELESS.items():
         logger = logging.getLogger(name)
         if not any(isinstance(one, _LeaveOut) for one in logger.filters):

@@ -38,7 +38,7 @@ from lisa_dist.train.compiled_layers import CompiledLayers
 from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 from lisa_dist.train.given_paths import begins, check_resume, given_resume
 from lisa_dist.train.layer_norms import LayerNorms
-from lisa_dist.train.liger import FUSED_LOSS
+from lisa_dist.train.liger import settle_liger
 from lisa_dist.train.loss import choose_loss
 from lisa_dist.train.probe import check_probe_rows
 from lisa_dist.train.processor import Processing, load_processor
@@ -64,6 +64,8 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
     config = _settle(config)
     output_dir, resume_from = Path(str(config.training.output_dir)), given_resume(config.training)
     check_config(config)
+    if config.run.method == "lisa":
+        settle_liger(config.training, model_config_of(config), config.lisa)
     _join_ranks(config)
     check_resume(resume_from, output_dir, config.run.method, config.run.overwrite_output_dir)
     tokenizer = load_tokenizer(config)
@@ -135,8 +137,6 @@ def _settle(config: RunConfig) -> RunConfig:
         training.gradient_checkpointing = training.activation_checkpointing = checkpointed != 0
     if config.run.task == SFT and training.completion_only_loss is False:  # TRL's name for it
         config.data.train_on_inputs = True
-    if method == "lisa" and training.use_liger_kernel:  # whose fused loss TRL's own takes the place of
-        training.liger_kernel_config = {FUSED_LOSS: False} | (training.liger_kernel_config or {})
     if method == "lora":
         model: Any = config.model  # whose targets are names to TRL, and one word to peft
         model.lora_target_modules = model.lora_target_modules or ALL_LINEAR

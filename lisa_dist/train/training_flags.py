@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from transformers import TrainingArguments
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     _Arguments: TypeAlias = TrainingArguments  # a config of TRL's, whichever it is
 else:
     _Arguments = object
+_NOT_GIVEN: Any = None
 
 
 class LisaOptimizerNames(ExplicitEnum):
@@ -44,6 +45,13 @@ class TrainingFlags(_Arguments):
         metadata={
             "help": "Compile each decoder layer by itself, on ZeRO stages 1 and 2: a graph for active, one for frozen "
             "layers."
+        },
+    )
+    use_liger_kernel: bool = field(
+        default=_NOT_GIVEN,
+        metadata={
+            "help": "Liger's norms, rotary embedding and MLP; left out, --method lisa takes them on a GPU where "
+            "liger-kernel is installed and knows the model."
         },
     )
     report_to: None | str | list[str] = field(  # noqa: RUF036 - the parser goes by the second

@@ -5,11 +5,13 @@ replaces names in the modeling code of the whole process.
 """
 
 import contextlib
+import copy
 import importlib.util
 import io
 import json
 import os
 import sys
+from unittest import mock
 
 import deepspeed
 import numpy as np
@@ -34,7 +36,7 @@ from lisa_dist.ds_config import find_ds_config
 from lisa_dist.memory.trace import FakeRun
 from lisa_dist.memory.without_liger import without_liger
 from lisa_dist.memory.workload import Trained, Workload
-from lisa_dist.train.liger import check_liger, why_no_liger_loss
+from lisa_dist.train.liger import check_liger, settle_liger, why_no_liger_loss
 
 LAYERS, STEPS, INTERVAL, LR, DECAY = 3, 4, 2, 1e-2, 0.1
 ROWS, LENGTH = 2, 4  # few tokens: each takes the interpreter milliseconds a kernel
@@ -395,6 +397,31 @@ def test_what_liger_may_replace(model, kernels, settings, changes, trl_head, sai
     outcome = run_ranks(outcome_of_check, 2, model, kernels, settings, changes, trl_head, interpret=True)[0]
     assert said in outcome[0]
     assert outcome[1] == chosen
+
+
+def settled() -> list:
+    """What is taken on a GPU and without one, where nobody has said it and where somebody has."""
+    llama, gpt2 = tiny_llama().config, tiny_gpt2().config
+    relu = copy.deepcopy(llama)
+    relu.hidden_act = "relu"
+    cases = [(llama, None, {}, True), (llama, False, {}, True), (llama, None, {}, False)]
+    cases += [(llama, None, {"torch_compile": True}, True), (gpt2, None, {}, True), (relu, None, {}, True)]
+    found = []
+    for config, given, changes, on_gpu in cases:
+        args = arguments_with()
+        args.use_liger_kernel = given
+        vars(args).update(changes)
+        with mock.patch.object(torch.cuda, "is_available", return_value=on_gpu):
+            settle_liger(args, config, LisaConfig())
+        found.append((args.use_liger_kernel, args.liger_kernel_config))
+    return found
+
+
+@needs_liger
+def test_its_kernels_are_taken_on_a_gpu_unless_they_are_refused():
+    taken, *others = run_ranks(settled, 1, interpret=True)[0]
+    assert taken == (True, {"fused_linear_cross_entropy": False})
+    assert others == [(False, None)] * 5
 
 
 def test_it_needs_a_device_and_the_package(monkeypatch):
