@@ -20,7 +20,7 @@ _OPTIONAL = ("triton", "flash-attn", "flash-attn-3", "liger-kernel")
 # What a run may lack: a module or a program, what for, where from, and whether only a GPU has a use for it.
 _WORTH_HAVING = (
     ("flash_attn", "attention of packed rows at full speed", "pip install flash-attn --no-build-isolation", True),
-    ("liger_kernel", "--use_liger_kernel: no logits in memory", "pip install 'lisa_dist[gpu]'", True),
+    ("liger_kernel", "fewer passes over activations; --loss liger", "pip install 'lisa_dist[gpu]'", True),
     ("triton", "fused steps of --optim lisa_adamw", "pip install triton (a CUDA torch brings it)", True),
     ("ninja", "building DeepSpeed's operators", "pip install ninja, and its folder on PATH", False),
     ("c++", "building DeepSpeed's operators", "apt install g++", False),
