@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import deepspeed
 import psutil
@@ -76,12 +76,11 @@ def built_alone(name: str, silent: float = _SILENT) -> Iterator[None]:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         timer.start()
     try:
-        with (root / f"{name}.lisa_dist_lock").open("w") as lock:
-            if _holds(lock):
-                for stale in root.glob(f"**/{name}/lock"):
-                    while _has_a_compiler(stale.parent):
-                        time.sleep(0.2)
-                    stale.unlink(missing_ok=True)
+        with _locked(root / f"{name}.lisa_dist_lock") as is_alone:
+            for stale in root.glob(f"**/{name}/lock") if is_alone else ():
+                while _has_a_compiler(stale.parent):
+                    time.sleep(0.2)
+                stale.unlink(missing_ok=True)
             yield
     finally:
         timer.cancel()
@@ -89,13 +88,16 @@ def built_alone(name: str, silent: float = _SILENT) -> Iterator[None]:
         print(f"compiled {name} in {time.monotonic() - begun:.0f} s", flush=True)
 
 
-def _holds(lock: IO) -> bool:
-    """Wait for the lock; False on a file system that has none."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the lock while the body runs; it is given False where the file is another user's, or cannot be locked."""
+    with contextlib.ExitStack() as stack:
+        try:
+            fcntl.flock(stack.enter_context(path.open("a")), fcntl.LOCK_EX)
+            is_held = True
+        except OSError:
+            is_held = False
+        yield is_held
 
 
 def _has_a_compiler(folder: Path) -> bool:

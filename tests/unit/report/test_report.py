@@ -17,6 +17,7 @@ from ranks import PATIENCE
 from runs import check_run, flags_for, on_two_ranks
 
 from lisa_dist.commands.report import main
+from lisa_dist.errors import UserError
 from lisa_dist.report.html import as_svg, title_of, write_report
 from lisa_dist.report.plots import PLOTS, draw
 from lisa_dist.report.run_files import RunFiles, read_run
@@ -183,6 +184,9 @@ def test_what_another_run_left_is_no_part_of_a_new_one(folder, tmp_path):
     page = write_report(tmp_path / "out").read_text()
     assert f"<th>--learning_rate</th><td>{then:g}; 0.003 since later</td>" in page
     write_run(tmp_path / "out", {"began": "now", "method": "full"})
+    with pytest.raises(UserError, match=r"there is no trainer_state\.json in it or in a checkpoint of it"):
+        read_run(tmp_path / "out")
+    (tmp_path / "out" / "trainer_state.json").write_text('{"log_history": []}')
     assert not read_run(tmp_path / "out").periods
     assert read_run(tmp_path / "out").memory is None
 
