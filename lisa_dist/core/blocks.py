@@ -17,7 +17,7 @@ import functools
 import inspect
 import types
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,15 +32,20 @@ from lisa_dist.zero.parameters import original_of, parameter_numel, parameter_sh
 
 # On a parameter that LISA has frozen, so that a later run in the same process does not take it for the user's choice.
 _FROZEN_BY_LISA = "lisa_dist_frozen"
+DecayRule = Callable[[nn.Module], Iterable[str]]  # the names of a model's parameters to which weight decay applies
 _OF_OTHER_MODELS = ("ForMaskedLM", "ForQuestionAnswering", "ForTokenClassification")  # which write no text
 
 
 @dataclass(eq=False)
 class Block:
-    """One block: its name and its parameters by their full names in the model."""
+    """One block: its name and its parameters by their full names in the model, of which those `decaying` decay.
+
+    Without those names matrices decay that are no biases, as they do in nearly all models.
+    """
 
     name: str
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    decaying: frozenset[str] | None = None
 
     @property
     def numel(self) -> int:
@@ -87,6 +92,17 @@ class Blocks:
         for parameter in (parameter for block in self for parameter in block.parameters.values()):
             if original_of(parameter) is None and vars(parameter).pop(_FROZEN_BY_LISA, False):
                 parameter.requires_grad_(True)
+
+    def decay_by(self, model: nn.Module, rule: DecayRule | None) -> None:
+        """Have the weights decay whose names `rule` says of the model, or else the Trainer's own rule."""
+        if rule is None:
+            from transformers import Trainer  # takes seconds to import, and a plan of memory has no use for it
+
+            of_trainer: Any = Trainer.get_decay_parameter_names  # looks at nothing of a trainer
+            rule = functools.partial(of_trainer, None)
+        decaying = frozenset(rule(model))
+        for block in self:
+            block.decaying = decaying
 
     def leave_out_frozen(self) -> None:
         """Move to `outside` what requires no gradient though LISA has not frozen it: the user wants it as it is.

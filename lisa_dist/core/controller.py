@@ -27,7 +27,7 @@ from torch import distributed as dist
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.agreement import broadcast_active_set, compare_ranks
-from lisa_dist.core.blocks import find_blocks, split_into_modules
+from lisa_dist.core.blocks import DecayRule, find_blocks, split_into_modules
 from lisa_dist.core.changes import BlockChanges
 from lisa_dist.core.checkpointing import check_checkpointing, let_backward_end
 from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_not_held, check_weights
@@ -69,7 +69,7 @@ class LisaController:
     _missed_switch: MissedSwitchGuard
     _inactive_weights: InactiveWeights
 
-    def __init__(self, model: torch.nn.Module, config: LisaConfig):
+    def __init__(self, model: torch.nn.Module, config: LisaConfig, decaying: DecayRule | None = None):
         check_deepspeed()
         config.check_settled()
         override_construction()
@@ -79,6 +79,7 @@ class LisaController:
         self.blocks = find_blocks(model, config.lisa_layers_attribute)
         if config.by_module:
             self.blocks = split_into_modules(model, self.blocks)
+        self.blocks.decay_by(model, decaying)
         check_weights(self.blocks)
         self.blocks.leave_out_frozen()
         self.selection = BlockSelection(config, self.blocks)

@@ -16,16 +16,18 @@ from lisa_dist.errors import UserError
 from lisa_dist.zero.parameters import parameter_shape
 
 
-def decays(name: str, parameter: torch.nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, not to norms and biases."""
-    return len(parameter_shape(parameter)) >= 2 and not name.endswith("bias")
+def decays(block: Block, name: str) -> bool:
+    """Whether weight decay applies to a parameter of the block."""
+    if block.decaying is not None:
+        return name in block.decaying
+    return len(parameter_shape(block.parameters[name])) >= 2 and not name.endswith("bias")
 
 
 def split_by_decay(block: Block) -> dict[str, list[torch.nn.Parameter]]:
     """The parameters of a block as {"decay": [...], "no_decay": [...]}, without an empty entry."""
     kinds: dict[str, list[torch.nn.Parameter]] = {"decay": [], "no_decay": []}
     for name, parameter in block.parameters.items():
-        kinds["decay" if decays(name, parameter) else "no_decay"].append(parameter)
+        kinds["decay" if decays(block, name) else "no_decay"].append(parameter)
     return {kind: parameters for kind, parameters in kinds.items() if parameters}
 
 
@@ -39,7 +41,7 @@ def build_param_groups(
     """Parameter groups: the outer blocks first, then one slot for each active layer.
 
     Every group carries a `lisa_group` name, such as "embed/decay" or "slot1/no_decay". Where `state_bits` has its block
-    (embed, head, rest or layers), that is its `lisa_state_bits`: 32, or of matrices alone 8 or "factored".
+    (embed, head, rest or layers), that is its `lisa_state_bits`: 32, or of what decays alone 8 or "factored".
     `lisa_host` says that its states are on the host, since `offloaded` has its block.
     """
     named = [(block.name, block.name, block) for block in outer]
@@ -59,7 +61,7 @@ def build_param_groups(
 
 
 def takes_bits(bits: StateBits, kind: str) -> bool:
-    """Whether a group of this kind has what its block is given: fewer bits than 32 apply to matrices only."""
+    """Whether a group of this kind has what its block is given: fewer bits than 32 apply to what decays, matrices."""
     return bits == 32 or kind == "decay"
 
 

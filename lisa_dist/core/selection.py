@@ -255,7 +255,7 @@ def _state_bits(config: LisaConfig, blocks: Blocks) -> dict[str, StateBits]:
     for block in (blocks.outer(name) for name, given in bits.items() if given == FACTORED):
         for name, parameter in block.parameters.items():
             shape = parameter_shape(parameter)
-            if decays(name, parameter) and len(shape) != 2:
+            if decays(block, name) and len(shape) != 2:
                 raise UserError(
                     f"--lisa_state_bits {config.lisa_state_bits}: moments by row and column are for matrices, and "
                     f"{name} in {block.name} has the shape {list(shape)}; give {block.name}=8."

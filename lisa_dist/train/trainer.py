@@ -127,7 +127,7 @@ class LisaMixin(MonitoredMixin):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer over the active blocks of period 0; the Trainer calls it once, before DeepSpeed is set up."""
         if self.optimizer is None:
-            self.lisa = LisaController(self.model if model is None else model, self.lisa_config)
+            self.lisa = LisaController(model or self.model, self.lisa_config, self.get_decay_parameter_names)
             self.optimizer = build_optimizer(
                 self.lisa.param_groups(self.args.weight_decay),
                 self._optim,

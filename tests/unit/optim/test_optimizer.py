@@ -3,9 +3,11 @@
 import pytest
 import torch
 from models import tiny_gpt2, tiny_llama
+from transformers import AutoModelForCausalLM, GptOssConfig, Trainer
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.blocks import Block, find_blocks
+from lisa_dist.core.controller import LisaController
 from lisa_dist.core.groups import build_param_groups, check_same_kinds, decays
 from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.optim.build import build_optimizer, check_optim
@@ -35,16 +37,36 @@ def test_groups_keep_their_number_and_order():
 
 
 def test_norms_and_biases_do_not_decay():
-    for name, parameter in tiny_gpt2().named_parameters():
-        assert decays(name, parameter) == (not name.endswith("bias") and ".ln_" not in name), name
-    experts_bias = torch.nn.Parameter(torch.zeros(4, 8))
-    assert not decays("experts.gate_up_proj_bias", experts_bias)
+    blocks = find_blocks(model := tiny_gpt2())
+    for settled in (False, True):
+        if settled:
+            blocks.decay_by(model, None)
+        for block in blocks:
+            for name in block.parameters:
+                assert decays(block, name) == (not name.endswith("bias") and ".ln_" not in name), name
+    assert not decays(Block("layers.0", {"up_bias": torch.nn.Parameter(torch.zeros(4, 8))}), "up_bias")
+
+
+def test_what_decays_is_what_decays_in_the_trainer():
+    """Also vectors that are neither norms nor biases, such as attention sinks."""
+    config = GptOssConfig(num_hidden_layers=2, hidden_size=16, intermediate_size=16, num_local_experts=2,
+                          num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=32)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    lisa = LisaController(model, LisaConfig(lisa_activated_layers=2))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = lisa.param_groups(0.1)
+    decaying = {names[id(one)] for group in groups if group["weight_decay"] for one in group["params"]}
+    assert decaying == set(Trainer.get_decay_parameter_names(None, model))
+    assert "model.layers.0.self_attn.sinks" in decaying
+    assert not any(name.endswith("bias") for name in decaying)
+    lisa = LisaController(tiny_llama(), LisaConfig(), decaying=lambda model: ["lm_head.weight"])
+    assert [group["lisa_group"] for group in lisa.param_groups(0.1) if group["weight_decay"]] == ["head/decay"]
 
 
 def test_partitioned_parameters_are_judged_by_their_real_shape():
     matrix = torch.nn.Parameter(torch.zeros(0))
     matrix.ds_shape = torch.Size([4, 8])
-    assert decays("weight", matrix)
+    assert decays(Block("layers.0", {"weight": matrix}), "weight")
 
 
 def test_layers_of_different_kinds_are_refused():

@@ -45,6 +45,10 @@ class InOrder(LisaMixin, Trainer):
     def _get_train_sampler(self, *args):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
+    def get_decay_parameter_names(self, model):
+        self.was_asked_what_decays = True
+        return super().get_decay_parameter_names(model)
+
 
 def rows_for(world_size: int) -> list[dict]:
     tokens = token_batches(STEPS * ACCUMULATION * world_size, rows=ROWS).flatten(0, 2)
@@ -92,6 +96,7 @@ def train(
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
     if "zero3" not in ds_config:
         assert not any(module._forward_hooks | module._forward_pre_hooks for module in trainer.model.modules())
+    assert trainer.was_asked_what_decays
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     parameters = list(trainer.model.parameters())
     with deepspeed.zero.GatheredParameters(parameters, enabled="zero3" in ds_config):
