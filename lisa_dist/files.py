@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -15,6 +17,9 @@ from safetensors import SafetensorError
 
 from lisa_dist.errors import UserError
 from lisa_dist.text import in_one_line
+
+CACHE = "LISA_DIST_CACHE"  # the variable of the folder of what need not be computed again
+_MOST_NODES = 100_000  # of a YAML file, with its aliases written out
 
 
 class SaveError(UserError):
@@ -46,14 +51,53 @@ def read_text(flag: str, path: str | Path) -> str:
 
 
 def read_yaml(flag: str, path: str | Path) -> Any:
-    """What a YAML file holds. Raises UserError where it cannot be read."""
+    """What a YAML file holds. Raises UserError where it cannot be read, or gives a key twice."""
     try:
-        return yaml.safe_load(read_text(flag, path))
+        loader = yaml.SafeLoader(read_text(flag, path))
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _num_nodes(node, {}) > _MOST_NODES:
+            raise UserError(f"{flag} {path}: its aliases stand for more than {_MOST_NODES} values; write them out.")
+        return loader.construct_document(node)
     except UserError:
         raise
     # The last three are of PyYAML's constructors, for a value that is not what its tag says, and of deep nesting.
     except (yaml.YAMLError, ValueError, AttributeError, KeyError, RecursionError) as error:
         raise UserError(f"{flag} {path}: is not YAML ({in_one_line(error)}).") from error
+
+
+def _num_nodes(node: yaml.Node, counted: dict[int, float]) -> float:
+    """The nodes of a document with its aliases written out, without end for one in itself."""
+    if id(node) not in counted:
+        counted[id(node)] = math.inf
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            _check_keys([key for key, _ in node.value])
+            parts = itertools.chain.from_iterable(node.value)
+        counted[id(node)] = 1 + sum(_num_nodes(part, counted) for part in parts)
+    return counted[id(node)]
+
+
+def _check_keys(keys: list[yaml.Node]) -> None:
+    """Raise YAMLError for a key that is given twice, of which PyYAML takes the last."""
+    lines: dict[tuple[str, str], int] = {}
+    for key in keys:
+        name = (key.tag, str(key.value))
+        if name in lines:
+            line = key.start_mark.line + 1
+            raise yaml.YAMLError(f"the key {name[1]} is given twice, in the lines {lines[name]} and {line}")
+        lines[name] = key.start_mark.line + 1
+
+
+def cache_folder() -> Path | None:
+    """Where this package writes what it need not compute again; None where it is to write nothing."""
+    given = os.environ.get(CACHE)
+    if given is None:
+        given = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "lisa_dist")
+    folder = os.path.expanduser(given)
+    is_nowhere = not given or folder.startswith("~")  # a user without a home
+    return None if is_nowhere else Path(folder)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ command of a verb leaves its table in the user's cache.
 
 import hashlib
 import json
-import os
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from types import NoneType
 from typing import Any
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.files import replacing
+from lisa_dist.files import cache_folder, replacing
 from lisa_dist.flag_words import NUMBER_OR_WORD, WordParser, finite, read_bool
 
 SHIPPED = Path(__file__).with_name("flag_tables.jsonl")
@@ -126,7 +125,7 @@ def load(verb: str) -> list[dict[str, Any]] | None:
                 entries = [json.loads(line) for line in lines]
                 table = [entry for entry in entries if verb in entry.pop("of")]
                 return sorted(table, key=lambda entry: "usage" not in entry)  # the screen is the first
-        except (OSError, ValueError, RuntimeError):  # there is none, it is of a process that was cut, or no home
+        except (OSError, ValueError):  # there is none, or it is of a process that was cut
             continue
     return None
 
@@ -139,7 +138,7 @@ def store(verb: str, parser: WordParser) -> None:
         path = _cached(verb)
         path.parent.mkdir(parents=True, exist_ok=True)
         write({verb: parser}, path)
-    except (OSError, RuntimeError):  # a home that is read-only, or none: nothing depends on a cache
+    except OSError:  # a home that is read-only, or none: nothing depends on a cache
         return
 
 
@@ -155,7 +154,9 @@ def write(parsers: Mapping[str, WordParser], path: Path) -> None:
 
 
 def _cached(verb: str) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    folder = cache_folder()
+    if folder is None:
+        raise FileNotFoundError("no cache")
     ours = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()[:12]  # it changes with the flags of lisa_dist
     name = "-".join([verb.replace(" ", "-"), ours, *(f"{package}-{found}" for package, found in versions().items())])
-    return root / "lisa_dist" / "flags" / f"{name}.jsonl"
+    return folder / "flags" / f"{name}.jsonl"

@@ -19,9 +19,8 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lisa_dist.files import DamagedError, read_json, set_mode_by_umask, write_json
+from lisa_dist.files import DamagedError, cache_folder, read_json, set_mode_by_umask, write_json
 
-VARIABLE = "LISA_DIST_CACHE"
 # Packages whose code may run in a trace, or by whose presence a model chooses its own.
 _PACKAGES = ("torch", "transformers", "trl", "peft", "triton", "kernels", "causal-conv1d", "flash-linear-attention",
              "mamba-ssm")  # fmt: skip
@@ -71,16 +70,6 @@ class TraceFiles:
             return None
         described = json.dumps([self._of, step])
         return self._folder / f"{hashlib.sha256(described.encode()).hexdigest()}.json"
-
-
-def cache_folder() -> Path | None:
-    """Where this package writes what it need not compute again; None where it is to write nothing."""
-    given = os.environ.get(VARIABLE)
-    if given is None:
-        given = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "lisa_dist")
-    folder = os.path.expanduser(given)
-    is_nowhere = not given or folder.startswith("~")  # a user without a home
-    return None if is_nowhere else Path(folder)
 
 
 def _described(value: Any) -> Any:

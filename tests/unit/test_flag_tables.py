@@ -1,6 +1,7 @@
 """Help and mistyped flags, answered by tables: as the parsers would, and before anything is imported."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -204,7 +205,7 @@ def test_what_may_be_there_passes(monkeypatch, tmp_path):
 
 
 def test_with_other_releases_the_first_command_leaves_a_table(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("LISA_DIST_CACHE", str(tmp_path))
     monkeypatch.setattr(flag_tables, "versions", lambda: {"transformers": "5.99", "trl": "1.99"})
     assert flag_tables.load("norms") is None
     with pytest.raises(SystemExit):
@@ -217,22 +218,23 @@ def test_with_other_releases_the_first_command_leaves_a_table(monkeypatch, tmp_p
 
 def test_a_home_that_cannot_be_written_costs_nothing_but_time(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("LISA_DIST_CACHE", str(tmp_path / "file"))
     flag_tables.store("norms", norms.parser())
     assert not (tmp_path / "file").read_bytes()
 
 
 def test_without_a_home_or_with_versions_of_a_day_there_is_no_cache(monkeypatch, tmp_path):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-
-    def no_home(path):
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(flag_tables.Path, "expanduser", no_home)
     monkeypatch.setattr(flag_tables, "versions", lambda: {"transformers": "5.99", "trl": "1.99"})
-    assert flag_tables.load("norms") is None
-    flag_tables.store("norms", norms.parser())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("LISA_DIST_CACHE", "")  # nothing is to be written
+    flag_tables.store("norms", norms.parser())
+    assert flag_tables.load("norms") is None
+    for name in ("XDG_CACHE_HOME", "LISA_DIST_CACHE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    flag_tables.store("norms", norms.parser())
+    assert flag_tables.load("norms") is None
+    monkeypatch.setenv("LISA_DIST_CACHE", str(tmp_path))
     for version in ("5.99.0.dev0", "5.99+local"):
         monkeypatch.setattr(flag_tables, "versions", lambda version=version: {"transformers": version, "trl": "1.99"})
         flag_tables.store("norms", norms.parser())

@@ -43,7 +43,7 @@ def unpacked(tmp_path_factory) -> Path:
 
 def said_by(unpacked: Path, *words: str) -> str:
     """What the command of the wheel says, in a folder of its own."""
-    environment = os.environ | {"PYTHONPATH": str(unpacked), "XDG_CACHE_HOME": str(unpacked / "cache")}
+    environment = os.environ | {"PYTHONPATH": str(unpacked), "LISA_DIST_CACHE": str(unpacked / "cache")}
     script = "import lisa_dist, sys; from lisa_dist.cli import main; print(lisa_dist.__file__); main()"
     ran = subprocess.run(
         [sys.executable, "-c", script, *words], cwd=unpacked.parent, env=environment, capture_output=True, text=True

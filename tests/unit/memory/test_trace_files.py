@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
+from lisa_dist.files import CACHE, cache_folder
 from lisa_dist.memory import trace_files
 from lisa_dist.memory.trace import FakeRun, FakeRuns, PlanError
 from lisa_dist.memory.workload import CHUNKED, LOGITS, Trained, Workload
@@ -35,7 +36,7 @@ AutoModelForCausalLM.register(OwnConfig, OwnModel)
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv(trace_files.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE, str(tmp_path))
     return tmp_path / "traces"
 
 
@@ -44,7 +45,7 @@ def kept(tmp_path_factory) -> Path:
     """A folder with the trace of the defaults."""
     place = tmp_path_factory.mktemp("kept")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(trace_files.VARIABLE, str(place))
+        patch.setenv(CACHE, str(place))
         trace_of()
     return place / "traces"
 
@@ -89,7 +90,7 @@ def test_a_trace_after_one_that_was_read_is_that_after_one_that_was_made(monkeyp
 
     trace_of()
     after_one_that_was_read = with_more_checkpoints()
-    monkeypatch.setenv(trace_files.VARIABLE, "")
+    monkeypatch.setenv(CACHE, "")
     assert with_more_checkpoints() == after_one_that_was_read
 
 
@@ -189,10 +190,10 @@ def test_a_damaged_file_is_written_anew(folder, content):
 
 def test_without_a_place_nothing_is_kept(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(trace_files.VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setenv(CACHE, str(tmp_path / "file"))
     assert trace_of()[1]
     assert trace_of()[1]
-    monkeypatch.setenv(trace_files.VARIABLE, "")
+    monkeypatch.setenv(CACHE, "")
     assert trace_of()[1]
     assert trace_of()[1]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -201,25 +202,25 @@ def test_without_a_place_nothing_is_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("set_to", "folder"),
     [
-        ({trace_files.VARIABLE: "~/own"}, "/home/someone/own"),
+        ({CACHE: "~/own"}, "/home/someone/own"),
         ({"XDG_CACHE_HOME": "/caches"}, "/caches/lisa_dist"),
         ({}, "/home/someone/.cache/lisa_dist"),
-        ({trace_files.VARIABLE: "", "XDG_CACHE_HOME": "/caches"}, None),
+        ({CACHE: "", "XDG_CACHE_HOME": "/caches"}, None),
     ],
 )
 def test_the_folder_is_the_users_cache(monkeypatch, set_to, folder):
-    for name in (trace_files.VARIABLE, "XDG_CACHE_HOME"):
+    for name in (CACHE, "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in ({"HOME": "/home/someone"} | set_to).items():
         monkeypatch.setenv(name, value)
-    assert trace_files.cache_folder() == (folder and Path(folder))
+    assert cache_folder() == (folder and Path(folder))
 
 
 def test_a_user_without_a_home_has_no_folder(monkeypatch):
-    for name in (trace_files.VARIABLE, "XDG_CACHE_HOME"):
+    for name in (CACHE, "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    assert trace_files.cache_folder() is None
+    assert cache_folder() is None
 
 
 def test_of_models_that_are_not_of_transformers_nothing_is_kept(folder):
