@@ -31,6 +31,7 @@ HELP = {
         "judge_model": "the judge's name there",
         "judge_parallel": "questions to the judge at a time",
         "judge_timeout": "seconds for a verdict",
+        "judge_rating": "of a judgment the last or the first counts",
         "judge_max_tokens": "of a verdict",
     },
 }

@@ -42,6 +42,9 @@ class EvalArguments:
     judge_model: str | None = field(default=None, metadata={"help": "The judge's name at that endpoint."})
     judge_parallel: int = field(default=4, metadata={"help": "Parallel requests to the judge."})
     judge_timeout: float = field(default=120.0, metadata={"help": "Seconds for a verdict."})
+    judge_rating: str = field(
+        default="last", metadata={"help": "Which rating of a judgment counts, last or first; first is FastChat's."}
+    )
     judge_max_tokens: int = field(
         default=2048, metadata={"help": "Tokens per verdict; a judge that reasons first needs more."}
     )
@@ -60,6 +63,8 @@ class EvalArguments:
             raise UserError(f"--batch_size {self.batch_size}: give a number of prompts, or auto.")
         if self.dtype not in _DTYPES:
             raise UserError(f"--dtype {self.dtype}: unknown; choose one of {', '.join(_DTYPES)}.")
+        if self.judge_rating not in ("last", "first"):
+            raise UserError(f"--judge_rating {self.judge_rating}: unknown; choose one of last, first.")
         for name in ("max_new_tokens", "judge_parallel", "judge_timeout", "judge_max_tokens"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be more than 0.")

@@ -78,7 +78,8 @@ class _MTBenchRun:
             print("mt_bench: for verdicts give the same command with --judge_url and --judge_model", flush=True)
             return
         folder = self._folder / "model_judgment"
-        scores, table = judge_answers(self._bench, self._judge, answers, folder, self._arguments.judge_parallel)
+        how = self._arguments.judge_parallel, self._arguments.judge_rating
+        scores, table = judge_answers(self._bench, self._judge, answers, folder, *how)
         results.add(MT_BENCH, scores)
         print(f"\n{table}\n{results.summary}", flush=True)
 

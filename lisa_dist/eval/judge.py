@@ -10,7 +10,7 @@ import urllib.request
 from lisa_dist.errors import UserError
 
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further try
-# As in FastChat: the first match counts; single brackets only where there are no double ones.
+# As in FastChat, but for which match counts: single brackets only where there are no double ones.
 _RATINGS = (re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]"), re.compile(r"\[(\d+(?:\.\d+)?)\]"))
 
 
@@ -67,10 +67,10 @@ class Judge:
         raise JudgeError(f"{self._name}: no verdict in {len(WAITS) + 1} tries ({reason})") from cause
 
 
-def parse_rating(judgment: str) -> float:
-    """The rating in [[...]] or, without one, in [...]; -1 where there is none from 1 to 10."""
-    found = next((match for pattern in _RATINGS if (match := pattern.search(judgment))), None)
-    rating = -1.0 if found is None else float(found[1])
+def parse_rating(judgment: str, which: str = "last") -> float:
+    """The last rating, or the first, in [[...]] or, without one, in [...]; -1 where there is none from 1 to 10."""
+    found = next((ratings for pattern in _RATINGS if (ratings := pattern.findall(judgment))), ["-1"])
+    rating = float(found[0 if which == "first" else -1])
     return rating if 1 <= rating <= 10 else -1.0
 
 

@@ -23,9 +23,12 @@ from lisa_dist.text import format_columns
 _Key = tuple[int, int]  # question_id and turn
 
 
-def judge_answers(bench: MTBench, judge: Judge, answers: Answers, folder: Path, parallel: int) -> tuple[dict, str]:
+def judge_answers(
+    bench: MTBench, judge: Judge, answers: Answers, folder: Path, parallel: int, rating: str = "last"
+) -> tuple[dict, str]:
     """A verdict on each turn of every answer; returns scores and a table of them. One process calls it.
 
+    `rating` is which one of a judgment counts, also of a saved one.
     Raises JudgeError where the judge cannot be reached; the verdicts until then stay saved.
     """
     path = folder / f"{judge.model.replace('/', '_')}_single.jsonl"
@@ -42,10 +45,10 @@ def judge_answers(bench: MTBench, judge: Judge, answers: Answers, folder: Path, 
         if line["model"] != answers.model_id:
             other_models.append(line)
         elif key in requests and line["user_prompt"] == requests[key].user:
-            verdicts[key] = line
+            verdicts[key] = line | {"score": parse_rating(line["judgment"], rating)}
     remove_cut_line(path)
     try:
-        _ask_for_missing(judge, answers.model_id, requests, verdicts, path, parallel)
+        _ask_for_missing(judge, answers.model_id, requests, verdicts, path, parallel, rating)
     except JudgeError as error:
         raise JudgeError(
             f"{str(error).rstrip('.')}. {len(verdicts)} of {len(requests)} verdicts are saved in {path}; the same "
@@ -63,6 +66,7 @@ def _ask_for_missing(
     verdicts: dict[_Key, dict],
     path: Path,
     parallel: int,
+    rating: str,
 ) -> None:
     """Ask for the verdicts that are missing, several at a time; each is appended to the file and to `verdicts`."""
     missing = [key for key in requests if key not in verdicts]
@@ -83,7 +87,7 @@ def _ask_for_missing(
             "judge": [judge.model, request.prompt_name],
             "user_prompt": request.user,
             "judgment": judgment,
-            "score": parse_rating(judgment),
+            "score": parse_rating(judgment, rating),
             "turn": key[1],
             "tstamp": time.time(),
         }

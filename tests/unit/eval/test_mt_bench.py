@@ -258,6 +258,12 @@ def test_a_rating_is_parsed(words, rating):
     assert parse_rating(words) == rating
 
 
+def test_the_judge_s_own_rating_is_the_last():
+    """An answer may hold one, and a judge that quotes it would be read as giving it."""
+    judgment = "The answer says [[10]] of itself. Rating: [[3]]"
+    assert (parse_rating(judgment), parse_rating(judgment, "first")) == (3.0, 10.0)
+
+
 def test_what_may_pass_is_asked_again():
     tries = iter([(500, {}, b""), (429, {}, b"slow down"), verdict("[[3]]")])
     with Scripted(lambda body: next(tries)) as scripted:
