@@ -28,8 +28,8 @@ PRODUCT = "product_norm"
 _HIDDEN = "***"
 # Names of secrets. Those of a tokenizer's special tokens are none.
 _SECRET = re.compile(
-    r"(?<!bos)(?<!eos)(?<!pad)(?<!unk)(?<!sep)(?<!cls)(?<!mask)(?:\b|_)"
-    r"(?:token|secret|password|credentials?|authorization|(?:api|access|secret|private)[_-]?key)$",
+    r"(?<!bos)(?<!eos)(?<!pad)(?<!unk)(?<!sep)(?<!cls)(?<!mask)(?:\b|_|(?-i:(?<=[a-z0-9])(?=[A-Z])))"
+    r"(?:token|secret|pass(?:word|wd|phrase)|credentials?|authorization|(?:api|access|secret|private)[_-]?key)$",
     re.IGNORECASE,
 )
 _TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|gh[opsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[\w-]{20,})")
@@ -137,8 +137,8 @@ def hide_secrets(value: Any, name: str = "") -> Any:
         return value
     if _SECRET.search(name):
         return _HIDDEN
-    if value.lstrip().startswith("{"):
-        with contextlib.suppress(ValueError):  # no JSON
+    if value.lstrip().startswith(("{", "[")):
+        with contextlib.suppress(ValueError, RecursionError):  # no JSON
             given = json.loads(value)
             hidden = hide_secrets(given)
             value = value if hidden == given else json.dumps(hidden)
