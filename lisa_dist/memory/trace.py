@@ -6,6 +6,7 @@ LISA would train, and every allocation is counted. `estimate.py` adds what DeepS
 
 import contextlib
 import copy
+import logging
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     masking_utils,
 )
+from transformers.integrations import moe
 
 from lisa_dist.config import StateBits
 from lisa_dist.core.blocks import find_blocks, linear_modules, split_into_modules
@@ -51,6 +53,8 @@ def _report_model_errors(config: PretrainedConfig) -> Iterator[None]:
     The code may come from the hub, and meets tensors without data: which errors it then raises cannot be known. A run
     that has trained must not end by one, and `lisa-dist plan` reports which model cannot be planned, and why.
     """
+    words = logging.getLogger("torch._subclasses.fake_tensor")  # a traceback of each error, though it is caught
+    were_disabled, words.disabled = words.disabled, True
     try:
         with without_liger():
             yield
@@ -59,6 +63,8 @@ def _report_model_errors(config: PretrainedConfig) -> Iterator[None]:
         raise PlanError(
             f"{type(config).__name__}: this model cannot be planned ({type(error).__name__}: {lines[0]})."
         ) from error
+    finally:
+        words.disabled = were_disabled
 
 
 @dataclass
@@ -284,6 +290,7 @@ class FakeRun:
             tracker.add([*self._run.parameters(), *self._run.buffers()], "model")
             model_bytes = tracker.now
             no_mask, tiles = _no_mask_without_padding(workload.padded), as_triton(workload.triton)
+            experts = _experts_of_any_dtype()
             whole = head_gradient_of(workload.loss == LIGER) if "fused_lm_head" in inputs else contextlib.nullcontext()
             held = made_whole(self.held_modules(trained))
             embeddings = [embedding_of(self._run, group.params[0]) for group in groups if group.by_rows]
@@ -293,7 +300,7 @@ class FakeRun:
                 for hook in hooks:
                     stack.callback(hook.remove)
                 skipping = Skipping(layers, stretches, mark, lambda: tracker.bytes)
-                for context in (*outside, skipping.entered(), tracker, no_mask):
+                for context in (*outside, skipping.entered(), tracker, no_mask, experts):
                     stack.enter_context(context)
                 outputs = self._run(**inputs)
                 loss = outputs.logits.sum() if workload.loss == SCORE else outputs.loss
@@ -355,6 +362,21 @@ def _with_adapters(model: PreTrainedModel, rank: int, task_type: str) -> torch.n
         if parameter.requires_grad:
             parameter.data = parameter.data.to(model.dtype)
     return with_adapters
+
+
+@contextlib.contextmanager
+def _experts_of_any_dtype() -> Iterator[None]:
+    """On fake tensors torch multiplies groups of rows in bf16 alone; transformers' own way has the same shapes."""
+    original = moe._can_use_grouped_mm
+
+    def can_use(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> bool:
+        return weight.dtype == torch.bfloat16 and original(rows, weight, ends)
+
+    moe._can_use_grouped_mm = can_use
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = original
 
 
 @contextlib.contextmanager
