@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 from lisa_dist.errors import UserError
 from lisa_dist.train.resume_from import Beginning
 
@@ -17,7 +19,12 @@ def task_trainer_of(trainer_class: type) -> str | None:
 
 
 def check_beginning(trainer: Any, begins: Beginning) -> None:
-    """Raise UserError for a run that begins from a folder of weights beside a reference model of others."""
+    """Raise UserError for a run that begins from a folder of weights beside a reference model of others.
+
+    Of a resume whose rows come in another order than they would have it says so.
+    """
+    if begins.checkpoint is not None and (why := _why_not_exact(trainer)):
+        trainer.accelerator.print(f"this resume is not bit for bit: {why}.")
     if begins.weights_from is None or task_trainer_of(type(trainer)) is None:
         return
     by_reference = getattr(trainer, "ref_model", None) is not None
@@ -26,6 +33,14 @@ def check_beginning(trainer: Any, begins: Beginning) -> None:
             f"--resume_from_checkpoint {begins.weights_from}: is a model and no checkpoint, and the reference model "
             "would be another one; give it as --model_name_or_path."
         )
+
+
+def _why_not_exact(trainer: Any) -> str | None:
+    if getattr(trainer.args, "train_sampling_strategy", None) == "group_by_length":
+        return "--train_sampling_strategy group_by_length groups rows anew"
+    if isinstance(trainer.train_dataset, IterableDataset):
+        return "of streamed rows the Trainer knows the place in the first pass alone"
+    return None
 
 
 def check_generations(args: Any, folder: Path, state: Mapping[str, Any]) -> None:
