@@ -28,6 +28,10 @@ _CALLS = "function_call"  # the role of a turn whose text is the JSON of calls, 
 _SAME_ROLE |= {_CALLS: "assistant"}
 
 
+# Columns by their names in a format, tried where they are those of none.
+_SYNONYMS = ({"input": "question", "output": "answer"}, {"response": "completion"})
+
+
 class ExampleError(ValueError):
     """Why an example is invalid; the caller knows its file and line."""
 
@@ -50,6 +54,19 @@ def detect(columns: Sequence[str]) -> str | None:
         if set(needed) <= set(columns):
             return name
     return None
+
+
+def columns_of_format(columns: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Pairs of a format's names and these columns, of another case or with synonyms; none where there is no need."""
+    columns = [*columns]
+    if detect(columns) is not None:
+        return ()
+    by_case = {column.lower(): column for column in columns}
+    for synonyms in ({}, *_SYNONYMS):
+        named = {synonyms.get(name, name): column for name, column in by_case.items()}
+        if detect([*named]) is not None:
+            return tuple((name, column) for name, column in named.items() if name != column)
+    return ()
 
 
 def to_turns(example: Mapping, format_name: str) -> list[dict[str, Any]]:

@@ -111,12 +111,16 @@ def _read_csv(path: Path) -> Iterator[FileExample]:
     texts = (line if line is not None else _MARK for _, line in _lines(path, keep_blank=True))
     delimiter = "\t" if suffix_of(path) == ".tsv" else ","
     reader = csv.DictReader((f"{text}\n" for text in texts), delimiter=delimiter, strict=True)
+    names = reader.fieldnames or ()
+    other = next((mark for mark in (";", "\t", "|") if len(names) == 1 and mark in names[0]), None)
+    if other is not None:
+        raise csv.Error(f"its columns are separated by {other!r}; write it with {delimiter!r}")
     for number, row in enumerate(reader, start=1):
         origin = f"row {number}"
         if any(_MARK in str(value) for value in row.values()):
             yield origin, None, _NOT_UTF8
         elif None in row or None in row.values():
-            yield origin, None, f"does not have the {len(reader.fieldnames or ())} fields of the first line"
+            yield origin, None, f"does not have the {len(names)} fields of the first line"
         else:
             yield origin, row, None
 

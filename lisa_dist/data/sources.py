@@ -7,14 +7,23 @@ contains invalid examples too, each with its problem, file and line, so that all
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Image, Json, List, Value, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from lisa_dist.data.formats import FORMATS, ExampleError, describe_columns, detect, refuse_examples, to_turns, tools_of
+from lisa_dist.data.formats import (
+    FORMATS,
+    ExampleError,
+    columns_of_format,
+    describe_columns,
+    detect,
+    refuse_examples,
+    to_turns,
+    tools_of,
+)
 from lisa_dist.data.images import COLUMNS, images_of
 from lisa_dist.data.readers import OF_SAVED_DATASETS, SUFFIXES, read_file, suffix_of
 from lisa_dist.data.row_rules import hint_of_tasks
@@ -58,6 +67,12 @@ class Source:
     def label(self) -> str:
         """The flag and its value, for messages."""
         return f"{self.flag} {in_one_line(self.name)}"
+
+    def fitted(self, columns: Iterable[str]) -> "Source":
+        """The same, with the columns of a format found by another case or by synonyms, if none are given."""
+        if self.columns or self.format is not None:
+            return self
+        return replace(self, columns=columns_of_format(columns))
 
     def renamed(self, columns: Iterable[str]) -> list[str]:
         """Columns by their names in the format."""
@@ -170,6 +185,7 @@ def first_columns(source: Source) -> list[str]:
 
 def _convert_files(source: Source, files: list[Path], with_images: bool) -> tuple[Dataset, str]:
     first = _first_example(source, files)
+    source = source.fitted(first)
     format_name = _choose_format(source, list(first))
     arguments = {
         "version": _VERSION,
@@ -196,6 +212,7 @@ def _first_example(source: Source, files: list[Path]) -> dict:
 
 
 def _convert_table(source: Source, table: Dataset, with_images: bool) -> tuple[Dataset, str]:
+    source = source.fitted(table.column_names)
     format_name = _choose_format(source, table.column_names)
     arguments: dict[str, Any] = {"version": _VERSION, "table": table, "format_name": format_name}
     arguments |= {"columns": source.columns, "with_images": with_images}

@@ -56,6 +56,28 @@ def test_every_kind_of_file_has_the_same_rows(tmp_path, suffix):
     assert found[1]["origin"] == f"{tmp_path}/rows{suffix}, {what}"
 
 
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        (("Question", "ANSWER"), "question_answer (question, answer)"),
+        (("input", "output"), "question_answer (question, answer)"),
+        (("Prompt", "Response"), "prompt_completion (prompt, completion)"),
+        (("Instruction", "Output"), "alpaca (instruction, output)"),
+    ],
+)
+def test_columns_of_another_case_and_synonyms_are_taken(tmp_path, columns, told):
+    found, said = load(write(tmp_path / "rows.csv", [dict(zip(columns, ("q", "a"), strict=True))]))
+    assert [turn["content"] for turn in found[0]["turns"]] == ["q", "a"]
+    assert told in said
+
+
+def test_a_csv_file_with_other_marks_between_columns_is_told_of(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("question;answer\na, b;c\n")
+    with pytest.raises(UserError, match="cannot be read \\(its columns are separated by ';'; write it with ','\\)"):
+        load(str(path))
+
+
 def test_a_line_of_a_text_file_is_a_row(tmp_path):
     found, told = load(write(tmp_path / "rows.txt", [{"text": "one"}, {"text": " "}, {"text": "two"}]))
     assert questions(found) == ["one", "two"]
