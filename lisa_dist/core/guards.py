@@ -8,6 +8,7 @@ import torch
 from torch import distributed as dist
 
 from lisa_dist.core.blocks import Block
+from lisa_dist.errors import SharedError
 from lisa_dist.zero.partitions import ZeroPartitions
 
 
@@ -41,6 +42,10 @@ class MissedSwitchGuard:
             raise self.error(step)
 
 
+class NonfiniteError(SharedError, RuntimeError):
+    """A loss or gradients that are not finite end a run, on all ranks together."""
+
+
 class NonfiniteGuard:
     """Follows an engine from step to step. DeepSpeed itself skips such a step, so weights stay intact."""
 
@@ -54,7 +59,7 @@ class NonfiniteGuard:
         self._loss_was_finite &= torch.isfinite(loss.detach()).all()
 
     def check(self, where: str) -> None:
-        """Raise RuntimeError, on every rank, when the last step was left out and the policy is stop.
+        """Raise NonfiniteError, on every rank, when the last step was left out and the policy is stop.
 
         `where` says in which period the run is. In fp16 leaving steps out is the loss scaler's work.
         """
@@ -69,7 +74,9 @@ class NonfiniteGuard:
         what = f"the loss of rank(s) {ranks} is not finite" if ranks else "the gradients are not finite"
         message = f"step {self._engine.global_steps}, {where}: {what}; no weight was changed"
         if self._policy == "stop":
-            raise RuntimeError(f"{message}. Lower the learning rate, look at the data, or give --lisa_nonfinite skip.")
+            raise NonfiniteError(
+                f"{message}. Lower the learning rate, look at the data, or give --lisa_nonfinite skip."
+            )
         if dist.get_rank() == 0:
             print(f"lisa-dist: {message}, the step was skipped.", flush=True)
 

@@ -5,6 +5,7 @@ from collections.abc import Sized
 from typing import Any
 
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import parse_flag_from_env
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, TrainingArguments
 
 from lisa_dist.config import LisaConfig
@@ -114,6 +115,11 @@ def check_trainer(
 
     `optimizer` and `optimizer_class` are what the user gave the Trainer, which must be nothing.
     """
+    if ds_config is None and parse_flag_from_env("ACCELERATE_USE_CPU"):
+        raise UserError(
+            "ACCELERATE_USE_CPU, which `accelerate launch --cpu` sets, turns DeepSpeed off, and LISA runs on its ZeRO: "
+            "launch without --cpu; without GPUs CPU ranks are the default."
+        )
     if ds_config is None:
         raise UserError(
             "LISA runs on DeepSpeed's ZeRO, on one GPU too: give a config, such as ds_configs/zero2.json, by "

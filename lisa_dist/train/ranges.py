@@ -85,4 +85,5 @@ def check_ranges(arguments: Any) -> None:
         for name in names:
             value = getattr(arguments, name, None)  # one that a task lacks is not given
             if value is not None and not holds(value):
-                raise UserError(f"--{name} {value}: {rule}.")
+                too_large = value > _LONG and not holds(_LONG + 1) and holds(_LONG)
+                raise UserError(f"--{name} {value}: {'at most 1e9' if too_large else rule}.")

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from models import save_tiny_llama, tiny_llama
 from runs import flags_for
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainingArguments
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -21,6 +21,16 @@ from lisa_dist.errors import UserError
 from lisa_dist.train.arguments import parse_arguments
 from lisa_dist.train.checks import check_trainer
 from lisa_dist.train.run import check_config
+
+
+@pytest.mark.parametrize(
+    ("cpu", "said"), [("true", "ACCELERATE_USE_CPU, which .* turns DeepSpeed off"), ("false", "give a config")]
+)
+def test_a_run_without_deepspeed_says_why(tmp_path, monkeypatch, cpu, said):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", cpu)
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(UserError, match=said):
+        check_trainer(args, None, LisaConfig(), "adamw_torch", None, None)
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ def refused(call, *arguments) -> str:
         ("learning_rate", "nan", "--learning_rate: invalid float value: 'nan'."),
         ("learning_rate", "1e400", "--learning_rate: invalid float value: '1e400'."),
         ("learning_rate", "-1", "--learning_rate -1.0: 0 or more."),
+        ("learning_rate", "1e30", "--learning_rate 1e+30: at most 1e9."),
         ("max_steps", "0", "--max_steps 0: 1 or more; -1 lets --num_train_epochs decide."),
         ("max_steps", "١٢", "--max_steps: invalid int value: '١٢'."),
         ("max_steps", str(2**63), f"--max_steps: invalid int value: '{2**63}'."),
@@ -94,6 +95,11 @@ def test_no_limit_of_length_is_none(folder, tmp_path, given):
     assert "--packing true needs a --max_length" in refused(check_config, config)
 
 
+# Aliases that double fifty times.
+BILLION = "model_init_kwargs:\n  a0: &a0 [x, x]\n"
+BILLION += "".join(f"  a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 50))
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -109,7 +115,10 @@ def test_no_limit_of_length_is_none(folder, tmp_path, given):
         ("dataset_weights: [1, x]", "dataset_weights: x: is no float"),
         ("lr_scheduler_type: 3", "lr_scheduler_type: 3: choose one of linear"),
         ("model_init_kwargs: {a: 2024-01-01}", "an object is no value"),
-        ("max_steps: &a [*a]", "a list is no value"),
+        ("max_steps: &a [*a]", "its aliases stand for more than 100000 values; write them out"),
+        (BILLION, "its aliases stand for more than 100000 values; write them out"),
+        ("model_init_kwargs: {a: 1, b: 2, a: 3}", "is not YAML (the key a is given twice, in the lines 1 and 1)"),
+        ("seed: 1\nmax_steps: 2\nseed: 3", "is not YAML (the key seed is given twice, in the lines 1 and 3)"),
         ("learning_rate: !!python/object:os.system x", "is not YAML (could not determine a constructor"),
         ("learning_rate: 2024-13-45", "is not YAML (month must be in 1..12"),
         ("learning_rate: *b", "is not YAML (found undefined alias 'b'"),
