@@ -1,6 +1,7 @@
 """`lisa-dist convert`: a configuration of Axolotl, LLaMA-Factory, ms-swift or LMFlow as a recipe."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,10 @@ def main(*words: str) -> None:
             raise UserError(f"{arguments.recipe}: cannot be written ({error.strerror}).") from error
         for key, remark in found.remarks.items():
             print(f"{key}: {remark}", file=sys.stderr)
-        print(f"wrote {arguments.recipe}; start it: lisa-dist train {arguments.recipe}")
+        unresolved = {"dataset", "datasets"} & found.remarks.keys() or "dataset_name" not in found.flags
+        gpus = re.match(r"\d+", found.remarks.get("NPROC_PER_NODE", ""))
+        start = f"start it: lisa-dist train {arguments.recipe}" + (f" --gpus {gpus[0]}" if gpus else "")
+        print(f"wrote {arguments.recipe}; {'its data are yet to be given' if unresolved else start}")
 
 
 def known_flags(task: str = SFT) -> Sequence[str]:

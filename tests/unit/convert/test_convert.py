@@ -180,6 +180,7 @@ def test_lmflow(files):
     recipe = recipe_of("l.sh")
     assert (recipe["method"], recipe["lisa_activated_layers"], recipe["lisa_interval_steps"]) == ("lisa", 1, 20)
     assert (recipe["max_length"], recipe["packing"], recipe["optim"]) == (256, True, "lisa_adamw")
+    assert "lisa_adamw, whose states are not paged" in convert("l.sh", None, known_flags).remarks["optim"]
     assert (recipe["dataset_name"], recipe["eval_rows"], recipe["bf16"]) == (["data/rows"], 0.05, True)
     (files / "l.sh").write_text(LMFLOW.replace("--use_lisa 1", "--use_lisa 0"), encoding="utf-8")
     found = convert("l.sh", None, known_flags)
@@ -549,6 +550,11 @@ def test_the_recipe_is_written_and_the_remarks_are_on_the_screen(files, capsys):
     said = capsys.readouterr()
     assert said.out == "wrote recipe.yaml; start it: lisa-dist train recipe.yaml\n"
     assert "unheard_of: 3: nothing here is like it" in said.err
+    main("s.sh", "of_swift.yaml")
+    assert capsys.readouterr().out.endswith("; start it: lisa-dist train of_swift.yaml --gpus 2\n")
+    Path("f.yaml").write_text("model_name_or_path: m\nstage: sft\ndataset: unheard_of\n", encoding="utf-8")
+    main("f.yaml", "of_factory.yaml")
+    assert capsys.readouterr().out == "wrote of_factory.yaml; its data are yet to be given\n"
     main("a.yaml")
     assert capsys.readouterr().out == (files / "recipe.yaml").read_text(encoding="utf-8")
 
