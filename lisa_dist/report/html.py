@@ -80,7 +80,7 @@ def picture(title: str, narrow: str, wide: str, points: dict | None) -> str:
 def as_svg(figure: Figure) -> str:
     """A figure as a data URL. Its text is drawn as shapes, so it needs no font."""
     svg = io.StringIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None})
+    figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=True)  # on the page's own ground
     return "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue().encode()).decode()
 
 
@@ -173,7 +173,7 @@ def cards(run: RunFiles) -> list[tuple[str, str]]:
     duration = "time since the last resume" if run.run.get("resumed") else "time"
     found += [(duration, str(timedelta(seconds=round(seconds[-1]))))] if seconds else []
     found += [("tokens / s, median", f"{speeds[len(speeds) // 2]:,.0f}")] if speeds else []
-    found += [("peak memory per rank", format_bytes(int(max(peaks))))] if peaks else []
+    found += [("peak memory of a rank's GPU, or process", format_bytes(int(max(peaks))))] if peaks else []
     if run.run.get("parameters"):
         found.append(("parameters", format_count(run.run["parameters"])))
     if run.periods:

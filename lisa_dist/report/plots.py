@@ -20,6 +20,11 @@ _MOST_BANDS, _MOST_POINTS, _MOST_TIPS = 40, 2000, 400
 STYLE: Any = {"font.size": 9, "axes.edgecolor": "#9ca3af", "axes.labelcolor": "#374151", "axes.titlesize": 10}
 
 
+def legend_above(axes: Axes) -> None:
+    """Beside bars, which leave no room for a legend in a narrow figure."""
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=2)
+
+
 def plot_loss(run: RunFiles, figure: Figure) -> None:
     """Training loss, logged and smoothed, and held-out loss, with periods as bands."""
     axes = new_axes(figure, "optimizer step", "loss")
@@ -74,7 +79,7 @@ def plot_visits(run: RunFiles, figure: Figure) -> None:
         uniform = sum(visits) / run.num_layers
         axes.axhline(uniform, color=ORANGE, linewidth=1.5, linestyle="--", label=f"uniform: {uniform:.1f}")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+        legend_above(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -115,7 +120,7 @@ def plot_memory(run: RunFiles, figure: Figure) -> None:
     axes.set_yticks(list(rows), list(shown))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.legend(frameon=False)
+    legend_above(axes)
 
 
 def plot_speed(run: RunFiles, figure: Figure) -> None:

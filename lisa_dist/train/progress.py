@@ -1,11 +1,11 @@
 """What a terminal shows of a run: a live line, or plain lines where the output is a file.
 
-    ━━━━━━━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━  20/36  56%  0:01:12 left  312 tokens/s  1.20 GiB
+    ━━━━━━━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━  20/36  56%  0:01:12 left  312 tokens/s  GPU 1.20 GiB
     loss 2.9103  held out 3.0112  lr 6.2e-06  grad norm 1.43  layers 2, 7
 
 Plain, a line for each log and each evaluation of the held-out examples:
 
-    step 20/36  56%  loss 2.9103  lr 6.2e-06  grad norm 1.43  312 tokens/s  1.20 GiB  layers 2, 7  0:01:12 left
+    step 20/36  56%  loss 2.9103  lr 6.2e-06  grad norm 1.43  312 tokens/s  GPU 1.20 GiB  layers 2, 7  0:01:12 left
     step 24/36  held out 3.0112
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -36,7 +37,7 @@ _SHOWN = {
 }
 _SPEED = {
     "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
-    "memory_bytes": lambda value: format_bytes(int(value)),
+    "memory_bytes": lambda value: f"{'GPU' if torch.cuda.is_available() else 'process'} {format_bytes(int(value))}",
 }
 
 

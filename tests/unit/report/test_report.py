@@ -1,5 +1,6 @@
 """The report of a run: what is in it, and that a browser shows it."""
 
+import base64
 import html
 import json
 import os
@@ -19,7 +20,7 @@ from runs import check_run, flags_for, on_two_ranks
 from lisa_dist.commands.report import main
 from lisa_dist.errors import UserError
 from lisa_dist.report.html import as_svg, title_of, write_report
-from lisa_dist.report.plots import PLOTS, draw
+from lisa_dist.report.plots import PLOTS, draw, plot_visits
 from lisa_dist.report.run_files import RunFiles, read_run
 from lisa_dist.run_folder import hide_secrets, without_secrets, write_run
 
@@ -210,6 +211,17 @@ def test_secrets_are_left_out():
     assert without_secrets(plain) == plain, "the command that repeats the run"
 
 
+def test_charts_have_the_page_s_ground_and_legends_beside_bars():
+    run = long_run()
+    figure = draw(plot_visits, run, narrow=True)
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1 - 1
+    svg = base64.b64decode(as_svg(figure).partition("base64,")[2]).decode()
+    assert "<svg" in svg
+    assert "fill: #ffffff" not in svg, "which a dark page would invert into a ground of its own"
+
+
 def test_nested_secrets_are_hidden():
     secret = "the secret"
     for name in (
@@ -221,10 +233,21 @@ def test_nested_secrets_are_hidden():
         "password",
         "client_secret",
         "secret-key",
+        "accessToken",
+        "clientSecret",
+        "passwd",
     ):
         assert hide_secrets({"a": [{name: secret}], "n": 3}) == {"a": [{name: "***"}], "n": 3}, name
+        assert hide_secrets(json.dumps([{name: secret}])) == json.dumps([{name: "***"}]), name
     assert hide_secrets({"token": None, "use_auth_token": True}) == {"token": None, "use_auth_token": True}
-    plain = {"pad_token": "<pad>", "max_tokens": "8", "tokenizer": "a", "keys": ["k"], "path": "task-hf_x/sk-1"}
+    plain = {
+        "pad_token": "<pad>",
+        "max_tokens": "8",
+        "tokenizer": "a",
+        "eosToken": "<e>",
+        "keys": ["k"],
+        "path": "task-hf_x/sk-1",
+    }
     assert hide_secrets(plain) == plain
 
 

@@ -31,7 +31,9 @@ def follow(progress: Progress, main: bool = True) -> None:
 def test_plain_lines_in_a_file(capsys):
     follow(Progress(lambda: "2, 7"))
     first, evaluated, second = capsys.readouterr().out.splitlines()
-    figures = "lr 6.2e-06  grad norm 1.43  reward margin 0.25  3,125 tokens/s  1.20 GiB  layers 2, 7  0:00:00 left"
+    figures = (
+        "lr 6.2e-06  grad norm 1.43  reward margin 0.25  3,125 tokens/s  process 1.20 GiB  layers 2, 7  0:00:00 left"
+    )
     assert first == f"step 20/36  56%  loss 2.9103  {figures}"
     assert evaluated == "step 20/36  held out 3.0112"
     assert second == first, "what was measured before is not said again, as if it were of now"
@@ -72,7 +74,15 @@ def test_a_live_line_in_a_terminal(width, capsys):
     assert "\x1b[?25l" in said
     assert said.rindex("\x1b[?25h") > said.rindex("\x1b[?25l"), "the cursor comes back"
     shown = said[said.rindex("20/36") :]
-    for figure in ("56%", "3,125 tokens/s", "1.20 GiB", "loss 2.9103", "held out 3.0112", "lr 6.2e-06", "layers 7"):
+    for figure in (
+        "56%",
+        "3,125 tokens/s",
+        "process 1.20 GiB",
+        "loss 2.9103",
+        "held out 3.0112",
+        "lr 6.2e-06",
+        "layers 7",
+    ):
         assert figure in said, figure
     assert "held out 3.0112" in shown.replace("\n", " ")
     assert capsys.readouterr().out == "", "no plain lines beside it"
