@@ -1,5 +1,6 @@
 """LISA (Layerwise Importance Sampled AdamW) on DeepSpeed: ZeRO shards the states of the active layers alone."""
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from lisa_dist.train.trainer import LisaMixin
 
 __version__ = "0.1.0"
+
+# It warns of a CPU kernel for 4-bit weights, which nothing here has, where PyPI's package `kernels` is not there.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Loaded at first use: importing the package is cheap, and a name loads TRL only where it needs it.
 _PUBLIC = {

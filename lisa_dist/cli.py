@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import importlib.metadata
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -96,8 +95,6 @@ def _printed() -> Iterator[None]:
 
 def run_verb(verb: str, words: Sequence[str]) -> None:
     """Run a verb that has flags; what its words cannot be is answered before anything is imported for it."""
-    # It warns of a kernel for 4-bit weights, which nothing here has.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     with exit_on_error(_name_of(verb)):
         table_name = name_of_table(verb, words)
     table = flag_tables.load(table_name)
