@@ -369,8 +369,8 @@ def _experts_of_any_dtype() -> Iterator[None]:
     """On fake tensors torch multiplies groups of rows in bf16 alone; transformers' own way has the same shapes."""
     original = moe._can_use_grouped_mm
 
-    def can_use(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> bool:
-        return weight.dtype == torch.bfloat16 and original(rows, weight, ends)
+    def can_use(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> bool:
+        return weight.dtype == torch.bfloat16 and original(input, weight, offs)
 
     moe._can_use_grouped_mm = can_use
     try:

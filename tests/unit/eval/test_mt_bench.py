@@ -244,7 +244,7 @@ def test_prompts_scores_and_the_table(files):
     ("words", "rating"),
     [
         ("Rating: [[5]]", 5.0),
-        ("[[7.5]] and later [[2]]", 7.5),
+        ("[[7.5]] and later [[2]]", 2.0),
         ("Rating: [6]", 6.0),
         ("see [2], so [[9]]", 9.0),
         ("[[0]]", -1.0),

@@ -1,14 +1,19 @@
 """What a resumed run may have other than the run of its checkpoint, and what not."""
 
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from models import tiny_llama
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from lisa_dist.train.identity import compare_identity, describe_identity, fingerprint, write_identity
+from lisa_dist.train.resume_from import Beginning
+from lisa_dist.train.resume_tasks import check_beginning
 
 ROWS = [{"input_ids": [number, number + 1], "labels": [-100, number + 1]} for number in range(10)]
 
@@ -87,3 +92,31 @@ def test_what_is_not_the_same_twice_has_no_fingerprint():
     assert fingerprint(Augmented(ROWS)) is None
     assert fingerprint(iter(ROWS)) is None
     assert fingerprint(None) is None
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+@pytest.mark.parametrize(
+    ("rows", "strategy", "said"),
+    [
+        ([], "random", ""),
+        (
+            [],
+            "group_by_length",
+            "this resume is not bit for bit: --train_sampling_strategy group_by_length groups rows",
+        ),
+        (Stream(), "random", "this resume is not bit for bit: of streamed rows the Trainer knows"),
+    ],
+)
+def test_a_resume_that_is_not_exact_says_so(capsys, rows, strategy, said):
+    args, accelerator = SimpleNamespace(train_sampling_strategy=strategy), SimpleNamespace(print=print)
+    trainer = SimpleNamespace(args=args, train_dataset=rows, accelerator=accelerator)
+    check_beginning(trainer, Beginning())
+    assert not capsys.readouterr().out
+    check_beginning(trainer, Beginning(Path("checkpoint-2"), {}))
+    told = capsys.readouterr().out
+    assert told.startswith(said)
+    assert bool(told) == bool(said)
