@@ -58,6 +58,7 @@ class Arm:
     settings: dict = field(default_factory=dict)
     optim: str = "adamw_torch_fused"
     checkpointed: int | str = 0  # layers whose activations are computed again, or "all"
+    length: int | None = None  # tokens of a row, where they are not the script's
     attention: str = "sdpa"
     liger: bool = False  # its kernels, with the loss fused with the head
     compiled: bool = False  # each decoder layer by itself
@@ -158,13 +159,16 @@ class Run:
         dtype: torch.dtype = torch.float32,
         interval: int = 10**6,
         layers: Sequence[int] = (),
+        lr: float = LR,
     ):
+        self.lr = lr
         self.arm, self._interval, self._rows, self._layers = arm, interval, rows, tuple(layers)
         self._ds_config, self._rng = ds_config, random.Random(0)
         self._tokens = torch.Generator().manual_seed(dist.get_rank())
         self._device = torch.device(get_accelerator().current_device_name())
         self.lisa: lisa_dist.LisaController | None = None
         self._period = -1  # of callback
+        self.losses: list[float] = []  # of this rank's rows, by step
         torch.manual_seed(0)
         with self._device:
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=arm.attention)
@@ -175,13 +179,14 @@ class Run:
             compile_layers(self.model.get_submodule(self.blocks.layers_path).children(), "inductor", None)
         if arm.method == "lisa":
             settings = lisa_dist.LisaConfig(lisa_interval_steps=interval, **arm.settings)
-            common = {"lr": LR, "weight_decay": WEIGHT_DECAY, "optim": arm.optim, "micro_batch_size": rows}
+            common = {"lr": lr, "weight_decay": WEIGHT_DECAY, "optim": arm.optim, "micro_batch_size": rows}
             self.engine, self.lisa = lisa_dist.initialize(self.model, self._ds_config, settings, **common)
         else:
             self.engine = self._plain_engine()
         self._checkpointed = 0
         if arm.checkpointed:
             self.checkpoint(number_of_layers(arm.checkpointed, len(self.blocks.layers)))
+        get_accelerator().empty_cache()  # of what only the start has needed, so that `reserved_bytes` is of steps
 
     def _plain_engine(self) -> deepspeed.DeepSpeedEngine:
         """What one writes without this package: two groups of what trains, by decay, and DeepSpeed around them."""
@@ -198,7 +203,7 @@ class Run:
         config = lisa_dist.load_ds_config(self._ds_config, model=model, micro_batch_size=self._rows)
         offload = uses_optimizer_offload(config)
         groups = [group for group in groups if group["params"]]
-        optimizer = lisa_dist.build_optimizer(groups, self.arm.optim, lr=LR, offload=offload)
+        optimizer = lisa_dist.build_optimizer(groups, self.arm.optim, lr=self.lr, offload=offload)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         engine.train()
         return engine
@@ -245,6 +250,7 @@ class Run:
         self.engine.step()
         times.append(self._now())
         phases = dict(zip(PHASES, (end - start for start, end in itertools.pairwise(times)), strict=True))
+        self.losses.append(loss.item())
         return phases | {"step": times[-1] - times[0]}
 
     def checkpoint(self, count: int) -> None:

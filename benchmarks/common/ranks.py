@@ -19,6 +19,7 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking whether there is a GPU must not start it
 
 ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ON_CPU |= {"LISA_DIST_KERNELS": "torch", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # with ninja
 # What ranks import, once for all of them. The import of bitsandbytes, which the planner needs, initialises CUDA.
 PRELOADED = ["torch", "deepspeed", "transformers.models.llama.modeling_llama", "lisa_dist.core.initialize"]
 PRELOADED_ON_CPU = ["peft", "lisa_dist.memory.planner"]
@@ -27,7 +28,6 @@ PRELOADED_ON_CPU = ["peft", "lisa_dist.memory.planner"]
 def run_on_cpu() -> None:
     """Start CPU ranks of one thread from now on, on a machine with a GPU too."""
     os.environ |= ON_CPU
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # ninja is there
 
 
 class RankError(RuntimeError):
@@ -134,11 +134,13 @@ def _serve(pipe: Connection, rank: int, num_ranks: int, port: int, make: Callabl
         from deepspeed.accelerator import get_accelerator
         from transformers.utils.logging import disable_progress_bar
 
+        from lisa_dist.distributed.devices import use_own_device
         from lisa_dist.zero.cpu_ops import release_shared_memory
 
         disable_progress_bar()
         if get_accelerator().device_name() == "cpu":
             torch.set_num_threads(1)  # a rank is to have one core
+        use_own_device()
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         made = make(*args, **kwargs)
         torch.distributed.barrier()  # when all have come past DeepSpeed's start, where they open each other's memory

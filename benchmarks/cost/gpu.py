@@ -3,42 +3,61 @@
 python -m benchmarks.cost.gpu
 python -m benchmarks.cost.gpu --rehearse     # the same on a CPU, with models small enough for it
 
-Shapes of Llama-3.1-8B and LLaMA-2-7B with random weights, bf16, one row of 2048 tokens; each arm in a process of its
-own, so that the peak is its own. Arms run in the order of ORDER, the most telling first. A line is printed and the
-results are written anew whenever one ends, so that a run that is killed keeps what it has. None is begun that may not
-end in time, and one that hangs is ended.
+First what gpu_correct.py checks. Then shapes of Llama-3.1-8B and LLaMA-2-7B with random weights, bf16, one row of 2048
+tokens, of a recipe as many as it has; each arm in a process of its own, so that the peak is its own. Arms run in the
+order of ORDER, the most telling first. A line is printed and the results are written anew whenever one ends, so that a
+run that is killed keeps what it has. None is begun that may not end in time, and one that hangs is ended.
 
 Full training of the shapes does not fit one GPU of 80 GB: what it says is kept, and it is compared on the 7B shape with
 12 of its layers, one of them active. Nothing is checkpointed where an arm does not say so. Static has the layers that
-LISA has. LISA's peak is the larger of two periods; where embedding and head are drawn, the second trains the embedding.
-A switch is what a period's first step begins with. No network is needed once the packages are there.
+LISA has. LISA's peak is the larger of two periods, and a switch is what a period's first step begins with. A recipe has
+the flags of its file, and the layers that its header plans. No network is needed once the packages are there.
 """
 
 import argparse
 import contextlib
-import itertools
+import json
+import shlex
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from statistics import median
 
 import torch
+import yaml
 
 from benchmarks.common import arms
 from benchmarks.common.ranks import Caller, RankError, RankGroup
 from benchmarks.common.results import RESULTS, parser_of, positive, print_table, versions, write_results
 from benchmarks.cost import kernels
-from lisa_dist.core.blocks import find_blocks
-from lisa_dist.core.selection import BlockSelection
+from benchmarks.tables.recipes import COMMAND, RECIPES
+from lisa_dist.commands import plan
 from lisa_dist.distributed.allocator import use_expandable_segments
+from lisa_dist.memory.plans import make_plans
 from lisa_dist.optim.ops import why_no_compiler
+
+
+def of_recipe(name: str) -> arms.Arm:
+    """The arm of a shipped recipe, by the flags of its file."""
+    flags = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert (flags["deepspeed"], flags["per_device_train_batch_size"]) == ("zero2", 1), "as all arms have it"
+    settings = {flag: value for flag, value in flags.items() if flag.startswith("lisa_")}
+    del settings["lisa_interval_steps"]
+    arm = arms.Arm(name, "lisa", settings, checkpointed=flags["checkpointed_layers"], length=flags["max_length"])
+    return replace(arm, optim=flags.get("optim", arm.optim))
+
 
 EIGHT = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 SIX_BYTES = arms.Arm("lisa, 6 bytes", "lisa", EIGHT | {"lisa_master": "bf16_sr"}, optim="lisa_adamw")
-DRAWN = arms.Arm("lisa, drawn", "lisa", {"lisa_always_on": "rest"})
 ON_HOST = arms.Arm("lisa, always on, on host", "lisa", {"lisa_offload": "embed,head,rest"})
+BNB_8 = arms.Arm("lisa, bitsandbytes AdamW8bit", "lisa", optim="adamw_bnb_8bit")
+OURS_8 = arms.Arm("lisa, lisa_adamw, 8 bits", "lisa", EIGHT, optim="lisa_adamw")
 ENDS_FROZEN = arms.Arm("lisa, embed and head frozen", "lisa", arms.EMBED_FROZEN)
 KEPT = arms.Arm("lisa, states kept", "lisa", {"lisa_state": "keep"})
 LISA_ADAMW = arms.Arm("lisa, lisa_adamw", "lisa", optim="lisa_adamw")
@@ -55,22 +74,24 @@ def checkpointed(arm: arms.Arm) -> arms.Arm:
 
 
 # Model, and how many of its layers (None: all).
-LLAMA_8B, LLAMA_7B, OF_12_LAYERS = ("llama3.1-8b", None), ("llama2-7b", None), ("llama2-7b", 12)
-# The first four answer whether LISA fits, as it was planned to, and what it costs against what. None: kernels alone.
+LLAMA_8B, OF_12_LAYERS = ("llama3.1-8b", None), ("llama2-7b", 12)
+# The first six answer whether LISA and what is shipped fit, as planned, and what LISA costs. None: kernels alone.
 ORDER = (
-    *((LLAMA_8B, arm) for arm in (arms.LISA, arms.STATIC, arms.FULL, arms.LORA_16)),
+    (LLAMA_8B, arms.LISA),
+    *((LLAMA_8B, of_recipe(name)) for name in ("llama3_8b_16gb", "llama3_8b_24gb")),
+    *((LLAMA_8B, arm) for arm in (arms.STATIC, arms.FULL, arms.LORA_16)),
     None,
-    *((LLAMA_8B, arm) for arm in (SIX_BYTES, FLASH, LIGER, COMPILED, checkpointed(arms.LISA), KEPT)),
+    *((LLAMA_8B, arm) for arm in (SIX_BYTES, BNB_8, OURS_8, FLASH, LIGER, COMPILED, checkpointed(arms.LISA), KEPT)),
     *((OF_12_LAYERS, arm) for arm in (arms.FULL, GAMMA_1, arms.LORA_16, STATIC_1, CALLBACK_1)),
-    *((LLAMA_7B, arm) for arm in (arms.LISA, arms.STATIC, arms.FULL, arms.LORA_16, SIX_BYTES)),
-    *((LLAMA_8B, arm) for arm in (DRAWN, ENDS_FROZEN, LISA_ADAMW, arms.LORA_128)),
+    *((LLAMA_8B, arm) for arm in (ENDS_FROZEN, LISA_ADAMW, arms.LORA_128)),
     *((OF_12_LAYERS, checkpointed(arm)) for arm in (arms.FULL, GAMMA_1)),
     (LLAMA_8B, ON_HOST),  # the last: it may have to build an operator first
 )
 KERNELS = ("lisa_adamw, bf16, stochastic", "lisa_adamw, bf16, stochastic, 8 bits", "lisa_adamw, bf16, fp32 master")
-KERNELS += ("lisa_adamw, fp32", "torch AdamW, fused")
-# Dense bf16, in floating-point operations a second, by a part of the card's name.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+KERNELS += ("lisa_adamw, fp32", "torch AdamW, fused", "bitsandbytes AdamW8bit", "bitsandbytes AdamW8bit in bf16")
+# Dense bf16, in floating-point operations a second, by a part of the card's name, of which the first counts.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12}
+PEAK_FLOPS |= {"GB200": 2500e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "5090": 209e12}
 REHEARSED = (64, 8)  # by how much widths are divided, and the layers
 WARMUP, INTERVAL, SWITCHES = 2, 8, 3
 ARM_SECONDS = 150  # after which an arm has hung
@@ -89,23 +110,24 @@ def why_not_here(arm: arms.Arm) -> str:
     return "liger-kernel is not installed" if arm.liger and find_spec("liger_kernel") is None else ""
 
 
-def seeded(arm: arms.Arm, config) -> arms.Arm:
-    """The same arm; if it draws embedding and head, with a seed that draws neither first, and then the embedding."""
-    if arm is not DRAWN:
+def settled(arm: arms.Arm, config) -> arms.Arm:
+    """The same arm; of a recipe with numbers of active and checkpointed layers, by the command of its header."""
+    if arm.checkpointed != "auto":
         return arm
-    blocks = find_blocks(arms.model_of(config))
-    for seed in itertools.count():
-        candidate = replace(arm, settings=arm.settings | {"lisa_seed": seed})
-        selection = BlockSelection(candidate.config, blocks)
-        if not selection.sample(0).blocks and selection.sample(1).blocks == ("embed",):
-            return candidate
+    lines = (RECIPES / f"{arm.name}.yaml").read_text(encoding="utf-8").splitlines()
+    command = next(line.removeprefix(COMMAND) for line in lines if line.startswith(COMMAND))
+    arguments, _ = plan.parser().parse_args_into_dataclasses(shlex.split(command))
+    (found,) = make_plans(config, arguments, arm.config)
+    layers = {"lisa_activated_layers": found.lisa_config.lisa_activated_layers}
+    return replace(arm, settings=arm.settings | layers, checkpointed=found.workload.checkpointed_layers)
 
 
 def measure(arm: arms.Arm, config, layers: tuple[int, ...], arguments: argparse.Namespace) -> dict:
     """Steps of one period and the peak of one more; of LISA switches and the next period's peak. `layers`: static's."""
     kind = {"rows": arguments.rows, "dtype": torch.bfloat16, "interval": INTERVAL}
-    length, tokens = arguments.length, arguments.rows * arguments.length
-    with RankGroup(1, arms.Run, seeded(arm, config), config, "zero2", layers=layers, **kind) as ranks:
+    length = arguments.length if arguments.rehearse else arm.length or arguments.length
+    tokens, arm = arguments.rows * length, settled(arm, config)
+    with RankGroup(1, arms.Run, arm, config, "zero2", layers=layers, **kind) as ranks:
         ranks.call("steps", WARMUP, length)
         steps = [ranks.call("step", length)[0] for _ in range(INTERVAL - WARMUP - 1)]
         active, blocks = ranks.call("get", "active_layers")[0], ranks.call("get", "active_blocks")[0]
@@ -114,6 +136,7 @@ def measure(arm: arms.Arm, config, layers: tuple[int, ...], arguments: argparse.
             "tokens": tokens,
             "flops": arms.flops_of_step(config, arm, tokens, length, active, blocks),
             "active_layers": active,
+            "checkpointed": arm.checkpointed,
             "live": ranks.call("live_bytes")[0],
         }
         peaks, firsts = [arms.peak_of(ranks, length)], []
@@ -188,6 +211,7 @@ def title_of(shape: tuple[str, int | None]) -> str:
 def run_all(arguments: argparse.Namespace, peak_flops: float | None) -> dict:
     """Every arm until time is up; what could not run says why."""
     budget, figures = Budget(60 * arguments.minutes), {"arms": {}, "kernels": {"not_run": "not reached"}}
+    figures["correct"] = budget.run(lambda: correctness(arguments.rehearse), is_typical=False)
     for shape, arm in filter(None, ORDER):
         figures["arms"].setdefault(title_of(shape), {})[arm.name] = {"not_run": "not reached"}
     started = budget.run(start, is_typical=False)
@@ -219,6 +243,16 @@ def run_one(shape: tuple, arm: arms.Arm, of_shape: dict, budget: Budget, argumen
     return budget.run(lambda: measure(arm, config, lisa.get("active_layers", ()), arguments), not arm.compiled)
 
 
+def correctness(rehearses: bool) -> dict:
+    """What gpu_correct.py finds and prints, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "gpu_correct.json"
+        words = ["-m", "benchmarks.cost.gpu_correct", "--results", str(results), *["--rehearse"] * rehearses]
+        ended = subprocess.run([sys.executable, *words], check=False)
+        found = json.loads(results.read_text(encoding="utf-8"))["figures"] if results.exists() else {}
+    return found if ended.returncode == 0 else found | {"not_run": f"ended with status {ended.returncode}"}
+
+
 def kernels_on_a_rank(numel: int) -> dict:
     """The step of AdamW by itself, in a process of its own."""
     with RankGroup(1, Caller) as ranks:
@@ -241,7 +275,9 @@ def cells_of(found: dict, first: dict, peak_flops: float | None) -> list[str]:
         return [found["not_run"].splitlines()[-1], *[""] * (len(HEADER) - 1)]
     each = [step["step"] for step in found["steps"]]
     seconds = median(each)
-    of_first = None if "not_run" in first else median(step["step"] for step in first["steps"]) / seconds
+    of_first = None  # in tokens a second
+    if "not_run" not in first:
+        of_first = median(step["step"] for step in first["steps"]) / first["tokens"] * found["tokens"] / seconds
     return [
         f"{found['peak'] / 2**30:.2f}",
         "-" if found["planned"] is None else f"{found['planned'] / found['peak'] - 1:+.1%}",
@@ -258,6 +294,11 @@ def cells_of(found: dict, first: dict, peak_flops: float | None) -> list[str]:
 
 HEADER = ("peak GiB", "planned", "reserved GiB", "tokens/s", "step s", "of first", *arms.PHASES[1:], "switch s", "MFU")
 HEADER += ("took s",)
+
+
+def peak_flops_of(card: str) -> float | None:
+    """Of a card by its name, dense bf16; None of one that is not known."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
 
 
 def main() -> None:
@@ -278,8 +319,7 @@ def main() -> None:
         parser.error("there is no GPU; --rehearse runs the same on a CPU, with small models")
     use_expandable_segments()  # as `lisa-dist train` does; ranks inherit it
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
-    known = next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
-    peak_flops = 1e12 * arguments.peak_tflops if arguments.peak_tflops else known
+    peak_flops = 1e12 * arguments.peak_tflops if arguments.peak_tflops else peak_flops_of(card)
     about = f"{card}, bf16, {arguments.rows} x {arguments.length} tokens; "
     about += ", ".join(f"{name} {version}" for name, version in versions().items())
     print(f"on {about}")

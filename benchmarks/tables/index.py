@@ -58,13 +58,6 @@ def of_choosing(figures: dict) -> str:
     return f"held-out loss at the best rate: {named(losses)}"
 
 
-@latest("export")
-def of_export(figures: dict) -> str:
-    size, export = figures["checkpoint_bytes"] / 1e9, figures["lisa_dist_export_seconds"]
-    save, load = (max(one["seconds"] for one in figures[f"{verb}_checkpoint"]) for verb in ("save", "load"))
-    return f"a checkpoint of {size:.2f} GB: saved in {save:.1f} s, loaded in {load:.1f} s, exported in {export:.1f} s"
-
-
 @latest("checkpoints")
 def of_checkpoints(figures: dict) -> str:
     texts = {}
@@ -99,9 +92,22 @@ def of_gpu(figures: dict) -> str:
     return "; ".join(shapes)
 
 
-@latest("health")
-def of_health(figures: dict) -> str:
-    return f"of a step: {named({name: percent(one['share_of_step'], 3) for name, one in figures.items()})}"
+@latest("gpu_correct")
+def of_gpu_correct(figures: dict) -> str:
+    passed = [one["passed"] for one in figures["checks"].values()]
+    return f"{sum(passed)} of {len(passed)} checks passed, by {figures['kernels']}"
+
+
+@latest("gpu_train")
+def of_gpu_train(figures: dict) -> str:
+    sizes = {name: gib(figures[name]) for name in ("planned", "measured", "allocated", "reserved")}
+    return f"{figures['tokens_per_second']:.0f} tokens/s; GiB {named(sizes)}; {figures['num_alloc_retries']} retries"
+
+
+@latest("gpu_ranks")
+def of_gpu_ranks(figures: dict) -> str:
+    ran = {name: f"{one['step']:.3f} s" for name, one in figures["arms"].items() if "step" in one}
+    return f"a step on {figures['ranks']} GPUs: {named(ran)}"
 
 
 @latest("kernels")

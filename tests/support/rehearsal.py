@@ -160,6 +160,9 @@ def loop(
 
     for number in range(steps):
         step(number)
+    if lisa.frozen_layers is not None:  # an evaluation with the originals, which are copied in one by one
+        with lisa.frozen_layers.exact(), torch.no_grad():
+            losses.append(engine(input_ids=(rows := data[0, 0, :2].to(engine.device)), labels=rows).loss.item())
     if saves:
         from lisa_dist.checkpoint.resume import load_checkpoint
         from lisa_dist.checkpoint.save import save_checkpoint

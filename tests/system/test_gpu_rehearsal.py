@@ -1,10 +1,12 @@
 """LISA on simulated GPUs: no problem is found, and it does not matter when copies and collectives are finished."""
 
+import importlib
 import json
 import multiprocessing
 import os
 import runpy
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +39,7 @@ LOOPS = [
     full({"ds_config": "zero2", "lisa_offload": "embed,head", "saves": True}),
     full({"ds_config": "zero3", "world_size": 2, "lisa_offload": "embed,layers", "optim": "lisa_adamw"}),
     full({"ds_config": "zero2", "optim": "lisa_adamw", "lisa_master": "bf16_sr", "checkpointed": 3} | ALL_8),
+    {"ds_config": "zero2", "world_size": 2, "lisa_frozen_bits": 4, "saves": True},
 ]
 
 
@@ -161,22 +164,24 @@ def test_a_trainer_on_two_gpus(tmp_path):
         assert measured["peak"] == pytest.approx(planned["peak"], rel=0.05)
 
 
-# The benchmark
+# The benchmarks
 
 
-def gpu_benchmark(results: str, half: int) -> None:
-    """Half of the arms of benchmarks/cost/gpu.py, at one shape; Liger's kernels and inductor's need a real GPU."""
+def benchmark(script: str, words: list[str], half: int = 0) -> None:
+    """A script of benchmarks/cost; of gpu.py half of the arms at one shape, without Liger's kernels and inductor's."""
     from simulated_gpu.cuda import CONTEXT
     from simulated_gpu.problems import PROBLEMS
 
     from benchmarks.common import arms, ranks
     from benchmarks.cost import gpu
+    from lisa_dist.distributed import launching
 
     class Run(arms.Run):
-        def reserved_bytes(self):
-            """The last that is asked of an arm."""
+        def peak_bytes(self, length):
+            """The last that is asked of an arm, or nearly."""
+            found = super().peak_bytes(length)
             assert not PROBLEMS, "; ".join(map(str, PROBLEMS.values()))
-            return super().reserved_bytes()
+            return found
 
     # Ranks are forked from here, where torch.cuda has been asked for the card. Their own server does not ask it:
     # test_benchmarks.py.
@@ -186,24 +191,61 @@ def gpu_benchmark(results: str, half: int) -> None:
     arms.Run, gpu.REHEARSED, gpu.WARMUP, gpu.INTERVAL, gpu.SWITCHES = Run, (64, 5), 1, 3, 1
     once = [one for one in gpu.ORDER if one is None or one[0] == gpu.LLAMA_8B or one[1].method == "callback"]
     once = [one for one in once if one is None or not (one[1].liger or one[1].compiled)]
-    gpu.ORDER = once[:8] if half == 0 else once[8:]
-    sys.argv = ["benchmarks/cost/gpu.py", "--rehearse", "--length", "32", "--results", results]
-    gpu.main()
+    gpu.ORDER = once[:10] if half == 0 else once[10:]
+    gpu.correctness = lambda rehearses: {}  # which has a test of its own
+    launching.end_process = lambda: None
+    sys.modules.pop("lisa_dist.commands.train", None)  # which is to import it from there
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):  # a script is no rank, but starts them
+        del os.environ[variable]
+    sys.argv = [f"benchmarks/cost/{script}.py", "--rehearse", *words]
+    importlib.import_module(f"benchmarks.cost.{script}").main()
+
+
+def figures_of(name: str, results: Path, *words: str, half: int = 0) -> dict:
+    words = ["--results", str(results), *words]
+    (outcome,) = rehearse(kind="fault", module=__name__, name="benchmark", script=name, words=words, half=half)
+    assert outcome["problems"] == []
+    found = json.loads(results.read_text())
+    assert found["device"] == "NVIDIA H100 (simulated)"
+    return found["figures"]
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("half", [0, 1])
 def test_arms_of_the_gpu_benchmark(tmp_path, half):
     """No problem is found, and peaks are as planned, but that each tensor is rounded up to 512 bytes."""
-    results = tmp_path / "gpu.json"
-    rehearse(kind="fault", module=__name__, name="gpu_benchmark", results=str(results), half=half)
-    found = json.loads(results.read_text())
-    assert found["device"] == "NVIDIA H100 (simulated)"
-    ran = {name: one for of_shape in found["figures"]["arms"].values() for name, one in of_shape.items()}
-    assert len(ran) == 7
+    found = figures_of("gpu", tmp_path / "gpu.json", "--length", "32", half=half)
+    ran = {name: one for of_shape in found["arms"].values() for name, one in of_shape.items()}
+    assert len(ran) == (9, 8)[half]
     for name, one in ran.items():
         assert "not_run" not in one or one["not_run"] == "flash-attn is not installed", (name, one)
         if one.get("planned") is not None:
             assert one["planned"] == pytest.approx(one["peak"], rel=0.05), name
     if half == 0:
-        assert sum("seconds" in one for one in found["figures"]["kernels"]["kernels"]) == 5
+        assert sum("seconds" in one for one in found["kernels"]["kernels"]) == 7
+
+
+@pytest.mark.full
+def test_what_is_checked_on_a_card(tmp_path):
+    """By torch's kernels in the place of Triton's, which have no simulation."""
+    found = figures_of("gpu_correct", tmp_path / "found.json")["checks"]
+    assert {name for name, one in found.items() if not one["passed"]} == set()
+    assert sum("losses" in one for one in found.values()) == 5
+
+
+@pytest.mark.full
+def test_a_run_that_is_measured(tmp_path):
+    found = figures_of("gpu_train", tmp_path / "found.json", "--recipe", "llama2_7b_4gpus")
+    assert found["steps"] == 8
+    assert found["planned"] == pytest.approx(found["measured"], rel=0.05)
+    assert found["reserved"] >= found["allocated"] > 0
+    assert found["tokens_per_second"] > 0
+
+
+@pytest.mark.full
+def test_several_ranks_are_compared(tmp_path):
+    found = figures_of("gpu_ranks", tmp_path / "found.json", "--length", "32")
+    first, *others = (one["losses"] for one in found["arms"].values())
+    assert first[0][-1] < first[0][0] - 0.5, "else all losses would be the same"
+    assert all(one == first for one in others[:3]), "but those of 4 bits and of stage 3, whose sums have another order"
+    assert found["sigterm"]["went_on_to"] == found["sigterm"]["stopped_after"] + 2

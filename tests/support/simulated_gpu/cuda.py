@@ -147,6 +147,7 @@ _ANSWERS: dict[str, Any] = {
     "manual_seed": lambda seed: None,
     "manual_seed_all": lambda seed: None,
     "device": lambda device: contextlib.nullcontext(),
+    "cudart": lambda: types.SimpleNamespace(cudaHostRegister=MEMORY.register, cudaHostUnregister=MEMORY.unregister),
     "nvtx": types.SimpleNamespace(range_push=lambda message: None, range_pop=lambda: None),
 }
 

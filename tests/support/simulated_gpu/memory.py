@@ -59,6 +59,7 @@ class Memory:
         self._storages: dict[int, Storage] = {}
         self._free_pinned: Counter[int] = Counter()  # blocks by size
         self._unsafe: dict[int, list[tuple[int, int, str]]] = defaultdict(list)  # by stream: who still uses it
+        self._registered: set[int] = set()  # addresses of what `cudaHostRegister` has pinned
         self._next = threading.local()
 
     @contextlib.contextmanager
@@ -83,11 +84,29 @@ class Memory:
         if known is not None and known.reference is not None and known.reference() is not None:
             return known
         where = calls(4) if place == "cuda" or pinned else ()
+        pinned = pinned or storage.data_ptr() in self._registered
         new = Storage(place, pinned, storage.nbytes(), CLOCKS.current.id, where)
         new.reference = weakref.ref(storage, lambda _: self._free(key, new))
         self._storages[key] = new
         self._allocate(new)
         return new
+
+    def register(self, address: int, nbytes: int, flags: int) -> int:
+        """cudaHostRegister, of the whole of a storage."""
+        self._registered.add(address)
+        return self._set_pinned(address, True)
+
+    def unregister(self, address: int) -> int:
+        """cudaHostUnregister."""
+        self._registered.discard(address)
+        return self._set_pinned(address, False)
+
+    def _set_pinned(self, address: int, pinned: bool) -> int:
+        for one in list(self._storages.values()):
+            there = one.reference and one.reference()
+            if there is not None and there.data_ptr() == address:
+                one.pinned = pinned
+        return 0
 
     def place_of(self, tensor: torch.Tensor) -> str:
         """ "cuda" or "cpu"."""

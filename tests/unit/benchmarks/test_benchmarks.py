@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import arms, ranks, results
@@ -90,9 +91,10 @@ def test_results_say_what_made_them_and_not_where(tmp_path, monkeypatch, capsys)
 
 def test_the_gpu_set_begins_with_what_tells_most(benchmark):
     gpu = benchmark("gpu")
-    first = [(shape, arm.name) for shape, arm in gpu.ORDER[:4]]
-    assert first == [(("llama3.1-8b", None), name) for name in ("lisa", "static", "full", "lora r16")]
-    assert gpu.ORDER[4] is None, "the kernels"
+    first = [(shape, arm.name) for shape, arm in gpu.ORDER[:6]]
+    names = ("lisa", "llama3_8b_16gb", "llama3_8b_24gb", "static", "full", "lora r16")
+    assert first == [(("llama3.1-8b", None), name) for name in names]
+    assert gpu.ORDER[6] is None, "the kernels"
     arms_of_order = [one for one in gpu.ORDER if one is not None]
     assert len(set(map(repr, arms_of_order))) == len(arms_of_order)
 
@@ -232,23 +234,23 @@ def test_the_gpu_set_in_rehearsal(benchmark, tmp_path, capsys, monkeypatch):
     """Every arm that ran was planned to 1%, LoRA too; what has no time left says so."""
     results = tmp_path / "gpu.json"
     module = benchmark("gpu", "--rehearse", "--length", "64", "--results", str(results))
-    run = (arms.LISA, arms.STATIC, arms.LORA_16, module.DRAWN, module.LIGER)
-    order = [*((module.LLAMA_7B, arm) for arm in run), None, (module.LLAMA_8B, run[0])]
+    run = (arms.LISA, arms.STATIC, arms.LORA_16, module.of_recipe("llama3_8b_24gb"), module.LIGER)
+    order = [*((module.LLAMA_8B, arm) for arm in run), None, (module.OF_12_LAYERS, run[0])]
     monkeypatch.setattr(module, "ORDER", order)
     monkeypatch.setattr(module, "SWITCHES", 1)
+    monkeypatch.setattr(module, "correctness", lambda rehearses: {"checks": {}})
     module.main()
     written = json.loads(results.read_text())
     assert {"torch", "deepspeed", "lisa_dist"} <= written["versions"].keys()
     figures = written["figures"]["arms"]
-    of_arms = figures["llama2-7b, all layers"]
+    of_arms = figures["llama3.1-8b, all layers"]
     assert of_arms.pop("lisa, Liger") == {"not_run": "Liger's kernels need a GPU"}
     assert list(of_arms) == [arm.name for arm in run[:-1]]
-    for name, found in (*of_arms.items(), *figures["llama3.1-8b, all layers"].items()):
+    for name, found in (*of_arms.items(), *figures["llama2-7b, 12 layers"].items()):
         assert found["planned"] == pytest.approx(found["peak"], rel=0.01), name
-        assert len(found["switches"]) == name.startswith("lisa")
+        assert len(found["switches"]) == name.startswith(("lisa", "llama3_8b_24gb"))
     assert of_arms["static"]["active_layers"] == of_arms["lisa"]["active_layers"]
-    assert of_arms["lisa, drawn"]["active_blocks"] == ["embed"]
-    assert of_arms["lisa, drawn"]["peak"] < of_arms["lisa"]["peak"]
+    assert len(of_arms["llama3_8b_24gb"]["active_layers"]) == 8, "as many as there are fit its card"
     assert {one["name"] for one in written["figures"]["kernels"]["kernels"]} == set(module.KERNELS)
     assert "tokens/s" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["benchmarks/cost/gpu.py", "--rehearse", "--minutes", "0"])
@@ -266,6 +268,7 @@ def test_what_a_gpu_cannot_hold_is_told_apart_and_all_is_written_as_it_ends(benc
     results = tmp_path / "gpu.json"
     monkeypatch.setattr(module, "measure", measure)
     monkeypatch.setattr(module, "start", dict)
+    monkeypatch.setattr(module, "correctness", lambda rehearses: {})
     monkeypatch.setattr(module, "ORDER", [(module.OF_12_LAYERS, arm) for arm in (arms.FULL, arms.LISA)])
     arguments = argparse.Namespace(rehearse=True, minutes=1, results=results)
     found = module.run_all(arguments, None)["arms"]["llama2-7b, 12 layers"]
@@ -275,6 +278,32 @@ def test_what_a_gpu_cannot_hold_is_told_apart_and_all_is_written_as_it_ends(benc
     }
     assert {name: one["not_run"] for name, one in seen[1].items()} == {"full": "out of memory", "lisa": "not reached"}
     assert json.loads(results.read_text())["figures"]["arms"]["llama2-7b, 12 layers"] == found
+
+
+def test_arms_of_recipes_have_their_flags(benchmark):
+    module = benchmark("gpu")
+    names = {arm.name for _, arm in filter(None, module.ORDER)}
+    for name in ("llama3_8b_16gb", "llama3_8b_24gb"):
+        flags = yaml.safe_load((ROOT / "launch" / "recipes" / f"{name}.yaml").read_text())
+        arm = module.of_recipe(name)
+        assert arm.settings == {key: value for key, value in flags.items() if key[:5] == "lisa_" and "steps" not in key}
+        assert (arm.optim, arm.length, arm.name in names) == (flags["optim"], flags["max_length"], True)
+
+
+@pytest.mark.parametrize(
+    ("card", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GeForce RTX 5090", 209),
+        ("NVIDIA T4", None),
+    ],
+)
+def test_peaks_of_cards_are_known_by_their_names(benchmark, card, tflops):
+    assert benchmark("gpu").peak_flops_of(card) == (tflops and tflops * 1e12)
 
 
 def test_no_arm_is_begun_that_may_not_end_in_time(benchmark, monkeypatch):

@@ -180,6 +180,19 @@ def test_what_a_gpu_gave_is_in_the_index(copy):
     assert row in (copy / "benchmarks" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("script", "figures", "said"),
+    [
+        ("gpu_correct", {"kernels": "-", "checks": {"a": {"passed": True}, "b": {"passed": False}}}, "1 of 2 checks "),
+        ("gpu_train", dict.fromkeys(("planned", "measured", "allocated", "reserved", "tokens_per_second"), 2**30)
+         | {"num_alloc_retries": 3}, "GiB planned 1.00, measured 1.00, allocated 1.00, reserved 1.00; 3 retries"),
+        ("gpu_ranks", {"ranks": 2, "arms": {"zero2": {"step": 0.5}, "zero3": {"not_run": ""}}}, "GPUs: zero2 0.500 s"),
+    ],
+)  # fmt: skip
+def test_what_other_scripts_for_gpus_gave_is_told(script, figures, said):
+    assert said in index.sentence(script, figures)
+
+
 def test_runs_that_are_not_there(copy):
     for name, table, said in (
         ("quality", "comparing_methods", "the results of quality.py have no run of full"),
