@@ -424,19 +424,14 @@ def peak_of(ranks: RankGroup, length: int, tries: int = 1) -> dict:
 
 
 def flops_of_step(
-    config: PretrainedConfig,
-    arm: Arm,
-    tokens: int,
-    length: int,
-    layers: Sequence[int] | None = None,
-    drawn: Sequence[str] = (),
+    config: PretrainedConfig, arm: Arm, tokens: int, length: int, layers: Sequence[int] | None = None
 ) -> float:
     """Floating-point operations that a step cannot do without: matrix products, a multiply-add as two.
 
     Of every matrix a forward pass, the gradient of its input as far down as something trains, and its own gradient
     where it trains; of attention its two products, forward and twice as many backward. Without recomputation. `layers`
     are those that train, of which the lowest matters where the embedding does not; without them it is an average over
-    draws. `drawn` are the outer blocks that train besides those that are always on.
+    draws.
     """
     model = model_of(config)
     blocks: Blocks = find_blocks(model)
@@ -447,7 +442,7 @@ def flops_of_step(
     if arm.method in ("full", "lora"):
         trained, head_trains, lowest = (count if arm.method == "full" else 0), arm.method == "full", 0
     else:
-        outer = (*arm.config.always_on, *drawn)
+        outer = arm.config.always_on
         trained, head_trains = arm.config.lisa_activated_layers if layers is None else len(layers), "head" in outer
         # The backward pass ends at the embedding, or where that is frozen at the lowest layer that trains.
         lowest = (count - trained) / (trained + 1) if layers is None else min(layers, default=count)

@@ -134,13 +134,13 @@ def _serve(pipe: Connection, rank: int, num_ranks: int, port: int, make: Callabl
         from deepspeed.accelerator import get_accelerator
         from transformers.utils.logging import disable_progress_bar
 
-        from lisa_dist.distributed.devices import use_own_device
+        from lisa_dist.distributed.devices import prepare_device
         from lisa_dist.zero.cpu_ops import release_shared_memory
 
         disable_progress_bar()
         if get_accelerator().device_name() == "cpu":
             torch.set_num_threads(1)  # a rank is to have one core
-        use_own_device()
+        prepare_device()
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         made = make(*args, **kwargs)
         torch.distributed.barrier()  # when all have come past DeepSpeed's start, where they open each other's memory

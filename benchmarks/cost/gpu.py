@@ -130,11 +130,11 @@ def measure(arm: arms.Arm, config, layers: tuple[int, ...], arguments: argparse.
     with RankGroup(1, arms.Run, arm, config, "zero2", layers=layers, **kind) as ranks:
         ranks.call("steps", WARMUP, length)
         steps = [ranks.call("step", length)[0] for _ in range(INTERVAL - WARMUP - 1)]
-        active, blocks = ranks.call("get", "active_layers")[0], ranks.call("get", "active_blocks")[0]
+        active = ranks.call("get", "active_layers")[0]
         found = {
             "steps": steps,
             "tokens": tokens,
-            "flops": arms.flops_of_step(config, arm, tokens, length, active, blocks),
+            "flops": arms.flops_of_step(config, arm, tokens, length, active),
             "active_layers": active,
             "checkpointed": arm.checkpointed,
             "live": ranks.call("live_bytes")[0],
@@ -220,7 +220,9 @@ def run_all(arguments: argparse.Namespace, peak_flops: float | None) -> dict:
     for shape, arm in (one or (None, None) for one in ORDER):
         if shape is None:
             figures["kernels"] = budget.run(lambda: kernels_on_a_rank(10**5 if arguments.rehearse else 10**8))
-            print_kernels(figures["kernels"])
+            for one in figures["kernels"].get("kernels", [figures["kernels"]]):
+                took = one.get("not_run") or f"{1e3 * one['seconds']:.3f} ms, {one['share_of_floor']:.0%} of the floor"
+                print(f"kernels, {one.get('name', 'all')}: {took}", flush=True)
         else:
             of_shape = figures["arms"][title_of(shape)]
             found = of_shape[arm.name] = run_one(shape, arm, of_shape, budget, arguments)
@@ -257,16 +259,6 @@ def kernels_on_a_rank(numel: int) -> dict:
     """The step of AdamW by itself, in a process of its own."""
     with RankGroup(1, Caller) as ranks:
         return ranks.call("run", measure_kernels, numel)[0]
-
-
-def print_kernels(found: dict) -> None:
-    """A line of each kernel."""
-    if "not_run" in found:
-        return print(f"kernels: {found['not_run']}", flush=True)
-    print(f"kernels: a copy moves {found['bytes_a_second'] / 1e9:.1f} GB/s", flush=True)
-    for one in found["kernels"]:
-        said = one.get("not_run") or f"{1e3 * one['seconds']:.3f} ms, {one['share_of_floor']:.0%} of the floor"
-        print(f"kernels, {one['numel']:,} elements, {one['name']}: {said}", flush=True)
 
 
 def cells_of(found: dict, first: dict, peak_flops: float | None) -> list[str]:

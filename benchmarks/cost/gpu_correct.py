@@ -147,7 +147,7 @@ def losses_of(name: str, shrink: int) -> list[float]:
     config = arms.shrunk_config("llama3.1-8b", shrink, 4)
     model, losses = AutoModelForCausalLM.from_config(config, dtype=dtype), []
     settings = lisa_dist.LisaConfig(lisa_interval_steps=3, **arm.settings)
-    engine, lisa = lisa_dist.initialize(model, ds_config, settings, lr=1e-3, weight_decay=0.1, optim=arm.optim)
+    engine, lisa = lisa_dist.initialize(model, ds_config, settings, lr=2e-4, weight_decay=0.1, optim=arm.optim)
     tokens = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0)).to(engine.device)
     for _ in range(STEPS):
         lisa.on_step_begin()

@@ -57,7 +57,7 @@ class SameRows(arms.Run):
 def measure(ds_config: str | dict, arm: arms.Arm, arguments: Namespace) -> dict:
     """Losses of each rank, and the slowest rank's seconds."""
     config = arms.shrunk_config(arguments.model, *((64, 5) if arguments.rehearse else (1, arguments.num_layers)))
-    kind = {"dtype": torch.bfloat16, "interval": INTERVAL, "lr": 1e-2 if arguments.rehearse else 1e-4}
+    kind = {"dtype": torch.bfloat16, "interval": INTERVAL, "lr": 1e-3 if arguments.rehearse else 2e-5}
     with RankGroup(arguments.ranks, SameRows, settled(arm, config), config, ds_config, **kind) as ranks:
         steps = [ranks.call("step", arguments.length) for _ in range(STEPS)]
         losses, peak = ranks.call("get", "losses"), max(ranks.call("peak_bytes", arguments.length))

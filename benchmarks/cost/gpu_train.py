@@ -6,16 +6,19 @@ python -m benchmarks.cost.gpu_train --rehearse                                  
 
 A hundred steps by a recipe, of a model of its shape with random weights and of rows of random words, as many of 16 as
 of --max_length; no network is needed. llama3_8b_24gb trains as many layers as fit, so that little memory is left.
-`measured` is of one step, as planned; `allocated` and `reserved` are of the steps after it, `context` is what else
-nvidia-smi sees.
+`measured` is of one step, as planned; `allocated` and `reserved` are of the steps after it, `used` is what nvidia-smi
+sees at most, and `context` what it sees at the end besides what is reserved.
 """
 
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -28,7 +31,7 @@ from lisa_dist import cli
 from lisa_dist.distributed import launching
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
-WATCH = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0", "--loop-ms=500"]
+MIB_USED = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
 
 
 def make_folder(folder: Path, model: str, num_rows: int, longest: int, shrink: int, layers: int | None) -> None:
@@ -57,21 +60,28 @@ def make_folder(folder: Path, model: str, num_rows: int, longest: int, shrink: i
             file.write(json.dumps({"text": " ".join(row)}) + "\n")
 
 
+def watch(seen: list[int]) -> None:
+    """Note MiB of the first GPU that all processes use, by nvidia-smi, now and every half of a second."""
+    while shutil.which(MIB_USED[0]):
+        seen.append(int(subprocess.run(MIB_USED, capture_output=True, text=True, check=True).stdout))
+        time.sleep(0.5)
+
+
 def figures_of(run: Path, watched: list[int]) -> dict:
     """What a run that has just ended in this process has taken; `watched` are MiB that nvidia-smi saw."""
     memory, state = (json.loads((run / f"{name}.json").read_text()) for name in ("lisa_memory", "trainer_state"))
     speeds = [entry["tokens_per_second"] for entry in state["log_history"] if "tokens_per_second" in entry]
-    stats, reserved = torch.cuda.memory_stats(), torch.cuda.max_memory_reserved()
-    used = [mib << 20 for mib in watched]
+    used = [(mib - watched[0]) << 20 for mib in watched] or [0]
     return {
         "steps": state["global_step"],
         "tokens_per_second": median(speeds),
         "planned": memory["planned"]["peak"],
         "measured": memory["measured"]["peak"],
         "allocated": torch.cuda.max_memory_allocated(),
-        "reserved": reserved,
-        "context": max(used) - used[0] - reserved if used else None,
-        "num_alloc_retries": stats.get("num_alloc_retries", 0),
+        "reserved": torch.cuda.max_memory_reserved(),
+        "used": max(used),
+        "context": used[-1] - torch.cuda.memory_reserved(),
+        "num_alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0),
         "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
     }
 
@@ -94,29 +104,23 @@ def main() -> None:
         # In another process, since what it imports begins CUDA, which `lisa-dist train` does when it is ready for it.
         making = [sys.executable, "-m", "benchmarks.cost.gpu_train", *sys.argv[1:], "--make", folder]
         subprocess.run(making, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
-        run, end, watch = Path(folder) / "run", launching.end_process, None
+        run, end = Path(folder) / "run", launching.end_process
         given = {"config": recipe, "model_name_or_path": f"{folder}/model", "dataset_name": f"{folder}/rows.jsonl"}
         given |= {"output_dir": run, "max_steps": steps, "max_length": longest, "logging_steps": max(steps // 10, 2)}
         given |= {"packing": "false", "save_strategy": "no", "report_to": "none"}
-        with open(Path(folder) / "used", "w+", encoding="utf-8") as used:
-            try:
-                watch = subprocess.Popen(WATCH, stdout=used)
-            except FileNotFoundError:
-                print("there is no nvidia-smi, which would tell of CUDA's context")
+        watched: list[int] = []
+        threading.Thread(target=watch, args=(watched,), daemon=True).start()
 
-            def note_and_end() -> None:
-                """In the place of what ends the run, whose allocator tells of it as long as the process lives."""
-                if watch:
-                    watch.kill()
-                mib = [int(line) for line in Path(used.name).read_text().splitlines() if line.isdigit()]
-                found = figures_of(run, mib)
-                write_results(arguments.results, found)
-                print_table(["", ""], [[key, f"{value}"] for key, value in found.items()])
-                end()
+        def note_and_end() -> None:
+            """In the place of what ends the run, whose allocator tells of it as long as the process lives."""
+            found = figures_of(run, watched)
+            write_results(arguments.results, found)
+            print_table(["", ""], [[key, f"{value}"] for key, value in found.items()])
+            end()
 
-            launching.end_process = note_and_end
-            words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
-            cli.run_verb("train", words + others)
+        launching.end_process = note_and_end
+        words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+        cli.run_verb("train", words + others)
 
 
 if __name__ == "__main__":

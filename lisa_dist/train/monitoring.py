@@ -103,6 +103,9 @@ class MonitoredMixin(_TrainerClass):
         """Add speed and memory to the log of a loss, which all ranks write or none."""
         if "loss" in logs:
             logs = logs | self._meter.metrics()
+            if self._meter.batch is not None:
+                self.accelerator.print(describe_batch(*self._meter.batch, getattr(self.args, "packing", None) is False))
+                self._meter.batch = None
         super().log(logs, *args, **kwargs)
 
 
@@ -130,6 +133,9 @@ class SpeedMeter(TrainerCallback):
     def __init__(self, device: torch.device):
         self._device = device
         self._tokens: int | torch.Tensor = 0  # on the device, for nothing to wait for it
+        self._rows = self._positions = 0  # with padding
+        self._has_told = False
+        self.batch: tuple[float, float] | None = None  # tokens a row and the share of padding, with the first log alone
         self._since: float | None = None  # the last log, or the first step
         self._mark = 0.0  # the last end of a step, of an evaluation or of a save
         self._elsewhere = 0.0  # seconds of evaluation and saving
@@ -143,17 +149,24 @@ class SpeedMeter(TrainerCallback):
             self._tokens = self._tokens + inputs["attention_mask"].sum()
         elif "input_ids" in inputs:
             self._tokens = self._tokens + inputs["input_ids"].numel()
+        if "input_ids" in inputs:
+            self._rows += len(inputs["input_ids"])
+            self._positions += inputs["input_ids"].numel()
 
     def metrics(self) -> dict[str, float]:
         """Figures of all ranks since the last call, which every rank makes."""
         now = time.perf_counter()
         passed = now - (now if self._since is None else self._since) - self._elsewhere
-        mine = torch.tensor([int(self._tokens), passed, self._note_peak()], dtype=torch.float64, device=self._device)
+        counted = [int(self._tokens), passed, self._note_peak(), self._rows, self._positions]
+        mine = torch.tensor(counted, dtype=torch.float64, device=self._device)
         every = [mine]
         if dist.is_initialized():
             every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
             dist.all_gather(every, mine)
-        tokens, seconds, peaks = torch.stack(every).unbind(1)
+        tokens, seconds, peaks, rows, positions = torch.stack(every).unbind(1)
+        if self._rows and not self._has_told:
+            self.batch = (tokens.sum() / rows.sum()).item(), 1 - (tokens.sum() / positions.sum()).item()
+        self._has_told = True
         self._tokens, self._since, self._elsewhere = 0, now, 0.0
         self._mark = now
         metrics = {"memory_bytes": peaks.max().item()}
@@ -191,6 +204,12 @@ class SpeedMeter(TrainerCallback):
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self._peak = max(self._peak, peak)
         return self._peak
+
+
+def describe_batch(tokens_of_row: float, padding: float, could_pack: bool) -> str:
+    """A line of what the first batches hold; of much padding it names what helps."""
+    way_out = ": --packing true fills rows with several examples" if padding > 0.5 and could_pack else ""
+    return f"batches: {tokens_of_row:.0f} tokens a row, {padding:.0%} of a batch is padding{way_out}"
 
 
 def lisa_metrics(lisa: LisaController) -> dict[str, float]:

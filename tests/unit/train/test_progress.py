@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lisa_dist.train import monitoring
 from lisa_dist.train import progress as progress_module
-from lisa_dist.train.monitoring import SpeedMeter
+from lisa_dist.train.monitoring import SpeedMeter, describe_batch
 from lisa_dist.train.progress import Progress
 
 LOG = {"loss": 2.91034, "learning_rate": 6.2e-6, "grad_norm": 1.431, "tokens_per_second": 3124.6,
@@ -110,11 +110,18 @@ def test_speed_is_of_training_alone(monkeypatch):
         # 16 tokens in 2 s; the second time a wait of 1 s for data, which is training, follows the save.
         assert metrics["tokens_per_second"] == pytest.approx(64 / 8 if logged == 0 else 64 / 9)
         assert metrics["memory_bytes"] > 2**27, "this process has more"
+        assert meter.batch == (pytest.approx(16 / 3), pytest.approx(6 / 22)), "of the first log"
         clock.now += 30
         meter.on_evaluate(None, None, None)
         clock.now += 7
         meter.on_save(None, None, None)
         clock.now += 1
+
+
+def test_batches_of_padding_are_told_of():
+    assert describe_batch(250.4, 0.2, True) == "batches: 250 tokens a row, 20% of a batch is padding"
+    assert "62% of a batch is padding: --packing true" in describe_batch(250.4, 0.62, True)
+    assert describe_batch(250.4, 0.62, False).endswith("padding"), "packed already, or a task that has no packing"
 
 
 def test_batches_without_tokens_have_no_speed(monkeypatch):
@@ -124,3 +131,4 @@ def test_batches_without_tokens_have_no_speed(monkeypatch):
     meter.count([{"prompt": "a row that the trainer makes a batch of itself"}])
     clock.now += 2
     assert meter.metrics().keys() == {"memory_bytes"}
+    assert meter.batch is None
