@@ -3,7 +3,7 @@
 import statistics
 
 from benchmarks.tables.parts import Rows, TableError, loss, table
-from benchmarks.tables.quality import spread_of_seeds
+from benchmarks.tables.quality import layers_that_train, spread_of_seeds
 from benchmarks.tables.runs import losses_by_rate, runs_at_best
 
 # Idea, arm of quality.py, verdict.
@@ -181,13 +181,14 @@ def experiments(*tasks: dict) -> Rows:
         if not any(found):
             raise TableError(f"no results have a run of {arm}")
         tried = [losses_by_rate(arm, figures["runs"]) for figures in tasks]
-        rows.append([idea, f"`{arm}`", *map(_cell, found, tried), verdict])
+        layers = [layers_that_train(arm, figures) for figures in tasks]
+        rows.append([idea, f"`{arm}`", *map(_cell, found, tried, layers), verdict])
     return [["idea", "arm", "stories260K, GSM8K", "SmolLM2, GSM8K", "SmolLM2, Alpaca", "verdict"], *rows]
 
 
-def _cell(runs: list[dict], by_rate: dict[float, float]) -> str:
+def _cell(runs: list[dict], by_rate: dict[float, float], layers: str) -> str:
     losses = [run["held_out"] for run in runs]
     if not losses:
         return "-"
     one_rate = ", one rate" if len(by_rate) == 1 else ""
-    return f"{loss(statistics.mean(losses))} ({spread_of_seeds(losses)}{one_rate})"
+    return f"{loss(statistics.mean(losses))} ({spread_of_seeds(losses)}{one_rate}); {layers}"

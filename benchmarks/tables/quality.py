@@ -36,6 +36,27 @@ def method_name(arm: str) -> str:
     return named.get(arm, arm).replace("lora", "LoRA").replace("fixed ", "fixed layers, gamma ")
 
 
+LAYERS = {"stories260k-hf": 5, "model": 30}  # of the models by their folders, of which `model` is SmolLM2's
+
+
+def layers_that_train(arm: str, figures: dict) -> str:
+    """The decoder layers that an arm trains at a time, of those of its model, as "2 of 5"; of LoRA its adapters."""
+    num_layers = LAYERS[figures["settings"]["model"]]
+    if arm.startswith("lora"):
+        return "adapters"
+    if arm.startswith(("full", "galore", "apollo")):
+        return f"{num_layers} of {num_layers}"
+    if arm == "one block":
+        return f"1 of {num_layers}, or none"
+    named = re.search(r"(?:lisa|fixed|modules) (\d+)", arm)
+    planned = [run["layers"] for run in of_results.runs_at_best(arm, figures["runs"]) if run.get("layers")]
+    count = int(named[1]) if named else 0 if arm == "embed and head" else planned[0] if planned else 2
+    said = f"{count} of {num_layers}"
+    if "modules" in arm:
+        return f"modules of {said}"
+    return f"{said}: full training with small states" if count == num_layers and "embed frozen" not in arm else said
+
+
 def runs_at_best(arm: str, runs: dict) -> list[dict]:
     """Every seed at the rate that is best on the first one."""
     if not (found := of_results.runs_at_best(arm, runs)):
@@ -59,35 +80,36 @@ MEASURED = ("full", "full one pass", "lora r16", "lora r64", "galore r16", "apol
 NEAR = 1.05  # a peak of at most so many times another's is the same memory
 
 
-def pareto_table(figures: dict) -> Rows:
-    """Arms of a task of pareto.py, the best first."""
+def pareto_table(figures: dict, quality: dict) -> Rows:
+    """Arms of a task of pareto.py, the best first; `quality`: the figures of quality.py, which have their layers."""
     arms = sorted(figures["arms"].items(), key=lambda arm: arm[1]["loss"])
     rows = []
     for arm, one in arms:
-        row = [method_name(arm), loss(one["loss"]), spread_of_seeds(one["losses"])]
+        row = [method_name(arm), layers_that_train(arm, quality), loss(one["loss"]), spread_of_seeds(one["losses"])]
         rows.append([*row, f"{one['peak'] / 1e6:,.1f}", f"{one['seconds']:.3f}"])
-    return [["method", "held-out loss", "spread of seeds", "MB at the peak", "CPU s a step"], *rows]
+    return [["method", "layers", "held-out loss", "spread of seeds", "MB at the peak", "CPU s a step"], *rows]
 
 
-@table("comparing_equal_memory", "pareto")
-def best_in_the_memory_of_others(figures: dict) -> Rows:
+@table("comparing_equal_memory", "pareto", "quality", "quality_smollm2", "quality_smollm2_alpaca")
+def best_in_the_memory_of_others(figures: dict, *qualities: dict) -> Rows:
     """Beside each other method the LISA of the lowest loss whose peak is at most a twentieth above its own."""
-    rows = [["task", "method", "MB at the peak", "held-out loss", "LISA in as much", "MB at the peak", "held-out loss"]]
-    for task, of_task in figures["tasks"].items():
+    header = ["method", "layers", "MB at the peak", "held-out loss"]
+    rows = [["task", *header, "LISA in as much", *header[1:]]]
+    for (task, of_task), quality in zip(figures["tasks"].items(), qualities, strict=True):
         arms = of_task["arms"]
         for other in ("lora r16", "lora r64", "apollo r16", "galore r16", "full one pass"):
             if other not in arms:
                 continue
             near = [arm for arm in arms if arm.startswith("lisa") and arms[arm]["peak"] <= NEAR * arms[other]["peak"]]
-            cells = ["-"] * 3
+            cells = ["-"] * 4
             if near:
-                cells = _of_memory(best := min(near, key=lambda arm: arms[arm]["loss"]), arms[best])
-            rows.append([task, *_of_memory(other, arms[other]), *cells])
+                cells = _of_memory(best := min(near, key=lambda arm: arms[arm]["loss"]), arms[best], quality)
+            rows.append([task, *_of_memory(other, arms[other], quality), *cells])
     return rows
 
 
-def _of_memory(arm: str, one: dict) -> list[str]:
-    return [method_name(arm), f"{one['peak'] / 1e6:,.1f}", loss(one["loss"])]
+def _of_memory(arm: str, one: dict, quality: dict) -> list[str]:
+    return [method_name(arm), layers_that_train(arm, quality), f"{one['peak'] / 1e6:,.1f}", loss(one["loss"])]
 
 
 def importance_table(figures: dict) -> Rows:
@@ -119,13 +141,14 @@ def quality_table(figures: dict, arms: Iterable[str]) -> Rows:
     arms = sorted(arms, key=lambda arm: mean_loss(arm, runs))
     of_steps, of_costs = settings.get("seconds") is not None, bool(settings.get("gpu"))
     of_answers = all(any(run["solved"] is not None for run in runs_at_best(arm, runs)) for arm in arms)
-    header = ["method", "best rate", "held-out loss", "spread of seeds", "next tokens right"]
+    header = ["method", "layers", "best rate", "held-out loss", "spread of seeds", "next tokens right"]
     header += of_answers * ["answers right"] + of_steps * ["steps"] + of_costs * ["s a step", "GiB at the peak"]
     rows = []
     for arm in arms:
         found = runs_at_best(arm, runs)
         losses = [run["held_out"] for run in found]
-        row = [method_name(arm), rate(of_results.best_rate(arm, runs)), loss(statistics.mean(losses))]
+        row = [method_name(arm), layers_that_train(arm, figures), rate(of_results.best_rate(arm, runs))]
+        row += [loss(statistics.mean(losses))]
         row += [spread_of_seeds(losses)]
         row += [percent(statistics.mean(run["token_accuracy"] for run in found))]
         if of_answers:
@@ -196,7 +219,7 @@ def methods_in_equal_time(*tasks: dict) -> Rows:
         for figures in tasks:
             cells = ["-", "-"]
             if found := of_results.runs_at_best(arm, figures["runs"]):
-                cells = [_mean_and_spread([run["held_out"] for run in found])]
+                cells = [_mean_and_spread([run["held_out"] for run in found], layers_that_train(arm, figures))]
                 cells += [f"{statistics.mean(run['steps'] for run in found):.0f}"]
             row += cells
         if set(row[1:]) != {"-"}:
@@ -207,19 +230,19 @@ def methods_in_equal_time(*tasks: dict) -> Rows:
     return [header, *rows]
 
 
-@table("comparing_pareto_stories", "pareto")
-def costs_on_stories(figures: dict) -> Rows:
-    return pareto_table(figures["tasks"]["stories260K on GSM8K"])
+@table("comparing_pareto_stories", "pareto", "quality")
+def costs_on_stories(figures: dict, quality: dict) -> Rows:
+    return pareto_table(figures["tasks"]["stories260K on GSM8K"], quality)
 
 
-@table("comparing_pareto_smollm2", "pareto")
-def costs_on_smollm2(figures: dict) -> Rows:
-    return pareto_table(figures["tasks"]["SmolLM2-135M on GSM8K"])
+@table("comparing_pareto_smollm2", "pareto", "quality_smollm2")
+def costs_on_smollm2(figures: dict, quality: dict) -> Rows:
+    return pareto_table(figures["tasks"]["SmolLM2-135M on GSM8K"], quality)
 
 
-@table("comparing_pareto_alpaca", "pareto")
-def costs_on_alpaca(figures: dict) -> Rows:
-    return pareto_table(figures["tasks"]["SmolLM2-135M on Alpaca"])
+@table("comparing_pareto_alpaca", "pareto", "quality_smollm2_alpaca")
+def costs_on_alpaca(figures: dict, quality: dict) -> Rows:
+    return pareto_table(figures["tasks"]["SmolLM2-135M on Alpaca"], quality)
 
 
 @table("comparing_seeds", "quality")
@@ -251,8 +274,11 @@ def changes_to_lisa(figures: dict) -> Rows:
         "lisa 4 keep": "gamma 4, states kept",
     }
     runs = figures["runs"]
-    rows = [[name, loss(runs[of_results.quality_key(arm, 4e-3, 0)]["held_out"])] for arm, name in arms.items()]
-    return [["change", "held-out loss"], *rows]
+    rows = [
+        [name, layers_that_train(arm, figures), loss(runs[of_results.quality_key(arm, 4e-3, 0)]["held_out"])]
+        for arm, name in arms.items()
+    ]
+    return [["change", "layers", "held-out loss"], *rows]
 
 
 @table("comparing_importance", "importance", "importance_smollm2")
@@ -324,22 +350,22 @@ def methods_on_every_task(*tasks: dict) -> Rows:
     rows = []
     for arm, name in arms.items():
         found = [[run["held_out"] for run in runs_at_best(arm, figures["runs"])] for figures in tasks]
-        rows.append([name, *map(_mean_and_spread, found)])
+        layers = [layers_that_train(arm, figures) for figures in tasks]
+        rows.append([name, *map(_mean_and_spread, found, layers)])
     models = [f"{model}: {task}" for model in ("Llama of 260K", "SmolLM2-135M") for task in ("GSM8K", "Alpaca")]
-    return [["held-out loss, mean and spread of three seeds", *models], *rows]
+    return [["held-out loss, mean and spread of three seeds; layers that train", *models], *rows]
 
 
-def _mean_and_spread(losses: list[float]) -> str:
+def _mean_and_spread(losses: list[float], layers: str) -> str:
     spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ", one seed"
-    return loss(statistics.mean(losses), 3) + spread
+    return f"{loss(statistics.mean(losses), 3)}{spread}; {layers}"
 
 
 def _smaller_states(arms: dict[str, str], tasks: dict[str, dict], costs: dict[str, dict]) -> Rows:
     rows = []
     for arm, name in arms.items():
         by_task = [runs_at_best(arm, figures["runs"]) for figures in tasks.values()]
-        first = by_task[0][0]
-        row = [name, f"{first['layers']}" if first.get("layers") else "-"]
+        row = [name, layers_that_train(arm, next(iter(tasks.values())))]
         row += [f"{costs[arm][size] / 1e6:,.1f}" for size in ("between", "peak")]
         for figures, found in zip(tasks.values(), by_task, strict=True):
             losses = [run["held_out"] for run in found]

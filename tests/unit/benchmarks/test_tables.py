@@ -89,6 +89,24 @@ def test_a_digit_on_a_page(at_once, copy, capsys):
     assert before == {page: (copy / page).read_bytes() for page in PAGES}
 
 
+@pytest.mark.parametrize(
+    ("arm", "results", "said"),
+    [
+        ("full", "quality", "5 of 5"),
+        ("lora r16", "quality_smollm2", "adapters"),
+        ("lisa 2 as published", "quality_smollm2", "2 of 30"),
+        ("lisa in lora's memory", "quality_smollm2", "14 of 30"),
+        ("lisa in lora's memory", "quality", "5 of 5: full training with small states"),
+        ("lisa in lora's, embed frozen", "quality", "5 of 5"),
+        ("lisa modules 14 fixed, embed frozen", "quality_smollm2", "modules of 14 of 30"),
+        ("embed and head", "quality", "0 of 5"),
+        ("fixed 2", "quality", "2 of 5"),
+    ],
+)
+def test_what_compares_methods_names_the_layers_that_train(arm, results, said):
+    assert quality.layers_that_train(arm, parts.Benchmarks(ROOT / "benchmarks").results(results)["figures"]) == said
+
+
 def test_a_figure_in_the_results(copy, capsys):
     path = copy / "benchmarks" / "results" / "quality.json"
     results = json.loads(path.read_text(encoding="utf-8"))
