@@ -40,7 +40,7 @@ class LisaConfig:
         metadata={
             "help": "Decoder layers that train in each period (gamma in the paper); 0 for always-trained blocks alone; "
             "auto for as many as --gpu_memory is enough for; lora for as many as fit what a step of LoRA, rank 16, "
-            "takes and a tenth, two at least."
+            "takes without checkpointing and a tenth, two at least and half of the model's at most."
         },
     )
     lisa_unit: str = field(

@@ -8,7 +8,7 @@ command of a verb leaves its table in the user's cache.
 import hashlib
 import json
 import warnings
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Action
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
@@ -56,10 +56,15 @@ def table_of(parser: WordParser) -> list[dict[str, Any]]:
             "required": action.required or None,
             "metavar": action.metavar if isinstance(action.metavar, str) else None,
             "choices": list(action.choices or ()),
-            "default": getattr(action.default, "value", action.default) if action.dest in shown else None,
+            "default": _shown_default(action) if action.dest in shown else None,
         }
         table.append({name: value for name, value in flag.items() if value is not None and value != []})
     return table
+
+
+def _shown_default(action: Action) -> Any:
+    default = getattr(action, "shown", action.default)
+    return getattr(default, "value", default)
 
 
 class _TableParser(WordParser):

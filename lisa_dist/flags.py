@@ -13,6 +13,7 @@ from trl import TrlParser
 from lisa_dist.errors import UserError
 from lisa_dist.files import read_yaml
 from lisa_dist.flag_words import NUMBER_OR_WORD, WordParser, finite, read_bool, split_config
+from lisa_dist.presets import LORA, PRESETS
 from lisa_dist.text import in_one_line
 
 
@@ -29,7 +30,18 @@ class FlagParser(WordParser, HfArgumentParser):
                 action.type = finite(action.type, NUMBER_OR_WORD.get(action.dest, ()))
             elif action.type is string_to_bool:
                 action.type = read_bool
+        for action in self._actions if "lisa_preset" in self.kinds else ():
+            if action.dest in PRESETS[LORA]:
+                action.shown = "by --lisa_preset"  # type: ignore[attr-defined]  # `print_help` reads it
         self.add_argument("--help_all", action=_HelpAll, nargs=0, dest=SUPPRESS, default=SUPPRESS, help="All flags.")
+
+    def given(self, words: Sequence[str]) -> list[str]:
+        """The names that checked words and their recipe give, in that order, each once."""
+        words = split_config(words)
+        names = [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+        if "--config" in words:
+            names += [name for name in read_yaml("--config", words[words.index("--config") + 1]) if name != "env"]
+        return [name for name in dict.fromkeys(names) if name not in ("config", "local_rank")]
 
     def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> Any:
         """The base's. What the arguments of transformers and TRL refuse is the user's to mend, as what ours refuse."""
@@ -59,14 +71,6 @@ class RunParser(FlagParser, TrlParser):
     def check(self, argv: Sequence[str] | None = None) -> list[str]:
         """The words for `parse_args_and_config`, once each is known and the recipe of `--config` is one."""
         return self.check_with_recipe(sys.argv[1:] if argv is None else argv)
-
-    def given(self, words: Sequence[str]) -> list[str]:
-        """The names that `check`ed words and their recipe give, in that order, each once."""
-        words = split_config(words)
-        names = [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
-        if "--config" in words:
-            names += [name for name in read_yaml("--config", words[words.index("--config") + 1]) if name != "env"]
-        return [name for name in dict.fromkeys(names) if name not in ("config", "local_rank")]
 
     def set_defaults_with_config(self, **recipe: Any) -> list[str]:
         """TRL's, once each value is one that its flag takes."""

@@ -1,9 +1,11 @@
 """Settings that go together, by one name: `--lisa_preset`."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from lisa_dist.config_rules import LORA_LAYERS
+from lisa_dist.errors import UserError
+from lisa_dist.tasks import GRPO
 
 # What needs least of the device, and loses nothing that was measured (docs/comparing.md); for --optim lisa_adamw.
 SMALL_MOMENTS = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
@@ -22,10 +24,56 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     NONE: {},
 }
+PRESET_HELP = (
+    "Settings by one name: lora (as many layers as fit what a step of LoRA takes and a tenth, half of them at most, "
+    "lisa_adamw with small states), paper (2 layers, 20 steps, AdamW in 32 bits that starts afresh in each "
+    "period) or none."
+)
 # Flags that say what a run may take, besides those that `lora` sets.
-_OF_MEMORY = ("gpu_memory", "lisa_offload", "lisa_unit")
+_OF_MEMORY = ("lisa_offload", "lisa_unit")
+
+
+def check_preset(preset: str | None) -> None:
+    """Raise UserError for a `--lisa_preset` that there is not."""
+    if preset not in (None, *PRESETS):
+        raise UserError(f"--lisa_preset {preset}: unknown; choose one of {', '.join(PRESETS)}.")
 
 
 def says_nothing_of_memory(given: Iterable[str]) -> bool:
     """Whether none of the given flags stands against `lora`, which is then the preset by default."""
     return not {*PRESETS[LORA], *_OF_MEMORY}.intersection(given)
+
+
+def choose_preset(
+    asked: str | None,
+    given: Collection[str],
+    *,
+    optim: str,
+    offloads: bool,
+    by_module: bool,
+    in_bf16: bool,
+    can_plan: bool,
+) -> tuple[str, dict[str, Any]]:
+    """The preset of a run, and what it sets: all but the `given` names, and but what the run cannot have.
+
+    By default it is lora where the user has said nothing of what that sets, and a step can be planned. Small moments go
+    with no other optimizer and with no states on the host, and where weights are not in bf16 there are masters; of
+    modules `--lisa_budget` says how many train. Raises UserError where lora is `asked` for and no step can be planned.
+    """
+    by_default = LORA if says_nothing_of_memory(given) and can_plan and not offloads else NONE
+    preset = asked or by_default
+    settings = {name: value for name, value in PRESETS[preset].items() if name not in given}
+    if preset != LORA:
+        return preset, settings
+    left_out = {"lisa_activated_layers"} if by_module else set()
+    if offloads or ("optim" in given and optim != PRESETS[LORA]["optim"]):
+        left_out |= {"optim", *SMALL_STATES}
+    if not in_bf16:
+        left_out.add("lisa_master")
+    settings = {name: value for name, value in settings.items() if name not in left_out}
+    if "lisa_activated_layers" in settings and not can_plan:
+        raise UserError(
+            f"--lisa_preset {LORA}: it plans a step, by --max_length, and can plan none of --task {GRPO}; give "
+            "--lisa_activated_layers too, or another preset."
+        )
+    return preset, settings

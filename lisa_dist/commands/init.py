@@ -5,12 +5,13 @@ from pathlib import Path
 
 from lisa_dist.commands import exit_on_error
 from lisa_dist.commands.plan import HELP as HELP_OF_PLAN
+from lisa_dist.commands.plan import tell
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
 from lisa_dist.flags import FlagParser
+from lisa_dist.memory.defaults import learning_rate, preset_settings, with_accumulation
 from lisa_dist.memory.known_models import load_model_config
-from lisa_dist.memory.ladder import first_that_fits, with_more_layers
-from lisa_dist.memory.trace import FakeRuns
+from lisa_dist.memory.ladder import first_that_fits
 from lisa_dist.train.recipe import InitArguments, format_recipe
 
 USAGE = "lisa-dist init --model llama3.1-8b [--gpus N] [--gpu_memory 24GiB] [--any_flag value ...]"
@@ -22,6 +23,7 @@ HELP = {
         "dataset_name": "files, folders, or datasets of the hub",
         "seq_length": _OF_PLAN["seq_length"],
         "micro_batch_size": _OF_PLAN["micro_batch_size"],
+        "gradient_accumulation_steps": _OF_PLAN["gradient_accumulation_steps"],
         "gpus": _OF_PLAN["gpus"],
         "gpu_memory": _OF_PLAN["gpu_memory"],
         "host_memory": _OF_PLAN["host_memory"],
@@ -30,6 +32,7 @@ HELP = {
     "What is chosen if left out": {
         name: _OF_PLAN[name]
         for name in (
+            "lisa_preset",
             "lisa_activated_layers",
             "lisa_always_on",
             "lisa_state_bits",
@@ -55,12 +58,11 @@ def main(words: Sequence[str]) -> None:
         flags = parser()
         flags.check_words(words)
         arguments, lisa_config = flags.parse_args_into_dataclasses(words)
+        given = flags.given(words)
         config = load_model_config(arguments.model)
-        runs = FakeRuns(config)
-        chosen = first_that_fits(config, arguments, lisa_config, runs=runs)
-        if not any(word.partition("=")[0].replace("-", "_") == "__lisa_activated_layers" for word in words):
-            chosen = with_more_layers(config, chosen, runs)
-        text = format_recipe(chosen, words)
+        arguments, preset = with_accumulation(arguments, given), preset_settings(arguments, lisa_config, given)
+        chosen = first_that_fits(config, arguments, lisa_config, preset, tell=tell)
+        text = format_recipe(chosen, words, config, learning_rate(arguments.model, config, arguments.task))
         if arguments.recipe is None:
             print(text, end="")
             return

@@ -1,14 +1,17 @@
 """`lisa-dist plan`: what a run will need, part by part, which way of running fits, and the command that starts it."""
 
+import functools
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from lisa_dist.commands import exit_on_error
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
 from lisa_dist.flags import FlagParser
+from lisa_dist.memory.defaults import learning_rate, preset_settings, with_accumulation, with_settings
 from lisa_dist.memory.known_models import load_model_config
 from lisa_dist.memory.ladder import Chosen, first_that_fits
 from lisa_dist.memory.plan import NO_DATA, Plan, PlanArguments
@@ -27,7 +30,7 @@ HELP = {
         "lora_r": "of the adapters, for --method lora",
         "seq_length": "tokens of a sequence",
         "micro_batch_size": "examples of a GPU in a forward pass",
-        "gradient_accumulation_steps": "micro-batches of a step",
+        "gradient_accumulation_steps": "micro-batches of a step; by default those of 16 examples",
     },
     "On what": {
         "gpus": "GPUs of the run",
@@ -39,9 +42,10 @@ HELP = {
     "How": {
         "deepspeed": "plan zero1, zero2, ..., or a file; by default all are planned",
         "precision": "bf16 or fp32",
+        "lisa_preset": "as in training: lora by default, paper, none",
         "optim": "as in training",
         "checkpointed_layers": "none, all, a number, or auto: the fewest that fit",
-        "lisa_activated_layers": "decoder layers that train in a period (gamma), or auto",
+        "lisa_activated_layers": "decoder layers that train in a period (gamma), auto, lora",
         "lisa_always_on": "of embed, head, rest; those left out are sampled like layers",
         "lisa_frozen": "of embed, head, rest: never trained",
         "lisa_state": "at a switch: reset, reset_all, keep (on the host)",
@@ -69,48 +73,67 @@ def main(words: Sequence[str]) -> None:
         flags = parser()
         flags.check_words(words)
         arguments, lisa_config = flags.parse_args_into_dataclasses(words)
+        given = flags.given(words)
         config = load_model_config(arguments.model)
-        runs = FakeRuns(config)
-        plans = make_plans(config, arguments, lisa_config, runs=runs)
-        print(format_plans(plans, arguments))
-        if arguments.json:
-            written = {"arguments": asdict(arguments), "plans": [plan.to_dict() for plan in plans]}
-            try:
-                Path(arguments.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror}).") from error
-        if arguments.plot:
-            plot_plans(plans, arguments)
+        arguments, preset = with_accumulation(arguments, given), preset_settings(arguments, lisa_config, given)
+        asked, settings = with_settings(arguments, lisa_config, preset)
+        runs, rate = FakeRuns(config), learning_rate(arguments.model, config, arguments.task)
+        plans = make_plans(config, asked, settings, runs=runs)
+        print(format_plans(plans, asked))
+        _write(plans, asked)
+        only_data = (
+            "" if arguments.dataset_name != NO_DATA else " (the data are an example: --dataset_name takes yours)"
+        )
+        ladder = functools.partial(first_that_fits, config, arguments, lisa_config, preset, runs=runs, tell=tell)
         try:
-            best = what_fits(plans, arguments)
+            best = what_fits(plans, asked)
         except UserError:
-            if (found := _on_the_gpu(runs, arguments, lisa_config)) is not None:
-                _print_command(found.plan, found.arguments, _what_it_takes(found))
-            raise
+            if (found := _found(arguments, ladder)) is None:
+                raise
+            _print_command(found.plan, found.arguments, rate, f"None of these fits. {_what_it_takes(found)}{only_data}")
+            return
         why = "Of these the fastest that fits"
         offloads = best.ds_config.endswith("_offload") and not arguments.deepspeed
-        if offloads and (found := _on_the_gpu(runs, arguments, lisa_config)) is not None:
-            _print_command(best, arguments, "With states on the host, for which a step waits")
-            best, arguments, why = found.plan, found.arguments, _what_it_takes(found)
-        if arguments.dataset_name == NO_DATA:
-            why += " (the data are an example: --dataset_name takes yours)"
-        _print_command(best, arguments, why)
+        if offloads and (found := _found(arguments, functools.partial(ladder, with_offload=False))) is not None:
+            _print_command(best, asked, rate, "With states on the host, for which a step waits")
+            best, asked, why = found.plan, found.arguments, _what_it_takes(found)
+        _print_command(best, asked, rate, why + only_data)
 
 
-def _print_command(plan: Plan, arguments: PlanArguments, why: str) -> None:
-    print(f"\n{why}:\n{command_for(plan, arguments)}")
+def tell(line: str) -> None:
+    """Of a search that takes a minute on a small machine; apart from what is printed to be read or kept."""
+    print(line, file=sys.stderr, flush=True)
 
 
-def _on_the_gpu(runs: FakeRuns, arguments: PlanArguments, lisa_config: LisaConfig) -> Chosen | None:
-    """The first settings by which the GPU's memory is enough for states too, if there are any."""
-    if arguments.method != "lisa":
+def _write(plans: Sequence[Plan], arguments: PlanArguments) -> None:
+    """To the files that were asked for."""
+    if arguments.json:
+        written = {"arguments": asdict(arguments), "plans": [plan.to_dict() for plan in plans]}
+        try:
+            Path(arguments.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror}).") from error
+    if arguments.plot:
+        plot_plans(plans, arguments)
+
+
+def _print_command(plan: Plan, arguments: PlanArguments, rate: float, why: str) -> None:
+    on_host = plan.host_bytes * min(arguments.gpus, arguments.gpus_per_host)
+    takes = f"{format_bytes(plan.gpu.peak)} of each GPU"
+    takes += f" and {format_bytes(on_host)} of a host's memory" if on_host else ""
+    print(f"\n{why}; it takes {takes}:\n{command_for(plan, arguments, rate)}")
+
+
+def _found(arguments: PlanArguments, ladder: Callable[[], Chosen]) -> Chosen | None:
+    """The first settings that fit, if there are any: of other methods than LISA, and under a given config, none."""
+    if arguments.method != "lisa" or arguments.deepspeed:
         return None
-    asked = replace(arguments, deepspeed=None)
     try:
-        return first_that_fits(runs.config, asked, lisa_config, with_offload=False, runs=runs)
-    except UserError:  # none does
+        return ladder()
+    except UserError:
         return None
 
 
 def _what_it_takes(found: Chosen) -> str:
-    return f"With states on the GPU, {format_bytes(found.plan.gpu.peak)} of it: {found.rung.name}"
+    where = "host" if found.rung.offloads else "GPU"
+    return f"With states on the {where}: {found.rung.name}"

@@ -1,16 +1,16 @@
 """A ladder of settings, from the method as published to what gives most of it up for memory: the first that fits."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.config_rules import AUTO_LAYERS
 from lisa_dist.errors import UserError
 from lisa_dist.memory.plan import WAYS, Plan, PlanArguments
-from lisa_dist.memory.plans import make_plans, what_fits, with_most_layers
+from lisa_dist.memory.plans import make_plans, what_fits
 from lisa_dist.memory.trace import FakeRuns
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.presets import SMALL_STATES
@@ -59,63 +59,58 @@ def first_that_fits(
     config: PretrainedConfig,
     arguments: PlanArguments,
     lisa_config: LisaConfig,
+    preset: Mapping[str, Any] = MappingProxyType({}),
     with_offload: bool = True,
     runs: FakeRuns | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Chosen:
     """The first rung of the ladder that fits; settings that were given stay as they are.
 
-    Raises UserError, with what the last one lacks, where none does.
+    `preset`: what `--lisa_preset` sets. `tell` is given a line on each way that is tried. Raises UserError,
+    with what the last one lacks, where none does.
     """
     problem, runs = UserError("no way of running fits the settings"), runs or FakeRuns(config)
-    for rung, asked, tried in _possible(arguments, lisa_config):
+    for rung, asked, tried in _possible(arguments, lisa_config, preset):
         if rung.offloads and not with_offload:
             continue
-        try:
-            ways = [name for name in WAYS if name.endswith("_offload") == rung.offloads]
-            return Chosen(rung, what_fits(make_plans(config, asked, tried, ways, runs), asked), asked, tried)
-        except UserError as error:
-            problem = error
+        # Stage 3 gathers every weight twice, and is for what stages 1 and 2 have no room for.
+        for stages in (("zero1", "zero2"), ("zero3",)):
+            ways = [name for name in WAYS if name.endswith("_offload") == rung.offloads and name.startswith(stages)]
+            tell(f"trying {', '.join(ways)}: {rung.name}")
+            try:
+                plan = what_fits(make_plans(config, asked, tried, ways, runs), asked)
+                return Chosen(rung, plan, asked, plan.lisa_config)
+            except UserError as error:
+                problem = error
     raise problem
 
 
-def with_more_layers(config: PretrainedConfig, chosen: Chosen, runs: FakeRuns | None = None) -> Chosen:
-    """The same with as many layers at a time as fit without checkpointing more: they are what loss depends on most.
+def _possible(
+    arguments: PlanArguments, lisa_config: LisaConfig, preset: Mapping[str, Any]
+) -> Iterator[tuple[Rung, PlanArguments, LisaConfig]]:
+    """The rungs that change nothing that was given, with the arguments and settings of each.
 
-    As it is where modules are sampled, of which a budget says how many.
+    With a preset's small states the ladder begins at these. What is on the host is without it, as in a run.
     """
-    if chosen.lisa_config.by_module:
-        return chosen
-    runs = runs or FakeRuns(config)
-    count, way = str(chosen.plan.workload.checkpointed_layers), chosen.plan.ds_config
-    auto = replace(chosen.lisa_config, lisa_activated_layers=AUTO_LAYERS)
-    most, _ = with_most_layers(config, replace(chosen.arguments, checkpointed_layers=count), auto, way, runs=runs)
-    fits, above = chosen.lisa_config.lisa_activated_layers, most.lisa_activated_layers + 1
-    tried = above - 1  # fits the GPU; states on the host may be too many
-    while tried > fits:
-        settings = replace(chosen.lisa_config, lisa_activated_layers=tried)
-        (plan,) = make_plans(config, chosen.arguments, settings, [way], runs)
-        if any(plan.lacks(chosen.arguments)):
-            above = tried
-        else:
-            fits, chosen = tried, replace(chosen, plan=plan, lisa_config=settings)
-        tried = (fits + above) // 2
-    return chosen
-
-
-def _possible(arguments: PlanArguments, lisa_config: LisaConfig) -> Iterator[tuple[Rung, PlanArguments, LisaConfig]]:
-    """The rungs that change nothing that was given, with the arguments and settings of each."""
     given, defaults = lisa_config.to_dict(), LisaConfig().to_dict()
     default_optim = PlanArguments(arguments.model).optim
     for rung in LADDER:
-        if any(given[name] != defaults[name] for name in rung.settings):
+        settings, optim, of_preset = rung.settings, rung.optim, {} if rung.offloads else dict(preset)
+        if "optim" in of_preset:
+            if optim is None:
+                continue
+            optim = of_preset.pop("optim")
+            settings = {name: value for name, value in settings.items() if name not in SMALL_STATES}
+        if arguments.precision != "bf16" and {"lisa_master", "lisa_frozen_bits"} & settings.keys():
+            continue
+        if any(given[name] != defaults[name] for name in settings):
             continue
         for_offload = rung.offloads or "lisa_state_bits" in rung.settings  # which goes with no states on the host
         if for_offload and lisa_config.offloaded:
             continue
-        if "lisa_always_on" in rung.settings and (lisa_config.lisa_activated_layers == 0 or lisa_config.by_module):
+        if "lisa_always_on" in settings and (lisa_config.lisa_activated_layers == 0 or lisa_config.by_module):
             continue  # nothing can be sampled in the place of layers
-        is_other_optim = arguments.optim not in (default_optim, rung.optim)
-        if rung.optim is not None and (is_other_optim or arguments.precision != "bf16"):
+        if optim is not None and arguments.optim not in (default_optim, optim):
             continue
-        asked = arguments if rung.optim is None else replace(arguments, optim=rung.optim)
-        yield rung, asked, LisaConfig(**given | rung.settings)
+        asked = arguments if optim is None else replace(arguments, optim=optim)
+        yield rung, asked, LisaConfig(**given | settings | of_preset)

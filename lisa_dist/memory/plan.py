@@ -11,6 +11,7 @@ from lisa_dist.core.label_logits import check_loss
 from lisa_dist.errors import UserError
 from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.workload import Workload
+from lisa_dist.presets import check_preset
 from lisa_dist.tasks import GRPO, KTO, PAIRED, REWARD, SFT, WITH_REFERENCE, check_task
 from lisa_dist.text import parse_bytes
 
@@ -52,6 +53,7 @@ class PlanArguments:
         default=False, metadata={"help": "As in training, with --task dpo or kto: no reference model stays."}
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters, for --method lora."})
+    lisa_preset: str | None = field(default=None, metadata={"help": "As in training, and by the same rule."})
     optim: str = field(default="adamw_torch_fused", metadata={"help": "As in training."})
     precision: str = field(default="bf16", metadata={"help": "bf16 or fp32."})
     deepspeed: str | None = field(default=None, metadata={"help": "Plan this config alone: short name or path."})
@@ -88,6 +90,7 @@ class PlanArguments:
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
         check_task(self.task)
+        check_preset(self.lisa_preset)
         if self.task == KTO and self.micro_batch_size < 2:
             raise UserError("--micro_batch_size 1 with --task kto: it compares the rows of a batch; give 2 or more.")
         if self.task == GRPO and self.answers < 2:

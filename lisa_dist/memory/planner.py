@@ -205,7 +205,7 @@ _EXAMPLES: dict[str, dict[str, str]] = {
 }
 
 
-def command_for(plan: Plan, arguments: PlanArguments) -> str:
+def command_for(plan: Plan, arguments: PlanArguments, learning_rate: float | None = None) -> str:
     """The command that starts the run of a plan; where no data were given, on those of the hub for its task."""
     data = {"dataset_name": arguments.dataset_name}
     flags: dict[str, Any] = {
@@ -237,7 +237,10 @@ def command_for(plan: Plan, arguments: PlanArguments) -> str:
     else:
         flags |= {"checkpointed_layers": plan.workload.checkpointed_layers}
         defaults = LisaConfig().to_dict()
-        flags |= {name: value for name, value in plan.lisa_config.to_dict().items() if value != defaults[name]}
+        always = () if plan.lisa_config.by_module else ("lisa_activated_layers",)  # which without it have a preset
+        given = plan.lisa_config.to_dict()
+        flags |= {name: value for name, value in given.items() if name in always or value != defaults[name]}
+    flags |= {} if learning_rate is None else {"learning_rate": learning_rate}
     words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
     hosts = -(-arguments.gpus // arguments.gpus_per_host)
     if hosts == 1:
@@ -255,7 +258,7 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
 
     checkpointed = [f"{plan.workload.checkpointed_layers} checkpointed" for plan in plans]
     lines = [[f"{name} on each GPU", *(plan.ds_config for plan in plans)], ["layers", *checkpointed]]
-    if len({plan.lisa_config.lisa_activated_layers for plan in plans}) > 1:
+    if arguments.method == "lisa" and not plans[0].lisa_config.by_module:
         lines.append(["", *(f"{plan.lisa_config.lisa_activated_layers} active" for plan in plans)])
     lines.append(["loss", *(plan.workload.loss for plan in plans)])
     for title, fields in PLANNED_PARTS:

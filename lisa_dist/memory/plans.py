@@ -1,9 +1,8 @@
 """As many layers as fit, the plans under every DeepSpeed config, and the fastest of them that fits."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
@@ -11,7 +10,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import LORA_LAYERS, PLANNED_LAYERS
 from lisa_dist.core.blocks import number_of_decoder_layers
-from lisa_dist.core.checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
+from lisa_dist.core.checkpointing import AUTO, fewest_layers
 from lisa_dist.core.engine_config import prepare_ds_config
 from lisa_dist.core.label_logits import why_no_label_logits
 from lisa_dist.core.layer_weights import load_layer_weights
@@ -34,7 +33,16 @@ _SMALLER: tuple[tuple[str | None, dict[str, Any]], ...] = (
 )
 
 LORA_RANK = 16  # of the adapters whose memory --lisa_activated_layers lora keeps to
-FEWEST_LAYERS = 2  # that it has: the paper's
+
+
+def fewest_of_lora(num_layers: int) -> int:
+    """The layers that `lora` has at least: the paper's two, and no more than it may have at most."""
+    return min(2, most_of_lora(num_layers))
+
+
+def most_of_lora(num_layers: int) -> int:
+    """Half of the layers: all of them are full training, which small models would have room for."""
+    return max(1, num_layers // 2)
 
 
 def with_most_layers(
@@ -47,46 +55,83 @@ def with_most_layers(
 ) -> tuple[LisaConfig, str]:
     """The settings of a run with a number in the place of auto or lora, and why; as they are where they have one.
 
-    Layers come before checkpointing less: the number is planned with all layers checkpointed, where the run may choose,
-    and with the loss that needs less. auto raises UserError, with the closest three settings, where not one layer fits;
-    lora has two layers at least, those of the paper.
+    lora is as many as fit what a step of LoRA takes, and a tenth, both of one micro-batch without checkpointing: one
+    number, however the run checkpoints and accumulates. Of these it is as many as fit the GPU, two at least. auto is as
+    many as fit the GPU, or a UserError with the closest three settings. Layers come before checkpointing less: they fit
+    with all layers checkpointed, where the run may choose, and with the loss that needs less.
     """
-    given = lisa_config.lisa_activated_layers
+    given, budget = lisa_config.lisa_activated_layers, arguments.budget
     if given not in PLANNED_LAYERS:
         return lisa_config, ""
     num_layers, runs = number_of_decoder_layers(config), runs or FakeRuns(config)
     checkpointed = "all" if arguments.checkpointed_layers == AUTO else arguments.checkpointed_layers
-    asked = replace(arguments, checkpointed_layers=checkpointed)
-
-    losses = _losses(config, arguments)
-
-    def peak_of(settings: LisaConfig, layers: int, optim: str | None = None) -> int:
-        of_optim = replace(asked, optim=optim or arguments.optim)
-        planner = Planner(config, of_optim, replace(settings, lisa_activated_layers=layers), on_cpu, runs)
-        peaks = {loss: planner.plan(ds_config, planner.given_count, loss).gpu.needed for loss in losses}
-        losses[:] = [min(losses, key=lambda loss: peaks[loss])]  # the one that needs less does so for any number
-        return peaks[losses[0]]
-
+    on_gpu = _Peaks(runs, replace(arguments, checkpointed_layers=checkpointed), ds_config, on_cpu)
     most = _most_layers(config, lisa_config, num_layers)
-    peak = functools.cache(lambda fewer: peak_of(lisa_config, most - fewer))
     if given == LORA_LAYERS:
-        peak(most - 1)  # which settles the loss
-        budget = _memory_of_lora(runs, asked, lisa_config, ds_config, losses[0], on_cpu)
-        bound = f"LoRA's step, rank {LORA_RANK}, and a tenth take {format_bytes(budget)}"
-    if given != LORA_LAYERS or budget > arguments.budget:
-        budget = arguments.budget
-        bound = f"there are {format_bytes(budget)}"
-    fewer = fewest_layers(peak, most - 1, budget)
-    if given == LORA_LAYERS:
-        fewer = min(fewer, max(0, most - FEWEST_LAYERS))
-    elif peak(fewer) > budget:
-        raise UserError(
-            f"--lisa_activated_layers auto: not one layer fits {format_bytes(budget)}: with one "
-            f"{format_bytes(peak(fewer))} are planned. {_closest_settings(peak_of, lisa_config)}"
-        )
-    layers = most - fewer
-    why = f"{given}: {layers} of {num_layers}, {format_bytes(peak(fewer))} planned; {bound}"
-    return replace(lisa_config, lisa_activated_layers=layers), why
+        alone = replace(arguments, checkpointed_layers="none", gradient_accumulation_steps=1)
+        most = min(most, most_of_lora(num_layers))
+        layers, why = _beside_lora(_Peaks(runs, alone, ds_config, on_cpu), on_gpu, lisa_config, most, budget)
+    else:
+        layers = most - fewest_layers(lambda fewer: on_gpu.of(lisa_config, most - fewer), most - 1, budget)
+        planned = format_bytes(on_gpu.of(lisa_config, layers))
+        if on_gpu.of(lisa_config, layers) > budget:
+            raise UserError(
+                f"--lisa_activated_layers auto: not one layer fits {format_bytes(budget)}: with one {planned} are "
+                f"planned. {_closest_settings(on_gpu.of, lisa_config)}"
+            )
+        why = f"{planned} planned; there are {format_bytes(budget)}"
+    return replace(lisa_config, lisa_activated_layers=layers), f"{given}: {layers} of {num_layers}, {why}"
+
+
+def _beside_lora(alone: "_Peaks", on_gpu: "_Peaks", lisa_config: LisaConfig, most: int, budget: int) -> tuple[int, str]:
+    """As many layers as fit LoRA's step and the GPU, and why."""
+    fewest = min(2, most)
+    alone.of(lisa_config, fewest)  # which settles the loss
+    of_lora = alone.of_lora(lisa_config)
+
+    def excess(fewer: int) -> int:
+        peak = alone.of(lisa_config, most - fewer)
+        if peak > of_lora or 4 * peak <= budget:  # accumulation takes no more than that, and none need be planned
+            return peak - of_lora
+        return on_gpu.of(lisa_config, most - fewer) - budget
+
+    layers = most - fewest_layers(excess, most - fewest, 0)
+    planned = f"{format_bytes(alone.of(lisa_config, layers))} planned without checkpointing"
+    return layers, f"{planned}; LoRA's step, rank {LORA_RANK}, and a tenth take {format_bytes(of_lora)}"
+
+
+class _Peaks:
+    """Bytes of a GPU at the peak of steps that differ in their layers, by the loss that needs least."""
+
+    def __init__(self, runs: FakeRuns, asked: PlanArguments, ds_config: str | dict, on_cpu: bool) -> None:
+        self._runs, self._asked, self._ds_config, self._on_cpu = runs, asked, ds_config, on_cpu
+        self._losses = _losses(runs.config, asked)
+        self._known: dict[tuple[str, int, str | None], int] = {}
+
+    def of(self, settings: LisaConfig, layers: int, optim: str | None = None) -> int:
+        """With so many layers at a time."""
+        key = str(settings), layers, optim
+        if key not in self._known:
+            asked = replace(self._asked, optim=optim or self._asked.optim)
+            planner = self._planner(asked, replace(settings, lisa_activated_layers=layers))
+            peaks = {loss: self._peak(planner, loss) for loss in self._losses}
+            # The one that needs less does so for any number.
+            self._losses = [min(self._losses, key=lambda loss: peaks[loss])]
+            self._known[key] = peaks[self._losses[0]]
+        return self._known[key]
+
+    def of_lora(self, lisa_config: LisaConfig) -> int:
+        """Of a step of LoRA, by the loss that was settled on, and a tenth of it more."""
+        asked = {one.name: getattr(self._asked, one.name) for one in fields(PlanArguments)}  # those of init refuse LoRA
+        lora = PlanArguments(**asked | {"method": "lora", "lora_r": LORA_RANK, "optim": TORCH_ADAMW[1]})
+        model_alone = LisaConfig(lisa_layers_attribute=lisa_config.lisa_layers_attribute)
+        return int(1.1 * self._peak(self._planner(lora, model_alone), self._losses[0]))
+
+    def _planner(self, asked: PlanArguments, settings: LisaConfig) -> Planner:
+        return Planner(self._runs.config, asked, settings, self._on_cpu, self._runs)
+
+    def _peak(self, planner: Planner, loss: str) -> int:
+        return planner.plan(self._ds_config, planner.given_count, loss).gpu.needed
 
 
 def _most_layers(config: PretrainedConfig, lisa_config: LisaConfig, num_layers: int) -> int:
@@ -102,24 +147,6 @@ def _most_layers(config: PretrainedConfig, lisa_config: LisaConfig, num_layers: 
         left = max(0.0, 1 - sum(given.values()))
         most = min(most, math.floor(left * num_layers / len(by_default) + 1e-9))
     return max(1, most)
-
-
-def _memory_of_lora(
-    runs: FakeRuns,
-    asked: PlanArguments,
-    lisa_config: LisaConfig,
-    ds_config: str | dict,
-    loss: str,
-    on_cpu: bool,
-) -> int:
-    """Bytes of a step of LoRA with as many layers checkpointed, and a tenth of them more."""
-    given = parse_checkpointed_layers(asked.checkpointed_layers)
-    assert given is not None
-    assert given != AUTO
-    count = number_of_layers(given, number_of_decoder_layers(runs.config))
-    lora = replace(asked, method="lora", lora_r=LORA_RANK, optim=TORCH_ADAMW[1], checkpointed_layers="all")
-    model_alone = LisaConfig(lisa_layers_attribute=lisa_config.lisa_layers_attribute)
-    return int(1.1 * Planner(runs.config, lora, model_alone, on_cpu, runs).plan(ds_config, count, loss).gpu.peak)
 
 
 def _losses(config: PretrainedConfig, arguments: PlanArguments) -> list[str]:
@@ -171,7 +198,7 @@ def make_plans(
                 runs=runs,
             )
         except UserError as error:
-            refused = error  # 8-bit moments are not for DeepSpeed's host AdamW; not one layer fits
+            refused = refused or error  # 8-bit moments are not for DeepSpeed's host AdamW; not one layer fits
             continue
         plans.append(of_way.cheapest(way))
     if not plans:
@@ -198,7 +225,8 @@ def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
         for plan in closest
     )
     raise UserError(
-        f"--gpu_memory {arguments.gpu_memory} on {arguments.gpus} GPU(s): nothing fits. "
-        f"The closest: {listed}. More GPUs, a shorter --seq_length, --lisa_state_bits embed=8,head=8, or "
-        "--lisa_always_on rest (embed and head sampled as layers are; not with --lisa_unit module) need less."
+        f"--gpu_memory {arguments.gpu_memory} on {arguments.gpus} GPU(s): nothing fits beside the {arguments.reserve} "
+        f"of each that are kept for CUDA (--reserve). The closest: {listed}. More GPUs, a shorter --seq_length, "
+        "--lisa_state_bits embed=8,head=8, or --lisa_always_on rest (embed and head sampled as layers are; not with "
+        "--lisa_unit module) need less."
     )

@@ -22,7 +22,7 @@ from lisa_dist.distributed.watchdog import HANG_TIMEOUT
 from lisa_dist.errors import UserError
 from lisa_dist.flags import RunParser
 from lisa_dist.model_names import HUB_IDS
-from lisa_dist.presets import PRESETS
+from lisa_dist.presets import PRESET_HELP, check_preset
 from lisa_dist.run_folder import hide_secrets
 from lisa_dist.tasks import OF_SFT, SFT, TASKS, check_rewards_given, check_task, task_of
 from lisa_dist.train.task_configs import CONFIGS, LisaSFTConfig
@@ -45,11 +45,9 @@ class RunArguments:
     lisa_preset: str | None = field(
         default=None,
         metadata={
-            "help": "Settings by one name: lora (as many layers as fit what a step of LoRA takes and a tenth, "
-            "lisa_adamw with small states), paper (2 layers, 20 steps, AdamW in 32 bits that starts afresh in each "
-            "period) or none. By default lora where none of --lisa_activated_layers, --optim, --lisa_state_bits, "
-            "--lisa_master, --lisa_offload, --lisa_unit and --gpu_memory is given and the DeepSpeed config does not "
-            "offload."
+            "help": f"{PRESET_HELP} By default lora where none of --lisa_activated_layers, --optim, "
+            "--lisa_state_bits, --lisa_master, --lisa_offload and --lisa_unit is given and the DeepSpeed config does "
+            "not offload."
         },
     )
     task: str = field(
@@ -132,8 +130,7 @@ class RunArguments:
         check_rewards_given(self.task, self.reward_funcs)
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
-        if self.lisa_preset not in (None, *PRESETS):
-            raise UserError(f"--lisa_preset {self.lisa_preset}: unknown; choose one of {', '.join(PRESETS)}.")
+        check_preset(self.lisa_preset)
         checkpointed = parse_checkpointed_layers(self.checkpointed_layers)
         if self.method != "lisa" and isinstance(checkpointed, int) and checkpointed > 0:
             raise UserError(

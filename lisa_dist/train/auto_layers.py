@@ -14,7 +14,7 @@ from lisa_dist.core.checkpointing import AUTO, parse_checkpointed_layers
 from lisa_dist.distributed.collectives import gather, raise_shared
 from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError
-from lisa_dist.memory.plans import FEWEST_LAYERS, with_most_layers
+from lisa_dist.memory.plans import fewest_of_lora, with_most_layers
 from lisa_dist.memory.trace import PlanError
 from lisa_dist.run_folder import check_state
 from lisa_dist.train.arguments import RunConfig
@@ -81,7 +81,7 @@ def _planned(config: RunConfig, model_config: PretrainedConfig, gpu_bytes: int |
 
 
 def _fewest(lisa_config: LisaConfig, model_config: PretrainedConfig, why: str) -> tuple[LisaConfig, str]:
-    layers = min(FEWEST_LAYERS, number_of_decoder_layers(model_config))
+    layers = fewest_of_lora(number_of_decoder_layers(model_config))
     return replace(lisa_config, lisa_activated_layers=layers), f"lora: {layers}, since no step can be planned: {why}"
 
 

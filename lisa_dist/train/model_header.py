@@ -47,7 +47,10 @@ def describe_training(
         *([("sampled like layers", named(list(lisa.block_visit_counts)))] if lisa.block_visit_counts else []),
         ("never trained", named(never) + (f", of which {format_count(frozen)} were frozen before" if frozen else "")),
         *([("outside", _describe_outside(lisa))] if "outside" in never else []),
-        ("active at a time", f"{format_count(active)} ({100 * active / total:.1f}%)"),
+        (
+            "active at a time",
+            f"{format_count(active)} ({100 * active / total:.1f}%)" + (": full training" if active == total else ""),
+        ),
         ("inactive", format_count(total - active)),
         ("period", f"{config.lisa_interval_steps} steps with {_describe_active(config)}, {config.lisa_sampler}"),
         *(

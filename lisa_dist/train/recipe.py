@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from transformers import PretrainedConfig
 
 from lisa_dist.config import LisaConfig
+from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.checkpointing import AUTO
 from lisa_dist.errors import UserError
 from lisa_dist.files import check_new_file
-from lisa_dist.memory.known_models import load_model_config
 from lisa_dist.memory.ladder import Chosen
 from lisa_dist.memory.plan import Plan, PlanArguments
 from lisa_dist.model_names import name_or_folder
-from lisa_dist.tasks import GRPO, SFT
+from lisa_dist.tasks import GRPO, REWARD, SFT
 from lisa_dist.text import GIB, format_bytes
 
 RECIPE = """\
@@ -42,11 +43,12 @@ deepspeed: {deepspeed}
 bf16: {bf16}
 optim: {optim}
 {budget}checkpointed_layers: {checkpointed:<15}# auto: as few as fit, by a measured step; planned: {fewest}/{num_layers}
-{loss}{gradient_accumulation}per_device_train_batch_size: {micro_batch_size}
+{loss}per_device_train_batch_size: {micro_batch_size}
+global_batch_size: {batch:<17}# examples of a step, on any number of GPUs
 max_length: {seq_length}
 {packing}
-# The schedule. Lower the rate for more layers at a time, or for a model that is tuned already.
-learning_rate: 1.0e-5
+# The schedule. {rate_says}
+learning_rate: {rate:<21}# try half and twice of it; docs/choosing.md
 lr_scheduler_type: cosine
 warmup_steps: 0.03                  # below 1: this part of all steps
 num_train_epochs: 1
@@ -62,7 +64,14 @@ report_to: tensorboard              # or wandb, mlflow, ..., none
 
 
 _PACKING = "# packing: true                     # several short examples in one sequence, which never see each other\n"
-_MORE = "# decoder layers: as many as were planned to fit; fewer are faster"
+_LAYERS = "# of {} decoder layers; fewer are faster, and auto is as many as fit"
+_ALL = "# of {} decoder layers, which are all: full training"
+_RATE_OF_PREFERENCES = "This rate is for training by preferences: a tenth of that of fine-tuning."
+_RATES = {
+    1e-4: "This rate is for models below 1B.",
+    1e-5: "This rate is for a model that is tuned already; a base model takes 2 to 4 times as much.",
+    2e-5: "This rate is for a base model; one that is tuned already takes 1e-5.",
+}
 
 
 @dataclass
@@ -93,15 +102,16 @@ class InitArguments(PlanArguments):
         return (path.parent if path.name == "config.json" else path).name
 
 
-def format_recipe(chosen: Chosen, words: Sequence[str]) -> str:
+def format_recipe(chosen: Chosen, words: Sequence[str], config: PretrainedConfig, rate: float) -> str:
     """The recipe's text, YAML with comments; `words` are those of the command."""
     arguments, plan, lisa_config = chosen.arguments, chosen.plan, chosen.lisa_config
     assert isinstance(arguments, InitArguments)
     defaults = LisaConfig().to_dict()
     shown = {name: value for name, value in lisa_config.to_dict().items() if value != defaults[name]}
     gamma, interval = (shown.pop(name, defaults[name]) for name in ("lisa_activated_layers", "lisa_interval_steps"))
-    here = min(arguments.gpus, arguments.gpus_per_host)
-    accumulation = arguments.gradient_accumulation_steps
+    here, num_layers = min(arguments.gpus, arguments.gpus_per_host), number_of_decoder_layers(config)
+    layers = (_ALL if gamma == num_layers else _LAYERS).format(num_layers)
+    batch = arguments.gpus * arguments.micro_batch_size * arguments.gradient_accumulation_steps
     return RECIPE.format(
         model=_join([arguments.model_name]),
         gpus=arguments.gpus,
@@ -118,7 +128,7 @@ def format_recipe(chosen: Chosen, words: Sequence[str]) -> str:
         model_name_or_path=_as_yaml(name_or_folder(arguments.model)),
         dataset_name=_as_yaml(arguments.dataset_name),
         output_dir=_as_yaml(arguments.output_dir or f"runs/{arguments.model_name}"),
-        active="" if lisa_config.by_module else f"lisa_activated_layers: {gamma:<13}{_MORE}\n",
+        active="" if lisa_config.by_module else f"lisa_activated_layers: {gamma:<13}{layers}\n",
         packing=_PACKING if arguments.task == SFT else "",
         task=_task(arguments),
         interval=interval,
@@ -130,8 +140,10 @@ def format_recipe(chosen: Chosen, words: Sequence[str]) -> str:
         loss=f"loss: {arguments.loss}\n" if arguments.loss != AUTO else "",
         optim=_as_yaml(arguments.optim),
         fewest=plan.workload.checkpointed_layers,
-        num_layers=load_model_config(arguments.model).get_text_config().num_hidden_layers,
-        gradient_accumulation=f"gradient_accumulation_steps: {accumulation}\n" if accumulation > 1 else "",
+        num_layers=num_layers,
+        batch=batch,
+        rate=f"{rate:.1e}",
+        rate_says=_RATES[rate] if arguments.task in (SFT, REWARD) else _RATE_OF_PREFERENCES,
         micro_batch_size=arguments.micro_batch_size,
         seq_length=arguments.seq_length,
     )
@@ -151,7 +163,9 @@ def _plan_command(arguments: InitArguments, plan: Plan) -> str:
         "deepspeed": plan.ds_config
     }
     unlike = LisaConfig().to_dict()
-    flags |= {name: value for name, value in plan.lisa_config.to_dict().items() if value != unlike[name]}
+    settings = plan.lisa_config.to_dict()
+    always = () if plan.lisa_config.by_module else ("lisa_activated_layers",)  # which without it have a preset
+    flags |= {name: value for name, value in settings.items() if name in always or value != unlike[name]}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return _join(["lisa-dist", "plan", "--model", arguments.model, *words])
 

@@ -17,7 +17,7 @@ from lisa_dist.core.weight_store import check_store
 from lisa_dist.ds_config import given_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.files import check_folder, read_text
-from lisa_dist.memory.plans import FEWEST_LAYERS
+from lisa_dist.memory.plans import fewest_of_lora
 from lisa_dist.tasks import GRPO, KTO, REWARD, SFT, refuse_flags_of_sft
 from lisa_dist.text import in_one_line, no_such_model
 from lisa_dist.train.argument_checks import check_ds_arguments, check_evaluation, check_loss_type, check_schedule
@@ -164,7 +164,7 @@ def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
     if config.lisa.lisa_weights_file is not None:
         read_text("--lisa_weights_file", split_columns(config.lisa.lisa_weights_file)[0])
         num_active = config.lisa.lisa_activated_layers
-        fewest = {LORA_LAYERS: min(FEWEST_LAYERS, num_layers), AUTO_LAYERS: 1}
+        fewest = {LORA_LAYERS: fewest_of_lora(num_layers), AUTO_LAYERS: 1}
         num_active = fewest.get(num_active, num_active)
         load_layer_weights(config.lisa.lisa_weights_file, num_layers, num_active)
 

@@ -137,7 +137,10 @@ def test_a_run_of_which_nothing_is_said_has_the_memory_of_lora(folder, tmp_path,
     small = "lisa_state_bits embed=factored,head=factored,layers=8, lisa_master bf16_sr"
     assert f"lora: optim lisa_adamw, {small}" in said
     assert (
-        layers := re.search(r"layers +lora: (\d) of 6, [\d.]+ \wiB planned; LoRA's step, rank 16, and a tenth", said)
+        layers := re.search(
+            r"layers +lora: (\d) of 6, [\d.]+ \wiB planned without checkpointing; LoRA's step, rank 16, and a tenth",
+            said,
+        )
     )
     assert f"2 steps with {layers[1]} layers, uniform" in said
     whole = load_file(tmp_path / "out" / "model.safetensors")

@@ -12,8 +12,9 @@ from lisa_dist import cli
 from lisa_dist.commands import plan as plan_command
 from lisa_dist.commands.init import main
 from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.memory.defaults import learning_rate
 from lisa_dist.memory.known_models import load_model_config
-from lisa_dist.memory.ladder import LADDER, Chosen, first_that_fits, with_more_layers
+from lisa_dist.memory.ladder import LADDER, Chosen, first_that_fits
 from lisa_dist.memory.plans import make_plans
 from lisa_dist.model_names import HUB_IDS, shipped_model_configs
 from lisa_dist.train.arguments import parse_arguments
@@ -43,8 +44,8 @@ def test_the_recipe_is_one_that_a_run_takes(tiny, tmp_path, capsys):
     assert data_args.dataset_name == ["rows.jsonl"]
     assert data_args.eval_rows == 0.02
     assert model_args.model_name_or_path == tiny
-    assert (lisa_config.lisa_interval_steps, lisa_config.lisa_activated_layers) == (7, 6), "all that there are"
-    assert (training_args.output_dir, training_args.gradient_accumulation_steps) == ("runs/model", 2)
+    assert (lisa_config.lisa_interval_steps, lisa_config.lisa_activated_layers) == (7, 3), "half of them"
+    assert (training_args.output_dir, training_args.global_batch_size) == ("runs/model", 32), "16 GPUs, two each"
     assert training_args.bf16 is False
     assert run_args.loss == "chunked"
     text = path.read_text()
@@ -116,42 +117,47 @@ def test_nothing_is_given_up_without_need(tmp_path):
     assert len(reached) > 4, needs
 
 
-def test_layers_are_as_many_as_fit_without_checkpointing_more(tmp_path):
-    config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=256, num_hidden_layers=8)
-    config.save_pretrained(tmp_path)
-    asked = {"model": str(tmp_path), "seq_length": 1024, "reserve": "0"}
-    needs = {
-        layers: make_plans(config, InitArguments(**asked), LisaConfig(lisa_activated_layers=layers), ["zero2"])[0]
-        for layers in (2, 5)
-    }
-    assert [one.workload.checkpointed_layers for one in needs.values()] == [0, 0]
-    budget = needs[5].gpu.peak
-    recipes = {}
-    for words in ([], ["--lisa_activated_layers", "2"], ["--lisa-activated-layers=2"]):
-        path = tmp_path / f"{len(recipes)}.yaml"
-        common = ["--model", str(tmp_path), "--seq_length", "1024", "--reserve", "0", "--recipe", str(path)]
-        main([*common, "--gpu_memory", f"{budget}B", *words])
-        recipes[path] = yaml.safe_load(path.read_text())["lisa_activated_layers"]
-        assert "planned: 0/8" in path.read_text()
-    assert [*recipes.values()] == [5, 2, 2]
+def test_plan_and_init_have_one_number_and_one_batch(tiny, tmp_path, capsys):
+    """That of `--lisa_preset lora`, of which a run's is in test_presets.py; a small model trains half of its layers."""
+    path = tmp_path / "recipe.yaml"
+    main(["--model", tiny, "--gpu_memory", "4GiB", "--recipe", str(path)])
+    tried = capsys.readouterr().err.splitlines()
+    assert tried[0].startswith("trying zero1, zero2: embeddings and head with a moment by row and column")
+    assert len(tried) == 1, "the first that fits"
+    recipe = yaml.safe_load(path.read_text())
+    assert (recipe["lisa_activated_layers"], recipe["global_batch_size"], recipe["learning_rate"]) == (3, 16, 1e-4)
+    plan_command.main(["--model", tiny, "--gpu_memory", "4GiB"])
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert "--gradient_accumulation_steps 16 " in command
+    assert "--lisa_activated_layers 3 --lisa_state_bits embed=factored,head=factored,layers=8" in command
+    assert command.endswith("--learning_rate 0.0001")
+    for preset, layers in (("none", 2), ("paper", 2)):
+        plan_command.main(["--model", tiny, "--gpu_memory", "4GiB", "--lisa_preset", preset])
+        command = capsys.readouterr().out.splitlines()[-1]
+        assert "--optim adamw_torch_fused --bf16 True " in command
+        assert f"--lisa_activated_layers {layers} " in command
+        assert ("--lisa_state reset_all" in command) == (preset == "paper")
 
 
-def test_layers_are_no_more_than_the_host_has_room_for(tmp_path):
-    """Whose states are there, where the GPU has room for all."""
-    config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=256, num_hidden_layers=8)
-    config.save_pretrained(tmp_path)
-    common = {"model": str(tmp_path), "seq_length": 64, "reserve": "0", "gpu_memory": "1GiB"}
-    way = ["zero2_offload"]
-    needed = [
-        make_plans(config, InitArguments(**common), LisaConfig(lisa_activated_layers=layers), way)[0].host_bytes
-        for layers in (2, 4, 8)
-    ]
-    assert needed[0] < needed[1] < needed[2]
-    arguments = InitArguments(**common, host_memory=f"{needed[1]}B")
-    (begun,) = make_plans(config, arguments, LisaConfig(), way)
-    chosen = with_more_layers(config, Chosen(LADDER[-2], begun, arguments, LisaConfig()))
-    assert chosen.lisa_config.lisa_activated_layers == 4
-    assert not any(chosen.plan.lacks(arguments))
+def test_full_training_is_called_so(tiny, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    main(["--model", tiny, "--gpu_memory", "4GiB", "--lisa_activated_layers", "6", "--recipe", str(path)])
+    assert "lisa_activated_layers: 6            # of 6 decoder layers, which are all: full training" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "rate"),
+    [
+        ("llama3.1-8b", "sft", 2e-5),
+        ("meta-llama/Llama-3.1-8B-Instruct", "sft", 1e-5),
+        ("models/Qwen3-8B", "sft", 1e-5),
+        ("models/Qwen3-8B-Base", "sft", 2e-5),
+        ("llama3.1-8b", "reward", 2e-5),
+        ("google/gemma-2-9b-it", "dpo", 1e-6),
+    ],
+)
+def test_the_rate_is_of_the_model_and_the_task(model, task, rate):
+    assert learning_rate(model, load_model_config("llama3.1-8b"), task) == pytest.approx(rate)
 
 
 def test_settings_that_are_given_stay(tiny):
@@ -220,7 +226,7 @@ def test_a_recipe_gives_back_what_it_was_given(tiny, tmp_path, value):
     [
         (
             ["--model", "TINY", "--gpu_memory", "1GiB", "--checkpointed_layers", "all"],
-            "--gpu_memory 1GiB on 1 GPU(s): nothing fits",
+            "--gpu_memory 1GiB on 1 GPU(s): nothing fits beside the 1GiB of each that are kept for CUDA",
         ),
         (["--model", "llama2-7b", "--method", "lora"], "--method lora: init writes recipes of LISA"),
         (["--model", "llama2-7b", "--json", "plans.json"], "--json plans.json: it is for lisa-dist plan"),
