@@ -58,6 +58,12 @@ def of_choosing(figures: dict) -> str:
     return f"held-out loss at the best rate: {named(losses)}"
 
 
+@latest("cards")
+def of_cards(figures: dict) -> str:
+    layers = {f"{key}:": f"{one['layers']} of {one['num_layers']}" for key, one in figures.items()}
+    return f"layers that train: {named(layers)}"
+
+
 @latest("checkpoints")
 def of_checkpoints(figures: dict) -> str:
     texts = {}

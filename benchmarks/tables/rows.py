@@ -55,6 +55,21 @@ def states(figures: dict) -> Rows:
     return side_by_side(figures, {f"`{name}`": {"lisa_state": name} for name in ("reset", "reset_all", "keep")})
 
 
+@table("choosing_cards", "cards")
+def cards(figures: dict) -> Rows:
+    """What init chooses, by card and model; tokens a second are by arithmetic."""
+    rows = [["GPUs", "model", "layers", "layers frozen in", "ZeRO", "checkpointed", "global batch", "rate",
+             "GiB of a GPU", "GiB of the host", "tokens/s, by arithmetic"]]  # fmt: skip
+    for key, one in figures.items():
+        gpus, model = key.split(", ")
+        memory = f"{one['peak'] / 2**30:.1f}", f"{one['host'] / 2**30:.0f}" if one["host"] else "-"
+        two_digits = float(f"{one['tokens_per_second']:.2g}")
+        layers = f"{one['layers']} of {one['num_layers']}", f"{one['frozen_bits']} bits", f"`{one['ds_config']}`"
+        settings = f"{one['checkpointed']}", f"{one['global_batch']}", rate(one["learning_rate"])
+        rows.append([gpus, f"`{model}`", *layers, *settings, *memory, f"{two_digits:,.0f}"])
+    return rows
+
+
 # docs/kernels.md
 
 
@@ -182,12 +197,17 @@ def moved(arm: dict) -> str:
     return "-" if arm["drift"] is None else percent(arm["drift"]["changed"] / arm["drift"]["elements"], 0)
 
 
+def layers_of(arm: str) -> str:
+    """What an arm of memory.py and speed.py trains, of the 32 layers of LLaMA-2-7B's shape."""
+    return "32 of 32" if arm.startswith("full") else "adapters" if arm.startswith("lora") else "2 of 32"
+
+
 @table("headline", "memory", "speed", "communication")
 def headline(memory: dict, speed: dict, communication: dict) -> Rows:
     """What each method takes, in parts of full training."""
     bytes_held, steps = memory["zero2"], speed["zero2"]
-    rows = [["% of full training, ZeRO-2, two ranks", "memory between steps", "peak of a step", "time of a step",
-             "FLOPs of a step", "bytes sent", "frozen weights that move"]]  # fmt: skip
+    rows = [["% of full training, ZeRO-2, two ranks", "layers", "memory between steps", "peak of a step",
+             "time of a step", "FLOPs of a step", "bytes sent", "frozen weights that move"]]  # fmt: skip
     for arm in SIDE_BY_SIDE:
         shares = (
             held(bytes_held[arm]) / held(bytes_held["full"]),
@@ -196,7 +216,7 @@ def headline(memory: dict, speed: dict, communication: dict) -> Rows:
             steps[arm]["flops"] / steps["full"]["flops"],
             sent(communication, "zero2", arm),
         )
-        rows.append([arm, *(percent(share, 0) for share in shares), moved(bytes_held[arm])])
+        rows.append([arm, layers_of(arm), *(percent(share, 0) for share in shares), moved(bytes_held[arm])])
     return rows
 
 
@@ -233,14 +253,15 @@ STATIC_OF = {name: name.replace("lisa", "static") for name in ("lisa", "lisa, em
 
 def step_rows(of_sections: dict[str, dict]) -> Rows:
     """A row of each arm of sections of speed.py in which full training runs too."""
-    rows = [["", "step s", "forward", "backward", "optimizer", "of static's step", "of full's step", "FLOPs of full's"]]
+    rows = [["", "layers", "step s", "forward", "backward", "optimizer", "of static's step", "of full's step",
+             "FLOPs of full's"]]  # fmt: skip
     for title, of_arms in of_sections.items():
         for name, arm in of_arms.items():
             static = of_arms.get(STATIC_OF.get(name))
             parts = [f"{middle(arm['steps'], part):.2f}" for part in ("step", "forward", "backward", "optimizer")]
             of_static = "-" if static is None else spread(ratios(arm, static))
             of_full = spread(ratios(arm, of_arms["full"])), f"{arm['flops'] / of_arms['full']['flops']:.2f}"
-            rows.append([f"{title}, {name}", *parts, of_static, *of_full])
+            rows.append([f"{title}, {name}", layers_of(name), *parts, of_static, *of_full])
     return rows
 
 

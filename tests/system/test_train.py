@@ -100,6 +100,7 @@ def test_the_number_of_layers_is_planned_and_stays_on_a_resume(folder, tmp_path)
     status, said = run_alone(flags_for(folder, out, **auto, gpu_memory="1GiB"), tmp_path / "said.txt")
     assert status == 0, said[-3000:]
     assert "2 steps with 6 layers, uniform" in said, "all that there are"
+    assert "(100.0%): full training" in said
     shutil.rmtree(out / "checkpoint-4")
     resumed = auto | {"gpu_memory": "8MiB", "resume_from_checkpoint": True, "eval_frozen_bits": 16}
     resumed |= {"lisa_frozen_bits": 4, "lisa_frozen_store": tmp_path}

@@ -1,0 +1,85 @@
+"""What does `lisa-dist init` choose for models and cards, and how fast is it by arithmetic? By plan, nothing measured.
+
+python -m benchmarks.cost.cards
+
+Tokens a second: SHARE of a card's bf16 peak over the FLOPs of a token: products of forward and backward pass, of the
+gradients of the matrices that train, of layers that are computed again, and causal attention. Not in it: the optimizer,
+the network, coding and decoding of layers in fewer bits, and what a short row leaves of a card idle.
+"""
+
+from transformers import PretrainedConfig
+
+from benchmarks.common.results import parser_of, write_results
+from benchmarks.tables.show import show
+from lisa_dist import LisaConfig
+from lisa_dist.core.blocks import find_blocks
+from lisa_dist.core.meta_model import model_without_weights
+from lisa_dist.errors import UserError
+from lisa_dist.memory.defaults import learning_rate, preset_settings, with_accumulation
+from lisa_dist.memory.known_models import load_model_config
+from lisa_dist.memory.ladder import Chosen, first_that_fits
+from lisa_dist.memory.plan import PlanArguments
+
+SHARE = 0.4  # of the peak
+# Peak of a card in bf16 with sums in fp32, dense, by its memory: RTX 4090, L40S, H100 SXM, as their makers say.
+PEAKS = {"24GiB": 165e12, "48GiB": 362e12, "80GiB": 989e12}
+MODELS = {
+    (1, "24GiB"): ("llama3.2-1b", "llama3.1-8b", "qwen3-14b"),
+    (1, "48GiB"): ("llama3.1-8b", "qwen3-14b", "qwen3-32b"),
+    (1, "80GiB"): ("llama3.1-8b", "qwen3-14b", "qwen3-32b", "llama3.3-70b"),
+    (8, "80GiB"): ("llama3.1-8b", "qwen3-32b", "llama3.3-70b"),
+}
+
+
+def flops_of_token(config: PretrainedConfig, chosen: Chosen) -> float:
+    """Of a forward and a backward pass."""
+    blocks, workload = find_blocks(model_without_weights(config)), chosen.plan.workload
+    num_layers = len(blocks.layers)
+    of_layer = sum(block.numel for block in blocks.layers) / num_layers
+    head = blocks.outer("embed" if blocks.tied else "head").numel
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * workload.seq_length * config.num_attention_heads * head_dim  # of a layer, forward
+    passes = 2 * num_layers + workload.checkpointed_layers  # through a layer's matrices: forward, backward, again
+    matrices = 2 * of_layer * (passes + chosen.lisa_config.lisa_activated_layers) + 3 * 2 * head
+    return matrices + attention * (3 * num_layers + workload.checkpointed_layers)
+
+
+def figures_of(model: str, gpus: int, gpu_memory: str) -> dict:
+    """What `lisa-dist init` chooses for a model on so many cards."""
+    config = load_model_config(model)
+    arguments = with_accumulation(PlanArguments(model, gpus=gpus, gpu_memory=gpu_memory), ())
+    preset = preset_settings(arguments, LisaConfig(), ())
+    try:
+        chosen = first_that_fits(config, arguments, LisaConfig(), preset)
+    except UserError as error:
+        return {"not_fitting": str(error)}
+    plan = chosen.plan
+    return {
+        "rung": chosen.rung.name,
+        "ds_config": plan.ds_config,
+        "layers": chosen.lisa_config.lisa_activated_layers,
+        "num_layers": config.num_hidden_layers,
+        "checkpointed": plan.workload.checkpointed_layers,
+        "frozen_bits": chosen.lisa_config.lisa_frozen_bits,
+        "global_batch": gpus * arguments.gradient_accumulation_steps,
+        "learning_rate": learning_rate(model, config),
+        "peak": plan.gpu.peak,
+        "host": plan.host_bytes * gpus,
+        "tokens_per_second": gpus * SHARE * PEAKS[gpu_memory] / flops_of_token(config, chosen),
+    }
+
+
+def main() -> None:
+    """Plan each, and print the table."""
+    arguments = parser_of(__doc__, "cards").parse_args()
+    figures = {}
+    for (gpus, gpu_memory), models in MODELS.items():
+        for model in models:
+            figures[f"{gpus} x {gpu_memory}, {model}"] = figures_of(model, gpus, gpu_memory)
+            print(f"{gpus} x {gpu_memory}, {model}", figures[f"{gpus} x {gpu_memory}, {model}"], flush=True)
+    write_results(arguments.results, figures)
+    show("cards", figures)
+
+
+if __name__ == "__main__":
+    main()
