@@ -139,7 +139,7 @@ class Planner:
             loss = CHUNKED if given == AUTO else given
             return self._fewest_layers(ds_config, loss), f"auto: {why_not}" if given == AUTO else f"--loss {given}"
         kept = self._fewest_layers(ds_config, LOGITS)
-        needed = f"{format_bytes(kept.gpu.peak)} planned with logits"
+        needed = f"{format_bytes(kept.gpu.needed)} planned with logits"
         if kept.lacks(self._arguments)[0]:
             chunked, why = self._fewest_layers(ds_config, CHUNKED), f"auto: {needed}, and there are "
             return min(chunked, kept, key=lambda plan: plan.gpu.needed), why + format_bytes(self._arguments.budget)

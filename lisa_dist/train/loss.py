@@ -102,7 +102,7 @@ def _no_room_for_liger(config: RunConfig, model_config: PretrainedConfig, gpu_by
     except UserError:  # nothing of it can be planned
         return None
     liger, chunked = ((plan.lacks(arguments)[0], plan.workload.checkpointed_layers) for plan in plans)
-    return f"Liger's needs {format_bytes(plans[0].gpu.peak)}" if liger > chunked else None
+    return f"Liger's needs {format_bytes(plans[0].gpu.needed)}" if liger > chunked else None
 
 
 def _logits_fit(config: RunConfig, model_config: PretrainedConfig, gpu_bytes: int | None) -> tuple[bool, str]:

@@ -105,12 +105,12 @@ def test_nothing_is_given_up_without_need(tmp_path):
     for rung in LADDER:
         asked_so = InitArguments(**asked | ({} if rung.optim is None else {"optim": rung.optim}))
         plans = make_plans(config, asked_so, LisaConfig(**rung.settings))
-        needs[rung.name] = min(one.gpu.peak for one in plans if one.ds_config.endswith("_offload") == rung.offloads)
+        needs[rung.name] = min(one.gpu.needed for one in plans if one.ds_config.endswith("_offload") == rung.offloads)
     reached = set()
     for need in needs.values():
         chosen = choose(InitArguments(**asked, gpu_memory=f"{need + 2**30}B"), LisaConfig())
         assert chosen.rung.name == next(name for name, theirs in needs.items() if theirs <= need)
-        assert chosen.plan.gpu.peak <= need
+        assert chosen.plan.gpu.needed <= need
         assert chosen.lisa_config == LisaConfig(**chosen.rung.settings)
         assert chosen.arguments.optim == (chosen.rung.optim or "adamw_torch_fused")
         reached.add(chosen.rung.name)
@@ -175,7 +175,7 @@ def test_no_rung_changes_what_is_given(tiny):
     common = {"model": tiny, "reserve": "0", "seq_length": 512, "checkpointed_layers": "all"}
     config = load_model_config(tiny)
     peaks = [
-        min(one.gpu.peak for one in make_plans(config, InitArguments(**common), LisaConfig(**settings), ["zero2"]))
+        min(one.gpu.needed for one in make_plans(config, InitArguments(**common), LisaConfig(**settings), ["zero2"]))
         for settings in (given, given | {"lisa_always_on": "rest"})
     ]
     assert peaks[1] < peaks[0]

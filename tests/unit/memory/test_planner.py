@@ -414,7 +414,7 @@ def test_layers_are_checkpointed_only_where_that_is_needed():
         return make_plans(config, arguments, lisa_dist.LisaConfig())[0]
 
     by_count = [plan(checkpointed_layers=str(count)) for count in range(5)]
-    peaks = [one.gpu.peak for one in by_count]
+    peaks = [one.gpu.needed for one in by_count]
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) > 3
     assert plan(gpu_memory=str(peaks[0])) == by_count[0] == plan(checkpointed_layers="none")
@@ -432,7 +432,7 @@ def test_logits_are_kept_where_they_fit_without_a_checkpointed_layer_for_them():
         settings = {"deepspeed": "zero2", "seq_length": 256, "reserve": "0"} | changes
         planner = Planner(config, PlanArguments("m", **settings), lisa_dist.LisaConfig())
         plan, why = planner.choose_loss("zero2")
-        return plan.gpu.peak, plan.workload.checkpointed_layers, plan.workload.loss, why
+        return plan.gpu.needed, plan.workload.checkpointed_layers, plan.workload.loss, why
 
     logits, chunked = (choose(loss=loss, checkpointed_layers="0")[0] for loss in ("logits", "chunked"))
     fewer = choose(loss="chunked", checkpointed_layers="all")[0]
@@ -578,7 +578,7 @@ def test_all_parameters_are_planned_after_some_were_traced():
 
     def peak(method: str, runs: FakeRuns | None) -> int:
         arguments = PlanArguments("model", method=method, seq_length=8)
-        return Planner(config, arguments, lisa_dist.LisaConfig(), runs=runs).plan("zero2", 0, "chunked").gpu.peak
+        return Planner(config, arguments, lisa_dist.LisaConfig(), runs=runs).plan("zero2", 0, "chunked").gpu.needed
 
     alone = {method: peak(method, None) for method in ("lisa", "full", "lora")}
     assert {method: peak(method, runs) for method in ("lisa", "full", "lora")} == alone
@@ -700,7 +700,7 @@ def test_what_would_fit_the_gpu_with_its_states_is_said(tiny_config, capsys):
     """Where only offload fits; where the GPU is enough there is nothing to say."""
     arguments = PlanArguments(tiny_config, reserve="0", checkpointed_layers="all", seq_length=64)
     plans = {
-        plan.ds_config: plan.gpu.peak
+        plan.ds_config: plan.gpu.needed
         for plan in make_plans(load_model_config(tiny_config), arguments, lisa_dist.LisaConfig())
     }
     as_published = min(peak for way, peak in plans.items() if not way.endswith("_offload"))
