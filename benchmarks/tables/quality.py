@@ -40,12 +40,15 @@ LAYERS = {"stories260k-hf": 5, "model": 30}  # of the models by their folders, o
 
 
 def layers_that_train(arm: str, figures: dict) -> str:
-    """The decoder layers that an arm trains at a time, of those of its model, as "2 of 5"; of LoRA its adapters."""
-    num_layers = LAYERS[figures["settings"]["model"]]
+    """The decoder layers that an arm trains at a time, of those of its model, as "2 of 5"; of LoRA its adapters.
+
+    Of a model that is not among `LAYERS` their number alone.
+    """
+    num_layers = LAYERS.get(figures["settings"].get("model"), "all")
     if arm.startswith("lora"):
         return "adapters"
     if arm.startswith(("full", "galore", "apollo")):
-        return f"{num_layers} of {num_layers}"
+        return f"{num_layers} of {num_layers}" if num_layers != "all" else "all"
     if arm == "one block":
         return f"1 of {num_layers}, or none"
     named = re.search(r"(?:lisa|fixed|modules) (\d+)", arm)

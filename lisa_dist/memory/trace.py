@@ -7,6 +7,7 @@ LISA would train, and every allocation is counted. `estimate.py` adds what DeepS
 import contextlib
 import copy
 import logging
+import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -357,7 +358,9 @@ def _with_adapters(model: PreTrainedModel, rank: int, task_type: str) -> torch.n
     from peft import LoraConfig, get_peft_model
 
     adapters = LoraConfig(r=rank, target_modules="all-linear", lora_dropout=0.0, task_type=task_type)
-    with_adapters = get_peft_model(model, adapters, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks by a name that transformers has another of now
+        with_adapters = get_peft_model(model, adapters, autocast_adapter_dtype=False)
     for parameter in with_adapters.parameters():  # on the meta device peft leaves adapters in fp32
         if parameter.requires_grad:
             parameter.data = parameter.data.to(model.dtype)

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -25,7 +26,8 @@ class _LeaveOut(logging.Filter):
         self._beginnings = beginnings
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self._beginnings)
+        said = re.sub(r"^\[RANK \d+\] ", "", record.getMessage())  # as accelerate begins its own
+        return not said.startswith(self._beginnings)
 
 
 def leave_out_useless_words() -> None:

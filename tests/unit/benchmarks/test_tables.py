@@ -274,18 +274,18 @@ def test_tables_of_quality():
     figures = {"settings": {}, "runs": {key: run | {"held_out": loss} for key, loss in losses.items()}}
     header, *lines = quality.quality_table(figures, ["full", "lisa 2 K 5"])
     assert lines == [
-        ["LISA, gamma 2, K 5", "3.2e-2", "1.1000", "one seed", "50.0%"],
-        ["full", "4e-3", "1.3000", "0.1414", "50.0%"],
+        ["LISA, gamma 2, K 5", "2 of all", "3.2e-2", "1.1000", "one seed", "50.0%"],
+        ["full", "all", "4e-3", "1.3000", "0.1414", "50.0%"],
     ]
     figures["settings"] = {"seconds": 60.0, "gpu": True}
     figures["runs"]["full, 0.004, seed 1"] |= {"solved": 0.25, "steps": 433, "peak_bytes": 2**31}
     with_costs, *lines = quality.quality_table(figures, ["full", "lisa 2 K 5"])
     assert with_costs == [*header, "steps", "s a step", "GiB at the peak"]
-    assert [row[5:] for row in lines] == [["431", "0.100", "1.00"], ["432", "0.100", "2.00"]]
+    assert [row[6:] for row in lines] == [["431", "0.100", "1.00"], ["432", "0.100", "2.00"]]
     figures["runs"]["lisa 2 K 5, 0.032, seed 0"]["solved"] = 0.5
     with_all, *lines = quality.quality_table(figures, ["full", "lisa 2 K 5"])
     assert with_all == [*header, "answers right", "steps", "s a step", "GiB at the peak"]
-    assert [row[5] for row in lines] == ["50.0%", "25.0%"]
+    assert [row[6] for row in lines] == ["50.0%", "25.0%"]
 
 
 def test_seeds_that_a_cut_sweep_has_left_out_are_no_error():
@@ -299,11 +299,12 @@ def test_at_equal_memory_the_best_lisa_is_one_whose_peak_is_near():
         return {"peak": peak * 1e6, "loss": held_out}
 
     arms = {"lora r16": arm(100, 2.0), "galore r16": arm(200, 1.5), "lisa 2": arm(105, 1.9), "lisa 4": arm(106, 1.7)}
-    _, *lines = quality.best_in_the_memory_of_others({"tasks": {"a task": {"arms": arms}}})
+    of_task = {"settings": {"model": "model"}, "runs": {}}
+    _, *lines = quality.best_in_the_memory_of_others({"tasks": {"a task": {"arms": arms}}}, of_task)
     assert lines == [
-        ["a task", "LoRA r16", "100.0", "2.0000", "LISA, gamma 2, uniform", "105.0", "1.9000"],
-        ["a task", "GaLore r16", "200.0", "1.5000", "LISA, gamma 4, uniform", "106.0", "1.7000"],
+        ["a task", "LoRA r16", "adapters", "100.0", "2.0000", "LISA, gamma 2, uniform", "2 of 30", "105.0", "1.9000"],
+        ["a task", "GaLore r16", "30 of 30", "200.0", "1.5000", "LISA, gamma 4, uniform", "4 of 30", "106.0", "1.7000"],
     ]
     arms["lora r16"]["peak"] = 50e6
-    _, line, _ = quality.best_in_the_memory_of_others({"tasks": {"a task": {"arms": arms}}})
-    assert line[4:] == ["-", "-", "-"]
+    _, line, _ = quality.best_in_the_memory_of_others({"tasks": {"a task": {"arms": arms}}}, of_task)
+    assert line[5:] == ["-", "-", "-", "-"]

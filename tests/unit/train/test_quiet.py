@@ -15,6 +15,7 @@ from lisa_dist.train.quiet import leave_out_bars_of_other_ranks, leave_out_usele
         ("DeepSpeed", "**** You are using ZeRO with an untested optimizer, proceed with caution *****", False),
         ("DeepSpeed", "a gradient overflowed", True),
         ("accelerate.accelerator", "Gradient accumulation steps mismatch: 1 and 2", False),
+        ("accelerate.accelerator", "[RANK 0] Gradient accumulation steps mismatch: 1 and 2", False),
         ("accelerate.accelerator", "something else", True),
         ("transformers.tokenization_utils_base", "Token indices sequence length is longer than 1024", False),
         ("transformers.tokenization_utils_base", "a token is missing", True),
