@@ -86,7 +86,7 @@ def with_most_layers(
 def _beside_lora(alone: "_Peaks", on_gpu: "_Peaks", lisa_config: LisaConfig, most: int, budget: int) -> tuple[int, str]:
     """As many layers as fit LoRA's step and the GPU, and why."""
     fewest = min(2, most)
-    alone.of(lisa_config, fewest)  # which settles the loss
+    alone.of(lisa_config, most)  # which settles the loss
     of_lora = alone.of_lora(lisa_config)
 
     def excess(fewer: int) -> int:
