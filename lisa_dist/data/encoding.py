@@ -190,8 +190,8 @@ def check_tools_shown(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[s
         without = rendered(turns, None) if name == "tools" else rendered(bare, tools)
         if without is not None and without == rendered(turns, tools):
             raise UserError(
-                f"--dataset_name has examples with {name}, and the chat template leaves them out: take a tokenizer whose "
-                "template shows them, for --task sft by --chat_template_path, or examples without."
+                f"--dataset_name has examples with {name}, and the chat template leaves them out: take a tokenizer "
+                "whose template shows them, for --task sft by --chat_template_path, or examples without."
             )
 
 
