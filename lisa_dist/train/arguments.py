@@ -83,7 +83,7 @@ class RunArguments:
         default=None,
         metadata={
             "help": "Memory for --checkpointed_layers auto with --method lisa, such as 22GiB; by default what the GPU "
-            "has free but 1.5 GiB, or 6%."
+            "has free but 1.5 GiB, or 6 percent."
         },
     )
     loss: str = field(

@@ -40,7 +40,7 @@ def test_the_recipe_is_one_that_a_run_takes(tiny, tmp_path, capsys):
     main([*asked, "--recipe", str(path)])
     assert capsys.readouterr().out == f"wrote {path}\n"
     run_args, data_args, training_args, model_args, lisa_config = parse_arguments(["--config", str(path)])
-    assert (run_args.method, run_args.checkpointed_layers, run_args.gpu_memory) == ("lisa", "auto", "3.00GiB")
+    assert (run_args.method, run_args.checkpointed_layers, run_args.gpu_memory) == ("lisa", "auto", "2.00GiB")
     assert data_args.dataset_name == ["rows.jsonl"]
     assert data_args.eval_rows == 0.02
     assert model_args.model_name_or_path == tiny
