@@ -107,7 +107,7 @@ def test_the_number_of_layers_is_planned_and_stays_on_a_resume(folder, tmp_path)
     status, said = run_alone(flags_for(folder, out, **resumed), tmp_path / "resumed.txt")
     assert status == 0, said[-3000:]
     assert "2 steps with 6 layers, uniform" in said, "though fewer would be planned"
-    assert re.search(r"frozen layers +\d\d% of their bytes in 4 bits; originals, once a host: [\d.]+ MiB", said)
+    assert re.search(r"frozen layers +\d+% of their bytes in 4 bits; originals, once a host: [\d.]+ MiB", said)
 
 
 @pytest.mark.full
