@@ -83,6 +83,8 @@ def _check_keys(keys: list[yaml.Node]) -> None:
     """Raise YAMLError for a key that is given twice, of which PyYAML takes the last."""
     lines: dict[tuple[str, str], int] = {}
     for key in keys:
+        if key.tag == "tag:yaml.org,2002:merge":  # `<<`, of which PyYAML takes all
+            continue
         name = (key.tag, str(key.value))
         if name in lines:
             line = key.start_mark.line + 1

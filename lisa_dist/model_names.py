@@ -77,7 +77,8 @@ def name_or_folder(model: str) -> str:
 
 def is_tuned(model: str) -> bool:
     """Whether a model's name, a shipped one or its own, says that it follows instructions already."""
-    name = Path(HUB_IDS.get(model, model)).name.lower()
+    path = Path(HUB_IDS.get(model, model)).absolute()
+    name = (path.parent if path.name == "config.json" else path).name.lower()
     is_named = any(word in name for word in ("-instruct", "-chat")) or name.endswith("-it")
     return "-base" not in name and (is_named or name.startswith(_TUNED_FAMILIES))
 

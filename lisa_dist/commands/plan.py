@@ -77,7 +77,9 @@ def main(words: Sequence[str]) -> None:
         config = load_model_config(arguments.model)
         arguments, preset = with_accumulation(arguments, given), preset_settings(arguments, lisa_config, given)
         asked, settings = with_settings(arguments, lisa_config, preset)
-        runs, rate = FakeRuns(config), learning_rate(arguments.model, config, arguments.task)
+        runs, rate = FakeRuns(config), None
+        if arguments.method == "lisa":  # the best rates of LoRA are 5 to 20 times as high
+            rate = learning_rate(arguments.model, config, arguments.task)
         plans = make_plans(config, asked, settings, runs=runs)
         print(format_plans(plans, asked))
         _write(plans, asked)
@@ -117,7 +119,7 @@ def _write(plans: Sequence[Plan], arguments: PlanArguments) -> None:
         plot_plans(plans, arguments)
 
 
-def _print_command(plan: Plan, arguments: PlanArguments, rate: float, why: str) -> None:
+def _print_command(plan: Plan, arguments: PlanArguments, rate: float | None, why: str) -> None:
     on_host = plan.host_bytes * min(arguments.gpus, arguments.gpus_per_host)
     takes = f"{format_bytes(plan.gpu.peak)} of each GPU"
     takes += f" and {format_bytes(on_host)} of a host's memory" if on_host else ""

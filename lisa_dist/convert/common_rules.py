@@ -33,10 +33,11 @@ def _is_lisa(given: Given) -> bool:
 
 def optimizer(value: str, given: Given) -> Flags:
     """AdamW as it is called here; with LISA no other."""
-    if value == "paged_adamw_32bit":
-        ours = "lisa_adamw" if _is_lisa(given) else "adamw_torch_fused"
+    if str(value).startswith("paged_adamw"):
+        in_32_bits = "lisa_adamw" if _is_lisa(given) else "adamw_torch_fused"
+        ours = "adamw_8bit" if value == "paged_adamw_8bit" else in_32_bits
         raise NoCounterpart(f"{ours}, whose states are not paged; zero2_offload has them on the host", {"optim": ours})
-    plain = str(value).replace("paged_", "").replace("_32bit", "")
+    plain = str(value).replace("_32bit", "")
     plain = {"adamw": "adamw_torch_fused", "adamw_hf": "adamw_torch", "adamw_apex_fused": "adamw_torch_fused"}.get(
         plain, plain
     )

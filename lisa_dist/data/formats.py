@@ -206,10 +206,11 @@ def _turns(example: Mapping, column: str, role_key: str, content_key: str) -> li
             else ("from", "value")
         )
         calls, role = turn.get("tool_calls"), turn.get(keys[0])
+        if role == _CALLS and turn.get(keys[1]):
+            calls, turn = turn[keys[1]], {**turn, keys[1]: ""}
+        calls = to_functions(calls, f"tool_calls of {place}", are_calls=True) if calls else []
         if calls and turn.get(keys[1]) is None:  # as OpenAI has it
             turn = {**turn, keys[1]: ""}
-        elif role == _CALLS and turn.get(keys[1]):
-            calls, turn = turn[keys[1]], {**turn, keys[1]: ""}
         for key, expected in zip(keys, (role_key, content_key), strict=True):
             if turn.get(key) is None:
                 raise ExampleError(f"{place} has no {expected if expected not in turn else key}")
@@ -229,7 +230,7 @@ def _turns(example: Mapping, column: str, role_key: str, content_key: str) -> li
             raise ExampleError(f"{place} is not to be trained on (weight 0, or train false), but every answer is here")
         found = {"role": role, "content": turn[keys[1]]}
         if calls:
-            found["tool_calls"] = to_functions(calls, f"tool_calls of {place}", are_calls=True)
+            found["tool_calls"] = calls
         if role == "tool":  # which some templates show
             found |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
         turns.append(found)

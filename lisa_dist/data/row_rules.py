@@ -60,6 +60,7 @@ class RowRules:
     def checked(self, row: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
         """The row as a run takes it, and why it cannot: one of them is None."""
         new = dict(row) | {name: row.get(column) for name, column in self._renamed}
+        tools = new.get("tools") if new.get("tools") != "[]" else None
         if self._task == GRPO:
             names = ["prompt"]
         else:
@@ -72,8 +73,13 @@ class RowRules:
         if problem is None:
             try:
                 new |= {name: _with_calls(new[name], name) for name in names}
-                if row.get("tools") and self._task in _WITH_TOOLS:
-                    new["tools"] = json.dumps(to_functions(row["tools"], "tools"))  # of which TRL takes the JSON
+                if tools and self._task not in _WITH_TOOLS:
+                    raise ExampleError(
+                        f"has tools, which --task {self._task} shows to no chat template; {', '.join(_WITH_TOOLS)} do: "
+                        "remove or rename the column, or give one of these tasks"
+                    )
+                if tools:
+                    new["tools"] = json.dumps(to_functions(tools, "tools"))  # of which TRL takes the JSON
             except ExampleError as error:
                 problem = str(error)
         return (None, problem) if problem else (new, None)
@@ -108,6 +114,8 @@ def _with_calls(text: Any, name: str) -> Any:
     for turn in text:
         if calls := turn.get("tool_calls"):
             calls = to_functions(calls, f"tool_calls of {name}", are_calls=True)
+            if not calls and not turn["content"]:
+                raise ExampleError(f"has a turn of {name} with neither a text nor tool_calls")
             turn = {**turn, "content": turn["content"] or "", "tool_calls": calls}
         turns.append(turn)
     return turns

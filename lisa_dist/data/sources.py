@@ -30,7 +30,7 @@ from lisa_dist.data.row_rules import hint_of_tasks
 from lisa_dist.errors import UserError
 from lisa_dist.text import in_one_line
 
-_VERSION = 4  # increase it with any change of what an example becomes: older caches are then not used
+_VERSION = 5  # increase it with any change of what an example becomes: older caches are then not used
 _FEATURES = Features(
     {
         "turns": List(Json()),  # tool calls have arguments of any kind

@@ -24,7 +24,7 @@ from lisa_dist.tasks import GRPO
 from lisa_dist.text import in_one_line
 
 ORIGIN = "__origin__"  # the column of where a row is, in memory alone
-_VERSION = 3  # increase it with any change of what a row becomes: older caches are then not used
+_VERSION = 4  # increase it with any change of what a row becomes: older caches are then not used
 _NUM_CHECKED = 100  # rows whose tools the chat template is tried with
 _NUM_SHOWN = 700  # characters of the first row in the header of a run
 

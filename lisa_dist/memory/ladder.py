@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from lisa_dist.config import LisaConfig
+from lisa_dist.config_rules import LORA_LAYERS
 from lisa_dist.errors import UserError
 from lisa_dist.memory.plan import WAYS, Plan, PlanArguments
 from lisa_dist.memory.plans import make_plans, what_fits
@@ -70,7 +71,7 @@ def first_that_fits(
     with what the last one lacks, where none does.
     """
     problem, runs = UserError("no way of running fits the settings"), runs or FakeRuns(config)
-    for rung, asked, tried in _possible(arguments, lisa_config, preset):
+    for rung, asked, tried in possible_rungs(arguments, lisa_config, preset):
         if rung.offloads and not with_offload:
             continue
         # Stage 3 gathers every weight twice, and is for what stages 1 and 2 have no room for.
@@ -85,21 +86,24 @@ def first_that_fits(
     raise problem
 
 
-def _possible(
+def possible_rungs(
     arguments: PlanArguments, lisa_config: LisaConfig, preset: Mapping[str, Any]
 ) -> Iterator[tuple[Rung, PlanArguments, LisaConfig]]:
     """The rungs that change nothing that was given, with the arguments and settings of each.
 
-    With a preset's small states the ladder begins at these. What is on the host is without it, as in a run.
+    With a preset's small states the ladder begins at these; with states on the host there are none of them, and no
+    number of layers that they made room for. What a rung changes comes before the preset.
     """
     given, defaults = lisa_config.to_dict(), LisaConfig().to_dict()
     default_optim = PlanArguments(arguments.model).optim
+    of_preset = {name: value for name, value in preset.items() if name != "optim"}  # which is a rung's, or the default
+    on_host = {n: value for n, value in of_preset.items() if n not in SMALL_STATES and value != LORA_LAYERS}
+    is_small = preset.get("optim") == LISA_ADAMW or not SMALL_STATES.keys().isdisjoint(preset)
     for rung in LADDER:
-        settings, optim, of_preset = rung.settings, rung.optim, {} if rung.offloads else dict(preset)
-        if "optim" in of_preset:
+        settings, optim = rung.settings, rung.optim
+        if is_small and not rung.offloads:
             if optim is None:
                 continue
-            optim = of_preset.pop("optim")
             settings = {name: value for name, value in settings.items() if name not in SMALL_STATES}
         if arguments.precision != "bf16" and {"lisa_master", "lisa_frozen_bits"} & settings.keys():
             continue
@@ -113,4 +117,4 @@ def _possible(
         if optim is not None and arguments.optim not in (default_optim, optim):
             continue
         asked = arguments if optim is None else replace(arguments, optim=optim)
-        yield rung, asked, LisaConfig(**given | settings | of_preset)
+        yield rung, asked, LisaConfig(**given | (on_host if rung.offloads else of_preset) | settings)

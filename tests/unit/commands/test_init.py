@@ -12,9 +12,9 @@ from lisa_dist import cli
 from lisa_dist.commands import plan as plan_command
 from lisa_dist.commands.init import main
 from lisa_dist.config import LisaConfig, UserError
-from lisa_dist.memory.defaults import learning_rate
+from lisa_dist.memory.defaults import learning_rate, preset_settings
 from lisa_dist.memory.known_models import load_model_config
-from lisa_dist.memory.ladder import LADDER, Chosen, first_that_fits
+from lisa_dist.memory.ladder import LADDER, Chosen, first_that_fits, possible_rungs
 from lisa_dist.memory.plans import make_plans
 from lisa_dist.model_names import HUB_IDS, shipped_model_configs
 from lisa_dist.train.arguments import parse_arguments
@@ -139,6 +139,39 @@ def test_plan_and_init_have_one_number_and_one_batch(tiny, tmp_path, capsys):
         assert ("--lisa_state reset_all" in command) == (preset == "paper")
 
 
+def test_a_rate_is_for_lisa_alone(tiny, capsys):
+    plan_command.main(["--model", tiny, "--gpu_memory", "4GiB", "--method", "lora"])
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert "--method lora " in command
+    assert "--learning_rate" not in command
+
+
+def test_paper_begins_with_states_in_32_bits(tiny, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    main(["--model", tiny, "--gpu_memory", "4GiB", "--lisa_preset", "paper", "--recipe", str(path)])
+    assert "AdamW in 32 bits, as published" in path.read_text()
+    recipe = yaml.safe_load(path.read_text())
+    assert (recipe["optim"], recipe["lisa_state"]) == ("adamw_torch_fused", "reset_all")
+    assert "lisa_state_bits" not in recipe
+
+
+def test_what_a_rung_has_of_a_preset():
+    """Of lora the small states, on the GPU alone; of paper all rungs, each with fresh states in a period."""
+    arguments = {name: InitArguments("llama3.1-8b", lisa_preset=name) for name in ("lora", "paper")}
+    tried = {
+        name: [*possible_rungs(asked, LisaConfig(), preset_settings(asked, LisaConfig(), ("lisa_preset",)))]
+        for name, asked in arguments.items()
+    }
+    assert [rung for rung, *_ in tried["paper"]] == [*LADDER]
+    for rung, asked, settings in tried["paper"]:
+        assert (settings.lisa_state, asked.optim) == ("reset_all", rung.optim or "adamw_torch_fused")
+        assert {name: getattr(settings, name) for name in rung.settings} == rung.settings, rung.name
+    assert [rung for rung, *_ in tried["lora"]] == [rung for rung in LADDER if rung.optim or rung.offloads]
+    for rung, asked, settings in tried["lora"]:
+        assert (settings.lisa_master == "bf16_sr") == (asked.optim == "lisa_adamw") == (not rung.offloads), rung.name
+        assert settings.lisa_activated_layers == (2 if rung.offloads else "lora")
+
+
 def test_full_training_is_called_so(tiny, tmp_path):
     path = tmp_path / "recipe.yaml"
     main(["--model", tiny, "--gpu_memory", "4GiB", "--lisa_activated_layers", "6", "--recipe", str(path)])
@@ -152,6 +185,7 @@ def test_full_training_is_called_so(tiny, tmp_path):
         ("meta-llama/Llama-3.1-8B-Instruct", "sft", 1e-5),
         ("models/Qwen3-8B", "sft", 1e-5),
         ("models/Qwen3-8B-Base", "sft", 2e-5),
+        ("models/Llama-3.1-8B-Instruct/config.json", "sft", 1e-5),
         ("llama3.1-8b", "reward", 2e-5),
         ("google/gemma-2-9b-it", "dpo", 1e-6),
     ],

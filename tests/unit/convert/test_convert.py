@@ -139,7 +139,8 @@ def test_axolotl(files):
         "save_total_limit": 4,
     }
     found = convert("a.yaml", None, known_flags)
-    assert found.remarks.keys() == {"unheard_of"}
+    assert found.remarks.keys() == {"unheard_of", "optimizer"}
+    assert "adamw_8bit, whose states are not paged" in found.remarks["optimizer"]
     assert found.gone.keys() == {"lisa_layers_attribute", "flash_attention"}
 
 

@@ -144,6 +144,8 @@ def test_columns_of_no_format():
             "tool_calls of turn 1 of messages has what is no JSON",
         ),
         ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, "sharegpt", "is no JSON"),
+        ({"conversations": [{"from": "function_call", "value": "[]"}]}, "sharegpt", "is an empty answer"),
+        ({"messages": [CALLED | {"tool_calls": "[]"}]}, "messages", "turn 1 of messages is an empty answer"),
         (
             {"messages": [USER, {"role": "assistant", "content": ""}]},
             "messages",

@@ -31,6 +31,10 @@ def pair(chosen: list[dict], rejected: list[dict] | None = None) -> dict:
         (pair([ANSWER | {"content": 5}]), "has a chosen whose turn 1 has a content that is no text"),
         (pair([ANSWER | {"content": [{"type": "text", "text": "a"}]}]), "has a content that is no text"),
         (pair([ANSWER | {"content": " "}]), "has an empty chosen"),
+        (
+            pair([ANSWER | {"content": "", "tool_calls": "[]"}]),
+            "has a turn of chosen with neither a text nor tool_calls",
+        ),
         (pair([ANSWER], [OTHER | {"content": ""}]), "has an empty rejected"),
         (pair([ANSWER | {"role": "wizard"}]), "turn 1 has the role 'wizard'; roles are system, user, assistant, tool"),
         (
@@ -68,6 +72,18 @@ def test_tools_and_tool_calls_of_pairs_reach_trl(tmp_path):
         check_template(tokenizer, data.train.select([1001]))
     _, why = RowRules("dpo").checked(pair([called | {"tool_calls": [{"name": "f", "arguments": "no"}]}]))
     assert why.startswith("the arguments of f in tool_calls of chosen is no JSON")
+
+
+@pytest.mark.parametrize("renamed", [{}, {"tools": "fns"}])
+@pytest.mark.parametrize(("task", "shown"), [("dpo", True), ("kto", True), ("orpo", False), ("grpo", False)])
+def test_tools_are_shown_or_refused(task, shown, renamed):
+    rules, name = RowRules(task, renamed.items()), renamed.get("tools", "tools")
+    taken, why = rules.checked(pair([ANSWER]) | {name: [{"name": "f"}]})
+    if shown:
+        assert json.loads(taken["tools"]) == [{"type": "function", "function": {"name": "f"}}]
+    else:
+        assert f"has tools, which --task {task} shows to no chat template" in why
+    assert rules.checked(pair([ANSWER]) | {name: "[]"})[1] is None, "a row without tools, as tables have it"
 
 
 def test_columns_that_a_task_leaves_out_are_named_and_all_others_stay(tmp_path):

@@ -119,6 +119,7 @@ BILLION += "".join(f"  a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 5
         (BILLION, "its aliases stand for more than 100000 values; write them out"),
         ("model_init_kwargs: {a: 1, b: 2, a: 3}", "is not YAML (the key a is given twice, in the lines 1 and 1)"),
         ("seed: 1\nmax_steps: 2\nseed: 3", "is not YAML (the key seed is given twice, in the lines 1 and 3)"),
+        ("a: &a {x: 1}\nb: &b {y: 2}\nmodel_init_kwargs: {<<: *a, <<: *b, y: 3, y: 4}", "(the key y is given twice"),
         ("learning_rate: !!python/object:os.system x", "is not YAML (could not determine a constructor"),
         ("learning_rate: 2024-13-45", "is not YAML (month must be in 1..12"),
         ("learning_rate: *b", "is not YAML (found undefined alias 'b'"),
