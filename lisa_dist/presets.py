@@ -29,6 +29,13 @@ PRESET_HELP = (
     "lisa_adamw with small states), paper (2 layers, 20 steps, AdamW in 32 bits that starts afresh in each "
     "period) or none."
 )
+
+
+def reserved_bytes(total: int) -> int:
+    """Bytes of a GPU of so many that a plan leaves: to CUDA's context, NCCL, other streams' pools and fragments."""
+    return max(3 << 29, total * 6 // 100)
+
+
 # Flags that say what a run may take, besides those that `lora` sets.
 _OF_MEMORY = ("lisa_offload", "lisa_unit")
 

@@ -59,7 +59,7 @@ PLANNED_PARTS = (
 
 
 _OF_A_RESUME = ("--resume_from_checkpoint", "--overwrite_output_dir")
-_CHECKPOINTS, _WEIGHTS = "checkpoint-[0-9]*", ("*.safetensors", "*model*.bin")
+_WEIGHTS = ("*.safetensors", "*model*.bin")
 
 
 def check_overwrites(output_dir: str, resume: str | bool | None, is_asked_for: bool) -> None:
@@ -68,21 +68,33 @@ def check_overwrites(output_dir: str, resume: str | bool | None, is_asked_for: b
     `resume` is the value of --resume_from_checkpoint, `is_asked_for` that of --overwrite_output_dir. A run that was
     cut before its first checkpoint has left nothing that could be lost.
     """
-    folder, wanted = Path(output_dir), str(resume)
+    folder = Path(output_dir)
     if is_asked_for or not os.path.isdir(output_dir):
         return
-    checkpoints = sorted(folder.glob(_CHECKPOINTS))
-    in_folder = os.path.isdir(wanted) and os.path.dirname(os.path.realpath(wanted)) == os.path.realpath(folder)
-    if in_folder or wanted.lower() == "true" or (wanted == "auto" and checkpoints):
+    checkpoints = _checkpoints(folder)
+    if goes_on(folder, resume) and (resume != "auto" or checkpoints):
         return
     weights = [path for names in _WEIGHTS for path in sorted(folder.glob(names))]
     if not (found := [*weights, *checkpoints]):
         return
-    goes_on = "--resume_from_checkpoint auto to go on with its run, " if checkpoints else ""
+    or_resume = "--resume_from_checkpoint auto to go on with its run, " if checkpoints else ""
     raise UserError(
         f"--output_dir {output_dir}: has {found[0].name}, which this run would write over; give another folder, "
-        f"{goes_on}or --overwrite_output_dir true."
+        f"{or_resume}or --overwrite_output_dir true."
     )
+
+
+def goes_on(folder: Path, resume: str | bool | None) -> bool:
+    """Whether a run with this value of --resume_from_checkpoint goes on with that of the folder, if there is one."""
+    wanted = str(resume)
+    parents = (os.path.dirname(os.path.realpath(wanted)), os.path.realpath(os.path.dirname(os.path.abspath(wanted))))
+    return (
+        wanted.lower() == "true" or wanted == "auto" or (os.path.isdir(wanted) and os.path.realpath(folder) in parents)
+    )
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("checkpoint-[0-9]*") if path.is_dir() or path.is_symlink())
 
 
 def write_run(folder: Path, run: dict, resumes: bool = False) -> None:
@@ -105,7 +117,7 @@ def write_run(folder: Path, run: dict, resumes: bool = False) -> None:
     elif not resumes:
         for name in (LOG_NAME, MOVEMENT_LOG, ANSWERS_NAME, MEMORY_NAME, NORMS_NAME, TRAINER_STATE_NAME):
             (folder / name).unlink(missing_ok=True)
-        for path in folder.glob(_CHECKPOINTS):  # or --resume_from_checkpoint true might go on with one of them
+        for path in _checkpoints(folder):  # or --resume_from_checkpoint true might go on with one of them
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
     with replacing(folder / RUN_NAME) as path:
         path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")

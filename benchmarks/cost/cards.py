@@ -63,7 +63,7 @@ def figures_of(model: str, gpus: int, gpu_memory: str) -> dict:
         "frozen_bits": chosen.lisa_config.lisa_frozen_bits,
         "global_batch": gpus * arguments.gradient_accumulation_steps,
         "learning_rate": learning_rate(model, config),
-        "peak": plan.gpu.peak,
+        "peak": plan.gpu.needed,
         "host": plan.host_bytes * gpus,
         "tokens_per_second": gpus * SHARE * PEAKS[gpu_memory] / flops_of_token(config, chosen),
     }

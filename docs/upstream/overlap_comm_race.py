@@ -38,15 +38,13 @@ def step(overlap_comm: bool) -> torch.Tensor:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     zero = engine.optimizer
-    if overlap_comm:
-        average = zero.average_tensor
+    if overlap_comm:  # `average_tensor` calls this first on its stream, behind the waits, where it does nothing so far
 
-        def average_late(*args):
-            with torch.cuda.stream(zero.reduction_stream):
+        def reduce_late(tensor: torch.Tensor, stream: torch.cuda.Stream) -> None:
+            if stream == zero.reduction_stream:
                 torch.cuda._sleep(DELAY)
-            average(*args)
 
-        zero.average_tensor = average_late
+        zero._record_gradient_stream = reduce_late
     inputs = torch.randn(8, WIDTH, device=engine.device, dtype=torch.bfloat16)
     engine.backward(engine(inputs).float().pow(2).mean())
     engine.step()

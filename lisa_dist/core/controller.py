@@ -197,12 +197,18 @@ class LisaController:
 
     def close(self) -> None:
         """Write the last period's line of the log, give model and output folder back; call after the last step."""
+        try:
+            self.check_finite()
+            self._inactive_weights.check(self.period)
+            self._log.close(self.engine.global_steps, self._measure)
+            self._note_movement()
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Give model and output folder back, whatever has become of the run."""
         self.partitions.close()
         self.blocks.give_back()
-        self.check_finite()
-        self._inactive_weights.check(self.period)
-        self._log.close(self.engine.global_steps, self._measure)
-        self._note_movement()
         self.at_close()
 
     def live_bytes(self) -> int:

@@ -1,5 +1,6 @@
 """LISA in a DeepSpeed loop of one's own: engine and controller in one call."""
 
+import contextlib
 import weakref
 
 import deepspeed
@@ -13,6 +14,7 @@ from lisa_dist.distributed.run_lock import hold_folder
 from lisa_dist.ds_config import load_ds_config, precision_of, uses_optimizer_offload
 from lisa_dist.optim.build import build_optimizer
 from lisa_dist.zero.cpu_ops import guard_builds
+from lisa_dist.zero.partitions import remove_forward_hooks
 
 
 def initialize(
@@ -51,9 +53,14 @@ def initialize(
     groups = lisa.param_groups(weight_decay)
     lr *= config.rate_factor(len(lisa.blocks.layers))
     optimizer = build_optimizer(groups, optim, lr=lr, offload=offload, seed=config.lisa_seed)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=filled)
-    if output_dir is not None:  # the ranks know of each other now
-        lisa.at_close = weakref.finalize(lisa, hold_folder(output_dir))
-    lisa.attach(engine, output_dir)
+    with contextlib.ExitStack() as undone:  # where something is wrong the model is given back
+        undone.callback(lisa.blocks.give_back)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=filled)
+        undone.callback(engine.destroy)
+        undone.callback(remove_forward_hooks, engine)
+        if output_dir is not None:  # the ranks know of each other now
+            lisa.at_close = weakref.finalize(lisa, hold_folder(output_dir))
+        lisa.attach(engine, output_dir)
+        undone.pop_all()
     engine.train()  # from_pretrained gives models that are to be used, not trained
     return engine, lisa

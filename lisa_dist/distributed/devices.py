@@ -9,6 +9,7 @@ from torch import distributed as dist
 
 from lisa_dist.distributed.allocator import use_expandable_segments
 from lisa_dist.errors import UserError
+from lisa_dist.presets import reserved_bytes
 
 
 def prepare_device() -> None:
@@ -42,11 +43,10 @@ def check_accelerator() -> None:
 def gpu_bytes_at_start(device: torch.device) -> int:
     """Bytes that this process's tensors may take of a GPU, before a step has shown it.
 
-    Of what others and CUDA's context leave free a reserve of 1.5 GiB is kept back, or 6% of the card if that is more:
-    for NCCL's buffers, the pools of further streams, kernels that are loaded later, and fragments.
+    Of what others and CUDA's context leave free a reserve is kept back.
     """
     free, total = torch.cuda.mem_get_info(device)
-    return max(0, free + torch.cuda.memory_reserved(device) - max(3 << 29, total * 6 // 100))
+    return max(0, free + torch.cuda.memory_reserved(device) - reserved_bytes(total))
 
 
 def gpu_bytes_for_tensors(device: torch.device) -> int:

@@ -37,13 +37,15 @@ def bind_gloo(environment: MutableMapping[str, str] = os.environ) -> None:
         environment[GLOO_INTERFACE] = of_nccl
         return
     found = interface_to(environment["MASTER_ADDR"])
+    if found is None:  # of an address that is not IPv4's gloo may know more
+        return
     others = (
         name
         for name, addresses in interfaces.items()
         for one in addresses
         if one.family == socket.AF_INET and not one.address.startswith("127.")
     )
-    if name := found[0] if found and not found[1].startswith("127.") else next(others, None):
+    if name := next(others, None) if found[1].startswith("127.") else found[0]:
         environment[GLOO_INTERFACE] = name
 
 

@@ -109,7 +109,10 @@ def _listen(read_end: int) -> None:
         if not _received:
             _received.append((number, now))
             if number == signal.SIGINT:
-                print("Ctrl-C: the run saves after this step and ends; once more ends it at once", flush=True)
+                print(
+                    "Ctrl-C: the run saves after this step and ends; another one, some seconds later, ends it at once",
+                    flush=True,
+                )
         elif now - _received[0][1] > _ONE_SIGNAL:
             os._exit(128 + number)  # asked again: at once
 

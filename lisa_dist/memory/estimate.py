@@ -182,8 +182,14 @@ class _Step:
 
     @property
     def _overlaps(self) -> bool:
-        """Whether gradients are reduced beside the backward pass; LISA's engine of one rank reduces none."""
-        return self.settings.overlap_comm and (self.world_size > 1 or self.plain)
+        """Whether gradients are reduced beside the backward pass."""
+        return self.settings.overlap_comm and not self._stay_in_place
+
+    @property
+    def _stay_in_place(self) -> bool:
+        """Whether gradients are not reduced, nor copied for it: of one rank (`gradients.kept_on_one_rank`)."""
+        alone = self.world_size == 1 and self._stage < 3 and self.settings.plain_sums
+        return alone and not (self._offloads or self.plain)
 
     @property
     def _bucket_bytes(self) -> int:
@@ -279,8 +285,8 @@ class _Step:
             )
             return backward_peak(self.trace, reduction)
         slices = slices_by_rank(self.groups, self._stage, self.world_size)
-        if self.world_size == 1 and self.settings.plain_sums and not (self._offloads or self.plain):
-            sizes["bucket_numel"] = 0  # all stay where they are
+        if self._stay_in_place:
+            sizes["bucket_numel"] = 0
         sizes["bucket_bytes"] = self._bucket_bytes
         reductions = [
             reduction_stages_1_2(

@@ -11,7 +11,7 @@ from lisa_dist.core.label_logits import check_loss
 from lisa_dist.errors import UserError
 from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.workload import Workload
-from lisa_dist.presets import check_preset
+from lisa_dist.presets import check_preset, reserved_bytes
 from lisa_dist.tasks import GRPO, KTO, PAIRED, REWARD, SFT, WITH_REFERENCE, check_task
 from lisa_dist.text import parse_bytes
 
@@ -72,8 +72,8 @@ class PlanArguments:
     reserve: str = field(
         default=AUTO,
         metadata={
-            "help": "Of a GPU, for the CUDA context, NCCL's two communicators and fragments: auto is 1GiB, of several "
-            "GPUs 2GiB."
+            "help": "Of a GPU, for the CUDA context, NCCL and fragments: auto is 1.5GiB, or 6 hundredths of it if that "
+            "is more; of several GPUs 1GiB more."
         },
     )
     dataset_name: str = field(default=NO_DATA, metadata={"help": "Data to train on, for the command of the run."})
@@ -108,10 +108,11 @@ class PlanArguments:
         check_loss(self.loss)
         if self.task != SFT and self.loss != AUTO:
             raise UserError(f"--loss {self.loss} with --task {self.task}: it is for --task {SFT}; leave it out.")
-        if self.reserve == AUTO:
-            self.reserve = "1GiB" if self.gpus == 1 else "2GiB"
-        for name in ("gpu_memory", "host_memory", "reserve"):
-            parse_bytes(f"--{name}", getattr(self, name))
+        of_gpu = parse_bytes("--gpu_memory", self.gpu_memory)
+        parse_bytes("--host_memory", self.host_memory)
+        if self.reserve == AUTO:  # NCCL has two communicators
+            self.reserve = f"{(reserved_bytes(of_gpu) + (self.gpus > 1) * 2**30) / 2**30:.2f}GiB"
+        parse_bytes("--reserve", self.reserve)
 
     @property
     def rows(self) -> int:

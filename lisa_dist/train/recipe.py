@@ -118,7 +118,7 @@ def format_recipe(chosen: Chosen, words: Sequence[str], config: PretrainedConfig
         gpu_memory=arguments.gpu_memory.strip(),
         command=_join(["lisa-dist", "init", *words]),
         way=chosen.rung.name[0].upper() + chosen.rung.name[1:],
-        gpu=format_bytes(plan.gpu.peak),
+        gpu=format_bytes(plan.gpu.needed),
         reserve=arguments.reserve.strip(),
         host=format_bytes(plan.host_bytes),
         plan_command=_plan_command(arguments, plan),

@@ -26,7 +26,7 @@ from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.errors import UserError
 from lisa_dist.files import naming_lost_files
-from lisa_dist.run_folder import write_run
+from lisa_dist.run_folder import goes_on, write_run
 from lisa_dist.tasks import REWARD, SFT
 from lisa_dist.text import in_one_line
 from lisa_dist.train.arguments import ALL_LINEAR, RunConfig
@@ -91,7 +91,7 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
         with together(output_dir):
             if trainer.is_world_process_zero():
                 record = record_of_run(config, words, trainer.model, data.lines, why)
-                write_run(output_dir, record, resumes=bool(resume_from))
+                write_run(output_dir, record, resumes=goes_on(output_dir, resume_from))
         trainer.accelerator.print(describe_run(config, f"{attention} ({reason})", template, why, layers, said))
         lines = [line for text in data.lines for line in text.split("\n")]
         evaluates = config.training.eval_strategy != IntervalStrategy.NO or config.lisa.lisa_probe_steps

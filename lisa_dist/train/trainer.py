@@ -163,8 +163,7 @@ class LisaMixin(MonitoredMixin):
                     self._memory.abandon()
                 if self.lisa is not None and self.lisa.is_attached:  # also where the run has raised
                     end_save(self.lisa)
-                    self.lisa.partitions.close()
-                    self.lisa.blocks.give_back()
+                    self.lisa.release()
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None

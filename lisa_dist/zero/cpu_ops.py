@@ -69,7 +69,7 @@ def built_alone(name: str, silent: float = _SILENT) -> Iterator[None]:
 
     def say() -> None:
         said.set()
-        print(f"compiling {name} of DeepSpeed in {root}, once: a minute or two", flush=True)
+        print(f"compiling {name} of DeepSpeed in {root}, here or elsewhere, once: a minute or two", flush=True)
 
     timer = threading.Timer(silent, say)
     timer.daemon = True
@@ -85,7 +85,7 @@ def built_alone(name: str, silent: float = _SILENT) -> Iterator[None]:
     finally:
         timer.cancel()
     if said.is_set():
-        print(f"compiled {name} in {time.monotonic() - begun:.0f} s", flush=True)
+        print(f"{name} was there after {time.monotonic() - begun:.0f} s", flush=True)
 
 
 @contextlib.contextmanager
@@ -101,10 +101,10 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def _has_a_compiler(folder: Path) -> bool:
-    """Whether a process works in a folder, as ninja does where it builds."""
+    """Whether ninja works in a folder, as it does where it builds."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):  # it has ended, or is another user's
-            if process.cwd() == str(folder.resolve()):
+            if "ninja" in process.name() and process.cwd() == str(folder.resolve()):
                 return True
     return False
 

@@ -36,13 +36,17 @@ def norms_with_one_collective(zero: Any, stage: Stage) -> dict[str, Callable]:
         torch.distributed.all_reduce(sums, group=zero.dp_process_group)
         return list(sums.pow(0.5).cpu())
 
-    # Right after it DeepSpeed leaves a step out whose norm is not finite, so gradients need not be read for that too.
-    replacements: dict[str, Callable] = {"has_overflow": lambda partition_gradients=True: False}
-    if not getattr(zero, "compute_grad_norm", True):
-        replacements = {}
+    def has_overflow(partition_gradients: bool = True) -> bool:
+        # Where DeepSpeed takes the norm it does so right after this, and leaves a step out whose norm is not finite.
+        takes_norm = getattr(zero, "compute_grad_norm", True)
+        return not (takes_norm or torch.stack(norms_of_groups()).isfinite().all())
+
     if stage.is_stage_3:
-        return replacements | {"_get_norm_groups": norms_of_groups}
-    return replacements | {"scaled_global_norm": lambda: combine_grad_norm_groups(norms_of_groups())}
+        return {"has_overflow": has_overflow, "_get_norm_groups": norms_of_groups}
+    return {
+        "has_overflow": has_overflow,
+        "scaled_global_norm": lambda: combine_grad_norm_groups(norms_of_groups()),
+    }
 
 
 def sums_of_squares_in_fp32(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:

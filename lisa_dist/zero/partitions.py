@@ -24,6 +24,13 @@ from lisa_dist.zero.rebuild import CARRIED_FIELDS, let_go_of_model, put_back, re
 from lisa_dist.zero.stages import check_deepspeed, check_pin_memory_backend, check_private_names, stage_of
 
 
+def remove_forward_hooks(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Remove those of an engine from its model, but for stage 3's, which gather weights."""
+    if engine.zero_optimization_stage() < 3:
+        engine.module_forward_pre_hook.remove()
+        engine.module_forward_post_hook.remove()
+
+
 class ZeroPartitions:
     """This rank's ZeRO partitions of one engine: read them, and build them again over other parameters.
 
@@ -150,9 +157,7 @@ class ZeroPartitions:
             hook.remove()
         embedding_rows.leave(self.engine.module)
         let_go_of_model(self._zero, self._stage)
-        if not self._stage.is_stage_3:
-            self.engine.module_forward_pre_hook.remove()
-            self.engine.module_forward_post_hook.remove()
+        remove_forward_hooks(self.engine)
 
     # What a save and a resume do
 

@@ -768,7 +768,7 @@ def test_a_stopped_run_goes_on_to_the_weights_of_the_whole_one(folder, tmp_path)
     os.kill(run.process.pid, signal.SIGINT)  # SIGTERM is above, SIGUSR1 in test_slurm.py
     status, said = run.wait(), run.said
     assert status == 0, said
-    assert "Ctrl-C: the run saves after this step and ends; once more ends it at once" in said
+    assert "Ctrl-C: the run saves after this step and ends; another one, " in said
     assert "SIGINT: stopped after step" in said
     assert "--resume_from_checkpoint true" in said
     assert not (out / LOCK_NAME).exists(), "the run that goes on may be on another host"

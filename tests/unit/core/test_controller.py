@@ -428,6 +428,10 @@ def train_one_model_twice(folder: str) -> None:
     model.lm_head.weight.requires_grad_(False)
     batches = [tokens for (tokens,) in token_batches(4, rows=4)]
     for ds_config in ("zero2", "zero1"):  # each run ends with a period
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        with pytest.raises(UserError, match="reentrant"):
+            start(ds_config, model=model)
+        model.gradient_checkpointing_disable()
         engine, lisa = start(ds_config, model=model)
         for tokens in batches:
             lisa.on_step_begin()

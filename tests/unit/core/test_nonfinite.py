@@ -12,6 +12,7 @@ from torch import distributed as dist
 import lisa_dist
 from lisa_dist.checkpoint.resume import load_checkpoint
 from lisa_dist.checkpoint.save import save_checkpoint
+from lisa_dist.ds_config import read_ds_config
 from lisa_dist.errors import SharedError
 
 pytestmark = pytest.mark.usefixtures("cpu_ops")
@@ -68,8 +69,11 @@ def spoil_a_step(ds_config: str, dtype: torch.dtype, policy: str, spoil: str, fo
     return said
 
 
-def spoil_the_last_step() -> str:
-    engine, lisa = lisa_dist.initialize(tiny_llama().to(torch.bfloat16), "zero2", lisa_dist.LisaConfig())
+def spoil_the_last_step(takes_norm: bool) -> str:
+    ds_config = read_ds_config("zero2")
+    ds_config["zero_optimization"]["compute_grad_norm"] = takes_norm
+    how = {"optim": "lisa_adamw", "max_grad_norm": float(takes_norm)}
+    engine, lisa = lisa_dist.initialize(tiny_llama().to(torch.bfloat16), ds_config, lisa_dist.LisaConfig(), **how)
     for index, (tokens,) in enumerate(token_batches(2, rows=4)):
         step(engine, lisa, tokens, "gradient" if index == 1 else None)
     with pytest.raises(SharedError, match="not finite") as error:  # of which rank 0 prints one line
@@ -78,8 +82,9 @@ def spoil_the_last_step() -> str:
     return str(error.value)
 
 
-def test_a_spoilt_last_step_is_said_at_the_end():
-    assert run_ranks(spoil_the_last_step, 1)[0].startswith("step 2, period 0")
+@pytest.mark.parametrize("takes_norm", [True, False])
+def test_a_spoilt_last_step_is_said_at_the_end(takes_norm):
+    assert run_ranks(spoil_the_last_step, 1, takes_norm)[0].startswith("step 2, period 0")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def interfaces(monkeypatch):
     ("changes", "taken"),
     [
         ({}, "eth0"),
-        ({"MASTER_ADDR": "no-such-host.invalid"}, "eth0"),
+        ({"MASTER_ADDR": "no-such-host.invalid"}, None),
         ({"NCCL_SOCKET_IFNAME": "ib0"}, "ib0"),
         ({"NCCL_SOCKET_IFNAME": "^docker"}, "eth0"),
         ({"NCCL_SOCKET_IFNAME": "ib"}, "eth0"),

@@ -567,7 +567,13 @@ def test_what_a_gpu_has_beside_tensors_is_planned(gpus):
     rounding = host.pop("rounding of pinned memory")
     assert host == on_cpu
     assert 0 < rounding < sum(host.values())
-    assert arguments.budget == (79 << 30 if gpus == 1 else 78 << 30)
+    offload = read_ds_config("zero2_offload")  # where one rank reduces as several do
+    offload["zero_optimization"]["reduce_bucket_size"] = 1 << 22
+    with_two = planned(offload).gpu.peak_backward
+    offload["zero_optimization"]["overlap_comm"] = False
+    assert with_two - planned(offload).gpu.peak_backward == 2 << 22
+    assert arguments.reserve == ("4.80GiB" if gpus == 1 else "5.80GiB")
+    assert replace(arguments, gpu_memory="24GiB", reserve="auto").budget == (45 << 29 if gpus == 1 else 43 << 29)
     assert replace(arguments, reserve="0").budget == 80 << 30
 
 

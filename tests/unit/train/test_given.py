@@ -371,13 +371,16 @@ def test_a_folder_with_a_model_or_checkpoints_is_not_written_over(tmp_path, want
         assert said in refused(look_for_files, "train", given), "also before torch is imported"
     check_resume(wanted, out, "lisa", overwrites=True)
     look_for_files("train", given | {"overwrite_output_dir": True})
+    (out / "checkpoint-9").symlink_to(elsewhere)  # as to another disk
+    check_resume(out / "checkpoint-9", out, "lisa")
 
 
 def test_a_run_that_writes_over_another_one_leaves_none_of_its_checkpoints(tmp_path):
     checkpoint(tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-4").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "checkpoint-notes.txt").touch()
+    (tmp_path / "checkpoint-4.tar").touch()
     write_run(tmp_path, {}, resumes=True)
     assert (tmp_path / "checkpoint-2").is_dir()
     write_run(tmp_path, {})
-    assert {path.name for path in tmp_path.iterdir()} == {"lisa_run.json", "checkpoint-notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"lisa_run.json", "checkpoint-notes.txt", "checkpoint-4.tar"}
