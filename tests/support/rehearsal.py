@@ -82,6 +82,7 @@ def begin(seed: int, early: float, nvml_free: int | None = None) -> None:
     import lisa_dist.core.label_logits as label_logits
 
     assert all((bitsandbytes, peft, trl.trainer.utils))
+    sys.modules["liger_kernel"] = None  # type: ignore[assignment]  # its kernels need a real GPU
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     from simulated_gpu import clocks, cuda

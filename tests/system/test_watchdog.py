@@ -21,6 +21,7 @@ def rank_main(how: str, victim: int) -> None:
     from lisa_dist.distributed import signals as stop_signals
     from lisa_dist.distributed.watchdog import Watchdog
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test run in the background ignores
     if how == "fork, signalled at once":  # before the library's hook: after a fork they run as they were registered
         os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
     dist.init_process_group("gloo")

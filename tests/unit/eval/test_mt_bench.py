@@ -212,7 +212,7 @@ def test_prompts_scores_and_the_table(files):
         said = body["messages"][1]["content"]
         if "two 2" in said:
             return verdict("I cannot say.")
-        return verdict(f"Fine. Rating: [[{4 if 'two ' in said else 8}]] or [[1]]")
+        return verdict(f"Fine. Rating: [[1]] or [[{4 if 'two ' in said else 8}]]")
 
     with Scripted(rate) as scripted:
         bench, answers = MTBench(str(files)), made_answers(files)

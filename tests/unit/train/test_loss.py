@@ -241,7 +241,7 @@ def test_liger_s_loss_is_taken_where_it_fits(tmp_path):
     said = run_ranks(choose_where_liger_runs, 1, str(tmp_path), flags)[0]
     assert {loss: line.split(":")[0] for loss, line in said.items()} == {loss: loss for loss in said}
     assert "; Liger's needs " in said["chunked"]
-    assert " MiB planned with logits, and there are " in said["liger"]
+    assert " planned with logits, and there are " in said["liger"]
 
 
 def test_a_trainer_of_ones_own_does_not_choose():
