@@ -140,8 +140,8 @@ def _serve(pipe: Connection, rank: int, num_ranks: int, port: int, make: Callabl
         disable_progress_bar()
         if get_accelerator().device_name() == "cpu":
             torch.set_num_threads(1)  # a rank is to have one core
-        prepare_device()
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        prepare_device()
         made = make(*args, **kwargs)
         torch.distributed.barrier()  # when all have come past DeepSpeed's start, where they open each other's memory
         release_shared_memory()  # of which a rank that is killed would leave 66 MB

@@ -116,6 +116,9 @@ def settled(arm: arms.Arm, config) -> arms.Arm:
     """The same arm; of a recipe with numbers of active and checkpointed layers, by the command of its header."""
     if arm.checkpointed != "auto":
         return arm
+    given = arm.settings.get("lisa_activated_layers")
+    if isinstance(given, int):  # of a rehearsal's model there may be fewer
+        arm = replace(arm, settings=arm.settings | {"lisa_activated_layers": min(given, config.num_hidden_layers)})
     lines = (RECIPES / f"{arm.name}.yaml").read_text(encoding="utf-8").splitlines()
     command = next(line.removeprefix(COMMAND) for line in lines if line.startswith(COMMAND))
     arguments, _ = plan.parser().parse_args_into_dataclasses(shlex.split(command))

@@ -206,7 +206,7 @@ def step_bytes(layout: Layout, settings: Settings) -> Counter:
         {
             "all_reduce": settings.element * sum(layout.numel[name] for name in layout.trained),
             "all_gather_into_tensor": settings.element * sum(ceil(size / alignment) * alignment for size in groups),
-            CONTROL + "all_reduce": overflow,
+            CONTROL + "all_reduce": 0 if layout.norms_together else overflow,  # which the norms tell
         }
     )
 

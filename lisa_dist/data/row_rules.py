@@ -7,7 +7,7 @@ from typing import Any
 from lisa_dist.data.formats import ROLES, ExampleError, detect, to_functions
 from lisa_dist.tasks import GRPO, KTO, REWARD, SFT, TASKS, describe_columns_of, tasks_for
 
-_WITH_TOOLS = ("dpo", KTO, REWARD)  # of the others TRL hands the tools of a row to no chat template
+WITH_TOOLS = ("dpo", KTO, REWARD)  # of the others TRL hands the tools of a row to no chat template
 _ANSWERS = ("chosen", "rejected", "completion")
 _LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}  # as CSV has them
 
@@ -73,9 +73,9 @@ class RowRules:
         if problem is None:
             try:
                 new |= {name: _with_calls(new[name], name) for name in names}
-                if tools and self._task not in _WITH_TOOLS:
+                if tools and self._task not in WITH_TOOLS:
                     raise ExampleError(
-                        f"has tools, which --task {self._task} shows to no chat template; {', '.join(_WITH_TOOLS)} do: "
+                        f"has tools, which --task {self._task} shows to no chat template; {', '.join(WITH_TOOLS)} do: "
                         "remove or rename the column, or give one of these tasks"
                     )
                 if tools:

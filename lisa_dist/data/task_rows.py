@@ -17,10 +17,9 @@ from lisa_dist.data.dataset import Data, DataArguments, hold_out
 from lisa_dist.data.encoding import check_tools_shown
 from lisa_dist.data.formats import refuse_examples
 from lisa_dist.data.readers import read_file
-from lisa_dist.data.row_rules import RowRules, why_not_of_columns
+from lisa_dist.data.row_rules import WITH_TOOLS, RowRules, why_not_of_columns
 from lisa_dist.data.sources import Source, apply_weight, open_source, sample_source, split_sample_size
 from lisa_dist.errors import UserError
-from lisa_dist.tasks import GRPO
 from lisa_dist.text import in_one_line
 
 ORIGIN = "__origin__"  # the column of where a row is, in memory alone
@@ -96,7 +95,8 @@ def _load(source: Source, task: str, skip_invalid: bool, seed: int) -> tuple[Dat
         valid = Dataset.from_generator(
             _valid,
             gen_kwargs=arguments | {"rows": rows, "names": tuple(features)},
-            features=None if task == GRPO else Features(features),  # whose columns may be of any kind
+            # Columns of grpo may be of any kind, and TRL's orpo puts texts where turns were.
+            features=Features(features) if task in WITH_TOOLS else None,
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):

@@ -274,7 +274,9 @@ class _Step:
     @property
     def _norm_scratch(self) -> Callable[[int], int]:
         """Bytes allocated while the norm of a gradient of so many elements is taken, or while it is sent."""
-        return norm_scratch_of_deepspeed(self._stage, self._offloads) if self.plain else norm_scratch_in_chunks
+        if self.plain:
+            return norm_scratch_of_deepspeed(self._stage, self._offloads)
+        return norm_scratch_in_chunks if self._offloads or self.on_cpu else lambda numel: 0
 
     def _backward_peak(self) -> Peak:
         sizes = {"element": self._element, "bucket_numel": self.settings.reduce_bucket}

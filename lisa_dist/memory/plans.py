@@ -214,10 +214,13 @@ def _slowness(plan: Plan) -> tuple[int, int]:
 
 
 def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
-    """The fastest plan that fits. Raises ValueError with the closest three, and what each lacks, when none does."""
+    """Of the plans that fit with most layers at a time the fastest.
+
+    Raises ValueError with the closest three, and what each lacks, when none does.
+    """
     fitting = [plan for plan in plans if not any(plan.lacks(arguments))]
     if fitting:
-        return min(fitting, key=_slowness)
+        return min(fitting, key=lambda plan: (-int(plan.lisa_config.lisa_activated_layers), _slowness(plan)))
     closest = sorted(plans, key=lambda plan: sum(plan.lacks(arguments)))[:3]
     listed = "; ".join(
         f"{plan.ds_config} lacks {format_bytes(plan.lacks(arguments)[0])} on a GPU and "

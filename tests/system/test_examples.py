@@ -43,6 +43,7 @@ def given(tmp_path_factory) -> SimpleNamespace:
         model = folder / "model"
         save_tiny_llama(model)
     words = " ".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))).split()
+    words = [word for word in words if len(word) < 16]  # so that three of them are short
     long, short = cut(words[:3000], 1000), cut(words[3000:3600], 3)
     text = folder / "text.txt"
     text.write_text("\n".join(map(" ".join, long + short)), encoding="utf-8")

@@ -40,7 +40,7 @@ def test_the_recipe_is_one_that_a_run_takes(tiny, tmp_path, capsys):
     main([*asked, "--recipe", str(path)])
     assert capsys.readouterr().out == f"wrote {path}\n"
     run_args, data_args, training_args, model_args, lisa_config = parse_arguments(["--config", str(path)])
-    assert (run_args.method, run_args.checkpointed_layers, run_args.gpu_memory) == ("lisa", "auto", "2.00GiB")
+    assert (run_args.method, run_args.checkpointed_layers, run_args.gpu_memory) == ("lisa", "auto", "1.50GiB")
     assert data_args.dataset_name == ["rows.jsonl"]
     assert data_args.eval_rows == 0.02
     assert model_args.model_name_or_path == tiny
@@ -58,7 +58,7 @@ def test_a_recipe_of_another_task(tiny, tmp_path):
     asked = ["--task", "dpo", "--precompute_ref_log_probs", "true", "--beta", "0.2"]
     main(["--model", tiny, "--gpu_memory", "4GiB", "--precision", "fp32", *asked, "--recipe", str(path)])
     run_args, _, training_args, _, _ = parse_arguments(["--config", str(path)])
-    assert (run_args.task, run_args.checkpointed_layers, run_args.gpu_memory) == ("dpo", "auto", "3.00GiB")
+    assert (run_args.task, run_args.checkpointed_layers, run_args.gpu_memory) == ("dpo", "auto", "2.50GiB")
     assert type(training_args).__name__ == "LisaDPOConfig"
     assert training_args.precompute_ref_log_probs
     assert training_args.beta == 0.2
@@ -108,7 +108,7 @@ def test_nothing_is_given_up_without_need(tmp_path):
         needs[rung.name] = min(one.gpu.needed for one in plans if one.ds_config.endswith("_offload") == rung.offloads)
     reached = set()
     for need in needs.values():
-        chosen = choose(InitArguments(**asked, gpu_memory=f"{need + 2**30}B"), LisaConfig())
+        chosen = choose(InitArguments(**asked, gpu_memory=f"{need + (3 << 29)}B"), LisaConfig())
         assert chosen.rung.name == next(name for name, theirs in needs.items() if theirs <= need)
         assert chosen.plan.gpu.needed <= need
         assert chosen.lisa_config == LisaConfig(**chosen.rung.settings)
@@ -260,7 +260,7 @@ def test_a_recipe_gives_back_what_it_was_given(tiny, tmp_path, value):
     [
         (
             ["--model", "TINY", "--gpu_memory", "1GiB", "--checkpointed_layers", "all"],
-            "--gpu_memory 1GiB on 1 GPU(s): nothing fits beside the 1GiB of each that are kept for CUDA",
+            "--gpu_memory 1GiB on 1 GPU(s): nothing fits beside the 1.50GiB of each that are kept for CUDA",
         ),
         (["--model", "llama2-7b", "--method", "lora"], "--method lora: init writes recipes of LISA"),
         (["--model", "llama2-7b", "--json", "plans.json"], "--json plans.json: it is for lisa-dist plan"),

@@ -263,7 +263,7 @@ def test_a_plan_by_kept_traces_needs_neither_trl_nor_what_it_imports(tmp_path):
         "import sys; from lisa_dist.commands.plan import main; main(sys.argv[1:]); "
         "print([n for n in ('trl.trainer.utils', 'peft', 'bitsandbytes', 'datasets') if n in sys.modules])"
     )
-    words = ["--model", str(tmp_path / "model"), "--seq_length", "16", "--deepspeed", "zero2"]
+    words = ["--model", str(tmp_path / "model"), "--seq_length", "16", "--deepspeed", "zero2", "--lisa_preset", "none"]
     first, second = (
         subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True).stdout
         for _ in range(2)
