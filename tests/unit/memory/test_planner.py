@@ -610,7 +610,7 @@ def test_cheaper_states_become_more_layers():
     assert 2 < layers < 32
     assert f"--lisa_activated_layers {layers} " in command_for(plan, arguments)
     assert not any(plan.lacks(arguments))
-    with pytest.raises(ValueError, match=r"not one layer fits 23\.00 GiB"):
+    with pytest.raises(ValueError, match=r"not one layer fits 22\.50 GiB"):
         make_plans(config, arguments, lisa_dist.LisaConfig(**asked))
 
 
