@@ -17,6 +17,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the traces of the p
 
 import ranks  # noqa: E402
 
+RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker is left with one at the end: whole groups, `full` tests, runs, ranks."""
@@ -52,10 +54,15 @@ def _stop_ranks_at_the_end():
 
 
 @pytest.fixture(autouse=True)
-def _no_rank_of_another_test():
-    """A parse makes its process the only rank where nothing says which it is, and that would stay."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+def _environment_of_its_own():
+    """A parse makes its process the only rank where nothing says which it is, and a benchmark's ranks are CPUs'."""
+    before = {name: value for name, value in os.environ.items() if name not in RANK}
+    for name in RANK:
         os.environ.pop(name, None)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

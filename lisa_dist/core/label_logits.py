@@ -114,25 +114,48 @@ def _numbers(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    from trl.trainer.utils import selective_log_softmax, selective_log_softmax_and_entropy
+    from trl.trainer.utils import selective_log_softmax_and_entropy
 
     if uses_triton(logits.device):
-        scores = selective_log_softmax_and_entropy(logits[None], targets[None], entropy_requires_grad=False)
-        return scores[0][0], scores[1][0]
-    # TRL computes in the precision of the logits; and in one go for each index of the first dimension.
-    logits = logits.float()
-    log_probs = selective_log_softmax(logits[None], targets[None])[0]
-    return log_probs, _entropies(
-        logits.detach(), logits.detach().gather(1, targets[:, None]) - log_probs.detach()[:, None]
-    )
+        log_probs, entropies = selective_log_softmax_and_entropy(
+            logits[None], targets[None], entropy_requires_grad=False
+        )
+        return log_probs[0], entropies[0]
+    scores: tuple[torch.Tensor, torch.Tensor] = _ScoresByRows.apply(logits, targets)
+    return scores
 
 
-def _entropies(logits: torch.Tensor, log_sums: torch.Tensor) -> torch.Tensor:
-    """The entropy of each row of logits [labels, words], of whose exponentials `log_sums` [labels, 1] has log-sums.
+class _ScoresByRows(torch.autograd.Function):
+    """TRL's log-probabilities, entropies and gradients, to the bit, by rows of fp32 that a CPU's cache holds.
 
-    By rows that a CPU's cache holds: copies of all logits take TRL six times as long as the log-probabilities. In few
-    parts, since a plan traces each.
+    TRL goes through all logits ten times, and makes five tensors of their size. In few parts: a plan traces each.
     """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_sums, entropies = [], []
+        for cut in _cuts(logits):
+            part = logits[cut].float()
+            largest = part.amax(-1, keepdim=True)
+            weights = (part - largest).exp_()
+            total = weights.sum(-1, keepdim=True)
+            log_sums.append(total.log() + largest)
+            entropies.append(log_sums[-1][:, 0] - torch.linalg.vecdot(weights, part) / total[:, 0])
+        log_sum, entropy = torch.cat(log_sums), torch.cat(entropies)
+        ctx.save_for_backward(logits, targets, log_sum)
+        ctx.mark_non_differentiable(entropy)
+        return (logits.gather(1, targets[:, None]).float() - log_sum)[:, 0], entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (logits, targets, log_sum), of_targets = ctx.saved_tensors, gradients[0][:, None]
+        gradient = torch.empty_like(logits)
+        for cut in _cuts(logits):
+            part = (logits[cut].float() - log_sum[cut]).exp_().mul_(-of_targets[cut])
+            gradient[cut] = part.scatter_add_(1, targets[cut, None], of_targets[cut])
+        return gradient, None
+
+
+def _cuts(logits: torch.Tensor) -> Iterator[slice]:
     rows = max(1, _IN_CACHE // logits.shape[1], len(logits) // 64)
-    parts = zip(logits.split(rows), log_sums.split(rows), strict=True)
-    return torch.cat([log_sum[:, 0] - torch.linalg.vecdot((part - log_sum).exp_(), part) for part, log_sum in parts])
+    return (slice(begins, begins + rows) for begins in range(0, max(len(logits), 1), rows))

@@ -64,6 +64,11 @@ class BlockSelection:
             self.sampled,
         )
 
+    def train_fewer_layers(self, config: LisaConfig) -> None:
+        """Sample by these settings, which differ in a lower number of layers; the optimizer keeps its slots."""
+        assert config.lisa_activated_layers <= self.most_active
+        self._config, self.sampled = config, sampled_blocks(config, self._blocks)
+
     def check_probed(self) -> None:
         """Raise where a run begins to train that was to be probed."""
         if self._config.lisa_probe_steps and self.probed is None:

@@ -2,7 +2,8 @@
 
 The number of checkpointed layers (`core/checkpointing.py`) is set before the first step: as given, or with "auto" to
 the fewest with which the plan of the worst period fits the budget. One early step is measured (`StepMeter`). "auto"
-then corrects the plan by its error for that step and sets the number again. The run ends with a table of both.
+then corrects the plan by its error for that step and sets the number again; if the run had planned how many layers
+train, and they do not fit, fewer do from the next period on. The run ends with a table of both.
 """
 
 import json
@@ -23,6 +24,7 @@ from lisa_dist.core.checkpointing import (
     number_of_layers,
 )
 from lisa_dist.core.controller import LisaController
+from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
 from lisa_dist.files import replacing
@@ -53,7 +55,8 @@ class RunMemory:
     `config` is the model's, None for a model or a loss that cannot be planned. `longest` is the largest possible
     micro-batch. `checkpointed` is --checkpointed_layers, parsed; `budget` the bytes of a device, and `measure_budget`
     what they are found to be once a step has run; `beside` the bytes of a model that does not train.
-    Raises ValueError where "auto" cannot plan.
+    `layers_are_planned`: a plan has chosen how many layers train, not the user. Raises ValueError where "auto" cannot
+    plan.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class RunMemory:
         budget: int | None,
         measure_budget: Callable[[], int] | None = None,
         beside: int = 0,
+        layers_are_planned: bool = False,
     ) -> None:
         assert lisa.is_attached, "attach the controller to a DeepSpeed engine first"
         self._lisa, self._engine = lisa, lisa.engine
@@ -82,8 +86,10 @@ class RunMemory:
         self._measured: _MeasuredStep | None = None
         self._micro_batch: Workload | None = None
         self._count: int | None = None  # of checkpointed layers, once it is set
-        self._planned_peaks: dict[int, int] = {}  # of the worst period, by number of checkpointed layers
-        if checkpointed == AUTO and (config is None or longest is None):
+        self._planned_peaks: dict[tuple[int, int], int] = {}  # of the worst period, by layers checkpointed and active
+        can_plan = config is not None and longest is not None
+        self._corrects_layers = layers_are_planned and can_plan and budget is not None
+        if checkpointed == AUTO and not can_plan:
             raise UserError(
                 "--checkpointed_layers auto: the largest micro-batch cannot be planned: it takes a --max_length, and a "
                 "causal language model with its own loss or TRL's, of which nothing was frozen before. Give none, all "
@@ -135,7 +141,7 @@ class RunMemory:
             self._micro_batch = workload and replace(workload, checkpointed_layers=count)
 
     def end_step(self, step: int) -> str | None:
-        """Record what the step needed and, with "auto", correct their number; a line to print, if there is one."""
+        """Record what the step needed and correct the numbers that are planned; a line to print, if there is one."""
         if self._meter is None:
             return None
         meter, self._meter = self._meter, None
@@ -145,13 +151,15 @@ class RunMemory:
         always_on = [name for name in self._lisa.config.always_on if self._lisa.blocks.outer(name).parameters]
         trained = Trained(self._lisa.active_layers, tuple(always_on), self._lisa.active_blocks)
         self._measured = _MeasuredStep(step, self._micro_batch, trained, meter.parts)
-        if self._checkpointed != AUTO:
+        if self._checkpointed != AUTO and not self._corrects_layers:
             return None
         if self._measure_budget is not None:
             self._budget = min(gather(self._measure_budget()))
         planned = self._plan_measured_step(self._measured)[0]
         plan_error = max(gather(meter.parts.peak - planned.peak if planned else 0))
-        return f"step {step} took {format_bytes(meter.parts.peak)} at its peak: {self._set_fewest_layers(plan_error)}"
+        lines = [self._set_fewest_layers(plan_error)] if self._checkpointed == AUTO else []
+        lines += self._lower_layers(plan_error) if self._corrects_layers else []
+        return f"step {step} took {format_bytes(meter.parts.peak)} at its peak: {'; '.join(lines)}" if lines else None
 
     def abandon(self) -> None:
         """Measure no more, as when a step has raised."""
@@ -198,34 +206,58 @@ class RunMemory:
 
         `plan_error`: bytes that a step needs more than is planned for it.
         """
-        budget = self._budget
-        assert budget is not None
+        layers = self._lisa.config.lisa_activated_layers
+        self._count, planned = self._fewest(
+            "--checkpointed_layers auto", lambda count: self._planned_peak(count, layers) + plan_error, self._num_layers
+        )
+        checkpoint_layers(self._model, self._lisa.blocks, self._count)
+        return f"{self._count} of {self._num_layers} layers checkpointed, for which {self._compared(planned)}"
+
+    def _lower_layers(self, plan_error: int) -> list[str]:
+        """Train as many layers as fit, one at least, from the next period on; a line to print where they are fewer."""
+        layers, count = self._lisa.config.lisa_activated_layers, checkpointed_layers(self._model, self._lisa.blocks)
+        fewer, planned = self._fewest(
+            "--lisa_activated_layers auto",
+            lambda fewer: self._planned_peak(count, layers - fewer) + plan_error,
+            layers - 1,
+        )
+        if fewer == 0:
+            return []
+        self._lisa.next_layers = layers - fewer
+        return [
+            f"{layers - fewer} of {self._num_layers} layers train from the next period on, not {layers}, for which "
+            f"{self._compared(planned)}"
+        ]
+
+    def _fewest(self, flag: str, peak: Callable[[int], int], most: int) -> tuple[int, int]:
+        """The lowest number up to `most` whose peak fits, the same on all ranks, and that peak in bytes."""
         chosen = problem = None
         if self._engine.global_rank == 0:
+            assert self._budget is not None
             try:
-                count = fewest_layers(lambda count: self._planned_peak(count) + plan_error, self._num_layers, budget)
-                chosen = count, self._planned_peak(count) + plan_error
+                count = fewest_layers(peak, most, self._budget)
+                chosen = count, peak(count)
             except UserError as error:
                 problem = str(error)
         chosen, problem = gather((chosen, problem))[0]
         if chosen is None:
-            raise UserError(f"--checkpointed_layers auto: {problem} Give none, all or a number of layers.")
-        self._count, planned = chosen
-        checkpoint_layers(self._model, self._lisa.blocks, self._count)
-        compared = "of" if planned <= budget else "and there are"
-        return (
-            f"{self._count} of {self._num_layers} layers checkpointed, for which at most {format_bytes(planned)} are "
-            f"planned {compared} {format_bytes(budget)}"
-        )
+            raise UserError(f"{flag}: {problem} Give a number of layers.")
+        return chosen
 
-    def _planned_peak(self, count: int) -> int:
-        """Bytes that the plan of the worst period needs with `count` layers checkpointed."""
-        if count not in self._planned_peaks:
+    def _compared(self, planned: int) -> str:
+        assert self._budget is not None
+        compared = "of" if planned <= self._budget else "and there are"
+        return f"at most {format_bytes(planned)} are planned {compared} {format_bytes(self._budget)}"
+
+    def _planned_peak(self, count: int, layers: int) -> int:
+        """Bytes that the plan of the worst period needs with `count` layers checkpointed and `layers` active."""
+        if (count, layers) not in self._planned_peaks:
             assert self._longest is not None
             run = self._fake_run(replace(self._longest, checkpointed_layers=count))
-            periods = widest_periods(self._lisa.config, run.blocks, self._lisa.selection.sampled, count)
-            self._planned_peaks[count] = max(self._plan(run, period, rank=None)[0].needed for period in periods)
-        return self._planned_peaks[count]
+            config = replace(self._lisa.config, lisa_activated_layers=layers)
+            periods = widest_periods(config, run.blocks, sampled_blocks(config, self._lisa.blocks), count)
+            self._planned_peaks[count, layers] = max(self._plan(run, period, rank=None)[0].needed for period in periods)
+        return self._planned_peaks[count, layers]
 
     def _plan_measured_step(
         self, measured: _MeasuredStep

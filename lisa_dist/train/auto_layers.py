@@ -10,7 +10,6 @@ from lisa_dist.checkpoint.folders import checkpoints_by_age
 from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS
 from lisa_dist.core.blocks import number_of_decoder_layers
-from lisa_dist.core.checkpointing import AUTO, parse_checkpointed_layers
 from lisa_dist.distributed.collectives import gather, raise_shared
 from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError
@@ -65,11 +64,8 @@ def settle_layers(
         except UserError as error:
             problem = str(error)
     raise_shared(problem)
-    run = config.run
-    if parse_checkpointed_layers(run.checkpointed_layers) != AUTO:  # nothing else keeps to it
-        run = replace(run, gpu_memory=None)
     lisa_config, why = gather(settled)[0]
-    return config._replace(lisa=lisa_config, run=run), why
+    return config._replace(lisa=lisa_config), why
 
 
 def _planned(config: RunConfig, model_config: PretrainedConfig, gpu_bytes: int | None) -> tuple[LisaConfig, str]:

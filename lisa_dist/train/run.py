@@ -87,7 +87,7 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
     _check_data(config, data)
     config = _for_trl(config, attention)
     with one_run_in(output_dir):  # before the model is loaded, until it is saved
-        trainer = _load_model(config, processing, data, loss)
+        trainer = _load_model(config, processing, data, loss, bool(layers))
         with together(output_dir):
             if trainer.is_world_process_zero():
                 record = record_of_run(config, words, trainer.model, data.lines, why)
@@ -103,13 +103,13 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
             return _finish(trainer, output_dir)
 
 
-def _load_model(config: RunConfig, processing: Processing, data: Data, loss: str) -> Any:
+def _load_model(config: RunConfig, processing: Processing, data: Data, loss: str, layers_are_planned: bool) -> Any:
     """The trainer, which loads the model. Raises UserError for what the trainers of TRL and transformers refuse.
 
     So it does for weights of other sizes than their configuration's.
     """
     try:
-        return build_trainer(config, processing, data, loss)
+        return build_trainer(config, processing, data, loss, layers_are_planned)
     except UserError:
         raise
     except (ValueError, ImportError) as error:  # of a package that a flag needs
@@ -250,8 +250,11 @@ def _for_trl(config: RunConfig, attention: str) -> RunConfig:
     return config._replace(training=training)
 
 
-def build_trainer(config: RunConfig, processing: Processing, data: Data, loss: str) -> Any:
-    """The trainer of the task and the method, with the model loaded; `loss` of sft as `choose_loss` gives it."""
+def build_trainer(config: RunConfig, processing: Processing, data: Data, loss: str, layers_are_planned: bool) -> Any:
+    """The trainer of the task and the method, with the model loaded.
+
+    `loss` of sft as `choose_loss` gives it; `layers_are_planned`: how many train is auto or lora.
+    """
     arguments: dict[str, Any] = {
         "model": config.model.model_name_or_path,
         "args": config.training,
@@ -269,6 +272,7 @@ def build_trainer(config: RunConfig, processing: Processing, data: Data, loss: s
             "hang_timeout": config.run.hang_timeout,
             "checkpointed_layers": config.run.checkpointed_layers,
             "gpu_memory": config.run.gpu_memory,
+            "layers_are_planned": layers_are_planned,
             "save_async": config.run.save_async,
             "eval_frozen_bits": config.run.eval_frozen_bits,
         }

@@ -84,11 +84,12 @@ def plan_run_memory(
     longest: Workload | None,
     checkpointed: int | str | None,
     budget: int | None,
+    layers_are_planned: bool = False,
     reference: torch.nn.Module | None = None,
 ) -> RunMemory:
     """The memory of a trainer's run; without a `budget` in bytes that of the GPU.
 
-    `reference`: a model that stands beside the one that trains.
+    `layers_are_planned` as of RunMemory; `reference`: a model that stands beside the one that trains.
     """
     beside = [] if reference is None else [held for one in reference.parameters() for held in held_tensors(one)]
     measure_budget = None
@@ -105,5 +106,6 @@ def plan_run_memory(
         checkpointed=checkpointed,
         budget=budget,
         measure_budget=measure_budget,
+        layers_are_planned=layers_are_planned,
         beside=sum(tensor.nbytes for tensor in beside if tensor.device.type == args.device.type),
     )

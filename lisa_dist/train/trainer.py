@@ -63,7 +63,8 @@ class LisaMixin(MonitoredMixin):
     training has begun; `trainer.stopped_by` names the signal that ended it early, if one did. A run ends when a rank
     takes longer than `hang_timeout` seconds for a step (0: never). `checkpointed_layers` is "none", "all", a number of
     decoder layers, or "auto" for the fewest that `gpu_memory`, such as "24GiB", is enough for (by default what the GPU
-    has free but 1.5 GiB, or 6%); left out, `gradient_checkpointing` of the arguments decides. `optim` takes the place
+    has free but 1.5 GiB, or 6%); left out, `gradient_checkpointing` of the arguments decides. `layers_are_planned`: how
+    many layers train was planned too, and a measured step that needs more lowers it. `optim` takes the place
     of the arguments' own, which know no "lisa_adamw". `torch_compile` of the arguments compiles each layer by itself.
     `eval_frozen_bits` 16 evaluates, and predicts, with the originals of frozen layers in 8 or 4 bits.
     With `save_async` training waits for the copies of a checkpoint alone, and `on_save` comes before it is there.
@@ -82,6 +83,7 @@ class LisaMixin(MonitoredMixin):
         hang_timeout: float = HANG_TIMEOUT,
         checkpointed_layers: str | int | None = None,
         gpu_memory: str | None = None,
+        layers_are_planned: bool = False,
         optim: str | None = None,
         save_async: bool = False,
         eval_frozen_bits: int | None = None,
@@ -90,7 +92,8 @@ class LisaMixin(MonitoredMixin):
         self.lisa: LisaController | None = None
         self.lisa_config = lisa_config or LisaConfig()
         self._checkpointed_layers = parse_checkpointed_layers(checkpointed_layers)
-        self._gpu_memory = parse_budget(gpu_memory, self._checkpointed_layers == AUTO)
+        self._gpu_memory = parse_budget(gpu_memory, self._checkpointed_layers == AUTO or layers_are_planned)
+        self._layers_are_planned = layers_are_planned
         self._memory: RunMemory | None = None
         self._ranks: list[tuple[str, str]] = []
         self._slow_ranks: SlowRanks | None = None
@@ -241,6 +244,7 @@ class LisaMixin(MonitoredMixin):
             longest=self._workload.longest(self.model),
             checkpointed=self._checkpointed_layers,
             budget=self._gpu_memory,
+            layers_are_planned=self._layers_are_planned,
             reference=getattr(self, "ref_model", None),
         )
         self._print(self._memory.set_checkpointing())

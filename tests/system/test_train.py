@@ -102,11 +102,15 @@ def test_the_number_of_layers_is_planned_and_stays_on_a_resume(folder, tmp_path)
     assert "2 steps with 6 layers, uniform" in said, "all that there are"
     assert "(100.0%): full training" in said
     shutil.rmtree(out / "checkpoint-4")
-    resumed = auto | {"gpu_memory": "8MiB", "resume_from_checkpoint": True, "eval_frozen_bits": 16}
+    resumed = auto | {"gpu_memory": "3MiB", "resume_from_checkpoint": True, "eval_frozen_bits": 16}
     resumed |= {"lisa_frozen_bits": 4, "lisa_frozen_store": tmp_path}
     status, said = run_alone(flags_for(folder, out, **resumed), tmp_path / "resumed.txt")
     assert status == 0, said[-3000:]
     assert "2 steps with 6 layers, uniform" in said, "though fewer would be planned"
+    measured = (
+        r"step 3 took [\d.]+ MiB at its peak: 6 of 6 layers checkpointed, .*; [1-5] of 6 layers train from the next"
+    )
+    assert re.search(measured, said), "which the first step that is measured has shown"
     assert re.search(r"frozen layers +\d+% of their bytes in 4 bits; originals, once a host: [\d.]+ MiB", said)
 
 

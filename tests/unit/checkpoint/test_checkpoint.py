@@ -88,6 +88,8 @@ def run_and_save(folder: str, ds_config: str, dtype: torch.dtype, options: dict)
     engine, lisa = start(ds_config, dtype, options)
 
     def save(step: int) -> None:
+        if step == 2:
+            lisa.next_layers = options.get("fewer")
         if step in options.get("cuts", CUTS.values()):
             save_checkpoint(lisa, Path(folder) / f"checkpoint-{step}")
 
@@ -100,9 +102,12 @@ def run_and_save(folder: str, ds_config: str, dtype: torch.dtype, options: dict)
 
 def resume(folder: str, cut: int, ds_config: str, dtype: torch.dtype, options: dict) -> dict:
     """The rest of that run, from a checkpoint and other initial weights."""
-    build = tiny_gpt2 if options.get("tied") else tiny_llama
+    build, saved = tiny_gpt2 if options.get("tied") else tiny_llama, Path(folder) / f"checkpoint-{cut}"
+    if "fewer" in options:  # the number that the run had, as --lisa_activated_layers auto has it
+        config = json.loads((saved / STATE_NAME).read_text())["lisa"]["config"]
+        options = options | {"lisa": {**options["lisa"], "lisa_activated_layers": config["lisa_activated_layers"]}}
     engine, lisa = start(ds_config, dtype, options, build(seed=99))
-    load_checkpoint(lisa, Path(folder) / f"checkpoint-{cut}")
+    load_checkpoint(lisa, saved)
     losses = train(engine, lisa, options.get("until", STEPS), options)
     outcome = {"losses": losses, "everything": everything(engine, lisa), "layers": lisa.active_layers}
     outcome["visits"] = lisa.visit_counts
@@ -152,6 +157,20 @@ def test_a_resume_within_the_first_period_is_the_run(tmp_path, ds_config, settin
     Groups whose blocks are not sampled have placeholders, which step too.
     """
     check_resume(tmp_path, ds_config, torch.float32, {"lisa": {"lisa_interval_steps": 20} | settings, "cuts": [2, 5]})
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "settings"),
+    [
+        ("zero2", {}),
+        full("zero2", {"lisa_frozen_bits": 8, "lisa_state": "keep"}),
+        full("zero3", DRAWN),
+        full("zero3", {"lisa_state": "keep"}),
+    ],
+)
+def test_a_resumed_run_is_the_run_after_its_layers_were_lowered(tmp_path, ds_config, settings):
+    """Between the measured step and the switch that lowers them, too."""
+    check_resume(tmp_path, ds_config, torch.bfloat16, {"fewer": 1, "lisa": {"lisa_activated_layers": 3} | settings})
 
 
 def check_resume(tmp_path, ds_config, dtype, options) -> None:
