@@ -28,6 +28,7 @@ from lisa_dist.memory.gradient_peak import (
     kept_gradient_numel,
     norm_scratch_in_chunks,
     norm_scratch_of_deepspeed,
+    norm_scratch_on_cpu,
     reduction_stage_3,
     reduction_stages_1_2,
     slices_by_rank,
@@ -61,16 +62,17 @@ def plan_memory(
     accumulates: bool = False,
     on_cpu: bool = False,
     plain: bool = False,
+    keeps: bool = False,
 ) -> tuple[MemoryParts, dict[str, int]]:
     """The parts of one rank's device memory, and of its host memory, in bytes.
 
     `optim` and `master` are those of the run (--optim, --lisa_master). `rank`: which one is planned; by default the one
     that needs most. `accumulates`: a step has several micro-batches, and the gradients of the earlier ones wait for the
     last. `on_cpu`: host and device are one, and the parts of the device include those of the host. `plain`: DeepSpeed
-    without the overrides of `zero/`, as other methods run it.
+    without the overrides of `zero/`, as other methods run it. `keeps`: --lisa_state keep.
     """
     ranks = range(world_size) if rank is None else (rank,)
-    step = _Step(run, groups, trace, settings, world_size, optim, master, ranks, accumulates, on_cpu, plain)
+    step = _Step(run, groups, trace, settings, world_size, optim, master, ranks, accumulates, on_cpu, plain, keeps)
     device, host = step.device(), step.host()
     return (device.with_host(host, step.gradients_beside_host_step()) if on_cpu else device), host
 
@@ -90,6 +92,7 @@ class _Step:
     accumulates: bool
     on_cpu: bool
     plain: bool
+    keeps: bool
 
     def device(self) -> MemoryParts:
         """The parts of the device."""
@@ -109,7 +112,7 @@ class _Step:
             peak_step=static + step_peak,
             gradients_by_then=peak.gradients,
             buckets_by_then=peak.buckets,
-            pool=self._pool(peak, step_peak),
+            pool=max(self._pool(peak, step_peak), self._leaving - max(peak.total, step_peak)),
         )
 
     def host(self) -> dict[str, int]:
@@ -232,6 +235,15 @@ class _Step:
         is_lisa = not (self._offloads or self.plain)
         return is_lisa and steps_weights(self.optim, self.master, self.run.workload.dtype)
 
+    @property
+    def _leaving(self) -> int:
+        """Bytes that a stream still copies to the host after a switch, beside the states that have come."""
+        if not self.keeps or self.on_cpu or self._offloads:
+            return 0
+        groups = zip(self.groups, self._partitions, strict=True)
+        sampled = sum(numel for group, numel in groups if not (group.always_on or group.on_host))
+        return self._states(on_host=False)[False] + sampled * self._element * self._steps_weights
+
     # Gradients and buffers
 
     @cached_property
@@ -276,7 +288,9 @@ class _Step:
         """Bytes allocated while the norm of a gradient of so many elements is taken, or while it is sent."""
         if self.plain:
             return norm_scratch_of_deepspeed(self._stage, self._offloads)
-        return norm_scratch_in_chunks if self._offloads or self.on_cpu else lambda numel: 0
+        if self._offloads:
+            return norm_scratch_in_chunks
+        return norm_scratch_on_cpu if self.on_cpu else lambda numel: 0
 
     def _backward_peak(self) -> Peak:
         sizes = {"element": self._element, "bucket_numel": self.settings.reduce_bucket}
@@ -386,9 +400,13 @@ class _Step:
             return 0, laid_out + (chunk if self.on_cpu else 0)
         if group.on_host:
             return 0, 0
-        is_copied = self._element < 4 and (len(group.params) > 1 or self.world_size > 1)
+        pieces = [pieces_of_group(group.named_numels, self._stage, rank, self.world_size) for rank in self.ranks]
+        is_flat = all([piece.length for piece in of_rank] == [partition] for of_rank in pieces)
+        flat = 0 if is_flat else self._element
+        in_fp32 = 4 if self._element < 4 else 0
         adamw = 8 if self.optim == "adamw_torch" and group.bits == 32 else 0
-        return partition * (4 + (self._element if is_copied else 0)), partition * (4 + adamw)
+        in_buffer = self._stage == 3 and not flat + in_fp32  # and counted there
+        return partition * (flat + in_fp32), partition * ((0 if in_buffer else 4) + adamw)
 
     def _host_step(self) -> int:
         """On the host, while its largest group steps: gradients as they came, in fp32, AdamW's own, new weights.

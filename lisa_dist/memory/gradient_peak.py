@@ -264,8 +264,13 @@ def reduction_stage_3(
 
 
 def norm_scratch_in_chunks(numel: int) -> int:
-    """Bytes that LISA allocates to take the norm of a gradient of so many elements, or to send it: fp64, by chunks."""
+    """Bytes that LISA allocates to send a gradient of so many elements to the host, with its norm: fp64, by chunks."""
     return 8 * min(numel, gradients.NORM_CHUNK)
+
+
+def norm_scratch_on_cpu(numel: int) -> int:
+    """The same for its norm alone, on a CPU."""
+    return 8 * min(numel, gradients.CPU_NORM_CHUNK)
 
 
 def norm_scratch_of_deepspeed(stage: int, offloads: bool) -> Callable[[int], int]:

@@ -27,7 +27,7 @@ class MemoryParts:
     gradients_by_then: int = 0
     buckets_by_then: int = 0
     reference: int = 0  # the model as it was before, which some tasks compare with; estimated alone
-    pool: int = 0  # beyond the peak, that a stream has taken and no other can use: reserved, and so not measured
+    pool: int = 0  # beyond the peak, that a stream of copies has or waits for: reserved, and so not measured
 
     @property
     def static(self) -> int:

@@ -73,6 +73,10 @@ class Planner:
             )
 
     @property
+    def _keeps(self) -> bool:
+        return self._arguments.method == "lisa" and self._lisa.lisa_state == "keep"
+
+    @property
     def given_count(self) -> int:
         """The number of checkpointed layers that was given; all, where it was left to the plans."""
         return self.num_layers if self._count is None else self._count
@@ -95,6 +99,7 @@ class Planner:
                 accumulates=arguments.gradient_accumulation_steps > 1,
                 on_cpu=self._on_cpu,
                 plain=arguments.method != "lisa",
+                keeps=self._keeps,
             )
             for groups, trace in periods
         ]
@@ -107,7 +112,7 @@ class Planner:
                 host = host | {"reference model": share}
             else:
                 parts = parts.with_reference(share)
-        if arguments.method == "lisa" and self._lisa.lisa_state == "keep":
+        if self._keeps:
             host = host | {"kept states": kept_states(run, self._lisa, settings.stage, arguments.gpus, arguments.optim)}
         if self._lisa.lisa_frozen_bits != 16:
             originals = sum(module.weight.nbytes for module in run.held_modules([]))
@@ -266,7 +271,7 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
             continue
         lines.append([title, *(shown(sum(plan.gpu.to_dict()[name] for name in fields)) for plan in plans)])
     lines.append(["peak", *(shown(plan.gpu.peak) for plan in plans)])
-    lines.append(["and reserved for reductions", *(shown(plan.gpu.pool) for plan in plans)])
+    lines.append(["and held by copies", *(shown(plan.gpu.pool) for plan in plans)])
     lines.append([f"{name} on the host, a rank", *(shown(plan.host_bytes) for plan in plans)])
     for title in dict.fromkeys(title for plan in plans for title in plan.host):
         lines.append([f"  {title}", *(shown(plan.host.get(title, 0)) for plan in plans)])

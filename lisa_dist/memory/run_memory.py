@@ -293,6 +293,7 @@ class RunMemory:
             rank=rank,
             accumulates=self._accumulates,
             on_cpu=self._engine.device.type == "cpu",
+            keeps=config.lisa_state == "keep",
         )
         return parts.with_buffer(self._beside), host
 

@@ -16,7 +16,7 @@ from lisa_dist.optim.row_gradient import RowGradient
 from lisa_dist.zero.stages import Stage
 
 NORM_CHUNK = 1 << 22  # elements of a gradient whose norm is taken at once: 32 MiB in fp64
-_IN_CACHE = 1 << 16  # the same on a CPU: what its cache holds in fp64 is read twice for the price of once
+CPU_NORM_CHUNK = 1 << 16  # the same on a CPU, whose cache holds it in fp64: written and read there
 
 
 def norms_with_one_collective(zero: Any, stage: Stage) -> dict[str, Callable]:
@@ -66,10 +66,10 @@ def sums_of_squares_in_chunks(groups: Sequence[Sequence[torch.Tensor]]) -> torch
     """The same with norms in fp64, as DeepSpeed's are, of chunks that are copied one after the other."""
     largest = max((one.numel() for group in groups for one in group), default=0)
     # One for all chunks: on CPU the pages of a new one for each take longer than everything else here.
-    buffer = torch.empty(min(largest, _IN_CACHE), dtype=get_norm_dtype())
+    buffer = torch.empty(min(largest, CPU_NORM_CHUNK), dtype=get_norm_dtype())
 
     def sum_of_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-        chunks = (chunk for gradient in gradients for chunk in gradient.flatten().split(_IN_CACHE))
+        chunks = (chunk for gradient in gradients for chunk in gradient.flatten().split(CPU_NORM_CHUNK))
         copies = (buffer[: len(chunk)].copy_(chunk) for chunk in chunks)
         squares = [torch.dot(copy, copy) for copy in copies]
         return torch.stack(squares).sum() if squares else buffer.new_zeros(())

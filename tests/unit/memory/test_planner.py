@@ -545,6 +545,32 @@ def test_as_many_layers_train_as_fit_the_memory_of_lora():
     assert chosen("adamw_torch_fused")[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "leaving"),
+    [
+        ({}, 10),
+        ({"lisa_master": "fp32"}, 12),
+        ({"lisa_state_bits": "layers=8"}, 4),
+        ({"lisa_offload": "layers", "lisa_master": "fp32"}, 0),
+    ],
+    ids=str,
+)
+def test_states_that_leave_for_the_host_are_planned(settings, leaving):
+    """`leaving` bytes an element, beside those that have come: more than a step of two tokens takes."""
+    sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, vocab_size=16, max_position_embeddings=64)
+    arguments = PlanArguments("model", seq_length=2, checkpointed_layers="all", loss="chunked", optim="lisa_adamw")
+    lisa = {"lisa_activated_layers": 2, "lisa_master": "bf16_sr", **settings}
+    without, kept = (
+        Planner(config, arguments, lisa_dist.LisaConfig(**lisa, lisa_state=state)).plan("zero2", 4, "chunked").gpu
+        for state in ("reset", "keep")
+    )
+    assert (kept.peak, without.needed) == (without.peak, without.peak)
+    layers = 2 * (4 * 64**2 + 3 * 64 * 176 + 2 * 64)
+    assert kept.needed == pytest.approx(max(kept.peak, kept.static + leaving * layers), rel=0.01)
+    assert (kept.needed > kept.peak) == (leaving > 0)
+
+
 @pytest.mark.parametrize("gpus", [1, 3])
 def test_what_a_gpu_has_beside_tensors_is_planned(gpus):
     """The reduction stream's memory, which no other stream can use; pinned blocks are of powers of two."""
