@@ -81,6 +81,9 @@ def why_no_gpu() -> str:
             f"the NVIDIA driver is for CUDA {newest} at most, and torch {torch.__version__} has CUDA "
             f"{torch.version.cuda}: update the driver, or install a torch for that CUDA (pytorch.org)"
         )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if visible.startswith(("GPU-", "MIG-")):  # a user has asked for one by name, where a scheduler gives numbers
+        return f"CUDA_VISIBLE_DEVICES={visible}: this host has no such GPU, nvidia-smi -L lists those that it has"
     # NVML's count of GPUs; a scheduler may have given none of them to this job.
     if torch.cuda.device_count() > 0 and "No CUDA GPUs are available" not in said:
         return f"torch cannot use the GPUs of this host ({said}): see that nvidia-smi and their driver work"
