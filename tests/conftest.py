@@ -60,9 +60,8 @@ def _environment_of_its_own():
     for name in RANK:
         os.environ.pop(name, None)
     yield
-    if os.environ != before:
-        os.environ.clear()
-        os.environ.update(before)
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,6 @@ period would be lost.
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import deepspeed
 import torch
@@ -88,7 +87,6 @@ class LisaController:
         self.active = self.selection.sample(0)
         self.visit_counts = [0] * len(self.blocks.layers)
         self.block_visit_counts = {block.name: 0 for block in self.selection.sampled}
-        self.next_layers: int | None = None  # fewer than now, from the next switch on; every rank sets it
         self.is_attached = False
         self.changes = BlockChanges()
         self.at_close: Callable[[], object] = lambda: None
@@ -226,7 +224,6 @@ class LisaController:
         self._note_movement()
         self._observe()
         self.period = period
-        self._take_next_layers()
         self.active = self._agree(self.selection.sample(period))
         self._activate()
         self.partitions.wait_for_device()  # here, so that copies to the host overlap the next step
@@ -244,12 +241,6 @@ class LisaController:
         self._verify()
         self._begin_record(self.engine.global_steps, time.perf_counter() - started, released_bytes)
         self._inactive_weights.remember(self.selection.inactive(self.active))
-
-    def _take_next_layers(self) -> None:
-        if self.next_layers is not None:
-            self.config = replace(self.config, lisa_activated_layers=self.next_layers)
-            self.selection.train_fewer_layers(self.config)
-            self.next_layers = None
 
     def _note_movement(self) -> None:
         """Look at the weights of the blocks whose period ends."""
@@ -350,7 +341,6 @@ class LisaController:
             "block_visit_counts": dict(self.block_visit_counts),
             "record": self._log.state_dict(),
             "config": self.config.to_dict(),
-            **({} if self.next_layers is None else {"next_layers": self.next_layers}),
             **self.selection.state_dict(),
             "woken": sorted(self._rates.warming_up) if self.is_attached else [],
         }
@@ -375,7 +365,7 @@ class LisaController:
             self.period = state["step"] // self.config.lisa_interval_steps
             active = self.selection.sample(self.period)
         else:
-            self.period, self.next_layers = state["period"], state.get("next_layers")
+            self.period = state["period"]
             active = ActiveSet(tuple(state["active_layers"]), tuple(state["active_blocks"]))
         if self.frozen_layers is not None and not self.is_attached:
             self.frozen_layers.switch(self.selection.widest(active).layers)

@@ -7,11 +7,13 @@ pass. Where they fit in memory, to keep them saves the second time.
 import contextlib
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.utils import is_triton_available
@@ -126,7 +128,7 @@ def _score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 class _ScoresByRows(torch.autograd.Function):
-    """TRL's log-probabilities, entropies and gradients, to the bit, by rows of fp32 that a CPU's cache holds.
+    """TRL's log-probabilities and gradients, to the bit, and entropies, by rows of fp32 that a CPU's cache holds.
 
     TRL goes through all logits ten times, and makes five tensors of their size. In few parts: a plan traces each.
     """
@@ -147,6 +149,7 @@ class _ScoresByRows(torch.autograd.Function):
         return (logits.gather(1, targets[:, None]).float() - log_sum)[:, 0], entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         (logits, targets, log_sum), of_targets = ctx.saved_tensors, gradients[0][:, None]
         gradient = torch.empty_like(logits)
@@ -156,6 +159,7 @@ class _ScoresByRows(torch.autograd.Function):
         return gradient, None
 
 
-def _cuts(logits: torch.Tensor) -> Iterator[slice]:
-    rows = max(1, _IN_CACHE // logits.shape[1], len(logits) // 64)
-    return (slice(begins, begins + rows) for begins in range(0, max(len(logits), 1), rows))
+def _cuts(logits: torch.Tensor) -> list[slice]:
+    """Parts that a cache holds, of two rows at least: the sum of a single one torch splits over its threads."""
+    count = max(1, min(64, len(logits) // 2, logits.numel() // _IN_CACHE))
+    return [slice(*cut) for cut in itertools.pairwise(len(logits) * part // count for part in range(count + 1))]

@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -35,6 +36,7 @@ class BlockSelection:
         self._sizes = [layer.numel for layer in blocks.layers]
         self._budget = unit_budget(config, self._sizes) if config.by_module else 0
         self.most_active = most_active(config, self._sizes)
+        self.gamma = config.lisa_activated_layers  # layers of a period, or fewer (`sample_fewer`)
         self.sampled = sampled_blocks(config, blocks)
         self._state_bits = _state_bits(config, blocks)
         self._offloaded = _offloaded(config, blocks)
@@ -57,17 +59,18 @@ class BlockSelection:
         return sample_period(
             config.lisa_sampler,
             len(self._blocks.layers),
-            config.lisa_activated_layers,
+            self.gamma,
             config.lisa_seed,
             period,
             self.weights_now,
             self.sampled,
         )
 
-    def train_fewer_layers(self, config: LisaConfig) -> None:
-        """Sample by these settings, which differ in a lower number of layers; the optimizer keeps its slots."""
-        assert config.lisa_activated_layers <= self.most_active
-        self._config, self.sampled = config, sampled_blocks(config, self._blocks)
+    def sample_fewer(self, layers: int) -> None:
+        """Sample `layers`, no more than the settings say, from the next period on; the optimizer keeps its slots."""
+        assert 1 <= layers <= self.most_active
+        self.gamma = layers
+        self.sampled = sampled_blocks(replace(self._config, lisa_activated_layers=layers), self._blocks)
 
     def check_probed(self) -> None:
         """Raise where a run begins to train that was to be probed."""
@@ -94,12 +97,15 @@ class BlockSelection:
     def state_dict(self) -> dict:
         """What is known of the layers, as JSON has it."""
         importance = None if self.importance is None else self.importance.state_dict()
-        return {"weights": self.weights, "probed": self.probed, "importance": importance}
+        state = {"weights": self.weights, "probed": self.probed, "importance": importance}
+        return state if self.gamma == self._config.lisa_activated_layers else state | {"gamma": self.gamma}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on with what a saved run (`LisaController.state_dict`) had learned of its layers."""
         if self._config.lisa_probe_steps:
             self.sample_by(state["probed"])
+        if state["config"]["lisa_activated_layers"] == self._config.lisa_activated_layers and "gamma" in state:
+            self.sample_fewer(state["gamma"])
         # Norms of gradients and of updates are numbers of two kinds: by another --lisa_importance they begin anew.
         same_kind = state["config"].get("lisa_importance") == self._config.lisa_importance
         if self.importance is not None and state.get("importance") is not None and same_kind:

@@ -82,7 +82,7 @@ def why_no_gpu() -> str:
             f"{torch.version.cuda}: update the driver, or install a torch for that CUDA (pytorch.org)"
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if visible.startswith(("GPU-", "MIG-")):  # a user has asked for one by name, where a scheduler gives numbers
+    if visible.startswith(("GPU-", "MIG-")) and "No CUDA GPUs are available" in said:  # asked for, where 0 may be habit
         return f"CUDA_VISIBLE_DEVICES={visible}: this host has no such GPU, nvidia-smi -L lists those that it has"
     # NVML's count of GPUs; a scheduler may have given none of them to this job.
     if torch.cuda.device_count() > 0 and "No CUDA GPUs are available" not in said:

@@ -112,7 +112,7 @@ class _Step:
             peak_step=static + step_peak,
             gradients_by_then=peak.gradients,
             buckets_by_then=peak.buckets,
-            pool=max(self._pool(peak, step_peak), self._leaving - max(peak.total, step_peak)),
+            pool=self._pool(peak, step_peak),
         )
 
     def host(self) -> dict[str, int]:
@@ -332,21 +332,30 @@ class _Step:
         return max(peak, at_end, key=lambda one: one.total)
 
     def _pool(self, peak: Peak, step_peak: int) -> int:
-        """Bytes beyond the peak of the pool of DeepSpeed's reduction stream: buckets, and gradients cloned out of them.
+        """Bytes beyond the peak: of the reduction stream's pool, or of states that leave, beside that pool.
 
-        Until the step they are part of the peaks; but no other stream can use that memory afterwards, in the next
-        forward pass either.
+        Until the step buckets and gradients cloned out of them are part of the peaks; but no other stream can use that
+        memory afterwards, in the next forward pass either.
         """
+        buckets, cloned, highest = *self._in_stream, max(peak.total, step_peak)
+        leaving = self._leaving + buckets + cloned if self._leaving else 0
+        if not buckets:
+            return max(0, leaving - highest)
+        arrived = max(0, peak.gradients - (self._gradients() - cloned))  # of them, at the peak of the backward pass
+        at_backward = peak.total + cloned - min(cloned, arrived) + buckets - peak.buckets
+        return max(at_backward, step_peak + buckets, leaving) - highest
+
+    @property
+    def _in_stream(self) -> tuple[int, int]:
+        """Bytes of buckets and of gradients cloned out of them, where DeepSpeed's reduction stream has its own pool."""
         if self.on_cpu or self.plain or self._offloads or self._stage == 3 or not self._overlaps:
-            return 0
+            return 0, 0
         whole, bucket = [group for group in self.groups if not group.by_rows], self.settings.reduce_bucket
-        cloned = self._element * max(
+        cloned = max(
             sum(kept_gradient_numel(group, self._stage, rank, self.world_size, bucket) for group in whole)
             for rank in self.ranks
         )
-        arrived = max(0, peak.gradients - (self._gradients() - cloned))  # of them, at the peak of the backward pass
-        at_backward = peak.total + cloned - min(cloned, arrived) + self._bucket_bytes - peak.buckets
-        return max(at_backward, step_peak + self._bucket_bytes) - max(peak.total, step_peak)
+        return self._bucket_bytes, self._element * cloned
 
     def _rows_at_end(self) -> int:
         """Bytes of rows of an embedding, beside those that are kept, while they go to the ranks that keep them."""
@@ -405,7 +414,7 @@ class _Step:
         flat = 0 if is_flat else self._element
         in_fp32 = 4 if self._element < 4 else 0
         adamw = 8 if self.optim == "adamw_torch" and group.bits == 32 else 0
-        in_buffer = self._stage == 3 and not flat + in_fp32  # and counted there
+        in_buffer = self._stage == 3 and is_flat and self._element == 4  # and counted there
         return partition * (flat + in_fp32), partition * ((0 if in_buffer else 4) + adamw)
 
     def _host_step(self) -> int:

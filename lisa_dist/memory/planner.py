@@ -271,7 +271,7 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
             continue
         lines.append([title, *(shown(sum(plan.gpu.to_dict()[name] for name in fields)) for plan in plans)])
     lines.append(["peak", *(shown(plan.gpu.peak) for plan in plans)])
-    lines.append(["and held by copies", *(shown(plan.gpu.pool) for plan in plans)])
+    lines.append(["and held by other streams", *(shown(plan.gpu.pool) for plan in plans)])
     lines.append([f"{name} on the host, a rank", *(shown(plan.host_bytes) for plan in plans)])
     for title in dict.fromkeys(title for plan in plans for title in plan.host):
         lines.append([f"  {title}", *(shown(plan.host.get(title, 0)) for plan in plans)])

@@ -156,9 +156,10 @@ class RunMemory:
         if self._measure_budget is not None:
             self._budget = min(gather(self._measure_budget()))
         planned = self._plan_measured_step(self._measured)[0]
-        plan_error = max(gather(meter.parts.peak - planned.peak if planned else 0))
+        plan_errors = gather(meter.parts.peak - planned.peak if planned else None)
+        plan_error = max(error or 0 for error in plan_errors)
         lines = [self._set_fewest_layers(plan_error)] if self._checkpointed == AUTO else []
-        lines += self._lower_layers(plan_error) if self._corrects_layers else []
+        lines += self._lower_layers(plan_error) if self._corrects_layers and None not in plan_errors else []
         return f"step {step} took {format_bytes(meter.parts.peak)} at its peak: {'; '.join(lines)}" if lines else None
 
     def abandon(self) -> None:
@@ -206,7 +207,7 @@ class RunMemory:
 
         `plan_error`: bytes that a step needs more than is planned for it.
         """
-        layers = self._lisa.config.lisa_activated_layers
+        layers = self._lisa.selection.gamma
         self._count, planned = self._fewest(
             "--checkpointed_layers auto", lambda count: self._planned_peak(count, layers) + plan_error, self._num_layers
         )
@@ -215,7 +216,7 @@ class RunMemory:
 
     def _lower_layers(self, plan_error: int) -> list[str]:
         """Train as many layers as fit, one at least, from the next period on; a line to print where they are fewer."""
-        layers, count = self._lisa.config.lisa_activated_layers, checkpointed_layers(self._model, self._lisa.blocks)
+        layers, count = self._lisa.selection.gamma, checkpointed_layers(self._model, self._lisa.blocks)
         fewer, planned = self._fewest(
             "--lisa_activated_layers auto",
             lambda fewer: self._planned_peak(count, layers - fewer) + plan_error,
@@ -223,7 +224,7 @@ class RunMemory:
         )
         if fewer == 0:
             return []
-        self._lisa.next_layers = layers - fewer
+        self._lisa.selection.sample_fewer(layers - fewer)
         return [
             f"{layers - fewer} of {self._num_layers} layers train from the next period on, not {layers}, for which "
             f"{self._compared(planned)}"

@@ -82,8 +82,8 @@ class RunArguments:
     gpu_memory: str | None = field(
         default=None,
         metadata={
-            "help": "Memory for --checkpointed_layers auto with --method lisa, such as 22GiB; by default what the GPU "
-            "has free but 1.5 GiB, or 6 percent."
+            "help": "Memory for --checkpointed_layers auto and --lisa_activated_layers auto, such as 22GiB; by default "
+            "what the GPU has free but 1.5 GiB, or 6 percent."
         },
     )
     loss: str = field(

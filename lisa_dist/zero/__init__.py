@@ -55,8 +55,8 @@ update_recompute_parameters               partitions a recomputed layer again  k
                                                                                test_a_recomputed_layer_stays_gathered
                                                                                _until_its_backward_pass_is_done
 scaled_global_norm, _get_norm_groups,     an all-reduce a group, a copy in     one all-reduce and one wait; on a GPU
-has_overflow                              fp64 of each whole gradient, two     each gradient is read once, on CPU the
-  without optimizer offload and model     more passes and two more waits to    norms are the same to the bit.
+has_overflow                              fp64 of each whole gradient, two     each gradient is read once, on CPU
+  without optimizer offload and model     more passes and two more waits to    copied by chunks that a cache holds.
   parallelism: gradients.py               see whether it is finite             test_a_norm_taken_in_chunks_is_the_norm,
                                                                                test_a_step_waits_for_the_norm_alone
 set_norm_for_param_grad_in_gpu,           copies each whole gradient in fp64   sends and measures chunks: up to

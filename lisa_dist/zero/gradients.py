@@ -1,7 +1,7 @@
 """Norms and transfers of gradients: in chunks, and with one collective, where DeepSpeed copies whole gradients.
 
 The embedding's gradient is the largest tensor of a step. A copy of it in fp64, which DeepSpeed makes to take its norm,
-is 4 GiB for Llama-3.1-8B on one GPU: more than anything else of a step. On CPU all results are DeepSpeed's to the bit.
+is 4 GiB for Llama-3.1-8B on one GPU: more than anything else of a step. On CPU norms are in fp64, as DeepSpeed's are.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +63,7 @@ def sums_of_squares_in_fp32(groups: Sequence[Sequence[torch.Tensor]]) -> torch.T
 
 
 def sums_of_squares_in_chunks(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    """The same with norms in fp64, as DeepSpeed's are, of chunks that are copied one after the other."""
+    """The same with norms in fp64 of chunks that are copied one after the other: DeepSpeed's bits within a chunk."""
     largest = max((one.numel() for group in groups for one in group), default=0)
     # One for all chunks: on CPU the pages of a new one for each take longer than everything else here.
     buffer = torch.empty(min(largest, CPU_NORM_CHUNK), dtype=get_norm_dtype())
@@ -71,8 +71,8 @@ def sums_of_squares_in_chunks(groups: Sequence[Sequence[torch.Tensor]]) -> torch
     def sum_of_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         chunks = (chunk for gradient in gradients for chunk in gradient.flatten().split(CPU_NORM_CHUNK))
         copies = (buffer[: len(chunk)].copy_(chunk) for chunk in chunks)
-        squares = [torch.dot(copy, copy) for copy in copies]
-        return torch.stack(squares).sum() if squares else buffer.new_zeros(())
+        norms = [torch.linalg.vector_norm(copy) for copy in copies]
+        return torch.stack(norms).pow(2).sum() if norms else buffer.new_zeros(())
 
     return torch.stack([sum_of_squares(group) for group in groups])
 

@@ -46,6 +46,7 @@ def start(ds_config, dtype, options, model=None):
         weight_decay=0.1,
         optim=options.get("optim", "adamw_torch"),
         gradient_accumulation_steps=options.get("accumulation", 1),
+        max_grad_norm=options.get("clipping", 1.0),
         output_dir=options.get("output_dir"),
     )
 
@@ -88,8 +89,8 @@ def run_and_save(folder: str, ds_config: str, dtype: torch.dtype, options: dict)
     engine, lisa = start(ds_config, dtype, options)
 
     def save(step: int) -> None:
-        if step == 2:
-            lisa.next_layers = options.get("fewer")
+        if step == 2 and "fewer" in options:
+            lisa.selection.sample_fewer(options["fewer"])
         if step in options.get("cuts", CUTS.values()):
             save_checkpoint(lisa, Path(folder) / f"checkpoint-{step}")
 
@@ -102,12 +103,9 @@ def run_and_save(folder: str, ds_config: str, dtype: torch.dtype, options: dict)
 
 def resume(folder: str, cut: int, ds_config: str, dtype: torch.dtype, options: dict) -> dict:
     """The rest of that run, from a checkpoint and other initial weights."""
-    build, saved = tiny_gpt2 if options.get("tied") else tiny_llama, Path(folder) / f"checkpoint-{cut}"
-    if "fewer" in options:  # the number that the run had, as --lisa_activated_layers auto has it
-        config = json.loads((saved / STATE_NAME).read_text())["lisa"]["config"]
-        options = options | {"lisa": {**options["lisa"], "lisa_activated_layers": config["lisa_activated_layers"]}}
+    build = tiny_gpt2 if options.get("tied") else tiny_llama
     engine, lisa = start(ds_config, dtype, options, build(seed=99))
-    load_checkpoint(lisa, saved)
+    load_checkpoint(lisa, Path(folder) / f"checkpoint-{cut}")
     losses = train(engine, lisa, options.get("until", STEPS), options)
     outcome = {"losses": losses, "everything": everything(engine, lisa), "layers": lisa.active_layers}
     outcome["visits"] = lisa.visit_counts
@@ -162,15 +160,17 @@ def test_a_resume_within_the_first_period_is_the_run(tmp_path, ds_config, settin
 @pytest.mark.parametrize(
     ("ds_config", "settings"),
     [
-        ("zero2", {}),
-        full("zero2", {"lisa_frozen_bits": 8, "lisa_state": "keep"}),
+        ("zero2", {"lisa_state": "keep"}),
+        full("zero2", {"lisa_frozen_bits": 8}),
         full("zero3", DRAWN),
-        full("zero3", {"lisa_state": "keep"}),
+        full("zero2_offload", {}),
+        full("zero3_offload", {}),
     ],
 )
 def test_a_resumed_run_is_the_run_after_its_layers_were_lowered(tmp_path, ds_config, settings):
-    """Between the measured step and the switch that lowers them, too."""
-    check_resume(tmp_path, ds_config, torch.bfloat16, {"fewer": 1, "lisa": {"lisa_activated_layers": 3} | settings})
+    """Between the measured step and the switch that lowers them, too; with clipping, by a norm over all groups."""
+    options = {"fewer": 1, "lisa": {"lisa_activated_layers": 3} | settings, "clipping": 0.1}
+    check_resume(tmp_path, ds_config, torch.bfloat16, options)
 
 
 def check_resume(tmp_path, ds_config, dtype, options) -> None:

@@ -440,10 +440,11 @@ def test_a_norm_taken_in_chunks_is_the_norm(ds_config):
 
 def norms_of_steps(ds_config: str, chunk: int, accumulation: int, plain: bool = False) -> dict:
     """Norms, losses and collectives of some steps; `plain`: the norms are DeepSpeed's own."""
-    default, gradients.NORM_CHUNK = gradients.NORM_CHUNK, chunk
+    defaults = gradients.NORM_CHUNK, gradients.CPU_NORM_CHUNK
+    gradients.NORM_CHUNK = gradients.CPU_NORM_CHUNK = chunk
     with overrides.without(*(overrides.GRADIENT_NAMES if plain else ())):
         found = watch_norms(ds_config, accumulation)
-    gradients.NORM_CHUNK = default
+    gradients.NORM_CHUNK, gradients.CPU_NORM_CHUNK = defaults
     return found
 
 

@@ -5,9 +5,9 @@ import torch
 from models import tiny_gpt2, tiny_llama, tiny_mixtral
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaForCausalLM
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head, selective_log_softmax_and_entropy
 
-from lisa_dist.core.label_logits import add_label_logits, why_no_label_logits
+from lisa_dist.core.label_logits import _score, add_label_logits, why_no_label_logits
 
 SHAPE = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 0}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
@@ -46,6 +46,28 @@ def masked_batch() -> dict[str, torch.Tensor]:
     labels, mask = tokens.clone(), torch.ones_like(tokens)
     labels[:, :11], labels[1], labels[2, 14:], mask[2, 14:] = -100, -100, -100, 0
     return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("labels", "words"), [(0, 50), (1, 50), (7, 151_936), (200, 4096)])
+def test_scores_by_rows_have_the_bits_of_trl(threads, dtype, labels, words):
+    generator = torch.Generator().manual_seed(labels)
+    logits = (3 * torch.randn(labels, words, generator=generator)).to(dtype)
+    targets = torch.randint(words, (labels,), generator=generator)
+    mine, trls = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        log_probs, entropies = _score(mine, targets)
+        expected = selective_log_softmax_and_entropy(trls.float()[None], targets[None])
+        log_probs.sum().div(7).backward()
+        expected[0].sum().div(7).backward()
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(log_probs, expected[0][0])
+    assert torch.equal(mine.grad, trls.grad)
+    torch.testing.assert_close(entropies, expected[1][0].detach(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "tied llama", "gpt2", "mixtral", "capped logits", "scaled logits"])

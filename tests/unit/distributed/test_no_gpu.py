@@ -62,10 +62,18 @@ def test_why_torch_does_not_begin(torch_says, error, counted, said):
     assert bool(why_no_gpu()) == bool(said)
 
 
-@pytest.mark.parametrize(("visible", "is_told"), [("GPU-5a2e", True), ("MIG-77c1", True), ("0", False)])
-def test_a_gpu_that_is_named_and_not_there(torch_says, monkeypatch, visible, is_told):
+@pytest.mark.parametrize(
+    ("visible", "error", "is_told"),
+    [
+        ("GPU-5a2e", "No CUDA GPUs are available", True),
+        ("MIG-77c1", "No CUDA GPUs are available", True),
+        ("0", "No CUDA GPUs are available", False),
+        ("GPU-5a2e", "Found no NVIDIA driver on your system. Please check", False),
+    ],
+)
+def test_a_gpu_that_is_named_and_not_there(torch_says, monkeypatch, visible, error, is_told):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    torch_says("No CUDA GPUs are available", 0)
+    torch_says(error, 0)
     said = f"CUDA_VISIBLE_DEVICES={visible}: this host has no such GPU, nvidia-smi -L lists those that it has"
     assert why_no_gpu() == (said if is_told else "")
 
