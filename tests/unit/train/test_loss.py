@@ -213,7 +213,7 @@ def choose_where_liger_runs(folder: str, changes: dict) -> dict[str, str]:
             folder,
             gpus=1,
             seq_length=512,
-            micro_batch_size=2,
+            micro_batch_size=changes["per_device_train_batch_size"],
             checkpointed_layers="none",
             loss=loss,
             optim="adamw_torch",
@@ -237,6 +237,7 @@ def test_liger_s_loss_is_taken_where_it_fits(tmp_path):
         "optim": "adamw_torch",
         "checkpointed_layers": "auto",
         "max_length": 512,
+        "per_device_train_batch_size": 40,  # of fewer a CPU has all logits in the least memory
     }
     said = run_ranks(choose_where_liger_runs, 1, str(tmp_path), flags)[0]
     assert {loss: line.split(":")[0] for loss, line in said.items()} == {loss: loss for loss in said}
