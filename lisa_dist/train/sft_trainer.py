@@ -9,7 +9,6 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from lisa_dist.core.head_gradient import use_slabs
 from lisa_dist.core.label_logits import add_label_logits, check_loss, why_no_label_logits
 from lisa_dist.errors import UserError
 from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS
@@ -61,7 +60,6 @@ class _SFTMixin(MonitoredMixin):
         if loss == "auto":
             raise UserError("loss='auto': lisa-dist train chooses by a plan; give logits, chunked or liger here.")
         self._loss = loss
-        use_slabs()
         super().__init__(*args, **kwargs)
         if packs_documents(self.args):
             self.add_callback(PackingCheck(self))

@@ -4,13 +4,15 @@ import pytest
 import torch
 from models import tiny_llama
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, PhiConfig
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, PhiConfig, Trainer
+from trl import DPOTrainer
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
 from lisa_dist.core import head_gradient
 from lisa_dist.core.head_gradient import LogProbsInSlabs, use_slabs
 from lisa_dist.memory.tracker import AllocationTracker
+from lisa_dist.train.monitoring import MonitoredMixin
 
 WORDS = 48  # of a slab; of the 128 words the last slab has 32
 SHAPE = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "pad_token_id": 0}
@@ -100,3 +102,13 @@ def test_frozen_and_fp32_heads_have_trl_s_own_pass(monkeypatch):
         LogProbsInSlabs.apply(hidden, weight, None, targets, 1.0, 64, None, 1.0, ())[0].sum().backward()
         assert hidden.grad is not None
         assert (weight.grad is not None) is trains
+
+
+@pytest.mark.parametrize(("trainer", "has_slabs"), [(DPOTrainer, True), (Trainer, False)])
+def test_every_trainer_of_trl_has_slabs_also_ones_own(monkeypatch, trainer, has_slabs):
+    """As plans of its steps have them."""
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", None)
+    own = type("Own", (MonitoredMixin, trainer), {})
+    with pytest.raises((AttributeError, RuntimeError)):  # of a model that is not there
+        own(model=None, args=None)
+    assert (vars(utils)["_ChunkedLogProbFunction"] is LogProbsInSlabs) == has_slabs

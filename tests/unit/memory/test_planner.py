@@ -191,6 +191,8 @@ SETTINGS = [
     ("zero3", 2, torch.float32, {"loss": "logits", "words": 8192}),
     ("zero2", 1, torch.bfloat16, {"loss": "chunked", "words": 8192}),
     full("zero3", 2, torch.bfloat16, {"loss": "chunked", "words": 8192}),
+    full("zero2", 1, torch.float32, {"loss": "chunked", "words": 8192, "tied": True}),
+    full("zero2", 1, torch.float32, {"loss": "chunked", "words": 8192}),
     # DeepSpeed without what LISA changes, as other methods have it.
     ("zero2", 1, torch.bfloat16, {"words": 8192, "plain": True, "chunk": 4096}),
     full("zero2_offload", 1, torch.bfloat16, {"words": 8192, "plain": True, "chunk": 4096}),
