@@ -129,6 +129,9 @@ class Stream:
     def cuda_stream(self) -> int:
         return self.id
 
+    def is_capturing(self) -> bool:
+        return False
+
     def wait_stream(self, other: "Stream") -> None:
         CLOCKS.come_after(self.id, CLOCKS.of[other.id])
 

@@ -75,6 +75,7 @@ def answer() -> None:
         setattr(torch.cuda, name, reply)
     for name in ("get_rng_state", "set_rng_state", "get_rng_state_all", "set_rng_state_all"):
         setattr(torch.cuda.random, name, _ANSWERS[name])
+    torch.accelerator.current_stream = torch.cuda.current_stream  # which optimizers ask, from torch 2.15 on
 
 
 def _beginning(answer: Callable) -> Callable:

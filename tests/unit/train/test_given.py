@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,9 @@ def test_numbers_that_make_no_sense(folder, tmp_path, flag, value, said):
 
 def test_a_value_that_argparse_takes_for_none(folder, tmp_path):
     words = [*flags_for(folder, tmp_path / "out"), "--layer_norms=--"]
-    assert refused(parse_arguments, words) == "--layer_norms=--: -- is no value."
+    of_3_13 = "--layer_norms: invalid int value: '--'."  # whose argparse hands it on
+    said = "--layer_norms=--: -- is no value." if sys.version_info < (3, 13) else of_3_13
+    assert refused(parse_arguments, words) == said
 
 
 @pytest.mark.parametrize("given", ["--max_length -1", "max_length: null", "max_length: -1"])
