@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from models import tiny_llama
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.controller import LisaController
 from lisa_dist.distributed.allocator import use_expandable_segments
-from lisa_dist.distributed.devices import gpu_bytes_at_start, gpu_bytes_for_tensors
+from lisa_dist.distributed.devices import free_gpu_bytes, gpu_bytes_at_start, gpu_bytes_for_tensors
 
 ROOT = Path(__file__).parents[3]
 GIB = 2**30
@@ -47,6 +48,19 @@ def test_what_others_hold_of_a_gpu_is_not_for_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60 * GIB)
     assert gpu_bytes_for_tensors(torch.device("cuda", 0)) == pytest.approx(68.4 * GIB)
+
+
+def test_a_pynvml_without_a_driver_is_not_asked(monkeypatch):
+    """As DeepSpeed's `available_memory` asks it."""
+
+    def init():
+        raise RuntimeError("Driver Not Loaded")
+
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(nvmlInit=init, NVMLError=RuntimeError))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 8 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * GIB)
+    assert free_gpu_bytes(0) == 13 * GIB
 
 
 @pytest.fixture
