@@ -216,7 +216,10 @@ class RunMemory:
 
     def _lower_layers(self, plan_error: int) -> list[str]:
         """Train as many layers as fit, one at least, from the next period on; a line to print where they are fewer."""
-        layers, count = self._lisa.selection.gamma, checkpointed_layers(self._model, self._lisa.blocks)
+        layers = self._lisa.selection.gamma
+        if layers < 2:  # none, where a resumed run trains embedding and head alone
+            return []
+        count = checkpointed_layers(self._model, self._lisa.blocks)
         fewer, planned = self._fewest(
             "--lisa_activated_layers auto",
             lambda fewer: self._planned_peak(count, layers - fewer) + plan_error,

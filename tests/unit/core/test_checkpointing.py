@@ -1,5 +1,7 @@
 """Gradient checkpointing by number of layers: which layers, how few, and an "auto" that holds its budget."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from models import tiny_llama, token_batches
@@ -209,6 +211,13 @@ def test_a_planned_number_of_layers_is_corrected_by_what_a_step_takes():
         assert outcome["report"]["measured"]["peak"] > outcome["budget"], "the step that was measured"
         # A switch's own step makes moments beside what the plan of a step has; the steps after it are within.
         assert max(outcome["peaks"][3:]) <= outcome["budget"]
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_the_last_layer_stays(layers):
+    run = object.__new__(RunMemory)
+    run._lisa = SimpleNamespace(selection=SimpleNamespace(gamma=layers))
+    assert run._lower_layers(plan_error=2**50) == []
 
 
 def test_a_report_without_a_measured_step():
