@@ -1,4 +1,12 @@
-"""LISA (Layerwise Importance Sampled AdamW) on DeepSpeed: ZeRO shards the states of the active layers alone."""
+"""LISA (Layerwise Importance Sampled AdamW) on DeepSpeed: ZeRO shards the states of the active layers alone.
+
+    a trainer    LisaTrainer, which is TRL's SFTTrainer; LisaMixin, for other trainers; LisaConfig, LISA's settings
+    own loop     initialize, LisaController, build_optimizer, LisaAdamW, load_ds_config
+    checkpoints  save_checkpoint, finish_save, load_checkpoint, export_checkpoint
+    layers       probe_layers, which measures what each is worth; LayerNorms, which logs their norms
+
+`lisa-dist --help` lists what the command line does.
+"""
 
 import logging
 from importlib import import_module

@@ -30,6 +30,7 @@ _SETTINGS = """<section id="settings">
 <h2 style="margin-top: 1.25rem">Versions</h2>
 {{versions}}
 </section>"""
+_OF_DATA = "Sources, and the first example as the model reads it: loss is computed on lines with &gt;."
 _DPI = 150
 
 
@@ -44,6 +45,8 @@ def write_report(folder: str | Path) -> Path:
     sections = [_section(run, *plot) for plot in PLOTS]
     if run.answers:
         sections.insert(1, section("answers", "Answers", "To prompts, before and after training.", _answers(run)))
+    if rows := run.run.get("rows"):
+        sections.append(section("data", "Data", _OF_DATA, f"<pre>{html.escape(chr(10).join(rows))}</pre>"))
     page = _fill(run, "\n".join(sections))
     path = run.folder / REPORT_NAME
     with replacing(path) as new:

@@ -57,6 +57,7 @@ _RUN = dict.fromkeys(("method?", "model?", "devices?", "began?", "command?"), st
     "flags?": dict,
     "versions?": dict,
     "given?": [str],
+    "rows?": [str],
     "resumed?": [{"began": str, "command": str, "before?": dict}],
     "parameters?": count,
     "num_layers?": _layer,

@@ -1,5 +1,6 @@
 """A run from the command line: every way of starting, what it writes, and what it refuses."""
 
+import contextlib
 import copy
 import json
 import os
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -243,7 +245,7 @@ def test_a_signal_to_lisa_dist_train_saves_on_its_ranks(folder, tmp_path):
     assert run.wait(timeout=PATIENCE) == 0, (tmp_path / "said.txt").read_text()[-3000:]
     said = (tmp_path / "said.txt").read_text()
     assert "SIGTERM: stopped after step" in said
-    assert not re.findall(r".*(?:INFO|WARN|Warn|deprecat|caution).*", said), "lines of other programs"
+    assert not re.findall(r".*(?:INFO|WARN|Warn|deprecat|caution|Max_MA).*", said), "lines of other programs"
     assert len(list((tmp_path / "out").glob("checkpoint-*/lisa_state.json"))) == 1
     mask = os.umask(0)
     os.umask(mask)
@@ -266,6 +268,38 @@ time.sleep(1000)
 def test_a_rank_ends_with_its_launcher(tmp_path):
     (tmp_path / "orphan.py").write_text(ORPHAN)
     assert Alone([], tmp_path / "said.txt", tmp_path / "orphan.py").wait() == -signal.SIGTERM
+
+
+# It compiles until it is ended; of what torch asks it otherwise the real one answers.
+COMPILER = """#!/bin/sh
+case " $* " in *" -c "*) echo $$ >> "$(dirname "$0")/compiling"; exec sleep 1000;; esac
+exec /usr/bin/c++ "$@"
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, full(signal.SIGKILL)])
+def test_a_run_that_is_ended_while_an_operator_is_compiled_leaves_no_rank(folder, tmp_path, number):
+    (compiler := tmp_path / "c++").write_text(COMPILER)
+    compiler.chmod(0o755)
+    environment = clean_environment() | {"CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(tmp_path / "ops")}
+    command = [str(BIN / "lisa-dist"), "train", "--gpus", "2", *flags_for(folder, tmp_path / "out")]
+    with (tmp_path / "said.txt").open("w") as said:
+        run = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + PATIENCE
+    while not (tmp_path / "compiling").exists() and run.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    below = psutil.Process(run.pid).children(recursive=True)
+    ours = [process for process in below if "python" in process.name()]
+    assert len(ours) >= 4, "the launcher, its helper and two ranks"
+    try:
+        run.send_signal(number)
+        assert run.wait(timeout=PATIENCE) != 0
+        assert psutil.wait_procs(ours, timeout=PATIENCE)[1] == []
+    finally:
+        for process in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def test_flags_are_checked_before_ranks_are_started(monkeypatch):

@@ -1,6 +1,7 @@
 """The public names: typed, listed, and importable without what they do not need."""
 
 import ast
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
@@ -29,3 +30,8 @@ def test_names_are_listed_and_imported_for_type_checkers_from_where_they_are():
     assert set(declared) == set(lisa_dist.__all__) - {"__version__"}
     for name, module in declared.items():
         assert getattr(lisa_dist, name) is getattr(sys.modules[module], name)
+
+
+def test_the_first_screen_of_help_names_them():
+    screen = pydoc.plain(pydoc.render_doc(lisa_dist)).splitlines()[:24]
+    assert [name for name in lisa_dist.__all__ if name not in "\n".join(screen)] == ["__version__"]

@@ -77,7 +77,7 @@ def test_a_link_in_the_place_of_a_plot_is_replaced(folder, tmp_path):
 
 def test_the_report_has_all_of_the_run(folder):
     page = (folder / "report.html").read_text()
-    assert re.findall(r'<section id="(\w+)">', page) == [*ALL, "settings"]
+    assert re.findall(r'<section id="(\w+)">', page) == [*ALL, "data", "settings"]
     assert not re.findall(r'(?:src|href|srcset)="(?!data:)', page), "it needs nothing but itself"
     assert "{{" not in page
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
@@ -87,6 +87,8 @@ def test_the_report_has_all_of_the_run(folder):
         "lisa-dist train --gpus 2 --model_name_or_path",
         "<th>--lisa_interval_steps</th><td>5</td>",
         "<th>deepspeed</th>",
+        "question_answer (question, answer), 64 examples",
+        "\n&gt; ",
     ):
         assert said in page, said
     for name in ALL:
@@ -145,7 +147,7 @@ def test_a_run_that_was_cut_has_the_report_of_its_checkpoint(folder, tmp_path):
         (cut / name).unlink()
     main(str(cut))
     found = re.findall(r'<section id="(\w+)">', (cut / "report.html").read_text())
-    assert found == [name for name in [*ALL, "settings"] if name != "memory"]
+    assert found == [name for name in [*ALL, "data", "settings"] if name != "memory"]
     assert read_run(cut).last_step == 60  # save_steps 40, and the last step
     # Of a run that ended, went on and was cut again, the checkpoint is the newer one.
     older = json.loads((cut / "checkpoint-60" / "trainer_state.json").read_text())
