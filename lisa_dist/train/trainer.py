@@ -28,8 +28,7 @@ from lisa_dist.config import AUTO_INTERVAL, LisaConfig
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.core.controller import LisaController
-from lisa_dist.core.engine_checks import check_no_adapters
-from lisa_dist.core.engine_config import check_eval_frozen_bits
+from lisa_dist.core.engine_config import check_eval_frozen_bits, check_no_adapters
 from lisa_dist.distributed.collectives import together
 from lisa_dist.distributed.health import ComputeTime, describe_ranks
 from lisa_dist.distributed.run_lock import one_run_in
