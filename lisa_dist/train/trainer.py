@@ -49,8 +49,14 @@ from lisa_dist.train.model_header import describe_training
 from lisa_dist.train.monitoring import MonitoredMixin, SlowRanks, lisa_metrics
 from lisa_dist.train.probe import check_probe_of_run, probe_in_trainer
 from lisa_dist.train.random_states import random_states_kept
-from lisa_dist.train.resume_from import Beginning, find_beginning, load_schedule
-from lisa_dist.train.resume_tasks import check_beginning, check_generations, task_trainer_of
+from lisa_dist.train.resume_from import (
+    Beginning,
+    check_beginning,
+    check_generations,
+    find_beginning,
+    load_schedule,
+    task_trainer_of,
+)
 from lisa_dist.train.step_memory import StepWorkload, plan_run_memory
 
 
