@@ -17,6 +17,7 @@ from lisa_dist.distributed.devices import check_accelerator, why_no_gpu
 from lisa_dist.ds_config import check_sections, find_ds_config, given_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.optim.build import LISA_ADAMW
+from lisa_dist.run_folder import hide_secrets
 from lisa_dist.tasks import GRPO, KTO, REWARD, SFT
 from lisa_dist.text import in_one_line
 
@@ -165,9 +166,10 @@ def refused_upstream(error: Exception, arguments: Any) -> UserError:
     """What transformers or TRL refuse, in one line, with the flag that they name or whose value alone they quote."""
     text, fields = in_one_line(error), type(arguments).__dataclass_fields__
     given = {name: value for name, value in vars(arguments).items() if name in fields and value != fields[name].default}
+    given = hide_secrets(given)
 
     def is_in_text(word: object) -> bool:
-        return isinstance(word, str) and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
+        return isinstance(word, str) and word != "" and bool(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text))
 
     named = [name for name in given if is_in_text(name)] or [name for name in given if is_in_text(given[name])]
     is_clear = len(named) == 1 and not text.startswith("--")
