@@ -16,7 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lisa_dist.checkpoint.weights import BUFFERS, named_parts, write_index
 from lisa_dist.core.blocks import Blocks
-from lisa_dist.core.changes import SavedBlocks
+from lisa_dist.core.run_state import SavedBlocks
 from lisa_dist.files import flush_file
 from lisa_dist.zero.parameters import parameter_numel
 

@@ -26,18 +26,21 @@ from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.core.agreement import broadcast_active_set, compare_ranks
 from lisa_dist.core.blocks import DecayRule, find_blocks, split_into_modules
-from lisa_dist.core.changes import BlockChanges
 from lisa_dist.core.checkpointing import check_checkpointing, let_backward_end
-from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_not_held, check_weights
+from lisa_dist.core.engine_config import check_engine, check_no_adapters, check_not_held, check_weights
 from lisa_dist.core.frozen_layers import hold_frozen_layers
-from lisa_dist.core.guards import InactiveWeights, MissedSwitchGuard, NonfiniteGuard
+from lisa_dist.core.guards import (
+    InactiveWeights,
+    MissedSwitchGuard,
+    NonfiniteGuard,
+    broadcast_active_set,
+    compare_ranks,
+)
 from lisa_dist.core.importance import observe_layers
-from lisa_dist.core.live_bytes import live_tensor_bytes
+from lisa_dist.core.live_bytes import PeriodLog, PeriodRecord, live_tensor_bytes
 from lisa_dist.core.movement import WeightMovement
-from lisa_dist.core.period_log import PeriodLog, PeriodRecord
-from lisa_dist.core.run_state import STATE_VERSION, changed_settings
+from lisa_dist.core.run_state import STATE_VERSION, BlockChanges, changed_settings
 from lisa_dist.core.sampling import ActiveSet
 from lisa_dist.core.selection import BlockSelection
 from lisa_dist.core.step_rates import StepRates

@@ -1,11 +1,19 @@
-"""The one preparation of a DeepSpeed config for LISA: for a loop, a trainer, the command line and the planner."""
+"""What a DeepSpeed config, a model and an engine must be for LISA; UserError with the setting and the way out."""
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from lisa_dist.config import LisaConfig
+from lisa_dist.core.blocks import Blocks
 from lisa_dist.ds_config import check_ds_config, keep_no_master, offload_by_block, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.optim.build import check_optim
+from lisa_dist.optim.states import PartitionKey
+from lisa_dist.zero.parameters import is_in_an_engine, original_of
+from lisa_dist.zero.partitions import ZeroPartitions
 
 
 def prepare_ds_config(ds_config: dict[str, Any], config: LisaConfig, optim: str, precision: str) -> None:
@@ -40,4 +48,73 @@ def check_eval_frozen_bits(bits: int | None, config: LisaConfig) -> None:
         raise UserError(
             f"--eval_frozen_bits {bits}: frozen layers are evaluated as they are held, or with their originals: with "
             f"--lisa_frozen_bits {config.lisa_frozen_bits} give {allowed}."
+        )
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Raise ValueError for a model of peft's, or with adapters in it: LISA would train the weights below them."""
+    peft = sys.modules.get("peft")  # which has been imported where there are any
+    if peft is not None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if any(isinstance(module, BaseTunerLayer | peft.PeftModel) for module in model.modules()):
+            raise UserError(
+                f"{type(model).__name__} has adapters (peft): LISA trains the model's own weights; give it the model "
+                "without them, after merge_and_unload(), or train adapters by --method lora."
+            )
+
+
+def check_not_held(model: nn.Module) -> None:
+    """Raise ValueError for a model that another run has: trains still, or has left with frozen layers in fewer bits."""
+    if any(is_in_an_engine(parameter) for parameter in model.parameters()):
+        raise UserError(
+            f"this {type(model).__name__} is in a DeepSpeed engine of another trainer or loop that has not ended: end "
+            "it, by close() of its controller or destroy() of its engine, or load the model anew."
+        )
+    if any(original_of(parameter) is not None for parameter in model.parameters()):
+        raise UserError(
+            f"the frozen layers of this {type(model).__name__} are held in fewer bits by an earlier run "
+            "(--lisa_frozen_bits): load the model anew."
+        )
+
+
+def check_weights(blocks: Blocks) -> None:
+    """Raise ValueError for weights that cannot train: quantized ones, or of 8 bits, in any block that LISA may draw."""
+    for block in blocks:
+        for name, parameter in block.parameters.items() if block is not blocks.outside else ():
+            if not parameter.is_floating_point() or parameter.element_size() < 2:
+                raise UserError(
+                    f"{name} is {str(parameter.dtype).removeprefix('torch.')}: LISA trains the weights themselves, in "
+                    "16 or 32 bits; load the model in bf16."
+                )
+
+
+def check_engine(partitions: ZeroPartitions, config: LisaConfig, expected_keys: Sequence[PartitionKey]) -> None:
+    """Raise ValueError for an engine whose groups, masters or gradients do not fit; `expected_keys` are the groups'."""
+    if config.lisa_state == "keep" and partitions.engine.zero_round_robin_gradients():
+        raise UserError(
+            "the DeepSpeed config has round_robin_gradients = true: with --lisa_state keep it must be false."
+        )
+    _check_masters(partitions, config)
+    keys = partitions.keys()
+    if list(expected_keys) != keys:
+        raise UserError(
+            f"the engine optimizes {len(keys)} groups of parameters that are not the {len(expected_keys)} groups of "
+            "the active blocks: build its optimizer from param_groups() of this controller, and keep "
+            "zero_optimization.sub_group_size larger than a block."
+        )
+
+
+def _check_masters(partitions: ZeroPartitions, config: LisaConfig) -> None:
+    keys = "bf16_master_weights_and_grads and bf16_optimizer_states in the bf16 section of the DeepSpeed config"
+    without_masters = config.lisa_master == "bf16_sr"
+    if without_masters and not (partitions.keeps_no_masters and partitions.coding == "lisa"):
+        raise UserError(
+            f"--lisa_master bf16_sr: the engine was built with masters, or with another optimizer; set {keys}, and "
+            'take build_optimizer(..., "lisa_adamw"), as lisa_dist.initialize does.'
+        )
+    if partitions.keeps_no_masters and not without_masters:
+        raise UserError(
+            f"--lisa_master fp32: the engine keeps no masters in fp32, by {keys}; leave them out, or use "
+            "--lisa_master bf16_sr with --optim lisa_adamw."
         )

@@ -1,18 +1,22 @@
-"""The head's gradient by slabs of words, in TRL's loss in chunks.
+"""TRL's loss in chunks: the head's gradient by slabs of words, and torch's kernels where Triton cannot compile.
 
 TRL sums the gradient of a head [words, size] in fp32 and rounds it to the weights' precision at the end: for weights in
 bf16 that is three times the gradient's bytes at once (128,256 words by 4,096: 2 GiB and 1 GiB). A word's row depends on
 no other word, so here it is rounded slab by slab: the same sums, of which fp32 has one slab at a time. Hidden states
 [tokens, size] have two more copies in fp32 meanwhile, so slabs are for fewer tokens than two thirds of the words.
+
+TRL takes Triton wherever it can be imported; without a C compiler its first step would end in a traceback.
 """
 
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from trl.kernels import chunked_logprob
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer import utils
 
+from lisa_dist.optim.ops import why_no_compiler
 from lisa_dist.zero.parameters import rows_of
 
 
@@ -60,3 +64,12 @@ def use_slabs() -> None:
     """Have the fused heads that TRL gives to models compute the head's gradient by slabs, from now on."""
     assert hasattr(utils, "_ChunkedLogProbFunction"), "TRL has renamed what its fused head calls"
     vars(utils)["_ChunkedLogProbFunction"] = LogProbsInSlabs
+
+
+def choose_loss_kernels() -> str | None:
+    """Have TRL compute its loss in torch where Triton cannot compile; why, for the header, or None."""
+    if not torch.cuda.is_available() or not (missing := why_no_compiler()):
+        return None
+    assert hasattr(chunked_logprob, "_TRITON_AVAILABLE"), "TRL has renamed what turns its kernels off"
+    chunked_logprob._TRITON_AVAILABLE = False
+    return f"torch, slower than Triton ({missing})"

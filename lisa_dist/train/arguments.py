@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
+from transformers import AutoConfig, PretrainedConfig
 from trl import ModelConfig
 
 from lisa_dist.config import LisaConfig
@@ -303,6 +304,15 @@ class RunConfig(NamedTuple):
             flags |= {f"--{name}": value for name, value in values.items()}
         shown = {name: value for name, value in flags.items() if name not in ("--local_rank", "--logging_dir")}
         return hide_secrets(shown)
+
+
+def model_config_of(config: RunConfig) -> PretrainedConfig:
+    """The configuration of a run's model."""
+    return AutoConfig.from_pretrained(
+        str(config.model.model_name_or_path),
+        revision=config.model.model_revision,
+        trust_remote_code=config.training.trust_remote_code,
+    )
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:

@@ -1,23 +1,20 @@
 """Checks of a trainer's arguments: what LISA cannot train with is refused before anything is built."""
 
 import os
+import shutil
 from collections.abc import Sized
 from typing import Any
 
+import torch
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import parse_flag_from_env
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, TrainingArguments
+from accelerate.utils import DynamoBackend, parse_flag_from_env
+from transformers import TrainingArguments
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.config_rules import PLANNED_LAYERS
-from lisa_dist.core.blocks import find_blocks, split_into_modules
 from lisa_dist.core.engine_config import prepare_ds_config
-from lisa_dist.core.meta_model import model_without_weights
-from lisa_dist.core.selection import unit_budget
 from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.errors import UserError
-from lisa_dist.train.compiled_layers import check_compile
-from lisa_dist.train.probe import check_probe_of_run
+from lisa_dist.optim.ops import why_no_compiler
 
 # Arguments that LISA does without, and why.
 _REFUSED = {
@@ -26,6 +23,7 @@ _REFUSED = {
     "save_only_model": "a LISA checkpoint holds what a resume needs, which is little",
     "save_on_each_node": "all ranks write one checkpoint together, in a folder that every node sees",
 }
+_MOVED = "CUDA graphs hold the addresses of weights, which a switch moves"
 
 
 def precision_of_arguments(args: TrainingArguments) -> str:
@@ -49,17 +47,6 @@ def check_precision(args: TrainingArguments) -> None:
         )
 
 
-def check_quantization(model: str, config: PretrainedConfig) -> None:
-    """Raise UserError for a model whose weights are stored quantized, before it is loaded."""
-    given = getattr(config, "quantization_config", None)
-    if given is not None:
-        how = given if isinstance(given, dict) else given.to_dict()
-        raise UserError(
-            f"--model_name_or_path {model}: its weights are quantized (quant_method {how.get('quant_method')}), and "
-            "they are what trains; give a model in bf16, or save this one dequantized."
-        )
-
-
 def check_parallelism(args: TrainingArguments) -> None:
     """Raise UserError where ranks would share layers or rows, as a script or Accelerate's environment can ask for."""
     given = args.parallelism_config
@@ -71,6 +58,46 @@ def check_parallelism(args: TrainingArguments) -> None:
                 f"parallelism_config has {name} = {size}: ranks share the model by ZeRO alone, each with rows of its "
                 "own; make it 1."
             )
+
+
+def check_compile(args: TrainingArguments, ds_config: dict[str, Any], switches: bool) -> None:
+    """Raise UserError where decoder layers cannot be compiled; `switches`: layers are frozen and activated, by LISA."""
+    if not args.torch_compile:
+        return
+    backend, mode = str(args.torch_compile_backend), args.torch_compile_mode
+    if (ds_config.get("zero_optimization") or {}).get("stage") == 3:
+        raise UserError(
+            "--torch_compile True on ZeRO stage 3: it gathers weights module by module, and a graph ends at each; use "
+            "stage 1 or 2, as by --deepspeed zero2, or leave it out."
+        )
+    if args.use_liger_kernel:
+        raise UserError(
+            "--torch_compile True with --use_liger_kernel True: both fuse the norms and MLP of a layer; give one."
+        )
+    known = [name for name in torch.compiler.list_backends(exclude_tags=()) if name.upper() in DynamoBackend.list()]
+    if backend not in known:
+        raise UserError(f"--torch_compile_backend {backend}: unknown; choose one of {', '.join(known)}.")
+    if switches and backend == "cudagraphs":
+        raise UserError(f"--torch_compile_backend cudagraphs: {_MOVED}; use inductor.")
+    if mode is not None and backend != "inductor":
+        raise UserError(f"--torch_compile_mode {mode}: is for inductor, not --torch_compile_backend {backend}.")
+    if backend == "inductor":
+        _check_inductor(mode, args.use_cpu, switches)
+
+
+def _check_inductor(mode: str | None, use_cpu: bool, switches: bool) -> None:
+    modes = torch._inductor.list_mode_options()
+    if mode is not None and mode not in modes:
+        raise UserError(f"--torch_compile_mode {mode}: unknown; choose one of {', '.join(modes)}.")
+    if switches and mode is not None and modes[mode].get("triton.cudagraphs"):
+        raise UserError(f"--torch_compile_mode {mode}: {_MOVED}; use default or max-autotune-no-cudagraphs.")
+    if use_cpu:
+        compiler = os.environ.get("CXX", "g++")
+        missing = "" if shutil.which(compiler) else f"there is no C++ compiler {compiler}: apt install g++, or set CXX"
+    else:
+        missing = why_no_compiler()
+    if missing:
+        raise UserError(f"--torch_compile True: {missing}, or leave the flag out.")
 
 
 def check_compiled_layers(args: TrainingArguments, lisa_config: LisaConfig) -> None:
@@ -85,22 +112,6 @@ def check_compiled_layers(args: TrainingArguments, lisa_config: LisaConfig) -> N
             f"--torch_compile True with --lisa_frozen_bits {lisa_config.lisa_frozen_bits}: a graph ends where "
             "bitsandbytes makes a matrix of a frozen layer whole; give one of the two."
         )
-
-
-def check_sampling(config: LisaConfig, model_config: PretrainedConfig, num_layers: int, max_steps: int) -> None:
-    """Raise UserError for layers, modules or a probe that this model, or a new run of so many steps, cannot have.
-
-    `max_steps` is 0 where it is not known. Modules of models that come with their own code, or see and hear too, are
-    checked once they are loaded.
-    """
-    if config.lisa_activated_layers not in PLANNED_LAYERS:
-        config.check_num_layers(num_layers)
-    if max_steps > 0:
-        check_probe_of_run(config, num_layers, max_steps)
-    if config.by_module and type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        model = model_without_weights(model_config)
-        modules = split_into_modules(model, find_blocks(model, config.lisa_layers_attribute)).layers
-        unit_budget(config, [module.numel for module in modules])
 
 
 def check_trainer(

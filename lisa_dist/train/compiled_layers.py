@@ -9,8 +9,6 @@ lowest active layer, if the embedding is frozen), with a mask or without. They a
 since the batches of a run differ in length.
 """
 
-import os
-import shutil
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,52 +18,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lisa_dist.core.blocks import find_blocks
-from lisa_dist.errors import UserError
-from lisa_dist.optim.ops import why_no_compiler
 
 # All of the ways above, for a few classes of layers; at torch's 8 the rest would run without compilation.
 _MAX_GRAPHS = 64
-_MOVED = "CUDA graphs hold the addresses of weights, which a switch moves"
-
-
-def check_compile(args: TrainingArguments, ds_config: dict[str, Any], switches: bool) -> None:
-    """Raise UserError where decoder layers cannot be compiled; `switches`: layers are frozen and activated, by LISA."""
-    if not args.torch_compile:
-        return
-    backend, mode = str(args.torch_compile_backend), args.torch_compile_mode
-    if (ds_config.get("zero_optimization") or {}).get("stage") == 3:
-        raise UserError(
-            "--torch_compile True on ZeRO stage 3: it gathers weights module by module, and a graph ends at each; use "
-            "stage 1 or 2, as by --deepspeed zero2, or leave it out."
-        )
-    if args.use_liger_kernel:
-        raise UserError(
-            "--torch_compile True with --use_liger_kernel True: both fuse the norms and MLP of a layer; give one."
-        )
-    known = [name for name in torch.compiler.list_backends(exclude_tags=()) if name.upper() in DynamoBackend.list()]
-    if backend not in known:
-        raise UserError(f"--torch_compile_backend {backend}: unknown; choose one of {', '.join(known)}.")
-    if switches and backend == "cudagraphs":
-        raise UserError(f"--torch_compile_backend cudagraphs: {_MOVED}; use inductor.")
-    if mode is not None and backend != "inductor":
-        raise UserError(f"--torch_compile_mode {mode}: is for inductor, not --torch_compile_backend {backend}.")
-    if backend == "inductor":
-        _check_inductor(mode, args.use_cpu, switches)
-
-
-def _check_inductor(mode: str | None, use_cpu: bool, switches: bool) -> None:
-    modes = torch._inductor.list_mode_options()
-    if mode is not None and mode not in modes:
-        raise UserError(f"--torch_compile_mode {mode}: unknown; choose one of {', '.join(modes)}.")
-    if switches and mode is not None and modes[mode].get("triton.cudagraphs"):
-        raise UserError(f"--torch_compile_mode {mode}: {_MOVED}; use default or max-autotune-no-cudagraphs.")
-    if use_cpu:
-        compiler = os.environ.get("CXX", "g++")
-        missing = "" if shutil.which(compiler) else f"there is no C++ compiler {compiler}: apt install g++, or set CXX"
-    else:
-        missing = why_no_compiler()
-    if missing:
-        raise UserError(f"--torch_compile True: {missing}, or leave the flag out.")
 
 
 class CompiledLayers(TrainerCallback):

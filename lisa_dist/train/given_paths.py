@@ -1,4 +1,4 @@
-"""Files and folders that a run is given, looked at before anything is loaded or written."""
+"""Files and folders that the arguments of a run name, checked before anything is loaded or written."""
 
 import os
 from pathlib import Path
@@ -10,9 +10,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from lisa_dist.checkpoint.resume import has_only_weights
+from lisa_dist.core.layer_weights import split_columns
+from lisa_dist.core.weight_store import check_store
 from lisa_dist.distributed.collectives import raise_shared
 from lisa_dist.errors import UserError
-from lisa_dist.files import DamagedError, read_json
+from lisa_dist.files import DamagedError, check_folder, read_json, read_text
 from lisa_dist.run_folder import (
     RUN_NAME,
     STATE_NAME,
@@ -22,9 +24,23 @@ from lisa_dist.run_folder import (
     read_object,
 )
 from lisa_dist.shapes import misfit
+from lisa_dist.train.arguments import RunConfig
+from lisa_dist.train.resume_from import check_saved_by_trainer
 
-SCHEDULER_NAME = "scheduler.pt"  # transformers.trainer's
 _TOKENIZERS = ("tokenizer*", "vocab*", "spiece*", "sentencepiece*", "*.model", "*.tiktoken", "tekken.json")
+
+
+def check_files(config: RunConfig) -> None:
+    """Raise UserError for a folder or a file that cannot be what its flag says; checkpoints are `check_resume`'s."""
+    if not config.training.output_dir:
+        raise UserError("--output_dir is empty: give a folder.")
+    check_folder("--output_dir", Path(str(config.training.output_dir)))
+    loads_by: Any = config.training.model_init_kwargs  # JSON of a command line is an object by now
+    check_model_folder(str(config.model.model_name_or_path), loads_by or {})
+    if config.run.method == "lisa":
+        check_store(config.lisa.lisa_frozen_store)
+        if config.lisa.lisa_weights_file is not None:
+            read_text("--lisa_weights_file", split_columns(config.lisa.lisa_weights_file)[0])
 
 
 def check_model_folder(name: str, loads_by: dict[str, Any]) -> None:
@@ -124,16 +140,6 @@ def _newest(output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
             continue
         found.append((folder, check_state(folder)))
     return max(found, key=lambda one: one[1]["saved_at"], default=None)
-
-
-def check_saved_by_trainer(folder: Path, state: dict[str, Any]) -> None:
-    """Raise UserError for a LISA checkpoint without what a trainer needs to go on."""
-    missing = [name for name in (TRAINER_STATE_NAME, SCHEDULER_NAME) if name not in state["files"]]
-    if missing:
-        raise UserError(
-            f"--resume_from_checkpoint {folder}: there is no {missing[0]} in it: it was saved in a loop of one's "
-            "own, and goes on there with load_checkpoint()."
-        )
 
 
 def _check_other(wanted: str | bool | None, output_dir: Path, method: str) -> None:

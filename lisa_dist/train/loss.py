@@ -15,6 +15,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
+from lisa_dist.core.head_gradient import choose_loss_kernels
 from lisa_dist.core.label_logits import why_no_label_logits
 from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
@@ -26,7 +27,6 @@ from lisa_dist.tasks import SFT
 from lisa_dist.text import format_bytes
 from lisa_dist.train.arguments import RunConfig
 from lisa_dist.train.checks import precision_of_arguments
-from lisa_dist.train.chunked_loss import choose_loss_kernels
 from lisa_dist.train.liger import why_no_liger_loss
 
 # Of a host's memory, for the logits of all its ranks, where no budget says what there is.

@@ -1,15 +1,55 @@
-"""The processor of a vision-language model: rows with images go by it, and it is saved with the model."""
+"""The tokenizer of a run and the processor of a vision-language model, which are saved with the model."""
 
 from typing import Any, TypeAlias
 
-from transformers import AutoProcessor, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
+from lisa_dist.data.chat_template import set_chat_template
+from lisa_dist.errors import UserError
 from lisa_dist.tasks import REWARD
 from lisa_dist.text import in_one_line
-from lisa_dist.train.arguments import RunConfig
+from lisa_dist.train.arguments import RunConfig, model_config_of
 
 Processing: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
 _TOKENIZER_ALONE = ("orpo", REWARD)  # tasks whose trainers of TRL take no processor
+
+
+def load_processing(config: RunConfig) -> tuple[Processing, str, str]:
+    """What makes rows of texts and images, a line about its chat template, and one about its processor, or ""."""
+    tokenizer = load_tokenizer(config)
+    processing, described = load_processor(config, model_config_of(config), tokenizer)
+    template = set_chat_template(tokenizer, path := getattr(config.training, "chat_template_path", None))
+    if path is not None or not processing.chat_template:
+        processing.chat_template = tokenizer.chat_template
+    return processing, template, described
+
+
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the end of a turn that `--eos_token` gives."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.model.model_name_or_path,
+            revision=config.model.model_revision,
+            trust_remote_code=config.training.trust_remote_code,
+        )
+    except Exception as error:
+        # The library tokenizers, which is in Rust, raises Exception itself for files that it cannot read; the others
+        # are of transformers, which reads the model's config too.
+        known = OSError | ValueError | TypeError | KeyError | AttributeError | StrictDataclassError
+        if type(error) is not Exception and not isinstance(error, known):
+            raise
+        raise UserError(
+            f"--model_name_or_path {config.model.model_name_or_path}: its tokenizer cannot be loaded "
+            f"({in_one_line(error)})."
+        ) from error
+    for flag in ("eos_token", "pad_token"):
+        token = getattr(config.training, flag, None)  # not every task has both
+        if token is not None and token not in tokenizer.get_vocab():
+            raise UserError(f"--{flag} {token}: the tokenizer has no such token.")
+    if getattr(config.training, "eos_token", None) is not None:
+        tokenizer.eos_token = config.training.eos_token  # before rows are made of it
+    return tokenizer
 
 
 def load_processor(

@@ -1,27 +1,34 @@
-"""The header of a run: how it is run, by which flags; and its outcome."""
+"""The header of a run, its record for the report (lisa_run.json), and its outcome."""
 
+import os
+import platform
+import shlex
 from collections.abc import Sequence
-from importlib import metadata
+from datetime import datetime
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from lisa_dist.config import LisaConfig
+from lisa_dist.core.blocks import find_blocks, split_into_modules
 from lisa_dist.core.checkpointing import AUTO, parse_checkpointed_layers
 from lisa_dist.presets import NONE
+from lisa_dist.run_folder import without_secrets
 from lisa_dist.tasks import SFT, TASKS
 from lisa_dist.text import format_table
-from lisa_dist.train.apply_preset import describe_preset
-from lisa_dist.train.arguments import ALL_LINEAR, ModelArguments, RunConfig
+from lisa_dist.train.apply_preset import Settled, describe_preset, installed_versions
+from lisa_dist.train.arguments import ALL_LINEAR, ModelArguments, RunConfig, run_parser
 from lisa_dist.train.checks import precision_of_arguments
+from lisa_dist.zero.parameters import parameter_numel
 
 
-def describe_run(config: RunConfig, attention: str, template: str, loss: str, layers: str, processor: str) -> str:
+def describe_run(settled: Settled, template: str, processor: str) -> str:
     """A table of how the run is run, with the flags that have no effect under its method.
 
-    `layers` is why so many train, `processor` what images would go by; where they are empty nothing is said.
+    `processor` is what images would go by; where it is empty nothing is said.
     """
+    config, layers = settled.config, settled.layers_line
     args, checkpointed = config.training, parse_checkpointed_layers(config.run.checkpointed_layers)
     batch = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
     optim = getattr(args.optim, "value", args.optim)
@@ -33,8 +40,8 @@ def describe_run(config: RunConfig, attention: str, template: str, loss: str, la
         *([("task", f"{task}: {TASKS[task].what}")] if (task := config.run.task) != SFT else []),
         ("model from", str(config.model.model_name_or_path)),
         ("devices", describe_devices(args)),
-        ("attention", attention),
-        ("loss", loss),
+        ("attention", settled.attention_line),
+        ("loss", settled.loss_line),
         *([("compiled", f"each decoder layer, by {args.torch_compile_backend}")] if args.torch_compile else []),
         ("chat template", template),
         *([("processor", processor)] if processor else []),
@@ -80,9 +87,46 @@ def describe_devices(args: TrainingArguments) -> str:
     return f"{args.world_size} x {device}, {precision_of_arguments(args)}"
 
 
-def installed_versions() -> dict[str, str]:
-    """Versions of what decides on the numbers of a run."""
-    return {name: metadata.version(name) for name in ("lisa_dist", "torch", "deepspeed", "transformers", "trl")}
+def record_of_run(settled: Settled, words: Sequence[str], model: Any, data: Sequence[str]) -> dict[str, Any]:
+    """The content of lisa_run.json; `words` are those of the command line, `data` describes the examples in lines."""
+    config = settled.config
+    words = without_secrets(
+        word for word in words if not word.startswith(("--local_rank", "--resume_from_checkpoint="))
+    )
+    if "--resume_from_checkpoint" in words:  # to repeat the run is not to resume it
+        del words[(at := words.index("--resume_from_checkpoint")) : at + 2]
+    ranks, here = config.training.world_size, int(os.environ["LOCAL_SIZE"])  # which `set_rank` has made sure of
+    start = ["lisa-dist", "train", *(["--gpus", str(here)] if ranks > 1 else [])]
+    hosts, flags = ranks // here, config.flags()
+    return {
+        "model": str(config.model.model_name_or_path),
+        "method": config.run.method,
+        "task": config.run.task,
+        "devices": describe_devices(config.training),
+        "loss": settled.loss_line,
+        "began": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "command": shlex.join([*start, *words]) + (f"  # by a launcher on {hosts} hosts" if hosts > 1 else ""),
+        "given": [f"--{name}" for name in run_parser(config.run.task).given(words)],
+        "flags": {name: _plain(value) for name, value in flags.items()},
+        "versions": installed_versions() | {"Python": platform.python_version()},
+        "parameters": sum(parameter_numel(parameter) for parameter in model.parameters()),
+        "num_layers": getattr(model.config.get_text_config(), "num_hidden_layers", None),
+        "rows": list(data),
+        **_modules_of(config, model),
+    }
+
+
+def _modules_of(config: RunConfig, model: Any) -> dict[str, list[str]]:
+    """With --lisa_unit module the names of the modules, which the log has by number."""
+    if config.run.method != "lisa" or not config.lisa.by_module:
+        return {}
+    blocks = split_into_modules(model, find_blocks(model, config.lisa.lisa_layers_attribute))
+    return {"modules": [block.name for block in blocks.layers]}
+
+
+def _plain(value: object) -> object:
+    """A flag's value as JSON has it."""
+    return value if isinstance(value, bool | int | float | str | list | dict | None) else str(value)
 
 
 def describe_outcome(log_history: Sequence[dict[str, Any]]) -> str:

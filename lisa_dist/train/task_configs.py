@@ -1,16 +1,196 @@
-"""The training arguments of each task: TRL's config, with the flags that every task has."""
+"""The training arguments of each task: TRL's config with the flags that every task has, checked where they are made."""
 
 import os
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
+from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
+from transformers.utils import ExplicitEnum
 from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig
 
+from lisa_dist.distributed.devices import check_accelerator, why_no_gpu
+from lisa_dist.ds_config import check_sections, find_ds_config, given_ds_config
+from lisa_dist.errors import UserError
+from lisa_dist.optim.build import LISA_ADAMW
+from lisa_dist.run_folder import hide_secrets
 from lisa_dist.tasks import GRPO, KTO, REWARD, SFT
-from lisa_dist.train.training_flags import TrainingFlags
+from lisa_dist.text import in_one_line
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it warns where it is imported
 from trl.experimental.orpo import ORPOConfig
+
+if TYPE_CHECKING:
+    _Arguments: TypeAlias = TrainingArguments  # a config of TRL's, whichever it is
+else:
+    _Arguments = object
+_NOT_GIVEN: Any = None
+_POSITIVE = "1 or more", lambda value: value >= 1
+_NOT_NEGATIVE = "0 or more", lambda value: value >= 0
+_ABOVE_0 = "above 0", lambda value: value > 0
+_BELOW_1 = "from 0 up to, not including, 1", lambda value: 0 <= value < 1
+_LARGEST = 10**9  # more is a slip of the pen, and overflows in a plan
+# Ranges of numbers that transformers and TRL do not check: the loading of rows, the first step or the first evaluation
+# ends in a traceback, or a run trains nothing.
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "per_device_train_batch_size": _POSITIVE,
+    "per_device_eval_batch_size": _POSITIVE,
+    "gradient_accumulation_steps": _POSITIVE,
+    "eval_accumulation_steps": _POSITIVE,
+    "dataset_num_proc": _POSITIVE,
+    "dataloader_num_workers": _NOT_NEGATIVE,
+    "max_completion_length": _POSITIVE,
+    "temperature": _ABOVE_0,
+    "learning_rate": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "adam_epsilon": _ABOVE_0,
+    "adam_beta1": _BELOW_1,
+    "adam_beta2": _BELOW_1,
+    "neftune_noise_alpha": _NOT_NEGATIVE,
+    "num_train_epochs": _ABOVE_0,
+    "max_steps": ("1 or more; -1 lets --num_train_epochs decide", lambda value: value == -1 or value >= 1),
+    "max_length": ("1 or more; -1 is no limit", lambda value: value == -1 or value >= 1),
+    "seed": ("from 0 to 4294967295", lambda value: 0 <= value < 2**32),  # as NumPy takes it
+}
+# Objects that are taken as they are where a text does not begin as JSON does.
+_OBJECTS = ("model_init_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+# Trackers that transformers does not list as available, whatever is installed.
+_NOT_LISTED = ("azure_ml", "flyte")
+
+
+class LisaOptimizerNames(ExplicitEnum):
+    """Optimizers that the Trainer's OptimizerNames lacks."""
+
+    LISA_ADAMW = LISA_ADAMW
+
+
+@dataclass
+class TrainingFlags(_Arguments):
+    """Put before one of TRL's configs: `--deepspeed` takes the short name of a shipped config, and CPU ranks work."""
+
+    deepspeed: dict | str | None = field(
+        default="zero2", metadata={"help": "Short name (zero1, zero2, zero3, zero2_offload, ...), path, or JSON."}
+    )
+    optim: str = field(
+        default="adamw_torch_fused", metadata={"help": f"The Trainer's names, and {LISA_ADAMW} with --method lisa."}
+    )
+    torch_compile: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile each decoder layer by itself, on ZeRO stages 1 and 2: a graph for active, one for frozen "
+            "layers."
+        },
+    )
+    use_liger_kernel: bool = field(
+        default=_NOT_GIVEN,
+        metadata={
+            "help": "Liger's norms, rotary embedding and MLP; left out, --method lisa takes them on a GPU where "
+            "liger-kernel is installed and knows the model."
+        },
+    )
+    report_to: None | str | list[str] = field(  # noqa: RUF036 - the parser goes by the second
+        default="tensorboard",
+        metadata={"help": "Trackers: tensorboard, wandb, ..., several as wandb,tensorboard, all, or none."},
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Examples of a step on all ranks together, for a run to be the same on any number of GPUs; "
+            "--gradient_accumulation_steps follows from it."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+        if getattr(self, "max_length", None) == -1:  # which TRL's null is on a command line
+            vars(self)["max_length"] = None  # it would cut the last token off
+        if self.global_batch_size is not None:
+            self.gradient_accumulation_steps = accumulation_steps(
+                self.global_batch_size,
+                micro_batch_size=self.per_device_train_batch_size,
+                given=self.gradient_accumulation_steps,
+                world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            )
+        if isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
+            self.deepspeed = find_ds_config(self.deepspeed)
+        check_sections(given_ds_config(self.deepspeed))
+        if not self.use_cpu and (why := why_no_gpu()):
+            raise UserError(f"{why}; --use_cpu true trains on CPUs.")
+        check_accelerator()
+        if not torch.cuda.is_available():
+            self.use_cpu = True  # has Accelerate start gloo
+            self.bf16 = bool(self.bf16)  # asked for, not by default: few CPUs multiply in bf16
+        if isinstance(self.report_to, str) and "," in self.report_to:
+            self.report_to = [name.strip() for name in self.report_to.split(",")]
+        trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        known_trackers = ["all", "none", *get_available_reporting_integrations()]
+        if unknown := [name for name in trackers if name not in (*known_trackers, *_NOT_LISTED)]:
+            raise UserError(
+                f"--report_to {unknown[0]}: unknown, or its package is not installed; installed are "
+                f"{', '.join(known_trackers[2:])}; or give none."
+            )
+        if self.fsdp:
+            raise UserError(f"--fsdp {self.fsdp}: training is sharded by DeepSpeed's ZeRO; leave it out.")
+        optim = getattr(self.optim, "value", self.optim)
+        ours, known = optim == LISA_ADAMW, [name.value for name in OptimizerNames]
+        if not ours and optim not in known:
+            raise UserError(f"--optim {optim}: unknown; choose {LISA_ADAMW} or one of {', '.join(known)}.")
+        if ours:  # which the Trainer's arguments do not know
+            self.optim = "adamw_torch_fused"
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError, OSError, OverflowError) as error:
+            raise refused_upstream(error, self) from error
+        if ours:
+            self.optim = LisaOptimizerNames.LISA_ADAMW
+
+
+def _check_ranges(arguments: Any) -> None:
+    for name, (rule, holds) in _RANGES.items():
+        value = getattr(arguments, name, None)  # one that a task lacks is not given
+        if value is not None and not holds(value):
+            raise UserError(f"--{name} {value}: {rule}.")
+        if value is not None and value > _LARGEST and name != "seed":
+            raise UserError(f"--{name} {value}: at most 1e9.")
+    for name in _OBJECTS:
+        value = getattr(arguments, name, None)
+        if isinstance(value, str) and not value.startswith("{"):
+            raise UserError(f'--{name} {value}: give an object in JSON, such as {{"name": 1}}.')
+
+
+def refused_upstream(error: Exception, arguments: Any) -> UserError:
+    """What transformers or TRL refuse, in one line, with the flag that they name or whose value alone they quote."""
+    text, fields = in_one_line(error), type(arguments).__dataclass_fields__
+    given = {name: value for name, value in vars(arguments).items() if name in fields and value != fields[name].default}
+    given = hide_secrets(given)
+
+    def is_in_text(word: object) -> bool:
+        return isinstance(word, str) and word != "" and bool(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text))
+
+    named = [name for name in given if is_in_text(name)] or [name for name in given if is_in_text(given[name])]
+    is_clear = len(named) == 1 and not text.startswith("--")
+    return UserError(f"--{named[0]} {given[named[0]]}: {text}" if is_clear else text)
+
+
+def accumulation_steps(global_batch_size: int, micro_batch_size: int, given: int, world_size: int) -> int:
+    """Micro-batches of a rank in a global batch; `given` are --gradient_accumulation_steps, where 1 stands for none."""
+    at_once = micro_batch_size * world_size
+    if global_batch_size < 1 or global_batch_size % at_once:
+        raise UserError(
+            f"--global_batch_size {global_batch_size}: must be a multiple of {at_once}, which "
+            f"--per_device_train_batch_size {micro_batch_size} is on {world_size} ranks."
+        )
+    steps = global_batch_size // at_once
+    if given not in (1, steps):
+        raise UserError(
+            f"--global_batch_size {global_batch_size} and --gradient_accumulation_steps {given}: give one of them; on "
+            f"{world_size} ranks it is {steps}."
+        )
+    return steps
 
 
 @dataclass

@@ -28,8 +28,7 @@ from lisa_dist.config import AUTO_INTERVAL, LisaConfig
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.core.controller import LisaController
-from lisa_dist.core.engine_checks import check_no_adapters
-from lisa_dist.core.engine_config import check_eval_frozen_bits
+from lisa_dist.core.engine_config import check_eval_frozen_bits, check_no_adapters
 from lisa_dist.distributed.collectives import together
 from lisa_dist.distributed.health import ComputeTime, describe_ranks
 from lisa_dist.distributed.run_lock import one_run_in
@@ -50,8 +49,14 @@ from lisa_dist.train.model_header import describe_training
 from lisa_dist.train.monitoring import MonitoredMixin, SlowRanks, lisa_metrics
 from lisa_dist.train.probe import check_probe_of_run, probe_in_trainer
 from lisa_dist.train.random_states import random_states_kept
-from lisa_dist.train.resume_from import Beginning, find_beginning, load_schedule
-from lisa_dist.train.resume_tasks import check_beginning, check_generations, task_trainer_of
+from lisa_dist.train.resume_from import (
+    Beginning,
+    check_beginning,
+    check_generations,
+    find_beginning,
+    load_schedule,
+    task_trainer_of,
+)
 from lisa_dist.train.step_memory import StepWorkload, plan_run_memory
 
 

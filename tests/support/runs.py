@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from models import save_tiny_llama
 from ranks import PATIENCE, free_port, start_script
 from transformers import AutoModelForCausalLM
+
+from lisa_dist.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -108,6 +111,14 @@ def flags_for(folder: Path, output_dir: Path, **changes) -> list[str]:
         "report_to": "none",
     } | changes
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def refused(call, *arguments) -> str:
+    """The message of what is refused, which is one line."""
+    with pytest.raises(UserError) as error:
+        call(*arguments)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
 
 
 def check_run(said: str, out: Path, periods_begin: list[int]) -> None:

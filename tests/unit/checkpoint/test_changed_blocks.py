@@ -21,7 +21,7 @@ from lisa_dist.checkpoint import save as save_module
 from lisa_dist.checkpoint.block_files import BlockFile, assign, host_by_host, link_unchanged
 from lisa_dist.checkpoint.resume import find_checkpoint, load_checkpoint
 from lisa_dist.checkpoint.save import end_save, finish_save, save_checkpoint
-from lisa_dist.core.changes import BlockChanges, SavedBlocks
+from lisa_dist.core.run_state import BlockChanges, SavedBlocks
 from lisa_dist.files import SaveError
 
 INTERVAL = 2

@@ -16,9 +16,9 @@ import lisa_dist
 from lisa_dist.checkpoint.resume import load_checkpoint
 from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.core import controller
-from lisa_dist.core.agreement import broadcast_active_set
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_config import prepare_ds_config
+from lisa_dist.core.guards import broadcast_active_set
 from lisa_dist.core.sampling import ActiveSet, sample_period
 from lisa_dist.core.step_rates import StepRates
 from lisa_dist.errors import UserError

@@ -1,4 +1,4 @@
-"""The head's gradient by slabs of words: TRL's, to the bit of the weights, in a third of its bytes."""
+"""TRL's loss in chunks: the head's gradient by slabs of words, to the bit of the weights, in a third of its bytes."""
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from lisa_dist.core.head_gradient import LogProbsInSlabs, use_slabs
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.train.monitoring import MonitoredMixin
 
+WHY = "there is no C compiler, which Triton needs"
 WORDS = 48  # of a slab; of the 128 words the last slab has 32
 SHAPE = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "pad_token_id": 0}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
@@ -112,3 +113,13 @@ def test_every_trainer_of_trl_has_slabs_also_ones_own(monkeypatch, trainer, has_
     with pytest.raises((AttributeError, RuntimeError)):  # of a model that is not there
         own(model=None, args=None)
     assert (vars(utils)["_ChunkedLogProbFunction"] is LogProbsInSlabs) == has_slabs
+
+
+@pytest.mark.parametrize(("on_gpu", "missing", "by_torch"), [(True, WHY, True), (True, "", False), (False, WHY, False)])
+def test_torch_computes_the_loss_where_triton_cannot_compile(monkeypatch, on_gpu, missing, by_torch):
+    monkeypatch.setattr(head_gradient.torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(head_gradient, "why_no_compiler", lambda: missing)
+    monkeypatch.setattr(chunked_logprob, "_TRITON_AVAILABLE", True)
+    said = head_gradient.choose_loss_kernels()
+    assert said == (f"torch, slower than Triton ({WHY})" if by_torch else None)
+    assert chunked_logprob._TRITON_AVAILABLE is not by_torch

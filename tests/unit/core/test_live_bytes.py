@@ -1,12 +1,14 @@
-"""Every storage that lives is counted once, and nothing that has no memory."""
+"""The log of periods alone; and every storage that lives is counted once, and nothing that has no memory."""
 
 import gc
+import json
 
 import pytest
 import torch
 
 from lisa_dist.core import live_bytes
-from lisa_dist.core.live_bytes import live_storages, live_tensor_bytes
+from lisa_dist.core.live_bytes import PeriodLog, PeriodRecord, live_storages, live_tensor_bytes
+from lisa_dist.run_folder import LOG_NAME
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +65,13 @@ def test_an_object_without_a_tensor_behind_it_has_no_bytes():
     undefined = torch.Tensor._make_subclass(kind, torch.zeros(4))
     assert live_tensor_bytes() == before
     del undefined
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
+    (tmp_path / LOG_NAME).write_text('{"step": 0}\n{"step": 3}\n{"step": 6, "lay')
+    log = PeriodLog()
+    log.write_to(str(tmp_path))
+    log.resumed = True
+    log.open(PeriodRecord(3, 9, [0], [], 0.0, 0, 0, 0))
+    log.close(10, lambda: {"live_bytes": 1})
+    assert [json.loads(line)["step"] for line in (tmp_path / LOG_NAME).read_text().splitlines()] == [0, 3, 9]

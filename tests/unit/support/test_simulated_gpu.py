@@ -183,7 +183,7 @@ def loop_with(fault: str, **settings) -> dict:
     """A loop in which one line of the library is missing."""
     from rehearsal import loop
 
-    import lisa_dist.core.agreement as agreement
+    from lisa_dist.core import guards
     from lisa_dist.core.controller import LisaController
     from lisa_dist.optim.states import CopyStream
 
@@ -200,14 +200,14 @@ def loop_with(fault: str, **settings) -> dict:
         def __getattr__(self, name):
             return getattr(torch, name)
 
-        def tensor(self, *args, **kwargs):
-            return torch.tensor(*args, **kwargs | {"device": "cpu"})
+        def tensor(self, content, **kwargs):
+            return torch.tensor(content, **kwargs | ({"device": "cpu"} if isinstance(content, list) else {}))
 
     replaced = {
         "no wait": (CopyStream, "wait", lambda self, *_: None),
         "no hold": (CopyStream, "hold", lambda self, tensor: None),
         "no order": (CopyStream, "after_compute", unordered),
-        "message on the host": (agreement, "torch", OnHost()),
+        "message on the host": (guards, "torch", OnHost()),
         "no wait before a save": (LisaController, "saved_states", saved_at_once),
         "nothing": (CopyStream, "wait", CopyStream.wait),
     }[fault]

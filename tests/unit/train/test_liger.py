@@ -36,6 +36,7 @@ from lisa_dist.ds_config import find_ds_config
 from lisa_dist.memory.trace import FakeRun
 from lisa_dist.memory.without_liger import without_liger
 from lisa_dist.memory.workload import Trained, Workload
+from lisa_dist.train import liger
 from lisa_dist.train.liger import check_liger, settle_liger, why_no_liger_loss
 
 LAYERS, STEPS, INTERVAL, LR, DECAY = 3, 4, 2, 1e-2, 0.1
@@ -439,3 +440,12 @@ def test_it_needs_a_device_and_the_package(monkeypatch):
     with pytest.raises(UserError, match="cannot be imported"):
         check_liger(arguments_with(), config, LisaConfig())
     assert os.environ["TRITON_INTERPRET"] == "1"
+
+
+def test_liger_is_refused_where_triton_cannot_compile(monkeypatch):
+    why = "there is no C compiler, which Triton needs"
+    monkeypatch.setattr(liger.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(liger, "why_no_compiler", lambda: why)
+    args = TrainingArguments(output_dir="unused", use_cpu=True, use_liger_kernel=True)
+    with pytest.raises(ValueError, match="--use_liger_kernel True: there is no C compiler, which Triton needs; leave"):
+        check_liger(args, tiny_llama().config, LisaConfig())

@@ -15,9 +15,9 @@ from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.presets import PRESETS
 from lisa_dist.tasks import task_of
 from lisa_dist.train.apply_preset import apply_preset, describe_preset
-from lisa_dist.train.arguments import RunConfig, parse_arguments, run_parser
+from lisa_dist.train.arguments import RunConfig, model_config_of, parse_arguments, run_parser
 from lisa_dist.train.auto_layers import settle_layers
-from lisa_dist.train.run_checks import check_config, model_config_of
+from lisa_dist.train.run import check_config
 
 SMALL = "embed=factored,head=factored,layers=8"
 # Layers, optimizer, moments, masters.

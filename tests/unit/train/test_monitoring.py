@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from transformers import TrainingArguments
 
-from lisa_dist.train.hidden_secrets import hide_secrets_of
+from lisa_dist.train.monitoring import hide_secrets_of
 
 SECRET = "the secret"
 
