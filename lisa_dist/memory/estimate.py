@@ -260,8 +260,7 @@ class _Step:
         if self._stage == 3:
             persistent = 0 if self._shares_are_whole else self._persistent_weights()
             return self._bucket_bytes + persistent + (0 if self._offloads else self._partition_bytes) + tables
-        needs_transfer_buffer = self._offloads and (self.accumulates or self.plain)
-        return (self._largest_gradient if needs_transfer_buffer else 0) + tables
+        return (self._largest_gradient if self._offloads else 0) + tables
 
     # Stage 3: whole weights
 
@@ -286,7 +285,7 @@ class _Step:
     @property
     def _norm_scratch(self) -> Callable[[int], int]:
         """Bytes allocated while the norm of a gradient of so many elements is taken, or while it is sent."""
-        if self.plain:
+        if self.plain or (self._stage == 3 and self._offloads):
             return norm_scratch_of_deepspeed(self._stage, self._offloads)
         if self._offloads:
             return norm_scratch_in_chunks

@@ -264,7 +264,7 @@ def reduction_stage_3(
 
 
 def norm_scratch_in_chunks(numel: int) -> int:
-    """Bytes that LISA allocates to send a gradient of so many elements to the host, with its norm: fp64, by chunks."""
+    """Bytes allocated on stages 1, 2 to send a gradient of so many elements to the host, with its norm: fp64 chunks."""
     return 8 * min(numel, gradients.NORM_CHUNK)
 
 
@@ -274,7 +274,7 @@ def norm_scratch_on_cpu(numel: int) -> int:
 
 
 def norm_scratch_of_deepspeed(stage: int, offloads: bool) -> Callable[[int], int]:
-    """The same without LISA: fp64 of the whole gradient, but of 250 million elements on stage 3 with offload."""
+    """The same by DeepSpeed's own code: fp64 of the gradient, but of 250 million elements on stage 3 with offload."""
     if stage == 3 and offloads:
         return lambda numel: max(8 * min(numel, 250_000_000), 4 * numel)
     return lambda numel: 8 * numel

@@ -4,19 +4,21 @@ The embedding's gradient is the largest tensor of a step. A copy of it in fp64, 
 is 4 GiB for Llama-3.1-8B on one GPU: more than anything else of a step. On CPU norms are in fp64, as DeepSpeed's are.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.utils import combine_grad_norm_groups
-from deepspeed.runtime.zero.utils import get_norm_dtype
+from deepspeed.runtime import utils
 
 from lisa_dist.optim.row_gradient import RowGradient
 from lisa_dist.zero.stages import Stage
 
 NORM_CHUNK = 1 << 22  # elements of a gradient whose norm is taken at once: 32 MiB in fp64
 CPU_NORM_CHUNK = 1 << 16  # the same on a CPU, whose cache holds it in fp64: written and read there
+# From 0.19.8 on DeepSpeed takes the norm right after `has_overflow`, and leaves a step out whose norm is not finite.
+_LEAVES_OUT_BY_NORM = hasattr(utils, "is_invalid_grad_norm")
 
 
 def norms_with_one_collective(zero: Any, stage: Stage) -> dict[str, Callable]:
@@ -37,17 +39,18 @@ def norms_with_one_collective(zero: Any, stage: Stage) -> dict[str, Callable]:
         torch.distributed.all_reduce(sums, group=zero.dp_process_group)
         return list(sums.pow(0.5).cpu())
 
+    def scaled_global_norm() -> torch.Tensor:
+        norm = torch.linalg.vector_norm(torch.stack(norms_of_groups()))
+        return norm if norm.isfinite() else torch.full_like(norm, math.inf)
+
     def has_overflow(partition_gradients: bool = True) -> bool:
-        # Where DeepSpeed takes the norm it does so right after this, and leaves a step out whose norm is not finite.
-        takes_norm = getattr(zero, "compute_grad_norm", True)
-        return not (takes_norm or torch.stack(norms_of_groups()).isfinite().all())
+        if _LEAVES_OUT_BY_NORM and getattr(zero, "compute_grad_norm", True):
+            return False
+        return not torch.stack(norms_of_groups()).isfinite().all()
 
     if stage.is_stage_3:
         return {"has_overflow": has_overflow, "_get_norm_groups": norms_of_groups}
-    return {
-        "has_overflow": has_overflow,
-        "scaled_global_norm": lambda: combine_grad_norm_groups(norms_of_groups()),
-    }
+    return {"has_overflow": has_overflow, "scaled_global_norm": scaled_global_norm}
 
 
 def sums_of_squares_in_fp32(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
@@ -66,7 +69,7 @@ def sums_of_squares_in_chunks(groups: Sequence[Sequence[torch.Tensor]]) -> torch
     """The same with norms in fp64 of chunks that are copied one after the other: DeepSpeed's bits within a chunk."""
     largest = max((one.numel() for group in groups for one in group), default=0)
     # One for all chunks: on CPU the pages of a new one for each take longer than everything else here.
-    buffer = torch.empty(min(largest, CPU_NORM_CHUNK), dtype=get_norm_dtype())
+    buffer = torch.empty(min(largest, CPU_NORM_CHUNK), dtype=torch.double)
 
     def sum_of_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         chunks = (chunk for gradient in gradients for chunk in gradient.flatten().split(CPU_NORM_CHUNK))
@@ -77,38 +80,35 @@ def sums_of_squares_in_chunks(groups: Sequence[Sequence[torch.Tensor]]) -> torch
     return torch.stack([sum_of_squares(group) for group in groups])
 
 
-def kept_by_themselves(zero: Any) -> dict[str, Callable]:
-    """Replace where stages 1 and 2 keep reduced gradients of this rank's partition, without optimizer offload.
+def kept_by_themselves(zero: Any) -> Callable[..., None]:
+    """A replacement for `copy_grads_in_partition` of stages 1 and 2: where gradients of this rank's partition are kept.
 
     DeepSpeed has one buffer for all of them, whole as soon as the first has been reduced, to which one that is larger
     than the bucket is copied beside itself. Here such a gradient stays where it is, and one in the bucket is copied out
     of it: there is memory for those that have arrived, and it goes as their groups step.
     """
-    original = type(zero).copy_grads_in_partition
 
-    def keep(param: torch.nn.Parameter, group_index: int | None = None) -> None:
-        index = zero._get_param_group_idx(param) if group_index is None else group_index
-        if zero._use_compact_grad_partition_buffer(index):
-            original(zero, param, index)
-        elif param.numel() <= zero.reduce_bucket_size:
+    def keep(param: torch.nn.Parameter, *_: Any) -> None:
+        if param.numel() <= zero.reduce_bucket_size:
             gradient = zero.get_gradient_for_reduction(param)
             gradient.data = gradient.data.clone()
 
-    return {"copy_grads_in_partition": keep, "_record_gradient_stream": record_of_reduction(zero)}
+    return keep
 
 
-def record_of_reduction(zero: Any) -> Callable[[torch.Tensor, Any], None]:
-    """A replacement for `_record_gradient_stream` of stages 1 and 2, which DeepSpeed has under optimizer offload alone.
+def kept_until_reduced(zero: Any) -> Callable[..., None]:
+    """A replacement for `average_tensor` of stages 1 and 2: what is reduced keeps its memory until that is done.
 
     With overlap_comm a gradient larger than the bucket is divided, copied and reduced on a stream of its own, while a
     rank that keeps none of it lets it go. Its memory would be given out again, and written, before that is done.
     """
 
-    def record(tensor: torch.Tensor, stream: Any) -> None:
+    def average(tensor: torch.Tensor, *args: Any) -> None:
         if zero.overlap_comm and not get_accelerator().resolves_data_dependency():
-            tensor.record_stream(stream)
+            tensor.record_stream(zero.reduction_stream)
+        type(zero).average_tensor(zero, tensor, *args)
 
-    return record
+    return average
 
 
 def kept_on_one_rank(zero: Any) -> dict[str, Any]:
@@ -127,36 +127,30 @@ def kept_on_one_rank(zero: Any) -> dict[str, Any]:
     return {"reduce_independent_p_g_buckets_and_remove_grads": keep, "overlap_comm": False}
 
 
-def sent_in_chunks(zero: Any, stage: Stage) -> dict[str, Any]:
-    """Replace how gradients go to the host under optimizer offload: chunk by chunk, with the norm of each chunk.
+def sent_in_chunks(zero: Any) -> dict[str, Callable]:
+    """Replace how gradients go to the host under optimizer offload on stages 1 and 2: chunk by chunk, with its norm.
 
-    Stages 1 and 2 make a copy in fp64 for the norm and one in fp32 to send, each of the whole gradient, in the middle
-    of the backward pass; stage 3 sends a partition whole and takes norms of 250 million elements at once.
+    In the middle of the backward pass DeepSpeed makes a copy in fp64 for the norm and one in fp32 to send, each of the
+    whole gradient.
     """
-    return _sent_in_chunks_stage_3(zero) if stage.is_stage_3 else _sent_in_chunks_stages_1_2(zero)
-
-
-def _sent_in_chunks_stages_1_2(zero: Any) -> dict[str, Any]:
-    optimizer_class, attribute = type(zero), "grad_accum" if zero.use_grad_accum_attribute else "grad"
 
     def norm_by_chunks(param: torch.nn.Parameter) -> None:
-        key = zero.get_param_id(param)
-        squares = []
+        key, squares = zero.get_param_id(param), []
         for _ in _chunks_of_gradient(zero, key):
-            optimizer_class.set_norm_for_param_grad_in_gpu(zero, param)
+            type(zero).set_norm_for_param_grad_in_gpu(zero, param)
             squares.append(zero.norm_for_param_grads[key] ** 2)
         zero.norm_for_param_grads[key] = sum(squares) ** 0.5
 
     def copy_by_chunks(param: torch.nn.Parameter) -> None:
+        attribute = "grad_accum" if zero.use_grad_accum_attribute else "grad"
         gradient = getattr(param, attribute)
         for _ in _chunks_of_gradient(zero, zero.get_param_id(param)):
             setattr(param, attribute, gradient)  # DeepSpeed sets it to None after each copy
-            optimizer_class.async_inplace_copy_grad_to_fp32_buffer_from_gpu(zero, param)
+            type(zero).async_inplace_copy_grad_to_fp32_buffer_from_gpu(zero, param)
 
     return {
         "set_norm_for_param_grad_in_gpu": norm_by_chunks,
         "async_inplace_copy_grad_to_fp32_buffer_from_gpu": copy_by_chunks,
-        "temp_grad_buffer_for_gpu_offload": LazyBuffer(zero.temp_grad_buffer_for_gpu_offload),
     }
 
 
@@ -167,38 +161,3 @@ def _chunks_of_gradient(zero: Any, key: int) -> Iterator[None]:
         zero.grad_position[key] = [group, source + begins, target + begins, min(NORM_CHUNK, numel - begins)]
         yield
     zero.grad_position[key] = position
-
-
-def _sent_in_chunks_stage_3(zero: Any) -> dict[str, Any]:
-    send_whole = type(zero)._offload_grad_partition_at_boundary
-
-    def send_by_chunks(param: torch.nn.Parameter, partition: torch.Tensor, *swapped: Any) -> None:
-        key = zero.get_param_id(param)
-        group, target, numel = position = zero.grad_position[key]
-        squares, begins = [], 0
-        for chunk in partition.split(NORM_CHUNK):
-            zero.grad_position[key] = [group, target + begins, numel]
-            send_whole(zero, param, chunk, *swapped)
-            squares.append(zero.norm_for_param_grads[key] ** 2)
-            begins += chunk.numel()
-        zero.grad_position[key] = position
-        zero.norm_for_param_grads[key] = sum(squares) ** 0.5
-
-    return {"_offload_grad_partition_at_boundary": send_by_chunks}
-
-
-class LazyBuffer:
-    """DeepSpeed's buffer of the largest gradient's size, on the device, allocated when it is first used.
-
-    Only gradient accumulation uses it.
-    """
-
-    def __init__(self, buffer: torch.Tensor):
-        self._shape, self._dtype, self._device = buffer.shape, buffer.dtype, buffer.device
-        self._buffer: torch.Tensor | None = None
-
-    def view(self, *shape: int) -> torch.Tensor:
-        """The buffer in this shape."""
-        if self._buffer is None:
-            self._buffer = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        return self._buffer.view(*shape)

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from lisa_dist.zero.overrides import override
+
 
 class CountedAdam:
     """DeepSpeed's op for AdamW on the host, recording how it computed the powers of the betas.
@@ -30,7 +32,7 @@ def count_host_adam(optimizer: Any) -> None:
     """Have the host's AdamW, if the optimizer is one, record its steps."""
     op = getattr(optimizer, "ds_opt_adam", None)
     if op is not None and not isinstance(op, CountedAdam):
-        optimizer.ds_opt_adam = CountedAdam(op)
+        override(optimizer, "ds_opt_adam", CountedAdam(op))
 
 
 def host_adam_history(optimizer: torch.optim.Optimizer) -> list[int] | None:

@@ -13,24 +13,31 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import linear, partitioned_param_coordinator
 
 from lisa_dist.distributed.devices import free_gpu_bytes
-from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.optim.states import CopyStream
-from lisa_dist.zero import embedding_rows, gradients, host_step, masters, stage3, step
+from lisa_dist.zero import embedding_rows, gradients, masters, stage3
 from lisa_dist.zero.layout import GroupLayouts
 from lisa_dist.zero.stages import STAGE_1_2, STAGE_3, Stage
+from lisa_dist.zero.step import GroupSteps
 
-# What `override_optimizer` replaces of how gradients are measured and sent, for whatever optimizer.
+# What a run is right without: how gradients are measured, kept and reduced, for whatever optimizer,
 GRADIENT_NAMES = (
     "has_overflow",
     "scaled_global_norm",
     "_get_norm_groups",
     "set_norm_for_param_grad_in_gpu",
     "async_inplace_copy_grad_to_fp32_buffer_from_gpu",
-    "temp_grad_buffer_for_gpu_offload",
-    "_offload_grad_partition_at_boundary",
     "copy_grads_in_partition",
     "reduce_independent_p_g_buckets_and_remove_grads",
     "overlap_comm",
+)
+# the gradient of an embedding by its rows, all or none of these,
+ROW_NAMES = ("get_all_grad_tensors", "get_flat_partition", "zero_grad")
+# what ZeRO-3 keeps, and copies of new weights.
+OTHER_NAMES = (
+    "LinearFunctionForZeroStage3",
+    "update_recompute_parameters",
+    "parallel_partitioned_bit16_groups",
+    "_reassign_or_swap_out_partitioned_parameters",
 )
 _left_out: set[str] = set()
 classes_with_placed_masters: set[type] = set()  # classes of DeepSpeed's whose `initialize_optimizer_states` is replaced
@@ -47,14 +54,20 @@ def override(owner: Any, name: str, replacement: Any) -> None:
 def without(*names: str) -> Iterator[None]:
     """Leave DeepSpeed's own methods in place on optimizers that are built in the body, to compare with.
 
-    Of `GRADIENT_NAMES` alone: the other overrides depend on each other.
+    AssertionError for a name without which a run would be wrong.
     """
-    assert set(names) <= set(GRADIENT_NAMES)
+    assert set(names) <= {*GRADIENT_NAMES, *ROW_NAMES, *OTHER_NAMES}
+    assert len(set(names) & set(ROW_NAMES)) in (0, len(ROW_NAMES))
     _left_out.update(names)
     try:
         yield
     finally:
         _left_out.difference_update(names)
+
+
+def is_left_out(name: str) -> bool:
+    """Whether `without` leaves a name to DeepSpeed."""
+    return name in _left_out
 
 
 def override_construction() -> None:
@@ -77,11 +90,6 @@ def override_stage_3(model: torch.nn.Module) -> None:
     override(partitioned_param_coordinator, "update_recompute_parameters", stage3.keep_until_layer_is_done)
 
 
-def host_groups(zero: Any) -> frozenset[int]:
-    """The parameter groups whose states are on the host (--lisa_offload)."""
-    return frozenset(index for index, group in enumerate(zero.optimizer.param_groups) if group.get("lisa_host"))
-
-
 def override_optimizer(
     engine: deepspeed.DeepSpeedEngine, stage: Stage, layouts: GroupLayouts, copies: CopyStream
 ) -> None:
@@ -91,21 +99,20 @@ def override_optimizer(
     """
     zero = engine.optimizer
     replacements: dict[str, Any] = {}
-    on_host = host_groups(zero)
     if layouts.of_rows is not None:
         replacements |= embedding_rows.reduced_by_rows(engine.module, zero, *layouts.of_rows)
     else:
         embedding_rows.leave(engine.module)
-    if isinstance(zero.optimizer, LisaAdamW):
-        replacements |= step.one_pass_step(engine, stage, layouts, copies)
-    elif on_host:
-        replacements |= host_step.host_step(zero, stage, on_host, copies)
+    replacements |= GroupSteps(engine, stage, layouts, copies).replacements()
     if not (stage.is_stage_3 or stage.offloads_optimizer(zero)):
-        replacements |= gradients.kept_by_themselves(zero)
+        replacements["average_tensor"] = gradients.kept_until_reduced(zero)
+        if zero.gradient_accumulation_dtype == zero.dtype:  # else DeepSpeed adds them up where they stay
+            replacements["copy_grads_in_partition"] = gradients.kept_by_themselves(zero)
     if torch.distributed.get_world_size() == 1 and embedding_rows.reduces_plainly(zero, stage):
         replacements |= gradients.kept_on_one_rank(zero)
     if stage.offloads_optimizer(zero):
-        replacements |= gradients.sent_in_chunks(zero, stage)
+        if not stage.is_stage_3:
+            replacements |= gradients.sent_in_chunks(zero)
     elif zero.model_parallel_group is None:  # else the parts of other ranks' matrices count too
         replacements |= gradients.norms_with_one_collective(zero, stage)
     for name, replacement in replacements.items():

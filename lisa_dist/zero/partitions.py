@@ -19,9 +19,10 @@ from lisa_dist.zero import embedding_rows, parameters
 from lisa_dist.zero.embedding_rows import embedding_of, reduces_plainly
 from lisa_dist.zero.host_adam import count_host_adam, host_adam_history, replay_host_adam
 from lisa_dist.zero.layout import GroupLayouts, matrices_of_group, partition_numel, pieces_of_group
-from lisa_dist.zero.overrides import host_groups, override_optimizer, override_stage_3
+from lisa_dist.zero.overrides import ROW_NAMES, is_left_out, override_optimizer, override_stage_3
 from lisa_dist.zero.rebuild import CARRIED_FIELDS, let_go_of_model, put_back, rebuild
 from lisa_dist.zero.stages import check_deepspeed, check_pin_memory_backend, check_private_names, stage_of
+from lisa_dist.zero.step import host_groups
 
 
 def remove_forward_hooks(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -217,8 +218,6 @@ class ZeroPartitions:
     def wait_for_device(self) -> None:
         """Let the device finish what is queued; to be called before `repartition`."""
         get_accelerator().synchronize()
-        if not self._stage.is_stage_3:
-            self._zero._wait_for_offload_copies()
 
     def apply_overrides(self, copies: CopyStream) -> None:
         """Install our overrides on the optimizer that DeepSpeed built at the start, as after each rebuild."""
@@ -256,7 +255,8 @@ class ZeroPartitions:
 
     def _of_rows(self, keys: list[PartitionKey]) -> tuple[int, list[Piece | None]] | None:
         """The group of an embedding whose gradient is of rows, and the piece of each rank."""
-        if not (isinstance(self.optimizer, LisaAdamW) and reduces_plainly(self._zero, self._stage)):
+        by_rows = isinstance(self.optimizer, LisaAdamW) and not is_left_out(ROW_NAMES[0])
+        if not (by_rows and reduces_plainly(self._zero, self._stage)):
             return None
         for index, (key, params) in enumerate(zip(keys, self._stage.groups(self._zero), strict=True)):
             if len(key) != 1 or index in host_groups(self._zero) or sum(map(bool, keys)) == 1:

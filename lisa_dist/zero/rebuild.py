@@ -12,7 +12,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from lisa_dist.optim.states import CopyStream, PartitionKey, PartitionState
 from lisa_dist.zero import stage3
@@ -32,7 +31,6 @@ CARRIED_FIELDS = (
     "_global_grad_norm",
     "_grad_acc_post_hooks",
     "_coalesce_grad_reduction",
-    "_is_gradient_accumulation_boundary",
 )
 # Attributes that stages 1 and 2 give a parameter of theirs: the first two would keep the old partition alive, and a
 # model with the others cannot be pickled.
@@ -86,7 +84,6 @@ def _take_down(zero: Any, stage: Stage, next_params_of_groups: Sequence[Sequence
         for parameter in group:
             if id(parameter) not in staying:
                 stage3.give_own_storage(parameter, pin=zero.offload_param_pin_memory)
-    zero._unpin_offload_buffers()
     zero.__dict__.clear()
 
 
@@ -105,8 +102,7 @@ def _construct_in_place(zero: Any, stage: Stage, parameter_offload: Any) -> Iter
     """While this lasts, the engine's construction of its ZeRO optimizer runs `__init__` on `zero` instead.
 
     Stage 3 gets its `parameter_offload` back: destroyed and rebuilt, non-reentrant checkpointing with frozen parameters
-    crashes, and attaching the module hooks anew costs most of a switch. The allocator's cache stays: DeepSpeed empties
-    it once a group, each time waiting for the device and for copies of kept states, and new blocks fit in old memory.
+    crashes, and attaching the module hooks anew costs most of a switch.
     """
 
     def construct(*args: Any, **kwargs: Any) -> Any:
@@ -117,19 +113,12 @@ def _construct_in_place(zero: Any, stage: Stage, parameter_offload: Any) -> Iter
             del zero.initialize_ds_offload
         return zero
 
-    module, original, accelerator = import_module(stage.module), stage.optimizer_class, get_accelerator()
+    module, original = import_module(stage.module), stage.optimizer_class
     override(module, stage.class_name, construct)
-    override(accelerator, "empty_cache", lambda: None)
-    over_the_host = getattr(module, "defragment", None)
-    if stage.is_stage_3:
-        override(module, "defragment", stage3.flatten_partitions)
     try:
         yield
     finally:
         setattr(module, stage.class_name, original)
-        if stage.is_stage_3:
-            override(module, "defragment", over_the_host)
-        del accelerator.empty_cache
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ class Stage:
     masters_name: str  # this rank's master of each group, flat
     offload_name: str  # whether DeepSpeed keeps the optimizer states on the host
     private_names: tuple[str, ...]  # what else this package reads, calls or overrides
-    offload_names: tuple[str, ...]  # the same where DeepSpeed keeps the optimizer states on the host
+    offload_names: tuple[str, ...] = ()  # the same where DeepSpeed keeps the optimizer states on the host
 
     @property
     def is_stage_3(self) -> bool:
@@ -62,7 +62,7 @@ class Stage:
         if self.is_stage_3:
             return zero.fp16_partitioned_groups_flat[index]
         rank = torch.distributed.get_rank(zero.real_dp_process_group[index])
-        # Of the plain list: in the middle of a step `host_step.WeightsOfStep` would return something else.
+        # Of the plain list: in the middle of a step `WeightsOfStep` would return something else.
         return list.__getitem__(zero.parallel_partitioned_bit16_groups, index)[rank]
 
     def master_is_weights(self, zero: Any, index: int) -> bool:
@@ -85,10 +85,8 @@ STAGE_1_2 = Stage(
     masters_name="single_partition_of_fp32_groups",
     offload_name="cpu_offload",
     private_names=(
-        "_wait_for_offload_copies",
         "round_robin_bit16_groups",
         "nccl_start_alignment_factor",
-        "partition_size",
         "_get_preflattened_grad_partition",
         "scaled_global_norm",
         "copy_grads_in_partition",
@@ -96,25 +94,23 @@ STAGE_1_2 = Stage(
         "get_flat_partition",
         "params_already_reduced",
         "reduce_independent_p_g_buckets_and_remove_grads",
-        "_record_gradient_stream",
+        "average_tensor",
+        "reduction_stream",
         "params_in_partition",
         "communication_data_type",
         "gradient_accumulation_dtype",
-        "gradient_average",
         "gradient_predivide_factor",
         "postscale_gradients",
         "sequence_parallel_size",
         "get_gradient_for_reduction",
         "reduce_bucket_size",
-        "_use_compact_grad_partition_buffer",
-        "_get_param_group_idx",
         "set_norm_for_param_grad_in_gpu",
         "use_grad_accum_attribute",
         "async_inplace_copy_grad_to_fp32_buffer_from_gpu",
         "parallel_partitioned_bit16_groups",
         "real_dp_process_group",
     ),
-    offload_names=("grad_position", "norm_for_param_grads", "temp_grad_buffer_for_gpu_offload"),
+    offload_names=("grad_position", "norm_for_param_grads"),
 )
 STAGE_3 = Stage(
     module="deepspeed.runtime.zero.stage3",
@@ -129,26 +125,21 @@ STAGE_3 = Stage(
         "offload_param_pin_memory",
         "_prepare_fp32_grad_for_sub_group",
         "_get_norm_groups",
-        "_offload_grad_partition_at_boundary",
         "fp16_partitioned_groups_flat",
         "_reassign_or_swap_out_partitioned_parameters",
     ),
-    offload_names=("grad_position", "norm_for_param_grads"),
 )
 # Names that must exist: on every ZeRO optimizer, on the engine, on stage 3's parameter coordinator.
 _COMMON_NAMES = (
     "_grad_acc_hooks",
-    "_unpin_offload_buffers",
     "averaged_gradients",
     "unscale_and_clip_grads",
-    "clip_grad",
     "loss_scale",
     "get_param_id",
     "has_overflow",
     "model_parallel_group",
     "initialize_optimizer_states",
     "dp_process_group",
-    "ipg_buckets",
     "optimizer",
     "state",
     "param_groups",
@@ -210,7 +201,6 @@ def check_private_names(engine: deepspeed.DeepSpeedEngine, stage: Stage, more: S
         missing += [name for name in _COORDINATOR_NAMES if not hasattr(coordinator, name)]
         module = import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
         missing += [name for name in ("update_recompute_parameters",) if not hasattr(module, name)]
-        missing += [] if hasattr(import_module(stage.module), "defragment") else ["defragment"]
     if missing:
         raise UserError(
             f"DeepSpeed {metadata.version('deepspeed')} lacks {', '.join(missing)}, which LISA needs to "

@@ -1,8 +1,8 @@
-"""The optimizer step of one group, inside DeepSpeed's step: by LisaAdamW in one pass, or on the host (`host_step.py`).
+"""The optimizer step of one group, inside DeepSpeed's step: by LisaAdamW in one pass, or on the host (--lisa_offload).
 
 DeepSpeed's step takes the norm of all gradients and then, group by group, on each rank::
 
-    gradients   flattened into one tensor          one_pass_step: as they are          host_step: sent to the host
+    gradients   flattened into one tensor          LisaAdamW: as they are              on the host: sent there
                 cast to fp32                       not cast                            cast there
     scale       unscaled and clipped in place      one number, given to the kernel     unscaled there
     optimizer   AdamW over the master              the kernel writes moments, master   AdamW on the host
@@ -10,94 +10,197 @@ DeepSpeed's step takes the norm of all gradients and then, group by group, on ea
     weights     master copied to the weights       skipped                             cast, and sent to the device
 
 Source of the order: `DeepSpeedZeroOptimizer.step`, `DeepSpeedZeroOptimizer_Stage3.step`.
+
+As the first group of a step asks for its gradients, those of all groups on the host set out, into pinned memory and on
+a stream of their own: while the host steps one group, the gradients of the next arrive. New weights go back by pinned
+memory too, cast on the host; the device has them before whatever it computes next, and nobody waits.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
 import torch
 
-from lisa_dist.optim.adamw import PartitionStep
+from lisa_dist.optim.adamw import LisaAdamW, PartitionStep
 from lisa_dist.optim.states import CopyStream
-from lisa_dist.zero.host_step import GradientsToHost, WeightsOfStep, send_weights
 from lisa_dist.zero.layout import GroupLayouts
-from lisa_dist.zero.stages import Stage
+from lisa_dist.zero.stages import STAGE_1_2, Stage
 
 
-def one_pass_step(
-    engine: deepspeed.DeepSpeedEngine, stage: Stage, layouts: GroupLayouts, copies: CopyStream
-) -> dict[str, Any]:
-    """Replace DeepSpeed's passes over a group's memory by what LisaAdamW needs to do all in one.
+class GroupSteps:
+    """What DeepSpeed's step asks of each group, where LisaAdamW or the host steps it."""
 
-    DeepSpeed is given a single zero, spread over the partition, as the gradient.
-    """
-    zero = engine.optimizer
-    add_up = functools.partial(torch.distributed.all_reduce, group=zero.dp_process_group)
-    masters = enumerate(stage.masters(zero))
-    on_host = frozenset(index for index, one in masters if one.device != stage.flat_weights(zero, index).device)
-    to_host = GradientsToHost(zero, stage, on_host, copies)
-    prepared: list[PartitionStep] = []  # of the group that is about to step, between its gradients and its scale
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, stage: Stage, layouts: GroupLayouts, copies: CopyStream):
+        self._engine, self._zero, self._stage, self._layouts = engine, engine.optimizer, stage, layouts
+        self._in_one_pass = isinstance(self._zero.optimizer, LisaAdamW)
+        self._on_host = host_groups(self._zero)
+        if self._in_one_pass:  # which takes gradients as they are where the host is the device
+            self._on_host = frozenset(index for index in self._on_host if self._master_is_elsewhere(index))
+        self._to_host = GradientsToHost(self._zero, stage, self._on_host, copies)
+        self._weights: WeightsOfStep | None = None
+        self._prepared: list[PartitionStep] = []  # of the group that is about to step, between gradients and scale
 
-    def prepare(index: int) -> torch.Tensor:
-        master, weights = stage.masters(zero)[index], stage.flat_weights(zero, index)
-        flat = None if stage.is_stage_3 else type(zero)._get_preflattened_grad_partition(zero, index)
-        gradients = zero.averaged_gradients[index] if flat is None else [flat]
-        to_host.send(index)
-        if index in on_host:
-            gradients = [to_host.take(index)]
-        if not stage.is_stage_3:
-            zero.parallel_partitioned_bit16_groups.writers[index] = functools.partial(write, index)
-        writes_weights = index not in on_host and master.data_ptr() != weights.data_ptr()
+    def replacements(self) -> dict[str, Any]:
+        """By DeepSpeed's name, what takes its place; nothing where its own step does."""
+        if not (self._in_one_pass or self._on_host):
+            return {}
+        scale = {"unscale_and_clip_grads": self.set_gradient_scale} if self._in_one_pass else {}
+        if self._stage.is_stage_3:
+            return scale | {
+                "_prepare_fp32_grad_for_sub_group": self.prepare_sub_group,
+                "_reassign_or_swap_out_partitioned_parameters": self.write_sub_group,
+            }
+        self._weights = WeightsOfStep(self._zero.parallel_partitioned_bit16_groups)
+        return scale | {
+            "_get_preflattened_grad_partition": self.gradient_of_group,
+            "parallel_partitioned_bit16_groups": self._weights,
+        }
+
+    def gradient_of_group(self, index: int) -> torch.Tensor | None:
+        """Stages 1 and 2: the gradient of a partition; None has DeepSpeed flatten what is in `averaged_gradients`."""
+        assert self._weights is not None
+        gradients = self._gradients(index)
+        if self._in_one_pass or index in self._on_host:
+            self._weights.writers[index] = functools.partial(self._write, index)
+        if self._in_one_pass:
+            return self._prepare(index, gradients)
+        return gradients[0] if index in self._on_host else flattened(self._zero, index)
+
+    def prepare_sub_group(self, index: int) -> None:
+        """Stage 3: give the master its gradient."""
+        gradients = self._gradients(index)
+        if self._in_one_pass:
+            self._stage.masters(self._zero)[index].grad = self._prepare(index, gradients)
+            self._zero.averaged_gradients[index] = None
+        else:
+            self._zero.averaged_gradients[index] = gradients
+            type(self._zero)._prepare_fp32_grad_for_sub_group(self._zero, index)
+
+    def write_sub_group(self, index: int) -> None:
+        """Stage 3: the new weights; partitions of parameters are views of them."""
+        if self._in_one_pass or index in self._on_host:
+            self._write(index)
+        else:
+            type(self._zero)._reassign_or_swap_out_partitioned_parameters(self._zero, index)
+
+    def set_gradient_scale(self, index_or_gradients: Any, total_norm: torch.Tensor | None) -> None:
+        """Give LisaAdamW the factor in the place of gradients that are multiplied."""
+        step = self._prepared.pop()  # it holds gradients, which are to be freed after the step
+        step.gradient_scale = gradient_scale(self._zero, total_norm, step.gradients[0].device)
+
+    def _gradients(self, index: int) -> list[Any]:
+        """Of a group, where it steps."""
+        self._to_host.send(index)
+        if index in self._on_host:
+            return [self._to_host.take(index)]
+        flat = None if self._stage.is_stage_3 else flattened(self._zero, index)
+        return self._zero.averaged_gradients[index] if flat is None else [flat]
+
+    def _prepare(self, index: int, gradients: list[Any]) -> torch.Tensor:
+        """Have LisaAdamW step a group with these; DeepSpeed is given a single zero, spread over the partition."""
+        master, weights = self._stage.masters(self._zero)[index], self._stage.flat_weights(self._zero, index)
+        writes_weights = index not in self._on_host and master.data_ptr() != weights.data_ptr()
         step = PartitionStep(
-            layouts.pieces[index],
+            self._layouts.pieces[index],
             gradients,
             weights if writes_weights else None,
-            draw=engine.global_steps,
-            matrices=layouts.matrices[index],
-            add_up=add_up,
+            draw=self._engine.global_steps,
+            matrices=self._layouts.matrices[index],
+            add_up=functools.partial(torch.distributed.all_reduce, group=self._zero.dp_process_group),
         )
-        prepared.append(step)
-        zero.optimizer.prepare(master, step)
+        self._prepared.append(step)
+        self._zero.optimizer.prepare(master, step)
         return master.new_zeros(1).expand(master.numel())
 
-    def set_gradient_scale(index_or_gradients: Any, total_norm: torch.Tensor | None) -> None:
-        step = prepared.pop()  # it holds gradients, which are to be freed after the step
-        step.gradient_scale = gradient_scale(zero, stage, total_norm, step.gradients[0].device)
+    def _write(self, index: int) -> None:
+        """Send new weights to the device; others LisaAdamW's kernel has written."""
+        if index in self._on_host:
+            send_weights(self._stage.masters(self._zero)[index].detach(), self._stage.flat_weights(self._zero, index))
 
-    def prepare_sub_group(index: int) -> None:
-        stage.masters(zero)[index].grad = prepare(index)
-        zero.averaged_gradients[index] = None
-
-    def write(index: int) -> None:  # the kernel has written the others; partitions of parameters are views of them
-        if index in on_host:
-            send_weights(stage.masters(zero)[index].detach(), stage.flat_weights(zero, index))
-
-    if stage.is_stage_3:
-        return {
-            "unscale_and_clip_grads": set_gradient_scale,
-            "_prepare_fp32_grad_for_sub_group": prepare_sub_group,
-            "_reassign_or_swap_out_partitioned_parameters": write,
-        }
-    return {
-        "unscale_and_clip_grads": set_gradient_scale,
-        "_get_preflattened_grad_partition": prepare,
-        "parallel_partitioned_bit16_groups": WeightsOfStep(zero.parallel_partitioned_bit16_groups),
-    }
+    def _master_is_elsewhere(self, index: int) -> bool:
+        return self._stage.masters(self._zero)[index].device != self._stage.flat_weights(self._zero, index).device
 
 
-def gradient_scale(zero: Any, stage: Stage, total_norm: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+def host_groups(zero: Any) -> frozenset[int]:
+    """The parameter groups whose states are on the host (--lisa_offload)."""
+    return frozenset(index for index, group in enumerate(zero.optimizer.param_groups) if group.get("lisa_host"))
+
+
+def gradient_scale(zero: Any, total_norm: torch.Tensor | None, device: torch.device) -> torch.Tensor:
     """The factor of the gradients, fp32 of shape [1], for clipping and the loss scale, as DeepSpeed computes it.
 
     `total_norm`, on the host, is the norm of all gradients, times the loss scale; it is needed where they are clipped.
+    Stage 3's own multiplies what it finds at the master; that of stages 1 and 2 has the same formula.
     """
     scale = torch.ones(1, device=device)
-    if not stage.is_stage_3:
-        type(zero).unscale_and_clip_grads(zero, [scale], total_norm)
-        return scale
-    # Stage 3's own scales the whole gradient that it finds at the master, so its formula stands here once more.
-    combined = zero.loss_scale
-    if zero.clip_grad > 0.0:
-        clip = ((total_norm / zero.loss_scale) + 1e-6) / zero.clip_grad
-        combined = torch.clamp(clip, min=1.0) * zero.loss_scale
-    return scale.mul_(1.0 / combined)
+    STAGE_1_2.optimizer_class.unscale_and_clip_grads(zero, [scale], total_norm)
+    return scale
+
+
+def flattened(zero: Any, index: int) -> torch.Tensor | None:
+    """Stages 1 and 2: the gradients of a group where DeepSpeed has them in one buffer, as under accumulation."""
+    return type(zero)._get_preflattened_grad_partition(zero, index)
+
+
+class GradientsToHost:
+    """The gradients of the groups `groups` of one step on their way to the host, each group's as one flat tensor."""
+
+    def __init__(self, zero: Any, stage: Stage, groups: frozenset[int], copies: CopyStream):
+        self._zero, self._stage, self._groups, self._copies = zero, stage, groups, copies
+        self._sent: dict[int, tuple[torch.Tensor, Callable[[], None]]] = {}
+
+    def send(self, index: int) -> None:
+        """Send what is there: of all groups where copies overlap, of group `index` where they would be in order."""
+        for group in self._groups if self._copies.overlaps else self._groups & {index}:
+            gradients = self._zero.averaged_gradients[group]
+            if gradients is not None and group not in self._sent:
+                self._sent[group] = self._queue(group, gradients)
+
+    def take(self, index: int) -> torch.Tensor:
+        """A group's gradients, in the dtype of the weights and padded as its partition is, once they have arrived."""
+        flat, wait = self._sent.pop(index)
+        wait()
+        return flat
+
+    def _queue(self, index: int, gradients: list[torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        whole = None if self._stage.is_stage_3 else flattened(self._zero, index)
+        gradients = gradients if whole is None else [whole]
+        numel, dtype = self._stage.masters(self._zero)[index].numel(), gradients[0].dtype
+        flat, begin = torch.empty(numel, dtype=dtype, pin_memory=self._copies.overlaps), 0
+        with self._copies.after_compute():
+            for gradient in gradients:
+                flat[begin : begin + gradient.numel()].copy_(gradient.view(-1), non_blocking=True)
+                self._copies.hold(gradient)
+                begin += gradient.numel()
+        flat[begin:] = 0  # padding
+        return flat, self._copies.mark()
+
+
+def send_weights(master: torch.Tensor, weights: torch.Tensor) -> None:
+    """Copy a master on the host to the weights; where those are on a device, the host does not wait."""
+    if weights.device.type != "cpu":
+        master = torch.empty_like(weights, device="cpu", pin_memory=True).copy_(master)
+    weights.copy_(master, non_blocking=True)
+
+
+class WeightsOfStep(list):
+    """Weights by group and rank, of which DeepSpeed's step does not copy the master over those written otherwise.
+
+    DeepSpeed's step reads the entry of a group right after the optimizer has stepped it, copies the master there, and
+    reads it again for the all-gather. There is no method in between that could be replaced. So the next read of a group
+    in `writers` calls its function, which writes the weights if they are not written yet, and returns meta tensors:
+    copying to them does nothing.
+    """
+
+    def __init__(self, entries: list):
+        super().__init__(entries)
+        self.writers: dict[int, Callable[[], None]] = {}
+
+    def __getitem__(self, index: Any) -> Any:
+        entry = super().__getitem__(index)
+        if index not in self.writers:
+            return entry
+        self.writers.pop(index)()
+        return [torch.empty_like(weights, device="meta") for weights in entry]

@@ -13,7 +13,7 @@ from torch import nn
 import lisa_dist
 from lisa_dist.optim import row_gradient
 from lisa_dist.optim.row_gradient import RowGradient
-from lisa_dist.zero import partitions
+from lisa_dist.zero import overrides
 from lisa_dist.zero.embedding_rows import EmbeddingRows, embedding_of
 
 STEPS, INTERVAL = 7, 2
@@ -26,9 +26,8 @@ def train(ds_config: str, by_rows: bool, dtype: torch.dtype, settings: dict, opt
     """Losses and weights of a few steps; whether the embedding ever had a gradient of its own, or of rows."""
     settings = {"lisa_interval_steps": INTERVAL, "lisa_debug": True} | settings
     model = options.get("build", functools.partial(tiny_llama, vocab_size=131))().to(dtype)
-    of_rows, partitions.embedding_of = partitions.embedding_of, embedding_of if by_rows else lambda *_: None
     accumulation = options.get("accumulation", 1)
-    try:
+    with overrides.without(*(() if by_rows else overrides.ROW_NAMES)):
         engine, lisa = lisa_dist.initialize(
             model,
             options.get("config", ds_config),
@@ -51,8 +50,6 @@ def train(ds_config: str, by_rows: bool, dtype: torch.dtype, settings: dict, opt
         lisa.close()
         assert "forward" not in vars(embedding), "another trainer's gradients are its own"
         engine.destroy()
-    finally:
-        partitions.embedding_of = of_rows
     return {"losses": losses, "weights": weights, "whole": len(whole), "by_rows": kept}
 
 

@@ -19,44 +19,49 @@ from lisa_dist.zero import overrides, stages, step
 
 ROOT = Path(__file__).parents[3]
 FOLDER = Path(zero.__file__).parent
-# Names are broken over lines in the table's narrow columns.
-TABLE = re.split(r"^=+ +=.*$", zero.__doc__ or "", flags=re.MULTILINE)[2]
-
-
-def column(first: int, last: int | None) -> str:
-    """A column of the table as one line; where a line begins with _ a long name goes on."""
-    return re.sub(r" +(?=_)", "", " ".join(line[first:last].strip() for line in TABLE.splitlines()))
+# An entry begins with its names, in front of a colon, and goes on in indented lines.
+ENTRIES = re.findall(r"^(\w[\w, ]*): \w+\.py.*\n((?:    .*\n)+)", zero.__doc__ or "", re.MULTILINE)
+REASONS = re.compile(r"Wrong\s+without:|Peak:\s+[\d.]+\s+GiB\s+of|Counted:\s")
 
 
 def overridden_names() -> set[str]:
-    """Names given to `override`, and the keys of what modules return to it, read from the sources."""
+    """Names given to `override`, and the keys of what modules give to it, read from the sources."""
     names = {"DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"}  # by `Stage.class_name`
     for path in FOLDER.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "override":
                 names |= {word.value for word in node.args[1:2] if isinstance(word, ast.Constant)}
-            elif (
-                isinstance(node, ast.Return)
-                and isinstance(node.value, ast.Dict)
-                and path.stem in ("step", "host_step", "gradients", "embedding_rows")
-            ):
-                names |= {key.value for key in node.value.keys}
+            elif isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "replacements":
+                assert isinstance(node.slice, ast.Constant)
+                names.add(node.slice.value)
+            elif isinstance(node, ast.Dict) and path.stem in ("step", "gradients", "embedding_rows"):
+                names |= {key.value for key in node.keys if isinstance(key, ast.Constant)}
     return names
 
 
-def test_every_override_is_in_the_table():
-    names = overridden_names()
-    assert len(names) > 12
-    missing = [name for name in names if name not in column(0, 42)]
-    assert not missing
+def test_every_override_is_in_the_table_and_has_a_reason():
+    listed = [name for names, _ in ENTRIES for name in names.split(", ")]
+    assert overridden_names() == set(listed)
+    assert len(listed) == len(set(listed))
+    assert [names for names, text in ENTRIES if not REASONS.search(text)] == []
+
+
+def test_what_a_run_is_wrong_without_cannot_be_left_out():
+    optional = {*overrides.GRADIENT_NAMES, *overrides.ROW_NAMES, *overrides.OTHER_NAMES}
+    wrong_without = {name for names, text in ENTRIES if "Wrong without" in text.replace("\n    ", " ")
+                     for name in names.split(", ")}  # fmt: skip
+    assert optional == overridden_names() - wrong_without
+    with pytest.raises(AssertionError), overrides.without("initialize_optimizer_states"):
+        pass
 
 
 def test_the_tests_of_the_table_exist():
-    named = set(re.findall(r"test_[a-z0-9_]+", column(79, None)))
     there = {name for path in (ROOT / "tests").rglob("test_*.py")
              for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)}  # fmt: skip
-    assert len(named) > 8
-    assert named <= there
+    for names, text in ENTRIES:
+        named = set(re.findall(r"test_[a-z0-9_]+", text))
+        assert named, names
+        assert named <= there
 
 
 class Copies(TorchDispatchMode):
@@ -118,7 +123,7 @@ def test_the_scale_of_stage_3_is_deepspeeds(clip_grad):
     zero3 = SimpleNamespace(loss_scale=4.0, clip_grad=clip_grad, fp32_partitioned_groups_flat=[master], device="cpu")
     stages.STAGE_3.optimizer_class.unscale_and_clip_grads(zero3, 0, norm)
     assert 0 < master.grad < 1
-    assert torch.equal(step.gradient_scale(zero3, stages.STAGE_3, norm, master.device), master.grad)
+    assert torch.equal(step.gradient_scale(zero3, norm, master.device), master.grad)
 
 
 def test_a_name_that_is_not_there_is_no_override():
