@@ -63,11 +63,11 @@ def write_results(path: Path, figures: dict, quiet: bool = False) -> None:
 
 
 def _without_folders(word: str) -> str:
-    """A word of a command; of an absolute path the last part, since where someone's files lie is nobody's business."""
+    """A word of a command; of a path elsewhere the last part, since where someone's files lie is nobody's business."""
     flag, equals, value = word.partition("=")
     if equals and value.startswith("/"):
         return f"{flag}={Path(value).name}"
-    return Path(word).name if word.startswith("/") else word
+    return Path(word).name if word.startswith(("/", "..")) else word
 
 
 def versions() -> dict[str, str]:

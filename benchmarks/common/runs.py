@@ -22,7 +22,7 @@ from benchmarks.common.methods import Method
 from benchmarks.common.ranks import RankGroup, run_on_cpu
 from benchmarks.common.results import parser_of, positive
 from lisa_dist.config import UserError
-from lisa_dist.core.blocks import Blocks, find_blocks
+from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import checkpoint_layers, let_backward_end, number_of_layers
 from lisa_dist.core.live_bytes import live_storages
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
@@ -45,8 +45,7 @@ PHASES = ("begin", "forward", "backward", "optimizer")  # of a step; LISA's swit
 def shrunk_config(model: str, shrink: int = 1, num_layers: int | None = None) -> PretrainedConfig:
     """A shipped config, or that of a folder or the hub, with every width and the vocabulary divided by `shrink`.
 
-    Heads keep their size and become fewer, so that each block keeps its share of the parameters. Raises ValueError for
-    a model that is not there, or whose config names its widths otherwise.
+    Heads keep their size and become fewer. Raises UserError for a model that is not there or has other widths.
     """
     config = load_model_config(model)
     if lacks := [name for name in WIDTHS if not hasattr(config, name)]:
@@ -74,16 +73,12 @@ def methods_parser(about: str, results: str, *, shrink: int) -> argparse.Argumen
 
 
 def parse(parser: argparse.ArgumentParser, fewest: int = 2) -> argparse.Namespace:
-    """The flags of `methods_parser`; an error for a model that is not there, or with fewer layers, or for --large."""
+    """The flags of `methods_parser`; an error for a model that is not there, or with fewer layers."""
     arguments = parser.parse_args()
-    flag = "--model"
     try:
         config = shrunk_config(arguments.model, arguments.shrink, arguments.num_layers)
-        if hasattr(arguments, "large"):
-            flag = "--large"
-            load_model_config(arguments.large)
     except UserError as error:
-        parser.error(str(error).replace("--model", flag))
+        parser.error(str(error))
     if config.num_hidden_layers < fewest:
         parser.error(f"--num_layers {config.num_hidden_layers}: too few for what is compared; take {fewest} or more")
     return arguments
@@ -147,7 +142,6 @@ class Run:
         layers: Sequence[int] = (),
         lr: float = LR,
     ):
-        self.lr = lr
         self.method, self._interval, self._rows, self._layers = method, interval, rows, tuple(layers)
         self._ds_config, self._rng = ds_config, random.Random(0)
         self._tokens = torch.Generator().manual_seed(dist.get_rank())
@@ -166,21 +160,17 @@ class Run:
         if method.kind == "lisa":
             settings = lisa_dist.LisaConfig(lisa_interval_steps=interval, **method.settings)
             common = {"lr": lr, "weight_decay": WEIGHT_DECAY, "optim": method.optim, "micro_batch_size": rows}
-            self.engine, self.lisa = lisa_dist.initialize(self.model, self._ds_config, settings, **common)
+            self.engine, self.lisa = lisa_dist.initialize(self.model, ds_config, settings, **common)
         else:
-            self.engine = self._plain_engine()
+            if method.kind == "static":
+                self._let_train(self._layers)
+            model = adapted(self.model, method) if method.kind == "lora" else self.model
+            more = {"optim": method.optim, "lr": lr, "weight_decay": WEIGHT_DECAY, "rows": rows}
+            self.engine = plain_engine(model, ds_config, **more)
         self._checkpointed = 0
         if method.checkpointed:
             self.checkpoint(number_of_layers(method.checkpointed, len(self.blocks.layers)))
         get_accelerator().empty_cache()  # of what only the start has needed, so that `reserved_bytes` is of steps
-
-    def _plain_engine(self) -> deepspeed.DeepSpeedEngine:
-        """What one writes without this package."""
-        model = adapted(self.model, self.method) if self.method.kind == "lora" else self.model
-        if self.method.kind == "static":
-            self._let_train(self._layers)
-        more = {"lr": self.lr, "weight_decay": WEIGHT_DECAY, "rows": self._rows}
-        return plain_engine(model, self._ds_config, optim=self.method.optim, **more)
 
     def _let_train(self, layers: Sequence[int]) -> None:
         """The layers and what is always on require gradients, and nothing else."""
@@ -302,8 +292,7 @@ class Run:
     def planned_bytes(self, length: int, checkpointed: int | None = None) -> int | None:
         """What the planner says of `peak_bytes`, for the blocks that train now; or if so many were checkpointed.
 
-        There is no plan of the callback, which `lisa-dist` does not run, nor of Liger's fused loss; that of compiled
-        layers is of layers that are not, which hold more.
+        There is none of the callback and of Liger's fused loss; that of compiled layers is of layers that are not.
         """
         method, config = self.method, self.method.config
         if method.kind == "callback" or method.liger:
@@ -354,15 +343,12 @@ class Run:
         return parts.peak + kept
 
     def drift(self, length: int) -> dict[str, float] | None:
-        """What sleeping layers do in a step: elements that have changed, and the largest change of one.
-
-        All layers of full training and LoRA are awake: None.
-        """
+        """Elements of frozen layers that change in a step, and the largest change; None where all layers train."""
         self.begin()
-        asleep = [block for number, block in enumerate(self.blocks.layers) if number not in self.active_layers]
-        if not asleep:
+        frozen = [block for number, block in enumerate(self.blocks.layers) if number not in self.active_layers]
+        if not frozen:
             return self.steps(1, length)
-        params = [parameter for block in asleep for parameter in block.parameters.values()]
+        params = [parameter for block in frozen for parameter in block.parameters.values()]
         # Of stage 3 this rank's part; ds_tensor is where it lies.
         now = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in params]
         before = [part.clone() for part in now]
@@ -380,48 +366,39 @@ class Run:
 
 
 def peak_of(ranks: RankGroup, length: int, tries: int = 1) -> dict:
-    """The most that a rank of `Run` takes in a step, what was planned, and for which layers and blocks.
-
-    Of several tries the least: now and then a thread of gloo's still holds a bucket that it has reduced.
-    """
+    """The most that a rank of `Run` takes in a step, what was planned, and for which layers and blocks."""
     planned = ranks.call("planned_bytes", length)
     return {
         "planned": None if None in planned else max(planned),
         "active_layers": ranks.call("get", "active_layers")[0],
         "active_blocks": ranks.call("get", "active_blocks")[0],
+        # The least of several tries: now and then a thread of gloo's still has a bucket that it has reduced.
         "peak": min(max(ranks.call("peak_bytes", length)) for _ in range(tries)),
     }
 
 
 def flops_of_step(
-    config: PretrainedConfig, method: Method, tokens: int, length: int, layers: Sequence[int] | None = None
+    config: PretrainedConfig, method: Method, tokens: int, length: int, layers: Sequence[int] = (), again: int = 0
 ) -> float:
     """Floating-point operations that a step cannot do without: matrix products, a multiply-add as two.
 
     Of every matrix a forward pass, the gradient of its input as far down as something trains, and its own gradient
-    where it trains; of attention its two products, forward and twice as many backward. Without recomputation. `layers`
-    are those that train, of which the lowest matters where the embedding does not; without them it is an average over
-    draws.
+    where it trains; of attention its two products, forward and twice as many backward. `layers` are those of static,
+    callback and LISA that train, and so many are computed `again`.
     """
     model = model_of(config)
-    blocks: Blocks = find_blocks(model)
-    count = len(blocks.layers)
-    layer = sum(one.numel() for one in blocks.layers[0].parameters.values() if one.ndim > 1)
-    head = model.get_output_embeddings().weight.numel()
+    first, count = find_blocks(model).layers[0], config.num_hidden_layers
+    matrices = [one for one in first.parameters.values() if one.ndim > 1]
+    layer, head = sum(one.numel() for one in matrices), model.get_output_embeddings().weight.numel()
     attention = 4 * length * config.num_attention_heads * config.head_dim / 2  # a token and layer; causal: half of it
+    trained, outer, of_adapters = len(layers), method.config.always_on, 0
     if method.kind in ("full", "lora"):
-        trained, head_trains, lowest = (count if method.kind == "full" else 0), method.kind == "full", 0
-    else:
-        outer = method.config.always_on
-        trained, head_trains = method.config.lisa_activated_layers if layers is None else len(layers), "head" in outer
-        # The backward pass ends at the embedding, or where that is frozen at the lowest layer that trains.
-        lowest = (count - trained) / (trained + 1) if layers is None else min(layers, default=count)
-        lowest = 0 if "embed" in outer else lowest
-    of_adapters = 0
+        trained, outer = (count, ("embed", "head")) if method.kind == "full" else (0, ("embed",))
     if method.kind == "lora":
-        linears = [one for one in blocks.layers[0].parameters.values() if one.ndim > 1]
-        of_adapters = count * method.settings["r"] * sum(sum(one.shape) for one in linears)
+        of_adapters = count * method.settings["r"] * sum(sum(one.shape) for one in matrices)
+    # The backward pass ends at the embedding, or where that is frozen at the lowest layer that trains.
+    lowest = 0 if "embed" in outer else min(layers, default=count)
     backward = (count - lowest) / count
     per_token = 2 * count * layer * (1 + backward) + 2 * trained * layer + count * attention * (1 + 2 * backward)
-    per_token += 2 * head * (3 if head_trains else 2) + 6 * of_adapters
+    per_token += 2 * head * (3 if "head" in outer else 2) + 6 * of_adapters + again * (2 * layer + attention)
     return per_token * tokens

@@ -4,14 +4,11 @@ python -m benchmarks.cost.gpu
 python -m benchmarks.cost.gpu --rehearse     # the same on a CPU, with models small enough for it
 
 First what gpu_correct.py checks. Then shapes of Llama-3.1-8B and LLaMA-2-7B with random weights, bf16, one row of 2048
-tokens, of a recipe as many as it has; each method in a process of its own, so that the peak is its own. Arms run in the
-order of ORDER, the most telling first. A line is printed and the results are written anew whenever one ends, so that a
-run that is killed keeps what it has. None is begun that may not end in time, and one that hangs is ended.
-
-Full training of the shapes does not fit one GPU of 80 GB: what it says is kept, and it is compared on the 7B shape with
-12 of its layers, one of them active. Nothing is checkpointed where a method does not say so. Static has the layers that
-LISA has. LISA's peak is the larger of two periods, and a switch is what a period's first step begins with. A recipe has
-the flags of its file, and the layers that its header plans. No network is needed once the packages are there.
+tokens, of a recipe as many as it has; each method in a process of its own, in the order of ORDER. The results are
+written anew whenever one ends. None is begun that may not end in time, and one that hangs is ended. Full training does
+not fit 80 GB: it is compared on the 7B shape with 12 layers. Static has the layers that LISA has. LISA's peak is the
+larger of two periods, and a switch is what a period's first step begins with. A recipe has the flags of its file, and
+the layers that its header plans.
 """
 
 import argparse
@@ -33,7 +30,7 @@ import torch
 import yaml
 
 from benchmarks.common import runs
-from benchmarks.common.methods import EMBED_FROZEN, FULL, LISA, LORA_16, LORA_128, STATIC, Method
+from benchmarks.common.methods import EIGHT, EMBED_FROZEN, FULL, LISA, LORA_16, LORA_128, STATIC, Method, checkpointed
 from benchmarks.common.ranks import Caller, RankError, RankGroup
 from benchmarks.common.results import RESULTS, parser_of, positive, versions, write_results
 from benchmarks.cost import kernels
@@ -57,7 +54,6 @@ def of_recipe(name: str) -> Method:
     return replace(method, optim=flags.get("optim", method.optim))
 
 
-EIGHT = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 SIX_BYTES = Method("lisa, 6 bytes", "lisa", EIGHT | {"lisa_master": "bf16_sr"}, optim="lisa_adamw")
 ON_HOST = Method("lisa, always on, on host", "lisa", {"lisa_offload": "embed,head,rest"})
 BNB_8 = Method("lisa, bitsandbytes AdamW8bit", "lisa", optim="adamw_bnb_8bit")
@@ -70,11 +66,6 @@ LIGER = replace(LISA, name="lisa, Liger", liger=True)
 COMPILED = replace(LISA, name="lisa, compiled", compiled=True)
 ONE = {"lisa_activated_layers": 1}
 GAMMA_1, STATIC_1, CALLBACK_1 = (Method(f"{name}, gamma 1", name, ONE) for name in ("lisa", "static", "callback"))
-
-
-def checkpointed(method: Method) -> Method:
-    """The same method with the activations of all layers computed again."""
-    return replace(method, name=f"{method.name}, checkpointed", checkpointed="all")
 
 
 # Model, and how many of its layers (None: all).
@@ -98,7 +89,7 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL
 PEAK_FLOPS |= {"GB200": 2500e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "5090": 209e12}
 REHEARSED = (64, 8)  # by how much widths are divided, and the layers
 WARMUP, INTERVAL, SWITCHES = 2, 8, 3
-ARM_SECONDS = 150  # after which a method has hung
+METHOD_SECONDS = 150  # after which a method has hung
 
 
 def why_not_here(method: Method) -> str:
@@ -193,7 +184,7 @@ class Budget:
         left = self._seconds - (begun - self._started)
         if left <= self._longest:
             return {"not_run": f"time was up: {max(left, 0):.0f} s are left, and a method takes {self._longest:.0f} s"}
-        limit = min(left, ARM_SECONDS)
+        limit = min(left, METHOD_SECONDS)
         try:
             with limited(limit):
                 found = what()
@@ -245,7 +236,7 @@ def run_all(arguments: argparse.Namespace, peak_flops: float | None) -> dict:
 
 def run_one(shape: tuple, method: Method, of_shape: dict, budget: Budget, arguments: argparse.Namespace) -> dict:
     """One method of a shape; `of_shape` has the others."""
-    lisa = next((found for name, found in of_shape.items() if name.startswith("lisa")), {"not_run": "no such arm"})
+    lisa = next((found for name, found in of_shape.items() if name.startswith("lisa")), {"not_run": "no such method"})
     if missing := why_not_here(method):
         return {"not_run": missing}
     if method.kind == "static" and "not_run" in lisa:

@@ -5,9 +5,8 @@ TRITON_INTERPRET=1 LISA_DIST_KERNELS=triton python -m benchmarks.cost.gpu_correc
 
 Each form of AdamW's step, of the factored moment's, and the sums of squares, are compared with plain torch on the CPU:
 of a piece that begins and ends at multiples of 16, of an odd one behind 2^36 elements, and once of more than 2^31, of
-which the last are looked at. fp32 may differ by 1e-5, and of what is rounded to fewer bits one element in 500 by a
-neighbour. Random bits and bitsandbytes' codes are to be the same. Ten losses of a small model, of which a period is
-three steps, may differ by 1e-4 in fp32 and by 2e-2 in bf16.
+which the last are looked at. Random bits and bitsandbytes' codes are to be the same. Ten losses of a small model, of
+which a period is three steps, may differ by 1e-4 in fp32 and by 2e-2 in bf16.
 """
 
 import functools

@@ -3,10 +3,9 @@
 python -m benchmarks.cost.gpu_ranks --ranks 2        # five minutes on a host with so many GPUs, without a network
 python -m benchmarks.cost.gpu_ranks --rehearse       # small, on whatever there is
 
-Each method learns the same row of each rank by heart, so its losses are to be those of the first, but for 2%: with
-reductions that overlap the backward pass or not, a gradient of the embedding's rows (all_to_all), and weights that are
-gathered. What has 4 bits has losses of its own. At last one rank of `lisa-dist train` gets SIGTERM: all are to save
-after one step, and to go on.
+Each method learns the same row of each rank by heart, so its losses are to be those of the first, but for 2%; what has
+4 bits has losses of its own. At last one rank of `lisa-dist train` gets SIGTERM: all are to save after one step, and to
+go on.
 """
 
 import itertools
@@ -38,7 +37,7 @@ STEPS, INTERVAL, TOLERANCE = 10, 4, 2e-2
 HEADER = ("", "losses", "differ by", "peak GiB", "step s", "switch s", "tokens/s")
 APART, OVERLAPPING = read_ds_config("zero2"), read_ds_config("zero2")
 APART["zero_optimization"]["overlap_comm"], OVERLAPPING["zero_optimization"]["overlap_comm"] = False, True
-ARMS = {
+METHODS = {
     "zero2, no overlap": (APART, LISA),
     "zero2, overlap": (OVERLAPPING, LISA),
     "zero2, overlap, rows": (OVERLAPPING, Method("rows", "lisa", optim="lisa_adamw")),
@@ -138,7 +137,7 @@ def main() -> None:
     if there < arguments.ranks and not arguments.rehearse:
         parser.error(f"--ranks {arguments.ranks}: there are {there} GPUs here; --rehearse runs the same on CPUs")
     figures = {"ranks": arguments.ranks, "arms": {}, "sigterm": {"not_run": "not reached"}}
-    for name, (ds_config, method) in ARMS.items():
+    for name, (ds_config, method) in METHODS.items():
         figures["arms"][name] = attempted(measure, ds_config, method, arguments)
         print(f"{name}: {figures['methods'][name].get('not_run', 'measured')}", flush=True)
         write_results(arguments.results, figures, quiet=True)

@@ -4,8 +4,8 @@ python -m benchmarks.cost.gpu_train                                             
 python -m benchmarks.cost.gpu_train --recipe llama3_8b_16gb --packing true           # other flags are the run's
 python -m benchmarks.cost.gpu_train --rehearse                                       # small, on whatever there is
 
-A hundred steps by a recipe, of a model of its shape with random weights and of rows of random words, as many of 16 as
-of --max_length; no network is needed. llama3_8b_24gb trains as many layers as fit, so that little memory is left.
+A hundred steps by a recipe, of a model of its shape with random weights and of rows of random words; no network is
+needed. llama3_8b_24gb trains as many layers as fit, so that little memory is left.
 `measured` is of one step, as planned; `allocated` and `reserved` are of the steps after it, `used` is what nvidia-smi
 sees at most, and `context` what it sees at the end besides what is reserved.
 """

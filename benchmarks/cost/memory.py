@@ -3,17 +3,16 @@
 python -m benchmarks.cost.memory
 
 Every storage of tensors on every rank, by what it is: between two steps after the first one, after 10 and after 50
-switches (one before every step; methods without switches take a step), then the peak of one longer step beside the plan
-of it, and of one that begins with a switch. Static has the layers that LISA has first. Where embedding and head are
-drawn, the peak is the larger of two: of a period as it comes, and of one that trains the embedding. On CPU host and
-device are one: what a policy puts on the host counts too.
+switches (one before every step), then the peak of one longer step beside its plan, and of one that begins with a
+switch. Static has the layers that LISA has first. Where embedding and head are sampled, the peak is the larger of two:
+of a period as it comes, and of one that trains the embedding. On CPU host and device are one.
 """
 
 from benchmarks.common import runs
 from benchmarks.common.methods import EMBED_FROZEN, LISA, SIDE_BY_SIDE, Method, shrunk_methods
 from benchmarks.common.ranks import RankGroup
 from benchmarks.common.results import positive, write_results
-from benchmarks.tables.declared import show
+from benchmarks.tables.rows import show
 
 DRAWN = Method("lisa, embed and head drawn", "lisa", {"lisa_always_on": "rest"})
 PERIOD, SHORT = 4, 16  # steps; tokens of a step that makes the time pass
@@ -24,12 +23,6 @@ POLICIES = (
     DRAWN,
     Method("lisa, embed and head frozen", "lisa", EMBED_FROZEN),
 )
-
-
-def methods_of(ds_config: str, shrink: int) -> tuple[Method, ...]:
-    """Everything side by side, and on one stage LISA's policies too; LISA first, whose layers static takes over."""
-    others = [method for method in SIDE_BY_SIDE if method is not LISA]
-    return shrunk_methods((LISA, *others, *(POLICIES if ds_config == "zero2" else ())), shrink)
 
 
 def measure(method: Method, ds_config: str, layers: tuple[int, ...], arguments) -> dict:
@@ -73,7 +66,9 @@ def main() -> None:
     figures = {}
     for ds_config in arguments.configs:
         of_methods: dict[str, dict] = {}
-        for method in methods_of(ds_config, arguments.shrink):
+        compared = sorted(SIDE_BY_SIDE, key=lambda method: method is not LISA)  # whose layers static takes over
+        compared += POLICIES if ds_config == "zero2" else ()
+        for method in shrunk_methods(compared, arguments.shrink):
             layers = of_methods[LISA.name]["first_layers"] if of_methods else ()
             of_methods[method.name] = measure(method, ds_config, layers, arguments)
             figures[ds_config] = of_methods

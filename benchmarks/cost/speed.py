@@ -10,32 +10,35 @@ take turns once more. Ratios are of steps of the same round: their median, and t
 import argparse
 import random
 from dataclasses import replace
-from statistics import median
 
 from benchmarks.common import runs
-from benchmarks.common.methods import EMBED_FROZEN, FULL, LISA, SIDE_BY_SIDE, STATIC, Method, shrunk_methods
+from benchmarks.common.methods import (
+    EMBED_FROZEN,
+    FULL,
+    LISA,
+    SIDE_BY_SIDE,
+    STATIC,
+    Method,
+    checkpointed,
+    shrunk_methods,
+)
 from benchmarks.common.ranks import RankGroup
 from benchmarks.common.results import positive, write_results
-from benchmarks.tables.declared import show
+from benchmarks.tables.rows import show
 from lisa_dist.core.checkpointing import AUTO, fewest_layers
 
 WARMUP = 2
 # Beside what is compared on every stage: embeddings frozen, and layers whose activations are computed again.
-FROZEN = (
-    Method("static, embed frozen", "static", EMBED_FROZEN),
-    Method("lisa, embed frozen", "lisa", EMBED_FROZEN),
-)
+FROZEN = tuple(Method(f"{kind}, embed frozen", kind, EMBED_FROZEN) for kind in ("static", "lisa"))
 CHECKPOINTED = (
-    replace(FULL, name="full, checkpointed", checkpointed="all"),
-    replace(STATIC, name="static, checkpointed", checkpointed="all"),
-    replace(LISA, name="lisa, checkpointed", checkpointed="all"),
+    *map(checkpointed, (FULL, STATIC, LISA)),
     replace(LISA, name="lisa, checkpointed auto", checkpointed=AUTO),
 )
 LIMIT = {"static, embed frozen": "lisa, embed frozen", "static, checkpointed": "lisa, checkpointed", "static": "lisa"}
 
 
 class Comparison:
-    """Arms under one DeepSpeed config, each on a group of ranks."""
+    """Methods under one DeepSpeed config, each on a group of ranks."""
 
     def __init__(self, compared: tuple[Method, ...], ds_config: str, arguments):
         self._arguments, self._length = arguments, arguments.length
@@ -81,33 +84,27 @@ class Comparison:
 def compare(compared: tuple[Method, ...], ds_config: str, arguments) -> dict:
     """Figures of every method under one config."""
     comparison = Comparison(compared, ds_config, arguments)
-    names = [method.name for method in compared]
+    names, groups = [method.name for method in compared], comparison.groups
     taken = comparison.take_turns(names)
-    layers = {name: group.call("get", "active_layers")[0] for name, group in comparison.groups.items()}
-    switched = {name: max(comparison.groups[name].call("step", arguments.length), key=lambda times: times["begin"])
-                for name in names if name.startswith("lisa")}  # fmt: skip
-    parameters = {name: group.call("numel")[0] for name, group in comparison.groups.items()}
+    layers = {name: group.call("get", "active_layers")[0] for name, group in groups.items()}
+    for name in names:
+        if name.startswith("lisa"):
+            groups[name].call("step", arguments.length)  # the first of a period
+    parameters = {name: group.call("numel")[0] for name, group in groups.items()}
     pair = [name for name in ("static", "lisa") if name in names]
     after = comparison.take_turns(pair) if pair else {}
     comparison.close()
     tokens = arguments.rows * arguments.length
-    figures = {}
-    for method in compared:
-        figures[method.name] = {
+    return {
+        method.name: {
             "parameters": parameters[method.name],
             "steps": taken[method.name],
             "after_a_switch": after.get(method.name, []),
-            "switch": switched[method.name]["begin"] if method.name in switched else None,
-            "tokens_a_second": runs.RANKS * tokens / median(one["step"] for one in taken[method.name]),
             "flops": runs.flops_of_step(comparison.config, method, tokens, arguments.length, layers[method.name]),
             "checkpointed_layers": comparison.checkpointed[method.name],
         }
-    return figures
-
-
-def wider(arguments):
-    """The same with a model of twice the width, where what a step has to do besides arithmetic weighs less."""
-    return argparse.Namespace(**vars(arguments) | {"shrink": arguments.shrink // 2})
+        for method in compared
+    }
 
 
 def main() -> None:
@@ -126,7 +123,9 @@ def main() -> None:
     side_by_side = shrunk_methods(SIDE_BY_SIDE, arguments.shrink)
     sections = {ds_config: (side_by_side, ds_config, arguments) for ds_config in arguments.configs}
     for ds_config in arguments.configs:
-        sections[f"{ds_config}, twice the width"] = ((STATIC, LISA), ds_config, wider(arguments))
+        # Where what a step has to do besides arithmetic weighs less.
+        wider = argparse.Namespace(**vars(arguments) | {"shrink": arguments.shrink // 2})
+        sections[f"{ds_config}, twice the width"] = ((STATIC, LISA), ds_config, wider)
     more = arguments.configs[len(arguments.configs) // 2]
     sections[f"{more}, frozen embeddings and checkpointing"] = ((FULL, *FROZEN, *CHECKPOINTED), more, arguments)
     figures = {}

@@ -3,15 +3,13 @@
 import argparse
 import dataclasses
 
-import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lisa_dist
 from benchmarks.common.methods import FUSED, INTERVAL, METHODS, Method
 from benchmarks.common.runs import adapted, plain_engine
-from benchmarks.quality.examples import LENGTH
+from benchmarks.quality.training import LENGTH
 from lisa_dist.config_rules import AUTO_LAYERS
 from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.plan import PlanArguments
@@ -58,48 +56,6 @@ def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict, ti
     return settings | of_layers
 
 
-class PlainEngine:
-    """A model and its optimizer by the names of DeepSpeed's engine, for one process: optimizers of whole matrices."""
-
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
-        deepspeed.init_distributed(auto_mpi_discovery=False)
-        self.module, self.optimizer, self.device = model.train(), optimizer, model.device
-        self.train, self.eval = model.train, model.eval
-
-    def __call__(self, **inputs: torch.Tensor):
-        return self.module(**inputs)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-
-    def step(self) -> None:
-        """Clipped as DeepSpeed's configs of this project clip."""
-        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def destroy(self) -> None:
-        """Nothing is left of it but what others hold."""
-
-
-def low_rank_optimizer(kind: str, model: torch.nn.Module, settings: dict, lr: float) -> torch.optim.Optimizer:
-    """GaLore's or APOLLO's AdamW: projected gradients of the matrices of layers, plain ones of the rest.
-
-    Their packages are installed by hand, `pip install --no-deps galore-torch apollo-torch`; mind APOLLO's licence.
-    """
-    low_rank = [value for name, value in model.named_parameters() if ".layers." in name and value.ndim == 2]
-    ours = set(map(id, low_rank))
-    others = [value for value in model.parameters() if id(value) not in ours]
-    groups = [{"params": others}, {"params": low_rank} | settings]
-    if kind == "galore":
-        from galore_torch import GaLoreAdamW
-
-        return GaLoreAdamW(groups, lr=lr, weight_decay=0.0, no_deprecation_warning=True)
-    from apollo_torch import APOLLOAdamW
-
-    return APOLLOAdamW(groups, lr=lr, weight_decay=0.0)
-
-
 def build(arguments: argparse.Namespace, name: str, lr: float, seed: int, interval: int | None = None):
     """An engine of a method, and LISA's controller if it has one; with periods of `interval` steps, if given."""
     method, settings = METHODS[name], dict(METHODS[name].settings)
@@ -122,8 +78,5 @@ def build(arguments: argparse.Namespace, name: str, lr: float, seed: int, interv
         config = lisa_dist.LisaConfig(lisa_seed=seed, **settings)
         return lisa_dist.initialize(model, "zero2", config, lr=lr, micro_batch_size=arguments.rows, optim=optim)
     torch.manual_seed(seed)
-    if method.kind in ("galore", "apollo"):
-        model = model.to(get_accelerator().current_device_name())
-        return PlainEngine(model, low_rank_optimizer(method.kind, model, settings, lr)), None
     model = adapted(model, method) if method.kind == "lora" else model
     return plain_engine(model, "zero2", optim=optim, lr=lr, weight_decay=0.0, rows=arguments.rows), None

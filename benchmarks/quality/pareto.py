@@ -1,14 +1,13 @@
 """What does a loss cost? Held-out losses of quality.py against the peak of a step's memory and its CPU seconds.
 
-python -m benchmarks.quality.pareto --plot docs/pareto.png \\
+python -m benchmarks.quality.pareto \\
     --task "stories260K on GSM8K" stories260k-hf benchmarks/results/quality.json \\
     --task "SmolLM2-135M on GSM8K" .quickstart/model benchmarks/results/quality_smollm2.json \\
     --task "SmolLM2-135M on Alpaca" .quickstart/model benchmarks/results/quality_smollm2_alpaca.json
 
-Costs are measured here, of steps of the longest rows: the most bytes that tensors take at once in a step, those that
-they take between two steps, and CPU seconds. Methods take turns for some rounds, each in a process of its own and with
-other layers in every round; seconds are the median. What is in the results already is not measured again, and tasks
-that are not given stay. The front is of the methods that no other is better than in both.
+Costs are of steps of the longest rows: the most bytes that tensors take in a step, those between two steps, and CPU
+seconds. Methods take turns, each in a process of its own and with other layers in every round; seconds are the median.
+What is in the results already is not measured again, and tasks that are not given stay.
 """
 
 import argparse
@@ -27,16 +26,15 @@ from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
 from benchmarks.common.results import parser_of, write_results
 from benchmarks.common.runs import peak_within
 from benchmarks.quality.engines import build
-from benchmarks.quality.examples import LENGTH
-from benchmarks.quality.training import train
-from benchmarks.tables.declared import TABLES
+from benchmarks.quality.training import LENGTH, train
 from benchmarks.tables.outcomes import runs_at_best
 from benchmarks.tables.render import print_table
+from benchmarks.tables.rows import TABLES
 from lisa_dist.core.live_bytes import live_tensor_bytes
 
 ROUNDS, STEPS = 2, 5  # of steps that are timed in each
 SAME_TRAINING = {"full one pass": "full"}  # its losses are the other's
-MEASURED = ("full", "full one pass", "lora r16", "lora r64", "galore r16", "apollo r16", "lisa 2", "lisa 2 one pass",
+MEASURED = ("full", "full one pass", "lora r16", "lora r64", "lisa 2", "lisa 2 one pass",
             "lisa 2, factored", "lisa 2, 8 bits", "lisa 2 bf16", "lisa 2, frozen 8 bits", "lisa 2, frozen 4 bits",
             "lisa auto", "lisa modules", "lisa in lora's memory", "lisa in lora's, embed frozen",
             "lisa at lora's peak, embed frozen", "lisa 14, embed frozen", "lisa 8", "lisa 8, embed frozen")  # fmt: skip
@@ -82,56 +80,24 @@ def measure(tasks: dict[str, dict], results: Path, asked: Iterable[str]) -> dict
                 costs[method] |= {"seconds": statistics.median(one["seconds"] for one in rounds), "rounds": rounds}
                 print(name, method, f"{found['peak'] / 1e6:.1f} MB, {found['seconds']:.3f} s", flush=True)
                 write_results(results, figures, quiet=True)
-        losses = {method: [run["held_out"] for run in found] for method, found in at_best.items() if found}
-        figures["tasks"][name] = {
-            "settings": settings,
-            "arms": {
-                method: {size: costs[method][size] for size in ("peak", "between", "seconds")}
-                | {"loss": statistics.mean(found), "losses": found}
-                for method, found in losses.items()
-            },
-        }
+        # Methods that were measured once, and that the registry has no more, stay.
+        of_task = figures["tasks"].setdefault(name, {"arms": {}}) | {"settings": settings}
+        for method, found in at_best.items():
+            if losses := [run["held_out"] for run in found]:
+                sizes = {size: costs[method][size] for size in ("peak", "between", "seconds")}
+                of_task["arms"][method] = sizes | {"loss": statistics.mean(losses), "losses": losses}
+        figures["tasks"][name] = of_task
     return figures
 
 
-def plot(figures: dict, path: Path) -> None:
-    """A row a task: loss against memory and against time, a point a method with its seeds, and the front."""
-    from matplotlib.figure import Figure
-
-    tasks = figures["tasks"]
-    figure = Figure(figsize=(12, 4 * len(tasks)), layout="constrained")
-    rows = figure.subplots(len(tasks), 2, sharey="row", squeeze=False)
-    for (name, task), row in zip(tasks.items(), rows, strict=True):
-        for axes, cost, scale in zip(row, ("peak", "seconds"), (1e6, 1), strict=True):
-            points = {method: (one[cost] / scale, one["loss"]) for method, one in task["arms"].items()}
-            front = sorted(front_of(list(points.values())))
-            axes.step(*zip(*front, strict=True), where="post", color="0.6", linewidth=1)
-            for method, at in points.items():
-                losses = task["arms"][method]["losses"]
-                marker = "o" if METHODS[method].kind == "lisa" else "s"
-                (line,) = axes.plot(*at, marker, label=method)
-                axes.plot([at[0]] * len(losses), losses, ".", color=line.get_color(), alpha=0.3)
-            axes.grid(alpha=0.3)
-        row[0].set(ylabel=f"{name}\nheld-out loss", xlabel="peak of a step, MB")
-        row[1].set(xlabel="CPU s a step")
-        row[1].legend(fontsize=6, bbox_to_anchor=(1, 1), loc="upper left")
-    figure.savefig(path, dpi=110)
-
-
-def front_of(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other is below and left of."""
-    return [one for one in points if not any(x <= one[0] and y <= one[1] and (x, y) != one for x, y in points)]
-
-
 def main() -> None:
-    """Measure the costs of every method that has been run, print a table of each task, draw the plot."""
+    """Measure the costs of every method that has been run, print a table of each task."""
     run_on_cpu()
     parser = parser_of(__doc__, "pareto")
-    about = "a name for the plot, the model (folder or hub id), and results of quality.py; may be given several times"
+    about = "a name, the model (folder or hub id), and results of quality.py; may be given several times"
     names = ("NAME", "MODEL", "RESULTS")
     parser.add_argument("--task", nargs=3, action="append", required=True, metavar=names, help=about)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=MEASURED, help="of those with runs")
-    parser.add_argument("--plot", type=Path, help="draw it to this .png")
     arguments = parser.parse_args()
     tasks = {
         name: {"model": model, "figures": json.loads(Path(path).read_text(encoding="utf-8"))["figures"]}
@@ -142,8 +108,6 @@ def main() -> None:
     for name, task in tasks.items():
         print(name)
         print_table(*replace(TABLES["comparing_pareto_stories"], of=name).make(figures, task["figures"]))
-    if arguments.plot:
-        plot(figures, arguments.plot)
 
 
 if __name__ == "__main__":

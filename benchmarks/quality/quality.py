@@ -4,20 +4,10 @@ python -m benchmarks.quality.quality --model stories260k-hf --dataset gsm8k/trai
 
 Every method tries as many learning rates on the first seed, a factor of two apart, and more where its best is the
 lowest or the highest of them; the best is taken with the other seeds too. A seed is an order of the rows, the same for
-every method, and what a method samples: layers, or adapters. Losses are of the answers. What is in the results already
-is not run again, so a sweep that was cut goes on.
-
-With --gpu runs are on a GPU in bf16, one after another, as for a model of 3 billion parameters:
-
-python -m benchmarks.quality.quality --gpu --model Qwen/Qwen2.5-3B --dataset gsm8k/train.jsonl \\
-    --held_out gsm8k/test.jsonl --rows 16 --steps 400 --rate 1e-5 --results benchmarks/results/quality_gpu.json \\
-    --methods full "lora r16" "lisa 2" "lisa 8" "lisa 2, factored" "lisa in lora's memory" \\
-    --middle "lora r16=2e-4" "lisa 2=4e-5" "lisa 8=2e-5" "lisa 2, factored=4e-5" "lisa in lora's memory=2e-5"
-
-There the peak of memory and the seconds of a step are of the runs themselves; on CPU pareto.py measures them.
-
-With --seconds methods are compared at equal time: each trains as long as that, in CPU seconds of its process, or of a
-clock on a GPU, and the rate falls with the time that is left. Switches count, evaluation does not.
+every method, and what a method samples. Losses are of the answers. What is in the results already is not run again.
+With --gpu runs are on a GPU in bf16, one after another (cost/GPU.md), and their peaks and seconds in the results. With
+--seconds methods are compared at equal time, in CPU seconds of a process, or of a clock on a GPU: the rate falls with
+the time that is left; switches count, evaluation does not.
 """
 
 import argparse
@@ -27,7 +17,6 @@ import itertools
 import json
 import math
 import random
-import statistics
 import sys
 import threading
 import time
@@ -42,14 +31,14 @@ from benchmarks.common.methods import METHODS
 from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
 from benchmarks.common.results import parser_with_data, positive, write_results
 from benchmarks.quality.engines import build
-from benchmarks.quality.examples import Data, evaluate
-from benchmarks.quality.training import Batch, train
-from benchmarks.tables.declared import TABLES
+from benchmarks.quality.training import Batch, Data, evaluate, train
 from benchmarks.tables.outcomes import best_rate, losses_by_rate, quality_key
 from benchmarks.tables.render import print_table
+from benchmarks.tables.rows import TABLES
 
 SETTINGS = ("model", "dataset", "held_out", "steps", "rows", "held_out_rows", "seconds", "gpu")  # of all runs of a file
 BASELINES = TABLES["comparing_methods"]
+CHOICES = [name for name, method in METHODS.items() if method.kind in ("full", "lora", "lisa")]
 WARMUP = 10  # steps in which the rate rises
 
 
@@ -62,8 +51,8 @@ def run(arguments: argparse.Namespace, method: str, lr: float, seed: int) -> dic
         at = range(step * arguments.rows, (step + 1) * arguments.rows)
         return data.batch([order[place % len(order)] for place in at])
 
-    steps = arguments.steps
-    batches, rates = map(batch_of, itertools.count()), rates_by_time(lr, arguments.seconds, clock_of(arguments))
+    steps, clock = arguments.steps, time.perf_counter if arguments.gpu else time.process_time
+    batches, rates = map(batch_of, itertools.count()), rates_by_time(lr, arguments.seconds, clock)
     if arguments.seconds is None:
         batches = map(batch_of, range(steps))
         rates = (lr * min(1.0, (step + 1) / WARMUP, 1 - step / steps) for step in range(steps))  # linear, to nothing
@@ -72,7 +61,6 @@ def run(arguments: argparse.Namespace, method: str, lr: float, seed: int) -> dic
     if arguments.gpu:
         torch.cuda.reset_peak_memory_stats()
     engine, lisa = build(arguments, method, lr, seed)
-    clock = clock_of(arguments)
     started = clock()
     losses = train(engine, lisa, batches, rates)
     found = {}
@@ -87,9 +75,7 @@ def run(arguments: argparse.Namespace, method: str, lr: float, seed: int) -> dic
     found |= {
         "held_out": held_out_loss,
         "token_accuracy": accuracy,
-        "train_last_50": statistics.mean(losses[-50:]),
         "steps": len(losses),
-        "visits": None if lisa is None else lisa.visit_counts,
         "layers": None if lisa is None else lisa.config.lisa_activated_layers,
     }
     engine.destroy()
@@ -107,11 +93,6 @@ def read(arguments: argparse.Namespace) -> tuple[Data, Data]:
     # The end of the rows, which are more than are trained on.
     held_out = Data.read(arguments.model, arguments.dataset, -arguments.held_out_rows)
     return Data(data.tokenizer, [row for row in data.rows if row not in held_out.rows]), held_out
-
-
-def clock_of(arguments: argparse.Namespace) -> Callable[[], float]:
-    """What steps are timed by; on a GPU a step's loss is waited for."""
-    return time.perf_counter if arguments.gpu else time.process_time
 
 
 def rates_by_time(lr: float, seconds: float, clock: Callable[[], float]) -> Iterator[float]:
@@ -137,25 +118,18 @@ def beyond(method: str, figures: dict) -> float | None:
 
 def run_all(runs: list, arguments: argparse.Namespace, figures: dict) -> None:
     """Those of `runs` that have no figures yet, on as many processes as `--jobs`; figures are filled in."""
-    missing = [one for one in runs if quality_key(*one) not in figures]
-    jobs, waiting, writing = min(arguments.jobs, len(missing)), iter(missing), threading.Lock()
+    writing = threading.Lock()
 
-    def work(_: int) -> None:
+    def work(one: tuple) -> None:
         with RankGroup(1, Caller) as rank:
-            while True:
-                with writing:
-                    one = next(waiting, None)
-                if one is None:
-                    return
-                method, lr, seed = one
-                (found,) = rank.call("run", run, arguments, method, lr, seed)
-                with writing:
-                    figures[quality_key(method, lr, seed)] = found
-                    write_results(arguments.results, {"settings": settings_of(arguments), "runs": figures}, quiet=True)
-                print(method, lr, seed, found["held_out"], flush=True)
+            (found,) = rank.call("run", run, arguments, *one)
+        with writing:
+            figures[quality_key(*one)] = found
+            write_results(arguments.results, {"settings": settings_of(arguments), "runs": figures}, quiet=True)
+        print(*one, found["held_out"], flush=True)
 
-    with ThreadPoolExecutor(max(1, jobs)) as pool:
-        list(pool.map(work, range(jobs)))
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(work, (one for one in runs if quality_key(*one) not in figures)))
 
 
 def settings_of(arguments: argparse.Namespace) -> dict:
@@ -184,15 +158,8 @@ def main() -> None:
     add = parser.add_argument
     add("--held_out", help="examples to measure on; by default the last of --dataset")
     add("--held_out_rows", type=positive, default=256)
-    add(
-        "--methods",
-        "--arms",
-        nargs="+",
-        choices=METHODS,
-        default=BASELINES.of,
-        metavar="METHOD",
-        help=", ".join(METHODS),
-    )
+    about = f"of {', '.join(CHOICES)}"
+    add("--methods", "--arms", nargs="+", choices=CHOICES, default=BASELINES.of, metavar="METHOD", help=about)
     add("--steps", type=positive, default=400)
     add("--rows", type=positive, default=8, help="of a step")
     add("--rate", type=float, default=4e-3, help="the middle of full training's learning rates")
@@ -205,8 +172,6 @@ def main() -> None:
     add("--gpu", action="store_const", const=True, help="on the first GPU, in bf16")
     arguments = parser.parse_args()
     names = arguments.methods
-    if arguments.gpu and (unfit := [name for name in names if METHODS[name].kind in ("galore", "apollo")]):
-        sys.exit(f"--gpu with {unfit[0]}: it has no fp32 masters, which other methods have; leave the method out.")
     if not arguments.gpu:
         run_on_cpu()
     figures = read_figures(arguments)

@@ -32,10 +32,7 @@ def method_name(method: str) -> str:
 
 
 def layers_that_train(method: str, figures: dict) -> str:
-    """The decoder layers that a method trains at a time, of those of its model, as "2 of 5"; of LoRA its adapters.
-
-    Of a model that is not among `LAYERS` their number alone.
-    """
+    """The decoder layers that a method trains at a time, of those of its model, as "2 of 5"; of LoRA its adapters."""
     num_layers = LAYERS.get(figures["settings"].get("model"), "all")
     if method.startswith("lora"):
         return "adapters"
@@ -86,10 +83,7 @@ def spread_of_seeds(losses: list[float]) -> str:
 
 
 def outcome(method: str, figures: dict, may_lack: bool = False) -> dict:
-    """A method's runs at its best rate, as cells and, for columns of their own, figures; dashes where it has none.
-
-    Raises TableError where it has none, and may not.
-    """
+    """A method's runs at its best rate, as cells and figures; dashes where it may lack them, else a TableError."""
     runs = figures["runs"]
     found = runs_at_best(method, runs)
     if not found and not may_lack:

@@ -37,7 +37,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "GB": lambda count: f"{count / 1e9:.2f}",
     "GB1": lambda count: f"{count / 1e9:.1f}",
     "million": lambda count: f"{count / 1e6:.0f} M",
-    "times": lambda ratio: f"{ratio:#.3g}" if ratio else "0",
+    "times": lambda ratio: ratio if ratio == "tied" else f"{ratio:#.3g}" if ratio else "0",
     "two digits": lambda value: f"{float(f'{value:.2g}'):,.0f}",
     "median": lambda values: f"{statistics.median(values):.2f}",
     "spread": lambda values: spread(values, 2),

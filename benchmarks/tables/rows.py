@@ -10,8 +10,10 @@ import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import yaml
+
 from benchmarks.tables.outcomes import layers_that_train, method_name, outcome, quality_key, spread_of_seeds
-from benchmarks.tables.render import TableError, spread
+from benchmarks.tables.render import Table, TableError, print_table, spread
 
 Row = Iterable
 OF_CHOOSING = {
@@ -24,15 +26,16 @@ STATIC_OF = {name: name.replace("lisa", "static") for name in ("lisa", "lisa, em
 NEAR = 1.05  # a peak of at most so many times another's is the same memory
 
 
-def items(of: None, figures: dict) -> Iterable[Row]:
-    return figures.items()
+def measured_once(of: str, figures: dict) -> Iterable[Row]:
+    """Rows in the results of a script that is gone."""
+    return figures[of]
 
 
 def cards(of: None, figures: dict) -> Iterable[Row]:
     return [(*key.split(", "), one) for key, one in figures.items()]
 
 
-# choosing.py, kernels.py, and what states.py, smaller.py and policies.py have measured
+# choosing.py, kernels.py
 
 
 def choosing_key(settings: dict, seed: int) -> str:
@@ -61,26 +64,6 @@ def kernels(of: dict, figures: dict) -> Iterator[Row]:
         beside = found[name]["bytes_beside"]
         size = "not seen" if beside is None else f"{beside / 2**20:.0f} MiB" if beside else "none"
         yield shown, 1e9 * found[name]["seconds"] / 10**8, size
-
-
-def forms(of: dict, figures: dict) -> Iterator[Row]:
-    for form, shown in of.items():
-        sizes = " + ".join(f"{size:.2f}" for size in figures[form]["bytes"]["zero3"].values())
-        ends = [statistics.mean(run["losses"][-20:]) for run in figures[form]["runs"]]
-        yield shown, sizes, statistics.mean(ends), statistics.mean(run["held_out"] for run in figures[form]["runs"])
-
-
-def smaller(of: None, *models: dict) -> Iterator[Row]:
-    for form in (key.partition(", ")[2] for key in models[0] if key.startswith("1 ranks")):
-        cases = [figures[f"{ranks} ranks, {form}"] for figures in models for ranks in (1, 2)]
-        yield form, *(case | {"off": abs(case["planned"] / case["peak"] - 1)} for case in cases)
-
-
-def policies(of: dict, figures: dict) -> Iterator[Row]:
-    lengths = ("1024 tokens, 0", "4096 tokens, 0", "1024 tokens, 32", "4096 tokens, 32")
-    columns = [f"{model}, {length} checkpointed" for model in ("llama2-7b", "llama3.1-8b") for length in lengths]
-    for name, shown in of.items():
-        yield shown, *(figures[f"{column}, {name}"]["gpu"]["peak"] for column in columns)
 
 
 # memory.py, speed.py, switch.py, communication.py
@@ -161,44 +144,12 @@ def parts_of_a_switch(of: None, figures: dict) -> Iterator[Row]:
         yield name, ", ".join(f"`{part}` {share:.0%}" for part, share in case["of_time"].items() if share > 0.1)
 
 
-def traffic(of: list, figures: dict) -> Iterator[Row]:
-    """By DeepSpeed config."""
-    counted = figures["counted"]
+def traffic(of: list, figures: dict, formula: dict) -> Iterator[Row]:
+    """By DeepSpeed config; and whether a formula, while there was one, gave what was counted."""
     for name in of:
-        cases = [methods[name] for methods in counted.values()]
-        equal = "yes" if all(one["equal"] for one in cases) else "no"
-        yield name, cases[0]["active_share"], *(sent(figures, ds_config, name) for ds_config in counted), equal
-
-
-def traffic_of_a_large_model(of: None, figures: dict) -> Iterable[Row]:
-    return [row for methods in figures["by_formula_alone"].values() for row in methods.items()]
-
-
-# What scaling.py and norms.py have measured; peers.py
-
-
-def scaling(of: None, figures: dict) -> Iterator[Row]:
-    for point in figures["here"]["points"]:
-        yield point, 1e3 * point["cpu_seconds_a_token"], point["memory"]["states"] / 1e6
-
-
-def scaling_of_a_large_model(of: list, figures: dict) -> Iterator[Row]:
-    """Where it fits so many GPUs, for the shortest rows."""
-    points = figures["large"]["points"]
-    shortest = min(point["length"] for point in points)
-    for point in points:
-        if point["fits"] and point["length"] == shortest and point["gpus"] in of:
-            yield point, point["communication"] / point["seconds"]
-
-
-def norms(of: dict, *models: dict) -> Iterator[Row]:
-    """How many times the median layer's norm those of embedding and head are."""
-    for shown, (method, quantity) in of.items():
-        cells = []
-        for blocks in (model[method]["blocks"] for model in models):
-            layer = statistics.median(norms[quantity] for name, norms in blocks.items() if name.startswith("layers."))
-            cells += [blocks[end][quantity] / layer if end in blocks else None for end in ("embed", "head")]
-        yield shown, *("tied" if ratio is None else f"{ratio:#.3g}" if ratio else "0" for ratio in cells)
+        shares = [sent(figures, ds_config, name) for ds_config in figures["counted"]]
+        equal = "yes" if formula["equal"][name] else "no"
+        yield name, figures["counted"]["zero1"][name]["active_share"], *shares, equal
 
 
 def peers(of: None, figures: dict) -> Iterator[Row]:
@@ -286,22 +237,14 @@ def in_the_memory_of_others(of: list, figures: dict, *qualities: dict) -> Iterat
             yield task, *cells(other, methods, quality), *(cells(best, methods, quality) if best else ["-"] * 4)
 
 
-def correlations(of: dict, *models: dict) -> Iterator[Row]:
-    """Spearman's rank correlation of each measure of layers with the sets of layers that were trained."""
-    for measure, shown in of.items():
-        cells = []
-        for figures in models:
-            losses: dict[tuple[int, ...], list[float]] = {}
-            for key, value in figures["fixed"].items():
-                losses.setdefault(tuple(map(int, key.partition(", ")[0].split(","))), []).append(value)
-            of_layers = figures["measures"][measure]
-            of_sets = ranks([statistics.mean(of_layers[layer] for layer in layers) for layers in losses])
-            paid = ranks([-statistics.mean(found) for found in losses.values()])
-            cells.append(f"{statistics.correlation(of_sets, paid):+.2f}")
-        yield shown, *cells
+TABLES = {
+    name: Table(**declared | {"rows": globals()[declared["rows"]]})
+    for name, declared in yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8")).items()
+}
 
 
-def ranks(values: list[float]) -> list[float]:
-    """The rank of each value; equal values share the mean of theirs."""
-    ordered = sorted(values)
-    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
+def show(results: str, figures: dict) -> None:
+    """Print the tables of a results file alone, as they stand on the pages."""
+    for table in (table for table in TABLES.values() if table.results == [results]):
+        print_table(*table.make(figures))
+        print()

@@ -8,17 +8,39 @@ A table stands on any of the pages between `<!-- table: NAME -->` and `<!-- end 
 """
 
 import argparse
+import ast
 import re
 import sys
 from pathlib import Path
 
-from benchmarks.tables.declared import TABLES
-from benchmarks.tables.index import index
 from benchmarks.tables.render import Benchmarks, Rows, TableError
+from benchmarks.tables.rows import TABLES
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/*.md", "benchmarks/*.md")
 END = "<!-- end -->"
+
+
+def index(benchmarks: Benchmarks) -> Rows:
+    """A row for every results file by the script that made it, for scripts without, and for results without."""
+    abouts, rows = {}, [["benchmark", "question", "command", "results", "machine", "device"]]
+    for path in sorted(benchmarks.folder.glob("*/*.py")):
+        script = ast.parse(path.read_text(encoding="utf-8"))
+        # Others measure nothing: what scripts are made of, and what makes the tables.
+        if path.parent.name != "tables" and "main" in (getattr(part, "name", None) for part in script.body):
+            asked = ast.get_docstring(script).splitlines()[0]
+            abouts[path.stem] = [f"[{path.stem}]({path.parent.name}/{path.name})", asked]
+    results = {path.stem: benchmarks.results(path.stem) for path in sorted(benchmarks.folder.glob("results/*.json"))}
+    made_by = {name: one["command"].split()[2].rpartition(".")[2] for name, one in results.items()}
+    for script in dict.fromkeys([*abouts, *made_by.values()]):
+        about = abouts.get(script, [script, "measured once, by a script that is gone"])
+        for name in sorted((name for name in results if made_by[name] == script), key=lambda name: name != script):
+            one, link = results[name], f"[{name}](results/{name}.json)"
+            rows.append([*about, f"`{one['command']}`", link, one["machine"], one["device"]])
+            about = ["", ""]
+        if about[0]:
+            rows.append([*about, "not run yet", "", "", ""])
+    return rows
 
 
 def markdown(rows: Rows) -> str:

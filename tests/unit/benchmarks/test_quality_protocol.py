@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaConfig
 
 from benchmarks.common.methods import METHODS
-from benchmarks.quality import pareto, quality
+from benchmarks.quality import pareto
 from benchmarks.quality.engines import planned, with_memory_of
 from benchmarks.quality.quality import beyond, rates_by_time, window_of
 from benchmarks.tables.outcomes import quality_key
@@ -34,13 +34,6 @@ def test_at_equal_time_the_rate_falls_with_the_clock():
     """Steps begin while there is time; the rate rises over ten of them, and is linear in the time that is left."""
     times = iter([100.0, 100.0, 101.0, 105.0, 109.0, 110.0])
     assert list(rates_by_time(2.0, 10.0, lambda: next(times))) == pytest.approx([0.2, 0.4, 0.6, 0.2])
-
-
-def test_methods_that_cannot_be_compared_are_refused(monkeypatch):
-    flags = ["--model", "m", "--dataset", "d", "--gpu", "--methods", "full", "galore r16"]
-    monkeypatch.setattr("sys.argv", ["quality.py", *flags])
-    with pytest.raises(SystemExit, match="--gpu with galore r16: it has no fp32 masters"):
-        quality.main()
 
 
 def test_the_settings_of_every_method_can_be():
@@ -85,11 +78,6 @@ def test_costs_are_of_rounds_in_turns_and_other_tasks_stay(tmp_path, monkeypatch
     assert of_methods["lisa 2"]["seconds"] == 8.5
     pareto.measure({"a task": task}, results, ["full", "lisa 2"])
     assert len(asked) == 4
-
-
-def test_the_front_is_of_points_that_no_other_is_below_and_left_of():
-    points = [(1.0, 5.0), (2.0, 4.0), (2.0, 6.0), (3.0, 4.0), (4.0, 1.0)]
-    assert pareto.front_of(points) == [(1.0, 5.0), (2.0, 4.0), (4.0, 1.0)]
 
 
 def test_as_many_layers_as_fit_the_memory_of_lora(tmp_path):
