@@ -80,9 +80,9 @@ golden: $(VENV)/.ready  ## BASE (the last release tag or the parent commit) and 
 	$(BUILD_OPS)
 	$(BIN)/python tests/system/golden/compare.py $(if $(BASE),--base $(BASE))
 
-bench: $(VENV)/.ready  ## methods side by side on two CPU ranks: 40 minutes of a quiet machine; tables of the docs follow
+bench: $(VENV)/.ready  ## methods side by side on two CPU ranks: half an hour of a quiet machine; tables of the docs follow
 	$(BUILD_OPS)
-	for name in memory speed switch communication scaling; do \
+	for name in memory speed switch communication; do \
 		PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m benchmarks.cost.$$name || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.tables.write

@@ -3,8 +3,8 @@
 python peer_probe.py RECORD STEPS MODULE WORD ...
 
 It needs nothing but torch and transformers, whose Trainer every peer's is built on. Each rank writes RECORD.RANK and
-ends after step STEPS: CPU seconds (user and system, all threads) between the ends of steps; of every micro-batch the
-examples, tokens, and labels that count; bytes of all storages that live before the last step, without gradients.
+ends after step STEPS: CPU seconds between the ends of steps; of every micro-batch examples, tokens, and labels that
+count; bytes of all storages that live before the last step, without gradients.
 """
 
 import sys

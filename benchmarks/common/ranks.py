@@ -1,8 +1,7 @@
 """Ranks that a script calls as one: processes in a group of their own.
 
-Several groups live side by side, and one that is not called takes no time: so arms that are compared can take turns,
-each in processes that know nothing of the others. They are forked from one process that has imported torch and
-DeepSpeed for all of them, and that has not touched a GPU: CUDA does not survive a fork.
+Several groups live side by side, and one that is not called takes no time. They are forked from one process that has
+imported torch and DeepSpeed for all of them, and that has not touched a GPU: CUDA does not survive a fork.
 """
 
 import logging
@@ -39,10 +38,7 @@ class RankError(RuntimeError):
 
 
 class RankGroup:
-    """`make(*args, **kwargs)` on each of `num_ranks` ranks, and calls to its methods.
-
-    Raises RankError when a rank has raised; the group is of no use then.
-    """
+    """`make(*args, **kwargs)` on each of `num_ranks` ranks; raises RankError when one has, and is of no use then."""
 
     def __init__(self, num_ranks: int, make: Callable, *args, **kwargs):
         with socket.socket() as probe:
@@ -106,13 +102,6 @@ class Caller:
     def run(self, function: Callable, *args, **kwargs):
         """What the function returns."""
         return function(*args, **kwargs)
-
-
-def run_on_ranks(num_ranks: int, function: Callable, *args, **kwargs) -> list:
-    """Call a function on new CPU ranks; what each rank returns."""
-    run_on_cpu()
-    with RankGroup(num_ranks, Caller) as ranks:
-        return ranks.call("run", function, *args, **kwargs)
 
 
 def _serve(pipe: Connection, rank: int, num_ranks: int, port: int, make: Callable, args: tuple, kwargs: dict) -> None:

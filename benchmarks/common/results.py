@@ -1,4 +1,4 @@
-"""What every benchmark shares: its flags, its results file, and a printed table."""
+"""What every benchmark shares: its flags and its results file."""
 
 import argparse
 import json
@@ -43,13 +43,6 @@ def positive(word: str) -> int:
     return number
 
 
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """A plain table, columns as wide as they need."""
-    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
-    for line in [header, *rows]:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
 def write_results(path: Path, figures: dict, quiet: bool = False) -> None:
     """Write figures as JSON, with the machine, the versions and the command that made them."""
     module = ".".join(Path(sys.argv[0]).with_suffix("").parts[-3:])
@@ -70,11 +63,11 @@ def write_results(path: Path, figures: dict, quiet: bool = False) -> None:
 
 
 def _without_folders(word: str) -> str:
-    """A word of a command; of an absolute path the last part, since where someone's files lie is nobody's business."""
+    """A word of a command; of a path elsewhere the last part, since where someone's files lie is nobody's business."""
     flag, equals, value = word.partition("=")
     if equals and value.startswith("/"):
         return f"{flag}={Path(value).name}"
-    return Path(word).name if word.startswith("/") else word
+    return Path(word).name if word.startswith(("/", "..")) else word
 
 
 def versions() -> dict[str, str]:

@@ -7,17 +7,15 @@ gradients of the matrices that train, of layers that are computed again, and cau
 the network, coding and decoding of layers in fewer bits, and what a short row leaves of a card idle.
 """
 
-from transformers import PretrainedConfig
-
+from benchmarks.common.methods import Method
 from benchmarks.common.results import parser_of, write_results
-from benchmarks.tables.show import show
+from benchmarks.common.runs import flops_of_step, shrunk_config
+from benchmarks.tables.rows import show
 from lisa_dist import LisaConfig
-from lisa_dist.core.blocks import find_blocks
-from lisa_dist.core.meta_model import model_without_weights
 from lisa_dist.errors import UserError
 from lisa_dist.memory.defaults import learning_rate, preset_settings, with_accumulation
 from lisa_dist.memory.known_models import load_model_config
-from lisa_dist.memory.ladder import Chosen, first_that_fits
+from lisa_dist.memory.ladder import first_that_fits
 from lisa_dist.memory.plan import PlanArguments
 
 SHARE = 0.4  # of the peak
@@ -31,19 +29,6 @@ MODELS = {
 }
 
 
-def flops_of_token(config: PretrainedConfig, chosen: Chosen) -> float:
-    """Of a forward and a backward pass."""
-    blocks, workload = find_blocks(model_without_weights(config)), chosen.plan.workload
-    num_layers = len(blocks.layers)
-    of_layer = sum(block.numel for block in blocks.layers) / num_layers
-    head = blocks.outer("embed" if blocks.tied else "head").numel
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 2 * workload.seq_length * config.num_attention_heads * head_dim  # of a layer, forward
-    passes = 2 * num_layers + workload.checkpointed_layers  # through a layer's matrices: forward, backward, again
-    matrices = 2 * of_layer * (passes + chosen.lisa_config.lisa_activated_layers) + 3 * 2 * head
-    return matrices + attention * (3 * num_layers + workload.checkpointed_layers)
-
-
 def figures_of(model: str, gpus: int, gpu_memory: str) -> dict:
     """What `lisa-dist init` chooses for a model on so many cards."""
     config = load_model_config(model)
@@ -53,9 +38,11 @@ def figures_of(model: str, gpus: int, gpu_memory: str) -> dict:
         chosen = first_that_fits(config, arguments, LisaConfig(), preset)
     except UserError as error:
         return {"not_fitting": str(error)}
-    plan = chosen.plan
+    plan, settings = chosen.plan, {"lisa_always_on": ",".join(chosen.lisa_config.always_on)}
+    layers = range(chosen.lisa_config.lisa_activated_layers)
+    length, again = plan.workload.seq_length, plan.workload.checkpointed_layers
+    flops = flops_of_step(shrunk_config(model), Method("lisa", "lisa", settings), 1, length, layers, again)
     return {
-        "rung": chosen.rung.name,
         "ds_config": plan.ds_config,
         "layers": chosen.lisa_config.lisa_activated_layers,
         "num_layers": config.num_hidden_layers,
@@ -65,7 +52,7 @@ def figures_of(model: str, gpus: int, gpu_memory: str) -> dict:
         "learning_rate": learning_rate(model, config),
         "peak": plan.gpu.needed,
         "host": plan.host_bytes * gpus,
-        "tokens_per_second": gpus * SHARE * PEAKS[gpu_memory] / flops_of_token(config, chosen),
+        "tokens_per_second": gpus * SHARE * PEAKS[gpu_memory] / flops,
     }
 
 

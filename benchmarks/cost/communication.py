@@ -1,55 +1,31 @@
-"""What do ranks send each other in a step? Bytes of each collective: counted, and by a formula; both must be equal.
+"""What do ranks send each other in a step? Bytes of each collective, counted below torch.distributed.
 
 Bytes are those of the whole tensor: of what a reduction takes in, of what an all-gather gives out. On the wire a ring
 of N ranks puts, of each rank and byte, 2(N - 1)/N for an all-reduce and (N - 1)/N for everything else. What is no
-weight and no gradient (norms, flags, digests, the set of layers) stands for itself, as "control". The formulas, and
-what they know of DeepSpeed, are in traffic.py.
+weight and no gradient (flags, digests, the set of layers) stands for itself, as "control".
 
 python -m benchmarks.cost.communication
 """
 
 import argparse
 import gc
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
 from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from benchmarks.common.arms import (
-    FULL,
-    LISA,
-    RANKS,
-    SIDE_BY_SIDE,
-    Run,
-    arms_parser,
-    model_of,
-    parse,
-    shrunk_arms,
-    shrunk_config,
-)
+from benchmarks.common.methods import LISA, SIDE_BY_SIDE, shrunk_methods
 from benchmarks.common.ranks import RankGroup
 from benchmarks.common.results import positive, write_results
-from benchmarks.cost.traffic import (
-    CONTROL,
-    PERIOD,
-    Layout,
-    Settings,
-    bytes_by_formula,
-    layout_of,
-    mean_of_period,
-    on_wire,
-)
-from benchmarks.tables.show import show
+from benchmarks.common.runs import RANKS, Run, methods_parser, model_of, parse, shrunk_config
+from benchmarks.tables.render import print_table
 from lisa_dist.ds_config import read_ds_config
+from lisa_dist.zero.parameters import parameter_numel
 
-INTERVAL = 3  # steps of a period: the first, the second, and an ordinary one
-LARGE_WORLD = 8  # GPUs of the large model
-MOMENTS = ("switch", "first step", "second step", "step")
+INTERVAL = 3  # steps of a period, of which the third is an ordinary one on every stage
+CONTROL = "control: "
 KEEPS_NONE = {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
 # Operator: what it is called, and which of its arguments is the whole.
 _COLLECTIVES = {
@@ -65,15 +41,8 @@ _COLLECTIVES = {
 }
 
 
-# Counting
-
-
 class CollectiveCounter(TorchDispatchMode):
-    """While it is on, bytes and calls of every collective of this process, whoever asks for it.
-
-    It sees torch's own operators, below torch.distributed and deepspeed.comm. Raises KeyError for one that it cannot
-    count.
-    """
+    """While it is on, bytes and calls of every collective; raises KeyError for one that it cannot count."""
 
     def __init__(self):
         super().__init__()
@@ -84,7 +53,7 @@ class CollectiveCounter(TorchDispatchMode):
         """Count the operator if it sends something, and run it."""
         if function.namespace == "c10d":
             name, whole = _COLLECTIVES[function._schema.name.removeprefix("c10d::")]
-            tensors = [] if whole is None else list(_tensors_of(args[whole]))
+            tensors = [] if whole is None else tree_leaves(args[whole])
             # Weights, gradients and samples of them are floats, and more than one.
             if all(one.numel() == 1 or not one.is_floating_point() for one in tensors):
                 name = CONTROL + name
@@ -93,58 +62,37 @@ class CollectiveCounter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def _tensors_of(value: object) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    else:
-        for one in value:
-            yield from _tensors_of(one)
-
-
-class CountedRun(Run):
-    """An arm whose steps are counted."""
-
-    def count(self, length: int) -> dict:
-        """Take a period of INTERVAL steps and the next: what its moments send, and the layers of both.
-
-        These are MOMENTS of LISA, and of the other arms, whose steps are all alike from the third on, a step.
-        """
-        self.steps(INTERVAL, length)
-        was = self.active_layers
-        with CollectiveCounter() as counter:
-            self.begin()
-        counted = {"was": was, "active": self.active_layers, "switch": _sent(counter)}
-        for number, moment in enumerate(MOMENTS[1:] if self.lisa else MOMENTS[-1:]):
-            if number:
-                self.begin()
-            tokens = self._next_tokens(length)
-            with CollectiveCounter() as counter:
-                self.engine.backward(self.engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
-                self.engine.step()
-            counted[moment] = _sent(counter)
-        return counted
-
-
 class Counting:
-    """What a rank does: it counts one arm after the other."""
+    """What a rank does: it counts one method after the other."""
 
     def __init__(self):
         gc.freeze()  # else DeepSpeed's collections would walk all that was imported, at every switch
         dist.barrier()  # of DeepSpeed's shared memory a rank gives up the name next, which others must have seen
 
     def count(self, length: int, *args, **kwargs) -> dict:
-        """What a run of these arguments sends, by `CountedRun.count`."""
-        run = CountedRun(*args, **kwargs)
-        counted = run.count(length)
+        """What an ordinary step of a run of these arguments sends, and the share of the model that trains in it."""
+        run = Run(*args, interval=INTERVAL, **kwargs)
+        run.steps(2 * INTERVAL - 1, length)
+        run.begin()
+        tokens = run._next_tokens(length)
+        with CollectiveCounter() as counter:
+            run.engine.backward(run.engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
+            run.engine.step()
+        numel = {name: parameter_numel(one) for name, one in run.engine.module.named_parameters()}
+        trained = [name for name, one in run.engine.module.named_parameters() if one.requires_grad]
+        share = sum(numel[name] for name in trained) / sum(numel[name] for name in numel if ".lora_" not in name)
+        counted, layers = dict(+counter.bytes), run.active_layers
         run.engine.destroy()
-        return counted
+        step = {"counted": counted, "calls": dict(counter.calls), "wire": on_wire(counted, dist.get_world_size())}
+        return {"active_share": share, "layers": layers, "moments": {"step": step}}
 
 
-def _sent(counter: CollectiveCounter) -> dict[str, dict[str, int]]:
-    return {"bytes": dict(+counter.bytes), "calls": dict(counter.calls)}
-
-
-# The script
+def on_wire(by_collective: dict[str, int], world: int) -> float:
+    """Bytes that a rank sends, the mean of all, when every collective is a ring."""
+    return sum(
+        size * (world - 1) / world * (2 if "all_reduce" in collective else 1)
+        for collective, size in by_collective.items()
+    )
 
 
 def ds_configs(num_elements: int) -> dict[str, str | dict]:
@@ -158,110 +106,30 @@ def ds_configs(num_elements: int) -> dict[str, str | dict]:
     return found
 
 
-@dataclass(frozen=True)
-class Compared:
-    """An arm under one config: what each rank has counted, and the formula."""
-
-    layout: Layout
-    counted: list[dict]
-    formula: dict[str, Counter]
-
-    def rows(self) -> Iterator[tuple[str, str, list[int], int]]:
-        """Moment, collective, bytes that each rank has counted, bytes by the formula."""
-        for moment, by_collective in self.formula.items():
-            names = {*by_collective, *(name for one in self.counted for name in one[moment]["bytes"])}
-            for name in sorted(names, key=lambda name: (name.startswith(CONTROL), name)):
-                yield moment, name, [one[moment]["bytes"].get(name, 0) for one in self.counted], by_collective[name]
-
-    def differs(self) -> bool:
-        """Whether any rank has counted anything else than the formula says."""
-        return any(set(counted) != {formula} for _, _, counted, formula in self.rows())
-
-    def figures(self) -> dict:
-        """For the results, in bytes; `wire`: what a rank sends of it in rings."""
-        moments = {
-            moment: {
-                "counted": self.counted[0][moment]["bytes"],
-                "formula": dict(+found),
-                "calls": self.counted[0][moment]["calls"],
-                "wire": on_wire(found, len(self.counted)),
-            }
-            for moment, found in self.formula.items()
-        }
-        return {"active_share": self.layout.active_share, "equal": not self.differs(), "moments": moments}
-
-
-def compare_all(arguments: argparse.Namespace) -> dict[str, dict[str, Compared]]:
-    """Every arm under every config; static trains the layers that LISA has drawn."""
-    model = (arguments.model, arguments.shrink, arguments.num_layers)
-    config = shrunk_config(*model)
-    configs, counted = ds_configs(sum(one.numel() for one in model_of(config).parameters())), {}
-    side_by_side = shrunk_arms(SIDE_BY_SIDE, arguments.shrink)
+def count_all(arguments: argparse.Namespace) -> dict[str, dict]:
+    """Every method under every config; static trains the layers that LISA has sampled."""
+    config = shrunk_config(arguments.model, arguments.shrink, arguments.num_layers)
+    counted: dict[str, dict] = {}
     with RankGroup(RANKS, Counting) as ranks:
-        for name, ds_config in configs.items():
+        for name, ds_config in ds_configs(sum(one.numel() for one in model_of(config).parameters())).items():
             layers: Sequence[int] = ()
-            for arm in sorted(side_by_side, key=lambda arm: arm is not LISA):
-                settings = {"layers": layers, "interval": INTERVAL}
-                found = ranks.call("count", arguments.length, arm, config, ds_config, **settings)
-                counted[name, arm.name], layers = found, layers or found[0]["active"]
-    compared: dict[str, dict[str, Compared]] = {}
-    layouts: dict[tuple, Layout] = {}
-    for name, ds_config in configs.items():
-        settings = Settings.of(ds_config, config, RANKS, torch.float32)
-        for arm in side_by_side:
-            found = counted[name, arm.name]
-            was, active = found[0]["was"], found[0]["active"]
-            key = arm.name, active
-            layouts[key] = layout = layouts.get(key) or layout_of(arm, *model, active)
-            formula = bytes_by_formula(arm, layout, settings, was, active)
-            compared.setdefault(name, {})[arm.name] = Compared(layout, found, formula)
-    return compared
-
-
-def at_full_size(model: str) -> dict[str, dict]:
-    """By the formula alone: bytes of a step of a model as it is, under the shipped configs, in bf16."""
-    found: dict[str, dict] = {}
-    for arm in (FULL, LISA):
-        gamma = arm.config.lisa_activated_layers
-        was, active = range(gamma), range(gamma, 2 * gamma)  # all layers are alike
-        layout = layout_of(arm, model, 1, None, active)
-        for name in ("zero1", "zero2", "zero3"):
-            settings = Settings.of(name, shrunk_config(model), LARGE_WORLD, torch.bfloat16)
-            moments = bytes_by_formula(arm, layout, settings, was, active)
-            found.setdefault(name, {})[arm.name] = {
-                "active_share": layout.active_share,
-                "step": dict(moments["step"]),
-                "wire": on_wire(moments["step"], LARGE_WORLD),
-                "mean_of_period": mean_of_period(moments, LARGE_WORLD),
-            } | ({"switch": dict(moments["switch"])} if arm is LISA else {})
-    return found
+            methods = shrunk_methods(SIDE_BY_SIDE, arguments.shrink)
+            for method in sorted(methods, key=lambda method: method is not LISA):
+                found = ranks.call("count", arguments.length, method, config, ds_config, layers=layers)[0]
+                counted.setdefault(name, {})[method.name] = found
+                layers = layers or found["layers"]
+    return counted
 
 
 def main() -> None:
-    """Count, compare, print, write; ends with 1 where a number differs."""
-    parser = arms_parser(__doc__, "communication", shrink=16)
+    """Count, print, write."""
+    parser = methods_parser(__doc__, "communication", shrink=16)
     parser.add_argument("--length", type=positive, default=32, help="tokens of a row")
-    about_large = f"of this model, as it is, the formula gives the bytes on {LARGE_WORLD} GPUs"
-    parser.add_argument("--large", default="llama2-70b", help=about_large)
-    arguments = parse(parser)
-    compared = compare_all(arguments)
-    settings = {name: getattr(arguments, name) for name in ("shrink", "num_layers", "length")}
-    figures = {
-        "settings": settings | {"model": Path(arguments.model).name, "ranks": RANKS, "period": PERIOD},
-        "counted": {name: {arm: one.figures() for arm, one in arms.items()} for name, arms in compared.items()},
-        "by_formula_alone": {f"{Path(arguments.large).name}, {LARGE_WORLD} GPUs, bf16": at_full_size(arguments.large)},
-    }
-    write_results(arguments.results, figures)
-    show("communication", figures)
-    differ = [
-        f"{arm} under {name}, {moment}, {collective}: counted {counted}, by the formula {formula}"
-        for name, arms in compared.items()
-        for arm, one in arms.items()
-        for moment, collective, counted, formula in one.rows()
-        if set(counted) != {formula}
-    ]
-    if differ:
-        sys.exit("\n".join(["counted and formula differ:", *differ]))
+    counted = count_all(parse(parser))
+    wires = {name: [one["moments"]["step"]["wire"] for one in methods.values()] for name, methods in counted.items()}
+    rows = [[name, *(f"{wire / 1e6:.2f}" for wire in of_config)] for name, of_config in wires.items()]
+    print_table(["MB that a rank sends in a step", *next(iter(counted.values()))], *rows)
+    write_results(parser.parse_args().results, {"counted": counted})
 
 
 if __name__ == "__main__":

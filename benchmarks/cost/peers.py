@@ -2,11 +2,10 @@
 
 python -m benchmarks.cost.peers --model .quickstart/model --dataset gsm8k/train.jsonl
 
-Every peer is installed from PyPI in an environment of its own, once, and is started as its users start it, by its own
-command line. The arms take turns, a whole run each. A run has two periods of K steps; of the second, which begins with
-a switch, the CPU seconds of all ranks and threads count, and the tensors that live after its last step. All run in fp32
-without checkpointing, on examples of as many tokens as --length, of which about half count for the loss. What a peer's
-trainer was really given stands in the results: tokens, and labels that count.
+Every peer is installed from PyPI in an environment of its own, once, and is started by its own command line. The
+methods take turns, a whole run each. A run has two periods of K steps; of the second, which begins with a switch, the
+CPU seconds of all ranks and threads count, and the tensors that live after its last step. All run in fp32 without
+checkpointing, on examples of --length tokens, of which about half count for the loss.
 """
 
 import argparse
@@ -29,14 +28,14 @@ from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.common.ranks import ON_CPU, run_on_cpu
 from benchmarks.common.results import parser_of, positive, write_results
-from benchmarks.tables.show import show
+from benchmarks.tables.rows import show
 from lisa_dist.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 PROBE = ROOT / "benchmarks" / "common" / "peer_probe.py"
 OURS = "lisa-dist"
 ENVIRONMENTS = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lisa_dist" / "peers"
-# What pip installs for each peer; torch is this environment's, so that all arms have the same kernels.
+# What pip installs for each peer; torch is this environment's, so that all trainers have the same kernels.
 PEERS = {
     "ms-swift": ("ms-swift>=4.6,<4.7", "deepspeed>=0.19,<0.20"),
     "soup-cli": ("soup-cli[train]>=0.77,<0.78",),
@@ -60,7 +59,7 @@ FIXED = {  # flags of the Trainer, which all but soup have
 
 
 @dataclass(frozen=True)
-class Arm:
+class Trainer:
     """A trainer's command line, on so many ranks."""
 
     name: str
@@ -70,38 +69,38 @@ class Arm:
 
     @property
     def baseline(self) -> str:
-        """The arm that it is compared with: ours on as many ranks."""
-        return next(arm.name for arm in ARMS if arm.peer == OURS and arm.ranks == self.ranks)
+        """The trainer that it is compared with: ours on as many ranks."""
+        return next(trainer.name for trainer in TRAINERS if trainer.peer == OURS and trainer.ranks == self.ranks)
 
 
-ARMS = (
-    Arm("lisa_dist", OURS, "lisa_dist"),
-    Arm("ms-swift", "ms-swift", "swift.cli.sft"),
-    Arm("soup", "soup-cli", "soup_cli.cli"),
-    Arm("LLaMA-Factory, BAdam", "llamafactory", "llamafactory.cli"),
-    Arm("lisa_dist, ZeRO-2, 2 ranks", OURS, "lisa_dist", 2),
-    Arm("ms-swift, ZeRO-2, 2 ranks", "ms-swift", "swift.cli.sft", 2),
+TRAINERS = (
+    Trainer("lisa_dist", OURS, "lisa_dist"),
+    Trainer("ms-swift", "ms-swift", "swift.cli.sft"),
+    Trainer("soup", "soup-cli", "soup_cli.cli"),
+    Trainer("LLaMA-Factory, BAdam", "llamafactory", "llamafactory.cli"),
+    Trainer("lisa_dist, ZeRO-2, 2 ranks", OURS, "lisa_dist", 2),
+    Trainer("ms-swift, ZeRO-2, 2 ranks", "ms-swift", "swift.cli.sft", 2),
 )
 
 
-def words_of(arm: Arm, arguments: argparse.Namespace, folder: Path) -> list[str]:
+def words_of(trainer: Trainer, arguments: argparse.Namespace, folder: Path) -> list[str]:
     """The words behind a trainer's name; what it reads besides, this writes into the folder."""
     model, data = Path(arguments.model).resolve(), folder / "rows.jsonl"
     gamma, interval = arguments.gamma, arguments.interval
     longest = 2 * arguments.length  # a peer's template may have a token more
-    if arm.peer == "soup-cli":
+    if trainer.peer == "soup-cli":
         return soup_words(arguments, model, folder)
     flags = FIXED | {"learning_rate": arguments.lr, "logging_steps": interval, "output_dir": folder / "out"}
-    if arm.peer == OURS:
+    if trainer.peer == OURS:
         flags |= {"lisa_activated_layers": gamma, "lisa_interval_steps": interval, "deepspeed": "zero2"}
         flags |= {"model_name_or_path": model, "dataset_name": data, "dtype": "float32", "max_length": longest}
         return ["train", *as_flags(flags | {"gradient_checkpointing": "false"})]
-    if arm.peer == "ms-swift":
+    if trainer.peer == "ms-swift":
         flags |= {"lisa_activated_layers": gamma, "lisa_step_interval": interval, "tuner_type": "full"}
         flags |= {"model": model, "model_type": AutoConfig.from_pretrained(model).model_type, "template": "chatml"}
         flags |= {"dataset": data, "split_dataset_ratio": 0, "max_length": longest, "torch_dtype": "float32"}
         flags |= {"gradient_checkpointing": "false", "dataloader_num_workers": 0}
-        return as_flags(flags | ({"deepspeed": "zero2"} if arm.ranks > 1 else {}))
+        return as_flags(flags | ({"deepspeed": "zero2"} if trainer.ranks > 1 else {}))
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
     rows = {"file_name": data.name, "formatting": "sharegpt", "columns": {"messages": "messages"}}
     (folder / "dataset_info.json").write_text(json.dumps({"rows": rows | {"tags": tags | {"system_tag": "system"}}}))
@@ -128,10 +127,7 @@ def soup_words(arguments: argparse.Namespace, model: Path, folder: Path) -> list
 
 
 def make_rows(arguments: argparse.Namespace, count: int) -> list[dict]:
-    """So many examples of exactly --length tokens, cut at the answer's end, the nearest to half of them labels.
-
-    Raises UserError where the template is not ChatML, which every peer has, or where too few examples are long enough.
-    """
+    """So many examples of exactly --length tokens, cut at the answer's end, the nearest to half of them labels."""
     tokenizer, found = AutoTokenizer.from_pretrained(arguments.model), []
     if "<|im_start|>" not in (tokenizer.chat_template or ""):
         raise UserError(f"--model {arguments.model}: its chat template is not ChatML; take SmolLM2 or Qwen.")
@@ -194,7 +190,7 @@ def last_error(output: str) -> str:
 
 
 def environment_of(python: Path, caches: Path | None = None) -> dict[str, str]:
-    """Of a run: one thread, no hub, this repository's package for its own arm alone, caches in a folder."""
+    """Of a run: one thread, no hub, this repository's package for its own trainer alone, caches in a folder."""
     made = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | ON_CPU
     made |= {"TOKENIZERS_PARALLELISM": "false", "USE_HF": "1", "PATH": f"{python.parent}:{os.environ['PATH']}"}
     if python == Path(sys.executable):
@@ -206,30 +202,30 @@ def environment_of(python: Path, caches: Path | None = None) -> dict[str, str]:
     return made
 
 
-def command_of(arm: Arm, python: Path, record: Path, steps: int, words: list[str]) -> list[str]:
+def command_of(trainer: Trainer, python: Path, record: Path, steps: int, words: list[str]) -> list[str]:
     """The probe around the trainer's command line, under torch's launcher where there are ranks."""
     launcher = []
-    if arm.ranks > 1:
+    if trainer.ranks > 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={arm.ranks}", f"--master_port={port}"]
-    return [str(python), *launcher, str(PROBE), str(record), str(steps), arm.module, *words]
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={trainer.ranks}", f"--master_port={port}"]
+    return [str(python), *launcher, str(PROBE), str(record), str(steps), trainer.module, *words]
 
 
-def measure(arm: Arm, arguments: argparse.Namespace, rows: list[dict]) -> dict:
+def measure(trainer: Trainer, arguments: argparse.Namespace, rows: list[dict]) -> dict:
     """One run: of its second period CPU seconds a step, of all ranks; live bytes of the largest rank."""
-    python, steps = python_of(arm.peer, arguments.environments), 2 * arguments.interval
+    python, steps = python_of(trainer.peer, arguments.environments), 2 * arguments.interval
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        used = rows[: steps * arm.ranks]
+        used = rows[: steps * trainer.ranks]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in used))
-        command = command_of(arm, python, folder / "record", steps, words_of(arm, arguments, folder))
+        command = command_of(trainer, python, folder / "record", steps, words_of(trainer, arguments, folder))
         started = {"cwd": folder, "env": environment_of(python, folder), "stdin": subprocess.DEVNULL}
         run = subprocess.run(command, **started, capture_output=True, text=True)
         records = [json.loads(path.read_text()) for path in sorted(folder.glob("record.*"))]
-    if len(records) < arm.ranks:
-        raise UserError(f"{arm.name}: {last_error(run.stdout + run.stderr)}")
+    if len(records) < trainer.ranks:
+        raise UserError(f"{trainer.name}: {last_error(run.stdout + run.stderr)}")
     batches = [batch for record in records for batch in record["batches"][-arguments.interval :]]
     return {
         "cpu_seconds_per_step": sum(mean(record["seconds"][-arguments.interval :]) for record in records),
@@ -239,25 +235,25 @@ def measure(arm: Arm, arguments: argparse.Namespace, rows: list[dict]) -> dict:
     }
 
 
-def take_turns(arms: list[Arm], arguments: argparse.Namespace, rows: list[dict], figures: dict) -> None:
-    """Rounds of a run each, every round in an order of its own; an arm that fails once is not run again."""
+def take_turns(trainers: list[Trainer], arguments: argparse.Namespace, rows: list[dict], figures: dict) -> None:
+    """Rounds of a run each, every round in an order of its own; a trainer that fails once is not run again."""
     order = random.Random(0)
     for number in range(arguments.rounds):
-        for arm in order.sample(arms, len(arms)):
-            found = figures["arms"][arm.name]
+        for trainer in order.sample(trainers, len(trainers)):
+            found = figures["arms"][trainer.name]
             if "not_run" in found:
                 continue
             try:
-                found["runs"].append(measure(arm, arguments, rows))
+                found["runs"].append(measure(trainer, arguments, rows))
                 said = f"{found['runs'][-1]['cpu_seconds_per_step']:.2f} CPU s a step"
             except UserError as error:
                 found["not_run"] = said = str(error)
-            print(f"round {number + 1}, {arm.name}: {said}", flush=True)
+            print(f"round {number + 1}, {trainer.name}: {said}", flush=True)
             write_results(arguments.results, figures, quiet=True)  # in case a later one is cut
 
 
 def main() -> None:
-    """Install the peers, let all arms take turns, print the table."""
+    """Install the peers, let all trainers take turns, print the table."""
     run_on_cpu()
     parser = parser_of(__doc__, "peers")
     data = os.environ.get("LISA_DIST_DATA")
@@ -267,7 +263,12 @@ def main() -> None:
     parser.add_argument(
         "--environments", type=Path, default=ENVIRONMENTS, help="folder of the peers' environments: 6 GB"
     )
-    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], default=[arm.name for arm in ARMS])
+    parser.add_argument(
+        "--trainers",
+        nargs="+",
+        choices=[trainer.name for trainer in TRAINERS],
+        default=[trainer.name for trainer in TRAINERS],
+    )
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--interval", type=positive, default=5, help="K; a run has twice as many steps")
     parser.add_argument("--gamma", type=positive, default=2, help="layers of a period; BAdam has one block")
@@ -276,24 +277,24 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.interval < 2:
         parser.error("--interval 1: tensors are counted between two steps of a period; take 2 or more")
-    arms = [arm for arm in ARMS if arm.name in arguments.arms]
+    trainers = [trainer for trainer in TRAINERS if trainer.name in arguments.trainers]
     try:
-        rows = make_rows(arguments, 2 * arguments.interval * max(arm.ranks for arm in arms))
+        rows = make_rows(arguments, 2 * arguments.interval * max(trainer.ranks for trainer in trainers))
     except UserError as error:
         parser.error(str(error))
     settings = {name: getattr(arguments, name) for name in ("rounds", "interval", "gamma", "length", "lr")}
     settings["model"] = Path(arguments.model).name
     figures = {"settings": settings, "versions": {}, "arms": {}}
-    for arm in arms:
-        figures["arms"][arm.name] = {"peer": arm.peer, "baseline": arm.baseline, "runs": []}
-    for peer in dict.fromkeys(arm.peer for arm in arms):
+    for trainer in trainers:
+        figures["arms"][trainer.name] = {"peer": trainer.peer, "baseline": trainer.baseline, "runs": []}
+    for peer in dict.fromkeys(trainer.peer for trainer in trainers):
         try:
             figures["versions"][peer] = versions_of(python_of(peer, arguments.environments))
         except UserError as error:
             print(error, flush=True)
-            for arm in (arm for arm in arms if arm.peer == peer):
-                figures["arms"][arm.name]["not_run"] = str(error)
-    take_turns(arms, arguments, rows, figures)
+            for trainer in (trainer for trainer in trainers if trainer.peer == peer):
+                figures["arms"][trainer.name]["not_run"] = str(error)
+    take_turns(trainers, arguments, rows, figures)
     write_results(arguments.results, figures)
     show("peers", figures)
 

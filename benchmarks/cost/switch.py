@@ -3,9 +3,8 @@
 python -m benchmarks.cost.switch
 
 Periods of three steps. The first begins with the switch, and it and the second may take longer besides: stage 3 learns
-the order of modules anew. So what a switch costs is both, less two steps like the third; its share is of a period of K
-steps. Seconds are of the slowest rank, medians over the switches. Where the time goes is from a profile of more of
-them, as shares, since profiling itself takes time.
+the order of modules anew. So what a switch costs is both, less two steps like the third. Seconds are of the slowest
+rank, medians over the switches. Where the time goes is from a profile of more of them, as shares.
 """
 
 import cProfile
@@ -14,10 +13,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from statistics import median
 
-from benchmarks.common.arms import LISA, Run, arms_parser, parse, shrunk_config
+from benchmarks.common.methods import LISA
 from benchmarks.common.ranks import RankGroup
 from benchmarks.common.results import positive, write_results
-from benchmarks.tables.show import show
+from benchmarks.common.runs import Run, methods_parser, parse, shrunk_config
+from benchmarks.tables.rows import show
 
 PERIOD, SHORT = 3, 16  # steps, tokens of a step that is not timed
 INTERVALS = (1, 5, 20, 50)
@@ -25,7 +25,7 @@ GAMMAS = (1, 4, 8)
 
 
 @dataclass(frozen=True)
-class Cell:
+class Case:
     """What is varied; everything but the stage by a factor of its own."""
 
     ds_config: str
@@ -70,22 +70,22 @@ class SwitchedRun(Run):
         return dict(seconds)
 
 
-def cells_of(shrink: int) -> list[Cell]:
-    """A star around one cell: every stage, then on two of them size, gamma and ranks by turns."""
-    cells = [Cell(ds_config, shrink) for ds_config in ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")]
+def cases_of(shrink: int) -> list[Case]:
+    """A star around one case: every stage, then on two of them size, gamma and ranks by turns."""
+    cases = [Case(ds_config, shrink) for ds_config in ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")]
     for ds_config in ("zero2", "zero3"):
-        small = Cell(ds_config, 2 * shrink)
-        cells += [small, replace(small, shrink=4 * shrink)]
-        cells += [replace(small, gamma=gamma) for gamma in GAMMAS]
-        cells += [replace(small, ranks=ranks) for ranks in (1, 4)]
-    return cells
+        small = Case(ds_config, 2 * shrink)
+        cases += [small, replace(small, shrink=4 * shrink)]
+        cases += [replace(small, gamma=gamma) for gamma in GAMMAS]
+        cases += [replace(small, ranks=ranks) for ranks in (1, 4)]
+    return cases
 
 
-def measure(cell: Cell, arguments) -> dict:
-    """Switches and steps of one cell."""
-    config = shrunk_config(arguments.model, cell.shrink, arguments.num_layers)
-    arm = replace(LISA, settings={"lisa_activated_layers": cell.gamma})
-    with RankGroup(cell.ranks, SwitchedRun, arm, config, cell.ds_config, interval=PERIOD) as ranks:
+def measure(case: Case, arguments) -> dict:
+    """Switches and steps of one case."""
+    config = shrunk_config(arguments.model, case.shrink, arguments.num_layers)
+    method = replace(LISA, settings={"lisa_activated_layers": case.gamma})
+    with RankGroup(case.ranks, SwitchedRun, method, config, case.ds_config, interval=PERIOD) as ranks:
         ranks.call("steps", 2 * PERIOD, SHORT)  # the first switch meets what is done once
         switches, firsts, seconds, steps, records = [], [], [], [], []
         for _ in range(arguments.switches):
@@ -118,10 +118,7 @@ def measure(cell: Cell, arguments) -> dict:
 
 
 def cost(times: dict[str, list[float]], steps: int = 2) -> float:
-    """Seconds that a period takes beyond so many ordinary steps: the switch, and what it makes slower after it.
-
-    On stages 1 and 2 that is noise alone. It counts against the switch, but not below it.
-    """
+    """Seconds that a period takes beyond so many ordinary steps; no less than the switch itself."""
     of_periods = zip(*(times[f"{which}_seconds"] for which in ("first_step", "second_step", "step")), strict=True)
     beyond = median(sum((first, second)[:steps]) - steps * step for first, second, step in of_periods)
     return max(beyond, median(times["switch_seconds"]))
@@ -134,15 +131,15 @@ def share(times: dict[str, list[float]], interval: int) -> float:
 
 
 def main() -> None:
-    """Measure every cell; print seconds, shares, bytes, and where the time goes."""
-    parser = arms_parser(__doc__, "switch", shrink=8)
+    """Measure every case; print seconds, shares, bytes, and where the time goes."""
+    parser = methods_parser(__doc__, "switch", shrink=8)
     parser.add_argument("--length", type=positive, default=256, help="tokens of a step that is timed")
     parser.add_argument("--switches", type=positive, default=5)
     arguments = parse(parser, max(GAMMAS))
     figures = {}
-    for cell in cells_of(arguments.shrink):
-        figures[cell.name] = measure(cell, arguments)
-        print(f"{cell.name}: measured", flush=True)
+    for case in cases_of(arguments.shrink):
+        figures[case.name] = measure(case, arguments)
+        print(f"{case.name}: measured", flush=True)
     write_results(arguments.results, figures)
     show("switch", figures)
 

@@ -1,46 +1,83 @@
-"""Question/answer examples as batches, and the loop that trains on them: what the benchmarks of losses share."""
+"""Questions and answers as batches whose labels are the answers, and the loop that trains on them."""
 
+import functools
 import itertools
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import distributed as dist
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 import lisa_dist
 
 Batch = dict[str, torch.Tensor]
+LENGTH = 256  # tokens of the longest row
 
 
-def read_tokens(tokenizer: PreTrainedTokenizerBase, path: str, count: int, length: int) -> list[list[int]]:
-    """The first examples of a file, question and answer in one text, cut to `length` tokens."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()[:count]
-    texts = [f"{row['question']} {row['answer']}" for row in map(json.loads, lines)]
-    return [tokenizer(text)["input_ids"][:length] for text in texts]
+@dataclass(frozen=True)
+class Data:
+    """Examples: their tokens, and how many of these are the question's."""
+
+    tokenizer: object
+    rows: list[tuple[list[int], int]]
+
+    @classmethod
+    @functools.cache
+    def read(cls, model_path: str, path: str, count: float) -> "Data":
+        """The first examples of a file in which something of the answer is left, or with a negative count the last."""
+        tokenizer, rows = AutoTokenizer.from_pretrained(model_path), []
+        for asked, answered in read_pairs(path):
+            question = tokenizer(asked + "\n")["input_ids"]
+            answer = [*tokenizer(answered, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            tokens = (question + answer)[:LENGTH]
+            if len(tokens) > len(question):
+                rows.append((tokens, len(question)))
+            if len(rows) == count:
+                break
+        return cls(tokenizer, rows[int(count) :] if count < 0 else rows)
+
+    def batch(self, places: list[int]) -> Batch:
+        """Examples side by side, as wide as the longest; labels are the answers."""
+        rows = [self.rows[place] for place in places]
+        width = max(len(tokens) for tokens, _ in rows)
+        ids = torch.full((len(rows), width), self.tokenizer.eos_token_id)
+        labels = torch.full((len(rows), width), -100)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for at, (tokens, asked) in enumerate(rows):
+            ids[at, : len(tokens)], mask[at, : len(tokens)] = torch.tensor(tokens), 1
+            labels[at, asked : len(tokens)] = torch.tensor(tokens[asked:])
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-def padded(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
-    """Rows of one length."""
-    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+def read_pairs(path: str) -> list[tuple[str, str]]:
+    """Questions and answers of a .jsonl, or instructions and outputs of a .json in Alpaca's format."""
+    text = Path(path).read_text(encoding="utf-8")
+    if path.endswith(".jsonl"):
+        return [(row["question"], row["answer"]) for row in map(json.loads, text.splitlines())]
+    return [("\n".join(filter(None, (row["instruction"], row["input"]))), row["output"]) for row in json.loads(text)]
 
 
-def of_rank(batch: torch.Tensor) -> Batch:
-    """This rank's rows of a batch, in which padding counts too."""
-    mine = batch.chunk(dist.get_world_size())[dist.get_rank()]
-    return {"input_ids": mine, "labels": mine}
+def evaluate(engine, data: Data, rows: int) -> tuple[float, float]:
+    """Loss and next-token accuracy over the answers' tokens."""
+    engine.eval()
+    loss = hits = count = 0.0
+    for start in range(0, len(data.rows), rows):
+        inputs = on_device(engine, data.batch(range(start, min(start + rows, len(data.rows)))))
+        labels = inputs.pop("labels")[:, 1:]
+        with torch.no_grad():
+            logits = engine(**inputs).logits[:, :-1]
+        counted = labels != -100
+        loss += torch.nn.functional.cross_entropy(logits[counted].float(), labels[counted], reduction="sum").item()
+        hits += (logits[counted].argmax(-1) == labels[counted]).sum().item()
+        count += counted.sum().item()
+    return loss / count, hits / count
 
 
 def on_device(engine, inputs: Batch) -> Batch:
     """A batch where the engine's model is."""
     return {name: value.to(engine.device) for name, value in inputs.items()}
-
-
-def mean_of_ranks(loss: torch.Tensor) -> float:
-    total = loss.detach().float().clone()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size()
 
 
 def train(
@@ -49,7 +86,7 @@ def train(
     batches: Iterable[Batch],
     rates: Iterable[float | None] = itertools.repeat(None),
 ) -> list[float]:
-    """The losses of a step on each batch, of all ranks, as long as there are rates; at None the learning rate stays."""
+    """The losses of a step on each batch, as long as there are rates; at None the learning rate stays."""
     losses = []
     for inputs, rate in zip(batches, rates, strict=False):
         for group in engine.optimizer.param_groups:
@@ -59,14 +96,5 @@ def train(
         loss = engine(**on_device(engine, inputs)).loss
         engine.backward(loss)
         engine.step()
-        losses.append(mean_of_ranks(loss))
-    return losses
-
-
-def held_out_losses(engine, batches: Iterable[Batch]) -> list[float]:
-    """The loss of each batch, of all ranks, without training."""
-    engine.eval()
-    with torch.no_grad():
-        losses = [mean_of_ranks(engine(**on_device(engine, inputs)).loss) for inputs in batches]
-    engine.train()
+        losses.append(loss.item())
     return losses

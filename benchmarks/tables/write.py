@@ -1,24 +1,46 @@
-"""Write the tables of README and docs from benchmarks/results, so that no figure in them is typed by hand.
+"""Write the tables of README, docs and benchmarks from benchmarks/results, so that no figure is typed by hand.
 
 python -m benchmarks.tables.write            # writes what has changed
 python -m benchmarks.tables.write --check    # writes nothing; exit status 1 where a page and the results differ
 
-A table stands on its page between `<!-- table: NAME -->` and `<!-- end -->`, and NAME is that of a function in rows.py.
-The table `index` in benchmarks/README.md, made by index.py, has a row for every results file, and for every script that
-has none.
+A table stands on any of the pages between `<!-- table: NAME -->` and `<!-- end -->`, and NAME is one of declared.py, or
+`index`: a row for every results file, and for every script that has none.
 """
 
 import argparse
+import ast
 import re
 import sys
 from pathlib import Path
 
-import benchmarks.tables.experiments  # noqa: F401 - registers its table, and those of quality.py
-from benchmarks.tables.index import index
-from benchmarks.tables.parts import TABLES, Benchmarks, Rows, TableError
+from benchmarks.tables.render import Benchmarks, Rows, TableError
+from benchmarks.tables.rows import TABLES
 
 ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/*.md", "benchmarks/*.md")
 END = "<!-- end -->"
+
+
+def index(benchmarks: Benchmarks) -> Rows:
+    """A row for every results file by the script that made it, for scripts without, and for results without."""
+    abouts, rows = {}, [["benchmark", "question", "command", "results", "machine", "device"]]
+    for path in sorted(benchmarks.folder.glob("*/*.py")):
+        script = ast.parse(path.read_text(encoding="utf-8"))
+        # Others measure nothing: what scripts are made of, and what makes the tables.
+        if path.parent.name != "tables" and "main" in (getattr(part, "name", None) for part in script.body):
+            asked = ast.get_docstring(script).splitlines()[0]
+            abouts[path.stem] = [f"[{path.stem}]({path.parent.name}/{path.name})", asked]
+    results = {path.stem: benchmarks.results(path.stem) for path in sorted(benchmarks.folder.glob("results/*.json"))}
+    made_by = {name: one["command"].split()[2].rpartition(".")[2] for name, one in results.items()}
+    for script in dict.fromkeys([*abouts, *made_by.values()]):
+        about = abouts.get(script, [script, "measured once, by a script that is gone"])
+        for name in sorted((name for name in results if made_by[name] == script), key=lambda name: name != script):
+            one, link = results[name], f"[{name}](results/{name}.json)"
+            rows.append([*about, f"`{one['command']}`", link, one["machine"], one["device"]])
+            about = ["", ""]
+        if about[0]:
+            rows.append([*about, "not run yet", "", "", ""])
+    return rows
 
 
 def markdown(rows: Rows) -> str:
@@ -33,7 +55,7 @@ def make(name: str, benchmarks: Benchmarks) -> str:
     if name not in (*TABLES, "index"):
         raise TableError(f"there is no table {name}; there are {', '.join(sorted([*TABLES, 'index']))}")
     try:
-        return markdown(index(benchmarks) if name == "index" else benchmarks.rows(name))
+        return markdown(index(benchmarks) if name == "index" else benchmarks.rows(TABLES[name]))
     except TableError as error:
         raise TableError(f"table {name}: {error}") from error
     except (LookupError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
@@ -60,7 +82,7 @@ def with_tables(page: str, benchmarks: Benchmarks) -> tuple[str, list[str]]:
 def changed_pages(root: Path) -> dict[Path, tuple[str, list[str]]]:
     """The pages whose tables differ: what they should be, and the names of the tables."""
     benchmarks, changed = Benchmarks(root / "benchmarks"), {}
-    for path in (root / "README.md", *sorted((root / "docs").glob("*.md")), root / "benchmarks" / "README.md"):
+    for path in (path for pattern in PAGES for path in sorted(root.glob(pattern))):
         try:
             page, differ = with_tables(path.read_text(encoding="utf-8"), benchmarks)
         except TableError as error:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from benchmarks.cost import peers
-from benchmarks.tables import index, rows
+from benchmarks.tables.rows import TABLES
 from lisa_dist.errors import UserError
 
 
@@ -27,35 +27,38 @@ def settings_of(words: list[str]) -> dict[str, str]:
     return dict(zip((flag[2:] for flag in flags[::2]), flags[1::2], strict=True))
 
 
-@pytest.mark.parametrize("arm", peers.ARMS, ids=lambda arm: arm.name)
-def test_all_trainers_are_asked_for_the_same_work(arm, arguments, tmp_path):
-    words = peers.words_of(arm, arguments, tmp_path)
-    if arm.peer == "soup-cli":
+@pytest.mark.parametrize("arm", peers.TRAINERS, ids=lambda trainer: trainer.name)
+def test_all_trainers_are_asked_for_the_same_work(trainer, arguments, tmp_path):
+    words = peers.words_of(trainer, arguments, tmp_path)
+    if trainer.peer == "soup-cli":
         config = yaml.safe_load((tmp_path / words[words.index("--config") + 1]).read_text())
         asked = config["training"] | {"model": config["base"]}
         names = ("lr", "weight_decay", "optimizer", "batch_size", "model", "lisa_num_layers", "lisa_interval_steps")
     else:
         asked = settings_of(words)
-        model = "model" if arm.peer == "ms-swift" else "model_name_or_path"
+        model = "model" if trainer.peer == "ms-swift" else "model_name_or_path"
         names = ("learning_rate", "weight_decay", "optim", "per_device_train_batch_size", model)
         of_lisa = {
             peers.OURS: ("lisa_activated_layers", "lisa_interval_steps"),
             "ms-swift": ("lisa_activated_layers", "lisa_step_interval"),
             "llamafactory": ("badam_switch_interval",),  # which has one block
         }
-        names += of_lisa[arm.peer]
+        names += of_lisa[trainer.peer]
         assert (asked["bf16"], asked.get("deepspeed")) == (
             "false",
-            "zero2" if arm.peer == peers.OURS or arm.ranks > 1 else None,
+            "zero2" if trainer.peer == peers.OURS or trainer.ranks > 1 else None,
         )
     wanted = ["0.0002", "0.01", "adamw_torch_fused", "1", str(tmp_path), "3", "7"]
-    if arm.peer == "llamafactory":
+    if trainer.peer == "llamafactory":
         del wanted[-2]
     assert [str(asked[name]) for name in names] == wanted
 
 
 def test_the_probe_runs_in_the_peers_own_python(tmp_path):
-    one, two = (next(arm for arm in peers.ARMS if arm.peer == "ms-swift" and arm.ranks == ranks) for ranks in (1, 2))
+    one, two = (
+        next(trainer for trainer in peers.TRAINERS if trainer.peer == "ms-swift" and trainer.ranks == ranks)
+        for ranks in (1, 2)
+    )
     python = tmp_path / "bin" / "python"
     command = peers.command_of(one, python, Path("record"), 10, ["--x", "1"])
     assert command == [str(python), str(peers.PROBE), "record", "10", "swift.cli.sft", "--x", "1"]
@@ -89,18 +92,18 @@ def test_why_a_trainer_ended(output, said):
     assert peers.last_error(output) == said
 
 
-def test_an_arm_that_fails_is_not_run_again(arguments, monkeypatch, tmp_path):
+def test_a_trainer_that_fails_is_not_run_again(arguments, monkeypatch, tmp_path):
     arguments.rounds, arguments.results, ran = 2, tmp_path / "peers.json", []
 
-    def measure(arm, *_):
-        ran.append(arm.name)
-        if arm.peer != peers.OURS:
-            raise UserError(f"{arm.name}: ImportError: no")
+    def measure(trainer, *_):
+        ran.append(trainer.name)
+        if trainer.peer != peers.OURS:
+            raise UserError(f"{trainer.name}: ImportError: no")
         return {"cpu_seconds_per_step": 1.0}
 
     monkeypatch.setattr(peers, "measure", measure)
-    figures = {"arms": {arm.name: {"runs": []} for arm in peers.ARMS[:2]}}
-    peers.take_turns(list(peers.ARMS[:2]), arguments, [], figures)
+    figures = {"arms": {trainer.name: {"runs": []} for trainer in peers.TRAINERS[:2]}}
+    peers.take_turns(list(peers.TRAINERS[:2]), arguments, [], figures)
     assert sorted(ran) == ["lisa_dist", "lisa_dist", "ms-swift"]
     assert json.loads(arguments.results.read_text())["figures"] == {
         "arms": {
@@ -123,11 +126,10 @@ def test_the_table_of_peers():
             "soup": theirs | {"runs": [], "not_run": "soup: ImportError: no"},
         },
     }
-    _, first, second, third = rows.peers(figures)
+    _, first, second, third = TABLES["comparing_peers"].make(figures)
     assert first == ["lisa_dist", "4.00 (2.00 to 8.00)", "1.00", "900", "1.00", "256, 128", "lisa-dist 0.1.0"]
     assert second[1:5] == ["2.00 (1.00 to 6.00)", "0.50", "1,800", "2.00"], "ratios are of runs of the same round"
     assert third[:2] == ["soup", "not run: soup: ImportError: no"]
-    assert index.sentence("peers", figures) == "CPU seconds of a step, of ours: ms-swift: 0.50"
 
 
 def test_rows_are_of_one_length(arguments, tmp_path, monkeypatch):
