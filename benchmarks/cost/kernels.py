@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.results import RESULTS, parser_of, print_table, write_results
-from lisa_dist.core.live_bytes import live_storages
+from lisa_dist.core.period_log import live_storages
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.optim.adamw import LisaAdamW, PartitionStep
 from lisa_dist.optim.ops import choose_kernels

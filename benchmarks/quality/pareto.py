@@ -29,7 +29,7 @@ from benchmarks.quality.examples import LENGTH
 from benchmarks.quality.training import train
 from benchmarks.tables.quality import MEASURED, pareto_table
 from benchmarks.tables.runs import runs_at_best
-from lisa_dist.core.live_bytes import live_storages, live_tensor_bytes
+from lisa_dist.core.period_log import live_storages, live_tensor_bytes
 from lisa_dist.memory.tracker import AllocationTracker
 
 ROUNDS, STEPS = 2, 5  # of steps that are timed in each

@@ -20,7 +20,7 @@ from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
 from benchmarks.common.results import parser_with_data, positive, write_results
 from benchmarks.quality.training import held_out_losses, of_rank, padded, read_tokens, train
 from benchmarks.tables.show import show
-from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
+from lisa_dist.run.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 from lisa_dist.zero.parameters import parameter_numel
 
 ROWS, LENGTH, HELD_OUT, LR = 16, 128, 64, 5e-4
