@@ -67,7 +67,8 @@ test-plugins: $(VENV)/.ready .plugins/axolotl/.ready .plugins/ms-swift/.ready  #
 test-oldest: .oldest/.ready  ## the core of the suite on the oldest releases that setup.py allows: twenty minutes
 	PATH="$(CURDIR)/.oldest/bin:$$PATH" $(CPU) TORCH_EXTENSIONS_DIR="$(CURDIR)/.oldest/torch_extensions" \
 		.oldest/bin/python -m pytest -m "not full" --numprocesses 2 --dist loadgroup \
-		tests/unit/core tests/unit/zero tests/unit/optim tests/unit/checkpoint tests/unit/train tests/system/test_train.py
+		tests/unit/core tests/unit/loss tests/unit/zero tests/unit/optim tests/unit/checkpoint tests/unit/train \
+		tests/unit/run tests/system/test_train.py
 
 test-container: $(VENV)/.ready  ## the steps of the Dockerfile in a clean root, as root: half an hour
 	$(BIN)/python tests/container.py /tmp/lisa_dist_root

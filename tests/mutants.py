@@ -29,13 +29,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # The folders of tests/unit that matter to a room of lisa_dist, the nearest first.
 ROOMS = {
-    "core": ("core", "checkpoint", "train"),
+    "core": ("core", "checkpoint", "train", "run"),
+    "loss": ("loss", "run", "train"),
     "zero": ("zero", "optim", "core", "checkpoint", "train"),
     "optim": ("optim", "core", "checkpoint"),
-    "checkpoint": ("checkpoint", "train", "commands"),
+    "checkpoint": ("checkpoint", "train", "run", "commands"),
 }
 # In the process of pytest they start threads of torch's, beside which its fork of a next one hangs.
-NOT_FORKED = ("test_compile.py",)
+NOT_FORKED = ("test_compiled_layers.py",)
 FLIPS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add,

@@ -12,7 +12,7 @@ from lisa_dist.flags import FlagParser
 from lisa_dist.memory.defaults import learning_rate, preset_settings, with_accumulation
 from lisa_dist.memory.known_models import load_model_config
 from lisa_dist.memory.ladder import first_that_fits
-from lisa_dist.train.recipe import InitArguments, format_recipe
+from lisa_dist.run.recipe import InitArguments, format_recipe
 
 USAGE = "lisa-dist init --model llama3.1-8b [--gpus N] [--gpu_memory 24GiB] [--any_flag value ...]"
 # The screen of --help; what is not here is in --help_all.

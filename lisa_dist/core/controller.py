@@ -28,7 +28,7 @@ from torch import distributed as dist
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.blocks import DecayRule, find_blocks, split_into_modules
 from lisa_dist.core.checkpointing import check_checkpointing, let_backward_end
-from lisa_dist.core.engine_config import check_engine, check_no_adapters, check_not_held, check_weights
+from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_not_held, check_weights
 from lisa_dist.core.frozen_layers import hold_frozen_layers
 from lisa_dist.core.guards import (
     InactiveWeights,
@@ -38,8 +38,8 @@ from lisa_dist.core.guards import (
     compare_ranks,
 )
 from lisa_dist.core.importance import observe_layers
-from lisa_dist.core.live_bytes import PeriodLog, PeriodRecord, live_tensor_bytes
 from lisa_dist.core.movement import WeightMovement
+from lisa_dist.core.period_log import PeriodLog, PeriodRecord, live_tensor_bytes
 from lisa_dist.core.run_state import STATE_VERSION, BlockChanges, changed_settings
 from lisa_dist.core.sampling import ActiveSet
 from lisa_dist.core.selection import BlockSelection

@@ -95,7 +95,7 @@ class HeldMatrix:
 
     @property
     def in_fp32(self) -> bool:
-        """Whether the module multiplies in fp32, as on CPUs that are slow in bf16 (`train/cpu_bf16.py`)."""
+        """Whether the module multiplies in fp32, as on CPUs that are slow in bf16 (`run/cpu_bf16.py`)."""
         return self._forward_before is not None
 
     @property

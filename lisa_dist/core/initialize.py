@@ -8,7 +8,7 @@ import torch
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.controller import LisaController
-from lisa_dist.core.engine_config import prepare_ds_config
+from lisa_dist.core.engine_checks import prepare_ds_config
 from lisa_dist.distributed.ranks import join_ranks
 from lisa_dist.distributed.run_lock import hold_folder
 from lisa_dist.ds_config import load_ds_config, precision_of, uses_optimizer_offload

@@ -7,8 +7,8 @@ import torch
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, parse_checkpointed_layers
-from lisa_dist.core.label_logits import check_loss
 from lisa_dist.errors import UserError
+from lisa_dist.loss.label_logits import check_loss
 from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.workload import Workload
 from lisa_dist.presets import check_preset, reserved_bytes

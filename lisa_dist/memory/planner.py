@@ -11,12 +11,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
-from lisa_dist.core.engine_config import prepare_ds_config
-from lisa_dist.core.label_logits import why_no_label_logits
+from lisa_dist.core.engine_checks import prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.errors import UserError
+from lisa_dist.loss.label_logits import why_no_label_logits
 from lisa_dist.memory.estimate import plan_memory
 from lisa_dist.memory.kept_states import kept_states
 from lisa_dist.memory.periods import widest_periods

@@ -11,11 +11,11 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import LORA_LAYERS, PLANNED_LAYERS
 from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.checkpointing import AUTO, fewest_layers
-from lisa_dist.core.engine_config import prepare_ds_config
-from lisa_dist.core.label_logits import why_no_label_logits
+from lisa_dist.core.engine_checks import prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
+from lisa_dist.loss.label_logits import why_no_label_logits
 from lisa_dist.memory.plan import WAYS, Plan, PlanArguments
 from lisa_dist.memory.planner import LOSS_OF_TASK, Planner
 from lisa_dist.memory.trace import FakeRuns

@@ -93,7 +93,7 @@ def head_gradient_of(is_liger: bool) -> Iterator[None]:
 
     Where it stands for Liger's, all of it at once: Liger too sums the whole gradient in fp32, and rounds it.
     """
-    from lisa_dist.core.head_gradient import LogProbsInSlabs
+    from lisa_dist.loss.chunked import LogProbsInSlabs
 
     ours = LogProbsInSlabs.words, LogProbsInSlabs.slabs
     LogProbsInSlabs.words, LogProbsInSlabs.slabs = None if is_liger else ours[0], 2

@@ -28,9 +28,9 @@ from lisa_dist.config import StateBits
 from lisa_dist.core.blocks import find_blocks, linear_modules, split_into_modules
 from lisa_dist.core.checkpointing import checkpoint_layers
 from lisa_dist.core.groups import split_by_decay, takes_bits
-from lisa_dist.core.label_logits import add_label_logits
 from lisa_dist.core.meta_model import without_zero3_init
 from lisa_dist.errors import UserError
+from lisa_dist.loss.label_logits import add_label_logits
 from lisa_dist.memory.repeats import Event, LayersDifferError, Skipping, TracedStep, unroll
 from lisa_dist.memory.stand_ins import TritonScores, as_triton, head_gradient_of, looked_up, made_whole
 from lisa_dist.memory.step_trace import Arrival, StepTrace
@@ -122,7 +122,7 @@ class FakeRun:
         if workload.loss not in (OWN, SCORE, RATIO):
             from trl.trainer.utils import add_fused_lm_head
 
-            from lisa_dist.core.head_gradient import use_slabs
+            from lisa_dist.loss.chunked import use_slabs
 
             use_slabs()
             add_fused_lm_head(self.model, outputs=("log_probs", "entropy", "is_top1"))

@@ -1,1 +1,1 @@
-"""Training runs: the Trainer integration, its arguments, and a run from start to end."""
+"""The Trainer integration: LISA over any Trainer, for the command line and for a user's own script."""

@@ -11,7 +11,7 @@ from accelerate.utils import DynamoBackend, parse_flag_from_env
 from transformers import TrainingArguments
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.core.engine_config import prepare_ds_config
+from lisa_dist.core.engine_checks import prepare_ds_config
 from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.errors import UserError
 from lisa_dist.optim.ops import why_no_compiler

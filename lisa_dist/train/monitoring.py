@@ -44,7 +44,7 @@ class MonitoredMixin(_TrainerClass):
 
     def __init__(self, *args: Any, **kwargs: Any):
         if any(one.__module__.partition(".")[0] == "trl" for one in type(self).__mro__):  # else it is not imported
-            from lisa_dist.core.head_gradient import use_slabs
+            from lisa_dist.loss.chunked import use_slabs
 
             use_slabs()
         super().__init__(*args, **kwargs)

@@ -9,11 +9,11 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from lisa_dist.core.label_logits import add_label_logits, check_loss, why_no_label_logits
 from lisa_dist.errors import UserError
+from lisa_dist.loss.label_logits import add_label_logits, check_loss, why_no_label_logits
+from lisa_dist.loss.liger import add_liger_loss
 from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS
 from lisa_dist.train.attention import documents_see_each_other, packs_documents
-from lisa_dist.train.liger import add_liger_loss
 from lisa_dist.train.monitoring import MonitoredMixin
 from lisa_dist.train.trainer import LisaMixin
 from lisa_dist.zero.stage3 import forget_module_order

@@ -8,9 +8,9 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, TrainingArguments
 
 from lisa_dist.core.controller import LisaController
-from lisa_dist.core.label_logits import uses_triton
 from lisa_dist.distributed.collectives import gather
 from lisa_dist.distributed.devices import gpu_bytes_at_start, gpu_bytes_for_tensors
+from lisa_dist.loss.label_logits import uses_triton
 from lisa_dist.memory.run_memory import RunMemory
 from lisa_dist.memory.workload import CHUNKED, LOGITS, OWN, RATIO, SCORE, Workload
 from lisa_dist.zero.parameters import held_tensors

@@ -28,7 +28,7 @@ from lisa_dist.config import AUTO_INTERVAL, LisaConfig
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.core.controller import LisaController
-from lisa_dist.core.engine_config import check_eval_frozen_bits, check_no_adapters
+from lisa_dist.core.engine_checks import check_eval_frozen_bits, check_no_adapters
 from lisa_dist.distributed.collectives import together
 from lisa_dist.distributed.health import ComputeTime, describe_ranks
 from lisa_dist.distributed.run_lock import one_run_in
@@ -36,6 +36,7 @@ from lisa_dist.distributed.signals import StopSignals
 from lisa_dist.distributed.watchdog import HANG_TIMEOUT, Watchdog
 from lisa_dist.ds_config import uses_optimizer_offload
 from lisa_dist.errors import UserError
+from lisa_dist.loss.liger import check_liger
 from lisa_dist.memory.run_memory import RunMemory
 from lisa_dist.memory.workload import CHUNKED
 from lisa_dist.optim.build import build_optimizer
@@ -44,12 +45,11 @@ from lisa_dist.train.checks import check_numbers_of_examples, check_trainer
 from lisa_dist.train.compiled_layers import CompiledLayers
 from lisa_dist.train.deepspeed_arguments import begin_deepspeed
 from lisa_dist.train.identity import check_global_batch_size, compare_on_rank_0, describe_identity, write_identity
-from lisa_dist.train.liger import check_liger
 from lisa_dist.train.model_header import describe_training
 from lisa_dist.train.monitoring import MonitoredMixin, SlowRanks, lisa_metrics
 from lisa_dist.train.probe import check_probe_of_run, probe_in_trainer
 from lisa_dist.train.random_states import random_states_kept
-from lisa_dist.train.resume_from import (
+from lisa_dist.train.resume import (
     Beginning,
     check_beginning,
     check_generations,

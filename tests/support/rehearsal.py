@@ -79,7 +79,7 @@ def begin(seed: int, early: float, nvml_free: int | None = None) -> None:
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
-    import lisa_dist.core.label_logits as label_logits
+    import lisa_dist.loss.label_logits as label_logits
 
     assert all((bitsandbytes, peft, trl.trainer.utils))
     sys.modules["liger_kernel"] = None  # type: ignore[assignment]  # its kernels need a real GPU

@@ -274,8 +274,8 @@ def damage_json(draws: random.Random, path: Path) -> None:
 
 def begin(words: list[str]) -> None:
     """A run up to its first step; as `lisa-dist train`, without its ranks."""
-    from lisa_dist.train import run as run_module
-    from lisa_dist.train.arguments import parse_arguments
+    from lisa_dist.run import run as run_module
+    from lisa_dist.run.arguments import parse_arguments
 
     build = run_module.build_trainer
 
@@ -291,7 +291,7 @@ def begin(words: list[str]) -> None:
 
 
 def fuzz_flags(draws: random.Random, place: Place, folder: Path) -> str:
-    from lisa_dist.train.arguments import run_parser
+    from lisa_dist.run.arguments import run_parser
 
     actions = [action for action in run_parser()._actions if action.nargs != 0 and action.dest not in _NOT_FUZZED]
     numeric = [action for action in actions if getattr(action.type, "__name__", "") in ("int", "float")]
@@ -345,7 +345,7 @@ def fuzz_paths(draws: random.Random, place: Place, folder: Path) -> str:
 
 
 def fuzz_recipes(draws: random.Random, place: Place, folder: Path) -> str:
-    from lisa_dist.train.arguments import run_parser
+    from lisa_dist.run.arguments import run_parser
 
     names = [action.dest for action in run_parser()._actions if action.nargs != 0 and action.dest not in _NOT_FUZZED]
     words = place.words(folder / "out")

@@ -14,8 +14,8 @@ from lisa_dist.commands.verbs import name_of_table
 from lisa_dist.config import LisaConfig
 from lisa_dist.data.encoding import LONG_EXAMPLES
 from lisa_dist.data.formats import FORMATS
+from lisa_dist.run.arguments import parse_arguments, run_parser
 from lisa_dist.tasks import TASKS
-from lisa_dist.train.arguments import parse_arguments, run_parser
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coming_from.md").read_text(encoding="utf-8")
 TOOLS = ("LMFlow", "Axolotl", "ms-swift", "LLaMA-Factory")

@@ -22,8 +22,8 @@ from runs import ROOT, run_alone
 from lisa_dist import cli
 from lisa_dist.commands import eval as eval_command
 from lisa_dist.flag_words import first_word_as
+from lisa_dist.run.task_configs import CONFIGS
 from lisa_dist.tasks import task_of
-from lisa_dist.train.task_configs import CONFIGS
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PAGES += ["benchmarks/README.md", "benchmarks/cost/GPU.md"]

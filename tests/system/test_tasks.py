@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner
+from lisa_dist.run.arguments import parse_arguments
+from lisa_dist.run.run import check_config
 from lisa_dist.tasks import SFT, TASKS, task_of
-from lisa_dist.train.arguments import parse_arguments
-from lisa_dist.train.run import check_config
 
 REWARDS = """
 import math

@@ -44,10 +44,10 @@ from lisa_dist.distributed import launching
 from lisa_dist.distributed.launching import launch_if_asked
 from lisa_dist.distributed.run_lock import LOCK_NAME, one_run_in
 from lisa_dist.ds_config import read_ds_config
-from lisa_dist.train.arguments import RunArguments, RunConfig, parse_arguments, run_parser
-from lisa_dist.train.run import load_examples, run
+from lisa_dist.run.arguments import RunArguments, RunConfig, parse_arguments, run_parser
+from lisa_dist.run.run import load_examples, run
+from lisa_dist.run.task_configs import LisaSFTConfig, accumulation_steps
 from lisa_dist.train.sft_trainer import LisaTrainer
-from lisa_dist.train.task_configs import LisaSFTConfig, accumulation_steps
 
 
 @pytest.fixture(scope="module")
@@ -641,8 +641,8 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_written(folde
 
 COPIES = """
 import copy, sys
-from lisa_dist.train.arguments import parse_arguments
-from lisa_dist.train.run import run
+from lisa_dist.run.arguments import parse_arguments
+from lisa_dist.run.run import run
 
 def values(config):
     return copy.deepcopy((config.flags(), config.training.hf_deepspeed_config.config))

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from lisa_dist.train.arguments import run_parser
+from lisa_dist.run.arguments import run_parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("troubleshooting", "method")}

@@ -14,10 +14,10 @@ LEVELS = [
     {"ground"},  # the modules at the top, listed in GROUND
     {"data", "distributed", "optim"},
     {"zero"},
-    {"core"},
+    {"core", "loss"},
     {"checkpoint", "memory"},
     {"train"},
-    {"convert", "eval", "integrations", "report"},
+    {"convert", "eval", "integrations", "report", "run"},
     {"commands"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

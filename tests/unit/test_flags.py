@@ -20,9 +20,9 @@ from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.data.dataset import DataArguments
 from lisa_dist.eval.arguments import EvalArguments
 from lisa_dist.memory.plan import PlanArguments
-from lisa_dist.train import arguments
-from lisa_dist.train.arguments import RunArguments, run_parser
-from lisa_dist.train.recipe import InitArguments
+from lisa_dist.run import arguments
+from lisa_dist.run.arguments import RunArguments, run_parser
+from lisa_dist.run.recipe import InitArguments
 
 SNAPSHOT = Path(__file__).with_name("flags.json")
 

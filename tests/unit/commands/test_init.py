@@ -17,8 +17,8 @@ from lisa_dist.memory.known_models import load_model_config
 from lisa_dist.memory.ladder import LADDER, Chosen, first_that_fits, possible_rungs
 from lisa_dist.memory.plans import make_plans
 from lisa_dist.model_names import HUB_IDS, shipped_model_configs
-from lisa_dist.train.arguments import parse_arguments
-from lisa_dist.train.recipe import InitArguments
+from lisa_dist.run.arguments import parse_arguments
+from lisa_dist.run.recipe import InitArguments
 
 
 def choose(arguments: InitArguments, lisa_config: LisaConfig) -> Chosen:

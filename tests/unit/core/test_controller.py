@@ -17,7 +17,7 @@ from lisa_dist.checkpoint.resume import load_checkpoint
 from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.core import controller
 from lisa_dist.core.controller import LisaController
-from lisa_dist.core.engine_config import prepare_ds_config
+from lisa_dist.core.engine_checks import prepare_ds_config
 from lisa_dist.core.guards import broadcast_active_set
 from lisa_dist.core.sampling import ActiveSet, sample_period
 from lisa_dist.core.step_rates import StepRates

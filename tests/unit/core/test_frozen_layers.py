@@ -22,7 +22,7 @@ from lisa_dist.checkpoint.weights import write_weights
 from lisa_dist.core.blocks import Block, find_blocks
 from lisa_dist.core.frozen_layers import FrozenLayers, held_bytes
 from lisa_dist.core.weight_store import WeightStore, available_memory, check_store
-from lisa_dist.train.cpu_bf16 import multiply_in_fp32
+from lisa_dist.run.cpu_bf16 import multiply_in_fp32
 from lisa_dist.zero.parameters import whole_weights
 
 STEPS, INTERVAL = 8, 3

@@ -16,8 +16,8 @@ from lisa_dist.commands.train import main
 from lisa_dist.config import UserError
 from lisa_dist.distributed import health
 from lisa_dist.distributed.health import ComputeTime, all_reduce_speed, check_same_everywhere, describe_ranks
-from lisa_dist.train.arguments import parse_arguments
-from lisa_dist.train.run import run
+from lisa_dist.run.arguments import parse_arguments
+from lisa_dist.run.run import run
 
 
 def compare(*of_rank: dict) -> str:

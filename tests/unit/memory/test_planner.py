@@ -18,13 +18,13 @@ from trl.trainer.utils import add_fused_lm_head
 
 import lisa_dist
 from lisa_dist.commands.plan import main
-from lisa_dist.core.head_gradient import use_slabs
-from lisa_dist.core.label_logits import add_label_logits
-from lisa_dist.core.live_bytes import live_tensor_bytes
+from lisa_dist.core.period_log import live_tensor_bytes
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.kernels import dynamic_code
+from lisa_dist.loss.chunked import use_slabs
+from lisa_dist.loss.label_logits import add_label_logits
 from lisa_dist.memory.estimate import plan_memory
 from lisa_dist.memory.kept_states import kept_states
 from lisa_dist.memory.known_models import load_model_config

@@ -13,7 +13,7 @@ from transformers import FalconConfig, Gemma3TextConfig, LlamaConfig, MixtralCon
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from lisa_dist.core.head_gradient import LogProbsInSlabs
+from lisa_dist.loss.chunked import LogProbsInSlabs
 from lisa_dist.memory import trace as traces
 from lisa_dist.memory.repeats import Event, LayersDifferError, Place, Skipping, unroll
 from lisa_dist.memory.stretches import Stretch, stretches_of
@@ -357,7 +357,7 @@ def test_one_model_serves_several_numbers_of_checkpointed_layers():
 
 def test_a_trace_of_a_models_own_loss_does_without_trl(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.delitem(sys.modules, "lisa_dist.core.head_gradient")
+    monkeypatch.delitem(sys.modules, "lisa_dist.loss.chunked")
     assert traced(LLAMA, Workload(24, loss=OWN), Trained((0, 1), ALL))[1] < 12
 
 

@@ -34,9 +34,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lisa_dist import LisaConfig, LisaTrainer
 from lisa_dist.config import UserError
+from lisa_dist.run.task_configs import LisaSFTConfig
 from lisa_dist.train import attention
 from lisa_dist.train.attention import choose_attention, documents_see_each_other, packs_documents
-from lisa_dist.train.task_configs import LisaSFTConfig
 
 LENGTHS = (5, 1, 7)
 TURING, AMPERE, HOPPER, BLACKWELL = (7, 5), (8, 0), (9, 0), (10, 0)

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from lisa_dist.train.identity import compare_identity, describe_identity, fingerprint, write_identity
-from lisa_dist.train.resume_from import Beginning, check_beginning
+from lisa_dist.train.resume import Beginning, check_beginning
 
 ROWS = [{"input_ids": [number, number + 1], "labels": [-100, number + 1]} for number in range(10)]
 

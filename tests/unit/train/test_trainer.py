@@ -31,7 +31,7 @@ from lisa_dist.ds_config import find_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.files import describe_file, write_json
 from lisa_dist.train.deepspeed_arguments import begin_deepspeed
-from lisa_dist.train.resume_from import Beginning
+from lisa_dist.train.resume import Beginning
 from lisa_dist.zero.parameters import whole_weights
 
 STEPS, ACCUMULATION, INTERVAL, LR, DECAY, ROWS = 8, 2, 3, 1e-3, 0.1, 2

@@ -42,7 +42,7 @@ def test_no_shared_memory_outlives_the_ranks():
 KILLED = """
 import os, signal
 from lisa_dist.commands.train import main
-from lisa_dist.train import run
+from lisa_dist.run import run
 
 run.load_processing = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main()

@@ -1,6 +1,6 @@
 """How a run computes its loss (`--loss`), and why, in a line for its header and its record.
 
-logits: of the positions with a label, computed once and kept for the backward pass (`core/label_logits.py`)
+logits: of the positions with a label, computed once and kept for the backward pass (`loss/label_logits.py`)
 chunked: TRL's own, which computes them in chunks, and again in the backward pass
 liger: Liger's, which computes them in chunks, once, and the gradients with them
 auto: logits where the plan of a step says that they fit; else Liger's where it runs and fits; else chunked
@@ -15,19 +15,19 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
-from lisa_dist.core.head_gradient import choose_loss_kernels
-from lisa_dist.core.label_logits import why_no_label_logits
 from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
+from lisa_dist.loss.chunked import choose_loss_kernels
+from lisa_dist.loss.label_logits import why_no_label_logits
+from lisa_dist.loss.liger import why_no_liger_loss
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner
 from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS
 from lisa_dist.optim.ops import why_no_compiler
+from lisa_dist.run.arguments import RunConfig
 from lisa_dist.tasks import SFT
 from lisa_dist.text import format_bytes
-from lisa_dist.train.arguments import RunConfig
 from lisa_dist.train.checks import precision_of_arguments
-from lisa_dist.train.liger import why_no_liger_loss
 
 # Of a host's memory, for the logits of all its ranks, where no budget says what there is.
 HOST_SHARE = 1 / 16

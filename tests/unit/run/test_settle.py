@@ -13,11 +13,11 @@ from lisa_dist.memory.known_models import load_model_config
 from lisa_dist.memory.ladder import first_that_fits
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.presets import PRESETS
+from lisa_dist.run.arguments import RunConfig, model_config_of, parse_arguments, run_parser
+from lisa_dist.run.choose_layers import settle_layers
+from lisa_dist.run.run import check_config
+from lisa_dist.run.settle import apply_preset, describe_preset
 from lisa_dist.tasks import task_of
-from lisa_dist.train.apply_preset import apply_preset, describe_preset
-from lisa_dist.train.arguments import RunConfig, model_config_of, parse_arguments, run_parser
-from lisa_dist.train.auto_layers import settle_layers
-from lisa_dist.train.run import check_config
 
 SMALL = "embed=factored,head=factored,layers=8"
 # Layers, optimizer, moments, masters.

@@ -15,9 +15,9 @@ from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError
 from lisa_dist.memory.plans import fewest_of_lora, with_most_layers
 from lisa_dist.memory.trace import PlanError
+from lisa_dist.run.arguments import RunConfig
+from lisa_dist.run.choose_loss import plan_arguments, possible_losses
 from lisa_dist.run_folder import check_state
-from lisa_dist.train.arguments import RunConfig
-from lisa_dist.train.loss import plan_arguments, possible_losses
 
 
 def check_auto_layers(config: RunConfig) -> None:

@@ -22,27 +22,27 @@ from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.errors import UserError
 from lisa_dist.files import naming_lost_files
+from lisa_dist.run.arguments import RunConfig
+from lisa_dist.run.check_files import begins, check_files, check_resume, given_resume
+from lisa_dist.run.check_flags import check_flags
+from lisa_dist.run.check_model import check_model
+from lisa_dist.run.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
+from lisa_dist.run.header import describe_outcome, describe_run, record_of_run
+from lisa_dist.run.processor import Processing, load_processing
+from lisa_dist.run.quiet import without_bars_of_datasets
+from lisa_dist.run.reward_functions import load_rewards
+from lisa_dist.run.sample_answer import SampleCallback
+from lisa_dist.run.settle import Settled, settle
+from lisa_dist.run.task_configs import refused_upstream
+from lisa_dist.run.task_trainers import TRAINERS
 from lisa_dist.run_folder import goes_on, write_run
 from lisa_dist.tasks import REWARD, SFT
 from lisa_dist.text import in_one_line
-from lisa_dist.train.apply_preset import Settled, settle
-from lisa_dist.train.argument_checks import check_flags
-from lisa_dist.train.arguments import RunConfig
 from lisa_dist.train.attention import packs_documents
 from lisa_dist.train.callbacks import BestMetric
 from lisa_dist.train.compiled_layers import CompiledLayers
-from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
-from lisa_dist.train.given_paths import begins, check_files, check_resume, given_resume
 from lisa_dist.train.layer_norms import LayerNorms
 from lisa_dist.train.probe import check_probe_rows
-from lisa_dist.train.processor import Processing, load_processing
-from lisa_dist.train.quiet import without_bars_of_datasets
-from lisa_dist.train.reward_functions import load_rewards
-from lisa_dist.train.run_checks import check_model
-from lisa_dist.train.run_header import describe_outcome, describe_run, record_of_run
-from lisa_dist.train.sample_answer import SampleCallback
-from lisa_dist.train.task_configs import refused_upstream
-from lisa_dist.train.task_trainers import TRAINERS
 from lisa_dist.zero.cpu_ops import start_deepspeed
 
 

@@ -13,17 +13,17 @@ from transformers.training_args import OptimizerNames
 from lisa_dist.core.checkpointing import parse_checkpointed_layers
 from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
+from lisa_dist.loss.liger import settle_liger
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.presets import PRESETS, choose_preset
+from lisa_dist.run.arguments import ALL_LINEAR, RunConfig, model_config_of
+from lisa_dist.run.choose_layers import settle_layers
+from lisa_dist.run.choose_loss import choose_loss
+from lisa_dist.run.task_configs import LisaOptimizerNames
 from lisa_dist.tasks import GRPO, SFT
-from lisa_dist.train.arguments import ALL_LINEAR, RunConfig, model_config_of
 from lisa_dist.train.attention import choose_attention, packs_documents
-from lisa_dist.train.auto_layers import settle_layers
 from lisa_dist.train.checks import precision_of_arguments
-from lisa_dist.train.liger import settle_liger
-from lisa_dist.train.loss import choose_loss
 from lisa_dist.train.step_memory import bytes_of_any_gpu
-from lisa_dist.train.task_configs import LisaOptimizerNames
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 

@@ -6,7 +6,7 @@ import datasets
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from lisa_dist.train.quiet import leave_out_bars_of_other_ranks, leave_out_useless_words, without_bars_of_datasets
+from lisa_dist.run.quiet import leave_out_bars_of_other_ranks, leave_out_useless_words, without_bars_of_datasets
 
 
 @pytest.mark.parametrize(

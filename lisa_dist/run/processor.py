@@ -7,9 +7,9 @@ from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrai
 
 from lisa_dist.data.chat_template import set_chat_template
 from lisa_dist.errors import UserError
+from lisa_dist.run.arguments import RunConfig, model_config_of
 from lisa_dist.tasks import REWARD
 from lisa_dist.text import in_one_line
-from lisa_dist.train.arguments import RunConfig, model_config_of
 
 Processing: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
 _TOKENIZER_ALONE = ("orpo", REWARD)  # tasks whose trainers of TRL take no processor

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from lisa_dist.config import UserError
-from lisa_dist.train.reward_functions import load_rewards
-from lisa_dist.train.run_header import describe_outcome
+from lisa_dist.run.header import describe_outcome
+from lisa_dist.run.reward_functions import load_rewards
 
 FILE = """
 import numpy

@@ -15,13 +15,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig
 
 from lisa_dist import LisaConfig, LisaTrainer
-from lisa_dist.core.head_gradient import LogProbsInSlabs
 from lisa_dist.ds_config import find_ds_config
+from lisa_dist.loss import liger
+from lisa_dist.loss.chunked import LogProbsInSlabs
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner
-from lisa_dist.train import liger
-from lisa_dist.train.arguments import parse_arguments
-from lisa_dist.train.loss import check_loss_of_run, choose_loss
+from lisa_dist.run.arguments import parse_arguments
+from lisa_dist.run.choose_loss import check_loss_of_run, choose_loss
 
 STEPS, ACCUMULATION, INTERVAL, LAYERS, LR, LENGTH = 4, 2, 2, 3, 1e-2, 16
 

@@ -10,8 +10,8 @@ from runs import flags_for, refused, save_tiny_run
 
 from lisa_dist.errors import UserError
 from lisa_dist.files import write_json
-from lisa_dist.train.arguments import parse_arguments
-from lisa_dist.train.run import check_config, run
+from lisa_dist.run.arguments import parse_arguments
+from lisa_dist.run.run import check_config, run
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.meta_model import model_without_weights
 from lisa_dist.core.selection import unit_budget
 from lisa_dist.errors import UserError
+from lisa_dist.loss.liger import check_liger
 from lisa_dist.memory.plans import fewest_of_lora
+from lisa_dist.run.arguments import RunConfig, model_config_of
+from lisa_dist.run.check_files import begins
+from lisa_dist.run.choose_loss import check_loss_of_run
 from lisa_dist.tasks import REWARD
 from lisa_dist.text import in_one_line, no_such_model
-from lisa_dist.train.arguments import RunConfig, model_config_of
-from lisa_dist.train.given_paths import begins
-from lisa_dist.train.liger import check_liger
-from lisa_dist.train.loss import check_loss_of_run
 from lisa_dist.train.probe import check_probe_of_run
 
 # Of a model's configuration.

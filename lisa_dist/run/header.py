@@ -14,11 +14,11 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.core.blocks import find_blocks, split_into_modules
 from lisa_dist.core.checkpointing import AUTO, parse_checkpointed_layers
 from lisa_dist.presets import NONE
+from lisa_dist.run.arguments import ALL_LINEAR, ModelArguments, RunConfig, run_parser
+from lisa_dist.run.settle import Settled, describe_preset, installed_versions
 from lisa_dist.run_folder import without_secrets
 from lisa_dist.tasks import SFT, TASKS
 from lisa_dist.text import format_table
-from lisa_dist.train.apply_preset import Settled, describe_preset, installed_versions
-from lisa_dist.train.arguments import ALL_LINEAR, ModelArguments, RunConfig, run_parser
 from lisa_dist.train.checks import precision_of_arguments
 from lisa_dist.zero.parameters import parameter_numel
 

@@ -8,14 +8,15 @@ from trl import SFTConfig
 
 from lisa_dist.config_rules import PLANNED_LAYERS
 from lisa_dist.core.checkpointing import AUTO, parse_checkpointed_layers
-from lisa_dist.core.engine_config import check_eval_frozen_bits, prepare_ds_config
+from lisa_dist.core.engine_checks import check_eval_frozen_bits, prepare_ds_config
 from lisa_dist.ds_config import given_ds_config
 from lisa_dist.errors import UserError
+from lisa_dist.run.arguments import RunConfig
+from lisa_dist.run.choose_layers import check_auto_layers
+from lisa_dist.run.task_configs import LisaOptimizerNames
 from lisa_dist.tasks import GRPO, KTO, REWARD, SFT, refuse_flags_of_sft
 from lisa_dist.text import in_one_line
-from lisa_dist.train.arguments import RunConfig
 from lisa_dist.train.attention import packs_documents
-from lisa_dist.train.auto_layers import check_auto_layers
 from lisa_dist.train.checks import (
     check_compile,
     check_compiled_layers,
@@ -23,7 +24,6 @@ from lisa_dist.train.checks import (
     check_precision,
     precision_of_arguments,
 )
-from lisa_dist.train.task_configs import LisaOptimizerNames
 
 # TRL flags for data that TRL tokenizes, and the flag to use here.
 _NOT_TAKEN = {

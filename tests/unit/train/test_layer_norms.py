@@ -21,8 +21,8 @@ from torch import distributed as dist
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lisa_dist import LisaConfig, LisaMixin, cli
+from lisa_dist.run.arguments import RunArguments
 from lisa_dist.run_folder import write_run
-from lisa_dist.train.arguments import RunArguments
 from lisa_dist.train.layer_norms import LayerNorms
 from lisa_dist.zero.parameters import local_shard
 

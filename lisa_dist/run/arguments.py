@@ -16,17 +16,17 @@ from trl import ModelConfig
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
-from lisa_dist.core.label_logits import check_loss
 from lisa_dist.data.dataset import DataArguments
 from lisa_dist.distributed.ranks import check_port, set_rank
 from lisa_dist.distributed.watchdog import HANG_TIMEOUT
 from lisa_dist.errors import UserError
 from lisa_dist.flags import RunParser
+from lisa_dist.loss.label_logits import check_loss
 from lisa_dist.model_names import HUB_IDS
 from lisa_dist.presets import PRESET_HELP, check_preset
+from lisa_dist.run.task_configs import CONFIGS, LisaSFTConfig
 from lisa_dist.run_folder import hide_secrets
 from lisa_dist.tasks import OF_SFT, SFT, TASKS, check_rewards_given, check_task, task_of
-from lisa_dist.train.task_configs import CONFIGS, LisaSFTConfig
 
 METHODS = ("lisa", "full", "lora")
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head

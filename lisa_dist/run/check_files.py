@@ -15,6 +15,7 @@ from lisa_dist.core.weight_store import check_store
 from lisa_dist.distributed.collectives import raise_shared
 from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError, check_folder, read_json, read_text
+from lisa_dist.run.arguments import RunConfig
 from lisa_dist.run_folder import (
     RUN_NAME,
     STATE_NAME,
@@ -24,8 +25,7 @@ from lisa_dist.run_folder import (
     read_object,
 )
 from lisa_dist.shapes import misfit
-from lisa_dist.train.arguments import RunConfig
-from lisa_dist.train.resume_from import check_saved_by_trainer
+from lisa_dist.train.resume import check_saved_by_trainer
 
 _TOKENIZERS = ("tokenizer*", "vocab*", "spiece*", "sentencepiece*", "*.model", "*.tiktoken", "tekken.json")
 

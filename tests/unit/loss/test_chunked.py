@@ -9,8 +9,8 @@ from trl import DPOTrainer
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
-from lisa_dist.core import head_gradient
-from lisa_dist.core.head_gradient import LogProbsInSlabs, use_slabs
+from lisa_dist.loss import chunked as head_gradient
+from lisa_dist.loss.chunked import LogProbsInSlabs, use_slabs
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.train.monitoring import MonitoredMixin
 

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head, selective_log_softmax_and_entropy
 
-from lisa_dist.core.label_logits import _score, add_label_logits, why_no_label_logits
+from lisa_dist.loss.label_logits import _score, add_label_logits, why_no_label_logits
 
 SHAPE = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 0}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}

@@ -19,8 +19,8 @@ from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.core.label_logits import take_targets
 from lisa_dist.errors import UserError
+from lisa_dist.loss.label_logits import take_targets
 from lisa_dist.optim.ops import why_no_compiler
 
 FUSED_LOSS = "fused_linear_cross_entropy"

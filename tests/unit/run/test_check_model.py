@@ -20,8 +20,8 @@ from lisa_dist import LisaConfig
 from lisa_dist.core.controller import LisaController
 from lisa_dist.errors import UserError
 from lisa_dist.files import write_json
-from lisa_dist.train.arguments import parse_arguments
-from lisa_dist.train.run import check_config
+from lisa_dist.run.arguments import parse_arguments
+from lisa_dist.run.run import check_config
 
 
 @pytest.fixture(scope="module")

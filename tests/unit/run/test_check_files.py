@@ -10,11 +10,11 @@ from runs import flags_for, refused, save_tiny_run
 
 from lisa_dist.commands.given_files import look_for_files
 from lisa_dist.files import describe_file, write_json
+from lisa_dist.run.arguments import parse_arguments
+from lisa_dist.run.check_files import check_resume
+from lisa_dist.run.processor import load_tokenizer
+from lisa_dist.run.run import check_config, run
 from lisa_dist.run_folder import write_run
-from lisa_dist.train.arguments import parse_arguments
-from lisa_dist.train.given_paths import check_resume
-from lisa_dist.train.processor import load_tokenizer
-from lisa_dist.train.run import check_config, run
 
 
 @pytest.fixture(scope="module")
