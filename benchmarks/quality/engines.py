@@ -15,7 +15,7 @@ from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner
 from lisa_dist.memory.workload import OWN
-from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
+from lisa_dist.run.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 
 
 def optim_of(arguments: argparse.Namespace, method: Method) -> str:
