@@ -17,7 +17,6 @@ from lisa_dist.core.selection import unit_budget
 from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.errors import UserError
 from lisa_dist.train.compiled_layers import check_compile
-from lisa_dist.train.probe import check_probe_of_run
 
 # Arguments that LISA does without, and why.
 _REFUSED = {
@@ -87,16 +86,14 @@ def check_compiled_layers(args: TrainingArguments, lisa_config: LisaConfig) -> N
         )
 
 
-def check_sampling(config: LisaConfig, model_config: PretrainedConfig, num_layers: int, max_steps: int) -> None:
-    """Raise UserError for layers, modules or a probe that this model, or a new run of so many steps, cannot have.
+def check_sampling(config: LisaConfig, model_config: PretrainedConfig, num_layers: int) -> None:
+    """Raise UserError for layers or modules that this model cannot have.
 
-    `max_steps` is 0 where it is not known. Modules of models that come with their own code, or see and hear too, are
+    Modules of models that come with their own code, or see and hear too, are
     checked once they are loaded.
     """
     if config.lisa_activated_layers not in PLANNED_LAYERS:
         config.check_num_layers(num_layers)
-    if max_steps > 0:
-        check_probe_of_run(config, num_layers, max_steps)
     if config.by_module and type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         model = model_without_weights(model_config)
         modules = split_into_modules(model, find_blocks(model, config.lisa_layers_attribute)).layers

@@ -13,6 +13,7 @@ from lisa_dist.checkpoint.resume import has_only_weights
 from lisa_dist.distributed.collectives import raise_shared
 from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError, read_json
+from lisa_dist.removed import settings_of_checkpoint
 from lisa_dist.run_folder import (
     RUN_NAME,
     STATE_NAME,
@@ -127,13 +128,14 @@ def _newest(output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def check_saved_by_trainer(folder: Path, state: dict[str, Any]) -> None:
-    """Raise UserError for a LISA checkpoint without what a trainer needs to go on."""
+    """Raise UserError for a LISA checkpoint without what a trainer needs to go on, or by settings that are gone."""
     missing = [name for name in (TRAINER_STATE_NAME, SCHEDULER_NAME) if name not in state["files"]]
     if missing:
         raise UserError(
             f"--resume_from_checkpoint {folder}: there is no {missing[0]} in it: it was saved in a loop of one's "
             "own, and goes on there with load_checkpoint()."
         )
+    settings_of_checkpoint(state["lisa"]["config"], f"--resume_from_checkpoint {folder}: its run had ")
 
 
 def _check_other(wanted: str | bool | None, output_dir: Path, method: str) -> None:
@@ -159,8 +161,3 @@ def given_resume(training: TrainingArguments) -> str | bool | None:
     """`--resume_from_checkpoint`: true, false, auto or a path."""
     value = training.resume_from_checkpoint
     return {"true": True, "false": False}.get(str(value).lower(), value)
-
-
-def begins(training: TrainingArguments) -> bool:
-    """Whether the run is a new one, and not resumed."""
-    return given_resume(training) in (None, False)

@@ -36,11 +36,10 @@ from lisa_dist.train.callbacks import BestMetric
 from lisa_dist.train.checks import precision_of_arguments
 from lisa_dist.train.compiled_layers import CompiledLayers
 from lisa_dist.train.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
-from lisa_dist.train.given_paths import begins, check_resume, given_resume
+from lisa_dist.train.given_paths import check_resume, given_resume
 from lisa_dist.train.layer_norms import LayerNorms
 from lisa_dist.train.liger import settle_liger
 from lisa_dist.train.loss import choose_loss
-from lisa_dist.train.probe import check_probe_rows
 from lisa_dist.train.processor import Processing, load_processor
 from lisa_dist.train.quiet import without_bars_of_datasets
 from lisa_dist.train.record import record_of_run
@@ -94,8 +93,7 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
                 write_run(output_dir, record, resumes=goes_on(output_dir, resume_from))
         trainer.accelerator.print(describe_run(config, f"{attention} ({reason})", template, why, layers, said))
         lines = [line for text in data.lines for line in text.split("\n")]
-        evaluates = config.training.eval_strategy != IntervalStrategy.NO or config.lisa.lisa_probe_steps
-        if data.held_out is not None and not evaluates:
+        if data.held_out is not None and config.training.eval_strategy == IntervalStrategy.NO:
             lines.append("what is held out is not evaluated: --eval_strategy is no; give steps or epoch")
         trainer.accelerator.print("\n  ".join(["data", *lines]))
         with naming_lost_files(output_dir):  # logs, and what trackers write: saves have errors of their own
@@ -215,15 +213,6 @@ def load_examples(config: RunConfig, processing: Processing, said: str = "") -> 
 
 
 def _check_data(config: RunConfig, data: Data) -> None:
-    if data.has_images and config.lisa.lisa_probe_steps:
-        raise UserError(
-            f"--lisa_probe_steps {config.lisa.lisa_probe_steps} with images: a probe measures rows that are tokens; "
-            "leave it out."
-        )
-    is_tokens = config.run.task == SFT and not packs_documents(config.training)  # of others TRL makes the rows
-    is_tokens = is_tokens and not data.has_images
-    if begins(config.training) and is_tokens:
-        check_probe_rows(config.lisa, config.training, data.train, data.held_out)
     named = f"the content of --dataset_name {' '.join(config.data.dataset_name or [])}"
     content = {named: describe_examples(data.train)}
     if data.held_out is not None:

@@ -33,7 +33,7 @@ from lisa_dist.train.checks import (
     precision_of_arguments,
 )
 from lisa_dist.train.compiled_layers import check_compile
-from lisa_dist.train.given_paths import begins, check_model_folder
+from lisa_dist.train.given_paths import check_model_folder
 from lisa_dist.train.liger import check_liger
 from lisa_dist.train.loss import check_loss_of_run
 from lisa_dist.train.training_flags import LisaOptimizerNames
@@ -147,8 +147,6 @@ def _check_task(config: RunConfig) -> None:
         ):
             if value in not_taken:
                 raise UserError(f"--{flag} {value} with --task {task}: no step of it can be planned; give a number.")
-        if config.lisa.lisa_probe_steps:
-            raise UserError(f"--lisa_probe_steps with --task {task}: its rows have no held-out loss; leave it out.")
 
 
 def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
@@ -156,8 +154,7 @@ def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
     if config.training.use_liger_kernel:
         check_liger(copy.copy(config.training), model_config, config.lisa, trl_head=config.run.task != REWARD)
     num_layers = number_of_decoder_layers(model_config)
-    max_steps = max(0, config.training.max_steps) if begins(config.training) else 0
-    check_sampling(config.lisa, model_config, num_layers, max_steps)
+    check_sampling(config.lisa, model_config, num_layers)
     checkpointed = parse_checkpointed_layers(config.run.checkpointed_layers)
     if isinstance(checkpointed, int):
         number_of_layers(checkpointed, num_layers)
