@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lisa_dist.config import LisaConfig
     from lisa_dist.core.controller import LisaController
     from lisa_dist.core.initialize import initialize
-    from lisa_dist.core.probe import probe_layers
     from lisa_dist.ds_config import load_ds_config
     from lisa_dist.optim.adamw import LisaAdamW
     from lisa_dist.optim.build import build_optimizer
@@ -46,7 +45,6 @@ _PUBLIC = {
     "initialize": "lisa_dist.core.initialize",
     "load_checkpoint": "lisa_dist.checkpoint.resume",
     "load_ds_config": "lisa_dist.ds_config",
-    "probe_layers": "lisa_dist.core.probe",
     "save_checkpoint": "lisa_dist.checkpoint.save",
 }
 
@@ -64,7 +62,6 @@ __all__ = [
     "initialize",
     "load_checkpoint",
     "load_ds_config",
-    "probe_layers",
     "save_checkpoint",
 ]
 

@@ -4,18 +4,16 @@ Source: Algorithm 1 of Pan et al., "LISA: Layerwise Importance Sampling for Memo
 Fine-Tuning" (arXiv 2403.17919). Flag names follow the ones in use elsewhere.
 """
 
-import math
-from dataclasses import asdict, dataclass, field, replace
+import functools
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
 
 from lisa_dist.config_rules import (
-    AUTO_INTERVAL,
     FACTORED,
-    LONGEST_AUTO_INTERVAL,
     OUTER_BLOCKS,
     PLANNED_LAYERS,
     StateBits,
     check_blocks,
-    check_importance,
     check_lr_scales,
     check_periods,
     check_state_bits,
@@ -24,9 +22,26 @@ from lisa_dist.config_rules import (
     parse_share,
 )
 from lisa_dist.errors import UserError
+from lisa_dist.removed import refuse_removed
 from lisa_dist.text import format_by_block, parse_blocks, parse_by_block
 
+Config = TypeVar("Config")
 
+
+def refusing_removed(dataclass_type: type[Config]) -> type[Config]:
+    """The dataclass, whose constructor answers names and values of earlier releases; copies and pickles do not."""
+    build = dataclass_type.__init__
+
+    @functools.wraps(build)
+    def refuse_or_build(self: Config, *args: Any, **settings: Any) -> None:
+        refuse_removed(settings)
+        build(self, *args, **settings)
+
+    dataclass_type.__init__ = refuse_or_build  # type: ignore[method-assign, assignment]
+    return dataclass_type
+
+
+@refusing_removed
 @dataclass
 class LisaConfig:
     """What LISA trains, for how long, and what happens to the optimizer states.
@@ -59,17 +74,13 @@ class LisaConfig:
     )
     lisa_interval_steps: int = field(
         default=20,
-        metadata={
-            "help": "Optimizer steps in a period; then another set of layers is sampled (K in the paper). auto: 20, or "
-            "so few that a run trains each layer in two periods on average."
-        },
+        metadata={"help": "Optimizer steps in a period; then another set of layers is sampled (K in the paper)."},
     )
     lisa_sampler: str = field(
         default="uniform",
         metadata={
             "help": "How layers are sampled: uniform (the paper), reshuffle (each layer once before any repeats), "
-            "cyclic (in order), fixed (one set for the whole run), window (neighbouring layers, the first and the last "
-            "more seldom), weighted (by --lisa_weights_file or --lisa_depth_bias), balanced (by the same, as often as "
+            "fixed (one set for the whole run), weighted (by --lisa_weights_file), balanced (by the same, as often as "
             "a layer's weight says, evenly over the run), adaptive (by the size of each layer's gradients)."
         },
     )
@@ -81,61 +92,10 @@ class LisaConfig:
             "another."
         },
     )
-    lisa_depth_bias: float = field(
-        default=0.0,
-        metadata={
-            "help": "For the weighted, balanced and adaptive samplers: multiplies the weight of layer l of N, from 1, "
-            "by (l / N) to this power, such as 4, so that upper layers train more often; 0 for none."
-        },
-    )
-    lisa_probe_steps: int = field(
-        default=0,
-        metadata={
-            "help": "For the weighted, balanced and adaptive samplers: before the first step, trains up to 8 sets of "
-            "layers for this many steps each from the same weights, such as 10, and weighs layers by the held-out loss "
-            "that follows; 0 for none."
-        },
-    )
-    lisa_importance: str = field(
-        default="gradient",
-        metadata={"help": "The adaptive sampler's measure of a layer: the norm of its gradient, or of its update."},
-    )
-    lisa_importance_decay: float = field(
-        default=0.5,
-        metadata={"help": "Decay of the adaptive sampler's moving average of each layer, from 0 up to 1."},
-    )
-    lisa_importance_temperature: float = field(
-        default=1.0,
-        metadata={
-            "help": "Temperature of the adaptive sampler's softmax over averages whose mean is 1, and of that over a "
-            "probe's scores, whose deviation is up to 1: lower is sharper."
-        },
-    )
-    lisa_importance_floor: float = field(
-        default=0.2,
-        metadata={
-            "help": "Part of the adaptive sampler's probability, and of a probe's weights, that is spread evenly over "
-            "the layers."
-        },
-    )
-    lisa_lr_power: float = field(
-        default=0.0,
-        metadata={
-            "help": "Multiplies the learning rate by (layers of the model / active layers) to this power, such as 0.5, "
-            "so that fewer layers have a higher rate; 0 leaves it as it is."
-        },
-    )
     lisa_lr_scale: str = field(
         default="",
         metadata={
             "help": "Multiplies the learning rate by block, such as embed=0.5,head=0.5,layers=1; by default by 1."
-        },
-    )
-    lisa_wake_warmup_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Steps over which the learning rate of an activated block with fresh moments rises to its full "
-            "value; 0 for none."
         },
     )
     lisa_always_on: str = field(
@@ -221,7 +181,6 @@ class LisaConfig:
     def __post_init__(self) -> None:
         check_periods(self)
         check_units(self)
-        check_importance(self)
         check_states(self)
         # One way of writing each, so that a resumed run with another is no other run.
         self.lisa_always_on, self.lisa_frozen = ",".join(self.always_on), ",".join(self.frozen)
@@ -287,13 +246,6 @@ class LisaConfig:
         """Blocks, "layers" among them, whose optimizer states are on the host."""
         return parse_blocks("--lisa_offload", self.lisa_offload, (*OUTER_BLOCKS, "layers"))
 
-    def check_settled(self) -> None:
-        """Raise where a trainer should have put numbers in the place of auto."""
-        if self.lisa_interval_steps == AUTO_INTERVAL:
-            raise UserError(
-                "--lisa_interval_steps auto: a trainer makes a number of it, by the steps of the run; give one here."
-            )
-
     def check_num_layers(self, num_layers: int) -> None:
         """Raise when a model of so many decoder layers has too few to sample from."""
         if self.by_module:
@@ -307,22 +259,6 @@ class LisaConfig:
             raise UserError(
                 f"--lisa_activated_layers {self.lisa_activated_layers}: the model has {num_layers} decoder layers."
             )
-
-    def with_interval(self, total_steps: int, num_layers: int) -> "LisaConfig":
-        """These settings with a number in the place of auto: of a run of so many steps each layer has two periods.
-
-        That is steps x gamma / (2 N_L), from 1 to 20, and more than those of a warm-up; of modules steps x budget / 2.
-        """
-        self.check_num_layers(num_layers)
-        share = self.budget if self.by_module else self.lisa_activated_layers / num_layers
-        steps = math.floor(total_steps * share / 2 + 1e-9) if share else math.inf
-        steps = min(max(steps, self.lisa_wake_warmup_steps + 1), LONGEST_AUTO_INTERVAL)
-        return replace(self, lisa_interval_steps=int(steps))
-
-    def rate_factor(self, num_layers: int) -> float:
-        """What the learning rate is multiplied by for a model of so many decoder layers, by --lisa_lr_power."""
-        times = 1 / self.budget if self.by_module else num_layers / max(1, self.lisa_activated_layers)
-        return times**self.lisa_lr_power
 
     def to_dict(self) -> dict:
         """The settings as plain values, for logs and checkpoints."""

@@ -9,11 +9,9 @@ from typing import Any
 
 from lisa_dist.errors import UserError
 
-SAMPLERS = ("uniform", "reshuffle", "cyclic", "fixed", "window", "weighted", "balanced", "adaptive")
+SAMPLERS = ("uniform", "reshuffle", "fixed", "weighted", "balanced", "adaptive")
 UNITS = ("layer", "module")
-OF_MODULES = ("uniform", "fixed", "weighted", "adaptive")  # samplers that any number of units can be taken from
-BY_WEIGHTS = ("weighted", "balanced", "adaptive")
-IMPORTANCES = ("gradient", "update")
+OF_MODULES = ("uniform", "fixed", "adaptive")  # samplers that any number of units can be taken from
 STATE_POLICIES = ("reset", "reset_all", "keep")
 NONFINITE_POLICIES = ("stop", "skip")
 MASTERS = ("fp32", "bf16_sr")
@@ -21,8 +19,6 @@ FROZEN_BITS = (16, 8, 4)
 AUTO_LAYERS: Any = "auto"  # in the place of a number of layers, until one is planned
 LORA_LAYERS: Any = "lora"  # the same, of as many as fit the memory of LoRA's step
 PLANNED_LAYERS = (AUTO_LAYERS, LORA_LAYERS)
-AUTO_INTERVAL: Any = "auto"  # in the place of a period's steps, until those of the run are known
-LONGEST_AUTO_INTERVAL = 20  # K of the paper's runs
 OUTER_BLOCKS = ("embed", "head", "rest")
 FACTORED = "factored"  # in the place of bits: a second moment by row and column, and no first one
 StateBits = int | str
@@ -33,19 +29,11 @@ def check_periods(config: Any) -> None:
     if given not in PLANNED_LAYERS and not (isinstance(given, int) and given >= 0):
         raise UserError(f"--lisa_activated_layers {given}: a period trains 0 decoder layers or more, auto, or lora.")
     interval = config.lisa_interval_steps
-    if interval != AUTO_INTERVAL and not (isinstance(interval, int) and interval >= 1):
-        raise UserError(f"--lisa_interval_steps {interval}: a period lasts at least 1 optimizer step, or auto.")
+    if not (isinstance(interval, int) and interval >= 1):
+        raise UserError(f"--lisa_interval_steps {interval}: a period lasts at least 1 optimizer step.")
     if config.lisa_sampler not in SAMPLERS:
         raise UserError(f"--lisa_sampler {config.lisa_sampler}: unknown; choose one of {', '.join(SAMPLERS)}.")
     check_weights(config)
-    if not -1 <= config.lisa_lr_power <= 1:
-        raise UserError(f"--lisa_lr_power {config.lisa_lr_power}: a power is from -1 to 1, such as 0.5; 0 for none.")
-    longest = LONGEST_AUTO_INTERVAL if interval == AUTO_INTERVAL else interval
-    if not 0 <= config.lisa_wake_warmup_steps < longest:
-        raise UserError(
-            f"--lisa_wake_warmup_steps {config.lisa_wake_warmup_steps}: a period has --lisa_interval_steps "
-            f"{interval} steps, and the warm-up is shorter; 0 for none."
-        )
 
 
 def parse_share(flag: str, value: str | float) -> float:
@@ -82,9 +70,6 @@ def check_units(config: Any) -> None:
             f"{flag} with --lisa_sampler {config.lisa_sampler}: it is for units of one size; give one of "
             f"{', '.join(OF_MODULES)}."
         )
-    for name in ("lisa_weights_file", "lisa_probe_steps"):
-        if getattr(config, name):
-            raise UserError(f"{flag} with --{name} {getattr(config, name)}: it is for layers; leave it out.")
     if config.sampled:
         raise UserError(
             f"{flag}: {config.sampled[0]} would be sampled in the place of layers; put it in --lisa_always_on or in "
@@ -98,39 +83,8 @@ def check_weights(config: Any) -> None:
             f"--lisa_sampler {config.lisa_sampler} with --lisa_weights_file {config.lisa_weights_file}: the weighted "
             "and the balanced sampler read one, and no other; give one of them."
         )
-    check_probe(config)
-    weights = config.lisa_weights_file is not None, config.lisa_depth_bias, config.lisa_probe_steps
-    if config.lisa_sampler == "weighted" and not any(weights):
-        others = "" if config.lisa_unit == "module" else "--lisa_weights_file, --lisa_probe_steps or "
-        raise UserError(f"--lisa_sampler weighted: it needs weights of the layers; give {others}--lisa_depth_bias.")
-    if not -16 <= config.lisa_depth_bias <= 16:
-        raise UserError(f"--lisa_depth_bias {config.lisa_depth_bias}: a power is from -16 to 16; 0 for none.")
-    if config.lisa_depth_bias and config.lisa_sampler not in BY_WEIGHTS:
-        raise UserError(
-            f"--lisa_depth_bias {config.lisa_depth_bias:g} with --lisa_sampler {config.lisa_sampler}: this sampler has "
-            f"no weights of layers; give one of {', '.join(BY_WEIGHTS)}."
-        )
-
-
-def check_probe(config: Any) -> None:
-    steps = config.lisa_probe_steps
-    flag = f"--lisa_probe_steps {steps}"
-    if not (isinstance(steps, int) and steps >= 0):
-        raise UserError(f"{flag}: a probe takes 0 steps or more of each set of layers; 0 for none.")
-    if steps == 0:
-        return
-    if config.lisa_sampler not in BY_WEIGHTS:
-        raise UserError(
-            f"{flag} with --lisa_sampler {config.lisa_sampler}: this sampler has no weights of layers; give one of "
-            f"{', '.join(BY_WEIGHTS)}."
-        )
-    if config.lisa_weights_file is not None:
-        raise UserError(
-            f"{flag} with --lisa_weights_file {config.lisa_weights_file}: both say how often layers train; give one of "
-            "them."
-        )
-    if config.lisa_activated_layers == 0:
-        raise UserError(f"{flag} with --lisa_activated_layers 0: no layer is sampled; leave one of them out.")
+    if config.lisa_sampler == "weighted" and config.lisa_weights_file is None and config.lisa_unit == "layer":
+        raise UserError("--lisa_sampler weighted: it needs weights of the layers; give --lisa_weights_file.")
 
 
 def check_states(config: Any) -> None:
@@ -194,7 +148,7 @@ def check_lr_scales(config: Any) -> None:
                 "what is not to train is for --lisa_frozen."
             )
         if block in config.frozen or (block == "layers" and config.lisa_activated_layers == 0):
-            warnings.warn(f"--lisa_lr_scale {config.lisa_lr_scale}: {block} does not train.", stacklevel=4)
+            warnings.warn(f"--lisa_lr_scale {config.lisa_lr_scale}: {block} does not train.", stacklevel=5)
 
 
 def check_state_bits(config: Any) -> None:
@@ -219,34 +173,5 @@ def check_state_bits(config: Any) -> None:
             warnings.warn(
                 f"--lisa_offload {config.lisa_offload}: {block} is in --lisa_frozen {config.lisa_frozen} and has no "
                 "states to put on the host.",
-                stacklevel=4,
-            )
-
-
-def check_importance(config: Any) -> None:
-    if config.lisa_importance not in IMPORTANCES:
-        raise UserError(f"--lisa_importance {config.lisa_importance}: unknown; choose one of {', '.join(IMPORTANCES)}.")
-    if not 0 <= config.lisa_importance_decay < 1:
-        raise UserError(
-            f"--lisa_importance_decay {config.lisa_importance_decay}: a share of the past is from 0 up to, not "
-            "including, 1."
-        )
-    if not 1e-3 <= config.lisa_importance_temperature < math.inf:
-        raise UserError(
-            f"--lisa_importance_temperature {config.lisa_importance_temperature}: a temperature is 0.001 or more, "
-            "and finite."
-        )
-    if not 0 <= config.lisa_importance_floor <= 1:
-        raise UserError(
-            f"--lisa_importance_floor {config.lisa_importance_floor}: a part is from 0 to 1; 1 samples uniformly."
-        )
-    defaults = {name: field.default for name, field in type(config).__dataclass_fields__.items()}
-    for name, value in defaults.items():
-        has_effect = config.lisa_probe_steps and name.endswith(("temperature", "floor"))
-        has_effect = has_effect or config.lisa_sampler == "adaptive"
-        if "importance" in name and getattr(config, name) != value and not has_effect:
-            warnings.warn(
-                f"--{name} {getattr(config, name)} with --lisa_sampler {config.lisa_sampler}: it has no effect, being "
-                "for the adaptive sampler.",
-                stacklevel=4,
+                stacklevel=5,
             )

@@ -27,7 +27,9 @@ class UserError(ValueError):
         text = super().__str__()
         if _names_flags:
             return text
-        return _FLAG.sub(lambda found: found[1] if found[1] in _settings() else found[0], text)
+        return _FLAG.sub(
+            lambda found: found[1] if found[1].startswith("lisa_") or found[1] in _settings() else found[0], text
+        )
 
 
 class SharedError(UserError):

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType
 from typing import Any, NoReturn
 
-from lisa_dist.config import AUTO_INTERVAL
 from lisa_dist.config_rules import PLANNED_LAYERS
 from lisa_dist.errors import UserError
 from lisa_dist.files import read_yaml
+from lisa_dist.removed import refuse_removed_words, without_removed
 from lisa_dist.text import in_one_line
 
 # Names in LMFlow, Axolotl, ms-swift and LLaMA-Factory, and here.
@@ -93,7 +93,9 @@ class WordParser(argparse.ArgumentParser):
         for word in words:
             if word.startswith("--") and word.endswith("=--"):  # of which argparse makes an empty list
                 raise UserError(f"{word}: -- is no value.")
-        for word in self.parse_known_args(list(words))[1]:
+        unknown = self.parse_known_args(list(words))[1]
+        refuse_removed_words(unknown)
+        for word in unknown:
             if not word.startswith("-"):
                 raise UserError(f"{word}: belongs to no flag; flags begin with --.")
             flag = word.partition("=")[0]
@@ -128,6 +130,7 @@ class WordParser(argparse.ArgumentParser):
     def as_given(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
         """A recipe's values as flags take them: argparse reads texts as it reads words."""
         actions = {action.dest: action for action in reversed(self._actions)}  # not --no_NAME, which comes second
+        recipe = without_removed(recipe)
         return {name: _as_given(actions[name], self.kinds[name], value) for name, value in recipe.items()}
 
     def _check_recipe(self, path: str) -> None:
@@ -142,7 +145,7 @@ class WordParser(argparse.ArgumentParser):
             if not isinstance(name, str) or not re.fullmatch(r"[^=\0]+", name) or not isinstance(value, _SCALARS):
                 raise UserError(f"{flag}: env: {name}: {value}: a variable has a name, and a text or a number.")
         known = {action.dest for action in self._actions if action.dest != "help"}
-        for key in recipe:
+        for key in without_removed(recipe, f"{flag}: "):
             if key not in known:
                 raise UserError(f"{flag}: {in_one_line(key)}: no such key; {nearest(str(key), known)}")
         try:
@@ -151,8 +154,8 @@ class WordParser(argparse.ArgumentParser):
             raise UserError(f"{flag}: {in_one_line(error)}") from error
 
 
-# Flags whose value is a number or one of these words.
-NUMBER_OR_WORD = {"lisa_activated_layers": PLANNED_LAYERS, "lisa_interval_steps": (AUTO_INTERVAL,)}
+# Flags whose value is a number or one of these words; LisaConfig refuses the last.
+NUMBER_OR_WORD = {"lisa_activated_layers": PLANNED_LAYERS, "lisa_interval_steps": ("auto",)}
 _SCALARS = (str, int, float)  # bool is an int
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 

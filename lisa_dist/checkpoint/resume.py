@@ -16,7 +16,6 @@ from lisa_dist.checkpoint.optimizer_states import MASTER, STATE_FILES, StateFile
 from lisa_dist.checkpoint.save import ENGINE_COUNTERS
 from lisa_dist.checkpoint.trust import why_foreign, why_unlisted
 from lisa_dist.checkpoint.weights import has_weights, read_weights
-from lisa_dist.config import LisaConfig
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.groups import split_by_decay
 from lisa_dist.core.movement import MOVEMENT_FILE
@@ -47,13 +46,11 @@ def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict[str, A
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     lisa.load_state_dict(state["lisa"])
     # 4. Masters and moments, into those partitions.
-    without_moments = _load_states(lisa, partitions, folder, state, bool(changed_settings))
-    # 5. What is counted along the run: loss scale, movement of weights, warm-up, learning rates.
+    _load_states(lisa, partitions, folder, state, bool(changed_settings))
+    # 5. What is counted along the run: loss scale, movement of weights, learning rates.
     partitions.load_counters(state["counters"])
     _load_movement(lisa, folder, state, engine.global_steps, bool(changed_settings))
-    if changed_settings:
-        lisa.begin_afresh(without_moments)
-    _load_learning_rates(engine.optimizer.param_groups, state["learning_rates"], rate_ratio(lisa, state["lisa"]))
+    _load_learning_rates(engine.optimizer.param_groups, state["learning_rates"])
     # 6. Blocks that do not change from here on need not be written again.
     files = block_files(engine.module, lisa.blocks)
     lisa.changes.begin(saved_blocks(folder, state["files"], files), engine.global_steps)
@@ -62,20 +59,16 @@ def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict[str, A
 
 def _load_states(
     lisa: LisaController, partitions: ZeroPartitions, folder: Path, state: dict[str, Any], settings_changed: bool
-) -> list[PartitionKey]:
-    """Fill this rank's partitions, active and kept ones; the keys of those that begin with fresh moments."""
+) -> None:
+    """Fill this rank's partitions, active and kept ones."""
     saved = StateFiles([folder / state_file(rank, state["world_size"]) for rank in range(state["world_size"])])
     pieces = partitions.pieces()
-    without_moments = []
     for key, partition in lisa.partition_states().items():
         fields = saved.read(key, pieces[key], partition.numel, partitions.form_of_moments(key))
         if fields is None:  # a block that only other settings than the saved run's train
-            without_moments.append(key)
             continue
         if settings_changed and lisa.config.lisa_state == "reset_all":  # a period begins, whose switch would reset them
             fields = {MASTER: fields[MASTER]}
-        if "step" not in fields:
-            without_moments.append(key)
         partitions.load_state(key, fields)
     lisa.host_states.clear()
     for group, key, params in _kept_partitions(lisa):
@@ -83,7 +76,6 @@ def _load_states(
         fields = saved.read(key, kept, numel, partitions.form_of_moments(group))
         if fields is not None:
             lisa.host_states.put(key, partitions.state_of(group, kept, fields), kept)
-    return without_moments
 
 
 def _kept_partitions(lisa: LisaController) -> Iterator[tuple[str, PartitionKey, list[torch.nn.Parameter]]]:
@@ -107,19 +99,10 @@ def _load_movement(
     lisa.movement.load(folder / MOVEMENT_FILE if MOVEMENT_FILE in state["files"] else None, step, period_began)
 
 
-def _load_learning_rates(groups: list[dict[str, Any]], saved_rates: dict[str, dict[str, float]], ratio: float) -> None:
-    """Each group gets its saved rate times `ratio`; one that the saved run did not have gets the rate of the others."""
-    rates = {group: {name: rate * ratio for name, rate in saved.items()} for group, saved in saved_rates.items()}
+def _load_learning_rates(groups: list[dict[str, Any]], rates: dict[str, dict[str, float]]) -> None:
+    """Each group gets its saved rate; one that the saved run did not have gets the rate of the others."""
     for group in groups:
         group |= rates.get(group["lisa_group"], next(iter(rates.values())))
-
-
-def rate_ratio(lisa: LisaController, state: dict[str, Any]) -> float:
-    """The factor by which --lisa_lr_power scales a saved run's learning rates, where power or gamma have changed."""
-    saved, num_layers = state["config"], len(lisa.blocks.layers)
-    named = ("lisa_activated_layers", "lisa_lr_power", "lisa_unit", "lisa_budget")
-    saved_config = LisaConfig(**{name: saved[name] for name in named if name in saved})
-    return lisa.config.rate_factor(num_layers) / saved_config.rate_factor(num_layers)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

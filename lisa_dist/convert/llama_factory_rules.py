@@ -62,19 +62,18 @@ def _tuning(value: str, given: Given) -> Flags:
 
 
 BADAM = {
-    "lisa_sampler": "cyclic", "lisa_interval_steps": 50, "lisa_activated_layers": 1, "lisa_always_on": "",
+    "lisa_sampler": "reshuffle", "lisa_interval_steps": 50, "lisa_activated_layers": 1, "lisa_always_on": "",
     "lisa_frozen": "embed,head,rest", "weight_decay": 0.01,
 }  # fmt: skip
-_ORDER = {"ascending": "cyclic", "random": "reshuffle"}
 
 
 def _badam_order(value: str, given: Given) -> Flags:
     if value == "fixed":
         layer = given.get("badam_start_block") or 0
         raise NoCounterpart(f"lisa_sampler: weighted, lisa_weights_file: a list of 1 for layer {layer}, 0 for others")
-    if value not in _ORDER:
-        raise NoCounterpart("lisa_sampler: cyclic is ascending, reshuffle is random; weighted takes weights of layers")
-    return {"lisa_sampler": _ORDER[value]}
+    if value != "random":
+        raise NoCounterpart("lisa_sampler: reshuffle trains each layer once before any repeats, in random order")
+    return {"lisa_sampler": "reshuffle"}
 
 
 def _decay_of_factory(value: float, given: Given) -> Flags:
@@ -85,14 +84,12 @@ def _decay_of_factory(value: float, given: Given) -> Flags:
 
 def _first_block(value: int, given: Given) -> Flags:
     if value and given.get("badam_switch_mode") != "fixed":
-        raise NoCounterpart(
-            "lisa_sampler: cyclic begins with the lowest layer; reshuffle with another for each lisa_seed"
-        )
+        raise NoCounterpart("lisa_sampler: reshuffle begins with another layer for each lisa_seed")
     return {}
 
 
 FACTORY_RULES: dict[str, Rule] = LORA | {
-    "use_badam": "(method: lisa, one layer at a time)",
+    "use_badam": "(method: lisa, one layer at a time; reshuffle in place of ascending)",
     "weight_decay": _decay_of_factory, "finetuning_type": _tuning, "dataset": _datasets_as("dataset_name"),
     "cutoff_len": "max_length", "badam_switch_mode": _badam_order,
     "badam_switch_interval": "lisa_interval_steps", "badam_mode": nothing_but("layer", "layers alone are sampled so"),

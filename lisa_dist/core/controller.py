@@ -18,7 +18,7 @@ period would be lost.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import deepspeed
 import torch
@@ -30,6 +30,7 @@ from lisa_dist.core.blocks import DecayRule, find_blocks, split_into_modules
 from lisa_dist.core.checkpointing import check_checkpointing, let_backward_end
 from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_not_held, check_weights
 from lisa_dist.core.frozen_layers import hold_frozen_layers
+from lisa_dist.core.groups import scale_rates
 from lisa_dist.core.guards import (
     InactiveWeights,
     MissedSwitchGuard,
@@ -43,7 +44,6 @@ from lisa_dist.core.period_log import PeriodLog, PeriodRecord, live_tensor_bytes
 from lisa_dist.core.run_state import STATE_VERSION, BlockChanges, changed_settings
 from lisa_dist.core.sampling import ActiveSet
 from lisa_dist.core.selection import BlockSelection
-from lisa_dist.core.step_rates import StepRates
 from lisa_dist.distributed.devices import prepare_device
 from lisa_dist.optim.states import CopyStream, HostStates, PartitionKey, PartitionState, Piece, states_to_carry
 from lisa_dist.zero.cpu_ops import release_shared_memory
@@ -67,14 +67,12 @@ class LisaController:
     partitions: ZeroPartitions
     host_states: HostStates
     movement: WeightMovement  # of weights
-    _rates: StepRates
     _nonfinite: NonfiniteGuard
     _missed_switch: MissedSwitchGuard
     _inactive_weights: InactiveWeights
 
     def __init__(self, model: torch.nn.Module, config: LisaConfig, decaying: DecayRule | None = None):
         check_deepspeed()
-        config.check_settled()
         override_construction()
         self.config = config
         check_no_adapters(model)
@@ -94,7 +92,6 @@ class LisaController:
         self.changes = BlockChanges()
         self.at_close: Callable[[], object] = lambda: None
         self._log = PeriodLog()
-        self._warming_up: Iterable[str] = ()  # groups, of a state that was loaded before `attach`
         self._begun_step = -1  # the last step that on_step_begin has seen
         prepare_device()
         if dist.is_initialized():
@@ -140,9 +137,7 @@ class LisaController:
         self.host_states = HostStates(CopyStream(engine.device))
         self.partitions.before_step(self.host_states.copies.wait)
         self._missed_switch = MissedSwitchGuard(self.partitions, config.lisa_interval_steps, lambda: self.period)
-        steps, optimizer = config.lisa_wake_warmup_steps, self.partitions.optimizer
-        self._rates = StepRates(optimizer, config.lr_scales, steps, self._steps_of_period)
-        self._rates.begin(self._warming_up)
+        scale_rates(self.partitions.optimizer, config.lr_scales)
         self._nonfinite = NonfiniteGuard(engine, config.lisa_nonfinite)
         trainable = [block for block in self.blocks if block.name not in (*config.frozen, "outside")]
         self.movement = WeightMovement(self.partitions, trainable)
@@ -175,7 +170,6 @@ class LisaController:
         step = self.engine.global_steps
         if step == self._begun_step:
             return False
-        self.selection.check_probed()
         self.check_finite()
         self._log.close(step, self._measure)
         period = step // self.config.lisa_interval_steps
@@ -240,7 +234,6 @@ class LisaController:
         del states  # states that are dropped must be freed before those of activated blocks are allocated
         if is_changed:  # otherwise the same blocks go on with all they have
             self._repartition(carried)
-        self.begin_afresh(key for key in next_keys if key not in carried or not carried[key].optimizer_state)
         self._verify()
         self._begin_record(self.engine.global_steps, time.perf_counter() - started, released_bytes)
         self._inactive_weights.remember(self.selection.inactive(self.active))
@@ -253,9 +246,7 @@ class LisaController:
     def _observe(self) -> None:
         """For the sampler "adaptive": what the layers have shown whose period ends."""
         if self.selection.importance is not None:
-            updates = self.movement.updates() if self.config.lisa_importance == "update" else None
-            layers = {layer: self.blocks.layers[layer].name for layer in self.active_layers}
-            observe_layers(self.selection.importance, layers, self.partitions, self.selection.layer_of, updates)
+            observe_layers(self.selection.importance, self.active_layers, self.partitions, self.selection.layer_of)
 
     def _agree(self, sampled: ActiveSet) -> ActiveSet:
         """Rank 0's sample for the period, on every rank."""
@@ -287,15 +278,6 @@ class LisaController:
 
     def _compare(self, value: object, what_differs: str) -> None:
         compare_ranks(value, what_differs, f"period {self.period}, active layers {list(self.active_layers)}")
-
-    def _groups_of(self, keys: list[PartitionKey]) -> set[str]:
-        """The names of the parameter groups that hold these partitions now."""
-        groups = zip(self.partitions.optimizer.param_groups, self.partitions.keys(), strict=True)
-        return {group["lisa_group"] for group, key in groups if key in keys}
-
-    def _steps_of_period(self) -> int:
-        """Steps that have been taken of this period."""
-        return self.engine.global_steps - self.period * self.config.lisa_interval_steps
 
     # The log
 
@@ -345,7 +327,6 @@ class LisaController:
             "record": self._log.state_dict(),
             "config": self.config.to_dict(),
             **self.selection.state_dict(),
-            "woken": sorted(self._rates.warming_up) if self.is_attached else [],
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -361,9 +342,6 @@ class LisaController:
         counts = state["block_visit_counts"]
         self.block_visit_counts |= {name: counts[name] for name in self.block_visit_counts if name in counts}
         self.selection.load_state_dict(state)
-        self._warming_up = () if changed else state.get("woken", ())
-        if self.is_attached:
-            self._rates.begin(self._warming_up)
         if changed:
             self.period = state["step"] // self.config.lisa_interval_steps
             active = self.selection.sample(self.period)
@@ -389,22 +367,9 @@ class LisaController:
             self._verify()
             self._inactive_weights.remember(self.selection.inactive(active))
 
-    def sample_by(self, probed: Sequence[float]) -> None:
-        """Before the first step: sample period 0 anew, by these weights of layers, which a probe has found."""
-        self.selection.sample_by(probed)
-        self.visit_counts = [0] * len(self.visit_counts)
-        self.block_visit_counts = dict.fromkeys(self.block_visit_counts, 0)
-        self.activate_from_weights(self._agree(self.selection.sample(self.period)))
-        self._begin_record(step=0, seconds=0.0, bytes_released=0)
-
-    def begin_afresh(self, keys: Iterable[PartitionKey]) -> None:
-        """Warm up these partitions, whose moments are fresh."""
-        self._rates.begin(self._groups_of(list(keys)))
-
     def check_state_dict(self, state: dict) -> list[str]:
         """The settings in which a saved run differs from this one.
 
         Raises ValueError when the state is of another model, or when they differ in the middle of a period.
         """
-        weights = self.selection.weights_by(state.get("probed") if self.config.lisa_probe_steps else None)
-        return changed_settings(state, self.config, len(self.blocks.layers), weights)
+        return changed_settings(state, self.config, len(self.blocks.layers), self.selection.weights)

@@ -75,3 +75,30 @@ def check_same_kinds(layers: list[Block]) -> None:
                 "must all have matrices, and all or none have norms or biases. Choose other layers with "
                 "--lisa_layers_attribute, and freeze the same in each, if anything."
             )
+
+
+def scale_rates(optimizer: torch.optim.Optimizer, scales: Mapping[str, float]) -> None:
+    """Have parameter groups step with their learning rate times that of their block in `scales` (--lisa_lr_scale).
+
+    By embed, head, rest and layers. The schedule and the trackers keep the group's own rate: it is changed for the
+    optimizer's step alone.
+    """
+    rates: list[tuple[dict, float | torch.Tensor]] = []
+
+    def restore(*_: object) -> None:
+        for group, rate in rates:
+            group["lr"] = rate
+        rates.clear()
+
+    def change(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        restore()  # after a step that has raised
+        for group in optimizer.param_groups:
+            block = group["lisa_group"].partition("/")[0]
+            share = scales.get("layers" if block.startswith("slot") else block, 1.0)
+            if share != 1:
+                rates.append((group, group["lr"]))
+                group["lr"] = group["lr"] * share
+
+    if scales:
+        optimizer.register_step_pre_hook(change)
+        optimizer.register_step_post_hook(restore)

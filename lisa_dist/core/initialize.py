@@ -51,7 +51,6 @@ def initialize(
     join_ranks()  # those of a host share the originals of frozen layers
     lisa = LisaController(model, config)
     groups = lisa.param_groups(weight_decay)
-    lr *= config.rate_factor(len(lisa.blocks.layers))
     optimizer = build_optimizer(groups, optim, lr=lr, offload=offload, seed=config.lisa_seed)
     with contextlib.ExitStack() as undone:  # where something is wrong the model is given back
         undone.callback(lisa.blocks.give_back)

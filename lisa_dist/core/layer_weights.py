@@ -1,4 +1,4 @@
-"""Weights of the layers that samplers go by: a list of the user's, a table of norms, or the depth of a layer.
+"""Weights of the layers that samplers go by: a list of the user's, or a table of norms.
 
 The paper's motivation gives p_l = w_l(LoRA) / w_l(full): "norms.csv#lora.weight_norm/full.weight_norm".
 """
@@ -9,26 +9,7 @@ import json
 import math
 from pathlib import Path
 
-from lisa_dist.config import LisaConfig, UserError
-from lisa_dist.core.blocks import Blocks
-
-
-def layer_weights(config: LisaConfig, blocks: Blocks) -> list[float] | None:
-    """The weights that the settings give the layers, or modules, of a model, or None where all are alike.
-
-    By --lisa_depth_bias B layer l of N, counted from 1, has (l / N)^B times its weight, and so have its modules. Raises
-    ValueError as `load_layer_weights` does.
-    """
-    if config.lisa_weights_file is None and not config.lisa_depth_bias:
-        return None
-    weights = [1.0] * len(blocks.layers)
-    if config.lisa_weights_file is not None:
-        weights = load_layer_weights(config.lisa_weights_file, blocks.num_layers, config.lisa_activated_layers)
-    if not config.lisa_depth_bias:
-        return weights
-    depths = [(1 + int(block.name.split(".")[1])) / blocks.num_layers for block in blocks.layers]
-    biased = [weight * depth**config.lisa_depth_bias for weight, depth in zip(weights, depths, strict=True)]
-    return [float(f"{weight:.12g}") for weight in biased]  # the last bits of a power are another's on another machine
+from lisa_dist.errors import UserError
 
 
 def load_layer_weights(source: str, num_layers: int, num_active: int) -> list[float]:

@@ -74,11 +74,6 @@ class WeightMovement:
         if dist.get_rank() == 0:
             self._write(line)
 
-    def updates(self) -> dict[str, float]:
-        """By block, the norm of what the last period added to its weights; on other ranks than 0 nothing."""
-        blocks = self.lines[-1]["blocks"] if self.lines else {}
-        return {name: moved["update"] for name, moved in blocks.items()}
-
     def save(self, path: Path) -> None:
         """What a resumed run needs to go on; rank 0 alone has it."""
         samples = {f"start:{name}": value for name, value in self._start.items()}

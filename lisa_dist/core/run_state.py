@@ -8,6 +8,7 @@ from typing import Any
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
+from lisa_dist.removed import settings_of_checkpoint
 
 STATE_VERSION = 1
 # Settings that a resumed run may change at any step: they decide neither on layers nor on groups of the current period.
@@ -20,13 +21,7 @@ FREE_SETTINGS = (
     "lisa_nonfinite",
     "lisa_layers_attribute",
     "lisa_weights_file",
-    "lisa_importance",
-    "lisa_importance_decay",
-    "lisa_importance_temperature",
-    "lisa_importance_floor",
-    "lisa_lr_power",
     "lisa_lr_scale",
-    "lisa_wake_warmup_steps",
     "lisa_debug",
 )
 
@@ -40,7 +35,8 @@ def changed_settings(
     """
     if state["version"] != STATE_VERSION:
         raise UserError(f"the LISA state has version {state['version']}; this release reads {STATE_VERSION}.")
-    saved, current, step = LisaConfig().to_dict() | state["config"], config.to_dict(), state["step"]
+    current, step = config.to_dict(), state["step"]
+    saved = LisaConfig().to_dict() | settings_of_checkpoint(state["config"], f"the run saved at step {step} had ")
     if saved["lisa_unit"] != config.lisa_unit:
         raise UserError(
             f"--lisa_unit {config.lisa_unit}: the run saved at step {step} sampled by {saved['lisa_unit']}; give that, "
@@ -50,15 +46,8 @@ def changed_settings(
         raise UserError(
             f"the LISA state is of a model with {len(state['visit_counts'])} decoder layers; this one has {num_layers}."
         )
-    if config.lisa_probe_steps and state.get("probed") is None:
-        raise UserError(
-            f"--lisa_probe_steps {config.lisa_probe_steps}: the run saved at step {step} was not probed, and layers "
-            "are probed before the first step; leave it out."
-        )
     changed = [name for name in current if name not in FREE_SETTINGS and current[name] != saved[name]]
-    if config.lisa_probe_steps and saved["lisa_probe_steps"]:  # of however many steps the probe was
-        changed = [name for name in changed if name != "lisa_probe_steps"]
-    if weights != state["weights"] and not {"lisa_depth_bias", "lisa_probe_steps"} & {*changed}:
+    if weights != state["weights"]:
         changed.append("lisa_weights_file")  # the same file may have moved
     intervals = (saved["lisa_interval_steps"], config.lisa_interval_steps)
     if changed and any(step % interval for interval in intervals):

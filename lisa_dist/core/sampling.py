@@ -62,21 +62,15 @@ def sample_period(
     block = _sample_outer(seed, period, outer)
     count = _num_layers(block, num_active)
     counts = [count]  # of every period up to this one, where one goes on from the others
-    if sampler in ("cyclic", "reshuffle", "balanced"):
+    if sampler in ("reshuffle", "balanced"):
         earlier = (_sample_outer(seed, before, outer) for before in range(period))
         counts = [*(_num_layers(taking, num_active) for taking in earlier), count]
     if sampler == "uniform":
         chosen = _random_order(seed, period, num_layers)[:count]
     elif sampler == "fixed":
         chosen = _random_order(seed, 0, num_layers)[:count]
-    elif sampler == "cyclic":
-        first = sum(counts[:-1])
-        chosen = [(first + slot) % num_layers for slot in range(count)]
     elif sampler == "reshuffle":
         chosen = _reshuffled(seed, counts, num_layers)
-    elif sampler == "window":
-        first = int(_uniform(seed, period, 0) * (num_layers - count + 1))
-        chosen = list(range(first, first + count))
     elif sampler == "balanced":
         rates = _rates(tuple(weights or [1.0] * num_layers), num_active)
         *_, chosen = balanced_samples(seed, counts, rates)
@@ -92,11 +86,10 @@ def sample_units(
 ) -> ActiveSet:
     """Sample one period of units of different sizes: in random order, each that still fits `budget`, their sum's bound.
 
-    `weights` (one non-negative number a unit) count for the samplers "weighted" and "adaptive". `budget` is at least
-    the smallest size.
+    `weights` (one non-negative number a unit) are those of the sampler "adaptive". `budget` is at least the smallest
+    size.
     """
-    by_weights = sampler in ("weighted", "adaptive")
-    order = _random_order(seed, 0 if sampler == "fixed" else period, len(sizes), weights if by_weights else None)
+    order = _random_order(seed, 0 if sampler == "fixed" else period, len(sizes), weights)
     return ActiveSet(tuple(sorted(fill(order, sizes, budget))))
 
 

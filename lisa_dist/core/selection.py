@@ -13,7 +13,7 @@ from lisa_dist.config import FACTORED, OUTER_BLOCKS, LisaConfig, StateBits
 from lisa_dist.core.blocks import Block, Blocks
 from lisa_dist.core.groups import build_param_groups, check_same_kinds, decays
 from lisa_dist.core.importance import LayerImportance
-from lisa_dist.core.layer_weights import layer_weights
+from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.sampling import ActiveSet, SampledBlock, fill, inclusion_probabilities, sample_period, sample_units
 from lisa_dist.errors import UserError
 from lisa_dist.optim.states import PartitionKey
@@ -41,12 +41,9 @@ class BlockSelection:
         self._state_bits = _state_bits(config, blocks)
         self._offloaded = _offloaded(config, blocks)
         _check_lr_scales(config, blocks)
-        self.probed: list[float] | None = None  # weights of layers, with --lisa_probe_steps
-        self.weights = layer_weights(config, blocks)
-        self.importance: LayerImportance | None = None  # of the layers, for the sampler "adaptive"
-        if config.lisa_sampler == "adaptive":
-            averaging = config.lisa_importance_decay, config.lisa_importance_temperature, config.lisa_importance_floor
-            self.importance = LayerImportance(num_layers, *averaging, prior=self.weights)
+        file = config.lisa_weights_file
+        self.weights = None if file is None else load_layer_weights(file, num_layers, config.lisa_activated_layers)
+        self.importance = LayerImportance(num_layers) if config.lisa_sampler == "adaptive" else None
         self._layer_of = {name: number for number, layer in enumerate(blocks.layers) for name in layer.parameters}
         self._names = {id(parameter): name for block in blocks for name, parameter in block.parameters.items()}
 
@@ -72,43 +69,17 @@ class BlockSelection:
         self.gamma = layers
         self.sampled = sampled_blocks(replace(self._config, lisa_activated_layers=layers), self._blocks)
 
-    def check_probed(self) -> None:
-        """Raise where a run begins to train that was to be probed."""
-        if self._config.lisa_probe_steps and self.probed is None:
-            raise UserError(
-                f"--lisa_probe_steps {self._config.lisa_probe_steps}: a loop of one's own calls lisa_dist.probe_layers "
-                "before its first step; call it, or leave the setting out."
-            )
-
-    def sample_by(self, probed: Sequence[float]) -> None:
-        """Sample by these weights of layers, besides what the settings say of their depth."""
-        self.probed = list(probed)
-        self.weights = self.weights_by(self.probed)
-        if self.importance is not None:
-            self.importance.prior = self.weights
-
-    def weights_by(self, probed: list[float] | None) -> list[float] | None:
-        """The weights of layers that the settings give, times those that a probe has found, if there are any."""
-        given = layer_weights(self._config, self._blocks)
-        if given is None or probed is None:
-            return probed or given
-        return [one * other for one, other in zip(given, probed, strict=True)]
-
     def state_dict(self) -> dict:
         """What is known of the layers, as JSON has it."""
         importance = None if self.importance is None else self.importance.state_dict()
-        state = {"weights": self.weights, "probed": self.probed, "importance": importance}
+        state = {"weights": self.weights, "importance": importance}
         return state if self.gamma == self._config.lisa_activated_layers else state | {"gamma": self.gamma}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on with what a saved run (`LisaController.state_dict`) had learned of its layers."""
-        if self._config.lisa_probe_steps:
-            self.sample_by(state["probed"])
         if state["config"]["lisa_activated_layers"] == self._config.lisa_activated_layers and "gamma" in state:
             self.sample_fewer(state["gamma"])
-        # Norms of gradients and of updates are numbers of two kinds: by another --lisa_importance they begin anew.
-        same_kind = state["config"].get("lisa_importance") == self._config.lisa_importance
-        if self.importance is not None and state.get("importance") is not None and same_kind:
+        if self.importance is not None and state.get("importance") is not None:
             self.importance.load_state_dict(state["importance"])
 
     @property

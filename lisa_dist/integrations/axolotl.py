@@ -16,6 +16,7 @@ from axolotl.core.trainers import AxolotlTrainer
 from axolotl.integrations.base import BasePlugin
 
 from lisa_dist.integrations.axolotl_args import NAMES
+from lisa_dist.removed import REMOVED
 from lisa_dist.train.trainer import LisaMixin
 
 # Keys of Axolotl that ask for other trainers, or for adapters.
@@ -59,5 +60,5 @@ def _arguments(cfg: Any) -> dict[str, Any]:
         )
     if given := [name for name in _NOT_WITH if cfg[name]]:
         raise UserError(f"{given[0]}: {cfg[given[0]]}: LISA trains whole layers, supervised; leave it out.")
-    settings = {name: cfg[name] for name in NAMES if cfg[name] is not None}
+    settings = {name: cfg[name] for name in (*NAMES, *REMOVED) if cfg[name] is not None}
     return arguments_of(settings, "the configuration")

@@ -10,6 +10,7 @@ from packaging.specifiers import SpecifierSet
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
 from lisa_dist.flag_words import nearest
+from lisa_dist.removed import without_removed
 
 # What a plugin's settings may hold besides LisaConfig's: keyword arguments of LisaMixin.
 OF_MIXIN = ("checkpointed_layers", "gpu_memory", "hang_timeout", "save_async", "eval_frozen_bits")
@@ -37,6 +38,7 @@ def arguments_of(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises UserError, naming `where` they stand, for a name that there is not or a value that cannot work.
     """
     known = {*LisaConfig.__dataclass_fields__, *OF_MIXIN}
+    settings = without_removed(settings, f"{where}: ")
     for name in settings:
         if name not in known:
             raise UserError(f"{where}: {name}: no such setting; {nearest(name, known)}")

@@ -206,8 +206,8 @@ HELP = {
     "LISA": {
         "lisa_preset": "lora (by default, if nothing is said of memory), paper, none",
         "lisa_activated_layers": "decoder layers that train in a period (gamma), auto, lora",
-        "lisa_interval_steps": "optimizer steps in a period (K), or auto",
-        "lisa_sampler": "uniform, reshuffle, window, weighted, balanced, adaptive, ...",
+        "lisa_interval_steps": "optimizer steps in a period (K)",
+        "lisa_sampler": "uniform, reshuffle, fixed, weighted, balanced, adaptive",
         "lisa_always_on": "of embed, head, rest; those left out are sampled like layers",
         "lisa_frozen": "of embed, head, rest: never trained",
         "lisa_state": "at a switch: reset, reset_all (as in the paper), keep",

@@ -165,8 +165,3 @@ def given_resume(training: TrainingArguments) -> str | bool | None:
     """`--resume_from_checkpoint`: true, false, auto or a path."""
     value = training.resume_from_checkpoint
     return {"true": True, "false": False}.get(str(value).lower(), value)
-
-
-def begins(training: TrainingArguments) -> bool:
-    """Whether the run is a new one, and not resumed."""
-    return given_resume(training) in (None, False)

@@ -118,8 +118,6 @@ def _check_task(config: RunConfig) -> None:
         ):
             if value in not_taken:
                 raise UserError(f"--{flag} {value} with --task {task}: no step of it can be planned; give a number.")
-        if config.lisa.lisa_probe_steps:
-            raise UserError(f"--lisa_probe_steps with --task {task}: its rows have no held-out loss; leave it out.")
 
 
 def _check_schedule(training: Any) -> None:

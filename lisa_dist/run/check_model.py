@@ -16,11 +16,9 @@ from lisa_dist.errors import UserError
 from lisa_dist.loss.liger import check_liger
 from lisa_dist.memory.plans import fewest_of_lora
 from lisa_dist.run.arguments import RunConfig, model_config_of
-from lisa_dist.run.check_files import begins
 from lisa_dist.run.choose_loss import check_loss_of_run
 from lisa_dist.tasks import REWARD
 from lisa_dist.text import in_one_line, no_such_model
-from lisa_dist.train.probe import check_probe_of_run
 
 # Of a model's configuration.
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -55,8 +53,7 @@ def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
     if config.training.use_liger_kernel:
         check_liger(copy.copy(config.training), model_config, config.lisa, trl_head=config.run.task != REWARD)
     num_layers = number_of_decoder_layers(model_config)
-    max_steps = max(0, config.training.max_steps) if begins(config.training) else 0
-    _check_sampling(config.lisa, model_config, num_layers, max_steps)
+    _check_sampling(config.lisa, model_config, num_layers)
     checkpointed = parse_checkpointed_layers(config.run.checkpointed_layers)
     if isinstance(checkpointed, int):
         number_of_layers(checkpointed, num_layers)
@@ -67,16 +64,13 @@ def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
         load_layer_weights(config.lisa.lisa_weights_file, num_layers, num_active)
 
 
-def _check_sampling(config: LisaConfig, model_config: PretrainedConfig, num_layers: int, max_steps: int) -> None:
-    """Raise UserError for layers, modules or a probe that this model, or a new run of so many steps, cannot have.
+def _check_sampling(config: LisaConfig, model_config: PretrainedConfig, num_layers: int) -> None:
+    """Raise UserError for layers or modules that this model cannot have.
 
-    `max_steps` is 0 where it is not known. Modules of models that come with their own code, or see and hear too, are
-    checked once they are loaded.
+    Modules of models that come with their own code, or see and hear too, are checked once they are loaded.
     """
     if config.lisa_activated_layers not in PLANNED_LAYERS:
         config.check_num_layers(num_layers)
-    if max_steps > 0:
-        check_probe_of_run(config, num_layers, max_steps)
     if config.by_module and type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         model = model_without_weights(model_config)
         modules = split_into_modules(model, find_blocks(model, config.lisa_layers_attribute)).layers

@@ -23,7 +23,7 @@ from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.errors import UserError
 from lisa_dist.files import naming_lost_files
 from lisa_dist.run.arguments import RunConfig
-from lisa_dist.run.check_files import begins, check_files, check_resume, given_resume
+from lisa_dist.run.check_files import check_files, check_resume, given_resume
 from lisa_dist.run.check_flags import check_flags
 from lisa_dist.run.check_model import check_model
 from lisa_dist.run.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
@@ -38,11 +38,9 @@ from lisa_dist.run.task_trainers import TRAINERS
 from lisa_dist.run_folder import goes_on, write_run
 from lisa_dist.tasks import REWARD, SFT
 from lisa_dist.text import in_one_line
-from lisa_dist.train.attention import packs_documents
 from lisa_dist.train.callbacks import BestMetric
 from lisa_dist.train.compiled_layers import CompiledLayers
 from lisa_dist.train.layer_norms import LayerNorms
-from lisa_dist.train.probe import check_probe_rows
 from lisa_dist.zero.cpu_ops import start_deepspeed
 
 
@@ -86,8 +84,7 @@ def check_config(config: RunConfig) -> None:
 
 def _describe_data(config: RunConfig, data: Data) -> str:
     lines = [line for text in data.lines for line in text.split("\n")]
-    evaluates = config.training.eval_strategy != IntervalStrategy.NO or config.lisa.lisa_probe_steps
-    if data.held_out is not None and not evaluates:
+    if data.held_out is not None and config.training.eval_strategy == IntervalStrategy.NO:
         lines.append("what is held out is not evaluated: --eval_strategy is no; give steps or epoch")
     return "\n  ".join(["data", *lines])
 
@@ -149,15 +146,6 @@ def load_examples(config: RunConfig, processing: Processing, processor: str = ""
 
 
 def _check_data(config: RunConfig, data: Data) -> None:
-    if data.has_images and config.lisa.lisa_probe_steps:
-        raise UserError(
-            f"--lisa_probe_steps {config.lisa.lisa_probe_steps} with images: a probe measures rows that are tokens; "
-            "leave it out."
-        )
-    is_tokens = config.run.task == SFT and not packs_documents(config.training)  # of others TRL makes the rows
-    is_tokens = is_tokens and not data.has_images
-    if begins(config.training) and is_tokens:
-        check_probe_rows(config.lisa, config.training, data.train, data.held_out)
     named = f"the content of --dataset_name {' '.join(config.data.dataset_name or [])}"
     content = {named: describe_examples(data.train)}
     if data.held_out is not None:

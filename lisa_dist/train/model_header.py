@@ -34,7 +34,6 @@ def describe_training(
     states = list(lisa.partition_states().values())
     kept = "two moments" if all(state.is_weights for state in states) else "master weights and two moments"
     frozen = lisa.blocks.frozen_numel
-    factor = config.rate_factor(len(layers))
     world_size = torch.distributed.get_world_size()
 
     def named(names: list[str]) -> str:
@@ -53,11 +52,6 @@ def describe_training(
         ),
         ("inactive", format_count(total - active)),
         ("period", f"{config.lisa_interval_steps} steps with {_describe_active(config)}, {config.lisa_sampler}"),
-        *(
-            [("learning rate", f"times {factor:.3g}, by --lisa_lr_power {config.lisa_lr_power:g}")]
-            if factor != 1
-            else []
-        ),
         *([("scales of it", config.lisa_lr_scale)] if config.lr_scales else []),
         *ranks,
         ("ZeRO", f"stage {ds_config['zero_optimization']['stage']} on {world_size} rank(s)"),

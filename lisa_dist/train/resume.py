@@ -13,6 +13,7 @@ from transformers.trainer import SCHEDULER_NAME
 from lisa_dist.checkpoint.resume import find_checkpoint, has_only_weights, read_state
 from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
+from lisa_dist.removed import settings_of_checkpoint
 from lisa_dist.run_folder import TRAINER_STATE_NAME
 
 _TASK_TRAINERS = ("DPOTrainer", "KTOTrainer", "ORPOTrainer", "RewardTrainer", "GRPOTrainer", "RLOOTrainer")
@@ -69,13 +70,14 @@ def load_schedule(scheduler: Any, groups: list[dict[str, Any]], state: dict[str,
 
 
 def check_saved_by_trainer(folder: Path, state: dict[str, Any]) -> None:
-    """Raise UserError for a LISA checkpoint without what a trainer needs to go on."""
+    """Raise UserError for a LISA checkpoint without what a trainer needs to go on, or by settings that are gone."""
     missing = [name for name in (TRAINER_STATE_NAME, SCHEDULER_NAME) if name not in state["files"]]
     if missing:
         raise UserError(
             f"--resume_from_checkpoint {folder}: there is no {missing[0]} in it: it was saved in a loop of one's "
             "own, and goes on there with load_checkpoint()."
         )
+    settings_of_checkpoint(state["lisa"]["config"], f"--resume_from_checkpoint {folder}: its run had ")
 
 
 def task_trainer_of(trainer_class: type) -> str | None:

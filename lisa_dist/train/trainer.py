@@ -10,7 +10,6 @@ A step of the loop, which is the Trainer's own::
 
 import contextlib
 import functools
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,11 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from lisa_dist.checkpoint.folders import rotate_checkpoints
-from lisa_dist.checkpoint.resume import load_checkpoint, rate_ratio, start_from_weights
+from lisa_dist.checkpoint.resume import load_checkpoint, start_from_weights
 from lisa_dist.checkpoint.save import end_save, finish_save, save_checkpoint
 from lisa_dist.checkpoint.trust import check_pickles
 from lisa_dist.checkpoint.weights import read_weights, save_without_weights, write_weights
-from lisa_dist.config import AUTO_INTERVAL, LisaConfig
-from lisa_dist.core.blocks import find_blocks
+from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_checks import check_eval_frozen_bits, check_no_adapters
@@ -47,7 +45,6 @@ from lisa_dist.train.deepspeed_arguments import begin_deepspeed
 from lisa_dist.train.identity import check_global_batch_size, compare_on_rank_0, describe_identity, write_identity
 from lisa_dist.train.model_header import describe_training
 from lisa_dist.train.monitoring import MonitoredMixin, SlowRanks, lisa_metrics
-from lisa_dist.train.probe import check_probe_of_run, probe_in_trainer
 from lisa_dist.train.random_states import random_states_kept
 from lisa_dist.train.resume import (
     Beginning,
@@ -139,7 +136,7 @@ class LisaMixin(MonitoredMixin):
             self.optimizer = build_optimizer(
                 self.lisa.param_groups(self.args.weight_decay),
                 self._optim,
-                lr=self.args.learning_rate * self.lisa_config.rate_factor(len(self.lisa.blocks.layers)),
+                lr=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
                 offload=uses_optimizer_offload(self._ds_config),
@@ -177,14 +174,13 @@ class LisaMixin(MonitoredMixin):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[torch.nn.Module, Any]:
         """Where the Trainer has DeepSpeed load a checkpoint: ours is loaded instead, over the engine's partitions."""
-        self.lisa_config = self._settled(max_steps)
         if self.model_wrapped is not self.model:  # an evaluation under ZeRO-3 has an engine without an optimizer
             self.accelerator.free_memory()
             self.model_wrapped, self.deepspeed = self.model, None
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._controller.attach(model, self.args.output_dir)
         load = partial(self._load, resume_from_checkpoint, max_steps)
-        for prepare in (load, self._plan_memory, self._probe, self._meet_ranks):
+        for prepare in (load, self._plan_memory, self._meet_ranks):
             self._watchdog.beat()  # each may take as long as a step
             prepare()
         self._watchdog.beat()
@@ -196,17 +192,6 @@ class LisaMixin(MonitoredMixin):
         steps = LisaSteps(self._controller, self._memory, self._signals, self._watchdog)
         callbacks.insert(callbacks.index(self._heartbeat) + 1, steps)
         return model, train_dataloader
-
-    def _settled(self, max_steps: int) -> LisaConfig:
-        """The settings with a number in the place of `--lisa_interval_steps auto`: of a resumed run the run's own."""
-        config, state = self.lisa_config, self._begins.state
-        is_auto = config.lisa_interval_steps == AUTO_INTERVAL
-        if state is not None:
-            saved = state["lisa"]["config"]["lisa_interval_steps"]
-            return replace(config, lisa_interval_steps=saved) if is_auto else config
-        num_layers = len(find_blocks(self.model, config.lisa_layers_attribute).layers)
-        check_probe_of_run(config, num_layers, max_steps)
-        return config.with_interval(max_steps, num_layers) if is_auto else config
 
     def _load(self, checkpoint: str | None, max_steps: int) -> None:
         """Go on from a checkpoint, or begin from the weights of a model, where there is one to load."""
@@ -221,9 +206,8 @@ class LisaMixin(MonitoredMixin):
             for rates in state["learning_rates"].values():
                 rates |= {name: rate * factor for name, rate in rates.items()}
             load_checkpoint(self._controller, folder, state)
-            ratio = rate_ratio(self._controller, state["lisa"]) * factor
             schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
-            load_schedule(self.lr_scheduler, self._engine.optimizer.param_groups, schedule, ratio)
+            load_schedule(self.lr_scheduler, self._engine.optimizer.param_groups, schedule, factor)
             self._print(f"resumed from {folder}, after step {self._engine.global_steps} of {max_steps}")
             self._print(f"not as its run had it: {', '.join(changed)}" if changed else None)
         elif self._begins.weights_from is not None:
@@ -253,11 +237,6 @@ class LisaMixin(MonitoredMixin):
             reference=getattr(self, "ref_model", None),
         )
         self._print(self._memory.set_checkpointing())
-
-    def _probe(self) -> None:
-        """With --lisa_probe_steps, of a run that begins: find out how often each layer is to train."""
-        if self.lisa_config.lisa_probe_steps and self._begins.checkpoint is None:
-            self._print(probe_in_trainer(self))
 
     @functools.cached_property
     def _identity(self) -> dict[str, Any]:

@@ -24,7 +24,6 @@ def train_reference(
     max_grad_norm: float = 1.0,
     asleep_of_period: Sequence[Sequence[torch.nn.Parameter]] = (),
     states: str = "reset",
-    wake_warmup: int = 0,
     factored: Sequence[torch.nn.Parameter] = (),
     lr_scale: Callable[[torch.nn.Parameter], float] = lambda parameter: 1.0,
 ) -> list[float]:
@@ -32,13 +31,11 @@ def train_reference(
 
     `batches[s]` holds the micro-batches of step s (token ids, labels the same), each the whole global batch.
     `asleep_of_period` are parameters outside the layers that do not train in a period. What falls asleep loses its
-    moments ("reset"), every parameter does at every switch ("reset_all"), or none ever does ("keep"). What a switch
-    leaves without moments has 1/(n+1), 2/(n+1), ... of the rate in the `wake_warmup` = n first steps behind it.
+    moments ("reset"), every parameter does at every switch ("reset_all"), or none ever does ("keep").
     Each parameter's rate is `lr_scale` of it times the rate.
     """
     layer_of = {id(p): index for index, layer in enumerate(layers) for p in layer.parameters()}
     moments: dict[int, list] = {}
-    woken: set[int] = set()
     losses = []
     for step, micro_batches in enumerate(batches):
         period = step // period_steps
@@ -51,7 +48,6 @@ def train_reference(
                 moments = {}
             elif states == "reset":
                 moments = {key: value for key, value in moments.items() if key in awake}
-            woken = awake - moments.keys() if period > 0 else set()
 
         for p in model.parameters():
             p.grad = None
@@ -66,10 +62,9 @@ def train_reference(
         norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in trained))
         shrink = min(1.0, max_grad_norm / (norm + 1e-6))
         rate = lr(step) if callable(lr) else lr
-        rising = rate * (step % period_steps + 1) / (wake_warmup + 1)
         with torch.no_grad():
             for p in trained:
-                step_lr = (min(rate, rising) if id(p) in woken else rate) * lr_scale(p)
+                step_lr = rate * lr_scale(p)
                 gradient = p.grad * shrink
                 if any(p is matrix for matrix in factored):
                     rows, columns, count = moments.get(id(p), [torch.zeros(len(p)), torch.zeros(p.shape[1]), 0])

@@ -35,7 +35,7 @@ LOOPS = [
     full({"ds_config": "zero2", "world_size": 2, "dtype": "fp32", "optim": "lisa_adamw"}),
     full({"ds_config": "zero2_offload", "world_size": 2, "accumulation": 2, "zero": {"overlap_comm": False}}),
     full({"ds_config": "zero3_offload", "checkpointed": 6, "saves": True}),
-    full({"ds_config": "zero3", "lisa_state": "keep", "lisa_wake_warmup_steps": 1} | SAMPLED),
+    full({"ds_config": "zero3", "lisa_state": "keep"} | SAMPLED),
     full({"ds_config": "zero2", "lisa_offload": "embed,head", "saves": True}),
     full({"ds_config": "zero3", "world_size": 2, "lisa_offload": "embed,layers", "optim": "lisa_adamw"}),
     full({"ds_config": "zero2", "optim": "lisa_adamw", "lisa_master": "bf16_sr", "checkpointed": 3} | ALL_8),
@@ -124,7 +124,7 @@ def test_a_step_on_the_host_waits_for_gradients_alone(settings):
 
 
 def test_a_trainer_on_two_gpus(tmp_path):
-    """With a probe before the steps, an evaluation and a save between them, and a resume."""
+    """With an evaluation and a save between the steps, and a resume."""
     save_tiny_llama(tmp_path / "model")
     rows = [json.dumps({"question": f"{n} + 1? " * 3, "answer": f"{n + 1} " * 4}) for n in range(64)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
@@ -138,7 +138,6 @@ def test_a_trainer_on_two_gpus(tmp_path):
         "lisa_interval_steps": 2,
         "lisa_preset": "none",
         "lisa_sampler": "balanced",
-        "lisa_probe_steps": 1,
         "save_steps": 7,
         "eval_rows": 8,
         "eval_strategy": "steps",

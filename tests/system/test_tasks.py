@@ -229,7 +229,6 @@ SETTLED = [
     ),
     ("grpo", {"lisa_activated_layers": "auto"}, "--lisa_activated_layers auto with --task grpo: no step of it can be"),
     ("grpo", {"checkpointed_layers": "auto"}, "--checkpointed_layers auto with --task grpo: no step of it can be plan"),
-    ("grpo", {"lisa_probe_steps": 1, "lisa_sampler": "weighted"}, "--lisa_probe_steps with --task grpo: its rows have"),
     ("reward", {"sample_prompt": "x"}, "--sample_prompt with --task reward: a reward model gives scores, not answers;"),
 ]
 

@@ -189,40 +189,6 @@ def test_modules_of_layers_are_sampled_by_themselves(folder, tmp_path):
     assert {path.stem for path in (out / "report").iterdir()} >= {"layers", "visits", "movement"}
 
 
-@pytest.mark.usefixtures("cpu_ops")
-def test_a_probe_leaves_no_trace_but_how_often_layers_train(folder, tmp_path):
-    """Nor in what TRL gathers for its log, nor in dropout or the order of rows; a resumed run does not probe again."""
-    settings = {"lisa_sampler": "balanced", "max_steps": 16, "gradient_accumulation_steps": 2, "deepspeed": "zero2"}
-    settings |= {"save_strategy": "steps", "save_steps": 3, "learning_rate": 5e-3, "packing": True}
-    settings |= {"eval_on_start": False}
-    out, given = tmp_path / "out", tmp_path / "given"
-    probe = {"lisa_probe_steps": 2, "output_dir": out}
-    status, said = run_alone(flags_for(folder, **settings | probe), tmp_path / "said.txt")
-    assert status == 0, said[-3000:]
-    weights = json.loads((out / "checkpoint-3/lisa_state.json").read_text())["lisa"]["probed"]
-    assert len(set(weights)) > 1
-    found = re.search(r"layers probed for 2 steps, held-out loss and weight of each: (.+)", said)[1].split(", ")
-    assert [words.split()[0] for words in found] == [f"{layer}-{layer}" for layer in range(6)]
-    assert [float(words.split()[2]) for words in found] == pytest.approx(weights, rel=1e-2)
-    best = min(range(6), key=lambda layer: float(found[layer].split()[1]))
-    assert weights[best] == max(weights)
-    (tmp_path / "weights.json").write_text(json.dumps(weights))
-    others = settings | {"lisa_weights_file": tmp_path / "weights.json", "output_dir": given}
-    status, said = run_alone(flags_for(folder, **others), tmp_path / "said_too.txt")
-    assert status == 0, said[-3000:]
-    assert history(out) == history(given)
-    shutil.rmtree(out / "checkpoint-16")
-    resumed = settings | probe | {"resume_from_checkpoint": out / "checkpoint-15"}
-    status, said = run_alone(flags_for(folder, **resumed), tmp_path / "resumed.txt")
-    assert status == 0, said[-3000:]
-    assert "layers probed" not in said
-    assert [one.get("loss") for one in history(out)] == [one.get("loss") for one in history(given)]
-    refused = settings | probe | {"resume_from_checkpoint": given / "checkpoint-15", "overwrite_output_dir": True}
-    status, said = run_alone(flags_for(folder, **refused), tmp_path / "refused.txt")
-    assert status != 0
-    assert "--lisa_probe_steps 2: the run saved at step 15 was not probed" in said
-
-
 def history(folder: Path) -> list[dict]:
     """What a run has logged, times left out."""
     entries = json.loads((folder / "trainer_state.json").read_text())["log_history"]
@@ -589,14 +555,6 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, said):
             {"lisa_unit": "module", "lisa_budget": "10%", "torch_compile": True},
             "--torch_compile True with --lisa_unit module: a layer has a graph for each set of its modules",
         ),
-        (
-            {"lisa_sampler": "balanced", "lisa_probe_steps": 40, "max_steps": 600},
-            "--lisa_probe_steps 40: a probe trains on 80 rows and measures on 4 or more, and there are 56 and 8",
-        ),
-        (
-            {"lisa_sampler": "balanced", "lisa_probe_steps": 1, "max_steps": 6},
-            "--lisa_probe_steps 1: 6 sets of layers take 6 steps, and the run has 6; give at most 0",
-        ),
         ({"model_name_or_path": "no/such-model"}, "--model_name_or_path no/such-model: no such folder"),
         ({"deepspeed": "zero3_nvme"}, "--deepspeed zero3_offload"),
         ({"optim": "lomo"}, "--optim lomo: LISA runs AdamW"),
@@ -839,10 +797,6 @@ def test_a_plain_model_begins_a_new_run_and_auto_begins_without_a_checkpoint(fol
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for one, two in zip(trained.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
-    probe = {"lisa_sampler": "balanced", "lisa_probe_steps": 1, "max_steps": 7, "deepspeed": "zero2", "eval_rows": 16}
-    status, said = run_alone(flags_for(folder, tmp_path / "probed", **probe | resume), tmp_path / "probed.txt")
-    assert status == 0, said[-3000:]
-    assert said.index("a new run begins from its weights") < said.index("layers probed for 1 steps")
     flags = flags_for(folder, tmp_path / "new", resume_from_checkpoint="auto", max_steps=2)
     status, said = run_alone(flags, tmp_path / "auto.txt")
     assert status == 0, said[-3000:]

@@ -32,6 +32,7 @@ GROUND = {
     "flags",
     "model_names",
     "presets",
+    "removed",
     "run_folder",
     "shapes",
     "tasks",

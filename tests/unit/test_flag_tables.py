@@ -54,6 +54,9 @@ SLIPS = [
     ("train", ["b.yaml", "--config", "a.yaml"], "--config: two recipes are given"),
     ("train", ["--sequence_len", "3"], "--sequence_len: no such flag; here it is --max_length"),
     ("train", ["word"], "word: belongs to no flag"),
+    ("train", ["--lisa_depth_bias", "4"], r"--lisa_depth_bias 4: removed since 0\.2\.0; give the weights"),
+    ("train", ["--lisa-lr-power=-0.5"], r"--lisa_lr_power -0\.5: removed since 0\.2\.0; give --learning_rate"),
+    ("plan", ["--model", "x", "--lisa_probe_steps", "9"], r"--lisa_probe_steps 9: removed since 0\.2\.0; leave it out"),
     ("plan", ["--gpus", "2"], "the following arguments are required: --model"),
     ("plan", ["--model", "x", "--gpu_memry", "3"], r"did you mean --gpu_memory\?"),
     ("eval", ["--model", "x", "--limit", "y"], "--limit: invalid float value: 'y'"),
@@ -78,6 +81,11 @@ def test_a_table_refuses_what_the_parser_does(tables, verb, words, said):
         ("lerning_rate: 1.0e-5\n", "lerning_rate: no such key; did you mean learning_rate"),
         ("max_steps: 2026-01-01\n", "max_steps: 2026-01-01: a date is no value of this key"),
         ("[1, 2]\n", "must hold keys and values"),
+        (
+            "lisa_depth_bias: 4\n",
+            r"--config .*\.yaml: --lisa_depth_bias 4: removed since 0\.2\.0; give the weights",
+        ),
+        ("lisa_sampler: window\n", r"recipe\.yaml: --lisa_sampler window: removed since 0\.2\.0; give uniform or"),
     ],
 )
 def test_a_recipe_is_read_too(tables, tmp_path, recipe, said):
@@ -90,13 +98,13 @@ def test_a_recipe_is_read_too(tables, tmp_path, recipe, said):
 def test_words_that_can_be_meant_pass(tables, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        "lisa_sampler: weighted\nlisa_depth_bias: 2\nlisa_activated_layers: auto\nbf16: null\n", encoding="utf-8"
+        "lisa_sampler: balanced\nlisa_depth_bias: 0\nlisa_activated_layers: auto\nbf16: null\n", encoding="utf-8"
     )
     words = [
         "--config",
         str(path),
         "--lisa_interval_steps",
-        "auto",
+        "5",
         "--no_remove_unused_columns",
         "--dataset_name",
         "a",
@@ -135,6 +143,8 @@ def test_a_table_has_the_parser_s_screen(tables, verb, capsys):
         (["plan", "--model", "llama3.1-8b", "--gpu_memory", "24"], 2),
         (["init", "--model", "llama3.1-8b", "--recipe", "."], 2),
         (["train", "--output_dir", "finished"], 2),
+        (["train", "--lisa_sampler", "cyclic"], 2),
+        (["train", "--lisa_wake_warmup_steps", "2"], 2),
     ],
     ids=str,
 )

@@ -43,7 +43,10 @@ def run(cell: dict, save_to: str, resume_from: str | None = None) -> dict:
 def train_in_loop(cell: dict, save_to: Path, resume_from: Path | None) -> list[dict]:
     engine, lisa = start(cell, seed=0 if resume_from is None else 1, output_dir=save_to)
     if resume_from is not None:
-        lisa_dist.load_checkpoint(lisa, resume_from)
+        state = json.loads((resume_from / "lisa_state.json").read_text())
+        # Settings that only one of the releases has are as by default.
+        state["lisa"]["config"] = lisa_dist.LisaConfig().to_dict() | state["lisa"]["config"]
+        lisa_dist.load_checkpoint(lisa, resume_from, state)
     steps = []
     while engine.global_steps < STEPS:
         losses = []
@@ -214,9 +217,11 @@ def hash_tensors(values: Iterable[tuple[str, object]]) -> str:
     return digest.hexdigest()
 
 
-# Of releases that have them; where they are as by default a run is one of before.
-NEW_SETTINGS = {"lisa_frozen_bits": 16, "lisa_frozen_store": "host", "lisa_depth_bias": 0.0, "lisa_lr_scale": ""}
-NEW_SETTINGS |= {"lisa_unit": "layer", "lisa_budget": "", "lisa_probe_steps": 0}
+# Of releases that have them; where they are as by default a run is one of before, or after.
+OPTIONAL = {"lisa_frozen_bits": 16, "lisa_frozen_store": "host", "lisa_depth_bias": 0.0, "lisa_lr_scale": ""}
+OPTIONAL |= {"lisa_unit": "layer", "lisa_budget": "", "lisa_probe_steps": 0, "lisa_lr_power": 0.0}
+OPTIONAL |= {"lisa_importance": "gradient", "lisa_importance_decay": 0.5, "lisa_importance_temperature": 1.0}
+OPTIONAL |= {"lisa_importance_floor": 0.2, "lisa_wake_warmup_steps": 0}
 
 
 def describe_checkpoint(output_dir: Path) -> dict:
@@ -227,11 +232,12 @@ def describe_checkpoint(output_dir: Path) -> dict:
         del state[name]
     for name in ("seconds", "live_bytes", "bytes_released"):
         del state["lisa"]["record"][name]
-    for name, default in NEW_SETTINGS.items():
+    for name, default in OPTIONAL.items():
         if state["lisa"]["config"].get(name) == default:
             del state["lisa"]["config"][name]
-    if state["lisa"].get("probed") is None:
-        state["lisa"].pop("probed", None)
+    for name in ("probed", "woken"):
+        if not state["lisa"].get(name):
+            state["lisa"].pop(name, None)
     # Weights by their tensors below; an identity is of releases that have one.
     others = (path for path in output_dir.rglob("*") if not path.name.startswith(("model", "lisa_identity")))
     described = {"names of files": sorted(str(path.relative_to(output_dir)) for path in others)}

@@ -7,7 +7,7 @@ stages, since a cell for every combination of them would take hours.
 STEPS, INTERVAL, CUT = 12, 3, 7  # switches before steps 3, 6 and 9; saved and resumed one step into a period
 
 EIGHT_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8"}
-ADAPTIVE = {"lisa_sampler": "adaptive", "lisa_importance_temperature": 0.2, "lisa_activated_layers": 3}
+ADAPTIVE = {"lisa_sampler": "adaptive", "lisa_activated_layers": 3}
 WEIGHTED = {"lisa_sampler": "weighted", "lisa_weights_file": "weights.json"}
 SAMPLED = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.4,head=0.4", "lisa_seed": 3}
 BADAM = {"lisa_always_on": "", "lisa_frozen": "embed,head,rest", "lisa_activated_layers": 1}
@@ -35,8 +35,8 @@ CELLS = [
     cell("zero1", "adamw_torch", tied=True, lisa_state="reset_all", lisa_sampler="reshuffle"),
     cell("zero2", "adamw_torch", accumulation=2, checkpointing=True, **SAMPLED),
     cell("zero3", "adamw_torch", tied=True, lisa_state="keep", **ADAPTIVE),
-    cell("zero1", "adamw_torch_fused", lisa_state="keep", lisa_importance="update", **ADAPTIVE),
-    cell("zero2", "adamw_torch_fused", lisa_sampler="cyclic", lisa_wake_warmup_steps=2),
+    cell("zero1", "adamw_torch_fused", lisa_state="keep", **ADAPTIVE),
+    cell("zero2", "adamw_torch_fused", lisa_sampler="balanced"),
     cell("zero3", "adamw_torch_fused", checkpointing=True, lisa_debug=True, **SAMPLED),
     cell("zero1", "adamw_bnb_8bit", accumulation=2),
     cell("zero2", "adamw_8bit", lisa_state="keep", lisa_activated_layers=3),
@@ -44,7 +44,7 @@ CELLS = [
     cell("zero1", "adamw_torch", lisa_state_bits="embed=8", lisa_state="keep", lisa_activated_layers=3),
     cell("zero3", "adamw_8bit", lisa_state_bits="embed=32,head=32"),
     cell("zero1", "lisa_adamw", "fp32", lisa_state="keep", lisa_activated_layers=3),
-    cell("zero2", "lisa_adamw", accumulation=2, lisa_lr_power=0.5, **ADAPTIVE),
+    cell("zero2", "lisa_adamw", accumulation=2, lisa_lr_scale="embed=0.5,layers=2", **ADAPTIVE),
     cell("zero3", "lisa_adamw", checkpointing=True, **SAMPLED),
     cell("zero1", "lisa_adamw", lisa_state="reset_all", **EIGHT_BITS),
     cell("zero2", "lisa_adamw", tied=True, lisa_state="keep", lisa_activated_layers=3, **EIGHT_BITS),
@@ -58,7 +58,7 @@ CELLS = [
     # Optimizer states on the host, where DeepSpeed's own AdamW steps whatever --optim says; and weights too.
     cell("zero1", "adamw_torch", zero={"offload_optimizer": ON_CPU}, accumulation=2),
     cell("zero2_offload", "adamw_torch", "fp32", lisa_state="keep", lisa_activated_layers=3),
-    cell("zero2_offload", "lisa_adamw", accumulation=2, lisa_wake_warmup_steps=1, **ADAPTIVE),
+    cell("zero2_offload", "lisa_adamw", accumulation=2, **ADAPTIVE),
     cell("zero3", "adamw_torch", zero={"offload_optimizer": ON_CPU}, lisa_state="reset_all"),
     cell("zero3_offload", "adamw_torch", "fp32", accumulation=2, checkpointing=True),
     cell("zero3_offload", "adamw_torch_fused", tied=True, lisa_state="keep", **ADAPTIVE),
@@ -70,7 +70,7 @@ CELLS = [
     cell("zero3", "lisa_adamw", "fp32", lisa_offload="layers", lisa_state="keep", **ADAPTIVE),
     # Nothing but a layer at a time, no layer at all, all layers; and no clipping of gradients.
     cell("zero2", "adamw_torch", checkpointing=True, **WEIGHTED, **BADAM),
-    cell("zero3", "lisa_adamw", "fp32", checkpointing=True, lisa_sampler="cyclic", **BADAM),
+    cell("zero3", "lisa_adamw", "fp32", checkpointing=True, lisa_sampler="reshuffle", **BADAM),
     cell("zero3", "adamw_torch", lisa_activated_layers=0, clip=0.0),
     cell("zero2", "adamw_torch", "fp32", lisa_sampler="fixed", lisa_activated_layers=6, clip=0.0),
     # One rank: nothing is cut, and other code of DeepSpeed's runs.

@@ -152,7 +152,7 @@ def test_llama_factory(files):
     assert recipe["dataset_name"] == ["one#100", "two#100"]
     assert recipe["gradient_checkpointing"] is False
     assert (recipe["deepspeed"], recipe["warmup_steps"], recipe["learning_rate"]) == ("zero2", 0.1, 5e-5)
-    assert recipe["lisa_sampler"] == "cyclic", "the nearest"
+    assert recipe["lisa_sampler"] == "reshuffle", "the nearest"
     assert convert("f.yml", None, known_flags).remarks.keys() == {"badam_switch_mode", "template", "dataset"}
     (files / "f.yml").write_text("stage: pt\nfinetuning_type: full\ndataset: a\n", encoding="utf-8")
     recipe = recipe_of("f.yml")
@@ -218,7 +218,7 @@ def test_two_commands_of_a_script_stay_two(files):
 def test_badam_has_its_defaults_written_out(files):
     (files / "f.yml").write_text("finetuning_type: full\nuse_badam: true\ndataset: a\n", encoding="utf-8")
     recipe = recipe_of("f.yml")
-    assert (recipe["method"], recipe["lisa_interval_steps"], recipe["lisa_sampler"]) == ("lisa", 50, "cyclic")
+    assert (recipe["method"], recipe["lisa_interval_steps"], recipe["lisa_sampler"]) == ("lisa", 50, "reshuffle")
     assert recipe["weight_decay"] == 0.01
 
 
@@ -236,7 +236,7 @@ def test_badam_decays_as_it_does_there_and_fixed_layers_are_told_of(files):
     (files / "f.yml").write_text(text + "badam_switch_mode: random\n", encoding="utf-8")
     found = convert("f.yml", None, known_flags)
     assert found.flags["lisa_sampler"] == "reshuffle"
-    assert "another for each lisa_seed" in found.remarks["badam_start_block"]
+    assert "another layer for each lisa_seed" in found.remarks["badam_start_block"]
 
 
 DPO_OF_FACTORY = """

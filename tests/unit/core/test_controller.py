@@ -18,9 +18,9 @@ from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.core import controller
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_checks import prepare_ds_config
+from lisa_dist.core.groups import scale_rates
 from lisa_dist.core.guards import broadcast_active_set
 from lisa_dist.core.sampling import ActiveSet, sample_period
-from lisa_dist.core.step_rates import StepRates
 from lisa_dist.errors import UserError
 from lisa_dist.zero import overrides, stages
 from lisa_dist.zero.stage3 import forget_module_order
@@ -51,7 +51,7 @@ def start(ds_config="zero2", accumulation=1, output_dir=None, model=None, **sett
         (tiny_llama, {"lisa_activated_layers": 7}, "--lisa_activated_layers 7: the model has 6 decoder layers"),
         (
             tiny_llama,
-            {"lisa_activated_layers": 7, "lisa_sampler": "window"},
+            {"lisa_activated_layers": 7, "lisa_sampler": "reshuffle"},
             "--lisa_activated_layers 7: the model has 6 decoder layers",
         ),
         (tiny_gpt2, {"lisa_always_on": "head,rest", "lisa_frozen": "embed"}, "one tied matrix; give both the same"),
@@ -363,8 +363,7 @@ def test_rank_0_draws_for_all():
 
 
 def restore_state() -> None:
-    settings = {"lisa_seed": 7, "lisa_wake_warmup_steps": 1}
-    engine, lisa = start("zero2", **settings)
+    engine, lisa = start("zero2", lisa_seed=7)
     first = lisa.active_layers
     for (tokens,) in token_batches(5, rows=4):
         lisa.on_step_begin()
@@ -372,12 +371,11 @@ def restore_state() -> None:
     state = json.loads(json.dumps(lisa.state_dict()))
     assert state["period"] == 2
     assert set(lisa.active_layers) != set(first), "the test needs other layers than period 0's"
-    assert state["woken"], "groups in the middle of their warm-up"
     engine.destroy()
     # Before the engine exists, and with an engine that already is partitioned for another set.
     for attached in (False, True):
         model = tiny_llama(seed=9)
-        other = LisaController(model, lisa_dist.LisaConfig(lisa_interval_steps=2, **settings))
+        other = LisaController(model, lisa_dist.LisaConfig(lisa_interval_steps=2, lisa_seed=7))
         if not attached:
             other.load_state_dict(state)
         engine, _ = engine_for(model, other)
@@ -386,7 +384,6 @@ def restore_state() -> None:
         other.attach(engine)
         if attached:
             other.load_state_dict(state)
-        assert other.state_dict()["woken"] == state["woken"]
         assert other.active_layers == lisa.active_layers
         assert other.visit_counts == lisa.visit_counts
         held = {name for key in other.partition_states() for name in key}
@@ -398,28 +395,21 @@ def test_state_comes_back_before_and_after_attach():
     run_ranks(restore_state, 2)
 
 
-def restore_before_attach_with_another_temperature() -> None:
-    """By which the sampler would sample other layers now than those whose period goes on."""
-    settings = {"lisa_interval_steps": 6, "lisa_sampler": "adaptive", "lisa_importance_floor": 0.0}
-    engine, lisa = start(**settings, lisa_importance_temperature=0.05)
-    for (tokens,) in token_batches(13, rows=4):
-        lisa.on_step_begin()
-        micro_step(engine, tokens)
-    state = json.loads(json.dumps(lisa.state_dict()))
-    engine.destroy()
+def restore_before_attach_with_other_layers() -> None:
+    """Than the sampler would draw for this period."""
     model = tiny_llama()
-    other = LisaController(model, lisa_dist.LisaConfig(**settings, lisa_importance_temperature=5.0))
-    other.load_state_dict(state)
-    engine, _ = engine_for(model, other)
-    engine.global_steps = state["step"]
-    other.attach(engine)
-    assert other.selection.sample(other.period).layers != lisa.active_layers, "the test needs another sample"
-    assert other.active_layers == lisa.active_layers
+    lisa = LisaController(model, lisa_dist.LisaConfig(lisa_interval_steps=6))
+    active = tuple(layer for layer in range(6) if layer not in lisa.selection.sample(2).layers)[:2]
+    lisa.load_state_dict(lisa.state_dict() | {"step": 13, "period": 2, "active_layers": list(active)})
+    engine, _ = engine_for(model, lisa)
+    engine.global_steps = 13
+    lisa.attach(engine)
+    assert lisa.active_layers == active
     engine.destroy()
 
 
 def test_a_state_that_is_loaded_before_attach_keeps_its_layers_to_the_end_of_their_period():
-    run_ranks(restore_before_attach_with_another_temperature, 1)
+    run_ranks(restore_before_attach_with_other_layers, 1)
 
 
 def train_one_model_twice(folder: str) -> None:
@@ -484,20 +474,19 @@ def test_a_state_without_newer_settings_has_them_as_by_default():
     """In the middle of a period, where no other setting may come in."""
     lisa = LisaController(tiny_llama(), lisa_dist.LisaConfig())
     state = lisa.state_dict() | {"step": 7}
-    for name in ("lisa_depth_bias", "lisa_lr_scale", "lisa_frozen_bits"):
+    for name in ("lisa_unit", "lisa_lr_scale", "lisa_frozen_bits"):
         del state["config"][name]
     assert lisa.check_state_dict(state) == []
-    other = LisaController(tiny_llama(), lisa_dist.LisaConfig(lisa_sampler="balanced", lisa_depth_bias=2.0))
+    other = LisaController(tiny_llama(), lisa_dist.LisaConfig(lisa_sampler="balanced"))
     with pytest.raises(ValueError, match="had other settings than --lisa_sampler balanced") as error:
         other.check_state_dict(state)
-    assert "--lisa_depth_bias 2.0 (it had 0.0)" in str(error.value)
     assert "--lisa_weights_file" not in str(error.value)
 
 
 def test_rates_are_whole_again_after_a_step_that_has_raised():
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
     optimizer = torch.optim.SGD([{"params": [parameter], "lisa_group": "slot0/decay", "lr": 1.0}])
-    StepRates(optimizer, {"layers": 0.5}, 0, lambda: 0)
+    scale_rates(optimizer, {"layers": 0.5})
     with pytest.raises(ZeroDivisionError):
         optimizer.step(lambda: 1 / 0)
     parameter.grad = torch.ones(2, 2)
@@ -525,8 +514,8 @@ def test_a_state_of_another_kind_is_refused(change, said):
         ({"lisa_activated_layers": 3}, "--lisa_activated_layers 3 (it had 2)"),
         ({"lisa_interval_steps": 4}, "--lisa_interval_steps 4 (it had 6)"),
         (
-            {"lisa_sampler": "cyclic", "lisa_seed": 5},
-            "cyclic (it had uniform), --lisa_seed 5 (it had 0)",
+            {"lisa_sampler": "reshuffle", "lisa_seed": 5},
+            "reshuffle (it had uniform), --lisa_seed 5 (it had 0)",
         ),
         ({"lisa_always_on": "head,rest", "lisa_frozen": "embed"}, "--lisa_frozen embed (it had )"),
     ],

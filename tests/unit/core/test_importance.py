@@ -12,16 +12,14 @@ from ranks import run_ranks
 from torch import distributed as dist
 
 import lisa_dist
-from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.importance import LayerImportance
 from lisa_dist.core.sampling import inclusion_probabilities
-from lisa_dist.core.selection import BlockSelection
 
 INTERVAL, BETA2 = 3, 0.999
 
 
 def test_nothing_seen_is_uniform():
-    importance = LayerImportance(4, decay=0.5, temperature=1.0, floor=0.2)
+    importance = LayerImportance(4)
     assert importance.weights() == [0.25] * 4
     importance.observe({0: math.nan, 2: math.inf})
     assert importance.weights() == [0.25] * 4
@@ -30,56 +28,33 @@ def test_nothing_seen_is_uniform():
 
 
 def test_averages_are_exponential_over_visits():
-    importance = LayerImportance(3, decay=0.75, temperature=1.0, floor=0.0)
+    importance = LayerImportance(3)
     importance.observe({0: 4.0, 1: 1.0})
     importance.observe({0: 8.0})
-    assert importance.averages == [0.75 * 4 + 0.25 * 8, 1.0, None]
+    assert importance.averages == [0.5 * 4 + 0.5 * 8, 1.0, None]
 
 
 def test_weights_are_a_softmax_with_a_floor():
-    importance = LayerImportance(3, decay=0.5, temperature=0.5, floor=0.3)
-    importance.observe({0: 1.0, 1: 2.0, 2: 3.0})
-    powers = [math.exp(score / 2 / 0.5) for score in (1, 2, 3)]
-    expected = [0.1 + 0.7 * power / sum(powers) for power in powers]
+    importance = LayerImportance(4)
+    importance.observe({0: 1.0, 1: 2.0, 2: 3.0, 3: 2.0})
+    powers = [math.exp(score / 2) for score in (1, 2, 3, 2)]
+    expected = [0.05 + 0.8 * power / sum(powers) for power in powers]
     assert importance.weights() == pytest.approx(expected)
     assert sum(importance.weights()) == pytest.approx(1)
 
 
-def test_a_prior_multiplies_the_weights():
-    """Of a layer's depth: before anything is seen it is all that there is."""
-    prior = [1.0, 2.0, 5.0]
-    one, plain = (LayerImportance(3, decay=0.5, temperature=0.5, floor=0.3, prior=given) for given in (prior, None))
-    assert one.weights() == pytest.approx([1 / 8, 2 / 8, 5 / 8])
-    for importance in (one, plain):
-        importance.observe({0: 1.0, 1: 2.0, 2: 3.0})
-    products = [times * weight for times, weight in zip(prior, plain.weights(), strict=True)]
-    assert one.weights() == pytest.approx([product / sum(products) for product in products])
-
-
-def test_a_depth_bias_is_the_adaptive_sampler_s_prior():
-    config = lisa_dist.LisaConfig(lisa_sampler="adaptive", lisa_depth_bias=2.0)
-    weights = BlockSelection(config, find_blocks(tiny_llama(num_layers=3))).weights_now
-    assert weights == pytest.approx([1 / 14, 4 / 14, 9 / 14])
-
-
 def test_units_do_not_matter():
-    one, other = (LayerImportance(3, decay=0.5, temperature=1.0, floor=0.1) for _ in range(2))
+    one, other = (LayerImportance(3) for _ in range(2))
     one.observe({0: 1.0, 1: 2.0, 2: 5.0})
     other.observe({0: 1e-6, 1: 2e-6, 2: 5e-6})
     assert one.weights() == pytest.approx(other.weights())
 
 
 def test_a_layer_never_seen_counts_as_the_highest_seen():
-    importance = LayerImportance(4, decay=0.5, temperature=1.0, floor=0.1)
+    importance = LayerImportance(4)
     importance.observe({0: 1.0, 1: 3.0})
     weights = importance.weights()
     assert weights[2] == weights[3] == weights[1] > weights[0]
-
-
-def test_a_low_temperature_takes_the_highest_and_leaves_the_floor():
-    importance = LayerImportance(4, decay=0.5, temperature=1e-4, floor=0.2)
-    importance.observe({0: 1.0, 1: 3.0, 2: 2.0, 3: 2.9})
-    assert importance.weights() == pytest.approx([0.05, 0.85, 0.05, 0.05], abs=1e-5)
 
 
 def squared_norms(engine, tokens: torch.Tensor) -> list[float]:
@@ -153,25 +128,6 @@ def test_importance_is_the_norm_of_gradients(ds_config, optim, settings, toleran
         assert inclusion_probabilities(weights, num_active) != pytest.approx(lines[1]["probabilities"])
 
 
-def go_by_updates() -> tuple[list, list]:
-    config = lisa_dist.LisaConfig(lisa_interval_steps=2, lisa_sampler="adaptive", lisa_importance="update")
-    engine, lisa = lisa_dist.initialize(tiny_llama(), "zero3", config, lr=1e-3)
-    for micro_batches in token_batches(3, rows=4):
-        train_step(engine, lisa, micro_batches)
-    moved = lisa.movement.lines[0]["blocks"] if dist.get_rank() == 0 else None
-    engine.destroy()
-    return lisa.selection.importance.averages, moved
-
-
-@pytest.mark.usefixtures("cpu_ops")
-def test_importance_may_go_by_updates():
-    (averages, moved), (others, _) = run_ranks(go_by_updates, 2)
-    assert averages == others
-    expected = [moved.get(f"layers.{layer}", {}).get("update") for layer in range(6)]
-    assert averages == expected
-    assert sum(value is not None for value in expected) == 2
-
-
 def learn_apart(rank: int) -> str:
     config = lisa_dist.LisaConfig(lisa_interval_steps=1, lisa_sampler="adaptive")
     engine, lisa = lisa_dist.initialize(tiny_llama(), "zero2", config, lr=1e-3)
@@ -198,8 +154,7 @@ def favour_a_layer() -> list[int]:
     model = tiny_llama()
     for parameter in model.model.layers[4].parameters():
         parameter.register_hook(lambda gradient: gradient * 30)
-    settings = {"lisa_importance_temperature": 0.3, "lisa_importance_floor": 0.1, "lisa_activated_layers": 1}
-    config = lisa_dist.LisaConfig(lisa_interval_steps=1, lisa_sampler="adaptive", **settings)
+    config = lisa_dist.LisaConfig(lisa_interval_steps=1, lisa_sampler="adaptive", lisa_activated_layers=1)
     engine, lisa = lisa_dist.initialize(model, "zero2", config, lr=1e-5, max_grad_norm=0.0)
     for micro_batches in token_batches(40, rows=2):
         train_step(engine, lisa, micro_batches)
@@ -214,10 +169,9 @@ def test_layers_with_large_gradients_are_drawn_more_often_and_all_are_seen():
     assert min(visits) >= 1
 
 
-def skip_a_period(by: str) -> tuple[list, list]:
+def skip_a_period() -> tuple[list, list]:
     """Averages after a period whose one step was skipped, and after the next; and the layers of both."""
-    settings = {"lisa_importance": by, "lisa_nonfinite": "skip", "lisa_interval_steps": 1}
-    config = lisa_dist.LisaConfig(lisa_sampler="adaptive", **settings)
+    config = lisa_dist.LisaConfig(lisa_sampler="adaptive", lisa_nonfinite="skip", lisa_interval_steps=1)
     engine, lisa = lisa_dist.initialize(tiny_llama(), "zero2", config, lr=1e-3)
     averages, sets = [], []
     for step, (tokens,) in enumerate(token_batches(2, rows=2)):
@@ -233,24 +187,23 @@ def skip_a_period(by: str) -> tuple[list, list]:
 
 
 @pytest.mark.usefixtures("cpu_ops")
-@pytest.mark.parametrize("by", ["gradient", "update"])
-def test_a_layer_whose_steps_were_all_skipped_has_shown_nothing(by):
-    (skipped, then), (_, active) = run_ranks(skip_a_period, 1, by)[0]
+def test_a_layer_whose_steps_were_all_skipped_has_shown_nothing():
+    (skipped, then), (_, active) = run_ranks(skip_a_period, 1)[0]
     assert skipped == [None] * 6
     assert {layer for layer, value in enumerate(then) if value is not None} == set(active)
 
 
 def test_the_state_is_json():
-    importance = LayerImportance(3, decay=0.5, temperature=1.0, floor=0.1)
+    importance = LayerImportance(3)
     importance.observe({0: 1.25, 2: 1 / 3})
-    other = LayerImportance(3, decay=0.5, temperature=1.0, floor=0.1)
+    other = LayerImportance(3)
     other.load_state_dict(json.loads(json.dumps(importance.state_dict())))
     assert other.weights() == importance.weights()
 
 
-def test_the_sharpest_softmax_leaves_layers_enough_to_draw():
-    importance = LayerImportance(6, decay=0.5, temperature=1e-3, floor=0.0)
-    importance.observe({layer: 1.0 + layer for layer in range(6)})
-    assert min(importance.weights()) > 0
-    assert inclusion_probabilities(importance.weights(), 3)[5] == pytest.approx(1, abs=1e-4)
+def test_no_power_of_the_softmax_is_below_a_millionth_of_the_highest():
+    importance = LayerImportance(32)
+    importance.observe({layer: 1e9 if layer == 5 else 1.0 for layer in range(32)})
+    powers = [1.0 if layer == 5 else 1e-6 for layer in range(32)]
+    assert importance.weights() == pytest.approx([0.2 / 32 + 0.8 * power / sum(powers) for power in powers], rel=1e-7)
     assert sum(inclusion_probabilities(importance.weights(), 3)) == pytest.approx(3)

@@ -110,13 +110,8 @@ def test_the_optimizer_is_built_over_the_smallest_modules_besides_those_of_a_per
 
 def test_modules_have_no_probabilities_of_their_own():
     """Since a module is sampled where it still fits, its weight is no chance."""
-    sampling = by_module(tiny_llama(), lisa_sampler="weighted", lisa_depth_bias=1.0)
+    sampling = by_module(tiny_llama(), lisa_sampler="adaptive")
     assert sampling.probabilities(sampling.sample(0)) == []
-
-
-def test_modules_have_the_weight_of_their_layer_s_depth():
-    weights = by_module(tiny_llama(), lisa_sampler="weighted", lisa_depth_bias=1.0).weights
-    assert weights == pytest.approx([layer / 6 for layer in range(1, 7) for _ in range(7)])
 
 
 def test_a_budget_may_change_where_a_period_begins():

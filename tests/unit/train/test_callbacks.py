@@ -80,6 +80,6 @@ def phases(folder: str) -> list[str]:
 @pytest.mark.usefixtures("cpu_ops")
 def test_no_two_long_phases_are_without_a_beat_between_them(tmp_path):
     (calls,) = run_ranks(phases, 1, str(tmp_path))
-    set_up = ["beat", "load", "beat", "plan", "beat", "beat", "ranks", "beat"]  # before the ranks a probe, if any
+    set_up = ["beat", "load", "beat", "plan", "beat", "ranks", "beat"]
     step = ["step begins", "beat", "beat", "end_step", "beat", "save", "beat"]
     assert calls == [*set_up, "train begins", "beat", *step]
