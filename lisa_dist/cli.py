@@ -100,11 +100,11 @@ def _printed() -> Iterator[None]:
 def run_verb(verb: str, words: Sequence[str]) -> None:
     """Run a verb that has flags; what its words cannot be is answered before anything is imported for it."""
     asks = bool({"-h", "--help", "--help_all"} & set(words))
-    if "RANK" not in os.environ:  # a rank's words were looked at before it was started
-        with _printed(), exit_on_error(_name_of(verb)):
-            check_trl(verb)
-            if asks or verb != "check":  # which takes any flag of a run
-                _look_at(verb, words)
+    with _printed(), exit_on_error(_name_of(verb)):
+        check_trl(verb)
+        # A rank's words were looked at before it was started, and check takes any flag of a run.
+        if "RANK" not in os.environ and (asks or verb != "check"):
+            _look_at(verb, words)
     use_expandable_segments()  # what the next line imports begins CUDA
     module = import_verb(verb)
     with _printed() if asks else contextlib.nullcontext():

@@ -74,6 +74,7 @@ class WordParser(argparse.ArgumentParser):
 
     groups: Mapping[str, Mapping[str, str] | Sequence[str]]
     kinds: Mapping[str, set[Any]]
+    env: Mapping[str, str] = {}  # variables of the recipe
 
     def print_help(self, file: Any = None) -> None:
         """The flags of the groups, a line each: name, default, what it is."""
@@ -113,39 +114,39 @@ class WordParser(argparse.ArgumentParser):
             raise UserError("--config: two recipes are given, and a run has one; give what differs as flags.")
         if paths == [""]:
             raise UserError("--config is the last word: give a recipe, such as launch/recipes/quickstart.yaml.")
-        recipe = self._read_recipe(paths[0]) if paths else {}
+        recipe = self._check_recipe(paths[0]) if paths else {}
         self.check_words(words)
         return words, recipe
 
-    def _set_defaults(self, recipe: Mapping[str, Any]) -> None:
-        """Values of a recipe become defaults, once each is one that its flag takes."""
+    def as_given(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """A recipe's values as flags take them: argparse reads texts as it reads words."""
         actions = {action.dest: action for action in reversed(self._actions)}  # not --no_NAME, which comes second
-        given = {name: _as_given(actions[name], self.kinds[name], value) for name, value in recipe.items()}
-        for action in self._actions:
-            if action.dest in given:
-                action.default, action.required = given[action.dest], False
+        return {name: _as_given(actions[name], self.kinds[name], value) for name, value in recipe.items()}
 
-    def _read_recipe(self, path: str) -> dict[str, Any]:
+    def _check_recipe(self, path: str) -> dict[str, Any]:
         flag = f"--config {path}"
         recipe = read_yaml("--config", path)
         if not isinstance(recipe, dict):
             raise UserError(f"{flag}: must hold keys and values, such as learning_rate: 1.0e-5.")
-        variables = recipe.get("env", {})
+        variables = recipe.pop("env", {})
         if not isinstance(variables, dict):
             raise UserError(f"{flag}: env must hold variables and their values.")
         for name, value in variables.items():
             if not isinstance(name, str) or not re.fullmatch(r"[^=\0]+", name) or not isinstance(value, _SCALARS):
                 raise UserError(f"{flag}: env: {name}: {value}: a variable has a name, and a text or a number.")
         known = {action.dest for action in self._actions if action.dest != "help"}
-        values = {key: value for key, value in recipe.items() if key != "env"}
-        for key in values:
+        for key in recipe:
             if key not in known:
                 raise UserError(f"{flag}: {in_one_line(key)}: no such key; {nearest(str(key), known)}")
         try:
-            self._set_defaults(values)  # whose texts `check_words` reads
+            given = self.as_given(recipe)  # whose texts `check_words` reads
         except UserError as error:
             raise UserError(f"{flag}: {in_one_line(error)}") from error
-        return recipe
+        for action in self._actions:
+            if action.dest in given:
+                action.default, action.required = given[action.dest], False
+        self.env = {name: str(value) for name, value in variables.items()}
+        return given
 
 
 # Flags whose value is a number or one of these words.

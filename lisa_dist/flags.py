@@ -84,15 +84,15 @@ class FlagParser(WordParser):
         words, recipe = self.check(argv)
         named = vars(self.parse_args(words, _WithoutDefaults()))
         values = vars(self.parse_args(words))
-        return {name: values[name] for name in dict.fromkeys([*named, *recipe]) if name not in ("env", "local_rank")}
+        return {name: values[name] for name in dict.fromkeys([*named, *recipe]) if name != "local_rank"}
 
     def parse(self, argv: Sequence[str]) -> list[Any]:
         """The dataclasses that words and their recipe make; the recipe's `env` is set.
 
         Raises UserError for what cannot be, also where transformers and TRL say so of their arguments.
         """
-        words, recipe = self.check(argv)
-        os.environ.update({name: str(value) for name, value in recipe.get("env", {}).items()})
+        words, _ = self.check(argv)
+        os.environ.update(self.env)
         values = vars(self.parse_args(words))
         try:
             return [one(**{name: values[name] for name in _names(one)}) for one in self.dataclass_types]

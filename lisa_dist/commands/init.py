@@ -18,9 +18,9 @@ USAGE = "lisa-dist init --model llama3.1-8b [--gpus N] [--gpu_memory 24GiB] [--a
 # The screen of --help; what is not here is in --help_all.
 _OF_PLAN = {name: what for flags in HELP_OF_PLAN.values() for name, what in flags.items()}
 _OF_PLAN |= {"dataset_name": "files, folders, or datasets of the hub"}
-_ASKED = ("model", "dataset_name", "seq_length", "micro_batch_size", "gradient_accumulation_steps")
+_ASKED: tuple[str, ...] = ("model", "dataset_name", "seq_length", "micro_batch_size", "gradient_accumulation_steps")
 _ASKED += ("gpus", "gpu_memory", "host_memory", "gpus_per_host")
-_CHOSEN = ("lisa_preset", "lisa_activated_layers", "lisa_always_on", "lisa_state_bits", "lisa_offload")
+_CHOSEN: tuple[str, ...] = ("lisa_preset", "lisa_activated_layers", "lisa_always_on", "lisa_state_bits", "lisa_offload")
 _CHOSEN += ("checkpointed_layers",)
 HELP = {
     "What is trained, on what": {name: _OF_PLAN[name] for name in _ASKED},

@@ -8,7 +8,6 @@ from datetime import datetime
 from typing import Any
 
 from lisa_dist.core.blocks import find_blocks, split_into_modules
-from lisa_dist.flag_words import take
 from lisa_dist.run_folder import without_secrets
 from lisa_dist.train.arguments import RunConfig, run_parser
 from lisa_dist.train.run_header import describe_devices, installed_versions
@@ -22,8 +21,11 @@ def record_of_run(
 
     `loss` is how the loss is computed, and why.
     """
-    _, words = take(words, "--local_rank", "--resume_from_checkpoint")  # to repeat the run is not to resume it
-    words = without_secrets(words)
+    words = without_secrets(
+        word for word in words if not word.startswith(("--local_rank", "--resume_from_checkpoint="))
+    )
+    if "--resume_from_checkpoint" in words:  # to repeat the run is not to resume it
+        del words[(at := words.index("--resume_from_checkpoint")) : at + 2]
     ranks, here = config.training.world_size, int(os.environ["LOCAL_SIZE"])  # which `set_rank` has made sure of
     start = ["lisa-dist", "train", *(["--gpus", str(here)] if ranks > 1 else [])]
     hosts, flags = ranks // here, config.flags()
