@@ -7,7 +7,7 @@ CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE
 # glibc is to keep the memory of large tensors: given back and taken anew in every step, each page of it is a fault.
 CPU += MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184
 
-.PHONY: quickstart test test-all test-plugins test-oldest test-container golden mutants docs flags checks bench bench-gpu clean
+.PHONY: quickstart test test-all test-plugins test-oldest test-container golden mutants docs checks bench bench-gpu clean
 
 $(VENV)/.ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lisa_dist needs Python 3.11 or newer")'
@@ -94,9 +94,6 @@ bench-gpu: $(VENV)/.ready  ## the same on one GPU, with models of 7B and 8B: und
 
 docs: $(VENV)/.ready  ## the pages of docs/ and the reference of the public names, into site/
 	$(BIN)/mkdocs build --strict
-
-flags: $(VENV)/.ready  ## write lisa_dist/flag_tables.jsonl, after a flag has changed
-	$(BIN)/python -c 'from lisa_dist.cli import write_flag_tables; write_flag_tables()'
 
 checks: $(VENV)/.ready  ## lint, format and types
 	$(BIN)/ruff check .

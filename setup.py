@@ -24,7 +24,7 @@ setup(
     python_requires=">=3.11",  # as TRL
     packages=[*find_packages(include=["lisa_dist*"]), *(f"lisa_dist.{link}" for link in LINKS)],
     package_data={
-        "lisa_dist": ["py.typed", "flag_tables.jsonl", "model_configs/*.json"],
+        "lisa_dist": ["py.typed", "model_configs/*.json"],
         "lisa_dist.eval": ["eval_tasks/*.y*ml"],
         "lisa_dist.report": ["report.html"],
         **{f"lisa_dist.{link}": ["*.*", "*/*.yaml", "*/*.md"] for link in LINKS},

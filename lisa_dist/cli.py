@@ -5,14 +5,18 @@ import difflib
 import importlib.metadata
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 
-from lisa_dist import flag_tables
 from lisa_dist.commands import exit_on_error
-from lisa_dist.commands.given_files import look_for_files, look_for_words
-from lisa_dist.commands.verbs import TABLES, VERBS, WITH_FLAGS, WITH_WORDS, import_verb, name_of_table, parser_of
+from lisa_dist.commands.given_files import look_for_files
+from lisa_dist.commands.verbs import VERBS, WITH_FLAGS, WITH_WORDS, check_trl, import_verb, parser_of
+from lisa_dist.config import LisaConfig
+from lisa_dist.definitions import UnreadableError
 from lisa_dist.distributed.allocator import use_expandable_segments
-from lisa_dist.flag_words import first_word_as
+from lisa_dist.flag_words import first_word_as, take
+from lisa_dist.tasks import SFT, task_of
 
 USAGE = """usage: lisa-dist train recipe.yaml [--gpus N] [--any_flag value]
        lisa-dist init --model llama3.1-8b --gpus 1 --gpu_memory 24GiB --recipe recipe.yaml
@@ -66,7 +70,7 @@ def _run_words(verb: str | None, words: list[str]) -> None:
         counts, named = WITH_WORDS[verb]
         if len(words) in counts and not asks:
             with exit_on_error(_name_of(verb)):
-                look_for_words(verb, words)
+                look_for_files(verb, {"words": words})
             import_verb(verb).main(*words)
             return
         what = next(line.split(maxsplit=1)[1] for line in USAGE.splitlines() if line.startswith(f"  {verb} "))
@@ -95,49 +99,38 @@ def _printed() -> Iterator[None]:
 
 def run_verb(verb: str, words: Sequence[str]) -> None:
     """Run a verb that has flags; what its words cannot be is answered before anything is imported for it."""
-    with exit_on_error(_name_of(verb)):
-        table_name = name_of_table(verb, words)
-    table = flag_tables.load(table_name)
-    if table is not None and "RANK" not in os.environ:  # a rank's words were looked at before it was started
-        with _printed():
-            _answer(verb, table, words)
-    use_expandable_segments()  # what the next lines import begins CUDA
-    with exit_on_error(_name_of(verb)):
-        module = import_verb(verb)
-    if table is None:
-        flag_tables.store(table_name, parser_of(table_name))
-    with _printed() if {"-h", "--help", "--help_all"} & set(words) else contextlib.nullcontext():
+    asks = bool({"-h", "--help", "--help_all"} & set(words))
+    with _printed(), exit_on_error(_name_of(verb)):
+        check_trl(verb)
+        # A rank's words were looked at before it was started, and check takes any flag of a run.
+        if "RANK" not in os.environ and (asks or verb != "check"):
+            _look_at(verb, words)
+    use_expandable_segments()  # what the next line imports begins CUDA
+    module = import_verb(verb)
+    with _printed() if asks else contextlib.nullcontext():
         module.main(words)
 
 
-def _answer(verb: str, table: list, words: Sequence[str]) -> None:
-    """Exit where the words ask for help or cannot be meant."""
-    first = WITH_FLAGS[verb]
-    words = list(words) if first is None else first_word_as(first, words)
+def _look_at(verb: str, words: Sequence[str]) -> None:
+    """Exit where the words ask for help. Raises UserError where they cannot be meant, by themselves or their files."""
     if verb in ("train", "eval"):  # `--gpus N` is the launcher's
-        words = [part for word in words for part in (word.split("=", 1) if word.startswith("--gpus=") else [word])]
-        if "--gpus" in words:
-            at = words.index("--gpus")
-            words = words[:at] + words[at + 2 :]
-    if verb == "check" and not {"-h", "--help"} & set(words):  # which takes any flag of a run
+        _, words = take(words, "--gpus")
+    first = WITH_FLAGS[verb]
+    words = words if first is None else first_word_as(first, words)
+    try:
+        parser = parser_of(verb, task_of(words) if verb == "train" else SFT)
+    except UnreadableError:  # the parser of the imported classes answers
         return
-    with exit_on_error(_name_of(verb)):
-        given = flag_tables.answer(table, words, takes_recipe=verb == "train")
-        look_for_files(verb, given)
-        if verb == "train" and given:
-            from lisa_dist.data.first_look import look_at_data  # pyarrow, which help does without
-
-            look_at_data(given)
+    given = parser.given(words)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of settings without an effect: said when the run has begun
+        LisaConfig(**{field.name: given[field.name] for field in fields(LisaConfig) if field.name in given})
+    look_for_files(verb, given)
 
 
 def _name_of(verb: str) -> str:
     """What an error begins with."""
     return "lisa-dist" if verb == "train" else f"lisa-dist {verb}"
-
-
-def write_flag_tables() -> None:
-    """The tables that are shipped, of the versions that are installed: `make flags`."""
-    flag_tables.write({name: parser_of(name) for name in TABLES}, flag_tables.SHIPPED)
 
 
 if __name__ == "__main__":

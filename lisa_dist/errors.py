@@ -1,20 +1,14 @@
 """The errors that are for users: their message is all that is printed."""
 
 import contextlib
-import functools
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 _FLAG = re.compile(r"(?<![\w-])--([a-z]\w*)(?![-\w])")
+# Those of other programs, and of the command line alone, which stay flags in Python too.
+_NO_ARGUMENTS = {"cpu", "help_all", "hostfile", "master_port", "nnodes", "no_ssh", "node_rank", "nproc_per_node"}
+_NO_ARGUMENTS |= {"num_gpus", "num_nodes", "tuner_type"}
 _names_flags = False
-
-
-@functools.cache
-def _settings() -> frozenset[str]:
-    """The names of all flags: those of torchrun and of other programs stay flags in Python too."""
-    tables = Path(__file__).with_name("flag_tables.jsonl").read_text(encoding="utf-8")
-    return frozenset(re.findall(r'"dest": "(\w+)"', tables))
 
 
 class UserError(ValueError):
@@ -27,9 +21,7 @@ class UserError(ValueError):
         text = super().__str__()
         if _names_flags:
             return text
-        return _FLAG.sub(
-            lambda found: found[1] if found[1].startswith("lisa_") or found[1] in _settings() else found[0], text
-        )
+        return _FLAG.sub(lambda found: found[found[1] not in _NO_ARGUMENTS], text)
 
 
 class SharedError(UserError):

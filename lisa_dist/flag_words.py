@@ -68,19 +68,23 @@ _ELSEWHERE = {
 class WordParser(argparse.ArgumentParser):
     """A parser whose errors are for users, and whose help fits a screen.
 
-    `groups` are the headings of that screen, each with flags and a few words on them; all others are in `--help_all`.
-    `kinds` are the types that a recipe's value of each flag may have.
+    `groups` are the headings of that screen, each with flags, and a few words on them where their help is longer; all
+    others are in `--help_all`. `kinds` are the types that a recipe's value of each flag may have.
     """
 
-    groups: Mapping[str, Mapping[str, str]]
+    groups: Mapping[str, Mapping[str, str] | Sequence[str]]
     kinds: Mapping[str, set[Any]]
+    env: Mapping[str, str] = {}  # variables of the recipe
 
     def print_help(self, file: Any = None) -> None:
         """The flags of the groups, a line each: name, default, what it is."""
         actions = {action.dest: action for action in self._actions}
         lines = [f"usage: {self.usage}"]
         for heading, flags in self.groups.items():
-            lines += ["", heading, *(_line_of(actions[name], what) for name, what in flags.items())]
+            words = (
+                flags if isinstance(flags, Mapping) else {name: str(actions[name].help).rstrip(".") for name in flags}
+            )
+            lines += ["", heading, *(_line_of(actions[name], what) for name, what in words.items())]
         print("\n".join([*lines, "", "--help_all lists every flag."]), file=file or sys.stdout)
 
     def error(self, message: str) -> NoReturn:
@@ -101,31 +105,20 @@ class WordParser(argparse.ArgumentParser):
             flag = word.partition("=")[0]
             raise UserError(f"{flag}: no such flag; {nearest(flag, self._option_string_actions)}")
 
-    def check_with_recipe(self, argv: Sequence[str]) -> list[str]:
-        """The words, `--config=FILE` as two, once each is known and the recipe of `--config` is one.
+    def check_with_recipe(self, argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+        """The words without `--config`, and its recipe, once each word and key is known; its values are defaults then.
 
         Raises UserError naming the flag or the key. `--help` is answered here.
         """
-        words = split_config(argv)
-        at = words.index("--config") if "--config" in words else len(words)
-        rest = words[:at] + words[at + 2 :]
-        others = self.parse_known_args(rest)[1]
-        if "--config" in rest or (at < len(words) and any(word.endswith((".yaml", ".yml")) for word in others)):
+        (paths,), words = take(argv, "--config")
+        others = self.parse_known_args(words)[1]
+        if len(paths) > 1 or (paths and any(word.endswith((".yaml", ".yml")) for word in others)):
             raise UserError("--config: two recipes are given, and a run has one; give what differs as flags.")
-        if at < len(words):
-            if at + 1 == len(words):
-                raise UserError("--config is the last word: give a recipe, such as launch/recipes/quickstart.yaml.")
-            self._check_recipe(words[at + 1])
-        self.check_words(rest)
-        return words
-
-    def set_defaults_with_config(self, **recipe: Any) -> list[str]:
-        """TRL's name: values of a recipe become defaults, once each is one that its flag takes."""
-        for name, value in self.as_given(recipe).items():
-            for action in self._actions:
-                if action.dest == name:
-                    action.default, action.required = value, False
-        return []
+        if paths == [""]:
+            raise UserError("--config is the last word: give a recipe, such as launch/recipes/quickstart.yaml.")
+        recipe = self._check_recipe(paths[0]) if paths else {}
+        self.check_words(words)
+        return words, recipe
 
     def as_given(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
         """A recipe's values as flags take them: argparse reads texts as it reads words."""
@@ -133,7 +126,7 @@ class WordParser(argparse.ArgumentParser):
         recipe = without_removed(recipe)
         return {name: _as_given(actions[name], self.kinds[name], value) for name, value in recipe.items()}
 
-    def _check_recipe(self, path: str) -> None:
+    def _check_recipe(self, path: str) -> dict[str, Any]:
         flag = f"--config {path}"
         recipe = read_yaml("--config", path)
         if not isinstance(recipe, dict):
@@ -149,9 +142,14 @@ class WordParser(argparse.ArgumentParser):
             if key not in known:
                 raise UserError(f"{flag}: {in_one_line(key)}: no such key; {nearest(str(key), known)}")
         try:
-            self.set_defaults_with_config(**recipe)  # whose texts `check_words` reads
+            given = self.as_given(recipe)  # whose texts `check_words` reads
         except UserError as error:
             raise UserError(f"{flag}: {in_one_line(error)}") from error
+        for action in self._actions:
+            if action.dest in given:
+                action.default, action.required = given[action.dest], False
+        self.env = {name: str(value) for name, value in variables.items()}
+        return given
 
 
 # Flags whose value is a number or one of these words; LisaConfig refuses the last.
@@ -161,17 +159,17 @@ _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 def first_word_as(flag: str, words: Sequence[str]) -> list[str]:
-    """The words; a first one that is no flag, besides `--gpus N`, is the value of `flag`."""
-    at = 0
-    while at < len(words) and words[at].partition("=")[0] == "--gpus":
-        at += 1 if "=" in words[at] else 2
-    named = at < len(words) and not words[at].startswith("-")
-    return [*words[:at], *([flag] if named else []), *words[at:]]
+    """The words; a first one that is no flag is the value of `flag`."""
+    return [flag, *words] if words and not words[0].startswith("-") else [*words]
 
 
-def split_config(words: Iterable[str]) -> list[str]:
-    """The words with `--config=FILE` as two."""
-    return [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+def take(words: Sequence[str], *flags: str) -> tuple[list[list[str]], list[str]]:
+    """The values of some flags, "" for one that has none, and the words without them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in flags:
+        parser.add_argument(flag, dest=flag, action="append", nargs="?", const="", default=[])
+    found, others = parser.parse_known_args([*words])
+    return [getattr(found, flag) for flag in flags], others
 
 
 def read_bool(text: str | bool) -> bool:

@@ -1,7 +1,6 @@
 """What `--task` may be: what each task trains on, by the columns of its rows, which are those of TRL's formats."""
 
 import ast
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from lisa_dist.errors import UserError
 from lisa_dist.files import read_yaml
-from lisa_dist.flag_words import split_config
+from lisa_dist.flag_words import take
 
 SFT, GRPO, REWARD, KTO = "sft", "grpo", "reward", "kto"
 _PAIRS = ("chosen", "rejected")
@@ -48,18 +47,12 @@ def check_task(task: str) -> str:
 
 def task_of(words: Sequence[str]) -> str:
     """The task that words of a command line, or else their recipe, ask for. Raises UserError for an unknown one."""
-    words = [
-        part for word in split_config(words) for part in (word.split("=", 1) if word.startswith("--task=") else [word])
-    ]
-    for flag in ("--task", "--config"):
-        given = [value for word, value in itertools.pairwise(words) if word == flag]
-        if given:
-            value: Any = given[-1]
-            if flag == "--config":
-                recipe = read_yaml("--config", value)
-                value = recipe.get("task", SFT) if isinstance(recipe, dict) else SFT
-            return check_task(str(value))
-    return SFT
+    (tasks, recipes), _ = take(words, "--task", "--config")
+    task = tasks[-1] if tasks else ""
+    if not task and recipes and recipes[-1]:
+        recipe = read_yaml("--config", recipes[-1])
+        task = str(recipe.get("task", "")) if isinstance(recipe, dict) else ""
+    return check_task(task or SFT)
 
 
 def tasks_for(columns: Iterable[str]) -> list[str]:

@@ -16,22 +16,14 @@ from lisa_dist.flag_words import first_word_as
 from lisa_dist.flags import FlagParser
 
 USAGE = "lisa-dist chat RUN_OR_MODEL [--flag value ...]"
-HELP = {
-    "The model and its answers": {
-        "model": "a run's output_dir, a checkpoint, a folder, or one of the hub",
-        "max_new_tokens": "of an answer",
-        "temperature": "0 for the likeliest words",
-        "dtype": "of the weights; auto: as they were saved",
-        "seed": "of sampled answers",
-    }
-}
+HELP = {"The model and its answers": ("model", "max_new_tokens", "temperature", "dtype", "seed")}
 
 
 @dataclass
 class ChatArguments:
     """Flags of `lisa-dist chat`."""
 
-    model: str = field(metadata={"help": "A run's output_dir, a checkpoint, a model's folder, or one of the hub."})
+    model: str = field(metadata={"help": "A run's output_dir, a checkpoint, a folder, or a model of the hub."})
     max_new_tokens: int = field(default=256, metadata={"help": "Tokens of an answer at most."})
     temperature: float = field(default=0.7, metadata={"help": "Of sampled words; 0 for the likeliest."})
     dtype: str = field(default="auto", metadata={"help": "Of the weights, as torch names it; auto: as saved."})
@@ -46,17 +38,13 @@ class ChatArguments:
             raise UserError(f"--dtype {self.dtype}: unknown; give auto or a name of torch's, such as bfloat16.")
 
 
-def parser() -> FlagParser:
-    """Of the flags of a talk."""
-    return FlagParser([ChatArguments], USAGE, HELP)
+ARGUMENTS = (ChatArguments,)
 
 
 def main(words: Sequence[str]) -> None:
     """Load the model and talk."""
     with exit_on_error("lisa-dist chat"):
-        words, flags = first_word_as("--model", words), parser()
-        flags.check_words(words)
-        (arguments,) = flags.parse_args_into_dataclasses(words)
+        (arguments,) = FlagParser(ARGUMENTS, USAGE, HELP).parse(first_word_as("--model", words))
         name = find_model(arguments.model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, tokenizer = load_model(name, arguments.dtype, device)

@@ -12,25 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from lisa_dist.checkpoint.size import checkpoint_bytes
+from lisa_dist.commands.verbs import parser_of
 from lisa_dist.core.layer_weights import split_columns
 from lisa_dist.distributed.health import host_name
 from lisa_dist.distributed.preflight import HostCheck
 from lisa_dist.distributed.ranks import set_rank
 from lisa_dist.errors import UserError, naming_flags
-from lisa_dist.files import read_yaml
 from lisa_dist.flags import FlagParser
+from lisa_dist.tasks import task_of
 
 USAGE = "lisa-dist check --config recipe.yaml --output_dir DIR [--any_flag_of_the_run value ...], on every host"
 HELP = {
-    "The run": {
-        "config": "its recipe; other flags are taken for the run's",
-        "output_dir": "its folder, which every host must see",
-    },
-    "What must hold": {
-        "gpus_per_node": "GPUs that each host must have",
-        "save_within": "seconds from the stop signal to the end of the job; 0: not checked",
-        "meet_within": "seconds to wait for the other hosts",
-    },
+    "The run": ("config", "output_dir"),
+    "What must hold": ("gpus_per_node", "save_within", "meet_within"),
 }
 # Files of a run that all hosts must have alike.
 _COMPARED = (".py", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gz")
@@ -40,20 +34,20 @@ _COMPARED = (".py", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gz"
 class CheckArguments:
     """Flags of `lisa-dist check`; all others are taken for the run's."""
 
-    config: str | None = field(default=None, metadata={"help": "Recipe of the run, as for train."})
+    config: str | None = field(
+        default=None, metadata={"help": "Recipe of the run; other flags are taken for the run's too."}
+    )
     output_dir: str | None = field(default=None, metadata={"help": "Of the run; every host must see it."})
     gpus_per_node: int = field(
         default=0, metadata={"aliases": ["--gpus_per_host"], "help": "GPUs that each host must have."}
     )
     save_within: float = field(
-        default=0.0, metadata={"help": "Seconds between the signal that stops the job and its end; 0: not checked."}
+        default=0.0, metadata={"help": "Seconds from the stop signal to the end of the job; 0: not checked."}
     )
     meet_within: float = field(default=60.0, metadata={"help": "Seconds to wait for the other hosts."})
 
 
-def parser() -> FlagParser:
-    """Of the check's own flags."""
-    return FlagParser([CheckArguments], USAGE, HELP)
+ARGUMENTS = (CheckArguments,)
 
 
 def main(words: Sequence[str]) -> None:
@@ -68,7 +62,8 @@ def main(words: Sequence[str]) -> None:
 
 def _problems(host: str, words: Sequence[str]) -> list[str]:
     try:
-        arguments, rest = parser().parse_args_into_dataclasses(words, return_remaining_strings=True)
+        known, rest = FlagParser(ARGUMENTS, USAGE, HELP).parse_known_args(words)
+        arguments = CheckArguments(**vars(known))
         set_rank()
         flags = flags_of_run(arguments, rest)
         return HostCheck(
@@ -86,20 +81,8 @@ def _problems(host: str, words: Sequence[str]) -> list[str]:
 
 def flags_of_run(arguments: CheckArguments, rest: Sequence[str]) -> dict[str, Any]:
     """The run's flags, from its recipe and the command line."""
-    flags = {}
-    if arguments.config is not None:
-        flags = read_yaml("--config", arguments.config)
-        if not isinstance(flags, dict):
-            raise UserError(f"--config {arguments.config}: holds no flags, such as learning_rate: 1.0e-5.")
-    name, values = None, []
-    words = [part for word in rest for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    for word in [*words, "--"]:
-        if not word.startswith("--"):
-            values.append(word)
-            continue
-        if name is not None:
-            flags[name] = " ".join(values) or "true"
-        name, values = word.removeprefix("--").replace("-", "_"), []  # the run's parser takes both
+    words = [*(["--config", arguments.config] if arguments.config is not None else []), *rest]
+    flags = parser_of("train", task_of(words)).given(words)
     if arguments.output_dir is not None:
         flags["output_dir"] = arguments.output_dir
     if "output_dir" not in flags:

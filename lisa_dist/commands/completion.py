@@ -1,8 +1,9 @@
 """`lisa-dist completion`: verbs and flags for the shell."""
 
 from lisa_dist.commands import exit_on_error
-from lisa_dist.commands.verbs import TABLES, VERBS, table_of_verb
+from lisa_dist.commands.verbs import VERBS, WITH_FLAGS, parser_of
 from lisa_dist.errors import UserError
+from lisa_dist.tasks import SFT, TASKS
 
 _OF_LAUNCHER = {"train": {"--gpus", "--config"}, "eval": {"--gpus"}}
 _WORDS = {"recipes": "show copy", "convert": "--tool", "completion": "bash zsh"}
@@ -32,11 +33,10 @@ def main(shell: str) -> None:
 
 def _script() -> str:
     flags = []
-    for verb in VERBS:
-        tables = [table_of_verb(name) for name in TABLES if name.partition(" ")[0] == verb]  # of train each task's
-        if table := [flag for table in tables for flag in table[1:]]:
-            named = {name for flag in table for name in flag.get("names", ())[:1]} | {"--help", "--help_all"}
-            named |= _OF_LAUNCHER.get(verb, set())
-            flags.append(f'            {verb}) words="{" ".join(sorted(named))}" ;;')
+    for verb in WITH_FLAGS:
+        actions = [one for task in (TASKS if verb == "train" else [SFT]) for one in parser_of(verb, task)._actions]
+        named = {name for one in actions for name in one.option_strings[:1]} - {"-h"} | {"--help"}
+        named |= _OF_LAUNCHER.get(verb, set())
+        flags.append(f'            {verb}) words="{" ".join(sorted(named))}" ;;')
     flags += [f'            {verb}) words="{words}" ;;' for verb, words in _WORDS.items()]
     return _BASH.format(verbs=" ".join(VERBS), flags="\n".join(flags))

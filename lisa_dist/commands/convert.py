@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lisa_dist.commands import exit_on_error
-from lisa_dist.commands.verbs import table_of_verb
+from lisa_dist.commands.verbs import parser_of
 from lisa_dist.convert.reading import TOOLS
 from lisa_dist.convert.recipe import convert, format_recipe
 from lisa_dist.errors import UserError
@@ -49,4 +49,4 @@ def main(*words: str) -> None:
 
 def known_flags(task: str = SFT) -> Sequence[str]:
     """The flags of a run of a task."""
-    return [flag["dest"] for flag in table_of_verb("train" if task == SFT else f"train {task}")[1:]]
+    return [*parser_of("train", task).kinds]

@@ -11,42 +11,17 @@ from lisa_dist.flags import FlagParser
 
 USAGE = "lisa-dist eval MODEL --tasks mmlu,gsm8k [--data_dir DIR] [--gpus N] [--flag value ...]"
 HELP = {
-    "What is evaluated": {
-        "tasks": "mmlu, agieval, winogrande, gsm8k, pubmedqa, ..., mt_bench",
-        "data_dir": "files of the tasks; left out, the hub",
-        "limit": "items of each task, or below 1 a part of them",
-        "num_fewshot": "examples before each item; left out, the task's own",
-        "apply_chat_template": "prompts as turns; mt_bench always has them so",
-    },
-    "How it is run": {
-        "gpus": "ranks on this host, each with a share of the items",
-        "batch_size": "prompts at a time on each rank, or auto",
-        "dtype": "of the weights; auto: as they were saved",
-        "seed": "of sampled examples and answers",
-        "output_dir": "folder of the results, by default eval/ and the model's name",
-    },
-    "MT-Bench": {
-        "max_new_tokens": "of an answer",
-        "judge_url": "OpenAI-compatible; its key is taken from JUDGE_API_KEY",
-        "judge_model": "the judge's name there",
-        "judge_parallel": "questions to the judge at a time",
-        "judge_timeout": "seconds for a verdict",
-        "judge_rating": "of a judgment the last or the first counts",
-        "judge_max_tokens": "of a verdict",
-    },
+    "What is evaluated": ("tasks", "data_dir", "limit", "num_fewshot", "apply_chat_template"),
+    "How it is run": ("gpus", "batch_size", "dtype", "seed", "output_dir"),
+    "Answers to MT-Bench": ("max_new_tokens",),
+    "Its judge": ("judge_url", "judge_model", "judge_parallel", "judge_timeout", "judge_rating", "judge_max_tokens"),
 }
-
-
-def parser() -> FlagParser:
-    """Of the flags of an evaluation."""
-    return FlagParser([EvalArguments], USAGE, HELP)
+ARGUMENTS = (EvalArguments,)
 
 
 def parse(words: Sequence[str]) -> EvalArguments:
     """The arguments, of which the first word may be the model."""
-    words, flags = first_word_as("--model", words), parser()
-    flags.check_words(words)
-    return flags.parse_args_into_dataclasses(words)[0]
+    return FlagParser(ARGUMENTS, USAGE, HELP).parse(first_word_as("--model", words))[0]
 
 
 def main(words: Sequence[str]) -> None:

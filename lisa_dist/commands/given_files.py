@@ -5,19 +5,22 @@ What may be a name of the hub is left to what loads it.
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from typing import Any
 
+from lisa_dist.definitions import read
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.files import check_new_file
 from lisa_dist.model_names import is_path, nearest_name, shipped_name
 from lisa_dist.run_folder import check_overwrites
-from lisa_dist.text import parse_bytes
+from lisa_dist.tasks import SFT, check_rewards_given
+from lisa_dist.text import in_one_line, parse_bytes
 
 
 def look_for_files(verb: str, given: Mapping[str, Any]) -> None:
-    """Raise UserError for the first that is missing, of the flags of a verb or of its recipe."""
+    """Raise UserError for the first that is missing, of the flags, or the words, of a verb or of its recipe."""
     texts = {flag: value for flag, value in given.items() if isinstance(value, str)}
     for flag in ("gpu_memory", "host_memory", "reserve"):
         if flag in texts:
@@ -29,35 +32,45 @@ def look_for_files(verb: str, given: Mapping[str, Any]) -> None:
     if verb in ("plan", "init"):
         _look_for_model(texts.get("model"))
     elif verb in ("chat", "eval"):
-        _look_for_folder("", texts.get("model"))
-        _look_for_folder("--data_dir ", texts.get("data_dir"), may_be_name=False)
+        _look_for("", "folder", texts.get("model"), may_be_of_hub=True)
+        _look_for("--data_dir ", "folder", texts.get("data_dir"))
+    elif verb in ("export", "report"):
+        for folder in given["words"][: 1 if verb == "export" else None]:
+            _look_for("", "folder", folder)
     elif verb == "norms":
-        for run in given.get("runs", ()):
-            if _is_missing(run) and _is_missing(run.rpartition("=")[2]):  # label=RUN
-                raise UserError(f"{run}: no such file or folder.")
+        for run in given["runs"]:
+            _look_for("", "file or folder", run, run.rpartition("=")[2])  # label=RUN
     elif verb == "train":
-        _look_for_folder("--model_name_or_path ", texts.get("model_name_or_path"))
-        wanted = texts.get("resume_from_checkpoint", "")
-        if wanted.lower() not in ("", "true", "false", "auto", "none"):
-            _look_for_folder("--resume_from_checkpoint ", wanted, may_be_name=False)
-        check_overwrites(texts.get("output_dir", ""), wanted, given.get("overwrite_output_dir", False))
-        weights = texts.get("lisa_weights_file", "").partition("#")[0]  # a column of it
-        if weights and _is_missing(weights):
-            raise UserError(f"--lisa_weights_file {weights}: no such file.")
+        _look_for_run(given, texts)
 
 
-def look_for_words(verb: str, words: Sequence[str]) -> None:
-    """The same of a verb that has no flags."""
-    if verb == "export":
-        _look_for_folder("", words[0], may_be_name=False)
-    elif verb == "report":
-        for folder in words:
-            _look_for_folder("", folder, may_be_name=False)
+def _look_for_run(given: Mapping[str, Any], texts: Mapping[str, str]) -> None:
+    check_rewards_given(given.get("task", SFT), _listed(given.get("reward_funcs")))
+    for flag in ("dataset_name", "eval_dataset_name"):
+        for name in _listed(given.get(flag)):
+            bare = re.sub(r"#\d+$", "", name)  # name#1000
+            if bare.removesuffix(".gz").endswith(read("lisa_dist.data.readers", "SUFFIXES")):
+                _look_for(f"--{flag} ", "file", name, bare)
+    _look_for("--model_name_or_path ", "folder", texts.get("model_name_or_path"), may_be_of_hub=True)
+    wanted = texts.get("resume_from_checkpoint", "")
+    if wanted.lower() not in ("true", "false", "auto", "none"):
+        _look_for("--resume_from_checkpoint ", "folder", wanted)
+    check_overwrites(texts.get("output_dir", ""), wanted, given.get("overwrite_output_dir", False))
+    _look_for(
+        "--lisa_weights_file ", "file", texts.get("lisa_weights_file", "").partition("#")[0]
+    )  # not a column of it
 
 
-def _look_for_folder(flag: str, name: str | None, may_be_name: bool = True) -> None:
-    if name and (is_path(name) or not may_be_name) and _is_missing(name):
-        raise UserError(f"{flag}{name}: no such folder.")
+def _listed(value: Any) -> list[str]:
+    """What several words give, or a recipe's text."""
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _look_for(flag: str, what: str, *names: str | None, may_be_of_hub: bool = False) -> None:
+    """Raise UserError, with the first of the names, where there is none of them."""
+    name = names[0]
+    if name and (is_path(name) or not may_be_of_hub) and all(_is_missing(str(one)) for one in names):
+        raise UserError(f"{flag}{in_one_line(name)}: no such {what}.")
 
 
 def _look_for_model(name: str | None) -> None:

@@ -17,47 +17,27 @@ from lisa_dist.run.recipe import InitArguments, format_recipe
 USAGE = "lisa-dist init --model llama3.1-8b [--gpus N] [--gpu_memory 24GiB] [--any_flag value ...]"
 # The screen of --help; what is not here is in --help_all.
 _OF_PLAN = {name: what for flags in HELP_OF_PLAN.values() for name, what in flags.items()}
+_OF_PLAN |= {"dataset_name": "files, folders, or datasets of the hub"}
+_ASKED: tuple[str, ...] = ("model", "dataset_name", "seq_length", "micro_batch_size", "gradient_accumulation_steps")
+_ASKED += ("gpus", "gpu_memory", "host_memory", "gpus_per_host")
+_CHOSEN: tuple[str, ...] = ("lisa_preset", "lisa_activated_layers", "lisa_always_on", "lisa_state_bits", "lisa_offload")
+_CHOSEN += ("checkpointed_layers",)
 HELP = {
-    "What is trained, on what": {
-        "model": _OF_PLAN["model"],
-        "dataset_name": "files, folders, or datasets of the hub",
-        "seq_length": _OF_PLAN["seq_length"],
-        "micro_batch_size": _OF_PLAN["micro_batch_size"],
-        "gradient_accumulation_steps": _OF_PLAN["gradient_accumulation_steps"],
-        "gpus": _OF_PLAN["gpus"],
-        "gpu_memory": _OF_PLAN["gpu_memory"],
-        "host_memory": _OF_PLAN["host_memory"],
-        "gpus_per_host": _OF_PLAN["gpus_per_host"],
-    },
-    "What is chosen if left out": {
-        name: _OF_PLAN[name]
-        for name in (
-            "lisa_preset",
-            "lisa_activated_layers",
-            "lisa_always_on",
-            "lisa_state_bits",
-            "lisa_offload",
-            "checkpointed_layers",
-        )
-    },
+    "What is trained, on what": {name: _OF_PLAN[name] for name in _ASKED},
+    "What is chosen if left out": {name: _OF_PLAN[name] for name in _CHOSEN},
     "What is written": {
         "recipe": "the file; by default it is printed",
         "output_dir": "of the run, by default under runs/",
     },
 }
-
-
-def parser() -> FlagParser:
-    """Of the flags that a recipe is chosen by."""
-    return FlagParser((InitArguments, LisaConfig), USAGE, HELP)
+ARGUMENTS = (InitArguments, LisaConfig)
 
 
 def main(words: Sequence[str]) -> None:
     """Choose and write the recipe."""
     with exit_on_error("lisa-dist init"):
-        flags = parser()
-        flags.check_words(words)
-        arguments, lisa_config = flags.parse_args_into_dataclasses(words)
+        flags = FlagParser(ARGUMENTS, USAGE, HELP)
+        arguments, lisa_config = flags.parse(words)
         given = flags.given(words)
         config = load_model_config(arguments.model)
         arguments, preset = with_accumulation(arguments, given), preset_settings(arguments, lisa_config, given)

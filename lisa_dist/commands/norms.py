@@ -13,30 +13,27 @@ USAGE = """lisa-dist norms RUN [RUN ...] --output_dir FOLDER
 
 RUN is the output_dir of a run that was trained with --layer_norms N, or a lisa_norms.csv, by itself or with a label as
 label=RUN; without one it is called by its method."""
-HELP = {"What is written": {"output_dir": "the folder for norms.csv and norms.png, the paper's figure"}}
+HELP = {"What is written": ("output_dir",)}
 
 
 @dataclass
 class NormsArguments:
-    """Flags of `lisa-dist norms`, next to the runs."""
+    """Runs and flags of `lisa-dist norms`."""
 
-    output_dir: str = field(metadata={"aliases": ["--out"], "help": "Folder for norms.csv and norms.png."})
+    runs: list[str] = field(metadata={"is_positional": True, "metavar": "RUN", "help": "Its folder, or its norms."})
+    output_dir: str = field(
+        metadata={"aliases": ["--out"], "help": "Folder for norms.csv and norms.png, the paper's figure."}
+    )
 
 
-def parser() -> FlagParser:
-    """Of the runs and the flags."""
-    flags = FlagParser((NormsArguments,), USAGE, HELP)
-    flags.add_argument("runs", metavar="RUN", nargs="+")
-    return flags
+ARGUMENTS = (NormsArguments,)
 
 
 def main(words: Sequence[str]) -> None:
     """Read, write and print the table."""
     with exit_on_error("lisa-dist norms"):
-        flags = parser()
-        flags.check_words(words)
-        arguments, others = flags.parse_args_into_dataclasses(words)
-        runs, out = read_runs(others.runs), Path(arguments.output_dir)
+        (arguments,) = FlagParser(ARGUMENTS, USAGE, HELP).parse(words)
+        runs, out = read_runs(arguments.runs), Path(arguments.output_dir)
         try:
             out.mkdir(parents=True, exist_ok=True)
             write_csv(runs, out / "norms.csv")

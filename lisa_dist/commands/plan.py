@@ -60,19 +60,14 @@ HELP = {
         "plot": "their bars, to this .png",
     },
 }
-
-
-def parser() -> FlagParser:
-    """Of the flags of a plan."""
-    return FlagParser((PlanArguments, LisaConfig), USAGE, HELP)
+ARGUMENTS = (PlanArguments, LisaConfig)
 
 
 def main(words: Sequence[str]) -> None:
     """Plan, print the table and the command."""
     with exit_on_error("lisa-dist plan"):
-        flags = parser()
-        flags.check_words(words)
-        arguments, lisa_config = flags.parse_args_into_dataclasses(words)
+        flags = FlagParser(ARGUMENTS, USAGE, HELP)
+        arguments, lisa_config = flags.parse(words)
         given = flags.given(words)
         config = load_model_config(arguments.model)
         arguments, preset = with_accumulation(arguments, given), preset_settings(arguments, lisa_config, given)

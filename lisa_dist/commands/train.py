@@ -11,8 +11,7 @@ from lisa_dist.distributed.launching import end_process, launch_if_asked
 from lisa_dist.distributed.signals import catch_stop_signals
 from lisa_dist.errors import UserError
 from lisa_dist.flag_words import first_word_as
-from lisa_dist.run.arguments import parse_arguments
-from lisa_dist.run.arguments import run_parser as parser
+from lisa_dist.run.arguments import parse_arguments, run_parser
 from lisa_dist.run.quiet import leave_out_bars_of_other_ranks, leave_out_useless_words
 from lisa_dist.run.run import run
 from lisa_dist.run.settle import apply_preset
@@ -28,10 +27,10 @@ def main(words: Sequence[str] | None = None) -> None:
     leave_out_useless_words()
     threading.excepthook = _in_one_line
     with exit_on_error("lisa-dist"):
-        words = first_word_as("--config", sys.argv[1:] if words is None else words)
-        words = launch_if_asked(words, "train", check=lambda rest: parser(task_of(rest)).check(rest))
+        words = launch_if_asked(sys.argv[1:] if words is None else words, "train", check=_check)
+        words = first_word_as("--config", words)
         guard_builds()  # which parsing may begin: it starts the process group
-        config = apply_preset(parse_arguments(words), parser(task_of(words)).given(words))
+        config = apply_preset(parse_arguments(words), run_parser(task_of(words)).given(words))
         leave_out_bars_of_other_ranks()
         if config.run.method == "lisa":
             catch_stop_signals()
@@ -39,6 +38,11 @@ def main(words: Sequence[str] | None = None) -> None:
         if finished is not None:  # and no other rank waits for this one
             _write_report(finished)
         end_process()
+
+
+def _check(words: Sequence[str]) -> None:
+    words = first_word_as("--config", words)
+    run_parser(task_of(words)).check(words)
 
 
 def _in_one_line(failed: threading.ExceptHookArgs) -> None:

@@ -3,16 +3,16 @@
 import contextlib
 import gc
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
 from packaging.version import Version
 
-from lisa_dist import flag_tables
+from lisa_dist.definitions import read
 from lisa_dist.errors import UserError
-from lisa_dist.flag_words import first_word_as
-from lisa_dist.tasks import SFT, TASKS, task_of
+from lisa_dist.flags import FlagParser, run_parser
+from lisa_dist.tasks import SFT
 
 # Verbs that parse flags of their own and answer --help; what a first word that is no flag is the value of.
 WITH_FLAGS = dict.fromkeys(("train", "init", "plan", "eval", "chat", "check", "norms"))
@@ -29,32 +29,16 @@ WITH_WORDS = {
 VERBS = (*WITH_FLAGS, *WITH_WORDS)
 # Those that train, or plan, by TRL's trainers. Beside other programs, whose plugins do without them, it may be older.
 _BY_TRL, _TRL = ("train", "init", "plan"), "1.16"
-# Tables of flags: one for each verb, and one for each task of train.
-TABLES = (*WITH_FLAGS, *(f"train {task}" for task in TASKS if task != SFT))
 
 
-def table_of_verb(verb: str) -> list:
-    """The screen of help and the flags of a verb, or of `train TASK`; of one without flags nothing."""
-    if verb.partition(" ")[0] not in WITH_FLAGS:
-        return []
-    table = flag_tables.load(verb)
-    if table is None:
-        flag_tables.store(verb, parser := parser_of(verb))
-        table = flag_tables.table_of(parser)
-    return table
-
-
-def name_of_table(verb: str, words: Sequence[str]) -> str:
-    """The table of flags that words of a verb go by. Raises UserError for a task that there is not."""
-    if verb != "train" or (task := task_of(first_word_as("--config", words))) == SFT:
-        return verb
-    return f"train {task}"
-
-
-def parser_of(table: str) -> Any:
-    """The parser that a table is made of."""
-    verb, _, task = table.partition(" ")
-    return import_verb(verb).parser(*[task] if task else [])
+def parser_of(verb: str, task: str = SFT) -> FlagParser:
+    """The parser of a verb's flags, by the sources of its modules: nothing of them is imported."""
+    if verb != "train":
+        types, usage, groups = (read(f"lisa_dist.commands.{verb}", name) for name in ("ARGUMENTS", "USAGE", "HELP"))
+        return FlagParser(types, usage, groups)
+    module = "lisa_dist.train.arguments"
+    types, *screen = (read(module, name) for name in ("ARGUMENTS", "USAGE", "HELP", "HELP_OF_TASK"))
+    return run_parser(task, (*types, read("lisa_dist.train.task_configs", "CONFIGS")[task]), *screen)
 
 
 @contextlib.contextmanager
@@ -73,9 +57,13 @@ def without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def import_verb(verb: str) -> Any:
-    """The module of a verb. Raises UserError where the trainers that it takes are those of another program."""
+def check_trl(verb: str) -> None:
+    """Raise UserError where the trainers that a verb takes are those of another program."""
     if verb in _BY_TRL and Version(there := version("trl")) < Version(_TRL):
         raise UserError(f"trl {there}: needs trl>={_TRL}; install it, or train by a plugin (docs/plugins.md).")
+
+
+def import_verb(verb: str) -> Any:
+    """The module of a verb."""
     with without_collection():
         return importlib.import_module(f"lisa_dist.commands.{verb}")

@@ -1,11 +1,11 @@
-"""What a row of a task must hold, in plain Python: a first look at a file needs nothing else."""
+"""What a row of a task must hold."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lisa_dist.data.formats import ROLES, ExampleError, detect, to_functions
-from lisa_dist.tasks import GRPO, KTO, REWARD, SFT, TASKS, describe_columns_of, tasks_for
+from lisa_dist.data.formats import ROLES, ExampleError, to_functions
+from lisa_dist.tasks import GRPO, KTO, REWARD, TASKS, describe_columns_of, tasks_for
 
 WITH_TOOLS = ("dpo", KTO, REWARD)  # of the others TRL hands the tools of a row to no chat template
 _ANSWERS = ("chosen", "rejected", "completion")
@@ -29,19 +29,6 @@ def why_not_of_columns(task: str, columns: Sequence[str], renamed: Iterable[tupl
         f"its columns {', '.join(columns)} are none of --task {task}, which takes {describe_columns_of(task)}; rename "
         f"them, as --dataset_columns {TASKS[task].columns[0][0]}=COLUMN{instead}."
     )
-
-
-def why_not_of_sft(columns: Sequence[str], renamed: Iterable[tuple[str, str]], label: Any) -> str | None:
-    """Why rows of these columns, of which the first has this label, are no examples to imitate; None where they are."""
-    there = {*columns, *(name for name, _ in renamed)}
-    if there.issuperset(TASKS[KTO].columns[0]) and isinstance(label, bool):
-        return (
-            f"its rows have a label that says which completions are wanted: give --task {KTO}, or --dataset_format "
-            "prompt_completion to train on them all."
-        )
-    if detect(list(there)) is None and (hint := hint_of_tasks(there)):
-        return f"its columns {', '.join(columns)} are those of no format of --task {SFT}.{hint}"
-    return None
 
 
 def hint_of_tasks(columns: Iterable[str]) -> str:

@@ -28,6 +28,7 @@ from lisa_dist.data.images import COLUMNS, images_of
 from lisa_dist.data.readers import OF_SAVED_DATASETS, SUFFIXES, read_file, suffix_of
 from lisa_dist.data.row_rules import hint_of_tasks
 from lisa_dist.errors import UserError
+from lisa_dist.tasks import KTO, TASKS
 from lisa_dist.text import in_one_line
 
 _VERSION = 5  # increase it with any change of what an example becomes: older caches are then not used
@@ -186,7 +187,7 @@ def first_columns(source: Source) -> list[str]:
 def _convert_files(source: Source, files: list[Path], with_images: bool) -> tuple[Dataset, str]:
     first = _first_example(source, files)
     source = source.fitted(first)
-    format_name = _choose_format(source, list(first))
+    format_name = _choose_format(source, list(first), first.get("label"))
     arguments = {
         "version": _VERSION,
         # Size and time are in the key of the cache, so that a changed file is read again.
@@ -213,18 +214,25 @@ def _first_example(source: Source, files: list[Path]) -> dict:
 
 def _convert_table(source: Source, table: Dataset, with_images: bool) -> tuple[Dataset, str]:
     source = source.fitted(table.column_names)
-    format_name = _choose_format(source, table.column_names)
+    labels = table.select_columns(["label"])[:1]["label"] if "label" in table.column_names else []
+    format_name = _choose_format(source, table.column_names, *labels)
     arguments: dict[str, Any] = {"version": _VERSION, "table": table, "format_name": format_name}
     arguments |= {"columns": source.columns, "with_images": with_images}
     columns = describe_columns(format_name, source.renamed(table.column_names), COLUMNS if with_images else ())
     return _generate(_turns_of_table, arguments), columns
 
 
-def _choose_format(source: Source, columns: Sequence[str]) -> str:
+def _choose_format(source: Source, columns: Sequence[str], label: Any = None) -> str:
+    """The format of a source with these columns, whose first example has this label."""
     missing = [name for _, name in source.columns if name not in columns]
     if missing:
         raise UserError(
             f"--dataset_columns: {source.name} has no {', '.join(missing)}; its columns are {', '.join(columns)}."
+        )
+    if source.format is None and isinstance(label, bool) and {*source.renamed(columns)} >= {*TASKS[KTO].columns[0]}:
+        raise UserError(
+            f"{source.label}: its rows have a label that says which completions are wanted: give --task {KTO}, or "
+            "--dataset_format prompt_completion to train on them all."
         )
     format_name = source.format or detect(source.renamed(columns))
     if format_name is None:

@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 
 from lisa_dist.distributed.ranks import forget_rank_of_parent, free_port
 from lisa_dist.errors import UserError
+from lisa_dist.flag_words import take
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _LAUNCHER = "LISA_DIST_LAUNCHER"  # the process that was given --gpus
@@ -28,20 +29,18 @@ def launch_if_asked(argv: Sequence[str], verb: str, check: Callable[[Sequence[st
     `check` raises UserError for words that no rank could use, before any is started. SIGTERM, SIGUSR1 and SIGINT go on
     to the ranks, which end with a checkpoint: the launcher itself, sent a SIGTERM, would leave them behind.
     """
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--gpus=") else [word])]
-    if "--gpus" not in words:
+    (asked,), words = take(argv, "--gpus")
+    if not asked:
         if _LAUNCHER in os.environ:  # a rank that it has started
             _end_with(int(os.environ[_LAUNCHER]))
         return argv
-    at = words.index("--gpus")
-    number = words[at + 1] if at + 1 < len(words) else ""
+    number = asked[-1]
     if not re.fullmatch(r"[1-9][0-9]{0,5}", number):
         raise UserError(f"--gpus {number}: give a number of GPUs of this host; on CPUs it is one of ranks.")
     forget_rank_of_parent()
     if "RANK" in os.environ:
         raise UserError(f"--gpus {number}: RANK is set, so a launcher has started this process already: leave it out.")
-    rest = [*words[:at], *words[at + 2 :]]
-    check(rest)
+    check(words)
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *_device_words(int(number))]
     launcher += [
         "--log_level",
@@ -58,7 +57,7 @@ def launch_if_asked(argv: Sequence[str], verb: str, check: Callable[[Sequence[st
     environment = {name: value for name, value in os.environ.items() if name != _VISIBLE}
     environment[_LAUNCHER] = str(os.getpid())
     # In a session of its own: an interrupt from the keyboard comes to the ranks once, through here.
-    child = subprocess.Popen([*launcher, *rest], start_new_session=True, env=environment)
+    child = subprocess.Popen([*launcher, *words], start_new_session=True, env=environment)
     for stop in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(stop, lambda received, frame: _pass_on(child.pid, received))
     status = child.wait()

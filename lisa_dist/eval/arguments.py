@@ -15,12 +15,12 @@ class EvalArguments:
     """Flags of `lisa-dist eval`."""
 
     model: str = field(metadata={"help": "Folder of a model, of a checkpoint or of an adapter, or a model of the hub."})
-    tasks: str = field(metadata={"help": "Names with commas between: mmlu, agieval, winogrande, gsm8k, ..., mt_bench."})
+    tasks: str = field(metadata={"help": "Separated by commas: mmlu, agieval, winogrande, gsm8k, ..., mt_bench."})
     data_dir: str | None = field(
         default=None, metadata={"help": "Folder with the tasks' files; left out, the data comes from the hub."}
     )
     limit: float | None = field(
-        default=None, metadata={"help": "Items per task, or below 1 a fraction of them; for mt_bench, questions."}
+        default=None, metadata={"help": "Items per task, or below 1 a fraction of them; of mt_bench questions."}
     )
     num_fewshot: int | None = field(
         default=None, metadata={"help": "Few-shot examples in each prompt; left out, the task's own number."}
@@ -37,13 +37,13 @@ class EvalArguments:
     )
     max_new_tokens: int = field(default=1024, metadata={"help": "Tokens per answer of mt_bench."})
     judge_url: str | None = field(
-        default=None, metadata={"help": "OpenAI-compatible endpoint, such as http://localhost:8000/v1."}
+        default=None, metadata={"help": "OpenAI-compatible endpoint; its key is taken from JUDGE_API_KEY."}
     )
     judge_model: str | None = field(default=None, metadata={"help": "The judge's name at that endpoint."})
     judge_parallel: int = field(default=4, metadata={"help": "Parallel requests to the judge."})
     judge_timeout: float = field(default=120.0, metadata={"help": "Seconds for a verdict."})
     judge_rating: str = field(
-        default="last", metadata={"help": "Which rating of a judgment counts, last or first; first is FastChat's."}
+        default="last", metadata={"help": "Which rating of a judgment counts, last or first (FastChat's)."}
     )
     judge_max_tokens: int = field(
         default=2048, metadata={"help": "Tokens per verdict; a judge that reasons first needs more."}

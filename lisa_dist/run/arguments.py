@@ -7,7 +7,7 @@ import copy
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +20,14 @@ from lisa_dist.data.dataset import DataArguments
 from lisa_dist.distributed.ranks import check_port, set_rank
 from lisa_dist.distributed.watchdog import HANG_TIMEOUT
 from lisa_dist.errors import UserError
-from lisa_dist.flags import RunParser
+from lisa_dist.flags import FlagParser
+from lisa_dist.flags import run_parser as parser_of_task
 from lisa_dist.loss.label_logits import check_loss
 from lisa_dist.model_names import HUB_IDS
 from lisa_dist.presets import PRESET_HELP, check_preset
 from lisa_dist.run.task_configs import CONFIGS, LisaSFTConfig
 from lisa_dist.run_folder import hide_secrets
-from lisa_dist.tasks import OF_SFT, SFT, TASKS, check_rewards_given, check_task, task_of
+from lisa_dist.tasks import SFT, TASKS, check_rewards_given, check_task, task_of
 
 METHODS = ("lisa", "full", "lora")
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
@@ -183,6 +184,8 @@ class ModelArguments(ModelConfig):
             )
 
 
+# Besides the training arguments of the task. The command line reads these names from the source of this module.
+ARGUMENTS = (RunArguments, DataArguments, LisaConfig, ModelArguments)
 USAGE = "lisa-dist train recipe.yaml [--gpus N] [--any_flag value ...]"
 # The screen of --help; what is not here is in --help_all.
 HELP = {
@@ -241,7 +244,7 @@ HELP = {
 
 
 # What the help of a task has in the place of the flags that are sft's alone.
-_OF_TASK = {
+HELP_OF_TASK = {
     "dpo": {"beta": "how near the model stays to what it was", "loss_type": "sigmoid, ipo, ..."},
     "kto": {"beta": "how near the model stays to what it was", "desirable_weight": "", "undesirable_weight": ""},
     "orpo": {"beta": "weight of the odds ratio beside the loss of what was chosen"},
@@ -257,20 +260,9 @@ _OF_TASK = {
 }
 
 
-def run_parser(task: str = SFT) -> RunParser:
+def run_parser(task: str = SFT) -> FlagParser:
     """Of all flags of a run."""
-    usage, screen = USAGE, HELP
-    if task != SFT:
-        known = {
-            one.name for group in (RunArguments, DataArguments, LisaConfig, CONFIGS[task]) for one in fields(group)
-        }
-        known = known - OF_SFT.keys() | {"model_name_or_path", "attn_implementation"}
-        usage = USAGE.replace("recipe.yaml", f"recipe.yaml --task {task}")
-        of_all = {
-            heading: {name: what for name, what in flags.items() if name in known} for heading, flags in HELP.items()
-        }
-        screen = {f"Of {task}": _OF_TASK[task]} | of_all
-    return RunParser((RunArguments, DataArguments, LisaConfig, ModelArguments, CONFIGS[task]), usage, screen)
+    return parser_of_task(task, (*ARGUMENTS, CONFIGS[task]), USAGE, HELP, HELP_OF_TASK)
 
 
 class RunConfig(NamedTuple):
@@ -319,11 +311,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     """The arguments of a run from flags and `--config file.yaml`; flags win. Unknown keys and flags are errors."""
     argv = sys.argv[1:] if argv is None else argv
     parser = run_parser(task_of(argv))
-    words = parser.check(argv)
+    parser.check(argv)
     set_rank()
     check_port()
     # What is cheap to check comes first: the training arguments start the process group.
-    run_args, data_args, lisa_config, model_args, training_args = parser.parse_args_and_config(words)
+    run_args, data_args, lisa_config, model_args, training_args = parser.parse(argv)
     _check_budget(run_args, lisa_config)
     return RunConfig(run_args, data_args, training_args, model_args, lisa_config)
 

@@ -515,13 +515,11 @@ def fuzz_verbs(draws: random.Random, place: Place, folder: Path) -> str:
     if verb == "eval":
         eval.parse(words)
     elif verb == "plan":
-        parser = FlagParser(types, plan.USAGE, plan.HELP)
-        parser.check_words(words)
-        arguments, _ = parser.parse_args_into_dataclasses(words)
+        arguments, _ = FlagParser(types, plan.USAGE, plan.HELP).parse(words)
         load_model_config(arguments.model)
     else:
-        parser = FlagParser([check.CheckArguments], check.USAGE, check.HELP)
-        arguments, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+        known, rest = FlagParser(check.ARGUMENTS, check.USAGE, check.HELP).parse_known_args(words)
+        arguments = check.CheckArguments(**vars(known))
         check.compared_files(arguments.config, check.flags_of_run(arguments, rest))
     return ""
 

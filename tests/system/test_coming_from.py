@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lisa_dist import flag_tables
-from lisa_dist.commands.verbs import name_of_table
+from lisa_dist.commands.verbs import parser_of
 from lisa_dist.config import LisaConfig
 from lisa_dist.data.encoding import LONG_EXAMPLES
 from lisa_dist.data.formats import FORMATS
 from lisa_dist.run.arguments import parse_arguments, run_parser
-from lisa_dist.tasks import TASKS
+from lisa_dist.tasks import TASKS, task_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coming_from.md").read_text(encoding="utf-8")
 TOOLS = ("LMFlow", "Axolotl", "ms-swift", "LLaMA-Factory")
@@ -53,10 +52,7 @@ def test_every_tool_has_its_table(tool):
 def test_what_is_named_as_ours_parses(words):
     assert words.startswith("--"), "the columns name flags"
     if "--task" in words:
-        given = flag_tables.answer(
-            flag_tables.load(name_of_table("train", shlex.split(words))), shlex.split(words), False
-        )
-        assert given["task"] in TASKS
+        assert parser_of("train", task_of(shlex.split(words))).given(shlex.split(words))["task"] in TASKS
         return
     values = parsed(shlex.split(words))
     LisaConfig(**{field.name: values[field.name] for field in fields(LisaConfig)})

@@ -24,10 +24,10 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 GROUND = {
     "config",
     "config_rules",
+    "definitions",
     "ds_config",
     "errors",
     "files",
-    "flag_tables",
     "flag_words",
     "flags",
     "model_names",

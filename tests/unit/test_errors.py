@@ -1,12 +1,16 @@
 """Errors name settings as the user has given them: by flags of a command line, by arguments in Python."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from lisa_dist import errors
+from lisa_dist.commands.verbs import WITH_FLAGS, parser_of
 from lisa_dist.errors import UserError, naming_flags
+from lisa_dist.tasks import TASKS
 
 
 @pytest.mark.parametrize(
@@ -44,3 +48,18 @@ def test_python_is_told_of_an_argument_and_the_command_line_of_a_flag():
         [sys.executable, "-m", "lisa_dist", "check", "--gpus_per_node", "8"], capture_output=True, text=True
     )
     assert "--output_dir is missing" in ran.stderr
+
+
+def test_flags_in_errors_are_arguments_or_known_to_be_none():
+    """A flag of another program stays one in Python."""
+    parsers = [parser_of(verb) for verb in WITH_FLAGS] + [parser_of("train", task) for task in TASKS]
+    arguments = {name.lstrip("-") for parser in parsers for name in parser._option_string_actions}
+    named: dict[str, str] = {}
+    for path in Path(errors.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and "Error" in ast.unparse(node.exc.func):
+                texts = [one.value for one in ast.walk(node) if isinstance(one, ast.Constant)]
+                named |= {name: f"{path}:{node.lineno}" for text in texts for name in errors._FLAG.findall(str(text))}
+    assert len(named) > 80
+    known = arguments | errors._NO_ARGUMENTS | {"tool"}  # of convert
+    assert not {name: place for name, place in named.items() if name not in known and name[-1] != "_"}

@@ -144,6 +144,5 @@ def test_a_recipe_may_have_one_prompt_or_several(tmp_path):
     for text, prompts in (("one: 1 + 1?", ["one: 1 + 1?"]), ("[a, b]", ["a", "b"])):
         path.write_text(f"sample_prompt: {text if text[0] == '[' else repr(text)}\n", encoding="utf-8")
         parser = run_parser()
-        words = parser.check(["--config", str(path)])
-        given = parser.parse_known_args(words[2:])[0].sample_prompt
+        given = parser.given(["--config", str(path)])["sample_prompt"]
         assert RunArguments(sample_prompt=given).sample_prompt == prompts

@@ -55,7 +55,7 @@ def said_by(unpacked: Path, *words: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["py.typed", "flag_tables.jsonl", "model_configs/llama3.1-8b.json", "kernels/adamw_triton.py",
+    "name", ["py.typed", "model_configs/llama3.1-8b.json", "kernels/adamw_triton.py",
              "ds_configs/zero3_offload.json", "report/report.html", "recipes/quickstart.yaml", "examples/dpo.py"],
 )  # fmt: skip
 def test_every_kind_of_file_is_there(unpacked, name):

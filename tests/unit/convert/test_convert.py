@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lisa_dist import flag_tables
 from lisa_dist.commands.convert import known_flags, main
-from lisa_dist.commands.train import parser
+from lisa_dist.commands.verbs import parser_of
 from lisa_dist.convert.reading import TOOLS, read, tool_of
 from lisa_dist.convert.recipe import convert, format_recipe
 from lisa_dist.convert.rules import DEFAULTS, RULES
-from lisa_dist.tasks import TASKS
+from lisa_dist.tasks import SFT, TASKS
 
 AXOLOTL = """
 base_model: meta-llama/Llama-3.1-8B
@@ -314,8 +313,7 @@ def test_training_by_preferences_and_rewards(tmp_path, monkeypatch, name, text, 
     for key, said in remarks.items():
         assert said in found.remarks[key]
     (tmp_path / "recipe.yaml").write_text(format_recipe(found, name), encoding="utf-8")
-    table = flag_tables.load("train" if task is None else f"train {task}")
-    flag_tables.answer(table, ["--config", "recipe.yaml"], takes_recipe=True)
+    parser_of("train", task or SFT).check(["--config", "recipe.yaml"])
     if task == "kto":
         assert found.gone["long_examples"] == "for --task sft, it was drop; this is kto"
 
@@ -491,7 +489,7 @@ def test_flags_of_a_launcher_are_no_flags_of_a_run(files):
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_run_takes_the_recipe(files, name):
     (files / "recipe.yaml").write_text(format_recipe(convert(name, None, known_flags), name), encoding="utf-8")
-    flag_tables.answer(flag_tables.table_of(parser()), ["--config", "recipe.yaml"], takes_recipe=True)
+    parser_of("train").check(["--config", "recipe.yaml"])
 
 
 @pytest.mark.parametrize("tool", TOOLS)

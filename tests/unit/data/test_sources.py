@@ -207,6 +207,23 @@ def test_a_file_that_is_no_use_is_named(tmp_path, content, suffix, said):
     assert said in str(error.value)
 
 
+LABELLED = [{"prompt": "q", "completion": "a", "label": True}] * 2
+
+
+@pytest.mark.parametrize("kind", ["file", "table"])
+def test_rows_that_say_which_completions_are_wanted_are_for_kto(tmp_path, kind):
+    def saved(rows: list[dict]) -> str:
+        if kind == "file":
+            return write(tmp_path / "rows.jsonl", rows)
+        Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+        return str(tmp_path / "rows")
+
+    with pytest.raises(UserError, match=r"its rows have a label that says .*: give --task kto, or --dataset_format"):
+        load(saved(LABELLED))
+    assert len(load(saved(LABELLED), format="prompt_completion")[0]) == 2
+    assert len(load(saved([row | {"label": "news"} for row in LABELLED]))[0]) == 2
+
+
 BAD_ROWS = [
     (b'{"text": "a"}\n{"text": \n', ".jsonl", "line 2 is not JSON"),
     (b'{"text": "a"}\n3\n', ".jsonl", "line 2 is int, not an object"),

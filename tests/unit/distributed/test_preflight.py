@@ -190,8 +190,9 @@ def test_hosts_write_as_much_as_each_other_and_wait_for_the_slowest(tmp_path):
     [
         ([], "--save_within needs the run's --model_name_or_path"),
         (["--model_name_or_path", "no/such-model"], "--model_name_or_path no/such-model: no such folder"),
+        (["--packin"], "--packin: no such flag; did you mean --packing?"),
         (["--config", "FOLDER"], "--config FOLDER: cannot be read"),
-        (["--config", "FOLDER/empty.yaml"], "--config FOLDER/empty.yaml: holds no flags"),
+        (["--config", "FOLDER/empty.yaml"], "--config FOLDER/empty.yaml: must hold keys and values"),
     ],
 )
 def test_flags_that_are_no_use_are_named(tmp_path, flags, said):
@@ -221,11 +222,9 @@ def test_flags_of_the_run_win_over_its_recipe(tmp_path):
     arguments = CheckArguments(config=str(recipe))
     flags_of_recipe = {"output_dir": "out", "learning_rate": 1e-5, "bf16": False}
     assert flags_of_run(arguments, []) == flags_of_recipe
-    words = ["--bf16", "--learning-rate", "3e-4", "--dataset_name=rows.jsonl"]
-    changed = {"output_dir": "out", "learning_rate": "3e-4", "bf16": "true", "dataset_name": "rows.jsonl"}
-    assert flags_of_run(arguments, words) == changed
-    words = ["--dataset_name", "a.jsonl#3", "b.jsonl", "--bf16"]
-    assert flags_of_run(arguments, words) == flags_of_recipe | {"dataset_name": "a.jsonl#3 b.jsonl", "bf16": "true"}
+    words = ["--bf16", "true", "--learning-rate", "3e-4", "--dataset_name", "a.jsonl#3", "b.jsonl", "--packing"]
+    changed = {"learning_rate": 3e-4, "bf16": True, "dataset_name": ["a.jsonl#3", "b.jsonl"], "packing": True}
+    assert flags_of_run(arguments, words) == flags_of_recipe | changed
 
 
 def test_a_folder_is_asked_for():

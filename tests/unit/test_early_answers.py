@@ -1,44 +1,27 @@
-"""Help and mistyped flags, answered by tables: as the parsers would, and before anything is imported."""
+"""Help, mistyped flags and missing files, answered by sources: as the run's parsers would, and without an import."""
 
-import json
-import os
 import subprocess
 import sys
 
 import pytest
 
-from lisa_dist import cli, flag_tables
-from lisa_dist.commands import chat, check, eval, init, norms, plan, train
-from lisa_dist.commands.given_files import look_for_files, look_for_words
-from lisa_dist.commands.verbs import TABLES, parser_of
+from lisa_dist.commands import chat, check, eval, init, norms, plan
+from lisa_dist.commands.given_files import look_for_files
+from lisa_dist.commands.verbs import WITH_FLAGS, parser_of
 from lisa_dist.errors import UserError
-from lisa_dist.flag_words import first_word_as
+from lisa_dist.flag_words import first_word_as, take
+from lisa_dist.flags import FlagParser
+from lisa_dist.run.arguments import run_parser
+from lisa_dist.tasks import SFT, TASKS
 
-PARSERS = {"train": train, "init": init, "plan": plan, "eval": eval, "chat": chat, "check": check, "norms": norms}
-HEAVY = ("torch", "transformers", "trl", "deepspeed", "datasets")
-
-
-@pytest.fixture(scope="module")
-def tables() -> dict[str, list]:
-    return {name: json.loads(json.dumps(flag_tables.table_of(parser_of(name)))) for name in TABLES}
+MODULES = {"init": init, "plan": plan, "eval": eval, "chat": chat, "check": check, "norms": norms}
+HEAVY = ("torch", "transformers", "trl", "deepspeed", "datasets", "pyarrow")
 
 
-def test_the_shipped_tables_are_of_the_flags_as_they_are(tables):
-    """After a flag has changed: make flags. Those of TRL and of the Trainer may be of other releases."""
-    versions, *lines = map(json.loads, flag_tables.SHIPPED.read_text(encoding="utf-8").splitlines())
-    shipped: dict[str, list] = {}
-    for line in lines:
-        for verb in line.pop("of"):
-            shipped.setdefault(verb, []).append(line)
-    assert shipped.keys() == tables.keys()
-    for verb, table in tables.items():
-        if versions == flag_tables.versions() or not verb.startswith("train"):
-            assert sorted(shipped[verb], key=str) == sorted(table, key=str), f"flags of {verb} are others: make flags"
-        ours, known = (
-            sorted((one for one in each if one.get("dest", "").startswith("lisa_")), key=str)
-            for each in (table, shipped[verb])
-        )
-        assert ours == known, f"the flags of {verb} are others: make flags"
+def imported_parser(verb: str, task: str = SFT) -> FlagParser:
+    if verb == "train":
+        return run_parser(task)
+    return FlagParser(MODULES[verb].ARGUMENTS, MODULES[verb].USAGE, MODULES[verb].HELP)
 
 
 SLIPS = [
@@ -65,19 +48,17 @@ SLIPS = [
 
 
 @pytest.mark.parametrize(("verb", "words", "said"), SLIPS, ids=[" ".join(words)[:40] for _, words, _ in SLIPS])
-def test_a_table_refuses_what_the_parser_does(tables, verb, words, said):
-    with pytest.raises(UserError, match=said) as by_table:
-        flag_tables.answer(tables[verb], words, takes_recipe=verb == "train")
-    parser = PARSERS[verb].parser()
-    with pytest.raises(UserError) as by_parser:
-        parser.check(words) if verb == "train" else parser.check_words(words)
-    assert str(by_table.value) == str(by_parser.value)
+def test_slips_are_refused_in_the_words_of_the_run(verb, words, said):
+    with pytest.raises(UserError, match=said) as early:
+        parser_of(verb).check(words)
+    with pytest.raises(UserError) as late:
+        imported_parser(verb).check(words)
+    assert str(early.value) == str(late.value)
 
 
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        ("learning_rate: 1.0e-5\nlisa_sampler: none\n", "--lisa_sampler none: unknown"),
         ("lerning_rate: 1.0e-5\n", "lerning_rate: no such key; did you mean learning_rate"),
         ("max_steps: 2026-01-01\n", "max_steps: 2026-01-01: a date is no value of this key"),
         ("[1, 2]\n", "must hold keys and values"),
@@ -88,40 +69,42 @@ def test_a_table_refuses_what_the_parser_does(tables, verb, words, said):
         ("lisa_sampler: window\n", r"recipe\.yaml: --lisa_sampler window: removed since 0\.2\.0; give uniform or"),
     ],
 )
-def test_a_recipe_is_read_too(tables, tmp_path, recipe, said):
+def test_a_recipe_is_read_too(tmp_path, recipe, said):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe, encoding="utf-8")
     with pytest.raises(UserError, match=said):
-        flag_tables.answer(tables["train"], ["--config", str(path)], takes_recipe=True)
+        parser_of("train").given(["--config", str(path)])
 
 
-def test_words_that_can_be_meant_pass(tables, tmp_path):
+def test_what_is_given_is_told_from_defaults(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(
-        "lisa_sampler: balanced\nlisa_depth_bias: 0\nlisa_activated_layers: auto\nbf16: null\n", encoding="utf-8"
-    )
-    words = [
-        "--config",
-        str(path),
-        "--lisa_interval_steps",
-        "5",
-        "--no_remove_unused_columns",
-        "--dataset_name",
-        "a",
-        "b",
+    path.write_text("lisa_sampler: weighted\nlearning_rate: 3e-5\nbf16: null\nenv: {A: 1}\n", encoding="utf-8")
+    words = ["--max-steps=7", "--no_remove_unused_columns", "--config", str(path), "--dataset_name", "a", "b"]
+    given = parser_of("train").given([*words, "--learning_rate", "1"])
+    assert [*given.items()] == [
+        ("max_steps", 7),
+        ("remove_unused_columns", False),
+        ("dataset_name", ["a", "b"]),
+        ("learning_rate", 1.0),
+        ("lisa_sampler", "weighted"),
+        ("bf16", None),
     ]
-    flag_tables.answer(tables["train"], words, takes_recipe=True)
-    flag_tables.answer(tables["plan"], ["--model", "x", "--lisa_state_bits", "embed=8"], takes_recipe=False)
-    flag_tables.answer(tables["norms"], ["a", "b", "--out", "c"], takes_recipe=False)
+    assert parser_of("plan").given(["--model_name_or_path=x", "--lisa_state_bits", "embed=8"]) == {
+        "model": "x",
+        "lisa_state_bits": "embed=8",
+    }
+    assert parser_of("norms").given(["a", "b", "--out", "c"]) == {"runs": ["a", "b"], "output_dir": "c"}
 
 
-@pytest.mark.parametrize("verb", TABLES)
-def test_a_table_has_the_parser_s_screen(tables, verb, capsys):
+@pytest.mark.parametrize(
+    ("verb", "task"), [*((verb, SFT) for verb in WITH_FLAGS), *(("train", task) for task in TASKS)]
+)
+def test_help_is_that_of_the_run_s_parser(verb, task, capsys):
     with pytest.raises(SystemExit):
-        flag_tables.answer(tables[verb], ["--help"], takes_recipe=False)
-    by_table = capsys.readouterr().out
-    parser_of(verb).print_help()
-    assert by_table == capsys.readouterr().out
+        parser_of(verb, task).check(["--help"])
+    early = capsys.readouterr().out
+    imported_parser(verb, task).print_help()
+    assert early == capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -130,6 +113,7 @@ def test_a_table_has_the_parser_s_screen(tables, verb, capsys):
         (["--version"], 0),
         (["trian"], 2),
         (["train", "--help"], 0),
+        (["train", "--task", "grpo", "--help_all"], 0),
         (["train", "--lerning_rate", "3"], 2),
         (["train", "there_is_none.yaml", "--gpus", "2"], 2),
         (["train", "--lisa_activated_layers", "-1"], 2),
@@ -139,20 +123,18 @@ def test_a_table_has_the_parser_s_screen(tables, verb, capsys):
         (["train", "--gpus=2", "there_is_none.yaml"], 2),
         (["check", "--help"], 0),
         (["train", "--deepspeed", "none.json"], 2),
+        (["train", "--dataset_name", "none.jsonl"], 2),
         (["export", "nofile", "out"], 2),
         (["plan", "--model", "llama3.1-8b", "--gpu_memory", "24"], 2),
         (["init", "--model", "llama3.1-8b", "--recipe", "."], 2),
         (["train", "--output_dir", "finished"], 2),
         (["train", "--lisa_sampler", "cyclic"], 2),
         (["train", "--lisa_wake_warmup_steps", "2"], 2),
+        (["completion", "bash"], 0),
     ],
     ids=str,
 )
-def test_nothing_is_imported_for_an_answer(monkeypatch, tmp_path, words, code):
-    """Where a table of these releases is shipped, or in the cache."""
-    for verb, module in PARSERS.items():
-        if flag_tables.load(verb) is None:
-            flag_tables.store(verb, module.parser())
+def test_nothing_is_imported_for_an_answer(tmp_path, words, code):
     (tmp_path / "finished" / "checkpoint-2").mkdir(parents=True)
     script = f"""
 import sys
@@ -176,6 +158,9 @@ print(code, [name for name in {HEAVY!r} if name in sys.modules])
         ("train", {"model_name_or_path": "./none"}, "--model_name_or_path ./none: no such folder"),
         ("train", {"resume_from_checkpoint": "runs/none"}, "--resume_from_checkpoint runs/none: no such folder"),
         ("train", {"lisa_weights_file": "none.csv#a/b"}, "--lisa_weights_file none.csv: no such file"),
+        ("train", {"dataset_name": ["here", "two words.json.gz"]}, "--dataset_name two words.json.gz: no such file"),
+        ("train", {"eval_dataset_name": "none.csv#30"}, "--eval_dataset_name none.csv#30: no such file"),
+        ("train", {"task": "grpo", "reward_funcs": ["none.py:f"]}, "--reward_funcs none.py:f: no such file"),
         ("plan", {"model": "here/none.json"}, "--model here/none.json: no such file or folder"),
         ("init", {"model": "llama3.1-8"}, r"--model llama3.1-8: .*did you mean llama3\.1-8b\?"),
         ("chat", {"model": "/none"}, "/none: no such folder"),
@@ -197,7 +182,9 @@ def test_what_may_be_there_passes(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     (tmp_path / "here.json").write_text("{}")
+    (tmp_path / "my rewards.py").write_text("def reward(completions, **columns):\n    return []\n")
     of_hub = {"model_name_or_path": "org/name", "resume_from_checkpoint": "auto", "deepspeed": "zero2"}
+    of_hub |= {"dataset_name": ["org/name", "json", "x" * 300, "here.json", "here.json#30"]}
     for verb, given in {
         "train": of_hub,
         "check": {"deepspeed": "here.json", "model_name_or_path": "./none"},
@@ -209,46 +196,10 @@ def test_what_may_be_there_passes(monkeypatch, tmp_path):
     }.items():
         look_for_files(verb, given)
     look_for_files("train", {"resume_from_checkpoint": "true", "lisa_weights_file": "here.json#a"})
-    look_for_words("report", ["here"])
+    look_for_files("train", {"task": "grpo", "reward_funcs": "my rewards.py", "dataset_name": "here.json"})
+    look_for_files("report", {"words": ["here"]})
     with pytest.raises(UserError, match="none: no such folder"):
-        look_for_words("report", ["here", "none"])
-
-
-def test_with_other_releases_the_first_command_leaves_a_table(monkeypatch, tmp_path):
-    monkeypatch.setenv("LISA_DIST_CACHE", str(tmp_path))
-    monkeypatch.setattr(flag_tables, "versions", lambda: {"transformers": "5.99", "trl": "1.99"})
-    assert flag_tables.load("norms") is None
-    with pytest.raises(SystemExit):
-        cli.run_verb("norms", ["--help"])
-    (kept,) = tmp_path.rglob("norms-*.jsonl")
-    assert flag_tables.load("norms") == json.loads(json.dumps(flag_tables.table_of(norms.parser())))
-    kept.write_text("cut", encoding="utf-8")
-    assert flag_tables.load("norms") is None
-
-
-def test_a_home_that_cannot_be_written_costs_nothing_but_time(monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("LISA_DIST_CACHE", str(tmp_path / "file"))
-    flag_tables.store("norms", norms.parser())
-    assert not (tmp_path / "file").read_bytes()
-
-
-def test_without_a_home_or_with_versions_of_a_day_there_is_no_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(flag_tables, "versions", lambda: {"transformers": "5.99", "trl": "1.99"})
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("LISA_DIST_CACHE", "")  # nothing is to be written
-    flag_tables.store("norms", norms.parser())
-    assert flag_tables.load("norms") is None
-    for name in ("XDG_CACHE_HOME", "LISA_DIST_CACHE"):
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    flag_tables.store("norms", norms.parser())
-    assert flag_tables.load("norms") is None
-    monkeypatch.setenv("LISA_DIST_CACHE", str(tmp_path))
-    for version in ("5.99.0.dev0", "5.99+local"):
-        monkeypatch.setattr(flag_tables, "versions", lambda version=version: {"transformers": version, "trl": "1.99"})
-        flag_tables.store("norms", norms.parser())
-    assert not list(tmp_path.rglob("*.jsonl"))
+        look_for_files("report", {"words": ["here", "none"]})
 
 
 @pytest.mark.parametrize(
@@ -256,12 +207,25 @@ def test_without_a_home_or_with_versions_of_a_day_there_is_no_cache(monkeypatch,
     [
         ([], []),
         (["a.yaml", "--x", "1"], ["--config", "a.yaml", "--x", "1"]),
-        (["--gpus", "2", "a.yaml"], ["--gpus", "2", "--config", "a.yaml"]),
-        (["--gpus=2", "a.yaml", "--x"], ["--gpus=2", "--config", "a.yaml", "--x"]),
-        (["--gpus", "2"], ["--gpus", "2"]),
         (["--x", "a.yaml"], ["--x", "a.yaml"]),
     ],
     ids=str,
 )
 def test_a_first_word_that_is_no_flag(words, named):
     assert first_word_as("--config", words) == named
+
+
+@pytest.mark.parametrize(
+    ("words", "found", "others"),
+    [
+        (["--gpus", "2", "a.yaml"], ["2"], ["a.yaml"]),
+        (["a.yaml", "--x", "-1", "b c", "--gpus=2", "--y"], ["2"], ["a.yaml", "--x", "-1", "b c", "--y"]),
+        (["--x", "1", "--gpus"], [""], ["--x", "1"]),
+        (["--gpus", "--x", "--x"], [""], ["--x", "--x"]),
+        (["--gpu", "1"], [], ["--gpu", "1"]),
+        (["--gpus", "1", "--gpus", "2"], ["1", "2"], []),
+    ],
+    ids=str,
+)
+def test_a_flag_is_taken_out_of_words(words, found, others):
+    assert take(words, "--gpus", "--none") == ([found, []], others)

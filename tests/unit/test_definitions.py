@@ -1,0 +1,155 @@
+"""Dataclasses as their sources have them: as they are when they are imported, and nothing of them is run."""
+
+import dataclasses
+import sys
+from typing import Any, get_type_hints
+
+import pytest
+from transformers import HfArgumentParser
+
+from lisa_dist.commands.verbs import parser_of
+from lisa_dist.definitions import UnreadableError, read
+from lisa_dist.flags import FlagParser
+from lisa_dist.run.arguments import ARGUMENTS, run_parser
+from lisa_dist.run.task_configs import CONFIGS
+from lisa_dist.tasks import TASKS
+
+# What takes more than reading: a call of a method of a module's, an optional package.
+UNREAD = {("log_level", "choices"), ("log_level_replica", "choices"), ("parallelism_config", "type")}
+SAME_TYPE = {"string_to_bool": "read_bool"}
+
+
+def actions_of(parser: Any) -> dict[tuple[str, str], Any]:
+    """All of each flag, by its first name."""
+    facts: dict[tuple[str, str], Any] = {}
+    for action in parser._actions:
+        if action.option_strings[0] in ("-h", "--help_all"):
+            continue
+        kind = getattr(action.type, "__name__", None)
+        about = {name: getattr(action, name) for name in ("option_strings", "nargs", "const", "required", "help")}
+        about |= {"default": getattr(action.default, "value", action.default), "choices": [*(action.choices or ())]}
+        about |= {"type": "choice" if action.choices else SAME_TYPE.get(kind, kind)}
+        facts |= {(action.option_strings[0].removeprefix("--"), name): value for name, value in about.items()}
+    return facts
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_flags_are_those_of_transformers_parser(task):
+    """Of the classes that are imported, and of those that are read: names, types, defaults, choices, help."""
+    theirs = actions_of(HfArgumentParser((*ARGUMENTS, CONFIGS[task]), allow_abbrev=False))
+    assert len(theirs) > 8 * 200
+    assert actions_of(run_parser(task)) == theirs
+    found = actions_of(parser_of("train", task))
+    assert found.keys() == theirs.keys()
+    differ = {key for key in theirs if found[key] != theirs[key]}
+    assert differ <= UNREAD | {(name, "type") for name, _ in UNREAD}
+
+
+MODULES = {
+    "__init__": """
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from .config import Config as Config
+else:
+    raise SystemError("this package was imported")
+""",
+    "config": '''
+from __future__ import annotations
+import torch_of_another_day
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Optional
+from .names import LONG, Kind, make, settings
+from .base import Base, Mixin
+from elsewhere import Thing
+
+WORDS = {"a": 0}
+WORDS |= {name: 1 for name in ("b",)}
+
+@dataclass
+class Config(Mixin, Base):
+    """Of a test."""
+    shared: ClassVar[int] = 3
+    optional: Optional[int] = None
+    kind: Kind | str = field(default=Kind.FAST, metadata={"help": f"One of {', '.join(WORDS)}." " And " + LONG})
+    literal: "Literal['x', 'y']" = "x"
+    several: list[str] = field(default_factory=lambda: ["sigmoid"])
+    thing: Thing | None = None
+    made: str = field(default=make(), metadata={"help": settings.help, "choices": list(WORDS)})
+    hidden: int = field(default=1, init=False)
+    rate: float = 2e-5
+
+    def __post_init__(self):
+        raise SystemError("a method was run")
+''',
+    "names": """
+from enum import Enum
+LONG = "long"
+class Kind(str, Enum):
+    FAST = "fast"
+    SLOW = "slow"
+def make():
+    raise SystemError("a function was run")
+settings = make()
+""",
+    "base": """
+import dataclasses
+@dataclasses.dataclass
+class Base:
+    rate: float = dataclasses.field(default=1e-3, metadata={"help": "Rate.", "aliases": ["--lr"]})
+    name: str = dataclasses.field()
+@dataclasses.dataclass
+class Mixin:
+    rate: float = 5.0
+    mixed: bool = True
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """The name of one whose import fails."""
+    folder = tmp_path_factory.mktemp("packages")
+    (folder / "read_alone").mkdir()
+    for name, text in MODULES.items():
+        (folder / "read_alone" / f"{name}.py").write_text(text, encoding="utf-8")
+    sys.path.insert(0, str(folder))
+    yield "read_alone"
+    sys.path.remove(str(folder))
+
+
+def test_what_is_read_of_a_package_that_cannot_be_imported(package):
+    found = read(package, "Config")
+    fields = {one.name: one for one in dataclasses.fields(found)}
+    order = "rate name mixed optional kind literal several thing made hidden"
+    assert [*fields] == order.split()
+    assert [fields[name].default for name in ("rate", "mixed", "optional", "literal", "made")] == [
+        2e-5,
+        True,
+        None,
+        "x",
+        None,
+    ]
+    assert fields["name"].default is dataclasses.MISSING
+    assert fields["several"].default_factory() == ["sigmoid"]
+    assert fields["kind"].metadata == {"help": "One of a, b. And long"}
+    assert fields["made"].metadata == {"help": None, "choices": ["a", "b"]}
+    hints = get_type_hints(found)
+    assert [one.value for one in hints["kind"].__args__[0]] == ["fast", "slow"]
+    assert str(hints["optional"]) == "typing.Optional[int]"
+    parser = FlagParser((found,), "", {})
+    assert parser.given(["--name", "x", "--kind", "slow", "--thing", "y", "--no_mixed"]) == {
+        "name": "x",
+        "kind": "slow",
+        "thing": "y",
+        "mixed": False,
+    }
+    assert "hidden" not in parser.kinds
+
+
+def test_what_has_no_source_is_named(package):
+    with pytest.raises(UnreadableError, match=r"read_alone\.config defines no Other"):
+        read(f"{package}.config", "Other")
+    with pytest.raises(UnreadableError, match=r"read_alone\.other has no source"):
+        read(f"{package}.other", "Other")
+    with pytest.raises(UnreadableError, match="no_such_package has no source"):
+        read("no_such_package", "Other")
