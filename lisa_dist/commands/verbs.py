@@ -36,9 +36,9 @@ def parser_of(verb: str, task: str = SFT) -> FlagParser:
     if verb != "train":
         types, usage, groups = (read(f"lisa_dist.commands.{verb}", name) for name in ("ARGUMENTS", "USAGE", "HELP"))
         return FlagParser(types, usage, groups)
-    module = "lisa_dist.train.arguments"
+    module = "lisa_dist.run.arguments"
     types, *screen = (read(module, name) for name in ("ARGUMENTS", "USAGE", "HELP", "HELP_OF_TASK"))
-    return run_parser(task, (*types, read("lisa_dist.train.task_configs", "CONFIGS")[task]), *screen)
+    return run_parser(task, (*types, read("lisa_dist.run.task_configs", "CONFIGS")[task]), *screen)
 
 
 @contextlib.contextmanager
