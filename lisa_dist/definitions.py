@@ -108,7 +108,8 @@ def _class_of(module: str, node: ast.ClassDef) -> Any:
     if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         members = [one for one in node.body if isinstance(one, ast.Assign) and isinstance(one.value, ast.Constant)]
         values = {target.id: one.value.value for one in members for target in one.targets}  # type: ignore[attr-defined]
-        return enum.Enum(node.name, values) if values else type(node.name, (_Unread,), {})
+        is_enum = any("Enum" in ast.unparse(base) for base in node.bases)
+        return enum.Enum(node.name, values) if is_enum else type(node.name, (_Unread,), {})
     bases = (_value(module, base, is_type=True) for base in node.bases)
     known = tuple(base for base in bases if base not in (object, _Unread))
     body: dict[str, Any] = {"__doc__": node.name, "__annotations__": {}}
