@@ -1,9 +1,7 @@
-"""The index of benchmarks/README.md: a row for every results file, with what came of it, and for scripts without."""
+"""The index of benchmarks/REPORT.md: a row for every script, with its results; and what came of each."""
 
 import ast
-import shlex
 import statistics
-from pathlib import Path
 
 from benchmarks.tables.parts import LATEST, Benchmarks, Rows, TableError, gib, latest, loss, mib, named, percent
 from benchmarks.tables.quality import importance_table, mean_loss
@@ -12,35 +10,18 @@ from benchmarks.tables.runs import losses_by_rate
 
 
 def index(benchmarks: Benchmarks) -> Rows:
-    """The rows of the index, by folder."""
-    rows = [["benchmark", "question", "command", "latest result", "machine", "device"]]
+    """The rows of the index, by folder; a results file has its command, machine and versions."""
+    rows = [["benchmark", "question", "results", "device"]]
     for path in sorted(benchmarks.folder.glob("*/*.py")):
         script = ast.parse(path.read_text(encoding="utf-8"))
         if path.parent.name == "tables" or "main" not in (getattr(part, "name", None) for part in script.body):
             continue  # what others are made of, and what makes the tables: neither measures anything
-        asked = ast.get_docstring(script).splitlines()[0]
+        found = benchmarks.results_of(path.stem)
+        links = ", ".join(f"[{name}](results/{name}.json)" for name in found) or "not run yet"
+        devices = ", ".join(sorted({one["device"] for one in found.values()}))
         link = f"[{path.stem}]({path.parent.name}/{path.name})"
-        for name, found in benchmarks.results_of(path.stem).items():
-            result = f"[{sentence(path.stem, found['figures'])}](results/{name}.json)"
-            rows.append([link, asked, f"`{shown_command(found)}`", result, found["machine"], found["device"]])
-            link = asked = ""  # of the script's other results
-        if link:
-            rows.append([link, asked, "not run yet", "", "", ""])
+        rows.append([link, ast.get_docstring(script).splitlines()[0], links, devices])
     return rows
-
-
-def shown_command(results: dict) -> str:
-    """The command that made them; of files outside the repository the name, wherever they lie.
-
-    Of an option that was given twice the last counts, and is shown; pareto.py's --task counts each time.
-    """
-    options: list[list[str]] = [[]]
-    for word in shlex.split(results["command"]):
-        if word.startswith("--"):
-            options = [option for option in options if option[:1] != [word] or word == "--task"] + [[]]
-        options[-1].append(Path(word).name if word.startswith(("/", "..")) else word)
-    words = [word for option in options for word in option]
-    return " ".join(f'"{word}"' if "'" in word else shlex.quote(word) for word in words)
 
 
 def sentence(script: str, figures: dict) -> str:

@@ -1,4 +1,4 @@
-"""The tables of quality.py, pareto.py and importance.py in README, docs/comparing.md and docs/experiments.md."""
+"""The tables of quality.py, pareto.py and importance.py in README and benchmarks/REPORT.md."""
 
 import re
 import statistics
@@ -9,7 +9,6 @@ from benchmarks.tables.parts import Rows, TableError, gib, loss, percent, rate, 
 
 BASELINES = ("full", "lora r8", "lora r32", "lisa 1", "lisa 1 reshuffle", "lisa 1 adaptive", "lisa 2",
              "lisa 2 reshuffle", "lisa 2 adaptive", "fixed 2", "embed and head", "one block")  # fmt: skip
-ON_SMOLLM2 = ("full", "lora r16", "lisa 2", "lisa 2 K 5", "lisa 2, embed frozen", "lisa 8", "lisa 8, embed frozen")
 
 
 def method_name(arm: str) -> str:
@@ -75,12 +74,11 @@ def spread_of_seeds(losses: list[float]) -> str:
     return loss(statistics.stdev(losses)) if len(losses) > 1 else "one seed"
 
 
-# Arms whose costs pareto.py measures: others of docs/experiments.md cost as much as one of these.
+# Arms whose costs pareto.py measures: others of the table of experiments cost as much as one of these.
 MEASURED = ("full", "full one pass", "lora r16", "lora r64", "galore r16", "apollo r16", "lisa 2", "lisa 2 one pass",
             "lisa 2, factored", "lisa 2, 8 bits", "lisa 2 bf16", "lisa 2, frozen 8 bits", "lisa 2, frozen 4 bits",
             "lisa auto", "lisa modules", "lisa in lora's memory", "lisa in lora's, embed frozen",
             "lisa at lora's peak, embed frozen", "lisa 14, embed frozen", "lisa 8", "lisa 8, embed frozen")  # fmt: skip
-NEAR = 1.05  # a peak of at most so many times another's is the same memory
 
 
 def pareto_table(figures: dict, quality: dict) -> Rows:
@@ -91,28 +89,6 @@ def pareto_table(figures: dict, quality: dict) -> Rows:
         row = [method_name(arm), layers_that_train(arm, quality), loss(one["loss"]), spread_of_seeds(one["losses"])]
         rows.append([*row, f"{one['peak'] / 1e6:,.1f}", f"{one['seconds']:.3f}"])
     return [["method", "layers", "held-out loss", "spread of seeds", "MB at the peak", "CPU s a step"], *rows]
-
-
-@table("comparing_equal_memory", "pareto", "quality", "quality_smollm2", "quality_smollm2_alpaca")
-def best_in_the_memory_of_others(figures: dict, *qualities: dict) -> Rows:
-    """Beside each other method the LISA of the lowest loss whose peak is at most a twentieth above its own."""
-    header = ["method", "layers", "MB at the peak", "held-out loss"]
-    rows = [["task", *header, "LISA in as much", *header[1:]]]
-    for (task, of_task), quality in zip(figures["tasks"].items(), qualities, strict=True):
-        arms = of_task["arms"]
-        for other in ("lora r16", "lora r64", "apollo r16", "galore r16", "full one pass"):
-            if other not in arms:
-                continue
-            near = [arm for arm in arms if arm.startswith("lisa") and arms[arm]["peak"] <= NEAR * arms[other]["peak"]]
-            cells = ["-"] * 4
-            if near:
-                cells = _of_memory(best := min(near, key=lambda arm: arms[arm]["loss"]), arms[best], quality)
-            rows.append([task, *_of_memory(other, arms[other], quality), *cells])
-    return rows
-
-
-def _of_memory(arm: str, one: dict, quality: dict) -> list[str]:
-    return [method_name(arm), layers_that_train(arm, quality), f"{one['peak'] / 1e6:,.1f}", loss(one["loss"])]
 
 
 def importance_table(figures: dict) -> Rows:
@@ -163,16 +139,6 @@ def quality_table(figures: dict, arms: Iterable[str]) -> Rows:
             row += [gib(max(run["peak_bytes"] for run in found))]
         rows.append(row)
     return [header, *rows]
-
-
-@table("comparing_methods", "quality")
-def methods(figures: dict) -> Rows:
-    return quality_table(figures, BASELINES)
-
-
-@table("comparing_smollm2", "quality_smollm2")
-def methods_on_smollm2(figures: dict) -> Rows:
-    return quality_table(figures, (*ON_SMOLLM2, "lisa in lora's memory", "lisa in lora's, embed frozen"))
 
 
 IN_TIME = (
@@ -248,42 +214,6 @@ def costs_on_alpaca(figures: dict, quality: dict) -> Rows:
     return pareto_table(figures["tasks"]["SmolLM2-135M on Alpaca"], quality)
 
 
-@table("comparing_seeds", "quality")
-def changes_with_every_seed(figures: dict) -> Rows:
-    arms = ("full", "lisa 2", "lisa 2 keep", "lisa 2 warm-up", "lisa 2 upper most", "lisa 4", "lisa 4 keep")
-    return quality_table(figures, arms)
-
-
-@table("comparing_changes", "quality")
-def changes_to_lisa(figures: dict) -> Rows:
-    """Single runs, of the first seed at 4e-3."""
-    arms = {
-        "lisa 2 K 5": "K = 5",
-        "lisa 2 K 50": "K = 50",
-        "lisa 2 K 100": "K = 100",
-        "lisa 2 keep": "states kept (`--lisa_state keep`)",
-        "lisa 2 warm-up": "10 steps of warm-up after a wake (`--lisa_wake_warmup_steps 10`)",
-        "lisa 2 keep, warm-up": "both",
-        "lisa 2 keep, K 5": "states kept, K = 5",
-        "lisa 2 keep, K 1": "states kept, K = 1",
-        "lisa 2 rate x 1.6": "the rate 1.6 times as high (`--lisa_lr_power 0.5`)",
-        "lisa 2 rate / 1.6": "the rate 1.6 times as low (`--lisa_lr_power -0.5`)",
-        "lisa 2 sharp": "adaptive at temperature 0.2",
-        "lisa 2 upper more": "`weighted`, upper layers more often: weights 1, 2, 3, 4, 5",
-        "lisa 2 upper most": "`weighted`, their cubes: 1, 8, 27, 64, 125",
-        "lisa 2 lower most": "`weighted`, lower layers more often: 1, 1/8, 1/27, 1/64, 1/125",
-        "lisa 3": "gamma 3",
-        "lisa 4": "gamma 4",
-        "lisa 4 keep": "gamma 4, states kept",
-    }
-    runs = figures["runs"]
-    rows = [
-        [name, layers_that_train(arm, figures), loss(runs[of_results.quality_key(arm, 4e-3, 0)]["held_out"])]
-        for arm, name in arms.items()
-    ]
-    return [["change", "layers", "held-out loss"], *rows]
-
-
 @table("comparing_importance", "importance", "importance_smollm2")
 def measures_of_layers(*models: dict) -> Rows:
     """In the order of the page."""
@@ -302,42 +232,6 @@ def measures_of_layers(*models: dict) -> Rows:
         "depth": "depth",
     }
     return [header, *([name, *found[key]] for key, name in names.items())]
-
-
-SMALLER = {
-    "lisa 2 one pass": "gamma 2, AdamW's states in 32 bits (`--optim lisa_adamw`)",
-    "lisa 2, 8 bits": "the same, moments in 8 bits",
-    "lisa 2, factored": "the same, embed and head factored",
-    "lisa 2 bf16": "gamma 2, weights in bf16",
-    "lisa 2, frozen 8 bits": "the same, frozen layers in 8 bits",
-    "lisa 2, frozen 4 bits": "the same, frozen layers in 4 bits",
-    "lisa auto": "factored, layers in 8 bits: as many layers as gamma 2 in 32 bits holds",
-    "lisa in lora's memory": "the same: as many layers as fit the peak of LoRA, rank 16, and a tenth",
-    "lora r16": "LoRA, rank 16",
-    "full": "full training",
-}
-
-
-@table("comparing_smaller", "quality", "quality_alpaca", "pareto")
-def smaller_states(gsm8k: dict, alpaca: dict, costs: dict) -> Rows:
-    """Mean held-out loss over the seeds, at the best rate of each."""
-    of_arms = costs["tasks"]["stories260K on GSM8K"]["arms"]
-    return _smaller_states(SMALLER, {"GSM8K": gsm8k, "Alpaca": alpaca}, of_arms)
-
-
-# With frozen embeddings more layers fit; embed and head are a fifth of this model.
-SMALLER_ON_SMOLLM2 = {
-    **{arm: name for arm, name in SMALLER.items() if arm not in ("lora r16", "full")},
-    "lisa in lora's, embed frozen": "the same with embed and head frozen",
-    **{arm: SMALLER[arm] for arm in ("lora r16", "full")},
-}
-
-
-@table("comparing_smaller_smollm2", "quality_smollm2", "quality_smollm2_alpaca", "pareto")
-def smaller_states_on_smollm2(gsm8k: dict, alpaca: dict, costs: dict) -> Rows:
-    """Mean held-out loss over the seeds, at the best rate of each."""
-    of_arms = costs["tasks"]["SmolLM2-135M on GSM8K"]["arms"]
-    return _smaller_states(SMALLER_ON_SMOLLM2, {"GSM8K": gsm8k, "Alpaca": alpaca}, of_arms)
 
 
 @table("headline_quality", "quality", "quality_alpaca", "quality_smollm2", "quality_smollm2_alpaca")
@@ -362,18 +256,3 @@ def methods_on_every_task(*tasks: dict) -> Rows:
 def _mean_and_spread(losses: list[float], layers: str) -> str:
     spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ", one seed"
     return f"{loss(statistics.mean(losses), 3)}{spread}; {layers}"
-
-
-def _smaller_states(arms: dict[str, str], tasks: dict[str, dict], costs: dict[str, dict]) -> Rows:
-    rows = []
-    for arm, name in arms.items():
-        by_task = [runs_at_best(arm, figures["runs"]) for figures in tasks.values()]
-        row = [name, layers_that_train(arm, next(iter(tasks.values())))]
-        row += [f"{costs[arm][size] / 1e6:,.1f}" for size in ("between", "peak")]
-        for figures, found in zip(tasks.values(), by_task, strict=True):
-            losses = [run["held_out"] for run in found]
-            row += [rate(of_results.best_rate(arm, figures["runs"])), loss(statistics.mean(losses))]
-            row += [spread_of_seeds(losses)]
-        rows.append(row)
-    of_tasks = [column for task in tasks for column in (f"{task}: rate", "held-out loss", "spread of seeds")]
-    return [["", "layers", "MB between steps", "MB at the peak", *of_tasks], *rows]

@@ -3,7 +3,7 @@
 import statistics
 
 from benchmarks.tables import runs as of_results
-from benchmarks.tables.parts import Rows, TableError, gib, loss, mib, named, percent, rate, table, times
+from benchmarks.tables.parts import Rows, TableError, gib, loss, mib, percent, rate, table, times
 
 # docs/choosing.md
 
@@ -32,12 +32,6 @@ def gammas_and_rates(figures: dict) -> Rows:
     return [["gamma", *map(rate, rates)], *rows]
 
 
-@table("choosing_k", "choosing")
-def intervals(figures: dict) -> Rows:
-    header, losses = side_by_side(figures, {f"{k}": {"lisa_interval_steps": k} for k in (1, 5, 20, 100)})
-    return [["K", *header], ["gamma 2, 2e-3", *losses]]
-
-
 @table("choosing_samplers", "choosing")
 def samplers(figures: dict) -> Rows:
     names = ("uniform", "reshuffle", "cyclic", "fixed")
@@ -48,11 +42,6 @@ def samplers(figures: dict) -> Rows:
 def embeddings_and_head(figures: dict) -> Rows:
     sampled, frozen = {"lisa_always_on": "rest"}, {"lisa_frozen": "embed,head"}
     return side_by_side(figures, {"always trained": {}, "sampled as layers are": sampled, "frozen": sampled | frozen})
-
-
-@table("choosing_states", "choosing")
-def states(figures: dict) -> Rows:
-    return side_by_side(figures, {f"`{name}`": {"lisa_state": name} for name in ("reset", "reset_all", "keep")})
 
 
 @table("choosing_cards", "cards")
@@ -229,13 +218,13 @@ def sent(figures: dict, ds_config: str, arm: str) -> float:
 @table("memory_held", "memory")
 def memory_held(figures: dict) -> Rows:
     """Of every arm of memory.py what it holds, by what it is, and its peak beside the plan."""
-    kinds = ("weights", "gradients", "masters", "moments", "other")
-    rows = [["MiB of a rank", *kinds, f"all, after {last_switch(figures)} switches", "after the first step",
-             "peak of a step", "its plan", "peak with a switch", "frozen, moved"]]  # fmt: skip
+    kinds = ("weights", "masters", "moments")
+    rows = [["MiB of a rank", *kinds, f"all, after {last_switch(figures)} switches", "peak of a step", "its plan",
+             "peak with a switch", "frozen, moved"]]  # fmt: skip
     for ds_config, of_arms in figures.items():
         for name, arm in of_arms.items():
-            first, *_, last = arm["live"].values()
-            sizes = [*(last[kind] for kind in kinds), last["total"], first["total"], arm["peak"]]
+            *_, last = arm["live"].values()
+            sizes = [*(last[kind] for kind in kinds), last["total"], arm["peak"]]
             off = "-" if arm["planned"] is None else f"{100 * (arm['planned'] / arm['peak'] - 1):+.1f}%"
             row = [f"{ds_config}, {name}", *(f"{size / 2**20:.1f}" for size in sizes), off]
             with_switch = arm["peak_with_switch"]
@@ -248,20 +237,14 @@ def last_switch(figures: dict) -> str:
     return list(next(iter(figures.values()))["lisa"]["live"])[-1]
 
 
-STATIC_OF = {name: name.replace("lisa", "static") for name in ("lisa", "lisa, embed frozen", "lisa, checkpointed")}
-
-
 def step_rows(of_sections: dict[str, dict]) -> Rows:
     """A row of each arm of sections of speed.py in which full training runs too."""
-    rows = [["", "layers", "step s", "forward", "backward", "optimizer", "of static's step", "of full's step",
-             "FLOPs of full's"]]  # fmt: skip
+    rows = [["", "layers", "step s", "forward", "backward", "optimizer", "of full's step", "FLOPs of full's"]]
     for title, of_arms in of_sections.items():
         for name, arm in of_arms.items():
-            static = of_arms.get(STATIC_OF.get(name))
             parts = [f"{middle(arm['steps'], part):.2f}" for part in ("step", "forward", "backward", "optimizer")]
-            of_static = "-" if static is None else spread(ratios(arm, static))
             of_full = spread(ratios(arm, of_arms["full"])), f"{arm['flops'] / of_arms['full']['flops']:.2f}"
-            rows.append([f"{title}, {name}", layers_of(name), *parts, of_static, *of_full])
+            rows.append([f"{title}, {name}", layers_of(name), *parts, *of_full])
     return rows
 
 
@@ -269,12 +252,6 @@ def step_rows(of_sections: dict[str, dict]) -> Rows:
 def speed_steps(figures: dict) -> Rows:
     """Of every stage the arms side by side."""
     return step_rows({name: arms for name, arms in figures.items() if "callback" in arms})
-
-
-@table("speed_more", "speed")
-def speed_more(figures: dict) -> Rows:
-    """With embeddings frozen and with checkpointing."""
-    return step_rows({name.split(",")[0]: arms for name, arms in figures.items() if "full, checkpointed" in arms})
 
 
 @table("speed_of_static", "speed")
@@ -290,39 +267,11 @@ def speed_of_static(figures: dict) -> Rows:
 
 @table("zero_switch", "switch")
 def switch(figures: dict) -> Rows:
-    intervals = next(iter(figures.values()))["share_of_period"]
-    rows = [["", "parameters", "switch s", "with what follows", "step s", "states MiB a rank", "MiB let go",
-             *(f"of K = {interval}" for interval in intervals)]]  # fmt: skip
+    rows = [["", "parameters", "switch s", "step s", "of K = 20"]]
     for name, cell in figures.items():
-        step = f"{statistics.median(cell['step_seconds']):.2f}"
-        times = spread(cell["switch_seconds"], 3), f"{cell['cost_seconds']:.3f}", step
-        sizes = [f"{cell[key] / 2**20:.1f}" for key in ("state_bytes_of_rank_0", "bytes_released")]
-        shares = [percent(share, 2) for share in cell["share_of_period"].values()]
-        rows.append([name, f"{cell['parameters'] / 1e6:.0f} M", *times, *sizes, *shares])
-    return rows
-
-
-@table("zero_switch_time", "switch")
-def where_a_switch_spends_its_time(figures: dict) -> Rows:
-    """Of the first cells, which are the stages, the parts of a switch that take most."""
-    rows = [["", "what takes the time of a switch"]]
-    for name, cell in list(figures.items())[:3]:
-        parts = {part: percent(share, 0) for part, share in cell["of_time"].items() if share > 0.1}
-        rows.append([name, named({f"`{part}`": share for part, share in parts.items()})])
-    return rows
-
-
-@table("scaling_ranks", "scaling")
-def scaling_ranks(figures: dict) -> Rows:
-    """Steps of this machine's ranks, measured and by the model."""
-    rows = [["", "ranks", "rows a rank", "step s", "longest", "by the model", "off", "CPU ms a token",
-             "states MB a rank"]]  # fmt: skip
-    for point in figures["here"]["points"]:
-        name = f"{point['ds_config']}, {point['arm']}, {point['kind']}"
-        measured = f"{point['seconds']:.2f}", f"{100 * point['spread']:+.0f}%"
-        by_the_model = f"{point['predicted']:.2f}", f"{100 * point['off']:+.0f}%"
-        more = f"{1e3 * point['cpu_seconds_a_token']:.2f}", f"{point['memory']['states'] / 1e6:.1f}"
-        rows.append([name, f"{point['ranks']}", f"{point['rows_a_rank']}", *measured, *by_the_model, *more])
+        times = spread(cell["switch_seconds"], 3), f"{statistics.median(cell['step_seconds']):.2f}"
+        share = percent(cell["share_of_period"]["20"], 2)
+        rows.append([name, f"{cell['parameters'] / 1e6:.0f} M", *times, share])
     return rows
 
 

@@ -4,8 +4,7 @@ python -m benchmarks.tables.write            # writes what has changed
 python -m benchmarks.tables.write --check    # writes nothing; exit status 1 where a page and the results differ
 
 A table stands on its page between `<!-- table: NAME -->` and `<!-- end -->`, and NAME is that of a function in rows.py.
-The table `index` in benchmarks/README.md, made by index.py, has a row for every results file, and for every script that
-has none.
+The table `index` in benchmarks/REPORT.md, made by index.py, has a row for every script, with its results.
 """
 
 import argparse
@@ -18,6 +17,7 @@ from benchmarks.tables.index import index
 from benchmarks.tables.parts import TABLES, Benchmarks, Rows, TableError
 
 ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/*.md", "benchmarks/*.md")
 END = "<!-- end -->"
 
 
@@ -60,7 +60,11 @@ def with_tables(page: str, benchmarks: Benchmarks) -> tuple[str, list[str]]:
 def changed_pages(root: Path) -> dict[Path, tuple[str, list[str]]]:
     """The pages whose tables differ: what they should be, and the names of the tables."""
     benchmarks, changed = Benchmarks(root / "benchmarks"), {}
-    for path in (root / "README.md", *sorted((root / "docs").glob("*.md")), root / "benchmarks" / "README.md"):
+    for path in (
+        root / "README.md",
+        *sorted((root / "docs").glob("*.md")),
+        *sorted((root / "benchmarks").glob("*.md")),
+    ):
         try:
             page, differ = with_tables(path.read_text(encoding="utf-8"), benchmarks)
         except TableError as error:

@@ -1,4 +1,4 @@
-"""The tables of README and docs are what benchmarks/results says, and benchmarks/README.md has every benchmark."""
+"""The tables of README and docs are what benchmarks/results says, and benchmarks/REPORT.md has every benchmark."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from benchmarks.tables.runs import runs_at_best
 
 ROOT = Path(__file__).parents[3]
 PAGES = [path.relative_to(ROOT) for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
-PAGES.append(Path("benchmarks/README.md"))
+PAGES.append(Path("benchmarks/REPORT.md"))
 MARKED = re.compile(r"^<!-- table: (.*) -->\n((?:\|.*\n)+)<!-- end -->$", re.MULTILINE)
 ASKED = {"numel"}  # numbers in results that a table looks its figures up by
 ON_PAGES = [(page, found[1]) for page in PAGES for found in MARKED.finditer((ROOT / page).read_text(encoding="utf-8"))]
@@ -113,12 +113,12 @@ def test_a_figure_in_the_results(copy, capsys):
     runs = results["figures"]["runs"]
     quality.runs_at_best("full", runs)[0]["held_out"] -= 0.001
     path.write_text(json.dumps(results), encoding="utf-8")
-    assert {"comparing_methods", "index"} <= names_in(check(copy, capsys))
+    assert {"experiments", "headline_quality"} <= names_in(check(copy, capsys))
 
 
 def test_no_table_stays_when_all_figures_change(copy, capsys):
     rng = random.Random(0)
-    before = index.index(parts.Benchmarks(copy / "benchmarks"))
+    names = {name for _, name in ON_PAGES}
 
     def changed(value, name=""):
         if isinstance(value, dict):
@@ -131,10 +131,7 @@ def test_no_table_stays_when_all_figures_change(copy, capsys):
     for path in (copy / "benchmarks" / "results").glob("*.json"):
         results = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps(results | {"figures": changed(results["figures"])}), encoding="utf-8")
-    assert names_in(check(copy, capsys)) == {name for _, name in ON_PAGES}
-    after = index.index(parts.Benchmarks(copy / "benchmarks"))
-    same = {old[3] for old, new in zip(before, after, strict=True) if old[3] == new[3]}
-    assert same <= {"latest result", ""}, "the header, and what was not run"
+    assert names_in(check(copy, capsys)) == names - {"index"}, "the index has links alone"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +155,7 @@ def test_what_a_page_may_not_have(added, said, copy):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "docs/kernels.md: table kernels_forms: there is no benchmarks/results/forms.json."),
+        (None, "benchmarks/REPORT.md: table kernels_forms: there is no benchmarks/results/forms.json."),
         ("{", "benchmarks/results/forms.json is no JSON ("),
         ('{"figures": {}}', "table kernels_forms: its results have another shape than it reads (KeyError("),
         ('{"figures": [1]}', "table kernels_forms: its results have another shape than it reads (TypeError("),
@@ -186,18 +183,6 @@ def test_figures_of_another_shape_are_named(name, broken, copy):
     assert "its results have another shape than it reads (" in error_of(copy)
 
 
-def test_what_a_gpu_gave_is_in_the_index(copy):
-    step = {"step": 0.5}
-    ran = {"steps": [step, step, {"step": 9.0}], "tokens": 2048, "peak": 3 * 2**29}
-    figures = {"one shape": {"full": {"not_run": "out of memory"}, "lisa": ran}, "another": {"lisa": {"not_run": "-"}}}
-    about = {"command": "python -m benchmarks.cost.gpu", "machine": "m", "device": "NVIDIA H100"}
-    (copy / "benchmarks" / "results" / "gpu.json").write_text(json.dumps(about | {"figures": {"arms": figures}}))
-    write.main([], copy)
-    said = "one shape: lisa 1.50 GiB 4096 tokens/s; another: nothing has run"
-    row = f"| `python -m benchmarks.cost.gpu` | [{said}](results/gpu.json) | m | NVIDIA H100 |"
-    assert row in (copy / "benchmarks" / "README.md").read_text()
-
-
 @pytest.mark.parametrize(
     ("script", "figures", "said"),
     [
@@ -213,7 +198,7 @@ def test_what_other_scripts_for_gpus_gave_is_told(script, figures, said):
 
 def test_runs_that_are_not_there(copy):
     for name, table, said in (
-        ("quality", "comparing_methods", "the results of quality.py have no run of full"),
+        ("quality", "headline_quality", "the results of quality.py have no run of full"),
         ("choosing", "choosing_gamma", "choosing.json has no run {"),
     ):
         path = copy / "benchmarks" / "results" / f"{name}.json"
@@ -228,11 +213,11 @@ def test_runs_that_are_not_there(copy):
 
 def test_the_index_has_every_script_and_every_result():
     folder = ROOT / "benchmarks"
-    links = re.findall(r"\]\(([^)]+)\)", (folder / "README.md").read_text(encoding="utf-8"))
+    (rows,) = (found[2] for found in MARKED.finditer((folder / "REPORT.md").read_text("utf-8")) if found[1] == "index")
+    links = re.findall(r"\]\(([^)]+)\)", rows)
     paths = [path for room in ("cost", "quality") for path in (folder / room).glob("*.py")]
     scripts = {f"{path.parent.name}/{path.name}" for path in paths if "__main__" in path.read_text(encoding="utf-8")}
     assert len(scripts) > 10
-    links = [link for link in links if not link.endswith(".md")]
     assert sorted(links) == sorted([*scripts, *(f"results/{path.name}" for path in folder.glob("results/*.json"))])
 
 
@@ -240,20 +225,14 @@ def test_a_new_benchmark_in_the_index(copy):
     folder = copy / "benchmarks"
     (folder / "cost" / "new.py").write_text('"""What is new? Nothing.\n\nMore of it.\n"""\ndef main(): pass\n')
     write.main([], copy)
-    assert "| [new](cost/new.py) | What is new? Nothing. | not run yet | | | |\n" in (folder / "README.md").read_text()
-    results = {
-        "command": "python -m benchmarks.cost.new --model ../models/small",
-        "machine": "m",
-        "device": "a GPU",
-        "figures": {},
-    }
-    (folder / "results" / "new_gpu.json").write_text(json.dumps(results))
-    assert "nothing says what came of new.py" in error_of(copy)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(parts.LATEST, "new", lambda figures: "a|b")
-        write.main([], copy)
-    row = "| `python -m benchmarks.cost.new --model small` | [a\\|b](results/new_gpu.json) | m | a GPU |\n"
-    assert f"| [new](cost/new.py) | What is new? Nothing. {row}" in (folder / "README.md").read_text()
+    about = "| [new](cost/new.py) | What is new? Nothing. |"
+    assert f"{about} not run yet | |\n" in (folder / "REPORT.md").read_text()
+    results = {"command": "python -m benchmarks.cost.new", "machine": "m", "device": "a GPU", "figures": {}}
+    for name in ("new_gpu", "new"):
+        (folder / "results" / f"{name}.json").write_text(json.dumps(results))
+    write.main([], copy)
+    links = "[new](results/new.json), [new_gpu](results/new_gpu.json)"
+    assert f"{about} {links} | a GPU |\n" in (folder / "REPORT.md").read_text()
 
 
 def test_the_table_of_importance_is_of_ranks():
@@ -294,17 +273,14 @@ def test_seeds_that_a_cut_sweep_has_left_out_are_no_error():
     assert [run["held_out"] for run in runs_at_best("full", figures)] == [0.0, 2.0]
 
 
-def test_at_equal_memory_the_best_lisa_is_one_whose_peak_is_near():
-    def arm(peak: float, held_out: float) -> dict:
-        return {"peak": peak * 1e6, "loss": held_out}
-
-    arms = {"lora r16": arm(100, 2.0), "galore r16": arm(200, 1.5), "lisa 2": arm(105, 1.9), "lisa 4": arm(106, 1.7)}
-    of_task = {"settings": {"model": "model"}, "runs": {}}
-    _, *lines = quality.best_in_the_memory_of_others({"tasks": {"a task": {"arms": arms}}}, of_task)
-    assert lines == [
-        ["a task", "LoRA r16", "adapters", "100.0", "2.0000", "LISA, gamma 2, uniform", "2 of 30", "105.0", "1.9000"],
-        ["a task", "GaLore r16", "30 of 30", "200.0", "1.5000", "LISA, gamma 4, uniform", "4 of 30", "106.0", "1.7000"],
-    ]
-    arms["lora r16"]["peak"] = 50e6
-    _, line, _ = quality.best_in_the_memory_of_others({"tasks": {"a task": {"arms": arms}}}, of_task)
-    assert line[5:] == ["-", "-", "-", "-"]
+def test_the_claim_of_the_readme_is_what_its_table_says():
+    """The one figure of losses in prose: the gap to full training with as many layers as fit."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = next(found[2] for found in MARKED.finditer(page) if found[1] == "headline_quality").splitlines()
+    cells = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in rows}
+    (fitted,) = (name for name in cells if name.startswith("LISA, as many layers as fit"))
+    gaps = [float(re.match(r"[\d.]+", one)[0]) - float(re.match(r"[\d.]+", full)[0])
+            for one, full in zip(cells[fitted], cells["full training"], strict=True)]  # fmt: skip
+    assert len(gaps) == 4
+    claimed = re.search(r"LISA was within ([\d.]+) of full training's held-out loss on every\s+task", page)
+    assert max(gaps) <= float(claimed[1])
