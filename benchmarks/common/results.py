@@ -1,4 +1,4 @@
-"""What every benchmark shares: its flags, its results file, and a printed table."""
+"""What every benchmark shares: its flags and its results file."""
 
 import argparse
 import json
@@ -41,13 +41,6 @@ def positive(word: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
     return number
-
-
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """A plain table, columns as wide as they need."""
-    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
-    for line in [header, *rows]:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 def write_results(path: Path, figures: dict, quiet: bool = False) -> None:

@@ -10,7 +10,7 @@ the network, coding and decoding of layers in fewer bits, and what a short row l
 from transformers import PretrainedConfig
 
 from benchmarks.common.results import parser_of, write_results
-from benchmarks.tables.show import show
+from benchmarks.tables.declared import show
 from lisa_dist import LisaConfig
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.meta_model import model_without_weights

@@ -16,9 +16,10 @@ from torch import distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lisa_dist
-from benchmarks.common.arms import model_of
 from benchmarks.common.ranks import run_on_ranks
-from benchmarks.common.results import parser_of, positive, print_table, write_results
+from benchmarks.common.results import parser_of, positive, write_results
+from benchmarks.common.runs import model_of
+from benchmarks.tables.render import print_table
 from lisa_dist import LisaConfig
 from lisa_dist.checkpoint.block_files import assign, block_files, host_by_host
 from lisa_dist.checkpoint.save import finish_save, save_checkpoint
@@ -107,7 +108,7 @@ def main() -> None:
             figures["saves"].setdefault(ds_config, {})[way] = found
             means = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
             rows.append([ds_config, way, f"{means['bytes']:,.0f}", *(f"{means[n]:.2f}" for n in ("waited", "seconds"))])
-    print_table(["config", "way", "bytes written", "s of waiting", "s until it is there"], rows)
+    print_table(["config", "way", "bytes written", "s of waiting", "s until it is there"], *rows)
     figures["llama2-70b on 16 GPUs"] = {periods: after_a_signal(periods) for periods in (1, 2)}
     for periods, found in figures["llama2-70b on 16 GPUs"].items():
         print(

@@ -20,20 +20,10 @@ import torch
 from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.common.arms import (
-    FULL,
-    LISA,
-    RANKS,
-    SIDE_BY_SIDE,
-    Run,
-    arms_parser,
-    model_of,
-    parse,
-    shrunk_arms,
-    shrunk_config,
-)
+from benchmarks.common.methods import FULL, LISA, SIDE_BY_SIDE, shrunk_methods
 from benchmarks.common.ranks import RankGroup
 from benchmarks.common.results import positive, write_results
+from benchmarks.common.runs import RANKS, Run, methods_parser, model_of, parse, shrunk_config
 from benchmarks.cost.traffic import (
     CONTROL,
     PERIOD,
@@ -44,7 +34,7 @@ from benchmarks.cost.traffic import (
     mean_of_period,
     on_wire,
 )
-from benchmarks.tables.show import show
+from benchmarks.tables.declared import show
 from lisa_dist.ds_config import read_ds_config
 
 INTERVAL = 3  # steps of a period: the first, the second, and an ordinary one
@@ -102,12 +92,12 @@ def _tensors_of(value: object) -> Iterator[torch.Tensor]:
 
 
 class CountedRun(Run):
-    """An arm whose steps are counted."""
+    """A method whose steps are counted."""
 
     def count(self, length: int) -> dict:
         """Take a period of INTERVAL steps and the next: what its moments send, and the layers of both.
 
-        These are MOMENTS of LISA, and of the other arms, whose steps are all alike from the third on, a step.
+        These are MOMENTS of LISA, and of the other methods, whose steps are all alike from the third on, a step.
         """
         self.steps(INTERVAL, length)
         was = self.active_layers
@@ -126,7 +116,7 @@ class CountedRun(Run):
 
 
 class Counting:
-    """What a rank does: it counts one arm after the other."""
+    """What a rank does: it counts one method after the other."""
 
     def __init__(self):
         gc.freeze()  # else DeepSpeed's collections would walk all that was imported, at every switch
@@ -160,7 +150,7 @@ def ds_configs(num_elements: int) -> dict[str, str | dict]:
 
 @dataclass(frozen=True)
 class Compared:
-    """An arm under one config: what each rank has counted, and the formula."""
+    """A method under one config: what each rank has counted, and the formula."""
 
     layout: Layout
     counted: list[dict]
@@ -192,54 +182,54 @@ class Compared:
 
 
 def compare_all(arguments: argparse.Namespace) -> dict[str, dict[str, Compared]]:
-    """Every arm under every config; static trains the layers that LISA has drawn."""
+    """Every method under every config; static trains the layers that LISA has drawn."""
     model = (arguments.model, arguments.shrink, arguments.num_layers)
     config = shrunk_config(*model)
     configs, counted = ds_configs(sum(one.numel() for one in model_of(config).parameters())), {}
-    side_by_side = shrunk_arms(SIDE_BY_SIDE, arguments.shrink)
+    side_by_side = shrunk_methods(SIDE_BY_SIDE, arguments.shrink)
     with RankGroup(RANKS, Counting) as ranks:
         for name, ds_config in configs.items():
             layers: Sequence[int] = ()
-            for arm in sorted(side_by_side, key=lambda arm: arm is not LISA):
+            for method in sorted(side_by_side, key=lambda method: method is not LISA):
                 settings = {"layers": layers, "interval": INTERVAL}
-                found = ranks.call("count", arguments.length, arm, config, ds_config, **settings)
-                counted[name, arm.name], layers = found, layers or found[0]["active"]
+                found = ranks.call("count", arguments.length, method, config, ds_config, **settings)
+                counted[name, method.name], layers = found, layers or found[0]["active"]
     compared: dict[str, dict[str, Compared]] = {}
     layouts: dict[tuple, Layout] = {}
     for name, ds_config in configs.items():
         settings = Settings.of(ds_config, config, RANKS, torch.float32)
-        for arm in side_by_side:
-            found = counted[name, arm.name]
+        for method in side_by_side:
+            found = counted[name, method.name]
             was, active = found[0]["was"], found[0]["active"]
-            key = arm.name, active
-            layouts[key] = layout = layouts.get(key) or layout_of(arm, *model, active)
-            formula = bytes_by_formula(arm, layout, settings, was, active)
-            compared.setdefault(name, {})[arm.name] = Compared(layout, found, formula)
+            key = method.name, active
+            layouts[key] = layout = layouts.get(key) or layout_of(method, *model, active)
+            formula = bytes_by_formula(method, layout, settings, was, active)
+            compared.setdefault(name, {})[method.name] = Compared(layout, found, formula)
     return compared
 
 
 def at_full_size(model: str) -> dict[str, dict]:
     """By the formula alone: bytes of a step of a model as it is, under the shipped configs, in bf16."""
     found: dict[str, dict] = {}
-    for arm in (FULL, LISA):
-        gamma = arm.config.lisa_activated_layers
+    for method in (FULL, LISA):
+        gamma = method.config.lisa_activated_layers
         was, active = range(gamma), range(gamma, 2 * gamma)  # all layers are alike
-        layout = layout_of(arm, model, 1, None, active)
+        layout = layout_of(method, model, 1, None, active)
         for name in ("zero1", "zero2", "zero3"):
             settings = Settings.of(name, shrunk_config(model), LARGE_WORLD, torch.bfloat16)
-            moments = bytes_by_formula(arm, layout, settings, was, active)
-            found.setdefault(name, {})[arm.name] = {
+            moments = bytes_by_formula(method, layout, settings, was, active)
+            found.setdefault(name, {})[method.name] = {
                 "active_share": layout.active_share,
                 "step": dict(moments["step"]),
                 "wire": on_wire(moments["step"], LARGE_WORLD),
                 "mean_of_period": mean_of_period(moments, LARGE_WORLD),
-            } | ({"switch": dict(moments["switch"])} if arm is LISA else {})
+            } | ({"switch": dict(moments["switch"])} if method is LISA else {})
     return found
 
 
 def main() -> None:
     """Count, compare, print, write; ends with 1 where a number differs."""
-    parser = arms_parser(__doc__, "communication", shrink=16)
+    parser = methods_parser(__doc__, "communication", shrink=16)
     parser.add_argument("--length", type=positive, default=32, help="tokens of a row")
     about_large = f"of this model, as it is, the formula gives the bytes on {LARGE_WORLD} GPUs"
     parser.add_argument("--large", default="llama2-70b", help=about_large)
@@ -248,15 +238,17 @@ def main() -> None:
     settings = {name: getattr(arguments, name) for name in ("shrink", "num_layers", "length")}
     figures = {
         "settings": settings | {"model": Path(arguments.model).name, "ranks": RANKS, "period": PERIOD},
-        "counted": {name: {arm: one.figures() for arm, one in arms.items()} for name, arms in compared.items()},
+        "counted": {
+            name: {method: one.figures() for method, one in methods.items()} for name, methods in compared.items()
+        },
         "by_formula_alone": {f"{Path(arguments.large).name}, {LARGE_WORLD} GPUs, bf16": at_full_size(arguments.large)},
     }
     write_results(arguments.results, figures)
     show("communication", figures)
     differ = [
-        f"{arm} under {name}, {moment}, {collective}: counted {counted}, by the formula {formula}"
-        for name, arms in compared.items()
-        for arm, one in arms.items()
+        f"{method} under {name}, {moment}, {collective}: counted {counted}, by the formula {formula}"
+        for name, methods in compared.items()
+        for method, one in methods.items()
         for moment, collective, counted, formula in one.rows()
         if set(counted) != {formula}
     ]

@@ -4,12 +4,12 @@ python -m benchmarks.cost.gpu
 python -m benchmarks.cost.gpu --rehearse     # the same on a CPU, with models small enough for it
 
 First what gpu_correct.py checks. Then shapes of Llama-3.1-8B and LLaMA-2-7B with random weights, bf16, one row of 2048
-tokens, of a recipe as many as it has; each arm in a process of its own, so that the peak is its own. Arms run in the
+tokens, of a recipe as many as it has; each method in a process of its own, so that the peak is its own. Arms run in the
 order of ORDER, the most telling first. A line is printed and the results are written anew whenever one ends, so that a
 run that is killed keeps what it has. None is begun that may not end in time, and one that hangs is ended.
 
 Full training of the shapes does not fit one GPU of 80 GB: what it says is kept, and it is compared on the 7B shape with
-12 of its layers, one of them active. Nothing is checkpointed where an arm does not say so. Static has the layers that
+12 of its layers, one of them active. Nothing is checkpointed where a method does not say so. Static has the layers that
 LISA has. LISA's peak is the larger of two periods, and a switch is what a period's first step begins with. A recipe has
 the flags of its file, and the layers that its header plans. No network is needed once the packages are there.
 """
@@ -32,61 +32,63 @@ from statistics import median
 import torch
 import yaml
 
-from benchmarks.common import arms
+from benchmarks.common import runs
+from benchmarks.common.methods import EMBED_FROZEN, FULL, LISA, LORA_16, LORA_128, STATIC, Method
 from benchmarks.common.ranks import Caller, RankError, RankGroup
-from benchmarks.common.results import RESULTS, parser_of, positive, print_table, versions, write_results
+from benchmarks.common.results import RESULTS, parser_of, positive, versions, write_results
 from benchmarks.cost import kernels
 from benchmarks.tables.recipes import COMMAND, RECIPES
+from benchmarks.tables.render import print_table
 from lisa_dist.commands import plan
 from lisa_dist.distributed.allocator import use_expandable_segments
 from lisa_dist.memory.plans import make_plans
 from lisa_dist.optim.ops import why_no_compiler
 
 
-def of_recipe(name: str) -> arms.Arm:
-    """The arm of a shipped recipe, by the flags of its file."""
+def of_recipe(name: str) -> Method:
+    """The method of a shipped recipe, by the flags of its file."""
     flags = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
-    # On one rank stages 1 and 2 are alike but for accumulation, which no arm has.
+    # On one rank stages 1 and 2 are alike but for accumulation, which no method has.
     assert flags["deepspeed"] in ("zero1", "zero2")
     assert flags["per_device_train_batch_size"] == 1
     settings = {flag: value for flag, value in flags.items() if flag.startswith("lisa_")}
     del settings["lisa_interval_steps"]
-    arm = arms.Arm(name, "lisa", settings, checkpointed=flags["checkpointed_layers"], length=flags["max_length"])
-    return replace(arm, optim=flags.get("optim", arm.optim))
+    method = Method(name, "lisa", settings, checkpointed=flags["checkpointed_layers"], length=flags["max_length"])
+    return replace(method, optim=flags.get("optim", method.optim))
 
 
 EIGHT = {"lisa_state_bits": "embed=8,head=8,layers=8"}
-SIX_BYTES = arms.Arm("lisa, 6 bytes", "lisa", EIGHT | {"lisa_master": "bf16_sr"}, optim="lisa_adamw")
-ON_HOST = arms.Arm("lisa, always on, on host", "lisa", {"lisa_offload": "embed,head,rest"})
-BNB_8 = arms.Arm("lisa, bitsandbytes AdamW8bit", "lisa", optim="adamw_bnb_8bit")
-OURS_8 = arms.Arm("lisa, lisa_adamw, 8 bits", "lisa", EIGHT, optim="lisa_adamw")
-ENDS_FROZEN = arms.Arm("lisa, embed and head frozen", "lisa", arms.EMBED_FROZEN)
-KEPT = arms.Arm("lisa, states kept", "lisa", {"lisa_state": "keep"})
-LISA_ADAMW = arms.Arm("lisa, lisa_adamw", "lisa", optim="lisa_adamw")
-FLASH = replace(arms.LISA, name="lisa, flash-attn", attention="flash_attention_2")
-LIGER = replace(arms.LISA, name="lisa, Liger", liger=True)
-COMPILED = replace(arms.LISA, name="lisa, compiled", compiled=True)
+SIX_BYTES = Method("lisa, 6 bytes", "lisa", EIGHT | {"lisa_master": "bf16_sr"}, optim="lisa_adamw")
+ON_HOST = Method("lisa, always on, on host", "lisa", {"lisa_offload": "embed,head,rest"})
+BNB_8 = Method("lisa, bitsandbytes AdamW8bit", "lisa", optim="adamw_bnb_8bit")
+OURS_8 = Method("lisa, lisa_adamw, 8 bits", "lisa", EIGHT, optim="lisa_adamw")
+ENDS_FROZEN = Method("lisa, embed and head frozen", "lisa", EMBED_FROZEN)
+KEPT = Method("lisa, states kept", "lisa", {"lisa_state": "keep"})
+LISA_ADAMW = Method("lisa, lisa_adamw", "lisa", optim="lisa_adamw")
+FLASH = replace(LISA, name="lisa, flash-attn", attention="flash_attention_2")
+LIGER = replace(LISA, name="lisa, Liger", liger=True)
+COMPILED = replace(LISA, name="lisa, compiled", compiled=True)
 ONE = {"lisa_activated_layers": 1}
-GAMMA_1, STATIC_1, CALLBACK_1 = (arms.Arm(f"{name}, gamma 1", name, ONE) for name in ("lisa", "static", "callback"))
+GAMMA_1, STATIC_1, CALLBACK_1 = (Method(f"{name}, gamma 1", name, ONE) for name in ("lisa", "static", "callback"))
 
 
-def checkpointed(arm: arms.Arm) -> arms.Arm:
-    """The same arm with the activations of all layers computed again."""
-    return replace(arm, name=f"{arm.name}, checkpointed", checkpointed="all")
+def checkpointed(method: Method) -> Method:
+    """The same method with the activations of all layers computed again."""
+    return replace(method, name=f"{method.name}, checkpointed", checkpointed="all")
 
 
 # Model, and how many of its layers (None: all).
 LLAMA_8B, OF_12_LAYERS = ("llama3.1-8b", None), ("llama2-7b", 12)
 # The first six answer whether LISA and what is shipped fit, as planned, and what LISA costs. None: kernels alone.
 ORDER = (
-    (LLAMA_8B, arms.LISA),
+    (LLAMA_8B, LISA),
     *((LLAMA_8B, of_recipe(name)) for name in ("llama3_8b_16gb", "llama3_8b_24gb")),
-    *((LLAMA_8B, arm) for arm in (arms.STATIC, arms.FULL, arms.LORA_16)),
+    *((LLAMA_8B, method) for method in (STATIC, FULL, LORA_16)),
     None,
-    *((LLAMA_8B, arm) for arm in (SIX_BYTES, BNB_8, OURS_8, FLASH, LIGER, COMPILED, checkpointed(arms.LISA), KEPT)),
-    *((OF_12_LAYERS, arm) for arm in (arms.FULL, GAMMA_1, arms.LORA_16, STATIC_1, CALLBACK_1)),
-    *((LLAMA_8B, arm) for arm in (ENDS_FROZEN, LISA_ADAMW, arms.LORA_128)),
-    *((OF_12_LAYERS, checkpointed(arm)) for arm in (arms.FULL, GAMMA_1)),
+    *((LLAMA_8B, method) for method in (SIX_BYTES, BNB_8, OURS_8, FLASH, LIGER, COMPILED, checkpointed(LISA), KEPT)),
+    *((OF_12_LAYERS, method) for method in (FULL, GAMMA_1, LORA_16, STATIC_1, CALLBACK_1)),
+    *((LLAMA_8B, method) for method in (ENDS_FROZEN, LISA_ADAMW, LORA_128)),
+    *((OF_12_LAYERS, checkpointed(method)) for method in (FULL, GAMMA_1)),
     (LLAMA_8B, ON_HOST),  # the last: it may have to build an operator first
 )
 KERNELS = ("lisa_adamw, bf16, stochastic", "lisa_adamw, bf16, stochastic, 8 bits", "lisa_adamw, bf16, fp32 master")
@@ -96,59 +98,61 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL
 PEAK_FLOPS |= {"GB200": 2500e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "5090": 209e12}
 REHEARSED = (64, 8)  # by how much widths are divided, and the layers
 WARMUP, INTERVAL, SWITCHES = 2, 8, 3
-ARM_SECONDS = 150  # after which an arm has hung
+ARM_SECONDS = 150  # after which a method has hung
 
 
-def why_not_here(arm: arms.Arm) -> str:
-    """What an arm needs and is not here, or nothing."""
+def why_not_here(method: Method) -> str:
+    """What a method needs and is not here, or nothing."""
     from transformers.utils import is_flash_attn_2_available
 
-    if arm.attention != "sdpa" and not is_flash_attn_2_available():
+    if method.attention != "sdpa" and not is_flash_attn_2_available():
         return "flash-attn is not installed"
-    if arm.liger and not torch.cuda.is_available():
+    if method.liger and not torch.cuda.is_available():
         return "Liger's kernels need a GPU"
-    if arm.compiled and torch.cuda.is_available():
+    if method.compiled and torch.cuda.is_available():
         return why_no_compiler()
-    return "liger-kernel is not installed" if arm.liger and find_spec("liger_kernel") is None else ""
+    return "liger-kernel is not installed" if method.liger and find_spec("liger_kernel") is None else ""
 
 
-def settled(arm: arms.Arm, config) -> arms.Arm:
-    """The same arm; of a recipe with numbers of active and checkpointed layers, by the command of its header."""
-    if arm.checkpointed != "auto":
-        return arm
-    given = arm.settings.get("lisa_activated_layers")
+def settled(method: Method, config) -> Method:
+    """The same method; of a recipe with numbers of active and checkpointed layers, by the command of its header."""
+    if method.checkpointed != "auto":
+        return method
+    given = method.settings.get("lisa_activated_layers")
     if isinstance(given, int):  # of a rehearsal's model there may be fewer
-        arm = replace(arm, settings=arm.settings | {"lisa_activated_layers": min(given, config.num_hidden_layers)})
-    lines = (RECIPES / f"{arm.name}.yaml").read_text(encoding="utf-8").splitlines()
+        method = replace(
+            method, settings=method.settings | {"lisa_activated_layers": min(given, config.num_hidden_layers)}
+        )
+    lines = (RECIPES / f"{method.name}.yaml").read_text(encoding="utf-8").splitlines()
     command = next(line.removeprefix(COMMAND) for line in lines if line.startswith(COMMAND))
     arguments, _ = plan.parser().parse_args_into_dataclasses(shlex.split(command))
-    (found,) = make_plans(config, arguments, arm.config)
+    (found,) = make_plans(config, arguments, method.config)
     layers = {"lisa_activated_layers": found.lisa_config.lisa_activated_layers}
-    return replace(arm, settings=arm.settings | layers, checkpointed=found.workload.checkpointed_layers)
+    return replace(method, settings=method.settings | layers, checkpointed=found.workload.checkpointed_layers)
 
 
-def measure(arm: arms.Arm, config, layers: tuple[int, ...], arguments: argparse.Namespace) -> dict:
+def measure(method: Method, config, layers: tuple[int, ...], arguments: argparse.Namespace) -> dict:
     """Steps of one period and the peak of one more; of LISA switches and the next period's peak. `layers`: static's."""
     kind = {"rows": arguments.rows, "dtype": torch.bfloat16, "interval": INTERVAL}
-    length = arguments.length if arguments.rehearse else arm.length or arguments.length
-    tokens, arm = arguments.rows * length, settled(arm, config)
-    with RankGroup(1, arms.Run, arm, config, "zero2", layers=layers, **kind) as ranks:
+    length = arguments.length if arguments.rehearse else method.length or arguments.length
+    tokens, method = arguments.rows * length, settled(method, config)
+    with RankGroup(1, runs.Run, method, config, "zero2", layers=layers, **kind) as ranks:
         ranks.call("steps", WARMUP, length)
         steps = [ranks.call("step", length)[0] for _ in range(INTERVAL - WARMUP - 1)]
         active = ranks.call("get", "active_layers")[0]
         found = {
             "steps": steps,
             "tokens": tokens,
-            "flops": arms.flops_of_step(config, arm, tokens, length, active),
+            "flops": runs.flops_of_step(config, method, tokens, length, active),
             "active_layers": active,
-            "checkpointed": arm.checkpointed,
+            "checkpointed": method.checkpointed,
             "live": ranks.call("live_bytes")[0],
         }
-        peaks, firsts = [arms.peak_of(ranks, length)], []
-        for number in range(SWITCHES if arm.method == "lisa" else 0):
+        peaks, firsts = [runs.peak_of(ranks, length)], []
+        for number in range(SWITCHES if method.kind == "lisa" else 0):
             firsts.append(ranks.call("step", length)[0])  # of a new period
             if number == 0:
-                peaks.append(arms.peak_of(ranks, length))
+                peaks.append(runs.peak_of(ranks, length))
             ranks.call("steps", INTERVAL - 1 - (number == 0), length)
         found["switches"], found["reserved"] = [step["begin"] for step in firsts], ranks.call("reserved_bytes")[0]
         return max(peaks, key=lambda one: one["peak"]) | found
@@ -188,7 +192,7 @@ class Budget:
         begun = time.monotonic()
         left = self._seconds - (begun - self._started)
         if left <= self._longest:
-            return {"not_run": f"time was up: {max(left, 0):.0f} s are left, and an arm takes {self._longest:.0f} s"}
+            return {"not_run": f"time was up: {max(left, 0):.0f} s are left, and a method takes {self._longest:.0f} s"}
         limit = min(left, ARM_SECONDS)
         try:
             with limited(limit):
@@ -203,8 +207,8 @@ class Budget:
 
 
 def start() -> dict:
-    """Have the server of ranks started, and read from the disk what arms import."""
-    with RankGroup(1, arms.Arm, "none", "none"):
+    """Have the server of ranks started, and read from the disk what methods import."""
+    with RankGroup(1, Method, "none", "none"):
         return {}
 
 
@@ -214,15 +218,15 @@ def title_of(shape: tuple[str, int | None]) -> str:
 
 
 def run_all(arguments: argparse.Namespace, peak_flops: float | None) -> dict:
-    """Every arm until time is up; what could not run says why."""
+    """Every method until time is up; what could not run says why."""
     budget, figures = Budget(60 * arguments.minutes), {"arms": {}, "kernels": {"not_run": "not reached"}}
     figures["correct"] = budget.run(lambda: correctness(arguments.rehearse), is_typical=False)
-    for shape, arm in filter(None, ORDER):
-        figures["arms"].setdefault(title_of(shape), {})[arm.name] = {"not_run": "not reached"}
+    for shape, method in filter(None, ORDER):
+        figures["arms"].setdefault(title_of(shape), {})[method.name] = {"not_run": "not reached"}
     started = budget.run(start, is_typical=False)
     said = started.get("not_run") or f"{started['seconds']:.0f} s"
     print(f"started: {said}", flush=True)
-    for shape, arm in (one or (None, None) for one in ORDER):
+    for shape, method in (one or (None, None) for one in ORDER):
         if shape is None:
             figures["kernels"] = budget.run(lambda: kernels_on_a_rank(10**5 if arguments.rehearse else 10**8))
             for one in figures["kernels"].get("kernels", [figures["kernels"]]):
@@ -230,24 +234,24 @@ def run_all(arguments: argparse.Namespace, peak_flops: float | None) -> dict:
                 print(f"kernels, {one.get('name', 'all')}: {took}", flush=True)
         else:
             of_shape = figures["arms"][title_of(shape)]
-            found = of_shape[arm.name] = run_one(shape, arm, of_shape, budget, arguments)
+            found = of_shape[method.name] = run_one(shape, method, of_shape, budget, arguments)
             cells = cells_of(found, next(iter(of_shape.values())), peak_flops)
             named = (f"{name} {cell}" for name, cell in zip(HEADER, cells, strict=True))
-            print(f"{title_of(shape)}, {arm.name}: {', '.join(named) if all(cells) else cells[0]}", flush=True)
+            print(f"{title_of(shape)}, {method.name}: {', '.join(named) if all(cells) else cells[0]}", flush=True)
         if arguments.results:
             write_results(arguments.results, figures, quiet=True)
     return figures
 
 
-def run_one(shape: tuple, arm: arms.Arm, of_shape: dict, budget: Budget, arguments: argparse.Namespace) -> dict:
-    """One arm of a shape; `of_shape` has the others."""
+def run_one(shape: tuple, method: Method, of_shape: dict, budget: Budget, arguments: argparse.Namespace) -> dict:
+    """One method of a shape; `of_shape` has the others."""
     lisa = next((found for name, found in of_shape.items() if name.startswith("lisa")), {"not_run": "no such arm"})
-    if missing := why_not_here(arm):
+    if missing := why_not_here(method):
         return {"not_run": missing}
-    if arm.method == "static" and "not_run" in lisa:
+    if method.kind == "static" and "not_run" in lisa:
         return {"not_run": "LISA, whose layers it has, did not run"}
-    config = arms.shrunk_config(shape[0], *(REHEARSED if arguments.rehearse else (1, shape[1])))
-    return budget.run(lambda: measure(arm, config, lisa.get("active_layers", ()), arguments), not arm.compiled)
+    config = runs.shrunk_config(shape[0], *(REHEARSED if arguments.rehearse else (1, shape[1])))
+    return budget.run(lambda: measure(method, config, lisa.get("active_layers", ()), arguments), not method.compiled)
 
 
 def correctness(rehearses: bool) -> dict:
@@ -267,7 +271,7 @@ def kernels_on_a_rank(numel: int) -> dict:
 
 
 def cells_of(found: dict, first: dict, peak_flops: float | None) -> list[str]:
-    """A row of the table; `first` is the arm that speeds are compared with, if it ran."""
+    """A row of the table; `first` is the method that speeds are compared with, if it ran."""
     if "not_run" in found:
         return [found["not_run"].splitlines()[-1], *[""] * (len(HEADER) - 1)]
     each = [step["step"] for step in found["steps"]]
@@ -282,14 +286,14 @@ def cells_of(found: dict, first: dict, peak_flops: float | None) -> list[str]:
         f"{found['tokens'] / seconds:.0f}",
         f"{min(each):.3f}-{max(each):.3f}",
         "-" if of_first is None else f"{of_first:.2f}",
-        *(f"{median(step[phase] for step in found['steps']):.3f}" for phase in arms.PHASES[1:]),
+        *(f"{median(step[phase] for step in found['steps']):.3f}" for phase in runs.PHASES[1:]),
         f"{median(found['switches']):.3f}" if found["switches"] else "-",
         "-" if peak_flops is None else f"{found['flops'] / seconds / peak_flops:.1%}",
         f"{found['seconds']:.0f}",
     ]
 
 
-HEADER = ("peak GiB", "planned", "reserved GiB", "tokens/s", "step s", "of first", *arms.PHASES[1:], "switch s", "MFU")
+HEADER = ("peak GiB", "planned", "reserved GiB", "tokens/s", "step s", "of first", *runs.PHASES[1:], "switch s", "MFU")
 HEADER += ("took s",)
 
 
@@ -299,7 +303,7 @@ def peak_flops_of(card: str) -> float | None:
 
 
 def main() -> None:
-    """Measure; print a line of each arm as it ends, and a table of each shape."""
+    """Measure; print a line of each method as it ends, and a table of each shape."""
     parser = parser_of(__doc__, "gpu")
     parser.set_defaults(results=None)
     parser.add_argument("--rows", type=positive, default=1)
@@ -323,9 +327,9 @@ def main() -> None:
     print("MFU counts the operations that a method cannot do without.")
     figures = run_all(arguments, peak_flops)
     print(f"\non {about}")
-    for shape, of_arms in figures["arms"].items():
-        first = next(iter(of_arms.values()))
-        print_table([shape, *HEADER], [[name, *cells_of(found, first, peak_flops)] for name, found in of_arms.items()])
+    for shape, of_methods in figures["arms"].items():
+        first = next(iter(of_methods.values()))
+        print_table([shape, *HEADER], *([name, *cells_of(one, first, peak_flops)] for name, one in of_methods.items()))
 
 
 if __name__ == "__main__":

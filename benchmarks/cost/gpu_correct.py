@@ -25,10 +25,12 @@ from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM
 
 import lisa_dist
-from benchmarks.common import arms
+from benchmarks.common import runs
+from benchmarks.common.methods import LISA
 from benchmarks.common.ranks import ON_CPU
-from benchmarks.common.results import parser_of, print_table, write_results
+from benchmarks.common.results import parser_of, write_results
 from benchmarks.cost.gpu import of_recipe
+from benchmarks.tables.render import print_table
 from lisa_dist.core.frozen_layers import BLOCKSIZES
 from lisa_dist.kernels.adamw import StepNumbers, StepTensors, adamw_reference
 from lisa_dist.kernels.dynamic_code import quantize
@@ -42,7 +44,7 @@ WEIGHTS = {"fp32": (FP32, False), "bf16, fp32 master": (BF16, True), "bf16, stoc
 WEIGHTS |= {"fp16, fp32 master": (torch.float16, True), "master alone": (None, True)}
 KINDS = ("AdamW", "AdamW, 8 bits", "factored")
 DRAW = {"seed": 2**40 + 3, "parameter": 77, "draw": 5}
-RUNS = {f"{ds_config}, {name}": (ds_config, dtype, arms.LISA)
+RUNS = {f"{ds_config}, {name}": (ds_config, dtype, LISA)
         for ds_config in ("zero2", "zero3") for name, dtype in (("fp32", FP32), ("bf16", BF16))}  # fmt: skip
 RUNS["zero2, bf16, llama3_8b_16gb"] = ("zero2", BF16, of_recipe("llama3_8b_16gb"))
 TOLERANCES = {FP32: 1e-4, BF16: 2e-2}  # of losses
@@ -142,12 +144,12 @@ def check_codes(bits: int, device: torch.device) -> dict:
 
 def losses_of(name: str, shrink: int) -> list[float]:
     """Of steps on the same rows, on the device that there is."""
-    ds_config, dtype, arm = RUNS[name]
+    ds_config, dtype, method = RUNS[name]
     torch.manual_seed(0)
-    config = arms.shrunk_config("llama3.1-8b", shrink, 4)
+    config = runs.shrunk_config("llama3.1-8b", shrink, 4)
     model, losses = AutoModelForCausalLM.from_config(config, dtype=dtype), []
-    settings = lisa_dist.LisaConfig(lisa_interval_steps=3, **arm.settings)
-    engine, lisa = lisa_dist.initialize(model, ds_config, settings, lr=2e-4, weight_decay=0.1, optim=arm.optim)
+    settings = lisa_dist.LisaConfig(lisa_interval_steps=3, **method.settings)
+    engine, lisa = lisa_dist.initialize(model, ds_config, settings, lr=2e-4, weight_decay=0.1, optim=method.optim)
     tokens = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0)).to(engine.device)
     for _ in range(STEPS):
         lisa.on_step_begin()
@@ -217,7 +219,7 @@ def main() -> None:
         failed |= not one["passed"]
         verdict = "passed" if one["passed"] else one.get("error", "FAILED")
         rows.append([name, f"{one.get('largest', 0):.1e}", f"{one.get('differing', 0):.1e}", verdict])
-    print_table(["", "largest difference", "elements that differ", ""], rows)
+    print_table(["", "largest difference", "elements that differ", ""], *rows)
     print("FAILED" if failed else f"all {len(rows)} checks passed")
     raise SystemExit(failed)
 

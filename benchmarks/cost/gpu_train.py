@@ -26,7 +26,8 @@ from statistics import median
 import torch
 import yaml
 
-from benchmarks.common.results import parser_of, positive, print_table, write_results
+from benchmarks.common.results import parser_of, positive, write_results
+from benchmarks.tables.render import print_table
 from lisa_dist import cli
 from lisa_dist.distributed import launching
 
@@ -39,8 +40,8 @@ def make_folder(folder: Path, model: str, num_rows: int, longest: int, shrink: i
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    arms, draws = import_module("benchmarks.common.arms"), random.Random(0)
-    config = arms.shrunk_config(model, shrink, layers)
+    runs, draws = import_module("benchmarks.common.runs"), random.Random(0)
+    config = runs.shrunk_config(model, shrink, layers)
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     made.to_empty(device="cpu")
@@ -115,7 +116,7 @@ def main() -> None:
             """In the place of what ends the run, whose allocator tells of it as long as the process lives."""
             found = figures_of(run, watched)
             write_results(arguments.results, found)
-            print_table(["", ""], [[key, f"{value}"] for key, value in found.items()])
+            print_table(["", ""], *([key, f"{value}"] for key, value in found.items()))
             end()
 
         launching.end_process = note_and_end

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.results import RESULTS, parser_of, print_table, write_results
-from lisa_dist.core.live_bytes import live_storages
-from lisa_dist.memory.tracker import AllocationTracker
+from benchmarks.common.results import RESULTS, parser_of, write_results
+from benchmarks.common.runs import peak_within
+from benchmarks.tables.render import print_table
+from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.optim.adamw import LisaAdamW, PartitionStep
 from lisa_dist.optim.ops import choose_kernels
 from lisa_dist.optim.states import Piece
@@ -118,12 +119,8 @@ def bytes_beside(step: Callable, device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    tracker = AllocationTracker()
-    tracker.add(torch.empty(0, dtype=torch.uint8).set_(storage) for storage in live_storages())
-    before = tracker.now
-    with tracker:
-        step()
-    return tracker.peak - before
+    before = live_tensor_bytes()
+    return peak_within(step) - before
 
 
 def bandwidth(device: torch.device) -> float:
@@ -180,7 +177,7 @@ def of_one_size(numel: int, device: torch.device, floor: float, names: Container
             beside = "-" if found["bytes_beside"] is None else f"{found['bytes_beside'] / 2**20:.1f}"
             rows.append([*shown, f"{1e3 * seconds:.3f}", f"{1e9 * seconds / numel:.3f}",
                          f"{100 * found['share_of_floor']:.0f}%", beside])  # fmt: skip
-    print_table(["elements", "optimizer", "bytes each", "ms", "ns each", "of the floor", "MiB beside"], rows)
+    print_table(["elements", "optimizer", "bytes each", "ms", "ns each", "of the floor", "MiB beside"], *rows)
     return figures
 
 

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.common.ranks import ON_CPU, run_on_cpu
 from benchmarks.common.results import parser_of, positive, write_results
-from benchmarks.tables.show import show
+from benchmarks.tables.declared import show
 from lisa_dist.errors import UserError
 
 ROOT = Path(__file__).parents[2]

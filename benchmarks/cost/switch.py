@@ -14,10 +14,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from statistics import median
 
-from benchmarks.common.arms import LISA, Run, arms_parser, parse, shrunk_config
+from benchmarks.common.methods import LISA
 from benchmarks.common.ranks import RankGroup
 from benchmarks.common.results import positive, write_results
-from benchmarks.tables.show import show
+from benchmarks.common.runs import Run, methods_parser, parse, shrunk_config
+from benchmarks.tables.declared import show
 
 PERIOD, SHORT = 3, 16  # steps, tokens of a step that is not timed
 INTERVALS = (1, 5, 20, 50)
@@ -84,8 +85,8 @@ def cells_of(shrink: int) -> list[Cell]:
 def measure(cell: Cell, arguments) -> dict:
     """Switches and steps of one cell."""
     config = shrunk_config(arguments.model, cell.shrink, arguments.num_layers)
-    arm = replace(LISA, settings={"lisa_activated_layers": cell.gamma})
-    with RankGroup(cell.ranks, SwitchedRun, arm, config, cell.ds_config, interval=PERIOD) as ranks:
+    method = replace(LISA, settings={"lisa_activated_layers": cell.gamma})
+    with RankGroup(cell.ranks, SwitchedRun, method, config, cell.ds_config, interval=PERIOD) as ranks:
         ranks.call("steps", 2 * PERIOD, SHORT)  # the first switch meets what is done once
         switches, firsts, seconds, steps, records = [], [], [], [], []
         for _ in range(arguments.switches):
@@ -135,7 +136,7 @@ def share(times: dict[str, list[float]], interval: int) -> float:
 
 def main() -> None:
     """Measure every cell; print seconds, shares, bytes, and where the time goes."""
-    parser = arms_parser(__doc__, "switch", shrink=8)
+    parser = methods_parser(__doc__, "switch", shrink=8)
     parser.add_argument("--length", type=positive, default=256, help="tokens of a step that is timed")
     parser.add_argument("--switches", type=positive, default=5)
     arguments = parse(parser, max(GAMMAS))

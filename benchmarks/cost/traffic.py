@@ -1,4 +1,4 @@
-"""Formulas of what ranks send in a step: bytes of each collective, from an arm's layout and its DeepSpeed config.
+"""Formulas of what ranks send in a step: bytes of each collective, from a method's layout and its DeepSpeed config.
 
 Bytes are those of the whole tensor: of what a reduction takes in, of what an all-gather gives out. On the wire a ring
 of N ranks puts, of each rank and byte, 2(N - 1)/N for an all-reduce and (N - 1)/N for everything else. What is no
@@ -27,7 +27,8 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from benchmarks.common.arms import Arm, adapted, model_of, shrunk_config
+from benchmarks.common.methods import Method
+from benchmarks.common.runs import adapted, model_of, shrunk_config
 from lisa_dist import load_ds_config
 from lisa_dist.core.blocks import Blocks, find_blocks
 from lisa_dist.core.movement import SAMPLE
@@ -52,7 +53,7 @@ class Visit:
 
 @dataclass(frozen=True)
 class Layout:
-    """An arm's model in numbers: elements by parameter, parameters by group of the optimizer, what has gradients."""
+    """A method's model in numbers: elements by parameter, parameters by group of the optimizer, what has gradients."""
 
     numel: dict[str, int]
     groups: list[list[str]]
@@ -87,12 +88,14 @@ class Settings:
         return ceil(numel / self.world) * self.world
 
 
-def layout_of(arm: Arm, model: str, shrink: int, num_layers: int | None, active: Sequence[int]) -> Layout:
-    """The layout of an arm in which the layers `active` train; nothing of it comes from a run that is counted."""
+def layout_of(method: Method, model: str, shrink: int, num_layers: int | None, active: Sequence[int]) -> Layout:
+    """The layout of a method in which the layers `active` train; nothing of it comes from a run that is counted."""
     config = shrunk_config(model, shrink, num_layers)
-    whole, groups, blocks = _prepared(arm, config, active, "meta")
+    whole, groups, blocks = _prepared(method, config, active, "meta")
     # The order of modules is that of a model of the same kind, 32 wide.
-    narrow, *_ = _prepared(arm, shrunk_config(model, shrunk_config(model).hidden_size // 32, num_layers), active, "cpu")
+    narrow, *_ = _prepared(
+        method, shrunk_config(model, shrunk_config(model).hidden_size // 32, num_layers), active, "cpu"
+    )
     names = {id(parameter): name for name, parameter in whole.named_parameters()}
     return Layout(
         numel={name: parameter.numel() for name, parameter in whole.named_parameters()},
@@ -100,25 +103,25 @@ def layout_of(arm: Arm, model: str, shrink: int, num_layers: int | None, active:
         trained=[name for name, parameter in whole.named_parameters() if parameter.requires_grad],
         blocks={block.name: [names[id(one)] for one in block.parameters.values()] for block in blocks},
         visits=visits_of(narrow),
-        norms_together=arm.method == "lisa",
+        norms_together=method.kind == "lisa",
     )
 
 
 def _prepared(
-    arm: Arm, config: PretrainedConfig, active: Sequence[int], device: str
+    method: Method, config: PretrainedConfig, active: Sequence[int], device: str
 ) -> tuple[torch.nn.Module, list[list[torch.nn.Parameter]], Blocks]:
     """The model with what trains now, the parameters of its optimizer by group, and its blocks."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config)
         blocks = find_blocks(model)
-        model = adapted(model, arm) if arm.method == "lora" else model
+        model = adapted(model, method) if method.kind == "lora" else model
     registered = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = []
-    if arm.method in ("static", "callback", "lisa"):
-        selection, draw = BlockSelection(arm.config, blocks), ActiveSet(tuple(active), ())
+    if method.kind in ("static", "callback", "lisa"):
+        selection, draw = BlockSelection(method.config, blocks), ActiveSet(tuple(active), ())
         selection.activate(draw)
-        groups = selection.params_of_groups(draw) if arm.method == "lisa" else []
-        if arm.method == "static":  # and callback registers all, and freezes then
+        groups = selection.params_of_groups(draw) if method.kind == "lisa" else []
+        if method.kind == "static":  # and callback registers all, and freezes then
             registered = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not groups:
         groups = [[one for one in registered if (one.ndim > 1) == decays] for decays in (True, False)]
@@ -362,17 +365,19 @@ def _sample(layout: Layout, params: list[str]) -> int:
     return sum(min(layout.numel[name], ceil(SAMPLE * layout.numel[name] / of_block)) for name in params)
 
 
-def bytes_by_formula(arm: Arm, layout: Layout, settings: Settings, was: Sequence[int], active: Sequence[int]) -> dict:
-    """All moments of an arm, as communication.py names them; those of a switch of LISA alone."""
-    if arm.method != "lisa":
+def bytes_by_formula(
+    method: Method, layout: Layout, settings: Settings, was: Sequence[int], active: Sequence[int]
+) -> dict:
+    """All moments of a method, as communication.py names them; those of a switch of LISA alone."""
+    if method.kind != "lisa":
         return {"step": step_bytes(layout, settings)}
-    gamma, changes = arm.config.lisa_activated_layers, set(was) != set(active)
-    outer = [block for block in arm.config.always_on if layout.blocks[block]]
+    gamma, changes = method.config.lisa_activated_layers, set(was) != set(active)
+    outer = [block for block in method.config.always_on if layout.blocks[block]]
     blocks = [*outer, *(f"layers.{layer}" for layer in was)]
     found = {"switch": switch_bytes(layout, settings, gamma, blocks, changes), "step": step_bytes(layout, settings)}
     if not changes:
         return found | {"first step": found["step"], "second step": found["step"]}
-    same_order = "embed" in arm.config.always_on  # to which the backward pass goes down in every period
+    same_order = "embed" in method.config.always_on  # to which the backward pass goes down in every period
     return found | {
         "first step": first_step_bytes(layout, settings, same_order),
         "second step": second_step_bytes(layout, settings, same_order),

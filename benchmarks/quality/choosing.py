@@ -18,8 +18,8 @@ import lisa_dist
 from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
 from benchmarks.common.results import parser_with_data, positive, write_results
 from benchmarks.quality.training import held_out_losses, padded, read_tokens, train
-from benchmarks.tables.runs import choosing_key
-from benchmarks.tables.show import show
+from benchmarks.tables.declared import show
+from benchmarks.tables.rows import choosing_key
 
 HELD_OUT, ROWS, LENGTH = 128, 16, 128  # rows, rows of a step, tokens of a row
 RATE = 2e-3  # where it is not what is asked

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,19 +70,3 @@ def evaluate(engine, data: Data, rows: int) -> tuple[float, float]:
         hits += (logits[counted].argmax(-1) == labels[counted]).sum().item()
         count += counted.sum().item()
     return loss / count, hits / count
-
-
-def solved(engine, tokenizer, path: str, count: int) -> float | None:
-    """The part of the first questions of a file whose greedy answer ends with the right number."""
-    asked = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()[:count]]
-    right = 0
-    for start in range(0, len(asked), 8):
-        some = asked[start : start + 8]
-        prompts = [row["question"] + "\n" for row in some]
-        inputs = on_device(engine, tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left"))
-        with torch.no_grad():
-            answers = engine.module.generate(**inputs, max_new_tokens=200, do_sample=False)
-        for tokens, row in zip(answers[:, inputs["input_ids"].shape[1] :], some, strict=True):
-            number = re.search(r"####\s*(-?[\d,.]*\d)", tokenizer.decode(tokens, skip_special_tokens=True))
-            right += number is not None and number[1].replace(",", "") == row["answer"].split("####")[1].strip()
-    return right / len(asked) if asked else None

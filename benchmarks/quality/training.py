@@ -26,12 +26,6 @@ def padded(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 
-def of_rank(batch: torch.Tensor) -> Batch:
-    """This rank's rows of a batch, in which padding counts too."""
-    mine = batch.chunk(dist.get_world_size())[dist.get_rank()]
-    return {"input_ids": mine, "labels": mine}
-
-
 def on_device(engine, inputs: Batch) -> Batch:
     """A batch where the engine's model is."""
     return {name: value.to(engine.device) for name, value in inputs.items()}

@@ -1,10 +1,10 @@
-"""Write the tables of README and docs from benchmarks/results, so that no figure in them is typed by hand.
+"""Write the tables of README, docs and benchmarks from benchmarks/results, so that no figure is typed by hand.
 
 python -m benchmarks.tables.write            # writes what has changed
 python -m benchmarks.tables.write --check    # writes nothing; exit status 1 where a page and the results differ
 
-A table stands on its page between `<!-- table: NAME -->` and `<!-- end -->`, and NAME is that of a function in rows.py.
-The table `index` in benchmarks/REPORT.md, made by index.py, has a row for every script, with its results.
+A table stands on any of the pages between `<!-- table: NAME -->` and `<!-- end -->`, and NAME is one of declared.py, or
+`index`: a row for every script, with its results.
 """
 
 import argparse
@@ -12,9 +12,9 @@ import re
 import sys
 from pathlib import Path
 
-import benchmarks.tables.experiments  # noqa: F401 - registers its table, and those of quality.py
+from benchmarks.tables.declared import TABLES
 from benchmarks.tables.index import index
-from benchmarks.tables.parts import TABLES, Benchmarks, Rows, TableError
+from benchmarks.tables.render import Benchmarks, Rows, TableError
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/*.md", "benchmarks/*.md")
@@ -33,7 +33,7 @@ def make(name: str, benchmarks: Benchmarks) -> str:
     if name not in (*TABLES, "index"):
         raise TableError(f"there is no table {name}; there are {', '.join(sorted([*TABLES, 'index']))}")
     try:
-        return markdown(index(benchmarks) if name == "index" else benchmarks.rows(name))
+        return markdown(index(benchmarks) if name == "index" else benchmarks.rows(TABLES[name]))
     except TableError as error:
         raise TableError(f"table {name}: {error}") from error
     except (LookupError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
@@ -60,11 +60,7 @@ def with_tables(page: str, benchmarks: Benchmarks) -> tuple[str, list[str]]:
 def changed_pages(root: Path) -> dict[Path, tuple[str, list[str]]]:
     """The pages whose tables differ: what they should be, and the names of the tables."""
     benchmarks, changed = Benchmarks(root / "benchmarks"), {}
-    for path in (
-        root / "README.md",
-        *sorted((root / "docs").glob("*.md")),
-        *sorted((root / "benchmarks").glob("*.md")),
-    ):
+    for path in (path for pattern in PAGES for path in sorted(root.glob(pattern))):
         try:
             page, differ = with_tables(path.read_text(encoding="utf-8"), benchmarks)
         except TableError as error:

@@ -177,7 +177,7 @@ def test_every_command_of(page, folder, monkeypatch, capsys):
             assert Path(script).name in examples, f"{command}: no test runs it"
         elif words[0] == "python" and words[2].startswith("benchmarks."):  # each takes minutes
             script = ROOT / f"{words[2].replace('.', '/')}.py"
-            common = [ROOT / "benchmarks" / "common" / name for name in ("results.py", "arms.py")]
+            common = [ROOT / "benchmarks" / "common" / name for name in ("results.py", "runs.py")]
             text = "".join(path.read_text() for path in (script, *common))
             assert all(f'"{word}"' in text for word in words if word.startswith("--")), command
         else:

@@ -172,11 +172,11 @@ def benchmark(script: str, words: list[str], half: int = 0) -> None:
     from simulated_gpu.cuda import CONTEXT
     from simulated_gpu.problems import PROBLEMS
 
-    from benchmarks.common import arms, ranks
+    from benchmarks.common import ranks, runs
     from benchmarks.cost import gpu
     from lisa_dist.distributed import launching
 
-    class Run(arms.Run):
+    class Run(runs.Run):
         def peak_bytes(self, length):
             """The last that is asked of an arm, or nearly."""
             found = super().peak_bytes(length)
@@ -188,8 +188,8 @@ def benchmark(script: str, words: list[str], half: int = 0) -> None:
     multiprocessing.current_process().daemon = False
     ranks.multiprocessing = SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork"))
     os.register_at_fork(after_in_child=lambda: setattr(CONTEXT, "begun_in", None))
-    arms.Run, gpu.REHEARSED, gpu.WARMUP, gpu.INTERVAL, gpu.SWITCHES = Run, (64, 5), 1, 3, 1
-    once = [one for one in gpu.ORDER if one is None or one[0] == gpu.LLAMA_8B or one[1].method == "callback"]
+    runs.Run, gpu.REHEARSED, gpu.WARMUP, gpu.INTERVAL, gpu.SWITCHES = Run, (64, 5), 1, 3, 1
+    once = [one for one in gpu.ORDER if one is None or one[0] == gpu.LLAMA_8B or one[1].kind == "callback"]
     once = [one for one in once if one is None or not (one[1].liger or one[1].compiled)]
     gpu.ORDER = once[:10] if half == 0 else once[10:]
     gpu.correctness = lambda rehearses: {}  # which has a test of its own

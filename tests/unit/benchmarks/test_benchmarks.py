@@ -16,7 +16,8 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import arms, ranks, results
+from benchmarks.common import ranks, results, runs
+from benchmarks.common.methods import EMBED_FROZEN, FULL, LISA, LORA_16, SIDE_BY_SIDE, STATIC, Method, shrunk_methods
 
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).parents[3]
@@ -34,41 +35,44 @@ def benchmark(monkeypatch):
     return load
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "static", "static, embed frozen"])
-def test_operations_of_a_step_are_those_that_torch_counts(method):
-    config = arms.shrunk_config("llama3.1-8b", 32, 6)
-    settings = {"lora": {"r": 4}, "static": {}, "full": {}}.get(method, arms.EMBED_FROZEN)
-    arm, length = arms.Arm(method, method.split(",")[0], settings), 1024  # of which attention is a good part
-    model = arms.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    blocks, layers = arms.find_blocks(model), (2, 4)
-    if method == "lora":
+@pytest.mark.parametrize("name", ["full", "lora", "static", "static, embed frozen"])
+def test_operations_of_a_step_are_those_that_torch_counts(name):
+    config = runs.shrunk_config("llama3.1-8b", 32, 6)
+    settings = {"lora": {"r": 4}, "static": {}, "full": {}}.get(name, EMBED_FROZEN)
+    method, length = Method(name, name.split(",")[0], settings), 1024  # of which attention is a good part
+    model = runs.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    blocks, layers = runs.find_blocks(model), (2, 4)
+    if name == "lora":
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(target_modules="all-linear", lora_dropout=0.0, r=4))
-    elif method != "full":
+    elif name != "full":
         model.requires_grad_(False)
-        for block in (*(blocks.outer(name) for name in arm.config.always_on), *(blocks.layers[one] for one in layers)):
+        for block in (
+            *(blocks.outer(block) for block in method.config.always_on),
+            *(blocks.layers[one] for one in layers),
+        ):
             block.requires_grad_(True)
     tokens = torch.zeros(1, length, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=tokens, labels=tokens).loss.backward()
     # Eager attention has all scores and not the half of them that is causal, and a layer's own are the same size.
     one_more = 4 * length * config.num_attention_heads * config.head_dim / 2 * length
-    lowest = 2 if method == "static, embed frozen" else 0
+    lowest = 2 if name == "static, embed frozen" else 0
     passes = sum(1 + 2 * (number >= lowest) for number in range(6))
-    wanted = arms.flops_of_step(config, arm, length, length, layers) + one_more * passes
+    wanted = runs.flops_of_step(config, method, length, length, layers) + one_more * passes
     assert counter.get_total_flops() == pytest.approx(wanted, rel=0.03)  # nobody wants gradients of the lowest input
     assert one_more * passes > 0.1 * wanted
 
 
 def test_ranks_of_lora_are_divided_as_widths_are():
-    ranks = [[arm.settings.get("r") for arm in arms.shrunk_arms(arms.SIDE_BY_SIDE, shrink)] for shrink in (1, 16, 32)]
+    ranks = [[method.settings.get("r") for method in shrunk_methods(SIDE_BY_SIDE, shrink)] for shrink in (1, 16, 32)]
     assert ranks == [[None, r16, r128, None, None, None] for r16, r128 in ((16, 128), (1, 8), (1, 4))]
     shares = []
     for shrink, r in ((1, 16), (16, 1)):
-        config = arms.shrunk_config("llama2-7b", shrink, 2)
+        config = runs.shrunk_config("llama2-7b", shrink, 2)
         with torch.device("meta"):
-            layer = arms.find_blocks(arms.AutoModelForCausalLM.from_config(config)).layers[0]
+            layer = runs.find_blocks(runs.AutoModelForCausalLM.from_config(config)).layers[0]
         matrices = [one for one in layer.parameters.values() if one.ndim > 1]
         shares.append(r * sum(sum(one.shape) for one in matrices) / sum(one.numel() for one in matrices))
     assert shares[0] == pytest.approx(shares[1], rel=0.02)
@@ -91,25 +95,25 @@ def test_results_say_what_made_them_and_not_where(tmp_path, monkeypatch, capsys)
 
 def test_the_gpu_set_begins_with_what_tells_most(benchmark):
     gpu = benchmark("gpu")
-    first = [(shape, arm.name) for shape, arm in gpu.ORDER[:6]]
+    first = [(shape, method.name) for shape, method in gpu.ORDER[:6]]
     names = ("lisa", "llama3_8b_16gb", "llama3_8b_24gb", "static", "full", "lora r16")
     assert first == [(("llama3.1-8b", None), name) for name in names]
     assert gpu.ORDER[6] is None, "the kernels"
-    arms_of_order = [one for one in gpu.ORDER if one is not None]
-    assert len(set(map(repr, arms_of_order))) == len(arms_of_order)
+    methods_of_order = [one for one in gpu.ORDER if one is not None]
+    assert len(set(map(repr, methods_of_order))) == len(methods_of_order)
 
 
 def test_operations_without_layers_are_the_mean_of_all_draws():
-    config, arm = arms.shrunk_config("llama3.1-8b", 32, 6), arms.Arm("lisa", "lisa", arms.EMBED_FROZEN)
-    draws = [arms.flops_of_step(config, arm, 8, 8, layers) for layers in itertools.combinations(range(6), 2)]
-    assert arms.flops_of_step(config, arm, 8, 8) == pytest.approx(statistics.mean(draws))
+    config, method = runs.shrunk_config("llama3.1-8b", 32, 6), Method("lisa", "lisa", EMBED_FROZEN)
+    draws = [runs.flops_of_step(config, method, 8, 8, layers) for layers in itertools.combinations(range(6), 2)]
+    assert runs.flops_of_step(config, method, 8, 8) == pytest.approx(statistics.mean(draws))
     assert min(draws) < max(draws)
 
 
 def test_operations_of_outer_blocks():
-    config, rest = arms.shrunk_config("llama3.1-8b", 32, 6), {"lisa_frozen": "embed,head", "lisa_always_on": "rest"}
+    config, rest = runs.shrunk_config("llama3.1-8b", 32, 6), {"lisa_frozen": "embed,head", "lisa_always_on": "rest"}
     neither, head, embed = (
-        arms.flops_of_step(config, arms.Arm("lisa", "lisa", settings), 8, 8, (4,))
+        runs.flops_of_step(config, Method("lisa", "lisa", settings), 8, 8, (4,))
         for settings in (rest, {"lisa_always_on": "head,rest"}, {"lisa_always_on": "embed,rest"})
     )
     assert head - neither == 2 * 8 * config.hidden_size * config.vocab_size
@@ -143,9 +147,7 @@ def test_memory_sees_what_a_callback_keeps_and_moves(benchmark, tmp_path, capsys
     results = tmp_path / "memory.json"
     words = ["--shrink", "64", "--num_layers", "4", "--length", "16", "--switches", "2", "4", "--configs", "zero2"]
     module = benchmark("memory", "--results", str(results), *words)
-    monkeypatch.setattr(
-        module.arms, "SIDE_BY_SIDE", tuple(one for one in module.arms.SIDE_BY_SIDE if one.method != "lora")
-    )
+    monkeypatch.setattr(module, "SIDE_BY_SIDE", tuple(one for one in SIDE_BY_SIDE if one.kind != "lora"))
     monkeypatch.setattr(module, "POLICIES", (module.DRAWN,))
     module.main()
     figures = json.loads(results.read_text())["figures"]
@@ -154,15 +156,15 @@ def test_memory_sees_what_a_callback_keeps_and_moves(benchmark, tmp_path, capsys
     drawn = figures["zero2"][module.DRAWN.name]
     assert drawn["peak_with_switch"] is None
     assert drawn["peak"] < figures["zero2"]["lisa"]["peak"]
-    for arms_of_stage in figures.values():  # the new layers have no moments yet, and their gradients come later
-        assert 0 < arms_of_stage["lisa"]["peak_with_switch"] <= arms_of_stage["lisa"]["peak"]
-    of_arms = figures["zero2"]
-    assert of_arms["static"]["active_layers"] == of_arms["lisa"]["first_layers"]
-    held = {name: {when: parts["total"] for when, parts in found["live"].items()} for name, found in of_arms.items()}
+    for methods_of_stage in figures.values():  # the new layers have no moments yet, and their gradients come later
+        assert 0 < methods_of_stage["lisa"]["peak_with_switch"] <= methods_of_stage["lisa"]["peak"]
+    of_methods = figures["zero2"]
+    assert of_methods["static"]["active_layers"] == of_methods["lisa"]["first_layers"]
+    held = {name: {when: parts["total"] for when, parts in found["live"].items()} for name, found in of_methods.items()}
     assert held["lisa"]["4"] == held["lisa"]["0"]
     assert held["lisa"]["4"] <= 1.01 * held["static"]["4"]
     assert held["callback"]["4"] == held["full"]["4"] > 1.2 * held["lisa"]["4"]
-    drifted = {name: found["drift"]["changed"] for name, found in of_arms.items() if found["drift"]}
+    drifted = {name: found["drift"]["changed"] for name, found in of_methods.items() if found["drift"]}
     assert drifted["static"] == drifted["lisa"] == 0 < drifted["callback"]
     assert "of what static layers hold" in capsys.readouterr().out
 
@@ -218,9 +220,9 @@ def test_communication_ends_well_where_all_is_equal(benchmark, tmp_path, capsys,
     module = benchmark("communication", *words)
     monkeypatch.setattr(module, "ds_configs", lambda num_elements: {"zero1": "zero1"})
     module.main()
-    of_arms = json.loads(results.read_text())["figures"]["counted"]["zero1"]
-    assert all(found["equal"] for found in of_arms.values())
-    step = {name: found["moments"]["step"] for name, found in of_arms.items()}
+    of_methods = json.loads(results.read_text())["figures"]["counted"]["zero1"]
+    assert all(found["equal"] for found in of_methods.values())
+    step = {name: found["moments"]["step"] for name, found in of_methods.items()}
     assert step["lisa"]["wire"] < step["callback"]["wire"] < step["full"]["wire"]
     assert "equal to the formula" in capsys.readouterr().out
 
@@ -231,11 +233,11 @@ def test_communication_ends_well_where_all_is_equal(benchmark, tmp_path, capsys,
 
 
 def test_the_gpu_set_in_rehearsal(benchmark, tmp_path, capsys, monkeypatch):
-    """Every arm that ran was planned to 1%, LoRA too; what has no time left says so."""
+    """Every method that ran was planned to 1%, LoRA too; what has no time left says so."""
     results = tmp_path / "gpu.json"
     module = benchmark("gpu", "--rehearse", "--length", "64", "--results", str(results))
-    run = (arms.LISA, arms.STATIC, arms.LORA_16, module.of_recipe("llama3_8b_24gb"), module.LIGER)
-    order = [*((module.LLAMA_8B, arm) for arm in run), None, (module.OF_12_LAYERS, run[0])]
+    run = (LISA, STATIC, LORA_16, module.of_recipe("llama3_8b_24gb"), module.LIGER)
+    order = [*((module.LLAMA_8B, method) for method in run), None, (module.OF_12_LAYERS, run[0])]
     monkeypatch.setattr(module, "ORDER", order)
     monkeypatch.setattr(module, "SWITCHES", 1)
     monkeypatch.setattr(module, "correctness", lambda rehearses: {"checks": {}})
@@ -243,14 +245,14 @@ def test_the_gpu_set_in_rehearsal(benchmark, tmp_path, capsys, monkeypatch):
     written = json.loads(results.read_text())
     assert {"torch", "deepspeed", "lisa_dist"} <= written["versions"].keys()
     figures = written["figures"]["arms"]
-    of_arms = figures["llama3.1-8b, all layers"]
-    assert of_arms.pop("lisa, Liger") == {"not_run": "Liger's kernels need a GPU"}
-    assert list(of_arms) == [arm.name for arm in run[:-1]]
-    for name, found in (*of_arms.items(), *figures["llama2-7b, 12 layers"].items()):
+    of_methods = figures["llama3.1-8b, all layers"]
+    assert of_methods.pop("lisa, Liger") == {"not_run": "Liger's kernels need a GPU"}
+    assert list(of_methods) == [method.name for method in run[:-1]]
+    for name, found in (*of_methods.items(), *figures["llama2-7b, 12 layers"].items()):
         assert found["planned"] == pytest.approx(found["peak"], rel=0.01), name
         assert len(found["switches"]) == name.startswith(("lisa", "llama3_8b_24gb"))
-    assert of_arms["static"]["active_layers"] == of_arms["lisa"]["active_layers"]
-    assert len(of_arms["llama3_8b_24gb"]["active_layers"]) == 6, "as its file says"
+    assert of_methods["static"]["active_layers"] == of_methods["lisa"]["active_layers"]
+    assert len(of_methods["llama3_8b_24gb"]["active_layers"]) == 6, "as its file says"
     assert {one["name"] for one in written["figures"]["kernels"]["kernels"]} == set(module.KERNELS)
     assert "tokens/s" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["benchmarks/cost/gpu.py", "--rehearse", "--minutes", "0"])
@@ -261,15 +263,15 @@ def test_the_gpu_set_in_rehearsal(benchmark, tmp_path, capsys, monkeypatch):
 def test_what_a_gpu_cannot_hold_is_told_apart_and_all_is_written_as_it_ends(benchmark, monkeypatch, tmp_path):
     module, seen = benchmark("gpu"), []
 
-    def measure(arm, *_):
+    def measure(method, *_):
         seen.append(json.loads(results.read_text())["figures"]["arms"]["llama2-7b, 12 layers"] if seen else None)
-        raise module.RankError({"full": "OutOfMemoryError"}.get(arm.name, "ValueError"), "rank 0: what it said")
+        raise module.RankError({"full": "OutOfMemoryError"}.get(method.name, "ValueError"), "rank 0: what it said")
 
     results = tmp_path / "gpu.json"
     monkeypatch.setattr(module, "measure", measure)
     monkeypatch.setattr(module, "start", dict)
     monkeypatch.setattr(module, "correctness", lambda rehearses: {})
-    monkeypatch.setattr(module, "ORDER", [(module.OF_12_LAYERS, arm) for arm in (arms.FULL, arms.LISA)])
+    monkeypatch.setattr(module, "ORDER", [(module.OF_12_LAYERS, method) for method in (FULL, LISA)])
     arguments = argparse.Namespace(rehearse=True, minutes=1, results=results)
     found = module.run_all(arguments, None)["arms"]["llama2-7b, 12 layers"]
     assert {name: one["not_run"] for name, one in found.items()} == {
@@ -280,14 +282,16 @@ def test_what_a_gpu_cannot_hold_is_told_apart_and_all_is_written_as_it_ends(benc
     assert json.loads(results.read_text())["figures"]["arms"]["llama2-7b, 12 layers"] == found
 
 
-def test_arms_of_recipes_have_their_flags(benchmark):
+def test_methods_of_recipes_have_their_flags(benchmark):
     module = benchmark("gpu")
-    names = {arm.name for _, arm in filter(None, module.ORDER)}
+    names = {method.name for _, method in filter(None, module.ORDER)}
     for name in ("llama3_8b_16gb", "llama3_8b_24gb"):
         flags = yaml.safe_load((ROOT / "launch" / "recipes" / f"{name}.yaml").read_text())
-        arm = module.of_recipe(name)
-        assert arm.settings == {key: value for key, value in flags.items() if key[:5] == "lisa_" and "steps" not in key}
-        assert (arm.optim, arm.length, arm.name in names) == (flags["optim"], flags["max_length"], True)
+        method = module.of_recipe(name)
+        assert method.settings == {
+            key: value for key, value in flags.items() if key[:5] == "lisa_" and "steps" not in key
+        }
+        assert (method.optim, method.length, method.name in names) == (flags["optim"], flags["max_length"], True)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +322,7 @@ def test_no_arm_is_begun_that_may_not_end_in_time(benchmark, monkeypatch):
     assert budget.run(lambda: takes(50), is_typical=False) == {"seconds": 50}
     assert budget.run(lambda: takes(20)) == {"seconds": 20}
     assert budget.run(lambda: takes(12)) == {"seconds": 12}
-    assert budget.run(lambda: takes(1)) == {"not_run": "time was up: 18 s are left, and an arm takes 20 s"}
+    assert budget.run(lambda: takes(1)) == {"not_run": "time was up: 18 s are left, and a method takes 20 s"}
 
 
 class Hangs:
@@ -368,7 +372,7 @@ def test_flags_that_cannot_be(name, words, message, benchmark, capsys, monkeypat
 def test_a_model_with_other_names_for_its_widths(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 64}))
     with pytest.raises(ValueError, match="the config of a gpt2 has no intermediate_size, num_key_value_heads"):
-        arms.shrunk_config(str(tmp_path / "config.json"), 2)
+        runs.shrunk_config(str(tmp_path / "config.json"), 2)
 
 
 class SecondFails:

@@ -10,7 +10,7 @@ from benchmarks.cost import communication, traffic
 pytestmark = [pytest.mark.full, pytest.mark.usefixtures("cpu_ops")]
 
 MODEL = ("llama3.1-8b", 128, 3)  # 32 wide, keys and values narrower than queries
-ARMS = ("lisa", "full", "callback")
+METHODS = ("lisa", "full", "callback")
 WORLD = 2
 
 
@@ -65,33 +65,33 @@ def test_what_goes_over_the_wire_in_rings():
     assert traffic.mean_of_period({"step": step}, 2) == 100
 
 
-def count_arms(names: tuple[str, ...], ds_config: str | dict, dtype: str) -> dict[str, dict]:
-    """On a rank: what these arms send."""
+def count_methods(names: tuple[str, ...], ds_config: str | dict, dtype: str) -> dict[str, dict]:
+    """On a rank: what these methods send."""
     config, counting = communication.shrunk_config(*MODEL), communication.Counting()
     settings = {"interval": communication.INTERVAL, "dtype": getattr(torch, dtype)}
-    arms = {arm.name: arm for arm in communication.SIDE_BY_SIDE}
-    return {name: counting.count(8, arms[name], config, ds_config, **settings) for name in names}
+    methods = {method.name: method for method in communication.SIDE_BY_SIDE}
+    return {name: counting.count(8, methods[name], config, ds_config, **settings) for name in names}
 
 
 def check(names: tuple[str, ...], ds_config: str | dict, dtype: str = "float32") -> dict[str, dict]:
     """Counted is what the formula says, on every rank; what was counted."""
     settings = communication.Settings.of(ds_config, communication.shrunk_config(*MODEL), WORLD, getattr(torch, dtype))
-    of_ranks = run_ranks(count_arms, WORLD, names, ds_config, dtype)
-    for arm in [arm for arm in communication.SIDE_BY_SIDE if arm.name in names]:
-        counted = [rank[arm.name] for rank in of_ranks]
+    of_ranks = run_ranks(count_methods, WORLD, names, ds_config, dtype)
+    for method in [method for method in communication.SIDE_BY_SIDE if method.name in names]:
+        counted = [rank[method.name] for rank in of_ranks]
         was, active = counted[0]["was"], counted[0]["active"]
-        layout = communication.layout_of(arm, *MODEL, active)
-        formula = communication.bytes_by_formula(arm, layout, settings, was, active)
-        assert set(formula) == set(communication.MOMENTS if arm.name == "lisa" else ["step"])
+        layout = communication.layout_of(method, *MODEL, active)
+        formula = communication.bytes_by_formula(method, layout, settings, was, active)
+        assert set(formula) == set(communication.MOMENTS if method.name == "lisa" else ["step"])
         for moment, found in formula.items():
             for rank in counted:
-                assert rank[moment]["bytes"] == dict(+found), f"{arm.name}, {moment}"
+                assert rank[moment]["bytes"] == dict(+found), f"{method.name}, {moment}"
     return of_ranks[0]
 
 
 @pytest.mark.parametrize(("ds_config", "dtype"), [("zero1", "float32"), ("zero2", "float32"), ("zero2", "bfloat16")])
 def test_stages_1_and_2_send_what_the_formula_says(ds_config, dtype):
-    steps = {name: counted["step"]["bytes"] for name, counted in check(ARMS, ds_config, dtype).items()}
+    steps = {name: counted["step"]["bytes"] for name, counted in check(METHODS, ds_config, dtype).items()}
     norms = 4 * (2 * 2 + 3)  # of two layers, embed, norm and head; callback's go one by one
     assert steps["callback"]["all_reduce"] == steps["lisa"]["all_reduce"] - norms < steps["full"]["all_reduce"]
     gathered = {name: step["all_gather_into_tensor"] for name, step in steps.items()}
@@ -100,7 +100,7 @@ def test_stages_1_and_2_send_what_the_formula_says(ds_config, dtype):
 
 def test_stage_3_as_shipped_gathers_a_small_model_once():
     numel = sum(communication.layout_of(communication.FULL, *MODEL, ()).numel.values())
-    steps = {name: counted["step"]["bytes"] for name, counted in check(ARMS, "zero3").items()}
+    steps = {name: counted["step"]["bytes"] for name, counted in check(METHODS, "zero3").items()}
     assert {step["all_gather_into_tensor"] for step in steps.values()} == {4 * numel}
     assert steps["full"]["reduce_scatter_tensor"] == 4 * numel > steps["lisa"]["reduce_scatter_tensor"]
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from benchmarks.cost import peers
-from benchmarks.tables import index, rows
+from benchmarks.tables.declared import TABLES
 from lisa_dist.errors import UserError
 
 
@@ -123,11 +123,10 @@ def test_the_table_of_peers():
             "soup": theirs | {"runs": [], "not_run": "soup: ImportError: no"},
         },
     }
-    _, first, second, third = rows.peers(figures)
+    _, first, second, third = TABLES["comparing_peers"].make(figures)
     assert first == ["lisa_dist", "4.00 (2.00 to 8.00)", "1.00", "900", "1.00", "256, 128", "lisa-dist 0.1.0"]
     assert second[1:5] == ["2.00 (1.00 to 6.00)", "0.50", "1,800", "2.00"], "ratios are of runs of the same round"
     assert third[:2] == ["soup", "not run: soup: ImportError: no"]
-    assert index.sentence("peers", figures) == "CPU seconds of a step, of ours: ms-swift: 0.50"
 
 
 def test_rows_are_of_one_length(arguments, tmp_path, monkeypatch):

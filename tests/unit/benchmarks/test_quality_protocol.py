@@ -1,28 +1,22 @@
-"""The comparison of every method: which arms run, which rates they try, and how many steps they take."""
+"""The comparison of every method: which settings and rates they have, and how many steps they take."""
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 from transformers import LlamaConfig
 
-from benchmarks.quality import importance, pareto
-from benchmarks.quality.arms import PROTOCOL, planned, protocol_of, with_memory_of
-from benchmarks.quality.quality import beyond, check_arms, rates_by_time, window_of
-from benchmarks.tables.runs import quality_key
+from benchmarks.common.methods import METHODS
+from benchmarks.quality import pareto, quality
+from benchmarks.quality.engines import planned, with_memory_of
+from benchmarks.quality.quality import beyond, rates_by_time, window_of
+from benchmarks.tables.outcomes import quality_key
 
 pytestmark = pytest.mark.full
 
 
-def test_arms_of_more_layers_than_a_model_has_are_left_out(tmp_path):
-    LlamaConfig(num_hidden_layers=5).save_pretrained(tmp_path / "five")
-    LlamaConfig(num_hidden_layers=8).save_pretrained(tmp_path / "eight")
-    eight = {"lisa 8 upper, embed frozen", "lisa 8, embed frozen"}
-    assert set(PROTOCOL) - set(protocol_of(str(tmp_path / "five"))) == eight
-    assert protocol_of(str(tmp_path / "eight")) == list(PROTOCOL)
-
-
-def test_every_arm_tries_as_many_rates_and_more_where_the_best_is_at_an_end():
+def test_every_method_tries_as_many_rates_and_more_where_the_best_is_at_an_end():
     arguments = argparse.Namespace(middle=["lora r16=1e-3"], rate=1e-4, num_rates=3)
     assert window_of("full", arguments) == [5e-5, 1e-4, 2e-4]
     assert window_of("lora r16", arguments) == [5e-4, 1e-3, 2e-3]
@@ -42,20 +36,20 @@ def test_at_equal_time_the_rate_falls_with_the_clock():
     assert list(rates_by_time(2.0, 10.0, lambda: next(times))) == pytest.approx([0.2, 0.4, 0.6, 0.2])
 
 
-@pytest.mark.parametrize(
-    ("flags", "arm", "told"),
-    [
-        ({"seconds": 60.0}, "ms-swift lisa 2", "its time is not measured"),
-        ({"seconds": 60.0}, "lisa 2 probed", "its probe would not be in the time"),
-        ({"gpu": True}, "galore r16", "no fp32 masters"),
-    ],
-)
-def test_arms_that_cannot_be_compared_are_refused(flags, arm, told):
-    arguments = argparse.Namespace(**{"arms": ["full", arm], "seconds": None, "gpu": None} | flags)
-    with pytest.raises(SystemExit, match=f"with {arm}: .*{told}"):
-        check_arms(arguments)
-    arguments.arms = ["full", "lora r16"]
-    check_arms(arguments)
+def test_methods_that_cannot_be_compared_are_refused(monkeypatch):
+    flags = ["--model", "m", "--dataset", "d", "--gpu", "--methods", "full", "galore r16"]
+    monkeypatch.setattr("sys.argv", ["quality.py", *flags])
+    with pytest.raises(SystemExit, match="--gpu with galore r16: it has no fp32 masters"):
+        quality.main()
+
+
+def test_the_settings_of_every_method_can_be():
+    """Those that a run fills in stand for themselves."""
+    for name, method in METHODS.items():
+        layers = method.settings.get("lisa_activated_layers")
+        settings = method.settings | ({"lisa_activated_layers": 2} if isinstance(layers, str) else {})
+        settings |= {"lisa_budget": "0.1"} if "lisa_budget" in settings else {}
+        assert replace(method, settings=settings).config, name
 
 
 def test_costs_are_of_rounds_in_turns_and_other_tasks_stay(tmp_path, monkeypatch):
@@ -74,21 +68,21 @@ def test_costs_are_of_rounds_in_turns_and_other_tasks_stay(tmp_path, monkeypatch
         def __exit__(self, *_):
             pass
 
-        def call(self, _, function, arguments, arm, seed):
-            asked.append((arm, seed))
+        def call(self, _, function, arguments, name, seed):
+            asked.append((name, seed))
             return [{"peak": 100 + seed, "between": 10, "seconds": next(found)}]
 
     monkeypatch.setattr(pareto, "RankGroup", Ranks)
     results = tmp_path / "pareto.json"
     results.write_text(json.dumps({"figures": {"costs": {}, "tasks": {"another": {"arms": {}}}}}))
-    runs = {quality_key(arm, 1e-4, seed): {"held_out": 1.0 + seed} for arm in ("full", "lisa 2") for seed in (0, 1)}
+    runs = {quality_key(name, 1e-4, seed): {"held_out": 1.0 + seed} for name in ("full", "lisa 2") for seed in (0, 1)}
     task = {"model": "a/model", "figures": {"settings": {"model": "model", "rows": 1, "steps": 5}, "runs": runs}}
     figures = pareto.measure({"a task": task}, results, ["full", "lora r16", "lisa 2"])
-    assert asked == [(arm, seed) for seed in (0, 1) for arm in ("full", "lisa 2")], "in turns, of those with runs"
+    assert asked == [(name, seed) for seed in (0, 1) for name in ("full", "lisa 2")], "in turns, of those with runs"
     assert set(figures["tasks"]) == {"another", "a task"}
-    of_arms = figures["tasks"]["a task"]["arms"]
-    assert of_arms["full"] == {"peak": 101, "between": 10, "seconds": 2.0, "loss": 1.5, "losses": [1.0, 2.0]}
-    assert of_arms["lisa 2"]["seconds"] == 8.5
+    of_methods = figures["tasks"]["a task"]["arms"]
+    assert of_methods["full"] == {"peak": 101, "between": 10, "seconds": 2.0, "loss": 1.5, "losses": [1.0, 2.0]}
+    assert of_methods["lisa 2"]["seconds"] == 8.5
     pareto.measure({"a task": task}, results, ["full", "lisa 2"])
     assert len(asked) == 4
 
@@ -96,17 +90,6 @@ def test_costs_are_of_rounds_in_turns_and_other_tasks_stay(tmp_path, monkeypatch
 def test_the_front_is_of_points_that_no_other_is_below_and_left_of():
     points = [(1.0, 5.0), (2.0, 4.0), (2.0, 6.0), (3.0, 4.0), (4.0, 1.0)]
     assert pareto.front_of(points) == [(1.0, 5.0), (2.0, 4.0), (4.0, 1.0)]
-
-
-def test_importance_does_not_write_over_results_of_other_settings(tmp_path, monkeypatch):
-    LlamaConfig(num_hidden_layers=5).save_pretrained(tmp_path / "model")
-    results = tmp_path / "importance.json"
-    results.write_text(json.dumps({"figures": {"settings": {"model": "another"}}}))
-    flags = ["--model", str(tmp_path / "model"), "--dataset", "d", "--held_out", "h", "--results", str(results)]
-    monkeypatch.setattr("sys.argv", ["importance.py", *flags])
-    with pytest.raises(SystemExit, match=r"importance\.json was made with other model, dataset"):
-        importance.main()
-    assert json.loads(results.read_text())["figures"] == {"settings": {"model": "another"}}
 
 
 def test_as_many_layers_as_fit_the_memory_of_lora(tmp_path):
@@ -121,7 +104,7 @@ def test_as_many_layers_as_fit_the_memory_of_lora(tmp_path):
     def peak(count: int) -> int:
         return planned(arguments, settings | {"lisa_activated_layers": count}).peak
 
-    fits = with_memory_of("lora", arguments, settings)["lisa_activated_layers"]
+    fits = with_memory_of("lora r16", arguments, settings, 1.1)["lisa_activated_layers"]
     lora = planned(arguments, {}, method="lora", optim="adamw_torch").peak
     assert 0 < fits < 8, "the test needs a number between"
     assert peak(fits) <= 1.1 * lora < peak(fits + 1)

@@ -4,16 +4,19 @@ import json
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import index, parts, quality, write
-from benchmarks.tables.runs import runs_at_best
+from benchmarks.quality.quality import BASELINES
+from benchmarks.tables import rows, write
+from benchmarks.tables.declared import TABLES
+from benchmarks.tables.outcomes import layers_that_train, runs_at_best
+from benchmarks.tables.render import Benchmarks, TableError
 
 ROOT = Path(__file__).parents[3]
-PAGES = [path.relative_to(ROOT) for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
-PAGES.append(Path("benchmarks/REPORT.md"))
+PAGES = [path.relative_to(ROOT) for pattern in write.PAGES for path in sorted(ROOT.glob(pattern))]
 MARKED = re.compile(r"^<!-- table: (.*) -->\n((?:\|.*\n)+)<!-- end -->$", re.MULTILINE)
 ASKED = {"numel"}  # numbers in results that a table looks its figures up by
 ON_PAGES = [(page, found[1]) for page in PAGES for found in MARKED.finditer((ROOT / page).read_text(encoding="utf-8"))]
@@ -64,7 +67,7 @@ def test_the_pages_are_what_the_results_say(capsys):
 
 
 def test_every_table_is_on_a_page():
-    assert {name for _, name in ON_PAGES} == {*parts.TABLES, "index"}
+    assert {name for _, name in ON_PAGES} == {*TABLES, "index"}
 
 
 def change_a_digit(page: Path, name: str) -> None:
@@ -90,7 +93,7 @@ def test_a_digit_on_a_page(at_once, copy, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arm", "results", "said"),
+    ("method", "results", "said"),
     [
         ("full", "quality", "5 of 5"),
         ("lora r16", "quality_smollm2", "adapters"),
@@ -103,22 +106,21 @@ def test_a_digit_on_a_page(at_once, copy, capsys):
         ("fixed 2", "quality", "2 of 5"),
     ],
 )
-def test_what_compares_methods_names_the_layers_that_train(arm, results, said):
-    assert quality.layers_that_train(arm, parts.Benchmarks(ROOT / "benchmarks").results(results)["figures"]) == said
+def test_what_compares_methods_names_the_layers_that_train(method, results, said):
+    assert layers_that_train(method, Benchmarks(ROOT / "benchmarks").results(results)["figures"]) == said
 
 
 def test_a_figure_in_the_results(copy, capsys):
     path = copy / "benchmarks" / "results" / "quality.json"
     results = json.loads(path.read_text(encoding="utf-8"))
     runs = results["figures"]["runs"]
-    quality.runs_at_best("full", runs)[0]["held_out"] -= 0.001
+    runs_at_best("full", runs)[0]["held_out"] -= 0.001
     path.write_text(json.dumps(results), encoding="utf-8")
     assert {"experiments", "headline_quality"} <= names_in(check(copy, capsys))
 
 
 def test_no_table_stays_when_all_figures_change(copy, capsys):
     rng = random.Random(0)
-    names = {name for _, name in ON_PAGES}
 
     def changed(value, name=""):
         if isinstance(value, dict):
@@ -131,7 +133,7 @@ def test_no_table_stays_when_all_figures_change(copy, capsys):
     for path in (copy / "benchmarks" / "results").glob("*.json"):
         results = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps(results | {"figures": changed(results["figures"])}), encoding="utf-8")
-    assert names_in(check(copy, capsys)) == names - {"index"}, "the index has links alone"
+    assert names_in(check(copy, capsys)) == {name for _, name in ON_PAGES} - {"index"}
 
 
 @pytest.mark.parametrize(
@@ -183,19 +185,6 @@ def test_figures_of_another_shape_are_named(name, broken, copy):
     assert "its results have another shape than it reads (" in error_of(copy)
 
 
-@pytest.mark.parametrize(
-    ("script", "figures", "said"),
-    [
-        ("gpu_correct", {"kernels": "-", "checks": {"a": {"passed": True}, "b": {"passed": False}}}, "1 of 2 checks "),
-        ("gpu_train", dict.fromkeys(("planned", "measured", "allocated", "reserved", "tokens_per_second"), 2**30)
-         | {"num_alloc_retries": 3}, "GiB planned 1.00, measured 1.00, allocated 1.00, reserved 1.00; 3 retries"),
-        ("gpu_ranks", {"ranks": 2, "arms": {"zero2": {"step": 0.5}, "zero3": {"not_run": ""}}}, "GPUs: zero2 0.500 s"),
-    ],
-)  # fmt: skip
-def test_what_other_scripts_for_gpus_gave_is_told(script, figures, said):
-    assert said in index.sentence(script, figures)
-
-
 def test_runs_that_are_not_there(copy):
     for name, table, said in (
         ("quality", "headline_quality", "the results of quality.py have no run of full"),
@@ -207,14 +196,14 @@ def test_runs_that_are_not_there(copy):
         for key in [key for key in runs if "full" in key or "lisa_activated_layers" in key]:
             del runs[key]
         path.write_text(json.dumps(results), encoding="utf-8")
-        with pytest.raises(parts.TableError, match=f"table {table}: {re.escape(said)}"):
-            write.make(table, parts.Benchmarks(copy / "benchmarks"))
+        with pytest.raises(TableError, match=f"table {table}: {re.escape(said)}"):
+            write.make(table, Benchmarks(copy / "benchmarks"))
 
 
 def test_the_index_has_every_script_and_every_result():
     folder = ROOT / "benchmarks"
-    (rows,) = (found[2] for found in MARKED.finditer((folder / "REPORT.md").read_text("utf-8")) if found[1] == "index")
-    links = re.findall(r"\]\(([^)]+)\)", rows)
+    (index,) = (found[2] for found in MARKED.finditer((folder / "REPORT.md").read_text("utf-8")) if found[1] == "index")
+    links = re.findall(r"\]\(([^)]+)\)", index)
     paths = [path for room in ("cost", "quality") for path in (folder / room).glob("*.py")]
     scripts = {f"{path.parent.name}/{path.name}" for path in paths if "__main__" in path.read_text(encoding="utf-8")}
     assert len(scripts) > 10
@@ -231,40 +220,46 @@ def test_a_new_benchmark_in_the_index(copy):
     for name in ("new_gpu", "new"):
         (folder / "results" / f"{name}.json").write_text(json.dumps(results))
     write.main([], copy)
-    links = "[new](results/new.json), [new_gpu](results/new_gpu.json)"
-    assert f"{about} {links} | a GPU |\n" in (folder / "REPORT.md").read_text()
+    row = "[new](results/new.json), [new_gpu](results/new_gpu.json) | a GPU |\n"
+    assert f"{about} {row}" in (folder / "REPORT.md").read_text()
+    (folder / "cost" / "new.py").unlink()
+    write.main([], copy)
+    assert f"| new | measured once, by a script that is gone | {row}" in (folder / "REPORT.md").read_text()
+
+
+def test_a_table_on_another_page(copy, capsys):
+    """Its marks are found wherever they stand."""
+    page, other = copy / "benchmarks" / "REPORT.md", copy / "docs" / "kernels.md"
+    marked = next(found for found in MARKED.finditer(page.read_text()) if found[1] == "kernels_adamw")
+    page.write_text(page.read_text().replace(marked[0], ""))
+    other.write_text("<!-- table: kernels_adamw -->\n<!-- end -->\n")
+    write.main([], copy)
+    assert other.read_text() == marked[0] + "\n"
 
 
 def test_the_table_of_importance_is_of_ranks():
     """Equal values share a rank; a measure that orders sets as their losses do has 1, the other way round -1."""
-    assert quality.ranks([3.0, 1.0, 3.0, 2.0]) == [2.5, 0.0, 2.5, 1.0]
+    assert rows.ranks([3.0, 1.0, 3.0, 2.0]) == [2.5, 0.0, 2.5, 1.0]
     fixed = {"0,1, seed 0": 3.0, "0,1, seed 1": 2.0, "0,2, seed 0": 1.9, "0,2, seed 1": 2.1, "1,2, seed 0": 1.0}
     measures = {"like it": [1.0, 2.0, 5.0], "against it": [2.0, 1.0, 0.5], "neither": [1.0, 1.0, 1.25]}
-    _, *lines = quality.importance_table({"fixed": fixed, "measures": measures})
-    assert lines[:2] == [["like it", "+1.00"], ["against it", "-1.00"]]
-    assert lines[2][1] == "+0.87"  # ranks 0, 1.5, 1.5 with 0, 1, 2
+    found = rows.correlations({name: name for name in measures}, {"fixed": fixed, "measures": measures})
+    assert list(found) == [("like it", "+1.00"), ("against it", "-1.00"), ("neither", "+0.87")]
 
 
 def test_tables_of_quality():
-    """The best rate is that of the first seed; steps and right answers have columns where every arm has some."""
-    run = {"token_accuracy": 0.5, "seconds_per_step": 0.1, "peak_bytes": 2**30, "solved": None, "steps": 431}
+    """The best rate is that of the first seed."""
+    run = {"token_accuracy": 0.5, "steps": 431}
     losses = {"full, 0.004, seed 0": 1.2, "full, 0.004, seed 1": 1.4, "full, 0.002, seed 0": 1.3}
     losses |= {"full, 0.002, seed 1": 1.0, "lisa 2 K 5, 0.032, seed 0": 1.1}
     figures = {"settings": {}, "runs": {key: run | {"held_out": loss} for key, loss in losses.items()}}
-    header, *lines = quality.quality_table(figures, ["full", "lisa 2 K 5"])
-    assert lines == [
+    figures["runs"]["full, 0.004, seed 1"] |= {"steps": 433, "peak_bytes": 2**31, "seconds_per_step": 0.1}
+    table = replace(BASELINES, of=["full", "lisa 2 K 5"])
+    assert table.make(figures)[1:] == [
         ["LISA, gamma 2, K 5", "2 of all", "3.2e-2", "1.1000", "one seed", "50.0%"],
         ["full", "all", "4e-3", "1.3000", "0.1414", "50.0%"],
     ]
-    figures["settings"] = {"seconds": 60.0, "gpu": True}
-    figures["runs"]["full, 0.004, seed 1"] |= {"solved": 0.25, "steps": 433, "peak_bytes": 2**31}
-    with_costs, *lines = quality.quality_table(figures, ["full", "lisa 2 K 5"])
-    assert with_costs == [*header, "steps", "s a step", "GiB at the peak"]
-    assert [row[6:] for row in lines] == [["431", "0.100", "1.00"], ["432", "0.100", "2.00"]]
-    figures["runs"]["lisa 2 K 5, 0.032, seed 0"]["solved"] = 0.5
-    with_all, *lines = quality.quality_table(figures, ["full", "lisa 2 K 5"])
-    assert with_all == [*header, "answers right", "steps", "s a step", "GiB at the peak"]
-    assert [row[6] for row in lines] == ["50.0%", "25.0%"]
+    with_costs = replace(table, header="steps | s | GiB", cells="{0[steps]:.0f} | {0[seconds]:.3f} | {0[peak]:gib}")
+    assert with_costs.make(figures)[1:] == [["431", "-", "-"], ["432", "0.100", "2.00"]]
 
 
 def test_seeds_that_a_cut_sweep_has_left_out_are_no_error():

@@ -160,13 +160,13 @@ def test_a_loop_of_ones_own_compiles_its_layers(tmp_path):
 
 def steps_of_the_gpu_benchmark(cache: str) -> tuple[int, float]:
     """The arm with compiled layers of benchmarks/cost/gpu.py: graphs of two periods, the peak as a share of plan."""
-    from benchmarks.common import arms
+    from benchmarks.common import runs
     from benchmarks.cost.gpu import COMPILED
 
     counters.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arms, "compile_layers", lambda layers, _, mode: compile_layers(layers, "aot_eager", mode))
-        run = arms.Run(COMPILED, arms.shrunk_config("llama2-7b", 64, 4), interval=2)
+        patch.setattr(runs, "compile_layers", lambda layers, _, mode: compile_layers(layers, "aot_eager", mode))
+        run = runs.Run(COMPILED, runs.shrunk_config("llama2-7b", 64, 4), interval=2)
         run.steps(3, 32)
     return counters["stats"]["unique_graphs"], run.peak_bytes(32) / run.planned_bytes(32)
 

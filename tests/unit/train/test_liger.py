@@ -310,10 +310,10 @@ def fake_run_after_liger() -> list[bool]:
 def steps_of_the_gpu_benchmark() -> dict:
     """The arm with Liger of benchmarks/cost/gpu.py, which has no plan."""
     launched = interpret_liger()
-    from benchmarks.common import arms
+    from benchmarks.common import runs
     from benchmarks.cost.gpu import LIGER
 
-    run = arms.Run(LIGER, arms.shrunk_config("llama2-7b", 64, LAYERS), interval=INTERVAL)
+    run = runs.Run(LIGER, runs.shrunk_config("llama2-7b", 64, LAYERS), interval=INTERVAL)
     run.steps(INTERVAL + 1, LENGTH)
     return {"launched": set(launched), "planned": run.planned_bytes(LENGTH)}
 

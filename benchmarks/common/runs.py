@@ -1,11 +1,4 @@
-"""What the benchmarks compare, behind one interface: full training, LoRA, frozen layers, a callback, and LISA.
-
-- full: every parameter in every step; lora: peft's adapters on all linear layers but the head, without dropout. Their
-  rank is divided as the widths are, so that they keep their share of the parameters.
-- static: embeddings, head and a fixed set of layers, the rest frozen by hand before plain DeepSpeed is built: the
-  lower bound.
-- callback: every parameter registered, `requires_grad` flipped at each period, as a Trainer callback does it.
-- lisa: this package.
+"""A method as a DeepSpeed engine on a rank, and what is measured of it: steps, memory, drift, operations.
 
 All have the same model (random weights, the same ones), rows, DeepSpeed config, AdamW and weight decay.
 """
@@ -14,8 +7,8 @@ import argparse
 import itertools
 import random
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import deepspeed
 import torch
@@ -25,6 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
 import lisa_dist
+from benchmarks.common.methods import Method
 from benchmarks.common.ranks import RankGroup, run_on_cpu
 from benchmarks.common.results import parser_of, positive
 from lisa_dist.config import UserError
@@ -44,42 +38,8 @@ from lisa_dist.zero.parameters import held_tensors, parameter_numel
 
 RANKS = 2
 LR, WEIGHT_DECAY = 1e-4, 0.1
-EMBED_FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}
 WIDTHS = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
 PHASES = ("begin", "forward", "backward", "optimizer")  # of a step; LISA's switch is in the first
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One side of a comparison. `settings` are those of LisaConfig; of LoRA its rank, {"r": 16}."""
-
-    name: str
-    method: str  # full | lora | static | callback | lisa
-    settings: dict = field(default_factory=dict)
-    optim: str = "adamw_torch_fused"
-    checkpointed: int | str = 0  # layers whose activations are computed again, or "all"
-    length: int | None = None  # tokens of a row, where they are not the script's
-    attention: str = "sdpa"
-    liger: bool = False  # its kernels, with the loss fused with the head
-    compiled: bool = False  # each decoder layer by itself
-
-    @property
-    def config(self) -> lisa_dist.LisaConfig:
-        """What LISA, or what static and callback do in its place, is to train."""
-        return lisa_dist.LisaConfig(**self.settings if self.method != "lora" else {})
-
-
-FULL, STATIC, CALLBACK, LISA = (Arm(name, name) for name in ("full", "static", "callback", "lisa"))
-LORA_16, LORA_128 = (Arm(f"lora r{rank}", "lora", {"r": rank}) for rank in (16, 128))
-SIDE_BY_SIDE = (FULL, LORA_16, LORA_128, STATIC, CALLBACK, LISA)
-
-
-def shrunk_arms(arms: Iterable[Arm], shrink: int) -> tuple[Arm, ...]:
-    """The same arms for a model whose widths are divided by `shrink`: LoRA's ranks are too, but stay at least 1."""
-    return tuple(
-        replace(arm, settings={"r": max(1, arm.settings["r"] // shrink)}) if arm.method == "lora" else arm
-        for arm in arms
-    )
 
 
 def shrunk_config(model: str, shrink: int = 1, num_layers: int | None = None) -> PretrainedConfig:
@@ -103,8 +63,8 @@ def shrunk_config(model: str, shrink: int = 1, num_layers: int | None = None) ->
     return config
 
 
-def arms_parser(about: str, results: str, *, shrink: int) -> argparse.ArgumentParser:
-    """The flags of a script that compares arms on groups of CPU ranks."""
+def methods_parser(about: str, results: str, *, shrink: int) -> argparse.ArgumentParser:
+    """The flags of a script that compares methods on groups of CPU ranks."""
     run_on_cpu()
     parser = parser_of(about, results)
     parser.add_argument("--model", default="llama2-7b", help="shipped config, folder or hub id; weights are random")
@@ -114,7 +74,7 @@ def arms_parser(about: str, results: str, *, shrink: int) -> argparse.ArgumentPa
 
 
 def parse(parser: argparse.ArgumentParser, fewest: int = 2) -> argparse.Namespace:
-    """The flags of `arms_parser`; an error for a model that is not there, or with fewer layers, or for --large."""
+    """The flags of `methods_parser`; an error for a model that is not there, or with fewer layers, or for --large."""
     arguments = parser.parse_args()
     flag = "--model"
     try:
@@ -135,23 +95,49 @@ def model_of(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Pr
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def adapted(model: PreTrainedModel, arm: Arm) -> torch.nn.Module:
-    """The model with the adapters of an arm of LoRA."""
+def adapted(model: PreTrainedModel, method: Method) -> torch.nn.Module:
+    """The model with the adapters of LoRA."""
     from peft import LoraConfig, get_peft_model
 
-    adapters = LoraConfig(lora_dropout=0.0, target_modules="all-linear", **arm.settings)
+    adapters = LoraConfig(lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM", **method.settings)
     return get_peft_model(model, adapters, autocast_adapter_dtype=False)
 
 
-class Run:
-    """An arm as a DeepSpeed engine that takes steps, on one rank; every rank calls everything.
+def peak_within(work: Callable[[], object]) -> int:
+    """The most bytes that tensors on a CPU take while something is done."""
+    tracker = AllocationTracker()
+    tracker.add(torch.empty(0, dtype=torch.uint8).set_(storage) for storage in live_storages())
+    with tracker:
+        work()
+    return tracker.peak
 
-    Every step has the same rows for every arm. `interval` is K in steps; `layers` are those that static trains.
+
+def plain_engine(
+    model: torch.nn.Module, ds_config: str | dict, *, optim: str, lr: float, weight_decay: float, rows: int
+) -> deepspeed.DeepSpeedEngine:
+    """Two groups of what trains, by decay, and DeepSpeed around them."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [one for one in trained if one.ndim > 1], "weight_decay": weight_decay},
+        {"params": [one for one in trained if one.ndim == 1], "weight_decay": 0.0},
+    ]
+    config = lisa_dist.load_ds_config(ds_config, model=model, micro_batch_size=rows)
+    groups = [group for group in groups if group["params"]]
+    optimizer = lisa_dist.build_optimizer(groups, optim, lr=lr, offload=uses_optimizer_offload(config))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine.train()
+    return engine
+
+
+class Run:
+    """A method as a DeepSpeed engine that takes steps, on one rank; every rank calls everything.
+
+    Every step has the same rows for every method. `interval` is K in steps; `layers` are those that static trains.
     """
 
     def __init__(
         self,
-        arm: Arm,
+        method: Method,
         config: PretrainedConfig,
         ds_config: str | dict = "zero2",
         *,
@@ -162,7 +148,7 @@ class Run:
         lr: float = LR,
     ):
         self.lr = lr
-        self.arm, self._interval, self._rows, self._layers = arm, interval, rows, tuple(layers)
+        self.method, self._interval, self._rows, self._layers = method, interval, rows, tuple(layers)
         self._ds_config, self._rng = ds_config, random.Random(0)
         self._tokens = torch.Generator().manual_seed(dist.get_rank())
         self._device = torch.device(get_accelerator().current_device_name())
@@ -171,46 +157,34 @@ class Run:
         self.losses: list[float] = []  # of this rank's rows, by step
         torch.manual_seed(0)
         with self._device:
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=arm.attention)
-        if arm.liger:
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=method.attention)
+        if method.liger:
             apply_liger_kernel(self.model, None)
         self.blocks = find_blocks(self.model)
-        if arm.compiled:
+        if method.compiled:
             compile_layers(self.model.get_submodule(self.blocks.layers_path).children(), "inductor", None)
-        if arm.method == "lisa":
-            settings = lisa_dist.LisaConfig(lisa_interval_steps=interval, **arm.settings)
-            common = {"lr": lr, "weight_decay": WEIGHT_DECAY, "optim": arm.optim, "micro_batch_size": rows}
+        if method.kind == "lisa":
+            settings = lisa_dist.LisaConfig(lisa_interval_steps=interval, **method.settings)
+            common = {"lr": lr, "weight_decay": WEIGHT_DECAY, "optim": method.optim, "micro_batch_size": rows}
             self.engine, self.lisa = lisa_dist.initialize(self.model, self._ds_config, settings, **common)
         else:
             self.engine = self._plain_engine()
         self._checkpointed = 0
-        if arm.checkpointed:
-            self.checkpoint(number_of_layers(arm.checkpointed, len(self.blocks.layers)))
+        if method.checkpointed:
+            self.checkpoint(number_of_layers(method.checkpointed, len(self.blocks.layers)))
         get_accelerator().empty_cache()  # of what only the start has needed, so that `reserved_bytes` is of steps
 
     def _plain_engine(self) -> deepspeed.DeepSpeedEngine:
-        """What one writes without this package: two groups of what trains, by decay, and DeepSpeed around them."""
-        model = self.model
-        if self.arm.method == "lora":
-            model = adapted(model, self.arm)
-        elif self.arm.method == "static":
+        """What one writes without this package."""
+        model = adapted(self.model, self.method) if self.method.kind == "lora" else self.model
+        if self.method.kind == "static":
             self._let_train(self._layers)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [one for one in trained if one.ndim > 1], "weight_decay": WEIGHT_DECAY},
-            {"params": [one for one in trained if one.ndim == 1], "weight_decay": 0.0},
-        ]
-        config = lisa_dist.load_ds_config(self._ds_config, model=model, micro_batch_size=self._rows)
-        offload = uses_optimizer_offload(config)
-        groups = [group for group in groups if group["params"]]
-        optimizer = lisa_dist.build_optimizer(groups, self.arm.optim, lr=self.lr, offload=offload)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        engine.train()
-        return engine
+        more = {"lr": self.lr, "weight_decay": WEIGHT_DECAY, "rows": self._rows}
+        return plain_engine(model, self._ds_config, optim=self.method.optim, **more)
 
     def _let_train(self, layers: Sequence[int]) -> None:
         """The layers and what is always on require gradients, and nothing else."""
-        always_on = self.arm.config.always_on
+        always_on = self.method.config.always_on
         for block in self.blocks:
             block.requires_grad_(block.name in always_on)
         for layer in layers:
@@ -221,15 +195,15 @@ class Run:
         """The layers that train now; of full training and LoRA all."""
         if self.lisa is not None:
             return self.lisa.active_layers
-        return self._layers if self.arm.method in ("static", "callback") else tuple(range(len(self.blocks.layers)))
+        return self._layers if self.method.kind in ("static", "callback") else tuple(range(len(self.blocks.layers)))
 
     def begin(self) -> None:
         """What a step begins with, which is nothing if it is done already: in a new period other layers train now."""
         if self.lisa is not None:
             self.lisa.on_step_begin()
-        elif self.arm.method == "callback" and self.engine.global_steps // self._interval != self._period:
+        elif self.method.kind == "callback" and self.engine.global_steps // self._interval != self._period:
             self._period, count = self.engine.global_steps // self._interval, len(self.blocks.layers)
-            self._layers = tuple(sorted(self._rng.sample(range(count), self.arm.config.lisa_activated_layers)))
+            self._layers = tuple(sorted(self._rng.sample(range(count), self.method.config.lisa_activated_layers)))
             self._let_train(self._layers)
 
     def _next_tokens(self, length: int) -> torch.Tensor:
@@ -319,11 +293,7 @@ class Run:
             get_accelerator().reset_peak_memory_stats()
             self.step(length)
             return get_accelerator().max_memory_allocated()
-        tracker = AllocationTracker()
-        tracker.add(torch.empty(0, dtype=torch.uint8).set_(storage) for storage in live_storages())
-        with tracker:
-            self.step(length)
-        return tracker.peak
+        return peak_within(lambda: self.step(length))
 
     def reserved_bytes(self) -> int | None:
         """The most that a GPU's allocator has taken so far, with what it keeps to give out again."""
@@ -335,32 +305,32 @@ class Run:
         There is no plan of the callback, which `lisa-dist` does not run, nor of Liger's fused loss; that of compiled
         layers is of layers that are not, which hold more.
         """
-        arm, config = self.arm, self.arm.config
-        if arm.method == "callback" or arm.liger:
+        method, config = self.method, self.method.config
+        if method.kind == "callback" or method.liger:
             return None
-        lora_rank = arm.settings["r"] if arm.method == "lora" else 0
+        lora_rank = method.settings["r"] if method.kind == "lora" else 0
         dtype = next(self.model.parameters()).dtype
         workload = Workload(
             length,
             self._rows,
             dtype,
             self._checkpointed if checkpointed is None else checkpointed,
-            "eager" if arm.attention == "eager" else "sdpa",  # whose memory flash-attn's is
+            "eager" if method.attention == "eager" else "sdpa",  # whose memory flash-attn's is
             loss="own",
             frozen_bits=config.lisa_frozen_bits,
         )
         run = FakeRun(self.model.config, workload, lora_rank)
         trained = None
-        if arm.method in ("static", "lisa"):
+        if method.kind in ("static", "lisa"):
             always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
             trained = Trained(self.active_layers, always_on, self.lisa.active_blocks if self.lisa else ())
         ds_config = self._ds_config
         stage = StageSettings.of(
             read_ds_config(ds_config) if isinstance(ds_config, str) else ds_config, run.hidden_size
         )
-        by_rows = stage.reduces_rows(arm.optim, arm.method)
-        groups = run.groups(trained, arm.optim, config.state_bits, config.offloaded, by_rows)
-        if arm.method == "static":  # two groups in all, as `_plain_engine` makes them
+        by_rows = stage.reduces_rows(method.optim, method.kind)
+        groups = run.groups(trained, method.optim, config.state_bits, config.offloaded, by_rows)
+        if method.kind == "static":  # two groups in all, as `plain_engine` makes them
             params = [parameter for group in groups for parameter in group.params]
             halves = ([one for one in params if (one.ndim > 1) == decays] for decays in (True, False))
             groups = [replace(groups[0], params=tuple(half)) for half in halves if half]
@@ -370,7 +340,7 @@ class Run:
             run.trace(groups),
             stage,
             dist.get_world_size(),
-            optim=arm.optim,
+            optim=method.optim,
             master=config.lisa_master,
             rank=dist.get_rank(),
             on_cpu=self._device.type == "cpu",
@@ -379,7 +349,7 @@ class Run:
         kept = 0
         if config.lisa_state == "keep" and self._device.type == "cpu":  # of layers that have trained and sleep
             asleep = {layer for layer, times in enumerate(self.lisa.visit_counts) if times} - {*self.active_layers}
-            every = kept_states(run, config, stage.stage, dist.get_world_size(), arm.optim, pinned=False)
+            every = kept_states(run, config, stage.stage, dist.get_world_size(), method.optim, pinned=False)
             kept = every * len(asleep) // (len(self.blocks.layers) - config.lisa_activated_layers)
         return parts.peak + kept
 
@@ -424,7 +394,7 @@ def peak_of(ranks: RankGroup, length: int, tries: int = 1) -> dict:
 
 
 def flops_of_step(
-    config: PretrainedConfig, arm: Arm, tokens: int, length: int, layers: Sequence[int] | None = None
+    config: PretrainedConfig, method: Method, tokens: int, length: int, layers: Sequence[int] | None = None
 ) -> float:
     """Floating-point operations that a step cannot do without: matrix products, a multiply-add as two.
 
@@ -439,18 +409,18 @@ def flops_of_step(
     layer = sum(one.numel() for one in blocks.layers[0].parameters.values() if one.ndim > 1)
     head = model.get_output_embeddings().weight.numel()
     attention = 4 * length * config.num_attention_heads * config.head_dim / 2  # a token and layer; causal: half of it
-    if arm.method in ("full", "lora"):
-        trained, head_trains, lowest = (count if arm.method == "full" else 0), arm.method == "full", 0
+    if method.kind in ("full", "lora"):
+        trained, head_trains, lowest = (count if method.kind == "full" else 0), method.kind == "full", 0
     else:
-        outer = arm.config.always_on
-        trained, head_trains = arm.config.lisa_activated_layers if layers is None else len(layers), "head" in outer
+        outer = method.config.always_on
+        trained, head_trains = method.config.lisa_activated_layers if layers is None else len(layers), "head" in outer
         # The backward pass ends at the embedding, or where that is frozen at the lowest layer that trains.
         lowest = (count - trained) / (trained + 1) if layers is None else min(layers, default=count)
         lowest = 0 if "embed" in outer else lowest
     of_adapters = 0
-    if arm.method == "lora":
+    if method.kind == "lora":
         linears = [one for one in blocks.layers[0].parameters.values() if one.ndim > 1]
-        of_adapters = count * arm.settings["r"] * sum(sum(one.shape) for one in linears)
+        of_adapters = count * method.settings["r"] * sum(sum(one.shape) for one in linears)
     backward = (count - lowest) / count
     per_token = 2 * count * layer * (1 + backward) + 2 * trained * layer + count * attention * (1 + 2 * backward)
     per_token += 2 * head * (3 if head_trains else 2) + 6 * of_adapters
