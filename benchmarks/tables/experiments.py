@@ -69,6 +69,7 @@ IDEAS = {
     "lisa 3": "three layers",
     "lisa 4": "four layers",
     "lisa 4 keep": "four, states kept",
+    "embed and head": "embedding and head alone",
     "one block": "one block (BAdam)",
 }
 
