@@ -111,7 +111,7 @@ def test_operations_of_outer_blocks():
     assert embed > neither
 
 
-def test_arms_take_turns_in_orders_that_differ(benchmark):
+def test_methods_take_turns_in_orders_that_differ(benchmark):
     speed, called = benchmark("speed"), []
 
     class Group:
@@ -160,7 +160,7 @@ def test_memory_sees_what_a_callback_keeps_and_moves(benchmark, tmp_path, capsys
     assert "MiB of a rank" in capsys.readouterr().out
 
 
-def test_speed_has_every_arm(benchmark, tmp_path, capsys):
+def test_speed_has_every_method(benchmark, tmp_path, capsys):
     results = tmp_path / "speed.json"
     words = [*TINY, "--configs", "zero2", "--length", "64", "--repeats", "2", "--results", str(results)]
     benchmark("speed", *words).main()
@@ -295,7 +295,7 @@ def test_peaks_of_cards_are_known_by_their_names(benchmark, card, tflops):
     assert benchmark("gpu").peak_flops_of(card) == (tflops and tflops * 1e12)
 
 
-def test_no_arm_is_begun_that_may_not_end_in_time(benchmark, monkeypatch):
+def test_no_method_is_begun_that_may_not_end_in_time(benchmark, monkeypatch):
     gpu, now = benchmark("gpu"), [0.0]
     monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
     budget = gpu.Budget(100)
@@ -317,7 +317,7 @@ class Hangs:
         threading.Event().wait()
 
 
-def test_an_arm_that_hangs_is_ended(benchmark, monkeypatch):
+def test_a_method_that_hangs_is_ended(benchmark, monkeypatch):
     gpu = benchmark("gpu")
     monkeypatch.setattr(gpu, "METHOD_SECONDS", 0.5)
     groups = []

@@ -27,7 +27,7 @@ def settings_of(words: list[str]) -> dict[str, str]:
     return dict(zip((flag[2:] for flag in flags[::2]), flags[1::2], strict=True))
 
 
-@pytest.mark.parametrize("arm", peers.TRAINERS, ids=lambda trainer: trainer.name)
+@pytest.mark.parametrize("trainer", peers.TRAINERS, ids=lambda trainer: trainer.name)
 def test_all_trainers_are_asked_for_the_same_work(trainer, arguments, tmp_path):
     words = peers.words_of(trainer, arguments, tmp_path)
     if trainer.peer == "soup-cli":
