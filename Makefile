@@ -7,7 +7,7 @@ CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE
 # glibc is to keep the memory of large tensors: given back and taken anew in every step, each page of it is a fault.
 CPU += MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184
 
-.PHONY: quickstart test test-all test-plugins test-oldest test-container golden mutants docs checks bench bench-gpu clean
+.PHONY: quickstart test test-all test-plugins test-oldest test-container golden mutants docs flags wheel checks bench bench-gpu clean
 
 $(VENV)/.ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lisa_dist needs Python 3.11 or newer")'
@@ -45,7 +45,7 @@ test-all: $(VENV)/.ready  ## the whole test suite: half an hour on two cores
 
 # The programs that there are plugins for, each in an environment of its own with the package.
 PLUGINS := axolotl>=0.19,<0.22 ms-swift>=4.6,<4.7
-.plugins/%/.ready: setup.py
+.plugins/%/.ready: setup.py pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	@echo 'installing $* into $(@D): some minutes'
 	$(@D)/bin/python -m pip install --quiet --upgrade pip setuptools
@@ -56,15 +56,15 @@ test-plugins: $(VENV)/.ready .plugins/axolotl/.ready .plugins/ms-swift/.ready  #
 	$(BUILD_OPS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest tests/plugins
 
-# The oldest releases that setup.py allows; the newest are those of .venv.
-.oldest/.ready: setup.py
+# The oldest releases that pyproject.toml allows; the newest are those of .venv.
+.oldest/.ready: setup.py pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	@echo 'installing the oldest of everything into $(@D): some minutes'
 	$(@D)/bin/python -m pip install --quiet --upgrade pip setuptools 'uv>=0.9,<1'
 	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --resolution lowest-direct -e '.[dev]' 'trl>=1.16'
 	touch $@
 
-test-oldest: .oldest/.ready  ## the core of the suite on the oldest releases that setup.py allows: twenty minutes
+test-oldest: .oldest/.ready  ## the core of the suite on the oldest releases that pyproject.toml allows: twenty minutes
 	PATH="$(CURDIR)/.oldest/bin:$$PATH" $(CPU) TORCH_EXTENSIONS_DIR="$(CURDIR)/.oldest/torch_extensions" \
 		.oldest/bin/python -m pytest -m "not full" --numprocesses 2 --dist loadgroup \
 		tests/unit/core tests/unit/loss tests/unit/zero tests/unit/optim tests/unit/checkpoint tests/unit/train \
@@ -95,10 +95,16 @@ bench-gpu: $(VENV)/.ready  ## the same on one GPU, with models of 7B and 8B: und
 docs: $(VENV)/.ready  ## the pages of docs/ and the reference of the public names, into site/
 	$(BIN)/mkdocs build --strict
 
+flags: $(VENV)/.ready  ## write docs/flags.md, after a flag has changed
+	$(BIN)/python docs/flag_page.py
+
+wheel:  ## the package, into dist/, without its dependencies
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+
 checks: $(VENV)/.ready  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .plugins .quickstart build site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .plugins .quickstart build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

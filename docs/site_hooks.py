@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 OTHERS = {
     "README.md": "index.md",
     "launch/README.md": "launch.md",
-    "benchmarks/README.md": "benchmarks.md",
+    "benchmarks/REPORT.md": "report.md",
     "benchmarks/cost/GPU.md": "gpu.md",
     "CHANGELOG.md": "changelog.md",
 }

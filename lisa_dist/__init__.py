@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lisa_dist.train.sft_trainer import LisaTrainer
     from lisa_dist.train.trainer import LisaMixin
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # It warns of a CPU kernel for 4-bit weights, which nothing here has, where PyPI's package `kernels` is not there.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

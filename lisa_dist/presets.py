@@ -7,7 +7,7 @@ from lisa_dist.config_rules import LORA_LAYERS
 from lisa_dist.errors import UserError
 from lisa_dist.tasks import GRPO
 
-# What needs least of the device, and loses nothing that was measured (docs/comparing.md); for --optim lisa_adamw.
+# What needs least of the device, and loses nothing that was measured (benchmarks/REPORT.md); for --optim lisa_adamw.
 SMALL_MOMENTS = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
 SMALL_STATES = SMALL_MOMENTS | {"lisa_master": "bf16_sr"}  # of weights in bf16
 LORA, PAPER, NONE = "lora", "paper", "none"

@@ -33,11 +33,20 @@ from benchmarks.common.results import parser_with_data, positive, write_results
 from benchmarks.quality.engines import build
 from benchmarks.quality.training import Batch, Data, evaluate, train
 from benchmarks.tables.outcomes import best_rate, losses_by_rate, quality_key
-from benchmarks.tables.render import print_table
-from benchmarks.tables.rows import TABLES
+from benchmarks.tables.render import Table, print_table
+from benchmarks.tables.rows import best_first
 
 SETTINGS = ("model", "dataset", "held_out", "steps", "rows", "held_out_rows", "seconds", "gpu")  # of all runs of a file
-BASELINES = TABLES["comparing_methods"]
+BASELINES = Table(
+    ["quality"],
+    best_first,
+    "method | layers | best rate | held-out loss | spread of seeds | next tokens right",
+    "{0[method]} | {0[layers]} | {0[rate]:rate} | {0[loss]:.4f} | {0[seeds]} | {0[right]:.1%}",
+    [
+        *("full", "lora r8", "lora r32", "lisa 1", "lisa 1 reshuffle", "lisa 1 adaptive", "lisa 2", "lisa 2 reshuffle"),
+        *("lisa 2 adaptive", "fixed 2", "embed and head", "one block"),
+    ],
+)
 CHOICES = [name for name, method in METHODS.items() if method.kind in ("full", "lora", "lisa")]
 WARMUP = 10  # steps in which the rate rises
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.tables.outcomes import layers_that_train, method_name, outcome, quality_key, spread_of_seeds
-from benchmarks.tables.render import Table, TableError, print_table, spread
+from benchmarks.tables.outcomes import layers_that_train, method_name, outcome, spread_of_seeds
+from benchmarks.tables.render import Table, TableError, print_table
 
 Row = Iterable
 OF_CHOOSING = {
@@ -22,8 +22,6 @@ OF_CHOOSING = {
     "lisa_sampler": "uniform",
     "lisa_state": "reset",
 }
-STATIC_OF = {name: name.replace("lisa", "static") for name in ("lisa", "lisa, embed frozen", "lisa, checkpointed")}
-NEAR = 1.05  # a peak of at most so many times another's is the same memory
 
 
 def measured_once(of: str, figures: dict) -> Iterable[Row]:
@@ -108,9 +106,9 @@ def memory(of: None, figures: dict) -> Iterator[Row]:
     """What each method holds, by what it is, and its peak beside the plan."""
     for ds_config, methods in figures.items():
         for name, one in methods.items():
-            first, *_, last = one["live"].values()
+            *_, last = one["live"].values()
             off = None if one["planned"] is None else one["planned"] / one["peak"] - 1
-            yield f"{ds_config}, {name}", last, first, one, off, moved(one)
+            yield f"{ds_config}, {name}", last, one, off, moved(one)
 
 
 def steps(of: str, figures: dict) -> Iterator[Row]:
@@ -119,9 +117,7 @@ def steps(of: str, figures: dict) -> Iterator[Row]:
         for name, one in methods.items() if of in methods else ():
             phases = ("step", "forward", "backward", "optimizer")
             seconds = [statistics.median(step[phase] for step in one["steps"]) for phase in phases]
-            static, full = methods.get(STATIC_OF.get(name)), methods["full"]
-            of_static = None if static is None else spread(ratios(one, static), 2)
-            shares = of_static, ratios(one, full), one["flops"] / full["flops"]
+            shares = ratios(one, methods["full"]), one["flops"] / methods["full"]["flops"]
             yield f"{title.split(',')[0]}, {name}", layers_of(name), *seconds, *shares
 
 
@@ -133,15 +129,9 @@ def beside_static(of: None, figures: dict) -> Iterator[Row]:
             yield title, lisa["parameters"], ratios(lisa, static), ratios(lisa, static, "after_a_switch")
 
 
-def switches(of: None, figures: dict) -> Iterator[Row]:
-    for name, case in figures.items():
-        yield name, case, {int(steps): share for steps, share in case["share_of_period"].items()}
-
-
-def parts_of_a_switch(of: None, figures: dict) -> Iterator[Row]:
-    """Of the first cases, which are the stages, the parts of a switch that take most."""
-    for name, case in list(figures.items())[:3]:
-        yield name, ", ".join(f"`{part}` {share:.0%}" for part, share in case["of_time"].items() if share > 0.1)
+def switches(of: int, figures: dict) -> Iterable[Row]:
+    """With its share of a period of so many steps."""
+    return [(name, case, case["share_of_period"][f"{of}"]) for name, case in figures.items()]
 
 
 def traffic(of: list, figures: dict, formula: dict) -> Iterator[Row]:
@@ -184,13 +174,6 @@ def outcomes(of: dict, *tasks: dict) -> Iterator[Row]:
         yield shown, *(outcome(name, figures) for figures in tasks)
 
 
-def with_costs(of: dict, gsm8k: dict, alpaca: dict, costs: dict) -> Iterator[Row]:
-    methods = costs["tasks"][of["task"]]["arms"]
-    for name, shown in of["methods"].items():
-        if name not in of.get("without", ()):
-            yield shown, outcome(name, gsm8k), outcome(name, alpaca), methods[name]
-
-
 def where_run(of: list, *tasks: dict) -> Iterator[Row]:
     for name in of:
         cells = [outcome(name, figures, may_lack=True) for figures in tasks]
@@ -199,42 +182,19 @@ def where_run(of: list, *tasks: dict) -> Iterator[Row]:
 
 
 def ideas(of: str, *tasks: dict) -> Iterator[Row]:
-    """Each idea of a file, its method and verdict, with the outcome on every task that it was tried on."""
+    """Each idea of a file, by its method, with the outcome on every task that it was tried on."""
     _, *lines = csv.reader(Path(__file__).with_name(of).read_text(encoding="utf-8").splitlines())
-    for idea, name, verdict in lines:
+    for idea, name in lines:
         cells = [outcome(name, figures, may_lack=True)["long"] for figures in tasks]
         if set(cells) == {"-"}:
             raise TableError(f"no results have a run of {name}")
-        yield idea, f"`{name}`", *cells, verdict
-
-
-def single_runs(of: dict, figures: dict) -> Iterator[Row]:
-    """Of the first seed."""
-    for name, shown in of.items():
-        run = figures["runs"][quality_key(name, 4e-3, 0)]
-        yield shown, layers_that_train(name, figures), run["held_out"]
+        yield idea, *cells
 
 
 def pareto(of: str, figures: dict, quality: dict) -> Iterator[Row]:
     """The methods of a task, the best first."""
     for name, one in sorted(figures["tasks"][of]["arms"].items(), key=lambda method: method[1]["loss"]):
         yield method_name(name), layers_that_train(name, quality), one, spread_of_seeds(one["losses"])
-
-
-def in_the_memory_of_others(of: list, figures: dict, *qualities: dict) -> Iterator[Row]:
-    """Beside each other method the LISA of the lowest loss whose peak is at most a twentieth above its own."""
-
-    def cells(name: str, methods: dict, quality: dict) -> list[str]:
-        layers, one = layers_that_train(name, quality), methods[name]
-        return [method_name(name), layers, f"{one['peak'] / 1e6:,.1f}", f"{one['loss']:.4f}"]
-
-    for (task, found), quality in zip(figures["tasks"].items(), qualities, strict=True):
-        methods = found["arms"]
-        for other in (name for name in of if name in methods):
-            most = NEAR * methods[other]["peak"]
-            near = [name for name in methods if name.startswith("lisa") and methods[name]["peak"] <= most]
-            best = min(near, key=lambda name: methods[name]["loss"], default=None)
-            yield task, *cells(other, methods, quality), *(cells(best, methods, quality) if best else ["-"] * 4)
 
 
 TABLES = {

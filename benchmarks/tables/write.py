@@ -3,8 +3,8 @@
 python -m benchmarks.tables.write            # writes what has changed
 python -m benchmarks.tables.write --check    # writes nothing; exit status 1 where a page and the results differ
 
-A table stands on any of the pages between `<!-- table: NAME -->` and `<!-- end -->`, and NAME is one of declared.py, or
-`index`: a row for every results file, and for every script that has none.
+A table stands on any of the pages between `<!-- table: NAME -->` and `<!-- end -->`, and NAME is one of tables.yaml, or
+`index`: a row for every script, with its results.
 """
 
 import argparse
@@ -22,8 +22,8 @@ END = "<!-- end -->"
 
 
 def index(benchmarks: Benchmarks) -> Rows:
-    """A row for every results file by the script that made it, for scripts without, and for results without."""
-    abouts, rows = {}, [["benchmark", "question", "command", "results", "machine", "device"]]
+    """A row for every script, with its results and their devices; then for results of scripts that are gone."""
+    abouts, rows = {}, [["benchmark", "question", "results", "device"]]
     for path in sorted(benchmarks.folder.glob("*/*.py")):
         script = ast.parse(path.read_text(encoding="utf-8"))
         # Others measure nothing: what scripts are made of, and what makes the tables.
@@ -33,13 +33,10 @@ def index(benchmarks: Benchmarks) -> Rows:
     results = {path.stem: benchmarks.results(path.stem) for path in sorted(benchmarks.folder.glob("results/*.json"))}
     made_by = {name: one["command"].split()[2].rpartition(".")[2] for name, one in results.items()}
     for script in dict.fromkeys([*abouts, *made_by.values()]):
-        about = abouts.get(script, [script, "measured once, by a script that is gone"])
-        for name in sorted((name for name in results if made_by[name] == script), key=lambda name: name != script):
-            one, link = results[name], f"[{name}](results/{name}.json)"
-            rows.append([*about, f"`{one['command']}`", link, one["machine"], one["device"]])
-            about = ["", ""]
-        if about[0]:
-            rows.append([*about, "not run yet", "", "", ""])
+        names = sorted((name for name in results if made_by[name] == script), key=lambda name: name != script)
+        links = ", ".join(f"[{name}](results/{name}.json)" for name in names) or "not run yet"
+        devices = ", ".join(sorted({results[name]["device"] for name in names}))
+        rows.append([*abouts.get(script, [script, "measured once, by a script that is gone"]), links, devices])
     return rows
 
 

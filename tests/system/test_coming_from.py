@@ -7,13 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import yaml
 
 from lisa_dist.commands.verbs import parser_of
 from lisa_dist.config import LisaConfig
 from lisa_dist.data.encoding import LONG_EXAMPLES
 from lisa_dist.data.formats import FORMATS
-from lisa_dist.run.arguments import parse_arguments, run_parser
+from lisa_dist.run.arguments import run_parser
 from lisa_dist.tasks import TASKS, task_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coming_from.md").read_text(encoding="utf-8")
@@ -78,30 +77,3 @@ def test_defaults_are_ours():
                 assert float(said) == default, name
             else:
                 assert said == str(getattr(default, "value", default)).lower(), name
-
-
-def test_the_recipe_says_what_theirs_said(tmp_path):
-    theirs, recipe = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    theirs = yaml.safe_load(theirs)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(recipe, encoding="utf-8")
-    run_args, data_args, training_args, model_args, lisa_config = parse_arguments(["--config", str(path)])
-    assert run_args.method == "lisa"
-    assert lisa_config.lisa_activated_layers == theirs["lisa_n_layers"]
-    assert lisa_config.lisa_interval_steps == theirs["lisa_step_interval"]
-    assert model_args.model_name_or_path == theirs["base_model"]
-    assert data_args.dataset_name == [source["path"] for source in theirs["datasets"]]
-    assert data_args.eval_rows == theirs["val_set_size"]
-    pairs = {
-        "sequence_len": "max_length",
-        "sample_packing": "packing",
-        "micro_batch_size": "per_device_train_batch_size",
-        "gradient_accumulation_steps": "gradient_accumulation_steps",
-        "num_epochs": "num_train_epochs",
-        "optimizer": "optim",
-        "learning_rate": "learning_rate",
-        "warmup_ratio": "warmup_steps",
-        "output_dir": "output_dir",
-    }
-    for key, name in pairs.items():
-        assert theirs[key] == getattr(training_args, name), key

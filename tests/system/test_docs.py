@@ -26,7 +26,7 @@ from lisa_dist.run.task_configs import CONFIGS
 from lisa_dist.tasks import task_of
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
-PAGES += ["benchmarks/README.md", "benchmarks/cost/GPU.md"]
+PAGES += ["benchmarks/REPORT.md", "benchmarks/cost/GPU.md", "SECURITY.md"]
 PAGES += ["examples/README.md", "examples/continued_pretraining/README.md"]
 PROGRAMS = ("make", "pip", "python", "deepspeed", "torchrun", "lisa-dist", "tensorboard")
 COMMAND = re.compile(rf"^(?:{'|'.join(PROGRAMS)})\s")

@@ -1,15 +1,16 @@
-"""Whatever the code imports is declared in setup.py, under the name that an index has it by; each with its bounds."""
+"""Whatever the code imports is declared in pyproject.toml, under the name of its distribution, and with bounds."""
 
 import ast
 import re
-import runpy
 import sys
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-import setuptools
+from setuptools.config.pyprojecttoml import read_configuration
+
+import lisa_dist
 
 ROOT = Path(__file__).parents[2]
 # Imported by the programs that they are plugins of, which are there then, and what these depend on.
@@ -17,11 +18,12 @@ PLUGINS = {"axolotl", "swift", "pydantic"}
 # A module that is imported inside functions alone, once its extra is known to be there.
 OF_AN_EXTRA = {"lisa_dist/eval/harness.py"}
 UNBOUNDED = {
+    "lisa-dist",  # extras of its own
     "packaging",  # its versions are years
     "types-pyyaml",  # these follow the library that they describe
     "types-psutil",
     "types-tqdm",
-    "transformers",  # as transformers[serving] of the tests: install_requires bounds it
+    "transformers",  # as transformers[serving] of the tests: the dependencies bound it
 }
 
 
@@ -49,14 +51,15 @@ def modules_imported_by(folder: str) -> Iterator[tuple[str, str, bool]]:
                 yield str(path.relative_to(ROOT)), module, in_function
 
 
-@pytest.fixture
-def settings(monkeypatch) -> dict:
-    """What setup.py gives to setuptools."""
-    settings = {}
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(setuptools, "setup", settings.update)
-    runpy.run_path(str(ROOT / "setup.py"))
-    return settings
+@pytest.fixture(scope="module")
+def settings() -> dict:
+    """pyproject.toml as setuptools reads it."""
+    return read_configuration(ROOT / "pyproject.toml")
+
+
+def requirements_of(settings: dict) -> list[str]:
+    extras = settings["project"]["optional-dependencies"]
+    return [*settings["project"]["dependencies"], *(one for extra in extras.values() for one in extra)]
 
 
 def names_of(requirements: list[str]) -> set[str]:
@@ -65,8 +68,8 @@ def names_of(requirements: list[str]) -> set[str]:
 
 @pytest.mark.parametrize("folder", ["lisa_dist", "kernels", "launch"])
 def test_what_is_imported_is_declared(folder, settings):
-    always = names_of(settings["install_requires"])
-    anywhere = always | names_of([one for extra in settings["extras_require"].values() for one in extra])
+    always = names_of(settings["project"]["dependencies"])
+    anywhere = names_of(requirements_of(settings))
     assert "torch" in always
     imported = list(modules_imported_by(folder))
     assert imported
@@ -76,23 +79,27 @@ def test_what_is_imported_is_declared(folder, settings):
             continue
         names = {canonical(name) for name in distributions.get(module, [module])}
         may_lack = in_function or folder != "lisa_dist" or path in OF_AN_EXTRA
-        where = "setup.py" if may_lack else "install_requires"
+        where = "pyproject.toml" if may_lack else "dependencies"
         assert names & (anywhere if may_lack else always), f"{path} imports {module}, of {names}, which {where} lacks"
 
 
 def test_every_requirement_has_both_bounds(settings):
-    requirements = [
-        *settings["install_requires"],
-        *(one for extra in settings["extras_require"].values() for one in extra),
-    ]
+    requirements = requirements_of(settings)
     bounded = [one for one in requirements if re.search(">=[^;]*,<", one)]
     assert names_of([one for one in requirements if one not in bounded]) == UNBOUNDED
 
 
 def test_every_room_is_packed(settings):
+    packages = settings["tool"]["setuptools"]["packages"]
     rooms = {f"lisa_dist.{path.parent.name}" for path in (ROOT / "lisa_dist").glob("*/__init__.py")}
     assert "lisa_dist.zero" in rooms
     links = {f"lisa_dist.{path.name}" for path in (ROOT / "lisa_dist").iterdir() if path.is_symlink()}
     assert len(links) == 4
-    assert set(settings["packages"]) == {"lisa_dist"} | links | rooms
-    assert len(settings["packages"]) == len(set(settings["packages"]))
+    assert {"lisa_dist"} | links | rooms <= set(packages)
+    assert all((ROOT / package.replace(".", "/")).is_dir() for package in packages)
+    assert len(packages) == len(set(packages))
+
+
+def test_there_is_one_version(settings):
+    assert settings["project"]["version"] == lisa_dist.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+", lisa_dist.__version__)

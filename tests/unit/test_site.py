@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import lisa_dist
+from docs import flag_page
 from docs.site_hooks import OTHERS
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +32,12 @@ def test_every_page_has_its_place():
 def test_every_public_name_is_in_the_reference():
     named = re.findall(r"^::: lisa_dist\.[\w.]+\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
     assert sorted(named) == sorted(name for name in lisa_dist.__all__ if name != "__version__")
+
+
+def test_the_flags_are_those_of_the_code():
+    page = flag_page.PAGE.read_text(encoding="utf-8")
+    assert flag_page.with_flags(page) == page, "python docs/flag_page.py writes them"
+    assert "- **`--lisa_interval_steps`** (20): Optimizer steps in a period" in page
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""The tables of README and docs are what benchmarks/results says, and benchmarks/README.md has every benchmark."""
+"""The tables of README and docs are what benchmarks/results says, and benchmarks/REPORT.md has every benchmark."""
 
 import json
 import random
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.quality.quality import BASELINES
 from benchmarks.tables import write
 from benchmarks.tables.outcomes import layers_that_train, runs_at_best
 from benchmarks.tables.render import Benchmarks, TableError
@@ -115,7 +116,7 @@ def test_a_figure_in_the_results(copy, capsys):
     runs = results["figures"]["runs"]
     runs_at_best("full", runs)[0]["held_out"] -= 0.001
     path.write_text(json.dumps(results), encoding="utf-8")
-    assert "comparing_methods" in names_in(check(copy, capsys))
+    assert {"experiments", "headline_quality"} <= names_in(check(copy, capsys))
 
 
 def test_no_table_stays_when_all_figures_change(copy, capsys):
@@ -156,7 +157,7 @@ def test_what_a_page_may_not_have(added, said, copy):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "docs/kernels.md: table kernels_forms: there is no benchmarks/results/forms.json."),
+        (None, "benchmarks/REPORT.md: table kernels_forms: there is no benchmarks/results/forms.json."),
         ("{", "benchmarks/results/forms.json is no JSON ("),
         ('{"figures": {}}', "table kernels_forms: its results have another shape than it reads (KeyError("),
         ('{"figures": [1]}', "table kernels_forms: its results have another shape than it reads (TypeError("),
@@ -186,7 +187,7 @@ def test_figures_of_another_shape_are_named(name, broken, copy):
 
 def test_runs_that_are_not_there(copy):
     for name, table, said in (
-        ("quality", "comparing_methods", "the results of quality.py have no run of full"),
+        ("quality", "headline_quality", "the results of quality.py have no run of full"),
         ("choosing", "choosing_gamma", "choosing.json has no run {"),
     ):
         path = copy / "benchmarks" / "results" / f"{name}.json"
@@ -201,11 +202,11 @@ def test_runs_that_are_not_there(copy):
 
 def test_the_index_has_every_script_and_every_result():
     folder = ROOT / "benchmarks"
-    links = re.findall(r"\]\(([^)]+)\)", (folder / "README.md").read_text(encoding="utf-8"))
+    (index,) = (found[2] for found in MARKED.finditer((folder / "REPORT.md").read_text("utf-8")) if found[1] == "index")
+    links = re.findall(r"\]\(([^)]+)\)", index)
     paths = [path for room in ("cost", "quality") for path in (folder / room).glob("*.py")]
     scripts = {f"{path.parent.name}/{path.name}" for path in paths if "__main__" in path.read_text(encoding="utf-8")}
     assert len(scripts) > 10
-    links = [link for link in links if not link.endswith(".md")]
     assert sorted(links) == sorted([*scripts, *(f"results/{path.name}" for path in folder.glob("results/*.json"))])
 
 
@@ -213,30 +214,27 @@ def test_a_new_benchmark_in_the_index(copy):
     folder = copy / "benchmarks"
     (folder / "cost" / "new.py").write_text('"""What is new? Nothing.\n\nMore of it.\n"""\ndef main(): pass\n')
     write.main([], copy)
-    assert "| [new](cost/new.py) | What is new? Nothing. | not run yet | | | |\n" in (folder / "README.md").read_text()
-    results = {
-        "command": "python -m benchmarks.cost.new --model small",
-        "machine": "m",
-        "device": "a GPU",
-        "figures": {},
-    }
-    (folder / "results" / "new_gpu.json").write_text(json.dumps(results))
+    about = "| [new](cost/new.py) | What is new? Nothing. |"
+    assert f"{about} not run yet | |\n" in (folder / "REPORT.md").read_text()
+    results = {"command": "python -m benchmarks.cost.new", "machine": "m", "device": "a GPU", "figures": {}}
+    for name in ("new_gpu", "new"):
+        (folder / "results" / f"{name}.json").write_text(json.dumps(results))
     write.main([], copy)
-    row = "| `python -m benchmarks.cost.new --model small` | [new_gpu](results/new_gpu.json) | m | a GPU |\n"
-    assert f"| [new](cost/new.py) | What is new? Nothing. {row}" in (folder / "README.md").read_text()
+    row = "[new](results/new.json), [new_gpu](results/new_gpu.json) | a GPU |\n"
+    assert f"{about} {row}" in (folder / "REPORT.md").read_text()
     (folder / "cost" / "new.py").unlink()
     write.main([], copy)
-    assert f"| new | measured once, by a script that is gone {row}" in (folder / "README.md").read_text()
+    assert f"| new | measured once, by a script that is gone | {row}" in (folder / "REPORT.md").read_text()
 
 
 def test_a_table_on_another_page(copy, capsys):
     """Its marks are found wherever they stand."""
-    page = copy / "docs" / "kernels.md"
+    page, other = copy / "benchmarks" / "REPORT.md", copy / "docs" / "kernels.md"
     marked = next(found for found in MARKED.finditer(page.read_text()) if found[1] == "kernels_adamw")
     page.write_text(page.read_text().replace(marked[0], ""))
-    (copy / "benchmarks" / "REPORT.md").write_text("<!-- table: kernels_adamw -->\n<!-- end -->\n")
+    other.write_text("<!-- table: kernels_adamw -->\n<!-- end -->\n")
     write.main([], copy)
-    assert (copy / "benchmarks" / "REPORT.md").read_text() == marked[0] + "\n"
+    assert other.read_text() == marked[0] + "\n"
 
 
 def test_tables_of_quality():
@@ -246,7 +244,7 @@ def test_tables_of_quality():
     losses |= {"full, 0.002, seed 1": 1.0, "lisa 2 K 5, 0.032, seed 0": 1.1}
     figures = {"settings": {}, "runs": {key: run | {"held_out": loss} for key, loss in losses.items()}}
     figures["runs"]["full, 0.004, seed 1"] |= {"steps": 433, "peak_bytes": 2**31, "seconds_per_step": 0.1}
-    table = replace(TABLES["comparing_methods"], of=["full", "lisa 2 K 5"])
+    table = replace(BASELINES, of=["full", "lisa 2 K 5"])
     assert table.make(figures)[1:] == [
         ["LISA, gamma 2, K 5", "2 of all", "3.2e-2", "1.1000", "one seed", "50.0%"],
         ["full", "all", "4e-3", "1.3000", "0.1414", "50.0%"],
@@ -261,17 +259,14 @@ def test_seeds_that_a_cut_sweep_has_left_out_are_no_error():
     assert [run["held_out"] for run in runs_at_best("full", figures)] == [0.0, 2.0]
 
 
-def test_at_equal_memory_the_best_lisa_is_one_whose_peak_is_near():
-    def method(peak: float, held_out: float) -> dict:
-        return {"peak": peak * 1e6, "loss": held_out}
-
-    methods = {"lora r16": method(100, 2.0), "galore r16": method(200, 1.5)}
-    methods |= {"lisa 2": method(105, 1.9), "lisa 4": method(106, 1.7)}
-    figures = {"tasks": {"a task": {"arms": methods}}}, {"settings": {"model": "model"}, "runs": {}}
-    table = replace(TABLES["comparing_equal_memory"], of=["lora r16", "galore r16"])
-    assert table.make(*figures)[1:] == [
-        ["a task", "LoRA r16", "adapters", "100.0", "2.0000", "LISA, gamma 2, uniform", "2 of 30", "105.0", "1.9000"],
-        ["a task", "GaLore r16", "30 of 30", "200.0", "1.5000", "LISA, gamma 4, uniform", "4 of 30", "106.0", "1.7000"],
-    ]
-    methods["lora r16"]["peak"] = 50e6
-    assert table.make(*figures)[1][5:] == ["-", "-", "-", "-"]
+def test_the_claim_of_the_readme_is_what_its_table_says():
+    """The one figure of losses in prose: the gap to full training with as many layers as fit."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = next(found[2] for found in MARKED.finditer(page) if found[1] == "headline_quality").splitlines()
+    cells = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in rows}
+    (fitted,) = (name for name in cells if name.startswith("LISA, as many layers as fit"))
+    gaps = [float(re.match(r"[\d.]+", one)[0]) - float(re.match(r"[\d.]+", full)[0])
+            for one, full in zip(cells[fitted], cells["full training"], strict=True)]  # fmt: skip
+    assert len(gaps) == 4
+    claimed = re.search(r"LISA was within ([\d.]+) of full training's held-out loss on every\s+task", page)
+    assert max(gaps) <= float(claimed[1])

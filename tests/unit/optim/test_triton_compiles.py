@@ -45,8 +45,8 @@ def test_the_kernels_of_factored_moments_compile(capability):
 
 @pytest.fixture
 def oldest_triton(request) -> Path:
-    """A folder of the oldest Triton that setup.py takes, from an index; kept for the next time."""
-    version = re.search(r"triton>=([\d.]+)", (ROOT / "setup.py").read_text()).group(1)
+    """A folder of the oldest Triton that pyproject.toml takes, from an index; kept for the next time."""
+    version = re.search(r"triton>=([\d.]+)", (ROOT / "pyproject.toml").read_text()).group(1)
     folder = request.config.cache.mkdir(f"triton-{version}")
     if not (folder / "whole").exists():
         with tempfile.TemporaryDirectory() as wheels:
