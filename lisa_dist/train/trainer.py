@@ -10,10 +10,13 @@ A step of the loop, which is the Trainer's own::
 
 import contextlib
 import functools
+import random
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -45,7 +48,6 @@ from lisa_dist.train.deepspeed_arguments import begin_deepspeed
 from lisa_dist.train.identity import check_global_batch_size, compare_on_rank_0, describe_identity, write_identity
 from lisa_dist.train.model_header import describe_training
 from lisa_dist.train.monitoring import MonitoredMixin, SlowRanks, lisa_metrics
-from lisa_dist.train.random_states import random_states_kept
 from lisa_dist.train.resume import (
     Beginning,
     check_beginning,
@@ -387,3 +389,17 @@ class LisaMixin(MonitoredMixin):
     @property
     def _engine(self) -> Any:
         return self._controller.engine
+
+
+@contextlib.contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Python's, numpy's and torch's random numbers go on afterwards as if nothing had drawn any.
+
+    For what a resumed run does not run again.
+    """
+    cuda = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_available() else []
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=cuda):
+        yield
+    random.setstate(python_state)
+    numpy.random.set_state(numpy_state)
