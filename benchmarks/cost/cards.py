@@ -15,10 +15,8 @@ from lisa_dist import LisaConfig
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.meta_model import model_without_weights
 from lisa_dist.errors import UserError
-from lisa_dist.memory.defaults import learning_rate, preset_settings, with_accumulation
-from lisa_dist.memory.known_models import load_model_config
-from lisa_dist.memory.ladder import Chosen, first_that_fits
-from lisa_dist.memory.plan import PlanArguments
+from lisa_dist.memory.plan import PlanArguments, learning_rate, load_model_config, preset_settings, with_accumulation
+from lisa_dist.memory.planner import Chosen, first_that_fits
 
 SHARE = 0.4  # of the peak
 # Peak of a card in bf16 with sums in fp32, dense, by its memory: RTX 4090, L40S, H100 SXM, as their makers say.
@@ -55,7 +53,7 @@ def figures_of(model: str, gpus: int, gpu_memory: str) -> dict:
         return {"not_fitting": str(error)}
     plan = chosen.plan
     return {
-        "rung": chosen.rung.name,
+        "rung": chosen.fallback.name,
         "ds_config": plan.ds_config,
         "layers": chosen.lisa_config.lisa_activated_layers,
         "num_layers": config.num_hidden_layers,

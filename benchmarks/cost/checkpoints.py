@@ -23,7 +23,7 @@ from lisa_dist import LisaConfig
 from lisa_dist.checkpoint.block_files import assign, block_files, host_by_host
 from lisa_dist.checkpoint.save import finish_save, save_checkpoint
 from lisa_dist.core.blocks import find_blocks
-from lisa_dist.memory.known_models import load_model_config
+from lisa_dist.memory.plan import load_model_config
 
 WAYS = ("all blocks", "what has changed", "in the background")
 HOSTS, RANKS_OF_HOST = 2, 8

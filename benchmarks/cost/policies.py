@@ -13,9 +13,8 @@ from benchmarks.tables.show import show
 from lisa_dist import LisaConfig
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.frozen_layers import held_bytes, linear_modules
-from lisa_dist.memory.known_models import load_model_config
-from lisa_dist.memory.plan import PlanArguments
-from lisa_dist.memory.plans import make_plans
+from lisa_dist.memory.plan import PlanArguments, load_model_config
+from lisa_dist.memory.planner import make_plans
 from lisa_dist.text import GIB
 
 MODELS = ("llama2-7b", "llama3.1-8b")

@@ -42,7 +42,7 @@ from benchmarks.cost.traffic import CONTROL
 from benchmarks.tables.show import show
 from lisa_dist.config import UserError
 from lisa_dist.ds_config import read_ds_config
-from lisa_dist.memory.known_models import load_model_config
+from lisa_dist.memory.plan import load_model_config
 from lisa_dist.text import parse_bytes
 
 ARMS = (FULL, LISA)

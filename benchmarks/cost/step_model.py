@@ -46,10 +46,8 @@ from lisa_dist.core.blocks import Blocks, find_blocks
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.memory.estimate import plan_memory
-from lisa_dist.memory.periods import widest_periods
-from lisa_dist.memory.stage_settings import StageSettings
 from lisa_dist.memory.trace import FakeRun
-from lisa_dist.memory.workload import Trained, Workload
+from lisa_dist.memory.workload import StageSettings, Trained, Workload, widest_periods
 
 KINDS = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
 SMALL, LARGE = 2**12, 2**20  # elements of the collectives that are timed

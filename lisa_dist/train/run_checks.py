@@ -17,7 +17,7 @@ from lisa_dist.core.weight_store import check_store
 from lisa_dist.ds_config import given_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.files import check_folder, read_text
-from lisa_dist.memory.plans import fewest_of_lora
+from lisa_dist.memory.planner import fewest_of_lora
 from lisa_dist.tasks import GRPO, KTO, REWARD, SFT, refuse_flags_of_sft
 from lisa_dist.text import in_one_line, no_such_model
 from lisa_dist.train.argument_checks import check_ds_arguments, check_evaluation, check_loss_type, check_schedule

@@ -33,8 +33,8 @@ import lisa_dist
 from lisa_dist import LisaConfig, LisaMixin, LisaTrainer
 from lisa_dist.config import UserError
 from lisa_dist.ds_config import find_ds_config
+from lisa_dist.memory.stand_ins import without_liger
 from lisa_dist.memory.trace import FakeRun
-from lisa_dist.memory.without_liger import without_liger
 from lisa_dist.memory.workload import Trained, Workload
 from lisa_dist.train.liger import check_liger, settle_liger, why_no_liger_loss
 

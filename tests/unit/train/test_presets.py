@@ -8,10 +8,8 @@ from runs import flags_for, save_tiny_run
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
-from lisa_dist.memory.defaults import preset_settings, with_accumulation
-from lisa_dist.memory.known_models import load_model_config
-from lisa_dist.memory.ladder import first_that_fits
-from lisa_dist.memory.plan import PlanArguments
+from lisa_dist.memory.plan import PlanArguments, load_model_config, preset_settings, with_accumulation
+from lisa_dist.memory.planner import first_that_fits
 from lisa_dist.presets import PRESETS
 from lisa_dist.tasks import task_of
 from lisa_dist.train.apply_preset import apply_preset, describe_preset
