@@ -27,12 +27,11 @@ from lisa_dist.core.checkpointing import checkpoint_layers, let_backward_end, nu
 from lisa_dist.core.period_log import live_storages
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.memory.estimate import plan_memory
-from lisa_dist.memory.kept_states import kept_states
-from lisa_dist.memory.known_models import load_model_config
-from lisa_dist.memory.stage_settings import StageSettings
+from lisa_dist.memory.plan import load_model_config
+from lisa_dist.memory.states import kept_states
 from lisa_dist.memory.trace import FakeRun
 from lisa_dist.memory.tracker import AllocationTracker
-from lisa_dist.memory.workload import Trained, Workload
+from lisa_dist.memory.workload import StageSettings, Trained, Workload
 from lisa_dist.train.compiled_layers import compile_layers
 from lisa_dist.zero.parameters import held_tensors, parameter_numel
 

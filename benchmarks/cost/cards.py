@@ -13,10 +13,8 @@ from benchmarks.common.runs import flops_of_step, shrunk_config
 from benchmarks.tables.rows import show
 from lisa_dist import LisaConfig
 from lisa_dist.errors import UserError
-from lisa_dist.memory.defaults import learning_rate, preset_settings, with_accumulation
-from lisa_dist.memory.known_models import load_model_config
-from lisa_dist.memory.ladder import first_that_fits
-from lisa_dist.memory.plan import PlanArguments
+from lisa_dist.memory.plan import PlanArguments, learning_rate, load_model_config, preset_settings, with_accumulation
+from lisa_dist.memory.planner import first_that_fits
 
 SHARE = 0.4  # of the peak
 # Peak of a card in bf16 with sums in fp32, dense, by its memory: RTX 4090, L40S, H100 SXM, as their makers say.

@@ -38,7 +38,7 @@ from benchmarks.tables.recipes import COMMAND, RECIPES
 from benchmarks.tables.render import print_table
 from lisa_dist.commands import plan
 from lisa_dist.distributed.allocator import use_expandable_segments
-from lisa_dist.memory.plans import make_plans
+from lisa_dist.memory.planner import make_plans
 from lisa_dist.optim.ops import why_no_compiler
 
 

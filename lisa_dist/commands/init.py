@@ -9,9 +9,8 @@ from lisa_dist.commands.plan import tell
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
 from lisa_dist.flags import FlagParser
-from lisa_dist.memory.defaults import learning_rate, preset_settings, with_accumulation
-from lisa_dist.memory.known_models import load_model_config
-from lisa_dist.memory.ladder import first_that_fits
+from lisa_dist.memory.plan import learning_rate, load_model_config, preset_settings, with_accumulation
+from lisa_dist.memory.planner import first_that_fits
 from lisa_dist.run.recipe import InitArguments, format_recipe
 
 USAGE = "lisa-dist init --model llama3.1-8b [--gpus N] [--gpu_memory 24GiB] [--any_flag value ...]"

@@ -11,12 +11,20 @@ from lisa_dist.commands import exit_on_error
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
 from lisa_dist.flags import FlagParser
-from lisa_dist.memory.defaults import learning_rate, preset_settings, with_accumulation, with_settings
-from lisa_dist.memory.known_models import load_model_config
-from lisa_dist.memory.ladder import Chosen, first_that_fits
-from lisa_dist.memory.plan import NO_DATA, Plan, PlanArguments
-from lisa_dist.memory.planner import command_for, format_plans, plot_plans
-from lisa_dist.memory.plans import make_plans, what_fits
+from lisa_dist.memory.plan import (
+    NO_DATA,
+    Plan,
+    PlanArguments,
+    command_for,
+    format_plans,
+    learning_rate,
+    load_model_config,
+    plot_plans,
+    preset_settings,
+    with_accumulation,
+    with_settings,
+)
+from lisa_dist.memory.planner import Chosen, first_that_fits, make_plans, what_fits
 from lisa_dist.memory.trace import FakeRuns
 from lisa_dist.text import format_bytes
 
@@ -81,17 +89,17 @@ def main(words: Sequence[str]) -> None:
         only_data = (
             "" if arguments.dataset_name != NO_DATA else " (the data are an example: --dataset_name takes yours)"
         )
-        ladder = functools.partial(first_that_fits, config, arguments, lisa_config, preset, runs=runs, tell=tell)
+        fallbacks = functools.partial(first_that_fits, config, arguments, lisa_config, preset, runs=runs, tell=tell)
         try:
             best = what_fits(plans, asked)
         except UserError:
-            if (found := _found(arguments, ladder)) is None:
+            if (found := _found(arguments, fallbacks)) is None:
                 raise
             _print_command(found.plan, found.arguments, rate, f"None of these fits. {_what_it_takes(found)}{only_data}")
             return
         why = "Of these the fastest that fits"
         offloads = best.ds_config.endswith("_offload") and not arguments.deepspeed
-        if offloads and (found := _found(arguments, functools.partial(ladder, with_offload=False))) is not None:
+        if offloads and (found := _found(arguments, functools.partial(fallbacks, with_offload=False))) is not None:
             _print_command(best, asked, rate, "With states on the host, for which a step waits")
             best, asked, why = found.plan, found.arguments, _what_it_takes(found)
         _print_command(best, asked, rate, why + only_data)
@@ -121,16 +129,16 @@ def _print_command(plan: Plan, arguments: PlanArguments, rate: float | None, why
     print(f"\n{why}; it takes {takes}:\n{command_for(plan, arguments, rate)}")
 
 
-def _found(arguments: PlanArguments, ladder: Callable[[], Chosen]) -> Chosen | None:
+def _found(arguments: PlanArguments, fallbacks: Callable[[], Chosen]) -> Chosen | None:
     """The first settings that fit, if there are any: of other methods than LISA, and under a given config, none."""
     if arguments.method != "lisa" or arguments.deepspeed:
         return None
     try:
-        return ladder()
+        return fallbacks()
     except UserError:
         return None
 
 
 def _what_it_takes(found: Chosen) -> str:
-    where = "host" if found.rung.offloads else "GPU"
-    return f"With states on the {where}: {found.rung.name}"
+    where = "host" if found.fallback.offloads else "GPU"
+    return f"With states on the {where}: {found.fallback.name}"

@@ -13,18 +13,19 @@ active one where the embedding is frozen.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
-from lisa_dist.config import FACTORED
+from lisa_dist.config import FACTORED, LisaConfig
 from lisa_dist.core.frozen_layers import held_bytes
-from lisa_dist.memory.gathered_weights import gathered_weights
+from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.memory.gradient_peak import (
     Peak,
     backward_peak,
     backward_peak_stage_1,
+    gathered_weights,
     kept_gradient_numel,
     norm_scratch_in_chunks,
     norm_scratch_of_deepspeed,
@@ -34,11 +35,9 @@ from lisa_dist.memory.gradient_peak import (
     slices_by_rank,
 )
 from lisa_dist.memory.parts import GROUP_GRADIENTS, STATES, WEIGHTS, MemoryParts
-from lisa_dist.memory.stage_settings import StageSettings
-from lisa_dist.memory.state_sizes import group_state_bytes, steps_weights
-from lisa_dist.memory.step_trace import Arrival, StepTrace
-from lisa_dist.memory.trace import FakeRun
-from lisa_dist.memory.workload import Group
+from lisa_dist.memory.states import group_state_bytes, steps_weights
+from lisa_dist.memory.trace import Arrival, FakeRun, FakeRuns, StepTrace
+from lisa_dist.memory.workload import Group, StageSettings, Trained, Workload, widest_periods
 from lisa_dist.optim.build import BITSANDBYTES_ADAMW, LISA_ADAMW
 from lisa_dist.optim.ops import chunk_bytes, factored_chunk_bytes, num_rows, table_bytes
 from lisa_dist.optim.row_gradient import slab_numel
@@ -47,6 +46,63 @@ from lisa_dist.zero.layout import partition_numel, pieces_of_group, share_numel
 
 # Bytes an element that AdamW on the host allocates while it steps, on top of masters, moments and gradients.
 _HOST_STEP_BYTES = {"adamw_torch_fused": 0, "adamw_torch": 8, "bitsandbytes": 12}
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """The memory that one rank needs for the steps of a run, whatever their micro-batch is and what they train.
+
+    `config`: of other methods than LISA one without periods; `optim` and `method` are --optim and --method.
+    `accumulates`, `on_cpu`: as for `plan_memory`.
+    """
+
+    runs: FakeRuns
+    config: LisaConfig
+    world_size: int
+    optim: str
+    method: str = "lisa"
+    lora_rank: int = 0
+    accumulates: bool = False
+    on_cpu: bool = False
+
+    def run(self, workload: Workload) -> FakeRun:
+        """The model that computes a micro-batch."""
+        config = self.config
+        workload = replace(workload, frozen_bits=config.lisa_frozen_bits, by_module=config.by_module)
+        return self.runs.of(workload, self.lora_rank, config.lisa_layers_attribute)
+
+    def of(
+        self, settings: StageSettings, workload: Workload, trained: Trained | None, rank: int | None = None
+    ) -> tuple[MemoryParts, dict[str, int]]:
+        """Parts of device and host of a step that trains these blocks, for None all that is trainable."""
+        run, config = self.run(workload), self.config
+        by_rows = settings.reduces_rows(self.optim, self.method)
+        groups = run.groups(trained, self.optim, config.state_bits, config.offloaded, by_rows)
+        return plan_memory(
+            run,
+            groups,
+            run.trace(groups),
+            settings,
+            self.world_size,
+            optim=self.optim,
+            master=config.lisa_master,
+            rank=rank,
+            accumulates=self.accumulates,
+            on_cpu=self.on_cpu,
+            plain=self.method != "lisa",
+            keeps=config.lisa_state == "keep",
+        )
+
+    def worst(self, settings: StageSettings, workload: Workload) -> tuple[MemoryParts, dict[str, int]]:
+        """The most that a period's step may need, on the device and on the host."""
+        periods: Sequence[Trained | None] = [None]
+        if self.method == "lisa":
+            blocks = self.run(workload).blocks
+            sampled = sampled_blocks(self.config, blocks)
+            periods = widest_periods(self.config, blocks, sampled, workload.checkpointed_layers)
+        planned = [self.of(settings, workload, period) for period in periods]
+        parts = max((parts for parts, _ in planned), key=lambda parts: parts.needed)
+        return parts, max((host for _, host in planned), key=lambda host: sum(host.values()))
 
 
 def plan_memory(
@@ -303,27 +359,24 @@ class _Step:
         if self._stay_in_place:
             sizes["bucket_numel"] = 0
         sizes["bucket_bytes"] = self._bucket_bytes
-        reductions = [
-            reduction_stages_1_2(
-                slices,
-                rank,
-                one_buffer=kept_bytes if self.plain and not self._offloads else None,
-                send_scratch=send_scratch,
-                is_last=is_last,
-                **sizes,
+        waits = self._stage == 1 and not self.settings.overlap_comm
+        follow = backward_peak_stage_1 if waits else backward_peak
+        peaks = [
+            follow(
+                self.trace,
+                reduction_stages_1_2(
+                    slices,
+                    rank,
+                    one_buffer=kept_bytes if self.plain and not self._offloads else None,
+                    send_scratch=send_scratch,
+                    is_last=is_last,
+                    **sizes,
+                ),
+                self.accumulates and self._stage == 1,
             )
             for rank, kept_bytes in self._kept_gradients.items()
             for is_last in {True, self._stage == 1 or not self.accumulates}
         ]
-        if self._stage == 1 and self.settings.overlap_comm:
-            peaks = [backward_peak(self.trace, reduction, self.accumulates) for reduction in reductions]
-        elif self._stage == 1:
-            peaks = [
-                backward_peak_stage_1(self.trace, self._trained, reduction, self.accumulates)
-                for reduction in reductions
-            ]
-        else:
-            peaks = [backward_peak(self.trace, reduction) for reduction in reductions]
         peak = max(peaks, key=lambda peak: peak.total)
         waiting = self._gradients() if self.accumulates and self._stage == 2 else 0
         peak = peak._replace(gradients=peak.gradients + waiting)

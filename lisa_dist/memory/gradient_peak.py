@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from lisa_dist.memory.step_trace import Arrival, StepTrace
+from lisa_dist.core.blocks import Block, Blocks
+from lisa_dist.memory.trace import Arrival, FakeRun, StepTrace
 from lisa_dist.memory.workload import Group
 from lisa_dist.zero import gradients
 from lisa_dist.zero.layout import pieces_of_group, share_numel
@@ -27,8 +28,8 @@ class Reduction:
     copied: Callable[[list[Arrival], int], int]  # allocated for what this rank keeps of them; the number is kept before
     stays: Callable[[list[Arrival]], int]  # of those outside the bucket, what this rank keeps where it is
     gathered: Callable[[Arrival | None], int]  # whole weights when that gradient arrives; None: before the first
-    is_local: Callable[[Arrival], bool]  # whether some of it belongs to this rank's partition
     clones_large: bool = False  # a gradient that is larger than the bucket is cloned when it arrives
+    one_buffer: int = 0  # that what is kept is copied to, where there is one
 
     def is_large(self, arrival: Arrival) -> bool:
         """Whether the gradient has no room in the bucket."""
@@ -93,45 +94,26 @@ def backward_peak(trace: StepTrace, reduction: Reduction, accumulates: bool = Fa
     return max(peaks, key=lambda peak: peak.total)
 
 
-def backward_peak_stage_1(
-    trace: StepTrace, params: Sequence[torch.nn.Parameter], reduction: Reduction, accumulates: bool
-) -> Peak:
-    """The same for stage 1 without overlap: all wait until the last has arrived, and are reduced as `params` lie.
+def backward_peak_stage_1(trace: StepTrace, reduction: Reduction, accumulates: bool) -> Peak:
+    """The same for stage 1 without overlap: all wait until the last has arrived, and go as they are reduced.
 
+    What is reduced is copied to no more than it was, so the peak is at the beginning, with what one gradient takes
+    more, or the one buffer.
     `accumulates`: those of a later micro-batch are added to those of the earlier ones, which wait.
     """
     active = sum(arrival.nbytes for arrival in trace.arrivals)
-    waiting_bytes, bucket = (active, reduction.bucket_bytes) if accumulates else (0, 0)
+    waiting, bucket = (active, reduction.bucket_bytes) if accumulates else (0, 0)
     peaks: list[Peak] = []
     for arrival in trace.arrivals:
-        peaks.append(Peak(arrival.peak_before, waiting_bytes, bucket))
+        peaks.append(Peak(arrival.peak_before, waiting, bucket))
         if not accumulates:
-            waiting_bytes, bucket = waiting_bytes + arrival.nbytes, reduction.bucket_bytes
-    peaks.append(Peak(trace.peak_after, waiting_bytes, bucket))
-
-    arrivals = {id(arrival.parameter): arrival for arrival in trace.arrivals}
-    waiting: list[Arrival] = []
-    kept = 0
-
-    def reduce() -> None:
-        nonlocal waiting_bytes, kept
-        copied = reduction.copied(waiting, kept)
-        peaks.append(Peak(trace.now, waiting_bytes + kept + max(reduction.scratch(waiting), copied), bucket))
-        kept += copied + reduction.stays(waiting)
-        waiting_bytes -= sum(
-            arrival.nbytes for arrival in waiting if reduction.is_large(arrival) and reduction.is_local(arrival)
-        )
-        waiting.clear()
-
-    for arrival in (arrivals[id(parameter)] for parameter in params if id(parameter) in arrivals):
-        if waiting and reduction.overflows(waiting, arrival):
-            reduce()
-        is_large = reduction.is_large(arrival)
-        clone = arrival.nbytes if reduction.clones_large and is_large else 0
-        peaks.append(Peak(trace.now, waiting_bytes + kept + clone, bucket))
-        waiting_bytes -= 0 if is_large else arrival.nbytes
-        waiting.append(arrival)
-    reduce()
+            waiting, bucket = waiting + arrival.nbytes, reduction.bucket_bytes
+    large = [arrival for arrival in trace.arrivals if reduction.is_large(arrival)]
+    clones = [arrival.nbytes for arrival in large if reduction.clones_large]
+    more = max(
+        [*clones, *(reduction.scratch([one]) for one in large), reduction.one_buffer - reduction.bucket_bytes, 0]
+    )
+    peaks += [Peak(trace.peak_after, active, bucket), Peak(trace.now, active + more, bucket)]
     return max(peaks, key=lambda peak: peak.total)
 
 
@@ -209,8 +191,8 @@ def reduction_stages_1_2(
         copied,
         stays,
         gathered=lambda arrival: 0,
-        is_local=is_local,
         clones_large=send_scratch is not None,
+        one_buffer=one_buffer or 0,
     )
 
 
@@ -259,7 +241,6 @@ def reduction_stage_3(
         copied=lambda reduced, kept: 0,
         stays=lambda reduced: 0,
         gathered=gathered,
-        is_local=lambda arrival: True,
     )
 
 
@@ -278,3 +259,57 @@ def norm_scratch_of_deepspeed(stage: int, offloads: bool) -> Callable[[int], int
     if stage == 3 and offloads:
         return lambda numel: max(8 * min(numel, 250_000_000), 4 * numel)
     return lambda numel: 8 * numel
+
+
+def gathered_weights(
+    run: FakeRun, trained: Sequence[torch.nn.Parameter], persistence_threshold: int, max_reuse_distance: int
+) -> Callable[[Arrival | None], int]:
+    """Bytes of whole weights, as a function of the gradient that arrives.
+
+    None, the end of the forward pass: those that the backward pass needs again within `max_reuse_distance` elements.
+    When a gradient arrives: at most those that the backward pass has not passed. Parameters of up to
+    `persistence_threshold` elements are whole all the time and not counted.
+    """
+    blocks, element = run.blocks, run.workload.dtype.itemsize
+    order = _blocks_in_forward_order(run, {id(parameter) for parameter in trained})
+    not_passed: dict[int, int] = {}  # by parameter: elements of its block and of the blocks before it
+    numel_so_far = 0
+    for block in order:
+        numel_so_far += sum(
+            parameter.numel() for parameter in block.parameters.values() if parameter.numel() > persistence_threshold
+        )
+        not_passed |= {id(parameter): numel_so_far for parameter in block.parameters.values()}
+    if blocks.tied:  # the backward pass begins and ends with the tied matrix
+        matrix = sum(parameter.numel() for parameter in blocks.embed.parameters.values())
+        not_passed = {key: numel + matrix for key, numel in not_passed.items()}
+        not_passed |= {id(parameter): matrix for parameter in blocks.embed.parameters.values()}
+    gathered = distance = 0
+    for parameter in reversed([parameter for block in order for parameter in block.parameters.values()]):
+        if 2 * distance >= max_reuse_distance:
+            break
+        distance += parameter.numel()
+        gathered += parameter.numel() if parameter.numel() > persistence_threshold else 0
+
+    def gathered_at(arrival: Arrival | None) -> int:
+        if arrival is None:
+            return gathered * element
+        return element * min(gathered, not_passed.get(id(arrival.parameter), gathered))
+
+    return gathered_at
+
+
+def _blocks_in_forward_order(run: FakeRun, trained: set[int]) -> list[Block]:
+    """The blocks that the backward pass comes to. A tied matrix is used first and last: here it stands last."""
+    blocks: Blocks = run.blocks
+
+    def trains(block: Block) -> bool:
+        return any(id(parameter) in trained for parameter in block.parameters.values())
+
+    order = [*blocks.layers, blocks.rest, blocks.embed if blocks.tied else blocks.head]
+    has_adapters = len(list(run.model.parameters())) > sum(len(block.parameters) for block in blocks)
+    if not has_adapters and not trains(blocks.embed) and not run.workload.checkpointed_layers:
+        lowest = next((index for index, layer in enumerate(blocks.layers) if trains(layer)), len(blocks.layers))
+        return order[lowest:]
+    if not blocks.tied and trains(blocks.embed):
+        return [blocks.embed, *order]
+    return order

@@ -48,6 +48,10 @@ class StepMeter:
         storages = [] if self._on_gpu else live_storages()
         self._tracker.add((torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages), "static")
         self._static = self._now()
+        # No hook is called at these two places, and so the methods are replaced. After the forward pass: the module's
+        # hook comes while its outputs are there, and before a trainer computes its loss of them; the loss's gradient
+        # hook knows no loss that is made outside. Before the step: ZeRO's optimizers have no step hooks, and torch's,
+        # inside, is called when the gradients' norm has been taken.
         self._engine.backward, self._engine.optimizer.step = self._end_forward, self._end_backward
         self._begin_phase()
         # A GPU's allocator counts by itself, and kernels that are compiled as they are called (flex attention) cannot

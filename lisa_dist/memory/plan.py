@@ -1,19 +1,31 @@
-"""What `lisa-dist plan` is asked, and the plan of one way of running that answers it."""
+"""What `lisa-dist plan` is asked, by flags and by default, the plan that answers it, and how it is shown."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import json
+import shlex
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from transformers import AutoConfig, PretrainedConfig
 
 from lisa_dist.config import LisaConfig
+from lisa_dist.core.blocks import why_not_trained
 from lisa_dist.core.checkpointing import AUTO, parse_checkpointed_layers
+from lisa_dist.core.meta_model import model_without_weights
+from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import check_loss
 from lisa_dist.memory.parts import MemoryParts
-from lisa_dist.memory.workload import Workload
-from lisa_dist.presets import check_preset, reserved_bytes
+from lisa_dist.memory.workload import LOGITS, Workload
+from lisa_dist.model_names import is_tuned, name_or_folder, nearest_name, shipped_model_configs, shipped_name
+from lisa_dist.presets import check_preset, choose_preset, reserved_bytes
+from lisa_dist.run_folder import PLANNED_PARTS, REFERENCE
 from lisa_dist.tasks import GRPO, KTO, PAIRED, REWARD, SFT, WITH_REFERENCE, check_task
-from lisa_dist.text import parse_bytes
+from lisa_dist.text import BYTE_UNITS, format_columns, no_such_model, parse_bytes
 
 METHODS = ("lisa", "full", "lora")
 # From the fastest to the slowest: with offload a step waits for the host, and stage 3 gathers every weight twice.
@@ -168,3 +180,207 @@ class Plan:
         workload = asdict(self.workload) | {"dtype": str(self.workload.dtype).removeprefix("torch.")}
         host = self.host | {"total": self.host_bytes}
         return {"ds_config": self.ds_config, "workload": workload, "gpu": self.gpu.to_dict(), "host": host}
+
+
+GLOBAL_BATCH = 16  # examples of a step on all ranks: the paper's
+SMALL_MODEL = 10**9  # parameters, below which a rate is ten times as high
+
+Arguments = TypeVar("Arguments", bound=PlanArguments)
+
+
+def with_accumulation(arguments: Arguments, given: Collection[str]) -> Arguments:
+    """The same with as many micro-batches as make a global batch of 16; of grpo, whose answers they bound, as given."""
+    if "gradient_accumulation_steps" in given or arguments.task == GRPO:
+        return arguments
+    micro_batches = max(1, GLOBAL_BATCH // (arguments.micro_batch_size * arguments.gpus))
+    return replace(arguments, gradient_accumulation_steps=micro_batches)
+
+
+def preset_settings(arguments: PlanArguments, lisa_config: LisaConfig, given: Collection[str]) -> dict[str, Any]:
+    """What `--lisa_preset`, or the one by default, sets in a run of these flags."""
+    if arguments.method != "lisa":
+        return {}
+    config = arguments.deepspeed
+    offloads = uses_optimizer_offload(read_ds_config(config)) if config else False
+    return choose_preset(
+        arguments.lisa_preset,
+        given,
+        optim=arguments.optim,
+        offloads=offloads or bool(lisa_config.offloaded),
+        by_module=lisa_config.by_module,
+        in_bf16=arguments.precision == "bf16",
+        can_plan=arguments.task != GRPO,
+    )[1]
+
+
+def with_settings(
+    arguments: Arguments, lisa_config: LisaConfig, settings: dict[str, Any]
+) -> tuple[Arguments, LisaConfig]:
+    """Both with what a preset sets."""
+    of_lisa = {name: value for name, value in settings.items() if name != "optim"}
+    return replace(arguments, optim=settings.get("optim", arguments.optim)), replace(lisa_config, **of_lisa)
+
+
+def learning_rate(model: str, config: PretrainedConfig, task: str = SFT) -> float:
+    """A rate to begin with (docs/choosing.md): by the model's size, whether it is tuned already, and the task."""
+    if sum(parameter.numel() for parameter in model_without_weights(config).parameters()) < SMALL_MODEL:
+        rate = 1e-4
+    else:
+        rate = 1e-5 if is_tuned(model) else 2e-5
+    return rate if task in (SFT, REWARD) else rate / 10
+
+
+def load_model_config(model: str) -> PretrainedConfig:
+    """The config of a shipped name, a folder, a config.json, or a model of the hub.
+
+    The hub is not asked for models whose config is shipped. Raises UserError, with the nearest shipped name, where
+    there is none, and for a model that LISA cannot train.
+    """
+    config = _find_config(model)
+    if (why := why_not_trained(config, REWARD)) is not None:
+        raise UserError(f"--model {model}: {why}.")
+    return config
+
+
+def _find_config(model: str) -> PretrainedConfig:
+    path = Path(model)
+    name = None if path.exists() else shipped_name(model)
+    if name is not None:
+        text = (resources.files("lisa_dist") / "model_configs" / f"{name}.json").read_text(encoding="utf-8")
+    elif path.is_file():
+        text = None
+    else:
+        return _of_folder_or_hub(model)
+    try:
+        return AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8") if text is None else text))
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"--model {model}: is no model's config.json ({error}).") from error
+
+
+def _of_folder_or_hub(model: str) -> PretrainedConfig:
+    is_here = Path(model).exists()
+    nearest = None if is_here else nearest_name(model)
+    if nearest and "/" not in model:
+        raise UserError(f"--model {model}: no such folder, and no shipped name; did you mean {nearest}?")
+    if nearest:  # the hub may take its time to answer
+        print(f"asking the hub for {model}; a shipped name like it is {nearest}", file=sys.stderr, flush=True)
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        meant = f"Did you mean {nearest}? " if nearest else ""
+        raise UserError(
+            f"{no_such_model(f'--model {model}', error)} {meant}Give the path of its config.json, or one of the "
+            f"shipped names: {', '.join(shipped_model_configs())}."
+        ) from error
+
+
+_PREFERENCES = {"dataset_name": "trl-lib/ultrafeedback_binarized"}
+# Data of the hub that a run of each task takes as they are.
+_EXAMPLES: dict[str, dict[str, str]] = {
+    SFT: {"dataset_name": "openai/gsm8k", "dataset_config": "main"},
+    "dpo": _PREFERENCES,
+    "kto": {"dataset_name": "trl-lib/kto-mix-14k"},
+    "orpo": _PREFERENCES,
+    "reward": _PREFERENCES,
+    "grpo": {"dataset_name": "trl-lib/tldr"},
+}
+
+
+def command_for(plan: Plan, arguments: PlanArguments, learning_rate: float | None = None) -> str:
+    """The command that starts the run of a plan; where no data were given, on those of the hub for its task."""
+    data = {"dataset_name": arguments.dataset_name}
+    flags: dict[str, Any] = {
+        "model_name_or_path": name_or_folder(arguments.model),
+        **(_EXAMPLES[arguments.task] if arguments.dataset_name == NO_DATA else data),
+        "output_dir": f"runs/{Path(name_or_folder(arguments.model)).name}",
+        "method": arguments.method,
+        "deepspeed": plan.ds_config,
+    }
+    flags |= {"task": arguments.task} if arguments.task != SFT else {}
+    flags |= {"precompute_ref_log_probs": True} if arguments.precompute_ref_log_probs else {}
+    flags |= {"beta": arguments.beta} if arguments.beta is not None else {}
+    flags |= {"per_device_train_batch_size": arguments.micro_batch_size, "max_length": arguments.seq_length}
+    flags |= {"optim": arguments.optim, "bf16": arguments.precision == "bf16"}
+    if arguments.task == "grpo":  # seq_length is of a prompt and its answer
+        group = next(size for size in range(8, 0, -1) if arguments.answers % size == 0)
+        group = group if group > 1 else arguments.answers
+        reward = "think_format_reward" if arguments.dataset_name == NO_DATA else "rewards.py"
+        flags |= {"max_completion_length": flags.pop("max_length") // 2, "reward_funcs": reward}
+        flags |= {"num_generations": group}
+    if arguments.loss != AUTO or plan.workload.loss == LOGITS:
+        flags |= {"loss": LOGITS if arguments.loss == AUTO else arguments.loss}
+    if arguments.gradient_accumulation_steps > 1:
+        flags |= {"gradient_accumulation_steps": arguments.gradient_accumulation_steps}
+    if arguments.method == "lora":
+        flags |= {"lora_r": arguments.lora_r, "lora_dropout": 0.0}  # whose masks the plan does not count
+    if arguments.method != "lisa":
+        flags |= {"checkpointed_layers": "all" if plan.workload.checkpointed_layers else "none"}
+    else:
+        flags |= {"checkpointed_layers": plan.workload.checkpointed_layers}
+        defaults = LisaConfig().to_dict()
+        always = () if plan.lisa_config.by_module else ("lisa_activated_layers",)  # which without it have a preset
+        given = plan.lisa_config.to_dict()
+        flags |= {name: value for name, value in given.items() if name in always or value != defaults[name]}
+    flags |= {} if learning_rate is None else {"learning_rate": learning_rate}
+    words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
+    hosts = -(-arguments.gpus // arguments.gpus_per_host)
+    if hosts == 1:
+        return f"lisa-dist train --gpus {arguments.gpus} {words}"
+    several = f"--hostfile hostfile --num_nodes {hosts} --num_gpus {arguments.gpus_per_host}"
+    return f"deepspeed {several} --no_local_rank --module lisa_dist.cli train {words}"
+
+
+def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
+    """The table: a row for each part, a column for each DeepSpeed config."""
+    unit, name = _unit_of(plans)
+
+    def shown(size: int) -> str:
+        return f"{size / unit:.2f}" if size else "-"
+
+    checkpointed = [f"{plan.workload.checkpointed_layers} checkpointed" for plan in plans]
+    lines = [[f"{name} on each GPU", *(plan.ds_config for plan in plans)], ["layers", *checkpointed]]
+    if arguments.method == "lisa" and not plans[0].lisa_config.by_module:
+        lines.append(["", *(f"{plan.lisa_config.lisa_activated_layers} active" for plan in plans)])
+    lines.append(["loss", *(plan.workload.loss for plan in plans)])
+    for title, fields in PLANNED_PARTS:
+        if title == REFERENCE[0] and not arguments.has_reference:
+            continue
+        lines.append([title, *(shown(sum(plan.gpu.to_dict()[name] for name in fields)) for plan in plans)])
+    lines.append(["peak", *(shown(plan.gpu.peak) for plan in plans)])
+    lines.append(["and held by other streams", *(shown(plan.gpu.pool) for plan in plans)])
+    lines.append([f"{name} on the host, a rank", *(shown(plan.host_bytes) for plan in plans)])
+    for title in dict.fromkeys(title for plan in plans for title in plan.host):
+        lines.append([f"  {title}", *(shown(plan.host.get(title, 0)) for plan in plans)])
+    lines.append(["fits", *("yes" if not any(plan.lacks(arguments)) else "no" for plan in plans)])
+    return format_columns(lines)
+
+
+def _unit_of(plans: Sequence[Plan]) -> tuple[int, str]:
+    """The largest unit of which every plan's peak has a tenth at least."""
+    smallest = min(plan.gpu.peak for plan in plans)
+    return next((unit, name) for unit, name in BYTE_UNITS if smallest >= unit / 10 or name == "KiB")
+
+
+def plot_plans(plans: Sequence[Plan], arguments: PlanArguments) -> None:
+    """Draw a bar of stacked parts for each plan, and the budget as a line, to `--plot`."""
+    assert arguments.plot is not None
+    from matplotlib.figure import Figure  # slow to import, and a table does not need it
+
+    unit, name = _unit_of(plans)
+    figure = Figure(figsize=(1.5 * len(plans) + 3, 5), layout="constrained")
+    axes = figure.subplots()
+    names, bottoms = [plan.ds_config for plan in plans], [0.0] * len(plans)
+    for title, fields in PLANNED_PARTS:
+        heights = [sum(plan.gpu.at_peak()[name] for name in fields) / unit for plan in plans]
+        if any(heights):
+            axes.bar(names, heights, bottom=bottoms, label=title)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    if arguments.budget / unit <= 5 * max(bottoms):  # else the bars of a small model could not be seen
+        axes.axhline(arguments.budget / unit, color="black", linestyle="--", label="budget")
+    axes.set_ylabel(f"{name} on each GPU at the peak")
+    axes.set_title(f"{Path(arguments.model).name}, {arguments.method}, {arguments.gpus} GPU(s)")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    try:
+        figure.savefig(arguments.plot, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {arguments.plot}: cannot be written ({error}).") from error

@@ -1,41 +1,38 @@
-"""Plans: the memory that a run needs under each DeepSpeed config, the fastest that fits, and its command."""
+"""Plans: the memory that a run needs, as many layers as fit, and the fastest DeepSpeed config and settings that fit."""
 
 import copy
-import shlex
-from collections.abc import Sequence
-from pathlib import Path
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from lisa_dist.config import LisaConfig
+from lisa_dist.config_rules import LORA_LAYERS, PLANNED_LAYERS
 from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.engine_checks import prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights
-from lisa_dist.core.selection import sampled_blocks
-from lisa_dist.ds_config import read_ds_config
+from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import why_no_label_logits
-from lisa_dist.memory.estimate import plan_memory
-from lisa_dist.memory.kept_states import kept_states
-from lisa_dist.memory.periods import widest_periods
-from lisa_dist.memory.plan import DTYPES, NO_DATA, Plan, PlanArguments
-from lisa_dist.memory.stage_settings import StageSettings
-from lisa_dist.memory.step_trace import StepTrace
-from lisa_dist.memory.trace import FakeRun, FakeRuns
-from lisa_dist.memory.workload import CHUNKED, LOGITS, RATIO, SCORE, Group, Trained, Workload
-from lisa_dist.model_names import name_or_folder
-from lisa_dist.optim.build import LISA_ADAMW
-from lisa_dist.run_folder import PLANNED_PARTS, REFERENCE
+from lisa_dist.memory.estimate import StepEstimate
+from lisa_dist.memory.plan import DTYPES, WAYS, Plan, PlanArguments
+from lisa_dist.memory.states import kept_states
+from lisa_dist.memory.trace import FakeRuns
+from lisa_dist.memory.workload import CHUNKED, LOGITS, RATIO, SCORE, StageSettings, Workload
+from lisa_dist.optim.build import LISA_ADAMW, TORCH_ADAMW
+from lisa_dist.presets import SMALL_STATES
 from lisa_dist.tasks import REWARD, SFT
-from lisa_dist.text import BYTE_UNITS, format_bytes, format_columns
+from lisa_dist.text import format_bytes
 
 LOSS_OF_TASK = {"orpo": RATIO, REWARD: SCORE}  # of the others TRL computes what it needs of the logits in chunks
 
 
 class Planner:
-    """Plans of one model and method; a step is traced once for each loss and number of checkpointed layers.
+    """Plans of one model and method.
 
     `on_cpu`: of ranks that have no GPU, where device and host are one. The model's `runs` may be shared by planners.
     """
@@ -48,9 +45,17 @@ class Planner:
         on_cpu: bool = False,
         runs: FakeRuns | None = None,
     ) -> None:
-        self._config, self._arguments, self._lisa, self._on_cpu = config, arguments, lisa_config, on_cpu
-        self._runs = runs or FakeRuns(config)
-        self._traces: dict[tuple[int, str, bool], tuple[FakeRun, list[tuple[list[Group], StepTrace]]]] = {}
+        self._config, self._arguments, self._lisa = config, arguments, lisa_config
+        self._estimate = StepEstimate(
+            runs or FakeRuns(config),
+            lisa_config,
+            arguments.gpus,
+            arguments.optim,
+            arguments.method,
+            lora_rank=arguments.lora_r if arguments.method == "lora" else 0,
+            accumulates=arguments.gradient_accumulation_steps > 1,
+            on_cpu=on_cpu,
+        )
         self.num_layers = number_of_decoder_layers(config)
         if arguments.method == "lisa":
             lisa_config.check_num_layers(self.num_layers)
@@ -73,38 +78,27 @@ class Planner:
             )
 
     @property
-    def _keeps(self) -> bool:
-        return self._arguments.method == "lisa" and self._lisa.lisa_state == "keep"
-
-    @property
     def given_count(self) -> int:
         """The number of checkpointed layers that was given; all, where it was left to the plans."""
         return self.num_layers if self._count is None else self._count
 
     def plan(self, ds_config: str | dict, checkpointed_layers: int, loss: str) -> Plan:
         """The plan of the worst period under one DeepSpeed config: short name, path, or its content."""
-        arguments = self._arguments
-        settings = StageSettings.of(self._read(ds_config), self._config.get_text_config().hidden_size)
-        by_rows = settings.reduces_rows(arguments.optim, arguments.method)
-        run, periods = self._trace(checkpointed_layers, loss, by_rows)
-        planned = [
-            plan_memory(
-                run,
-                groups,
-                trace,
-                settings,
-                arguments.gpus,
-                optim=arguments.optim,
-                master=self._lisa.lisa_master,
-                accumulates=arguments.gradient_accumulation_steps > 1,
-                on_cpu=self._on_cpu,
-                plain=arguments.method != "lisa",
-                keeps=self._keeps,
-            )
-            for groups, trace in periods
-        ]
-        parts = max((parts for parts, _ in planned), key=lambda parts: parts.needed)
-        host = max((host for _, host in planned), key=lambda host: sum(host.values()))
+        arguments, lisa = self._arguments, self._lisa
+        content = copy.deepcopy(ds_config) if isinstance(ds_config, dict) else read_ds_config(ds_config)
+        prepare_ds_config(content, lisa, arguments.optim, arguments.precision)
+        settings = StageSettings.of(content, self._config.get_text_config().hidden_size)
+        workload = Workload(
+            arguments.seq_length,
+            arguments.rows,
+            DTYPES[arguments.precision],
+            checkpointed_layers,
+            loss=loss,
+            triton=not self._estimate.on_cpu,
+            padded=arguments.rows > 1,
+        )
+        parts, host = self._estimate.worst(settings, workload)
+        run = self._estimate.run(workload)
         if arguments.has_reference:
             whole = sum(parameter.nbytes for parameter in run.model.parameters())
             share = -(-whole // arguments.gpus) if settings.stage == 3 else whole
@@ -112,17 +106,12 @@ class Planner:
                 host = host | {"reference model": share}
             else:
                 parts = parts.with_reference(share)
-        if self._keeps:
-            host = host | {"kept states": kept_states(run, self._lisa, settings.stage, arguments.gpus, arguments.optim)}
-        if self._lisa.lisa_frozen_bits != 16:
+        if lisa.lisa_state == "keep":
+            host = host | {"kept states": kept_states(run, lisa, settings.stage, arguments.gpus, arguments.optim)}
+        if lisa.lisa_frozen_bits != 16:
             originals = sum(module.weight.nbytes for module in run.held_modules([]))
             host = host | {"originals of the layers": -(-originals // min(arguments.gpus, arguments.gpus_per_host))}
-        return Plan(str(ds_config), run.workload, parts, host, self._lisa)
-
-    def _read(self, given: str | dict) -> dict:
-        ds_config = copy.deepcopy(given) if isinstance(given, dict) else read_ds_config(given)
-        prepare_ds_config(ds_config, self._lisa, self._arguments.optim, self._arguments.precision)
-        return ds_config
+        return Plan(str(ds_config), run.workload, parts, host, lisa)
 
     def cheapest(self, ds_config: str | dict) -> Plan:
         """With the fewest checkpointed layers that fit, since recomputing only costs; of other methods none or all."""
@@ -167,144 +156,314 @@ class Planner:
         none = self.plan(ds_config, 0, loss)
         return none if not none.lacks(self._arguments)[0] else self.plan(ds_config, self.num_layers, loss)
 
-    def _trace(
-        self, checkpointed_layers: int, loss: str, by_rows: bool
-    ) -> tuple[FakeRun, list[tuple[list[Group], StepTrace]]]:
-        if (checkpointed_layers, loss, by_rows) not in self._traces:
-            arguments = self._arguments
-            workload = Workload(
-                arguments.seq_length,
-                arguments.rows,
-                DTYPES[arguments.precision],
-                checkpointed_layers,
-                loss=loss,
-                triton=not self._on_cpu,
-                padded=arguments.rows > 1,
-                frozen_bits=self._lisa.lisa_frozen_bits,
-                by_module=self._lisa.by_module,
-            )
-            lora_rank = arguments.lora_r if arguments.method == "lora" else 0
-            run = self._runs.of(workload, lora_rank, self._lisa.lisa_layers_attribute)
-            config = self._lisa
-            periods: Sequence[Trained | None] = [None]
-            if arguments.method == "lisa":
-                sampled = sampled_blocks(config, run.blocks)
-                periods = widest_periods(config, run.blocks, sampled, checkpointed_layers)
-            traces = []
-            for period in periods:
-                groups = run.groups(period, arguments.optim, config.state_bits, config.offloaded, by_rows)
-                traces.append((groups, run.trace(groups)))
-            self._traces[checkpointed_layers, loss, by_rows] = run, traces
-        return self._traces[checkpointed_layers, loss, by_rows]
+
+# What else would make room for a layer: settings, and the optimizer that they need, if it is a certain one.
+_SMALLER: tuple[tuple[str | None, dict[str, Any]], ...] = (
+    (LISA_ADAMW, SMALL_STATES),
+    (None, {"lisa_frozen_bits": 4}),
+    (None, {"lisa_always_on": "rest"}),
+)
+
+LORA_RANK = 16  # of the adapters whose memory --lisa_activated_layers lora keeps to
 
 
-_PREFERENCES = {"dataset_name": "trl-lib/ultrafeedback_binarized"}
-# Data of the hub that a run of each task takes as they are.
-_EXAMPLES: dict[str, dict[str, str]] = {
-    SFT: {"dataset_name": "openai/gsm8k", "dataset_config": "main"},
-    "dpo": _PREFERENCES,
-    "kto": {"dataset_name": "trl-lib/kto-mix-14k"},
-    "orpo": _PREFERENCES,
-    "reward": _PREFERENCES,
-    "grpo": {"dataset_name": "trl-lib/tldr"},
-}
+def fewest_of_lora(num_layers: int) -> int:
+    """The layers that `lora` has at least: the paper's two, and no more than it may have at most."""
+    return min(2, most_of_lora(num_layers))
 
 
-def command_for(plan: Plan, arguments: PlanArguments, learning_rate: float | None = None) -> str:
-    """The command that starts the run of a plan; where no data were given, on those of the hub for its task."""
-    data = {"dataset_name": arguments.dataset_name}
-    flags: dict[str, Any] = {
-        "model_name_or_path": name_or_folder(arguments.model),
-        **(_EXAMPLES[arguments.task] if arguments.dataset_name == NO_DATA else data),
-        "output_dir": f"runs/{Path(name_or_folder(arguments.model)).name}",
-        "method": arguments.method,
-        "deepspeed": plan.ds_config,
-    }
-    flags |= {"task": arguments.task} if arguments.task != SFT else {}
-    flags |= {"precompute_ref_log_probs": True} if arguments.precompute_ref_log_probs else {}
-    flags |= {"beta": arguments.beta} if arguments.beta is not None else {}
-    flags |= {"per_device_train_batch_size": arguments.micro_batch_size, "max_length": arguments.seq_length}
-    flags |= {"optim": arguments.optim, "bf16": arguments.precision == "bf16"}
-    if arguments.task == "grpo":  # seq_length is of a prompt and its answer
-        group = next(size for size in range(8, 0, -1) if arguments.answers % size == 0)
-        group = group if group > 1 else arguments.answers
-        reward = "think_format_reward" if arguments.dataset_name == NO_DATA else "rewards.py"
-        flags |= {"max_completion_length": flags.pop("max_length") // 2, "reward_funcs": reward}
-        flags |= {"num_generations": group}
-    if arguments.loss != AUTO or plan.workload.loss == LOGITS:
-        flags |= {"loss": LOGITS if arguments.loss == AUTO else arguments.loss}
-    if arguments.gradient_accumulation_steps > 1:
-        flags |= {"gradient_accumulation_steps": arguments.gradient_accumulation_steps}
-    if arguments.method == "lora":
-        flags |= {"lora_r": arguments.lora_r, "lora_dropout": 0.0}  # whose masks the plan does not count
-    if arguments.method != "lisa":
-        flags |= {"checkpointed_layers": "all" if plan.workload.checkpointed_layers else "none"}
+def most_of_lora(num_layers: int) -> int:
+    """Half of the layers: all of them are full training, which small models would have room for."""
+    return max(1, num_layers // 2)
+
+
+def with_most_layers(
+    config: PretrainedConfig,
+    arguments: PlanArguments,
+    lisa_config: LisaConfig,
+    ds_config: str | dict,
+    on_cpu: bool = False,
+    runs: FakeRuns | None = None,
+) -> tuple[LisaConfig, str]:
+    """The settings of a run with a number in the place of auto or lora, and why; as they are where they have one.
+
+    lora is as many as fit what a step of LoRA takes, and a tenth, both of one micro-batch without checkpointing: one
+    number, however the run checkpoints and accumulates. Of these it is as many as fit the GPU, two at least. auto is as
+    many as fit the GPU, or a UserError with the closest three settings. Layers come before checkpointing less: they fit
+    with all layers checkpointed, where the run may choose, and with the loss that needs less.
+    """
+    given, budget = lisa_config.lisa_activated_layers, arguments.budget
+    if given not in PLANNED_LAYERS:
+        return lisa_config, ""
+    num_layers, runs = number_of_decoder_layers(config), runs or FakeRuns(config)
+    checkpointed = "all" if arguments.checkpointed_layers == AUTO else arguments.checkpointed_layers
+    on_gpu = _Peaks(runs, replace(arguments, checkpointed_layers=checkpointed), ds_config, on_cpu)
+    most = _most_layers(config, lisa_config, num_layers)
+    if given == LORA_LAYERS:
+        alone = replace(arguments, checkpointed_layers="none", gradient_accumulation_steps=1)
+        most = min(most, most_of_lora(num_layers))
+        layers, why = _beside_lora(_Peaks(runs, alone, ds_config, on_cpu), on_gpu, lisa_config, most, budget)
     else:
-        flags |= {"checkpointed_layers": plan.workload.checkpointed_layers}
-        defaults = LisaConfig().to_dict()
-        always = () if plan.lisa_config.by_module else ("lisa_activated_layers",)  # which without it have a preset
-        given = plan.lisa_config.to_dict()
-        flags |= {name: value for name, value in given.items() if name in always or value != defaults[name]}
-    flags |= {} if learning_rate is None else {"learning_rate": learning_rate}
-    words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
-    hosts = -(-arguments.gpus // arguments.gpus_per_host)
-    if hosts == 1:
-        return f"lisa-dist train --gpus {arguments.gpus} {words}"
-    several = f"--hostfile hostfile --num_nodes {hosts} --num_gpus {arguments.gpus_per_host}"
-    return f"deepspeed {several} --no_local_rank --module lisa_dist.cli train {words}"
+        layers = most - fewest_layers(lambda fewer: on_gpu.of(lisa_config, most - fewer), most - 1, budget)
+        planned = format_bytes(on_gpu.of(lisa_config, layers))
+        if on_gpu.of(lisa_config, layers) > budget:
+            raise UserError(
+                f"--lisa_activated_layers auto: not one layer fits {format_bytes(budget)}: with one {planned} are "
+                f"planned. {_closest_settings(on_gpu.of, lisa_config)}"
+            )
+        why = f"{planned} planned; there are {format_bytes(budget)}"
+    return replace(lisa_config, lisa_activated_layers=layers), f"{given}: {layers} of {num_layers}, {why}"
 
 
-def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
-    """The table: a row for each part, a column for each DeepSpeed config."""
-    unit, name = _unit_of(plans)
+def _beside_lora(alone: "_Peaks", on_gpu: "_Peaks", lisa_config: LisaConfig, most: int, budget: int) -> tuple[int, str]:
+    """As many layers as fit LoRA's step and the GPU, and why."""
+    fewest = min(2, most)
+    alone.of(lisa_config, most)  # which settles the loss
+    of_lora = alone.of_lora(lisa_config)
 
-    def shown(size: int) -> str:
-        return f"{size / unit:.2f}" if size else "-"
+    def excess(fewer: int) -> int:
+        peak = alone.of(lisa_config, most - fewer)
+        if peak > of_lora or 4 * peak <= budget:  # accumulation takes no more than that, and none need be planned
+            return peak - of_lora
+        return on_gpu.of(lisa_config, most - fewer) - budget
 
-    checkpointed = [f"{plan.workload.checkpointed_layers} checkpointed" for plan in plans]
-    lines = [[f"{name} on each GPU", *(plan.ds_config for plan in plans)], ["layers", *checkpointed]]
-    if arguments.method == "lisa" and not plans[0].lisa_config.by_module:
-        lines.append(["", *(f"{plan.lisa_config.lisa_activated_layers} active" for plan in plans)])
-    lines.append(["loss", *(plan.workload.loss for plan in plans)])
-    for title, fields in PLANNED_PARTS:
-        if title == REFERENCE[0] and not arguments.has_reference:
+    layers = most - fewest_layers(excess, most - fewest, 0)
+    planned = f"{format_bytes(alone.of(lisa_config, layers))} planned without checkpointing"
+    return layers, f"{planned}; LoRA's step, rank {LORA_RANK}, and a tenth take {format_bytes(of_lora)}"
+
+
+class _Peaks:
+    """Bytes of a GPU at the peak of steps that differ in their layers, by the loss that needs least."""
+
+    def __init__(self, runs: FakeRuns, asked: PlanArguments, ds_config: str | dict, on_cpu: bool) -> None:
+        self._runs, self._asked, self._ds_config, self._on_cpu = runs, asked, ds_config, on_cpu
+        self._losses = _losses(runs.config, asked)
+        self._known: dict[tuple[str, int, str | None], int] = {}
+
+    def of(self, settings: LisaConfig, layers: int, optim: str | None = None) -> int:
+        """With so many layers at a time."""
+        key = str(settings), layers, optim
+        if key not in self._known:
+            asked = replace(self._asked, optim=optim or self._asked.optim)
+            planner = self._planner(asked, replace(settings, lisa_activated_layers=layers))
+            peaks = {loss: self._peak(planner, loss) for loss in self._losses}
+            # The one that needs less does so for any number.
+            self._losses = [min(self._losses, key=lambda loss: peaks[loss])]
+            self._known[key] = peaks[self._losses[0]]
+        return self._known[key]
+
+    def of_lora(self, lisa_config: LisaConfig) -> int:
+        """Of a step of LoRA, by the loss that was settled on, and a tenth of it more."""
+        asked = {one.name: getattr(self._asked, one.name) for one in fields(PlanArguments)}  # those of init refuse LoRA
+        lora = PlanArguments(**asked | {"method": "lora", "lora_r": LORA_RANK, "optim": TORCH_ADAMW[1]})
+        model_alone = LisaConfig(lisa_layers_attribute=lisa_config.lisa_layers_attribute)
+        return int(1.1 * self._peak(self._planner(lora, model_alone), self._losses[0]))
+
+    def _planner(self, asked: PlanArguments, settings: LisaConfig) -> Planner:
+        return Planner(self._runs.config, asked, settings, self._on_cpu, self._runs)
+
+    def _peak(self, planner: Planner, loss: str) -> int:
+        return planner.plan(self._ds_config, planner.given_count, loss).gpu.needed
+
+
+def _most_layers(config: PretrainedConfig, lisa_config: LisaConfig, num_layers: int) -> int:
+    """The most that a period can have: those of positive weight, and a sampled block's probability is one of theirs."""
+    most = num_layers
+    if lisa_config.lisa_weights_file is not None:
+        weights = load_layer_weights(lisa_config.lisa_weights_file, num_layers, num_active=1)
+        most = sum(weight > 0 for weight in weights)
+    tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
+    names = {"embed" if tied and name == "head" else name for name in lisa_config.sampled}
+    given = {"embed" if tied and name == "head" else name: p for name, p in lisa_config.block_probabilities.items()}
+    if by_default := names - given.keys():
+        left = max(0.0, 1 - sum(given.values()))
+        most = min(most, math.floor(left * num_layers / len(by_default) + 1e-9))
+    return max(1, most)
+
+
+def _losses(config: PretrainedConfig, arguments: PlanArguments) -> list[str]:
+    """How a step may compute its loss."""
+    if arguments.task != SFT:
+        return [LOSS_OF_TASK.get(arguments.task, CHUNKED)]
+    if arguments.loss != AUTO:
+        return [arguments.loss]
+    why_not = why_no_label_logits(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
+    return [CHUNKED] if why_not else [CHUNKED, LOGITS]
+
+
+def _closest_settings(peak_of: Callable[[LisaConfig, int, str | None], int], lisa_config: LisaConfig) -> str:
+    """What would make room for a layer, in addition to what is given, from the smallest peak on."""
+    found = []
+    for optim, settings in _SMALLER:
+        try:
+            peak = peak_of(replace(lisa_config, **settings), 1, optim)
+        except UserError:  # they do not go with what is given
             continue
-        lines.append([title, *(shown(sum(plan.gpu.to_dict()[name] for name in fields)) for plan in plans)])
-    lines.append(["peak", *(shown(plan.gpu.peak) for plan in plans)])
-    lines.append(["and held by other streams", *(shown(plan.gpu.pool) for plan in plans)])
-    lines.append([f"{name} on the host, a rank", *(shown(plan.host_bytes) for plan in plans)])
-    for title in dict.fromkeys(title for plan in plans for title in plan.host):
-        lines.append([f"  {title}", *(shown(plan.host.get(title, 0)) for plan in plans)])
-    lines.append(["fits", *("yes" if not any(plan.lacks(arguments)) else "no" for plan in plans)])
-    return format_columns(lines)
+        flags = settings if optim is None else {"optim": optim, **settings}
+        found.append((peak, " ".join(f"--{name} {value}" for name, value in flags.items())))
+    return f"The closest: {'; '.join(f'{flags} takes {format_bytes(peak)}' for peak, flags in sorted(found))}."
 
 
-def _unit_of(plans: Sequence[Plan]) -> tuple[int, str]:
-    """The largest unit of which every plan's peak has a tenth at least."""
-    smallest = min(plan.gpu.peak for plan in plans)
-    return next((unit, name) for unit, name in BYTE_UNITS if smallest >= unit / 10 or name == "KiB")
+def make_plans(
+    config: PretrainedConfig,
+    arguments: PlanArguments,
+    lisa_config: LisaConfig,
+    ways: Sequence[str] = WAYS,
+    runs: FakeRuns | None = None,
+) -> list[Plan]:
+    """A plan under each DeepSpeed config, or under --deepspeed alone, from the fastest to the slowest."""
+    runs = runs or FakeRuns(config)
+    is_planned = lisa_config.lisa_activated_layers in PLANNED_LAYERS
+    planner = None if is_planned else Planner(config, arguments, lisa_config, runs=runs)
+    refused: UserError | None = None
+    ways = [arguments.deepspeed] if arguments.deepspeed else list(ways)
+    if lisa_config.offloaded and not arguments.deepspeed:  # the flag says what is offloaded, whatever a config says
+        ways = [way for way in ways if not uses_optimizer_offload(read_ds_config(way))]
+    plans = []
+    for way in ways:
+        try:
+            prepare_ds_config(read_ds_config(way), lisa_config, arguments.optim, arguments.precision)
+            of_way = planner or Planner(
+                config,
+                arguments,
+                with_most_layers(config, arguments, lisa_config, way, runs=runs)[0],
+                runs=runs,
+            )
+        except UserError as error:
+            refused = refused or error  # 8-bit moments are not for DeepSpeed's host AdamW; not one layer fits
+            continue
+        plans.append(of_way.cheapest(way))
+    if not plans:
+        assert refused is not None
+        raise refused
+    return plans
 
 
-def plot_plans(plans: Sequence[Plan], arguments: PlanArguments) -> None:
-    """Draw a bar of stacked parts for each plan, and the budget as a line, to `--plot`."""
-    assert arguments.plot is not None
-    from matplotlib.figure import Figure  # slow to import, and a table does not need it
+def _slowness(plan: Plan) -> tuple[int, int]:
+    """Stages 1 and 2 send the same; among them the one that recomputes less is faster. Then the order of WAYS."""
+    place = WAYS.index(plan.ds_config) if plan.ds_config in WAYS else len(WAYS)
+    return max(place, 1), plan.workload.checkpointed_layers
 
-    unit, name = _unit_of(plans)
-    figure = Figure(figsize=(1.5 * len(plans) + 3, 5), layout="constrained")
-    axes = figure.subplots()
-    names, bottoms = [plan.ds_config for plan in plans], [0.0] * len(plans)
-    for title, fields in PLANNED_PARTS:
-        heights = [sum(plan.gpu.at_peak()[name] for name in fields) / unit for plan in plans]
-        if any(heights):
-            axes.bar(names, heights, bottom=bottoms, label=title)
-        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-    if arguments.budget / unit <= 5 * max(bottoms):  # else the bars of a small model could not be seen
-        axes.axhline(arguments.budget / unit, color="black", linestyle="--", label="budget")
-    axes.set_ylabel(f"{name} on each GPU at the peak")
-    axes.set_title(f"{Path(arguments.model).name}, {arguments.method}, {arguments.gpus} GPU(s)")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    try:
-        figure.savefig(arguments.plot, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot {arguments.plot}: cannot be written ({error}).") from error
+
+def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
+    """Of the plans that fit with most layers at a time the fastest.
+
+    Raises ValueError with the closest three, and what each lacks, when none does.
+    """
+    fitting = [plan for plan in plans if not any(plan.lacks(arguments))]
+    if fitting:
+        return min(fitting, key=lambda plan: (-int(plan.lisa_config.lisa_activated_layers), _slowness(plan)))
+    closest = sorted(plans, key=lambda plan: sum(plan.lacks(arguments)))[:3]
+    listed = "; ".join(
+        f"{plan.ds_config} lacks {format_bytes(plan.lacks(arguments)[0])} on a GPU and "
+        f"{format_bytes(plan.lacks(arguments)[1])} on the host"
+        for plan in closest
+    )
+    raise UserError(
+        f"--gpu_memory {arguments.gpu_memory} on {arguments.gpus} GPU(s): nothing fits beside the {arguments.reserve} "
+        f"of each that are kept for CUDA (--reserve). The closest: {listed}. More GPUs, a shorter --seq_length, "
+        "--lisa_state_bits embed=8,head=8, or --lisa_always_on rest (embed and head sampled as layers are; not with "
+        "--lisa_unit module) need less."
+    )
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """Settings besides those that are given; `optim` where they need one; whether states are on the host."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    optim: str | None = None
+    offloads: bool = False
+
+
+_SAMPLED = {"lisa_always_on": "rest"}
+_SMALL_NAME = "embeddings and head with a moment by row and column, layers with moments in 8 bits, no masters"
+# States on the GPU come first: with offload a step waits for the host.
+FALLBACKS = (
+    Fallback("AdamW in 32 bits, as published"),
+    Fallback("moments of embeddings and head in 8 bits", {"lisa_state_bits": "embed=8,head=8"}),
+    Fallback(_SMALL_NAME, SMALL_STATES, LISA_ADAMW),
+    Fallback(f"{_SMALL_NAME}; frozen layers in 8 bits", SMALL_STATES | {"lisa_frozen_bits": 8}, LISA_ADAMW),
+    Fallback("embeddings and head sampled like layers", _SAMPLED),
+    Fallback(
+        "embeddings and head sampled like layers, moments in 8 bits",
+        _SAMPLED | {"lisa_state_bits": "embed=8,head=8,layers=8"},
+    ),
+    Fallback(f"{_SMALL_NAME}; frozen layers in 4 bits", SMALL_STATES | {"lisa_frozen_bits": 4}, LISA_ADAMW),
+    Fallback("AdamW in 32 bits, as published; optimizer states on the host", offloads=True),
+    Fallback("embeddings and head sampled like layers, optimizer states on the host", _SAMPLED, offloads=True),
+)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The first fallback that fits, the fastest plan of it, and the arguments and settings that it is of."""
+
+    fallback: Fallback
+    plan: Plan
+    arguments: PlanArguments
+    lisa_config: LisaConfig
+
+
+def first_that_fits(
+    config: PretrainedConfig,
+    arguments: PlanArguments,
+    lisa_config: LisaConfig,
+    preset: Mapping[str, Any] = MappingProxyType({}),
+    with_offload: bool = True,
+    runs: FakeRuns | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Chosen:
+    """The first fallback that fits; settings that were given stay as they are.
+
+    `preset`: what `--lisa_preset` sets. `tell` is given a line on each way that is tried. Raises UserError,
+    with what the last one lacks, where none does.
+    """
+    problem, runs = UserError("no way of running fits the settings"), runs or FakeRuns(config)
+    for fallback, asked, tried in possible_fallbacks(arguments, lisa_config, preset):
+        if fallback.offloads and not with_offload:
+            continue
+        # Stage 3 gathers every weight twice, and is for what stages 1 and 2 have no room for.
+        for stages in (("zero1", "zero2"), ("zero3",)):
+            ways = [name for name in WAYS if name.endswith("_offload") == fallback.offloads and name.startswith(stages)]
+            tell(f"trying {', '.join(ways)}: {fallback.name}")
+            try:
+                plan = what_fits(make_plans(config, asked, tried, ways, runs), asked)
+                return Chosen(fallback, plan, asked, plan.lisa_config)
+            except UserError as error:
+                problem = error
+    raise problem
+
+
+def possible_fallbacks(
+    arguments: PlanArguments, lisa_config: LisaConfig, preset: Mapping[str, Any]
+) -> Iterator[tuple[Fallback, PlanArguments, LisaConfig]]:
+    """The fallbacks that change nothing that was given, with the arguments and settings of each.
+
+    With a preset's small states these come first; with states on the host there are none of them, and no
+    number of layers that they made room for. What a fallback changes comes before the preset.
+    """
+    given, defaults = lisa_config.to_dict(), LisaConfig().to_dict()
+    default_optim = PlanArguments(arguments.model).optim
+    of_preset = {name: value for name, value in preset.items() if name != "optim"}  # a fallback's, or the default
+    on_host = {n: value for n, value in of_preset.items() if n not in SMALL_STATES and value != LORA_LAYERS}
+    is_small = preset.get("optim") == LISA_ADAMW or not SMALL_STATES.keys().isdisjoint(preset)
+    for fallback in FALLBACKS:
+        settings, optim = fallback.settings, fallback.optim
+        if is_small and not fallback.offloads:
+            if optim is None:
+                continue
+            settings = {name: value for name, value in settings.items() if name not in SMALL_STATES}
+        if arguments.precision != "bf16" and {"lisa_master", "lisa_frozen_bits"} & settings.keys():
+            continue
+        if any(given[name] != defaults[name] for name in settings):
+            continue
+        if (fallback.offloads or "lisa_state_bits" in fallback.settings) and lisa_config.offloaded:
+            continue  # neither goes with blocks whose states are on the host
+        if "lisa_always_on" in settings and (lisa_config.lisa_activated_layers == 0 or lisa_config.by_module):
+            continue  # nothing can be sampled in the place of layers
+        if optim is not None and arguments.optim not in (default_optim, optim):
+            continue
+        asked = arguments if optim is None else replace(arguments, optim=optim)
+        yield fallback, asked, LisaConfig(**given | (on_host if fallback.offloads else of_preset) | settings)

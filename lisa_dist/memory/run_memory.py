@@ -24,17 +24,14 @@ from lisa_dist.core.checkpointing import (
     number_of_layers,
 )
 from lisa_dist.core.controller import LisaController
-from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
 from lisa_dist.files import replacing
-from lisa_dist.memory.estimate import plan_memory
+from lisa_dist.memory.estimate import StepEstimate
 from lisa_dist.memory.meter import StepMeter
 from lisa_dist.memory.parts import MemoryParts
-from lisa_dist.memory.periods import widest_periods
-from lisa_dist.memory.stage_settings import StageSettings
-from lisa_dist.memory.trace import FakeRun
-from lisa_dist.memory.workload import Trained, Workload
+from lisa_dist.memory.trace import FakeRuns
+from lisa_dist.memory.workload import StageSettings, Trained, Workload
 from lisa_dist.run_folder import MEMORY_NAME, MEMORY_PARTS
 from lisa_dist.text import format_bytes, format_columns
 
@@ -75,11 +72,15 @@ class RunMemory:
     ) -> None:
         assert lisa.is_attached, "attach the controller to a DeepSpeed engine first"
         self._lisa, self._engine = lisa, lisa.engine
-        self._optim, self._config, self._longest = optim, config, longest
+        self._optim, self._longest = optim, longest
         self._checkpointed, self._budget, self._measure_budget = checkpointed, budget, measure_budget
         self._model, self._num_layers = self._engine.module, lisa.blocks.num_layers
         self._checkpointing = Checkpointing(self._model)
-        self._ds_config, self._beside = ds_config, beside
+        self._beside = beside
+        if config is not None:
+            self._settings = StageSettings.of(ds_config, config.get_text_config().hidden_size)
+        # No other run has the shapes of this one's micro-batches.
+        self._runs = None if config is None else FakeRuns(config, on_disk=False)
         self._accumulates = self._engine.gradient_accumulation_steps() > 1
         self._first_step = self._engine.global_steps
         self._meter: StepMeter | None = None
@@ -257,49 +258,35 @@ class RunMemory:
         """Bytes that the plan of the worst period needs with `count` layers checkpointed and `layers` active."""
         if (count, layers) not in self._planned_peaks:
             assert self._longest is not None
-            run = self._fake_run(replace(self._longest, checkpointed_layers=count))
-            config = replace(self._lisa.config, lisa_activated_layers=layers)
-            periods = widest_periods(config, run.blocks, sampled_blocks(config, self._lisa.blocks), count)
-            self._planned_peaks[count, layers] = max(self._plan(run, period, rank=None)[0].needed for period in periods)
+            workload = replace(self._longest, checkpointed_layers=count)
+            parts, _ = self._estimate(lisa_activated_layers=layers).worst(self._settings, workload)
+            self._planned_peaks[count, layers] = parts.with_buffer(self._beside).needed
         return self._planned_peaks[count, layers]
 
     def _plan_measured_step(
         self, measured: _MeasuredStep
     ) -> tuple[MemoryParts | None, dict[str, int] | None, str | None]:
         """Device and host of the measured step as planned, or else why there is no plan."""
-        if self._config is None or measured.workload is None:
+        if self._runs is None or measured.workload is None:
             return None, None, "no causal language model with its own loss or TRL's"
         try:
-            run = self._fake_run(measured.workload)
-            return *self._plan(run, measured.trained, self._engine.global_rank), None
+            rank = self._engine.global_rank
+            parts, host = self._estimate().of(self._settings, measured.workload, measured.trained, rank)
+            return parts.with_buffer(self._beside), host, None
         except UserError as error:
             return None, None, str(error)
 
-    def _fake_run(self, workload: Workload) -> FakeRun:
-        assert self._config is not None
-        config = self._lisa.config
-        workload = replace(workload, frozen_bits=config.lisa_frozen_bits, by_module=config.by_module)
-        return FakeRun(self._config, workload, layers_attribute=config.lisa_layers_attribute)
-
-    def _plan(self, run: FakeRun, trained: Trained, rank: int | None) -> tuple[MemoryParts, dict[str, int]]:
-        config = self._lisa.config
-        settings = StageSettings.of(self._ds_config, run.hidden_size)
-        by_rows = settings.reduces_rows(self._optim)
-        groups = run.groups(trained, self._optim, config.state_bits, config.offloaded, by_rows)
-        parts, host = plan_memory(
-            run,
-            groups,
-            run.trace(groups),
-            settings,
+    def _estimate(self, **changes: Any) -> StepEstimate:
+        """That of the run's steps, with other settings where there are `changes`."""
+        assert self._runs is not None
+        return StepEstimate(
+            self._runs,
+            replace(self._lisa.config, **changes),
             self._engine.dp_world_size,
-            optim=self._optim,
-            master=config.lisa_master,
-            rank=rank,
+            self._optim,
             accumulates=self._accumulates,
             on_cpu=self._engine.device.type == "cpu",
-            keeps=config.lisa_state == "keep",
         )
-        return parts.with_buffer(self._beside), host
 
 
 def format_report(report: dict[str, Any] | None) -> str:

@@ -20,9 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
-    masking_utils,
 )
-from transformers.integrations import moe
 
 from lisa_dist.config import StateBits
 from lisa_dist.core.blocks import find_blocks, linear_modules, split_into_modules
@@ -31,16 +29,25 @@ from lisa_dist.core.groups import split_by_decay, takes_bits
 from lisa_dist.core.meta_model import without_zero3_init
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import add_label_logits
-from lisa_dist.memory.repeats import Event, LayersDifferError, Skipping, TracedStep, unroll
-from lisa_dist.memory.stand_ins import TritonScores, as_triton, head_gradient_of, looked_up, made_whole
-from lisa_dist.memory.step_trace import Arrival, StepTrace
-from lisa_dist.memory.stretches import Stretch, pattern_of, stretches_of
+from lisa_dist.memory.repeated_layers import (
+    END_OF_FORWARD,
+    Event,
+    LayersDifferError,
+    Place,
+    Segments,
+    kinds_of,
+    layout_of,
+    only_layers,
+    trained_kinds,
+)
+from lisa_dist.memory.stand_ins import TritonScores, stand_ins, without_liger
 from lisa_dist.memory.trace_files import TraceFiles
 from lisa_dist.memory.tracker import AllocationTracker
-from lisa_dist.memory.without_liger import without_liger
-from lisa_dist.memory.workload import LIGER, LOGITS, OWN, RATIO, SCORE, Group, Trained, Workload
+from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS, RATIO, SCORE, Group, Trained, Workload
 from lisa_dist.optim.build import default_state_bits
 from lisa_dist.zero.embedding_rows import embedding_of
+
+_OF_TRL = (CHUNKED, LOGITS, LIGER)  # losses by TRL's head, of the model
 
 
 class PlanError(UserError):
@@ -68,12 +75,62 @@ def _report_model_errors(config: PretrainedConfig) -> Iterator[None]:
         words.disabled = were_disabled
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """A gradient that arrives in a traced backward pass. Bytes of all allocations but the gradients before it."""
+
+    parameter: torch.nn.Parameter
+    peak_before: int  # the most since the gradient before it
+    now: int  # when it arrives, itself included
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the gradient."""
+        return self.parameter.numel() * self.parameter.element_size()
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """Bytes that a forward and backward pass allocates on top of weights and states."""
+
+    activations: int  # at the end of the forward pass
+    logits: int  # at the end of the forward pass: what has the vocabulary as its last dimension
+    arrivals: tuple[Arrival, ...]
+    peak_after: int  # the most after the last gradient
+    now: int  # at the end of the backward pass, without gradients
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> "StepTrace":
+        """That of the events of a step, the last of which is its end."""
+        arrivals, peak, logits, activations, now = [], 0, 0, 0, 0
+        for event in events:
+            peak, now = max(peak, event.peak), event.now
+            if isinstance(event.what, torch.nn.Parameter):
+                arrivals.append(Arrival(event.what, peak, now))
+                peak = 0
+            elif event.what == END_OF_FORWARD:
+                activations, logits = now - event.logits, event.logits
+        return cls(activations, logits, tuple(arrivals), peak, now)
+
+    def to_dict(self, names: Mapping[int, str]) -> dict[str, Any]:
+        """Plain values, for JSON; `names` of parameters by id."""
+        arrivals = [(names[id(arrival.parameter)], arrival.peak_before, arrival.now) for arrival in self.arrivals]
+        return vars(self) | {"arrivals": arrivals}
+
+    @classmethod
+    def of_dict(cls, values: Mapping[str, Any], parameters: Mapping[str, torch.nn.Parameter]) -> "StepTrace":
+        """What `to_dict` gave, of the same model; `parameters` by name."""
+        arrivals = [Arrival(parameters[name], peak_before, now) for name, peak_before, now in values["arrivals"]]
+        return cls(**{**values, "arrivals": tuple(arrivals)})
+
+
 @dataclass
 class _Shared:
     """What the fake runs of one model share."""
 
     traces: dict[tuple[Workload, frozenset[int], frozenset[int]], StepTrace] = field(default_factory=dict)
-    steps: list[tuple[Any, TracedStep]] = field(default_factory=list)  # with their patterns
+    segments: dict[Any, Segments] = field(default_factory=dict)  # by the kinds of layers that ran, and what else trains
+    kinds: list[int] | None = None  # of the layers, once one is traced
     has_loss: bool = False  # whether the model computes the loss of its workload
 
 
@@ -119,7 +176,7 @@ class FakeRun:
     def _set_loss(self) -> None:
         """Have the model compute its loss as the run does; before a trace alone, since TRL takes seconds to import."""
         workload = self.workload
-        if workload.loss not in (OWN, SCORE, RATIO):
+        if workload.loss in _OF_TRL:
             from trl.trainer.utils import add_fused_lm_head
 
             from lisa_dist.loss.chunked import use_slabs
@@ -130,10 +187,6 @@ class FakeRun:
             score = TritonScores.apply if workload.triton else None
             add_label_logits(self.model, select=self._with_label, score=score)
         self._shared.has_loss = True
-
-    def checkpointing(self, layers: int) -> "FakeRun":
-        """The same model with so many layers checkpointed."""
-        return self.with_workload(replace(self.workload, checkpointed_layers=layers))
 
     def with_workload(self, workload: Workload) -> "FakeRun":
         """The same model; of the workload what a model is not built by may be another."""
@@ -169,7 +222,7 @@ class FakeRun:
         names += [(name, self.blocks.outer(name), False) for name in trained.sampled]
         names += [("layers", self.blocks.layers[layer], False) for layer in trained.layers]
         groups = [
-            Group(tuple(params), self._bits(name, kind, optim, state_bits or {}), always_on, name in offloaded)
+            Group(tuple(params), self.bits(name, kind, optim, state_bits or {}), always_on, name in offloaded)
             for name, block, always_on in names
             for kind, params in split_by_decay(block).items()
         ]
@@ -181,7 +234,8 @@ class FakeRun:
         alone = len(group.params) == 1 and not group.on_host
         return alone and embedding_of(self._run, group.params[0]) is not None
 
-    def _bits(self, name: str, kind: str, optim: str, state_bits: Mapping[str, StateBits]) -> StateBits:
+    def bits(self, name: str, kind: str, optim: str, state_bits: Mapping[str, StateBits]) -> StateBits:
+        """Of the moments of a block's parameters of one kind (`core/groups.py`)."""
         default = default_state_bits(optim)
         bits = state_bits.get(name, default)
         return bits if takes_bits(bits, kind) else default
@@ -204,62 +258,46 @@ class FakeRun:
         trained = frozenset(id(parameter) for group in groups for parameter in group.params)
         key = self.workload, trained, by_rows
         if key not in self._shared.traces:
-            self._shared.traces[key] = self._read_or_make(groups, trained, by_rows)
+            parameters = dict(self._run.named_parameters())
+            names = {id(parameter): name for name, parameter in parameters.items()}
+            step = str(self.workload), *(sorted(names[one] for one in ids) for ids in (trained, by_rows))
+
+            def make() -> dict[str, Any]:
+                return StepTrace.of(self._events(groups, trained, by_rows)).to_dict(names)
+
+            trace = make() if self._files is None else self._files.read_or_make(step, make)
+            self._shared.traces[key] = StepTrace.of_dict(trace, parameters)
         return self._shared.traces[key]
 
-    def _read_or_make(self, groups: Sequence[Group], trained: frozenset[int], by_rows: frozenset[int]) -> StepTrace:
-        if self._files is None:
-            return self._make_trace(groups, trained, by_rows)
-        parameters = dict(self._run.named_parameters())
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        step = str(self.workload), *(sorted(names[one] for one in ids) for ids in (trained, by_rows))
-        written = self._files.read(step)
-        if written is not None:
-            return StepTrace.of_dict(written, parameters)
-        trace = self._make_trace(groups, trained, by_rows)
-        self._files.write(step, trace.to_dict(names))
-        return trace
-
-    def _make_trace(self, groups: Sequence[Group], trained: frozenset[int], by_rows: frozenset[int]) -> StepTrace:
-        if not self._shared.has_loss:
-            with _report_model_errors(self.model.config), without_zero3_init(), torch.device("meta"):
+    def _events(self, groups: Sequence[Group], trained: frozenset[int], by_rows: frozenset[int]) -> Iterable[Event]:
+        """Of a step of all layers, of which few run where they repeat."""
+        shared, config = self._shared, self.model.config
+        if not shared.has_loss:
+            with _report_model_errors(config), without_zero3_init(), torch.device("meta"):
                 self._set_loss()
         checkpoint_layers(self.model, self.blocks, self.workload.checkpointed_layers)
         layers = list(self.model.get_submodule(self.blocks.layers_path).children())
-        config = self.model.config.get_text_config()
-        stretches = stretches_of(layers, trained, config)
-        if stretches:
-            in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
-            kinds = pattern_of(layers, stretches, trained, config)
-            pattern = kinds, trained - in_layers, by_rows, self.workload.frozen_bits
-            with contextlib.suppress(LayersDifferError):
-                return self._trace_of(self._short_step(groups, layers, stretches, pattern))
-        return self._trace_of(self._run_step(groups, layers, []))
-
-    def _short_step(
-        self, groups: Sequence[Group], layers: Sequence[torch.nn.Module], stretches: Sequence[Stretch], pattern: Any
-    ) -> TracedStep:
-        """A step that skips layers: one of the same pattern, where there is one, or a new one."""
-        for other, step in self._shared.steps:
-            if other == pattern and (moved := step.moved(stretches)):
-                return moved
+        if shared.kinds is None:
+            shared.kinds = kinds_of(layers, config.get_text_config())
+        kinds = trained_kinds(shared.kinds, layers, trained)
+        layout = layout_of(kinds)
+        numbers = layout.traced
+        if len(numbers) == len(layers):
+            return self._run_step(groups)
+        outside = trained - {id(parameter) for layer in layers for parameter in layer.parameters()}
+        key = tuple(kinds[number] for number in numbers), outside, by_rows, self.workload.frozen_bits
         try:
-            step = self._run_step(groups, layers, stretches)
-        except (PlanError, LookupError) as error:
-            # A model that finds nothing where a skipped layer leaves something may raise what it likes.
-            raise LayersDifferError("a layer is needed that was skipped") from error
-        self._shared.steps.append((pattern, step))
-        return step
+            if key not in shared.segments:
+                events = self._run_step(groups, numbers)
+                shared.segments[key] = Segments(events, [layers[number] for number in numbers])
+            return list(shared.segments[key].of_all(layout, layers))
+        except (LayersDifferError, PlanError, LookupError):
+            # A model that finds nothing where a layer that is left out leaves something may raise what it likes.
+            shared.kinds = list(range(len(layers)))
+            return self._run_step(groups)
 
-    def _trace_of(self, step: TracedStep) -> StepTrace:
-        *arrivals, end = _arrivals(unroll(step.events, step.layers))
-        after = step.all_after_forward()
-        return StepTrace(after["activations"], after["logits"], tuple(arrivals), end.peak_before, end.now)
-
-    def _run_step(
-        self, groups: Sequence[Group], layers: Sequence[torch.nn.Module], stretches: Sequence[Stretch]
-    ) -> TracedStep:
-        """Run forward and backward; of `stretches` only the repeats that must run do."""
+    def _run_step(self, groups: Sequence[Group], numbers: Sequence[int] | None = None) -> list[Event]:
+        """Run forward and backward; of the layers only those with these `numbers`, with a Place where each is left."""
         for parameter in self._run.parameters():
             parameter.requires_grad_(False)
         trained = [parameter for group in groups for parameter in group.params]
@@ -267,9 +305,15 @@ class FakeRun:
             parameter.requires_grad_(True)
         self._run.train()
         events: list[Event] = []
+        in_forward = True
+        tracker = AllocationTracker(lambda tensor: part_of(tensor, self.vocab_size))
 
         def mark(what: Any) -> None:
-            events.append(Event(what, tracker.peak - model_bytes, tracker.now - model_bytes))
+            nonlocal in_forward
+            if isinstance(what, Place) and not what.backward and not in_forward:
+                return  # a layer is computed again
+            in_forward = in_forward and what != END_OF_FORWARD
+            events.append(Event(what, tracker.peak - model_bytes, tracker.now - model_bytes, tracker.bytes["logits"]))
             tracker.begin_phase()
 
         def drop(parameter: torch.nn.Parameter) -> None:
@@ -277,41 +321,52 @@ class FakeRun:
             parameter.grad = None
             tracker.begin_phase()  # without it
 
-        hooks = [parameter.register_post_accumulate_grad_hook(drop) for parameter in trained]
-        tracker = AllocationTracker(lambda tensor: part_of(tensor, self.vocab_size))
+        held = self.held_modules(trained)
+        embeddings = [embedding_of(self._run, group.params[0]) for group in groups if group.by_rows]
+        inputs = self._inputs()
+        workload, config = self.workload, self.model.config
+        with contextlib.ExitStack() as stack:
+            for parameter in trained:
+                stack.callback(parameter.register_post_accumulate_grad_hook(drop).remove)
+            stack.enter_context(_report_model_errors(config))
+            stack.enter_context(without_zero3_init())
+            stack.enter_context(
+                stand_ins(
+                    held,
+                    [embedding for embedding in embeddings if embedding is not None],
+                    padded=workload.padded,
+                    fused="fused_lm_head" in inputs,
+                    triton=workload.triton,
+                    liger=workload.loss == LIGER,
+                )
+            )
+            if numbers is not None:
+                path = self.blocks.layers_path
+                stack.enter_context(only_layers(self.model, path, numbers, config.get_text_config(), mark))
+            stack.enter_context(self._mode)
+            tracker.add([*self._run.parameters(), *self._run.buffers()], "model")
+            model_bytes = tracker.now
+            stack.enter_context(tracker)
+            outputs = self._run(**inputs)
+            loss = outputs.logits.sum() if workload.loss == SCORE else outputs.loss
+            if workload.loss != RATIO:
+                del outputs
+            mark(END_OF_FORWARD)
+            loss.backward()
+            mark(None)
+        return events
+
+    def _inputs(self) -> dict[str, Any]:
         workload = self.workload
         with self._mode:
             tokens = torch.ones(workload.micro_batch_size, workload.seq_length, dtype=torch.long)
             mask = torch.ones_like(tokens) if workload.padded else None
-            inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
-            if workload.loss != SCORE:
-                inputs["labels"] = tokens
-            if workload.loss not in (OWN, SCORE, RATIO):
-                inputs["fused_lm_head"] = True
-            tracker.add([*self._run.parameters(), *self._run.buffers()], "model")
-            model_bytes = tracker.now
-            no_mask, tiles = _no_mask_without_padding(workload.padded), as_triton(workload.triton)
-            experts = _experts_of_any_dtype()
-            whole = head_gradient_of(workload.loss == LIGER) if "fused_lm_head" in inputs else contextlib.nullcontext()
-            held = made_whole(self.held_modules(trained))
-            embeddings = [embedding_of(self._run, group.params[0]) for group in groups if group.by_rows]
-            by_rows = looked_up([embedding for embedding in embeddings if embedding is not None])
-            outside = _report_model_errors(self.model.config), without_zero3_init(), tiles, whole, held, by_rows
-            with contextlib.ExitStack() as stack:
-                for hook in hooks:
-                    stack.callback(hook.remove)
-                skipping = Skipping(layers, stretches, mark, lambda: tracker.bytes)
-                for context in (*outside, skipping.entered(), tracker, no_mask, experts):
-                    stack.enter_context(context)
-                outputs = self._run(**inputs)
-                loss = outputs.logits.sum() if workload.loss == SCORE else outputs.loss
-                if workload.loss != RATIO:
-                    del outputs
-                skipping.end_forward()
-                after_forward = +tracker.bytes
-                loss.backward()
-                mark(None)
-        return TracedStep(layers, stretches, events, after_forward, skipping.inputs_of)
+        inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
+        if workload.loss != SCORE:
+            inputs["labels"] = tokens
+        if workload.loss in _OF_TRL:
+            inputs["fused_lm_head"] = True
+        return inputs
 
 
 class FakeRuns:
@@ -320,32 +375,21 @@ class FakeRuns:
     They take a second each, and a trace of 32 layers takes another.
     """
 
-    def __init__(self, config: PretrainedConfig) -> None:
-        self.config = config
+    def __init__(self, config: PretrainedConfig, on_disk: bool = True) -> None:
+        self.config, self._on_disk = config, on_disk
         self._runs: dict[tuple[Workload, int, str | None], FakeRun] = {}
 
     def of(self, workload: Workload, lora_rank: int = 0, layers_attribute: str | None = None) -> FakeRun:
         """That of a workload. Raises ValueError for a model that cannot be run."""
         key = model_workload(workload), lora_rank, layers_attribute
         if key not in self._runs:
-            self._runs[key] = FakeRun(self.config, workload, lora_rank, layers_attribute, on_disk=True)
+            self._runs[key] = FakeRun(self.config, workload, lora_rank, layers_attribute, on_disk=self._on_disk)
         return self._runs[key].with_workload(workload)
 
 
 def model_workload(workload: Workload) -> Workload:
     """The workload as far as a model is built by it: the others that are equal in this share one."""
     return replace(workload, checkpointed_layers=0, frozen_bits=16)
-
-
-def _arrivals(events: Sequence[Event]) -> list[Arrival]:
-    """The gradients that arrive, with the peak since the one before, and the end of the step as one more."""
-    arrivals, peak = [], 0
-    for number, event in enumerate(events):
-        peak = max(peak, event.peak_before)
-        if event.what is not None or number == len(events) - 1:
-            arrivals.append(Arrival(event.what, peak, event.now))
-            peak = 0
-    return arrivals
 
 
 def part_of(tensor: torch.Tensor, vocab_size: int) -> str:
@@ -365,30 +409,3 @@ def _with_adapters(model: PreTrainedModel, rank: int, task_type: str) -> torch.n
         if parameter.requires_grad:
             parameter.data = parameter.data.to(model.dtype)
     return with_adapters
-
-
-@contextlib.contextmanager
-def _experts_of_any_dtype() -> Iterator[None]:
-    """On fake tensors torch multiplies groups of rows in bf16 alone; transformers' own way has the same shapes."""
-    original = moe._can_use_grouped_mm
-
-    def can_use(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> bool:
-        return weight.dtype == torch.bfloat16 and original(input, weight, offs)
-
-    moe._can_use_grouped_mm = can_use
-    try:
-        yield
-    finally:
-        moe._can_use_grouped_mm = original
-
-
-@contextlib.contextmanager
-def _no_mask_without_padding(padded: bool) -> Iterator[None]:
-    """Without padding transformers gives SDPA a mask only where examples are packed, which fake ones cannot tell."""
-    original = masking_utils.find_packed_sequence_indices
-    if not padded:
-        masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original

@@ -1,16 +1,16 @@
-"""Traces of fake steps on disk: a model is traced once for each way of running it, whatever plans ask for it again.
+"""Traces of steps on disk: without them a plan that is asked for again would import TRL, and run every step anew.
 
-A trace takes about half a second, and a plan looks at many. Each is a file in `$LISA_DIST_CACHE/traces`, by default in
-`~/.cache/lisa_dist/traces`, and its name is a hash of all that a trace depends on: the model's config, the workload,
-what trains, the versions of what runs in it, and the code of this package. An empty `LISA_DIST_CACHE` turns it off. The
-files may be deleted at any time; one that is damaged is written anew.
+Each is a file in `$LISA_DIST_CACHE/traces`, by default in `~/.cache/lisa_dist/traces`, and its name is a hash of all
+that a trace depends on: the model's config, the workload, what trains, the versions of what runs in it, and the code of
+this package. An empty `LISA_DIST_CACHE` turns it off. The files may be deleted at any time; one that is damaged is
+written anew.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-import tempfile
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lisa_dist.files import DamagedError, cache_folder, read_json, set_mode_by_umask, write_json
+from lisa_dist.files import DamagedError, cache_folder, read_json, write_json
 
 # Packages whose code may run in a trace, or by whose presence a model chooses its own.
 _PACKAGES = ("torch", "transformers", "trl", "peft", "triton", "kernels", "causal-conv1d", "flash-linear-attention",
@@ -27,9 +27,9 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "triton", "kernels", "causa
 
 
 class TraceFiles:
-    """Files of the traces of one model.
+    """Files of the traces of one model; of one that is not part of a release of transformers there are none.
 
-    Of models that are not part of a release of transformers there are none: nothing says when their code changes.
+    Nothing shows when the code of such a model changes.
     """
 
     def __init__(self, model: PreTrainedModel, settings: Any) -> None:
@@ -37,39 +37,27 @@ class TraceFiles:
         folder = cache_folder()
         is_released = type(model).__module__.startswith("transformers.") and "dev" not in transformers.__version__
         self._folder = folder / "traces" if folder and is_released else None
-        self._of = [type(model).__qualname__, _described(model.config), repr(settings), _attention_kernels(), *_CODE]
+        allowed = torch.backends.cuda  # kernels of its attention
+        kernels = [allowed.flash_sdp_enabled(), allowed.mem_efficient_sdp_enabled(), allowed.math_sdp_enabled()]
+        self._of = [type(model).__qualname__, _described(model.config), repr(settings), kernels, *_CODE]
 
-    def read(self, step: Any) -> dict[str, Any] | None:
-        """The trace that was written for a step; None where none was, or the file is damaged."""
-        path = self._path(step)
-        if path is None:
-            return None
-        try:
+    def read_or_make(self, step: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The trace of a step, which plain values describe; a disk that takes nothing is left as it is."""
+        if self._folder is None:
+            return make()
+        path = self._folder / f"{hashlib.sha256(json.dumps([self._of, step]).encode()).hexdigest()}.json"
+        with contextlib.suppress(DamagedError):  # or it is not there
             return read_json(path)
-        except DamagedError:  # or not there
-            return None
-
-    def write(self, step: Any, trace: dict[str, Any]) -> None:
-        """Write the trace of a step, which plain values describe; a disk that takes nothing is left as it is."""
-        path = self._path(step)
-        if path is None:
-            return
+        trace = make()
+        staged = path.with_suffix(f".{os.getpid()}")  # other processes may write the same
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, staged = tempfile.mkstemp(dir=path.parent)  # a name of its own: other processes may write the same
-            os.close(handle)
+            self._folder.mkdir(parents=True, exist_ok=True)
             try:
-                write_json(Path(staged), trace)
-                set_mode_by_umask(Path(staged))
+                write_json(staged, trace)
                 os.replace(staged, path)
             finally:
-                Path(staged).unlink(missing_ok=True)
-
-    def _path(self, step: Any) -> Path | None:
-        if self._folder is None:
-            return None
-        described = json.dumps([self._of, step])
-        return self._folder / f"{hashlib.sha256(described.encode()).hexdigest()}.json"
+                staged.unlink(missing_ok=True)
+        return trace
 
 
 def _described(value: Any) -> Any:
@@ -79,12 +67,6 @@ def _described(value: Any) -> Any:
     if isinstance(value, dict):
         return [[repr(name), _described(one)] for name, one in value.items()]
     return [_described(one) for one in value] if isinstance(value, list | tuple) else repr(value)
-
-
-def _attention_kernels() -> list[bool]:
-    """Which kernels of torch's attention are allowed in this process."""
-    allowed = torch.backends.cuda
-    return [allowed.flash_sdp_enabled(), allowed.mem_efficient_sdp_enabled(), allowed.math_sdp_enabled()]
 
 
 def _code() -> list[str]:

@@ -25,7 +25,6 @@ class AllocationTracker(TorchDispatchMode):
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.bytes: Counter[str] = Counter()
         self.now = self.peak = 0
-        self.at_peak: Counter[str] = Counter()
 
     def add(self, tensors: Iterable[torch.Tensor], kind: str | None = None) -> None:
         """Count the storages of `tensors` that are not counted yet."""
@@ -47,12 +46,11 @@ class AllocationTracker(TorchDispatchMode):
             self._seen[key] = weakref.ref(storage, forget)
             self.bytes[part] += size
             self.now += size
-        if self.now > self.peak:
-            self.peak, self.at_peak = self.now, +self.bytes
+        self.peak = max(self.peak, self.now)
 
     def begin_phase(self) -> None:
         """Begin to record the peak anew."""
-        self.peak, self.at_peak = self.now, +self.bytes
+        self.peak = self.now
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None

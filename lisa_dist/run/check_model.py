@@ -14,7 +14,7 @@ from lisa_dist.core.meta_model import model_without_weights
 from lisa_dist.core.selection import unit_budget
 from lisa_dist.errors import UserError
 from lisa_dist.loss.liger import check_liger
-from lisa_dist.memory.plans import fewest_of_lora
+from lisa_dist.memory.planner import fewest_of_lora
 from lisa_dist.run.arguments import RunConfig, model_config_of
 from lisa_dist.run.choose_loss import check_loss_of_run
 from lisa_dist.tasks import REWARD

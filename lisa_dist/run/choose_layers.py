@@ -13,7 +13,7 @@ from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.distributed.collectives import gather, raise_shared
 from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError
-from lisa_dist.memory.plans import fewest_of_lora, with_most_layers
+from lisa_dist.memory.planner import fewest_of_lora, with_most_layers
 from lisa_dist.memory.trace import PlanError
 from lisa_dist.run.arguments import RunConfig
 from lisa_dist.run.choose_loss import plan_arguments, possible_losses

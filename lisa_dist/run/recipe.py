@@ -14,8 +14,8 @@ from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.checkpointing import AUTO
 from lisa_dist.errors import UserError
 from lisa_dist.files import check_new_file
-from lisa_dist.memory.ladder import Chosen
 from lisa_dist.memory.plan import Plan, PlanArguments
+from lisa_dist.memory.planner import Chosen
 from lisa_dist.model_names import name_or_folder
 from lisa_dist.tasks import GRPO, REWARD, SFT
 from lisa_dist.text import GIB, format_bytes
@@ -117,7 +117,7 @@ def format_recipe(chosen: Chosen, words: Sequence[str], config: PretrainedConfig
         gpus=arguments.gpus,
         gpu_memory=arguments.gpu_memory.strip(),
         command=_join(["lisa-dist", "init", *words]),
-        way=chosen.rung.name[0].upper() + chosen.rung.name[1:],
+        way=chosen.fallback.name[0].upper() + chosen.fallback.name[1:],
         gpu=format_bytes(plan.gpu.needed),
         reserve=arguments.reserve.strip(),
         host=format_bytes(plan.host_bytes),

@@ -498,8 +498,7 @@ def fuzz_verbs(draws: random.Random, place: Place, folder: Path) -> str:
     from lisa_dist.config import LisaConfig
     from lisa_dist.eval.arguments import EvalArguments
     from lisa_dist.flags import FlagParser
-    from lisa_dist.memory.known_models import load_model_config
-    from lisa_dist.memory.plan import PlanArguments
+    from lisa_dist.memory.plan import PlanArguments, load_model_config
 
     verb, types = draws.choice((("plan", (PlanArguments, LisaConfig)), ("eval", (EvalArguments,)), ("check", ())))
     model = str(place.folder / "model")

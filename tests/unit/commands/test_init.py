@@ -12,10 +12,8 @@ from lisa_dist import cli
 from lisa_dist.commands import plan as plan_command
 from lisa_dist.commands.init import main
 from lisa_dist.config import LisaConfig, UserError
-from lisa_dist.memory.defaults import learning_rate, preset_settings
-from lisa_dist.memory.known_models import load_model_config
-from lisa_dist.memory.ladder import LADDER, Chosen, first_that_fits, possible_rungs
-from lisa_dist.memory.plans import make_plans
+from lisa_dist.memory.plan import learning_rate, load_model_config, preset_settings
+from lisa_dist.memory.planner import FALLBACKS, Chosen, first_that_fits, make_plans, possible_fallbacks
 from lisa_dist.model_names import HUB_IDS, shipped_model_configs
 from lisa_dist.run.arguments import parse_arguments
 from lisa_dist.run.recipe import InitArguments
@@ -97,23 +95,25 @@ def test_the_plan_it_names_is_the_plan(tiny, monkeypatch, capsys):
 
 @pytest.mark.full
 def test_nothing_is_given_up_without_need(tmp_path):
-    """With just enough memory for a rung of the ladder it is the first that fits."""
+    """With just enough memory for a fallback it is the first that fits."""
     config = LlamaConfig(vocab_size=32000, hidden_size=64, intermediate_size=256, num_hidden_layers=4)
     config.save_pretrained(tmp_path)
     asked = {"model": str(tmp_path), "checkpointed_layers": "all", "seq_length": 64}
     needs = {}
-    for rung in LADDER:
-        asked_so = InitArguments(**asked | ({} if rung.optim is None else {"optim": rung.optim}))
-        plans = make_plans(config, asked_so, LisaConfig(**rung.settings))
-        needs[rung.name] = min(one.gpu.needed for one in plans if one.ds_config.endswith("_offload") == rung.offloads)
+    for fallback in FALLBACKS:
+        asked_so = InitArguments(**asked | ({} if fallback.optim is None else {"optim": fallback.optim}))
+        plans = make_plans(config, asked_so, LisaConfig(**fallback.settings))
+        needs[fallback.name] = min(
+            one.gpu.needed for one in plans if one.ds_config.endswith("_offload") == fallback.offloads
+        )
     reached = set()
     for need in needs.values():
         chosen = choose(InitArguments(**asked, gpu_memory=f"{need + (3 << 29)}B"), LisaConfig())
-        assert chosen.rung.name == next(name for name, theirs in needs.items() if theirs <= need)
+        assert chosen.fallback.name == next(name for name, theirs in needs.items() if theirs <= need)
         assert chosen.plan.gpu.needed <= need
-        assert chosen.lisa_config == LisaConfig(**chosen.rung.settings)
-        assert chosen.arguments.optim == (chosen.rung.optim or "adamw_torch_fused")
-        reached.add(chosen.rung.name)
+        assert chosen.lisa_config == LisaConfig(**chosen.fallback.settings)
+        assert chosen.arguments.optim == (chosen.fallback.optim or "adamw_torch_fused")
+        reached.add(chosen.fallback.name)
     assert len(reached) > 4, needs
 
 
@@ -156,20 +156,24 @@ def test_paper_begins_with_states_in_32_bits(tiny, tmp_path):
 
 
 def test_what_a_rung_has_of_a_preset():
-    """Of lora the small states, on the GPU alone; of paper all rungs, each with fresh states in a period."""
+    """Of lora the small states, on the GPU alone; of paper all fallbacks, each with fresh states in a period."""
     arguments = {name: InitArguments("llama3.1-8b", lisa_preset=name) for name in ("lora", "paper")}
     tried = {
-        name: [*possible_rungs(asked, LisaConfig(), preset_settings(asked, LisaConfig(), ("lisa_preset",)))]
+        name: [*possible_fallbacks(asked, LisaConfig(), preset_settings(asked, LisaConfig(), ("lisa_preset",)))]
         for name, asked in arguments.items()
     }
-    assert [rung for rung, *_ in tried["paper"]] == [*LADDER]
-    for rung, asked, settings in tried["paper"]:
-        assert (settings.lisa_state, asked.optim) == ("reset_all", rung.optim or "adamw_torch_fused")
-        assert {name: getattr(settings, name) for name in rung.settings} == rung.settings, rung.name
-    assert [rung for rung, *_ in tried["lora"]] == [rung for rung in LADDER if rung.optim or rung.offloads]
-    for rung, asked, settings in tried["lora"]:
-        assert (settings.lisa_master == "bf16_sr") == (asked.optim == "lisa_adamw") == (not rung.offloads), rung.name
-        assert settings.lisa_activated_layers == (2 if rung.offloads else "lora")
+    assert [fallback for fallback, *_ in tried["paper"]] == [*FALLBACKS]
+    for fallback, asked, settings in tried["paper"]:
+        assert (settings.lisa_state, asked.optim) == ("reset_all", fallback.optim or "adamw_torch_fused")
+        assert {name: getattr(settings, name) for name in fallback.settings} == fallback.settings, fallback.name
+    assert [fallback for fallback, *_ in tried["lora"]] == [
+        fallback for fallback in FALLBACKS if fallback.optim or fallback.offloads
+    ]
+    for fallback, asked, settings in tried["lora"]:
+        assert (settings.lisa_master == "bf16_sr") == (asked.optim == "lisa_adamw") == (not fallback.offloads), (
+            fallback.name
+        )
+        assert settings.lisa_activated_layers == (2 if fallback.offloads else "lora")
 
 
 def test_full_training_is_called_so(tiny, tmp_path):

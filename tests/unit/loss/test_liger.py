@@ -35,8 +35,8 @@ from lisa_dist.config import UserError
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.loss import liger
 from lisa_dist.loss.liger import check_liger, settle_liger, why_no_liger_loss
+from lisa_dist.memory.stand_ins import without_liger
 from lisa_dist.memory.trace import FakeRun
-from lisa_dist.memory.without_liger import without_liger
 from lisa_dist.memory.workload import Trained, Workload
 
 LAYERS, STEPS, INTERVAL, LR, DECAY = 3, 4, 2, 1e-2, 0.1

@@ -1,6 +1,5 @@
 """A trace is read from its file where all that it depends on is the same, and is made anew where anything is not."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from lisa_dist.memory.workload import CHUNKED, LOGITS, Trained, Workload
 SIZES = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
 LLAMA = LlamaConfig(**SIZES, num_hidden_layers=9)
 WORKLOAD = Workload(16, loss=LOGITS)
-PERIOD = Trained((0, 1), ("embed", "head", "rest"))  # of the others most are skipped
+PERIOD = Trained((0, 1), ("embed", "head", "rest"))
 
 
 class OwnConfig(LlamaConfig):
@@ -54,14 +53,17 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*"))
 
 
-def trace_of(config=LLAMA, workload=WORKLOAD, period=PERIOD, reduces_rows=False, lora_rank=0, layers_attribute=None):
-    """A trace by a new fake run, with parameters by name, and whether a step has run for it."""
-    run = FakeRun(config, workload, lora_rank, layers_attribute, on_disk=True)
-    calls = []
-    run.model.register_forward_hook(lambda *_: calls.append(None))
-    trace = run.trace(run.groups(period, reduces_rows=reduces_rows))
+def found_by(run: FakeRun, period: Trained | None = PERIOD, reduces_rows: bool = False) -> dict:
+    """A trace with parameters by name."""
     names = {id(parameter): name for name, parameter in run._run.named_parameters()}
-    return trace.to_dict(names), bool(calls)
+    return run.trace(run.groups(period, reduces_rows=reduces_rows)).to_dict(names)
+
+
+def trace_of(config=LLAMA, workload=WORKLOAD, period=PERIOD, reduces_rows=False, lora_rank=0, layers_attribute=None):
+    """The same by a new fake run, and whether a step has run for it."""
+    run, calls = FakeRun(config, workload, lora_rank, layers_attribute, on_disk=True), []
+    run.model.register_forward_hook(lambda *_: calls.append(None))
+    return found_by(run, period, reduces_rows), bool(calls)
 
 
 @pytest.mark.parametrize("reduces_rows", [False, True])
@@ -71,22 +73,18 @@ def test_the_second_trace_is_read(folder, loss, reduces_rows):
     first, ran = trace_of(**of)
     assert ran
     assert len(files(folder)) == 1
-    second, ran = trace_of(**of)
-    assert not ran
+    assert first["arrivals"]
+    assert trace_of(**of) == (first, False)
     assert len(files(folder)) == 1
-    assert second["arrivals"]
-    assert json.dumps(second) == json.dumps(first)
 
 
 def test_a_trace_after_one_that_was_read_is_that_after_one_that_was_made(monkeypatch):
     """What is read leaves the model without its loss and its checkpoints."""
 
-    def with_more_checkpoints() -> str:
+    def with_more_checkpoints() -> dict:
         run = FakeRun(LLAMA, WORKLOAD, on_disk=True)
-        run.trace(run.groups(PERIOD))
-        names = {id(parameter): name for name, parameter in run._run.named_parameters()}
-        other = run.checkpointing(4)
-        return json.dumps(other.trace(other.groups(PERIOD)).to_dict(names))
+        found_by(run)
+        return found_by(run.with_workload(replace(run.workload, checkpointed_layers=4)))
 
     trace_of()
     after_one_that_was_read = with_more_checkpoints()
@@ -122,17 +120,11 @@ def test_what_a_trace_depends_on_makes_another(folder, kept, change):
     if "lora_rank" in change:
         trace_of(**change | {"lora_rank": change["lora_rank"] + 1})
     before = len(files(folder))
-    _, ran = trace_of(**change)
-    assert ran
+    assert trace_of(**change)[1]
     assert len(files(folder)) == before + 1
 
 
-def test_what_is_kept_is_read_where_nothing_is_another(folder, kept):
-    shutil.copytree(kept, folder)
-    assert not trace_of()[1]
-
-
-def test_how_experts_are_computed_makes_another(folder):
+def test_how_experts_and_attention_are_computed_makes_another():
     """It is not in config.json."""
     config = MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2, num_hidden_layers=2)
     found = []
@@ -141,25 +133,16 @@ def test_how_experts_are_computed_makes_another(folder):
         found.append(trace_of(config, period=Trained((0,), ("head",))))
     assert found[1][1]
     assert found[0][0]["activations"] != found[1][0]["activations"]
-
-
-def test_which_kernels_attention_may_use_makes_another(folder):
-    trace_of()
     try:
         torch.backends.cuda.enable_flash_sdp(False)
-        assert trace_of()[1]
+        assert trace_of(config, period=Trained((0,), ("head",)))[1]
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
 
 
-def test_other_code_makes_another(folder, monkeypatch):
-    trace_of()
-    monkeypatch.setattr(trace_files, "_CODE", ["torch 0.1", "other"])
-    assert trace_of()[1]
-    assert len(files(folder)) == 2
-
-
-def test_the_code_is_that_of_every_module_and_package(tmp_path, monkeypatch):
+def test_other_code_makes_another(folder, kept, monkeypatch, tmp_path):
+    shutil.copytree(kept, folder)
+    assert not trace_of()[1], "nothing is another"
     (tmp_path / "memory").mkdir()
     monkeypatch.setattr(trace_files, "__file__", str(tmp_path / "memory" / "trace_files.py"))
     found = []
@@ -167,35 +150,36 @@ def test_the_code_is_that_of_every_module_and_package(tmp_path, monkeypatch):
         (tmp_path / "other.py").write_text(text)
         if number == 2:
             monkeypatch.setattr(trace_files, "version", lambda name: f"9.9 of {name}")
-        found.append(str(trace_files._code()))
-    assert len(set(found)) == 3
+        found.append(trace_files._code())
+    assert len(set(map(str, found))) == 3
+    monkeypatch.setattr(trace_files, "_CODE", found[0])
+    assert trace_of()[1]
+    assert len(files(folder)) == 2
 
 
-def test_a_config_that_is_no_json_is_described(folder):
+def test_a_config_that_is_no_json_is_described():
     config = LlamaConfig(**SIZES, num_hidden_layers=9)
     config.own = {1: {2, 3}, "four": torch.float32}
     assert trace_of(config)[1]
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"now": 3, "checksum": "x"}', None])
-def test_a_damaged_file_is_written_anew(folder, content):
-    whole, _ = trace_of()
+def test_a_damaged_file_is_written_anew(folder, kept, content):
+    shutil.copytree(kept, folder)
     (path,) = files(folder)
-    path.write_text(path.read_text().replace(str(whole["now"]), "17") if content is None else content)
-    again, ran = trace_of()
-    assert ran
-    assert json.dumps(again) == json.dumps(whole)
+    whole = path.read_text()
+    path.write_text(whole.replace('"now": ', '"now": 1') if content is None else content)
+    assert trace_of()[1]
+    assert path.read_text() == whole
     assert not trace_of()[1]
 
 
 def test_without_a_place_nothing_is_kept(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(CACHE, str(tmp_path / "file"))
-    assert trace_of()[1]
-    assert trace_of()[1]
-    monkeypatch.setenv(CACHE, "")
-    assert trace_of()[1]
-    assert trace_of()[1]
+    for place in (str(tmp_path / "file"), ""):
+        monkeypatch.setenv(CACHE, place)
+        assert trace_of()[1]
+        assert trace_of()[1]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -223,25 +207,19 @@ def test_a_user_without_a_home_has_no_folder(monkeypatch):
     assert cache_folder() is None
 
 
-def test_of_models_that_are_not_of_transformers_nothing_is_kept(folder):
+def test_of_models_that_are_not_of_a_release_of_transformers_nothing_is_kept(folder, monkeypatch):
     config = OwnConfig(**SIZES, num_hidden_layers=9)
     assert trace_of(config)[1]
     assert trace_of(config)[1]
-    assert not files(folder)
-
-
-def test_of_a_transformers_in_development_nothing_is_kept(folder, monkeypatch):
     monkeypatch.setattr(trace_files.transformers, "__version__", "9.9.0.dev0")
     assert trace_of()[1]
     assert not files(folder)
 
 
 def test_traces_that_are_not_of_plans_are_not_kept(folder):
-    run = FakeRun(LLAMA, WORKLOAD)
-    run.trace(run.groups(PERIOD))
+    found_by(FakeRun(LLAMA, WORKLOAD))
     assert not files(folder)
-    runs = FakeRuns(LLAMA).of(WORKLOAD)
-    runs.trace(runs.groups(PERIOD))
+    found_by(FakeRuns(LLAMA).of(WORKLOAD))
     assert files(folder)
 
 
@@ -250,10 +228,8 @@ def test_a_loss_that_could_not_be_set_is_set_by_the_next_trace(monkeypatch):
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "trl.trainer.utils", None)
         with pytest.raises(PlanError, match="LlamaConfig: this model cannot be planned"):
-            run.trace(run.groups(PERIOD))
-    names = {id(parameter): name for name, parameter in run._run.named_parameters()}
-    whole, _ = trace_of(workload=run.workload)
-    assert json.dumps(run.trace(run.groups(PERIOD)).to_dict(names)) == json.dumps(whole)
+            found_by(run)
+    assert found_by(run) == trace_of(workload=run.workload)[0]
 
 
 @pytest.mark.full

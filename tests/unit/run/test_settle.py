@@ -8,10 +8,8 @@ from runs import flags_for, save_tiny_run
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
-from lisa_dist.memory.defaults import preset_settings, with_accumulation
-from lisa_dist.memory.known_models import load_model_config
-from lisa_dist.memory.ladder import first_that_fits
-from lisa_dist.memory.plan import PlanArguments
+from lisa_dist.memory.plan import PlanArguments, load_model_config, preset_settings, with_accumulation
+from lisa_dist.memory.planner import first_that_fits
 from lisa_dist.presets import PRESETS
 from lisa_dist.run.arguments import RunConfig, model_config_of, parse_arguments, run_parser
 from lisa_dist.run.choose_layers import settle_layers

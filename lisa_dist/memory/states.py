@@ -1,15 +1,20 @@
-"""Bytes of a partition's master and moments, as each optimizer has them."""
+"""Bytes of masters and moments: of a partition, as each optimizer has them, and of those that are kept on the host."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
-from lisa_dist.config import FACTORED, StateBits
+from lisa_dist.config import FACTORED, LisaConfig, StateBits
+from lisa_dist.core.groups import split_by_decay
+from lisa_dist.core.selection import most_active
+from lisa_dist.memory.trace import FakeRun
 from lisa_dist.memory.workload import Group
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.optim.factored import places
 from lisa_dist.optim.moments import QUANTIZED_BLOCK
+from lisa_dist.optim.states import pinned_bytes
 from lisa_dist.zero.layout import partition_numel, pieces_of_group
 
 _SMALLEST_QUANTIZED = 4096  # elements of a partition that bitsandbytes quantizes
@@ -52,3 +57,32 @@ def _factored_numels(group: Group, stage: int, rank: int, world_size: int) -> li
     pieces = pieces_of_group(group.named_numels, stage, rank, world_size)
     here = places([group.widths[int(piece.name)] for piece in pieces], pieces)
     return [here[-1].rows.stop, here[-1].columns.stop, len(here)] if here else []
+
+
+def kept_states(
+    run: FakeRun, config: LisaConfig, stage: int, world_size: int, optim: str, *, pinned: bool = True
+) -> int:
+    """Host bytes of --lisa_state keep, once every sampled block was active: the states of all that are inactive.
+
+    `pinned`: in the blocks that torch allocates of pinned memory, as beside a GPU.
+    """
+    if config.lisa_activated_layers == 0:  # nothing is sampled, and nothing becomes inactive
+        return 0
+    sampled = [(name, run.blocks.outer(name)) for name in config.sampled]
+    sampled += [("layers", layer) for layer in run.blocks.layers]
+    # A kept master that is the weights goes to the host in their dtype.
+    weights = run.workload.dtype
+    master = weights.itemsize if steps_weights(optim, config.lisa_master, weights) else 4
+
+    def buffers_of(name: str, kind: str, params: Sequence[torch.nn.Parameter]) -> list[int]:
+        group = Group(tuple(params), run.bits(name, kind, optim, config.state_bits))
+        return group_state_buffers(group, stage, world_size, optim, master)
+
+    by_block = [
+        [nbytes for kind, params in split_by_decay(block).items() for nbytes in buffers_of(name, kind, params)]
+        for name, block in sampled
+    ]
+    active = most_active(config, [layer.numel for layer in run.blocks.layers])
+    inactive = sorted(by_block, key=sum)[active:]
+    buffers = Counter(nbytes for buffers in inactive for nbytes in buffers if nbytes)
+    return sum(pinned_bytes(nbytes, count) if pinned else nbytes * count for nbytes, count in buffers.items())
