@@ -7,7 +7,7 @@ CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE
 # glibc is to keep the memory of large tensors: given back and taken anew in every step, each page of it is a fault.
 CPU += MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184
 
-.PHONY: quickstart test test-all test-plugins test-oldest test-container golden mutants docs flags wheel checks bench bench-gpu clean
+.PHONY: quickstart test test-all test-plugins test-oldest test-container golden mutants size docs flags wheel checks bench bench-gpu clean
 
 $(VENV)/.ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lisa_dist needs Python 3.11 or newer")'
@@ -77,6 +77,9 @@ mutants: $(VENV)/.ready  ## change the engine in 150 places, one at a time: does
 	$(BUILD_OPS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python tests/mutants.py
 
+size: $(VENV)/.ready  ## lines, modules, settings, overrides and words, beside their budgets
+	$(BIN)/python tests/support/size.py
+
 golden: $(VENV)/.ready  ## BASE (the last release tag or the parent commit) and the working tree, compared bit for bit
 	$(BUILD_OPS)
 	$(BIN)/python tests/system/golden/compare.py $(if $(BASE),--base $(BASE))
@@ -93,6 +96,7 @@ bench-gpu: $(VENV)/.ready  ## the same on one GPU, with models of 7B and 8B: und
 	$(BIN)/python -m benchmarks.tables.write
 
 docs: $(VENV)/.ready  ## the pages of docs/ and the reference of the public names, into site/
+	$(BIN)/python docs/draw_architecture.py
 	$(BIN)/mkdocs build --strict
 
 flags: $(VENV)/.ready  ## write docs/flags.md, after a flag has changed

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import lisa_dist
-from docs import flag_page
+from docs import draw_architecture, flag_page
 from docs.site_hooks import OTHERS
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +38,12 @@ def test_the_flags_are_those_of_the_code():
     page = flag_page.PAGE.read_text(encoding="utf-8")
     assert flag_page.with_flags(page) == page, "python docs/flag_page.py writes them"
     assert "- **`--lisa_interval_steps`** (20): Optimizer steps in a period" in page
+
+
+def test_the_picture_of_the_packages_is_that_of_their_imports():
+    picture = draw_architecture.PICTURE.read_text(encoding="utf-8")
+    assert draw_architecture.draw() == picture, "python docs/draw_architecture.py draws it"
+    assert picture.count("<rect") == 1 + len(draw_architecture.packages())
 
 
 @pytest.mark.full
