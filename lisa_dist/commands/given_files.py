@@ -15,7 +15,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.files import check_new_file
 from lisa_dist.model_names import is_path, nearest_name, shipped_name
 from lisa_dist.run_folder import check_overwrites
-from lisa_dist.tasks import SFT, check_rewards_given
+from lisa_dist.tasks import SFT, check_rewards_given, refuse_flags_of_sft
 from lisa_dist.text import in_one_line, parse_bytes
 
 
@@ -45,7 +45,9 @@ def look_for_files(verb: str, given: Mapping[str, Any]) -> None:
 
 
 def _look_for_run(given: Mapping[str, Any], texts: Mapping[str, str]) -> None:
-    check_rewards_given(given.get("task", SFT), _listed(given.get("reward_funcs")))
+    if (task := given.get("task", SFT)) != SFT:
+        refuse_flags_of_sft(task, given)
+    check_rewards_given(task, _listed(given.get("reward_funcs")))
     for flag in ("dataset_name", "eval_dataset_name"):
         for name in _listed(given.get(flag)):
             bare = re.sub(r"#\d+$", "", name)  # name#1000

@@ -18,7 +18,10 @@ from runs import BIN, clean_environment, on_two_ranks, run_alone
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from lisa_dist.commands.verbs import parser_of
 from lisa_dist.config import LisaConfig, UserError
+from lisa_dist.data.dataset import DataArguments
+from lisa_dist.data.task_rows import load_task_data
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner
 from lisa_dist.run.arguments import parse_arguments
@@ -401,6 +404,16 @@ SLIPS = [
     ),
     (["--task", "grpo", "--reward_funcs", "broken.py"], "--reward_funcs broken.py: is not Python ("),
     (["--task", "dpo", "--dataset_name", "none.jsonl"], "--dataset_name none.jsonl: no such file."),
+    (["--task", "grpo", "--reward_funcs", "rewards.py", "--loss", "logits"], "--loss logits with --task grpo: it is f"),
+    (["--task", "dpo", "--packing", "true"], "--packing: no such flag;"),
+    (
+        ["--task", "grpo", "--reward_funcs", "fixed.py"],
+        "fixed.py: reward must take all columns of the rows: def reward",
+    ),
+    (["--task", "grpo", "--reward_funcs", "local.py"], "local.py: has no function reward; it has other; name one as"),
+]
+# What is wrong with rows is found by the run, before a model is loaded.
+SLIPS_OF_ROWS = [
     (
         ["--task", "dpo", "--dataset_name", "questions.jsonl"],
         "--dataset_name questions.jsonl: its columns question, answer are none of --task dpo, which takes chosen, "
@@ -414,8 +427,6 @@ SLIPS = [
     (["--task", "orpo", "--dataset_name", "equal.jsonl"], "equal.jsonl, line 2 has the same answer as chosen and rej"),
     (["--task", "reward", "--dataset_name", "mixed.jsonl"], "mixed.jsonl, line 1 has texts and lists of turns among"),
     (["--task", "kto", "--dataset_name", "labels.jsonl"], "labels.jsonl, line 1 has the label 'yes'; it is true or fa"),
-    (["--task", "grpo", "--reward_funcs", "rewards.py", "--loss", "logits"], "--loss logits with --task grpo: it is f"),
-    (["--task", "dpo", "--packing", "true"], "--packing: no such flag;"),
     (
         ["--task", "dpo", "--dataset_name", "late.jsonl"],
         "line 2 has prompt (a text), chosen (a text), rejected (a text);",
@@ -436,11 +447,6 @@ SLIPS = [
         "there is no better; its",
     ),
     (["--task", "grpo", "--reward_funcs", "rewards.py", "--dataset_name", "no_prompt.jsonl"], "has an empty prompt"),
-    (
-        ["--task", "grpo", "--reward_funcs", "fixed.py"],
-        "fixed.py: reward must take all columns of the rows: def reward",
-    ),
-    (["--task", "grpo", "--reward_funcs", "local.py"], "local.py: has no function reward; it has other; name one as"),
 ]
 
 
@@ -484,3 +490,13 @@ def test_a_slip_is_told_without_torch(bad_files, tmp_path, words, problem):
     assert "yaml" in names, "the list is one of imports"
     assert not names & {"torch", "transformers", "trl", "datasets"}
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("words", "problem"), SLIPS_OF_ROWS, ids=[" ".join(words)[7:50] for words, _ in SLIPS_OF_ROWS])
+def test_rows_that_serve_no_run_of_a_task_are_named(bad_files, monkeypatch, words, problem):
+    monkeypatch.chdir(bad_files)
+    given = parser_of("train", task_of(words)).given(words)
+    arguments = DataArguments(given["dataset_name"], dataset_columns=given.get("dataset_columns"))
+    with pytest.raises(UserError) as error:
+        load_task_data(arguments, given["task"], seed=0)
+    assert problem in str(error.value)

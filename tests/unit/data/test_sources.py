@@ -220,6 +220,10 @@ def test_rows_that_say_which_completions_are_wanted_are_for_kto(tmp_path, kind):
 
     with pytest.raises(UserError, match=r"its rows have a label that says .*: give --task kto, or --dataset_format"):
         load(saved(LABELLED))
+    with pytest.raises(
+        UserError, match=r"those of no format.* Such rows are for --task dpo or kto or orpo or reward\."
+    ):
+        load(saved([{"prompt": "q", "chosen": "a", "rejected": "b"}]))
     assert len(load(saved(LABELLED), format="prompt_completion")[0]) == 2
     assert len(load(saved([row | {"label": "news"} for row in LABELLED]))[0]) == 2
 
