@@ -13,7 +13,7 @@ active one where the embedding is frozen.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -64,6 +64,7 @@ class StepEstimate:
     lora_rank: int = 0
     accumulates: bool = False
     on_cpu: bool = False
+    _groups: dict[tuple[Workload, Trained | None, bool], list[Group]] = field(default_factory=dict)
 
     def run(self, workload: Workload) -> FakeRun:
         """The model that computes a micro-batch."""
@@ -77,7 +78,10 @@ class StepEstimate:
         """Parts of device and host of a step that trains these blocks, for None all that is trainable."""
         run, config = self.run(workload), self.config
         by_rows = settings.reduces_rows(self.optim, self.method)
-        groups = run.groups(trained, self.optim, config.state_bits, config.offloaded, by_rows)
+        key = workload, trained, by_rows
+        if key not in self._groups:
+            self._groups[key] = run.groups(trained, self.optim, config.state_bits, config.offloaded, by_rows)
+        groups = self._groups[key]
         return plan_memory(
             run,
             groups,

@@ -46,6 +46,7 @@ class Planner:
         runs: FakeRuns | None = None,
     ) -> None:
         self._config, self._arguments, self._lisa = config, arguments, lisa_config
+        self._plans: dict[tuple[str, int, str], Plan] = {}
         self._estimate = StepEstimate(
             runs or FakeRuns(config),
             lisa_config,
@@ -84,6 +85,12 @@ class Planner:
 
     def plan(self, ds_config: str | dict, checkpointed_layers: int, loss: str) -> Plan:
         """The plan of the worst period under one DeepSpeed config: short name, path, or its content."""
+        key = str(ds_config), checkpointed_layers, loss
+        if key not in self._plans:
+            self._plans[key] = self._plan(ds_config, checkpointed_layers, loss)
+        return self._plans[key]
+
+    def _plan(self, ds_config: str | dict, checkpointed_layers: int, loss: str) -> Plan:
         arguments, lisa = self._arguments, self._lisa
         content = copy.deepcopy(ds_config) if isinstance(ds_config, dict) else read_ds_config(ds_config)
         prepare_ds_config(content, lisa, arguments.optim, arguments.precision)

@@ -41,7 +41,7 @@ def traced(config: PretrainedConfig, workload: Workload, trained: Trained | None
     """The same of a new run, and how many decoder layers have run forward."""
     run, calls = FakeRun(config, workload, lora_rank), []
     for layer in run.model.get_submodule(run.blocks.layers_path):
-        layer.mlp.register_forward_hook(lambda *_: calls.append(None))
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(None))  # also where it is computed again
     return found_by(run, trained), len(calls)
 
 
