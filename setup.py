@@ -31,7 +31,7 @@ setup(
     },
     install_requires=[
         "torch>=2.9,<3",
-        "deepspeed>=0.19.8,<0.20",
+        "deepspeed>=0.19.8,<0.20",  # the first whose ZeRO-3 waits for all gathers on CPU ranks
         "transformers>=5.10.1,<6",
         "accelerate>=1.10.1,<2",
         "datasets>=4.7,<6",
