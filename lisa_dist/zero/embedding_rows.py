@@ -170,8 +170,7 @@ def reduced_by_rows(model: nn.Module, zero: Any, index: int, pieces: Sequence[Pi
     (parameter,) = zero.bit16_groups[index]
     embedding = embedding_of(model, parameter)
     assert embedding is not None
-    divides, optimizer_class = getattr(zero, "gradient_average", True), type(zero)
-    rows = EmbeddingRows(embedding, pieces, zero.dp_process_group, divides)
+    rows, optimizer_class = EmbeddingRows(embedding, pieces, zero.dp_process_group, zero.gradient_average), type(zero)
 
     def gradients_of(params: list[nn.Parameter], dtype: torch.dtype) -> list[torch.Tensor]:
         if params is not zero.params_in_partition[index]:

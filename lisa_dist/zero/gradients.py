@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime import utils
 
 from lisa_dist.optim.row_gradient import RowGradient
 from lisa_dist.zero.stages import Stage
 
 NORM_CHUNK = 1 << 22  # elements of a gradient whose norm is taken at once: 32 MiB in fp64
 CPU_NORM_CHUNK = 1 << 16  # the same on a CPU, whose cache holds it in fp64: written and read there
-# From 0.19.8 on DeepSpeed takes the norm right after `has_overflow`, and leaves a step out whose norm is not finite.
-_LEAVES_OUT_BY_NORM = hasattr(utils, "is_invalid_grad_norm")
 
 
 def norms_with_one_collective(zero: Any, stage: Stage) -> dict[str, Callable]:
@@ -44,9 +41,9 @@ def norms_with_one_collective(zero: Any, stage: Stage) -> dict[str, Callable]:
         return norm if norm.isfinite() else torch.full_like(norm, math.inf)
 
     def has_overflow(partition_gradients: bool = True) -> bool:
-        if _LEAVES_OUT_BY_NORM and getattr(zero, "compute_grad_norm", True):
-            return False
-        return not torch.stack(norms_of_groups()).isfinite().all()
+        # Where DeepSpeed takes the norm it does so right after this, and leaves a step out whose norm is not finite.
+        takes_norm = getattr(zero, "compute_grad_norm", True)
+        return not (takes_norm or torch.stack(norms_of_groups()).isfinite().all())
 
     if stage.is_stage_3:
         return {"has_overflow": has_overflow, "_get_norm_groups": norms_of_groups}
