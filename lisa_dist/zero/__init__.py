@@ -19,7 +19,7 @@ moments never travel: a group of the same parameters has the same partition on t
 Every name of DeepSpeed's that is overridden, by `overrides.override` alone: where and when, what DeepSpeed does, what
 is done instead, and why it stays. A run is wrong without it; or its planned peak for a shipped recipe is at least 3%
 higher (`lisa-dist plan` with the flags of the recipe's header); or on simulated GPUs
-(tests/system/test_gpu_rehearsal.py, a tiny Llama) a step waits or copies more. All else is DeepSpeed's own.
+(tests/system/test_gpu_rehearsal.py, a tiny Llama) a step or a switch waits or copies more. All else is DeepSpeed's own.
 
 initialize_optimizer_states: masters.py, both classes, process-wide, without optimizer offload
     Makes a gradient of zeros for every master, and drops it. Instead masters of --lisa_offload go to the host, and
@@ -35,6 +35,12 @@ available_memory: overrides.py, the accelerator, process-wide, on CUDA
     Asks NVML, if pynvml is installed. Instead torch is asked. Wrong without: a ValueError where GPUs are named by
     their UUIDs, an error where there is no driver. test_a_switch_waits_for_nothing_else,
     test_a_pynvml_without_a_driver_is_not_asked
+empty_cache: rebuild.py, the accelerator, during a switch
+    Empties the allocator's cache once a group. Instead it stays. Counted: 7 waits a switch, in which copies of kept
+    states cannot overlap the next step. test_a_switch_waits_for_nothing_else
+defragment: rebuild.py, stage 3's module, during a switch
+    Copies the partitions of all active parameters to the host and back, pageable. Instead they are copied on the
+    device. Counted: 22 copies between host and device a switch. test_a_switch_copies_partitions_on_the_device
 LinearFunctionForZeroStage3: stage3.py, process-wide, on stage 3
     Keeps the inputs of frozen weights for the backward pass. Instead those of trained weights are kept. Peak: 13.41
     GiB of 81.82 of llama2_70b_2nodes (16.4%). test_the_input_of_a_frozen_weight_is_not_kept

@@ -32,8 +32,10 @@ GRADIENT_NAMES = (
 )
 # the gradient of an embedding by its rows, all or none of these,
 ROW_NAMES = ("get_all_grad_tensors", "get_flat_partition", "zero_grad")
-# what ZeRO-3 keeps, and copies of new weights.
+# what ZeRO-3 keeps, copies of new weights, and what a switch waits for.
 OTHER_NAMES = (
+    "empty_cache",
+    "defragment",
     "LinearFunctionForZeroStage3",
     "update_recompute_parameters",
     "parallel_partitioned_bit16_groups",

@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from lisa_dist.optim.states import CopyStream, PartitionKey, PartitionState
 from lisa_dist.zero import stage3
@@ -102,7 +103,8 @@ def _construct_in_place(zero: Any, stage: Stage, parameter_offload: Any) -> Iter
     """While this lasts, the engine's construction of its ZeRO optimizer runs `__init__` on `zero` instead.
 
     Stage 3 gets its `parameter_offload` back: destroyed and rebuilt, non-reentrant checkpointing with frozen parameters
-    crashes, and attaching the module hooks anew costs most of a switch.
+    crashes, and attaching the module hooks anew costs most of a switch. The allocator's cache stays: DeepSpeed empties
+    it once a group, each time waiting for the device and for copies of kept states, and new blocks fit in old memory.
     """
 
     def construct(*args: Any, **kwargs: Any) -> Any:
@@ -113,12 +115,19 @@ def _construct_in_place(zero: Any, stage: Stage, parameter_offload: Any) -> Iter
             del zero.initialize_ds_offload
         return zero
 
-    module, original = import_module(stage.module), stage.optimizer_class
+    module, original, accelerator = import_module(stage.module), stage.optimizer_class, get_accelerator()
     override(module, stage.class_name, construct)
+    override(accelerator, "empty_cache", lambda: None)
+    over_the_host = getattr(module, "defragment", None)
+    if stage.is_stage_3:
+        override(module, "defragment", stage3.flatten_partitions)
     try:
         yield
     finally:
         setattr(module, stage.class_name, original)
+        vars(accelerator).pop("empty_cache", None)
+        if stage.is_stage_3:
+            vars(module)["defragment"] = over_the_host
 
 
 @contextlib.contextmanager

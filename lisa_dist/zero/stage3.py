@@ -32,6 +32,19 @@ class LinearFunction(LinearFunctionForZeroStage3):
             ctx.save_for_backward(None, *inputs[1:], *[None] * (3 - len(inputs)))
 
 
+def flatten_partitions(partitions: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Make partitions of one dtype and device views of one new buffer, in their order; the buffer.
+
+    DeepSpeed copies them to the host, pageable, and back, so that the device need not hold both. In a switch it can:
+    the buffer of gradients, which is as large, is gone, and the next one is not there yet.
+    """
+    buffer = torch.empty(sum(one.numel() for one in partitions), dtype=partitions[0].dtype, device=partitions[0].device)
+    for partition, place in zip(partitions, buffer.split([one.numel() for one in partitions]), strict=True):
+        place.copy_(partition)
+        partition.data = place
+    return buffer
+
+
 def remember_checkpointed_layers(model: torch.nn.Module) -> None:
     """Note the layer of each module of a model whose layers can be checkpointed."""
     for layer in model.modules():

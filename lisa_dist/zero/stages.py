@@ -16,8 +16,8 @@ from packaging.version import Version
 
 from lisa_dist.errors import UserError
 
-# From, up to but not including. Before 0.19.8 resumes of ZeRO-3 on CPU ranks fail our tests: by its sources it waits for
-# the last of several gathers alone. There is no 0.20 yet to be tried.
+# From, up to but not including. Before 0.19.8 resumes of ZeRO-3 on CPU ranks fail our tests; its sources wait for the
+# last of several gathers alone. There is no 0.20 yet to be tried.
 SUPPORTED_DEEPSPEED = ("0.19.8", "0.20")
 _INSTALL = "pip install 'deepspeed>={},<{}'".format(*SUPPORTED_DEEPSPEED)
 
