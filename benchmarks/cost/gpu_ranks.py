@@ -139,7 +139,7 @@ def main() -> None:
     figures = {"ranks": arguments.ranks, "arms": {}, "sigterm": {"not_run": "not reached"}}
     for name, (ds_config, method) in METHODS.items():
         figures["arms"][name] = attempted(measure, ds_config, method, arguments)
-        print(f"{name}: {figures['methods'][name].get('not_run', 'measured')}", flush=True)
+        print(f"{name}: {figures['arms'][name].get('not_run', 'measured')}", flush=True)
         write_results(arguments.results, figures, quiet=True)
     figures["sigterm"] = stopped = attempted(stop_and_resume, arguments)
     write_results(arguments.results, figures)
