@@ -10,7 +10,7 @@ from lisa_dist.config import LisaConfig
 ROOT = Path(__file__).parents[2]
 BUDGETS = ROOT / "tests" / "budgets.json"
 FOLDERS = ("lisa_dist", "kernels", "benchmarks", "tests")
-PAGES = ("README.md", "CHANGELOG.md", "docs/**/*.md", "benchmarks/*.md")
+PAGES = ("README.md", "CHANGELOG.md", "docs/*.md", "benchmarks/*.md")
 
 
 def python_files(folder: Path) -> list[Path]:
