@@ -260,6 +260,6 @@ class LisaConfig:
                 f"--lisa_activated_layers {self.lisa_activated_layers}: the model has {num_layers} decoder layers."
             )
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for logs and checkpoints."""
         return asdict(self)

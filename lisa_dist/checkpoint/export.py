@@ -5,12 +5,13 @@ import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
-from lisa_dist.checkpoint.folders import STATE_NAME, put_in_place
+from lisa_dist.checkpoint.folders import put_in_place
 from lisa_dist.checkpoint.optimizer_states import STATE_FILES
 from lisa_dist.checkpoint.resume import read_state
 from lisa_dist.checkpoint.weights import export_weights, has_weights
 from lisa_dist.distributed.collectives import describe_files
 from lisa_dist.errors import UserError
+from lisa_dist.run_folder import STATE_NAME
 
 # Files of a checkpoint that are not copied; weights are exported by themselves.
 _NOT_THE_MODEL = (

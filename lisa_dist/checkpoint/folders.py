@@ -141,6 +141,7 @@ def _step_of(folder: Path) -> int | None:
 
 def _saved_at(folder: Path) -> float:
     try:
-        return read_json(folder / STATE_NAME)["saved_at"]
+        saved_at: float = read_json(folder / STATE_NAME)["saved_at"]
+        return saved_at
     except DamagedError:  # `find_checkpoint` reports it when it comes to this checkpoint
         return folder.stat().st_mtime

@@ -14,15 +14,16 @@ Factored moments of a matrix are "name:row_sq", of the rows that a piece touches
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from lisa_dist.config import FACTORED
+from lisa_dist.config_rules import FACTORED
 from lisa_dist.optim import factored
 from lisa_dist.optim.adamw import BLOCK, decode_moment, num_blocks, with_blocks
 from lisa_dist.optim.moments import MOMENTS, dequantize
-from lisa_dist.optim.states import PartitionKey, PartitionState, Piece
+from lisa_dist.optim.states import Fields, PartitionKey, PartitionState, Piece
 
 MASTER = "master"
 STATE_FILES = "lisa_optimizer-*.safetensors"
@@ -79,7 +80,7 @@ def copy_on_host(value: torch.Tensor) -> torch.Tensor:
     return value.to("cpu", copy=True)
 
 
-def _as_lists(pieces: list[Piece]) -> list[list]:
+def _as_lists(pieces: list[Piece]) -> list[list[Any]]:
     """Pieces as JSON has them."""
     return [list(vars(piece).values()) for piece in pieces]
 
@@ -91,14 +92,14 @@ class StateFiles:
         self._files = [safe_open(path, framework="pt") for path in paths]
         self._names = [set(file.keys()) for file in self._files]
         self._partitions = [json.loads(file.metadata()["partitions"]) for file in self._files]
-        self._last_dequantized: tuple = (None, None)
+        self._last_dequantized: tuple[tuple[str, int, int] | None, torch.Tensor] = (None, torch.empty(0))
         self._sources: dict[str, list[tuple[int, int, Piece]]] = {}
         for file, partitions in enumerate(self._partitions):
             for index, partition in enumerate(partitions):
                 for piece in (Piece(*listed) for listed in partition["pieces"]):
                     self._sources.setdefault(piece.name, []).append((file, index, piece))
 
-    def read(self, key: PartitionKey, pieces: list[Piece], numel: int, coding: str | None = None) -> dict | None:
+    def read(self, key: PartitionKey, pieces: list[Piece], numel: int, coding: str | None = None) -> Fields | None:
         """The fields of one partition of `numel` elements; None where its parameters are not in the files.
 
         "master", and once the optimizer has stepped "step" with "exp_avg" and "exp_avg_sq", in fp32 and bit for bit as
@@ -126,7 +127,7 @@ class StateFiles:
         file, _, piece = self._sources[key[0]][0]
         return f"{piece.name}:row_sq" in self._names[file]
 
-    def _factored(self, pieces: list[Piece]) -> dict:
+    def _factored(self, pieces: list[Piece]) -> Fields:
         """Factored moments of the rows that the pieces touch; several files have the same of a row that was cut."""
         widths, by_field = [], {name: [torch.zeros(0)] for name in factored.FIELDS}
         for piece in pieces:
@@ -165,7 +166,8 @@ class StateFiles:
     def _cut(self, field: str, file: int, index: int, source: Piece, first: int, last: int) -> torch.Tensor:
         name = f"{source.name}:{field}"
         if name in self._names[file]:
-            return self._files[file].get_slice(name)[first:last]
+            cut: torch.Tensor = self._files[file].get_slice(name)[first:last]
+            return cut
         if f"{name}_codes" in self._names[file]:
             return decode_moment(field, *self._coded(name, file, source, first, last), source.start + first)
         return self._dequantized(field, file, index)[source.offset + first : source.offset + last]
@@ -184,7 +186,7 @@ class StateFiles:
         get = self._files[file].get_slice
         return get(f"{name}_codes")[first:last], get(f"{name}_scales")[blocks]
 
-    def _codes(self, key: PartitionKey, pieces: list[Piece], numel: int) -> dict | None:
+    def _codes(self, key: PartitionKey, pieces: list[Piece], numel: int) -> Fields | None:
         """Codes and scales of LisaAdamW; None where the files have none, or a block was cut and has two scales."""
         fields: dict[str, torch.Tensor] = {}
         for moment in MOMENTS:
@@ -210,7 +212,7 @@ class StateFiles:
             fields |= {moment: codes, f"{moment}_scales": torch.cat(scales) if scales else torch.zeros(0)}
         return fields
 
-    def _codes_of_bitsandbytes(self, key: PartitionKey, pieces: list[Piece], numel: int) -> dict | None:
+    def _codes_of_bitsandbytes(self, key: PartitionKey, pieces: list[Piece], numel: int) -> Fields | None:
         """Codes and scales where the same elements of the same parameters made up one partition in the same order."""
         identity = {"names": list(key), "numel": numel, "pieces": _as_lists(pieces)}
         for file, partitions in enumerate(self._partitions):

@@ -11,7 +11,7 @@ import torch
 from torch import distributed as dist
 
 from lisa_dist.checkpoint.block_files import block_files, saved_blocks
-from lisa_dist.checkpoint.folders import STATE_NAME, checkpoints_by_age, remove_leftovers
+from lisa_dist.checkpoint.folders import checkpoints_by_age, remove_leftovers
 from lisa_dist.checkpoint.optimizer_states import MASTER, STATE_FILES, StateFiles, state_file
 from lisa_dist.checkpoint.save import ENGINE_COUNTERS
 from lisa_dist.checkpoint.trust import why_foreign, why_unlisted
@@ -22,7 +22,7 @@ from lisa_dist.core.movement import MOVEMENT_FILE
 from lisa_dist.distributed.collectives import check_files, raise_shared, raise_together
 from lisa_dist.files import DamagedError
 from lisa_dist.optim.states import PartitionKey
-from lisa_dist.run_folder import check_state
+from lisa_dist.run_folder import STATE_NAME, check_state
 from lisa_dist.zero.partitions import ZeroPartitions
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import distributed as dist
 
 from lisa_dist.checkpoint.block_files import assign, block_files, host_by_host, link_unchanged, write_index_of
-from lisa_dist.checkpoint.folders import STATE_NAME, drop_staging, make_staging, put_in_place
+from lisa_dist.checkpoint.folders import drop_staging, make_staging, put_in_place
 from lisa_dist.checkpoint.optimizer_states import copy_on_host, state_file, states_on_host
 from lisa_dist.checkpoint.weights import write_configs
 from lisa_dist.core.controller import LisaController
@@ -35,7 +35,7 @@ from lisa_dist.core.run_state import SavedBlocks
 from lisa_dist.distributed.collectives import background_group, describe_files, gather, together
 from lisa_dist.distributed.health import host_name
 from lisa_dist.files import SaveError, write_json
-from lisa_dist.run_folder import STATE_FORMAT
+from lisa_dist.run_folder import STATE_FORMAT, STATE_NAME
 from lisa_dist.zero.parameters import whole_weights
 from lisa_dist.zero.stage3 import drop_prefetched
 

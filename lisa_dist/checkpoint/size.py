@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from lisa_dist.config import LisaConfig, parse_share
-from lisa_dist.config_rules import PLANNED_LAYERS
+from lisa_dist.config import LisaConfig
+from lisa_dist.config_rules import PLANNED_LAYERS, parse_share
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.meta_model import model_without_weights
 from lisa_dist.errors import UserError

@@ -11,12 +11,11 @@ import torch
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from lisa_dist.checkpoint.folders import STATE_NAME
 from lisa_dist.checkpoint.optimizer_states import state_file
 from lisa_dist.checkpoint.weights import weight_files
 from lisa_dist.distributed.collectives import my_share, raise_shared
 from lisa_dist.files import find_foreign_name
-from lisa_dist.run_folder import IDENTITY_NAME
+from lisa_dist.run_folder import IDENTITY_NAME, STATE_NAME
 
 # What the Trainer loads by `torch.load`; the schedule is loaded by us.
 _PICKLES = ("scheduler.pt", "scaler.pt", "rng_state*.pth")

@@ -297,7 +297,8 @@ def _call_if_there(model: nn.Module, method: str) -> nn.Module | None:
 def number_of_decoder_layers(config: Any) -> int:
     """The number that a model's config of transformers gives; UserError where it gives none, or of several models."""
     try:
-        return config.get_text_config().num_hidden_layers
+        number: int = config.get_text_config().num_hidden_layers
+        return number
     except (AttributeError, ValueError) as error:
         raise UserError(
             f"{type(config).__name__} does not say how many decoder layers there are ({in_one_line(error)}): "
@@ -321,7 +322,7 @@ def _find_layers_path(model: nn.Module, embedding: nn.Module, embedding_path: st
     num_layers = getattr(text_config, "num_hidden_layers", None)
     seen = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     # Experts are ModuleLists too, and may be as many as there are layers: a list within a list is none of ours.
-    outermost = [name for name in seen if not any(name.startswith(f"{other}.") for other in seen)]
+    outermost: list[str] = [name for name in seen if not any(name.startswith(f"{other}.") for other in seen)]
     fitting = [name for name in outermost if seen[name] == num_layers]
     towers = {id(inner) for tower in _other_models(model, embedding.parameters()) for inner in tower.modules()}
     fitting = [name for name in fitting if id(model.get_submodule(name)) not in towers] or fitting

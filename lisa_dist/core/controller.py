@@ -19,6 +19,7 @@ period would be lost.
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import deepspeed
 import torch
@@ -117,7 +118,7 @@ class LisaController:
 
     # For the optimizer and the engine
 
-    def param_groups(self, weight_decay: float = 0.0) -> list[dict]:
+    def param_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer, the same number and order in every period.
 
         With sampled outer blocks they cover every block that any period may train; `attach` then keeps period 0's.
@@ -167,7 +168,7 @@ class LisaController:
         It goes by the engine's own step count, so a period is K optimizer steps whatever the accumulation.
         """
         assert self.is_attached, "attach the controller to a DeepSpeed engine first"
-        step = self.engine.global_steps
+        step: int = self.engine.global_steps
         if step == self._begun_step:
             return False
         self.check_finite()
@@ -314,7 +315,7 @@ class LisaController:
         states, pieces = self.partitions.states(), self.partitions.pieces()
         return states | self.host_states.states, pieces | self.host_states.pieces
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to activate the same layers before it loads the optimizer."""
         return {
             "version": STATE_VERSION,
@@ -329,7 +330,7 @@ class LisaController:
             **self.selection.state_dict(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Activate the layers of a saved run; with an engine attached, partition them with masters from the weights.
 
         Other settings than the run's can only begin with a period: then the layers are those of the new settings.
@@ -367,7 +368,7 @@ class LisaController:
             self._verify()
             self._inactive_weights.remember(self.selection.inactive(active))
 
-    def check_state_dict(self, state: dict) -> list[str]:
+    def check_state_dict(self, state: dict[str, Any]) -> list[str]:
         """The settings in which a saved run differs from this one.
 
         Raises ValueError when the state is of another model, or when they differ in the middle of a period.

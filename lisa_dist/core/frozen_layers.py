@@ -15,7 +15,7 @@ with, bit for bit: it is never quantized twice, but from its original.
 import contextlib
 import functools
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,14 +84,14 @@ class HeldMatrix:
         if self.is_exact:
             return self.original.to(self._device, non_blocking=True)
         table, operators = _table(self._device), torch.ops.bitsandbytes
+        dequantize: Callable[..., torch.Tensor] = operators.dequantize_blockwise.default
         if self._bits == 8:
-            return operators.dequantize_blockwise.default(*self._codes, table, BLOCKSIZES[8], self._dtype)
+            return dequantize(*self._codes, table, BLOCKSIZES[8], self._dtype)
         codes, codes_of_scales, scales_of_scales, mean = self._codes
-        scales = operators.dequantize_blockwise.default(
-            codes_of_scales, scales_of_scales, table, _SCALES_BLOCKSIZE, torch.float32
-        )
+        scales = dequantize(codes_of_scales, scales_of_scales, table, _SCALES_BLOCKSIZE, torch.float32)
         scales += mean
-        return operators.dequantize_4bit.default(codes, scales, BLOCKSIZES[4], "nf4", self._shape, self._dtype)
+        dequantize_4bit: Callable[..., torch.Tensor] = operators.dequantize_4bit.default
+        return dequantize_4bit(codes, scales, BLOCKSIZES[4], "nf4", self._shape, self._dtype)
 
     @property
     def in_fp32(self) -> bool:
@@ -129,7 +129,8 @@ def _table(device: torch.device) -> torch.Tensor:
     """The 256 values of bitsandbytes' 8-bit codes; with its import its operators are there."""
     from bitsandbytes.functional import create_dynamic_map
 
-    return create_dynamic_map().to(device)
+    table: torch.Tensor = create_dynamic_map().to(device)
+    return table
 
 
 class HeldProduct(torch.autograd.Function):
@@ -167,7 +168,8 @@ def held_forward(module: Any, inputs: torch.Tensor) -> torch.Tensor:
     """
     if module.weight.requires_grad and module.weight.numel() == 0:
         raise RuntimeError("this model's frozen layers are held in fewer bits by a LISA run: load it anew to train it.")
-    return HeldProduct.apply(inputs, module.bias, module.lisa_held, isinstance(module, Conv1D))
+    product: torch.Tensor = HeldProduct.apply(inputs, module.bias, module.lisa_held, isinstance(module, Conv1D))
+    return product
 
 
 class FrozenLayers:

@@ -7,10 +7,11 @@ or a sampled outer block, may be empty in a period: its groups stay in the list 
 """
 
 from collections.abc import Container, Iterable, Mapping
+from typing import Any
 
 import torch
 
-from lisa_dist.config import StateBits
+from lisa_dist.config_rules import StateBits
 from lisa_dist.core.blocks import Block
 from lisa_dist.errors import UserError
 from lisa_dist.zero.parameters import parameter_shape
@@ -37,7 +38,7 @@ def build_param_groups(
     weight_decay: float,
     state_bits: Mapping[str, StateBits] | None = None,
     offloaded: Container[str] = (),
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Parameter groups: the outer blocks first, then one slot for each active layer.
 
     Every group carries a `lisa_group` name, such as "embed/decay" or "slot1/no_decay". Where `state_bits` has its block
@@ -83,7 +84,7 @@ def scale_rates(optimizer: torch.optim.Optimizer, scales: Mapping[str, float]) -
     By embed, head, rest and layers. The schedule and the trackers keep the group's own rate: it is changed for the
     optimizer's step alone.
     """
-    rates: list[tuple[dict, float | torch.Tensor]] = []
+    rates: list[tuple[dict[str, Any], float | torch.Tensor]] = []
 
     def restore(*_: object) -> None:
         for group, rate in rates:

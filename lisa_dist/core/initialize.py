@@ -2,6 +2,7 @@
 
 import contextlib
 import weakref
+from typing import Any
 
 import deepspeed
 import torch
@@ -19,7 +20,7 @@ from lisa_dist.zero.partitions import remove_forward_hooks
 
 def initialize(
     model: torch.nn.Module,
-    ds_config: str | dict,
+    ds_config: str | dict[str, Any],
     config: LisaConfig | None = None,
     *,
     lr: float = 1e-5,

@@ -10,6 +10,7 @@ period it looks again at the blocks that trained. Under ZeRO-3 each rank puts in
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -35,7 +36,7 @@ class WeightMovement:
     """
 
     def __init__(self, partitions: ZeroPartitions, blocks: Iterable[Block]):
-        self.lines: list[dict] = []
+        self.lines: list[dict[str, Any]] = []
         self._partitions = partitions
         self._samples = {block.name: _BlockSample(block) for block in blocks if block.parameters}
         self._start: dict[str, numpy.ndarray] = {}
@@ -108,7 +109,7 @@ class WeightMovement:
         get_accelerator().synchronize()
         return {name: numpy.array(found) for name, found in seen.items()}
 
-    def _write(self, line: dict) -> None:
+    def _write(self, line: dict[str, Any]) -> None:
         if self._path is not None:
             append_line(self._path, line, None if self._begun else lambda earlier: earlier["step"] <= self._began)
             self._begun = True

@@ -79,7 +79,7 @@ class PeriodLog:
             append_line(self._path, vars(record), None if self._begun else lambda earlier: earlier["step"] < before)
             self._begun = True
 
-    def state_dict(self) -> dict | None:
+    def state_dict(self) -> dict[str, Any] | None:
         """The record that is still open, for a resumed run to complete."""
         return None if self._open is None else vars(self._open).copy()
 

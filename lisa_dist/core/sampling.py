@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from lisa_dist.config import UserError
+from lisa_dist.errors import UserError
 
 
 @dataclass(frozen=True)

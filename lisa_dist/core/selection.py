@@ -6,10 +6,12 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from lisa_dist.config import FACTORED, OUTER_BLOCKS, LisaConfig, StateBits
+from lisa_dist.config import LisaConfig
+from lisa_dist.config_rules import FACTORED, OUTER_BLOCKS, StateBits
 from lisa_dist.core.blocks import Block, Blocks
 from lisa_dist.core.groups import build_param_groups, check_same_kinds, decays
 from lisa_dist.core.importance import LayerImportance
@@ -69,13 +71,13 @@ class BlockSelection:
         self.gamma = layers
         self.sampled = sampled_blocks(replace(self._config, lisa_activated_layers=layers), self._blocks)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """What is known of the layers, as JSON has it."""
         importance = None if self.importance is None else self.importance.state_dict()
         state = {"weights": self.weights, "importance": importance}
         return state if self.gamma == self._config.lisa_activated_layers else state | {"gamma": self.gamma}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what a saved run (`LisaController.state_dict`) had learned of its layers."""
         if state["config"]["lisa_activated_layers"] == self._config.lisa_activated_layers and "gamma" in state:
             self.sample_fewer(state["gamma"])
@@ -129,7 +131,7 @@ class BlockSelection:
         for block in self._blocks:
             block.requires_grad_(block not in inactive)
 
-    def param_groups(self, active: ActiveSet, weight_decay: float = 0.0) -> list[dict]:
+    def param_groups(self, active: ActiveSet, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """The parameter groups of the widest set: the same number and order whatever is sampled."""
         groups = self._groups(self.widest(active), weight_decay)
         if not groups:
@@ -158,7 +160,7 @@ class BlockSelection:
     def _layers(self, active: ActiveSet) -> list[Block]:
         return [self._blocks.layers[layer] for layer in active.layers]
 
-    def _groups(self, active: ActiveSet, weight_decay: float = 0.0) -> list[dict]:
+    def _groups(self, active: ActiveSet, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         outer, layers = self._outer(active), self._layers(active)
         return build_param_groups(outer, layers, weight_decay, self._state_bits, self._offloaded)
 

@@ -18,7 +18,8 @@ from functools import cached_property
 
 import torch
 
-from lisa_dist.config import FACTORED, LisaConfig
+from lisa_dist.config import LisaConfig
+from lisa_dist.config_rules import FACTORED
 from lisa_dist.core.frozen_layers import held_bytes
 from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.memory.gradient_peak import (

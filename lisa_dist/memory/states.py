@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from lisa_dist.config import FACTORED, LisaConfig, StateBits
+from lisa_dist.config import LisaConfig
+from lisa_dist.config_rules import FACTORED, StateBits
 from lisa_dist.core.groups import split_by_decay
 from lisa_dist.core.selection import most_active
 from lisa_dist.memory.trace import FakeRun

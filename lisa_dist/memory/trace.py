@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lisa_dist.config import StateBits
+from lisa_dist.config_rules import StateBits
 from lisa_dist.core.blocks import find_blocks, linear_modules, split_into_modules
 from lisa_dist.core.checkpointing import checkpoint_layers
 from lisa_dist.core.groups import split_by_decay, takes_bits

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from lisa_dist.config import OUTER_BLOCKS, LisaConfig, StateBits
+from lisa_dist.config import LisaConfig
+from lisa_dist.config_rules import OUTER_BLOCKS, StateBits
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.sampling import SampledBlock, fill
 from lisa_dist.core.selection import unit_budget

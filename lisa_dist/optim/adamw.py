@@ -12,13 +12,14 @@ written together with the master; nothing is copied before or after the step.
 import copy
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.optim.optimizer import ParamsT
 
-from lisa_dist.config import FACTORED, StateBits
+from lisa_dist.config_rules import FACTORED, StateBits
 from lisa_dist.optim import factored
 from lisa_dist.optim.factored import Matrix, Place
 from lisa_dist.optim.ops import (
@@ -37,7 +38,7 @@ from lisa_dist.optim.ops import (
     quantize,
 )
 from lisa_dist.optim.row_gradient import RowGradient, adamw_slabs, factored_slabs
-from lisa_dist.optim.states import Piece
+from lisa_dist.optim.states import Fields, Piece
 
 __all__ = ["BLOCK", "LisaAdamW", "PartitionStep", "decode_moment", "in_chunks", "num_blocks", "with_blocks"]
 
@@ -74,7 +75,7 @@ class LisaAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable,
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -88,7 +89,7 @@ class LisaAdamW(torch.optim.Optimizer):
         self.seed = seed
         self._prepared: dict[torch.Tensor, PartitionStep] = {}
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; raises ValueError for settings that AdamW cannot have."""
         settings = self.defaults | param_group
         for name in ("lr", "eps", "weight_decay"):
@@ -107,7 +108,7 @@ class LisaAdamW(torch.optim.Optimizer):
         self._prepared[parameter] = partition
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, or that was prepared."""
         loss = None
         if closure is not None:
@@ -129,7 +130,7 @@ class LisaAdamW(torch.optim.Optimizer):
             step()
         return loss
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but moments keep their dtype; torch would give them that of the parameter."""
         super().load_state_dict(state_dict)
         saved = copy.deepcopy(state_dict["state"])
@@ -142,7 +143,7 @@ class LisaAdamW(torch.optim.Optimizer):
                     for name, value in saved[number].items()
                 }
 
-    def restore(self, group: dict, parameter: torch.Tensor, pieces: Sequence[Piece], fields: dict) -> None:
+    def restore(self, group: dict[str, Any], parameter: torch.Tensor, pieces: Sequence[Piece], fields: Fields) -> None:
         """Give a parameter saved moments: "step", and each moment in fp32, as codes with their scales, or factored."""
         if group["lisa_state_bits"] == FACTORED:
             if pieces:
@@ -168,8 +169,8 @@ class LisaAdamW(torch.optim.Optimizer):
         if pieces:
             self.state[parameter] = state
 
-    def _new_state(self, group: dict, parameter: torch.Tensor, pieces: Sequence[Piece]) -> dict:
-        state: dict = {"step": 0}
+    def _new_state(self, group: dict[str, Any], parameter: torch.Tensor, pieces: Sequence[Piece]) -> dict[str, Any]:
+        state: dict[str, Any] = {"step": 0}
         total = sum(num_blocks(piece.start, piece.length) for piece in pieces)
         numel, device = parameter.numel(), parameter.device
         for name, signed in SIGNED.items():
@@ -181,7 +182,7 @@ class LisaAdamW(torch.optim.Optimizer):
                 state[name] = torch.zeros(numel, dtype=torch.float32, device=device)
         return state
 
-    def _alone(self, group: dict, parameter: torch.Tensor, name: str) -> PartitionStep:
+    def _alone(self, group: dict[str, Any], parameter: torch.Tensor, name: str) -> PartitionStep:
         """A parameter that is no partition: all of itself, with its own gradient."""
         gradient = parameter.grad
         assert gradient is not None
@@ -202,7 +203,7 @@ class LisaAdamW(torch.optim.Optimizer):
             matrices = [Matrix(name, *parameter.shape)]
         return PartitionStep([whole], [gradient.view(-1)], draw=draw, matrices=matrices)
 
-    def _step_of(self, group: dict, parameter: torch.Tensor, partition: PartitionStep) -> Callable[[], None]:
+    def _step_of(self, group: dict[str, Any], parameter: torch.Tensor, partition: PartitionStep) -> Callable[[], None]:
         """The step of a parameter, checked; nothing is changed until it is called."""
         flat, pieces = parameter.detach().view(-1), partition.pieces
         is_factored = group["lisa_state_bits"] == FACTORED
@@ -237,10 +238,10 @@ class LisaAdamW(torch.optim.Optimizer):
 
     def _step_adamw(
         self,
-        group: dict,
+        group: dict[str, Any],
         parameter: torch.Tensor,
         partition: PartitionStep,
-        state: dict,
+        state: dict[str, Any],
         pieces: Sequence[tuple[Piece, StepTensors]],
     ) -> None:
         self.state[parameter] = state
@@ -254,7 +255,7 @@ class LisaAdamW(torch.optim.Optimizer):
                 adamw_step(part, replace(numbers, element=element))
 
     def _check_factored(
-        self, flat: torch.Tensor, partition: PartitionStep, state: dict
+        self, flat: torch.Tensor, partition: PartitionStep, state: dict[str, Any]
     ) -> list[tuple[Place, FactoredTensors]]:
         found = []
         for place in factored.places(state[factored.WIDTHS], partition.pieces):
@@ -269,10 +270,10 @@ class LisaAdamW(torch.optim.Optimizer):
 
     def _step_factored(
         self,
-        group: dict,
+        group: dict[str, Any],
         parameter: torch.Tensor,
         partition: PartitionStep,
-        state: dict,
+        state: dict[str, Any],
         pieces: Sequence[tuple[Place, FactoredTensors]],
     ) -> None:
         state["step"] += 1
@@ -285,7 +286,7 @@ class LisaAdamW(torch.optim.Optimizer):
             for part, element in factored_slabs(tensors, place.piece.start, place.width):
                 factored_step(part, replace(numbers, element=element))
 
-    def _numbers_of(self, group: dict, partition: PartitionStep, piece: Piece) -> dict[str, Any]:
+    def _numbers_of(self, group: dict[str, Any], partition: PartitionStep, piece: Piece) -> dict[str, Any]:
         """What the kernels take of numbers, whatever the moments are."""
         return {
             "lr": float(group["lr"]),

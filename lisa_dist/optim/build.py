@@ -1,11 +1,13 @@
 """The optimizer over flat partitions, as `--optim` names it, and what each one cannot do."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from lisa_dist.config import FACTORED, LisaConfig
+from lisa_dist.config import LisaConfig
+from lisa_dist.config_rules import FACTORED
 from lisa_dist.errors import UserError
 from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.optim.ops import choose_kernels
@@ -76,7 +78,7 @@ def _check_kernels(on_host: bool) -> None:
 
 
 def build_optimizer(
-    param_groups: list[dict],
+    param_groups: list[dict[str, Any]],
     optim: str = "adamw_torch",
     *,
     lr: float = 1e-5,
@@ -100,7 +102,8 @@ def build_optimizer(
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(param_groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(param_groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)
+        return optimizer
     if optim == LISA_ADAMW:
         _check_kernels(on_host=any(group.get("lisa_host") for group in param_groups))
         return LisaAdamW(param_groups, lr=lr, betas=betas, eps=eps, seed=seed)
@@ -109,13 +112,13 @@ def build_optimizer(
     return _bitsandbytes_adamw()(param_groups, lr=lr, betas=betas, eps=eps, optim_bits=default_state_bits(optim))
 
 
-def _bitsandbytes_adamw() -> type:
+def _bitsandbytes_adamw() -> Callable[..., torch.optim.Optimizer]:
     """bitsandbytes' AdamW, which asks a group for the bits of its moments; imported where it is wanted."""
     import bitsandbytes
 
     class BlockwiseAdamW(bitsandbytes.optim.AdamW):
-        def get_config(self, gindex: int, pindex: int, group: dict) -> dict:
-            config = super().get_config(gindex, pindex, group)
+        def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+            config: dict[str, Any] = super().get_config(gindex, pindex, group)
             return config | {"optim_bits": group.get("lisa_state_bits", config["optim_bits"])}
 
         @torch.no_grad()

@@ -71,7 +71,7 @@ def places(widths: Sequence[int], pieces: Sequence[Piece]) -> list[Place]:
     return found
 
 
-def new_state(matrices: Sequence[Matrix], pieces: Sequence[Piece], device: torch.device) -> dict:
+def new_state(matrices: Sequence[Matrix], pieces: Sequence[Piece], device: torch.device) -> dict[str, Any]:
     """The moments of a partition before its first step."""
     columns_of = {matrix.name: matrix.columns for matrix in matrices}
     widths = tuple(columns_of[piece.name] for piece in pieces)
@@ -84,7 +84,7 @@ def new_state(matrices: Sequence[Matrix], pieces: Sequence[Piece], device: torch
 def update_moments(
     matrices: Sequence[Matrix],
     pieces: Sequence[tuple[Place, FactoredTensors]],
-    state: dict,
+    state: dict[str, Any],
     beta2: float,
     add_up: Callable[[torch.Tensor], None] | None,
     device: torch.device,

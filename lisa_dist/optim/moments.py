@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lisa_dist.optim.adamw import LisaAdamW, decode_moment, in_chunks
-from lisa_dist.optim.states import PartitionState, Piece
+from lisa_dist.optim.states import Fields, PartitionState, Piece
 
 # AdamW's moments, and the suffix of bitsandbytes' fields for each: state1, and for 8 bits absmax1 and qmap1.
 MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
@@ -38,7 +38,7 @@ def mean_squared_norm(state: PartitionState, pieces: list[Piece], beta2: float) 
     return squares / (1 - beta2**steps)
 
 
-def _second_moment(fields: dict, pieces: list[Piece]) -> Iterator[torch.Tensor]:
+def _second_moment(fields: Fields, pieces: list[Piece]) -> Iterator[torch.Tensor]:
     """The second moment of a partition in fp32; where it is in codes, a chunk at a time."""
     name = "exp_avg_sq" if "exp_avg_sq" in fields else f"state{MOMENTS['exp_avg_sq']}"  # as bitsandbytes calls it
     moment: torch.Tensor = fields[name]
@@ -61,7 +61,7 @@ def coding_of_states(optimizer: torch.optim.Optimizer) -> str | None:
 
 
 def restore_state(
-    optimizer: torch.optim.Optimizer, group: dict, master: torch.Tensor, pieces: list[Piece], fields: dict
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], master: torch.Tensor, pieces: list[Piece], fields: Fields
 ) -> None:
     """Give the optimizer saved moments of one partition, in the form that it keeps them in itself.
 
@@ -81,7 +81,7 @@ def restore_state(
     optimizer.state[master] = {"step": step, **state}
 
 
-def _restore_bitsandbytes(optimizer: Any, group: dict, master: torch.Tensor, fields: dict) -> None:
+def _restore_bitsandbytes(optimizer: Any, group: dict[str, Any], master: torch.Tensor, fields: Fields) -> None:
     from bitsandbytes.functional import quantize_blockwise
 
     index = next(index for index, other in enumerate(optimizer.param_groups) if other is group)

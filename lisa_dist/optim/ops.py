@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lisa_dist.config import UserError
+from lisa_dist.errors import UserError
 from lisa_dist.kernels.adamw import StepNumbers, StepTensors, adamw_torch, check_tensors, chunk_bytes, chunks
 from lisa_dist.kernels.dynamic_code import BLOCK, dequantize, num_blocks, quantize, table_bytes
 from lisa_dist.kernels.factored import (

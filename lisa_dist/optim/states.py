@@ -8,12 +8,14 @@ back after the groups have been rebuilt.
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 # A partition is known by the names of the parameters it was cut from: the same parameters in the same order have the
 # same partition on the same rank, whichever group they are in.
 PartitionKey = tuple[str, ...]
+Fields = dict[str, Any]  # of a partition, by name: its master, moments and number of steps, or some of them
 
 
 @dataclass
@@ -24,7 +26,7 @@ class PartitionState:
     """
 
     master: torch.Tensor
-    optimizer_state: dict
+    optimizer_state: Fields
     is_weights: bool = False
 
     @property
@@ -165,9 +167,9 @@ class HostStates:
     def _new_buffer(self, like: torch.Tensor) -> torch.Tensor:
         count = buffers_of_block(like.nbytes)
         block = self._new_block(count * like.numel(), like.dtype)
-        buffer, *others = block.split(like.numel())
-        self._spare.setdefault((like.dtype, like.numel()), []).extend(others)
-        return buffer
+        buffers: tuple[torch.Tensor, ...] = block.split(like.numel())
+        self._spare.setdefault((like.dtype, like.numel()), []).extend(buffers[1:])
+        return buffers[0]
 
     def _new_block(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(numel, dtype=dtype, pin_memory=True)

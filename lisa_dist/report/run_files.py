@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lisa_dist.config import OUTER_BLOCKS
+from lisa_dist.config_rules import OUTER_BLOCKS
 from lisa_dist.errors import UserError
 from lisa_dist.run_folder import (
     ANSWERS_NAME,

@@ -46,7 +46,7 @@ def guard_builds() -> None:
         override(OpBuilder, "jit_load", _guarded(OpBuilder.jit_load))
 
 
-def _guarded(jit_load: Callable) -> Callable:
+def _guarded(jit_load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(jit_load)
     def load(builder: Any, *args: Any, **kwargs: Any) -> Any:
         with ended_by_signals(), built_alone(builder.name):

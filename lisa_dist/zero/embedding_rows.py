@@ -83,7 +83,8 @@ class EmbeddingRows:
         weight = self._embedding.weight
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return functional.embedding(tokens, weight, self._embedding.padding_idx)
-        return _Lookup.apply(self._leaf, weight.detach(), tokens, self)
+        rows: torch.Tensor = _Lookup.apply(self._leaf, weight.detach(), tokens, self)
+        return rows
 
     def _nothing(self) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self._embedding.weight
@@ -164,7 +165,9 @@ def leave(model: nn.Module) -> None:
             del module.forward
 
 
-def reduced_by_rows(model: nn.Module, zero: Any, index: int, pieces: Sequence[Piece | None]) -> dict[str, Callable]:
+def reduced_by_rows(
+    model: nn.Module, zero: Any, index: int, pieces: Sequence[Piece | None]
+) -> dict[str, Callable[..., Any]]:
     """Replace what the end of a backward pass does about group `index`, whose one parameter then has no gradient."""
     leave(model)
     (parameter,) = zero.bit16_groups[index]
@@ -174,7 +177,8 @@ def reduced_by_rows(model: nn.Module, zero: Any, index: int, pieces: Sequence[Pi
 
     def gradients_of(params: list[nn.Parameter], dtype: torch.dtype) -> list[torch.Tensor]:
         if params is not zero.params_in_partition[index]:
-            return optimizer_class.get_all_grad_tensors(zero, params, dtype)
+            gradients: list[torch.Tensor] = optimizer_class.get_all_grad_tensors(zero, params, dtype)
+            return gradients
         if zero.get_gradient_for_reduction(parameter) is not None:
             raise RuntimeError(
                 f"{type(model).__name__} reads the matrix of its input embedding elsewhere than in a lookup, so its "

@@ -18,7 +18,7 @@ NORM_CHUNK = 1 << 22  # elements of a gradient whose norm is taken at once: 32 M
 CPU_NORM_CHUNK = 1 << 16  # the same on a CPU, whose cache holds it in fp64: written and read there
 
 
-def norms_with_one_collective(zero: Any, stage: Stage) -> dict[str, Callable]:
+def norms_with_one_collective(zero: Any, stage: Stage) -> dict[str, Callable[..., Any]]:
     """Replace the norms of all groups, without optimizer offload: one all-reduce, and one wait of the host.
 
     DeepSpeed has an all-reduce for each group, and LISA has two groups for every block that trains. The norms are on
@@ -124,7 +124,7 @@ def kept_on_one_rank(zero: Any) -> dict[str, Any]:
     return {"reduce_independent_p_g_buckets_and_remove_grads": keep, "overlap_comm": False}
 
 
-def sent_in_chunks(zero: Any) -> dict[str, Callable]:
+def sent_in_chunks(zero: Any) -> dict[str, Callable[..., Any]]:
     """Replace how gradients go to the host under optimizer offload on stages 1 and 2: chunk by chunk, with its norm.
 
     In the middle of the backward pass DeepSpeed makes a copy in fp64 for the norm and one in fp32 to send, each of the

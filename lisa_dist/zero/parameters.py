@@ -71,7 +71,8 @@ def parameter_numel(parameter: torch.Tensor) -> int:
 
 def partition_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     """This rank's part of a parameter that ZeRO-3 has partitioned, with padding; it may be empty while on NVMe."""
-    return _zero3(parameter).ds_tensor
+    partition: torch.Tensor = _zero3(parameter).ds_tensor
+    return partition
 
 
 def local_weights(parameter: torch.nn.Parameter) -> torch.Tensor:

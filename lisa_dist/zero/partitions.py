@@ -8,13 +8,13 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils.hooks import RemovableHandle
 
-from lisa_dist.config import FACTORED
+from lisa_dist.config_rules import FACTORED
 from lisa_dist.errors import UserError
 from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.optim.factored import Matrix
 from lisa_dist.optim.moments import MOMENTS, coding_of_states, restore_state
 from lisa_dist.optim.row_gradient import RowGradient
-from lisa_dist.optim.states import CopyStream, PartitionKey, PartitionState, Piece
+from lisa_dist.optim.states import CopyStream, Fields, PartitionKey, PartitionState, Piece
 from lisa_dist.zero import embedding_rows, parameters
 from lisa_dist.zero.embedding_rows import embedding_of, reduces_plainly
 from lisa_dist.zero.host_adam import count_host_adam, host_adam_history, replay_host_adam
@@ -72,7 +72,8 @@ class ZeroPartitions:
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer that ZeRO has wrapped, the same object for the whole run."""
-        return self._zero.optimizer
+        optimizer: torch.optim.Optimizer = self._zero.optimizer
+        return optimizer
 
     @property
     def keeps_no_masters(self) -> bool:
@@ -162,7 +163,7 @@ class ZeroPartitions:
 
     # What a save and a resume do
 
-    def counters(self) -> dict:
+    def counters(self) -> dict[str, Any]:
         """What a run needs besides the partitions to go on: the loss scale of fp16, and the host AdamW's history.
 
         The host's AdamW steps placeholders too, and how often it did decides on the last bits of the others.
@@ -176,7 +177,7 @@ class ZeroPartitions:
         }
         return counters | ({"placeholder_steps": steps} if any(steps) else {})
 
-    def load_counters(self, counters: dict) -> None:
+    def load_counters(self, counters: dict[str, Any]) -> None:
         """Go on with the loss scale and the history of a saved run."""
         for name, value in counters["loss_scaler"].items():
             setattr(self._zero.loss_scaler, name, value)
@@ -187,7 +188,7 @@ class ZeroPartitions:
                 moments = dict.fromkeys(MOMENTS, torch.zeros_like(master))
                 restore_state(self.optimizer, group, master, [], moments | {"step": step})
 
-    def load_state(self, key: PartitionKey, fields: dict) -> None:
+    def load_state(self, key: PartitionKey, fields: Fields) -> None:
         """Fill one partition with its saved master ("master") and, once it has stepped, moments."""
         index = self.keys().index(key)
         master = self._masters[index]
@@ -195,7 +196,7 @@ class ZeroPartitions:
         if "step" in fields:
             restore_state(self.optimizer, self.optimizer.param_groups[index], master, self.pieces()[key], fields)
 
-    def state_of(self, lisa_group: str, pieces: list[Piece], fields: dict) -> PartitionState:
+    def state_of(self, lisa_group: str, pieces: list[Piece], fields: Fields) -> PartitionState:
         """The state of an inactive partition, from its saved fields, in the form that `lisa_group`'s would have."""
         inner = self.optimizer
         index = [group["lisa_group"] for group in inner.param_groups].index(lisa_group)
@@ -207,11 +208,11 @@ class ZeroPartitions:
 
     # What a switch does
 
-    def before_step(self, call: Callable) -> None:
+    def before_step(self, call: Callable[..., Any]) -> None:
         """Have `call` called before the optimizer steps any group."""
         self.optimizer.register_step_pre_hook(call)
 
-    def before_forward(self, call: Callable) -> None:
+    def before_forward(self, call: Callable[..., Any]) -> None:
         """Have `call`, which is given the model and its inputs, called before each forward pass, until `close`."""
         self._forward_hooks.append(self.engine.module.register_forward_pre_hook(call))
 

@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from lisa_dist.optim.states import CopyStream, PartitionKey, PartitionState
+from lisa_dist.optim.states import CopyStream, Fields, PartitionKey, PartitionState
 from lisa_dist.zero import stage3
 from lisa_dist.zero.overrides import override
 from lisa_dist.zero.stages import Stage
@@ -171,7 +171,7 @@ def put_back(
             zero.optimizer.state[master] = moments
 
 
-def _copy_from_host(state: PartitionState, master: torch.Tensor, copies_master: bool, copies: CopyStream) -> dict:
+def _copy_from_host(state: PartitionState, master: torch.Tensor, copies_master: bool, copies: CopyStream) -> Fields:
     moments = {
         name: torch.empty_like(value, device=master.device) if _is_per_element(value) else value
         for name, value in state.optimizer_state.items()

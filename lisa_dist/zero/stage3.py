@@ -26,7 +26,7 @@ class LinearFunction(LinearFunctionForZeroStage3):
     """
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         LinearFunctionForZeroStage3.setup_context(ctx, inputs, output)
         if not ctx.needs_input_grad[1]:
             ctx.save_for_backward(None, *inputs[1:], *[None] * (3 - len(inputs)))

@@ -49,23 +49,27 @@ class Stage:
 
     def groups(self, zero: Any) -> list[list[torch.nn.Parameter]]:
         """The model's parameters of each group."""
-        return getattr(zero, self.groups_name)
+        groups: list[list[torch.nn.Parameter]] = getattr(zero, self.groups_name)
+        return groups
 
     def groups_as_laid_out(self, zero: Any) -> list[list[torch.nn.Parameter]]:
         """The same in the order in which a partition has them; round_robin_gradients changes it on stages 1 and 2."""
-        return zero.fp16_groups if self.is_stage_3 else zero.round_robin_bit16_groups
+        return self.groups(zero) if self.is_stage_3 else zero.round_robin_bit16_groups
 
     def masters(self, zero: Any) -> list[torch.Tensor]:
         """This rank's master of each group, flat."""
-        return getattr(zero, self.masters_name)
+        masters: list[torch.Tensor] = getattr(zero, self.masters_name)
+        return masters
 
     def flat_weights(self, zero: Any, index: int) -> torch.Tensor:
         """This rank's weights of a group, flat, in the dtype of the model."""
         if self.is_stage_3:
-            return zero.fp16_partitioned_groups_flat[index]
+            weights: torch.Tensor = zero.fp16_partitioned_groups_flat[index]
+            return weights
         rank = torch.distributed.get_rank(zero.real_dp_process_group[index])
         # Of the plain list: in the middle of a step `WeightsOfStep` would return something else.
-        return list.__getitem__(zero.parallel_partitioned_bit16_groups, index)[rank]
+        weights = list.__getitem__(zero.parallel_partitioned_bit16_groups, index)[rank]
+        return weights
 
     def master_is_weights(self, zero: Any, index: int) -> bool:
         """Whether the optimizer steps the weights of a group themselves, without a separate master."""

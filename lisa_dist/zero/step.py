@@ -141,7 +141,8 @@ def gradient_scale(zero: Any, total_norm: torch.Tensor | None, device: torch.dev
 
 def flattened(zero: Any, index: int) -> torch.Tensor | None:
     """Stages 1 and 2: the gradients of a group where DeepSpeed has them in one buffer, as under accumulation."""
-    return type(zero)._get_preflattened_grad_partition(zero, index)
+    buffer: torch.Tensor | None = type(zero)._get_preflattened_grad_partition(zero, index)
+    return buffer
 
 
 class GradientsToHost:
@@ -185,7 +186,7 @@ def send_weights(master: torch.Tensor, weights: torch.Tensor) -> None:
     weights.copy_(master, non_blocking=True)
 
 
-class WeightsOfStep(list):
+class WeightsOfStep(list[list[torch.Tensor]]):
     """Weights by group and rank, of which DeepSpeed's step does not copy the master over those written otherwise.
 
     DeepSpeed's step reads the entry of a group right after the optimizer has stepped it, copies the master there, and
@@ -194,7 +195,7 @@ class WeightsOfStep(list):
     copying to them does nothing.
     """
 
-    def __init__(self, entries: list):
+    def __init__(self, entries: list[list[torch.Tensor]]):
         super().__init__(entries)
         self.writers: dict[int, Callable[[], None]] = {}
 
