@@ -25,6 +25,7 @@ from lisa_dist.core.blocks import Blocks
 from lisa_dist.distributed.collectives import together
 from lisa_dist.errors import UserError
 from lisa_dist.files import find_foreign_name, replacing, set_mode_by_umask
+from lisa_dist.patches import patch
 from lisa_dist.run_folder import read_object
 from lisa_dist.zero.parameters import is_partitioned, original_of, parameter_numel, parameter_shape, whole_weights
 from lisa_dist.zero.stage3 import drop_prefetched
@@ -197,10 +198,9 @@ def _rename(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[st
     Those of a model's conversions count that it was loaded by: under ZeRO-3 transformers keeps all that it knows, and
     would undo one that was never done.
     """
-    known: Any = model
-    conversions = getattr(known, "_weight_conversions", None)
+    conversions = getattr(model, "_weight_conversions", None)
     if conversions is not None:
-        known._weight_conversions = [one for one in conversions if one.was_used()]
+        patch(model, "_weight_conversions", [one for one in conversions if one.was_used()], of="weight_conversions")
     renamed = revert_weight_conversion(model, tensors)
     return {name: value.contiguous() for name, value in renamed.items()}
 

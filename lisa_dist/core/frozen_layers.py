@@ -30,6 +30,7 @@ from lisa_dist.core.blocks import Blocks, linear_modules
 from lisa_dist.core.weight_store import WeightStore
 from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
+from lisa_dist.patches import patch
 from lisa_dist.text import format_bytes, in_one_line
 from lisa_dist.zero.parameters import set_original
 
@@ -60,7 +61,7 @@ class HeldMatrix:
         parameter.data = torch.empty(0, dtype=value.dtype, device=self._device)
         set_original(parameter, self)
         self._forward_before = vars(self._module).get("forward")
-        self._module.forward = types.MethodType(held_forward, self._module)
+        patch(self._module, "forward", types.MethodType(held_forward, self._module), of="held_matrix")
         self._module.lisa_held = self
 
     def release(self) -> None:
@@ -71,7 +72,7 @@ class HeldMatrix:
         parameter.data = torch.empty_like(original, device=self._device).copy_(original, non_blocking=True)
         del self._module.forward, self._module.lisa_held
         if self._forward_before is not None:
-            self._module.forward = self._forward_before
+            patch(self._module, "forward", self._forward_before, of="held_matrix")
 
     def load(self, value: torch.Tensor) -> None:
         """Another original: a saved model's, which every rank reads for itself."""

@@ -1,7 +1,6 @@
 """A model of shapes alone, for what depends on its modules before it is loaded."""
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -9,18 +8,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from lisa_dist.errors import UserError
+from lisa_dist.patches import patched
 from lisa_dist.text import in_one_line
 
 
-@contextlib.contextmanager
-def without_zero3_init() -> Iterator[None]:
+def without_zero3_init() -> AbstractContextManager[None]:
     """In a run under ZeRO-3 transformers would partition any model that is built, in collectives with all ranks."""
-    configured = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = configured
+    return patched(hf_deepspeed, "_hf_deepspeed_config_weak_ref", None, of="zero3_init")
 
 
 def model_without_weights(config: PretrainedConfig) -> Any:

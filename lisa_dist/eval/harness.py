@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
+from lisa_dist.patches import patch, patched
 
 TASK_FILES = Path(__file__).with_name("eval_tasks")
 # Warnings of the harness about what is intended here: a loaded model, and tasks that read `--data_dir`.
@@ -197,9 +198,10 @@ def _sample_as_one_rank(task: Task) -> None:
 
     def build_share(*, rank: int, world_size: int, **settings: Any) -> None:
         build(rank=0, world_size=1, **settings)
-        task._instances = [request for request in task._instances if request.doc_id % world_size == rank]
+        share = [request for request in task._instances if request.doc_id % world_size == rank]
+        patch(task, "_instances", share, of="few_shots")
 
-    task.build_all_requests = build_share
+    patch(task, "build_all_requests", build_share, of="few_shots")
 
 
 class _Warnings(logging.Filter):
@@ -232,9 +234,9 @@ def _warnings() -> Iterator[_Warnings]:
 @contextlib.contextmanager
 def _without_extras() -> Iterator[None]:
     """No progress bar per task and rank, of which MMLU would have 57 on each; and no call of git."""
-    bar, commit = task_module.tqdm, evaluator.get_git_commit_hash
-    task_module.tqdm, evaluator.get_git_commit_hash = functools.partial(bar, disable=True), lambda: None
-    try:
+    no_bar = functools.partial(task_module.tqdm, disable=True)
+    with (
+        patched(task_module, "tqdm", no_bar, of="eval_extras"),
+        patched(evaluator, "get_git_commit_hash", lambda: None, of="eval_extras"),
+    ):
         yield
-    finally:
-        task_module.tqdm, evaluator.get_git_commit_hash = bar, commit

@@ -17,6 +17,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer import utils
 
 from lisa_dist.optim.ops import why_no_compiler
+from lisa_dist.patches import patch
 from lisa_dist.zero.parameters import rows_of
 
 
@@ -63,14 +64,12 @@ class LogProbsInSlabs(ChunkedLogProbFunction):
 
 def use_slabs() -> None:
     """Have the fused heads that TRL gives to models compute the head's gradient by slabs, from now on."""
-    assert hasattr(utils, "_ChunkedLogProbFunction"), "TRL has renamed what its fused head calls"
-    vars(utils)["_ChunkedLogProbFunction"] = LogProbsInSlabs
+    patch(utils, "_ChunkedLogProbFunction", LogProbsInSlabs, of="head_gradient")
 
 
 def choose_loss_kernels() -> str | None:
     """Have TRL compute its loss in torch where Triton cannot compile; why, for the header, or None."""
     if not torch.cuda.is_available() or not (missing := why_no_compiler()):
         return None
-    assert hasattr(chunked_logprob, "_TRITON_AVAILABLE"), "TRL has renamed what turns its kernels off"
-    chunked_logprob._TRITON_AVAILABLE = False
+    patch(chunked_logprob, "_TRITON_AVAILABLE", False, of="no_compiler")
     return f"torch, slower than Triton ({missing})"

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_triton_available
 
 from lisa_dist.errors import UserError
+from lisa_dist.patches import patch
 
 LOSSES = ("auto", "logits", "chunked", "liger")
 _IN_CACHE = 1 << 17  # elements in fp32
@@ -89,7 +90,7 @@ def add_label_logits(model: PreTrainedModel, select: Select | None = None, score
             aux_loss=aux_loss,
         )
 
-    model.forward = types.MethodType(forward, model)
+    patch(model, "forward", types.MethodType(forward, model), of="label_logits")
 
 
 def take_targets(kwargs: dict[str, Any]) -> torch.Tensor:

@@ -22,6 +22,7 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import take_targets
 from lisa_dist.optim.ops import why_no_compiler
+from lisa_dist.patches import patch
 
 FUSED_LOSS = "fused_linear_cross_entropy"
 
@@ -147,7 +148,7 @@ def add_liger_loss(model: PreTrainedModel) -> None:
             label_mask=mask,
         )
 
-    model.forward = types.MethodType(forward, model)
+    patch(model, "forward", types.MethodType(forward, model), of="liger_loss")
 
 
 def _why_no_fused_loss(

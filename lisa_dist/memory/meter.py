@@ -16,6 +16,7 @@ from lisa_dist.core.period_log import live_storages
 from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.trace import part_of
 from lisa_dist.memory.tracker import AllocationTracker
+from lisa_dist.patches import patch
 from lisa_dist.zero.parameters import held_tensors
 
 _STABLE_POLLS = 10  # without a change of memory, after which no thread is expected to free any
@@ -52,7 +53,8 @@ class StepMeter:
         # hook comes while its outputs are there, and before a trainer computes its loss of them; the loss's gradient
         # hook knows no loss that is made outside. Before the step: ZeRO's optimizers have no step hooks, and torch's,
         # inside, is called when the gradients' norm has been taken.
-        self._engine.backward, self._engine.optimizer.step = self._end_forward, self._end_backward
+        patch(self._engine, "backward", self._end_forward, of="step_meter")
+        patch(self._engine.optimizer, "step", self._end_backward, of="step_meter")
         self._begin_phase()
         # A GPU's allocator counts by itself, and kernels that are compiled as they are called (flex attention) cannot
         # be under the tracker.

@@ -1,7 +1,6 @@
 """What is replaced while a step is traced: code that fake tensors cannot run, or that a run replaces by its own.
 
-Each says what it replaces, why, and when it can go. All are of names outside this package, and are put back after the
-trace.
+`patches.py` has what is replaced, why, and when it can go. All of it is put back after the trace.
 """
 
 import contextlib
@@ -16,6 +15,7 @@ from transformers import masking_utils
 from transformers.integrations import moe
 
 from lisa_dist.core.frozen_layers import held_forward
+from lisa_dist.patches import patched
 
 _cross_entropy = torch.nn.functional.cross_entropy  # before Liger can have replaced it
 
@@ -33,9 +33,10 @@ def stand_ins(
         for module in held:
             stack.enter_context(_made_whole(module))
         for embedding in by_rows:
-            stack.enter_context(_replaced(embedding, forward=functools.partial(_look_up, embedding)))
+            stack.enter_context(patched(embedding, "forward", functools.partial(_look_up, embedding), of="rows"))
         stack.enter_context(_experts_of_any_dtype())
-        stack.enter_context(_no_mask(padded))
+        if not padded:  # SDPA gets a mask only where examples are packed
+            stack.enter_context(patched(masking_utils, "find_packed_sequence_indices", _not_packed, of="packed_mask"))
         if fused and triton:
             stack.enter_context(_tiles())
         if fused:
@@ -43,75 +44,59 @@ def stand_ins(
         yield
 
 
-@contextlib.contextmanager
-def _replaced(of: Any, **names: Any) -> Iterator[None]:
-    """Attributes of a module, a class or an object have other values; those that it had none of it loses again."""
-    before = {name: vars(of)[name] for name in names if name in vars(of)}
-    for name, value in names.items():
-        setattr(of, name, value)
-    try:
-        yield
-    finally:
-        for name in names:
-            if name in before:
-                setattr(of, name, before[name])
-            else:
-                delattr(of, name)
-
-
 def _experts_of_any_dtype() -> contextlib.AbstractContextManager[None]:
-    """`transformers.integrations.moe._can_use_grouped_mm`: torch's product of groups is for fake tensors in bf16 alone.
-
-    Transformers' own way has the same shapes. It can go when `torch._grouped_mm` has a meta kernel for all precisions.
-    """
+    """Torch's product of groups for bf16 alone: else transformers' own way, which has the same shapes."""
     original = moe._can_use_grouped_mm
 
     def can_use(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> bool:
         return weight.dtype == torch.bfloat16 and original(input, weight, offs)
 
-    return _replaced(moe, _can_use_grouped_mm=can_use)
+    return patched(moe, "_can_use_grouped_mm", can_use, of="grouped_experts")
 
 
-def _no_mask(padded: bool) -> contextlib.AbstractContextManager[None]:
-    """`transformers.masking_utils.find_packed_sequence_indices`: it asks for values, and fake tensors have none.
-
-    Without padding SDPA gets a mask only where examples are packed. It can go when the mask is given by argument.
-    """
-    if padded:
-        return contextlib.nullcontext()
-    return _replaced(masking_utils, find_packed_sequence_indices=lambda position_ids: None)
+def _not_packed(position_ids: torch.Tensor) -> None:
+    return None
 
 
-def _tiles() -> contextlib.AbstractContextManager[None]:
-    """Three functions of `trl.kernels.chunked_logprob`: its Triton kernels, which take a tile as it is.
-
-    They do not run without a GPU, where copies in fp32 are made. It can go when a trace runs on a GPU.
-    """
+@contextlib.contextmanager
+def _tiles() -> Iterator[None]:
+    """TRL's Triton kernels, which take a tile as it is; without a GPU copies in fp32 would be made in their place."""
     from trl.kernels import chunked_logprob
 
-    names = ("_forward_tile", "_backward_tile", "_addmm_fp32")  # the last is one product on a GPU
-    return _replaced(chunked_logprob, **dict.fromkeys(names, lambda *args, **kwargs: None))
+    with contextlib.ExitStack() as stack:
+        for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):  # the last is one product on a GPU
+            stack.enter_context(patched(chunked_logprob, name, lambda *args, **kwargs: None, of="tiles"))
+        yield
 
 
-def _slabs(liger: bool) -> contextlib.AbstractContextManager[None]:
-    """`LogProbsInSlabs.slabs`, ours: all slabs of the head's gradient after the second allocate what that does.
+@contextlib.contextmanager
+def _slabs(liger: bool) -> Iterator[None]:
+    """All slabs of the head's gradient after the second allocate what that does.
 
-    Liger too sums the whole gradient in fp32, and rounds it: for it `words` is None. It goes with the slabs.
+    Liger too sums the whole gradient in fp32, and rounds it: for it `words` is None.
     """
-    from lisa_dist.loss.chunked import LogProbsInSlabs
+    from lisa_dist.loss.chunked import LogProbsInSlabs as Ours
 
-    return _replaced(LogProbsInSlabs, slabs=2, **({"words": None} if liger else {}))
+    words, slabs = Ours.words, Ours.slabs
+    Ours.words, Ours.slabs = None if liger else words, 2
+    try:
+        yield
+    finally:
+        Ours.words, Ours.slabs = words, slabs
 
 
 # Of the model's own modules
 
 
-def _made_whole(module: Any) -> contextlib.AbstractContextManager[None]:
-    """A linear module's `forward`: its matrix is in fewer bits, and made whole in each pass.
-
-    A fake tensor has no codes. It can go when `core/frozen_layers.py` quantizes tensors without data.
-    """
-    return _replaced(module, lisa_held=_Whole(module), forward=functools.partial(held_forward, module))
+@contextlib.contextmanager
+def _made_whole(module: Any) -> Iterator[None]:
+    """A linear module whose matrix is in fewer bits, and made whole in each pass: a fake tensor has no codes."""
+    module.lisa_held = _Whole(module)
+    try:
+        with patched(module, "forward", functools.partial(held_forward, module), of="held_matrix"):
+            yield
+    finally:
+        del module.lisa_held
 
 
 class _Whole:
@@ -128,10 +113,7 @@ class _Whole:
 
 
 def _look_up(embedding: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """An embedding's `forward`: its gradient is of the rows that occur, which depend on values.
-
-    It can go when `zero/embedding_rows.py` does.
-    """
+    """An embedding's `forward`: its gradient is of the rows that occur, which depend on values."""
     leaf = torch.zeros((), requires_grad=True)
     return _LookUp.apply(leaf, embedding.weight.detach(), tokens)
 
@@ -174,16 +156,15 @@ def without_liger() -> Iterator[None]:
     """Names of `transformers.models.*.modeling_*` and `torch.nn.functional.cross_entropy` that Liger has replaced.
 
     What it replaces applies to all models of a type. A Triton kernel is launched with the address of a fake tensor, 0,
-    a null pointer: on a GPU that ends the process. It can go when Liger replaces names of one model alone.
+    a null pointer: on a GPU that ends the process.
     """
     with contextlib.ExitStack() as stack:
         for name, module in list(sys.modules.items()):
             if name.startswith("transformers.models.") and ".modeling_" in name:
-                names = [key for key, value in vars(module).items() if _is_from_liger(value)]
-                if names:
-                    stack.enter_context(_replaced(module, **{key: _originals(name)[key] for key in names}))
+                for key in [key for key, value in vars(module).items() if _is_from_liger(value)]:
+                    stack.enter_context(patched(module, key, _originals(name)[key], of="traced_liger"))
         if _is_from_liger(torch.nn.functional.cross_entropy):
-            stack.enter_context(_replaced(torch.nn.functional, cross_entropy=_cross_entropy))
+            stack.enter_context(patched(torch.nn.functional, "cross_entropy", _cross_entropy, of="traced_liger"))
         yield
 
 

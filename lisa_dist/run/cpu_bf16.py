@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lisa_dist.patches import patch
+
 
 def cpu_multiplies_bf16() -> bool:
     """Whether torch has a fast bf16 matrix product on this CPU."""
@@ -20,7 +22,7 @@ def multiply_in_fp32(model: nn.Module) -> None:
     """Let every linear layer of a bf16 model multiply in fp32; parameters and results stay bf16."""
     for module in model.modules():
         if type(module) is nn.Linear:
-            vars(module)["forward"] = _Fp32Forward(module)
+            patch(module, "forward", _Fp32Forward(module), of="fp32_product")
 
 
 class _Fp32Forward:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lisa_dist.core.blocks import find_blocks
+from lisa_dist.patches import patch
 
 # All of the ways above, for a few classes of layers; at torch's 8 the rest would run without compilation.
 _MAX_GRAPHS = 64
@@ -56,7 +57,7 @@ def compile_layers(layers: Iterable[nn.Module], backend: str, mode: str | None) 
     config.cache_size_limit = max(_MAX_GRAPHS, config.cache_size_limit)  # as torch 2.6 calls it, and later ones too
     for layer in layers:
         layer.compile(backend=backend, mode=mode, dynamic=True)
-        layer._compiled_call_impl = _InTraining(layer, layer._compiled_call_impl)
+        patch(layer, "_compiled_call_impl", _InTraining(layer, layer._compiled_call_impl), of="compiled_call")
 
 
 class _InTraining:

@@ -22,6 +22,7 @@ from transformers import (
 
 from lisa_dist.core.controller import LisaController
 from lisa_dist.distributed.health import SLOW, ComputeTime
+from lisa_dist.patches import patch
 from lisa_dist.run_folder import hide_secrets
 from lisa_dist.train.progress import Progress
 from lisa_dist.zero.parameters import parameter_numel
@@ -258,7 +259,8 @@ def hide_secrets_of(args: TrainingArguments) -> None:
     """
     plain: Any = type(args)
     if not issubclass(plain, _HidesSecrets):
-        args.__class__ = type(plain.__name__, (_HidesSecrets, plain), {"__module__": plain.__module__})
+        hides = type(plain.__name__, (_HidesSecrets, plain), {"__module__": plain.__module__})
+        patch(args, "__class__", hides, of="hidden_secrets")
 
 
 class _HidesSecrets:

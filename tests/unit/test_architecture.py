@@ -31,6 +31,7 @@ GROUND = {
     "flag_words",
     "flags",
     "model_names",
+    "patches",
     "presets",
     "removed",
     "run_folder",
