@@ -163,7 +163,7 @@ def test_what_does_not_go_with_images_is_one_line(folder, tmp_path):
     flags = flags_for(folder, tmp_path / "out", **SETTINGS | rows | {"packing": True})
     status, said = run_alone(flags, tmp_path / "said.txt")
     assert status == 2, said[-3000:]
-    assert "lisa-dist: Packing is not supported for vision datasets." in said
+    assert "lisa-dist: --packing True: Packing is not supported for vision datasets." in said
     assert "Traceback" not in said
 
 
