@@ -103,6 +103,7 @@ flags: $(VENV)/.ready  ## write docs/flags.md, after a flag has changed
 	$(BIN)/python docs/flag_page.py
 
 wheel:  ## the package, into dist/, without its dependencies
+	rm -rf build dist
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 
 checks: $(VENV)/.ready  ## lint, format and types

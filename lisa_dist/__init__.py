@@ -3,7 +3,7 @@
     a trainer    LisaTrainer, which is TRL's SFTTrainer; LisaMixin, for other trainers; LisaConfig, LISA's settings
     own loop     initialize, LisaController, build_optimizer, LisaAdamW, load_ds_config
     checkpoints  save_checkpoint, finish_save, load_checkpoint, export_checkpoint
-    layers       probe_layers, which measures what each is worth; LayerNorms, which logs their norms
+    layers       LayerNorms, which logs their norms
 
 `lisa-dist --help` lists what the command line does.
 """

@@ -11,7 +11,7 @@ from dataclasses import fields
 
 from lisa_dist.commands import exit_on_error
 from lisa_dist.commands.given_files import look_for_files
-from lisa_dist.commands.verbs import VERBS, WITH_FLAGS, WITH_WORDS, check_trl, import_verb, parser_of
+from lisa_dist.commands.verbs import VERBS, WITH_FLAGS, WITH_WORDS, check_trl, import_verb, read_parser
 from lisa_dist.config import LisaConfig
 from lisa_dist.definitions import UnreadableError
 from lisa_dist.distributed.allocator import use_expandable_segments
@@ -118,7 +118,7 @@ def _look_at(verb: str, words: Sequence[str]) -> None:
     first = WITH_FLAGS[verb]
     words = words if first is None else first_word_as(first, words)
     try:
-        parser = parser_of(verb, task_of(words) if verb == "train" else SFT)
+        parser = read_parser(verb, task_of(words) if verb == "train" else SFT)
     except UnreadableError:  # the parser of the imported classes answers
         return
     given = parser.given(words)

@@ -110,8 +110,10 @@ def _class_of(module: str, node: ast.ClassDef) -> Any:
         values = {target.id: one.value.value for one in members for target in one.targets}  # type: ignore[attr-defined]
         is_enum = any("Enum" in ast.unparse(base) for base in node.bases)
         return enum.Enum(node.name, values) if is_enum else type(node.name, (_Unread,), {})
-    bases = (_value(module, base, is_type=True) for base in node.bases)
-    known = tuple(base for base in bases if base not in (object, _Unread))
+    bases = [_value(module, base, is_type=True) for base in node.bases]
+    if _Unread in bases:
+        raise UnreadableError(f"{module}.{node.name}: a base of it is in no source that was found.")
+    known = tuple(base for base in bases if base is not object)
     body: dict[str, Any] = {"__doc__": node.name, "__annotations__": {}}
     for one in node.body:
         if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name):

@@ -58,9 +58,18 @@ def refuse_removed_words(words: Sequence[str]) -> None:
 
 def without_removed(settings: Mapping[str, Any], where: str = "", how: str = "") -> dict[str, Any]:
     """The settings of a file, those left out that are gone and have their old default; others raise UserError."""
-    kept = {name: value for name, value in settings.items() if name not in REMOVED or value != REMOVED[name].default}
+    kept = {name: value for name, value in settings.items() if name not in REMOVED or not _is_default(name, value)}
     refuse_removed(kept, where, how)
     return kept
+
+
+def _is_default(name: str, value: Any) -> bool:
+    """Whether a removed setting has its old default, also as a text that a recipe may have."""
+    default = REMOVED[name].default
+    try:
+        return bool(type(default)(value) == default)
+    except (TypeError, ValueError):
+        return False
 
 
 def settings_of_checkpoint(saved: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from benchmarks.common.results import parser_of, positive
 from lisa_dist.config import UserError
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import checkpoint_layers, let_backward_end, number_of_layers
-from lisa_dist.core.period_log import live_storages
+from lisa_dist.core.live_bytes import live_storages
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.memory.estimate import plan_memory
 from lisa_dist.memory.plan import load_model_config

@@ -38,6 +38,7 @@ from benchmarks.tables.recipes import COMMAND, RECIPES
 from benchmarks.tables.render import print_table
 from lisa_dist.commands import plan
 from lisa_dist.distributed.allocator import use_expandable_segments
+from lisa_dist.flags import FlagParser
 from lisa_dist.memory.planner import make_plans
 from lisa_dist.optim.ops import why_no_compiler
 
@@ -116,7 +117,7 @@ def settled(method: Method, config) -> Method:
         )
     lines = (RECIPES / f"{method.name}.yaml").read_text(encoding="utf-8").splitlines()
     command = next(line.removeprefix(COMMAND) for line in lines if line.startswith(COMMAND))
-    arguments, _ = plan.parser().parse_args_into_dataclasses(shlex.split(command))
+    arguments, _ = FlagParser(plan.ARGUMENTS, plan.USAGE, plan.HELP).parse(shlex.split(command))
     (found,) = make_plans(config, arguments, method.config)
     layers = {"lisa_activated_layers": found.lisa_config.lisa_activated_layers}
     return replace(method, settings=method.settings | layers, checkpointed=found.workload.checkpointed_layers)

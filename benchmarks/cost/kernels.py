@@ -19,7 +19,7 @@ import torch
 from benchmarks.common.results import RESULTS, parser_of, write_results
 from benchmarks.common.runs import peak_within
 from benchmarks.tables.render import print_table
-from lisa_dist.core.period_log import live_tensor_bytes
+from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.optim.adamw import LisaAdamW, PartitionStep
 from lisa_dist.optim.ops import choose_kernels
 from lisa_dist.optim.states import Piece

@@ -30,7 +30,7 @@ from benchmarks.quality.training import LENGTH, train
 from benchmarks.tables.outcomes import runs_at_best
 from benchmarks.tables.render import print_table
 from benchmarks.tables.rows import TABLES
-from lisa_dist.core.period_log import live_tensor_bytes
+from lisa_dist.core.live_bytes import live_tensor_bytes
 
 ROUNDS, STEPS = 2, 5  # of steps that are timed in each
 SAME_TRAINING = {"full one pass": "full"}  # its losses are the other's

@@ -1,4 +1,4 @@
-"""Which verbs there are, and the module and the flags of each, imported when they are asked for."""
+"""Which verbs there are, the flags of each, read from its sources, and its module, imported when it is run."""
 
 import contextlib
 import gc
@@ -9,7 +9,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from lisa_dist.definitions import read
+from lisa_dist.definitions import UnreadableError, read
 from lisa_dist.errors import UserError
 from lisa_dist.flags import FlagParser, run_parser
 from lisa_dist.tasks import SFT
@@ -32,7 +32,20 @@ _BY_TRL, _TRL = ("train", "init", "plan"), "1.16"
 
 
 def parser_of(verb: str, task: str = SFT) -> FlagParser:
-    """The parser of a verb's flags, by the sources of its modules: nothing of them is imported."""
+    """The parser of a verb's flags, by the sources of its modules; these are imported where that is not enough."""
+    try:
+        return read_parser(verb, task)
+    except UnreadableError:
+        if verb != "train":
+            module = import_verb(verb)
+            return FlagParser(module.ARGUMENTS, module.USAGE, module.HELP)
+        from lisa_dist.run.arguments import run_parser as imported_parser
+
+        return imported_parser(task)
+
+
+def read_parser(verb: str, task: str = SFT) -> FlagParser:
+    """The same, and nothing is imported. Raises UnreadableError where the sources are not enough."""
     if verb != "train":
         types, usage, groups = (read(f"lisa_dist.commands.{verb}", name) for name in ("ARGUMENTS", "USAGE", "HELP"))
         return FlagParser(types, usage, groups)

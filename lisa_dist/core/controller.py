@@ -40,8 +40,9 @@ from lisa_dist.core.guards import (
     compare_ranks,
 )
 from lisa_dist.core.importance import observe_layers
+from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.core.movement import WeightMovement
-from lisa_dist.core.period_log import PeriodLog, PeriodRecord, live_tensor_bytes
+from lisa_dist.core.period_log import PeriodLog, PeriodRecord
 from lisa_dist.core.run_state import STATE_VERSION, BlockChanges, changed_settings
 from lisa_dist.core.sampling import ActiveSet
 from lisa_dist.core.selection import BlockSelection

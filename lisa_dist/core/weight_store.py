@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from lisa_dist.core.period_log import shared_addresses
+from lisa_dist.core.live_bytes import shared_addresses
 from lisa_dist.distributed.collectives import gather, raise_shared
 from lisa_dist.distributed.health import host_name
 from lisa_dist.errors import UserError

@@ -97,8 +97,7 @@ def backward_peak(trace: StepTrace, reduction: Reduction, accumulates: bool = Fa
 def backward_peak_stage_1(trace: StepTrace, reduction: Reduction, accumulates: bool) -> Peak:
     """The same for stage 1 without overlap: all wait until the last has arrived, and go as they are reduced.
 
-    What is reduced is copied to no more than it was, so the peak is at the beginning, with what one gradient takes
-    more, or the one buffer.
+    The peak is at the beginning, with what one gradient takes more than its memory that goes, or the one buffer.
     `accumulates`: those of a later micro-batch are added to those of the earlier ones, which wait.
     """
     active = sum(arrival.nbytes for arrival in trace.arrivals)
@@ -110,9 +109,9 @@ def backward_peak_stage_1(trace: StepTrace, reduction: Reduction, accumulates: b
             waiting, bucket = waiting + arrival.nbytes, reduction.bucket_bytes
     large = [arrival for arrival in trace.arrivals if reduction.is_large(arrival)]
     clones = [arrival.nbytes for arrival in large if reduction.clones_large]
-    more = max(
-        [*clones, *(reduction.scratch([one]) for one in large), reduction.one_buffer - reduction.bucket_bytes, 0]
-    )
+    scratch = [reduction.scratch([one]) - (0 if one in large else one.nbytes) for one in trace.arrivals]
+    freed = 0 if large[:1] == trace.arrivals[:1] else reduction.bucket_bytes  # before the first goes to the one buffer
+    more = max([*clones, *scratch, reduction.one_buffer - freed, 0])
     peaks += [Peak(trace.peak_after, active, bucket), Peak(trace.now, active + more, bucket)]
     return max(peaks, key=lambda peak: peak.total)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lisa_dist.core.controller import LisaController
-from lisa_dist.core.period_log import live_storages
+from lisa_dist.core.live_bytes import live_storages
 from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.trace import part_of
 from lisa_dist.memory.tracker import AllocationTracker

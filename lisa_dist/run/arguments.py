@@ -1,6 +1,6 @@
 """The arguments of a run, checked where they are made; and the screen of `lisa-dist train --help`.
 
-TRL's parser reads flags and recipe into TRL's SFTConfig and ModelConfig, LisaConfig, and the few arguments of our own.
+Flags and recipe are read into TRL's SFTConfig and ModelConfig, LisaConfig, and the few arguments of our own.
 """
 
 import copy

@@ -32,7 +32,7 @@ from lisa_dist.run.processor import Processing, load_processing
 from lisa_dist.run.quiet import without_bars_of_datasets
 from lisa_dist.run.reward_functions import load_rewards
 from lisa_dist.run.sample_answer import SampleCallback
-from lisa_dist.run.settle import Settled, settle
+from lisa_dist.run.settle import Settled, installed_versions, settle
 from lisa_dist.run.task_configs import refused_upstream
 from lisa_dist.run.task_trainers import TRAINERS
 from lisa_dist.run_folder import goes_on, write_run
@@ -55,6 +55,9 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
     if config.training.use_cpu:
         # Accelerate has started gloo, but DeepSpeed must know of it too before a model is loaded under ZeRO-3.
         start_deepspeed()
+    check_same_everywhere(
+        installed_versions() | config.flags(), "start every rank with the same environment and the same flags"
+    )
     check_resume(resume_from, output_dir, config.run.method, config.run.overwrite_output_dir)
     processing, template, processor = load_processing(config)
     settled = settle(config, resume_from)
@@ -69,8 +72,18 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
         trainer.accelerator.print(describe_run(settled, template, processor))
         trainer.accelerator.print(_describe_data(config, data))
         with naming_lost_files(output_dir):  # logs, and what trackers write: saves have errors of their own
-            trainer.train(resume_from_checkpoint=resume_from)
+            _train(trainer, resume_from)
             return _finish(trainer, output_dir)
+
+
+def _train(trainer: Any, resume_from: str | bool | None) -> None:
+    """Train. Raises UserError for a `--loss_type` that TRL looks up in the first step and does not have."""
+    try:
+        trainer.train(resume_from_checkpoint=resume_from)
+    except ValueError as error:
+        if not str(error).startswith("Unknown loss type"):
+            raise
+        raise UserError(f"--loss_type: {in_one_line(error)}") from error
 
 
 def check_config(config: RunConfig) -> None:

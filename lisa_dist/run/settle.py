@@ -11,7 +11,6 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from transformers.training_args import OptimizerNames
 
 from lisa_dist.core.checkpointing import parse_checkpointed_layers
-from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.loss.liger import settle_liger
 from lisa_dist.optim.build import LISA_ADAMW
@@ -31,11 +30,10 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 class Settled(NamedTuple):
     """A run in which nothing is auto: its arguments as TRL's trainer takes them, and lines of its header with reasons.
 
-    `layers_line` is empty where the number of layers was given. `resume_from` is None, a bool, auto or a path.
+    `layers_line` is empty where the number of layers was given.
     """
 
     config: RunConfig
-    resume_from: str | bool | None
     loss: str
     loss_line: str
     attention_line: str
@@ -79,13 +77,10 @@ def _offloads(config: RunConfig) -> bool:
 def settle(config: RunConfig, resume_from: str | bool | None) -> Settled:
     """Settle checked arguments, in a copy; every rank calls it, and rank 0 decides what is planned.
 
-    Raises UserError on all ranks where they differ in their flags or their environment, or where nothing fits.
+    Raises UserError on all ranks where nothing fits.
     """
     config, model_config = config.copy(), model_config_of(config)
     _set_what_flags_stand_for(config, model_config)
-    check_same_everywhere(
-        installed_versions() | config.flags(), "start every rank with the same environment and the same flags"
-    )
     training = config.training
     attention, reason = choose_attention(
         config.model.attn_implementation,
@@ -98,7 +93,7 @@ def settle(config: RunConfig, resume_from: str | bool | None) -> Settled:
     config, layers = settle_layers(config, model_config, resume_from, gpu_bytes)
     loss, why = choose_loss(config, model_config, gpu_bytes)
     _set_for_trl(config, attention)
-    return Settled(config, resume_from, loss, why, f"{attention} ({reason})", layers)
+    return Settled(config, loss, why, f"{attention} ({reason})", layers)
 
 
 def _set_what_flags_stand_for(config: RunConfig, model_config: PretrainedConfig) -> None:

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.integrations.integration_utils import (
+    get_available_reporting_integrations,
+    is_azureml_available,
+    is_flytekit_available,
+)
 from transformers.training_args import OptimizerNames
 from transformers.utils import ExplicitEnum
 from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig
@@ -35,7 +39,7 @@ _ABOVE_0 = "above 0", lambda value: value > 0
 _BELOW_1 = "from 0 up to, not including, 1", lambda value: 0 <= value < 1
 _LARGEST = 10**9  # more is a slip of the pen, and overflows in a plan
 # Ranges of numbers that transformers and TRL do not check: the loading of rows, the first step or the first evaluation
-# ends in a traceback, or a run trains nothing.
+# ends in a traceback, or a run trains or saves nothing without a word.
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "per_device_train_batch_size": _POSITIVE,
     "per_device_eval_batch_size": _POSITIVE,
@@ -43,6 +47,13 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "eval_accumulation_steps": _POSITIVE,
     "dataset_num_proc": _POSITIVE,
     "dataloader_num_workers": _NOT_NEGATIVE,
+    "dataloader_prefetch_factor": _POSITIVE,
+    "num_iterations": _POSITIVE,
+    "logging_steps": _ABOVE_0,
+    "eval_steps": _ABOVE_0,
+    "save_steps": _ABOVE_0,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "beta": _NOT_NEGATIVE,
     "max_completion_length": _POSITIVE,
     "temperature": _ABOVE_0,
     "learning_rate": _NOT_NEGATIVE,
@@ -58,8 +69,8 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 }
 # Objects that are taken as they are where a text does not begin as JSON does.
 _OBJECTS = ("model_init_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
-# Trackers that transformers does not list as available, whatever is installed.
-_NOT_LISTED = ("azure_ml", "flyte")
+# Trackers that transformers does not list as available, and whether their package is there.
+_NOT_LISTED = {"azure_ml": is_azureml_available, "flyte": is_flytekit_available}
 
 
 class LisaOptimizerNames(ExplicitEnum):
@@ -128,7 +139,8 @@ class TrainingFlags(_Arguments):
             self.report_to = [name.strip() for name in self.report_to.split(",")]
         trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
         known_trackers = ["all", "none", *get_available_reporting_integrations()]
-        if unknown := [name for name in trackers if name not in (*known_trackers, *_NOT_LISTED)]:
+        known_trackers += [name for name, is_there in _NOT_LISTED.items() if is_there()]
+        if unknown := [name for name in trackers if name not in known_trackers]:
             raise UserError(
                 f"--report_to {unknown[0]}: unknown, or its package is not installed; installed are "
                 f"{', '.join(known_trackers[2:])}; or give none."
@@ -168,10 +180,11 @@ def refused_upstream(error: Exception, arguments: Any) -> UserError:
     given = {name: value for name, value in vars(arguments).items() if name in fields and value != fields[name].default}
     given = hide_secrets(given)
 
-    def is_in_text(word: object) -> bool:
-        return isinstance(word, str) and word != "" and bool(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text))
+    def is_quoted(value: object) -> bool:
+        return isinstance(value, str) and any(f"{quote}{value}{quote}" in text for quote in "'\"`")
 
-    named = [name for name in given if is_in_text(name)] or [name for name in given if is_in_text(given[name])]
+    named = [name for name in given if re.search(rf"(?<!\w){name}(?!\w)", text)]
+    named = named or [name for name in given if is_quoted(given[name])]
     is_clear = len(named) == 1 and not text.startswith("--")
     return UserError(f"--{named[0]} {given[named[0]]}: {text}" if is_clear else text)
 

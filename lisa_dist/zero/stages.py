@@ -208,6 +208,7 @@ def check_private_names(engine: deepspeed.DeepSpeedEngine, stage: Stage, more: S
         missing += [name for name in _COORDINATOR_NAMES if not hasattr(coordinator, name)]
         module = import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
         missing += [name for name in ("update_recompute_parameters",) if not hasattr(module, name)]
+        missing += [] if hasattr(import_module(stage.module), "defragment") else ["defragment"]
     if missing:
         raise UserError(
             f"DeepSpeed {metadata.version('deepspeed')} lacks {', '.join(missing)}, which LISA needs to "

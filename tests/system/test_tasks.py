@@ -199,6 +199,15 @@ def test_pairs_serve_kto_and_a_text_and_turns_serve_all(folder, tmp_path, monkey
         assert "held out: 8 of these rows" in said
 
 
+@pytest.mark.full
+def test_a_loss_that_trl_does_not_have_ends_the_run_in_one_line(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    status, said = run_alone(flags_of("dpo", tmp_path / "out", loss_type="nope"), tmp_path / "said.txt")
+    assert status == 2, said[-3000:]
+    assert "lisa-dist: --loss_type: Unknown loss type: nope. Should be one of [" in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize(
     ("function", "problem"),
     [

@@ -294,6 +294,7 @@ def test_full_training_under_the_same_roof(folder, tmp_path):
         "learning_rate",
         "gradient_norm",
         "speed",
+        "data",
         "settings",
     ]
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")

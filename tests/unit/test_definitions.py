@@ -7,12 +7,13 @@ from typing import Any, get_type_hints
 import pytest
 from transformers import HfArgumentParser
 
-from lisa_dist.commands.verbs import parser_of
+from lisa_dist.commands import verbs
+from lisa_dist.commands.verbs import parser_of, read_parser
 from lisa_dist.definitions import UnreadableError, read
 from lisa_dist.flags import FlagParser
 from lisa_dist.run.arguments import ARGUMENTS, run_parser
 from lisa_dist.run.task_configs import CONFIGS
-from lisa_dist.tasks import TASKS
+from lisa_dist.tasks import SFT, TASKS
 
 # What takes more than reading: a call of a method of a module's, an optional package.
 UNREAD = {("log_level", "choices"), ("log_level_replica", "choices"), ("parallelism_config", "type")}
@@ -81,6 +82,13 @@ class Config(Mixin, Base):
     def __post_init__(self):
         raise SystemError("a method was run")
 ''',
+    "extended": """
+from dataclasses import dataclass
+from elsewhere import Base
+@dataclass
+class Extended(Base):
+    more: int = 1
+""",
     "names": """
 from enum import Enum
 LONG = "long"
@@ -153,3 +161,14 @@ def test_what_has_no_source_is_named(package):
         read(f"{package}.other", "Other")
     with pytest.raises(UnreadableError, match="no_such_package has no source"):
         read("no_such_package", "Other")
+    with pytest.raises(UnreadableError, match=r"read_alone\.extended\.Extended: a base of it is in no source"):
+        read(f"{package}.extended", "Extended")  # else its flags would be missing, and the parser would refuse them
+
+
+def test_where_sources_are_not_enough_modules_are_imported(monkeypatch):
+    def unreadable(*_: object) -> None:
+        raise UnreadableError("no source")
+
+    monkeypatch.setattr(verbs, "read_parser", unreadable)
+    for verb, task in (("train", "dpo"), ("plan", SFT)):
+        assert actions_of(parser_of(verb, task)).keys() == actions_of(read_parser(verb, task)).keys()

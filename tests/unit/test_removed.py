@@ -92,6 +92,7 @@ def test_a_recipe_that_writes_old_defaults_out_is_read(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     old = "".join(f"{name}: {REMOVED[name].default}\n" for name, _ in NAMED)
     run = f"output_dir: {tmp_path}\nmodel_name_or_path: m\ndataset_name: d\nuse_cpu: true\ndeepspeed: zero2\n"
+    old = old.replace("lisa_importance_floor: 0.2", "lisa_importance_floor: 2e-1")  # a text in YAML, and a number here
     recipe.write_text(f"{run}lisa_seed: 3\n{old}", encoding="utf-8")
     assert parse_arguments(["--config", str(recipe)]).lisa == LisaConfig(lisa_seed=3)
 

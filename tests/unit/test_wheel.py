@@ -56,7 +56,8 @@ def said_by(unpacked: Path, *words: str) -> str:
 
 @pytest.mark.parametrize(
     "name", ["py.typed", "model_configs/llama3.1-8b.json", "kernels/adamw_triton.py",
-             "ds_configs/zero3_offload.json", "report/report.html", "recipes/quickstart.yaml", "examples/dpo.py"],
+             "ds_configs/zero3_offload.json", "report/report.html", "recipes/quickstart.yaml", "examples/dpo.py",
+             "eval/eval_tasks/gsm8k.yaml", "examples/continued_pretraining/recipe.yaml"],
 )  # fmt: skip
 def test_every_kind_of_file_is_there(unpacked, name):
     assert (unpacked / "lisa_dist" / name).is_file()

@@ -118,7 +118,7 @@ def test_nothing_is_given_up_without_need(tmp_path):
 
 
 def test_plan_and_init_have_one_number_and_one_batch(tiny, tmp_path, capsys):
-    """That of `--lisa_preset lora`, of which a run's is in test_presets.py; a small model trains half of its layers."""
+    """That of `--lisa_preset lora`; that of a run is in run/test_settle.py. A small model trains half of its layers."""
     path = tmp_path / "recipe.yaml"
     main(["--model", tiny, "--gpu_memory", "4GiB", "--recipe", str(path)])
     tried = capsys.readouterr().err.splitlines()

@@ -117,7 +117,7 @@ def train_by_auto(
     """
     import gc
 
-    from lisa_dist.core.period_log import live_tensor_bytes
+    from lisa_dist.core.live_bytes import live_tensor_bytes
 
     gc.collect()
     model = tiny_llama()

@@ -21,7 +21,7 @@ from torch import distributed as dist
 from transformers.pytorch_utils import Conv1D
 
 import lisa_dist
-from lisa_dist.core.period_log import live_storages, live_tensor_bytes
+from lisa_dist.core.live_bytes import live_storages, live_tensor_bytes
 from lisa_dist.memory.tracker import AllocationTracker
 from lisa_dist.zero import gradients, overrides
 

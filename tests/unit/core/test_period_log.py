@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from lisa_dist.core import period_log as live_bytes
-from lisa_dist.core.period_log import PeriodLog, PeriodRecord, live_storages, live_tensor_bytes
+from lisa_dist.core import live_bytes
+from lisa_dist.core.live_bytes import live_storages, live_tensor_bytes
+from lisa_dist.core.period_log import PeriodLog, PeriodRecord
 from lisa_dist.run_folder import LOG_NAME
 
 

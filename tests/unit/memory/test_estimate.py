@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from trl.trainer.utils import add_fused_lm_head
 
 import lisa_dist
-from lisa_dist.core.period_log import live_tensor_bytes
+from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.kernels import dynamic_code
 from lisa_dist.loss.chunked import use_slabs

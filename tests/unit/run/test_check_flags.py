@@ -32,6 +32,9 @@ def folder(tmp_path_factory) -> Path:
         ("per_device_train_batch_size", "0", "--per_device_train_batch_size 0: 1 or more."),
         ("max_length", "-2", "--max_length -2: 1 or more; -1 is no limit."),
         ("adam_epsilon", "0", "--adam_epsilon 0.0: above 0."),
+        ("save_steps", "0", "--save_steps 0.0: above 0."),  # no checkpoint would ever be written
+        ("dataloader_prefetch_factor", "0", "--dataloader_prefetch_factor 0: 1 or more."),
+        ("report_to", "azure_ml", "--report_to azure_ml: unknown, or its package is not installed; installed are "),
         ("seed", "-1", "--seed -1: from 0 to 4294967295."),
         ("adam_beta2", "1", "--adam_beta2 1.0: from 0 up to, not including, 1."),
         ("hang_timeout", "inf", "--hang_timeout: invalid float value: 'inf'."),

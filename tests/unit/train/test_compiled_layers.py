@@ -20,7 +20,7 @@ import lisa_dist
 from lisa_dist import LisaConfig, LisaMixin
 from lisa_dist.core import controller
 from lisa_dist.core.checkpointing import let_backward_end
-from lisa_dist.core.period_log import live_storages
+from lisa_dist.core.live_bytes import live_storages
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.run.arguments import parse_arguments
 from lisa_dist.run.run import check_config
