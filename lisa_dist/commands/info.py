@@ -62,7 +62,7 @@ def _devices() -> str:
 
 
 def _missing(on_gpu: bool) -> list[tuple[str, str]]:
-    """Of what is worth having and not there, what it is for and how to get it."""
+    """What is missing and worth having: what it is for, and how to get it."""
     lacking = [
         (f"missing: {name.replace('_', '-')}", f"for {what_for}; {how}")
         for name, what_for, how, gpu_only in _WORTH_HAVING

@@ -106,7 +106,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def tell(line: str) -> None:
-    """Of a search that takes a minute on a small machine; apart from what is printed to be read or kept."""
+    """Print the progress of a search that takes a minute on a small machine, apart from its result."""
     print(line, file=sys.stderr, flush=True)
 
 

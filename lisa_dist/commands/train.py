@@ -21,7 +21,7 @@ from lisa_dist.zero.cpu_ops import guard_builds
 
 def main(words: Sequence[str] | None = None) -> None:
     """Parse and run, or start `--gpus` ranks that do. An error of the user's is one line and exit status 2."""
-    # Of names that DeepSpeed and TRL use, and will until the releases that we support end: nobody can act on them here.
+    # DeepSpeed and TRL use these names, and will until the releases that we support end: users cannot act on them.
     for warning in (r"`torch\.distributed\.\w+` is deprecated", r"`(is_)?gradient_checkpointing(_\w+)?` is deprecated"):
         warnings.filterwarnings("ignore", warning, FutureWarning)
     leave_out_useless_words()

@@ -127,7 +127,7 @@ def inclusion_probabilities(weights: Sequence[float], num_sampled: int) -> list[
     arrived = -numpy.expm1(-scaled)
 
     def counts(events: numpy.ndarray) -> list[numpy.ndarray]:
-        """Of each prefix of the events the probabilities that 0, 1, ..., num_sampled - 1 have happened."""
+        """The probabilities that 0, 1, ..., num_sampled - 1 events of each prefix have happened."""
         prefixes = [numpy.eye(num_sampled, 1) * numpy.ones_like(log_times)]
         for event in events:
             last = prefixes[-1]
@@ -210,7 +210,7 @@ def balanced_samples(seed: int, counts: Iterable[int], rates: Sequence[float]) -
     total, now = sum(rates), 0.0
 
     def window(layer: int, visit: int) -> tuple[float, float, float, int]:
-        """Of a visit: when it begins, is due, and ends; and its number."""
+        """When a visit begins, is due, and ends; and its number."""
         due = visit + _uniform(seed, f"balanced {layer}", visit)
         return visit / rates[layer], due / rates[layer], (visit + 1) / rates[layer], visit
 

@@ -23,7 +23,7 @@ class MemoryParts:
     gradients: int  # at the end of the backward pass, beyond the buffers
     peak_backward: int  # of forward and backward, everything included
     peak_step: int  # of the optimizer's step, everything included
-    # Of the backward pass, at its peak; estimated alone, since a measurement cannot tell what it sees.
+    # At the peak of the backward pass; estimated alone, since a measurement cannot tell what it sees.
     gradients_by_then: int = 0
     buckets_by_then: int = 0
     reference: int = 0  # the model as it was before, which some tasks compare with; estimated alone

@@ -260,7 +260,7 @@ class _Peaks:
         return self._known[key]
 
     def of_lora(self, lisa_config: LisaConfig) -> int:
-        """Of a step of LoRA, by the loss that was settled on, and a tenth of it more."""
+        """The memory of a LoRA step, with the loss that was settled on, and a tenth more."""
         asked = {one.name: getattr(self._asked, one.name) for one in fields(PlanArguments)}  # those of init refuse LoRA
         lora = PlanArguments(**asked | {"method": "lora", "lora_r": LORA_RANK, "optim": TORCH_ADAMW[1]})
         model_alone = LisaConfig(lisa_layers_attribute=lisa_config.lisa_layers_attribute)
@@ -353,7 +353,7 @@ def _slowness(plan: Plan) -> tuple[int, int]:
 
 
 def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
-    """Of the plans that fit with most layers at a time the fastest.
+    """The fastest of the plans that fit with most layers at a time.
 
     Raises ValueError with the closest three, and what each lacks, when none does.
     """

@@ -121,7 +121,7 @@ def _settings_of_each(config: PretrainedConfig, num_layers: int) -> dict[str, Se
 
 
 def _kind(number: int, layer: torch.nn.Module) -> Any:
-    """Of all modules of a layer the types, settings, and shapes of parameters and buffers."""
+    """The types, settings, and shapes of parameters and buffers of all modules of a layer."""
 
     def of_module(module: torch.nn.Module) -> Any:
         settings = {name: _setting(value) for name, value in vars(module).items() if not name.startswith("_")}

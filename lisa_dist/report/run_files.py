@@ -33,7 +33,7 @@ def _outer_block(value: object) -> str | None:
 
 
 def _norm(value: object) -> str | None:
-    """Of a step that an fp16 scaler leaves out it is no finite number."""
+    """A norm may be infinite or NaN: an fp16 scaler leaves such a step out."""
     return None if isinstance(value, int | float) else "is no number"
 
 

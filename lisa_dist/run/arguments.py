@@ -261,7 +261,7 @@ HELP_OF_TASK = {
 
 
 def run_parser(task: str = SFT) -> FlagParser:
-    """Of all flags of a run."""
+    """The parser of all flags of a run."""
     return parser_of_task(task, (*ARGUMENTS, CONFIGS[task]), USAGE, HELP, HELP_OF_TASK)
 
 

@@ -143,7 +143,7 @@ def _newest(output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _check_other(wanted: str | bool | None, output_dir: Path, method: str) -> None:
-    """Of the Trainer's own checkpoints, which are those of --method full and lora."""
+    """Check a checkpoint of --method full or lora, which is the Trainer's own."""
     last = get_last_checkpoint(output_dir) if wanted is True and output_dir.is_dir() else wanted
     if last in (None, True):
         raise UserError(f"--resume_from_checkpoint true: there is no checkpoint in --output_dir {output_dir}.")

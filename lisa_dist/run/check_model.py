@@ -20,7 +20,7 @@ from lisa_dist.run.choose_loss import check_loss_of_run
 from lisa_dist.tasks import REWARD
 from lisa_dist.text import in_one_line, no_such_model
 
-# Of a model's configuration.
+# Sizes in a model's configuration.
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 

@@ -29,7 +29,7 @@ from lisa_dist.tasks import SFT
 from lisa_dist.text import format_bytes
 from lisa_dist.train.checks import precision_of_arguments
 
-# Of a host's memory, for the logits of all its ranks, where no budget says what there is.
+# The share of a host's memory for the logits of all its ranks, where no budget is given.
 HOST_SHARE = 1 / 16
 _DESCRIBED = {
     LOGITS: "logits of the positions with a label, computed once",

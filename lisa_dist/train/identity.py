@@ -49,7 +49,7 @@ _OF_TASKS = (
     "max_completion_length",
     "precompute_ref_log_probs",
 )
-# Of a model's config: what says how it is stored and run, not what it computes.
+# Entries of a model's config that describe how it is stored and run, not what it computes.
 _NOT_THE_MODEL = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "name_or_path"}
 
 

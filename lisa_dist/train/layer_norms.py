@@ -118,7 +118,7 @@ class LayerNorms(TrainerCallback):
         self._weights, self._start = [], []
 
     def _changing(self) -> list[list[torch.Tensor]]:
-        """Of each weight copies of what training may change; nothing on a rank that does not look."""
+        """Copies of each weight that training may change; nothing on a rank that does not measure."""
         whole = self._gather_adapters()
         return [weight.changing(whole) for weight in self._weights] if self._looks_here else []
 
