@@ -75,7 +75,7 @@ def _report_model_errors(config: PretrainedConfig) -> Iterator[None]:
         words.disabled = were_disabled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal is the same one: tensors have no truth value
 class Arrival:
     """A gradient that arrives in a traced backward pass. Bytes of all allocations but the gradients before it."""
 
