@@ -1,14 +1,21 @@
 """Export a checkpoint: a folder with the model alone, which `from_pretrained` loads."""
 
+import json
 import shutil
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lisa_dist.checkpoint.folders import put_in_place
 from lisa_dist.checkpoint.optimizer_states import STATE_FILES
 from lisa_dist.checkpoint.resume import read_state
-from lisa_dist.checkpoint.weights import export_weights, has_weights
+from lisa_dist.checkpoint.weights import has_weights, rename, weight_files, write_index
 from lisa_dist.distributed.collectives import describe_files
 from lisa_dist.errors import UserError
 from lisa_dist.run_folder import STATE_NAME
@@ -44,7 +51,7 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> None:
         raise UserError(f"{out}: {out.parent} can be no folder ({error.strerror}); choose another.") from error
     staging = Path(tempfile.mkdtemp(prefix=f"tmp-{out.name}-", dir=out.parent))
     try:
-        export_weights(folder, staging)
+        _export_weights(folder, staging)
         for name in state["files"]:
             if not any(fnmatch(name, pattern) for pattern in _NOT_THE_MODEL):
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +60,27 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> None:
         put_in_place(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _export_weights(folder: Path, out: Path) -> None:
+    """Copy a checkpoint's weights, file by file, under the names of the files on the hub; needs no ranks and no GPU."""
+    architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ["none"]
+    model_class: Any = getattr(transformers, architectures[0], None)
+    is_of_transformers = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    model = None
+    if is_of_transformers:  # else its code came with the model, and so did its names
+        with torch.device("meta"):
+            model = model_class(model_class.config_class.from_pretrained(folder))
+    file_by_name, nbytes = dict[str, str](), 0
+    for file_name in weight_files(folder):
+        tensors = load_file(folder / file_name)
+        tensors = tensors if model is None else rename(model, tensors)
+        (out / file_name).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, out / file_name, metadata={"format": "pt"})
+        file_by_name |= dict.fromkeys(tensors, file_name)
+        nbytes += sum(value.nbytes for value in tensors.values())
+    if len(set(file_by_name.values())) > 1:
+        write_index(out / SAFE_WEIGHTS_INDEX_NAME, file_by_name, nbytes)
 
 
 def _advice(folder: Path) -> str:

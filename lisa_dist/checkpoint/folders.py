@@ -92,10 +92,8 @@ def _remove(path: Path) -> None:
 
 def checkpoints_by_age(output_dir: Path) -> list[Path]:
     """The checkpoints in a folder as rank 0 sees them, last saved first; every rank calls it."""
-    checkpoints = sorted(
-        _checkpoints_in(output_dir), key=lambda checkpoint: (_saved_at(checkpoint[0]), checkpoint[1]), reverse=True
-    )
-    return [path for path, _ in gather(checkpoints)[0]]
+    checkpoints = sorted((_saved_at(path), step, path) for path, step in _checkpoints_in(output_dir))
+    return [path for *_, path in reversed(gather(checkpoints)[0])]
 
 
 def rotate_checkpoints(newest: Path, limit: int | None, best: Path | None = None) -> None:
@@ -107,8 +105,11 @@ def rotate_checkpoints(newest: Path, limit: int | None, best: Path | None = None
     if limit is None or limit < 1:
         return
     kept = {newest.resolve()} | ({best.resolve()} if best is not None and best.is_dir() else set())
-    ours = ((path, step) for path, step in _checkpoints_in(newest.parent) if _is_ours(path))
-    steps = {path: step for path, step in ours if path.resolve() not in kept}
+    steps = {
+        path: step
+        for path, step in _checkpoints_in(newest.parent)
+        if (path / STATE_NAME).is_file() and not path.is_symlink() and path.resolve() not in kept
+    }
     newest_step = _step_of(newest)
     assert newest_step is not None, f"{newest} is no checkpoint's name"
     order = sorted(steps, key=lambda path: (steps[path] < newest_step, steps[path]))
@@ -127,10 +128,6 @@ def _checkpoints_in(output_dir: Path) -> Iterator[tuple[Path, int]]:
         step = _step_of(path)
         if step is not None and path.is_dir():
             yield path, step
-
-
-def _is_ours(path: Path) -> bool:
-    return (path / STATE_NAME).is_file() and not path.is_symlink()
 
 
 def _step_of(folder: Path) -> int | None:

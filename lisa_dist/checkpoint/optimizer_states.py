@@ -12,7 +12,9 @@ whole ("0:state1", "0:absmax1", ...), restored bit for bit into the same partiti
 Factored moments of a matrix are "name:row_sq", of the rows that a piece touches, "name:column_sq" and "name:mean_sq".
 """
 
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ import torch
 from safetensors import safe_open
 
 from lisa_dist.config_rules import FACTORED
+from lisa_dist.kernels.dynamic_code import BLOCK, num_blocks
+from lisa_dist.kernels.factored import num_rows
 from lisa_dist.optim import factored
-from lisa_dist.optim.adamw import BLOCK, decode_moment, num_blocks, with_blocks
-from lisa_dist.optim.moments import MOMENTS, dequantize
+from lisa_dist.optim.adamw import MOMENTS, decode_moment, with_blocks
+from lisa_dist.optim.moments import BITSANDBYTES, dequantize
 from lisa_dist.optim.states import Fields, PartitionKey, PartitionState, Piece
 
 MASTER = "master"
@@ -41,43 +45,32 @@ def states_on_host(
 
     `pieces` lists which elements of which parameters are in each of them.
     """
-    canonical = {f"state{number}": moment for moment, number in MOMENTS.items()}
-    tensors: dict[str, torch.Tensor] = {}
+    canonical = {values: moment for moment, (values, *_) in BITSANDBYTES.items()}
+    parts: dict[str, torch.Tensor] = {}
     partitions = []
     for index, (key, state) in enumerate(states.items()):
+        fields = {MASTER: state.master, **state.optimizer_state}
         partition = {"names": key, "numel": state.numel, "pieces": _as_lists(pieces[key])}
-        for field, value in {MASTER: state.master, **state.optimizer_state}.items():
-            scales = state.optimizer_state.get(f"{field}_scales")
-            if field == "step":
-                partition["step"] = int(value)
-            elif field in factored.FIELDS:
-                for place in factored.places(state.optimizer_state[factored.WIDTHS], pieces[key]):
-                    tensors[f"{place.piece.name}:{field}"] = copy_on_host(value[place.of_fields[field]])
-            elif scales is not None:
-                for piece, blocks in with_blocks(pieces[key]):
-                    cut = value.detach()[piece.offset : piece.offset + piece.length]
-                    tensors[f"{piece.name}:{field}_codes"] = copy_on_host(cut)
-                    tensors[f"{piece.name}:{field}_scales"] = copy_on_host(scales[blocks])
-            elif field.endswith("_scales") or field == factored.WIDTHS:
+        partitions.append(partition | ({"step": int(fields.pop("step"))} if "step" in fields else {}))
+        if factored.WIDTHS in fields:
+            for place in factored.places(fields.pop(factored.WIDTHS), pieces[key]):
+                parts |= {f"{place.piece.name}:{name}": fields[name][cut] for name, cut in place.of_fields.items()}
+            fields = {MASTER: state.master}
+        for field, value in fields.items():
+            has_codes, has_scales = f"{field}_scales" in fields, field.endswith("_scales")
+            name = f"{field}_codes" if has_codes else canonical.get(field, field)
+            if not (has_codes or has_scales or (value.numel() == state.numel and value.is_floating_point())):
+                parts[f"{index}:{field}"] = value
                 continue
-            elif value.numel() == state.numel and value.is_floating_point():
-                for piece in pieces[key]:
-                    cut = value.detach()[piece.offset : piece.offset + piece.length]
-                    tensors[f"{piece.name}:{canonical.get(field, field)}"] = copy_on_host(cut)
-            else:
-                tensors[f"{index}:{field}"] = copy_on_host(value.detach())
-        partitions.append(partition)
-    return tensors, {"partitions": json.dumps(partitions)}
-
-
-def _rows_of(piece: Piece, width: int) -> tuple[int, int]:
-    """The first row that a piece of a matrix touches, and the one behind its last."""
-    return piece.start // width, -(-(piece.start + piece.length) // width)
+            for piece, blocks in with_blocks(pieces[key]):
+                elements = slice(piece.offset, piece.offset + piece.length)
+                parts[f"{piece.name}:{name}"] = value[blocks if has_scales else elements]
+    return {name: copy_on_host(value) for name, value in parts.items()}, {"partitions": json.dumps(partitions)}
 
 
 def copy_on_host(value: torch.Tensor) -> torch.Tensor:
     """A copy that no later step changes."""
-    return value.to("cpu", copy=True)
+    return value.detach().to("cpu", copy=True)
 
 
 def _as_lists(pieces: list[Piece]) -> list[list[Any]]:
@@ -92,18 +85,19 @@ class StateFiles:
         self._files = [safe_open(path, framework="pt") for path in paths]
         self._names = [set(file.keys()) for file in self._files]
         self._partitions = [json.loads(file.metadata()["partitions"]) for file in self._files]
-        self._last_dequantized: tuple[tuple[str, int, int] | None, torch.Tensor] = (None, torch.empty(0))
+        # Pieces of one partition are read one after the other.
+        self._dequantized = functools.lru_cache(maxsize=1)(self._dequantize)
         self._sources: dict[str, list[tuple[int, int, Piece]]] = {}
         for file, partitions in enumerate(self._partitions):
             for index, partition in enumerate(partitions):
                 for piece in (Piece(*listed) for listed in partition["pieces"]):
                     self._sources.setdefault(piece.name, []).append((file, index, piece))
 
-    def read(self, key: PartitionKey, pieces: list[Piece], numel: int, coding: str | None = None) -> Fields | None:
+    def read(self, key: PartitionKey, pieces: list[Piece], numel: int, form: str | None = None) -> Fields | None:
         """The fields of one partition of `numel` elements; None where its parameters are not in the files.
 
         "master", and once the optimizer has stepped "step" with "exp_avg" and "exp_avg_sq", in fp32 and bit for bit as
-        written. With a `coding`, "lisa" or "bitsandbytes", 8-bit moments are given as codes and scales where possible:
+        written. With the `form` "lisa" or "bitsandbytes", 8-bit moments are given as codes and scales where possible:
         those of bitsandbytes only for the same partition. For "factored" moments are given as those are. They cannot be
         turned into others, or others into them: where they would have to be, there is a master alone.
         """
@@ -115,101 +109,73 @@ class StateFiles:
         step = steps.pop()
         if step is None:
             return fields
-        if coding == FACTORED or self._is_factored(key):
-            is_both = coding == FACTORED and self._is_factored(key)
-            return fields | ({"step": step, **self._factored(pieces)} if is_both else {})
-        fields["step"] = step
-        find_codes = {"lisa": self._codes, "bitsandbytes": self._codes_of_bitsandbytes}.get(coding or "")
-        codes = find_codes(key, pieces, numel) if find_codes else None
-        return fields | (codes or {moment: self._gather(moment, pieces, numel) for moment in MOMENTS})
+        file, *_ = self._sources[key[0]][0]
+        is_factored = f"{key[0]}:row_sq" in self._names[file]
+        if is_factored or form == FACTORED:
+            return fields | ({"step": step, **self._factored(pieces)} if is_factored and form == FACTORED else {})
+        codes = self._codes(pieces, numel) if form == "lisa" else None
+        if form == "bitsandbytes":
+            codes = self._codes_of_bitsandbytes(key, pieces, numel)
+        return fields | {"step": step} | (codes or {moment: self._gather(moment, pieces, numel) for moment in MOMENTS})
 
-    def _is_factored(self, key: PartitionKey) -> bool:
-        file, _, piece = self._sources[key[0]][0]
-        return f"{piece.name}:row_sq" in self._names[file]
-
-    def _factored(self, pieces: list[Piece]) -> Fields:
-        """Factored moments of the rows that the pieces touch; several files have the same of a row that was cut."""
-        widths, by_field = [], {name: [torch.zeros(0)] for name in factored.FIELDS}
-        for piece in pieces:
-            sources = [(self._files[file], source) for file, _, source in self._sources[piece.name]]
-            of_matrix = {name: sources[0][0].get_tensor(f"{piece.name}:{name}") for name in ("column_sq", "mean_sq")}
-            widths.append(of_matrix["column_sq"].numel())
-            first, last = _rows_of(piece, widths[-1])
-            rows = torch.full((last - first,), torch.nan)
-            for file, source in sources:
-                begin, end = _rows_of(source, widths[-1])
-                low, high = max(first, begin), min(last, end)
-                if low < high:
-                    rows[low - first : high - first] = file.get_slice(f"{piece.name}:row_sq")[
-                        low - begin : high - begin
-                    ]
-            assert not rows.isnan().any(), f"rows of {piece.name} are not in the files"
-            for name, value in {"row_sq": rows, **of_matrix}.items():
-                by_field[name].append(value)
-        return {factored.WIDTHS: tuple(widths)} | {name: torch.cat(values) for name, values in by_field.items()}
+    def _parts_of(self, piece: Piece) -> Iterator[tuple[int, int, Piece, int, int]]:
+        """Where a piece is in the files: file, partition, the piece there, and which elements of the parameter."""
+        for file, index, source in self._sources[piece.name]:
+            first = max(piece.start, source.start)
+            last = min(piece.start + piece.length, source.start + source.length)
+            if first < last:
+                yield file, index, source, first, last
 
     def _gather(self, field: str, pieces: list[Piece], numel: int) -> torch.Tensor:
         """A flat partition, put together from whichever files its pieces are in; padding is zero."""
         flat = torch.zeros(numel)
         for piece in pieces:
-            num_read = 0
-            for file, index, source in self._sources[piece.name]:
-                first = max(piece.start, source.start)
-                last = min(piece.start + piece.length, source.start + source.length)
-                if first < last:
-                    cut = self._cut(field, file, index, source, first - source.start, last - source.start)
-                    flat[piece.offset + first - piece.start : piece.offset + last - piece.start] = cut
-                    num_read += last - first
+            begins, num_read = piece.offset - piece.start, 0
+            for file, index, source, first, last in self._parts_of(piece):
+                flat[begins + first : begins + last] = self._cut(field, file, index, source, first, last)
+                num_read += last - first
             assert num_read == piece.length, f"{num_read} of {piece.length} elements of {piece.name} are in the files"
         return flat
 
     def _cut(self, field: str, file: int, index: int, source: Piece, first: int, last: int) -> torch.Tensor:
         name = f"{source.name}:{field}"
         if name in self._names[file]:
-            cut: torch.Tensor = self._files[file].get_slice(name)[first:last]
+            cut: torch.Tensor = self._files[file].get_slice(name)[first - source.start : last - source.start]
             return cut
         if f"{name}_codes" in self._names[file]:
-            return decode_moment(field, *self._coded(name, file, source, first, last), source.start + first)
-        return self._dequantized(field, file, index)[source.offset + first : source.offset + last]
+            return decode_moment(field, *self._coded(name, file, source, first, last), first)
+        begins = source.offset - source.start
+        return self._dequantized(field, file, index)[begins + first : begins + last]
 
-    def _dequantized(self, moment: str, file: int, index: int) -> torch.Tensor:
-        if self._last_dequantized[0] != (moment, file, index):  # pieces of one partition are read one after the other
-            get = self._files[file].get_tensor
-            parts = (get(f"{index}:{field}{MOMENTS[moment]}") for field in ("state", "absmax", "qmap"))
-            self._last_dequantized = ((moment, file, index), dequantize(*parts))
-        return self._last_dequantized[1]
+    def _dequantize(self, moment: str, file: int, index: int) -> torch.Tensor:
+        return dequantize(*(self._files[file].get_tensor(f"{index}:{field}") for field in BITSANDBYTES[moment]))
 
     def _coded(self, name: str, file: int, source: Piece, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes of elements [first, last) of a piece, and the scales of the blocks that they are in."""
+        """Codes of elements [first, last) of a parameter, and the scales of the blocks that they are in."""
         begins = source.start // BLOCK
-        blocks = slice((source.start + first) // BLOCK - begins, -(-(source.start + last) // BLOCK) - begins)
+        blocks = slice(first // BLOCK - begins, -(-last // BLOCK) - begins)
         get = self._files[file].get_slice
-        return get(f"{name}_codes")[first:last], get(f"{name}_scales")[blocks]
+        return get(f"{name}_codes")[first - source.start : last - source.start], get(f"{name}_scales")[blocks]
 
-    def _codes(self, key: PartitionKey, pieces: list[Piece], numel: int) -> Fields | None:
+    def _codes(self, pieces: list[Piece], numel: int) -> Fields | None:
         """Codes and scales of LisaAdamW; None where the files have none, or a block was cut and has two scales."""
         fields: dict[str, torch.Tensor] = {}
         for moment in MOMENTS:
-            codes, scales = torch.zeros(numel, dtype=torch.uint8), []
+            codes, scales = torch.zeros(numel, dtype=torch.uint8), [torch.zeros(0)]
             for piece in pieces:
-                piece_scales = torch.full((num_blocks(piece.start, piece.length),), torch.nan)
-                for file, _, source in self._sources[piece.name]:
-                    first = max(piece.start, source.start)
-                    last = min(piece.start + piece.length, source.start + source.length)
-                    if first >= last:
-                        continue
+                scales.append(torch.full((num_blocks(piece.start, piece.length),), torch.nan))
+                for file, _, source, first, last in self._parts_of(piece):
                     name = f"{source.name}:{moment}"
                     if f"{name}_codes" not in self._names[file]:
                         return None
-                    part, part_scales = self._coded(name, file, source, first - source.start, last - source.start)
+                    part, part_scales = self._coded(name, file, source, first, last)
                     codes[piece.offset + first - piece.start : piece.offset + last - piece.start] = part
                     begins = first // BLOCK - piece.start // BLOCK
-                    known = piece_scales[begins : begins + part_scales.numel()]
+                    known = scales[-1][begins : begins + part_scales.numel()]
                     if (~known.isnan() & (known != part_scales)).any():
                         return None
                     known.copy_(part_scales)
-                scales.append(piece_scales)
-            fields |= {moment: codes, f"{moment}_scales": torch.cat(scales) if scales else torch.zeros(0)}
+            fields |= {moment: codes, f"{moment}_scales": torch.cat(scales)}
         return fields
 
     def _codes_of_bitsandbytes(self, key: PartitionKey, pieces: list[Piece], numel: int) -> Fields | None:
@@ -217,8 +183,29 @@ class StateFiles:
         identity = {"names": list(key), "numel": numel, "pieces": _as_lists(pieces)}
         for file, partitions in enumerate(self._partitions):
             for index, partition in enumerate(partitions):
-                if all(partition[name] == value for name, value in identity.items()):
+                if identity.items() <= partition.items():
                     prefix = f"{index}:"
                     names = [name for name in self._names[file] if name.startswith(prefix)]
                     return {name.removeprefix(prefix): self._files[file].get_tensor(name) for name in names}
         return None
+
+    def _factored(self, pieces: list[Piece]) -> Fields:
+        """Factored moments of the rows that the pieces touch; several files have the same of a row that was cut."""
+        widths, by_field = [], {name: [torch.zeros(0)] for name in factored.FIELDS}
+        for piece in pieces:
+            file, *_ = self._sources[piece.name][0]
+            of_matrix = {
+                name: self._files[file].get_tensor(f"{piece.name}:{name}") for name in ("column_sq", "mean_sq")
+            }
+            width = of_matrix["column_sq"].numel()
+            widths.append(width)
+            begins = piece.start // width
+            rows = torch.full((num_rows(piece.start, piece.length, width),), torch.nan)
+            for file, _, source, first, last in self._parts_of(piece):
+                low, high, at = first // width, -(-last // width), source.start // width
+                part = self._files[file].get_slice(f"{piece.name}:row_sq")[low - at : high - at]
+                rows[low - begins : high - begins] = part
+            assert not rows.isnan().any(), f"rows of {piece.name} are not in the files"
+            for name, value in {"row_sq": rows, **of_matrix}.items():
+                by_field[name].append(value)
+        return {factored.WIDTHS: tuple(widths)} | {name: torch.cat(values) for name, values in by_field.items()}

@@ -1,29 +1,41 @@
 """Resume a LISA run from a checkpoint, on any world size and ZeRO stage; or start one from the weights in a folder.
 
 On the same number of ranks the run continues bit for bit. A file that is damaged is found before anything is changed.
+Of a checkpoint from elsewhere nothing is read outside its folder, and no pickle runs code.
 """
 
-from collections.abc import Iterator
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed as dist
+from transformers.trainer_pt_utils import safe_globals
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from lisa_dist.checkpoint.block_files import block_files, saved_blocks
 from lisa_dist.checkpoint.folders import checkpoints_by_age, remove_leftovers
 from lisa_dist.checkpoint.optimizer_states import MASTER, STATE_FILES, StateFiles, state_file
 from lisa_dist.checkpoint.save import ENGINE_COUNTERS
-from lisa_dist.checkpoint.trust import why_foreign, why_unlisted
-from lisa_dist.checkpoint.weights import has_weights, read_weights
+from lisa_dist.checkpoint.weights import block_files, has_weights, read_weights, saved_blocks, weight_files
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.groups import split_by_decay
 from lisa_dist.core.movement import MOVEMENT_FILE
-from lisa_dist.distributed.collectives import check_files, raise_shared, raise_together
-from lisa_dist.files import DamagedError
+from lisa_dist.distributed.collectives import check_files, my_share, raise_shared, raise_together
+from lisa_dist.files import DamagedError, find_foreign_name
 from lisa_dist.optim.states import PartitionKey
-from lisa_dist.run_folder import STATE_NAME, check_state
+from lisa_dist.run_folder import IDENTITY_NAME, STATE_NAME, check_state
 from lisa_dist.zero.partitions import ZeroPartitions
+
+# What the Trainer loads by `torch.load`; the schedule is loaded by us.
+_PICKLES = ("scheduler.pt", "scaler.pt", "rng_state*.pth")
+# What an export or a resume reads wherever it is there.
+_READ_WHERE_THERE = ("config.json", "trainer_state.json", IDENTITY_NAME, SAFE_WEIGHTS_INDEX_NAME, *_PICKLES)
+# What `torch.load(weights_only=True)` raises: the first for what it refuses, the others for bytes that it never wrote.
+_REFUSALS = (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError, TypeError)
+_WAY_OUT = "use a copy from whoever wrote it."
 
 
 def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -49,8 +61,12 @@ def load_checkpoint(lisa: LisaController, folder: str | Path, state: dict[str, A
     _load_states(lisa, partitions, folder, state, bool(changed_settings))
     # 5. What is counted along the run: loss scale, movement of weights, learning rates.
     partitions.load_counters(state["counters"])
-    _load_movement(lisa, folder, state, engine.global_steps, bool(changed_settings))
-    _load_learning_rates(engine.optimizer.param_groups, state["learning_rates"])
+    step = engine.global_steps
+    period_began = step if changed_settings else lisa.period * lisa.config.lisa_interval_steps
+    lisa.movement.load(folder / MOVEMENT_FILE if MOVEMENT_FILE in state["files"] else None, step, period_began)
+    rates = state["learning_rates"]
+    for group in engine.optimizer.param_groups:  # one that the saved run did not have gets the rate of the others
+        group |= rates.get(group["lisa_group"], next(iter(rates.values())))
     # 6. Blocks that do not change from here on need not be written again.
     files = block_files(engine.module, lisa.blocks)
     lisa.changes.begin(saved_blocks(folder, state["files"], files), engine.global_steps)
@@ -92,19 +108,6 @@ def _kept_partitions(lisa: LisaController) -> Iterator[tuple[str, PartitionKey, 
             yield f"{name}/{kind}", key, params
 
 
-def _load_movement(
-    lisa: LisaController, folder: Path, state: dict[str, Any], step: int, settings_changed: bool
-) -> None:
-    period_began = step if settings_changed else lisa.period * lisa.config.lisa_interval_steps
-    lisa.movement.load(folder / MOVEMENT_FILE if MOVEMENT_FILE in state["files"] else None, step, period_began)
-
-
-def _load_learning_rates(groups: list[dict[str, Any]], rates: dict[str, dict[str, float]]) -> None:
-    """Each group gets its saved rate; one that the saved run did not have gets the rate of the others."""
-    for group in groups:
-        group |= rates.get(group["lisa_group"], next(iter(rates.values())))
-
-
 def read_state(folder: Path) -> dict[str, Any]:
     """The checkpoint's `lisa_state.json`, after every file's sum was checked; all ranks call it.
 
@@ -118,10 +121,57 @@ def read_state(folder: Path) -> dict[str, Any]:
     except DamagedError as error:
         problems = [str(error).removesuffix(".")]
     raise_together(problems)
-    raise_shared(why_foreign(folder, state["files"]))
+    raise_shared(_why_foreign(folder, state["files"]))
     check_files(folder, state["files"])
-    raise_shared(why_unlisted(folder, state))
+    raise_shared(_why_unlisted(folder, state))
     return state
+
+
+def _why_foreign(folder: Path, names: Iterable[str]) -> str | None:
+    """What is wrong with a checkpoint whose files lead out of it, by a name or over a link; None for a good one."""
+    rule = f"the files of a checkpoint lie in its folder; {_WAY_OUT}"
+    if (foreign := find_foreign_name(names)) is not None:
+        return f"{folder / STATE_NAME} names the file {foreign!r}: {rule}"
+    home = os.path.realpath(folder)
+    for path in (folder / name for name in (STATE_NAME, *names)):
+        target = os.path.realpath(path)
+        if os.path.commonpath([home, target]) != home:
+            return f"{path} is a link to {target}: {rule}"
+    return None
+
+
+def _why_unlisted(folder: Path, state: dict[str, Any]) -> str | None:
+    """What is wrong with a checkpoint that has files without a sum which an export or a resume would read."""
+    unlisted = next((name for name in _names_to_read(folder, state) if name not in state["files"]), None)
+    if unlisted is None:
+        return None
+    return f"{folder / STATE_NAME} does not list {unlisted}: it has the sum of every file that is read; {_WAY_OUT}"
+
+
+def _names_to_read(folder: Path, state: dict[str, Any]) -> Iterator[str]:
+    for pattern in _READ_WHERE_THERE:
+        yield from (path.name for path in folder.glob(pattern))
+    yield from weight_files(folder)  # read only now that the index is known to be listed
+    yield from (state_file(rank, state["world_size"]) for rank in range(state["world_size"]))
+
+
+def check_pickles(folder: Path, names: Iterable[str]) -> None:
+    """Raise SharedError where one of the pickles that a resume loads is refused; all ranks call it, and share them.
+
+    `torch.load(weights_only=True)` runs no code. Its refusals come here in one line, and before weights are loaded.
+    """
+    problem = None
+    pickles = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in _PICKLES))
+    for name in my_share(pickles):
+        try:
+            with safe_globals():
+                torch.load(folder / name, map_location="cpu", weights_only=True)
+        except _REFUSALS as error:
+            problem = (
+                f"{folder / name} is not loaded ({type(error).__name__}): pickles of a checkpoint hold tensors and "
+                f"plain values, and nothing that could run; {_WAY_OUT}"
+            )
+    raise_shared(problem)
 
 
 def find_checkpoint(output_dir: str | Path) -> tuple[Path, dict[str, Any]] | None:

@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,18 @@ import deepspeed
 import torch
 from safetensors.torch import save_file
 from torch import distributed as dist
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from lisa_dist.checkpoint.block_files import assign, block_files, host_by_host, link_unchanged, write_index_of
 from lisa_dist.checkpoint.folders import drop_staging, make_staging, put_in_place
 from lisa_dist.checkpoint.optimizer_states import copy_on_host, state_file, states_on_host
-from lisa_dist.checkpoint.weights import write_configs
+from lisa_dist.checkpoint.weights import (
+    assign,
+    block_files,
+    host_by_host,
+    link_unchanged,
+    save_without_weights,
+    write_index,
+)
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.movement import MOVEMENT_FILE
 from lisa_dist.core.run_state import SavedBlocks
@@ -76,7 +84,8 @@ def save_checkpoint(
             if write_more is not None:
                 write_more(save.staging)
             elif writes:
-                write_configs(lisa.engine.module, save.staging)
+                model = lisa.engine.module
+                save_without_weights(lambda path: model.save_pretrained(path, state_dict={}), save.staging)
             if dist.get_rank() == 0:
                 lisa.movement.save(save.staging / MOVEMENT_FILE)
         # 2. The weights of blocks that have changed, gathered block by block under ZeRO-3, and links for the others.
@@ -89,7 +98,6 @@ def save_checkpoint(
             _running[lisa] = save
         else:
             save.complete()
-            lisa.changes.saved = save.saved
 
 
 def finish_save(lisa: LisaController) -> None:
@@ -99,9 +107,7 @@ def finish_save(lisa: LisaController) -> None:
     """
     save = _running.pop(lisa, None)
     if save is not None:
-        with save:
-            save.wait()
-            lisa.changes.saved = save.saved
+        save.wait()
 
 
 def end_save(lisa: LisaController) -> None:
@@ -114,60 +120,57 @@ def end_save(lisa: LisaController) -> None:
     if save is None:
         return
     try:
-        with save:
-            save.wait(_PATIENCE)
+        save.wait(_PATIENCE)
     except (SaveError, RuntimeError) as error:  # of a disk, or of another rank that is gone
         if dist.get_rank() == 0:
             print(f"lisa-dist: {error}", flush=True)
 
 
+@dataclass
 class _Save:
     """A checkpoint that is being written; where an error ends it nothing of it stays."""
 
-    saved: SavedBlocks  # once it is complete
+    lisa: LisaController
+    folder: Path
+    staging: Path
+    writes: bool
+    host_bytes: int
+    then: Callable[[], None] | None
+    _on_host: dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]] = field(default_factory=dict)
+    _written: list[str] = field(default_factory=list)
+    _group: dist.ProcessGroup | None = None  # of the thread that writes
+    _future: Future[None] | None = None
 
-    def __init__(
-        self,
-        lisa: LisaController,
-        folder: Path,
-        staging: Path,
-        writes: bool,
-        host_bytes: int,
-        then: Callable[[], None] | None,
-    ):
-        self.staging = staging
-        self._lisa, self._folder, self._writes, self._host_bytes, self._then = lisa, folder, writes, host_bytes, then
-        lisa.note_changes()
-        self._changed = lisa.changes.take(lisa.engine.global_steps)
-        self._on_host: dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]] = {}
-        self._written: list[str] = []
-        self._group: dist.ProcessGroup | None = None  # of the thread that writes
-        self._future: Future[None] | None = None
+    def __post_init__(self) -> None:
+        self.lisa.note_changes()
+        self._changed = self.lisa.changes.take(self.lisa.engine.global_steps)
 
     def __enter__(self) -> "_Save":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            self._lisa.changes.give_back(self._changed)
-            drop_staging(self.staging, self._writes)
+            self.lisa.changes.give_back(self._changed)
+            drop_staging(self.staging, self.writes)
 
     def link_and_copy_weights(self) -> None:
         """Link what has not changed, and copy what has: each file to the rank that writes it."""
-        engine, rank, linked = self._lisa.engine, dist.get_rank(), None
+        engine, rank, linked = self.lisa.engine, dist.get_rank(), None
         drop_prefetched(engine)
-        self._files = block_files(engine.module, self._lisa.blocks)
-        with together(self._folder):
-            if self._writes:
-                linked = link_unchanged(self._files, self._changed, self._lisa.changes.saved, self.staging)
-                write_index_of(self._files, self.staging)
+        self._files = block_files(engine.module, self.lisa.blocks)
+        with together(self.folder):
+            if self.writes:
+                linked = link_unchanged(self._files, self._changed, self.lisa.changes.saved, self.staging)
+                file_by_name = {name: file.name for file in self._files for name in file.tensors}
+                nbytes = sum(file.nbytes for file in self._files)
+                write_index(self.staging / SAFE_WEIGHTS_INDEX_NAME, file_by_name, nbytes)
         self._linked = next(found for found in gather(linked) if found is not None)
         files = [file for file in self._files if file.name not in self._linked]
         owners = assign(files, host_by_host(gather(host_name())))
         held = dict.fromkeys(owners.values(), 0)
         for file in files:
             owner = owners[file.name]
-            if held[owner] + file.nbytes > self._host_bytes:
+            if held[owner] + file.nbytes > self.host_bytes:
                 self._write_copies()
                 held = dict.fromkeys(held, 0)
             held[owner] += file.nbytes
@@ -179,24 +182,25 @@ class _Save:
     def copy_states(self) -> None:
         """Copy masters and moments, and note where the run is."""
         file = state_file(dist.get_rank(), dist.get_world_size())
-        self._on_host[file] = states_on_host(*self._lisa.saved_states())
-        self._state = _describe_run(self._lisa)
+        self._on_host[file] = states_on_host(*self.lisa.saved_states())
+        self._state = _describe_run(self.lisa)
         held = sum(copy.nbytes for copies, _ in self._on_host.values() for copy in copies.values())
-        if max(gather(held)) > self._host_bytes:
+        if max(gather(held)) > self.host_bytes:
             self._write_copies()
 
     def complete(self) -> None:
         """Write all that is on the host, and make a checkpoint of the folder."""
         self._write_copies()
         described = describe_files(self.staging, self._linked, self._written, self._group)
-        with together(self._folder, self._group):
-            if self._writes:
+        with together(self.folder, self._group):
+            if self.writes:
                 write_json(self.staging / STATE_NAME, self._state | {"files": described})
-                put_in_place(self.staging, self._folder)
+                put_in_place(self.staging, self.folder)
         of_blocks = {file.block: file.name for file in self._files}
-        self.saved = SavedBlocks(self._folder, of_blocks, {name: described[name] for name in of_blocks.values()})
-        if self._then is not None:
-            self._then()
+        saved = {name: described[name] for name in of_blocks.values()}
+        self.lisa.changes.saved = SavedBlocks(self.folder, of_blocks, saved)
+        if self.then is not None:
+            self.then()
 
     def complete_in_background(self) -> None:
         """`complete` in a thread beside the one that trains."""
@@ -208,13 +212,14 @@ class _Save:
     def wait(self, seconds: float | None = None) -> None:
         """Until it is complete; raises what `complete` has raised, SaveError after `seconds`."""
         assert self._future is not None
-        if not wait([self._future], seconds).done:
-            raise SaveError(f"{self.staging}: not complete after {seconds:.0f} s, and given up.")
-        self._future.result()
+        with self:
+            if not wait([self._future], seconds).done:
+                raise SaveError(f"{self.staging}: not complete after {seconds:.0f} s, and given up.")
+            self._future.result()
 
     def _write_copies(self) -> None:
         """Write this rank's copies, which are on the host no longer; every rank calls it."""
-        with together(self._folder, self._group):
+        with together(self.folder, self._group):
             for name, (tensors, about) in self._on_host.items():
                 save_file(tensors, self.staging / name, metadata=about)
                 self._written.append(name)

@@ -1,27 +1,32 @@
 """The model's weights to files and back, one block at a time, so that ZeRO-3 never gathers a whole model anywhere.
 
-The files are those of `save_pretrained`: `model.safetensors`, or shards with an index; `from_pretrained` loads them.
-The rank that writes needs memory for one shard of at most `max_shard_size` bytes on top of its own share of the model.
+`from_pretrained` loads them all. A model that is saved has the files of `save_pretrained`: `model.safetensors`, or
+shards with an index. A checkpoint has a file for each block, under the model's own names, and an index; one that has
+not changed is linked to the last checkpoint's.
 """
 
+import contextlib
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import transformers
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import distributed as dist
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from lisa_dist.checkpoint.optimizer_states import copy_on_host
 from lisa_dist.core.blocks import Blocks
+from lisa_dist.core.run_state import SavedBlocks
 from lisa_dist.distributed.collectives import together
 from lisa_dist.errors import UserError
 from lisa_dist.files import find_foreign_name, replacing, set_mode_by_umask
@@ -41,51 +46,42 @@ def write_weights(
     folder: Path,
     writes: bool,
     max_shard_size: int = MAX_SHARD_SIZE,
-    original_names: bool = False,
-    reported_folder: Path | None = None,
 ) -> None:
     """Write every weight and persistent buffer into `folder`; all ranks call it, those with `writes` write.
 
-    The names are the model's own, for `read_weights`, or those of the files on the hub (`original_names`), where
-    transformers loads a model under other names, as it does with fused experts. `reported_folder` is what errors name
-    where `folder` is a staging folder. Raises SaveError on all ranks when one cannot write.
+    The names are those of the files on the hub: transformers loads some models under others, as with fused experts.
+    A rank that writes needs memory for a shard of `max_shard_size` bytes. Raises SaveError on all when one cannot.
     """
-    model, reported_folder = engine.module, reported_folder or folder
+    model = engine.module
     drop_prefetched(engine)
     shards = list(_fill_shards(model, blocks, max_shard_size))
     names = [SAFE_WEIGHTS_NAME]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    with together(reported_folder):
+    with together(folder):
         if writes:  # an index of earlier shards must not stay next to new ones
             (folder / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
-    nbytes_by_name: dict[str, int] = {}
-    file_by_name: dict[str, str] = {}
+    file_by_name, nbytes = dict[str, str](), 0
     for file_name, parts in zip(names, shards, strict=True):
         shard: dict[str, torch.Tensor] = {}
         for tensors in parts:
             with deepspeed.zero.GatheredParameters(list(tensors.values())):
                 if writes:
-                    part = {name: whole_weights(value).cpu().clone() for name, value in tensors.items()}
-                    shard |= _rename(model, part) if original_names else part
-        with together(reported_folder):
+                    part = {name: copy_on_host(whole_weights(value)) for name, value in tensors.items()}
+                    shard |= rename(model, part)
+        with together(folder):
             if writes:
                 with replacing(folder / file_name) as path:
                     save_file(shard, path, metadata={"format": "pt"})
         file_by_name |= dict.fromkeys(shard, file_name)
-        nbytes_by_name |= {name: value.nbytes for name, value in shard.items()}
-    with together(reported_folder):
+        nbytes += sum(value.nbytes for value in shard.values())
+    with together(folder):
         if writes:
             if len(shards) > 1:
                 with replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as path:
-                    write_index(path, file_by_name, sum(nbytes_by_name.values()))
+                    write_index(path, file_by_name, nbytes)
                 names = [*names, SAFE_WEIGHTS_INDEX_NAME]
             _remove_weights(folder, except_names=names)  # those of an earlier save
-
-
-def write_configs(model: PreTrainedModel, folder: Path) -> None:
-    """Write all of `save_pretrained` but the weights; on one rank."""
-    save_without_weights(lambda path: model.save_pretrained(path, state_dict={}), folder)
 
 
 def save_without_weights(save: Callable[[str], None], folder: Path) -> None:
@@ -118,7 +114,7 @@ def read_weights(engine: deepspeed.DeepSpeedEngine, blocks: Blocks, folder: Path
     model = engine.module
     drop_prefetched(engine)
     file_by_name = _open_weights(folder)
-    parts = _parts(model, blocks)
+    parts = [tensors for _, tensors in named_parts(model, blocks)]
     expected = {name: value for part in parts for name, value in part.items()}
     _check_same_model(model, expected, file_by_name, folder, same_dtype)
     for tensors in parts:
@@ -130,28 +126,6 @@ def read_weights(engine: deepspeed.DeepSpeedEngine, blocks: Blocks, folder: Path
                 elif dist.get_rank() == 0 or not is_partitioned(value):
                     value.copy_(file_by_name[name].get_tensor(name))
     dist.barrier()  # one rank of a host has written the originals of frozen layers, and the others read them
-
-
-def export_weights(folder: Path, out: Path) -> None:
-    """Copy a checkpoint's weights, file by file, under the names of the files on the hub; needs no ranks and no GPU."""
-    architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ["none"]
-    model_class: Any = getattr(transformers, architectures[0], None)
-    is_of_transformers = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
-    model = None
-    if is_of_transformers:  # else its code came with the model, and so did its names
-        with torch.device("meta"):
-            model = model_class(model_class.config_class.from_pretrained(folder))
-    nbytes_by_name: dict[str, int] = {}
-    file_by_name: dict[str, str] = {}
-    for file_name in weight_files(folder):
-        tensors = load_file(folder / file_name)
-        tensors = tensors if model is None else _rename(model, tensors)
-        (out / file_name).parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, out / file_name, metadata={"format": "pt"})
-        file_by_name |= dict.fromkeys(tensors, file_name)
-        nbytes_by_name |= {name: value.nbytes for name, value in tensors.items()}
-    if len(set(file_by_name.values())) > 1:
-        write_index(out / SAFE_WEIGHTS_INDEX_NAME, file_by_name, sum(nbytes_by_name.values()))
 
 
 def write_index(path: Path, file_by_name: dict[str, str], nbytes: int) -> None:
@@ -172,18 +146,14 @@ def named_parts(model: torch.nn.Module, blocks: Blocks) -> list[tuple[str, dict[
     return [*parts, (BUFFERS, {name: value for name, value in model.named_buffers() if name in saved})]
 
 
-def _parts(model: torch.nn.Module, blocks: Blocks) -> list[dict[str, torch.Tensor]]:
-    return [tensors for _, tensors in named_parts(model, blocks)]
-
-
 def _fill_shards(
     model: torch.nn.Module, blocks: Blocks, max_shard_size: int
 ) -> Iterator[list[dict[str, torch.Tensor]]]:
     """The parts in order, as many to a shard as fit."""
     shard: list[dict[str, torch.Tensor]] = []
     filled = 0
-    for tensors in _parts(model, blocks):
-        size = sum(parameter_numel(value) * value.element_size() for value in tensors.values())
+    for _, tensors in named_parts(model, blocks):
+        size = _nbytes(tensors)
         if shard and filled + size > max_shard_size:
             yield shard
             shard, filled = [], 0
@@ -192,7 +162,7 @@ def _fill_shards(
     yield shard
 
 
-def _rename(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def rename(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Whole blocks under the names, and in the shapes, of the files on the hub.
 
     Those of a model's conversions count that it was loaded by: under ZeRO-3 transformers keeps all that it knows, and
@@ -232,9 +202,6 @@ def _check_same_model(
     folder: Path,
     same_dtype: bool,
 ) -> None:
-    missing = [name for name in expected if name not in file_by_name]
-    # A tied matrix may be in the files under its second name too.
-    unknown = [name for name in file_by_name if name not in expected and name not in model.state_dict()]
     other = []
     for name in expected.keys() & file_by_name.keys():
         saved, value = file_by_name[name].get_slice(name), expected[name]
@@ -243,14 +210,90 @@ def _check_same_model(
             dtype = _DTYPE_NAMES.get(saved.get_dtype(), dtype)
         if (tuple(shape), dtype) != (parameter_shape(value), value.dtype):
             other.append(f"{name} is {dtype} {shape}, not {value.dtype} {list(parameter_shape(value))}")
-    if not (missing or unknown or other):
-        return
-    differences = [f"{len(names)} {what}, such as {sorted(names)[0]}" for names, what in (
-        (missing, "parameters of the model are not in it"),
-        (unknown, "of its tensors are not in the model"),
-        (other, "have another shape or precision"),
-    ) if names]  # fmt: skip
-    raise UserError(
-        f"{folder} is of another model than {type(model).__name__}: {'; '.join(differences)}. A new run begins from "
-        "any model that is given as --model_name_or_path."
-    )
+    known = expected.keys() | model.state_dict().keys()  # a tied matrix may be in the files under its second name too
+    differences = {
+        "parameters of the model are not in it": expected.keys() - file_by_name.keys(),
+        "of its tensors are not in the model": file_by_name.keys() - known,
+        "have another shape or precision": other,
+    }
+    said = "; ".join(f"{len(names)} {what}, such as {min(names)}" for what, names in differences.items() if names)
+    if said:
+        raise UserError(
+            f"{folder} is of another model than {type(model).__name__}: {said}. A new run begins from any model that "
+            "is given as --model_name_or_path."
+        )
+
+
+@dataclass(frozen=True)
+class BlockFile:
+    """A file of weights: its name, the block that it is of, and the tensors by their names; `nbytes` of all of them."""
+
+    name: str
+    block: str
+    tensors: dict[str, torch.Tensor]
+    nbytes: int
+
+
+def block_files(model: torch.nn.Module, blocks: Blocks) -> list[BlockFile]:
+    """The files of a model, in the order of its blocks; persistent buffers are one more."""
+    parts = [(block, tensors) for block, tensors in named_parts(model, blocks) if tensors]
+    return [
+        BlockFile(f"model-{number:05d}-of-{len(parts):05d}.safetensors", block, tensors, _nbytes(tensors))
+        for number, (block, tensors) in enumerate(parts, start=1)
+    ]
+
+
+def saved_blocks(folder: Path, described: Mapping[str, dict[str, Any]], files: Sequence[BlockFile]) -> SavedBlocks:
+    """Which of the files a checkpoint has, by its index: each has the tensors of one block, and no others."""
+    path = folder / SAFE_WEIGHTS_INDEX_NAME
+    places = json.loads(path.read_text(encoding="utf-8"))["weight_map"].items() if path.is_file() else ()
+    found = {
+        file.block: file.name
+        for file in files
+        if {name for name, place in places if place == file.name} == file.tensors.keys()
+    }
+    return SavedBlocks(folder, found, {name: described[name] for name in found.values()})
+
+
+def link_unchanged(
+    files: Sequence[BlockFile], changed: set[str], saved: SavedBlocks | None, staging: Path
+) -> dict[str, dict[str, Any]]:
+    """Link what has not changed since the last checkpoint beside this one; size and sum of each file, by its name.
+
+    What the file system cannot link is left out, and written anew; so is a file that is not as large as it was, and
+    that of the buffers, which forward passes change.
+    """
+    if saved is None or saved.folder.resolve().parent != staging.resolve().parent:
+        return {}
+    linked = {}
+    for file in files:
+        if file.block in (*changed, BUFFERS) or saved.files.get(file.block) != file.name:
+            continue
+        path, about = saved.folder / file.name, saved.described[file.name]
+        if not path.is_file() or path.stat().st_size != about["bytes"]:
+            continue
+        with contextlib.suppress(OSError):  # of another kind on each file system that has no hard links, or no more
+            os.link(path, staging / file.name, follow_symlinks=False)
+            linked[file.name] = about
+    return linked
+
+
+def assign(files: Sequence[BlockFile], order: Sequence[int]) -> dict[str, int]:
+    """Which rank writes which file: the largest first, each to the rank that has least, by `order` where several do."""
+    held = dict.fromkeys(order, 0)
+    owners = {}
+    for file in sorted(files, key=lambda file: -file.nbytes):
+        owner = min(held, key=lambda rank: held[rank])
+        owners[file.name] = owner
+        held[owner] += file.nbytes
+    return owners
+
+
+def host_by_host(hosts: Sequence[str]) -> list[int]:
+    """The ranks, of which the hosts are given, in an order in which every host comes by before one comes again."""
+    before = [hosts[:rank].count(host) for rank, host in enumerate(hosts)]
+    return sorted(range(len(hosts)), key=lambda rank: (before[rank], rank))
+
+
+def _nbytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(parameter_numel(value) * value.element_size() for value in tensors.values())

@@ -150,7 +150,7 @@ class LisaController:
         self.active = self._agree(self.active)
         if self.selection.sampled or self.config.by_module:
             self._activate()
-            self.partitions.wait_for_device()
+            get_accelerator().synchronize()
             self._repartition({})
         else:
             self.partitions.apply_overrides(self.host_states.copies)
@@ -225,7 +225,7 @@ class LisaController:
         self.period = period
         self.active = self._agree(self.selection.sample(period))
         self._activate()
-        self.partitions.wait_for_device()  # here, so that copies to the host overlap the next step
+        get_accelerator().synchronize()  # here, so that copies to the host overlap the next step
         states = self.partitions.states()
         next_keys = self.selection.names_of(self.selection.params_of_groups(self.active))
         self._keep_on_host(states, next_keys)
@@ -364,7 +364,7 @@ class LisaController:
         self._activate()
         if self.is_attached:
             self._nonfinite.resume()
-            self.partitions.wait_for_device()
+            get_accelerator().synchronize()
             self._repartition({})
             self._verify()
             self._inactive_weights.remember(self.selection.inactive(active))

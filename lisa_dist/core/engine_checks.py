@@ -10,6 +10,7 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.ds_config import check_ds_config, keep_no_master, offload_by_block, uses_optimizer_offload
 from lisa_dist.errors import UserError
+from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.optim.build import check_optim
 from lisa_dist.optim.states import PartitionKey
 from lisa_dist.zero.parameters import is_in_an_engine, original_of
@@ -108,7 +109,7 @@ def check_engine(partitions: ZeroPartitions, config: LisaConfig, expected_keys: 
 def _check_masters(partitions: ZeroPartitions, config: LisaConfig) -> None:
     keys = "bf16_master_weights_and_grads and bf16_optimizer_states in the bf16 section of the DeepSpeed config"
     without_masters = config.lisa_master == "bf16_sr"
-    if without_masters and not (partitions.keeps_no_masters and partitions.coding == "lisa"):
+    if without_masters and not (partitions.keeps_no_masters and isinstance(partitions.optimizer, LisaAdamW)):
         raise UserError(
             f"--lisa_master bf16_sr: the engine was built with masters, or with another optimizer; set {keys}, and "
             'take build_optimizer(..., "lisa_adamw"), as lisa_dist.initialize does.'

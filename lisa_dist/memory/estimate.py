@@ -22,6 +22,9 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import FACTORED
 from lisa_dist.core.frozen_layers import held_bytes
 from lisa_dist.core.selection import sampled_blocks
+from lisa_dist.kernels.adamw import chunk_bytes
+from lisa_dist.kernels.dynamic_code import table_bytes
+from lisa_dist.kernels.factored import factored_chunk_bytes, num_rows
 from lisa_dist.memory.gradient_peak import (
     Peak,
     backward_peak,
@@ -40,7 +43,6 @@ from lisa_dist.memory.states import group_state_bytes, steps_weights
 from lisa_dist.memory.trace import Arrival, FakeRun, FakeRuns, StepTrace
 from lisa_dist.memory.workload import Group, StageSettings, Trained, Workload, widest_periods
 from lisa_dist.optim.build import BITSANDBYTES_ADAMW, LISA_ADAMW
-from lisa_dist.optim.ops import chunk_bytes, factored_chunk_bytes, num_rows, table_bytes
 from lisa_dist.optim.row_gradient import slab_numel
 from lisa_dist.optim.states import pinned_block
 from lisa_dist.zero.layout import partition_numel, pieces_of_group, share_numel

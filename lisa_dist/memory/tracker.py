@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lisa_dist.optim.ops import OPERATORS
-
 
 class AllocationTracker(TorchDispatchMode):
     """While it is entered, the bytes of all storages that operators allocate and that are not freed, and their peak.
@@ -55,12 +53,7 @@ class AllocationTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operator and count what it allocates; of our own operators also what they allocate inside."""
-        code = OPERATORS.get(function)
-        if code is not None:
-            with self:
-                code(*args, **(kwargs or {}))
-            return None
+        """Run the operator and count what it allocates."""
         result = function(*args, **(kwargs or {}))
         results = result if isinstance(result, tuple | list) else (result,)
         self.add(tensor for tensor in results if isinstance(tensor, torch.Tensor))

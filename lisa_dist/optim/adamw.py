@@ -13,37 +13,23 @@ import copy
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim.optimizer import ParamsT
 
 from lisa_dist.config_rules import FACTORED, StateBits
+from lisa_dist.kernels.adamw import StepNumbers, StepTensors, check_tensors, chunks
+from lisa_dist.kernels.dynamic_code import BLOCK, dequantize, num_blocks, quantize
+from lisa_dist.kernels.factored import FactoredNumbers, FactoredTensors, check_factored
 from lisa_dist.optim import factored
-from lisa_dist.optim.factored import Matrix, Place
-from lisa_dist.optim.ops import (
-    BLOCK,
-    FactoredNumbers,
-    FactoredTensors,
-    StepNumbers,
-    StepTensors,
-    adamw_step,
-    check_factored,
-    check_tensors,
-    chunks,
-    dequantize,
-    factored_step,
-    num_blocks,
-    quantize,
-)
-from lisa_dist.optim.row_gradient import RowGradient, adamw_slabs, factored_slabs
+from lisa_dist.optim.factored import Matrix
+from lisa_dist.optim.ops import adamw_step, factored_step
+from lisa_dist.optim.row_gradient import RowGradient, in_slabs
 from lisa_dist.optim.states import Fields, Piece
 
-__all__ = ["BLOCK", "LisaAdamW", "PartitionStep", "decode_moment", "in_chunks", "num_blocks", "with_blocks"]
-
-# A moment, and whether it has a sign.
-SIGNED = {"exp_avg": True, "exp_avg_sq": False}
+MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # AdamW's, and whether each has a sign
 
 
 @dataclass
@@ -145,39 +131,38 @@ class LisaAdamW(torch.optim.Optimizer):
 
     def restore(self, group: dict[str, Any], parameter: torch.Tensor, pieces: Sequence[Piece], fields: Fields) -> None:
         """Give a parameter saved moments: "step", and each moment in fp32, as codes with their scales, or factored."""
-        if group["lisa_state_bits"] == FACTORED:
-            if pieces:
-                moments = {name: fields[name].to(parameter.device, copy=True) for name in factored.FIELDS}
-                self.state[parameter] = {"step": fields["step"], factored.WIDTHS: fields[factored.WIDTHS], **moments}
+        if not pieces:
             return
-        state = self._new_state(group, parameter, pieces)
+        if group["lisa_state_bits"] == FACTORED:
+            moments = {name: fields[name].to(parameter.device, copy=True) for name in factored.FIELDS}
+            self.state[parameter] = {"step": fields["step"], factored.WIDTHS: fields[factored.WIDTHS], **moments}
+            return
+        self.state[parameter] = state = self._new_state(group, parameter, PartitionStep(pieces, []))
         state["step"] = fields["step"]
-        for name, signed in SIGNED.items():
-            coded, wants_codes = f"{name}_scales" in fields, f"{name}_scales" in state
-            if coded and wants_codes:
-                state[f"{name}_scales"].copy_(fields[f"{name}_scales"])
-            if coded == wants_codes:
-                state[name].copy_(fields[name])
+        for name, signed in MOMENTS.items():
+            scales = f"{name}_scales"
+            if (scales in fields) == (scales in state):
+                for field in {name, scales} & state.keys():
+                    state[field].copy_(fields[field])
                 continue
             for element, cut, blocks in in_chunks(pieces):
                 saved = fields[name][cut].to(parameter.device)
-                if wants_codes:
-                    state[name][cut], state[f"{name}_scales"][blocks] = quantize(saved, signed, element)
+                if scales in state:
+                    state[name][cut], state[scales][blocks] = quantize(saved, signed, element)
                 else:
-                    scales = fields[f"{name}_scales"][blocks].to(parameter.device)
-                    state[name][cut] = dequantize(saved, scales, signed, element)
-        if pieces:
-            self.state[parameter] = state
+                    state[name][cut] = dequantize(saved, fields[scales][blocks].to(parameter.device), signed, element)
 
-    def _new_state(self, group: dict[str, Any], parameter: torch.Tensor, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def _new_state(self, group: dict[str, Any], parameter: torch.Tensor, partition: PartitionStep) -> dict[str, Any]:
+        if group["lisa_state_bits"] == FACTORED:
+            return factored.new_state(partition.matrices, partition.pieces, parameter.device)
         state: dict[str, Any] = {"step": 0}
-        total = sum(num_blocks(piece.start, piece.length) for piece in pieces)
+        blocks = sum(num_blocks(piece.start, piece.length) for piece in partition.pieces)
         numel, device = parameter.numel(), parameter.device
-        for name, signed in SIGNED.items():
+        for name, signed in MOMENTS.items():
             if group["lisa_state_bits"] == 8:
                 zero = quantize(torch.zeros(1), signed)[0].item()
                 state[name] = torch.full((numel,), zero, dtype=torch.uint8, device=device)
-                state[f"{name}_scales"] = torch.zeros(total, dtype=torch.float32, device=device)
+                state[f"{name}_scales"] = torch.zeros(blocks, dtype=torch.float32, device=device)
             else:
                 state[name] = torch.zeros(numel, dtype=torch.float32, device=device)
         return state
@@ -213,90 +198,44 @@ class LisaAdamW(torch.optim.Optimizer):
         of = f"LisaAdamW, {', '.join(piece.name for piece in pieces)}"
         if flat.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"{of}: expected it in torch.float32 or torch.bfloat16, got {flat.dtype}.")
-        state = self.state.get(parameter)
-        if is_factored:
-            state = state or factored.new_state(partition.matrices, pieces, parameter.device)
-            matrices = self._check_factored(flat, partition, state)
-            return functools.partial(self._step_factored, group, parameter, partition, state, matrices)
-        state = state or self._new_state(group, parameter, pieces)
-        for name in SIGNED:
+        state = self.state.get(parameter) or self._new_state(group, parameter, partition)
+        for name in MOMENTS if not is_factored else ():
             if state[name].numel() != flat.numel():
                 raise ValueError(
                     f"{of}: expected {flat.numel()} elements of {name}, as the partition has, got "
                     f"{state[name].numel()}: the state is of another partition."
                 )
-        found = []
-        for piece, blocks in with_blocks(pieces):
-            tensors = StepTensors(
-                **_weights_and_gradient(flat, partition, piece),
-                **{name: state[name][_elements(piece)] for name in SIGNED},
-                **{f"{name}_scales": state[f"{name}_scales"][blocks] for name in SIGNED if f"{name}_scales" in state},
-            )
-            check_tensors(tensors, piece.start, f"LisaAdamW, {piece.name}")
-            found.append((piece, tensors))
-        return functools.partial(self._step_adamw, group, parameter, partition, state, found)
+        tensors = _factored_tensors(flat, partition, state) if is_factored else _adamw_tensors(flat, partition, state)
+        return functools.partial(self._run, group, parameter, partition, state, tensors)
 
-    def _step_adamw(
+    def _run(
         self,
         group: dict[str, Any],
         parameter: torch.Tensor,
         partition: PartitionStep,
         state: dict[str, Any],
-        pieces: Sequence[tuple[Piece, StepTensors]],
+        tensors: Sequence[Any],
     ) -> None:
-        self.state[parameter] = state
+        """Step a partition; `tensors` are those that the kernels take, of each of its pieces."""
         state["step"] += 1
-        beta1, beta2 = group["betas"]
-        for piece, tensors in pieces:
-            numbers = StepNumbers(
-                beta1=beta1, beta2=beta2, step=state["step"], **self._numbers_of(group, partition, piece)
-            )
-            for part, element in adamw_slabs(tensors, piece.start):
-                adamw_step(part, replace(numbers, element=element))
-
-    def _check_factored(
-        self, flat: torch.Tensor, partition: PartitionStep, state: dict[str, Any]
-    ) -> list[tuple[Place, FactoredTensors]]:
-        found = []
-        for place in factored.places(state[factored.WIDTHS], partition.pieces):
-            tensors = FactoredTensors(
-                **_weights_and_gradient(flat, partition, place.piece),
-                row_roots=state["row_sq"][place.rows],  # of the same sizes; the roots come with the new moments
-                column_roots=state["column_sq"][place.columns],
-            )
-            check_factored(tensors, place.piece.start, f"LisaAdamW, {place.piece.name}")
-            found.append((place, tensors))
-        return found
-
-    def _step_factored(
-        self,
-        group: dict[str, Any],
-        parameter: torch.Tensor,
-        partition: PartitionStep,
-        state: dict[str, Any],
-        pieces: Sequence[tuple[Place, FactoredTensors]],
-    ) -> None:
-        state["step"] += 1
-        if pieces:
+        if partition.pieces:
             self.state[parameter] = state
-        _, beta2 = group["betas"]
-        factored.update_moments(partition.matrices, pieces, state, beta2, partition.add_up, parameter.device)
-        for place, tensors in pieces:
-            numbers = FactoredNumbers(**self._numbers_of(group, partition, place.piece))
-            for part, element in factored_slabs(tensors, place.piece.start, place.width):
-                factored_step(part, replace(numbers, element=element))
-
-    def _numbers_of(self, group: dict[str, Any], partition: PartitionStep, piece: Piece) -> dict[str, Any]:
-        """What the kernels take of numbers, whatever the moments are."""
-        return {
-            "lr": float(group["lr"]),
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
-            "element": piece.start,
-            "seed": self.seed,
-            "parameter": _number_of(piece.name),
-            "draw": partition.draw,
-        }
+        beta1, beta2 = group["betas"]
+        kind: Any
+        step: Any
+        numbers = {"lr": float(group["lr"]), "eps": group["eps"], "weight_decay": group["weight_decay"]}
+        numbers |= {"seed": self.seed, "draw": partition.draw}
+        if group["lisa_state_bits"] == FACTORED:
+            factored.update_moments(
+                partition.matrices, partition.pieces, tensors, state, beta2, partition.add_up, parameter.device
+            )
+            kind, step = FactoredNumbers, factored_step
+        else:
+            kind, step = StepNumbers, adamw_step
+            numbers |= {"beta1": beta1, "beta2": beta2, "step": state["step"]}
+        for piece, of_piece in zip(partition.pieces, tensors, strict=True):
+            for part, element in in_slabs(of_piece, piece.start):
+                step(part, kind(element=element, parameter=_number_of(piece.name), **numbers))
 
 
 def _elements(piece: Piece) -> slice:
@@ -304,8 +243,30 @@ def _elements(piece: Piece) -> slice:
     return slice(piece.offset, piece.offset + piece.length)
 
 
+def _adamw_tensors(flat: torch.Tensor, partition: PartitionStep, state: dict[str, Any]) -> list[StepTensors]:
+    """What the kernel takes of each piece; `flat` is the partition."""
+    found = []
+    for piece, blocks in with_blocks(partition.pieces):
+        cuts = dict.fromkeys(MOMENTS, _elements(piece)) | {f"{name}_scales": blocks for name in MOMENTS}
+        moments = {name: state[name][cut] for name, cut in cuts.items() if name in state}
+        found.append(StepTensors(**_weights_and_gradient(flat, partition, piece), **moments))
+        check_tensors(found[-1], piece.start, f"LisaAdamW, {piece.name}")
+    return found
+
+
+def _factored_tensors(flat: torch.Tensor, partition: PartitionStep, state: dict[str, Any]) -> list[FactoredTensors]:
+    """The same where moments are factored."""
+    found = []
+    for place in factored.places(state[factored.WIDTHS], partition.pieces):
+        # Moments in the places of the roots, of the same sizes, which come with the new moments.
+        roots = {"row_roots": state["row_sq"][place.rows], "column_roots": state["column_sq"][place.columns]}
+        found.append(FactoredTensors(**_weights_and_gradient(flat, partition, place.piece), **roots))
+        check_factored(found[-1], place.piece.start, f"LisaAdamW, {place.piece.name}")
+    return found
+
+
 def _weights_and_gradient(flat: torch.Tensor, partition: PartitionStep, piece: Piece) -> dict[str, Any]:
-    """What the kernels take of a piece beside its moments; `flat` is the partition."""
+    """What the kernels take of a piece beside its moments."""
     cut = _elements(piece)
     weight = flat if partition.weight is None else partition.weight
     return {
@@ -318,7 +279,7 @@ def _weights_and_gradient(flat: torch.Tensor, partition: PartitionStep, piece: P
 
 def decode_moment(name: str, codes: torch.Tensor, scales: torch.Tensor, start: int) -> torch.Tensor:
     """The fp32 moment `name` that codes and scales of elements from `start` of a parameter stand for."""
-    return dequantize(codes, scales, SIGNED[name], start)
+    return dequantize(codes, scales, MOMENTS[name], start)
 
 
 def with_blocks(pieces: Sequence[Piece]) -> list[tuple[Piece, slice]]:

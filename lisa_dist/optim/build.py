@@ -1,13 +1,13 @@
 """The optimizer over flat partitions, as `--optim` names it, and what each one cannot do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.config_rules import FACTORED
+from lisa_dist.config_rules import FACTORED, StateBits
 from lisa_dist.errors import UserError
 from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.optim.ops import choose_kernels
@@ -46,13 +46,24 @@ def check_optim(optim: str, offload: bool, config: LisaConfig | None = None, hal
         if offload:
             raise UserError(f"{flag} with offload_optimizer: what steps on the host is an fp32 master; leave one out.")
     if optim == LISA_ADAMW and not offload:
-        _check_kernels(on_host=bool(offloaded))
+        # At the start, and not in the first step: those that were forced where they cannot run.
+        for device in {get_accelerator().device_name()} | ({"cpu"} if offloaded else set()):
+            choose_kernels(device)
     for block in offloaded:
         if state_bits.get(block, default_state_bits(optim)) == 8:
             raise UserError(
                 f"--optim {optim} with --lisa_offload {config.lisa_offload}: states on the host have 32 bits; give "
                 f"--lisa_state_bits {block}=32, or use --optim adamw_torch_fused."
             )
+    _check_bits(optim, offload, state_bits)
+    if offload and optim in BITSANDBYTES_ADAMW:
+        raise UserError(
+            f"--optim {optim} with offload_optimizer: DeepSpeed steps offloaded states on the host with its own AdamW; "
+            "use --optim adamw_torch, or a DeepSpeed config without offload_optimizer."
+        )
+
+
+def _check_bits(optim: str, offload: bool, state_bits: Mapping[str, StateBits]) -> None:
     fewer = [f"{block}={bits}" for block, bits in state_bits.items() if bits != 32]
     if offload and fewer:
         raise UserError(
@@ -64,17 +75,6 @@ def check_optim(optim: str, offload: bool, config: LisaConfig | None = None, hal
         raise UserError(
             f"--lisa_state_bits {listed} with --optim {optim}: only --optim lisa_adamw has factored moments."
         )
-    if offload and optim in BITSANDBYTES_ADAMW:
-        raise UserError(
-            f"--optim {optim} with offload_optimizer: DeepSpeed steps offloaded states on the host with its own AdamW; "
-            "use --optim adamw_torch, or a DeepSpeed config without offload_optimizer."
-        )
-
-
-def _check_kernels(on_host: bool) -> None:
-    """Raise ValueError at the start, and not in the first step, for kernels that were forced where they cannot run."""
-    for device in {get_accelerator().device_name()} | ({"cpu"} if on_host else set()):
-        choose_kernels(device)
 
 
 def build_optimizer(
@@ -94,20 +94,17 @@ def build_optimizer(
     """
     check_optim(optim, offload)
     optim = getattr(optim, "value", optim)
-    bits = [group.get("lisa_state_bits") for group in param_groups]
-    if offload and {8, FACTORED} & set(bits):
-        raise UserError("moments of 8 bits, or factored, with offload: DeepSpeed's AdamW on the host keeps 32 bits.")
-    if FACTORED in bits and optim != LISA_ADAMW:
-        raise UserError(f"factored moments with {optim}: only lisa_adamw has them.")
+    with_bits = [group for group in param_groups if "lisa_state_bits" in group]
+    bits = {group.get("lisa_group", "").partition("/")[0]: group["lisa_state_bits"] for group in with_bits}
+    _check_bits(optim, offload, bits)
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(param_groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)
         return optimizer
     if optim == LISA_ADAMW:
-        _check_kernels(on_host=any(group.get("lisa_host") for group in param_groups))
         return LisaAdamW(param_groups, lr=lr, betas=betas, eps=eps, seed=seed)
-    if optim in TORCH_ADAMW and 8 not in bits:
+    if optim in TORCH_ADAMW and 8 not in bits.values():
         return torch.optim.AdamW(param_groups, lr=lr, betas=betas, eps=eps, fused=optim == "adamw_torch_fused")
     return _bitsandbytes_adamw()(param_groups, lr=lr, betas=betas, eps=eps, optim_bits=default_state_bits(optim))
 
@@ -120,21 +117,5 @@ def _bitsandbytes_adamw() -> Callable[..., torch.optim.Optimizer]:
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
             config: dict[str, Any] = super().get_config(gindex, pindex, group)
             return config | {"optim_bits": group.get("lisa_state_bits", config["optim_bits"])}
-
-        @torch.no_grad()
-        def step(self, closure: Any = None) -> Any:
-            """The same without waiting for the device after each tensor, which its paged states alone need."""
-            assert closure is None  # DeepSpeed calls it without one
-            if not self.initialized:
-                self.check_overrides()
-                self.to_gpu()
-                self.initialized = True
-            for number, group in enumerate(self.param_groups):
-                for place, parameter in enumerate(group["params"]):
-                    if parameter.grad is None:
-                        continue
-                    if not self.state[parameter]:
-                        self.init_state(group, parameter, number, place)
-                    self.update_step(group, parameter, number, place)
 
     return BlockwiseAdamW

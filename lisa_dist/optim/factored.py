@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from lisa_dist.optim.ops import FactoredTensors, num_rows, squared_sums
+from lisa_dist.kernels.factored import FactoredTensors, num_rows
+from lisa_dist.optim.ops import squared_sums
 from lisa_dist.optim.row_gradient import RowGradient
 from lisa_dist.optim.states import Piece
 
@@ -83,18 +84,20 @@ def new_state(matrices: Sequence[Matrix], pieces: Sequence[Piece], device: torch
 
 def update_moments(
     matrices: Sequence[Matrix],
-    pieces: Sequence[tuple[Place, FactoredTensors]],
+    pieces: Sequence[Piece],
+    tensors_of_pieces: Sequence[FactoredTensors],
     state: dict[str, Any],
     beta2: float,
     add_up: Callable[[torch.Tensor], None] | None,
     device: torch.device,
 ) -> None:
-    """Take a step's gradients into the moments, and write the roots that the kernels take into `pieces`.
+    """Take a step's gradients into the moments, and write the roots that the kernels take into the pieces' tensors.
 
     `add_up` adds a tensor up over all ranks, in place. Every rank of them calls this for the same matrices in the same
     order, one without a piece too. `state["step"]` counts this step already.
     """
-    by_name = {place.piece.name: (place, tensors) for place, tensors in pieces}
+    placed = zip(places(state[WIDTHS], pieces), tensors_of_pieces, strict=True)
+    by_name = {place.piece.name: (place, tensors) for place, tensors in placed}
     row_sums, shared = {}, []
     for matrix in matrices:
         cut = torch.zeros(len(matrix.cut_rows), dtype=torch.float32, device=device)

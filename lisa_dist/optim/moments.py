@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 
-from lisa_dist.optim.adamw import LisaAdamW, decode_moment, in_chunks
+from lisa_dist.config_rules import FACTORED
+from lisa_dist.optim.adamw import MOMENTS, LisaAdamW, decode_moment, in_chunks
 from lisa_dist.optim.states import Fields, PartitionState, Piece
 
-# AdamW's moments, and the suffix of bitsandbytes' fields for each: state1, and for 8 bits absmax1 and qmap1.
-MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
+# The fields of bitsandbytes for each of AdamW's moments: its values, or codes with their scales and table.
+BITSANDBYTES = {"exp_avg": ("state1", "absmax1", "qmap1"), "exp_avg_sq": ("state2", "absmax2", "qmap2")}
 QUANTIZED_BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit optimizers
 _CHUNK = 2**24  # elements that are decoded at a time; whole blocks
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-    """An 8-bit moment in fp32, from what bitsandbytes keeps of it: state, absmax and qmap."""
+    """An 8-bit moment in fp32, from what bitsandbytes keeps of it: the fields that `BITSANDBYTES` has."""
     from bitsandbytes.functional import dequantize_blockwise
 
     return dequantize_blockwise(codes, absmax=scales, code=code, blocksize=QUANTIZED_BLOCK)
@@ -40,23 +41,26 @@ def mean_squared_norm(state: PartitionState, pieces: list[Piece], beta2: float) 
 
 def _second_moment(fields: Fields, pieces: list[Piece]) -> Iterator[torch.Tensor]:
     """The second moment of a partition in fp32; where it is in codes, a chunk at a time."""
-    name = "exp_avg_sq" if "exp_avg_sq" in fields else f"state{MOMENTS['exp_avg_sq']}"  # as bitsandbytes calls it
-    moment: torch.Tensor = fields[name]
-    if moment.dtype != torch.uint8:
-        yield moment
-    elif "exp_avg_sq_scales" in fields:
+    values, scales, table = BITSANDBYTES["exp_avg_sq"]
+    if "exp_avg_sq_scales" in fields:
         for element, cut, blocks in in_chunks(pieces):
-            yield decode_moment("exp_avg_sq", moment[cut], fields["exp_avg_sq_scales"][blocks], element)
+            codes = fields["exp_avg_sq"][cut]
+            yield decode_moment("exp_avg_sq", codes, fields["exp_avg_sq_scales"][blocks], element)
+    elif table in fields:
+        for begins in range(0, fields[values].numel(), _CHUNK):
+            blocks = slice(begins // QUANTIZED_BLOCK, (begins + _CHUNK) // QUANTIZED_BLOCK)
+            yield dequantize(fields[values][begins : begins + _CHUNK], fields[scales][blocks], fields[table])
     else:
-        for begins in range(0, moment.numel(), _CHUNK):
-            scales = fields["absmax2"][begins // QUANTIZED_BLOCK : (begins + _CHUNK) // QUANTIZED_BLOCK]
-            yield dequantize(moment[begins : begins + _CHUNK], scales, fields["qmap2"])
+        yield fields["exp_avg_sq" if "exp_avg_sq" in fields else values]
 
 
-def coding_of_states(optimizer: torch.optim.Optimizer) -> str | None:
-    """Whose codes 8-bit moments have in this optimizer; None where it keeps no codes."""
+def form_of_moments(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> str | None:
+    """How the moments of a group are kept: "factored", or in whose 8-bit codes, "lisa" or "bitsandbytes"; else None.
+
+    An optimizer with codes of its own may keep some partitions in fp32.
+    """
     if isinstance(optimizer, LisaAdamW):
-        return "lisa"
+        return FACTORED if group["lisa_state_bits"] == FACTORED else "lisa"
     return "bitsandbytes" if hasattr(optimizer, "name2qmap") else None
 
 
@@ -70,7 +74,7 @@ def restore_state(
     if isinstance(optimizer, LisaAdamW):
         optimizer.restore(group, master, pieces, fields)
         return
-    if coding_of_states(optimizer) == "bitsandbytes":
+    if form_of_moments(optimizer, group) == "bitsandbytes":
         _restore_bitsandbytes(optimizer, group, master, fields)
         return
     state = {moment: torch.empty_like(master).copy_(fields[moment]) for moment in MOMENTS}
@@ -89,20 +93,18 @@ def _restore_bitsandbytes(optimizer: Any, group: dict[str, Any], master: torch.T
     optimizer.init_state(group, master, index, 0)
     group["params"] = params
     state = optimizer.state[master]
-    for moment, number in MOMENTS.items():
-        is_quantized = state[f"state{number}"].dtype == torch.uint8
-        if f"state{number}" in fields and not is_quantized:  # it was written with fewer bits than it has now
-            parts = (fields[f"{part}{number}"] for part in ("state", "absmax", "qmap"))
-            state[f"state{number}"].copy_(dequantize(*parts))
-        elif f"state{number}" in fields:  # the very same partition was written
-            for field in (f"state{number}", f"absmax{number}", f"qmap{number}"):
+    for moment, of_moment in BITSANDBYTES.items():
+        values, scales, table = of_moment
+        is_quantized = state[values].dtype == torch.uint8
+        if values in fields and is_quantized:  # the very same partition was written
+            for field in of_moment:
                 state[field].copy_(fields[field])
-        elif is_quantized:
-            codes, quantized = quantize_blockwise(
-                fields[moment].to(master.device), code=state[f"qmap{number}"], blocksize=QUANTIZED_BLOCK
-            )
-            state[f"state{number}"].copy_(codes)
-            state[f"absmax{number}"].copy_(quantized.absmax)
+            continue
+        whole = dequantize(*(fields[field] for field in of_moment)) if values in fields else fields[moment]
+        if is_quantized:
+            codes, quantized = quantize_blockwise(whole.to(master.device), code=state[table], blocksize=QUANTIZED_BLOCK)
+            state[values].copy_(codes)
+            state[scales].copy_(quantized.absmax)
         else:
-            state[f"state{number}"].copy_(fields[moment])
+            state[values].copy_(whole)
     state["step"] = fields["step"]

@@ -1,7 +1,7 @@
-"""Which implementation of a kernel runs where: the one module that imports `lisa_dist.kernels`.
+"""Which implementation of a kernel runs where: the one module that imports those of Triton.
 
 Triton on CUDA where it can be imported, torch otherwise; the environment variable LISA_DIST_KERNELS = triton | torch
-forces either. AdamW's kernel is the torch operator `lisa_dist::adamw_`, so that compilers and fake tensors know it.
+forces either.
 """
 
 import functools
@@ -13,66 +13,14 @@ import subprocess
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lisa_dist.errors import UserError
-from lisa_dist.kernels.adamw import StepNumbers, StepTensors, adamw_torch, check_tensors, chunk_bytes, chunks
-from lisa_dist.kernels.dynamic_code import BLOCK, dequantize, num_blocks, quantize, table_bytes
-from lisa_dist.kernels.factored import (
-    FactoredNumbers,
-    FactoredTensors,
-    check_factored,
-    factored_chunk_bytes,
-    factored_torch,
-    num_rows,
-    squared_sums_torch,
-)
-
-__all__ = [
-    "BLOCK",
-    "OPERATORS",
-    "FactoredNumbers",
-    "FactoredTensors",
-    "StepNumbers",
-    "StepTensors",
-    "adamw_step",
-    "check_factored",
-    "check_tensors",
-    "choose_kernels",
-    "chunk_bytes",
-    "chunks",
-    "dequantize",
-    "factored_chunk_bytes",
-    "factored_step",
-    "num_blocks",
-    "num_rows",
-    "quantize",
-    "squared_sums",
-    "table_bytes",
-]
+from lisa_dist.kernels.adamw import StepNumbers, StepTensors, adamw_torch
+from lisa_dist.kernels.factored import FactoredNumbers, FactoredTensors, factored_torch, squared_sums_torch
 
 VARIABLE = "LISA_DIST_KERNELS"
-KERNELS = ("triton", "torch")
-
-_TENSORS = (
-    "weight",
-    "master",
-    "gradient",
-    "exp_avg",
-    "exp_avg_sq",
-    "exp_avg_scales",
-    "exp_avg_sq_scales",
-    "gradient_scale",
-)
-torch.library.define(
-    "lisa_dist::adamw_",
-    "(Tensor(a!)? weight, Tensor(b!)? master, Tensor gradient, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, "
-    "Tensor(e!)? exp_avg_scales, Tensor(f!)? exp_avg_sq_scales, Tensor? gradient_scale, float lr, float beta1, "
-    "float beta2, float eps, float weight_decay, int step, int element=0, int seed=0, int parameter=0, int draw=0) "
-    "-> ()",
-)
 
 
 def choose_kernels(device_type: str) -> tuple[str, str]:
@@ -82,27 +30,27 @@ def choose_kernels(device_type: str) -> tuple[str, str]:
 
 @functools.cache
 def _choose(device_type: str, forced: str, interpreted: bool) -> tuple[str, str]:
-    if forced not in (*KERNELS, "auto"):
+    if forced not in ("triton", "torch", "auto"):
         raise UserError(f"{VARIABLE}={forced}: unknown; choose triton or torch, or leave it out.")
     if forced == "torch":
         return "torch", f"{VARIABLE}=torch"
-    if forced == "triton":
-        version, missing = _import_triton()
-        if missing:
-            raise UserError(f"{VARIABLE}=triton: {missing}; pip install triton, or leave the variable out.")
-        if device_type != "cuda" and not interpreted:
-            raise UserError(
-                f"{VARIABLE}=triton on {device_type}: Triton's kernels run on CUDA, and elsewhere in its interpreter "
-                "alone (TRITON_INTERPRET=1, slow); leave the variable out."
-            )
-        if not interpreted and (missing := why_no_compiler()):
-            raise UserError(f"{VARIABLE}=triton: {missing}, or leave the variable out.")
-        return "triton", f"{VARIABLE}=triton"
-    if device_type != "cuda":
+    is_forced = forced == "triton"
+    if device_type != "cuda" and not is_forced:
         return "torch", "no CUDA device"
     version, missing = _import_triton()
-    missing = missing or why_no_compiler()
-    return ("torch", missing) if missing else ("triton", f"Triton {version}")
+    advice = "; pip install triton" if missing else ""
+    if device_type != "cuda" and not interpreted and not missing:
+        raise UserError(
+            f"{VARIABLE}=triton on {device_type}: Triton's kernels run on CUDA, and elsewhere in its interpreter "
+            "alone (TRITON_INTERPRET=1, slow); leave the variable out."
+        )
+    if not (is_forced and interpreted):
+        missing = missing or why_no_compiler()
+    if missing and is_forced:
+        raise UserError(f"{VARIABLE}=triton: {missing}{advice}, or leave the variable out.")
+    if missing:
+        return "torch", missing
+    return "triton", f"{VARIABLE}=triton" if is_forced else f"Triton {version}"
 
 
 def _import_triton() -> tuple[str, str]:
@@ -164,25 +112,9 @@ def factored_step(tensors: FactoredTensors, numbers: FactoredNumbers) -> None:
 
 def adamw_step(tensors: StepTensors, numbers: StepNumbers) -> None:
     """One step of AdamW over a piece of a parameter, in place; the tensors have passed `check_tensors`."""
-    torch.ops.lisa_dist.adamw_(*(getattr(tensors, name) for name in _TENSORS), *vars(numbers).values())
-
-
-def _adamw(*tensors_and_numbers: Any) -> None:
-    """The operator: the fields of StepTensors, then those of StepNumbers."""
-    tensors = StepTensors(*tensors_and_numbers[: len(_TENSORS)])
     kernels, _ = choose_kernels(tensors.target.device.type)
     if kernels == "triton":
         from lisa_dist.kernels.adamw_triton import adamw_triton as step
     else:
         step = adamw_torch
-    step(tensors, StepNumbers(*tensors_and_numbers[len(_TENSORS) :]))
-
-
-torch.library.impl("lisa_dist::adamw_", "default", _adamw)
-# What each of our operators runs, for whoever looks inside.
-OPERATORS = {torch.ops.lisa_dist.adamw_.default: _adamw}
-
-
-@torch.library.register_fake("lisa_dist::adamw_")
-def _fake(*tensors_and_numbers: Any) -> None:
-    """It returns nothing; what it writes keeps shape and dtype."""
+    step(tensors, numbers)

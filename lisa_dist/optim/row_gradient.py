@@ -1,12 +1,13 @@
 """The gradient of a piece of a matrix by the rows that have one: of an embedding no more than a batch has tokens."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lisa_dist.optim.ops import BLOCK, FactoredTensors, StepTensors, num_blocks, num_rows
+from lisa_dist.kernels.dynamic_code import BLOCK, num_blocks
+from lisa_dist.kernels.factored import FactoredTensors, num_rows
 
 # Elements of a piece that are laid out at a time, from a multiple of them on; blocks of 8-bit moments and tiles of
 # random bits end there too. On a CPU 16 MiB in fp32, for its caches; on a GPU each costs launches: 128 MiB in bf16.
@@ -69,11 +70,6 @@ class RowGradient:
             begins = self.start + cut.start - first * self.columns
             yield cut, laid_out.view(-1)[begins : begins + cut.stop - cut.start]
 
-    def dense(self) -> torch.Tensor:
-        """All of it laid out."""
-        slabs = [slab for _, slab in self.slabs()]
-        return torch.cat(slabs) if slabs else self.rows.new_zeros(0)
-
     def squared_sums(self, gradient_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums of squares over each row that the piece touches and over each column, as `ops.squared_sums` has them."""
         squares = self.rows.to(torch.float32, copy=True)
@@ -83,29 +79,11 @@ class RowGradient:
         return row_sums, squares.sum(0)
 
 
-def adamw_slabs(tensors: StepTensors, start: int) -> Iterator[tuple[StepTensors, int]]:
-    """A piece whose gradient is of rows, slab by slab, each with its first element; any other as it is."""
+def in_slabs(tensors: Any, start: int) -> Iterator[tuple[Any, int]]:
+    """The tensors of a piece whose gradient is of rows, slab by slab, each with its first element; others as they are.
 
-    def cuts(element: int, numel: int) -> dict[str, slice]:
-        first = element // BLOCK - start // BLOCK
-        blocks = slice(first, first + num_blocks(element, numel))
-        return {"exp_avg_scales": blocks, "exp_avg_sq_scales": blocks}
-
-    return _in_slabs(tensors, start, cuts)
-
-
-def factored_slabs(tensors: FactoredTensors, start: int, columns: int) -> Iterator[tuple[FactoredTensors, int]]:
-    """The same of a piece whose moments are factored."""
-
-    def cuts(element: int, numel: int) -> dict[str, slice]:
-        first = element // columns - start // columns
-        return {"row_roots": slice(first, first + num_rows(element, numel, columns)), "column_roots": slice(None)}
-
-    return _in_slabs(tensors, start, cuts)
-
-
-def _in_slabs(tensors: Any, start: int, cuts: Callable[[int, int], dict[str, slice]]) -> Iterator[tuple[Any, int]]:
-    """`cuts` are those of fields that have not one number an element, for an element and a number of them."""
+    `tensors` are StepTensors or FactoredTensors, `start` is the piece's first element.
+    """
     gradient = tensors.gradient
     if not isinstance(gradient, RowGradient):
         yield tensors, start
@@ -113,6 +91,14 @@ def _in_slabs(tensors: Any, start: int, cuts: Callable[[int, int], dict[str, sli
     there = {name: value for name, value in vars(tensors).items() if value is not None and name != "gradient"}
     for cut, laid_out in gradient.slabs():
         element = start + cut.start
-        cuts_here = {"gradient_scale": slice(None), **cuts(element, len(laid_out))}
-        fields = {name: value[cuts_here.get(name, cut)] for name, value in there.items()}
+        cuts = {"gradient_scale": slice(None), "column_roots": slice(None)}  # of what has not one number an element
+        if isinstance(tensors, FactoredTensors):
+            columns = gradient.columns
+            first = element // columns - start // columns
+            cuts["row_roots"] = slice(first, first + num_rows(element, len(laid_out), columns))
+        else:
+            first = element // BLOCK - start // BLOCK
+            blocks = slice(first, first + num_blocks(element, len(laid_out)))
+            cuts |= {"exp_avg_scales": blocks, "exp_avg_sq_scales": blocks}
+        fields = {name: value[cuts.get(name, cut)] for name, value in there.items()}
         yield replace(tensors, gradient=laid_out, **fields), element

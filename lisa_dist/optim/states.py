@@ -103,8 +103,7 @@ class HostStates:
 
     def __init__(self, copies: CopyStream):
         self.copies = copies
-        self._states: dict[PartitionKey, PartitionState] = {}
-        self._pieces: dict[PartitionKey, list[Piece]] = {}
+        self._kept: dict[PartitionKey, tuple[PartitionState, list[Piece]]] = {}
         self._spare: dict[tuple[torch.dtype, int], list[torch.Tensor]] = {}
         self._mine: set[int] = set()  # data pointers of the buffers made here
 
@@ -112,13 +111,11 @@ class HostStates:
         """Move a partition's master and moments to the host; what is there already stays as it is."""
         with self.copies.after_compute():
             moments = {name: self._to_host(value) for name, value in state.optimizer_state.items()}
-            self._states[key] = PartitionState(self._tensor_to_host(state.master.detach()), moments)
-        self._pieces[key] = pieces
+            self._kept[key] = PartitionState(self._to_host(state.master.detach()), moments), pieces
 
     def take(self, key: PartitionKey) -> PartitionState | None:
         """Give up a partition's host copy, if there is one; it may be read until the next `put`."""
-        state = self._states.pop(key, None)
-        self._pieces.pop(key, None)
+        state, _ = self._kept.pop(key, (None, []))
         for value in () if state is None else (state.master, *state.optimizer_state.values()):
             if isinstance(value, torch.Tensor) and value.data_ptr() in self._mine:
                 self._spare.setdefault((value.dtype, value.numel()), []).append(value)
@@ -126,33 +123,26 @@ class HostStates:
 
     def clear(self) -> None:
         """Forget everything, as at the beginning of a run."""
-        self._states.clear()
-        self._pieces.clear()
+        self._kept.clear()
 
     @property
     def states(self) -> dict[PartitionKey, PartitionState]:
         """All kept partitions."""
-        return dict(self._states)
+        return {key: state for key, (state, _) in self._kept.items()}
 
     @property
     def pieces(self) -> dict[PartitionKey, list[Piece]]:
         """Which elements of which parameters each kept partition holds."""
-        return dict(self._pieces)
+        return {key: pieces for key, (_, pieces) in self._kept.items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes on the host: kept partitions, and buffers that wait for the next ones."""
         spare = sum(tensor_bytes(buffer) for buffers in self._spare.values() for buffer in buffers)
-        return spare + sum(state.nbytes for state in self._states.values())
+        return spare + sum(state.nbytes for state in self.states.values())
 
-    def _to_host(self, value: object) -> object:
-        # A count of steps is where the optimizer wants it, and is not worth a copy.
-        if not isinstance(value, torch.Tensor) or value.ndim == 0:
-            return value
-        return self._tensor_to_host(value)
-
-    def _tensor_to_host(self, value: torch.Tensor) -> torch.Tensor:
-        if not self._moves(value):
+    def _to_host(self, value: Any) -> Any:
+        if not (is_moment(value) and self._moves(value)):
             return value
         spare = self._spare.get((value.dtype, value.numel()))
         host = spare.pop() if spare else self._new_buffer(value)
@@ -173,6 +163,11 @@ class HostStates:
 
     def _new_block(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(numel, dtype=dtype, pin_memory=True)
+
+
+def is_moment(value: object) -> bool:
+    """Whether a field of an optimizer's state has numbers of elements, and is not a count of steps."""
+    return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
 def buffers_of_block(nbytes: int) -> int:

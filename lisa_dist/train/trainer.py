@@ -22,9 +22,8 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from lisa_dist.checkpoint.folders import rotate_checkpoints
-from lisa_dist.checkpoint.resume import load_checkpoint, start_from_weights
+from lisa_dist.checkpoint.resume import check_pickles, load_checkpoint, start_from_weights
 from lisa_dist.checkpoint.save import end_save, finish_save, save_checkpoint
-from lisa_dist.checkpoint.trust import check_pickles
 from lisa_dist.checkpoint.weights import read_weights, save_without_weights, write_weights
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
@@ -349,7 +348,7 @@ class LisaMixin(MonitoredMixin):
         with together(folder):
             if self.args.should_save:
                 save_without_weights(lambda path: self._save(path, state_dict={}), folder)
-        write_weights(self.lisa.engine, self.lisa.blocks, folder, self.args.should_save, original_names=True)
+        write_weights(self.lisa.engine, self.lisa.blocks, folder, self.args.should_save)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

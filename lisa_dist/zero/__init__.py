@@ -16,12 +16,12 @@ What a switch sends: nothing on stages 1 and 2, since every rank cuts its partit
 stage 3 DeepSpeed gathers each active parameter once to attach its hook (A elements in the model's dtype). Masters and
 moments never travel: a group of the same parameters has the same partition on the same rank.
 
-Every name of DeepSpeed's that is overridden, by `overrides.override` alone: where and when, what DeepSpeed does, what
+Every name of DeepSpeed's that is overridden, by `stages.override` alone: where and when, what DeepSpeed does, what
 is done instead, and why it stays. A run is wrong without it; or its planned peak for a shipped recipe is at least 3%
 higher (`lisa-dist plan` with the flags of the recipe's header); or on simulated GPUs
 (tests/system/test_gpu_rehearsal.py, a tiny Llama) a step or a switch waits or copies more. All else is DeepSpeed's own.
 
-initialize_optimizer_states: masters.py, both classes, process-wide, without optimizer offload
+initialize_optimizer_states: overrides.py, both classes, process-wide, without optimizer offload
     Makes a gradient of zeros for every master, and drops it. Instead masters of --lisa_offload go to the host, and
     those of fp32 weights are views of them. Wrong without: masters of --lisa_offload stay on the device.
     test_a_switch_holds_the_new_masters_beside_the_old_states_and_little_else
@@ -67,7 +67,7 @@ average_tensor: gradients.py, stages 1 and 2 without optimizer offload
 reduce_independent_p_g_buckets_and_remove_grads, overlap_comm: gradients.py, stages 1 and 2 on one rank
     Copies each gradient, divides it by 1, and waits for that. Instead it stays where it is. Counted: each gradient
     copied and divided, and one wait, in every step. test_a_gradient_of_one_rank_is_not_copied
-get_all_grad_tensors, get_flat_partition, zero_grad: embedding_rows.py, LisaAdamW on stages 1 and 2, without offload
+get_all_grad_tensors, get_flat_partition: embedding_rows.py, LisaAdamW on stages 1 and 2, without offload
     Has the gradient of an embedding whole, on each rank. Instead the rows that occur, each at the ranks whose
     pieces it is in. Peak: 0.98 GiB of 23.41 of llama3_8b_24gb (4.2%). test_rows_train_as_whole_gradients_do
 _get_preflattened_grad_partition, _prepare_fp32_grad_for_sub_group: step.py, LisaAdamW, --lisa_offload
@@ -87,14 +87,14 @@ jit_load: cpu_ops.py, process-wide
     Builds an op, and waits for a lock that a killed build has left. Instead one process builds at a time, says how
     long it takes, and removes such a lock. Wrong without: the next build waits without end.
     test_a_build_that_was_cut_is_taken_over
-ds_opt_adam: host_adam.py, under optimizer offload
+ds_opt_adam: cpu_ops.py, under optimizer offload
     Multiplies powers of the betas. Instead it is recorded how. Wrong without: a resume has other last bits.
     test_a_resumed_run_is_the_run_with
 
 Also written, and not replaced: entries of the list of masters, and `params` of the inner optimizer's groups
-(masters.py), and `grad_position` while chunks are sent (gradients.py).
+(overrides.py), and `grad_position` while chunks are sent (gradients.py).
 
 A release outside the supported range is refused when training starts, and so is one in which a listed name is missing
-(`stages.check_private_names`). `overrides.without(name)` leaves DeepSpeed's own in place of what a run is right
-without.
+(`stages.check_private_names`). What a run is right without stays DeepSpeed's own where its name is in
+`stages.left_out`, to compare with.
 """

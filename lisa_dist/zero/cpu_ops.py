@@ -1,4 +1,4 @@
-"""DeepSpeed on CPU ranks: its C++ ops, built before ranks start, and its shared memory, released."""
+"""DeepSpeed's C++ ops: built by one process at a time, its shared memory released, its AdamW on the host counted."""
 
 import contextlib
 import fcntl
@@ -7,7 +7,7 @@ import io
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +19,24 @@ from torch import distributed as dist
 from torch.utils.cpp_extension import get_default_build_root
 
 from lisa_dist.distributed.signals import ended_by_signals
-from lisa_dist.zero.overrides import override
+from lisa_dist.zero.stages import override
 
 _SILENT = 3.0  # seconds after which a build is no look at one that is there, but a compilation
-
-
-def build_cpu_ops(offload: bool = True) -> None:
-    """Compile the C++ ops that DeepSpeed would build at first use, so that ranks do not race to build them.
-
-    `offload` includes the AdamW of offloaded states, which takes a minute.
-    """
-    from deepspeed.ops.op_builder import CPUAdamBuilder, ShareMemCommBuilder
-
-    guard_builds()
-    if get_accelerator().device_name() == "cpu":
-        ShareMemCommBuilder().load(verbose=False)
-    if offload:
-        CPUAdamBuilder().load(verbose=False)
 
 
 def guard_builds() -> None:
     """Process-wide: DeepSpeed builds each of its C++ ops by `built_alone`, whoever asks for it first."""
     from deepspeed.ops.op_builder.builder import OpBuilder
 
-    if not hasattr(OpBuilder.jit_load, "__wrapped__"):
-        override(OpBuilder, "jit_load", _guarded(OpBuilder.jit_load))
+    jit_load = OpBuilder.jit_load
 
-
-def _guarded(jit_load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(jit_load)
     def load(builder: Any, *args: Any, **kwargs: Any) -> Any:
         with ended_by_signals(), built_alone(builder.name):
             return jit_load(builder, *args, **kwargs)
 
-    return load
+    if not hasattr(jit_load, "__wrapped__"):
+        override(OpBuilder, "jit_load", load)
 
 
 @contextlib.contextmanager
@@ -75,29 +59,17 @@ def built_alone(name: str, silent: float = _SILENT) -> Iterator[None]:
     timer.daemon = True
     if os.environ.get("LOCAL_RANK", "0") == "0":
         timer.start()
-    try:
-        with _locked(root / f"{name}.lisa_dist_lock") as is_alone:
-            for stale in root.glob(f"**/{name}/lock") if is_alone else ():
+    with contextlib.ExitStack() as stack:
+        stack.callback(timer.cancel)
+        with contextlib.suppress(OSError):  # a file is another user's, or cannot be locked
+            fcntl.flock(stack.enter_context((root / f"{name}.lisa_dist_lock").open("a")), fcntl.LOCK_EX)
+            for stale in root.glob(f"**/{name}/lock"):
                 while _has_a_compiler(stale.parent):
                     time.sleep(0.2)
                 stale.unlink(missing_ok=True)
-            yield
-    finally:
-        timer.cancel()
+        yield
     if said.is_set():
         print(f"{name} was there after {time.monotonic() - begun:.0f} s", flush=True)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Hold the lock while the body runs; it is given False where the file is another user's, or cannot be locked."""
-    with contextlib.ExitStack() as stack:
-        try:
-            fcntl.flock(stack.enter_context(path.open("a")), fcntl.LOCK_EX)
-            is_held = True
-        except OSError:
-            is_held = False
-        yield is_held
 
 
 def _has_a_compiler(folder: Path) -> bool:
@@ -136,3 +108,51 @@ def release_shared_memory() -> None:
     run = f"{os.getuid()}_{os.environ.get('MASTER_ADDR', '')}_{os.environ['MASTER_PORT']}"
     rank = torch.distributed.get_rank()
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{run}_{rank}").unlink(missing_ok=True)
+
+
+class CountedAdam:
+    """DeepSpeed's op for AdamW on the host, recording how it computed the powers of the betas.
+
+    It multiplies them from one step to the next, and calls pow(beta, step) after a jump of the count: the bits differ.
+    A resumed run must repeat the same sequence to get the same bits: pow at `start`, then products up to `step`.
+    """
+
+    def __init__(self, op: Any):
+        self._op = op
+        self.start = self.step = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._op, name)
+
+    def adam_update(self, opt_id: int, step: int, *args: Any) -> None:
+        if step not in (self.step, self.step + 1):
+            self.start = step
+        self.step = step
+        self._op.adam_update(opt_id, step, *args)
+
+
+def count_host_adam(optimizer: Any) -> None:
+    """Have the host's AdamW, if the optimizer is one, record its steps."""
+    op = getattr(optimizer, "ds_opt_adam", None)
+    if op is not None and not isinstance(op, CountedAdam):
+        override(optimizer, "ds_opt_adam", CountedAdam(op))
+
+
+def host_adam_history(optimizer: torch.optim.Optimizer) -> list[int] | None:
+    """Where the host's AdamW took a power of the betas and where it has come to since; None for other optimizers."""
+    op = getattr(optimizer, "ds_opt_adam", None)
+    return [op.start, op.step] if isinstance(op, CountedAdam) else None
+
+
+def replay_host_adam(optimizer: Any, history: list[int] | None) -> None:
+    """Bring the host's AdamW, if it is one, to the powers of the betas that a saved run had; moves no weight."""
+    op = getattr(optimizer, "ds_opt_adam", None)
+    if history is None or not isinstance(op, CountedAdam):
+        return
+    start, step = history
+    betas = optimizer.param_groups[0]["betas"]
+    other = tuple(beta / 2 for beta in betas)  # betas that change make it take the power anew
+    for count, used in [(start, other), *((count, betas) for count in range(start, step + 1))]:
+        nothing = [torch.zeros(1) for _ in range(4)]
+        op.adam_update(optimizer.opt_id, count, 0.0, *used, 1.0, 0.0, False, *nothing)
+    op.start = start

@@ -56,32 +56,20 @@ def pieces_of_group(
     alignment: int = ALIGNMENT_FACTOR,
 ) -> list[Piece]:
     """The elements of each parameter that are in this rank's partition; the rest of the partition is padding."""
-    if stage == 3:
-        return pieces_of_parameters(named_numels, rank, world_size)
     partition = partition_numel([numel for _, numel in named_numels], stage, world_size, alignment)
-    return pieces_of_buffer(named_numels, rank, partition)
-
-
-def pieces_of_buffer(named_numels: Sequence[tuple[str, int]], rank: int, partition: int) -> list[Piece]:
-    """Stages 1 and 2: the pieces in a rank's partition of `partition` elements."""
-    pieces, begins = [], -rank * partition  # of each parameter, counted from where this rank's partition begins
+    pieces, offset = [], 0 if stage == 3 else -rank * partition  # of each parameter, from where the partition begins
     for name, numel in named_numels:
-        first, last = max(begins, 0), min(begins + numel, partition)
-        if first < last:
-            pieces.append(Piece(name, start=first - begins, length=last - first, offset=first))
-        begins += numel
-    return pieces
-
-
-def pieces_of_parameters(named_numels: Sequence[tuple[str, int]], rank: int, world_size: int) -> list[Piece]:
-    """Stage 3: the pieces in a rank's partition; a small parameter may have nothing on the last ranks."""
-    pieces, offset = [], 0
-    for name, numel in named_numels:
-        share = share_numel(numel, world_size)
-        length = min(share, numel - rank * share)
-        if length > 0:
-            pieces.append(Piece(name, start=rank * share, length=length, offset=offset))
-        offset += share
+        if stage == 3:  # a small parameter may have nothing on the last ranks
+            share = share_numel(numel, world_size)
+            start, ends = rank * share, min((rank + 1) * share, numel)
+            if start < ends:
+                pieces.append(Piece(name, start, length=ends - start, offset=offset))
+            offset += share
+        else:
+            first, last = max(offset, 0), min(offset + numel, partition)
+            if first < last:
+                pieces.append(Piece(name, start=first - offset, length=last - first, offset=first))
+            offset += numel
     return pieces
 
 

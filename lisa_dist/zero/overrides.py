@@ -1,10 +1,15 @@
-"""Replace parts of DeepSpeed: `override` sets one attribute, the other functions choose which, and when.
+"""Which parts of DeepSpeed are replaced on which optimizer, and when; where each master lives.
 
 `lisa_dist/zero/__init__.py` has the table: what DeepSpeed does, what is done instead, and why.
+
+DeepSpeed clones an fp32 master from the weights of every group; LisaAdamW may be without, and have bf16 masters. Of
+weights of the masters' dtype the clone would be a second copy of the same numbers: the master becomes a view of the
+weights. The master of a group whose block is in --lisa_offload goes to the host. All clones are on the device for a
+moment, at the start and in a switch, when there are no gradients and no activations.
 """
 
-import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -14,72 +19,18 @@ from deepspeed.runtime.zero import linear, partitioned_param_coordinator
 
 from lisa_dist.distributed.devices import free_gpu_bytes
 from lisa_dist.optim.states import CopyStream
-from lisa_dist.zero import embedding_rows, gradients, masters, stage3
+from lisa_dist.zero import embedding_rows, gradients, stage3
 from lisa_dist.zero.layout import GroupLayouts
-from lisa_dist.zero.stages import STAGE_1_2, STAGE_3, Stage
+from lisa_dist.zero.stages import STAGE_1_2, STAGE_3, Stage, override
 from lisa_dist.zero.step import GroupSteps
-
-# What a run is right without: how gradients are measured, kept and reduced, for whatever optimizer,
-GRADIENT_NAMES = (
-    "has_overflow",
-    "scaled_global_norm",
-    "_get_norm_groups",
-    "set_norm_for_param_grad_in_gpu",
-    "async_inplace_copy_grad_to_fp32_buffer_from_gpu",
-    "copy_grads_in_partition",
-    "reduce_independent_p_g_buckets_and_remove_grads",
-    "overlap_comm",
-)
-# the gradient of an embedding by its rows, all or none of these,
-ROW_NAMES = ("get_all_grad_tensors", "get_flat_partition", "zero_grad")
-# what ZeRO-3 keeps, copies of new weights, and what a switch waits for.
-OTHER_NAMES = (
-    "empty_cache",
-    "defragment",
-    "LinearFunctionForZeroStage3",
-    "update_recompute_parameters",
-    "parallel_partitioned_bit16_groups",
-    "_reassign_or_swap_out_partitioned_parameters",
-)
-_left_out: set[str] = set()
-classes_with_placed_masters: set[type] = set()  # classes of DeepSpeed's whose `initialize_optimizer_states` is replaced
-
-
-def override(owner: Any, name: str, replacement: Any) -> None:
-    """Put `replacement` in the place of an attribute that `owner`, an optimizer, a class or a module, must have."""
-    assert hasattr(owner, name), f"{owner} has no {name}"
-    if name not in _left_out:
-        setattr(owner, name, replacement)
-
-
-@contextlib.contextmanager
-def without(*names: str) -> Iterator[None]:
-    """Leave DeepSpeed's own methods in place on optimizers that are built in the body, to compare with.
-
-    AssertionError for a name without which a run would be wrong.
-    """
-    assert set(names) <= {*GRADIENT_NAMES, *ROW_NAMES, *OTHER_NAMES}
-    assert len(set(names) & set(ROW_NAMES)) in (0, len(ROW_NAMES))
-    _left_out.update(names)
-    try:
-        yield
-    finally:
-        _left_out.difference_update(names)
-
-
-def is_left_out(name: str) -> bool:
-    """Whether `without` leaves a name to DeepSpeed."""
-    return name in _left_out
 
 
 def override_construction() -> None:
     """Process-wide, before an engine is built: masters in their place, no gradients of zeros, the GPU's free memory."""
     for stage in (STAGE_1_2, STAGE_3):
         kind: Any = stage.optimizer_class
-        if kind not in classes_with_placed_masters:
-            replacement = masters.state_initializer(stage, kind.initialize_optimizer_states)
-            override(kind, "initialize_optimizer_states", replacement)
-            classes_with_placed_masters.add(kind)
+        if not hasattr(getattr(kind, "initialize_optimizer_states", None), "__wrapped__"):
+            override(kind, "initialize_optimizer_states", _placing_masters(stage, kind))
     accelerator = get_accelerator()
     if accelerator.device_name() == "cuda":
         override(accelerator, "available_memory", free_gpu_bytes)
@@ -101,10 +52,9 @@ def override_optimizer(
     """
     zero = engine.optimizer
     replacements: dict[str, Any] = {}
+    embedding_rows.leave(engine.module)
     if layouts.of_rows is not None:
         replacements |= embedding_rows.reduced_by_rows(engine.module, zero, *layouts.of_rows)
-    else:
-        embedding_rows.leave(engine.module)
     replacements |= GroupSteps(engine, stage, layouts, copies).replacements()
     if not (stage.is_stage_3 or stage.offloads_optimizer(zero)):
         replacements["average_tensor"] = gradients.kept_until_reduced(zero)
@@ -119,3 +69,43 @@ def override_optimizer(
         replacements |= gradients.norms_with_one_collective(zero, stage)
     for name, replacement in replacements.items():
         override(zero, name, replacement)
+
+
+def _placing_masters(stage: Stage, kind: Any) -> Callable[[Any], None]:
+    """A replacement for `initialize_optimizer_states`, which DeepSpeed's constructor calls once all masters exist.
+
+    DeepSpeed's own makes a gradient of zeros for every master and drops it, 4 bytes an active element; only under
+    optimizer offload the gradients stay, and only Adagrad makes its states of them: there DeepSpeed's own runs.
+    """
+    original = kind.initialize_optimizer_states
+
+    @functools.wraps(original)
+    def place_masters_without_gradients(zero: Any) -> None:
+        if stage.offloads_optimizer(zero) or isinstance(zero.optimizer, torch.optim.Adagrad):
+            original(zero)
+        else:
+            _place_masters(zero, stage)
+
+    return place_masters_without_gradients
+
+
+def _place_masters(zero: Any, stage: Stage) -> None:
+    """Replace each master that belongs on the host, or that the weights can take the place of."""
+    masters: list[Any] = stage.masters(zero)
+    groups = zero.optimizer.param_groups
+    if len(masters) != len(groups):  # stage 3 has cut groups into sub-groups, which LISA refuses later
+        return
+    for index, (group, master) in enumerate(zip(groups, masters, strict=True)):
+        weights = stage.flat_weights(zero, index)
+        if group.get("lisa_host"):
+            placed: Any = master.detach().to("cpu", copy=True)
+        elif (master.dtype, master.device) == (weights.dtype, weights.device):
+            placed = weights.detach()
+        else:
+            continue
+        placed.requires_grad = master.requires_grad
+        if stage.is_stage_3:
+            placed.ds_id = master.ds_id
+        masters[index] = placed
+        if any(parameter is master for parameter in group["params"]):  # stage 3 fills groups only while they step
+            group["params"] = [placed]

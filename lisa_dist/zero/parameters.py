@@ -47,11 +47,6 @@ def whole_weights(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach() if held is None else held.original
 
 
-def _zero3(parameter: torch.Tensor) -> Any:
-    """The parameter with the attributes that ZeRO-3 gives it and `Tensor` has not."""
-    return parameter
-
-
 def is_partitioned(parameter: torch.Tensor) -> bool:
     """Whether ZeRO-3 has taken the parameter over: it is whole only while it is gathered."""
     return hasattr(parameter, "ds_id")
@@ -69,25 +64,19 @@ def parameter_numel(parameter: torch.Tensor) -> int:
     return (getattr(parameter, "ds_numel", None) or parameter.numel()) if held is None else held.original.numel()
 
 
-def partition_of(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """This rank's part of a parameter that ZeRO-3 has partitioned, with padding; it may be empty while on NVMe."""
-    partition: torch.Tensor = _zero3(parameter).ds_tensor
-    return partition
-
-
-def local_weights(parameter: torch.nn.Parameter) -> torch.Tensor:
+def local_weights(parameter: Any) -> torch.Tensor:
     """What this rank holds of a parameter: its part on ZeRO-3, padded (empty while on NVMe), else all of it.
 
     That is on the host where the device has it in fewer bits.
     """
-    return partition_of(parameter).data if is_partitioned(parameter) else whole_weights(parameter)
+    return parameter.ds_tensor.data if is_partitioned(parameter) else whole_weights(parameter)
 
 
-def rows_of(parameter: torch.Tensor, rows: slice) -> torch.Tensor:
+def rows_of(parameter: Any, rows: slice) -> torch.Tensor:
     """Rows of a parameter that is whole; where ZeRO-3 has gathered it, they say so too."""
-    found = parameter.detach()[rows]
+    found: Any = parameter.detach()[rows]
     if is_partitioned(parameter):
-        _zero3(found).ds_status = _zero3(parameter).ds_status
+        found.ds_status = parameter.ds_status
     return found
 
 
@@ -97,7 +86,7 @@ def held_tensors(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
     return [local_weights(parameter)] if held is None else held.tensors
 
 
-def local_shard(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor]:
+def local_shard(parameter: Any) -> tuple[int, torch.Tensor]:
     """The first element of this rank's part of a parameter, and the part, flat, without padding.
 
     Without ZeRO-3 that is 0 and the whole parameter; under it a rank may have nothing. Raises ValueError where stage 3
@@ -105,27 +94,13 @@ def local_shard(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor]:
     """
     if not hasattr(parameter, "ds_tensor"):
         return 0, whole_weights(parameter).to(parameter.device).reshape(-1)
-    sharded = _zero3(parameter)
-    part = sharded.ds_tensor
+    part = parameter.ds_tensor
     if part.status.name != "AVAILABLE" or not part.is_floating_point():
         raise UserError(
             "the DeepSpeed config keeps weights on NVMe (offload_param) or quantized "
             "(zero_quantized_nontrainable_weights), where they cannot be looked at; take a config without, such as "
             "zero3 or zero3_offload."
         )
-    begin = torch.distributed.get_rank(sharded.ds_process_group) * part.ds_numel
-    length = min(max(sharded.ds_numel - begin, 0), part.ds_numel)
+    begin = torch.distributed.get_rank(parameter.ds_process_group) * part.ds_numel
+    length = min(max(parameter.ds_numel - begin, 0), part.ds_numel)
     return begin, part.detach().reshape(-1)[:length]
-
-
-def gathered_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the parameters that ZeRO-3 holds whole right now, next to this rank's parts of them."""
-    sharded = [_zero3(parameter) for parameter in model.parameters()]
-    gathered = [parameter for parameter in sharded if not parameter.ds_persist]
-    by_place = {parameter.data.untyped_storage().data_ptr(): parameter for parameter in gathered}
-    parts = {parameter.ds_tensor.untyped_storage().data_ptr() for parameter in by_place.values()}
-    return sum(
-        parameter.data.nbytes
-        for place, parameter in by_place.items()
-        if parameter.data.numel() == parameter.ds_numel and place not in parts
-    )

@@ -5,23 +5,21 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch.utils.hooks import RemovableHandle
 
 from lisa_dist.config_rules import FACTORED
 from lisa_dist.errors import UserError
-from lisa_dist.optim.adamw import LisaAdamW
+from lisa_dist.optim.adamw import MOMENTS, LisaAdamW
 from lisa_dist.optim.factored import Matrix
-from lisa_dist.optim.moments import MOMENTS, coding_of_states, restore_state
-from lisa_dist.optim.row_gradient import RowGradient
+from lisa_dist.optim.moments import form_of_moments, restore_state
 from lisa_dist.optim.states import CopyStream, Fields, PartitionKey, PartitionState, Piece
 from lisa_dist.zero import embedding_rows, parameters
+from lisa_dist.zero.cpu_ops import count_host_adam, host_adam_history, replay_host_adam
 from lisa_dist.zero.embedding_rows import embedding_of, reduces_plainly
-from lisa_dist.zero.host_adam import count_host_adam, host_adam_history, replay_host_adam
 from lisa_dist.zero.layout import GroupLayouts, matrices_of_group, partition_numel, pieces_of_group
-from lisa_dist.zero.overrides import ROW_NAMES, is_left_out, override_optimizer, override_stage_3
+from lisa_dist.zero.overrides import override_optimizer, override_stage_3
 from lisa_dist.zero.rebuild import CARRIED_FIELDS, let_go_of_model, put_back, rebuild
-from lisa_dist.zero.stages import check_deepspeed, check_pin_memory_backend, check_private_names, stage_of
+from lisa_dist.zero.stages import check_deepspeed, check_pin_memory_backend, check_private_names, left_out, stage_of
 from lisa_dist.zero.step import host_groups
 
 
@@ -85,16 +83,15 @@ class ZeroPartitions:
         """Whether ranks hold different pieces of the weights (stage 3) or each holds all of them."""
         return self._stage.is_stage_3
 
-    @property
-    def coding(self) -> str | None:
-        """Whose codes and scales the optimizer keeps 8-bit moments in, if any: "bitsandbytes" or "lisa"."""
-        return coding_of_states(self.optimizer)
-
     def form_of_moments(self, of: PartitionKey | str) -> str | None:
-        """ "factored", or else `coding`, of a partition or of the group with that `lisa_group`."""
-        groups, keys = self.optimizer.param_groups, self.keys()
-        (group,) = (group for group, key in zip(groups, keys, strict=True) if of in (key, group["lisa_group"]))
-        return FACTORED if group.get("lisa_state_bits") == FACTORED else self.coding
+        """The form of the moments, as `moments.form_of_moments` has it, of a partition or of a `lisa_group`."""
+        return form_of_moments(self.optimizer, self.optimizer.param_groups[self._index_of(of)])
+
+    def _index_of(self, of: PartitionKey | str) -> int:
+        """The place of the parameter group that has a partition now, or a `lisa_group`."""
+        if isinstance(of, tuple):
+            return self.keys().index(of)
+        return [group["lisa_group"] for group in self.optimizer.param_groups].index(of)
 
     def keys(self) -> list[PartitionKey]:
         """The partitions in order, each known by the names of its parameters; () for a group without any."""
@@ -126,21 +123,17 @@ class ZeroPartitions:
 
     def layout(self, params: Iterable[torch.nn.Parameter]) -> tuple[list[Piece], int]:
         """Pieces and elements of the partition that this rank holds, or would hold, of a group of these parameters."""
-        group = self._zero.dp_process_group
-        rank, world_size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+        rank = torch.distributed.get_rank(self._zero.dp_process_group)
         sizes = [(self._names[id(parameter)], parameters.parameter_numel(parameter)) for parameter in params]
-        stage, alignment = self._stage.number, self._stage.alignment(self._zero)
+        stage, world_size, alignment = self._cuts
         numel = partition_numel([numel for _, numel in sizes], stage, world_size, alignment)
         return pieces_of_group(sizes, stage, rank, world_size, alignment), numel
 
-    def held_gradients(self) -> list[torch.Tensor]:
-        """The gradients that wait for a step; on stages 1 and 2 they are parts of whole ones, which they keep alive."""
-        params = list(self.engine.module.parameters())
-        averaged = [gradient for group in self._zero.averaged_gradients.values() for gradient in group or ()]
-        gradients = [one.rows if isinstance(one, RowGradient) else one for one in averaged]
-        gradients += [parameter.grad for parameter in params]
-        gradients += [getattr(parameter, "grad_accum", None) for parameter in params]
-        return [gradient for gradient in gradients if gradient is not None]
+    @property
+    def _cuts(self) -> tuple[int, int, int]:
+        """What decides on the cuts, as `layout.py` takes it: stage, number of ranks, alignment."""
+        world_size = torch.distributed.get_world_size(self._zero.dp_process_group)
+        return self._stage.number, world_size, self._stage.alignment(self._zero)
 
     def local_weights(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """What this rank holds of a parameter: its part on stage 3 (empty while on NVMe), else all of it."""
@@ -148,7 +141,15 @@ class ZeroPartitions:
 
     def gathered_bytes(self) -> int:
         """Bytes of the parameters that stage 3 holds whole right now, next to this rank's parts of them."""
-        return parameters.gathered_bytes(self.engine.module) if self._stage.is_stage_3 else 0
+        sharded: list[Any] = list(self.engine.module.parameters()) if self._stage.is_stage_3 else []
+        gathered = [parameter for parameter in sharded if not parameter.ds_persist]
+        by_place = {parameter.data.untyped_storage().data_ptr(): parameter for parameter in gathered}
+        parts = {parameter.ds_tensor.untyped_storage().data_ptr() for parameter in by_place.values()}
+        return sum(
+            parameter.data.nbytes
+            for place, parameter in by_place.items()
+            if parameter.data.numel() == parameter.ds_numel and place not in parts
+        )
 
     def close(self) -> None:
         """Give the model back as any trainer finds one, without a hook or an attribute of ours or of DeepSpeed's.
@@ -190,7 +191,7 @@ class ZeroPartitions:
 
     def load_state(self, key: PartitionKey, fields: Fields) -> None:
         """Fill one partition with its saved master ("master") and, once it has stepped, moments."""
-        index = self.keys().index(key)
+        index = self._index_of(key)
         master = self._masters[index]
         master.data.copy_(fields["master"])
         if "step" in fields:
@@ -198,8 +199,7 @@ class ZeroPartitions:
 
     def state_of(self, lisa_group: str, pieces: list[Piece], fields: Fields) -> PartitionState:
         """The state of an inactive partition, from its saved fields, in the form that `lisa_group`'s would have."""
-        inner = self.optimizer
-        index = [group["lisa_group"] for group in inner.param_groups].index(lisa_group)
+        inner, index = self.optimizer, self._index_of(lisa_group)
         like = self._masters[index]
         master = fields["master"].to(like.device, like.dtype)
         if "step" in fields:
@@ -215,10 +215,6 @@ class ZeroPartitions:
     def before_forward(self, call: Callable[..., Any]) -> None:
         """Have `call`, which is given the model and its inputs, called before each forward pass, until `close`."""
         self._forward_hooks.append(self.engine.module.register_forward_pre_hook(call))
-
-    def wait_for_device(self) -> None:
-        """Let the device finish what is queued; to be called before `repartition`."""
-        get_accelerator().synchronize()
 
     def apply_overrides(self, copies: CopyStream) -> None:
         """Install our overrides on the optimizer that DeepSpeed built at the start, as after each rebuild."""
@@ -237,7 +233,7 @@ class ZeroPartitions:
 
         `carried` maps partition keys to the states that are carried over; every other partition starts with a master
         cloned from the weights and without moments; those that come from the host are copied on `copies`. Gradients
-        must have been used up, and the device be done: call it between two optimizer steps, after `wait_for_device`.
+        must have been used up, and the device be done: call it between two optimizer steps.
         """
         assert len(params_of_groups) == len(self.optimizer.param_groups)
         filled = [params or [self._placeholder(index)] for index, params in enumerate(params_of_groups)]
@@ -256,7 +252,7 @@ class ZeroPartitions:
 
     def _of_rows(self, keys: list[PartitionKey]) -> tuple[int, list[Piece | None]] | None:
         """The group of an embedding whose gradient is of rows, and the piece of each rank."""
-        by_rows = isinstance(self.optimizer, LisaAdamW) and not is_left_out(ROW_NAMES[0])
+        by_rows = isinstance(self.optimizer, LisaAdamW) and "get_flat_partition" not in left_out
         if not (by_rows and reduces_plainly(self._zero, self._stage)):
             return None
         for index, (key, params) in enumerate(zip(keys, self._stage.groups(self._zero), strict=True)):
@@ -268,21 +264,17 @@ class ZeroPartitions:
 
     def _piece_of_each_rank(self, name: str, numel: int) -> list[Piece | None]:
         """Of a group of one parameter; None for a rank that has nothing of it."""
-        world_size = torch.distributed.get_world_size(self._zero.dp_process_group)
-        stage, alignment = self._stage.number, self._stage.alignment(self._zero)
+        stage, world_size, alignment = self._cuts
         of_ranks = [pieces_of_group([(name, numel)], stage, rank, world_size, alignment) for rank in range(world_size)]
         return [next(iter(pieces), None) for pieces in of_ranks]
 
     def _matrices(self, keys: list[PartitionKey]) -> list[list[Matrix]]:
         """Of each group whose moments are factored: its matrices."""
-        laid_out = self._stage.groups_as_laid_out(self._zero)
-        world_size = torch.distributed.get_world_size(self._zero.dp_process_group)
-        found = []
+        laid_out, found = self._stage.groups_as_laid_out(self._zero), []
         for key, params, group in zip(keys, laid_out, self.optimizer.param_groups, strict=True):
             is_factored = key and group.get("lisa_state_bits") == FACTORED
             shapes = [(self._names[id(one)], parameters.parameter_shape(one)) for one in params] if is_factored else []
-            alignment = self._stage.alignment(self._zero)
-            found.append(matrices_of_group(shapes, self._stage.number, world_size, alignment))
+            found.append(matrices_of_group(shapes, *self._cuts))
         return found
 
     def _placeholder(self, index: int) -> torch.nn.Parameter:

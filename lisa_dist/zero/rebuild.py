@@ -14,10 +14,9 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from lisa_dist.optim.states import CopyStream, Fields, PartitionKey, PartitionState
+from lisa_dist.optim.states import CopyStream, PartitionKey, PartitionState, is_moment
 from lisa_dist.zero import stage3
-from lisa_dist.zero.overrides import override
-from lisa_dist.zero.stages import Stage
+from lisa_dist.zero.stages import Stage, override
 
 # What DeepSpeed's constructor would set back and a run must keep: the fp16 scaler, hooks that the engine registered,
 # and the last norms.
@@ -64,9 +63,13 @@ def rebuild(
     carried_fields = {name: getattr(zero, name) for name in CARRIED_FIELDS}
     parameter_offload = getattr(zero, "parameter_offload", None)
     with _cheap_gc():
-        if parameter_offload is not None:
-            stage3.prepare_trace(parameter_offload, dict(position), stage.groups(zero), params_of_groups)
-        _take_down(zero, stage, params_of_groups)
+        stage3.prepare_order(engine, position, stage.groups(zero), params_of_groups)
+        let_go_of_model(zero, stage)
+        staying = {id(parameter) for params in params_of_groups for parameter in params}
+        for parameter in (one for group in stage.groups(zero) for one in group) if stage.is_stage_3 else ():
+            if id(parameter) not in staying:
+                stage3.give_own_storage(parameter, pin=zero.offload_param_pin_memory)
+        zero.__dict__.clear()
         inner.state.clear()
         for group, params in zip(inner.param_groups, params_of_groups, strict=True):
             group["params"] = params
@@ -75,17 +78,6 @@ def rebuild(
     assert rebuilt is zero
     for name, value in carried_fields.items():
         setattr(zero, name, value)
-
-
-def _take_down(zero: Any, stage: Stage, next_params_of_groups: Sequence[Sequence[torch.nn.Parameter]]) -> None:
-    """Let go of everything that the optimizer object holds or has attached to the model."""
-    staying = {id(parameter) for params in next_params_of_groups for parameter in params}
-    let_go_of_model(zero, stage)
-    for group in stage.groups(zero) if stage.is_stage_3 else ():
-        for parameter in group:
-            if id(parameter) not in staying:
-                stage3.give_own_storage(parameter, pin=zero.offload_param_pin_memory)
-    zero.__dict__.clear()
 
 
 def let_go_of_model(zero: Any, stage: Stage) -> None:
@@ -136,14 +128,14 @@ def _cheap_gc() -> Iterator[None]:
 
     What exists now is set aside; only what the rebuild itself makes is collected.
     """
-    already_frozen = gc.get_freeze_count() > 0
-    if not already_frozen:
-        gc.freeze()
+    if gc.get_freeze_count() > 0:
+        yield
+        return
+    gc.freeze()
     try:
         yield
     finally:
-        if not already_frozen:
-            gc.unfreeze()
+        gc.unfreeze()
 
 
 def put_back(
@@ -159,32 +151,17 @@ def put_back(
         if state is None:
             continue
         assert state.master.shape == master.shape, key
-        # A master that is the weights has their values already, and the next step may be reading them.
-        copies_master = not stage.master_is_weights(zero, index)
-        moments = state.optimizer_state
-        if state.master.device == master.device:
-            if copies_master:
-                master.data.copy_(state.master.data)
-        else:
-            moments = _copy_from_host(state, master, copies_master, copies)
+        comes_from_host = state.master.device != master.device
+        moments = {
+            name: torch.empty_like(value, device=master.device) if comes_from_host and is_moment(value) else value
+            for name, value in state.optimizer_state.items()
+        }
+        with copies.after_compute() if comes_from_host else contextlib.nullcontext():
+            # A master that is the weights has their values already, and the next step may be reading them.
+            if not stage.master_is_weights(zero, index):
+                master.data.copy_(state.master.data, non_blocking=comes_from_host)
+            for name, value in state.optimizer_state.items():
+                if moments[name] is not value:
+                    moments[name].copy_(value, non_blocking=True)
         if moments:
             zero.optimizer.state[master] = moments
-
-
-def _copy_from_host(state: PartitionState, master: torch.Tensor, copies_master: bool, copies: CopyStream) -> Fields:
-    moments = {
-        name: torch.empty_like(value, device=master.device) if _is_per_element(value) else value
-        for name, value in state.optimizer_state.items()
-    }
-    with copies.after_compute():
-        if copies_master:
-            master.data.copy_(state.master.data, non_blocking=True)
-        for name, value in state.optimizer_state.items():
-            if _is_per_element(value):
-                moments[name].copy_(value, non_blocking=True)
-    return moments
-
-
-def _is_per_element(value: object) -> bool:
-    """Whether a field of an optimizer's state is a moment or belongs to one, and not a count of steps."""
-    return isinstance(value, torch.Tensor) and value.ndim > 0

@@ -1,7 +1,7 @@
 """What ZeRO-3 gathers and keeps: inputs of frozen weights, recomputed layers, the order of modules, prefetches."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -11,11 +11,9 @@ from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lisa_dist.zero.parameters import partition_of
-
 # The decoder layer of each module, of all models in the process.
 _layer_of: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[torch.nn.Module]] = weakref.WeakKeyDictionary()
-# DeepSpeed's own; a release without it is reported by `check_private_names`.
+# DeepSpeed's own; a release without it is reported by `override`.
 keep_until_module_is_done = getattr(partitioned_param_coordinator, "update_recompute_parameters", None)
 
 
@@ -70,7 +68,9 @@ def forget_module_order(engine: deepspeed.DeepSpeedEngine) -> None:
     Otherwise it would prefetch for modules that training does not run, and find them in flight when it gathers them.
     """
     if engine.zero_optimization_stage() == 3:
-        forget_trace(engine.optimizer.parameter_offload)
+        coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
 
 
 def drop_prefetched(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -83,16 +83,9 @@ def drop_prefetched(engine: deepspeed.DeepSpeedEngine) -> None:
         engine.optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
 
 
-def forget_trace(parameter_offload: Any) -> None:
-    """Have stage 3 record anew in which order modules run."""
-    coordinator = parameter_offload.get_param_coordinator()
-    if not coordinator.is_invalid_trace():
-        coordinator._invalidate_trace()
-
-
-def prepare_trace(
-    parameter_offload: Any,
-    position: dict[int, int],
+def prepare_order(
+    engine: deepspeed.DeepSpeedEngine,
+    position: Mapping[int, int],
     groups: Sequence[Sequence[torch.nn.Parameter]],
     next_groups: Sequence[Sequence[torch.nn.Parameter]],
 ) -> None:
@@ -108,14 +101,14 @@ def prepare_trace(
         return min((position[key] for key in ids if key in position), default=None)
 
     if lowest(groups) == lowest(next_groups):
-        parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
+        drop_prefetched(engine)
     else:
-        forget_trace(parameter_offload)
+        forget_module_order(engine)
 
 
-def give_own_storage(parameter: torch.nn.Parameter, pin: bool) -> None:
+def give_own_storage(parameter: Any, pin: bool) -> None:
     """Copy a partition out of the one buffer of all active partitions, which it would keep alive whole."""
-    partition: Any = partition_of(parameter)
+    partition = parameter.ds_tensor
     if partition.data.numel() == 0:  # on NVMe
         return
     own = partition.data.clone()

@@ -37,8 +37,10 @@ class GroupSteps:
         self._in_one_pass = isinstance(self._zero.optimizer, LisaAdamW)
         self._on_host = host_groups(self._zero)
         if self._in_one_pass:  # which takes gradients as they are where the host is the device
-            self._on_host = frozenset(index for index in self._on_host if self._master_is_elsewhere(index))
-        self._to_host = GradientsToHost(self._zero, stage, self._on_host, copies)
+            masters, weights = stage.masters(self._zero), functools.partial(stage.flat_weights, self._zero)
+            self._on_host = frozenset(one for one in self._on_host if masters[one].device != weights(one).device)
+        self._copies = copies
+        self._sent: dict[int, tuple[torch.Tensor, Callable[[], None]]] = {}  # gradients on their way to the host
         self._weights: WeightsOfStep | None = None
         self._prepared: list[PartitionStep] = []  # of the group that is about to step, between gradients and scale
 
@@ -66,7 +68,7 @@ class GroupSteps:
             self._weights.writers[index] = functools.partial(self._write, index)
         if self._in_one_pass:
             return self._prepare(index, gradients)
-        return gradients[0] if index in self._on_host else flattened(self._zero, index)
+        return gradients[0] if index in self._on_host else self._flattened(index)
 
     def prepare_sub_group(self, index: int) -> None:
         """Stage 3: give the master its gradient."""
@@ -91,12 +93,37 @@ class GroupSteps:
         step.gradient_scale = gradient_scale(self._zero, total_norm, step.gradients[0].device)
 
     def _gradients(self, index: int) -> list[Any]:
-        """Of a group, where it steps."""
-        self._to_host.send(index)
-        if index in self._on_host:
-            return [self._to_host.take(index)]
-        flat = None if self._stage.is_stage_3 else flattened(self._zero, index)
+        """Of a group, where it steps. Those for the host set out at once where copies overlap, else one by one."""
+        for group in self._on_host if self._copies.overlaps else self._on_host & {index}:
+            if self._zero.averaged_gradients[group] is not None and group not in self._sent:
+                self._sent[group] = self._send(group)
+        if index not in self._on_host:
+            return self._as_they_are(index)
+        flat, wait = self._sent.pop(index)
+        wait()
+        return [flat]
+
+    def _as_they_are(self, index: int) -> list[Any]:
+        flat = None if self._stage.is_stage_3 else self._flattened(index)
         return self._zero.averaged_gradients[index] if flat is None else [flat]
+
+    def _flattened(self, index: int) -> torch.Tensor | None:
+        """Stages 1 and 2: the gradients of a group where DeepSpeed has them in one buffer, as under accumulation."""
+        buffer: torch.Tensor | None = type(self._zero)._get_preflattened_grad_partition(self._zero, index)
+        return buffer
+
+    def _send(self, index: int) -> tuple[torch.Tensor, Callable[[], None]]:
+        """A group's gradients on the host, flat, in their dtype and padded as its partition is, and what waits."""
+        gradients = self._as_they_are(index)
+        numel, dtype = self._stage.masters(self._zero)[index].numel(), gradients[0].dtype
+        flat, begin = torch.empty(numel, dtype=dtype, pin_memory=self._copies.overlaps), 0
+        with self._copies.after_compute():
+            for gradient in gradients:
+                flat[begin : begin + gradient.numel()].copy_(gradient.view(-1), non_blocking=True)
+                self._copies.hold(gradient)
+                begin += gradient.numel()
+        flat[begin:] = 0  # padding
+        return flat, self._copies.mark()
 
     def _prepare(self, index: int, gradients: list[Any]) -> torch.Tensor:
         """Have LisaAdamW step a group with these; DeepSpeed is given a single zero, spread over the partition."""
@@ -115,12 +142,13 @@ class GroupSteps:
         return master.new_zeros(1).expand(master.numel())
 
     def _write(self, index: int) -> None:
-        """Send new weights to the device; others LisaAdamW's kernel has written."""
-        if index in self._on_host:
-            send_weights(self._stage.masters(self._zero)[index].detach(), self._stage.flat_weights(self._zero, index))
-
-    def _master_is_elsewhere(self, index: int) -> bool:
-        return self._stage.masters(self._zero)[index].device != self._stage.flat_weights(self._zero, index).device
+        """Send new weights to the device, where the host does not wait; others LisaAdamW's kernel has written."""
+        if index not in self._on_host:
+            return
+        master, weights = self._stage.masters(self._zero)[index].detach(), self._stage.flat_weights(self._zero, index)
+        if weights.device.type != "cpu":
+            master = torch.empty_like(weights, device="cpu", pin_memory=True).copy_(master)
+        weights.copy_(master, non_blocking=True)
 
 
 def host_groups(zero: Any) -> frozenset[int]:
@@ -137,53 +165,6 @@ def gradient_scale(zero: Any, total_norm: torch.Tensor | None, device: torch.dev
     scale = torch.ones(1, device=device)
     STAGE_1_2.optimizer_class.unscale_and_clip_grads(zero, [scale], total_norm)
     return scale
-
-
-def flattened(zero: Any, index: int) -> torch.Tensor | None:
-    """Stages 1 and 2: the gradients of a group where DeepSpeed has them in one buffer, as under accumulation."""
-    buffer: torch.Tensor | None = type(zero)._get_preflattened_grad_partition(zero, index)
-    return buffer
-
-
-class GradientsToHost:
-    """The gradients of the groups `groups` of one step on their way to the host, each group's as one flat tensor."""
-
-    def __init__(self, zero: Any, stage: Stage, groups: frozenset[int], copies: CopyStream):
-        self._zero, self._stage, self._groups, self._copies = zero, stage, groups, copies
-        self._sent: dict[int, tuple[torch.Tensor, Callable[[], None]]] = {}
-
-    def send(self, index: int) -> None:
-        """Send what is there: of all groups where copies overlap, of group `index` where they would be in order."""
-        for group in self._groups if self._copies.overlaps else self._groups & {index}:
-            gradients = self._zero.averaged_gradients[group]
-            if gradients is not None and group not in self._sent:
-                self._sent[group] = self._queue(group, gradients)
-
-    def take(self, index: int) -> torch.Tensor:
-        """A group's gradients, in the dtype of the weights and padded as its partition is, once they have arrived."""
-        flat, wait = self._sent.pop(index)
-        wait()
-        return flat
-
-    def _queue(self, index: int, gradients: list[torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
-        whole = None if self._stage.is_stage_3 else flattened(self._zero, index)
-        gradients = gradients if whole is None else [whole]
-        numel, dtype = self._stage.masters(self._zero)[index].numel(), gradients[0].dtype
-        flat, begin = torch.empty(numel, dtype=dtype, pin_memory=self._copies.overlaps), 0
-        with self._copies.after_compute():
-            for gradient in gradients:
-                flat[begin : begin + gradient.numel()].copy_(gradient.view(-1), non_blocking=True)
-                self._copies.hold(gradient)
-                begin += gradient.numel()
-        flat[begin:] = 0  # padding
-        return flat, self._copies.mark()
-
-
-def send_weights(master: torch.Tensor, weights: torch.Tensor) -> None:
-    """Copy a master on the host to the weights; where those are on a device, the host does not wait."""
-    if weights.device.type != "cpu":
-        master = torch.empty_like(weights, device="cpu", pin_memory=True).copy_(master)
-    weights.copy_(master, non_blocking=True)
 
 
 class WeightsOfStep(list[list[torch.Tensor]]):

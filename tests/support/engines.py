@@ -1,8 +1,36 @@
 """Steps and weights of a DeepSpeed engine, on every rank."""
 
+import contextlib
+from collections.abc import Iterator
+
 import deepspeed
 import torch
 from torch import distributed as dist
+
+from lisa_dist.zero import stages
+
+# Overrides of DeepSpeed that a run is right without: of gradients, whatever the optimizer; of an embedding's by rows.
+GRADIENT_NAMES = (
+    "has_overflow",
+    "scaled_global_norm",
+    "_get_norm_groups",
+    "set_norm_for_param_grad_in_gpu",
+    "async_inplace_copy_grad_to_fp32_buffer_from_gpu",
+    "copy_grads_in_partition",
+    "reduce_independent_p_g_buckets_and_remove_grads",
+    "overlap_comm",
+)
+ROW_NAMES = ("get_all_grad_tensors", "get_flat_partition")
+
+
+@contextlib.contextmanager
+def without(*names: str) -> Iterator[None]:
+    """Leave DeepSpeed's own in place on optimizers that are built in the body."""
+    stages.left_out.update(names)
+    try:
+        yield
+    finally:
+        stages.left_out.difference_update(names)
 
 
 def full_weights(engine) -> dict[str, torch.Tensor]:

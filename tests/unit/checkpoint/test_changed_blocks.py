@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import full_weights, train_step
 from models import tiny_llama, token_batches
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -16,11 +17,11 @@ from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
 import lisa_dist
-from lisa_dist.checkpoint import block_files as module
 from lisa_dist.checkpoint import save as save_module
-from lisa_dist.checkpoint.block_files import BlockFile, assign, host_by_host, link_unchanged
+from lisa_dist.checkpoint import weights as weights_module
 from lisa_dist.checkpoint.resume import find_checkpoint, load_checkpoint
 from lisa_dist.checkpoint.save import end_save, finish_save, save_checkpoint
+from lisa_dist.checkpoint.weights import BlockFile, assign, host_by_host, link_unchanged
 from lisa_dist.core.run_state import BlockChanges, SavedBlocks
 from lisa_dist.files import SaveError
 
@@ -37,10 +38,7 @@ def start(ds_config: str, seed: int = 0, **settings):
 def take_steps(engine, lisa, until: int) -> None:
     batches = token_batches(12, rows=4)
     while engine.global_steps < until:
-        lisa.on_step_begin()
-        rows = batches[engine.global_steps, 0].chunk(dist.get_world_size())[dist.get_rank()]
-        engine.backward(engine(input_ids=rows, labels=rows).loss)
-        engine.step()
+        train_step(engine, lisa, batches[engine.global_steps])
 
 
 def trained_between(lisa, first: int, last: int) -> set[str]:
@@ -61,12 +59,6 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for path in folder.glob("model-*.safetensors") for name, value in load_file(path).items()}
 
 
-def gathered(engine) -> dict[str, torch.Tensor]:
-    parameters = dict(engine.module.named_parameters())
-    with save_module.deepspeed.zero.GatheredParameters(list(parameters.values())):
-        return {name: value.detach().clone() for name, value in parameters.items()}
-
-
 def save_all_along(folder: str, ds_config: str, in_background: bool) -> list[tuple[set[str], set[str]]]:
     """For each save but the first: the blocks that steps have changed since the last one, and those written anew."""
     engine, lisa = start(ds_config)
@@ -76,7 +68,7 @@ def save_all_along(folder: str, ds_config: str, in_background: bool) -> list[tup
         checkpoint = Path(folder) / f"checkpoint-{step}"
         save_checkpoint(lisa, checkpoint, in_background=in_background)
         finish_save(lisa)
-        saved, weights = weights_in(checkpoint), gathered(engine)
+        saved, weights = weights_in(checkpoint), full_weights(engine)
         assert saved.keys() == weights.keys()
         assert all(torch.equal(value, weights[name]) for name, value in saved.items())
         now = inodes(checkpoint, lisa.changes.saved.files)
@@ -123,26 +115,17 @@ def resume_and_save(folder: str, damage: str) -> dict:
     save_checkpoint(lisa, Path(folder) / "checkpoint-5")
     now = inodes(Path(folder) / "checkpoint-5", lisa.changes.saved.files)
     found = {"source": source.name, "written": {block for block in now if now[block] != before[block]}}
-    found["trained"] = trained_between(lisa, engine.global_steps - 1, engine.global_steps)
+    found |= {"trained": trained_between(lisa, 4, 5), "all": set(now)}
     engine.destroy()
     return found
 
 
-def test_a_resumed_run_links_to_what_it_was_resumed_from(tmp_path):
-    found = run_ranks(resume_and_save, 2, str(tmp_path / "run"), "none")[0]
-    assert found["source"] == "checkpoint-4"
-    assert found["written"] == found["trained"]
-
-
-def test_a_block_file_that_was_deleted_by_hand_is_named_and_the_older_checkpoint_used(tmp_path, capfd):
-    """Which has it still, though both were one file."""
-    found = run_ranks(resume_and_save, 2, str(tmp_path / "run"), "deleted")[0]
-    assert found["source"] == "checkpoint-2"
-
-
-def test_nothing_is_linked_into_another_folder(tmp_path):
-    found = run_ranks(resume_and_save, 2, str(tmp_path / "run"), "elsewhere")[0]
-    assert len(found["written"]) == 9
+@pytest.mark.parametrize(("damage", "source"), [("none", 4), ("deleted", 2), ("elsewhere", 4)])
+def test_a_resumed_run_links_to_what_it_was_resumed_from(tmp_path, damage, source):
+    """A file that was deleted the older checkpoint has still, though both were one; into another folder none is."""
+    found = run_ranks(resume_and_save, 2, str(tmp_path / "run"), damage)[0]
+    assert found["source"] == f"checkpoint-{source}"
+    assert damage == "deleted" or found["written"] == found["trained" if damage == "none" else "all"]
 
 
 class Gate:
@@ -284,7 +267,7 @@ def save_with_little_memory(folder: str, host_bytes: int) -> int:
         patch.setattr(save_module, "copy_on_host", copying)
         patch.setattr(save_module, "save_file", writing)
         save_checkpoint(lisa, Path(folder) / "checkpoint-2", host_bytes=host_bytes)
-    saved, weights = weights_in(Path(folder) / "checkpoint-2"), gathered(engine)
+    saved, weights = weights_in(Path(folder) / "checkpoint-2"), full_weights(engine)
     assert all(torch.equal(value, saved[name]) for name, value in weights.items())
     engine.destroy()
     return most
@@ -337,16 +320,12 @@ def test_what_is_linked(saved):
     assert (staging / "model-1.safetensors").samefile(saved.folder / "model-1.safetensors")
 
 
-def test_without_hard_links_files_are_copied(saved, monkeypatch):
+def test_without_hard_links_files_are_written_anew(saved, monkeypatch):
     def link(*_, **__):
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(module.os, "link", link)
-    staging = saved.folder.with_name("tmp-checkpoint-2")
-    assert len(link_unchanged(files_of(3, 3, 3), set(), saved, staging)) == 3
-    copy = staging / "model-1.safetensors"
-    assert copy.read_bytes() == b"abc"
-    assert copy.stat().st_nlink == 1
+    monkeypatch.setattr(weights_module.os, "link", link)
+    assert link_unchanged(files_of(3, 3, 3), set(), saved, saved.folder.with_name("tmp-checkpoint-2")) == {}
 
 
 def test_what_counts_as_changed():

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from lisa_dist.checkpoint.export import export_checkpoint
 from lisa_dist.checkpoint.folders import STATE_NAME, make_staging, put_in_place, remove_leftovers, rotate_checkpoints
-from lisa_dist.checkpoint.trust import check_pickles
+from lisa_dist.checkpoint.resume import check_pickles
 from lisa_dist.checkpoint.weights import weight_files
 from lisa_dist.distributed.collectives import describe_files
 from lisa_dist.errors import UserError

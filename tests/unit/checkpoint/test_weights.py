@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from cells import full
+from engines import full_weights, my_rows, train_step
 from models import tiny_gpt2, tiny_llama, tiny_mixtral, token_batches
 from ranks import run_ranks
 from safetensors import safe_open
@@ -16,7 +17,13 @@ from transformers import AutoModelForCausalLM
 import lisa_dist
 from lisa_dist.checkpoint.export import export_checkpoint
 from lisa_dist.checkpoint.save import save_checkpoint
-from lisa_dist.checkpoint.weights import _check_same_model, _fill_shards, _open_weights, write_configs, write_weights
+from lisa_dist.checkpoint.weights import (
+    _check_same_model,
+    _fill_shards,
+    _open_weights,
+    save_without_weights,
+    write_weights,
+)
 from lisa_dist.commands.export import main as export_main
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.ds_config import read_ds_config
@@ -28,26 +35,19 @@ def train_and_save(folder: str, ds_config: str, build, dtype: torch.dtype, max_s
     config = read_ds_config(ds_config)
     config["zero_optimization"]["stage3_max_reuse_distance"] = 0  # let go of weights as models larger than this one do
     engine, lisa = lisa_dist.initialize(build().to(dtype), config, lr=1e-2)
-    for (tokens,) in token_batches(4, rows=4):
-        lisa.on_step_begin()
-        rows = tokens.chunk(dist.get_world_size())[dist.get_rank()]
-        engine.backward(engine(input_ids=rows, labels=rows).loss)
-        engine.step()
+    for micro_batches in token_batches(4, rows=4):
+        train_step(engine, lisa, micro_batches)
     with torch.no_grad():  # stage 3 now fetches ahead for a backward pass, and must not be left with it
-        engine(input_ids=rows, labels=rows)
+        engine(input_ids=my_rows(micro_batches[0]))
     save_checkpoint(lisa, Path(folder) / "checkpoint-4")
     out = Path(folder) / "saved"
     if dist.get_rank() == 0:
         out.mkdir()
-        write_configs(engine.module, out)
+        save_without_weights(lambda path: engine.module.save_pretrained(path, state_dict={}), out)
         (out / "model-00001-of-00099.safetensors").touch()
-    write_weights(engine, lisa.blocks, out, dist.get_rank() == 0, max_shard_size, original_names=True)
+    write_weights(engine, lisa.blocks, out, dist.get_rank() == 0, max_shard_size)
     assert not (out / "model-00001-of-00099.safetensors").exists(), "a shard of an earlier save"
-    import deepspeed
-
-    parameters = dict(engine.module.named_parameters())
-    with deepspeed.zero.GatheredParameters(list(parameters.values())):
-        trained = {name: value.detach().clone() for name, value in parameters.items()}
+    trained = full_weights(engine)
     engine.destroy()
     return trained
 

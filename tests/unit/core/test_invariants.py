@@ -13,7 +13,7 @@ import deepspeed
 import pytest
 import torch
 from cells import STAGES, full, stages
-from engines import full_weights, train_step
+from engines import GRADIENT_NAMES, full_weights, train_step, without
 from models import tiny_gpt2, tiny_llama, token_batches
 from ranks import run_ranks, without_collection
 from reference import train_reference
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 import lisa_dist
 from lisa_dist.core.live_bytes import live_storages, live_tensor_bytes
 from lisa_dist.memory.tracker import AllocationTracker
-from lisa_dist.zero import gradients, overrides
+from lisa_dist.zero import gradients
 
 PLAIN = ("zero1", "zero2", "zero3")
 STEPS, INTERVAL, LR, DECAY = 10, 3, 1e-3, 0.1  # three periods, and a step of the fourth
@@ -418,7 +418,7 @@ def norms_of_steps(ds_config: str, chunk: int, accumulation: int, plain: bool = 
     """Norms, losses and collectives of some steps; `plain`: the norms are DeepSpeed's own."""
     defaults = gradients.NORM_CHUNK, gradients.CPU_NORM_CHUNK
     gradients.NORM_CHUNK = gradients.CPU_NORM_CHUNK = chunk
-    with overrides.without(*(overrides.GRADIENT_NAMES if plain else ())):
+    with without(*(GRADIENT_NAMES if plain else ())):
         found = watch_norms(ds_config, accumulation)
     gradients.NORM_CHUNK, gradients.CPU_NORM_CHUNK = defaults
     return found
@@ -487,7 +487,7 @@ class TwoParts:
 
 
 def norms_of_parts(ds_config: str, plain: bool) -> list[float]:
-    with overrides.without(*(overrides.GRADIENT_NAMES if plain else ())):
+    with without(*(GRADIENT_NAMES if plain else ())):
         return norms_under_model_parallelism(ds_config)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cells import full
+from engines import GRADIENT_NAMES, without
 from models import VOCABULARY, tiny_llama, token_batches
 from ranks import run_ranks
 from torch import distributed as dist
@@ -28,7 +29,7 @@ from lisa_dist.memory.states import kept_states
 from lisa_dist.memory.trace import FakeRun
 from lisa_dist.memory.workload import LOGITS, OWN, StageSettings, Trained, Workload
 from lisa_dist.optim import row_gradient
-from lisa_dist.zero import gradients, overrides
+from lisa_dist.zero import gradients
 
 ROWS, LENGTH, PROMPT = 4, 64, 4
 
@@ -54,7 +55,7 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
     of_lisa = {name: value for name, value in settings.items() if name.startswith("lisa_")}
     config = lisa_dist.LisaConfig(lisa_interval_steps=100, **of_lisa)
     chunk, gradients.NORM_CHUNK = gradients.NORM_CHUNK, settings.get("chunk", gradients.NORM_CHUNK)
-    with overrides.without(*(overrides.GRADIENT_NAMES if settings.get("plain") else ())):
+    with without(*(GRADIENT_NAMES if settings.get("plain") else ())):
         engine, lisa = lisa_dist.initialize(
             model,
             ds_config_of(ds_config, settings),

@@ -1,5 +1,7 @@
 """Parameter groups and the optimizer over them."""
 
+import contextlib
+
 import pytest
 import torch
 from models import tiny_gpt2, tiny_llama
@@ -11,6 +13,8 @@ from lisa_dist.core.controller import LisaController
 from lisa_dist.core.groups import build_param_groups, check_same_kinds, decays
 from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.optim.build import build_optimizer, check_optim
+
+BF16_SR, FACTORED = {"lisa_master": "bf16_sr"}, {"lisa_state_bits": "embed=factored"}
 
 
 def groups_of(model, layers, weight_decay=0.1):
@@ -76,76 +80,62 @@ def test_layers_of_different_kinds_are_refused():
         check_same_kinds(layers)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit"])
-def test_the_optimizer_asked_for_is_built(optim):
-    import bitsandbytes
-
-    optimizer = build_optimizer(groups_of(tiny_llama(), [0, 1]), optim, lr=3e-4, betas=(0.8, 0.9), eps=1e-6)
-    assert isinstance(optimizer, torch.optim.AdamW if "torch" in optim else bitsandbytes.optim.AdamW)
-    assert optimizer.defaults["lr"] == 3e-4
-    assert optimizer.defaults["betas"] == (0.8, 0.9)
-    assert optimizer.defaults["eps"] == 1e-6
-    if "torch" not in optim:
-        assert optimizer.args.optim_bits == 8
-
-
-def test_bitsandbytes_steps_without_a_wait_for_each_tensor(monkeypatch):
-    import bitsandbytes
-
-    stepped = []
-    for is_ours in (False, True):
-        groups = groups_of(tiny_llama(num_layers=1), [0])
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        if is_ours:
-            monkeypatch.delattr("bitsandbytes.optim.optimizer.sync_gpu")
-            optimizer = build_optimizer(groups, "adamw_bnb_8bit", lr=1e-2)
-        else:
-            optimizer = bitsandbytes.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.999), optim_bits=8)
-        for _ in range(2):
-            for parameter in parameters[1:]:  # the first has no gradient
-                parameter.grad = torch.sin(parameter.detach() * 1e3)
-            optimizer.step()
-        stepped.append(parameters)
-    assert all(map(torch.equal, *stepped))
-
-
+@pytest.mark.parametrize(
+    ("optim", "offload"),
+    [(optim, False) for optim in ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "lisa_adamw")]
+    + [("adamw_torch", True)],
+)
 @pytest.mark.usefixtures("cpu_ops")
-def test_offload_gets_deepspeeds_adamw():
+def test_the_optimizer_asked_for_is_built(optim, offload):
+    import bitsandbytes
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    optimizer = build_optimizer(groups_of(tiny_llama(), [0, 1]), "adamw_torch", offload=True)
-    assert isinstance(optimizer, DeepSpeedCPUAdam)
-    assert optimizer.adam_w_mode
+    kinds = {"adamw_8bit": bitsandbytes.optim.AdamW, "adamw_bnb_8bit": bitsandbytes.optim.AdamW}
+    kinds |= {"lisa_adamw": LisaAdamW}
+    settings = {"lr": 3e-4, "betas": (0.8, 0.9), "eps": 1e-6}
+    optimizer = build_optimizer(groups_of(tiny_llama(), [0, 1]), optim, offload=offload, seed=5, **settings)
+    assert isinstance(optimizer, DeepSpeedCPUAdam if offload else kinds.get(optim, torch.optim.AdamW))
+    assert {name: optimizer.defaults[name] for name in settings} == settings
+    assert not offload or optimizer.adam_w_mode
+    assert "8bit" not in optim or optimizer.args.optim_bits == 8
+    assert optim != "lisa_adamw" or optimizer.seed == 5
 
 
 @pytest.mark.parametrize(
-    ("optim", "offload", "said"),
+    ("optim", "offload", "settings", "said"),
     [
-        ("adafactor", False, "--optim adafactor: LISA runs AdamW"),
-        ("galore_adamw", False, "choose one of adamw_torch"),
-        ("paged_adamw_8bit", False, "--optim paged_adamw_8bit: LISA runs AdamW"),
-        ("adamw_8bit", True, "--optim adamw_8bit with offload_optimizer"),
+        ("adafactor", False, {}, "--optim adafactor: LISA runs AdamW"),
+        ("galore_adamw", False, {}, "choose one of adamw_torch"),
+        ("paged_adamw_8bit", False, {}, "--optim paged_adamw_8bit: LISA runs AdamW"),
+        ("adamw_8bit", True, {}, "--optim adamw_8bit with offload_optimizer"),
+        ("adamw_torch", False, BF16_SR, "--lisa_master bf16_sr with --optim adamw_torch: only --optim lisa_adamw"),
+        ("lisa_adamw", False, BF16_SR | {"precision": "fp32"}, "with weights in fp32: it rounds to bf16"),
+        ("lisa_adamw", False, BF16_SR | {"precision": "fp16"}, "with weights in fp16: it rounds to bf16"),
+        ("lisa_adamw", True, BF16_SR, "--lisa_master bf16_sr with offload_optimizer"),
+        ("adamw_torch", False, FACTORED, "embed=factored with --optim adamw_torch: only --optim lisa_adamw has"),
+        ("lisa_adamw", True, FACTORED, "embed=factored with offload_optimizer: DeepSpeed steps"),
+        (
+            "adamw_8bit",
+            False,
+            {"lisa_offload": "head"},
+            "--optim adamw_8bit with --lisa_offload head: states on the host have 32 bits; give --lisa_state_bits "
+            "head=32",
+        ),
+        ("adamw_8bit", False, {"lisa_offload": "head", "lisa_state_bits": "head=32"}, None),
+        ("lisa_adamw", False, {"lisa_offload": "head"}, None),
     ],
 )
-def test_an_optimizer_that_cannot_work_is_refused(optim, offload, said):
-    with pytest.raises(ValueError, match="--optim") as error:
-        check_optim(optim, offload)
-    assert said in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("optim", "offload", "precision", "said"),
-    [
-        ("adamw_torch", False, "bf16", "--lisa_master bf16_sr with --optim adamw_torch: only --optim lisa_adamw"),
-        ("lisa_adamw", False, "fp32", "--lisa_master bf16_sr with weights in fp32: it rounds to bf16"),
-        ("lisa_adamw", False, "fp16", "--lisa_master bf16_sr with weights in fp16: it rounds to bf16"),
-        ("lisa_adamw", True, "bf16", "--lisa_master bf16_sr with offload_optimizer"),
-    ],
-)
-def test_masters_that_cannot_be_left_out(optim, offload, precision, said):
-    with pytest.raises(ValueError, match="--lisa_master") as error:
-        check_optim(optim, offload, LisaConfig(lisa_master="bf16_sr"), precision)
-    assert said in str(error.value)
+def test_an_optimizer_that_cannot_work_is_refused(optim, offload, settings, said):
+    precision = settings.get("precision", "bf16")
+    config = LisaConfig(**{name: value for name, value in settings.items() if name != "precision"})
+    with pytest.raises(ValueError, match="--") if said else contextlib.nullcontext() as error:
+        check_optim(optim, offload, config, precision)
+    assert said is None or said in str(error.value)
+    if settings == FACTORED:
+        groups = [{"params": [], "lisa_group": "embed/decay", "lisa_state_bits": "factored"}, {"params": []}]
+        with pytest.raises(ValueError, match="--lisa_state_bits") as error:
+            build_optimizer(groups, optim, offload=offload)
+        assert said in str(error.value)
 
 
 def test_kernels_that_cannot_run_are_refused_at_the_start(monkeypatch):
@@ -157,41 +147,11 @@ def test_kernels_that_cannot_run_are_refused_at_the_start(monkeypatch):
     check_optim("lisa_adamw", True)  # DeepSpeed's AdamW on the host takes its place
 
 
-@pytest.mark.parametrize(
-    ("optim", "offload", "said"),
-    [
-        (
-            "adamw_torch",
-            False,
-            "embed=factored with --optim adamw_torch: only --optim lisa_adamw has",
-        ),
-        ("lisa_adamw", True, "embed=factored with offload_optimizer: DeepSpeed steps"),
-    ],
-)
-def test_factored_moments_that_cannot_be_had(optim, offload, said):
-    with pytest.raises(ValueError, match="factored") as error:
-        check_optim(optim, offload, LisaConfig(lisa_state_bits="embed=factored"))
-    assert said in str(error.value)
-    with pytest.raises(ValueError, match="factored"):
-        build_optimizer([{"params": [], "lisa_state_bits": "factored"}], optim, offload=offload)
-
-
 def test_norms_and_biases_keep_32_bits():
     blocks = find_blocks(tiny_llama())
     given = {"embed": "factored", "layers": 8}
     groups = build_param_groups([blocks.embed, blocks.rest], [blocks.layers[0]], 0.1, given)
     bits = {group["lisa_group"]: group.get("lisa_state_bits") for group in groups}
     assert bits == {"embed/decay": "factored", "rest/no_decay": None, "slot0/decay": 8, "slot0/no_decay": None}
-    optimizer = build_optimizer(groups, "lisa_adamw", lr=3e-4, betas=(0.8, 0.9), eps=1e-6, seed=5)
-    assert isinstance(optimizer, LisaAdamW)
+    optimizer = build_optimizer(groups, "lisa_adamw")
     assert [group["lisa_state_bits"] for group in optimizer.param_groups] == ["factored", 32, 8, 32]
-    assert (optimizer.defaults["lr"], optimizer.defaults["betas"], optimizer.seed) == (3e-4, (0.8, 0.9), 5)
-
-
-def test_states_on_the_host_are_not_in_8_bits():
-    on_host = LisaConfig(lisa_offload="head")
-    said = r"--optim adamw_8bit with --lisa_offload head: .* --lisa_state_bits head=32"
-    with pytest.raises(ValueError, match=said):
-        check_optim("adamw_8bit", False, on_host)
-    check_optim("adamw_8bit", False, LisaConfig(lisa_offload="head", lisa_state_bits="head=32"))
-    check_optim("lisa_adamw", False, on_host)

@@ -5,15 +5,12 @@ import functools
 import pytest
 import torch
 from cells import full
-from engines import full_weights, train_step
+from engines import ROW_NAMES, full_weights, train_step, without
 from models import tiny_gpt2, tiny_llama, token_batches
 from ranks import run_ranks
 from torch import nn
 
 import lisa_dist
-from lisa_dist.optim import row_gradient
-from lisa_dist.optim.row_gradient import RowGradient
-from lisa_dist.zero import overrides
 from lisa_dist.zero.embedding_rows import EmbeddingRows, embedding_of
 
 STEPS, INTERVAL = 7, 2
@@ -27,7 +24,7 @@ def train(ds_config: str, by_rows: bool, dtype: torch.dtype, settings: dict, opt
     settings = {"lisa_interval_steps": INTERVAL, "lisa_debug": True} | settings
     model = options.get("build", functools.partial(tiny_llama, vocab_size=131))().to(dtype)
     accumulation = options.get("accumulation", 1)
-    with overrides.without(*(() if by_rows else overrides.ROW_NAMES)):
+    with without(*(() if by_rows else ROW_NAMES)):
         engine, lisa = lisa_dist.initialize(
             model,
             options.get("config", ds_config),
@@ -136,26 +133,3 @@ def test_padding_has_no_gradient():
     assert torch.equal(plain.weight.grad[indices], values)
     with torch.no_grad():
         assert not embedding(tokens).requires_grad
-
-
-@pytest.mark.parametrize(("start", "numel"), [(0, 60), (7, 46), (12, 12), (13, 4), (5, 1)])
-def test_a_piece_laid_out_slab_by_slab(monkeypatch, start, numel):
-    """Also where it begins and ends within a row, and where a slab does."""
-    torch.manual_seed(0)
-    columns, indices = 6, torch.tensor([0, 1, 3, 4, 9])
-    touched = [row for row in indices.tolist() if start // columns <= row <= (start + numel - 1) // columns]
-    indices = torch.tensor(touched, dtype=torch.long)
-    matrix = torch.zeros(10, columns)
-    matrix[indices] = torch.randn(len(indices), columns)
-    wanted = torch.zeros(60)
-    wanted[start : start + numel] = matrix.view(-1)[start : start + numel]
-    for slab in (1 << 22, 8):
-        monkeypatch.setattr(row_gradient, "SLAB", slab)
-        gradient = RowGradient(start, numel, columns, indices, matrix[indices])
-        assert torch.equal(gradient.dense(), wanted[start : start + numel])
-        assert all(cut.stop - cut.start <= slab for cut, _ in gradient.slabs())
-    row_sums, column_sums = gradient.squared_sums(torch.tensor([0.5]))
-    squares = (0.5 * wanted.view(10, columns)) ** 2
-    rows = slice(start // columns, -(-(start + numel) // columns))
-    torch.testing.assert_close(row_sums, squares.sum(1)[rows])
-    torch.testing.assert_close(column_sums, squares.sum(0))

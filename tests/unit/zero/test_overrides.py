@@ -1,4 +1,4 @@
-"""The table of overrides: complete, with tests that exist, and each name DeepSpeed's own again where it is left out."""
+"""The table of overrides: complete, with tests that exist."""
 
 import ast
 import re
@@ -8,14 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engines import train_step
+from engines import train_step, without
 from models import tiny_llama, token_batches
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lisa_dist
 from lisa_dist import zero
-from lisa_dist.zero import overrides, stages, step
+from lisa_dist.errors import UserError
+from lisa_dist.zero import stages, step
 
 ROOT = Path(__file__).parents[3]
 FOLDER = Path(zero.__file__).parent
@@ -46,15 +47,6 @@ def test_every_override_is_in_the_table_and_has_a_reason():
     assert [names for names, text in ENTRIES if not REASONS.search(text)] == []
 
 
-def test_what_a_run_is_wrong_without_cannot_be_left_out():
-    optional = {*overrides.GRADIENT_NAMES, *overrides.ROW_NAMES, *overrides.OTHER_NAMES}
-    wrong_without = {name for names, text in ENTRIES if "Wrong without" in text.replace("\n    ", " ")
-                     for name in names.split(", ")}  # fmt: skip
-    assert optional == overridden_names() - wrong_without
-    with pytest.raises(AssertionError), overrides.without("initialize_optimizer_states"):
-        pass
-
-
 def test_the_tests_of_the_table_exist():
     there = {name for path in (ROOT / "tests").rglob("test_*.py")
              for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)}  # fmt: skip
@@ -78,41 +70,27 @@ class Copies(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def copies_of_gradients(stage: str, reduced_by_deepspeed: bool) -> Counter:
-    engine, lisa = lisa_dist.initialize(tiny_llama(), stage, lisa_dist.LisaConfig(lisa_seed=3))
-    lisa.on_step_begin()
-    if reduced_by_deepspeed:
-        del engine.optimizer.reduce_independent_p_g_buckets_and_remove_grads
-    tokens = token_batches(1, 2, 1)[0, 0]
-    loss = engine(input_ids=tokens, labels=tokens, use_cache=False).loss
-    with Copies() as copies:
-        engine.backward(loss)
+def copies_of_gradients(stage: str, left_out: list[str]) -> Counter:
+    """Of the second period."""
+    with without(*left_out):
+        engine, lisa = lisa_dist.initialize(tiny_llama(), stage, lisa_dist.LisaConfig(lisa_interval_steps=1))
+        first, last = token_batches(2, rows=2)
+        train_step(engine, lisa, first)
+        lisa.on_step_begin()
+        loss = engine(input_ids=last[0], labels=last[0], use_cache=False).loss
+        with Copies() as copies:
+            engine.backward(loss)
+    engine.destroy()
     return copies.found
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2"])
 def test_a_gradient_of_one_rank_is_not_copied(stage):
-    own, by_deepspeed = (run_ranks(copies_of_gradients, 1, stage, plain)[0] for plain in (False, True))
+    name = "reduce_independent_p_g_buckets_and_remove_grads"
+    own, by_deepspeed = (run_ranks(copies_of_gradients, 1, stage, left_out)[0] for left_out in ([], [name]))
     assert own["aten::copy_"] == own["aten::div_"] == 0
     assert by_deepspeed["aten::copy_"] > by_deepspeed["aten::div_"] > 0
     assert own["aten::clone"] < by_deepspeed["aten::clone"]
-
-
-def train_without(names: tuple[str, ...]) -> dict[str, bool]:
-    """Whether each name is still DeepSpeed's own after a switch."""
-    with overrides.without(*names):
-        engine, lisa = lisa_dist.initialize(tiny_llama(), "zero2", lisa_dist.LisaConfig(lisa_interval_steps=1), lr=1e-3)
-        for micro_batches in token_batches(2, rows=4):
-            train_step(engine, lisa, micro_batches)
-    own = {name: name not in vars(engine.optimizer) for name in ("scaled_global_norm",)}
-    engine.destroy()
-    return own
-
-
-@pytest.mark.usefixtures("cpu_ops")
-def test_what_is_left_out_stays_deepspeeds_own():
-    for names in ((), ("scaled_global_norm",)):
-        assert run_ranks(train_without, 2, names)[0] == {"scaled_global_norm": bool(names)}
 
 
 @pytest.mark.parametrize("clip_grad", [0.0, 0.3])
@@ -127,5 +105,5 @@ def test_the_scale_of_stage_3_is_deepspeeds(clip_grad):
 
 
 def test_a_name_that_is_not_there_is_no_override():
-    with pytest.raises(AssertionError, match="has no scaled_global_norm"):
-        overrides.override(object(), "scaled_global_norm", None)
+    with pytest.raises(UserError, match=r"lacks object\.scaled_global_norm, which LISA needs to train under it: pip"):
+        stages.override(object(), "scaled_global_norm", None)
