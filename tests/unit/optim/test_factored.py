@@ -131,10 +131,8 @@ def test_no_more_is_allocated_than_a_plan_has(weights):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"weight": None, "master": None}, "expected a weight or a master"),
         ({"row_roots": torch.ones(5)}, "expected 4 elements of row_roots, got 5"),
         ({"column_roots": torch.ones(67, dtype=torch.float64)}, "expected column_roots in torch.float32"),
-        ({"gradient": torch.ones(2 * 150)[::2]}, "expected gradient to be contiguous"),
         ({"weight": torch.ones(150, dtype=torch.float16), "master": None}, "without a master in torch.bfloat16"),
     ],
 )
