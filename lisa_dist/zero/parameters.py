@@ -74,9 +74,9 @@ def local_weights(parameter: Any) -> torch.Tensor:
 
 def rows_of(parameter: Any, rows: slice) -> torch.Tensor:
     """Rows of a parameter that is whole; where ZeRO-3 has gathered it, they say so too."""
-    found: Any = parameter.detach()[rows]
+    found: torch.Tensor = parameter.detach()[rows]
     if is_partitioned(parameter):
-        found.ds_status = parameter.ds_status
+        vars(found)["ds_status"] = parameter.ds_status
     return found
 
 
