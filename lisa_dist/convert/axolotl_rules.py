@@ -69,9 +69,9 @@ def _datasets(value: list[dict], given: Given) -> Flags:
 
 
 def _evaluated(flags: Flags, given: Given) -> Flags:
-    """What is held out, evaluated once an epoch where nothing is said of it."""
-    is_said = any(given.get(key) for key in ("evals_per_epoch", "eval_steps", "eval_strategy"))
-    return flags if is_said else flags | {"eval_strategy": "epoch"}
+    """What is held out, evaluated once an epoch where no key schedules evaluations."""
+    has_schedule = any(given.get(key) for key in ("evals_per_epoch", "eval_steps", "eval_strategy"))
+    return flags if has_schedule else flags | {"eval_strategy": "epoch"}
 
 
 def _every(action: str, is_per_epoch: bool) -> Rule:

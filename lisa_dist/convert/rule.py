@@ -25,8 +25,7 @@ class NoCounterpart(Exception):  # noqa: N818 - not an error: a remark in the re
 class Tool:
     """What each key of a tool is here; a key that has no rule and is a flag here stays as it is.
 
-    `defaults` is what its configurations mean where they say nothing, and ours do not; `more_defaults` the same of a
-    method or a task.
+    `defaults` are those of the tool that differ from ours; `more_defaults` are those of a method or a task.
     """
 
     rules: dict[str, Rule]
@@ -154,7 +153,7 @@ def _saved_modules(value: Any, given: Given) -> Flags:
 
 
 def reward_functions(value: Any, given: Given) -> Flags:
-    """Files of them; a name of one may be TRL's, or not."""
+    """Files of reward functions; a name has a remark, as it may be the tool's own or one of TRL's."""
     names = value if isinstance(value, list) else str(value).split()
     if not all(name.partition(":")[0].endswith(".py") for name in names):
         raise NoCounterpart(

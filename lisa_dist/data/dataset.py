@@ -5,8 +5,8 @@
     formats.py      alpaca, sharegpt, messages, ...                -> turns
     encoding.py     chat template, labels, maximum length          -> input_ids, labels
 
-TRL's trainer uses these columns as they are, shuffles and packs them. Rows with images (image_rows.py) and rows of
-other tasks (task_rows.py) TRL tokenizes itself.
+TRL's trainer uses these columns as they are, shuffles and packs them. It tokenizes rows with images (image_rows.py) and
+rows of other tasks (task_rows.py) itself.
 """
 
 import json

@@ -183,7 +183,7 @@ def _checked(image: Any, folder: Path) -> Any:
 
 
 def _is_image(file: Any) -> bool:
-    """By its beginning, with the kind of file and the size of the image."""
+    """Whether an image can be opened: the beginning of its file has its kind and its size."""
     with contextlib.suppress(OSError, PIL.Image.DecompressionBombError), PIL.Image.open(file):
         return True
     return False

@@ -139,7 +139,7 @@ class ComputeTime:
     def slowest(self) -> tuple[int, float, str]:
         """The rank that computed longest since the last call, its time by the median, and its host; all ranks call it.
 
-        Of two ranks the median is the faster one.
+        The median of two ranks is the faster one.
         """
         self._add_up()
         mine, self._seconds = self._seconds, 0.0

@@ -90,7 +90,7 @@ class _Lock:
         taken_over = False
         while True:
             with contextlib.suppress(FileExistsError):
-                # Which follows no link.
+                # O_EXCL: it follows no link.
                 descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
                 with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                     file.write(json.dumps(content) + "\n")
