@@ -192,7 +192,7 @@ def _check_text(name: str, value: Any, may_be_empty: bool) -> None:
             raise ExampleError(f"{place} has a content that is no text")
     if is_answer and turns and turns[-1]["role"] != "assistant":
         raise ExampleError(f"has a {name} that does not end with a turn of the assistant")
-    last = turns[-1] if turns else {"content": value}
+    last: Mapping[str, Any] = turns[-1] if turns else {"content": value}
     if (
         (is_answer or not (turns or may_be_empty))
         and not (last["content"] or "").strip()
