@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from lisa_dist.convert.common_rules import AT_ONCE, CACHED, OWN_TEMPLATE, lora_targets, optimizer, schedule
-from lisa_dist.convert.rule import Flags, Given, NoCounterpart, Rule, alike, nothing_but, true_is
+from lisa_dist.convert import rule
+from lisa_dist.convert.rule import AT_ONCE, CACHED, Flags, Given, NoCounterpart, Rule, Tool, if_set, nothing_but
 
 _FORMATS = {"alpaca": {}, "chat_template": {}, "sharegpt": {}, "completion": {"dataset_format": "text"}}
 _OF_DATASET = {"path", "data_files", "ds_type", "type", "name", "split", "field_messages", "field"}
@@ -17,7 +17,7 @@ _AS_HERE = {
 
 
 def _schedule(value: str, given: Given) -> Flags:
-    return {} if value == "cosine" and given.get("cosine_min_lr_ratio") else schedule(value, given)
+    return {} if value == "cosine" and given.get("cosine_min_lr_ratio") else rule.schedule(value, given)
 
 
 def _least_rate(value: float, given: Given) -> Flags:
@@ -62,63 +62,31 @@ def _datasets(value: list[dict], given: Given) -> Flags:
         split = one.get("split") if one.get("split") != "train" else None
         found = {"dataset_config": one.get("name"), "dataset_split": split, "dataset_columns": pairs}
         of_each.append({name: value for name, value in found.items() if value} | _FORMATS[kind])
-    flags = alike(names, of_each)
+    flags = rule.alike(names, of_each)
     if others:
         raise NoCounterpart(f"nothing here is like {', '.join(others)}; change the rows themselves", flags)
     return flags
 
 
-def _evaluates(given: Given) -> bool:
-    return any(given.get(key) for key in ("evals_per_epoch", "eval_steps", "eval_strategy"))
+def _evaluated(flags: Flags, given: Given) -> Flags:
+    """What is held out, evaluated once an epoch where no key schedules evaluations."""
+    has_schedule = any(given.get(key) for key in ("evals_per_epoch", "eval_steps", "eval_strategy"))
+    return flags if has_schedule else flags | {"eval_strategy": "epoch"}
 
 
-def _holds_out(given: Given) -> bool:
-    return bool(given.get("val_set_size") or given.get("test_datasets"))
+def _every(action: str, is_per_epoch: bool) -> Rule:
+    """How often to save, or to evaluate where examples are held out: so many times an epoch, or after so many steps."""
 
-
-def _held_out_files(value: list[dict], given: Given) -> Flags:
-    names = {"eval_dataset_name": _datasets(value, given)["dataset_name"]}
-    return names | ({} if _evaluates(given) else {"eval_strategy": "epoch"})
-
-
-def _held_out_part(value: float, given: Given) -> Flags:
-    return ({"eval_rows": value} | ({} if _evaluates(given) else {"eval_strategy": "epoch"})) if value else {}
-
-
-def _per_epoch(strategy: str) -> Rule:
     def rule(value: int, given: Given) -> Flags:
-        if not value or (strategy == "eval" and not _holds_out(given)):
+        has_none = action == "eval" and not (given.get("val_set_size") or given.get("test_datasets"))
+        if not value or has_none:
             return {}
-        share = 1 / (value * float(given.get("num_epochs") or 1))
-        if value == 1:
-            return {f"{strategy}_strategy": "epoch"}
-        return {f"{strategy}_strategy": "steps", f"{strategy}_steps": round(share, 6)}
+        if is_per_epoch and value == 1:
+            return {f"{action}_strategy": "epoch"}
+        steps = round(1 / (value * float(given.get("num_epochs") or 1)), 6) if is_per_epoch else value
+        return {f"{action}_strategy": "steps", f"{action}_steps": steps}
 
     return rule
-
-
-def _steps(strategy: str) -> Rule:
-    def rule(value: int, given: Given) -> Flags:
-        if not value or (strategy == "eval" and not _holds_out(given)):
-            return {}
-        return {f"{strategy}_strategy": "steps", f"{strategy}_steps": value}
-
-    return rule
-
-
-def _adapter(value: str, given: Given) -> Flags:
-    if value == "lora":
-        return {"method": "lora"}
-    if value == "qlora":
-        raise NoCounterpart(
-            "LoRA of weights in 16 bits, which take more memory; method: lisa has lisa_frozen_bits: 4 for frozen ones",
-            {"method": "lora"},
-        )
-    raise NoCounterpart(f"{value}: there is LoRA, method: lora")
-
-
-def _wandb_project(value: Any, given: Given) -> Flags:
-    return {"report_to": "wandb", "env": {"WANDB_PROJECT": value}} if value else {}
 
 
 def _template(value: str, given: Given) -> Flags:
@@ -126,7 +94,7 @@ def _template(value: str, given: Given) -> Flags:
         return {}
     if str(value).endswith(".jinja"):
         return {"chat_template_path": value}
-    raise NoCounterpart(OWN_TEMPLATE)
+    raise NoCounterpart(rule.OWN_TEMPLATE)
 
 
 def _plugins(value: list[str], given: Given) -> Flags:
@@ -138,23 +106,31 @@ def _plugins(value: list[str], given: Given) -> Flags:
     return flags
 
 
-def _hub_model(value: str | None, given: Given) -> Flags:
-    return {"hub_model_id": value, "push_to_hub": True, "hub_private_repo": True} if value else {}
-
-
-AXOLOTL_RULES: dict[str, Rule] = {
-    "base_model": "model_name_or_path", "datasets": _datasets, "test_datasets": _held_out_files,
-    "sequence_len": "max_length", "hub_model_id": _hub_model,
+_QLORA = NoCounterpart(
+    "LoRA of weights in 16 bits, which take more memory; method: lisa has lisa_frozen_bits: 4 for frozen ones",
+    {"method": "lora"},
+)
+_RULES: dict[str, Rule] = {
+    "base_model": "model_name_or_path", "datasets": _datasets,
+    "test_datasets": lambda value, given: _evaluated(
+        {"eval_dataset_name": _datasets(value, given)["dataset_name"]}, given
+    ),
+    "sequence_len": "max_length",
+    "hub_model_id": if_set("hub_model_id", push_to_hub=True, hub_private_repo=True),
     "micro_batch_size": "per_device_train_batch_size", "eval_batch_size": "per_device_eval_batch_size",
-    "num_epochs": "num_train_epochs", "optimizer": optimizer, "lr_scheduler": _schedule, "sample_packing": "packing",
-    "eval_sample_packing": "eval_packing", "val_set_size": _held_out_part, "evals_per_epoch": _per_epoch("eval"),
-    "saves_per_epoch": _per_epoch("save"), "eval_steps": _steps("eval"), "save_steps": _steps("save"),
+    "num_epochs": "num_train_epochs", "optimizer": rule.optimizer, "lr_scheduler": _schedule,
+    "sample_packing": "packing", "eval_sample_packing": "eval_packing",
+    "val_set_size": lambda value, given: _evaluated({"eval_rows": value}, given) if value else {},
+    "evals_per_epoch": _every("eval", True), "saves_per_epoch": _every("save", True),
+    "eval_steps": _every("eval", False), "save_steps": _every("save", False),
     "lisa_n_layers": "lisa_activated_layers", "lisa_step_interval": "lisa_interval_steps",
-    "lisa_layers_attribute": "(layers are found by themselves)", "adapter": _adapter,
-    "lora_target_linear": true_is("lora_target_modules", ["all-linear"]), "lora_target_modules": lora_targets,
-    "chat_template": _template, "chat_template_jinja": _template, "use_wandb": true_is("report_to", "wandb"),
-    "wandb_project": _wandb_project, "use_tensorboard": true_is("report_to", "tensorboard"),
-    "auto_resume_from_checkpoints": true_is("resume_from_checkpoint", "auto"),
+    "lisa_layers_attribute": "(layers are found by themselves)",
+    "adapter": rule.one_of({"lora": {"method": "lora"}, "qlora": _QLORA}, "{}: there is LoRA, method: lora"),
+    "lora_target_linear": if_set("lora_target_modules", ["all-linear"]), "lora_target_modules": rule.lora_targets,
+    "chat_template": _template, "chat_template_jinja": _template, "use_wandb": if_set("report_to", "wandb"),
+    "wandb_project": lambda value, given: {"report_to": "wandb", "env": {"WANDB_PROJECT": value}} if value else {},
+    "use_tensorboard": if_set("report_to", "tensorboard"),
+    "auto_resume_from_checkpoints": if_set("resume_from_checkpoint", "auto"),
     "excess_length_strategy": lambda value, given: {"long_examples": "truncate" if value == "truncate" else "drop"},
     "dataset_prepared_path": CACHED, "dataset_processes": CACHED, "model_type": "(read from the model)",
     "tokenizer_type": "(read from the model)", "strict": "(every unknown key is refused)",
@@ -164,14 +140,20 @@ AXOLOTL_RULES: dict[str, Rule] = {
     "cosine_min_lr_ratio": _least_rate, "plugins": _plugins, "debug": "(--logging_steps 1 shows each step)",
     "gradient_checkpointing": lambda value, given: {"gradient_checkpointing": bool(value)},
     "torch_compile": lambda value, given: {"torch_compile": True} if value is True else {},
-    **{f"liger_{kernel}": true_is("use_liger_kernel") for kernel in
+    **{f"liger_{kernel}": if_set("use_liger_kernel", True) for kernel in
        ("rope", "rms_norm", "glu_activation", "swiglu", "fused_linear_cross_entropy", "layer_norm")},
     **{f"wandb_{key}": nothing_but(None, f"a variable of wandb, WANDB_{key.upper()}; env in a recipe sets it")
        for key in ("entity", "watch", "name", "log_model", "run_id", "mode")},
     "eval_table_size": nothing_but(None, "sample_prompt: TEXT is answered before and after training"),
+    "rl": rule.task, "rl_beta": "beta", "orpo_alpha": "beta", "dpo_label_smoothing": "label_smoothing",
+    "kto_desirable_weight": "desirable_weight", "kto_undesirable_weight": "undesirable_weight",
+    "reward_model": if_set("task", "reward"), "reward_funcs": rule.reward_functions,
 }  # fmt: skip
-AXOLOTL_DEFAULTS: Flags = {
-    "method": "full", "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "per_device_train_batch_size": 1,
-    "num_train_epochs": 1, "max_length": 512, "gradient_checkpointing": False, "long_examples": "drop",
-    "save_strategy": "epoch", "save_total_limit": 4,
-}  # fmt: skip
+AXOLOTL_RULES = Tool(
+    _RULES,
+    defaults={
+        "method": "full", "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "per_device_train_batch_size": 1,
+        "num_train_epochs": 1, "max_length": 512, "gradient_checkpointing": False, "long_examples": "drop",
+        "save_strategy": "epoch", "save_total_limit": 4,
+    },
+)  # fmt: skip

@@ -4,18 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lisa_dist.convert.common_rules import AT_ONCE, FEWER_BITS, LORA, OWN_TEMPLATE, lora_targets
-from lisa_dist.convert.rule import (
-    Flags,
-    Given,
-    NoCounterpart,
-    Rule,
-    alike,
-    names_of,
-    nothing_but,
-    true_is,
-    unless_zero,
-)
+from lisa_dist.convert import rule
+from lisa_dist.convert.rule import Flags, Given, NoCounterpart, Rule, Tool, alike, if_set, names_of, nothing_but, one_of
 
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}  # as rows of alpaca have them here
 
@@ -53,14 +43,6 @@ def _datasets_as(flag: str) -> Rule:
     return rule
 
 
-def _tuning(value: str, given: Given) -> Flags:
-    if value == "lora":
-        return {"method": "lora"}
-    if value != "full":
-        raise NoCounterpart(f"{value}: method is lisa, full or lora")
-    return {"method": "full"}
-
-
 BADAM = {
     "lisa_sampler": "reshuffle", "lisa_interval_steps": 50, "lisa_activated_layers": 1, "lisa_always_on": "",
     "lisa_frozen": "embed,head,rest", "weight_decay": 0.01,
@@ -88,22 +70,45 @@ def _first_block(value: int, given: Given) -> Flags:
     return {}
 
 
-FACTORY_RULES: dict[str, Rule] = LORA | {
+def task_of(given: Given) -> str:
+    """The task of `stage`, of which orpo is a loss there; of one that is nothing here sft."""
+    task = rule.TASKS.get(str(given.get("stage")), {"task": "sft"})["task"]
+    return "orpo" if task == "dpo" and given.get("pref_loss") == "orpo" else task
+
+
+def _stage(value: str, given: Given) -> Flags:
+    if value == "pt":
+        return {"dataset_format": "text", "packing": given.get("packing") is not False}
+    return {} if value == "sft" else rule.task(value, given) | {"task": task_of(given)}
+
+
+_RULES: dict[str, Rule] = rule.LORA | {
     "use_badam": "(method: lisa, one layer at a time; reshuffle in place of ascending)",
-    "weight_decay": _decay_of_factory, "finetuning_type": _tuning, "dataset": _datasets_as("dataset_name"),
+    "finetuning_type": rule.method, "weight_decay": _decay_of_factory, "dataset": _datasets_as("dataset_name"),
     "cutoff_len": "max_length", "badam_switch_mode": _badam_order,
     "badam_switch_interval": "lisa_interval_steps", "badam_mode": nothing_but("layer", "layers alone are sampled so"),
     "badam_verbose": "(each switch is printed)", "badam_start_block": _first_block,
-    "lora_target": lora_targets, "eval_dataset": _datasets_as("eval_dataset_name"),
-    "val_size": unless_zero("eval_rows"), "train_on_prompt": "train_on_inputs", "neat_packing": true_is("packing"),
-    "flash_attn": AT_ONCE, "enable_liger_kernel": true_is("use_liger_kernel"),
-    "disable_gradient_checkpointing": true_is("gradient_checkpointing", False),
-    "plot_loss": "(report.html has it)", "template": OWN_TEMPLATE,
+    "lora_target": rule.lora_targets, "eval_dataset": _datasets_as("eval_dataset_name"),
+    "val_size": if_set("eval_rows"), "train_on_prompt": "train_on_inputs", "neat_packing": if_set("packing", True),
+    "flash_attn": rule.AT_ONCE, "enable_liger_kernel": if_set("use_liger_kernel", True),
+    "disable_gradient_checkpointing": if_set("gradient_checkpointing", False),
+    "plot_loss": "(report.html has it)", "template": rule.OWN_TEMPLATE,
     "dataset_dir": "(dataset_name has the files themselves)",
-    "quantization_bit": nothing_but(None, FEWER_BITS),
-    "pure_bf16": true_is("bf16"),
+    "quantization_bit": nothing_but(None, rule.FEWER_BITS), "pure_bf16": if_set("bf16", True),
     "interleave_probs": "dataset_weights says how often the rows of each come in an epoch",
     "mix_strategy": "(dataset_weights mixes)", "compute_accuracy": "(logged: mean_token_accuracy)",
+    "stage": _stage, "pref_beta": "beta", "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight", "ref_model": rule.REFERENCE,
+    "pref_loss": one_of(
+        {"sigmoid": {}, "orpo": {}, "hinge": {"loss_type": ["hinge"]}, "ipo": {"loss_type": ["ipo"]}},
+        "loss_type: sigmoid, hinge or ipo; orpo is task: orpo",
+    ),
+    "pref_ftx": nothing_but(
+        None, "loss_type: [sigmoid, sft] with loss_weights: [1.0, ...] adds the loss of the answer"
+    ),
 }  # fmt: skip
-FACTORY_DEFAULTS: Flags = {"method": "lora", "learning_rate": 5e-5, "max_length": 2048}
-FACTORY_LORA: Flags = {"lora_r": 8, "lora_dropout": 0.0}  # alpha is twice the rank
+FACTORY_RULES = Tool(
+    _RULES,
+    defaults={"method": "lora", "learning_rate": 5e-5, "max_length": 2048},
+    more_defaults={"lora": {"lora_r": 8, "lora_dropout": 0.0}},  # alpha is twice the rank
+)

@@ -81,16 +81,14 @@ def _lines_of_words(text: str) -> Iterator[list[str]]:
 
 def _parts(word: str, variables: dict[str, str]) -> list[str]:
     """A word, or the flags that it stands for where a variable holds several."""
-    value = variables.get(found[1]) if (found := re.fullmatch(r"\$\{?(\w+)\}?", word)) else None
-    return shlex.split(value) if value is not None and value.lstrip().startswith("--") else [word]
+    value = variables.get(found[1], "") if (found := re.fullmatch(r"\$\{?(\w+)\}?", word)) else ""
+    return shlex.split(value) if value.lstrip().startswith("--") else [word]
 
 
 def _without_launcher(words: list[str]) -> list[str]:
     """The program and its flags, without those of what starts its processes."""
-    if words and words[0] in _LAUNCHERS:
-        programs = (number for number, word in enumerate(words) if word.endswith(".py"))
-        return words[next(programs, 0) :]
-    return words
+    programs = (number for number, word in enumerate(words) if word.endswith(".py"))
+    return words[next(programs, 0) :] if words and words[0] in _LAUNCHERS else words
 
 
 def _expanded(word: str, variables: dict[str, str]) -> str:

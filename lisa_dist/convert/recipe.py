@@ -8,15 +8,17 @@ from typing import Any
 
 import yaml
 
-from lisa_dist.convert.llama_factory_rules import BADAM
-from lisa_dist.convert.ms_swift_rules import OTHER_HUB
-from lisa_dist.convert.reading import LLAMA_FACTORY, SWIFT, TOOLS, read, tool_of
-from lisa_dist.convert.rule import Flags, Given, NoCounterpart
-from lisa_dist.convert.rules import DEFAULTS, OF_GRPO, OF_LISA, OF_LORA, RULES
-from lisa_dist.convert.task_rules import flattened, task_given
+from lisa_dist.convert.axolotl_rules import AXOLOTL_RULES
+from lisa_dist.convert.llama_factory_rules import BADAM, FACTORY_RULES, task_of
+from lisa_dist.convert.lmflow_rules import LMFLOW_RULES
+from lisa_dist.convert.ms_swift_rules import OTHER_HUB, SWIFT_RULES
+from lisa_dist.convert.reading import AXOLOTL, LLAMA_FACTORY, LMFLOW, SWIFT, TOOLS, read, tool_of
+from lisa_dist.convert.rule import COMMON, TASKS, Flags, Given, NoCounterpart
 from lisa_dist.errors import UserError
-from lisa_dist.tasks import GRPO, OF_SFT, SFT
+from lisa_dist.tasks import OF_SFT, REWARD, SFT
 from lisa_dist.text import in_one_line
+
+RULES = {AXOLOTL: AXOLOTL_RULES, LLAMA_FACTORY: FACTORY_RULES, SWIFT: SWIFT_RULES, LMFLOW: LMFLOW_RULES}
 
 _SHELL = re.compile(r"\$[({]|\$\w|`")
 _BATCH_OF_SWIFT = 16  # examples of a step, where nothing is said of accumulation
@@ -42,11 +44,11 @@ def convert(path: str, tool: str | None, known_flags: Callable[[str], Container[
     tool = tool or tool_of(configured)
     if tool is None:
         raise UserError(f"{path}: it cannot be told whose keys these are; give --tool, one of {', '.join(TOOLS)}.")
-    if tool not in TOOLS:
-        raise UserError(f"--tool {tool}: unknown; choose one of {', '.join(TOOLS)}.")
-    found, task = Converted(tool), task_given(tool, configured)
+    found, task = Converted(tool), _task_of(tool, configured)
     known = known_flags(task)
-    given = flattened(tool, configured)
+    given, inner = configured, configured.get("trl")
+    if tool == AXOLOTL and isinstance(inner, dict):  # whose keys are flags beside the others here
+        given = {key: value for key, value in configured.items() if key != "trl"} | inner
     for key, value in given.items():
         try:
             _take(found, key, value, given, known)
@@ -54,22 +56,27 @@ def convert(path: str, tool: str | None, known_flags: Callable[[str], Container[
             found.flags |= none.flags
             found.remarks[key] = f"{in_one_line(value)}: {none}"
     _add_defaults(found, given, task)
-    if task != SFT:
-        _leave_out_what_is_of_sft(found, task, known)
+    for name in found.flags | found.defaults if task != SFT else ():
+        if name == "env" or (name in known and name not in OF_SFT):
+            continue
+        found.defaults.pop(name, None)
+        if name in found.flags:
+            found.gone[name] = f"for --task {SFT}, it was {in_one_line(found.flags.pop(name))}; this is {task}"
     return found
 
 
-def _leave_out_what_is_of_sft(found: Converted, task: str, known: Container[str]) -> None:
-    """Flags that the task has not."""
-    for flags in (found.flags, found.defaults):
-        for name in [name for name in flags if name != "env" and (name not in known or name in OF_SFT)]:
-            value = flags.pop(name)
-            if flags is found.flags:
-                found.gone[name] = f"for --task {SFT}, it was {in_one_line(value)}; this is {task}"
+def _task_of(tool: str, given: Given) -> str:
+    """The task of a configuration; sft where it says none, or one that is nothing here."""
+    if tool == LLAMA_FACTORY:
+        return task_of(given)
+    if tool == AXOLOTL and given.get("reward_model") is True:
+        return REWARD
+    word = given.get({AXOLOTL: "rl", SWIFT: "rlhf_type"}.get(tool, ""))
+    return TASKS.get(str(word), {"task": SFT})["task"]
 
 
 def _take(found: Converted, key: str, value: Any, given: Given, known: Container[str]) -> None:
-    rule = RULES[found.tool].get(key)
+    rule = (COMMON | RULES[found.tool].rules).get(key)
     if value is None and key != "pt":  # YAML's way to say nothing, or a word of the command
         return
     if any(isinstance(one, str) and _SHELL.search(one) for one in (value if isinstance(value, list) else [value])):
@@ -81,13 +88,7 @@ def _take(found: Converted, key: str, value: Any, given: Given, known: Container
     elif callable(rule):
         try:
             flags = rule(value, given)
-        except (
-            TypeError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            ArithmeticError,
-        ) as error:  # a value of a kind that the tool takes not
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # of another kind
             raise NoCounterpart(f"no value that {found.tool} takes") from error
         env = found.flags.get("env", {}) | flags.pop("env", {})
         found.flags |= flags | ({"env": env} if env else {})
@@ -101,7 +102,7 @@ def _take(found: Converted, key: str, value: Any, given: Given, known: Container
 
 def _add_defaults(found: Converted, given: Given, task: str) -> None:
     """What the configuration relied on, and nothing of LISA for another method."""
-    defaults = dict(DEFAULTS[found.tool])
+    defaults, more = dict(RULES[found.tool].defaults), RULES[found.tool].more_defaults
     if found.tool == LLAMA_FACTORY and given.get("use_badam"):
         found.flags["method"] = "lisa"
         defaults |= BADAM
@@ -109,20 +110,18 @@ def _add_defaults(found: Converted, given: Given, task: str) -> None:
             del defaults["lisa_sampler"]
     elif found.flags.get("lisa_activated_layers") and given.get("use_lisa", True):
         defaults["method"] = "lisa"
+        if found.tool == SWIFT and found.flags.get("method") == "full":
+            found.flags["method"] = "lisa"
     if found.tool == SWIFT:
         defaults |= _defaults_of_swift(found, given)
-    if found.tool == SWIFT and "use_hf" not in given and not given.get("USE_HF"):
-        found.remarks["use_hf"] = OTHER_HUB
-    defaults |= OF_GRPO.get(found.tool, {}) if task == GRPO else {}
+        if "use_hf" not in given and not given.get("USE_HF"):
+            found.remarks["use_hf"] = OTHER_HUB
     method = found.flags.get("method", defaults["method"])
-    if method == "lisa":
-        defaults |= OF_LISA.get(found.tool, {})
-    if method == "lora":
-        defaults |= OF_LORA.get(found.tool, {})
-        if found.tool == LLAMA_FACTORY:
-            defaults["lora_alpha"] = 2 * found.flags.get("lora_r", defaults["lora_r"])
+    defaults |= more.get(task, {}) | more.get(method, {})
+    if found.tool == LLAMA_FACTORY and method == "lora":
+        defaults["lora_alpha"] = 2 * found.flags.get("lora_r", defaults["lora_r"])
     found.defaults = {name: value for name, value in defaults.items() if name not in found.flags}
-    if (found.flags | found.defaults)["method"] != "lisa":
+    if method != "lisa":
         for name in [name for name in found.flags if name.startswith("lisa_")]:
             found.gone[name] = f"for --method lisa, it was {found.flags.pop(name)}"
 
@@ -132,10 +131,9 @@ def _defaults_of_swift(found: Converted, given: Given) -> Flags:
     defaults: Flags = {}
     if "gradient_accumulation_steps" not in given:
         rows = found.flags.get("per_device_train_batch_size", 1)
+        defaults["global_batch_size"] = _BATCH_OF_SWIFT
         if _BATCH_OF_SWIFT % rows:
-            defaults["gradient_accumulation_steps"] = math.ceil(_BATCH_OF_SWIFT / rows)
-        else:
-            defaults["global_batch_size"] = _BATCH_OF_SWIFT
+            defaults = {"gradient_accumulation_steps": math.ceil(_BATCH_OF_SWIFT / rows)}
     if {"eval_rows", "eval_dataset_name"} & found.flags.keys():
         defaults["eval_strategy"] = "steps"  # as checkpoints are saved there
     return defaults
@@ -143,17 +141,13 @@ def _defaults_of_swift(found: Converted, given: Given) -> Flags:
 
 def format_recipe(found: Converted, path: str) -> str:
     """The recipe as YAML; what is nothing here is in its comments."""
-    lines = [f"# {in_one_line(path)} of {found.tool}, as a recipe of lisa-dist train."]
-    lines += _as_yaml(found.flags)
+    lines = [f"# {in_one_line(path)} of {found.tool}, as a recipe of lisa-dist train.", *_as_yaml(found.flags)]
     if found.defaults:
-        lines += ["", f"# What {found.tool} does where nothing is said of it."]
-        lines += _as_yaml(found.defaults)
-    if found.remarks:
-        lines += ["", "# Nothing here is quite like these; what to do:"]
-        lines += [f"#   {key}: {remark}" for key, remark in found.remarks.items()]
-    if found.gone:
-        lines += ["", "# These may go:"]
-        lines += [f"#   {key}: {reason}" for key, reason in found.gone.items()]
+        lines += ["", f"# What {found.tool} does where nothing is said of it.", *_as_yaml(found.defaults)]
+    about = {"Nothing here is quite like these; what to do": found.remarks, "These may go": found.gone}
+    for title, texts in about.items():
+        if texts:
+            lines += ["", f"# {title}:", *(f"#   {key}: {text}" for key, text in texts.items())]
     return "\n".join([*lines, ""])
 
 

@@ -1,17 +1,19 @@
 """Training and held-out data, from the flags to token ids and labels, in the cache of `datasets`.
 
-    sources.py    files, folders, the hub; samples and weights   -> examples
-    readers.py    the kinds of files                             -> examples
-    formats.py    alpaca, sharegpt, messages, ...                -> turns
-    encoding.py   chat template, labels, maximum length          -> input_ids, labels
+    sources.py      files, folders, the hub; samples and weights   -> examples
+    readers.py      the kinds of files                             -> examples
+    formats.py      alpaca, sharegpt, messages, ...                -> turns
+    encoding.py     chat template, labels, maximum length          -> input_ids, labels
 
-TRL's trainer uses these columns as they are, shuffles and packs them.
+TRL's trainer uses these columns as they are, shuffles and packs them. It tokenizes rows with images (image_rows.py) and
+rows of other tasks (task_rows.py) itself.
 """
 
 import json
 import random
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +22,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.data.encoding import LONG_EXAMPLES, Encoder, encode_examples
 from lisa_dist.data.formats import FORMATS
+from lisa_dist.data.readers import ORIGIN
 from lisa_dist.data.sources import Source, apply_weight, load_turns
 from lisa_dist.errors import UserError
+from lisa_dist.text import in_one_line
 
 _NUM_SHOWN = 1500  # characters of the first example in the header of a run
 
@@ -74,12 +78,9 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.dataset_name, str):  # from a recipe
-            self.dataset_name = [self.dataset_name]
-        if isinstance(self.eval_dataset_name, str):
-            self.eval_dataset_name = [self.eval_dataset_name]
-        if isinstance(self.dataset_weights, int | float):
-            self.dataset_weights = [self.dataset_weights]
+        for name in ("dataset_name", "eval_dataset_name", "dataset_weights"):
+            if isinstance(value := getattr(self, name), str | int | float):  # from a recipe
+                setattr(self, name, [value])
         if isinstance(self.dataset_columns, str):
             self.dataset_columns = self.dataset_columns.split()
         if not self.dataset_name or not all(self.dataset_name):
@@ -108,27 +109,18 @@ class DataArguments:
 
     def sources(self) -> tuple[list[Source], list[Source]]:
         """The sources of training data, and those of held-out data."""
-        settings: Any = {"format": self.dataset_format, "columns": self._columns(), "config": self.dataset_config}
-        names = self.dataset_name or []
-        weights = self.dataset_weights or [1.0] * len(names)
-        train = [
-            Source(name, weight=weight, split=self.dataset_split, **settings)
-            for name, weight in zip(names, weights, strict=True)
-        ]
-        held_out = [
-            Source(name, flag="--eval_dataset_name", split=self.eval_dataset_split or self.dataset_split, **settings)
-            for name in self.eval_dataset_name or []
-        ]
-        return train, held_out
-
-    def _columns(self) -> tuple[tuple[str, str], ...]:
-        pairs = []
+        columns = []
         for pair in self.dataset_columns or []:
             name, _, column = pair.partition("=")
             if not name or not column:
                 raise UserError(f"--dataset_columns {pair}: give the format's name of a column, as answer=LONG_ANSWER.")
-            pairs.append((name, column))
-        return tuple(pairs)
+            columns.append((name, column))
+        settings: Any = {"format": self.dataset_format, "columns": tuple(columns), "config": self.dataset_config}
+        names = self.dataset_name or []
+        weights = zip(names, self.dataset_weights or [1.0] * len(names), strict=True)
+        train = [Source(name, weight=weight, split=self.dataset_split, **settings) for name, weight in weights]
+        settings |= {"flag": "--eval_dataset_name", "split": self.eval_dataset_split or self.dataset_split}
+        return train, [Source(name, **settings) for name in self.eval_dataset_name or []]
 
 
 @dataclass
@@ -138,7 +130,6 @@ class Data:
     train: Dataset
     held_out: Dataset | None
     lines: list[str]
-    has_images: bool = False
 
 
 def load_data(
@@ -153,79 +144,96 @@ def load_data(
 
     The tokenizer has its chat template. Raises UserError naming the flag, the file, the line and the rule.
     """
-    encoder = Encoder(tokenizer, not arguments.train_on_inputs)
+    encoder, skip_invalid = Encoder(tokenizer, not arguments.train_on_inputs), arguments.skip_bad_rows
+
+    def load(source: Source) -> tuple[Dataset, list[str]]:
+        examples, line = load_turns(source, skip_invalid, seed)
+        encoded, details = encode_examples(
+            examples, encoder, source.label, max_length, arguments.long_examples, skip_invalid, num_proc
+        )
+        return encoded, [line, *(f"  {detail}" for detail in details)]
+
+    return put_together(arguments, seed, load, lambda example: _format_example(encoder, example))
+
+
+def put_together(
+    arguments: DataArguments,
+    seed: int,
+    load: Callable[[Source], tuple[Dataset, list[str]]],
+    describe: Callable[[dict[str, Any]], str],
+) -> Data:
+    """The examples of all sources, held out and by their weights.
+
+    `load` has the examples of a source, with their ORIGIN, and lines about them; `describe` shows the first one.
+    """
     lines: list[str] = []
 
-    def load(sources: list[Source]) -> list[Dataset]:
-        parts = []
-        for source in sources:
-            examples, description = load_turns(source, arguments.skip_bad_rows, seed)
-            encoded, details = encode_examples(
-                examples,
-                encoder,
-                source.label,
-                max_length,
-                arguments.long_examples,
-                arguments.skip_bad_rows,
-                num_proc,
-            )
-            parts.append(encoded)
-            lines.extend([description, *(f"  {line}" for line in details)])
-        return parts
+    def load_all(sources: list[Source]) -> list[Dataset]:
+        loaded = [load(source) for source in sources]
+        lines.extend(line for _, told in loaded for line in told)
+        return [examples for examples, _ in loaded]
 
     train_sources, held_out_sources = arguments.sources()
-    parts, held_out = load(train_sources), None
-    if not held_out_sources and arguments.eval_rows:
-        parts, held_out = hold_out(parts, arguments, seed)
+    parts, held_out = load_all(train_sources), None
+    if arguments.eval_rows:
+        parts, held_out = _hold_out(parts, arguments, seed)
     weighted = []
     for source, examples in zip(train_sources, parts, strict=True):
-        weighted.append(apply_weight(examples, source, seed) if len(examples) else examples)
+        weighted.append(apply_weight(examples, source, seed))
         if source.weight != 1:
             lines.append(f"{source.name}: {len(examples)} become {len(weighted[-1])} by the weight {source.weight:g}")
-    train = concatenate_datasets(weighted).remove_columns("origin")
-    lines.append(_format_example(encoder, train[0]))
+    train = _join(weighted, "--dataset_name")
+    lines.append(describe(train[0]))
     if held_out is not None:
         lines.append(f"held out: {len(held_out)} of these examples, sampled by --seed {seed}")
     elif held_out_sources:
         lines.append("held out:")
-        held_out = concatenate_datasets(load(held_out_sources))
-    return Data(train, held_out if held_out is None else held_out.remove_columns("origin"), lines)
+        held_out = _join(load_all(held_out_sources), "--eval_dataset_name")
+    return Data(train, held_out, lines)
 
 
-def hold_out(
-    parts: list[Dataset], arguments: DataArguments, seed: int, origin: str = "origin"
-) -> tuple[list[Dataset], Dataset]:
-    """Sample `--eval_rows` of all examples, before weights repeat them; those of an `origin` stay together."""
-    origins = [list(part[origin]) for part in parts]
+def _hold_out(parts: list[Dataset], arguments: DataArguments, seed: int) -> tuple[list[Dataset], Dataset]:
+    """Sample `--eval_rows` of all examples, before weights repeat them; those of one ORIGIN stay together."""
+    origins = [list(part[ORIGIN]) for part in parts]
     examples = [(index, name) for index, names in enumerate(origins) for name in dict.fromkeys(names)]
-    fraction_or_number = arguments.eval_rows
-    number = int(fraction_or_number) if fraction_or_number >= 1 else round(fraction_or_number * len(examples))
+    rows = arguments.eval_rows
+    number = int(rows) if rows >= 1 else round(rows * len(examples))
     if not 0 < number < len(examples):
         raise UserError(
-            f"--eval_rows {arguments.eval_rows:g}: {', '.join(arguments.dataset_name or [])} has {len(examples)} "
+            f"--eval_rows {rows:g}: {', '.join(arguments.dataset_name or [])} has {len(examples)} "
             "examples; at least one must be held out, and one left to train on."
         )
     sampled = set(random.Random(seed).sample(examples, number))
+    left, held_out = [], []
+    for index, (part, names) in enumerate(zip(parts, origins, strict=True)):
+        is_held_out = [(index, name) in sampled for name in names]
+        left.append(part.select([n for n, is_out in enumerate(is_held_out) if not is_out]))
+        held_out.append(part.select([n for n, is_out in enumerate(is_held_out) if is_out]))
+    return left, _join(held_out, "--dataset_name")
 
-    def select(held_out: bool) -> list[Dataset]:
-        selected = []
-        for index, (part, names) in enumerate(zip(parts, origins, strict=True)):
-            selected.append(part.select([n for n, name in enumerate(names) if ((index, name) in sampled) == held_out]))
-        return selected
 
-    return select(False), concatenate_datasets(select(True))
+def _join(parts: list[Dataset], flag: str) -> Dataset:
+    """The examples of several sources in one, without their ORIGIN."""
+    columns = [", ".join(sorted(set(part.column_names) - {ORIGIN})) for part in parts]
+    if len(set(columns)) > 1:
+        raise UserError(f"{flag}: its sources have other columns each: {'; '.join(columns)}; give them the same ones.")
+    try:
+        return concatenate_datasets(parts).remove_columns(ORIGIN)
+    except ValueError as error:  # features that do not align
+        raise UserError(f"{flag}: rows of its sources are not of one kind ({in_one_line(error)}).") from error
 
 
 def describe_examples(examples: Dataset) -> str:
     """The number of examples, and a checksum of a hundred of them, to compare ranks."""
     checksum = 0
-    examples = examples.remove_columns([name for name in ("images",) if name in examples.column_names])
+    if "images" in examples.column_names:
+        examples = examples.remove_columns("images")
     for index in range(0, len(examples), max(1, len(examples) // 100)):
         checksum = zlib.crc32(json.dumps(examples[index], sort_keys=True, default=str).encode(), checksum)
     return f"{len(examples)} examples with checksum {checksum:08x}"
 
 
-def _format_example(encoder: Encoder, example: dict[str, list[int]]) -> str:
+def _format_example(encoder: Encoder, example: dict[str, Any]) -> str:
     """The first example as text; lines with labels begin with >."""
     ids, labels = example["input_ids"], example["labels"]
     num_labels = sum(label >= 0 for label in labels)

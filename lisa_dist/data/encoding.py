@@ -7,24 +7,35 @@ assistant's turn is the text that rendering it adds to the turns before it.
 
 import hashlib
 import json
+import os
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from lisa_dist.data.chat_template import PLAIN_TEMPLATE
 from lisa_dist.data.formats import ExampleError, refuse_examples
+from lisa_dist.data.readers import ORIGIN
 from lisa_dist.errors import UserError
+from lisa_dist.files import read_text
 from lisa_dist.turns import OF_TEMPLATES, as_taken, takes_parts
 
 IGNORED = -100  # the label of a token without loss, as everywhere in transformers
 LONG_EXAMPLES = ("auto", "truncate", "drop")
-_VERSION = 5  # increase it with any change of the encoding: older caches are then not used
+_VERSION = 6  # increase it with any change of the encoding: older caches are then not used
 # The status of an encoded example; any other status is why the example is invalid.
 _WHOLE, _CUT, _NEXT_PART, _TOO_LONG, _NO_LABELS = "whole", "cut", "next part", "too long", "no labels"
+_KEPT = (_WHOLE, _CUT, _NEXT_PART)
+# A question, a line break, the answer and the end-of-text token.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}"
+    "{% elif message['role'] == 'system' %}{{ '\\n\\n' }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
+)
 
 
 class Encoder:
@@ -69,19 +80,15 @@ class Encoder:
         if first == "prompt":
             roles = {"prompt": "user", "completion": "assistant"}
             turns = [turn | {"role": roles[turn["role"]]} for turn in turns]
-        if self.marked_template is not None:
-            return self._encode_marked(turns, tools, self.marked_template)
-        text, spans = self._render(turns, tools)
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = encoded["input_ids"]
-        if not self._assistant_only:
-            return ids, list(ids)
-        labels = [IGNORED] * len(ids)
-        for index, (begin, end) in enumerate(encoded["offset_mapping"]):
-            if begin < end and any(first <= begin < last for first, last in spans):
-                labels[index] = ids[index]
-        _check_labels(labels)
-        return ids, labels
+        try:
+            ids, has_label = self._encode_turns(turns, tools)
+        except OF_TEMPLATES as error:
+            raise ExampleError(f"the chat template refuses it: {error}") from error
+        if self._assistant_only and not any(has_label):
+            raise ExampleError(
+                "has no answer in what the chat template makes of it; give another by --chat_template_path"
+            )
+        return ids, [token if marked else IGNORED for token, marked in zip(ids, has_label, strict=True)]
 
     def describe(self, ids: Sequence[int], labels: Sequence[int]) -> list[tuple[str, bool]]:
         """An example as pieces of text, each with whether its tokens have labels."""
@@ -111,49 +118,49 @@ class Encoder:
             starts[-1] = len(text)
         return ids, [token if start >= prompt_length else IGNORED for token, start in zip(ids, starts, strict=True)]
 
-    def _encode_marked(
-        self, turns: Sequence[dict[str, Any]], tools: list | None, template: str
-    ) -> tuple[list[int], list[int]]:
-        settings: Any = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True}
-        try:
-            encoded: Any = self._tokenizer.apply_chat_template(as_taken(turns, self._in_parts), tools, **settings)
-        except OF_TEMPLATES as error:
-            raise ExampleError(f"the chat template refuses it: {error}") from error
-        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-        labels = [token if marked else IGNORED for token, marked in zip(ids, mask, strict=True)]
-        _check_labels(labels)
-        return ids, labels
+    def _encode_turns(self, turns: Sequence[dict[str, Any]], tools: list | None) -> tuple[list[int], list[Any]]:
+        """Token ids, and which of them have labels."""
+        if self.marked_template is not None:
+            settings: Any = {"return_dict": True, "return_assistant_tokens_mask": True}
+            settings |= {"chat_template": self.marked_template, "tools": tools}
+            encoded: Any = self._tokenizer.apply_chat_template(as_taken(turns, self._in_parts), **settings)
+            return encoded["input_ids"], encoded["assistant_masks"]
+        text = self._render(turns, tools)
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if not self._assistant_only:
+            return encoded["input_ids"], [True] * len(encoded["input_ids"])
+        spans = self._find_spans(turns, tools, text)
+        within = [
+            begin < end and any(first <= begin < last for first, last in spans)
+            for begin, end in encoded["offset_mapping"]
+        ]
+        return encoded["input_ids"], within
 
-    def _render(self, turns: Sequence[dict[str, Any]], tools: list | None) -> tuple[str, list[tuple[int, int]]]:
-        """The text of all turns, and the spans of the assistant's turns in it."""
-        try:
-            text = self._apply(turns, tools)
-            if not self._assistant_only:
-                return text, []
-            spans = []
-            for number, turn in enumerate(turns):
-                if turn["role"] != "assistant":
-                    continue
-                after = self._apply(turns[: number + 1], tools)
-                if number:
-                    before = self._apply(turns[:number], tools, add_generation_prompt=True)
-                elif not turn["content"].strip():
-                    raise ExampleError("begins with a tool call; put a turn of the user before it")
-                else:  # no template renders no turns
-                    before = after.partition(turn["content"].strip())[0]
-                end = self._end_of_turn(before, after, text, [turn["content"].strip(), *_names(turn.get("tool_calls"))])
-                if end is None:
-                    raise ExampleError(
-                        f"the chat template renders turn {number + 1} differently once later turns follow, so the "
-                        "assistant's tokens cannot be found; give --train_on_inputs true, or a template with "
-                        "{% generation %} by --chat_template_path"
-                    )
-                spans.append((len(before), end))
-        except OF_TEMPLATES as error:
-            raise ExampleError(f"the chat template refuses it: {error}") from error
-        return text, spans
+    def _find_spans(self, turns: Sequence[dict[str, Any]], tools: list | None, text: str) -> list[tuple[int, int]]:
+        """The spans of the assistant's turns in the text of all turns."""
+        spans = []
+        for number, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            after, content = self._render(turns[: number + 1], tools), turn["content"].strip()
+            if number:
+                before = self._render(turns[:number], tools, add_generation_prompt=True)
+            elif not content:
+                raise ExampleError("begins with a tool call; put a turn of the user before it")
+            else:  # no template renders no turns
+                before = after.partition(content)[0]
+            functions = [call["function"]["name"] for call in turn.get("tool_calls") or ()]
+            end = self._end_of_turn(before, after, text, [content, *functions])
+            if end is None:
+                raise ExampleError(
+                    f"the chat template renders turn {number + 1} differently once later turns follow, so the "
+                    "assistant's tokens cannot be found; give --train_on_inputs true, or a template with "
+                    "{% generation %} by --chat_template_path"
+                )
+            spans.append((len(before), end))
+        return spans
 
-    def _apply(self, turns: Sequence[dict[str, Any]], tools: list | None, add_generation_prompt: bool = False) -> str:
+    def _render(self, turns: Sequence[dict[str, Any]], tools: list | None, add_generation_prompt: bool = False) -> str:
         given: Any = {"tools": tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
         return cast(str, self._tokenizer.apply_chat_template(as_taken(turns, self._in_parts), **given))
 
@@ -166,7 +173,7 @@ class Encoder:
         """
         if not (text.startswith(before) and after.startswith(before)):
             return None
-        common = _common_prefix(after, text)
+        common = os.path.commonprefix([after, text])  # noqa: RUF071 - of texts, character by character
         ends = [common.rfind(token) + len(token) for token in self._special if token in common[len(before) :]]
         last = max(ends, default=None)
         if common != after:
@@ -200,15 +207,6 @@ def _tools_in(turns: Sequence[dict[str, Any]], tools: Any) -> set[str]:
     return {name for name, given in has.items() if given}
 
 
-def _names(functions: list[dict[str, Any]] | None) -> list[str]:
-    return [function["function"]["name"] for function in functions or ()]
-
-
-def _common_prefix(first: str, second: str) -> str:
-    pairs = zip(first, second, strict=False)
-    return first[: next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))]
-
-
 def encode_examples(
     examples: Dataset,
     encoder: Encoder,
@@ -223,12 +221,10 @@ def encode_examples(
     Examples longer than max_length are truncated or dropped; with `auto` a text is split into several examples, and all
     others are truncated. An example without labels is dropped. Raises UserError if none is left.
     """
-    if long_examples not in LONG_EXAMPLES:
-        raise UserError(f"--long_examples {long_examples}: unknown; choose one of {', '.join(LONG_EXAMPLES)}.")
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
-        columns: dict[str, list] = {name: [] for name in ("input_ids", "labels", "origin", "length", "status")}
-        for turns, tools, origin in zip(batch["turns"], batch["tools"], batch["origin"], strict=True):
+        columns: dict[str, list] = {name: [] for name in ("input_ids", "labels", ORIGIN, "length", "status")}
+        for turns, tools, origin in zip(batch["turns"], batch["tools"], batch[ORIGIN], strict=True):
             parts: list[tuple[list[int], list[int], str]]
             try:
                 ids, labels = encoder.encode(turns, tools)
@@ -252,33 +248,20 @@ def encode_examples(
         desc="Tokenizing",
     )
     status = list(encoded["status"])
-    lines = _report_invalid(encoded, status, len(examples), source, skip_invalid)
+    lines = []
+    if invalid := [index for index, value in enumerate(status) if value not in (*_KEPT, _TOO_LONG, _NO_LABELS)]:
+        origins = encoded[ORIGIN]
+        problems = [f"{origins[index]} {status[index]}" for index in invalid]
+        if not skip_invalid:
+            refuse_examples(problems, len(examples), source)
+        lines.append(f"{len(invalid)} examples skipped, such as {problems[0]}")
     lines += _report_long(encoded, status, max_length)
-    kept = [index for index, value in enumerate(status) if value in (_WHOLE, _CUT, _NEXT_PART)]
+    kept = [index for index, value in enumerate(status) if value in _KEPT]
     if not kept:
         raise UserError(
             f"{source}: none of {len(examples)} examples can be used: {'; '.join(lines)}. Raise --max_length."
         )
-    return encoded.select(kept).select_columns(["input_ids", "labels", "origin"]), lines
-
-
-def _report_invalid(
-    encoded: Dataset, status: Sequence[str], num_examples: int, source: str, skip_invalid: bool
-) -> list[str]:
-    """A line about examples that could not be encoded, if there are some; UserError unless `skip_invalid`."""
-    valid = (_WHOLE, _CUT, _NEXT_PART, _TOO_LONG, _NO_LABELS)
-    invalid = [index for index, value in enumerate(status) if value not in valid]
-    if not invalid:
-        return []
-    if not skip_invalid:
-        problems = (f"{encoded[index]['origin']} {status[index]}" for index in invalid)
-        refuse_examples(problems, len(invalid), num_examples, source)
-    return [f"{len(invalid)} examples skipped, such as {encoded[invalid[0]]['origin']} {status[invalid[0]]}"]
-
-
-def _check_labels(labels: Sequence[int]) -> None:
-    if all(label == IGNORED for label in labels):
-        raise ExampleError("has no answer in what the chat template makes of it; give another by --chat_template_path")
+    return encoded.select(kept).select_columns(["input_ids", "labels", ORIGIN]), lines
 
 
 def _limit_length(
@@ -303,18 +286,56 @@ def _limit_length(
 
 def _report_long(encoded: Dataset, status: Sequence[str], max_length: int | None) -> list[str]:
     """A line about examples longer than max_length, if there are some: their number, the longest, their outcomes."""
-    counts = {value: status.count(value) for value in (_CUT, _NEXT_PART, _TOO_LONG, _NO_LABELS)}
+    counts = Counter(status)
     num_long = counts[_CUT] + counts[_TOO_LONG] + counts[_NO_LABELS]
     if not num_long:
         return []
     lengths = list(encoded["length"])
     longest = max(range(len(lengths)), key=lengths.__getitem__)
-    outcomes = [f"{counts[_TOO_LONG]} dropped"] if counts[_TOO_LONG] else []
+    cut = f"{counts[_CUT]} truncated"
     if counts[_NEXT_PART]:
-        outcomes.append(f"{counts[_CUT]} split into {counts[_CUT] + counts[_NEXT_PART]}")
-    elif counts[_CUT]:
-        outcomes.append(f"{counts[_CUT]} truncated")
-    if counts[_NO_LABELS]:
-        outcomes.append(f"{counts[_NO_LABELS]} dropped, as no label was left")
-    place = f"{encoded[longest]['origin']} has {lengths[longest]}"
-    return [f"{num_long} examples have more than {max_length} tokens ({place}): {', '.join(outcomes)}"]
+        cut = f"{counts[_CUT]} split into {counts[_CUT] + counts[_NEXT_PART]}"
+    outcomes = {
+        f"{counts[_TOO_LONG]} dropped": counts[_TOO_LONG],
+        cut: counts[_CUT],
+        f"{counts[_NO_LABELS]} dropped, as no label was left": counts[_NO_LABELS],
+    }
+    place = f"{encoded[longest][ORIGIN]} has {lengths[longest]}"
+    told = ", ".join(outcome for outcome, count in outcomes.items() if count)
+    return [f"{num_long} examples have more than {max_length} tokens ({place}): {told}"]
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> str:
+    """Set the template of `--chat_template_path`, or the plain one if there is none; returns a description of it.
+
+    Raises UserError if the path is neither a template nor a tokenizer with one.
+    """
+    if path is None:
+        if tokenizer.chat_template is not None:
+            return "the tokenizer's own"
+        if tokenizer.eos_token is None:
+            raise UserError("the tokenizer has no chat template and no end-of-text token: give --chat_template_path.")
+        adds_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
+        return "plain, as the model has none"
+    if Path(path).suffix in (".jinja", ".j2"):
+        tokenizer.chat_template = read_text("--chat_template_path", path)
+        return path
+    try:
+        other = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--chat_template_path {path}: is not a .jinja file, and no tokenizer of that name can be loaded "
+            f"({type(error).__name__})."
+        ) from error
+    if other.chat_template is None:
+        raise UserError(f"--chat_template_path {path}: that tokenizer has no chat template.")
+    unknown = sorted(set(other.get_added_vocab()) - set(tokenizer.get_vocab()))
+    missing = [token for token in unknown if token in str(other.chat_template)]
+    if missing:
+        raise UserError(
+            f"--chat_template_path {path}: its template uses the tokens {', '.join(missing)}, which the model does not "
+            "have."
+        )
+    tokenizer.chat_template = other.chat_template
+    return f"that of {path}"

@@ -1,19 +1,11 @@
 """Formats of examples, recognized by their columns; an example of any format becomes a list of turns.
 
-    alpaca              instruction, output; optional input, system, history
-    sharegpt            conversations of from/value; system
-    messages            messages of role/content; system
-    prompt_completion   prompt, completion: texts, or lists of turns and system
-    question_answer     question, answer; system
-    text                text, for continued pre-training
-
 A turn is {"role": ..., "content": ...} with the role system, user, assistant or tool, for the output of a tool. The
 assistant's may have `tool_calls`, and an example of turns `tools`, both in transformers' form. An example of
 text is one turn of the role "text". A prompt and a completion that are texts are turns of the roles "prompt"
 and "completion": for a model without a chat template they are concatenated as they are.
 """
 
-import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -26,8 +18,7 @@ _SAME_ROLE = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard
 _SAME_ROLE |= {"model": "assistant", "bot": "assistant", "observation": "tool", "developer": "system"}
 _CALLS = "function_call"  # the role of a turn whose text is the JSON of calls, in ShareGPT's form
 _SAME_ROLE |= {_CALLS: "assistant"}
-
-
+_KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
 # Columns by their names in a format, tried where they are those of none.
 _SYNONYMS = ({"input": "question", "output": "answer"}, {"response": "completion"})
 
@@ -36,13 +27,13 @@ class ExampleError(ValueError):
     """Why an example is invalid; the caller knows its file and line."""
 
 
-def refuse_examples(problems: Iterable[str], num_invalid: int, num_examples: int, source: str) -> None:
+def refuse_examples(problems: Sequence[str], num_examples: int, source: str) -> None:
     """Raise UserError that lists the first invalid examples of a source."""
-    shown = [f"  {problem}" for problem in itertools.islice(problems, _NUM_SHOWN)]
-    if num_invalid > _NUM_SHOWN:
-        shown.append(f"  and {num_invalid - _NUM_SHOWN} more")
+    shown = [f"  {problem}" for problem in problems[:_NUM_SHOWN]]
+    if len(problems) > _NUM_SHOWN:
+        shown.append(f"  and {len(problems) - _NUM_SHOWN} more")
     raise UserError(
-        f"{source}: {num_invalid} of {num_examples} examples are invalid:\n"
+        f"{source}: {len(problems)} of {num_examples} examples are invalid:\n"
         + "\n".join(shown)
         + "\nCorrect them, or skip them with --skip_bad_rows true."
     )
@@ -50,10 +41,7 @@ def refuse_examples(problems: Iterable[str], num_invalid: int, num_examples: int
 
 def detect(columns: Sequence[str]) -> str | None:
     """The first format whose required columns are all present; None if there is none."""
-    for name, (needed, _) in FORMATS.items():
-        if set(needed) <= set(columns):
-            return name
-    return None
+    return next((name for name, (needed, *_) in FORMATS.items() if set(needed) <= set(columns)), None)
 
 
 def columns_of_format(columns: Iterable[str]) -> tuple[tuple[str, str], ...]:
@@ -71,15 +59,22 @@ def columns_of_format(columns: Iterable[str]) -> tuple[tuple[str, str], ...]:
 
 def to_turns(example: Mapping, format_name: str) -> list[dict[str, Any]]:
     """The turns of an example. Raises ExampleError if it does not follow the format."""
-    turns = FORMATS[format_name][1](example)
-    if turns[0]["role"] not in ("text", "prompt"):
-        _check_order(turns)
+    turns = FORMATS[format_name][2](example)
+    roles = [turn["role"] for turn in turns]
+    if roles[0] in ("text", "prompt"):
+        return turns
+    if roles.count("system") > 1:
+        raise ExampleError(f"has {roles.count('system')} system turns; at most one is allowed, as the first turn")
+    if "system" in roles[1:]:
+        raise ExampleError(f"has a system turn as turn {roles.index('system') + 1}; it must be the first")
+    if "assistant" not in roles:
+        raise ExampleError("has no assistant turn, so there is nothing to train on")
     return turns
 
 
 def tools_of(example: Mapping, format_name: str) -> list[dict[str, Any]] | None:
     """The tools of an example, None where it has none. Raises ExampleError for what describes no functions."""
-    given = example.get("tools") if "tools" in _OPTIONAL.get(format_name, ()) else None
+    given = example.get("tools") if "tools" in FORMATS[format_name][1] else None
     return to_functions(given, "tools") or None if given else None
 
 
@@ -126,18 +121,9 @@ def _alpaca(example: Mapping) -> list[dict[str, str]]:
     return turns + _pair("\n\n".join(part for part in parts if part.strip()), _answer(example, "output"))
 
 
-def _sharegpt(example: Mapping) -> list[dict[str, str]]:
-    return _system(example) + _turns(example, "conversations", "from", "value")
-
-
-def _messages(example: Mapping) -> list[dict[str, str]]:
-    return _system(example) + _turns(example, "messages", "role", "content")
-
-
 def _prompt_completion(example: Mapping) -> list[dict[str, str]]:
-    if isinstance(example.get("prompt"), (list, tuple)) or isinstance(example.get("completion"), (list, tuple)):
-        turns = _turns(example, "prompt", "role", "content") + _turns(example, "completion", "role", "content")
-        return _system(example) + turns
+    if any(isinstance(example.get(column), (list, tuple)) for column in ("prompt", "completion")):
+        return _system(example) + _turns(example, "prompt") + _turns(example, "completion")
     texts = {"prompt": _text(example, "prompt"), "completion": _answer(example, "completion")}
     if _system(example):
         raise ExampleError(
@@ -151,32 +137,26 @@ def _question_answer(example: Mapping) -> list[dict[str, str]]:
     return _system(example) + _pair(_text(example, "question"), _answer(example, "answer"))
 
 
-def _plain_text(example: Mapping) -> list[dict[str, str]]:
-    return [{"role": "text", "content": _answer(example, "text")}]
-
-
-# The required columns of each format, and the function from an example to turns; formats with more columns come first.
-FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping], list[dict[str, str]]]]] = {
-    "messages": (("messages",), _messages),
-    "sharegpt": (("conversations",), _sharegpt),
-    "prompt_completion": (("prompt", "completion"), _prompt_completion),
-    "alpaca": (("instruction", "output"), _alpaca),
-    "question_answer": (("question", "answer"), _question_answer),
-    "text": (("text",), _plain_text),
-}
-# Optional columns.
-_OPTIONAL = {
-    "messages": ("system", "tools"),
-    "sharegpt": ("system", "tools"),
-    "prompt_completion": ("system", "tools"),  # with lists of turns
-    "alpaca": ("input", "system", "history"),
-    "question_answer": ("system",),
+# The required columns of each format, the optional ones, and the function from an example to turns; formats with more
+# columns come first.
+FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Mapping], list[dict[str, str]]]]] = {
+    "messages": (("messages",), ("system", "tools"), lambda row: _system(row) + _turns(row, "messages")),
+    "sharegpt": (
+        ("conversations",),
+        ("system", "tools"),
+        lambda row: _system(row) + _turns(row, "conversations", "from", "value"),
+    ),
+    "prompt_completion": (("prompt", "completion"), ("system", "tools"), _prompt_completion),  # with lists of turns
+    "alpaca": (("instruction", "output"), ("input", "system", "history"), _alpaca),
+    "question_answer": (("question", "answer"), ("system",), _question_answer),
+    "text": (("text",), (), lambda row: [{"role": "text", "content": _answer(row, "text")}]),
 }
 
 
 def describe_columns(format_name: str, columns: Iterable[str], more: Sequence[str] = ()) -> str:
     """The columns that a format reads, `more` that are read beside them, and those that are ignored."""
-    read = (*FORMATS[format_name][0], *_OPTIONAL.get(format_name, ()), *more)
+    required, optional, _ = FORMATS[format_name]
+    read = (*required, *optional, *more)
     ignored = [column for column in columns if column not in read]
     used = ", ".join(column for column in columns if column in read)
     return f"{format_name} ({used}" + (f"; ignored: {', '.join(ignored)})" if ignored else ")")
@@ -191,20 +171,16 @@ def _system(example: Mapping) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}] if system.strip() else []
 
 
-def _turns(example: Mapping, column: str, role_key: str, content_key: str) -> list[dict[str, Any]]:
+def _turns(example: Mapping, column: str, role_key: str = "role", content_key: str = "content") -> list[dict[str, Any]]:
     """The turns in a list column, with the given keys or the other pair of role/content and from/value."""
     turns = []
     for number, turn in enumerate(_list(example, column), start=1):
         place = f"turn {number} of {column}"
         if not isinstance(turn, Mapping):
             raise ExampleError(f"{place} is {_kind(turn)}, not an object with {role_key} and {content_key}")
-        keys = (
-            (role_key, content_key)
-            if role_key in turn
-            else ("role", "content")
-            if "role" in turn
-            else ("from", "value")
-        )
+        keys = ("role", "content") if "role" in turn else ("from", "value")
+        if role_key in turn:
+            keys = (role_key, content_key)
         calls, role = turn.get("tool_calls"), turn.get(keys[0])
         if role == _CALLS and turn.get(keys[1]):
             calls, turn = turn[keys[1]], {**turn, keys[1]: ""}
@@ -237,30 +213,15 @@ def _turns(example: Mapping, column: str, role_key: str, content_key: str) -> li
     return turns
 
 
-def _check_order(turns: list[dict[str, str]]) -> None:
-    roles = [turn["role"] for turn in turns]
-    if roles.count("system") > 1:
-        raise ExampleError(f"has {roles.count('system')} system turns; at most one is allowed, as the first turn")
-    if "system" in roles[1:]:
-        raise ExampleError(f"has a system turn as turn {roles.index('system') + 1}; it must be the first")
-    if "assistant" not in roles:
-        raise ExampleError("has no assistant turn, so there is nothing to train on")
-
-
 def _list(example: Mapping, column: str) -> list:
-    value = _present(example, column)
-    if not isinstance(value, (list, tuple)):
-        raise ExampleError(f"{column} is {_kind(value)}, not a list")
+    value = _value(example, column, (list, tuple), "a list")
     if not value:
         raise ExampleError(f"{column} is an empty list")
     return list(value)
 
 
 def _text(example: Mapping, column: str) -> str:
-    value = _present(example, column)
-    if not isinstance(value, str):
-        raise ExampleError(f"{column} is {_kind(value)}, not text")
-    return value
+    return _value(example, column, (str,), "text")
 
 
 def _answer(example: Mapping, column: str) -> str:
@@ -270,19 +231,14 @@ def _answer(example: Mapping, column: str) -> str:
     return value
 
 
-def _present(example: Mapping, column: str) -> object:
-    if example.get(column) is None:
+def _value(example: Mapping, column: str, kinds: tuple[type, ...], expected: str) -> Any:
+    value = example.get(column)
+    if value is None:
         raise ExampleError(f"has no {column}")
-    return example[column]
+    if not isinstance(value, kinds):
+        raise ExampleError(f"{column} is {_kind(value)}, not {expected}")
+    return value
 
 
 def _kind(value: object) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-    }
-    return names.get(type(value), type(value).__name__)
+    return _KINDS.get(type(value), type(value).__name__)

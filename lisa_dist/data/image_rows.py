@@ -10,11 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import Dataset, Image, List, concatenate_datasets
+from datasets import Dataset, Image, List
 
-from lisa_dist.data.dataset import Data, DataArguments, hold_out
-from lisa_dist.data.images import COLUMNS
-from lisa_dist.data.sources import Source, apply_weight, first_columns, load_turns
+from lisa_dist.data.dataset import Data, DataArguments, put_together
+from lisa_dist.data.readers import IMAGE_COLUMNS
+from lisa_dist.data.sources import Source, first_row, load_turns, open_source
 
 _MARK = re.compile(r"\s*<image>\s*")
 _ROLES = {"prompt": "user", "completion": "assistant"}
@@ -23,7 +23,8 @@ _ROLES = {"prompt": "user", "completion": "assistant"}
 def have_images(arguments: DataArguments) -> bool:
     """Whether rows of any source have images, by the first row of each."""
     train, held_out = arguments.sources()
-    return any(set(COLUMNS).intersection(first_columns(source)) for source in (*train, *held_out))
+    firsts = (source.renamed(first_row(open_source(source))) for source in (*train, *held_out))
+    return any(set(IMAGE_COLUMNS).intersection(first) for first in firsts)
 
 
 def load_image_data(arguments: DataArguments, seed: int) -> Data:
@@ -31,49 +32,27 @@ def load_image_data(arguments: DataArguments, seed: int) -> Data:
 
     Raises UserError naming the flag, the file, the line and the rule.
     """
-    lines: list[str] = []
 
-    def load(sources: list[Source]) -> list[Dataset]:
-        parts = []
-        for source in sources:
-            examples, description = load_turns(source, arguments.skip_bad_rows, seed, with_images=True)
-            lines.append(description)
-            parts.append(_for_trl(examples, arguments.train_on_inputs))
-        return parts
+    def load(source: Source) -> tuple[Dataset, list[str]]:
+        examples, line = load_turns(source, arguments.skip_bad_rows, seed, with_images=True)
+        return _for_trl(examples, arguments.train_on_inputs), [line]
 
-    train_sources, held_out_sources = arguments.sources()
-    parts, held_out = load(train_sources), None
-    if not held_out_sources and arguments.eval_rows:
-        parts, held_out = hold_out(parts, arguments, seed)
-    given = zip(parts, train_sources, strict=True)
-    train = concatenate_datasets([apply_weight(rows, source, seed) if len(rows) else rows for rows, source in given])
-    lines.append(_describe(train[0]))
-    if held_out is not None:
-        lines.append(f"held out: {len(held_out)} of these examples, sampled by --seed {seed}")
-    elif held_out_sources:
-        lines.append("held out:")
-        held_out = concatenate_datasets(load(held_out_sources))
-    return Data(train.remove_columns("origin"), held_out and held_out.remove_columns("origin"), lines, has_images=True)
+    return put_together(arguments, seed, load, _describe)
 
 
 def _for_trl(examples: Dataset, all_labels: bool) -> Dataset:
     undecoded = examples.cast_column("images", List(Image(decode=False)))
 
     def convert(turns: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
-        found = [
-            {"role": _ROLES.get(turn["role"], turn["role"]), "content": _without_marks(turn["content"])}
-            for turn in turns
-        ]
+        found = []
+        for turn in turns:  # where a mark was, a blank stays, or the line's end
+            text = _MARK.sub(lambda mark: "\n" if "\n" in mark[0] else " ", turn["content"]).strip()
+            found.append({"role": _ROLES.get(turn["role"], turn["role"]), "content": text})
         last = max(place for place, turn in enumerate(found) if turn["role"] == "assistant")
         return {"messages": found} if all_labels else {"prompt": found[:last], "completion": found[last : last + 1]}
 
     converted = undecoded.map(convert, input_columns=["turns"], remove_columns=["turns", "tools"])
     return converted.cast_column("images", List(Image()))
-
-
-def _without_marks(text: str) -> str:
-    """The text without `<image>`, where a blank, or the line's end that was there, stays."""
-    return _MARK.sub(lambda found: "\n" if "\n" in found[0] else " ", text).strip()
 
 
 def _describe(row: Mapping[str, Any]) -> str:

@@ -1,23 +1,31 @@
-"""Read files of examples: each example, or why it cannot be read, with its line or row."""
+"""Read files of examples, and the images that examples name: each, or why it cannot be read, with its line or row."""
 
 import codecs
+import contextlib
 import csv
 import gzip
+import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import PIL.Image
 import pyarrow
 import pyarrow.parquet
 
+from lisa_dist.data.formats import ExampleError
 from lisa_dist.errors import UserError
 from lisa_dist.text import in_one_line
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")  # and all but .parquet with .gz
+IMAGE_COLUMNS = ("images", "image")
 OF_SAVED_DATASETS = ("state.json", "dataset_dict.json")  # one is in a folder that save_to_disk has written
 _NOT_UTF8 = "is not UTF-8"
+_NUM_SHOWN = 100  # characters of what is no image
 _MARK = "\ufdd0"  # stands for a line that is not UTF-8: no character, and csv of every Python version accepts it
+ORIGIN, PROBLEM = "__origin__", "__problem__"  # columns of where a row is, and of why it is invalid, till it is used
 # Where an example is in its file, its columns, and why it cannot be read: one of the last two is None.
 FileExample = tuple[str, dict | None, str | None]
 
@@ -29,51 +37,46 @@ def suffix_of(path: Path) -> str:
 
 def read_file(path: Path, source: str) -> Iterator[FileExample]:
     """The examples of a file. Raises UserError, naming the `source`, for a file that cannot be read at all."""
+    readers = {".jsonl": _read_jsonl, ".txt": _read_txt, ".parquet": _read_parquet}
     suffix = suffix_of(path)
-    by_suffix: dict[str, Callable[[Path], Iterator[FileExample]]] = {
-        ".parquet": _read_parquet,
-        ".jsonl": _read_jsonl,
-        ".txt": _read_txt,
-        ".csv": _read_csv,
-        ".tsv": _read_csv,
-    }
     try:
-        yield from _read_json(path, source) if suffix == ".json" else by_suffix[suffix](path)
+        yield from _read_json(path, source) if suffix == ".json" else readers.get(suffix, _read_csv)(path)
     except (OSError, EOFError, zlib.error, csv.Error, pyarrow.ArrowException, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or in_one_line(error)
         raise UserError(f"{source}: {path} cannot be read ({why}).") from error
 
 
-def _lines(path: Path, keep_blank: bool = False) -> Iterator[tuple[int, str | None]]:
-    """Numbers and texts of lines, without blank ones unless `keep_blank`; None for a line that is not UTF-8.
+def _open(path: Path) -> Any:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def _lines(path: Path, keep_blank: bool = False) -> Iterator[tuple[str, str | None]]:
+    """Places and texts of lines, without blank ones unless `keep_blank`; None for a line that is not UTF-8.
 
     Only line feeds end a line: JSON strings may contain other characters that Python treats as line breaks.
     """
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise UnicodeDecodeError("utf-8", line, 0, 2, "it is in UTF-16")
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError:
-                yield number, None
+                yield f"line {number}", None
             else:
                 if keep_blank or text.strip():
-                    yield number, text
+                    yield f"line {number}", text
 
 
 def _read_jsonl(path: Path) -> Iterator[FileExample]:
-    for number, line in _lines(path):
-        origin = f"line {number}"
+    for origin, line in _lines(path):
         if line is None:
             yield origin, None, _NOT_UTF8
             continue
         try:
-            example = json.loads(line)
+            yield _object(origin, json.loads(line))
         except (ValueError, RecursionError) as error:
             yield origin, None, f"is not JSON ({error})"
-            continue
-        yield _object(origin, example)
 
 
 def _object(origin: str, example: object) -> FileExample:
@@ -83,7 +86,7 @@ def _object(origin: str, example: object) -> FileExample:
 
 
 def _read_json(path: Path, source: str) -> Iterator[FileExample]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+    with _open(path) as file:
         raw = file.read()
     try:
         content = json.loads(raw.decode("utf-8-sig"))
@@ -126,9 +129,11 @@ def _read_csv(path: Path) -> Iterator[FileExample]:
 
 
 def _read_txt(path: Path) -> Iterator[FileExample]:
-    for number, line in _lines(path):
-        example = None if line is None else {"text": line}
-        yield f"line {number}", example, _NOT_UTF8 if line is None else None
+    for origin, line in _lines(path):
+        if line is None:
+            yield origin, None, _NOT_UTF8
+        else:
+            yield origin, {"text": line}, None
 
 
 def _read_parquet(path: Path) -> Iterator[FileExample]:
@@ -142,3 +147,43 @@ def _read_parquet(path: Path) -> Iterator[FileExample]:
             for row in rows:
                 number += 1
                 yield f"row {number}", row, None
+
+
+def images_of(example: Mapping[str, Any], folder: Path) -> list[Any]:
+    """The images of a row: paths, from `folder` on, bytes, or images that `datasets` has opened; files are looked at.
+
+    Raises ExampleError with what is wrong of them.
+    """
+    given = next((example[name] for name in IMAGE_COLUMNS if example.get(name) is not None), None)
+    images = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    if not images:
+        raise ExampleError("has no image")
+    return [_checked(image, folder) for image in images]
+
+
+def _checked(image: Any, folder: Path) -> Any:
+    """An image by its path or its bytes, or one that `datasets` has opened. Raises ExampleError for what is neither."""
+    if isinstance(image, PIL.Image.Image):
+        return image
+    given = image if isinstance(image, Mapping) else {"bytes" if isinstance(image, bytes) else "path": image}
+    path, content = given.get("path"), given.get("bytes")
+    if isinstance(content, bytes):  # whose path is a name
+        if _is_image(io.BytesIO(content)):
+            return {"path": None, "bytes": content}
+        raise ExampleError("has an image whose bytes are no image that can be read")
+    if not isinstance(path, str) or content is not None:
+        raise ExampleError(f"has an image that is neither a path nor bytes: {in_one_line(image)[:_NUM_SHOWN]}")
+    if ".." in Path(path).parts:
+        raise ExampleError(f"has an image {path}: leads out of its folder; give the path from / on")
+    if not (folder / path).is_file():
+        raise ExampleError(f"has an image {path}: no such file")
+    if not _is_image(folder / path):
+        raise ExampleError(f"has an image {path}: is no image that can be read")
+    return str(folder / path)
+
+
+def _is_image(file: Any) -> bool:
+    """Whether an image can be opened: the beginning of its file has its kind and its size."""
+    with contextlib.suppress(OSError, PIL.Image.DecompressionBombError), PIL.Image.open(file):
+        return True
+    return False

@@ -5,27 +5,28 @@ as in TRL's formats; all rows of a source are of one kind.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, Features, Json, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from lisa_dist.data.dataset import Data, DataArguments, hold_out
+from lisa_dist.data.dataset import Data, DataArguments, put_together
 from lisa_dist.data.encoding import check_tools_shown
-from lisa_dist.data.formats import refuse_examples
-from lisa_dist.data.readers import read_file
-from lisa_dist.data.row_rules import WITH_TOOLS, RowRules, why_not_of_columns
-from lisa_dist.data.sources import Source, apply_weight, open_source, sample_source, split_sample_size
+from lisa_dist.data.formats import ROLES, ExampleError, to_functions
+from lisa_dist.data.readers import ORIGIN, PROBLEM
+from lisa_dist.data.sources import Source, first_row, generate, load_source, read_rows
 from lisa_dist.errors import UserError
+from lisa_dist.tasks import GRPO, KTO, REWARD, TASKS, describe_columns_of, tasks_for
 from lisa_dist.text import in_one_line
 
-ORIGIN = "__origin__"  # the column of where a row is, in memory alone
-_VERSION = 4  # increase it with any change of what a row becomes: older caches are then not used
+_VERSION = 5  # increase it with any change of what a row becomes: older caches are then not used
 _NUM_CHECKED = 100  # rows whose tools the chat template is tried with
 _NUM_SHOWN = 700  # characters of the first row in the header of a run
+_WITH_TOOLS = ("dpo", KTO, REWARD)  # of the others TRL hands the tools of a row to no chat template
+_ANSWERS = ("chosen", "rejected", "completion")
+_LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}  # as CSV has them
 
 
 def load_task_data(arguments: DataArguments, task: str, seed: int) -> Data:
@@ -33,27 +34,12 @@ def load_task_data(arguments: DataArguments, task: str, seed: int) -> Data:
 
     Raises UserError naming the flag, the file, the line and the rule.
     """
-    lines: list[str] = []
 
-    def load(sources: list[Source]) -> list[Dataset]:
-        loaded = [_load(source, task, arguments.skip_bad_rows, seed) for source in sources]
-        lines.extend(line for _, line in loaded)
-        return [rows for rows, _ in loaded]
+    def load(source: Source) -> tuple[Dataset, list[str]]:
+        rows, line = load_source(source, arguments.skip_bad_rows, seed, partial(_convert, task=task))
+        return rows, [line]
 
-    train_sources, held_out_sources = arguments.sources()
-    parts, held_out = load(train_sources), None
-    if not held_out_sources and arguments.eval_rows:
-        parts, held_out = hold_out(parts, arguments, seed, ORIGIN)
-    given = zip(parts, train_sources, strict=True)
-    weighted = [apply_weight(rows, source, seed) if len(rows) else rows for rows, source in given]
-    train = _joined(weighted, "--dataset_name")
-    lines.append(_describe_row(train[0]))
-    if held_out is not None:
-        lines.append(f"held out: {len(held_out)} of these rows, sampled by --seed {seed}")
-    elif held_out_sources:
-        lines.append("held out:")
-        held_out = _joined(load(held_out_sources), "--eval_dataset_name")
-    return Data(train.remove_columns(ORIGIN), held_out and held_out.remove_columns(ORIGIN), lines)
+    return put_together(arguments, seed, load, _describe_row)
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:
@@ -65,101 +51,164 @@ def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:
             check_tools_shown(tokenizer, turns, json.loads(tools) if isinstance(tools, str) else None)
 
 
-def _load(source: Source, task: str, skip_invalid: bool, seed: int) -> tuple[Dataset, str]:
-    """The valid rows of a source, sampled, with their origin; and a line that describes them."""
-    try:
-        name, sample_size = split_sample_size(source)
-        opened = open_source(source, name)
-    except OSError as error:  # of a path that cannot be looked at
-        raise UserError(f"{source.label}: cannot be read ({error.strerror or error}).") from error
-    if isinstance(opened, Dataset):
-        rows: dict[str, Any] = {"table": opened}
-    else:  # size and time are in the key of the cache, so that a changed file is read again
-        rows = {"files": [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in opened]}
-    first = next((row for _, row, _ in _read(rows, source.label) if row is not None), None)
-    if first is None:
-        raise UserError(f"{source.label}: contains no row that can be read.")
-    if (why := why_not_of_columns(task, list(first), source.columns)) is not None:
-        raise UserError(f"{source.label}: {why}")
-    arguments: dict[str, Any] = {"version": _VERSION, "task": task, "columns": source.columns, "label": source.label}
-    problems, features = [], {ORIGIN: Value("string")}
-    for origin, row, why in _checked(rows, **arguments):
-        problems.append(why and f"{origin} {why}")
-        features |= {column: _feature_of(value) for column, value in (row or {}).items()}
-    invalid = [problem for problem in problems if problem]
-    if invalid and not skip_invalid:
-        refuse_examples(invalid, len(invalid), len(problems), source.label)
-    if len(invalid) == len(problems):
-        raise UserError(f"{source.label}: none of its {len(problems)} rows can be used.")
-    try:
-        valid = Dataset.from_generator(
-            _valid,
-            gen_kwargs=arguments | {"rows": rows, "names": tuple(features)},
-            # Columns of grpo may be of any kind, and TRL's orpo puts texts where turns were.
-            features=Features(features) if task in WITH_TOOLS else None,
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise UserError(
-            f"{source.label}: a column has values of several kinds ({in_one_line(error.__cause__ or error)}); leave it "
-            "out, or give it one kind."
-        ) from error
-    used = [column for column in valid.column_names if column != ORIGIN]
+def _convert(source: Source, rows: dict[str, Any], task: str) -> tuple[Dataset, str]:
+    """The rows of a source, with those that are invalid, and the columns that are used and ignored."""
+    first = first_row(rows)
+    _check_columns(source, task, list(first))
+    arguments: dict[str, Any] = {"version": _VERSION, "rows": rows, "task": task, "columns": source.columns}
+    kinds: dict[str, Any] = {}
+    for row in _checked(**arguments):
+        for column, value in row.items():  # turns are JSON, as the arguments of tool calls are of any kind
+            plain = Value("bool" if isinstance(value, bool) else "string")
+            kinds[column] = List(Json()) if isinstance(value, list) else plain
+    # Columns of grpo may be of any kind, and TRL's orpo puts texts where turns were.
+    features = Features(kinds) if task in _WITH_TOOLS else None
+    examples = generate(_entries, arguments | {"names": tuple(kinds)}, features)
+    used = [column for column in kinds if column not in (ORIGIN, PROBLEM)]
     ignored = [column for column in first if column not in (*used, *(old for _, old in source.columns))]
-    line = f"{name}: {', '.join(used)}" + (f" (ignored: {', '.join(ignored)})" if ignored else "")
-    line += f", {len(valid)} rows"
-    line += f", {len(invalid)} invalid ones skipped, such as {invalid[0]}" if invalid else ""
-    if sample_size is not None:
-        valid = sample_source(valid, source, sample_size, seed)
-        line += f", {sample_size} of them sampled by --seed {seed}"
-    return valid, line
+    return examples, ", ".join(used) + (f" (ignored: {', '.join(ignored)})" if ignored else "")
 
 
-def _feature_of(value: Any) -> Any:
-    """A column's kind: of turns JSON, as the arguments of tool calls are of any kind."""
-    return List(Json()) if isinstance(value, list) else Value("bool" if isinstance(value, bool) else "string")
+def _check_columns(source: Source, task: str, columns: Sequence[str]) -> None:
+    """Raise UserError for rows of columns that serve no run of a task, with what to do."""
+    lacking = [column for _, column in source.columns if column not in columns]
+    if lacking:
+        raise UserError(
+            f"{source.label}: --dataset_columns: there is no {', '.join(lacking)}; its columns are "
+            f"{', '.join(columns)}."
+        )
+    there = {*columns, *(name for name, _ in source.columns)}
+    serves = tasks_for(there)
+    if task not in serves:
+        instead = f", or give --task {' or '.join(serves)}" if serves else ""
+        raise UserError(
+            f"{source.label}: its columns {', '.join(columns)} are none of --task {task}, which takes "
+            f"{describe_columns_of(task)}; rename them, as --dataset_columns "
+            f"{TASKS[task].columns[0][0]}=COLUMN{instead}."
+        )
 
 
-def _checked(
-    rows: Mapping[str, Any], task: str, columns: tuple, label: str, version: int
-) -> Iterator[tuple[str, dict | None, str | None]]:
-    """Each row: where it is, what it holds, and why it cannot be trained on: one of the last two is None."""
+def _checked(version: int, rows: Mapping[str, Any], task: str, columns: tuple) -> Iterator[dict[str, Any]]:
+    """Each row as a run takes it, or nothing of it, with its ORIGIN and PROBLEM."""
     rules = RowRules(task, columns)
-    for origin, row, problem in _read(rows, label):
-        yield (origin, None, problem) if row is None else (origin, *rules.checked(row))
+    for _, origin, row, problem in read_rows(rows):
+        taken: dict[str, Any] = {}
+        try:
+            taken = {} if row is None else rules.apply(row)
+        except ExampleError as error:
+            problem = str(error)
+        yield taken | {ORIGIN: origin, PROBLEM: problem or ""}
 
 
-def _read(rows: Mapping[str, Any], label: str) -> Iterator[tuple[str, dict | None, str | None]]:
-    if "table" in rows:
-        for number, row in enumerate(rows["table"], start=1):
-            yield f"row {number}", row, None
-        return
-    for path, *_ in rows["files"]:
-        for origin, row, problem in read_file(Path(path), label):
-            yield f"{path}, {origin}", row, problem
+def _entries(names: tuple[str, ...], **arguments: Any) -> Iterator[dict[str, Any]]:
+    for row in _checked(**arguments):
+        yield {name: row.get(name) for name in names}
 
 
-def _valid(rows: Mapping[str, Any], names: tuple[str, ...], **arguments: Any) -> Iterator[dict]:
-    for origin, row, _ in _checked(rows, **arguments):
-        if row is not None:
-            yield {name: row.get(name) for name in names} | {ORIGIN: origin}
+class RowRules:
+    """The rules of one source: every row has the columns of the first one, each a text or turns as there."""
+
+    def __init__(self, task: str, renamed: Iterable[tuple[str, str]] = ()):
+        self._task, self._renamed = task, tuple(renamed)
+        self._shape: dict[str, str] | None = None  # of the first valid row: a text or turns, by column
+
+    def apply(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row as a run takes it. Raises ExampleError with why it cannot."""
+        new = dict(row) | {name: row.get(column) for name, column in self._renamed}
+        tools, names = new.get("tools"), ["prompt"]
+        if self._task != GRPO:
+            is_pair = self._task != KTO or (new.get("chosen") is not None and new.get("rejected") is not None)
+            names = ["chosen", "rejected"] if is_pair else ["completion"]
+            if new.get("prompt") is not None or not is_pair:
+                names.insert(0, "prompt")
+            new = {name: new.get(name) for name in [*names, *([] if is_pair else ["label"])]}
+        for name in names:
+            _check_text(name, new.get(name), may_be_empty=self._task != GRPO)
+        self._check(new, names)
+        new |= {name: _with_calls(new[name], name) for name in names}
+        if tools and tools != "[]":  # as tables have none
+            if self._task not in _WITH_TOOLS:
+                raise ExampleError(
+                    f"has tools, which --task {self._task} shows to no chat template; {', '.join(_WITH_TOOLS)} do: "
+                    "remove or rename the column, or give one of these tasks"
+                )
+            new["tools"] = json.dumps(to_functions(tools, "tools"))  # of which TRL takes the JSON
+        return new
+
+    def _check(self, row: dict[str, Any], names: list[str]) -> None:
+        """What columns must be to each other, and to those of other rows; a label becomes true or false."""
+        shape = {name: "a text" if isinstance(row[name], str) else "turns" for name in names}
+        if len(set(shape.values())) > 1:
+            raise ExampleError(f"has texts and lists of turns among {', '.join(names)}")
+        if self._shape not in (None, shape):
+            raise ExampleError(f"has {_described(shape)}; the rows before it have {_described(self._shape or {})}")
+        if "rejected" in names and row["chosen"] == row["rejected"]:
+            raise ExampleError("has the same answer as chosen and rejected")
+        if names == ["chosen", "rejected"] and "turns" in shape.values() and row["chosen"][0] != row["rejected"][0]:
+            raise ExampleError(
+                "has chosen and rejected that do not begin with the same turn: that is the prompt; give it to both"
+            )
+        if "label" in row:
+            label = row["label"] if isinstance(row["label"], bool) else _LABELS.get(str(row["label"]).lower())
+            if label is None:
+                raise ExampleError(f"has the label {row['label']!r}; it is true or false")
+            row["label"] = label
+        self._shape = shape
 
 
-def _joined(parts: list[Dataset], flag: str) -> Dataset:
-    columns = [", ".join(sorted(set(part.column_names) - {ORIGIN})) for part in parts]
-    if len(set(columns)) > 1:
-        raise UserError(f"{flag}: its sources have other columns each: {'; '.join(columns)}; give them the same ones.")
+def _with_calls(text: Any, name: str) -> Any:
+    """A text, or turns with their tool calls in the form that chat templates take."""
+    if isinstance(text, str):
+        return text
+    turns = []
+    for turn in text:
+        if calls := turn.get("tool_calls"):
+            calls = to_functions(calls, f"tool_calls of {name}", are_calls=True)
+            if not calls and not turn["content"]:
+                raise ExampleError(f"has a turn of {name} with neither a text nor tool_calls")
+            turn = {**turn, "content": turn["content"] or "", "tool_calls": calls}
+        turns.append(turn)
+    return turns
+
+
+def _described(shape: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in shape.items())
+
+
+def _check_text(name: str, value: Any, may_be_empty: bool) -> None:
+    """Raise ExampleError for what is neither a text nor turns; a prompt of a text may be empty."""
+    is_answer, turns = name in _ANSWERS, value if isinstance(value, list) else []
+    if value is None or value == []:
+        raise ExampleError(f"has no {name}")
+    if not isinstance(value, str | list):
+        raise ExampleError(f"has a {name} that is neither a text nor turns")
+    for number, turn in enumerate(turns, start=1):
+        place = f"has a {name} whose turn {number}"
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str) or "content" not in turn:
+            raise ExampleError(f"{place} is not of role and content")
+        if turn["role"] not in (*ROLES, "developer"):
+            raise ExampleError(f"{place} has the role {turn['role']!r}; roles are {', '.join(ROLES)}")
+        if not isinstance(turn["content"], str) and not (turn["content"] is None and turn.get("tool_calls")):
+            raise ExampleError(f"{place} has a content that is no text")
+    if is_answer and turns and turns[-1]["role"] != "assistant":
+        raise ExampleError(f"has a {name} that does not end with a turn of the assistant")
+    last: Mapping[str, Any] = turns[-1] if turns else {"content": value}
+    if (
+        (is_answer or not (turns or may_be_empty))
+        and not (last["content"] or "").strip()
+        and not last.get("tool_calls")
+    ):
+        raise ExampleError(f"has an empty {name}")
     try:
-        return concatenate_datasets(parts)
-    except ValueError as error:  # features that do not align
-        raise UserError(f"{flag}: rows of its sources are not of one kind ({in_one_line(error)}).") from error
+        "".join(turn["content"] or "" for turn in turns or [last]).encode()
+    except UnicodeEncodeError:
+        raise ExampleError(f"has half of a character (a lone surrogate) in {name}") from None
 
 
 def _describe_row(row: Mapping[str, Any]) -> str:
     lines = ["first row:"]
     for name, value in row.items():
-        if name != ORIGIN and value is not None:
+        if value is not None:
             text = in_one_line(value)
             lines.append(f"  {name}: {text if len(text) <= _NUM_SHOWN else f'{text[:_NUM_SHOWN]} ...'}")
     return "\n".join(lines)

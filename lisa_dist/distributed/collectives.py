@@ -4,6 +4,7 @@ A checkpoint is written by all ranks. When one of them meets a full disk the oth
 checkpoint for complete: `together` makes every rank of a phase raise when one does.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -12,13 +13,11 @@ from typing import Any, TypeVar
 
 from torch import distributed as dist
 
-from lisa_dist.distributed.network import gloo_group
+from lisa_dist.distributed.ranks import gloo_group
 from lisa_dist.errors import SharedError
 from lisa_dist.files import DamagedError, SaveError, describe_file, is_disk_error
 
 T = TypeVar("T")
-
-_background_groups: dict[Any, dist.ProcessGroup] = {}
 
 
 def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
@@ -32,13 +31,12 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 def background_group() -> dist.ProcessGroup | None:
     """Ranks for a thread beside the one that trains, whose collectives must not mix with its; all ranks call it."""
-    if not dist.is_initialized():
-        return None
-    world = dist.group.WORLD
-    if world not in _background_groups:
-        # A rank may write long after the others have.
-        _background_groups[world] = gloo_group(timedelta(hours=6))
-    return _background_groups[world]
+    return _group_beside(dist.group.WORLD) if dist.is_initialized() else None
+
+
+@functools.cache
+def _group_beside(world: Any) -> dist.ProcessGroup:
+    return gloo_group(timedelta(hours=6))  # a rank may write long after the others have
 
 
 class together:  # noqa: N801 - reads as a verb: `with together(folder):`
@@ -57,8 +55,7 @@ class together:  # noqa: N801 - reads as a verb: `with together(folder):`
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         about = None if error is None else (f"{type(error).__name__}: {error}", is_disk_error(error))
-        every = gather(about, self._group)
-        failed = {rank: about for rank, about in enumerate(every) if about is not None}
+        failed = {rank: theirs for rank, theirs in enumerate(gather(about, self._group)) if theirs is not None}
         if not failed:
             return
         reasons = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in failed.items())
@@ -84,7 +81,9 @@ def describe_files(
     """
     described = dict(known or {})
     taken = described.keys() | {name for names in gather(list(own), group) for name in names}
-    names = [name for name in _list_files(folder, group) if name not in taken]
+    # All ranks have written theirs by now; a shared file system may show a rank its own files first.
+    seen = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    names = sorted({name for names in gather(seen, group) for name in names} - taken)
     with together(folder, group):
         mine = {name: describe_file(folder / name, flush=True) for name in (*own, *my_share(names))}
     return described | {name: about for part in gather(mine, group) for name, about in part.items()}
@@ -113,15 +112,10 @@ def raise_together(problems: list[str]) -> None:
 
 def raise_shared(problem: str | None) -> None:
     """Raise SharedError on every rank, with the problem of the first rank that has one; all ranks call it."""
-    first = next(filter(None, gather(problem)), None)
-    if first is not None:  # a rank that ended alone would have the others say that it is gone
+    if first := next(
+        filter(None, gather(problem)), None
+    ):  # a rank that ended alone would have the others say that it is gone
         raise SharedError(first)
-
-
-def _list_files(folder: Path, group: dist.ProcessGroup | None) -> list[str]:
-    """Files under `folder` that any rank sees: a shared file system may show a rank its own files first."""
-    mine = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    return sorted({name for names in gather(mine, group) for name in names})
 
 
 def my_share(names: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import distributed as dist
 
 from lisa_dist.distributed.collectives import gather
-from lisa_dist.distributed.network import GLOO_INTERFACE, gloo_group, interface_to
+from lisa_dist.distributed.ranks import GLOO_INTERFACE, gloo_group, interface_to
 from lisa_dist.errors import UserError
 
 SLOW = 1.2  # times the median of all ranks
@@ -77,10 +77,12 @@ def all_reduce_speed(device: torch.device) -> float:
     tensor = torch.zeros(1 << (24 if device.type == "cuda" else 20), device=device)
     seconds = []
     for _ in range(4):
-        _synchronize(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         begun = time.perf_counter()
         dist.all_reduce(tensor)
-        _synchronize(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
     return 2 * (world_size - 1) / world_size * tensor.nbytes / min(seconds[1:])
 
@@ -125,21 +127,21 @@ class ComputeTime:
             self._spans.append((self._begun, self._now()))
             self._begun = None
             if len(self._spans) >= _MANY_SPANS:  # however seldom there is a log
-                self._add_up(_MANY_SPANS // 2)  # of the older half, which the device has long done
+                self._add_up()
 
-    def _add_up(self, number: int) -> None:
-        done, self._spans = self._spans[:number], self._spans[number:]
-        if self._on_gpu and done:
-            done[-1][1].synchronize()
-        for begun, ended in done:
+    def _add_up(self) -> None:
+        if self._on_gpu and self._spans:
+            self._spans[-1][1].synchronize()
+        for begun, ended in self._spans:
             self._seconds += begun.elapsed_time(ended) / 1e3 if self._on_gpu else ended - begun
+        self._spans.clear()
 
     def slowest(self) -> tuple[int, float, str]:
         """The rank that computed longest since the last call, its time by the median, and its host; all ranks call it.
 
-        Of an even number of ranks the lower of the two in the middle is the median: of two it is the faster one.
+        The median of two ranks is the faster one.
         """
-        self._add_up(len(self._spans))
+        self._add_up()
         mine, self._seconds = self._seconds, 0.0
         every = [torch.zeros(1, dtype=torch.float64) for _ in range(dist.get_world_size())]
         dist.all_gather(every, torch.tensor([mine], dtype=torch.float64), group=self._group)
@@ -147,11 +149,6 @@ class ComputeTime:
         typical = median_low(times)
         slowest = max(range(len(times)), key=times.__getitem__)
         return slowest, times[slowest] / typical if typical else 1.0, self._hosts[slowest]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _interconnect() -> str:

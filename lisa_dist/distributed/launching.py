@@ -42,16 +42,8 @@ def launch_if_asked(argv: Sequence[str], verb: str, check: Callable[[Sequence[st
         raise UserError(f"--gpus {number}: RANK is set, so a launcher has started this process already: leave it out.")
     check(words)
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *_device_words(int(number))]
-    launcher += [
-        "--log_level",
-        "critical",  # below it the launcher prints the command of a rank that has said what is wrong
-        "--master_port",
-        str(free_port()),
-        "--no_local_rank",
-        "--module",
-        "lisa_dist.cli",
-        verb,
-    ]
+    launcher += ["--log_level", "critical"]  # below it the command of a rank that has said what is wrong is printed
+    launcher += ["--master_port", str(free_port()), "--no_local_rank", "--module", "lisa_dist.cli", verb]
     device = "CPUs of this host" if get_accelerator().device_name() == "cpu" else "GPUs"
     print(f"starting {number} ranks on {device}: each imports torch, DeepSpeed and transformers first", flush=True)
     environment = {name: value for name, value in os.environ.items() if name != _VISIBLE}
@@ -122,14 +114,11 @@ def _pass_on(launcher: int, number: int) -> None:
     below = psutil.Process(launcher).children(recursive=True)
     ranks = [process for process in below if _is_rank(process)]
     for process in ranks or [psutil.Process(launcher), *below]:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended in between
             process.send_signal(number if ranks else signal.SIGTERM)
-        except psutil.NoSuchProcess:  # it has ended in between
-            continue
 
 
 def _is_rank(process: psutil.Process) -> bool:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         return process.cmdline()[1:4] == _RANK
-    except psutil.NoSuchProcess:
-        return False
+    return False

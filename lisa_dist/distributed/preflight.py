@@ -21,22 +21,12 @@ from torch import distributed as dist
 
 from lisa_dist.distributed.devices import why_no_gpu
 from lisa_dist.distributed.health import version_of
-from lisa_dist.distributed.network import GLOO_INTERFACE
-from lisa_dist.distributed.ranks import expand_hosts
+from lisa_dist.distributed.ranks import GLOO_INTERFACE, expand_hosts
 from lisa_dist.errors import UserError
 from lisa_dist.text import format_bytes, in_one_line
 
-PACKAGES: tuple[str, ...] = (
-    "lisa_dist",
-    "torch",
-    "deepspeed",
-    "transformers",
-    "accelerate",
-    "trl",
-    "datasets",
-    "bitsandbytes",
-)
-PACKAGES += ("triton", "flash-attn", "liger-kernel")
+PACKAGES: tuple[str, ...] = ("lisa_dist", "torch", "deepspeed", "transformers", "accelerate", "trl", "datasets")
+PACKAGES += ("bitsandbytes", "triton", "flash-attn", "liger-kernel")
 _APPEARS = 10.0  # seconds for a file that one host has written to be seen on another: network file systems cache
 _SAMPLE = 1 << 26  # bytes that are written to learn how fast the folder is
 
@@ -79,49 +69,40 @@ class HostCheck:
                 f"--output_dir {self._folder} cannot be written ({error.strerror or error}): mount it there, or give "
                 "another one"
             )
-        mine = {
-            "host": self._host,
-            "folder": str(self._folder),
-            "problems": problems,
-            "has": self._has(),
-            "bytes_a_second": speed,
-        }
+        mine = {"host": self._host, "folder": str(self._folder), "problems": problems, "has": self._has()}
         try:
             socket.getaddrinfo(address, port)
-        except OSError as error:
-            text = f"MASTER_ADDR {address}: {error.strerror}; export one that every host resolves"
-            return [f"host {self._host}: {one}" for one in [*problems, text]]
-        try:
-            return self._compare(address, port, mine)
+            return self._compare(address, port, mine | {"bytes_a_second": speed})
+        except socket.gaierror as error:
+            problems.append(f"MASTER_ADDR {address}: {error.strerror}; export one that every host resolves")
         except dist.DistError:
-            text = (
+            problems.append(
                 f"nobody answers at MASTER_ADDR {address}, port {port}: the first host's check has not started, or the "
                 "port is closed between them; export another MASTER_ADDR or MASTER_PORT"
             )
-            return [f"host {self._host}: {one}" for one in [*problems, text]]
+        return [f"host {self._host}: {problem}" for problem in problems]
 
     def _gpus(self) -> list[str]:
         if why := why_no_gpu():
             return [why]
         wanted, found = self._gpus_wanted, torch.cuda.device_count()
-        if found >= wanted:
-            return []
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         about = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
-        return [
+        few = (
             f"{found} GPUs are visible, not {wanted} (--gpus_per_node){about}: ask the scheduler for more, by "
             "--gpus-per-node, or give fewer"
-        ]
+        )
+        return [few] if found < wanted else []
 
     def _write(self) -> float:
         """Bytes a second that this host writes to the output folder; OSError where it cannot."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"tmp-check-{uuid.uuid4().hex}"
-        size = _SAMPLE if self._save_within else 1
+        size = _SAMPLE if self._save_within else 2**20
         try:
             with path.open("wb") as file:
                 started = time.monotonic()
-                file.write(os.urandom(1 << 20) * max(1, size >> 20))
+                file.write(os.urandom(2**20) * (size >> 20))
                 file.flush()
                 os.fsync(file.fileno())
                 return size / (time.monotonic() - started)
@@ -147,12 +128,17 @@ class HostCheck:
         if self._rank == 0:
             if not mine["problems"]:
                 token.touch()
-            store.set("token", str(token))
+            store.set("token", "")
         store.get("token")
         mine["sees"] = bool(mine["problems"]) or _appears(token)
         store.set(f"here {self._rank}", "")
         if self._rank == 0:
-            store.set("missing", json.dumps(self._missing(store, meets_until)))
+            absent = [*range(self._world_size)]
+            while absent := [rank for rank in absent if not store.check([f"here {rank}"])]:
+                if time.monotonic() > meets_until:  # `wait` would print the stack
+                    break
+                time.sleep(0.05)
+            store.set("missing", json.dumps(absent))
         missing = json.loads(store.get("missing"))
         if not missing and (problem := self._why_no_gloo(store)):
             mine["problems"].append(problem)
@@ -165,21 +151,13 @@ class HostCheck:
             return []
         try:
             arrived = [rank for rank in range(self._world_size) if rank not in missing]
-            problems = self._judge(store, arrived)
+            problems = self._judge([json.loads(store.get(f"host {rank}")) for rank in arrived], missing)
             store.set("verdict", "bad" if problems else "good")
             with suppress(dist.DistError):  # a host that has been killed meanwhile
                 store.wait([f"left {rank}" for rank in arrived if rank != 0], timedelta(seconds=_APPEARS))
             return problems
         finally:
             token.unlink(missing_ok=True)
-
-    def _missing(self, store: dist.TCPStore, meets_until: float) -> list[int]:
-        """Rank 0: the ranks that have not come in time."""
-        while True:  # `check` says without waiting what has come; `wait` would print the stack when something has not
-            missing = [rank for rank in range(self._world_size) if not store.check([f"here {rank}"])]
-            if not missing or time.monotonic() > meets_until:
-                return missing
-            time.sleep(0.05)
 
     def _why_no_gloo(self, store: dist.TCPStore) -> str:
         """Why no group over gloo can be made, as every run has one; nothing where it can."""
@@ -192,50 +170,47 @@ class HostCheck:
             return f"{over}: gloo does not reach the others ({in_one_line(error)}); export the interface that does"
         return ""
 
-    def _judge(self, store: dist.TCPStore, arrived: Sequence[int]) -> list[str]:
+    def _judge(self, reports: Sequence[dict[str, Any]], missing: Sequence[int]) -> list[str]:
         """Rank 0: what the hosts say, and where they differ from this one."""
-        within = f"{self._meet_within:.0f} s (--meet_within)"
+        hosts = expand_hosts(os.environ.get("SLURM_STEP_NODELIST", ""))  # one task on each, of a step of SLURM
         problems = [
-            f"{_name_of_task(rank)} has not come within {within}: it is down, or MASTER_ADDR is another one there"
-            for rank in range(self._world_size)
-            if rank not in arrived
+            f"rank {rank}{f', host {hosts[rank]},' if rank < len(hosts) else ''} has not come within "
+            f"{self._meet_within:.0f} s (--meet_within): it is down, or MASTER_ADDR is another one there"
+            for rank in missing
         ]
-        reports = [json.loads(store.get(f"host {rank}")) for rank in arrived]
+        ours = reports[0]["has"]
         for report in reports:
-            found = list(report["problems"])
+            found, theirs = list(report["problems"]), report["has"]
             if not report["sees"]:
                 found.append(
                     f"--output_dir {report['folder']} is another one: what host {self._host} writes is not seen there; "
                     "give a folder on a file system that all share"
                 )
-            theirs, ours = report["has"], reports[0]["has"]
             found += [
                 f"{name} is {theirs.get(name, 'not there')}, on host {self._host} {ours.get(name, 'not there')}"
                 for name in {**ours, **theirs}
                 if theirs.get(name) != ours.get(name)
             ]
             problems += [f"host {report['host']}: {text}" for text in found]
+        if not problems and self._save_within:
+            problems = self._time_to_save([report["bytes_a_second"] for report in reports])
         if not problems:
-            problems += self._time_to_save([report["bytes_a_second"] for report in reports])
-        if not problems:
-            hosts = ", ".join(report["host"] for report in reports)
-            print(f"lisa-dist check: {len(reports)} host(s) are fit: {hosts}", flush=True)
+            names = ", ".join(report["host"] for report in reports)
+            print(f"lisa-dist check: {len(reports)} host(s) are fit: {names}", flush=True)
         return problems
 
     def _time_to_save(self, bytes_a_second: list[float]) -> list[str]:
         """What is wrong with the time for a save."""
         within = self._save_within
-        if not within:
-            return []
         try:
-            weights, states = self._checkpoint_bytes()
+            nbytes = sum(self._checkpoint_bytes())
         except UserError as error:
             return [str(error)]
-        seconds = seconds_to_save(weights + states, bytes_a_second)
+        seconds = seconds_to_save(nbytes, bytes_a_second)
         print(
-            f"lisa-dist check: a checkpoint has about {format_bytes(weights + states)}, and is saved in about "
-            f"{seconds:.0f} s, as every host writes {format_bytes(int(min(bytes_a_second)))}/s; after the first one "
-            "only what has changed is written",
+            f"lisa-dist check: a checkpoint has about {format_bytes(nbytes)}, and is saved in about {seconds:.0f} s, "
+            f"as every host writes {format_bytes(int(min(bytes_a_second)))}/s; after the first one only what has "
+            "changed is written",
             flush=True,
         )
         if seconds > within:
@@ -254,12 +229,6 @@ def seconds_to_save(nbytes: int, bytes_a_second: Sequence[float]) -> float:
     return 2 * nbytes / len(bytes_a_second) / min(bytes_a_second)
 
 
-def _name_of_task(rank: int) -> str:
-    """Rank so-and-so, and its host where there is one task on each host of a SLURM step."""
-    hosts = expand_hosts(os.environ.get("SLURM_STEP_NODELIST", ""))
-    return f"rank {rank}, host {hosts[rank]}," if rank < len(hosts) else f"rank {rank}"
-
-
 def _appears(path: Path) -> bool:
     """Whether a file of another host comes to be seen here."""
     ends = time.monotonic() + _APPEARS
@@ -272,7 +241,4 @@ def _appears(path: Path) -> bool:
 
 def _digest(paths: Sequence[Path]) -> str:
     """A few digits that tell files with different bytes apart."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]

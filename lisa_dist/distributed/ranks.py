@@ -1,4 +1,4 @@
-"""Which rank is this process, of how many? The one place that reads it from what launchers and schedulers set.
+"""Which rank is this process, of how many, over which network? What launchers and schedulers set is read here alone.
 
     deepspeed, torchrun                RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
     srun, deepspeed --launcher slurm   SLURM_*: a task is a rank
@@ -14,27 +14,23 @@ import os
 import re
 import socket
 from collections.abc import MutableMapping
+from datetime import timedelta
 
 import deepspeed
+import psutil
 from torch import distributed as dist
 
-from lisa_dist.distributed.network import bind_gloo
 from lisa_dist.errors import UserError
+
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 _GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Of a process in a step, which srun starts. The script of a job has SLURM_PROCID too, but is in no step.
 _OF_STEP = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 _ALONE = "LISA_DIST_ALONE"  # the process that `set_rank` has made the only rank, and its port
 _OTHERS = {"SLURM_NTASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
-_SHOWN: tuple[str, ...] = (
-    *_GIVEN,
-    "LOCAL_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "TORCHELASTIC_RUN_ID",
-    "SLURM_JOB_ID",
-    "SLURM_STEP_ID",
-)
-_SHOWN += (*_OF_STEP.values(), "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE", *_OTHERS)
+_SHOWN = [*_GIVEN, "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID"]
+_SHOWN += [*_OF_STEP.values(), "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE", *_OTHERS]
 
 
 def set_rank(environment: MutableMapping[str, str] = os.environ) -> str:
@@ -212,3 +208,46 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def interface_to(address: str) -> tuple[str, str] | None:
+    """The network interface by which packets to an address of IPv4 leave, and its own address; None of another one."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))
+        own = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if own in [one.address for one in addresses]:
+                return name, own
+    return None
+
+
+def bind_gloo(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Have gloo's groups, of ranks on several hosts, take NCCL's interface, or else the one that leads to MASTER_ADDR.
+
+    By default gloo takes that of the host's own name, which on many hosts is 127.0.1.1, where no other host comes. On
+    rank 0's host MASTER_ADDR may be just that: there it is the first interface that is not the loopback.
+    """
+    local_size = environment.get("LOCAL_SIZE", environment.get("LOCAL_WORLD_SIZE"))
+    if GLOO_INTERFACE in environment or local_size in (None, environment.get("WORLD_SIZE")):
+        return
+    interfaces, of_nccl = psutil.net_if_addrs(), environment.get("NCCL_SOCKET_IFNAME", "")
+    if of_nccl in interfaces:  # and no list or prefix
+        environment[GLOO_INTERFACE] = of_nccl
+        return
+    found = interface_to(environment["MASTER_ADDR"])
+    if found is None:  # of an address that is not IPv4's gloo may know more
+        return
+    others = (
+        name
+        for name, addresses in interfaces.items()
+        for one in addresses
+        if one.family == socket.AF_INET and not one.address.startswith("127.")
+    )
+    if name := next(others, None) if found[1].startswith("127.") else found[0]:
+        environment[GLOO_INTERFACE] = name
+
+
+def gloo_group(timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """A group of all ranks over gloo, for what no GPU is to wait for; all ranks call it."""
+    bind_gloo()
+    return dist.new_group(backend="gloo", timeout=timeout)

@@ -27,11 +27,6 @@ _SILENCE = 120.0  # seconds without one after which a run elsewhere is no more; 
 _held: dict[str, "_Lock"] = {}  # the locks of this process, by their paths
 
 
-def run_id() -> str:
-    """A name of this process's runs that no other process has."""
-    return _id_of(os.getpid())
-
-
 @contextlib.contextmanager
 def one_run_in(folder: str | Path, silence: float = _SILENCE) -> Iterator[None]:
     """No other run has `folder` while the body runs; all ranks enter it. Raises as `hold_folder` does."""
@@ -85,21 +80,20 @@ class _Lock:
         self.holders, self.process = 0, os.getpid()
         self._path, self._done = folder / LOCK_NAME, threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
-        content = {
-            "run": run_id(),
-            "host": host_name(),
-            "process": self.process,
-            "since": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-            "machine": _machine(),
-            "started": _started(self.process),
-        }
+        since = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+        content = {"run": run_id(), "host": host_name(), "process": self.process, "since": since}
+        content |= {"machine": _machine(), "started": _started(self.process)}
         self._take(content, silence)
         threading.Thread(target=self._beat, name="lisa_dist run lock", daemon=True).start()
 
     def _take(self, content: dict, silence: float) -> None:
         taken_over = False
         while True:
-            if _create(self._path, content):
+            with contextlib.suppress(FileExistsError):
+                # O_EXCL: it follows no link.
+                descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                    file.write(json.dumps(content) + "\n")
                 if not taken_over:
                     return
                 time.sleep(min(1.0, silence / 10))  # another run may have taken it over in the same moment
@@ -130,26 +124,12 @@ class _Lock:
 
     def _beat(self) -> None:
         while not self._done.wait(_INTERVAL):
-            try:
+            with contextlib.suppress(OSError):  # a file server that does not answer now may do so at the next beat
                 if self._is_ours():
                     os.utime(self._path, follow_symlinks=False)
-                    continue
-            except OSError:  # a file server that does not answer now may do so at the next beat
-                continue
-            if not self._done.is_set():
-                print(f"warning: {self._path} was removed or is another run's now: end one of the two.", flush=True)
-            return
-
-
-def _create(path: Path, content: dict) -> bool:
-    """Write the lock, unless there is one."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # which follows no link
-    except FileExistsError:
-        return False
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content) + "\n")
-    return True
+                elif not self._done.is_set():
+                    print(f"warning: {self._path} was removed or is another run's now: end one of the two.", flush=True)
+                    return
 
 
 def _read(path: Path) -> dict | None:
@@ -183,10 +163,9 @@ def _lives(path: Path, holder: dict, silence: float) -> bool:
 
 
 def _changed_at(path: Path) -> int | None:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return None
+    return None
 
 
 def _set_aside(path: Path, holder: dict) -> None:
@@ -194,14 +173,17 @@ def _set_aside(path: Path, holder: dict) -> None:
     if _read(path) != holder:
         return
     aside = path.with_name(f"tmp-{path.name}-{run_id()}")
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.rename(path, aside)
-    except FileNotFoundError:
-        return
-    if _read(aside) == holder:
-        aside.unlink()
-    else:  # it was, between the two lines above
-        os.rename(aside, path)
+        if _read(aside) == holder:
+            aside.unlink()
+        else:  # it was, between the two reads
+            os.rename(aside, path)
+
+
+def run_id() -> str:
+    """A name of this process's runs that no other process has."""
+    return _id_of(os.getpid())
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from lisa_dist.distributed.network import gloo_group
+from lisa_dist.distributed.ranks import gloo_group
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _ONE_SIGNAL = 2.0  # seconds: launchers and schedulers both pass a signal on, so it may come twice

@@ -13,6 +13,7 @@ import threading
 import time
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 from torch import distributed as dist
 
@@ -41,8 +42,8 @@ class Watchdog:
         self._done = threading.Event()
         # The last sign of each rank, and when it last changed; what the store's thread writes and the other reads.
         self._signs = ["0 0"] * self._world_size
-        self._changed_at = [time.monotonic()] * self._world_size
-        self._answered_at = time.monotonic()
+        self._changed_at: list[float] = []
+        self._answered_at = 0.0
 
     def beat(self) -> None:
         """The main thread has come on."""
@@ -86,13 +87,12 @@ class Watchdog:
 
     def _connect(self) -> dist.TCPStore:
         host, patience = os.environ.get("MASTER_ADDR", "127.0.0.1"), timedelta(seconds=self._silence)
-        port: list[int | None] = [None]
+        port: list[Any] = [0]
         if self._rank == 0:
             store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
             port = [store.port]
         dist.broadcast_object_list(port, src=0)
         if self._rank != 0:
-            assert port[0] is not None
             store = dist.TCPStore(host, port[0], is_master=False, wait_for_workers=False, timeout=patience)
         store.set(str(self._rank), "0 0")
         dist.barrier()
@@ -141,16 +141,11 @@ class Watchdog:
         now = time.monotonic()
         if now - self._answered_at > seconds:
             return [] if self._rank == 0 or self._signs[0].startswith(_FAILED) else [0]
-        signs = zip(self._signs, self._changed_at, strict=True)
-        return [
-            rank
-            for rank, (sign, changed_at) in enumerate(signs)
-            if now - changed_at > seconds and not sign.startswith(_FAILED)
-        ]
+        silent = [rank for rank, changed_at in enumerate(self._changed_at) if now - changed_at > seconds]
+        return [rank for rank in silent if not self._signs[rank].startswith(_FAILED)]
 
     def _failed_ranks(self) -> str:
-        signs = enumerate(self._signs)
-        return "; ".join(f"rank {rank} has {sign}" for rank, sign in signs if sign.startswith(_FAILED))
+        return "; ".join(f"rank {rank} has {sign}" for rank, sign in enumerate(self._signs) if sign.startswith(_FAILED))
 
     def _explain(self) -> None:
         """The main thread has raised: tell the others, and say which rank is behind it, if another one is."""

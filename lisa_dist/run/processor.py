@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from lisa_dist.data.chat_template import set_chat_template
+from lisa_dist.data.encoding import set_chat_template
 from lisa_dist.errors import UserError
 from lisa_dist.run.arguments import RunConfig, model_config_of
 from lisa_dist.tasks import REWARD

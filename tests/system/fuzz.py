@@ -383,8 +383,8 @@ def fuzz_models(draws: random.Random, place: Place, folder: Path) -> str:
 def fuzz_data(draws: random.Random, place: Place, folder: Path) -> str:
     from transformers import AutoTokenizer
 
-    from lisa_dist.data.chat_template import set_chat_template
     from lisa_dist.data.dataset import DataArguments, load_data
+    from lisa_dist.data.encoding import set_chat_template
 
     name = draws.choice(sorted(path.name for path in place.folder.iterdir() if path.is_file()))
     path = folder / name

@@ -196,7 +196,7 @@ def test_pairs_serve_kto_and_a_text_and_turns_serve_all(folder, tmp_path, monkey
         flags = flags_of(task, tmp_path / task, dataset_name=f"{rows}.jsonl", eval_rows=8, eval_strategy="epoch")
         status, said = run_alone([*flags, "--max_steps", "2"], tmp_path / "said.txt")
         assert status == 0, said[-3000:]
-        assert "held out: 8 of these rows" in said
+        assert "held out: 8 of these examples" in said
 
 
 @pytest.mark.full
@@ -300,7 +300,7 @@ def test_rows_of_every_shape_that_can_be_trained_on(folder, tmp_path, monkeypatc
         "csv": ("kto", {"dataset_name": tmp_path / "kto.csv"}, "completion"),
         "renamed": ("dpo", {"dataset_name": tmp_path / "swapped.jsonl"}, "chosen: "),
         "late": ("grpo", {"dataset_name": tmp_path / "late.jsonl", "reward_funcs": tmp_path / "sources.py"}, "source"),
-        "dated": ("reward", {"dataset_name": tmp_path / "dated.parquet"}, "8 rows"),
+        "dated": ("reward", {"dataset_name": tmp_path / "dated.parquet"}, "8 examples"),
     }
     for name, (task, changes, expected) in cases.items():
         flags = flags_of(task, tmp_path / name, **changes, max_steps=1)

@@ -116,7 +116,6 @@ def test_a_template_of_parts_is_given_parts(folder, tmp_path):
 def test_all_turns_have_labels_where_that_is_asked(folder):
     arguments = DataArguments(dataset_name=[str(folder / "red" / "rows.jsonl")], train_on_inputs=True, eval_rows=8)
     data = load_image_data(arguments, seed=0)
-    assert data.has_images
     assert set(data.train.column_names) == {"images", "messages"}
     assert (len(data.train), len(data.held_out)) == (24, 8)
     assert [turn["role"] for turn in data.train[0]["messages"]] == ["user", "assistant"]

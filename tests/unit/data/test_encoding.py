@@ -9,9 +9,9 @@ from datasets import Dataset
 from models import TEMPLATE, save_tiny_llama
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from lisa_dist.data.chat_template import PLAIN_TEMPLATE, set_chat_template
-from lisa_dist.data.encoding import IGNORED, Encoder, encode_examples
+from lisa_dist.data.encoding import IGNORED, PLAIN_TEMPLATE, Encoder, encode_examples, set_chat_template
 from lisa_dist.data.formats import ExampleError, to_turns
+from lisa_dist.data.readers import ORIGIN
 from lisa_dist.data.sources import Source, load_turns
 from lisa_dist.errors import UserError
 
@@ -69,49 +69,31 @@ def pieces(tokenizer, turns, template=None, assistant_only=True, tools=None) -> 
     return encoder.describe(*encoder.encode(turns, tools))
 
 
+OF_CHATML = [
+    ("<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n", False),
+    ("Two, é!<|im_end|>", True),
+    ("\n<|im_start|>user\nThree?<|im_end|>\n<|im_start|>assistant\n", False),
+    (" Four\n<|im_end|>", True),
+    ("\n", False),
+]
+OF_INST = [
+    ("<s>[INST] One? [/INST]", False),
+    (" Two, é!</s>", True),
+    ("[INST] Three? [/INST]", False),
+    ("  Four\n</s>", True),
+]
+OF_TOKENS = [
+    ("<user>One?<end><assistant>", False),
+    ("Two, é!<end>", True),
+    ("<user>Three?<end><assistant>", False),
+    (" Four\n<end>", True),
+]
+PLAIN = [("One?\n", False), ("Two, é!<end>", True), ("Three?\n", False), (" Four\n<end>", True)]
+
+
 @pytest.mark.parametrize(
     ("template", "expected"),
-    [
-        (
-            CHATML,
-            [
-                ("<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n", False),
-                ("Two, é!<|im_end|>", True),
-                ("\n<|im_start|>user\nThree?<|im_end|>\n<|im_start|>assistant\n", False),
-                (" Four\n<|im_end|>", True),
-                ("\n", False),
-            ],
-        ),
-        (
-            MARKED,
-            [
-                ("<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n", False),
-                ("Two, é!<|im_end|>", True),
-                ("\n<|im_start|>user\nThree?<|im_end|>\n<|im_start|>assistant\n", False),
-                (" Four\n<|im_end|>", True),
-                ("\n", False),
-            ],
-        ),
-        (
-            INST,
-            [
-                ("<s>[INST] One? [/INST]", False),
-                (" Two, é!</s>", True),
-                ("[INST] Three? [/INST]", False),
-                ("  Four\n</s>", True),
-            ],
-        ),
-        (
-            TEMPLATE,
-            [
-                ("<user>One?<end><assistant>", False),
-                ("Two, é!<end>", True),
-                ("<user>Three?<end><assistant>", False),
-                (" Four\n<end>", True),
-            ],
-        ),
-        (PLAIN_TEMPLATE, [("One?\n", False), ("Two, é!<end>", True), ("Three?\n", False), (" Four\n<end>", True)]),
-    ],
+    [(CHATML, OF_CHATML), (MARKED, OF_CHATML), (INST, OF_INST), (TEMPLATE, OF_TOKENS), (PLAIN_TEMPLATE, PLAIN)],
     ids=["chatml", "marked", "inst", "tokens", "plain"],
 )
 def test_what_the_assistant_says_counts(tokenizer, template, expected):
@@ -154,13 +136,6 @@ def test_a_template_that_changes_what_was_said_is_refused(tokenizer):
         pieces(tokenizer, TURNS, FORGETFUL)
     assert pieces(tokenizer, TURNS, FORGETFUL, assistant_only=False)
     assert pieces(tokenizer, TURNS[:2], FORGETFUL)[1] == ("Two, é!<end>", True)
-
-
-@pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_a_template_that_raises_says_so_of_the_row(tokenizer, template):
-    template = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}" + template
-    with pytest.raises(ExampleError, match="the chat template refuses it: no tools here"):
-        pieces(tokenizer, [{"role": "tool", "content": "t"}, *TURNS[:2]], template)
 
 
 # As Qwen's and Hermes', with the tools before the turns and calls within the assistant's.
@@ -247,9 +222,14 @@ def test_an_assistant_may_speak_first(tokenizer, template):
     assert answers[1:] == [text for text, has_labels in pieces(tokenizer, TURNS[:2], template) if has_labels]
 
 
+RAISES = "{{ raise_exception('no tools here') }}"
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [
+        (RAISES + CHATML, "the chat template refuses it: no tools here"),
+        (RAISES + MARKED, "the chat template refuses it: no tools here"),
         ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "the chat template refuses it: "),
         ("{{ 1 / 0 }}", "the chat template refuses it: division by zero"),
         ("hello", "has no answer in what the chat template makes of it"),
@@ -279,27 +259,22 @@ def test_what_is_written_stays_as_it_is(tokenizer):
     assert pieces(tokenizer, [{"role": "text", "content": "Once<end>"}]) == [("Once<end>", True)], "not ended twice"
 
 
-def test_with_a_template_a_prompt_is_a_turn(tokenizer):
-    turns = to_turns({"prompt": "2+2=", "completion": "4"}, "prompt_completion")
-    assert pieces(tokenizer, turns, TEMPLATE) == [("<user>2+2=<end><assistant>", False), ("4<end>", True)]
-
-
-FORMS = [
-    {"instruction": "Q?", "input": "", "output": "A."},
-    {"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}]},
-    {"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]},
-    {"question": "Q?", "answer": "A."},
-    {"prompt": [{"role": "user", "content": "Q?"}], "completion": [{"role": "assistant", "content": "A."}]},
-]
+Q, A = {"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}
+FORMS = {
+    "alpaca": {"instruction": "Q?", "input": "", "output": "A."},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}]},
+    "messages": {"messages": [Q, A]},
+    "question_answer": {"question": "Q?", "answer": "A."},
+    "prompt_completion": {"prompt": [Q], "completion": [A]},
+}
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, CHATML, MARKED, INST, None])
 def test_all_forms_of_a_row_are_encoded_alike(tokenizer, template):
-    names = ["alpaca", "sharegpt", "messages", "question_answer", "prompt_completion"]
     tokenizer.chat_template = template
     set_chat_template(tokenizer, None)
     encoder = Encoder(tokenizer, True)
-    encoded = [encoder.encode(to_turns(row, name)) for row, name in zip(FORMS, names, strict=True)]
+    encoded = [encoder.encode(to_turns(row, name)) for name, row in FORMS.items()]
     written = {"prompt": "Q?" if template else "Q?\n", "completion": "A."}
     encoded.append(encoder.encode(to_turns(written, "prompt_completion")))
     assert all(one == encoded[0] for one in encoded)
@@ -312,6 +287,8 @@ def test_all_forms_of_a_row_are_encoded_alike(tokenizer, template):
 def test_the_plain_template_begins_as_the_tokenizer_does(tokenizer):
     assert set_chat_template(tokenizer, None).startswith("plain")
     assert tokenizer.chat_template == PLAIN_TEMPLATE
+    turns = [{"role": "system", "content": "Be brief."}, *TURNS[:2]]
+    assert pieces(tokenizer, turns) == [("Be brief.\n\nOne?\n", False), ("Two, é!<end>", True)]
     call = type(tokenizer).__call__
 
     class Beginning(type(tokenizer)):
@@ -325,12 +302,6 @@ def test_the_plain_template_begins_as_the_tokenizer_does(tokenizer):
     set_chat_template(tokenizer, None)
     assert tokenizer.chat_template == "{{ bos_token }}" + PLAIN_TEMPLATE
     assert pieces(tokenizer, TURNS[:2]) == [("<s>One?\n", False), ("Two, é!<end>", True)]
-
-
-def test_a_system_turn_of_the_plain_template(tokenizer):
-    set_chat_template(tokenizer, None)
-    turns = [{"role": "system", "content": "Be brief."}, *TURNS[:2]]
-    assert pieces(tokenizer, turns) == [("Be brief.\n\nOne?\n", False), ("Two, é!<end>", True)]
 
 
 def test_a_template_can_be_given(tokenizer, folder, tmp_path):
@@ -366,7 +337,7 @@ def test_a_template_that_is_no_use_is_named(tokenizer, folder, tmp_path):
 
 def rows_of(*turns: list[dict]) -> Dataset:
     return Dataset.from_list(
-        [{"turns": one, "tools": None, "origin": f"row {n}"} for n, one in enumerate(turns, start=1)]
+        [{"turns": one, "tools": None, ORIGIN: f"row {n}"} for n, one in enumerate(turns, start=1)]
     )
 
 
@@ -383,7 +354,7 @@ def encode(tokenizer, rows: Dataset, *args, **kwargs) -> tuple[list[int], list[s
     """Lengths of the examples, and what is told of long ones."""
     set_chat_template(tokenizer, None)
     encoded, lines = encode_examples(rows, Encoder(tokenizer, True), "--dataset_name rows", *args, **kwargs)
-    assert encoded.column_names == ["input_ids", "labels", "origin"]
+    assert encoded.column_names == ["input_ids", "labels", ORIGIN]
     assert all(len(row["input_ids"]) == len(row["labels"]) for row in encoded)
     return [len(row["input_ids"]) for row in encoded], lines
 
@@ -408,15 +379,6 @@ def test_long_conversations_are_cut_where_something_is_left_to_learn(tokenizer):
     assert lines == ["3 examples have more than 8 tokens (row 4 has 16): 2 truncated, 1 dropped, as no label was left"]
     with pytest.raises(ValueError, match="rows: none of 1 examples can be used: 1 examples have more than 8 tokens"):
         encode(tokenizer, rows_of(pair(20, 2)), 8)
-    with pytest.raises(ValueError, match="--long_examples chop: unknown; choose one of auto, truncate, drop"):
-        encode(tokenizer, rows, 8, "chop")
-
-
-def test_a_row_of_two_megabytes(tokenizer):
-    rows = rows_of([{"role": "text", "content": "x" * 2_000_000}], text(8))
-    lengths, lines = encode(tokenizer, rows, 1024, "truncate")
-    assert lengths == [1024, 8]
-    assert lines == ["1 examples have more than 1024 tokens (row 1 has 2000001): 1 truncated"]
 
 
 def test_rows_that_a_template_refuses_are_named_or_left_out(tokenizer):
@@ -433,7 +395,7 @@ def test_rows_that_a_template_refuses_are_named_or_left_out(tokenizer):
 def test_what_was_encoded_is_found_again_and_only_that(tokenizer, tmp_path):
     """The cache is told apart by rows, tokenizer, template, what counts and lengths."""
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps({"turns": TURNS[:2], "tools": None, "origin": f"row {n}"}) for n in range(4)))
+    path.write_text("\n".join(json.dumps({"turns": TURNS[:2], "tools": None, ORIGIN: f"row {n}"}) for n in range(4)))
     rows = Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
     tokenizer.chat_template = TEMPLATE
 

@@ -11,48 +11,35 @@ SYSTEM = {"role": "system", "content": "s"}
 HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
 
 
+Q, A = {"instruction": "q", "output": "a"}, {"question": "q", "answer": "a"}
+
+
 @pytest.mark.parametrize(
-    ("row", "name", "turns"),
+    ("name", "row", "turns"),
     [
-        ({"messages": [SYSTEM, USER, ASSISTANT]}, "messages", [SYSTEM, USER, ASSISTANT]),
-        ({"messages": [{"role": "User", "content": "q"}, ASSISTANT], "id": 1}, "messages", [USER, ASSISTANT]),
-        ({"messages": [USER, ASSISTANT], "system": "s"}, "messages", [SYSTEM, USER, ASSISTANT]),
-        ({"conversations": [HUMAN, GPT], "system": "s"}, "sharegpt", [SYSTEM, USER, ASSISTANT]),
-        ({"conversations": [{"from": "system", "value": "s"}, HUMAN, GPT]}, "sharegpt", [SYSTEM, USER, ASSISTANT]),
-        ({"conversations": [USER, ASSISTANT]}, "sharegpt", [USER, ASSISTANT]),
-        ({"conversations": [HUMAN, GPT], "system": ""}, "sharegpt", [USER, ASSISTANT]),
-        ({"instruction": "q", "output": "a"}, "alpaca", [USER, ASSISTANT]),
+        ("messages", {"messages": [SYSTEM, USER, ASSISTANT]}, [SYSTEM, USER, ASSISTANT]),
+        ("messages", {"messages": [USER | {"role": "User"}, ASSISTANT], "id": 1}, [USER, ASSISTANT]),
+        ("messages", {"messages": [USER, ASSISTANT], "system": "s"}, [SYSTEM, USER, ASSISTANT]),
+        ("sharegpt", {"conversations": [HUMAN, GPT], "system": "s"}, [SYSTEM, USER, ASSISTANT]),
+        ("sharegpt", {"conversations": [{"from": "system", "value": "s"}, HUMAN, GPT]}, [SYSTEM, USER, ASSISTANT]),
+        ("sharegpt", {"conversations": [USER, ASSISTANT]}, [USER, ASSISTANT]),
+        ("sharegpt", {"conversations": [HUMAN, GPT], "system": ""}, [USER, ASSISTANT]),
+        ("alpaca", Q, [USER, ASSISTANT]),
+        ("alpaca", Q | {"input": "", "system": None, "history": None}, [USER, ASSISTANT]),
+        ("alpaca", Q | {"input": "i"}, [{"role": "user", "content": "q\n\ni"}, ASSISTANT]),
+        ("alpaca", Q | {"history": [["q", "a"], ("q", "a")], "system": "s"}, [SYSTEM, *[USER, ASSISTANT] * 3]),
+        ("question_answer", A, [USER, ASSISTANT]),
+        ("prompt_completion", {"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, [SYSTEM, USER, ASSISTANT]),
+        ("prompt_completion", {"prompt": [USER], "completion": [ASSISTANT], "system": "s"}, [SYSTEM, USER, ASSISTANT]),
         (
-            {"instruction": "q", "input": "", "output": "a", "system": None, "history": None},
-            "alpaca",
-            [USER, ASSISTANT],
-        ),
-        (
-            {"instruction": "q", "input": "i", "output": "a"},
-            "alpaca",
-            [{"role": "user", "content": "q\n\ni"}, ASSISTANT],
-        ),
-        (
-            {"instruction": "q", "output": "a", "history": [["q", "a"], ("q", "a")], "system": "s"},
-            "alpaca",
-            [SYSTEM, *[USER, ASSISTANT] * 3],
-        ),
-        ({"question": "q", "answer": "a"}, "question_answer", [USER, ASSISTANT]),
-        (
-            {"prompt": "q", "completion": "a"},
             "prompt_completion",
+            {"prompt": "q", "completion": "a"},
             [{"role": "prompt", "content": "q"}, {"role": "completion", "content": "a"}],
         ),
-        ({"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, "prompt_completion", [SYSTEM, USER, ASSISTANT]),
-        (
-            {"prompt": [USER], "completion": [ASSISTANT], "system": "s"},
-            "prompt_completion",
-            [SYSTEM, USER, ASSISTANT],
-        ),
-        ({"text": "t"}, "text", [{"role": "text", "content": "t"}]),
+        ("text", {"text": "t"}, [{"role": "text", "content": "t"}]),
     ],
 )
-def test_rows_become_turns(row, name, turns):
+def test_rows_become_turns(name, row, turns):
     assert detect(list(row)) == name
     assert to_turns(row, name) == turns
 
@@ -65,6 +52,11 @@ def test_columns_that_are_not_read_are_told():
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+def calling(call: dict | str) -> dict:
+    """A turn with a call, or one of `add` with these arguments."""
+    return CALLED | {"tool_calls": [call if isinstance(call, dict) else {"name": "add", "arguments": call}]}
 
 
 @pytest.mark.parametrize(
@@ -97,83 +89,61 @@ def test_columns_of_no_format():
     assert detect(["text", "prompt", "completion"]) == "prompt_completion", "what says more comes first"
 
 
+OF_TURNS = [
+    ([], "messages is an empty list"),
+    ([USER, "a"], "turn 2 of messages is text, not an object with role and content"),
+    ([USER, {"role": "assistant"}], "turn 2 of messages has no content"),
+    ([{"content": "q"}], "turn 1 of messages has no role"),
+    ([USER | {"tool_calls": [CALL]}], "has tool_calls, and its role is user"),
+    ([calling({"id": 1})], "turn 1 of messages is no function with a name"),
+    ([calling("x=1")], "the arguments of add in tool_calls of turn 1 of messages is no JSON"),
+    ([calling("[1]")], "tool_calls of turn 1 of messages has arguments of add that are no object"),
+    ([calling('{"x": NaN}')], "tool_calls of turn 1 of messages has what is no JSON"),
+    ([CALLED | {"tool_calls": "[]"}], "turn 1 of messages is an empty answer"),
+    ([USER, ASSISTANT | {"content": ""}], "turn 2 of messages is an empty answer"),
+    ([USER, ASSISTANT | {"content": [1]}], "content of turn 2 of messages is a list, not text"),
+    (
+        [{"role": "narrator", "content": "q"}, ASSISTANT],
+        "turn 1 of messages has the unknown role 'narrator'; known roles are system, user, assistant, tool",
+    ),
+    ([SYSTEM, USER, SYSTEM, ASSISTANT], "has 2 system turns; at most one is allowed"),
+    ([USER, SYSTEM, ASSISTANT], "has a system turn as turn 2; it must be the first"),
+    ([SYSTEM, USER], "has no assistant turn, so there is nothing to train on"),
+]
+OF_CONVERSATIONS = [
+    ([{"from": "function_call", "value": "f(x)"}], "is no JSON"),
+    ([{"from": "function_call", "value": "[]"}], "is an empty answer"),
+    ([{"from": "human"}], "turn 1 of conversations has no value"),
+    ([{"from": "human", "value": 1}], "value of turn 1 of conversations is a number"),
+    ([{"value": "q"}], "turn 1 of conversations has no from"),
+]
+OF_COLUMNS = [
+    ("prompt_completion", {"prompt": "q"}, "has no completion"),
+    ("prompt_completion", {"completion": "a"}, "has no prompt"),
+    ("prompt_completion", {"prompt": "q", "completion": " "}, "completion is empty"),
+    ("prompt_completion", {"prompt": 1, "completion": "a"}, "prompt is a number, not text"),
+    ("prompt_completion", {"prompt": "q", "completion": "a", "system": "s"}, "question=prompt answer=completion"),
+    ("alpaca", {"instruction": "q"}, "has no output"),
+    ("alpaca", Q | {"output": None}, "has no output"),
+    ("alpaca", Q | {"output": " \n"}, "output is empty, so there is nothing to train on"),
+    ("alpaca", Q | {"instruction": 3}, "instruction is a number, not text"),
+    ("alpaca", Q | {"output": ["a"]}, "output is a list, not text"),
+    ("alpaca", Q | {"history": [["q"]]}, "entry 1 of history is not a pair"),
+    ("alpaca", Q | {"history": "q"}, "history is text, not a list"),
+    ("question_answer", A | {"answer": True}, "answer is true or false, not text"),
+    ("text", {"text": ""}, "text is empty"),
+]
+
+
 @pytest.mark.parametrize(
-    ("row", "name", "said"),
+    ("name", "row", "said"),
     [
-        ({"prompt": "q"}, "prompt_completion", "has no completion"),
-        ({"completion": "a"}, "prompt_completion", "has no prompt"),
-        ({"prompt": "q", "completion": " "}, "prompt_completion", "completion is empty"),
-        ({"prompt": 1, "completion": "a"}, "prompt_completion", "prompt is a number, not text"),
-        ({"prompt": "q", "completion": "a", "system": "s"}, "prompt_completion", "question=prompt answer=completion"),
-        ({"instruction": "q"}, "alpaca", "has no output"),
-        ({"instruction": "q", "output": None}, "alpaca", "has no output"),
-        ({"instruction": "q", "output": " \n"}, "alpaca", "output is empty, so there is nothing to train on"),
-        ({"instruction": 3, "output": "a"}, "alpaca", "instruction is a number, not text"),
-        ({"instruction": "q", "output": ["a"]}, "alpaca", "output is a list, not text"),
-        (
-            {"instruction": "q", "output": "a", "history": [["q"]]},
-            "alpaca",
-            "entry 1 of history is not a pair",
-        ),
-        ({"instruction": "q", "output": "a", "history": "q"}, "alpaca", "history is text, not a list"),
-        ({"question": "q", "answer": True}, "question_answer", "answer is true or false, not text"),
-        ({"text": ""}, "text", "text is empty"),
-        ({"messages": []}, "messages", "messages is an empty list"),
-        ({"messages": [USER, "a"]}, "messages", "turn 2 of messages is text, not an object with role and content"),
-        ({"messages": [USER, {"role": "assistant"}]}, "messages", "turn 2 of messages has no content"),
-        ({"messages": [{"content": "q"}]}, "messages", "turn 1 of messages has no role"),
-        ({"messages": [USER | {"tool_calls": [CALL]}]}, "messages", "has tool_calls, and its role is user"),
-        (
-            {"messages": [CALLED | {"tool_calls": [{"id": 1}]}]},
-            "messages",
-            "turn 1 of messages is no function with a name",
-        ),
-        (
-            {"messages": [CALLED | {"tool_calls": [{"name": "add", "arguments": "x=1"}]}]},
-            "messages",
-            "the arguments of add in tool_calls of turn 1 of messages is no JSON",
-        ),
-        (
-            {"messages": [CALLED | {"tool_calls": [{"name": "add", "arguments": "[1]"}]}]},
-            "messages",
-            "tool_calls of turn 1 of messages has arguments of add that are no object",
-        ),
-        (
-            {"messages": [CALLED | {"tool_calls": [{"name": "add", "arguments": '{"x": NaN}'}]}]},
-            "messages",
-            "tool_calls of turn 1 of messages has what is no JSON",
-        ),
-        ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, "sharegpt", "is no JSON"),
-        ({"conversations": [{"from": "function_call", "value": "[]"}]}, "sharegpt", "is an empty answer"),
-        ({"messages": [CALLED | {"tool_calls": "[]"}]}, "messages", "turn 1 of messages is an empty answer"),
-        (
-            {"messages": [USER, {"role": "assistant", "content": ""}]},
-            "messages",
-            "turn 2 of messages is an empty answer",
-        ),
-        (
-            {"messages": [USER, {"role": "assistant", "content": [1]}]},
-            "messages",
-            "content of turn 2 of messages is a list, not text",
-        ),
-        (
-            {"messages": [{"role": "narrator", "content": "q"}, ASSISTANT]},
-            "messages",
-            "turn 1 of messages has the unknown role 'narrator'; known roles are system, user, assistant, tool",
-        ),
-        ({"messages": [SYSTEM, USER, SYSTEM, ASSISTANT]}, "messages", "has 2 system turns; at most one is allowed"),
-        ({"messages": [USER, SYSTEM, ASSISTANT]}, "messages", "has a system turn as turn 2; it must be the first"),
-        ({"messages": [SYSTEM, USER]}, "messages", "has no assistant turn, so there is nothing to train on"),
-        ({"conversations": [{"from": "human"}]}, "sharegpt", "turn 1 of conversations has no value"),
-        (
-            {"conversations": [{"from": "human", "value": 1}]},
-            "sharegpt",
-            "value of turn 1 of conversations is a number",
-        ),
-        ({"conversations": [{"value": "q"}]}, "sharegpt", "turn 1 of conversations has no from"),
+        *OF_COLUMNS,
+        *(("messages", {"messages": turns}, said) for turns, said in OF_TURNS),
+        *(("sharegpt", {"conversations": turns}, said) for turns, said in OF_CONVERSATIONS),
     ],
 )
-def test_a_bad_row_says_its_rule(row, name, said):
+def test_a_bad_row_says_its_rule(name, row, said):
     with pytest.raises(ExampleError) as error:
         to_turns(row, name)
     assert said in str(error.value)

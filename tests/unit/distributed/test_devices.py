@@ -34,32 +34,40 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
 
+@pytest.fixture
+def memory(monkeypatch):
+    """Set what CUDA has free, in GiB, of how much, and what torch has reserved and allocated."""
+
+    def set_to(free: float, total: float, reserved: float, allocated: float = 0) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, total * GIB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved * GIB)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated * GIB)
+
+    return set_to
+
+
 @pytest.mark.parametrize(
     ("free", "total", "reserved", "expected"), [(20, 24, 2, 20.5), (70, 80, 5, 70.2), (1, 24, 0, 0)]
 )
-def test_before_a_step_a_reserve_is_kept_back(monkeypatch, free, total, reserved, expected):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, total * GIB))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved * GIB)
+def test_before_a_step_a_reserve_is_kept_back(memory, free, total, reserved, expected):
+    memory(free, total, reserved)
     assert gpu_bytes_at_start(torch.device("cuda", 0)) == pytest.approx(expected * GIB)
 
 
-def test_what_others_hold_of_a_gpu_is_not_for_tensors(monkeypatch):
+def test_what_others_hold_of_a_gpu_is_not_for_tensors(memory):
     """Of 80 GiB 10 are free; 60 are torch's own, in use or not; 10 are the context's, NCCL's and other processes'."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 80 * GIB))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60 * GIB)
+    memory(10, 80, 60)
     assert gpu_bytes_for_tensors(torch.device("cuda", 0)) == pytest.approx(68.4 * GIB)
 
 
-def test_a_pynvml_without_a_driver_is_not_asked(monkeypatch):
+def test_a_pynvml_without_a_driver_is_not_asked(memory, monkeypatch):
     """As DeepSpeed's `available_memory` asks it."""
 
     def init():
         raise RuntimeError("Driver Not Loaded")
 
     monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(nvmlInit=init, NVMLError=RuntimeError))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 80 * GIB))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 8 * GIB)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * GIB)
+    memory(10, 80, 8, 5)
     assert free_gpu_bytes(0) == 13 * GIB
 
 

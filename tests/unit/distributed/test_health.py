@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import socket
 import time
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,10 +14,9 @@ from models import save_tiny_llama, tiny_llama, token_batches
 from ranks import run_ranks
 
 import lisa_dist
-from lisa_dist.commands.train import main
 from lisa_dist.config import UserError
 from lisa_dist.distributed import health
-from lisa_dist.distributed.health import ComputeTime, all_reduce_speed, check_same_everywhere, describe_ranks
+from lisa_dist.distributed.health import ComputeTime, check_same_everywhere, describe_ranks
 from lisa_dist.run.arguments import parse_arguments
 from lisa_dist.run.run import run
 
@@ -23,13 +24,11 @@ from lisa_dist.run.run import run
 def compare(*of_rank: dict) -> str:
     """What a rank is told where each rank has one of the dicts."""
     rank = torch.distributed.get_rank()
-    os.environ["SLURMD_NODENAME"] = f"node{rank + 1}"
-    try:
-        check_same_everywhere(of_rank[rank], "start all ranks alike")
-    except ValueError as error:
-        return str(error)
-    finally:
-        del os.environ["SLURMD_NODENAME"]
+    with patch.dict(os.environ, SLURMD_NODENAME=f"node{rank + 1}"):
+        try:
+            check_same_everywhere(of_rank[rank], "start all ranks alike")
+        except UserError as error:
+            return str(error)
     return "alike"
 
 
@@ -45,23 +44,19 @@ def test_ranks_that_differ_are_named_on_every_rank():
 
 
 def describe(host_of_rank: list[str]) -> list[tuple[str, str]]:
-    os.environ["SLURMD_NODENAME"] = host_of_rank[torch.distributed.get_rank()]
-    try:
+    with patch.dict(os.environ, SLURMD_NODENAME=host_of_rank[torch.distributed.get_rank()]):
         return describe_ranks(torch.device("cpu"))
-    finally:
-        del os.environ["SLURMD_NODENAME"]
 
 
 def test_hosts_and_interconnect_are_described():
     for rows in run_ranks(describe, 2, ["node1", "node2"]):
         (_, hosts), (_, interconnect) = rows
         assert hosts == "node1: rank 0; node2: rank 1; CPU"
-        assert interconnect.startswith("gloo over lo (127.0.0.1); all-reduce ")
+        assert re.fullmatch(r"gloo over lo \(127\.0\.0\.1\); all-reduce \d+\.\d\d GB/s a rank", interconnect)
     (_, hosts), (_, interconnect) = run_ranks(describe, 2, ["node1", "node1"])[0]
     assert hosts == "node1: ranks 0-1; CPU"
     assert interconnect.startswith("gloo within the host; all-reduce ")
     assert run_ranks(describe, 1, ["node1"]) == [[("hosts", "node1: rank 0; CPU")]]
-    assert all(speed > 1e6 for speed in run_ranks(all_reduce_speed, 2, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +96,7 @@ def many_spans() -> None:
     for _ in range(3 * health._MANY_SPANS):
         model(torch.zeros(1, 1))
     assert len(times._spans) < health._MANY_SPANS
-    times._add_up(len(times._spans))
+    times._add_up()
     assert times._seconds == 3 * health._MANY_SPANS
 
 
@@ -148,10 +143,12 @@ def test_a_slow_rank_is_named(ds_config):
 
 
 def start(folder: str, *flags_of_rank: dict) -> str:
-    """What ends a run whose ranks have been given different flags."""
-    values = {"model_name_or_path": f"{folder}/model", "dataset_name": f"{folder}/rows.jsonl", "report_to": "none"}
-    values |= {"output_dir": f"{folder}/out", "max_steps": 1} | flags_of_rank[torch.distributed.get_rank()]
-    with pytest.raises(UserError) as error:
+    """What ends a run whose ranks have been given different flags, or rows.jsonl in folders of their own."""
+    rank = torch.distributed.get_rank()
+    values = {"model_name_or_path": f"{folder}/model", "dataset_name": "rows.jsonl", "report_to": "none"}
+    values |= {"output_dir": f"{folder}/out", "max_steps": 1} | flags_of_rank[rank]
+    with pytest.MonkeyPatch.context() as here, pytest.raises(UserError) as error:
+        here.chdir(values.pop("in"))
         run(parse_arguments([word for name, value in values.items() for word in (f"--{name}", str(value))]))
     return str(error.value)
 
@@ -160,30 +157,12 @@ def start(folder: str, *flags_of_rank: dict) -> str:
 def test_a_run_whose_ranks_differ_ends_at_the_start(tmp_path):
     save_tiny_llama(tmp_path / "model")
     rows = [json.dumps({"question": f"{n} + 1?", "answer": str(n + 1)}) for n in range(8)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    said = run_ranks(start, 2, str(tmp_path), {}, {"learning_rate": 1e-3, "lisa_interval_steps": 7})
+    for host, lines in (("1", rows), ("2", [*rows[:-1], rows[0]])):
+        (tmp_path / host).mkdir()
+        (tmp_path / host / "rows.jsonl").write_text("\n".join(lines))
+    first, second = {"in": tmp_path / "1"}, {"in": tmp_path / "2"}
+    said = run_ranks(start, 2, str(tmp_path), first, first | {"learning_rate": 1e-3, "lisa_interval_steps": 7})
     assert said[0] == said[1]
     assert ", rank 1: --learning_rate is 0.001, not 2e-05; --lisa_interval_steps is 7, not 20, as on host " in said[0]
-    (tmp_path / "2").mkdir()
-    (tmp_path / "2" / "rows.jsonl").write_text("\n".join([*rows[:-1], rows[0]]))
-    (tmp_path / "1").symlink_to(tmp_path)
-    said = run_ranks(start_at, 2, str(tmp_path))
+    said = run_ranks(start, 2, str(tmp_path), first, second)
     assert "rank 1: the content of --dataset_name rows.jsonl is 8 examples with checksum" in said[0]
-
-
-def test_an_error_before_there_is_a_rank_is_one_line(monkeypatch, capsys):
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    with pytest.raises(SystemExit) as ended:
-        main(["--dataset_name", "rows.jsonl"])
-    assert ended.value.code == 2
-    assert capsys.readouterr().out.startswith("lisa-dist: SLURM_NTASKS is 4, but nothing says which")
-
-
-def start_at(folder: str) -> str:
-    """Two hosts, in each of which rows.jsonl is another file."""
-    before = os.getcwd()
-    os.chdir(f"{folder}/{torch.distributed.get_rank() + 1}")
-    try:
-        return start(folder, *[{"dataset_name": "rows.jsonl"}] * 2)
-    finally:
-        os.chdir(before)

@@ -9,12 +9,20 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from lisa_dist.data.dataset import DataArguments
-from lisa_dist.data.row_rules import RowRules
-from lisa_dist.data.task_rows import check_template, load_task_data
+from lisa_dist.data.formats import ExampleError
+from lisa_dist.data.task_rows import RowRules, check_template, load_task_data
 from lisa_dist.errors import UserError
 
 USER, ANSWER, OTHER = ({"role": role, "content": text} for role, text in
                        (("user", "q"), ("assistant", "a"), ("assistant", "b")))  # fmt: skip
+
+
+def applied(task: str, row: dict, renamed=()) -> tuple[dict | None, str]:
+    """The row as a run of the task takes it, or why it cannot."""
+    try:
+        return RowRules(task, renamed).apply(row), ""
+    except ExampleError as error:
+        return None, str(error)
 
 
 def pair(chosen: list[dict], rejected: list[dict] | None = None) -> dict:
@@ -24,9 +32,9 @@ def pair(chosen: list[dict], rejected: list[dict] | None = None) -> dict:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        (pair([ANSWER]), None),
-        (pair([ANSWER | {"content": None, "tool_calls": [{"name": "f"}]}]), None),
-        ({"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, None),
+        (pair([ANSWER]), ""),
+        (pair([ANSWER | {"content": None, "tool_calls": [{"name": "f"}]}]), ""),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, ""),
         (pair([ANSWER | {"content": None}]), "has a chosen whose turn 1 has a content that is no text"),
         (pair([ANSWER | {"content": 5}]), "has a chosen whose turn 1 has a content that is no text"),
         (pair([ANSWER | {"content": [{"type": "text", "text": "a"}]}]), "has a content that is no text"),
@@ -44,14 +52,14 @@ def pair(chosen: list[dict], rejected: list[dict] | None = None) -> dict:
     ],
 )
 def test_turns_of_a_pair(row, said):
-    taken, why = RowRules("dpo").checked(row)
-    assert (taken is None) is (said is not None)
-    assert why is None if said is None else said in why
+    taken, why = applied("dpo", row)
+    assert (taken is None) == bool(said) == bool(why)
+    assert said in why
 
 
 @pytest.mark.parametrize(("label", "taken"), [(True, True), ("0", False), (1.0, True), ("0.0", False), (0.5, None)])
 def test_labels_as_tables_have_them(label, taken):
-    row, why = RowRules("kto").checked({"prompt": "q", "completion": "a", "label": label})
+    row, why = applied("kto", {"prompt": "q", "completion": "a", "label": label})
     assert row["label"] is taken if row else "has the label 0.5; it is true or false" in why
 
 
@@ -70,20 +78,20 @@ def test_tools_and_tool_calls_of_pairs_reach_trl(tmp_path):
     check_template(tokenizer, data.train)
     with pytest.raises(UserError, match="has examples with tool_calls, and the chat template leaves them out"):
         check_template(tokenizer, data.train.select([1001]))
-    _, why = RowRules("dpo").checked(pair([called | {"tool_calls": [{"name": "f", "arguments": "no"}]}]))
+    _, why = applied("dpo", pair([called | {"tool_calls": [{"name": "f", "arguments": "no"}]}]))
     assert why.startswith("the arguments of f in tool_calls of chosen is no JSON")
 
 
 @pytest.mark.parametrize("renamed", [{}, {"tools": "fns"}])
 @pytest.mark.parametrize(("task", "shown"), [("dpo", True), ("kto", True), ("orpo", False), ("grpo", False)])
 def test_tools_are_shown_or_refused(task, shown, renamed):
-    rules, name = RowRules(task, renamed.items()), renamed.get("tools", "tools")
-    taken, why = rules.checked(pair([ANSWER]) | {name: [{"name": "f"}]})
+    name = renamed.get("tools", "tools")
+    taken, why = applied(task, pair([ANSWER]) | {name: [{"name": "f"}]}, renamed.items())
     if shown:
         assert json.loads(taken["tools"]) == [{"type": "function", "function": {"name": "f"}}]
     else:
         assert f"has tools, which --task {task} shows to no chat template" in why
-    assert rules.checked(pair([ANSWER]) | {name: "[]"})[1] is None, "a row without tools, as tables have it"
+    assert not applied(task, pair([ANSWER]) | {name: "[]"}, renamed.items())[1], "a row without tools, of a table"
 
 
 def test_columns_that_a_task_leaves_out_are_named_and_all_others_stay(tmp_path):
@@ -92,8 +100,8 @@ def test_columns_that_a_task_leaves_out_are_named_and_all_others_stay(tmp_path):
     rows.write_text("\n".join([json.dumps(row)] * 3))
     arguments = DataArguments(dataset_name=[str(rows)])
     pairs, prompts = (load_task_data(arguments, task, seed=0) for task in ("dpo", "grpo"))
-    assert "rows.jsonl: prompt, chosen, rejected (ignored: origin), 3 rows" in pairs.lines[0]
+    assert "rows.jsonl: prompt, chosen, rejected (ignored: origin), 3 examples" in pairs.lines[0]
     assert prompts.train[0] == row  # which a reward function is given
-    assert "prompt, origin, chosen, rejected, 3 rows" in prompts.lines[0]
+    assert "prompt, origin, chosen, rejected, 3 examples" in prompts.lines[0]
     split = load_task_data(replace(arguments, eval_rows=1), "dpo", seed=0)
     assert (len(split.train), len(split.held_out), split.train.column_names) == (2, 1, ["prompt", "chosen", "rejected"])
