@@ -17,8 +17,8 @@ from lisa_dist.checkpoint.save import ENGINE_COUNTERS
 from lisa_dist.checkpoint.trust import why_foreign, why_unlisted
 from lisa_dist.checkpoint.weights import has_weights, read_weights
 from lisa_dist.core.controller import LisaController
-from lisa_dist.core.groups import split_by_decay
-from lisa_dist.core.movement import MOVEMENT_FILE
+from lisa_dist.core.period_log import MOVEMENT_FILE
+from lisa_dist.core.selection import split_by_decay
 from lisa_dist.distributed.collectives import check_files, raise_shared, raise_together
 from lisa_dist.files import DamagedError
 from lisa_dist.optim.states import PartitionKey
