@@ -160,7 +160,7 @@ class WeightMovement:
                 found = found.to(self._partitions.engine.device)
                 dist.reduce(found, dst=0)
             if rank == 0:
-                seen[name] = numpy.array(found.cpu())
+                seen[name] = found.cpu().numpy().copy()
         return seen
 
 

@@ -195,17 +195,6 @@ def chi_square(observed: list[int], expected: list[float]) -> float:
     return sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
 
 
-def test_uniform_inclusion_probability_is_gamma_over_layers():
-    # 11 degrees of freedom: 31.3 is the 0.999 quantile; sampling without replacement only tightens the spread.
-    assert chi_square(count_layers("uniform", 4000, 12, 3, 1), [4000 * 3 / 12] * 12) < 31.3
-
-
-def test_one_layer_is_sampled_in_proportion_to_its_weight():
-    visits = count_layers("weighted", 8000, 4, 1, 2, [1.0, 2.0, 0.0, 5.0])
-    assert visits.pop(2) == 0
-    assert chi_square(visits, [1000.0, 2000.0, 5000.0]) < 13.8  # 2 degrees of freedom, 0.999 quantile
-
-
 def one_after_another(weights: list[float], chosen: tuple[int, int]) -> float:
     """The probability of two layers to be drawn, each among those that are left, by weight."""
     total = sum(weights)
