@@ -99,7 +99,8 @@ class Blocks:
         if rule is None:
             from transformers import Trainer  # takes seconds to import, and a plan of memory has no use for it
 
-            rule = functools.partial(Trainer.get_decay_parameter_names, None)  # looks at nothing of a trainer
+            of_trainer: Any = Trainer.get_decay_parameter_names  # looks at nothing of a trainer
+            rule = functools.partial(of_trainer, None)
         decaying = frozenset(rule(model))
         for block in self:
             block.decaying = decaying
@@ -168,7 +169,7 @@ def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError(f"{type(model).__name__} is an encoder-decoder: LISA trains causal language models.")
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding: nn.Module | None = getattr(model, "get_input_embeddings", lambda: None)()
     if embedding is None:
         raise UserError(
             f"{type(model).__name__} has no input embedding (get_input_embeddings): LISA trains causal language models."
@@ -177,7 +178,8 @@ def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks
     layers_path = layers_attribute or _find_layers_path(model, embedding, embedding_path)
     layer_list = _layer_list(model, layers_path)
     language_model = _language_model(model, embedding)
-    found = [one.get_output_embeddings() for one in (model, language_model) if hasattr(one, "get_output_embeddings")]
+    models: list[Any] = [model, language_model]
+    found = [one.get_output_embeddings() for one in models if hasattr(one, "get_output_embeddings")]
     of_head = next((list(one.parameters()) for one in found if one is not None), [])
 
     embed, head, rest, outside = (Block(name) for name in ("embed", "head", "rest", "outside"))

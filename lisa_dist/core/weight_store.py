@@ -54,7 +54,9 @@ class WeightStore:
                 )
         raise_shared(problem)
         mine = None if made is None else (os.getpid(), made.fileno(), _identity(made.fileno()))
-        process, number, identity = gather(mine)[first]
+        of_first = gather(mine)[first]
+        assert of_first is not None
+        process, number, identity = of_first
         try:
             with open(f"/proc/{process}/fd/{number}", "r+b") as file:
                 if _identity(file.fileno()) != identity:

@@ -32,9 +32,10 @@ class LogProbsInSlabs(ChunkedLogProbFunction):
         hidden, weight, bias, targets, *statistics = saved
         words, needed = LogProbsInSlabs.words, ctx.needs_input_grad
 
-        def gradients_of(tensors: tuple[Any, ...], **changes: Any) -> Any:
+        def gradients_of(tensors: tuple[Any, ...], **changes: Any) -> tuple[Any, ...]:
             context = vars(ctx) | {"saved_tensors": tensors, "needs_input_grad": needed} | changes
-            return ChunkedLogProbFunction.backward(SimpleNamespace(**context), *gradients)
+            computed: tuple[Any, ...] = ChunkedLogProbFunction.backward(SimpleNamespace(**context), *gradients)
+            return computed
 
         with utils.maybe_gather_lm_head_ctx(weight, bias):
             is_smaller = 3 * len(hidden) < 2 * len(weight)
