@@ -161,6 +161,7 @@ class WeightMovement:
                 dist.reduce(found, dst=0)
             if rank == 0:
                 seen[name] = found.cpu().numpy().copy()
+            del found  # before the next one is made
         return seen
 
 
