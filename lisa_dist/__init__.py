@@ -3,7 +3,7 @@
     a trainer    LisaTrainer, which is TRL's SFTTrainer; LisaMixin, for other trainers; LisaConfig, LISA's settings
     own loop     initialize, LisaController, build_optimizer, LisaAdamW, load_ds_config
     checkpoints  save_checkpoint, finish_save, load_checkpoint, export_checkpoint
-    layers       LayerNorms, which logs their norms
+    layers       LayerNorms, which logs their norms; register_sampler, which adds a sampler of them
 
 `lisa-dist --help` lists what the command line does.
 """
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lisa_dist.config import LisaConfig
     from lisa_dist.core.controller import LisaController
     from lisa_dist.core.initialize import initialize
+    from lisa_dist.core.sampling import register_sampler
     from lisa_dist.ds_config import load_ds_config
     from lisa_dist.optim.adamw import LisaAdamW
     from lisa_dist.optim.build import build_optimizer
@@ -45,6 +46,7 @@ _PUBLIC = {
     "initialize": "lisa_dist.core.initialize",
     "load_checkpoint": "lisa_dist.checkpoint.resume",
     "load_ds_config": "lisa_dist.ds_config",
+    "register_sampler": "lisa_dist.core.sampling",
     "save_checkpoint": "lisa_dist.checkpoint.save",
 }
 
@@ -62,6 +64,7 @@ __all__ = [
     "initialize",
     "load_checkpoint",
     "load_ds_config",
+    "register_sampler",
     "save_checkpoint",
 ]
 

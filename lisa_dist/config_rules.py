@@ -9,7 +9,8 @@ from typing import Any
 
 from lisa_dist.errors import UserError
 
-SAMPLERS = ("uniform", "reshuffle", "fixed", "weighted", "balanced", "adaptive")
+# By name: `register_sampler` in core/sampling.py gives these their functions, and adds others.
+SAMPLERS: dict[str, Any] = dict.fromkeys(("uniform", "reshuffle", "fixed", "weighted", "balanced", "adaptive"))
 UNITS = ("layer", "module")
 OF_MODULES = ("uniform", "fixed", "adaptive")  # samplers that any number of units can be taken from
 STATE_POLICIES = ("reset", "reset_all", "keep")

@@ -38,7 +38,7 @@ from lisa_dist.checkpoint.weights import (
     write_index,
 )
 from lisa_dist.core.controller import LisaController
-from lisa_dist.core.movement import MOVEMENT_FILE
+from lisa_dist.core.period_log import MOVEMENT_FILE
 from lisa_dist.core.run_state import SavedBlocks
 from lisa_dist.distributed.collectives import background_group, describe_files, gather, together
 from lisa_dist.distributed.health import host_name

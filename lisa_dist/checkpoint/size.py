@@ -9,8 +9,7 @@ from transformers import AutoConfig
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import PLANNED_LAYERS, parse_share
-from lisa_dist.core.blocks import find_blocks
-from lisa_dist.core.meta_model import model_without_weights
+from lisa_dist.core.blocks import find_blocks, model_without_weights
 from lisa_dist.errors import UserError
 from lisa_dist.presets import LORA, NONE, PRESETS, says_nothing_of_memory
 from lisa_dist.text import no_such_model

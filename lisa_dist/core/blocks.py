@@ -1,31 +1,32 @@
-"""The blocks of a causal language model: embed, the decoder layers, head, and rest.
-
-LISA switches blocks on and off, so every parameter of the model belongs to exactly one of them:
+"""The blocks of a causal language model, which LISA switches on and off. Every parameter belongs to exactly one:
 
 - embed: the input embedding and any other embedding table outside the layers (learned positions);
 - layers[i]: decoder layer i;
 - head: the language-modelling head. A head tied to the embedding is the same matrix: it is in embed, and head is empty;
 - rest: the final norm and whatever else of the language model is neither;
-- outside: what does not belong to the language model at all (a vision tower and its projector), and parameters that
-  were frozen before LISA came. LISA never trains it.
-
-Parameters are distinguished by identity, never by name, so tied matrices are counted once.
+- outside, which LISA never trains: what does not belong to the language model (a vision tower and its projector), and
+  parameters that were frozen before LISA came.
 """
 
-import dis
+import contextlib
 import functools
 import inspect
-import types
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.pytorch_utils import Conv1D
 
 from lisa_dist.errors import UserError
+from lisa_dist.patches import patched
 from lisa_dist.tasks import REWARD
 from lisa_dist.text import in_one_line
 from lisa_dist.zero.parameters import original_of, parameter_numel, parameter_shape
@@ -105,10 +106,7 @@ class Blocks:
             block.decaying = decaying
 
     def leave_out_frozen(self) -> None:
-        """Move to `outside` what requires no gradient though LISA has not frozen it: the user wants it as it is.
-
-        Raises ValueError where that leaves no decoder layer anything to train.
-        """
+        """Move to `outside` what the user has frozen; UserError where that is all of the decoder layers."""
         for block in (self.embed, *self.layers, self.head, self.rest):
             for name, parameter in list(block.parameters.items()):
                 if not parameter.requires_grad and not getattr(parameter, _FROZEN_BY_LISA, False):
@@ -136,67 +134,87 @@ def why_not_trained(config: PretrainedConfig, task: str) -> str | None:
     return None
 
 
+def number_of_decoder_layers(config: Any) -> int:
+    """The number that a model's config of transformers gives; UserError where it gives none, or of several models."""
+    try:
+        number: int = config.get_text_config().num_hidden_layers
+        return number
+    except (AttributeError, ValueError) as error:
+        raise UserError(
+            f"{type(config).__name__} does not say how many decoder layers there are ({in_one_line(error)}): "
+            "LISA trains causal language models."
+        ) from error
+
+
+def without_zero3_init() -> AbstractContextManager[None]:
+    """In a run under ZeRO-3 transformers would partition any model that is built, in collectives with all ranks."""
+    return patched(hf_deepspeed, "_hf_deepspeed_config_weak_ref", None, of="zero3_init")
+
+
+def model_without_weights(config: PretrainedConfig) -> Any:
+    """A causal model on the meta device. Raises UserError where its code, which may be anyone's, cannot build it."""
+    try:
+        with without_zero3_init(), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
+        named = f"{type(config).__name__}: this model cannot be built"
+        raise UserError(f"{named} ({type(error).__name__}: {in_one_line(error)}).") from error
+
+
 def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks:
     """Find the blocks of any Hugging Face causal language model, or of the language model inside a VLM.
 
-    `layers_attribute` is the dotted path of the ModuleList of decoder layers, for models where it cannot be found.
-    Raises ValueError naming what was seen when it cannot decide, and for an encoder-decoder.
+    `layers_attribute` is the dotted path of the ModuleList of decoder layers. Raises UserError, naming what was seen,
+    where it is not given and cannot be found, and for an encoder-decoder.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError(f"{type(model).__name__} is an encoder-decoder: LISA trains causal language models.")
-    names = {id(module): name for name, module in model.named_modules()}
-    embedding = _embedding(model)
-    layers_path = layers_attribute or _find_layers_path(model, embedding, names[id(embedding)])
-    layer_list = _module_at(model, layers_path)
-    if not isinstance(layer_list, nn.ModuleList | nn.Sequential):
+    embedding: nn.Module | None = getattr(model, "get_input_embeddings", lambda: None)()
+    if embedding is None:
         raise UserError(
-            f"--lisa_layers_attribute {layers_path}: a {type(layer_list).__name__}, which is no list of modules."
+            f"{type(model).__name__} has no input embedding (get_input_embeddings): LISA trains causal language models."
         )
+    embedding_path = next(name for name, module in model.named_modules() if module is embedding)
+    layers_path = layers_attribute or _find_layers_path(model, embedding, embedding_path)
+    layer_list = _layer_list(model, layers_path)
     language_model = _language_model(model, embedding)
-    heads = (_call_if_there(one, "get_output_embeddings") for one in (model, language_model) if one is not None)
-    head = next((one for one in heads if one is not None), None)
-    owner: dict[int, str] = {}
+    models: list[Any] = [model, language_model]
+    found = [one.get_output_embeddings() for one in models if hasattr(one, "get_output_embeddings")]
+    of_head = next((list(one.parameters()) for one in found if one is not None), [])
 
-    def claim(module: nn.Module | None, block: str) -> None:
-        for parameter in _parameters(module):
+    embed, head, rest, outside = (Block(name) for name in ("embed", "head", "rest", "outside"))
+    layers = [Block(f"layers.{index}") for index in range(len(layer_list))]
+    owner: dict[int, Block] = {}
+
+    def claim(parameters: Iterable[nn.Parameter], block: Block) -> None:
+        for parameter in parameters:
             owner.setdefault(id(parameter), block)
 
-    for index, layer in enumerate(layer_list):
-        claim(layer, f"layers.{index}")
-    claim(embedding, "embed")
-    tied = any(owner.get(id(parameter)) == "embed" for parameter in _parameters(head))
-    claim(head, "head")
-    for tower in _other_models(model, [*embedding.parameters(), *layer_list.parameters(), *_parameters(head)]):
-        claim(tower, "outside")
+    for block, layer in zip(layers, layer_list, strict=True):
+        claim(layer.parameters(), block)
+    claim(embedding.parameters(), embed)
+    tied = any(owner.get(id(parameter)) is embed for parameter in of_head)
+    claim(of_head, head)
+    for tower in _other_models(model, [*embedding.parameters(), *layer_list.parameters(), *of_head]):
+        claim(tower.parameters(), outside)
     # The smallest module that holds both the embedding and the layers is the language model's backbone.
-    backbone = _module_at(model, _common_prefix(names[id(embedding)], layers_path))
+    backbone = model.get_submodule(_common_path(embedding_path, layers_path))
     for module in backbone.modules():
         if isinstance(module, nn.Embedding):
-            claim(module, "embed")
-    claim(backbone, "rest")
-    claim(language_model, "rest")  # a reward model's score, a head's own norm
-
-    blocks = {name: Block(name) for name in ("embed", "head", "rest", "outside")}
-    blocks |= {f"layers.{index}": Block(f"layers.{index}") for index in range(len(layer_list))}
+            claim(module.parameters(), embed)
+    claim(backbone.parameters(), rest)
+    if language_model is not None:
+        claim(language_model.parameters(), rest)  # a reward model's score, a head's own norm
     for name, parameter in model.named_parameters():
-        blocks[owner.get(id(parameter), "outside")].parameters[name] = parameter
-    return Blocks(
-        embed=blocks["embed"],
-        layers=[blocks[f"layers.{index}"] for index in range(len(layer_list))],
-        head=blocks["head"],
-        rest=blocks["rest"],
-        outside=blocks["outside"],
-        tied=tied,
-        layers_path=layers_path,
-        num_layers=len(layer_list),
-    )
+        owner.get(id(parameter), outside).parameters[name] = parameter
+    return Blocks(embed, layers, head, rest, outside, tied, layers_path, num_layers=len(layers))
 
 
 def split_into_modules(model: nn.Module, blocks: Blocks) -> Blocks:
     """The same blocks with each linear module of a decoder layer in the place of the layers, which are otherwise rest.
 
-    A module is its matrix alone, named like layers.3.self_attn.q_proj. Raises ValueError where a layer has a matrix
-    that is of no linear module, such as the experts of a mixture in one tensor.
+    A module is its matrix alone, named like layers.3.self_attn.q_proj. Raises UserError for a matrix of a layer that is
+    of no linear module, such as the experts of a mixture in one tensor.
     """
     rest, units = replace(blocks.rest, parameters=dict(blocks.rest.parameters)), []
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
@@ -252,19 +270,16 @@ def _is_linear(module: nn.Module) -> bool:
 def _weights_read(kind: type) -> frozenset[str]:
     """Names of inner modules whose weight the methods of a class read, such as `self.dt_proj.weight @ hidden`.
 
-    By their code, since a pass on the CPU does not take what a fused kernel does on a GPU. Its dtype and device, which
-    a held matrix has too, may be read.
+    By their source, since a pass on the CPU does not take what a fused kernel does on a GPU. Dtype and device of a
+    weight, which a held matrix has too, may be read.
     """
-    own = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
-    methods = [value for base in own for value in vars(base).values() if inspect.isfunction(value)]
-    codes, names = [inspect.unwrap(method).__code__ for method in methods], set()
-    while codes:
-        code = codes.pop()
-        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
-        steps = list(dis.get_instructions(code))
-        for owner, weight, use in zip(steps, steps[1:], steps[2:], strict=False):
-            is_read = (owner.opname, weight.argval) == ("LOAD_ATTR", "weight") and use.argval not in ("dtype", "device")
-            names |= {owner.argval} if is_read else set()
+    names: set[str] = set()
+    for base in kind.__mro__:
+        for method in vars(base).values() if base not in nn.Module.__mro__ else ():
+            if inspect.isfunction(method):
+                with contextlib.suppress(OSError):  # of a console, which has no source
+                    source = inspect.getsource(inspect.unwrap(method))
+                    names.update(re.findall(r"(\w+)\.weight\b(?!\.(?:dtype|device)\b)", source))
     return frozenset(names)
 
 
@@ -286,35 +301,6 @@ def _other_models(model: nn.Module, own: Iterable[nn.Parameter]) -> list[nn.Modu
     return [module for module in inner if not any(id(parameter) in ours for parameter in module.parameters())]
 
 
-def _parameters(module: nn.Module | None) -> Iterable[nn.Parameter]:
-    return () if module is None else module.parameters()
-
-
-def _call_if_there(model: nn.Module, method: str) -> nn.Module | None:
-    return getattr(model, method)() if hasattr(model, method) else None
-
-
-def number_of_decoder_layers(config: Any) -> int:
-    """The number that a model's config of transformers gives; UserError where it gives none, or of several models."""
-    try:
-        number: int = config.get_text_config().num_hidden_layers
-        return number
-    except (AttributeError, ValueError) as error:
-        raise UserError(
-            f"{type(config).__name__} does not say how many decoder layers there are ({in_one_line(error)}): "
-            "LISA trains causal language models."
-        ) from error
-
-
-def _embedding(model: nn.Module) -> nn.Module:
-    embedding = _call_if_there(model, "get_input_embeddings")
-    if embedding is None:
-        raise UserError(
-            f"{type(model).__name__} has no input embedding (get_input_embeddings): LISA trains causal language models."
-        )
-    return embedding
-
-
 def _find_layers_path(model: nn.Module, embedding: nn.Module, embedding_path: str) -> str:
     """The ModuleList as long as the text config says, nearest to the embedding, outside of other models."""
     config: Any = getattr(model, "config", None)
@@ -326,8 +312,8 @@ def _find_layers_path(model: nn.Module, embedding: nn.Module, embedding_path: st
     fitting = [name for name in outermost if seen[name] == num_layers]
     towers = {id(inner) for tower in _other_models(model, embedding.parameters()) for inner in tower.modules()}
     fitting = [name for name in fitting if id(model.get_submodule(name)) not in towers] or fitting
-    nearest = max((_common_depth(name, embedding_path) for name in fitting), default=0)
-    candidates = [name for name in fitting if _common_depth(name, embedding_path) == nearest]
+    depths = {name: len(_common_path(name, embedding_path)) for name in fitting}
+    candidates = [name for name in fitting if depths[name] == max(depths.values())]
     if not fitting and len(outermost) == 1:  # a config may count both halves of a layer, or the layers of an encoder
         candidates = outermost
     if len(candidates) != 1:
@@ -339,23 +325,16 @@ def _find_layers_path(model: nn.Module, embedding: nn.Module, embedding_path: st
     return candidates[0]
 
 
-def _module_at(model: nn.Module, path: str) -> nn.Module:
+def _layer_list(model: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
     try:
         module = model.get_submodule(path)
     except AttributeError as error:
         raise UserError(f"--lisa_layers_attribute {path}: {type(model).__name__} has no such module.") from error
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
+        raise UserError(f"--lisa_layers_attribute {path}: a {type(module).__name__}, which is no list of modules.")
     return module
 
 
-def _common_prefix(first: str, second: str) -> str:
-    depth = _common_depth(first, second)
-    return ".".join(first.split(".")[:depth])
-
-
-def _common_depth(first: str, second: str) -> int:
-    depth = 0
-    for left, right in zip(first.split("."), second.split("."), strict=False):
-        if left != right:
-            break
-        depth += 1
-    return depth
+def _common_path(first: str, second: str) -> str:
+    """The dotted path of the smallest module that two modules are both in."""
+    return os.path.commonpath([first.replace(".", "/"), second.replace(".", "/")]).replace("/", ".")

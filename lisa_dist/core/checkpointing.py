@@ -4,9 +4,8 @@ What a layer stores is computed again in the backward pass, which costs a forwar
 left. So it is done for a number of layers: the lowest ones, whose activations live longest.
 """
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,55 +52,30 @@ def number_of_layers(value: int | str, num_layers: int) -> int:
     return count
 
 
-def checkpoint_layers(model: torch.nn.Module, blocks: Blocks, count: int) -> None:
-    """Have the lowest `count` decoder layers checkpointed and no other; may be called again between two steps.
-
-    Raises ValueError for a model whose layers cannot be checkpointed one by one.
-    """
-    layers = _layers(model, blocks)
+def checkpoint_layers(model: Any, blocks: Blocks, count: int) -> None:
+    """Have the lowest `count` decoder layers checkpointed and no other; UserError for layers that cannot be."""
+    layers: list[Any] = list(model.get_submodule(blocks.layers_path).children())
     if not count:
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            with _no_renaming_told():
-                _pretrained(model).gradient_checkpointing_disable()
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of its other name
+                model.gradient_checkpointing_disable()
         return
-    if not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
-        if count != len(layers):
-            raise UserError(
-                f"--checkpointed_layers {count}: the layers of {type(model).__name__} cannot be checkpointed one by "
-                "one; give none or all."
-            )
-        _enable(model)
-        return
-    if any(_may_be_reentrant(layer) for layer in layers):  # as transformers leaves them that were switched off
-        _enable(model)
-    for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = number < count
-
-
-def _pretrained(model: torch.nn.Module) -> Any:
-    """The model with what transformers' PreTrainedModel has and `Module` has not."""
-    return model
-
-
-def _layers(model: torch.nn.Module, blocks: Blocks) -> list[Any]:
-    return list(model.get_submodule(blocks.layers_path).children())
-
-
-@contextlib.contextmanager
-def _no_renaming_told() -> Iterator[None]:
-    """Without transformers' warning that the method has another name too."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-
-
-def _enable(model: torch.nn.Module) -> None:
-    with _no_renaming_told():
+    one_by_one = all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
+    if not one_by_one and count != len(layers):
+        raise UserError(
+            f"--checkpointed_layers {count}: the layers of {type(model).__name__} cannot be checkpointed one by "
+            "one; give none or all."
+        )
+    if not one_by_one or any(_may_be_reentrant(layer) for layer in layers):  # as layers are that were switched off
         try:
-            _pretrained(model).gradient_checkpointing_enable({"use_reentrant": False})
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):
+                model.gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
-            raise UserError(f"--checkpointed_layers: {type(model).__name__} has no checkpointing ({error}).") from error
-    let_backward_end(model)
+            name = type(model).__name__
+            raise UserError(f"--checkpointed_layers: {name} has no checkpointing ({error}).") from error
+        let_backward_end(model)
+    for number, layer in enumerate(layers if one_by_one else ()):
+        layer.gradient_checkpointing = number < count
 
 
 def check_checkpointing(model: torch.nn.Module) -> None:
@@ -125,23 +99,6 @@ def _may_be_reentrant(module: Any) -> bool:
     return is_torch_s and getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False
 
 
-class Checkpointing:
-    """Whether a model's checkpointing has been turned on or off, without a look at all of its modules."""
-
-    def __init__(self, model: torch.nn.Module):
-        self._module: Any = next((one for one in model.modules() if hasattr(one, "gradient_checkpointing")), None)
-        self._seen: object = None
-
-    def has_changed(self) -> bool:
-        """Whether it was turned on or off since the last call; True of the first one.
-
-        Each time that it is turned on transformers gives all modules that have it another function to do it by.
-        """
-        seen, now = self._seen, getattr(self._module, "_gradient_checkpointing_func", None)
-        self._seen = now, getattr(self._module, "gradient_checkpointing", None)
-        return self._seen != seen
-
-
 def let_backward_end(model: torch.nn.Module) -> None:
     """Let the backward pass end at the lowest block that trains, where transformers has sent it on to the embeddings.
 
@@ -154,20 +111,17 @@ def let_backward_end(model: torch.nn.Module) -> None:
                 del module._forward_hooks[handle]
 
 
-def checkpointed_layers(model: torch.nn.Module, blocks: Blocks) -> int:
+def checkpointed_layers(model: Any, blocks: Blocks) -> int:
     """How many decoder layers are checkpointed."""
-    layers = _layers(model, blocks)
+    layers: list[Any] = list(model.get_submodule(blocks.layers_path).children())
     if not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
-        return len(layers) if _pretrained(model).is_gradient_checkpointing else 0
+        return len(layers) if model.is_gradient_checkpointing else 0
     return sum(layer.gradient_checkpointing for layer in layers)
 
 
 def fewest_layers(peak: Callable[[int], int], num_layers: int, budget: int) -> int:
-    """The fewest checkpointed layers with which `peak(count)`, in bytes, is within `budget`; all where none does.
-
-    The peak falls with the count, nearly in proportion.
-    """
-    low, high = 0, num_layers  # the answer is in [low, high]
+    """The fewest checkpointed layers with which `peak(count)`, in bytes, is within `budget`; all where none does."""
+    low, high = 0, num_layers  # the answer is in [low, high], and the peak falls with the count, nearly in proportion
     peak_low = peak(low)
     if peak_low <= budget or low == high:
         return low

@@ -4,8 +4,7 @@ One period, K optimizer steps long, as it runs on every rank::
 
     on_step_begin()                 step s, s % K == 0: the step before has written its weights back
       observe    adaptive alone: gradient norms of the layers whose period ends, from AdamW's moments, 8 gamma bytes
-      sample     all compare their period: 8 W bytes gathered; rank 0 samples and broadcasts (period, outer block,
-                 layers): 8 (gamma + 2) bytes
+      sample     all compare their period: 8 W bytes gathered; then they gather their samples, and take rank 0's
       activate   requires_grad of what is activated and what becomes inactive, whose gradients become None
       freeze     --lisa_frozen_bits alone: inactive layers become codes, activated ones are copied from their originals
       partition  ZeroPartitions.repartition: states of blocks that stay active move over, of activated ones are new
@@ -18,7 +17,8 @@ period would be lost.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -31,23 +31,17 @@ from lisa_dist.core.blocks import DecayRule, find_blocks, split_into_modules
 from lisa_dist.core.checkpointing import check_checkpointing, let_backward_end
 from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_not_held, check_weights
 from lisa_dist.core.frozen_layers import hold_frozen_layers
-from lisa_dist.core.groups import scale_rates
-from lisa_dist.core.guards import (
-    InactiveWeights,
-    MissedSwitchGuard,
-    NonfiniteGuard,
-    broadcast_active_set,
-    compare_ranks,
-)
-from lisa_dist.core.importance import observe_layers
+from lisa_dist.core.guards import InactiveWeights, NonfiniteGuard, compare_ranks, guard_switches, missed_switch
+from lisa_dist.core.layer_weights import observe_layers
 from lisa_dist.core.live_bytes import live_tensor_bytes
-from lisa_dist.core.movement import WeightMovement
-from lisa_dist.core.period_log import PeriodLog, PeriodRecord
+from lisa_dist.core.period_log import PeriodLog, PeriodRecord, WeightMovement
 from lisa_dist.core.run_state import STATE_VERSION, BlockChanges, changed_settings
 from lisa_dist.core.sampling import ActiveSet
-from lisa_dist.core.selection import BlockSelection
+from lisa_dist.core.selection import BlockSelection, scale_rates
+from lisa_dist.distributed.collectives import gather
 from lisa_dist.distributed.devices import prepare_device
 from lisa_dist.optim.states import CopyStream, HostStates, PartitionKey, PartitionState, Piece, states_to_carry
+from lisa_dist.run_folder import LOG_NAME
 from lisa_dist.zero.cpu_ops import release_shared_memory
 from lisa_dist.zero.overrides import override_construction
 from lisa_dist.zero.partitions import ZeroPartitions
@@ -58,20 +52,9 @@ class LisaController:
     """Samples the active layers, freezes the rest, and switches both at the start of every period.
 
     Build it on the model before the optimizer exists: it finds the blocks and activates the layers of period 0. Then
-    `param_groups` is for the optimizer, `attach` for the DeepSpeed engine, and `on_step_begin` for every step.
-
-    Raises ValueError for a model or an engine that LISA cannot train, RuntimeError when a switch was missed or ranks
-    disagree.
+    `param_groups` is for the optimizer, `attach` for the DeepSpeed engine, and `on_step_begin` for every step. Raises
+    UserError for what LISA cannot train, RuntimeError when a switch was missed or ranks disagree.
     """
-
-    # Set by `attach`.
-    engine: deepspeed.DeepSpeedEngine
-    partitions: ZeroPartitions
-    host_states: HostStates
-    movement: WeightMovement  # of weights
-    _nonfinite: NonfiniteGuard
-    _missed_switch: MissedSwitchGuard
-    _inactive_weights: InactiveWeights
 
     def __init__(self, model: torch.nn.Module, config: LisaConfig, decaying: DecayRule | None = None):
         check_deepspeed()
@@ -137,34 +120,32 @@ class LisaController:
         self.partitions, self.engine = partitions, engine
         let_backward_end(engine.module)
         self.host_states = HostStates(CopyStream(engine.device))
-        self.partitions.before_step(self.host_states.copies.wait)
-        self._missed_switch = MissedSwitchGuard(self.partitions, config.lisa_interval_steps, lambda: self.period)
-        scale_rates(self.partitions.optimizer, config.lr_scales)
+        partitions.before_step(self.host_states.copies.wait)
+        guard_switches(partitions, config.lisa_interval_steps, lambda: self.period)
+        scale_rates(partitions.optimizer, config.lr_scales)
         self._nonfinite = NonfiniteGuard(engine, config.lisa_nonfinite)
+        self._inactive_weights = InactiveWeights(partitions, config.lisa_debug)
+        folder = output_dir if dist.get_rank() == 0 else None
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self._log.path = Path(folder) / LOG_NAME
         trainable = [block for block in self.blocks if block.name not in (*config.frozen, "outside")]
-        self.movement = WeightMovement(self.partitions, trainable)
-        if output_dir is not None and dist.get_rank() == 0:
-            self._log.write_to(output_dir)
-            self.movement.write_to(output_dir)
+        self.movement = WeightMovement(partitions, trainable, folder)
         self.is_attached = True
         self.active = self._agree(self.active)
-        if self.selection.sampled or self.config.by_module:
-            self._activate()
-            get_accelerator().synchronize()
-            self._repartition({})
+        if self.selection.sampled or config.by_module:
+            self.activate_from_weights(self.active)
         else:
-            self.partitions.apply_overrides(self.host_states.copies)
-        self._verify()
+            partitions.apply_overrides(self.host_states.copies)
+            self._verify()
         release_shared_memory()
-        self._inactive_weights = InactiveWeights(self.partitions, config.lisa_debug)
-        self._inactive_weights.remember(self.selection.inactive(self.active))
         if not self._log.resumed:
             self._begin_record(engine.global_steps, seconds=0.0, bytes_released=0)
 
     # The loop
 
     def on_step_begin(self) -> bool:
-        """Call before every step, or before every micro-batch: switches when a period begins. Returns whether it did.
+        """Call before every step, or every micro-batch: switches when a period begins. Returns whether it did.
 
         It goes by the engine's own step count, so a period is K optimizer steps whatever the accumulation.
         """
@@ -178,7 +159,7 @@ class LisaController:
         is_due = period != self.period
         if is_due:
             if period != self.period + 1 or step % self.config.lisa_interval_steps != 0:
-                raise self._missed_switch.error(step)
+                raise missed_switch(step, self.config.lisa_interval_steps, self.period)
             self._switch(period)
         self._begun_step = step
         return is_due
@@ -188,10 +169,7 @@ class LisaController:
         self._nonfinite.note_loss(loss)
 
     def check_finite(self) -> None:
-        """Raise RuntimeError, on every rank, when DeepSpeed left the last step out and --lisa_nonfinite is stop.
-
-        Weights and states are as they were before that step. In fp16 leaving steps out is the loss scaler's work.
-        """
+        """Raise RuntimeError, on every rank, when DeepSpeed left the last step out and --lisa_nonfinite is stop."""
         self._nonfinite.check(f"period {self.period}, active layers {list(self.active_layers)}")
 
     def close(self) -> None:
@@ -200,7 +178,7 @@ class LisaController:
             self.check_finite()
             self._inactive_weights.check(self.period)
             self._log.close(self.engine.global_steps, self._measure)
-            self._note_movement()
+            self.movement.end_period(self.period, self.engine.global_steps, self._trained)
         finally:
             self.release()
 
@@ -220,15 +198,19 @@ class LisaController:
         self._inactive_weights.check(self.period)
         started = time.perf_counter()
         self.note_changes()
-        self._note_movement()
-        self._observe()
+        self.movement.end_period(self.period, self.engine.global_steps, self._trained)
+        if self.selection.importance is not None:  # of the sampler "adaptive"
+            observe_layers(self.selection.importance, self.active_layers, self.partitions, self.selection.layer_of)
         self.period = period
         self.active = self._agree(self.selection.sample(period))
         self._activate()
         get_accelerator().synchronize()  # here, so that copies to the host overlap the next step
         states = self.partitions.states()
         next_keys = self.selection.names_of(self.selection.params_of_groups(self.active))
-        self._keep_on_host(states, next_keys)
+        if self.config.lisa_state == "keep":  # states of blocks that become inactive
+            pieces = self.partitions.pieces()
+            for key in states.keys() - set(next_keys):
+                self.host_states.put(key, states[key], pieces[key])
         carried = states_to_carry(states, self.config.lisa_state, next_keys, self.host_states)
         staying_bytes = sum(state.nbytes for key, state in carried.items() if key in states)
         released_bytes = sum(state.nbytes for state in states.values()) - staying_bytes
@@ -238,34 +220,15 @@ class LisaController:
             self._repartition(carried)
         self._verify()
         self._begin_record(self.engine.global_steps, time.perf_counter() - started, released_bytes)
-        self._inactive_weights.remember(self.selection.inactive(self.active))
-
-    def _note_movement(self) -> None:
-        """Look at the weights of the blocks whose period ends."""
-        trained = [block.name for block in self.selection.trained(self.active)]
-        self.movement.end_period(self.period, self.engine.global_steps, trained)
-
-    def _observe(self) -> None:
-        """For the sampler "adaptive": what the layers have shown whose period ends."""
-        if self.selection.importance is not None:
-            observe_layers(self.selection.importance, self.active_layers, self.partitions, self.selection.layer_of)
 
     def _agree(self, sampled: ActiveSet) -> ActiveSet:
         """Rank 0's sample for the period, on every rank."""
         self._compare(self.period, "are in another period")
-        names = [block.name for block in self.selection.sampled]
-        return broadcast_active_set(sampled, self.period, self.selection.most_active, names, self.engine.device)
+        return gather(sampled)[0]
 
     def _activate(self) -> None:
         """Let the active blocks alone require gradients; before `attach`, all that the optimizer is built over."""
         self.selection.activate(self.active if self.is_attached else self.selection.widest(self.active))
-
-    def _keep_on_host(self, states: Mapping[PartitionKey, PartitionState], next_keys: Iterable[PartitionKey]) -> None:
-        """With --lisa_state keep: the states of blocks that become inactive."""
-        if self.config.lisa_state == "keep":
-            pieces = self.partitions.pieces()
-            for key in states.keys() - set(next_keys):
-                self.host_states.put(key, states[key], pieces[key])
 
     def _repartition(self, carried: Mapping[PartitionKey, PartitionState]) -> None:
         if self.frozen_layers is not None:  # with --lisa_frozen_bits 8 or 4
@@ -273,10 +236,15 @@ class LisaController:
         self.partitions.repartition(self.selection.params_of_groups(self.active), carried, self.host_states.copies)
 
     def _verify(self) -> None:
-        """Check that all ranks now hold the same layers in the same partitions."""
+        """Check that all ranks now have the same layers in the same partitions; with --lisa_debug, inactive weights."""
         weights = [f"{weight:.9g}" for weight in self.selection.weights_now or ()]  # last bits may be a host's own
         state = [self.period, self.active_layers, self.active_blocks, self.partitions.keys(), weights]
         self._compare(state, "hold other layers, partitions or sampling weights")
+        self._inactive_weights.remember(self.selection.inactive(self.active))
+
+    @property
+    def _trained(self) -> list[str]:
+        return [block.name for block in self.selection.trained(self.active)]
 
     def _compare(self, value: object, what_differs: str) -> None:
         compare_ranks(value, what_differs, f"period {self.period}, active layers {list(self.active_layers)}")
@@ -288,8 +256,10 @@ class LisaController:
             self.visit_counts[layer] += 1
         for block in self.active_blocks:
             self.block_visit_counts[block] += 1
-        fields = {"period": self.period, "step": step, "seconds": seconds, "bytes_released": bytes_released}
-        self._log.begin(self.active, **fields, probabilities=self.selection.probabilities(self.active))
+        record = PeriodRecord(self.period, step, list(self.active_layers), list(self.active_blocks), seconds)
+        record.bytes_released = bytes_released
+        record.probabilities = self.selection.probabilities(self.active)
+        self._log.open(record)
 
     def _measure(self) -> dict[str, int]:
         """Bytes of this rank, once the period's first step has made the moments."""
@@ -307,8 +277,7 @@ class LisaController:
 
     def note_changes(self) -> None:
         """Note for the next checkpoint which weights the steps of this period have changed."""
-        trained = [block.name for block in self.selection.trained(self.active)]
-        self.changes.note(trained, self.engine.global_steps)
+        self.changes.note(self._trained, self.engine.global_steps)
 
     def saved_states(self) -> tuple[dict[PartitionKey, PartitionState], dict[PartitionKey, list[Piece]]]:
         """What a checkpoint holds of this rank's optimizer: active and kept partitions, and the pieces of each."""
@@ -334,8 +303,8 @@ class LisaController:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Activate the layers of a saved run; with an engine attached, partition them with masters from the weights.
 
-        Other settings than the run's can only begin with a period: then the layers are those of the new settings.
-        Raises ValueError as `check_state_dict` does.
+        Where other settings begin a period the layers are those of the new settings. Raises UserError as
+        `check_state_dict` does.
         """
         changed = self.check_state_dict(state)
         self._log.resume()
@@ -367,11 +336,7 @@ class LisaController:
             get_accelerator().synchronize()
             self._repartition({})
             self._verify()
-            self._inactive_weights.remember(self.selection.inactive(active))
 
     def check_state_dict(self, state: dict[str, Any]) -> list[str]:
-        """The settings in which a saved run differs from this one.
-
-        Raises ValueError when the state is of another model, or when they differ in the middle of a period.
-        """
+        """The settings in which a saved run differs from this one; raises UserError as `changed_settings` does."""
         return changed_settings(state, self.config, len(self.blocks.layers), self.selection.weights)

@@ -20,12 +20,11 @@ from lisa_dist.zero.partitions import ZeroPartitions
 def prepare_ds_config(ds_config: dict[str, Any], config: LisaConfig, optim: str, precision: str) -> None:
     """Check a DeepSpeed config against the settings of a run, and change it in place to what they ask for.
 
-    `precision` is that of the weights, "bf16", "fp16" or "fp32". Raises UserError for what LISA cannot run under.
+    `precision` is that of the weights, "bf16", "fp16" or "fp32".
     """
     check_ds_config(ds_config)
     offload_by_block(ds_config, config.offloaded)
-    if config.lisa_frozen_bits != 16:
-        _check_frozen_bits(ds_config, config, precision)
+    _check_frozen_bits(ds_config, config, precision)
     check_optim(optim, uses_optimizer_offload(ds_config), config, precision)
     if config.lisa_master != "fp32":
         keep_no_master(ds_config)
@@ -33,6 +32,8 @@ def prepare_ds_config(ds_config: dict[str, Any], config: LisaConfig, optim: str,
 
 def _check_frozen_bits(ds_config: dict[str, Any], config: LisaConfig, precision: str) -> None:
     flag = f"--lisa_frozen_bits {config.lisa_frozen_bits}"
+    if config.lisa_frozen_bits == 16:
+        return
     if (ds_config.get("zero_optimization") or {}).get("stage") == 3:
         raise UserError(
             f"{flag} on ZeRO stage 3: it cuts frozen layers between the ranks, where each has its part in 16 bits; use "
@@ -53,12 +54,11 @@ def check_eval_frozen_bits(bits: int | None, config: LisaConfig) -> None:
 
 
 def check_no_adapters(model: nn.Module) -> None:
-    """Raise ValueError for a model of peft's, or with adapters in it: LISA would train the weights below them."""
+    """Raise UserError for a model of peft's, or with adapters in it: LISA would train the weights below them."""
     peft = sys.modules.get("peft")  # which has been imported where there are any
     if peft is not None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        if any(isinstance(module, BaseTunerLayer | peft.PeftModel) for module in model.modules()):
+        kinds = (peft.tuners.tuners_utils.BaseTunerLayer, peft.PeftModel)
+        if any(isinstance(module, kinds) for module in model.modules()):
             raise UserError(
                 f"{type(model).__name__} has adapters (peft): LISA trains the model's own weights; give it the model "
                 "without them, after merge_and_unload(), or train adapters by --method lora."
@@ -66,7 +66,7 @@ def check_no_adapters(model: nn.Module) -> None:
 
 
 def check_not_held(model: nn.Module) -> None:
-    """Raise ValueError for a model that another run has: trains still, or has left with frozen layers in fewer bits."""
+    """Raise UserError for a model that another run has: trains still, or has left with frozen layers in fewer bits."""
     if any(is_in_an_engine(parameter) for parameter in model.parameters()):
         raise UserError(
             f"this {type(model).__name__} is in a DeepSpeed engine of another trainer or loop that has not ended: end "
@@ -80,9 +80,9 @@ def check_not_held(model: nn.Module) -> None:
 
 
 def check_weights(blocks: Blocks) -> None:
-    """Raise ValueError for weights that cannot train: quantized ones, or of 8 bits, in any block that LISA may draw."""
-    for block in blocks:
-        for name, parameter in block.parameters.items() if block is not blocks.outside else ():
+    """Raise UserError for quantized weights, or of 8 bits, in any block that LISA may train."""
+    for block in (one for one in blocks if one is not blocks.outside):
+        for name, parameter in block.parameters.items():
             if not parameter.is_floating_point() or parameter.element_size() < 2:
                 raise UserError(
                     f"{name} is {str(parameter.dtype).removeprefix('torch.')}: LISA trains the weights themselves, in "
@@ -91,7 +91,7 @@ def check_weights(blocks: Blocks) -> None:
 
 
 def check_engine(partitions: ZeroPartitions, config: LisaConfig, expected_keys: Sequence[PartitionKey]) -> None:
-    """Raise ValueError for an engine whose groups, masters or gradients do not fit; `expected_keys` are the groups'."""
+    """Raise UserError for an engine whose groups, masters or gradients do not fit; `expected_keys` are the groups'."""
     if config.lisa_state == "keep" and partitions.engine.zero_round_robin_gradients():
         raise UserError(
             "the DeepSpeed config has round_robin_gradients = true: with --lisa_state keep it must be false."

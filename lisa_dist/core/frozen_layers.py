@@ -1,9 +1,8 @@
-"""Frozen decoder layers in 8 or 4 bits (`--lisa_frozen_bits`): what a switch freezes is quantized, what it activates is
-copied in.
+"""Frozen decoder layers in 8 or 4 bits (`--lisa_frozen_bits`): what a switch freezes is quantized.
 
 A frozen layer's matrices are codes on the device; its norms and biases stay as they are. The 16-bit original of every
-matrix that may be frozen is in a `WeightStore`, once a host. A forward or backward pass makes one matrix whole at a
-time, and nothing of it is kept between them. So of L layers of which gamma train a device holds, in bytes an element:
+matrix that may be frozen is in a `WeightStore`, once a host, and is copied in when the layer becomes active. A pass
+makes one matrix whole at a time. So of L layers of which gamma train a device has, in bytes an element:
 
     gamma x 2 + (L - gamma) x 1.02 (8 bits) or 0.52 (4 bits), and the largest matrix once more
 
@@ -15,7 +14,7 @@ with, bit for bit: it is never quantized twice, but from its original.
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,27 +37,47 @@ BLOCKSIZES = {8: 256, 4: 64}  # elements that share a scale
 _SCALES_BLOCKSIZE = 256  # scales of 4 bits that share one of their own
 
 
+def quantize(value: torch.Tensor, bits: int) -> tuple[torch.Tensor, Any]:
+    """Codes of a matrix, and bitsandbytes' state with their scales."""
+    from bitsandbytes import functional as library
+
+    made: tuple[torch.Tensor, Any] = (
+        library.quantize_blockwise(value, blocksize=BLOCKSIZES[8])
+        if bits == 8
+        else library.quantize_4bit(value, blocksize=BLOCKSIZES[4], compress_statistics=True, quant_type="nf4")
+    )
+    return made
+
+
+def dequantize(codes: torch.Tensor, state: Any) -> torch.Tensor:
+    """The matrix that the codes stand for, in the precision that it had."""
+    from bitsandbytes import functional as library
+
+    decode = library.dequantize_blockwise if state.quant_type is None else library.dequantize_4bit
+    value: torch.Tensor = decode(codes, state)
+    return value
+
+
 class HeldMatrix:
     """A matrix of a frozen layer: its codes on the device, its original on the host."""
 
-    def __init__(self, module: nn.Module, name: str, store: WeightStore, bits: int, device: torch.device):
-        self._module: Any = module
-        self._name, self._store, self._bits, self._device = name, store, bits, device
-        self._codes: tuple[torch.Tensor, ...] = ()  # with their scales
-        self._shape, self._dtype = torch.Size(), torch.bfloat16
+    def __init__(self, module: Any, name: str, layers: "FrozenLayers"):
+        self._module = module
+        self._name, self._layers = name, layers
+        self._codes: tuple[torch.Tensor, Any] | None = None  # with the state that has their scales
         self._forward_before: Any = None
-        self.is_exact = False  # whether the original is computed with
 
     @property
     def original(self) -> torch.Tensor:
         """On the host, in 16 bits."""
-        return self._store[self._name]
+        return self._layers.store[self._name]
 
-    def hold(self, value: torch.Tensor) -> None:
-        """Keep codes of `value`, which is or was the original, in the place of the weights."""
-        self._quantize(value.detach().to(self._device))
-        parameter = self._parameter
-        parameter.data = torch.empty(0, dtype=value.dtype, device=self._device)
+    def hold(self) -> None:
+        """Keep codes of the weights, which are or were the original, in their place."""
+        parameter = self._module.weight
+        value = parameter.detach().to(self._layers.device)
+        self._codes = quantize(value, self._layers.bits)
+        parameter.data = torch.empty(0, dtype=value.dtype, device=value.device)
         set_original(parameter, self)
         self._forward_before = vars(self._module).get("forward")
         patch(self._module, "forward", types.MethodType(held_forward, self._module), of="held_matrix")
@@ -66,10 +85,10 @@ class HeldMatrix:
 
     def release(self) -> None:
         """Let the module have its weights again, copied from the original; a GPU's copy is not waited for."""
-        self._codes = ()
-        parameter, original = self._parameter, self.original
+        self._codes = None
+        parameter, original = self._module.weight, self.original
         set_original(parameter, None)
-        parameter.data = torch.empty_like(original, device=self._device).copy_(original, non_blocking=True)
+        parameter.data = torch.empty_like(original, device=self._layers.device).copy_(original, non_blocking=True)
         del self._module.forward, self._module.lisa_held
         if self._forward_before is not None:
             patch(self._module, "forward", self._forward_before, of="held_matrix")
@@ -77,22 +96,15 @@ class HeldMatrix:
     def load(self, value: torch.Tensor) -> None:
         """Another original: a saved model's, which every rank reads for itself."""
         value = value.to(self.original.dtype)
-        self._store.write(self._name, value)
-        self._quantize(value.to(self._device))
+        self._layers.store.write(self._name, value)
+        self._codes = quantize(value.to(self._layers.device), self._layers.bits)
 
     def whole(self) -> torch.Tensor:
         """The matrix to compute with, in 16 bits on the device."""
-        if self.is_exact:
-            return self.original.to(self._device, non_blocking=True)
-        table, operators = _table(self._device), torch.ops.bitsandbytes
-        dequantize: Callable[..., torch.Tensor] = operators.dequantize_blockwise.default
-        if self._bits == 8:
-            return dequantize(*self._codes, table, BLOCKSIZES[8], self._dtype)
-        codes, codes_of_scales, scales_of_scales, mean = self._codes
-        scales = dequantize(codes_of_scales, scales_of_scales, table, _SCALES_BLOCKSIZE, torch.float32)
-        scales += mean
-        dequantize_4bit: Callable[..., torch.Tensor] = operators.dequantize_4bit.default
-        return dequantize_4bit(codes, scales, BLOCKSIZES[4], "nf4", self._shape, self._dtype)
+        if self._layers.is_exact:
+            return self.original.to(self._layers.device, non_blocking=True)
+        assert self._codes is not None
+        return dequantize(*self._codes)
 
     @property
     def in_fp32(self) -> bool:
@@ -102,36 +114,12 @@ class HeldMatrix:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """What the device holds of it."""
-        return list(self._codes)
-
-    @property
-    def _parameter(self) -> nn.Parameter:
-        parameter = self._module.weight
-        assert isinstance(parameter, nn.Parameter)
-        return parameter
-
-    def _quantize(self, value: torch.Tensor) -> None:
-        """What bitsandbytes' `quantize_blockwise` and `quantize_4bit` do, by its operators.
-
-        Those make a table for each matrix, whose copy to the device the host waits for.
-        """
-        table, operators = _table(self._device), torch.ops.bitsandbytes
-        self._shape, self._dtype = value.shape, value.dtype
-        if self._bits == 8:
-            self._codes = operators.quantize_blockwise(value, table, BLOCKSIZES[8])
-            return
-        codes, scales = operators.quantize_4bit(value, BLOCKSIZES[4], "nf4", torch.uint8)
-        mean = scales.mean()
-        self._codes = codes, *operators.quantize_blockwise(scales - mean, table, _SCALES_BLOCKSIZE), mean
-
-
-@functools.cache
-def _table(device: torch.device) -> torch.Tensor:
-    """The 256 values of bitsandbytes' 8-bit codes; with its import its operators are there."""
-    from bitsandbytes.functional import create_dynamic_map
-
-    table: torch.Tensor = create_dynamic_map().to(device)
-    return table
+        if self._codes is None:
+            return []
+        codes, state = self._codes
+        states = [state] if state.state2 is None else [state, state.state2]
+        scales = [tensor for one in states for tensor in (one.absmax, one.code, one.offset) if tensor is not None]
+        return [codes, *scales]
 
 
 class HeldProduct(torch.autograd.Function):
@@ -163,10 +151,7 @@ class HeldProduct(torch.autograd.Function):
 
 
 def held_forward(module: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """In the place of the `forward` of a linear module, or of GPT-2's, which has its matrix transposed.
-
-    Raises RuntimeError where something else than LISA would train the module, whose weights are not there.
-    """
+    """In the place of the `forward` of a linear module, or of GPT-2's, which has its matrix transposed."""
     if module.weight.requires_grad and module.weight.numel() == 0:
         raise RuntimeError("this model's frozen layers are held in fewer bits by a LISA run: load it anew to train it.")
     product: torch.Tensor = HeldProduct.apply(inputs, module.bias, module.lisa_held, isinstance(module, Conv1D))
@@ -174,11 +159,7 @@ def held_forward(module: Any, inputs: torch.Tensor) -> torch.Tensor:
 
 
 class FrozenLayers:
-    """The decoder layers of one model, held in `bits` while they are inactive; all ranks build it together.
-
-    `place` is where originals are: "host" or a folder. Raises ValueError for a model that has nothing to hold, in
-    weights of other than 16 bits, or where bitsandbytes cannot run.
-    """
+    """The decoder layers of a model, held in `bits` while inactive, with originals in `place`, "host" or a folder."""
 
     def __init__(self, model: nn.Module, blocks: Blocks, bits: int, place: str, device: torch.device):
         linear = linear_modules(model, blocks.layers)
@@ -192,15 +173,15 @@ class FrozenLayers:
         self._share = sum(weight.nbytes for weight in weights.values()) / sum(of_layers)
         on_host = sum(weight.nbytes for weight in weights.values() if weight.device.type == "cpu")
         self.store = WeightStore(weights, place, device, freed=on_host)
-        self._held = {name: HeldMatrix(module, name, self.store, bits, device) for name, module in modules.items()}
+        self.bits, self.device = bits, device
+        self.is_exact = False  # whether originals are computed with
+        self._held = {name: HeldMatrix(module, name, self) for name, module in modules.items()}
         self._frozen: set[int] = set()
-        self._bits, self._device = bits, device
-        model.register_state_dict_post_hook(functools.partial(self._put_originals))
-        del weights
+        model.register_state_dict_post_hook(functools.partial(self._put_originals))  # torch sets an attribute
 
     def describe(self) -> str:
         """What is held and where its originals are, for a header; a warning where that is less than half."""
-        text = f"{self._share:.0%} of their bytes in {self._bits} bits; originals, once a host: "
+        text = f"{self._share:.0%} of their bytes in {self.bits} bits; originals, once a host: "
         text += format_bytes(self.store.nbytes)
         if self._share < 0.5:
             text += "; warning: the rest stays in 16 bits, such as the experts of a mixture that are one tensor"
@@ -220,9 +201,7 @@ class FrozenLayers:
                 f"{flag}: the decoder layers are in {dtype}: what is frozen is 16 bits wide; give --bf16 true."
             )
         try:
-            held = HeldMatrix(nn.Linear(1, 1), "", None, bits, device)  # type: ignore[arg-type]  # it needs no original
-            held._quantize(torch.ones(BLOCKSIZES[bits], 2, dtype=torch.bfloat16, device=device))
-            held.whole()
+            dequantize(*quantize(torch.ones(BLOCKSIZES[bits], 2, dtype=torch.bfloat16, device=device), bits))
         except (ImportError, OSError, RuntimeError) as error:  # absent, cannot be loaded, has no kernel here
             raise UserError(
                 f"{flag}: bitsandbytes cannot quantize on {device.type} here ({in_one_line(error)}); "
@@ -243,48 +222,37 @@ class FrozenLayers:
         active, several = set(active), dist.is_initialized() and dist.get_world_size() > 1
         for number, layer in enumerate(self._layers):
             for name, module in layer.items():
-                value = module.weight.detach()
                 if several:
-                    value = value.to(self._device, copy=True)
+                    value = module.weight.detach().to(self.device, copy=True)
                     dist.broadcast(value, src=0)
-                self.store.write(name, value)
+                    module.weight.data = value
+                self.store.write(name, module.weight.detach())
                 if number not in active:
-                    self._held[name].hold(value)
-            if number not in active:
-                self._frozen.add(number)
+                    self._held[name].hold()
+        self._frozen = set(range(len(self._layers))) - active
         gather(None)  # the host's first rank has written what the others will read
         self.store.pin()
 
     def switch(self, active: Iterable[int]) -> None:
-        """Hold the layers that become inactive, whose originals are what training has made of them, and release others.
-
-        Called between the step that wrote the last of them and the partitions of the activated ones.
-        """
-        active = set(active)
-        for number in sorted(set(range(len(self._layers))) - active - self._frozen):
+        """Hold the layers that become inactive, whose originals are what training has made of them; release others."""
+        inactive = set(range(len(self._layers))) - set(active)
+        for number in sorted(inactive - self._frozen):
             for name, module in self._layers[number].items():
                 self.store.write(name, module.weight.detach())
-            self._freeze(number)
-        for number in sorted(active & self._frozen):
+                self._held[name].hold()
+        for number in sorted(self._frozen - inactive):
             for name in self._layers[number]:
                 self._held[name].release()
-            self._frozen.discard(number)
-
-    def _freeze(self, number: int) -> None:
-        for name, module in self._layers[number].items():
-            self._held[name].hold(module.weight)
-        self._frozen.add(number)
+        self._frozen = inactive
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
         """While this lasts, forward passes compute with originals, copied in one matrix at a time."""
-        for held in self._held.values():
-            held.is_exact = True
+        self.is_exact = True
         try:
             yield
         finally:
-            for held in self._held.values():
-                held.is_exact = False
+            self.is_exact = False
 
     @property
     def held(self) -> Sequence[HeldMatrix]:
@@ -305,12 +273,13 @@ def hold_frozen_layers(
 
 
 def held_bytes(numels: Iterable[int], bits: int) -> int:
-    """Bytes on the device of the codes of matrices of so many elements, with their scales."""
+    """Bytes on the device of the codes of matrices of so many elements, with their scales and tables."""
     total = 0
     for numel in numels:
         scales = -(-numel // BLOCKSIZES[bits])
+        total += 1024  # the table of 8-bit codes
         if bits == 8:  # scales in fp32
             total += numel + 4 * scales
-        else:  # scales in 8 bits, with scales of their own and a mean
-            total += -(-numel // 2) + scales + 4 * -(-scales // _SCALES_BLOCKSIZE) + 4
+        else:  # scales in 8 bits, with scales of their own and a mean; and the table of NF4
+            total += -(-numel // 2) + scales + 4 * -(-scales // _SCALES_BLOCKSIZE) + 4 + 64
     return total

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import deepspeed
 import torch
@@ -10,15 +10,15 @@ from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 
 from lisa_dist.core.blocks import Block
-from lisa_dist.core.sampling import ActiveSet
+from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import SharedError
 from lisa_dist.zero.partitions import ZeroPartitions
 
 
 def compare_ranks(value: object, what_differs: str, where: str) -> None:
-    """Compare a digest of `value`, which JSON can hold, between all ranks: 8 bytes a rank are gathered.
+    """Compare a digest of `value`, as JSON, between all ranks: 8 bytes a rank are gathered.
 
-    Raises RuntimeError on every rank, naming those unlike rank 0. `where` says in which period this rank is.
+    Raises RuntimeError on every rank, naming those unlike rank 0. `where` is the period of this rank.
     """
     if dist.get_world_size() == 1:  # which has nothing to wait for
         return
@@ -26,7 +26,7 @@ def compare_ranks(value: object, what_differs: str, where: str) -> None:
     mine = torch.tensor([digest], dtype=torch.int64, device=get_accelerator().current_device_name())
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
-    digests = torch.cat(every).tolist()  # at once: each look at a device's tensor waits for it
+    digests = torch.cat(every).tolist()
     differing = [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]
     if differing:
         raise RuntimeError(
@@ -35,53 +35,28 @@ def compare_ranks(value: object, what_differs: str, where: str) -> None:
         )
 
 
-def broadcast_active_set(
-    sampled: ActiveSet, period: int, num_slots: int, block_names: Sequence[str], device: torch.device
-) -> ActiveSet:
-    """Rank 0's active set of a period, on every rank: 8 (num_slots + 2) bytes.
+def guard_switches(partitions: ZeroPartitions, interval_steps: int, current_period: Callable[[], int]) -> None:
+    """Refuse to train on with the layers of a period that is over, in the forward pass and in the optimizer's step."""
 
-    `num_slots` is gamma, or the most modules that can train; `block_names` are the outer blocks that may be sampled.
-    """
-    if dist.get_world_size() == 1:
-        return sampled
-    block = block_names.index(sampled.blocks[0]) if sampled.blocks else -1
-    padding = [-1] * (num_slots - len(sampled.layers))
-    message = torch.tensor([period, block, *sampled.layers, *padding], dtype=torch.int64, device=device)
-    dist.broadcast(message, src=0)
-    sent_period, block, *layers = message.tolist()
-    assert sent_period == period
-    blocks = (block_names[block],) if block >= 0 else ()
-    return ActiveSet(tuple(layer for layer in layers if layer >= 0), blocks)
+    def check(*_: object) -> None:
+        step = partitions.engine.global_steps
+        if step // interval_steps != current_period():
+            raise missed_switch(step, interval_steps, current_period())
 
-
-class MissedSwitchGuard:
-    """Refuses to train on with the layers of a period that is over: in the forward pass, and in the optimizer's step.
-
-    The step is checked as well, in train and eval mode, since only training steps. `current_period` is the
-    controller's.
-    """
-
-    def __init__(self, partitions: ZeroPartitions, interval_steps: int, current_period: Callable[[], int]):
-        self._engine, self._interval_steps, self._current_period = partitions.engine, interval_steps, current_period
-        partitions.before_step(self._check)
-        partitions.before_forward(self._check_forward)
-
-    def error(self, step: int) -> RuntimeError:
-        """What is wrong at a step whose period is not the current one."""
-        interval = self._interval_steps
-        return RuntimeError(
-            f"step {step} is in period {step // interval} (of {interval} steps), but the layers of period "
-            f"{self._current_period()} are still active: call on_step_begin() before every step."
-        )
-
-    def _check_forward(self, module: torch.nn.Module, *_: object) -> None:
+    def check_forward(module: torch.nn.Module, *_: object) -> None:
         if module.training and torch.is_grad_enabled():
-            self._check()
+            check()
 
-    def _check(self, *_: object) -> None:
-        step = self._engine.global_steps
-        if step // self._interval_steps != self._current_period():
-            raise self.error(step)
+    partitions.before_step(check)
+    partitions.before_forward(check_forward)
+
+
+def missed_switch(step: int, interval_steps: int, period: int) -> RuntimeError:
+    """What is wrong at a step that is not of the current period."""
+    return RuntimeError(
+        f"step {step} is in period {step // interval_steps} (of {interval_steps} steps), but the layers of period "
+        f"{period} are still active: call on_step_begin() before every step."
+    )
 
 
 class NonfiniteError(SharedError, RuntimeError):
@@ -103,16 +78,14 @@ class NonfiniteGuard:
     def check(self, where: str) -> None:
         """Raise NonfiniteError, on every rank, when the last step was left out and the policy is stop.
 
-        `where` says in which period the run is. In fp16 leaving steps out is the loss scaler's work.
+        `where` is the period of the run. In fp16 leaving steps out is the loss scaler's work.
         """
         skipped = self._engine.skipped_steps
         was_skipped, self._skipped_steps = skipped > self._skipped_steps, skipped
         finite, self._loss_was_finite = self._loss_was_finite, torch.ones_like(self._loss_was_finite)
         if not was_skipped or self._engine.fp16_enabled():
             return
-        every = [torch.empty_like(finite) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, finite)
-        ranks = [rank for rank, was_finite in enumerate(every) if not was_finite]
+        ranks = [rank for rank, was_finite in enumerate(gather(bool(finite))) if not was_finite]
         what = f"the loss of rank(s) {ranks} is not finite" if ranks else "the gradients are not finite"
         message = f"step {self._engine.global_steps}, {where}: {what}; no weight was changed"
         if self._policy == "stop":
@@ -143,8 +116,7 @@ class InactiveWeights:
         self._digests = {name: self._digest(value) for name, value in self._parameters.items()}
         if self._partitions.weights_are_sharded:
             return
-        every: list[dict[str, str]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(every, self._digests)
+        every = gather(self._digests)
         differing = [rank for rank, digests in enumerate(every) if digests != every[0]]
         if differing:
             raise RuntimeError(f"inactive weights of ranks {differing} differ from rank 0's")

@@ -1,23 +1,36 @@
-"""Weights of the layers that samplers go by: a list of the user's, or a table of norms.
+"""Weights of the layers that samplers go by: a list of the user's, a table of norms, or learned while they train.
 
 The paper's motivation gives p_l = w_l(LoRA) / w_l(full): "norms.csv#lora.weight_norm/full.weight_norm".
+
+The sampler "adaptive" learns them: when a layer's period ends it is looked at by the norm of its gradients. Such norms,
+averaged over visits and made probabilities by a softmax that is mixed with the uniform, are what GRASS and MISA go by.
 """
 
 import csv
 import io
 import json
 import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import distributed as dist
+
 from lisa_dist.errors import UserError
+from lisa_dist.optim.moments import mean_squared_norm
+from lisa_dist.optim.states import PartitionKey
+from lisa_dist.zero.partitions import ZeroPartitions
+
+DECAY = 0.5  # the share that the past keeps at each visit
+FLOOR = 0.2  # the part of the probability that is spread evenly
 
 
 def load_layer_weights(source: str, num_layers: int, num_active: int) -> list[float]:
     """Read the weights of the layers, a JSON list or columns of a table of norms, and check them against the model.
 
     A table is a CSV of `lisa-dist norms`; "norms.csv#A/B" is its column A over its column B, "norms.csv#A" the column
-    A. Raises ValueError, naming the file and the rule, when it is missing, empty, not of numbers, of another length,
-    negative, not finite, or has fewer positive weights than layers must be sampled.
+    A. Raises UserError, naming the file and the rule.
     """
     flag = f"--lisa_weights_file {source}"
     path, columns = split_columns(source)
@@ -80,3 +93,55 @@ def _weights_of_table(flag: str, text: str, columns: str) -> list[float]:
     if any(divisor == 0 for _, *divisors in numbers for divisor in divisors):
         raise UserError(f"{flag}: {wanted[1]} of a layer is 0, and nothing can be divided by it.")
     return [number / (divisors[0] if divisors else 1.0) for number, *divisors in numbers]
+
+
+class LayerImportance:
+    """Averages of what was observed of each layer, and the sampling weights that follow from them.
+
+    A layer's average is exponential over its visits. Averages are divided by their mean over the layers seen, so that
+    they have no unit; a layer that was never seen counts as the highest that was, so that each is looked at soon.
+    """
+
+    def __init__(self, num_layers: int):
+        self.averages: list[float | None] = [None] * num_layers
+
+    def observe(self, seen: Mapping[int, float]) -> None:
+        """Take in what the period's layers showed; a value that is not finite says nothing."""
+        for layer, value in seen.items():
+            if math.isfinite(value):
+                past = self.averages[layer]
+                self.averages[layer] = value if past is None else DECAY * past + (1 - DECAY) * value
+
+    def weights(self) -> list[float]:
+        """Weights of the layers, which add up to 1: a part of it evenly, the rest by a softmax."""
+        count, known = len(self.averages), [value for value in self.averages if value is not None]
+        mean = sum(known) / len(known) if known else 0.0
+        if mean <= 0:
+            return [1 / count] * count
+        scores = [(max(known) if value is None else value) / mean for value in self.averages]
+        powers = [max(math.exp(score - max(scores)), 1e-6) for score in scores]  # so that there are layers enough
+        return [FLOOR / count + (1 - FLOOR) * power / sum(powers) for power in powers]
+
+
+def observe_layers(
+    importance: LayerImportance,
+    layers: Sequence[int],
+    partitions: ZeroPartitions,
+    layer_of: Callable[[PartitionKey], int | None],
+) -> None:
+    """Have `importance` observe the layers whose period ends: the same numbers on all ranks, which all call it.
+
+    By the root mean square of each layer's gradient norm, clipped, since its moments began; NaN before that. 8 bytes a
+    layer are summed, and broadcast.
+    """
+    get_accelerator().synchronize()
+    pieces, beta2 = partitions.pieces(), partitions.optimizer.param_groups[0]["betas"][1]
+    squares = torch.zeros(len(layers), dtype=torch.float64, device=partitions.engine.device)
+    for key, state in partitions.states().items():
+        layer = layer_of(key)
+        if layer in layers:
+            squares[layers.index(layer)] += mean_squared_norm(state, pieces[key], beta2)
+    dist.all_reduce(squares)
+    norms = squares.sqrt()
+    dist.broadcast(norms, src=0)
+    importance.observe(dict(zip(layers, norms.tolist(), strict=True)))

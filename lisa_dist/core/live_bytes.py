@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator
 
 import torch
 
@@ -25,46 +24,23 @@ def live_storages() -> list[torch.UntypedStorage]:
     """Every storage that a tensor known to the garbage collector points to, once; none that ranks share."""
     kinds = _tensor_classes()
     storages: dict[int, torch.UntypedStorage] = {}
-    with _without_collection():
+    was_enabled = gc.isenabled()
+    gc.disable()  # it may take the tensor from an object that torch 2.9 owns, whoever refers to it
+    try:
         # By exact class: isinstance would be slower, and asks lazy proxies for __class__, which makes them load.
         for candidate in [thing for thing in gc.get_objects() if type(thing) in kinds]:
-            if not _is_defined(candidate):
-                continue
-            for tensor in (candidate, candidate.grad if candidate.is_leaf else None):
-                if tensor is not None and tensor.layout == torch.strided and not tensor.is_meta:
-                    storage = tensor.untyped_storage()
-                    address = _address(storage) if storage.device.type != "meta" else None  # a plan's
-                    if address is not None and address not in shared_addresses:
-                        storages[address] = storage
-    return list(storages.values())
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """The garbage collector may take the tensor from an object that torch 2.9 and older own, whoever refers to it."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
+            # There is no other way to ask whether torch 2.9 has left no tensor in an object, or a compiler no memory.
+            with contextlib.suppress(RuntimeError):
+                for tensor in (candidate, candidate.grad if candidate.is_leaf else None):
+                    if tensor is not None and tensor.layout == torch.strided and not tensor.is_meta:
+                        storage = tensor.untyped_storage()
+                        is_planned = storage.device.type == "meta"
+                        if not is_planned and storage.data_ptr() not in shared_addresses:
+                            storages[storage.data_ptr()] = storage
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _is_defined(tensor: torch.Tensor) -> bool:
-    """Whether the tensor behind an object is there still."""
-    try:
-        return tensor.device is not None
-    except RuntimeError:  # there is no other way to ask
-        return False
-
-
-def _address(storage: torch.UntypedStorage) -> int | None:
-    """Where a storage is; None for one without memory, of a tensor that torch has compiled with."""
-    try:
-        return storage.data_ptr()
-    except RuntimeError:  # there is no other way to ask
-        return None
+    return list(storages.values())
 
 
 def _tensor_classes() -> set[type]:

@@ -31,7 +31,7 @@ def changed_settings(
 ) -> list[str]:
     """The settings in which a saved run (`LisaController.state_dict`) differs from this one, the free ones left out.
 
-    Raises ValueError when the state is of another model, or when settings differ in the middle of a period.
+    Raises UserError when the state is of another model, or when settings differ in the middle of a period.
     """
     if state["version"] != STATE_VERSION:
         raise UserError(f"the LISA state has version {state['version']}; this release reads {STATE_VERSION}.")

@@ -1,32 +1,29 @@
 """Which blocks train in a period: pure functions of (seed, period, weights).
 
-They know no rank, no state and no random generator of a library: every number is read from SHA-256, so the same seed
-and period give the same layers on any rank, machine, world size and Python version.
-
-The sampler "adaptive" gives `sample_period` its current weights, as "weighted" does; importance.py has its state.
+Every number is read from SHA-256, so the same seed and period give the same layers on any rank, machine, world size and
+Python version.
 
 Source: Algorithm 1, line 3 (uniform). Weighted sampling without replacement: Efraimidis and Spirakis, "Weighted random
 sampling with a reservoir", 2006. Visits at given rates, each in a time window of its own: Baruah et al., "Proportionate
 progress: a notion of fairness in resource allocation", 1996.
 """
 
-import functools
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy
 
+from lisa_dist.config_rules import SAMPLERS
 from lisa_dist.errors import UserError
 
 
 @dataclass(frozen=True)
 class SampledBlock:
-    """An outer block (embed, head, rest) that is sampled as layers are, instead of being always trained.
+    """An outer block (embed, head, rest) that a period trains with a probability.
 
-    `probability` is that of a period to train it. It then takes the place of `places` layers in that period: as many as
-    it is layers large, so that a period's memory does not grow by it.
+    It then takes the place of `places` layers, as many as it is layers large: a period's memory does not grow by it.
     """
 
     name: str
@@ -42,53 +39,75 @@ class ActiveSet:
     blocks: tuple[str, ...] = ()
 
 
-def sample_period(
-    sampler: str,
-    num_layers: int,
-    num_active: int,
-    seed: int,
-    period: int,
-    weights: Sequence[float] | None = None,
-    outer: Sequence[SampledBlock] = (),
-) -> ActiveSet:
-    """Sample one period: `num_active` of range(`num_layers`), less the places that a sampled outer block takes.
+@dataclass(frozen=True)
+class Period:
+    """What a sampler is given: `count` of range(`num_layers`) are to be sampled for the period `number`, from 0 on.
 
-    `weights` (one non-negative number a layer) count for the samplers "weighted", "balanced" and "adaptive". Costs a
-    hash for each earlier period where layers come in a sequence, and for "balanced" a sort: 0.2 s after 10,000 periods.
+    `count` is `num_active`, less the places of a sampled outer block. `weights` are one non-negative number a layer.
     """
-    assert 0 <= num_active <= num_layers
-    assert period >= 0
-    assert sum(block.probability for block in outer) <= 1
-    block = _sample_outer(seed, period, outer)
-    count = _num_layers(block, num_active)
-    counts = [count]  # of every period up to this one, where one goes on from the others
-    if sampler in ("reshuffle", "balanced"):
-        earlier = (_sample_outer(seed, before, outer) for before in range(period))
-        counts = [*(_num_layers(taking, num_active) for taking in earlier), count]
-    if sampler == "uniform":
-        chosen = _random_order(seed, period, num_layers)[:count]
-    elif sampler == "fixed":
-        chosen = _random_order(seed, 0, num_layers)[:count]
-    elif sampler == "reshuffle":
-        chosen = _reshuffled(seed, counts, num_layers)
-    elif sampler == "balanced":
-        rates = _rates(tuple(weights or [1.0] * num_layers), num_active)
-        *_, chosen = balanced_samples(seed, counts, rates)
-    elif sampler in ("weighted", "adaptive"):
-        chosen = _random_order(seed, period, num_layers, weights)[:count]
-    else:
-        raise UserError(f"unknown sampler {sampler!r}")
-    return ActiveSet(tuple(sorted(chosen)), () if block is None else (block.name,))
+
+    num_layers: int
+    num_active: int
+    seed: int
+    number: int
+    weights: Sequence[float] | None = None
+    outer: Sequence[SampledBlock] = ()
+
+    @property
+    def count(self) -> int:
+        """How many layers to sample."""
+        return self._count(self.number)
+
+    @property
+    def counts(self) -> list[int]:
+        """How many in each period up to this one, for samples that go on from one another."""
+        return [self._count(number) for number in range(self.number + 1)]
+
+    def _count(self, number: int) -> int:
+        block = _sample_outer(self.seed, number, self.outer)
+        return self.num_active - (0 if block is None else block.places)
+
+
+Sampler = Callable[[Period], Iterable[int]]
+
+
+def register_sampler(name: str) -> Callable[[Sampler], Sampler]:
+    """Decorate a function by which `LisaConfig(lisa_sampler=name)` samples layers. It is called with a `Period`.
+
+    It gives `period.count` different ones of range(period.num_layers), by the period alone: all ranks call it, and a
+    resumed run again. Raises UserError for the name of a sampler of this library.
+    """
+    if getattr(SAMPLERS.get(name), "__module__", "") == __name__:
+        raise UserError(f"register_sampler({name!r}): this is a sampler of lisa_dist; choose another name.")
+
+    def register(sampler: Sampler) -> Sampler:
+        SAMPLERS[name] = sampler
+        return sampler
+
+    return register
+
+
+def sample_period(sampler: str, period: Period) -> ActiveSet:
+    """Sample one period by a registered sampler; UserError where it gives other than `period.count` different layers.
+
+    Samples that go on from one another cost a hash for each earlier period, and for "balanced" a sort: 0.2 s after
+    10,000 periods.
+    """
+    assert 0 <= period.num_active <= period.num_layers
+    chosen = sorted(int(layer) for layer in SAMPLERS[sampler](period))
+    if len(chosen) != period.count or len({*range(period.num_layers)} & {*chosen}) != period.count:
+        raise UserError(
+            f"--lisa_sampler {sampler}: gave {chosen} for period {period.number}; a sampler gives {period.count} "
+            f"different layers of 0 to {period.num_layers - 1}."
+        )
+    block = _sample_outer(period.seed, period.number, period.outer)
+    return ActiveSet(tuple(chosen), () if block is None else (block.name,))
 
 
 def sample_units(
     sampler: str, sizes: Sequence[int], budget: int, seed: int, period: int, weights: Sequence[float] | None = None
 ) -> ActiveSet:
-    """Sample one period of units of different sizes: in random order, each that still fits `budget`, their sum's bound.
-
-    `weights` (one non-negative number a unit) are those of the sampler "adaptive". `budget` is at least the smallest
-    size.
-    """
+    """Sample one period of units of different sizes: in random order, each that still fits the sum's `budget`."""
     order = _random_order(seed, 0 if sampler == "fixed" else period, len(sizes), weights)
     return ActiveSet(tuple(sorted(fill(order, sizes, budget))))
 
@@ -103,8 +122,49 @@ def fill(order: Iterable[int], sizes: Sequence[int], budget: int) -> list[int]:
     return chosen
 
 
-def _num_layers(block: SampledBlock | None, num_active: int) -> int:
-    return num_active - (0 if block is None else block.places)
+@register_sampler("uniform")
+def _sample_uniform(period: Period) -> list[int]:
+    return _random_order(period.seed, period.number, period.num_layers)[: period.count]
+
+
+@register_sampler("fixed")
+def _sample_fixed(period: Period) -> list[int]:
+    return _random_order(period.seed, 0, period.num_layers)[: period.count]
+
+
+@register_sampler("weighted")
+@register_sampler("adaptive")  # whose weights are those of `layer_weights.LayerImportance`
+def _sample_weighted(period: Period) -> list[int]:
+    return _random_order(period.seed, period.number, period.num_layers, period.weights)[: period.count]
+
+
+@register_sampler("reshuffle")
+def _sample_reshuffled(period: Period) -> list[int]:
+    """The last of successive samples from permutations laid end to end.
+
+    Every layer comes once before any comes twice. A sample may straddle two permutations. The layers left over from the
+    first then must not come up again at once, so the second has them moved behind its part of that sample.
+    """
+    waiting: list[int] = []
+    chosen: list[int] = []
+    epoch = 0
+    for count in period.counts:
+        if len(waiting) < count:
+            order = _random_order(period.seed, epoch, period.num_layers)
+            epoch += 1
+            head = [layer for layer in order if layer not in waiting][: count - len(waiting)]
+            if waiting:
+                order = head + [layer for layer in order if layer not in head]
+            waiting += order
+        chosen, waiting = waiting[:count], waiting[count:]
+    return chosen
+
+
+@register_sampler("balanced")
+def _sample_balanced(period: Period) -> list[int]:
+    rates = inclusion_probabilities(period.weights or [1.0] * period.num_layers, period.num_active)
+    *_, chosen = balanced_samples(period.seed, period.counts, rates)
+    return chosen
 
 
 def inclusion_probabilities(weights: Sequence[float], num_sampled: int) -> list[float]:
@@ -112,9 +172,7 @@ def inclusion_probabilities(weights: Sequence[float], num_sampled: int) -> list[
 
     A layer with weight w arrives after an exponential time of rate w, and the first `num_sampled` to arrive are
     sampled, so layer i is sampled where fewer than `num_sampled` others arrive before it: the integral over t of
-    w_i exp(-w_i t) times that probability, a sum of independent events. They add up to `num_sampled`; no layer's is
-    above 1, so where several are sampled heavy layers have less than `num_sampled` times their share of the weights.
-    To about 1e-8.
+    w_i exp(-w_i t) times that probability, a sum of independent events. To about 1e-8.
     """
     highest = max(weights)
     rates = numpy.array([max(weight / highest, 1e-9) for weight in weights if weight > 0])  # less is next to never
@@ -141,6 +199,34 @@ def inclusion_probabilities(weights: Sequence[float], num_sampled: int) -> list[
         probabilities.append(float(numpy.trapezoid(density * (before[layer] * at_most).sum(axis=0), log_times)))
     of_positive = iter(probabilities)
     return [next(of_positive) if weight > 0 else 0.0 for weight in weights]
+
+
+def balanced_samples(seed: int, counts: Iterable[int], rates: Sequence[float]) -> Iterator[list[int]]:
+    """Successive samples, of `counts` layers each, in which layers come as often as their rates a period say.
+
+    The n-th visit of a layer with rate r has a window of its own, from n / r to (n + 1) / r periods, and is due at a
+    random time in it. Windows that end with this period come first, then those that have begun, in the order in which
+    they are due. So at any time a layer has had its rate's visits within one and a half, within one nearly always.
+    """
+    total, now = sum(rates), 0.0
+
+    def window(layer: int, visit: int) -> tuple[float, float, float, int]:
+        """When a visit begins, is due, and ends; and its number."""
+        due = visit + _uniform(seed, f"balanced {layer}", visit)
+        return visit / rates[layer], due / rates[layer], (visit + 1) / rates[layer], visit
+
+    windows = {layer: window(layer, 0) for layer, rate in enumerate(rates) if rate > 0}
+    for count in counts:
+        now += count / max(total, 1e-9)
+        late, early = now + 1e-6, now - 1e-6  # rates are that exact
+        order = sorted(
+            (0, ends, layer) if ends <= late else (1 if begins < early else 2, due, layer)
+            for layer, (begins, due, ends, _) in windows.items()
+        )
+        chosen = [layer for *_, layer in order[:count]]
+        yield chosen
+        for layer in chosen:
+            windows[layer] = window(layer, windows[layer][3] + 1)
 
 
 def _uniform(seed: int, stream: int | str, index: int) -> float:
@@ -171,58 +257,3 @@ def _random_order(seed: int, stream: int, num_layers: int, weights: Sequence[flo
         return math.inf if rate == 0 else -math.log(_uniform(seed, stream, layer)) / rate
 
     return sorted(range(num_layers), key=lambda layer: (arrival(layer), layer))
-
-
-def _reshuffled(seed: int, counts: Iterable[int], num_layers: int) -> list[int]:
-    """The last of successive samples, of `counts` layers each, from permutations laid end to end.
-
-    Every layer comes once before any comes twice. A sample may straddle two permutations. The layers left over from the
-    first then must not come up again at once, so the second has them moved behind its part of that sample.
-    """
-    waiting: list[int] = []
-    chosen: list[int] = []
-    epoch = 0
-    for count in counts:
-        if len(waiting) < count:
-            order = _random_order(seed, epoch, num_layers)
-            epoch += 1
-            head = [layer for layer in order if layer not in waiting][: count - len(waiting)]
-            if waiting:
-                order = head + [layer for layer in order if layer not in head]
-            waiting += order
-        chosen, waiting = waiting[:count], waiting[count:]
-    return chosen
-
-
-@functools.lru_cache(maxsize=8)
-def _rates(weights: tuple[float, ...], num_active: int) -> list[float]:
-    """Visits a period of each layer, by its weight."""
-    return inclusion_probabilities(weights, num_active)
-
-
-def balanced_samples(seed: int, counts: Iterable[int], rates: Sequence[float]) -> Iterator[list[int]]:
-    """Successive samples, of `counts` layers each, in which layers come as often as their rates a period say.
-
-    The n-th visit of a layer with rate r has a window of its own, from n / r to (n + 1) / r periods, and is due at a
-    random time in it. Windows that end with this period come first, then those that have begun, in the order in which
-    they are due. So at any time a layer has had its rate's visits within one and a half, within one nearly always.
-    """
-    total, now = sum(rates), 0.0
-
-    def window(layer: int, visit: int) -> tuple[float, float, float, int]:
-        """When a visit begins, is due, and ends; and its number."""
-        due = visit + _uniform(seed, f"balanced {layer}", visit)
-        return visit / rates[layer], due / rates[layer], (visit + 1) / rates[layer], visit
-
-    windows = {layer: window(layer, 0) for layer, rate in enumerate(rates) if rate > 0}
-    for count in counts:
-        now += count / max(total, 1e-9)
-        late, early = now + 1e-6, now - 1e-6  # rates are that exact
-        order = sorted(
-            (0, ends, layer) if ends <= late else (1 if begins < early else 2, due, layer)
-            for layer, (begins, due, ends, _) in windows.items()
-        )
-        chosen = [layer for *_, layer in order[:count]]
-        yield chosen
-        for layer in chosen:
-            windows[layer] = window(layer, windows[layer][3] + 1)

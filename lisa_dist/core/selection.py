@@ -1,10 +1,13 @@
-"""Which blocks of one model train when: the settings of LISA met with the model's blocks.
+"""Which blocks of one model train when, and the parameter groups over them, in constant number and order.
 
-`sampling` knows numbers alone; this file knows which parameters they stand for. It knows no engine and no rank.
+Schedulers keep one base learning rate for each group and DeepSpeed one flat buffer, so the groups must not change in
+number or order when other layers are activated. Each outer block has its own groups, and each of the gamma active
+layers, or each active module, fills one slot; a block has one group for what decays and one for what does not. A slot,
+or a sampled outer block, may be empty in a period: its groups stay in the list without parameters.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +16,16 @@ import torch
 from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import FACTORED, OUTER_BLOCKS, StateBits
 from lisa_dist.core.blocks import Block, Blocks
-from lisa_dist.core.groups import build_param_groups, check_same_kinds, decays
-from lisa_dist.core.importance import LayerImportance
-from lisa_dist.core.layer_weights import load_layer_weights
-from lisa_dist.core.sampling import ActiveSet, SampledBlock, fill, inclusion_probabilities, sample_period, sample_units
+from lisa_dist.core.layer_weights import LayerImportance, load_layer_weights
+from lisa_dist.core.sampling import (
+    ActiveSet,
+    Period,
+    SampledBlock,
+    fill,
+    inclusion_probabilities,
+    sample_period,
+    sample_units,
+)
 from lisa_dist.errors import UserError
 from lisa_dist.optim.states import PartitionKey
 from lisa_dist.text import format_active, format_count
@@ -24,10 +33,7 @@ from lisa_dist.zero.parameters import parameter_shape
 
 
 class BlockSelection:
-    """What trains in each period of a run, and its parameter groups.
-
-    Raises ValueError for settings that this model cannot have.
-    """
+    """What trains in each period of a run, and its parameter groups; UserError for what the model cannot have."""
 
     def __init__(self, config: LisaConfig, blocks: Blocks):
         num_layers = len(blocks.layers)
@@ -40,9 +46,7 @@ class BlockSelection:
         self.most_active = most_active(config, self._sizes)
         self.gamma = config.lisa_activated_layers  # layers of a period, or fewer (`sample_fewer`)
         self.sampled = sampled_blocks(config, blocks)
-        self._state_bits = _state_bits(config, blocks)
-        self._offloaded = _offloaded(config, blocks)
-        _check_lr_scales(config, blocks)
+        _check_factored(config, blocks)
         file = config.lisa_weights_file
         self.weights = None if file is None else load_layer_weights(file, num_layers, config.lisa_activated_layers)
         self.importance = LayerImportance(num_layers) if config.lisa_sampler == "adaptive" else None
@@ -51,19 +55,10 @@ class BlockSelection:
 
     def sample(self, period: int) -> ActiveSet:
         """What a period trains besides the always-trained blocks."""
-        config = self._config
-        if config.by_module:
-            sizes, budget = self._sizes, self._budget
-            return sample_units(config.lisa_sampler, sizes, budget, config.lisa_seed, period, self.weights_now)
-        return sample_period(
-            config.lisa_sampler,
-            len(self._blocks.layers),
-            self.gamma,
-            config.lisa_seed,
-            period,
-            self.weights_now,
-            self.sampled,
-        )
+        sampler, seed, weights = self._config.lisa_sampler, self._config.lisa_seed, self.weights_now
+        if self._config.by_module:
+            return sample_units(sampler, self._sizes, self._budget, seed, period, weights)
+        return sample_period(sampler, Period(len(self._sizes), self.gamma, seed, period, weights, self.sampled))
 
     def sample_fewer(self, layers: int) -> None:
         """Sample `layers`, no more than the settings say, from the next period on; the optimizer keeps its slots."""
@@ -73,7 +68,7 @@ class BlockSelection:
 
     def state_dict(self) -> dict[str, Any]:
         """What is known of the layers, as JSON has it."""
-        importance = None if self.importance is None else self.importance.state_dict()
+        importance = None if self.importance is None else list(self.importance.averages)
         state = {"weights": self.weights, "importance": importance}
         return state if self.gamma == self._config.lisa_activated_layers else state | {"gamma": self.gamma}
 
@@ -82,7 +77,7 @@ class BlockSelection:
         if state["config"]["lisa_activated_layers"] == self._config.lisa_activated_layers and "gamma" in state:
             self.sample_fewer(state["gamma"])
         if self.importance is not None and state.get("importance") is not None:
-            self.importance.load_state_dict(state["importance"])
+            self.importance.averages = list(state["importance"])
 
     @property
     def weights_now(self) -> list[float] | None:
@@ -90,10 +85,7 @@ class BlockSelection:
         return self.weights if self.importance is None else self.importance.weights()
 
     def probabilities(self, active: ActiveSet) -> list[float]:
-        """The probability that each layer had to be sampled, by the current weights; empty where there are none.
-
-        Empty for modules too, whose sizes decide as well.
-        """
+        """The probability of each layer to be sampled, by the current weights; of modules, whose sizes decide, none."""
         weights = self.weights_now
         return [] if weights is None or self._config.by_module else inclusion_probabilities(weights, len(active.layers))
 
@@ -102,10 +94,7 @@ class BlockSelection:
         return self._layer_of.get(key[0])
 
     def widest(self, active: ActiveSet) -> ActiveSet:
-        """The set with a layer in every slot and every outer block that is ever sampled.
-
-        What the optimizer is built over, since DeepSpeed takes no group without parameters.
-        """
+        """The set with a layer in every slot and every sampled outer block, since DeepSpeed takes no empty group."""
         others = [layer for layer, size in enumerate(self._sizes) if layer not in active.layers and size > 0]
         others.sort(key=self._sizes.__getitem__)  # layers of a size stay in order
         layers = sorted([*active.layers, *others[: self.most_active - len(active.layers)]])
@@ -152,17 +141,15 @@ class BlockSelection:
 
     def _outer(self, active: ActiveSet) -> list[Block]:
         """The outer blocks that train, in the order of their groups; none without parameters."""
-        blocks = [
-            self._blocks.outer(name) for name in OUTER_BLOCKS if name in (*self._config.always_on, *active.blocks)
-        ]
-        return [block for block in blocks if block.parameters]
+        names = [name for name in OUTER_BLOCKS if name in (*self._config.always_on, *active.blocks)]
+        return [block for block in map(self._blocks.outer, names) if block.parameters]
 
     def _layers(self, active: ActiveSet) -> list[Block]:
         return [self._blocks.layers[layer] for layer in active.layers]
 
     def _groups(self, active: ActiveSet, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        outer, layers = self._outer(active), self._layers(active)
-        return build_param_groups(outer, layers, weight_decay, self._state_bits, self._offloaded)
+        bits, offloaded = self._config.state_bits, self._config.offloaded
+        return build_param_groups(self._outer(active), self._layers(active), weight_decay, bits, offloaded)
 
 
 def most_active(config: LisaConfig, sizes: Sequence[int]) -> int:
@@ -174,7 +161,7 @@ def most_active(config: LisaConfig, sizes: Sequence[int]) -> int:
 
 
 def unit_budget(config: LisaConfig, sizes: Sequence[int]) -> int:
-    """Parameters that a period may train of modules of these sizes. Raises ValueError where not one fits."""
+    """Parameters that a period may train of modules of these sizes. Raises UserError where not one fits."""
     smallest, total = min(filter(None, sizes)), sum(sizes)
     budget = int(config.budget * total * (1 + 1e-9))  # 0.29 of 100 is 28.999999999999996
     if budget < smallest:
@@ -186,22 +173,12 @@ def unit_budget(config: LisaConfig, sizes: Sequence[int]) -> int:
 
 
 def sampled_blocks(config: LisaConfig, blocks: Blocks) -> list[SampledBlock]:
-    """The outer blocks that are sampled, with their probabilities and places; tied matrices are one, in embed.
-
-    Raises ValueError when embed and head are tied and not treated as one, or the probabilities add up to more than 1.
-    """
-    policies = {name: [name in config.always_on, name in config.frozen] for name in ("embed", "head")}
+    """The outer blocks that are sampled, with their probabilities and places; tied matrices are one, in embed."""
     probabilities = dict(config.block_probabilities)
     if blocks.tied:
-        given = {probabilities.pop(name) for name in ("embed", "head") if name in probabilities}
-        if policies["embed"] != policies["head"] or len(given) > 1:
-            raise UserError(
-                f"--lisa_always_on {config.lisa_always_on}, --lisa_frozen {config.lisa_frozen}, "
-                f"--lisa_block_probability {config.lisa_block_probability}: embed and head of this model are one tied "
-                "matrix; give both the same."
-            )
-        if given:
-            probabilities["embed"] = given.pop()
+        _check_tied(config)
+        if "head" in probabilities:
+            probabilities["embed"] = probabilities.pop("head")
     gamma, num_layers = config.lisa_activated_layers, len(blocks.layers)
     layer_numel = sum(layer.numel for layer in blocks.layers) / num_layers
     sampled = []
@@ -220,23 +197,33 @@ def sampled_blocks(config: LisaConfig, blocks: Blocks) -> list[SampledBlock]:
     return sampled
 
 
-def _check_lr_scales(config: LisaConfig, blocks: Blocks) -> None:
-    scales = config.lr_scales
-    if blocks.tied and scales.get("head", scales.get("embed")) != scales.get("embed"):
-        raise UserError(
-            f"--lisa_lr_scale {config.lisa_lr_scale}: embed and head of this model are one tied matrix; give both the "
-            "same."
-        )
+def _check_tied(config: LisaConfig) -> None:
+    """Refuse settings that differ for embed and head, which are one matrix."""
+
+    def differ(given: Mapping[str, object] | Sequence[str]) -> bool:
+        if isinstance(given, Mapping):  # a head without a value of its own has that of the embedding
+            return given.get("head", given.get("embed")) != given.get("embed")
+        return ("embed" in given) != ("head" in given)
+
+    probabilities = config.block_probabilities
+    policies = (
+        f"--lisa_always_on {config.lisa_always_on}, --lisa_frozen {config.lisa_frozen}, "
+        f"--lisa_block_probability {config.lisa_block_probability}"
+    )
+    for flags, are_two in (
+        (policies, differ(config.always_on) or differ(config.frozen)),
+        (policies, len({probabilities[name] for name in ("embed", "head") if name in probabilities}) > 1),
+        (f"--lisa_state_bits {config.lisa_state_bits}", differ(config.state_bits)),
+        (f"--lisa_offload {config.lisa_offload}", differ(config.offloaded)),
+        (f"--lisa_lr_scale {config.lisa_lr_scale}", differ(config.lr_scales)),
+    ):
+        if are_two:
+            way_out = "both or neither" if "offload" in flags else "both the same"
+            raise UserError(f"{flags}: embed and head of this model are one tied matrix; give {way_out}.")
 
 
-def _state_bits(config: LisaConfig, blocks: Blocks) -> dict[str, StateBits]:
-    bits = config.state_bits
-    if blocks.tied and bits.get("head", bits.get("embed")) != bits.get("embed"):
-        raise UserError(
-            f"--lisa_state_bits {config.lisa_state_bits}: embed and head of this model are one tied matrix; give both "
-            "the same."
-        )
-    for block in (blocks.outer(name) for name, given in bits.items() if given == FACTORED):
+def _check_factored(config: LisaConfig, blocks: Blocks) -> None:
+    for block in (blocks.outer(name) for name, given in config.state_bits.items() if given == FACTORED):
         for name, parameter in block.parameters.items():
             shape = parameter_shape(parameter)
             if decays(block, name) and len(shape) != 2:
@@ -244,13 +231,89 @@ def _state_bits(config: LisaConfig, blocks: Blocks) -> dict[str, StateBits]:
                     f"--lisa_state_bits {config.lisa_state_bits}: moments by row and column are for matrices, and "
                     f"{name} in {block.name} has the shape {list(shape)}; give {block.name}=8."
                 )
-    return bits
 
 
-def _offloaded(config: LisaConfig, blocks: Blocks) -> tuple[str, ...]:
-    if blocks.tied and ("embed" in config.offloaded) != ("head" in config.offloaded):
-        raise UserError(
-            f"--lisa_offload {config.lisa_offload}: embed and head of this model are one tied matrix; give both or "
-            "neither."
-        )
-    return config.offloaded
+def decays(block: Block, name: str) -> bool:
+    """Whether weight decay applies to a parameter of the block."""
+    if block.decaying is not None:
+        return name in block.decaying
+    return len(parameter_shape(block.parameters[name])) >= 2 and not name.endswith("bias")
+
+
+def split_by_decay(block: Block) -> dict[str, list[torch.nn.Parameter]]:
+    """The parameters of a block as {"decay": [...], "no_decay": [...]}, without an empty entry."""
+    kinds: dict[str, list[torch.nn.Parameter]] = {"decay": [], "no_decay": []}
+    for name, parameter in block.parameters.items():
+        kinds["decay" if decays(block, name) else "no_decay"].append(parameter)
+    return {kind: parameters for kind, parameters in kinds.items() if parameters}
+
+
+def build_param_groups(
+    outer: Iterable[Block],
+    active_layers: Iterable[Block],
+    weight_decay: float,
+    state_bits: Mapping[str, StateBits] | None = None,
+    offloaded: Container[str] = (),
+) -> list[dict[str, Any]]:
+    """Parameter groups: the outer blocks first, then one slot for each active layer.
+
+    Every group has a `lisa_group` name, such as "embed/decay" or "slot1/no_decay"; `lisa_state_bits` where `state_bits`
+    has its block (embed, head, rest or layers); and `lisa_host` where `offloaded` has it.
+    """
+    named = [(block.name, block.name, block) for block in outer]
+    named += [(f"slot{slot}", "layers", layer) for slot, layer in enumerate(active_layers)]
+    bits = state_bits or {}
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if kind == "decay" else 0.0,
+            "lisa_group": f"{name}/{kind}",
+            **({"lisa_state_bits": bits[policy]} if policy in bits and takes_bits(bits[policy], kind) else {}),
+            **({"lisa_host": True} if policy in offloaded else {}),
+        }
+        for name, policy, block in named
+        for kind, parameters in split_by_decay(block).items()
+    ]
+
+
+def takes_bits(bits: StateBits, kind: str) -> bool:
+    """Whether a group of this kind has the bits of its block: fewer than 32 apply to what decays, matrices."""
+    return bits == 32 or kind == "decay"
+
+
+def check_same_kinds(layers: list[Block]) -> None:
+    """Raise UserError when layers differ in which kinds of group they need, so that slots could not stay constant."""
+    first = tuple(split_by_decay(layers[0]))
+    for layer in layers:
+        if (kind := tuple(split_by_decay(layer))) != first:
+            raise UserError(
+                f"{layer.name} has parameters of the kinds {kind}, but {layers[0].name} has {first}: decoder layers "
+                "must all have matrices, and all or none have norms or biases. Choose other layers with "
+                "--lisa_layers_attribute, and freeze the same in each, if anything."
+            )
+
+
+def scale_rates(optimizer: torch.optim.Optimizer, scales: Mapping[str, float]) -> None:
+    """Have parameter groups step with their learning rate times that of their block in `scales` (--lisa_lr_scale).
+
+    The schedule and the trackers keep the group's own rate: it is changed for the optimizer's step alone.
+    """
+    rates: list[tuple[dict[str, Any], float | torch.Tensor]] = []
+
+    def restore(*_: object) -> None:
+        for group, rate in rates:
+            group["lr"] = rate
+        rates.clear()
+
+    def change(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        restore()  # after a step that has raised
+        for group in optimizer.param_groups:
+            block = group["lisa_group"].partition("/")[0]
+            share = scales.get("layers" if block.startswith("slot") else block, 1.0)
+            if share != 1:
+                rates.append((group, group["lr"]))
+                group["lr"] = group["lr"] * share
+
+    if scales:
+        optimizer.register_step_pre_hook(change)
+        optimizer.register_step_post_hook(restore)

@@ -1,10 +1,8 @@
 """The originals of weights that a device has in fewer bits: one copy for all ranks of a host.
 
 The first rank of each host makes a file without a name, in memory or in a folder, and the others map it through that
-rank's descriptor: it is gone with the last of them, whatever ends the run. What is mapped is pinned where there is a
-GPU, so that the host waits for no copy; they are in the order of what the GPU computes.
-
-The first rank writes, the others read; whoever reads what was written has met that rank in a collective since.
+rank's descriptor: it is gone with the last of them, whatever ends the run. The first rank writes; the others read it
+after a collective.
 """
 
 import contextlib
@@ -14,9 +12,11 @@ import tempfile
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 import psutil
 import torch
+from torch import distributed as dist
 
 from lisa_dist.core.live_bytes import shared_addresses
 from lisa_dist.distributed.collectives import gather, raise_shared
@@ -34,29 +34,32 @@ class WeightStore:
     """Tensors of the sizes of `like`, by name, in memory that the ranks of a host share; all ranks build it together.
 
     `place` is "host" or a folder, `freed` the bytes of this host's memory that come free as the store is filled. Raises
-    SharedError on all ranks, naming the host, where one has no room or a rank cannot see what the first has made.
+    SharedError, naming the host, where one has no room or a rank cannot see what the first has made.
     """
 
     def __init__(self, like: Mapping[str, torch.Tensor], place: str, device: torch.device, freed: int = 0):
         sizes = {name: -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT for name, value in like.items()}
         self.nbytes = sum(sizes.values())
-        hosts, rank = gather(host_name()), self._rank()
+        hosts, rank = gather(host_name()), dist.get_rank() if dist.is_initialized() else 0
         first = hosts.index(hosts[rank])
         self.is_first_of_host = first == rank
-        descriptor, problem = None, None
+        made, problem = None, None
         if self.is_first_of_host:
             try:
-                descriptor = _make_file(place, self.nbytes, freed * hosts.count(hosts[rank]))
+                made = _make_file(place, self.nbytes, freed * hosts.count(hosts[rank]))
             except OSError as error:
                 problem = (
                     f"--lisa_frozen_store {place}: {hosts[rank]} cannot hold {format_bytes(self.nbytes)} of layers "
                     f"there ({error.strerror or error}); give a folder on a local disk with room for them."
                 )
         raise_shared(problem)
-        process, number, made = gather((os.getpid(), descriptor, _identity(descriptor)))[first]
+        mine = None if made is None else (os.getpid(), made.fileno(), _identity(made.fileno()))
+        of_first = gather(mine)[first]
+        assert of_first is not None
+        process, number, identity = of_first
         try:
             with open(f"/proc/{process}/fd/{number}", "r+b") as file:
-                if _identity(file.fileno()) != made:
+                if _identity(file.fileno()) != identity:
                     raise OSError("another process has that number here")
                 self._mapped = mmap.mmap(file.fileno(), self.nbytes)
         except (OSError, ValueError) as error:
@@ -65,8 +68,8 @@ class WeightStore:
                 f"{hosts[rank]} by its name ({error}); give containers other host names."
             )
         raise_shared(problem)
-        if descriptor is not None:
-            os.close(descriptor)
+        if made is not None:
+            made.close()
         self._whole = whole = torch.frombuffer(self._mapped, dtype=torch.uint8)
         self._device = device
         shared_addresses.add(whole.data_ptr())
@@ -77,7 +80,7 @@ class WeightStore:
             begin += sizes[name]
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """A tensor of the store, on the host, in the shape and dtype of what it is the original of."""
+        """A tensor of the store, in the shape and dtype of what it is the original of."""
         return self._tensors[name]
 
     def write(self, name: str, value: torch.Tensor) -> None:
@@ -86,42 +89,36 @@ class WeightStore:
             self._tensors[name].copy_(value, non_blocking=True)
 
     def pin(self) -> None:
-        """Pin it where there is a GPU. That takes all of its memory at once: call it when what is freed has gone."""
-        if self._device.type == "cuda":
-            _register(self._whole, self._device, says=self.is_first_of_host)
-            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self._whole.data_ptr())
+        """Pin it where there is a GPU, so that copies need not be waited for: then all of its memory is taken."""
+        if self._device.type != "cuda":
+            return
+        cudart, address = torch.cuda.cudart(), self._whole.data_ptr()
+        error = int(cudart.cudaHostRegister(address, self.nbytes, 0))
+        if not error:
+            weakref.finalize(self, cudart.cudaHostUnregister, address)
+            return
+        with contextlib.suppress(RuntimeError):  # CUDA tells of it once more, at the next kernel
+            torch.zeros(1, device=self._device)
+        if self.is_first_of_host:
+            print(f"warning: frozen layers could not be pinned (CUDA error {error}): a switch takes longer", flush=True)
 
-    @staticmethod
-    def _rank() -> int:
-        return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
-
-def _make_file(place: str, nbytes: int, freed: int) -> int:
-    """A descriptor of a file without a name; OSError where there is no room for it."""
+def _make_file(place: str, nbytes: int, freed: int) -> IO[bytes]:
+    """A file without a name; OSError where there is no room for it."""
     if place != HOST:
-        file = tempfile.TemporaryFile(dir=Path(place))  # noqa: SIM115 - it lives on as a descriptor
-        descriptor = os.dup(file.fileno())
-        file.close()
-    else:
-        available = available_memory() + freed
-        if nbytes > available:
-            raise OSError(f"{format_bytes(available)} of its memory are free")
-        descriptor = os.memfd_create("lisa_dist")
-    try:
-        if place == HOST:
-            os.ftruncate(descriptor, nbytes)  # memory is taken as it is written
-        else:
-            os.posix_fallocate(descriptor, 0, nbytes)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+        file = tempfile.TemporaryFile(dir=Path(place))  # noqa: SIM115 - until it is mapped
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+        return file
+    available = available_memory() + freed
+    if nbytes > available:
+        raise OSError(f"{format_bytes(available)} of its memory are free")
+    memory = open(os.memfd_create("lisa_dist"), "r+b")  # noqa: SIM115
+    memory.truncate(nbytes)  # memory is taken as it is written
+    return memory
 
 
-def _identity(descriptor: int | None) -> tuple[int, int, int] | None:
+def _identity(descriptor: int) -> tuple[int, int, int]:
     """What file a descriptor is of."""
-    if descriptor is None:
-        return None
     found = os.fstat(descriptor)
     return found.st_dev, found.st_ino, found.st_size
 
@@ -151,14 +148,3 @@ def check_store(place: str) -> None:
             f"--lisa_frozen_store {place}: is on another host's disk ({kind}), which every switch would read; give a "
             "folder on a disk of this host, or host for its memory."
         )
-
-
-def _register(whole: torch.Tensor, device: torch.device, says: bool) -> None:
-    """Pin what is mapped, so that copies to a GPU need not be waited for; a warning where that cannot be."""
-    error = int(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.nbytes, 0))
-    if not error:
-        return
-    with contextlib.suppress(RuntimeError):  # CUDA tells of it once more, at the next kernel
-        torch.zeros(1, device=device)
-    if says:
-        print(f"warning: frozen layers could not be pinned (CUDA error {error}): a switch takes longer", flush=True)

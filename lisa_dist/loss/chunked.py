@@ -1,11 +1,9 @@
 """TRL's loss in chunks: the head's gradient by slabs of words, and torch's kernels where Triton cannot compile.
 
 TRL sums the gradient of a head [words, size] in fp32 and rounds it to the weights' precision at the end: for weights in
-bf16 that is three times the gradient's bytes at once (128,256 words by 4,096: 2 GiB and 1 GiB). A word's row depends on
-no other word, so here it is rounded slab by slab: the same sums, of which fp32 has one slab at a time. Hidden states
-[tokens, size] have two more copies in fp32 meanwhile, so slabs are for fewer tokens than two thirds of the words.
-
-TRL takes Triton wherever it can be imported; without a C compiler its first step would end in a traceback.
+bf16 that is three times the gradient's bytes at once (128,256 words by 4,096: 2 GiB and 1 GiB). Here it is rounded slab
+by slab, the same sums. Hidden states [tokens, size] have two more copies in fp32 meanwhile, so slabs are for fewer
+tokens than two thirds of the words.
 """
 
 from types import SimpleNamespace
@@ -25,7 +23,6 @@ class LogProbsInSlabs(ChunkedLogProbFunction):
     """TRL's log-probabilities; of weights below fp32 the gradient is computed by slabs, where that takes less."""
 
     words: int | None = 2048  # of a slab; None: of all at once, as TRL does
-
     slabs: int | None = None  # that are computed: all; a step that is only traced does with the first
 
     @staticmethod
@@ -68,7 +65,7 @@ def use_slabs() -> None:
 
 
 def choose_loss_kernels() -> str | None:
-    """Have TRL compute its loss in torch where Triton cannot compile; why, for the header, or None."""
+    """Have TRL compute its loss in torch where Triton has no C compiler; why, for the header, or None."""
     if not torch.cuda.is_available() or not (missing := why_no_compiler()):
         return None
     patch(chunked_logprob, "_TRITON_AVAILABLE", False, of="no_compiler")

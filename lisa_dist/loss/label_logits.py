@@ -1,15 +1,13 @@
 """The loss from logits of the positions with a label: computed once, and kept for the backward pass.
 
-TRL's loss never has all logits: it computes them in chunks, once in the forward pass and once more in the backward
-pass. Where they fit in memory, to keep them saves the second time.
+TRL's loss computes logits in chunks, in the forward pass and once more in the backward pass.
 """
 
-import contextlib
 import functools
 import inspect
 import itertools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,10 +51,52 @@ def add_label_logits(model: PreTrainedModel, select: Select | None = None, score
     """Have a model that TRL has given a fused head keep the logits of labels, wherever a backward pass will follow.
 
     The model's own forward pass computes them, with its scale and its caps, from hidden states that are selected before
-    the head; under ZeRO-3 the head is called as ever. Without gradients, as in an evaluation, nothing is computed twice
-    and the loss in chunks stays. `select` and `score` are for a run on fake tensors, which have no values.
+    the head; under ZeRO-3 the head is called as ever. `select` and `score` are for fake tensors, which have no values.
     """
-    chunked_forward, select, score = model.forward, select or _numbers, score or _score
+    chunked_forward, score = model.forward, score or _score
+    select = select or (lambda mask: mask.flatten().nonzero().squeeze(1))
+
+    def compute(targets: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        mask = targets != -100
+        selected = select(mask)
+
+        def keep_selected(head: torch.nn.Module, inputs: Any) -> Any:  # [rows, tokens, size] to [positions, size]
+            return inputs[0].flatten(0, 1).index_select(0, selected), *inputs[1:]
+
+        with model.get_output_embeddings().register_forward_pre_hook(keep_selected):
+            outputs = chunked_forward(*args, **kwargs)
+        logits, targets = outputs.logits, targets.flatten()[selected]
+        if logits.shape[:-1] != targets.shape:
+            raise UserError(f"--loss logits: {type(model).__name__} does not call its head; give --loss chunked.")
+        log_probs, entropy = score(logits, targets)
+        aux_loss = getattr(outputs, "aux_loss", None)
+        loss = -log_probs.sum() / mask.sum().clamp(min=1)
+        if aux_loss is not None:
+            loss = loss + getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
+
+        def spread(values: torch.Tensor) -> torch.Tensor:  # connected to the model even where nothing has a label
+            return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+        return {
+            "loss": loss,
+            "log_probs": spread(log_probs),
+            "entropy": spread(entropy),
+            "is_top1": spread(logits.detach().argmax(-1) == targets),
+            "label_mask": mask,
+            "aux_loss": aux_loss,
+        }
+
+    compute_where_trained(model, chunked_forward, compute, of="label_logits")
+
+
+def compute_where_trained(
+    model: PreTrainedModel, chunked_forward: Callable[..., Any], compute: Callable[..., dict[str, Any]], of: str
+) -> None:
+    """Have `compute(targets, ...)` give the fields of a fused head's output wherever a backward pass will follow.
+
+    `targets` are the token to predict at each position, -100 for none. Without gradients, as in an evaluation, nothing
+    is computed twice and the loss in chunks stays.
+    """
 
     @functools.wraps(chunked_forward)
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -64,56 +104,12 @@ def add_label_logits(model: PreTrainedModel, select: Select | None = None, score
             return chunked_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
         from trl.trainer.utils import FusedCausalLMOutput
 
-        targets = take_targets(kwargs)
-        mask = targets != -100
-        selected = select(mask)
-        with _only(self.get_output_embeddings(), selected):
-            outputs = chunked_forward(*args, **kwargs)
-        logits, targets = outputs.logits, targets.flatten()[selected]
-        if logits.shape[:-1] != targets.shape:
-            raise UserError(f"--loss logits: {type(self).__name__} does not call its head; give --loss chunked.")
-        log_probs, entropy = score(logits, targets)
-        aux_loss = getattr(outputs, "aux_loss", None)
-        loss = -log_probs.sum() / mask.sum().clamp(min=1)
-        if aux_loss is not None:
-            loss = loss + getattr(self.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
+        kwargs.pop("num_items_in_batch", None)  # TRL's trainer divides
+        labels, targets = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        targets = pad(labels[:, 1:], (0, 1), value=-100) if targets is None else targets
+        return FusedCausalLMOutput(**compute(targets, *args, **kwargs))
 
-        def spread(values: torch.Tensor) -> torch.Tensor:  # connected to the model even where nothing has a label
-            return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-        return FusedCausalLMOutput(
-            loss=loss,
-            log_probs=spread(log_probs),
-            entropy=spread(entropy),
-            is_top1=spread(logits.detach().argmax(-1) == targets),
-            label_mask=mask,
-            aux_loss=aux_loss,
-        )
-
-    patch(model, "forward", types.MethodType(forward, model), of="label_logits")
-
-
-def take_targets(kwargs: dict[str, Any]) -> torch.Tensor:
-    """Take the labels out of a model's arguments: the token to predict at each position, -100 for none."""
-    kwargs.pop("num_items_in_batch", None)  # TRL's trainer divides
-    labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
-    return pad(labels[:, 1:], (0, 1), value=-100) if shifted is None else shifted
-
-
-@contextlib.contextmanager
-def _only(head: torch.nn.Module, selected: torch.Tensor) -> Iterator[None]:
-    """Give a head the hidden states of some positions alone: [rows, tokens, size] become [positions, size]."""
-    hook = head.register_forward_pre_hook(
-        lambda module, inputs: (inputs[0].flatten(0, 1).index_select(0, selected), *inputs[1:])
-    )
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _numbers(mask: torch.Tensor) -> torch.Tensor:
-    return mask.flatten().nonzero().squeeze(1)
+    patch(model, "forward", types.MethodType(forward, model), of=of)
 
 
 def _score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

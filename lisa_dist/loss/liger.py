@@ -1,17 +1,14 @@
 """Liger's Triton kernels (`--use_liger_kernel`) under LISA: what cannot work is refused at the start of a run.
 
 The Trainer patches the model when training begins: `forward` of its norms and MLPs, of the model itself for the loss
-fused with the head, and names in its modeling module, such as that of the rotary embedding. No kernel computes the
-gradient of a frozen weight. Under ZeRO-3 a norm reads its weight within its own forward; the fused loss reads the
-head's within the model's, where DeepSpeed gathers it.
+fused with the head, and names in its modeling module, such as that of the rotary embedding. Under ZeRO-3 the fused loss
+reads the head's weight within the model's forward, where DeepSpeed gathers it.
 """
 
 import copy
-import functools
 import importlib.util
 import inspect
 import os
-import types
 from typing import Any
 
 import torch
@@ -20,9 +17,8 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
-from lisa_dist.loss.label_logits import take_targets
+from lisa_dist.loss.label_logits import compute_where_trained
 from lisa_dist.optim.ops import why_no_compiler
-from lisa_dist.patches import patch
 
 FUSED_LOSS = "fused_linear_cross_entropy"
 
@@ -30,12 +26,10 @@ FUSED_LOSS = "fused_linear_cross_entropy"
 def check_liger(
     args: TrainingArguments, model_config: PretrainedConfig, lisa_config: LisaConfig, trl_head: bool = False
 ) -> str:
-    """What Liger will replace in the model, as a line to print.
+    """What Liger will replace in the model, as a line to print. Raises UserError for what cannot work.
 
     Where the fused loss cannot work it is turned off in `args.liger_kernel_config`, unless it was asked for.
-    `trl_head`: the trainer is one of TRL's, with a fused head of its own. Raises ValueError for what cannot work: no
-    CUDA device (Triton's interpreter will do), no liger-kernel, a model that it does not know, a kernel that it does
-    not have for that model, an activation that its MLP does not compute.
+    `trl_head`: the trainer is one of TRL's, with a fused head of its own.
     """
     kernels = dict(args.liger_kernel_config or {})
     setting = f"liger_kernel_config {kernels}"  # in a recipe or in code: the command line takes no dict
@@ -67,19 +61,14 @@ def check_liger(
 def settle_liger(training: TrainingArguments, model_config: PretrainedConfig, lisa_config: LisaConfig) -> None:
     """Take Liger's kernels on a GPU where nobody has said whether; not its fused loss, since TRL has its own."""
     if training.use_liger_kernel is None:
-        training.use_liger_kernel = _takes_liger(training, model_config, lisa_config)
+        training.use_liger_kernel = torch.cuda.is_available() and not training.torch_compile
+        if training.use_liger_kernel:
+            try:
+                check_liger(copy.copy(training), model_config, lisa_config, trl_head=True)
+            except UserError:
+                training.use_liger_kernel = False
     if training.use_liger_kernel:
         training.liger_kernel_config = {FUSED_LOSS: False} | (training.liger_kernel_config or {})
-
-
-def _takes_liger(training: TrainingArguments, model_config: PretrainedConfig, lisa_config: LisaConfig) -> bool:
-    if not torch.cuda.is_available() or training.torch_compile or why_no_liger(model_config.model_type):
-        return False
-    try:
-        check_liger(copy.copy(training), model_config, lisa_config, trl_head=True)
-    except UserError:  # of its MLP, or of what liger_kernel_config asks for
-        return False
-    return True
 
 
 def why_no_liger(model_type: str) -> str | None:
@@ -130,25 +119,19 @@ def add_liger_loss(model: PreTrainedModel) -> None:
     liger_forward: Any = model.forward
     assert liger_forward != chunked_forward, "Liger has replaced something else"
 
-    @functools.wraps(chunked_forward)
-    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        if not fused_lm_head or not torch.is_grad_enabled():
-            return chunked_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
-        from trl.trainer.utils import FusedCausalLMOutput
-
-        targets = take_targets(kwargs)
+    def compute(targets: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         how = {"num_items_in_batch": 1, "accum_dtype": torch.float32, "return_predicted_tokens": True}
         outputs = liger_forward(*args, shift_labels=targets, skip_logits=True, **how, **kwargs)
         mask = targets != -100
-        return FusedCausalLMOutput(
-            loss=outputs.loss / mask.sum().clamp(min=1),
-            log_probs=-outputs.loss[None],  # their sum, which is all that TRL takes of them
-            entropy=torch.full_like(outputs.loss.detach()[None], torch.nan),
-            is_top1=(outputs.predicted_tokens.view_as(mask) == targets) & mask,
-            label_mask=mask,
-        )
+        return {
+            "loss": outputs.loss / mask.sum().clamp(min=1),
+            "log_probs": -outputs.loss[None],  # their sum, which is all that TRL takes of them
+            "entropy": torch.full_like(outputs.loss.detach()[None], torch.nan),
+            "is_top1": (outputs.predicted_tokens.view_as(mask) == targets) & mask,
+            "label_mask": mask,
+        }
 
-    patch(model, "forward", types.MethodType(forward, model), of="liger_loss")
+    compute_where_trained(model, chunked_forward, compute, of="liger_loss")
 
 
 def _why_no_fused_loss(

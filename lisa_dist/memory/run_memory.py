@@ -16,7 +16,6 @@ from transformers import PretrainedConfig
 
 from lisa_dist.core.checkpointing import (
     AUTO,
-    Checkpointing,
     checkpoint_layers,
     checkpointed_layers,
     fewest_layers,
@@ -75,7 +74,6 @@ class RunMemory:
         self._optim, self._longest = optim, longest
         self._checkpointed, self._budget, self._measure_budget = checkpointed, budget, measure_budget
         self._model, self._num_layers = self._engine.module, lisa.blocks.num_layers
-        self._checkpointing = Checkpointing(self._model)
         self._beside = beside
         if config is not None:
             self._settings = StageSettings.of(ds_config, config.get_text_config().hidden_size)
@@ -114,13 +112,10 @@ class RunMemory:
 
     def restore_checkpointing(self) -> None:
         """Set the number again after a trainer has turned checkpointing off for a moment and then on for all layers."""
-        if not self._checkpointing.has_changed():
-            return
         blocks = self._lisa.blocks
         if self._count is not None and checkpointed_layers(self._model, blocks) != self._count:
             checkpoint_layers(self._model, blocks, self._count)
         let_backward_end(self._model)
-        self._checkpointing.has_changed()
 
     def begin_step(self, step: int) -> None:
         """Measure this step if it is the first one whose moments exist already."""

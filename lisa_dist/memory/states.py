@@ -8,8 +8,7 @@ import torch
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import FACTORED, StateBits
-from lisa_dist.core.groups import split_by_decay
-from lisa_dist.core.selection import most_active
+from lisa_dist.core.selection import most_active, split_by_decay
 from lisa_dist.memory.trace import FakeRun
 from lisa_dist.memory.workload import Group
 from lisa_dist.optim.build import LISA_ADAMW

@@ -23,10 +23,9 @@ from transformers import (
 )
 
 from lisa_dist.config_rules import StateBits
-from lisa_dist.core.blocks import find_blocks, linear_modules, split_into_modules
+from lisa_dist.core.blocks import find_blocks, linear_modules, split_into_modules, without_zero3_init
 from lisa_dist.core.checkpointing import checkpoint_layers
-from lisa_dist.core.groups import split_by_decay, takes_bits
-from lisa_dist.core.meta_model import without_zero3_init
+from lisa_dist.core.selection import split_by_decay, takes_bits
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import add_label_logits
 from lisa_dist.memory.repeated_layers import (
@@ -235,7 +234,7 @@ class FakeRun:
         return alone and embedding_of(self._run, group.params[0]) is not None
 
     def bits(self, name: str, kind: str, optim: str, state_bits: Mapping[str, StateBits]) -> StateBits:
-        """Of the moments of a block's parameters of one kind (`core/groups.py`)."""
+        """Of the moments of a block's parameters of one kind (`core/selection.py`)."""
         default = default_state_bits(optim)
         bits = state_bits.get(name, default)
         return bits if takes_bits(bits, kind) else default

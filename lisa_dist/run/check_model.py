@@ -7,10 +7,15 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS
-from lisa_dist.core.blocks import find_blocks, number_of_decoder_layers, split_into_modules, why_not_trained
+from lisa_dist.core.blocks import (
+    find_blocks,
+    model_without_weights,
+    number_of_decoder_layers,
+    split_into_modules,
+    why_not_trained,
+)
 from lisa_dist.core.checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.layer_weights import load_layer_weights
-from lisa_dist.core.meta_model import model_without_weights
 from lisa_dist.core.selection import unit_budget
 from lisa_dist.errors import UserError
 from lisa_dist.loss.liger import check_liger

@@ -9,6 +9,8 @@ from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    CohereConfig,
+    Gemma2Config,
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
@@ -16,6 +18,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     MixtralConfig,
+    PhiConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -126,3 +129,22 @@ def token_batches(num_steps: int, rows: int, micro_batches: int = 1, length: int
     """Token ids of shape (steps, micro-batches, rows, length): the same on every rank, for it to take its rows."""
     generator = torch.Generator().manual_seed(1234)
     return torch.randint(0, VOCABULARY, (num_steps, micro_batches, rows, length), generator=generator)
+
+
+def model_with_head(name: str):
+    """A model with one kind of head: "llama", "tied llama", "gpt2", "mixtral", "capped", "scaled" or "biased"."""
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 0}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    kinds = {
+        "capped": lambda: Gemma2Config(**sizes, head_dim=16, final_logit_softcapping=0.5),
+        "scaled": lambda: CohereConfig(**sizes, logit_scale=3.0),
+        "biased": lambda: PhiConfig(**sizes),
+    }
+    torch.manual_seed(0)
+    if name in kinds:
+        return AutoModelForCausalLM.from_config(kinds[name]())
+    if name == "mixtral":
+        model = tiny_mixtral()
+        model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.1
+        return model
+    return tiny_gpt2() if name == "gpt2" else tiny_llama(tied=name == "tied llama")

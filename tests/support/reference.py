@@ -88,3 +88,25 @@ def train_reference(
                 second_hat = second / (1 - betas[1] ** count)
                 p -= step_lr * first_hat / (second_hat.sqrt() + eps)
     return losses
+
+
+def train_reference_by_blocks(
+    model: torch.nn.Module,
+    blocks_of_period: Sequence[Sequence[int | str]],
+    always_on: str,
+    *arguments,
+    layers: Sequence[torch.nn.Module] | None = None,
+    **settings,
+) -> list[float]:
+    """`train_reference` where periods train layers by number, and of embed, head and rest those named and always on."""
+    body = model.get_submodule(model.base_model_prefix)
+    of_body, norm = (body.h, body.ln_f) if hasattr(body, "h") else (body.layers, body.norm)
+    outer = {"embed": model.get_input_embeddings(), "head": model.get_output_embeddings(), "rest": norm}
+    asleep = []
+    for blocks in blocks_of_period:
+        names = [name for name in (*always_on.split(","), *blocks) if name in outer]
+        awake = {id(value) for name in names for value in outer[name].parameters()}
+        asleep.append([value for module in outer.values() for value in module.parameters() if id(value) not in awake])
+    layers_of_period = [[block for block in blocks if isinstance(block, int)] for blocks in blocks_of_period]
+    settings |= {"asleep_of_period": asleep}
+    return train_reference(model, list(layers or of_body), layers_of_period, *arguments, **settings)

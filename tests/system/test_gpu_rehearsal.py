@@ -15,7 +15,7 @@ from cells import full
 from models import VOCABULARY, save_tiny_llama
 from rehearsal import ROOT, rehearse
 
-from lisa_dist.core.movement import SAMPLE
+from lisa_dist.core.period_log import SAMPLE
 
 ALL_8 = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 SAMPLED = {"lisa_always_on": "rest", "lisa_activated_layers": 3}

@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from models import tiny_gpt2, tiny_llama
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lisa_dist import LisaConfig
 from lisa_dist.core.blocks import find_blocks, linear_modules, split_into_modules
@@ -31,12 +31,15 @@ CAUSAL = {
 }
 
 
-def build(model_type: str, **changes):
+def build(model_type: str, model_class=AutoModelForCausalLM, **changes):
+    """On the meta device; of a model of several, `num_hidden_layers` is that of each."""
     config = AutoConfig.for_model(model_type)
     for name, value in changes.items():
-        setattr(config, name, value)
+        for one in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
+            if one is not None:
+                setattr(one, name, value)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return getattr(model_class, "from_config", model_class)(config)
 
 
 def check_partition(model, blocks) -> None:
@@ -81,18 +84,27 @@ def test_linear_modules_take_the_place_of_layers():
     assert "model.layers.2.input_layernorm.weight" in blocks.rest.parameters
 
 
-def test_matrices_of_no_linear_module_are_named():
-    model = build("qwen3_moe", num_hidden_layers=2)
-    with pytest.raises(ValueError, match=r"experts\.gate_up_proj is a matrix, and of no linear module; sample"):
-        split_into_modules(model, find_blocks(model))
-
-
-def test_layers_without_linear_modules_are_named():
-    """What is left of them are norms."""
+def without_modules():
+    """A model of whose layers norms are left."""
     model = tiny_llama()
     for layer in model.model.layers:
         layer.self_attn, layer.mlp = torch.nn.Identity(), torch.nn.Identity()
-    with pytest.raises(ValueError, match="layers of LlamaForCausalLM have no linear modules; leave it out"):
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: build("qwen3_moe", num_hidden_layers=2),
+            r"experts\.gate_up_proj is a matrix, and of no linear module; sample",
+        ),
+        (without_modules, "layers of LlamaForCausalLM have no linear modules; leave it out"),
+    ],
+)
+def test_layers_that_cannot_be_split_into_modules_are_named(make, said):
+    model = make()
+    with pytest.raises(ValueError, match=said):
         split_into_modules(model, find_blocks(model))
 
 
@@ -139,38 +151,27 @@ def test_learned_positions_belong_to_the_embedding():
     assert set(find_blocks(tiny_gpt2()).embed.parameters) == {"transformer.wte.weight", "transformer.wpe.weight"}
 
 
-def test_models_inside_a_model_are_outside_whatever_the_config_says():
-    config = AutoConfig.for_model("git", num_hidden_layers=2)
-    config.vision_config.num_hidden_layers = 2
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+@pytest.mark.parametrize(
+    ("model_type", "model_class", "outside", "rest"),
+    [
+        ("git", AutoModelForCausalLM, "git.image_encoder.", "git.visual_projection.visual_projection.0.weight"),
+        # The head is of the model inside.
+        (
+            "blip",
+            transformers.BlipForConditionalGeneration,
+            "vision_model.",
+            "text_decoder.cls.predictions.transform.dense.weight",
+        ),
+    ],
+)
+def test_models_inside_a_model_are_outside_whatever_the_config_says(model_type, model_class, outside, rest):
+    model = build(model_type, model_class, num_hidden_layers=2)
     blocks = find_blocks(model)
     check_partition(model, blocks)
-    assert set(blocks.outside.parameters) == {
-        name for name in dict(model.named_parameters()) if "image_encoder" in name
-    }
-    assert "git.visual_projection.visual_projection.0.weight" in blocks.rest.parameters
-
-
-def test_a_head_of_a_model_inside_is_found():
-    config = AutoConfig.for_model("blip")
-    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 2
-    with torch.device("meta"):
-        model = transformers.BlipForConditionalGeneration(config)
-    assert model.get_output_embeddings() is None or "cls" not in str(model.get_output_embeddings())
-    blocks = find_blocks(model)
-    check_partition(model, blocks)
-    assert blocks.tied
-    assert "text_decoder.cls.predictions.transform.dense.weight" in blocks.rest.parameters
-    assert all(name.startswith("vision_model.") for name in blocks.outside.parameters)
-
-
-def test_encoder_decoders_are_refused():
-    for config in (transformers.T5Config(num_layers=2), transformers.BartConfig(encoder_layers=2)):
-        with torch.device("meta"):
-            model = transformers.AutoModelForSeq2SeqLM.from_config(config)
-        with pytest.raises(ValueError, match="is an encoder-decoder: LISA trains causal language models"):
-            find_blocks(model)
+    named = {name for name in dict(model.named_parameters()) if name.startswith(outside)}
+    assert set(blocks.outside.parameters) == named != set()
+    assert rest in blocks.rest.parameters
+    assert blocks.tied == (model_type == "blip")
 
 
 def test_the_only_list_of_modules_is_that_of_the_layers():
@@ -257,35 +258,29 @@ def test_what_is_neither_embedding_nor_layer_nor_head_is_rest():
     assert "lm_head.dense.weight" in find_blocks(roberta).rest.parameters | find_blocks(roberta).head.parameters
 
 
-def test_a_model_without_a_layer_list_says_what_it_has():
+@pytest.mark.parametrize(("num_layers", "more", "path"), [(17, 4, "model.layers"), (6, 6, "model.more_layers")])
+def test_where_the_layers_are_not_clear_lists_are_named_and_one_can_be_chosen(num_layers, more, path):
     model = tiny_llama()
-    model.config.num_hidden_layers = 17
-    model.model.more_layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(4))
+    model.config.num_hidden_layers = num_layers
+    model.model.more_layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(more))
     with pytest.raises(ValueError, match="lisa_layers_attribute") as error:
         find_blocks(model)
-    assert "num_hidden_layers = 17" in str(error.value)
-    assert "model.layers (6 modules)" in str(error.value)
-    assert len(find_blocks(model, "model.layers").layers) == 6
-
-
-def test_two_candidates_are_named_and_one_can_be_chosen():
-    model = tiny_llama()
-    model.model.more_layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(6))
-    with pytest.raises(ValueError, match="lisa_layers_attribute") as error:
-        find_blocks(model)
-    assert "model.layers (6 modules), model.more_layers (6 modules)" in str(error.value)
-    assert len(find_blocks(model, "model.more_layers").layers) == 6
+    lists = f"model.layers (6 modules), model.more_layers ({more} modules)"
+    assert f"num_hidden_layers = {num_layers}, and its module lists are: {lists}" in str(error.value)
+    assert len(find_blocks(model, path).layers) == 6
 
 
 @pytest.mark.parametrize(
-    ("attribute", "said"), [("model.blocks", "has no such module"), ("model.norm", "is no list of modules")]
+    ("make", "attribute", "said"),
+    [
+        (tiny_llama, "model.blocks", "--lisa_layers_attribute model.blocks: LlamaForCausalLM has no such module"),
+        (tiny_llama, "model.norm", "--lisa_layers_attribute model.norm: a LlamaRMSNorm, which is no list of modules"),
+        (lambda: torch.nn.Linear(2, 2), None, "Linear has no input embedding"),
+        (lambda: build("t5", AutoModelForSeq2SeqLM), None, "is an encoder-decoder: LISA trains causal language models"),
+        (lambda: build("bart", AutoModelForSeq2SeqLM), None, "is an encoder-decoder: LISA trains causal language mode"),
+    ],
 )
-def test_a_wrong_attribute_is_named(attribute, said):
-    with pytest.raises(ValueError, match=f"--lisa_layers_attribute {attribute}") as error:
-        find_blocks(tiny_llama(), attribute)
-    assert said in str(error.value)
-
-
-def test_a_model_that_is_no_language_model_is_refused():
-    with pytest.raises(ValueError, match="Linear has no input embedding"):
-        find_blocks(torch.nn.Linear(2, 2))
+def test_what_has_no_blocks_is_refused(make, attribute, said):
+    model = make()
+    with pytest.raises(ValueError, match=said):
+        find_blocks(model, attribute)

@@ -1,34 +1,23 @@
-"""Which blocks a period trains: what the optimizer is built over, and policies of tied matrices."""
+"""Which blocks a period trains: what the optimizer is built over, and at which rates it steps."""
 
 import pytest
+import torch
 from models import tiny_llama
 
 from lisa_dist import LisaConfig
 from lisa_dist.core.blocks import find_blocks, split_into_modules
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.sampling import ActiveSet
-from lisa_dist.core.selection import BlockSelection, most_active, unit_budget
-
-
-def selection(tied: bool = False, **settings) -> BlockSelection:
-    return BlockSelection(LisaConfig(**settings), find_blocks(tiny_llama(tied=tied), None))
+from lisa_dist.core.selection import BlockSelection, most_active, scale_rates, unit_budget
 
 
 def test_the_optimizer_is_built_over_a_layer_in_every_slot_and_every_sampled_block():
     rare = "embed=0.2,head=0.2"
-    sampling = selection(lisa_always_on="rest", lisa_activated_layers=4, lisa_block_probability=rare)
+    config = LisaConfig(lisa_always_on="rest", lisa_activated_layers=4, lisa_block_probability=rare)
+    sampling = BlockSelection(config, find_blocks(tiny_llama()))
     widest = sampling.widest(ActiveSet((1, 4), ("embed",)))
     assert widest == ActiveSet((0, 1, 2, 4), ("embed", "head"))
     assert sampling.widest(ActiveSet((0, 2, 3, 5))) == ActiveSet((0, 2, 3, 5), ("embed", "head"))
-
-
-@pytest.mark.parametrize(
-    "settings", [{"lisa_always_on": "embed,rest"}, {"lisa_always_on": "rest", "lisa_frozen": "head"}], ids=str
-)
-def test_tied_matrices_are_treated_as_one(settings):
-    selection(**settings)
-    with pytest.raises(ValueError, match="tied"):
-        selection(tied=True, **settings)
 
 
 def test_a_model_of_which_nothing_would_train_is_refused():
@@ -37,12 +26,6 @@ def test_a_model_of_which_nothing_would_train_is_refused():
         parameter.requires_grad_(".layers." in name)
     with pytest.raises(ValueError, match="--lisa_activated_layers 0, and what else would train has requires_grad"):
         LisaController(model, LisaConfig(lisa_activated_layers=0)).param_groups()
-
-
-def test_weights_of_any_size_are_named(tmp_path):
-    (tmp_path / "w.json").write_text(f"[1, {10**400}, 1, 1, 1, 1]")
-    with pytest.raises(ValueError, match="the weight of layer 1 is inf; weights are finite and not negative"):
-        selection(lisa_sampler="weighted", lisa_weights_file=str(tmp_path / "w.json"))
 
 
 MODULES = {"lisa_unit": "module", "lisa_budget": "8%"}
@@ -123,3 +106,15 @@ def test_a_budget_may_change_where_a_period_begins():
     assert other.period == 2
     active = sum(other.blocks.layers[module].numel for module in other.active_layers)
     assert 0.2 < active / sum(module.numel for module in other.blocks.layers) <= 0.3
+
+
+def test_rates_are_whole_again_after_a_step_that_has_raised():
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = torch.optim.SGD([{"params": [parameter], "lisa_group": "slot0/decay", "lr": 1.0}])
+    scale_rates(optimizer, {"layers": 0.5})
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    parameter.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert torch.equal(parameter, torch.full((2, 2), -0.5))
+    assert optimizer.param_groups[0]["lr"] == 1.0

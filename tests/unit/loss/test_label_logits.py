@@ -2,37 +2,17 @@
 
 import pytest
 import torch
-from models import tiny_gpt2, tiny_llama, tiny_mixtral
+from models import model_with_head, tiny_llama
 from torch.nn.functional import cross_entropy, log_softmax
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head, selective_log_softmax_and_entropy
 
 from lisa_dist.loss.label_logits import _score, add_label_logits, why_no_label_logits
 
-SHAPE = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 0}
-SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
-CAPPED = Gemma2Config(**SHAPE, head_dim=16, final_logit_softcapping=0.5)
-SCALED = CohereConfig(**SHAPE, logit_scale=3.0)
-
-
-def make(name: str):
-    torch.manual_seed(0)
-    plain = {
-        "llama": tiny_llama,
-        "tied llama": lambda: tiny_llama(tied=True),
-        "gpt2": tiny_gpt2,
-        "mixtral": tiny_mixtral,
-    }
-    config = {"capped logits": CAPPED, "scaled logits": SCALED}.get(name)
-    model = plain[name]() if config is None else AutoModelForCausalLM.from_config(config)
-    if name == "mixtral":
-        model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.1
-    return model.train()
-
 
 def with_label_logits(name: str):
     """A model, and how many hidden states its head was given in each pass."""
-    model, rows = make(name), []
+    model, rows = model_with_head(name).train(), []
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     add_label_logits(model)
     head = model.get_output_embeddings()
@@ -70,9 +50,9 @@ def test_scores_by_rows_have_the_bits_of_trl(threads, dtype, labels, words):
     torch.testing.assert_close(entropies, expected[1][0].detach(), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "tied llama", "gpt2", "mixtral", "capped logits", "scaled logits"])
+@pytest.mark.parametrize("name", ["llama", "tied llama", "gpt2", "mixtral", "capped", "scaled"])
 def test_loss_metrics_and_gradients_equal_those_of_all_logits(name):
-    (model, rows), reference, batch = with_label_logits(name), make(name), masked_batch()
+    (model, rows), reference, batch = with_label_logits(name), model_with_head(name).train(), masked_batch()
     found = model(**batch, fused_lm_head=True)
     found.loss.backward()
 

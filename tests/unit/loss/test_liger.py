@@ -9,21 +9,19 @@ import copy
 import importlib.util
 import io
 import json
-import os
 import sys
 from unittest import mock
 
-import deepspeed
 import numpy as np
 import pytest
 import ranks
 import torch
 from datasets import Dataset
+from engines import full_weights, train_step
 from models import tiny_gpt2, tiny_llama, tiny_mixtral, token_batches
 from ranks import run_ranks
-from reference import train_reference
+from reference import train_reference_by_blocks
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import distributed as dist
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.liger import apply_liger_kernel
@@ -42,6 +40,7 @@ from lisa_dist.memory.workload import Trained, Workload
 LAYERS, STEPS, INTERVAL, LR, DECAY = 3, 4, 2, 1e-2, 0.1
 ROWS, LENGTH = 2, 4  # few tokens: each takes the interpreter milliseconds a kernel
 NO_FUSED_LOSS = {"fused_linear_cross_entropy": False}
+ALWAYS_ON = "embed,head,rest"
 
 needs_liger = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="no liger-kernel")
 # Importing its kernels takes ten seconds: one worker does.
@@ -84,13 +83,6 @@ def interpret_liger() -> list[str]:
     return interpreter.launched
 
 
-def weights_of(engine) -> dict[str, torch.Tensor]:
-    parameters = dict(engine.module.named_parameters())
-    stage_3 = engine.zero_optimization_stage() == 3
-    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=stage_3):
-        return {name: value.detach().clone() for name, value in parameters.items()}
-
-
 def train_with_liger(ds_config: str, tied: bool, kernels: dict | None, settings: dict, checkpointing: bool) -> dict:
     """A loop of one's own; after every step what sleeps has not moved, and what is active has."""
     launched = interpret_liger()
@@ -101,17 +93,10 @@ def train_with_liger(ds_config: str, tied: bool, kernels: dict | None, settings:
     config = LisaConfig(lisa_interval_steps=INTERVAL, lisa_activated_layers=1, lisa_debug=True, **settings)
     engine, lisa = lisa_dist.initialize(model, ds_config, config, lr=LR, weight_decay=DECAY)
     losses, blocks_of_period = [], []
-    weights = weights_of(engine)
-    for (tokens,) in token_batches(STEPS, ROWS, length=LENGTH):
-        lisa.on_step_begin()
-        rows = tokens.chunk(dist.get_world_size())[dist.get_rank()]
-        loss = engine(input_ids=rows, labels=rows).loss
-        engine.backward(loss)
-        engine.step()
-        loss = loss.detach().clone()
-        dist.all_reduce(loss)
-        losses.append(loss.item() / dist.get_world_size())
-        before, weights = weights, weights_of(engine)
+    weights = full_weights(engine)
+    for micro_batches in token_batches(STEPS, ROWS, length=LENGTH):
+        losses.append(train_step(engine, lisa, micro_batches))
+        before, weights = weights, full_weights(engine)
         active = {f"layers.{layer}" for layer in lisa.active_layers} | {*lisa.active_blocks, *config.always_on}
         for block in lisa.blocks:
             moved = {name for name in block.parameters if not torch.equal(before[name], weights[name])}
@@ -123,23 +108,9 @@ def train_with_liger(ds_config: str, tied: bool, kernels: dict | None, settings:
 
 
 def reference_losses(blocks_of_period, always_on: str, **model_settings) -> list[float]:
-    model = tiny_llama(num_layers=LAYERS, **model_settings)
-    outer = {"embed": model.get_input_embeddings(), "head": model.get_output_embeddings(), "rest": model.model.norm}
-    asleep = []
-    for blocks in blocks_of_period:
-        awake = {id(value) for name in (*always_on.split(","), *blocks) if name in outer
-                 for value in outer[name].parameters()}  # fmt: skip
-        asleep.append([value for module in outer.values() for value in module.parameters() if id(value) not in awake])
-    return train_reference(
-        model,
-        list(model.model.layers),
-        [[block for block in blocks if isinstance(block, int)] for blocks in blocks_of_period],
-        INTERVAL,
-        token_batches(STEPS, ROWS, length=LENGTH),
-        lr=LR,
-        weight_decay=DECAY,
-        asleep_of_period=asleep,
-    )
+    model, batches = tiny_llama(num_layers=LAYERS, **model_settings), token_batches(STEPS, ROWS, length=LENGTH)
+    settings = {"lr": LR, "weight_decay": DECAY}
+    return train_reference_by_blocks(model, blocks_of_period, always_on, INTERVAL, batches, **settings)
 
 
 DRAWN = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.5,head=0.5", "lisa_seed": 2}
@@ -158,8 +129,7 @@ FROZEN = {"lisa_always_on": "rest", "lisa_frozen": "embed,head"}
 )
 def test_losses_equal_the_reference(ds_config, tied, kernels, settings, checkpointing):
     outcome = run_ranks(train_with_liger, 2, ds_config, tied, kernels, settings, checkpointing, interpret=True)[0]
-    always_on = settings.get("lisa_always_on", "embed,head,rest")
-    reference = reference_losses(outcome["blocks_of_period"], always_on, tied=tied)
+    reference = reference_losses(outcome["blocks_of_period"], settings["lisa_always_on"], tied=tied)
     assert outcome["losses"] == pytest.approx(reference, abs=1e-5)
     assert len(set(outcome["blocks_of_period"])) > 1, "the test needs a switch to another set"
     kinds = ["_triton_rope", "_rms_norm_forward_kernel", "_rms_norm_backward_kernel", "_swiglu_backward_kernel"]
@@ -228,13 +198,12 @@ def train_in_trainer(
             **({"loss": loss} if sft else {}),
         )
         trainer.train()
+    history = trainer.state.log_history
     return {
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "right": [
-            entry["mean_token_accuracy"] for entry in trainer.state.log_history if "mean_token_accuracy" in entry
-        ],
-        "logged": {name for entry in trainer.state.log_history for name in entry},
-        "evaluations": len([entry for entry in trainer.state.log_history if "eval_loss" in entry]),
+        "losses": [entry["loss"] for entry in history if "loss" in entry],
+        "right": [entry["mean_token_accuracy"] for entry in history if "mean_token_accuracy" in entry],
+        "logged": {name for entry in history for name in entry},
+        "evaluations": sum("eval_loss" in entry for entry in history),
         "blocks_of_period": [(*record.layers, *record.blocks) for record in trainer.lisa.records],
         "launched": set(launched),
         "output": output.getvalue().splitlines(),
@@ -245,8 +214,7 @@ def train_in_trainer(
 @pytest.mark.full
 def test_a_trl_trainer_is_planned_as_without_liger(tmp_path):
     outcome = run_ranks(train_in_trainer, 2, str(tmp_path), "zero3", True, {}, 128, "auto", interpret=True)[0]
-    reference = reference_losses(outcome["blocks_of_period"], "embed,head,rest")
-    assert outcome["losses"] == pytest.approx(reference, abs=1e-5)
+    assert outcome["losses"] == pytest.approx(reference_losses(outcome["blocks_of_period"], ALWAYS_ON), abs=1e-5)
     assert outcome["evaluations"] == 2
     assert "Liger kernels: rope, rms_norm, swiglu" in outcome["output"]
     assert {"_triton_rope", "_rms_norm_backward_kernel"} <= outcome["launched"]
@@ -260,8 +228,7 @@ def test_a_trl_trainer_with_the_loss_of_liger(tmp_path):
     outcome, chunked = (
         run_ranks(train_in_trainer, *arguments, loss, interpret=True)[0] for loss in ("liger", "chunked")
     )
-    reference = reference_losses(outcome["blocks_of_period"], "embed,head,rest")
-    assert outcome["losses"] == pytest.approx(reference, abs=1e-5)
+    assert outcome["losses"] == pytest.approx(reference_losses(outcome["blocks_of_period"], ALWAYS_ON), abs=1e-5)
     assert outcome["right"] == chunked["right"]
     assert chunked["logged"] - outcome["logged"] == {"entropy"}, "of which Liger has none; evaluations have them"
     assert "liger_cross_entropy_kernel" in outcome["launched"] - chunked["launched"]
@@ -277,9 +244,8 @@ def test_no_fused_loss_for_a_head_that_trains_alone(tmp_path):
     reference = reference_losses(outcome["blocks_of_period"], "", vocab_size=512)
     assert outcome["losses"] == pytest.approx(reference, abs=1e-5)
     assert outcome["evaluations"] == 2
-    assert "fused_linear_cross_entropy is off, since it has no gradient for a head that trains alone" in str(
-        outcome["output"]
-    )
+    off = "fused_linear_cross_entropy is off, since it has no gradient for a head that trains alone"
+    assert off in str(outcome["output"])
 
 
 def fake_run_after_liger() -> list[bool]:
@@ -287,22 +253,20 @@ def fake_run_after_liger() -> list[bool]:
     interpret_liger()
     from transformers.models.llama import modeling_llama
 
-    config, groups = tiny_llama().config, []
-
     def trace(loss: str):
-        run = FakeRun(config, Workload(seq_length=LENGTH, loss=loss))
-        groups[:] = run.groups(Trained((1,), ("embed", "head", "rest")))
-        step = run.trace(groups)
+        run = FakeRun(tiny_llama().config, Workload(seq_length=LENGTH, loss=loss))
+        step = run.trace(run.groups(Trained((1,), ("embed", "head", "rest"))))
         return step.activations, step.logits, step.peak_after, [arrival.peak_before for arrival in step.arrivals]
 
-    with without_liger():
-        before = [trace(loss) for loss in ("chunked", "own")]
+    def traced() -> list:
+        with without_liger():
+            return [trace(loss) for loss in ("chunked", "own")]
+
+    before = traced()
     apply_liger_kernel(tiny_llama(num_layers=1), NO_FUSED_LOSS | {"cross_entropy": True})
     replaced = modeling_llama.LlamaRMSNorm, torch.nn.functional.cross_entropy
-    with without_liger():
-        after = [trace(loss) for loss in ("chunked", "own")]
     return [
-        before == after,
+        before == traced(),
         all(value.__module__.startswith("liger_kernel") for value in replaced),
         replaced == (modeling_llama.LlamaRMSNorm, torch.nn.functional.cross_entropy),
     ]
@@ -425,27 +389,21 @@ def test_its_kernels_are_taken_on_a_gpu_unless_they_are_refused():
     assert others == [(False, None)] * 5
 
 
-def test_it_needs_a_device_and_the_package(monkeypatch):
-    config = tiny_llama().config
-    monkeypatch.delenv("TRITON_INTERPRET")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="need a CUDA device; leave it out"):
-        check_liger(arguments_with(), config, LisaConfig())
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"not installed \(pip install 'lisa_dist\[gpu\]'\); leave it out"):
-        check_liger(arguments_with(), config, LisaConfig())
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("device", "need a CUDA device; leave it out"),
+        ("package", r"not installed \(pip install 'lisa_dist\[gpu\]'\); leave it out"),
+        ("import", "cannot be imported"),
+        ("compiler", "there is no C compiler, which Triton needs; leave it out"),
+    ],
+)
+def test_it_needs_a_device_a_compiler_and_the_package(monkeypatch, missing, said):
+    if missing == "device":
+        monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: missing == "compiler")
+    monkeypatch.setattr(liger, "why_no_compiler", lambda: "there is no C compiler, which Triton needs")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if missing == "package" else name)
     monkeypatch.setitem(sys.modules, "liger_kernel", None)  # as one that fails at its import
-    with pytest.raises(UserError, match="cannot be imported"):
-        check_liger(arguments_with(), config, LisaConfig())
-    assert os.environ["TRITON_INTERPRET"] == "1"
-
-
-def test_liger_is_refused_where_triton_cannot_compile(monkeypatch):
-    why = "there is no C compiler, which Triton needs"
-    monkeypatch.setattr(liger.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(liger, "why_no_compiler", lambda: why)
-    args = TrainingArguments(output_dir="unused", use_cpu=True, use_liger_kernel=True)
-    with pytest.raises(ValueError, match="--use_liger_kernel True: there is no C compiler, which Triton needs; leave"):
-        check_liger(args, tiny_llama().config, LisaConfig())
+    with pytest.raises(UserError, match=said):
+        check_liger(arguments_with(), tiny_llama().config, LisaConfig())

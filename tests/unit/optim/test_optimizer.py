@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, Trainer
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.blocks import Block, find_blocks
 from lisa_dist.core.controller import LisaController
-from lisa_dist.core.groups import build_param_groups, check_same_kinds, decays
+from lisa_dist.core.selection import build_param_groups, check_same_kinds, decays
 from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.optim.build import build_optimizer, check_optim
 

@@ -1,6 +1,5 @@
-"""The adaptive sampler: what it learns of layers, against gradients taken apart, and what it makes of it."""
+"""Weights of the layers: what is read of files, and what the adaptive sampler learns, against gradients taken apart."""
 
-import json
 import math
 
 import pytest
@@ -12,49 +11,104 @@ from ranks import run_ranks
 from torch import distributed as dist
 
 import lisa_dist
-from lisa_dist.core.importance import LayerImportance
+from lisa_dist.core.layer_weights import LayerImportance, load_layer_weights
 from lisa_dist.core.sampling import inclusion_probabilities
 
 INTERVAL, BETA2 = 3, 0.999
 
 
-def test_nothing_seen_is_uniform():
-    importance = LayerImportance(4)
-    assert importance.weights() == [0.25] * 4
-    importance.observe({0: math.nan, 2: math.inf})
-    assert importance.weights() == [0.25] * 4
-    importance.observe({1: 0.0})
-    assert importance.weights() == [0.25] * 4
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        (b"", "is not JSON"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe\x00", "is no text in UTF-8"),
+        (b'{"0": 1}', "must hold a JSON list of numbers"),
+        (b'[1, "2", 3]', "must hold a JSON list of numbers"),
+        (b"[1, 2]", "holds 2 weights, but the model has 3"),
+        (b"[1, -2, 3]", "the weight of layer 1 is -2"),
+        (b"[1, NaN, 3]", "the weight of layer 1 is nan"),
+        (b"[1, 1" + b"0" * 400 + b", 3]", "the weight of layer 1 is inf; weights are finite and not negative"),
+        (b"[0, 0, 0]", "only 0 weights are positive, but --lisa_activated_layers 2"),
+        (b"[0, 1, 0]", "only 1 weights are positive"),
+    ],
+)
+def test_a_bad_weights_file_is_named(tmp_path, content, said):
+    path = tmp_path / "weights.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="--lisa_weights_file") as error:
+        load_layer_weights(str(path), 3, 2)
+    assert str(path) in str(error.value)
+    assert said in str(error.value)
 
 
-def test_averages_are_exponential_over_visits():
-    importance = LayerImportance(3)
-    importance.observe({0: 4.0, 1: 1.0})
-    importance.observe({0: 8.0})
-    assert importance.averages == [0.5 * 4 + 0.5 * 8, 1.0, None]
+NORMS = "block,full.weight_norm,lora.weight_norm\nembed,1,2\nlayers.0,2,4\nlayers.1,4,2\nlayers.2,1,0\nhead,1,9\n"
 
 
-def test_weights_are_a_softmax_with_a_floor():
-    importance = LayerImportance(4)
-    importance.observe({0: 1.0, 1: 2.0, 2: 3.0, 3: 2.0})
-    powers = [math.exp(score / 2) for score in (1, 2, 3, 2)]
-    expected = [0.05 + 0.8 * power / sum(powers) for power in powers]
-    assert importance.weights() == pytest.approx(expected)
-    assert sum(importance.weights()) == pytest.approx(1)
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "weights"),
+    [
+        ("run#1/weights.json", "[1, 0.5, 3]", "", [1.0, 0.5, 3.0]),
+        ("norms.csv", NORMS, "#lora.weight_norm/full.weight_norm", [2.0, 0.5, 0.0]),
+        ("norms.csv", NORMS, "#full.weight_norm", [2.0, 4.0, 1.0]),
+    ],
+)
+def test_weights_are_read_of_a_list_or_of_columns_of_a_table(tmp_path, name, content, columns, weights):
+    """A folder may have a number sign in its name."""
+    (tmp_path / "run#1").mkdir()
+    (tmp_path / name).write_text(content)
+    assert load_layer_weights(f"{tmp_path / name}{columns}", 3, 2) == weights
 
 
-def test_units_do_not_matter():
-    one, other = (LayerImportance(3) for _ in range(2))
-    one.observe({0: 1.0, 1: 2.0, 2: 5.0})
-    other.observe({0: 1e-6, 1: 2e-6, 2: 5e-6})
-    assert one.weights() == pytest.approx(other.weights())
+@pytest.mark.parametrize(
+    ("content", "columns", "said"),
+    [
+        ("", "#a", "holds no norms of layers; it is the norms.csv that lisa-dist norms writes"),
+        ("block,a\n", "#a", "holds no norms of layers"),
+        ("layer,a\nlayers.0,1\n", "#a", "holds no norms of layers"),
+        (NORMS, "", "behind the #, as norms.csv#A/B; it has full.weight_norm, lora.weight_norm"),
+        (NORMS, "#lora", "it has full.weight_norm, lora.weight_norm"),
+        (NORMS, "#full.weight_norm/lora.weight_norm/full.weight_norm", "it has full.weight_norm"),
+        (NORMS, "#full.weight_norm/lora.weight_norm", "lora.weight_norm of a layer is 0"),
+        (NORMS.replace("4,2", "4,x"), "#lora.weight_norm", "'x' is no number of a layer"),
+        (NORMS.replace("4,2", "4"), "#lora.weight_norm", "is no number of a layer"),
+        (NORMS.replace("layers.2,1,0\n", ""), "#full.weight_norm", "holds 2 weights, but the model has 3"),
+        (NORMS.replace("layers.1,4,2\n", ""), "#full.weight_norm", "has no row layers.1, but has later ones"),
+    ],
+)
+def test_a_bad_table_of_norms_is_named(tmp_path, content, columns, said):
+    path = tmp_path / "norms.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="--lisa_weights_file") as error:
+        load_layer_weights(f"{path}{columns}", 3, 2)
+    assert said in str(error.value)
 
 
-def test_a_layer_never_seen_counts_as_the_highest_seen():
-    importance = LayerImportance(4)
-    importance.observe({0: 1.0, 1: 3.0})
-    weights = importance.weights()
-    assert weights[2] == weights[3] == weights[1] > weights[0]
+@pytest.mark.parametrize(
+    ("observed", "powers"),
+    [
+        ([], [1] * 4),
+        ([{0: math.nan, 2: math.inf}], [1] * 4),
+        ([{1: 0.0}], [1] * 4),
+        ([{0: 1.0, 1: 2.0, 2: 3.0, 3: 2.0}], [math.exp(score / 2) for score in (1, 2, 3, 2)]),
+        ([{0: 1e-6, 1: 2e-6, 2: 3e-6, 3: 2e-6}], [math.exp(score / 2) for score in (1, 2, 3, 2)]),
+        # A layer that was never seen counts as the highest that was.
+        ([{0: 1.0, 1: 3.0}], [math.exp(score / 2) for score in (1, 3, 3, 3)]),
+        # Averages are exponential over visits.
+        ([{0: 4.0, 1: 1.0}, {0: 8.0}], [math.exp(score / 3.5) for score in (0.5 * 4 + 0.5 * 8, 1, 6)]),
+        # No power is below a millionth of the highest.
+        ([dict.fromkeys(range(32), 1.0) | {5: 1e9}], [1.0 if layer == 5 else 1e-6 for layer in range(32)]),
+    ],
+)
+def test_weights_are_a_softmax_of_averages_with_a_floor(observed, powers):
+    importance = LayerImportance(len(powers))
+    for seen in observed:
+        importance.observe(seen)
+    expected = [0.2 / len(powers) + 0.8 * power / sum(powers) for power in powers]
+    assert importance.weights() == pytest.approx(expected, rel=1e-6)
+    assert sum(inclusion_probabilities(importance.weights(), 3)) == pytest.approx(3)
 
 
 def squared_norms(engine, tokens: torch.Tensor) -> list[float]:
@@ -191,19 +245,3 @@ def test_a_layer_whose_steps_were_all_skipped_has_shown_nothing():
     (skipped, then), (_, active) = run_ranks(skip_a_period, 1)[0]
     assert skipped == [None] * 6
     assert {layer for layer, value in enumerate(then) if value is not None} == set(active)
-
-
-def test_the_state_is_json():
-    importance = LayerImportance(3)
-    importance.observe({0: 1.25, 2: 1 / 3})
-    other = LayerImportance(3)
-    other.load_state_dict(json.loads(json.dumps(importance.state_dict())))
-    assert other.weights() == importance.weights()
-
-
-def test_no_power_of_the_softmax_is_below_a_millionth_of_the_highest():
-    importance = LayerImportance(32)
-    importance.observe({layer: 1e9 if layer == 5 else 1.0 for layer in range(32)})
-    powers = [1.0 if layer == 5 else 1e-6 for layer in range(32)]
-    assert importance.weights() == pytest.approx([0.2 / 32 + 0.8 * power / sum(powers) for power in powers], rel=1e-7)
-    assert sum(inclusion_probabilities(importance.weights(), 3)) == pytest.approx(3)
