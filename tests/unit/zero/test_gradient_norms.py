@@ -4,13 +4,13 @@ import deepspeed
 import pytest
 import torch
 from cells import full
-from engines import train_step
+from engines import GRADIENT_NAMES, train_step, without
 from models import tiny_llama, token_batches
 from ranks import run_ranks
 from torch import distributed as dist
 
 import lisa_dist
-from lisa_dist.zero import gradients, overrides
+from lisa_dist.zero import gradients
 
 INTERVAL, LR = 3, 1e-3
 
@@ -34,7 +34,7 @@ def norms_of_steps(ds_config: str, chunk: int, accumulation: int, plain: bool = 
     """Norms, losses and collectives of some steps; `plain`: the norms are DeepSpeed's own."""
     defaults = gradients.NORM_CHUNK, gradients.CPU_NORM_CHUNK
     gradients.NORM_CHUNK = gradients.CPU_NORM_CHUNK = chunk
-    with overrides.without(*(overrides.GRADIENT_NAMES if plain else ())):
+    with without(*(GRADIENT_NAMES if plain else ())):
         found = watch_norms(ds_config, accumulation)
     gradients.NORM_CHUNK, gradients.CPU_NORM_CHUNK = defaults
     return found
@@ -103,7 +103,7 @@ class TwoParts:
 
 
 def norms_of_parts(ds_config: str, plain: bool) -> list[float]:
-    with overrides.without(*(overrides.GRADIENT_NAMES if plain else ())):
+    with without(*(GRADIENT_NAMES if plain else ())):
         return norms_under_model_parallelism(ds_config)
 
 
