@@ -1,6 +1,5 @@
 """What is done at the Trainer's events: steps of the controller, heartbeats for the watchdog, a check of a metric."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,14 +12,7 @@ from lisa_dist.errors import UserError
 class BestMetric(TrainerCallback):
     """At the first evaluation: raises UserError for a `--metric_for_best_model` that no evaluation has."""
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, float] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         """Look for it among the metrics, whose names begin with eval_."""
         name = args.metric_for_best_model
         if name is None or metrics is None or f"eval_{name.removeprefix('eval_')}" in metrics:

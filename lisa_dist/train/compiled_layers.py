@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import DynamoBackend
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.patches import patch
@@ -29,9 +29,7 @@ class CompiledLayers(TrainerCallback):
         trainer.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         self._layers_attribute = layers_attribute
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Compile, which takes place in the first steps."""
         layers = model.get_submodule(find_blocks(model, self._layers_attribute).layers_path).children()
         compile_layers(layers, str(args.torch_compile_backend), args.torch_compile_mode)

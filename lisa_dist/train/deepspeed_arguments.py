@@ -49,18 +49,14 @@ def _use_deepspeed(args: Any, given: str | dict | None) -> None:
     if not has_one:
         args.deepspeed = wanted
     if not has_one or not dist.is_initialized():
-        _join(args)
+        # The group starts again, as DeepSpeed's: the arguments have started none, or another one of Accelerate's.
+        set_rank()
+        check_accelerator()
+        if not torch.cuda.is_available():
+            args.use_cpu, args.dataloader_pin_memory = True, False  # has Accelerate start gloo
+        vars(args).pop("_setup_devices", None)  # a cached property
+        assert args.device is not None
     if not has_one:
         args.hf_deepspeed_config = HfTrainerDeepSpeedConfig(args.deepspeed)
         args.hf_deepspeed_config.trainer_config_process(args)
         args.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=args.hf_deepspeed_config)
-
-
-def _join(args: Any) -> None:
-    """Start the process group again, as DeepSpeed's: the arguments started none, or another one of Accelerate's."""
-    set_rank()
-    check_accelerator()
-    if not torch.cuda.is_available():
-        args.use_cpu, args.dataloader_pin_memory = True, False  # has Accelerate start gloo
-    vars(args).pop("_setup_devices", None)  # a cached property
-    assert args.device is not None

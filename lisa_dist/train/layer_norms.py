@@ -58,9 +58,7 @@ class LayerNorms(TrainerCallback):
         self.every = every
         self._layers_attribute = layers_attribute
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Find the weights, and keep what they are."""
         if state.max_steps < self.every:
             raise UserError(
@@ -211,9 +209,8 @@ def _find_weights(model: Any, blocks: Blocks) -> Iterator[_Weight]:
     """Every weight that acts in the language model, once, in its block."""
     is_peft = isinstance(model, PeftModel)
     model = model.get_base_model() if is_peft else model
-    owner = {
-        id(one): block.name for block in blocks if block is not blocks.outside for one in block.parameters.values()
-    }
+    inside = [block for block in blocks if block is not blocks.outside]
+    owner = {id(parameter): block.name for block in inside for parameter in block.parameters.values()}
     # What does not act by itself: factors, a matrix with adapters, what a copy stands for.
     factors, with_adapters, replaced = set(), set(), []
     for path, module in model.named_modules() if is_peft else ():
@@ -226,11 +223,11 @@ def _find_weights(model: Any, blocks: Blocks) -> Iterator[_Weight]:
             adapted = _Adapted(matrix, module)
             factors |= {id(factor) for factor in adapted.factors}
             with_adapters.add(f"{path}.base_layer.weight")
-            if id(adapted.factors[0]) in owner:
-                adapted.block = owner[id(adapted.factors[0])]
+            if (block := owner.get(id(adapted.factors[0]))) is not None:
+                adapted.block = block
                 yield adapted
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    head_path = next((f"{path}." for path, module in model.named_modules() if module is head), None)
+    at_head = tuple(f"{path}." for path, module in model.named_modules() if module is head)
     names: dict[int, list[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
@@ -242,8 +239,8 @@ def _find_weights(model: Any, blocks: Blocks) -> Iterator[_Weight]:
         if ".lora_" in acting[0]:
             raise UserError(f"--layer_norms: {acting[0]} is of an adapter {_NOT_MEASURED}")
         # A matrix that head and embedding share is the head's where the embedding has an adapter or a copy for itself.
-        at_head = len(acting) < len(aliases) and head_path is not None and acting[0].startswith(head_path)
+        is_head_s = len(acting) < len(aliases) and acting[0].startswith(at_head)
         parameter = parameters[acting[0]]
         weight = _Weight(parameter, parameter.requires_grad or not is_peft)
-        weight.block = "head" if at_head else owner[key]
+        weight.block = "head" if is_head_s else owner[key]
         yield weight

@@ -173,8 +173,10 @@ class SpeedMeter(TrainerCallback):
         if ids is not None:
             self._rows += len(ids)
             self._positions += ids.numel()
-        if ids is not None or mask is not None:
-            self._tokens = self._tokens + (ids.numel() if mask is None else mask.sum())
+        if mask is not None:
+            self._tokens = self._tokens + mask.sum()
+        elif ids is not None:
+            self._tokens = self._tokens + ids.numel()
 
     def metrics(self) -> tuple[dict[str, float], tuple[float, float] | None]:
         """Figures of all ranks since the last call, which every rank makes.

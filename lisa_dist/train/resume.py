@@ -223,7 +223,8 @@ def compare_on_rank_0(
     folder: Path, identity: Callable[[], Mapping[str, Any]], begins_data_anew: bool
 ) -> tuple[list[str], float]:
     """`compare_identity` on rank 0 for all ranks, which raise together what it raises."""
-    found, problem = None, None
+    problem: str | None = None
+    found: tuple[list[str], float] = [], 1.0
     if dist.get_rank() == 0:
         try:
             found = compare_identity(folder, identity(), begins_data_anew)
