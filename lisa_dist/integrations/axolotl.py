@@ -7,7 +7,7 @@ Settings have the names that they have in a recipe of lisa_dist, `lisa_activated
 from typing import Any
 
 from lisa_dist.errors import UserError
-from lisa_dist.integrations.settings import arguments_of, check_host, one_line
+from lisa_dist.integrations.settings import KEYS, arguments_of, check_host, one_line
 
 with one_line():
     check_host("axolotl", ">=0.19,<0.22")  # before names that other versions may not have
@@ -15,7 +15,6 @@ with one_line():
 from axolotl.core.trainers import AxolotlTrainer
 from axolotl.integrations.base import BasePlugin
 
-from lisa_dist.integrations.axolotl_args import NAMES
 from lisa_dist.removed import REMOVED
 from lisa_dist.train.trainer import LisaMixin
 
@@ -33,22 +32,20 @@ class LisaPlugin(BasePlugin):
 
     def get_input_args(self) -> str:
         """Where the keys are."""
-        return "lisa_dist.integrations.axolotl_args.LisaArgs"
+        return "lisa_dist.integrations.settings.LisaArgs"
 
     def get_trainer_cls(self, cfg: Any) -> type:
         """Axolotl's trainer, by LISA with the settings of a configuration."""
-        return _trainer_by(_arguments(cfg))
+        of_mixin = _arguments(cfg)
 
+        class LisaAxolotlTrainer(LisaMixin, AxolotlTrainer):
+            """Axolotl's trainer by LISA."""
 
-def _trainer_by(of_mixin: dict[str, Any]) -> type:
-    class LisaAxolotlTrainer(LisaMixin, AxolotlTrainer):
-        """Axolotl's trainer by LISA."""
+            def __init__(self, *args: Any, **kwargs: Any):
+                with one_line():
+                    super().__init__(*args, **of_mixin, **kwargs)
 
-        def __init__(self, *args: Any, **kwargs: Any):
-            with one_line():
-                super().__init__(*args, **of_mixin, **kwargs)
-
-    return LisaAxolotlTrainer
+        return LisaAxolotlTrainer
 
 
 def _arguments(cfg: Any) -> dict[str, Any]:
@@ -60,5 +57,5 @@ def _arguments(cfg: Any) -> dict[str, Any]:
         )
     if given := [name for name in _NOT_WITH if cfg[name]]:
         raise UserError(f"{given[0]}: {cfg[given[0]]}: LISA trains whole layers, supervised; leave it out.")
-    settings = {name: cfg[name] for name in (*NAMES, *REMOVED) if cfg[name] is not None}
+    settings = {name: cfg[name] for name in (*KEYS, *REMOVED) if cfg[name] is not None}
     return arguments_of(settings, "the configuration")

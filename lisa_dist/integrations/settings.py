@@ -2,10 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from importlib.metadata import version
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
+from pydantic import BaseModel, create_model
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
@@ -14,6 +16,10 @@ from lisa_dist.removed import without_removed
 
 # What a plugin's settings may hold besides LisaConfig's: keyword arguments of LisaMixin.
 OF_MIXIN = ("checkpointed_layers", "gpu_memory", "hang_timeout", "save_async", "eval_frozen_bits")
+NAMES = [*(field.name for field in fields(LisaConfig)), *OF_MIXIN]
+# Axolotl's type of its keys, by the names that they have in a recipe; one of them is its own too, of the same meaning.
+KEYS = [name for name in NAMES if name != "lisa_layers_attribute"]
+LisaArgs: type[BaseModel] = create_model("LisaArgs", **dict.fromkeys(KEYS, (Any, None)))  # type: ignore[call-overload]
 
 
 @contextlib.contextmanager
@@ -37,11 +43,10 @@ def arguments_of(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     Raises UserError, naming `where` they stand, for a name that there is not or a value that cannot work.
     """
-    known = {*LisaConfig.__dataclass_fields__, *OF_MIXIN}
     settings = without_removed(settings, f"{where}: ")
     for name in settings:
-        if name not in known:
-            raise UserError(f"{where}: {name}: no such setting; {nearest(name, known)}")
+        if name not in NAMES:
+            raise UserError(f"{where}: {name}: no such setting; {nearest(name, NAMES)}")
     config = {name: value for name, value in settings.items() if name not in OF_MIXIN}
     mixin = {name: value for name, value in settings.items() if name in OF_MIXIN}
     return mixin | {"lisa_config": LisaConfig(**config)}

@@ -1,24 +1,17 @@
 """Which attention implementation a run uses, and why; and that packed documents do not see each other."""
 
-import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    PretrainedConfig,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.utils import is_kernels_available
 
 from lisa_dist.errors import UserError
-
-if TYPE_CHECKING:
-    from trl import SFTConfig
 
 PROBE_LENGTH = 16  # tokens of a document in `documents_see_each_other`
 
@@ -59,15 +52,14 @@ def choose_attention(
     that the GPU, the precision (flash-attn wants `half_precision`, bf16 or fp16) and the model of `config` can use.
     `packed`: documents share rows. Raises UserError for a flash-attn that was asked for and cannot be used.
     """
-    model_class = _model_class(config)
-    capability = None if use_cpu else gpu_capability()
+    run = _Run(config, half_precision, None if use_cpu else gpu_capability())
     if requested is None:
-        chosen, why = _choose(half_precision, config, model_class, capability)
+        chosen, why = run.choose()
     else:
         chosen, why = requested, "as asked for"
         name = requested.removeprefix("paged|")  # an older spelling that transformers takes for the same
         if name in _FLASH:
-            why += _check_requested(name, half_precision, config, model_class, capability)
+            why += run.check(name)
     if packed and "flash" in chosen:
         why += "; packed rows by its variable-length kernel"
     elif packed and chosen in ("eager", "sdpa", "flex_attention"):
@@ -75,8 +67,99 @@ def choose_attention(
     return chosen, why
 
 
-def packs_documents(args: "SFTConfig | Any") -> bool:
-    """Whether documents share rows in the run, by `--packing` or `--padding_free`.
+class _Run:
+    """What an implementation of attention depends on."""
+
+    def __init__(self, config: PretrainedConfig, half_precision: bool, capability: tuple[int, int] | None):
+        self._config, self._half_precision, self._capability = config, half_precision, capability
+        # The class that TRL will load, of which attributes are asked; None where the model brings its own code.
+        name = (config.architectures or [""])[0]
+        self._class: Any = getattr(transformers, name, None) or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+    def choose(self) -> tuple[str, str]:
+        """The best that can be used, and why nothing better."""
+        reasons: list[str] = []
+        for name in _AUTOMATIC:
+            problem = self._problem(name)[0] or self._misfit(name)
+            if problem is None:
+                return name, "; ".join([f"{_FLASH[name].package} is installed", *reasons])
+            if problem not in reasons:
+                reasons.append(problem)
+        if getattr(self._class, "_supports_sdpa", True):
+            return "sdpa", "; ".join(reasons)
+        return "eager", "; ".join([*reasons, f"{self._class.__name__} does not support SDPA"])
+
+    def check(self, name: str) -> str:
+        """What is to be added to "as asked for". Raises UserError."""
+        problem, way_out = self._problem(name)
+        if problem is None:
+            return ""
+        if problem.endswith("is not installed") and is_kernels_available():
+            return f"; {problem}, transformers takes a kernel of the hub"
+        way_out = f"{way_out}, or leave" if way_out else "leave"
+        raise UserError(f"--attn_implementation {name}: {problem}; {way_out} the flag out for SDPA.")
+
+    def _problem(self, name: str) -> tuple[str | None, str | None]:
+        """Why this flash-attn cannot run, or None; and what to do about it, where something can be done."""
+        flash = _FLASH[name]
+        if self._capability is None:
+            return "no CUDA device", None
+        if not self._half_precision:
+            return "flash-attn needs bf16 or fp16", "give --bf16 true"
+        if self._capability[0] not in flash.majors:
+            return f"{flash.package} needs {flash.gpu}", None
+        if self._class is not None:  # of a model with code of its own nothing is known
+            if not self._class._supports_flash_attn:
+                return f"{self._class.__name__} does not support flash-attn", None
+            head = _largest_head(self._config)
+            if head > _LARGEST_HEAD:
+                return f"flash-attn takes heads of at most {_LARGEST_HEAD}, and the model's are {head}", None
+        problem = import_problem(flash)
+        return problem, problem and flash.install
+
+    def _misfit(self, name: str) -> str | None:
+        """Why nobody would want this flash-attn for the model who has not asked for it, or None."""
+        if self._class is None:
+            return "a model with code of its own may not support flash-attn"
+        if name not in (getattr(self._class, "_compatible_flash_implementations", None) or [name]):
+            return f"{self._class.__name__} does not support {_FLASH[name].package}"
+        if name != "flash_attention_2" and getattr(self._config.get_text_config(), "attention_dropout", None):
+            return f"{_FLASH[name].package} has no dropout"  # and transformers only warns
+        return None
+
+
+def gpu_capability() -> tuple[int, int] | None:
+    """The compute capability of this process's GPU, or None."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def import_problem(flash: _Flash) -> str | None:
+    """Why it cannot be imported, or None. What is installed need not fit this torch: only an import tells."""
+    try:
+        version = importlib.metadata.version(flash.package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{flash.package} is not installed"
+    if Version(version) < Version(flash.oldest):
+        return f"{flash.package} {version} is older than {flash.oldest}"
+    try:
+        importlib.import_module(flash.module)
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: an operator that this torch does not know
+        return f"{flash.package} {version} cannot be imported ({' '.join(str(error).split())})"
+    return None
+
+
+def _largest_head(config: PretrainedConfig) -> int:
+    text = config.get_text_config()
+    layers = getattr(text, "per_layer_config", None) or [text]  # a few models have heads of several sizes
+    return max(
+        getattr(layer, "head_dim", None)
+        or getattr(layer, "hidden_size", 0) // getattr(layer, "num_attention_heads", 1)  # absent where there are none
+        for layer in layers
+    )
+
+
+def packs_documents(args: Any) -> bool:
+    """Whether documents share rows in the run of an SFTConfig, by `--packing` or `--padding_free`.
 
     Raises UserError where TRL would hand a row to the model without saying where its documents end.
     """
@@ -115,112 +198,3 @@ def documents_see_each_other(
         joined.append(logits_of({"input_ids": row[None], "attention_mask": torch.ones_like(row[None])}))
     moved, seen = ((one - two)[:, PROBE_LENGTH : 2 * PROBE_LENGTH].float().abs().max() for one, two in (packed, joined))
     return bool(moved > 0.05 * seen)  # behind a mask nothing moves; the margin is for rounding
-
-
-def _choose(
-    half_precision: bool, config: PretrainedConfig, model_class: Any, capability: tuple[int, int] | None
-) -> tuple[str, str]:
-    """The best that can be used, and why nothing better."""
-    reasons: list[str] = []
-    for name in _AUTOMATIC:
-        problem, _ = _problem(name, half_precision, config, model_class, capability)
-        problem = problem or _misfit(name, config, model_class)
-        if problem is None:
-            return name, "; ".join([f"{_FLASH[name].package} is installed", *reasons])
-        if problem not in reasons:
-            reasons.append(problem)
-    if getattr(model_class, "_supports_sdpa", True):
-        return "sdpa", "; ".join(reasons)
-    return "eager", "; ".join([*reasons, f"{model_class.__name__} does not support SDPA"])
-
-
-def _check_requested(
-    name: str,
-    half_precision: bool,
-    config: PretrainedConfig,
-    model_class: Any,
-    capability: tuple[int, int] | None,
-) -> str:
-    """What is to be added to "as asked for". Raises UserError."""
-    problem, way_out = _problem(name, half_precision, config, model_class, capability)
-    if problem is None:
-        return ""
-    if problem.endswith("is not installed") and is_kernels_available():
-        return f"; {problem}, transformers takes a kernel of the hub"
-    way_out = f"{way_out}, or leave" if way_out else "leave"
-    raise UserError(f"--attn_implementation {name}: {problem}; {way_out} the flag out for SDPA.")
-
-
-def _problem(
-    name: str,
-    half_precision: bool,
-    config: PretrainedConfig,
-    model_class: Any,
-    capability: tuple[int, int] | None,
-) -> tuple[str | None, str | None]:
-    """Why this flash-attn cannot run, or None; and what to do about it, where something can be done."""
-    flash = _FLASH[name]
-    if capability is None:
-        return "no CUDA device", None
-    if not half_precision:
-        return "flash-attn needs bf16 or fp16", "give --bf16 true"
-    if capability[0] not in flash.majors:
-        return f"{flash.package} needs {flash.gpu}", None
-    if model_class is not None:  # of a model with code of its own nothing is known
-        if not model_class._supports_flash_attn:
-            return f"{model_class.__name__} does not support flash-attn", None
-        head = _largest_head(config)
-        if head > _LARGEST_HEAD:
-            return f"flash-attn takes heads of at most {_LARGEST_HEAD}, and the model's are {head}", None
-    problem = import_problem(flash)
-    return problem, problem and flash.install
-
-
-def _misfit(name: str, config: PretrainedConfig, model_class: Any) -> str | None:
-    """Why nobody would want this flash-attn for the model who has not asked for it, or None."""
-    flash = _FLASH[name]
-    if model_class is None:
-        return "a model with code of its own may not support flash-attn"
-    if name not in (getattr(model_class, "_compatible_flash_implementations", None) or [name]):
-        return f"{model_class.__name__} does not support {flash.package}"
-    if name != "flash_attention_2" and getattr(config.get_text_config(), "attention_dropout", None):
-        return f"{flash.package} has no dropout"  # and transformers only warns
-    return None
-
-
-def gpu_capability() -> tuple[int, int] | None:
-    """The compute capability of this process's GPU, or None."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-
-
-def import_problem(flash: _Flash) -> str | None:
-    """Why it cannot be imported, or None. What is installed need not fit this torch: only an import tells."""
-    try:
-        version = importlib.metadata.version(flash.package)
-    except importlib.metadata.PackageNotFoundError:
-        return f"{flash.package} is not installed"
-    if Version(version) < Version(flash.oldest):
-        return f"{flash.package} {version} is older than {flash.oldest}"
-    try:
-        importlib.import_module(flash.module)
-    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: an operator that this torch does not know
-        return f"{flash.package} {version} cannot be imported ({' '.join(str(error).split())})"
-    return None
-
-
-def _model_class(config: PretrainedConfig) -> Any:
-    """The class that TRL will load, of which attributes are asked; None where the model brings its own code."""
-    for name in (config.architectures or [])[:1]:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-
-
-def _largest_head(config: PretrainedConfig) -> int:
-    text = config.get_text_config()
-    layers = getattr(text, "per_layer_config", None) or [text]  # a few models have heads of several sizes
-    return max(
-        getattr(layer, "head_dim", None)
-        or getattr(layer, "hidden_size", 0) // getattr(layer, "num_attention_heads", 1)  # absent where there are none
-        for layer in layers
-    )

@@ -1,44 +1,18 @@
-"""What is done at the Trainer's events: steps of the controller, a heartbeat for the watchdog, a check of a metric."""
+"""What is done at the Trainer's events: steps of the controller, heartbeats for the watchdog, a check of a metric."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lisa_dist.core.controller import LisaController
 from lisa_dist.distributed.signals import StopSignals
 from lisa_dist.distributed.watchdog import Watchdog
 from lisa_dist.errors import UserError
-from lisa_dist.memory.run_memory import RunMemory
-
-
-class Heartbeat(TrainerCallback):
-    """Tells the watchdog at every event of training, evaluation and saving that this rank is alive."""
-
-    def __init__(self, watchdog: Watchdog):
-        self._watchdog = watchdog
-
-    def _beat(self, *args: Any, **kwargs: Any) -> None:
-        self._watchdog.beat()
-
-    on_train_begin = on_step_begin = on_substep_end = on_step_end = on_prediction_step = on_save = _beat
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop the step timeout."""
-        self._watchdog.end_steps()
 
 
 class BestMetric(TrainerCallback):
     """At the first evaluation: raises UserError for a `--metric_for_best_model` that no evaluation has."""
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         """Look for it among the metrics, whose names begin with eval_."""
         name = args.metric_for_best_model
         if name is None or metrics is None or f"eval_{name.removeprefix('eval_')}" in metrics:
@@ -48,53 +22,58 @@ class BestMetric(TrainerCallback):
 
 
 class LisaSteps(TrainerCallback):
-    """Switches layers, measures memory and ends the run on a signal, each at its event."""
+    """Switches layers, measures memory and ends the run on a signal, each at its event.
 
-    def __init__(self, lisa: LisaController, memory: RunMemory, signals: StopSignals, watchdog: Watchdog):
-        self._lisa, self._memory, self._signals, self._watchdog = lisa, memory, signals, watchdog
+    Every event of training, evaluation and saving is a heartbeat: the watchdog sees that this rank is alive. The
+    `trainer` is a LisaMixin, whose controller and memory are there once training begins.
+    """
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def __init__(self, trainer: Any, signals: StopSignals, watchdog: Watchdog):
+        self._trainer, self._signals, self._watchdog = trainer, signals, watchdog
+
+    def _beat(self, *args: Any, **kwargs: Any) -> None:
+        self._watchdog.beat()
+
+    on_substep_end = on_prediction_step = on_save = _beat
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Print the layers of the first period."""
-        if state.is_world_process_zero:
-            self._print_active(state)
+        self._watchdog.beat()
+        self._print_active(state)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Switch when a period begins."""
-        if self._lisa.on_step_begin() and state.is_world_process_zero:
+        self._watchdog.beat()
+        if self._trainer.lisa.on_step_begin():
             self._print_active(state)
-        self._memory.begin_step(state.global_step)
+        self._trainer.memory.begin_step(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Check that losses are finite; on a signal have the run save and stop."""
-        message = self._memory.end_step(state.global_step - 1)
+        self._watchdog.beat()
+        message = self._trainer.memory.end_step(state.global_step - 1)
         if message is not None and args.should_log:
             print(message, flush=True)
         self._watchdog.beat()  # a plan may have been made, and a save may follow
-        self._lisa.check_finite()
+        self._trainer.lisa.check_finite()
         if self._signals.agree() is not None:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # the time that is left is for the save
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Do not evaluate when a signal has ended the run."""
         if self._signals.stopped_by is not None:
             control.should_evaluate = False
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the logs; report the memory of a run that was not stopped."""
-        self._lisa.close()
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop the step timeout and close the logs; report the memory of a run that was not stopped."""
+        self._watchdog.end_steps()
+        self._trainer.lisa.close()
         if self._signals.stopped_by is None and state.is_world_process_zero:
-            self._memory.write_report(str(args.output_dir))
+            self._trainer.memory.write_report(str(args.output_dir))
 
     def _print_active(self, state: TrainerState) -> None:
-        active = self._lisa.selection.describe(self._lisa.active)
-        kind = "modules" if self._lisa.config.by_module else "layers"
-        print(f"step {state.global_step:>5}  period {self._lisa.period:>4}  active {kind}: {active}", flush=True)
+        lisa = self._trainer.lisa
+        if state.is_world_process_zero:
+            active, kind = lisa.selection.describe(lisa.active), "modules" if lisa.config.by_module else "layers"
+            print(f"step {state.global_step:>5}  period {lisa.period:>4}  active {kind}: {active}", flush=True)

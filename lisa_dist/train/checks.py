@@ -81,17 +81,14 @@ def check_compile(args: TrainingArguments, ds_config: dict[str, Any], switches: 
         raise UserError(f"--torch_compile_backend cudagraphs: {_MOVED}; use inductor.")
     if mode is not None and backend != "inductor":
         raise UserError(f"--torch_compile_mode {mode}: is for inductor, not --torch_compile_backend {backend}.")
-    if backend == "inductor":
-        _check_inductor(mode, args.use_cpu, switches)
-
-
-def _check_inductor(mode: str | None, use_cpu: bool, switches: bool) -> None:
+    if backend != "inductor":
+        return
     modes = torch._inductor.list_mode_options()
     if mode is not None and mode not in modes:
         raise UserError(f"--torch_compile_mode {mode}: unknown; choose one of {', '.join(modes)}.")
     if switches and mode is not None and modes[mode].get("triton.cudagraphs"):
         raise UserError(f"--torch_compile_mode {mode}: {_MOVED}; use default or max-autotune-no-cudagraphs.")
-    if use_cpu:
+    if args.use_cpu:
         compiler = os.environ.get("CXX", "g++")
         missing = "" if shutil.which(compiler) else f"there is no C++ compiler {compiler}: apt install g++, or set CXX"
     else:

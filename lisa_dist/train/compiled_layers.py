@@ -1,55 +1,42 @@
 """`--torch_compile`: each decoder layer is compiled by itself, so that no switch needs a new graph.
 
 torch keeps compiled code by the function that it was made of, and layers of one class share it, since weights are its
-inputs. So there are two graphs: of a layer whose weights require gradients and of a frozen one, whichever they are. The
-Trainer would compile the whole model, whose graph is another one for every set of active layers.
-
-More graphs follow where a layer runs in more ways: checkpointed or not, its input with a gradient or without (below the
-lowest active layer, if the embedding is frozen), with a mask or without. They are compiled for all lengths at once,
-since the batches of a run differ in length.
+inputs. So there are two graphs: of a layer whose weights require gradients and of a frozen one. The Trainer would
+compile the whole model, whose graph is another one for every set of active layers. More graphs follow where a layer
+runs in more ways: checkpointed or not, its input with a gradient or without, with a mask or without.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.patches import patch
 
-# All of the ways above, for a few classes of layers; at torch's 8 the rest would run without compilation.
-_MAX_GRAPHS = 64
+_MAX_GRAPHS = 64  # all of these ways, for a few classes of layers; at torch's 8 the rest would run without compilation
 
 
 class CompiledLayers(TrainerCallback):
-    """Compiles the decoder layers of a trainer's model when training begins, in the place of the model.
-
-    `layers_attribute` is that of `find_blocks`.
-    """
+    """Compiles a trainer's decoder layers when training begins; `layers_attribute` is that of `find_blocks`."""
 
     def __init__(self, trainer: Trainer, layers_attribute: str | None):
         # Accelerate would compile the DeepSpeed engine's module as a whole.
         trainer.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         self._layers_attribute = layers_attribute
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Compile, which takes place in the first steps."""
         layers = model.get_submodule(find_blocks(model, self._layers_attribute).layers_path).children()
         compile_layers(layers, str(args.torch_compile_backend), args.torch_compile_mode)
 
 
 def compile_layers(layers: Iterable[nn.Module], backend: str, mode: str | None) -> None:
-    """Have each layer run as compiled code where gradients are computed.
+    """Have each layer run as compiled code where gradients are computed, for batches of all lengths.
 
     Evaluations and generations run it as it is: a generation's cache would take a graph for each layer.
     """
@@ -57,14 +44,9 @@ def compile_layers(layers: Iterable[nn.Module], backend: str, mode: str | None) 
     config.cache_size_limit = max(_MAX_GRAPHS, config.cache_size_limit)  # as torch 2.6 calls it, and later ones too
     for layer in layers:
         layer.compile(backend=backend, mode=mode, dynamic=True)
-        patch(layer, "_compiled_call_impl", _InTraining(layer, layer._compiled_call_impl), of="compiled_call")
+        call = partial(_call, layer, layer._compiled_call_impl)
+        patch(layer, "_compiled_call_impl", call, of="compiled_call")
 
 
-class _InTraining:
-    """Calls the compiled layer where gradients are computed, and the layer itself elsewhere."""
-
-    def __init__(self, layer: nn.Module, compiled: Any):
-        self._layer, self._compiled = layer, compiled
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self._compiled if torch.is_grad_enabled() else self._layer._call_impl)(*args, **kwargs)
+def _call(layer: nn.Module, compiled: Any, *args: Any, **kwargs: Any) -> Any:
+    return (compiled if torch.is_grad_enabled() else layer._call_impl)(*args, **kwargs)

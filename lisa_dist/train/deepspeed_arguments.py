@@ -1,8 +1,4 @@
-"""A DeepSpeed config for the arguments of a Trainer that were made without one, and a process group for a script.
-
-What `TrainingArguments` do when they are made with `deepspeed=FILE` under a launcher is done here later, for arguments
-that a user has made as for any Trainer.
-"""
+"""What `TrainingArguments` do when they are made with `deepspeed=FILE` under a launcher, for others, and later."""
 
 import os
 from collections.abc import Iterable
@@ -21,7 +17,6 @@ from lisa_dist.ds_config import find_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.zero.cpu_ops import guard_builds, start_deepspeed
 
-DEFAULT = "zero2"
 # What `accelerate launch --use_deepspeed` has for the arguments.
 _OF_ACCELERATE = ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
 
@@ -29,9 +24,8 @@ _OF_ACCELERATE = ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_DEEPSPEED_ZERO
 def begin_deepspeed(arguments: Iterable[Any], given: str | dict | None) -> None:
     """Have the training arguments among a Trainer's own train under DeepSpeed, and DeepSpeed know of the ranks.
 
-    `given`: a short name, a path or the content of a config; zero2 where neither it nor the arguments have one. Where
-    no launcher has started ranks this process is the only one. A Trainer that is given no arguments makes its own, and
-    says that they have no config. Raises UserError where there are two configs, or no arguments for one.
+    `given`: a short name, a path or the content of a config; zero2 where neither it nor the arguments have one. Without
+    a launcher this process is the only rank. Raises UserError where there are two configs, or no arguments for one.
     """
     guard_builds()
     args = next((one for one in arguments if isinstance(one, TrainingArguments)), None)
@@ -47,7 +41,7 @@ def begin_deepspeed(arguments: Iterable[Any], given: str | dict | None) -> None:
 
 
 def _use_deepspeed(args: Any, given: str | dict | None) -> None:
-    wanted = given if isinstance(given, dict) else find_ds_config(given or DEFAULT)
+    wanted = given if isinstance(given, dict) else find_ds_config(given or "zero2")
     # An earlier trainer of this process leaves ACCELERATE_USE_DEEPSPEED, by which arguments take a config of nobody's.
     has_one = bool(args.deepspeed) or any(name in os.environ for name in _OF_ACCELERATE)
     if has_one and given is not None and args.deepspeed != wanted:  # the same is of an earlier trainer
@@ -55,18 +49,14 @@ def _use_deepspeed(args: Any, given: str | dict | None) -> None:
     if not has_one:
         args.deepspeed = wanted
     if not has_one or not dist.is_initialized():
-        _join(args)
+        # The group starts again, as DeepSpeed's: the arguments have started none, or another one of Accelerate's.
+        set_rank()
+        check_accelerator()
+        if not torch.cuda.is_available():
+            args.use_cpu, args.dataloader_pin_memory = True, False  # has Accelerate start gloo
+        vars(args).pop("_setup_devices", None)  # a cached property
+        assert args.device is not None
     if not has_one:
         args.hf_deepspeed_config = HfTrainerDeepSpeedConfig(args.deepspeed)
         args.hf_deepspeed_config.trainer_config_process(args)
         args.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=args.hf_deepspeed_config)
-
-
-def _join(args: Any) -> None:
-    """Start the process group again, as DeepSpeed's: the arguments started none, or another one of Accelerate's."""
-    set_rank()
-    check_accelerator()
-    if not torch.cuda.is_available():
-        args.use_cpu, args.dataloader_pin_memory = True, False  # has Accelerate start gloo
-    vars(args).pop("_setup_devices", None)  # a cached property
-    assert args.device is not None

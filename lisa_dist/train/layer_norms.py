@@ -11,20 +11,20 @@ Under LoRA theta is the merged weight W + s B A, without the rounding that a mer
 taken piece by piece, and nothing is merged in the model. A module that trains as a copy (`modules_to_save`) counts as
 the copy. Without adapters weights count as the model holds them: what bf16 rounds away is no update.
 
-Who sends what: under ZeRO-3 each rank squares what it holds of each weight, and one reduction adds up three numbers of
-each block; adapters, which are small, are put together before, in one reduction of 4 bytes an element. Else each rank
-has all weights, rank 0 alone looks and nothing is sent. In a step that is looked at a rank that looks has a second copy
-of what it holds of the weights that may train, in their dtype, and one more on the host for all of the run.
+Who sends what: under ZeRO-3 each rank squares its part of each weight, and one reduction adds up three numbers of each
+block; adapters, which are small, are gathered before. Else each rank has all weights, rank 0 alone looks and nothing is
+sent. In a step that is looked at a rank that looks has a second copy of its part of the weights that may train, in
+their dtype, and one more on the host for all of the run.
 
 Source: section 3.1 of Pan et al. (arXiv 2403.17919).
 """
 
 import csv
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -34,7 +34,7 @@ from torch import distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lisa_dist.core.blocks import find_blocks
+from lisa_dist.core.blocks import Blocks, find_blocks
 from lisa_dist.distributed.collectives import together
 from lisa_dist.errors import UserError
 from lisa_dist.files import replacing
@@ -43,7 +43,6 @@ from lisa_dist.zero.gradients import NORM_CHUNK
 from lisa_dist.zero.parameters import is_partitioned, local_shard, parameter_shape
 
 _NOT_MEASURED = "whose norms are not taken: LoRA's on linear layers and embeddings are, without DoRA and biases."
-_OUTER = {"embed": 0, "head": 2, "rest": 3}  # layers are in between
 
 
 class LayerNorms(TrainerCallback):
@@ -58,64 +57,47 @@ class LayerNorms(TrainerCallback):
     def __init__(self, every: int = 1, layers_attribute: str | None = None):
         self.every = every
         self._layers_attribute = layers_attribute
-        self.num_looks = 0
-        self._weights: list[_Weight] = []
-        self._blocks: list[str] = []
-        self._has_adapters = self._sharded = self._looks_here = False
-        self._device = torch.device("cpu")
-        self._start: list[list[torch.Tensor]] = []
-        self._before: list[list[torch.Tensor]] | None = None
-        self._sums = torch.zeros(0, 3, dtype=torch.float64)
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Find the weights, and keep what they are."""
         if state.max_steps < self.every:
             raise UserError(
                 f"--layer_norms {self.every}: the run has {state.max_steps} steps, so none would be looked at; give at "
                 f"most {state.max_steps}."
             )
-        self._weights = list(_find_weights(model, self._layers_attribute))
-        self._blocks = sorted({weight.block for weight in self._weights}, key=_place)
-        self._has_adapters = any(isinstance(weight, _Adapted) for weight in self._weights)
+        blocks = find_blocks(model.get_base_model() if isinstance(model, PeftModel) else model, self._layers_attribute)
+        self._weights = list(_find_weights(model, blocks))
+        found = {weight.block for weight in self._weights}
+        self._blocks = [block.name for block in blocks if block.name in found]
+        self._factors = [factor for weight in self._weights for factor in weight.factors]
         self._sharded = any(is_partitioned(weight.parameter) for weight in self._weights)
         self._looks_here = self._sharded or state.is_world_process_zero
         self._device = args.device
         self._start = [[part.cpu() for part in each] for each in self._changing()]
-        self._before = None
+        self._before: list[list[torch.Tensor]] | None = None
         self._sums = torch.zeros(len(self._blocks), 3, dtype=torch.float64)
-        self.num_looks = 0
+        self._num_looks = 0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Keep the weights as they are before a step that is looked at."""
         if (state.global_step + 1) % self.every == 0:
             self._before = self._changing()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Look at the weights after the step."""
         if self._before is not None:
             self._sums += self._norms(self._before)
             self._before = None
-            self.num_looks += 1
+            self._num_looks += 1
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write what was seen so far."""
         self._write(Path(str(args.output_dir)))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the norms, and let go of the weights."""
         self._write(Path(str(args.output_dir)))
-        self._weights, self._start = [], []
+        self._weights, self._factors, self._start = [], [], []
 
     def _changing(self) -> list[list[torch.Tensor]]:
         """Copies of each weight that training may change; nothing on a rank that does not measure."""
@@ -128,35 +110,25 @@ class LayerNorms(TrainerCallback):
         squares = torch.zeros(len(self._blocks), 3, dtype=torch.float64, device=self._device)
         if self._looks_here:
             for weight, before in zip(self._weights, then, strict=True):
-                squares[self._blocks.index(weight.block)] += weight.squares(before, whole).to(self._device)
+                row = squares[self._blocks.index(weight.block)]
+                for piece in weight.pieces(before, whole):
+                    row += torch.stack([part.square().sum() for part in piece]).to(self._device)
         if self._sharded:
             dist.all_reduce(squares)
         return squares.sqrt().cpu()
 
     def _gather_adapters(self) -> dict[int, torch.Tensor]:
         """The factors of all adapters, whole and in fp32, by the ids of their parameters."""
-        factors = [factor for weight in self._weights if isinstance(weight, _Adapted) for factor in weight.factors]
-        if not self._sharded:
-            return {id(factor): factor.detach().float() for factor in factors}
-        sizes = [math.prod(parameter_shape(factor)) for factor in factors]
-        flat = torch.zeros(sum(sizes), device=self._device)
-        for factor, place in zip(factors, flat.split(sizes), strict=True):
-            begin, shard = local_shard(factor)
-            place[begin : begin + shard.numel()] = shard
-        if factors:
-            dist.all_reduce(flat)
-        return {
-            id(factor): place.view(parameter_shape(factor))
-            for factor, place in zip(factors, flat.split(sizes), strict=True)
-        }
+        with deepspeed.zero.GatheredParameters(self._factors, enabled=self._sharded and bool(self._factors)):
+            return {id(factor): factor.detach().to(torch.float32, copy=self._sharded) for factor in self._factors}
 
     def _write(self, folder: Path) -> None:
-        if not self.num_looks:  # a resumed run that had no such step left
+        if not self._num_looks:  # a resumed run that had no such step left
             return
-        table = self._sums / self.num_looks
+        table = self._sums / self._num_looks
         # In the order of the columns: weight, update, moved and, of adapters, product.
         table = torch.cat([table[:, :2], self._norms(self._start)[:, 1:2], table[:, 2:]], dim=1)
-        columns = [*NORMS, PRODUCT] if self._has_adapters else [*NORMS]
+        columns = [*NORMS, PRODUCT] if self._factors else [*NORMS]
         with together(folder):
             if not dist.is_initialized() or dist.get_rank() == 0:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -174,22 +146,19 @@ class _Weight:
 
     def __init__(self, parameter: nn.Parameter, trains: bool):
         self.parameter, self._trains = parameter, trains
+        self.factors: list[nn.Parameter] = []  # of adapters
 
     def changing(self, whole: dict[int, torch.Tensor]) -> list[torch.Tensor]:
         """Copies of what training may change."""
         return [local_shard(self.parameter)[1].clone()] if self._trains else []
 
-    def squares(self, then: list[torch.Tensor], whole: dict[int, torch.Tensor]) -> torch.Tensor:
-        """Sums of squares here: of the weight, of what was added since `then`, and of an adapter's product."""
+    def pieces(self, then: list[torch.Tensor], whole: dict[int, torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """In fp64, piece by piece: the weight here, what was added since `then`, and the product of adapters."""
         _, now = local_shard(self.parameter)
-        sums = now.new_zeros(3, dtype=torch.float64)
-        for index, piece in enumerate(now.split(NORM_CHUNK)):
+        before = then[0] if then else now
+        for piece, old in zip(now.split(NORM_CHUNK), before.split(NORM_CHUNK), strict=True):
             piece = piece.double()
-            sums[0] += piece.square().sum()
-            for before in then:
-                at = slice(index * NORM_CHUNK, index * NORM_CHUNK + piece.numel())
-                sums[1] += (piece - before[at].to(piece)).square().sum()
-        return sums
+            yield piece, piece - old.to(piece), piece.new_zeros(1)
 
 
 class _Adapted(_Weight):
@@ -198,61 +167,50 @@ class _Adapted(_Weight):
     def __init__(self, matrix: nn.Parameter, layer: LoraLayer):
         super().__init__(matrix, trains=True)
         adapters: Any = layer  # whose factors are in dictionaries of modules
-        self._embeds = any(name in adapters.lora_embedding_A for name in adapters.active_adapters)
+        embeds = any(name in adapters.lora_embedding_A for name in adapters.active_adapters)
         # An embedding, and a linear layer that keeps its matrix the other way round, add the transposed product.
-        self._transposed = self._embeds or getattr(adapters, "fan_in_fan_out", False)
+        self._transposed = embeds or getattr(adapters, "fan_in_fan_out", False)
         self._pairs = [
             (adapters.lora_embedding_B[name], adapters.lora_embedding_A[name], adapters.scaling[name])
-            if self._embeds
+            if embeds
             else (adapters.lora_B[name].weight, adapters.lora_A[name].weight, adapters.scaling[name])
             for name in adapters.active_adapters
         ]
-
-    @property
-    def factors(self) -> list[nn.Parameter]:
-        """What trains."""
-        return [factor for left, right, _ in self._pairs for factor in (left, right)]
+        self.factors = [factor for left, right, _ in self._pairs for factor in (left, right)]
 
     def changing(self, whole: dict[int, torch.Tensor]) -> list[torch.Tensor]:
-        """Copies of the two factors."""
-        return [factor.clone() for factor in self._product(whole)]
-
-    def squares(self, then: list[torch.Tensor], whole: dict[int, torch.Tensor]) -> torch.Tensor:
-        """As of any weight; the product in fp32."""
-        begin, matrix = local_shard(self.parameter)
-        left, right = self._product(whole)
-        left_then, right_then = (factor.to(left) for factor in then)
-        # L R - L' R' = (L - L') R + L' (R - R'): no difference of two large products.
-        left_added = torch.cat([left - left_then, left_then], dim=1)
-        right_added = torch.cat([right, right - right_then])
-        columns = right.shape[1]
-        sums = left.new_zeros(3, dtype=torch.float64)
-        for index, piece in enumerate(matrix.split(NORM_CHUNK)):
-            first = begin + index * NORM_CHUNK
-            rows = slice(first // columns, -(-(first + piece.numel()) // columns))
-            at = slice(first - rows.start * columns, first - rows.start * columns + piece.numel())
-            product = (left[rows] @ right).view(-1)[at].double()
-            sums[0] += (piece.to(product) + product).square().sum()
-            sums[1] += (left_added[rows] @ right_added).view(-1)[at].double().square().sum()
-            sums[2] += product.square().sum()
-        return sums
-
-    def _product(self, whole: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """L and R, so that L R has the shape of the matrix; several adapters side by side."""
         lefts, rights = [], []
         for left, right, scale in self._pairs:
             left, right = whole[id(left)] * scale, whole[id(right)]
             lefts.append(right.T if self._transposed else left)
             rights.append(left.T if self._transposed else right)
-        return torch.cat(lefts, dim=1), torch.cat(rights)
+        return [torch.cat(lefts, dim=1), torch.cat(rights)]
+
+    def pieces(self, then: list[torch.Tensor], whole: dict[int, torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """As of any weight; the product in fp32."""
+        first, matrix = local_shard(self.parameter)
+        left, right = self.changing(whole)
+        left_then, right_then = (factor.to(left) for factor in then)
+        # L R - L' R' = (L - L') R + L' (R - R'): no difference of two large products.
+        left_added = torch.cat([left - left_then, left_then], dim=1)
+        right_added = torch.cat([right, right - right_then])
+        columns = right.shape[1]
+        for piece in matrix.split(NORM_CHUNK):
+            rows = slice(first // columns, -(-(first + piece.numel()) // columns))
+            at = slice(first - rows.start * columns, first - rows.start * columns + piece.numel())
+            product = (left[rows] @ right).view(-1)[at].double()
+            added = (left_added[rows] @ right_added).view(-1)[at].double()
+            yield piece.to(product) + product, added, product
+            first += piece.numel()
 
 
-def _find_weights(model: Any, layers_attribute: str | None) -> Iterator[_Weight]:
+def _find_weights(model: Any, blocks: Blocks) -> Iterator[_Weight]:
     """Every weight that acts in the language model, once, in its block."""
     is_peft = isinstance(model, PeftModel)
     model = model.get_base_model() if is_peft else model
-    blocks = [block for block in find_blocks(model, layers_attribute) if block.name != "outside"]
-    owner = {id(parameter): block.name for block in blocks for parameter in block.parameters.values()}
+    inside = [block for block in blocks if block is not blocks.outside]
+    owner = {id(parameter): block.name for block in inside for parameter in block.parameters.values()}
     # What does not act by itself: factors, a matrix with adapters, what a copy stands for.
     factors, with_adapters, replaced = set(), set(), []
     for path, module in model.named_modules() if is_peft else ():
@@ -265,11 +223,11 @@ def _find_weights(model: Any, layers_attribute: str | None) -> Iterator[_Weight]
             adapted = _Adapted(matrix, module)
             factors |= {id(factor) for factor in adapted.factors}
             with_adapters.add(f"{path}.base_layer.weight")
-            if id(adapted.factors[0]) in owner:
-                adapted.block = owner[id(adapted.factors[0])]
+            if (block := owner.get(id(adapted.factors[0]))) is not None:
+                adapted.block = block
                 yield adapted
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    head_path = next((f"{path}." for path, module in model.named_modules() if module is head), None)
+    at_head = tuple(f"{path}." for path, module in model.named_modules() if module is head)
     names: dict[int, list[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
@@ -281,13 +239,8 @@ def _find_weights(model: Any, layers_attribute: str | None) -> Iterator[_Weight]
         if ".lora_" in acting[0]:
             raise UserError(f"--layer_norms: {acting[0]} is of an adapter {_NOT_MEASURED}")
         # A matrix that head and embedding share is the head's where the embedding has an adapter or a copy for itself.
-        at_head = len(acting) < len(aliases) and head_path is not None and acting[0].startswith(head_path)
+        is_head_s = len(acting) < len(aliases) and acting[0].startswith(at_head)
         parameter = parameters[acting[0]]
         weight = _Weight(parameter, parameter.requires_grad or not is_peft)
-        weight.block = "head" if at_head else owner[key]
+        weight.block = "head" if is_head_s else owner[key]
         yield weight
-
-
-def _place(block: str) -> tuple[int, int]:
-    """Embed, layers in order, head, rest."""
-    return (_OUTER[block], 0) if block in _OUTER else (1, int(block.partition(".")[2]))

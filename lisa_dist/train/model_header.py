@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import checkpointed_layers
 from lisa_dist.core.controller import LisaController
 from lisa_dist.ds_config import uses_optimizer_offload
@@ -36,6 +35,10 @@ def describe_training(
     frozen = lisa.blocks.frozen_numel
     world_size = torch.distributed.get_world_size()
 
+    trained = f"{config.lisa_activated_layers} layers"
+    if config.by_module:
+        trained = f"modules of {config.lisa_budget} of their parameters"
+
     def named(names: list[str]) -> str:
         return ", ".join(f"{name} {format_count(numel[name])}" for name in names) or "nothing"
 
@@ -51,7 +54,7 @@ def describe_training(
             f"{format_count(active)} ({100 * active / total:.1f}%)" + (": full training" if active == total else ""),
         ),
         ("inactive", format_count(total - active)),
-        ("period", f"{config.lisa_interval_steps} steps with {_describe_active(config)}, {config.lisa_sampler}"),
+        ("period", f"{config.lisa_interval_steps} steps with {trained}, {config.lisa_sampler}"),
         *([("scales of it", config.lisa_lr_scale)] if config.lr_scales else []),
         *ranks,
         ("ZeRO", f"stage {ds_config['zero_optimization']['stage']} on {world_size} rank(s)"),
@@ -66,11 +69,10 @@ def describe_training(
 
 def _describe_outside(lisa: LisaController) -> str:
     """What is not the language model's, such as a vision tower, by the names at which it parts from the layers'."""
-    layers, found = lisa.blocks.layers_path.split("."), {}
+    found, layers_path = {}, f"{lisa.blocks.layers_path}."
     for name in lisa.blocks.outside.parameters:
-        parts = name.split(".")
-        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(parts, layers, strict=False)))
-        found[".".join(parts[: same + 1])] = True
+        paths = itertools.accumulate(name.split("."), "{}.{}".format)
+        found[next(path for path in paths if not layers_path.startswith(f"{path}."))] = True
     return f"not of the language model, or frozen before: {', '.join(found)}"
 
 
@@ -80,14 +82,6 @@ def _describe_layers(lisa: LisaController) -> str:
         sizes = f"{format_count(min(units))} to {format_count(max(units))}"
         return f"{count} at {lisa.blocks.layers_path}, of {len(units)} linear modules, {sizes} parameters each"
     return f"{count} at {lisa.blocks.layers_path}, of {format_count(max(units))} parameters each"
-
-
-def _describe_active(config: LisaConfig) -> str:
-    return (
-        f"modules of {config.lisa_budget} of their parameters"
-        if config.by_module
-        else f"{config.lisa_activated_layers} layers"
-    )
 
 
 def _describe_optimizer(optim: str, ds_config: dict[str, Any], device_type: str) -> str:

@@ -1,15 +1,27 @@
-"""What every run logs, whatever its method: tokens a second, memory, the line of its progress; and no secrets."""
+"""What every run logs, whatever its method: tokens a second, memory, the line of its progress; and no secrets.
+
+    ━━━━━━━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━  20/36  56%  0:01:12 left  312 tokens/s  GPU 1.20 GiB
+    loss 2.9103  held out 3.0112  lr 6.2e-06  grad norm 1.43  layers 2, 7
+
+is the line in a terminal; a file gets a line for each log and each evaluation of the held-out examples.
+"""
 
 import copy
 import copyreg
 import functools
 import resource
+import sys
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 from torch import distributed as dist
 from transformers import (
     PrinterCallback,
@@ -24,11 +36,23 @@ from lisa_dist.core.controller import LisaController
 from lisa_dist.distributed.health import SLOW, ComputeTime
 from lisa_dist.patches import patch
 from lisa_dist.run_folder import hide_secrets
-from lisa_dist.train.progress import Progress
+from lisa_dist.text import format_bytes
 from lisa_dist.zero.parameters import parameter_numel
 
 _SLOW_LOGS = 3  # in so many logs one after another a rank must be slow to be named
-
+# Entries of a log, in the order in which they are shown.
+_SHOWN = {
+    "loss": lambda value: f"loss {value:.4f}",
+    "held_out": lambda value: f"held out {value:.4f}",
+    "learning_rate": lambda value: f"lr {value:.2g}",
+    "grad_norm": lambda value: f"grad norm {value:.3g}",
+    "rewards/margins": lambda value: f"reward margin {value:.3g}",
+    "rewards/accuracies": lambda value: f"reward accuracy {value:.2f}",
+}
+_SPEED = {
+    "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
+    "memory_bytes": lambda value: f"{'GPU' if torch.cuda.is_available() else 'process'} {format_bytes(int(value))}",
+}
 
 if TYPE_CHECKING:
     _TrainerClass: TypeAlias = Any  # whichever class of Trainer the mixin is put before
@@ -65,12 +89,6 @@ class MonitoredMixin(_TrainerClass):
         if text is not None and self.args.should_log:
             print(text, flush=True)
 
-    def _warn_if_stopped(self, folder: Path) -> None:
-        """Where a model is saved: a script of one's own may not have looked at `stopped_by`."""
-        if self.stopped_by is not None:
-            done = f"{self.state.global_step} of {self.state.max_steps} steps"
-            self._print(f"warning: {self.stopped_by} ended the run after {done}: {folder} is no finished model.")
-
     def active_now(self) -> str:
         """What trains now, for the line of the progress; "" where it is everything."""
         return ""
@@ -80,7 +98,7 @@ class MonitoredMixin(_TrainerClass):
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._progress.stop()
+            self._progress.on_train_end()  # also when a step has raised
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's; some of its schedules read the optimizer's `defaults`, which DeepSpeed's wrapper lacks."""
@@ -109,10 +127,10 @@ class MonitoredMixin(_TrainerClass):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add speed and memory to the log of a loss, which all ranks write or none."""
         if "loss" in logs:
-            logs = logs | self._meter.metrics()
-            if self._meter.batch is not None:
-                self.accelerator.print(describe_batch(*self._meter.batch, getattr(self.args, "packing", None) is False))
-                self._meter.batch = None
+            metrics, batch = self._meter.metrics()
+            logs = logs | metrics
+            if batch is not None:
+                self.accelerator.print(describe_batch(*batch, getattr(self.args, "packing", None) is False))
         super().log(logs, *args, **kwargs)
 
 
@@ -142,7 +160,6 @@ class SpeedMeter(TrainerCallback):
         self._tokens: int | torch.Tensor = 0  # on the device, for nothing to wait for it
         self._rows = self._positions = 0  # with padding
         self._has_told = False
-        self.batch: tuple[float, float] | None = None  # tokens a row and the share of padding, with the first log alone
         self._since: float | None = None  # the last log, or the first step
         self._mark = 0.0  # the last end of a step, of an evaluation or of a save
         self._elsewhere = 0.0  # seconds of evaluation and saving
@@ -152,16 +169,20 @@ class SpeedMeter(TrainerCallback):
         """Count the tokens of a micro-batch of this rank."""
         if not isinstance(inputs, Mapping):  # some trainers make their batch of rows in the step
             return
-        if inputs.get("attention_mask") is not None:
-            self._tokens = self._tokens + inputs["attention_mask"].sum()
-        elif "input_ids" in inputs:
-            self._tokens = self._tokens + inputs["input_ids"].numel()
-        if "input_ids" in inputs:
-            self._rows += len(inputs["input_ids"])
-            self._positions += inputs["input_ids"].numel()
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if ids is not None:
+            self._rows += len(ids)
+            self._positions += ids.numel()
+        if mask is not None:
+            self._tokens = self._tokens + mask.sum()
+        elif ids is not None:
+            self._tokens = self._tokens + ids.numel()
 
-    def metrics(self) -> dict[str, float]:
-        """Figures of all ranks since the last call, which every rank makes."""
+    def metrics(self) -> tuple[dict[str, float], tuple[float, float] | None]:
+        """Figures of all ranks since the last call, which every rank makes.
+
+        The first call returns the tokens of a row and the share of padding too.
+        """
         now = time.perf_counter()
         passed = now - (now if self._since is None else self._since) - self._elsewhere
         counted = [int(self._tokens), passed, self._note_peak(), self._rows, self._positions]
@@ -171,38 +192,33 @@ class SpeedMeter(TrainerCallback):
             every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
             dist.all_gather(every, mine)
         tokens, seconds, peaks, rows, positions = torch.stack(every).unbind(1)
+        batch = None
         if self._rows and not self._has_told:
-            self.batch = (tokens.sum() / rows.sum()).item(), 1 - (tokens.sum() / positions.sum()).item()
+            batch = (tokens.sum() / rows.sum()).item(), 1 - (tokens.sum() / positions.sum()).item()
         self._has_told = True
-        self._tokens, self._since, self._elsewhere = 0, now, 0.0
-        self._mark = now
+        self._tokens, self._since, self._mark, self._elsewhere = 0, now, now, 0.0
         metrics = {"memory_bytes": peaks.max().item()}
-        return metrics | ({"tokens_per_second": (tokens.sum() / seconds.max()).item()} if tokens.sum() else {})
+        return metrics | ({"tokens_per_second": (tokens.sum() / seconds.max()).item()} if tokens.sum() else {}), batch
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """With the first step the time begins."""
         self._note_peak()
         if self._since is None:
             self._since = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """From here on the time may be of an evaluation, or of a save."""
         self._note_peak()
         self._mark = time.perf_counter()
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """What has passed was an evaluation."""
-        if self._since is None:  # before the first step
-            return
-        now = time.perf_counter()
-        self._elsewhere += now - self._mark
-        self._mark = now
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """What has passed was an evaluation, or a save."""
+        if self._since is not None:  # else it is before the first step
+            now = time.perf_counter()
+            self._elsewhere += now - self._mark
+            self._mark = now
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """What has passed was a save."""
-        self.on_evaluate(args, state, control)
+    on_save = on_evaluate
 
     def _note_peak(self) -> int:
         if self._device.type == "cuda":
@@ -217,6 +233,88 @@ def describe_batch(tokens_of_row: float, padding: float, could_pack: bool) -> st
     """A line of what the first batches hold; of much padding it names what helps."""
     way_out = ": --packing true fills rows with several examples" if padding > 0.5 and could_pack else ""
     return f"batches: {tokens_of_row:.0f} tokens a row, {padding:.0%} of a batch is padding{way_out}"
+
+
+class Progress(TrainerCallback):
+    """The progress of training, on the rank that logs. `active` says which layers train; "" where all do."""
+
+    def __init__(self, active: Callable[[], str], console: Console | None = None, plain: bool = False):
+        self._active = active
+        self._console = console or Console(highlight=False)
+        # Not by the console alone, which FORCE_COLOR makes believe that a log file is a terminal.
+        terminal = self._console.is_terminal and (console is not None or sys.stdout.isatty())
+        self._plain = plain or not terminal or self._console.is_dumb_terminal
+        self._live: Live | None = None
+        self._values: dict[str, float] = {}
+        self._evaluated = 0  # batches of the held-out examples, in an evaluation
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Show the line."""
+        self._state, self._first_step, self._began = state, state.global_step, time.monotonic()
+        if state.is_world_process_zero and not self._plain:
+            self._live = Live(get_renderable=self._render, console=self._console)  # renewed four times a second
+            self._live.start()
+            self._console.show_cursor(True)  # or a run that is killed leaves a terminal without one
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """Count a batch."""
+        self._evaluated += 1
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
+        """Take over what was logged; in plain output print it."""
+        logs, self._evaluated = logs or {}, 0
+        if "eval_loss" in logs:
+            self._values["held_out"] = logs["eval_loss"]
+        self._values |= {name: value for name, value in logs.items() if name in _SHOWN | _SPEED}
+        if not (self._plain and state.is_world_process_zero):
+            return
+        step, done = _place(state)
+        if "loss" in logs:
+            shown = {name: show for name, show in _SHOWN.items() if name != "held_out"}  # it has lines of its own
+            self._print(f"step {step}", done, *self._format(shown | _SPEED), self._layers(), self._left())
+        elif "eval_loss" in logs:
+            self._print(f"step {step}", _SHOWN["held_out"](logs["eval_loss"]))
+
+    def _print(self, *parts: str) -> None:
+        print("  ".join(part for part in parts if part), flush=True)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Give the terminal back, and leave the line as it is."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _render(self) -> Group:
+        line = Table.grid(padding=(0, 2), expand=True)
+        line.add_column(ratio=1)
+        rest = f"evaluating, batch {self._evaluated}" if self._evaluated else self._left()
+        figures = [*_place(self._state), rest, *self._format(_SPEED)]
+        for _ in figures:
+            line.add_column(no_wrap=True)
+        step, total = self._state.global_step, max(1, self._state.max_steps)
+        bar = ProgressBar(total=total, completed=step, complete_style="cyan", finished_style="green")
+        line.add_row(bar, *figures)
+        shown = [*self._format(_SHOWN), self._layers()]
+        return Group(line, Text("  ".join(part for part in shown if part), style="cyan"))
+
+    def _format(self, entries: dict[str, Callable[[float], str]]) -> list[str]:
+        return [show(self._values[name]) for name, show in entries.items() if name in self._values]
+
+    def _layers(self) -> str:
+        active = self._active()
+        return active if not active or active.startswith(("layers", "modules", "embed", "head")) else f"layers {active}"
+
+    def _left(self) -> str:
+        """The time that the rest will take if it goes on as fast as since the start, evaluation and saving with it."""
+        taken = self._state.global_step - self._first_step
+        if taken < 1:
+            return ""
+        seconds = (time.monotonic() - self._began) / taken * (self._state.max_steps - self._state.global_step)
+        return f"{timedelta(seconds=round(seconds))} left"
+
+
+def _place(state: TrainerState) -> tuple[str, str]:
+    return f"{state.global_step}/{state.max_steps}", f"{100 * state.global_step / max(1, state.max_steps):.0f}%"
 
 
 def lisa_metrics(lisa: LisaController) -> dict[str, float]:

@@ -20,19 +20,17 @@ from lisa_dist.zero.stage3 import forget_module_order
 
 
 class PackingCheck(TrainerCallback):
-    """Refuses, before the first step, a model that lets packed documents see each other. Raises UserError.
+    """Raises UserError, before the first step, for a model that lets packed documents see each other.
 
     All ranks take part, as ZeRO-3 gathers weights for it. The trainer's engine is there once training begins.
     """
 
-    def __init__(self, trainer: "_SFTMixin"):
+    def __init__(self, trainer: Any):
         self._trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Compare a document after one and after another."""
-        trainer: Any = self._trainer
+        trainer = self._trainer
         model = trainer.model_wrapped.module
         training = model.training
         model.eval()

@@ -1,19 +1,15 @@
-"""A trainer's micro-batches as the memory plan takes them, and the plan of its run."""
+"""A trainer's micro-batches as the memory plan takes them, and the bytes that a GPU has for its run."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
-from lisa_dist.core.controller import LisaController
 from lisa_dist.distributed.collectives import gather
-from lisa_dist.distributed.devices import gpu_bytes_at_start, gpu_bytes_for_tensors
+from lisa_dist.distributed.devices import gpu_bytes_at_start
 from lisa_dist.loss.label_logits import uses_triton
-from lisa_dist.memory.run_memory import RunMemory
 from lisa_dist.memory.workload import CHUNKED, LOGITS, OWN, RATIO, SCORE, Workload
-from lisa_dist.zero.parameters import held_tensors
 
 # By trainer: how its loss is computed, None where the run chooses; and the sequences of an example.
 _OF_TRAINER: dict[str, tuple[str | None, int]] = {
@@ -36,15 +32,11 @@ class StepWorkload:
         self._args = args
         whose = getattr(compute_loss, "__module__", "").partition(".")[0]
         name = getattr(compute_loss, "__qualname__", "").removesuffix(".compute_loss")
-        self._loss: str | None = None
-        self._sequences = 1
-        if whose in ("transformers", "trl") and name in _OF_TRAINER and not args.label_smoothing_factor:
-            self._loss, self._sequences = _OF_TRAINER[name]
-            self._loss = self._loss or loss
+        is_known = whose in ("transformers", "trl") and name in _OF_TRAINER and not args.label_smoothing_factor
+        of_trainer, self._sequences = _OF_TRAINER[name] if is_known else (None, 1)
+        self._loss = (of_trainer or loss) if is_known else None
 
-    def of(
-        self, model: PreTrainedModel, rows: int, tokens: int, padded: bool, labels: torch.Tensor | None = None
-    ) -> Workload | None:
+    def of(self, model: PreTrainedModel, rows: int, tokens: int, padded: bool, labels: Any = None) -> Workload | None:
         """A micro-batch as `FakeRun` takes it; None where the loss is one that it does not know.
 
         `labels` [rows, tokens] of a batch that is there; of others all that may have a label has one.
@@ -72,40 +64,3 @@ class StepWorkload:
 def bytes_of_any_gpu(device: torch.device) -> int | None:
     """Bytes that tensors may take of every rank's GPU before the first step; None on CPUs. All ranks call it."""
     return min(gather(gpu_bytes_at_start(device))) if device.type == "cuda" else None
-
-
-def plan_run_memory(
-    lisa: LisaController,
-    model: PreTrainedModel,
-    args: TrainingArguments,
-    ds_config: dict[str, Any],
-    *,
-    optim: str,
-    longest: Workload | None,
-    checkpointed: int | str | None,
-    budget: int | None,
-    layers_are_planned: bool = False,
-    reference: torch.nn.Module | None = None,
-) -> RunMemory:
-    """The memory of a trainer's run; without a `budget` in bytes that of the GPU.
-
-    `layers_are_planned` as of RunMemory; `reference`: a model that stands beside the one that trains.
-    """
-    beside = [] if reference is None else [held for one in reference.parameters() for held in held_tensors(one)]
-    measure_budget = None
-    can_plan = type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING and not lisa.blocks.frozen_numel
-    if budget is None and args.device.type == "cuda":
-        budget = bytes_of_any_gpu(args.device)
-        measure_budget = functools.partial(gpu_bytes_for_tensors, args.device)
-    return RunMemory(
-        lisa,
-        ds_config,
-        optim=optim,
-        config=model.config if can_plan else None,
-        longest=longest,
-        checkpointed=checkpointed,
-        budget=budget,
-        measure_budget=measure_budget,
-        layers_are_planned=layers_are_planned,
-        beside=sum(tensor.nbytes for tensor in beside if tensor.device.type == args.device.type),
-    )

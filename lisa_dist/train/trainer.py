@@ -11,13 +11,13 @@ A step of the loop, which is the Trainer's own::
 import contextlib
 import functools
 import random
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -30,32 +30,28 @@ from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_checks import check_eval_frozen_bits, check_no_adapters
 from lisa_dist.distributed.collectives import together
+from lisa_dist.distributed.devices import gpu_bytes_for_tensors
 from lisa_dist.distributed.health import ComputeTime, describe_ranks
 from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.distributed.signals import StopSignals
 from lisa_dist.distributed.watchdog import HANG_TIMEOUT, Watchdog
 from lisa_dist.ds_config import uses_optimizer_offload
 from lisa_dist.errors import UserError
+from lisa_dist.files import write_json
 from lisa_dist.loss.liger import check_liger
 from lisa_dist.memory.run_memory import RunMemory
 from lisa_dist.memory.workload import CHUNKED
 from lisa_dist.optim.build import build_optimizer
-from lisa_dist.train.callbacks import Heartbeat, LisaSteps
+from lisa_dist.run_folder import IDENTITY_NAME
+from lisa_dist.train import resume
+from lisa_dist.train.callbacks import LisaSteps
 from lisa_dist.train.checks import check_numbers_of_examples, check_trainer
 from lisa_dist.train.compiled_layers import CompiledLayers
 from lisa_dist.train.deepspeed_arguments import begin_deepspeed
-from lisa_dist.train.identity import check_global_batch_size, compare_on_rank_0, describe_identity, write_identity
 from lisa_dist.train.model_header import describe_training
 from lisa_dist.train.monitoring import MonitoredMixin, SlowRanks, lisa_metrics
-from lisa_dist.train.resume import (
-    Beginning,
-    check_beginning,
-    check_generations,
-    find_beginning,
-    load_schedule,
-    task_trainer_of,
-)
-from lisa_dist.train.step_memory import StepWorkload, plan_run_memory
+from lisa_dist.train.step_memory import StepWorkload, bytes_of_any_gpu
+from lisa_dist.zero.parameters import held_tensors
 
 
 class LisaMixin(MonitoredMixin):
@@ -97,10 +93,10 @@ class LisaMixin(MonitoredMixin):
         self._checkpointed_layers = parse_checkpointed_layers(checkpointed_layers)
         self._gpu_memory = parse_budget(gpu_memory, self._checkpointed_layers == AUTO or layers_are_planned)
         self._layers_are_planned = layers_are_planned
-        self._memory: RunMemory | None = None
+        self.memory: RunMemory | None = None
         self._ranks: list[tuple[str, str]] = []
         self._slow_ranks: SlowRanks | None = None
-        self._begins = Beginning()
+        self._begins = resume.Beginning()
         self._saved_step: int | None = None
         self._save_async = save_async
         check_eval_frozen_bits(eval_frozen_bits, self.lisa_config)
@@ -120,8 +116,7 @@ class LisaMixin(MonitoredMixin):
         self._ds_config["zero_force_ds_cpu_optimizer"] = False
         self._workload = StepWorkload(self.args, type(self).compute_loss, self._loss)
         self._signals, self._watchdog = StopSignals(), Watchdog(hang_timeout)
-        self._heartbeat = Heartbeat(self._watchdog)
-        self.add_callback(self._heartbeat)
+        self.add_callback(LisaSteps(self, self._signals, self._watchdog))
         if self.args.torch_compile:
             self.add_callback(CompiledLayers(self, self.lisa_config.lisa_layers_attribute))
 
@@ -155,18 +150,17 @@ class LisaMixin(MonitoredMixin):
         if self.lisa is not None:
             raise UserError("this trainer has trained once: build a new one.")
         with one_run_in(str(self.args.output_dir)):
-            self._begins = find_beginning(resume_from_checkpoint, self.args.output_dir, self.accelerator.print)
-            folder = self._begins.checkpoint
-            check_beginning(self, self._begins)
+            self._begins = resume.find_beginning(resume_from_checkpoint, self.args.output_dir, self.accelerator.print)
+            resume.check_beginning(self, self._begins)
             check_numbers_of_examples(self.train_dataset, self.eval_dataset)
             try:
                 with self._signals, self._watchdog:
-                    output = super().train(folder and str(folder), *args, **kwargs)
+                    output = super().train(self._begins.checkpoint and str(self._begins.checkpoint), *args, **kwargs)
                     finish_save(self._controller)
                     return output
             finally:
-                if self._memory is not None:
-                    self._memory.abandon()
+                if self.memory is not None:
+                    self.memory.abandon()
                 if self.lisa is not None and self.lisa.is_attached:  # also where the run has raised
                     end_save(self.lisa)
                     self.lisa.release()
@@ -180,39 +174,31 @@ class LisaMixin(MonitoredMixin):
             self.model_wrapped, self.deepspeed = self.model, None
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._controller.attach(model, self.args.output_dir)
-        load = partial(self._load, resume_from_checkpoint, max_steps)
-        for prepare in (load, self._plan_memory, self._meet_ranks):
+        for prepare in (partial(self._load, max_steps), self._plan_memory, self._meet_ranks):
             self._watchdog.beat()  # each may take as long as a step
             prepare()
         self._watchdog.beat()
         if self.is_world_process_zero():
             print(self.describe(), flush=True)
-        # After the heartbeat and before what the user has added, as if it had been there from the beginning.
-        callbacks = self.callback_handler.callbacks
-        assert self._memory is not None
-        steps = LisaSteps(self._controller, self._memory, self._signals, self._watchdog)
-        callbacks.insert(callbacks.index(self._heartbeat) + 1, steps)
         return model, train_dataloader
 
-    def _load(self, checkpoint: str | None, max_steps: int) -> None:
+    def _load(self, max_steps: int) -> None:
         """Go on from a checkpoint, or begin from the weights of a model, where there is one to load."""
-        if checkpoint is not None:
-            folder, state = Path(checkpoint), self._begins.state
-            assert state is not None
-            anew, mine = self.args.ignore_data_skip, self._identity if self.args.process_index == 0 else None
-            check_global_batch_size(folder, state, self._engine.train_batch_size(), anew)
-            changed, factor = compare_on_rank_0(folder, mine, anew)
-            check_pickles(folder, state["files"])
-            check_generations(self.args, folder, state)
-            for rates in state["learning_rates"].values():
-                rates |= {name: rate * factor for name, rate in rates.items()}
-            load_checkpoint(self._controller, folder, state)
-            schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
-            load_schedule(self.lr_scheduler, self._engine.optimizer.param_groups, schedule, factor)
-            self._print(f"resumed from {folder}, after step {self._engine.global_steps} of {max_steps}")
-            self._print(f"not as its run had it: {', '.join(changed)}" if changed else None)
-        elif self._begins.weights_from is not None:
-            start_from_weights(self._controller, self._begins.weights_from)
+        folder, state, weights_from = self._begins
+        if weights_from is not None:
+            start_from_weights(self._controller, weights_from)
+        if folder is None or state is None:
+            return
+        resume.check_goes_on(self.args, folder, state, self._engine.train_batch_size())
+        changed, factor = resume.compare_on_rank_0(folder, lambda: self._identity, self.args.ignore_data_skip)
+        check_pickles(folder, state["files"])
+        for rates in state["learning_rates"].values():
+            rates |= {name: rate * factor for name, rate in rates.items()}
+        load_checkpoint(self._controller, folder, state)
+        schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
+        resume.load_schedule(self.lr_scheduler, self._engine.optimizer.param_groups, schedule, factor)
+        self._print(f"resumed from {folder}, after step {self._engine.global_steps} of {max_steps}")
+        self._print(f"not as its run had it: {', '.join(changed)}" if changed else None)
 
     def _meet_ranks(self) -> None:
         """Learn which ranks there are and how fast they talk, for the header; time each of them from here on."""
@@ -225,24 +211,31 @@ class LisaMixin(MonitoredMixin):
 
     def _plan_memory(self) -> None:
         """Set how many layers are checkpointed."""
-        self._memory = plan_run_memory(
-            self._controller,
-            self.model,
-            self.args,
+        device, lisa, config = self.args.device, self._controller, self.model.config
+        reference = getattr(self, "ref_model", None)
+        beside = [] if reference is None else [held for one in reference.parameters() for held in held_tensors(one)]
+        can_plan = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not lisa.blocks.frozen_numel
+        budget, measure_budget = self._gpu_memory, None
+        if budget is None and device.type == "cuda":
+            budget, measure_budget = bytes_of_any_gpu(device), partial(gpu_bytes_for_tensors, device)
+        self.memory = RunMemory(
+            lisa,
             self._ds_config,
             optim=self._optim,
+            config=config if can_plan else None,
             longest=self._workload.longest(self.model),
             checkpointed=self._checkpointed_layers,
-            budget=self._gpu_memory,
+            budget=budget,
+            measure_budget=measure_budget,
+            beside=sum(tensor.nbytes for tensor in beside if tensor.device.type == device.type),
             layers_are_planned=self._layers_are_planned,
-            reference=getattr(self, "ref_model", None),
         )
-        self._print(self._memory.set_checkpointing())
+        self._print(self.memory.set_checkpointing())
 
     @functools.cached_property
     def _identity(self) -> dict[str, Any]:
-        name = task_trainer_of(type(self))
-        return describe_identity(self.args, getattr(self.model, "config", None), self.train_dataset, name)
+        name = resume.task_trainer_of(type(self))
+        return resume.describe_identity(self.args, getattr(self.model, "config", None), self.train_dataset, name)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's, which would train one step more when it resumes a run that has taken all of its steps."""
@@ -268,8 +261,13 @@ class LisaMixin(MonitoredMixin):
 
         A resumed run must see the same random numbers, and does not repeat evaluations from before the save.
         """
-        with random_states_kept():
-            return super().evaluate(*args, **kwargs)
+        cuda = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_available() else []
+        python_state, numpy_state = random.getstate(), numpy.random.get_state()
+        with torch.random.fork_rng(devices=cuda):
+            metrics = super().evaluate(*args, **kwargs)
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+        return metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, for an evaluation and a prediction, with what frozen layers are to be evaluated as."""
@@ -279,7 +277,7 @@ class LisaMixin(MonitoredMixin):
 
     def training_step(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The Trainer's, with a note of whether this rank's loss was finite, and of the measured step's micro-batch."""
-        memory = self._memory
+        memory = self.memory
         assert memory is not None
         memory.restore_checkpointing()  # trainers that look at the model in two modes turn all of it on again
         if memory.wants_micro_batch and "input_ids" in inputs:
@@ -326,7 +324,7 @@ class LisaMixin(MonitoredMixin):
         if not self.args.should_save:
             return
         save_without_weights(lambda path: self._save(path, state_dict={}), folder)
-        write_identity(self._identity, folder)
+        write_json(folder / IDENTITY_NAME, self._identity)
         torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
         states: dict[str, list] = {}
         for callback in [*self.callback_handler.callbacks, self.control]:
@@ -344,7 +342,9 @@ class LisaMixin(MonitoredMixin):
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or self.args.output_dir)
-        self._warn_if_stopped(folder)
+        if self.stopped_by is not None:  # a script of one's own may not have looked at it
+            done = f"{self.state.global_step} of {self.state.max_steps} steps"
+            self._print(f"warning: {self.stopped_by} ended the run after {done}: {folder} is no finished model.")
         with together(folder):
             if self.args.should_save:
                 save_without_weights(lambda path: self._save(path, state_dict={}), folder)
@@ -388,17 +388,3 @@ class LisaMixin(MonitoredMixin):
     @property
     def _engine(self) -> Any:
         return self._controller.engine
-
-
-@contextlib.contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Python's, numpy's and torch's random numbers go on afterwards as if nothing had drawn any.
-
-    For what a resumed run does not run again.
-    """
-    cuda = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_available() else []
-    python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=cuda):
-        yield
-    random.setstate(python_state)
-    numpy.random.set_state(numpy_state)

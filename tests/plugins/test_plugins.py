@@ -96,8 +96,9 @@ def swift(folder: Path, out: Path, program: str = "sft", **flags) -> str:
         "deepspeed": "zero2",
         "external_plugins": ROOT / "lisa_dist" / "integrations" / "ms_swift.py",
     } | LISA | flags  # fmt: skip
+    ours = values.pop("LISA_DIST", "{}")
     words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    return start(python, ["-m", f"swift.cli.{program}", *words], folder, USE_HF="1")
+    return start(python, ["-m", f"swift.cli.{program}", *words], folder, USE_HF="1", LISA_DIST=ours)
 
 
 def axolotl(folder: Path, out: Path, **keys) -> str:
@@ -202,6 +203,14 @@ def test_a_host_s_run_is_ours_and_resumes_to_the_same_bits(folder, host):
         ("axolotl", {"lisa_n_layers": 2, "lisa_step_interval": 2}, "lisa_n_layers, lisa_step_interval: they attach"),
         ("axolotl", {"rl": "dpo"}, "rl: dpo: LISA trains whole layers, supervised; leave it out."),
         ("axolotl", {"lisa_sampler": "x"}, "lisa_sampler x: unknown"),
+        (
+            "axolotl",
+            {"lisa_depth_bias": 4.0},
+            "the configuration: --lisa_depth_bias 4.0: removed since 0.2.0; give the",
+        ),
+        ("axolotl", {"lisa_sampler": "window"}, "the configuration: --lisa_sampler window: removed since 0.2.0; give"),
+        ("ms-swift", {"LISA_DIST": "{lisa_lr_power: 1}"}, "LISA_DIST: --lisa_lr_power 1: removed since 0.2.0; give"),
+        ("ms-swift", {"LISA_DIST": "{lisa_sampler: cyclic}"}, "LISA_DIST: --lisa_sampler cyclic: removed since 0.2.0;"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(folder, host, settings, problem):

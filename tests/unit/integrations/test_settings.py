@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from lisa_dist.config import LisaConfig, UserError
-from lisa_dist.integrations import axolotl_args, settings
+from lisa_dist.integrations import settings
 from lisa_dist.integrations.settings import arguments_of, check_host
+from lisa_dist.removed import REMOVED
 
 
 def test_settings_are_those_of_the_mixin():
@@ -44,23 +45,15 @@ def test_its_version_is_looked_at_before_anything_of_a_host_is_imported(monkeypa
 
 
 def test_every_setting_is_a_key_of_axolotl_s():
-    fields = axolotl_args.LisaArgs.model_fields
+    fields = settings.LisaArgs.model_fields
     assert {*fields, "lisa_layers_attribute"} == {*LisaConfig.__dataclass_fields__, *settings.OF_MIXIN}
-    assert axolotl_args.LisaArgs(lisa_activated_layers=2).lisa_activated_layers == 2
+    assert settings.LisaArgs(lisa_activated_layers=2).lisa_activated_layers == 2
 
 
-@pytest.mark.parametrize(
-    ("variable", "problem"),
-    [
-        ("{lisa_sampler: balanced}", None),
-        ("[1]", "LISA_DIST: must hold names and values"),
-        ("{lisa: [", "LISA_DIST: is not YAML"),
-        ("{lisa_interval_steps: 5}", "LISA_DIST: lisa_interval_steps: ms-swift has a flag for it"),
-        ("{lisa_n_layers: 5}", "LISA_DIST: lisa_n_layers: no such setting; here it is lisa_activated_layers"),
-    ],
-)
-def test_ms_swift_s_settings(monkeypatch, variable, problem):
-    monkeypatch.setattr("lisa_dist.integrations.settings.version", lambda name: "4.6.0")
+@pytest.fixture
+def ms_swift(monkeypatch):
+    """The plugin in an ms-swift that has two trainers and nothing else."""
+    monkeypatch.setattr(settings, "version", lambda name: "4.6.0")
     theirs = {"causal_lm": "swift.trainers.Seq2SeqTrainer", "dpo": "swift.rlhf_trainers.DPOTrainer"}
     trainers, arguments = dict(theirs), dict(theirs)
     factory = SimpleNamespace(TRAINER_MAPPING=trainers, TRAINING_ARGS_MAPPING=arguments)
@@ -68,15 +61,73 @@ def test_ms_swift_s_settings(monkeypatch, variable, problem):
     for name in ("swift", "swift.trainers"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace())
     monkeypatch.delitem(sys.modules, "lisa_dist.integrations.ms_swift", raising=False)
-    settings_of = importlib.import_module("lisa_dist.integrations.ms_swift").settings_of
+    plugin = importlib.import_module("lisa_dist.integrations.ms_swift")
     ours = "lisa_dist.integrations.ms_swift_trainer"
     assert trainers == theirs | {"causal_lm": f"{ours}.LisaSeq2SeqTrainer"}
     assert arguments == theirs | {"dpo": f"{ours}.NotByLisa"}
-    monkeypatch.setenv("LISA_DIST", variable)
-    args = SimpleNamespace(tuner_type="full", lisa_activated_layers=3, lisa_step_interval=7)
-    if problem is None:
-        config = LisaConfig(lisa_sampler="balanced", lisa_activated_layers=3, lisa_interval_steps=7)
-        assert settings_of(args) == {"lisa_config": config}
+
+    def settings_of(variable: str):
+        monkeypatch.setenv("LISA_DIST", variable)
+        args = SimpleNamespace(tuner_type="full", lisa_activated_layers=3, lisa_step_interval=7)
+        return plugin.settings_of(args)
+
+    return settings_of
+
+
+@pytest.mark.parametrize(
+    ("variable", "problem"),
+    [
+        ("[1]", "LISA_DIST: must hold names and values"),
+        ("{lisa: [", "LISA_DIST: is not YAML"),
+        ("{lisa_interval_steps: 5}", "LISA_DIST: lisa_interval_steps: ms-swift has a flag for it"),
+        ("{lisa_n_layers: 5}", "LISA_DIST: lisa_n_layers: no such setting; here it is lisa_activated_layers"),
+    ],
+)
+def test_ms_swift_s_settings(ms_swift, variable, problem):
+    config = LisaConfig(lisa_sampler="balanced", lisa_activated_layers=3, lisa_interval_steps=7)
+    assert ms_swift("{lisa_sampler: balanced}") == {"lisa_config": config}
+    with pytest.raises(UserError, match=problem):
+        ms_swift(variable)
+
+
+class Keys(dict):
+    """Keys of Axolotl, of which those that are not given are None."""
+
+    def __missing__(self, name):
+        return None
+
+    __getattr__ = dict.__getitem__
+
+
+@pytest.fixture
+def axolotl(monkeypatch):
+    """The plugin in an Axolotl that has its base classes and nothing else."""
+    monkeypatch.setattr(settings, "version", lambda name: "0.19.0")
+    for name, contents in {"core.trainers": "AxolotlTrainer", "integrations.base": "BasePlugin"}.items():
+        monkeypatch.setitem(sys.modules, f"axolotl.{name}", SimpleNamespace(**{contents: type(contents, (), {})}))
+    for name in ("axolotl", "axolotl.core", "axolotl.integrations"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.delitem(sys.modules, "lisa_dist.integrations.axolotl", raising=False)
+    return importlib.import_module("lisa_dist.integrations.axolotl").LisaPlugin()
+
+
+# A removed setting, or the value of one, by name.
+GONE = [tuple(name.split()) if " " in name else (name, "7") for name in REMOVED]
+
+
+@pytest.mark.parametrize(("name", "value"), GONE)
+def test_a_removed_setting_gets_the_line_of_the_command_line(axolotl, ms_swift, name, value):
+    instead = (REMOVED.get(name) or REMOVED[f"{name} {value}"]).instead
+    line = f"--{name} {value}: removed since 0.2.0; {instead}."
+    with pytest.raises(SystemExit) as ended:
+        axolotl.register(Keys({name: value}))
+    assert str(ended.value) == f"lisa_dist: the configuration: {line}"
+    if name == "lisa_interval_steps":  # a flag of ms-swift's own
         return
-    with pytest.raises(UserError, match=problem.replace("[", r"\[")):
-        settings_of(args)
+    with pytest.raises(UserError) as error:
+        ms_swift(f"{{{name}: '{value}'}}")
+    assert str(error.value) == f"LISA_DIST: {line}"
+
+
+def test_a_removed_setting_with_its_old_default_is_left_out(axolotl):
+    axolotl.register(Keys({name: removed.default for name, removed in REMOVED.items() if " " not in name}))

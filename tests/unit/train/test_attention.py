@@ -3,12 +3,15 @@
 With a GPU and flash-attn the same tests of equality run with flash-attn too, in bf16.
 """
 
+import itertools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from cells import full
 from datasets import Dataset
 from models import VOCABULARY, tiny_llama
@@ -42,22 +45,8 @@ LENGTHS = (5, 1, 7)
 TURING, AMPERE, HOPPER, BLACKWELL = (7, 5), (8, 0), (9, 0), (10, 0)
 
 
-@pytest.fixture(
-    params=[
-        ("sdpa", torch.float32),
-        ("sdpa", torch.bfloat16),
-        ("flash_attention_3", torch.bfloat16),
-        ("flash_attention_2", torch.bfloat16),
-    ],
-    ids=lambda param: f"{param[0]} {param[1]}",
-)
-def implementation(request) -> tuple[str, torch.dtype]:
-    """An implementation that this device can run, and in which precision."""
-    try:
-        choose_attention(request.param[0], True, LlamaConfig())
-    except UserError as error:
-        pytest.skip(str(error))
-    return request.param
+FP32, BF16 = torch.float32, torch.bfloat16
+IMPLEMENTATIONS = [("sdpa", FP32), ("sdpa", BF16), ("flash_attention_3", BF16), ("flash_attention_2", BF16)]
 
 
 def sharpened(model):
@@ -84,10 +73,8 @@ def documents() -> list[torch.Tensor]:
 
 
 def alone(model) -> list[torch.Tensor]:
-    """Logits of each document in a batch of its own; gradients of their sums add up."""
-    logits = [model(tokens[None], use_cache=False).logits[0] for tokens in documents()]
-    weigh(logits).backward()
-    return logits
+    """Logits of each document in a batch of its own."""
+    return [model(tokens[None], use_cache=False).logits[0] for tokens in documents()]
 
 
 def weigh(logits: list[torch.Tensor]) -> torch.Tensor:
@@ -96,60 +83,61 @@ def weigh(logits: list[torch.Tensor]) -> torch.Tensor:
     return sum(cross_entropy(of_one.float(), tokens.to(of_one.device)) for of_one, tokens in pairs)
 
 
-def padded(side: str) -> tuple[dict, list[tuple[int, slice]]]:
-    longest = max(LENGTHS)
-    ids, mask = torch.zeros(2, len(LENGTHS), longest, dtype=torch.long)
-    where = []
-    for row, tokens in enumerate(documents()):
-        place = slice(longest - len(tokens), longest) if side == "left" else slice(0, len(tokens))
-        ids[row, place], mask[row, place] = tokens, 1
-        where.append((row, place))
-    return {"input_ids": ids, "attention_mask": mask}, where
+def padded_left() -> tuple[dict, list[tuple[int, slice]]]:
+    rows = [{"input_ids": tokens.flip(0).tolist()} for tokens in documents()]
+    batch = {name: value.flip(1) for name, value in DataCollatorForLanguageModeling(pad_token_id=0)(rows).items()}
+    return batch, [(row, slice(max(LENGTHS) - length, None)) for row, length in enumerate(LENGTHS)]
 
 
-def packed(collated: bool) -> tuple[dict, list[tuple[int, slice]]]:
+def padded_right() -> tuple[dict, list[tuple[int, slice]]]:
+    batch = DataCollatorForLanguageModeling(pad_token_id=0)([{"input_ids": one.tolist()} for one in documents()])
+    return batch, [(row, slice(length)) for row, length in enumerate(LENGTHS)]
+
+
+def packed(*names: str) -> tuple[dict, list[tuple[int, slice]]]:
     """As TRL's collator makes it, or with nothing but positions."""
     tokens = torch.cat(documents()).tolist()
     batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(
         [{"input_ids": tokens, "labels": tokens, "seq_lengths": list(LENGTHS)}]
     )
-    keep = batch.keys() - {"labels"} if collated else {"input_ids", "position_ids"}
     ends = torch.tensor(LENGTHS).cumsum(0).tolist()
     where = [(0, slice(end - length, end)) for end, length in zip(ends, LENGTHS, strict=True)]
-    return {name: batch[name] for name in keep}, where
+    return {name: batch[name] for name in names or batch}, where
 
 
 BATCHES = {
-    "padded on the left": lambda: padded("left"),
-    "padded on the right": lambda: padded("right"),
-    "packed": lambda: packed(collated=True),
-    "packed, by positions alone": lambda: packed(collated=False),
+    "padded on the left": padded_left,
+    "padded on the right": padded_right,
+    "packed": packed,
+    "packed, by positions alone": partial(packed, "input_ids", "position_ids"),
 }
 
 
-@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_logits_and_gradients_equal_those_of_eager_attention_on_each_document_alone(
-    implementation, kv_heads, batch, recomputed
-):
-    reference, model = llama(kv_heads), llama(kv_heads, *implementation)
-    expected = alone(reference)
-    if recomputed:
-        model.gradient_checkpointing_enable()
-    inputs, where = BATCHES[batch]()
-    on_device = {
-        name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
-    }
-    logits = model(**on_device, use_cache=False).logits
-    found = [logits[row, place] for row, place in where]
-    weigh(found).backward()
-    tolerance = 1e-5 if model.dtype == torch.float32 else 0.15  # bf16 has 8 bits, and rounds at every layer
-    for one, two in zip(expected, found, strict=True):
-        assert (two.float().cpu() - one).abs().max() < tolerance
-    for (name, one), two in zip(reference.named_parameters(), model.parameters(), strict=True):
-        gap = (two.grad.float().cpu() - one.grad).abs().max()
-        assert gap < tolerance * max(1, one.grad.abs().max()), (name, gap)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda one: f"{one[0]} {one[1]}")
+def test_logits_and_gradients_equal_those_of_eager_attention_on_each_document_alone(implementation):
+    try:
+        choose_attention(implementation[0], True, LlamaConfig())
+    except UserError as error:
+        pytest.skip(str(error))
+    tolerance = 1e-5 if implementation[1] == FP32 else 0.15  # bf16 has 8 bits, and rounds at every layer
+    for kv_heads in (4, 2, 1):
+        reference = llama(kv_heads)
+        expected = alone(reference)
+        weigh(expected).backward()
+        for batch, recomputed in itertools.product(BATCHES, (False, True)):
+            case, model = (kv_heads, batch, recomputed), llama(kv_heads, *implementation)
+            if recomputed:
+                model.gradient_checkpointing_enable()
+            inputs, where = BATCHES[batch]()
+            inputs.pop("labels", None)
+            logits = model(**send_to_device(inputs, model.device), use_cache=False).logits
+            found = [logits[row, place] for row, place in where]
+            weigh(found).backward()
+            for one, two in zip(expected, found, strict=True):
+                assert (two.float().cpu() - one).abs().max() < tolerance, case
+            for (name, one), two in zip(reference.named_parameters(), model.parameters(), strict=True):
+                gap = (two.grad.float().cpu() - one.grad).abs().max()
+                assert gap < tolerance * max(1, one.grad.abs().max()), (case, name, gap)
 
 
 def test_the_tests_of_equality_would_see_a_missing_mask():
@@ -178,67 +166,52 @@ def device(monkeypatch):
 BOTH = ("flash-attn", "flash-attn-3")
 
 
+BLOOM = LlamaConfig(architectures=["BloomForCausalLM"])
+WITH_FLASH_3, WITH_FLASH_2 = "flash-attn-3 is installed", "flash-attn is installed; flash-attn-3 "
+WIDE = "flash-attn takes heads of at most 256, and the model's are 512"
+
+
 @pytest.mark.parametrize(
-    ("capability", "importable", "half", "config", "chosen", "why"),
+    ("changes", "chosen", "why"),
     [
-        (None, BOTH, True, LlamaConfig(), "sdpa", "no CUDA device"),
-        (HOPPER, BOTH, True, LlamaConfig(), "flash_attention_3", "flash-attn-3 is installed"),
+        ({"capability": None}, "sdpa", "no CUDA device"),
+        ({"use_cpu": True}, "sdpa", "no CUDA device"),
+        ({}, "flash_attention_3", WITH_FLASH_3),
+        ({"importable": ["flash-attn"]}, "flash_attention_2", f"{WITH_FLASH_2}is not installed"),
+        ({"importable": []}, "sdpa", "flash-attn-3 is not installed; flash-attn is not installed"),
+        ({"capability": AMPERE}, "flash_attention_2", f"{WITH_FLASH_2}needs a Hopper GPU"),
+        ({"capability": BLACKWELL}, "flash_attention_2", f"{WITH_FLASH_2}needs a Hopper GPU"),
         (
-            HOPPER, ["flash-attn"], True, LlamaConfig(), "flash_attention_2",
-            "flash-attn is installed; flash-attn-3 is not installed",
-        ),
-        (
-            HOPPER, [], True, LlamaConfig(), "sdpa", "flash-attn-3 is not installed; flash-attn is not installed",
-        ),
-        (
-            AMPERE, BOTH, True, LlamaConfig(), "flash_attention_2",
-            "flash-attn is installed; flash-attn-3 needs a Hopper GPU",
-        ),
-        (
-            BLACKWELL, BOTH, True, LlamaConfig(), "flash_attention_2",
-            "flash-attn is installed; flash-attn-3 needs a Hopper GPU",
-        ),
-        (
-            TURING, BOTH, True, LlamaConfig(), "sdpa",
+            {"capability": TURING}, "sdpa",
             "flash-attn-3 needs a Hopper GPU; flash-attn needs an Ampere GPU or newer",
         ),
-        (HOPPER, BOTH, False, LlamaConfig(), "sdpa", "flash-attn needs bf16 or fp16"),
+        ({"half_precision": False}, "sdpa", "flash-attn needs bf16 or fp16"),
+        ({"config": LlamaConfig(attention_dropout=0.1)}, "flash_attention_2", f"{WITH_FLASH_2}has no dropout"),
+        ({"config": LlamaConfig(head_dim=512)}, "sdpa", WIDE),
+        ({"config": Gemma2Config()}, "flash_attention_3", WITH_FLASH_3),
         (
-            HOPPER, BOTH, True, LlamaConfig(attention_dropout=0.1), "flash_attention_2",
-            "flash-attn is installed; flash-attn-3 has no dropout",
-        ),
-        (
-            HOPPER, BOTH, True, LlamaConfig(head_dim=512), "sdpa",
-            "flash-attn takes heads of at most 256, and the model's are 512",
-        ),
-        (HOPPER, BOTH, True, Gemma2Config(), "flash_attention_3", "flash-attn-3 is installed"),
-        (
-            None, [], True, LlamaConfig(architectures=["BloomForCausalLM"]), "eager",
+            {"capability": None, "config": BLOOM}, "eager",
             "no CUDA device; BloomForCausalLM does not support SDPA",
         ),
         (
-            HOPPER, BOTH, True, LlamaConfig(architectures=["BloomForCausalLM"]), "eager",
+            {"config": BLOOM}, "eager",
             "BloomForCausalLM does not support flash-attn; BloomForCausalLM does not support SDPA",
         ),
         (
-            HOPPER, BOTH, True, GptOssConfig(), "eager",
+            {"config": GptOssConfig()}, "eager",
             "GptOssForCausalLM does not support flash-attn-3; GptOssForCausalLM does not support flash-attn; "
             "GptOssForCausalLM does not support SDPA",
         ),
         (
-            HOPPER, BOTH, True, PretrainedConfig(architectures=["NobodysForCausalLM"]), "sdpa",
+            {"config": PretrainedConfig(architectures=["NobodysForCausalLM"])}, "sdpa",
             "a model with code of its own may not support flash-attn",
         ),
     ],
 )  # fmt: skip
-def test_without_a_wish_the_best_that_can_run_is_taken(device, capability, importable, half, config, chosen, why):
-    device(capability, *importable)
-    assert choose_attention(None, half, config) == (chosen, why)
-
-
-def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_takes_sdpa(device):
-    device(HOPPER, *BOTH)
-    assert choose_attention(None, True, LlamaConfig(), use_cpu=True) == ("sdpa", "no CUDA device")
+def test_without_a_wish_the_best_that_can_run_is_taken(device, changes, chosen, why):
+    found = {"capability": HOPPER, "importable": BOTH, "half_precision": True, "config": LlamaConfig()} | changes
+    device(found.pop("capability"), *found.pop("importable"))
+    assert choose_attention(None, **found) == (chosen, why)
 
 
 @pytest.mark.parametrize(
@@ -270,43 +243,37 @@ LEAVE = "leave the flag out for SDPA."
 
 
 @pytest.mark.parametrize(
-    ("requested", "capability", "half", "config", "said"),
+    ("requested", "capability", "changes", "said"),
     [
-        ("flash_attention_2", None, True, LlamaConfig(), f"no CUDA device; {LEAVE}"),
-        ("paged|flash_attention_2", None, True, LlamaConfig(), f"no CUDA device; {LEAVE}"),
+        ("flash_attention_2", None, {}, f"no CUDA device; {LEAVE}"),
+        ("paged|flash_attention_2", None, {}, f"no CUDA device; {LEAVE}"),
         (
-            "flash_attention_2", AMPERE, False, LlamaConfig(),
+            "flash_attention_2", AMPERE, {"half_precision": False},
             f"flash-attn needs bf16 or fp16; give --bf16 true, or {LEAVE}",
         ),
-        ("flash_attention_2", TURING, True, LlamaConfig(), f"flash-attn needs an Ampere GPU or newer; {LEAVE}"),
-        ("flash_attention_3", AMPERE, True, LlamaConfig(), f"flash-attn-3 needs a Hopper GPU; {LEAVE}"),
-        ("flash_attention_4", AMPERE, True, LlamaConfig(), f"flash-attn-4 needs a Hopper GPU or newer; {LEAVE}"),
+        ("flash_attention_2", TURING, {}, f"flash-attn needs an Ampere GPU or newer; {LEAVE}"),
+        ("flash_attention_3", AMPERE, {}, f"flash-attn-3 needs a Hopper GPU; {LEAVE}"),
+        ("flash_attention_4", AMPERE, {}, f"flash-attn-4 needs a Hopper GPU or newer; {LEAVE}"),
         (
-            "flash_attention_2", AMPERE, True, LlamaConfig(),
+            "flash_attention_2", AMPERE, {},
             f"flash-attn is not installed; pip install flash-attn --no-build-isolation, or {LEAVE}",
         ),
         (
-            "flash_attention_3", HOPPER, True, LlamaConfig(),
+            "flash_attention_3", HOPPER, {},
             f"flash-attn-3 is not installed; install it from the folder hopper of flash-attention, or {LEAVE}",
         ),
         (
-            "flash_attention_4", BLACKWELL, True, LlamaConfig(),
+            "flash_attention_4", BLACKWELL, {},
             f"flash-attn-4 is not installed; pip install flash-attn-4, or {LEAVE}",
         ),
-        (
-            "flash_attention_2", AMPERE, True, LlamaConfig(architectures=["BloomForCausalLM"]),
-            f"BloomForCausalLM does not support flash-attn; {LEAVE}",
-        ),
-        (
-            "flash_attention_2", AMPERE, True, LlamaConfig(head_dim=512),
-            f"flash-attn takes heads of at most 256, and the model's are 512; {LEAVE}",
-        ),
+        ("flash_attention_2", AMPERE, {"config": BLOOM}, f"BloomForCausalLM does not support flash-attn; {LEAVE}"),
+        ("flash_attention_2", AMPERE, {"config": LlamaConfig(head_dim=512)}, f"{WIDE}; {LEAVE}"),
     ],
 )  # fmt: skip
-def test_a_flash_attn_that_was_asked_for_and_cannot_run_is_refused(device, requested, capability, half, config, said):
+def test_a_flash_attn_that_was_asked_for_and_cannot_run_is_refused(device, requested, capability, changes, said):
     device(capability)
     with pytest.raises(UserError) as error:
-        choose_attention(requested, half, config)
+        choose_attention(requested, **{"half_precision": True, "config": LlamaConfig()} | changes)
     assert str(error.value) == f"--attn_implementation {requested.removeprefix('paged|')}: {said}"
 
 
@@ -357,24 +324,19 @@ def test_only_an_import_tells_whether_flash_attn_is_there(tmp_path, monkeypatch,
         ({"padding_free": True, "max_length": None}, True),
         ({"packing": True, "eval_packing": False}, True),
         ({"packing_strategy": "wrapped"}, False),
-    ],
-)
-def test_whether_documents_share_rows(tmp_path, flags, packed):
-    assert packs_documents(SFTConfig(output_dir=str(tmp_path), bf16=False, **flags)) == packed
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
         ({"packing": True, "packing_strategy": "wrapped"}, "--packing_strategy wrapped: documents in a row"),
         ({"packing_strategy": "wrapped", "eval_packing": True}, "--packing_strategy wrapped: documents in a row"),
         ({"eval_packing": True}, "--eval_packing true without --packing true"),
     ],
 )
-def test_rows_without_the_ends_of_their_documents_are_refused(tmp_path, flags, said):
-    with pytest.raises(UserError) as error:
-        packs_documents(SFTConfig(output_dir=str(tmp_path), bf16=False, **flags))
-    assert str(error.value).startswith(said)
+def test_whether_documents_share_rows(tmp_path, flags, packed):
+    """Rows without the ends of their documents are refused."""
+    config = SFTConfig(output_dir=str(tmp_path), bf16=False, **flags)
+    if isinstance(packed, bool):
+        assert packs_documents(config) == packed
+        return
+    with pytest.raises(UserError, match=f"^{packed}"):
+        packs_documents(config)
 
 
 def tiny_opt(vocab_size: int = VOCABULARY):
@@ -452,72 +414,60 @@ def loss_of_documents_alone(folder: Path) -> float:
     return total / count
 
 
+PACKING, PADDING_FREE = {"packing": True}, {"padding_free": True, "max_length": None}
+
+
 @pytest.mark.usefixtures("cpu_ops")
 @pytest.mark.parametrize(
-    ("world_size", "changes"),
+    ("world_size", "rows", "changes"),
     [
-        (1, {"packing": True, "per_device_train_batch_size": 4}),
-        full(1, {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
-        full(
-            1,
-            {"packing": True, "per_device_train_batch_size": 4, "model_init_kwargs": {"attn_implementation": "eager"}},
-        ),
-        (1, {"padding_free": True, "max_length": None, "per_device_train_batch_size": 9}),
-        full(2, {"packing": True, "per_device_train_batch_size": 2, "deepspeed": "zero3"}),
+        (1, 4, PACKING),
+        full(1, 1, PACKING | {"gradient_accumulation_steps": 4}),
+        full(1, 4, PACKING | {"model_init_kwargs": {"attn_implementation": "eager"}}),
+        (1, 9, PADDING_FREE),
+        full(2, 2, PACKING | {"deepspeed": "zero3"}),
     ],
     ids=["batch", "accumulated", "eager", "padding-free", "zero3"],
 )
-def test_the_loss_of_a_packed_run_is_that_of_its_documents_alone(folder, tmp_path, world_size, changes):
+def test_the_loss_of_a_packed_run_is_that_of_its_documents_alone(folder, tmp_path, world_size, rows, changes):
+    changes |= {"per_device_train_batch_size": rows}
     (loss,), error = run_ranks(train_packed, world_size, str(folder), "llama", str(tmp_path), changes)[0]
     assert error is None
     assert loss == pytest.approx(loss_of_documents_alone(folder), abs=1e-5)
 
 
+MIXED = "true: in OPTForCausalLM with attention sdpa, documents in a row see each other; leave the flag out, or give "
+
+
 @pytest.mark.usefixtures("cpu_ops")
 @pytest.mark.parametrize(
-    ("world_size", "changes", "flag"),
-    [
-        (1, {"packing": True}, "packing"),
-        full(1, {"padding_free": True, "max_length": None}, "padding_free"),
-        full(2, {"packing": True, "deepspeed": "zero3"}, "packing"),
-    ],
+    ("world_size", "changes"),
+    [(1, PACKING), full(1, PADDING_FREE), full(2, PACKING | {"deepspeed": "zero3"})],
     ids=["packing", "padding-free", "zero3"],
 )
-def test_a_model_that_mixes_packed_documents_is_refused(folder, tmp_path, world_size, changes, flag):
-    for losses, error in run_ranks(train_packed, world_size, str(folder), "opt", str(tmp_path), changes):
-        assert losses == []
-        assert error == (
-            f"--{flag} true: in OPTForCausalLM with attention sdpa, documents in a row see each other; leave the flag "
-            "out, or give another --attn_implementation."
-        )
+def test_a_model_that_mixes_packed_documents_is_refused(folder, tmp_path, world_size, changes):
+    expected = [], f"--{next(iter(changes))} {MIXED}another --attn_implementation."
+    assert run_ranks(train_packed, world_size, str(folder), "opt", str(tmp_path), changes) == [expected] * world_size
 
 
 COMMANDS = {
-    ("llama", "--packing true"): (0, "sdpa (no CUDA device; packed rows by a block-diagonal mask)"),
-    ("llama", "--packing true --attn_implementation eager --method full"): (
-        0,
-        "eager (as asked for; packed rows by a block-diagonal mask)",
+    "llama --packing true --attn_implementation eager --method full": (
+        "eager (as asked for; packed rows by a block-diagonal mask)"
     ),
-    ("opt", ""): (0, "sdpa (no CUDA device)"),
-    ("opt", "--packing true"): (2, "--packing true: in OPTForCausalLM with attention sdpa, documents in a row see"),
-    ("opt", "--packing true --method full"): (2, "--packing true: in OPTForCausalLM with attention sdpa"),
-    ("llama", "--packing true --packing_strategy wrapped"): (2, "--packing_strategy wrapped: documents in a row"),
-    ("llama", "--attn_implementation flash_attention_2"): (
-        2,
-        "--attn_implementation flash_attention_2: no CUDA device; leave the flag out for SDPA.",
-    ),
+    "opt": "sdpa (no CUDA device)",
+    "opt --packing true --method full": f"lisa-dist: --packing {MIXED}",
+    "llama --attn_implementation flash_attention_2": "lisa-dist: --attn_implementation flash_attention_2: no CUDA",
 }
 
 
 @pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 def test_the_command_line_says_what_attention_does_and_what_it_refuses(folder, tmp_path):
-    for number, ((model, flags), (status, line)) in enumerate(COMMANDS.items()):
+    for number, (words, line) in enumerate(COMMANDS.items()):
+        model, *flags = words.split()
         always = f"--model_name_or_path {folder / model} --dataset_name {folder / 'rows.jsonl'} --max_length 32"
         always += f" --max_steps 1 --save_strategy no --report_to none --output_dir {tmp_path / str(number)}"
-        ended, said = run_alone([*always.split(), *flags.split()], tmp_path / f"{number}.txt")
-        assert ended == status, said[-3000:]
-        assert line in said
-        if status == 2:
-            assert f"lisa-dist: {line}" in said
-            assert "trained in" not in said
+        status, said = run_alone([*always.split(), *flags], tmp_path / f"{number}.txt")
+        assert line in said, said[-3000:]
+        refused = line.startswith("lisa-dist")
+        assert (status, "trained in" in said) == ((2, False) if refused else (0, True))

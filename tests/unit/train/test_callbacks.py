@@ -2,34 +2,34 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from models import tiny_llama, token_batches
 from ranks import run_ranks
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from trainers import lisa_trainer, rows_of
+from transformers import TrainerCallback, TrainerControl
 
-from lisa_dist import LisaMixin
 from lisa_dist.distributed.watchdog import Watchdog
-from lisa_dist.ds_config import find_ds_config
 from lisa_dist.memory.run_memory import RunMemory
 from lisa_dist.train import trainer as trainer_module
-from lisa_dist.train.callbacks import Heartbeat
+from lisa_dist.train.callbacks import LisaSteps
 
 # What else a Trainer calls comes right before or after one of the events that beat.
 SILENT = {"on_init_end", "on_train_end", "on_epoch_begin", "on_epoch_end", "on_evaluate", "on_predict", "on_log"}
 SILENT |= {"on_pre_optimizer_step", "on_optimizer_step", "on_push_begin"}
+BEATS = {"on_step_end": 2}  # before and after a plan
 
 
 @pytest.mark.parametrize("event", sorted(name for name in vars(TrainerCallback) if name.startswith("on_")))
 def test_long_phases_beat_and_the_end_waits_for_no_step(event):
     calls = []
     watchdog = SimpleNamespace(beat=lambda: calls.append("beat"), end_steps=lambda: calls.append("end"))
-    getattr(Heartbeat(watchdog), event)(None, None, TrainerControl(), metrics={})
-    assert calls == (["end"] if event == "on_train_end" else [] if event in SILENT else ["beat"])
-
-
-class LisaTrainer(LisaMixin, Trainer):
-    pass
+    steps = LisaSteps(MagicMock(), MagicMock(), watchdog)
+    getattr(steps, event)(
+        MagicMock(), MagicMock(global_step=1, is_world_process_zero=False), TrainerControl(), metrics={}
+    )
+    assert calls == (["end"] if event == "on_train_end" else [] if event in SILENT else ["beat"] * BEATS.get(event, 1))
 
 
 class Steps(TrainerCallback):
@@ -58,21 +58,9 @@ def phases(folder: str) -> list[str]:
     record(RunMemory, "end_step", "end_step")
     record(trainer_module, "save_checkpoint", "save")
     tiny_llama().save_pretrained(f"{folder}/model")
-    tokens = token_batches(1, rows=2)[0, 0]
-    trainer = LisaTrainer(
-        model=tiny_llama(),
-        args=TrainingArguments(
-            output_dir=f"{folder}/out",
-            deepspeed=find_ds_config("zero2"),
-            use_cpu=True,
-            max_steps=1,
-            per_device_train_batch_size=2,
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
-        callbacks=[Steps(calls)],
-    )
+    changes = {"max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "steps"}
+    rows = rows_of(token_batches(1, rows=2)[0])
+    trainer = lisa_trainer(f"{folder}/out", rows, changes, callbacks=[Steps(calls)])
     trainer.train(resume_from_checkpoint=f"{folder}/model")
     return calls
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -13,11 +14,10 @@ from ranks import run_ranks
 from runs import flags_for, run_alone
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-from transformers import Trainer, TrainingArguments
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trainers import lisa_trainer, rows_of
 
 import lisa_dist
-from lisa_dist import LisaConfig, LisaMixin
+from lisa_dist import LisaConfig
 from lisa_dist.core import controller
 from lisa_dist.core.checkpointing import let_backward_end
 from lisa_dist.core.live_bytes import live_storages
@@ -27,16 +27,9 @@ from lisa_dist.run.run import check_config
 from lisa_dist.train.compiled_layers import compile_layers
 
 LENGTHS = (24, 9, 12, 20)  # none of them a size of the model, which torch would take for the same number
-SWITCHES = 50
+SWITCHES, LAYERS = 12, 5
 
 pytestmark = pytest.mark.usefixtures("cpu_ops")
-
-
-class LisaTrainer(LisaMixin, Trainer):
-    """Takes rows in order: those of a batch have one length."""
-
-    def _get_train_sampler(self, *args):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 def batches(steps: int) -> list[torch.Tensor]:
@@ -45,42 +38,23 @@ def batches(steps: int) -> list[torch.Tensor]:
     return [batch[:, : LENGTHS[step % len(LENGTHS)]] for step, batch in enumerate(tokens)]
 
 
-def rows_for(steps: int) -> list[dict]:
-    return [{"input_ids": row, "labels": row} for batch in batches(steps) for row in batch]
-
-
 def train(output_dir: str, backend: str | None, changes: dict, resume_from: str | None = None) -> dict:
     """Losses, weights and the number of graphs of a run, by default with a switch before every step but the first."""
-    unset_hf_deepspeed_config()
     torch._dynamo.reset()
     counters.clear()
-    changes = dict(changes)
-    dtype = torch.bfloat16 if changes.get("bf16") else torch.float32
+    changes = {"max_steps": SWITCHES + 1, "lisa_interval_steps": 1} | changes
     seed = 0 if resume_from is None else 99  # what is resumed must not depend on how the model began
-    model = tiny_gpt2(seed, dropout=0.1) if changes.pop("dropout", False) else tiny_llama(seed)
-    checkpointed, interval = changes.pop("checkpointed", "none"), changes.pop("interval", 1)
-    args = {
-        "output_dir": output_dir,
-        "deepspeed": find_ds_config(changes.pop("ds_config", "zero2")),
-        "use_cpu": True,
+    build = partial(tiny_llama, seed, LAYERS)
+    if changes.pop("dropout", False):
+        build = partial(tiny_gpt2, seed, LAYERS, dropout=0.1)
+    checkpointed = changes.pop("checkpointed", "none")
+    compiles = {
         "torch_compile": backend is not None,
         "torch_compile_backend": backend,
-        "max_steps": SWITCHES + 1,
         "per_device_train_batch_size": 2,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    } | changes
-    trainer = LisaTrainer(
-        model=model.to(dtype),
-        args=TrainingArguments(**args),
-        train_dataset=rows_for(args["max_steps"]),
-        eval_dataset=rows_for(1),
-        lisa_config=LisaConfig(lisa_interval_steps=interval),
-        checkpointed_layers=checkpointed,
-    )
+    }
+    own = {"eval_dataset": rows_of(batches(1)), "checkpointed_layers": checkpointed}
+    trainer = lisa_trainer(output_dir, rows_of(batches(changes["max_steps"])), compiles | changes, build=build, **own)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", output_dir)
         # Of every period, which is every step here, it walks all objects of the process.
@@ -107,8 +81,8 @@ def check_same(one: dict, other: dict) -> None:
     [
         ("eager", {}, 2),
         # Checkpointed or not, of each.
-        full("aot_eager", {"ds_config": "zero1", "bf16": True, "checkpointed": 2, "max_steps": 20}, 4),
-        full("inductor", {"torch_compile_mode": "default", "max_steps": 20}, 2),
+        full("aot_eager", {"deepspeed": find_ds_config("zero1"), "bf16": True, "checkpointed": 2}, 4),
+        full("inductor", {"torch_compile_mode": "default"}, 2),
     ],
 )
 def test_switches_take_two_graphs_and_leave_the_losses(tmp_path, backend, changes, graphs):
@@ -116,7 +90,7 @@ def test_switches_take_two_graphs_and_leave_the_losses(tmp_path, backend, change
     changes = {name: value for name, value in changes.items() if name != "torch_compile_mode"}  # which turns it on
     plain = run_ranks(train, 1, str(tmp_path / "plain"), None, changes)[0]
     assert (compiled["graphs"], plain["graphs"]) == (graphs, 0)
-    assert len(compiled["layers"]) > (8 if "max_steps" in changes else 10)
+    assert len(compiled["layers"]) > 6
     if backend == "inductor":
         assert compiled["losses"][:3] == pytest.approx(plain["losses"][:3], abs=1e-5)
         # Fresh moments at each step make an update of the gradient's sign, which enlarges what rounding differs by.
@@ -127,7 +101,7 @@ def test_switches_take_two_graphs_and_leave_the_losses(tmp_path, backend, change
 
 @pytest.mark.full
 def test_a_run_that_is_resumed_within_a_period_is_the_run(tmp_path):
-    changes = {"dropout": True, "max_steps": 5, "interval": 3, "save_strategy": "steps", "save_steps": 4}
+    changes = {"dropout": True, "max_steps": 5, "lisa_interval_steps": 3, "save_strategy": "steps", "save_steps": 4}
     whole = run_ranks(train, 1, str(tmp_path), "aot_eager", changes)[0]
     resumed = run_ranks(train, 1, str(tmp_path), "aot_eager", changes, str(tmp_path / "checkpoint-4"))[0]
     check_same(resumed, whole)
@@ -137,7 +111,7 @@ def test_a_run_that_is_resumed_within_a_period_is_the_run(tmp_path):
 def train_in_a_loop(backend: str | None) -> tuple[list[float], int]:
     """A loop of one's own, whose layers the user compiles; the losses and the number of graphs."""
     torch._dynamo.reset()
-    model, count = tiny_llama(), CompileCounterWithBackend(backend)
+    model, count = tiny_llama(num_layers=LAYERS), CompileCounterWithBackend(backend)
     model.config.use_cache = False
     engine, lisa = lisa_dist.initialize(model, "zero2", LisaConfig(lisa_interval_steps=1), lr=1e-3, micro_batch_size=2)
     if backend is not None:
@@ -271,15 +245,6 @@ def test_what_cannot_be_compiled_is_refused_before_a_model_is_loaded(tmp_path, m
 def test_what_can_be_compiled_is_not_refused(tmp_path, changes):
     save_tiny_llama(tmp_path / "model")
     check_config(parse_arguments(flags_for(tmp_path, tmp_path / "out", torch_compile=True, **changes)))
-
-
-def refused_by_the_trainer(output_dir: str) -> None:
-    with pytest.raises(ValueError, match="--torch_compile True on ZeRO stage 3"):
-        train(output_dir, "eager", {"ds_config": "zero3"})
-
-
-def test_any_trainer_refuses_what_cannot_be_compiled(tmp_path):
-    run_ranks(refused_by_the_trainer, 1, str(tmp_path))
 
 
 # A run from the command line, which says at its end how many graphs it has compiled.

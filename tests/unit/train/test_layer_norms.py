@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import json
 import re
 from pathlib import Path
 
@@ -11,27 +10,22 @@ import pytest
 import torch
 from cells import full
 from datasets import Dataset
-from matplotlib.colors import to_rgb
-from matplotlib.image import imread
-from models import save_tiny_llama, tiny_gpt2, tiny_llama, token_batches
+from models import tiny_gpt2, tiny_llama, token_batches
 from peft import LoraConfig, get_peft_model
 from ranks import run_ranks
-from runs import ROOT, run_alone
+from runs import ROOT, flags_for, run_alone, save_tiny_run
 from torch import distributed as dist
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from trainers import Shuffled, cpu_arguments, rows_of
+from transformers import Trainer, TrainerCallback
 
-from lisa_dist import LisaConfig, LisaMixin, cli
+from lisa_dist import LisaConfig, cli
 from lisa_dist.run.arguments import RunArguments
-from lisa_dist.run_folder import write_run
 from lisa_dist.train.layer_norms import LayerNorms
 from lisa_dist.zero.parameters import local_shard
 
 STEPS, RATE = 4, 1e-2
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 HEADER = ["block", "weight_norm", "update_norm", "moved_norm"]
-
-
-class LisaPlain(LisaMixin, Trainer): ...
 
 
 def block_of(name: str) -> str:
@@ -47,13 +41,14 @@ class Copies(TrainerCallback):
     """The weights of the whole model after each step, by block, as one vector in fp64; of adapters merged by peft."""
 
     def __init__(self, merged: bool = False):
-        self._merged, self.seen = merged, []
+        self._merged, self.seen, self.products = merged, [], []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.seen.append(self._copy(model))
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.seen.append(self._copy(model))
+        self.products.append(product_norms(model) if self._merged else {})
 
     def _copy(self, model) -> dict[str, torch.Tensor]:
         if self._merged:
@@ -89,34 +84,21 @@ class FilledPadding(TrainerCallback):
                 parameter.ds_tensor[max(0, parameter.ds_numel - dist.get_rank() * share) :] = 1e3
 
 
-def rows_to_train() -> Dataset:
-    tokens = token_batches(STEPS, rows=4).flatten(0, 2).tolist()
-    return Dataset.from_list([{"input_ids": row, "labels": row} for row in tokens])
-
-
-def train(model, folder, kind=Trainer, every: int = 1, callbacks=(), resume=None, **settings) -> None:
+def train(model, folder, kind=Trainer, every: int = 1, callbacks=(), resume=None, own=None, **settings) -> None:
     """A run of STEPS steps of four rows on all ranks together."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    own = {name: settings.pop(name) for name in ("lisa_config",) if name in settings}
-    arguments = {
-        "output_dir": str(folder),
+    default = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 4 // ranks,
         "learning_rate": RATE,
         "weight_decay": 0.1,
-        "lr_scheduler_type": "constant",
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-    } | settings
+    }
     trainer = kind(
         model=model,
-        args=TrainingArguments(**arguments),
-        train_dataset=rows_to_train(),
+        args=cpu_arguments(str(folder), lr_scheduler_type="constant", bf16=False, **default | settings),
+        train_dataset=Dataset.from_list(rows_of(token_batches(STEPS, rows=4).flatten(0, 1).tolist())),
         callbacks=[*callbacks, LayerNorms(every)],
-        **own,
+        **own or {},
     )
     trainer.train(resume_from_checkpoint=resume)
 
@@ -132,7 +114,7 @@ def check_against_copies(ds_config: str, method: str, folder: str) -> None:
     copies = Copies()
     how = {"deepspeed": str(ROOT / "ds_configs" / f"{ds_config}.json"), "callbacks": [copies, FilledPadding()]}
     if method == "lisa":
-        how |= {"kind": LisaPlain, "lisa_config": LisaConfig(lisa_interval_steps=2)}
+        how |= {"kind": Shuffled, "own": {"lisa_config": LisaConfig(lisa_interval_steps=2)}}
     model = tiny_llama()
     model.score = torch.nn.Parameter(torch.ones(3))  # in rest, and padded on two ranks
     train(model, folder, every=2, **how)
@@ -170,14 +152,6 @@ def product_norms(model) -> dict[str, float]:
     return {block: square**0.5 for block, square in squares.items()}
 
 
-class Products(TrainerCallback):
-    def __init__(self):
-        self.seen = []
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.seen.append(product_norms(model))
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -189,12 +163,12 @@ class Products(TrainerCallback):
     ids=["linear", "ends", "copies", "transposed"],
 )
 def test_norms_of_adapters_are_those_of_the_merged_model(tmp_path, settings):
-    copies, products = Copies(merged=True), Products()
-    train(with_adapters(**settings), tmp_path, callbacks=[copies, products])
+    copies = Copies(merged=True)
+    train(with_adapters(**settings), tmp_path, callbacks=[copies])
     header, found = read(tmp_path)
     assert header == [*HEADER, "product_norm"]
     for block, norms in copies.norms().items():
-        mean = sum(seen.get(block, 0.0) for seen in products.seen) / STEPS
+        mean = sum(seen.get(block, 0.0) for seen in copies.products) / STEPS
         assert found[block] == pytest.approx([*norms, mean], rel=1e-4), block
     assert found["layers.0"][3] > 0
     if "modules_to_save" in settings or "embed_tokens" in settings["target_modules"]:
@@ -261,14 +235,6 @@ def test_a_resumed_run_begins_anew(tmp_path):
         assert found[block][2] < whole[block][2], block
 
 
-def test_norms_of_another_run_do_not_stay(tmp_path):
-    leave(tmp_path / "run", GOOD)
-    write_run(tmp_path / "run", {"method": "full"}, resumes=True)
-    assert (tmp_path / "run" / "lisa_norms.csv").exists()
-    write_run(tmp_path / "run", {"method": "full"})
-    assert not (tmp_path / "run" / "lisa_norms.csv").exists()
-
-
 def test_what_cannot_be_looked_at_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--layer_norms 5: the run has 4 steps, so none would be looked at; give at"):
         train(tiny_llama(num_layers=2), tmp_path, every=5)
@@ -283,133 +249,14 @@ def test_what_cannot_be_looked_at_is_refused(tmp_path):
         local_shard(absent)
 
 
-# The verb
-
-GOOD = "block,weight_norm,update_norm,moved_norm\nembed,50,0.1,1\nlayers.0,2,0.5,2\nlayers.1,4,0.7,3\nrest,1,0,0\n"
-LORA = (
-    "block,weight_norm,update_norm,moved_norm,product_norm\nembed,50,0,0,0\nlayers.0,2,0.25,2,1.5\n"
-    "layers.1,4,0.35,3,2.5\nhead,40,7,8,9\nrest,1,0,0,0\n"
-)
-
-
-def call(monkeypatch, *words) -> None:
-    monkeypatch.setattr(cli.sys, "argv", ["lisa-dist", "norms", *map(str, words)])
-    cli.main()
-
-
-def leave(folder: Path, text: str, method: str | None = None) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "lisa_norms.csv").write_text(text)
-    if method:
-        (folder / "lisa_run.json").write_text(json.dumps({"method": method}))
-    return folder
-
-
-def test_runs_side_by_side(tmp_path, monkeypatch, capsys):
-    full, lora = leave(tmp_path / "a=1", GOOD, "full"), leave(tmp_path / "b", LORA, "lora")
-    leave(tmp_path / "c", GOOD)
-    words = [full, lora, f"wide={lora}", tmp_path / "b" / "lisa_norms.csv", tmp_path / "c"]
-    call(monkeypatch, *words, "--out", tmp_path / "out")
-    lines = (tmp_path / "out" / "norms.csv").read_text().splitlines()
-    of_lora = [f"{label}.{name}" for label in ("lora", "wide", "lora_2") for name in (*HEADER[1:], "product_norm")]
-    of_full = [f"{label}.{name}" for label in ("full", "c") for name in HEADER[1:]]
-    assert lines[0] == ",".join(["block", *of_full[:3], *of_lora, *of_full[3:]])
-    assert lines[2] == "layers.0," + ",".join(["2.0,0.5,2.0", *["2.0,0.25,2.0,1.5"] * 3, "2.0,0.5,2.0"])
-    assert lines[4] == "head," + ",".join([",,", *["40.0,7.0,8.0,9.0"] * 3, ",,"])
-    assert [line.split(",")[0] for line in lines[1:]] == ["embed", "layers.0", "layers.1", "head", "rest"]
-    said = capsys.readouterr().out
-    assert re.search(r"^weight norm w\(l\) +full +50 +3 +- +16\.7 +-$", said, re.M)
-    assert re.search(r"^update of a step +wide +0 +0\.3 +7 +0 +23\.3$", said, re.M)
-    assert re.search(r"^adapter product +lora_2 +0 +2 +9 +0 +4\.5$", said, re.M)
-    assert f"wrote {tmp_path / 'out' / 'norms.csv'}" in said
-
-
-def test_the_figure_has_every_run_in_every_panel(tmp_path, monkeypatch):
-    runs = leave(tmp_path / "a", GOOD, "full"), leave(tmp_path / "b", LORA, "lora")
-    call(monkeypatch, *runs, "--out", tmp_path / "out")
-    picture = imread(tmp_path / "out" / "norms.png")[..., :3]
-    assert picture.shape[:2] == (960, 1440)
-    below = 60  # the legend, which has the colours too
-    rows, columns = (slice(below, 500), slice(500, None)), (slice(720), slice(720, None))
-    panels = [picture[row, column] for row in rows for column in columns]
-    seen = [
-        [int((abs(panel - to_rgb(colour)) < 0.02).all(axis=2).sum()) for panel in panels] for colour in ("C0", "C1")
-    ]
-    # The weights of both are the same, so that only the last can be seen, and one has no adapters.
-    assert [count > 200 for count in seen[0]] == [False, True, True, False]
-    assert [count > 200 for count in seen[1]] == [True] * 4
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "is empty; give the lisa_norms.csv of a run that was trained with --layer_norms 1."),
-        ("layer,norm\n0,1\n", "begins with 'layer,norm', not with block,weight_norm,update_norm,moved_norm"),
-        (GOOD.splitlines()[0] + "\n", "has no decoder layer; give"),
-        (GOOD.replace("50,", ""), "line 2 does not have 3 numbers"),
-        (GOOD.replace("50,", "many,"), "line 2 does not have 3 numbers"),
-        (GOOD.replace("50,", "nan,"), "line 2 has a norm that is negative or not finite"),
-        (GOOD.replace("layers.1", "layers.0"), "line 4 begins with 'layers.0', which is not a block, or is repeated"),
-        (GOOD.replace("layers.1", "layer 1"), "line 4 begins with 'layer 1', which is not a block"),
-        ("\n", "is empty"),
-        (GOOD.replace("layers.1,4,0.7,3\n", ""), "1 decoder layers, but 2 in"),
-        (None, "there is no lisa_norms.csv in"),
-    ],
-)
-def test_bad_input_is_named(tmp_path, monkeypatch, capsys, text, said):
-    good, bad = leave(tmp_path / "good", GOOD, "full"), tmp_path / "bad"
-    bad.mkdir() if text is None else leave(bad, text)
-    with pytest.raises(SystemExit) as ended:
-        call(monkeypatch, good, bad, "--out", tmp_path / "out")
-    assert ended.value.code == 2
-    line = capsys.readouterr().out
-    assert line.startswith("lisa-dist norms: ")
-    assert str(bad) in line
-    assert said in line
-    assert len(line.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_bad_words_are_named(tmp_path, monkeypatch, capsys):
-    run = leave(tmp_path / "run", GOOD, "full")
-    (tmp_path / "file").write_text("")
-    broken = leave(tmp_path / "broken", GOOD)
-    (broken / "lisa_run.json").write_text("{")
-    for words, said in (
-        ([run], "the following arguments are required: --out"),
-        (["--out", tmp_path], "the following arguments are required: RUN"),
-        ([f"a/b={run}", "--out", tmp_path], "a label may contain letters, digits, _ and - only"),
-        ([f"a={run}", f"a={run}", "--out", tmp_path], "the label a is given twice"),
-        ([tmp_path / "nowhere", "--out", tmp_path], "nowhere: no such file or folder."),
-        ([tmp_path, "--out", tmp_path], "there is no lisa_norms.csv in"),
-        ([tmp_path / "no.csv", "--out", tmp_path], "no.csv: no such file or folder."),
-        ([broken, "--out", tmp_path], "lisa_run.json: cannot be read"),
-        ([run, "--out", tmp_path / "file"], "cannot be written"),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            call(monkeypatch, *words)
-        assert ended.value.code == 2
-        assert said in capsys.readouterr().out
-
-
 @pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
-def test_a_run_with_the_flag_writes_norms(tmp_path, monkeypatch, capsys):
-    save_tiny_llama(tmp_path / "model")
-    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(64)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    words = {
-        "model_name_or_path": tmp_path / "model",
-        "dataset_name": tmp_path / "rows.jsonl",
-        "output_dir": tmp_path / "out",
-        "method": "lora",
-        "max_steps": 2,
-        "max_length": 32,
-        "report_to": "none",
-        "layer_norms": 1,
-    }
-    flags = [word for name, value in words.items() for word in (f"--{name}", str(value))]
+def test_a_run_with_the_flag_writes_what_the_verb_reads(tmp_path, monkeypatch, capsys):
+    flags = flags_for(save_tiny_run(tmp_path), tmp_path / "out", method="lora", max_steps=2, layer_norms=1)
     status, said = run_alone(flags, tmp_path / "said.txt")
     assert status == 0, said[-3000:]
-    call(monkeypatch, tmp_path / "out", "--out", tmp_path / "norms")
+    monkeypatch.setattr(
+        cli.sys, "argv", ["lisa-dist", "norms", str(tmp_path / "out"), "--out", str(tmp_path / "norms")]
+    )
+    cli.main()
     assert re.search(r"^adapter product +lora +0 ", capsys.readouterr().out, re.M)

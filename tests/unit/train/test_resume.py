@@ -11,8 +11,9 @@ from models import tiny_llama
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
-from lisa_dist.train.identity import compare_identity, describe_identity, fingerprint, write_identity
-from lisa_dist.train.resume import Beginning, check_beginning
+from lisa_dist.files import write_json
+from lisa_dist.run_folder import IDENTITY_NAME
+from lisa_dist.train.resume import Beginning, check_beginning, compare_identity, describe_identity, fingerprint
 
 ROWS = [{"input_ids": [number, number + 1], "labels": [-100, number + 1]} for number in range(10)]
 
@@ -22,6 +23,13 @@ def identity(rows=ROWS, config=None, **changes) -> dict:
         **{"output_dir": "unused", "use_cpu": True, "learning_rate": 1e-3, "max_steps": 10} | changes
     )
     return describe_identity(args, config or tiny_llama().config, rows)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint of a run."""
+    write_json(tmp_path / IDENTITY_NAME, identity())
+    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -34,36 +42,32 @@ def identity(rows=ROWS, config=None, **changes) -> dict:
     ],
     ids=["reversed", "fewer", "other labels", "shorter"],
 )
-def test_other_data_is_refused_unless_it_begins_anew(tmp_path, rows):
-    write_identity(identity(), tmp_path)
-    assert compare_identity(tmp_path, identity(list(ROWS)), False) == ([], 1.0)
+def test_other_data_is_refused_unless_it_begins_anew(folder, rows):
+    assert compare_identity(folder, identity(list(ROWS)), False) == ([], 1.0)
     with pytest.raises(ValueError, match=r"its run had other data: .*examples.* --ignore_data_skip true") as error:
-        compare_identity(tmp_path, identity(rows), False)
+        compare_identity(folder, identity(rows), False)
     assert "\n" not in str(error.value)
-    differing, factor = compare_identity(tmp_path, identity(rows), True)
+    differing, factor = compare_identity(folder, identity(rows), True)
     assert len(differing) == 1
     assert factor == 1.0
 
 
 @pytest.mark.parametrize("name", ["seed", "data_seed"])
-def test_other_seeds_are_refused(tmp_path, name):
-    write_identity(identity(), tmp_path)
+def test_other_seeds_are_refused(folder, name):
     with pytest.raises(ValueError, match=rf"its run had other data: --{name} 7 \(it had (42|None)\)"):
-        compare_identity(tmp_path, identity(**{name: 7}), False)
+        compare_identity(folder, identity(**{name: 7}), False)
 
 
-def test_another_model_is_refused(tmp_path):
-    write_identity(identity(), tmp_path)
+def test_another_model_is_refused(folder):
     config = tiny_llama().config
     config.rms_norm_eps, config.use_cache, config.architectures = 0.5, False, ["Another"]
     with pytest.raises(ValueError, match=r"its run had another model: rms_norm_eps 0.5 \(it had 1e-06\)\. Give"):
-        compare_identity(tmp_path, identity(config=config), True)
+        compare_identity(folder, identity(config=config), True)
 
 
-def test_other_hyperparameters_take_effect_and_are_listed(tmp_path):
-    write_identity(identity(), tmp_path)
+def test_other_hyperparameters_take_effect_and_are_listed(folder):
     now = identity(learning_rate=5e-4, adam_beta2=0.9, lr_scheduler_type="cosine", output_dir="elsewhere")
-    changed, factor = compare_identity(tmp_path, now, False)
+    changed, factor = compare_identity(folder, now, False)
     assert changed == [
         "--learning_rate 0.0005 (it had 0.001)",
         "--lr_scheduler_type cosine (it had linear)",
