@@ -1,6 +1,7 @@
-"""A model's answers to questions of MT-Bench: both turns, in batches, at the temperatures of the benchmark."""
+"""Answers of a model: a prompt of turns, and both turns of MT-Bench's questions in batches, at its temperatures."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,16 +10,21 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from lisa_dist.turns import as_taken, takes_parts
 
-TEMPERATURES = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "reasoning": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "extraction": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-}
+# By category; that of the others is 0.
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+TEMPERATURES |= dict.fromkeys(("reasoning", "math", "coding", "extraction"), 0.0)
+
+
+def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]]) -> list[int]:
+    """The tokens of turns in the tokenizer's chat template, up to where the model's answer begins."""
+    taken: Any = as_taken(turns, takes_parts(tokenizer))
+    text = str(tokenizer.apply_chat_template(taken, tokenize=False, add_generation_prompt=True))
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def context_of(model: PreTrainedModel) -> float:
+    """The most tokens that a model takes; infinity where its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 class AnswerWriter:
@@ -31,7 +37,6 @@ class AnswerWriter:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, max_new_tokens: int):
         self._model: Any = model  # its type does not declare `generate`
         self._tokenizer, self._seed, self._max_new_tokens = tokenizer, seed, max_new_tokens
-        self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         ends = model.generation_config.eos_token_id
         self._ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
         self.num_too_long = 0  # turns without an answer, as their prompt fills the context
@@ -47,23 +52,17 @@ class AnswerWriter:
         return [[chat[1]["content"], chat[3]["content"]] for chat in chats]
 
     def _answer_turn(self, questions: Sequence[dict], chats: list[list[dict]], turn: int) -> list[str]:
-        prompts, parts = [], takes_parts(self._tokenizer)
-        for chat in chats:
-            turns = as_taken(chat, parts)
-            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            prompts.append(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        texts, batch = [""] * len(prompts), []
-        for index, prompt in enumerate(prompts):
-            room = self._max_new_tokens if self._positions is None else self._positions - len(prompt)
-            if room >= self._max_new_tokens:
-                batch.append(index)
-            elif room > 0:  # by itself: a batch has one limit for all
-                texts[index] = self._generate([prompt], [questions[index]], turn, room)[0]
-            else:
-                self.num_too_long += 1
-        if batch:
+        """Together those that have room for equally many tokens."""
+        prompts = [encode_turns(self._tokenizer, chat) for chat in chats]
+        rooms = [min(self._max_new_tokens, context_of(self._model) - len(prompt)) for prompt in prompts]
+        texts = [""] * len(prompts)
+        for room in set(rooms):
+            batch = [index for index, of_prompt in enumerate(rooms) if of_prompt == room]
+            if room <= 0:
+                self.num_too_long += len(batch)
+                continue
             chosen = [prompts[index] for index in batch], [questions[index] for index in batch]
-            for index, text in zip(batch, self._generate(*chosen, turn, self._max_new_tokens), strict=True):
+            for index, text in zip(batch, self._generate(*chosen, turn, int(room)), strict=True):
                 texts[index] = text
         return texts
 
