@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from lisa_dist.errors import UserError
-from lisa_dist.eval.generation import context_of, encode_turns
+from lisa_dist.eval.answers import context_of, encode_turns
 
 HELP = "/reset begins anew, /exit or an end of input ends; all else is said to the model"
 

@@ -21,7 +21,8 @@ from lisa_dist.eval.arguments import MT_BENCH, EvalArguments
 from lisa_dist.eval.judge import Judge, judge_answers
 from lisa_dist.eval.model import describe_weights, load_model
 from lisa_dist.eval.mt_bench import MTBench
-from lisa_dist.files import replacing
+from lisa_dist.files import check_folder, replacing
+from lisa_dist.run_folder import read_object
 from lisa_dist.text import format_columns
 
 # A rank with short items waits for the others; the launcher ends it if one of them dies.
@@ -93,17 +94,9 @@ class Results:
     """results.json in `--output_dir`: scores, settings and versions of each task, added one by one, of one model."""
 
     def __init__(self, arguments: EvalArguments):
-        self._arguments = arguments
-        self.path = arguments.folder / "results.json"
-        try:
-            arguments.folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(arguments.folder, os.W_OK):
-                raise PermissionError(13, "no permission to write")
-            content = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
-        except OSError as error:
-            raise UserError(f"--output_dir {arguments.folder}: {error.strerror}; give another folder.") from error
-        except ValueError as error:
-            raise UserError(f"{self.path}: is not JSON ({error}); move it away.") from error
+        self._arguments, self.path = arguments, arguments.folder / "results.json"
+        check_folder("--output_dir", arguments.folder)
+        content = read_object(self.path) if self.path.exists() else {}
         if content.get("model", arguments.model) != arguments.model:
             raise UserError(
                 f"--output_dir {arguments.folder}: has results of {content['model']}; give another folder for those of "
@@ -121,6 +114,7 @@ class Results:
         versions = {package: metadata.version(package) for package in packages}
         when = datetime.now().astimezone().isoformat(timespec="seconds")
         self._tasks[name] = scores | {"settings": settings, "versions": versions, "when": when}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as path:
             path.write_text(json.dumps({"model": self._arguments.model, "tasks": self._tasks}, indent=1) + "\n")
 

@@ -105,16 +105,14 @@ def load_tasks(names: Sequence[str], data_dir: str | None, num_fewshot: int | No
 def evaluate(
     model: RankedModel,
     tasks: dict[str, list[Task | Group]],
-    *,
     limit: int | float | None = None,
-    num_fewshot: int | None = None,
     seed: int = 1234,
-    apply_chat_template: bool = False,
+    **settings: Any,
 ) -> dict | None:
     """On rank 0 the harness' results, with `samples`, and `cut`: whether prompts were cut; None on other ranks.
 
-    All ranks call it. `limit` is a number of items per task, or below 1 a fraction of them. `num_fewshot` None is each
-    task's own number. Raises UserError for a task with fewer items than ranks.
+    All ranks call it. `limit` is a number of items per task, or below 1 a fraction of them; `settings` are those of
+    `simple_evaluate`. Raises UserError for a task with fewer items than ranks.
     """
     for task in _leaves(tasks):
         items = len(task.eval_docs)
@@ -138,11 +136,8 @@ def evaluate(
             tasks=[part for parts in tasks.values() for part in parts],
             task_manager=TaskManager(include_defaults=False),
             limit=limit,
-            num_fewshot=num_fewshot,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-            apply_chat_template=apply_chat_template,
+            **dict.fromkeys(("numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed),
+            **settings,
         )
     cut = any(gather(heard.cut))
     return None if results is None else results | {"cut": cut}

@@ -69,8 +69,10 @@ class Judge:
             if self._given_up.wait(wait):
                 break
             try:
+                content = b""
                 with self._opener.open(request, timeout=self._timeout) as response:
-                    return _content_of(response.read())
+                    content = response.read()
+                return json.loads(content)["choices"][0]["message"]["content"] or ""
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code} {error.reason}: {error.read(300).decode(errors='replace').strip()}"
                 if error.code != 429 and error.code < 500:
@@ -78,8 +80,10 @@ class Judge:
                     break
             except TimeoutError:
                 reason = f"timed out after {self._timeout:g} s (--judge_timeout)"
-            except (OSError, http.client.HTTPException, _NoCompletionError) as error:
+            except (OSError, http.client.HTTPException) as error:
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
+            except (ValueError, LookupError, TypeError):
+                reason = f"the response is no chat completion: {content[:80]!r}"
         else:
             self._give_up(f"no verdict in {len(WAITS) + 1} tries ({reason})")
         raise self._failure
@@ -89,20 +93,9 @@ class Judge:
         self._given_up.set()
 
 
-class _NoCompletionError(ValueError):
-    """A response that is no chat completion."""
-
-
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: object) -> None:
         return None
-
-
-def _content_of(body: bytes) -> str:
-    try:
-        return json.loads(body)["choices"][0]["message"]["content"] or ""
-    except (ValueError, LookupError, TypeError) as error:
-        raise _NoCompletionError(f"the response is no chat completion: {body[:80]!r}") from error
 
 
 def parse_rating(judgment: str, which: str = "last") -> float:

@@ -15,8 +15,8 @@ from pathlib import Path
 from string import Formatter
 
 from lisa_dist.errors import UserError
+from lisa_dist.eval.answers import TEMPERATURES
 from lisa_dist.eval.benchmark_files import one_of, read_entries, text
-from lisa_dist.eval.generation import TEMPERATURES
 
 WITH_REFERENCE = ("math", "reasoning", "coding")  # categories that are judged against a reference answer
 # Prompts of the judge, by whether there is a reference answer, and by turn.

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -391,7 +392,7 @@ def test_results_stay_with_their_model(tiny, files, tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="2"):
         eval_command.main([str(tiny), *words[:-1], str(tmp_path / "file")])
-    assert "file: File exists; give another folder" in capsys.readouterr().out
+    assert "file is no folder; give another." in capsys.readouterr().out
 
 
 def test_results_have_names_of_their_own(tmp_path, monkeypatch):
@@ -403,8 +404,12 @@ def test_results_have_names_of_their_own(tmp_path, monkeypatch):
     assert [str(folder) for folder in named.values()] == ["eval/one-checkpoint-20", "eval/one", "eval/name"]
 
 
-def test_a_model_without_a_chat_template(data_dir, files, tmp_path, capsys):
-    words = ["--tasks", "pubmedqa", "--data_dir", str(files), "--output", str(tmp_path), "--apply_chat_template"]
+@pytest.mark.parametrize("words", [["pubmedqa", "--apply_chat_template"], ["mt_bench"]])
+def test_a_model_without_a_chat_template(data_dir, tmp_path, capsys, words):
+    write_benchmarks(tmp_path)
+    write_mt_bench(tmp_path)
+    words = ["--tasks", *words, "--data_dir", str(tmp_path), "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="2"):
         eval_command.main([str(data_dir / "models" / "stories260k-hf"), *words])
-    assert "stories260k-hf has no chat template" in capsys.readouterr().out
+    flag = words[2] if words[2] == "--apply_chat_template" else "--tasks mt_bench"
+    assert re.search(f"{flag}: the tokenizer of .*stories260k-hf has no chat template", capsys.readouterr().out)

@@ -22,8 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lisa_dist.commands import eval as eval_command
 from lisa_dist.errors import UserError
 from lisa_dist.eval import judge
-from lisa_dist.eval.answers import AnswerFile
-from lisa_dist.eval.generation import TEMPERATURES, SampleByTemperature
+from lisa_dist.eval.answers import TEMPERATURES, AnswerFile, SampleByTemperature
 from lisa_dist.eval.judge import Judge, JudgeError, judge_answers, parse_rating
 from lisa_dist.eval.model import describe_weights
 from lisa_dist.eval.mt_bench import MTBench
@@ -50,29 +49,10 @@ def files(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judging(tmp_path_factory) -> Path:
-    """A tiny model that has learnt to say [7], whatever it is asked: without attention it sees the last token alone."""
-    folder = tmp_path_factory.mktemp("judge") / "judge"
-    save_tiny_llama(folder)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.data.zero_()
-        layer.self_attn.o_proj.weight.requires_grad_(False)
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
-    tokens = tokenizer("<assistant>[7]<end>", return_tensors="pt")["input_ids"]
-    for _ in range(30):
-        model(tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(judging, tmp_path_factory) -> Iterator[str]:
+def server(tiny, tmp_path_factory) -> Iterator[str]:
     """`transformers serve` of a tiny model, as a user starts it."""
     said, port = tmp_path_factory.mktemp("server") / "said.txt", free_port()
-    command = [str(BIN / "transformers"), "serve", str(judging), "--device", "cpu", "--port", str(port)]
+    command = [str(BIN / "transformers"), "serve", str(tiny), "--device", "cpu", "--port", str(port)]
     with said.open("w") as output:
         process = subprocess.Popen(command, env=clean_environment(), stdout=output, stderr=subprocess.STDOUT)
     for _ in range(9000):
@@ -83,11 +63,8 @@ def server(judging, tmp_path_factory) -> Iterator[str]:
             assert process.poll() is None, said.read_text()[-3000:]
             time.sleep(0.1)
     yield f"http://localhost:{port}/v1"
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        process.kill()
+    process.kill()
+    process.wait()
 
 
 class Scripted:
@@ -152,38 +129,31 @@ def answer(bench: MTBench, tiny: Path, folder: Path, batch_size: int = 8, change
 
 
 @pytest.mark.full
-def test_answers_and_verdicts_end_to_end(tiny, judging, server, data_dir, tmp_path, capsys):
-    """Eight real questions, one of each category; a tiny model answers, and another one judges by the real server."""
+def test_answers_and_verdicts_end_to_end(tiny, server, data_dir, tmp_path, capsys):
+    """Eight real questions, one of each category; a tiny model answers, and judges, without sense, by a real server."""
     words = [str(tiny), "--tasks", "mt_bench", "--data_dir", str(data_dir), "--limit", "8", "--max_new_tokens", "8"]
-    words += ["--judge_url", server, "--judge_model", str(judging), "--judge_max_tokens", "8"]
+    words += ["--judge_url", server, "--judge_model", str(tiny), "--judge_max_tokens", "8"]
     eval_command.main([*words, "--output", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert "mt_bench: 8 answers made, 0 were saved already" in printed
+    assert "mt_bench: 8 answers made, 0 were saved already" in capsys.readouterr().out
     answers = lines_of(tmp_path / "mt_bench" / "model_answer" / "tiny.jsonl")
     assert [line["question_id"] for line in answers] == [81, 91, 101, 111, 121, 131, 141, 151]
     assert {"question_id", "answer_id", "model_id", "choices", "tstamp"} <= answers[0].keys()
     assert answers[0]["model_id"] == "tiny"
-    assert all(len(line["choices"][0]["turns"]) == 2 for line in answers)
     (path,) = (tmp_path / "mt_bench" / "model_judgment").glob("*_single.jsonl")
     verdicts = lines_of(path)
-    assert len(verdicts) == 16
     fields = ["question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"]
-    assert all(list(line) == fields for line in verdicts)
-    assert {(line["judgment"], line["score"]) for line in verdicts} == {("[7]", 7.0)}
+    assert [list(line) for line in verdicts] == [fields] * 16
+    assert all(line["judgment"] for line in verdicts)
     written = json.loads((tmp_path / "results.json").read_text())["tasks"]["mt_bench"]
-    assert (written["items"], written["judge"]) == (8, str(judging))
-    assert written["scores"]["all"] | {"both": 7.0, "verdicts": 16, "unparsable": 0} == written["scores"]["all"]
-    assert "all           7.00    7.00  7.00            0.00        16           0" in printed
-    by_question = {(line["question_id"], line["turn"]): line for line in verdicts}
-    of_category = ("v1", "math-v1", "math-v1", "math-v1", "v1")
-    for number, name in zip((81, 101, 111, 121, 131), of_category, strict=True):
-        assert by_question[number, 1]["judge"] == [str(judging), f"single-{name}"]
-    assert by_question[111, 2]["judge"] == [str(judging), "single-math-v1-multi-turn"]
+    assert (written["items"], written["judge"]) == (8, str(tiny))
+    asked = {(line["question_id"], line["turn"]): (line["judge"][1], line["user_prompt"]) for line in verdicts}
+    names = [asked[number, 1][0].removeprefix("single-") for number in (81, 101, 111, 121, 131)]
+    assert names == ["v1", "math-v1", "math-v1", "math-v1", "v1"]
     references = lines_of(data_dir / "mt_bench" / "reference_answer_gpt-4.jsonl")
     reference = next(line["choices"][0]["turns"][1] for line in references if line["question_id"] == 111)
-    for text in (reference, *answers[3]["choices"][0]["turns"]):
-        assert text in by_question[111, 2]["user_prompt"]
-    assert reference not in by_question[111, 1]["user_prompt"]
+    assert asked[111, 2][0] == "single-math-v1-multi-turn"
+    assert all(text in asked[111, 2][1] for text in (reference, *answers[3]["choices"][0]["turns"]))
+    assert reference not in asked[111, 1][1]
 
 
 def test_prompts_scores_and_the_table(files):
@@ -427,10 +397,3 @@ def test_new_weights_in_the_same_folder_are_others(tmp_path):
     os.utime(tmp_path / "model.safetensors", ns=(1, 1))
     assert describe_weights(str(tmp_path)) != before
     assert describe_weights("owner/name") == "owner/name"
-
-
-def test_a_model_without_a_chat_template_is_told(data_dir, files, capsys):
-    words = ["--tasks", "mt_bench", "--data_dir", str(files), "--output", str(files / "out")]
-    with pytest.raises(SystemExit, match="2"):
-        eval_command.main([str(data_dir / "models" / "stories260k-hf"), *words])
-    assert "--tasks mt_bench: the tokenizer of" in capsys.readouterr().out
