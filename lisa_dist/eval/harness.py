@@ -90,7 +90,9 @@ def load_tasks(names: Sequence[str], data_dir: str | None, num_fewshot: int | No
                     "files, as docs/evaluation.md says, or set HF_HUB_OFFLINE=1 where they are cached."
                 ) from error
             loaded[name] = [content["groups"][name]] if name in content["groups"] else [*content["tasks"].values()]
-    for task in _leaves(loaded) if num_fewshot else ():
+    if not num_fewshot:
+        return loaded
+    for task in _leaves(loaded):
         flag = f"--num_fewshot {num_fewshot} for {task.task_name}"
         if isinstance(task.doc_to_target(task.eval_docs[0]), list):  # which the harness cannot write in a prompt
             raise UserError(f"{flag}: its items have lists of answers, so it takes no examples; leave the flag out.")
