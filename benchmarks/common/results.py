@@ -20,18 +20,13 @@ PACKAGES = ("torch", "deepspeed", "transformers", "trl", "peft", "bitsandbytes",
 PACKAGES += ("lisa_dist",)
 
 
-def parser_of(about: str, results: str) -> argparse.ArgumentParser:
-    """The flag that every benchmark has. `results`: the name of its results file."""
+def parser_of(about: str, results: str, with_data: bool = False) -> argparse.ArgumentParser:
+    """The flags of a benchmark, also of a real model on real data. `results`: the name of its results file."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS / f"{results}.json")
-    return parser
-
-
-def parser_with_data(about: str, results: str) -> argparse.ArgumentParser:
-    """The flags of a benchmark that trains a real model on real data."""
-    parser = parser_of(about, results)
-    parser.add_argument("--model", required=True, help="folder or hub id")
-    parser.add_argument("--dataset", required=True, help="question/answer examples, .jsonl")
+    if with_data:
+        parser.add_argument("--model", required=True, help="folder or hub id")
+        parser.add_argument("--dataset", required=True, help="question/answer examples, .jsonl")
     return parser
 
 

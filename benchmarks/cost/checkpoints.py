@@ -18,6 +18,7 @@ import lisa_dist
 from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
 from benchmarks.common.results import parser_of, positive, write_results
 from benchmarks.common.runs import model_of
+from benchmarks.tables.rows import show
 from lisa_dist import LisaConfig
 from lisa_dist.checkpoint.save import finish_save, save_checkpoint
 
@@ -71,9 +72,8 @@ def main() -> None:
                 with RankGroup(2, Caller) as ranks:
                     found = ranks.call("run", save_in_periods, *run)[0]
             figures["saves"].setdefault(ds_config, {})[way] = found
-            means = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
-            print(f"{ds_config}, {way}: {means['bytes']:,.0f} bytes, {means['waited']:.2f} s of waiting", flush=True)
     write_results(arguments.results, figures)
+    show("checkpoints", figures)
 
 
 if __name__ == "__main__":

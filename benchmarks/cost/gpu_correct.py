@@ -29,6 +29,7 @@ from benchmarks.common.methods import LISA
 from benchmarks.common.ranks import ON_CPU
 from benchmarks.common.results import parser_of, write_results
 from benchmarks.cost.gpu import of_recipe
+from benchmarks.quality.training import train
 from benchmarks.tables.render import print_table
 from lisa_dist.core.frozen_layers import BLOCKSIZES
 from lisa_dist.kernels.adamw import StepNumbers, StepTensors, adamw_reference
@@ -146,16 +147,11 @@ def losses_of(name: str, shrink: int) -> list[float]:
     ds_config, dtype, method = RUNS[name]
     torch.manual_seed(0)
     config = runs.shrunk_config("llama3.1-8b", shrink, 4)
-    model, losses = AutoModelForCausalLM.from_config(config, dtype=dtype), []
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     settings = lisa_dist.LisaConfig(lisa_interval_steps=3, **method.settings)
     engine, lisa = lisa_dist.initialize(model, ds_config, settings, lr=2e-4, weight_decay=0.1, optim=method.optim)
-    tokens = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0)).to(engine.device)
-    for _ in range(STEPS):
-        lisa.on_step_begin()
-        loss = engine(input_ids=tokens, labels=tokens, use_cache=False).loss
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
+    tokens = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+    losses = train(engine, lisa, [{"input_ids": tokens, "labels": tokens}] * STEPS)
     lisa.close()
     engine.destroy()
     return losses

@@ -40,6 +40,7 @@ MOVES = {
 }
 
 
+TORCHAO = ("torchao.optim", "AdamW8bit")
 SEEN = ("lisa_adamw", "torch AdamW")  # whose allocations on a CPU can be seen: not those of C++ and of compiled code
 
 
@@ -59,38 +60,30 @@ def ours(numel: int, device: torch.device, form: str) -> Callable[[], None]:
     return step
 
 
-def theirs(build: Callable, numel: int, device: torch.device, dtype: torch.dtype = FP32) -> Callable[[], None]:
-    """A step of a torch optimizer over one parameter that has its gradient."""
+def theirs(optimizer: tuple[str, str], how: dict, dtype: torch.dtype, numel: int, device: torch.device) -> Callable:
+    """A step of an optimizer, by its module and name, over one parameter that has its gradient."""
     weight = torch.nn.Parameter(torch.randn(numel, device=device).to(dtype))
     weight.grad = torch.randn(numel, device=device).to(dtype)
-    return build([weight]).step
+    module, name = optimizer
+    return getattr(importlib.import_module(module), name)([weight], **SETTINGS, **how).step
 
 
 def contenders(on_gpu: bool) -> list[tuple[str, str, Callable]]:
     """Name, form, and a function of (numel, device) that builds a step."""
-
-    def torch_adamw(**how) -> Callable:
-        return lambda params: torch.optim.AdamW(params, **SETTINGS, **how)
-
-    def from_module(module: str, name: str, **how) -> Callable:
-        return lambda params: getattr(importlib.import_module(module), name)(params, **SETTINGS, **how)
-
-    def step_of(build: Callable, dtype: torch.dtype = FP32) -> Callable:
-        return lambda numel, device: theirs(build, numel, device, dtype)
-
-    adamw8bit, deepspeed = from_module("bitsandbytes.optim", "AdamW8bit"), "deepspeed.ops.adam"
-    torchao = from_module("torchao.optim", "AdamW8bit", bf16_stochastic_round=True)
+    adamw, adamw8bit = ("torch.optim", "AdamW"), ("bitsandbytes.optim", "AdamW8bit")
+    deepspeed = ("DeepSpeed FusedAdam", "FusedAdam", "adam_w_mode")
+    if not on_gpu:
+        deepspeed = ("DeepSpeedCPUAdam", "DeepSpeedCPUAdam", "adamw_mode")
+    others = (
+        ("torch AdamW, foreach", "fp32", adamw, {"foreach": True}, FP32),
+        ("torch AdamW, fused", "fp32", adamw, {"fused": True}, FP32),
+        ("bitsandbytes AdamW8bit", "fp32, 8 bits", adamw8bit, {}, FP32),
+        ("bitsandbytes AdamW8bit in bf16", "bf16, 8 bits", adamw8bit, {}, BF16),
+        ("torchao AdamW8bit in bf16", "bf16, stochastic, 8 bits", TORCHAO, {"bf16_stochastic_round": True}, BF16),
+        (deepspeed[0], "fp32", ("deepspeed.ops.adam", deepspeed[1]), {deepspeed[2]: True}, FP32),
+    )
     found = [(f"lisa_adamw, {form}", form, functools.partial(ours, form=form)) for form in list(MOVES)[:5]]
-    found += [
-        ("torch AdamW, foreach", "fp32", step_of(torch_adamw(foreach=True))),
-        ("torch AdamW, fused", "fp32", step_of(torch_adamw(fused=True))),
-        ("bitsandbytes AdamW8bit", "fp32, 8 bits", step_of(adamw8bit)),
-        ("bitsandbytes AdamW8bit in bf16", "bf16, 8 bits", step_of(adamw8bit, BF16)),
-        ("torchao AdamW8bit in bf16", "bf16, stochastic, 8 bits", step_of(torchao, BF16)),
-    ]
-    if on_gpu:
-        return [*found, ("DeepSpeed FusedAdam", "fp32", step_of(from_module(deepspeed, "FusedAdam", adam_w_mode=True)))]
-    return [*found, ("DeepSpeedCPUAdam", "fp32", step_of(from_module(deepspeed, "DeepSpeedCPUAdam", adamw_mode=True)))]
+    return found + [(name, form, functools.partial(theirs, *how)) for name, form, *how in others]
 
 
 def seconds_of(step: Callable, device: torch.device) -> float:

@@ -11,17 +11,9 @@ import argparse
 import random
 from dataclasses import replace
 
+from benchmarks.common import methods as registry
 from benchmarks.common import runs
-from benchmarks.common.methods import (
-    EMBED_FROZEN,
-    FULL,
-    LISA,
-    SIDE_BY_SIDE,
-    STATIC,
-    Method,
-    checkpointed,
-    shrunk_methods,
-)
+from benchmarks.common.methods import EMBED_FROZEN, FULL, LISA, SIDE_BY_SIDE, STATIC, Method, shrunk_methods
 from benchmarks.common.ranks import RankGroup
 from benchmarks.common.results import positive, write_results
 from benchmarks.tables.rows import show
@@ -31,77 +23,65 @@ WARMUP = 2
 # Beside what is compared on every stage: embeddings frozen, and layers whose activations are computed again.
 FROZEN = tuple(Method(f"{kind}, embed frozen", kind, EMBED_FROZEN) for kind in ("static", "lisa"))
 CHECKPOINTED = (
-    *map(checkpointed, (FULL, STATIC, LISA)),
+    *map(registry.checkpointed, (FULL, STATIC, LISA)),
     replace(LISA, name="lisa, checkpointed auto", checkpointed=AUTO),
 )
 LIMIT = {"static, embed frozen": "lisa, embed frozen", "static, checkpointed": "lisa, checkpointed", "static": "lisa"}
 
 
-class Comparison:
-    """Methods under one DeepSpeed config, each on a group of ranks."""
+def set_checkpointing(group: RankGroup, num_layers: int, length: int) -> int:
+    """As `--checkpointed_layers auto` does, with a device half way between checkpointing none and all."""
 
-    def __init__(self, compared: tuple[Method, ...], ds_config: str, arguments):
-        self._arguments, self._length = arguments, arguments.length
-        self.config = runs.shrunk_config(arguments.model, arguments.shrink, arguments.num_layers)
-        self._interval = WARMUP + arguments.repeats  # the step after them is LISA's first with a switch
-        self.groups: dict[str, RankGroup] = {}
-        self.checkpointed: dict[str, int | str] = {method.name: method.checkpointed for method in compared}
-        for method in sorted(compared, key=lambda method: method.kind != "lisa"):
-            twin = self.groups.get(LIMIT.get(method.name))
-            layers = () if twin is None else twin.call("get", "active_layers")[0]
-            fixed = {"rows": arguments.rows, "interval": self._interval, "layers": layers}
-            built = replace(method, checkpointed=0) if method.checkpointed == AUTO else method
-            group = self.groups[method.name] = RankGroup(runs.RANKS, runs.Run, built, self.config, ds_config, **fixed)
-            if method.checkpointed == AUTO:
-                self.checkpointed[method.name] = self._set_checkpointing(group)
-            group.call("steps", WARMUP, self._length)
+    def planned(layers: int) -> int:
+        return max(group.call("planned_bytes", length, layers))
 
-    def _set_checkpointing(self, group: RankGroup) -> int:
-        """As `--checkpointed_layers auto` does, with a device half way between checkpointing none and all."""
-        count = self.config.num_hidden_layers
+    fewest = fewest_layers(planned, num_layers, (planned(0) + planned(num_layers)) // 2)
+    group.call("checkpoint", fewest)
+    return fewest
 
-        def planned(layers: int) -> int:
-            return max(group.call("planned_bytes", self._length, layers))
 
-        fewest = fewest_layers(planned, count, (planned(0) + planned(count)) // 2)
-        group.call("checkpoint", fewest)
-        return fewest
-
-    def take_turns(self, names: list[str]) -> dict[str, list[dict]]:
-        """Rounds of a step each, every round in an order of its own; of the ranks the slowest counts."""
-        taken: dict[str, list[dict]] = {name: [] for name in names}
-        order = random.Random(0)
-        for _ in range(self._arguments.repeats):
-            for name in order.sample(names, len(names)):
-                taken[name].append(max(self.groups[name].call("step", self._length), key=lambda times: times["step"]))
-        return taken
-
-    def close(self) -> None:
-        for group in self.groups.values():
-            group.close()
+def take_turns(groups: dict[str, RankGroup], names: list[str], length: int, rounds: int) -> dict[str, list[dict]]:
+    """Rounds of a step each, every round in an order of its own; of the ranks the slowest counts."""
+    taken: dict[str, list[dict]] = {name: [] for name in names}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(names, len(names)):
+            taken[name].append(max(groups[name].call("step", length), key=lambda times: times["step"]))
+    return taken
 
 
 def compare(compared: tuple[Method, ...], ds_config: str, arguments) -> dict:
-    """Figures of every method under one config."""
-    comparison = Comparison(compared, ds_config, arguments)
-    names, groups = [method.name for method in compared], comparison.groups
-    taken = comparison.take_turns(names)
-    layers = {name: group.call("get", "active_layers")[0] for name, group in groups.items()}
+    """Figures of every method under one config, each on a group of ranks."""
+    config, length = runs.shrunk_config(arguments.model, arguments.shrink, arguments.num_layers), arguments.length
+    # The step after all rounds is LISA's first with a switch.
+    fixed = {"rows": arguments.rows, "interval": WARMUP + arguments.repeats}
+    checkpointed: dict[str, int | str] = {method.name: method.checkpointed for method in compared}
+    names, groups = [method.name for method in compared], {}
+    for method in sorted(compared, key=lambda method: method.kind != "lisa"):
+        twin = groups.get(LIMIT.get(method.name))
+        layers = () if twin is None else twin.call("get", "active_layers")[0]
+        built = replace(method, checkpointed=0) if method.checkpointed == AUTO else method
+        group = groups[method.name] = RankGroup(runs.RANKS, runs.Run, built, config, ds_config, layers=layers, **fixed)
+        if method.checkpointed == AUTO:
+            checkpointed[method.name] = set_checkpointing(group, config.num_hidden_layers, length)
+        group.call("steps", WARMUP, length)
+    taken = take_turns(groups, names, length, arguments.repeats)
+    active = {name: group.call("get", "active_layers")[0] for name, group in groups.items()}
     for name in names:
         if name.startswith("lisa"):
-            groups[name].call("step", arguments.length)  # the first of a period
+            groups[name].call("step", length)  # the first of a period
     parameters = {name: group.call("numel")[0] for name, group in groups.items()}
     pair = [name for name in ("static", "lisa") if name in names]
-    after = comparison.take_turns(pair) if pair else {}
-    comparison.close()
-    tokens = arguments.rows * arguments.length
+    after = take_turns(groups, pair, length, arguments.repeats)
+    for group in groups.values():
+        group.close()
     return {
         method.name: {
             "parameters": parameters[method.name],
             "steps": taken[method.name],
             "after_a_switch": after.get(method.name, []),
-            "flops": runs.flops_of_step(comparison.config, method, tokens, arguments.length, layers[method.name]),
-            "checkpointed_layers": comparison.checkpointed[method.name],
+            "flops": runs.flops_of_step(config, method, arguments.rows * length, length, active[method.name]),
+            "checkpointed_layers": checkpointed[method.name],
         }
         for method in compared
     }

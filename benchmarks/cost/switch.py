@@ -1,15 +1,12 @@
-"""What does a switch cost: seconds and bytes, by model size, gamma, ranks and stage; and where does the time go?
+"""What does a switch cost in seconds, by model size, gamma, ranks and stage?
 
 python -m benchmarks.cost.switch
 
 Periods of three steps. The first begins with the switch, and it and the second may take longer besides: stage 3 learns
 the order of modules anew. So what a switch costs is both, less two steps like the third. Seconds are of the slowest
-rank, medians over the switches. Where the time goes is from a profile of more of them, as shares.
+rank, medians over the switches.
 """
 
-import cProfile
-import pstats
-from collections import Counter
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -21,6 +18,7 @@ from benchmarks.tables.rows import show
 
 PERIOD, SHORT = 3, 16  # steps, tokens of a step that is not timed
 INTERVALS = (1, 5, 20, 50)
+WHICH = ("switch", "first_step", "second_step", "step")  # the first step has the switch
 GAMMAS = (1, 4, 8)
 
 
@@ -38,38 +36,6 @@ class Case:
         return f"{self.ds_config}, 1/{self.shrink} width, gamma {self.gamma}, {self.ranks} ranks"
 
 
-class SwitchedRun(Run):
-    """A run of LISA that tells of its switches."""
-
-    def last_record(self) -> dict[str, int]:
-        """Of this rank, in bytes: its states now, and what the last switch let go of; and the steps since."""
-        record = self.lisa.records[-1]
-        held = sum(state.nbytes for state in self.lisa.partition_states().values())
-        steps = self.lisa.engine.global_steps - record.step
-        return {"state_bytes": held, "bytes_released": record.bytes_released, "steps": steps}
-
-    def profiled_switch(self, length: int) -> dict[str, float]:
-        """A step that begins with a switch: seconds of what the switch calls, and in turn of what re-partitions."""
-        profile = cProfile.Profile()
-        begin = self.begin
-
-        def profiled() -> None:
-            profile.enable()
-            begin()
-            profile.disable()
-
-        self.begin = profiled
-        self.step(length)
-        del self.begin
-        stats = pstats.Stats(profile).stats
-        seconds: Counter[str] = Counter()
-        for (_, _, name), (*_, callers) in stats.items():
-            for (_, _, caller), (*_, cumulative) in callers.items():
-                if caller in ("_switch", "repartition"):
-                    seconds["repartition: " * (caller == "repartition") + name.strip("<>_")] += cumulative
-        return dict(seconds)
-
-
 def cases_of(shrink: int) -> list[Case]:
     """A star around one case: every stage, then on two of them size, gamma and ranks by turns."""
     cases = [Case(ds_config, shrink) for ds_config in ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")]
@@ -85,34 +51,18 @@ def measure(case: Case, arguments) -> dict:
     """Switches and steps of one case."""
     config = shrunk_config(arguments.model, case.shrink, arguments.num_layers)
     method = replace(LISA, settings={"lisa_activated_layers": case.gamma})
-    with RankGroup(case.ranks, SwitchedRun, method, config, case.ds_config, interval=PERIOD) as ranks:
+    with RankGroup(case.ranks, Run, method, config, case.ds_config, interval=PERIOD) as ranks:
         ranks.call("steps", 2 * PERIOD, SHORT)  # the first switch meets what is done once
-        switches, firsts, seconds, steps, records = [], [], [], [], []
+        times: dict[str, list[float]] = {f"{which}_seconds": [] for which in WHICH}
         for _ in range(arguments.switches):
-            first = ranks.call("step", arguments.length)
-            switches.append(max(times["begin"] for times in first))
-            firsts.append(max(times["step"] for times in first))
-            for taken in (seconds, steps):
-                taken.append(max(times["step"] for times in ranks.call("step", arguments.length)))
-            records.append(ranks.call("last_record")[0])
-            assert records[-1]["steps"] == PERIOD, "a period that began with the first of these steps"
-        shares: Counter[str] = Counter()
-        for _ in range(3):
-            shares.update(ranks.call("profiled_switch", SHORT)[0])
-            ranks.call("steps", PERIOD - 1, SHORT)
-        whole = sum(seconds for name, seconds in shares.items() if not name.startswith("repartition: "))
-        times = {
-            "switch_seconds": switches,
-            "first_step_seconds": firsts,  # with the switch
-            "second_step_seconds": seconds,
-            "step_seconds": steps,
-        }
+            steps = [ranks.call("step", arguments.length) for _ in range(PERIOD)]
+            slowest = [max(rank["step"] for rank in step) for step in steps]
+            seconds = [max(rank["begin"] for rank in steps[0]), *slowest]
+            for which, one in zip(times.values(), seconds, strict=True):
+                which.append(one)
         return times | {
             "cost_seconds": cost(times),
             "share_of_period": {str(interval): share(times, interval) for interval in INTERVALS},
-            "state_bytes_of_rank_0": records[-1]["state_bytes"],
-            "bytes_released": median(record["bytes_released"] for record in records),
-            "of_time": {name: seconds / whole for name, seconds in shares.most_common() if seconds > 0.01 * whole},
             "parameters": ranks.call("numel")[0],
         }
 
@@ -131,7 +81,7 @@ def share(times: dict[str, list[float]], interval: int) -> float:
 
 
 def main() -> None:
-    """Measure every case; print seconds, shares, bytes, and where the time goes."""
+    """Measure every case; print seconds and shares."""
     parser = methods_parser(__doc__, "switch", shrink=8)
     parser.add_argument("--length", type=positive, default=256, help="tokens of a step that is timed")
     parser.add_argument("--switches", type=positive, default=5)

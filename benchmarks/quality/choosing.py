@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lisa_dist
 from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
-from benchmarks.common.results import parser_with_data, positive, write_results
+from benchmarks.common.results import parser_of, positive, write_results
 from benchmarks.quality.training import on_device, read_pairs, train
 from benchmarks.tables.rows import choosing_key, show
 
@@ -64,7 +64,7 @@ def run(model_path: str, dataset: str, steps: int, method: dict, seed: int) -> d
 def main() -> None:
     """Run every method; print the tables and write what came of it."""
     run_on_cpu()
-    parser = parser_with_data(__doc__, "choosing")
+    parser = parser_of(__doc__, "choosing", with_data=True)
     parser.add_argument("--steps", type=positive, default=200)
     parser.add_argument("--seeds", type=positive, default=2)
     arguments = parser.parse_args()

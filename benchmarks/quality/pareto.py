@@ -1,6 +1,6 @@
 """What does a loss cost? Held-out losses of quality.py against the peak of a step's memory and its CPU seconds.
 
-python -m benchmarks.quality.pareto --plot docs/pareto.png \\
+python -m benchmarks.quality.pareto \\
     --task "stories260K on GSM8K" stories260k-hf benchmarks/results/quality.json \\
     --task "SmolLM2-135M on GSM8K" .quickstart/model benchmarks/results/quality_smollm2.json \\
     --task "SmolLM2-135M on Alpaca" .quickstart/model benchmarks/results/quality_smollm2_alpaca.json
@@ -90,41 +90,14 @@ def measure(tasks: dict[str, dict], results: Path, asked: Iterable[str]) -> dict
     return figures
 
 
-def plot(figures: dict, path: Path) -> None:
-    """A row a task: loss against memory and against time, a point a method with its seeds, and the front."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4 * len(figures["tasks"])), layout="constrained")
-    rows = figure.subplots(len(figures["tasks"]), 2, sharey="row", squeeze=False)
-    for (name, task), row in zip(figures["tasks"].items(), rows, strict=True):
-        costs = ("peak", 1e6, "peak of a step, MB"), ("seconds", 1, "CPU s a step")
-        for axes, (cost, scale, label) in zip(row, costs, strict=True):
-            points = {method: (one[cost] / scale, one["loss"]) for method, one in task["arms"].items()}
-            front = sorted(front_of(list(points.values())))
-            axes.step(*zip(*front, strict=True), where="post", color="0.6", linewidth=1)
-            for method, at in points.items():
-                (line,) = axes.plot(*at, "o" if method.startswith("lisa") else "s", label=method)
-                losses = task["arms"][method]["losses"]
-                axes.plot([at[0]] * len(losses), losses, ".", color=line.get_color(), alpha=0.3)
-            axes.set(xlabel=label, ylabel=f"{name}\nheld-out loss")
-        row[1].legend(fontsize=6, bbox_to_anchor=(1, 1), loc="upper left")
-    figure.savefig(path, dpi=110)
-
-
-def front_of(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other is below and left of."""
-    return [one for one in points if not any(x <= one[0] and y <= one[1] and (x, y) != one for x, y in points)]
-
-
 def main() -> None:
-    """Measure the costs of every method that has been run, print a table of each task, draw the plot."""
+    """Measure the costs of every method that has been run, print a table of each task."""
     run_on_cpu()
     parser = parser_of(__doc__, "pareto")
     about = "a name, the model (folder or hub id), and results of quality.py; may be given several times"
     names = ("NAME", "MODEL", "RESULTS")
     parser.add_argument("--task", nargs=3, action="append", required=True, metavar=names, help=about)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=MEASURED, help="of those with runs")
-    parser.add_argument("--plot", type=Path, help="draw it to this .png")
     arguments = parser.parse_args()
     tasks = {
         name: {"model": model, "figures": json.loads(Path(path).read_text(encoding="utf-8"))["figures"]}
@@ -135,8 +108,6 @@ def main() -> None:
     for name, task in tasks.items():
         print(name)
         print_table(*replace(TABLES["comparing_pareto_stories"], of=name).make(figures, task["figures"]))
-    if arguments.plot:
-        plot(figures, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.common.methods import METHODS
 from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
-from benchmarks.common.results import parser_with_data, positive, write_results
+from benchmarks.common.results import parser_of, positive, write_results
 from benchmarks.quality.engines import build
 from benchmarks.quality.training import Batch, Data, evaluate, train
 from benchmarks.tables.outcomes import best_rate, losses_by_rate, quality_key
@@ -163,7 +163,7 @@ def read_figures(arguments: argparse.Namespace) -> dict:
 
 def main() -> None:
     """Tune, run the other seeds, print the table and write what came of it."""
-    parser = parser_with_data(__doc__, "quality")
+    parser = parser_of(__doc__, "quality", with_data=True)
     add = parser.add_argument
     add("--held_out", help="examples to measure on; by default the last of --dataset")
     add("--held_out_rows", type=positive, default=256)

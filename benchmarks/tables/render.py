@@ -92,15 +92,9 @@ class Benchmarks:
 
     def results(self, name: str) -> dict:
         """A results file: command, machine, device, versions, figures."""
-        if name in self._read:
-            return self._read[name]
-        path = self.folder / "results" / f"{name}.json"
-        if not path.is_file():
-            raise TableError(f"there is no benchmarks/results/{path.name}")
-        try:
+        if name not in self._read:
+            path = self.folder / "results" / f"{name}.json"
             self._read[name] = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise TableError(f"benchmarks/results/{path.name} is no JSON ({error})") from error
         return self._read[name]
 
     def rows(self, table: Table) -> Rows:

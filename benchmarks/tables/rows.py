@@ -24,13 +24,24 @@ OF_CHOOSING = {
 }
 
 
-def measured_once(of: str, figures: dict) -> Iterable[Row]:
-    """Rows in the results of a script that is gone."""
+def as_written(of: str, figures: dict) -> Iterable[Row]:
+    """Rows that the results have as such, as those of scripts that are gone."""
     return figures[of]
 
 
 def cards(of: None, figures: dict) -> Iterable[Row]:
     return [(*key.split(", "), one) for key, one in figures.items()]
+
+
+def checkpoints(of: None, figures: dict) -> Iterator[Row]:
+    """Means over the saves."""
+    for ds_config, ways in figures["saves"].items():
+        for way, saves in ways.items():
+            yield (
+                ds_config,
+                way,
+                *(statistics.mean(one[name] for one in saves) for name in ("bytes", "waited", "seconds")),
+            )
 
 
 # choosing.py, kernels.py

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from lisa_dist.commands import exit_on_error
-from lisa_dist.report.compare import PAGE_NAME, write_comparison
-from lisa_dist.report.html import write_report
+from lisa_dist.report.html import PAGE_NAME, write_comparison, write_report
 
 
 def main(*folders: str) -> None:

@@ -61,10 +61,9 @@ class EvalArguments:
             raise UserError(f"--num_fewshot {self.num_fewshot}: must be 0 or more.")
         if self.batch_size != "auto" and not re.fullmatch(r"[1-9]\d*", self.batch_size):
             raise UserError(f"--batch_size {self.batch_size}: give a number of prompts, or auto.")
-        if self.dtype not in _DTYPES:
-            raise UserError(f"--dtype {self.dtype}: unknown; choose one of {', '.join(_DTYPES)}.")
-        if self.judge_rating not in ("last", "first"):
-            raise UserError(f"--judge_rating {self.judge_rating}: unknown; choose one of last, first.")
+        for name, known in (("dtype", _DTYPES), ("judge_rating", ("last", "first"))):
+            if getattr(self, name) not in known:
+                raise UserError(f"--{name} {getattr(self, name)}: unknown; choose one of {', '.join(known)}.")
         for name in ("max_new_tokens", "judge_parallel", "judge_timeout", "judge_max_tokens"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be more than 0.")

@@ -7,42 +7,94 @@ Formats are those of the benchmarks' own repositories; docs/evaluation.md says w
 import functools
 import gzip
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from datasets import Dataset
 
 from lisa_dist.errors import UserError
+from lisa_dist.shapes import Each, misfit
 
 _LETTERS = "ABCDEFGHIJ"
-_DECISIONS = ("yes", "no", "maybe")
+
+
+# Shapes, for `misfit`.
+
+
+def text(value: object) -> str | None:
+    """Text that is not blank."""
+    is_text = isinstance(value, str) and value.strip()
+    return None if is_text else "is missing" if value is None else "must be text that is not empty"
+
+
+def one_of(*values: str) -> Callable[[object], str | None]:
+    """One of these texts."""
+    return lambda value: text(value) or (None if value in values else f"must be one of {', '.join(values)}")
+
+
+def _matching(pattern: str, words: str) -> Callable[[object], str | None]:
+    return lambda value: text(value) or (None if re.search(pattern, str(value)) else words)
+
+
+def _texts(fewest: int, most: float, words: str) -> Callable[[object], str | None]:
+    def check(value: object) -> str | None:
+        are_texts = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        return None if are_texts and fewest <= len(value) <= most else words  # type: ignore[arg-type]
+
+    return check
+
+
+def _index(value: object) -> str | None:
+    is_index = type(value) is int and 0 <= value <= 3
+    return None if is_index else "is missing" if value is None else "must be the index of a choice, 0 to 3"
+
+
+_GSM8K = {"question": text, "answer": _matching(r"#### *-?[\d$.,]*\d", "must end with #### and the number")}
+_MMLU = {"subject": text, "question": text, "choices": _texts(4, 4, "must be four texts"), "answer": _index}
+_AGIEVAL = {"question": text, "options": _texts(2, len(_LETTERS), "must be texts, two or more"), "label": text}
+_WINOGRANDE = {
+    "sentence": _matching("_", "must have a _ in the place of the word"),
+    "option1": text,
+    "option2": text,
+    "answer": one_of("1", "2"),
+}
+_DECISION = one_of("yes", "no", "maybe")
+_ABSTRACT = {
+    "QUESTION": text,
+    "CONTEXTS": _texts(1, math.inf, "must be texts, one or more"),
+    "final_decision": _DECISION,
+}
 
 
 def gsm8k(data_dir: str, **_: object) -> dict[str, Dataset]:
     """Splits train, for few-shot examples, and test, with the columns `question` and `answer`."""
-    return {
-        split: Dataset.from_list(read_entries(Path(data_dir) / "gsm8k" / f"{split}.jsonl", _check_gsm8k))
-        for split in ("train", "test")
-    }
+    paths = {split: Path(data_dir) / "gsm8k" / f"{split}.jsonl" for split in ("train", "test")}
+    return {split: Dataset.from_list(read_entries(path, _GSM8K)) for split, path in paths.items()}
 
 
 def mmlu(data_dir: str, subject: str, **_: object) -> dict[str, Dataset]:
     """Splits dev, for few-shot examples, and test of one subject: `question`, four `choices`, index of the `answer`."""
     splits = {}
     for split in ("dev", "test"):
-        path = Path(data_dir) / "mmlu" / f"{split}.jsonl"
-        examples = [entry for entry in read_entries(path, _check_mmlu) if entry["subject"] == subject]
+        examples = [entry for entry in _read_mmlu(data_dir, split) if entry["subject"] == subject]
         if not examples:
-            raise UserError(f"--data_dir {data_dir}: {path.name} of mmlu has no example with subject {subject}.")
+            raise UserError(f"--data_dir {data_dir}: {split}.jsonl of mmlu has no example with subject {subject}.")
         splits[split] = Dataset.from_list(examples)
     return splits
+
+
+@functools.cache
+def _read_mmlu(data_dir: str, split: str) -> list[dict]:
+    """Of all subjects, each of which reads them."""
+    return read_entries(Path(data_dir) / "mmlu" / f"{split}.jsonl", _MMLU)
 
 
 def agieval(data_dir: str, file: str, **_: object) -> dict[str, Dataset]:
     """Split test of one set: AGIEval's zero-shot prompt as `query`, `choices`, and `gold`, a list of indices."""
     examples = []
-    for entry in read_entries(Path(data_dir) / "agieval" / f"{file}.jsonl", _check_agieval):
+    for entry in read_entries(Path(data_dir) / "agieval" / f"{file}.jsonl", _AGIEVAL, _check_label):
         options = entry["options"]
         query = f"{entry.get('passage') or ''}Q: {entry['question']} Answer Choices: {' '.join(options)}\n"
         query += f"A: Among A through {_LETTERS[len(options) - 1]}, the answer is"
@@ -50,14 +102,19 @@ def agieval(data_dir: str, file: str, **_: object) -> dict[str, Dataset]:
     return {"test": Dataset.from_list(examples)}
 
 
+def _check_label(entry: dict) -> str | None:
+    letters = [*_LETTERS[: len(entry["options"])]]
+    return None if entry["label"] in letters else f"label must be the letter of an option, not {entry['label']!r}"
+
+
 def winogrande(data_dir: str, **_: object) -> dict[str, Dataset]:
     """Splits validation, and train for few-shot examples, which is empty without its file."""
-    folder, columns = Path(data_dir) / "winogrande", ("sentence", "option1", "option2", "answer")
-    splits = {"validation": read_entries(folder / "dev.jsonl", _check_winogrande), "train": []}
-    if find_file(folder / "train_xl.jsonl"):
-        splits["train"] = read_entries(folder / "train_xl.jsonl", _check_winogrande)
+    folder = Path(data_dir) / "winogrande"
+    splits = {"validation": read_entries(folder / "dev.jsonl", _WINOGRANDE), "train": []}
+    if any(folder.glob("train_xl.jsonl*")):
+        splits["train"] = read_entries(folder / "train_xl.jsonl", _WINOGRANDE)
     return {
-        split: Dataset.from_list([{name: example[name] for name in columns} for example in examples])
+        split: Dataset.from_list([{name: example[name] for name in _WINOGRANDE} for example in examples])
         for split, examples in splits.items()
     }
 
@@ -65,138 +122,58 @@ def winogrande(data_dir: str, **_: object) -> dict[str, Dataset]:
 def pubmedqa(data_dir: str, **_: object) -> dict[str, Dataset]:
     """Split test: the abstracts that test_ground_truth.json names, in its order; train: the others."""
     folder = Path(data_dir) / "pubmedqa"
-    abstracts, truth = (_read_object(folder / name) for name in ("ori_pqal.json", "test_ground_truth.json"))
+    abstracts = _read_object(folder / "ori_pqal.json", _ABSTRACT)
+    truth = _read_object(folder / "test_ground_truth.json", _DECISION)
     for name, decision in truth.items():
-        place = f"{folder / 'test_ground_truth.json'}, {name}"
-        if decision not in _DECISIONS:
-            raise UserError(f"{place}: the answer must be yes, no or maybe, not {decision!r}.")
         if name not in abstracts:
-            raise UserError(f"{place}: ori_pqal.json has no such abstract.")
-    splits: dict[str, list[dict]] = {"test": [], "train": []}
-    for name in [*truth, *(name for name in abstracts if name not in truth)]:
-        abstract = abstracts[name]
-        problem = _check_pubmedqa(abstract)
-        if problem is None and abstract["final_decision"] != truth.get(name, abstract["final_decision"]):
-            problem = "final_decision and test_ground_truth.json differ"
-        if problem is not None:
-            raise UserError(f"{folder / 'ori_pqal.json'}, {name}: {problem}.")
-        example = {column: abstract[column] for column in ("QUESTION", "CONTEXTS", "final_decision")}
-        splits["test" if name in truth else "train"].append(example)
-    return {split: Dataset.from_list(examples) for split, examples in splits.items()}
+            raise UserError(f"{folder / 'test_ground_truth.json'}, {name}: ori_pqal.json has no such abstract.")
+        if abstracts[name]["final_decision"] != decision:
+            raise UserError(f"{folder / 'ori_pqal.json'}, {name}: final_decision and test_ground_truth.json differ.")
+    examples = {name: {column: abstract[column] for column in _ABSTRACT} for name, abstract in abstracts.items()}
+    splits = {"test": truth, "train": [name for name in examples if name not in truth]}
+    return {split: Dataset.from_list([examples[name] for name in names]) for split, names in splits.items()}
 
 
-def find_file(path: Path) -> Path | None:
-    """The file, or the same with .gz; None where there is neither."""
-    return next(filter(Path.is_file, (path, path.with_name(f"{path.name}.gz"))), None)
-
-
-@functools.cache
-def read_entries(path: Path, check: Callable[[dict], str | None]) -> list[dict]:
-    """The objects of a .jsonl file, or of the same with .gz, for none of which `check` names a problem.
+def read_entries(path: Path, shape: dict, check: Callable[[dict], str | None] = lambda entry: None) -> list[dict]:
+    """The objects of a .jsonl file, or of the same with .gz, all of a shape, and with no problem that `check` names.
 
     Raises UserError naming the file, the line and the problem.
     """
-    found = find_file(path)
-    if found is None:
-        raise UserError(f"{path}: no such file; docs/evaluation.md says where it comes from.")
     entries = []
-    for number, line in enumerate(_lines(found), 1):
+    for number, line in enumerate(_read_lines(path), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{found}, line {number}: is not JSON ({error}).") from error
-        problem = check(entry) if isinstance(entry, dict) else "must be an object"
-        if problem is not None:
-            raise UserError(f"{found}, line {number}: {problem}.")
+            raise UserError(f"{path}, line {number}: is not JSON ({error}).") from error
+        if problem := misfit(entry, shape) or check(entry):
+            raise UserError(f"{path}, line {number}: {problem}.")
         entries.append(entry)
     if not entries:
-        raise UserError(f"{found}: is empty.")
+        raise UserError(f"{path}: is empty.")
     return entries
 
 
-def check_texts(entry: Mapping[str, object], *names: str) -> str | None:
-    """A problem if one of these fields is missing, is not text, or is blank."""
-    for name in names:
-        value = entry.get(name)
-        if not isinstance(value, str) or not value.strip():
-            return f"{name} {'is missing' if value is None else 'must be text that is not empty'}"
-    return None
-
-
-def _lines(path: Path) -> Iterator[str]:
-    opened = gzip.open if path.suffix == ".gz" else open
+def _read_object(path: Path, shape: object) -> dict:
+    """A JSON file that is one object, whose values are of a shape."""
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            yield from file
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}).") from error
-
-
-def _read_object(path: Path) -> dict:
-    """A JSON file that is one object and not empty."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; docs/evaluation.md says where it comes from.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads("".join(_read_lines(path)))
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}).") from error
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{path}: must be an object with an entry for each abstract.")
+    if problem := misfit(content, Each(shape)) or (None if content else "is empty"):
+        raise UserError(f"{path}: {problem}.")
     return content
 
 
-def _check_gsm8k(entry: dict) -> str | None:
-    problem = check_texts(entry, "question", "answer")
-    if problem is None and not re.search(r"#### *-?[\d$.,]*\d", entry["answer"]):
-        return "answer must end with #### and the number"
-    return problem
-
-
-def _check_mmlu(entry: dict) -> str | None:
-    problem, choices, answer = check_texts(entry, "subject", "question"), entry.get("choices"), entry.get("answer")
-    if problem is None and not _are_texts(choices, 4):
-        return "choices must be four texts"
-    if problem is None and (type(answer) is not int or not 0 <= answer <= 3):
-        return (
-            "answer is missing" if answer is None else f"answer must be the index of a choice, 0 to 3, not {answer!r}"
-        )
-    return problem
-
-
-def _check_agieval(entry: dict) -> str | None:
-    problem, options, label = check_texts(entry, "question"), entry.get("options"), entry.get("label")
-    if problem is not None:
-        return problem
-    if not isinstance(options, list) or not _are_texts(options) or not 2 <= len(options) <= len(_LETTERS):
-        return "options must be texts, two or more"
-    if not isinstance(label, str) or label not in [*_LETTERS[: len(options)]]:
-        return "label is missing" if label is None else f"label must be the letter of an option, not {label!r}"
-    return None
-
-
-def _check_winogrande(entry: dict) -> str | None:
-    problem = check_texts(entry, "sentence", "option1", "option2", "answer")
-    if problem is None and "_" not in entry["sentence"]:
-        return "sentence must have a _ in the place of the word"
-    if problem is None and entry["answer"] not in ("1", "2"):
-        return f"answer must be 1 or 2, not {entry['answer']!r}"
-    return problem
-
-
-def _check_pubmedqa(entry: object) -> str | None:
-    if not isinstance(entry, dict):
-        return "must be an object"
-    problem = check_texts(entry, "QUESTION", "final_decision")
-    if problem is None and not (_are_texts(entry.get("CONTEXTS")) and entry["CONTEXTS"]):
-        return "CONTEXTS must be texts, one or more"
-    if problem is None and entry["final_decision"] not in _DECISIONS:
-        return f"final_decision must be yes, no or maybe, not {entry['final_decision']!r}"
-    return problem
-
-
-def _are_texts(value: object, number: int | None = None) -> bool:
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        return False
-    return number in (None, len(value))
+def _read_lines(path: Path) -> list[str]:
+    """Of a file, or of the same with .gz."""
+    found = path if path.is_file() else path.with_name(f"{path.name}.gz")
+    opened = gzip.open if found.suffix == ".gz" else open
+    try:
+        with opened(found, "rt", encoding="utf-8") as file:
+            return list(file)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; docs/evaluation.md says where it comes from.") from error
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{found}: cannot be read ({error}).") from error

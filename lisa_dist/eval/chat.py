@@ -1,5 +1,6 @@
 """A talk with a model in the terminal: answers stream as they are generated."""
 
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from lisa_dist.errors import UserError
-from lisa_dist.turns import as_taken, takes_parts
+from lisa_dist.eval.answers import context_of, encode_turns
 
 HELP = "/reset begins anew, /exit or an end of input ends; all else is said to the model"
 
@@ -19,11 +20,10 @@ def find_model(name: str) -> str:
     folder = Path(name)
     if not folder.is_dir() or _is_model(folder):
         return name
-    checkpoints = [path for path in folder.glob("checkpoint-*") if _is_model(path)]
-    numbered = [path for path in checkpoints if path.name.rpartition("-")[2].isascii() and path.name[11:].isdigit()]
-    if not numbered:
+    checkpoints = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and _is_model(path)]
+    if not checkpoints:
         raise UserError(f"{name}: there is no model in it and no checkpoint; give a run's output_dir, or a model.")
-    return str(max(numbered, key=lambda path: int(path.name[11:])))
+    return str(max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
 def _is_model(folder: Path) -> bool:
@@ -37,45 +37,32 @@ class Chat:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
     ):
         self._model: Any = model  # its type does not declare `generate`
-        self._tokenizer, self._max_new_tokens, self._temperature = tokenizer, max_new_tokens, temperature
-        self._turns: list[dict[str, str]] = []
-
-    def reset(self) -> None:
-        """Forget all turns."""
-        self._turns = []
+        self._tokenizer, self._max_new_tokens = tokenizer, max_new_tokens
+        self._sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        self.turns: list[dict[str, str]] = []
 
     def say(self, text: str) -> str:
-        """The answer, which is printed as it comes."""
-        self._turns.append({"role": "user", "content": text})
-        if self._tokenizer.chat_template is None:
-            encoded = self._tokenizer(text, return_tensors="pt")
-        else:
-            turns = as_taken(self._turns, takes_parts(self._tokenizer))
-            prompt = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            encoded = self._tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        self._check_room(encoded["input_ids"].shape[1])
-        sampling: dict[str, Any] = {"do_sample": False}
-        if self._temperature > 0:
-            sampling = {"do_sample": True, "temperature": self._temperature}
-        streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
-        with torch.no_grad():
-            generated = self._model.generate(
-                **encoded.to(self._model.device), max_new_tokens=self._max_new_tokens, streamer=streamer, **sampling
-            )
-        answer = str(self._tokenizer.decode(generated[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
-        answer = answer.strip()
-        self._turns.append({"role": "assistant", "content": answer})
-        return answer
+        """The answer, which is printed as it comes.
 
-    def _check_room(self, length: int) -> None:
-        """Raise UserError where the turns and an answer are longer than the model's context."""
-        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and length + self._max_new_tokens > positions:
-            self._turns.pop()
+        Raises UserError where the turns and an answer are longer than the model's context.
+        """
+        turns = [*self.turns, {"role": "user", "content": text}]
+        has_template = self._tokenizer.chat_template is not None
+        prompt = encode_turns(self._tokenizer, turns) if has_template else self._tokenizer(text)["input_ids"]
+        positions = context_of(self._model)
+        if len(prompt) + self._max_new_tokens > positions:
             raise UserError(
-                f"{length} tokens were said, and the model's context has {positions}, with {self._max_new_tokens} for "
-                "the answer; /reset begins anew."
+                f"{len(prompt)} tokens were said, and the model's context has {positions}, with {self._max_new_tokens} "
+                "for the answer; /reset begins anew."
             )
+        ids = torch.tensor([prompt], device=self._model.device)
+        streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        how = {"max_new_tokens": self._max_new_tokens, "streamer": streamer} | self._sampling
+        with torch.no_grad():
+            generated = self._model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
+        answer = str(self._tokenizer.decode(generated[0, len(prompt) :], skip_special_tokens=True)).strip()
+        self.turns = [*turns, {"role": "assistant", "content": answer}]
+        return answer
 
 
 def talk(chat: Chat, lines: Iterable[str], prompt: Callable[[], None]) -> None:
@@ -86,7 +73,7 @@ def talk(chat: Chat, lines: Iterable[str], prompt: Callable[[], None]) -> None:
         if text == "/exit":
             return
         if text == "/reset":
-            chat.reset()
+            chat.turns.clear()
         elif text.startswith("/"):
             print(HELP)
         elif text:

@@ -1,87 +1,122 @@
-"""Evaluate a model on lm-evaluation-harness' tasks and on MT-Bench, on one device or several.
-
-arguments.py         the flags
-benchmark_files.py   examples of the benchmarks, from the user's files
-harness.py           tasks of lm-evaluation-harness
-mt_bench.py          questions, reference answers and the judge's prompts of MT-Bench
-answers.py           the model's answers: made by all ranks, saved as they come
-generation.py        a batch of answers
-verdicts.py          the judge's verdicts on the answers, and their scores
-judge.py             an OpenAI-compatible endpoint
-results.py           results.json
-"""
+"""Evaluate a model on lm-evaluation-harness' tasks and on MT-Bench, on one device or several; results.json."""
 
 import functools
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from importlib import metadata
 from importlib.util import find_spec
+from typing import TypeVar
 
+import torch
+from torch import distributed as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lisa_dist.distributed.collectives import raise_shared
+from lisa_dist.distributed.ranks import set_rank
 from lisa_dist.errors import SharedError, UserError
-from lisa_dist.eval.answers import AnswerFile, Answers
+from lisa_dist.eval.answers import AnswerFile
 from lisa_dist.eval.arguments import MT_BENCH, EvalArguments
-from lisa_dist.eval.judge import Judge
-from lisa_dist.eval.model import LazyModel, describe_weights
+from lisa_dist.eval.judge import Judge, judge_answers
+from lisa_dist.eval.model import describe_weights, load_model
 from lisa_dist.eval.mt_bench import MTBench
-from lisa_dist.eval.process_group import join_ranks, leave_ranks, on_all_ranks
-from lisa_dist.eval.results import Results
-from lisa_dist.eval.verdicts import judge_answers
+from lisa_dist.files import check_folder, replacing
+from lisa_dist.run_folder import read_object
 from lisa_dist.text import format_columns
+
+# A rank with short items waits for the others; the launcher ends it if one of them dies.
+_TIMEOUT = timedelta(days=7)
+_T = TypeVar("_T")
+# Model and tokenizer; of a flag that needs a chat template, which is refused without one.
+_Load = Callable[[str | None], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 def run(arguments: EvalArguments) -> None:
     """Check the files, load the model, evaluate; rank 0 writes results.json and prints a table."""
-    device, started_ranks = join_ranks()
-    results = on_all_ranks(lambda: Results(arguments))
+    set_rank()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    starts_ranks = int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized()
+    if starts_ranks:
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=_TIMEOUT)
+    results = _on_all_ranks(lambda: Results(arguments))
     names = [name for name in arguments.names if name != MT_BENCH]
-    tasks = on_all_ranks(lambda: _load_tasks(names, arguments)) if names else {}
-    bench = on_all_ranks(lambda: _MTBenchRun(arguments)) if MT_BENCH in arguments.names else None
-    model, is_first = LazyModel(arguments.model, arguments.dtype, device), os.environ["RANK"] == "0"
+    tasks = _on_all_ranks(lambda: _load_tasks(names, arguments)) if names else {}
+    mt_bench = _on_all_ranks(lambda: _read_mt_bench(arguments)) if MT_BENCH in arguments.names else None
+
+    @functools.cache
+    def load_once() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return _on_all_ranks(lambda: load_model(arguments.model, arguments.dtype, device))
+
+    def load(template_flag: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        model, tokenizer = load_once()
+        if template_flag is not None and tokenizer.chat_template is None:
+            raise SharedError(f"{template_flag}: the tokenizer of {arguments.model} has no chat template.")
+        return model, tokenizer
+
     if tasks:
-        _evaluate_tasks(arguments, model, tasks, results if is_first else None)
-    answers = bench.answer(model) if bench is not None else None
-    if started_ranks:
-        leave_ranks()
-    if bench is not None and is_first:  # a judge is slow, and one rank is enough to ask it
-        assert answers is not None
-        bench.judge(answers, results)
+        _evaluate_tasks(arguments, load, tasks, results)
+    if mt_bench is not None:
+        bench, file, judge = mt_bench
+        load_for_chats = functools.partial(load, f"--tasks {MT_BENCH}")
+        answers = file.answer(bench.questions, load_for_chats, int(arguments.batch_size))
+    is_first = os.environ["RANK"] == "0"
+    if starts_ranks:  # all wait for all: ranks that just exit break the others' gloo connections
+        dist.barrier()
+        dist.destroy_process_group()
+    if mt_bench is None or not is_first:  # a judge is slow, and one rank is enough to ask it
+        return
+    if judge is None:
+        print("mt_bench: for verdicts give the same command with --judge_url and --judge_model", flush=True)
+        return
+    folder, how = arguments.folder / MT_BENCH / "model_judgment", (arguments.judge_parallel, arguments.judge_rating)
+    scores, table = judge_answers(bench, judge, file.model_id, answers, folder, *how)
+    results.add(MT_BENCH, scores)
+    print(f"\n{table}\nwrote {results.path}", flush=True)
 
 
-class _MTBenchRun:
-    """MT-Bench as the flags ask for it; files and earlier answers are checked at once."""
+def _on_all_ranks(function: Callable[[], _T]) -> _T:
+    """Call `function` on every rank. A UserError on any rank is raised on all, as SharedError."""
+    results: list[_T] = []
+    problem = None
+    try:
+        results.append(function())
+    except UserError as error:
+        problem = str(error)
+    raise_shared(problem)
+    return results[0]
+
+
+class Results:
+    """results.json in `--output_dir`: scores, settings and versions of each task, added one by one, of one model."""
 
     def __init__(self, arguments: EvalArguments):
-        assert arguments.data_dir is not None
-        self._arguments, self._folder = arguments, arguments.folder / MT_BENCH
-        self._judge: Judge | None = None
-        if arguments.judge_url is not None:
-            assert arguments.judge_model is not None
-            key = os.environ.get("JUDGE_API_KEY")
-            limits = arguments.judge_timeout, arguments.judge_max_tokens
-            self._judge = Judge(arguments.judge_url, arguments.judge_model, *limits, key)
-        self._bench = MTBench(arguments.data_dir, arguments.limit, judged=self._judge is not None)
-        made_with = {name: getattr(arguments, name) for name in ("seed", "max_new_tokens", "dtype")}
-        made_with["weights"] = describe_weights(arguments.model)
-        self._file = AnswerFile(self._folder / "model_answer", arguments.model_id, made_with)
-        self._saved = self._file.read()
+        self._arguments, self.path = arguments, arguments.folder / "results.json"
+        check_folder("--output_dir", arguments.folder)
+        content = read_object(self.path) if self.path.exists() else {}
+        if content.get("model", arguments.model) != arguments.model:
+            raise UserError(
+                f"--output_dir {arguments.folder}: has results of {content['model']}; give another folder for those of "
+                f"{arguments.model}."
+            )
+        self._tasks = content.get("tasks", {})
 
-    def answer(self, model: LazyModel) -> Answers:
-        """All ranks call it."""
-        load = functools.partial(model.load, "--tasks mt_bench")
-        answers = self._file.answer(self._bench.questions, load, self._saved, int(self._arguments.batch_size))
-        if os.environ["RANK"] == "0":
-            print(f"mt_bench: {answers.summary}", flush=True)
-        return answers
-
-    def judge(self, answers: Answers, results: Results) -> None:
-        """One rank calls it."""
-        if self._judge is None:
-            print("mt_bench: for verdicts give the same command with --judge_url and --judge_model", flush=True)
-            return
-        folder = self._folder / "model_judgment"
-        how = self._arguments.judge_parallel, self._arguments.judge_rating
-        scores, table = judge_answers(self._bench, self._judge, answers, folder, *how)
-        results.add(MT_BENCH, scores)
-        print(f"\n{table}\n{results.summary}", flush=True)
+    def add(self, name: str, scores: dict) -> None:
+        """Write the scores of a task, in place of those that were there of it."""
+        names = ["data_dir", "limit", "batch_size", "dtype", "seed"]
+        names += ["max_new_tokens"] if name == MT_BENCH else ["num_fewshot", "apply_chat_template"]
+        settings = {key: getattr(self._arguments, key) for key in names}
+        settings |= {"weights": describe_weights(self._arguments.model), "ranks": int(os.environ["WORLD_SIZE"])}
+        packages = ["lisa_dist", "torch", "transformers", *([] if name == MT_BENCH else ["lm_eval"])]
+        versions = {package: metadata.version(package) for package in packages}
+        when = datetime.now().astimezone().isoformat(timespec="seconds")
+        self._tasks[name] = scores | {"settings": settings, "versions": versions, "when": when}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as path:
+            path.write_text(json.dumps({"model": self._arguments.model, "tasks": self._tasks}, indent=1) + "\n")
 
 
 def _load_tasks(names: Sequence[str], arguments: EvalArguments) -> dict:
@@ -92,27 +127,20 @@ def _load_tasks(names: Sequence[str], arguments: EvalArguments) -> dict:
     return harness.load_tasks(names, arguments.data_dir, arguments.num_fewshot)
 
 
-def _evaluate_tasks(arguments: EvalArguments, model: LazyModel, tasks: dict, results: Results | None) -> None:
-    """All ranks call it, with `results` on rank 0 alone."""
+def _evaluate_tasks(arguments: EvalArguments, load: _Load, tasks: dict, results: Results) -> None:
+    """All ranks call it; rank 0 has the outcome."""
     from lisa_dist.eval import harness
 
-    loaded, tokenizer = model.load("--apply_chat_template" if arguments.apply_chat_template else None)
     batch_size = arguments.batch_size if arguments.batch_size == "auto" else int(arguments.batch_size)
-    ranked = harness.RankedModel(loaded, tokenizer, batch_size)
+    loaded = load("--apply_chat_template" if arguments.apply_chat_template else None)
+    model = harness.RankedModel(*loaded, batch_size)
+    how = {name: getattr(arguments, name) for name in ("limit", "num_fewshot", "seed", "apply_chat_template")}
     try:
-        outcome = harness.evaluate(
-            ranked,
-            tasks,
-            limit=arguments.limit,
-            num_fewshot=arguments.num_fewshot,
-            seed=arguments.seed,
-            apply_chat_template=arguments.apply_chat_template,
-        )
+        outcome = harness.evaluate(model, tasks, **how)
     except UserError as error:  # too few items for the ranks, which every rank finds
         raise SharedError(str(error)) from error
-    if results is None:
+    if outcome is None:
         return
-    assert outcome is not None, "rank 0 has the outcome"
     lines: list[tuple[str, ...]] = [("task", "metric", "score", "standard error", "items", "examples")]
     for name in tasks:
         scores = harness.scores(outcome, name)
@@ -122,8 +150,8 @@ def _evaluate_tasks(arguments: EvalArguments, model: LazyModel, tasks: dict, res
             lines += _format_scores(f"  {part}", part_scores)
     print(f"\n{format_columns(lines)}", flush=True)
     if outcome["cut"]:
-        print(f"some prompts were longer than the model's {ranked.max_length} tokens and were cut at the start")
-    print(results.summary, flush=True)
+        print(f"some prompts were longer than the model's {model.max_length} tokens and were cut at the start")
+    print(f"wrote {results.path}", flush=True)
 
 
 def _format_scores(name: str, scores: dict) -> list[tuple[str, ...]]:
@@ -134,3 +162,16 @@ def _format_scores(name: str, scores: dict) -> list[tuple[str, ...]]:
         error = "none" if score["stderr"] is None else f"{score['stderr']:.4f}"
         lines.append((name, metric, f"{score['value']:.4f}", error, str(scores["items"]), shots))
     return lines
+
+
+def _read_mt_bench(arguments: EvalArguments) -> tuple[MTBench, AnswerFile, Judge | None]:
+    """Files, earlier answers and the judge, checked at once."""
+    assert arguments.data_dir is not None
+    judge = None
+    if arguments.judge_url is not None and arguments.judge_model is not None:
+        limits = arguments.judge_timeout, arguments.judge_max_tokens
+        judge = Judge(arguments.judge_url, arguments.judge_model, *limits, os.environ.get("JUDGE_API_KEY"))
+    bench = MTBench(arguments.data_dir, arguments.limit, judged=judge is not None)
+    made_with = {name: getattr(arguments, name) for name in ("seed", "max_new_tokens", "dtype")}
+    made_with["weights"] = describe_weights(arguments.model)
+    return bench, AnswerFile(arguments.folder / MT_BENCH / "model_answer", arguments.model_id, made_with), judge

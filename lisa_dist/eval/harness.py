@@ -55,16 +55,11 @@ class RankedModel(HFLM):
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensors of all ranks, which have one shape, flattened and concatenated."""
-        if self.world_size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor)
-        return torch.cat([part.reshape(-1) for part in parts])
+        return torch.tensor(gather(tensor.tolist())).flatten()
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self.world_size > 1:
-            dist.barrier()
+        gather(None)
 
 
 def load_tasks(names: Sequence[str], data_dir: str | None, num_fewshot: int | None) -> dict[str, list[Task | Group]]:
@@ -82,7 +77,8 @@ def load_tasks(names: Sequence[str], data_dir: str | None, num_fewshot: int | No
             if name not in manager.all_tasks:
                 near = difflib.get_close_matches(name, manager.all_tasks, n=1)
                 hint = f"did you mean {near[0]}?" if near else "docs/evaluation.md lists them."
-                also = "" if data_dir is None else f"; with --data_dir there are {', '.join(shipped_tasks())}"
+                shipped = ", ".join(sorted(path.stem for path in TASK_FILES.glob("*.yaml")))
+                also = "" if data_dir is None else f"; with --data_dir there are {shipped}"
                 raise UserError(f"--tasks {name}: no such task{also}; {hint}")
         loaded = {}
         for name in names:
@@ -94,41 +90,31 @@ def load_tasks(names: Sequence[str], data_dir: str | None, num_fewshot: int | No
                     "files, as docs/evaluation.md says, or set HF_HUB_OFFLINE=1 where they are cached."
                 ) from error
             loaded[name] = [content["groups"][name]] if name in content["groups"] else [*content["tasks"].values()]
-    if num_fewshot:
-        for task in _leaves(loaded):
-            _check_fewshot(task, num_fewshot)
+    if not num_fewshot:
+        return loaded
+    for task in _leaves(loaded):
+        flag = f"--num_fewshot {num_fewshot} for {task.task_name}"
+        if isinstance(task.doc_to_target(task.eval_docs[0]), list):  # which the harness cannot write in a prompt
+            raise UserError(f"{flag}: its items have lists of answers, so it takes no examples; leave the flag out.")
+        if task.config.num_fewshot != 0 and len(task.sampler.df) < num_fewshot:
+            raise UserError(
+                f"{flag}: there are only {len(task.sampler.df)} examples; give a smaller number, or the file of "
+                "examples that docs/evaluation.md names."
+            )
     return loaded
-
-
-def _check_fewshot(task: Task, num_fewshot: int) -> None:
-    flag = f"--num_fewshot {num_fewshot} for {task.task_name}"
-    if isinstance(task.doc_to_target(task.eval_docs[0]), list):  # the harness cannot write such an answer in a prompt
-        raise UserError(f"{flag}: its items have lists of answers, so it takes no examples; leave the flag out.")
-    if task.config.num_fewshot != 0 and len(task.sampler.df) < num_fewshot:
-        raise UserError(
-            f"{flag}: there are only {len(task.sampler.df)} examples; give a smaller number, or the file of examples "
-            "that docs/evaluation.md names."
-        )
-
-
-def shipped_tasks() -> list[str]:
-    """The names of the tasks and groups that read `--data_dir`."""
-    return sorted(path.stem for path in TASK_FILES.glob("*.yaml"))
 
 
 def evaluate(
     model: RankedModel,
     tasks: dict[str, list[Task | Group]],
-    *,
     limit: int | float | None = None,
-    num_fewshot: int | None = None,
     seed: int = 1234,
-    apply_chat_template: bool = False,
+    **settings: Any,
 ) -> dict | None:
     """On rank 0 the harness' results, with `samples`, and `cut`: whether prompts were cut; None on other ranks.
 
-    All ranks call it. `limit` is a number of items per task, or below 1 a fraction of them. `num_fewshot` None is each
-    task's own number. Raises UserError for a task with fewer items than ranks.
+    All ranks call it. `limit` is a number of items per task, or below 1 a fraction of them; `settings` are those of
+    `simple_evaluate`. Raises UserError for a task with fewer items than ranks.
     """
     for task in _leaves(tasks):
         items = len(task.eval_docs)
@@ -141,19 +127,21 @@ def evaluate(
             )
         if model.world_size > 1:
             _sample_as_one_rank(task)
-    with _warnings() as warnings, _without_extras():
+    with (
+        _warnings() as heard,
+        # A bar for each task and rank, of which MMLU would have 57 on each; and a call of git.
+        patched(task_module, "tqdm", functools.partial(task_module.tqdm, disable=True), of="eval_extras"),
+        patched(evaluator, "get_git_commit_hash", lambda: None, of="eval_extras"),
+    ):
         results = evaluator.simple_evaluate(
             model=model,
             tasks=[part for parts in tasks.values() for part in parts],
             task_manager=TaskManager(include_defaults=False),
             limit=limit,
-            num_fewshot=num_fewshot,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-            apply_chat_template=apply_chat_template,
+            **dict.fromkeys(("numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed),
+            **settings,
         )
-    cut = any(gather(warnings.cut))
+    cut = any(gather(heard.cut))
     return None if results is None else results | {"cut": cut}
 
 
@@ -161,7 +149,7 @@ def scores(results: dict, name: str) -> dict:
     """Scores of a task or group by metric, each a value and a standard error; its items, shots and parts.
 
     A standard error is None where the harness has none, as for one item. Shots are None where parts differ. Names are
-    those of the harness' own tasks.
+    those of the harness' own tasks: a group that defines a task has put its own before it.
     """
     values, by_metric = results["results"][name], {}
     for key, value in values.items():
@@ -171,16 +159,11 @@ def scores(results: dict, name: str) -> dict:
         error = values.get(f"{metric}_stderr,{kind}")
         label = metric if kind == "none" else f"{metric}, {kind}"
         by_metric[label] = {"value": float(value), "stderr": float(error) if isinstance(error, int | float) else None}
-    parts = {_stock_name(part): scores(results, part) for part in results["group_subtasks"].get(name, [])}
+    parts = {part.rpartition("::")[2]: scores(results, part) for part in results["group_subtasks"].get(name, [])}
     if not parts:
         return {"scores": by_metric, "items": results["n-samples"][name]["effective"], "shots": results["n-shot"][name]}
     items, shots = sum(part["items"] for part in parts.values()), {part["shots"] for part in parts.values()}
     return {"scores": by_metric, "items": items, "shots": shots.pop() if len(shots) == 1 else None, "parts": parts}
-
-
-def _stock_name(name: str) -> str:
-    """The name without that of the group that defines the task, which the harness puts first."""
-    return name.rpartition("::")[2]
 
 
 def _leaves(tasks: dict[str, list[Task | Group]]) -> Iterator[Task]:
@@ -204,39 +187,26 @@ def _sample_as_one_rank(task: Task) -> None:
     patch(task, "build_all_requests", build_share, of="few_shots")
 
 
-class _Warnings(logging.Filter):
-    """Hides the expected warnings, and notes once, in place of once per prompt, that prompts were cut."""
+class _Warnings(logging.Handler):
+    """Prints warnings but the expected ones, and notes once, in place of once per prompt, that prompts were cut."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.cut = False
+    cut = False
 
-    def filter(self, record: logging.LogRecord) -> bool:
+    def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         self.cut |= any(words in message for words in _CUT)
-        return not any(words in message for words in (*_EXPECTED, *_CUT))
+        if not any(words in message for words in (*_EXPECTED, *_CUT)):
+            print(message, flush=True)
 
 
 @contextlib.contextmanager
 def _warnings() -> Iterator[_Warnings]:
-    names = ("models.huggingface", "models.utils", "models.utils_hf", "api.task", "evaluator")
-    loggers = [logging.getLogger(f"lm_eval.{name}") for name in names]
-    warnings = _Warnings()
-    for logger in loggers:
-        logger.addFilter(warnings)
+    """What the harness warns of in the body."""
+    logger, warnings = logging.getLogger("lm_eval"), _Warnings(logging.WARNING)
+    logger.addHandler(warnings)
+    logger.propagate = False
     try:
         yield warnings
     finally:
-        for logger in loggers:
-            logger.removeFilter(warnings)
-
-
-@contextlib.contextmanager
-def _without_extras() -> Iterator[None]:
-    """No progress bar per task and rank, of which MMLU would have 57 on each; and no call of git."""
-    no_bar = functools.partial(task_module.tqdm, disable=True)
-    with (
-        patched(task_module, "tqdm", no_bar, of="eval_extras"),
-        patched(evaluator, "get_git_commit_hash", lambda: None, of="eval_extras"),
-    ):
-        yield
+        logger.removeHandler(warnings)
+        logger.propagate = True

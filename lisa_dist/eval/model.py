@@ -7,25 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lisa_dist.errors import SharedError, UserError
-from lisa_dist.eval.process_group import on_all_ranks
+from lisa_dist.errors import UserError
 from lisa_dist.text import no_such_model
-
-
-class LazyModel:
-    """A model and its tokenizer, loaded on first use."""
-
-    def __init__(self, name: str, dtype: str, device: torch.device):
-        self._name, self._dtype, self._device = name, dtype, device
-        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
-
-    def load(self, template_flag: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """All ranks call it. Raises UserError if there is a `template_flag`, which needs a chat template, and none."""
-        if self._loaded is None:
-            self._loaded = on_all_ranks(lambda: load_model(self._name, self._dtype, self._device))
-        if template_flag is not None and self._loaded[1].chat_template is None:
-            raise SharedError(f"{template_flag}: the tokenizer of {self._name} has no chat template.")
-        return self._loaded
 
 
 def load_model(

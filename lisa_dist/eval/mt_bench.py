@@ -10,13 +10,13 @@ Source: Zheng et al., "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena" (
 """
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from string import Formatter
 
 from lisa_dist.errors import UserError
-from lisa_dist.eval.benchmark_files import check_texts, read_entries
-from lisa_dist.eval.generation import TEMPERATURES
-from lisa_dist.eval.jsonl import turns_of
+from lisa_dist.eval.answers import TEMPERATURES
+from lisa_dist.eval.benchmark_files import one_of, read_entries, text
 
 WITH_REFERENCE = ("math", "reasoning", "coding")  # categories that are judged against a reference answer
 # Prompts of the judge, by whether there is a reference answer, and by turn.
@@ -27,6 +27,20 @@ _PROMPTS = {
     (True, 2): "single-math-v1-multi-turn",
 }
 _FIELDS = {"question", "answer", *(f"{text}_{n}" for text in ("question", "answer", "ref_answer") for n in (1, 2))}
+
+
+def _number(value: object) -> str | None:
+    return None if type(value) is int else "must be a number"
+
+
+def _two_turns(value: object) -> str | None:
+    is_pair = isinstance(value, list) and len(value) == 2 and not any(map(text, value))
+    return None if is_pair else "must be two texts that are not empty"
+
+
+_QUESTION = {"category": one_of(*TEMPERATURES), "question_id": _number, "turns": _two_turns}
+_REFERENCE = {"question_id": _number, "choices": [{"turns": _two_turns}]}
+_PROMPT = dict.fromkeys(("name", "system_prompt", "prompt_template"), text)
 
 
 @dataclass(frozen=True)
@@ -47,34 +61,31 @@ class MTBench:
 
     def __init__(self, data_dir: str, limit: int | float | None = None, judged: bool = True):
         folder = Path(data_dir) / "mt_bench"
-        questions = read_entries(folder / "question.jsonl", _check_question)
+        questions = read_entries(folder / "question.jsonl", _QUESTION)
         if limit is not None:
             limit = max(1, int(len(questions) * limit)) if limit < 1 else int(limit)
         self.questions = _alternate_categories(questions)[:limit]
-        self._prompts: dict[str, dict] = {}
+        self._prompts = _read_prompts(folder / "judge_prompts.jsonl") if judged else {}
         self._references: dict[int, list[str]] = {}
-        if judged:
-            self._prompts = _read_prompts(folder / "judge_prompts.jsonl")
-            with_reference = [question for question in self.questions if question["category"] in WITH_REFERENCE]
-            if with_reference:
-                self._references = _read_references(folder / "reference_answer_gpt-4.jsonl", with_reference)
+        with_reference = [question for question in self.questions if question["category"] in WITH_REFERENCE]
+        if judged and with_reference:
+            self._references = _read_references(folder / "reference_answer_gpt-4.jsonl", with_reference)
 
     def judge_request(self, question: dict, turn: int, answer: list[str]) -> JudgeRequest:
         """What a judge is asked about turn 1 or 2 of an answer, given both turns."""
-        with_reference = question["category"] in WITH_REFERENCE
         fields = {"question": question["turns"][0], "answer": answer[0]}
-        fields |= {f"question_{n}": text for n, text in enumerate(question["turns"], 1)}
-        fields |= {f"answer_{n}": text for n, text in enumerate(answer, 1)}
+        texts = {"question": question["turns"], "answer": answer}
+        with_reference = question["category"] in WITH_REFERENCE
         if with_reference:
-            fields |= {f"ref_answer_{n}": text for n, text in enumerate(self._references[question["question_id"]], 1)}
-        name = _PROMPTS[with_reference, turn]
-        prompt = self._prompts[name]
-        return JudgeRequest(name, prompt["system_prompt"], prompt["prompt_template"].format(**fields))
+            texts["ref_answer"] = self._references[question["question_id"]]
+        fields |= {f"{name}_{n}": turn_text for name, turns in texts.items() for n, turn_text in enumerate(turns, 1)}
+        prompt = self._prompts[_PROMPTS[with_reference, turn]]
+        return JudgeRequest(prompt["name"], prompt["system_prompt"], prompt["prompt_template"].format(**fields))
 
 
 def _read_prompts(path: Path) -> dict[str, dict]:
     """The judge's prompts by name."""
-    prompts = {entry["name"]: entry for entry in read_entries(path, _check_prompt)}
+    prompts = {entry["name"]: entry for entry in read_entries(path, _PROMPT)}
     for name in _PROMPTS.values():
         if name not in prompts:
             raise UserError(f"{path}: has no prompt named {name}.")
@@ -86,7 +97,8 @@ def _read_prompts(path: Path) -> dict[str, dict]:
 
 def _read_references(path: Path, questions: list[dict]) -> dict[int, list[str]]:
     """The reference answers, which each of the questions must have, by question_id."""
-    references = {entry["question_id"]: turns_of(entry) for entry in read_entries(path, _check_answer)}
+    entries = read_entries(path, _REFERENCE)
+    references = {entry["question_id"]: entry["choices"][0]["turns"] for entry in entries if entry["choices"]}
     for question in questions:
         if question["question_id"] not in references:
             raise UserError(
@@ -97,37 +109,7 @@ def _read_references(path: Path, questions: list[dict]) -> dict[int, list[str]]:
 
 def _alternate_categories(questions: list[dict]) -> list[dict]:
     """The first question of each category, then the second of each, and so on."""
-    seen: dict[str, int] = {}
-    positions: dict[int, int] = {}
+    categories: dict[str, list[dict]] = {}
     for question in questions:
-        seen[question["category"]] = positions[question["question_id"]] = seen.get(question["category"], 0) + 1
-    return sorted(questions, key=lambda question: positions[question["question_id"]])
-
-
-def _check_question(entry: dict) -> str | None:
-    problem = check_texts(entry, "category")
-    if problem is None and entry["category"] not in TEMPERATURES:
-        return f"category must be one of {', '.join(TEMPERATURES)}, not {entry['category']}"
-    if problem is None and type(entry.get("question_id")) is not int:
-        return "question_id must be a number"
-    return problem or _check_turns(entry)
-
-
-def _check_answer(entry: dict) -> str | None:
-    if type(entry.get("question_id")) is not int:
-        return "question_id must be a number"
-    choices = entry.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        return "choices must be a list with an object that has turns"
-    return _check_turns(choices[0])
-
-
-def _check_prompt(entry: dict) -> str | None:
-    return check_texts(entry, "name", "system_prompt", "prompt_template")
-
-
-def _check_turns(entry: dict) -> str | None:
-    turns = entry.get("turns")
-    if isinstance(turns, list) and len(turns) == 2 and all(isinstance(turn, str) and turn.strip() for turn in turns):
-        return None
-    return "turns must be two texts that are not empty"
+        categories.setdefault(question["category"], []).append(question)
+    return [one for group in zip_longest(*categories.values()) for one in group if one is not None]

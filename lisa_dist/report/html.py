@@ -1,36 +1,28 @@
-"""`report.html` of a run: plots, settings and the command that repeats it, in one file that needs no network.
+"""`report.html` of a run, and a page of several: plots, settings and commands, in one file that needs no network.
 
-The folder `report/` has the plots as PNG. Written at the end of a run, and at any time by `lisa-dist report DIR`.
+The folder `report/` of a run has its plots as PNG. Its report is written at its end, and at any time by
+`lisa-dist report DIR`.
 """
 
 import base64
-import html
 import io
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+from jinja2 import Template
 from matplotlib.figure import Figure
 
+from lisa_dist.errors import UserError
 from lisa_dist.files import replacing
-from lisa_dist.report.plots import OF_LINES, PLOTS, Plot, draw, points_of
+from lisa_dist.report.plots import PLOTS, plot_of_runs, points_of, with_style
 from lisa_dist.report.run_files import RunFiles, read_run
 from lisa_dist.text import format_bytes, format_count
 
-REPORT_NAME, PLOTS_FOLDER = "report.html", "report"
-_SETTINGS = """<section id="settings">
-<h2>Settings</h2>
-<p>The command that repeats the run, and what it was given; everything else had its default.</p>
-<pre>{{command}}</pre>
-{{given}}
-<details><summary>All flags</summary>{{flags}}</details>
-<h2 style="margin-top: 1.25rem">Versions</h2>
-{{versions}}
-</section>"""
-_OF_DATA = "Sources, and the first example as the model reads it: loss is computed on lines with &gt;."
+REPORT_NAME, PAGE_NAME, PLOTS_FOLDER = "report.html", "lisa_runs.html", "report"
 _DPI = 150
 
 
@@ -42,42 +34,99 @@ def write_report(folder: str | Path) -> Path:
     run = read_run(folder)
     for problem in run.problems:
         print(f"warning: {problem}", flush=True)
-    sections = [_section(run, *plot) for plot in PLOTS]
+    plots = run.folder / PLOTS_FOLDER
+    plots.mkdir(exist_ok=True)
+    sections = []
+    for name, title, caption, plot, has_tips in PLOTS:
+        sections += _plot_section(name, title, caption, lambda figure: plot(run, figure), has_tips, plots)  # noqa: B023
     if run.answers:
-        sections.insert(1, section("answers", "Answers", "To prompts, before and after training.", _answers(run)))
+        about = {"name": "answers", "title": "Answers", "caption": "To prompts, before and after training."}
+        sections.insert(1, about | {"said": _first_and_last(run.answers)})
     if rows := run.run.get("rows"):
-        sections.append(section("data", "Data", _OF_DATA, f"<pre>{html.escape(chr(10).join(rows))}</pre>"))
-    page = _fill(run, "\n".join(sections))
-    path = run.folder / REPORT_NAME
+        caption = "Sources, and the first example as the model reads it: loss is computed on lines with >."
+        sections.append({"name": "data", "title": "Data", "caption": caption, "text": "\n".join(rows)})
+    flags = {name: _since(run, name, value) for name, value in run.run.get("flags", {}).items()}
+    given = {name: value for name, value in flags.items() if name in run.run.get("given", [])}
+    tables = {"given": given, "flags": flags, "versions": run.run.get("versions", {})}
+    settings: dict[str, Any] = {
+        name: [(key, format_value(value)) for key, value in entries.items()] for name, entries in tables.items()
+    }
+    page = {
+        "title": title_of(run),
+        "subtitle": ", ".join(
+            filter(None, (run.folder.resolve().name, *map(run.run.get, ("method", "model", "devices", "began"))))
+        ),
+        "cards": figures_of(run).items(),
+        "problems": run.problems,
+        "sections": sections,
+        "settings": settings | {"command": _commands(run)},
+    }
+    return _write_page(run.folder / REPORT_NAME, page)
+
+
+def write_comparison(folders: Sequence[str | Path], page: Path) -> Path:
+    """Write the page of these output folders: losses and gradient norms in one plot each, all else as columns.
+
+    Raises ValueError for a folder without a run, or given twice; OSError where the page cannot be written.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    names = [path.name for path in paths]
+    names = [path.name if names.count(path.name) == 1 else str(path) for path in paths]
+    runs = {name: read_run(folder) for name, folder in zip(names, folders, strict=True)}
+    if len(runs) < len(folders):
+        raise UserError("a run is given twice; name each folder once.")
+    sections = []
+    for entry, title, caption, smooth in (
+        ("loss", "Training loss", "Smoothed.", True),
+        ("eval_loss", "Held-out loss", "At every evaluation.", False),
+        ("grad_norm", "Gradient norm", "Before clipping, smoothed.", True),
+    ):
+        sections += _plot_section(entry, title, caption, plot_of_runs(runs, entry, smooth))
+    flags = [{name: format_value(value) for name, value in run.run.get("flags", {}).items()} for run in runs.values()]
+    answers = [{answer["prompt"]: answer["answer"] for answer in run.answers} for run in runs.values()]
+    differing = [row for row in _side_by_side(flags) if len(set(row[1:])) > 1]
+    for name, title, caption, rows in (
+        ("figures", "Figures", "Of each run.", _side_by_side(list(map(figures_of, runs.values())))),
+        ("answers", "Answers", "The last of each run.", _side_by_side(answers)),
+        ("settings", "Settings", "Those that differ.", differing),
+    ):
+        about = {"name": name, "title": title, "caption": caption, "rows": rows, "header": list(runs)}
+        sections += [about] if rows or name != "answers" else []
+    titles = "; ".join(dict.fromkeys(map(title_of, runs.values())))
+    problems = [problem for run in runs.values() for problem in run.problems]
+    parts = {"title": f"{len(runs)} runs", "subtitle": titles, "problems": problems, "sections": sections}
+    return _write_page(page, parts)
+
+
+def _write_page(path: Path, parts: dict[str, Any]) -> Path:
+    template = (resources.files("lisa_dist.report") / "report.html").read_text(encoding="utf-8")
     with replacing(path) as new:
+        page = Template(template, autoescape=True).render(parts)
         new.write_text(page, encoding="utf-8", errors="replace")  # halves of characters, which JSON can hold
     return path
 
 
-def _section(
-    run: RunFiles, name: str, title: str, caption: str, plot: Plot, has_data: Callable[[RunFiles], bool]
-) -> str:
-    if not has_data(run):
-        return ""
-    wide, narrow = draw(plot, run), draw(plot, run, narrow=True)
-    (run.folder / PLOTS_FOLDER).mkdir(exist_ok=True)
-    with replacing(run.folder / PLOTS_FOLDER / f"{name}.png") as new:
-        wide.savefig(new, dpi=_DPI, format="png")
-    pictures = as_svg(narrow), as_svg(wide)
-    points = {"narrow": points_of(narrow, title), "wide": points_of(wide, title)} if name in OF_LINES else None
-    return section(name, title, caption, picture(title, *pictures, points))
+def _plot_section(
+    name: str,
+    title: str,
+    caption: str,
+    plot: Callable[[Figure], None],
+    has_tips: bool = True,
+    folder: Path | None = None,
+) -> list[dict]:
+    """A plot for a narrow and for a wide page, also as a PNG in a folder; nothing where it has no data.
 
-
-def section(name: str, title: str, caption: str, content: str) -> str:
-    """A part of the page."""
-    return f'<section id="{name}"><h2>{title}</h2><p>{caption}</p>{content}</section>'
-
-
-def picture(title: str, narrow: str, wide: str, points: dict | None) -> str:
-    """A plot for a narrow and for a wide page; with points the page's script shows the nearest ones."""
-    data = "" if points is None else f' data-points="{html.escape(json.dumps(points))}"'
-    source = f'<source media="(max-width: 640px)" srcset="{narrow}">'
-    return f'<picture{data}>{source}<img alt="{title}" src="{wide}"></picture>'
+    With tips the page's script shows the nearest points.
+    """
+    wide, narrow = with_style(plot), with_style(plot, narrow=True)
+    if not wide.axes:
+        return []
+    if folder is not None:
+        with replacing(folder / f"{name}.png") as new:
+            wide.savefig(new, dpi=_DPI, format="png")
+    section = {"name": name, "title": title, "caption": caption, "narrow": as_svg(narrow), "wide": as_svg(wide)}
+    points = {"narrow": points_of(narrow, title), "wide": points_of(wide, title)} if has_tips else None
+    return [section | {"points": points and json.dumps(points)}]
 
 
 def as_svg(figure: Figure) -> str:
@@ -85,33 +134,6 @@ def as_svg(figure: Figure) -> str:
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=True)  # on the page's own ground
     return "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue().encode()).decode()
-
-
-def _fill(run: RunFiles, sections: str) -> str:
-    flags = {name: _since(run, name, value) for name, value in run.run.get("flags", {}).items()}
-    settings = {
-        "command": html.escape(_commands(run)),
-        "given": table({name: value for name, value in flags.items() if name in run.run.get("given", [])}),
-        "flags": table(flags),
-        "versions": table(run.run.get("versions", {})),
-    }
-    parts = {
-        "title": html.escape(title_of(run)),
-        "subtitle": html.escape(_subtitle(run)),
-        "cards": "".join(f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>" for name, value in cards(run)),
-        "problems": "".join(f"<p>{html.escape(problem)}</p>" for problem in run.problems),
-        "sections": sections + "\n" + _filled(_SETTINGS, settings),
-    }
-    return fill_page(parts)
-
-
-def fill_page(parts: dict[str, str]) -> str:
-    """The page with these parts: title, subtitle, cards, problems and sections, as HTML."""
-    return _filled((resources.files("lisa_dist.report") / "report.html").read_text(encoding="utf-8"), parts)
-
-
-def _filled(template: str, parts: dict[str, str]) -> str:
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)  # in one pass: values may have braces too
 
 
 def title_of(run: RunFiles) -> str:
@@ -125,17 +147,18 @@ def title_of(run: RunFiles) -> str:
     return f"{Path(run.run['model']).name} on {shown}"
 
 
-def _answers(run: RunFiles) -> str:
-    """A row for each prompt: the first answer and the last one."""
-    rows = []
-    for prompt in dict.fromkeys(answer["prompt"] for answer in run.answers):
-        said = [(answer["step"], answer["answer"]) for answer in run.answers if answer["prompt"] == prompt]
-        cells = "".join(
-            f"<p><b>step {step}</b> {html.escape(answer) or '(nothing)'}</p>"
-            for step, answer in dict.fromkeys((said[0], said[-1]))
-        )
-        rows.append(f"<tr><th>{html.escape(prompt)}</th><td>{cells}</td></tr>")
-    return f"<table>{''.join(rows)}</table>"
+def _first_and_last(answers: list[dict]) -> dict[str, list[tuple[int, str]]]:
+    """Steps and answers of each prompt."""
+    said: dict[str, list[tuple[int, str]]] = {}
+    for answer in answers:
+        said.setdefault(answer["prompt"], []).append((answer["step"], answer["answer"]))
+    return {prompt: list(dict.fromkeys((found[0], found[-1]))) for prompt, found in said.items()}
+
+
+def _side_by_side(of_each: list[dict[str, str]]) -> list[list[str]]:
+    """A row for each name, with the values of all."""
+    names = dict.fromkeys(name for found in of_each for name in found)
+    return [[name, *(found.get(name, "") for found in of_each)] for name in names]
 
 
 def _since(run: RunFiles, name: str, value: object) -> object:
@@ -156,43 +179,34 @@ def _commands(run: RunFiles) -> str:
     return "\n".join([run.run.get("command", ""), *resumed])
 
 
-def _subtitle(run: RunFiles) -> str:
-    values = [run.run.get(name, "") for name in ("method", "model", "devices", "began")]
-    values.insert(0, run.folder.resolve().name)
-    return ", ".join(filter(None, values))
-
-
-def cards(run: RunFiles) -> list[tuple[str, str]]:
-    """The key figures at the top of the page."""
+def figures_of(run: RunFiles) -> dict[str, str]:
+    """The key figures of a run, by what they are."""
     losses, held_out = run.series("loss")[1], run.series("eval_loss")[1]
     speeds, peaks = sorted(run.series("tokens_per_second")[1]), run.series("memory_bytes")[1]
     seconds = run.series("train_runtime")[1]
-    found = [("steps", str(run.last_step))]
-    found += [("last loss", f"{losses[-1]:.4f}")] if losses else []
+    found = {"steps": str(run.last_step)}
+    if losses:
+        found["last loss"] = f"{losses[-1]:.4f}"
     if len(held_out) > 1:
-        found.append(("held-out loss, first to last", f"{held_out[0]:.4f} → {held_out[-1]:.4f}"))
+        found["held-out loss, first to last"] = f"{held_out[0]:.4f} → {held_out[-1]:.4f}"
     elif held_out:
-        found.append(("held-out loss", f"{held_out[-1]:.4f}"))
-    duration = "time since the last resume" if run.run.get("resumed") else "time"
-    found += [(duration, str(timedelta(seconds=round(seconds[-1]))))] if seconds else []
-    found += [("tokens / s, median", f"{speeds[len(speeds) // 2]:,.0f}")] if speeds else []
-    found += [("peak memory of a rank's GPU, or process", format_bytes(int(max(peaks))))] if peaks else []
+        found["held-out loss"] = f"{held_out[-1]:.4f}"
+    if seconds:
+        duration = "time since the last resume" if run.run.get("resumed") else "time"
+        found[duration] = str(timedelta(seconds=round(seconds[-1])))
+    if speeds:
+        found["tokens / s, median"] = f"{speeds[len(speeds) // 2]:,.0f}"
+    if peaks:
+        found["peak memory of a rank's GPU, or process"] = format_bytes(int(max(peaks)))
     if run.run.get("parameters"):
-        found.append(("parameters", format_count(run.run["parameters"])))
+        found["parameters"] = format_count(run.run["parameters"])
     if run.periods:
-        found.append(("periods", str(len(run.periods))))
-        states = [period["state_bytes_per_rank"] for period in run.periods if period.get("state_bytes_per_rank")]
-        found += [("optimizer states per rank", format_bytes(states[-1]))] if states else []
-        switches = [period["seconds"] for period in run.periods[1:] if period.get("seconds") is not None]
-        found += [("seconds per switch, mean", f"{sum(switches) / len(switches):.3f}")] if switches else []
+        found["periods"] = str(len(run.periods))
+    if states := [period["state_bytes_per_rank"] for period in run.periods if period.get("state_bytes_per_rank")]:
+        found["optimizer states per rank"] = format_bytes(states[-1])
+    if switches := [period["seconds"] for period in run.periods[1:] if period.get("seconds") is not None]:
+        found["seconds per switch, mean"] = f"{sum(switches) / len(switches):.3f}"
     return found
-
-
-def table(entries: dict) -> str:
-    """Names and values."""
-    cells = ((html.escape(name), html.escape(format_value(value))) for name, value in entries.items())
-    rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in cells)
-    return f"<table>{rows}</table>"
 
 
 def format_value(value: object) -> str:

@@ -4,11 +4,11 @@ Reads the lisa_norms.csv that the callback `LayerNorms` writes to the output fol
 """
 
 import csv
+import itertools
 import json
 import math
 import re
 import statistics
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +98,10 @@ def read_runs(words: Sequence[str]) -> list[RunNorms]:
         taken = [run.label for run in runs]
         if label in taken:
             raise UserError(f"{word}: the label {label} is given twice.")
-        label = label or _unlike(_method_of(folder), taken)
+        if not label:
+            method = _method_of(folder)
+            numbered = (f"{method}_{number}" for number in itertools.count(2))
+            label = next(name for name in itertools.chain([method], numbered) if name not in taken)
         runs.append(RunNorms(label, path, read_norms(path)))
         if runs[-1].layers != runs[0].layers:
             raise UserError(
@@ -106,6 +109,23 @@ def read_runs(words: Sequence[str]) -> list[RunNorms]:
                 "compare runs of one model."
             )
     return runs
+
+
+def _method_of(folder: Path) -> str:
+    """The default label of a run: its method, or its folder's name where no method is recorded."""
+    about = folder / RUN_NAME
+    if not about.is_file():
+        return re.sub(r"[^\w-]", "_", folder.stem) or "run"
+    try:
+        return str(json.loads(about.read_text(encoding="utf-8"))["method"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{about}: cannot be read ({error}); give a label, as name={folder}.") from error
+
+
+def _all_blocks(runs: Sequence[RunNorms]) -> list[str]:
+    """The blocks of all runs, in model order; some runs of a model may lack an untied head."""
+    found = {block for run in runs for block in run.blocks}
+    return [block for block in ("embed", *runs[0].layers, "head", "rest") if block in found]
 
 
 def write_csv(runs: Sequence[RunNorms], path: Path) -> None:
@@ -125,12 +145,10 @@ def format_skew(runs: Sequence[RunNorms]) -> str:
     """A table of the embedding, the median layer and the head, and their ratios to that layer, by quantity and run."""
     lines = [["norm", "run", "embed", "median layer", "head", "embed / layer", "head / layer"]]
     for quantity, title in QUANTITIES.items():
-        for run in runs:
-            if quantity not in run.quantities:
-                continue
+        for run in (run for run in runs if quantity in run.quantities):
             layer = statistics.median(run.blocks[block][quantity] for block in run.layers)
             ends = [run.blocks.get(block, {}).get(quantity) for block in ("embed", "head")]
-            shown = [_show(value) for value in (ends[0], layer, ends[1])]
+            shown = ["-" if value is None else f"{value:.4g}" for value in (ends[0], layer, ends[1])]
             skews = ["-" if value is None or not layer else f"{value / layer:.3g}" for value in ends]
             lines.append([title, run.label, *shown, *skews])
     return format_columns(lines)
@@ -143,84 +161,40 @@ def plot_norms(runs: Sequence[RunNorms], path: Path) -> None:
 
     from lisa_dist.report.plots import STYLE, style_axes
 
-    blocks = _all_blocks(runs)
     quantities = [name for name in QUANTITIES if any(name in run.quantities for run in runs)]
     with rc_context(STYLE):
         figure = Figure(figsize=(9.6, 6.4), layout="constrained")
-        for axes, quantity in zip(figure.subplots(2, 2).flat, quantities, strict=False):
+        for number, quantity in enumerate(quantities, 1):
+            axes = figure.add_subplot(2, 2, number)
             style_axes(axes)
             axes.set_title(QUANTITIES[quantity])
-            _draw(axes, runs, blocks, quantity)
-        for axes in figure.axes[len(quantities) :]:
-            axes.set_visible(False)
+            _draw(axes, runs, quantity)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(runs), frameon=False)
         with replacing(path) as new:
             figure.savefig(new, dpi=150, format="png")
 
 
-def _draw(axes: "Axes", runs: Sequence[RunNorms], blocks: Sequence[str], quantity: str) -> None:
+def _draw(axes: "Axes", runs: Sequence[RunNorms], quantity: str) -> None:
     """Draw one panel. "rest" is not adjacent to the head in the model, so it is a separate point."""
-    values = {run.label: [run.blocks.get(block, {}).get(quantity, math.nan) for block in blocks] for run in runs}
-    positive = [value for run_values in values.values() for value in run_values if value > 0]
-    logarithmic = bool(positive) and max(positive) > _LOG_FROM * min(positive)
-    layers = [block for block in blocks if block.startswith("layers.")]
+    blocks, layers = _all_blocks(runs), runs[0].layers
+    values = [[run.blocks.get(block, {}).get(quantity, math.nan) for block in blocks] for run in runs]
+    positive = [value for of_run in values for value in of_run if value > 0]
     # Layers are 1 apart; the other blocks are as far apart as their names are wide.
     width = max(1.0, len(layers) / 10)
-    outer = {"embed": -width, "head": len(layers) - 1 + width, "rest": len(layers) - 1 + 2 * width}
-    places = {block: outer.get(block, number - blocks.index(layers[0])) for number, block in enumerate(blocks)}
-    line = [block for block in blocks if block != "rest"]
-    for number, (label, run_values) in enumerate(values.items()):
-        shown = dict(zip(blocks, run_values, strict=True))
-        if logarithmic:
-            shown = {block: value or math.nan for block, value in shown.items()}
+    places = {"embed": -width, "head": len(layers) - 1 + width, "rest": len(layers) - 1 + 2 * width}
+    places |= {layer: number for number, layer in enumerate(layers)}
+    line = slice(None, -1 if "rest" in blocks else None)
+    for number, (run, of_run) in enumerate(zip(runs, values, strict=True)):
         style: Any = {"color": f"C{number}", "marker": "o", "markersize": 3.5}
-        axes.plot([places[name] for name in line], [shown[name] for name in line], linewidth=1.4, label=label, **style)
-        if "rest" in shown:
-            axes.plot([places["rest"]], [shown["rest"]], linestyle="none", **style)
-    if logarithmic:
-        axes.set_yscale("log")
-        zeros = "; ".join(f"{label} {_list_zeros(blocks, found)}" for label, found in values.items() if 0.0 in found)
-        if zeros:
-            axes.set_xlabel(textwrap.fill(f"not drawn, as they are 0: {zeros}", 84), fontsize=7)
+        at = [places[block] for block in blocks]
+        axes.plot(at[line], of_run[line], linewidth=1.4, label=run.label, **style)
+        axes.plot(at[-1:], of_run[-1:], linestyle="none", **style)
+    if positive and max(positive) > _LOG_FROM * min(positive):
+        axes.set_yscale("log", nonpositive="mask")
+        if any(value == 0 for of_run in values for value in of_run):
+            axes.set_xlabel("what is 0 is not drawn", fontsize=7)
     else:
         axes.set_ylim(bottom=0)
-    ticks = [*layers[:: max(1, math.ceil(len(layers) / 8))], *(block for block in blocks if block in outer)]
+    ticks = [*layers[:: max(1, math.ceil(len(layers) / 8))], *(block for block in blocks if block not in layers)]
     axes.set_xticks([places[block] for block in ticks], [block.removeprefix("layers.") for block in ticks])
-
-
-def _list_zeros(blocks: Sequence[str], values: Sequence[float]) -> str:
-    """The blocks whose value is 0; more than four layers as their number."""
-    zero = [block for block, value in zip(blocks, values, strict=True) if value == 0]
-    layers = [block for block in zero if block.startswith("layers.")]
-    shown = [block for block in zero if block not in layers] if len(layers) > 4 else zero
-    return ", ".join([*shown, *([f"{len(layers)} layers"] if len(layers) > 4 else [])])
-
-
-def _all_blocks(runs: Sequence[RunNorms]) -> list[str]:
-    """The blocks of all runs, in model order; some runs of a model may lack an untied head."""
-    found = {block for run in runs for block in run.blocks}
-    return [block for block in ("embed", *runs[0].layers, "head", "rest") if block in found]
-
-
-def _method_of(folder: Path) -> str:
-    """The default label of a run: its method, or its folder's name where no method is recorded."""
-    about = folder / RUN_NAME
-    if not about.is_file():
-        return re.sub(r"[^\w-]", "_", folder.stem) or "run"
-    try:
-        return str(json.loads(about.read_text(encoding="utf-8"))["method"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{about}: cannot be read ({error}); give a label, as name={folder}.") from error
-
-
-def _unlike(label: str, taken: Sequence[str]) -> str:
-    """The label, with a number if it is taken."""
-    number = 1
-    while (numbered := label if number == 1 else f"{label}_{number}") in taken:
-        number += 1
-    return numbered
-
-
-def _show(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"

@@ -1,10 +1,11 @@
-"""The plots of a run, for a wide or a narrow page. A plot without data is left out."""
+"""The plots of a run, for a wide or a narrow page. A plot without data leaves its figure empty."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -15,33 +16,31 @@ from lisa_dist.run_folder import MEMORY_PARTS
 from lisa_dist.text import MIB
 
 BLUE, ORANGE, GREY, PALE = "#2563eb", "#d9580d", "#6b7280", "#e8edf5"
+_COLORS = (BLUE, ORANGE, "#15803d", "#9333ea", "#b91c1c", "#0e7490")  # of several runs
 # More bands or points cannot be told apart.
 _MOST_BANDS, _MOST_POINTS, _MOST_TIPS = 40, 2000, 400
 STYLE: Any = {"font.size": 9, "axes.edgecolor": "#9ca3af", "axes.labelcolor": "#374151", "axes.titlesize": 10}
 
 
-def legend_above(axes: Axes) -> None:
-    """Beside bars, which leave no room for a legend in a narrow figure."""
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=2)
-
-
 def plot_loss(run: RunFiles, figure: Figure) -> None:
     """Training loss, logged and smoothed, and held-out loss, with periods as bands."""
-    axes = new_axes(figure, "optimizer step", "loss")
-    _shade_periods(run, axes)
+    axes = _plot_series(run, figure, "loss", "loss", label="training")
+    if axes is None:
+        return
     steps, losses = _thin(*run.series("loss"))
-    axes.plot(steps, losses, color=BLUE, alpha=0.35 if len(losses) > 30 else 1.0, linewidth=1.2, label="training")
     if len(losses) > 30:
+        axes.lines[0].set_alpha(0.35)
         axes.plot(steps, smoothed(losses), color=BLUE, linewidth=1.8, label="training, smoothed")
     steps, losses = run.series("eval_loss")
     if losses:
         axes.plot(steps, losses, color=ORANGE, marker="o", markersize=4, linewidth=1.5, label="held out")
     axes.legend(frameon=False)
-    axes.set_xlim(0, max(1, run.last_step))
 
 
 def plot_layers(run: RunFiles, figure: Figure) -> None:
     """Which layer trained in which period: one row per layer, the first layer at the bottom."""
+    if not any(run.visits):
+        return
     outer_blocks = sorted({block for period in run.periods for block in period.get("blocks") or []})
     names = [name.removeprefix("layers.") for name in run.units] + outer_blocks
     cells = [[int(layer in period["layers"]) for period in run.periods] for layer in range(run.num_layers)]
@@ -67,8 +66,10 @@ def plot_layers(run: RunFiles, figure: Figure) -> None:
 
 def plot_visits(run: RunFiles, figure: Figure) -> None:
     """In how many periods each layer trained, and the number expected from its probabilities."""
-    axes = new_axes(figure, run.unit, "periods")
     visits = run.visits
+    if not any(visits):
+        return
+    axes = new_axes(figure, run.unit, "periods")
     axes.bar(range(run.num_layers), visits, color=BLUE, width=0.8)
     probabilities = [period["probabilities"] for period in run.periods if period.get("probabilities")]
     probabilities = [one for one in probabilities if len(one) == run.num_layers]
@@ -79,61 +80,15 @@ def plot_visits(run: RunFiles, figure: Figure) -> None:
         uniform = sum(visits) / run.num_layers
         axes.axhline(uniform, color=ORANGE, linewidth=1.5, linestyle="--", label=f"uniform: {uniform:.1f}")
     if axes.get_legend_handles_labels()[0]:
-        legend_above(axes)
+        _legend_above(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def plot_learning_rate(run: RunFiles, figure: Figure) -> None:
-    """The learning rate of each logged step."""
-    axes = new_axes(figure, "optimizer step", "learning rate")
-    axes.plot(*_thin(*run.series("learning_rate")), color=BLUE, linewidth=1.5)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    axes.set_xlim(0, max(1, run.last_step))
-    axes.set_ylim(bottom=0)
-
-
-def plot_gradient_norm(run: RunFiles, figure: Figure) -> None:
-    """The norm of each logged step's gradients, before clipping."""
-    axes = new_axes(figure, "optimizer step", "gradient norm")
-    _shade_periods(run, axes)
-    axes.plot(*_thin(*run.series("grad_norm")), color=BLUE, linewidth=1.2)
-    axes.set_xlim(0, max(1, run.last_step))
-    axes.set_ylim(bottom=0)
-
-
-def plot_memory(run: RunFiles, figure: Figure) -> None:
-    """The parts of a rank's memory in one step, planned and measured."""
-    assert run.memory is not None
-    planned, measured = run.memory.get("planned"), run.memory["measured"]
-    sums = {
-        title: [sum(parts[name] for name in fields) if parts else 0 for parts in (planned, measured)]
-        for title, fields in [*MEMORY_PARTS, ("peak", ("peak",))]
-    }
-    shown = {title: pair for title, pair in sums.items() if max(pair) >= sums["peak"][1] / 1000}
-    axes = new_axes(figure, "MiB per rank", "")
-    rows = range(len(shown))
-    for offset, which, color, label in ((-0.2, 0, GREY, "planned"), (0.2, 1, BLUE, "measured")):
-        if which == 1 or planned:
-            widths = [pair[which] / MIB for pair in shown.values()]
-            axes.barh([row + offset for row in rows], widths, height=0.38, color=color, label=label)
-    axes.set_yticks(list(rows), list(shown))
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    legend_above(axes)
-
-
-def plot_speed(run: RunFiles, figure: Figure) -> None:
-    """Tokens per second of all ranks."""
-    axes = new_axes(figure, "optimizer step", "tokens / s")
-    axes.plot(*_thin(*run.series("tokens_per_second")), color=BLUE, linewidth=1.2)
-    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlim(0, max(1, run.last_step))
-    axes.set_ylim(bottom=0)
-
-
 def plot_movement(run: RunFiles, figure: Figure) -> None:
     """The distance of each block's weights from their start, relative to their norm there."""
+    if not run.movement or not run.num_layers:
+        return
     latest: dict[str, float] = {}
     for line in run.movement:
         latest |= {block: figures["relative"] for block, figures in line["blocks"].items()}
@@ -149,78 +104,82 @@ def plot_movement(run: RunFiles, figure: Figure) -> None:
     axes.set_xticks([*ticks, *places], [*map(str, ticks), *outer])
 
 
-Plot = Callable[[RunFiles, Figure], None]
-OF_LINES = ("loss", "learning_rate", "gradient_norm", "speed")
-# Name, title, caption, the plot, and whether a run has data for it.
-PLOTS: tuple[tuple[str, str, str, Plot, Callable[[RunFiles], bool]], ...] = (
-    (
-        "loss",
-        "Loss",
-        "Bands are periods: the active layers change at each edge.",
-        plot_loss,
-        lambda run: bool(run.series("loss")[0]),
-    ),
-    (
-        "layers",
-        "Layers that trained",
-        "One row per decoder layer, the first at the bottom; one column per period.",
-        plot_layers,
-        lambda run: any(period["layers"] for period in run.periods),
-    ),
-    (
-        "visits",
-        "Visits",
-        "In how many periods each layer trained.",
-        plot_visits,
-        lambda run: any(period["layers"] for period in run.periods),
-    ),
-    (
-        "movement",
-        "Weight movement",
-        "Distance of each block from its initial weights, relative to their norm (L2, on a sample of the weights).",
-        plot_movement,
-        lambda run: bool(run.movement and run.num_layers),
-    ),
-    (
-        "learning_rate",
-        "Learning rate",
-        "Switches do not restart the schedule.",
-        plot_learning_rate,
-        lambda run: bool(run.series("learning_rate")[0]),
-    ),
-    (
-        "gradient_norm",
-        "Gradient norm",
-        "Of what trains in the period, before clipping.",
-        plot_gradient_norm,
-        lambda run: bool(run.series("grad_norm")[0]),
-    ),
-    (
-        "memory",
-        "Memory",
-        "One early step of rank 0, part by part: planned and measured.",
-        plot_memory,
-        lambda run: run.memory is not None,
-    ),
-    (
-        "speed",
-        "Speed",
-        "Tokens of all ranks, without padding; time of evaluation and saving is excluded.",
-        plot_speed,
-        lambda run: bool(run.series("tokens_per_second")[0]),
-    ),
+def plot_learning_rate(run: RunFiles, figure: Figure) -> None:
+    """The learning rate of each logged step."""
+    if axes := _plot_series(run, figure, "learning_rate", "learning rate", bands=False):
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        axes.set_ylim(bottom=0)
+
+
+def plot_gradient_norm(run: RunFiles, figure: Figure) -> None:
+    """The norm of each logged step's gradients, before clipping."""
+    if axes := _plot_series(run, figure, "grad_norm", "gradient norm"):
+        axes.set_ylim(bottom=0)
+
+
+def plot_memory(run: RunFiles, figure: Figure) -> None:
+    """The parts of a rank's memory in one step, planned and measured."""
+    if run.memory is None:
+        return
+    planned, measured = run.memory.get("planned"), run.memory["measured"]
+    sums = {
+        title: [sum(parts[name] for name in fields) if parts else 0 for parts in (planned, measured)]
+        for title, fields in [*MEMORY_PARTS, ("peak", ("peak",))]
+    }
+    shown = {title: pair for title, pair in sums.items() if max(pair) >= sums["peak"][1] / 1000}
+    axes = new_axes(figure, "MiB per rank", "")
+    rows = range(len(shown))
+    for offset, which, color, label in ((-0.2, 0, GREY, "planned"), (0.2, 1, BLUE, "measured")):
+        if which == 1 or planned:
+            widths = [pair[which] / MIB for pair in shown.values()]
+            axes.barh([row + offset for row in rows], widths, height=0.38, color=color, label=label)
+    axes.set_yticks(list(rows), list(shown))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    _legend_above(axes)
+
+
+def plot_speed(run: RunFiles, figure: Figure) -> None:
+    """Tokens per second of all ranks."""
+    if axes := _plot_series(run, figure, "tokens_per_second", "tokens / s", bands=False):
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_ylim(bottom=0)
+
+
+_LAYERS = "One row per decoder layer, the first at the bottom; one column per period."
+_MOVEMENT = "Distance of each block from its initial weights, relative to their norm (L2, on a sample of the weights)."
+_SPEED = "Tokens of all ranks, without padding; time of evaluation and saving is excluded."
+# Name, title, caption, the plot, and whether a reader may point at its lines.
+PLOTS: tuple[tuple[str, str, str, Callable[[RunFiles, Figure], None], bool], ...] = (
+    ("loss", "Loss", "Bands are periods: the active layers change at each edge.", plot_loss, True),
+    ("layers", "Layers that trained", _LAYERS, plot_layers, False),
+    ("visits", "Visits", "In how many periods each layer trained.", plot_visits, False),
+    ("movement", "Weight movement", _MOVEMENT, plot_movement, False),
+    ("learning_rate", "Learning rate", "Switches do not restart the schedule.", plot_learning_rate, True),
+    ("gradient_norm", "Gradient norm", "Of what trains in the period, before clipping.", plot_gradient_norm, True),
+    ("memory", "Memory", "One early step of rank 0, part by part: planned and measured.", plot_memory, False),
+    ("speed", "Speed", _SPEED, plot_speed, True),
 )
 
 
-def draw(plot: Plot, run: RunFiles, narrow: bool = False) -> Figure:
-    """A figure of one plot."""
-    return with_style(lambda figure: plot(run, figure), narrow)
+def plot_of_runs(runs: Mapping[str, RunFiles], entry: str, smooth: bool) -> Callable[[Figure], None]:
+    """A plot of one entry of the logs of several runs, by their names."""
+
+    def plot(figure: Figure) -> None:
+        shown = {name: run.series(entry) for name, run in runs.items() if run.series(entry)[0]}
+        if not shown:
+            return
+        axes = new_axes(figure, "optimizer step", "norm" if entry == "grad_norm" else "loss")
+        for place, (name, (steps, values)) in enumerate(shown.items()):
+            how: Any = {"color": _COLORS[place % len(_COLORS)], "marker": None if smooth else "o", "label": name}
+            axes.plot(steps, smoothed(values) if smooth else values, linewidth=1.6, markersize=3, **how)
+        axes.legend(frameon=False)
+
+    return plot
 
 
 def with_style(plot: Callable[[Figure], None], narrow: bool = False) -> Figure:
     """A figure in the look of the page."""
-    from matplotlib import rc_context
-
     with rc_context(STYLE):
         figure = Figure(figsize=(4.2, 3.2) if narrow else (8.8, 3.3), layout="constrained")
         plot(figure)
@@ -242,7 +201,7 @@ def points_of(figure: Figure, title: str) -> dict[str, Any]:
 
 
 def new_axes(figure: Figure, x: str, y: str) -> Axes:
-    """Labelled axes."""
+    """Labelled axes in the common look of all plots."""
     axes = figure.subplots()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -258,12 +217,29 @@ def style_axes(axes: Axes) -> None:
     axes.tick_params(colors="#4b5563")
 
 
-def _shade_periods(run: RunFiles, axes: Axes) -> None:
-    """Shade every second period; where there are many, groups of periods that are wide enough to be seen."""
+def _legend_above(axes: Axes) -> None:
+    """Beside bars, which leave no room for a legend in a narrow figure."""
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=2)
+
+
+def _plot_series(
+    run: RunFiles, figure: Figure, entry: str, name: str, bands: bool = True, label: str | None = None
+) -> Axes | None:
+    """One entry of the log by step, with periods as bands; None where there is none.
+
+    Every second period is a band; where there are many, groups of periods that are wide enough to be seen.
+    """
+    steps, values = _thin(*run.series(entry))
+    if not steps:
+        return None
+    axes = new_axes(figure, "optimizer step", name)
     periods_per_band = max(1, math.ceil(len(run.periods) / _MOST_BANDS))
     starts = [period["step"] for period in run.periods[::periods_per_band]] + [run.last_step]
-    for left, right in list(pairwise(starts))[1::2]:
+    for left, right in list(pairwise(starts))[1::2] if bands else ():
         axes.axvspan(left, right, color=PALE, linewidth=0, zorder=0)
+    axes.plot(steps, values, color=BLUE, linewidth=1.2, label=label)
+    axes.set_xlim(0, max(1, run.last_step))
+    return axes
 
 
 def _thin(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:

@@ -133,8 +133,8 @@ def read_run(folder: str | Path) -> RunFiles:
     run.periods = read_lines(folder / LOG_NAME, _PERIOD, run.problems.append)
     run.movement = read_lines(folder / MOVEMENT_LOG, _MOVEMENT, run.problems.append)
     run.answers = read_lines(folder / ANSWERS_NAME, _ANSWER, run.problems.append)
-    if (folder / RUN_NAME).is_file():
-        run.run = _fitting(read_object(folder / RUN_NAME), _RUN, str(folder / RUN_NAME), run.problems)
+    if (path := folder / RUN_NAME).is_file():
+        run.run = _fitting(read_object(path), _RUN, str(path), run.problems)
     if (path := folder / MEMORY_NAME).is_file():
         memory = read_object(path)
         found = misfit(memory, _MEMORY)

@@ -12,6 +12,7 @@ from benchmarks.quality import pareto
 from benchmarks.quality.engines import planned, with_memory_of
 from benchmarks.quality.quality import beyond, rates_by_time, window_of
 from benchmarks.tables.outcomes import quality_key
+from benchmarks.tables.pictures import front_of
 
 pytestmark = pytest.mark.full
 
@@ -82,7 +83,7 @@ def test_costs_are_of_rounds_in_turns_and_other_tasks_stay(tmp_path, monkeypatch
 
 def test_the_front_is_of_points_that_no_other_is_below_and_left_of():
     points = [(1.0, 5.0), (2.0, 4.0), (2.0, 6.0), (3.0, 4.0), (4.0, 1.0)]
-    assert pareto.front_of(points) == [(1.0, 5.0), (2.0, 4.0), (4.0, 1.0)]
+    assert front_of(points) == [(1.0, 5.0), (2.0, 4.0), (4.0, 1.0)]
 
 
 def test_as_many_layers_as_fit_the_memory_of_lora(tmp_path):

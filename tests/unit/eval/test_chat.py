@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import save_tiny_llama
-from transformers import AutoTokenizer
 
 from lisa_dist.commands.chat import main
 from lisa_dist.errors import UserError
@@ -47,7 +46,7 @@ def test_a_turn_is_answered_in_the_light_of_those_before(tiny, capsys):
         assert chat.say(text) == expected
         assert expected in capsys.readouterr().out, "it is printed as it comes"
         turns.append({"role": "assistant", "content": expected})
-    chat.reset()
+    chat.turns.clear()
     first = chat.say("1 + 1?")
     assert first == turns[1]["content"], "nothing is remembered"
 
@@ -76,20 +75,11 @@ def test_without_a_template_the_text_goes_on(tiny):
 
 
 def test_lines_are_said_and_commands_are_not(capsys):
-    class Said(Chat):
-        def __init__(self):
-            self.texts = []
-
-        def say(self, text):
-            self.texts.append(text)
-            return text
-
-        def reset(self):
-            self.texts.append("(reset)")
-
-    chat = Said()
-    talk(chat, ["hello\n", "\n", "/reset\n", "/what\n", "again\n", "/exit\n", "never\n"], lambda: None)
-    assert chat.texts == ["hello", "(reset)", "again"]
+    chat = SimpleNamespace(turns=["before"], said=[])
+    chat.say = lambda text: chat.said.append((text, len(chat.turns)))
+    no_text = b"hi\xff\n".decode("utf-8", "surrogateescape")
+    talk(chat, ["hello\n", "\n", "/reset\n", "/what\n", no_text, "/exit\n", "never\n"], lambda: None)
+    assert chat.said == [("hello", 1), ("hi\ufffd", 0)]
     assert "/reset begins anew" in capsys.readouterr().out
 
 
@@ -131,35 +121,20 @@ def test_what_cannot_be_asked(tiny, capsys, words, refused):
     assert capsys.readouterr().out.startswith(f"lisa-dist chat: {refused}")
 
 
-def test_the_tiny_tokenizer_has_a_template(tiny):
-    assert AutoTokenizer.from_pretrained(tiny).chat_template
-
-
 def test_more_than_the_context_is_refused_and_forgotten(tiny, capsys):
     model, tokenizer = load_model(tiny)
     chat = Chat(model, tokenizer, max_new_tokens=model.config.max_position_embeddings, temperature=0)
     talk(chat, ["hello\n"], lambda: None)
     assert re.search(r"\d+ tokens were said, and the model's context has \d+", capsys.readouterr().out)
-    assert chat._turns == []
-
-
-def test_bytes_that_are_no_text_are_shown_as_such(tiny):
-    said = []
-    chat = SimpleNamespace(say=said.append)
-    talk(chat, [b"hi\xff\n".decode("utf-8", "surrogateescape")], lambda: None)
-    assert said == ["hi\ufffd"]
+    assert chat.turns == []
 
 
 def test_an_interrupt_ends_the_answer_alone():
-    class Slow(Chat):
-        said = 0
+    said = []
 
-        def __init__(self):
-            pass
+    def say(text):
+        said.append(text)
+        raise KeyboardInterrupt
 
-        def say(self, text):
-            Slow.said += 1
-            raise KeyboardInterrupt
-
-    talk(Slow(), ["one\n", "two\n"], lambda: None)
-    assert Slow.said == 2
+    talk(SimpleNamespace(say=say), ["one\n", "two\n"], lambda: None)
+    assert said == ["one", "two"]

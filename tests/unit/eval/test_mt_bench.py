@@ -21,20 +21,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lisa_dist.commands import eval as eval_command
 from lisa_dist.errors import UserError
-from lisa_dist.eval import benchmark_files, judge
-from lisa_dist.eval.answers import AnswerFile, Answers
-from lisa_dist.eval.generation import TEMPERATURES, SampleByTemperature
-from lisa_dist.eval.judge import Judge, JudgeError, parse_rating
+from lisa_dist.eval import judge
+from lisa_dist.eval.answers import TEMPERATURES, AnswerFile, SampleByTemperature
+from lisa_dist.eval.judge import Judge, JudgeError, judge_answers, parse_rating
 from lisa_dist.eval.model import describe_weights
 from lisa_dist.eval.mt_bench import MTBench
-from lisa_dist.eval.verdicts import judge_answers
 
 MADE_WITH = {"seed": 1, "max_new_tokens": 8, "dtype": "auto", "weights": "those"}
 
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
-    benchmark_files.read_entries.cache_clear()
     monkeypatch.setattr(judge, "WAITS", (0.0, 0.0))
 
 
@@ -52,29 +49,10 @@ def files(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judging(tmp_path_factory) -> Path:
-    """A tiny model that has learnt to say [7], whatever it is asked: without attention it sees the last token alone."""
-    folder = tmp_path_factory.mktemp("judge") / "judge"
-    save_tiny_llama(folder)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.data.zero_()
-        layer.self_attn.o_proj.weight.requires_grad_(False)
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
-    tokens = tokenizer("<assistant>[7]<end>", return_tensors="pt")["input_ids"]
-    for _ in range(30):
-        model(tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(judging, tmp_path_factory) -> Iterator[str]:
+def server(tiny, tmp_path_factory) -> Iterator[str]:
     """`transformers serve` of a tiny model, as a user starts it."""
     said, port = tmp_path_factory.mktemp("server") / "said.txt", free_port()
-    command = [str(BIN / "transformers"), "serve", str(judging), "--device", "cpu", "--port", str(port)]
+    command = [str(BIN / "transformers"), "serve", str(tiny), "--device", "cpu", "--port", str(port)]
     with said.open("w") as output:
         process = subprocess.Popen(command, env=clean_environment(), stdout=output, stderr=subprocess.STDOUT)
     for _ in range(9000):
@@ -85,11 +63,8 @@ def server(judging, tmp_path_factory) -> Iterator[str]:
             assert process.poll() is None, said.read_text()[-3000:]
             time.sleep(0.1)
     yield f"http://localhost:{port}/v1"
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        process.kill()
+    process.kill()
+    process.wait()
 
 
 class Scripted:
@@ -131,78 +106,54 @@ def verdict(words: str) -> tuple[int, dict, bytes]:
     return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": words}}]}).encode()
 
 
-def answers_of(folder: Path) -> list[dict]:
-    (path,) = (folder / "mt_bench" / "model_answer").glob("*.jsonl")
+def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def made_answers(folder: Path) -> Answers:
+def made_answers(folder: Path) -> dict[int, list[str]]:
     """Answers to the questions of `folder`, without a model."""
-    bench = MTBench(str(folder))
-    turns = {one["question_id"]: [f"one {one['question_id']}", f"two {one['question_id']}"] for one in bench.questions}
-    return Answers(turns, "a model", "")
+    numbers = [one["question_id"] for one in MTBench(str(folder)).questions]
+    return {number: [f"one {number}", f"two {number}"] for number in numbers}
 
 
-def answer(bench: MTBench, tiny: Path, folder: Path, batch_size: int = 8, **changes) -> Answers:
-    made_with = MADE_WITH | changes
-    file = AnswerFile(folder, "tiny", made_with)
+def answer(bench: MTBench, tiny: Path, folder: Path, batch_size: int = 8, change=None, **made_with) -> dict:
+    """Both turns of each question; `change` is called with the model."""
 
     def load():
-        return AutoModelForCausalLM.from_pretrained(tiny).eval(), AutoTokenizer.from_pretrained(tiny)
+        model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+        if change:
+            change(model)
+        return model, AutoTokenizer.from_pretrained(tiny)
 
-    return file.answer(bench.questions, load, file.read(), batch_size)
+    return AnswerFile(folder, "tiny", MADE_WITH | made_with).answer(bench.questions, load, batch_size)
 
 
 @pytest.mark.full
-def test_answers_and_verdicts_end_to_end(tiny, judging, server, data_dir, tmp_path, capsys):
-    """Eight real questions, one of each category; a tiny model answers, and another one judges by the real server."""
+def test_answers_and_verdicts_end_to_end(tiny, server, data_dir, tmp_path, capsys):
+    """Eight real questions, one of each category; a tiny model answers, and judges, without sense, by a real server."""
     words = [str(tiny), "--tasks", "mt_bench", "--data_dir", str(data_dir), "--limit", "8", "--max_new_tokens", "8"]
-    words += [
-        "--judge_url",
-        server,
-        "--judge_model",
-        str(judging),
-        "--judge_max_tokens",
-        "8",
-        "--output",
-        str(tmp_path),
-    ]
-    eval_command.main(words)
-    printed = capsys.readouterr().out
-    assert "mt_bench: 8 answers made, 0 were saved already" in printed
-    answers = answers_of(tmp_path)
+    words += ["--judge_url", server, "--judge_model", str(tiny), "--judge_max_tokens", "8"]
+    eval_command.main([*words, "--output", str(tmp_path)])
+    assert "mt_bench: 8 answers made, 0 were saved already" in capsys.readouterr().out
+    answers = lines_of(tmp_path / "mt_bench" / "model_answer" / "tiny.jsonl")
     assert [line["question_id"] for line in answers] == [81, 91, 101, 111, 121, 131, 141, 151]
     assert {"question_id", "answer_id", "model_id", "choices", "tstamp"} <= answers[0].keys()
     assert answers[0]["model_id"] == "tiny"
-    assert all(len(line["choices"][0]["turns"]) == 2 for line in answers)
     (path,) = (tmp_path / "mt_bench" / "model_judgment").glob("*_single.jsonl")
-    verdicts = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(verdicts) == 16
+    verdicts = lines_of(path)
     fields = ["question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"]
-    assert all(list(line) == fields for line in verdicts)
-    assert {(line["judgment"], line["score"]) for line in verdicts} == {("[7]", 7.0)}
+    assert [list(line) for line in verdicts] == [fields] * 16
+    assert all(line["judgment"] for line in verdicts)
     written = json.loads((tmp_path / "results.json").read_text())["tasks"]["mt_bench"]
-    assert (written["items"], written["judge"]) == (8, str(judging))
-    everything = written["scores"]["all"]
-    assert (everything["both"], everything["verdicts"], everything["unparsable"]) == (7.0, 16, 0)
-    assert "all           7.00    7.00  7.00            0.00        16           0" in printed
-    by_question = {(line["question_id"], line["turn"]): line for line in verdicts}
-    assert [by_question[number, 1]["judge"][1] for number in (81, 101, 111, 121, 131)] == [
-        "single-v1",
-        "single-math-v1",
-        "single-math-v1",
-        "single-math-v1",
-        "single-v1",
-    ]
-    assert by_question[111, 2]["judge"] == [str(judging), "single-math-v1-multi-turn"]
-    reference = next(
-        json.loads(line)["choices"][0]["turns"][1]
-        for line in (data_dir / "mt_bench" / "reference_answer_gpt-4.jsonl").read_text().splitlines()
-        if json.loads(line)["question_id"] == 111
-    )
-    for words in (reference, answers[3]["choices"][0]["turns"][0], answers[3]["choices"][0]["turns"][1]):
-        assert words in by_question[111, 2]["user_prompt"]
-    assert reference not in by_question[111, 1]["user_prompt"]
+    assert (written["items"], written["judge"]) == (8, str(tiny))
+    asked = {(line["question_id"], line["turn"]): (line["judge"][1], line["user_prompt"]) for line in verdicts}
+    names = [asked[number, 1][0].removeprefix("single-") for number in (81, 101, 111, 121, 131)]
+    assert names == ["v1", "math-v1", "math-v1", "math-v1", "v1"]
+    references = lines_of(data_dir / "mt_bench" / "reference_answer_gpt-4.jsonl")
+    reference = next(line["choices"][0]["turns"][1] for line in references if line["question_id"] == 111)
+    assert asked[111, 2][0] == "single-math-v1-multi-turn"
+    assert all(text in asked[111, 2][1] for text in (reference, *answers[3]["choices"][0]["turns"]))
+    assert reference not in asked[111, 1][1]
 
 
 def test_prompts_scores_and_the_table(files):
@@ -215,8 +166,8 @@ def test_prompts_scores_and_the_table(files):
         return verdict(f"Fine. Rating: [[1]] or [[{4 if 'two ' in said else 8}]]")
 
     with Scripted(rate) as scripted:
-        bench, answers = MTBench(str(files)), made_answers(files)
-        content, table = judge_answers(bench, Judge(scripted.url, "owner/judge", 5, 99), answers, files / "judged", 3)
+        bench, how = MTBench(str(files)), ("a model", made_answers(files), files / "judged", 3)
+        content, table = judge_answers(bench, Judge(scripted.url, "owner/judge", 5, 99), *how)
     asked = {body["messages"][1]["content"]: body for body in scripted.asked}
     assert len(asked) == 8
     assert "Rate.\nFirst of 1?\none 1" in asked
@@ -236,30 +187,14 @@ def test_prompts_scores_and_the_table(files):
     assert content["scores"]["all"]["both"] == pytest.approx(44 / 7)
     assert content["scores"]["all"]["stderr"] == pytest.approx(0.5)  # of 6, 8, 6, 6
     assert [line.split() for line in table.splitlines()][-1] == ["all", "8.00", "4.00", "6.29", "0.50", "7", "1"]
-    lines = (files / "judged" / "owner_judge_single.jsonl").read_text().splitlines()
-    assert [json.loads(line)["score"] for line in lines].count(-1.0) == 1
+    assert [line["score"] for line in lines_of(files / "judged" / "owner_judge_single.jsonl")].count(-1.0) == 1
 
 
-@pytest.mark.parametrize(
-    ("words", "rating"),
-    [
-        ("Rating: [[5]]", 5.0),
-        ("[[7.5]] and later [[2]]", 2.0),
-        ("Rating: [6]", 6.0),
-        ("see [2], so [[9]]", 9.0),
-        ("[[0]]", -1.0),
-        ("[[11]]", -1.0),
-        ("[[rating]]", -1.0),
-        ("ten", -1.0),
-        ("", -1.0),
-    ],
-)
-def test_a_rating_is_parsed(words, rating):
-    assert parse_rating(words) == rating
-
-
-def test_the_judge_s_own_rating_is_the_last():
-    """An answer may hold one, and a judge that quotes it would be read as giving it."""
+def test_a_rating_is_parsed():
+    """The last, since an answer may hold one, and a judge that quotes it would be read as giving it."""
+    ratings = {"Rating: [[5]]": 5, "[[7.5]] and later [[2]]": 2, "Rating: [6]": 6, "see [2], so [[9]]": 9}
+    ratings |= dict.fromkeys(("[[0]]", "[[11]]", "[[rating]]", "ten", ""), -1)
+    assert {words: parse_rating(words) for words in ratings} == ratings
     judgment = "The answer says [[10]] of itself. Rating: [[3]]"
     assert (parse_rating(judgment), parse_rating(judgment, "first")) == (3.0, 10.0)
 
@@ -323,47 +258,50 @@ def test_verdicts_that_are_there_are_not_asked_for_again(files):
     tries = iter([verdict("[[6]]")] * 3 + [(400, {}, b"enough")] + [verdict("no rating"), (400, {}, b"again")])
     bench, answers, folder = MTBench(str(files)), made_answers(files), files / "judged"
     path = folder / "j_single.jsonl"
+
+    def judged(url: str, model: str = "a model", parallel: int = 2) -> dict:
+        judge = Judge(url, "j", 5, 9)
+        return judge_answers(bench, judge, model, answers, folder, parallel)[0]["scores"]["all"]
+
     with Scripted(lambda body: next(tries)) as scripted:
         for kept, said in ((3, "enough"), (4, "again")):
             at_end = rf"HTTP 400 Bad Request: {said}.* {kept} of 8 verdicts are saved in .*continues from there"
             with pytest.raises(JudgeError, match=at_end):
-                judge_answers(bench, Judge(scripted.url, "j", 5, 9), answers, folder, 1)
+                judged(scripted.url, parallel=1)
             with path.open("a") as file:
-                file.write('{"question_id": 1, "mod')  # as a run that was killed leaves it
+                file.write('{"question_id": 1, "mod')  # as another program that was killed leaves it
     with Scripted(lambda body: verdict("no rating")) as scripted:
-        content, _ = judge_answers(bench, Judge(scripted.url, "j", 5, 9), answers, folder, 2)
+        scores = judged(scripted.url)
         assert len(scripted.asked) == 4
-    assert (content["scores"]["all"]["verdicts"], content["scores"]["all"]["unparsable"]) == (3, 5)
-    other = Answers(answers.turns, "another model", "")
+    assert (scores["verdicts"], scores["unparsable"]) == (3, 5)
     with Scripted(lambda body: verdict("[[2]]")) as scripted:
-        content, _ = judge_answers(bench, Judge(scripted.url, "j", 5, 9), answers, folder, 2)
+        judged(scripted.url)
         assert not scripted.asked, "an unparsable verdict is one"
-        judge_answers(bench, Judge(scripted.url, "j", 5, 9), other, folder, 2)
+        judged(scripted.url, "another model")
         assert len(scripted.asked) == 8
-        answers.turns[1][1] = "said otherwise"
-        content, _ = judge_answers(bench, Judge(scripted.url, "j", 5, 9), answers, folder, 2)
+        answers[1][1] = "said otherwise"
+        judged(scripted.url)
         assert len(scripted.asked) == 9, "a verdict is one on what was said"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert sorted(line["model"] for line in lines) == ["a model"] * 8 + ["another model"] * 8
+    assert sorted(line["model"] for line in lines_of(path)) == ["a model"] * 8 + ["another model"] * 8
 
 
 def test_answers_do_not_depend_on_their_batch(tiny, tmp_path):
-    """Sampled ones neither: writing at 0.7, math at 0."""
+    """Sampled ones neither: writing at 0.7, math at 0, where they are the likeliest tokens."""
     write_mt_bench(tmp_path)
     bench = MTBench(str(tmp_path), judged=False)
-    found = [answer(bench, tiny, tmp_path / str(size), size).turns for size in (1, 3)]
-    assert found[0] == found[1]
-    assert answer(bench, tiny, tmp_path / "other", seed=2).turns[1] != found[0][1], "another seed draws otherwise"
-    assert answer(bench, tiny, tmp_path / "other seed", seed=2).turns[3] == found[0][3], "at temperature 0 nothing is"
+    found, batched = (answer(bench, tiny, tmp_path / str(size), size) for size in (1, 3))
+    assert found == batched
+    other = answer(bench, tiny, tmp_path / "other", seed=2)
+    assert other[1] != found[1], "another seed draws otherwise"
+    assert other[3] == found[3], "at temperature 0 nothing is drawn"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
-    ids = tokenizer("<user>First of 3?<end><assistant>", return_tensors="pt")["input_ids"]
-    greedy = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
-    assert tokenizer.decode(greedy, skip_special_tokens=True).strip() == found[0][3][0]
-    first, second = found[0][3]
-    text = f"<user>First of 3?<end><assistant>{first}<end><user>Second of 3?<end><assistant>"
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    greedy = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
-    assert tokenizer.decode(greedy, skip_special_tokens=True).strip() == second
+    text = ""
+    for question, said in zip(("First", "Second"), found[3], strict=True):
+        text += f"<user>{question} of 3?<end><assistant>"
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        greedy = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        assert tokenizer.decode(greedy, skip_special_tokens=True).strip() == said
+        text += f"{said}<end>"
 
 
 def test_draws_have_the_probabilities_of_their_temperature():
@@ -381,84 +319,63 @@ def test_temperatures_are_the_benchmarks():
     assert TEMPERATURES.keys() - warm.keys() == {"reasoning", "math", "coding", "extraction"}
 
 
-def test_a_run_that_was_cut_goes_on(tiny, files):
-    """Of another number of ranks too: what each of them has left counts."""
-    bench, folder = MTBench(str(files), judged=False), files / "answers"
-    whole = answer(bench, tiny, files / "whole")
+def test_a_run_that_was_cut_goes_on(tiny, files, capsys):
+    """With what is saved, but for a line that was cut short."""
+    bench, path = MTBench(str(files), judged=False), files / "answers" / "tiny.jsonl"
+    whole, turns = answer(bench, tiny, files / "whole"), iter(range(9))
     lines = (files / "whole" / "tiny.jsonl").read_text().splitlines(keepends=True)
-    folder.mkdir()
-    (folder / "tmp-1-tiny.jsonl").write_text(lines[1])
-    (folder / "tmp-0-tiny.jsonl").write_text(lines[2] + lines[0][:-20])
-    kept = [json.loads(line)["answer_id"] for line in lines]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), AutoTokenizer.from_pretrained(tiny)
-    generate, turns = model.generate, iter(range(9))
+    path.parent.mkdir()
+    path.write_text(lines[1] + lines[0][:-20])
 
-    def cut(**settings):
-        if next(turns) == 2:
-            raise KeyboardInterrupt
-        return generate(**settings)
+    def cut(model):
+        generate = model.generate
+        model.generate = lambda **how: generate(**how) if next(turns) < 2 else signal.raise_signal(signal.SIGINT)
 
-    model.generate = cut
     with pytest.raises(KeyboardInterrupt):
-        file = AnswerFile(folder, "tiny", MADE_WITH)
-        file.answer(bench.questions, lambda: (model, tokenizer), file.read(), 1)
-    again = answer(bench, tiny, folder)
-    assert "1 answers made, 3 were saved already" in again.summary
-    assert again.turns == whole.turns
-    found = [json.loads(line)["answer_id"] for line in (folder / "tiny.jsonl").read_text().splitlines()]
-    assert [found[n] == kept[n] for n in range(4)] == [False, True, True, False]
-    assert [path.name for path in folder.iterdir()] == ["tiny.jsonl"]
+        answer(bench, tiny, files / "answers", batch_size=1, change=cut)
+    assert [line["question_id"] for line in lines_of(path)] == [1, 2]
+    capsys.readouterr()
+    assert answer(bench, tiny, files / "answers") == whole
+    assert "2 answers made, 2 were saved already" in capsys.readouterr().out
+    assert [line["question_id"] for line in lines_of(path)] == [1, 2, 3, 4]
+    assert lines_of(path)[1] == json.loads(lines[1])
     with pytest.raises(UserError, match=r"has answers made with other max_new_tokens, weights; move it away"):
-        AnswerFile(folder, "tiny", MADE_WITH | {"weights": "others", "max_new_tokens": 9}).read()
+        AnswerFile(path.parent, "tiny", MADE_WITH | {"weights": "others", "max_new_tokens": 9})
     foreign = [{key: value for key, value in json.loads(line).items() if key != "made_with"} for line in lines]
-    write_lines(folder / "tiny.jsonl", foreign)
-    assert len(AnswerFile(folder, "tiny", MADE_WITH).read()) == 4, "FastChat's own lines"
+    write_lines(path, foreign)
+    assert len(AnswerFile(path.parent, "tiny", MADE_WITH).saved) == 4, "FastChat's own lines"
 
 
-def test_a_question_longer_than_the_model_has_no_answer(tiny, files):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), AutoTokenizer.from_pretrained(tiny)
+def test_a_question_longer_than_the_model_has_no_answer(tiny, files, capsys):
     bench = MTBench(str(files), judged=False)
-    short = answer(bench, tiny, files / "short", max_new_tokens=3).turns
-    model.config.max_position_embeddings = 17  # the first turn has 14, and so room for three more alone
-    file = AnswerFile(files / "answers", "tiny", MADE_WITH)
-    found = file.answer(bench.questions, lambda: (model, tokenizer), {}, 8)
-    assert found.turns == {number: [first, ""] for number, (first, _) in short.items()}
-    assert "4 turns have no answer, as their prompt fills the model's context" in found.summary
+    short = answer(bench, tiny, files / "short", max_new_tokens=3)
+
+    def shorten(model):
+        model.config.max_position_embeddings = 17  # the first turn has 14, and so room for three more alone
+
+    found = answer(bench, tiny, files / "answers", change=shorten)
+    assert found == {number: [first, ""] for number, (first, _) in short.items()}
+    assert "4 turns have no answer, as their prompt fills the model's context" in capsys.readouterr().out
+
+
+QUESTION = {"question_id": 1, "category": "writing", "turns": ["a", "b"]}
+PROMPT = {"name": "single-v1", "system_prompt": "a", "prompt_template": "b"}
+REFERENCES = "reference_answer_gpt-4.jsonl"
 
 
 @pytest.mark.parametrize(
     ("path", "row", "said"),
     [
-        (
-            "question.jsonl",
-            {"question_id": 1, "category": "writing", "turns": ["a"]},
-            "line 1: turns must be two",
-        ),
-        ("question.jsonl", {"question_id": 1, "category": "art", "turns": ["a", "b"]}, "category must be one of writ"),
-        ("question.jsonl", {"question_id": "1", "category": "math", "turns": ["a", "b"]}, "question_id must be a num"),
+        ("question.jsonl", QUESTION | {"turns": ["a"]}, "line 1: turns must be two"),
+        ("question.jsonl", QUESTION | {"category": "art"}, "category must be one of writ"),
+        ("question.jsonl", QUESTION | {"question_id": "1"}, "question_id must be a num"),
         ("question.jsonl", None, "question.jsonl: no such file"),
         ("judge_prompts.jsonl", {"name": "single-v1"}, "line 1: system_prompt is missing"),
-        (
-            "judge_prompts.jsonl",
-            {"name": "single-v1", "system_prompt": "a", "prompt_template": "b"},
-            "has no prompt named single-math-v1",
-        ),
-        (
-            "judge_prompts.jsonl",
-            {"name": "single-v1", "system_prompt": "a", "prompt_template": "{answer} {verdict}"},
-            "single-v1 has the unknown field {verdict}",
-        ),
-        ("reference_answer_gpt-4.jsonl", {"question_id": 3, "choices": []}, "line 1: choices must be a list"),
-        (
-            "reference_answer_gpt-4.jsonl",
-            {"question_id": 3, "choices": [{"turns": ["a", ""]}]},
-            "line 1: turns must",
-        ),
-        (
-            "reference_answer_gpt-4.jsonl",
-            {"question_id": 3, "choices": [{"turns": ["a", "b"]}]},
-            "has no answer to question 4 of the category math",
-        ),
+        ("judge_prompts.jsonl", PROMPT, "has no prompt named single-math-v1"),
+        ("judge_prompts.jsonl", PROMPT | {"prompt_template": "{answer} {verdict}"}, "the unknown field {verdict}"),
+        (REFERENCES, {"question_id": 3, "choices": 1}, "line 1: choices is not a list"),
+        (REFERENCES, {"question_id": 3, "choices": [{"turns": ["a", ""]}]}, "line 1: choices[0].turns must be two"),
+        (REFERENCES, {"question_id": 3, "choices": [{"turns": ["a", "b"]}]}, "has no answer to question 4 of the cat"),
     ],
 )
 def test_files_that_lack_something_are_told_before_a_model_is_loaded(files, capsys, path, row, said):
@@ -480,10 +397,3 @@ def test_new_weights_in_the_same_folder_are_others(tmp_path):
     os.utime(tmp_path / "model.safetensors", ns=(1, 1))
     assert describe_weights(str(tmp_path)) != before
     assert describe_weights("owner/name") == "owner/name"
-
-
-def test_a_model_without_a_chat_template_is_told(data_dir, files, capsys):
-    words = ["--tasks", "mt_bench", "--data_dir", str(files), "--output", str(files / "out")]
-    with pytest.raises(SystemExit, match="2"):
-        eval_command.main([str(data_dir / "models" / "stories260k-hf"), *words])
-    assert "--tasks mt_bench: the tokenizer of" in capsys.readouterr().out
