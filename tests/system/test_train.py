@@ -45,7 +45,8 @@ from lisa_dist.distributed.launching import launch_if_asked
 from lisa_dist.distributed.run_lock import LOCK_NAME, one_run_in
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.run.arguments import RunArguments, RunConfig, parse_arguments, run_parser
-from lisa_dist.run.run import load_examples, run
+from lisa_dist.run.inputs import load_examples
+from lisa_dist.run.run import run
 from lisa_dist.run.task_configs import LisaSFTConfig, accumulation_steps
 from lisa_dist.train.sft_trainer import LisaTrainer
 

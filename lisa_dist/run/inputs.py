@@ -1,14 +1,19 @@
-"""The tokenizer of a run and the processor of a vision-language model, which are saved with the model."""
+"""What a run trains on: its tokenizer, the processor of a vision-language model, and its examples."""
 
 from typing import Any, TypeAlias
 
+from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from lisa_dist.data.chat_template import set_chat_template
+from lisa_dist.data.dataset import Data, load_data
+from lisa_dist.data.image_rows import have_images, load_image_data
+from lisa_dist.data.task_rows import check_template, load_task_data
+from lisa_dist.distributed.collectives import raise_shared
 from lisa_dist.errors import UserError
 from lisa_dist.run.arguments import RunConfig, model_config_of
-from lisa_dist.tasks import REWARD
+from lisa_dist.tasks import REWARD, SFT
 from lisa_dist.text import in_one_line
 
 Processing: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
@@ -78,3 +83,37 @@ def load_processor(
         return tokenizer, f"none: TRL's trainer of {config.run.task} takes a tokenizer, which is saved with the model"
     vars(processor)["tokenizer"] = tokenizer
     return processor, f"{type(processor).__name__}, saved with the model"
+
+
+def load_examples(config: RunConfig, processing: Processing, processor: str = "") -> Data:
+    """The examples of a run: of sft as tokens, which TRL takes as they are; all ranks call it, one of a host works.
+
+    `processing` is the tokenizer, or a processor with it, for which rows with images stay rows; `processor` is
+    the line about it of `load_processing`.
+    """
+    ranks, problem, training = PartialState(), None, config.training
+    tokenizer: Any = getattr(processing, "tokenizer", processing)
+    with ranks.main_process_first(), ranks.local_main_process_first():  # the others find what was cached, as in TRL
+        try:
+            if config.run.task == SFT and processor and have_images(config.data):
+                if processing is tokenizer:
+                    raise UserError(
+                        f"--dataset_name {' '.join(config.data.dataset_name or [])}: its rows have images, and the "
+                        f"model's processor is {processor}; save it beside the model, or leave the column out."
+                    )
+                data = load_image_data(config.data, training.seed)
+            elif config.run.task == SFT:
+                data = load_data(
+                    config.data,
+                    tokenizer,
+                    max_length=training.max_length,
+                    seed=training.seed,
+                    num_proc=training.dataset_num_proc,
+                )
+            else:
+                data = load_task_data(config.data, config.run.task, training.seed)
+                check_template(tokenizer, data.train)
+        except UserError as error:
+            problem = str(error)
+    raise_shared(problem)
+    return data
