@@ -2,7 +2,6 @@
 
 import sys
 import threading
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,9 +20,6 @@ from lisa_dist.zero.cpu_ops import guard_builds
 
 def main(words: Sequence[str] | None = None) -> None:
     """Parse and run, or start `--gpus` ranks that do. An error of the user's is one line and exit status 2."""
-    # DeepSpeed and TRL use these names, and will until the releases that we support end: users cannot act on them.
-    for warning in (r"`torch\.distributed\.\w+` is deprecated", r"`(is_)?gradient_checkpointing(_\w+)?` is deprecated"):
-        warnings.filterwarnings("ignore", warning, FutureWarning)
     leave_out_useless_words()
     threading.excepthook = _in_one_line
     with exit_on_error("lisa-dist"):

@@ -25,7 +25,7 @@ from lisa_dist.flags import run_parser as parser_of_task
 from lisa_dist.loss.label_logits import check_loss
 from lisa_dist.model_names import HUB_IDS
 from lisa_dist.presets import PRESET_HELP, check_preset
-from lisa_dist.run.task_configs import CONFIGS, LisaSFTConfig
+from lisa_dist.run.task_configs import CONFIGS, LisaSFTConfig, check_ranges
 from lisa_dist.run_folder import hide_secrets
 from lisa_dist.tasks import SFT, TASKS, check_rewards_given, check_task, task_of
 
@@ -141,10 +141,7 @@ class RunArguments:
             )
         parse_budget(self.gpu_memory, is_kept_to=True)
         check_loss(self.loss)
-        if self.hang_timeout < 0:
-            raise UserError(f"--hang_timeout {self.hang_timeout}: seconds are not negative; 0 turns it off.")
-        if self.layer_norms < 0:
-            raise UserError(f"--layer_norms {self.layer_norms}: looks at every N-th step; 1 at each, 0 at none.")
+        check_ranges(self)
 
 
 @dataclass
@@ -169,12 +166,7 @@ class ModelArguments(ModelConfig):
         known = self.dtype in (None, "auto") or isinstance(getattr(torch, str(self.dtype), None), torch.dtype)
         if not known:
             raise UserError(f"--dtype {self.dtype}: unknown; give auto or a name of torch's, such as bfloat16.")
-        if self.lora_r < 1:
-            raise UserError(f"--lora_r {self.lora_r}: the rank of an adapter is at least 1.")
-        if self.lora_alpha <= 0:
-            raise UserError(f"--lora_alpha {self.lora_alpha}: adapters are scaled by it over the rank; it is above 0.")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"--lora_dropout {self.lora_dropout}: a probability from 0 up to, not including, 1.")
+        check_ranges(self)
         targets = self.lora_target_modules or []
         targets = [targets] if isinstance(targets, str) else targets
         if "lm_head" in targets:
@@ -276,35 +268,34 @@ class RunConfig(NamedTuple):
 
     def copy(self) -> "RunConfig":
         """The same in objects of its own. Copied as they are: to build TrainingArguments again would start ranks."""
-        training: Any = copy.copy(self.training)
-        training.deepspeed_plugin = copy.deepcopy(self.training.deepspeed_plugin)
+        groups: Any = map(copy.copy, self)
+        copied = RunConfig(*groups)
+        training: Any = copied.training
+        training.deepspeed_plugin = copy.deepcopy(training.deepspeed_plugin)
         if training.deepspeed:  # the config that the plugin holds, which the trainer fills in
             training.hf_deepspeed_config = training.deepspeed_plugin.hf_ds_config
-        return RunConfig(
-            run=copy.copy(self.run),
-            data=copy.copy(self.data),
-            training=training,
-            model=copy.copy(self.model),
-            lisa=copy.copy(self.lisa),
-        )
+        return copied
 
     def flags(self) -> dict[str, Any]:
         """All flags and their values, but those that each rank has for itself; *** in place of secrets."""
         flags: dict[str, Any] = {}
         for group in self:
             values = group.to_dict() if hasattr(group, "to_dict") else vars(group)
-            flags |= {f"--{name}": value for name, value in values.items()}
-        shown = {name: value for name, value in flags.items() if name not in ("--local_rank", "--logging_dir")}
-        return hide_secrets(shown)
+            flags |= {f"--{name}": value for name, value in values.items() if name not in ("local_rank", "logging_dir")}
+        return hide_secrets(flags)
+
+    def load(self, auto_class: Any) -> Any:
+        """What a class of transformers, such as AutoTokenizer, loads of the run's model."""
+        return auto_class.from_pretrained(
+            str(self.model.model_name_or_path),
+            revision=self.model.model_revision,
+            trust_remote_code=self.training.trust_remote_code,
+        )
 
 
 def model_config_of(config: RunConfig) -> PretrainedConfig:
     """The configuration of a run's model."""
-    return AutoConfig.from_pretrained(
-        str(config.model.model_name_or_path),
-        revision=config.model.model_revision,
-        trust_remote_code=config.training.trust_remote_code,
-    )
+    return config.load(AutoConfig)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
@@ -316,11 +307,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     check_port()
     # What is cheap to check comes first: the training arguments start the process group.
     run_args, data_args, lisa_config, model_args, training_args = parser.parse(argv)
-    _check_budget(run_args, lisa_config)
-    return RunConfig(run_args, data_args, training_args, model_args, lisa_config)
-
-
-def _check_budget(run_args: RunArguments, lisa_config: LisaConfig) -> None:
-    """Other methods have no use for --gpu_memory, as their header says: a recipe that has it serves them too."""
     is_auto = AUTO in (parse_checkpointed_layers(run_args.checkpointed_layers), lisa_config.lisa_activated_layers)
-    parse_budget(run_args.gpu_memory, is_auto or run_args.method != "lisa")
+    # Other methods have no use for --gpu_memory, as their header says: a recipe that has it serves them too.
+    parse_budget(run_args.gpu_memory, is_kept_to=is_auto or run_args.method != "lisa")
+    return RunConfig(run_args, data_args, training_args, model_args, lisa_config)

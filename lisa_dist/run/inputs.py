@@ -4,7 +4,7 @@ from typing import Any, TypeAlias
 
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from lisa_dist.data.chat_template import set_chat_template
 from lisa_dist.data.dataset import Data, load_data
@@ -23,7 +23,7 @@ _TOKENIZER_ALONE = ("orpo", REWARD)  # tasks whose trainers of TRL take no proce
 def load_processing(config: RunConfig) -> tuple[Processing, str, str]:
     """What makes rows of texts and images, a line about its chat template, and one about its processor, or ""."""
     tokenizer = load_tokenizer(config)
-    processing, described = load_processor(config, model_config_of(config), tokenizer)
+    processing, described = _load_processor(config, tokenizer)
     template = set_chat_template(tokenizer, path := getattr(config.training, "chat_template_path", None))
     if path is not None or not processing.chat_template:
         processing.chat_template = tokenizer.chat_template
@@ -33,21 +33,15 @@ def load_processing(config: RunConfig) -> tuple[Processing, str, str]:
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with the end of a turn that `--eos_token` gives."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.model.model_name_or_path,
-            revision=config.model.model_revision,
-            trust_remote_code=config.training.trust_remote_code,
-        )
+        tokenizer = config.load(AutoTokenizer)
     except Exception as error:
         # The library tokenizers, which is in Rust, raises Exception itself for files that it cannot read; the others
         # are of transformers, which reads the model's config too.
         known = OSError | ValueError | TypeError | KeyError | AttributeError | StrictDataclassError
         if type(error) is not Exception and not isinstance(error, known):
             raise
-        raise UserError(
-            f"--model_name_or_path {config.model.model_name_or_path}: its tokenizer cannot be loaded "
-            f"({in_one_line(error)})."
-        ) from error
+        flag = f"--model_name_or_path {config.model.model_name_or_path}"
+        raise UserError(f"{flag}: its tokenizer cannot be loaded ({in_one_line(error)}).") from error
     for flag in ("eos_token", "pad_token"):
         token = getattr(config.training, flag, None)  # not every task has both
         if token is not None and token not in tokenizer.get_vocab():
@@ -57,22 +51,17 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_processor(
-    config: RunConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Processing, str]:
+def _load_processor(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Processing, str]:
     """The processor with this tokenizer, or the tokenizer where there is none; and what is to be said of it.
 
     The second is empty for a model of texts alone, and begins with "none" where one should be there. A tokenizer
     without a chat template has the processor's then.
     """
+    model_config = model_config_of(config)
     if model_config.get_text_config() is model_config:
         return tokenizer, ""
     try:
-        processor: Any = AutoProcessor.from_pretrained(
-            config.model.model_name_or_path,
-            revision=config.model.model_revision,
-            trust_remote_code=config.training.trust_remote_code,
-        )
+        processor: Any = config.load(AutoProcessor)
     except (OSError, ValueError, ImportError) as error:  # no files of one, or no package for its images
         return tokenizer, f"none, and the model is saved without one: {in_one_line(error)[:200]}"
     if not isinstance(processor, ProcessorMixin):

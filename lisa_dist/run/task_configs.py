@@ -66,6 +66,12 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "max_steps": ("1 or more; -1 lets --num_train_epochs decide", lambda value: value == -1 or value >= 1),
     "max_length": ("1 or more; -1 is no limit", lambda value: value == -1 or value >= 1),
     "seed": ("from 0 to 4294967295", lambda value: 0 <= value < 2**32),  # as NumPy takes it
+    # Of a run's other arguments.
+    "hang_timeout": ("seconds are not negative; 0 turns it off", lambda value: value >= 0),
+    "layer_norms": ("looks at every N-th step; 1 at each, 0 at none", lambda value: value >= 0),
+    "lora_r": ("the rank of an adapter is at least 1", lambda value: value >= 1),
+    "lora_alpha": ("adapters are scaled by it over the rank; it is above 0", lambda value: value > 0),
+    "lora_dropout": ("a probability from 0 up to, not including, 1", lambda value: 0 <= value < 1),
 }
 # Objects that are taken as they are where a text does not begin as JSON does.
 _OBJECTS = ("model_init_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
@@ -116,7 +122,7 @@ class TrainingFlags(_Arguments):
     )
 
     def __post_init__(self) -> None:
-        _check_ranges(self)
+        check_ranges(self)
         if getattr(self, "max_length", None) == -1:  # which TRL's null is on a command line
             vars(self)["max_length"] = None  # it would cut the last token off
         if self.global_batch_size is not None:
@@ -161,12 +167,13 @@ class TrainingFlags(_Arguments):
             self.optim = LisaOptimizerNames.LISA_ADAMW
 
 
-def _check_ranges(arguments: Any) -> None:
+def check_ranges(arguments: Any) -> None:
+    """Raise UserError for a number of one of a run's dataclasses that is out of its range."""
     for name, (rule, holds) in _RANGES.items():
         value = getattr(arguments, name, None)  # one that a task lacks is not given
         if value is not None and not holds(value):
             raise UserError(f"--{name} {value}: {rule}.")
-        if value is not None and value > _LARGEST and name != "seed":
+        if value is not None and value > _LARGEST and name not in ("seed", "hang_timeout"):
             raise UserError(f"--{name} {value}: at most 1e9.")
     for name in _OBJECTS:
         value = getattr(arguments, name, None)
