@@ -9,12 +9,11 @@ from lisa_dist.commands import exit_on_error
 from lisa_dist.distributed.launching import end_process, launch_if_asked
 from lisa_dist.distributed.signals import catch_stop_signals
 from lisa_dist.errors import UserError
-from lisa_dist.flag_words import first_word_as
+from lisa_dist.flags import first_word_as, task_of
 from lisa_dist.run.arguments import parse_arguments, run_parser
 from lisa_dist.run.quiet import leave_out_bars_of_other_ranks, leave_out_useless_words
 from lisa_dist.run.run import run
 from lisa_dist.run.settle import apply_preset
-from lisa_dist.tasks import task_of
 from lisa_dist.zero.cpu_ops import guard_builds
 
 

@@ -1,13 +1,9 @@
-"""The arguments of a run, checked where they are made; and the screen of `lisa-dist train --help`.
+"""The arguments of a run, checked where they are made; and the screen of `lisa-dist train --help`."""
 
-Flags and recipe are read into TRL's SFTConfig and ModelConfig, LisaConfig, and the few arguments of our own.
-"""
-
-import copy
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,17 +13,18 @@ from trl import ModelConfig
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.data.dataset import DataArguments
+from lisa_dist.definitions import setting
 from lisa_dist.distributed.ranks import check_port, set_rank
 from lisa_dist.distributed.watchdog import HANG_TIMEOUT
 from lisa_dist.errors import UserError
-from lisa_dist.flags import FlagParser
+from lisa_dist.flags import FlagParser, task_of
 from lisa_dist.flags import run_parser as parser_of_task
 from lisa_dist.loss.label_logits import check_loss
 from lisa_dist.model_names import HUB_IDS
 from lisa_dist.presets import PRESET_HELP, check_preset
 from lisa_dist.run.task_configs import CONFIGS, LisaSFTConfig, check_ranges
 from lisa_dist.run_folder import hide_secrets
-from lisa_dist.tasks import SFT, TASKS, check_rewards_given, check_task, task_of
+from lisa_dist.tasks import SFT, TASKS, check_rewards_given, check_task
 
 METHODS = ("lisa", "full", "lora")
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
@@ -37,90 +34,60 @@ ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
 class RunArguments:
     """What to train, and how."""
 
-    method: str = field(
-        default="lisa",
-        metadata={
-            "help": "lisa, full to train every parameter in every step, or lora to train adapters "
-            "(--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules)."
-        },
+    method: str = setting(
+        "lisa",
+        "lisa, full to train every parameter in every step, or lora to train adapters "
+        "(--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules).",
     )
-    lisa_preset: str | None = field(
-        default=None,
-        metadata={
-            "help": f"{PRESET_HELP} By default lora where none of --lisa_activated_layers, --optim, "
-            "--lisa_state_bits, --lisa_master, --lisa_offload and --lisa_unit is given and the DeepSpeed config does "
-            "not offload."
-        },
+    lisa_preset: str | None = setting(
+        None,
+        f"{PRESET_HELP} By default lora where none of --lisa_activated_layers, --optim, "
+        "--lisa_state_bits, --lisa_master, --lisa_offload and --lisa_unit is given and the DeepSpeed config does "
+        "not offload.",
     )
-    task: str = field(
-        default=SFT,
-        metadata={"help": "; ".join(f"{name}: {task.what}" for name, task in TASKS.items()) + "."},
+    task: str = setting(SFT, "; ".join(f"{name}: {task.what}" for name, task in TASKS.items()) + ".")
+    reward_funcs: list[str] | None = setting(
+        None,
+        "With --task grpo, one or several: rewards.py for the function reward in it, rewards.py:name for "
+        "another, a folder with a reward model, or a name of trl.rewards, such as think_format_reward.",
     )
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "With --task grpo, one or several: rewards.py for the function reward in it, rewards.py:name for "
-            "another, a folder with a reward model, or a name of trl.rewards, such as think_format_reward."
-        },
+    overwrite_output_dir: bool = setting(
+        False,
+        "Begin in an --output_dir that has the model or the checkpoints of another run, which go; without "
+        "it such a run is refused.",
     )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={
-            "help": "Begin in an --output_dir that has the model or the checkpoints of another run, which go; without "
-            "it such a run is refused."
-        },
+    sample_prompt: list[str] | None = setting(None, "Prompts to answer before and after training, printed on rank 0.")
+    checkpointed_layers: str | None = setting(
+        None,
+        "Gradient checkpointing: none, all, a number of decoder layers, or auto for the fewest that the "
+        "GPU's memory is enough for. Other methods than lisa take none and all, and auto as all. Left out, "
+        "--gradient_checkpointing decides.",
     )
-    sample_prompt: list[str] | None = field(
-        default=None, metadata={"help": "Prompts to answer before and after training, printed on rank 0."}
+    gpu_memory: str | None = setting(
+        None,
+        "Memory for --checkpointed_layers auto and --lisa_activated_layers auto, such as 22GiB; by default "
+        "what the GPU has free but 1.5 GiB, or 6 percent.",
     )
-    checkpointed_layers: str | None = field(
-        default=None,
-        metadata={
-            "help": "Gradient checkpointing: none, all, a number of decoder layers, or auto for the fewest that the "
-            "GPU's memory is enough for. Other methods than lisa take none and all, and auto as all. Left out, "
-            "--gradient_checkpointing decides."
-        },
+    loss: str = setting(
+        AUTO,
+        "How the loss is computed: logits (of the positions with a label, kept for the backward pass), "
+        "chunked (TRL's, computed again there), liger, or auto: logits where they fit, else liger where it runs.",
     )
-    gpu_memory: str | None = field(
-        default=None,
-        metadata={
-            "help": "Memory for --checkpointed_layers auto and --lisa_activated_layers auto, such as 22GiB; by default "
-            "what the GPU has free but 1.5 GiB, or 6 percent."
-        },
+    save_async: bool = setting(
+        False,
+        "With --method lisa: write checkpoints while training goes on, which waits for the copies of what "
+        "has changed on the host alone.",
     )
-    loss: str = field(
-        default=AUTO,
-        metadata={
-            "help": "How the loss is computed: logits (of the positions with a label, kept for the backward pass), "
-            "chunked (TRL's, computed again there), liger, or auto: logits where they fit, else liger where it runs."
-        },
+    eval_frozen_bits: int | None = setting(
+        None,
+        "With --lisa_frozen_bits 8 or 4: 16 evaluates with the originals of frozen layers, copied in one "
+        "matrix at a time; by default with what the device has.",
     )
-    save_async: bool = field(
-        default=False,
-        metadata={
-            "help": "With --method lisa: write checkpoints while training goes on, which waits for the copies of what "
-            "has changed on the host alone."
-        },
+    hang_timeout: float = setting(
+        HANG_TIMEOUT, "Seconds without a step after which a run is ended, naming the rank that hangs; 0 for never."
     )
-    eval_frozen_bits: int | None = field(
-        default=None,
-        metadata={
-            "help": "With --lisa_frozen_bits 8 or 4: 16 evaluates with the originals of frozen layers, copied in one "
-            "matrix at a time; by default with what the device has."
-        },
-    )
-    hang_timeout: float = field(
-        default=HANG_TIMEOUT,
-        metadata={
-            "help": "Seconds without a step after which a run is ended, naming the rank that hangs; 0 for never."
-        },
-    )
-    layer_norms: int = field(
-        default=0,
-        metadata={
-            "help": "Record the norms of each block's weights and updates in every N-th step, for lisa-dist norms; 0 "
-            "for never."
-        },
+    layer_norms: int = setting(
+        0, "Record the norms of each block's weights and updates in every N-th step, for lisa-dist norms; 0 for never."
     )
 
     def __post_init__(self) -> None:
@@ -148,7 +115,7 @@ class RunArguments:
 class ModelArguments(ModelConfig):
     """TRL's ModelConfig; weights are loaded in the precision of the run unless `--dtype` says otherwise."""
 
-    dtype: str | None = field(default=None, metadata={"help": "Precision to load the weights in."})
+    dtype: str | None = setting(None, "Precision to load the weights in.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -265,16 +232,6 @@ class RunConfig(NamedTuple):
     training: LisaSFTConfig
     model: ModelArguments
     lisa: LisaConfig
-
-    def copy(self) -> "RunConfig":
-        """The same in objects of its own. Copied as they are: to build TrainingArguments again would start ranks."""
-        groups: Any = map(copy.copy, self)
-        copied = RunConfig(*groups)
-        training: Any = copied.training
-        training.deepspeed_plugin = copy.deepcopy(training.deepspeed_plugin)
-        if training.deepspeed:  # the config that the plugin holds, which the trainer fills in
-            training.hf_deepspeed_config = training.deepspeed_plugin.hf_ds_config
-        return copied
 
     def flags(self) -> dict[str, Any]:
         """All flags and their values, but those that each rank has for itself; *** in place of secrets."""

@@ -332,10 +332,7 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
-    """Raise UserError for layers or modules that this model cannot have.
-
-    Modules of models that come with their own code, or see and hear too, are checked once they are loaded.
-    """
+    """Raise UserError for layers, or modules of a known architecture, that this model cannot have."""
     lisa_config, num_layers = config.lisa, number_of_decoder_layers(model_config)
     num_active = lisa_config.lisa_activated_layers
     if config.training.use_liger_kernel:

@@ -24,10 +24,7 @@ from lisa_dist.zero.parameters import parameter_numel
 
 
 def describe_run(settled: Settled, template: str, processor: str) -> str:
-    """A table of how the run is run, with the flags that have no effect under its method.
-
-    `processor` is what images would go by; where it is empty nothing is said.
-    """
+    """A table of how the run is run; `processor` is what images would go by, or ""."""
     config, args, task = settled.config, settled.config.training, settled.config.run.task
     checkpointed = None if config.run.method == "lisa" else parse_checkpointed_layers(config.run.checkpointed_layers)
     which = {0: "no layer", AUTO: "all layers; auto chooses among them with --method lisa alone", None: ""}

@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.checkpointing import AUTO
+from lisa_dist.definitions import setting
 from lisa_dist.errors import UserError
 from lisa_dist.files import check_new_file
 from lisa_dist.memory.plan import Plan, PlanArguments
@@ -48,10 +49,8 @@ _RATES = {
 class InitArguments(PlanArguments):
     """What is asked of `lisa-dist init`: a plan's questions, and where things are."""
 
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Of the run; by default runs/ and the model's name."}
-    )
-    recipe: str | None = field(default=None, metadata={"help": "The file to write; left out, it is printed."})
+    output_dir: str | None = setting(None, "Of the run; by default runs/ and the model's name.")
+    recipe: str | None = setting(None, "The file to write; left out, it is printed.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,11 +157,5 @@ def _as_yaml(value: object) -> str:
 
 def _join(words: Sequence[str]) -> str:
     """A command in one line, as a comment holds it: what cannot be printed is written as in bash's $'...'."""
-    quoted = []
-    for word in words:
-        if word.isprintable():
-            quoted.append(shlex.quote(word))
-            continue
-        plain = word.replace("\\", "\\\\").replace("'", "\\'")
-        quoted.append("$'" + "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in plain) + "'")
-    return " ".join(quoted)
+    # After a quotation mark Python puts what it shows between apostrophes, with the same escapes.
+    return " ".join(shlex.quote(word) if word.isprintable() else "$'" + repr(f'"{word}')[2:] for word in words)

@@ -20,10 +20,7 @@ from lisa_dist.text import in_one_line
 
 
 def load_rewards(given: Sequence[str]) -> list[Any]:
-    """What GRPOTrainer takes for each word: a function, or the folder of a reward model; every rank calls it.
-
-    Raises UserError for a file that cannot be run or lacks the function, and for a name that is nothing.
-    """
+    """What GRPOTrainer takes for each word; UserError for what is no reward. Every rank calls it."""
     loaded, problem = [], None
     try:
         loaded = [_load(word) for word in given]

@@ -1,7 +1,4 @@
-"""A training run, in its order: check, settle, load, train; what `launch/train.py` and `lisa-dist train` do.
-
-TRL's trainer of the task loads the model and trains.
-"""
+"""A training run, in its order: check, settle, load, train by TRL's trainer of the task."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +25,7 @@ from lisa_dist.zero.cpu_ops import start_deepspeed
 
 
 def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
-    """Train, and save the model in `output_dir`; `config` stays as it is, `words` of a command line are recorded.
+    """Train, and save the model in `output_dir`; `words` of a command line are recorded, `config` is settled.
 
     Returns `output_dir` on rank 0 when training finished, None on other ranks and after a signal. Raises UserError
     before a model is loaded for what cannot work.

@@ -58,10 +58,7 @@ _DESCRIBED = {
 
 
 class Settled(NamedTuple):
-    """A run in which nothing is auto: its arguments as TRL's trainer takes them, and lines of its header with reasons.
-
-    `layers_line` is empty where the number of layers was given.
-    """
+    """A run in which nothing is auto: its arguments as TRL's trainer takes them, and lines of its header."""
 
     config: RunConfig
     loss: str
@@ -100,11 +97,8 @@ def describe_preset(config: RunConfig) -> str:
 
 
 def settle(config: RunConfig, resume_from: str | bool | None) -> Settled:
-    """Settle checked arguments, in a copy; every rank calls it, and rank 0 decides what is planned.
-
-    Raises UserError on all ranks where nothing fits.
-    """
-    config, model_config = config.copy(), model_config_of(config)
+    """Settle checked arguments; every rank calls it, and rank 0 plans. UserError on all ranks where nothing fits."""
+    model_config = model_config_of(config)
     _set_what_flags_stand_for(config, model_config)
     training = config.training
     attention, reason = choose_attention(
@@ -237,10 +231,7 @@ def check_loss_of_run(config: RunConfig, model_config: PretrainedConfig) -> None
 
 
 def choose_loss(config: RunConfig, model_config: PretrainedConfig, gpu_bytes: int | None = None) -> tuple[str, str]:
-    """The loss of a run and the line that says so; every rank calls it, and rank 0 decides.
-
-    `gpu_bytes` is what a GPU has for tensors, None on CPUs.
-    """
+    """The loss of a run and the line that says so; every rank calls it, rank 0 decides. `gpu_bytes`: as above."""
     given, training = config.run.loss, config.training
     if config.run.task != SFT:
         return CHUNKED, f"TRL's of {config.run.task}"
@@ -312,10 +303,7 @@ def _logits_fit(config: RunConfig, model_config: PretrainedConfig, gpu_bytes: in
 
 
 def _plan_arguments(config: RunConfig, loss: str, gpu_bytes: int | None, bounded: bool = True) -> PlanArguments | None:
-    """What is to be planned; None without a --max_length, or where nobody knows the memory that a run may take.
-
-    Without --gpu_memory that is `gpu_bytes`. Unless nothing is asked of that memory: not `bounded`.
-    """
+    """What is to be planned; None without a --max_length, or where it is `bounded` by a memory that nobody knows."""
     training, checkpointed = config.training, parse_checkpointed_layers(config.run.checkpointed_layers)
     is_lisa = config.run.method == "lisa"
     budget = parse_budget(config.run.gpu_memory, is_kept_to=True) if is_lisa else None

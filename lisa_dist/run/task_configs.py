@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import ExplicitEnum
 from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig
 
+from lisa_dist.definitions import setting
 from lisa_dist.distributed.devices import check_accelerator, why_no_gpu
 from lisa_dist.ds_config import check_sections, find_ds_config, given_ds_config
 from lisa_dist.errors import UserError
@@ -89,36 +90,26 @@ class LisaOptimizerNames(ExplicitEnum):
 class TrainingFlags(_Arguments):
     """Put before one of TRL's configs: `--deepspeed` takes the short name of a shipped config, and CPU ranks work."""
 
-    deepspeed: dict | str | None = field(
-        default="zero2", metadata={"help": "Short name (zero1, zero2, zero3, zero2_offload, ...), path, or JSON."}
+    deepspeed: dict | str | None = setting(
+        "zero2", "Short name (zero1, zero2, zero3, zero2_offload, ...), path, or JSON."
     )
-    optim: str = field(
-        default="adamw_torch_fused", metadata={"help": f"The Trainer's names, and {LISA_ADAMW} with --method lisa."}
+    optim: str = setting("adamw_torch_fused", f"The Trainer's names, and {LISA_ADAMW} with --method lisa.")
+    torch_compile: bool = setting(
+        False,
+        "Compile each decoder layer by itself, on ZeRO stages 1 and 2: a graph for active, one for frozen layers.",
     )
-    torch_compile: bool = field(
-        default=False,
-        metadata={
-            "help": "Compile each decoder layer by itself, on ZeRO stages 1 and 2: a graph for active, one for frozen "
-            "layers."
-        },
+    use_liger_kernel: bool = setting(
+        _NOT_GIVEN,
+        "Liger's norms, rotary embedding and MLP; left out, --method lisa takes them on a GPU where "
+        "liger-kernel is installed and knows the model.",
     )
-    use_liger_kernel: bool = field(
-        default=_NOT_GIVEN,
-        metadata={
-            "help": "Liger's norms, rotary embedding and MLP; left out, --method lisa takes them on a GPU where "
-            "liger-kernel is installed and knows the model."
-        },
+    report_to: None | str | list[str] = setting(  # noqa: RUF036 - the parser goes by the second
+        "tensorboard", "Trackers: tensorboard, wandb, ..., several as wandb,tensorboard, all, or none."
     )
-    report_to: None | str | list[str] = field(  # noqa: RUF036 - the parser goes by the second
-        default="tensorboard",
-        metadata={"help": "Trackers: tensorboard, wandb, ..., several as wandb,tensorboard, all, or none."},
-    )
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Examples of a step on all ranks together, for a run to be the same on any number of GPUs; "
-            "--gradient_accumulation_steps follows from it."
-        },
+    global_batch_size: int | None = setting(
+        None,
+        "Examples of a step on all ranks together, for a run to be the same on any number of GPUs; "
+        "--gradient_accumulation_steps follows from it.",
     )
 
     def __post_init__(self) -> None:

@@ -44,10 +44,7 @@ TRAINERS = {
 
 
 def load_trainer(settled: Settled, processing: Processing, data: Data) -> Any:
-    """The trainer, which loads the model. Raises UserError for what the trainers of TRL and transformers refuse.
-
-    So it does for weights of other sizes than their configuration's.
-    """
+    """The trainer, which loads the model. Raises UserError for what TRL and transformers refuse."""
     try:
         return build_trainer(settled, processing, data)
     except UserError:

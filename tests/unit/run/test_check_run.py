@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lisa_dist import LisaConfig
-from lisa_dist.commands.given_files import look_for_files
+from lisa_dist.commands.verbs import look_for_files
 from lisa_dist.core.controller import LisaController
 from lisa_dist.errors import UserError
 from lisa_dist.files import describe_file, write_json
