@@ -66,10 +66,8 @@ def find_ds_config(name_or_path: str) -> str:
     with contextlib.suppress(OSError):  # of a name that is too long
         if Path(name_or_path).is_file():
             return name_or_path
-    raise UserError(
-        f"--deepspeed {name_or_path}: neither a file nor a shipped config; shipped are "
-        f"{', '.join(shipped_ds_configs())}."
-    )
+    shipped = ", ".join(shipped_ds_configs())
+    raise UserError(f"--deepspeed {name_or_path}: neither a file nor a shipped config; shipped are {shipped}.")
 
 
 def read_ds_config(name_or_path: str) -> dict:
@@ -97,24 +95,18 @@ def given_ds_config(given: dict | str | None) -> dict:
 
 def check_sections(config: dict) -> None:
     """Refuse values that are not of their kind, which DeepSpeed and transformers trip over."""
+    has = "the DeepSpeed config has"
     for name in _SECTIONS:
         if config.get(name) is not None and not isinstance(config[name], dict):
-            raise UserError(
-                f'the DeepSpeed config has {name} = {json.dumps(config[name])}: give an object {{"...": ...}}.'
-            )
+            raise UserError(f'{has} {name} = {json.dumps(config[name])}: give an object {{"...": ...}}.')
     zero = config.get("zero_optimization") or {}
     if zero.get("stage", 0) not in range(4) or isinstance(zero.get("stage"), bool):
-        raise UserError(
-            f"the DeepSpeed config has zero_optimization.stage = {json.dumps(zero['stage'])}: give 1, 2 or 3."
-        )
+        raise UserError(f"{has} zero_optimization.stage = {json.dumps(zero['stage'])}: give 1, 2 or 3.")
     for name, value in zero.items():
-        if name.endswith(("_size", "_threshold", "_live_parameters", "_reuse_distance")) and not (
-            value == "auto" or (isinstance(value, int | float) and value >= 0)
-        ):
-            raise UserError(
-                f"the DeepSpeed config has zero_optimization.{name} = {json.dumps(value)}: give a number of elements, "
-                'or "auto".'
-            )
+        is_size = name.endswith(("_size", "_threshold", "_live_parameters", "_reuse_distance"))
+        if is_size and value != "auto" and not (isinstance(value, int | float) and value >= 0):
+            rule = 'give a number of elements, or "auto"'
+            raise UserError(f"{has} zero_optimization.{name} = {json.dumps(value)}: {rule}.")
 
 
 def check_ds_config(config: dict) -> None:

@@ -91,9 +91,8 @@ def _check_flags(config: RunConfig) -> None:
     _check_schedule(training)
     strategy = getattr(training.eval_strategy, "value", training.eval_strategy)
     if strategy != "no" and not (config.data.eval_rows or config.data.eval_dataset_name):
-        raise UserError(
-            f"--eval_strategy {strategy}: there are no rows to evaluate; give --eval_rows 100, or --eval_dataset_name."
-        )
+        way_out = "give --eval_rows 100, or --eval_dataset_name"
+        raise UserError(f"--eval_strategy {strategy}: there are no rows to evaluate; {way_out}.")
     check_compile(training, ds_config, switches=method == "lisa")
     check_eval_frozen_bits(config.run.eval_frozen_bits, config.lisa)
     if method != "lisa":
@@ -138,9 +137,8 @@ def _check_task(config: RunConfig) -> None:
         if getattr(training, flag, None):
             raise UserError(f"--{flag} {getattr(training, flag)} with --task {task}: {why}; leave it out.")
     if task == KTO and training.per_device_train_batch_size < 2:
-        raise UserError(
-            "--per_device_train_batch_size 1 with --task kto: it compares the rows of a batch; give 2 or more."
-        )
+        rule = "it compares the rows of a batch; give 2 or more"
+        raise UserError(f"--per_device_train_batch_size 1 with --task kto: {rule}.")
     if task == GRPO:  # whose micro-batches are answers, of lengths and in rows that nothing bounds beforehand
         for flag, value, not_taken in (
             ("lisa_activated_layers", config.lisa.lisa_activated_layers, PLANNED_LAYERS),
@@ -158,9 +156,8 @@ def _check_schedule(training: Any) -> None:
     try:
         get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=dict(given))
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {given}: {in_one_line(error).rstrip('.')}."
-        ) from error
+        flags = f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {given}"
+        raise UserError(f"{flags}: {in_one_line(error).rstrip('.')}.") from error
 
 
 _TOKENIZERS = ("tokenizer*", "vocab*", "spiece*", "sentencepiece*", "*.model", "*.tiktoken", "tekken.json")

@@ -163,10 +163,8 @@ def check_auto_layers(config: RunConfig) -> None:
     if not config.training.max_length:
         raise UserError(f"--lisa_activated_layers {given}: give --max_length, which bounds what a step needs.")
     if given == AUTO_LAYERS and config.run.gpu_memory is None and not torch.cuda.is_available():
-        raise UserError(
-            "--lisa_activated_layers auto: there is no GPU to ask for its memory; give --gpu_memory, or a number of "
-            "layers."
-        )
+        rule = "there is no GPU to ask for its memory; give --gpu_memory, or a number of layers"
+        raise UserError(f"--lisa_activated_layers auto: {rule}.")
 
 
 def settle_layers(

@@ -190,17 +190,13 @@ def refused_upstream(error: Exception, arguments: Any) -> UserError:
 def accumulation_steps(global_batch_size: int, micro_batch_size: int, given: int, world_size: int) -> int:
     """Micro-batches of a rank in a global batch; `given` are --gradient_accumulation_steps, where 1 stands for none."""
     at_once = micro_batch_size * world_size
+    flag, steps = f"--global_batch_size {global_batch_size}", global_batch_size // at_once
     if global_batch_size < 1 or global_batch_size % at_once:
-        raise UserError(
-            f"--global_batch_size {global_batch_size}: must be a multiple of {at_once}, which "
-            f"--per_device_train_batch_size {micro_batch_size} is on {world_size} ranks."
-        )
-    steps = global_batch_size // at_once
+        one = f"--per_device_train_batch_size {micro_batch_size}"
+        raise UserError(f"{flag}: must be a multiple of {at_once}, which {one} is on {world_size} ranks.")
     if given not in (1, steps):
-        raise UserError(
-            f"--global_batch_size {global_batch_size} and --gradient_accumulation_steps {given}: give one of them; on "
-            f"{world_size} ranks it is {steps}."
-        )
+        both = f"{flag} and --gradient_accumulation_steps {given}"
+        raise UserError(f"{both}: give one of them; on {world_size} ranks it is {steps}.")
     return steps
 
 

@@ -92,16 +92,14 @@ def build_trainer(settled: Settled, processing: Processing, data: Data) -> Any:
         trainer = TRAINERS[config.run.task][config.run.method != "lisa"](**arguments)
     left = len(trainer.train_dataset)
     if left < len(data.train) and config.run.task != SFT:  # TRL leaves out what is too long, of some tasks
+        total = len(data.train)
         if not left:
-            raise UserError(
-                f"--max_length {config.training.max_length}: every one of {len(data.train)} rows is longer."
-            )
-        trainer.accelerator.print(f"{len(data.train) - left} of {len(data.train)} rows are too long, and left out")
+            raise UserError(f"--max_length {config.training.max_length}: every one of {total} rows is longer.")
+        trainer.accelerator.print(f"{total - left} of {total} rows are too long, and left out")
     if config.run.method != "lisa" and config.training.torch_compile:
         trainer.add_callback(CompiledLayers(trainer, config.lisa.lisa_layers_attribute))
     if config.training.bf16 and config.training.use_cpu and not cpu_multiplies_bf16():
-        model: Any = trainer.model
-        multiply_in_fp32(model)
+        multiply_in_fp32(trainer.model)
     if config.run.sample_prompt:
         trainer.add_callback(SampleCallback(trainer, config.run.sample_prompt))
     trainer.add_callback(BestMetric())
