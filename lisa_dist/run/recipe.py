@@ -82,7 +82,7 @@ def format_recipe(chosen: Chosen, words: Sequence[str], config: PretrainedConfig
     layers = (_ALL if gamma == num_layers else _LAYERS).format(num_layers)
     batch = arguments.gpus * arguments.micro_batch_size * arguments.gradient_accumulation_steps
     lines = [
-        _head(chosen, words),
+        _head(chosen, arguments, words),
         "# LISA: what trains in a period, and optimizer steps in it.",
         "method: lisa",
         *_of_task(arguments),
@@ -109,9 +109,9 @@ def format_recipe(chosen: Chosen, words: Sequence[str], config: PretrainedConfig
     return "\n".join([*lines, _END])
 
 
-def _head(chosen: Chosen, words: Sequence[str]) -> str:
+def _head(chosen: Chosen, arguments: InitArguments, words: Sequence[str]) -> str:
     """What the recipe is, how to start it, and its paths."""
-    arguments, plan, way = chosen.arguments, chosen.plan, chosen.fallback.name
+    plan, way = chosen.plan, chosen.fallback.name
     here = min(arguments.gpus, arguments.gpus_per_host)
     more_hosts = "" if here == arguments.gpus else "\n# on one host; for several: docs/clusters.md"
     return f"""\
