@@ -13,19 +13,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lisa_dist.checkpoint.export import export_checkpoint
-    from lisa_dist.checkpoint.resume import load_checkpoint
-    from lisa_dist.checkpoint.save import finish_save, save_checkpoint
-    from lisa_dist.config import LisaConfig
-    from lisa_dist.core.controller import LisaController
-    from lisa_dist.core.initialize import initialize
-    from lisa_dist.core.sampling import register_sampler
-    from lisa_dist.ds_config import load_ds_config
-    from lisa_dist.optim.adamw import LisaAdamW
-    from lisa_dist.optim.build import build_optimizer
-    from lisa_dist.train.layer_norms import LayerNorms
-    from lisa_dist.train.sft_trainer import LisaTrainer
-    from lisa_dist.train.trainer import LisaMixin
+    from lisa_dist.checkpoint.export import export_checkpoint as export_checkpoint
+    from lisa_dist.checkpoint.resume import load_checkpoint as load_checkpoint
+    from lisa_dist.checkpoint.save import finish_save as finish_save
+    from lisa_dist.checkpoint.save import save_checkpoint as save_checkpoint
+    from lisa_dist.config import LisaConfig as LisaConfig
+    from lisa_dist.core.controller import LisaController as LisaController
+    from lisa_dist.core.initialize import initialize as initialize
+    from lisa_dist.core.sampling import register_sampler as register_sampler
+    from lisa_dist.ds_config import load_ds_config as load_ds_config
+    from lisa_dist.optim.adamw import LisaAdamW as LisaAdamW
+    from lisa_dist.optim.build import build_optimizer as build_optimizer
+    from lisa_dist.train.layer_norms import LayerNorms as LayerNorms
+    from lisa_dist.train.sft_trainer import LisaTrainer as LisaTrainer
+    from lisa_dist.train.trainer import LisaMixin as LisaMixin
 
 __version__ = "0.2.0"
 
@@ -50,23 +51,7 @@ _PUBLIC = {
     "save_checkpoint": "lisa_dist.checkpoint.save",
 }
 
-__all__ = [
-    "LayerNorms",
-    "LisaAdamW",
-    "LisaConfig",
-    "LisaController",
-    "LisaMixin",
-    "LisaTrainer",
-    "__version__",
-    "build_optimizer",
-    "export_checkpoint",
-    "finish_save",
-    "initialize",
-    "load_checkpoint",
-    "load_ds_config",
-    "register_sampler",
-    "save_checkpoint",
-]
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

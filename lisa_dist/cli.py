@@ -10,13 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
 from lisa_dist.commands import exit_on_error
-from lisa_dist.commands.given_files import look_for_files
-from lisa_dist.commands.verbs import VERBS, WITH_FLAGS, WITH_WORDS, check_trl, import_verb, read_parser
+from lisa_dist.commands.verbs import VERBS, WITH_FLAGS, WITH_WORDS, check_trl, import_verb, look_for_files, read_parser
 from lisa_dist.config import LisaConfig
 from lisa_dist.definitions import UnreadableError
 from lisa_dist.distributed.allocator import use_expandable_segments
-from lisa_dist.flag_words import first_word_as, take
-from lisa_dist.tasks import SFT, task_of
+from lisa_dist.flags import first_word_as, take, task_of
+from lisa_dist.tasks import SFT
 
 USAGE = """usage: lisa-dist train recipe.yaml [--gpus N] [--any_flag value]
        lisa-dist init --model llama3.1-8b --gpus 1 --gpu_memory 24GiB --recipe recipe.yaml
@@ -69,7 +68,7 @@ def _run_words(verb: str | None, words: list[str]) -> None:
     if verb in WITH_WORDS:
         counts, named = WITH_WORDS[verb]
         if len(words) in counts and not asks:
-            with exit_on_error(_name_of(verb)):
+            with exit_on_error(f"lisa-dist {verb}"):
                 look_for_files(verb, {"words": words})
             import_verb(verb).main(*words)
             return
@@ -100,7 +99,7 @@ def _printed() -> Iterator[None]:
 def run_verb(verb: str, words: Sequence[str]) -> None:
     """Run a verb that has flags; what its words cannot be is answered before anything is imported for it."""
     asks = bool({"-h", "--help", "--help_all"} & set(words))
-    with _printed(), exit_on_error(_name_of(verb)):
+    with _printed(), exit_on_error("lisa-dist" if verb == "train" else f"lisa-dist {verb}"):
         check_trl(verb)
         # A rank's words were looked at before it was started, and check takes any flag of a run.
         if "RANK" not in os.environ and (asks or verb != "check"):
@@ -115,8 +114,8 @@ def _look_at(verb: str, words: Sequence[str]) -> None:
     """Exit where the words ask for help. Raises UserError where they cannot be meant, by themselves or their files."""
     if verb in ("train", "eval"):  # `--gpus N` is the launcher's
         _, words = take(words, "--gpus")
-    first = WITH_FLAGS[verb]
-    words = words if first is None else first_word_as(first, words)
+    if (first := WITH_FLAGS[verb]) is not None:
+        words = first_word_as(first, words)
     try:
         parser = read_parser(verb, task_of(words) if verb == "train" else SFT)
     except UnreadableError:  # the parser of the imported classes answers
@@ -126,11 +125,6 @@ def _look_at(verb: str, words: Sequence[str]) -> None:
         warnings.simplefilter("ignore")  # of settings without an effect: said when the run has begun
         LisaConfig(**{field.name: given[field.name] for field in fields(LisaConfig) if field.name in given})
     look_for_files(verb, given)
-
-
-def _name_of(verb: str) -> str:
-    """What an error begins with."""
-    return "lisa-dist" if verb == "train" else f"lisa-dist {verb}"
 
 
 if __name__ == "__main__":

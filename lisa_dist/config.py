@@ -5,7 +5,7 @@ Fine-Tuning" (arXiv 2403.17919). Flag names follow the ones in use elsewhere.
 """
 
 import functools
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from lisa_dist.config_rules import (
@@ -14,6 +14,7 @@ from lisa_dist.config_rules import (
     PLANNED_LAYERS,
     StateBits,
     check_blocks,
+    check_choices,
     check_lr_scales,
     check_periods,
     check_state_bits,
@@ -21,6 +22,7 @@ from lisa_dist.config_rules import (
     check_units,
     parse_share,
 )
+from lisa_dist.definitions import setting
 from lisa_dist.errors import UserError
 from lisa_dist.removed import refuse_removed
 from lisa_dist.text import format_by_block, parse_blocks, parse_by_block
@@ -50,135 +52,95 @@ class LisaConfig:
     the model (more layers than it has, tied matrices) is checked when the model is known.
     """
 
-    lisa_activated_layers: int = field(
-        default=2,
-        metadata={
-            "help": "Decoder layers that train in each period (gamma in the paper); 0 for always-trained blocks alone; "
-            "auto for as many as --gpu_memory is enough for; lora for as many as fit what a step of LoRA, rank 16, "
-            "takes without checkpointing and a tenth, two at least and half of the model's at most."
-        },
+    lisa_activated_layers: int = setting(
+        2,
+        "Decoder layers that train in each period (gamma in the paper); 0 for always-trained blocks alone; "
+        "auto for as many as --gpu_memory is enough for; lora for as many as fit what a step of LoRA, rank 16, "
+        "takes without checkpointing and a tenth, two at least and half of the model's at most.",
     )
-    lisa_unit: str = field(
-        default="layer",
-        metadata={
-            "help": "What is sampled: layer, or module (each linear module of a decoder layer by itself, as many as "
-            "--lisa_budget is enough for; norms then belong to rest)."
-        },
+    lisa_unit: str = setting(
+        "layer",
+        "What is sampled: layer, or module (each linear module of a decoder layer by itself, as many as "
+        "--lisa_budget is enough for; norms then belong to rest).",
     )
-    lisa_budget: str = field(
-        default="",
-        metadata={
-            "help": "With --lisa_unit module: part of the parameters of the linear modules that trains in each period, "
-            "such as 0.03, in the place of --lisa_activated_layers."
-        },
+    lisa_budget: str = setting(
+        "",
+        "With --lisa_unit module: part of the parameters of the linear modules that trains in each period, "
+        "such as 0.03, in the place of --lisa_activated_layers.",
     )
-    lisa_interval_steps: int = field(
-        default=20,
-        metadata={"help": "Optimizer steps in a period; then another set of layers is sampled (K in the paper)."},
+    lisa_interval_steps: int = setting(
+        20, "Optimizer steps in a period; then another set of layers is sampled (K in the paper)."
     )
-    lisa_sampler: str = field(
-        default="uniform",
-        metadata={
-            "help": "How layers are sampled: uniform (the paper), reshuffle (each layer once before any repeats), "
-            "fixed (one set for the whole run), weighted (by --lisa_weights_file), balanced (by the same, as often as "
-            "a layer's weight says, evenly over the run), adaptive (by the size of each layer's gradients)."
-        },
+    lisa_sampler: str = setting(
+        "uniform",
+        "How layers are sampled: uniform (the paper), reshuffle (each layer once before any repeats), "
+        "fixed (one set for the whole run), weighted (by --lisa_weights_file), balanced (by the same, as often as "
+        "a layer's weight says, evenly over the run), adaptive (by the size of each layer's gradients).",
     )
-    lisa_weights_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "For the weighted and the balanced sampler: a JSON list with one non-negative weight for each "
-            "decoder layer, or a table of norms as norms.csv#lora.weight_norm/full.weight_norm, a column or one over "
-            "another."
-        },
+    lisa_weights_file: str | None = setting(
+        None,
+        "For the weighted and the balanced sampler: a JSON list with one non-negative weight for each "
+        "decoder layer, or a table of norms as norms.csv#lora.weight_norm/full.weight_norm, a column or one over "
+        "another.",
     )
-    lisa_lr_scale: str = field(
-        default="",
-        metadata={
-            "help": "Multiplies the learning rate by block, such as embed=0.5,head=0.5,layers=1; by default by 1."
-        },
+    lisa_lr_scale: str = setting(
+        "", "Multiplies the learning rate by block, such as embed=0.5,head=0.5,layers=1; by default by 1."
     )
-    lisa_always_on: str = field(
-        default="embed,head,rest",
-        metadata={
-            "help": "Blocks that train in every period, of embed, head, rest (the final norm and whatever else is "
-            "neither). A block that is neither here nor in --lisa_frozen is sampled like a layer."
-        },
+    lisa_always_on: str = setting(
+        "embed,head,rest",
+        "Blocks that train in every period, of embed, head, rest (the final norm and whatever else is "
+        "neither). A block that is neither here nor in --lisa_frozen is sampled like a layer.",
     )
-    lisa_frozen: str = field(
-        default="",
-        metadata={"help": "Blocks that never train, of embed, head, rest."},
+    lisa_frozen: str = setting("", "Blocks that never train, of embed, head, rest.")
+    lisa_block_probability: str = setting(
+        "",
+        "Probability that a period trains a block that is neither always-trained nor frozen, such as "
+        "embed=0.25,head=0.1; by default that of a layer. It takes the places of as many layers as it is large.",
     )
-    lisa_block_probability: str = field(
-        default="",
-        metadata={
-            "help": "Probability that a period trains a block that is neither always-trained nor frozen, such as "
-            "embed=0.25,head=0.1; by default that of a layer. It takes the places of as many layers as it is large."
-        },
+    lisa_state: str = setting(
+        "reset",
+        "Optimizer states at a switch: reset (dropped when a layer becomes inactive), reset_all (every "
+        "block starts afresh, as in the paper's runs) or keep (those of inactive layers stay on the host).",
     )
-    lisa_state: str = field(
-        default="reset",
-        metadata={
-            "help": "Optimizer states at a switch: reset (dropped when a layer becomes inactive), reset_all (every "
-            "block starts afresh, as in the paper's runs) or keep (those of inactive layers stay on the host)."
-        },
+    lisa_state_bits: str = setting(
+        "",
+        "Moments by block: 8 (bits, blockwise), 32 or, of embed and head, factored (one number a row and "
+        "one a column, and no first moment), such as embed=factored,layers=8; by default as --optim has them.",
     )
-    lisa_state_bits: str = field(
-        default="",
-        metadata={
-            "help": "Moments by block: 8 (bits, blockwise), 32 or, of embed and head, factored (one number a row and "
-            "one a column, and no first moment), such as embed=factored,layers=8; by default as --optim has them."
-        },
+    lisa_master: str = setting(
+        "fp32",
+        "What AdamW adds its updates to: fp32 (a master copy of the weights), or with --optim lisa_adamw "
+        "bf16_sr (the bf16 weights themselves, rounded stochastically).",
     )
-    lisa_master: str = field(
-        default="fp32",
-        metadata={
-            "help": "What AdamW adds its updates to: fp32 (a master copy of the weights), or with --optim lisa_adamw "
-            "bf16_sr (the bf16 weights themselves, rounded stochastically)."
-        },
+    lisa_offload: str = setting(
+        "",
+        "Blocks whose masters and moments live and step on the host, of embed, head, rest, layers; the "
+        "others' stay on the GPU, whatever the DeepSpeed config says of offload_optimizer.",
     )
-    lisa_offload: str = field(
-        default="",
-        metadata={
-            "help": "Blocks whose masters and moments live and step on the host, of embed, head, rest, layers; the "
-            "others' stay on the GPU, whatever the DeepSpeed config says of offload_optimizer."
-        },
+    lisa_frozen_bits: int = setting(
+        16,
+        "Bits of frozen decoder layers on the device: 16 as they are, or 8 or 4 (NF4) by bitsandbytes, "
+        "with the originals once a host. On ZeRO stages 1 and 2.",
     )
-    lisa_frozen_bits: int = field(
-        default=16,
-        metadata={
-            "help": "Bits of frozen decoder layers on the device: 16 as they are, or 8 or 4 (NF4) by bitsandbytes, "
-            "with the originals once a host. On ZeRO stages 1 and 2."
-        },
+    lisa_frozen_store: str = setting(
+        "host",
+        "Where the originals are that --lisa_frozen_bits 8 and 4 need: host (its memory) or a folder on a local disk.",
     )
-    lisa_frozen_store: str = field(
-        default="host",
-        metadata={
-            "help": "Where the originals are that --lisa_frozen_bits 8 and 4 need: host (its memory) or a folder on a "
-            "local disk."
-        },
+    lisa_nonfinite: str = setting(
+        "stop",
+        "What a loss or gradient that is not finite does in bf16 and fp32: stop the run, or skip the step. "
+        "In fp16 DeepSpeed's loss scaler skips it.",
     )
-    lisa_nonfinite: str = field(
-        default="stop",
-        metadata={
-            "help": "What a loss or gradient that is not finite does in bf16 and fp32: stop the run, or skip the step. "
-            "In fp16 DeepSpeed's loss scaler skips it."
-        },
+    lisa_layers_attribute: str | None = setting(
+        None, "Dotted path of the list of decoder layers, where it cannot be found (model.layers)."
     )
-    lisa_layers_attribute: str | None = field(
-        default=None,
-        metadata={"help": "Dotted path of the list of decoder layers, where it cannot be found (model.layers)."},
-    )
-    lisa_seed: int = field(
-        default=0,
-        metadata={"help": "Seed of the sampler; the same seed gives the same layers on any number of GPUs."},
-    )
-    lisa_debug: bool = field(
-        default=False,
-        metadata={"help": "Check at every switch that inactive weights did not change and that all ranks agree."},
+    lisa_seed: int = setting(0, "Seed of the sampler; the same seed gives the same layers on any number of GPUs.")
+    lisa_debug: bool = setting(
+        False, "Check at every switch that inactive weights did not change and that all ranks agree."
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_periods(self)
         check_units(self)
         check_states(self)

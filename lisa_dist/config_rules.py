@@ -1,7 +1,4 @@
-"""What can be given for the settings of LISA, and the rule of each; every refusal names the flag and the value.
-
-The settings of each function are a `LisaConfig`, which is built on this module.
-"""
+"""What can be given for the settings of LISA, a `LisaConfig`; every refusal names the flag, the value and the rule."""
 
 import math
 import warnings
@@ -25,6 +22,18 @@ FACTORED = "factored"  # in the place of bits: a second moment by row and column
 StateBits = int | str
 
 
+def check_choices(config: Any) -> None:
+    for name, choices in (
+        ("lisa_sampler", SAMPLERS),
+        ("lisa_unit", UNITS),
+        ("lisa_state", STATE_POLICIES),
+        ("lisa_master", MASTERS),
+        ("lisa_nonfinite", NONFINITE_POLICIES),
+    ):
+        if (given := getattr(config, name)) not in choices:
+            raise UserError(f"--{name} {given}: unknown; choose one of {', '.join(choices)}.")
+
+
 def check_periods(config: Any) -> None:
     given = config.lisa_activated_layers
     if given not in PLANNED_LAYERS and not (isinstance(given, int) and given >= 0):
@@ -32,8 +41,6 @@ def check_periods(config: Any) -> None:
     interval = config.lisa_interval_steps
     if not (isinstance(interval, int) and interval >= 1):
         raise UserError(f"--lisa_interval_steps {interval}: a period lasts at least 1 optimizer step.")
-    if config.lisa_sampler not in SAMPLERS:
-        raise UserError(f"--lisa_sampler {config.lisa_sampler}: unknown; choose one of {', '.join(SAMPLERS)}.")
     check_weights(config)
 
 
@@ -51,8 +58,6 @@ def parse_share(flag: str, value: str | float) -> float:
 
 def check_units(config: Any) -> None:
     flag = f"--lisa_unit {config.lisa_unit}"
-    if config.lisa_unit not in UNITS:
-        raise UserError(f"{flag}: unknown; choose one of {', '.join(UNITS)}.")
     if config.lisa_unit == "layer":
         if config.lisa_budget:
             raise UserError(f"--lisa_budget {config.lisa_budget}: it is for --lisa_unit module; give that too.")
@@ -60,39 +65,26 @@ def check_units(config: Any) -> None:
     if not config.lisa_budget:
         raise UserError(f"{flag}: give --lisa_budget, the part of the modules' parameters that trains, such as 3%.")
     parse_share("--lisa_budget", config.lisa_budget)
-    default = type(config).__dataclass_fields__["lisa_activated_layers"].default
-    if config.lisa_activated_layers != default:
-        raise UserError(
-            f"{flag} with --lisa_activated_layers {config.lisa_activated_layers}: of modules --lisa_budget says how "
-            "many train; leave it out."
-        )
+    if config.lisa_activated_layers != type(config).lisa_activated_layers:  # the default
+        layers = f"--lisa_activated_layers {config.lisa_activated_layers}"
+        raise UserError(f"{flag} with {layers}: of modules --lisa_budget says how many train; leave it out.")
     if config.lisa_sampler not in OF_MODULES:
-        raise UserError(
-            f"{flag} with --lisa_sampler {config.lisa_sampler}: it is for units of one size; give one of "
-            f"{', '.join(OF_MODULES)}."
-        )
+        rule = f"it is for units of one size; give one of {', '.join(OF_MODULES)}"
+        raise UserError(f"{flag} with --lisa_sampler {config.lisa_sampler}: {rule}.")
     if config.sampled:
-        raise UserError(
-            f"{flag}: {config.sampled[0]} would be sampled in the place of layers; put it in --lisa_always_on or in "
-            "--lisa_frozen."
-        )
+        way_out = "put it in --lisa_always_on or in --lisa_frozen"
+        raise UserError(f"{flag}: {config.sampled[0]} would be sampled in the place of layers; {way_out}.")
 
 
 def check_weights(config: Any) -> None:
     if config.lisa_weights_file is not None and config.lisa_sampler not in ("weighted", "balanced"):
-        raise UserError(
-            f"--lisa_sampler {config.lisa_sampler} with --lisa_weights_file {config.lisa_weights_file}: the weighted "
-            "and the balanced sampler read one, and no other; give one of them."
-        )
+        flag = f"--lisa_sampler {config.lisa_sampler} with --lisa_weights_file {config.lisa_weights_file}"
+        raise UserError(f"{flag}: the weighted and the balanced sampler read one, and no other; give one of them.")
     if config.lisa_sampler == "weighted" and config.lisa_weights_file is None and config.lisa_unit == "layer":
         raise UserError("--lisa_sampler weighted: it needs weights of the layers; give --lisa_weights_file.")
 
 
 def check_states(config: Any) -> None:
-    if config.lisa_state not in STATE_POLICIES:
-        raise UserError(f"--lisa_state {config.lisa_state}: unknown; choose one of {', '.join(STATE_POLICIES)}.")
-    if config.lisa_master not in MASTERS:
-        raise UserError(f"--lisa_master {config.lisa_master}: unknown; choose one of {', '.join(MASTERS)}.")
     if config.lisa_master != "fp32" and config.offloaded:
         raise UserError(
             f"--lisa_master {config.lisa_master} with --lisa_offload {config.lisa_offload}: what steps on the host is "
@@ -106,10 +98,6 @@ def check_states(config: Any) -> None:
             f"--lisa_frozen_store {config.lisa_frozen_store}: frozen layers of 16 bits have no originals elsewhere; "
             "give --lisa_frozen_bits 8 or 4, or leave it out."
         )
-    if config.lisa_nonfinite not in NONFINITE_POLICIES:
-        raise UserError(
-            f"--lisa_nonfinite {config.lisa_nonfinite}: unknown; choose one of {', '.join(NONFINITE_POLICIES)}."
-        )
 
 
 def check_blocks(config: Any) -> None:
@@ -119,19 +107,19 @@ def check_blocks(config: Any) -> None:
             f"--lisa_always_on {config.lisa_always_on} and --lisa_frozen {config.lisa_frozen} both name "
             f"{', '.join(sorted(both))}: a block is one or the other."
         )
+    none = "--lisa_activated_layers 0"
     if config.lisa_activated_layers == 0 and not {"embed", "head"} & set(config.always_on):
         raise UserError(
-            f"--lisa_activated_layers 0 with --lisa_always_on {config.lisa_always_on}: no layer is sampled, and "
-            "neither embed nor head trains: nothing to train but norms. Sample a layer, or leave embed or head "
-            "always-trained."
+            f"{none} with --lisa_always_on {config.lisa_always_on}: no layer is sampled, and neither embed nor head "
+            "trains: nothing to train but norms. Sample a layer, or leave embed or head always-trained."
         )
     if config.lisa_activated_layers == 0 and config.sampled:
         raise UserError(
-            f"--lisa_activated_layers 0: {config.sampled[0]} is to be sampled in the place of layers, and there is "
-            "none; put it in --lisa_always_on or in --lisa_frozen."
+            f"{none}: {config.sampled[0]} is to be sampled in the place of layers, and there is none; put it in "
+            "--lisa_always_on or in --lisa_frozen."
         )
+    flag = f"--lisa_block_probability {config.lisa_block_probability}"
     for block, probability in config.block_probabilities.items():
-        flag = f"--lisa_block_probability {config.lisa_block_probability}"
         if block not in config.sampled:
             raise UserError(
                 f"{flag}: {block} is always-trained or frozen; take it out of --lisa_always_on and --lisa_frozen "
@@ -142,37 +130,28 @@ def check_blocks(config: Any) -> None:
 
 
 def check_lr_scales(config: Any) -> None:
+    flag = f"--lisa_lr_scale {config.lisa_lr_scale}"
     for block, scale in config.lr_scales.items():
         if not 0 < scale < math.inf:
-            raise UserError(
-                f"--lisa_lr_scale {config.lisa_lr_scale}: {block} has {scale:g}; a scale is above 0, and finite; "
-                "what is not to train is for --lisa_frozen."
-            )
+            rule = "a scale is above 0, and finite; what is not to train is for --lisa_frozen"
+            raise UserError(f"{flag}: {block} has {scale:g}; {rule}.")
         if block in config.frozen or (block == "layers" and config.lisa_activated_layers == 0):
-            warnings.warn(f"--lisa_lr_scale {config.lisa_lr_scale}: {block} does not train.", stacklevel=5)
+            warnings.warn(f"{flag}: {block} does not train.", stacklevel=5)
 
 
 def check_state_bits(config: Any) -> None:
+    flag, offload = f"--lisa_state_bits {config.lisa_state_bits}", f"--lisa_offload {config.lisa_offload}"
     for block, bits in config.given_bits.items():
         if bits not in (8, 32, FACTORED):
-            raise UserError(
-                f"--lisa_state_bits {config.lisa_state_bits}: moments have 8 or 32 bits, or are {FACTORED}; {block} "
-                f"has {float(bits):g}."
-            )
+            rule = f"moments have 8 or 32 bits, or are {FACTORED}"
+            raise UserError(f"{flag}: {rule}; {block} has {float(bits):g}.")
         if bits == FACTORED and block not in ("embed", "head"):
-            raise UserError(
-                f"--lisa_state_bits {config.lisa_state_bits}: the moments of embed and head can be {FACTORED}, where "
-                f"a row is a token; give {block}=8."
-            )
+            rule = f"the moments of embed and head can be {FACTORED}, where a row is a token"
+            raise UserError(f"{flag}: {rule}; give {block}=8.")
         if bits != 32 and block in config.offloaded:
-            raise UserError(
-                f"--lisa_state_bits {config.lisa_state_bits} with --lisa_offload {config.lisa_offload}: states on the "
-                f"host have 32 bits; take {block} out of one of them."
-            )
+            rule = "states on the host have 32 bits"
+            raise UserError(f"{flag} with {offload}: {rule}; take {block} out of one of them.")
     for block in config.offloaded:
         if block in config.frozen:
-            warnings.warn(
-                f"--lisa_offload {config.lisa_offload}: {block} is in --lisa_frozen {config.lisa_frozen} and has no "
-                "states to put on the host.",
-                stacklevel=5,
-            )
+            why = f"{block} is in --lisa_frozen {config.lisa_frozen} and has no states to put on the host"
+            warnings.warn(f"{offload}: {why}.", stacklevel=5)

@@ -16,6 +16,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+
+def setting(default: Any, help_text: str, **metadata: Any) -> Any:
+    """A field of a dataclass whose fields are flags; `metadata` are what else its flag has, such as `aliases`."""
+    return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
+
+
 # A statement's part that says what a name is; or the module that it is imported from, and its name there.
 _Binding: TypeAlias = ast.ClassDef | ast.expr | tuple[str, str]
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lisa_dist.errors import UserError
 from lisa_dist.files import read_text
@@ -21,11 +21,34 @@ if TYPE_CHECKING:
 # Values that a config may give itself, but not differently from the arguments of the run.
 _MUST_MATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
-# By which ranks have other parts of a layer, other experts or other tokens of a row.
-_SPLIT_MODELS = (
-    ("tensor_parallel", "autotp_size"),
-    ("expert_parallel", "enabled"),
-    ("", "sequence_parallel_size"),
+_NO_NVME = (
+    'switches move partitions between host and device only; use "cpu" (--deepspeed zero3_offload), or --method full '
+    "with NVMe."
+)
+_QUANTIZED = "a switch does not move what it quantizes; remove it."
+_SPLIT = "ranks share the model by ZeRO alone, each with rows of its own; remove it."
+# Values that LISA cannot run under: the key, which values it may have besides, and why not others.
+_REFUSED = (
+    ("zero_optimization.offload_optimizer.device", ("none", "cpu"), _NO_NVME),
+    ("zero_optimization.offload_param.device", ("none", "cpu"), _NO_NVME),
+    ("zero_optimization.offload_optimizer.ratio", (1.0,), "LISA moves whole blocks; use 1.0."),
+    (
+        "bf16.bf16_master_weights_and_grads",
+        (False,),
+        "remove it; --lisa_master bf16_sr with --optim lisa_adamw does without masters in fp32.",
+    ),
+    (
+        "zero_optimization.zero_quantized_nontrainable_weights",
+        (False,),
+        "a switch lets weights train that DeepSpeed has quantized for good; remove it.",
+    ),
+    ("zero_optimization.zero_quantized_weights", (False,), _QUANTIZED),
+    ("zero_optimization.zero_quantized_gradients", (False,), _QUANTIZED),
+    # By these, ranks have other parts of a layer, other experts or other tokens of a row.
+    ("tensor_parallel.autotp_size", (0, 1), _SPLIT),
+    ("expert_parallel.enabled", (False,), _SPLIT),
+    ("sequence_parallel_size", (0, 1), _SPLIT),
+    ("zero_optimization.zero_hpz_partition_size", (1,), "secondary partitions are not moved at a switch; use 1."),
 )
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
 
@@ -43,19 +66,16 @@ def find_ds_config(name_or_path: str) -> str:
     with contextlib.suppress(OSError):  # of a name that is too long
         if Path(name_or_path).is_file():
             return name_or_path
-    raise UserError(
-        f"--deepspeed {name_or_path}: neither a file nor a shipped config; shipped are "
-        f"{', '.join(shipped_ds_configs())}."
-    )
+    shipped = ", ".join(shipped_ds_configs())
+    raise UserError(f"--deepspeed {name_or_path}: neither a file nor a shipped config; shipped are {shipped}.")
 
 
 def read_ds_config(name_or_path: str) -> dict:
     """The config as it stands in the file, "auto" included."""
     path = find_ds_config(name_or_path)
+    text = read_text("--deepspeed", path)
     try:
-        config = json.loads(read_text("--deepspeed", path))
-    except UserError:
-        raise
+        config = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"--deepspeed {name_or_path}: {path} is not JSON ({error}).") from error
     if not isinstance(config, dict):
@@ -75,31 +95,24 @@ def given_ds_config(given: dict | str | None) -> dict:
 
 def check_sections(config: dict) -> None:
     """Refuse values that are not of their kind, which DeepSpeed and transformers trip over."""
+    has = "the DeepSpeed config has"
     for name in _SECTIONS:
         if config.get(name) is not None and not isinstance(config[name], dict):
-            raise UserError(
-                f'the DeepSpeed config has {name} = {json.dumps(config[name])}: give an object {{"...": ...}}.'
-            )
+            raise UserError(f'{has} {name} = {json.dumps(config[name])}: give an object {{"...": ...}}.')
     zero = config.get("zero_optimization") or {}
     if zero.get("stage", 0) not in range(4) or isinstance(zero.get("stage"), bool):
-        raise UserError(
-            f"the DeepSpeed config has zero_optimization.stage = {json.dumps(zero['stage'])}: give 1, 2 or 3."
-        )
+        raise UserError(f"{has} zero_optimization.stage = {json.dumps(zero['stage'])}: give 1, 2 or 3.")
     for name, value in zero.items():
-        if name.endswith(("_size", "_threshold", "_live_parameters", "_reuse_distance")) and not (
-            value == "auto" or (isinstance(value, int | float) and value >= 0)
-        ):
-            raise UserError(
-                f"the DeepSpeed config has zero_optimization.{name} = {json.dumps(value)}: give a number of elements, "
-                'or "auto".'
-            )
+        is_size = name.endswith(("_size", "_threshold", "_live_parameters", "_reuse_distance"))
+        if is_size and value != "auto" and not (isinstance(value, int | float) and value >= 0):
+            rule = 'give a number of elements, or "auto"'
+            raise UserError(f"{has} zero_optimization.{name} = {json.dumps(value)}: {rule}.")
 
 
 def check_ds_config(config: dict) -> None:
     """Refuse what LISA cannot run under, before a model is loaded: ValueError with the key and the way out."""
     zero = config.get("zero_optimization") or {}
-    stage = zero.get("stage", 0)
-    if stage == 0:
+    if zero.get("stage", 0) == 0:
         raise UserError(
             "the DeepSpeed config has zero_optimization.stage = 0 (or none): LISA re-partitions ZeRO states; use stage "
             "1, which costs nothing more on one GPU (--deepspeed zero1)."
@@ -109,46 +122,15 @@ def check_ds_config(config: dict) -> None:
             'the DeepSpeed config has an "optimizer" section, but LISA builds the optimizer from its own blocks: '
             "remove the section and use --optim, --learning_rate, --weight_decay."
         )
-    offload = zero.get("offload_optimizer") or {}
-    for section in ("offload_optimizer", "offload_param"):
-        if (zero.get(section) or {}).get("device") == "nvme":
-            raise UserError(
-                f'the DeepSpeed config has {section}.device = "nvme": switches move partitions between host and device '
-                'only; use "cpu" (--deepspeed zero3_offload), or --method full with NVMe.'
-            )
-    if offload.get("ratio", 1.0) != 1.0:
-        raise UserError(
-            f"the DeepSpeed config has offload_optimizer.ratio = {offload['ratio']}: LISA moves whole blocks; use 1.0."
-        )
-    if (config.get("bf16") or {}).get("bf16_master_weights_and_grads"):
-        raise UserError(
-            "the DeepSpeed config has bf16.bf16_master_weights_and_grads = true: remove it; --lisa_master bf16_sr with "
-            "--optim lisa_adamw does without masters in fp32."
-        )
     if zero.get("zenflow"):
         raise UserError('the DeepSpeed config has a "zenflow" section: it picks parameters itself; remove it.')
-    if zero.get("zero_quantized_nontrainable_weights"):
-        raise UserError(
-            "the DeepSpeed config has zero_quantized_nontrainable_weights = true: a switch lets weights train that "
-            "DeepSpeed has quantized for good; remove it."
-        )
-    for name in ("zero_quantized_weights", "zero_quantized_gradients"):
-        if zero.get(name):
-            raise UserError(
-                f"the DeepSpeed config has {name} = true: a switch does not move what it quantizes; remove it."
-            )
-    for parent, name in _SPLIT_MODELS:
-        value = (config.get(parent) or {}).get(name) if parent else config.get(name)
-        if value is True or (isinstance(value, int) and value > 1):
-            raise UserError(
-                f"the DeepSpeed config has {parent}{'.' if parent else ''}{name} = {json.dumps(value)}: ranks share "
-                "the model by ZeRO alone, each with rows of its own; remove it."
-            )
-    if zero.get("zero_hpz_partition_size", 1) != 1:
-        raise UserError(
-            f"the DeepSpeed config has zero_hpz_partition_size = {zero['zero_hpz_partition_size']}: secondary "
-            "partitions are not moved at a switch; use 1."
-        )
+    for name, allowed, why in _REFUSED:
+        found: Any = config
+        for key in name.split("."):
+            found = (found or {}).get(key)
+        if found not in (None, *allowed):
+            shown = name.removeprefix("zero_optimization.")
+            raise UserError(f"the DeepSpeed config has {shown} = {json.dumps(found)}: {why}")
 
 
 def uses_optimizer_offload(config: dict) -> bool:
@@ -228,8 +210,7 @@ def load_ds_config(
 
 
 def _hidden_size(model: "torch.nn.Module") -> int:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if config is None:
         return 1024
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return text_config.hidden_size
+    return (config.get_text_config() if hasattr(config, "get_text_config") else config).hidden_size

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 from safetensors import SafetensorError
@@ -71,7 +71,7 @@ def _num_nodes(node: yaml.Node, counted: dict[int, float]) -> float:
     """The nodes of a document with its aliases written out, without end for one in itself."""
     if id(node) not in counted:
         counted[id(node)] = math.inf
-        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts: Any = node.value if isinstance(node, yaml.CollectionNode) else []
         if isinstance(node, yaml.MappingNode):
             _check_keys([key for key, _ in node.value])
             parts = itertools.chain.from_iterable(node.value)
@@ -96,10 +96,9 @@ def cache_folder() -> Path | None:
     """Where this package writes what it need not compute again; None where it is to write nothing."""
     given = os.environ.get(CACHE)
     if given is None:
-        given = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "lisa_dist")
+        given = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lisa_dist")
     folder = os.path.expanduser(given)
-    is_nowhere = not given or folder.startswith("~")  # a user without a home
-    return None if is_nowhere else Path(folder)
+    return Path(folder) if folder and not folder.startswith("~") else None  # "~": a user without a home
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -125,10 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find_foreign_name(names: Iterable[object]) -> object | None:
-    """The first name that leads out of the folder it is read in; None where all of them stay in it.
-
-    Absolute ones do, and ones with `..`. Links are not looked at: those of a hub's cache lead out of their folder.
-    """
+    """The first name that leads out of the folder it is read in, absolute or by `..`; links are not looked at."""
     for name in names:
         path = PurePosixPath(name if isinstance(name, str) and "\0" not in name else "..")  # no file's name either
         if path.is_absolute() or ".." in path.parts:
@@ -153,10 +149,7 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write to the path this gives; it becomes `path` in one step once it is complete.
-
-    A link at either path is replaced, and what it leads to stays as it is.
-    """
+    """Write to the path this gives, which becomes `path`, itself and not where it leads, once it is complete."""
     staged = path.with_name(f"tmp-{path.name}")
     staged.unlink(missing_ok=True)
     try:
@@ -202,17 +195,10 @@ def set_mode_by_umask(path: Path) -> None:
 def describe_file(path: Path, flush: bool = False) -> dict[str, Any]:
     """Size and SHA-256 of a file, which is flushed to disk if asked for."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _file_digest(file)
+        digest = hashlib.file_digest(file, "sha256")
         if flush:
             os.fsync(file.fileno())
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest.hexdigest()}
-
-
-def _file_digest(file: BinaryIO) -> Any:
-    digest = hashlib.sha256()  # hashlib.file_digest is of Python 3.11
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest
 
 
 def _checksum(content: dict[str, Any]) -> str:

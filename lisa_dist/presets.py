@@ -64,21 +64,18 @@ def choose_preset(
     """The preset of a run, and what it sets: all but the `given` names, and but what the run cannot have.
 
     By default it is lora where the user has said nothing of what that sets, and a step can be planned. Small moments go
-    with no other optimizer and with no states on the host, and where weights are not in bf16 there are masters; of
-    modules `--lisa_budget` says how many train. Raises UserError where lora is `asked` for and no step can be planned.
+    with no other optimizer and no states on the host; weights that are not in bf16 have masters; of modules
+    `--lisa_budget` says how many train. Raises UserError where lora is `asked` for and no step can be planned.
     """
     by_default = LORA if says_nothing_of_memory(given) and can_plan and not offloads else NONE
-    preset = asked or by_default
-    settings = {name: value for name, value in PRESETS[preset].items() if name not in given}
-    if preset != LORA:
-        return preset, settings
-    left_out = {"lisa_activated_layers"} if by_module else set()
-    if offloads or ("optim" in given and optim != PRESETS[LORA]["optim"]):
-        left_out |= {"optim", *SMALL_STATES}
-    if not in_bf16:
-        left_out.add("lisa_master")
-    settings = {name: value for name, value in settings.items() if name not in left_out}
-    if "lisa_activated_layers" in settings and not can_plan:
+    preset, left_out = asked or by_default, {*given}
+    if preset == LORA:
+        left_out |= {"lisa_activated_layers"} if by_module else set()
+        left_out |= set() if in_bf16 else {"lisa_master"}
+        if offloads or ("optim" in given and optim != PRESETS[LORA]["optim"]):
+            left_out |= {"optim", *SMALL_STATES}
+    settings = {name: value for name, value in PRESETS[preset].items() if name not in left_out}
+    if preset == LORA and "lisa_activated_layers" in settings and not can_plan:
         raise UserError(
             f"--lisa_preset {LORA}: it plans a step, by --max_length, and can plan none of --task {GRPO}; give "
             "--lisa_activated_layers too, or another preset."

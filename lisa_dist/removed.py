@@ -36,10 +36,7 @@ REMOVED = {
 
 
 def refuse_removed(settings: Mapping[str, Any], where: str = "", how: str = "") -> None:
-    """Raise UserError for the first setting, or value of one, that is gone.
-
-    `where` stands before its flag, `how` behind what to do instead.
-    """
+    """Raise UserError, `where` before its flag and `how` at its end, for the first setting or value that is gone."""
     for name, value in settings.items():
         given = f"{name} {value}".strip()
         found = REMOVED.get(name) or REMOVED.get(given)

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lisa_dist.errors import UserError
-from lisa_dist.files import read_yaml
-from lisa_dist.flag_words import take
 
 SFT, GRPO, REWARD, KTO = "sft", "grpo", "reward", "kto"
 _PAIRS = ("chosen", "rejected")
@@ -39,20 +37,10 @@ OF_SFT: dict[str, Any] = {"loss": "auto", "dataset_format": None, "long_examples
 
 
 def check_task(task: str) -> str:
-    """The same. Raises UserError for one that there is not."""
+    """The same task. Raises UserError for one that there is not."""
     if task not in TASKS:
         raise UserError(f"--task {task}: unknown; choose one of {', '.join(TASKS)}.")
     return task
-
-
-def task_of(words: Sequence[str]) -> str:
-    """The task that words of a command line, or else their recipe, ask for. Raises UserError for an unknown one."""
-    (tasks, recipes), _ = take(words, "--task", "--config")
-    task = tasks[-1] if tasks else ""
-    if not task and recipes and recipes[-1]:
-        recipe = read_yaml("--config", recipes[-1])
-        task = str(recipe.get("task", "")) if isinstance(recipe, dict) else ""
-    return check_task(task or SFT)
 
 
 def tasks_for(columns: Iterable[str]) -> list[str]:
@@ -67,10 +55,7 @@ def describe_columns_of(task: str) -> str:
 
 
 def check_rewards_given(task: str, rewards: Sequence[str] | None) -> None:
-    """Raise UserError for a file of reward functions that is not there, or has no such function; nothing is run.
-
-    So for grpo without a reward, and for another task with one.
-    """
+    """Raise UserError for rewards that grpo lacks, another task has, or no file or function is; nothing is run."""
     if task != GRPO and rewards:
         raise UserError(
             f"--reward_funcs {' '.join(rewards)} with --task {task}: it is for --task {GRPO}; leave it out."
@@ -100,26 +85,15 @@ def _check_function(given: str, path: Path, name: str) -> None:
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{flag}: is not Python ({error}).") from error
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-    if name not in functions and not any(_binds(node, name) for node in tree.body):
+    # What else may bind a name there: classes, imports, assignments. Where none does once it is run, that is told then.
+    others = [node for one in tree.body if not isinstance(one, ast.FunctionDef) for node in ast.walk(one)]
+    bound = {getattr(node, part, None) for node in others for part in ("name", "asname", "id")}
+    if name not in functions and bound.isdisjoint((name, "*")):
         first = next(iter(functions), "")
         there = f"it has {', '.join(functions)}; name one as {path}:{first}" if functions else "it has none"
         raise UserError(f"{flag}: has no function {name}; {there}.")
     if name in functions and functions[name].args.kwarg is None:
         raise UserError(f"{flag}: {name} must take all columns of the rows: def {name}(completions, **columns).")
-
-
-def _binds(statement: ast.stmt, name: str) -> bool:
-    """Whether a statement of a module may bind a name there by other means than a function of its own."""
-    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return statement.name == name
-    for node in ast.walk(statement):
-        if isinstance(node, ast.ImportFrom) and any((one.asname or one.name) in (name, "*") for one in node.names):
-            return True
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id == name:
-            return True
-        if isinstance(node, ast.FunctionDef) and node.name == name:  # below an if
-            return True
-    return False
 
 
 def refuse_flags_of_sft(task: str, given: Mapping[str, Any]) -> None:

@@ -25,3 +25,12 @@ def exit_on_error(name: str, *others: type[Exception]) -> Iterator[None]:
             with naming_flags():
                 print(f"{name}: {error}", flush=True)
         raise SystemExit(2) from error
+
+
+@contextlib.contextmanager
+def writing(named: str) -> Iterator[None]:
+    """Raise UserError where the body cannot write the file or the folder that the user has named."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{named}: cannot be written ({error.strerror}).") from error

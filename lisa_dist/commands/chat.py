@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 
 from lisa_dist.commands import exit_on_error
+from lisa_dist.definitions import setting
 from lisa_dist.errors import UserError
 from lisa_dist.eval.chat import HELP as KEYS
 from lisa_dist.eval.chat import Chat, find_model, talk
 from lisa_dist.eval.model import load_model
-from lisa_dist.flag_words import first_word_as
-from lisa_dist.flags import FlagParser
+from lisa_dist.flags import FlagParser, first_word_as
 
 USAGE = "lisa-dist chat RUN_OR_MODEL [--flag value ...]"
 HELP = {"The model and its answers": ("model", "max_new_tokens", "temperature", "dtype", "seed")}
@@ -24,10 +24,10 @@ class ChatArguments:
     """Flags of `lisa-dist chat`."""
 
     model: str = field(metadata={"help": "A run's output_dir, a checkpoint, a folder, or a model of the hub."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Tokens of an answer at most."})
-    temperature: float = field(default=0.7, metadata={"help": "Of sampled words; 0 for the likeliest."})
-    dtype: str = field(default="auto", metadata={"help": "Of the weights, as torch names it; auto: as saved."})
-    seed: int = field(default=0, metadata={"help": "Of sampled answers."})
+    max_new_tokens: int = setting(256, "Tokens of an answer at most.")
+    temperature: float = setting(0.7, "Of sampled words; 0 for the likeliest.")
+    dtype: str = setting("auto", "Of the weights, as torch names it; auto: as saved.")
+    seed: int = setting(0, "Of sampled answers.")
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

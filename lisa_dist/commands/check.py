@@ -1,12 +1,9 @@
-"""`lisa-dist check`: what would end a run on several hosts after minutes or days, found in seconds and named by host.
-
-One process on each host, as `srun --ntasks-per-node=1 lisa-dist check ...` starts them, with the flags of the run.
-"""
+"""`lisa-dist check`, on each host, with the flags of the run: what would end it after minutes or days."""
 
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +11,12 @@ from typing import Any
 from lisa_dist.checkpoint.size import checkpoint_bytes
 from lisa_dist.commands.verbs import parser_of
 from lisa_dist.core.layer_weights import split_columns
+from lisa_dist.definitions import setting
 from lisa_dist.distributed.health import host_name
 from lisa_dist.distributed.preflight import HostCheck
 from lisa_dist.distributed.ranks import set_rank
 from lisa_dist.errors import UserError, naming_flags
-from lisa_dist.flags import FlagParser
-from lisa_dist.tasks import task_of
+from lisa_dist.flags import FlagParser, task_of
 
 USAGE = "lisa-dist check --config recipe.yaml --output_dir DIR [--any_flag_of_the_run value ...], on every host"
 HELP = {
@@ -34,17 +31,11 @@ _COMPARED = (".py", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gz"
 class CheckArguments:
     """Flags of `lisa-dist check`; all others are taken for the run's."""
 
-    config: str | None = field(
-        default=None, metadata={"help": "Recipe of the run; other flags are taken for the run's too."}
-    )
-    output_dir: str | None = field(default=None, metadata={"help": "Of the run; every host must see it."})
-    gpus_per_node: int = field(
-        default=0, metadata={"aliases": ["--gpus_per_host"], "help": "GPUs that each host must have."}
-    )
-    save_within: float = field(
-        default=0.0, metadata={"help": "Seconds from the stop signal to the end of the job; 0: not checked."}
-    )
-    meet_within: float = field(default=60.0, metadata={"help": "Seconds to wait for the other hosts."})
+    config: str | None = setting(None, "Recipe of the run; other flags are taken for the run's too.")
+    output_dir: str | None = setting(None, "Of the run; every host must see it.")
+    gpus_per_node: int = setting(0, "GPUs that each host must have.", aliases=["--gpus_per_host"])
+    save_within: float = setting(0.0, "Seconds from the stop signal to the end of the job; 0: not checked.")
+    meet_within: float = setting(60.0, "Seconds to wait for the other hosts.")
 
 
 ARGUMENTS = (CheckArguments,)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lisa_dist.commands import exit_on_error
+from lisa_dist.commands import exit_on_error, writing
 from lisa_dist.commands.verbs import parser_of
 from lisa_dist.convert.reading import TOOLS
 from lisa_dist.convert.recipe import convert, format_recipe
@@ -35,10 +35,8 @@ def main(*words: str) -> None:
             return
         if Path(arguments.recipe).exists():
             raise UserError(f"{arguments.recipe}: is there already; name another file.")
-        try:
+        with writing(arguments.recipe):
             Path(arguments.recipe).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{arguments.recipe}: cannot be written ({error.strerror}).") from error
         for key, remark in found.remarks.items():
             print(f"{key}: {remark}", file=sys.stderr)
         unresolved = {"dataset", "datasets"} & found.remarks.keys() or "dataset_name" not in found.flags

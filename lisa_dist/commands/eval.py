@@ -6,8 +6,7 @@ from lisa_dist.commands import exit_on_error
 from lisa_dist.distributed.launching import launch_if_asked
 from lisa_dist.eval.arguments import EvalArguments
 from lisa_dist.eval.evaluation import run
-from lisa_dist.flag_words import first_word_as
-from lisa_dist.flags import FlagParser
+from lisa_dist.flags import FlagParser, first_word_as
 
 USAGE = "lisa-dist eval MODEL --tasks mmlu,gsm8k [--data_dir DIR] [--gpus N] [--flag value ...]"
 HELP = {

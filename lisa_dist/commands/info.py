@@ -31,10 +31,7 @@ _WORTH_HAVING = (
 
 
 def describe() -> str:
-    """A table: device, versions, the kernels and attention of a run in bf16 with the reasons, and what is missing.
-
-    Raises ValueError where an environment variable forces kernels that cannot run.
-    """
+    """Device, versions, a run's kernels and attention with the reasons, what is missing. UserError: forced kernels."""
     on_gpu = torch.cuda.is_available()
     kernels, why = choose_kernels("cuda" if on_gpu else "cpu")
     config = PretrainedConfig()

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lisa_dist.commands import exit_on_error
+from lisa_dist.commands import exit_on_error, writing
 from lisa_dist.commands.plan import HELP as HELP_OF_PLAN
 from lisa_dist.commands.plan import tell
 from lisa_dist.config import LisaConfig
-from lisa_dist.errors import UserError
 from lisa_dist.flags import FlagParser
 from lisa_dist.memory.plan import learning_rate, load_model_config, preset_settings, with_accumulation
 from lisa_dist.memory.planner import first_that_fits
@@ -17,13 +16,12 @@ USAGE = "lisa-dist init --model llama3.1-8b [--gpus N] [--gpu_memory 24GiB] [--a
 # The screen of --help; what is not here is in --help_all.
 _OF_PLAN = {name: what for flags in HELP_OF_PLAN.values() for name, what in flags.items()}
 _OF_PLAN |= {"dataset_name": "files, folders, or datasets of the hub"}
-_ASKED: tuple[str, ...] = ("model", "dataset_name", "seq_length", "micro_batch_size", "gradient_accumulation_steps")
-_ASKED += ("gpus", "gpu_memory", "host_memory", "gpus_per_host")
-_CHOSEN: tuple[str, ...] = ("lisa_preset", "lisa_activated_layers", "lisa_always_on", "lisa_state_bits", "lisa_offload")
-_CHOSEN += ("checkpointed_layers",)
+_ASKED = "model dataset_name seq_length micro_batch_size gradient_accumulation_steps"
+_ASKED += " gpus gpu_memory host_memory gpus_per_host"
+_CHOSEN = "lisa_preset lisa_activated_layers lisa_always_on lisa_state_bits lisa_offload checkpointed_layers"
 HELP = {
-    "What is trained, on what": {name: _OF_PLAN[name] for name in _ASKED},
-    "What is chosen if left out": {name: _OF_PLAN[name] for name in _CHOSEN},
+    "What is trained, on what": {name: _OF_PLAN[name] for name in _ASKED.split()},
+    "What is chosen if left out": {name: _OF_PLAN[name] for name in _CHOSEN.split()},
     "What is written": {
         "recipe": "the file; by default it is printed",
         "output_dir": "of the run, by default under runs/",
@@ -45,8 +43,6 @@ def main(words: Sequence[str]) -> None:
         if arguments.recipe is None:
             print(text, end="")
             return
-        try:
+        with writing(f"--recipe {arguments.recipe}"):
             Path(arguments.recipe).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--recipe {arguments.recipe}: cannot be written ({error.strerror}).") from error
         print(f"wrote {arguments.recipe}")

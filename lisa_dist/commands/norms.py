@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lisa_dist.commands import exit_on_error
-from lisa_dist.errors import UserError
+from lisa_dist.commands import exit_on_error, writing
 from lisa_dist.flags import FlagParser
 from lisa_dist.report.norms import format_skew, plot_norms, read_runs, write_csv
 
@@ -34,11 +33,9 @@ def main(words: Sequence[str]) -> None:
     with exit_on_error("lisa-dist norms"):
         (arguments,) = FlagParser(ARGUMENTS, USAGE, HELP).parse(words)
         runs, out = read_runs(arguments.runs), Path(arguments.output_dir)
-        try:
+        with writing(f"--output_dir {out}"):
             out.mkdir(parents=True, exist_ok=True)
             write_csv(runs, out / "norms.csv")
             plot_norms(runs, out / "norms.png")
-        except OSError as error:
-            raise UserError(f"--output_dir {out}: cannot be written ({error.strerror}).") from error
         print(format_skew(runs))
         print(f"wrote {out / 'norms.csv'} and {out / 'norms.png'}")

@@ -1,13 +1,13 @@
 """`lisa-dist plan`: what a run will need, part by part, which way of running fits, and the command that starts it."""
 
-import functools
+import contextlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from lisa_dist.commands import exit_on_error
+from lisa_dist.commands import exit_on_error, writing
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
 from lisa_dist.flags import FlagParser
@@ -86,23 +86,29 @@ def main(words: Sequence[str]) -> None:
         plans = make_plans(config, asked, settings, runs=runs)
         print(format_plans(plans, asked))
         _write(plans, asked)
-        only_data = (
-            "" if arguments.dataset_name != NO_DATA else " (the data are an example: --dataset_name takes yours)"
+        an_example = (
+            " (the data are an example: --dataset_name takes yours)" if arguments.dataset_name == NO_DATA else ""
         )
-        fallbacks = functools.partial(first_that_fits, config, arguments, lisa_config, preset, runs=runs, tell=tell)
+
+        def fallback(with_offload: bool) -> Chosen | None:
+            """What fits with other settings: of other methods than LISA, and under a given config, nothing."""
+            if arguments.method != "lisa" or arguments.deepspeed:
+                return None
+            with contextlib.suppress(UserError):
+                return first_that_fits(config, arguments, lisa_config, preset, with_offload, runs, tell)
+            return None
+
         try:
-            best = what_fits(plans, asked)
+            best, why = what_fits(plans, asked), "Of these the fastest that fits"
         except UserError:
-            if (found := _found(arguments, fallbacks)) is None:
+            if (found := fallback(with_offload=True)) is None:
                 raise
-            _print_command(found.plan, found.arguments, rate, f"None of these fits. {_what_it_takes(found)}{only_data}")
-            return
-        why = "Of these the fastest that fits"
-        offloads = best.ds_config.endswith("_offload") and not arguments.deepspeed
-        if offloads and (found := _found(arguments, functools.partial(fallbacks, with_offload=False))) is not None:
-            _print_command(best, asked, rate, "With states on the host, for which a step waits")
-            best, asked, why = found.plan, found.arguments, _what_it_takes(found)
-        _print_command(best, asked, rate, why + only_data)
+            best, asked, why = found.plan, found.arguments, f"None of these fits. {_what_it_takes(found)}"
+        else:
+            if best.ds_config.endswith("_offload") and (found := fallback(with_offload=False)) is not None:
+                _print_command(best, asked, rate, "With states on the host, for which a step waits")
+                best, asked, why = found.plan, found.arguments, _what_it_takes(found)
+        _print_command(best, asked, rate, why + an_example)
 
 
 def tell(line: str) -> None:
@@ -114,10 +120,8 @@ def _write(plans: Sequence[Plan], arguments: PlanArguments) -> None:
     """To the files that were asked for."""
     if arguments.json:
         written = {"arguments": asdict(arguments), "plans": [plan.to_dict() for plan in plans]}
-        try:
+        with writing(f"--json {arguments.json}"):
             Path(arguments.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror}).") from error
     if arguments.plot:
         plot_plans(plans, arguments)
 
@@ -127,16 +131,6 @@ def _print_command(plan: Plan, arguments: PlanArguments, rate: float | None, why
     takes = f"{format_bytes(plan.gpu.needed)} of each GPU"
     takes += f" and {format_bytes(on_host)} of a host's memory" if on_host else ""
     print(f"\n{why}; it takes {takes}:\n{command_for(plan, arguments, rate)}")
-
-
-def _found(arguments: PlanArguments, fallbacks: Callable[[], Chosen]) -> Chosen | None:
-    """The first settings that fit, if there are any: of other methods than LISA, and under a given config, none."""
-    if arguments.method != "lisa" or arguments.deepspeed:
-        return None
-    try:
-        return fallbacks()
-    except UserError:
-        return None
 
 
 def _what_it_takes(found: Chosen) -> str:

@@ -5,7 +5,7 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
-from lisa_dist.commands import exit_on_error
+from lisa_dist.commands import exit_on_error, writing
 from lisa_dist.errors import UserError
 
 
@@ -45,10 +45,8 @@ def _copy(source: Path, target: Path) -> Path:
     target = target / source.name if target.is_dir() else target
     if target.exists():
         raise UserError(f"{target}: is there already; name another file.")
-    try:
+    with writing(str(target)):
         shutil.copyfile(source, target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror}).") from error
     return target
 
 

@@ -2,7 +2,6 @@
 
 import sys
 import threading
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,20 +9,16 @@ from lisa_dist.commands import exit_on_error
 from lisa_dist.distributed.launching import end_process, launch_if_asked
 from lisa_dist.distributed.signals import catch_stop_signals
 from lisa_dist.errors import UserError
-from lisa_dist.flag_words import first_word_as
+from lisa_dist.flags import first_word_as, task_of
 from lisa_dist.run.arguments import parse_arguments, run_parser
 from lisa_dist.run.quiet import leave_out_bars_of_other_ranks, leave_out_useless_words
 from lisa_dist.run.run import run
 from lisa_dist.run.settle import apply_preset
-from lisa_dist.tasks import task_of
 from lisa_dist.zero.cpu_ops import guard_builds
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Parse and run, or start `--gpus` ranks that do. An error of the user's is one line and exit status 2."""
-    # DeepSpeed and TRL use these names, and will until the releases that we support end: users cannot act on them.
-    for warning in (r"`torch\.distributed\.\w+` is deprecated", r"`(is_)?gradient_checkpointing(_\w+)?` is deprecated"):
-        warnings.filterwarnings("ignore", warning, FutureWarning)
     leave_out_useless_words()
     threading.excepthook = _in_one_line
     with exit_on_error("lisa-dist"):

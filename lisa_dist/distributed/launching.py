@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 
 from lisa_dist.distributed.ranks import forget_rank_of_parent, free_port
 from lisa_dist.errors import UserError
-from lisa_dist.flag_words import take
+from lisa_dist.flags import take
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _LAUNCHER = "LISA_DIST_LAUNCHER"  # the process that was given --gpus

@@ -11,7 +11,7 @@ from pydantic import BaseModel, create_model
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
-from lisa_dist.flag_words import nearest
+from lisa_dist.flags import nearest
 from lisa_dist.removed import without_removed
 
 # What a plugin's settings may hold besides LisaConfig's: keyword arguments of LisaMixin.

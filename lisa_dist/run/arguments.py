@@ -1,13 +1,9 @@
-"""The arguments of a run, checked where they are made; and the screen of `lisa-dist train --help`.
+"""The arguments of a run, checked where they are made; and the screen of `lisa-dist train --help`."""
 
-Flags and recipe are read into TRL's SFTConfig and ModelConfig, LisaConfig, and the few arguments of our own.
-"""
-
-import copy
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,17 +13,18 @@ from trl import ModelConfig
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.data.dataset import DataArguments
+from lisa_dist.definitions import setting
 from lisa_dist.distributed.ranks import check_port, set_rank
 from lisa_dist.distributed.watchdog import HANG_TIMEOUT
 from lisa_dist.errors import UserError
-from lisa_dist.flags import FlagParser
+from lisa_dist.flags import FlagParser, task_of
 from lisa_dist.flags import run_parser as parser_of_task
 from lisa_dist.loss.label_logits import check_loss
 from lisa_dist.model_names import HUB_IDS
 from lisa_dist.presets import PRESET_HELP, check_preset
-from lisa_dist.run.task_configs import CONFIGS, LisaSFTConfig
+from lisa_dist.run.task_configs import CONFIGS, LisaSFTConfig, check_ranges
 from lisa_dist.run_folder import hide_secrets
-from lisa_dist.tasks import SFT, TASKS, check_rewards_given, check_task, task_of
+from lisa_dist.tasks import SFT, TASKS, check_rewards_given, check_task
 
 METHODS = ("lisa", "full", "lora")
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
@@ -37,90 +34,60 @@ ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
 class RunArguments:
     """What to train, and how."""
 
-    method: str = field(
-        default="lisa",
-        metadata={
-            "help": "lisa, full to train every parameter in every step, or lora to train adapters "
-            "(--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules)."
-        },
+    method: str = setting(
+        "lisa",
+        "lisa, full to train every parameter in every step, or lora to train adapters "
+        "(--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules).",
     )
-    lisa_preset: str | None = field(
-        default=None,
-        metadata={
-            "help": f"{PRESET_HELP} By default lora where none of --lisa_activated_layers, --optim, "
-            "--lisa_state_bits, --lisa_master, --lisa_offload and --lisa_unit is given and the DeepSpeed config does "
-            "not offload."
-        },
+    lisa_preset: str | None = setting(
+        None,
+        f"{PRESET_HELP} By default lora where none of --lisa_activated_layers, --optim, "
+        "--lisa_state_bits, --lisa_master, --lisa_offload and --lisa_unit is given and the DeepSpeed config does "
+        "not offload.",
     )
-    task: str = field(
-        default=SFT,
-        metadata={"help": "; ".join(f"{name}: {task.what}" for name, task in TASKS.items()) + "."},
+    task: str = setting(SFT, "; ".join(f"{name}: {task.what}" for name, task in TASKS.items()) + ".")
+    reward_funcs: list[str] | None = setting(
+        None,
+        "With --task grpo, one or several: rewards.py for the function reward in it, rewards.py:name for "
+        "another, a folder with a reward model, or a name of trl.rewards, such as think_format_reward.",
     )
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "With --task grpo, one or several: rewards.py for the function reward in it, rewards.py:name for "
-            "another, a folder with a reward model, or a name of trl.rewards, such as think_format_reward."
-        },
+    overwrite_output_dir: bool = setting(
+        False,
+        "Begin in an --output_dir that has the model or the checkpoints of another run, which go; without "
+        "it such a run is refused.",
     )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={
-            "help": "Begin in an --output_dir that has the model or the checkpoints of another run, which go; without "
-            "it such a run is refused."
-        },
+    sample_prompt: list[str] | None = setting(None, "Prompts to answer before and after training, printed on rank 0.")
+    checkpointed_layers: str | None = setting(
+        None,
+        "Gradient checkpointing: none, all, a number of decoder layers, or auto for the fewest that the "
+        "GPU's memory is enough for. Other methods than lisa take none and all, and auto as all. Left out, "
+        "--gradient_checkpointing decides.",
     )
-    sample_prompt: list[str] | None = field(
-        default=None, metadata={"help": "Prompts to answer before and after training, printed on rank 0."}
+    gpu_memory: str | None = setting(
+        None,
+        "Memory for --checkpointed_layers auto and --lisa_activated_layers auto, such as 22GiB; by default "
+        "what the GPU has free but 1.5 GiB, or 6 percent.",
     )
-    checkpointed_layers: str | None = field(
-        default=None,
-        metadata={
-            "help": "Gradient checkpointing: none, all, a number of decoder layers, or auto for the fewest that the "
-            "GPU's memory is enough for. Other methods than lisa take none and all, and auto as all. Left out, "
-            "--gradient_checkpointing decides."
-        },
+    loss: str = setting(
+        AUTO,
+        "How the loss is computed: logits (of the positions with a label, kept for the backward pass), "
+        "chunked (TRL's, computed again there), liger, or auto: logits where they fit, else liger where it runs.",
     )
-    gpu_memory: str | None = field(
-        default=None,
-        metadata={
-            "help": "Memory for --checkpointed_layers auto and --lisa_activated_layers auto, such as 22GiB; by default "
-            "what the GPU has free but 1.5 GiB, or 6 percent."
-        },
+    save_async: bool = setting(
+        False,
+        "With --method lisa: write checkpoints while training goes on, which waits for the copies of what "
+        "has changed on the host alone.",
     )
-    loss: str = field(
-        default=AUTO,
-        metadata={
-            "help": "How the loss is computed: logits (of the positions with a label, kept for the backward pass), "
-            "chunked (TRL's, computed again there), liger, or auto: logits where they fit, else liger where it runs."
-        },
+    eval_frozen_bits: int | None = setting(
+        None,
+        "With --lisa_frozen_bits 8 or 4: 16 evaluates with the originals of frozen layers, copied in one "
+        "matrix at a time; by default with what the device has.",
     )
-    save_async: bool = field(
-        default=False,
-        metadata={
-            "help": "With --method lisa: write checkpoints while training goes on, which waits for the copies of what "
-            "has changed on the host alone."
-        },
+    hang_timeout: float = setting(
+        HANG_TIMEOUT, "Seconds without a step after which a run is ended, naming the rank that hangs; 0 for never."
     )
-    eval_frozen_bits: int | None = field(
-        default=None,
-        metadata={
-            "help": "With --lisa_frozen_bits 8 or 4: 16 evaluates with the originals of frozen layers, copied in one "
-            "matrix at a time; by default with what the device has."
-        },
-    )
-    hang_timeout: float = field(
-        default=HANG_TIMEOUT,
-        metadata={
-            "help": "Seconds without a step after which a run is ended, naming the rank that hangs; 0 for never."
-        },
-    )
-    layer_norms: int = field(
-        default=0,
-        metadata={
-            "help": "Record the norms of each block's weights and updates in every N-th step, for lisa-dist norms; 0 "
-            "for never."
-        },
+    layer_norms: int = setting(
+        0, "Record the norms of each block's weights and updates in every N-th step, for lisa-dist norms; 0 for never."
     )
 
     def __post_init__(self) -> None:
@@ -141,17 +108,14 @@ class RunArguments:
             )
         parse_budget(self.gpu_memory, is_kept_to=True)
         check_loss(self.loss)
-        if self.hang_timeout < 0:
-            raise UserError(f"--hang_timeout {self.hang_timeout}: seconds are not negative; 0 turns it off.")
-        if self.layer_norms < 0:
-            raise UserError(f"--layer_norms {self.layer_norms}: looks at every N-th step; 1 at each, 0 at none.")
+        check_ranges(self)
 
 
 @dataclass
 class ModelArguments(ModelConfig):
     """TRL's ModelConfig; weights are loaded in the precision of the run unless `--dtype` says otherwise."""
 
-    dtype: str | None = field(default=None, metadata={"help": "Precision to load the weights in."})
+    dtype: str | None = setting(None, "Precision to load the weights in.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,12 +133,7 @@ class ModelArguments(ModelConfig):
         known = self.dtype in (None, "auto") or isinstance(getattr(torch, str(self.dtype), None), torch.dtype)
         if not known:
             raise UserError(f"--dtype {self.dtype}: unknown; give auto or a name of torch's, such as bfloat16.")
-        if self.lora_r < 1:
-            raise UserError(f"--lora_r {self.lora_r}: the rank of an adapter is at least 1.")
-        if self.lora_alpha <= 0:
-            raise UserError(f"--lora_alpha {self.lora_alpha}: adapters are scaled by it over the rank; it is above 0.")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"--lora_dropout {self.lora_dropout}: a probability from 0 up to, not including, 1.")
+        check_ranges(self)
         targets = self.lora_target_modules or []
         targets = [targets] if isinstance(targets, str) else targets
         if "lm_head" in targets:
@@ -274,37 +233,26 @@ class RunConfig(NamedTuple):
     model: ModelArguments
     lisa: LisaConfig
 
-    def copy(self) -> "RunConfig":
-        """The same in objects of its own. Copied as they are: to build TrainingArguments again would start ranks."""
-        training: Any = copy.copy(self.training)
-        training.deepspeed_plugin = copy.deepcopy(self.training.deepspeed_plugin)
-        if training.deepspeed:  # the config that the plugin holds, which the trainer fills in
-            training.hf_deepspeed_config = training.deepspeed_plugin.hf_ds_config
-        return RunConfig(
-            run=copy.copy(self.run),
-            data=copy.copy(self.data),
-            training=training,
-            model=copy.copy(self.model),
-            lisa=copy.copy(self.lisa),
-        )
-
     def flags(self) -> dict[str, Any]:
         """All flags and their values, but those that each rank has for itself; *** in place of secrets."""
         flags: dict[str, Any] = {}
         for group in self:
             values = group.to_dict() if hasattr(group, "to_dict") else vars(group)
-            flags |= {f"--{name}": value for name, value in values.items()}
-        shown = {name: value for name, value in flags.items() if name not in ("--local_rank", "--logging_dir")}
-        return hide_secrets(shown)
+            flags |= {f"--{name}": value for name, value in values.items() if name not in ("local_rank", "logging_dir")}
+        return hide_secrets(flags)
+
+    def load(self, auto_class: Any) -> Any:
+        """What a class of transformers, such as AutoTokenizer, loads of the run's model."""
+        return auto_class.from_pretrained(
+            str(self.model.model_name_or_path),
+            revision=self.model.model_revision,
+            trust_remote_code=self.training.trust_remote_code,
+        )
 
 
 def model_config_of(config: RunConfig) -> PretrainedConfig:
     """The configuration of a run's model."""
-    return AutoConfig.from_pretrained(
-        str(config.model.model_name_or_path),
-        revision=config.model.model_revision,
-        trust_remote_code=config.training.trust_remote_code,
-    )
+    return config.load(AutoConfig)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
@@ -316,11 +264,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     check_port()
     # What is cheap to check comes first: the training arguments start the process group.
     run_args, data_args, lisa_config, model_args, training_args = parser.parse(argv)
-    _check_budget(run_args, lisa_config)
-    return RunConfig(run_args, data_args, training_args, model_args, lisa_config)
-
-
-def _check_budget(run_args: RunArguments, lisa_config: LisaConfig) -> None:
-    """Other methods have no use for --gpu_memory, as their header says: a recipe that has it serves them too."""
     is_auto = AUTO in (parse_checkpointed_layers(run_args.checkpointed_layers), lisa_config.lisa_activated_layers)
-    parse_budget(run_args.gpu_memory, is_auto or run_args.method != "lisa")
+    # Other methods have no use for --gpu_memory, as their header says: a recipe that has it serves them too.
+    parse_budget(run_args.gpu_memory, is_kept_to=is_auto or run_args.method != "lisa")
+    return RunConfig(run_args, data_args, training_args, model_args, lisa_config)

@@ -24,54 +24,47 @@ from lisa_dist.zero.parameters import parameter_numel
 
 
 def describe_run(settled: Settled, template: str, processor: str) -> str:
-    """A table of how the run is run, with the flags that have no effect under its method.
-
-    `processor` is what images would go by; where it is empty nothing is said.
-    """
-    config, layers = settled.config, settled.layers_line
-    args, checkpointed = config.training, parse_checkpointed_layers(config.run.checkpointed_layers)
+    """A table of how the run is run; `processor` is what images would go by, or ""."""
+    config, args, task = settled.config, settled.config.training, settled.config.run.task
+    checkpointed = None if config.run.method == "lisa" else parse_checkpointed_layers(config.run.checkpointed_layers)
+    which = {0: "no layer", AUTO: "all layers; auto chooses among them with --method lisa alone", None: ""}
     batch = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
     optim = getattr(args.optim, "value", args.optim)
-    versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     rows = [
         ("method", config.run.method),
-        *([("preset", describe_preset(config))] if config.run.lisa_preset not in (None, NONE) else []),
-        *([("layers", layers)] if layers else []),
-        *([("task", f"{task}: {TASKS[task].what}")] if (task := config.run.task) != SFT else []),
+        ("preset", describe_preset(config) if config.run.lisa_preset not in (None, NONE) else ""),
+        ("layers", settled.layers_line),
+        ("task", f"{task}: {TASKS[task].what}" if task != SFT else ""),
         ("model from", str(config.model.model_name_or_path)),
         ("devices", describe_devices(args)),
         ("attention", settled.attention_line),
         ("loss", settled.loss_line),
-        *([("compiled", f"each decoder layer, by {args.torch_compile_backend}")] if args.torch_compile else []),
+        ("compiled", f"each decoder layer, by {args.torch_compile_backend}" if args.torch_compile else ""),
         ("chat template", template),
-        *([("processor", processor)] if processor else []),
-        *([("adapters", _describe_adapters(config.model))] if config.run.method == "lora" else []),
+        ("processor", processor),
+        ("adapters", _describe_adapters(config.model) if config.run.method == "lora" else ""),
         ("optimizer", f"{optim}, learning rate {args.learning_rate}, weight decay {args.weight_decay}"),
         ("global batch size", str(batch)),
-        ("versions", versions),
+        ("versions", ", ".join(f"{name} {version}" for name, version in installed_versions().items())),
+        ("checkpointing", which.get(checkpointed, "all layers")),
+        *(("without effect", text) for text in _without_effect(config)),
     ]
-    if config.run.method != "lisa" and checkpointed is not None:
-        which = {0: "no layer", AUTO: "all layers; auto chooses among them with --method lisa alone"}
-        rows.append(("checkpointing", which.get(checkpointed, "all layers")))
-    rows += [("without effect", text) for text in _without_effect(config)]
-    return "run\n" + format_table(rows)
+    return "run\n" + format_table([row for row in rows if row[1]])
 
 
 def _without_effect(config: RunConfig) -> list[str]:
     """Flags of other methods: the same recipe may serve to compare methods."""
-    texts, method = [], config.run.method
-    defaults = LisaConfig().to_dict()
-    given = [name for name, value in config.lisa.to_dict().items() if value != defaults[name]]
-    given += ["gpu_memory"] if config.run.gpu_memory is not None else []
-    given += ["save_async"] if config.run.save_async else []
-    if method != "lisa" and given:
-        texts.append(f"{', '.join(f'--{name}' for name in given)}, which are for --method lisa")
-    fields = ModelArguments.__dataclass_fields__
+    defaults, fields = LisaConfig().to_dict(), ModelArguments.__dataclass_fields__
+    of_lisa = [name for name, value in config.lisa.to_dict().items() if value != defaults[name]]
+    of_lisa += ["gpu_memory"] if config.run.gpu_memory is not None else []
+    of_lisa += ["save_async"] if config.run.save_async else []
     of_lora = [name for name in fields if name.startswith("lora_")]
-    given = [name for name in of_lora if getattr(config.model, name) != fields[name].default]
-    if method != "lora" and given:
-        texts.append(f"{', '.join(f'--{name}' for name in given)}, which are for --method lora")
-    return texts
+    of_lora = [name for name in of_lora if getattr(config.model, name) != fields[name].default]
+    return [
+        f"{', '.join(f'--{name}' for name in given)}, which are for --method {method}"
+        for method, given in (("lisa", of_lisa), ("lora", of_lora))
+        if given and config.run.method != method
+    ]
 
 
 def _describe_adapters(model_args: ModelArguments) -> str:
@@ -98,7 +91,8 @@ def record_of_run(settled: Settled, words: Sequence[str], model: Any, data: Sequ
     ranks, here = config.training.world_size, int(os.environ["LOCAL_SIZE"])  # which `set_rank` has made sure of
     start = ["lisa-dist", "train", *(["--gpus", str(here)] if ranks > 1 else [])]
     hosts, flags = ranks // here, config.flags()
-    return {
+    in_json = bool | int | float | str | list | dict | None
+    record = {
         "model": str(config.model.model_name_or_path),
         "method": config.run.method,
         "task": config.run.task,
@@ -107,38 +101,25 @@ def record_of_run(settled: Settled, words: Sequence[str], model: Any, data: Sequ
         "began": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "command": shlex.join([*start, *words]) + (f"  # by a launcher on {hosts} hosts" if hosts > 1 else ""),
         "given": [f"--{name}" for name in run_parser(config.run.task).given(words)],
-        "flags": {name: _plain(value) for name, value in flags.items()},
+        "flags": {name: value if isinstance(value, in_json) else str(value) for name, value in flags.items()},
         "versions": installed_versions() | {"Python": platform.python_version()},
         "parameters": sum(parameter_numel(parameter) for parameter in model.parameters()),
         "num_layers": getattr(model.config.get_text_config(), "num_hidden_layers", None),
         "rows": list(data),
-        **_modules_of(config, model),
     }
-
-
-def _modules_of(config: RunConfig, model: Any) -> dict[str, list[str]]:
-    """With --lisa_unit module the names of the modules, which the log has by number."""
-    if config.run.method != "lisa" or not config.lisa.by_module:
-        return {}
-    blocks = split_into_modules(model, find_blocks(model, config.lisa.lisa_layers_attribute))
-    return {"modules": [block.name for block in blocks.layers]}
-
-
-def _plain(value: object) -> object:
-    """A flag's value as JSON has it."""
-    return value if isinstance(value, bool | int | float | str | list | dict | None) else str(value)
+    if config.run.method == "lisa" and config.lisa.by_module:  # the log has them by number
+        blocks = split_into_modules(model, find_blocks(model, config.lisa.lisa_layers_attribute))
+        record["modules"] = [block.name for block in blocks.layers]
+    return record
 
 
 def describe_outcome(log_history: Sequence[dict[str, Any]]) -> str:
     """Seconds of training; the held-out loss before and after it, and the reward of answers, where there are any."""
-    held_out = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
-    lines = [f"trained in {log_history[-1]['train_runtime']:.0f} s"]
-    if len(held_out) > 1:
-        (first, before), (last, after) = held_out[0], held_out[-1]
-        when = "before" if first == 0 else f"at step {first}"
-        lines.append(f"held-out loss {before:.4f} {when}, {after:.4f} {'after' if first == 0 else f'at step {last}'}")
-    rewards = [(entry["step"], entry["reward"]) for entry in log_history if entry.get("reward") is not None]
-    if len(rewards) > 1:
-        (first, before), (last, after) = rewards[0], rewards[-1]
-        lines.append(f"reward {before:.4f} at step {first}, {after:.4f} at step {last}")
-    return "; ".join(lines)
+    parts = [f"trained in {log_history[-1]['train_runtime']:.0f} s"]
+    for name, title in (("eval_loss", "held-out loss"), ("reward", "reward")):
+        found = [(entry["step"], entry[name]) for entry in log_history if entry.get(name) is not None]
+        if len(found) > 1:
+            (first, before), (last, after) = found[0], found[-1]
+            when = ("before", "after") if first == 0 else (f"at step {first}", f"at step {last}")
+            parts.append(f"{title} {before:.4f} {when[0]}, {after:.4f} {when[1]}")
+    return "; ".join(parts)

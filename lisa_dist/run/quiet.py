@@ -20,23 +20,25 @@ _USELESS = {
 }
 
 
-class _LeaveOut(logging.Filter):
-    def __init__(self, beginnings: tuple[str, ...]):
-        super().__init__()
-        self._beginnings = beginnings
+# Of FutureWarnings; DeepSpeed and TRL use these names, and will until the releases that we support end.
+_DEPRECATED = (
+    "`use_liger_kernel=True` is deprecated",  # which nobody has given
+    r"`torch\.distributed\.\w+` is deprecated",
+    r"`(is_)?gradient_checkpointing(_\w+)?` is deprecated",
+)
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        said = re.sub(r"^\[RANK \d+\] ", "", record.getMessage())  # as accelerate begins its own
-        return not said.startswith(self._beginnings)
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    said = re.sub(r"^\[RANK \d+\] ", "", record.getMessage())  # as accelerate begins its own
+    return not said.startswith(_USELESS[record.name])
 
 
 def leave_out_useless_words() -> None:
     """From now on."""
-    warnings.filterwarnings("ignore", "`use_liger_kernel=True` is deprecated", FutureWarning)  # which nobody has given
-    for name, beginnings in _USELESS.items():
-        logger = logging.getLogger(name)
-        if not any(isinstance(one, _LeaveOut) for one in logger.filters):
-            logger.addFilter(_LeaveOut(beginnings))
+    for warning in _DEPRECATED:
+        warnings.filterwarnings("ignore", warning, FutureWarning)
+    for name in _USELESS:
+        logging.getLogger(name).addFilter(_is_of_use)  # which a logger has once
 
 
 def leave_out_bars_of_other_ranks() -> None:

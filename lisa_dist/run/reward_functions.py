@@ -1,11 +1,12 @@
 """Reward functions of `--reward_funcs`, for TRL's GRPOTrainer: a user's, checked each time that they are called."""
 
+import contextlib
 import functools
 import importlib.util
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,7 @@ from lisa_dist.text import in_one_line
 
 
 def load_rewards(given: Sequence[str]) -> list[Any]:
-    """What GRPOTrainer takes for each word: a function, or the folder of a reward model; every rank calls it.
-
-    Raises UserError for a file that cannot be run or lacks the function, and for a name that is nothing.
-    """
+    """What GRPOTrainer takes for each word; UserError for what is no reward. Every rank calls it."""
     loaded, problem = [], None
     try:
         loaded = [_load(word) for word in given]
@@ -63,23 +61,17 @@ def _module_of(given: str, path: Path) -> Any:
     return module
 
 
-class _naming:  # noqa: N801 - reads as a verb
+@contextlib.contextmanager
+def _naming(given: str) -> Iterator[None]:
     """An error of a user's code, whichever it is, becomes a UserError that names its file and line."""
-
-    def __init__(self, given: str):
-        self._given = given
-
-    def __enter__(self) -> "_naming":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception | SystemExit) and not isinstance(error, UserError):
-            raise UserError(f"--reward_funcs {self._given}: {_describe(error)}.") from error
-
-
-def _describe(error: BaseException) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"raised {type(error).__name__}: {in_one_line(error)} ({last.filename}, line {last.lineno})"
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"raised {type(error).__name__}: {in_one_line(error)} ({last.filename}, line {last.lineno})"
+        raise UserError(f"--reward_funcs {given}: {said}.") from error
 
 
 def _checked(function: Callable[..., Any], given: str) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import ExplicitEnum
 from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig
 
+from lisa_dist.definitions import setting
 from lisa_dist.distributed.devices import check_accelerator, why_no_gpu
 from lisa_dist.ds_config import check_sections, find_ds_config, given_ds_config
 from lisa_dist.errors import UserError
@@ -66,6 +67,12 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "max_steps": ("1 or more; -1 lets --num_train_epochs decide", lambda value: value == -1 or value >= 1),
     "max_length": ("1 or more; -1 is no limit", lambda value: value == -1 or value >= 1),
     "seed": ("from 0 to 4294967295", lambda value: 0 <= value < 2**32),  # as NumPy takes it
+    # Of a run's other arguments.
+    "hang_timeout": ("seconds are not negative; 0 turns it off", lambda value: value >= 0),
+    "layer_norms": ("looks at every N-th step; 1 at each, 0 at none", lambda value: value >= 0),
+    "lora_r": ("the rank of an adapter is at least 1", lambda value: value >= 1),
+    "lora_alpha": ("adapters are scaled by it over the rank; it is above 0", lambda value: value > 0),
+    "lora_dropout": ("a probability from 0 up to, not including, 1", lambda value: 0 <= value < 1),
 }
 # Objects that are taken as they are where a text does not begin as JSON does.
 _OBJECTS = ("model_init_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
@@ -83,40 +90,30 @@ class LisaOptimizerNames(ExplicitEnum):
 class TrainingFlags(_Arguments):
     """Put before one of TRL's configs: `--deepspeed` takes the short name of a shipped config, and CPU ranks work."""
 
-    deepspeed: dict | str | None = field(
-        default="zero2", metadata={"help": "Short name (zero1, zero2, zero3, zero2_offload, ...), path, or JSON."}
+    deepspeed: dict | str | None = setting(
+        "zero2", "Short name (zero1, zero2, zero3, zero2_offload, ...), path, or JSON."
     )
-    optim: str = field(
-        default="adamw_torch_fused", metadata={"help": f"The Trainer's names, and {LISA_ADAMW} with --method lisa."}
+    optim: str = setting("adamw_torch_fused", f"The Trainer's names, and {LISA_ADAMW} with --method lisa.")
+    torch_compile: bool = setting(
+        False,
+        "Compile each decoder layer by itself, on ZeRO stages 1 and 2: a graph for active, one for frozen layers.",
     )
-    torch_compile: bool = field(
-        default=False,
-        metadata={
-            "help": "Compile each decoder layer by itself, on ZeRO stages 1 and 2: a graph for active, one for frozen "
-            "layers."
-        },
+    use_liger_kernel: bool = setting(
+        _NOT_GIVEN,
+        "Liger's norms, rotary embedding and MLP; left out, --method lisa takes them on a GPU where "
+        "liger-kernel is installed and knows the model.",
     )
-    use_liger_kernel: bool = field(
-        default=_NOT_GIVEN,
-        metadata={
-            "help": "Liger's norms, rotary embedding and MLP; left out, --method lisa takes them on a GPU where "
-            "liger-kernel is installed and knows the model."
-        },
+    report_to: None | str | list[str] = setting(  # noqa: RUF036 - the parser goes by the second
+        "tensorboard", "Trackers: tensorboard, wandb, ..., several as wandb,tensorboard, all, or none."
     )
-    report_to: None | str | list[str] = field(  # noqa: RUF036 - the parser goes by the second
-        default="tensorboard",
-        metadata={"help": "Trackers: tensorboard, wandb, ..., several as wandb,tensorboard, all, or none."},
-    )
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Examples of a step on all ranks together, for a run to be the same on any number of GPUs; "
-            "--gradient_accumulation_steps follows from it."
-        },
+    global_batch_size: int | None = setting(
+        None,
+        "Examples of a step on all ranks together, for a run to be the same on any number of GPUs; "
+        "--gradient_accumulation_steps follows from it.",
     )
 
     def __post_init__(self) -> None:
-        _check_ranges(self)
+        check_ranges(self)
         if getattr(self, "max_length", None) == -1:  # which TRL's null is on a command line
             vars(self)["max_length"] = None  # it would cut the last token off
         if self.global_batch_size is not None:
@@ -161,12 +158,13 @@ class TrainingFlags(_Arguments):
             self.optim = LisaOptimizerNames.LISA_ADAMW
 
 
-def _check_ranges(arguments: Any) -> None:
+def check_ranges(arguments: Any) -> None:
+    """Raise UserError for a number of one of a run's dataclasses that is out of its range."""
     for name, (rule, holds) in _RANGES.items():
         value = getattr(arguments, name, None)  # one that a task lacks is not given
         if value is not None and not holds(value):
             raise UserError(f"--{name} {value}: {rule}.")
-        if value is not None and value > _LARGEST and name != "seed":
+        if value is not None and value > _LARGEST and name not in ("seed", "hang_timeout"):
             raise UserError(f"--{name} {value}: at most 1e9.")
     for name in _OBJECTS:
         value = getattr(arguments, name, None)
@@ -192,17 +190,13 @@ def refused_upstream(error: Exception, arguments: Any) -> UserError:
 def accumulation_steps(global_batch_size: int, micro_batch_size: int, given: int, world_size: int) -> int:
     """Micro-batches of a rank in a global batch; `given` are --gradient_accumulation_steps, where 1 stands for none."""
     at_once = micro_batch_size * world_size
+    flag, steps = f"--global_batch_size {global_batch_size}", global_batch_size // at_once
     if global_batch_size < 1 or global_batch_size % at_once:
-        raise UserError(
-            f"--global_batch_size {global_batch_size}: must be a multiple of {at_once}, which "
-            f"--per_device_train_batch_size {micro_batch_size} is on {world_size} ranks."
-        )
-    steps = global_batch_size // at_once
+        one = f"--per_device_train_batch_size {micro_batch_size}"
+        raise UserError(f"{flag}: must be a multiple of {at_once}, which {one} is on {world_size} ranks.")
     if given not in (1, steps):
-        raise UserError(
-            f"--global_batch_size {global_batch_size} and --gradient_accumulation_steps {given}: give one of them; on "
-            f"{world_size} ranks it is {steps}."
-        )
+        both = f"{flag} and --gradient_accumulation_steps {given}"
+        raise UserError(f"{both}: give one of them; on {world_size} ranks it is {steps}.")
     return steps
 
 

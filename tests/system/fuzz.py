@@ -274,20 +274,21 @@ def damage_json(draws: random.Random, path: Path) -> None:
 
 def begin(words: list[str]) -> None:
     """A run up to its first step; as `lisa-dist train`, without its ranks."""
-    from lisa_dist.run import run as run_module
+    from lisa_dist.run import trainer
     from lisa_dist.run.arguments import parse_arguments
+    from lisa_dist.run.run import run
 
-    build = run_module.build_trainer
+    build = trainer.build_trainer
 
     def build_and_stop(*args: Any) -> None:
         build(*args)
         raise Reached
 
-    run_module.build_trainer = build_and_stop
+    trainer.build_trainer = build_and_stop
     try:
-        run_module.run(parse_arguments(words), words)
+        run(parse_arguments(words), words)
     finally:
-        run_module.build_trainer = build
+        trainer.build_trainer = build
 
 
 def fuzz_flags(draws: random.Random, place: Place, folder: Path) -> str:

@@ -12,8 +12,9 @@ from lisa_dist.commands.verbs import parser_of
 from lisa_dist.config import LisaConfig
 from lisa_dist.data.encoding import LONG_EXAMPLES
 from lisa_dist.data.formats import FORMATS
+from lisa_dist.flags import task_of
 from lisa_dist.run.arguments import run_parser
-from lisa_dist.tasks import TASKS, task_of
+from lisa_dist.tasks import TASKS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coming_from.md").read_text(encoding="utf-8")
 TOOLS = ("LMFlow", "Axolotl", "ms-swift", "LLaMA-Factory")

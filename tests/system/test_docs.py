@@ -21,9 +21,8 @@ from runs import ROOT, run_alone
 
 from lisa_dist import cli
 from lisa_dist.commands import eval as eval_command
-from lisa_dist.flag_words import first_word_as
+from lisa_dist.flags import first_word_as, task_of
 from lisa_dist.run.task_configs import CONFIGS
-from lisa_dist.tasks import task_of
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PAGES += ["benchmarks/REPORT.md", "benchmarks/cost/GPU.md", "SECURITY.md"]

@@ -22,11 +22,12 @@ from lisa_dist.commands.verbs import parser_of
 from lisa_dist.config import LisaConfig, UserError
 from lisa_dist.data.dataset import DataArguments
 from lisa_dist.data.task_rows import load_task_data
+from lisa_dist.flags import task_of
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner
 from lisa_dist.run.arguments import parse_arguments
-from lisa_dist.run.run import check_config
-from lisa_dist.tasks import SFT, TASKS, task_of
+from lisa_dist.run.check_run import check_config
+from lisa_dist.tasks import SFT, TASKS
 
 REWARDS = """
 import math

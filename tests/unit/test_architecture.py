@@ -28,7 +28,6 @@ GROUND = {
     "ds_config",
     "errors",
     "files",
-    "flag_words",
     "flags",
     "model_names",
     "patches",

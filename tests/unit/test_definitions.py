@@ -16,8 +16,8 @@ from lisa_dist.run.task_configs import CONFIGS
 from lisa_dist.tasks import SFT, TASKS
 
 # What takes more than reading: a call of a method of a module's, an optional package.
-UNREAD = {("log_level", "choices"), ("log_level_replica", "choices"), ("parallelism_config", "type")}
-SAME_TYPE = {"string_to_bool": "read_bool"}
+UNREAD = {(name, about) for name in ("log_level", "log_level_replica") for about in ("choices", "type")}
+UNREAD |= {("parallelism_config", "type")}
 
 
 def actions_of(parser: Any) -> dict[tuple[str, str], Any]:
@@ -29,7 +29,7 @@ def actions_of(parser: Any) -> dict[tuple[str, str], Any]:
         kind = getattr(action.type, "__name__", None)
         about = {name: getattr(action, name) for name in ("option_strings", "nargs", "const", "required", "help")}
         about |= {"default": getattr(action.default, "value", action.default), "choices": [*(action.choices or ())]}
-        about |= {"type": "choice" if action.choices else SAME_TYPE.get(kind, kind)}
+        about |= {"type": "choice" if action.choices else "read_bool" if kind == "string_to_bool" else kind}
         facts |= {(action.option_strings[0].removeprefix("--"), name): value for name, value in about.items()}
     return facts
 
@@ -42,8 +42,7 @@ def test_flags_are_those_of_transformers_parser(task):
     assert actions_of(run_parser(task)) == theirs
     found = actions_of(parser_of("train", task))
     assert found.keys() == theirs.keys()
-    differ = {key for key in theirs if found[key] != theirs[key]}
-    assert differ <= UNREAD | {(name, "type") for name, _ in UNREAD}
+    assert {key for key in theirs if found[key] != theirs[key]} <= UNREAD
 
 
 MODULES = {
@@ -128,15 +127,9 @@ def package(tmp_path_factory):
 def test_what_is_read_of_a_package_that_cannot_be_imported(package):
     found = read(package, "Config")
     fields = {one.name: one for one in dataclasses.fields(found)}
-    order = "rate name mixed optional kind literal several thing made hidden"
-    assert [*fields] == order.split()
-    assert [fields[name].default for name in ("rate", "mixed", "optional", "literal", "made")] == [
-        2e-5,
-        True,
-        None,
-        "x",
-        None,
-    ]
+    assert [*fields] == ["rate", "name", "mixed", "optional", "kind", "literal", "several", "thing", "made", "hidden"]
+    defaults = {"rate": 2e-5, "mixed": True, "optional": None, "literal": "x", "made": None}
+    assert {name: fields[name].default for name in defaults} == defaults
     assert fields["name"].default is dataclasses.MISSING
     assert fields["several"].default_factory() == ["sigmoid"]
     assert fields["kind"].metadata == {"help": "One of a, b. And long"}
@@ -145,24 +138,24 @@ def test_what_is_read_of_a_package_that_cannot_be_imported(package):
     assert [one.value for one in hints["kind"].__args__[0]] == ["fast", "slow"]
     assert str(hints["optional"]) == "typing.Optional[int]"
     parser = FlagParser((found,), "", {})
-    assert parser.given(["--name", "x", "--kind", "slow", "--thing", "y", "--no_mixed"]) == {
-        "name": "x",
-        "kind": "slow",
-        "thing": "y",
-        "mixed": False,
-    }
+    given = {"name": "x", "kind": "slow", "thing": "y", "mixed": False}
+    assert parser.given(["--name", "x", "--kind", "slow", "--thing", "y", "--no_mixed"]) == given
     assert "hidden" not in parser.kinds
 
 
-def test_what_has_no_source_is_named(package):
-    with pytest.raises(UnreadableError, match=r"read_alone\.config defines no Other"):
-        read(f"{package}.config", "Other")
-    with pytest.raises(UnreadableError, match=r"read_alone\.other has no source"):
-        read(f"{package}.other", "Other")
-    with pytest.raises(UnreadableError, match="no_such_package has no source"):
-        read("no_such_package", "Other")
-    with pytest.raises(UnreadableError, match=r"read_alone\.extended\.Extended: a base of it is in no source"):
-        read(f"{package}.extended", "Extended")  # else its flags would be missing, and the parser would refuse them
+@pytest.mark.parametrize(
+    ("module", "name", "said"),
+    [
+        ("read_alone.config", "Other", "read_alone.config defines no Other"),
+        ("read_alone.other", "Other", "read_alone.other has no source"),
+        ("no_such_package", "Other", "no_such_package has no source"),
+        # Else its flags would be missing, and the parser would refuse them.
+        ("read_alone.extended", "Extended", "read_alone.extended.Extended: a base of it is in no source"),
+    ],
+)
+def test_what_has_no_source_is_named(package, module, name, said):
+    with pytest.raises(UnreadableError, match=said):
+        read(module, name)
 
 
 def test_where_sources_are_not_enough_modules_are_imported(monkeypatch):

@@ -5,23 +5,20 @@ import sys
 
 import pytest
 
-from lisa_dist.commands import chat, check, eval, init, norms, plan
-from lisa_dist.commands.given_files import look_for_files
-from lisa_dist.commands.verbs import WITH_FLAGS, parser_of
+from lisa_dist.commands.verbs import WITH_FLAGS, import_verb, look_for_files, parser_of
 from lisa_dist.errors import UserError
-from lisa_dist.flag_words import first_word_as, take
-from lisa_dist.flags import FlagParser
+from lisa_dist.flags import FlagParser, first_word_as, take
 from lisa_dist.run.arguments import run_parser
 from lisa_dist.tasks import SFT, TASKS
 
-MODULES = {"init": init, "plan": plan, "eval": eval, "chat": chat, "check": check, "norms": norms}
 HEAVY = ("torch", "transformers", "trl", "deepspeed", "datasets", "pyarrow")
 
 
 def imported_parser(verb: str, task: str = SFT) -> FlagParser:
     if verb == "train":
         return run_parser(task)
-    return FlagParser(MODULES[verb].ARGUMENTS, MODULES[verb].USAGE, MODULES[verb].HELP)
+    module = import_verb(verb)
+    return FlagParser(module.ARGUMENTS, module.USAGE, module.HELP)
 
 
 SLIPS = [
@@ -62,10 +59,7 @@ def test_slips_are_refused_in_the_words_of_the_run(verb, words, said):
         ("lerning_rate: 1.0e-5\n", "lerning_rate: no such key; did you mean learning_rate"),
         ("max_steps: 2026-01-01\n", "max_steps: 2026-01-01: a date is no value of this key"),
         ("[1, 2]\n", "must hold keys and values"),
-        (
-            "lisa_depth_bias: 4\n",
-            r"--config .*\.yaml: --lisa_depth_bias 4: removed since 0\.2\.0; give the weights",
-        ),
+        ("lisa_depth_bias: 4\n", r"--config .*\.yaml: --lisa_depth_bias 4: removed since 0\.2\.0; give the weights"),
         ("lisa_sampler: window\n", r"recipe\.yaml: --lisa_sampler window: removed since 0\.2\.0; give uniform or"),
     ],
 )
@@ -202,17 +196,10 @@ def test_what_may_be_there_passes(monkeypatch, tmp_path):
         look_for_files("report", {"words": ["here", "none"]})
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        ([], []),
-        (["a.yaml", "--x", "1"], ["--config", "a.yaml", "--x", "1"]),
-        (["--x", "a.yaml"], ["--x", "a.yaml"]),
-    ],
-    ids=str,
-)
-def test_a_first_word_that_is_no_flag(words, named):
-    assert first_word_as("--config", words) == named
+def test_a_first_word_that_is_no_flag():
+    assert first_word_as("--config", ["a.yaml", "--x", "1"]) == ["--config", "a.yaml", "--x", "1"]
+    for words in ([], ["--x", "a.yaml"]):
+        assert first_word_as("--config", words) == words
 
 
 @pytest.mark.parametrize(

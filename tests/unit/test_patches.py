@@ -30,7 +30,7 @@ ALLOWED = {
     ("core/period_log.py", "vars(record).update(measure())"): "a record of ours",
     ("memory/repeated_layers.py", "setattr(parent, name, kept)"): "a model's child, which is put back",
     ("memory/repeated_layers.py", "setattr(parent, name, layers)"): "a model's child, which is put back",
-    ("run/processor.py", "vars(processor)['tokenizer']"): "its tokenizer, a public attribute",
+    ("run/inputs.py", "vars(processor)['tokenizer']"): "its tokenizer, a public attribute",
     ("train/deepspeed_arguments.py", "vars(args).pop('_setup_devices', None)"): "a value that is computed again",
     ("train/monitoring.py", "vars(new).update(vars(self))"): "a copy of arguments",
     ("train/monitoring.py", "vars(new).update(copy.deepcopy(vars(self), memo))"): "a copy of arguments",

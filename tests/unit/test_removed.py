@@ -15,7 +15,7 @@ from lisa_dist.files import write_json
 from lisa_dist.integrations.settings import arguments_of
 from lisa_dist.removed import REMOVED
 from lisa_dist.run.arguments import parse_arguments
-from lisa_dist.run.check_files import check_resume
+from lisa_dist.run.check_run import check_resume
 
 # A name and a value of each, other than the old default.
 GIVEN = [

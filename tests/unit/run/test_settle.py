@@ -8,14 +8,13 @@ from runs import flags_for, save_tiny_run
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
+from lisa_dist.flags import task_of
 from lisa_dist.memory.plan import PlanArguments, load_model_config, preset_settings, with_accumulation
 from lisa_dist.memory.planner import first_that_fits
 from lisa_dist.presets import PRESETS
 from lisa_dist.run.arguments import RunConfig, model_config_of, parse_arguments, run_parser
-from lisa_dist.run.choose_layers import settle_layers
-from lisa_dist.run.run import check_config
-from lisa_dist.run.settle import apply_preset, describe_preset
-from lisa_dist.tasks import task_of
+from lisa_dist.run.check_run import check_config
+from lisa_dist.run.settle import apply_preset, describe_preset, settle_layers
 
 SMALL = "embed=factored,head=factored,layers=8"
 # Layers, optimizer, moments, masters.

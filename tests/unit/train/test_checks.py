@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from lisa_dist import LisaConfig
 from lisa_dist.errors import UserError
 from lisa_dist.run.arguments import parse_arguments
-from lisa_dist.run.run import check_config
+from lisa_dist.run.check_run import check_config
 from lisa_dist.train.checks import check_trainer
 
 

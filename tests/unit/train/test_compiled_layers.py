@@ -23,7 +23,7 @@ from lisa_dist.core.checkpointing import let_backward_end
 from lisa_dist.core.live_bytes import live_storages
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.run.arguments import parse_arguments
-from lisa_dist.run.run import check_config
+from lisa_dist.run.check_run import check_config
 from lisa_dist.train.compiled_layers import compile_layers
 
 LENGTHS = (24, 9, 12, 20)  # none of them a size of the model, which torch would take for the same number

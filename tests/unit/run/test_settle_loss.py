@@ -21,7 +21,7 @@ from lisa_dist.loss.chunked import LogProbsInSlabs
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner
 from lisa_dist.run.arguments import parse_arguments
-from lisa_dist.run.choose_loss import check_loss_of_run, choose_loss
+from lisa_dist.run.settle import check_loss_of_run, choose_loss
 
 STEPS, ACCUMULATION, INTERVAL, LAYERS, LR, LENGTH = 4, 2, 2, 3, 1e-2, 16
 

@@ -1,0 +1,369 @@
+"""The arguments of a run, checked before anything is loaded or written: together, by their files, by the model.
+
+The model is looked at by its configuration alone, before ranks meet.
+"""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, TrainingArguments, get_scheduler
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from trl import SFTConfig
+
+from lisa_dist.checkpoint.resume import has_only_weights
+from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS
+from lisa_dist.core.blocks import (
+    find_blocks,
+    model_without_weights,
+    number_of_decoder_layers,
+    split_into_modules,
+    why_not_trained,
+)
+from lisa_dist.core.checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
+from lisa_dist.core.engine_checks import check_eval_frozen_bits, prepare_ds_config
+from lisa_dist.core.layer_weights import load_layer_weights, split_columns
+from lisa_dist.core.selection import unit_budget
+from lisa_dist.core.weight_store import check_store
+from lisa_dist.distributed.collectives import raise_shared
+from lisa_dist.ds_config import given_ds_config
+from lisa_dist.errors import UserError
+from lisa_dist.files import DamagedError, check_folder, read_json, read_text
+from lisa_dist.loss.liger import check_liger
+from lisa_dist.memory.planner import fewest_of_lora
+from lisa_dist.run.arguments import RunConfig, model_config_of
+from lisa_dist.run.settle import check_auto_layers, check_loss_of_run
+from lisa_dist.run.task_configs import LisaOptimizerNames
+from lisa_dist.run_folder import RUN_NAME, STATE_NAME, TRAINER_STATE_NAME, check_overwrites, check_state, read_object
+from lisa_dist.shapes import misfit
+from lisa_dist.tasks import GRPO, KTO, REWARD, SFT, refuse_flags_of_sft
+from lisa_dist.text import in_one_line, no_such_model
+from lisa_dist.train.attention import packs_documents
+from lisa_dist.train.checks import (
+    check_compile,
+    check_compiled_layers,
+    check_parallelism,
+    check_precision,
+    precision_of_arguments,
+)
+from lisa_dist.train.resume import check_saved_by_trainer
+
+# TRL flags for data that TRL tokenizes, and the flag to use here.
+_NOT_TAKEN = {
+    "dataset_text_field": "--dataset_columns text=COLUMN",
+    "truncation_mode": "--long_examples, which cuts texts into several examples",
+    "dataset_kwargs": "--dataset_format and --dataset_columns",
+}
+# What transformers takes by --model_init_kwargs too, and the flags by which it is checked.
+_FLAGS_OF_LOADING = {
+    "attn_implementation": "attn_implementation",
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "revision": "model_revision",
+    "trust_remote_code": "trust_remote_code",
+}
+
+
+def check_config(config: RunConfig) -> None:
+    """Raise UserError, of one line, for arguments that do not go together, and change none of them."""
+    try:
+        for check in (_check_flags, _check_files, _check_model):
+            check(config)
+    except UserError as error:  # with values as they were given, line breaks and all
+        raise UserError(in_one_line(error)) from error
+
+
+def _check_flags(config: RunConfig) -> None:
+    """Raise UserError for arguments that do not go together, or not with the DeepSpeed config."""
+    method, training = config.run.method, config.training
+    if config.run.task == SFT:
+        _check_sft(training)
+    else:
+        _check_task(config)
+    for name in _loads_by(config):
+        if name in _FLAGS_OF_LOADING:
+            raise UserError(f"--model_init_kwargs {name}: give --{_FLAGS_OF_LOADING[name]} in its place.")
+    ds_config = given_ds_config(training.deepspeed)
+    if training.deepspeed and (differing := training.hf_deepspeed_config.mismatches):  # which the first step ends in
+        listed = "; ".join(each.removeprefix("- ") for each in differing)
+        raise UserError(f'the DeepSpeed config and the arguments differ: {listed}; make them equal, or write "auto".')
+    check_precision(training)
+    _check_schedule(training)
+    strategy = getattr(training.eval_strategy, "value", training.eval_strategy)
+    if strategy != "no" and not (config.data.eval_rows or config.data.eval_dataset_name):
+        way_out = "give --eval_rows 100, or --eval_dataset_name"
+        raise UserError(f"--eval_strategy {strategy}: there are no rows to evaluate; {way_out}.")
+    check_compile(training, ds_config, switches=method == "lisa")
+    check_eval_frozen_bits(config.run.eval_frozen_bits, config.lisa)
+    if method != "lisa":
+        _check_other_method(config)
+        return
+    check_compiled_layers(training, config.lisa)
+    check_parallelism(training)
+    check_auto_layers(config)
+    prepare_ds_config(ds_config, config.lisa, training.optim, precision_of_arguments(training))
+
+
+def _check_other_method(config: RunConfig) -> None:
+    method, training, bits = config.run.method, config.training, config.lisa.lisa_frozen_bits
+    for_lisa = f"with --method {method}: it is for --method lisa;"
+    if bits != 16:
+        raise UserError(f"--lisa_frozen_bits {bits} {for_lisa} leave it out.")
+    if training.resume_from_checkpoint == "auto":
+        raise UserError(f"--resume_from_checkpoint auto: --method {method} takes a folder or true.")
+    if training.optim is LisaOptimizerNames.LISA_ADAMW:
+        raise UserError(f"--optim lisa_adamw {for_lisa} give another, such as adamw_torch_fused.")
+
+
+def _check_sft(training: SFTConfig) -> None:
+    if packs_documents(training) and training.max_length is None:
+        raise UserError("--packing true needs a --max_length: that of the rows which examples share.")
+    for flag, ours in _NOT_TAKEN.items():
+        value = getattr(training, flag)
+        if value != SFTConfig.__dataclass_fields__[flag].default:
+            raise UserError(f"--{flag} {value}: has no effect here; use {ours}.")
+
+
+def _check_task(config: RunConfig) -> None:
+    task = config.run.task
+    refuse_flags_of_sft(task, vars(config.run) | vars(config.data))
+    if task == REWARD and config.run.sample_prompt:
+        raise UserError(f"--sample_prompt with --task {task}: a reward model gives scores, not answers; leave it out.")
+    training: Any = config.training
+    for flag, why in (
+        ("label_smoothing_factor", "the loss of this task has none"),
+        ("sync_ref_model", "a checkpoint has no reference model, and a resumed run would be another"),
+    ):
+        if getattr(training, flag, None):
+            raise UserError(f"--{flag} {getattr(training, flag)} with --task {task}: {why}; leave it out.")
+    if task == KTO and training.per_device_train_batch_size < 2:
+        rule = "it compares the rows of a batch; give 2 or more"
+        raise UserError(f"--per_device_train_batch_size 1 with --task kto: {rule}.")
+    if task == GRPO:  # whose micro-batches are answers, of lengths and in rows that nothing bounds beforehand
+        for flag, value, not_taken in (
+            ("lisa_activated_layers", config.lisa.lisa_activated_layers, PLANNED_LAYERS),
+            ("checkpointed_layers", parse_checkpointed_layers(config.run.checkpointed_layers), (AUTO,)),
+        ):
+            if value in not_taken:
+                raise UserError(f"--{flag} {value} with --task {task}: no step of it can be planned; give a number.")
+
+
+def _check_schedule(training: Any) -> None:
+    """Raise UserError for a schedule of the learning rate that cannot be built by its arguments."""
+    name = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate or 1.0)
+    given = training.lr_scheduler_kwargs or {}
+    try:
+        get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=dict(given))
+    except (ValueError, TypeError, KeyError) as error:
+        flags = f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {given}"
+        raise UserError(f"{flags}: {in_one_line(error).rstrip('.')}.") from error
+
+
+_TOKENIZERS = ("tokenizer*", "vocab*", "spiece*", "sentencepiece*", "*.model", "*.tiktoken", "tekken.json")
+
+
+def _loads_by(config: RunConfig) -> dict[str, Any]:
+    """Arguments of from_pretrained; JSON of a command line is an object by now."""
+    given: Any = config.training.model_init_kwargs
+    return given or {}
+
+
+def _check_files(config: RunConfig) -> None:
+    """Raise UserError for a folder or a file that cannot be what its flag says; checkpoints are `check_resume`'s."""
+    if not config.training.output_dir:
+        raise UserError("--output_dir is empty: give a folder.")
+    check_folder("--output_dir", Path(str(config.training.output_dir)))
+    _check_model_folder(config)
+    if config.run.method == "lisa":
+        check_store(config.lisa.lisa_frozen_store)
+        if config.lisa.lisa_weights_file is not None:
+            read_text("--lisa_weights_file", split_columns(config.lisa.lisa_weights_file)[0])
+
+
+def _check_model_folder(config: RunConfig) -> None:
+    """Raise UserError for a model's folder without configuration, tokenizer or weights, or with damaged ones."""
+    folder = Path(str(config.model.model_name_or_path))
+    flag = f"--model_name_or_path {config.model.model_name_or_path}"
+    try:
+        if not folder.is_dir():
+            if os.path.lexists(folder):
+                raise UserError(f"{flag}: is a file; give the folder of a model.")
+            return
+    except OSError as error:
+        raise UserError(f"{flag}: cannot be read ({error.strerror}).") from error
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        rule = "it holds an adapter; merge it into its model first" if adapter else "give the folder of a model"
+        raise UserError(f"{flag}: there is no config.json in it; {rule}.")
+    for file in ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / file).exists():
+            read_object(folder / file)
+    if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+        raise UserError(f"{flag}: there is no tokenizer in it; save the model's there, by save_pretrained.")
+    if not {"variant", "gguf_file"} & _loads_by(config).keys():  # which are files of other names
+        _check_weights(folder, flag)
+
+
+def _check_weights(folder: Path, flag: str) -> None:
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    found = next((name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{flag}: there are no weights in it, such as {SAFE_WEIGHTS_NAME}.")
+    shards = {found}
+    if found.endswith(".json"):
+        index = read_object(folder / found)
+        if wrong := misfit(index, {"weight_map": dict}) or misfit([*index["weight_map"].values()], [str]):
+            raise UserError(f"{folder / found}: is damaged: {wrong}.")
+        shards = set(index["weight_map"].values())
+    for shard in sorted(shards):
+        if not (folder / shard).is_file():
+            raise UserError(f"{flag}: {found} names {shard}, and there is no such file.")
+        if shard.endswith(".safetensors"):
+            try:
+                with safe_open(folder / shard, framework="pt"):  # whose header says how long the file must be
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{flag}: {shard} is damaged ({error}).") from error
+
+
+def check_resume(wanted: str | bool | None, output_dir: Path, method: str, overwrites: bool = False) -> None:
+    """Raise UserError on all ranks for a checkpoint that cannot be resumed, as far as its small files tell.
+
+    So it does for a run that would write over another one without being asked by `overwrites`. All ranks call it: rank
+    0's view of the folders counts.
+    """
+    problem = None
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            if wanted not in (None, False):
+                if (output_dir / RUN_NAME).is_file():
+                    read_object(output_dir / RUN_NAME)
+                if method == "lisa":
+                    _check_lisa(wanted, output_dir)
+                else:
+                    _check_other(wanted, output_dir, method)
+            check_overwrites(str(output_dir), wanted, overwrites)
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:  # a name that is too long, or a folder that may not be looked into
+            problem = f"--resume_from_checkpoint {wanted}: cannot be read ({error.strerror})."
+    raise_shared(problem)
+
+
+def _check_lisa(wanted: str | bool | None, output_dir: Path) -> None:
+    if wanted in (True, "auto"):
+        found = _newest(output_dir)
+        if found is not None:
+            check_saved_by_trainer(*found)
+        elif wanted is True:
+            raise UserError(
+                f"--resume_from_checkpoint true: there is no whole checkpoint in --output_dir {output_dir}; leave it "
+                "out, or give auto, to begin at step 0."
+            )
+        return
+    folder = Path(str(wanted))
+    if not folder.is_dir():
+        raise UserError(f"--resume_from_checkpoint {folder}: no such folder.")
+    if not has_only_weights(folder):  # from which a new run begins
+        check_saved_by_trainer(folder, check_state(folder))
+
+
+def _newest(output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that was saved last, and its state."""
+    found = []
+    for folder in output_dir.glob("checkpoint-*"):
+        try:
+            read_json(folder / STATE_NAME)
+        except DamagedError:  # passed over with a warning when the run resumes
+            continue
+        found.append((folder, check_state(folder)))
+    return max(found, key=lambda one: one[1]["saved_at"], default=None)
+
+
+def _check_other(wanted: str | bool | None, output_dir: Path, method: str) -> None:
+    """Check a checkpoint of --method full or lora, which is the Trainer's own."""
+    last = get_last_checkpoint(output_dir) if wanted is True and output_dir.is_dir() else wanted
+    if last in (None, True):
+        raise UserError(f"--resume_from_checkpoint true: there is no checkpoint in --output_dir {output_dir}.")
+    folder = Path(str(last))
+    flag = f"--resume_from_checkpoint {folder} with --method {method}"
+    if not folder.is_dir():
+        raise UserError(f"{flag}: no such folder.")
+    if (folder / STATE_NAME).exists():
+        raise UserError(
+            f"{flag}: it is a checkpoint of --method lisa, which resumes it; to begin from its weights, give what "
+            "lisa-dist export makes of it as --model_name_or_path."
+        )
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        raise UserError(f"{flag}: there is no {TRAINER_STATE_NAME} in it; give a checkpoint that a trainer has saved.")
+    read_object(folder / TRAINER_STATE_NAME)
+
+
+def given_resume(training: TrainingArguments) -> str | bool | None:
+    """`--resume_from_checkpoint`: true, false, auto or a path."""
+    value = training.resume_from_checkpoint
+    return {"true": True, "false": False}.get(str(value).lower(), value)
+
+
+# Sizes in a model's configuration.
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+def _check_model(config: RunConfig) -> None:
+    """Raise UserError for a model that cannot be trained, or not by these arguments."""
+    model_config, flag = _known_model_config(config), f"--model_name_or_path {config.model.model_name_or_path}"
+    if (why := why_not_trained(model_config, config.run.task)) is not None:
+        raise UserError(f"{flag}: {why}.")
+    if config.run.loss != AUTO:
+        check_loss_of_run(config, model_config)
+    stored: Any = getattr(model_config, "quantization_config", None)
+    if stored is not None and config.run.method != "lora":  # whose adapters train on any weights
+        how = stored if isinstance(stored, dict) else stored.to_dict()
+        raise UserError(
+            f"{flag}: its weights are quantized (quant_method {how.get('quant_method')}), and they are what trains; "
+            "give a model in bf16, or save this one dequantized."
+        )
+    if config.run.method == "lisa":
+        _check_layers(config, model_config)
+
+
+def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
+    """Raise UserError for layers, or modules of a known architecture, that this model cannot have."""
+    lisa_config, num_layers = config.lisa, number_of_decoder_layers(model_config)
+    num_active = lisa_config.lisa_activated_layers
+    if config.training.use_liger_kernel:
+        check_liger(copy.copy(config.training), model_config, lisa_config, trl_head=config.run.task != REWARD)
+    if num_active not in PLANNED_LAYERS:
+        lisa_config.check_num_layers(num_layers)
+    if lisa_config.by_module and type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        model = model_without_weights(model_config)
+        modules = split_into_modules(model, find_blocks(model, lisa_config.lisa_layers_attribute)).layers
+        unit_budget(lisa_config, [module.numel for module in modules])
+    checkpointed = parse_checkpointed_layers(config.run.checkpointed_layers)
+    if isinstance(checkpointed, int):
+        number_of_layers(checkpointed, num_layers)
+    if lisa_config.lisa_weights_file is not None:
+        fewest = {LORA_LAYERS: fewest_of_lora(num_layers), AUTO_LAYERS: 1}
+        load_layer_weights(lisa_config.lisa_weights_file, num_layers, fewest.get(num_active, num_active))
+
+
+def _known_model_config(config: RunConfig) -> PretrainedConfig:
+    flag = f"--model_name_or_path {config.model.model_name_or_path}"
+    try:
+        model_config = model_config_of(config)
+        sizes = model_config.get_text_config().to_dict()  # some models have one for each layer
+        for name in _SIZES:
+            if isinstance(size := sizes.get(name), int) and size < 0:
+                raise ValueError(f"{name} {size}")
+        return model_config
+    except OSError as error:
+        raise UserError(no_such_model(flag, error)) from error
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        rule = "its config.json is of no model that can be trained"
+        raise UserError(f"{flag}: {rule} ({in_one_line(error)}).") from error
