@@ -12,9 +12,9 @@ pytestmark = [pytest.mark.full, pytest.mark.usefixtures("cpu_ops")]
 
 def test_no_fault_loses_what_was_saved():
     """A slice of `python tests/system/faults.py`, at moments that are drawn."""
-    came = faults.campaign(5, seed=3)
-    assert came.total() == 5
-    assert len(came) > 3
+    came = faults.campaign(4, seed=3)
+    assert came.total() == 4
+    assert len(came) > 2
 
 
 @pytest.mark.parametrize("lost", ["torn", "older", "other end"])
