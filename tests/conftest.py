@@ -17,8 +17,6 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the traces of the p
 
 import ranks  # noqa: E402
 
-RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker is left with one at the end: whole groups, `full` tests, runs, ranks."""
@@ -42,6 +40,14 @@ def cpu_ops() -> None:
         builder().load(verbose=False)
 
 
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model with a byte tokenizer and a chat template, and some rows."""
+    from runs import save_tiny_run
+
+    return save_tiny_run(tmp_path_factory.mktemp("tiny"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _errors_name_flags():
     """As in a run; test_errors.py has them as Python sees them."""
@@ -60,8 +66,8 @@ def _stop_ranks_at_the_end():
 @pytest.fixture(autouse=True)
 def _environment_of_its_own():
     """A parse makes its process the only rank where nothing says which it is, and a benchmark's ranks are CPUs'."""
-    before = {name: value for name, value in os.environ.items() if name not in RANK}
-    for name in RANK:
+    before = {name: value for name, value in os.environ.items() if name not in ranks.OF_RANKS}
+    for name in ranks.OF_RANKS:
         os.environ.pop(name, None)
     yield
     os.environ.clear()

@@ -11,6 +11,8 @@ processes that have imported all that is not the library's fork a child for each
 import argparse
 import ast
 import contextlib
+import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -21,10 +23,12 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 # The folders of tests/unit that matter to a room of lisa_dist, the nearest first.
@@ -121,16 +125,11 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
 # In the children: pytest with what it writes down
 
 
-class Traced:
-    """A function of `run_ranks` that returns the lines it has executed with its value."""
-
-    def __init__(self, function, folder: str):
-        self._function, self._folder = function, folder
-
-    def __call__(self, *args):
-        with traced(self._folder) as lines:
-            value = self._function(*args)
-        return value, lines
+def call_traced(folder: str, function: Callable, *args):
+    """On a rank: what a function returns, and the lines that it has executed."""
+    with traced(folder) as lines:
+        value = function(*args)
+    return value, lines
 
 
 @contextlib.contextmanager
@@ -164,72 +163,65 @@ class Plugin:
             run_ranks, folder = ranks.run_ranks, str(self._tree / "lisa_dist")
 
             def run_traced(function, *args, **options):
-                outcomes = run_ranks(Traced(function, folder), *args, **options)
+                outcomes = run_ranks(functools.partial(call_traced, folder, function), *args, **options)
                 self._lines.update(*(lines for _, lines in outcomes))
                 return [value for value, _ in outcomes]
 
             ranks.run_ranks = run_traced
 
-    def pytest_runtest_protocol(self, item, nextitem):
-        from _pytest.runner import runtestprotocol
-
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
         self._lines, begun = set(), time.monotonic()
-        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         with traced(str(self._tree / "lisa_dist")) if self._record else contextlib.nullcontext(set()) as lines:
-            runtestprotocol(item, nextitem=nextitem)
-        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+            done = yield
         named = {f"{os.path.relpath(path, self._tree)}:{line}" for path, line in lines | self._lines}
         self.found[item.nodeid] = (time.monotonic() - begun, sorted(named))
-        return True
+        return done
 
     def pytest_sessionfinish(self) -> None:
         if self._record:
             Path(self._record).write_text(json.dumps(self.found))
 
 
+def run_tests(tree: Path, tests: list[str], record: str | None, output: Path) -> None:
+    """Run pytest, with what it says in a file, and end as it ends."""
+    os.setsid()
+    with output.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    code: int = 3
+    try:
+        from mutants import Plugin  # of this name, for ranks to know its functions by
+
+        options = ["-x", "-q", "-m", "not full", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"]
+        code = pytest.main([*options, *tests], plugins=[Plugin(tree, record)])
+    finally:
+        os._exit(code)
+
+
 def serve(connection, tree: Path) -> None:
     """Import what is not the library's; then fork a child for each list of tests, and answer how it ended."""
     sys.dont_write_bytecode = True
-    import bitsandbytes  # noqa: F401
-    import deepspeed  # noqa: F401
-    import peft  # noqa: F401
-    import pytest
-    import trl.trainer.sft_trainer  # noqa: F401
-
+    for name in ("bitsandbytes", "deepspeed", "peft", "trl.trainer.sft_trainer"):
+        importlib.import_module(name)
     os.chdir(tree)
-    temporary = tree.with_name(f"{tree.name}_temporary")
+    temporary, output = tree.with_name(f"{tree.name}_temporary"), tree / "output.txt"
     temporary.mkdir()
     os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None  # what tests leave goes with the tree
-    sys.path[:0] = [str(tree), str(tree / "tests")]  # where ranks find `Traced`
+    sys.path[:0] = [str(tree), str(tree / "tests")]  # where ranks find this file
     while True:
         try:
             tests, seconds, record = connection.recv()
         except EOFError:
             return
-        output, begun = tree / "output.txt", time.monotonic()
-        child = os.fork()
-        if not child:
-            os.setsid()
-            with output.open("wb") as file:
-                for stream in (1, 2):
-                    os.dup2(file.fileno(), stream)
-            code = 3
-            try:
-                options = ["-x", "-q", "-m", "not full", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"]
-                from mutants import Plugin  # of this name, for ranks to know its classes by
-
-                code = pytest.main([*options, *tests], plugins=[Plugin(tree, record)])
-            finally:
-                os._exit(code)
-        ended = status = 0
-        while not ended and time.monotonic() < begun + seconds:
-            time.sleep(0.05)
-            ended, status = os.waitpid(child, os.WNOHANG)
+        begun = time.monotonic()
+        child = multiprocessing.get_context("fork").Process(target=run_tests, args=(tree, tests, record, output))
+        child.start()
+        child.join(seconds)
+        code = "timeout" if child.is_alive() else child.exitcode
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # and what it has left
-        if not ended:
-            os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status) if ended else "timeout"
+            os.killpg(child.pid, signal.SIGKILL)  # and what it has left
+        child.join()
         connection.send((code, output.read_text(errors="replace"), time.monotonic() - begun))
 
 
@@ -298,28 +290,27 @@ def tests_for(mutant: Mutant, recorded: dict[str, tuple[float, set[str]]], budge
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=ROOMS, help="the one room to change")
     parser.add_argument("--count", type=int, default=150, help="how many mutants")
     parser.add_argument("--at", nargs="+", metavar="PATH:LINE", help="of the chosen ones those of these lines alone")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--budget", type=float, default=60, help="seconds of tests, as they are, for each mutant")
-    parser.add_argument("--workers", type=int, default=2)
     flags = parser.parse_args()
     rooms = [flags.only] if flags.only else list(ROOMS)
     paths = [path for room in rooms for path in sorted((ROOT / "lisa_dist" / room).glob("*.py"))]
     made = [mutant for path in paths for mutant in mutants_of(path)]
     chosen = random.Random(flags.seed).sample(made, min(flags.count, len(made)))
     chosen = [mutant for mutant in chosen if not flags.at or f"{mutant.path}:{mutant.line}" in flags.at]
-    begun, survivors, timeouts, done = time.monotonic(), [], 0, 0
+    begun, survivors, done = time.monotonic(), [], 0
     with tempfile.TemporaryDirectory(prefix="lisa_dist_mutants_") as folder, contextlib.ExitStack() as stack:
-        workers = [Worker(Path(folder), str(number)) for number in range(flags.workers)]
+        workers = [Worker(Path(folder), str(number)) for number in range(2)]
         for worker in workers:
             stack.callback(worker.close)
         recorded = record(workers, list(dict.fromkeys(name for room in rooms for name in ROOMS[room])))
 
         def attempt(worker: Worker) -> None:
-            nonlocal done, timeouts
+            nonlocal done
             while chosen:
                 mutant = chosen.pop()
                 tests = tests_for(mutant, recorded, flags.budget)
@@ -329,7 +320,6 @@ def main() -> None:
                     code, said, seconds = worker.run(tests, limit)
                     if code == 5:
                         sys.exit(f"none of {tests} was run:\n{said[-3000:]}")
-                    timeouts += code == "timeout"
                     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
                     killer = "" if code == 0 else failed[1] if failed else f"pytest ends with {code}"
                 shutil.copyfile(ROOT / mutant.path, worker.tree / mutant.path)
@@ -344,8 +334,7 @@ def main() -> None:
         with ThreadPoolExecutor(len(workers)) as pool:
             list(pool.map(attempt, workers))
     minutes = (time.monotonic() - begun) / 60
-    print(f"\n{total - len(survivors)} of {total} mutants killed, {timeouts} of them by a timeout, of {len(made)} that "
-          f"can be made; {minutes:.0f} min")  # fmt: skip
+    print(f"\n{total - len(survivors)} of {total} mutants killed, of {len(made)} that can be made; {minutes:.0f} min")
     print("\n".join(["survivors:", *sorted(survivors)] if survivors else []))
 
 

@@ -78,8 +78,8 @@ class Host:
         """Wait until it has all that is its own but the cable."""
         deadline = time.monotonic() + PATIENCE
         while not self._ready.exists():
-            assert self._daemon.poll() is None, self._log.read_text()
-            assert time.monotonic() < deadline, f"{self.name} has not come up: {self._log.read_text()}"
+            is_coming = self._daemon.poll() is None and time.monotonic() < deadline
+            assert is_coming, f"{self.name} has not come up: {self._log.read_text()}"
             time.sleep(0.05)
 
     @property
@@ -89,10 +89,11 @@ class Host:
 
     def start(self, command: Sequence[str], output: Path, environment: dict[str, str], cwd: Path) -> subprocess.Popen:
         """Start a command on the host; what it prints goes to a file."""
+        words = self._inside("env", "--chdir", str(cwd), *command)
         with output.open("w") as file:
-            options = {"env": environment, "stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-            self._started.append(subprocess.Popen(self._inside("env", "--chdir", str(cwd), *command), **options))
-        return self._started[-1]
+            process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        self._started.append(process)
+        return process
 
     def run(self, *command: str) -> str:
         """What a short command prints on the host."""

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 VOCABULARY = 128
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -39,36 +40,19 @@ def tiny_llama(
 ) -> LlamaForCausalLM:
     """A Llama of `num_layers` layers, 64 wide, in fp32."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=num_layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=tied,
-        )
-    )
+    sizes = SIZES | {"vocab_size": vocab_size, "num_hidden_layers": num_layers}
+    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied))
 
 
 def tiny_mixtral(seed: int = 0):
     """A mixture of experts, which transformers holds under other names than the files on the hub have."""
     torch.manual_seed(seed)
-    config = MixtralConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=2,
-    )
+    config = MixtralConfig(vocab_size=128, num_hidden_layers=3, num_local_experts=2, **SIZES)
     return AutoModelForCausalLM.from_config(config)
 
 
-def save_tiny_llama(folder: Path) -> None:
-    """A tiny Llama's folder, with a byte tokenizer and a chat template."""
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for a byte, with a chat template."""
     special = ["<pad>", "<end>", "<user>", "<assistant>"]
     alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
@@ -77,9 +61,15 @@ def save_tiny_llama(folder: Path) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
     fast.add_special_tokens({"additional_special_tokens": special[2:]})
     fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
+    return fast
+
+
+def save_tiny_llama(folder: Path) -> None:
+    """A tiny Llama's folder, with that tokenizer."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
     model = tiny_llama()
-    model.resize_token_embeddings(len(fast))
+    model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(folder)
 
 
@@ -88,15 +78,13 @@ def save_tiny_llava(folder: Path) -> None:
     save_tiny_llama(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>", "<image>"]})
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4}
-    text = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=len(tokenizer))
+    text = LlamaConfig(**SIZES, num_hidden_layers=6, vocab_size=len(tokenizer))
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = CLIPVisionConfig(**sizes, image_size=32, patch_size=16, projection_dim=32)
     torch.manual_seed(0)
     image = tokenizer.convert_tokens_to_ids("<image>")
-    LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=image)
-    ).save_pretrained(folder)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.chat_template = None
     LlavaProcessor(
         CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
@@ -112,16 +100,8 @@ def save_tiny_llava(folder: Path) -> None:
 def tiny_gpt2(seed: int = 0, num_layers: int = 6, dropout: float = 0.0):
     """A GPT-2: tied embeddings, learned positions, biases."""
     torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=64,
-        n_layer=num_layers,
-        n_head=4,
-        n_positions=64,
-        resid_pdrop=dropout,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-    )
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": num_layers, "n_head": 4, "n_positions": 64}
+    config = GPT2Config(**sizes, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
     return AutoModelForCausalLM.from_config(config)
 
 

@@ -25,17 +25,14 @@ from pathlib import Path
 import pytest
 
 # What ranks import, once for all of them; nothing of it starts threads. The last one has the others set aside.
-PRELOADED = [
-    "deepspeed",
-    "bitsandbytes",
-    "trl.trainer.sft_trainer",
-    "lisa_dist.commands.train",
-    "lisa_dist.report.html",
-]
-PRELOADED += ["tensorboard", "torch.utils.tensorboard", "set_aside"]
+PRELOADED = ["deepspeed", "bitsandbytes", "trl.trainer.sft_trainer", "lisa_dist.commands.train"]
+PRELOADED += ["lisa_dist.report.html", "tensorboard", "torch.utils.tensorboard", "set_aside"]
 
 # Seconds after which what a test waits for has hung: many times what it takes on a machine that has other work.
 PATIENCE = 900
+
+# Variables by which a process is a rank.
+OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # How processes begin that need not import anything again; tests/mutants.py forks them where all is imported already.
 START_METHOD = "forkserver"
@@ -98,11 +95,8 @@ class _Pool:
         self._processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve,
-                args=(rank, world_size, str(Path(self._folder.name) / "store"), theirs, interpret),
-                daemon=True,
-            )
+            args = (rank, world_size, str(Path(self._folder.name) / "store"), theirs, interpret)
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
             self._connections.append(ours)
@@ -186,6 +180,10 @@ def _run_script(path: str, words: list[str], output: str, environment: dict[str,
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    if "WITHOUT_REPORT" in environment:
+        from lisa_dist.report import html
+
+        html.write_report = lambda folder: Path(folder) / html.REPORT_NAME
     sys.argv = [path, *words]
     runpy.run_path(path, run_name="__main__")
 
@@ -194,15 +192,9 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection, inter
     _stay_on_one_core()
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank),
-        LOCAL_SIZE=str(world_size),
-        DS_ACCELERATOR="cpu",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=Path(store).parent.name,  # the store is a file, but DeepSpeed names shared memory by it
-    )
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
+    # The store is a file, but DeepSpeed names shared memory by the port.
+    os.environ.update(DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", MASTER_PORT=Path(store).parent.name)
     import cpuinfo
     import deepspeed
     import torch
@@ -212,26 +204,31 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection, inter
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     deepspeed.init_distributed("gloo")
     torch.distributed.barrier()
-    from lisa_dist.errors import naming_flags
-    from lisa_dist.zero.cpu_ops import release_shared_memory
-
-    release_shared_memory()
     # DeepSpeed asks for the CPU's vendor with every CPU optimizer, and the answer comes from a new process each time.
     cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     gc.get_freeze_count = lambda: 1  # as in set_aside.py, where they are not forked
-    while True:
-        # Else collections and counts of live bytes would walk all that was imported, and what tests have left.
-        gc.collect()
-        gc.freeze()
-        with contextlib.suppress(EOFError, KeyboardInterrupt):
-            function, args = connection.recv()
+    with as_in_a_run():
+        while True:
+            # Else collections and counts of live bytes would walk all that was imported, and what tests have left.
+            gc.collect()
+            gc.freeze()
             try:
-                with naming_flags():  # as in a run
-                    outcome = ("value", function(*args))
+                function, args = connection.recv()
+            except (EOFError, KeyboardInterrupt):
+                return
+            try:
+                outcome = ("value", function(*args))
             except BaseException:  # noqa: BLE001 - whatever it is, the test must see it
                 outcome = ("raised", traceback.format_exc())
             # A Trainer of an earlier test, not collected yet, would have transformers build models under ZeRO-3.
             unset_hf_deepspeed_config()
             connection.send(outcome)
-            continue
-        return
+
+
+def as_in_a_run() -> contextlib.AbstractContextManager:
+    """DeepSpeed's shared memory has no name any more, and errors name flags."""
+    from lisa_dist.errors import naming_flags
+    from lisa_dist.zero.cpu_ops import release_shared_memory
+
+    release_shared_memory()
+    return naming_flags()

@@ -2,12 +2,10 @@
 
     python tests/support/rehearsal.py '{"kind": "loop", "ds_config": "zero2"}'
 
-What a rank finds: `problems`, texts; of a loop `losses`, a `digest` of weights and states, what a step and a switch
-made the host wait for, and how many operators they launched. The kinds: "loop", a DeepSpeed loop of one's own; "train",
-`lisa-dist train` with flags; "fault", a function of a module of tests.
+What a rank finds: `problems`, texts; of a loop `losses`, what a step and a switch made the host wait for. The kinds:
+"loop", a DeepSpeed loop of one's own; "train", `lisa-dist train` with flags; "fault", a function of a module of tests.
 """
 
-import hashlib
 import importlib
 import json
 import os
@@ -22,13 +20,8 @@ from typing import Any
 from ranks import PATIENCE, free_port, rank_context
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {
-    "DS_ACCELERATOR": "cuda",
-    "LISA_DIST_KERNELS": "torch",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "MASTER_ADDR": "127.0.0.1",
-}
+ENVIRONMENT = {"DS_ACCELERATOR": "cuda", "LISA_DIST_KERNELS": "torch", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT |= {"MASTER_ADDR": "127.0.0.1"}
 
 
 def rehearse(world_size: int = 1, *, may_raise: bool = False, **settings: Any) -> list[dict]:
@@ -66,7 +59,7 @@ def _be_rank(settings: dict, rank: int, world_size: int, port: int, folder: str,
     main(settings, rank, world_size, port)
 
 
-def begin(seed: int, early: float, nvml_free: int | None = None) -> None:
+def begin(nvml_free: int | None = None) -> None:
     """Simulate a GPU in this process. What looks for one at its import is imported before.
 
     `nvml_free`: pynvml is installed and says that so many bytes are free, of GPUs that are named by their UUIDs.
@@ -85,10 +78,9 @@ def begin(seed: int, early: float, nvml_free: int | None = None) -> None:
     sys.modules["liger_kernel"] = None  # type: ignore[assignment]  # its kernels need a real GPU
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    from simulated_gpu import clocks, cuda
+    from simulated_gpu import cuda
 
-    clocks.EARLY = early
-    cuda.install(seed)
+    cuda.install()
     if nvml_free is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = "GPU-5a2e,GPU-77c1"
         sys.modules["pynvml"] = cuda.nvml(nvml_free)
@@ -102,7 +94,7 @@ def loop(
     ds_config: str = "zero2",
     optim: str = "adamw_torch",
     dtype: str = "bf16",
-    steps: int = 7,
+    steps: int = 5,
     accumulation: int = 1,
     zero: dict[str, Any] | None = None,
     checkpointed: int | None = None,
@@ -127,36 +119,26 @@ def loop(
     config_of_lisa = lisa_dist.LisaConfig(**{"lisa_interval_steps": 2} | settings)
     deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
     rank, world = dist.get_rank(), dist.get_world_size()
-    engine, lisa = lisa_dist.initialize(
-        model,
-        config,
-        config_of_lisa,
-        lr=1e-3,
-        weight_decay=0.1,
-        optim=optim,
-        micro_batch_size=2,
-        gradient_accumulation_steps=accumulation,
-    )
+    options = {"lr": 1e-3, "weight_decay": 0.1, "optim": optim, "gradient_accumulation_steps": accumulation}
+    engine, lisa = lisa_dist.initialize(model, config, config_of_lisa, micro_batch_size=2, **options)
     if checkpointed is not None:
         checkpoint_layers(engine.module, lisa.blocks, checkpointed)
         let_backward_end(engine.module)
     data, losses = token_batches(steps, 2 * world, accumulation), []
     counts: dict[str, Counter] = {"switch": Counter(), "step": Counter()}
-    launches = {"switch": 0, "step": 0}
 
     def step(number: int) -> None:
-        before, launched = CLOCKS.waits + MEMORY.counts, CLOCKS.launches
+        before = CLOCKS.waits + MEMORY.counts
         switched = lisa.on_step_begin()
         after = CLOCKS.waits + MEMORY.counts
         if switched:
-            counts["switch"], launches["switch"] = after - before, CLOCKS.launches - launched
-        launched = CLOCKS.launches
+            counts["switch"] = after - before
         for micro in range(accumulation):
             rows = data[number, micro, 2 * rank : 2 * rank + 2].to(engine.device)
             loss = engine(input_ids=rows, labels=rows, use_cache=False).loss
             engine.backward(loss)
             engine.step()
-        counts["step"], launches["step"] = CLOCKS.waits + MEMORY.counts - after, CLOCKS.launches - launched
+        counts["step"] = CLOCKS.waits + MEMORY.counts - after
         losses.append(loss.item())
 
     for number in range(steps):
@@ -174,28 +156,7 @@ def loop(
         load_checkpoint(lisa, folder)
         step(0)
     lisa.close()
-    return {
-        "losses": losses,
-        "digest": digest(engine, lisa),
-        "movement": lisa.movement.lines,
-        "counts": {when: dict(found) for when, found in counts.items()},
-        "launches": launches,
-    }
-
-
-def digest(engine: Any, lisa: Any) -> str:
-    """A hash of this rank's weights, masters and moments."""
-    import torch
-
-    torch.cuda.synchronize()
-    total = hashlib.sha256()
-    states = lisa.partition_states()
-    tensors = [lisa.partitions.local_weights(parameter) for parameter in engine.module.parameters()]
-    for state in states.values():
-        tensors += [state.master, *(one for one in state.optimizer_state.values() if isinstance(one, torch.Tensor))]
-    for tensor in tensors:
-        total.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return total.hexdigest()
+    return {"losses": losses, "counts": {when: dict(found) for when, found in counts.items()}}
 
 
 def train(flags: list[str]) -> dict:
@@ -223,7 +184,7 @@ def main(settings: dict[str, Any], rank: int = 0, world_size: int = 1, port: int
     settings = dict(settings)
     found: dict[str, Any] = {}
     try:
-        begin(settings.pop("seed", 0), settings.pop("early", 0.1), settings.pop("nvml_free", None))
+        begin(settings.pop("nvml_free", None))
         found = KINDS[settings.pop("kind", "loop")](**settings)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the test must see it
         if not isinstance(error, SystemExit) or error.code:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from models import save_tiny_llama
-from ranks import PATIENCE, free_port, start_script
+from ranks import OF_RANKS, PATIENCE, free_port, start_script
 from transformers import AutoModelForCausalLM
 
 from lisa_dist.errors import UserError
@@ -20,22 +20,14 @@ TRAIN = ROOT / "launch" / "train.py"
 
 def clean_environment() -> dict[str, str]:
     """Without what a parse in this process has set to make it the only rank."""
-    set_here = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in set_here}
+    environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
     return environment | {"PATH": f"{BIN}:{environment['PATH']}"}
 
 
 def said_by(command: list[str], folder: Path | None = None, **variables: str) -> str:
     """What a command said that a user starts in a folder, and that ends well."""
-    finished = subprocess.run(
-        command,
-        cwd=folder,
-        env=clean_environment() | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=PATIENCE,
-    )
+    options = {"cwd": folder, "env": clean_environment() | variables, "text": True, "timeout": PATIENCE}
+    finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
     assert finished.returncode == 0, finished.stdout[-6000:]
     return finished.stdout
 
@@ -55,11 +47,15 @@ def save_tiny_run(folder: Path) -> Path:
 
 
 class Alone:
-    """The same in a process that has all imports already, for what a run does once it has begun."""
+    """The same in a process that has all imports already, for what a run does once it has begun.
 
-    def __init__(self, words: list[str], output: Path, script: Path, **variables: str):
+    Without `report` it writes none, which takes matplotlib longer than all else of a tiny run.
+    """
+
+    def __init__(self, words: list[str], output: Path, script: Path, report: bool = False, **variables: str):
         output.touch()
         self._output = output
+        variables |= {} if report else {"WITHOUT_REPORT": "1"}
         self.process = start_script(script, words, output, clean_environment() | variables, Path.cwd())
 
     @property
@@ -74,42 +70,36 @@ class Alone:
         return self.process.exitcode
 
 
-def run_alone(flags: list[str], output: Path, script: Path = TRAIN) -> tuple[int, str]:
+def run_alone(flags: list[str], output: Path, script: Path = TRAIN, report: bool = False) -> tuple[int, str]:
     """The exit code of a run of one rank, and what it said."""
-    run = Alone(flags, output, script)
+    run = Alone(flags, output, script, report)
     return run.wait(), run.said
 
 
-def on_two_ranks(flags: list[str], folder: Path, script: Path = TRAIN) -> str:
+def run_well(flags: list[str], folder: Path, script: Path = TRAIN, report: bool = False) -> str:
+    """What a run of one rank said that ends well."""
+    status, said = run_alone(flags, folder / "said.txt", script, report)
+    assert status == 0, said[-3000:]
+    return said
+
+
+def on_two_ranks(flags: list[str], folder: Path, script: Path = TRAIN, report: bool = False) -> str:
     """A run of two ranks to its end; what rank 0 said."""
-    meet = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     outputs = {str(rank): folder / f"{rank}.txt" for rank in range(2)}
-    ranks = [Alone(flags, output, script, RANK=rank, LOCAL_RANK=rank, **meet) for rank, output in outputs.items()]
+    meet |= {"LOCAL_WORLD_SIZE": "2"}
+    ranks = [Alone(flags, at, script, report, RANK=rank, LOCAL_RANK=rank, **meet) for rank, at in outputs.items()]
     codes = [rank.wait() for rank in ranks]
     assert codes == [0, 0], "".join(f"{code}: {rank.said[-3000:]}" for code, rank in zip(codes, ranks, strict=True))
     return ranks[0].said
 
 
 def flags_for(folder: Path, output_dir: Path, **changes) -> list[str]:
-    values = {
-        "model_name_or_path": folder / "model",
-        "dataset_name": folder / "rows.jsonl",
-        "output_dir": output_dir,
-        "eval_rows": 8,
-        "eval_on_start": True,
-        "eval_strategy": "steps",
-        "eval_steps": 5,
-        "max_steps": 5,
-        "lisa_preset": "none",
-        "lisa_interval_steps": 2,
-        "lisa_debug": True,
-        "per_device_train_batch_size": 2,
-        "max_length": 32,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-    } | changes
+    values = {"model_name_or_path": folder / "model", "dataset_name": folder / "rows.jsonl", "output_dir": output_dir}
+    values |= {"eval_rows": 8, "eval_on_start": True, "eval_strategy": "steps", "eval_steps": 5, "max_steps": 5}
+    values |= {"lisa_preset": "none", "lisa_interval_steps": 2, "lisa_debug": True, "per_device_train_batch_size": 2}
+    values |= {"max_length": 32, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+    values |= changes
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
@@ -123,13 +113,8 @@ def refused(call, *arguments) -> str:
 
 def check_run(said: str, out: Path, periods_begin: list[int]) -> None:
     """What every run says and leaves behind."""
-    for line in (
-        "sdpa (no CUDA device)",
-        "active at a time",
-        "held-out loss",
-        "logits of the positions with a label, computed once (auto: ",
-        "period    2  active layers:",
-    ):
+    lines = ["sdpa (no CUDA device)", "active at a time", "held-out loss", "period    2  active layers:"]
+    for line in (*lines, "logits of the positions with a label, computed once (auto: "):
         assert line in said, line
     periods = [json.loads(line) for line in (out / "lisa_log.jsonl").read_text().splitlines()]
     assert [period["step"] for period in periods] == periods_begin

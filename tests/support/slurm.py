@@ -8,14 +8,13 @@ import itertools
 import os
 import re
 import shutil
-import socket
 import stat
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ranks import PATIENCE
+from ranks import OF_RANKS, PATIENCE, free_port
 
 NODES = {"node1": "127.0.0.1", "node2": "127.0.0.2"}
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "unshare", "setpriv")
@@ -78,13 +77,14 @@ class Cluster:
         self._daemons: list[subprocess.Popen] = []
         self._job_logs: list[Path] = []
         # Jobs have this environment: without a rank, which a process of tests may have set for itself.
-        rank = r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_SIZE|MASTER_ADDR|MASTER_PORT|SLURM_.*|SBATCH_.*"
-        self.environment = {name: value for name, value in os.environ.items() if not re.fullmatch(rank, name)}
+        self.environment = {name: os.environ[name] for name in os.environ if not re.match("SLURM_|SBATCH_", name)}
+        for name in OF_RANKS:
+            self.environment.pop(name, None)
         self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
 
     def __enter__(self) -> "Cluster":
         folder = self._folder
-        ports = _free_ports(3)
+        ports = [free_port() for _ in range(3)]
         # The port of a run comes from the number of its job: two clusters on one machine must not have the same.
         first_job = ports[0] % 18_000 + 1
         config = _CONFIG.format(folder=folder, ports=ports, first_job=first_job, nodes=NODES)
@@ -94,10 +94,9 @@ class Cluster:
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
         for number in range(8):
             os.mknod(folder / f"gpu{number}", stat.S_IFCHR | 0o600, os.makedev(1, 3))
-        (folder / "hosts").write_text(
-            "".join(f"{ip} {name}\n" for name, ip in {"localhost": "127.0.0.1", **NODES}.items())
-        )
-        for name in ("state", *(f"spool-{node}" for node in NODES), *(f"run-{name}" for name in ("slurmctld", *NODES))):
+        hosts = {"localhost": "127.0.0.1"} | NODES
+        (folder / "hosts").write_text("".join(f"{ip} {name}\n" for name, ip in hosts.items()))
+        for name in ("state", "run-slurmctld", *(f"{what}-{node}" for what in ("spool", "run") for node in NODES)):
             (folder / name).mkdir()
         key = folder / "slurm.key"
         key.write_bytes(os.urandom(1024))
@@ -106,9 +105,8 @@ class Cluster:
             self._start("slurmctld", "slurmctld -D -i", "true")
             for node in NODES:
                 self._start(node, f"slurmd -D -N {node}", f"hostname {node}; mount -t tmpfs tmpfs /dev/shm")
-            self.until(
-                lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * 4, PATIENCE, "idle nodes"
-            )
+            idle = ["idle"] * 4  # each node in both partitions
+            self.until(lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == idle, PATIENCE, "idle nodes")
         except BaseException:
             self.__exit__()
             raise
@@ -122,11 +120,12 @@ class Cluster:
 
     def run(self, *command: str, **options: str) -> str:
         """What a command of SLURM prints."""
-        environment = self.environment | options
         # Commands ask the controller's socket in /run who they are.
         inside = f"mount --bind '{self._folder}/run-slurmctld' /run; exec \"$@\""
         words = ["unshare", "--mount", "bash", "-ec", inside, "bash", *command]
-        finished = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        finished = subprocess.run(
+            words, env=self.environment | options, capture_output=True, text=True, timeout=PATIENCE
+        )
         assert finished.returncode == 0, f"{' '.join(command)}: {finished.stderr}\n{self.logs()}"
         return finished.stdout
 
@@ -171,13 +170,3 @@ class Cluster:
         with (self._folder / f"{name}.log").open("w") as log:
             started = subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._daemons.append(started)
-
-
-def _free_ports(number: int) -> list[int]:
-    probes = [socket.socket() for _ in range(number)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports

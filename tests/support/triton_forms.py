@@ -6,7 +6,6 @@ With another Triton than the environment's, in a process of its own, it prints w
 """
 
 import importlib
-import inspect
 import json
 import sys
 import types
@@ -21,8 +20,6 @@ FORMS = {
     "bf16, stochastic, fp32 gradients": ("bf16", False, False, "fp32", 3, 2),
     "bf16, stochastic, 8 bits": ("bf16", False, True, "bf16", 0, 0),
 }
-
-
 # Of the factored moment: weights, whether there is a master, and accesses of 16 bytes in a row of 256.
 FACTORED_FORMS = {
     "fp32": ("fp32", False, 2, 1),
@@ -34,15 +31,12 @@ FACTORED_FORMS = {
 def compile_form(kernel: Any, form: str, capability: int, seed: str = "i32") -> str:
     """PTX of the kernel `_adamw`, for pieces that begin and end at multiples of 16. `seed`: that argument's type."""
     weight, has_master, quantized, gradient, *_ = FORMS[form]
-    moment, tables = ("*u8", "*fp32") if quantized else ("*fp32", None)
-    kinds = _kinds(kernel, weight, has_master, gradient, seed) | {
-        "exp_avg": moment, "exp_avg_sq": moment, "exp_avg_scales": tables, "exp_avg_sq_scales": tables,
-    }  # fmt: skip
-    kinds |= {name: tables and ("*u8" if "guesses" in name else "*fp32")
-              for name in ("code", "thresholds", "guesses", "code_sq", "thresholds_sq", "guesses_sq")}  # fmt: skip
-    constants = {"HAS_MASTER": has_master, "HAS_WEIGHT": True, "HAS_SCALE": True, "ROW": 256, "ROWS": 8}
-    constants |= {"STOCHASTIC": weight == "bf16" and not has_master, "QUANTIZED": quantized}
-    return _compile(kernel, kinds, constants, capability, num_warps=2)
+    kinds = _kinds(kernel, weight, has_master, gradient) | {"seed": seed}
+    kinds |= dict.fromkeys(("exp_avg", "exp_avg_sq"), "*u8" if quantized else "*fp32")
+    tables = ("code", "thresholds", "code_sq", "thresholds_sq", "exp_avg_scales", "exp_avg_sq_scales")
+    kinds |= dict.fromkeys(tables, "*fp32" if quantized else None)
+    kinds |= dict.fromkeys(("guesses", "guesses_sq"), "*u8" if quantized else None)
+    return _compile(kernel, kinds, _constants(weight, has_master) | {"QUANTIZED": quantized}, capability)
 
 
 def compile_factored(kernel: Any, form: str, capability: int) -> str:
@@ -50,45 +44,36 @@ def compile_factored(kernel: Any, form: str, capability: int) -> str:
     weight, has_master, *_ = FACTORED_FORMS[form]
     kinds = _kinds(kernel, weight, has_master, weight) | {"row_roots": "*fp32", "column_roots": "*fp32"}
     kinds |= {"columns": "i32"}
-    constants = {"HAS_MASTER": has_master, "HAS_WEIGHT": True, "HAS_SCALE": True, "ROW": 256, "ROWS": 8}
-    constants |= {"STOCHASTIC": weight == "bf16" and not has_master, "NARROW": False}
-    return _compile(kernel, kinds, constants, capability, num_warps=2)
+    return _compile(kernel, kinds, _constants(weight, has_master) | {"NARROW": False}, capability)
 
 
 def compile_sums(kernel: Any, capability: int) -> str:
     """PTX of the kernel `_squared_sums`."""
-    kinds = dict.fromkeys(kernel.arg_names, "i32") | {
-        "gradient": "*bf16", "gradient_scale": "*fp32", "row_sums": "*fp32", "column_sums": "*fp32",
-    }  # fmt: skip
+    kinds = dict.fromkeys(kernel.arg_names, "i32") | {"gradient": "*bf16"}
+    kinds |= dict.fromkeys(("gradient_scale", "row_sums", "column_sums"), "*fp32")
     return _compile(kernel, kinds, {"HAS_SCALE": True, "ROWS": 16, "COLUMNS": 256}, capability, num_warps=4)
 
 
-def _kinds(kernel: Any, weight: str, has_master: bool, gradient: str, seed: str = "i32") -> dict[str, Any]:
-    return dict.fromkeys(kernel.arg_names, "fp32") | {
-        "weight": f"*{weight}", "master": "*fp32" if has_master else None, "gradient": f"*{gradient}",
-        "gradient_scale": "*fp32", "numel": "i32", "element": "i32", "seed": seed, "parameter": "i32", "draw": "i32",
-    }  # fmt: skip
+def _kinds(kernel: Any, weight: str, has_master: bool, gradient: str) -> dict[str, Any]:
+    kinds = dict.fromkeys(kernel.arg_names, "fp32") | {"master": "*fp32" if has_master else None}
+    kinds |= {"weight": f"*{weight}", "gradient": f"*{gradient}", "gradient_scale": "*fp32"}
+    return kinds | dict.fromkeys(("numel", "element", "seed", "parameter", "draw"), "i32")
 
 
-def _compile(kernel: Any, kinds: dict[str, Any], constants: dict[str, Any], capability: int, num_warps: int) -> str:
+def _constants(weight: str, has_master: bool) -> dict[str, Any]:
+    constants = {"HAS_MASTER": has_master, "HAS_WEIGHT": True, "HAS_SCALE": True, "ROW": 256, "ROWS": 8}
+    return constants | {"STOCHASTIC": weight == "bf16" and not has_master}
+
+
+def _compile(kernel: Any, kinds: dict[str, Any], constants: dict[str, Any], capability: int, num_warps: int = 2) -> str:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     constants = constants | {name: None for name in kinds if kinds[name] is None}
-    multiples = [
-        index
-        for index, (name, kind) in enumerate(kinds.items())
-        if name in ("numel", "element") or str(kind).startswith("*")
-    ]
-    if "constants" in inspect.signature(ASTSource).parameters:  # Triton 3.2
-        from triton.backends.compiler import AttrsDescriptor
-
-        signature = {name: kind for name, kind in kinds.items() if name not in constants}
-        attributes: Any = AttrsDescriptor.from_hints(dict.fromkeys(multiples, 16))
-    else:
-        signature = {name: "constexpr" if name in constants else kind for name, kind in kinds.items()}
-        attributes = {(index,): [["tt.divisibility", 16]] for index in multiples}
+    signature = {name: "constexpr" if name in constants else kind for name, kind in kinds.items()}
+    multiples = [name in ("numel", "element") or str(kind).startswith("*") for name, kind in kinds.items()]
+    attributes = {(index,): [["tt.divisibility", 16]] for index, multiple in enumerate(multiples) if multiple}
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options={"num_warps": num_warps}).asm["ptx"]

@@ -14,7 +14,6 @@ import io
 import re
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,14 @@ from reference import train_reference
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.errors import UserError
 
-MAPPINGS = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "image-text": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+# Types of models and names of their classes.
+MAPPINGS = {
+    kind: {model_type: name if isinstance(name, str) else name[0] for model_type, name in mapping.items()}
+    for kind, mapping in (
+        ("causal", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        ("image-text", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    )
+}
 LAYERS, VOCABULARY, LENGTH = 4, 128, 16
 LR = 1e-3
 # What the name of a size says of it; the first that fits decides.
@@ -68,14 +74,20 @@ def shrink(config: PretrainedConfig) -> list[str]:
             stay += shrink(value)
         elif isinstance(value, bool) or name.startswith("_"):
             continue
-        elif isinstance(value, int) and (small := size_of(name)) is not None:
-            stay += set_or_name(config, name, min(value, small))
+        small: Any = None
+        if isinstance(value, int) and (size := size_of(name)) is not None:
+            small = min(value, size)
         elif isinstance(value, list) and len(value) in depths and len(value) > LAYERS:
-            stay += set_or_name(config, name, spread(value))
+            small = spread(value)
         elif re.fullmatch(r".*_token_id|.*_token_index", name) and isinstance(value, int) and value >= VOCABULARY:
-            stay += set_or_name(config, name, VOCABULARY - 1)
+            small = VOCABULARY - 1
         elif re.search("dropout|_pdrop|jitter|layerdrop", name) and isinstance(value, float):
-            stay += set_or_name(config, name, 0.0)
+            small = 0.0
+        if small is not None:
+            try:
+                setattr(config, name, small)
+            except (AttributeError, NotImplementedError):  # what Python and transformers raise for such a property
+                stay.append(name)  # it is told where the model stays large for it
     return stay
 
 
@@ -88,15 +100,6 @@ def spread(values: list) -> list:
     kinds = list(dict.fromkeys(map(repr, values)))
     firsts = [next(value for value in values if repr(value) == kind) for kind in kinds][:LAYERS]
     return firsts + values[: LAYERS - len(firsts)]
-
-
-def set_or_name(config: PretrainedConfig, name: str, value: Any) -> list[str]:
-    """The name if it cannot be set: a property without a setter, or with one that is there to say so."""
-    try:
-        setattr(config, name, value)
-    except (AttributeError, NotImplementedError):  # what Python and transformers raise for such a property
-        return [name]  # it is told where the model stays large for it; a small one is compared all the same
-    return []
 
 
 def build(model_type: str, class_name: str) -> PreTrainedModel | str:
@@ -156,30 +159,21 @@ def train(model: PreTrainedModel, twin: PreTrainedModel) -> str:
     return "equal" if equal else f"{differing} elements differ, by up to {worst:.2g}"
 
 
-def outcomes(names: list[str] | None = None) -> Iterator[tuple[str, str, str]]:
-    """Of each architecture: in which mapping it is, its type, and what came of it."""
+def on_a_rank(names: list[str] | None = None) -> list[tuple[str, str, str]]:
+    """What came of each architecture, on a rank: in which mapping it is, its type, and the outcome."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    found = []
     for kind, mapping in MAPPINGS.items():
-        for model_type, class_name in mapping.items():
-            if names is not None and model_type not in names:
-                continue
+        for model_type in [one for one in mapping if names is None or one in names]:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                name = class_name if isinstance(class_name, str) else class_name[0]
-                model, twin = (build(model_type, name) for _ in range(2))
+                model, twin = (build(model_type, mapping[model_type]) for _ in range(2))
                 try:
                     outcome = f"not buildable: {model}" if isinstance(model, str) else train(model, twin)
                 except Exception as error:  # noqa: BLE001 - a crash is an outcome too
                     outcome = f"{type(error).__name__}: {error}"
-            yield kind, model_type, outcome
-
-
-def on_a_rank(names: list[str] | None = None) -> list[tuple[str, str, str]]:
-    """All of them, on a rank."""
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    found = []
-    for one in outcomes(names):
-        found.append(one)
-        print(*one, file=sys.__stderr__, flush=True)
+            found.append((kind, model_type, outcome))
+            print(*found[-1], file=sys.__stderr__, flush=True)
     return found
 
 

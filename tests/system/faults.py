@@ -12,7 +12,10 @@ import argparse
 import collections
 import contextlib
 import errno
+import functools
 import hashlib
+import importlib
+import itertools
 import json
 import os
 import random
@@ -20,8 +23,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +47,23 @@ RUNS = (
     {"ds_config": "zero3", "in_background": False},
     {"ds_config": "zero2", "in_background": True, "lisa": DRAWN},
 )
-# Functions by whose calls moments are told, and whether a full disk may come there. Some are called by rank 0 alone.
+# Functions by whose calls moments are told, how often each is called at most in a start, whether a full disk may come
+# there, and whether rank 0 alone calls it.
 MOMENTS = {
-    "copy to the host": ("lisa_dist.checkpoint.save", "copy_on_host", False),
-    "link": ("os", "link", True),
-    "write": ("lisa_dist.checkpoint.save", "save_file", True),
-    "sum": ("lisa_dist.distributed.collectives", "describe_file", True),
-    "state": ("lisa_dist.checkpoint.save", "write_json", True),
-    "rename": ("lisa_dist.checkpoint.save", "put_in_place", True),
-    "rotation": ("shutil", "rmtree", False),
-    "switch": ("lisa_dist.core.selection", "BlockSelection.activate", False),
-    "partition": ("lisa_dist.zero.partitions", "ZeroPartitions.repartition", False),
-    "check of the sums": ("lisa_dist.checkpoint.resume", "check_files", False),
-    "load of the weights": ("lisa_dist.checkpoint.resume", "read_weights", False),
-    "load of the states": ("lisa_dist.checkpoint.optimizer_states", "StateFiles.read", False),
-    "step": ("deepspeed.runtime.engine", "DeepSpeedEngine.step", False),
+    "copy to the host": ("lisa_dist.checkpoint.save", "copy_on_host", 30, False, False),
+    "link": ("os", "link", 5, True, True),
+    "write": ("lisa_dist.checkpoint.save", "save_file", 5, True, False),
+    "sum": ("lisa_dist.distributed.collectives", "describe_file", 12, True, False),
+    "state": ("lisa_dist.checkpoint.save", "write_json", 2, True, True),
+    "rename": ("lisa_dist.checkpoint.save", "put_in_place", 2, True, True),
+    "rotation": ("shutil", "rmtree", 4, False, True),
+    "switch": ("lisa_dist.core.selection", "BlockSelection.activate", 2, False, False),
+    "partition": ("lisa_dist.zero.partitions", "ZeroPartitions.repartition", 2, False, False),
+    "check of the sums": ("lisa_dist.checkpoint.resume", "check_files", 1, False, False),
+    "load of the weights": ("lisa_dist.checkpoint.resume", "read_weights", 1, False, False),
+    "load of the states": ("lisa_dist.checkpoint.optimizer_states", "StateFiles.read", 1, False, False),
+    "step": ("deepspeed.runtime.engine", "DeepSpeedEngine.step", 4, False, False),
 }
-OF_RANK_0 = ("link", "state", "rename", "rotation")
 KINDS = ("SIGKILL", "SIGTERM", "SIGSTOP", "full disk", "torn file")
 
 
@@ -77,13 +80,11 @@ class Fault:
 
 def draw(generator: random.Random) -> Fault:
     moment = generator.choice(list(MOMENTS))
-    kinds = [kind for kind in KINDS if kind != "full disk" or MOMENTS[moment][2]]
-    kinds = [kind for kind in kinds if kind != "torn file" or moment == "write"]
-    rank = 0 if moment in OF_RANK_0 else generator.randrange(2)
-    most = {"copy to the host": 30, "link": 5, "write": 5, "sum": 12, "rotation": 4, "step": 4}.get(moment, 2)
-    if "load" in moment or "check" in moment:
-        most = 1
-    return Fault(moment, generator.choice(kinds), rank, generator.randint(1, most), generator.random() < 0.5)
+    _, _, most, may_be_full, of_rank_0 = MOMENTS[moment]
+    unfit = {"full disk": not may_be_full, "torn file": moment != "write"}
+    kind = generator.choice([kind for kind in KINDS if not unfit.get(kind)])
+    rank = 0 if of_rank_0 else generator.randrange(2)
+    return Fault(moment, kind, rank, generator.randint(1, most), generator.random() < 0.5)
 
 
 # On a rank
@@ -91,11 +92,9 @@ def draw(generator: random.Random) -> Fault:
 
 def strike(fault: Fault) -> None:
     """Have the fault come. A process that is stopped goes on no more."""
-    module_name, attribute, _ = MOMENTS[fault.moment]
-    owner: Any = __import__(module_name, fromlist=["_"])
+    module, attribute, *_ = MOMENTS[fault.moment]
     *inner, name = attribute.split(".")
-    for one in inner:
-        owner = getattr(owner, one)
+    owner: Any = functools.reduce(getattr, inner, importlib.import_module(module))
     function, calls = getattr(owner, name), 0
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -118,7 +117,7 @@ def strike(fault: Fault) -> None:
     setattr(owner, name, wrapped)
 
 
-def run_rank(rank: int, store: str, folder: str, run: dict, fault: dict | None, said: str) -> None:
+def run_rank(rank: int, store: str, folder: str, run: dict, fault: Fault | None, said: str) -> None:
     """Go on from what is in `folder` to the end, unless the fault comes."""
     with open(said, "wb") as file:
         for stream in (1, 2):
@@ -135,8 +134,8 @@ def run_rank(rank: int, store: str, folder: str, run: dict, fault: dict | None, 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     start_deepspeed()
-    if fault is not None and fault["rank"] == rank:
-        strike(Fault(**fault))
+    if fault is not None and fault.rank == rank:
+        strike(fault)
     found = find_checkpoint(folder)
     config = lisa_dist.LisaConfig(**{"lisa_interval_steps": INTERVAL} | run.get("lisa", {}))
     model = tiny_llama(seed=0 if found is None else 9, num_layers=4)
@@ -172,16 +171,17 @@ def start(folder: Path, run: dict, fault: Fault | None) -> tuple[bool, str]:
     """Start both ranks and wait for their end: whether the fault came, and what the ranks said."""
     with tempfile.TemporaryDirectory() as meeting:
         said = [f"{meeting}/{rank}.txt" for rank in range(2)]
-        arguments = [
-            (rank, f"{meeting}/store", str(folder), run, asdict(fault) if fault else None, said[rank])
+        ranks = [
+            rank_context().Process(
+                target=run_rank, args=(rank, f"{meeting}/store", str(folder), run, fault, said[rank]), daemon=True
+            )
             for rank in range(2)
         ]
-        ranks = [rank_context().Process(target=run_rank, args=one, daemon=True) for one in arguments]
         for one in ranks:
             one.start()
         began, ended = time.monotonic(), None
         while any(one.is_alive() for one in ranks):
-            stopped = any(one.is_alive() and state_of(one.pid) == "T" for one in ranks)
+            stopped = any(one.is_alive() and is_stopped(one.pid) for one in ranks)
             if ended is None and any(one.exitcode not in (None, 0) for one in ranks):
                 ended = time.monotonic()
             hangs = ended is None and not stopped and time.monotonic() > began + PATIENCE
@@ -198,10 +198,10 @@ def start(folder: Path, run: dict, fault: Fault | None) -> tuple[bool, str]:
         return came, "".join(Path(one).read_text(errors="replace") for one in said)
 
 
-def state_of(process: int | None) -> str:
+def is_stopped(process: int | None) -> bool:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    return ""
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 def whole_checkpoints(folder: Path) -> list[int]:
@@ -227,25 +227,22 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def undisturbed(run: dict, folder: Path) -> str:
-    _, said = start(folder, run, None)
-    assert (folder / "done").exists(), said[-3000:]
-    return digest(folder)
-
-
 def campaign(number: int, seed: int, report: Callable[[str], None] = print) -> collections.Counter:
     """Have `number` faults come; how many by moment and kind. Raises AssertionError where anything is lost."""
     generator = random.Random(seed)
     came: collections.Counter[tuple[str, str]] = collections.Counter()
     expected: dict[int, str] = {}
-    for chain in endless():
+    for chain in itertools.count():
         if came.total() >= number:
             return came
         index = (chain + seed) % len(RUNS)
         run = RUNS[index]
         with tempfile.TemporaryDirectory() as temporary:
             if index not in expected:
-                expected[index] = undisturbed(run, Path(temporary) / "whole")
+                whole = Path(temporary) / "whole"
+                _, said = start(whole, run, None)
+                assert (whole / "done").exists(), said[-3000:]
+                expected[index] = digest(whole)
             folder, newest, left = Path(temporary) / "run", 0, min(12, number - came.total())
             while not (folder / "done").exists():
                 fault = draw(generator) if left else None
@@ -261,16 +258,9 @@ def campaign(number: int, seed: int, report: Callable[[str], None] = print) -> c
         report(f"{came.total()} faults, run {chain + 1}: {run}")
 
 
-def endless() -> Iterator[int]:
-    chain = 0
-    while True:
-        yield chain
-        chain += 1
-
-
 def main() -> None:
     """Print how many faults of each kind came at each moment."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

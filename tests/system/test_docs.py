@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cells import full
-from eval_files import write_benchmarks, write_mt_bench
+from eval_files import write_benchmarks, write_lines, write_mt_bench
 from models import save_tiny_llama
-from runs import ROOT, run_alone
+from ranks import OF_RANKS
+from runs import ROOT, run_well
 
 from lisa_dist import cli
 from lisa_dist.commands import eval as eval_command
@@ -30,13 +30,8 @@ PAGES += ["examples/README.md", "examples/continued_pretraining/README.md"]
 PROGRAMS = ("make", "pip", "python", "deepspeed", "torchrun", "lisa-dist", "tensorboard")
 COMMAND = re.compile(rf"^(?:{'|'.join(PROGRAMS)})\s")
 # Every run takes so few steps, of a model that is small enough for CPUs.
-SMALL = {
-    "max_steps": "2",
-    "max_length": "64",
-    "per_device_train_batch_size": "2",
-    "gradient_accumulation_steps": "1",
-    "report_to": "none",
-}
+SMALL = {"max_steps": "2", "max_length": "64", "per_device_train_batch_size": "2", "gradient_accumulation_steps": "1"}
+SMALL |= {"report_to": "none"}
 SMALL_LAYERS = 6  # of save_tiny_llama's model
 # What a reader has under a name of his own.
 THERE = {
@@ -64,6 +59,7 @@ def commands(page: Path) -> list[str]:
 
 
 FOUND = {page: commands(ROOT / page) for page in PAGES if commands(ROOT / page)}
+DONE: set[str] = set()  # pages repeat some
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +67,11 @@ def folder(tmp_path_factory, cpu_ops) -> Path:
     """Where a reader stands: files of the names that the pages use."""
     folder = tmp_path_factory.mktemp("docs")
     save_tiny_llama(folder / "model_dir")
-    rows = "\n".join(json.dumps({"question": f"{n} + 1?", "answer": str(n + 1)}) for n in range(200))
-    for name in ("rows.jsonl", "gsm8k.jsonl"):
-        (folder / name).write_text(rows)
+    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(200)]
     pairs = [{"prompt": f"{n} + 1? ", "chosen": str(n + 1), "rejected": str(n)} for n in range(50)]
     kto = [{"prompt": f"{n} + 1? ", "completion": str(n + n % 2), "label": bool(n % 2)} for n in range(50)]
-    for name, of_task in (("pairs", pairs), ("kto", kto)):
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, of_task)))
+    for name, lines in (("rows", rows), ("gsm8k", rows), ("pairs", pairs), ("kto", kto)):
+        write_lines(folder / f"{name}.jsonl", lines)
     (folder / "rewards.py").write_text(REWARDS.search((ROOT / "docs" / "tasks.md").read_text())[1])
     alpaca = [{"instruction": f"{n} + 1?", "input": "", "output": str(n + 1)} for n in range(2000)]
     (folder / "alpaca.json").write_text(json.dumps(alpaca))
@@ -99,10 +93,9 @@ def run_flags(words: list[str], folder: Path) -> None:
     flags = [THERE.get(flag, flag) for flag in flags]
     task = task_of(flags)
     known = {one.name for one in fields(CONFIGS[task])} | {"model_name_or_path"}
-    for name, value in ({"model_name_or_path": str(folder / "model_dir")} | SMALL).items():
-        flags += (
-            [f"--{name}", "4" if task == "grpo" and name.endswith("batch_size") else value] if name in known else []
-        )
+    small = SMALL | {"model_name_or_path": str(folder / "model_dir")}
+    small |= {"per_device_train_batch_size": "4"} if task == "grpo" else {}
+    flags += [word for name, value in small.items() if name in known for word in (f"--{name}", value)]
     recipe = {}
     if "--config" in flags:
         recipe = yaml.safe_load((folder / flags[flags.index("--config") + 1]).read_text())
@@ -118,8 +111,7 @@ def run_flags(words: list[str], folder: Path) -> None:
         flags += ["--output_dir", "runs/llama3.1-8b"]
     if "--resume_from_checkpoint" not in flags:  # a reader of several pages has folders of his own
         flags += ["--overwrite_output_dir", "true"]
-    status, said = run_alone(flags, folder / "said.txt")
-    assert status == 0, f"{shlex.join(words)}\n{said[-3000:]}"
+    run_well(flags, folder)
 
 
 def run_cli(words: list[str], monkeypatch) -> None:
@@ -141,7 +133,7 @@ def run_eval(words: list[str], monkeypatch) -> None:
     data = flags.data_dir or "data"  # where a reader has none, the hub's questions
     words = ["eval", "model_dir", "--tasks", flags.tasks, "--data_dir", data, "--max_new_tokens", "4"]
     with monkeypatch.context() as of_this_run:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        for name in OF_RANKS:
             of_this_run.setenv(name, "0")  # for the context to take away what the run sets
             of_this_run.delenv(name)
         of_this_run.setattr(cli.sys, "argv", ["lisa-dist", *words, "--limit", "1"])
@@ -149,11 +141,13 @@ def run_eval(words: list[str], monkeypatch) -> None:
 
 
 @pytest.mark.xdist_group("docs")  # what a page leaves behind is used by the next
-@pytest.mark.parametrize("page", [page if page == "README.md" else full(page) for page in FOUND])
+@pytest.mark.full
+@pytest.mark.parametrize("page", FOUND)
 def test_every_command_of(page, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     makefile, examples = (ROOT / "Makefile").read_text(), (ROOT / "tests" / "system" / "test_examples.py").read_text()
-    for command in FOUND[page]:
+    for command in [command for command in FOUND[page] if command not in DONE]:
+        DONE.add(command)
         words = shlex.split(command)
         script = next((word for word in words if word.endswith(".py")), "")
         if words[0] == "make":

@@ -13,20 +13,13 @@ import pytest
 import torch
 from models import save_tiny_llama
 from ranks import PATIENCE, free_port
-from runs import on_two_ranks, said_by
+from runs import BIN, ROOT, on_two_ranks, run_well, said_by
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-BIN = Path(sys.executable).parent
 # Three periods of one layer each, no two alike: two layers or more of the model never train.
-LISA = {
-    "lisa_activated_layers": 1,
-    "lisa_interval_steps": 4,
-    "lisa_sampler": "reshuffle",
-    "lisa_debug": True,
-    "learning_rate": 3e-3,
-}
+LISA = {"lisa_activated_layers": 1, "lisa_interval_steps": 4, "lisa_sampler": "reshuffle", "lisa_debug": True}
+LISA |= {"learning_rate": 3e-3}
 STEPS = 12
 
 pytestmark = [pytest.mark.full, pytest.mark.usefixtures("cpu_ops")]
@@ -65,14 +58,12 @@ def words(flags: dict) -> list[str]:
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
-def start(launcher: str, script: Path, flags: dict) -> str:
-    """Run a script on two ranks, as a user would, and return all that it said."""
-    port = str(free_port())
-    command = {
-        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port],
-        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", port],
-    }[launcher]
-    return said_by([*command, str(script), *words(flags)], ROOT)
+def start(launcher: list[str], flags: dict) -> str:
+    """Run the loop on two ranks, as a user would, and return all that it said."""
+    program, *of_launcher = launcher
+    return said_by(
+        [str(BIN / program), *of_launcher, str(free_port()), str(EXAMPLES / "own_loop.py"), *words(flags)], ROOT
+    )
 
 
 def check_what_trained(before: Path, after: Path, log: Path) -> None:
@@ -110,22 +101,15 @@ def preference(model: Path, rows: list[dict]) -> float:
 
 
 def own_loop_flags(given: SimpleNamespace, output_dir: Path) -> dict:
-    return LISA | {
-        "model": given.model,
-        "data": given.text,
-        "output_dir": output_dir,
-        "steps": STEPS,
-        "save_steps": 6,  # in the middle of a period
-        "batch_size": 4,
-        "length": 64,
-    }
+    flags = {"model": given.model, "data": given.text, "output_dir": output_dir, "batch_size": 4, "length": 64}
+    return LISA | flags | {"steps": STEPS, "save_steps": 6}  # in the middle of a period
 
 
 @pytest.fixture(scope="module")
 def own_loop(given, tmp_path_factory) -> SimpleNamespace:
     """A whole run of the loop: its folder and the lines of its steps."""
     output_dir = tmp_path_factory.mktemp("own_loop")
-    said = start("deepspeed", EXAMPLES / "own_loop.py", own_loop_flags(given, output_dir))
+    said = start(["deepspeed", "--num_gpus", "2", "--master_port"], own_loop_flags(given, output_dir))
     return SimpleNamespace(output_dir=output_dir, steps=re.findall(r"^step \d+  loss .*$", said, flags=re.MULTILINE))
 
 
@@ -140,28 +124,17 @@ def test_own_loop_trains_what_it_says(given, own_loop):
 @pytest.mark.xdist_group("own_loop")
 def test_own_loop_resumes_to_the_same_bits(given, own_loop, tmp_path):
     middle = {"resume": own_loop.output_dir / "checkpoint-6"}
-    said = start("torchrun", EXAMPLES / "own_loop.py", own_loop_flags(given, tmp_path) | middle)
+    said = start(["torchrun", "--nproc-per-node", "2", "--master-port"], own_loop_flags(given, tmp_path) | middle)
     assert re.findall(r"^step \d+  loss .*$", said, flags=re.MULTILINE) == own_loop.steps[6:]
     saved, again = (sorted((path / f"checkpoint-{STEPS}").glob("model-*")) for path in (own_loop.output_dir, tmp_path))
     assert [path.read_bytes() for path in saved] == [path.read_bytes() for path in again]
 
 
 def test_dpo_prefers_what_was_chosen(given, tmp_path):
-    flags = LISA | {
-        "model_name_or_path": given.model,
-        "dataset_name": given.pairs,
-        "deepspeed": ROOT / "ds_configs" / "zero2.json",
-        "output_dir": tmp_path,
-        "use_cpu": True,
-        "bf16": False,
-        "learning_rate": 1e-4,
-        "per_device_train_batch_size": 4,
-        "max_length": 192,
-        "max_steps": STEPS,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-    }
+    flags = LISA | {"model_name_or_path": given.model, "dataset_name": given.pairs, "output_dir": tmp_path}
+    flags |= {"deepspeed": ROOT / "ds_configs" / "zero2.json", "use_cpu": True, "bf16": False, "report_to": "none"}
+    flags |= {"learning_rate": 1e-4, "per_device_train_batch_size": 4, "max_length": 192, "max_steps": STEPS}
+    flags |= {"logging_steps": 1, "save_strategy": "no"}
     on_two_ranks(words(flags), tmp_path, EXAMPLES / "dpo.py")
     check_what_trained(given.model, tmp_path, tmp_path)
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
@@ -177,21 +150,10 @@ def test_dpo_prefers_what_was_chosen(given, tmp_path):
 
 
 def test_continued_pretraining_splits_packs_and_learns(given, tmp_path):
-    flags = LISA | {
-        "config": EXAMPLES / "continued_pretraining" / "recipe.yaml",
-        "model_name_or_path": given.model,
-        "dataset_name": given.text,
-        "output_dir": tmp_path,
-        "gpu_memory": "4GiB",
-        "bf16": False,
-        "max_length": 64,
-        "global_batch_size": 8,
-        "max_steps": STEPS,
-        "eval_rows": 8,
-        "report_to": "none",
-        "logging_steps": 1,
-        "save_strategy": "no",
-    }
+    flags = LISA | {"config": EXAMPLES / "continued_pretraining" / "recipe.yaml", "model_name_or_path": given.model}
+    flags |= {"dataset_name": given.text, "output_dir": tmp_path, "gpu_memory": "4GiB", "bf16": False}
+    flags |= {"max_length": 64, "global_batch_size": 8, "max_steps": STEPS, "eval_rows": 8, "report_to": "none"}
+    flags |= {"logging_steps": 1, "save_strategy": "no"}
     said = on_two_ranks(words(flags), tmp_path)
     assert f"text.txt: text (text), {given.num_long + given.num_short} examples" in said
     assert re.search(rf"examples have more than 64 tokens .*: {given.num_long} split into \d+", said), said[-5000:]
@@ -204,11 +166,6 @@ def test_continued_pretraining_splits_packs_and_learns(given, tmp_path):
     assert text_loss(tmp_path, given.text) < text_loss(given.model, given.text) - 0.5
 
 
-def snippets() -> list[str]:
-    """The Python of the README."""
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-
-
 @pytest.mark.parametrize(
     ("place", "said"), [(0, "step     4  period    1  active layers"), (1, "step 5 layers")], ids=["trainer", "loop"]
 )
@@ -218,16 +175,12 @@ def test_what_the_readme_prints_runs_as_it_stands(tmp_path, given, place, said):
     (tmp_path / ".quickstart" / "model").symlink_to(given.model)
     (tmp_path / "pairs.jsonl").symlink_to(given.pairs)
     (tmp_path / "text.txt").write_text("\n".join(f"Once there were {n} friends." for n in range(20)), encoding="utf-8")
-    text = snippets()[place]
-    (tmp_path / "script.py").write_text(text, encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    (tmp_path / "script.py").write_text(snippets[place], encoding="utf-8")
     kept = ("PATH", "HOME", "HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHONPATH")
-    environment = {name: os.environ[name] for name in kept if name in os.environ}
-    environment |= (
-        {"TORCH_EXTENSIONS_DIR": os.environ["TORCH_EXTENSIONS_DIR"]} if "TORCH_EXTENSIONS_DIR" in os.environ else {}
-    )
-    ran = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE
-    )
+    environment = {name: os.environ[name] for name in (*kept, "TORCH_EXTENSIONS_DIR") if name in os.environ}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": PATIENCE}
+    ran = subprocess.run([sys.executable, "script.py"], **options)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert said in ran.stdout
     saved = tmp_path / ("model" if place == 0 else "runs/loop/checkpoint")
@@ -238,13 +191,14 @@ def test_what_the_readme_prints_runs_as_it_stands(tmp_path, given, place, said):
     assert any(".layers." in name for name in moved)
 
 
-def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch):
     notebook = json.loads((EXAMPLES / "notebook.ipynb").read_text(encoding="utf-8"))
     save_tiny_llama(tmp_path / "model")
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert cells[0].startswith('MODEL = "')
     assert not any(cell.get("outputs") for cell in notebook["cells"])
     (tmp_path / "cells.py").write_text("\n".join([f'MODEL = "{tmp_path / "model"}"', *cells[1:]]))
-    all_of_it = said_by([sys.executable, "cells.py"], tmp_path)
+    monkeypatch.chdir(tmp_path)
+    all_of_it = run_well([], tmp_path, tmp_path / "cells.py")
     for said in ("lisa-dist train --gpus 1", "layers by period: [[", "held-out loss: [", "{'role': 'assistant'"):
         assert said in all_of_it, said

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 from hosts import ADDRESSES, Host, Hosts, why_not
 from ranks import PATIENCE
-from runs import BIN, ROOT, clean_environment, flags_for, on_two_ranks, save_tiny_run
+from runs import BIN, TRAIN, clean_environment, flags_for, on_two_ranks
 
-TRAIN = str(ROOT / "launch" / "train.py")
 CHANGES = {"deepspeed": "zero3", "max_steps": 4, "eval_steps": 4, "disable_tqdm": True}
 HANG_TIMEOUT = 15  # seconds
 # What deepspeed does not pass on by itself. PATH is for ninja: another one than at the last build builds all anew.
@@ -28,12 +27,6 @@ pytestmark = [
     pytest.mark.skipif(_absent is not None, reason=f"two hosts: {_absent}"),
     pytest.mark.usefixtures("cpu_ops"),
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A tiny model and some rows."""
-    return save_tiny_run(tmp_path_factory.mktemp("hosts"))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +58,7 @@ def start_torchrun(hosts: list[Host], flags: list[str], folder: Path, **variable
     environment = clean_environment() | variables
     return [
         host.start(
-            [*command, "--node-rank", str(rank), TRAIN, *flags], folder / f"{host.name}.out", environment, folder
+            [*command, "--node-rank", str(rank), str(TRAIN), *flags], folder / f"{host.name}.out", environment, folder
         )
         for rank, host in enumerate(hosts)
     ]
@@ -79,7 +72,7 @@ def start_deepspeed(hosts: list[Host], flags: list[str], folder: Path) -> list[s
     (folder / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in told.items()))
     # What a rank says goes to a file on its own host: over ssh it would be lost with the cable.
     command = [str(BIN / "deepspeed"), "--hostfile", str(folder / "hostfile")]
-    command += ["--enable_each_rank_log", str(folder), TRAIN, *flags]
+    command += ["--enable_each_rank_log", str(folder), str(TRAIN), *flags]
     return [hosts[0].start(command, folder / "node1.out", environment, folder)]
 
 

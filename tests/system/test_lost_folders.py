@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import Alone, flags_for, run_alone, save_tiny_run
+from runs import flags_for, run_alone, run_well
 
 STEPS, HURT_AT = 8, 5  # saved at 3 and 6; a period begins at every second step
 
@@ -55,17 +55,10 @@ def give_back(folder: Path) -> None:
         os.rename(f"{folder}-elsewhere", folder)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A tiny model and some rows."""
-    return save_tiny_run(tmp_path_factory.mktemp("lost"))
-
-
 @pytest.fixture
 def disk(tmp_path) -> Path:
     """A file system of its own."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
+    (disk := tmp_path / "disk").mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("a file system of its own cannot be mounted here")
     yield disk
@@ -80,8 +73,7 @@ def flags(folder: Path, out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(folder, cpu_ops) -> Path:
     """The output folder of a run that nothing has happened to."""
-    status, said = run_alone(flags(folder, folder / "whole"), folder / "whole.txt")
-    assert status == 0, said
+    run_well(flags(folder, folder / "whole"), folder)
     return folder / "whole"
 
 
@@ -105,9 +97,7 @@ def computed(out: Path) -> dict:
 def test_a_run_whose_folder_is_lost_goes_on_from_its_last_checkpoint(folder, whole, disk, tmp_path, lose: Callable):
     (tmp_path / "losing.py").write_text(SCRIPT.format(here=str(Path(__file__).parent)))
     out = disk / "out"
-    run = Alone([*flags(folder, out), lose.__name__], tmp_path / "said.txt", tmp_path / "losing.py")
-    status, said = run.wait(), run.said
-    print(said)
+    status, said = run_alone([*flags(folder, out), lose.__name__], tmp_path / "said.txt", tmp_path / "losing.py")
     assert status == 2, said
     last = said.splitlines()[-1]
     assert last.startswith(f"lisa-dist: {out}"), said
@@ -116,6 +106,5 @@ def test_a_run_whose_folder_is_lost_goes_on_from_its_last_checkpoint(folder, who
 
     give_back(out)
     assert sorted(path.name for path in out.glob("*checkpoint-*")) == ["checkpoint-3"]
-    status, said = run_alone([*flags(folder, out), "--resume_from_checkpoint", "auto"], tmp_path / "resumed.txt")
-    assert status == 0, said
+    run_well([*flags(folder, out), "--resume_from_checkpoint", "auto"], tmp_path)
     assert computed(out) == computed(whole)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from cells import full
+from eval_files import write_lines
 from models import save_tiny_llava
 from PIL import Image
-from runs import flags_for, on_two_ranks, run_alone
+from runs import flags_for, on_two_ranks, run_alone, run_well
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -27,9 +28,7 @@ SETTINGS |= {"save_steps": 3, "eval_on_start": False, "max_length": 64}
 def folder(tmp_path_factory, cpu_ops) -> Path:
     folder = tmp_path_factory.mktemp("vision")
     save_tiny_llava(folder / "model")
-    (folder / "rows.jsonl").write_text(
-        "\n".join(json.dumps({"question": f"{n} + 1?", "answer": str(n + 1)}) for n in range(64))
-    )
+    write_lines(folder / "rows.jsonl", [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(64)])
     save_images(folder / "red", lambda n: (8 * n, 0, 0))
     save_images(folder / "blue", lambda n: (0, 0, 255 - 8 * n))
     return folder
@@ -43,7 +42,7 @@ def save_images(folder: Path, colour) -> None:
         Image.new("RGB", (40, 32), colour(n)).save(folder / f"{n}.png")
         turns = [{"from": "human", "value": "<image>\nHow red?"}, {"from": "gpt", "value": str(n)}]
         rows.append({"image": f"{n}.png", "conversations": turns})
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_lines(folder / "rows.jsonl", rows)
 
 
 def losses_of(out: Path) -> list[float]:
@@ -86,8 +85,7 @@ def test_what_the_images_show_is_trained_on(folder, tmp_path):
     found = {}
     for name, rows, loss in (("red", "red", "logits"), ("blue", "blue", "logits"), ("chunked", "red", "chunked")):
         changes = settings | {"dataset_name": folder / rows / "rows.jsonl", "loss": loss}
-        status, said = run_alone(flags_for(folder, tmp_path / name, **changes), tmp_path / "said.txt")
-        assert status == 0, said[-3000:]
+        said = run_well(flags_for(folder, tmp_path / name, **changes), tmp_path)
         assert "sharegpt (image, conversations), 32 examples" in said
         assert "first example: images of 40 x 32 pixels\n    user: How red?\n    assistant: 0\n" in said
         found[name] = losses_of(tmp_path / name)
@@ -95,11 +93,11 @@ def test_what_the_images_show_is_trained_on(folder, tmp_path):
     assert abs(found["red"][0] - found["blue"][0]) > 1e-4
 
 
-@pytest.mark.parametrize("method", [full("full"), "lora"])
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_other_methods_train_on_images_too(folder, tmp_path, method):
     changes = SETTINGS | {"dataset_name": folder / "red" / "rows.jsonl", "method": method, "max_steps": 2}
-    status, said = run_alone(flags_for(folder, tmp_path / "out", **changes), tmp_path / "said.txt")
-    assert status == 0, said[-3000:]
+    run_well(flags_for(folder, tmp_path / "out", **changes), tmp_path)
 
 
 def test_a_template_of_parts_is_given_parts(folder, tmp_path):
@@ -108,8 +106,7 @@ def test_a_template_of_parts_is_given_parts(folder, tmp_path):
     tokenizer.chat_template = AutoProcessor.from_pretrained(folder / "model").chat_template
     assert takes_parts(tokenizer)
     changes = SETTINGS | {"max_steps": 1, "sample_prompt": "1 + 1?"}
-    status, said = run_alone(flags_for(folder, tmp_path / "out", **changes), tmp_path / "said.txt")
-    assert status == 0, said[-3000:]
+    said = run_well(flags_for(folder, tmp_path / "out", **changes), tmp_path)
     assert "    <user>0 + 1?<end><assistant>\n  > 1<end>\n" in said
 
 
@@ -122,27 +119,22 @@ def test_all_turns_have_labels_where_that_is_asked(folder):
 
 
 CALLED = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+ASKED = {"question": "?", "answer": "1"}
 
 
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"image": "absent.png", "question": "?", "answer": "1"}, "has an image absent.png: no such file"),
-        ({"image": "rows.jsonl", "question": "?", "answer": "1"}, "has an image rows.jsonl: is no image that can be"),
-        ({"image": None, "question": "?", "answer": "1"}, "has no image"),
-        (
-            {"image": {"path": "http://host/a.png", "bytes": None}, "question": "?", "answer": "1"},
-            "has an image http://host/a.png: no such",
-        ),
-        ({"image": {"path": "/etc/passwd"}, "question": "?", "answer": "1"}, "has an image /etc/passwd: is no image"),
-        ({"image": {"bytes": "a"}, "question": "?", "answer": "1"}, "has an image that is neither a path nor bytes"),
-        (
-            {"images": [["a.png"]], "question": "?", "answer": "1"},
-            "has an image that is neither a path nor bytes: ['a.png']",
-        ),
-        ({"image": "../a.png", "question": "?", "answer": "1"}, "has an image ../a.png: leads out of its folder"),
-        ({"image": "a.png", "question": "?", "answer": "1", "messages": [CALLED]}, "has tools or tool calls beside"),
-        ({"images": [], "question": "?", "answer": "1"}, "has no image"),
+        (ASKED | {"image": "absent.png"}, "has an image absent.png: no such file"),
+        (ASKED | {"image": "rows.jsonl"}, "has an image rows.jsonl: is no image that can be"),
+        (ASKED | {"image": None}, "has no image"),
+        (ASKED | {"image": {"path": "http://host/a.png", "bytes": None}}, "has an image http://host/a.png: no such"),
+        (ASKED | {"image": {"path": "/etc/passwd"}}, "has an image /etc/passwd: is no image"),
+        (ASKED | {"image": {"bytes": "a"}}, "has an image that is neither a path nor bytes"),
+        (ASKED | {"images": [["a.png"]]}, "has an image that is neither a path nor bytes: ['a.png']"),
+        (ASKED | {"image": "../a.png"}, "has an image ../a.png: leads out of its folder"),
+        (ASKED | {"image": "a.png", "messages": [CALLED]}, "has tools or tool calls beside"),
+        (ASKED | {"images": []}, "has no image"),
         (
             {"image": "a.png", "messages": [{"role": "assistant", "content": "1"}]},
             "has images and no question before its last answer",
@@ -191,11 +183,11 @@ def test_images_without_a_processor_are_refused(folder, tmp_path):
     assert status == 2, said[-3000:]
     assert re.search(r"lisa-dist: --dataset_name .*: its rows have images, and the model's processor is none", said)
     texts = SETTINGS | {"dataset_name": folder / "rows.jsonl", "max_steps": 1}
-    status, said = run_alone(flags_for(tmp_path, tmp_path / "out", **texts), tmp_path / "said.txt")
-    assert status == 0, said[-3000:]
+    said = run_well(flags_for(tmp_path, tmp_path / "out", **texts), tmp_path)
     assert "processor          none, and the model is saved without one" in said
 
 
+@pytest.mark.full
 def test_a_processor_s_own_template_is_the_tokenizer_s_too(folder, tmp_path):
     """As older models have it, in a file of the processor's alone."""
     shutil.copytree(folder / "model", tmp_path / "model")
@@ -203,14 +195,13 @@ def test_a_processor_s_own_template_is_the_tokenizer_s_too(folder, tmp_path):
     (tmp_path / "model" / "chat_template.jinja").unlink()
     (tmp_path / "model" / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     changes = SETTINGS | {"dataset_name": folder / "rows.jsonl", "max_steps": 1}
-    status, said = run_alone(flags_for(tmp_path, tmp_path / "out", **changes), tmp_path / "said.txt")
-    assert status == 0, said[-3000:]
+    said = run_well(flags_for(tmp_path, tmp_path / "out", **changes), tmp_path)
     assert "    <user>0 + 1?<end><assistant>\n  > 1<end>\n" in said
 
 
+@pytest.mark.full
 def test_dpo_trains_its_texts(folder, tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}\n' * 16)
     changes = SETTINGS | {"dataset_name": tmp_path / "pairs.jsonl", "task": "dpo", "max_steps": 1, "eval_rows": 0}
     flags = flags_for(folder, tmp_path / "out", **changes | {"eval_strategy": "no"})
-    status, said = run_alone(flags, tmp_path / "said.txt")
-    assert status == 0, said[-3000:]
+    run_well(flags, tmp_path)

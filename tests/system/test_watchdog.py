@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-
-PATIENCE = 900  # seconds; the ranks, which are this file too, do without tests/support
+from cells import full
+from ranks import PATIENCE, free_port
 
 
 def rank_main(how: str, victim: int) -> None:
@@ -105,47 +105,16 @@ def train_in_child() -> int:
     return 4 if stop_signals._received and not blocked else 5
 
 
-class Rank:
-    """A process that has imported torch already, as forks of the tests' have."""
-
-    def __init__(self, words: list[str], output: Path, environment: dict[str, str]):
-        from ranks import start_script  # not for the ranks, which are this file too
-
-        output.touch()
-        self._process = start_script(Path(__file__), words, output, environment, Path.cwd())
-
-    def wait(self) -> int | None:
-        """Its exit code; None where it hangs."""
-        self._process.join(PATIENCE)
-        return self._process.exitcode
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self._process.pid, number)
-
-    def has_ended(self) -> bool:
-        return self._process.exitcode is not None
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.join()
-
-
-def start(how: str, victim: int, tmp_path: Path) -> list[Rank]:
-    from ranks import free_port
+def start(how: str, victim: int, tmp_path: Path) -> list:
+    from runs import Alone  # not for the ranks, which are this file too
 
     tmp_path.mkdir(exist_ok=True)
-    port = str(free_port())
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
     for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
         (tmp_path / f"{rank}.err").touch()
         words = [how, str(victim), str(tmp_path / f"{rank}.err")]
-        ranks.append(Rank(words, tmp_path / f"{rank}.out", environment))
+        ranks.append(Alone(words, tmp_path / f"{rank}.out", Path(__file__), RANK=str(rank), **meet))
     return ranks
 
 
@@ -160,15 +129,11 @@ def wait_for(tmp_path: Path, rank: int, words: str) -> None:
     ("how", "said"),
     [
         ("SIGKILL", "rank(s) [{}] no longer answer: they were killed or have stopped"),
-        pytest.param("SIGSTOP", "rank(s) [{}] have given no sign of life for 3 s", marks=pytest.mark.full),
-        pytest.param("stop late", "rank(s) [{}] have given no sign of life for 3 s", marks=pytest.mark.full),
-        pytest.param(
-            "at end", "rank(s) [{}] no longer answer: they were killed or have stopped", marks=pytest.mark.full
-        ),
+        full("SIGSTOP", "rank(s) [{}] have given no sign of life for 3 s"),
+        full("stop late", "rank(s) [{}] have given no sign of life for 3 s"),
+        full("at end", "rank(s) [{}] no longer answer: they were killed or have stopped"),
         ("raise", "rank {} has failed: ValueError: a bad row"),
-        pytest.param(
-            "stall", "no step for 3 s (--hang_timeout); furthest behind: rank(s) [{}]", marks=pytest.mark.full
-        ),
+        full("stall", "no step for 3 s (--hang_timeout); furthest behind: rank(s) [{}]"),
     ],
 )
 def test_the_other_rank_ends_and_names_it(tmp_path, how, said):
@@ -183,42 +148,32 @@ def test_the_other_rank_ends_and_names_it(tmp_path, how, said):
                 assert ranks[victim].wait() == 1, "by itself"
     finally:
         for rank in itertools.chain(*runs):
-            rank.end()
+            rank.process.kill()
     for victim in range(2):
         errors = (tmp_path / str(victim) / f"{1 - victim}.err").read_text()
         assert f"lisa-dist, rank {1 - victim}: {said.format(victim)}" in errors
         assert "--resume_from_checkpoint true" in errors
 
 
-def test_without_a_fault_both_end_well(tmp_path):
-    assert [rank.wait() for rank in start("nothing", 0, tmp_path)] == [0, 0]
+@pytest.mark.parametrize("how", ["nothing", full("off")])
+def test_without_a_fault_both_end_well(tmp_path, how):
+    assert [rank.wait() for rank in start(how, 0, tmp_path)] == [0, 0]
     assert [(tmp_path / f"{rank}.out").read_text().split()[-1] for rank in range(2)] == ["ended"] * 2
 
 
-@pytest.mark.parametrize(
-    "how",
-    ["fork", *(pytest.param(how, marks=pytest.mark.full) for how in ("fork, signalled at once", "fork, and train"))],
-)
+@pytest.mark.parametrize("how", ["fork", full("fork, signalled at once"), full("fork, and train")])
 def test_a_worker_ends_by_sigterm_and_the_run_goes_on(tmp_path, how):
     ranks = start(how, 0, tmp_path)
     assert [rank.wait() for rank in ranks] == [0, 0], (tmp_path / "0.err").read_text()
     assert "SIGTERM" not in (tmp_path / "0.out").read_text()
 
 
-@pytest.mark.full
-def test_it_can_be_turned_off(tmp_path):
-    ranks = start("off", 0, tmp_path)
-    assert [rank.wait() for rank in ranks] == [0, 0]
-
-
-@pytest.mark.parametrize(
-    ("number", "victim"), [pytest.param(signal.SIGTERM, 0, marks=pytest.mark.full), (signal.SIGUSR1, 1)]
-)
+@pytest.mark.parametrize(("number", "victim"), [full(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path, number, victim):
     ranks = start("nothing", victim, tmp_path)
     wait_for(tmp_path, victim, "now")
-    ranks[victim].send_signal(number)
-    ranks[victim].send_signal(number)  # passed on twice
+    for _ in range(2):  # passed on twice
+        os.kill(ranks[victim].process.pid, number)
     assert [rank.wait() for rank in ranks] == [0, 0]
     said = [(tmp_path / f"{rank}.out").read_text().replace("now\n", "") for rank in range(2)]
     assert said[0] == said[1]
@@ -237,14 +192,14 @@ def test_a_second_signal_ends_at_once(tmp_path, number):
     ranks = start("twice", 1, tmp_path)
     wait_for(tmp_path, 1, "now")
     try:
-        ranks[1].send_signal(number)
+        os.kill(ranks[1].process.pid, number)
         time.sleep(4)  # two at once are one, however late they come
-        assert not ranks[1].has_ended()
-        ranks[1].send_signal(number)
+        assert ranks[1].process.exitcode is None
+        os.kill(ranks[1].process.pid, number)
         assert ranks[1].wait() == 128 + number
     finally:
         for rank in ranks:
-            rank.end()
+            rank.process.kill()
 
 
 if __name__ == "__main__":

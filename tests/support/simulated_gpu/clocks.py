@@ -1,33 +1,26 @@
-"""Streams, events and the host: whose work does whom see as done?
+"""Streams, events and the host: whose work comes after whose?
 
 Every piece of work has a number. Each stream, and the host, knows up to which number it comes after the work of each
-other: a vector clock. Work that is finished late waits in the line of its stream until somebody who comes after it
-looks, or until chance finishes it.
+other: a vector clock.
 """
 
 import contextlib
-import random
 import threading
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 
 import torch
 
 HOST = -1
-EARLY = 0.1  # how probable it is, whenever work is begun, that the oldest of a line is finished
-
 Clock = dict[int, int]
 
 
 class Clocks:
-    """The clocks of one process, and what is not finished yet."""
+    """The clocks of one process."""
 
     def __init__(self) -> None:
         self.of: dict[int, Clock] = {HOST: {}, 0: {}}
         self.waits: Counter[str] = Counter()  # of the host, by reason
-        self.launches = 0  # operators that a stream was given
-        self.late: dict[int, deque[tuple[int, Callable[[], None]]]] = defaultdict(deque)
-        self.random = random.Random(0)
         self._number = 0
         self._streams = 0
         self._current = threading.local()
@@ -59,38 +52,15 @@ class Clocks:
         """A new piece of work of a stream, or of the host; its number. What the host has seen comes before it."""
         self._number += 1
         if who != HOST:
-            self._finish_some()
             self.come_after(who, self.of[HOST])
         self.of[who][who] = self._number
         return self._number
-
-    def begin_late(self, stream: int, finish: Callable[[], None]) -> int:
-        """Work whose results are there only after `finish`, which is called in the order of the stream."""
-        self._number += 1
-        self.come_after(stream, self.of[HOST])
-        self.of[stream][stream] = number = self._number
-        self.late[stream].append((number, finish))
-        self._finish_some()
-        return number
 
     def come_after(self, who: int, clock: Clock) -> None:
         """From here on the work of `who` comes after all that `clock` says."""
         mine = self.of[who]
         for other, number in clock.items():
-            if other != HOST:
-                self.finish(other, number)
-            if mine.get(other, 0) < number:
-                mine[other] = number
-
-    def finish(self, stream: int, number: int) -> None:
-        """Finish the late work of a stream up to a number."""
-        line = self.late[stream]
-        while line and line[0][0] <= number:
-            line.popleft()[1]()
-
-    def finish_all(self, stream: int) -> None:
-        """Finish the late work of a stream."""
-        self.finish(stream, self._number)
+            mine[other] = max(mine.get(other, 0), number)
 
     def host_waits(self, stream: int, why: str) -> None:
         """The host waits until a stream is done."""
@@ -106,11 +76,6 @@ class Clocks:
     def sees(self, who: int, other: int, number: int) -> bool:
         """Whether the work of `who` comes after that work of `other`."""
         return who == other or self.of[who].get(other, 0) >= number
-
-    def _finish_some(self) -> None:
-        lines = [line for line in self.late.values() if line]
-        if lines and self.random.random() < EARLY:
-            self.random.choice(lines).popleft()[1]()
 
 
 class Stream:
@@ -142,7 +107,7 @@ class Stream:
         CLOCKS.host_waits(self.id, "stream")
 
     def query(self) -> bool:
-        return not CLOCKS.late[self.id]
+        return True
 
     def record_event(self, event: "Event | None" = None) -> "Event":
         event = event or Event()
@@ -169,7 +134,7 @@ class Event:
         (stream or CLOCKS.current).wait_event(self)
 
     def query(self) -> bool:
-        return not any(CLOCKS.late[stream] and CLOCKS.late[stream][0][0] <= n for stream, n in self.clock.items())
+        return True
 
     def synchronize(self) -> None:
         CLOCKS.waits["event"] += 1

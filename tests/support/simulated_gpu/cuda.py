@@ -4,8 +4,8 @@
 every branch for a GPU is taken. The arithmetic is done on the CPU. What is simulated, and what goes wrong without a
 word on a real GPU and is a problem here:
 
-clocks.py   streams, events and the host are vector clocks. Copies between host and pinned memory, and collectives, are
-            finished late, at a random moment or when something waits for them: who does not wait reads what was there.
+clocks.py   streams, events and the host are vector clocks, by which copies and collectives that nobody has waited for
+            are seen.
 memory.py   every storage is on the device, on the host or pinned; it knows who touched which bytes, and what was not
             ordered after it. New memory is full of NaN. The allocators round as CUDA's do.
 modes.py    what Python and operators ask of devices: tensors on two devices, and on another rank's.
@@ -56,9 +56,8 @@ class _Context:
 CONTEXT = _Context()
 
 
-def install(seed: int = 0) -> None:
-    """Make this process believe that it has a GPU, from now on. `seed` is of when late work is finished."""
-    CLOCKS.random.seed(seed)
+def install() -> None:
+    """Make this process believe that it has a GPU, from now on."""
     answer()
     torch.Tensor.record_stream = record_stream
     nccl.install()
@@ -94,7 +93,6 @@ def _set_device(device: Any) -> None:
 
 
 def _empty_cache() -> None:
-    MEMORY.counts["empty_cache"] += 1
     CLOCKS.host_waits_for_all("empty_cache")  # cudaFree waits for the device
 
 

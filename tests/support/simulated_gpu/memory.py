@@ -40,7 +40,6 @@ class Storage:
     made_at: tuple[str, ...]
     recorded: set[int] = field(default_factory=set)  # streams of `record_stream`
     accesses: list[Access] = field(default_factory=list)
-    freed_at: int | None = None  # how often memory had been given out for its stream by then
     reference: weakref.ref | None = None
 
     @property
@@ -53,11 +52,8 @@ class Memory:
 
     def __init__(self) -> None:
         self.now = self.peak = 0  # bytes of the device
-        self.counts: Counter[str] = Counter()  # bytes copied from and to pageable memory, calls of empty_cache
-        self.pinned_asked = self.pinned_reserved = 0  # bytes; the pinned allocator never gives anything back
-        self._given_out: Counter[int] = Counter()  # by stream, how often
+        self.counts: Counter[str] = Counter()  # bytes copied between the device and pageable or pinned memory
         self._storages: dict[int, Storage] = {}
-        self._free_pinned: Counter[int] = Counter()  # blocks by size
         self._unsafe: dict[int, list[tuple[int, int, str]]] = defaultdict(list)  # by stream: who still uses it
         self._registered: set[int] = set()  # addresses of what `cudaHostRegister` has pinned
         self._next = threading.local()
@@ -81,10 +77,12 @@ class Memory:
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self._storages.get(key)
+        registered = bool(self._registered) and storage.data_ptr() in self._registered
         if known is not None and known.reference is not None and known.reference() is not None:
+            known.pinned |= registered
             return known
         where = calls(4) if place == "cuda" or pinned else ()
-        pinned = pinned or storage.data_ptr() in self._registered
+        pinned |= registered
         new = Storage(place, pinned, storage.nbytes(), CLOCKS.current.id, where)
         new.reference = weakref.ref(storage, lambda _: self._free(key, new))
         self._storages[key] = new
@@ -94,31 +92,16 @@ class Memory:
     def register(self, address: int, nbytes: int, flags: int) -> int:
         """cudaHostRegister, of the whole of a storage."""
         self._registered.add(address)
-        return self._set_pinned(address, True)
+        return 0
 
     def unregister(self, address: int) -> int:
-        """cudaHostUnregister."""
+        """cudaHostUnregister, of memory that nobody uses any more."""
         self._registered.discard(address)
-        return self._set_pinned(address, False)
-
-    def _set_pinned(self, address: int, pinned: bool) -> int:
-        for one in list(self._storages.values()):
-            there = one.reference and one.reference()
-            if there is not None and there.data_ptr() == address:
-                one.pinned = pinned
         return 0
 
     def place_of(self, tensor: torch.Tensor) -> str:
         """ "cuda" or "cpu"."""
         return self.storage(tensor).place
-
-    def last_write(self, tensor: torch.Tensor, who: int) -> int:
-        """The last piece of work of a stream that writes to a tensor's storage; 0 if there is none."""
-        return max((one.number for one in self.storage(tensor).accesses if one.writes and one.who == who), default=0)
-
-    def is_given_out(self, storage: Storage) -> bool:
-        """Whether the memory of a storage that was freed may be another's by now."""
-        return storage.freed_at is not None and self._given_out[storage.stream] > storage.freed_at
 
     def put_on_device(self, tensor: torch.Tensor) -> None:
         """Of a tensor that was made without the dispatcher, as `torch.tensor` makes it."""
@@ -153,40 +136,28 @@ class Memory:
         storage.accesses = kept
 
     def _allocate(self, storage: Storage) -> None:
-        if storage.place == "cuda":
-            self._given_out[storage.stream] += 1
-            for other, number, text in self._unsafe.pop(storage.stream, ()):
-                if not CLOCKS.sees(storage.stream, other, number):
-                    report("memory is given out that another stream still uses", text)
-            self.now += rounded(storage.nbytes)
-            self.peak = max(self.peak, self.now)
-        elif storage.pinned:
-            block = power_of_two(storage.nbytes)
-            self.pinned_asked += storage.nbytes
-            if self._free_pinned[block]:
-                self._free_pinned[block] -= 1
-            else:
-                self.pinned_reserved += block
+        if storage.place != "cuda":
+            return
+        for other, number, text in self._unsafe.pop(storage.stream, ()):
+            if not CLOCKS.sees(storage.stream, other, number):
+                report("memory is given out that another stream still uses", text)
+        self.now += rounded(storage.nbytes)
+        self.peak = max(self.peak, self.now)
 
     def _free(self, key: int, storage: Storage) -> None:
         if self._storages.get(key) is storage:
             del self._storages[key]
-        storage.freed_at = self._given_out[storage.stream]
-        if storage.place == "cuda":
-            self.now -= rounded(storage.nbytes)
-            # It is given out again when the streams that are recorded have done what they had to do at this moment.
-            waited_for = {storage.stream} | storage.recorded
-            for one in storage.accesses:
-                if one.who != HOST and not any(CLOCKS.sees(who, one.who, one.number) for who in waited_for):
-                    text = (
-                        f"{storage.nbytes} bytes of {_name(storage.stream)}, made at {storage.made_at}, last used by "
-                        f"{one.operator} on {_name(one.who)} at {one.where}: no record_stream"
-                    )
-                    self._unsafe[storage.stream].append((one.who, one.number, text))
-                    break
-        elif storage.pinned:
-            self.pinned_asked -= storage.nbytes
-            self._free_pinned[power_of_two(storage.nbytes)] += 1
+        if storage.place != "cuda":
+            return
+        self.now -= rounded(storage.nbytes)
+        # It is given out again when the streams that are recorded have done what they had to do at this moment.
+        waited_for = {storage.stream} | storage.recorded
+        for one in storage.accesses:
+            if one.who != HOST and not any(CLOCKS.sees(who, one.who, one.number) for who in waited_for):
+                text = f"{storage.nbytes} bytes of {_name(storage.stream)}, made at {storage.made_at}, last used by "
+                text += f"{one.operator} on {_name(one.who)} at {one.where}: no record_stream"
+                self._unsafe[storage.stream].append((one.who, one.number, text))
+                break
 
 
 def extent(tensor: torch.Tensor) -> tuple[int, int]:
@@ -201,11 +172,6 @@ def extent(tensor: torch.Tensor) -> tuple[int, int]:
 def rounded(nbytes: int) -> int:
     """What the device's allocator takes for so many bytes."""
     return -(-nbytes // DEVICE_BLOCK) * DEVICE_BLOCK
-
-
-def power_of_two(nbytes: int) -> int:
-    """What the pinned allocator takes for so many bytes."""
-    return 1 << max(nbytes - 1, 0).bit_length()
 
 
 def poison(tensor: torch.Tensor) -> None:

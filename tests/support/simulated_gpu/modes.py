@@ -4,7 +4,6 @@
 `Devices` is above it: factories, `.to`, `.device`, `.pin_memory`. Every tensor is a tensor of the CPU underneath.
 """
 
-import ctypes
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -22,7 +21,6 @@ _MIXING = ("aten::copy_", "aten::_to_copy", "aten::set_", "aten::index", "aten::
 _ASKING = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equal", "aten::is_nonzero")
 # Operators that look at no element.
 _NAMING = ("aten::detach", "aten::alias", "aten::record_stream", "aten::set_")
-_NANS = b"\xff"
 _PINNING_IS_FOR_THE_HOST = "Only dense CPU tensors can be pinned"
 
 
@@ -49,10 +47,6 @@ class Operators(TorchDispatchMode):
         inputs = [*tensors_in(args), *tensors_in(kwargs.values())]
         places = {MEMORY.place_of(tensor) for tensor in inputs}
         self._check_places(name, inputs)
-        if self._copies_late(name, args, kwargs, inputs):
-            return args[0]
-        if "cuda" in places:
-            CLOCKS.finish_all(CLOCKS.current.id)  # a stream works in order
         result = function(*args, **kwargs)
         outputs = tensors_in((result,))
         place, is_pinned = placing or ("cuda" if "cuda" in places else "cpu", False)
@@ -69,24 +63,6 @@ class Operators(TorchDispatchMode):
             shown = [(MEMORY.place_of(tensor), tuple(tensor.shape)) for tensor in inputs]
             report("tensors on two devices", f"{name} got {shown}")
 
-    def _copies_late(self, name: str, args: Sequence[Any], kwargs: dict, inputs: list[torch.Tensor]) -> bool:
-        """Queue a copy between the device and pinned memory that nobody waits for."""
-        if name != "aten::copy_" or not (kwargs.get("non_blocking") or (len(args) > 2 and args[2])):
-            return False
-        target, source = inputs
-        kinds = {MEMORY.storage(target).kind, MEMORY.storage(source).kind}
-        is_alike = target.dtype == source.dtype and target.shape == source.shape
-        if kinds != {"cuda", "pinned"} or not (is_alike and target.is_contiguous() and source.is_contiguous()):
-            return False
-        MEMORY.counts["pinned"] += source.nbytes
-        stream = CLOCKS.current.id
-        # What this stream writes to the source first is there when the copy begins.
-        CLOCKS.finish(stream, MEMORY.last_write(source, stream))
-        number = CLOCKS.begin_late(stream, _copy(target, source, stream))
-        MEMORY.touch(source, False, stream, number, name)
-        MEMORY.touch(target, True, stream, number, name)
-        return True
-
     def _order(
         self,
         function: Any,
@@ -98,7 +74,6 @@ class Operators(TorchDispatchMode):
     ) -> None:
         name, stream = function._schema.name, CLOCKS.current.id
         who = stream if on_device else HOST
-        CLOCKS.launches += on_device
         number = CLOCKS.begin(who)
         written = {id(tensor) for tensor in (*outputs, *_written(function, args, kwargs))}
         for tensor in inputs:
@@ -124,44 +99,6 @@ class Operators(TorchDispatchMode):
             CLOCKS.host_waits(CLOCKS.current.id, "copy between host and device")
         else:
             MEMORY.counts["pinned"] += sum(tensor.nbytes for tensor in crossing)
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor, stream: int) -> Any:
-    """What finishes a copy later, by address: a reference would keep memory alive that a real stream does not keep."""
-    to, at, nbytes = target.data_ptr(), source.data_ptr(), source.nbytes
-    target_storage, source_storage = MEMORY.storage(target), MEMORY.storage(source)
-    before = ctypes.string_at(at, nbytes)
-
-    def finish() -> None:
-        if target_storage.freed_at is not None:
-            return
-        content = before
-        if source_storage.freed_at is None:
-            content = ctypes.string_at(at, nbytes)
-        elif stream not in {source_storage.stream, *source_storage.recorded} and MEMORY.is_given_out(source_storage):
-            content = _NANS * nbytes
-        ctypes.memmove(to, content, nbytes)
-
-    return finish
-
-
-def write_late(stream: int, tensors: Iterable[torch.Tensor]) -> int:
-    """What was just written to tensors is there only when the stream is done; its number."""
-    results = []
-    for tensor in tensors:
-        if tensor.is_contiguous() and tensor.numel():
-            results.append(
-                (MEMORY.storage(tensor), tensor.data_ptr(), ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
-            )
-            if tensor.is_floating_point():
-                poison(tensor)
-
-    def finish() -> None:
-        for storage, address, content in results:
-            if storage.freed_at is None:
-                ctypes.memmove(address, content, len(content))
-
-    return CLOCKS.begin_late(stream, finish)
 
 
 def tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
@@ -305,25 +242,16 @@ def _move(
 
 def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """`Tensor.to` in each of its forms."""
-    words = list(args)
-    device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
-    non_blocking, copy = kwargs.pop("non_blocking", False), kwargs.pop("copy", False)
-    if words and isinstance(words[0], torch.Tensor):
-        like = words.pop(0)
-        device, dtype = device_of(like), like.dtype
-    elif words and isinstance(words[0], torch.dtype):
-        dtype = words.pop(0)
-    elif words:
-        device = words.pop(0)
-        if words and (words[0] is None or isinstance(words[0], torch.dtype)):
-            dtype = words.pop(0) or dtype
-    non_blocking = bool(words.pop(0)) if words else non_blocking
-    copy = words.pop(0) if words else copy
-    target = _device(device)
+    copy = kwargs.pop("copy", False)
+    if isinstance(args[0] if args else None, torch.Tensor):
+        args = (device_of(args[0]), args[0].dtype, *args[1:])
+    elif args and isinstance(args[0], int):
+        args = (torch.device("cuda", args[0]), *args[1:])
+    target, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)
     if tensor.is_meta or (target is not None and target.type == "meta"):
         return torch.Tensor.to(tensor, device=target or tensor.device, dtype=dtype or tensor.dtype)
     if target is None or target.type == MEMORY.place_of(tensor):
-        return torch.Tensor.to(tensor, dtype or tensor.dtype, copy=copy, **kwargs)
+        return torch.Tensor.to(tensor, dtype or tensor.dtype, copy=copy, memory_format=layout or torch.preserve_format)
     if target.type == "cuda":
         _check_index(target, "to")
     if tensor.requires_grad and torch.is_grad_enabled():

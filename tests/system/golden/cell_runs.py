@@ -13,16 +13,14 @@ import torch
 import transformers
 from datasets import Dataset
 from golden_cells import CUT, INTERVAL, STEPS
+from models import VOCABULARY, tiny_llama, tiny_tokenizer
 from safetensors import safe_open
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig
 
 import lisa_dist
 
-SPECIAL = ["<pad>", "<end>", "<user>", "<assistant>"]
-ALPHABET = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
 ROWS, LENGTH = 4, 16  # of a micro-batch on all ranks, and tokens of a row
 LR, DECAY = 1e-3, 0.1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -79,21 +77,18 @@ class NotingTrainer(lisa_dist.LisaTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.steps, self.losses = [], []
-        self.add_callback(StepNotes(self))
+        notes = transformers.TrainerCallback()
+        notes.on_step_end = self.note
+        self.add_callback(notes)
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         self.losses.append(loss.item().hex())
         return loss
 
-
-class StepNotes(transformers.TrainerCallback):
-    def __init__(self, trainer: NotingTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, *args, **kwargs):
-        losses, self.trainer.losses = self.trainer.losses, []
-        self.trainer.steps.append(describe_step(self.trainer.lisa, losses))
+    def note(self, *args, **kwargs):
+        self.steps.append(describe_step(self.lisa, self.losses))
+        self.losses = []
 
 
 # The parts of a run
@@ -101,7 +96,7 @@ class StepNotes(transformers.TrainerCallback):
 
 def start(cell: dict, seed: int = 0, output_dir: Path | None = None):
     """The engine and the controller of a cell."""
-    model = build_model(seed, cell["tied"]).to(DTYPES[cell["dtype"]])
+    model = tiny_llama(seed, tied=cell["tied"]).to(DTYPES[cell["dtype"]])
     if cell["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = {
@@ -116,68 +111,30 @@ def start(cell: dict, seed: int = 0, output_dir: Path | None = None):
     return lisa_dist.initialize(model, ds_config, config, output_dir=output_dir and str(output_dir), **rates, **batch)
 
 
-def build_trainer(cell: dict, output_dir: Path, seed: int = 0, **changes) -> NotingTrainer:
+def build_trainer(cell: dict, output_dir: Path, seed: int) -> NotingTrainer:
     """The trainer of a cell, under a cosine schedule."""
     shipped = Path(lisa_dist.__file__).parent / "ds_configs" / f"{cell['ds_config']}.json"
-    arguments = {
-        "output_dir": str(output_dir),
-        "deepspeed": str(shipped),
-        "use_cpu": True,
-        "bf16": cell["dtype"] == "bf16",
-        "max_steps": STEPS,
-        "per_device_train_batch_size": ROWS // dist.get_world_size(),
-        "gradient_accumulation_steps": cell["accumulation"],
-        "gradient_checkpointing": cell["checkpointing"],
-        "max_grad_norm": cell["clip"],
-        "learning_rate": LR,
-        "lr_scheduler_type": "cosine",
-        "weight_decay": DECAY,
-        "max_length": LENGTH,
-        "logging_steps": 1,
-        "save_steps": CUT,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
+    arguments = {"output_dir": str(output_dir), "deepspeed": str(shipped), "use_cpu": True, "max_steps": STEPS}
+    arguments |= {"bf16": cell["dtype"] == "bf16", "per_device_train_batch_size": ROWS // dist.get_world_size()}
+    arguments |= {"gradient_accumulation_steps": cell["accumulation"], "gradient_checkpointing": cell["checkpointing"]}
+    arguments |= {"max_grad_norm": cell["clip"], "learning_rate": LR, "lr_scheduler_type": "cosine"}
+    arguments |= {"weight_decay": DECAY, "max_length": LENGTH, "logging_steps": 1, "save_steps": CUT}
+    arguments |= {"report_to": "none", "disable_tqdm": True}
     rows = [{"input_ids": row} for step in range(STEPS) for row in tokens_of(step, cell).flatten(0, 1).tolist()]
     return NotingTrainer(
-        model=build_model(seed, cell["tied"]),
-        args=SFTConfig(**arguments | changes),
+        model=tiny_llama(seed, tied=cell["tied"]),
+        args=SFTConfig(**arguments),
         train_dataset=Dataset.from_list(rows),
-        processing_class=build_tokenizer(),
+        processing_class=tiny_tokenizer(),
         lisa_config=lisa_dist.LisaConfig(**{"lisa_interval_steps": INTERVAL} | cell["lisa"]),
         optim=cell["optim"],
     )
 
 
-def build_model(seed: int, tied: bool = False) -> transformers.LlamaForCausalLM:
-    """A Llama with grouped queries, 6 layers of width 64, in fp32."""
-    torch.manual_seed(seed)
-    shape = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(ALPHABET), **shape, **heads))
-
-
-def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token for a byte, with a chat template."""
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(ALPHABET)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
-    fast.add_special_tokens({"additional_special_tokens": SPECIAL[2:]})
-    fast.chat_template = "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}<end>{% endfor %}"
-    return fast
-
-
-def save_model(folder: Path) -> None:
-    """Write a model and its tokenizer for `from_pretrained`."""
-    build_model(0).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-
-
 def tokens_of(step: int, cell: dict) -> torch.Tensor:
     """Token ids of one step, of shape (micro-batches, rows of all ranks, tokens)."""
     generator = torch.Generator().manual_seed(1000 + step)
-    return torch.randint(0, len(ALPHABET), (cell["accumulation"], ROWS, LENGTH), generator=generator)
+    return torch.randint(0, VOCABULARY, (cell["accumulation"], ROWS, LENGTH), generator=generator)
 
 
 def batch_of(step: int, cell: dict) -> list[torch.Tensor]:
@@ -217,13 +174,6 @@ def hash_tensors(values: Iterable[tuple[str, object]]) -> str:
     return digest.hexdigest()
 
 
-# Of releases that have them; where they are as by default a run is one of before, or after.
-OPTIONAL = {"lisa_frozen_bits": 16, "lisa_frozen_store": "host", "lisa_depth_bias": 0.0, "lisa_lr_scale": ""}
-OPTIONAL |= {"lisa_unit": "layer", "lisa_budget": "", "lisa_probe_steps": 0, "lisa_lr_power": 0.0}
-OPTIONAL |= {"lisa_importance": "gradient", "lisa_importance_decay": 0.5, "lisa_importance_temperature": 1.0}
-OPTIONAL |= {"lisa_importance_floor": 0.2, "lisa_wake_warmup_steps": 0}
-
-
 def describe_checkpoint(output_dir: Path) -> dict:
     """Names of a run's files; of its checkpoint state and sums of tensors, no times, versions or bytes of memory."""
     saved = output_dir / f"checkpoint-{CUT}"
@@ -232,14 +182,10 @@ def describe_checkpoint(output_dir: Path) -> dict:
         del state[name]
     for name in ("seconds", "live_bytes", "bytes_released"):
         del state["lisa"]["record"][name]
-    for name, default in OPTIONAL.items():
-        if state["lisa"]["config"].get(name) == default:
-            del state["lisa"]["config"][name]
-    for name in ("probed", "woken"):
-        if not state["lisa"].get(name):
-            state["lisa"].pop(name, None)
-    # Weights by their tensors below; an identity is of releases that have one.
-    others = (path for path in output_dir.rglob("*") if not path.name.startswith(("model", "lisa_identity")))
+    defaults = lisa_dist.LisaConfig().to_dict()  # in which the other revision may have more settings, or fewer
+    config = state["lisa"]["config"]
+    state["lisa"]["config"] = {name: value for name, value in config.items() if value != defaults[name]}
+    others = (path for path in output_dir.rglob("*") if not path.name.startswith("model"))  # weights are below
     described = {"names of files": sorted(str(path.relative_to(output_dir)) for path in others)}
     described |= {f"{name} in lisa_state.json": value for name, value in state.items()}
     described |= {path.name: hash_file(path) for path in sorted(saved.glob("lisa_*.safetensors"))}

@@ -23,14 +23,8 @@ from golden_cells import CELLS, CUT, SLICE
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
-ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "DS_ACCELERATOR": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONWARNINGS": "ignore",
-}
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
 
 
 @dataclass
@@ -60,28 +54,25 @@ class Revision:
         self.folder = Path(self._files.name)
         self._output = self.folder / "output.txt"  # of the worker and its ranks
         bin_folder = Path(sys.executable).parent  # has ninja, which builds DeepSpeed's ops
-        paths = {"PYTHONPATH": str(tree), "HF_HOME": str(self.folder), "PATH": f"{bin_folder}:{os.environ['PATH']}"}
-        answers, writes = os.pipe()
-        self._answers = os.fdopen(answers)
+        paths = {"PYTHONPATH": f"{tree}:{ROOT / 'tests' / 'support'}", "HF_HOME": str(self.folder)}
+        paths |= {"PATH": f"{bin_folder}:{os.environ['PATH']}", "TMPDIR": str(self.folder)}
         with self._output.open("w") as output:
             self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "worker.py"), str(self.folder), str(tree), str(writes)],
+                [sys.executable, str(HERE / "worker.py"), str(self.folder), str(tree)],
                 stdin=subprocess.PIPE,
-                stdout=output,
+                stdout=subprocess.PIPE,
                 stderr=output,
                 text=True,
-                pass_fds=[writes],
                 cwd=self.folder,
                 env=os.environ | ENVIRONMENT | paths,
                 start_new_session=True,
             )
-        os.close(writes)
 
     def ask(self, *request) -> list | dict:
         """The answer of the worker; raises FailedError."""
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps(request), file=self._process.stdin, flush=True)
-        line = self._answers.readline()
+        line = self._process.stdout.readline()
         if not line:
             raise FailedError(f"{self.name} ended: {self._output.read_text()[-3000:]}")
         answer = json.loads(line)
@@ -96,9 +87,10 @@ class Revision:
         self._process.wait()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        self._answers.close()
-        for buffer in Path("/dev/shm").glob(f"*{self.folder.name}*"):
-            buffer.unlink()
+        self._process.stdout.close()
+        for path in self.folder.glob("tmp*"):  # by which ranks have named shared memory
+            for buffer in Path("/dev/shm").glob(f"*{path.name}*"):
+                buffer.unlink()
         self._files.cleanup()
 
 

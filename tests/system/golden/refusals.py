@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cell_runs
 from golden_cells import CELLS, CUT
+from models import save_tiny_llama, tiny_llama
 
 import lisa_dist
 
@@ -44,66 +45,46 @@ COMMANDS = [
 FEW_COMMANDS = [COMMANDS[1], COMMANDS[17]]
 
 
-def no_steps_in_a_period(folder: Path) -> None:
-    lisa_dist.LisaConfig(lisa_interval_steps=0)
+def start(**changes):
+    """The engine and the controller of the first cell."""
+    return cell_runs.start(CELLS[0] | changes)
 
 
-def stage_0(folder: Path) -> None:
-    lisa_dist.initialize(cell_runs.build_model(0), {"zero_optimization": {"stage": 0}})
-
-
-def an_optimizer_in_the_deepspeed_config(folder: Path) -> None:
-    lisa_dist.initialize(cell_runs.build_model(0), {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}})
-
-
-def paged_optimizer(folder: Path) -> None:
-    lisa_dist.build_optimizer([], "paged_adamw_8bit")
-
-
-def tied_matrices_apart(folder: Path) -> None:
-    config = lisa_dist.LisaConfig(lisa_always_on="embed,rest", lisa_frozen="head")
-    lisa_dist.LisaController(cell_runs.build_model(0, tied=True), config)
-
-
-def missed_switch(folder: Path) -> None:
-    engine, lisa = cell_runs.start(CELLS[0])
+def miss_a_switch(folder: Path) -> None:
+    engine, lisa = start()
     lisa.on_step_begin()
     engine.global_steps += 3
     lisa.engine.module(input_ids=cell_runs.batch_of(0, CELLS[0])[0])
 
 
-def damaged_checkpoint(folder: Path) -> None:
-    _, lisa = cell_runs.start(CELLS[0])
-    lisa_dist.load_checkpoint(lisa, folder / "damaged")
+def ds_config(**values) -> dict:
+    return {"zero_optimization": {"stage": 2}} | values
 
 
-def other_settings_in_mid_period(folder: Path) -> None:
-    _, lisa = cell_runs.start(CELLS[0] | {"lisa": {"lisa_activated_layers": 3}})
-    lisa_dist.load_checkpoint(lisa, folder / f"checkpoint-{CUT}")
-
-
-def checkpoint_in_a_file(folder: Path) -> None:
-    _, lisa = cell_runs.start(CELLS[0])
-    lisa_dist.save_checkpoint(lisa, folder / "rows.jsonl" / "checkpoint-0")
-
-
-CALLS = [
-    no_steps_in_a_period,
-    stage_0,
-    an_optimizer_in_the_deepspeed_config,
-    paged_optimizer,
-    tied_matrices_apart,
-    missed_switch,
-    damaged_checkpoint,
-    other_settings_in_mid_period,
-    checkpoint_in_a_file,
-]
-FEW_CALLS = [missed_switch]
+TIED_APART = {"lisa_always_on": "embed,rest", "lisa_frozen": "head"}
+CALLS = {
+    "no steps in a period": lambda folder: lisa_dist.LisaConfig(lisa_interval_steps=0),
+    "stage 0": lambda folder: lisa_dist.initialize(tiny_llama(), ds_config(zero_optimization={"stage": 0})),
+    "an optimizer": lambda folder: lisa_dist.initialize(tiny_llama(), ds_config(optimizer={"type": "AdamW"})),
+    "a paged optimizer": lambda folder: lisa_dist.build_optimizer([], "paged_adamw_8bit"),
+    "tied matrices apart": lambda folder: lisa_dist.LisaController(
+        tiny_llama(tied=True), lisa_dist.LisaConfig(**TIED_APART)
+    ),
+    "a missed switch": miss_a_switch,
+    "a damaged checkpoint": lambda folder: lisa_dist.load_checkpoint(start()[1], folder / "damaged"),
+    "other settings in mid-period": lambda folder: lisa_dist.load_checkpoint(
+        start(lisa={"lisa_activated_layers": 3})[1], folder / f"checkpoint-{CUT}"
+    ),
+    "a checkpoint in a file": lambda folder: lisa_dist.save_checkpoint(
+        start()[1], folder / "rows.jsonl" / "checkpoint-0"
+    ),
+}
+FEW_CALLS = ["a missed switch"]
 
 
 def prepare(folder: Path) -> None:
     """Write what the refusals need."""
-    cell_runs.save_model(folder / "model")
+    save_tiny_llama(folder / "model")
     rows = [f'{{"question": "{number} + 1?", "answer": "{number + 1}"}}\n' for number in range(16)]
     (folder / "rows.jsonl").write_text("".join(rows))
     (folder / "recipe.yaml").write_text("learning_rat: 1.0e-5\n")
@@ -119,7 +100,7 @@ def prepare(folder: Path) -> None:
 def refused_call(name: str, folder: Path) -> list[str]:
     """Which kind of error a call raises, and its text."""
     try:
-        globals()[name](folder)
+        CALLS[name](folder)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other revision must raise it too
         kind = next(kind for kind in (ValueError, RuntimeError, Exception) if isinstance(error, kind))
         return [kind.__name__, str(error)]

@@ -58,7 +58,7 @@ def folder(tmp_path_factory, cpu_ops) -> Path:
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     changes = {"max_steps": 60, "eval_steps": 20, "lisa_interval_steps": 5, "save_strategy": "steps", "save_steps": 40}
     changes |= {"deepspeed": "zero1", "optim": "adamw_8bit", "report_to": "tensorboard"}
-    said = on_two_ranks(flags_for(folder, folder / "out", **changes), folder)
+    said = on_two_ranks(flags_for(folder, folder / "out", **changes), folder, report=True)
     check_run(said, folder / "out", list(range(0, 60, 5)))
     assert len(re.findall(r"^step \d+/60 .*  loss .* tokens/s .* left$", said, re.M)) == 60
     return folder / "out"

@@ -1,0 +1,109 @@
+"""Ranks that `lisa-dist` starts by itself: how many, on which GPUs, and how they end."""
+
+import signal
+from types import SimpleNamespace
+
+import pytest
+from runs import Alone
+
+from lisa_dist.distributed import launching
+from lisa_dist.distributed.launching import launch_if_asked
+from lisa_dist.run.arguments import run_parser
+
+ORPHAN = """
+import os, subprocess, time
+from lisa_dist.distributed.launching import launch_if_asked
+launcher = subprocess.Popen(["sleep", "1000"])
+os.environ["LISA_DIST_LAUNCHER"] = str(launcher.pid)
+launch_if_asked([], "train", check=print)
+launcher.kill()
+time.sleep(1000)
+"""
+
+
+def test_a_rank_ends_with_its_launcher(tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    assert Alone([], tmp_path / "said.txt", tmp_path / "orphan.py").wait() == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("words", "rank", "said"),
+    [
+        (["--gpus", "0"], None, "--gpus 0: give a number of GPUs"),
+        (["--gpus=two"], None, "--gpus two: give a number of GPUs"),
+        (["--max_steps", "3", "--gpus"], None, "--gpus : give a number of GPUs"),
+        (["--gpus", "2"], "0", "--gpus 2: RANK is set, so a launcher has started this process already"),
+        (["--gpus", "2", "--max_step", "4"], None, "--max_step: no such flag; did you mean --max_steps?"),
+    ],
+)
+def test_ranks_that_cannot_be_started(monkeypatch, words, rank, said):
+    monkeypatch.setattr(launching.subprocess, "Popen", None)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(ValueError, match="--") as error:
+        launch_if_asked(words, "train", run_parser().check)
+    assert said in str(error.value)
+    assert launch_if_asked(["--max_steps", "3"], "train", run_parser().check) == ["--max_steps", "3"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "words"),
+    [(None, ["--num_gpus", "2"]), ("4,5", ["--include", "localhost:4,5"]), ("7, 3,1", ["--include", "localhost:7,3"])],
+)
+def test_ranks_are_on_the_gpus_that_are_visible(monkeypatch, capsys, visible, words):
+    started = []
+
+    def popen(command, env, **_):
+        started.append((command, env))
+        return SimpleNamespace(pid=0, wait=lambda: 256 - signal.SIGKILL)
+
+    on_gpus(monkeypatch, visible)
+    monkeypatch.setattr(launching.subprocess, "Popen", popen)
+    monkeypatch.setattr(launching.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit):
+        launch_if_asked(["--gpus", "2"], "train", lambda rest: None)
+    assert "lisa-dist: a rank was ended by signal 9 (Killed)" in capsys.readouterr().out
+    ((command, environment),) = started
+    assert command[3:5] == words
+    assert "CUDA_VISIBLE_DEVICES" not in environment  # the launcher sets it for each rank
+
+
+@pytest.mark.parametrize(
+    ("visible", "said"),
+    [
+        (None, "--gpus 9: this host has 8 GPUs."),
+        ("4,5", "--gpus 9: CUDA_VISIBLE_DEVICES=4,5 shows 2 GPUs; show more, or give --gpus 2."),
+        (",".join(f"GPU-{n}" for n in range(9)), "the deepspeed launcher takes indices of GPUs alone; give those, or "),
+    ],
+)
+def test_more_ranks_than_gpus_are_refused(monkeypatch, visible, said):
+    on_gpus(monkeypatch, visible)
+    with pytest.raises(ValueError, match="--gpus 9") as error:
+        launch_if_asked(["--gpus", "9"], "train", lambda rest: None)
+    assert said in str(error.value)
+
+
+def on_gpus(monkeypatch, visible: str | None) -> None:
+    """A host with eight GPUs."""
+    accelerator = SimpleNamespace(device_name=lambda: "cuda", device_count=lambda: 8)
+    monkeypatch.setattr(launching, "get_accelerator", lambda: accelerator)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+
+END = """
+import atexit, threading, time
+from lisa_dist.distributed.launching import end_process
+print("begun", end=" ")
+threading.Thread(target=lambda: (time.sleep(0.3), print("thread", end=" "))).start()
+atexit.register(lambda: print("at exit", end=" "))
+end_process()
+print("never")
+"""
+
+
+def test_a_finished_process_ends_well_with_all_that_was_to_be_done(tmp_path):
+    (tmp_path / "end.py").write_text(END)
+    ended = Alone([], tmp_path / "said.txt", tmp_path / "end.py")
+    assert (ended.wait(), ended.said) == (0, "begun thread at exit ")

@@ -1,0 +1,89 @@
+"""Flags and recipes that are parsed, and those that are refused then."""
+
+from pathlib import Path
+
+import pytest
+from runs import ROOT
+
+from lisa_dist.run.arguments import parse_arguments
+from lisa_dist.run.task_configs import accumulation_steps
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_parses(recipe):
+    run_args, _, training_args, model_args, lisa_config = parse_arguments(["--config", str(recipe)])
+    assert run_args.method == "lisa"
+    assert model_args.model_name_or_path
+    assert lisa_config.lisa_activated_layers == "auto" or lisa_config.lisa_activated_layers >= 1
+    assert Path(training_args.deepspeed).is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--method magic", "--method magic: unknown; choose one of lisa, full, lora"),
+        ("--method lora --lora_r 0", "--lora_r 0: the rank of an adapter is at least 1"),
+        ("--dataset_name=", "--dataset_name is missing"),
+        ("--eval_rows -1", "--eval_rows -1"),
+        ("--eval_rows 3 --eval_dataset_name x.jsonl", "give one of them"),
+        ("--checkpointed_layers 3 --method full", "a number of layers is for --method lisa; give none or all"),
+        ("--gpu_memory 22GiB", "--gpu_memory 22GiB: only --checkpointed_layers auto and"),
+        ("--lisa_activated_layers most", "--lisa_activated_layers: invalid int value: 'most'"),
+        ("--lisa_frozen_bits 5", "--lisa_frozen_bits 5: frozen layers have one of 16, 8, 4 bits"),
+        ("--lisa_frozen_store /tmp", "--lisa_frozen_store /tmp: frozen layers of 16 bits have no originals"),
+        ("--method lora --lora_alpha 0", "--lora_alpha 0: adapters are scaled by it over the rank"),
+        ("--method lora --lora_dropout 1", "--lora_dropout 1.0: a probability from 0 up to"),
+        ("--method lora --lora_target_modules lm_head", "--lora_target_modules lm_head: TRL computes the"),
+        ("--global_batch_size 12", "--global_batch_size 12: must be a multiple of 8, which --per_device_train"),
+        ("--global_batch_size 16 --gradient_accumulation_steps 4", "4: give one of them; on 1 ranks it is 2"),
+        ("--optim adamw", "--optim adamw: unknown; choose lisa_adamw or one of adamw_torch,"),
+        ("--use_peft True", "--use_peft True"),
+        ("--model_name_or_path llama3.1-8b", "that init and plan know; the model is meta-llama/Llama-3.1-8B"),
+        ("--lisa_activated_layer 3", "did you mean --lisa_activated_layers?"),
+        ("--fsdp true", "--fsdp true: training is sharded by DeepSpeed's ZeRO"),
+        ("--xyzzy", "--xyzzy: no such flag; --help_all lists them"),
+        ("--max_steps many", "--max_steps: invalid int value: 'many'"),
+        ("--dataset_weights 1 2", "--dataset_weights 1 2: give one for each of the 1 sources"),
+        ("--dataset_weights 0", "--dataset_weights 0 of rows.jsonl: must be above 0"),
+        ("--dataset_columns answer", "--dataset_columns answer: give the format's name of a column"),
+        ("--eval_rows 1.5", "--eval_rows 1.5: give a number of examples, or a fraction below 1"),
+        ("--load_in_4bit True", "--load_in_4bit True"),
+        ("--config absent.yaml", "--config absent.yaml: no such file"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(flags, said):
+    words = ["--model_name_or_path", "m", "--dataset_name", "rows.jsonl", "--output_dir", "out", *flags.split()]
+    with pytest.raises(ValueError, match="--") as error:
+        parse_arguments(words)
+    assert said in str(error.value)
+
+
+def test_many_tasks_without_ranks_are_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    with pytest.raises(ValueError, match="SLURM_NTASKS is 4, but nothing says which of them"):
+        parse_arguments(["--dataset_name", "rows.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sequence_len: 3", "sequence_len: no such key; here it is max_length: docs/coming_from"),
+        ("lisa_layers: 3\nmodel_name_or_path: m", "lisa_layers: no such key; did you mean lisa_"),
+        ("- 3", "must hold keys and values, such as learning_rate: 1.0e-5"),
+        ("a: b: c", "is not YAML"),
+        ("env: 3", "env must hold variables and their values"),
+    ],
+)
+def test_a_recipe_that_is_no_use_is_refused(tmp_path, text, said):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="--config") as error:
+        parse_arguments(["--config", str(path), "--dataset_name", "rows.jsonl"])
+    assert said in str(error.value)
+    with pytest.raises(ValueError, match="--config") as error:
+        parse_arguments([f"--config={path}", "--dataset_name", "rows.jsonl"])
+
+
+@pytest.mark.parametrize(("world_size", "steps"), [(1, 6), (2, 3), (6, 1)])
+def test_a_global_batch_is_the_same_on_any_number_of_ranks(world_size, steps):
+    assert accumulation_steps(24, micro_batch_size=4, given=1, world_size=world_size) == steps
