@@ -32,10 +32,10 @@ def _no_trace_files(monkeypatch):
     monkeypatch.setenv("LISA_DIST_CACHE", "")
 
 
-def found_by(run: FakeRun, trained: Trained | None) -> dict:
+def found_by(run: FakeRun, trained: Trained | None, reduces_rows: bool = False) -> dict:
     """What a trace says, with parameters by name."""
     names = {id(parameter): name for name, parameter in run._run.named_parameters()}
-    return run.trace(run.groups(trained)).to_dict(names)
+    return run.trace(run.groups(trained, reduces_rows=reduces_rows)).to_dict(names)
 
 
 def traced(config: PretrainedConfig, workload: Workload, trained: Trained | None, lora_rank: int = 0) -> tuple:
@@ -133,11 +133,14 @@ def test_a_step_with_frozen_layers_in_fewer_bits_is_another(monkeypatch):
     assert held == of_all_layers(monkeypatch, LONG, workload, Trained((0, 1), ALL))[0]
 
 
-def test_a_step_of_rows_of_an_embedding_is_another():
+def test_rows_of_an_embedding_take_the_place_of_its_gradient_in_the_same_step(monkeypatch):
     run = FakeRun(LLAMA, Workload(24))
-    whole = run.trace(run.groups(Trained((0, 1), ALL)))
-    by_rows = run.trace(run.groups(Trained((0, 1), ALL), reduces_rows=True))
-    assert whole.now != by_rows.now or whole.arrivals[-1].now != by_rows.arrivals[-1].now
+    whole = found_by(run, Trained((0, 1), ALL))
+    monkeypatch.setattr(FakeRun, "_run_step", None)
+    by_rows = found_by(run, Trained((0, 1), ALL), reduces_rows=True)
+    assert whole["arrivals"][-1][0] == "model.embed_tokens.weight"
+    assert by_rows["arrivals"] == whole["arrivals"][:-1]
+    assert 24 * 64 * 2 <= by_rows["peak_after"] < whole["arrivals"][-1][1] - 256 * 64 * 2
 
 
 @pytest.mark.parametrize(
