@@ -71,7 +71,7 @@ class Planner:
             )
         given = parse_checkpointed_layers(arguments.checkpointed_layers)
         # The number of checkpointed layers; None: the fewest that fit.
-        self._count = None if given in (None, AUTO) else number_of_layers(given, self.num_layers)
+        self._count = None if given is None or given == AUTO else number_of_layers(given, self.num_layers)
         if arguments.method != "lisa" and self._count not in (None, 0, self.num_layers):
             raise UserError(
                 f"--checkpointed_layers {self._count} with --method {arguments.method}: it checkpoints all layers or "
