@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import tiny_llama
 
 import lisa_dist
 from lisa_dist.commands.plan import main
@@ -13,6 +14,12 @@ from lisa_dist.memory.planner import make_plans
 from lisa_dist.model_names import name_or_folder, shipped_model_configs
 from lisa_dist.run_folder import PLANNED_PARTS
 from lisa_dist.text import parse_bytes
+
+
+@pytest.fixture
+def tiny_config(tmp_path) -> str:
+    tiny_llama().config.save_pretrained(tmp_path)
+    return str(tmp_path / "config.json")
 
 
 def test_every_shipped_model_has_the_parameters_it_is_known_for():

@@ -19,6 +19,12 @@ from lisa_dist.text import parse_bytes
 SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
+@pytest.fixture
+def tiny_config(tmp_path) -> str:
+    tiny_llama().config.save_pretrained(tmp_path)
+    return str(tmp_path / "config.json")
+
+
 @pytest.mark.full
 def test_layers_are_checkpointed_only_where_that_is_needed():
     config = tiny_llama(num_layers=4).config
