@@ -140,7 +140,7 @@ def test_rows_of_an_embedding_take_the_place_of_its_gradient_in_the_same_step(mo
     by_rows = found_by(run, Trained((0, 1), ALL), reduces_rows=True)
     assert whole["arrivals"][-1][0] == "model.embed_tokens.weight"
     assert by_rows["arrivals"] == whole["arrivals"][:-1]
-    assert 24 * 64 * 2 <= by_rows["peak_after"] < whole["arrivals"][-1][1] - 256 * 64 * 2
+    assert 24 * 64 * 2 <= by_rows["peak_after"] < whole["arrivals"][-1][1]
 
 
 @pytest.mark.parametrize(
