@@ -35,8 +35,6 @@ PATCHES = {
     "packed_mask": "transformers.masking_utils.find_packed_sequence_indices, in a trace: it reads values, and fake "
     "tensors have none (since huggingface/transformers#39194). Upstream: wanted, to be told that rows are not packed. "
     "Remove when a model's arguments can do that.",
-    "rows": "forward of an embedding, in a trace: its gradient is of rows that depend on values. Upstream: none, it "
-    "stands for `zero/embedding_rows.py`. Remove when that goes.",
     "step_meter": "backward of DeepSpeed's engine and step of its optimizer: memory is read before them. Upstream: "
     "wanted, hooks at both. Remove when ZeRO's optimizers call step hooks, and the engine one before backward.",
     "tiles": "_forward_tile, _backward_tile and _addmm_fp32 of trl.kernels.chunked_logprob, in a trace: the first two "

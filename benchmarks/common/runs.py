@@ -26,11 +26,9 @@ from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.checkpointing import checkpoint_layers, let_backward_end, number_of_layers
 from lisa_dist.core.live_bytes import live_storages
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
-from lisa_dist.memory.estimate import plan_memory
+from lisa_dist.memory.estimate import StepPlan, kept_states
 from lisa_dist.memory.plan import load_model_config
-from lisa_dist.memory.states import kept_states
-from lisa_dist.memory.trace import FakeRun
-from lisa_dist.memory.tracker import AllocationTracker
+from lisa_dist.memory.trace import AllocationTracker, FakeRun
 from lisa_dist.memory.workload import StageSettings, Trained, Workload
 from lisa_dist.train.compiled_layers import compile_layers
 from lisa_dist.zero.parameters import held_tensors, parameter_numel
@@ -322,10 +320,9 @@ class Run:
             params = [parameter for group in groups for parameter in group.params]
             halves = ([one for one in params if (one.ndim > 1) == decays] for decays in (True, False))
             groups = [replace(groups[0], params=tuple(half)) for half in halves if half]
-        parts, _ = plan_memory(
+        parts, _ = StepPlan(
             run,
             groups,
-            run.trace(groups),
             stage,
             dist.get_world_size(),
             optim=method.optim,
@@ -333,7 +330,7 @@ class Run:
             rank=dist.get_rank(),
             on_cpu=self._device.type == "cpu",
             plain=self.lisa is None,
-        )
+        ).parts()
         kept = 0
         if config.lisa_state == "keep" and self._device.type == "cpu":  # of layers that have trained and sleep
             asleep = {layer for layer, times in enumerate(self.lisa.visit_counts) if times} - {*self.active_layers}

@@ -11,10 +11,9 @@ from benchmarks.common.methods import FUSED, INTERVAL, METHODS, Method
 from benchmarks.common.runs import adapted, plain_engine
 from benchmarks.quality.training import LENGTH
 from lisa_dist.config_rules import AUTO_LAYERS
-from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner
-from lisa_dist.memory.workload import OWN
+from lisa_dist.memory.workload import OWN, MemoryParts
 from lisa_dist.run.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 
 

@@ -1,6 +1,6 @@
 """Estimate the memory of a training step before it runs: by part, on each rank's device and host.
 
-What the model itself allocates is counted on fake tensors (`trace.py`). `plan_memory` adds what DeepSpeed allocates, in
+What the model itself allocates is counted on fake tensors (`trace.py`). `StepPlan` adds what DeepSpeed allocates, in
 the sizes that it gives to partitions and buffers at each ZeRO stage:
 
     static        = weights + states + buffers
@@ -12,43 +12,55 @@ period: the largest blocks that a period may train, with the lowest layers, sinc
 active one where the embedding is frozen.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import FACTORED
 from lisa_dist.core.frozen_layers import held_bytes
-from lisa_dist.core.selection import sampled_blocks
+from lisa_dist.core.selection import most_active, sampled_blocks, split_by_decay
 from lisa_dist.kernels.adamw import chunk_bytes
 from lisa_dist.kernels.dynamic_code import table_bytes
 from lisa_dist.kernels.factored import factored_chunk_bytes, num_rows
 from lisa_dist.memory.gradient_peak import (
     Peak,
+    Reduction,
+    SlicedReduction,
     backward_peak,
     backward_peak_stage_1,
     gathered_weights,
     kept_gradient_numel,
-    norm_scratch_in_chunks,
-    norm_scratch_of_deepspeed,
-    norm_scratch_on_cpu,
-    reduction_stage_3,
-    reduction_stages_1_2,
     slices_by_rank,
 )
-from lisa_dist.memory.parts import GROUP_GRADIENTS, STATES, WEIGHTS, MemoryParts
-from lisa_dist.memory.states import group_state_bytes, steps_weights
 from lisa_dist.memory.trace import Arrival, FakeRun, FakeRuns, StepTrace
-from lisa_dist.memory.workload import Group, StageSettings, Trained, Workload, widest_periods
+from lisa_dist.memory.workload import (
+    GROUP_GRADIENTS,
+    STATES,
+    WEIGHTS,
+    Group,
+    MemoryParts,
+    StageSettings,
+    Trained,
+    Workload,
+    widest_periods,
+)
 from lisa_dist.optim.build import BITSANDBYTES_ADAMW, LISA_ADAMW
+from lisa_dist.optim.factored import places
+from lisa_dist.optim.moments import QUANTIZED_BLOCK
 from lisa_dist.optim.row_gradient import slab_numel
-from lisa_dist.optim.states import pinned_block
+from lisa_dist.optim.states import Piece, pinned_block, pinned_bytes
+from lisa_dist.zero import gradients
 from lisa_dist.zero.layout import partition_numel, pieces_of_group, share_numel
 
 # Bytes an element that AdamW on the host allocates while it steps, on top of masters, moments and gradients.
 _HOST_STEP_BYTES = {"adamw_torch_fused": 0, "adamw_torch": 8, "bitsandbytes": 12}
+_SMALLEST_QUANTIZED = 4096  # elements of a partition that bitsandbytes quantizes
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class StepEstimate:
     """The memory that one rank needs for the steps of a run, whatever their micro-batch is and what they train.
 
     `config`: of other methods than LISA one without periods; `optim` and `method` are --optim and --method.
-    `accumulates`, `on_cpu`: as for `plan_memory`.
+    `accumulates`, `on_cpu`: as of `StepPlan`.
     """
 
     runs: FakeRuns
@@ -67,7 +79,6 @@ class StepEstimate:
     lora_rank: int = 0
     accumulates: bool = False
     on_cpu: bool = False
-    _groups: dict[tuple[Workload, Trained | None, bool], list[Group]] = field(default_factory=dict)
 
     def run(self, workload: Workload) -> FakeRun:
         """The model that computes a micro-batch."""
@@ -81,14 +92,9 @@ class StepEstimate:
         """Parts of device and host of a step that trains these blocks, for None all that is trainable."""
         run, config = self.run(workload), self.config
         by_rows = settings.reduces_rows(self.optim, self.method)
-        key = workload, trained, by_rows
-        if key not in self._groups:
-            self._groups[key] = run.groups(trained, self.optim, config.state_bits, config.offloaded, by_rows)
-        groups = self._groups[key]
-        return plan_memory(
+        return StepPlan(
             run,
-            groups,
-            run.trace(groups),
+            run.groups(trained, self.optim, config.state_bits, config.offloaded, by_rows),
             settings,
             self.world_size,
             optim=self.optim,
@@ -98,7 +104,7 @@ class StepEstimate:
             on_cpu=self.on_cpu,
             plain=self.method != "lisa",
             keeps=config.lisa_state == "keep",
-        )
+        ).parts()
 
     def worst(self, settings: StageSettings, workload: Workload) -> tuple[MemoryParts, dict[str, int]]:
         """The most that a period's step may need, on the device and on the host."""
@@ -112,54 +118,36 @@ class StepEstimate:
         return parts, max((host for _, host in planned), key=lambda host: sum(host.values()))
 
 
-def plan_memory(
-    run: FakeRun,
-    groups: Sequence[Group],
-    trace: StepTrace,
-    settings: StageSettings,
-    world_size: int,
-    *,
-    optim: str = "adamw_torch_fused",
-    master: str = "fp32",
-    rank: int | None = None,
-    accumulates: bool = False,
-    on_cpu: bool = False,
-    plain: bool = False,
-    keeps: bool = False,
-) -> tuple[MemoryParts, dict[str, int]]:
-    """The parts of one rank's device memory, and of its host memory, in bytes.
+@dataclass(frozen=True)
+class StepPlan:
+    """The memory of one rank in a step that trains these groups: one method a term of the formula above.
 
     `optim` and `master` are those of the run (--optim, --lisa_master). `rank`: which one is planned; by default the one
     that needs most. `accumulates`: a step has several micro-batches, and the gradients of the earlier ones wait for the
     last. `on_cpu`: host and device are one, and the parts of the device include those of the host. `plain`: DeepSpeed
     without the overrides of `zero/`, as other methods run it. `keeps`: --lisa_state keep.
     """
-    ranks = range(world_size) if rank is None else (rank,)
-    step = _Step(run, groups, trace, settings, world_size, optim, master, ranks, accumulates, on_cpu, plain, keeps)
-    device, host = step.device(), step.host()
-    return (device.with_host(host, step.gradients_beside_host_step()) if on_cpu else device), host
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The arguments of `plan_memory`, and what follows from them: one method a term of the formula above."""
 
     run: FakeRun
     groups: Sequence[Group]
-    trace: StepTrace
     settings: StageSettings
     world_size: int
-    optim: str
-    master: str
-    ranks: Sequence[int]
-    accumulates: bool
-    on_cpu: bool
-    plain: bool
-    keeps: bool
+    optim: str = "adamw_torch_fused"
+    master: str = "fp32"
+    rank: int | None = None
+    accumulates: bool = False
+    on_cpu: bool = False
+    plain: bool = False
+    keeps: bool = False
 
-    def device(self) -> MemoryParts:
-        """The parts of the device."""
-        weights, states, buffers = self._device_weights(), self._states(on_host=False), self._buffers()
+    def parts(self) -> tuple[MemoryParts, dict[str, int]]:
+        """The parts of the device, and of the host by title, in bytes."""
+        device, host = self._device(), self._host()
+        return (device.with_host(host, self._gradients_beside_host_step()) if self.on_cpu else device), host
+
+    def _device(self) -> MemoryParts:
+        on_host = self._stage == 3 and self.settings.offload_param
+        weights, states, buffers = 0 if on_host else self._weights(), self._states(on_host=False), self._buffers()
         static = weights + sum(states.values()) + buffers
         gradients, peak, step_peak = self._gradients(), self._backward_peak(), self._step_peak()
         return MemoryParts(
@@ -167,8 +155,8 @@ class _Step:
             always_on_states=states[True],
             active_states=states[False],
             buffers=buffers,
-            activations=self.trace.activations,
-            logits=self.trace.logits,
+            activations=self._trace.activations,
+            logits=self._trace.logits,
             gathered=self._gathered(None),
             gradients=gradients,
             peak_backward=static + peak.total,
@@ -178,8 +166,7 @@ class _Step:
             pool=self._pool(peak, step_peak),
         )
 
-    def host(self) -> dict[str, int]:
-        """The parts of the host, by title."""
+    def _host(self) -> dict[str, int]:
         states = self._states(on_host=True)
         host = {STATES[is_always_on]: size for is_always_on, size in states.items() if size}
         if self._stage == 3:
@@ -202,20 +189,32 @@ class _Step:
             host[GROUP_GRADIENTS] = self._host_step()
         return host
 
-    def gradients_beside_host_step(self) -> int:
+    def _gradients_beside_host_step(self) -> int:
         """Bytes of gradients that wait while the largest group on the host steps, whose own has gone there."""
         on_host = [number for number, group in enumerate(self.groups) if group.on_host]
         if self._offloads or not on_host:
             return self._gradients()
         largest = max(on_host, key=lambda number: self._partitions[number])  # the first of them
         behind = self.groups[largest + 1 :]
-        return max(sum(self._kept_of_group(group, rank) for group in behind) for rank in self.ranks)
+        return max(sum(self._kept_of_group(group, rank) for group in behind) for rank in self._ranks)
 
     # What the terms share
+
+    @cached_property
+    def _trace(self) -> StepTrace:
+        return self.run.trace(self.groups)
+
+    @property
+    def _ranks(self) -> Sequence[int]:
+        """Those of which the one that needs most is planned."""
+        return range(self.world_size) if self.rank is None else (self.rank,)
 
     @property
     def _stage(self) -> int:
         return self.settings.stage
+
+    def _pieces(self, group: Group, rank: int) -> list[Piece]:
+        return pieces_of_group(group.named_numels, self._stage, rank, self.world_size)
 
     @property
     def _offloads(self) -> bool:
@@ -247,20 +246,19 @@ class _Step:
         return sum(self._partitions) * self._element
 
     @property
-    def _overlaps(self) -> bool:
-        """Whether gradients are reduced beside the backward pass."""
-        return self.settings.overlap_comm and not self._stay_in_place
-
-    @property
     def _stay_in_place(self) -> bool:
         """Whether gradients are not reduced, nor copied for it: of one rank (`gradients.kept_on_one_rank`)."""
         alone = self.world_size == 1 and self._stage < 3 and self.settings.plain_sums
         return alone and not (self._offloads or self.plain)
 
     @property
+    def _overlaps(self) -> bool:
+        """Whether stages 1 and 2 reduce gradients beside the backward pass, for which they have a second bucket."""
+        return self.settings.overlap_comm and self._stage < 3 and not self._stay_in_place
+
+    @property
     def _bucket_bytes(self) -> int:
-        buckets = 2 if self._overlaps and self._stage < 3 else 1
-        return self.settings.reduce_bucket * self._element * buckets
+        return self.settings.reduce_bucket * self._element * (2 if self._overlaps else 1)
 
     @property
     def _has_8_bits(self) -> bool:
@@ -278,19 +276,19 @@ class _Step:
         # Active weights lie in padded buffers.
         return frozen * self._element + in_codes + self._partition_bytes * self.world_size
 
-    def _device_weights(self) -> int:
-        return 0 if self._stage == 3 and self.settings.offload_param else self._weights()
-
     def _states(self, on_host: bool) -> dict[bool, int]:
         """Bytes of masters and moments, on the host or the device, of always-trained blocks (True) and the others."""
         sizes = {True: 0, False: 0}
         for group in self.groups:
             if (group.on_host or self._offloads) == on_host:
                 master = 4 if group.on_host or not self._steps_weights else 0
-                sizes[group.always_on] += group_state_bytes(
-                    group, self._stage, self.world_size, self.optim, master, self.ranks
-                )
+                sizes[group.always_on] += self._state_bytes(group, master)
         return sizes
+
+    def _state_bytes(self, group: Group, master: int) -> int:
+        """Bytes of the master (`master` bytes an element) and the moments of a group's partition, of the largest."""
+        stage, world_size = self._stage, self.world_size
+        return max(sum(group_state_buffers(group, stage, world_size, self.optim, master, rank)) for rank in self._ranks)
 
     @property
     def _steps_weights(self) -> bool:
@@ -312,7 +310,7 @@ class _Step:
     @cached_property
     def _kept_gradients(self) -> dict[int, int]:
         """By rank, stages 1 and 2: bytes of the gradients that are kept for the step, each parameter's whole."""
-        return {rank: sum(self._kept_of_group(group, rank) for group in self.groups) for rank in self.ranks}
+        return {rank: sum(self._kept_of_group(group, rank) for group in self.groups) for rank in self._ranks}
 
     def _gradients(self) -> int:
         """At the end of the backward pass, on the device; those of stage 3 are in buffers."""
@@ -345,38 +343,36 @@ class _Step:
 
     # Peaks
 
-    @property
-    def _norm_scratch(self) -> Callable[[int], int]:
+    def _norm_scratch(self, numel: int) -> int:
         """Bytes allocated while the norm of a gradient of so many elements is taken, or while it is sent."""
-        if self.plain or (self._stage == 3 and self._offloads):
-            return norm_scratch_of_deepspeed(self._stage, self._offloads)
+        if self.plain or (self._stage == 3 and self._offloads):  # DeepSpeed's: fp64, of the whole gradient or a chunk
+            in_chunks = self._stage == 3 and self._offloads
+            return max(8 * min(numel, 250_000_000), 4 * numel) if in_chunks else 8 * numel
         if self._offloads:
-            return norm_scratch_in_chunks
-        return norm_scratch_on_cpu if self.on_cpu else lambda numel: 0
+            return 8 * min(numel, gradients.NORM_CHUNK)
+        return 8 * min(numel, gradients.CPU_NORM_CHUNK) if self.on_cpu else 0
 
     def _backward_peak(self) -> Peak:
-        sizes = {"element": self._element, "bucket_numel": self.settings.reduce_bucket}
-        send_scratch = self._norm_scratch if self._offloads else None
+        sizes: dict[str, Any] = {
+            "world_size": self.world_size,
+            "element": self._element,
+            "bucket_numel": 0 if self._stay_in_place else self.settings.reduce_bucket,
+            "send_scratch": self._norm_scratch if self._offloads else None,
+            "on_cpu": self.on_cpu,
+            "gathered": self._gathered,
+        }
         if self._stage == 3:
-            reduction = reduction_stage_3(
-                self.world_size, send_scratch=send_scratch, on_cpu=self.on_cpu, gathered=self._gathered, **sizes
-            )
-            return backward_peak(self.trace, reduction)
-        slices = slices_by_rank(self.groups, self._stage, self.world_size)
-        if self._stay_in_place:
-            sizes["bucket_numel"] = 0
-        sizes["bucket_bytes"] = self._bucket_bytes
-        waits = self._stage == 1 and not self.settings.overlap_comm
-        follow = backward_peak_stage_1 if waits else backward_peak
+            return backward_peak(self._trace, Reduction(**sizes))
+        sizes |= {"slices": slices_by_rank(self.groups, self._stage, self.world_size)}
+        follow = backward_peak if self._stage == 2 or self.settings.overlap_comm else backward_peak_stage_1
         peaks = [
             follow(
-                self.trace,
-                reduction_stages_1_2(
-                    slices,
-                    rank,
-                    one_buffer=kept_bytes if self.plain and not self._offloads else None,
-                    send_scratch=send_scratch,
+                self._trace,
+                SlicedReduction(
+                    rank=rank,
                     is_last=is_last,
+                    bucket_bytes=self._bucket_bytes,
+                    one_buffer=kept_bytes if self.plain and not self._offloads else None,
                     **sizes,
                 ),
                 self.accumulates and self._stage == 1,
@@ -387,7 +383,7 @@ class _Step:
         peak = max(peaks, key=lambda peak: peak.total)
         waiting = self._gradients() if self.accumulates and self._stage == 2 else 0
         peak = peak._replace(gradients=peak.gradients + waiting)
-        at_end = Peak(self.trace.now, self._gradients() + self._rows_at_end())
+        at_end = Peak(self._trace.now, self._gradients())
         return max(peak, at_end, key=lambda one: one.total)
 
     def _pool(self, peak: Peak, step_peak: int) -> int:
@@ -407,23 +403,14 @@ class _Step:
     @property
     def _in_stream(self) -> tuple[int, int]:
         """Bytes of buckets and of gradients cloned out of them, where DeepSpeed's reduction stream has its own pool."""
-        if self.on_cpu or self.plain or self._offloads or self._stage == 3 or not self._overlaps:
+        if self.on_cpu or self.plain or self._offloads or not self._overlaps:
             return 0, 0
         whole, bucket = [group for group in self.groups if not group.by_rows], self.settings.reduce_bucket
         cloned = max(
             sum(kept_gradient_numel(group, self._stage, rank, self.world_size, bucket) for group in whole)
-            for rank in self.ranks
+            for rank in self._ranks
         )
         return self._bucket_bytes, self._element * cloned
-
-    def _rows_at_end(self) -> int:
-        """Bytes of rows of an embedding, beside those that are kept, while they go to the ranks that keep them."""
-        group = next((group for group in self.groups if group.by_rows), None)
-        if group is None or self.world_size == 1:
-            return 0
-        tokens = min(self.run.workload.tokens, len(group.params[0]))
-        sent = 2 * tokens * group.widths[0] * self._element
-        return sent + max(self._kept_of_group(group, rank) for rank in self.ranks)
 
     def _step_peak(self) -> int:
         """On the device, on top of weights, states and buffers: of a gradient's norm or a group's step.
@@ -434,7 +421,7 @@ class _Step:
             return self._gradients()
         norm = self._norm_scratch(share_numel(self._largest_gradient // self._element, self.world_size))
         peaks = [self._gradients() + norm]
-        for rank in self.ranks if self._stage < 3 else self.ranks[:1]:
+        for rank in self._ranks if self._stage < 3 else self._ranks[:1]:
             kept = [self._kept_of_group(group, rank) for group in self.groups]
             for number, (group, partition) in enumerate(zip(self.groups, self._partitions, strict=True)):
                 left = kept if self.plain else kept[number:]
@@ -448,8 +435,7 @@ class _Step:
         if self._stage == 3:
             return 0
         if group.by_rows:
-            pieces = pieces_of_group(group.named_numels, self._stage, rank, self.world_size)
-            rows = sum(num_rows(piece.start, piece.length, group.widths[0]) for piece in pieces)
+            rows = sum(num_rows(piece.start, piece.length, group.widths[0]) for piece in self._pieces(group, rank))
             # Of several micro-batches nobody knows how many tokens they have together.
             tokens = rows if self.accumulates else self.world_size * self.run.workload.tokens
             return self._element * min(rows, tokens) * group.widths[0]
@@ -458,18 +444,19 @@ class _Step:
     def _group_step(self, group: Group, partition: int) -> tuple[int, int]:
         """Of one group: its gradient flat and in fp32, with itself still there; then that, and what AdamW takes."""
         if self.optim == LISA_ADAMW:  # takes gradients as they are; on CPU one chunk of the largest piece is copied
-            piece = max(_largest_piece(group, self._stage, rank, self.world_size) for rank in self.ranks)
+            pieces = [piece.length for rank in self._ranks for piece in self._pieces(group, rank)]
+            piece = max(pieces, default=0)
             laid_out = min(piece, slab_numel(self.on_cpu)) * self._element if group.by_rows else 0
             if group.bits == FACTORED:  # and the new roots and sums, of each row and column
-                sums = 2 * group_state_bytes(group, self._stage, self.world_size, self.optim, 0, self.ranks)
+                sums = 2 * self._state_bytes(group, 0)
                 chunk = factored_chunk_bytes(piece, max(group.widths), self.master != "fp32")
                 return 0, laid_out + sums + (chunk if self.on_cpu else 0)
             chunk = chunk_bytes(piece, group.bits == 8, self.master != "fp32")
             return 0, laid_out + (chunk if self.on_cpu else 0)
         if group.on_host:
             return 0, 0
-        pieces = [pieces_of_group(group.named_numels, self._stage, rank, self.world_size) for rank in self.ranks]
-        is_flat = all([piece.length for piece in of_rank] == [partition] for of_rank in pieces)
+        lengths = [[piece.length for piece in self._pieces(group, rank)] for rank in self._ranks]
+        is_flat = all(of_rank == [partition] for of_rank in lengths)
         flat = 0 if is_flat else self._element
         in_fp32 = 4 if self._element < 4 else 0
         adamw = 8 if self.optim == "adamw_torch" and group.bits == 32 else 0
@@ -492,7 +479,54 @@ class _Step:
         return sent + max(sizes) * (in_fp32 + _HOST_STEP_BYTES[kind])
 
 
-def _largest_piece(group: Group, stage: int, rank: int, world_size: int) -> int:
-    """Elements of the parameter of a group of which a rank's partition has most."""
-    pieces = pieces_of_group(group.named_numels, stage, rank, world_size)
-    return max((piece.length for piece in pieces), default=0)
+def steps_weights(optim: str, master: str, weights: torch.dtype) -> bool:
+    """Whether the optimizer steps the weights themselves, on the device, without a separate master."""
+    return weights == torch.float32 or (optim == LISA_ADAMW and master != "fp32")
+
+
+def group_state_buffers(
+    group: Group, stage: int, world_size: int, optim: str, master: int = 4, rank: int = 0
+) -> list[int]:
+    """Bytes of the master (`master` bytes an element) and of the tensors of the moments of a rank's partition.
+
+    Of each moment its values, or its codes, scales and bitsandbytes' table; of factored ones those of rows, columns and
+    matrices.
+    """
+    partition = partition_numel(group.numels, stage, world_size)
+    scales = math.ceil(partition / QUANTIZED_BLOCK) * 4
+    moments = 2 * [4 * partition]
+    if group.bits == FACTORED:
+        pieces = pieces_of_group(group.named_numels, stage, rank, world_size)
+        here = places([group.widths[int(piece.name)] for piece in pieces], pieces)
+        moments = [4 * here[-1].rows.stop, 4 * here[-1].columns.stop, 4 * len(here)] if here else []
+    elif group.bits == 8 and optim == LISA_ADAMW:
+        moments = 2 * [partition, scales]
+    elif group.bits == 8 and partition >= _SMALLEST_QUANTIZED:
+        moments = 2 * [partition, scales, 256 * 4]
+    return [partition * master, *moments]
+
+
+def kept_states(
+    run: FakeRun, config: LisaConfig, stage: int, world_size: int, optim: str, *, pinned: bool = True
+) -> int:
+    """Host bytes of --lisa_state keep, once every sampled block was active: the states of all that are inactive.
+
+    `pinned`: in the blocks that torch allocates of pinned memory, as beside a GPU.
+    """
+    if config.lisa_activated_layers == 0:  # nothing is sampled, and nothing becomes inactive
+        return 0
+    sampled = [(name, run.blocks.outer(name)) for name in config.sampled]
+    sampled += [("layers", layer) for layer in run.blocks.layers]
+    # A kept master that is the weights goes to the host in their dtype.
+    weights = run.workload.dtype
+    master = weights.itemsize if steps_weights(optim, config.lisa_master, weights) else 4
+    by_block: list[list[int]] = []
+    for name, block in sampled:
+        by_block.append([])
+        for kind, params in split_by_decay(block).items():
+            group = Group(tuple(params), run.bits(name, kind, optim, config.state_bits))
+            by_block[-1] += group_state_buffers(group, stage, world_size, optim, master)
+    active = most_active(config, [layer.numel for layer in run.blocks.layers])
+    inactive = sorted(by_block, key=sum)[active:]
+    buffers = Counter(nbytes for buffers in inactive for nbytes in buffers if nbytes)
+    return sum(pinned_bytes(nbytes, count) if pinned else nbytes * count for nbytes, count in buffers.items())

@@ -14,22 +14,26 @@ import torch
 from lisa_dist.core.blocks import Block, Blocks
 from lisa_dist.memory.trace import Arrival, FakeRun, StepTrace
 from lisa_dist.memory.workload import Group
-from lisa_dist.zero import gradients
 from lisa_dist.zero.layout import pieces_of_group, share_numel
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """How a ZeRO stage reduces gradients. Sizes in bytes but for `bucket_numel`."""
+    """How stage 3 reduces gradients, on any rank: the bucket and the gradients that are kept have buffers all the time.
 
+    `element`: bytes of an element. `send_scratch(numel)`, with optimizer offload: bytes allocated while a gradient of
+    so many elements is sent to the host. `gathered`: bytes of whole weights when a gradient arrives; of None, before
+    the first one.
+    """
+
+    world_size: int
+    element: int
     bucket_numel: int
-    bucket_bytes: int  # 0 where the bucket exists all the time
-    scratch: Callable[[list[Arrival]], int]  # allocated only while these gradients are reduced
-    copied: Callable[[list[Arrival], int], int]  # allocated for what this rank keeps of them; the number is kept before
-    stays: Callable[[list[Arrival]], int]  # of those outside the bucket, what this rank keeps where it is
-    gathered: Callable[[Arrival | None], int]  # whole weights when that gradient arrives; None: before the first
-    clones_large: bool = False  # a gradient that is larger than the bucket is cloned when it arrives
-    one_buffer: int = 0  # that what is kept is copied to, where there is one
+    send_scratch: Callable[[int], int] | None
+    on_cpu: bool
+    gathered: Callable[[Arrival | None], int]
+    bucket_bytes: int = 0  # from the first gradient on
+    one_buffer: int | None = None  # bytes of what all kept gradients are copied to, where there is one
 
     def is_large(self, arrival: Arrival) -> bool:
         """Whether the gradient has no room in the bucket."""
@@ -37,7 +41,58 @@ class Reduction:
 
     def overflows(self, waiting: Sequence[Arrival], arrival: Arrival) -> bool:
         """Whether the waiting gradients and this one are too many for the bucket."""
-        return sum(other.parameter.numel() for other in waiting) + arrival.parameter.numel() > self.bucket_numel
+        return sum(other.parameter.numel() for other in (*waiting, arrival)) > self.bucket_numel
+
+    def clone(self, arrival: Arrival) -> int:
+        """Bytes that are cloned of a gradient when it arrives."""
+        return 0
+
+    def scratch(self, reduced: list[Arrival]) -> int:
+        """Bytes allocated only while these gradients are reduced."""
+        interleaves = len(reduced) > 1 or reduced[0].parameter.numel() % self.world_size
+        whole = sum(arrival.nbytes for arrival in reduced)
+        interleaved, gloo = whole if interleaves else 0, whole if self.on_cpu else 0
+        if self.send_scratch is None:
+            return interleaved + gloo
+        shares = [share_numel(arrival.parameter.numel(), self.world_size) for arrival in reduced]
+        # The share comes back from the host, which on CPU is the same place.
+        returned = [self.send_scratch(share) + (0 if self.on_cpu else share * self.element) for share in shares]
+        return interleaved + max(gloo, *returned)
+
+    def kept(self, reduced: list[Arrival], before: int) -> tuple[int, int]:
+        """Bytes that this rank, which has `before`, keeps of them: in copies, and outside the bucket where they are."""
+        return 0, 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlicedReduction(Reduction):
+    """How stages 1 and 2 reduce on one rank, which keeps gradients as they are.
+
+    `slices` is the result of `slices_by_rank`. `is_last`: of a step's micro-batches; with offload the gradients of the
+    others are added up on the host, and sent with the last.
+    """
+
+    slices: dict[int, dict[int, int]]
+    rank: int
+    is_last: bool
+
+    def clone(self, arrival: Arrival) -> int:
+        return arrival.nbytes if self.send_scratch and self.is_large(arrival) else 0
+
+    def scratch(self, reduced: list[Arrival]) -> int:
+        slices = [self.slices[id(arrival.parameter)] for arrival in reduced]
+        sent = [of_one[self.rank] for of_one in slices if self.rank in of_one] if self.is_last else []
+        flat = _most_copied([owned for of_one in slices for owned in of_one.items()], self.bucket_numel)
+        return max(flat * self.element, *(self.send_scratch(numel) for numel in sent if self.send_scratch), 0)
+
+    def kept(self, reduced: list[Arrival], before: int) -> tuple[int, int]:
+        local = [arrival for arrival in reduced if self.rank in self.slices[id(arrival.parameter)]]
+        large = sum(arrival.nbytes for arrival in local if self.is_large(arrival))
+        if self.send_scratch:  # before the last micro-batch large gradients stay here, though they are on the host too
+            return 0, 0 if self.is_last else large
+        if self.one_buffer is not None:
+            return (self.one_buffer - before if local else 0), 0
+        return sum(arrival.nbytes for arrival in local) - large, large
 
 
 class Peak(NamedTuple):
@@ -73,10 +128,10 @@ def backward_peak(trace: StepTrace, reduction: Reduction, accumulates: bool = Fa
         nonlocal kept
         if not waiting:
             return
-        copied = reduction.copied(waiting, kept)
+        copied, stay = reduction.kept(waiting, kept)
         during = kept + max(reduction.scratch(waiting), copied)
         peaks.append(Peak(other_bytes, earlier + waiting_outside_bucket() + during, bucket))
-        kept += copied + reduction.stays(waiting)
+        kept += copied + stay
         waiting.clear()
 
     gathered = reduction.gathered(None)
@@ -85,8 +140,8 @@ def backward_peak(trace: StepTrace, reduction: Reduction, accumulates: bool = Fa
         bucket, gathered = reduction.bucket_bytes, reduction.gathered(arrival)
         if reduction.overflows(waiting, arrival):
             reduce(arrival.now + gathered)
-        clone = arrival.nbytes if reduction.clones_large and reduction.is_large(arrival) else 0
-        peaks.append(Peak(arrival.now + gathered, earlier + clone + waiting_outside_bucket() + kept, bucket))
+        outside = reduction.clone(arrival) + waiting_outside_bucket()
+        peaks.append(Peak(arrival.now + gathered, earlier + outside + kept, bucket))
         waiting.append(arrival)
         earlier -= arrival.nbytes if accumulates else 0
     peaks.append(Peak(trace.peak_after + gathered, waiting_outside_bucket() + kept, bucket))
@@ -108,10 +163,10 @@ def backward_peak_stage_1(trace: StepTrace, reduction: Reduction, accumulates: b
         if not accumulates:
             waiting, bucket = waiting + arrival.nbytes, reduction.bucket_bytes
     large = [arrival for arrival in trace.arrivals if reduction.is_large(arrival)]
-    clones = [arrival.nbytes for arrival in large if reduction.clones_large]
+    clones = [reduction.clone(arrival) for arrival in large]
     scratch = [reduction.scratch([one]) - (0 if one in large else one.nbytes) for one in trace.arrivals]
     freed = 0 if large[:1] == trace.arrivals[:1] else reduction.bucket_bytes  # before the first goes to the one buffer
-    more = max([*clones, *scratch, reduction.one_buffer - freed, 0])
+    more = max([*clones, *scratch, (reduction.one_buffer or 0) - freed, 0])
     peaks += [Peak(trace.peak_after, active, bucket), Peak(trace.now, active + more, bucket)]
     return max(peaks, key=lambda peak: peak.total)
 
@@ -136,65 +191,6 @@ def slices_by_rank(groups: Sequence[Group], stage: int, world_size: int) -> dict
     return slices
 
 
-def reduction_stages_1_2(
-    slices: dict[int, dict[int, int]],
-    rank: int,
-    *,
-    element: int,
-    bucket_numel: int,
-    bucket_bytes: int,
-    one_buffer: int | None,
-    send_scratch: Callable[[int], int] | None,
-    is_last: bool,
-) -> Reduction:
-    """How stages 1 and 2 reduce on one rank, which keeps gradients as they are.
-
-    `slices` is the result of `slices_by_rank`, `element` the bytes of an element. `one_buffer`: bytes of the buffer
-    that all are copied to where there is one, as without LISA. `send_scratch(numel)`, with optimizer offload: bytes
-    allocated while a gradient of so many elements is sent to the host. `is_last`: of a step's micro-batches; with
-    offload the gradients of the others are added up on the host, and sent with the last.
-    """
-
-    def slices_of(arrival: Arrival) -> dict[int, int]:
-        return slices[id(arrival.parameter)]
-
-    def is_local(arrival: Arrival) -> bool:
-        return rank in slices_of(arrival)
-
-    def scratch(reduced: list[Arrival]) -> int:
-        most_copied = _most_copied([owned for arrival in reduced for owned in slices_of(arrival).items()], bucket_numel)
-        sent = []
-        if send_scratch and is_last:
-            sent = [send_scratch(slices_of(arrival)[rank]) for arrival in reduced if is_local(arrival)]
-        return max([most_copied * element, *sent])
-
-    def copied(reduced: list[Arrival], kept: int) -> int:
-        local = [arrival for arrival in reduced if is_local(arrival)]
-        if send_scratch:
-            return 0
-        if one_buffer is not None:
-            return one_buffer - kept if local else 0
-        return sum(arrival.nbytes for arrival in local if arrival.parameter.numel() <= bucket_numel)
-
-    def stays(reduced: list[Arrival]) -> int:
-        # With offload, before the last micro-batch, large gradients stay here, though they are on the host too.
-        if one_buffer is not None or (send_scratch and is_last):
-            return 0
-        large = [arrival for arrival in reduced if arrival.parameter.numel() > bucket_numel]
-        return sum(arrival.nbytes for arrival in large if is_local(arrival))
-
-    return Reduction(
-        bucket_numel,
-        bucket_bytes,
-        scratch,
-        copied,
-        stays,
-        gathered=lambda arrival: 0,
-        clones_large=send_scratch is not None,
-        one_buffer=one_buffer or 0,
-    )
-
-
 def _most_copied(owned: Sequence[tuple[int, int]], bucket_numel: int) -> int:
     """Elements of the largest flat copy of gradients that are sent, each slice as its owner and its elements.
 
@@ -211,55 +207,6 @@ def _most_copied(owned: Sequence[tuple[int, int]], bucket_numel: int) -> int:
     return most_copied
 
 
-def reduction_stage_3(
-    world_size: int,
-    *,
-    element: int,
-    bucket_numel: int,
-    send_scratch: Callable[[int], int] | None,
-    on_cpu: bool,
-    gathered: Callable[[Arrival | None], int],
-) -> Reduction:
-    """How stage 3 reduces, on any rank. The bucket and the gradients that are kept have buffers all the time."""
-
-    def scratch(reduced: list[Arrival]) -> int:
-        interleaves = len(reduced) > 1 or reduced[0].parameter.numel() % world_size
-        whole = sum(arrival.nbytes for arrival in reduced)
-        interleaved, gloo = whole if interleaves else 0, whole if on_cpu else 0
-        if send_scratch is None:
-            return interleaved + gloo
-        shares = [share_numel(arrival.parameter.numel(), world_size) for arrival in reduced]
-        # The share comes back from the host, which on CPU is the same place.
-        returned = [send_scratch(share) + (0 if on_cpu else share * element) for share in shares]
-        return interleaved + max(gloo, *returned)
-
-    return Reduction(
-        bucket_numel,
-        0,
-        scratch,
-        copied=lambda reduced, kept: 0,
-        stays=lambda reduced: 0,
-        gathered=gathered,
-    )
-
-
-def norm_scratch_in_chunks(numel: int) -> int:
-    """Bytes allocated on stages 1, 2 to send a gradient of so many elements to the host, with its norm: fp64 chunks."""
-    return 8 * min(numel, gradients.NORM_CHUNK)
-
-
-def norm_scratch_on_cpu(numel: int) -> int:
-    """The same for its norm alone, on a CPU."""
-    return 8 * min(numel, gradients.CPU_NORM_CHUNK)
-
-
-def norm_scratch_of_deepspeed(stage: int, offloads: bool) -> Callable[[int], int]:
-    """The same by DeepSpeed's own code: fp64 of the gradient, but of 250 million elements on stage 3 with offload."""
-    if stage == 3 and offloads:
-        return lambda numel: max(8 * min(numel, 250_000_000), 4 * numel)
-    return lambda numel: 8 * numel
-
-
 def gathered_weights(
     run: FakeRun, trained: Sequence[torch.nn.Parameter], persistence_threshold: int, max_reuse_distance: int
 ) -> Callable[[Arrival | None], int]:
@@ -274,25 +221,23 @@ def gathered_weights(
     not_passed: dict[int, int] = {}  # by parameter: elements of its block and of the blocks before it
     numel_so_far = 0
     for block in order:
-        numel_so_far += sum(
-            parameter.numel() for parameter in block.parameters.values() if parameter.numel() > persistence_threshold
-        )
-        not_passed |= {id(parameter): numel_so_far for parameter in block.parameters.values()}
+        numels = [parameter.numel() for parameter in block.parameters.values()]
+        numel_so_far += sum(numel for numel in numels if numel > persistence_threshold)
+        not_passed |= dict.fromkeys(map(id, block.parameters.values()), numel_so_far)
     if blocks.tied:  # the backward pass begins and ends with the tied matrix
         matrix = sum(parameter.numel() for parameter in blocks.embed.parameters.values())
         not_passed = {key: numel + matrix for key, numel in not_passed.items()}
         not_passed |= {id(parameter): matrix for parameter in blocks.embed.parameters.values()}
     gathered = distance = 0
-    for parameter in reversed([parameter for block in order for parameter in block.parameters.values()]):
+    for numel in reversed([parameter.numel() for block in order for parameter in block.parameters.values()]):
         if 2 * distance >= max_reuse_distance:
             break
-        distance += parameter.numel()
-        gathered += parameter.numel() if parameter.numel() > persistence_threshold else 0
+        distance += numel
+        gathered += numel if numel > persistence_threshold else 0
 
     def gathered_at(arrival: Arrival | None) -> int:
-        if arrival is None:
-            return gathered * element
-        return element * min(gathered, not_passed.get(id(arrival.parameter), gathered))
+        left = gathered if arrival is None else not_passed.get(id(arrival.parameter), gathered)
+        return element * min(gathered, left)
 
     return gathered_at
 

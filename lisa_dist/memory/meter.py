@@ -5,6 +5,7 @@ include those of the host. On a GPU they come from the caching allocator's count
 others.
 """
 
+import contextlib
 import gc
 import time
 from typing import Any
@@ -13,10 +14,9 @@ import torch
 
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.live_bytes import live_storages
-from lisa_dist.memory.parts import MemoryParts
-from lisa_dist.memory.trace import part_of
-from lisa_dist.memory.tracker import AllocationTracker
-from lisa_dist.patches import patch
+from lisa_dist.memory.trace import AllocationTracker, part_of
+from lisa_dist.memory.workload import MemoryParts
+from lisa_dist.patches import patched
 from lisa_dist.zero.parameters import held_tensors
 
 _STABLE_POLLS = 10  # without a change of memory, after which no thread is expected to free any
@@ -33,11 +33,11 @@ class StepMeter:
     def __init__(self, lisa: LisaController) -> None:
         self.parts: MemoryParts | None = None
         assert lisa.is_attached, "attach the controller to a DeepSpeed engine first"
-        self._lisa, self._engine, self._partitions = lisa, lisa.engine, lisa.partitions
+        self._lisa, self._engine = lisa, lisa.engine
         self._on_gpu = self._engine.device.type == "cuda"
         vocab_size = self._engine.module.config.get_text_config().vocab_size
         self._tracker = AllocationTracker(lambda tensor: part_of(tensor, vocab_size))
-        self._is_tracking = False
+        self._measuring = contextlib.ExitStack()
         self._static = self._logits = self._gathered = self._peak_backward = 0
         self._after_forward: int | None = None
         self._after_backward: int | None = None
@@ -53,19 +53,21 @@ class StepMeter:
         # hook comes while its outputs are there, and before a trainer computes its loss of them; the loss's gradient
         # hook knows no loss that is made outside. Before the step: ZeRO's optimizers have no step hooks, and torch's,
         # inside, is called when the gradients' norm has been taken.
-        patch(self._engine, "backward", self._end_forward, of="step_meter")
-        patch(self._engine.optimizer, "step", self._end_backward, of="step_meter")
+        for owner, name, method in (
+            (self._engine, "backward", self._end_forward),
+            (self._engine.optimizer, "step", self._end_backward),
+        ):
+            self._measuring.enter_context(patched(owner, name, method, of="step_meter"))
         self._begin_phase()
         # A GPU's allocator counts by itself, and kernels that are compiled as they are called (flex attention) cannot
         # be under the tracker.
         if not self._on_gpu:
-            self._tracker.__enter__()
-            self._is_tracking = True
+            self._measuring.enter_context(self._tracker)
 
-    def stop(self) -> None:
-        """End the measurement after the step, and set `parts`."""
-        self.cancel()
-        if self._after_forward is None or self._after_backward is None:
+    def stop(self, failed: bool = False) -> None:
+        """End the measurement after the step, and set `parts`, unless the step has `failed`."""
+        self._measuring.close()
+        if failed or self._after_forward is None or self._after_backward is None:
             return
         peak_step = self._peak()
         always_on, active = self._state_bytes()
@@ -83,27 +85,19 @@ class StepMeter:
             peak_step=peak_step,
         )
 
-    def cancel(self) -> None:
-        """End the measurement without a result, as when the step has raised."""
-        self._stop_tracking()
-        del self._engine.backward, self._engine.optimizer.step  # those of their classes apply again
-
     def __enter__(self) -> "StepMeter":
         self.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            self.stop()
-        else:
-            self.cancel()
+        self.stop(failed=error is not None)
 
     def _end_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Take the place of the engine's `backward`."""
         if self._after_forward is None:
             self._after_forward = self._now()
             self._logits = self._tracker.bytes["logits"]
-            self._gathered = self._partitions.gathered_bytes()
+            self._gathered = self._lisa.partitions.gathered_bytes()
         return self._backward(*args, **kwargs)
 
     def _end_backward(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,11 +107,6 @@ class StepMeter:
         self._begin_phase()
         return self._optimizer_step(*args, **kwargs)
 
-    def _stop_tracking(self) -> None:
-        if self._is_tracking:
-            self._tracker.__exit__(None, None, None)
-        self._is_tracking = False
-
     def _weight_bytes(self) -> int:
         held = [tensor for parameter in self._engine.module.parameters() for tensor in held_tensors(parameter)]
         once = {(tensor.data_ptr(), tensor.nbytes): tensor for tensor in held}  # tables of codes are shared
@@ -125,9 +114,8 @@ class StepMeter:
 
     def _state_bytes(self) -> tuple[int, int]:
         """Bytes of the states of always-trained and of other blocks; on a GPU only of those on the GPU."""
-        always_on = {
-            name for block in self._lisa.config.always_on for name in self._lisa.blocks.outer(block).parameters
-        }
+        outer = [self._lisa.blocks.outer(block).parameters for block in self._lisa.config.always_on]
+        always_on = {name for parameters in outer for name in parameters}
         sums = {True: 0, False: 0}
         for key, state in self._lisa.partition_states().items():
             sums[key[0] in always_on] += state.nbytes if self._is_on_device(state.master) else 0

@@ -18,8 +18,7 @@ from lisa_dist.core.checkpointing import AUTO, parse_checkpointed_layers
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import check_loss
-from lisa_dist.memory.parts import MemoryParts
-from lisa_dist.memory.workload import LOGITS, Workload
+from lisa_dist.memory.workload import LOGITS, MemoryParts, Workload
 from lisa_dist.model_names import is_tuned, name_or_folder, nearest_name, shipped_model_configs, shipped_name
 from lisa_dist.presets import check_preset, choose_preset, reserved_bytes
 from lisa_dist.run_folder import PLANNED_PARTS, REFERENCE
@@ -27,8 +26,8 @@ from lisa_dist.tasks import GRPO, KTO, PAIRED, REWARD, SFT, WITH_REFERENCE, chec
 from lisa_dist.text import BYTE_UNITS, format_columns, no_such_model, parse_bytes
 
 METHODS = ("lisa", "full", "lora")
-# From the fastest to the slowest: with offload a step waits for the host, and stage 3 gathers every weight twice.
 NO_DATA = "DATA"  # what `--dataset_name` is where none is given
+# From the fastest to the slowest: with offload a step waits for the host, and stage 3 gathers every weight twice.
 WAYS = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -285,43 +284,48 @@ _EXAMPLES: dict[str, dict[str, str]] = {
 }
 
 
+def given_settings(lisa_config: LisaConfig) -> dict[str, Any]:
+    """The settings whose values are not the defaults; and the number of layers, which without it have a preset."""
+    defaults = LisaConfig().to_dict()
+    always = () if lisa_config.by_module else ("lisa_activated_layers",)
+    return {name: one for name, one in lisa_config.to_dict().items() if name in always or one != defaults[name]}
+
+
 def command_for(plan: Plan, arguments: PlanArguments, learning_rate: float | None = None) -> str:
     """The command that starts the run of a plan; where no data were given, on those of the hub for its task."""
-    data = {"dataset_name": arguments.dataset_name}
+    is_example = arguments.dataset_name == NO_DATA
     flags: dict[str, Any] = {
         "model_name_or_path": name_or_folder(arguments.model),
-        **(_EXAMPLES[arguments.task] if arguments.dataset_name == NO_DATA else data),
+        **(_EXAMPLES[arguments.task] if is_example else {"dataset_name": arguments.dataset_name}),
         "output_dir": f"runs/{Path(name_or_folder(arguments.model)).name}",
         "method": arguments.method,
         "deepspeed": plan.ds_config,
+        "task": None if arguments.task == SFT else arguments.task,
+        "precompute_ref_log_probs": arguments.precompute_ref_log_probs or None,
+        "beta": arguments.beta,
+        "per_device_train_batch_size": arguments.micro_batch_size,
+        "max_length": arguments.seq_length,
+        "optim": arguments.optim,
+        "bf16": arguments.precision == "bf16",
     }
-    flags |= {"task": arguments.task} if arguments.task != SFT else {}
-    flags |= {"precompute_ref_log_probs": True} if arguments.precompute_ref_log_probs else {}
-    flags |= {"beta": arguments.beta} if arguments.beta is not None else {}
-    flags |= {"per_device_train_batch_size": arguments.micro_batch_size, "max_length": arguments.seq_length}
-    flags |= {"optim": arguments.optim, "bf16": arguments.precision == "bf16"}
-    if arguments.task == "grpo":  # seq_length is of a prompt and its answer
-        group = next(size for size in range(8, 0, -1) if arguments.answers % size == 0)
-        group = group if group > 1 else arguments.answers
-        reward = "think_format_reward" if arguments.dataset_name == NO_DATA else "rewards.py"
-        flags |= {"max_completion_length": flags.pop("max_length") // 2, "reward_funcs": reward}
-        flags |= {"num_generations": group}
+    if arguments.task == GRPO:  # seq_length is of a prompt and its answer
+        answers = arguments.answers
+        flags["max_completion_length"] = flags.pop("max_length") // 2
+        flags["reward_funcs"] = "think_format_reward" if is_example else "rewards.py"
+        flags["num_generations"] = next((size for size in range(8, 1, -1) if answers % size == 0), answers)
     if arguments.loss != AUTO or plan.workload.loss == LOGITS:
-        flags |= {"loss": LOGITS if arguments.loss == AUTO else arguments.loss}
+        flags["loss"] = LOGITS if arguments.loss == AUTO else arguments.loss
     if arguments.gradient_accumulation_steps > 1:
-        flags |= {"gradient_accumulation_steps": arguments.gradient_accumulation_steps}
+        flags["gradient_accumulation_steps"] = arguments.gradient_accumulation_steps
     if arguments.method == "lora":
         flags |= {"lora_r": arguments.lora_r, "lora_dropout": 0.0}  # whose masks the plan does not count
+    flags["checkpointed_layers"] = plan.workload.checkpointed_layers
     if arguments.method != "lisa":
-        flags |= {"checkpointed_layers": "all" if plan.workload.checkpointed_layers else "none"}
+        flags["checkpointed_layers"] = "all" if plan.workload.checkpointed_layers else "none"
     else:
-        flags |= {"checkpointed_layers": plan.workload.checkpointed_layers}
-        defaults = LisaConfig().to_dict()
-        always = () if plan.lisa_config.by_module else ("lisa_activated_layers",)  # which without it have a preset
-        given = plan.lisa_config.to_dict()
-        flags |= {name: value for name, value in given.items() if name in always or value != defaults[name]}
-    flags |= {} if learning_rate is None else {"learning_rate": learning_rate}
-    words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
+        flags |= given_settings(plan.lisa_config)
+    flags["learning_rate"] = learning_rate
+    words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
     hosts = -(-arguments.gpus // arguments.gpus_per_host)
     if hosts == 1:
         return f"lisa-dist train --gpus {arguments.gpus} {words}"

@@ -1,6 +1,7 @@
 """Plans: the memory that a run needs, as many layers as fit, and the fastest DeepSpeed config and settings that fit."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,9 +19,8 @@ from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import why_no_label_logits
-from lisa_dist.memory.estimate import StepEstimate
+from lisa_dist.memory.estimate import StepEstimate, kept_states
 from lisa_dist.memory.plan import DTYPES, WAYS, Plan, PlanArguments
-from lisa_dist.memory.states import kept_states
 from lisa_dist.memory.trace import FakeRuns
 from lisa_dist.memory.workload import CHUNKED, LOGITS, RATIO, SCORE, StageSettings, Workload
 from lisa_dist.optim.build import LISA_ADAMW, TORCH_ADAMW
@@ -78,19 +78,11 @@ class Planner:
                 f"none; give none or all."
             )
 
-    @property
-    def given_count(self) -> int:
-        """The number of checkpointed layers that was given; all, where it was left to the plans."""
-        return self.num_layers if self._count is None else self._count
-
     def plan(self, ds_config: str | dict, checkpointed_layers: int, loss: str) -> Plan:
         """The plan of the worst period under one DeepSpeed config: short name, path, or its content."""
         key = str(ds_config), checkpointed_layers, loss
-        if key not in self._plans:
-            self._plans[key] = self._plan(ds_config, checkpointed_layers, loss)
-        return self._plans[key]
-
-    def _plan(self, ds_config: str | dict, checkpointed_layers: int, loss: str) -> Plan:
+        if key in self._plans:
+            return self._plans[key]
         arguments, lisa = self._arguments, self._lisa
         content = copy.deepcopy(ds_config) if isinstance(ds_config, dict) else read_ds_config(ds_config)
         prepare_ds_config(content, lisa, arguments.optim, arguments.precision)
@@ -112,13 +104,18 @@ class Planner:
             if settings.offload_param:
                 host = host | {"reference model": share}
             else:
-                parts = parts.with_reference(share)
+                parts = parts.with_more("reference", share)
         if lisa.lisa_state == "keep":
             host = host | {"kept states": kept_states(run, lisa, settings.stage, arguments.gpus, arguments.optim)}
         if lisa.lisa_frozen_bits != 16:
             originals = sum(module.weight.nbytes for module in run.held_modules([]))
             host = host | {"originals of the layers": -(-originals // min(arguments.gpus, arguments.gpus_per_host))}
-        return Plan(str(ds_config), run.workload, parts, host, lisa)
+        self._plans[key] = Plan(str(ds_config), run.workload, parts, host, lisa)
+        return self._plans[key]
+
+    def peak(self, ds_config: str | dict, loss: str) -> int:
+        """Bytes of a GPU with the checkpointed layers that were given; with all, where it was left to the plans."""
+        return self.plan(ds_config, self.num_layers if self._count is None else self._count, loss).gpu.needed
 
     def cheapest(self, ds_config: str | dict) -> Plan:
         """With the fewest checkpointed layers that fit, since recomputing only costs; of other methods none or all."""
@@ -154,14 +151,14 @@ class Planner:
     def _fewest_layers(self, ds_config: str | dict, loss: str) -> Plan:
         if self._count is not None:
             return self.plan(ds_config, self._count, loss)
-        if self._arguments.method == "lisa":
+        if self._arguments.method != "lisa":
+            none = self.plan(ds_config, 0, loss)
+            return self.plan(ds_config, self.num_layers, loss) if none.lacks(self._arguments)[0] else none
 
-            def peak(count: int) -> int:
-                return self.plan(ds_config, count, loss).gpu.needed
+        def peak(count: int) -> int:
+            return self.plan(ds_config, count, loss).gpu.needed
 
-            return self.plan(ds_config, fewest_layers(peak, self.num_layers, self._arguments.budget), loss)
-        none = self.plan(ds_config, 0, loss)
-        return none if not none.lacks(self._arguments)[0] else self.plan(ds_config, self.num_layers, loss)
+        return self.plan(ds_config, fewest_layers(peak, self.num_layers, self._arguments.budget), loss)
 
 
 # What else would make room for a layer: settings, and the optimizer that they need, if it is a certain one.
@@ -176,10 +173,10 @@ LORA_RANK = 16  # of the adapters whose memory --lisa_activated_layers lora keep
 
 def fewest_of_lora(num_layers: int) -> int:
     """The layers that `lora` has at least: the paper's two, and no more than it may have at most."""
-    return min(2, most_of_lora(num_layers))
+    return min(2, _most_of_lora(num_layers))
 
 
-def most_of_lora(num_layers: int) -> int:
+def _most_of_lora(num_layers: int) -> int:
     """Half of the layers: all of them are full training, which small models would have room for."""
     return max(1, num_layers // 2)
 
@@ -208,7 +205,7 @@ def with_most_layers(
     most = _most_layers(config, lisa_config, num_layers)
     if given == LORA_LAYERS:
         alone = replace(arguments, checkpointed_layers="none", gradient_accumulation_steps=1)
-        most = min(most, most_of_lora(num_layers))
+        most = min(most, _most_of_lora(num_layers))
         layers, why = _beside_lora(_Peaks(runs, alone, ds_config, on_cpu), on_gpu, lisa_config, most, budget)
     else:
         layers = most - fewest_layers(lambda fewer: on_gpu.of(lisa_config, most - fewer), most - 1, budget)
@@ -252,8 +249,8 @@ class _Peaks:
         key = str(settings), layers, optim
         if key not in self._known:
             asked = replace(self._asked, optim=optim or self._asked.optim)
-            planner = self._planner(asked, replace(settings, lisa_activated_layers=layers))
-            peaks = {loss: self._peak(planner, loss) for loss in self._losses}
+            peaks_of = self._peaks_of(asked, replace(settings, lisa_activated_layers=layers))
+            peaks = {loss: peaks_of(loss) for loss in self._losses}
             # The one that needs less does so for any number.
             self._losses = [min(self._losses, key=lambda loss: peaks[loss])]
             self._known[key] = peaks[self._losses[0]]
@@ -264,13 +261,11 @@ class _Peaks:
         asked = {one.name: getattr(self._asked, one.name) for one in fields(PlanArguments)}  # those of init refuse LoRA
         lora = PlanArguments(**asked | {"method": "lora", "lora_r": LORA_RANK, "optim": TORCH_ADAMW[1]})
         model_alone = LisaConfig(lisa_layers_attribute=lisa_config.lisa_layers_attribute)
-        return int(1.1 * self._peak(self._planner(lora, model_alone), self._losses[0]))
+        return int(1.1 * self._peaks_of(lora, model_alone)(self._losses[0]))
 
-    def _planner(self, asked: PlanArguments, settings: LisaConfig) -> Planner:
-        return Planner(self._runs.config, asked, settings, self._on_cpu, self._runs)
-
-    def _peak(self, planner: Planner, loss: str) -> int:
-        return planner.plan(self._ds_config, planner.given_count, loss).gpu.needed
+    def _peaks_of(self, asked: PlanArguments, settings: LisaConfig) -> Callable[[str], int]:
+        planner = Planner(self._runs.config, asked, settings, self._on_cpu, self._runs)
+        return functools.partial(planner.peak, self._ds_config)
 
 
 def _most_layers(config: PretrainedConfig, lisa_config: LisaConfig, num_layers: int) -> int:
@@ -320,8 +315,8 @@ def make_plans(
 ) -> list[Plan]:
     """A plan under each DeepSpeed config, or under --deepspeed alone, from the fastest to the slowest."""
     runs = runs or FakeRuns(config)
-    is_planned = lisa_config.lisa_activated_layers in PLANNED_LAYERS
-    planner = None if is_planned else Planner(config, arguments, lisa_config, runs=runs)
+    if lisa_config.lisa_activated_layers not in PLANNED_LAYERS:
+        Planner(config, arguments, lisa_config, runs=runs)  # raises what no way would change
     refused: UserError | None = None
     ways = [arguments.deepspeed] if arguments.deepspeed else list(ways)
     if lisa_config.offloaded and not arguments.deepspeed:  # the flag says what is offloaded, whatever a config says
@@ -330,16 +325,11 @@ def make_plans(
     for way in ways:
         try:
             prepare_ds_config(read_ds_config(way), lisa_config, arguments.optim, arguments.precision)
-            of_way = planner or Planner(
-                config,
-                arguments,
-                with_most_layers(config, arguments, lisa_config, way, runs=runs)[0],
-                runs=runs,
-            )
+            settled, _ = with_most_layers(config, arguments, lisa_config, way, runs=runs)
         except UserError as error:
             refused = refused or error  # 8-bit moments are not for DeepSpeed's host AdamW; not one layer fits
             continue
-        plans.append(of_way.cheapest(way))
+        plans.append(Planner(config, arguments, settled, runs=runs).cheapest(way))
     if not plans:
         assert refused is not None
         raise refused

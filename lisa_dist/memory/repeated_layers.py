@@ -1,20 +1,18 @@
 """Which decoder layers a traced step runs, and the events of a step of all layers from those of the ones that ran.
 
 Layers repeat: one kind of layer, or a pattern of a few, as where every sixth attends to all tokens. Of many repeats
-a trace runs four, the first three and the last, since what is before and after them may differ:
+a trace runs three, the first two and the last, since what is before and after them may differ; the second stands for
+all that did not run:
 
     layers  a b c c c c c c c c d
-    traced  a b c c c         c d
-
-The second and the third are to have the same events: then a repeat more adds what the one before it has added, and the
-second stands for all that did not run. Where they differ LayersDifferError is raised, and all layers run.
+    traced  a b c c           c d
 """
 
 import contextlib
-import re
+import functools
 import types
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +20,8 @@ from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 LONGEST_PATTERN = 8  # layers
-FEWEST_REPEATS = 5
-_OWN_NUMBER = re.compile(r"(^|_)(idx|index|id|number)$")  # names of a layer's own number
+FEWEST_REPEATS = 4
+_OF_ONE_LAYER = ("layer_idx", "layer_id", "gradient_checkpointing")  # attributes that make no other kind
 _RECORDED = ("output_router_logits", "output_hidden_states", "output_attentions")  # of each layer, for the loss
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 
@@ -42,31 +40,20 @@ class Place(NamedTuple):
 class Event(NamedTuple):
     """Something in a traced step, in bytes of all allocations but the gradients that arrived before it."""
 
-    what: Any  # the parameter whose gradient arrives, a Place, or END_OF_FORWARD
+    what: Any  # the parameter whose gradient arrives, a Place, or another mark
     peak: int  # the most since the event before it
     now: int
     logits: int  # of `now`
 
 
+Segments = Mapping[Place, Sequence[Event]]
 END_OF_FORWARD = "end of forward"
+_BEFORE, _AFTER = Place(-1, backward=False), Place(-1, backward=True)  # the layers
 
 
-@dataclass(frozen=True)
-class Layout:
-    """By number of each layer: the one whose events are taken for it; and pairs that are to have the same events."""
-
-    stand_ins: list[int]
-    pairs: list[tuple[int, int]]
-
-    @property
-    def traced(self) -> list[int]:
-        """The numbers of the layers that run."""
-        return [number for number, other in enumerate(self.stand_ins) if number == other]
-
-
-def layout_of(kinds: Sequence[Any]) -> Layout:
-    """How few of layers of these kinds need to run."""
-    stand_ins, pairs, start = list(range(len(kinds))), [], 0
+def find_stand_ins(kinds: Sequence[Any]) -> list[int]:
+    """By number of each layer, of these kinds, the one whose events are taken for it: its own where it runs."""
+    stand_ins, start = list(range(len(kinds))), 0
     while start < len(kinds):
         lengths = {period: _repeats(kinds, start, period) for period in range(1, LONGEST_PATTERN + 1)}
         period = max(lengths, key=lambda period: (lengths[period] - FEWEST_REPEATS + 1) * period)
@@ -74,13 +61,10 @@ def layout_of(kinds: Sequence[Any]) -> Layout:
         if repeats < FEWEST_REPEATS:
             start += 1
             continue
-        second = range(start + period, start + 2 * period)
-        pairs += [(number, number + period) for number in second]
-        for repeat in range(2, repeats - 2):
-            for number in second:
-                stand_ins[number + repeat * period] = number
+        for number in range(start + 2 * period, start + (repeats - 1) * period):
+            stand_ins[number] = stand_ins[number - period]
         start += period * repeats
-    return Layout(stand_ins, pairs)
+    return stand_ins
 
 
 def _repeats(kinds: Sequence[Any], start: int, period: int) -> int:
@@ -99,7 +83,7 @@ def kinds_of(layers: Sequence[torch.nn.Module], config: PretrainedConfig) -> lis
     if are_recorded or are_shared or not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
         return list(range(len(layers)))
     of_each = _settings_of_each(config, len(layers)).values()
-    kinds = [(_kind(number, layer), [values[number] for values in of_each]) for number, layer in enumerate(layers)]
+    kinds = [(_kind(layer), [values[number] for values in of_each]) for number, layer in enumerate(layers)]
     return [kinds.index(kind) for kind in kinds]
 
 
@@ -120,23 +104,16 @@ def _settings_of_each(config: PretrainedConfig, num_layers: int) -> dict[str, Se
     }
 
 
-def _kind(number: int, layer: torch.nn.Module) -> Any:
+def _kind(layer: torch.nn.Module) -> Any:
     """The types, settings, and shapes of parameters and buffers of all modules of a layer."""
-
-    def of_module(module: torch.nn.Module) -> Any:
-        settings = {name: _setting(value) for name, value in vars(module).items() if not name.startswith("_")}
-        settings |= {
-            name: "its own" for name, value in settings.items() if value == number and _OWN_NUMBER.search(name)
-        }
-        settings.pop("gradient_checkpointing", None)
-        shapes = [
-            (name, tensor.shape, tensor.dtype)
-            for tensors in (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-            for name, tensor in tensors
-        ]
-        return type(module), settings, shapes
-
-    return [(name, of_module(module)) for name, module in layer.named_modules()]
+    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    settings = [
+        (name, type(module), key, _setting(value))
+        for name, module in layer.named_modules()
+        for key, value in vars(module).items()
+        if not key.startswith("_") and key not in _OF_ONE_LAYER
+    ]
+    return settings, [(name, tensor.shape, tensor.dtype) for name, tensor in tensors]
 
 
 def _setting(value: Any) -> Any:
@@ -169,89 +146,62 @@ def only_layers(
         if hidden.requires_grad:
             hidden.register_hook(lambda _: mark(Place(number, backward=True)))
 
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda layer, args, kwargs, number=number: enter(number, args, kwargs), with_kwargs=True
-        )
-        for number, layer in enumerate(kept)
-    ]
+    settings.update(dict.fromkeys(before, len(numbers)))
     settings.update({key: [values[number] for number in numbers] for key, values in of_each.items()})
-    settings.update(dict.fromkeys(before.keys() - of_each.keys(), len(numbers)))
-    setattr(parent, name, kept)
-    try:
+    parent.register_module(name, kept)
+    with contextlib.ExitStack() as stack:
+        stack.callback(settings.update, before)
+        stack.callback(parent.register_module, name, layers)
+        for number, layer in enumerate(kept):
+            hook = functools.partial(lambda number, layer, args, kwargs: enter(number, args, kwargs), number)
+            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        setattr(parent, name, layers)
-        settings.update(before)
-        for hook in hooks:
-            hook.remove()
 
 
-class Segments:
-    """The events of a step that ran some layers, cut where a pass comes from one layer to the next.
+def segments_of(events: Sequence[Event], layers: Sequence[torch.nn.Module]) -> Segments:
+    """The events of a step that ran these layers, cut where a pass comes from one layer to the next.
 
     Bytes of a segment are relative to those before it, and a gradient of the layer's own is the number of its
     parameter, so that a segment can stand for the same of another layer. What is before the first layer, or after the
-    last, is in a segment of its own, or in that of the layer, which always runs.
+    last, is in a segment of its own, or in that of the layer, which always runs. Raises LayersDifferError where the
+    layers did not run one after the other.
     """
-
-    def __init__(self, events: Sequence[Event], layers: Sequence[torch.nn.Module]) -> None:
-        """`layers` are those that ran. Raises LayersDifferError where they did not run one after the other."""
-        last = len(layers) - 1
-        places = [event.what for event in events if isinstance(event.what, Place)]
-        in_order = [Place(number, backward=False) for number in range(len(layers))]
-        in_order += [Place(number, backward=True) for number in range(last, last - len(places) + len(layers), -1)]
-        if places != in_order:
-            raise LayersDifferError("the layers do not run one after the other, each once")
-        self._parameters = {
-            id(parameter): (layer, number)
-            for layer, module in enumerate(layers)
-            for number, parameter in enumerate(module.parameters())
-        }
-        self._segments: dict[Place, list[Event]] = {}
-        owner, base = _BEFORE, Event(None, 0, 0, 0)
-        for event in events:
-            self._add(owner, event, base)
-            if event.what == END_OF_FORWARD:
-                owner, base = Place(last, backward=True), event
-            elif isinstance(event.what, Place):
-                layer, backward = event.what
-                owner, base = Place(layer - backward, backward), event  # that of layer -1 is what is after them
-
-    def _add(self, owner: Place, event: Event, base: Event) -> None:
-        what = event.what
-        if id(what) in self._parameters:
-            layer, what = self._parameters[id(what)]
-            if layer != owner.layer:
-                raise LayersDifferError("a gradient of another layer arrives")
-        relative = Event(what, event.peak - base.now, event.now - base.now, event.logits - base.logits)
-        self._segments.setdefault(owner, []).append(relative)
-
-    def of_all(self, layout: Layout, layers: Sequence[torch.nn.Module]) -> Iterator[Event]:
-        """The events of a step of all `layers`; raises LayersDifferError where those of a pair are not the same."""
-        ran = {number: position for position, number in enumerate(layout.traced)}
-        for pair in layout.pairs:
-            for backward in (False, True):
-                one, other = (self._bytes(Place(ran[number], backward)) for number in pair)
-                if one != other:
-                    raise LayersDifferError("layers that look alike allocate something else")
-        forward = [(number, Place(ran[other], backward=False)) for number, other in enumerate(layout.stand_ins)]
-        backward_pass = [(number, place._replace(backward=True)) for number, place in reversed(forward)]
-        now = logits = 0
-        for number, place in ((0, _BEFORE), *forward, *backward_pass, (0, _AFTER)):
-            segment = self._segments.get(place, ())
-            has_own = any(isinstance(event.what, int) for event in segment)
-            parameters = list(layers[number].parameters()) if has_own else []
-            start, start_logits = now, logits
-            for event in segment:
-                what = parameters[event.what] if isinstance(event.what, int) else event.what
-                now, logits = start + event.now, start_logits + event.logits
-                yield Event(what, start + event.peak, now, logits)
-
-    def _bytes(self, place: Place) -> list[Event]:
-        """A layer's events but for which places they are."""
-        events = self._segments.get(place, [])
-        return [event._replace(what=None) if isinstance(event.what, Place) else event for event in events]
+    last = len(layers) - 1
+    places = [event.what for event in events if isinstance(event.what, Place)]
+    in_order = [Place(number, backward=False) for number in range(len(layers))]
+    in_order += [Place(number, backward=True) for number in range(last, last - len(places) + len(layers), -1)]
+    if places != in_order:
+        raise LayersDifferError("the layers do not run one after the other, each once")
+    own = {
+        id(parameter): (layer, number)
+        for layer, module in enumerate(layers)
+        for number, parameter in enumerate(module.parameters())
+    }
+    segments: dict[Place, list[Event]] = defaultdict(list)
+    owner, base = _BEFORE, Event(None, 0, 0, 0)
+    for event in events:
+        layer, what = own.get(id(event.what), (owner.layer, event.what))
+        if layer != owner.layer:
+            raise LayersDifferError("a gradient of another layer arrives")
+        segments[owner].append(Event(what, event.peak - base.now, event.now - base.now, event.logits - base.logits))
+        if event.what == END_OF_FORWARD:
+            owner, base = Place(last, backward=True), event
+        elif isinstance(event.what, Place):
+            layer, backward = event.what
+            owner, base = Place(layer - backward, backward), event  # that of layer -1 is what is after them
+    return segments
 
 
-_BEFORE, _AFTER = Place(-1, backward=False), Place(-1, backward=True)  # the layers
+def events_of_all(segments: Segments, stand_ins: Sequence[int], layers: Sequence[torch.nn.Module]) -> Iterable[Event]:
+    """The events of a step of all `layers`."""
+    ran = {number: position for position, number in enumerate(dict.fromkeys(stand_ins))}
+    forward = [(number, Place(ran[other], backward=False)) for number, other in enumerate(stand_ins)]
+    backward_pass = [(number, place._replace(backward=True)) for number, place in reversed(forward)]
+    now = logits = 0
+    for number, place in ((0, _BEFORE), *forward, *backward_pass, (0, _AFTER)):
+        start, start_logits = now, logits
+        for event in segments.get(place, ()):
+            is_own = isinstance(event.what, int)
+            what = list(layers[number].parameters())[event.what] if is_own else event.what
+            now, logits = start + event.now, start_logits + event.logits
+            yield Event(what, start + event.peak, now, logits)

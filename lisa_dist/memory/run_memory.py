@@ -8,9 +8,9 @@ train, and they do not fit, fewer do from the next period on. The run ends with 
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
@@ -28,15 +28,13 @@ from lisa_dist.errors import UserError
 from lisa_dist.files import replacing
 from lisa_dist.memory.estimate import StepEstimate
 from lisa_dist.memory.meter import StepMeter
-from lisa_dist.memory.parts import MemoryParts
 from lisa_dist.memory.trace import FakeRuns
-from lisa_dist.memory.workload import StageSettings, Trained, Workload
+from lisa_dist.memory.workload import MemoryParts, StageSettings, Trained, Workload
 from lisa_dist.run_folder import MEMORY_NAME, MEMORY_PARTS
 from lisa_dist.text import format_bytes, format_columns
 
 
-@dataclass(frozen=True)
-class _MeasuredStep:
+class _MeasuredStep(NamedTuple):
     """One step that was measured, and what the plan of it needs to know."""
 
     step: int
@@ -71,15 +69,20 @@ class RunMemory:
     ) -> None:
         assert lisa.is_attached, "attach the controller to a DeepSpeed engine first"
         self._lisa, self._engine = lisa, lisa.engine
-        self._optim, self._longest = optim, longest
+        self._longest, self._beside = longest, beside
         self._checkpointed, self._budget, self._measure_budget = checkpointed, budget, measure_budget
         self._model, self._num_layers = self._engine.module, lisa.blocks.num_layers
-        self._beside = beside
+        self._estimate: StepEstimate | None = None
         if config is not None:
             self._settings = StageSettings.of(ds_config, config.get_text_config().hidden_size)
-        # No other run has the shapes of this one's micro-batches.
-        self._runs = None if config is None else FakeRuns(config, on_disk=False)
-        self._accumulates = self._engine.gradient_accumulation_steps() > 1
+            self._estimate = StepEstimate(
+                FakeRuns(config, on_disk=False),  # no other run has the shapes of this one's micro-batches
+                lisa.config,
+                self._engine.dp_world_size,
+                optim,
+                accumulates=self._engine.gradient_accumulation_steps() > 1,
+                on_cpu=self._engine.device.type == "cpu",
+            )
         self._first_step = self._engine.global_steps
         self._meter: StepMeter | None = None
         self._measured: _MeasuredStep | None = None
@@ -121,9 +124,8 @@ class RunMemory:
         """Measure this step if it is the first one whose moments exist already."""
         interval = self._lisa.config.lisa_interval_steps
         if self._measured is None and step > self._first_step and step % interval != 0:
-            meter = StepMeter(self._lisa)
-            meter.start()
-            self._meter = meter
+            self._meter = StepMeter(self._lisa)
+            self._meter.start()
 
     @property
     def wants_micro_batch(self) -> bool:
@@ -132,9 +134,9 @@ class RunMemory:
 
     def note_micro_batch(self, workload: Workload | None) -> None:
         """The shape of the measured step's first micro-batch."""
-        if self.wants_micro_batch:
+        if self.wants_micro_batch and workload is not None:
             count = checkpointed_layers(self._model, self._lisa.blocks)
-            self._micro_batch = workload and replace(workload, checkpointed_layers=count)
+            self._micro_batch = replace(workload, checkpointed_layers=count)
 
     def end_step(self, step: int) -> str | None:
         """Record what the step needed and correct the numbers that are planned; a line to print, if there is one."""
@@ -144,8 +146,8 @@ class RunMemory:
         meter.stop()
         if meter.parts is None:
             return None
-        always_on = [name for name in self._lisa.config.always_on if self._lisa.blocks.outer(name).parameters]
-        trained = Trained(self._lisa.active_layers, tuple(always_on), self._lisa.active_blocks)
+        always_on = tuple(name for name in self._lisa.config.always_on if self._lisa.blocks.outer(name).parameters)
+        trained = Trained(self._lisa.active_layers, always_on, self._lisa.active_blocks)
         self._measured = _MeasuredStep(step, self._micro_batch, trained, meter.parts)
         if self._checkpointed != AUTO and not self._corrects_layers:
             return None
@@ -161,17 +163,16 @@ class RunMemory:
     def abandon(self) -> None:
         """Measure no more, as when a step has raised."""
         if self._meter is not None:
-            self._meter.cancel()
+            self._meter.stop(failed=True)
             self._meter = None
 
     def report(self) -> dict[str, Any] | None:
         """The measured step's parts in bytes, and what was planned for that step; None where none was measured."""
-        if self._measured is None:
+        if (measured := self._measured) is None:
             return None
-        measured = self._measured
         planned, host, problem = self._plan_measured_step(measured)
-        if planned is not None and self._engine.device.type == "cuda":
-            planned = planned.with_logits_as_activations()
+        if planned is not None and self._engine.device.type == "cuda":  # as its allocator measures them
+            planned = replace(planned, activations=planned.activations + planned.logits, logits=0)
         workload = measured.workload
         return {
             "step": measured.step,
@@ -253,35 +254,25 @@ class RunMemory:
         """Bytes that the plan of the worst period needs with `count` layers checkpointed and `layers` active."""
         if (count, layers) not in self._planned_peaks:
             assert self._longest is not None
+            assert self._estimate is not None
             workload = replace(self._longest, checkpointed_layers=count)
-            parts, _ = self._estimate(lisa_activated_layers=layers).worst(self._settings, workload)
-            self._planned_peaks[count, layers] = parts.with_buffer(self._beside).needed
+            config = replace(self._lisa.config, lisa_activated_layers=layers)
+            parts, _ = replace(self._estimate, config=config).worst(self._settings, workload)
+            self._planned_peaks[count, layers] = parts.with_more("buffers", self._beside).needed
         return self._planned_peaks[count, layers]
 
     def _plan_measured_step(
         self, measured: _MeasuredStep
     ) -> tuple[MemoryParts | None, dict[str, int] | None, str | None]:
         """Device and host of the measured step as planned, or else why there is no plan."""
-        if self._runs is None or measured.workload is None:
+        if self._estimate is None or measured.workload is None:
             return None, None, "no causal language model with its own loss or TRL's"
         try:
             rank = self._engine.global_rank
-            parts, host = self._estimate().of(self._settings, measured.workload, measured.trained, rank)
-            return parts.with_buffer(self._beside), host, None
+            parts, host = self._estimate.of(self._settings, measured.workload, measured.trained, rank)
+            return parts.with_more("buffers", self._beside), host, None
         except UserError as error:
             return None, None, str(error)
-
-    def _estimate(self, **changes: Any) -> StepEstimate:
-        """That of the run's steps, with other settings where there are `changes`."""
-        assert self._runs is not None
-        return StepEstimate(
-            self._runs,
-            replace(self._lisa.config, **changes),
-            self._engine.dp_world_size,
-            self._optim,
-            accumulates=self._accumulates,
-            on_cpu=self._engine.device.type == "cpu",
-        )
 
 
 def format_report(report: dict[str, Any] | None) -> str:

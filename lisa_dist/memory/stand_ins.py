@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,33 +16,39 @@ from transformers import masking_utils
 from transformers.integrations import moe
 
 from lisa_dist.core.frozen_layers import held_forward
+from lisa_dist.memory.workload import LIGER, OF_TRL, Workload
 from lisa_dist.patches import patched
 
 _cross_entropy = torch.nn.functional.cross_entropy  # before Liger can have replaced it
 
 
 @contextlib.contextmanager
-def stand_ins(
-    held: Sequence[Any], by_rows: Sequence[Any], *, padded: bool, fused: bool, triton: bool, liger: bool
-) -> Iterator[None]:
-    """All of them: of linear modules that are `held` in fewer bits, of embeddings whose gradient is `by_rows`.
-
-    `padded`: rows have several lengths. `fused`: the model has TRL's head; `triton`: that runs as on a GPU; `liger`: it
-    stands for Liger's.
-    """
+def stand_ins(workload: Workload, held: Sequence[Any]) -> Iterator[None]:
+    """All of them, in a step of this workload whose linear modules `held` are in fewer bits."""
     with contextlib.ExitStack() as stack:
         for module in held:
-            stack.enter_context(_made_whole(module))
-        for embedding in by_rows:
-            stack.enter_context(patched(embedding, "forward", functools.partial(_look_up, embedding), of="rows"))
+            stack.enter_context(_dequantized(module))
         stack.enter_context(_experts_of_any_dtype())
-        if not padded:  # SDPA gets a mask only where examples are packed
-            stack.enter_context(patched(masking_utils, "find_packed_sequence_indices", _not_packed, of="packed_mask"))
-        if fused and triton:
-            stack.enter_context(_tiles())
-        if fused:
-            stack.enter_context(_slabs(liger))
+        if not workload.padded:  # SDPA gets a mask only where examples are packed
+            not_packed = patched(masking_utils, "find_packed_sequence_indices", lambda _: None, of="packed_mask")
+            stack.enter_context(not_packed)
+        if workload.loss in OF_TRL:
+            if workload.triton:
+                stack.enter_context(_tiles())
+            stack.enter_context(_slabs(workload.loss == LIGER))
         yield
+
+
+@contextlib.contextmanager
+def _dequantized(module: Any) -> Iterator[None]:
+    """A linear module whose matrix is in fewer bits, and dequantized in each pass: a fake tensor has no codes."""
+    weight = module.weight.detach()
+    module.lisa_held = SimpleNamespace(in_fp32=False, whole=lambda: torch.empty_like(weight))
+    try:
+        with patched(module, "forward", functools.partial(held_forward, module), of="held_matrix"):
+            yield
+    finally:
+        del module.lisa_held
 
 
 def _experts_of_any_dtype() -> contextlib.AbstractContextManager[None]:
@@ -52,10 +59,6 @@ def _experts_of_any_dtype() -> contextlib.AbstractContextManager[None]:
         return weight.dtype == torch.bfloat16 and original(input, weight, offs)
 
     return patched(moe, "_can_use_grouped_mm", can_use, of="grouped_experts")
-
-
-def _not_packed(position_ids: torch.Tensor) -> None:
-    return None
 
 
 @contextlib.contextmanager
@@ -83,56 +86,6 @@ def _slabs(liger: bool) -> Iterator[None]:
         yield
     finally:
         Ours.words, Ours.slabs = words, slabs
-
-
-# Of the model's own modules
-
-
-@contextlib.contextmanager
-def _made_whole(module: Any) -> Iterator[None]:
-    """A linear module whose matrix is in fewer bits, and made whole in each pass: a fake tensor has no codes."""
-    module.lisa_held = _Whole(module)
-    try:
-        with patched(module, "forward", functools.partial(held_forward, module), of="held_matrix"):
-            yield
-    finally:
-        del module.lisa_held
-
-
-class _Whole:
-    """A matrix that is held in fewer bits, as a trace sees it."""
-
-    in_fp32 = False
-
-    def __init__(self, module: Any):
-        self._weight = module.weight
-
-    def whole(self) -> torch.Tensor:
-        """The memory that it takes then."""
-        return torch.empty_like(self._weight.detach())
-
-
-def _look_up(embedding: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """An embedding's `forward`: its gradient is of the rows that occur, which depend on values."""
-    leaf = torch.zeros((), requires_grad=True)
-    return _LookUp.apply(leaf, embedding.weight.detach(), tokens)
-
-
-class _LookUp(torch.autograd.Function):
-    """What an embedding allocates whose gradient is of rows: those of its tokens, for the end of the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, leaf: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The rows of the tokens."""
-        ctx.vocabulary = len(weight)
-        return torch.nn.functional.embedding(tokens, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None]:
-        """No gradient of the weight."""
-        rows = gradients[0].reshape(-1, gradients[0].shape[-1])
-        torch.empty_like(rows[: ctx.vocabulary])
-        return None, None, None
 
 
 class TritonScores(torch.autograd.Function):

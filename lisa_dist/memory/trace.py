@@ -8,12 +8,16 @@ import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import weakref
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -34,19 +38,20 @@ from lisa_dist.memory.repeated_layers import (
     LayersDifferError,
     Place,
     Segments,
+    events_of_all,
+    find_stand_ins,
     kinds_of,
-    layout_of,
     only_layers,
+    segments_of,
     trained_kinds,
 )
 from lisa_dist.memory.stand_ins import TritonScores, stand_ins, without_liger
-from lisa_dist.memory.trace_files import TraceFiles
-from lisa_dist.memory.tracker import AllocationTracker
-from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS, RATIO, SCORE, Group, Trained, Workload
+from lisa_dist.memory.trace_files import read_or_make
+from lisa_dist.memory.workload import LOGITS, OF_TRL, RATIO, SCORE, Group, Trained, Workload
 from lisa_dist.optim.build import default_state_bits
 from lisa_dist.zero.embedding_rows import embedding_of
 
-_OF_TRL = (CHUNKED, LOGITS, LIGER)  # losses by TRL's head, of the model
+_EMBEDDING = "the backward pass comes to the embedding"
 
 
 class PlanError(UserError):
@@ -63,7 +68,7 @@ def _report_model_errors(config: PretrainedConfig) -> Iterator[None]:
     words = logging.getLogger("torch._subclasses.fake_tensor")  # a traceback of each error, though it is caught
     were_disabled, words.disabled = words.disabled, True
     try:
-        with without_liger():
+        with without_liger(), without_zero3_init():
             yield
     except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
         lines = str(error).strip().splitlines() or [""]
@@ -99,10 +104,16 @@ class StepTrace:
     now: int  # at the end of the backward pass, without gradients
 
     @classmethod
-    def of(cls, events: Iterable[Event]) -> "StepTrace":
-        """That of the events of a step, the last of which is its end."""
+    def of(cls, events: Iterable[Event], rows: Mapping[int, int]) -> "StepTrace":
+        """That of the events of a step, the last of which is its end.
+
+        `rows`: bytes of rows by the id of an embedding whose gradient they are, which itself never arrives.
+        """
         arrivals, peak, logits, activations, now = [], 0, 0, 0, 0
         for event in events:
+            if id(event.what) in rows:
+                peak = max(peak, now + rows[id(event.what)])
+                continue
             peak, now = max(peak, event.peak), event.now
             if isinstance(event.what, torch.nn.Parameter):
                 arrivals.append(Arrival(event.what, peak, now))
@@ -123,14 +134,55 @@ class StepTrace:
         return cls(**{**values, "arrivals": tuple(arrivals)})
 
 
-@dataclass
-class _Shared:
-    """What the fake runs of one model share."""
+class AllocationTracker(TorchDispatchMode):
+    """While it is entered, the bytes of all storages that operators allocate and that are not freed, and their peak.
 
-    traces: dict[tuple[Workload, frozenset[int], frozenset[int]], StepTrace] = field(default_factory=dict)
-    segments: dict[Any, Segments] = field(default_factory=dict)  # by the kinds of layers that ran, and what else trains
-    kinds: list[int] | None = None  # of the layers, once one is traced
-    has_loss: bool = False  # whether the model computes the loss of its workload
+    Works on real tensors of any device and on fake ones (`FakeTensorMode`), in the forward and, on CPU, the backward
+    pass. `kind_of(tensor)` names the part that a new storage is counted under. Storages that exist already are counted
+    once they are given to `add`.
+    """
+
+    def __init__(self, kind_of: Callable[[torch.Tensor], str] = lambda tensor: "other") -> None:
+        super().__init__()
+        self._kind_of = kind_of
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.bytes: Counter[str] = Counter()
+        self.now = self.peak = 0
+
+    def add(self, tensors: Iterable[torch.Tensor], kind: str | None = None) -> None:
+        """Count the storages of `tensors` that are not counted yet."""
+        for tensor in tensors:
+            if tensor.device.type == "meta":  # no memory; a fake tensor has the device it stands for
+                continue
+            storage = tensor.untyped_storage()
+            # A storage's Python object lives as long as the storage, so its id and a weak reference identify it.
+            if id(storage) in self._seen:
+                continue
+            key, size = id(storage), storage.nbytes()
+            part = self._kind_of(tensor) if kind is None else kind
+
+            def forget(_: object, key: int = key, size: int = size, part: str = part) -> None:
+                del self._seen[key]
+                self.bytes[part] -= size
+                self.now -= size
+
+            self._seen[key] = weakref.ref(storage, forget)
+            self.bytes[part] += size
+            self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def begin_phase(self) -> None:
+        """Begin to record the peak anew."""
+        self.peak = self.now
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator and count what it allocates."""
+        result = function(*args, **(kwargs or {}))
+        results = result if isinstance(result, tuple | list) else (result,)
+        self.add(tensor for tensor in results if isinstance(tensor, torch.Tensor))
+        return result
 
 
 class FakeRun:
@@ -150,32 +202,32 @@ class FakeRun:
         self.vocab_size = config.get_text_config().vocab_size
         self.hidden_size = config.get_text_config().hidden_size
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with _report_model_errors(config), without_zero3_init(), torch.device("meta"):
-            model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-            attention = workload.attention if getattr(model_class, "_supports_sdpa", True) else "eager"
-            loads: Any = AutoModelForCausalLM
-            if workload.loss == SCORE:
-                loads, config = AutoModelForSequenceClassification, copy.deepcopy(config)
-                config.num_labels, config.pad_token_id = 1, 0
-            self.model = loads.from_config(config, dtype=workload.dtype, attn_implementation=attention)
-            self._shared = _Shared()
-            if lora_rank:  # TRL's head is for a model without adapters
-                self._set_loss()
-            task_type = "SEQ_CLS" if workload.loss == SCORE else "CAUSAL_LM"
-            self._run = _with_adapters(self.model, lora_rank, task_type) if lora_rank else self.model
+        with _report_model_errors(config), torch.device("meta"):
+            self.model = _build_model(config, workload)
+            self._set_loss()
+            self._run = _with_adapters(self.model, lora_rank, workload.loss) if lora_rank else self.model
         with _report_model_errors(config), self._mode:
             self._run.to_empty(device="cpu")  # on the meta device attention would run another kernel
             self.model.tie_weights()
         self.blocks = find_blocks(self.model, layers_attribute)
+        self._layers = list(self.model.get_submodule(self.blocks.layers_path).children())
         if workload.by_module:
             self.blocks = split_into_modules(self.model, self.blocks)
-        self._trainable = [parameter for parameter in self._run.parameters() if parameter.requires_grad]
-        self._files = TraceFiles(self.model, (lora_rank, layers_attribute)) if on_disk else None
+        self._parameters = dict(self._run.named_parameters())
+        self._trainable = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
+        # The code of a model that is of no release of transformers may change, and nothing shows it.
+        is_released = type(self.model).__module__.startswith("transformers.") and "dev" not in transformers.__version__
+        self._on_disk = on_disk and is_released
+        self._described = f"{type(self.model)} {vars(self.model.config)} {lora_rank} {layers_attribute}"
+        # What `with_workload` shares.
+        self._traces: dict[tuple[Workload, frozenset[int], frozenset[int]], StepTrace] = {}
+        self._segments: dict[Any, Segments] = {}  # by the kinds of layers that ran, and what else trains
+        self._kinds = kinds_of(self._layers, self.model.config.get_text_config())
 
     def _set_loss(self) -> None:
-        """Have the model compute its loss as the run does; before a trace alone, since TRL takes seconds to import."""
+        """Have the model compute its loss as the run does."""
         workload = self.workload
-        if workload.loss in _OF_TRL:
+        if workload.loss in OF_TRL:
             from trl.trainer.utils import add_fused_lm_head
 
             from lisa_dist.loss.chunked import use_slabs
@@ -185,7 +237,6 @@ class FakeRun:
         if workload.loss == LOGITS:
             score = TritonScores.apply if workload.triton else None
             add_label_logits(self.model, select=self._with_label, score=score)
-        self._shared.has_loss = True
 
     def with_workload(self, workload: Workload) -> "FakeRun":
         """The same model; of the workload what a model is not built by may be another."""
@@ -253,53 +304,48 @@ class FakeRun:
         Once for each set of parameters that train: how their states are held changes nothing of it. Raises ValueError
         for a model that cannot be run on fake tensors.
         """
-        by_rows = frozenset(id(group.params[0]) for group in groups if group.by_rows)
-        trained = frozenset(id(parameter) for group in groups for parameter in group.params)
-        key = self.workload, trained, by_rows
-        if key not in self._shared.traces:
-            parameters = dict(self._run.named_parameters())
-            names = {id(parameter): name for name, parameter in parameters.items()}
-            step = str(self.workload), *(sorted(names[one] for one in ids) for ids in (trained, by_rows))
+        trained = [parameter for group in groups for parameter in group.params]
+        by_rows = [group.params[0] for group in groups if group.by_rows]
+        key = self.workload, frozenset(map(id, trained)), frozenset(map(id, by_rows))
+        if key not in self._traces:
+            names = {id(parameter): name for name, parameter in self._parameters.items()}
+            # Of each token of a micro-batch; of a word that is in it again none.
+            rows = {id(one): min(self.workload.tokens, len(one)) * one[0].nbytes for one in by_rows}
 
             def make() -> dict[str, Any]:
-                return StepTrace.of(self._events(groups, trained, by_rows)).to_dict(names)
+                return StepTrace.of(self._events(trained), rows).to_dict(names)
 
-            trace = make() if self._files is None else self._files.read_or_make(step, make)
-            self._shared.traces[key] = StepTrace.of_dict(trace, parameters)
-        return self._shared.traces[key]
+            parameters = [sorted(names[one] for one in ids) for ids in key[1:]]
+            described = f"{self._described} {self.workload} {parameters}"
+            trace = read_or_make(described, make) if self._on_disk else make()
+            self._traces[key] = StepTrace.of_dict(trace, self._parameters)
+        return self._traces[key]
 
-    def _events(self, groups: Sequence[Group], trained: frozenset[int], by_rows: frozenset[int]) -> Iterable[Event]:
+    def _events(self, trained: Sequence[torch.nn.Parameter]) -> Iterable[Event]:
         """Of a step of all layers, of which few run where they repeat."""
-        shared, config = self._shared, self.model.config
-        if not shared.has_loss:
-            with _report_model_errors(config), without_zero3_init(), torch.device("meta"):
-                self._set_loss()
         checkpoint_layers(self.model, self.blocks, self.workload.checkpointed_layers)
-        layers = list(self.model.get_submodule(self.blocks.layers_path).children())
-        if shared.kinds is None:
-            shared.kinds = kinds_of(layers, config.get_text_config())
-        kinds = trained_kinds(shared.kinds, layers, trained)
-        layout = layout_of(kinds)
-        numbers = layout.traced
+        layers, ids = self._layers, {id(parameter) for parameter in trained}
+        kinds = trained_kinds(self._kinds, layers, ids)
+        others = find_stand_ins(kinds)
+        numbers = list(dict.fromkeys(others))
         if len(numbers) == len(layers):
-            return self._run_step(groups)
-        outside = trained - {id(parameter) for layer in layers for parameter in layer.parameters()}
-        key = tuple(kinds[number] for number in numbers), outside, by_rows, self.workload.frozen_bits
+            return self._run_step(trained)
+        outside = ids - {id(parameter) for layer in layers for parameter in layer.parameters()}
+        key = tuple(kinds[number] for number in numbers), frozenset(outside), self.workload.frozen_bits
         try:
-            if key not in shared.segments:
-                events = self._run_step(groups, numbers)
-                shared.segments[key] = Segments(events, [layers[number] for number in numbers])
-            return list(shared.segments[key].of_all(layout, layers))
+            if key not in self._segments:
+                events = self._run_step(trained, numbers)
+                self._segments[key] = segments_of(events, [layers[number] for number in numbers])
+            return events_of_all(self._segments[key], others, layers)
         except (LayersDifferError, PlanError, LookupError):
             # A model that finds nothing where a layer that is left out leaves something may raise what it likes.
-            shared.kinds = list(range(len(layers)))
-            return self._run_step(groups)
+            self._kinds[:] = range(len(layers))
+            return self._run_step(trained)
 
-    def _run_step(self, groups: Sequence[Group], numbers: Sequence[int] | None = None) -> list[Event]:
+    def _run_step(self, trained: Sequence[torch.nn.Parameter], numbers: Sequence[int] | None = None) -> list[Event]:
         """Run forward and backward; of the layers only those with these `numbers`, with a Place where each is left."""
-        for parameter in self._run.parameters():
+        for parameter in self._parameters.values():
             parameter.requires_grad_(False)
-        trained = [parameter for group in groups for parameter in group.params]
         for parameter in trained:
             parameter.requires_grad_(True)
         self._run.train()
@@ -320,25 +366,17 @@ class FakeRun:
             parameter.grad = None
             tracker.begin_phase()  # without it
 
-        held = self.held_modules(trained)
-        embeddings = [embedding_of(self._run, group.params[0]) for group in groups if group.by_rows]
-        inputs = self._inputs()
-        workload, config = self.workload, self.model.config
+        def look_up(module: torch.nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and output.requires_grad:
+                output.register_hook(lambda _: mark(_EMBEDDING))
+
+        inputs, config = self._inputs(), self.model.config
         with contextlib.ExitStack() as stack:
             for parameter in trained:
                 stack.callback(parameter.register_post_accumulate_grad_hook(drop).remove)
+            stack.callback(self.model.get_input_embeddings().register_forward_hook(look_up).remove)
             stack.enter_context(_report_model_errors(config))
-            stack.enter_context(without_zero3_init())
-            stack.enter_context(
-                stand_ins(
-                    held,
-                    [embedding for embedding in embeddings if embedding is not None],
-                    padded=workload.padded,
-                    fused="fused_lm_head" in inputs,
-                    triton=workload.triton,
-                    liger=workload.loss == LIGER,
-                )
-            )
+            stack.enter_context(stand_ins(self.workload, self.held_modules(trained)))
             if numbers is not None:
                 path = self.blocks.layers_path
                 stack.enter_context(only_layers(self.model, path, numbers, config.get_text_config(), mark))
@@ -347,8 +385,8 @@ class FakeRun:
             model_bytes = tracker.now
             stack.enter_context(tracker)
             outputs = self._run(**inputs)
-            loss = outputs.logits.sum() if workload.loss == SCORE else outputs.loss
-            if workload.loss != RATIO:
+            loss = outputs.logits.sum() if self.workload.loss == SCORE else outputs.loss
+            if self.workload.loss != RATIO:
                 del outputs
             mark(END_OF_FORWARD)
             loss.backward()
@@ -363,7 +401,7 @@ class FakeRun:
         inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
         if workload.loss != SCORE:
             inputs["labels"] = tokens
-        if workload.loss in _OF_TRL:
+        if workload.loss in OF_TRL:
             inputs["fused_lm_head"] = True
         return inputs
 
@@ -396,10 +434,22 @@ def part_of(tensor: torch.Tensor, vocab_size: int) -> str:
     return "logits" if tensor.ndim > 1 and tensor.shape[-1] == vocab_size else "activations"
 
 
-def _with_adapters(model: PreTrainedModel, rank: int, task_type: str) -> torch.nn.Module:
+def _build_model(config: PretrainedConfig, workload: Workload) -> PreTrainedModel:
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    attention = workload.attention if getattr(model_class, "_supports_sdpa", True) else "eager"
+    loads: Any = AutoModelForCausalLM
+    if workload.loss == SCORE:
+        loads, config = AutoModelForSequenceClassification, copy.deepcopy(config)
+        config.num_labels, config.pad_token_id = 1, 0
+    model: PreTrainedModel = loads.from_config(config, dtype=workload.dtype, attn_implementation=attention)
+    return model
+
+
+def _with_adapters(model: PreTrainedModel, rank: int, loss: str) -> torch.nn.Module:
     """The baseline: LoRA on every linear layer but the head, without dropout."""
     from peft import LoraConfig, get_peft_model
 
+    task_type = "SEQ_CLS" if loss == SCORE else "CAUSAL_LM"
     adapters = LoraConfig(r=rank, target_modules="all-linear", lora_dropout=0.0, task_type=task_type)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks by a name that transformers has another of now

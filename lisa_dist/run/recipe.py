@@ -15,7 +15,7 @@ from lisa_dist.core.checkpointing import AUTO
 from lisa_dist.definitions import setting
 from lisa_dist.errors import UserError
 from lisa_dist.files import check_new_file
-from lisa_dist.memory.plan import Plan, PlanArguments
+from lisa_dist.memory.plan import Plan, PlanArguments, given_settings
 from lisa_dist.memory.planner import Chosen
 from lisa_dist.model_names import name_or_folder
 from lisa_dist.tasks import GRPO, REWARD, SFT
@@ -143,9 +143,7 @@ def _plan_command(arguments: InitArguments, plan: Plan) -> str:
     asked, defaults = vars(arguments), vars(PlanArguments(arguments.model))
     flags = {name: asked[name] for name in defaults if asked[name] != defaults[name] and name != "dataset_name"}
     flags["deepspeed"] = plan.ds_config
-    unlike, settings = LisaConfig().to_dict(), plan.lisa_config.to_dict()
-    always = () if plan.lisa_config.by_module else ("lisa_activated_layers",)  # which without it have a preset
-    flags |= {name: value for name, value in settings.items() if name in always or value != unlike[name]}
+    flags |= given_settings(plan.lisa_config)
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return _join(["lisa-dist", "plan", "--model", arguments.model, *words])
 

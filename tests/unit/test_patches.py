@@ -28,8 +28,6 @@ ALLOWED = {
     ("core/blocks.py", "vars(parameter).pop(_FROZEN_BY_LISA, False)"): "a mark of ours",
     ("core/checkpointing.py", "module._forward_hooks[handle]"): "transformers removes the last of two such hooks alone",
     ("core/period_log.py", "vars(record).update(measure())"): "a record of ours",
-    ("memory/repeated_layers.py", "setattr(parent, name, kept)"): "a model's child, which is put back",
-    ("memory/repeated_layers.py", "setattr(parent, name, layers)"): "a model's child, which is put back",
     ("run/inputs.py", "vars(processor)['tokenizer']"): "its tokenizer, a public attribute",
     ("train/deepspeed_arguments.py", "vars(args).pop('_setup_devices', None)"): "a value that is computed again",
     ("train/monitoring.py", "vars(new).update(vars(self))"): "a copy of arguments",

@@ -11,7 +11,7 @@ from trl.trainer import utils
 
 from lisa_dist.loss import chunked as head_gradient
 from lisa_dist.loss.chunked import LogProbsInSlabs, use_slabs
-from lisa_dist.memory.tracker import AllocationTracker
+from lisa_dist.memory.trace import AllocationTracker
 from lisa_dist.train.monitoring import MonitoredMixin
 
 WHY = "there is no C compiler, which Triton needs"

@@ -16,6 +16,8 @@ from lisa_dist.memory.planner import Planner, make_plans, what_fits, with_most_l
 from lisa_dist.memory.trace import FakeRuns
 from lisa_dist.text import parse_bytes
 
+SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4}
+
 
 @pytest.fixture
 def tiny_config(tmp_path) -> str:
@@ -148,8 +150,7 @@ def test_as_many_layers_train_as_fit_the_memory_of_lora():
 )
 def test_states_that_leave_for_the_host_are_planned(settings, leaving):
     """`leaving` bytes an element, beside those that have come: more than a step of two tokens takes."""
-    sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, vocab_size=16, max_position_embeddings=64)
+    config = LlamaConfig(**SIZES, vocab_size=16, max_position_embeddings=64)
     arguments = PlanArguments("model", seq_length=2, checkpointed_layers="all", loss="chunked", optim="lisa_adamw")
     lisa = {"lisa_activated_layers": 2, "lisa_master": "bf16_sr", **settings}
     without, kept = (
@@ -165,8 +166,7 @@ def test_states_that_leave_for_the_host_are_planned(settings, leaving):
 @pytest.mark.parametrize("gpus", [1, 3])
 def test_what_a_gpu_has_beside_tensors_is_planned(gpus):
     """The reduction stream's memory, which no other stream can use; pinned blocks are of powers of two."""
-    sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, vocab_size=512)
+    config = LlamaConfig(**SIZES, vocab_size=512)
     asked = {"gpus": gpus, "seq_length": 64, "checkpointed_layers": "all", "loss": "chunked"}
     arguments, lisa = PlanArguments("model", **asked), lisa_dist.LisaConfig(lisa_activated_layers=2)
 
@@ -196,7 +196,7 @@ def test_what_a_gpu_has_beside_tensors_is_planned(gpus):
 
 def test_all_parameters_are_planned_after_some_were_traced():
     """Plans of several methods share a model's fake runs, and a trace says of each parameter whether it trains."""
-    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2)
+    config = LlamaConfig(**SIZES)
     runs = FakeRuns(config)
 
     def peak(method: str, runs: FakeRuns | None) -> int:
@@ -306,7 +306,7 @@ def test_of_ways_that_send_the_same_the_one_that_recomputes_less_is_recommended(
 
 def test_a_task_s_reference_model_and_pairs_are_planned():
     """On stage 3 in parts, with adapters not at all; steps of tasks are measured in tests/system/test_tasks.py."""
-    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)
+    config = LlamaConfig(**SIZES)
 
     def planned(stage: str = "zero2", **asked):
         arguments = PlanArguments("x", gpus=4, seq_length=64, checkpointed_layers="none", **asked)

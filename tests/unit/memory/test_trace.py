@@ -11,7 +11,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from lisa_dist.loss.chunked import LogProbsInSlabs
 from lisa_dist.memory import stand_ins
-from lisa_dist.memory.trace import FakeRun, FakeRuns
+from lisa_dist.memory.trace import AllocationTracker, FakeRun, FakeRuns
 from lisa_dist.memory.workload import CHUNKED, OWN, Trained, Workload
 
 LLAMA = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_hidden_layers=12)
@@ -25,43 +25,49 @@ def test_sleeping_layers_below_the_lowest_active_one_store_nothing():
     def activations(layer: int, always_on: tuple[str, ...]) -> int:
         return run.trace(run.groups(Trained((layer,), always_on))).activations
 
-    awake = [activations(layer, ("embed", "head", "rest")) for layer in (0, 7)]
+    awake = [activations(layer, ALL) for layer in (0, 7)]
     asleep = [activations(layer, ("head", "rest")) for layer in (0, 4, 7)]
     assert awake[0] == awake[1]
     assert asleep[0] > asleep[1] > asleep[2]
     assert asleep[2] < 0.35 * asleep[0]
 
 
+def test_tensors_without_memory_are_not_counted():
+    with AllocationTracker() as tracker:
+        weights = torch.zeros(1000)
+        on_meta = weights.to("meta")
+    assert on_meta.numel() == 1000
+    assert tracker.peak == weights.nbytes
+
+
 def test_logits_are_told_apart():
     run = FakeRun(tiny_llama().config, Workload(64, 4, torch.float32, loss=OWN))
-    trace = run.trace(run.groups(Trained((0, 1), ("embed", "head", "rest"))))
+    trace = run.trace(run.groups(Trained((0, 1), ALL)))
     assert trace.logits == 4 * 64 * VOCABULARY * 4
+
+
+MIXTRAL = MixtralConfig(
+    vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_local_experts=4,
+    num_attention_heads=4, num_key_value_heads=2,
+)  # fmt: skip
 
 
 def test_a_mixture_of_experts_can_be_planned(caplog):
     """Also in fp32, for which torch's product of groups has no form on tensors without data."""
-    config = MixtralConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_local_experts=4,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
     found = []
     for dtype in (torch.bfloat16, torch.float32):
-        run = FakeRun(config, Workload(32, dtype=dtype))
-        found.append(run.trace(run.groups(Trained((0, 1), ("embed", "head", "rest")))).activations)
+        run = FakeRun(MIXTRAL, Workload(32, dtype=dtype))
+        found.append(run.trace(run.groups(Trained((0, 1), ALL))).activations)
     assert 0 < found[0] < found[1] < 2.5 * found[0]
     assert not caplog.records
 
 
 def test_a_model_that_cannot_be_planned_says_why(monkeypatch, caplog):
     """In one line: torch's traceback of what is caught is left out."""
-    config = MixtralConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_local_experts=4,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    run = FakeRun(config, Workload(32))
+    run = FakeRun(MIXTRAL, Workload(32))
     monkeypatch.setattr(run.model.model, "forward", lambda **inputs: torch.ones(2, 3) @ torch.ones(2, 3))
     with pytest.raises(ValueError, match="MixtralConfig: this model cannot be planned"):
-        run.trace(run.groups(Trained((0, 1), ("embed", "head", "rest"))))
+        run.trace(run.groups(Trained((0, 1), ALL)))
     assert not caplog.records
 
 

@@ -21,7 +21,7 @@ from lisa_dist.kernels.factored import (
     squared_sums_torch,
 )
 from lisa_dist.kernels.philox import TILE, random_bits
-from lisa_dist.memory.tracker import AllocationTracker
+from lisa_dist.memory.trace import AllocationTracker
 from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.zero.layout import matrices_of_group, pieces_of_group
 
