@@ -4,7 +4,8 @@ One period, K optimizer steps long, as it runs on every rank::
 
     on_step_begin()                 step s, s % K == 0: the step before has written its weights back
       observe    adaptive alone: gradient norms of the layers whose period ends, from AdamW's moments, 8 gamma bytes
-      sample     all compare their period: 8 W bytes gathered; then they gather their samples, and take rank 0's
+      sample     all compare their period: 8 W bytes gathered; rank 0 samples and broadcasts (period, outer block,
+                 layers): 8 (gamma + 2) bytes
       activate   requires_grad of what is activated and what becomes inactive, whose gradients become None
       freeze     --lisa_frozen_bits alone: inactive layers become codes, activated ones are copied from their originals
       partition  ZeroPartitions.repartition: states of blocks that stay active move over, of activated ones are new
@@ -31,14 +32,20 @@ from lisa_dist.core.blocks import DecayRule, find_blocks, split_into_modules
 from lisa_dist.core.checkpointing import check_checkpointing, let_backward_end
 from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_not_held, check_weights
 from lisa_dist.core.frozen_layers import hold_frozen_layers
-from lisa_dist.core.guards import InactiveWeights, NonfiniteGuard, compare_ranks, guard_switches, missed_switch
+from lisa_dist.core.guards import (
+    InactiveWeights,
+    NonfiniteGuard,
+    broadcast_active_set,
+    compare_ranks,
+    guard_switches,
+    missed_switch,
+)
 from lisa_dist.core.layer_weights import observe_layers
 from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.core.period_log import PeriodLog, PeriodRecord, WeightMovement
 from lisa_dist.core.run_state import STATE_VERSION, BlockChanges, changed_settings
 from lisa_dist.core.sampling import ActiveSet
 from lisa_dist.core.selection import BlockSelection, scale_rates
-from lisa_dist.distributed.collectives import gather
 from lisa_dist.distributed.devices import prepare_device
 from lisa_dist.optim.states import CopyStream, HostStates, PartitionKey, PartitionState, Piece, states_to_carry
 from lisa_dist.run_folder import LOG_NAME
@@ -224,7 +231,8 @@ class LisaController:
     def _agree(self, sampled: ActiveSet) -> ActiveSet:
         """Rank 0's sample for the period, on every rank."""
         self._compare(self.period, "are in another period")
-        return gather(sampled)[0]
+        names = [block.name for block in self.selection.sampled]
+        return broadcast_active_set(sampled, self.period, self.selection.most_active, names, self.engine.device)
 
     def _activate(self) -> None:
         """Let the active blocks alone require gradients; before `attach`, all that the optimizer is built over."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import deepspeed
 import torch
@@ -10,6 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 
 from lisa_dist.core.blocks import Block
+from lisa_dist.core.sampling import ActiveSet
 from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import SharedError
 from lisa_dist.zero.partitions import ZeroPartitions
@@ -33,6 +34,25 @@ def compare_ranks(value: object, what_differs: str, where: str) -> None:
             f"{where}: ranks {differing} {what_differs} than rank 0 (this is rank {dist.get_rank()}): all ranks need "
             "the same model, the same --lisa_* settings, the same steps and the same package versions."
         )
+
+
+def broadcast_active_set(
+    sampled: ActiveSet, period: int, num_slots: int, block_names: Sequence[str], device: torch.device
+) -> ActiveSet:
+    """Rank 0's active set of a period, on every rank: 8 (num_slots + 2) bytes.
+
+    `num_slots` is gamma, or the most modules that can train; `block_names` are the outer blocks that may be sampled.
+    """
+    if dist.get_world_size() == 1:
+        return sampled
+    block = block_names.index(sampled.blocks[0]) if sampled.blocks else -1
+    padding = [-1] * (num_slots - len(sampled.layers))
+    message = torch.tensor([period, block, *sampled.layers, *padding], dtype=torch.int64, device=device)
+    dist.broadcast(message, src=0)
+    sent_period, block, *layers = message.tolist()
+    assert sent_period == period
+    blocks = (block_names[block],) if block >= 0 else ()
+    return ActiveSet(tuple(layer for layer in layers if layer >= 0), blocks)
 
 
 def guard_switches(partitions: ZeroPartitions, interval_steps: int, current_period: Callable[[], int]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy
 import torch
+from deepspeed.accelerator import get_accelerator
 from safetensors.numpy import load_file, save_file
 from torch import distributed as dist
 
@@ -150,7 +151,7 @@ class WeightMovement:
                     self._latest[name] = saved[f"latest:{name}"]
 
     def _look(self, names: Iterable[str]) -> dict[str, numpy.ndarray]:
-        """The samples of blocks now, in fp32; on other ranks than 0 nothing."""
+        """The samples of blocks now, in fp32; on other ranks than 0 nothing. The host waits once for all of them."""
         rank, sharded = dist.get_rank(), self._partitions.weights_are_sharded
         seen = {}
         for name in names if rank == 0 or sharded else ():
@@ -160,9 +161,9 @@ class WeightMovement:
                 found = found.to(self._partitions.engine.device)
                 dist.reduce(found, dst=0)
             if rank == 0:
-                seen[name] = found.cpu().numpy().copy()
-            del found  # before the next one is made
-        return seen
+                seen[name] = _to_host(found)
+        get_accelerator().synchronize()
+        return {name: numpy.array(found) for name, found in seen.items()}
 
 
 class _BlockSample:
@@ -189,7 +190,7 @@ class _BlockSample:
             first = rank * held.numel()
             # Positions rise, so those of a shard lie side by side.
             low, high = numpy.searchsorted(positions, (first, first + held.numel()))
-            index = torch.from_numpy(positions[low:high] - first).to(held.device)
+            index = _to_device(positions[low:high] - first, held.device)
             seen[begin + low : begin + high] = held.detach().view(-1).index_select(0, index)
             begin += len(positions)
         return seen
@@ -197,3 +198,16 @@ class _BlockSample:
     def norm(self, sampled: numpy.ndarray) -> float:
         """The L2 norm of the whole block, by its sample."""
         return math.sqrt(float(self._weights @ numpy.square(sampled, dtype=numpy.float64)))
+
+
+def _to_device(indices: numpy.ndarray, device: torch.device) -> torch.Tensor:
+    """Indices on a device, which does not wait for them; in 32 bits where those are enough."""
+    narrow = torch.from_numpy(indices if indices.max(initial=0) >= 2**31 else indices.astype(numpy.int32))
+    return narrow if device.type == "cpu" else narrow.pin_memory().to(device, non_blocking=True)
+
+
+def _to_host(seen: torch.Tensor) -> numpy.ndarray | torch.Tensor:
+    """The values, from a device in pinned memory, to be read when the device has been waited for."""
+    if seen.device.type == "cpu":
+        return seen.numpy().copy()  # a view would keep the tensor alive, among those whose bytes a run accounts for
+    return torch.empty_like(seen, device="cpu", pin_memory=True).copy_(seen, non_blocking=True)

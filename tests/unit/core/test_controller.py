@@ -166,7 +166,7 @@ def disagree(what: str) -> str:
             engine, lisa = start()
             train(engine, lisa, 2)
             received = ActiveSet((0, 1) if rank == 1 else (2, 3))  # a rank that has received something else
-            with mock.patch.object(controller, "gather", return_value=[received]):
+            with mock.patch.object(controller, "broadcast_active_set", return_value=received):
                 lisa.on_step_begin()
     return str(error.value)
 
