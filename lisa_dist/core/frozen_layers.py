@@ -14,7 +14,7 @@ with, bit for bit: it is never quantized twice, but from its original.
 import contextlib
 import functools
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,25 +37,40 @@ BLOCKSIZES = {8: 256, 4: 64}  # elements that share a scale
 _SCALES_BLOCKSIZE = 256  # scales of 4 bits that share one of their own
 
 
-def quantize(value: torch.Tensor, bits: int) -> tuple[torch.Tensor, Any]:
-    """Codes of a matrix, and bitsandbytes' state with their scales."""
-    from bitsandbytes import functional as library
+@functools.cache
+def _table(device: torch.device) -> torch.Tensor:
+    """The 256 values of bitsandbytes' 8-bit codes; with its import its operators are there."""
+    from bitsandbytes.functional import create_dynamic_map
 
-    made: tuple[torch.Tensor, Any] = (
-        library.quantize_blockwise(value, blocksize=BLOCKSIZES[8])
-        if bits == 8
-        else library.quantize_4bit(value, blocksize=BLOCKSIZES[4], compress_statistics=True, quant_type="nf4")
-    )
-    return made
+    table: torch.Tensor = create_dynamic_map().to(device)
+    return table
 
 
-def dequantize(codes: torch.Tensor, state: Any) -> torch.Tensor:
-    """The matrix that the codes stand for, in the precision that it had."""
-    from bitsandbytes import functional as library
+def quantize(value: torch.Tensor, bits: int) -> tuple[torch.Tensor, ...]:
+    """Codes and scales of a matrix, as bitsandbytes' `quantize_blockwise` and `quantize_4bit` make them.
 
-    decode = library.dequantize_blockwise if state.quant_type is None else library.dequantize_4bit
-    value: torch.Tensor = decode(codes, state)
-    return value
+    By its operators: those functions make a table for each matrix, whose copy to the device the host waits for.
+    """
+    table, operators = _table(value.device), torch.ops.bitsandbytes
+    if bits == 8:
+        made: tuple[torch.Tensor, ...] = operators.quantize_blockwise(value, table, BLOCKSIZES[8])
+        return made
+    codes, scales = operators.quantize_4bit(value, BLOCKSIZES[4], "nf4", torch.uint8)
+    mean = scales.mean()
+    return codes, *operators.quantize_blockwise(scales - mean, table, _SCALES_BLOCKSIZE), mean
+
+
+def dequantize(codes: tuple[torch.Tensor, ...], bits: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix that codes and scales stand for."""
+    table, operators = _table(codes[0].device), torch.ops.bitsandbytes
+    decode: Callable[..., torch.Tensor] = operators.dequantize_blockwise.default
+    if bits == 8:
+        return decode(*codes, table, BLOCKSIZES[8], dtype)
+    codes_4, codes_of_scales, scales_of_scales, mean = codes
+    scales = decode(codes_of_scales, scales_of_scales, table, _SCALES_BLOCKSIZE, torch.float32)
+    scales += mean
+    decode_4: Callable[..., torch.Tensor] = operators.dequantize_4bit.default
+    return decode_4(codes_4, scales, BLOCKSIZES[4], "nf4", shape, dtype)
 
 
 class HeldMatrix:
@@ -64,7 +79,7 @@ class HeldMatrix:
     def __init__(self, module: Any, name: str, layers: "FrozenLayers"):
         self._module = module
         self._name, self._layers = name, layers
-        self._codes: tuple[torch.Tensor, Any] | None = None  # with the state that has their scales
+        self._codes: tuple[torch.Tensor, ...] = ()  # with their scales
         self._forward_before: Any = None
 
     @property
@@ -85,7 +100,7 @@ class HeldMatrix:
 
     def release(self) -> None:
         """Let the module have its weights again, copied from the original; a GPU's copy is not waited for."""
-        self._codes = None
+        self._codes = ()
         parameter, original = self._module.weight, self.original
         set_original(parameter, None)
         parameter.data = torch.empty_like(original, device=self._layers.device).copy_(original, non_blocking=True)
@@ -103,8 +118,8 @@ class HeldMatrix:
         """The matrix to compute with, in 16 bits on the device."""
         if self._layers.is_exact:
             return self.original.to(self._layers.device, non_blocking=True)
-        assert self._codes is not None
-        return dequantize(*self._codes)
+        original = self.original
+        return dequantize(self._codes, self._layers.bits, original.shape, original.dtype)
 
     @property
     def in_fp32(self) -> bool:
@@ -114,12 +129,7 @@ class HeldMatrix:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """What the device holds of it."""
-        if self._codes is None:
-            return []
-        codes, state = self._codes
-        states = [state] if state.state2 is None else [state, state.state2]
-        scales = [tensor for one in states for tensor in (one.absmax, one.code, one.offset) if tensor is not None]
-        return [codes, *scales]
+        return list(self._codes)
 
 
 class HeldProduct(torch.autograd.Function):
@@ -201,7 +211,8 @@ class FrozenLayers:
                 f"{flag}: the decoder layers are in {dtype}: what is frozen is 16 bits wide; give --bf16 true."
             )
         try:
-            dequantize(*quantize(torch.ones(BLOCKSIZES[bits], 2, dtype=torch.bfloat16, device=device), bits))
+            probe = torch.ones(BLOCKSIZES[bits], 2, dtype=torch.bfloat16, device=device)
+            dequantize(quantize(probe, bits), bits, probe.shape, probe.dtype)
         except (ImportError, OSError, RuntimeError) as error:  # absent, cannot be loaded, has no kernel here
             raise UserError(
                 f"{flag}: bitsandbytes cannot quantize on {device.type} here ({in_one_line(error)}); "
@@ -273,13 +284,12 @@ def hold_frozen_layers(
 
 
 def held_bytes(numels: Iterable[int], bits: int) -> int:
-    """Bytes on the device of the codes of matrices of so many elements, with their scales and tables."""
+    """Bytes on the device of the codes of matrices of so many elements, with their scales."""
     total = 0
     for numel in numels:
         scales = -(-numel // BLOCKSIZES[bits])
-        total += 1024  # the table of 8-bit codes
         if bits == 8:  # scales in fp32
             total += numel + 4 * scales
-        else:  # scales in 8 bits, with scales of their own and a mean; and the table of NF4
-            total += -(-numel // 2) + scales + 4 * -(-scales // _SCALES_BLOCKSIZE) + 4 + 64
+        else:  # scales in 8 bits, with scales of their own and a mean
+            total += -(-numel // 2) + scales + 4 * -(-scales // _SCALES_BLOCKSIZE) + 4
     return total

@@ -245,7 +245,7 @@ def test_a_header_says_how_much_of_the_layers_is_held():
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_the_gradient_is_that_of_the_rounded_matrix(kind):
+def test_the_gradient_is_that_of_the_rounded_matrix(kind, monkeypatch):
     made, reference = (
         (torch.nn.Linear(64, 128) if kind == "linear" else Conv1D(128, 64)).to(torch.bfloat16) for _ in range(2)
     )
@@ -256,6 +256,7 @@ def test_the_gradient_is_that_of_the_rounded_matrix(kind):
 
     block = Block("layers.0", {f"layers.0.{name}": value for name, value in made.named_parameters()})
     blocks = types.SimpleNamespace(layers=[block])
+    monkeypatch.delattr(codes, "get_4bit_type")  # a table for each matrix, whose copy to a GPU would be waited for
     frozen = FrozenLayers(model, blocks, 4, "host", torch.device("cpu"))
     frozen.begin([])
     assert sum(one.nbytes for one in frozen.held[0].tensors) == held_bytes([64 * 128], 4)
@@ -339,7 +340,7 @@ def test_what_cannot_be_held_is_refused(monkeypatch, change, said):
         for layer in blocks.layers:
             layer.parameters = {name: value for name, value in layer.parameters.items() if value.ndim == 1}
     if change == "no kernel":
-        monkeypatch.setattr(codes, "quantize_4bit", no_kernel)
+        monkeypatch.setattr(torch.ops.bitsandbytes, "quantize_4bit", no_kernel)
     with pytest.raises(ValueError, match=said):
         FrozenLayers(model, blocks, 4, "host", torch.device("cpu"))
 
