@@ -31,13 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def cpu_ops() -> None:
     """DeepSpeed's C++ ops, built once: two ranks would race for the build."""
-    from deepspeed.ops.op_builder import CPUAdamBuilder, ShareMemCommBuilder
+    from lisa_dist.zero.cpu_ops import build_cpu_ops
 
-    from lisa_dist.zero.cpu_ops import guard_builds
-
-    guard_builds()
-    for builder in (ShareMemCommBuilder, CPUAdamBuilder):
-        builder().load(verbose=False)
+    build_cpu_ops()
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,15 @@ from lisa_dist.zero.stages import override
 _SILENT = 3.0  # seconds after which a build is no look at one that is there, but a compilation
 
 
+def build_cpu_ops(offload: bool = True) -> None:
+    """Build what DeepSpeed would build at first use on CPU ranks; `offload`: its AdamW on the host too, for a minute."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder, ShareMemCommBuilder
+
+    guard_builds()
+    for builder in (ShareMemCommBuilder, CPUAdamBuilder) if offload else (ShareMemCommBuilder,):
+        builder().load(verbose=False)
+
+
 def guard_builds() -> None:
     """Process-wide: DeepSpeed builds each of its C++ ops by `built_alone`, whoever asks for it first."""
     from deepspeed.ops.op_builder.builder import OpBuilder
