@@ -14,6 +14,7 @@ Factored moments of a matrix are "name:row_sq", of the rows that a piece touches
 
 import functools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from safetensors import safe_open
 
 from lisa_dist.config_rules import FACTORED
+from lisa_dist.errors import UserError
 from lisa_dist.kernels.dynamic_code import BLOCK, num_blocks
 from lisa_dist.kernels.factored import num_rows
 from lisa_dist.optim import factored
@@ -51,6 +53,10 @@ def states_on_host(
     for index, (key, state) in enumerate(states.items()):
         fields = {MASTER: state.master, **state.optimizer_state}
         partition = {"names": key, "numel": state.numel, "pieces": _as_lists(pieces[key])}
+        if state.optimizer_state and "step" not in fields:
+            raise UserError(
+                "the optimizer's state has no count `step`, by which a resume finds it: count its steps there."
+            )
         partitions.append(partition | ({"step": int(fields.pop("step"))} if "step" in fields else {}))
         if factored.WIDTHS in fields:
             for place in factored.places(fields.pop(factored.WIDTHS), pieces[key]):
@@ -96,10 +102,11 @@ class StateFiles:
     def read(self, key: PartitionKey, pieces: list[Piece], numel: int, form: str | None = None) -> Fields | None:
         """The fields of one partition of `numel` elements; None where its parameters are not in the files.
 
-        "master", and once the optimizer has stepped "step" with "exp_avg" and "exp_avg_sq", in fp32 and bit for bit as
-        written. With the `form` "lisa" or "bitsandbytes", 8-bit moments are given as codes and scales where possible:
-        those of bitsandbytes only for the same partition. For "factored" moments are given as those are. They cannot be
-        turned into others, or others into them: where they would have to be, there is a master alone.
+        "master", and once the optimizer has stepped "step" and its moments ("exp_avg" and "exp_avg_sq" of AdamW), in
+        fp32 and bit for bit as written. With the `form` "lisa" or "bitsandbytes", 8-bit moments are given as codes and
+        scales where possible: those of bitsandbytes only for the same partition. For "factored" moments are given as
+        those are. They cannot be turned into others, or others into them: where they would have to be, there is a
+        master alone.
         """
         if not all(name in self._sources for name in key):
             return None
@@ -116,7 +123,15 @@ class StateFiles:
         codes = self._codes(pieces, numel) if form == "lisa" else None
         if form == "bitsandbytes":
             codes = self._codes_of_bitsandbytes(key, pieces, numel)
-        return fields | {"step": step} | (codes or {moment: self._gather(moment, pieces, numel) for moment in MOMENTS})
+        return (
+            fields | {"step": step} | (codes or {one: self._gather(one, pieces, numel) for one in self._moments(key)})
+        )
+
+    def _moments(self, key: PartitionKey) -> set[str]:
+        """The names of a partition's moments, whatever the optimizer was that wrote them."""
+        prefix, (file, *_) = f"{key[0]}:", self._sources[key[0]][0]
+        names = {name.removeprefix(prefix) for name in self._names[file] if name.startswith(prefix)}
+        return {re.sub("_(codes|scales)$", "", name) for name in names - {MASTER}} or {*MOMENTS}  # bitsandbytes' codes
 
     def _parts_of(self, piece: Piece) -> Iterator[tuple[int, int, Piece, int, int]]:
         """Where a piece is in the files: file, partition, the piece there, and which elements of the parameter."""

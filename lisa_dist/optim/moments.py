@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lisa_dist.config_rules import FACTORED
-from lisa_dist.optim.adamw import MOMENTS, LisaAdamW, decode_moment, in_chunks
+from lisa_dist.optim.adamw import LisaAdamW, decode_moment, in_chunks
 from lisa_dist.optim.states import Fields, PartitionState, Piece
 
 # The fields of bitsandbytes for each of AdamW's moments: its values, or codes with their scales and table.
@@ -69,7 +69,7 @@ def restore_state(
 ) -> None:
     """Give the optimizer saved moments of one partition, in the form that it keeps them in itself.
 
-    `fields` has "step", and "exp_avg" and "exp_avg_sq" in fp32 or the codes and scales of 8-bit moments.
+    `fields` has "step", and the moments in fp32 or the codes and scales of AdamW's 8-bit ones; "master" is left out.
     """
     if isinstance(optimizer, LisaAdamW):
         optimizer.restore(group, master, pieces, fields)
@@ -77,8 +77,8 @@ def restore_state(
     if form_of_moments(optimizer, group) == "bitsandbytes":
         _restore_bitsandbytes(optimizer, group, master, fields)
         return
-    state = {moment: torch.empty_like(master).copy_(fields[moment]) for moment in MOMENTS}
-    step = fields["step"]
+    moments = fields.keys() - {"master", "step"}
+    step, state = fields["step"], {name: torch.empty_like(master).copy_(fields[name]) for name in moments}
     if isinstance(optimizer, torch.optim.AdamW):
         device = master.device if group.get("fused") else "cpu"
         step = torch.tensor(float(step), dtype=torch.float32, device=device)

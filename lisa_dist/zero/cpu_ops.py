@@ -25,7 +25,7 @@ _SILENT = 3.0  # seconds after which a build is no look at one that is there, bu
 
 
 def build_cpu_ops(offload: bool = True) -> None:
-    """Build what DeepSpeed would build at first use on CPU ranks; `offload`: its AdamW on the host too, for a minute."""
+    """Build what DeepSpeed would build at first use on CPU ranks; `offload`: its AdamW on the host too, a minute."""
     from deepspeed.ops.op_builder import CPUAdamBuilder, ShareMemCommBuilder
 
     guard_builds()
