@@ -141,8 +141,9 @@ def beside_static(of: None, figures: dict) -> Iterator[Row]:
 
 
 def switches(of: int, figures: dict) -> Iterable[Row]:
-    """With its share of a period of so many steps."""
-    return [(name, case, case["share_of_period"][f"{of}"]) for name, case in figures.items()]
+    """With its share of a period of so many steps; of the widths, without the smallest."""
+    wide = {name: case for name, case in figures.items() if "1/32" not in name}
+    return [(name, case, case["share_of_period"][f"{of}"]) for name, case in wide.items()]
 
 
 def traffic(of: list, figures: dict, formula: dict) -> Iterator[Row]:
