@@ -14,7 +14,7 @@ from lisa_dist.commands.verbs import VERBS, WITH_FLAGS, WITH_WORDS, check_trl, i
 from lisa_dist.config import LisaConfig
 from lisa_dist.definitions import UnreadableError
 from lisa_dist.distributed.allocator import use_expandable_segments
-from lisa_dist.flags import first_word_as, take, task_of
+from lisa_dist.flags import first_argument_as, take, task_of
 from lisa_dist.tasks import SFT
 
 USAGE = """usage: lisa-dist train recipe.yaml [--gpus N] [--any_flag value]
@@ -51,26 +51,26 @@ lisa-dist VERB --help has the flags of a verb.
 
 def main() -> None:
     """Run one verb of the command line."""
-    verb, words = sys.argv[1] if len(sys.argv) > 1 else None, sys.argv[2:]
+    verb, argv = sys.argv[1] if len(sys.argv) > 1 else None, sys.argv[2:]
     if verb in WITH_FLAGS:
-        run_verb(verb, words)
+        run_verb(verb, argv)
         return
     with _printed():
-        _run_words(verb, words)
+        _run_arguments(verb, argv)
 
 
-def _run_words(verb: str | None, words: list[str]) -> None:
+def _run_arguments(verb: str | None, argv: list[str]) -> None:
     """A verb that has no flags, and what is asked of the command itself."""
     if verb in ("--version", "-V", "version"):
         print(f"lisa-dist {importlib.metadata.version('lisa_dist')}")
         raise SystemExit(0)
-    asks = verb in ("-h", "--help") or words in (["-h"], ["--help"])
+    asks = verb in ("-h", "--help") or argv in (["-h"], ["--help"])
     if verb in WITH_WORDS:
         counts, named = WITH_WORDS[verb]
-        if len(words) in counts and not asks:
+        if len(argv) in counts and not asks:
             with exit_on_error(f"lisa-dist {verb}"):
-                look_for_files(verb, {"words": words})
-            import_verb(verb).main(*words)
+                look_for_files(verb, {"words": argv})
+            import_verb(verb).main(*argv)
             return
         what = next(line.split(maxsplit=1)[1] for line in USAGE.splitlines() if line.startswith(f"  {verb} "))
         print(f"usage: lisa-dist {verb} {named}".rstrip() + f"\n\n{what}")
@@ -96,31 +96,31 @@ def _printed() -> Iterator[None]:
         raise SystemExit(1) from None  # not 0, for what was to be read may have been an error
 
 
-def run_verb(verb: str, words: Sequence[str]) -> None:
-    """Run a verb that has flags; what its words cannot be is answered before anything is imported for it."""
-    asks = bool({"-h", "--help", "--help_all"} & set(words))
+def run_verb(verb: str, argv: Sequence[str]) -> None:
+    """Run a verb that has flags; what its flags cannot be is answered before anything is imported for it."""
+    asks = bool({"-h", "--help", "--help_all"} & set(argv))
     with _printed(), exit_on_error("lisa-dist" if verb == "train" else f"lisa-dist {verb}"):
         check_trl(verb)
-        # A rank's words were looked at before it was started, and check takes any flag of a run.
+        # A rank's flags were looked at before it was started, and check takes any flag of a run.
         if "RANK" not in os.environ and (asks or verb != "check"):
-            _look_at(verb, words)
+            _look_at(verb, argv)
     use_expandable_segments()  # what the next line imports begins CUDA
     module = import_verb(verb)
     with _printed() if asks else contextlib.nullcontext():
-        module.main(words)
+        module.main(argv)
 
 
-def _look_at(verb: str, words: Sequence[str]) -> None:
-    """Exit where the words ask for help. Raises UserError where they cannot be meant, by themselves or their files."""
+def _look_at(verb: str, argv: Sequence[str]) -> None:
+    """Exit where help is asked for. Raises UserError for flags that cannot be meant, by themselves or their files."""
     if verb in ("train", "eval"):  # `--gpus N` is the launcher's
-        _, words = take(words, "--gpus")
+        _, argv = take(argv, "--gpus")
     if (first := WITH_FLAGS[verb]) is not None:
-        words = first_word_as(first, words)
+        argv = first_argument_as(first, argv)
     try:
-        parser = read_parser(verb, task_of(words) if verb == "train" else SFT)
+        parser = read_parser(verb, task_of(argv) if verb == "train" else SFT)
     except UnreadableError:  # the parser of the imported classes answers
         return
-    given = parser.given(words)
+    given = parser.given(argv)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of settings without an effect: said when the run has begun
         LisaConfig(**{field.name: given[field.name] for field in fields(LisaConfig) if field.name in given})

@@ -21,7 +21,7 @@ from lisa_dist.config_rules import PLANNED_LAYERS
 from lisa_dist.errors import UserError
 from lisa_dist.files import read_yaml
 from lisa_dist.presets import LORA, PRESETS
-from lisa_dist.removed import refuse_removed_words, without_removed
+from lisa_dist.removed import refuse_removed_flags, without_removed
 from lisa_dist.tasks import OF_SFT, SFT, check_task
 from lisa_dist.text import in_one_line
 
@@ -150,7 +150,7 @@ class FlagParser(argparse.ArgumentParser):
             if word.startswith("--") and word.endswith("=--"):  # of which argparse makes an empty list
                 raise UserError(f"{word}: -- is no value.")
         unknown = self.parse_known_args(words)[1]
-        refuse_removed_words(unknown)
+        refuse_removed_flags(unknown)
         if unknown and not unknown[0].startswith("-"):
             raise UserError(f"{unknown[0]}: belongs to no flag; flags begin with --.")
         if unknown:
@@ -275,7 +275,7 @@ def _kinds(hint: Any) -> set[Any]:
     return {kind for part in get_args(hint) for kind in _kinds(part)}
 
 
-def first_word_as(flag: str, words: Sequence[str]) -> list[str]:
+def first_argument_as(flag: str, words: Sequence[str]) -> list[str]:
     """The words; a first one that is no flag is the value of `flag`."""
     return [flag, *words] if words and not words[0].startswith("-") else [*words]
 

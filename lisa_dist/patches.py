@@ -22,7 +22,7 @@ PATCHES = {
     "alone. Upstream: pytorch/pytorch#159547. Remove when torch._grouped_mm has a meta kernel for all precisions.",
     "head_gradient": "trl.trainer.utils._ChunkedLogProbFunction: the head's gradient would be whole in fp32. Upstream: "
     "wanted, a gradient in the weights' precision, chunk by chunk. Remove when TRL computes that.",
-    "held_matrix": "forward of a frozen linear module: its matrix is in fewer bits. Upstream: wanted, a quantized "
+    "quantized_linear": "forward of a frozen linear module: its matrix is in fewer bits. Upstream: wanted, a quantized "
     "tensor that keeps its original elsewhere. Remove when a module's weight can be one.",
     "hidden_secrets": "__class__ of TrainingArguments: pickles have tokens, dicts have keys and passwords. Upstream: "
     "huggingface/transformers#13700 masks names in _token alone. Remove when it masks all of them, in pickles too.",

@@ -44,7 +44,7 @@ def refuse_removed(settings: Mapping[str, Any], where: str = "", how: str = "") 
             raise UserError(f"{where}--{in_one_line(given)}: removed since {found.since}; {found.instead}{how}.")
 
 
-def refuse_removed_words(words: Sequence[str]) -> None:
+def refuse_removed_flags(words: Sequence[str]) -> None:
     """The same for words of a command line that belong to no flag: the first of them, and its value if it has one."""
     if words and words[0].startswith("--"):
         flag, _, value = words[0].partition("=")

@@ -123,10 +123,10 @@ def write_run(folder: Path, run: dict, resumes: bool = False) -> None:
         path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
-def without_secrets(words: Iterable[str]) -> list[str]:
-    """The words of a command line, with *** in place of tokens, keys and passwords, those in JSON too."""
+def without_secrets(argv: Iterable[str]) -> list[str]:
+    """A command line with *** in place of tokens, keys and passwords, those in JSON too."""
     kept, hides = [], False
-    for word in words:
+    for word in argv:
         name, equals, value = word.partition("=")
         if not word.startswith("--"):
             kept.append(_HIDDEN if hides else hide_secrets(word))

@@ -31,8 +31,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# The folders of tests/unit that matter to a room of lisa_dist, the nearest first.
-ROOMS = {
+# The folders of tests/unit that matter to a package of lisa_dist, the nearest first.
+PACKAGES = {
     "core": ("core", "checkpoint", "train", "run"),
     "loss": ("loss", "run", "train"),
     "zero": ("zero", "optim", "core", "checkpoint", "train"),
@@ -51,7 +51,7 @@ FLIPS = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """A change of one stretch of a file."""
+    """A change of one part of a file."""
 
     path: str  # below the root
     line: int
@@ -270,17 +270,17 @@ def record(workers: list[Worker], folders: list[str]) -> dict[str, tuple[float, 
 
 
 def tests_for(mutant: Mutant, recorded: dict[str, tuple[float, set[str]]], budget: float) -> list[str]:
-    """Tests that execute its line, for so many seconds: one cell of each first, the nearest and quickest first."""
+    """Tests that execute its line, for so many seconds: one case of each first, the nearest and quickest first."""
     last = mutant.line + (ROOT / mutant.path).read_bytes()[mutant.begin : mutant.end].count(b"\n")
     lines = {f"{mutant.path}:{line}" for line in range(mutant.line, last + 1)}
-    room = Path(mutant.path).parts[1]
+    package = Path(mutant.path).parts[1]
     of_function: dict[str, int] = {}
     ranked = []
     for test, (seconds, executed) in sorted(recorded.items(), key=lambda item: item[1][0]):
         folder, function = Path(test.split("::")[0]).parts[2], test.split("[")[0]
-        if folder in ROOMS[room] and (executed & lines or not mutant.in_function):
-            cell = of_function[function] = of_function.get(function, -1) + 1
-            ranked.append((cell, ROOMS[room].index(folder), seconds, test))
+        if folder in PACKAGES[package] and (executed & lines or not mutant.in_function):
+            case = of_function[function] = of_function.get(function, -1) + 1
+            ranked.append((case, PACKAGES[package].index(folder), seconds, test))
     chosen, total = [], 0.0
     for _, _, seconds, test in sorted(ranked):
         if not chosen or total + seconds <= budget:
@@ -291,14 +291,14 @@ def tests_for(mutant: Mutant, recorded: dict[str, tuple[float, set[str]]], budge
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=ROOMS, help="the one room to change")
+    parser.add_argument("--only", choices=PACKAGES, help="the one package to change")
     parser.add_argument("--count", type=int, default=150, help="how many mutants")
     parser.add_argument("--at", nargs="+", metavar="PATH:LINE", help="of the chosen ones those of these lines alone")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--budget", type=float, default=60, help="seconds of tests, as they are, for each mutant")
     flags = parser.parse_args()
-    rooms = [flags.only] if flags.only else list(ROOMS)
-    paths = [path for room in rooms for path in sorted((ROOT / "lisa_dist" / room).glob("*.py"))]
+    packages = [flags.only] if flags.only else list(PACKAGES)
+    paths = [path for package in packages for path in sorted((ROOT / "lisa_dist" / package).glob("*.py"))]
     made = [mutant for path in paths for mutant in mutants_of(path)]
     chosen = random.Random(flags.seed).sample(made, min(flags.count, len(made)))
     chosen = [mutant for mutant in chosen if not flags.at or f"{mutant.path}:{mutant.line}" in flags.at]
@@ -307,7 +307,7 @@ def main() -> None:
         workers = [Worker(Path(folder), str(number)) for number in range(2)]
         for worker in workers:
             stack.callback(worker.close)
-        recorded = record(workers, list(dict.fromkeys(name for room in rooms for name in ROOMS[room])))
+        recorded = record(workers, list(dict.fromkeys(name for package in packages for name in PACKAGES[package])))
 
         def attempt(worker: Worker) -> None:
             nonlocal done

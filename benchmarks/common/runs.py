@@ -22,8 +22,8 @@ from benchmarks.common.methods import Method
 from benchmarks.common.ranks import RankGroup, run_on_cpu
 from benchmarks.common.results import parser_of, positive
 from lisa_dist.config import UserError
+from lisa_dist.core.activation_checkpointing import checkpoint_layers, let_backward_end, number_of_layers
 from lisa_dist.core.blocks import find_blocks
-from lisa_dist.core.checkpointing import checkpoint_layers, let_backward_end, number_of_layers
 from lisa_dist.core.live_bytes import live_storages
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.memory.estimate import StepPlan, kept_states
@@ -31,7 +31,7 @@ from lisa_dist.memory.plan import load_model_config
 from lisa_dist.memory.trace import AllocationTracker, FakeRun
 from lisa_dist.memory.workload import StageSettings, Trained, Workload
 from lisa_dist.train.compiled_layers import compile_layers
-from lisa_dist.zero.parameters import held_tensors, parameter_numel
+from lisa_dist.zero.parameters import local_tensors, parameter_numel
 
 RANKS = 2
 LR, WEIGHT_DECAY = 1e-4, 0.1
@@ -256,7 +256,7 @@ class Run:
             "weights": [
                 one
                 for parameter in parameters
-                for one in (parameter.data, getattr(parameter, "ds_tensor", None), *held_tensors(parameter))
+                for one in (parameter.data, getattr(parameter, "ds_tensor", None), *local_tensors(parameter))
             ],
             # Stage 3 keeps its buffer of gradients between steps.
             "gradients": [getattr(zero, "grad_partitions_flat_buffer", None), *(one.grad for one in parameters)],
@@ -333,9 +333,9 @@ class Run:
         ).parts()
         kept = 0
         if config.lisa_state == "keep" and self._device.type == "cpu":  # of layers that have trained and sleep
-            asleep = {layer for layer, times in enumerate(self.lisa.visit_counts) if times} - {*self.active_layers}
+            frozen = {layer for layer, times in enumerate(self.lisa.visit_counts) if times} - {*self.active_layers}
             every = kept_states(run, config, stage.stage, dist.get_world_size(), method.optim, pinned=False)
-            kept = every * len(asleep) // (len(self.blocks.layers) - config.lisa_activated_layers)
+            kept = every * len(frozen) // (len(self.blocks.layers) - config.lisa_activated_layers)
         return parts.peak + kept
 
     def drift(self, length: int) -> dict[str, float] | None:

@@ -17,7 +17,7 @@ from benchmarks.common.methods import EMBED_FROZEN, FULL, LISA, SIDE_BY_SIDE, ST
 from benchmarks.common.ranks import RankGroup
 from benchmarks.common.results import positive, write_results
 from benchmarks.tables.rows import show
-from lisa_dist.core.checkpointing import AUTO, fewest_layers
+from lisa_dist.core.activation_checkpointing import AUTO, fewest_layers
 
 WARMUP = 2
 # Beside what is compared on every stage: embeddings frozen, and layers whose activations are computed again.

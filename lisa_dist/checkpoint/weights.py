@@ -121,8 +121,8 @@ def read_weights(engine: deepspeed.DeepSpeedEngine, blocks: Blocks, folder: Path
         with deepspeed.zero.GatheredParameters(list(tensors.values()), modifier_rank=0), torch.no_grad():
             for name, value in tensors.items():
                 # What ZeRO-3 has gathered goes from rank 0 to all; anything else every rank reads for itself.
-                if (held := original_of(value)) is not None:
-                    held.load(file_by_name[name].get_tensor(name))
+                if (quantized := original_of(value)) is not None:
+                    quantized.load(file_by_name[name].get_tensor(name))
                 elif dist.get_rank() == 0 or not is_partitioned(value):
                     value.copy_(file_by_name[name].get_tensor(name))
     dist.barrier()  # one rank of a host has written the originals of frozen layers, and the others read them

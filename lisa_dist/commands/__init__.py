@@ -1,4 +1,4 @@
-"""The verbs of `lisa-dist`: each module parses its words, calls the library and prints."""
+"""The verbs of `lisa-dist`: each module parses its argv, calls the library and prints."""
 
 import contextlib
 import os

@@ -13,7 +13,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.eval.chat import HELP as KEYS
 from lisa_dist.eval.chat import Chat, find_model, talk
 from lisa_dist.eval.model import load_model
-from lisa_dist.flags import FlagParser, first_word_as
+from lisa_dist.flags import FlagParser, first_argument_as
 
 USAGE = "lisa-dist chat RUN_OR_MODEL [--flag value ...]"
 HELP = {"The model and its answers": ("model", "max_new_tokens", "temperature", "dtype", "seed")}
@@ -41,10 +41,10 @@ class ChatArguments:
 ARGUMENTS = (ChatArguments,)
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Load the model and talk."""
     with exit_on_error("lisa-dist chat"):
-        (arguments,) = FlagParser(ARGUMENTS, USAGE, HELP).parse(first_word_as("--model", words))
+        (arguments,) = FlagParser(ARGUMENTS, USAGE, HELP).parse(first_argument_as("--model", argv))
         name = find_model(arguments.model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, tokenizer = load_model(name, arguments.dtype, device)

@@ -41,19 +41,19 @@ class CheckArguments:
 ARGUMENTS = (CheckArguments,)
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Check this host and compare it with the others; exit status 2 on every host when anything is wrong."""
     host = host_name()
     with naming_flags():
-        problems = _problems(host, words)
+        problems = _problems(host, argv)
         for problem in problems:
             print(f"lisa-dist check: {problem}", file=sys.stderr, flush=True)
     raise SystemExit(2 if problems else 0)
 
 
-def _problems(host: str, words: Sequence[str]) -> list[str]:
+def _problems(host: str, argv: Sequence[str]) -> list[str]:
     try:
-        known, rest = FlagParser(ARGUMENTS, USAGE, HELP).parse_known_args(words)
+        known, rest = FlagParser(ARGUMENTS, USAGE, HELP).parse_known_args(argv)
         arguments = CheckArguments(**vars(known))
         set_rank()
         flags = flags_of_run(arguments, rest)
@@ -72,8 +72,8 @@ def _problems(host: str, words: Sequence[str]) -> list[str]:
 
 def flags_of_run(arguments: CheckArguments, rest: Sequence[str]) -> dict[str, Any]:
     """The run's flags, from its recipe and the command line."""
-    words = [*(["--config", arguments.config] if arguments.config is not None else []), *rest]
-    flags = parser_of("train", task_of(words)).given(words)
+    argv = [*(["--config", arguments.config] if arguments.config is not None else []), *rest]
+    flags = parser_of("train", task_of(argv)).given(argv)
     if arguments.output_dir is not None:
         flags["output_dir"] = arguments.output_dir
     if "output_dir" not in flags:

@@ -20,14 +20,14 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}.")
 
 
-def main(*words: str) -> None:
+def main(*argv: str) -> None:
     """Print the recipe, or write it to a second name; keys that are nothing here are on the screen too."""
     with exit_on_error("lisa-dist convert"):
         parser = _Parser("lisa-dist convert", description=__doc__, allow_abbrev=False)
         parser.add_argument("file", metavar="FILE", help=".yaml, .json, or the shell script that starts a run")
         parser.add_argument("recipe", nargs="?", help="the file to write; left out, the recipe is printed")
         parser.add_argument("--tool", choices=TOOLS, help="whose it is; by default its keys tell")
-        arguments = parser.parse_args(words)
+        arguments = parser.parse_args(argv)
         found = convert(arguments.file, arguments.tool, known_flags)
         text = format_recipe(found, arguments.file)
         if arguments.recipe is None:

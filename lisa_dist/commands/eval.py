@@ -6,7 +6,7 @@ from lisa_dist.commands import exit_on_error
 from lisa_dist.distributed.launching import launch_if_asked
 from lisa_dist.eval.arguments import EvalArguments
 from lisa_dist.eval.evaluation import run
-from lisa_dist.flags import FlagParser, first_word_as
+from lisa_dist.flags import FlagParser, first_argument_as
 
 USAGE = "lisa-dist eval MODEL --tasks mmlu,gsm8k [--data_dir DIR] [--gpus N] [--flag value ...]"
 HELP = {
@@ -18,12 +18,12 @@ HELP = {
 ARGUMENTS = (EvalArguments,)
 
 
-def parse(words: Sequence[str]) -> EvalArguments:
+def parse(argv: Sequence[str]) -> EvalArguments:
     """The arguments, of which the first word may be the model."""
-    return FlagParser(ARGUMENTS, USAGE, HELP).parse(first_word_as("--model", words))[0]
+    return FlagParser(ARGUMENTS, USAGE, HELP).parse(first_argument_as("--model", argv))[0]
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Evaluate, or start `--gpus` ranks that do; an error of the user's is one line and exit status 2."""
     with exit_on_error("lisa-dist eval"):
-        run(parse(launch_if_asked(words, "eval", check=parse)))
+        run(parse(launch_if_asked(argv, "eval", check=parse)))

@@ -30,16 +30,16 @@ HELP = {
 ARGUMENTS = (InitArguments, LisaConfig)
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Choose and write the recipe."""
     with exit_on_error("lisa-dist init"):
         flags = FlagParser(ARGUMENTS, USAGE, HELP)
-        arguments, lisa_config = flags.parse(words)
-        given = flags.given(words)
+        arguments, lisa_config = flags.parse(argv)
+        given = flags.given(argv)
         config = load_model_config(arguments.model)
         arguments, preset = with_accumulation(arguments, given), preset_settings(arguments, lisa_config, given)
         chosen = first_that_fits(config, arguments, lisa_config, preset, tell=tell)
-        text = format_recipe(chosen, words, config, learning_rate(arguments.model, config, arguments.task))
+        text = format_recipe(chosen, argv, config, learning_rate(arguments.model, config, arguments.task))
         if arguments.recipe is None:
             print(text, end="")
             return

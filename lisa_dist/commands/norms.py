@@ -28,10 +28,10 @@ class NormsArguments:
 ARGUMENTS = (NormsArguments,)
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Read, write and print the table."""
     with exit_on_error("lisa-dist norms"):
-        (arguments,) = FlagParser(ARGUMENTS, USAGE, HELP).parse(words)
+        (arguments,) = FlagParser(ARGUMENTS, USAGE, HELP).parse(argv)
         runs, out = read_runs(arguments.runs), Path(arguments.output_dir)
         with writing(f"--output_dir {out}"):
             out.mkdir(parents=True, exist_ok=True)

@@ -71,12 +71,12 @@ HELP = {
 ARGUMENTS = (PlanArguments, LisaConfig)
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Plan, print the table and the command."""
     with exit_on_error("lisa-dist plan"):
         flags = FlagParser(ARGUMENTS, USAGE, HELP)
-        arguments, lisa_config = flags.parse(words)
-        given = flags.given(words)
+        arguments, lisa_config = flags.parse(argv)
+        given = flags.given(argv)
         config = load_model_config(arguments.model)
         arguments, preset = with_accumulation(arguments, given), preset_settings(arguments, lisa_config, given)
         asked, settings = with_settings(arguments, lisa_config, preset)

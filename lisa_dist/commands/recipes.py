@@ -9,10 +9,10 @@ from lisa_dist.commands import exit_on_error, writing
 from lisa_dist.errors import UserError
 
 
-def main(*words: str) -> None:
+def main(*argv: str) -> None:
     """List them, print one, or copy one to edit."""
     with exit_on_error("lisa-dist recipes"):
-        verb, *rest = words or ("list",)
+        verb, *rest = argv or ("list",)
         if verb == "list" and not rest:
             print(_listed())
         elif verb == "show" and len(rest) == 1:
@@ -21,7 +21,7 @@ def main(*words: str) -> None:
             source = _find(rest[0])
             print(f"wrote {_copy(source, Path(rest[1] if len(rest) == 2 else source.name))}")
         else:
-            raise UserError(f"{' '.join(words)}: give nothing for a list, show NAME, or copy NAME [FILE].")
+            raise UserError(f"{' '.join(argv)}: give nothing for a list, show NAME, or copy NAME [FILE].")
 
 
 def shipped() -> dict[str, Path]:

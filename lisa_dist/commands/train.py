@@ -9,7 +9,7 @@ from lisa_dist.commands import exit_on_error
 from lisa_dist.distributed.launching import end_process, launch_if_asked
 from lisa_dist.distributed.signals import catch_stop_signals
 from lisa_dist.errors import UserError
-from lisa_dist.flags import first_word_as, task_of
+from lisa_dist.flags import first_argument_as, task_of
 from lisa_dist.run.arguments import parse_arguments, run_parser
 from lisa_dist.run.quiet import leave_out_bars_of_other_ranks, leave_out_useless_words
 from lisa_dist.run.run import run
@@ -17,27 +17,27 @@ from lisa_dist.run.settle import apply_preset
 from lisa_dist.zero.cpu_ops import guard_builds
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse and run, or start `--gpus` ranks that do. An error of the user's is one line and exit status 2."""
     leave_out_useless_words()
     threading.excepthook = _in_one_line
     with exit_on_error("lisa-dist"):
-        words = launch_if_asked(sys.argv[1:] if words is None else words, "train", check=_check)
-        words = first_word_as("--config", words)
+        argv = launch_if_asked(sys.argv[1:] if argv is None else argv, "train", check=_check)
+        argv = first_argument_as("--config", argv)
         guard_builds()  # which parsing may begin: it starts the process group
-        config = apply_preset(parse_arguments(words), run_parser(task_of(words)).given(words))
+        config = apply_preset(parse_arguments(argv), run_parser(task_of(argv)).given(argv))
         leave_out_bars_of_other_ranks()
         if config.run.method == "lisa":
             catch_stop_signals()
-        finished = run(config, words)
+        finished = run(config, argv)
         if finished is not None:  # and no other rank waits for this one
             _write_report(finished)
         end_process()
 
 
-def _check(words: Sequence[str]) -> None:
-    words = first_word_as("--config", words)
-    run_parser(task_of(words)).check(words)
+def _check(argv: Sequence[str]) -> None:
+    argv = first_argument_as("--config", argv)
+    run_parser(task_of(argv)).check(argv)
 
 
 def _in_one_line(failed: threading.ExceptHookArgs) -> None:

@@ -41,7 +41,7 @@ AT_ONCE = "(chosen by itself: the fastest that runs)"
 CACHED = "(data are cached by themselves)"
 OWN_TEMPLATE = "the tokenizer's own chat template is used; for another give chat_template_path: x.jinja"
 REFERENCE = "the reference model is the model as the run begins"
-FEWER_BITS = "with method: lisa frozen layers can be held in fewer bits, lisa_frozen_bits: 4"
+FEWER_BITS = "with method: lisa frozen layers can be quantized, lisa_frozen_bits: 4"
 # DeepSpeed's configurations that the tools have, by their names, and the same with the optimizer on the host.
 _DS_FOLDERS = (".", "configs", "deepspeed_configs", "examples/deepspeed")
 _DS_CONFIGS = (

@@ -89,7 +89,7 @@ class Blocks:
         return {"embed": self.embed, "head": self.head, "rest": self.rest}[name]
 
     def give_back(self) -> None:
-        """Let what LISA has frozen require gradients again; but not what is held in fewer bits, which cannot train."""
+        """Let what LISA has frozen require gradients again; but not what is quantized, which cannot train."""
         for parameter in (parameter for block in self for parameter in block.parameters.values()):
             if original_of(parameter) is None and vars(parameter).pop(_FROZEN_BY_LISA, False):
                 parameter.requires_grad_(True)
@@ -271,7 +271,7 @@ def _weights_read(kind: type) -> frozenset[str]:
     """Names of inner modules whose weight the methods of a class read, such as `self.dt_proj.weight @ hidden`.
 
     By their source, since a pass on the CPU does not take what a fused kernel does on a GPU. Dtype and device of a
-    weight, which a held matrix has too, may be read.
+    weight, which a quantized matrix has too, may be read.
     """
     names: set[str] = set()
     for base in kind.__mro__:

@@ -28,10 +28,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 
 from lisa_dist.config import LisaConfig
+from lisa_dist.core.activation_checkpointing import check_checkpointing, let_backward_end
 from lisa_dist.core.blocks import DecayRule, find_blocks, split_into_modules
-from lisa_dist.core.checkpointing import check_checkpointing, let_backward_end
-from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_not_held, check_weights
-from lisa_dist.core.frozen_layers import hold_frozen_layers
+from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_not_quantized, check_weights
+from lisa_dist.core.frozen_layers import quantize_frozen_layers
 from lisa_dist.core.guards import (
     InactiveWeights,
     NonfiniteGuard,
@@ -68,7 +68,7 @@ class LisaController:
         override_construction()
         self.config = config
         check_no_adapters(model)
-        check_not_held(model)
+        check_not_quantized(model)
         self.blocks = find_blocks(model, config.lisa_layers_attribute)
         if config.by_module:
             self.blocks = split_into_modules(model, self.blocks)
@@ -89,7 +89,9 @@ class LisaController:
         if dist.is_initialized():
             settings = [config.to_dict(), self.selection.weights, len(self.blocks.layers)]
             self._compare(settings, "have other --lisa_* settings or another model")
-        self.frozen_layers = hold_frozen_layers(model, self.blocks, config, self.selection.widest(self.active).layers)
+        self.frozen_layers = quantize_frozen_layers(
+            model, self.blocks, config, self.selection.widest(self.active).layers
+        )
         self._activate()
 
     @property

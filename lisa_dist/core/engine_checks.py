@@ -48,8 +48,8 @@ def check_eval_frozen_bits(bits: int | None, config: LisaConfig) -> None:
     if bits not in (None, 16, config.lisa_frozen_bits):
         allowed = " or ".join(map(str, sorted({16, config.lisa_frozen_bits})))
         raise UserError(
-            f"--eval_frozen_bits {bits}: frozen layers are evaluated as they are held, or with their originals: with "
-            f"--lisa_frozen_bits {config.lisa_frozen_bits} give {allowed}."
+            f"--eval_frozen_bits {bits}: frozen layers are evaluated as they are quantized, or with their originals: "
+            f"with --lisa_frozen_bits {config.lisa_frozen_bits} give {allowed}."
         )
 
 
@@ -65,7 +65,7 @@ def check_no_adapters(model: nn.Module) -> None:
             )
 
 
-def check_not_held(model: nn.Module) -> None:
+def check_not_quantized(model: nn.Module) -> None:
     """Raise UserError for a model that another run has: trains still, or has left with frozen layers in fewer bits."""
     if any(is_in_an_engine(parameter) for parameter in model.parameters()):
         raise UserError(
@@ -74,7 +74,7 @@ def check_not_held(model: nn.Module) -> None:
         )
     if any(original_of(parameter) is not None for parameter in model.parameters()):
         raise UserError(
-            f"the frozen layers of this {type(model).__name__} are held in fewer bits by an earlier run "
+            f"the frozen layers of this {type(model).__name__} are quantized by an earlier run "
             "(--lisa_frozen_bits): load the model anew."
         )
 

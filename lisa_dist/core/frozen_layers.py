@@ -2,7 +2,7 @@
 
 A frozen layer's matrices are codes on the device; its norms and biases stay as they are. The 16-bit original of every
 matrix that may be frozen is in a `WeightStore`, once a host, and is copied in when the layer becomes active. A pass
-makes one matrix whole at a time. So of L layers of which gamma train a device has, in bytes an element:
+dequantizes one matrix at a time. So of L layers of which gamma train a device has, in bytes an element:
 
     gamma x 2 + (L - gamma) x 1.02 (8 bits) or 0.52 (4 bits), and the largest matrix once more
 
@@ -73,7 +73,7 @@ def dequantize(codes: tuple[torch.Tensor, ...], bits: int, shape: torch.Size, dt
     return decode_4(codes_4, scales, BLOCKSIZES[4], "nf4", shape, dtype)
 
 
-class HeldMatrix:
+class QuantizedLinear:
     """A matrix of a frozen layer: its codes on the device, its original on the host."""
 
     def __init__(self, module: Any, name: str, layers: "FrozenLayers"):
@@ -87,7 +87,7 @@ class HeldMatrix:
         """On the host, in 16 bits."""
         return self._layers.store[self._name]
 
-    def hold(self) -> None:
+    def quantize(self) -> None:
         """Keep codes of the weights, which are or were the original, in their place."""
         parameter = self._module.weight
         value = parameter.detach().to(self._layers.device)
@@ -95,8 +95,8 @@ class HeldMatrix:
         parameter.data = torch.empty(0, dtype=value.dtype, device=value.device)
         set_original(parameter, self)
         self._forward_before = vars(self._module).get("forward")
-        patch(self._module, "forward", types.MethodType(held_forward, self._module), of="held_matrix")
-        self._module.lisa_held = self
+        patch(self._module, "forward", types.MethodType(quantized_forward, self._module), of="quantized_linear")
+        self._module.lisa_quantized = self
 
     def release(self) -> None:
         """Let the module have its weights again, copied from the original; a GPU's copy is not waited for."""
@@ -104,9 +104,9 @@ class HeldMatrix:
         parameter, original = self._module.weight, self.original
         set_original(parameter, None)
         parameter.data = torch.empty_like(original, device=self._layers.device).copy_(original, non_blocking=True)
-        del self._module.forward, self._module.lisa_held
+        del self._module.forward, self._module.lisa_quantized
         if self._forward_before is not None:
-            patch(self._module, "forward", self._forward_before, of="held_matrix")
+            patch(self._module, "forward", self._forward_before, of="quantized_linear")
 
     def load(self, value: torch.Tensor) -> None:
         """Another original: a saved model's, which every rank reads for itself."""
@@ -114,7 +114,7 @@ class HeldMatrix:
         self._layers.store.write(self._name, value)
         self._codes = quantize(value.to(self._layers.device), self._layers.bits)
 
-    def whole(self) -> torch.Tensor:
+    def dequantized(self) -> torch.Tensor:
         """The matrix to compute with, in 16 bits on the device."""
         if self._layers.is_exact:
             return self.original.to(self._layers.device, non_blocking=True)
@@ -132,18 +132,18 @@ class HeldMatrix:
         return list(self._codes)
 
 
-class HeldProduct(torch.autograd.Function):
-    """The product with a held matrix, which is made whole for each of the two passes; it has no gradient itself.
+class QuantizedProduct(torch.autograd.Function):
+    """The product with a quantized matrix, which is dequantized for each of the two passes; it has no gradient itself.
 
     A bias has one: with --lisa_unit module it trains as part of `rest` where its matrix is frozen.
     """
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, bias: torch.Tensor | None, held: Any, transposed: bool) -> Any:
-        """Inputs of any number of dimensions, the last of which the matrix is applied to; `held` has `whole()`."""
-        ctx.held, ctx.transposed = held, transposed
-        weight = held.whole()
-        if held.in_fp32:
+    def forward(ctx: Any, inputs: torch.Tensor, bias: torch.Tensor | None, matrix: Any, transposed: bool) -> Any:
+        """Inputs of any number of dimensions, the last of which `matrix.dequantized()` is applied to."""
+        ctx.matrix, ctx.transposed = matrix, transposed
+        weight = matrix.dequantized()
+        if matrix.in_fp32:
             shift = None if bias is None else bias.float()
             return functional.linear(inputs.float(), weight.float(), shift).to(inputs.dtype)
         if not transposed:
@@ -153,23 +153,25 @@ class HeldProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        weight, (gradient,) = ctx.held.whole(), gradients
+        weight, (gradient,) = ctx.matrix.dequantized(), gradients
         of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        if ctx.held.in_fp32:
+        if ctx.matrix.in_fp32:
             return (gradient.float() @ weight.float()).to(gradient.dtype), of_bias, None, None
         return gradient @ (weight.t() if ctx.transposed else weight), of_bias, None, None
 
 
-def held_forward(module: Any, inputs: torch.Tensor) -> torch.Tensor:
+def quantized_forward(module: Any, inputs: torch.Tensor) -> torch.Tensor:
     """In the place of the `forward` of a linear module, or of GPT-2's, which has its matrix transposed."""
     if module.weight.requires_grad and module.weight.numel() == 0:
-        raise RuntimeError("this model's frozen layers are held in fewer bits by a LISA run: load it anew to train it.")
-    product: torch.Tensor = HeldProduct.apply(inputs, module.bias, module.lisa_held, isinstance(module, Conv1D))
+        raise RuntimeError("this model's frozen layers are quantized by a LISA run: load it anew to train it.")
+    product: torch.Tensor = QuantizedProduct.apply(
+        inputs, module.bias, module.lisa_quantized, isinstance(module, Conv1D)
+    )
     return product
 
 
 class FrozenLayers:
-    """The decoder layers of a model, held in `bits` while inactive, with originals in `place`, "host" or a folder."""
+    """The decoder layers of a model, in `bits` while inactive, with originals in `place`: "host" or a folder."""
 
     def __init__(self, model: nn.Module, blocks: Blocks, bits: int, place: str, device: torch.device):
         linear = linear_modules(model, blocks.layers)
@@ -185,12 +187,12 @@ class FrozenLayers:
         self.store = WeightStore(weights, place, device, freed=on_host)
         self.bits, self.device = bits, device
         self.is_exact = False  # whether originals are computed with
-        self._held = {name: HeldMatrix(module, name, self) for name, module in modules.items()}
+        self._quantized = {name: QuantizedLinear(module, name, self) for name, module in modules.items()}
         self._frozen: set[int] = set()
         model.register_state_dict_post_hook(functools.partial(self._put_originals))  # torch sets an attribute
 
     def describe(self) -> str:
-        """What is held and where its originals are, for a header; a warning where that is less than half."""
+        """What is quantized and where its originals are, for a header; a warning where that is less than half."""
         text = f"{self._share:.0%} of their bytes in {self.bits} bits; originals, once a host: "
         text += format_bytes(self.store.nbytes)
         if self._share < 0.5:
@@ -202,8 +204,8 @@ class FrozenLayers:
         flag = f"--lisa_frozen_bits {bits}"
         if not modules:
             raise UserError(
-                f"{flag}: the decoder layers of {type(model).__name__} hold no linear weights that could be held in "
-                "fewer bits; leave it out."
+                f"{flag}: the decoder layers of {type(model).__name__} have no linear weights that could be "
+                "quantized; leave it out."
             )
         if all(module.weight.element_size() != 2 for module in modules):
             dtype = str(modules[0].weight.dtype).removeprefix("torch.")
@@ -223,12 +225,12 @@ class FrozenLayers:
         """Whoever saves the model by its state dict has the originals."""
         for number in self._frozen:
             for name in self._layers[number]:
-                state[prefix + name] = self._held[name].original
+                state[prefix + name] = self._quantized[name].original
 
     def begin(self, active: Iterable[int]) -> None:
-        """Take rank 0's weights into the store, and hold the layers that are not active, one after the other.
+        """Take rank 0's weights into the store, and quantize the inactive layers, one after the other.
 
-        DeepSpeed sends rank 0's weights to all when an engine is built, but of what is held by then it finds nothing.
+        DeepSpeed sends rank 0's weights to all when an engine is built, but finds none where they are quantized.
         """
         active, several = set(active), dist.is_initialized() and dist.get_world_size() > 1
         for number, layer in enumerate(self._layers):
@@ -239,21 +241,21 @@ class FrozenLayers:
                     module.weight.data = value
                 self.store.write(name, module.weight.detach())
                 if number not in active:
-                    self._held[name].hold()
+                    self._quantized[name].quantize()
         self._frozen = set(range(len(self._layers))) - active
         gather(None)  # the host's first rank has written what the others will read
         self.store.pin()
 
     def switch(self, active: Iterable[int]) -> None:
-        """Hold the layers that become inactive, whose originals are what training has made of them; release others."""
+        """Quantize layers that become inactive, whose originals are what training has made of them; release others."""
         inactive = set(range(len(self._layers))) - set(active)
         for number in sorted(inactive - self._frozen):
             for name, module in self._layers[number].items():
                 self.store.write(name, module.weight.detach())
-                self._held[name].hold()
+                self._quantized[name].quantize()
         for number in sorted(self._frozen - inactive):
             for name in self._layers[number]:
-                self._held[name].release()
+                self._quantized[name].release()
         self._frozen = inactive
 
     @contextlib.contextmanager
@@ -266,15 +268,15 @@ class FrozenLayers:
             self.is_exact = False
 
     @property
-    def held(self) -> Sequence[HeldMatrix]:
+    def quantized(self) -> Sequence[QuantizedLinear]:
         """The matrices that the device holds as codes now."""
-        return [self._held[name] for number in sorted(self._frozen) for name in self._layers[number]]
+        return [self._quantized[name] for number in sorted(self._frozen) for name in self._layers[number]]
 
 
-def hold_frozen_layers(
+def quantize_frozen_layers(
     model: nn.Module, blocks: Blocks, config: LisaConfig, active: Iterable[int]
 ) -> FrozenLayers | None:
-    """Hold the layers of a model that are not active in the bits of `config`; None for 16, in which they stay."""
+    """Quantize the layers of a model that are not active in the bits of `config`; None for 16, in which they stay."""
     if config.lisa_frozen_bits == 16:
         return None
     device = torch.device(get_accelerator().current_device_name())
@@ -283,7 +285,7 @@ def hold_frozen_layers(
     return frozen
 
 
-def held_bytes(numels: Iterable[int], bits: int) -> int:
+def quantized_bytes(numels: Iterable[int], bits: int) -> int:
     """Bytes on the device of the codes of matrices of so many elements, with their scales."""
     total = 0
     for numel in numels:

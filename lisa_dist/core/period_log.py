@@ -186,12 +186,12 @@ class _BlockSample:
     def of(self, local: list[torch.Tensor], rank: int) -> torch.Tensor:
         """The sample in fp32, of what this rank has of each parameter, with zeros for what others have."""
         seen, begin = torch.zeros(self.numel, device=local[0].device), 0
-        for positions, held in zip(self.positions, local, strict=True):
-            first = rank * held.numel()
+        for positions, mine in zip(self.positions, local, strict=True):
+            first = rank * mine.numel()
             # Positions rise, so those of a shard lie side by side.
-            low, high = numpy.searchsorted(positions, (first, first + held.numel()))
-            index = _to_device(positions[low:high] - first, held.device)
-            seen[begin + low : begin + high] = held.detach().view(-1).index_select(0, index)
+            low, high = numpy.searchsorted(positions, (first, first + mine.numel()))
+            index = _to_device(positions[low:high] - first, mine.device)
+            seen[begin + low : begin + high] = mine.detach().view(-1).index_select(0, index)
             begin += len(positions)
         return seen
 

@@ -24,12 +24,12 @@ _RANK = ["-u", "-m", "lisa_dist.cli"]  # how the launcher starts one
 
 
 def launch_if_asked(argv: Sequence[str], verb: str, check: Callable[[Sequence[str]], object]) -> Sequence[str]:
-    """With `--gpus N` run N ranks of a verb on this host and exit as they do; else give the words back.
+    """With `--gpus N` run N ranks of a verb on this host and exit as they do; else return `argv`.
 
-    `check` raises UserError for words that no rank could use, before any is started. SIGTERM, SIGUSR1 and SIGINT go on
+    `check` raises UserError for flags that no rank could use, before any is started. SIGTERM, SIGUSR1 and SIGINT go on
     to the ranks, which end with a checkpoint: the launcher itself, sent a SIGTERM, would leave them behind.
     """
-    (asked,), words = take(argv, "--gpus")
+    (asked,), rest = take(argv, "--gpus")
     if not asked:
         if _LAUNCHER in os.environ:  # a rank that it has started
             _end_with(int(os.environ[_LAUNCHER]))
@@ -40,7 +40,7 @@ def launch_if_asked(argv: Sequence[str], verb: str, check: Callable[[Sequence[st
     forget_rank_of_parent()
     if "RANK" in os.environ:
         raise UserError(f"--gpus {number}: RANK is set, so a launcher has started this process already: leave it out.")
-    check(words)
+    check(rest)
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *_device_words(int(number))]
     launcher += ["--log_level", "critical"]  # below it the command of a rank that has said what is wrong is printed
     launcher += ["--master_port", str(free_port()), "--no_local_rank", "--module", "lisa_dist.cli", verb]
@@ -49,7 +49,7 @@ def launch_if_asked(argv: Sequence[str], verb: str, check: Callable[[Sequence[st
     environment = {name: value for name, value in os.environ.items() if name != _VISIBLE}
     environment[_LAUNCHER] = str(os.getpid())
     # In a session of its own: an interrupt from the keyboard comes to the ranks once, through here.
-    child = subprocess.Popen([*launcher, *words], start_new_session=True, env=environment)
+    child = subprocess.Popen([*launcher, *rest], start_new_session=True, env=environment)
     for stop in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(stop, lambda received, frame: _pass_on(child.pid, received))
     status = child.wait()
@@ -70,7 +70,7 @@ def _end_with(launcher: int) -> None:
 
 
 def _device_words(number: int) -> list[str]:
-    """The launcher's words for ranks on the first `number` GPUs that CUDA_VISIBLE_DEVICES shows.
+    """The launcher's flags for ranks on the first `number` GPUs that CUDA_VISIBLE_DEVICES shows.
 
     The launcher knows GPUs by their index on the host, and ignores the variable when it is told a number of them.
     """

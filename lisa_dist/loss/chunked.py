@@ -1,9 +1,9 @@
-"""TRL's loss in chunks: the head's gradient by slabs of words, and torch's kernels where Triton cannot compile.
+"""TRL's loss in chunks: the head's gradient in chunks of its rows, and torch's kernels where Triton cannot compile.
 
-TRL sums the gradient of a head [words, size] in fp32 and rounds it to the weights' precision at the end: for weights in
-bf16 that is three times the gradient's bytes at once (128,256 words by 4,096: 2 GiB and 1 GiB). Here it is rounded slab
-by slab, the same sums. Hidden states [tokens, size] have two more copies in fp32 meanwhile, so slabs are for fewer
-tokens than two thirds of the words.
+TRL sums the gradient of a head [vocabulary, size] in fp32 and rounds it to the weights' precision at the end: for
+weights in bf16 that is three times the gradient's bytes at once (128,256 by 4,096: 2 GiB and 1 GiB). Here it is rounded
+chunk by chunk, the same sums. Hidden states [tokens, size] have two more copies in fp32 meanwhile, so chunks are for
+fewer tokens than two thirds of the vocabulary.
 """
 
 from types import SimpleNamespace
@@ -19,18 +19,18 @@ from lisa_dist.patches import patch
 from lisa_dist.zero.parameters import rows_of
 
 
-class LogProbsInSlabs(ChunkedLogProbFunction):
-    """TRL's log-probabilities; of weights below fp32 the gradient is computed by slabs, where that takes less."""
+class LogProbsInChunks(ChunkedLogProbFunction):
+    """TRL's log-probabilities; of weights below fp32 the gradient is computed by chunks, where that takes less."""
 
-    words: int | None = 2048  # of a slab; None: of all at once, as TRL does
-    slabs: int | None = None  # that are computed: all; a step that is only traced does with the first
+    rows: int | None = 2048  # of a chunk; None: all at once, as TRL does
+    chunks: int | None = None  # that are computed: all; a step that is only traced does with the first
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """TRL's gradients of hidden states [tokens, size], weight [words, size] and bias [words], slab by slab."""
+        """TRL's gradients of hidden states [tokens, size], weight [vocabulary, size] and bias, in chunks."""
         saved = ctx.saved_tensors  # once: what offloads activations gives each but once
         hidden, weight, bias, targets, *statistics = saved
-        words, needed = LogProbsInSlabs.words, ctx.needs_input_grad
+        rows, needed = LogProbsInChunks.rows, ctx.needs_input_grad
 
         def gradients_of(tensors: tuple[Any, ...], **changes: Any) -> tuple[Any, ...]:
             context = vars(ctx) | {"saved_tensors": tensors, "needs_input_grad": needed} | changes
@@ -39,29 +39,29 @@ class LogProbsInSlabs(ChunkedLogProbFunction):
 
         with utils.maybe_gather_lm_head_ctx(weight, bias):
             is_smaller = 3 * len(hidden) < 2 * len(weight)
-            if words is None or weight.dtype == torch.float32 or not needed[1] or not is_smaller:
+            if rows is None or weight.dtype == torch.float32 or not needed[1] or not is_smaller:
                 return gradients_of(saved)
-            # TRL rounds what it returns to the precision of what it is given, and slabs are to be summed in fp32.
+            # TRL rounds what it returns to the precision of what it is given, and chunks are to be summed in fp32.
             exact = hidden.float()
             of_hidden = torch.zeros_like(exact) if needed[0] else None
             of_weight = torch.empty_like(weight)
             of_bias = torch.empty_like(bias) if needed[2] else None
-            for start in range(0, len(weight), words)[: LogProbsInSlabs.slabs]:
-                slab = slice(start, start + words)
-                in_slab = rows_of(weight, slab), None if bias is None else rows_of(bias, slab), targets - start
-                found = gradients_of((exact, *in_slab, *statistics), chunk_size=words)
-                of_weight[slab] = found[1]
+            for start in range(0, len(weight), rows)[: LogProbsInChunks.chunks]:
+                chunk = slice(start, start + rows)
+                in_chunk = rows_of(weight, chunk), None if bias is None else rows_of(bias, chunk), targets - start
+                found = gradients_of((exact, *in_chunk, *statistics), chunk_size=rows)
+                of_weight[chunk] = found[1]
                 if of_hidden is not None:
                     of_hidden += found[0]
                 if of_bias is not None:
-                    of_bias[slab] = found[2]
+                    of_bias[chunk] = found[2]
         of_hidden = None if of_hidden is None else of_hidden.to(hidden.dtype)
         return of_hidden, of_weight, of_bias, *(None,) * (len(needed) - 3)
 
 
-def use_slabs() -> None:
-    """Have the fused heads that TRL gives to models compute the head's gradient by slabs, from now on."""
-    patch(utils, "_ChunkedLogProbFunction", LogProbsInSlabs, of="head_gradient")
+def use_chunks() -> None:
+    """Have the fused heads that TRL gives to models compute the head's gradient by chunks, from now on."""
+    patch(utils, "_ChunkedLogProbFunction", LogProbsInChunks, of="head_gradient")
 
 
 def choose_loss_kernels() -> str | None:

@@ -21,7 +21,7 @@ from lisa_dist.patches import patch
 
 LOSSES = ("auto", "logits", "chunked", "liger")
 _IN_CACHE = 1 << 17  # elements in fp32
-# Logits [labels, words] and targets [labels] to the targets' log-probabilities and entropies, in fp32.
+# Logits [labels, vocabulary] and targets [labels] to the targets' log-probabilities and entropies, in fp32.
 Score = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 # A mask [rows, tokens] to the numbers of what it keeps, row after row.
 Select = Callable[[torch.Tensor], torch.Tensor]

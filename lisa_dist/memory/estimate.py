@@ -23,7 +23,7 @@ import torch
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import FACTORED
-from lisa_dist.core.frozen_layers import held_bytes
+from lisa_dist.core.frozen_layers import quantized_bytes
 from lisa_dist.core.selection import most_active, sampled_blocks, split_by_decay
 from lisa_dist.kernels.adamw import chunk_bytes
 from lisa_dist.kernels.dynamic_code import table_bytes
@@ -53,7 +53,7 @@ from lisa_dist.memory.workload import (
 from lisa_dist.optim.build import BITSANDBYTES_ADAMW, LISA_ADAMW
 from lisa_dist.optim.factored import places
 from lisa_dist.optim.moments import QUANTIZED_BLOCK
-from lisa_dist.optim.row_gradient import slab_numel
+from lisa_dist.optim.row_gradient import chunk_numel
 from lisa_dist.optim.states import Piece, pinned_block, pinned_bytes
 from lisa_dist.zero import gradients
 from lisa_dist.zero.layout import partition_numel, pieces_of_group, share_numel
@@ -270,9 +270,9 @@ class StepPlan:
         numels = [parameter.numel() for parameter in self.run.model.parameters()]
         if self._stage == 3:
             return sum(share_numel(numel, self.world_size) for numel in numels) * self._element
-        held = [module.weight.numel() for module in self.run.held_modules(self._trained)]
-        frozen = sum(numels) - sum(held) - sum(parameter.numel() for parameter in self._trained)
-        in_codes = held_bytes(held, self.run.workload.frozen_bits)
+        quantized = [module.weight.numel() for module in self.run.quantized_modules(self._trained)]
+        frozen = sum(numels) - sum(quantized) - sum(parameter.numel() for parameter in self._trained)
+        in_codes = quantized_bytes(quantized, self.run.workload.frozen_bits)
         # Active weights lie in padded buffers.
         return frozen * self._element + in_codes + self._partition_bytes * self.world_size
 
@@ -446,7 +446,7 @@ class StepPlan:
         if self.optim == LISA_ADAMW:  # takes gradients as they are; on CPU one chunk of the largest piece is copied
             pieces = [piece.length for rank in self._ranks for piece in self._pieces(group, rank)]
             piece = max(pieces, default=0)
-            laid_out = min(piece, slab_numel(self.on_cpu)) * self._element if group.by_rows else 0
+            laid_out = min(piece, chunk_numel(self.on_cpu)) * self._element if group.by_rows else 0
             if group.bits == FACTORED:  # and the new roots and sums, of each row and column
                 sums = 2 * self._state_bytes(group, 0)
                 chunk = factored_chunk_bytes(piece, max(group.widths), self.master != "fp32")

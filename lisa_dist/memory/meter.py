@@ -17,7 +17,7 @@ from lisa_dist.core.live_bytes import live_storages
 from lisa_dist.memory.trace import AllocationTracker, part_of
 from lisa_dist.memory.workload import MemoryParts
 from lisa_dist.patches import patched
-from lisa_dist.zero.parameters import held_tensors
+from lisa_dist.zero.parameters import local_tensors
 
 _STABLE_POLLS = 10  # without a change of memory, after which no thread is expected to free any
 
@@ -108,8 +108,8 @@ class StepMeter:
         return self._optimizer_step(*args, **kwargs)
 
     def _weight_bytes(self) -> int:
-        held = [tensor for parameter in self._engine.module.parameters() for tensor in held_tensors(parameter)]
-        once = {(tensor.data_ptr(), tensor.nbytes): tensor for tensor in held}  # tables of codes are shared
+        tensors = [tensor for parameter in self._engine.module.parameters() for tensor in local_tensors(parameter)]
+        once = {(tensor.data_ptr(), tensor.nbytes): tensor for tensor in tensors}  # tables of codes are shared
         return sum(tensor.nbytes for tensor in once.values() if self._is_on_device(tensor))
 
     def _state_bytes(self) -> tuple[int, int]:

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from lisa_dist.config import LisaConfig
+from lisa_dist.core.activation_checkpointing import AUTO, parse_checkpointed_layers
 from lisa_dist.core.blocks import model_without_weights, why_not_trained
-from lisa_dist.core.checkpointing import AUTO, parse_checkpointed_layers
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import check_loss

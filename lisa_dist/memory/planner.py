@@ -12,8 +12,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import LORA_LAYERS, PLANNED_LAYERS
+from lisa_dist.core.activation_checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.blocks import number_of_decoder_layers
-from lisa_dist.core.checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.engine_checks import prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
@@ -108,7 +108,7 @@ class Planner:
         if lisa.lisa_state == "keep":
             host = host | {"kept states": kept_states(run, lisa, settings.stage, arguments.gpus, arguments.optim)}
         if lisa.lisa_frozen_bits != 16:
-            originals = sum(module.weight.nbytes for module in run.held_modules([]))
+            originals = sum(module.weight.nbytes for module in run.quantized_modules([]))
             host = host | {"originals of the layers": -(-originals // min(arguments.gpus, arguments.gpus_per_host))}
         self._plans[key] = Plan(str(ds_config), run.workload, parts, host, lisa)
         return self._plans[key]

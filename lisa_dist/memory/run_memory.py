@@ -1,9 +1,9 @@
 """Memory of one run: how many layers are checkpointed, what a step was planned to need, and what one needed.
 
-The number of checkpointed layers (`core/checkpointing.py`) is set before the first step: as given, or with "auto" to
-the fewest with which the plan of the worst period fits the budget. One early step is measured (`StepMeter`). "auto"
-then corrects the plan by its error for that step and sets the number again; if the run had planned how many layers
-train, and they do not fit, fewer do from the next period on. The run ends with a table of both.
+The number of checkpointed layers (`core/activation_checkpointing.py`) is set before the first step: as given, or with
+"auto" to the fewest with which the plan of the worst period fits the budget. One early step is measured (`StepMeter`).
+"auto" then corrects the plan by its error for that step and sets the number again; if the run had planned how many
+layers train, and they do not fit, fewer do from the next period on. The run ends with a table of both.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
-from lisa_dist.core.checkpointing import (
+from lisa_dist.core.activation_checkpointing import (
     AUTO,
     checkpoint_layers,
     checkpointed_layers,

@@ -15,7 +15,7 @@ import torch
 from transformers import masking_utils
 from transformers.integrations import moe
 
-from lisa_dist.core.frozen_layers import held_forward
+from lisa_dist.core.frozen_layers import quantized_forward
 from lisa_dist.memory.workload import LIGER, OF_TRL, Workload
 from lisa_dist.patches import patched
 
@@ -23,10 +23,10 @@ _cross_entropy = torch.nn.functional.cross_entropy  # before Liger can have repl
 
 
 @contextlib.contextmanager
-def stand_ins(workload: Workload, held: Sequence[Any]) -> Iterator[None]:
-    """All of them, in a step of this workload whose linear modules `held` are in fewer bits."""
+def stand_ins(workload: Workload, quantized: Sequence[Any]) -> Iterator[None]:
+    """All of them, in a step of this workload whose linear modules `quantized` are in fewer bits."""
     with contextlib.ExitStack() as stack:
-        for module in held:
+        for module in quantized:
             stack.enter_context(_dequantized(module))
         stack.enter_context(_experts_of_any_dtype())
         if not workload.padded:  # SDPA gets a mask only where examples are packed
@@ -35,7 +35,7 @@ def stand_ins(workload: Workload, held: Sequence[Any]) -> Iterator[None]:
         if workload.loss in OF_TRL:
             if workload.triton:
                 stack.enter_context(_tiles())
-            stack.enter_context(_slabs(workload.loss == LIGER))
+            stack.enter_context(_chunks(workload.loss == LIGER))
         yield
 
 
@@ -43,12 +43,12 @@ def stand_ins(workload: Workload, held: Sequence[Any]) -> Iterator[None]:
 def _dequantized(module: Any) -> Iterator[None]:
     """A linear module whose matrix is in fewer bits, and dequantized in each pass: a fake tensor has no codes."""
     weight = module.weight.detach()
-    module.lisa_held = SimpleNamespace(in_fp32=False, whole=lambda: torch.empty_like(weight))
+    module.lisa_quantized = SimpleNamespace(in_fp32=False, dequantized=lambda: torch.empty_like(weight))
     try:
-        with patched(module, "forward", functools.partial(held_forward, module), of="held_matrix"):
+        with patched(module, "forward", functools.partial(quantized_forward, module), of="quantized_linear"):
             yield
     finally:
-        del module.lisa_held
+        del module.lisa_quantized
 
 
 def _experts_of_any_dtype() -> contextlib.AbstractContextManager[None]:
@@ -73,19 +73,19 @@ def _tiles() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _slabs(liger: bool) -> Iterator[None]:
-    """All slabs of the head's gradient after the second allocate what that does.
+def _chunks(liger: bool) -> Iterator[None]:
+    """All chunks of the head's gradient after the second allocate what that does.
 
-    Liger too sums the whole gradient in fp32, and rounds it: for it `words` is None.
+    Liger too sums the whole gradient in fp32, and rounds it: for it `rows` is None.
     """
-    from lisa_dist.loss.chunked import LogProbsInSlabs as Ours
+    from lisa_dist.loss.chunked import LogProbsInChunks as Ours
 
-    words, slabs = Ours.words, Ours.slabs
-    Ours.words, Ours.slabs = None if liger else words, 2
+    rows, chunks = Ours.rows, Ours.chunks
+    Ours.rows, Ours.chunks = None if liger else rows, 2
     try:
         yield
     finally:
-        Ours.words, Ours.slabs = words, slabs
+        Ours.rows, Ours.chunks = rows, chunks
 
 
 class TritonScores(torch.autograd.Function):

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from lisa_dist.config_rules import StateBits
+from lisa_dist.core.activation_checkpointing import checkpoint_layers
 from lisa_dist.core.blocks import find_blocks, linear_modules, split_into_modules, without_zero3_init
-from lisa_dist.core.checkpointing import checkpoint_layers
 from lisa_dist.core.selection import split_by_decay, takes_bits
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import add_label_logits
@@ -230,9 +230,9 @@ class FakeRun:
         if workload.loss in OF_TRL:
             from trl.trainer.utils import add_fused_lm_head
 
-            from lisa_dist.loss.chunked import use_slabs
+            from lisa_dist.loss.chunked import use_chunks
 
-            use_slabs()
+            use_chunks()
             add_fused_lm_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
         if workload.loss == LOGITS:
             score = TritonScores.apply if workload.triton else None
@@ -290,8 +290,8 @@ class FakeRun:
         bits = state_bits.get(name, default)
         return bits if takes_bits(bits, kind) else default
 
-    def held_modules(self, trained: Iterable[torch.nn.Parameter]) -> list[Any]:
-        """The linear modules of decoder layers that are held in fewer bits where `trained` parameters train."""
+    def quantized_modules(self, trained: Iterable[torch.nn.Parameter]) -> list[Any]:
+        """The linear modules of decoder layers that are quantized where `trained` parameters train."""
         if self.workload.frozen_bits == 16:
             return []
         ours = {id(parameter) for parameter in trained}
@@ -301,7 +301,7 @@ class FakeRun:
     def trace(self, groups: Sequence[Group]) -> StepTrace:
         """Run one forward and backward pass and count its allocations; gradients are dropped as they arrive.
 
-        Once for each set of parameters that train: how their states are held changes nothing of it. Raises ValueError
+        Once for each set of parameters that train: the form of their states changes nothing of it. Raises ValueError
         for a model that cannot be run on fake tensors.
         """
         trained = [parameter for group in groups for parameter in group.params]
@@ -376,7 +376,7 @@ class FakeRun:
                 stack.callback(parameter.register_post_accumulate_grad_hook(drop).remove)
             stack.callback(self.model.get_input_embeddings().register_forward_hook(look_up).remove)
             stack.enter_context(_report_model_errors(config))
-            stack.enter_context(stand_ins(self.workload, self.held_modules(trained)))
+            stack.enter_context(stand_ins(self.workload, self.quantized_modules(trained)))
             if numbers is not None:
                 path = self.blocks.layers_path
                 stack.enter_context(only_layers(self.model, path, numbers, config.get_text_config(), mark))

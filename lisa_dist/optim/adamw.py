@@ -26,7 +26,7 @@ from lisa_dist.kernels.factored import FactoredNumbers, FactoredTensors, check_f
 from lisa_dist.optim import factored
 from lisa_dist.optim.factored import Matrix
 from lisa_dist.optim.ops import adamw_step, factored_step
-from lisa_dist.optim.row_gradient import RowGradient, in_slabs
+from lisa_dist.optim.row_gradient import RowGradient, in_chunks_of_rows
 from lisa_dist.optim.states import Fields, Piece
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # AdamW's, and whether each has a sign
@@ -234,7 +234,7 @@ class LisaAdamW(torch.optim.Optimizer):
             kind, step = StepNumbers, adamw_step
             numbers |= {"beta1": beta1, "beta2": beta2, "step": state["step"]}
         for piece, of_piece in zip(partition.pieces, tensors, strict=True):
-            for part, element in in_slabs(of_piece, piece.start):
+            for part, element in in_chunks_of_rows(of_piece, piece.start):
                 step(part, kind(element=element, parameter=_number_of(piece.name), **numbers))
 
 

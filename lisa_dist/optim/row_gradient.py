@@ -11,12 +11,12 @@ from lisa_dist.kernels.factored import FactoredTensors, num_rows
 
 # Elements of a piece that are laid out at a time, from a multiple of them on; blocks of 8-bit moments and tiles of
 # random bits end there too. On a CPU 16 MiB in fp32, for its caches; on a GPU each costs launches: 128 MiB in bf16.
-SLAB, GPU_SLAB = 1 << 22, 1 << 26
+ROWS_CHUNK, GPU_SLAB = 1 << 22, 1 << 26
 
 
-def slab_numel(on_cpu: bool) -> int:
-    """Elements of a slab on the CPU or on a GPU."""
-    return SLAB if on_cpu else GPU_SLAB
+def chunk_numel(on_cpu: bool) -> int:
+    """Elements of a chunk on the CPU or on a GPU."""
+    return ROWS_CHUNK if on_cpu else GPU_SLAB
 
 
 class RowGradient:
@@ -48,14 +48,14 @@ class RowGradient:
         return self.rows.device
 
     def is_contiguous(self) -> bool:
-        """Whether its slabs are."""
+        """Whether its chunks are."""
         return True
 
-    def slabs(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The piece laid out, a slab at a time: where it is, and its gradient, flat. The host waits once."""
-        cuts, begins, slab = [], 0, slab_numel(self.device.type == "cpu")
+    def chunks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The piece laid out, a chunk at a time: where it is, and its gradient, flat. The host waits once."""
+        cuts, begins, chunk = [], 0, chunk_numel(self.device.type == "cpu")
         while begins < self._numel:
-            ends = min(self._numel, begins + slab - (self.start + begins) % slab)
+            ends = min(self._numel, begins + chunk - (self.start + begins) % chunk)
             cuts.append(slice(begins, ends))
             begins = ends
         firsts = [(self.start + cut.start) // self.columns for cut in cuts]
@@ -64,9 +64,9 @@ class RowGradient:
         low, high = torch.searchsorted(self.indices, bounds).tolist()
         for number, cut in enumerate(cuts):
             first = firsts[number]
-            held = slice(low[number], high[number])
+            mine = slice(low[number], high[number])
             laid_out = self.rows.new_zeros(behind[number] - first, self.columns)
-            laid_out.index_copy_(0, self.indices[held] - first, self.rows[held])
+            laid_out.index_copy_(0, self.indices[mine] - first, self.rows[mine])
             begins = self.start + cut.start - first * self.columns
             yield cut, laid_out.view(-1)[begins : begins + cut.stop - cut.start]
 
@@ -79,8 +79,8 @@ class RowGradient:
         return row_sums, squares.sum(0)
 
 
-def in_slabs(tensors: Any, start: int) -> Iterator[tuple[Any, int]]:
-    """The tensors of a piece whose gradient is of rows, slab by slab, each with its first element; others as they are.
+def in_chunks_of_rows(tensors: Any, start: int) -> Iterator[tuple[Any, int]]:
+    """The tensors of a piece whose gradient is of rows, in chunks, each with its first element; others as they are.
 
     `tensors` are StepTensors or FactoredTensors, `start` is the piece's first element.
     """
@@ -89,7 +89,7 @@ def in_slabs(tensors: Any, start: int) -> Iterator[tuple[Any, int]]:
         yield tensors, start
         return
     there = {name: value for name, value in vars(tensors).items() if value is not None and name != "gradient"}
-    for cut, laid_out in gradient.slabs():
+    for cut, laid_out in gradient.chunks():
         element = start + cut.start
         cuts = {"gradient_scale": slice(None), "column_roots": slice(None)}  # of what has not one number an element
         if isinstance(tensors, FactoredTensors):

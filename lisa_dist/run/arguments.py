@@ -11,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 from trl import ModelConfig
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
+from lisa_dist.core.activation_checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.data.dataset import DataArguments
 from lisa_dist.definitions import setting
 from lisa_dist.distributed.ranks import check_port, set_rank

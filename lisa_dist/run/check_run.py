@@ -18,6 +18,7 @@ from trl import SFTConfig
 
 from lisa_dist.checkpoint.resume import has_only_weights
 from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS
+from lisa_dist.core.activation_checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.blocks import (
     find_blocks,
     model_without_weights,
@@ -25,7 +26,6 @@ from lisa_dist.core.blocks import (
     split_into_modules,
     why_not_trained,
 )
-from lisa_dist.core.checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.engine_checks import check_eval_frozen_bits, prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights, split_columns
 from lisa_dist.core.selection import unit_budget

@@ -11,8 +11,8 @@ import torch
 from transformers import TrainingArguments
 
 from lisa_dist.config import LisaConfig
+from lisa_dist.core.activation_checkpointing import AUTO, parse_checkpointed_layers
 from lisa_dist.core.blocks import find_blocks, split_into_modules
-from lisa_dist.core.checkpointing import AUTO, parse_checkpointed_layers
 from lisa_dist.presets import NONE
 from lisa_dist.run.arguments import ALL_LINEAR, ModelArguments, RunConfig, run_parser
 from lisa_dist.run.settle import Settled, describe_preset, installed_versions
@@ -80,14 +80,12 @@ def describe_devices(args: TrainingArguments) -> str:
     return f"{args.world_size} x {device}, {precision_of_arguments(args)}"
 
 
-def record_of_run(settled: Settled, words: Sequence[str], model: Any, data: Sequence[str]) -> dict[str, Any]:
-    """The content of lisa_run.json; `words` are those of the command line, `data` describes the examples in lines."""
+def record_of_run(settled: Settled, argv: Sequence[str], model: Any, data: Sequence[str]) -> dict[str, Any]:
+    """The content of lisa_run.json; `argv` is the command line's, `data` describes the examples in lines."""
     config = settled.config
-    words = without_secrets(
-        word for word in words if not word.startswith(("--local_rank", "--resume_from_checkpoint="))
-    )
-    if "--resume_from_checkpoint" in words:  # to repeat the run is not to resume it
-        del words[(at := words.index("--resume_from_checkpoint")) : at + 2]
+    argv = without_secrets(word for word in argv if not word.startswith(("--local_rank", "--resume_from_checkpoint=")))
+    if "--resume_from_checkpoint" in argv:  # to repeat the run is not to resume it
+        del argv[(at := argv.index("--resume_from_checkpoint")) : at + 2]
     ranks, here = config.training.world_size, int(os.environ["LOCAL_SIZE"])  # which `set_rank` has made sure of
     start = ["lisa-dist", "train", *(["--gpus", str(here)] if ranks > 1 else [])]
     hosts, flags = ranks // here, config.flags()
@@ -99,8 +97,8 @@ def record_of_run(settled: Settled, words: Sequence[str], model: Any, data: Sequ
         "devices": describe_devices(config.training),
         "loss": settled.loss_line,
         "began": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "command": shlex.join([*start, *words]) + (f"  # by a launcher on {hosts} hosts" if hosts > 1 else ""),
-        "given": [f"--{name}" for name in run_parser(config.run.task).given(words)],
+        "command": shlex.join([*start, *argv]) + (f"  # by a launcher on {hosts} hosts" if hosts > 1 else ""),
+        "given": [f"--{name}" for name in run_parser(config.run.task).given(argv)],
         "flags": {name: value if isinstance(value, in_json) else str(value) for name, value in flags.items()},
         "versions": installed_versions() | {"Python": platform.python_version()},
         "parameters": sum(parameter_numel(parameter) for parameter in model.parameters()),

@@ -10,8 +10,8 @@ import yaml
 from transformers import PretrainedConfig
 
 from lisa_dist.config import LisaConfig
+from lisa_dist.core.activation_checkpointing import AUTO
 from lisa_dist.core.blocks import number_of_decoder_layers
-from lisa_dist.core.checkpointing import AUTO
 from lisa_dist.definitions import setting
 from lisa_dist.errors import UserError
 from lisa_dist.files import check_new_file
@@ -71,8 +71,8 @@ class InitArguments(PlanArguments):
         return (path.parent if path.name == "config.json" else path).name
 
 
-def format_recipe(chosen: Chosen, words: Sequence[str], config: PretrainedConfig, rate: float) -> str:
-    """The recipe's text, YAML with comments; `words` are those of the command."""
+def format_recipe(chosen: Chosen, argv: Sequence[str], config: PretrainedConfig, rate: float) -> str:
+    """The recipe's text, YAML with comments; `argv` is the command's."""
     arguments, lisa_config, num_layers = chosen.arguments, chosen.lisa_config, number_of_decoder_layers(config)
     assert isinstance(arguments, InitArguments)
     defaults = LisaConfig().to_dict()
@@ -82,7 +82,7 @@ def format_recipe(chosen: Chosen, words: Sequence[str], config: PretrainedConfig
     layers = (_ALL if gamma == num_layers else _LAYERS).format(num_layers)
     batch = arguments.gpus * arguments.micro_batch_size * arguments.gradient_accumulation_steps
     lines = [
-        _head(chosen, arguments, words),
+        _head(chosen, arguments, argv),
         "# LISA: what trains in a period, and optimizer steps in it.",
         "method: lisa",
         *_of_task(arguments),
@@ -109,14 +109,14 @@ def format_recipe(chosen: Chosen, words: Sequence[str], config: PretrainedConfig
     return "\n".join([*lines, _END])
 
 
-def _head(chosen: Chosen, arguments: InitArguments, words: Sequence[str]) -> str:
+def _head(chosen: Chosen, arguments: InitArguments, argv: Sequence[str]) -> str:
     """What the recipe is, how to start it, and its paths."""
     plan, way = chosen.plan, chosen.fallback.name
     here = min(arguments.gpus, arguments.gpus_per_host)
     more_hosts = "" if here == arguments.gpus else "\n# on one host; for several: docs/clusters.md"
     return f"""\
 # LISA on {_join([arguments.model_name])}, {arguments.gpus} x {arguments.gpu_memory.strip()}, made by
-#   {_join(["lisa-dist", "init", *words])}
+#   {_join(["lisa-dist", "init", *argv])}
 # {way[0].upper() + way[1:]}.
 # Planned for {arguments.seq_length} tokens a sequence: {format_bytes(plan.gpu.needed)} on each GPU and \
 {arguments.reserve.strip()} for CUDA, {format_bytes(plan.host_bytes)} of host memory a rank.
@@ -144,8 +144,8 @@ def _plan_command(arguments: InitArguments, plan: Plan) -> str:
     flags = {name: asked[name] for name in defaults if asked[name] != defaults[name] and name != "dataset_name"}
     flags["deepspeed"] = plan.ds_config
     flags |= given_settings(plan.lisa_config)
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return _join(["lisa-dist", "plan", "--model", arguments.model, *words])
+    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return _join(["lisa-dist", "plan", "--model", arguments.model, *argv])
 
 
 def _as_yaml(value: object) -> str:
@@ -153,7 +153,7 @@ def _as_yaml(value: object) -> str:
     return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=math.inf)[1:-2]
 
 
-def _join(words: Sequence[str]) -> str:
+def _join(argv: Sequence[str]) -> str:
     """A command in one line, as a comment holds it: what cannot be printed is written as in bash's $'...'."""
     # After a quotation mark Python puts what it shows between apostrophes, with the same escapes.
-    return " ".join(shlex.quote(word) if word.isprintable() else "$'" + repr(f'"{word}')[2:] for word in words)
+    return " ".join(shlex.quote(word) if word.isprintable() else "$'" + repr(f'"{word}')[2:] for word in argv)

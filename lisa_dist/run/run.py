@@ -24,8 +24,8 @@ from lisa_dist.text import in_one_line
 from lisa_dist.zero.cpu_ops import start_deepspeed
 
 
-def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
-    """Train, and save the model in `output_dir`; `words` of a command line are recorded, `config` is settled.
+def run(config: RunConfig, argv: Sequence[str] = ()) -> Path | None:
+    """Train, and save the model in `output_dir`; `argv` of the command line is recorded, `config` is settled.
 
     Returns `output_dir` on rank 0 when training finished, None on other ranks and after a signal. Raises UserError
     before a model is loaded for what cannot work.
@@ -47,7 +47,7 @@ def run(config: RunConfig, words: Sequence[str] = ()) -> Path | None:
         trainer = load_trainer(settled, processing, data)
         with together(output_dir):
             if trainer.is_world_process_zero():
-                record = record_of_run(settled, words, trainer.model, data.lines)
+                record = record_of_run(settled, argv, trainer.model, data.lines)
                 write_run(output_dir, record, resumes=goes_on(output_dir, resume_from))
         trainer.accelerator.print(describe_run(settled, template, processor))
         trainer.accelerator.print(_describe_data(config, data))

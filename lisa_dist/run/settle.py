@@ -23,8 +23,8 @@ from transformers.training_args import OptimizerNames
 from lisa_dist.checkpoint.folders import checkpoints_by_age
 from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS
+from lisa_dist.core.activation_checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.core.blocks import number_of_decoder_layers
-from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.distributed.collectives import gather, raise_shared
 from lisa_dist.ds_config import given_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError

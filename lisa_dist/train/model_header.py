@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lisa_dist.core.checkpointing import checkpointed_layers
+from lisa_dist.core.activation_checkpointing import checkpointed_layers
 from lisa_dist.core.controller import LisaController
 from lisa_dist.ds_config import uses_optimizer_offload
 from lisa_dist.optim.build import LISA_ADAMW

@@ -69,9 +69,9 @@ class MonitoredMixin(_TrainerClass):
 
     def __init__(self, *args: Any, **kwargs: Any):
         if any(one.__module__.partition(".")[0] == "trl" for one in type(self).__mro__):  # else it is not imported
-            from lisa_dist.loss.chunked import use_slabs
+            from lisa_dist.loss.chunked import use_chunks
 
-            use_slabs()
+            use_chunks()
         super().__init__(*args, **kwargs)
         hide_secrets_of(self.args)
         self._meter = SpeedMeter(self.args.device)

@@ -26,7 +26,7 @@ from lisa_dist.checkpoint.resume import check_pickles, load_checkpoint, start_fr
 from lisa_dist.checkpoint.save import end_save, finish_save, save_checkpoint
 from lisa_dist.checkpoint.weights import read_weights, save_without_weights, write_weights
 from lisa_dist.config import LisaConfig
-from lisa_dist.core.checkpointing import AUTO, parse_budget, parse_checkpointed_layers
+from lisa_dist.core.activation_checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_checks import check_eval_frozen_bits, check_no_adapters
 from lisa_dist.distributed.collectives import together
@@ -51,7 +51,7 @@ from lisa_dist.train.deepspeed_arguments import begin_deepspeed
 from lisa_dist.train.model_header import describe_training
 from lisa_dist.train.monitoring import MonitoredMixin, SlowRanks, lisa_metrics
 from lisa_dist.train.step_memory import StepWorkload, bytes_of_any_gpu
-from lisa_dist.zero.parameters import held_tensors
+from lisa_dist.zero.parameters import local_tensors
 
 
 class LisaMixin(MonitoredMixin):
@@ -213,7 +213,8 @@ class LisaMixin(MonitoredMixin):
         """Set how many layers are checkpointed."""
         device, lisa, config = self.args.device, self._controller, self.model.config
         reference = getattr(self, "ref_model", None)
-        beside = [] if reference is None else [held for one in reference.parameters() for held in held_tensors(one)]
+        others = [] if reference is None else reference.parameters()
+        beside = [tensor for parameter in others for tensor in local_tensors(parameter)]
         can_plan = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not lisa.blocks.frozen_numel
         budget, measure_budget = self._gpu_memory, None
         if budget is None and device.type == "cuda":
@@ -271,8 +272,8 @@ class LisaMixin(MonitoredMixin):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, for an evaluation and a prediction, with what frozen layers are to be evaluated as."""
-        held = self.lisa.frozen_layers if self.lisa is not None and self._evaluates_originals else None
-        with held.exact() if held else contextlib.nullcontext():
+        frozen = self.lisa.frozen_layers if self.lisa is not None and self._evaluates_originals else None
+        with frozen.exact() if frozen else contextlib.nullcontext():
             return super().evaluation_loop(*args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -7,7 +7,7 @@ parameter has no gradient, and DeepSpeed's reduction knows nothing of it:
     backward pass   rows of this rank's tokens, each token once              n D elements, n the tokens of a micro-batch
     its end         divided by W and sent to the ranks whose pieces they     n D elements sent, of each rank
                     are in, which add them up (all_to_all)
-    step            RowGradient, laid out a slab at a time                   min(W n, rows of the piece) D elements kept
+    step            RowGradient, laid out a chunk at a time                  min(W n, rows of the piece) D elements kept
 
 Only where the embedding is a matrix of its own group, looked up by a plain `nn.Embedding` and tied to nothing.
 """

@@ -43,8 +43,8 @@ def is_in_an_engine(parameter: torch.Tensor) -> bool:
 
 def whole_weights(parameter: torch.Tensor) -> torch.Tensor:
     """The weights of a parameter, on the device or as their original on the host; ZeRO-3 must have gathered it."""
-    held = original_of(parameter)
-    return parameter.detach() if held is None else held.original
+    quantized = original_of(parameter)
+    return parameter.detach() if quantized is None else quantized.original
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
@@ -54,14 +54,16 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
 
 def parameter_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """The shape of the whole parameter; ZeRO-3, and fewer bits, leave [0] in `shape`."""
-    held = original_of(parameter)
-    return tuple(getattr(parameter, "ds_shape", parameter.shape) if held is None else held.original.shape)
+    quantized = original_of(parameter)
+    return tuple(getattr(parameter, "ds_shape", parameter.shape) if quantized is None else quantized.original.shape)
 
 
 def parameter_numel(parameter: torch.Tensor) -> int:
     """Elements of the whole parameter; ZeRO-3, and fewer bits, leave 0 in `numel()`."""
-    held = original_of(parameter)
-    return (getattr(parameter, "ds_numel", None) or parameter.numel()) if held is None else held.original.numel()
+    quantized = original_of(parameter)
+    if quantized is not None:
+        return quantized.original.numel()
+    return getattr(parameter, "ds_numel", None) or parameter.numel()
 
 
 def local_weights(parameter: Any) -> torch.Tensor:
@@ -80,10 +82,10 @@ def rows_of(parameter: Any, rows: slice) -> torch.Tensor:
     return found
 
 
-def held_tensors(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+def local_tensors(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
     """What this rank's memory has of a parameter: its weights, or the codes that stand for them."""
-    held = original_of(parameter)
-    return [local_weights(parameter)] if held is None else held.tensors
+    quantized = original_of(parameter)
+    return [local_weights(parameter)] if quantized is None else quantized.tensors
 
 
 def local_shard(parameter: Any) -> tuple[int, torch.Tensor]:

@@ -22,7 +22,7 @@ def train_reference(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     max_grad_norm: float = 1.0,
-    asleep_of_period: Sequence[Sequence[torch.nn.Parameter]] = (),
+    frozen_of_period: Sequence[Sequence[torch.nn.Parameter]] = (),
     states: str = "reset",
     factored: Sequence[torch.nn.Parameter] = (),
     lr_scale: Callable[[torch.nn.Parameter], float] = lambda parameter: 1.0,
@@ -30,7 +30,7 @@ def train_reference(
     """Train `model` in place and return each step's loss.
 
     `batches[s]` holds the micro-batches of step s (token ids, labels the same), each the whole global batch.
-    `asleep_of_period` are parameters outside the layers that do not train in a period. What falls asleep loses its
+    `frozen_of_period` are parameters outside the layers that do not train in a period. What becomes inactive loses its
     moments ("reset"), every parameter does at every switch ("reset_all"), or none ever does ("keep").
     Each parameter's rate is `lr_scale` of it times the rate.
     """
@@ -40,14 +40,14 @@ def train_reference(
     for step, micro_batches in enumerate(batches):
         period = step // period_steps
         active = set(layers_of_period[period])
-        asleep = {id(p) for p in asleep_of_period[period]} if asleep_of_period else set()
-        trained = [p for p in model.parameters() if id(p) not in asleep and layer_of.get(id(p)) in active | {None}]
+        frozen = {id(p) for p in frozen_of_period[period]} if frozen_of_period else set()
+        trained = [p for p in model.parameters() if id(p) not in frozen and layer_of.get(id(p)) in active | {None}]
         if step % period_steps == 0:
-            awake = {id(p) for p in trained}
+            active = {id(p) for p in trained}
             if states == "reset_all":
                 moments = {}
             elif states == "reset":
-                moments = {key: value for key, value in moments.items() if key in awake}
+                moments = {key: value for key, value in moments.items() if key in active}
 
         for p in model.parameters():
             p.grad = None
@@ -102,11 +102,11 @@ def train_reference_by_blocks(
     body = model.get_submodule(model.base_model_prefix)
     of_body, norm = (body.h, body.ln_f) if hasattr(body, "h") else (body.layers, body.norm)
     outer = {"embed": model.get_input_embeddings(), "head": model.get_output_embeddings(), "rest": norm}
-    asleep = []
+    frozen = []
     for blocks in blocks_of_period:
         names = [name for name in (*always_on.split(","), *blocks) if name in outer]
-        awake = {id(value) for name in names for value in outer[name].parameters()}
-        asleep.append([value for module in outer.values() for value in module.parameters() if id(value) not in awake])
+        active = {id(value) for name in names for value in outer[name].parameters()}
+        frozen.append([value for module in outer.values() for value in module.parameters() if id(value) not in active])
     layers_of_period = [[block for block in blocks if isinstance(block, int)] for blocks in blocks_of_period]
-    settings |= {"asleep_of_period": asleep}
+    settings |= {"frozen_of_period": frozen}
     return train_reference(model, list(layers or of_body), layers_of_period, *arguments, **settings)

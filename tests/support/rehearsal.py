@@ -110,7 +110,7 @@ def loop(
     from simulated_gpu.memory import MEMORY
 
     import lisa_dist
-    from lisa_dist.core.checkpointing import checkpoint_layers, let_backward_end
+    from lisa_dist.core.activation_checkpointing import checkpoint_layers, let_backward_end
     from lisa_dist.ds_config import read_ds_config
 
     config = read_ds_config(ds_config)

@@ -146,7 +146,7 @@ def train(model: PreTrainedModel, twin: PreTrainedModel) -> str:
     layers = list(twin.get_submodule(blocks.layers_path))
     frozen = [parameter for parameter in twin.parameters() if not parameter.requires_grad]  # by its own code
     outside = [[*blocks.outside.parameters.values(), *frozen]] * 2
-    expected = train_reference(twin, layers, periods, 1, batches(), lr=LR, weight_decay=0.0, asleep_of_period=outside)
+    expected = train_reference(twin, layers, periods, 1, batches(), lr=LR, weight_decay=0.0, frozen_of_period=outside)
     differing, worst = 0, 0.0
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         difference = (mine - theirs).abs()

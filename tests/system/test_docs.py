@@ -21,7 +21,7 @@ from runs import ROOT, run_well
 
 from lisa_dist import cli
 from lisa_dist.commands import eval as eval_command
-from lisa_dist.flags import first_word_as, task_of
+from lisa_dist.flags import first_argument_as, task_of
 from lisa_dist.run.task_configs import CONFIGS
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -89,7 +89,7 @@ def folder(tmp_path_factory, cpu_ops) -> Path:
 def run_flags(words: list[str], folder: Path) -> None:
     """A training run with these flags, small; the launchers themselves are started in test_train.py."""
     flags = [str(ROOT / word) if word.startswith(("launch/", "examples/")) else word for word in words]
-    flags = ["--config", "recipe.yaml", *flags[1:]] if flags[:1] == ["..."] else first_word_as("--config", flags)
+    flags = ["--config", "recipe.yaml", *flags[1:]] if flags[:1] == ["..."] else first_argument_as("--config", flags)
     flags = [THERE.get(flag, flag) for flag in flags]
     task = task_of(flags)
     known = {one.name for one in fields(CONFIGS[task])} | {"model_name_or_path"}

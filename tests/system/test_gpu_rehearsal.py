@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cells import full
+from cases import full
 from models import VOCABULARY, save_tiny_llama
 from rehearsal import ROOT, rehearse
 
@@ -159,7 +159,7 @@ def benchmark(script: str, words: list[str]) -> None:
 
     class Run(runs.Run):
         def peak_bytes(self, length):
-            """The last that is asked of an arm, or nearly."""
+            """The last that is asked of a method, or nearly."""
             found = super().peak_bytes(length)
             assert not PROBLEMS, "; ".join(map(str, PROBLEMS.values()))
             return found

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from cells import full
+from cases import full
 from eval_files import write_lines
 from models import save_tiny_llama
 from ranks import PATIENCE

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from cells import full
+from cases import full
 from datasets import Dataset
 from peft import PeftModel
 from ranks import PATIENCE, run_ranks
@@ -425,7 +425,7 @@ IN_4_BITS = "--lisa_frozen_bits 4 --bf16 true"
         ("--lisa_frozen_bits 4 --method full", "--lisa_frozen_bits 4 with --method full: it is for"),
         (f"{IN_4_BITS} --torch_compile true", "--torch_compile True with --lisa_frozen_bits 4"),
         (f"{IN_4_BITS} --lisa_frozen_store absent", "--lisa_frozen_store absent: absent is no"),
-        ("--eval_frozen_bits 8", "--eval_frozen_bits 8: frozen layers are evaluated as they are held"),
+        ("--eval_frozen_bits 8", "--eval_frozen_bits 8: frozen layers are evaluated as they are quantized"),
         ("--lisa_master bf16_sr --optim lisa_adamw", "--lisa_master bf16_sr with weights in fp32"),
         ("--method full --optim lisa_adamw --checkpointed_layers none", "with --method full: it is for --method lisa;"),
     ],

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cells import full
+from cases import full
 from ranks import PATIENCE, free_port
 
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lisa_dist"
-# A module imports from its own room and from rooms of earlier lines, never sideways or up.
+# A module imports from its own package and from packages of earlier lines, never sideways or up.
 LEVELS = [
     {"ground"},  # the modules at the top, listed in GROUND
     {"data", "distributed", "optim"},
@@ -20,7 +20,7 @@ LEVELS = [
     {"convert", "eval", "integrations", "report", "run"},
     {"commands"},
 ]
-LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 GROUND = {
     "config",
     "config_rules",
@@ -58,8 +58,8 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def room_of(name: str) -> str:
-    """The room of a module: its folder, or for those at the top "ground", "commands" or "public" (the package)."""
+def package_of(name: str) -> str:
+    """The package of a module: its folder, or for those at the top "ground", "commands" or "public" (the package)."""
     parts = name.split(".")[1:]
     if not parts:
         return "public"
@@ -86,21 +86,21 @@ MODULES = {name_of(path): path for path in FILES}
 
 def test_every_room_has_a_level():
     assert len(MODULES) > 60  # all of them were found
-    assert {room_of(name) for name in MODULES} - {"public"} == set(LEVEL)
+    assert {package_of(name) for name in MODULES} - {"public"} == set(LEVEL)
 
 
-@pytest.mark.parametrize("room", sorted(LEVEL))
-def test_imports_go_downward(room):
+@pytest.mark.parametrize("package", sorted(LEVEL))
+def test_imports_go_downward(package):
     for name, path in MODULES.items():
-        if room_of(name) != room:
+        if package_of(name) != package:
             continue
         for target in imported(path):
-            to = room_of(target)
-            if to in (room, "kernels"):
+            to = package_of(target)
+            if to in (package, "kernels"):
                 continue
             assert to != "public", f"{name} imports the package itself: name the module"
-            assert LEVEL[to] < LEVEL[room], f"{name} imports {target}"
-            assert room not in INDEPENDENT or LEVEL[to] == 0 or to == "distributed", f"{name} imports {target}"
+            assert LEVEL[to] < LEVEL[package], f"{name} imports {target}"
+            assert package not in INDEPENDENT or LEVEL[to] == 0 or to == "distributed", f"{name} imports {target}"
 
 
 def test_no_circles():
@@ -108,10 +108,10 @@ def test_no_circles():
     TopologicalSorter(graph).prepare()  # raises CycleError, with the circle
 
 
-@pytest.mark.parametrize("room", sorted(set(LEVEL) - {"zero"}))
-def test_only_zero_names_deepspeed_privates(room):
+@pytest.mark.parametrize("package", sorted(set(LEVEL) - {"zero"}))
+def test_only_zero_names_deepspeed_privates(package):
     for name, path in MODULES.items():
-        found = PRIVATES.findall(path.read_text(encoding="utf-8")) if room_of(name) == room else ()
+        found = PRIVATES.findall(path.read_text(encoding="utf-8")) if package_of(name) == package else ()
         assert not found, f"{name} names {found}"
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from lisa_dist.commands.verbs import WITH_FLAGS, import_verb, look_for_files, parser_of
 from lisa_dist.errors import UserError
-from lisa_dist.flags import FlagParser, first_word_as, take
+from lisa_dist.flags import FlagParser, first_argument_as, take
 from lisa_dist.run.arguments import run_parser
 from lisa_dist.tasks import SFT, TASKS
 
@@ -197,9 +197,9 @@ def test_what_may_be_there_passes(monkeypatch, tmp_path):
 
 
 def test_a_first_word_that_is_no_flag():
-    assert first_word_as("--config", ["a.yaml", "--x", "1"]) == ["--config", "a.yaml", "--x", "1"]
+    assert first_argument_as("--config", ["a.yaml", "--x", "1"]) == ["--config", "a.yaml", "--x", "1"]
     for words in ([], ["--x", "a.yaml"]):
-        assert first_word_as("--config", words) == words
+        assert first_argument_as("--config", words) == words
 
 
 @pytest.mark.parametrize(

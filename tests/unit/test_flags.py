@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from cells import full
+from cases import full
 
 from lisa_dist import cli
 from lisa_dist.commands import chat, check, eval, init, norms, plan, train

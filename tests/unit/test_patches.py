@@ -26,7 +26,10 @@ ALLOWED = {
     ): "counters of a run, as DeepSpeed loads them",
     ("core/blocks.py", "setattr(parameter, _FROZEN_BY_LISA, not active)"): "a mark of ours",
     ("core/blocks.py", "vars(parameter).pop(_FROZEN_BY_LISA, False)"): "a mark of ours",
-    ("core/checkpointing.py", "module._forward_hooks[handle]"): "transformers removes the last of two such hooks alone",
+    (
+        "core/activation_checkpointing.py",
+        "module._forward_hooks[handle]",
+    ): "transformers removes the last of two such hooks alone",
     ("core/period_log.py", "vars(record).update(measure())"): "a record of ours",
     ("run/inputs.py", "vars(processor)['tokenizer']"): "its tokenizer, a public attribute",
     ("train/deepspeed_arguments.py", "vars(args).pop('_setup_devices', None)"): "a value that is computed again",
@@ -152,7 +155,7 @@ def test_every_entry_says_what_why_whom_to_ask_and_until_when():
 def test_a_patch_needs_a_name_that_is_there_and_a_key():
     linear = nn.Linear(1, 1)
     with pytest.raises(AssertionError, match="Linear has no forwards any more; forward of a frozen linear module"):
-        patch(linear, "forwards", None, of="held_matrix")
+        patch(linear, "forwards", None, of="quantized_linear")
     with pytest.raises(AssertionError, match="nobody_s"):
         patch(linear, "forward", None, of="nobody_s")
     with pytest.raises(AssertionError, match="nobody_s"), patched(linear, "forward", None, of="nobody_s"):
@@ -164,7 +167,7 @@ def test_a_patch_needs_a_name_that_is_there_and_a_key():
 def test_what_is_patched_for_a_while_is_put_back(own):
     linear = nn.Linear(1, 1)
     vars(linear).update({} if own is None else {"forward": own})
-    with pytest.raises(ZeroDivisionError), patched(linear, "forward", repr, of="held_matrix"):
+    with pytest.raises(ZeroDivisionError), patched(linear, "forward", repr, of="quantized_linear"):
         assert linear.forward is repr
         raise ZeroDivisionError
     assert vars(linear).get("forward") is own

@@ -1,6 +1,6 @@
 """Compare a revision with the working tree, bit for bit, on this machine: `make golden BASE=<revision>`.
 
-Both run the same cells, one after the other: losses of every micro-batch, weights and optimizer states of every rank
+Both run the same cases, one after the other: losses of every micro-batch, weights and optimizer states of every rank
 after every step, the files of a checkpoint. Then each goes on from the other's checkpoint. Refusals are compared as
 text; one that says the same in other words is listed, one that is none any more is a difference.
 """
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from golden_cells import CELLS, CUT, SLICE
+from golden_cases import CASES, CUT, SLICE
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -29,9 +29,9 @@ ENVIRONMENT |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
 
 @dataclass
 class Outcome:
-    """What a comparison has found: cells and refusals by name, with what differs."""
+    """What a comparison has found: cases and refusals by name, with what differs."""
 
-    cells: int = 0
+    cases: int = 0
     refusals: int = 0
     differing: dict[str, str] = field(default_factory=dict)
     messages: dict[str, tuple[str, str]] = field(default_factory=dict)  # old and new text
@@ -46,7 +46,7 @@ class FailedError(RuntimeError):
 
 
 class Revision:
-    """A process that has imported one tree and runs cells in it."""
+    """A process that has imported one tree and runs cases in it."""
 
     def __init__(self, name: str, tree: Path):
         self.name = name
@@ -97,47 +97,47 @@ class Revision:
 def compare(
     base: Path,
     tree: Path,
-    cells: list[dict],
+    cases: list[dict],
     resumed: list[dict],
     few_refusals: bool = False,
     report: Callable[[str], None] = print,
 ) -> Outcome:
-    """Run `cells`, and refusals, on two trees; of `resumed` each goes on from the other's checkpoint too.
+    """Run `cases`, and refusals, on two trees; of `resumed` each goes on from the other's checkpoint too.
 
-    `report` takes a line for each cell as soon as it is known.
+    `report` takes a line for each case as soon as it is known.
     """
     outcome = Outcome()
     with contextlib.ExitStack() as stack:
         old, new = (Revision(name, folder) for name, folder in (("BASE", base), ("the working tree", tree)))
         stack.callback(old.close)
         stack.callback(new.close)
-        for cell in cells:
+        for case in cases:
             started = time.monotonic()
             try:
-                difference = compare_cell(old, new, cell, resumes=cell in resumed)
+                difference = compare_case(old, new, case, resumes=case in resumed)
             except FailedError as error:
                 difference = str(error)
-            outcome.cells += 1
+            outcome.cases += 1
             if difference is not None:
-                outcome.differing[cell["name"]] = difference
+                outcome.differing[case["name"]] = difference
             verdict = "equal" if difference is None else f"DIFFERS: {difference}"
-            report(f"{time.monotonic() - started:5.1f} s  {cell['name']}: {verdict}")
+            report(f"{time.monotonic() - started:5.1f} s  {case['name']}: {verdict}")
         compare_refusals(old, new, few_refusals, outcome, report)
     return outcome
 
 
-def compare_cell(old: Revision, new: Revision, cell: dict, resumes: bool) -> str | None:
-    """The first difference of two revisions in one cell."""
+def compare_case(old: Revision, new: Revision, case: dict, resumes: bool) -> str | None:
+    """The first difference of two revisions in one case."""
     for revision in (old, new):
         for folder in (revision.folder / "run", revision.folder / "resumed"):
             shutil.rmtree(folder, ignore_errors=True)
-    runs = [revision.ask("run", cell, str(revision.folder / "run")) for revision in (old, new)]
+    runs = [revision.ask("run", case, str(revision.folder / "run")) for revision in (old, new)]
     difference = first_difference(*runs)
     if difference is not None or not resumes:
         return difference
     rest_of_run = [{"steps": rank["steps"][CUT:], "checkpoint": {}} for rank in runs[0]]
     for reader, writer in ((new, old), (old, new)):
-        resumed = reader.ask("run", cell, str(reader.folder / "resumed"), str(writer.folder / "run"))
+        resumed = reader.ask("run", case, str(reader.folder / "resumed"), str(writer.folder / "run"))
         difference = first_difference(rest_of_run, resumed, first_step=CUT)
         if difference is not None:
             return f"{difference}, where {reader.name} resumes from a checkpoint of {writer.name}"
@@ -220,20 +220,20 @@ def git(*words: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="the revision; by default the last release tag or, without one, the parent")
-    parser.add_argument("--slice", action="store_true", help="a few cells, in a minute")
-    parser.add_argument("--only", default="", help="cells with this in their names")
+    parser.add_argument("--slice", action="store_true", help="a few cases, in a minute")
+    parser.add_argument("--only", default="", help="cases with this in their names")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended and removed
     base = arguments.base or default_base()
-    cells = [cell for cell in (SLICE if arguments.slice else CELLS) if arguments.only in cell["name"]]
+    cases = [case for case in (SLICE if arguments.slice else CASES) if arguments.only in case["name"]]
     started = time.monotonic()
-    print(f"BASE {base} ({git('log', '-1', '--format=%h %s', base)}) and the working tree, {len(cells)} cells")
+    print(f"BASE {base} ({git('log', '-1', '--format=%h %s', base)}) and the working tree, {len(cases)} cases")
     with checkout(base) as tree:
-        outcome = compare(tree, ROOT, cells, cells[:1] if arguments.slice else cells, arguments.slice)
+        outcome = compare(tree, ROOT, cases, cases[:1] if arguments.slice else cases, arguments.slice)
     minutes = (time.monotonic() - started) / 60
     print(
-        f"\n{'equal' if outcome.equal else 'NOT EQUAL'}: {outcome.cells} cells, {outcome.refusals} refusals, "
+        f"\n{'equal' if outcome.equal else 'NOT EQUAL'}: {outcome.cases} cases, {outcome.refusals} refusals, "
         f"{len(outcome.messages)} of them with other words; {minutes:.1f} minutes"
     )
     for name, difference in outcome.differing.items():

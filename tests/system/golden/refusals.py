@@ -6,8 +6,8 @@ In words of a command {folder} has a tiny model, rows and a checkpoint in mid-pe
 import shutil
 from pathlib import Path
 
-import cell_runs
-from golden_cells import CELLS, CUT
+import case_runs
+from golden_cases import CASES, CUT
 from models import save_tiny_llama, tiny_llama
 
 import lisa_dist
@@ -46,15 +46,15 @@ FEW_COMMANDS = [COMMANDS[1], COMMANDS[17]]
 
 
 def start(**changes):
-    """The engine and the controller of the first cell."""
-    return cell_runs.start(CELLS[0] | changes)
+    """The engine and the controller of the first case."""
+    return case_runs.start(CASES[0] | changes)
 
 
 def miss_a_switch(folder: Path) -> None:
     engine, lisa = start()
     lisa.on_step_begin()
     engine.global_steps += 3
-    lisa.engine.module(input_ids=cell_runs.batch_of(0, CELLS[0])[0])
+    lisa.engine.module(input_ids=case_runs.batch_of(0, CASES[0])[0])
 
 
 def ds_config(**values) -> dict:
@@ -89,7 +89,7 @@ def prepare(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("".join(rows))
     (folder / "recipe.yaml").write_text("learning_rat: 1.0e-5\n")
     saved = folder / f"checkpoint-{CUT}"
-    cell_runs.run(CELLS[0], str(folder))
+    case_runs.run(CASES[0], str(folder))
     shutil.copytree(saved, folder / "damaged")
     weights = min((folder / "damaged").glob("model*.safetensors"))
     content = bytearray(weights.read_bytes())

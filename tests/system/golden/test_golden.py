@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from compare import ROOT, Outcome, checkout, compare, compare_refusals, default_base, first_difference
-from golden_cells import CELLS, SLICE
+from golden_cases import CASES, SLICE
 
 STEP = {"sampled blocks": [0, 1, 4], "loss": ["0x1.4p+2"], "weights": "ab", "states": "cd"}
 RANK = {"steps": [STEP, dict(STEP)], "checkpoint": {"names of files": ["config.json"], "model.safetensors": "ef"}}
@@ -70,13 +70,13 @@ def changed_tree(tmp_path) -> Path:
 @pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 def test_one_changed_line_is_found(changed_tree):
-    """And a cell that one of them cannot run, without an end to the comparison."""
-    broken = CELLS[0] | {"name": "broken", "optim": "paged_adamw_8bit"}
-    outcome = compare(changed_tree, ROOT, [broken, CELLS[0]], [], few_refusals=True)
-    assert outcome.differing.keys() == {"broken", CELLS[0]["name"]}
+    """And a case that one of them cannot run, without an end to the comparison."""
+    broken = CASES[0] | {"name": "broken", "optim": "paged_adamw_8bit"}
+    outcome = compare(changed_tree, ROOT, [broken, CASES[0]], [], few_refusals=True)
+    assert outcome.differing.keys() == {"broken", CASES[0]["name"]}
     assert "BASE failed: " in outcome.differing["broken"]
     assert "optim paged_adamw_8bit" in outcome.differing["broken"]
-    assert outcome.differing[CELLS[0]["name"]] == "step 0, weights of rank 0"
+    assert outcome.differing[CASES[0]["name"]] == "step 0, weights of rank 0"
     assert outcome.refusals == 3
     assert outcome.messages == {}
 
@@ -91,4 +91,4 @@ def test_a_slice_equals_the_last_release_or_the_parent_commit():
     with checkout(base) as tree:
         outcome = compare(tree, ROOT, SLICE, SLICE[:1], few_refusals=True)
     assert outcome.equal, outcome.differing
-    assert outcome.cells == len(SLICE)
+    assert outcome.cases == len(SLICE)

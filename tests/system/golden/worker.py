@@ -14,13 +14,13 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-import cell_runs
+import case_runs
 import ranks
 import refusals
 
 import lisa_dist
 
-TIMEOUT = 300  # seconds of one cell on a loaded machine
+TIMEOUT = 300  # seconds of one case on a loaded machine
 
 
 class Server:
@@ -29,9 +29,9 @@ class Server:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def run(self, cell: dict, save_to: str, resume_from: str | None = None) -> list:
-        """`cell_runs.run` on the ranks of a cell."""
-        return ranks.run_ranks(cell_runs.run, cell["ranks"], cell, save_to, resume_from, timeout=TIMEOUT)
+    def run(self, case: dict, save_to: str, resume_from: str | None = None) -> list:
+        """`case_runs.run` on the ranks of a case."""
+        return ranks.run_ranks(case_runs.run, case["ranks"], case, save_to, resume_from, timeout=TIMEOUT)
 
     def refuse(self, few: bool) -> dict[str, list]:
         """How each command and each call of `refusals` ended, and what it said."""
@@ -89,7 +89,7 @@ def main() -> None:
     os.dup2(2, 1)  # what is printed goes elsewhere
     # Ranks are of this process, with the revision's library, whose other names are not known.
     ranks.START_METHOD, ranks.as_in_a_run = "fork", contextlib.nullcontext
-    (folder / "weights.json").write_text("[1, 2, 3, 4, 5, 6]")  # of layers, for a cell
+    (folder / "weights.json").write_text("[1, 2, 3, 4, 5, 6]")  # of layers, for a case
     server = Server(folder)
     for line in sys.stdin:
         name, *arguments = json.loads(line)

@@ -97,8 +97,8 @@ def resume_and_save(folder: str, damage: str) -> dict:
         take_steps(engine, lisa, step)
         save_checkpoint(lisa, Path(folder) / f"checkpoint-{step}")
     # Of a block that has not changed in between, in one of the two folders that share it.
-    asleep = next(block.name for block in lisa.blocks.layers if block.name not in trained_between(lisa, 2, 4))
-    name = lisa.changes.saved.files[asleep]
+    frozen = next(block.name for block in lisa.blocks.layers if block.name not in trained_between(lisa, 2, 4))
+    name = lisa.changes.saved.files[frozen]
     engine.destroy()
     dist.barrier()
     if dist.get_rank() == 0:

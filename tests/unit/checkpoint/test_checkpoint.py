@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cells import STAGES, full
+from cases import STAGES, full
 from engines import full_weights, train_step
 from models import tiny_gpt2, tiny_llama, token_batches
 from ranks import run_ranks
@@ -321,7 +321,7 @@ def test_checkpoints_of_other_runs_are_refused_before_anything_changes(tmp_path)
 
 
 def resume_with_other_settings(folder: str) -> None:
-    """At the end of a period the next one may have other settings; what stays awake keeps its states."""
+    """At the end of a period the next one may have other settings; what stays active keeps its states."""
     engine, lisa = save_once(folder, steps=6, output_dir=folder)
     before = full_weights(engine)
     kept = {key: state.master.clone() for key, state in lisa.partition_states().items()}

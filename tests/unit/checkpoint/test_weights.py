@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cells import full
+from cases import full
 from engines import full_weights, my_rows, train_step
 from models import tiny_gpt2, tiny_llama, tiny_mixtral, token_batches
 from ranks import run_ranks

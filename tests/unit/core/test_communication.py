@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import deepspeed
 import pytest
 import torch
-from cells import full
+from cases import full
 from models import tiny_llama, token_batches
 from ranks import run_ranks
 from torch import distributed as dist

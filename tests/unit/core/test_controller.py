@@ -7,7 +7,7 @@ from unittest import mock
 import deepspeed
 import pytest
 import torch
-from cells import full
+from cases import full
 from engines import my_rows
 from models import tiny_gpt2, tiny_llama, token_batches
 from ranks import run_ranks

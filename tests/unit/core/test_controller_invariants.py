@@ -12,7 +12,7 @@ import math
 import deepspeed
 import pytest
 import torch
-from cells import STAGES, full
+from cases import STAGES, full
 from engines import full_weights, train_step
 from models import tiny_gpt2, tiny_llama, token_batches
 from ranks import run_ranks, without_collection
@@ -78,21 +78,21 @@ def train_and_check(ds_config: str, build, dtype: torch.dtype, options: dict) ->
         losses.append(train_step(engine, lisa, micro_batches))
         sets.append((*lisa.active_layers, *lisa.active_blocks))
         before, weights = weights, full_weights(engine)
-        asleep = {name for layer, block in enumerate(lisa.blocks.layers) for name in block.parameters
+        frozen = {name for layer, block in enumerate(lisa.blocks.layers) for name in block.parameters
                   if layer not in lisa.active_layers}  # fmt: skip
         outer = [*lisa.config.frozen, *(set(lisa.config.sampled) - set(lisa.active_blocks))]
-        asleep |= {name for block in outer for name in lisa.blocks.outer(block).parameters}
+        frozen |= {name for block in outer for name in lisa.blocks.outer(block).parameters}
         for block in lisa.blocks:
             moved = [name for name in block.parameters if not torch.equal(before[name], weights[name])]
-            if set(block.parameters) <= asleep:
-                assert not moved, f"asleep, but moved at step {len(losses) - 1}: {moved}"
+            if set(block.parameters) <= frozen:
+                assert not moved, f"frozen, but moved at step {len(losses) - 1}: {moved}"
             else:
                 still = set(block.parameters) - set(moved)
                 # In bf16 a weight of 1 takes some steps to move by its last bit; its master moves all the same.
                 assert not still or dtype == torch.bfloat16, f"active, but not moved: {still}"
         assert_same_on_all_ranks(weights)
         states = lisa.partition_states()
-        assert not asleep & {name for key in states for name in key}
+        assert not frozen & {name for key in states for name in key}
         assert sum(state.numel for state in states.values()) == expected_elements(lisa, stage, world_size)
         for key, state in states.items():
             assert len(state.optimizer_state) >= 2, f"no moments for {key}"
@@ -335,8 +335,8 @@ def test_kept_states_come_back_when_a_layer_is_activated(ds_config):
     # Three layers of six at most are inactive with states: 12 bytes an element, and a count for each group.
     layer = sum(parameter.numel() for parameter in tiny_llama().model.layers[0].parameters())
     seen = [len(set().union(*sets[: period + 1]) - sets[period]) for period in range(4)]
-    for host_bytes, asleep in zip(outcome["host_bytes"], seen, strict=True):
-        assert 12 * layer * asleep / 2 <= host_bytes <= 12 * layer * asleep / 2 + 100 * asleep
+    for host_bytes, frozen in zip(outcome["host_bytes"], seen, strict=True):
+        assert 12 * layer * frozen / 2 <= host_bytes <= 12 * layer * frozen / 2 + 100 * frozen
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes import functional as codes
-from cells import full
+from cases import full
 from engines import full_weights, train_step
 from models import tiny_gpt2, tiny_llama, tiny_mixtral, token_batches
 from ranks import run_ranks
@@ -19,7 +19,7 @@ from lisa_dist.checkpoint.resume import load_checkpoint
 from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.checkpoint.weights import write_weights
 from lisa_dist.core.blocks import Block, find_blocks
-from lisa_dist.core.frozen_layers import FrozenLayers, held_bytes
+from lisa_dist.core.frozen_layers import FrozenLayers, quantized_bytes
 from lisa_dist.run.cpu_bf16 import multiply_in_fp32
 from lisa_dist.zero.parameters import whole_weights
 
@@ -69,7 +69,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert torch.equal(found[name], value), name
 
 
-def train_held(build, ds_config, bits, settings, optim) -> dict:
+def train_quantized(build, ds_config, bits, settings, optim) -> dict:
     engine, lisa = start(build, ds_config, settings | {"lisa_frozen_bits": bits}, optim)
     loaded = originals(engine)
     losses, sets = [], []
@@ -81,10 +81,10 @@ def train_held(build, ds_config, bits, settings, optim) -> dict:
     for layer in never:
         for name in lisa.blocks.layers[layer].parameters:
             assert torch.equal(after[name], loaded[name]), f"{name} was never active"
-    held = {name for name, value in engine.module.named_parameters() if value.numel() == 0}
+    quantized = {name for name, value in engine.module.named_parameters() if value.numel() == 0}
     inactive = {name for layer, block in enumerate(lisa.blocks.layers) for name in block.parameters
                 if layer not in lisa.active_layers}  # fmt: skip
-    assert held == {name for name in inactive if after[name].ndim == 2}
+    assert quantized == {name for name in inactive if after[name].ndim == 2}
     lisa.close()
     engine.destroy()
     return {"losses": losses, "weights": after, "sets": sets}
@@ -139,12 +139,12 @@ def train_rounded(build, ds_config, bits, settings, optim) -> dict:
 def test_frozen_layers_compute_as_rounded_ones(ds_config, world_size, bits, options):
     build, settings = options.get("build", tiny_llama), options.get("settings", {})
     arguments = build, ds_config, bits, settings, options.get("optim", "adamw_torch")
-    held = run_ranks(train_held, world_size, *arguments)
+    quantized = run_ranks(train_quantized, world_size, *arguments)
     plain = run_ranks(train_rounded, world_size, *arguments)[0]
-    for outcome in held:
+    for outcome in quantized:
         assert outcome["losses"] == plain["losses"]
         assert_equal(outcome["weights"], plain["weights"])
-    assert len(set(held[0]["sets"])) > 1, "needs a switch"
+    assert len(set(quantized[0]["sets"])) > 1, "needs a switch"
 
 
 def live_bytes_over_switches(bits: int, switches: int) -> list[int]:
@@ -165,7 +165,7 @@ def test_live_bytes_are_flat_over_switches_and_fall_with_the_bits():
         assert max(live[1:]) - min(live[1:]) <= 4096
     numels = [value.numel() for value in tiny_llama().model.layers[0].parameters() if value.ndim == 2]
     for bits in (8, 4):  # four layers of six are frozen
-        saved = 4 * (2 * sum(numels) - held_bytes(numels, bits))
+        saved = 4 * (2 * sum(numels) - quantized_bytes(numels, bits))
         # From a process's first quantization on there is the table of 8-bit codes.
         assert by_bits[16][-1] - by_bits[bits][-1] == pytest.approx(saved, abs=1024 + 512)
 
@@ -224,7 +224,7 @@ def test_exact_forward_passes_and_saves_are_those_of_the_model(tmp_path):
 
 
 def test_a_matrix_that_is_read_elsewhere_stays_in_16_bits():
-    """Mamba multiplies with one of its own, so that a held one would be of no elements."""
+    """Mamba multiplies with one of its own, so that a quantized one would be of no elements."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128, "state_size": 16}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes)).to(torch.bfloat16)
     frozen_layers(model.requires_grad_(False), active=())
@@ -237,8 +237,10 @@ def test_a_header_says_how_much_of_the_layers_is_held():
     llama, mixtral = (build().to(torch.bfloat16) for build in (tiny_llama, tiny_mixtral))
     llama.model.layers[0].mlp.gate_proj.float()  # as the gate of a mixture's experts may be
     texts = [frozen_layers(one).describe() for one in (llama, mixtral)]
-    held = sum(value.nbytes for value in llama.model.layers.parameters() if value.ndim == 2 and value.itemsize == 2)
-    share = held / sum(value.nbytes for value in llama.model.layers.parameters())
+    quantized = sum(
+        value.nbytes for value in llama.model.layers.parameters() if value.ndim == 2 and value.itemsize == 2
+    )
+    share = quantized / sum(value.nbytes for value in llama.model.layers.parameters())
     assert texts[0].startswith(f"{share:.0%} of their bytes in 4 bits; originals")
     assert "warning" not in texts[0]
     assert texts[1].endswith("warning: the rest stays in 16 bits, such as the experts of a mixture that are one tensor")
@@ -259,7 +261,7 @@ def test_the_gradient_is_that_of_the_rounded_matrix(kind, monkeypatch):
     monkeypatch.delattr(codes, "get_4bit_type")  # a table for each matrix, whose copy to a GPU would be waited for
     frozen = FrozenLayers(model, blocks, 4, "host", torch.device("cpu"))
     frozen.begin([])
-    assert sum(one.nbytes for one in frozen.held[0].tensors) == held_bytes([64 * 128], 4)
+    assert sum(one.nbytes for one in frozen.quantized[0].tensors) == quantized_bytes([64 * 128], 4)
     inputs = [torch.randn(3, 5, 64, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
     outputs = [module(one.requires_grad_()) for module, one in zip((made, reference), inputs, strict=True)]
     assert torch.equal(*outputs)
@@ -281,9 +283,9 @@ def test_a_store_is_pinned_when_the_weights_have_gone(monkeypatch):
 def hold_other_weights(bits: int) -> list:
     """Ranks whose models have other weights: all hold rank 0's, as DeepSpeed's broadcast has it."""
     frozen = frozen_layers(bf16_llama(seed=dist.get_rank()), bits, active=())
-    made = frozen.held[0].whole().float().sum().item()
+    made = frozen.quantized[0].dequantized().float().sum().item()
     dist.barrier()
-    return [made, frozen.held[0].original.float().sum().item()]
+    return [made, frozen.quantized[0].original.float().sum().item()]
 
 
 def test_all_ranks_hold_the_weights_of_rank_0():
@@ -299,13 +301,13 @@ def load_before_attach() -> dict:
     state = lisa.state_dict() | {"active_layers": [layer for layer in range(6) if layer not in lisa.active_layers][:2]}
     lisa.load_state_dict(state)
     weights = [list(block.parameters.values()) for block in lisa.blocks.layers]
-    held = [layer for layer, of_layer in enumerate(weights) if any(not weight.numel() for weight in of_layer)]
-    return {"active": lisa.active_layers, "held": held}
+    quantized = [layer for layer, of_layer in enumerate(weights) if any(not weight.numel() for weight in of_layer)]
+    return {"active": lisa.active_layers, "quantized": quantized}
 
 
 def test_a_state_that_is_loaded_before_attach_moves_held_layers():
     outcome = run_ranks(load_before_attach, 1)[0]
-    assert sorted([*outcome["active"], *outcome["held"]]) == list(range(6))
+    assert sorted([*outcome["active"], *outcome["quantized"]]) == list(range(6))
 
 
 # Bad input
@@ -314,10 +316,10 @@ def test_a_state_that_is_loaded_before_attach_moves_held_layers():
 def test_a_model_that_is_held_can_be_trained_by_no_other():
     model = bf16_llama()
     frozen_layers(model, active=(0,))
-    with pytest.raises(ValueError, match=r"are held in fewer bits by an earlier run .*: load the model anew"):
+    with pytest.raises(ValueError, match=r"are quantized by an earlier run .*: load the model anew"):
         lisa_dist.LisaController(model, lisa_dist.LisaConfig())
     model.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="frozen layers are held in fewer bits by a LISA run: load it anew"):
+    with pytest.raises(RuntimeError, match="frozen layers are quantized by a LISA run: load it anew"):
         model(token_batches(1, rows=1)[0, 0])
 
 
@@ -329,7 +331,7 @@ def no_kernel(*args, **kwargs):
     ("change", "said"),
     [
         ("fp32", "are in float32: what is frozen is 16 bits wide; give --bf16 true"),
-        ("no matrices", "hold no linear weights"),
+        ("no matrices", "have no linear weights"),
         ("no kernel", r"bitsandbytes cannot quantize on cpu here \(no kernel for this device\)"),
     ],
 )

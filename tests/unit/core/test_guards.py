@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cells import full
+from cases import full
 from deepspeed.accelerator import get_accelerator
 from engines import full_weights, my_rows
 from models import tiny_llama, token_batches

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cells import full
+from cases import full
 from engines import full_weights, train_step
 from models import tiny_llama, token_batches
 from ranks import run_ranks

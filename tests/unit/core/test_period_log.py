@@ -6,7 +6,7 @@ import deepspeed
 import numpy
 import pytest
 import torch
-from cells import full
+from cases import full
 from models import tiny_llama, token_batches
 from ranks import run_ranks
 from torch import distributed as dist

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from cells import full
+from cases import full
 from models import save_tiny_llama, tiny_llama, token_batches
 from ranks import run_ranks
 

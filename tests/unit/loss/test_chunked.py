@@ -1,4 +1,4 @@
-"""TRL's loss in chunks: the head's gradient by slabs of words, to the bit of the weights, in a third of its bytes."""
+"""TRL's loss in chunks: the head's gradient by chunks of words, to the bit of the weights, in a third of its bytes."""
 
 import pytest
 import torch
@@ -10,19 +10,19 @@ from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
 from lisa_dist.loss import chunked as head_gradient
-from lisa_dist.loss.chunked import LogProbsInSlabs, use_slabs
+from lisa_dist.loss.chunked import LogProbsInChunks, use_chunks
 from lisa_dist.memory.trace import AllocationTracker
 from lisa_dist.train.monitoring import MonitoredMixin
 
 WHY = "there is no C compiler, which Triton needs"
-WORDS = 48  # of a slab; of the 128 words the last slab has 32
+WORDS = 48  # of a chunk; of the 128 words the last chunk has 32
 
 
 @pytest.fixture(autouse=True)
-def small_slabs(monkeypatch):
+def small_chunks(monkeypatch):
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", None)
-    monkeypatch.setattr(LogProbsInSlabs, "words", WORDS)
-    use_slabs()
+    monkeypatch.setattr(LogProbsInChunks, "rows", WORDS)
+    use_chunks()
 
 
 def gradients(name: str, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
@@ -39,17 +39,17 @@ def gradients(name: str, dtype: torch.dtype) -> tuple[float, dict[str, torch.Ten
 @pytest.mark.parametrize("name", ["llama", "tied llama", "capped", "scaled", "biased"])
 def test_the_gradient_of_a_bf16_head_is_that_of_all_words_at_once(monkeypatch, name, at_once):
     monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", at_once)  # tokens; of 48, so the last part has fewer
-    loss, by_slabs = gradients(name, torch.bfloat16)
-    monkeypatch.setattr(LogProbsInSlabs, "words", None)
+    loss, by_chunks = gradients(name, torch.bfloat16)
+    monkeypatch.setattr(LogProbsInChunks, "rows", None)
     whole_loss, whole = gradients(name, torch.bfloat16)
     assert loss == whole_loss
-    assert by_slabs.keys() == whole.keys()
+    assert by_chunks.keys() == whole.keys()
     for parameter, gradient in whole.items():
         exact = "lm_head" in parameter
         assert (
-            torch.equal(by_slabs[parameter], gradient)
+            torch.equal(by_chunks[parameter], gradient)
             if exact
-            else torch.allclose(by_slabs[parameter], gradient, rtol=0.02, atol=1e-5)
+            else torch.allclose(by_chunks[parameter], gradient, rtol=0.02, atol=1e-5)
         ), parameter
     assert any("lm_head" in parameter for parameter in whole) is (name in ("llama", "biased"))
 
@@ -59,7 +59,7 @@ def test_gradients_are_those_of_plain_logits_in_fp32():
     hidden, weight = torch.randn(30, 16), torch.randn(100, 16)
     targets = torch.randint(0, 100, (30,))
     found = [tensor.bfloat16().requires_grad_() for tensor in (hidden, weight)]
-    LogProbsInSlabs.apply(*found, None, targets, 1.0, 32, None, 1.0, ())[0].mean().neg().backward()
+    LogProbsInChunks.apply(*found, None, targets, 1.0, 32, None, 1.0, ())[0].mean().neg().backward()
     exact = [tensor.detach().float().requires_grad_() for tensor in found]
     cross_entropy(exact[0] @ exact[1].T, targets).backward()
     for one, other in zip(found, exact, strict=True):
@@ -69,11 +69,11 @@ def test_gradients_are_those_of_plain_logits_in_fp32():
 @pytest.mark.parametrize(("words", "copies"), [(None, 3), (WORDS, 1)])
 def test_a_bf16_head_s_gradient_is_never_whole_in_fp32(monkeypatch, words, copies):
     """Its bytes at the backward pass's peak, in copies of the gradient; of the rest there is little beside it."""
-    monkeypatch.setattr(LogProbsInSlabs, "words", words)
+    monkeypatch.setattr(LogProbsInChunks, "rows", words)
     hidden = torch.zeros(4, 512, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.zeros(4096, 512, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(4, dtype=torch.long)
-    loss = LogProbsInSlabs.apply(hidden, weight, None, targets, 1.0, 64, None, 1.0, ())[0].sum()
+    loss = LogProbsInChunks.apply(hidden, weight, None, targets, 1.0, 64, None, 1.0, ())[0].sum()
     with AllocationTracker(lambda tensor: "all") as tracker:
         tracker.add([weight])
         loss.backward()
@@ -82,24 +82,24 @@ def test_a_bf16_head_s_gradient_is_never_whole_in_fp32(monkeypatch, words, copie
 
 def test_frozen_and_fp32_heads_have_trl_s_own_pass(monkeypatch):
     """A frozen head has no gradient to cut; one in fp32 has its sum in fp32 as the gradient, and no copy."""
-    monkeypatch.setattr(head_gradient, "rows_of", None)  # which slabs need
+    monkeypatch.setattr(head_gradient, "rows_of", None)  # which chunks need
     for dtype, trains in ((torch.bfloat16, False), (torch.float32, True)):
         hidden = torch.randn(4, 8, dtype=dtype, requires_grad=True)
         weight = torch.randn(128, 8, dtype=dtype, requires_grad=trains)
         targets = torch.zeros(4, dtype=torch.long)
-        LogProbsInSlabs.apply(hidden, weight, None, targets, 1.0, 64, None, 1.0, ())[0].sum().backward()
+        LogProbsInChunks.apply(hidden, weight, None, targets, 1.0, 64, None, 1.0, ())[0].sum().backward()
         assert hidden.grad is not None
         assert (weight.grad is not None) is trains
 
 
-@pytest.mark.parametrize(("trainer", "has_slabs"), [(DPOTrainer, True), (Trainer, False)])
-def test_every_trainer_of_trl_has_slabs_also_ones_own(monkeypatch, trainer, has_slabs):
+@pytest.mark.parametrize(("trainer", "has_chunks"), [(DPOTrainer, True), (Trainer, False)])
+def test_every_trainer_of_trl_has_chunks_also_ones_own(monkeypatch, trainer, has_chunks):
     """As plans of its steps have them."""
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", None)
     own = type("Own", (MonitoredMixin, trainer), {})
     with pytest.raises((AttributeError, RuntimeError)):  # of a model that is not there
         own(model=None, args=None)
-    assert (vars(utils)["_ChunkedLogProbFunction"] is LogProbsInSlabs) == has_slabs
+    assert (vars(utils)["_ChunkedLogProbFunction"] is LogProbsInChunks) == has_chunks
 
 
 @pytest.mark.parametrize(("on_gpu", "missing", "by_torch"), [(True, WHY, True), (True, "", False), (False, WHY, False)])

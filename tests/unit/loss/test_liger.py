@@ -273,7 +273,7 @@ def fake_run_after_liger() -> list[bool]:
 
 
 def steps_of_the_gpu_benchmark() -> dict:
-    """The arm with Liger of benchmarks/cost/gpu.py, which has no plan."""
+    """The method with Liger of benchmarks/cost/gpu.py, which has no plan."""
     launched = interpret_liger()
     from benchmarks.common import runs
     from benchmarks.cost.gpu import LIGER

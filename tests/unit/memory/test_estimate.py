@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cells import full
+from cases import full
 from engines import GRADIENT_NAMES, without
 from models import VOCABULARY, tiny_llama, token_batches
 from ranks import run_ranks
@@ -17,7 +17,7 @@ import lisa_dist
 from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.kernels import dynamic_code
-from lisa_dist.loss.chunked import use_slabs
+from lisa_dist.loss.chunked import use_chunks
 from lisa_dist.loss.label_logits import add_label_logits
 from lisa_dist.memory.estimate import StepPlan, kept_states
 from lisa_dist.memory.meter import StepMeter
@@ -43,7 +43,7 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     loss = settings.pop("loss", OWN)
     if loss != OWN:
-        use_slabs()
+        use_chunks()
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     if loss == LOGITS:
         add_label_logits(model)
@@ -211,7 +211,7 @@ def test_a_plan_is_what_a_step_allocates(ds_config, world_size, dtype, settings,
             assert planned[name] == pytest.approx(measured[name], rel=0.03), (name, said)
 
 
-def test_a_slab_of_an_embedding_s_gradient_is_that_of_the_device(monkeypatch):
+def test_a_chunk_of_an_embedding_s_gradient_is_that_of_the_device(monkeypatch):
     """A GPU lays all of it out at a time, in bf16."""
     words, width = 100_000, 64
     run = FakeRun(tiny_llama(num_layers=1, vocab_size=words).config, Workload(8, 1, torch.bfloat16))
@@ -222,8 +222,8 @@ def test_a_slab_of_an_embedding_s_gradient_is_that_of_the_device(monkeypatch):
         return StepPlan(run, groups, stage, 1, optim="lisa_adamw").parts()[0].peak_step
 
     whole = peak()
-    monkeypatch.setattr(row_gradient, "GPU_SLAB", row_gradient.SLAB)
-    assert whole - peak() == 2 * (words * width - row_gradient.SLAB)
+    monkeypatch.setattr(row_gradient, "GPU_SLAB", row_gradient.ROWS_CHUNK)
+    assert whole - peak() == 2 * (words * width - row_gradient.ROWS_CHUNK)
 
 
 def test_what_is_never_drawn_keeps_nothing_on_the_host():

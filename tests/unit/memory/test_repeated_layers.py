@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cells import full
+from cases import full
 from transformers import FalconConfig, Gemma3TextConfig, LlamaConfig, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from torch import distributed as dist
 
 import lisa_dist
-from lisa_dist.core.checkpointing import checkpointed_layers
+from lisa_dist.core.activation_checkpointing import checkpointed_layers
 from lisa_dist.core.live_bytes import live_tensor_bytes
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.memory.meter import StepMeter

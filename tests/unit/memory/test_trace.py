@@ -9,7 +9,7 @@ from models import VOCABULARY, tiny_llama
 from transformers import LlamaConfig, MixtralConfig
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from lisa_dist.loss.chunked import LogProbsInSlabs
+from lisa_dist.loss.chunked import LogProbsInChunks
 from lisa_dist.memory import stand_ins
 from lisa_dist.memory.trace import AllocationTracker, FakeRun, FakeRuns
 from lisa_dist.memory.workload import CHUNKED, OWN, Trained, Workload
@@ -19,17 +19,17 @@ ALL = ("embed", "head", "rest")
 
 
 def test_sleeping_layers_below_the_lowest_active_one_store_nothing():
-    """With the embedding asleep the backward pass ends at the lowest active layer."""
+    """With the embedding frozen the backward pass ends at the lowest active layer."""
     run = FakeRun(LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=8), Workload(64))
 
     def activations(layer: int, always_on: tuple[str, ...]) -> int:
         return run.trace(run.groups(Trained((layer,), always_on))).activations
 
-    awake = [activations(layer, ALL) for layer in (0, 7)]
-    asleep = [activations(layer, ("head", "rest")) for layer in (0, 4, 7)]
-    assert awake[0] == awake[1]
-    assert asleep[0] > asleep[1] > asleep[2]
-    assert asleep[2] < 0.35 * asleep[0]
+    active = [activations(layer, ALL) for layer in (0, 7)]
+    frozen = [activations(layer, ("head", "rest")) for layer in (0, 4, 7)]
+    assert active[0] == active[1]
+    assert frozen[0] > frozen[1] > frozen[2]
+    assert frozen[2] < 0.35 * frozen[0]
 
 
 def test_tensors_without_memory_are_not_counted():
@@ -95,11 +95,11 @@ def test_a_gradient_is_not_counted_once_it_has_arrived():
     assert trace.arrivals[1].peak_before < trace.arrivals[0].now
 
 
-def test_two_slabs_of_the_heads_gradient_stand_for_all(monkeypatch):
-    slabs = []
+def test_two_chunks_of_the_heads_gradient_stand_for_all(monkeypatch):
+    chunks = []
     backward = ChunkedLogProbFunction.backward
-    monkeypatch.setattr(ChunkedLogProbFunction, "backward", lambda *of: slabs.append(None) or backward(*of))
-    monkeypatch.setattr(LogProbsInSlabs, "words", 128)
+    monkeypatch.setattr(ChunkedLogProbFunction, "backward", lambda *of: chunks.append(None) or backward(*of))
+    monkeypatch.setattr(LogProbsInChunks, "rows", 128)
 
     def found() -> dict:
         run = FakeRun(LLAMA, Workload(200, dtype=torch.bfloat16, loss=CHUNKED))
@@ -107,7 +107,7 @@ def test_two_slabs_of_the_heads_gradient_stand_for_all(monkeypatch):
         return run.trace(run.groups(Trained((11,), ("head",)))).to_dict(names)
 
     few = found()
-    assert len(slabs) == 2
-    monkeypatch.setattr(stand_ins, "_slabs", lambda is_liger: contextlib.nullcontext())
+    assert len(chunks) == 2
+    monkeypatch.setattr(stand_ins, "_chunks", lambda is_liger: contextlib.nullcontext())
     assert found() == few
-    assert len(slabs) == 2 + 4, "of 512 words"
+    assert len(chunks) == 2 + 4, "of 512 words"

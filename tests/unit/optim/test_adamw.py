@@ -9,7 +9,7 @@ import bitsandbytes
 import deepspeed
 import pytest
 import torch
-from cells import full, stages
+from cases import full, stages
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import torch_autocast
 from engines import full_weights, train_step

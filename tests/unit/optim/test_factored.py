@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from cells import full
+from cases import full
 from ranks import run_ranks
 
 from lisa_dist.kernels.adamw import round_stochastically
@@ -101,12 +101,12 @@ def triton_is_the_formula(pieces) -> int:
     assert os.environ["TRITON_INTERPRET"] == "1"
     from lisa_dist.kernels.factored_triton import factored_triton, squared_sums_triton
 
-    cells = list(itertools.product(pieces, WEIGHTS))
-    for (element, numel, columns), weights in cells:
+    cases = list(itertools.product(pieces, WEIGHTS))
+    for (element, numel, columns), weights in cases:
         gradients = torch.bfloat16 if weights[0] == torch.bfloat16 else torch.float32
         check_step(factored_triton, squared_sums_triton, element, numel, columns, weights, gradients)
     check_step(factored_triton, squared_sums_triton, 7, 500, 67, WEIGHTS[1], torch.float16, scaled=False)
-    return len(cells)
+    return len(cases)
 
 
 def test_triton_is_the_formula():

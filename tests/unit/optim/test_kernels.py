@@ -7,7 +7,7 @@ import sys
 import bitsandbytes.functional
 import pytest
 import torch
-from cells import full
+from cases import full
 from ranks import run_ranks
 
 from lisa_dist.errors import UserError
@@ -100,15 +100,15 @@ def test_the_torch_path_is_the_reference(numel, weights, quantized):
 
 def triton_is_the_reference(numel: int) -> int:
     """Where it is forced, in its interpreter."""
-    cells = list(itertools.product(WEIGHTS, (False, True), ELEMENTS))
+    cases = list(itertools.product(WEIGHTS, (False, True), ELEMENTS))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(backend.VARIABLE, "triton")
         assert choose_kernels("cpu") == ("triton", "LISA_DIST_KERNELS=triton")
-        for weights, quantized, element in cells:
+        for weights, quantized, element in cases:
             gradients = torch.bfloat16 if weights[0] == torch.bfloat16 else torch.float32
             check_against_reference(adamw_step, numel, element, weights, gradients, quantized)
         check_against_reference(adamw_step, numel, 7, WEIGHTS[1], torch.float16, True, scaled=False, offset=3)
-    return len(cells)
+    return len(cases)
 
 
 @pytest.mark.parametrize("numel", NUMELS)

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from cells import full
+from cases import full
 from triton_forms import FACTORED_FORMS, FORMS, accesses, compile_factored, compile_form, compile_sums
 
 ROOT = Path(__file__).parents[3]

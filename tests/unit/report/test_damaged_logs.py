@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from cells import full
+from cases import full
 
 from lisa_dist.commands.report import main
 from lisa_dist.errors import UserError

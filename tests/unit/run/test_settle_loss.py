@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from cells import stages
+from cases import stages
 from datasets import Dataset
 from models import save_tiny_llama, tiny_llama, token_batches
 from ranks import run_ranks
@@ -17,7 +17,7 @@ from trl import SFTConfig
 from lisa_dist import LisaConfig, LisaTrainer
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.loss import liger
-from lisa_dist.loss.chunked import LogProbsInSlabs
+from lisa_dist.loss.chunked import LogProbsInChunks
 from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.memory.planner import Planner
 from lisa_dist.run.arguments import parse_arguments
@@ -124,16 +124,16 @@ def test_few_positions_with_a_label_and_metrics_as_with_the_loss_in_chunks(tmp_p
         assert len(found["held_out"]) > 1
 
 
-def train_by_slabs(output_dir: str, ds_config: str, words: int | None) -> dict:
-    LogProbsInSlabs.words = words
+def train_by_chunks(output_dir: str, ds_config: str, words: int | None) -> dict:
+    LogProbsInChunks.rows = words
     return train(output_dir, ds_config, "chunked", 10, {"bf16": True})
 
 
 @pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
-def test_the_gradient_of_a_head_by_slabs_of_words_is_the_whole_one_s(tmp_path, ds_config):
-    """Of 128 words in slabs of 48; on ZeRO stage 3 the head is gathered for it."""
-    by_slabs, whole = (run_ranks(train_by_slabs, 2, str(tmp_path), ds_config, words)[0] for words in (48, None))
-    for line, other in zip(by_slabs["logged"], whole["logged"], strict=True):
+def test_the_gradient_of_a_head_by_chunks_of_words_is_the_whole_one_s(tmp_path, ds_config):
+    """Of 128 words in chunks of 48; on ZeRO stage 3 the head is gathered for it."""
+    by_chunks, whole = (run_ranks(train_by_chunks, 2, str(tmp_path), ds_config, words)[0] for words in (48, None))
+    for line, other in zip(by_chunks["logged"], whole["logged"], strict=True):
         assert line == pytest.approx(other, rel=2e-3)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import send_to_device
-from cells import full
+from cases import full
 from datasets import Dataset
 from models import VOCABULARY, tiny_llama
 from ranks import run_ranks

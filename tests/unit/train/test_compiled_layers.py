@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from cells import full
+from cases import full
 from models import save_tiny_llama, tiny_gpt2, tiny_llama, token_batches
 from ranks import run_ranks
 from runs import flags_for, run_alone
@@ -19,7 +19,7 @@ from trainers import lisa_trainer, rows_of
 import lisa_dist
 from lisa_dist import LisaConfig
 from lisa_dist.core import controller
-from lisa_dist.core.checkpointing import let_backward_end
+from lisa_dist.core.activation_checkpointing import let_backward_end
 from lisa_dist.core.live_bytes import live_storages
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.run.arguments import parse_arguments
@@ -133,7 +133,7 @@ def test_a_loop_of_ones_own_compiles_its_layers(tmp_path):
 
 
 def steps_of_the_gpu_benchmark(cache: str) -> tuple[int, float]:
-    """The arm with compiled layers of benchmarks/cost/gpu.py: graphs of two periods, the peak as a share of plan."""
+    """The method with compiled layers of benchmarks/cost/gpu.py: graphs of two periods, the peak as a share of plan."""
     from benchmarks.common import runs
     from benchmarks.cost.gpu import COMPILED
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
-from cells import full
+from cases import full
 from datasets import Dataset
 from models import tiny_gpt2, tiny_llama, token_batches
 from peft import LoraConfig, get_peft_model

@@ -13,7 +13,7 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
-from cells import full, stages
+from cases import full, stages
 from models import tiny_gpt2, tiny_llama, tiny_mixtral, token_batches
 from ranks import run_ranks
 from reference import train_reference
@@ -27,7 +27,7 @@ import lisa_dist
 from lisa_dist import LisaMixin
 from lisa_dist.checkpoint import save
 from lisa_dist.checkpoint.folders import STATE_NAME
-from lisa_dist.core.checkpointing import checkpointed_layers
+from lisa_dist.core.activation_checkpointing import checkpointed_layers
 from lisa_dist.distributed.run_lock import LOCK_NAME, one_run_in
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.errors import UserError

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from cells import full
+from cases import full
 from engines import ROW_NAMES, full_weights, train_step, without
 from models import tiny_gpt2, tiny_llama, token_batches
 from ranks import run_ranks

@@ -3,7 +3,7 @@
 import deepspeed
 import pytest
 import torch
-from cells import full
+from cases import full
 from engines import GRADIENT_NAMES, train_step, without
 from models import tiny_llama, token_batches
 from ranks import run_ranks

@@ -4,8 +4,7 @@ import pytest
 import torch
 from models import tiny_llama, token_batches
 
-from lisa_dist.core.blocks import find_blocks
-from lisa_dist.core.checkpointing import (
+from lisa_dist.core.activation_checkpointing import (
     check_checkpointing,
     checkpoint_layers,
     checkpointed_layers,
@@ -14,6 +13,7 @@ from lisa_dist.core.checkpointing import (
     parse_budget,
     parse_checkpointed_layers,
 )
+from lisa_dist.core.blocks import find_blocks
 
 
 def test_values_of_the_flag():

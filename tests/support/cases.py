@@ -1,4 +1,4 @@
-"""Cells of a test: which of them `make test` runs too, and which `make test-all` alone."""
+"""Cases of a test: which of them `make test` runs too, and which `make test-all` alone."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ STAGES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
 
 def full(*values: Any, id: str | None = None):
-    """A cell for `make test-all` alone."""
+    """A case for `make test-all` alone."""
     return pytest.param(*values, id=id, marks=pytest.mark.full)
 
 
 def stages(*quick: str, among: tuple[str, ...] = STAGES) -> list:
-    """A cell for each DeepSpeed config; `make test` runs the quick ones."""
+    """A case for each DeepSpeed config; `make test` runs the quick ones."""
     assert set(quick) <= set(among)
     return [name if name in quick else full(name) for name in among]

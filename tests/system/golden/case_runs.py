@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset
-from golden_cells import CUT, INTERVAL, STEPS
+from golden_cases import CUT, INTERVAL, STEPS
 from models import VOCABULARY, tiny_llama, tiny_tokenizer
 from safetensors import safe_open
 from torch import distributed as dist
@@ -26,20 +26,20 @@ LR, DECAY = 1e-3, 0.1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def run(cell: dict, save_to: str, resume_from: str | None = None) -> dict:
-    """Train a cell and save it in mid-period, or go on from that checkpoint; what this rank saw of every step.
+def run(case: dict, save_to: str, resume_from: str | None = None) -> dict:
+    """Train a case and save it in mid-period, or go on from that checkpoint; what this rank saw of every step.
 
     A resume begins from other weights than the run did, so that what is not restored is seen.
     """
-    train = train_with_trainer if cell["trainer"] else train_in_loop
-    steps = train(cell, Path(save_to), resume_from and Path(resume_from) / f"checkpoint-{CUT}")
+    train = train_with_trainer if case["trainer"] else train_in_loop
+    steps = train(case, Path(save_to), resume_from and Path(resume_from) / f"checkpoint-{CUT}")
     gc.collect()
     dist.barrier()  # rank 0 has written its last file
     return {"steps": steps, "checkpoint": {} if resume_from else describe_checkpoint(Path(save_to))}
 
 
-def train_in_loop(cell: dict, save_to: Path, resume_from: Path | None) -> list[dict]:
-    engine, lisa = start(cell, seed=0 if resume_from is None else 1, output_dir=save_to)
+def train_in_loop(case: dict, save_to: Path, resume_from: Path | None) -> list[dict]:
+    engine, lisa = start(case, seed=0 if resume_from is None else 1, output_dir=save_to)
     if resume_from is not None:
         state = json.loads((resume_from / "lisa_state.json").read_text())
         # Settings that only one of the releases has are as by default.
@@ -48,7 +48,7 @@ def train_in_loop(cell: dict, save_to: Path, resume_from: Path | None) -> list[d
     steps = []
     while engine.global_steps < STEPS:
         losses = []
-        for rows in batch_of(engine.global_steps, cell):
+        for rows in batch_of(engine.global_steps, case):
             lisa.on_step_begin()
             loss = engine(input_ids=rows, labels=rows).loss
             engine.backward(loss)
@@ -62,8 +62,8 @@ def train_in_loop(cell: dict, save_to: Path, resume_from: Path | None) -> list[d
     return steps
 
 
-def train_with_trainer(cell: dict, save_to: Path, resume_from: Path | None) -> list[dict]:
-    trainer = build_trainer(cell, save_to, seed=0 if resume_from is None else 1)
+def train_with_trainer(case: dict, save_to: Path, resume_from: Path | None) -> list[dict]:
+    trainer = build_trainer(case, save_to, seed=0 if resume_from is None else 1)
     try:
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     finally:
@@ -94,53 +94,53 @@ class NotingTrainer(lisa_dist.LisaTrainer):
 # The parts of a run
 
 
-def start(cell: dict, seed: int = 0, output_dir: Path | None = None):
-    """The engine and the controller of a cell."""
-    model = tiny_llama(seed, tied=cell["tied"]).to(DTYPES[cell["dtype"]])
-    if cell["checkpointing"]:
+def start(case: dict, seed: int = 0, output_dir: Path | None = None):
+    """The engine and the controller of a case."""
+    model = tiny_llama(seed, tied=case["tied"]).to(DTYPES[case["dtype"]])
+    if case["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = {
         "micro_batch_size": ROWS // dist.get_world_size(),
-        "gradient_accumulation_steps": cell["accumulation"],
-        "max_grad_norm": cell["clip"],
+        "gradient_accumulation_steps": case["accumulation"],
+        "max_grad_norm": case["clip"],
     }
-    ds_config = lisa_dist.load_ds_config(cell["ds_config"], model=model, **batch)
-    ds_config["zero_optimization"] |= cell["zero"]
-    config = lisa_dist.LisaConfig(**{"lisa_interval_steps": INTERVAL} | cell["lisa"])
-    rates = {"lr": LR, "weight_decay": DECAY, "optim": cell["optim"]}
+    ds_config = lisa_dist.load_ds_config(case["ds_config"], model=model, **batch)
+    ds_config["zero_optimization"] |= case["zero"]
+    config = lisa_dist.LisaConfig(**{"lisa_interval_steps": INTERVAL} | case["lisa"])
+    rates = {"lr": LR, "weight_decay": DECAY, "optim": case["optim"]}
     return lisa_dist.initialize(model, ds_config, config, output_dir=output_dir and str(output_dir), **rates, **batch)
 
 
-def build_trainer(cell: dict, output_dir: Path, seed: int) -> NotingTrainer:
-    """The trainer of a cell, under a cosine schedule."""
-    shipped = Path(lisa_dist.__file__).parent / "ds_configs" / f"{cell['ds_config']}.json"
+def build_trainer(case: dict, output_dir: Path, seed: int) -> NotingTrainer:
+    """The trainer of a case, under a cosine schedule."""
+    shipped = Path(lisa_dist.__file__).parent / "ds_configs" / f"{case['ds_config']}.json"
     arguments = {"output_dir": str(output_dir), "deepspeed": str(shipped), "use_cpu": True, "max_steps": STEPS}
-    arguments |= {"bf16": cell["dtype"] == "bf16", "per_device_train_batch_size": ROWS // dist.get_world_size()}
-    arguments |= {"gradient_accumulation_steps": cell["accumulation"], "gradient_checkpointing": cell["checkpointing"]}
-    arguments |= {"max_grad_norm": cell["clip"], "learning_rate": LR, "lr_scheduler_type": "cosine"}
+    arguments |= {"bf16": case["dtype"] == "bf16", "per_device_train_batch_size": ROWS // dist.get_world_size()}
+    arguments |= {"gradient_accumulation_steps": case["accumulation"], "gradient_checkpointing": case["checkpointing"]}
+    arguments |= {"max_grad_norm": case["clip"], "learning_rate": LR, "lr_scheduler_type": "cosine"}
     arguments |= {"weight_decay": DECAY, "max_length": LENGTH, "logging_steps": 1, "save_steps": CUT}
     arguments |= {"report_to": "none", "disable_tqdm": True}
-    rows = [{"input_ids": row} for step in range(STEPS) for row in tokens_of(step, cell).flatten(0, 1).tolist()]
+    rows = [{"input_ids": row} for step in range(STEPS) for row in tokens_of(step, case).flatten(0, 1).tolist()]
     return NotingTrainer(
-        model=tiny_llama(seed, tied=cell["tied"]),
+        model=tiny_llama(seed, tied=case["tied"]),
         args=SFTConfig(**arguments),
         train_dataset=Dataset.from_list(rows),
         processing_class=tiny_tokenizer(),
-        lisa_config=lisa_dist.LisaConfig(**{"lisa_interval_steps": INTERVAL} | cell["lisa"]),
-        optim=cell["optim"],
+        lisa_config=lisa_dist.LisaConfig(**{"lisa_interval_steps": INTERVAL} | case["lisa"]),
+        optim=case["optim"],
     )
 
 
-def tokens_of(step: int, cell: dict) -> torch.Tensor:
+def tokens_of(step: int, case: dict) -> torch.Tensor:
     """Token ids of one step, of shape (micro-batches, rows of all ranks, tokens)."""
     generator = torch.Generator().manual_seed(1000 + step)
-    return torch.randint(0, VOCABULARY, (cell["accumulation"], ROWS, LENGTH), generator=generator)
+    return torch.randint(0, VOCABULARY, (case["accumulation"], ROWS, LENGTH), generator=generator)
 
 
-def batch_of(step: int, cell: dict) -> list[torch.Tensor]:
+def batch_of(step: int, case: dict) -> list[torch.Tensor]:
     """This rank's micro-batches of one step."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    return [rows.chunk(ranks)[rank] for rows in tokens_of(step, cell)]
+    return [rows.chunk(ranks)[rank] for rows in tokens_of(step, case)]
 
 
 # What is compared
