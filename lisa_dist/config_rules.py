@@ -30,7 +30,7 @@ def check_choices(config: Any) -> None:
         ("lisa_master", MASTERS),
         ("lisa_nonfinite", NONFINITE_POLICIES),
     ):
-        if (given := getattr(config, name)) not in choices:
+        if (given := getattr(config, name)) not in [*choices]:  # a list has no hash
             raise UserError(f"--{name} {given}: unknown; choose one of {', '.join(choices)}.")
 
 

@@ -55,6 +55,8 @@ def make(name: str, benchmarks: Benchmarks) -> str:
         return markdown(index(benchmarks) if name == "index" else benchmarks.rows(TABLES[name]))
     except TableError as error:
         raise TableError(f"table {name}: {error}") from error
+    except (OSError, LookupError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise TableError(f"table {name}: its results are missing, or of another shape ({error!r})") from error
 
 
 def with_tables(page: str, benchmarks: Benchmarks) -> tuple[str, list[str]]:

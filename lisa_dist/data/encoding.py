@@ -80,10 +80,7 @@ class Encoder:
         if first == "prompt":
             roles = {"prompt": "user", "completion": "assistant"}
             turns = [turn | {"role": roles[turn["role"]]} for turn in turns]
-        try:
-            ids, has_label = self._encode_turns(turns, tools)
-        except OF_TEMPLATES as error:
-            raise ExampleError(f"the chat template refuses it: {error}") from error
+        ids, has_label = self._encode_turns(turns, tools)
         if self._assistant_only and not any(has_label):
             raise ExampleError(
                 "has no answer in what the chat template makes of it; give another by --chat_template_path"
@@ -121,9 +118,8 @@ class Encoder:
     def _encode_turns(self, turns: Sequence[dict[str, Any]], tools: list | None) -> tuple[list[int], list[Any]]:
         """Token ids, and which of them have labels."""
         if self.marked_template is not None:
-            settings: Any = {"return_dict": True, "return_assistant_tokens_mask": True}
-            settings |= {"chat_template": self.marked_template, "tools": tools}
-            encoded: Any = self._tokenizer.apply_chat_template(as_taken(turns, self._in_parts), **settings)
+            settings = {"return_dict": True, "return_assistant_tokens_mask": True}
+            encoded: Any = self._apply(turns, chat_template=self.marked_template, tools=tools, **settings)
             return encoded["input_ids"], encoded["assistant_masks"]
         text = self._render(turns, tools)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -161,8 +157,15 @@ class Encoder:
         return spans
 
     def _render(self, turns: Sequence[dict[str, Any]], tools: list | None, add_generation_prompt: bool = False) -> str:
-        given: Any = {"tools": tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
-        return cast(str, self._tokenizer.apply_chat_template(as_taken(turns, self._in_parts), **given))
+        rendered = self._apply(turns, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return cast(str, rendered)
+
+    def _apply(self, turns: Sequence[dict[str, Any]], **given: Any) -> Any:
+        """What the chat template makes of turns. Raises ExampleError where it refuses them."""
+        try:
+            return self._tokenizer.apply_chat_template(as_taken(turns, self._in_parts), **given)
+        except OF_TEMPLATES as error:
+            raise ExampleError(f"the chat template refuses it: {error}") from error
 
     def _end_of_turn(self, before: str, after: str, text: str, said: list[str]) -> int | None:
         """Where in `text`, that of all turns, a turn ends; None if its end cannot be found.

@@ -15,6 +15,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, Json, List, Value, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from pyarrow.lib import ArrowException
 
 from lisa_dist.data.formats import (
     FORMATS,
@@ -250,16 +251,22 @@ def generate(function: Callable[..., Iterator[dict]], arguments: dict, features:
 
     Without `features` they are those of the first rows, and all others must have them.
     """
+    label = arguments["rows"]["label"]
     try:
         return Dataset.from_generator(function, gen_kwargs=arguments, features=features)
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        if isinstance(error.__cause__, OSError):
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, OSError):
+            raise UserError(
+                f"{label}: its rows cannot be cached ({cause.strerror or cause}); make room in the cache of datasets, "
+                "or set HF_DATASETS_CACHE."
+            ) from error
+        if not isinstance(cause, TypeError | ValueError | ArrowException):  # of the writer
             raise
         raise UserError(
-            f"{arguments['rows']['label']}: a column has values of several kinds "
-            f"({in_one_line(error.__cause__ or error)}); leave it out, or give it one kind."
+            f"{label}: a column has values of several kinds ({in_one_line(cause)}); leave it out, or give it one kind."
         ) from error
 
 

@@ -101,8 +101,11 @@ def _checked(version: int, rows: Mapping[str, Any], task: str, columns: tuple) -
 
 
 def _entries(names: tuple[str, ...], **arguments: Any) -> Iterator[dict[str, Any]]:
-    for row in _checked(**arguments):
-        yield {name: row.get(name) for name in names}
+    """The valid rows before the others, whose columns are empty: without `features` the first rows give the kinds."""
+    for is_valid in (True, False):
+        for row in _checked(**arguments):
+            if bool(row[PROBLEM]) != is_valid:
+                yield {name: row.get(name) for name in names}
 
 
 class RowRules:

@@ -112,10 +112,9 @@ def raise_together(problems: list[str]) -> None:
 
 def raise_shared(problem: str | None) -> None:
     """Raise SharedError on every rank, with the problem of the first rank that has one; all ranks call it."""
-    if first := next(
-        filter(None, gather(problem)), None
-    ):  # a rank that ended alone would have the others say that it is gone
-        raise SharedError(first)
+    found = [one for one in gather(problem) if one]  # a rank that ended alone would be said to be gone
+    if found:
+        raise SharedError(found[0])
 
 
 def my_share(names: list[str]) -> list[str]:

@@ -241,4 +241,8 @@ def _appears(path: Path) -> bool:
 
 def _digest(paths: Sequence[Path]) -> str:
     """A few digits that tell files with different bytes apart."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]

@@ -111,7 +111,7 @@ def winogrande(data_dir: str, **_: object) -> dict[str, Dataset]:
     """Splits validation, and train for few-shot examples, which is empty without its file."""
     folder = Path(data_dir) / "winogrande"
     splits = {"validation": read_entries(folder / "dev.jsonl", _WINOGRANDE), "train": []}
-    if any(folder.glob("train_xl.jsonl*")):
+    if any((folder / name).is_file() for name in ("train_xl.jsonl", "train_xl.jsonl.gz")):
         splits["train"] = read_entries(folder / "train_xl.jsonl", _WINOGRANDE)
     return {
         split: Dataset.from_list([{name: example[name] for name in _WINOGRANDE} for example in examples])

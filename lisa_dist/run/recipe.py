@@ -155,5 +155,9 @@ def _as_yaml(value: object) -> str:
 
 def _join(argv: Sequence[str]) -> str:
     """A command in one line, as a comment holds it: what cannot be printed is written as in bash's $'...'."""
-    # After a quotation mark Python puts what it shows between apostrophes, with the same escapes.
-    return " ".join(shlex.quote(word) if word.isprintable() else "$'" + repr(f'"{word}')[2:] for word in argv)
+    quoted = []
+    for word in argv:
+        plain = word.replace("\\", "\\\\").replace("'", "\\'")
+        escaped = "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in plain)
+        quoted.append(shlex.quote(word) if word.isprintable() else f"$'{escaped}'")
+    return " ".join(quoted)

@@ -247,6 +247,7 @@ class Progress(TrainerCallback):
         self._live: Live | None = None
         self._values: dict[str, float] = {}
         self._evaluated = 0  # batches of the held-out examples, in an evaluation
+        self._state, self._first_step, self._began = TrainerState(), 0, 0.0  # what a script logs before training
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Show the line."""

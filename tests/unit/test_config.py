@@ -20,6 +20,7 @@ from lisa_dist import LisaConfig
         ({"lisa_interval_steps": 0}, "--lisa_interval_steps 0: a period lasts at least 1 optimizer step."),
         ({"lisa_interval_steps": "few"}, "--lisa_interval_steps few: a period lasts at least 1"),
         ({"lisa_sampler": "random"}, "--lisa_sampler random: unknown; choose one of uniform"),
+        ({"lisa_sampler": ["uniform"]}, "--lisa_sampler ['uniform']: unknown; choose one of uniform"),
         ({"lisa_sampler": "weighted"}, "--lisa_sampler weighted: it needs weights of the layers; give --lisa_weights"),
         (
             {"lisa_sampler": "weighted", "lisa_unit": "module", "lisa_budget": "3%"},

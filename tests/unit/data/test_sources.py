@@ -280,3 +280,11 @@ def test_settings_that_cannot_be(tmp_path, options, said):
 def test_a_file_that_was_changed_is_read_anew(tmp_path):
     assert len(load(write(tmp_path / "rows.jsonl", [ROW]))[0]) == 1
     assert len(load(write(tmp_path / "rows.jsonl", [ROW, ROW]))[0]) == 2
+
+
+def test_rows_that_cannot_be_cached_are_said_of_the_flag(tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}')
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", rows / "below_a_file")
+    with pytest.raises(UserError, match=r"rows.jsonl: its rows cannot be cached \(Not a directory\); make room"):
+        load_turns(Source(str(rows)), False, 0)

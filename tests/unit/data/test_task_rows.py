@@ -105,3 +105,11 @@ def test_columns_that_a_task_leaves_out_are_named_and_all_others_stay(tmp_path):
     assert "prompt, origin, chosen, rejected, 3 examples" in prompts.lines[0]
     split = load_task_data(replace(arguments, eval_rows=1), "dpo", seed=0)
     assert (len(split.train), len(split.held_out), split.train.column_names) == (2, 1, ["prompt", "chosen", "rejected"])
+
+
+def test_a_thousand_invalid_rows_before_the_first_valid_one_are_left_out(tmp_path):
+    """Whose columns, of any kind for grpo, are those of the first rows that are written to the cache."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, [{"prompt": 3}] * 1500 + [{"prompt": "q"}])))
+    data = load_task_data(DataArguments(dataset_name=[str(rows)], skip_bad_rows=True), "grpo", seed=0)
+    assert data.train[:] == {"prompt": ["q"]}
