@@ -12,7 +12,6 @@ whole ("0:state1", "0:absmax1", ...), restored bit for bit into the same partiti
 Factored moments of a matrix are "name:row_sq", of the rows that a piece touches, "name:column_sq" and "name:mean_sq".
 """
 
-import functools
 import json
 import re
 from collections.abc import Iterator
@@ -91,8 +90,7 @@ class StateFiles:
         self._files = [safe_open(path, framework="pt") for path in paths]
         self._names = [set(file.keys()) for file in self._files]
         self._partitions = [json.loads(file.metadata()["partitions"]) for file in self._files]
-        # Pieces of one partition are read one after the other.
-        self._dequantized = functools.lru_cache(maxsize=1)(self._dequantize)
+        self._last_dequantized: tuple[tuple[str, int, int] | None, torch.Tensor] = (None, torch.empty(0))
         self._sources: dict[str, list[tuple[int, int, Piece]]] = {}
         for file, partitions in enumerate(self._partitions):
             for index, partition in enumerate(partitions):
@@ -162,8 +160,11 @@ class StateFiles:
         begins = source.offset - source.start
         return self._dequantized(field, file, index)[begins + first : begins + last]
 
-    def _dequantize(self, moment: str, file: int, index: int) -> torch.Tensor:
-        return dequantize(*(self._files[file].get_tensor(f"{index}:{field}") for field in BITSANDBYTES[moment]))
+    def _dequantized(self, moment: str, file: int, index: int) -> torch.Tensor:
+        if self._last_dequantized[0] != (moment, file, index):  # pieces of one partition are read one after the other
+            parts = (self._files[file].get_tensor(f"{index}:{field}") for field in BITSANDBYTES[moment])
+            self._last_dequantized = ((moment, file, index), dequantize(*parts))
+        return self._last_dequantized[1]
 
     def _coded(self, name: str, file: int, source: Piece, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes of elements [first, last) of a parameter, and the scales of the blocks that they are in."""

@@ -5,7 +5,6 @@ shards with an index. A checkpoint has a file for each block, under the model's 
 not changed is linked to the last checkpoint's.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -29,7 +28,7 @@ from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.run_state import SavedBlocks
 from lisa_dist.distributed.collectives import together
 from lisa_dist.errors import UserError
-from lisa_dist.files import find_foreign_name, replacing, set_mode_by_umask
+from lisa_dist.files import find_foreign_name, flush_file, replacing, set_mode_by_umask
 from lisa_dist.patches import patch
 from lisa_dist.run_folder import read_object
 from lisa_dist.zero.parameters import is_partitioned, original_of, parameter_numel, parameter_shape, whole_weights
@@ -260,8 +259,8 @@ def link_unchanged(
 ) -> dict[str, dict[str, Any]]:
     """Link what has not changed since the last checkpoint beside this one; size and sum of each file, by its name.
 
-    What the file system cannot link is left out, and written anew; so is a file that is not as large as it was, and
-    that of the buffers, which forward passes change.
+    Where the file system has no hard links they are copied. A file that is not as large as it was is left out, and that
+    of the buffers, which forward passes change.
     """
     if saved is None or saved.folder.resolve().parent != staging.resolve().parent:
         return {}
@@ -272,9 +271,12 @@ def link_unchanged(
         path, about = saved.folder / file.name, saved.described[file.name]
         if not path.is_file() or path.stat().st_size != about["bytes"]:
             continue
-        with contextlib.suppress(OSError):  # of another kind on each file system that has no hard links, or no more
+        try:
             os.link(path, staging / file.name, follow_symlinks=False)
-            linked[file.name] = about
+        except OSError:  # of another kind on each file system that has no hard links, or no more of them for this file
+            shutil.copyfile(path, staging / file.name)
+            flush_file(staging / file.name)
+        linked[file.name] = about
     return linked
 
 

@@ -8,11 +8,11 @@
   parameters that were frozen before LISA came.
 """
 
-import contextlib
+import dis
 import functools
 import inspect
 import os
-import re
+import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -270,16 +270,19 @@ def _is_linear(module: nn.Module) -> bool:
 def _weights_read(kind: type) -> frozenset[str]:
     """Names of inner modules whose weight the methods of a class read, such as `self.dt_proj.weight @ hidden`.
 
-    By their source, since a pass on the CPU does not take what a fused kernel does on a GPU. Dtype and device of a
-    weight, which a quantized matrix has too, may be read.
+    By their code, since a pass on the CPU does not take what a fused kernel does on a GPU. Its dtype and device, which
+    a quantized matrix has too, may be read.
     """
-    names: set[str] = set()
-    for base in kind.__mro__:
-        for method in vars(base).values() if base not in nn.Module.__mro__ else ():
-            if inspect.isfunction(method):
-                with contextlib.suppress(OSError):  # of a console, which has no source
-                    source = inspect.getsource(inspect.unwrap(method))
-                    names.update(re.findall(r"(\w+)\.weight\b(?!\.(?:dtype|device)\b)", source))
+    own = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
+    methods = [value for base in own for value in vars(base).values() if inspect.isfunction(value)]
+    codes, names = [inspect.unwrap(method).__code__ for method in methods], set()
+    while codes:
+        code = codes.pop()
+        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+        steps = list(dis.get_instructions(code))
+        for owner, weight, use in zip(steps, steps[1:], steps[2:], strict=False):
+            is_read = (owner.opname, weight.argval) == ("LOAD_ATTR", "weight") and use.argval not in ("dtype", "device")
+            names |= {owner.argval} if is_read else set()
     return frozenset(names)
 
 

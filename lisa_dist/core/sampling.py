@@ -8,6 +8,7 @@ sampling with a reservoir", 2006. Visits at given rates, each in a time window o
 progress: a notion of fairness in resource allocation", 1996.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -162,9 +163,14 @@ def _sample_reshuffled(period: Period) -> list[int]:
 
 @register_sampler("balanced")
 def _sample_balanced(period: Period) -> list[int]:
-    rates = inclusion_probabilities(period.weights or [1.0] * period.num_layers, period.num_active)
+    rates = _rates(tuple(period.weights or [1.0] * period.num_layers), period.num_active)
     *_, chosen = balanced_samples(period.seed, period.counts, rates)
     return chosen
+
+
+@functools.lru_cache(maxsize=1)  # weights stay for a run, and the integral takes tens of milliseconds
+def _rates(weights: tuple[float, ...], num_sampled: int) -> list[float]:
+    return inclusion_probabilities(weights, num_sampled)
 
 
 def inclusion_probabilities(weights: Sequence[float], num_sampled: int) -> list[float]:

@@ -1,6 +1,6 @@
 """The optimizer over flat partitions, as `--optim` names it, and what each one cannot do."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def check_optim(optim: str, offload: bool, config: LisaConfig | None = None, hal
                 f"--optim {optim} with --lisa_offload {config.lisa_offload}: states on the host have 32 bits; give "
                 f"--lisa_state_bits {block}=32, or use --optim adamw_torch_fused."
             )
-    _check_bits(optim, offload, state_bits)
+    _check_bits(optim, offload, state_bits.items())
     if offload and optim in BITSANDBYTES_ADAMW:
         raise UserError(
             f"--optim {optim} with offload_optimizer: DeepSpeed steps offloaded states on the host with its own AdamW; "
@@ -63,15 +63,21 @@ def check_optim(optim: str, offload: bool, config: LisaConfig | None = None, hal
         )
 
 
-def _check_bits(optim: str, offload: bool, state_bits: Mapping[str, StateBits]) -> None:
-    fewer = [f"{block}={bits}" for block, bits in state_bits.items() if bits != 32]
+def _block_of(group: dict[str, Any]) -> str:
+    """The name that --lisa_state_bits has for the block of a group; those of sampled layers are slot0, slot1, ..."""
+    name: str = group.get("lisa_group", "").partition("/")[0]
+    return "layers" if name.startswith("slot") else name
+
+
+def _check_bits(optim: str, offload: bool, state_bits: Iterable[tuple[str, StateBits]]) -> None:
+    fewer = [f"{block}={bits}" for block, bits in state_bits if bits != 32]
     if offload and fewer:
         raise UserError(
             f"--lisa_state_bits {fewer[0]} with offload_optimizer: DeepSpeed steps offloaded states on the host with "
             "its own AdamW at 32 bits; leave the flag out, or use a DeepSpeed config without offload_optimizer."
         )
-    if FACTORED in state_bits.values() and optim != LISA_ADAMW:
-        listed = ",".join(one for one in fewer if one.endswith(FACTORED))
+    listed = ",".join(one for one in fewer if one.endswith(FACTORED))
+    if listed and optim != LISA_ADAMW:
         raise UserError(
             f"--lisa_state_bits {listed} with --optim {optim}: only --optim lisa_adamw has factored moments."
         )
@@ -95,7 +101,7 @@ def build_optimizer(
     check_optim(optim, offload)
     optim = getattr(optim, "value", optim)
     with_bits = [group for group in param_groups if "lisa_state_bits" in group]
-    bits = {group.get("lisa_group", "").partition("/")[0]: group["lisa_state_bits"] for group in with_bits}
+    bits = [(_block_of(group), group["lisa_state_bits"]) for group in with_bits]
     _check_bits(optim, offload, bits)
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -103,8 +109,10 @@ def build_optimizer(
         optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(param_groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)
         return optimizer
     if optim == LISA_ADAMW:
+        if any(group.get("lisa_host") for group in param_groups):
+            choose_kernels("cpu")  # raises here what is forced in vain, and not in the first step
         return LisaAdamW(param_groups, lr=lr, betas=betas, eps=eps, seed=seed)
-    if optim in TORCH_ADAMW and 8 not in bits.values():
+    if optim in TORCH_ADAMW and 8 not in [number for _, number in bits]:
         return torch.optim.AdamW(param_groups, lr=lr, betas=betas, eps=eps, fused=optim == "adamw_torch_fused")
     return _bitsandbytes_adamw()(param_groups, lr=lr, betas=betas, eps=eps, optim_bits=default_state_bits(optim))
 
@@ -117,5 +125,21 @@ def _bitsandbytes_adamw() -> Callable[..., torch.optim.Optimizer]:
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
             config: dict[str, Any] = super().get_config(gindex, pindex, group)
             return config | {"optim_bits": group.get("lisa_state_bits", config["optim_bits"])}
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            """The same without waiting for the device after each tensor, which its paged states alone need."""
+            assert closure is None  # DeepSpeed calls it without one
+            if not self.initialized:
+                self.check_overrides()
+                self.to_gpu()
+                self.initialized = True
+            for number, group in enumerate(self.param_groups):
+                for place, parameter in enumerate(group["params"]):
+                    if parameter.grad is None:
+                        continue
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, number, place)
+                    self.update_step(group, parameter, number, place)
 
     return BlockwiseAdamW

@@ -30,7 +30,7 @@ DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3: rebuild.py, their modules
     schedulers are not bound to the new one. test_schedulers_stay_bound
 initialize_ds_offload: rebuild.py, the optimizer, during a switch
     Attaches hooks to all modules. Instead those that are attached stay. Wrong without: checkpointing with frozen
-    layers raises an error. test_frozen_embedding_with_checkpointing
+    layers raises an error. test_a_plan_is_what_a_step_allocates
 available_memory: overrides.py, the accelerator, process-wide, on CUDA
     Asks NVML, if pynvml is installed. Instead torch is asked. Wrong without: a ValueError where GPUs are named by
     their UUIDs, an error where there is no driver. test_a_switch_waits_for_nothing_else,
@@ -67,7 +67,7 @@ average_tensor: gradients.py, stages 1 and 2 without optimizer offload
 reduce_independent_p_g_buckets_and_remove_grads, overlap_comm: gradients.py, stages 1 and 2 on one rank
     Copies each gradient, divides it by 1, and waits for that. Instead it stays where it is. Counted: each gradient
     copied and divided, and one wait, in every step. test_a_gradient_of_one_rank_is_not_copied
-get_all_grad_tensors, get_flat_partition: embedding_rows.py, LisaAdamW on stages 1 and 2, without offload
+get_all_grad_tensors, get_flat_partition, zero_grad: embedding_rows.py, LisaAdamW on stages 1 and 2, without offload
     Has the gradient of an embedding whole, on each rank. Instead the rows that occur, each at the ranks whose
     pieces it is in. Peak: 0.98 GiB of 23.41 of llama3_8b_24gb (4.2%). test_rows_train_as_whole_gradients_do
 _get_preflattened_grad_partition, _prepare_fp32_grad_for_sub_group: step.py, LisaAdamW, --lisa_offload

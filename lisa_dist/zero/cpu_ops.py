@@ -29,8 +29,10 @@ def build_cpu_ops(offload: bool = True) -> None:
     from deepspeed.ops.op_builder import CPUAdamBuilder, ShareMemCommBuilder
 
     guard_builds()
-    for builder in (ShareMemCommBuilder, CPUAdamBuilder) if offload else (ShareMemCommBuilder,):
-        builder().load(verbose=False)
+    if get_accelerator().device_name() == "cpu":  # a GPU has no builder of it
+        ShareMemCommBuilder().load(verbose=False)
+    if offload:
+        CPUAdamBuilder().load(verbose=False)
 
 
 def guard_builds() -> None:
@@ -70,12 +72,14 @@ def built_alone(name: str, silent: float = _SILENT) -> Iterator[None]:
         timer.start()
     with contextlib.ExitStack() as stack:
         stack.callback(timer.cancel)
-        with contextlib.suppress(OSError):  # a file is another user's, or cannot be locked
+        is_alone = False
+        with contextlib.suppress(OSError):  # the file is another user's, or cannot be locked
             fcntl.flock(stack.enter_context((root / f"{name}.lisa_dist_lock").open("a")), fcntl.LOCK_EX)
-            for stale in root.glob(f"**/{name}/lock"):
-                while _has_a_compiler(stale.parent):
-                    time.sleep(0.2)
-                stale.unlink(missing_ok=True)
+            is_alone = True
+        for stale in root.glob(f"**/{name}/lock") if is_alone else ():
+            while _has_a_compiler(stale.parent):
+                time.sleep(0.2)
+            stale.unlink(missing_ok=True)
         yield
     if said.is_set():
         print(f"{name} was there after {time.monotonic() - begun:.0f} s", flush=True)

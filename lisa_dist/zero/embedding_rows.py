@@ -57,6 +57,10 @@ class EmbeddingRows:
         if sum(len(indices) for indices, _ in self.noted) > self._embedding.num_embeddings:  # on stage 1
             self.noted = [_merge(self.noted)]
 
+    def clear(self) -> None:
+        """Forget what waits for a step, as when gradients are set to zero."""
+        self.noted, self._owned = [], None
+
     def reduce(self) -> None:
         """At the end of a backward pass: every row to the ranks that have a piece of it; all ranks call it."""
         lookups, self.noted = self.noted, []
@@ -182,9 +186,17 @@ def reduced_by_rows(
         rows.reduce()
         return []
 
+    def zero_grad(*args: Any, **kwargs: Any) -> None:
+        rows.clear()
+        optimizer_class.zero_grad(zero, *args, **kwargs)
+
     def flat_partition(*args: Any, param_group_idx: int, **kwargs: Any) -> Any:
         if param_group_idx != index:
             return optimizer_class.get_flat_partition(zero, *args, param_group_idx=param_group_idx, **kwargs)
         return rows.take()
 
-    return {"get_all_grad_tensors": gradients_of, "get_flat_partition": flat_partition}
+    return {
+        "get_all_grad_tensors": gradients_of,
+        "get_flat_partition": flat_partition,
+        "zero_grad": zero_grad,
+    }

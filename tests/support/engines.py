@@ -20,7 +20,7 @@ GRADIENT_NAMES = (
     "reduce_independent_p_g_buckets_and_remove_grads",
     "overlap_comm",
 )
-ROW_NAMES = ("get_all_grad_tensors", "get_flat_partition")
+ROW_NAMES = ("get_all_grad_tensors", "get_flat_partition", "zero_grad")
 
 
 @contextlib.contextmanager

@@ -320,12 +320,16 @@ def test_what_is_linked(saved):
     assert (staging / "model-1.safetensors").samefile(saved.folder / "model-1.safetensors")
 
 
-def test_without_hard_links_files_are_written_anew(saved, monkeypatch):
+def test_without_hard_links_files_are_copied(saved, monkeypatch):
     def link(*_, **__):
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(weights_module.os, "link", link)
-    assert link_unchanged(files_of(3, 3, 3), set(), saved, saved.folder.with_name("tmp-checkpoint-2")) == {}
+    staging = saved.folder.with_name("tmp-checkpoint-2")
+    assert len(link_unchanged(files_of(3, 3, 3), set(), saved, staging)) == 3
+    copy = staging / "model-1.safetensors"
+    assert copy.read_bytes() == b"abc"
+    assert copy.stat().st_nlink == 1
 
 
 def test_what_counts_as_changed():

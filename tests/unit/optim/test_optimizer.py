@@ -155,3 +155,23 @@ def test_norms_and_biases_keep_32_bits():
     assert bits == {"embed/decay": "factored", "rest/no_decay": None, "slot0/decay": 8, "slot0/no_decay": None}
     optimizer = build_optimizer(groups, "lisa_adamw")
     assert [group["lisa_state_bits"] for group in optimizer.param_groups] == ["factored", 32, 8, 32]
+
+
+def test_bitsandbytes_steps_without_a_wait_for_each_tensor(monkeypatch):
+    import bitsandbytes
+
+    stepped = []
+    for is_ours in (False, True):
+        groups = groups_of(tiny_llama(num_layers=1), [0])
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        if is_ours:
+            monkeypatch.delattr("bitsandbytes.optim.optimizer.sync_gpu")
+            optimizer = build_optimizer(groups, "adamw_bnb_8bit", lr=1e-2)
+        else:
+            optimizer = bitsandbytes.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.999), optim_bits=8)
+        for _ in range(2):
+            for parameter in parameters[1:]:  # the first has no gradient
+                parameter.grad = torch.sin(parameter.detach() * 1e3)
+            optimizer.step()
+        stepped.append(parameters)
+    assert all(map(torch.equal, *stepped))
