@@ -30,7 +30,7 @@ DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3: rebuild.py, their modules
     schedulers are not bound to the new one. test_schedulers_stay_bound
 initialize_ds_offload: rebuild.py, the optimizer, during a switch
     Attaches hooks to all modules. Instead those that are attached stay. Wrong without: checkpointing with frozen
-    layers raises an error. test_losses_equal_the_reference
+    layers raises an error. test_frozen_embedding_with_checkpointing
 available_memory: overrides.py, the accelerator, process-wide, on CUDA
     Asks NVML, if pynvml is installed. Instead torch is asked. Wrong without: a ValueError where GPUs are named by
     their UUIDs, an error where there is no driver. test_a_switch_waits_for_nothing_else,
