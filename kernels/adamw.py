@@ -12,8 +12,8 @@ Without a master the sum of weight and update is rounded stochastically to bf16:
 its mean the sum itself, so that updates far below bf16's resolution still move the weights as they should. The random
 bits are those of `philox.random_bits`.
 
-Source of AdamW: Loshchilov and Hutter, "Decoupled weight decay regularization" (ICLR 2019), Algorithm 2. Of stochastic
-rounding for it: Zamirai et al., "Revisiting bfloat16 training" (2020), section 3.
+Source of AdamW: Loshchilov and Hutter, "Decoupled weight decay regularization" (ICLR 2019), Algorithm 2. Source of
+stochastic rounding: Zamirai et al., "Revisiting bfloat16 training" (2020), section 3.
 """
 
 import math

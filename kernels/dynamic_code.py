@@ -2,7 +2,7 @@
 
 Seven decades, the higher ones divided the finer, so that small values keep their relative precision and large ones
 their absolute one. Source: Dettmers et al., "8-bit optimizers via block-wise quantization" (ICLR 2022), sections 2.1
-and 2.2. The first moment has codes with a sign. Of the second, which has none, the root is coded: it spans the decades
+and 2.2. The first moment has codes with a sign. The second has none, and its root is coded, which spans the decades
 that the first moment does, where the square would span twice as many and be lost as zero.
 
 Blocks are those of the parameter, not of the partition: [256 k, 256 (k + 1)) of its flattened elements. A partition

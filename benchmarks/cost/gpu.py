@@ -290,7 +290,7 @@ HEADER += ("took s",)
 
 
 def peak_flops_of(card: str) -> float | None:
-    """Of a card by its name, dense bf16; None of one that is not known."""
+    """Dense bf16 FLOP/s of a card by its name; None for one that is not known."""
     return next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
 
 

@@ -143,7 +143,7 @@ def check_codes(bits: int, device: torch.device) -> dict:
 
 
 def losses_of(name: str, shrink: int) -> list[float]:
-    """Of steps on the same rows, on the device that there is."""
+    """Losses of steps on the same rows, on the device that there is."""
     ds_config, dtype, method = RUNS[name]
     torch.manual_seed(0)
     config = runs.shrunk_config("llama3.1-8b", shrink, 4)
@@ -166,7 +166,7 @@ def check_losses(name: str, shrink: int, on_cpu: Callable[[], dict]) -> dict:
 
 
 def checks(device: torch.device, rehearses: bool, on_cpu: Callable[[], dict]) -> Iterator[tuple]:
-    """Of each check its name, a function and its arguments."""
+    """Each check's name, a function and its arguments."""
     numel, piece = (4096, 4096) if rehearses else (1 << 20, 1 << 22)
     repeats = 3 if rehearses else 2**31 // piece + 1
     for kind in KINDS:

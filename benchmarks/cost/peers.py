@@ -173,7 +173,7 @@ def python_of(peer: str, environments: Path) -> Path:
 
 
 def versions_of(python: Path) -> dict[str, str]:
-    """Of what is installed there among TOLD."""
+    """Versions of what is installed there among TOLD."""
     code = (
         "import json, sys\nfrom importlib.metadata import distributions\n"
         "found = {one.metadata['Name'].lower().replace('_', '-'): one.version for one in distributions()}\n"
@@ -190,7 +190,7 @@ def last_error(output: str) -> str:
 
 
 def environment_of(python: Path, caches: Path | None = None) -> dict[str, str]:
-    """Of a run: one thread, no hub, this repository's package for its own trainer alone, caches in a folder."""
+    """A run's variables: one thread, no hub, this repository's package for its trainer alone, a folder of caches."""
     made = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | ON_CPU
     made |= {"TOKENIZERS_PARALLELISM": "false", "USE_HF": "1", "PATH": f"{python.parent}:{os.environ['PATH']}"}
     if python == Path(sys.executable):

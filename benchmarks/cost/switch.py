@@ -75,7 +75,7 @@ def cost(times: dict[str, list[float]], steps: int = 2) -> float:
 
 
 def share(times: dict[str, list[float]], interval: int) -> float:
-    """Of a period of so many steps, what its switch costs."""
+    """The part of a period of so many steps that its switch costs."""
     seconds = cost(times, min(interval, 2))
     return seconds / (seconds + interval * median(times["step_seconds"]))
 

@@ -133,7 +133,7 @@ def steps(of: str, figures: dict) -> Iterator[Row]:
 
 
 def beside_static(of: None, figures: dict) -> Iterator[Row]:
-    """Of each stage and width, in the first period and after a switch."""
+    """A row for each stage and width, in the first period and after a switch."""
     for title, methods in figures.items():
         if "lisa" in methods:
             lisa, static = methods["lisa"], methods["static"]

@@ -87,7 +87,7 @@ def mmlu(data_dir: str, subject: str, **_: object) -> dict[str, Dataset]:
 
 @functools.cache
 def _read_mmlu(data_dir: str, split: str) -> list[dict]:
-    """Of all subjects, each of which reads them."""
+    """The entries of all subjects, each of which reads them."""
     return read_entries(Path(data_dir) / "mmlu" / f"{split}.jsonl", _MMLU)
 
 
@@ -167,7 +167,7 @@ def _read_object(path: Path, shape: object) -> dict:
 
 
 def _read_lines(path: Path) -> list[str]:
-    """Of a file, or of the same with .gz."""
+    """The lines of a file, or of the same with .gz."""
     found = path if path.is_file() else path.with_name(f"{path.name}.gz")
     opened = gzip.open if found.suffix == ".gz" else open
     try:

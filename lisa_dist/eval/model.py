@@ -39,7 +39,7 @@ def load_model(
 
 
 def _settings(name: str, file: str) -> dict[str, Any]:
-    """Of a model's folder; nothing where it has no such file, as one of the hub."""
+    """Settings in a file of a model's folder; none where it has no such file, as one of the hub."""
     path = Path(name) / file
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 

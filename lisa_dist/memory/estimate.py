@@ -442,7 +442,7 @@ class StepPlan:
         return self._element * kept_gradient_numel(group, self._stage, rank, self.world_size)
 
     def _group_step(self, group: Group, partition: int) -> tuple[int, int]:
-        """Of one group: its gradient flat and in fp32, with itself still there; then that, and what AdamW takes."""
+        """A group's gradient flat and in fp32, with itself still there; then that, and what AdamW takes."""
         if self.optim == LISA_ADAMW:  # takes gradients as they are; on CPU one chunk of the largest piece is copied
             pieces = [piece.length for rank in self._ranks for piece in self._pieces(group, rank)]
             piece = max(pieces, default=0)

@@ -192,9 +192,9 @@ def with_most_layers(
     """The settings of a run with a number in the place of auto or lora, and why; as they are where they have one.
 
     lora is as many as fit what a step of LoRA takes, and a tenth, both of one micro-batch without checkpointing: one
-    number, however the run checkpoints and accumulates. Of these it is as many as fit the GPU, two at least. auto is as
-    many as fit the GPU, or a UserError with the closest three settings. Layers come before checkpointing less: they fit
-    with all layers checkpointed, where the run may choose, and with the loss that needs less.
+    number, however the run checkpoints and accumulates; no more than fit the GPU, and two at least. auto is as many as
+    fit the GPU, or a UserError with the closest three settings. Layers come before checkpointing less: they fit with
+    all layers checkpointed, where the run may choose, and with the loss that needs less.
     """
     given, budget = lisa_config.lisa_activated_layers, arguments.budget
     if given not in PLANNED_LAYERS:

@@ -1,8 +1,8 @@
 """Which decoder layers a traced step runs, and the events of a step of all layers from those of the ones that ran.
 
-Layers repeat: one kind of layer, or a pattern of a few, as where every sixth attends to all tokens. Of many repeats
-a trace runs three, the first two and the last, since what is before and after them may differ; the second stands for
-all that did not run:
+Layers repeat: one kind of layer, or a pattern of a few, as where every sixth attends to all tokens. A trace runs
+three of many repeats, the first two and the last, since what is before and after them may differ; the second stands
+for all that did not run:
 
     layers  a b c c c c c c c c d
     traced  a b c c           c d

@@ -285,7 +285,7 @@ class FakeRun:
         return alone and embedding_of(self._run, group.params[0]) is not None
 
     def bits(self, name: str, kind: str, optim: str, state_bits: Mapping[str, StateBits]) -> StateBits:
-        """Of the moments of a block's parameters of one kind (`core/selection.py`)."""
+        """Bits of the moments of a block's parameters of one kind (`core/selection.py`)."""
         default = default_state_bits(optim)
         bits = state_bits.get(name, default)
         return bits if takes_bits(bits, kind) else default
@@ -322,7 +322,7 @@ class FakeRun:
         return self._traces[key]
 
     def _events(self, trained: Sequence[torch.nn.Parameter]) -> Iterable[Event]:
-        """Of a step of all layers, of which few run where they repeat."""
+        """The events of a step of all layers, of which few run where they repeat."""
         checkpoint_layers(self.model, self.blocks, self.workload.checkpointed_layers)
         layers, ids = self._layers, {id(parameter) for parameter in trained}
         kinds = trained_kinds(self._kinds, layers, ids)

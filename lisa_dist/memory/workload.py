@@ -140,8 +140,8 @@ def widest_periods(
 ) -> list[Trained]:
     """The periods that may need most memory: with the lowest layers, and with each outer block that is sampled.
 
-    Where only some layers are checkpointed, an active one of the others, higher up, stores more. Of modules: with the
-    lowest, the largest and the highest that fill the budget.
+    Where only some layers are checkpointed, an active one of the others, higher up, stores more. Periods of modules
+    have the lowest, the largest or the highest that fill the budget.
     """
     gamma, num_layers = config.lisa_activated_layers, len(blocks.layers)
     always_on = tuple(name for name in OUTER_BLOCKS if name in config.always_on and blocks.outer(name).parameters)

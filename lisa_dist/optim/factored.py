@@ -55,7 +55,7 @@ class Place:
         return dict(zip(FIELDS, (self.rows, self.columns, self.mean), strict=True))
 
     def cut_ends(self, cut_rows: Sequence[int]) -> list[tuple[int, slice]]:
-        """Of the piece's first and last row those that are cut: which of `cut_rows`, and where in the piece's rows."""
+        """The piece's first and last row where they are cut: which of `cut_rows`, and where in the piece's rows."""
         first = self.piece.start // self.width
         last = first + self.rows.stop - self.rows.start - 1
         return [(cut_rows.index(row), slice(row - first, row - first + 1)) for row in {first, last} & set(cut_rows)]

@@ -339,5 +339,5 @@ def _fits_on_the_host(training: Any, model_config: PretrainedConfig) -> tuple[bo
 
 
 def _lisa_config(config: RunConfig) -> LisaConfig:
-    """Of a run that is LISA's; else what says nothing."""
+    """The settings of a run that is LISA's; else the defaults."""
     return config.lisa if config.run.method == "lisa" else LisaConfig()

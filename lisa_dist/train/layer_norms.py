@@ -105,7 +105,7 @@ class LayerNorms(TrainerCallback):
         return [weight.changing(whole) for weight in self._weights] if self._looks_here else []
 
     def _norms(self, then: list[list[torch.Tensor]]) -> torch.Tensor:
-        """Of each block the norms of weights, of what was added since `then`, and of products; (blocks, 3) in fp64."""
+        """Each block's norms of weights, of what was added since `then`, and of products; (blocks, 3) in fp64."""
         whole = self._gather_adapters()
         squares = torch.zeros(len(self._blocks), 3, dtype=torch.float64, device=self._device)
         if self._looks_here:

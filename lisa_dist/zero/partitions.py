@@ -263,13 +263,13 @@ class ZeroPartitions:
         return None
 
     def _piece_of_each_rank(self, name: str, numel: int) -> list[Piece | None]:
-        """Of a group of one parameter; None for a rank that has nothing of it."""
+        """Each rank's piece of a group of one parameter; None for a rank that has nothing of it."""
         stage, world_size, alignment = self._cuts
         of_ranks = [pieces_of_group([(name, numel)], stage, rank, world_size, alignment) for rank in range(world_size)]
         return [next(iter(pieces), None) for pieces in of_ranks]
 
     def _matrices(self, keys: list[PartitionKey]) -> list[list[Matrix]]:
-        """Of each group whose moments are factored: its matrices."""
+        """The matrices of each group whose moments are factored."""
         laid_out, found = self._stage.groups_as_laid_out(self._zero), []
         for key, params, group in zip(keys, laid_out, self.optimizer.param_groups, strict=True):
             is_factored = key and group.get("lisa_state_bits") == FACTORED

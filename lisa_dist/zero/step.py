@@ -93,7 +93,7 @@ class GroupSteps:
         step.gradient_scale = gradient_scale(self._zero, total_norm, step.gradients[0].device)
 
     def _gradients(self, index: int) -> list[Any]:
-        """Of a group, where it steps. Those for the host set out at once where copies overlap, else one by one."""
+        """A group's, where it steps. Those for the host set out at once where copies overlap, else one by one."""
         for group in self._on_host if self._copies.overlaps else self._on_host & {index}:
             if self._zero.averaged_gradients[group] is not None and group not in self._sent:
                 self._sent[group] = self._send(group)

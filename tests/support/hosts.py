@@ -136,7 +136,7 @@ class Host:
         return Path("/proc", str(self.pid), "root", *names)
 
     def _children(self) -> str:
-        """Of the process that made the namespaces: one number, or nothing once it has ended."""
+        """The child of the process that made the namespaces: one number, or nothing once it has ended."""
         if self._daemon.poll() is not None:
             return ""
         return Path(f"/proc/{self._daemon.pid}/task/{self._daemon.pid}/children").read_text()

@@ -123,7 +123,7 @@ def build(model_type: str, class_name: str) -> PreTrainedModel | str:
 
 
 def batches() -> torch.Tensor:
-    """Of shape (steps, micro-batches, rows, length); the last ids may be special."""
+    """Token ids of shape (steps, micro-batches, rows, length); the last ids may be special."""
     return torch.randint(3, VOCABULARY - 8, (2, 1, 2, LENGTH), generator=torch.Generator().manual_seed(1))
 
 

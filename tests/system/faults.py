@@ -216,7 +216,7 @@ def whole_checkpoints(folder: Path) -> list[int]:
 
 
 def digest(folder: Path) -> str:
-    """Of all weights and states of a finished run, by their names: kept states are in the order in which they came."""
+    """A hash of a finished run's weights and states by name: kept states are in the order in which they came."""
     total = hashlib.sha256()
     for path in sorted((folder / f"checkpoint-{STEPS}").glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -108,7 +108,7 @@ def test_a_switch_copies_partitions_on_the_device():
 
 @pytest.mark.parametrize("settings", [{}, full({"optim": "lisa_adamw"}), full({"ds_config": "zero3"})], ids=name_of)
 def test_a_step_on_the_host_waits_for_gradients_alone(settings):
-    """Of two blocks, which travel together; their new weights go back while the host goes on."""
+    """Gradients of two blocks travel together; their new weights go back while the host goes on."""
     settings = {"ds_config": "zero2"} | settings
     there, here = counts_of("step", lisa_offload="embed,head", **settings), counts_of("step", **settings)
     assert there.pop("pinned") == 2 * 2 * (2 * 64 * VOCABULARY)  # down and up

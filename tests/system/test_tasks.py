@@ -307,7 +307,7 @@ def test_rows_that_are_too_long_for_a_reward_model_are_counted(folder, tmp_path,
     ("task", "stage"), [("dpo", "zero2"), ("dpo", "zero3"), ("kto", "zero3"), ("orpo", "zero2"), ("reward", "zero2")]
 )
 def test_a_plan_of_a_task_is_what_a_step_takes(tmp_path, task, stage):
-    """Of rows of several lengths, as plans have them, to 5%; activations are the most of it."""
+    """Rows have several lengths, as plans have them; it agrees to 5%, and activations are the most of it."""
     generator = random.Random(0)
     rows = [
         {"prompt": "a" * 8, "chosen": "b" * generator.randint(40, 150), "rejected": "c" * generator.randint(40, 150)}

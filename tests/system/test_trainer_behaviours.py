@@ -61,7 +61,7 @@ class LisaOfAll(LisaMixin, Trainer):
 
 
 def rows() -> list[dict]:
-    """Of different lengths, some of the tokens without a label; 26 rows, which no batch size here divides."""
+    """Rows of different lengths, some of the tokens without a label; 26, which no batch size here divides."""
     generator = torch.Generator().manual_seed(0)
     lengths = [6 + 3 * (number % 4) for number in range(26)]
     made = [torch.randint(VOCABULARY, (length,), generator=generator) for length in lengths]

@@ -36,7 +36,7 @@ def actions_of(parser: Any) -> dict[tuple[str, str], Any]:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_flags_are_those_of_transformers_parser(task):
-    """Of the classes that are imported, and of those that are read: names, types, defaults, choices, help."""
+    """Names, types, defaults, choices and help agree, for the classes that are imported and for those that are read."""
     theirs = actions_of(HfArgumentParser((*ARGUMENTS, CONFIGS[task]), allow_abbrev=False))
     assert len(theirs) > 8 * 150
     assert actions_of(run_parser(task)) == theirs
@@ -67,7 +67,7 @@ WORDS |= {name: 1 for name in ("b",)}
 
 @dataclass
 class Config(Mixin, Base):
-    """Of a test."""
+    """Options of a test."""
     shared: ClassVar[int] = 3
     optional: Optional[int] = None
     kind: Kind | str = field(default=Kind.FAST, metadata={"help": f"One of {', '.join(WORDS)}." " And " + LONG})

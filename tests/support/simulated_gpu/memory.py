@@ -104,7 +104,7 @@ class Memory:
         return self.storage(tensor).place
 
     def put_on_device(self, tensor: torch.Tensor) -> None:
-        """Of a tensor that was made without the dispatcher, as `torch.tensor` makes it."""
+        """Allocate a tensor that was made without the dispatcher, as `torch.tensor` makes it."""
         storage = self.storage(tensor)
         if storage.place != "cuda":
             storage.place, storage.stream = "cuda", CLOCKS.current.id

@@ -73,7 +73,7 @@ def test_every_table_is_on_a_page():
 
 
 def change_a_digit(page: Path, name: str) -> None:
-    """Of this table of the page: its last one."""
+    """Change the last digit of this table of the page."""
     text = page.read_text(encoding="utf-8")
     marked = next(found for found in MARKED.finditer(text) if found[1] == name)
     at = marked.end(2) - 1 - re.search(r"\d", marked[2][::-1]).start()

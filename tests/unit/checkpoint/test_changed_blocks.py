@@ -198,7 +198,7 @@ def test_a_save_that_fails_in_the_background_is_named_by_all_and_its_blocks_are_
 
 
 def save_what_a_forward_pass_counts(folder: str) -> list[float]:
-    """Of each checkpoint its buffer, which no step of an optimizer changes."""
+    """The buffer in each checkpoint, which no step of an optimizer changes."""
 
     def count(module: torch.nn.Module, _: object) -> None:
         module.passes += 1

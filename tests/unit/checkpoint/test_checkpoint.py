@@ -209,10 +209,14 @@ def test_another_world_size_stage_and_form_go_on_with_the_same_losses(tmp_path, 
         for name in weights if tolerance == 1e-5 else ():
             found, expected = (outcome["everything"][name] for outcome in (resumed, whole))
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # a step is 1e-3
+    if options.get("lisa", {}).get("lisa_state") == "keep":
+        forgetful = options | {"lisa": options["lisa"] | {"lisa_state": "reset"}}
+        resumed = run_ranks(resume, world_size, str(tmp_path), cut, ds_config, dtype, forgetful)[0]
+        assert resumed["losses"] != pytest.approx(whole["losses"][cut:], abs=1e-5), "does it matter at all?"
 
 
 def test_factored_moments_go_on_on_another_world_size_and_stage(tmp_path):
-    """Of a matrix whose rows are cut elsewhere: the losses are those of the run, and not those without the moments."""
+    """Rows of the matrix are cut elsewhere; the losses are those of the run, and not those without the moments."""
     options = {"optim": "lisa_adamw", "tied": True, "cuts": [6], "lisa": FACTORED}
     whole = run_ranks(run_and_save, 4, str(tmp_path), "zero2", torch.float32, options)[0]
     for ds_config, world_size in (("zero3", 2), ("zero1", 1)):
@@ -271,7 +275,8 @@ def test_every_damaged_file_is_named_and_the_older_checkpoint_found(tmp_path):
     problems, others = run_ranks(damage_each_file, 2, str(tmp_path))
     assert problems == others, "all ranks say the same"
     files = {problem.split()[0] for problem in problems}
-    assert {STATE_NAME, "model-00001-of-00009.safetensors", "lisa_optimizer-00001-of-00002.safetensors"} <= files
+    optimizer, model = "lisa_optimizer-00001-of-00002.safetensors", "model-00001-of-00009.safetensors"
+    assert {STATE_NAME, model, "config.json", optimizer} <= files
     assert len(problems) == 4 * len(files)
 
 

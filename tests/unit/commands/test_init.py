@@ -156,7 +156,7 @@ def test_paper_begins_with_states_in_32_bits(tiny, tmp_path):
 
 
 def test_what_a_rung_has_of_a_preset():
-    """Of lora the small states, on the GPU alone; of paper all fallbacks, each with fresh states in a period."""
+    """lora has the small states, on the GPU alone; paper all fallbacks, each with fresh states in a period."""
     arguments = {name: InitArguments("llama3.1-8b", lisa_preset=name) for name in ("lora", "paper")}
     tried = {
         name: [*possible_fallbacks(asked, LisaConfig(), preset_settings(asked, LisaConfig(), ("lisa_preset",)))]

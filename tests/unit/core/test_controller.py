@@ -467,7 +467,7 @@ def test_an_engine_that_was_there_before_goes_on(ds_config):
 
 
 def orders_of_modules(settings: dict) -> list[tuple[int, bool]]:
-    """Of each switch on stage 3 the lowest active layer, and whether the order of modules is known behind it."""
+    """The lowest active layer at each switch on stage 3, and whether the order of modules is known behind it."""
     engine, lisa = start("zero3", lisa_interval_steps=3, **settings)
     coordinator, found = engine.optimizer.parameter_offload.get_param_coordinator(), []
     for step, tokens in enumerate(BATCHES):

@@ -289,22 +289,22 @@ IN_8_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8", "lisa_state": "keep"}
 
 
 @pytest.mark.parametrize(
-    ("ds_config", "options", "within"),
+    ("ds_config", "options"),
     [
-        *((name, {}, 0.05) for name in ("zero1", "zero2_offload", "zero3")),
-        *(full(name, LISA_ADAMW, 0.02) for name in ("zero2", "zero3")),
-        *((name, with_lisa(BF16_SR, **LISA_ADAMW), 0.02) for name in ("zero2", "zero3")),
-        *((name, with_lisa(BF16_SR, IN_8_BITS, **LISA_ADAMW), 0.02) for name in ("zero2", "zero3")),
-        ("zero2", with_lisa(FACTORED, BF16_SR, **LISA_ADAMW), 0.02),
-        full("zero3", with_lisa(FACTORED, BF16_SR, **LISA_ADAMW), 0.02),
-        full("zero3", with_lisa(FACTORED, **LISA_ADAMW), 0.02),
+        *((name, {}) for name in ("zero1", "zero2_offload", "zero3")),
+        *(full(name, LISA_ADAMW) for name in ("zero2", "zero3")),
+        *((name, with_lisa(BF16_SR, **LISA_ADAMW)) for name in ("zero2", "zero3")),
+        *((name, with_lisa(BF16_SR, IN_8_BITS, **LISA_ADAMW)) for name in ("zero2", "zero3")),
+        ("zero2", with_lisa(FACTORED, BF16_SR, **LISA_ADAMW)),
+        full("zero3", with_lisa(FACTORED, BF16_SR, **LISA_ADAMW)),
+        full("zero3", with_lisa(FACTORED, **LISA_ADAMW)),
     ],
 )
-def test_losses_in_bf16_are_near_the_reference(ds_config, options, within):
+def test_losses_in_bf16_are_near_the_reference(ds_config, options):
     """What is inactive is bit-identical and ranks agree, as in every run here."""
     outcome = run_ranks(train_and_check, 2, ds_config, tiny_llama, torch.bfloat16, options)[0]
-    reference = reference_losses(tiny_llama, outcome["layers_of_period"], options)
-    assert outcome["losses"] == pytest.approx(reference, abs=within)
+    reference = reference_losses(lambda: tiny_llama().bfloat16().float(), outcome["layers_of_period"], options)
+    assert outcome["losses"] == pytest.approx(reference, abs=3e-3)  # rounding makes up to 1e-3
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def test_weights_are_read_of_a_list_or_of_columns_of_a_table(tmp_path, name, con
     ("content", "columns", "said"),
     [
         ("", "#a", "holds no norms of layers; it is the norms.csv that lisa-dist norms writes"),
+        ("\xff\xfe\x00", "", "is no text in UTF-8"),
         ("block,a\n", "#a", "holds no norms of layers"),
         ("layer,a\nlayers.0,1\n", "#a", "holds no norms of layers"),
         (NORMS, "", "behind the #, as norms.csv#A/B; it has full.weight_norm, lora.weight_norm"),
@@ -80,7 +81,7 @@ def test_weights_are_read_of_a_list_or_of_columns_of_a_table(tmp_path, name, con
 )
 def test_a_bad_table_of_norms_is_named(tmp_path, content, columns, said):
     path = tmp_path / "norms.csv"
-    path.write_text(content)
+    path.write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match="--lisa_weights_file") as error:
         load_layer_weights(f"{path}{columns}", 3, 2)
     assert said in str(error.value)
@@ -112,7 +113,7 @@ def test_weights_are_a_softmax_of_averages_with_a_floor(observed, powers):
 
 
 def squared_norms(engine, tokens: torch.Tensor) -> list[float]:
-    """Of each layer, of the gradient of the whole batch at the weights of now, clipped to 1 over what trains."""
+    """Each layer's, of the gradient of the whole batch at the weights of now, clipped to 1 over what trains."""
     trains = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     model = tiny_llama()
     model.load_state_dict(full_weights(engine))

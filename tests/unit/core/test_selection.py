@@ -38,7 +38,7 @@ def by_module(model, **settings) -> BlockSelection:
 
 
 def test_there_is_a_slot_for_the_most_modules_that_fit():
-    """Of a tiny Llama the linear modules have 2 x 2,048, 2 x 4,096 and 3 x 6,144 parameters, in 6 layers."""
+    """A tiny Llama's linear modules have 2 x 2,048, 2 x 4,096 and 3 x 6,144 parameters, in 6 layers."""
     sampling = by_module(tiny_llama())
     assert sampling.most_active == 7, "of 14,745 parameters: 7 x 2,048"
     sets = [sampling.sample(period) for period in range(30)]

@@ -381,6 +381,13 @@ def test_long_conversations_are_cut_where_something_is_left_to_learn(tokenizer):
         encode(tokenizer, rows_of(pair(20, 2)), 8)
 
 
+def test_a_row_of_two_megabytes(tokenizer):
+    rows = rows_of([{"role": "text", "content": "x" * 2_000_000}], text(8))
+    lengths, lines = encode(tokenizer, rows, 1024, "truncate")
+    assert lengths == [1024, 8]
+    assert lines == ["1 examples have more than 1024 tokens (row 1 has 2000001): 1 truncated"]
+
+
 def test_rows_that_a_template_refuses_are_named_or_left_out(tokenizer):
     tokenizer.chat_template = FORGETFUL
     rows = rows_of(TURNS[:2], TURNS, TURNS)

@@ -146,7 +146,7 @@ SECOND |= {"MASTER_ADDR": "127.0.1.1"}
 
 @pytest.fixture
 def interfaces(monkeypatch):
-    """Of a host: the loopback, one without an address of IPv4, two networks and a bridge."""
+    """A host's: the loopback, one without an address of IPv4, two networks and a bridge."""
     of_ipv6 = SimpleNamespace(family=socket.AF_INET6, address="fe80::1")
     found = {"lo": "127.0.0.1", "wan": None, "eth0": "192.0.2.1", "ib0": "192.0.2.9", "docker0": "172.17.0.1"}
     found = {

@@ -26,7 +26,7 @@ def small_chunks(monkeypatch):
 
 
 def gradients(name: str, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
-    """Of a fused head's loss, with the entropy of one more token in it for its gradient."""
+    """A fused head's loss, with the mean entropy added so that it has a gradient, and the gradients by name."""
     model = model_with_head(name).to(dtype).train()
     utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     tokens = torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Of layers that are alike few run in a traced step, and the trace is that of a step in which all do."""
+"""Few of the layers that are alike run in a traced step, and the trace is that of a step in which all do."""
 
 from dataclasses import replace
 

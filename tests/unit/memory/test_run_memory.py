@@ -94,7 +94,7 @@ def test_auto_is_corrected_by_what_the_first_steps_take():
 
 @pytest.mark.usefixtures("cpu_ops")
 def test_auto_takes_the_budget_that_the_step_has_shown():
-    """Of the rank that has least: others hold memory of a GPU too."""
+    """The rank that has least decides: others hold memory of a GPU too."""
     lost = 1_500_000
     for outcome in run_ranks(train_by_auto, 2, 0, lost):
         assert 0 < outcome["count"] < 6

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lisa_dist.files import CACHE, cache_folder
 from lisa_dist.memory import trace_files
-from lisa_dist.memory.trace import FakeRun, FakeRuns
+from lisa_dist.memory.trace import FakeRun, FakeRuns, PlanError
 from lisa_dist.memory.workload import CHUNKED, LOGITS, OWN, Trained, Workload
 
 SIZES = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
@@ -52,8 +53,12 @@ def trace_of(config=LLAMA, workload=WORKLOAD, period=PERIOD, reduces_rows=False,
     """A trace of a new fake run, with parameters by name, and whether a step has run for it."""
     run, calls = FakeRun(config, workload, lora_rank, layers_attribute, on_disk=True), []
     run.model.register_forward_hook(lambda *_: calls.append(None))
+    return found_by(run, period, reduces_rows), bool(calls)
+
+
+def found_by(run: FakeRun, period: Trained | None = PERIOD, reduces_rows: bool = False) -> dict:
     names = {id(parameter): name for name, parameter in run._run.named_parameters()}
-    return run.trace(run.groups(period, reduces_rows=reduces_rows)).to_dict(names), bool(calls)
+    return run.trace(run.groups(period, reduces_rows=reduces_rows)).to_dict(names)
 
 
 CHANGES = [
@@ -82,6 +87,28 @@ def test_what_a_trace_depends_on_makes_another_that_is_read_again(folder, change
     assert made["arrivals"]
     assert trace_of(**change) == (made, False)
     assert len(list(folder.iterdir())) == before + 1
+
+
+def test_a_trace_after_one_that_was_read_is_that_after_one_that_was_made(monkeypatch):
+    """The trace that is read leaves the model without its checkpoints."""
+
+    def with_more_checkpoints() -> dict:
+        run = FakeRun(LLAMA, WORKLOAD, on_disk=True)
+        found_by(run)
+        return found_by(run.with_workload(replace(run.workload, checkpointed_layers=4)))
+
+    after_one_that_was_read = with_more_checkpoints()
+    monkeypatch.setenv(CACHE, "")
+    assert with_more_checkpoints() == after_one_that_was_read
+
+
+def test_a_loss_that_cannot_be_set_is_set_in_the_next_model(monkeypatch):
+    workload = replace(WORKLOAD, loss=CHUNKED)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "trl.trainer.utils", None)
+        with pytest.raises(PlanError, match="LlamaConfig: this model cannot be planned"):
+            FakeRun(LLAMA, workload)
+    assert trace_of(workload=workload)[0] != trace_of()[0]
 
 
 def test_what_is_not_in_config_json_makes_another():

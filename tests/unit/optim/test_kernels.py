@@ -217,6 +217,20 @@ def test_bits_belong_to_elements_and_not_to_cuts():
     assert random_bits(2**33, 5, **choice).tolist() != whole[:5].tolist(), "the upper word of the counter counts"
 
 
+def test_bits_are_evenly_spread():
+    bits = random_bits(0, 1 << 20, seed=0, parameter=0, draw=0)
+    assert bits.min() >= 0
+    assert bits.max() < 1 << 16
+    counts = torch.bincount(bits >> 8, minlength=256).double()
+    expected = (1 << 20) / 256
+    assert ((counts - expected) ** 2 / expected).sum() < 255 + 5 * (2 * 255) ** 0.5  # chi squared
+    ones = torch.stack([(bits >> bit) & 1 for bit in range(16)]).double().mean(dim=1)
+    assert (ones - 0.5).abs().max() < 5 * 0.5 / 2**10
+    rows = bits.view(-1, 8, 256).double()  # the eight draws of one counter are independent
+    correlation = torch.corrcoef(rows.permute(1, 0, 2).reshape(8, -1))
+    assert (correlation - torch.eye(8)).abs().max() < 5 / (1 << 17) ** 0.5
+
+
 def test_stochastic_rounding_is_unbiased():
     """Over 2**20 draws the mean error is within four standard errors, for values anywhere between two of bf16."""
     numel = 1 << 20

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("capability", "seed"), [full(80, "i64"), (90, "i32")])
 def test_triton_compiles_for_a_gpu_that_is_not_there(form, capability, seed):
-    """Of pieces that begin and end at multiples of 16, four elements a thread are one access to memory."""
+    """Four elements a thread are one access to memory in pieces that begin and end at multiples of 16."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from lisa_dist.kernels.adamw_triton import _adamw
 

@@ -151,7 +151,7 @@ def test_layers_are_planned_whatever_else_is_given(folder, tmp_path, words):
 
 
 def test_a_run_has_the_number_of_plan_and_init(folder):
-    """Of one rank, on the stage and with the batch that they choose."""
+    """The run has one rank, and the stage and the batch that they choose."""
     arguments = with_accumulation(PlanArguments(str(folder / "model"), micro_batch_size=2, seq_length=64), ())
     model_config = load_model_config(arguments.model)
     planned = first_that_fits(model_config, arguments, LisaConfig(), preset_settings(arguments, LisaConfig(), ())).plan

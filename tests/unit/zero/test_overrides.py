@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engines import train_step, without
+from engines import GRADIENT_NAMES, ROW_NAMES, train_step, without
 from models import tiny_llama, token_batches
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,6 +43,7 @@ def overridden_names() -> set[str]:
 def test_every_override_is_in_the_table_and_has_a_reason():
     listed = [name for names, _ in ENTRIES for name in names.split(", ")]
     assert overridden_names() == set(listed)
+    assert {*GRADIENT_NAMES, *ROW_NAMES} <= set(listed), "without one of these a comparison would be with itself"
     assert len(listed) == len(set(listed))
     assert [names for names, text in ENTRIES if not REASONS.search(text)] == []
 
@@ -71,7 +72,7 @@ class Copies(TorchDispatchMode):
 
 
 def copies_of_gradients(stage: str, left_out: list[str]) -> Counter:
-    """Of the second period."""
+    """Copies in the second period."""
     with without(*left_out):
         engine, lisa = lisa_dist.initialize(tiny_llama(), stage, lisa_dist.LisaConfig(lisa_interval_steps=1))
         first, last = token_batches(2, rows=2)
