@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 OUTCOMES = ("ok", "refused", "several lines", "hangs", "traceback")
-PATIENCE = 300  # seconds after which a case hangs: many times what it takes on a machine that has other work
+PATIENCE = 60  # seconds after which a case hangs: many times what it takes on a machine that has other work
 # Flags of the hub, of other hosts, or that reach out of the process.
 NOT_FUZZED = {"help", "help_all", "push_to_hub", "log_level", "log_level_replica", "report_to", "debug"}
 NOT_FUZZED |= {"dataset_num_proc"}
@@ -93,12 +93,16 @@ class Place:
 
         run = self.folder / "run"
         changes = {"max_steps": 4, "lisa_interval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+        changes |= {"lisa_sampler": "adaptive"}
         words = self.words(run, **changes, eval_rows=2, eval_strategy="steps", eval_steps=1, logging_steps=1)
         command.end_process = lambda: os._exit(0)  # without what this process does at its own end
         process = multiprocessing.get_context("fork").Process(target=command.main, args=(words,))
         process.start()
         process.join()
         (run / "checkpoint-2").rename(self.folder / "checkpoint-2")
+        about = json.loads((run / "lisa_run.json").read_text())
+        resume = {"began": "2027", "command": "lisa-dist train", "before": {"--seed": 1}}
+        (run / "lisa_run.json").write_text(json.dumps(about | {"resumed": [resume]}))
         norms = "block,weight_norm,update_norm,moved_norm\nembed,1,1,1\nlayers.0,1,2,3\nhead,1,1,1\n"
         (run / "lisa_norms.csv").write_text(norms)
 
@@ -154,11 +158,11 @@ def damage(draws: random.Random, path: Path) -> None:
     damage_bytes(draws, path)
 
 
-def damage_some(draws: random.Random, folder: Path, *suffixes: str) -> None:
-    """One file of a folder or two, of these kinds."""
+def damage_some(draws: random.Random, folder: Path, *patterns: str) -> None:
+    """One file of a folder or two, of these names."""
     for _ in range(draws.choice((1, 1, 2))):
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        path = draws.choice([path for path in files if not suffixes or path.suffix in suffixes])
+        files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+        path = draws.choice(files)
         note(path.name)
         damage(draws, path)
 
@@ -244,7 +248,7 @@ def fuzz_recipes(draws: random.Random, place: Place, folder: Path) -> None:
 def fuzz_models(draws: random.Random, place: Place, folder: Path) -> None:
     model = folder / "model"
     shutil.copytree(place.folder / "model", model)
-    damage_some(draws, model)
+    damage_some(draws, model, "*")
     if draws.random() < 0.1:
         (model / "model.safetensors").unlink(missing_ok=True)
         file = draws.choice(("gone.safetensors", "../x", 3, None, ""))
@@ -305,10 +309,13 @@ def fuzz_logs(draws: random.Random, place: Place, folder: Path) -> None:
     run = folder / "run"
     shutil.copytree(place.folder / "run", run)
     if draws.random() < 0.15:
-        damage_some(draws, run, ".csv", ".json")
+        for name in ("lisa_norms.csv", "lisa_run.json"):
+            if draws.random() < 0.7:
+                note(name)
+                damage(draws, run / name)
         norms.main([str(run), "--out", str(folder / "norms")])
     else:
-        damage_some(draws, run, ".json", ".jsonl")
+        damage_some(draws, run, "lisa_*.json*", "trainer_state.json")
         report.main(str(run))
         assert "<html" in (run / "report.html").read_text(encoding="utf-8")
 

@@ -55,7 +55,7 @@ fail) # rank 1, once the others have ended: srun tells the highest exit code, an
     sleep 1
     exit 7 ;;
 hang) [ "$SLURM_PROCID" != 1 ] || exit 7; sleep 600 ;;
-devices) echo "rank $SLURM_PROCID of $SLURM_STEP_NUM_TASKS, GPUs $CUDA_VISIBLE_DEVICES" ;;
+devices) echo "asked $*"; echo "rank $SLURM_PROCID of $SLURM_STEP_NUM_TASKS, GPUs $CUDA_VISIBLE_DEVICES" ;;
 save) trap 'sleep 0.5; exit 0' USR1; until_signal ;;
 full) trap '' USR1; [ "$SLURM_PROCID" = 0 ] || trap 'exit 1' USR1; until_signal ;;
 starting | checking) until_signal ;;
@@ -252,13 +252,17 @@ def test_a_job_has_the_exit_code_of_its_run(cluster, stand_in, tmp_path):
 
 @pytest.mark.parametrize(("name", "nodes", "ranks"), [("1node", 1, 4), ("multinode", 2, 8), ("preemptible", 2, 8)])
 def test_what_a_script_asks_for_is_a_gpu_for_each_rank(cluster, stand_in, tmp_path, name, nodes, ranks):
-    variables = {"ACTIVATE": stand_in, "MODE": "devices"}
+    variables = {"ACTIVATE": stand_in, "MODE": "devices", "RECIPE": "r.yaml"}
     job = cluster.wait(submit(cluster, f"train_{name}", tmp_path, **variables), PATIENCE)
     assert job["JobState"] == "COMPLETED", log(tmp_path)
     gpus = ",".join(str(gpu) for gpu in range(ranks))
-    expected = {f"rank {rank} of {nodes * ranks}, GPUs {gpus}" for rank in range(nodes * ranks)}
-    assert {line for line in log(tmp_path).splitlines() if line.startswith("rank")} == expected
-    assert log(tmp_path).count("check") == nodes
+    expected = [f"rank {rank} of {nodes * ranks}, GPUs {gpus}" for rank in range(nodes * ranks)]
+    lines = log(tmp_path).splitlines()
+    assert sorted(line for line in lines if line.startswith("rank")) == sorted(expected)
+    asked = [line for line in lines if line.startswith("asked -m lisa_dist train ")]
+    assert len(asked) == nodes * ranks
+    assert all(f" --config r.yaml --output_dir {tmp_path / 'out'}" in line for line in asked)
+    assert sum(line.startswith("check ") for line in lines) == nodes
 
 
 def test_a_signal_is_answered_whenever_it_comes(cluster, stand_in, tmp_path):

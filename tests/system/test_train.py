@@ -94,7 +94,7 @@ def test_the_number_of_layers_is_planned_and_stays_on_a_resume(folder, tmp_path)
     shutil.rmtree(out / "checkpoint-4")
     resumed = auto | {"gpu_memory": "3MiB", "resume_from_checkpoint": True, "eval_frozen_bits": 16}
     resumed |= {"lisa_frozen_bits": 4, "lisa_frozen_store": tmp_path}
-    said = run_well(flags_for(folder, out, **resumed), tmp_path)
+    said = run_well(flags_for(folder, out, **resumed), tmp_path, report=True)
     assert "2 steps with 6 layers, uniform" in said, "though fewer would be planned"
     measured = r"step 3 took [\d.]+ MiB at its peak: 6 of 6 layers checkpointed, .*; [1-5] of 6 layers train from the"
     assert re.search(measured, said), "which the first step that is measured has shown"
@@ -246,7 +246,8 @@ def test_lora_under_the_same_roof(folder, tmp_path):
     changes = {"deepspeed": "zero2", "method": "lora", "lora_r": 4, "lora_dropout": 0.0, "max_steps": 10}
     changes |= {"checkpointed_layers": "none", "gpu_memory": "23GiB"}
     (tmp_path / "watched.py").write_text(WATCHED)
-    said = on_two_ranks(flags_for(folder, tmp_path / "out", **changes), tmp_path, tmp_path / "watched.py")
+    flags = flags_for(folder, tmp_path / "out", **changes)
+    said = on_two_ranks(flags, tmp_path, tmp_path / "watched.py", report=True)
     assert re.search("adapters +rank 4, alpha 32, dropout 0.0, on all linear layers but the head", said)
     assert re.search("checkpointing +no layer\n", said)
     assert set(re.findall(".* layers are checkpointed", said)) == {"0 of 6 layers are checkpointed"}

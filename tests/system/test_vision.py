@@ -56,7 +56,7 @@ def losses_of(out: Path) -> list[float]:
 )
 def test_the_layers_train_and_the_tower_stays_on_two_ranks(folder, tmp_path, rows, stage):
     settings = SETTINGS | {"dataset_name": folder / rows, "deepspeed": stage}
-    said = on_two_ranks(flags_for(folder, tmp_path / "out", **settings), tmp_path)
+    said = on_two_ranks(flags_for(folder, tmp_path / "out", **settings), tmp_path, report=True)
     assert "LlavaProcessor, saved with the model" in said
     assert re.search(r"outside +not of the language model.*: model\.vision_tower, model\.multi_modal_projector\n", said)
     periods = [json.loads(line) for line in (tmp_path / "out" / "lisa_log.jsonl").read_text().splitlines()]

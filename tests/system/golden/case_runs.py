@@ -182,12 +182,11 @@ def describe_checkpoint(output_dir: Path) -> dict:
         del state[name]
     for name in ("seconds", "live_bytes", "bytes_released"):
         del state["lisa"]["record"][name]
-    defaults = lisa_dist.LisaConfig().to_dict()  # in which the other revision may have more settings, or fewer
-    config = state["lisa"]["config"]
-    state["lisa"]["config"] = {name: value for name, value in config.items() if value != defaults[name]}
+    settings = state["lisa"].pop("config")
     others = (path for path in output_dir.rglob("*") if not path.name.startswith("model"))  # weights are below
     described = {"names of files": sorted(str(path.relative_to(output_dir)) for path in others)}
     described |= {f"{name} in lisa_state.json": value for name, value in state.items()}
+    described |= {f"setting {name} in lisa_state.json": value for name, value in settings.items()}
     described |= {path.name: hash_file(path) for path in sorted(saved.glob("lisa_*.safetensors"))}
     weights = [safe_open(path, "pt") for path in saved.glob("model*.safetensors")]  # in one file, or in one for a block
     named = sorted(((name, file) for file in weights for name in file.keys()), key=lambda pair: pair[0])  # noqa: SIM118

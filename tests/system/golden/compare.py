@@ -159,9 +159,11 @@ def first_difference(old: list[dict], new: list[dict], first_step: int = 0) -> s
     if lengths[0] != lengths[-1]:
         return f"step {first_step + lengths[0]}, which not all have taken"
     for rank, (one, other) in enumerate(zip(old, new, strict=True)):
-        for name in one["checkpoint"] | other["checkpoint"]:
-            before, after = one["checkpoint"].get(name), other["checkpoint"].get(name)
-            if before != after:
+        saved, saved_now = one["checkpoint"], other["checkpoint"]
+        for name in saved | saved_now:
+            of_one_alone = name.startswith("setting ") and name in saved.keys() ^ saved_now.keys()
+            before, after = saved.get(name), saved_now.get(name)
+            if before != after and not of_one_alone:
                 return f"the checkpoint, {name}, by rank {rank}{shown(before, after)}"
     return None
 

@@ -11,7 +11,8 @@ from compare import ROOT, Outcome, checkout, compare, compare_refusals, default_
 from golden_cases import CASES, SLICE
 
 STEP = {"sampled blocks": [0, 1, 4], "loss": ["0x1.4p+2"], "weights": "ab", "states": "cd"}
-RANK = {"steps": [STEP, dict(STEP)], "checkpoint": {"names of files": ["config.json"], "model.safetensors": "ef"}}
+SAVED = {"names of files": ["config.json"], "model.safetensors": "ef", "setting a": 1}
+RANK = {"steps": [STEP, dict(STEP)], "checkpoint": SAVED}
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,8 @@ RANK = {"steps": [STEP, dict(STEP)], "checkpoint": {"names of files": ["config.j
         (["steps"], [STEP], "step 8, which not all have taken"),
         (["checkpoint", "model.safetensors"], "eg", "the checkpoint, model.safetensors, by rank 1"),
         (["checkpoint", "more.json"], "eg", "the checkpoint, more.json, by rank 1: None and eg"),
+        (["checkpoint", "setting a"], 2, "the checkpoint, setting a, by rank 1: 1 and 2"),
+        (["checkpoint", "setting b"], 2, None),  # which releases have more of, or fewer
     ],
 )
 def test_the_first_difference_is_named(path, value, expected):
