@@ -99,6 +99,23 @@ def _may_be_reentrant(module: Any) -> bool:
     return is_torch_s and getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False
 
 
+class Checkpointing:
+    """Whether a model's checkpointing has been turned on or off, without a look at all of its modules."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._module: Any = next((one for one in model.modules() if hasattr(one, "gradient_checkpointing")), None)
+        self._seen: object = None
+
+    def has_changed(self) -> bool:
+        """Whether it was turned on or off since the last call; True for the first one.
+
+        Each time that it is turned on transformers gives all modules that have it another function to do it by.
+        """
+        seen, now = self._seen, getattr(self._module, "_gradient_checkpointing_func", None)
+        self._seen = now, getattr(self._module, "gradient_checkpointing", None)
+        return self._seen != seen
+
+
 def let_backward_end(model: torch.nn.Module) -> None:
     """Let the backward pass end at the lowest block that trains, where transformers has sent it on to the embeddings.
 

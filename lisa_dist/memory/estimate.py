@@ -383,7 +383,7 @@ class StepPlan:
         peak = max(peaks, key=lambda peak: peak.total)
         waiting = self._gradients() if self.accumulates and self._stage == 2 else 0
         peak = peak._replace(gradients=peak.gradients + waiting)
-        at_end = Peak(self._trace.now, self._gradients())
+        at_end = Peak(self._trace.now, self._gradients() + self._rows_at_end())
         return max(peak, at_end, key=lambda one: one.total)
 
     def _pool(self, peak: Peak, step_peak: int) -> int:
@@ -411,6 +411,14 @@ class StepPlan:
             for rank in self._ranks
         )
         return self._bucket_bytes, self._element * cloned
+
+    def _rows_at_end(self) -> int:
+        """Bytes of rows of an embedding, beside those that are kept, while they go to the ranks that keep them."""
+        group = next((group for group in self.groups if group.by_rows), None)
+        if group is None or self.world_size == 1:
+            return 0
+        sent = 2 * min(self.run.workload.tokens, len(group.params[0])) * group.widths[0] * self._element
+        return sent + max(self._kept_of_group(group, rank) for rank in self._ranks)
 
     def _step_peak(self) -> int:
         """On the device, on top of weights, states and buffers: of a gradient's norm or a group's step.

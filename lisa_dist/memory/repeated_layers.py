@@ -1,11 +1,13 @@
 """Which decoder layers a traced step runs, and the events of a step of all layers from those of the ones that ran.
 
-Layers repeat: one kind of layer, or a pattern of a few, as where every sixth attends to all tokens. A trace runs
-three of many repeats, the first two and the last, since what is before and after them may differ; the second stands
-for all that did not run:
+Layers repeat: one kind of layer, or a pattern of a few, as where every sixth attends to all tokens. A trace runs four
+of many repeats, the first three and the last, since what is before and after them may differ:
 
     layers  a b c c c c c c c c d
-    traced  a b c c           c d
+    traced  a b c c c         c d
+
+The second and the third are to have the same events, and then the third stands for all that did not run. Where they
+differ LayersDifferError is raised, and all layers run.
 """
 
 import contextlib
@@ -20,8 +22,8 @@ from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 LONGEST_PATTERN = 8  # layers
-FEWEST_REPEATS = 4
-_OF_ONE_LAYER = ("layer_idx", "layer_id", "gradient_checkpointing")  # attributes that make no other kind
+FEWEST_REPEATS = 5
+_OWN_NUMBER = ("layer_idx", "layer_id")  # attributes that make no other kind where they are the layer's number
 _RECORDED = ("output_router_logits", "output_hidden_states", "output_attentions")  # of each layer, for the loss
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 
@@ -51,9 +53,13 @@ END_OF_FORWARD = "end of forward"
 _BEFORE, _AFTER = Place(-1, backward=False), Place(-1, backward=True)  # the layers
 
 
-def find_stand_ins(kinds: Sequence[Any]) -> list[int]:
-    """By number of each layer, of these kinds, the one whose events are taken for it: its own where it runs."""
+def find_stand_ins(kinds: Sequence[Any]) -> tuple[list[int], list[tuple[int, int]]]:
+    """By number of each layer, of these kinds, the one whose events are taken for it: its own where it runs.
+
+    Also the pairs of layers that are to have the same events.
+    """
     stand_ins, start = list(range(len(kinds))), 0
+    pairs: list[tuple[int, int]] = []
     while start < len(kinds):
         lengths = {period: _repeats(kinds, start, period) for period in range(1, LONGEST_PATTERN + 1)}
         period = max(lengths, key=lambda period: (lengths[period] - FEWEST_REPEATS + 1) * period)
@@ -61,10 +67,11 @@ def find_stand_ins(kinds: Sequence[Any]) -> list[int]:
         if repeats < FEWEST_REPEATS:
             start += 1
             continue
-        for number in range(start + 2 * period, start + (repeats - 1) * period):
+        pairs += [(number, number + period) for number in range(start + period, start + 2 * period)]
+        for number in range(start + 3 * period, start + (repeats - 1) * period):
             stand_ins[number] = stand_ins[number - period]
         start += period * repeats
-    return stand_ins
+    return stand_ins, pairs
 
 
 def _repeats(kinds: Sequence[Any], start: int, period: int) -> int:
@@ -83,7 +90,7 @@ def kinds_of(layers: Sequence[torch.nn.Module], config: PretrainedConfig) -> lis
     if are_recorded or are_shared or not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
         return list(range(len(layers)))
     of_each = _settings_of_each(config, len(layers)).values()
-    kinds = [(_kind(layer), [values[number] for values in of_each]) for number, layer in enumerate(layers)]
+    kinds = [(_kind(number, layer), [values[number] for values in of_each]) for number, layer in enumerate(layers)]
     return [kinds.index(kind) for kind in kinds]
 
 
@@ -104,14 +111,14 @@ def _settings_of_each(config: PretrainedConfig, num_layers: int) -> dict[str, Se
     }
 
 
-def _kind(layer: torch.nn.Module) -> Any:
+def _kind(number: int, layer: torch.nn.Module) -> Any:
     """The types, settings, and shapes of parameters and buffers of all modules of a layer."""
     tensors = [*layer.named_parameters(), *layer.named_buffers()]
     settings = [
         (name, type(module), key, _setting(value))
         for name, module in layer.named_modules()
         for key, value in vars(module).items()
-        if not key.startswith("_") and key not in _OF_ONE_LAYER
+        if not key.startswith("_") and key != "gradient_checkpointing" and not (key in _OWN_NUMBER and value == number)
     ]
     return settings, [(name, tensor.shape, tensor.dtype) for name, tensor in tensors]
 
@@ -192,9 +199,19 @@ def segments_of(events: Sequence[Event], layers: Sequence[torch.nn.Module]) -> S
     return segments
 
 
-def events_of_all(segments: Segments, stand_ins: Sequence[int], layers: Sequence[torch.nn.Module]) -> Iterable[Event]:
-    """The events of a step of all `layers`."""
+def events_of_all(
+    segments: Segments,
+    stand_ins: Sequence[int],
+    pairs: Iterable[tuple[int, int]],
+    layers: Sequence[torch.nn.Module],
+) -> Iterator[Event]:
+    """The events of a step of all `layers`; raises LayersDifferError where those of a pair are not the same."""
     ran = {number: position for position, number in enumerate(dict.fromkeys(stand_ins))}
+    for pair in pairs:
+        for backward in (False, True):
+            one, other = (_sizes(segments.get(Place(ran[number], backward), ())) for number in pair)
+            if one != other:
+                raise LayersDifferError("layers that look alike allocate something else")
     forward = [(number, Place(ran[other], backward=False)) for number, other in enumerate(stand_ins)]
     backward_pass = [(number, place._replace(backward=True)) for number, place in reversed(forward)]
     now = logits = 0
@@ -205,3 +222,8 @@ def events_of_all(segments: Segments, stand_ins: Sequence[int], layers: Sequence
             what = list(layers[number].parameters())[event.what] if is_own else event.what
             now, logits = start + event.now, start_logits + event.logits
             yield Event(what, start + event.peak, now, logits)
+
+
+def _sizes(events: Iterable[Event]) -> list[Event]:
+    """The events of a layer, whichever number it has."""
+    return [event._replace(what=None) if isinstance(event.what, Place) else event for event in events]

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from lisa_dist.core.activation_checkpointing import (
     AUTO,
+    Checkpointing,
     checkpoint_layers,
     checkpointed_layers,
     fewest_layers,
@@ -72,6 +73,7 @@ class RunMemory:
         self._longest, self._beside = longest, beside
         self._checkpointed, self._budget, self._measure_budget = checkpointed, budget, measure_budget
         self._model, self._num_layers = self._engine.module, lisa.blocks.num_layers
+        self._checkpointing = Checkpointing(self._model)
         self._estimate: StepEstimate | None = None
         if config is not None:
             self._settings = StageSettings.of(ds_config, config.get_text_config().hidden_size)
@@ -115,10 +117,13 @@ class RunMemory:
 
     def restore_checkpointing(self) -> None:
         """Set the number again after a trainer has turned checkpointing off for a moment and then on for all layers."""
+        if not self._checkpointing.has_changed():
+            return
         blocks = self._lisa.blocks
         if self._count is not None and checkpointed_layers(self._model, blocks) != self._count:
             checkpoint_layers(self._model, blocks, self._count)
         let_backward_end(self._model)
+        self._checkpointing.has_changed()  # by this itself
 
     def begin_step(self, step: int) -> None:
         """Measure this step if it is the first one whose moments exist already."""

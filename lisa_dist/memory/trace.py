@@ -204,7 +204,9 @@ class FakeRun:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with _report_model_errors(config), torch.device("meta"):
             self.model = _build_model(config, workload)
-            self._set_loss()
+            self._has_loss: list[bool] = []  # True once the model computes the loss of its workload
+            if lora_rank:  # TRL's head is for a model without adapters
+                self._set_loss()
             self._run = _with_adapters(self.model, lora_rank, workload.loss) if lora_rank else self.model
         with _report_model_errors(config), self._mode:
             self._run.to_empty(device="cpu")  # on the meta device attention would run another kernel
@@ -218,14 +220,16 @@ class FakeRun:
         # The code of a model that is of no release of transformers may change, and nothing shows it.
         is_released = type(self.model).__module__.startswith("transformers.") and "dev" not in transformers.__version__
         self._on_disk = on_disk and is_released
-        self._described = f"{type(self.model)} {vars(self.model.config)} {lora_rank} {layers_attribute}"
-        # What `with_workload` shares.
+        allowed = torch.backends.cuda  # kernels of its attention
+        kernels = [allowed.flash_sdp_enabled(), allowed.mem_efficient_sdp_enabled(), allowed.math_sdp_enabled()]
+        self._described = f"{type(self.model)} {vars(self.model.config)} {lora_rank} {layers_attribute} {kernels}"
+        # What `with_workload` shares, as it does `_has_loss`.
         self._traces: dict[tuple[Workload, frozenset[int], frozenset[int]], StepTrace] = {}
         self._segments: dict[Any, Segments] = {}  # by the kinds of layers that ran, and what else trains
         self._kinds = kinds_of(self._layers, self.model.config.get_text_config())
 
     def _set_loss(self) -> None:
-        """Have the model compute its loss as the run does."""
+        """Have the model compute its loss as the run does; before a trace alone, since TRL takes seconds to import."""
         workload = self.workload
         if workload.loss in OF_TRL:
             from trl.trainer.utils import add_fused_lm_head
@@ -237,6 +241,7 @@ class FakeRun:
         if workload.loss == LOGITS:
             score = TritonScores.apply if workload.triton else None
             add_label_logits(self.model, select=self._with_label, score=score)
+        self._has_loss.append(True)
 
     def with_workload(self, workload: Workload) -> "FakeRun":
         """The same model; of the workload what a model is not built by may be another."""
@@ -323,10 +328,13 @@ class FakeRun:
 
     def _events(self, trained: Sequence[torch.nn.Parameter]) -> Iterable[Event]:
         """The events of a step of all layers, of which few run where they repeat."""
+        if not self._has_loss:
+            with _report_model_errors(self.model.config), torch.device("meta"):
+                self._set_loss()
         checkpoint_layers(self.model, self.blocks, self.workload.checkpointed_layers)
         layers, ids = self._layers, {id(parameter) for parameter in trained}
         kinds = trained_kinds(self._kinds, layers, ids)
-        others = find_stand_ins(kinds)
+        others, pairs = find_stand_ins(kinds)
         numbers = list(dict.fromkeys(others))
         if len(numbers) == len(layers):
             return self._run_step(trained)
@@ -336,7 +344,7 @@ class FakeRun:
             if key not in self._segments:
                 events = self._run_step(trained, numbers)
                 self._segments[key] = segments_of(events, [layers[number] for number in numbers])
-            return events_of_all(self._segments[key], others, layers)
+            return list(events_of_all(self._segments[key], others, pairs, layers))
         except (LayersDifferError, PlanError, LookupError):
             # A model that finds nothing where a layer that is left out leaves something may raise what it likes.
             self._kinds[:] = range(len(layers))

@@ -1,4 +1,4 @@
-"""Traces of steps on disk: they are a third of the time of a plan, and the same plans are asked for again.
+"""Traces of steps on disk: without them a plan that is asked for again would import TRL, and run every step anew.
 
 Each is a file in `$LISA_DIST_CACHE/traces`, by default in `~/.cache/lisa_dist/traces`, and its name is a hash of all
 that a trace depends on, the versions of what runs in it and the code of this package too. An empty `LISA_DIST_CACHE`
@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lisa_dist.files import DamagedError, cache_folder, read_json, write_json
+from lisa_dist.files import DamagedError, cache_folder, read_json, replacing, write_json
 
 # Packages whose code may run in a trace, or by whose presence a model chooses its own.
 _PACKAGES = ("torch", "transformers", "trl", "peft", "triton", "kernels", "causal-conv1d", "flash-linear-attention",
@@ -31,7 +31,8 @@ def read_or_make(described: str, make: Callable[[], dict[str, Any]]) -> dict[str
     trace = make()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, trace)
+        with replacing(path) as new:
+            write_json(new, trace)
     return trace
 
 

@@ -5,6 +5,7 @@ import torch
 from models import tiny_llama, token_batches
 
 from lisa_dist.core.activation_checkpointing import (
+    Checkpointing,
     check_checkpointing,
     checkpoint_layers,
     checkpointed_layers,
@@ -25,6 +26,19 @@ def test_values_of_the_flag():
             parse_checkpointed_layers(bad)
     with pytest.raises(ValueError, match="--checkpointed_layers 7: the model has 6 decoder layers"):
         number_of_layers(7, 6)
+
+
+def test_it_is_seen_whether_checkpointing_was_turned_on_or_off():
+    model = tiny_llama(num_layers=1)
+    checkpointing = Checkpointing(model)
+    seen = [checkpointing.has_changed()]
+    for turn in (lambda: None, model.gradient_checkpointing_disable, model.gradient_checkpointing_enable) * 2:
+        turn()
+        seen.append(checkpointing.has_changed())
+    model.gradient_checkpointing_disable()
+    model.gradient_checkpointing_enable()
+    assert checkpointing.has_changed(), "as it was, but turned on anew"
+    assert seen == [True, False, True, True, False, True, True]
 
 
 def test_a_budget_is_of_what_keeps_to_it():

@@ -226,6 +226,18 @@ def test_a_chunk_of_an_embedding_s_gradient_is_that_of_the_device(monkeypatch):
     assert whole - peak() == 2 * (words * width - row_gradient.ROWS_CHUNK)
 
 
+def test_rows_on_their_way_to_other_ranks_are_in_the_peak():
+    """With several micro-batches a rank may get every row of its piece once more than it keeps."""
+    words, width, tokens = 8192, 64, 2
+    run = FakeRun(tiny_llama(num_layers=8, vocab_size=words).config, Workload(tokens, 1, torch.bfloat16, loss=OWN))
+    groups = run.groups(Trained(tuple(range(8)), ("embed",), ()), "lisa_adamw", reduces_rows=True)
+    stage = StageSettings.of(ds_config_of("zero2", {"bucket": 1000, "overlap": False}), width)
+    parts = StepPlan(run, groups, stage, 2, optim="lisa_adamw", accumulates=True).parts()[0]
+    rows = 2 * tokens + words // 2  # laid out and sent; received
+    at_end = parts.gradients + rows * width * 2
+    assert parts.peak_backward - parts.static == pytest.approx(at_end, abs=64)
+
+
 def test_what_is_never_drawn_keeps_nothing_on_the_host():
     run = FakeRun(load_model_config("llama3.1-8b"), Workload(128))
     kept = {

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -49,16 +50,17 @@ def folder(kept, tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache" / "traces"
 
 
+def found_by(run: FakeRun, period: Trained | None = PERIOD, reduces_rows: bool = False) -> dict:
+    """A trace with parameters by name."""
+    names = {id(parameter): name for name, parameter in run._run.named_parameters()}
+    return run.trace(run.groups(period, reduces_rows=reduces_rows)).to_dict(names)
+
+
 def trace_of(config=LLAMA, workload=WORKLOAD, period=PERIOD, reduces_rows=False, lora_rank=0, layers_attribute=None):
-    """A trace of a new fake run, with parameters by name, and whether a step has run for it."""
+    """The same by a new fake run, and whether a step has run for it."""
     run, calls = FakeRun(config, workload, lora_rank, layers_attribute, on_disk=True), []
     run.model.register_forward_hook(lambda *_: calls.append(None))
     return found_by(run, period, reduces_rows), bool(calls)
-
-
-def found_by(run: FakeRun, period: Trained | None = PERIOD, reduces_rows: bool = False) -> dict:
-    names = {id(parameter): name for name, parameter in run._run.named_parameters()}
-    return run.trace(run.groups(period, reduces_rows=reduces_rows)).to_dict(names)
 
 
 CHANGES = [
@@ -90,7 +92,7 @@ def test_what_a_trace_depends_on_makes_another_that_is_read_again(folder, change
 
 
 def test_a_trace_after_one_that_was_read_is_that_after_one_that_was_made(monkeypatch):
-    """The trace that is read leaves the model without its checkpoints."""
+    """What is read leaves the model without its loss and its checkpoints."""
 
     def with_more_checkpoints() -> dict:
         run = FakeRun(LLAMA, WORKLOAD, on_disk=True)
@@ -102,13 +104,12 @@ def test_a_trace_after_one_that_was_read_is_that_after_one_that_was_made(monkeyp
     assert with_more_checkpoints() == after_one_that_was_read
 
 
-def test_a_loss_that_cannot_be_set_is_set_in_the_next_model(monkeypatch):
-    workload = replace(WORKLOAD, loss=CHUNKED)
-    with monkeypatch.context() as without:
-        without.setitem(sys.modules, "trl.trainer.utils", None)
-        with pytest.raises(PlanError, match="LlamaConfig: this model cannot be planned"):
-            FakeRun(LLAMA, workload)
-    assert trace_of(workload=workload)[0] != trace_of()[0]
+def test_kernels_that_attention_may_use_make_another():
+    try:
+        torch.backends.cuda.enable_flash_sdp(False)
+        assert trace_of()[1]
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
 
 
 def test_what_is_not_in_config_json_makes_another():
@@ -180,3 +181,29 @@ def test_the_folder_is_the_users_cache(monkeypatch, set_to, folder_of_user):
         else:
             monkeypatch.setenv(name, value)
     assert cache_folder() == (folder_of_user and Path(folder_of_user))
+
+
+def test_a_loss_that_could_not_be_set_is_set_by_the_next_trace(monkeypatch):
+    run = FakeRun(LLAMA, replace(WORKLOAD, loss=CHUNKED))
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "trl.trainer.utils", None)
+        with pytest.raises(PlanError, match="LlamaConfig: this model cannot be planned"):
+            found_by(run)
+    assert found_by(run) == trace_of(workload=run.workload)[0]
+
+
+@pytest.mark.full
+def test_a_plan_by_kept_traces_needs_neither_trl_nor_what_it_imports(tmp_path):
+    LLAMA.save_pretrained(tmp_path / "model")
+    script = (
+        "import sys; from lisa_dist.commands.plan import main; main(sys.argv[1:]); "
+        "print([n for n in ('trl.trainer.utils', 'peft', 'bitsandbytes', 'datasets') if n in sys.modules])"
+    )
+    words = ["--model", str(tmp_path / "model"), "--seq_length", "16", "--deepspeed", "zero2", "--lisa_preset", "none"]
+    first, second = (
+        subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
+    assert "trl.trainer.utils" in first.splitlines()[-1]
+    assert second.splitlines()[-1] == "[]"
+    assert second.splitlines()[:-1] == first.splitlines()[:-1]
