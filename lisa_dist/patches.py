@@ -22,8 +22,6 @@ PATCHES = {
     "alone. Upstream: pytorch/pytorch#159547. Remove when torch._grouped_mm has a meta kernel for all precisions.",
     "head_gradient": "trl.trainer.utils._ChunkedLogProbFunction: the head's gradient would be whole in fp32. Upstream: "
     "wanted, a gradient in the weights' precision, chunk by chunk. Remove when TRL computes that.",
-    "quantized_linear": "forward of a frozen linear module: its matrix is in fewer bits. Upstream: wanted, a quantized "
-    "tensor that keeps its original elsewhere. Remove when a module's weight can be one.",
     "hidden_secrets": "__class__ of TrainingArguments: pickles have tokens, dicts have keys and passwords. Upstream: "
     "huggingface/transformers#13700 masks names in _token alone. Remove when it masks all of them, in pickles too.",
     "label_logits": "forward of a model with TRL's fused head: it would compute logits twice. Upstream: wanted, a "
@@ -35,6 +33,8 @@ PATCHES = {
     "packed_mask": "transformers.masking_utils.find_packed_sequence_indices, in a trace: it reads values, and fake "
     "tensors have none (since huggingface/transformers#39194). Upstream: wanted, to be told that rows are not packed. "
     "Remove when a model's arguments can do that.",
+    "quantized_linear": "forward of a frozen linear module: its matrix is in fewer bits. Upstream: wanted, a quantized "
+    "tensor that keeps its original elsewhere. Remove when a module's weight can be one.",
     "step_meter": "backward of DeepSpeed's engine and step of its optimizer: memory is read before them. Upstream: "
     "wanted, hooks at both. Remove when ZeRO's optimizers call step hooks, and the engine one before backward.",
     "tiles": "_forward_tile, _backward_tile and _addmm_fp32 of trl.kernels.chunked_logprob, in a trace: the first two "

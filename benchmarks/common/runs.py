@@ -339,7 +339,7 @@ class Run:
         return parts.peak + kept
 
     def drift(self, length: int) -> dict[str, float] | None:
-        """Elements of frozen layers that change in a step, and the largest change; None where all layers train."""
+        """Elements of frozen layers, and how many change in a step; None where all layers train."""
         self.begin()
         frozen = [block for number, block in enumerate(self.blocks.layers) if number not in self.active_layers]
         if not frozen:
@@ -353,7 +353,6 @@ class Run:
         return {
             "changed": sum(int((change > 0).sum()) for change in moved),
             "elements": sum(part.numel() for part in now),
-            "largest": max(change.max().item() for change in moved),
         }
 
     def numel(self) -> int:

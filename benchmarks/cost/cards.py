@@ -61,7 +61,6 @@ def main() -> None:
     for (gpus, gpu_memory), models in MODELS.items():
         for model in models:
             figures[f"{gpus} x {gpu_memory}, {model}"] = figures_of(model, gpus, gpu_memory)
-            print(f"{gpus} x {gpu_memory}, {model}", figures[f"{gpus} x {gpu_memory}, {model}"], flush=True)
     write_results(arguments.results, figures)
     show("cards", figures)
 

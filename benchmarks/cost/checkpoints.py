@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 from torch import distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import lisa_dist
 from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
 from benchmarks.common.results import parser_of, positive, write_results
-from benchmarks.common.runs import model_of
 from benchmarks.tables.rows import show
 from lisa_dist import LisaConfig
 from lisa_dist.checkpoint.save import finish_save, save_checkpoint
@@ -63,8 +62,7 @@ def main() -> None:
     parser.add_argument("--saves", type=positive, default=4)
     parser.add_argument("--interval", type=positive, default=5, help="K, and the steps between two saves")
     arguments = parser.parse_args()
-    size = 4 * sum(one.numel() for one in model_of(AutoConfig.from_pretrained(arguments.model)).parameters())
-    figures: dict = {"model_bytes": size, "saves": {}}
+    figures: dict = {"saves": {}}
     for ds_config in arguments.configs:
         for way in WAYS:
             with tempfile.TemporaryDirectory() as folder:

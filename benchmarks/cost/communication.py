@@ -20,7 +20,7 @@ from benchmarks.common.methods import LISA, SIDE_BY_SIDE, shrunk_methods
 from benchmarks.common.ranks import RankGroup
 from benchmarks.common.results import positive, write_results
 from benchmarks.common.runs import RANKS, Run, methods_parser, model_of, parse, shrunk_config
-from benchmarks.tables.render import print_table
+from benchmarks.tables.rows import show
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.zero.parameters import parameter_numel
 
@@ -89,10 +89,8 @@ class Counting:
 
 def on_wire(by_collective: dict[str, int], world: int) -> float:
     """Bytes that a rank sends, the mean of all, when every collective is a ring."""
-    return sum(
-        size * (world - 1) / world * (2 if "all_reduce" in collective else 1)
-        for collective, size in by_collective.items()
-    )
+    times = {name: 2 if "all_reduce" in name else 1 for name in by_collective}
+    return sum(times[name] * size * (world - 1) / world for name, size in by_collective.items())
 
 
 def ds_configs(num_elements: int) -> dict[str, str | dict]:
@@ -126,10 +124,8 @@ def main() -> None:
     parser = methods_parser(__doc__, "communication", shrink=16)
     parser.add_argument("--length", type=positive, default=32, help="tokens of a row")
     counted = count_all(parse(parser))
-    wires = {name: [one["moments"]["step"]["wire"] for one in methods.values()] for name, methods in counted.items()}
-    rows = [[name, *(f"{wire / 1e6:.2f}" for wire in of_config)] for name, of_config in wires.items()]
-    print_table(["MB that a rank sends in a step", *next(iter(counted.values()))], *rows)
     write_results(parser.parse_args().results, {"counted": counted})
+    show("communication", {"counted": counted})
 
 
 if __name__ == "__main__":

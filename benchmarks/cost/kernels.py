@@ -1,7 +1,7 @@
 """How near to the memory's bandwidth does AdamW step, in which form, by whose kernel?
 
 python -m benchmarks.cost.kernels                            # all that this device can run, one command
-python -m benchmarks.cost.kernels --sizes 1e6 1e7 --threads 1
+OMP_NUM_THREADS=1 python -m benchmarks.cost.kernels --sizes 1e6 1e7
 
 The floor is what must move (each operand read, each result written, once) at the bandwidth of a plain copy of 512 MB,
 measured in the same run. A figure is the median of the steps that fit into a second, three at least.
@@ -163,10 +163,7 @@ def main() -> None:
     parser = parser_of(__doc__, "kernels")
     parser.set_defaults(results=RESULTS / f"kernels_{'gpu' if on_gpu else 'cpu'}.json")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES + (1e9,) * on_gpu, help="elements")
-    parser.add_argument("--threads", type=int, help="of the CPU")
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     floor = bandwidth(device)
     print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {torch.get_num_threads()} threads; a copy moves "

@@ -63,7 +63,6 @@ def main() -> None:
             for row, (name, more, settings) in zip(rows, POLICIES, strict=True):
                 (plan,) = make_plans(config, PlanArguments(model, **how | more), LisaConfig(**settings))
                 row.append(peak_of_qlora(plan, config) if name == QLORA else plan.gpu.peak)
-        print(f"{model}: planned", flush=True)
     write_results(arguments.results, {"rows": rows})
     show("policies", {"rows": rows})
     draw_memory({"rows": rows})

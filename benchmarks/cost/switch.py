@@ -63,7 +63,6 @@ def measure(case: Case, arguments) -> dict:
         return times | {
             "cost_seconds": cost(times),
             "share_of_period": {str(interval): share(times, interval) for interval in INTERVALS},
-            "parameters": ranks.call("numel")[0],
         }
 
 
@@ -89,7 +88,6 @@ def main() -> None:
     figures = {}
     for case in cases_of(arguments.shrink):
         figures[case.name] = measure(case, arguments)
-        print(f"{case.name}: measured", flush=True)
     write_results(arguments.results, figures)
     show("switch", figures)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.tables.render import Benchmarks
-from lisa_dist.report.norms import RunNorms, plot_norms
 from lisa_dist.text import GIB
 
 ROOT = Path(__file__).parents[2]
@@ -38,12 +37,6 @@ def draw_memory(figures: dict, path: Path = ROOT / "docs" / "memory.png") -> Non
     figure.savefig(path, dpi=110)
 
 
-def draw_norms(figures: dict, path: Path = ROOT / "docs" / "norms.png") -> None:
-    """The norms of every run, as `lisa-dist norms` draws them."""
-    runs = [RunNorms(name, path, one["blocks"]) for name, one in figures.items() if "blocks" in one]
-    plot_norms(runs, path)
-
-
 def draw_pareto(figures: dict, path: Path = ROOT / "docs" / "pareto.png") -> None:
     """A row a task: loss against memory and against time, a point a method with its seeds, and the front."""
     figure = Figure(figsize=(12, 4 * len(figures["tasks"])), layout="constrained")
@@ -68,8 +61,7 @@ def front_of(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [one for one in points if not any(x <= one[0] and y <= one[1] and (x, y) != one for x, y in points)]
 
 
-PICTURES = {"memory.png": ("policies", draw_memory), "norms.png": ("norms", draw_norms)}
-PICTURES |= {"pareto.png": ("pareto", draw_pareto)}
+PICTURES = {"memory.png": ("policies", draw_memory), "pareto.png": ("pareto", draw_pareto)}
 
 if __name__ == "__main__":
     for picture, (results, draw) in PICTURES.items():

@@ -37,11 +37,8 @@ def checkpoints(of: None, figures: dict) -> Iterator[Row]:
     """Means over the saves."""
     for ds_config, ways in figures["saves"].items():
         for way, saves in ways.items():
-            yield (
-                ds_config,
-                way,
-                *(statistics.mean(one[name] for one in saves) for name in ("bytes", "waited", "seconds")),
-            )
+            means = (statistics.mean(one[name] for one in saves) for name in ("bytes", "waited", "seconds"))
+            yield ds_config, way, *means
 
 
 # choosing.py, kernels.py
@@ -146,12 +143,11 @@ def switches(of: int, figures: dict) -> Iterable[Row]:
     return [(name, case, case["share_of_period"][f"{of}"]) for name, case in wide.items()]
 
 
-def traffic(of: list, figures: dict, formula: dict) -> Iterator[Row]:
-    """By DeepSpeed config; and whether a formula, while there was one, gave what was counted."""
+def traffic(of: list, figures: dict) -> Iterator[Row]:
+    """By DeepSpeed config."""
     for name in of:
         shares = [sent(figures, ds_config, name) for ds_config in figures["counted"]]
-        equal = "yes" if formula["equal"][name] else "no"
-        yield name, figures["counted"]["zero1"][name]["active_share"], *shares, equal
+        yield name, figures["counted"]["zero1"][name]["active_share"], *shares
 
 
 def peers(of: None, figures: dict) -> Iterator[Row]:
