@@ -145,9 +145,8 @@ def test_a_trainer_on_two_gpus(tmp_path):
 
 
 # Of gpu.py at one shape: without Liger's kernels and inductor's, and what the loops above show.
-METHODS = {"lisa", "llama3_8b_16gb", "full", "lora r16", "lisa, bitsandbytes AdamW8bit", "lisa, flash-attn"}
+METHODS = {"lisa", "static", "llama3_8b_16gb", "full", "lora r16", "lisa, bitsandbytes AdamW8bit", "lisa, flash-attn"}
 METHODS |= {"lisa, states kept", "callback, gamma 1", "lisa, embed and head frozen", "lisa, always on, on host"}
-METHODS |= {"lisa, 6 bytes", "lisa, lisa_adamw, 8 bits", "static"}
 
 
 def benchmark(script: str, words: list[str]) -> None:
