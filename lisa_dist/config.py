@@ -100,7 +100,7 @@ class LisaConfig:
     lisa_state: str = setting(
         "reset",
         "Optimizer states at a switch: reset (dropped when a layer becomes inactive), reset_all (every "
-        "block starts afresh, as in the paper's runs) or keep (those of inactive layers stay on the host).",
+        "block begins without moments, as in the paper's runs) or keep (those of inactive layers stay on the host).",
     )
     lisa_state_bits: str = setting(
         "",
