@@ -20,7 +20,6 @@ from benchmarks.common.methods import LISA, SIDE_BY_SIDE, shrunk_methods
 from benchmarks.common.ranks import RankGroup
 from benchmarks.common.results import positive, write_results
 from benchmarks.common.runs import RANKS, Run, methods_parser, model_of, parse, shrunk_config
-from benchmarks.tables.rows import show
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.zero.parameters import parameter_numel
 
@@ -120,12 +119,11 @@ def count_all(arguments: argparse.Namespace) -> dict[str, dict]:
 
 
 def main() -> None:
-    """Count, print, write."""
+    """Count and write; the tables are those of the report."""
     parser = methods_parser(__doc__, "communication", shrink=16)
     parser.add_argument("--length", type=positive, default=32, help="tokens of a row")
     counted = count_all(parse(parser))
     write_results(parser.parse_args().results, {"counted": counted})
-    show("communication", {"counted": counted})
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def test_the_cost_of_a_switch(benchmark):
     assert switch.cost(times | noisy) == 6.5, "the median of what each period takes"
 
 
-def test_communication_has_every_method(benchmark, tmp_path, capsys, monkeypatch):
+def test_communication_has_every_method(benchmark, tmp_path, monkeypatch):
     results = tmp_path / "communication.json"
     module = benchmark("communication", *TINY, "--length", "8", "--results", str(results))
     monkeypatch.setattr(module, "ds_configs", lambda num_elements: {"zero1": "zero1"})
@@ -185,7 +185,6 @@ def test_communication_has_every_method(benchmark, tmp_path, capsys, monkeypatch
     step = {name: found["moments"]["step"] for name, found in of_methods.items()}
     assert step["lisa"]["wire"] < step["callback"]["wire"] < step["full"]["wire"]
     assert of_methods["lisa"]["active_share"] == of_methods["static"]["active_share"] < 1
-    assert "MB that a rank sends in a step" in capsys.readouterr().out
 
 
 def test_the_gpu_set_in_rehearsal(benchmark, tmp_path, capsys, monkeypatch):
