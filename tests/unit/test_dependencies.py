@@ -89,13 +89,13 @@ def test_every_requirement_has_both_bounds(settings):
     assert names_of([one for one in requirements if one not in bounded]) == UNBOUNDED
 
 
-def test_every_room_is_packed(settings):
+def test_every_package_is_packed(settings):
     packages = settings["tool"]["setuptools"]["packages"]
-    packages = {f"lisa_dist.{path.parent.name}" for path in (ROOT / "lisa_dist").glob("*/__init__.py")}
-    assert "lisa_dist.zero" in packages
+    folders = {f"lisa_dist.{path.parent.name}" for path in (ROOT / "lisa_dist").glob("*/__init__.py")}
+    assert "lisa_dist.zero" in folders
     links = {f"lisa_dist.{path.name}" for path in (ROOT / "lisa_dist").iterdir() if path.is_symlink()}
     assert len(links) == 4
-    assert {"lisa_dist"} | links | packages <= set(packages)
+    assert {"lisa_dist"} | links | folders <= set(packages)
     assert all((ROOT / package.replace(".", "/")).is_dir() for package in packages)
     assert len(packages) == len(set(packages))
 
