@@ -112,4 +112,4 @@ checks: $(VENV)/.ready  ## lint, format and types
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .plugins .quickstart build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .oldest .plugins .quickstart build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

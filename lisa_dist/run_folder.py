@@ -57,7 +57,7 @@ PLANNED_PARTS = (
     ("the optimizer, for a moment", ("step",)),
 )
 
-
+# Flags that say how a run begins, not what it is; and files by which a folder has a model.
 _OF_A_RESUME = ("--resume_from_checkpoint", "--overwrite_output_dir")
 _WEIGHTS = ("*.safetensors", "*model*.bin")
 

@@ -170,7 +170,7 @@ def peers(of: None, figures: dict) -> Iterator[Row]:
         yield name, *cells, ", ".join(batch), ", ".join(shown)
 
 
-# quality.py, pareto.py, and what importance.py has measured
+# quality.py, pareto.py
 
 
 def best_first(of: list, figures: dict) -> Iterable[Row]:

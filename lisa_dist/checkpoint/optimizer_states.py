@@ -22,7 +22,6 @@ import torch
 from safetensors import safe_open
 
 from lisa_dist.config_rules import FACTORED
-from lisa_dist.errors import UserError
 from lisa_dist.kernels.dynamic_code import BLOCK, num_blocks
 from lisa_dist.kernels.factored import num_rows
 from lisa_dist.optim import factored
@@ -52,10 +51,6 @@ def states_on_host(
     for index, (key, state) in enumerate(states.items()):
         fields = {MASTER: state.master, **state.optimizer_state}
         partition = {"names": key, "numel": state.numel, "pieces": _as_lists(pieces[key])}
-        if state.optimizer_state and "step" not in fields:
-            raise UserError(
-                "the optimizer's state has no count `step`, by which a resume finds it: count its steps there."
-            )
         partitions.append(partition | ({"step": int(fields.pop("step"))} if "step" in fields else {}))
         if factored.WIDTHS in fields:
             for place in factored.places(fields.pop(factored.WIDTHS), pieces[key]):

@@ -88,7 +88,7 @@ def compared_files(recipe: str | None, flags: Mapping[str, Any]) -> list[tuple[s
     files += [("--model_name_or_path", f"{model}/config.json")] if isinstance(model, str) else []
     for flag in ("dataset_name", "eval_dataset_name", "lisa_weights_file", "deepspeed"):
         given = flags.get(flag)
-        names = given.split() if isinstance(given, str) else given if isinstance(given, list) else []
+        names = [given] if isinstance(given, str) else given if isinstance(given, list) else []
         for name in filter(lambda name: isinstance(name, str), names):  # what else there is the run's parser refuses
             path = split_columns(name)[0] if flag == "lisa_weights_file" else re.sub(r"#\d+$", "", name)
             files.append((f"--{flag}", path))

@@ -47,7 +47,15 @@ from lisa_dist.core.run_state import STATE_VERSION, BlockChanges, changed_settin
 from lisa_dist.core.sampling import ActiveSet
 from lisa_dist.core.selection import BlockSelection, scale_rates
 from lisa_dist.distributed.devices import prepare_device
-from lisa_dist.optim.states import CopyStream, HostStates, PartitionKey, PartitionState, Piece, states_to_carry
+from lisa_dist.optim.states import (
+    CopyStream,
+    HostStates,
+    PartitionKey,
+    PartitionState,
+    Piece,
+    check_steps_are_counted,
+    states_to_carry,
+)
 from lisa_dist.run_folder import LOG_NAME
 from lisa_dist.zero.cpu_ops import release_shared_memory
 from lisa_dist.zero.overrides import override_construction
@@ -272,9 +280,11 @@ class LisaController:
         self._log.open(record)
 
     def _measure(self) -> dict[str, int]:
-        """Bytes of this rank, once the period's first step has made the moments."""
+        """Bytes of this rank, once the period's first step has made the moments, which are looked at here."""
+        states = self.partition_states().values()
+        check_steps_are_counted(states)
         return {
-            "state_bytes_per_rank": sum(state.nbytes for state in self.partition_states().values()),
+            "state_bytes_per_rank": sum(state.nbytes for state in states),
             "live_bytes": self.live_bytes(),
             "host_bytes": self.host_states.nbytes,
         }

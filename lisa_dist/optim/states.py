@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lisa_dist.errors import UserError
+
 # A partition is known by the names of the parameters it was cut from: the same parameters in the same order have the
 # same partition on the same rank, whichever group they are in.
 PartitionKey = tuple[str, ...]
@@ -192,6 +194,12 @@ def pinned_block(nbytes: int) -> int:
 def tensor_bytes(value: object) -> int:
     """Bytes of a tensor's elements; 0 for what is no tensor."""
     return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def check_steps_are_counted(states: Iterable[PartitionState]) -> None:
+    """Raise UserError, on every rank alike, for an optimizer whose state a resume could not find."""
+    if any(state.optimizer_state and "step" not in state.optimizer_state for state in states):
+        raise UserError("the optimizer's state has no count `step`, by which a resume finds it: count its steps there.")
 
 
 def states_to_carry(

@@ -79,13 +79,13 @@ def read_norms(path: Path) -> dict[str, dict[str, float]]:
     return blocks
 
 
-def read_runs(argv: Sequence[str]) -> list[RunNorms]:
+def read_runs(named: Sequence[str]) -> list[RunNorms]:
     """The runs named on the command line: each an output folder or a CSV file, or label=PATH.
 
     Raises ValueError for a run without norms, for a bad label, and for models with different layers.
     """
     runs: list[RunNorms] = []
-    for word in argv:
+    for word in named:
         label, equals, place = ("", "", word) if Path(word).exists() else word.rpartition("=")
         path = Path(place)
         folder = path.parent if path.name == NORMS_NAME else path

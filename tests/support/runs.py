@@ -47,7 +47,7 @@ def save_tiny_run(folder: Path) -> Path:
 
 
 class Alone:
-    """The same in a process that has all imports already, for what a run does once it has begun.
+    """A run in a process of its own that has all imports already, for what a run does once it has begun.
 
     Without `report` it writes none, which takes matplotlib longer than all else of a tiny run.
     """

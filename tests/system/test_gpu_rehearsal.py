@@ -147,7 +147,7 @@ def test_a_trainer_on_two_gpus(tmp_path):
 # Of gpu.py at one shape: without Liger's kernels and inductor's, and what the loops above show.
 METHODS = {"lisa", "static", "full", "lora r16", "lisa, bitsandbytes AdamW8bit", "lisa, flash-attn"}
 METHODS |= {"lisa, states kept", "callback, gamma 1", "lisa, embed and head frozen", "lisa, always on, on host"}
-# Whose steps by torch's kernels take chunks that Triton's have not, and plans count none.
+# Torch's kernels step these in chunks, which memory plans leave out; Triton's need none.
 IN_CHUNKS = {"llama3_8b_16gb", "lisa, 6 bytes", "lisa, lisa_adamw, 8 bits"}
 METHODS |= IN_CHUNKS
 

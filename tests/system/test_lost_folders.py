@@ -71,10 +71,11 @@ def flags(folder: Path, out: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(folder, cpu_ops) -> Path:
+def whole(folder, tmp_path_factory, cpu_ops) -> Path:
     """The output folder of a run that nothing has happened to."""
-    run_well(flags(folder, folder / "whole"), folder)
-    return folder / "whole"
+    out = tmp_path_factory.mktemp("whole")
+    run_well(flags(folder, out / "out"), out)
+    return out / "out"
 
 
 def computed(out: Path) -> dict:

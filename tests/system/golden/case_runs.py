@@ -185,6 +185,7 @@ def describe_checkpoint(output_dir: Path) -> dict:
     settings = state["lisa"].pop("config")
     others = (path for path in output_dir.rglob("*") if not path.name.startswith("model"))  # weights are below
     described = {"names of files": sorted(str(path.relative_to(output_dir)) for path in others)}
+    described |= {f"field {name} in lisa_state.json": value for name, value in state.pop("lisa").items()}
     described |= {f"{name} in lisa_state.json": value for name, value in state.items()}
     described |= {f"setting {name} in lisa_state.json": value for name, value in settings.items()}
     described |= {path.name: hash_file(path) for path in sorted(saved.glob("lisa_*.safetensors"))}

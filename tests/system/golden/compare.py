@@ -161,7 +161,7 @@ def first_difference(old: list[dict], new: list[dict], first_step: int = 0) -> s
     for rank, (one, other) in enumerate(zip(old, new, strict=True)):
         saved, saved_now = one["checkpoint"], other["checkpoint"]
         for name in saved | saved_now:
-            of_one_alone = name.startswith("setting ") and name in saved.keys() ^ saved_now.keys()
+            of_one_alone = name.startswith(("setting ", "field ")) and name in saved.keys() ^ saved_now.keys()
             before, after = saved.get(name), saved_now.get(name)
             if before != after and not of_one_alone:
                 return f"the checkpoint, {name}, by rank {rank}{shown(before, after)}"

@@ -26,6 +26,7 @@ RANK = {"steps": [STEP, dict(STEP)], "checkpoint": SAVED}
         (["checkpoint", "model.safetensors"], "eg", "the checkpoint, model.safetensors, by rank 1"),
         (["checkpoint", "more.json"], "eg", "the checkpoint, more.json, by rank 1: None and eg"),
         (["checkpoint", "setting a"], 2, "the checkpoint, setting a, by rank 1: 1 and 2"),
+        (["checkpoint", "field b"], 2, None),
         (["checkpoint", "setting b"], 2, None),  # which releases have more of, or fewer
     ],
 )

@@ -197,7 +197,6 @@ def swift(words: str) -> str:
 
 
 ABSENT = "in no dataset_info.json at hand"
-OF_ROWS = "datasets: [{path: rows.jsonl, type: alpaca}]"
 OF_YAML = [  # of Axolotl, but for those that begin with a key of LLaMA-Factory
     ("adapter: lora\nlora_r: 32\nlearning_rate: 2.0e-4", {"method": "lora", "lora_r": 32}, {}),
     ("adapter: qlora", {"method": "lora"}, {"adapter": "LoRA of weights in 16 bits"}),

@@ -14,7 +14,7 @@ from ranks import free_port, run_ranks
 from torch import distributed as dist
 
 from lisa_dist.checkpoint.size import checkpoint_bytes
-from lisa_dist.commands.check import CheckArguments, flags_of_run, main
+from lisa_dist.commands.check import CheckArguments, compared_files, flags_of_run, main
 from lisa_dist.distributed import preflight
 from lisa_dist.distributed.preflight import seconds_to_save
 
@@ -198,3 +198,8 @@ def test_a_folder_is_asked_for():
     with pytest.raises(SystemExit) as ended:
         main(["--gpus_per_node", "0"])
     assert ended.value.code == 2
+
+
+def test_a_file_with_a_blank_in_its_name_is_compared():
+    files = compared_files(None, {"dataset_name": "my rows.jsonl", "eval_dataset_name": ["a.jsonl", "b c.jsonl"]})
+    assert [path for _, path in files] == ["my rows.jsonl", "a.jsonl", "b c.jsonl"]

@@ -5,11 +5,13 @@ import contextlib
 import pytest
 import torch
 
+from lisa_dist.errors import UserError
 from lisa_dist.optim.states import (
     CopyStream,
     HostStates,
     PartitionState,
     buffers_of_block,
+    check_steps_are_counted,
     pinned_block,
     pinned_bytes,
 )
@@ -60,7 +62,7 @@ class OnADevice(HostStates):
         return self.made[-1]
 
 
-def test_buffers_of_what_woke_serve_what_falls_asleep_next():
+def test_buffers_of_what_was_activated_serve_what_becomes_inactive_next():
     states = OnADevice()
     one = PartitionState(torch.arange(8.0), {"exp_avg": torch.ones(8), "step": torch.tensor(3.0)})
     states.put(("a",), one, [])
@@ -114,3 +116,11 @@ def test_states_that_are_on_the_host_stay_where_they_are():
     assert states.take(("a",)).master.data_ptr() == one.master.data_ptr()
     states.copies.wait()
     assert states.nbytes == 0
+
+
+def test_an_optimizer_that_counts_no_steps_is_refused():
+    """By which a resume would find its moments."""
+    master = torch.zeros(3)
+    check_steps_are_counted([PartitionState(master, {}), PartitionState(master, {"step": 1, "moment": master})])
+    with pytest.raises(UserError, match="the optimizer's state has no count `step`"):
+        check_steps_are_counted([PartitionState(master, {}), PartitionState(master, {"momentum_buffer": master})])
