@@ -18,6 +18,8 @@ PATCHES = {
     "Upstream: EleutherAI/lm-evaluation-harness#1308. Remove when they are sampled by the item's number.",
     "fp32_product": "torch.nn.Linear.forward, on CPUs that do not multiply bf16: it would be some 20 times slower. "
     "Upstream: pytorch/pytorch#146508. Remove when torch multiplies bf16 in fp32 on such CPUs.",
+    "frozen_forward": "forward of a module with frozen weights: they are in fewer bits. Upstream: wanted, a quantized "
+    "tensor that keeps its original elsewhere. Remove when a module's weight can be one.",
     "grouped_experts": "transformers.integrations.moe._can_use_grouped_mm, in a trace: fake tensors have it in bf16 "
     "alone. Upstream: pytorch/pytorch#159547. Remove when torch._grouped_mm has a meta kernel for all precisions.",
     "head_gradient": "trl.trainer.utils._ChunkedLogProbFunction: the head's gradient would be whole in fp32. Upstream: "
@@ -33,8 +35,6 @@ PATCHES = {
     "packed_mask": "transformers.masking_utils.find_packed_sequence_indices, in a trace: it reads values, and fake "
     "tensors have none (since huggingface/transformers#39194). Upstream: wanted, to be told that rows are not packed. "
     "Remove when a model's arguments can do that.",
-    "quantized_linear": "forward of a frozen linear module: its matrix is in fewer bits. Upstream: wanted, a quantized "
-    "tensor that keeps its original elsewhere. Remove when a module's weight can be one.",
     "step_meter": "backward of DeepSpeed's engine and step of its optimizer: memory is read before them. Upstream: "
     "wanted, hooks at both. Remove when ZeRO's optimizers call step hooks, and the engine one before backward.",
     "tiles": "_forward_tile, _backward_tile and _addmm_fp32 of trl.kernels.chunked_logprob, in a trace: the first two "

@@ -8,12 +8,8 @@
   parameters that were frozen before LISA came.
 """
 
-import dis
 import functools
-import inspect
 import os
-import types
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -23,8 +19,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
-from transformers.pytorch_utils import Conv1D
 
+from lisa_dist.core.matrices import matrices_of
 from lisa_dist.errors import UserError
 from lisa_dist.patches import patched
 from lisa_dist.tasks import REWARD
@@ -68,7 +64,7 @@ class Blocks:
     """The blocks of one model; `tied` says that head and embed share a matrix.
 
     `layers` are what is sampled: decoder layers, of which there are `num_layers`, or with --lisa_unit module the linear
-    modules of them all. `frozen_numel` are the elements of `outside` that the user has frozen.
+    modules and experts of them all. `frozen_numel` are the elements of `outside` that the user has frozen.
     """
 
     embed: Block
@@ -211,20 +207,21 @@ def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks
 
 
 def split_into_modules(model: nn.Module, blocks: Blocks) -> Blocks:
-    """The same blocks with each linear module of a decoder layer in the place of the layers, which are otherwise rest.
+    """The same blocks with each matrix of a decoder layer in the place of the layers, which are otherwise rest.
 
-    A module is its matrix alone, named like layers.3.self_attn.q_proj. Raises UserError for a matrix of a layer that is
-    of no linear module, such as the experts of a mixture in one tensor.
+    They are those of linear modules, named like layers.3.self_attn.q_proj, and tensors of experts, like
+    layers.3.mlp.experts.down_proj. Raises UserError for a layer with matrices of other modules.
     """
     rest, units = replace(blocks.rest, parameters=dict(blocks.rest.parameters)), []
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
-    prefix = f"{blocks.layers_path}."
+    matrices, prefix = matrices_of(model), f"{blocks.layers_path}."
     for layer in blocks.layers:
+        of_layer = [matrices[id(one)] for one in layer.parameters.values() if id(one) in matrices]
+        has_experts = not all(matrix.is_linear for matrix in of_layer)  # beside a gate, and biases of two dimensions
         for name, parameter in layer.parameters.items():
-            if id(parameter) in linear:
+            if id(parameter) in matrices:
                 unit = name.removesuffix(".weight").removeprefix(prefix)
                 units.append(Block(f"layers.{unit}", {name: parameter}))
-            elif len(parameter_shape(parameter)) > 1:
+            elif len(parameter_shape(parameter)) > 1 and not has_experts:
                 raise UserError(
                     f"--lisa_unit module: {name} is a matrix, and of no linear module; sample layers of "
                     f"{type(model).__name__}: --lisa_unit layer."
@@ -236,54 +233,6 @@ def split_into_modules(model: nn.Module, blocks: Blocks) -> Blocks:
             f"--lisa_unit module: the decoder layers of {type(model).__name__} have no linear modules; leave it out."
         )
     return replace(blocks, layers=units, rest=rest)
-
-
-def linear_modules(model: nn.Module, layers: Iterable[Block]) -> list[dict[str, Any]]:
-    """The linear modules of each of the layers, by the name of their matrix in the model.
-
-    Without those whose matrix is read elsewhere than in their own forward: a matrix of two modules, or one that a
-    module around them multiplies with itself, or hands to a fused kernel.
-    """
-    owners = {id(module.weight): module for module in model.modules() if _is_linear(module)}
-    places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    elsewhere = {parameter for parameter, count in places.items() if count > 1}
-    for module in model.modules():
-        kind: Any = type(module)  # which mypy takes for unhashable
-        if not isinstance(module, PreTrainedModel) and (names := _weights_read(kind)):
-            inside = ((name.rpartition(".")[2], inner) for name, inner in module.named_modules())
-            elsewhere |= {id(inner.weight) for name, inner in inside if name in names and _is_linear(inner)}
-    return [
-        {name: owners[id(value)] for name, value in layer.parameters.items() if id(value) in owners.keys() - elsewhere}
-        for layer in layers
-    ]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is a product with its matrix and no more, as its class has it or in fp32."""
-    kind, own = type(module), vars(module).get("forward")
-    is_product = kind is Conv1D or (isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward)
-    is_product = is_product or kind.__name__ == "FalconLinear"  # writes the product out
-    return is_product and (own is None or getattr(own, "multiplies_in_fp32", False))
-
-
-@functools.cache
-def _weights_read(kind: type) -> frozenset[str]:
-    """Names of inner modules whose weight the methods of a class read, such as `self.dt_proj.weight @ hidden`.
-
-    By their code, since a pass on the CPU does not take what a fused kernel does on a GPU. Its dtype and device, which
-    a quantized matrix has too, may be read.
-    """
-    own = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
-    methods = [value for base in own for value in vars(base).values() if inspect.isfunction(value)]
-    codes, names = [inspect.unwrap(method).__code__ for method in methods], set()
-    while codes:
-        code = codes.pop()
-        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
-        steps = list(dis.get_instructions(code))
-        for owner, weight, use in zip(steps, steps[1:], steps[2:], strict=False):
-            is_read = (owner.opname, weight.argval) == ("LOAD_ATTR", "weight") and use.argval not in ("dtype", "device")
-            names |= {owner.argval} if is_read else set()
-    return frozenset(names)
 
 
 def _language_model(model: nn.Module, embedding: nn.Module) -> nn.Module | None:

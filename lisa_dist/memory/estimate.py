@@ -23,7 +23,7 @@ import torch
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import FACTORED
-from lisa_dist.core.frozen_layers import quantized_bytes
+from lisa_dist.core.frozen_forms import quantized_bytes
 from lisa_dist.core.selection import most_active, sampled_blocks, split_by_decay
 from lisa_dist.kernels.adamw import chunk_bytes
 from lisa_dist.kernels.dynamic_code import table_bytes
@@ -270,7 +270,7 @@ class StepPlan:
         numels = [parameter.numel() for parameter in self.run.model.parameters()]
         if self._stage == 3:
             return sum(share_numel(numel, self.world_size) for numel in numels) * self._element
-        quantized = [module.weight.numel() for module in self.run.quantized_modules(self._trained)]
+        quantized = [matrix.parameter.numel() for matrix in self.run.quantized_matrices(self._trained)]
         frozen = sum(numels) - sum(quantized) - sum(parameter.numel() for parameter in self._trained)
         in_codes = quantized_bytes(quantized, self.run.workload.frozen_bits)
         # Active weights lie in padded buffers.

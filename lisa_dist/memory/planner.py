@@ -108,7 +108,7 @@ class Planner:
         if lisa.lisa_state == "keep":
             host = host | {"kept states": kept_states(run, lisa, settings.stage, arguments.gpus, arguments.optim)}
         if lisa.lisa_frozen_bits != 16:
-            originals = sum(module.weight.nbytes for module in run.quantized_modules([]))
+            originals = sum(matrix.parameter.nbytes for matrix in run.quantized_matrices([]))
             host = host | {"originals of the layers": -(-originals // min(arguments.gpus, arguments.gpus_per_host))}
         self._plans[key] = Plan(str(ds_config), run.workload, parts, host, lisa)
         return self._plans[key]

@@ -15,7 +15,8 @@ import torch
 from transformers import masking_utils
 from transformers.integrations import moe
 
-from lisa_dist.core.frozen_layers import quantized_forward
+from lisa_dist.core.frozen_forward import WholeTensors, frozen_forward
+from lisa_dist.core.matrices import Matrix
 from lisa_dist.memory.workload import LIGER, OF_TRL, Workload
 from lisa_dist.patches import patched
 
@@ -23,11 +24,10 @@ _cross_entropy = torch.nn.functional.cross_entropy  # before Liger can have repl
 
 
 @contextlib.contextmanager
-def stand_ins(workload: Workload, quantized: Sequence[Any]) -> Iterator[None]:
-    """All of them, in a step of this workload whose linear modules `quantized` are in fewer bits."""
+def stand_ins(workload: Workload, quantized: Sequence[Matrix]) -> Iterator[None]:
+    """All of them, in a step of this workload whose matrices `quantized` are in fewer bits."""
     with contextlib.ExitStack() as stack:
-        for module in quantized:
-            stack.enter_context(_dequantized(module))
+        stack.enter_context(_dequantized(quantized))
         stack.enter_context(_experts_of_any_dtype())
         if not workload.padded:  # SDPA gets a mask only where examples are packed
             not_packed = patched(masking_utils, "find_packed_sequence_indices", lambda _: None, of="packed_mask")
@@ -40,15 +40,17 @@ def stand_ins(workload: Workload, quantized: Sequence[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _dequantized(module: Any) -> Iterator[None]:
-    """A linear module whose matrix is in fewer bits, and dequantized in each pass: a fake tensor has no codes."""
-    weight = module.weight.detach()
-    module.lisa_quantized = SimpleNamespace(in_fp32=False, dequantized=lambda: torch.empty_like(weight))
-    try:
-        with patched(module, "forward", functools.partial(quantized_forward, module), of="quantized_linear"):
-            yield
-    finally:
-        del module.lisa_quantized
+def _dequantized(quantized: Sequence[Matrix]) -> Iterator[None]:
+    """Weights in fewer bits, dequantized in each pass: a fake tensor has no codes."""
+    tensors = WholeTensors()
+    with contextlib.ExitStack() as stack:
+        for matrix in quantized:
+            forward = frozen_forward(matrix, tensors)
+            if not forward.weights:
+                stack.callback(forward.remove)
+            whole = functools.partial(torch.empty_like, matrix.parameter.detach())
+            forward.weights[matrix.attribute] = SimpleNamespace(whole=whole)
+        yield
 
 
 def _experts_of_any_dtype() -> contextlib.AbstractContextManager[None]:

@@ -6,6 +6,7 @@ LISA would train, and every allocation is counted. `estimate.py` adds what DeepS
 
 import contextlib
 import copy
+import itertools
 import logging
 import warnings
 import weakref
@@ -28,7 +29,8 @@ from transformers import (
 
 from lisa_dist.config_rules import StateBits
 from lisa_dist.core.activation_checkpointing import checkpoint_layers
-from lisa_dist.core.blocks import find_blocks, linear_modules, split_into_modules, without_zero3_init
+from lisa_dist.core.blocks import find_blocks, split_into_modules, without_zero3_init
+from lisa_dist.core.matrices import Matrix, quantizable_matrices
 from lisa_dist.core.selection import split_by_decay, takes_bits
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import add_label_logits
@@ -215,6 +217,8 @@ class FakeRun:
         self._layers = list(self.model.get_submodule(self.blocks.layers_path).children())
         if workload.by_module:
             self.blocks = split_into_modules(self.model, self.blocks)
+        of_layers = quantizable_matrices(self.model, [layer.parameters for layer in self.blocks.layers])
+        self._matrices = [list(matrices.values()) for matrices in of_layers]
         self._parameters = dict(self._run.named_parameters())
         self._trainable = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
         # The code of a model that is of no release of transformers may change, and nothing shows it.
@@ -295,13 +299,15 @@ class FakeRun:
         bits = state_bits.get(name, default)
         return bits if takes_bits(bits, kind) else default
 
-    def quantized_modules(self, trained: Iterable[torch.nn.Parameter]) -> list[Any]:
-        """The linear modules of decoder layers that are quantized where `trained` parameters train."""
+    def quantized_matrices(self, trained: Iterable[torch.nn.Parameter]) -> list[Matrix]:
+        """The matrices of decoder layers that are quantized where `trained` parameters train."""
         if self.workload.frozen_bits == 16:
             return []
         ours = {id(parameter) for parameter in trained}
-        frozen = [layer for layer in self.blocks.layers if not ours & set(map(id, layer.parameters.values()))]
-        return [module for of_layer in linear_modules(self.model, frozen) for module in of_layer.values()]
+        layers = zip(self.blocks.layers, self._matrices, strict=True)
+        return [
+            one for layer, matrices in layers if not ours & set(map(id, layer.parameters.values())) for one in matrices
+        ]
 
     def trace(self, groups: Sequence[Group]) -> StepTrace:
         """Run one forward and backward pass and count its allocations; gradients are dropped as they arrive.
@@ -384,7 +390,7 @@ class FakeRun:
                 stack.callback(parameter.register_post_accumulate_grad_hook(drop).remove)
             stack.callback(self.model.get_input_embeddings().register_forward_hook(look_up).remove)
             stack.enter_context(_report_model_errors(config))
-            stack.enter_context(stand_ins(self.workload, self.quantized_modules(trained)))
+            stack.enter_context(stand_ins(self.workload, self.quantized_matrices(trained)))
             if numbers is not None:
                 path = self.blocks.layers_path
                 stack.enter_context(only_layers(self.model, path, numbers, config.get_text_config(), mark))

@@ -8,8 +8,9 @@ from models import tiny_gpt2, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lisa_dist import LisaConfig
-from lisa_dist.core.blocks import find_blocks, linear_modules, split_into_modules
+from lisa_dist.core.blocks import find_blocks, split_into_modules
 from lisa_dist.core.controller import LisaController
+from lisa_dist.core.matrices import quantizable_matrices
 from lisa_dist.core.sampling import ActiveSet
 
 # Architecture -> where its layers are, whether its head is tied by default.
@@ -122,7 +123,7 @@ def test_layers_that_cannot_be_split_into_modules_are_named(make, said):
 def test_linear_modules_read_elsewhere_are_left_out(model_type, read_elsewhere):
     model = build(model_type, **({} if model_type == "gemma3n_text" else {"num_hidden_layers": 5}))
     blocks = find_blocks(model)
-    names = {name for layer in linear_modules(model, blocks.layers) for name in layer}
+    names = {name for layer in quantizable_matrices(model, [layer.parameters for layer in blocks.layers]) for name in layer}
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     in_layers = {name for layer in blocks.layers for name in layer.parameters} & linear
     left_out = {name.removeprefix(f"{blocks.layers_path}.") for name in in_layers - names}
@@ -134,7 +135,7 @@ def test_linear_modules_that_share_a_matrix_are_left_out():
     model = build("qwen2", num_hidden_layers=2)
     first, second = (layer.mlp for layer in model.model.layers)
     second.up_proj.weight = first.up_proj.weight
-    layers = linear_modules(model, find_blocks(model).layers)
+    layers = quantizable_matrices(model, [layer.parameters for layer in find_blocks(model).layers])
     assert [len(layer) for layer in layers] == [6, 6]
 
 

@@ -19,7 +19,8 @@ from lisa_dist.checkpoint.resume import load_checkpoint
 from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.checkpoint.weights import write_weights
 from lisa_dist.core.blocks import Block, find_blocks
-from lisa_dist.core.frozen_layers import FrozenLayers, quantized_bytes
+from lisa_dist.core.frozen_forms import quantized_bytes
+from lisa_dist.core.frozen_layers import FrozenLayers
 from lisa_dist.run.cpu_bf16 import multiply_in_fp32
 from lisa_dist.zero.parameters import whole_weights
 
@@ -283,7 +284,7 @@ def test_a_store_is_pinned_when_the_weights_have_gone(monkeypatch):
 def hold_other_weights(bits: int) -> list:
     """Ranks whose models have other weights: all hold rank 0's, as DeepSpeed's broadcast has it."""
     frozen = frozen_layers(bf16_llama(seed=dist.get_rank()), bits, active=())
-    made = frozen.quantized[0].dequantized().float().sum().item()
+    made = frozen.quantized[0].whole().float().sum().item()
     dist.barrier()
     return [made, frozen.quantized[0].original.float().sum().item()]
 
