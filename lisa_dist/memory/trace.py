@@ -304,10 +304,8 @@ class FakeRun:
         if self.workload.frozen_bits == 16:
             return []
         ours = {id(parameter) for parameter in trained}
-        layers = zip(self.blocks.layers, self._matrices, strict=True)
-        return [
-            one for layer, matrices in layers if not ours & set(map(id, layer.parameters.values())) for one in matrices
-        ]
+        frozen = [not ours & set(map(id, layer.parameters.values())) for layer in self.blocks.layers]
+        return [one for matrices in itertools.compress(self._matrices, frozen) for one in matrices]
 
     def trace(self, groups: Sequence[Group]) -> StepTrace:
         """Run one forward and backward pass and count its allocations; gradients are dropped as they arrive.

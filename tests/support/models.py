@@ -12,6 +12,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -20,6 +21,7 @@ from transformers import (
     MixtralConfig,
     PhiConfig,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 128
@@ -49,6 +51,21 @@ def tiny_mixtral(seed: int = 0):
     torch.manual_seed(seed)
     config = MixtralConfig(vocab_size=128, num_hidden_layers=3, num_local_experts=2, **SIZES)
     return AutoModelForCausalLM.from_config(config)
+
+
+def tiny_qwen3_moe(seed: int = 0):
+    """A mixture of four experts, of which two compute a token."""
+    torch.manual_seed(seed)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16}
+    return AutoModelForCausalLM.from_config(Qwen3MoeConfig(vocab_size=128, num_hidden_layers=6, **experts, **SIZES))
+
+
+def tiny_gpt_oss(seed: int = 0):
+    """One whose experts have biases, and their gate too; every other layer attends to the last 8 tokens."""
+    torch.manual_seed(seed)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8}
+    config = GptOssConfig(vocab_size=128, num_hidden_layers=6, **experts, **SIZES)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
