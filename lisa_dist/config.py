@@ -115,7 +115,8 @@ class LisaConfig:
     lisa_offload: str = setting(
         "",
         "Blocks whose masters and moments live and step on the host, of embed, head, rest, layers; the "
-        "others' stay on the GPU, whatever the DeepSpeed config says of offload_optimizer.",
+        "others' stay on the GPU, whatever the DeepSpeed config says of offload_optimizer. And frozen: the weights of "
+        "frozen decoder layers, which are copied in one layer ahead of the pass; on ZeRO stages 1 and 2.",
     )
     lisa_frozen_bits: int = setting(
         16,
@@ -146,7 +147,7 @@ class LisaConfig:
         check_states(self)
         # One way of writing each, so that a resumed run with another is no other run.
         self.lisa_always_on, self.lisa_frozen = ",".join(self.always_on), ",".join(self.frozen)
-        self.lisa_offload = ",".join(self.offloaded)
+        self.lisa_offload = ",".join((*self.offloaded, *(["frozen"] if self.streams else [])))
         self.lisa_budget = f"{100 * self.budget:.10g}%" if self.by_module else self.lisa_budget
         self.lisa_lr_scale = format_by_block("--lisa_lr_scale", self.lisa_lr_scale, self.lr_scales)
         self.lisa_state_bits = format_by_block("--lisa_state_bits", self.lisa_state_bits, self.given_bits)
@@ -206,7 +207,16 @@ class LisaConfig:
     @property
     def offloaded(self) -> tuple[str, ...]:
         """Blocks, "layers" among them, whose optimizer states are on the host."""
-        return parse_blocks("--lisa_offload", self.lisa_offload, (*OUTER_BLOCKS, "layers"))
+        return tuple(block for block in self._on_host if block != "frozen")
+
+    @property
+    def streams(self) -> bool:
+        """Whether the weights of frozen layers are on the host."""
+        return "frozen" in self._on_host
+
+    @property
+    def _on_host(self) -> tuple[str, ...]:
+        return parse_blocks("--lisa_offload", self.lisa_offload, (*OUTER_BLOCKS, "layers", "frozen"))
 
     def check_num_layers(self, num_layers: int) -> None:
         """Raise when a model of so many decoder layers has too few to sample from."""

@@ -26,10 +26,12 @@ def _table(device: torch.device) -> torch.Tensor:
 
 
 def quantize(value: torch.Tensor, bits: int) -> tuple[torch.Tensor, ...]:
-    """Codes and scales of a tensor, as bitsandbytes' `quantize_blockwise` and `quantize_4bit` make them.
+    """Codes and scales of a tensor, as bitsandbytes' `quantize_blockwise` and `quantize_4bit` make them; of 16 itself.
 
     By its operators: those functions make a table for each tensor, whose copy to the device the host waits for.
     """
+    if bits == 16:
+        return (value,)
     table, operators = _table(value.device), torch.ops.bitsandbytes
     if bits == 8:
         made: tuple[torch.Tensor, ...] = operators.quantize_blockwise(value, table, BLOCKSIZES[8])
@@ -41,6 +43,8 @@ def quantize(value: torch.Tensor, bits: int) -> tuple[torch.Tensor, ...]:
 
 def dequantize(codes: tuple[torch.Tensor, ...], bits: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """The tensor that codes and scales stand for."""
+    if bits == 16:
+        return codes[0]
     table, operators = _table(codes[0].device), torch.ops.bitsandbytes
     decode: Callable[..., torch.Tensor] = operators.dequantize_blockwise.default
     if bits == 8:
@@ -54,6 +58,8 @@ def dequantize(codes: tuple[torch.Tensor, ...], bits: int, shape: torch.Size, dt
 
 def check_form(bits: int, device: torch.device) -> None:
     """Raise UserError where bitsandbytes is absent, cannot be loaded, or has no kernel for the device."""
+    if bits == 16:
+        return
     try:
         probe = torch.ones(BLOCKSIZES[bits], 2, dtype=torch.bfloat16, device=device)
         dequantize(quantize(probe, bits), bits, probe.shape, probe.dtype)
@@ -68,6 +74,9 @@ def quantized_bytes(numels: Iterable[int], bits: int) -> int:
     """Bytes of the codes of tensors of so many elements, with their scales."""
     total = 0
     for numel in numels:
+        if bits == 16:
+            total += 2 * numel
+            continue
         scales = -(-numel // BLOCKSIZES[bits])
         if bits == 8:  # scales in fp32
             total += numel + 4 * scales

@@ -13,7 +13,7 @@ from its original.
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.frozen_forms import check_form, dequantize, quantize
 from lisa_dist.core.frozen_forward import WholeTensors, frozen_forward
+from lisa_dist.core.layer_stream import LayerStream
 from lisa_dist.core.matrices import Matrix, quantizable_matrices
-from lisa_dist.core.weight_store import WeightStore
+from lisa_dist.core.weight_store import HOST, WeightStore
 from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
 from lisa_dist.text import format_bytes
@@ -34,11 +35,11 @@ from lisa_dist.zero.parameters import set_original
 
 
 class FrozenWeight:
-    """A matrix of a frozen layer, or its experts: codes on the device, the original on the host."""
+    """A matrix of a frozen layer, or its experts: codes on the device or the host, the original on the host."""
 
-    def __init__(self, matrix: Matrix, name: str, layers: "FrozenLayers"):
-        self._matrix, self._name, self._layers = matrix, name, layers
-        self._codes: tuple[torch.Tensor, ...] = ()  # with their scales
+    def __init__(self, matrix: Matrix, name: str, layer: int, layers: "FrozenLayers"):
+        self._matrix, self._name, self._layer, self._layers = matrix, name, layer, layers
+        self._codes: tuple[torch.Tensor, ...] = ()  # with their scales, of those on the device
 
     @property
     def original(self) -> torch.Tensor:
@@ -49,10 +50,18 @@ class FrozenWeight:
         """Keep codes of the weights, which are or were the original, in their place."""
         parameter = self._matrix.parameter
         value = parameter.detach().to(self._layers.device)
-        self._codes = quantize(value, self._layers.bits)
+        self._encode(value)
         parameter.data = torch.empty(0, dtype=value.dtype, device=value.device)
         set_original(parameter, self)
         frozen_forward(self._matrix, self._layers.whole_tensors).weights[self._matrix.attribute] = self
+
+    def _encode(self, value: torch.Tensor) -> None:
+        layers = self._layers
+        if layers.stream is None:
+            self._codes = quantize(value, layers.bits)
+        elif layers.bits != 16:
+            for place, code in enumerate(quantize(value, layers.bits)):
+                layers.codes.write((self._name, place), code)
 
     def release(self) -> None:
         """Let the module have its weights again, copied from the original; a GPU's copy is not waited for."""
@@ -69,14 +78,18 @@ class FrozenWeight:
         """Another original: a saved model's, which every rank reads for itself."""
         value = value.to(self.original.dtype)
         self._layers.store.write(self._name, value)
-        self._codes = quantize(value.to(self._layers.device), self._layers.bits)
+        self._encode(value.to(self._layers.device))
+        self._layers.restart()
 
     def whole(self) -> torch.Tensor:
         """The weights to compute with, in 16 bits on the device."""
-        original = self.original
-        if self._layers.is_exact:
-            return original.to(self._layers.device, non_blocking=True)
-        return dequantize(self._codes, self._layers.bits, original.shape, original.dtype)
+        layers, original = self._layers, self.original
+        if layers.is_exact and layers.bits != 16:
+            return original.to(layers.device, non_blocking=True)
+        codes = self._codes
+        if layers.stream is not None:
+            codes = tuple(layers.stream.tensor(self._layer, key) for key in layers.code_names[self._name])
+        return dequantize(codes, layers.bits, original.shape, original.dtype)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -85,9 +98,14 @@ class FrozenWeight:
 
 
 class FrozenLayers:
-    """The decoder layers of a model, in `bits` while inactive, with originals in `place`: "host" or a folder."""
+    """The decoder layers of a model, in `bits` while inactive, with originals in `place`: "host" or a folder.
 
-    def __init__(self, model: nn.Module, blocks: Blocks, bits: int, place: str, device: torch.device):
+    `streams`: the device has two of the inactive layers at a time, and copies them from the host (`layer_stream.py`).
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Blocks, bits: int, place: str, device: torch.device, streams: bool = False
+    ):
         found = quantizable_matrices(model, [layer.parameters for layer in blocks.layers])
         self._check(model, [matrix for layer in found for matrix in layer.values()], bits, device)
         self._layers = [  # the gate of a mixture's experts may be in fp32, and stays as it is
@@ -102,7 +120,11 @@ class FrozenLayers:
         self.bits, self.device = bits, device
         self.is_exact = False  # whether originals are computed with
         self.whole_tensors = WholeTensors()
-        self._quantized = {name: FrozenWeight(matrix, name, self) for name, matrix in matrices.items()}
+        layer_of = {name: int(name.removeprefix(f"{blocks.layers_path}.").partition(".")[0]) for name in matrices}
+        self._quantized = {name: FrozenWeight(matrix, name, layer_of[name], self) for name, matrix in matrices.items()}
+        self.stream: LayerStream | None = None
+        if streams:
+            self._begin_stream(layer_of)
         self._frozen: set[int] = set()
         model.register_state_dict_post_hook(functools.partial(self._put_originals))  # torch sets an attribute
 
@@ -129,6 +151,28 @@ class FrozenLayers:
             )
         check_form(bits, device)
 
+    def _begin_stream(self, layer_of: Mapping[str, int]) -> None:
+        """Make the store that layers are copied from: of codes, or in 16 bits that of the originals."""
+        self.codes, self.code_names = self.store, {name: [name] for name in layer_of}
+        if self.bits != 16:
+            like = {name: self.store[name].to("meta") for name in layer_of}
+            codes = {name: quantize(value, self.bits) for name, value in like.items()}
+            self.code_names = {name: [(name, place) for place in range(len(made))] for name, made in codes.items()}
+            flat = {(name, place): code for name, made in codes.items() for place, code in enumerate(made)}
+            self.codes = WeightStore(flat, HOST, self.device)
+        of_layers: dict[int, list[Hashable]] = {}
+        for name, layer in layer_of.items():
+            of_layers.setdefault(layer, []).extend(self.code_names[name])
+        self.stream = LayerStream(self.codes, of_layers, self.device)
+        self._layer_of = layer_of
+
+    def restart(self) -> None:
+        """Forget what a stream has of layers; every rank of a host sees from here on what its first has written."""
+        if self.stream is not None:
+            get_accelerator().synchronize()
+            gather(None)
+            self.stream.choose({self._layer_of[name] for number in self._frozen for name in self._layers[number]})
+
     def _put_originals(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
         """Whoever saves the model by its state dict has the originals."""
         for number in self._frozen:
@@ -153,6 +197,9 @@ class FrozenLayers:
         self._frozen = set(range(len(self._layers))) - active
         gather(None)  # the host's first rank has written what the others will read
         self.store.pin()
+        if self.stream is not None and self.bits != 16:
+            self.codes.pin()
+        self.restart()
 
     def switch(self, active: Iterable[int]) -> None:
         """Quantize layers that become inactive, whose originals are what training has made of them; release others."""
@@ -165,6 +212,7 @@ class FrozenLayers:
             for name in self._layers[number]:
                 self._quantized[name].release()
         self._frozen = inactive
+        self.restart()
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
@@ -184,10 +232,10 @@ class FrozenLayers:
 def quantize_frozen_layers(
     model: nn.Module, blocks: Blocks, config: LisaConfig, active: Iterable[int]
 ) -> FrozenLayers | None:
-    """Quantize the layers of a model that are not active in the bits of `config`; None for 16, in which they stay."""
-    if config.lisa_frozen_bits == 16:
+    """Quantize or stream the layers of a model that are not active; None where `config` has them stay as they are."""
+    if config.lisa_frozen_bits == 16 and not config.streams:
         return None
     device = torch.device(get_accelerator().current_device_name())
-    frozen = FrozenLayers(model, blocks, config.lisa_frozen_bits, config.lisa_frozen_store, device)
+    frozen = FrozenLayers(model, blocks, config.lisa_frozen_bits, config.lisa_frozen_store, device, config.streams)
     frozen.begin(active)
     return frozen

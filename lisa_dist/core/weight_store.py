@@ -1,4 +1,4 @@
-"""The originals of weights that a device has in fewer bits: one copy for all ranks of a host.
+"""Weights that a device has in fewer bits, or has not: their originals and their codes, once for all ranks of a host.
 
 The first rank of each host makes a file without a name, in memory or in a folder, and the others map it through that
 rank's descriptor: it is gone with the last of them, whatever ends the run. The first rank writes; the others read it
@@ -6,13 +6,14 @@ after a collective.
 """
 
 import contextlib
+import itertools
 import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 import torch
@@ -27,7 +28,7 @@ from lisa_dist.text import format_bytes
 
 HOST = "host"  # in the place of a folder: in the host's memory
 _OF_OTHER_HOSTS = ("nfs", "nfs4", "cifs", "smb3", "lustre", "beegfs", "gpfs", "ceph", "fuse.sshfs", "9p")
-_ALIGNMENT = 4096  # bytes, of each tensor's place
+_ALIGNMENT = 256  # bytes, of each tensor's place
 
 
 class WeightStore:
@@ -37,7 +38,7 @@ class WeightStore:
     SharedError, naming the host, where one has no room or a rank cannot see what the first has made.
     """
 
-    def __init__(self, like: Mapping[str, torch.Tensor], place: str, device: torch.device, freed: int = 0):
+    def __init__(self, like: Mapping[Any, torch.Tensor], place: str, device: torch.device, freed: int = 0):
         sizes = {name: -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT for name, value in like.items()}
         self.nbytes = sum(sizes.values())
         hosts, rank = gather(host_name()), dist.get_rank() if dist.is_initialized() else 0
@@ -74,16 +75,23 @@ class WeightStore:
         self._device = device
         shared_addresses.add(whole.data_ptr())
         weakref.finalize(self, shared_addresses.discard, whole.data_ptr())
-        self._tensors, begin = {}, 0
+        self._tensors: dict[Hashable, torch.Tensor] = {}
+        self._begins = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
         for name, value in like.items():
-            self._tensors[name] = whole[begin : begin + value.nbytes].view(value.dtype).view(value.shape)
-            begin += sizes[name]
+            memory = whole[self._begins[name] : self._begins[name] + value.nbytes]
+            self._tensors[name] = memory.view(value.dtype).view(value.shape)
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        """A tensor of the store, in the shape and dtype of what it is the original of."""
+    def __getitem__(self, name: Hashable) -> torch.Tensor:
+        """A tensor of the store, in the shape and dtype of what it was made for."""
         return self._tensors[name]
 
-    def write(self, name: str, value: torch.Tensor) -> None:
+    def span(self, names: Sequence[Hashable]) -> tuple[torch.Tensor, dict[Hashable, tuple[int, torch.Tensor]]]:
+        """The memory of tensors that are one after the other, and of each its first byte in that, and itself."""
+        first, last = self._begins[names[0]], names[-1]
+        memory = self._whole[first : self._begins[last] + self._tensors[last].nbytes]
+        return memory, {name: (self._begins[name] - first, self._tensors[name]) for name in names}
+
+    def write(self, name: Hashable, value: torch.Tensor) -> None:
         """Take a tensor over, on the host's first rank; a copy from a GPU is not waited for."""
         if self.is_first_of_host:
             self._tensors[name].copy_(value, non_blocking=True)
