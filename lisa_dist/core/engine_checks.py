@@ -24,23 +24,24 @@ def prepare_ds_config(ds_config: dict[str, Any], config: LisaConfig, optim: str,
     """
     check_ds_config(ds_config)
     offload_by_block(ds_config, config.offloaded)
-    _check_frozen_bits(ds_config, config, precision)
+    _check_frozen(ds_config, config, precision)
     check_optim(optim, uses_optimizer_offload(ds_config), config, precision)
     if config.lisa_master != "fp32":
         keep_no_master(ds_config)
 
 
-def _check_frozen_bits(ds_config: dict[str, Any], config: LisaConfig, precision: str) -> None:
-    flag = f"--lisa_frozen_bits {config.lisa_frozen_bits}"
-    if config.lisa_frozen_bits == 16:
+def _check_frozen(ds_config: dict[str, Any], config: LisaConfig, precision: str) -> None:
+    flags = [f"--lisa_frozen_bits {config.lisa_frozen_bits}"] if config.lisa_frozen_bits != 16 else []
+    flags += ["--lisa_offload frozen"] if config.streams else []
+    if not flags:
         return
     if (ds_config.get("zero_optimization") or {}).get("stage") == 3:
         raise UserError(
-            f"{flag} on ZeRO stage 3: it cuts frozen layers between the ranks, where each has its part in 16 bits; use "
-            "--deepspeed zero2, or leave the flag out."
+            f"{flags[0]} on ZeRO stage 3: it cuts frozen layers between the ranks, where each has its part in 16 bits; "
+            "use --deepspeed zero2, or leave the flag out."
         )
     if precision == "fp32":
-        raise UserError(f"{flag} with weights in fp32: what is frozen is 16 bits wide; give --bf16 true.")
+        raise UserError(f"{flags[0]} with weights in fp32: what is frozen is 16 bits wide; give --bf16 true.")
 
 
 def check_eval_frozen_bits(bits: int | None, config: LisaConfig) -> None:

@@ -37,6 +37,8 @@ LOOPS = [
     full({"ds_config": "zero3", "world_size": 2, "lisa_offload": "embed,layers", "optim": "lisa_adamw"}),
     full({"ds_config": "zero2", "optim": "lisa_adamw", "lisa_master": "bf16_sr", "checkpointed": 3} | ALL_8),
     {"ds_config": "zero2", "world_size": 2, "lisa_frozen_bits": 4, "saves": True},
+    {"ds_config": "zero2", "lisa_offload": "frozen", "checkpointed": 6, "saves": True},
+    full({"ds_config": "zero2", "world_size": 2, "lisa_offload": "frozen", "lisa_frozen_bits": 4, "saves": True}),
 ]
 
 
