@@ -215,6 +215,12 @@ class LisaConfig:
         return "frozen" in self._on_host
 
     @property
+    def frozen_flags(self) -> list[str]:
+        """What was given of the form and the place of frozen layers' weights."""
+        bits = [] if self.lisa_frozen_bits == 16 else [f"--lisa_frozen_bits {self.lisa_frozen_bits}"]
+        return bits + (["--lisa_offload frozen"] if self.streams else [])
+
+    @property
     def _on_host(self) -> tuple[str, ...]:
         return parse_blocks("--lisa_offload", self.lisa_offload, (*OUTER_BLOCKS, "layers", "frozen"))
 

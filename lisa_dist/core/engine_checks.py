@@ -31,8 +31,7 @@ def prepare_ds_config(ds_config: dict[str, Any], config: LisaConfig, optim: str,
 
 
 def _check_frozen(ds_config: dict[str, Any], config: LisaConfig, precision: str) -> None:
-    flags = [f"--lisa_frozen_bits {config.lisa_frozen_bits}"] if config.lisa_frozen_bits != 16 else []
-    flags += ["--lisa_offload frozen"] if config.streams else []
+    flags = config.frozen_flags
     if not flags:
         return
     if (ds_config.get("zero_optimization") or {}).get("stage") == 3:

@@ -93,8 +93,9 @@ class FrozenWeight:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """What the device holds of it."""
-        return list(self._codes)
+        """What the device holds of it: codes, or the buffers that it is copied to with its layer."""
+        stream = self._layers.stream
+        return list(self._codes) if stream is None else stream.buffers
 
 
 class FrozenLayers:
@@ -132,6 +133,8 @@ class FrozenLayers:
         """What is quantized and where its originals are, for a header; a warning where that is less than half."""
         text = f"{self._share:.0%} of their bytes in {self.bits} bits; originals, once a host: "
         text += format_bytes(self.store.nbytes)
+        if self.stream is not None:
+            text += f", from where two layers at a time are copied ({format_bytes(self.codes.nbytes)} there)"
         if self._share < 0.5:
             text += "; warning: the rest, which other code reads than its own module's, stays in 16 bits"
         return text
@@ -167,10 +170,9 @@ class FrozenLayers:
         self._layer_of = layer_of
 
     def restart(self) -> None:
-        """Forget what a stream has of layers; every rank of a host sees from here on what its first has written."""
+        """Forget what a stream has of layers; what this rank has written is there at the next collective."""
         if self.stream is not None:
             get_accelerator().synchronize()
-            gather(None)
             self.stream.choose({self._layer_of[name] for number in self._frozen for name in self._layers[number]})
 
     def _put_originals(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:

@@ -83,7 +83,9 @@ class StepEstimate:
     def run(self, workload: Workload) -> FakeRun:
         """The model that computes a micro-batch."""
         config = self.config
-        workload = replace(workload, frozen_bits=config.lisa_frozen_bits, by_module=config.by_module)
+        workload = replace(
+            workload, frozen_bits=config.lisa_frozen_bits, streams=config.streams, by_module=config.by_module
+        )
         return self.runs.of(workload, self.lora_rank, config.lisa_layers_attribute)
 
     def of(
@@ -273,6 +275,8 @@ class StepPlan:
         quantized = [matrix.parameter.numel() for matrix in self.run.quantized_matrices(self._trained)]
         frozen = sum(numels) - sum(quantized) - sum(parameter.numel() for parameter in self._trained)
         in_codes = quantized_bytes(quantized, self.run.workload.frozen_bits)
+        if self.run.workload.streams:  # two layers
+            in_codes = 2 * max(stored_bytes(self.run, self.run.workload.frozen_bits))
         # Active weights lie in padded buffers.
         return frozen * self._element + in_codes + self._partition_bytes * self.world_size
 
@@ -485,6 +489,12 @@ class StepPlan:
         kind = "bitsandbytes" if self._has_8_bits or self.optim in BITSANDBYTES_ADAMW else self.optim
         in_fp32 = 4 if self._element < 4 else 0
         return sent + max(sizes) * (in_fp32 + _HOST_STEP_BYTES[kind])
+
+
+def stored_bytes(run: FakeRun, bits: int) -> list[int]:
+    """By decoder layer, bytes of the matrices that are or may be frozen, in these bits in a store."""
+    numels = ([matrix.parameter.numel() for matrix in matrices] for matrices in run.matrices)
+    return [quantized_bytes(of_layer, bits) for of_layer in numels]
 
 
 def steps_weights(optim: str, master: str, weights: torch.dtype) -> bool:

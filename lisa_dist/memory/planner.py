@@ -19,7 +19,7 @@ from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import why_no_label_logits
-from lisa_dist.memory.estimate import StepEstimate, kept_states
+from lisa_dist.memory.estimate import StepEstimate, kept_states, stored_bytes
 from lisa_dist.memory.plan import DTYPES, WAYS, Plan, PlanArguments
 from lisa_dist.memory.trace import FakeRuns
 from lisa_dist.memory.workload import CHUNKED, LOGITS, RATIO, SCORE, StageSettings, Workload
@@ -107,9 +107,11 @@ class Planner:
                 parts = parts.with_more("reference", share)
         if lisa.lisa_state == "keep":
             host = host | {"kept states": kept_states(run, lisa, settings.stage, arguments.gpus, arguments.optim)}
-        if lisa.lisa_frozen_bits != 16:
-            originals = sum(matrix.parameter.nbytes for matrix in run.quantized_matrices([]))
-            host = host | {"originals of the layers": -(-originals // min(arguments.gpus, arguments.gpus_per_host))}
+        stored = {"originals of the layers": 16} if lisa.frozen_flags else {}
+        stored |= {"codes of the layers": lisa.lisa_frozen_bits} if lisa.streams and lisa.lisa_frozen_bits != 16 else {}
+        for title, bits in stored.items():
+            on_a_host = min(arguments.gpus, arguments.gpus_per_host)
+            host = host | {title: -(-sum(stored_bytes(run, bits)) // on_a_host)}
         self._plans[key] = Plan(str(ds_config), run.workload, parts, host, lisa)
         return self._plans[key]
 

@@ -27,7 +27,7 @@ _cross_entropy = torch.nn.functional.cross_entropy  # before Liger can have repl
 def stand_ins(workload: Workload, quantized: Sequence[Matrix]) -> Iterator[None]:
     """All of them, in a step of this workload whose matrices `quantized` are in fewer bits."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_dequantized(quantized))
+        stack.enter_context(_made_whole(quantized, workload.frozen_bits))
         stack.enter_context(_experts_of_any_dtype())
         if not workload.padded:  # SDPA gets a mask only where examples are packed
             not_packed = patched(masking_utils, "find_packed_sequence_indices", lambda _: None, of="packed_mask")
@@ -40,15 +40,16 @@ def stand_ins(workload: Workload, quantized: Sequence[Matrix]) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def _dequantized(quantized: Sequence[Matrix]) -> Iterator[None]:
-    """Weights in fewer bits, dequantized in each pass: a fake tensor has no codes."""
+def _made_whole(quantized: Sequence[Matrix], bits: int) -> Iterator[None]:
+    """Weights in fewer bits, dequantized in each pass, or of 16 in a buffer: a fake tensor has no codes."""
     tensors = WholeTensors()
     with contextlib.ExitStack() as stack:
         for matrix in quantized:
             forward = frozen_forward(matrix, tensors)
             if not forward.weights:
                 stack.callback(forward.remove)
-            whole = functools.partial(torch.empty_like, matrix.parameter.detach())
+            weight = matrix.parameter.detach()
+            whole = weight.detach if bits == 16 else functools.partial(torch.empty_like, weight)
             forward.weights[matrix.attribute] = SimpleNamespace(whole=whole)
         yield
 

@@ -6,7 +6,6 @@ LISA would train, and every allocation is counted. `estimate.py` adds what DeepS
 
 import contextlib
 import copy
-import itertools
 import logging
 import warnings
 import weakref
@@ -215,10 +214,10 @@ class FakeRun:
             self.model.tie_weights()
         self.blocks = find_blocks(self.model, layers_attribute)
         self._layers = list(self.model.get_submodule(self.blocks.layers_path).children())
+        of_layers = quantizable_matrices(self.model, [layer.parameters for layer in self.blocks.layers])
+        self.matrices = [list(matrices.values()) for matrices in of_layers]
         if workload.by_module:
             self.blocks = split_into_modules(self.model, self.blocks)
-        of_layers = quantizable_matrices(self.model, [layer.parameters for layer in self.blocks.layers])
-        self._matrices = [list(matrices.values()) for matrices in of_layers]
         self._parameters = dict(self._run.named_parameters())
         self._trainable = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
         # The code of a model that is of no release of transformers may change, and nothing shows it.
@@ -300,12 +299,11 @@ class FakeRun:
         return bits if takes_bits(bits, kind) else default
 
     def quantized_matrices(self, trained: Iterable[torch.nn.Parameter]) -> list[Matrix]:
-        """The matrices of decoder layers that are quantized where `trained` parameters train."""
-        if self.workload.frozen_bits == 16:
+        """The matrices of decoder layers that are in fewer bits, or on the host, where `trained` parameters train."""
+        if not self.workload.makes_whole:
             return []
         ours = {id(parameter) for parameter in trained}
-        frozen = [not ours & set(map(id, layer.parameters.values())) for layer in self.blocks.layers]
-        return [one for matrices in itertools.compress(self._matrices, frozen) for one in matrices]
+        return [one for matrices in self.matrices for one in matrices if id(one.parameter) not in ours]
 
     def trace(self, groups: Sequence[Group]) -> StepTrace:
         """Run one forward and backward pass and count its allocations; gradients are dropped as they arrive.
@@ -343,7 +341,12 @@ class FakeRun:
         if len(numbers) == len(layers):
             return self._run_step(trained)
         outside = ids - {id(parameter) for layer in layers for parameter in layer.parameters()}
-        key = tuple(kinds[number] for number in numbers), frozenset(outside), self.workload.frozen_bits
+        key = (
+            tuple(kinds[number] for number in numbers),
+            frozenset(outside),
+            self.workload.frozen_bits,
+            self.workload.streams,
+        )
         try:
             if key not in self._segments:
                 events = self._run_step(trained, numbers)
@@ -438,7 +441,7 @@ class FakeRuns:
 
 def model_workload(workload: Workload) -> Workload:
     """The workload as far as a model is built by it: the others that are equal in this share one."""
-    return replace(workload, checkpointed_layers=0, frozen_bits=16)
+    return replace(workload, checkpointed_layers=0, frozen_bits=16, streams=False)
 
 
 def part_of(tensor: torch.Tensor, vocab_size: int) -> str:

@@ -34,12 +34,18 @@ class Workload:
     triton: bool = False  # TRL's loss by its Triton kernels, as on a GPU
     padded: bool = False  # examples of several lengths: the attention has a mask
     frozen_bits: int = 16  # of the matrices of frozen decoder layers
+    streams: bool = False  # which are on the host
     by_module: bool = False  # linear modules are sampled in the place of layers
 
     @property
     def tokens(self) -> int:
         """Tokens of a micro-batch of a rank."""
         return self.micro_batch_size * self.seq_length
+
+    @property
+    def makes_whole(self) -> bool:
+        """Whether modules of frozen layers have their matrices for the length of a pass alone."""
+        return self.frozen_bits != 16 or self.streams
 
 
 @dataclass(frozen=True)

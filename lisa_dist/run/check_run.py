@@ -110,10 +110,10 @@ def _check_flags(config: RunConfig) -> None:
 
 
 def _check_other_method(config: RunConfig) -> None:
-    method, training, bits = config.run.method, config.training, config.lisa.lisa_frozen_bits
+    method, training = config.run.method, config.training
     for_lisa = f"with --method {method}: it is for --method lisa;"
-    if bits != 16:
-        raise UserError(f"--lisa_frozen_bits {bits} {for_lisa} leave it out.")
+    if config.lisa.frozen_flags:
+        raise UserError(f"{config.lisa.frozen_flags[0]} {for_lisa} leave it out.")
     if training.resume_from_checkpoint == "auto":
         raise UserError(f"--resume_from_checkpoint auto: --method {method} takes a folder or true.")
     if training.optim is LisaOptimizerNames.LISA_ADAMW:

@@ -98,16 +98,16 @@ def check_compile(args: TrainingArguments, ds_config: dict[str, Any], switches: 
 
 
 def check_compiled_layers(args: TrainingArguments, lisa_config: LisaConfig) -> None:
-    """Raise UserError where two graphs do not serve all periods: for modules, and for matrices in fewer bits."""
+    """Raise UserError where two graphs do not serve all periods: for modules, and for weights made whole in a pass."""
     if args.torch_compile and lisa_config.by_module:
         raise UserError(
             "--torch_compile True with --lisa_unit module: a layer has a graph for each set of its modules; give one "
             "of the two."
         )
-    if args.torch_compile and lisa_config.lisa_frozen_bits != 16:
+    if args.torch_compile and lisa_config.frozen_flags:
         raise UserError(
-            f"--torch_compile True with --lisa_frozen_bits {lisa_config.lisa_frozen_bits}: a graph ends where "
-            "bitsandbytes makes a matrix of a frozen layer whole; give one of the two."
+            f"--torch_compile True with {lisa_config.frozen_flags[0]}: a graph ends where a pass gets the weights of "
+            "frozen layers; give one of the two."
         )
 
 
