@@ -86,7 +86,8 @@ class LinearForward(FrozenForward):
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         self._check_frozen()
-        product: torch.Tensor = FrozenProduct.apply(inputs, self.module.bias, self, isinstance(self.module, Conv1D))
+        transposed = isinstance(self.module, Conv1D)
+        product: torch.Tensor = FrozenProduct.apply(inputs, self.module.bias, self.whole(), self, transposed)
         return product
 
     def whole(self) -> torch.Tensor:
@@ -107,11 +108,15 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: torch.Tensor, bias: torch.Tensor | None, linear: LinearForward, transposed: bool
+        ctx: Any,
+        inputs: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight: torch.Tensor,
+        linear: LinearForward,
+        transposed: bool,
     ) -> Any:
         """Inputs of any number of dimensions, the last of which the matrix is applied to."""
         ctx.linear, ctx.transposed = linear, transposed
-        weight = linear.whole()
         if linear.in_fp32:
             shift = None if bias is None else bias.float()
             return functional.linear(inputs.float(), weight.float(), shift).to(inputs.dtype)
@@ -125,8 +130,8 @@ class FrozenProduct(torch.autograd.Function):
         weight, (gradient,) = ctx.linear.whole(), gradients
         of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         if ctx.linear.in_fp32:
-            return (gradient.float() @ weight.float()).to(gradient.dtype), of_bias, None, None
-        return gradient @ (weight.t() if ctx.transposed else weight), of_bias, None, None
+            return (gradient.float() @ weight.float()).to(gradient.dtype), of_bias, None, None, None
+        return gradient @ (weight.t() if ctx.transposed else weight), of_bias, None, None, None
 
 
 class _View(NamedTuple):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import full
-from models import VOCABULARY, save_tiny_llama
+from models import VOCABULARY, save_tiny_llama, tiny_llama
 from rehearsal import ROOT, rehearse
 
 from lisa_dist.core.period_log import SAMPLE
@@ -121,6 +121,47 @@ def test_a_step_on_the_host_waits_for_gradients_alone(settings):
     for name, most in (("copy between host and device", 2), ("pageable", 2 * 8)):  # the norm of each
         assert -most * by_rows <= there.pop(name) - here.pop(name) <= most
     assert there == here
+
+
+STREAMED = {"ds_config": "zero2", "lisa_offload": "frozen"}
+
+
+def test_a_step_waits_for_no_layer_that_is_streamed():
+    streamed, resident = counts_of("step", **STREAMED), counts_of("step", ds_config="zero2")
+    # Of the first step of a period: four layers that are frozen, and in the backward pass the two that have gone.
+    assert streamed.pop("pinned") == 6 * sum(2 * value.numel() for value in matrices_of_a_layer())
+    assert streamed == resident
+
+
+def matrices_of_a_layer() -> list[torch.Tensor]:
+    return [value for value in tiny_llama().model.layers[0].parameters() if value.ndim == 2]
+
+
+@pytest.mark.parametrize("name", ["wait", "after_compute"])
+def test_a_copy_of_a_layer_that_is_out_of_order_is_seen(name):
+    """A pass that does not wait for its copy, and a copy that does not wait for the pass that reads the buffer."""
+    (outcome,) = rehearse(kind="fault", module=__name__, name="stream_without", left_out=name, may_raise=True)
+    assert outcome["problems"] != []
+
+
+def stream_without(left_out: str) -> dict:
+    import contextlib
+
+    from rehearsal import loop
+
+    from lisa_dist.core import layer_stream
+
+    class Unordered(layer_stream.CopyStream):
+        """Copies on a stream of their own, one of whose two orders is left out."""
+
+    @contextlib.contextmanager
+    def at_once(self):
+        with torch.cuda.stream(self._side):
+            yield
+
+    setattr(Unordered, left_out, {"wait": lambda *_: None, "after_compute": at_once}[left_out])
+    layer_stream.CopyStream = Unordered
+    return loop(steps=2, **STREAMED)
 
 
 def test_a_trainer_on_two_gpus(tmp_path):

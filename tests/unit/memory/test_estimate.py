@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import full
 from engines import GRADIENT_NAMES, without
-from models import VOCABULARY, tiny_llama, token_batches
+from models import VOCABULARY, tiny_llama, tiny_qwen3_moe, token_batches
 from ranks import run_ranks
 from torch import distributed as dist
 from transformers import LlamaConfig
@@ -38,7 +38,7 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
     of_others = live_tensor_bytes()  # what other tests in this process have left
     settings = dict(settings)
     checkpointing, optim = settings.pop("checkpointing", False), settings.pop("optim", "adamw_torch_fused")
-    model = tiny_llama(tied=settings.pop("tied", False), vocab_size=settings.pop("words", VOCABULARY)).to(dtype)
+    model = model_of(settings).to(dtype)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     loss = settings.pop("loss", OWN)
@@ -92,6 +92,12 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
     return found
 
 
+def model_of(settings: dict):
+    if settings.get("experts"):
+        return tiny_qwen3_moe()
+    return tiny_llama(tied=settings.get("tied", False), vocab_size=settings.get("words", VOCABULARY))
+
+
 def ds_config_of(name: str, settings: dict) -> dict:
     config = read_ds_config(name)
     if "bucket" in settings:
@@ -104,12 +110,13 @@ def ds_config_of(name: str, settings: dict) -> dict:
 def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: dict, layers, drawn) -> list:
     optim = settings.get("optim", "adamw_torch_fused")
     config = lisa_dist.LisaConfig(**{name: value for name, value in settings.items() if name.startswith("lisa_")})
-    model_config = tiny_llama(tied=settings.get("tied", False), vocab_size=settings.get("words", VOCABULARY)).config
+    model_config = model_of(settings).config
     rows, length = shape_of(model_config)
     checkpointed = model_config.num_hidden_layers if settings.get("checkpointing") else 0
     labels = rows * (length - PROMPT)
     workload = Workload(length, rows, dtype, checkpointed, loss=settings.get("loss", OWN), labels=labels)
-    workload = replace(workload, frozen_bits=config.lisa_frozen_bits, by_module=config.by_module)
+    frozen = {"frozen_bits": config.lisa_frozen_bits, "streams": config.streams}
+    workload = replace(workload, by_module=config.by_module, **frozen)
     run = FakeRun(model_config, workload)
     always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
     stage = StageSettings.of(ds_config_of(ds_config, settings), run.hidden_size)
@@ -154,6 +161,11 @@ SETTINGS = [
     ("zero2", 2, torch.bfloat16, {"lisa_frozen_bits": 4, "lisa_activated_layers": 1}),
     full("zero1", 1, torch.bfloat16, {"lisa_frozen_bits": 8, "checkpointing": True}),
     full("zero2_offload", 1, torch.bfloat16, {"lisa_frozen_bits": 8, "lisa_activated_layers": 1}),
+    ("zero2", 1, torch.bfloat16, {"lisa_offload": "frozen"}),
+    full("zero1", 2, torch.bfloat16, {"lisa_offload": "frozen", "lisa_frozen_bits": 4, "checkpointing": True}),
+    full("zero2", 2, torch.bfloat16, MODULES | {"lisa_offload": "frozen"}),
+    ("zero2", 1, torch.bfloat16, {"experts": True, "lisa_frozen_bits": 4, "checkpointing": True}),
+    full("zero2", 2, torch.bfloat16, {"experts": True, "lisa_frozen_bits": 8, "lisa_offload": "frozen"}),
     ("zero2", 2, torch.bfloat16, MODULES),
     full("zero3", 2, torch.bfloat16, MODULES | {"checkpointing": True}),
     full("zero2", 2, torch.bfloat16, MODULES | {"lisa_frozen_bits": 4}),
