@@ -12,6 +12,7 @@ from lisa_dist.config_rules import (
     FACTORED,
     OUTER_BLOCKS,
     PLANNED_LAYERS,
+    Form,
     StateBits,
     check_blocks,
     check_choices,
@@ -118,14 +119,15 @@ class LisaConfig:
         "others' stay on the GPU, whatever the DeepSpeed config says of offload_optimizer. And frozen: the weights of "
         "frozen decoder layers, which are copied in one layer ahead of the pass; on ZeRO stages 1 and 2.",
     )
-    lisa_frozen_bits: int = setting(
-        16,
-        "Bits of frozen decoder layers on the device: 16 as they are, or 8 or 4 (NF4) by bitsandbytes, "
-        "with the originals once a host. On ZeRO stages 1 and 2.",
+    lisa_frozen_bits: str = setting(
+        "16",
+        "Bits of frozen decoder layers on the device: 16 as they are, 8 or 4 (NF4) by bitsandbytes, or fp8 (e4m3, "
+        "multiplied as it is by GPUs that can), with the originals once a host. On ZeRO stages 1 and 2.",
     )
     lisa_frozen_store: str = setting(
         "host",
-        "Where the originals are that --lisa_frozen_bits 8 and 4 need: host (its memory) or a folder on a local disk.",
+        "Where the originals are that --lisa_frozen_bits 8, 4 and fp8 need: host (its memory) or a folder on a local "
+        "disk.",
     )
     lisa_nonfinite: str = setting(
         "stop",
@@ -141,6 +143,7 @@ class LisaConfig:
     )
 
     def __post_init__(self) -> None:
+        self.lisa_frozen_bits = str(self.lisa_frozen_bits)
         check_choices(self)
         check_periods(self)
         check_units(self)
@@ -215,9 +218,14 @@ class LisaConfig:
         return "frozen" in self._on_host
 
     @property
+    def frozen_form(self) -> Form:
+        """The form of frozen layers' weights: 16, 8 or 4 bits, or "fp8"."""
+        return "fp8" if self.lisa_frozen_bits == "fp8" else int(self.lisa_frozen_bits)
+
+    @property
     def frozen_flags(self) -> list[str]:
         """What was given of the form and the place of frozen layers' weights."""
-        bits = [] if self.lisa_frozen_bits == 16 else [f"--lisa_frozen_bits {self.lisa_frozen_bits}"]
+        bits = [] if self.frozen_form == 16 else [f"--lisa_frozen_bits {self.lisa_frozen_bits}"]
         return bits + (["--lisa_offload frozen"] if self.streams else [])
 
     @property

@@ -13,7 +13,8 @@ OF_MODULES = ("uniform", "fixed", "adaptive")  # samplers that any number of uni
 STATE_POLICIES = ("reset", "reset_all", "keep")
 NONFINITE_POLICIES = ("stop", "skip")
 MASTERS = ("fp32", "bf16_sr")
-FROZEN_BITS = (16, 8, 4)
+FROZEN_BITS = ("16", "8", "4", "fp8")
+Form = int | str  # of frozen weights: their bits, or "fp8"
 AUTO_LAYERS: Any = "auto"  # in the place of a number of layers, until one is planned
 LORA_LAYERS: Any = "lora"  # the same, of as many as fit the memory of LoRA's step
 PLANNED_LAYERS = (AUTO_LAYERS, LORA_LAYERS)
@@ -91,12 +92,12 @@ def check_states(config: Any) -> None:
             "an fp32 master; leave one of them out."
         )
     if config.lisa_frozen_bits not in FROZEN_BITS:
-        allowed = ", ".join(map(str, FROZEN_BITS))
-        raise UserError(f"--lisa_frozen_bits {config.lisa_frozen_bits}: frozen layers have one of {allowed} bits.")
-    if config.lisa_frozen_bits == 16 and config.lisa_frozen_store != "host":
+        allowed = ", ".join(FROZEN_BITS)
+        raise UserError(f"--lisa_frozen_bits {config.lisa_frozen_bits}: frozen layers have one of {allowed}.")
+    if config.lisa_frozen_bits == "16" and config.lisa_frozen_store != "host":
         raise UserError(
             f"--lisa_frozen_store {config.lisa_frozen_store}: frozen layers of 16 bits have no originals elsewhere; "
-            "give --lisa_frozen_bits 8 or 4, or leave it out."
+            "give --lisa_frozen_bits 8, 4 or fp8, or leave it out."
         )
 
 

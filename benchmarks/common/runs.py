@@ -303,7 +303,7 @@ class Run:
             self._checkpointed if checkpointed is None else checkpointed,
             "eager" if method.attention == "eager" else "sdpa",  # whose memory flash-attn's is
             loss="own",
-            frozen_bits=config.lisa_frozen_bits,
+            frozen_bits=config.frozen_form,
         )
         run = FakeRun(self.model.config, workload, lora_rank)
         trained = None

@@ -45,7 +45,7 @@ def figures_of(model: str, gpus: int, gpu_memory: str) -> dict:
         "layers": chosen.lisa_config.lisa_activated_layers,
         "num_layers": config.num_hidden_layers,
         "checkpointed": plan.workload.checkpointed_layers,
-        "frozen_bits": chosen.lisa_config.lisa_frozen_bits,
+        "frozen_bits": chosen.lisa_config.frozen_form,
         "global_batch": gpus * arguments.gradient_accumulation_steps,
         "learning_rate": learning_rate(model, config),
         "peak": plan.gpu.needed,

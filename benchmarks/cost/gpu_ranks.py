@@ -64,7 +64,7 @@ def measure(ds_config: str | dict, method: Method, arguments: Namespace) -> dict
         losses, peak = ranks.call("get", "losses"), max(ranks.call("peak_bytes", arguments.length))
     seconds = [max(one["step"] for one in step) for step in steps]
     switches = [max(one["begin"] for one in steps[number]) for number in range(INTERVAL, STEPS, INTERVAL)]
-    own = method.config.lisa_frozen_bits != 16
+    own = bool(method.config.frozen_flags)
     return {"losses": losses, "own": own, "peak": peak, "step": median(seconds[2:INTERVAL]), "switch": median(switches)}
 
 

@@ -58,7 +58,7 @@ HELP = {
         "lisa_frozen": "of embed, head, rest: never trained",
         "lisa_state": "at a switch: reset, reset_all, keep (on the host)",
         "lisa_state_bits": "of moments, by block: embed=8,head=factored,layers=8",
-        "lisa_frozen_bits": "of frozen layers: 16, 8 or 4, with originals on the host",
+        "lisa_frozen_bits": "of frozen layers: 16, 8, 4 or fp8, with originals on the host",
         "lisa_master": "fp32, or bf16_sr for no masters",
         "lisa_offload": "blocks whose optimizer states live on the host",
     },

@@ -45,8 +45,8 @@ def _check_frozen(ds_config: dict[str, Any], config: LisaConfig, precision: str)
 
 def check_eval_frozen_bits(bits: int | None, config: LisaConfig) -> None:
     """Raise UserError for bits that frozen layers do not have in an evaluation (`--eval_frozen_bits`)."""
-    if bits not in (None, 16, config.lisa_frozen_bits):
-        allowed = " or ".join(map(str, sorted({16, config.lisa_frozen_bits})))
+    if bits not in (None, 16, config.frozen_form):
+        allowed = " or ".join(sorted({"16", config.lisa_frozen_bits} - {"fp8"}, key=int))
         raise UserError(
             f"--eval_frozen_bits {bits}: frozen layers are evaluated as they are quantized, or with their originals: "
             f"with --lisa_frozen_bits {config.lisa_frozen_bits} give {allowed}."

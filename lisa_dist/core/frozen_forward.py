@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from lisa_dist.core.fp8_product import Fp8Product
 from lisa_dist.core.matrices import Matrix
 from lisa_dist.patches import patch
 
@@ -21,6 +22,9 @@ class Whole(Protocol):
 
     def whole(self) -> torch.Tensor:
         """The weight to compute with, in 16 bits on the device."""
+
+    def fp8(self) -> tuple[torch.Tensor, ...]:
+        """Codes and scales to multiply with in their place, or nothing."""
 
 
 class WholeTensors:
@@ -86,7 +90,11 @@ class LinearForward(FrozenForward):
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         self._check_frozen()
-        transposed = isinstance(self.module, Conv1D)
+        weight, transposed = self.weights["weight"], isinstance(self.module, Conv1D)
+        if not transposed and (encoded := weight.fp8()):
+            self.tensors.clear()
+            scaled: torch.Tensor = Fp8Product.apply(inputs, self.module.bias, *encoded, weight.fp8)
+            return scaled
         product: torch.Tensor = FrozenProduct.apply(inputs, self.module.bias, self.whole(), self, transposed)
         return product
 
@@ -159,7 +167,7 @@ class WholeForward(FrozenForward):
             key, begin = tensor.untyped_storage()._cdata, tensor.storage_offset()
             for (storage, first, name), end in zip(places, ends, strict=True):
                 if storage == key and first <= begin < end:
-                    return _View(name, tuple(tensor.shape), tensor.stride(), begin - first)
+                    return _View(name, tuple(tensor.shape), tensor.stride(), int(begin - first))
             return tensor if outer is None else outer[0](tensor)
 
         run: Callable[..., Any] = self.before or type(module).forward.__get__(module)

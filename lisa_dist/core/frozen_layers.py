@@ -13,7 +13,7 @@ from its original.
 
 import contextlib
 import functools
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from torch import distributed as dist
 from torch import nn
 
 from lisa_dist.config import LisaConfig
+from lisa_dist.config_rules import Form
 from lisa_dist.core.blocks import Blocks
+from lisa_dist.core.fp8_product import FP8_MULTIPLE, multiplies_fp8
 from lisa_dist.core.frozen_forms import check_form, dequantize, quantize
 from lisa_dist.core.frozen_forward import WholeTensors, frozen_forward
 from lisa_dist.core.layer_stream import LayerStream
@@ -37,8 +39,8 @@ from lisa_dist.zero.parameters import set_original
 class FrozenWeight:
     """A matrix of a frozen layer, or its experts: codes on the device or the host, the original on the host."""
 
-    def __init__(self, matrix: Matrix, name: str, layer: int, layers: "FrozenLayers"):
-        self._matrix, self._name, self._layer, self._layers = matrix, name, layer, layers
+    def __init__(self, matrix: Matrix, name: str, layers: "FrozenLayers"):
+        self._matrix, self._name, self._layers = matrix, name, layers
         self._codes: tuple[torch.Tensor, ...] = ()  # with their scales, of those on the device
 
     @property
@@ -58,9 +60,9 @@ class FrozenWeight:
     def _encode(self, value: torch.Tensor) -> None:
         layers = self._layers
         if layers.stream is None:
-            self._codes = quantize(value, layers.bits)
-        elif layers.bits != 16:
-            for place, code in enumerate(quantize(value, layers.bits)):
+            self._codes = quantize(value, layers.form)
+        elif layers.form != 16:
+            for place, code in enumerate(quantize(value, layers.form)):
                 layers.codes.write((self._name, place), code)
 
     def release(self) -> None:
@@ -84,12 +86,22 @@ class FrozenWeight:
     def whole(self) -> torch.Tensor:
         """The weights to compute with, in 16 bits on the device."""
         layers, original = self._layers, self.original
-        if layers.is_exact and layers.bits != 16:
+        if layers.is_exact and layers.form != 16:
             return original.to(layers.device, non_blocking=True)
-        codes = self._codes
-        if layers.stream is not None:
-            codes = tuple(layers.stream.tensor(self._layer, key) for key in layers.code_names[self._name])
-        return dequantize(codes, layers.bits, original.shape, original.dtype)
+        return dequantize(self._encoded(), layers.form, original.shape, original.dtype)
+
+    def _encoded(self) -> tuple[torch.Tensor, ...]:
+        """Codes and scales on the device."""
+        layers, stream = self._layers, self._layers.stream
+        if stream is None:
+            return self._codes
+        return tuple(stream.tensor(layers.layer_of[self._name], code) for code in layers.code_names[self._name])
+
+    def fp8(self) -> tuple[torch.Tensor, ...]:
+        """Codes and scales to multiply with; nothing where products are made in 16 bits."""
+        layers, shape = self._layers, self.original.shape
+        is_fp8 = layers.multiplies_fp8 and not layers.is_exact and len(shape) == 2
+        return self._encoded() if is_fp8 and not any(size % FP8_MULTIPLE for size in shape) else ()
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -99,16 +111,16 @@ class FrozenWeight:
 
 
 class FrozenLayers:
-    """The decoder layers of a model, in `bits` while inactive, with originals in `place`: "host" or a folder.
+    """The decoder layers of a model, in `form` while inactive, with originals in `place`: "host" or a folder.
 
     `streams`: the device has two of the inactive layers at a time, and copies them from the host (`layer_stream.py`).
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Blocks, bits: int, place: str, device: torch.device, streams: bool = False
+        self, model: nn.Module, blocks: Blocks, form: Form, place: str, device: torch.device, streams: bool = False
     ):
         found = quantizable_matrices(model, [layer.parameters for layer in blocks.layers])
-        self._check(model, [matrix for layer in found for matrix in layer.values()], bits, device)
+        self._check(model, [matrix for layer in found for matrix in layer.values()], form, device)
         self._layers = [  # the gate of a mixture's experts may be in fp32, and stays as it is
             {name: one for name, one in layer.items() if one.parameter.element_size() == 2} for layer in found
         ]
@@ -118,20 +130,21 @@ class FrozenLayers:
         self._share = sum(weight.nbytes for weight in weights.values()) / sum(of_layers)
         on_host = sum(weight.nbytes for weight in weights.values() if weight.device.type == "cpu")
         self.store = WeightStore(weights, place, device, freed=on_host)
-        self.bits, self.device = bits, device
+        self.form, self.device = form, device
+        self.multiplies_fp8 = form == "fp8" and multiplies_fp8(device)
         self.is_exact = False  # whether originals are computed with
         self.whole_tensors = WholeTensors()
-        layer_of = {name: int(name.removeprefix(f"{blocks.layers_path}.").partition(".")[0]) for name in matrices}
-        self._quantized = {name: FrozenWeight(matrix, name, layer_of[name], self) for name, matrix in matrices.items()}
+        self._quantized = {name: FrozenWeight(matrix, name, self) for name, matrix in matrices.items()}
         self.stream: LayerStream | None = None
         if streams:
-            self._begin_stream(layer_of)
+            self._begin_stream(f"{blocks.layers_path}.")
         self._frozen: set[int] = set()
         model.register_state_dict_post_hook(functools.partial(self._put_originals))  # torch sets an attribute
 
     def describe(self) -> str:
         """What is quantized and where its originals are, for a header; a warning where that is less than half."""
-        text = f"{self._share:.0%} of their bytes in {self.bits} bits; originals, once a host: "
+        name = self.form if self.form == "fp8" else f"{self.form} bits"
+        text = f"{self._share:.0%} of their bytes in {name}; originals, once a host: "
         text += format_bytes(self.store.nbytes)
         if self.stream is not None:
             text += f", from where two layers at a time are copied ({format_bytes(self.codes.nbytes)} there)"
@@ -140,8 +153,8 @@ class FrozenLayers:
         return text
 
     @staticmethod
-    def _check(model: nn.Module, matrices: Sequence[Matrix], bits: int, device: torch.device) -> None:
-        flag = f"--lisa_frozen_bits {bits}"
+    def _check(model: nn.Module, matrices: Sequence[Matrix], form: Form, device: torch.device) -> None:
+        flag = "--lisa_offload frozen" if form == 16 else f"--lisa_frozen_bits {form}"
         if not matrices:
             raise UserError(
                 f"{flag}: the decoder layers of {type(model).__name__} have no weights that could be "
@@ -152,14 +165,16 @@ class FrozenLayers:
             raise UserError(
                 f"{flag}: the decoder layers are in {dtype}: what is frozen is 16 bits wide; give --bf16 true."
             )
-        check_form(bits, device)
+        check_form(form, [matrix.parameter.numel() for matrix in matrices], device)
 
-    def _begin_stream(self, layer_of: Mapping[str, int]) -> None:
+    def _begin_stream(self, path: str) -> None:
         """Make the store that layers are copied from: of codes, or in 16 bits that of the originals."""
-        self.codes, self.code_names = self.store, {name: [name] for name in layer_of}
-        if self.bits != 16:
+        self.layer_of = layer_of = {name: int(name.removeprefix(path).partition(".")[0]) for name in self._quantized}
+        self.codes = self.store
+        self.code_names: dict[str, list[Hashable]] = {name: [name] for name in layer_of}
+        if self.form != 16:
             like = {name: self.store[name].to("meta") for name in layer_of}
-            codes = {name: quantize(value, self.bits) for name, value in like.items()}
+            codes = {name: quantize(value, self.form) for name, value in like.items()}
             self.code_names = {name: [(name, place) for place in range(len(made))] for name, made in codes.items()}
             flat = {(name, place): code for name, made in codes.items() for place, code in enumerate(made)}
             self.codes = WeightStore(flat, HOST, self.device)
@@ -167,13 +182,12 @@ class FrozenLayers:
         for name, layer in layer_of.items():
             of_layers.setdefault(layer, []).extend(self.code_names[name])
         self.stream = LayerStream(self.codes, of_layers, self.device)
-        self._layer_of = layer_of
 
     def restart(self) -> None:
         """Forget what a stream has of layers; what this rank has written is there at the next collective."""
         if self.stream is not None:
             get_accelerator().synchronize()
-            self.stream.choose({self._layer_of[name] for number in self._frozen for name in self._layers[number]})
+            self.stream.choose({self.layer_of[name] for number in self._frozen for name in self._layers[number]})
 
     def _put_originals(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
         """Whoever saves the model by its state dict has the originals."""
@@ -199,7 +213,7 @@ class FrozenLayers:
         self._frozen = set(range(len(self._layers))) - active
         gather(None)  # the host's first rank has written what the others will read
         self.store.pin()
-        if self.stream is not None and self.bits != 16:
+        if self.stream is not None and self.form != 16:
             self.codes.pin()
         self.restart()
 
@@ -235,9 +249,9 @@ def quantize_frozen_layers(
     model: nn.Module, blocks: Blocks, config: LisaConfig, active: Iterable[int]
 ) -> FrozenLayers | None:
     """Quantize or stream the layers of a model that are not active; None where `config` has them stay as they are."""
-    if config.lisa_frozen_bits == 16 and not config.streams:
+    if config.frozen_form == 16 and not config.streams:
         return None
     device = torch.device(get_accelerator().current_device_name())
-    frozen = FrozenLayers(model, blocks, config.lisa_frozen_bits, config.lisa_frozen_store, device, config.streams)
+    frozen = FrozenLayers(model, blocks, config.frozen_form, config.lisa_frozen_store, device, config.streams)
     frozen.begin(active)
     return frozen

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.config_rules import FACTORED
+from lisa_dist.config_rules import FACTORED, Form
 from lisa_dist.core.frozen_forms import quantized_bytes
 from lisa_dist.core.selection import most_active, sampled_blocks, split_by_decay
 from lisa_dist.kernels.adamw import chunk_bytes
@@ -83,9 +83,7 @@ class StepEstimate:
     def run(self, workload: Workload) -> FakeRun:
         """The model that computes a micro-batch."""
         config = self.config
-        workload = replace(
-            workload, frozen_bits=config.lisa_frozen_bits, streams=config.streams, by_module=config.by_module
-        )
+        workload = replace(workload, frozen_bits=config.frozen_form, streams=config.streams, by_module=config.by_module)
         return self.runs.of(workload, self.lora_rank, config.lisa_layers_attribute)
 
     def of(
@@ -272,13 +270,13 @@ class StepPlan:
         numels = [parameter.numel() for parameter in self.run.model.parameters()]
         if self._stage == 3:
             return sum(share_numel(numel, self.world_size) for numel in numels) * self._element
-        quantized = [matrix.parameter.numel() for matrix in self.run.quantized_matrices(self._trained)]
-        frozen = sum(numels) - sum(quantized) - sum(parameter.numel() for parameter in self._trained)
-        in_codes = quantized_bytes(quantized, self.run.workload.frozen_bits)
+        quantized = [matrix.parameter for matrix in self.run.quantized_matrices(self._trained)]
+        elsewhere = sum(parameter.numel() for parameter in (*quantized, *self._trained))
+        in_codes = quantized_bytes([one.shape for one in quantized], self.run.workload.frozen_bits)
         if self.run.workload.streams:  # two layers
             in_codes = 2 * max(stored_bytes(self.run, self.run.workload.frozen_bits))
         # Active weights lie in padded buffers.
-        return frozen * self._element + in_codes + self._partition_bytes * self.world_size
+        return (sum(numels) - elsewhere) * self._element + in_codes + self._partition_bytes * self.world_size
 
     def _states(self, on_host: bool) -> dict[bool, int]:
         """Bytes of masters and moments, on the host or the device, of always-trained blocks (True) and the others."""
@@ -491,10 +489,9 @@ class StepPlan:
         return sent + max(sizes) * (in_fp32 + _HOST_STEP_BYTES[kind])
 
 
-def stored_bytes(run: FakeRun, bits: int) -> list[int]:
+def stored_bytes(run: FakeRun, bits: Form) -> list[int]:
     """By decoder layer, bytes of the matrices that are or may be frozen, in these bits in a store."""
-    numels = ([matrix.parameter.numel() for matrix in matrices] for matrices in run.matrices)
-    return [quantized_bytes(of_layer, bits) for of_layer in numels]
+    return [quantized_bytes([one.parameter.shape for one in matrices], bits) for matrices in run.matrices]
 
 
 def steps_weights(optim: str, master: str, weights: torch.dtype) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.config_rules import LORA_LAYERS, PLANNED_LAYERS
+from lisa_dist.config_rules import LORA_LAYERS, PLANNED_LAYERS, Form
 from lisa_dist.core.activation_checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.engine_checks import prepare_ds_config
@@ -107,8 +107,8 @@ class Planner:
                 parts = parts.with_more("reference", share)
         if lisa.lisa_state == "keep":
             host = host | {"kept states": kept_states(run, lisa, settings.stage, arguments.gpus, arguments.optim)}
-        stored = {"originals of the layers": 16} if lisa.frozen_flags else {}
-        stored |= {"codes of the layers": lisa.lisa_frozen_bits} if lisa.streams and lisa.lisa_frozen_bits != 16 else {}
+        stored: dict[str, Form] = {"originals of the layers": 16} if lisa.frozen_flags else {}
+        stored |= {"codes of the layers": lisa.frozen_form} if lisa.streams and lisa.frozen_form != 16 else {}
         for title, bits in stored.items():
             on_a_host = min(arguments.gpus, arguments.gpus_per_host)
             host = host | {title: -(-sum(stored_bytes(run, bits)) // on_a_host)}

@@ -15,6 +15,7 @@ import torch
 from transformers import masking_utils
 from transformers.integrations import moe
 
+from lisa_dist.config_rules import Form
 from lisa_dist.core.frozen_forward import WholeTensors, frozen_forward
 from lisa_dist.core.matrices import Matrix
 from lisa_dist.memory.workload import LIGER, OF_TRL, Workload
@@ -40,7 +41,7 @@ def stand_ins(workload: Workload, quantized: Sequence[Matrix]) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def _made_whole(quantized: Sequence[Matrix], bits: int) -> Iterator[None]:
+def _made_whole(quantized: Sequence[Matrix], bits: Form) -> Iterator[None]:
     """Weights in fewer bits, dequantized in each pass, or of 16 in a buffer: a fake tensor has no codes."""
     tensors = WholeTensors()
     with contextlib.ExitStack() as stack:
@@ -50,7 +51,7 @@ def _made_whole(quantized: Sequence[Matrix], bits: int) -> Iterator[None]:
                 stack.callback(forward.remove)
             weight = matrix.parameter.detach()
             whole = weight.detach if bits == 16 else functools.partial(torch.empty_like, weight)
-            forward.weights[matrix.attribute] = SimpleNamespace(whole=whole)
+            forward.weights[matrix.attribute] = SimpleNamespace(whole=whole, fp8=tuple)
         yield
 
 

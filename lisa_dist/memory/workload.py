@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.config_rules import OUTER_BLOCKS, StateBits
+from lisa_dist.config_rules import OUTER_BLOCKS, Form, StateBits
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.sampling import SampledBlock, fill
 from lisa_dist.core.selection import unit_budget
@@ -33,7 +33,7 @@ class Workload:
     labels: int | None = None  # positions with a label, where LOGITS are not of all that can have one
     triton: bool = False  # TRL's loss by its Triton kernels, as on a GPU
     padded: bool = False  # examples of several lengths: the attention has a mask
-    frozen_bits: int = 16  # of the matrices of frozen decoder layers
+    frozen_bits: Form = 16  # of the matrices of frozen decoder layers
     streams: bool = False  # which are on the host
     by_module: bool = False  # linear modules are sampled in the place of layers
 

@@ -19,6 +19,7 @@ import torch
 from lisa_dist.errors import UserError
 from lisa_dist.kernels.adamw import StepNumbers, StepTensors, adamw_torch
 from lisa_dist.kernels.factored import FactoredNumbers, FactoredTensors, factored_torch, squared_sums_torch
+from lisa_dist.kernels.fp8_rows import fp8_rows_torch
 
 VARIABLE = "LISA_DIST_KERNELS"
 
@@ -108,6 +109,16 @@ def factored_step(tensors: FactoredTensors, numbers: FactoredNumbers) -> None:
     else:
         step = factored_torch
     step(tensors, numbers)
+
+
+def fp8_rows(values: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of values [rows, columns] in e4m3, and scales [rows, 1]; each column times its factor before."""
+    kernels, _ = choose_kernels(values.device.type)
+    if kernels == "triton":
+        from lisa_dist.kernels.fp8_rows_triton import fp8_rows_triton
+
+        return fp8_rows_triton(values.contiguous(), factors)
+    return fp8_rows_torch(values, factors)
 
 
 def adamw_step(tensors: StepTensors, numbers: StepNumbers) -> None:

@@ -80,7 +80,7 @@ class RunArguments:
     )
     eval_frozen_bits: int | None = setting(
         None,
-        "With --lisa_frozen_bits 8 or 4: 16 evaluates with the originals of frozen layers, copied in one "
+        "With --lisa_frozen_bits 8, 4 or fp8: 16 evaluates with the originals of frozen layers, copied in one "
         "matrix at a time; by default with what the device has.",
     )
     hang_timeout: float = setting(

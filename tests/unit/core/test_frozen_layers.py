@@ -173,9 +173,9 @@ def test_live_bytes_are_flat_over_switches_and_fall_with_the_bits():
     by_bits = {bits: run_ranks(live_bytes_over_switches, 1, bits, 20 if bits == 4 else 5)[0] for bits in (16, 8, 4)}
     for live in by_bits.values():
         assert max(live[1:]) - min(live[1:]) <= 4096
-    numels = [value.numel() for value in tiny_llama().model.layers[0].parameters() if value.ndim == 2]
+    shapes = [value.shape for value in tiny_llama().model.layers[0].parameters() if value.ndim == 2]
     for bits in (8, 4):  # four layers of six are frozen
-        saved = 4 * (2 * sum(numels) - quantized_bytes(numels, bits))
+        saved = 4 * (quantized_bytes(shapes, 16) - quantized_bytes(shapes, bits))
         # From a process's first quantization on there is the table of 8-bit codes.
         assert by_bits[16][-1] - by_bits[bits][-1] == pytest.approx(saved, abs=1024 + 512)
 
@@ -275,7 +275,7 @@ def test_the_gradient_is_that_of_the_rounded_matrix(kind, monkeypatch):
     monkeypatch.delattr(codes, "get_4bit_type")  # a table for each matrix, whose copy to a GPU would be waited for
     frozen = FrozenLayers(model, blocks, 4, "host", torch.device("cpu"))
     frozen.begin([])
-    assert sum(one.nbytes for one in frozen.quantized[0].tensors) == quantized_bytes([64 * 128], 4)
+    assert sum(one.nbytes for one in frozen.quantized[0].tensors) == quantized_bytes([(64, 128)], 4)
     inputs = [torch.randn(3, 5, 64, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
     outputs = [module(one.requires_grad_()) for module, one in zip((made, reference), inputs, strict=True)]
     assert torch.equal(*outputs)
