@@ -14,13 +14,7 @@ import torch
 from lisa_dist.optim.ops import fp8_rows
 
 FP8_MULTIPLE = 16  # sizes that the units can multiply
-_FIRST_WITH_FP8 = (8, 9)  # compute capability
-_FIRST_OF_ANY_LAYOUT = (10, 0)  # those before take the second matrix by columns alone
-
-
-def multiplies_fp8(device: torch.device) -> bool:
-    """Whether a device has such products; a CPU has them for tests."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= _FIRST_WITH_FP8
+_FIRST_OF_ANY_LAYOUT = (10, 0)  # compute capability: those before take the second matrix by columns alone
 
 
 class Fp8Product(torch.autograd.Function):

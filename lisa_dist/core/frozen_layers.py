@@ -24,7 +24,7 @@ from torch import nn
 from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import Form
 from lisa_dist.core.blocks import Blocks
-from lisa_dist.core.fp8_product import FP8_MULTIPLE, multiplies_fp8
+from lisa_dist.core.fp8_product import FP8_MULTIPLE
 from lisa_dist.core.frozen_forms import check_form, dequantize, quantize
 from lisa_dist.core.frozen_forward import WholeTensors, frozen_forward
 from lisa_dist.core.layer_stream import LayerStream
@@ -32,6 +32,7 @@ from lisa_dist.core.matrices import Matrix, quantizable_matrices
 from lisa_dist.core.weight_store import HOST, WeightStore
 from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
+from lisa_dist.optim.ops import has_fp8
 from lisa_dist.text import format_bytes
 from lisa_dist.zero.parameters import set_original
 
@@ -131,7 +132,7 @@ class FrozenLayers:
         on_host = sum(weight.nbytes for weight in weights.values() if weight.device.type == "cpu")
         self.store = WeightStore(weights, place, device, freed=on_host)
         self.form, self.device = form, device
-        self.multiplies_fp8 = form == "fp8" and multiplies_fp8(device)
+        self.multiplies_fp8 = form == "fp8" and has_fp8(device)
         self.is_exact = False  # whether originals are computed with
         self.whole_tensors = WholeTensors()
         self._quantized = {name: FrozenWeight(matrix, name, self) for name, matrix in matrices.items()}
@@ -143,7 +144,9 @@ class FrozenLayers:
 
     def describe(self) -> str:
         """What is quantized and where its originals are, for a header; a warning where that is less than half."""
-        name = self.form if self.form == "fp8" else f"{self.form} bits"
+        name = f"{self.form} bits"
+        if self.form == "fp8":
+            name = "fp8" if self.multiplies_fp8 else "fp8, multiplied in 16 bits, which this device has no units for"
         text = f"{self._share:.0%} of their bytes in {name}; originals, once a host: "
         text += format_bytes(self.store.nbytes)
         if self.stream is not None:

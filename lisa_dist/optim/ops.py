@@ -111,10 +111,15 @@ def factored_step(tensors: FactoredTensors, numbers: FactoredNumbers) -> None:
     step(tensors, numbers)
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device casts to e4m3 and multiplies it by itself; a CPU does, for tests."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def fp8_rows(values: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of values [rows, columns] in e4m3, and scales [rows, 1]; each column times its factor before."""
     kernels, _ = choose_kernels(values.device.type)
-    if kernels == "triton":
+    if kernels == "triton" and has_fp8(values.device):
         from lisa_dist.kernels.fp8_rows_triton import fp8_rows_triton
 
         return fp8_rows_triton(values.contiguous(), factors)

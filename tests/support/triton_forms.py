@@ -54,6 +54,13 @@ def compile_sums(kernel: Any, capability: int) -> str:
     return _compile(kernel, kinds, {"HAS_SCALE": True, "ROWS": 16, "COLUMNS": 256}, capability, num_warps=4)
 
 
+def compile_rows(kernel: Any, capability: int) -> str:
+    """PTX of the kernel `_fp8_rows`, of rows of 4,096 elements times factors."""
+    kinds = {"values": "*bf16", "factors": "*fp32", "codes": "*fp8e4nv", "scales": "*fp32", "columns": "i32"}
+    kinds |= {"HAS_FACTORS": "constexpr", "COLUMNS": "constexpr"}
+    return _compile(kernel, kinds, {"HAS_FACTORS": True, "COLUMNS": 4096}, capability, num_warps=8)
+
+
 def _kinds(kernel: Any, weight: str, has_master: bool, gradient: str) -> dict[str, Any]:
     kinds = dict.fromkeys(kernel.arg_names, "fp32") | {"master": "*fp32" if has_master else None}
     kinds |= {"weight": f"*{weight}", "gradient": f"*{gradient}", "gradient_scale": "*fp32"}

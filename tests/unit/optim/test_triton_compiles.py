@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cases import full
-from triton_forms import FACTORED_FORMS, FORMS, accesses, compile_factored, compile_form, compile_sums
+from triton_forms import FACTORED_FORMS, FORMS, accesses, compile_factored, compile_form, compile_rows, compile_sums
 
 ROOT = Path(__file__).parents[3]
 
@@ -41,6 +41,16 @@ def test_the_kernels_of_factored_moments_compile(capability):
         assert ".local" not in code, form
         assert code.count("div.s64") <= 9, "one for each row of 256, and the first element's"
     assert ".local" not in compile_sums(_squared_sums, capability)
+
+
+@pytest.mark.parametrize("capability", [full(89), 90, full(100)])
+def test_the_kernel_of_rows_in_fp8_compiles(capability):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from lisa_dist.kernels.fp8_rows_triton import _fp8_rows
+
+    code = compile_rows(_fp8_rows, capability)
+    assert "cvt.rn.satfinite.e4m3x2.f32" in code
+    assert ".local" not in code
 
 
 @pytest.fixture
