@@ -51,7 +51,7 @@ def matrices_of(model: nn.Module) -> dict[int, Matrix]:
 
 def _is_of_experts(parameter: nn.Parameter) -> bool:
     shape = parameter_shape(parameter)
-    return len(shape) == 3 and min(shape) > 1  # [1, 1, width] is a factor of each element
+    return len(shape) == 3 and min(shape[1:]) > 1  # [1, 1, width] is a factor of each element
 
 
 def quantizable_matrices(model: nn.Module, layers: Iterable[Mapping[str, nn.Parameter]]) -> list[dict[str, Matrix]]:

@@ -1,16 +1,17 @@
 """Every causal and image-text architecture of transformers, tiny: one step and one switch, against plain AdamW.
 
-python tests/system/architectures.py [--blocks | model_type ...]
+python tests/system/architectures.py [--blocks | --experts | model_type ...]
 
 Sizes of a config are known by their names, and made small; what cannot be built so is counted. A loop of one's own
 trains each on one CPU rank under ZeRO-2, with a switch before the second step, and plain torch trains the same layers:
 losses and all weights must be equal but for rounding. Prints a table; test_architectures.py runs a part of it. With
-`--blocks` it looks at the blocks of all, at their real size.
+`--blocks` it looks at the blocks of all, at their real size; with `--experts` at frozen experts in 4 bits.
 """
 
 import collections
 import contextlib
 import io
+import itertools
 import re
 import sys
 import warnings
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from bitsandbytes import functional
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -32,6 +34,7 @@ from ranks import run_ranks, stop_ranks
 from reference import train_reference
 
 from lisa_dist.core.blocks import find_blocks
+from lisa_dist.core.frozen_layers import FrozenLayers
 from lisa_dist.errors import UserError
 
 # Types of models and names of their classes.
@@ -50,16 +53,19 @@ SIZES = (
     (r"(num_|n_)?(hidden_|decoder_|encoder_|self_)?layers?|depth|num_blocks|num_mem_blocks", LAYERS),
     (r"num_experts_per_tok(en)?|moe_topk|moe_k|num_selected_experts|top_k|expert_topk|top_k_experts", 2),
     (r"(num_|n_)?(local_|routed_)?experts", 4),
-    (r"n_shared_experts|num_shared_experts|moe_num_shared_experts|n_group|topk_group|num_expert_groups|n_groups", 1),
+    (r"n_shared_experts|num_shared_experts|moe_num_shared_experts|n_group|topk_group|num_expert_groups?|n_groups", 1),
     (r"(num_|n_)?(key_value|kv)_heads|num_query_groups|num_kv_heads", 2),
+    (r"mamba_d_head", 32),
     (r"(mamba_|linear_)?(num_|n_)?(.*_)?heads?|n_head", 4),
-    (r"qk_rope_head_dim|index_head_dim", 8),
+    (r"index_head_dim", 32),
     (r"(.*_)?head_dim|head_size|kv_channels|d_kv|(.*_)?lora_rank|d_state|(.*_)?state_size|(.*_)?chunk_size", 16),
     (r"hidden_size_per_layer_input|embedding_size_per_layer", 16),
     (r"(.*_)?intermediate_size|(.*_)?ffn_dim|ffn_hidden_size|d_ff|n_inner|dense_ffn.*", 96),
     (r"(.*_)?hidden_size|n_embd|d_model|dim|embedding_size|embed_dim|embedding_dim|word_embed_proj_dim|d_embed", 64),
     (r"sliding_window|window_size|attention_window", 8),
 )
+
+GIVEN = r"n_(routed|shared)_experts|num_experts_per_tok|(topk|n)_group|head_dim"  # sizes that a config may leave out
 
 
 def shrink(config: PretrainedConfig) -> list[str]:
@@ -77,6 +83,10 @@ def shrink(config: PretrainedConfig) -> list[str]:
         small: Any = None
         if isinstance(value, int) and (size := size_of(name)) is not None:
             small = min(value, size)
+        elif value is None and re.fullmatch(
+            r"n_(routed|shared)_experts|num_experts_per_tok|(topk|n)_group|head_dim", name
+        ):
+            small = size_of(name)
         elif isinstance(value, list) and len(value) in depths and len(value) > LAYERS:
             small = spread(value)
         elif re.fullmatch(r".*_token_id|.*_token_index", name) and isinstance(value, int) and value >= VOCABULARY:
@@ -88,6 +98,8 @@ def shrink(config: PretrainedConfig) -> list[str]:
                 setattr(config, name, small)
             except (AttributeError, NotImplementedError):  # what Python and transformers raise for such a property
                 stay.append(name)  # it is told where the model stays large for it
+    if vars(config).get("kv_lora_rank"):  # keys of all heads come from one latent vector
+        config.num_key_value_heads = config.num_attention_heads
     return stay
 
 
@@ -159,6 +171,68 @@ def train(model: PreTrainedModel, twin: PreTrainedModel) -> str:
     return "equal" if equal else f"{differing} elements differ, by up to {worst:.2g}"
 
 
+def with_frozen_experts(model_type: str, class_name: str, implementation: str, checkpointed: bool) -> str:
+    """Whether a pass with frozen layers in 4 bits is that of a twin whose matrices were rounded, to the bit.
+
+    Or why there is none: nothing of three dimensions, or it cannot be built. What stays in 16 bits is named.
+    """
+    found = []
+    for quantizes in (True, False):
+        model = build(model_type, class_name)
+        if isinstance(model, str):
+            return f"not buildable: {model}"
+        blocks = find_blocks(model.to(torch.bfloat16))
+        large = {name for layer in blocks.layers for name, one in layer.parameters.items() if one.ndim > 2}
+        try:
+            model.set_experts_implementation(implementation)
+            if checkpointed:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            return f"not runnable: {error}"
+        for number, layer in enumerate(blocks.layers):
+            layer.requires_grad_(number == 1)
+        frozen = FrozenLayers(model, blocks, 4, "host", torch.device("cpu"), streams=True)
+        frozen.begin([1])
+        names = {name for name, value in model.named_parameters() if not value.numel()}
+        left = sorted(
+            {re.sub(r".*layers\.\d+\.", "", name) for name in large - names - blocks.layers[1].parameters.keys()}
+        )
+        if not names & large:
+            return f"no experts: {', '.join(left) or 'nothing'} of three dimensions stays as it is"
+        if not quantizes:
+            frozen.switch(range(len(blocks.layers)))
+            for name in names:
+                value = model.get_parameter(name).data
+                codes = functional.quantize_4bit(value, blocksize=64, compress_statistics=True, quant_type="nf4")
+                value.copy_(functional.dequantize_4bit(*codes))
+        tokens = batches()[0, 0]
+        try:
+            loss = model(input_ids=tokens, labels=tokens).loss
+        except RuntimeError as error:  # of a model that has no such implementation
+            return f"not runnable: {error}".partition("\n")[0]
+        loss.backward()
+        found.append([loss.detach(), *(one.grad for one in model.parameters() if one.grad is not None)])
+    equal = len(found[0]) == len(found[1]) and all(map(torch.equal, *found))
+    return f"{'equal' if equal else 'DIFFERENT'}; in 16 bits: {', '.join(left) or 'none'}"
+
+
+def look_at_experts(names: list[str] | None = None) -> dict[str, str]:
+    """The outcome of each causal architecture, of the ways to compute experts that transformers has."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    found = {}
+    for model_type in [one for one in MAPPINGS["causal"] if names is None or one in names]:
+        outcomes = {}
+        for way in itertools.product(("eager", "grouped_mm", "batched_mm"), (False, True)):
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                outcomes[way] = with_frozen_experts(model_type, MAPPINGS["causal"][model_type], *way)
+            if outcomes[way].startswith(("not buildable", "no experts")):
+                break
+        found[model_type] = " | ".join(sorted(set(outcomes.values())))
+        print(model_type, found[model_type], file=sys.__stderr__, flush=True)
+    return found
+
+
 def on_a_rank(names: list[str] | None = None) -> list[tuple[str, str, str]]:
     """What came of each architecture, on a rank: in which mapping it is, its type, and the outcome."""
     warnings.simplefilter("ignore")
@@ -184,6 +258,9 @@ def main() -> None:
 
         for kind in MAPPINGS:
             look_at_blocks(kind, stride=1)
+        return
+    if "--experts" in sys.argv:
+        print(collections.Counter(outcome.partition(":")[0] for outcome in look_at_experts().values()))
         return
     (found,) = run_ranks(on_a_rank, 1, sys.argv[1:] or None, timeout=7200)
     for kind in MAPPINGS:

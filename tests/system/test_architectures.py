@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from architectures import MAPPINGS, on_a_rank
+from architectures import MAPPINGS, look_at_experts, on_a_rank
 from ranks import run_ranks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -129,3 +129,11 @@ def test_a_step_and_a_switch_are_those_of_plain_adamw():
     (found,) = run_ranks(on_a_rank, 1, SLICE)
     assert {outcome for _, _, outcome in found} == {"equal"}, found
     assert len(found) >= len(SLICE)
+
+
+@pytest.mark.full
+def test_frozen_experts_are_those_of_a_rounded_model():
+    """Of kinds of modules that have experts; all by `python tests/system/architectures.py --experts`."""
+    kinds = ["deepseek_v3", "granitemoe", "jetmoe", "llama4_text", "gpt_oss", "nemotron_h", "qwen3_moe"]
+    found = look_at_experts(kinds)
+    assert {name: outcome.partition(";")[0] for name, outcome in found.items()} == dict.fromkeys(sorted(kinds), "equal")
