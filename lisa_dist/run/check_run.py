@@ -37,7 +37,7 @@ from lisa_dist.files import DamagedError, check_folder, read_json, read_text
 from lisa_dist.loss.liger import check_liger
 from lisa_dist.memory.planner import fewest_of_lora
 from lisa_dist.run.arguments import RunConfig, model_config_of
-from lisa_dist.run.settle import check_auto_layers, check_loss_of_run
+from lisa_dist.run.settle import DEQUANTIZED, check_auto_layers, check_loss_of_run, stored_quantization
 from lisa_dist.run.task_configs import LisaOptimizerNames
 from lisa_dist.run_folder import RUN_NAME, STATE_NAME, TRAINER_STATE_NAME, check_overwrites, check_state, read_object
 from lisa_dist.shapes import misfit
@@ -322,12 +322,11 @@ def _check_model(config: RunConfig) -> None:
         raise UserError(f"{flag}: {why}.")
     if config.run.loss != AUTO:
         check_loss_of_run(config, model_config)
-    stored: Any = getattr(model_config, "quantization_config", None)
-    if stored is not None and config.run.method != "lora":  # whose adapters train on any weights
-        how = stored if isinstance(stored, dict) else stored.to_dict()
+    stored = stored_quantization(model_config)
+    if stored not in (None, DEQUANTIZED) and config.run.method != "lora":  # whose adapters train on any weights
         raise UserError(
-            f"{flag}: its weights are quantized (quant_method {how.get('quant_method')}), and they are what trains; "
-            "give a model in bf16, or save this one dequantized."
+            f"{flag}: its weights are quantized (quant_method {stored}), and they are what trains; give a model in "
+            "bf16, or save this one dequantized."
         )
     if config.run.method == "lisa":
         _check_layers(config, model_config)

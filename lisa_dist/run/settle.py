@@ -19,6 +19,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from transformers.training_args import OptimizerNames
+from transformers.utils.quantization_config import Mxfp4Config
 
 from lisa_dist.checkpoint.folders import checkpoints_by_age
 from lisa_dist.config import LisaConfig
@@ -48,6 +49,7 @@ from lisa_dist.train.attention import choose_attention, packs_documents
 from lisa_dist.train.checks import precision_of_arguments
 from lisa_dist.train.step_memory import bytes_of_any_gpu
 
+DEQUANTIZED = "mxfp4"  # what gpt-oss is stored by, and is loaded from in 16 bits
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _HOST_SHARE = 1 / 16  # of a host's memory for the logits of all its ranks, where no budget is given
 _DESCRIBED = {
@@ -111,7 +113,7 @@ def settle(config: RunConfig, resume_from: str | bool | None) -> Settled:
     gpu_bytes = bytes_of_any_gpu(training.device)
     config, layers = settle_layers(config, model_config, resume_from, gpu_bytes)
     loss, why = choose_loss(config, model_config, gpu_bytes)
-    _set_for_trl(config, attention)
+    _set_for_trl(config, model_config, attention)
     return Settled(config, loss, why, f"{attention} ({reason})", layers)
 
 
@@ -132,7 +134,15 @@ def _set_what_flags_stand_for(config: RunConfig, model_config: PretrainedConfig)
         settle_liger(training, model_config, config.lisa)
 
 
-def _set_for_trl(config: RunConfig, attention: str) -> None:
+def stored_quantization(model_config: PretrainedConfig) -> str | None:
+    """The method by which a model's weights are stored in fewer bits; None where they are not."""
+    stored: Any = getattr(model_config, "quantization_config", None)
+    if stored is None:
+        return None
+    return str((stored if isinstance(stored, dict) else stored.to_dict()).get("quant_method"))
+
+
+def _set_for_trl(config: RunConfig, model_config: PretrainedConfig, attention: str) -> None:
     """For TRL's trainer, which loads the model and takes rows that are tokens already."""
     training = config.training
     given: Any = training.model_init_kwargs or {}
@@ -142,6 +152,8 @@ def _set_for_trl(config: RunConfig, attention: str) -> None:
         "attn_implementation": attention,
         "dtype": config.model.dtype or _DTYPES[precision_of_arguments(training)],
     } | given
+    if stored_quantization(model_config) == DEQUANTIZED and config.run.method != "lora":
+        loads_by["quantization_config"] = Mxfp4Config(dequantize=True)
     if config.run.task == "orpo":
         loads_by["device_map"] = None  # which would be auto, for one process with all GPUs
     training.model_init_kwargs = loads_by

@@ -181,14 +181,14 @@ def with_frozen_experts(model_type: str, class_name: str, implementation: str, c
         model = build(model_type, class_name)
         if isinstance(model, str):
             return f"not buildable: {model}"
-        blocks = find_blocks(model.to(torch.bfloat16))
-        large = {name for layer in blocks.layers for name, one in layer.parameters.items() if one.ndim > 2}
         try:
+            blocks = find_blocks(model.to(torch.bfloat16))
             model.set_experts_implementation(implementation)
             if checkpointed:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
             return f"not runnable: {error}"
+        large = {name for layer in blocks.layers for name, one in layer.parameters.items() if one.ndim > 2}
         for number, layer in enumerate(blocks.layers):
             layer.requires_grad_(number == 1)
         frozen = FrozenLayers(model, blocks, 4, "host", torch.device("cpu"), streams=True)

@@ -155,7 +155,7 @@ def test_every_entry_says_what_why_whom_to_ask_and_until_when():
 def test_a_patch_needs_a_name_that_is_there_and_a_key():
     linear = nn.Linear(1, 1)
     with pytest.raises(AssertionError, match="Linear has no forwards any more; forward of a frozen linear module"):
-        patch(linear, "forwards", None, of="quantized_linear")
+        patch(linear, "forwards", None, of="frozen_forward")
     with pytest.raises(AssertionError, match="nobody_s"):
         patch(linear, "forward", None, of="nobody_s")
     with pytest.raises(AssertionError, match="nobody_s"), patched(linear, "forward", None, of="nobody_s"):
@@ -167,7 +167,7 @@ def test_a_patch_needs_a_name_that_is_there_and_a_key():
 def test_what_is_patched_for_a_while_is_put_back(own):
     linear = nn.Linear(1, 1)
     vars(linear).update({} if own is None else {"forward": own})
-    with pytest.raises(ZeroDivisionError), patched(linear, "forward", repr, of="quantized_linear"):
+    with pytest.raises(ZeroDivisionError), patched(linear, "forward", repr, of="frozen_forward"):
         assert linear.forward is repr
         raise ZeroDivisionError
     assert vars(linear).get("forward") is own

@@ -1,10 +1,15 @@
 """`--lisa_preset`: what it sets where nothing else is given, and when a run has the one of LoRA's memory by itself."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from models import tiny_gpt_oss
 from runs import flags_for, save_tiny_run
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
@@ -14,7 +19,7 @@ from lisa_dist.memory.planner import first_that_fits
 from lisa_dist.presets import PRESETS
 from lisa_dist.run.arguments import RunConfig, model_config_of, parse_arguments, run_parser
 from lisa_dist.run.check_run import check_config
-from lisa_dist.run.settle import apply_preset, describe_preset, settle_layers
+from lisa_dist.run.settle import apply_preset, describe_preset, settle, settle_layers
 
 SMALL = "embed=factored,head=factored,layers=8"
 # Layers, optimizer, moments, masters.
@@ -172,3 +177,35 @@ def test_a_gpu_that_others_have_taken_is_told(folder):
 def test_every_preset_is_of_flags():
     names = {name for settings in PRESETS.values() for name in settings}
     assert names - {"optim"} <= set(LisaConfig.__dataclass_fields__)
+
+
+def test_a_model_that_is_stored_in_mxfp4_is_loaded_in_16_bits(folder, tmp_path):
+    """As gpt-oss is on the hub: two numbers a byte, with an exponent for each 32."""
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values, generator = torch.cat([values, -values]), torch.Generator().manual_seed(0)
+    model, stored, expected = tiny_gpt_oss().to(torch.bfloat16), {}, {}
+    for name, value in model.state_dict().items():
+        if value.ndim < 3:
+            stored[name] = value.contiguous()
+            continue
+        experts, inputs, outputs = value.shape
+        shape = (experts, outputs, inputs // 32)
+        codes = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        exponents = torch.randint(118, 124, shape, generator=generator, dtype=torch.uint8)
+        stored |= {f"{name}_blocks": codes, f"{name}_scales": exponents}
+        numbers = values[torch.stack([codes & 15, codes >> 4], -1).flatten(-2).long()]
+        whole = numbers * torch.exp2(exponents.float() - 127)[..., None]
+        expected[name] = whole.flatten(-2).transpose(1, 2).to(torch.bfloat16)
+    shutil.copytree(folder / "model", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    model.config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    model.config.save_pretrained(tmp_path / "model")
+    save_file(stored, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    flags = flags_for(folder, tmp_path / "out", model_name_or_path=tmp_path / "model", bf16=True)
+    config = parse_arguments(flags)
+    check_config(config)
+    loads_by = settle(config, None).config.training.model_init_kwargs
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **loads_by)
+    assert getattr(loaded.config, "quantization_config", None) is None
+    assert len(expected) == 12
+    for name, value in expected.items():
+        assert torch.equal(loaded.get_parameter(name), value), name
