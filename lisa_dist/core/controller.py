@@ -31,7 +31,7 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.core.activation_checkpointing import check_checkpointing, let_backward_end
 from lisa_dist.core.blocks import DecayRule, find_blocks, split_into_modules
 from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_not_quantized, check_weights
-from lisa_dist.core.frozen_layers import quantize_frozen_layers
+from lisa_dist.core.frozen_layers import make_room_for_weights, quantize_frozen_layers
 from lisa_dist.core.guards import (
     InactiveWeights,
     NonfiniteGuard,
@@ -77,6 +77,8 @@ class LisaController:
         self.config = config
         check_no_adapters(model)
         check_not_quantized(model)
+        if config.frozen_flags:
+            make_room_for_weights(model)
         self.blocks = find_blocks(model, config.lisa_layers_attribute)
         if config.by_module:
             self.blocks = split_into_modules(model, self.blocks)

@@ -25,16 +25,18 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import Form
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.fp8_product import FP8_MULTIPLE
-from lisa_dist.core.frozen_forms import check_form, dequantize, quantize
+from lisa_dist.core.frozen_forms import check_form, dequantize, quantize, quantized_bytes
 from lisa_dist.core.frozen_forward import WholeTensors, frozen_forward
 from lisa_dist.core.layer_stream import LayerStream
 from lisa_dist.core.matrices import Matrix, quantizable_matrices
-from lisa_dist.core.weight_store import HOST, WeightStore
+from lisa_dist.core.weight_store import HOST, ROOM, WeightStore
 from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
 from lisa_dist.optim.ops import has_fp8
 from lisa_dist.text import format_bytes
 from lisa_dist.zero.parameters import set_original
+
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")  # of experts, which read them as their module's weights
 
 
 class FrozenWeight:
@@ -130,7 +132,12 @@ class FrozenLayers:
         of_layers = (parameter.nbytes for block in blocks.layers for parameter in block.parameters.values())
         self._share = sum(weight.nbytes for weight in weights.values()) / sum(of_layers)
         on_host = sum(weight.nbytes for weight in weights.values() if weight.device.type == "cpu")
-        self.store = WeightStore(weights, place, device, freed=on_host)
+        way_out = ROOM
+        if streams and form == 16:  # which are copied from the host's memory alone
+            codes = format_bytes(quantized_bytes([weight.shape for weight in weights.values()], 4))
+            way_out = f"give --lisa_frozen_bits 4, which takes {codes}, and a folder for the originals"
+        self.store = WeightStore(weights, place, device, freed=on_host, way_out=way_out)
+        self._freed = on_host - (self.store.nbytes if place == HOST else 0)
         self.form, self.device = form, device
         self.multiplies_fp8 = form == "fp8" and has_fp8(device)
         self.is_exact = False  # whether originals are computed with
@@ -168,6 +175,8 @@ class FrozenLayers:
             raise UserError(
                 f"{flag}: the decoder layers are in {dtype}: what is frozen is 16 bits wide; give --bf16 true."
             )
+        if not all(matrix.is_linear for matrix in matrices):
+            check_experts(getattr(getattr(model, "config", None), "_experts_implementation", None), flag)
         check_form(form, [matrix.parameter.numel() for matrix in matrices], device)
 
     def _begin_stream(self, path: str) -> None:
@@ -180,7 +189,7 @@ class FrozenLayers:
             codes = {name: quantize(value, self.form) for name, value in like.items()}
             self.code_names = {name: [(name, place) for place in range(len(made))] for name, made in codes.items()}
             flat = {(name, place): code for name, made in codes.items() for place, code in enumerate(made)}
-            self.codes = WeightStore(flat, HOST, self.device)
+            self.codes = WeightStore(flat, HOST, self.device, self._freed)
         of_layers: dict[int, list[Hashable]] = {}
         for name, layer in layer_of.items():
             of_layers.setdefault(layer, []).extend(self.code_names[name])
@@ -207,7 +216,10 @@ class FrozenLayers:
         for number, layer in enumerate(self._layers):
             for name, matrix in layer.items():
                 if several:
-                    value = matrix.parameter.detach().to(self.device, copy=True)
+                    weight = matrix.parameter.detach()
+                    value = torch.empty_like(weight, device=self.device)
+                    if dist.get_rank() == 0:  # another's may be no weights at all
+                        value.copy_(weight)
                     dist.broadcast(value, src=0)
                     matrix.parameter.data = value
                 self.store.write(name, matrix.parameter.detach())
@@ -246,6 +258,35 @@ class FrozenLayers:
     def quantized(self) -> Sequence[FrozenWeight]:
         """The weights that the device holds as codes now."""
         return [self._quantized[name] for number in sorted(self._frozen) for name in self._layers[number]]
+
+
+def check_experts(implementation: str | None, flag: str) -> None:
+    """Raise UserError for experts that a kernel computes which may read weights by itself, past their module."""
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise UserError(
+            f"{flag} with experts_implementation {implementation}: its kernel reads the weights by itself; give one of "
+            f"{', '.join(IMPLEMENTATIONS)}."
+        )
+
+
+def make_room_for_weights(model: nn.Module) -> None:
+    """Let a rank whose model has no weights (on the meta device) have memory for those of rank 0, and its buffers.
+
+    All ranks call it, before anything looks at the parameters, which are others after it. Memory that nothing is
+    written to is none: layers are broadcast one after the other as they are quantized, the rest by DeepSpeed.
+    """
+    is_empty = any(parameter.is_meta for parameter in model.parameters())
+    if not any(gather(is_empty)):
+        return
+    if is_empty:
+        model.to_empty(device="cpu")
+        tie: Any = getattr(model, "tie_weights", lambda: None)
+        tie()
+    device = get_accelerator().current_device_name()
+    for buffer in model.buffers():
+        value = buffer.to(device)
+        dist.broadcast(value, src=0)
+        buffer.copy_(value)
 
 
 def quantize_frozen_layers(

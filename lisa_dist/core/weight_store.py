@@ -28,17 +28,21 @@ from lisa_dist.text import format_bytes
 
 HOST = "host"  # in the place of a folder: in the host's memory
 _OF_OTHER_HOSTS = ("nfs", "nfs4", "cifs", "smb3", "lustre", "beegfs", "gpfs", "ceph", "fuse.sshfs", "9p")
+ROOM = "give a folder on a local disk with room for them"  # what to do where there is none
 _ALIGNMENT = 256  # bytes, of each tensor's place
 
 
 class WeightStore:
     """Tensors of the sizes of `like`, by name, in memory that the ranks of a host share; all ranks build it together.
 
-    `place` is "host" or a folder, `freed` the bytes of this host's memory that come free as the store is filled. Raises
+    `place` is "host" or a folder, `freed` the bytes of this host's memory that come free as the store is filled, and
+    `way_out` what to do where it has no room. Raises
     SharedError, naming the host, where one has no room or a rank cannot see what the first has made.
     """
 
-    def __init__(self, like: Mapping[Any, torch.Tensor], place: str, device: torch.device, freed: int = 0):
+    def __init__(
+        self, like: Mapping[Any, torch.Tensor], place: str, device: torch.device, freed: int = 0, way_out: str = ROOM
+    ):
         sizes = {name: -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT for name, value in like.items()}
         self.nbytes = sum(sizes.values())
         hosts, rank = gather(host_name()), dist.get_rank() if dist.is_initialized() else 0
@@ -51,7 +55,7 @@ class WeightStore:
             except OSError as error:
                 problem = (
                     f"--lisa_frozen_store {place}: {hosts[rank]} cannot hold {format_bytes(self.nbytes)} of layers "
-                    f"there ({error.strerror or error}); give a folder on a local disk with room for them."
+                    f"there ({error.strerror or error}); {way_out}."
                 )
         raise_shared(problem)
         mine = None if made is None else (os.getpid(), made.fileno(), _identity(made.fileno()))

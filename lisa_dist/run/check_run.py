@@ -27,6 +27,7 @@ from lisa_dist.core.blocks import (
     why_not_trained,
 )
 from lisa_dist.core.engine_checks import check_eval_frozen_bits, prepare_ds_config
+from lisa_dist.core.frozen_layers import check_experts
 from lisa_dist.core.layer_weights import load_layer_weights, split_columns
 from lisa_dist.core.selection import unit_budget
 from lisa_dist.core.weight_store import check_store
@@ -107,6 +108,8 @@ def _check_flags(config: RunConfig) -> None:
     check_parallelism(training)
     check_auto_layers(config)
     prepare_ds_config(ds_config, config.lisa, training.optim, precision_of_arguments(training))
+    if config.lisa.frozen_flags:
+        check_experts(_loads_by(config).get("experts_implementation"), config.lisa.frozen_flags[0])
 
 
 def _check_other_method(config: RunConfig) -> None:

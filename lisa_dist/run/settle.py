@@ -154,6 +154,9 @@ def _set_for_trl(config: RunConfig, model_config: PretrainedConfig, attention: s
     } | given
     if stored_quantization(model_config) == DEQUANTIZED and config.run.method != "lora":
         loads_by["quantization_config"] = Mxfp4Config(dequantize=True)
+    # Ranks have no use for a copy of the model each where frozen layers have originals that they share.
+    if config.run.method == "lisa" and config.lisa.frozen_flags and config.run.task == SFT and training.process_index:
+        loads_by["device_map"] = "meta"
     if config.run.task == "orpo":
         loads_by["device_map"] = None  # which would be auto, for one process with all GPUs
     training.model_init_kwargs = loads_by
