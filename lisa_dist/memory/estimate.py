@@ -494,6 +494,26 @@ def stored_bytes(run: FakeRun, bits: Form) -> list[int]:
     return [quantized_bytes([one.parameter.shape for one in matrices], bits) for matrices in run.matrices]
 
 
+# Of an RTX 4090: bytes a second over PCIe 4.0 x16, and half of the FLOP a second that its bf16 products reach at most.
+BUS, PRODUCTS = 25e9, 82e12
+
+
+def bus_and_products(run: FakeRun, config: LisaConfig) -> tuple[float, float]:
+    """Seconds of a micro-batch in which frozen layers are copied twice, and in which products are computed.
+
+    Those of a pass, of its backward pass by the inputs and of one that is checkpointed; of experts those of a token.
+    """
+    copied = max(0, len(run.matrices) - int(config.lisa_activated_layers)) / len(run.matrices)
+    text = run.model.config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((number for name in names if (number := getattr(text, name, None))), 1)
+    share = (getattr(text, "num_experts_per_tok", None) or 1) / experts
+    used = sum(one.parameter.numel() * (1 if one.is_linear else share) for of_layer in run.matrices for one in of_layer)
+    checkpointed = run.workload.checkpointed_layers / len(run.matrices)
+    flops = 2 * run.workload.tokens * used * (2 + checkpointed)
+    return 2 * copied * sum(stored_bytes(run, config.frozen_form)) / BUS, flops / PRODUCTS
+
+
 def steps_weights(optim: str, master: str, weights: torch.dtype) -> bool:
     """Whether the optimizer steps the weights themselves, on the device, without a separate master."""
     return weights == torch.float32 or (optim == LISA_ADAMW and master != "fp32")

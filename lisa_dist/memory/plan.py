@@ -160,6 +160,7 @@ class Plan:
     gpu: MemoryParts
     host: dict[str, int]
     lisa_config: LisaConfig
+    bus: tuple[float, float] | None = None  # seconds of a micro-batch that copies of frozen layers and products take
 
     @property
     def host_bytes(self) -> int:
@@ -177,7 +178,13 @@ class Plan:
         """Plain values, for JSON."""
         workload = asdict(self.workload) | {"dtype": str(self.workload.dtype).removeprefix("torch.")}
         host = self.host | {"total": self.host_bytes}
-        return {"ds_config": self.ds_config, "workload": workload, "gpu": self.gpu.to_dict(), "host": host}
+        return {
+            "ds_config": self.ds_config,
+            "workload": workload,
+            "gpu": self.gpu.to_dict(),
+            "host": host,
+            "bus": self.bus,
+        }
 
 
 GLOBAL_BATCH = 16  # examples of a step on all ranks: the paper's
@@ -354,6 +361,13 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
     lines.append([f"{name} on the host, a rank", *(shown(plan.host_bytes) for plan in plans)])
     for title in dict.fromkeys(title for plan in plans for title in plan.host):
         lines.append([f"  {title}", *(shown(plan.host.get(title, 0)) for plan in plans)])
+    if any(plan.bus for plan in plans):
+        seconds = [plan.bus or (0.0, 0.0) for plan in plans]
+        lines.append(["bus, seconds", *(f"{bus:.1f}" for bus, _ in seconds)])
+        hidden = ["hidden" if bus <= compute else "waited for" for bus, compute in seconds]
+        lines.append(
+            ["  behind products", *(f"{compute:.1f}, {how}" for (_, compute), how in zip(seconds, hidden, strict=True))]
+        )
     lines.append(["fits", *("yes" if not any(plan.lacks(arguments)) else "no" for plan in plans)])
     return format_columns(lines)
 

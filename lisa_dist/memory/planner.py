@@ -19,7 +19,7 @@ from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import why_no_label_logits
-from lisa_dist.memory.estimate import StepEstimate, kept_states, stored_bytes
+from lisa_dist.memory.estimate import StepEstimate, bus_and_products, kept_states, stored_bytes
 from lisa_dist.memory.plan import DTYPES, WAYS, Plan, PlanArguments
 from lisa_dist.memory.trace import FakeRuns
 from lisa_dist.memory.workload import CHUNKED, LOGITS, RATIO, SCORE, StageSettings, Workload
@@ -112,7 +112,8 @@ class Planner:
         for title, bits in stored.items():
             on_a_host = min(arguments.gpus, arguments.gpus_per_host)
             host = host | {title: -(-sum(stored_bytes(run, bits)) // on_a_host)}
-        self._plans[key] = Plan(str(ds_config), run.workload, parts, host, lisa)
+        bus = bus_and_products(run, lisa) if lisa.streams and not lisa.by_module else None
+        self._plans[key] = Plan(str(ds_config), run.workload, parts, host, lisa, bus)
         return self._plans[key]
 
     def peak(self, ds_config: str | dict, loss: str) -> int:
