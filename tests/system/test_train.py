@@ -423,6 +423,16 @@ IN_4_BITS = "--lisa_frozen_bits 4 --bf16 true"
         ("--lisa_activated_layers auto", "--lisa_activated_layers auto: there is no GPU to ask for its memory"),
         (f"{IN_4_BITS} --deepspeed zero3", "--lisa_frozen_bits 4 on ZeRO stage 3"),
         ("--lisa_frozen_bits 8", "--lisa_frozen_bits 8 with weights in fp32"),
+        ("--lisa_offload frozen --bf16 true --deepspeed zero3", "--lisa_offload frozen on ZeRO stage 3: it cuts"),
+        ("--lisa_offload frozen --method full", "--lisa_offload frozen with --method full: it is for --method lisa"),
+        (
+            "--lisa_offload frozen --bf16 true --torch_compile true",
+            "True with --lisa_offload frozen: a graph",
+        ),
+        (
+            IN_4_BITS + """ --model_init_kwargs {"experts_implementation":"deepgemm"}""",
+            "4 with experts_implementation deepgemm: its kernel reads the weights by itself; give one of eager, gr",
+        ),
         ("--lisa_frozen_bits 4 --method full", "--lisa_frozen_bits 4 with --method full: it is for"),
         (f"{IN_4_BITS} --torch_compile true", "--torch_compile True with --lisa_frozen_bits 4"),
         (f"{IN_4_BITS} --lisa_frozen_store absent", "--lisa_frozen_store absent: absent is no"),

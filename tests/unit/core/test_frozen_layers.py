@@ -18,6 +18,7 @@ import lisa_dist
 from lisa_dist.checkpoint.resume import load_checkpoint
 from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.checkpoint.weights import write_weights
+from lisa_dist.core import frozen_forms
 from lisa_dist.core.blocks import Block, find_blocks
 from lisa_dist.core.frozen_forms import quantized_bytes
 from lisa_dist.core.frozen_layers import FrozenLayers
@@ -347,10 +348,20 @@ def no_kernel(*args, **kwargs):
         ("fp32", "are in float32: what is frozen is 16 bits wide; give --bf16 true"),
         ("no matrices", "have no weights that could be"),
         ("no kernel", r"bitsandbytes cannot quantize on cpu here \(no kernel for this device\)"),
+        (
+            "fused experts",
+            "with experts_implementation sonicmoe: its kernel reads the weights by itself; give one",
+        ),
+        ("too many", r"a tensor of experts has \d+ elements, and bitsandbytes counts to 4096; give fp8"),
     ],
 )
 def test_what_cannot_be_held_is_refused(monkeypatch, change, said):
     model = tiny_llama() if change == "fp32" else bf16_llama()
+    if change == "fused experts":
+        model = tiny_qwen3_moe().to(torch.bfloat16)
+        model.config._experts_implementation_internal = "sonicmoe"
+    if change == "too many":
+        monkeypatch.setattr(frozen_forms, "_LARGEST", 4096)
     blocks = find_blocks(model)
     if change == "no matrices":
         for layer in blocks.layers:
@@ -359,6 +370,58 @@ def test_what_cannot_be_held_is_refused(monkeypatch, change, said):
         monkeypatch.setattr(torch.ops.bitsandbytes, "quantize_4bit", no_kernel)
     with pytest.raises(ValueError, match=said):
         FrozenLayers(model, blocks, 4, "host", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("form", [8, 4, "fp8"])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 33, 65), (1, 1, 3)])
+def test_rows_may_be_no_multiple_of_a_block(shape, form):
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    encoded = frozen_forms.quantize(value, form)
+    assert sum(code.nbytes for code in encoded) == quantized_bytes([shape], form)
+    found = frozen_forms.dequantize(encoded, form, value.shape, value.dtype)
+    assert (found - value).norm() < (0.12 if form == 4 else 0.05) * value.norm()
+    if form != "fp8":
+        assert torch.equal(found, rounded(value, form))
+
+
+def test_a_host_without_room_is_told_what_would_fit(monkeypatch):
+    """Layers of 16 bits are copied from the host's memory alone."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=0))
+    model = bf16_llama()
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("meta"))  # none of it comes free
+    said = (
+        r"cannot hold 0.4 MiB of layers there \(0.0 MiB of .* are free\); give --lisa_frozen_bits 4, which takes 0.1 M"
+    )
+    with pytest.raises(ValueError, match=said):
+        FrozenLayers(model, find_blocks(model), 16, "host", torch.device("cpu"), streams=True)
+
+
+def test_a_device_without_fp8_multiplies_in_16_bits(monkeypatch):
+    monkeypatch.setattr("lisa_dist.core.frozen_layers.has_fp8", lambda device: False)
+    model = bf16_llama()
+    frozen = FrozenLayers(model, find_blocks(model), "fp8", "host", torch.device("cpu"))
+    assert "in fp8, multiplied in 16 bits, which this device has no units for" in frozen.describe()
+    frozen.begin(())
+    assert frozen.quantized[0].fp8() == ()
+
+
+def three_losses(build, first_has_all: bool) -> list:
+    """Where the first rank alone has weights and buffers, or every rank its own."""
+
+    def made(seed: int):
+        model = build(seed=seed)
+        return model.to("meta") if first_has_all and dist.get_rank() else model
+
+    engine, lisa = start(made, "zero2", {"lisa_frozen_bits": 8})
+    losses = [train_step(engine, lisa, micro_batches) for micro_batches in token_batches(3, rows=4)]
+    engine.destroy()
+    return losses
+
+
+@pytest.mark.parametrize("build", [tiny_llama, full(tiny_gpt2), full(tiny_qwen3_moe)])
+def test_the_first_rank_s_weights_are_enough(build):
+    """GPT-2's embedding and head are one matrix."""
+    assert run_ranks(three_losses, 2, build, True) == run_ranks(three_losses, 2, build, False)
 
 
 @pytest.mark.parametrize(
