@@ -13,7 +13,8 @@ def _rounded(value):
     bits = value.to(tl.int32, bitcast=True)
     normal = (bits + 0x7FFFF + (bits >> 20 & 1) & -0x100000).to(tl.float32, bitcast=True)
     shift: tl.constexpr = 1.5 * 2**14  # the last bit of a sum with it is 2**-9, as of the numbers below 2**-6
-    return tl.where(tl.abs(value) < 2**-6, value + shift - shift, normal)
+    rounded = tl.where(tl.abs(value) < 2**-6, value + shift - shift, normal)
+    return tl.where((bits & 0x7FFFFFFF) >= 0x7F800000, float("nan"), rounded)  # a cast saturates what is not finite
 
 
 @triton.jit

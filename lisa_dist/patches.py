@@ -39,6 +39,8 @@ PATCHES = {
     "wanted, hooks at both. Remove when ZeRO's optimizers call step hooks, and the engine one before backward.",
     "tiles": "_forward_tile, _backward_tile and _addmm_fp32 of trl.kernels.chunked_logprob, in a trace: the first two "
     "are Triton's on a GPU. Upstream: wanted, kernels with meta implementations. Remove when they have those.",
+    "traced_fp8": "fp8_rows of lisa_dist.core.fp8_product, in a trace: a Triton kernel takes no fake tensors. "
+    "Upstream: wanted here, an operator of our own. Remove when the kernel has a meta implementation.",
     "traced_liger": "what Liger replaced in transformers and torch, in a trace: Triton would take a null pointer. "
     "Upstream: linkedin/Liger-Kernel#242. Remove when Liger replaces names of one model alone.",
     "weight_conversions": "_weight_conversions of a model: under ZeRO-3 those never done would be undone. Upstream: "

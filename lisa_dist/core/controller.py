@@ -77,8 +77,8 @@ class LisaController:
         self.config = config
         check_no_adapters(model)
         check_not_quantized(model)
-        if config.frozen_flags:
-            make_room_for_weights(model)
+        prepare_device()
+        has_weights = not (config.frozen_flags and make_room_for_weights(model))
         self.blocks = find_blocks(model, config.lisa_layers_attribute)
         if config.by_module:
             self.blocks = split_into_modules(model, self.blocks)
@@ -95,12 +95,11 @@ class LisaController:
         self.at_close: Callable[[], object] = lambda: None
         self._log = PeriodLog()
         self._begun_step = -1  # the last step that on_step_begin has seen
-        prepare_device()
         if dist.is_initialized():
             settings = [config.to_dict(), self.selection.weights, len(self.blocks.layers)]
             self._compare(settings, "have other --lisa_* settings or another model")
         self.frozen_layers = quantize_frozen_layers(
-            model, self.blocks, config, self.selection.widest(self.active).layers
+            model, self.blocks, config, self.selection.widest(self.active).layers, has_weights
         )
         self._activate()
 

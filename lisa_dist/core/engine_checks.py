@@ -39,6 +39,8 @@ def _check_frozen(ds_config: dict[str, Any], config: LisaConfig, precision: str)
             f"{flags[0]} on ZeRO stage 3: it cuts frozen layers between the ranks, where each has its part in 16 bits; "
             "use --deepspeed zero2, or leave the flag out."
         )
+    if precision == "fp16" and config.frozen_form == "fp8":
+        raise UserError(f"{flags[0]} with weights in fp16: GPUs give products of fp8 in bf16; give --bf16 true.")
     if precision == "fp32":
         raise UserError(f"{flags[0]} with weights in fp32: what is frozen is 16 bits wide; give --bf16 true.")
 

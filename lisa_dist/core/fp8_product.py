@@ -14,7 +14,6 @@ import torch
 from lisa_dist.optim.ops import fp8_rows
 
 FP8_MULTIPLE = 16  # sizes that the units can multiply
-_FIRST_OF_ANY_LAYOUT = (10, 0)  # compute capability: those before take the second matrix by columns alone
 
 
 class Fp8Product(torch.autograd.Function):
@@ -41,8 +40,7 @@ class Fp8Product(torch.autograd.Function):
         (gradient,), (codes, scales) = gradients, ctx.encoded()
         of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         rows, row_scales = fp8_rows(gradient.reshape(-1, gradient.shape[-1]), scales.view(-1))
-        if codes.is_cuda and torch.cuda.get_device_capability(codes.device) < _FIRST_OF_ANY_LAYOUT:
-            codes = codes.t().contiguous().t()
+        codes = codes.t().contiguous().t()  # GPUs take the second matrix by columns alone
         ones = torch.ones(1, codes.shape[1], dtype=torch.float32, device=codes.device)
         product = _multiply(rows, row_scales, codes, ones, gradient.dtype)
         return product.view(*gradient.shape[:-1], -1), of_bias, None, None, None

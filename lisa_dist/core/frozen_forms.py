@@ -98,6 +98,7 @@ def quantized_bytes(shapes: Iterable[Sequence[int]], form: Form) -> int:
         elif form == 8:  # scales in fp32
             total += numel + 4 * -(-numel // BLOCKSIZES[8])
         else:  # scales in 8 bits, with scales of their own and a mean
+            assert form == 4, form
             scales = -(-numel // BLOCKSIZES[4])
             total += -(-numel // 2) + scales + 4 * -(-scales // _SCALES_BLOCKSIZE) + 4
     return total

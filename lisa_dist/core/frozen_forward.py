@@ -168,7 +168,8 @@ class WholeForward(FrozenForward):
             for (storage, first, name), end in zip(places, ends, strict=True):
                 if storage == key and first <= begin < end:
                     return _View(name, tuple(tensor.shape), tensor.stride(), int(begin - first))
-            return tensor if outer is None else outer[0](tensor)
+            # Without its graph, which would keep the node that keeps it; autograd knows that by itself.
+            return tensor.detach() if outer is None else outer[0](tensor)
 
         run: Callable[..., Any] = self.before or type(module).forward.__get__(module)
         module._parameters.update(whole)

@@ -120,7 +120,14 @@ class FrozenLayers:
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Blocks, form: Form, place: str, device: torch.device, streams: bool = False
+        self,
+        model: nn.Module,
+        blocks: Blocks,
+        form: Form,
+        place: str,
+        device: torch.device,
+        streams: bool = False,
+        has_weights: bool = True,
     ):
         found = quantizable_matrices(model, [layer.parameters for layer in blocks.layers])
         self._check(model, [matrix for layer in found for matrix in layer.values()], form, device)
@@ -131,13 +138,13 @@ class FrozenLayers:
         weights = {name: matrix.parameter.detach() for name, matrix in matrices.items()}
         of_layers = (parameter.nbytes for block in blocks.layers for parameter in block.parameters.values())
         self._share = sum(weight.nbytes for weight in weights.values()) / sum(of_layers)
-        on_host = sum(weight.nbytes for weight in weights.values() if weight.device.type == "cpu")
+        on_host = sum(weight.nbytes for weight in weights.values() if weight.device.type == "cpu" and has_weights)
         way_out = ROOM
         if streams and form == 16:  # which are copied from the host's memory alone
             codes = format_bytes(quantized_bytes([weight.shape for weight in weights.values()], 4))
             way_out = f"give --lisa_frozen_bits 4, which takes {codes}, and a folder for the originals"
         self.store = WeightStore(weights, place, device, freed=on_host, way_out=way_out)
-        self._freed = on_host - (self.store.nbytes if place == HOST else 0)
+        self._freed = on_host - (self.store.nbytes if place == HOST and self.store.is_first_of_host else 0)
         self.form, self.device = form, device
         self.multiplies_fp8 = form == "fp8" and has_fp8(device)
         self.is_exact = False  # whether originals are computed with
@@ -189,7 +196,9 @@ class FrozenLayers:
             codes = {name: quantize(value, self.form) for name, value in like.items()}
             self.code_names = {name: [(name, place) for place in range(len(made))] for name, made in codes.items()}
             flat = {(name, place): code for name, made in codes.items() for place, code in enumerate(made)}
-            self.codes = WeightStore(flat, HOST, self.device, self._freed)
+            fewer = format_bytes(quantized_bytes([value.shape for value in like.values()], 4))
+            way_out = f"give --lisa_frozen_bits 4, which takes {fewer}, or leave --lisa_offload frozen out"
+            self.codes = WeightStore(flat, HOST, self.device, self._freed, way_out)
         of_layers: dict[int, list[Hashable]] = {}
         for name, layer in layer_of.items():
             of_layers.setdefault(layer, []).extend(self.code_names[name])
@@ -269,33 +278,46 @@ def check_experts(implementation: str | None, flag: str) -> None:
         )
 
 
-def make_room_for_weights(model: nn.Module) -> None:
+def make_room_for_weights(model: nn.Module) -> bool:
     """Let a rank whose model has no weights (on the meta device) have memory for those of rank 0, and its buffers.
 
-    All ranks call it, before anything looks at the parameters, which are others after it. Memory that nothing is
-    written to is none: layers are broadcast one after the other as they are quantized, the rest by DeepSpeed.
+    All ranks call it, before anything looks at the parameters, which are others after it; the result is whether this
+    one had none. Memory that nothing is written to is none: layers are broadcast one after the other as they are
+    quantized, the rest by DeepSpeed.
     """
     is_empty = any(parameter.is_meta for parameter in model.parameters())
-    if not any(gather(is_empty)):
-        return
+    empty = gather(is_empty)
+    if empty[0]:
+        raise UserError(f"the {type(model).__name__} of rank 0 has no weights (it is on the meta device): load them.")
+    if not any(empty):
+        return False
     if is_empty:
         model.to_empty(device="cpu")
         tie: Any = getattr(model, "tie_weights", lambda: None)
         tie()
     device = get_accelerator().current_device_name()
-    for buffer in model.buffers():
+    names = [name for name, _ in model.named_parameters()]
+    of_ranks = gather(names)  # each of which is broadcast
+    if any(one != of_ranks[0] for one in of_ranks):
+        raise UserError(f"the {type(model).__name__} has weights tied by its own code: load them on every rank.")
+    for _, buffer in model.named_buffers(remove_duplicate=False):
         value = buffer.to(device)
         dist.broadcast(value, src=0)
         buffer.copy_(value)
+    return is_empty
 
 
 def quantize_frozen_layers(
-    model: nn.Module, blocks: Blocks, config: LisaConfig, active: Iterable[int]
+    model: nn.Module, blocks: Blocks, config: LisaConfig, active: Iterable[int], has_weights: bool = True
 ) -> FrozenLayers | None:
-    """Quantize or stream the layers of a model that are not active; None where `config` has them stay as they are."""
+    """Quantize or stream the layers of a model that are not active; None where `config` has them stay as they are.
+
+    `has_weights`: else this rank has room for those of rank 0 alone.
+    """
     if config.frozen_form == 16 and not config.streams:
         return None
     device = torch.device(get_accelerator().current_device_name())
-    frozen = FrozenLayers(model, blocks, config.frozen_form, config.lisa_frozen_store, device, config.streams)
+    place = config.lisa_frozen_store
+    frozen = FrozenLayers(model, blocks, config.frozen_form, place, device, config.streams, has_weights)
     frozen.begin(active)
     return frozen

@@ -65,4 +65,5 @@ class LayerStream:
         of_layer, _ = self._layers[layer]
         with self._copies.after_compute():
             self.buffers[number][: of_layer.nbytes].copy_(of_layer, non_blocking=True)
+        self._copies.hold(self.buffers[number])  # the last copy may be under way when nobody has the buffers any more
         self._in_buffer[number] = layer

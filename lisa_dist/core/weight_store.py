@@ -35,7 +35,7 @@ _ALIGNMENT = 256  # bytes, of each tensor's place
 class WeightStore:
     """Tensors of the sizes of `like`, by name, in memory that the ranks of a host share; all ranks build it together.
 
-    `place` is "host" or a folder, `freed` the bytes of this host's memory that come free as the store is filled, and
+    `place` is "host" or a folder, `freed` the bytes of this rank on the host that come free as the store is filled, and
     `way_out` what to do where it has no room. Raises
     SharedError, naming the host, where one has no room or a rank cannot see what the first has made.
     """
@@ -45,13 +45,14 @@ class WeightStore:
     ):
         sizes = {name: -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT for name, value in like.items()}
         self.nbytes = sum(sizes.values())
-        hosts, rank = gather(host_name()), dist.get_rank() if dist.is_initialized() else 0
+        found, rank = gather((host_name(), freed)), dist.get_rank() if dist.is_initialized() else 0
+        hosts = [host for host, _ in found]
         first = hosts.index(hosts[rank])
         self.is_first_of_host = first == rank
         made, problem = None, None
         if self.is_first_of_host:
             try:
-                made = _make_file(place, self.nbytes, freed * hosts.count(hosts[rank]))
+                made = _make_file(place, self.nbytes, sum(one for host, one in found if host == hosts[rank]))
             except OSError as error:
                 problem = (
                     f"--lisa_frozen_store {place}: {hosts[rank]} cannot hold {format_bytes(self.nbytes)} of layers "

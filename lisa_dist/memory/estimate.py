@@ -505,10 +505,13 @@ def bus_and_products(run: FakeRun, config: LisaConfig) -> tuple[float, float]:
     """
     copied = max(0, len(run.matrices) - int(config.lisa_activated_layers)) / len(run.matrices)
     text = run.model.config.get_text_config()
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    experts = next((number for name in names if (number := getattr(text, name, None))), 1)
-    share = (getattr(text, "num_experts_per_tok", None) or 1) / experts
-    used = sum(one.parameter.numel() * (1 if one.is_linear else share) for of_layer in run.matrices for one in of_layer)
+    names = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_experts_per_token")
+    chosen = next((number for name in names if (number := getattr(text, name, None))), 1)
+    used = sum(
+        one.parameter.numel() if one.is_linear else one.parameter[0].numel() * min(chosen, len(one.parameter))
+        for of_layer in run.matrices
+        for one in of_layer
+    )
     checkpointed = run.workload.checkpointed_layers / len(run.matrices)
     flops = 2 * run.workload.tokens * used * (2 + checkpointed)
     return 2 * copied * sum(stored_bytes(run, config.frozen_form)) / BUS, flops / PRODUCTS

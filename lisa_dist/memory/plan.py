@@ -363,7 +363,7 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
         lines.append([f"  {title}", *(shown(plan.host.get(title, 0)) for plan in plans)])
     if any(plan.bus for plan in plans):
         seconds = [plan.bus or (0.0, 0.0) for plan in plans]
-        lines.append(["bus, seconds", *(f"{bus:.1f}" for bus, _ in seconds)])
+        lines.append(["bus, seconds a micro-batch", *(f"{bus:.1f}" for bus, _ in seconds)])
         hidden = ["hidden" if bus <= compute else "waited for" for bus, compute in seconds]
         lines.append(
             ["  behind products", *(f"{compute:.1f}, {how}" for (_, compute), how in zip(seconds, hidden, strict=True))]

@@ -391,6 +391,7 @@ FALLBACKS = (
         _SAMPLED | {"lisa_state_bits": "embed=8,head=8,layers=8"},
     ),
     Fallback(f"{_SMALL_NAME}; frozen layers in 4 bits", SMALL_STATES | {"lisa_frozen_bits": 4}, LISA_ADAMW),
+    Fallback(f"{_SMALL_NAME}; frozen layers on the host", SMALL_STATES | {"lisa_offload": "frozen"}, LISA_ADAMW),
     Fallback("AdamW in 32 bits, as published; optimizer states on the host", offloads=True),
     Fallback("embeddings and head sampled like layers, optimizer states on the host", _SAMPLED, offloads=True),
 )
@@ -426,6 +427,8 @@ def first_that_fits(
             continue
         # Stage 3 gathers every weight twice, and is for what stages 1 and 2 have no room for.
         for stages in (("zero1", "zero2"), ("zero3",)):
+            if stages == ("zero3",) and tried.frozen_flags:
+                continue
             ways = [name for name in WAYS if name.endswith("_offload") == fallback.offloads and name.startswith(stages)]
             tell(f"trying {', '.join(ways)}: {fallback.name}")
             try:
@@ -455,7 +458,7 @@ def possible_fallbacks(
             if optim is None:
                 continue
             settings = {name: value for name, value in settings.items() if name not in SMALL_STATES}
-        if arguments.precision != "bf16" and {"lisa_master", "lisa_frozen_bits"} & settings.keys():
+        if arguments.precision != "bf16" and {"lisa_master", "lisa_frozen_bits", "lisa_offload"} & settings.keys():
             continue
         if any(given[name] != defaults[name] for name in settings):
             continue

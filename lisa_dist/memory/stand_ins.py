@@ -16,6 +16,8 @@ from transformers import masking_utils
 from transformers.integrations import moe
 
 from lisa_dist.config_rules import Form
+from lisa_dist.core import fp8_product
+from lisa_dist.core.fp8_product import FP8_MULTIPLE
 from lisa_dist.core.frozen_forward import WholeTensors, frozen_forward
 from lisa_dist.core.matrices import Matrix
 from lisa_dist.memory.workload import LIGER, OF_TRL, Workload
@@ -51,8 +53,17 @@ def _made_whole(quantized: Sequence[Matrix], bits: Form) -> Iterator[None]:
                 stack.callback(forward.remove)
             weight = matrix.parameter.detach()
             whole = weight.detach if bits == 16 else functools.partial(torch.empty_like, weight)
-            forward.weights[matrix.attribute] = SimpleNamespace(whole=whole, fp8=tuple)
+            multiplies = bits == "fp8" and matrix.is_linear and not any(size % FP8_MULTIPLE for size in weight.shape)
+            fp8 = functools.partial(_fp8_rows, weight) if multiplies else tuple
+            forward.weights[matrix.attribute] = SimpleNamespace(whole=whole, fp8=fp8)
+        stack.enter_context(patched(fp8_product, "fp8_rows", _fp8_rows, of="traced_fp8"))
         yield
+
+
+def _fp8_rows(values: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What Triton's kernel allocates; torch's has rows in fp32 besides."""
+    scales = torch.empty(*values.shape[:-1], 1, device=values.device)
+    return torch.empty_like(values, dtype=torch.float8_e4m3fn), scales
 
 
 def _experts_of_any_dtype() -> contextlib.AbstractContextManager[None]:

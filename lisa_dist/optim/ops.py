@@ -118,8 +118,10 @@ def has_fp8(device: torch.device) -> bool:
 
 def fp8_rows(values: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of values [rows, columns] in e4m3, and scales [rows, 1]; each column times its factor before."""
+    if values.is_meta or not has_fp8(values.device):
+        return fp8_rows_torch(values, factors)
     kernels, _ = choose_kernels(values.device.type)
-    if kernels == "triton" and has_fp8(values.device):
+    if kernels == "triton":
         from lisa_dist.kernels.fp8_rows_triton import fp8_rows_triton
 
         return fp8_rows_triton(values.contiguous(), factors)

@@ -27,6 +27,7 @@ from lisa_dist.run_folder import hide_secrets
 from lisa_dist.tasks import SFT, TASKS, check_rewards_given, check_task
 
 METHODS = ("lisa", "full", "lora")
+DEQUANTIZED = "mxfp4"  # what gpt-oss is stored by, and is loaded from in 16 bits
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
 
 
@@ -268,3 +269,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     # Other methods have no use for --gpu_memory, as their header says: a recipe that has it serves them too.
     parse_budget(run_args.gpu_memory, is_kept_to=is_auto or run_args.method != "lisa")
     return RunConfig(run_args, data_args, training_args, model_args, lisa_config)
+
+
+def stored_quantization(model_config: PretrainedConfig) -> str | None:
+    """The method by which a model's weights are stored in fewer bits; None where they are not."""
+    stored: Any = getattr(model_config, "quantization_config", None)
+    if stored is None:
+        return None
+    return str((stored if isinstance(stored, dict) else stored.to_dict()).get("quant_method"))

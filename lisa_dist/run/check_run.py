@@ -37,8 +37,8 @@ from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError, check_folder, read_json, read_text
 from lisa_dist.loss.liger import check_liger
 from lisa_dist.memory.planner import fewest_of_lora
-from lisa_dist.run.arguments import RunConfig, model_config_of
-from lisa_dist.run.settle import DEQUANTIZED, check_auto_layers, check_loss_of_run, stored_quantization
+from lisa_dist.run.arguments import DEQUANTIZED, RunConfig, model_config_of, stored_quantization
+from lisa_dist.run.settle import check_auto_layers, check_loss_of_run
 from lisa_dist.run.task_configs import LisaOptimizerNames
 from lisa_dist.run_folder import RUN_NAME, STATE_NAME, TRAINER_STATE_NAME, check_overwrites, check_state, read_object
 from lisa_dist.shapes import misfit
@@ -109,7 +109,11 @@ def _check_flags(config: RunConfig) -> None:
     check_auto_layers(config)
     prepare_ds_config(ds_config, config.lisa, training.optim, precision_of_arguments(training))
     if config.lisa.frozen_flags:
-        check_experts(_loads_by(config).get("experts_implementation"), config.lisa.frozen_flags[0])
+        given, flag = _loads_by(config), config.lisa.frozen_flags[0]
+        check_experts(given.get("experts_implementation"), flag)
+        for name in ("use_kernels", "kernel_config"):  # of the hub, in the place of whole modules
+            if given.get(name):
+                raise UserError(f"{flag} with --model_init_kwargs {name}: such kernels read weights by themselves.")
 
 
 def _check_other_method(config: RunConfig) -> None:
@@ -326,7 +330,8 @@ def _check_model(config: RunConfig) -> None:
     if config.run.loss != AUTO:
         check_loss_of_run(config, model_config)
     stored = stored_quantization(model_config)
-    if stored not in (None, DEQUANTIZED) and config.run.method != "lora":  # whose adapters train on any weights
+    is_loaded = stored is None or (stored == DEQUANTIZED and config.run.task == SFT)
+    if not is_loaded and config.run.method != "lora":  # whose adapters train on any weights
         raise UserError(
             f"{flag}: its weights are quantized (quant_method {stored}), and they are what trains; give a model in "
             "bf16, or save this one dequantized."

@@ -19,7 +19,6 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from transformers.training_args import OptimizerNames
-from transformers.utils.quantization_config import Mxfp4Config
 
 from lisa_dist.checkpoint.folders import checkpoints_by_age
 from lisa_dist.config import LisaConfig
@@ -49,7 +48,6 @@ from lisa_dist.train.attention import choose_attention, packs_documents
 from lisa_dist.train.checks import precision_of_arguments
 from lisa_dist.train.step_memory import bytes_of_any_gpu
 
-DEQUANTIZED = "mxfp4"  # what gpt-oss is stored by, and is loaded from in 16 bits
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _HOST_SHARE = 1 / 16  # of a host's memory for the logits of all its ranks, where no budget is given
 _DESCRIBED = {
@@ -113,7 +111,7 @@ def settle(config: RunConfig, resume_from: str | bool | None) -> Settled:
     gpu_bytes = bytes_of_any_gpu(training.device)
     config, layers = settle_layers(config, model_config, resume_from, gpu_bytes)
     loss, why = choose_loss(config, model_config, gpu_bytes)
-    _set_for_trl(config, model_config, attention)
+    _set_for_trl(config, attention)
     return Settled(config, loss, why, f"{attention} ({reason})", layers)
 
 
@@ -134,15 +132,7 @@ def _set_what_flags_stand_for(config: RunConfig, model_config: PretrainedConfig)
         settle_liger(training, model_config, config.lisa)
 
 
-def stored_quantization(model_config: PretrainedConfig) -> str | None:
-    """The method by which a model's weights are stored in fewer bits; None where they are not."""
-    stored: Any = getattr(model_config, "quantization_config", None)
-    if stored is None:
-        return None
-    return str((stored if isinstance(stored, dict) else stored.to_dict()).get("quant_method"))
-
-
-def _set_for_trl(config: RunConfig, model_config: PretrainedConfig, attention: str) -> None:
+def _set_for_trl(config: RunConfig, attention: str) -> None:
     """For TRL's trainer, which loads the model and takes rows that are tokens already."""
     training = config.training
     given: Any = training.model_init_kwargs or {}
@@ -152,11 +142,6 @@ def _set_for_trl(config: RunConfig, model_config: PretrainedConfig, attention: s
         "attn_implementation": attention,
         "dtype": config.model.dtype or _DTYPES[precision_of_arguments(training)],
     } | given
-    if stored_quantization(model_config) == DEQUANTIZED and config.run.method != "lora":
-        loads_by["quantization_config"] = Mxfp4Config(dequantize=True)
-    # Ranks have no use for a copy of the model each where frozen layers have originals that they share.
-    if config.run.method == "lisa" and config.lisa.frozen_flags and config.run.task == SFT and training.process_index:
-        loads_by["device_map"] = "meta"
     if config.run.task == "orpo":
         loads_by["device_map"] = None  # which would be auto, for one process with all GPUs
     training.model_init_kwargs = loads_by

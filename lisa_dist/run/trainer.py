@@ -4,12 +4,14 @@ import copy
 from typing import Any
 
 from peft import PeftConfig
+from transformers.utils.quantization_config import Mxfp4Config
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, get_peft_config
 from trl.experimental.orpo import ORPOTrainer
+from trl.trainer.utils import create_model_from_path
 
 from lisa_dist.data.dataset import Data
 from lisa_dist.errors import UserError
-from lisa_dist.run.arguments import RunConfig
+from lisa_dist.run.arguments import DEQUANTIZED, RunConfig, model_config_of, stored_quantization
 from lisa_dist.run.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 from lisa_dist.run.inputs import Processing
 from lisa_dist.run.quiet import without_bars_of_datasets
@@ -62,11 +64,29 @@ def load_trainer(settled: Settled, processing: Processing, data: Data) -> Any:
         raise UserError(f"--model_name_or_path {name}: its weights are not of its config.json's sizes.") from error
 
 
+def load_model(config: RunConfig) -> Any:
+    """What the trainer is given: the model's name, which it loads, or a model where it would load another.
+
+    Weights that are stored in fewer bits are loaded in 16. Ranks but the first have no use for a copy of the model each
+    where frozen layers have originals that a host's ranks share: theirs is on the meta device.
+    """
+    name, training = str(config.model.model_name_or_path), config.training
+    is_empty = config.run.method == "lisa" and bool(config.lisa.frozen_flags) and training.process_index > 0
+    is_packed = config.run.method != "lora" and stored_quantization(model_config_of(config)) == DEQUANTIZED
+    if config.run.task != SFT or not (is_empty or is_packed):
+        return name
+    given: Any = training.model_init_kwargs
+    loads_by: Any = given | {"device_map": "meta" if is_empty else None}
+    if is_packed:
+        loads_by["quantization_config"] = Mxfp4Config(dequantize=True)
+    return create_model_from_path(name, **loads_by)
+
+
 def build_trainer(settled: Settled, processing: Processing, data: Data) -> Any:
     """The trainer of the task and the method, with the model loaded."""
     config = settled.config
     arguments: dict[str, Any] = {
-        "model": config.model.model_name_or_path,
+        "model": load_model(config),
         "args": config.training,
         "train_dataset": data.train,
         "eval_dataset": data.held_out,

@@ -430,6 +430,10 @@ IN_4_BITS = "--lisa_frozen_bits 4 --bf16 true"
             "True with --lisa_offload frozen: a graph",
         ),
         (
+            IN_4_BITS + """ --model_init_kwargs {"use_kernels":true}""",
+            "--lisa_frozen_bits 4 with --model_init_kwargs use_kernels: such kernels read weights by themselves",
+        ),
+        (
             IN_4_BITS + """ --model_init_kwargs {"experts_implementation":"deepgemm"}""",
             "4 with experts_implementation deepgemm: its kernel reads the weights by itself; give one of eager, gr",
         ),

@@ -14,7 +14,14 @@ from lisa_dist.kernels.fp8_rows import fp8_rows_torch, from_fp8_rows
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_both_passes_multiply_codes(has_bias):
+def test_both_passes_multiply_codes(has_bias, monkeypatch):
+    multiply = torch._scaled_mm
+
+    def by_columns(first, second, **options):
+        assert (first.stride(1), second.stride(0)) == (1, 1), "GPUs take no other layout"
+        return multiply(first, second, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", by_columns)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:

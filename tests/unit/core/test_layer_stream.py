@@ -2,12 +2,14 @@
 
 import gc
 import itertools
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
-from models import tiny_llama, tiny_qwen3_moe, token_batches
+from models import tiny_gpt_oss, tiny_llama, tiny_qwen3_moe, token_batches
 
-from lisa_dist.core.blocks import find_blocks
+from lisa_dist.core.blocks import Block, find_blocks
 from lisa_dist.core.frozen_layers import FrozenLayers
 from lisa_dist.core.layer_stream import LayerStream
 from lisa_dist.core.live_bytes import live_tensor_bytes
@@ -91,15 +93,17 @@ def test_the_device_has_two_layers_however_many_there_are(bits):
     assert max(beside for _, beside in found) - min(beside for _, beside in found) <= 4096
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen3_moe])
-def test_passes_with_streamed_layers_are_those_with_resident_ones(build, bits):
-    """Losses and gradients, through a switch; what was copied before it is not computed with."""
-    rows, outcomes = token_batches(1, rows=2)[0, 0], []
+@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen3_moe, tiny_gpt_oss])
+def test_passes_with_streamed_layers_are_those_with_resident_ones(build, bits, checkpointed):
+    """Two passes and then their backward pass, an evaluation between, through switches after which weights differ."""
+    (first, second), outcomes = token_batches(2, rows=2)[:, 0], []
     for streams in (False, True):
         model, found = build().to(torch.bfloat16), []
-        blocks = find_blocks(model)
-        frozen = None
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        blocks, frozen = find_blocks(model), None
         if streams or bits != 16:
             frozen = FrozenLayers(model, blocks, bits, "host", torch.device("cpu"), streams)
             frozen.begin((ACTIVE,))
@@ -109,7 +113,10 @@ def test_passes_with_streamed_layers_are_those_with_resident_ones(build, bits):
             if frozen is not None:
                 frozen.switch((active,))
             model.zero_grad()
-            model(input_ids=rows, labels=rows).loss.backward()
+            loss = model(input_ids=first, labels=first).loss
+            with torch.no_grad():
+                found.append(model(input_ids=first, labels=first).loss)
+            (loss + model(input_ids=second, labels=second).loss).backward()
             found += [value.grad.clone() for value in model.parameters() if value.grad is not None]
             with torch.no_grad():
                 for value in blocks.layers[active].parameters.values():
@@ -117,3 +124,25 @@ def test_passes_with_streamed_layers_are_those_with_resident_ones(build, bits):
         outcomes.append(found)
     assert len(outcomes[0]) == len(outcomes[1])
     assert all(torch.equal(*pair) for pair in zip(*outcomes, strict=True))
+
+
+class Gate(torch.nn.Module):
+    """Keeps its output for the backward pass, as a sigmoid does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2, 64, 64, dtype=torch.bfloat16), requires_grad=False)
+
+    def forward(self, inputs):
+        return (inputs @ self.weight).sigmoid()
+
+
+def test_a_pass_without_a_backward_pass_keeps_nothing():
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([Gate()])
+    block = Block("layers.0", {"layers.0.weight": model.layers[0].weight})
+    frozen = FrozenLayers(model, SimpleNamespace(layers=[block]), 8, "host", torch.device("cpu"))
+    frozen.begin(())
+    output = weakref.ref(model.layers[0](torch.ones(3, 64, dtype=torch.bfloat16, requires_grad=True)))
+    gc.collect()
+    assert output() is None

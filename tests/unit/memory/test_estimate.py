@@ -115,7 +115,7 @@ def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: 
     checkpointed = model_config.num_hidden_layers if settings.get("checkpointing") else 0
     labels = rows * (length - PROMPT)
     workload = Workload(length, rows, dtype, checkpointed, loss=settings.get("loss", OWN), labels=labels)
-    frozen = {"frozen_bits": config.lisa_frozen_bits, "streams": config.streams}
+    frozen = {"frozen_bits": config.frozen_form, "streams": config.streams}
     workload = replace(workload, by_module=config.by_module, **frozen)
     run = FakeRun(model_config, workload)
     always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
@@ -166,6 +166,7 @@ SETTINGS = [
     full("zero2", 2, torch.bfloat16, MODULES | {"lisa_offload": "frozen"}),
     ("zero2", 1, torch.bfloat16, {"experts": True, "lisa_frozen_bits": 4, "checkpointing": True}),
     full("zero2", 2, torch.bfloat16, {"experts": True, "lisa_frozen_bits": 8, "lisa_offload": "frozen"}),
+    ("zero2", 1, torch.bfloat16, {"lisa_frozen_bits": "fp8", "lisa_activated_layers": 1}),
     ("zero2", 2, torch.bfloat16, MODULES),
     full("zero3", 2, torch.bfloat16, MODULES | {"checkpointing": True}),
     full("zero2", 2, torch.bfloat16, MODULES | {"lisa_frozen_bits": 4}),

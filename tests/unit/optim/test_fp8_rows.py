@@ -67,6 +67,9 @@ def compare() -> None:
                 )
                 assert torch.equal(scales, of_rows)
                 assert torch.equal(codes.float(), expected.float())
+    bits = torch.tensor([0x7FFFFFFF, 0x7F800000, 0x7FC00000, -0x800000, 0x3F800000], dtype=torch.int32)
+    codes, _ = fp8_rows_triton(bits.view(torch.float32).view(-1, 1).expand(-1, 16).contiguous())
+    assert codes.float().isnan().tolist() == [[True] * 16] * 4 + [[False] * 16], "a GPU's own NaN is the first"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import torch
 from models import tiny_gpt_oss
 from runs import flags_for, save_tiny_run
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.errors import UserError
@@ -20,6 +19,7 @@ from lisa_dist.presets import PRESETS
 from lisa_dist.run.arguments import RunConfig, model_config_of, parse_arguments, run_parser
 from lisa_dist.run.check_run import check_config
 from lisa_dist.run.settle import apply_preset, describe_preset, settle, settle_layers
+from lisa_dist.run.trainer import load_model
 
 SMALL = "embed=factored,head=factored,layers=8"
 # Layers, optimizer, moments, masters.
@@ -198,14 +198,34 @@ def test_a_model_that_is_stored_in_mxfp4_is_loaded_in_16_bits(folder, tmp_path):
         expected[name] = whole.flatten(-2).transpose(1, 2).to(torch.bfloat16)
     shutil.copytree(folder / "model", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     model.config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(tmp_path / "model")
     save_file(stored, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     flags = flags_for(folder, tmp_path / "out", model_name_or_path=tmp_path / "model", bf16=True)
     config = parse_arguments(flags)
     check_config(config)
-    loads_by = settle(config, None).config.training.model_init_kwargs
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **loads_by)
+    loaded = load_model(settle(config, None).config)
     assert getattr(loaded.config, "quantization_config", None) is None
     assert len(expected) == 12
     for name, value in expected.items():
         assert torch.equal(loaded.get_parameter(name), value), name
+
+
+@pytest.mark.parametrize(
+    ("words", "task", "is_empty"),
+    [
+        ("--lisa_frozen_bits 4", "sft", True),
+        ("--lisa_offload frozen", "sft", True),
+        ("", "sft", False),
+        ("--lisa_frozen_bits 4", "dpo", False),
+    ],
+)
+def test_ranks_but_the_first_load_no_weights(folder, words, task, is_empty, monkeypatch):
+    """Where they share originals, and no reference model is loaded in the same way."""
+    config = settle(parse_arguments([*flags_for(folder, folder / "out", bf16=True), *words.split()]), None).config
+    config.run.task = task
+    monkeypatch.setattr(type(config.training), "process_index", 1)
+    model = load_model(config)
+    assert isinstance(model, str) is not is_empty
+    if is_empty:
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
