@@ -1,8 +1,7 @@
 """Rows of a matrix in fp8 (e4m3), each with a scale of its own that is a power of two.
 
-A scale is the least 2**s with which the largest element of its row is 448, the largest of e4m3, or less. A code has an
-exponent, so that a larger scale would not make the others more exact; and by a power of two what a code stands for is a
-number of bf16, whoever multiplies.
+A scale is the least 2**s with which no element of its row is above 448, the largest of e4m3. So what a code stands for
+is a number of bf16.
 """
 
 import torch
@@ -12,15 +11,14 @@ _CHUNK = 1 << 26  # elements that are in fp32 at a time
 
 
 def power_of_two_scales(largest: torch.Tensor) -> torch.Tensor:
-    """The scales of rows by the largest size in each, fp32 and at least 0; of zeros the least there is."""
+    """The scales of rows by the largest size in each, fp32; of zeros the least there is."""
     exponents = (largest.view(torch.int32) + 0x1FFFFF >> 23) - 8  # 448 is 1.75 * 2**8: above 1.75 the next exponent
     return (exponents.clamp_(min=1) << 23).view(torch.float32)
 
 
 def fp8_rows_torch(values: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of `values` [rows, columns], in e4m3, and scales, fp32 [rows, 1]; each column times its factor before."""
-    codes = torch.empty_like(values, dtype=E4M3)
-    scales = torch.empty(len(values), 1, dtype=torch.float32, device=values.device)
+    codes, scales = torch.empty_like(values, dtype=E4M3), values.new_empty(len(values), 1, dtype=torch.float32)
     step = max(1, _CHUNK // max(1, values.shape[-1]))
     for begin in range(0, len(values), step):
         rows = slice(begin, begin + step)

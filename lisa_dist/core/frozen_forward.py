@@ -6,7 +6,7 @@ tensors, and where autograd would keep one of them, or a view, it keeps the plac
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -15,16 +15,6 @@ from transformers.pytorch_utils import Conv1D
 from lisa_dist.core.fp8_product import Fp8Product
 from lisa_dist.core.matrices import Matrix
 from lisa_dist.patches import patch
-
-
-class Whole(Protocol):
-    """A weight that its module has nothing of."""
-
-    def whole(self) -> torch.Tensor:
-        """The weight to compute with, in 16 bits on the device."""
-
-    def fp8(self) -> tuple[torch.Tensor, ...]:
-        """Codes and scales to multiply with in their place, or nothing."""
 
 
 class WholeTensors:
@@ -57,11 +47,11 @@ def is_in_backward() -> bool:
 
 
 class FrozenForward:
-    """In the place of the `forward` of a module: `weights` are those that are quantized, by attribute."""
+    """In the place of the `forward` of a module: `weights`, by attribute, are its FrozenWeights."""
 
     def __init__(self, module: Any, tensors: WholeTensors):
         self.module, self.tensors = module, tensors
-        self.weights: dict[str, Whole] = {}
+        self.weights: dict[str, Any] = {}
         self.before: Any = vars(module).get("forward")
 
     def remove(self) -> None:
@@ -100,7 +90,8 @@ class LinearForward(FrozenForward):
 
     def whole(self) -> torch.Tensor:
         self.tensors.clear()  # those of the module before
-        return self.weights["weight"].whole()
+        weight: torch.Tensor = self.weights["weight"].whole()
+        return weight
 
     @property
     def in_fp32(self) -> bool:

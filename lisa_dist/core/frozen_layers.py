@@ -270,7 +270,7 @@ class FrozenLayers:
 
 
 def check_experts(implementation: str | None, flag: str) -> None:
-    """Raise UserError for experts that a kernel computes which may read weights by itself, past their module."""
+    """Raise UserError for experts that are computed by a kernel which may read weights past their module."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise UserError(
             f"{flag} with experts_implementation {implementation}: its kernel reads the weights by itself; give one of "

@@ -364,10 +364,8 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
     if any(plan.bus for plan in plans):
         seconds = [plan.bus or (0.0, 0.0) for plan in plans]
         lines.append(["bus, seconds a micro-batch", *(f"{bus:.1f}" for bus, _ in seconds)])
-        hidden = ["hidden" if bus <= compute else "waited for" for bus, compute in seconds]
-        lines.append(
-            ["  behind products", *(f"{compute:.1f}, {how}" for (_, compute), how in zip(seconds, hidden, strict=True))]
-        )
+        products = (f"{time:.1f}, {'hidden' if bus <= time else 'waited for'}" for bus, time in seconds)
+        lines.append(["  behind products", *products])
     lines.append(["fits", *("yes" if not any(plan.lacks(arguments)) else "no" for plan in plans)])
     return format_columns(lines)
 

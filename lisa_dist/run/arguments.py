@@ -273,7 +273,5 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
 
 def stored_quantization(model_config: PretrainedConfig) -> str | None:
     """The method by which a model's weights are stored in fewer bits; None where they are not."""
-    stored: Any = getattr(model_config, "quantization_config", None)
-    if stored is None:
-        return None
-    return str((stored if isinstance(stored, dict) else stored.to_dict()).get("quant_method"))
+    stored: Any = getattr(model_config, "quantization_config", None) or {}
+    return (stored if isinstance(stored, dict) else stored.to_dict()).get("quant_method")

@@ -56,7 +56,7 @@ def compile_sums(kernel: Any, capability: int) -> str:
 
 def compile_rows(kernel: Any, capability: int) -> str:
     """PTX of the kernel `_fp8_rows`, of rows of 4,096 elements times factors."""
-    kinds = {"values": "*bf16", "factors": "*fp32", "codes": "*fp8e4nv", "scales": "*fp32", "columns": "i32"}
+    kinds = {"values": "*bf16", "factors": "*fp32", "codes": "*u8", "scales": "*fp32", "columns": "i32"}
     kinds |= {"HAS_FACTORS": "constexpr", "COLUMNS": "constexpr"}
     return _compile(kernel, kinds, {"HAS_FACTORS": True, "COLUMNS": 4096}, capability, num_warps=8)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import rehearsal
 import torch
 from cases import full
 from models import VOCABULARY, save_tiny_llama, tiny_llama
@@ -129,12 +130,9 @@ STREAMED = {"ds_config": "zero2", "lisa_offload": "frozen"}
 def test_a_step_waits_for_no_layer_that_is_streamed():
     streamed, resident = counts_of("step", **STREAMED), counts_of("step", ds_config="zero2")
     # Of the first step of a period: four layers that are frozen, and in the backward pass the two that have gone.
-    assert streamed.pop("pinned") == 6 * sum(2 * value.numel() for value in matrices_of_a_layer())
+    of_layer = [value for value in tiny_llama().model.layers[0].parameters() if value.ndim == 2]
+    assert streamed.pop("pinned") == 6 * sum(2 * value.numel() for value in of_layer)
     assert streamed == resident
-
-
-def matrices_of_a_layer() -> list[torch.Tensor]:
-    return [value for value in tiny_llama().model.layers[0].parameters() if value.ndim == 2]
 
 
 @pytest.mark.parametrize("name", ["wait", "after_compute"])
@@ -145,23 +143,11 @@ def test_a_copy_of_a_layer_that_is_out_of_order_is_seen(name):
 
 
 def stream_without(left_out: str) -> dict:
-    import contextlib
+    from lisa_dist.core.layer_stream import CopyStream
 
-    from rehearsal import loop
-
-    from lisa_dist.core import layer_stream
-
-    class Unordered(layer_stream.CopyStream):
-        """Copies on a stream of their own, one of whose two orders is left out."""
-
-    @contextlib.contextmanager
-    def at_once(self):
-        with torch.cuda.stream(self._side):
-            yield
-
-    setattr(Unordered, left_out, {"wait": lambda *_: None, "after_compute": at_once}[left_out])
-    layer_stream.CopyStream = Unordered
-    return loop(steps=2, **STREAMED)
+    at_once = {"wait": lambda *_: None, "after_compute": lambda self: torch.cuda.stream(self._side)}
+    setattr(CopyStream, left_out, at_once[left_out])
+    return rehearsal.loop(steps=2, **STREAMED)
 
 
 def test_a_trainer_on_two_gpus(tmp_path):

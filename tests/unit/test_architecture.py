@@ -6,6 +6,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from size import python_files
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lisa_dist"
@@ -47,11 +48,6 @@ PRIVATES = re.compile(
     r"|_grad_acc_hooks|parameter_offload|_configure_zero_optimizer|ds_opt_adam"
     r"|\bds_(?:tensor|numel|shape|id|status|persist|process_group|summary|active_sub_modules)\b"
 )
-
-
-def python_files(folder: Path) -> list[Path]:
-    """Every module below a folder, the links to kernels and ds_configs left out."""
-    return [path for path in sorted(folder.rglob("*.py")) if not any(parent.is_symlink() for parent in path.parents)]
 
 
 def name_of(path: Path) -> str:

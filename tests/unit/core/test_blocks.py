@@ -96,10 +96,7 @@ def without_modules():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (
-            lambda: build("qwen3_moe", num_hidden_layers=2),
-            r"experts\.gate_up_proj is a matrix, and of no linear module; sample",
-        ),
+        (lambda: build("mamba", num_hidden_layers=2), r"A_log is a matrix, and of no linear module; sample"),
         (without_modules, "layers of LlamaForCausalLM have no linear modules; leave it out"),
     ],
 )

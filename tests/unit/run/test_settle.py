@@ -206,7 +206,6 @@ def test_a_model_that_is_stored_in_mxfp4_is_loaded_in_16_bits(folder, tmp_path):
     check_config(config)
     loaded = load_model(settle(config, None).config)
     assert getattr(loaded.config, "quantization_config", None) is None
-    assert len(expected) == 12
     for name, value in expected.items():
         assert torch.equal(loaded.get_parameter(name), value), name
 
