@@ -11,11 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import rehearsal
 import torch
 from cases import full
 from models import VOCABULARY, save_tiny_llama, tiny_llama
-from rehearsal import ROOT, rehearse
+from rehearsal import ROOT, loop, rehearse
 
 from lisa_dist.core.period_log import SAMPLE
 
@@ -147,7 +146,7 @@ def stream_without(left_out: str) -> dict:
 
     at_once = {"wait": lambda *_: None, "after_compute": lambda self: torch.cuda.stream(self._side)}
     setattr(CopyStream, left_out, at_once[left_out])
-    return rehearsal.loop(steps=2, **STREAMED)
+    return loop(steps=2, **STREAMED)
 
 
 def test_a_trainer_on_two_gpus(tmp_path):

@@ -51,8 +51,7 @@ def test_each_layer_is_copied_before_the_layer_before_it_computes(checkpointed, 
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     seen = note_order(model, frozen, monkeypatch)
-    rows = token_batches(1, rows=2)[0, 0]
-    loss = model(input_ids=rows, labels=rows).loss
+    loss = model(input_ids=(rows := token_batches(1, rows=2)[0, 0]), labels=rows).loss
     order = [layer for layer in range(6) if layer != ACTIVE]
     copies = [layer for what, layer in seen if what == "copied"]
     assert copies == order
