@@ -167,7 +167,7 @@ class Planner:
 # What else would make room for a layer: settings, and the optimizer that they need, if it is a certain one.
 _SMALLER: tuple[tuple[str | None, dict[str, Any]], ...] = (
     (LISA_ADAMW, SMALL_STATES),
-    (None, {"lisa_frozen_bits": 4}),
+    (None, {"lisa_frozen_bits": "4"}),
     (None, {"lisa_always_on": "rest"}),
 )
 
@@ -384,13 +384,13 @@ FALLBACKS = (
     Fallback("AdamW in 32 bits, as published"),
     Fallback("moments of embeddings and head in 8 bits", {"lisa_state_bits": "embed=8,head=8"}),
     Fallback(_SMALL_NAME, SMALL_STATES, LISA_ADAMW),
-    Fallback(f"{_SMALL_NAME}; frozen layers in 8 bits", SMALL_STATES | {"lisa_frozen_bits": 8}, LISA_ADAMW),
+    Fallback(f"{_SMALL_NAME}; frozen layers in 8 bits", SMALL_STATES | {"lisa_frozen_bits": "8"}, LISA_ADAMW),
     Fallback("embeddings and head sampled like layers", _SAMPLED),
     Fallback(
         "embeddings and head sampled like layers, moments in 8 bits",
         _SAMPLED | {"lisa_state_bits": "embed=8,head=8,layers=8"},
     ),
-    Fallback(f"{_SMALL_NAME}; frozen layers in 4 bits", SMALL_STATES | {"lisa_frozen_bits": 4}, LISA_ADAMW),
+    Fallback(f"{_SMALL_NAME}; frozen layers in 4 bits", SMALL_STATES | {"lisa_frozen_bits": "4"}, LISA_ADAMW),
     Fallback(f"{_SMALL_NAME}; frozen layers on the host", SMALL_STATES | {"lisa_offload": "frozen"}, LISA_ADAMW),
     Fallback("AdamW in 32 bits, as published; optimizer states on the host", offloads=True),
     Fallback("embeddings and head sampled like layers, optimizer states on the host", _SAMPLED, offloads=True),

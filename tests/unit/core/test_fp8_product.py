@@ -48,15 +48,12 @@ def test_both_passes_multiply_codes(has_bias, monkeypatch):
 
 def passes(build, multiplies: bool) -> list[torch.Tensor]:
     model = build().to(torch.bfloat16)
-    blocks = find_blocks(model)
-    for layer in blocks.layers:
+    for layer in (blocks := find_blocks(model)).layers:
         layer.requires_grad_(False)
     frozen = FrozenLayers(model, blocks, "fp8", "host", torch.device("cpu"))
     frozen.multiplies_fp8 = multiplies
     frozen.begin(())
-    rows = token_batches(1, rows=2)[0, 0]
-    loss = model(input_ids=rows, labels=rows).loss
-    loss.backward()
+    (loss := model(input_ids=(rows := token_batches(1, rows=2)[0, 0]), labels=rows).loss).backward()
     return [loss.detach(), *(value.grad for value in model.parameters() if value.grad is not None)]
 
 

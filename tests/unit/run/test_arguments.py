@@ -29,7 +29,7 @@ def test_every_recipe_parses(recipe):
         ("--checkpointed_layers 3 --method full", "a number of layers is for --method lisa; give none or all"),
         ("--gpu_memory 22GiB", "--gpu_memory 22GiB: only --checkpointed_layers auto and"),
         ("--lisa_activated_layers most", "--lisa_activated_layers: invalid int value: 'most'"),
-        ("--lisa_frozen_bits 5", "--lisa_frozen_bits 5: frozen layers have one of 16, 8, 4 bits"),
+        ("--lisa_frozen_bits 5", "--lisa_frozen_bits 5: frozen layers have one of 16, 8, 4, fp8"),
         ("--lisa_frozen_store /tmp", "--lisa_frozen_store /tmp: frozen layers of 16 bits have no originals"),
         ("--method lora --lora_alpha 0", "--lora_alpha 0: adapters are scaled by it over the rank"),
         ("--method lora --lora_dropout 1", "--lora_dropout 1.0: a probability from 0 up to"),
