@@ -52,8 +52,6 @@ def main() -> None:
     for name, size in measure().items():
         allowed = budgets[name]["at most"] + budgets[name].get("granted", 0)
         print(f"{name:32} {size:7,} {allowed:8,} {budgets[name]['goal']:8,}")
-            f"{name:32} {size:7,} {budgets[name]['at most'] + budgets[name].get('granted', 0):8,} {budgets[name]['goal']:8,}"
-        )
     print()
     for folder in ("lisa_dist", "benchmarks", "tests", "tests/unit"):
         for package in (path for path in sorted((ROOT / folder).iterdir()) if path.is_dir() and not path.is_symlink()):
