@@ -31,7 +31,7 @@ from benchmarks.common.results import parser_of, write_results
 from benchmarks.cost.gpu import of_recipe
 from benchmarks.quality.training import train
 from benchmarks.tables.render import print_table
-from lisa_dist.core.frozen_layers import BLOCKSIZES
+from lisa_dist.core.frozen_forms import BLOCKSIZES
 from lisa_dist.kernels.adamw import StepNumbers, StepTensors, adamw_reference
 from lisa_dist.kernels.dynamic_code import quantize
 from lisa_dist.kernels.factored import FactoredNumbers, FactoredTensors, factored_torch, num_rows, squared_sums_torch
