@@ -22,7 +22,7 @@ ALL_8 = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 SAMPLED = {"lisa_always_on": "rest", "lisa_activated_layers": 3}
 LOOPS = [
     {"ds_config": "zero2", "world_size": 2, "lisa_state": "keep", "saves": True} | SAMPLED,
-    {"ds_config": "zero3", "world_size": 2, "checkpointed": 3, "saves": True},
+    full({"ds_config": "zero3", "world_size": 2, "checkpointed": 3, "saves": True}),
     {"ds_config": "zero2", "world_size": 3},  # where a rank keeps nothing of a gradient larger than the bucket
     full({"ds_config": "zero2", "world_size": 4, "saves": True}),
     full({"ds_config": "zero2", "world_size": 3, "zero": {"overlap_comm": False}}),
@@ -149,6 +149,7 @@ def stream_without(left_out: str) -> dict:
     return loop(steps=2, **STREAMED)
 
 
+@pytest.mark.full
 def test_a_trainer_on_two_gpus(tmp_path):
     """With an evaluation and a save between the steps, and a resume."""
     save_tiny_llama(tmp_path / "model")

@@ -84,6 +84,7 @@ def test_a_run_of_the_deepspeed_launcher(folder, tmp_path):
     assert [(one["step"], one["prompt"]) for one in answers] == asked
 
 
+@pytest.mark.full
 def test_the_number_of_layers_is_planned_and_stays_on_a_resume(folder, tmp_path):
     """Also frozen layers in fewer bits, evaluated with their originals, from the command line."""
     auto = AUTO | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -181,6 +182,7 @@ def launch_until(condition: Callable[[], bool], flags: list[str], folder: Path, 
     return run
 
 
+@pytest.mark.full
 def test_a_signal_to_lisa_dist_train_saves_on_its_ranks(folder, tmp_path):
     flags = flags_for(folder, tmp_path / "out", max_steps=2000, eval_strategy="no", eval_on_start=False)
     run = launch_until(lambda: "step 3/2000" in (tmp_path / "said.txt").read_text(), flags, tmp_path)

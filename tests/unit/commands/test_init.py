@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import yaml
+from cases import full
 from models import save_tiny_llama
 from transformers import LlamaConfig
 
@@ -262,7 +263,7 @@ def test_a_recipe_gives_back_what_it_was_given(tiny, tmp_path, value):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (
+        full(
             ["--model", "TINY", "--gpu_memory", "1GiB", "--checkpointed_layers", "all"],
             "--gpu_memory 1GiB on 1 GPU(s): nothing fits beside the 1.50GiB of each that are kept for CUDA",
         ),

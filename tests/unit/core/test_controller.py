@@ -482,6 +482,7 @@ def orders_of_modules(settings: dict) -> list[tuple[int, bool]]:
     return found
 
 
+@pytest.mark.full
 def test_stage_3_knows_the_order_of_modules_while_the_backward_pass_ends_at_the_same_block():
     always = run_ranks(orders_of_modules, 2, {})[0]
     assert len(always) == 5

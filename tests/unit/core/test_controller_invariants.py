@@ -431,7 +431,7 @@ def live_bytes_over_switches(ds_config: str, dtype: torch.dtype) -> dict:
 
 @pytest.mark.parametrize(
     ("ds_config", "dtype"),
-    [("zero2", torch.float32), ("zero3", torch.bfloat16)],
+    [("zero2", torch.float32), full("zero3", torch.bfloat16)],
 )
 def test_live_bytes_are_flat_over_fifty_switches(ds_config, dtype):
     for outcome in run_ranks(live_bytes_over_switches, 2, ds_config, dtype):

@@ -38,8 +38,7 @@ def note_order(model, frozen: FrozenLayers, monkeypatch) -> list[tuple[str, int]
 
     monkeypatch.setattr(LayerStream, "_fill", noted)
     for number, layer in enumerate(layers):
-        for inner in (layer.self_attn.q_proj, layer.self_attn.o_proj):
-            inner.register_forward_hook(lambda *_, number=number: seen.append(("computed", number)))
+        layer.self_attn.q_proj.register_forward_hook(lambda *_, number=number: seen.append(("computed", number)))
         layer.register_full_backward_hook(lambda *_, number=number: seen.append(("backward", number)))
     return seen
 
@@ -66,8 +65,7 @@ def test_each_layer_is_copied_before_the_layer_before_it_computes(checkpointed, 
 
 
 def test_a_pass_without_gradients_begins_again_at_the_lowest_layer(monkeypatch):
-    model = tiny_llama()
-    frozen = streamed(model)
+    frozen = streamed(model := tiny_llama())
     seen = note_order(model, frozen, monkeypatch)
     with torch.no_grad():
         for _ in range(2):
@@ -79,8 +77,7 @@ def test_a_pass_without_gradients_begins_again_at_the_lowest_layer(monkeypatch):
 def test_the_device_has_two_layers_however_many_there_are(bits):
     found = []
     for number in (6, 12, 24):
-        model = tiny_llama(num_layers=number)
-        frozen = streamed(model, bits)
+        frozen = streamed(model := tiny_llama(num_layers=number), bits)
         rest = sum(value.nbytes for value in model.parameters() if value.numel())
         gc.collect()
         beside = live_tensor_bytes() - rest
@@ -126,19 +123,14 @@ def test_passes_with_streamed_layers_are_those_with_resident_ones(build, bits, c
 
 
 class Gate(torch.nn.Module):
-    """Keeps its output for the backward pass, as a sigmoid does."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(2, 64, 64, dtype=torch.bfloat16), requires_grad=False)
-
     def forward(self, inputs):
-        return (inputs @ self.weight).sigmoid()
+        return (inputs @ self.weight).sigmoid()  # which keeps its output for the backward pass
 
 
 def test_a_pass_without_a_backward_pass_keeps_nothing():
-    model = torch.nn.Module()
-    model.layers = torch.nn.ModuleList([Gate()])
+    model, gate = torch.nn.Module(), Gate()
+    gate.weight = torch.nn.Parameter(torch.ones(2, 64, 64, dtype=torch.bfloat16), requires_grad=False)
+    model.layers = torch.nn.ModuleList([gate])
     block = Block("layers.0", {"layers.0.weight": model.layers[0].weight})
     frozen = FrozenLayers(model, SimpleNamespace(layers=[block]), 8, "host", torch.device("cpu"))
     frozen.begin(())

@@ -291,6 +291,7 @@ def test_the_arm_of_the_gpu_benchmark():
     assert found["planned"] is None
 
 
+@pytest.mark.full
 @needs_liger
 def test_a_plan_runs_the_modeling_code_without_liger():
     assert run_ranks(fake_run_after_liger, 1, interpret=True)[0] == [True, True, True]

@@ -101,6 +101,7 @@ def test_auto_takes_the_budget_that_the_step_has_shown():
         assert max(outcome["peaks"]) <= outcome["budget"] - lost
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("cpu_ops")
 def test_a_planned_number_of_layers_is_corrected_by_what_a_step_takes():
     """From the next period on, on all ranks alike; not where the plan held, or a step cannot be planned."""

@@ -91,7 +91,7 @@ def train(output_dir: str, ds_config: str, changes: dict, checkpointed=None, giv
 
 
 @pytest.mark.parametrize(
-    "given", ["zero3", full(None), {"zero_optimization": {"stage": 1}, "train_batch_size": "auto"}], ids=str
+    "given", [full("zero3"), full(None), {"zero_optimization": {"stage": 1}, "train_batch_size": "auto"}], ids=str
 )
 def test_a_config_may_be_given_to_the_trainer(given, tmp_path):
     """Or none, for zero2; the arguments are as for any Trainer then, and what trains is the same."""
@@ -332,6 +332,7 @@ def train_with_evaluations(output_dir: str, ds_config: str, early: bool, changes
     }
 
 
+@pytest.mark.full
 def test_an_evaluation_may_come_before_training(tmp_path):
     """Under ZeRO-3 it needs an engine, which the engine of training takes the place of."""
     early, late = (run_ranks(train_with_evaluations, 2, str(tmp_path), "zero3", one, {})[0] for one in (True, False))
@@ -425,7 +426,7 @@ MODULES = {"lisa_unit": "module", "lisa_budget": "20%"}
 @pytest.mark.parametrize(
     ("ds_config", "changes"),
     [
-        ("zero3", {}),
+        full("zero3", {}),
         ("zero2", {"bf16": True, "optim": "lisa_adamw", "lisa_master": "bf16_sr"}),
         full(
             "zero2", {"bf16": True, "optim": "lisa_adamw", "lisa_state_bits": "embed=factored", "lisa_frozen_bits": 8}
