@@ -248,4 +248,4 @@ class LisaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for logs and checkpoints."""
-        return asdict(self)
+        return asdict(self) | {"lisa_frozen_bits": self.frozen_form}
