@@ -6,14 +6,17 @@ A matrix that is frozen for a period is quantized once in it. What comes in is q
     backward   dx = ((g s_w)_8 W_8) s_g    the scales of W lie along the sum, and go to the gradient first
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from lisa_dist.optim.ops import fp8_rows
 
-FP8_MULTIPLE = 16  # sizes that the units can multiply
+
+def takes_fp8(shape: Sequence[int]) -> bool:
+    """Whether the units multiply a tensor of this shape: a matrix of multiples of 16."""
+    return len(shape) == 2 and not any(size % 16 for size in shape)
 
 
 class Fp8Product(torch.autograd.Function):

@@ -1,9 +1,9 @@
-"""Frozen decoder layers in 8 or 4 bits (`--lisa_frozen_bits`): what a switch freezes is quantized.
+"""Frozen decoder layers in fewer bits (`--lisa_frozen_bits`), or on the host (`--lisa_offload frozen`).
 
-A frozen layer's matrices, and the experts of a mixture, are codes on the device; its norms, biases and gates stay as
-they are. The 16-bit original of all that may be frozen is in a `WeightStore`, once a host, and is copied in when the
-layer becomes active. A pass dequantizes the weights of one module at a time. So of L layers of which gamma train a
-device has, in bytes an element:
+A frozen layer's matrices, and the experts of a mixture, are codes on the device, or come from the host as a pass needs
+them (`layer_stream.py`); its norms, biases and gates stay as they are. The 16-bit original of all that may be frozen is
+in a `WeightStore`, once a host, and is copied in when the layer becomes active. A pass dequantizes the weights of one
+module at a time. So of L layers of which gamma train a device has, in bytes an element:
 
     gamma x 2 + (L - gamma) x 1.02 (8 bits) or 0.52 (4 bits), and the weights of the largest module once more
 
@@ -24,7 +24,7 @@ from torch import nn
 from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import Form
 from lisa_dist.core.blocks import Blocks
-from lisa_dist.core.fp8_product import FP8_MULTIPLE
+from lisa_dist.core.fp8_product import takes_fp8
 from lisa_dist.core.frozen_forms import check_form, dequantize, quantize, quantized_bytes
 from lisa_dist.core.frozen_forward import WholeTensors, frozen_forward
 from lisa_dist.core.layer_stream import LayerStream
@@ -102,9 +102,8 @@ class FrozenWeight:
 
     def fp8(self) -> tuple[torch.Tensor, ...]:
         """Codes and scales to multiply with; nothing where products are made in 16 bits."""
-        layers, shape = self._layers, self.original.shape
-        is_fp8 = layers.multiplies_fp8 and not layers.is_exact and len(shape) == 2
-        return self._encoded() if is_fp8 and not any(size % FP8_MULTIPLE for size in shape) else ()
+        is_fp8 = self._layers.multiplies_fp8 and not self._layers.is_exact
+        return self._encoded() if is_fp8 and takes_fp8(self.original.shape) else ()
 
     @property
     def tensors(self) -> list[torch.Tensor]:

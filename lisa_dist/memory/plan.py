@@ -178,13 +178,8 @@ class Plan:
         """Plain values, for JSON."""
         workload = asdict(self.workload) | {"dtype": str(self.workload.dtype).removeprefix("torch.")}
         host = self.host | {"total": self.host_bytes}
-        return {
-            "ds_config": self.ds_config,
-            "workload": workload,
-            "gpu": self.gpu.to_dict(),
-            "host": host,
-            "bus": self.bus,
-        }
+        found = {"ds_config": self.ds_config, "workload": workload, "gpu": self.gpu.to_dict(), "host": host}
+        return found | {"bus": self.bus}
 
 
 GLOBAL_BATCH = 16  # examples of a step on all ranks: the paper's

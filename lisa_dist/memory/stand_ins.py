@@ -17,7 +17,7 @@ from transformers.integrations import moe
 
 from lisa_dist.config_rules import Form
 from lisa_dist.core import fp8_product
-from lisa_dist.core.fp8_product import FP8_MULTIPLE
+from lisa_dist.core.fp8_product import takes_fp8
 from lisa_dist.core.frozen_forward import WholeTensors, frozen_forward
 from lisa_dist.core.matrices import Matrix
 from lisa_dist.memory.workload import LIGER, OF_TRL, Workload
@@ -53,8 +53,7 @@ def _made_whole(quantized: Sequence[Matrix], bits: Form) -> Iterator[None]:
                 stack.callback(forward.remove)
             weight = matrix.parameter.detach()
             whole = weight.detach if bits == 16 else functools.partial(torch.empty_like, weight)
-            multiplies = bits == "fp8" and matrix.is_linear and not any(size % FP8_MULTIPLE for size in weight.shape)
-            fp8 = functools.partial(_fp8_rows, weight) if multiplies else tuple
+            fp8 = functools.partial(_fp8_rows, weight) if bits == "fp8" and takes_fp8(weight.shape) else tuple
             forward.weights[matrix.attribute] = SimpleNamespace(whole=whole, fp8=fp8)
         stack.enter_context(patched(fp8_product, "fp8_rows", _fp8_rows, of="traced_fp8"))
         yield

@@ -68,9 +68,11 @@ def test_a_pass_without_gradients_begins_again_at_the_lowest_layer(monkeypatch):
     frozen = streamed(model := tiny_llama())
     seen = note_order(model, frozen, monkeypatch)
     with torch.no_grad():
-        for _ in range(2):
+        for loads in (False, False, True):
+            if loads:  # other weights, beside which no copy is of use any more
+                frozen.quantized[0].load(frozen.quantized[0].original + 1)
             model(input_ids=token_batches(1, rows=2)[0, 0])
-    assert [layer for what, layer in seen if what == "copied"] == [0, 1, 3, 4, 5, 0, 1, 3, 4, 5, 0]
+    assert "".join(str(layer) for what, layer in seen if what == "copied") == "013450" + "13450" + "013450"
 
 
 @pytest.mark.parametrize("bits", [16, 4])
@@ -118,7 +120,6 @@ def test_passes_with_streamed_layers_are_those_with_resident_ones(build, bits, c
                 for value in blocks.layers[active].parameters.values():
                     value.add_(0.01)  # which is what a stream must take over
         outcomes.append(found)
-    assert len(outcomes[0]) == len(outcomes[1])
     assert all(torch.equal(*pair) for pair in zip(*outcomes, strict=True))
 
 
