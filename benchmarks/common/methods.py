@@ -93,7 +93,10 @@ ALL = (
     one_pass("lisa 2, factored", 2, FACTORED),
     one_pass("lisa 14, factored", 14, FACTORED),
     one_pass("lisa 2 bf16", 2, bf16=True),
-    *(one_pass(f"lisa 2, frozen {bits} bits", 2, {"lisa_frozen_bits": bits}, bf16=True) for bits in (8, 4)),
+    *(
+        one_pass(f"lisa 2, frozen {form}", 2, {"lisa_frozen_bits": form.split()[0]}, bf16=True)
+        for form in ("8 bits", "fp8", "4 bits")
+    ),
     # As many layers as fit.
     one_pass("lisa auto", AUTO_LAYERS, SMALL),
     one_pass("lisa in lora's memory", AUTO_LAYERS, SMALL, **IN_LORA_S),

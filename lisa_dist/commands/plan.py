@@ -127,7 +127,7 @@ def _write(plans: Sequence[Plan], arguments: PlanArguments) -> None:
 
 
 def _print_command(plan: Plan, arguments: PlanArguments, rate: float | None, why: str) -> None:
-    on_host = plan.host_bytes * min(arguments.gpus, arguments.gpus_per_host)
+    on_host = max(plan.host_bytes, plan.start) * min(arguments.gpus, arguments.gpus_per_host)
     takes = f"{format_bytes(plan.gpu.needed)} of each GPU"
     takes += f" and {format_bytes(on_host)} of a host's memory" if on_host else ""
     print(f"\n{why}; it takes {takes}:\n{command_for(plan, arguments, rate)}")

@@ -161,6 +161,7 @@ class Plan:
     host: dict[str, int]
     lisa_config: LisaConfig
     bus: tuple[float, float] | None = None  # seconds of a micro-batch that copies of frozen layers and products take
+    start: int = 0  # bytes of a rank on the host while the model is loaded
 
     @property
     def host_bytes(self) -> int:
@@ -171,7 +172,7 @@ class Plan:
         """Bytes that a GPU, and a rank's share of its host, lack; 0 where the plan fits."""
         return (
             max(0, self.gpu.needed - arguments.budget),
-            max(0, self.host_bytes - arguments.host_budget),
+            max(0, max(self.host_bytes, self.start) - arguments.host_budget),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,7 +180,7 @@ class Plan:
         workload = asdict(self.workload) | {"dtype": str(self.workload.dtype).removeprefix("torch.")}
         host = self.host | {"total": self.host_bytes}
         found = {"ds_config": self.ds_config, "workload": workload, "gpu": self.gpu.to_dict(), "host": host}
-        return found | {"bus": self.bus}
+        return found | {"bus": self.bus, "start": self.start}
 
 
 GLOBAL_BATCH = 16  # examples of a step on all ranks: the paper's
@@ -356,6 +357,7 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
     lines.append([f"{name} on the host, a rank", *(shown(plan.host_bytes) for plan in plans)])
     for title in dict.fromkeys(title for plan in plans for title in plan.host):
         lines.append([f"  {title}", *(shown(plan.host.get(title, 0)) for plan in plans)])
+    lines.append(["  while the model is loaded", *(shown(plan.start) for plan in plans)])
     if any(plan.bus for plan in plans):
         seconds = [plan.bus or (0.0, 0.0) for plan in plans]
         lines.append(["bus, seconds a micro-batch", *(f"{bus:.1f}" for bus, _ in seconds)])

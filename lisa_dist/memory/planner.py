@@ -8,20 +8,22 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.config_rules import LORA_LAYERS, PLANNED_LAYERS, Form
+from lisa_dist.config_rules import LORA_LAYERS, PLANNED_LAYERS
 from lisa_dist.core.activation_checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.engine_checks import prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights
+from lisa_dist.core.weight_store import HOST
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import why_no_label_logits
 from lisa_dist.memory.estimate import StepEstimate, bus_and_products, kept_states, stored_bytes
 from lisa_dist.memory.plan import DTYPES, WAYS, Plan, PlanArguments
-from lisa_dist.memory.trace import FakeRuns
+from lisa_dist.memory.trace import FakeRun, FakeRuns
 from lisa_dist.memory.workload import CHUNKED, LOGITS, RATIO, SCORE, StageSettings, Workload
 from lisa_dist.optim.build import LISA_ADAMW, TORCH_ADAMW
 from lisa_dist.presets import SMALL_STATES
@@ -107,14 +109,27 @@ class Planner:
                 parts = parts.with_more("reference", share)
         if lisa.lisa_state == "keep":
             host = host | {"kept states": kept_states(run, lisa, settings.stage, arguments.gpus, arguments.optim)}
-        stored: dict[str, Form] = {"originals of the layers": 16} if lisa.frozen_flags else {}
-        stored |= {"codes of the layers": lisa.frozen_form} if lisa.streams and lisa.frozen_form != 16 else {}
-        for title, bits in stored.items():
-            on_a_host = min(arguments.gpus, arguments.gpus_per_host)
-            host = host | {title: -(-sum(stored_bytes(run, bits)) // on_a_host)}
+        on_a_host = min(arguments.gpus, arguments.gpus_per_host)
+        has_originals = bool(lisa.frozen_flags) and lisa.lisa_frozen_store == HOST
+        originals = sum(stored_bytes(run, 16)) if has_originals else 0
+        codes = sum(stored_bytes(run, lisa.frozen_form)) if lisa.streams and lisa.frozen_form != 16 else 0
+        for title, size in (("originals of the layers", originals), ("codes of the layers", codes)):
+            host = host | ({title: -(-size // on_a_host)} if size else {})
+        copies = self._copies_to_load(run, settings, on_a_host)
+        start = -(-(max(copies, originals) + codes) // on_a_host)  # a layer's copy goes as it comes into the originals
         bus = bus_and_products(run, lisa) if lisa.streams and not lisa.by_module else None
-        self._plans[key] = Plan(str(ds_config), run.workload, parts, host, lisa, bus)
+        self._plans[key] = Plan(str(ds_config), run.workload, parts, host, lisa, bus, start)
         return self._plans[key]
+
+    def _copies_to_load(self, run: FakeRun, settings: StageSettings, on_a_host: int) -> int:
+        """Bytes of the copies of the model that a host's ranks make; files of the same dtype are mapped as they are."""
+        is_mapped = (self._config.dtype or torch.bfloat16) == run.workload.dtype and not hasattr(
+            self._config, "quantization_config"
+        )
+        if is_mapped or settings.stage == 3:  # which reads one tensor after the other
+            return 0
+        one_loads = self._lisa.frozen_flags and self._arguments.task == SFT
+        return sum(parameter.nbytes for parameter in run.model.parameters()) * (1 if one_loads else on_a_host)
 
     def peak(self, ds_config: str | dict, loss: str) -> int:
         """Bytes of a GPU with the checkpointed layers that were given; with all, where it was left to the plans."""

@@ -453,8 +453,9 @@ def _build_model(config: PretrainedConfig, workload: Workload) -> PreTrainedMode
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     attention = workload.attention if getattr(model_class, "_supports_sdpa", True) else "eager"
     loads: Any = AutoModelForCausalLM
+    config = copy.deepcopy(config)  # transformers writes the dtype into it
     if workload.loss == SCORE:
-        loads, config = AutoModelForSequenceClassification, copy.deepcopy(config)
+        loads = AutoModelForSequenceClassification
         config.num_labels, config.pad_token_id = 1, 0
     model: PreTrainedModel = loads.from_config(config, dtype=workload.dtype, attn_implementation=attention)
     return model

@@ -119,7 +119,7 @@ def _head(chosen: Chosen, arguments: InitArguments, argv: Sequence[str]) -> str:
 #   {_join(["lisa-dist", "init", *argv])}
 # {way[0].upper() + way[1:]}.
 # Planned for {arguments.seq_length} tokens a sequence: {format_bytes(plan.gpu.needed)} on each GPU and \
-{arguments.reserve.strip()} for CUDA, {format_bytes(plan.host_bytes)} of host memory a rank.
+{arguments.reserve.strip()} for CUDA, {format_bytes(max(plan.host_bytes, plan.start))} of host memory a rank.
 # The parts of it: {_plan_command(arguments, plan)}
 # Start it: lisa-dist train {_join([arguments.recipe or "recipe.yaml"])} --gpus {here}{more_hosts}
 

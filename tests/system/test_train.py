@@ -443,6 +443,8 @@ IN_4_BITS = "--lisa_frozen_bits 4 --bf16 true"
         (f"{IN_4_BITS} --torch_compile true", "--torch_compile True with --lisa_frozen_bits 4"),
         (f"{IN_4_BITS} --lisa_frozen_store absent", "--lisa_frozen_store absent: absent is no"),
         ("--eval_frozen_bits 8", "--eval_frozen_bits 8: frozen layers are evaluated as they are quantized"),
+        ("--lisa_frozen_bits fp8 --bf16 true --eval_frozen_bits 8", "with --lisa_frozen_bits fp8 give 16."),
+        ("--lisa_frozen_bits fp8 --bf16 false --fp16 true", "--lisa_frozen_bits fp8 with weights in fp16: GPUs give"),
         ("--lisa_master bf16_sr --optim lisa_adamw", "--lisa_master bf16_sr with weights in fp32"),
         ("--method full --optim lisa_adamw --checkpointed_layers none", "with --method full: it is for --method lisa;"),
     ],

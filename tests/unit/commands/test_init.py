@@ -208,6 +208,14 @@ def test_settings_that_are_given_stay(tiny):
         choose(InitArguments(tiny, gpu_memory="1GiB"), LisaConfig(lisa_offload="embed,head"))
 
 
+@pytest.mark.parametrize("form", ["16", "fp8"])
+def test_frozen_layers_on_the_host_are_in_the_recipe(tiny, tmp_path, form):
+    flags = ["--lisa_offload", "frozen", "--lisa_frozen_bits", form]
+    main(["--model", tiny, "--gpu_memory", "4GiB", *flags, "--recipe", str(tmp_path / "one.yaml")])
+    recipe = yaml.safe_load((tmp_path / "one.yaml").read_text())
+    assert (recipe["lisa_offload"], str(recipe.get("lisa_frozen_bits", 16))) == ("frozen", form)
+
+
 def test_no_rung_changes_what_is_given(tiny):
     """With moments of layers in 8 bits and too little memory for that alone, blocks are sampled: their bits stay."""
     given = {"lisa_state_bits": "layers=8", "lisa_activated_layers": 1}

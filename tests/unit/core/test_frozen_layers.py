@@ -181,9 +181,9 @@ def test_live_bytes_are_flat_over_switches_and_fall_with_the_bits():
         assert by_bits[16][-1] - by_bits[bits][-1] == pytest.approx(saved, abs=1024 + 512)
 
 
-def run(folder: str, bits: int, resumes: bool) -> dict:
-    """All steps, and a checkpoint after the fifth; or what that gives to a run with these bits."""
-    engine, lisa = start(tiny_llama, "zero2", {"lisa_frozen_bits": bits}, seed=99 if resumes else 0)
+def run(folder: str, build, settings: dict, resumes: bool) -> dict:
+    """All steps, and a checkpoint after the fifth; or what that gives to a run with these settings."""
+    engine, lisa = start(build, "zero2", settings, seed=99 if resumes else 0)
     checkpoint, losses, saved = Path(folder) / "checkpoint-5", [], []
     if resumes:
         load_checkpoint(lisa, checkpoint)
@@ -200,23 +200,39 @@ def run(folder: str, bits: int, resumes: bool) -> dict:
     return found
 
 
+def frozen_as(bits: int, on_host: bool = False) -> dict:
+    return {"lisa_frozen_bits": bits, "lisa_offload": "frozen" if on_host else ""}
+
+
 @pytest.mark.parametrize(
-    ("saved_bits", "world_size", "bits"), [(4, 2, 4), full(8, 2, 8), (4, 1, 4), full(4, 2, 16), full(4, 1, 8)]
+    ("saved", "world_size", "resumed", "build"),
+    [
+        (frozen_as(4), 2, frozen_as(4), tiny_llama),
+        full(frozen_as(8), 2, frozen_as(8), tiny_llama),
+        (frozen_as(4), 1, frozen_as(4), tiny_llama),
+        full(frozen_as(4), 2, frozen_as(16), tiny_llama),
+        full(frozen_as(4), 1, frozen_as(8), tiny_llama),
+        (frozen_as(4, on_host=True), 2, frozen_as(4), tiny_qwen3_moe),
+        full(frozen_as(8), 1, frozen_as(8), tiny_qwen3_moe),
+        full(frozen_as(4), 2, frozen_as(4, on_host=True), tiny_gpt_oss),
+        full(frozen_as(16, on_host=True), 2, frozen_as(16), tiny_llama),
+        full(frozen_as(16, on_host=True), 4, frozen_as(16, on_host=True), tiny_gpt_oss),
+    ],
 )
-def test_a_run_resumes_and_files_have_the_originals(tmp_path, saved_bits, world_size, bits):
+def test_a_run_resumes_and_files_have_the_originals(tmp_path, saved, world_size, resumed, build):
     """On the same ranks the run goes on to the bit; what other sums, or other bits, make of its weights is near."""
-    whole = run_ranks(run, 2, str(tmp_path), saved_bits, False)
-    for rank, found in enumerate(run_ranks(run, world_size, str(tmp_path), bits, True)):
-        assert found["layers"] == whole[rank]["layers"]
-        assert_equal(found["saved"], whole[rank]["saved"])
-        is_same = (saved_bits, 2) == (bits, world_size)
-        assert (found["losses"] == whole[rank]["losses"][5:]) is is_same
-        assert found["losses"] == pytest.approx(whole[rank]["losses"][5:], abs=0.03)
+    whole = run_ranks(run, 2, str(tmp_path), build, saved, False)
+    for rank, found in enumerate(run_ranks(run, world_size, str(tmp_path), build, resumed, True)):
+        assert found["layers"] == whole[rank % 2]["layers"]
+        assert_equal(found["saved"], whole[0]["saved"])
+        is_same = (saved["lisa_frozen_bits"], 2) == (resumed["lisa_frozen_bits"], world_size)
+        assert (found["losses"] == whole[0]["losses"][5:]) is is_same
+        assert found["losses"] == pytest.approx(whole[0]["losses"][5:], abs=0.03)
         if is_same:
-            assert_equal(found["weights"], whole[rank]["weights"])
-    tiny_llama().config.save_pretrained(tmp_path)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert_equal(dict(saved.named_parameters()), whole[0]["weights"])
+            assert_equal(found["weights"], whole[0]["weights"])
+    build().config.save_pretrained(tmp_path)
+    saved_model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert_equal(dict(saved_model.named_parameters()), whole[0]["weights"])
 
 
 def test_exact_forward_passes_and_saves_are_those_of_the_model(tmp_path):

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from models import tiny_llama
 from transformers import LlamaConfig, xLSTMConfig
 
@@ -245,6 +246,50 @@ def test_frozen_layers_in_fewer_bits_are_planned():
     assert weights[16] - weights[8] == pytest.approx(30 * layer * (2 - 1 - 4 / 256), rel=1e-3)
     assert weights[16] - weights[4] == pytest.approx(30 * layer * (2 - 0.5 - 1 / 64 - 4 / 64 / 256), rel=1e-3)
     assert plans[4]["zero2"].host["originals of the layers"] == 32 * layer * 2 // 2, "a rank's share"
+
+
+@pytest.mark.parametrize(
+    ("settings", "stored", "expected"),
+    [  # files in bf16 are mapped; of others each rank makes a copy, or one rank of a host
+        ({}, torch.bfloat16, 0.0),
+        ({}, torch.float32, 4.0),
+        ({"lisa_frozen_bits": 4}, torch.bfloat16, 0.87),
+        ({"lisa_frozen_bits": 4}, torch.float32, 1.0),
+        ({"lisa_frozen_bits": 4, "lisa_offload": "frozen"}, torch.float32, 1.0 + 0.87 * 4.13 / 16),
+        ({"lisa_frozen_bits": 4, "lisa_frozen_store": "/tmp"}, torch.bfloat16, 0.0),
+    ],
+)
+def test_host_bytes_of_a_start_are_planned(settings, stored, expected):
+    config = load_model_config("llama3.1-8b")
+    config.dtype = stored
+    arguments = PlanArguments("llama3.1-8b", checkpointed_layers="all", gpus=4, deepspeed="zero2", host_memory="58GiB")
+    asked = lisa_dist.LisaConfig(lisa_activated_layers=2, **settings)
+    plan = Planner(config, arguments, asked).plan("zero2", 32, "logits")
+    model = 8_030_261_248 * 2
+    assert plan.start == pytest.approx(model * expected / 4, rel=0.01)
+    assert (plan.lacks(arguments)[1] > 0) == (expected == 4.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "tokens", "bus", "products"),
+    [  # a layer of Llama has 218,103,808 elements in matrices, of Qwen3-30B-A3B 18,874,368 and 128 experts of 4,718,592
+        ("llama3.1-8b", {}, 4096, 2 * 30 * 218_103_808 * 2 / 25e9, 2 * 4096 * 3 * 32 * 218_103_808 / 82e12),
+        ("llama3.1-8b", {"lisa_frozen_bits": 4}, 512, 0.2701, 2 * 512 * 3 * 32 * 218_103_808 / 82e12),
+        ("qwen3-30b-a3b", {}, 512, 2 * 46 * 622_854_144 * 2 / 25e9, 2 * 512 * 3 * 48 * 56_623_104 / 82e12),
+    ],
+)
+def test_seconds_of_the_bus_are_planned_beside_those_of_products(model, settings, tokens, bus, products, capsys):
+    settings = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    words = (
+        "--lisa_offload frozen --lisa_activated_layers 2 --checkpointed_layers all --deepspeed zero2 --gpu_memory 1TB"
+    )
+    asked = [*words.split(), "--model", model, "--seq_length", str(tokens), *settings]
+    main(asked)
+    printed = capsys.readouterr().out
+    found = dict(re.findall(r"^ *(bus, seconds a micro-batch|behind products) +(.+)$", printed, re.MULTILINE))
+    assert found["bus, seconds a micro-batch"] == f"{bus:.1f}"
+    assert found["behind products"] == f"{products:.1f}, {'hidden' if bus <= products else 'waited for'}"
+    assert "--lisa_offload frozen" in printed.splitlines()[-1]
 
 
 def test_other_methods_are_planned_too(tiny_config):

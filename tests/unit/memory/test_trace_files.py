@@ -69,6 +69,7 @@ CHANGES = [
     *({"workload": replace(WORKLOAD, **change)} for change in (
         {"seq_length": 17}, {"checkpointed_layers": 2}, {"dtype": torch.float32}, {"loss": CHUNKED}, {"padded": True},
         {"attention": "eager"}, {"micro_batch_size": 2}, {"triton": True}, {"by_module": True}, {"frozen_bits": 8},
+        {"frozen_bits": "fp8"}, {"streams": True},
     )),
     {"layers_attribute": "model.layers"},
     {"period": Trained((0, 2), ("embed", "head", "rest"))},

@@ -179,7 +179,7 @@ def test_every_preset_is_of_flags():
     assert names - {"optim"} <= set(LisaConfig.__dataclass_fields__)
 
 
-def test_a_model_that_is_stored_in_mxfp4_is_loaded_in_16_bits(folder, tmp_path):
+def test_a_model_that_is_stored_in_mxfp4_is_loaded_in_16_bits(folder, tmp_path, monkeypatch):
     """As gpt-oss is on the hub: two numbers a byte, with an exponent for each 32."""
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     values, generator = torch.cat([values, -values]), torch.Generator().manual_seed(0)
@@ -208,6 +208,13 @@ def test_a_model_that_is_stored_in_mxfp4_is_loaded_in_16_bits(folder, tmp_path):
     assert getattr(loaded.config, "quantization_config", None) is None
     for name, value in expected.items():
         assert torch.equal(loaded.get_parameter(name), value), name
+    config = parse_arguments([*flags, "--lisa_frozen_bits", "4"])
+    monkeypatch.setattr(type(config.training), "process_index", 1)
+    empty = load_model(settle(config, None).config)
+    assert [(name, value.shape, value.dtype) for name, value in empty.named_parameters()] == [
+        (name, value.shape, value.dtype) for name, value in loaded.named_parameters()
+    ]
+    assert all(value.is_meta for value in empty.parameters())
 
 
 @pytest.mark.parametrize(
