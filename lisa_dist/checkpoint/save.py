@@ -12,6 +12,7 @@ DeepSpeed's own checkpoints are no basis for this: they tie the optimizer to one
 restores neither frozen weights nor the step counts of several groups.
 """
 
+import contextlib
 import shutil
 import time
 import weakref
@@ -125,7 +126,7 @@ def end_save(lisa: LisaController) -> None:
 
 
 @dataclass
-class _Save:
+class _Save(contextlib.AbstractContextManager["_Save"]):
     """A checkpoint that is being written; where an error ends it nothing of it stays."""
 
     lisa: LisaController
@@ -142,9 +143,6 @@ class _Save:
     def __post_init__(self) -> None:
         self.lisa.note_changes()
         self._changed = self.lisa.changes.take(self.lisa.engine.global_steps)
-
-    def __enter__(self) -> "_Save":
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:

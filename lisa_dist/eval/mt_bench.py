@@ -64,7 +64,12 @@ class MTBench:
         questions = read_entries(folder / "question.jsonl", _QUESTION)
         if limit is not None:
             limit = max(1, int(len(questions) * limit)) if limit < 1 else int(limit)
-        self.questions = _alternate_categories(questions)[:limit]
+        categories: dict[str, list[dict]] = {}
+        for question in questions:
+            categories.setdefault(question["category"], []).append(question)
+        # The first of each category, then the second of each, and so on.
+        in_turn = [one for group in zip_longest(*categories.values()) for one in group if one is not None]
+        self.questions = in_turn[:limit]
         self._prompts = _read_prompts(folder / "judge_prompts.jsonl") if judged else {}
         self._references: dict[int, list[str]] = {}  # by question_id
         with_reference = [question for question in self.questions if question["category"] in WITH_REFERENCE]
@@ -99,11 +104,3 @@ def _read_prompts(path: Path) -> dict[str, dict]:
         if fields - _FIELDS:
             raise UserError(f"{path}: {name} has the unknown field {{{min(fields - _FIELDS)}}}.")
     return prompts
-
-
-def _alternate_categories(questions: list[dict]) -> list[dict]:
-    """The first question of each category, then the second of each, and so on."""
-    categories: dict[str, list[dict]] = {}
-    for question in questions:
-        categories.setdefault(question["category"], []).append(question)
-    return [one for group in zip_longest(*categories.values()) for one in group if one is not None]

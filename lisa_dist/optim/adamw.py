@@ -109,8 +109,11 @@ class LisaAdamW(torch.optim.Optimizer):
                     partition = self._alone(group, parameter, f"{number}.{index}")
                 if partition is not None:
                     partitions.append((group, parameter, partition))
-        _check_finite([gradient for _, parameter, one in partitions if parameter not in prepared
-                       for gradient in one.gradients])  # fmt: skip
+        alone = [one for _, parameter, one in partitions if parameter not in prepared]
+        gradients: list[Any] = [gradient for one in alone for gradient in one.gradients if gradient.numel()]
+        extremes = [value.float() for gradient in gradients for value in torch.aminmax(gradient)]
+        if extremes and not torch.stack(extremes).isfinite().all():
+            raise ValueError("LisaAdamW: expected finite gradients, got NaN or infinity; nothing was changed.")
         steps = [self._step_of(group, parameter, partition) for group, parameter, partition in partitions]
         for step in steps:  # all were checked
             step()
@@ -307,10 +310,3 @@ def _cut(gradients: Sequence[torch.Tensor | RowGradient], offset: int, length: i
             return gradient.reshape(-1)[offset : offset + length]
         offset -= gradient.numel()
     raise AssertionError("there are fewer gradients than elements")
-
-
-def _check_finite(gradients: list[Any]) -> None:
-    gradients = [gradient for gradient in gradients if gradient.numel()]
-    extremes = [value.float() for gradient in gradients for value in torch.aminmax(gradient)]
-    if extremes and not torch.stack(extremes).isfinite().all():
-        raise ValueError("LisaAdamW: expected finite gradients, got NaN or infinity; nothing was changed.")
