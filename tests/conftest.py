@@ -44,6 +44,12 @@ def folder(tmp_path_factory) -> Path:
     return save_tiny_run(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def tiny(folder) -> str:
+    """The model alone, which nobody writes to."""
+    return str(folder / "model")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _errors_name_flags():
     """As in a run; test_errors.py has them as Python sees them."""

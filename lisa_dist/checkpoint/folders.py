@@ -38,12 +38,6 @@ def make_staging(folder: Path, writes: bool) -> Path:
     return staging
 
 
-def drop_staging(staging: Path, writes: bool) -> None:
-    """Remove what a save that failed has written."""
-    if writes:
-        _remove(staging)
-
-
 def put_in_place(staging: Path, folder: Path) -> None:
     """Rename a staged folder to `folder`; one that exists there is moved aside first and deleted afterwards."""
     for path in (staging, *staging.rglob("*")):

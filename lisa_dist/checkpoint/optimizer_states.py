@@ -12,6 +12,7 @@ whole ("0:state1", "0:absmax1", ...), restored bit for bit into the same partiti
 Factored moments of a matrix are "name:row_sq", of the rows that a piece touches, "name:column_sq" and "name:mean_sq".
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ def states_on_host(
         partitions.append(partition | ({"step": int(fields.pop("step"))} if "step" in fields else {}))
         if factored.WIDTHS in fields:
             for place in factored.places(fields.pop(factored.WIDTHS), pieces[key]):
-                parts |= {f"{place.piece.name}:{name}": fields[name][cut] for name, cut in place.of_fields.items()}
+                parts |= {f"{place.piece.name}:{name}": fields[name][cut] for name, cut in place.cuts.items()}
             fields = {MASTER: state.master}
         for field, value in fields.items():
             has_codes, has_scales = f"{field}_scales" in fields, field.endswith("_scales")
@@ -63,8 +64,7 @@ def states_on_host(
                 parts[f"{index}:{field}"] = value
                 continue
             for piece, blocks in with_blocks(pieces[key]):
-                elements = slice(piece.offset, piece.offset + piece.length)
-                parts[f"{piece.name}:{name}"] = value[blocks if has_scales else elements]
+                parts[f"{piece.name}:{name}"] = value[blocks if has_scales else piece.elements]
     return {name: copy_on_host(value) for name, value in parts.items()}, {"partitions": json.dumps(partitions)}
 
 
@@ -85,7 +85,7 @@ class StateFiles:
         self._files = [safe_open(path, framework="pt") for path in paths]
         self._names = [set(file.keys()) for file in self._files]
         self._partitions = [json.loads(file.metadata()["partitions"]) for file in self._files]
-        self._last_dequantized: tuple[tuple[str, int, int] | None, torch.Tensor] = (None, torch.empty(0))
+        self._dequantized = functools.lru_cache(1)(self._dequantize)  # pieces of one partition are read one by one
         self._sources: dict[str, list[tuple[int, int, Piece]]] = {}
         for file, partitions in enumerate(self._partitions):
             for index, partition in enumerate(partitions):
@@ -155,11 +155,8 @@ class StateFiles:
         begins = source.offset - source.start
         return self._dequantized(field, file, index)[begins + first : begins + last]
 
-    def _dequantized(self, moment: str, file: int, index: int) -> torch.Tensor:
-        if self._last_dequantized[0] != (moment, file, index):  # pieces of one partition are read one after the other
-            parts = (self._files[file].get_tensor(f"{index}:{field}") for field in BITSANDBYTES[moment])
-            self._last_dequantized = ((moment, file, index), dequantize(*parts))
-        return self._last_dequantized[1]
+    def _dequantize(self, moment: str, file: int, index: int) -> torch.Tensor:
+        return dequantize(*(self._files[file].get_tensor(f"{index}:{field}") for field in BITSANDBYTES[moment]))
 
     def _coded(self, name: str, file: int, source: Piece, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes of elements [first, last) of a parameter, and the scales of the blocks that they are in."""

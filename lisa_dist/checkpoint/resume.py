@@ -123,7 +123,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     raise_together(problems)
     raise_shared(_why_foreign(folder, state["files"]))
     check_files(folder, state["files"])
-    raise_shared(_why_unlisted(folder, state))
+    # A file without a sum, which an export or a resume would read.
+    unlisted = next((name for name in _names_to_read(folder, state) if name not in state["files"]), None)
+    why = f"{folder / STATE_NAME} does not list {unlisted}: it has the sum of every file that is read; {_WAY_OUT}"
+    raise_shared(None if unlisted is None else why)
     return state
 
 
@@ -138,14 +141,6 @@ def _why_foreign(folder: Path, names: Iterable[str]) -> str | None:
         if os.path.commonpath([home, target]) != home:
             return f"{path} is a link to {target}: {rule}"
     return None
-
-
-def _why_unlisted(folder: Path, state: dict[str, Any]) -> str | None:
-    """What is wrong with a checkpoint that has files without a sum which an export or a resume would read."""
-    unlisted = next((name for name in _names_to_read(folder, state) if name not in state["files"]), None)
-    if unlisted is None:
-        return None
-    return f"{folder / STATE_NAME} does not list {unlisted}: it has the sum of every file that is read; {_WAY_OUT}"
 
 
 def _names_to_read(folder: Path, state: dict[str, Any]) -> Iterator[str]:

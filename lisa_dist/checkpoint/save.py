@@ -12,6 +12,8 @@ DeepSpeed's own checkpoints are no basis for this: they tie the optimizer to one
 restores neither frozen weights nor the step counts of several groups.
 """
 
+import contextlib
+import shutil
 import time
 import weakref
 from collections.abc import Callable
@@ -27,7 +29,7 @@ from safetensors.torch import save_file
 from torch import distributed as dist
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from lisa_dist.checkpoint.folders import drop_staging, make_staging, put_in_place
+from lisa_dist.checkpoint.folders import make_staging, put_in_place
 from lisa_dist.checkpoint.optimizer_states import copy_on_host, state_file, states_on_host
 from lisa_dist.checkpoint.weights import (
     assign,
@@ -100,14 +102,14 @@ def save_checkpoint(
             save.complete()
 
 
-def finish_save(lisa: LisaController) -> None:
+def finish_save(lisa: LisaController, seconds: float | None = None) -> None:
     """Wait until the save that goes on in the background is complete, where there is one; every rank calls it.
 
-    Raises SaveError on every rank when one could not write.
+    Raises SaveError on every rank when one could not write, or after `seconds`.
     """
     save = _running.pop(lisa, None)
     if save is not None:
-        save.wait()
+        save.wait(seconds)
 
 
 def end_save(lisa: LisaController) -> None:
@@ -116,18 +118,15 @@ def end_save(lisa: LisaController) -> None:
     The threads that write speak with each other alone, so ranks need not raise at the same place. What goes wrong is
     printed, since the run's own error is on its way.
     """
-    save = _running.pop(lisa, None)
-    if save is None:
-        return
     try:
-        save.wait(_PATIENCE)
+        finish_save(lisa, _PATIENCE)
     except (SaveError, RuntimeError) as error:  # of a disk, or of another rank that is gone
         if dist.get_rank() == 0:
             print(f"lisa-dist: {error}", flush=True)
 
 
 @dataclass
-class _Save:
+class _Save(contextlib.AbstractContextManager["_Save"]):
     """A checkpoint that is being written; where an error ends it nothing of it stays."""
 
     lisa: LisaController
@@ -145,13 +144,11 @@ class _Save:
         self.lisa.note_changes()
         self._changed = self.lisa.changes.take(self.lisa.engine.global_steps)
 
-    def __enter__(self) -> "_Save":
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self.lisa.changes.give_back(self._changed)
-            drop_staging(self.staging, self.writes)
+            if self.writes:
+                shutil.rmtree(self.staging, ignore_errors=True)
 
     def link_and_copy_weights(self) -> None:
         """Link what has not changed, and copy what has: each file to the rank that writes it."""
@@ -209,7 +206,7 @@ class _Save:
         self._future = executor.submit(self.complete)
         executor.shutdown(wait=False)
 
-    def wait(self, seconds: float | None = None) -> None:
+    def wait(self, seconds: float | None) -> None:
         """Until it is complete; raises what `complete` has raised, SaveError after `seconds`."""
         assert self._future is not None
         with self:

@@ -40,22 +40,18 @@ def describe() -> str:
 
         config = LlamaConfig()
     attention, why_attention = choose_attention(None, half_precision=True, config=config)
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    of_gpus = ", ".join(f"{gpu.name} ({format_bytes(gpu.total_memory)})" for gpu in gpus)
     rows = [
         ("lisa_dist", version_of("lisa_dist")),
         ("Python", platform.python_version()),
-        ("devices", _devices() if on_gpu else f"{os.cpu_count()} CPU cores"),
+        ("devices", of_gpus if on_gpu else f"{os.cpu_count()} CPU cores"),
         *([("missing: GPU", no_gpu)] if (no_gpu := why_no_gpu()) else []),
         *((name, version_of(name)) for name in (*_NEEDED, *_OPTIONAL)),
         ("kernels of lisa_adamw", f"{kernels} ({why})"),
         ("attention of a Llama", f"{attention} ({why_attention})"),
     ]
     return format_table([*rows, *_missing(on_gpu)])
-
-
-def _devices() -> str:
-    """GPUs of this host, with their memory."""
-    of_each = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return ", ".join(f"{each.name} ({format_bytes(each.total_memory)})" for each in of_each)
 
 
 def _missing(on_gpu: bool) -> list[tuple[str, str]]:

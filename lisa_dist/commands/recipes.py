@@ -14,12 +14,21 @@ def main(*argv: str) -> None:
     with exit_on_error("lisa-dist recipes"):
         verb, *rest = argv or ("list",)
         if verb == "list" and not rest:
-            print(_listed())
+            known = shipped()
+            width = max(map(len, known)) + 2
+            for name, path in known.items():  # each with the first sentence of what it says of itself
+                print(f"{name:<{width}}{_first_sentence(path).rstrip('.')}")
         elif verb == "show" and len(rest) == 1:
             print(_find(rest[0]).read_text(encoding="utf-8"), end="")
         elif verb == "copy" and len(rest) in (1, 2):
             source = _find(rest[0])
-            print(f"wrote {_copy(source, Path(rest[1] if len(rest) == 2 else source.name))}")
+            target = Path(rest[1] if len(rest) == 2 else source.name)
+            target = target / source.name if target.is_dir() else target
+            if target.exists():
+                raise UserError(f"{target}: is there already; name another file.")
+            with writing(str(target)):
+                shutil.copyfile(source, target)
+            print(f"wrote {target}")
         else:
             raise UserError(f"{' '.join(argv)}: give nothing for a list, show NAME, or copy NAME [FILE].")
 
@@ -39,22 +48,6 @@ def _find(name: str) -> Path:
         nearest = difflib.get_close_matches(name, known, n=1)
         raise UserError(f"{name}: no such recipe; {f'did you mean {nearest[0]}?' if nearest else 'see the list.'}")
     return path
-
-
-def _copy(source: Path, target: Path) -> Path:
-    target = target / source.name if target.is_dir() else target
-    if target.exists():
-        raise UserError(f"{target}: is there already; name another file.")
-    with writing(str(target)):
-        shutil.copyfile(source, target)
-    return target
-
-
-def _listed() -> str:
-    """Each with the first sentence of what it says of itself."""
-    known = shipped()
-    width = max(map(len, known)) + 2
-    return "\n".join(f"{name:<{width}}{_first_sentence(path).rstrip('.')}" for name, path in known.items())
 
 
 def _first_sentence(path: Path) -> str:

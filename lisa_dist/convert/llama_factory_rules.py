@@ -10,16 +10,8 @@ from lisa_dist.convert.rule import Flags, Given, NoCounterpart, Rule, Tool, alik
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}  # as rows of alpaca have them here
 
 
-def _known_datasets(given: Given) -> dict[str, dict]:
-    """What dataset_info.json says of each name; nothing where it is not at hand."""
-    path = Path(str(given.get("dataset_dir") or "data"), "dataset_info.json")
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _looked_up(name: str, known: Given, given: Given) -> tuple[str, Flags]:
+def _looked_up(name: str, info: Given, folder: Path, count: Any) -> tuple[str, Flags]:
     """The file or the hub's name behind one of dataset_info.json, with the number of rows, and what is said of it."""
-    info, count = known.get(name, {}), given.get("max_samples")
-    folder = Path(str(given.get("dataset_dir") or "data"))
     source = info.get("hf_hub_url") or (folder / info["file_name"]).as_posix() if info else name
     here = {} if info.get("formatting") == "sharegpt" else _COLUMNS
     columns = {here.get(theirs, theirs): column for theirs, column in info.get("columns", {}).items()}
@@ -30,8 +22,10 @@ def _looked_up(name: str, known: Given, given: Given) -> tuple[str, Flags]:
 
 def _datasets_as(flag: str) -> Rule:
     def rule(value: Any, given: Given) -> Flags:
-        names, known = names_of(value), _known_datasets(given)
-        sources, of_each = zip(*(_looked_up(name, known, given) for name in names), strict=True)
+        names, folder, count = names_of(value), Path(str(given.get("dataset_dir") or "data")), given.get("max_samples")
+        path = folder / "dataset_info.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        sources, of_each = zip(*(_looked_up(name, known.get(name, {}), folder, count) for name in names), strict=True)
         flags = alike(list(sources), list(of_each))
         flags = flags if flag == "dataset_name" else {flag: flags["dataset_name"]}
         if unknown := [name for name in names if name not in known]:

@@ -138,7 +138,7 @@ class LisaController:
         self.partitions, self.engine = partitions, engine
         let_backward_end(engine.module)
         self.host_states = HostStates(CopyStream(engine.device))
-        partitions.before_step(self.host_states.copies.wait)
+        partitions.optimizer.register_step_pre_hook(self.host_states.copies.wait)
         guard_switches(partitions, config.lisa_interval_steps, lambda: self.period)
         scale_rates(partitions.optimizer, config.lr_scales)
         self._nonfinite = NonfiniteGuard(engine, config.lisa_nonfinite)

@@ -13,6 +13,7 @@ from lisa_dist.core.blocks import Block
 from lisa_dist.core.sampling import ActiveSet
 from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import SharedError
+from lisa_dist.zero.parameters import local_weights
 from lisa_dist.zero.partitions import ZeroPartitions
 
 
@@ -67,7 +68,7 @@ def guard_switches(partitions: ZeroPartitions, interval_steps: int, current_peri
         if module.training and torch.is_grad_enabled():
             check()
 
-    partitions.before_step(check)
+    partitions.optimizer.register_step_pre_hook(check)
     partitions.before_forward(check_forward)
 
 
@@ -148,5 +149,5 @@ class InactiveWeights:
             raise RuntimeError(f"weights that were inactive in period {period} have changed: {', '.join(changed)}")
 
     def _digest(self, parameter: torch.nn.Parameter) -> str:
-        local = self._partitions.local_weights(parameter).detach().contiguous().view(-1).view(torch.uint8)
+        local = local_weights(parameter).detach().contiguous().view(-1).view(torch.uint8)
         return hashlib.sha256(local.cpu().numpy().tobytes()).hexdigest()

@@ -20,7 +20,7 @@ from torch import distributed as dist
 
 from lisa_dist.core.blocks import Block
 from lisa_dist.run_folder import MOVEMENT_LOG, append_line
-from lisa_dist.zero.parameters import parameter_numel
+from lisa_dist.zero.parameters import local_weights, parameter_numel
 from lisa_dist.zero.partitions import ZeroPartitions
 
 MOVEMENT_FILE = "lisa_movement.safetensors"
@@ -155,7 +155,7 @@ class WeightMovement:
         rank, sharded = dist.get_rank(), self._partitions.weights_are_sharded
         seen = {}
         for name in names if rank == 0 or sharded else ():
-            local = [self._partitions.local_weights(parameter) for parameter in self._samples[name].parameters]
+            local = [local_weights(parameter) for parameter in self._samples[name].parameters]
             found = self._samples[name].of(local, rank if sharded else 0)
             if sharded:
                 found = found.to(self._partitions.engine.device)

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lisa_dist.definitions import setting
 from lisa_dist.errors import UserError
 
 MT_BENCH = "mt_bench"
@@ -16,38 +17,22 @@ class EvalArguments:
 
     model: str = field(metadata={"help": "Folder of a model, of a checkpoint or of an adapter, or a model of the hub."})
     tasks: str = field(metadata={"help": "Separated by commas: mmlu, agieval, winogrande, gsm8k, ..., mt_bench."})
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder with the tasks' files; left out, the data comes from the hub."}
-    )
-    limit: float | None = field(
-        default=None, metadata={"help": "Items per task, or below 1 a fraction of them; of mt_bench questions."}
-    )
-    num_fewshot: int | None = field(
-        default=None, metadata={"help": "Few-shot examples in each prompt; left out, the task's own number."}
-    )
-    apply_chat_template: bool = field(
-        default=False, metadata={"help": "Apply the tokenizer's chat template to prompts; mt_bench always does."}
-    )
-    batch_size: str = field(default="8", metadata={"help": "Prompts per batch on each rank, or auto for what fits."})
-    dtype: str = field(default="auto", metadata={"help": f"Of the weights: {', '.join(_DTYPES)}; auto: as saved."})
-    seed: int = field(default=1234, metadata={"help": "Seed of the few-shot examples and of sampled answers."})
-    gpus: int | None = field(default=None, metadata={"help": "Ranks to start on this host; each evaluates a share."})
-    output_dir: str | None = field(
-        default=None, metadata={"aliases": ["--output"], "help": "Folder of the results; left out, eval/MODEL."}
-    )
-    max_new_tokens: int = field(default=1024, metadata={"help": "Tokens per answer of mt_bench."})
-    judge_url: str | None = field(
-        default=None, metadata={"help": "OpenAI-compatible endpoint; its key is taken from JUDGE_API_KEY."}
-    )
-    judge_model: str | None = field(default=None, metadata={"help": "The judge's name at that endpoint."})
-    judge_parallel: int = field(default=4, metadata={"help": "Parallel requests to the judge."})
-    judge_timeout: float = field(default=120.0, metadata={"help": "Seconds for a verdict."})
-    judge_rating: str = field(
-        default="last", metadata={"help": "Which rating of a judgment counts, last or first (FastChat's)."}
-    )
-    judge_max_tokens: int = field(
-        default=2048, metadata={"help": "Tokens per verdict; a judge that reasons first needs more."}
-    )
+    data_dir: str | None = setting(None, "Folder with the tasks' files; left out, the data comes from the hub.")
+    limit: float | None = setting(None, "Items per task, or below 1 a fraction of them; of mt_bench questions.")
+    num_fewshot: int | None = setting(None, "Few-shot examples in each prompt; left out, the task's own number.")
+    apply_chat_template: bool = setting(False, "Apply the tokenizer's chat template to prompts; mt_bench always does.")
+    batch_size: str = setting("8", "Prompts per batch on each rank, or auto for what fits.")
+    dtype: str = setting("auto", f"Of the weights: {', '.join(_DTYPES)}; auto: as saved.")
+    seed: int = setting(1234, "Seed of the few-shot examples and of sampled answers.")
+    gpus: int | None = setting(None, "Ranks to start on this host; each evaluates a share.")
+    output_dir: str | None = setting(None, "Folder of the results; left out, eval/MODEL.", aliases=["--output"])
+    max_new_tokens: int = setting(1024, "Tokens per answer of mt_bench.")
+    judge_url: str | None = setting(None, "OpenAI-compatible endpoint; its key is taken from JUDGE_API_KEY.")
+    judge_model: str | None = setting(None, "The judge's name at that endpoint.")
+    judge_parallel: int = setting(4, "Parallel requests to the judge.")
+    judge_timeout: float = setting(120.0, "Seconds for a verdict.")
+    judge_rating: str = setting("last", "Which rating of a judgment counts, last or first (FastChat's).")
+    judge_max_tokens: int = setting(2048, "Tokens per verdict; a judge that reasons first needs more.")
 
     def __post_init__(self) -> None:
         self.names = [name.strip() for name in self.tasks.split(",") if name.strip()]

@@ -64,12 +64,23 @@ class MTBench:
         questions = read_entries(folder / "question.jsonl", _QUESTION)
         if limit is not None:
             limit = max(1, int(len(questions) * limit)) if limit < 1 else int(limit)
-        self.questions = _alternate_categories(questions)[:limit]
+        categories: dict[str, list[dict]] = {}
+        for question in questions:
+            categories.setdefault(question["category"], []).append(question)
+        # The first of each category, then the second of each, and so on.
+        in_turn = [one for group in zip_longest(*categories.values()) for one in group if one is not None]
+        self.questions = in_turn[:limit]
         self._prompts = _read_prompts(folder / "judge_prompts.jsonl") if judged else {}
-        self._references: dict[int, list[str]] = {}
+        self._references: dict[int, list[str]] = {}  # by question_id
         with_reference = [question for question in self.questions if question["category"] in WITH_REFERENCE]
         if judged and with_reference:
-            self._references = _read_references(folder / "reference_answer_gpt-4.jsonl", with_reference)
+            path = folder / "reference_answer_gpt-4.jsonl"
+            entries = [entry for entry in read_entries(path, _REFERENCE) if entry["choices"]]
+            self._references = {entry["question_id"]: entry["choices"][0]["turns"] for entry in entries}
+            for question in with_reference:
+                number, category = question["question_id"], question["category"]
+                if number not in self._references:
+                    raise UserError(f"{path}: has no answer to question {number} of the category {category}.")
 
     def judge_request(self, question: dict, turn: int, answer: list[str]) -> JudgeRequest:
         """What a judge is asked about turn 1 or 2 of an answer, given both turns."""
@@ -93,23 +104,3 @@ def _read_prompts(path: Path) -> dict[str, dict]:
         if fields - _FIELDS:
             raise UserError(f"{path}: {name} has the unknown field {{{min(fields - _FIELDS)}}}.")
     return prompts
-
-
-def _read_references(path: Path, questions: list[dict]) -> dict[int, list[str]]:
-    """The reference answers, which each of the questions must have, by question_id."""
-    entries = read_entries(path, _REFERENCE)
-    references = {entry["question_id"]: entry["choices"][0]["turns"] for entry in entries if entry["choices"]}
-    for question in questions:
-        if question["question_id"] not in references:
-            raise UserError(
-                f"{path}: has no answer to question {question['question_id']} of the category {question['category']}."
-            )
-    return references
-
-
-def _alternate_categories(questions: list[dict]) -> list[dict]:
-    """The first question of each category, then the second of each, and so on."""
-    categories: dict[str, list[dict]] = {}
-    for question in questions:
-        categories.setdefault(question["category"], []).append(question)
-    return [one for group in zip_longest(*categories.values()) for one in group if one is not None]

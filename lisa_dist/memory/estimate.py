@@ -536,7 +536,7 @@ def group_state_buffers(
     if group.bits == FACTORED:
         pieces = pieces_of_group(group.named_numels, stage, rank, world_size)
         here = places([group.widths[int(piece.name)] for piece in pieces], pieces)
-        moments = [4 * here[-1].rows.stop, 4 * here[-1].columns.stop, 4 * len(here)] if here else []
+        moments = [4 * cut.stop for cut in here[-1].cuts.values()] if here else []
     elif group.bits == 8 and optim == LISA_ADAMW:
         moments = 2 * [partition, scales]
     elif group.bits == 8 and partition >= _SMALLEST_QUANTIZED:

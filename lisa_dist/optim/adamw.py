@@ -109,8 +109,11 @@ class LisaAdamW(torch.optim.Optimizer):
                     partition = self._alone(group, parameter, f"{number}.{index}")
                 if partition is not None:
                     partitions.append((group, parameter, partition))
-        _check_finite([gradient for _, parameter, one in partitions if parameter not in prepared
-                       for gradient in one.gradients])  # fmt: skip
+        alone = [one for _, parameter, one in partitions if parameter not in prepared]
+        gradients: list[Any] = [gradient for one in alone for gradient in one.gradients if gradient.numel()]
+        extremes = [value.float() for gradient in gradients for value in torch.aminmax(gradient)]
+        if extremes and not torch.stack(extremes).isfinite().all():
+            raise ValueError("LisaAdamW: expected finite gradients, got NaN or infinity; nothing was changed.")
         steps = [self._step_of(group, parameter, partition) for group, parameter, partition in partitions]
         for step in steps:  # all were checked
             step()
@@ -123,11 +126,8 @@ class LisaAdamW(torch.optim.Optimizer):
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
-            if number in saved:
-                self.state[parameter] = {
-                    name: value.to(parameter.device) if isinstance(value, torch.Tensor) else value
-                    for name, value in saved[number].items()
-                }
+            for name, value in saved.get(number, {}).items():
+                self.state[parameter][name] = value.to(parameter.device) if isinstance(value, torch.Tensor) else value
 
     def restore(self, group: dict[str, Any], parameter: torch.Tensor, pieces: Sequence[Piece], fields: Fields) -> None:
         """Give a parameter saved moments: "step", and each moment in fp32, as codes with their scales, or factored."""
@@ -234,20 +234,16 @@ class LisaAdamW(torch.optim.Optimizer):
             kind, step = StepNumbers, adamw_step
             numbers |= {"beta1": beta1, "beta2": beta2, "step": state["step"]}
         for piece, of_piece in zip(partition.pieces, tensors, strict=True):
+            number = int.from_bytes(hashlib.sha256(piece.name.encode()).digest()[:4], "big") >> 1  # 31 bits, by name
             for part, element in in_chunks_of_rows(of_piece, piece.start):
-                step(part, kind(element=element, parameter=_number_of(piece.name), **numbers))
-
-
-def _elements(piece: Piece) -> slice:
-    """Where a piece is in its partition."""
-    return slice(piece.offset, piece.offset + piece.length)
+                step(part, kind(element=element, parameter=number, **numbers))
 
 
 def _adamw_tensors(flat: torch.Tensor, partition: PartitionStep, state: dict[str, Any]) -> list[StepTensors]:
     """What the kernel takes of each piece; `flat` is the partition."""
     found = []
     for piece, blocks in with_blocks(partition.pieces):
-        cuts = dict.fromkeys(MOMENTS, _elements(piece)) | {f"{name}_scales": blocks for name in MOMENTS}
+        cuts = dict.fromkeys(MOMENTS, piece.elements) | {f"{name}_scales": blocks for name in MOMENTS}
         moments = {name: state[name][cut] for name, cut in cuts.items() if name in state}
         found.append(StepTensors(**_weights_and_gradient(flat, partition, piece), **moments))
         check_tensors(found[-1], piece.start, f"LisaAdamW, {piece.name}")
@@ -259,7 +255,8 @@ def _factored_tensors(flat: torch.Tensor, partition: PartitionStep, state: dict[
     found = []
     for place in factored.places(state[factored.WIDTHS], partition.pieces):
         # Moments in the places of the roots, of the same sizes, which come with the new moments.
-        roots = {"row_roots": state["row_sq"][place.rows], "column_roots": state["column_sq"][place.columns]}
+        fields = {"row_roots": "row_sq", "column_roots": "column_sq"}
+        roots = {name: state[field][place.cuts[field]] for name, field in fields.items()}
         found.append(FactoredTensors(**_weights_and_gradient(flat, partition, place.piece), **roots))
         check_factored(found[-1], place.piece.start, f"LisaAdamW, {place.piece.name}")
     return found
@@ -267,7 +264,7 @@ def _factored_tensors(flat: torch.Tensor, partition: PartitionStep, state: dict[
 
 def _weights_and_gradient(flat: torch.Tensor, partition: PartitionStep, piece: Piece) -> dict[str, Any]:
     """What the kernels take of a piece beside its moments."""
-    cut = _elements(piece)
+    cut = piece.elements
     weight = flat if partition.weight is None else partition.weight
     return {
         "weight": weight[cut] if partition.weight is not None or flat.dtype == torch.bfloat16 else None,
@@ -313,15 +310,3 @@ def _cut(gradients: Sequence[torch.Tensor | RowGradient], offset: int, length: i
             return gradient.reshape(-1)[offset : offset + length]
         offset -= gradient.numel()
     raise AssertionError("there are fewer gradients than elements")
-
-
-def _number_of(name: str) -> int:
-    """31 bits for the name of a parameter."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
-
-
-def _check_finite(gradients: list[Any]) -> None:
-    gradients = [gradient for gradient in gradients if gradient.numel()]
-    extremes = [value.float() for gradient in gradients for value in torch.aminmax(gradient)]
-    if extremes and not torch.stack(extremes).isfinite().all():
-        raise ValueError("LisaAdamW: expected finite gradients, got NaN or infinity; nothing was changed.")

@@ -41,23 +41,16 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Place:
-    """A piece of a matrix, and where its moments are in the fields of its partition."""
+    """A piece of a matrix, and by field where its moments are in the fields of its partition."""
 
     piece: Piece
     width: int
-    rows: slice
-    columns: slice
-    mean: slice
-
-    @property
-    def of_fields(self) -> dict[str, slice]:
-        """The same by field."""
-        return dict(zip(FIELDS, (self.rows, self.columns, self.mean), strict=True))
+    cuts: dict[str, slice]
 
     def cut_ends(self, cut_rows: Sequence[int]) -> list[tuple[int, slice]]:
         """The piece's first and last row where they are cut: which of `cut_rows`, and where in the piece's rows."""
         first = self.piece.start // self.width
-        last = first + self.rows.stop - self.rows.start - 1
+        last = first + num_rows(self.piece.start, self.piece.length, self.width) - 1
         return [(cut_rows.index(row), slice(row - first, row - first + 1)) for row in {first, last} & set(cut_rows)]
 
 
@@ -67,7 +60,7 @@ def places(widths: Sequence[int], pieces: Sequence[Piece]) -> list[Place]:
     for number, (width, piece) in enumerate(zip(widths, pieces, strict=True)):
         last_row, last_column = rows + num_rows(piece.start, piece.length, width), columns + width
         cuts = slice(rows, last_row), slice(columns, last_column), slice(number, number + 1)
-        found.append(Place(piece, width, *cuts))
+        found.append(Place(piece, width, dict(zip(FIELDS, cuts, strict=True))))
         rows, columns = last_row, last_column
     return found
 
@@ -76,7 +69,7 @@ def new_state(matrices: Sequence[Matrix], pieces: Sequence[Piece], device: torch
     """The moments of a partition before its first step."""
     columns_of = {matrix.name: matrix.columns for matrix in matrices}
     widths = tuple(columns_of[piece.name] for piece in pieces)
-    rows = sum(place.rows.stop - place.rows.start for place in places(widths, pieces))
+    rows = sum(num_rows(piece.start, piece.length, width) for piece, width in zip(pieces, widths, strict=True))
     sizes = zip(FIELDS, (rows, sum(widths), len(pieces)), strict=True)
     moments = {name: torch.zeros(size, dtype=torch.float32, device=device) for name, size in sizes}
     return {"step": 0, WIDTHS: widths, **moments}
@@ -128,7 +121,7 @@ def update_moments(
         for number, at in place.cut_ends(matrix.cut_rows):
             of_rows[at] = cut[number : number + 1]
         count = count + (cut > 0).sum()
-        rows, columns, mean = (state[name][at] for name, at in place.of_fields.items())
+        rows, columns, mean = (state[name][at] for name, at in place.cuts.items())
         _average(rows, of_rows / matrix.columns, beta2)
         _average(columns, column_sums / count.clamp(min=1), beta2)
         _average(mean, column_sums.sum() / (matrix.rows * matrix.columns), beta2)

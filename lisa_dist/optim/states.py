@@ -51,6 +51,11 @@ class Piece:
     length: int
     offset: int
 
+    @property
+    def elements(self) -> slice:
+        """Where it is in the partition."""
+        return slice(self.offset, self.offset + self.length)
+
 
 class CopyStream:
     """Copies between host and device, queued on a stream of their own, or in order on a device without streams.

@@ -80,32 +80,28 @@ def _placing_masters(stage: Stage, kind: Any) -> Callable[[Any], None]:
     original = kind.initialize_optimizer_states
 
     @functools.wraps(original)
-    def place_masters_without_gradients(zero: Any) -> None:
+    def place_masters(zero: Any) -> None:
+        """Replace each master that belongs on the host, or that the weights can take the place of."""
         if stage.offloads_optimizer(zero) or isinstance(zero.optimizer, torch.optim.Adagrad):
             original(zero)
-        else:
-            _place_masters(zero, stage)
+            return
+        masters: list[Any] = stage.masters(zero)
+        groups = zero.optimizer.param_groups
+        if len(masters) != len(groups):  # stage 3 has cut groups into sub-groups, which LISA refuses later
+            return
+        for index, (group, master) in enumerate(zip(groups, masters, strict=True)):
+            weights = stage.flat_weights(zero, index)
+            if group.get("lisa_host"):
+                placed: Any = master.detach().to("cpu", copy=True)
+            elif (master.dtype, master.device) == (weights.dtype, weights.device):
+                placed = weights.detach()
+            else:
+                continue
+            placed.requires_grad = master.requires_grad
+            if stage.is_stage_3:
+                placed.ds_id = master.ds_id
+            masters[index] = placed
+            if any(parameter is master for parameter in group["params"]):  # stage 3 fills groups only while they step
+                group["params"] = [placed]
 
-    return place_masters_without_gradients
-
-
-def _place_masters(zero: Any, stage: Stage) -> None:
-    """Replace each master that belongs on the host, or that the weights can take the place of."""
-    masters: list[Any] = stage.masters(zero)
-    groups = zero.optimizer.param_groups
-    if len(masters) != len(groups):  # stage 3 has cut groups into sub-groups, which LISA refuses later
-        return
-    for index, (group, master) in enumerate(zip(groups, masters, strict=True)):
-        weights = stage.flat_weights(zero, index)
-        if group.get("lisa_host"):
-            placed: Any = master.detach().to("cpu", copy=True)
-        elif (master.dtype, master.device) == (weights.dtype, weights.device):
-            placed = weights.detach()
-        else:
-            continue
-        placed.requires_grad = master.requires_grad
-        if stage.is_stage_3:
-            placed.ds_id = master.ds_id
-        masters[index] = placed
-        if any(parameter is master for parameter in group["params"]):  # stage 3 fills groups only while they step
-            group["params"] = [placed]
+    return place_masters

@@ -1,5 +1,6 @@
 """Parameters of a model, whole or cut by ZeRO-3: their sizes, and what this rank holds of them."""
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -60,10 +61,7 @@ def parameter_shape(parameter: torch.Tensor) -> tuple[int, ...]:
 
 def parameter_numel(parameter: torch.Tensor) -> int:
     """Elements of the whole parameter; ZeRO-3, and fewer bits, leave 0 in `numel()`."""
-    quantized = original_of(parameter)
-    if quantized is not None:
-        return quantized.original.numel()
-    return getattr(parameter, "ds_numel", None) or parameter.numel()
+    return math.prod(parameter_shape(parameter))
 
 
 def local_weights(parameter: Any) -> torch.Tensor:

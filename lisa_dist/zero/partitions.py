@@ -135,10 +135,6 @@ class ZeroPartitions:
         world_size = torch.distributed.get_world_size(self._zero.dp_process_group)
         return self._stage.number, world_size, self._stage.alignment(self._zero)
 
-    def local_weights(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """What this rank holds of a parameter: its part on stage 3 (empty while on NVMe), else all of it."""
-        return parameters.local_weights(parameter)
-
     def gathered_bytes(self) -> int:
         """Bytes of the parameters that stage 3 holds whole right now, next to this rank's parts of them."""
         sharded: list[Any] = list(self.engine.module.parameters()) if self._stage.is_stage_3 else []
@@ -208,10 +204,6 @@ class ZeroPartitions:
 
     # What a switch does
 
-    def before_step(self, call: Callable[..., Any]) -> None:
-        """Have `call` called before the optimizer steps any group."""
-        self.optimizer.register_step_pre_hook(call)
-
     def before_forward(self, call: Callable[..., Any]) -> None:
         """Have `call`, which is given the model and its inputs, called before each forward pass, until `close`."""
         self._forward_hooks.append(self.engine.module.register_forward_pre_hook(call))
@@ -251,7 +243,7 @@ class ZeroPartitions:
         put_back(self._zero, self._stage, keys, carried, copies)
 
     def _of_rows(self, keys: list[PartitionKey]) -> tuple[int, list[Piece | None]] | None:
-        """The group of an embedding whose gradient is of rows, and the piece of each rank."""
+        """The group of an embedding whose gradient is of rows, and each rank's piece; None where a rank has nothing."""
         by_rows = isinstance(self.optimizer, LisaAdamW) and "get_flat_partition" not in left_out
         if not (by_rows and reduces_plainly(self._zero, self._stage)):
             return None
@@ -259,14 +251,11 @@ class ZeroPartitions:
             if len(key) != 1 or index in host_groups(self._zero) or sum(map(bool, keys)) == 1:
                 continue  # another parameter's gradient is what begins the end of a backward pass
             if embedding_of(self.engine.module, params[0]) is not None:
-                return index, self._piece_of_each_rank(key[0], params[0].numel())
+                stage, world_size, alignment = self._cuts
+                size, ranks = [(key[0], params[0].numel())], range(world_size)
+                of_ranks = [pieces_of_group(size, stage, rank, world_size, alignment) for rank in ranks]
+                return index, [next(iter(pieces), None) for pieces in of_ranks]
         return None
-
-    def _piece_of_each_rank(self, name: str, numel: int) -> list[Piece | None]:
-        """Each rank's piece of a group of one parameter; None for a rank that has nothing of it."""
-        stage, world_size, alignment = self._cuts
-        of_ranks = [pieces_of_group([(name, numel)], stage, rank, world_size, alignment) for rank in range(world_size)]
-        return [next(iter(pieces), None) for pieces in of_ranks]
 
     def _matrices(self, keys: list[PartitionKey]) -> list[list[Matrix]]:
         """The matrices of each group whose moments are factored."""

@@ -128,7 +128,6 @@ STAGE_3 = Stage(
 _COMMON_NAMES = (
     "_grad_acc_hooks",
     "averaged_gradients",
-    "loss_scale",
     "get_param_id",
     "model_parallel_group",
     "dp_process_group",

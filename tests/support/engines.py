@@ -36,10 +36,8 @@ def without(*names: str) -> Iterator[None]:
 def full_weights(engine) -> dict[str, torch.Tensor]:
     """A copy of every parameter, gathered where ZeRO-3 has cut it."""
     parameters = dict(engine.module.named_parameters())
-    if engine.zero_optimization_stage() == 3:
-        with deepspeed.zero.GatheredParameters(list(parameters.values())):
-            return {name: value.detach().clone() for name, value in parameters.items()}
-    return {name: value.detach().clone() for name, value in parameters.items()}
+    with deepspeed.zero.GatheredParameters([*parameters.values()], enabled=engine.zero_optimization_stage() == 3):
+        return {name: value.detach().clone() for name, value in parameters.items()}
 
 
 def my_rows(tokens: torch.Tensor) -> torch.Tensor:

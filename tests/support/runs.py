@@ -83,14 +83,16 @@ def run_well(flags: list[str], folder: Path, script: Path = TRAIN, report: bool 
     return said
 
 
-def on_two_ranks(flags: list[str], folder: Path, script: Path = TRAIN, report: bool = False) -> str:
-    """A run of two ranks to its end; what rank 0 said."""
+def on_two_ranks(flags: list[str], folder: Path, script: Path = TRAIN, report: bool = False, status: int = 0) -> str:
+    """A run of two ranks to its end, with this exit code; what rank 0 said."""
     meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     outputs = {str(rank): folder / f"{rank}.txt" for rank in range(2)}
     meet |= {"LOCAL_WORLD_SIZE": "2"}
     ranks = [Alone(flags, at, script, report, RANK=rank, LOCAL_RANK=rank, **meet) for rank, at in outputs.items()]
     codes = [rank.wait() for rank in ranks]
-    assert codes == [0, 0], "".join(f"{code}: {rank.said[-3000:]}" for code, rank in zip(codes, ranks, strict=True))
+    assert codes == [status] * 2, "".join(
+        f"{code}: {rank.said[-3000:]}" for code, rank in zip(codes, ranks, strict=True)
+    )
     return ranks[0].said
 
 

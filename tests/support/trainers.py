@@ -38,7 +38,7 @@ def rows_of(batches) -> list[dict]:
     return [{"input_ids": row, "labels": row} for batch in batches for row in batch]
 
 
-def cpu_arguments(output_dir: str, **changes) -> TrainingArguments:
+def cpu_arguments(output_dir: str, kind: type[TrainingArguments] = TrainingArguments, **changes) -> TrainingArguments:
     """Arguments of a run that logs every step, saves nothing and reports to nobody."""
     default = {
         "use_cpu": True,
@@ -48,7 +48,7 @@ def cpu_arguments(output_dir: str, **changes) -> TrainingArguments:
         "report_to": "none",
         "disable_tqdm": True,
     }
-    return TrainingArguments(output_dir=output_dir, **default | changes)
+    return kind(output_dir=output_dir, **default | changes)
 
 
 def lisa_trainer(

@@ -19,7 +19,7 @@ from ranks import run_ranks
 from torch import distributed as dist
 
 import lisa_dist
-from lisa_dist.checkpoint.folders import STATE_NAME, drop_staging, make_staging, rotate_checkpoints
+from lisa_dist.checkpoint.folders import STATE_NAME, make_staging, rotate_checkpoints
 from lisa_dist.checkpoint.resume import find_checkpoint, load_checkpoint, read_state
 from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.files import write_json
@@ -436,12 +436,9 @@ def test_a_rank_that_does_not_write_leaves_the_staging_folder_alone(tmp_path):
     staging.mkdir()
     (staging / "model.safetensors").touch()
     make_staging(tmp_path / "checkpoint-2", writes=False)
-    drop_staging(staging, writes=False)
     assert list(staging.iterdir())
     make_staging(tmp_path / "checkpoint-2", writes=True)
     assert not list(staging.iterdir())
-    drop_staging(staging, writes=True)
-    assert not staging.exists()
 
 
 def test_rotation_keeps_what_was_just_written_and_the_best(tmp_path):
@@ -455,7 +452,6 @@ def test_rotation_keeps_what_was_just_written_and_the_best(tmp_path):
     assert len(names()) == 5
     rotate_checkpoints(tmp_path / "checkpoint-8", 3, best=tmp_path / "checkpoint-2")
     assert names() == ["checkpoint-2", "checkpoint-6", "checkpoint-8"], "10 was left behind by a run that went back"
-    rotate_checkpoints(tmp_path / "checkpoint-8", 1)
-    assert names() == ["checkpoint-8"]
-    rotate_checkpoints(tmp_path / "checkpoint-8", 1)
-    assert names() == ["checkpoint-8"]
+    for _ in range(2):
+        rotate_checkpoints(tmp_path / "checkpoint-8", 1)
+        assert names() == ["checkpoint-8"]

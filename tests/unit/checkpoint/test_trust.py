@@ -46,12 +46,6 @@ def check_refused(folder, words: str) -> None:
     assert not (folder.parent / "elsewhere").exists()
 
 
-def test_a_checkpoint_is_exported(folder):
-    list_files(folder)
-    export_checkpoint(folder, folder.parent / "out")
-    assert not list((folder.parent / "out").glob("lisa_*"))
-
-
 @pytest.mark.parametrize("name", ["../outside.txt", "tokenizer/../../outside.txt", "{outside}"])
 def test_names_that_lead_out_are_refused(folder, name):
     outside = folder.parent / "outside.txt"

@@ -9,7 +9,7 @@ import yaml
 
 from lisa_dist.commands.convert import known_flags, main
 from lisa_dist.commands.verbs import parser_of
-from lisa_dist.convert.reading import TOOLS, read, tool_of
+from lisa_dist.convert.reading import TOOLS, read
 from lisa_dist.convert.recipe import COMMON, RULES, Converted, convert, format_recipe
 from lisa_dist.tasks import SFT, TASKS
 
@@ -197,7 +197,7 @@ def swift(words: str) -> str:
 
 
 ABSENT = "in no dataset_info.json at hand"
-OF_YAML = [  # of Axolotl, but for those that begin with a key of LLaMA-Factory
+OF_YAML = [  # of Axolotl, but for those that begin with a key of LLaMA-Factory or of ms-swift
     ("adapter: lora\nlora_r: 32\nlearning_rate: 2.0e-4", {"method": "lora", "lora_r": 32}, {}),
     ("adapter: qlora", {"method": "lora"}, {"adapter": "LoRA of weights in 16 bits"}),
     (
@@ -262,17 +262,17 @@ OF_YAML = [  # of Axolotl, but for those that begin with a key of LLaMA-Factory
         {"lisa_sampler": "reshuffle"},
         {"badam_start_block": "another layer for each lisa_seed", "weight_decay": "BAdam's decay there is 0.01"},
     ),
+    (
+        "model: m\nuse_hf: true\nper_device_train_batch_size: 4",
+        {"global_batch_size": 16, "gradient_accumulation_steps": None},
+        {},
+    ),
 ]
 OF_SCRIPTS = [
     (swift("--tuner_type lora --lora_rank 4"), {"lora_r": 4, "global_batch_size": 16, "learning_rate": 1e-4}, {}),
     (
         swift("--tuner_type full --dataset hf::org/data --warmup_ratio 0 \\\n") + "swift infer --adapters x\n",
         {"warmup_steps": 0, "dataset_name": ["org/data"]},
-        {},
-    ),
-    (
-        swift("--per_device_train_batch_size 4"),
-        {"global_batch_size": 16, "gradient_accumulation_steps": None},
         {},
     ),
     (
@@ -299,7 +299,7 @@ OF_SCRIPTS = [
 )
 def test_keys_become_flags_and_remarks(files, name, text, expected, remarks):
     """A flag of None is not in the recipe."""
-    is_axolotls = name == "x.yaml" and not text.startswith(("stage", "finetuning_type"))
+    is_axolotls = name == "x.yaml" and not text.startswith(("stage", "finetuning_type", "model:"))
     found, recipe = converted(name, f"base_model: m\n{text}\n" if is_axolotls else text)
     assert {flag: recipe.get(flag) for flag in expected} == expected
     assert found.remarks.keys() == remarks.keys()
@@ -461,12 +461,6 @@ def test_every_rule_leads_to_a_flag(tool):
     rules = (COMMON | RULES[tool].rules).values()
     named = {rule for rule in rules if isinstance(rule, str) and rule.isidentifier()}
     assert named | RULES[tool].defaults.keys() | set().union(*RULES[tool].more_defaults.values()) <= known
-
-
-def test_the_keys_tell_whose_they_are():
-    for keys, tool in (({"base_model"}, "axolotl"), ({"stage"}, "llamafactory"), ({"model"}, "ms-swift")):
-        assert tool_of(dict.fromkeys(keys)) == tool
-    assert tool_of({"model_name_or_path": "x", "learning_rate": 1}) is None
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 import lisa_dist
 from lisa_dist.core.live_bytes import live_storages, live_tensor_bytes
 from lisa_dist.memory.trace import AllocationTracker
+from lisa_dist.zero.parameters import local_weights
 
 STEPS, INTERVAL, LR, DECAY = 10, 3, 1e-3, 0.1  # three periods, and a step of the fourth
 
@@ -382,7 +383,7 @@ def train_with_offload(ds_config: str, settings: dict) -> dict:
     )
     losses = [train_step(engine, lisa, micro_batches) for micro_batches in token_batches(STEPS, rows=4)]
     lisa.close()
-    weights = {storage_of(lisa.partitions.local_weights(value)) for value in engine.module.parameters()}
+    weights = {storage_of(local_weights(value)) for value in engine.module.parameters()}
     hosted = [group.get("lisa_host", False) for group in engine.optimizer.param_groups]
     masters_on_host = 0
     for key, is_hosted in zip(lisa.partitions.keys(), hosted, strict=True):

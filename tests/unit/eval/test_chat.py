@@ -8,19 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import save_tiny_llama
 
 from lisa_dist.commands.chat import main
 from lisa_dist.errors import UserError
 from lisa_dist.eval.chat import Chat, find_model, talk
 from lisa_dist.eval.model import load_model
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("chat") / "model"
-    save_tiny_llama(folder)
-    return str(folder)
 
 
 def greedy(model, text_ids: torch.Tensor, count: int) -> list[int]:

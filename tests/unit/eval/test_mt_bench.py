@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from eval_files import write_lines, write_mt_bench
-from models import save_tiny_llama
 from ranks import free_port
 from runs import BIN, clean_environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lisa_dist.commands import eval as eval_command
 from lisa_dist.errors import UserError
 from lisa_dist.eval import judge
-from lisa_dist.eval.answers import TEMPERATURES, AnswerFile, SampleByTemperature
+from lisa_dist.eval.answers import AnswerFile, SampleByTemperature
 from lisa_dist.eval.judge import Judge, JudgeError, judge_answers, parse_rating
 from lisa_dist.eval.model import describe_weights
 from lisa_dist.eval.mt_bench import MTBench
@@ -33,13 +32,6 @@ MADE_WITH = {"seed": 1, "max_new_tokens": 8, "dtype": "auto", "weights": "those"
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
     monkeypatch.setattr(judge, "WAITS", (0.0, 0.0))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    save_tiny_llama(folder)
-    return folder
 
 
 @pytest.fixture
@@ -116,7 +108,7 @@ def made_answers(folder: Path) -> dict[int, list[str]]:
     return {number: [f"one {number}", f"two {number}"] for number in numbers}
 
 
-def answer(bench: MTBench, tiny: Path, folder: Path, batch_size: int = 8, change=None, **made_with) -> dict:
+def answer(bench: MTBench, tiny: str, folder: Path, batch_size: int = 8, change=None, **made_with) -> dict:
     """Both turns of each question; `change` is called with the model."""
 
     def load():
@@ -135,10 +127,10 @@ def test_answers_and_verdicts_end_to_end(tiny, server, data_dir, tmp_path, capsy
     words += ["--judge_url", server, "--judge_model", str(tiny), "--judge_max_tokens", "8"]
     eval_command.main([*words, "--output", str(tmp_path)])
     assert "mt_bench: 8 answers made, 0 were saved already" in capsys.readouterr().out
-    answers = lines_of(tmp_path / "mt_bench" / "model_answer" / "tiny.jsonl")
+    answers = lines_of(tmp_path / "mt_bench" / "model_answer" / "model.jsonl")
     assert [line["question_id"] for line in answers] == [81, 91, 101, 111, 121, 131, 141, 151]
     assert {"question_id", "answer_id", "model_id", "choices", "tstamp"} <= answers[0].keys()
-    assert answers[0]["model_id"] == "tiny"
+    assert answers[0]["model_id"] == "model"
     (path,) = (tmp_path / "mt_bench" / "model_judgment").glob("*_single.jsonl")
     verdicts = lines_of(path)
     fields = ["question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"]
@@ -285,13 +277,12 @@ def test_verdicts_that_are_there_are_not_asked_for_again(files):
     assert sorted(line["model"] for line in lines_of(path)) == ["a model"] * 8 + ["another model"] * 8
 
 
-def test_answers_do_not_depend_on_their_batch(tiny, tmp_path):
+def test_answers_do_not_depend_on_their_batch(tiny, files):
     """Sampled ones neither: writing at 0.7, math at 0, where they are the likeliest tokens."""
-    write_mt_bench(tmp_path)
-    bench = MTBench(str(tmp_path), judged=False)
-    found, batched = (answer(bench, tiny, tmp_path / str(size), size) for size in (1, 3))
+    bench = MTBench(str(files), judged=False)
+    found, batched = (answer(bench, tiny, files / str(size), size) for size in (1, 3))
     assert found == batched
-    other = answer(bench, tiny, tmp_path / "other", seed=2)
+    other = answer(bench, tiny, files / "other", seed=2)
     assert other[1] != found[1], "another seed draws otherwise"
     assert other[3] == found[3], "at temperature 0 nothing is drawn"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
@@ -311,12 +302,6 @@ def test_draws_have_the_probabilities_of_their_temperature():
     counts = torch.bincount(torch.stack(chosen)[:, 0], minlength=4) / len(chosen)
     assert torch.allclose(counts, torch.softmax(logits / 0.7, dim=0), atol=0.012)
     assert {int(rows[1]) for rows in chosen} == {0}
-
-
-def test_temperatures_are_the_benchmarks():
-    warm = {name: value for name, value in TEMPERATURES.items() if value}
-    assert warm == {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-    assert TEMPERATURES.keys() - warm.keys() == {"reasoning", "math", "coding", "extraction"}
 
 
 def test_a_run_that_was_cut_goes_on(tiny, files, capsys):

@@ -38,10 +38,8 @@ def test_a_host_of_another_version_is_refused(monkeypatch, there, fits):
 @pytest.mark.parametrize(("plugin", "host"), [("axolotl", "axolotl"), ("ms_swift", "ms-swift")])
 def test_its_version_is_looked_at_before_anything_of_a_host_is_imported(monkeypatch, plugin, host):
     """Names may have moved there; that would be an ImportError of no use."""
-    monkeypatch.setattr(settings, "version", lambda name: "99.0")
-    monkeypatch.delitem(sys.modules, f"lisa_dist.integrations.{plugin}", raising=False)
     with pytest.raises(SystemExit, match=f"^lisa_dist: {host} 99.0: lisa_dist's plugin is for {host}>="):
-        importlib.import_module(f"lisa_dist.integrations.{plugin}")
+        imported_beside(monkeypatch, {}, plugin, "99.0")
 
 
 def test_every_setting_is_a_key_of_axolotl_s():
@@ -50,18 +48,24 @@ def test_every_setting_is_a_key_of_axolotl_s():
     assert settings.LisaArgs(lisa_activated_layers=2).lisa_activated_layers == 2
 
 
+def imported_beside(monkeypatch, modules: dict, plugin: str, there: str):
+    """A plugin, imported anew where a host of this version has these modules."""
+    monkeypatch.setattr(settings, "version", lambda name: there)
+    for name, contents in modules.items():
+        monkeypatch.setitem(sys.modules, name, contents)
+    monkeypatch.delitem(sys.modules, f"lisa_dist.integrations.{plugin}", raising=False)
+    return importlib.import_module(f"lisa_dist.integrations.{plugin}")
+
+
 @pytest.fixture
 def ms_swift(monkeypatch):
     """The plugin in an ms-swift that has two trainers and nothing else."""
-    monkeypatch.setattr(settings, "version", lambda name: "4.6.0")
     theirs = {"causal_lm": "swift.trainers.Seq2SeqTrainer", "dpo": "swift.rlhf_trainers.DPOTrainer"}
     trainers, arguments = dict(theirs), dict(theirs)
     factory = SimpleNamespace(TRAINER_MAPPING=trainers, TRAINING_ARGS_MAPPING=arguments)
-    monkeypatch.setitem(sys.modules, "swift.trainers.trainer_factory", SimpleNamespace(TrainerFactory=factory))
-    for name in ("swift", "swift.trainers"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
-    monkeypatch.delitem(sys.modules, "lisa_dist.integrations.ms_swift", raising=False)
-    plugin = importlib.import_module("lisa_dist.integrations.ms_swift")
+    modules = dict.fromkeys(("swift", "swift.trainers"), SimpleNamespace())
+    modules |= {"swift.trainers.trainer_factory": SimpleNamespace(TrainerFactory=factory)}
+    plugin = imported_beside(monkeypatch, modules, "ms_swift", "4.6.0")
     ours = "lisa_dist.integrations.ms_swift_trainer"
     assert trainers == theirs | {"causal_lm": f"{ours}.LisaSeq2SeqTrainer"}
     assert arguments == theirs | {"dpo": f"{ours}.NotByLisa"}
@@ -102,13 +106,10 @@ class Keys(dict):
 @pytest.fixture
 def axolotl(monkeypatch):
     """The plugin in an Axolotl that has its base classes and nothing else."""
-    monkeypatch.setattr(settings, "version", lambda name: "0.19.0")
+    modules = dict.fromkeys(("axolotl", "axolotl.core", "axolotl.integrations"), SimpleNamespace())
     for name, contents in {"core.trainers": "AxolotlTrainer", "integrations.base": "BasePlugin"}.items():
-        monkeypatch.setitem(sys.modules, f"axolotl.{name}", SimpleNamespace(**{contents: type(contents, (), {})}))
-    for name in ("axolotl", "axolotl.core", "axolotl.integrations"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
-    monkeypatch.delitem(sys.modules, "lisa_dist.integrations.axolotl", raising=False)
-    return importlib.import_module("lisa_dist.integrations.axolotl").LisaPlugin()
+        modules[f"axolotl.{name}"] = SimpleNamespace(**{contents: type(contents, (), {})})
+    return imported_beside(monkeypatch, modules, "axolotl", "0.19.0").LisaPlugin()
 
 
 # A removed setting, or the value of one, by name.

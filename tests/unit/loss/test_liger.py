@@ -22,13 +22,14 @@ from models import tiny_gpt2, tiny_llama, tiny_mixtral, token_batches
 from ranks import run_ranks
 from reference import train_reference_by_blocks
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from trainers import InOrder, cpu_arguments
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.liger import apply_liger_kernel
 from trl import SFTConfig
 
 import lisa_dist
-from lisa_dist import LisaConfig, LisaMixin, LisaTrainer
+from lisa_dist import LisaConfig, LisaTrainer
 from lisa_dist.config import UserError
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.loss import liger
@@ -141,13 +142,6 @@ def test_losses_equal_the_reference(ds_config, tied, kernels, settings, checkpoi
 # In a Trainer
 
 
-class InOrder(LisaMixin, Trainer):
-    """This one takes the rows in order, for the reference to take them so too."""
-
-    def _get_train_sampler(self, *args):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-
 class InOrderSFT(InOrder, LisaTrainer):
     """TRL's, with its fused head."""
 
@@ -162,33 +156,26 @@ def train_in_trainer(
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="1", pad_token="2")
     arguments = {
-        "output_dir": output_dir,
         "deepspeed": find_ds_config(ds_config),
-        "use_cpu": True,
         "max_steps": STEPS,
         "per_device_train_batch_size": 1,
         "learning_rate": LR,
         "lr_scheduler_type": "constant",
         "weight_decay": DECAY,
-        "logging_steps": 1,
         "eval_strategy": "steps",
         "eval_steps": 3,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
         "use_liger_kernel": True,
     }
     if sft:
-        arguments = SFTConfig(**arguments, bf16=False, max_length=LENGTH, gradient_checkpointing=False)
+        arguments |= {"bf16": False, "max_length": LENGTH, "gradient_checkpointing": False}
         rows = Dataset.from_list(rows)
     else:
-        arguments = TrainingArguments(**arguments)
         rows = [row | {"labels": row["input_ids"]} for row in rows]
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         trainer = (InOrderSFT if sft else InOrder)(
             model=tiny_llama(num_layers=LAYERS, vocab_size=vocab_size),
-            args=arguments,
+            args=cpu_arguments(output_dir, SFTConfig if sft else TrainingArguments, **arguments),
             train_dataset=rows,
             eval_dataset=rows.select([0, 1]) if sft else rows[:2],
             processing_class=tokenizer,

@@ -30,6 +30,7 @@ from lisa_dist.optim import adamw
 from lisa_dist.optim.adamw import LisaAdamW, PartitionStep, decode_moment, with_blocks
 from lisa_dist.optim.states import Piece
 from lisa_dist.zero.layout import pieces_of_group
+from lisa_dist.zero.parameters import local_weights
 
 EIGHT_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 STOCHASTIC = {"lisa_master": "bf16_sr"}
@@ -50,12 +51,12 @@ def set_gradients(parameters, step: int) -> None:
 
 
 def test_fp32_is_torchs_adamw():
-    """To 1e-6 over 50 steps, with groups of their own settings and a learning rate that changes."""
+    """To 1e-6 over 50 steps, with a group of its own settings, one without any, and a learning rate that changes."""
 
     def train(kind) -> list[torch.Tensor]:
         parameters = parameters_of()
-        groups = [{"params": parameters[:2], "weight_decay": 0.0, "betas": (0.8, 0.95)}, {"params": parameters[2:]}]
-        optimizer = kind(groups, lr=1e-2, weight_decay=0.1, eps=1e-6)
+        own = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}
+        optimizer = kind([{"params": parameters[:2], **own}, {"params": parameters[2:]}])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
         for step in range(50):
             set_gradients(parameters, step)
@@ -302,7 +303,7 @@ def count_bytes(ds_config: str, form: str, dtype: torch.dtype) -> list[float]:
     train(engine, lisa, range(1))
     states = lisa.partition_states().values()
     active = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-    weights = held_by(lisa.partitions.local_weights(parameter) for parameter in active)
+    weights = held_by(local_weights(parameter) for parameter in active)
     parts = held_by(part for state in states for part in (state.master, *state.optimizer_state.values()))
     own = [size for place, size in parts.items() if place not in weights]
     totals = sum(weights.values()), sum(own), sum(state.nbytes for state in states)
@@ -493,9 +494,3 @@ def test_8_bit_moments_are_as_good_as_those_of_bitsandbytes(data_dir):
     exact = train_real(torch.optim.AdamW)
     theirs = train_real(bitsandbytes.optim.AdamW8bit, min_8bit_size=1)
     assert 0 < (train_real(LisaAdamW, state_bits=8) - exact).norm() < (theirs - exact).norm()
-
-
-def test_defaults_are_those_of_torch():
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    ours, theirs = LisaAdamW([parameter]).defaults, torch.optim.AdamW([parameter]).defaults
-    assert all(ours[name] == theirs[name] for name in ("lr", "betas", "eps", "weight_decay"))

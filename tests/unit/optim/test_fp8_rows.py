@@ -1,11 +1,8 @@
 """Rows in fp8: what codes and scales stand for, and the Triton kernel against torch's in its interpreter."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from ranks import run_ranks
 
 from lisa_dist.kernels.fp8_rows import E4M3, fp8_rows_torch, from_fp8_rows
 
@@ -49,10 +46,8 @@ def test_what_is_not_finite_stays_so():
 
 
 def test_triton_s_kernel_gives_the_same():
-    """In a process of its own: what is interpreted is chosen as Triton is imported."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    variables = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, __file__], env=os.environ | variables, check=True, capture_output=True)
+    run_ranks(compare, 1, interpret=True)
 
 
 def compare() -> None:
@@ -70,7 +65,3 @@ def compare() -> None:
     bits = torch.tensor([0x7FFFFFFF, 0x7F800000, 0x7FC00000, -0x800000, 0x3F800000], dtype=torch.int32)
     codes, _ = fp8_rows_triton(bits.view(torch.float32).view(-1, 1).expand(-1, 16).contiguous())
     assert codes.float().isnan().tolist() == [[True] * 16] * 4 + [[False] * 16], "a GPU's own NaN is the first"
-
-
-if __name__ == "__main__":
-    compare()

@@ -241,13 +241,10 @@ def test_stochastic_rounding_is_unbiased():
         assert errors.unique().numel() <= 2
         spread = errors.std() / numel**0.5
         assert errors.mean().abs() <= 4 * spread, value
-    assert (
-        round_stochastically(torch.tensor([torch.inf, -torch.inf]), torch.tensor([65535, 65535], dtype=torch.int32))
-        .isinf()
-        .all()
-    )
+    ones = torch.tensor([65535, 65535], dtype=torch.int32)
+    assert round_stochastically(torch.tensor([torch.inf, -torch.inf]), ones).isinf().all()
     nan = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
-    assert round_stochastically(nan, torch.tensor([65535], dtype=torch.int32)).isnan().all()
+    assert round_stochastically(nan, ones[:1]).isnan().all()
 
 
 def test_updates_far_below_the_resolution_move_the_mean():
@@ -300,11 +297,8 @@ def test_blocks_are_those_of_the_parameter(signed, element, numel):
     whole = whole if signed else whole**2
     moment = whole[element : element + numel]
     codes, scales = quantize(moment, signed, element)
-    assert (
-        scales.numel()
-        == num_blocks(element, numel)
-        == len({index // BLOCK for index in range(element, element + numel)})
-    )
+    blocks = {index // BLOCK for index in range(element, element + numel)}
+    assert scales.numel() == num_blocks(element, numel) == len(blocks)
     found = dequantize(codes, scales, signed, element)
     at = torch.arange(element, element + numel) // BLOCK - element // BLOCK
     root = moment.abs() if signed else moment.sqrt()

@@ -1,5 +1,7 @@
 """The norm of gradients: in chunks, as DeepSpeed's own, and under model parallelism."""
 
+from types import SimpleNamespace
+
 import deepspeed
 import pytest
 import torch
@@ -77,29 +79,17 @@ def test_norms_under_model_parallelism_count_the_parts_of_other_ranks(ds_config)
     assert own[0] == own[1], "each rank has gradients of its own rows, and both know the norm of all"
 
 
-class TwoParts:
+def two_parts() -> SimpleNamespace:
     """An mpu as Megatron has it: two ranks with a part of the model each."""
-
-    def __init__(self):
-        self._alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
-
-    def get_model_parallel_rank(self) -> int:
-        return dist.get_rank()
-
-    def get_model_parallel_world_size(self) -> int:
-        return 2
-
-    def get_model_parallel_group(self):
-        return dist.group.WORLD
-
-    def get_data_parallel_rank(self) -> int:
-        return 0
-
-    def get_data_parallel_world_size(self) -> int:
-        return 1
-
-    def get_data_parallel_group(self):
-        return self._alone
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    return SimpleNamespace(
+        get_model_parallel_rank=dist.get_rank,
+        get_model_parallel_world_size=lambda: 2,
+        get_model_parallel_group=lambda: dist.group.WORLD,
+        get_data_parallel_rank=lambda: 0,
+        get_data_parallel_world_size=lambda: 1,
+        get_data_parallel_group=lambda: alone,
+    )
 
 
 def norms_of_parts(ds_config: str, plain: bool) -> list[float]:
@@ -114,7 +104,7 @@ def norms_under_model_parallelism(ds_config: str) -> list[float]:
     lisa = lisa_dist.LisaController(model, lisa_dist.LisaConfig(lisa_interval_steps=INTERVAL))
     optimizer = lisa_dist.build_optimizer(lisa.param_groups(), lr=LR)
     config = lisa_dist.load_ds_config(ds_config, model=model)
-    parts = TwoParts()
+    parts = two_parts()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=parts)
     lisa.attach(engine)
     norms = []
