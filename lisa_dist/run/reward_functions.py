@@ -2,9 +2,9 @@
 
 import contextlib
 import functools
-import importlib.util
 import inspect
 import math
+import runpy
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,7 +33,8 @@ def load_rewards(given: Sequence[str]) -> list[Any]:
 def _load(given: str) -> Any:
     path, name = split_reward(given)
     if path is not None:
-        function = getattr(_module_of(given, path), name, None)
+        with _naming(given):
+            function = runpy.run_path(str(path), run_name=f"lisa_dist_reward_{path.stem}").get(name)
         if not callable(function):
             raise UserError(f"--reward_funcs {given}: has no function {name}.")
         return _checked(function, given)
@@ -49,16 +50,6 @@ def _load(given: str) -> Any:
             f"{', '.join(known)}."
         )
     return _checked(getattr(rewards, given), given)
-
-
-def _module_of(given: str, path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"lisa_dist_reward_{path.stem}", path)
-    assert spec is not None  # of a .py file there is one
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with _naming(given):
-        spec.loader.exec_module(module)
-    return module
 
 
 @contextlib.contextmanager
