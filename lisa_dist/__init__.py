@@ -12,6 +12,8 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lisa_dist import definitions
+
 if TYPE_CHECKING:
     from lisa_dist.checkpoint.export import export_checkpoint as export_checkpoint
     from lisa_dist.checkpoint.resume import load_checkpoint as load_checkpoint
@@ -33,23 +35,10 @@ __version__ = "0.2.0"
 # It warns of a CPU kernel for 4-bit weights, which nothing here has, where PyPI's package `kernels` is not there.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# Loaded at first use: importing the package is cheap, and a name loads TRL only where it needs it.
-_PUBLIC = {
-    "LayerNorms": "lisa_dist.train.layer_norms",
-    "LisaAdamW": "lisa_dist.optim.adamw",
-    "LisaConfig": "lisa_dist.config",
-    "LisaController": "lisa_dist.core.controller",
-    "LisaMixin": "lisa_dist.train.trainer",
-    "LisaTrainer": "lisa_dist.train.sft_trainer",
-    "build_optimizer": "lisa_dist.optim.build",
-    "export_checkpoint": "lisa_dist.checkpoint.export",
-    "finish_save": "lisa_dist.checkpoint.save",
-    "initialize": "lisa_dist.core.initialize",
-    "load_checkpoint": "lisa_dist.checkpoint.resume",
-    "load_ds_config": "lisa_dist.ds_config",
-    "register_sampler": "lisa_dist.core.sampling",
-    "save_checkpoint": "lisa_dist.checkpoint.save",
-}
+# Loaded at first use, from where type checkers have them: importing the package is cheap, and a name loads TRL only
+# where it needs it.
+_FOUND = {name: found[0] for name, found in definitions.bindings(__name__).items() if isinstance(found, tuple)}
+_PUBLIC = {name: module for name, module in sorted(_FOUND.items()) if module.startswith("lisa_dist.")}
 
 __all__ = ["__version__", *_PUBLIC]
 

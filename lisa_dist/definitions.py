@@ -48,7 +48,7 @@ def read(module: str, name: str) -> Any:
     top, _, rest = module.partition(".")
     if top in sys.stdlib_module_names or (top == __package__ and "." not in rest):
         return getattr(importlib.import_module(module), name)
-    binding = _bindings(module).get(name)
+    binding = bindings(module).get(name)
     if binding is None:
         raise UnreadableError(f"{module} defines no {name}.")
     if isinstance(binding, tuple):
@@ -60,7 +60,7 @@ def read(module: str, name: str) -> Any:
 
 
 @functools.cache
-def _bindings(module: str) -> dict[str, _Binding]:
+def bindings(module: str) -> dict[str, _Binding]:
     """The names of a module; of one that is bound twice, as below `if TYPE_CHECKING`, the last."""
     top, *parts = module.split(".")
     spec = importlib.util.find_spec(top)  # of a submodule it would import what is above
@@ -102,7 +102,7 @@ def _value(module: str, node: ast.expr, *, is_type: bool = False) -> Any:
         return node.value
     names = {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
     known = {}
-    for name in names & _bindings(module).keys():
+    for name in names & bindings(module).keys():
         try:
             known[name] = read(module, name)
         except UnreadableError:

@@ -53,11 +53,8 @@ class StepMeter:
         # hook comes while its outputs are there, and before a trainer computes its loss of them; the loss's gradient
         # hook knows no loss that is made outside. Before the step: ZeRO's optimizers have no step hooks, and torch's,
         # inside, is called when the gradients' norm has been taken.
-        for owner, name, method in (
-            (self._engine, "backward", self._end_forward),
-            (self._engine.optimizer, "step", self._end_backward),
-        ):
-            self._measuring.enter_context(patched(owner, name, method, of="step_meter"))
+        self._measuring.enter_context(patched(self._engine, "backward", self._end_forward, of="step_meter"))
+        self._measuring.enter_context(patched(self._engine.optimizer, "step", self._end_backward, of="step_meter"))
         self._begin_phase()
         # A GPU's allocator counts by itself, and kernels that are compiled as they are called (flex attention) cannot
         # be under the tracker.

@@ -2,16 +2,25 @@
 
 Activations are not estimated by a formula for each architecture: the model itself is run, with the blocks trained that
 LISA would train, and every allocation is counted. `estimate.py` adds what DeepSpeed allocates.
+
+Traces of plans are kept on disk: without them a plan that is asked for again would import TRL, and run every step anew.
+Each is a file in `$LISA_DIST_CACHE/traces`, by default in `~/.cache/lisa_dist/traces`, and its name is a hash of all
+that a trace depends on, the versions of what runs in it and the code of this package too. An empty `LISA_DIST_CACHE`
+turns it off. The files may be deleted at any time; one that is damaged is written anew.
 """
 
 import contextlib
 import copy
+import functools
+import hashlib
 import logging
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +41,7 @@ from lisa_dist.core.blocks import find_blocks, split_into_modules, without_zero3
 from lisa_dist.core.matrices import Matrix, quantizable_matrices
 from lisa_dist.core.selection import split_by_decay, takes_bits
 from lisa_dist.errors import UserError
+from lisa_dist.files import DamagedError, cache_folder, read_json, replacing, write_json
 from lisa_dist.loss.label_logits import add_label_logits
 from lisa_dist.memory.repeated_layers import (
     END_OF_FORWARD,
@@ -47,12 +57,14 @@ from lisa_dist.memory.repeated_layers import (
     trained_kinds,
 )
 from lisa_dist.memory.stand_ins import TritonScores, stand_ins, without_liger
-from lisa_dist.memory.trace_files import read_or_make
 from lisa_dist.memory.workload import LOGITS, OF_TRL, RATIO, SCORE, Group, Trained, Workload
 from lisa_dist.optim.build import default_state_bits
 from lisa_dist.zero.embedding_rows import embedding_of
 
 _EMBEDDING = "the backward pass comes to the embedding"
+# Packages whose code may run in a trace, or by whose presence a model chooses its own.
+_PACKAGES = ("torch", "transformers", "trl", "peft", "triton", "kernels", "causal-conv1d", "flash-linear-attention",
+             "mamba-ssm")  # fmt: skip
 
 
 class PlanError(UserError):
@@ -300,7 +312,7 @@ class FakeRun:
 
     def quantized_matrices(self, trained: Iterable[torch.nn.Parameter]) -> list[Matrix]:
         """The matrices of decoder layers that are in fewer bits, or on the host, where `trained` parameters train."""
-        if not self.workload.makes_whole:
+        if self.workload.frozen_bits == 16 and not self.workload.streams:
             return []
         ours = {id(parameter) for parameter in trained}
         return [one for matrices in self.matrices for one in matrices if id(one.parameter) not in ours]
@@ -324,7 +336,7 @@ class FakeRun:
 
             parameters = [sorted(names[one] for one in ids) for ids in key[1:]]
             described = f"{self._described} {self.workload} {parameters}"
-            trace = read_or_make(described, make) if self._on_disk else make()
+            trace = _read_or_make(described, make) if self._on_disk else make()
             self._traces[key] = StepTrace.of_dict(trace, self._parameters)
         return self._traces[key]
 
@@ -473,3 +485,32 @@ def _with_adapters(model: PreTrainedModel, rank: int, loss: str) -> torch.nn.Mod
         if parameter.requires_grad:
             parameter.data = parameter.data.to(model.dtype)
     return with_adapters
+
+
+def _read_or_make(described: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The trace of a step that is `described`; a disk that takes nothing is left as it is."""
+    folder = cache_folder()
+    if folder is None:
+        return make()
+    path = folder / "traces" / f"{hashlib.sha256(f'{described} {_code()}'.encode()).hexdigest()}.json"
+    with contextlib.suppress(DamagedError):  # or it is not there
+        return read_json(path)
+    trace = make()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as new:
+            write_json(new, trace)
+    return trace
+
+
+@functools.cache
+def _code() -> str:
+    """Versions of packages, and a hash of this one's code, which may be edited in its place."""
+    found = []
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        code.update(path.read_bytes())
+    return f"{found} {code.hexdigest()}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from trl import rewards
 
-from lisa_dist.distributed.collectives import raise_shared
+from lisa_dist.distributed.collectives import sharing_errors
 from lisa_dist.errors import UserError
 from lisa_dist.run_folder import read_object
 from lisa_dist.tasks import split_reward
@@ -21,12 +21,8 @@ from lisa_dist.text import in_one_line
 
 def load_rewards(given: Sequence[str]) -> list[Any]:
     """What GRPOTrainer takes for each word; UserError for what is no reward. Every rank calls it."""
-    loaded, problem = [], None
-    try:
+    with sharing_errors(OSError):  # of a file that one host lacks
         loaded = [_load(word) for word in given]
-    except (UserError, OSError) as error:  # a file that one host lacks
-        problem = str(error)
-    raise_shared(problem)
     return loaded
 
 
@@ -81,13 +77,8 @@ def _checked(function: Callable[..., Any], given: str) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def called(*args: Any, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        problem, numbers = None, []
-        try:
-            with _naming(given):
-                numbers = _numbers(function(*args, completions=completions, **columns), given, len(completions))
-        except UserError as error:
-            problem = str(error)
-        raise_shared(problem)
+        with sharing_errors(), _naming(given):
+            numbers = _numbers(function(*args, completions=completions, **columns), given, len(completions))
         return numbers
 
     return called

@@ -14,7 +14,7 @@ from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.errors import UserError
 from lisa_dist.files import naming_lost_files
 from lisa_dist.run.arguments import RunConfig
-from lisa_dist.run.check_run import check_config, check_resume, given_resume
+from lisa_dist.run.check_run import check_config, check_resume
 from lisa_dist.run.header import describe_outcome, describe_run, record_of_run
 from lisa_dist.run.inputs import load_examples, load_processing
 from lisa_dist.run.settle import installed_versions, settle
@@ -31,7 +31,8 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> Path | None:
     before a model is loaded for what cannot work.
     """
     check_config(config)
-    output_dir, resume_from = Path(str(config.training.output_dir)), given_resume(config.training)
+    output_dir, given = Path(str(config.training.output_dir)), config.training.resume_from_checkpoint
+    resume_from = {"true": True, "false": False}.get(str(given).lower(), given)  # else auto or a path
     if config.training.use_cpu:
         # Accelerate has started gloo, but DeepSpeed must know of it too before a model is loaded under ZeRO-3.
         start_deepspeed()
@@ -42,7 +43,11 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> Path | None:
     processing, template, processor = load_processing(config)
     settled = settle(config, resume_from)
     data = load_examples(settled.config, processing, processor)
-    _check_data(settled.config, data)
+    named = f"the content of --dataset_name {' '.join(config.data.dataset_name or [])}"
+    content = {named: describe_examples(data.train)}
+    if data.held_out is not None:
+        content["the content of the held-out examples"] = describe_examples(data.held_out)
+    check_same_everywhere(content, "give every host the same file")
     with one_run_in(output_dir):  # before the model is loaded, until it is saved
         trainer = load_trainer(settled, processing, data)
         with together(output_dir):
@@ -52,18 +57,13 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> Path | None:
         trainer.accelerator.print(describe_run(settled, template, processor))
         trainer.accelerator.print(_describe_data(config, data))
         with naming_lost_files(output_dir):  # logs, and what trackers write: saves have errors of their own
-            _train(trainer, resume_from)
+            try:
+                trainer.train(resume_from_checkpoint=resume_from)
+            except ValueError as error:  # of a `--loss_type`, which TRL looks up in the first step
+                if not str(error).startswith("Unknown loss type"):
+                    raise
+                raise UserError(f"--loss_type: {in_one_line(error)}") from error
             return _finish(trainer, output_dir)
-
-
-def _train(trainer: Any, resume_from: str | bool | None) -> None:
-    """Train. Raises UserError for a `--loss_type` that TRL looks up in the first step and does not have."""
-    try:
-        trainer.train(resume_from_checkpoint=resume_from)
-    except ValueError as error:
-        if not str(error).startswith("Unknown loss type"):
-            raise
-        raise UserError(f"--loss_type: {in_one_line(error)}") from error
 
 
 def _describe_data(config: RunConfig, data: Data) -> str:
@@ -71,14 +71,6 @@ def _describe_data(config: RunConfig, data: Data) -> str:
     if data.held_out is not None and config.training.eval_strategy == IntervalStrategy.NO:
         lines.append("what is held out is not evaluated: --eval_strategy is no; give steps or epoch")
     return "\n  ".join(["data", *lines])
-
-
-def _check_data(config: RunConfig, data: Data) -> None:
-    named = f"the content of --dataset_name {' '.join(config.data.dataset_name or [])}"
-    content = {named: describe_examples(data.train)}
-    if data.held_out is not None:
-        content["the content of the held-out examples"] = describe_examples(data.held_out)
-    check_same_everywhere(content, "give every host the same file")
 
 
 def _finish(trainer: Any, output_dir: Path) -> Path | None:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lisa_dist.files import CACHE, cache_folder
-from lisa_dist.memory import trace_files
+from lisa_dist.memory import trace
 from lisa_dist.memory.trace import FakeRun, FakeRuns, PlanError
 from lisa_dist.memory.workload import CHUNKED, LOGITS, OWN, Trained, Workload
 
@@ -66,6 +66,7 @@ def trace_of(config=LLAMA, workload=WORKLOAD, period=PERIOD, reduces_rows=False,
 CHANGES = [
     {"config": LlamaConfig(**SIZES | {"intermediate_size": 64}, num_hidden_layers=9)},
     {"config": LlamaConfig(**SIZES, num_hidden_layers=10)},
+    {"config": LlamaConfig(**SIZES, num_hidden_layers=9, _own={1: {2, 3}, "four": torch.float32})},  # of no config.json
     *({"workload": replace(WORKLOAD, **change)} for change in (
         {"seq_length": 17}, {"checkpointed_layers": 2}, {"dtype": torch.float32}, {"loss": CHUNKED}, {"padded": True},
         {"attention": "eager"}, {"micro_batch_size": 2}, {"triton": True}, {"by_module": True}, {"frozen_bits": 8},
@@ -112,23 +113,17 @@ def test_kernels_that_attention_may_use_make_another():
         torch.backends.cuda.enable_flash_sdp(True)
 
 
-def test_what_is_not_in_config_json_makes_another():
-    config = LlamaConfig(**SIZES, num_hidden_layers=9)
-    config._own = {1: {2, 3}, "four": torch.float32}
-    assert trace_of(config)[1]
-
-
 def test_other_code_makes_another(monkeypatch, tmp_path):
     assert not trace_of()[1], "nothing is another"
     (tmp_path / "memory").mkdir()
-    monkeypatch.setattr(trace_files, "__file__", str(tmp_path / "memory" / "trace_files.py"))
+    monkeypatch.setattr(trace, "__file__", str(tmp_path / "memory" / "trace.py"))
     for number, text in enumerate(("a = 1", "a = 2", "a = 2")):
         (tmp_path / "other.py").write_text(text)
         if number == 2:
-            monkeypatch.setattr(trace_files, "version", lambda name: f"9.9 of {name}")
-        trace_files._code.cache_clear()
+            monkeypatch.setattr(trace, "version", lambda name: f"9.9 of {name}")
+        trace._code.cache_clear()
         assert [trace_of()[1] for _ in range(2)] == [True, False]
-    trace_files._code.cache_clear()
+    trace._code.cache_clear()
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"now": 3, "checksum": "x"}', None])
