@@ -189,8 +189,7 @@ class LisaConfig:
     @property
     def block_probabilities(self) -> dict[str, float]:
         """The probabilities that the user gave, by block."""
-        flag = "--lisa_block_probability"
-        return parse_by_block(flag, self.lisa_block_probability, OUTER_BLOCKS)
+        return parse_by_block("--lisa_block_probability", self.lisa_block_probability, OUTER_BLOCKS)
 
     @property
     def lr_scales(self) -> dict[str, float]:

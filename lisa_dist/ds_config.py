@@ -179,7 +179,10 @@ def load_ds_config(
     """
     config = read_ds_config(name_or_path) if isinstance(name_or_path, str) else json.loads(json.dumps(name_or_path))
     precision = str(next(model.parameters()).dtype)
-    hidden_size = _hidden_size(model)
+    model_config: Any = getattr(model, "config", None)
+    if hasattr(model_config, "get_text_config"):
+        model_config = model_config.get_text_config()
+    hidden_size = 1024 if model_config is None else model_config.hidden_size
     filling = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
@@ -207,10 +210,3 @@ def load_ds_config(
     if config.get("train_batch_size") == "auto":
         del config["train_batch_size"]  # DeepSpeed derives it from the other two and the world size
     return config
-
-
-def _hidden_size(model: "torch.nn.Module") -> int:
-    config: Any = getattr(model, "config", None)
-    if config is None:
-        return 1024
-    return (config.get_text_config() if hasattr(config, "get_text_config") else config).hidden_size

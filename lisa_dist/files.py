@@ -104,10 +104,8 @@ def cache_folder() -> Path | None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` with a checksum of itself, flushed to disk."""
     content = content | {"checksum": _checksum(content)}
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    make_durable(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -132,15 +130,9 @@ def find_foreign_name(names: Iterable[object]) -> object | None:
     return None
 
 
-def flush_file(path: Path) -> None:
-    """Make the bytes of a file durable."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def flush_folder(folder: Path) -> None:
-    """Make the names in a folder durable: those of its files, or of a folder just renamed in it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def make_durable(path: Path) -> None:
+    """Make the bytes of a file durable; or the names in a folder: those of its files, or of one just renamed in it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -154,7 +146,7 @@ def replacing(path: Path) -> Iterator[Path]:
     staged.unlink(missing_ok=True)
     try:
         yield staged
-        flush_file(staged)
+        make_durable(staged)
         set_mode_by_umask(staged)
         os.replace(staged, path)
     finally:

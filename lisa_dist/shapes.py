@@ -1,7 +1,7 @@
 """Shapes of JSON: what a file that was written here must hold, so that a damaged or a foreign one is found out."""
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 _LARGEST = 1e13  # of what is counted or measured in a run; more cannot be drawn, or written as a time
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
@@ -19,11 +19,10 @@ def count(value: object) -> str | None:
     return None if is_one else "is no whole number from 0"
 
 
-class Each:
+class Each(NamedTuple):
     """The shape of every value of an object, whatever its keys."""
 
-    def __init__(self, shape: Any):
-        self.shape = shape
+    shape: Any
 
 
 def misfit(value: Any, shape: Any, name: str = "it") -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lisa_dist.distributed.collectives import gather, together
 from lisa_dist.distributed.run_lock import is_held, run_id
-from lisa_dist.files import DamagedError, flush_folder, read_json, set_mode_by_umask
+from lisa_dist.files import DamagedError, make_durable, read_json, set_mode_by_umask
 from lisa_dist.run_folder import STATE_NAME
 
 # Prefixes of folders that are no checkpoints: being written, about to be replaced, being deleted.
@@ -43,13 +43,13 @@ def put_in_place(staging: Path, folder: Path) -> None:
     for path in (staging, *staging.rglob("*")):
         if not path.is_symlink():  # whose mode is that of what it leads to
             set_mode_by_umask(path)
-    flush_folder(staging)
+    make_durable(staging)
     replaced = folder.with_name(f"{_REPLACED}{folder.name}-{run_id()}")
     if os.path.lexists(folder):
         _remove(replaced)
         os.rename(folder, replaced)
     os.rename(staging, folder)
-    flush_folder(folder.parent)
+    make_durable(folder.parent)
     _remove(replaced)
 
 

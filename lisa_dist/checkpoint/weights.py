@@ -28,7 +28,7 @@ from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.run_state import SavedBlocks
 from lisa_dist.distributed.collectives import together
 from lisa_dist.errors import UserError
-from lisa_dist.files import find_foreign_name, flush_file, replacing, set_mode_by_umask
+from lisa_dist.files import find_foreign_name, make_durable, replacing, set_mode_by_umask
 from lisa_dist.patches import patch
 from lisa_dist.run_folder import read_object
 from lisa_dist.zero.parameters import is_partitioned, original_of, parameter_numel, parameter_shape, whole_weights
@@ -275,7 +275,7 @@ def link_unchanged(
             os.link(path, staging / file.name, follow_symlinks=False)
         except OSError:  # of another kind on each file system that has no hard links, or no more of them for this file
             shutil.copyfile(path, staging / file.name)
-            flush_file(staging / file.name)
+            make_durable(staging / file.name)
         linked[file.name] = about
     return linked
 

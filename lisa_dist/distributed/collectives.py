@@ -4,8 +4,9 @@ A checkpoint is written by all ranks. When one of them meets a full disk the oth
 checkpoint for complete: `together` makes every rank of a phase raise when one does.
 """
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 from torch import distributed as dist
 
 from lisa_dist.distributed.ranks import gloo_group
-from lisa_dist.errors import SharedError
+from lisa_dist.errors import SharedError, UserError
 from lisa_dist.files import DamagedError, SaveError, describe_file, is_disk_error
 
 T = TypeVar("T")
@@ -115,6 +116,21 @@ def raise_shared(problem: str | None) -> None:
     found = [one for one in gather(problem) if one]  # a rank that ended alone would be said to be gone
     if found:
         raise SharedError(found[0])
+
+
+@contextlib.contextmanager
+def sharing_errors(*others: type[Exception]) -> Iterator[None]:
+    """Raise SharedError on every rank where the body raises UserError, or one of the others, on any of them.
+
+    Every rank must enter it, and the body must hold no collective.
+    """
+    kinds: tuple[type[Exception], ...] = (UserError, *others)
+    problem = None
+    try:
+        yield
+    except kinds as error:
+        problem = str(error)
+    raise_shared(problem)
 
 
 def my_share(names: list[str]) -> list[str]:

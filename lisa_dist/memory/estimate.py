@@ -321,7 +321,8 @@ class StepPlan:
     def _buffers(self) -> int:
         tables = table_bytes() if self.optim == LISA_ADAMW and self._has_8_bits else 0
         if self._stage == 3:
-            persistent = 0 if self._shares_are_whole else self._persistent_weights()
+            numels = [] if self._shares_are_whole else [parameter.numel() for parameter in self.run.model.parameters()]
+            persistent = sum(numel for numel in numels if numel <= self.settings.persistence_threshold) * self._element
             return self._bucket_bytes + persistent + (0 if self._offloads else self._partition_bytes) + tables
         return (self._largest_gradient if self._offloads else 0) + tables
 
@@ -331,10 +332,6 @@ class StepPlan:
     def _shares_are_whole(self) -> bool:
         """A rank that is alone has all of each parameter and takes it where it is; from the host it is sent."""
         return self.world_size == 1 and (self.on_cpu or not self.settings.offload_param)
-
-    def _persistent_weights(self) -> int:
-        numels = [parameter.numel() for parameter in self.run.model.parameters()]
-        return sum(numel for numel in numels if numel <= self.settings.persistence_threshold) * self._element
 
     @cached_property
     def _gathered(self) -> Callable[[Arrival | None], int]:

@@ -23,7 +23,7 @@ _STABLE_POLLS = 10  # without a change of memory, after which no thread is expec
 
 
 class StepMeter:
-    """`with StepMeter(lisa) as meter:` around one whole optimizer step, or `start` and `stop`; then `meter.parts`.
+    """`start` before one whole optimizer step and `stop` after it; then `parts`.
 
     Of several micro-batches the first one's forward pass is measured, and the peak of all. The step should not be the
     first of its period, which allocates the moments. `parts` is None where no whole step was run. On a GPU logits are
@@ -53,11 +53,8 @@ class StepMeter:
         # hook comes while its outputs are there, and before a trainer computes its loss of them; the loss's gradient
         # hook knows no loss that is made outside. Before the step: ZeRO's optimizers have no step hooks, and torch's,
         # inside, is called when the gradients' norm has been taken.
-        for owner, name, method in (
-            (self._engine, "backward", self._end_forward),
-            (self._engine.optimizer, "step", self._end_backward),
-        ):
-            self._measuring.enter_context(patched(owner, name, method, of="step_meter"))
+        self._measuring.enter_context(patched(self._engine, "backward", self._end_forward, of="step_meter"))
+        self._measuring.enter_context(patched(self._engine.optimizer, "step", self._end_backward, of="step_meter"))
         self._begin_phase()
         # A GPU's allocator counts by itself, and kernels that are compiled as they are called (flex attention) cannot
         # be under the tracker.
@@ -84,13 +81,6 @@ class StepMeter:
             peak_backward=self._peak_backward,
             peak_step=peak_step,
         )
-
-    def __enter__(self) -> "StepMeter":
-        self.start()
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.stop(failed=error is not None)
 
     def _end_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Take the place of the engine's `backward`."""

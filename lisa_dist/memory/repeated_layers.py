@@ -145,7 +145,7 @@ def only_layers(
     before = of_each | ({count: settings[count]} if count in settings else {})
     kept = torch.nn.ModuleList(layers[number] for number in numbers)
 
-    def enter(number: int, args: tuple, kwargs: dict[str, Any]) -> None:
+    def enter(number: int, layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(hidden, torch.Tensor):
             raise LayersDifferError("hidden states are no tensor")
@@ -160,7 +160,7 @@ def only_layers(
         stack.callback(settings.update, before)
         stack.callback(parent.register_module, name, layers)
         for number, layer in enumerate(kept):
-            hook = functools.partial(lambda number, layer, args, kwargs: enter(number, args, kwargs), number)
+            hook = functools.partial(enter, number)
             stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 

@@ -24,7 +24,7 @@ from lisa_dist.core.activation_checkpointing import (
     number_of_layers,
 )
 from lisa_dist.core.controller import LisaController
-from lisa_dist.distributed.collectives import gather
+from lisa_dist.distributed.collectives import gather, sharing_errors
 from lisa_dist.errors import UserError
 from lisa_dist.files import replacing
 from lisa_dist.memory.estimate import StepEstimate
@@ -237,18 +237,16 @@ class RunMemory:
 
     def _fewest(self, flag: str, peak: Callable[[int], int], most: int) -> tuple[int, int]:
         """The lowest number up to `most` whose peak fits, the same on all ranks, and that peak in bytes."""
-        chosen = problem = None
-        if self._engine.global_rank == 0:
-            assert self._budget is not None
-            try:
-                count = fewest_layers(peak, most, self._budget)
-                chosen = count, peak(count)
-            except UserError as error:
-                problem = str(error)
-        chosen, problem = gather((chosen, problem))[0]
-        if chosen is None:
-            raise UserError(f"{flag}: {problem} Give a number of layers.")
-        return chosen
+        chosen = 0, 0
+        with sharing_errors():
+            if self._engine.global_rank == 0:
+                assert self._budget is not None
+                try:
+                    count = fewest_layers(peak, most, self._budget)
+                    chosen = count, peak(count)
+                except UserError as error:
+                    raise UserError(f"{flag}: {error} Give a number of layers.") from error
+        return gather(chosen)[0]
 
     def _compared(self, planned: int) -> str:
         assert self._budget is not None

@@ -30,33 +30,33 @@ _cross_entropy = torch.nn.functional.cross_entropy  # before Liger can have repl
 def stand_ins(workload: Workload, quantized: Sequence[Matrix]) -> Iterator[None]:
     """All of them, in a step of this workload whose matrices `quantized` are in fewer bits."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_made_whole(quantized, workload.frozen_bits))
+        _make_whole(stack, quantized, workload.frozen_bits)
         stack.enter_context(_experts_of_any_dtype())
         if not workload.padded:  # SDPA gets a mask only where examples are packed
             not_packed = patched(masking_utils, "find_packed_sequence_indices", lambda _: None, of="packed_mask")
             stack.enter_context(not_packed)
         if workload.loss in OF_TRL:
-            if workload.triton:
-                stack.enter_context(_tiles())
+            if workload.triton:  # whose kernels take a tile as it is; else copies in fp32 would be made in their place
+                from trl.kernels import chunked_logprob
+
+                for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):  # the last is one product on a GPU
+                    stack.enter_context(patched(chunked_logprob, name, lambda *args, **kwargs: None, of="tiles"))
             stack.enter_context(_chunks(workload.loss == LIGER))
         yield
 
 
-@contextlib.contextmanager
-def _made_whole(quantized: Sequence[Matrix], bits: Form) -> Iterator[None]:
+def _make_whole(stack: contextlib.ExitStack, quantized: Sequence[Matrix], bits: Form) -> None:
     """Weights in fewer bits, dequantized in each pass, or of 16 in a buffer: a fake tensor has no codes."""
     tensors = WholeTensors()
-    with contextlib.ExitStack() as stack:
-        for matrix in quantized:
-            forward = frozen_forward(matrix, tensors)
-            if not forward.weights:
-                stack.callback(forward.remove)
-            weight = matrix.parameter.detach()
-            whole = weight.detach if bits == 16 else functools.partial(torch.empty_like, weight)
-            fp8 = functools.partial(_fp8_rows, weight) if bits == "fp8" and takes_fp8(weight.shape) else tuple
-            forward.weights[matrix.attribute] = SimpleNamespace(whole=whole, fp8=fp8)
-        stack.enter_context(patched(fp8_product, "fp8_rows", _fp8_rows, of="traced_fp8"))
-        yield
+    for matrix in quantized:
+        forward = frozen_forward(matrix, tensors)
+        if not forward.weights:
+            stack.callback(forward.remove)
+        weight = matrix.parameter.detach()
+        whole = weight.detach if bits == 16 else functools.partial(torch.empty_like, weight)
+        fp8 = functools.partial(_fp8_rows, weight) if bits == "fp8" and takes_fp8(weight.shape) else tuple
+        forward.weights[matrix.attribute] = SimpleNamespace(whole=whole, fp8=fp8)
+    stack.enter_context(patched(fp8_product, "fp8_rows", _fp8_rows, of="traced_fp8"))
 
 
 def _fp8_rows(values: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,17 +73,6 @@ def _experts_of_any_dtype() -> contextlib.AbstractContextManager[None]:
         return weight.dtype == torch.bfloat16 and original(input, weight, offs)
 
     return patched(moe, "_can_use_grouped_mm", can_use, of="grouped_experts")
-
-
-@contextlib.contextmanager
-def _tiles() -> Iterator[None]:
-    """TRL's Triton kernels, which take a tile as it is; without a GPU copies in fp32 would be made in their place."""
-    from trl.kernels import chunked_logprob
-
-    with contextlib.ExitStack() as stack:
-        for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):  # the last is one product on a GPU
-            stack.enter_context(patched(chunked_logprob, name, lambda *args, **kwargs: None, of="tiles"))
-        yield
 
 
 @contextlib.contextmanager

@@ -300,7 +300,7 @@ class FakeRun:
 
     def quantized_matrices(self, trained: Iterable[torch.nn.Parameter]) -> list[Matrix]:
         """The matrices of decoder layers that are in fewer bits, or on the host, where `trained` parameters train."""
-        if not self.workload.makes_whole:
+        if self.workload.frozen_bits == 16 and not self.workload.streams:
             return []
         ours = {id(parameter) for parameter in trained}
         return [one for matrices in self.matrices for one in matrices if id(one.parameter) not in ours]

@@ -42,11 +42,6 @@ class Workload:
         """Tokens of a micro-batch of a rank."""
         return self.micro_batch_size * self.seq_length
 
-    @property
-    def makes_whole(self) -> bool:
-        """Whether modules of frozen layers have their matrices for the length of a pass alone."""
-        return self.frozen_bits != 16 or self.streams
-
 
 @dataclass(frozen=True)
 class Trained:

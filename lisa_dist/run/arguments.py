@@ -92,10 +92,9 @@ class RunArguments:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.sample_prompt, str):  # as a recipe has one
-            self.sample_prompt = [self.sample_prompt]
-        if isinstance(self.reward_funcs, str):
-            self.reward_funcs = [self.reward_funcs]
+        for name in ("sample_prompt", "reward_funcs"):
+            if isinstance(given := getattr(self, name), str):  # as a recipe has one
+                setattr(self, name, [given])
         check_task(self.task)
         check_rewards_given(self.task, self.reward_funcs)
         if self.method not in METHODS:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, TrainingArguments, get_scheduler
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, get_scheduler
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from trl import SFTConfig
@@ -31,7 +31,7 @@ from lisa_dist.core.frozen_layers import check_experts
 from lisa_dist.core.layer_weights import load_layer_weights, split_columns
 from lisa_dist.core.selection import unit_budget
 from lisa_dist.core.weight_store import check_store
-from lisa_dist.distributed.collectives import raise_shared
+from lisa_dist.distributed.collectives import sharing_errors
 from lisa_dist.ds_config import given_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError, check_folder, read_json, read_text
@@ -245,8 +245,9 @@ def check_resume(wanted: str | bool | None, output_dir: Path, method: str, overw
     So it does for a run that would write over another one without being asked by `overwrites`. All ranks call it: rank
     0's view of the folders counts.
     """
-    problem = None
-    if os.environ.get("RANK", "0") == "0":
+    with sharing_errors():
+        if os.environ.get("RANK", "0") != "0":
+            return
         try:
             if wanted not in (None, False):
                 if (output_dir / RUN_NAME).is_file():
@@ -256,11 +257,8 @@ def check_resume(wanted: str | bool | None, output_dir: Path, method: str, overw
                 else:
                     _check_other(wanted, output_dir, method)
             check_overwrites(str(output_dir), wanted, overwrites)
-        except UserError as error:
-            problem = str(error)
         except OSError as error:  # a name that is too long, or a folder that may not be looked into
-            problem = f"--resume_from_checkpoint {wanted}: cannot be read ({error.strerror})."
-    raise_shared(problem)
+            raise UserError(f"--resume_from_checkpoint {wanted}: cannot be read ({error.strerror}).") from error
 
 
 def _check_lisa(wanted: str | bool | None, output_dir: Path) -> None:
@@ -310,12 +308,6 @@ def _check_other(wanted: str | bool | None, output_dir: Path, method: str) -> No
     if not (folder / TRAINER_STATE_NAME).is_file():
         raise UserError(f"{flag}: there is no {TRAINER_STATE_NAME} in it; give a checkpoint that a trainer has saved.")
     read_object(folder / TRAINER_STATE_NAME)
-
-
-def given_resume(training: TrainingArguments) -> str | bool | None:
-    """`--resume_from_checkpoint`: true, false, auto or a path."""
-    value = training.resume_from_checkpoint
-    return {"true": True, "false": False}.get(str(value).lower(), value)
 
 
 # Sizes in a model's configuration.

@@ -5,6 +5,7 @@ the result to bf16 gives the same precision (sums are fp32 in either case) at fp
 and activations in bf16, so memory is that of bf16.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -22,19 +23,13 @@ def multiply_in_fp32(model: nn.Module) -> None:
     """Let every linear layer of a bf16 model multiply in fp32; parameters and results stay bf16."""
     for module in model.modules():
         if type(module) is nn.Linear:
-            patch(module, "forward", _Fp32Forward(module), of="fp32_product")
+            forward: Any = functools.partial(_in_fp32, module)  # with which the model can still be pickled and copied
+            forward.multiplies_in_fp32 = True  # what frozen layers in fewer bits then do too
+            patch(module, "forward", forward, of="fp32_product")
 
 
-class _Fp32Forward:
-    """Stands in for a Linear's forward; a class, so that the model can still be pickled and copied."""
-
-    multiplies_in_fp32 = True  # what frozen layers in fewer bits then do too
-
-    def __init__(self, module: nn.Linear):
-        self._module = module
-
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        return _LinearInFp32.apply(inputs, self._module.weight, self._module.bias)
+def _in_fp32(module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    return _LinearInFp32.apply(inputs, module.weight, module.bias)
 
 
 class _LinearInFp32(torch.autograd.Function):

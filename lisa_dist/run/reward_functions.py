@@ -2,9 +2,9 @@
 
 import contextlib
 import functools
-import importlib.util
 import inspect
 import math
+import runpy
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from trl import rewards
 
-from lisa_dist.distributed.collectives import raise_shared
+from lisa_dist.distributed.collectives import sharing_errors
 from lisa_dist.errors import UserError
 from lisa_dist.run_folder import read_object
 from lisa_dist.tasks import split_reward
@@ -21,19 +21,16 @@ from lisa_dist.text import in_one_line
 
 def load_rewards(given: Sequence[str]) -> list[Any]:
     """What GRPOTrainer takes for each word; UserError for what is no reward. Every rank calls it."""
-    loaded, problem = [], None
-    try:
+    with sharing_errors(OSError):  # of a file that one host lacks
         loaded = [_load(word) for word in given]
-    except (UserError, OSError) as error:  # a file that one host lacks
-        problem = str(error)
-    raise_shared(problem)
     return loaded
 
 
 def _load(given: str) -> Any:
     path, name = split_reward(given)
     if path is not None:
-        function = getattr(_module_of(given, path), name, None)
+        with _naming(given):
+            function = runpy.run_path(str(path), run_name=f"lisa_dist_reward_{path.stem}").get(name)
         if not callable(function):
             raise UserError(f"--reward_funcs {given}: has no function {name}.")
         return _checked(function, given)
@@ -49,16 +46,6 @@ def _load(given: str) -> Any:
             f"{', '.join(known)}."
         )
     return _checked(getattr(rewards, given), given)
-
-
-def _module_of(given: str, path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"lisa_dist_reward_{path.stem}", path)
-    assert spec is not None  # of a .py file there is one
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with _naming(given):
-        spec.loader.exec_module(module)
-    return module
 
 
 @contextlib.contextmanager
@@ -90,13 +77,8 @@ def _checked(function: Callable[..., Any], given: str) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def called(*args: Any, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        problem, numbers = None, []
-        try:
-            with _naming(given):
-                numbers = _numbers(function(*args, completions=completions, **columns), given, len(completions))
-        except UserError as error:
-            problem = str(error)
-        raise_shared(problem)
+        with sharing_errors(), _naming(given):
+            numbers = _numbers(function(*args, completions=completions, **columns), given, len(completions))
         return numbers
 
     return called

@@ -14,7 +14,7 @@ from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.errors import UserError
 from lisa_dist.files import naming_lost_files
 from lisa_dist.run.arguments import RunConfig
-from lisa_dist.run.check_run import check_config, check_resume, given_resume
+from lisa_dist.run.check_run import check_config, check_resume
 from lisa_dist.run.header import describe_outcome, describe_run, record_of_run
 from lisa_dist.run.inputs import load_examples, load_processing
 from lisa_dist.run.settle import installed_versions, settle
@@ -31,7 +31,8 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> Path | None:
     before a model is loaded for what cannot work.
     """
     check_config(config)
-    output_dir, resume_from = Path(str(config.training.output_dir)), given_resume(config.training)
+    output_dir, given = Path(str(config.training.output_dir)), config.training.resume_from_checkpoint
+    resume_from = {"true": True, "false": False}.get(str(given).lower(), given)  # else auto or a path
     if config.training.use_cpu:
         # Accelerate has started gloo, but DeepSpeed must know of it too before a model is loaded under ZeRO-3.
         start_deepspeed()

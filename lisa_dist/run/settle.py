@@ -25,7 +25,7 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS
 from lisa_dist.core.activation_checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.core.blocks import number_of_decoder_layers
-from lisa_dist.distributed.collectives import gather, raise_shared
+from lisa_dist.distributed.collectives import gather, sharing_errors
 from lisa_dist.ds_config import given_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError
@@ -182,16 +182,13 @@ def settle_layers(
             "--lisa_activated_layers auto: the GPU has less free than the 1.5 GiB, or 6%, that are kept for CUDA and "
             "fragments; end what else is on it (nvidia-smi), take another GPU, or give a number of layers."
         )
-    settled, problem = (config.lisa, ""), None
+    settled = config.lisa, ""
     folders = [Path(str(resume_from))] if resume_from not in (None, False) else []
     if resume_from in (True, "auto"):
         folders = checkpoints_by_age(Path(str(config.training.output_dir)))
-    if config.training.process_index == 0:
-        try:
+    with sharing_errors():
+        if config.training.process_index == 0:
             settled = _layers_of(config, model_config, folders, gpu_bytes)
-        except UserError as error:
-            problem = str(error)
-    raise_shared(problem)
     lisa_config, why = gather(settled)[0]
     return config._replace(lisa=lisa_config), why
 

@@ -100,38 +100,30 @@ def test_nothing_is_replaced_but_by_patch():
 
 
 @pytest.mark.parametrize(
-    "source",
+    ("source", "found"),
     [
-        "from trl.trainer import utils\nutils.pad = mine",
-        "import torch\ntorch.nn.functional.linear = mine",
-        "from transformers import Trainer\ndef f():\n    Trainer.log, x = mine, 1",
-        "model.forward = mine",
-        "class A:\n    def f(self):\n        self.module.forward = mine",
-        "args.__class__ = Mine",
-        "layer._compiled_call_impl = mine",
-        "del module._forward_hooks[handle]",
-        "vars(module)['name'] = mine",
-        "engine.__dict__.update(name=mine)",
-        "engine.step = lambda: None",
-        "setattr(model, name, mine)",
+        ("from trl.trainer import utils\nutils.pad = mine", 1),
+        ("import torch\ntorch.nn.functional.linear = mine", 1),
+        ("from transformers import Trainer\ndef f():\n    Trainer.log, x = mine, 1", 1),
+        ("model.forward = mine", 1),
+        ("class A:\n    def f(self):\n        self.module.forward = mine", 1),
+        ("args.__class__ = Mine", 1),
+        ("layer._compiled_call_impl = mine", 1),
+        ("del module._forward_hooks[handle]", 1),
+        ("vars(module)['name'] = mine", 1),
+        ("engine.__dict__.update(name=mine)", 1),
+        ("engine.step = lambda: None", 1),
+        ("setattr(model, name, mine)", 1),
+        # Settings.
+        ("self._step = lambda: None", 0),
+        ("vars(self)['a'] = 1", 0),
+        ("args.lr = 1.0", 0),
+        ("import os\nos.environ['A'] = 'b'", 0),
+        ("parameter.grad = None", 0),
     ],
 )
-def test_the_rule_finds(source):
-    assert len(list(replacements(ast.parse(source)))) == 1
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "self._step = lambda: None",
-        "vars(self)['a'] = 1",
-        "args.lr = 1.0",
-        "import os\nos.environ['A'] = 'b'",
-        "parameter.grad = None",
-    ],
-)
-def test_the_rule_leaves_settings_alone(source):
-    assert not list(replacements(ast.parse(source)))
+def test_what_the_rule_finds(source, found):
+    assert len(list(replacements(ast.parse(source)))) == found
 
 
 def test_every_key_is_used_and_every_used_one_is_in_the_table():

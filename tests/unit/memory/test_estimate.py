@@ -82,8 +82,10 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
         if step < 3:
             train_step()
             continue
-        with StepMeter(lisa) as meter:
-            train_step()
+        meter = StepMeter(lisa)
+        meter.start()
+        train_step()
+        meter.stop()
     whole = ("buffers", "static", "peak", "peak_backward", "peak_step")
     parts = {name: value - (of_others if name in whole else 0) for name, value in meter.parts.to_dict().items()}
     found = {"parts": parts, "layers": lisa.active_layers, "blocks": lisa.active_blocks}

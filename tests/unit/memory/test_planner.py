@@ -10,11 +10,13 @@ from transformers import LlamaConfig, xLSTMConfig
 
 import lisa_dist
 from lisa_dist.commands.plan import main
+from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.memory.plan import PlanArguments, command_for, load_model_config
 from lisa_dist.memory.planner import Planner, make_plans, what_fits, with_most_layers
-from lisa_dist.memory.trace import FakeRuns
+from lisa_dist.memory.trace import FakeRun, FakeRuns
+from lisa_dist.memory.workload import Trained, Workload, widest_periods
 from lisa_dist.text import parse_bytes
 
 SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -24,6 +26,17 @@ SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "n
 def tiny_config(tmp_path) -> str:
     tiny_llama().config.save_pretrained(tmp_path)
     return str(tmp_path / "config.json")
+
+
+def test_the_worst_period_is_planned():
+    config = lisa_dist.LisaConfig(lisa_always_on="rest", lisa_activated_layers=2)
+    run = FakeRun(load_model_config("llama3.1-8b"), Workload(128))
+    periods = widest_periods(config, run.blocks, sampled_blocks(config, run.blocks))
+    assert periods == [
+        Trained((0, 1), ("rest",)),
+        Trained((), ("rest",), ("embed",)),  # as large as two layers and more
+        Trained((), ("rest",), ("head",)),
+    ]
 
 
 @pytest.mark.full

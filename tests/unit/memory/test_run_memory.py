@@ -58,7 +58,9 @@ def train_by_auto(
         lisa.on_step_begin()
         run.begin_step(step)
         active.append(lisa.active_layers)
-        meter = StepMeter(lisa).__enter__() if step > 1 else None
+        meter = StepMeter(lisa) if step > 1 else None
+        if meter is not None:
+            meter.start()
         run.note_micro_batch(workload)
         loss = engine(input_ids=rows, labels=rows).loss
         engine.backward(loss)
@@ -66,7 +68,7 @@ def train_by_auto(
         engine.step()
         said.append(run.end_step(step))
         if meter is not None:
-            meter.__exit__(None, None, None)
+            meter.stop()
             peaks.append(meter.parts.peak)
     count = checkpointed_layers(model, lisa.blocks)
     report = run.report()

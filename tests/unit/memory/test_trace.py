@@ -11,7 +11,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from lisa_dist.loss.chunked import LogProbsInChunks
 from lisa_dist.memory import stand_ins
-from lisa_dist.memory.trace import AllocationTracker, FakeRun, FakeRuns
+from lisa_dist.memory.trace import AllocationTracker, FakeRun
 from lisa_dist.memory.workload import CHUNKED, OWN, Trained, Workload
 
 LLAMA = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_hidden_layers=12)
@@ -69,13 +69,6 @@ def test_a_model_that_cannot_be_planned_says_why(monkeypatch, caplog):
     with pytest.raises(ValueError, match="MixtralConfig: this model cannot be planned"):
         run.trace(run.groups(Trained((0, 1), ALL)))
     assert not caplog.records
-
-
-def test_one_model_serves_several_numbers_of_checkpointed_layers():
-    runs = FakeRuns(LLAMA)
-    groups = runs.of(Workload(24)).groups(Trained((0, 1), ALL))
-    of_counts = [runs.of(Workload(24, checkpointed_layers=count)).trace(groups).activations for count in (0, 12, 0, 6)]
-    assert of_counts[0] == of_counts[2] > of_counts[3] > of_counts[1]
 
 
 def test_a_trace_of_a_models_own_loss_does_without_trl(monkeypatch):

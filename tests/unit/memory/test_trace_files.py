@@ -66,6 +66,7 @@ def trace_of(config=LLAMA, workload=WORKLOAD, period=PERIOD, reduces_rows=False,
 CHANGES = [
     {"config": LlamaConfig(**SIZES | {"intermediate_size": 64}, num_hidden_layers=9)},
     {"config": LlamaConfig(**SIZES, num_hidden_layers=10)},
+    {"config": LlamaConfig(**SIZES, num_hidden_layers=9, _own={1: {2, 3}, "four": torch.float32})},  # of no config.json
     *({"workload": replace(WORKLOAD, **change)} for change in (
         {"seq_length": 17}, {"checkpointed_layers": 2}, {"dtype": torch.float32}, {"loss": CHUNKED}, {"padded": True},
         {"attention": "eager"}, {"micro_batch_size": 2}, {"triton": True}, {"by_module": True}, {"frozen_bits": 8},
@@ -111,12 +112,6 @@ def test_kernels_that_attention_may_use_make_another():
         assert trace_of()[1]
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
-
-
-def test_what_is_not_in_config_json_makes_another():
-    config = LlamaConfig(**SIZES, num_hidden_layers=9)
-    config._own = {1: {2, 3}, "four": torch.float32}
-    assert trace_of(config)[1]
 
 
 def test_other_code_makes_another(monkeypatch, tmp_path):
