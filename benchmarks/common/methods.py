@@ -58,6 +58,7 @@ KEEP, FIXED = {"lisa_state": "keep"}, {"lisa_sampler": "fixed"}
 EIGHT, LAYERS_8 = {"lisa_state_bits": "embed=8,head=8,layers=8"}, {"lisa_state_bits": "layers=8"}
 FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 SMALL = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
+FORMS = {"8 bits": 8, "4 bits": 4, "fp8": "fp8"}  # of frozen layers
 BADAM = {"lisa_always_on": "", "lisa_frozen": "embed,head,rest", "lisa_sampler": "reshuffle"}
 
 
@@ -93,10 +94,7 @@ ALL = (
     one_pass("lisa 2, factored", 2, FACTORED),
     one_pass("lisa 14, factored", 14, FACTORED),
     one_pass("lisa 2 bf16", 2, bf16=True),
-    *(
-        one_pass(f"lisa 2, frozen {form}", 2, {"lisa_frozen_bits": form.split()[0]}, bf16=True)
-        for form in ("8 bits", "fp8", "4 bits")
-    ),
+    *(one_pass(f"lisa 2, frozen {name}", 2, {"lisa_frozen_bits": form}, bf16=True) for name, form in FORMS.items()),
     # As many layers as fit.
     one_pass("lisa auto", AUTO_LAYERS, SMALL),
     one_pass("lisa in lora's memory", AUTO_LAYERS, SMALL, **IN_LORA_S),

@@ -248,6 +248,16 @@ def test_a_resume_knows_its_task_its_reference_and_its_answers(folder, tmp_path)
 
 
 @pytest.mark.full
+def test_answers_of_layers_on_the_host_are_those_of_layers_on_the_device(folder, tmp_path):
+    for name, changes in {"device": {}, "host": {"lisa_offload": "frozen"}}.items():
+        status, said = run_alone(flags_of("grpo", tmp_path / name, bf16=True, **changes), tmp_path / "said.txt")
+        assert status == 0, said[-3000:]
+        assert ("two layers at a time" in said) == (name == "host")
+    device, host = weights_of(tmp_path / "device"), weights_of(tmp_path / "host")
+    assert all(torch.equal(device[name], host[name]) for name in device)
+
+
+@pytest.mark.full
 def test_rows_of_every_shape_that_can_be_trained_on(folder, tmp_path):
     """Renamed where both names are there, labels of a CSV, keys that the first row lacks, dates beside, a source left
     without rows."""
