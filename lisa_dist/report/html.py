@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def write_comparison(folders: Sequence[str | Path], page: Path) -> Path:
         ("eval_loss", "Held-out loss", "At every evaluation.", False),
         ("grad_norm", "Gradient norm", "Before clipping, smoothed.", True),
     ):
-        sections += _plot_section(entry, title, caption, plot_of_runs(runs, entry, smooth))
+        sections += _plot_section(entry, title, caption, partial(plot_of_runs, runs, entry, smooth))
     flags = [{name: format_value(value) for name, value in run.run.get("flags", {}).items()} for run in runs.values()]
     answers = [{answer["prompt"]: answer["answer"] for answer in run.answers} for run in runs.values()]
     differing = [row for row in _side_by_side(flags) if len(set(row[1:])) > 1]
@@ -191,7 +192,7 @@ def figures_of(run: RunFiles) -> dict[str, str]:
     found = {
         "steps": str(run.last_step),
         "last loss": losses and f"{losses[-1]:.4f}",
-        evaluated: " → ".join(f"{loss:.4f}" for loss in held_out[:: max(1, len(held_out) - 1)]),
+        evaluated: " → ".join(f"{loss:.4f}" for loss in held_out[:: max(1, len(held_out) - 1)]),  # the two ends
         duration: seconds and str(timedelta(seconds=round(seconds[-1]))),
         "tokens / s, median": speeds and f"{speeds[len(speeds) // 2]:,.0f}",
         "peak memory of a rank's GPU, or process": peaks and format_bytes(int(max(peaks))),
