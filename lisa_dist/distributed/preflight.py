@@ -81,14 +81,14 @@ class HostCheck:
     def _gpus(self) -> list[str]:
         if why := why_no_gpu():
             return [why]
-        wanted, found = self.gpus, torch.cuda.device_count()
+        if (found := torch.cuda.device_count()) >= self.gpus:
+            return []
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         about = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
-        few = (
-            f"{found} GPUs are visible, not {wanted} (--gpus_per_node){about}: ask the scheduler for more, by "
+        return [
+            f"{found} GPUs are visible, not {self.gpus} (--gpus_per_node){about}: ask the scheduler for more, by "
             "--gpus-per-node, or give fewer"
-        )
-        return [few] if found < wanted else []
+        ]
 
     def _write(self) -> float:
         """Bytes a second that this host writes to the output folder; OSError where it cannot."""
