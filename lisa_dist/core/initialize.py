@@ -11,7 +11,7 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_checks import prepare_ds_config
 from lisa_dist.distributed.ranks import join_ranks
-from lisa_dist.distributed.run_lock import hold_folder
+from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.ds_config import load_ds_config, precision_of, uses_optimizer_offload
 from lisa_dist.optim.build import build_optimizer
 from lisa_dist.zero.cpu_ops import guard_builds
@@ -59,7 +59,9 @@ def initialize(
         undone.callback(engine.destroy)
         undone.callback(remove_forward_hooks, engine)
         if output_dir is not None:  # the ranks know of each other now
-            lisa.at_close = weakref.finalize(lisa, hold_folder(output_dir))
+            held = contextlib.ExitStack()
+            held.enter_context(one_run_in(output_dir))
+            lisa.at_close = weakref.finalize(lisa, held.close)
         lisa.attach(engine, output_dir)
         undone.pop_all()
     engine.train()  # from_pretrained gives models that are to be used, not trained

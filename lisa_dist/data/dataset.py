@@ -14,7 +14,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
@@ -24,6 +24,7 @@ from lisa_dist.data.encoding import LONG_EXAMPLES, Encoder, encode_examples
 from lisa_dist.data.formats import FORMATS
 from lisa_dist.data.readers import ORIGIN
 from lisa_dist.data.sources import Source, apply_weight, load_turns
+from lisa_dist.definitions import setting
 from lisa_dist.errors import UserError
 from lisa_dist.text import in_one_line
 
@@ -34,48 +35,30 @@ _NUM_SHOWN = 1500  # characters of the first example in the header of a run
 class DataArguments:
     """Flags of the data: sources, formats, lengths, held-out examples."""
 
-    dataset_name: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Files (.jsonl, .json, .csv, .tsv, .parquet, .txt, also .gz), folders of them, or datasets of the "
-            "hub; one or several. name#1000 samples so many examples."
-        },
+    dataset_name: list[str] | None = setting(
+        None,
+        "Files (.jsonl, .json, .csv, .tsv, .parquet, .txt, also .gz), folders of them, or datasets of the hub; one or "
+        "several. name#1000 samples so many examples.",
     )
-    dataset_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "One for each --dataset_name: 2 repeats its examples, 0.5 samples half of them."},
+    dataset_weights: list[float] | None = setting(
+        None, "One for each --dataset_name: 2 repeats its examples, 0.5 samples half of them."
     )
-    dataset_format: str | None = field(
-        default=None, metadata={"help": f"One of {', '.join(FORMATS)}; left out, recognized by columns."}
+    dataset_format: str | None = setting(None, f"One of {', '.join(FORMATS)}; left out, recognized by columns.")
+    dataset_columns: list[str] | None = setting(None, "Renamed columns, as question=QUESTION answer=LONG_ANSWER.")
+    dataset_config: str | None = setting(None, "Configuration of a hub dataset.")
+    dataset_split: str = setting("train", "Split of a hub dataset.")
+    eval_dataset_split: str | None = setting(None, "Split of held-out hub datasets; left out, --dataset_split.")
+    eval_dataset_name: list[str] | None = setting(None, "Held-out data, given as --dataset_name.")
+    eval_rows: float = setting(
+        0, "Examples to hold out for evaluation: a number, or below 1 a fraction, sampled by --seed."
     )
-    dataset_columns: list[str] | None = field(
-        default=None, metadata={"help": "Renamed columns, as question=QUESTION answer=LONG_ANSWER."}
+    long_examples: str = setting(
+        "auto",
+        "For examples longer than --max_length tokens: truncate, drop, or auto, which splits texts and truncates the "
+        "others.",
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a hub dataset."})
-    eval_dataset_split: str | None = field(
-        default=None, metadata={"help": "Split of held-out hub datasets; left out, --dataset_split."}
-    )
-    eval_dataset_name: list[str] | None = field(
-        default=None, metadata={"help": "Held-out data, given as --dataset_name."}
-    )
-    eval_rows: float = field(
-        default=0,
-        metadata={"help": "Examples to hold out for evaluation: a number, or below 1 a fraction, sampled by --seed."},
-    )
-    long_examples: str = field(
-        default="auto",
-        metadata={
-            "help": "For examples longer than --max_length tokens: truncate, drop, or auto, which splits texts and "
-            "truncates the others."
-        },
-    )
-    train_on_inputs: bool = field(
-        default=False, metadata={"help": "Train on prompts too, and not only on the assistant's turns."}
-    )
-    skip_bad_rows: bool = field(
-        default=False, metadata={"help": "Skip invalid examples, in place of an error that lists them."}
-    )
+    train_on_inputs: bool = setting(False, "Train on prompts too, and not only on the assistant's turns.")
+    skip_bad_rows: bool = setting(False, "Skip invalid examples, in place of an error that lists them.")
 
     def __post_init__(self) -> None:
         for name in ("dataset_name", "eval_dataset_name", "dataset_weights"):

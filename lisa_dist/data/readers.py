@@ -37,7 +37,7 @@ def suffix_of(path: Path) -> str:
 
 def read_file(path: Path, source: str) -> Iterator[FileExample]:
     """The examples of a file. Raises UserError, naming the `source`, for a file that cannot be read at all."""
-    readers = {".jsonl": _read_jsonl, ".txt": _read_txt, ".parquet": _read_parquet}
+    readers = {".jsonl": _read_lines, ".txt": _read_lines, ".parquet": _read_parquet}
     suffix = suffix_of(path)
     try:
         yield from _read_json(path, source) if suffix == ".json" else readers.get(suffix, _read_csv)(path)
@@ -68,13 +68,16 @@ def _lines(path: Path, keep_blank: bool = False) -> Iterator[tuple[str, str | No
                     yield f"line {number}", text
 
 
-def _read_jsonl(path: Path) -> Iterator[FileExample]:
+def _read_lines(path: Path) -> Iterator[FileExample]:
+    """A text, or else an object in JSON, on each line."""
     for origin, line in _lines(path):
-        if line is None:
-            yield origin, None, _NOT_UTF8
-            continue
         try:
-            yield _object(origin, json.loads(line))
+            if line is None:
+                yield origin, None, _NOT_UTF8
+            elif suffix_of(path) == ".txt":
+                yield origin, {"text": line}, None
+            else:
+                yield _object(origin, json.loads(line))
         except (ValueError, RecursionError) as error:
             yield origin, None, f"is not JSON ({error})"
 
@@ -95,7 +98,7 @@ def _read_json(path: Path, source: str) -> Iterator[FileExample]:
         raise UserError(f"{source}: {path}, line {line} {_NOT_UTF8}.") from error
     except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") == "Extra data":  # one object per line, despite its name
-            yield from _read_jsonl(path)
+            yield from _read_lines(path)
             return
         raise UserError(f"{source}: {path} is not JSON ({error}).") from error
     if isinstance(content, dict):
@@ -126,14 +129,6 @@ def _read_csv(path: Path) -> Iterator[FileExample]:
             yield origin, None, f"does not have the {len(names)} fields of the first line"
         else:
             yield origin, row, None
-
-
-def _read_txt(path: Path) -> Iterator[FileExample]:
-    for origin, line in _lines(path):
-        if line is None:
-            yield origin, None, _NOT_UTF8
-        else:
-            yield origin, {"text": line}, None
 
 
 def _read_parquet(path: Path) -> Iterator[FileExample]:

@@ -17,26 +17,9 @@ from datasets import Dataset, Features, Image, Json, List, Value, concatenate_da
 from datasets.exceptions import DatasetGenerationError
 from pyarrow.lib import ArrowException
 
-from lisa_dist.data.formats import (
-    FORMATS,
-    ExampleError,
-    columns_of_format,
-    describe_columns,
-    detect,
-    refuse_examples,
-    to_turns,
-    tools_of,
-)
-from lisa_dist.data.readers import (
-    IMAGE_COLUMNS,
-    OF_SAVED_DATASETS,
-    ORIGIN,
-    PROBLEM,
-    SUFFIXES,
-    images_of,
-    read_file,
-    suffix_of,
-)
+from lisa_dist.data import formats, readers
+from lisa_dist.data.formats import FORMATS, ExampleError
+from lisa_dist.data.readers import ORIGIN, PROBLEM, SUFFIXES
 from lisa_dist.errors import UserError
 from lisa_dist.tasks import GRPO, KTO, TASKS, tasks_for
 from lisa_dist.text import in_one_line
@@ -92,7 +75,7 @@ def load_source(
     if any(whys):
         problems = [f"{origin} {why}" for origin, why in zip(examples[ORIGIN], whys, strict=True) if why]
         if not skip_invalid:
-            refuse_examples(problems, len(examples), source.label)
+            formats.refuse_examples(problems, len(examples), source.label)
         valid = valid.select([index for index, why in enumerate(whys) if not why])
         skipped = f", {len(problems)} invalid ones skipped, such as {problems[0]}"
     if not len(valid):
@@ -155,7 +138,7 @@ def open_source(source: Source) -> dict[str, Any]:
 
 def _open(source: Source, name: str) -> Dataset | list[Path]:
     path = Path(name)
-    if any((path / file).exists() for file in OF_SAVED_DATASETS):
+    if any((path / file).exists() for file in readers.OF_SAVED_DATASETS):
         saved = load_from_disk(name)
         if isinstance(saved, Dataset):
             return saved
@@ -163,13 +146,13 @@ def _open(source: Source, name: str) -> Dataset | list[Path]:
             raise UserError(f"{source.label}: has no split {source.split}; it has {', '.join(saved)}.")
         return saved[source.split]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if suffix_of(file) in SUFFIXES and file.is_file())
+        files = sorted(file for file in path.rglob("*") if readers.suffix_of(file) in SUFFIXES and file.is_file())
         if not files:
             raise UserError(f"{source.label}: the folder contains no file of {', '.join(SUFFIXES)}.")
         return files
     if path.exists() and not path.is_file():  # to open a pipe, or to read a device, may take forever
         raise UserError(f"{source.label}: is neither a file nor a folder, but a pipe or a device.")
-    if suffix_of(path) in SUFFIXES:
+    if readers.suffix_of(path) in SUFFIXES:
         if not path.exists():
             raise UserError(f"{source.label}: no such file.")
         return [path]
@@ -197,7 +180,7 @@ def read_rows(rows: Mapping[str, Any]) -> Iterator[tuple[str, str, dict | None, 
             yield "", f"row {number}", row, None
         return
     for path, *_ in rows["files"]:
-        for place, row, problem in read_file(Path(path), rows["label"]):
+        for place, row, problem in readers.read_file(Path(path), rows["label"]):
             yield path, f"{path}, {place}", row, problem
 
 
@@ -214,11 +197,11 @@ def first_row(rows: Mapping[str, Any]) -> dict[str, Any]:
 def _convert(source: Source, rows: dict[str, Any], with_images: bool) -> tuple[Dataset, str]:
     first = first_row(rows)
     if not source.columns and source.format is None:
-        source = replace(source, columns=columns_of_format(first))
+        source = replace(source, columns=formats.columns_of_format(first))
     format_name = _choose_format(source, list(first), first.get("label"))
     arguments: dict[str, Any] = {"version": _VERSION, "rows": rows, "format_name": format_name}
     arguments |= {"columns": source.columns, "with_images": with_images}
-    columns = describe_columns(format_name, source.renamed(first), IMAGE_COLUMNS if with_images else ())
+    columns = formats.describe_columns(format_name, source.renamed(first), readers.IMAGE_COLUMNS if with_images else ())
     return generate(_entries, arguments, _WITH_IMAGES if with_images else _FEATURES), columns
 
 
@@ -234,13 +217,13 @@ def _choose_format(source: Source, columns: Sequence[str], label: Any = None) ->
             f"{source.label}: its rows have a label that says which completions are wanted: give --task {KTO}, or "
             "--dataset_format prompt_completion to train on them all."
         )
-    format_name = source.format or detect(source.renamed(columns))
+    format_name = source.format or formats.detect(source.renamed(columns))
     if format_name is None:
         serves = [task for task in tasks_for(columns) if task != GRPO]  # grpo takes any row with a prompt
         hint = f" Such rows are for --task {' or '.join(serves)}." if serves else ""
-        formats = "; ".join(f"{name} ({', '.join(required)})" for name, (required, *_) in FORMATS.items())
+        known = "; ".join(f"{name} ({', '.join(required)})" for name, (required, *_) in FORMATS.items())
         raise UserError(
-            f"{source.label}: its columns {', '.join(columns)} are those of no format. Formats are {formats}. Rename "
+            f"{source.label}: its columns {', '.join(columns)} are those of no format. Formats are {known}. Rename "
             f"columns with --dataset_columns, such as question=QUESTION answer=LONG_ANSWER.{hint}"
         )
     return format_name
@@ -281,10 +264,13 @@ def _entries(
         try:
             if row is not None:
                 row = {**row, **{name: row.get(column) for name, column in columns}}
-                found: dict[str, Any] = {"turns": to_turns(row, format_name), "tools": tools_of(row, format_name)}
+                found: dict[str, Any] = {
+                    "turns": formats.to_turns(row, format_name),
+                    "tools": formats.tools_of(row, format_name),
+                }
                 if with_images:
                     _check_beside_images(**found)
-                    found["images"] = images_of(row, Path(path).parent)
+                    found["images"] = readers.images_of(row, Path(path).parent)
                 "".join(turn["content"] for turn in found["turns"]).encode()
                 entry |= found
         except ExampleError as error:

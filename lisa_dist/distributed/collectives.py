@@ -9,7 +9,6 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from torch import distributed as dist
@@ -40,33 +39,29 @@ def _group_beside(world: Any) -> dist.ProcessGroup:
     return gloo_group(timedelta(hours=6))  # a rank may write long after the others have
 
 
-class together:  # noqa: N801 - reads as a verb: `with together(folder):`
+@contextlib.contextmanager
+def together(folder: Path, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """All ranks run the body; when it raises on any of them, all raise, naming the ranks and the reason.
 
     Every rank must enter it, and the body must hold no collective. `folder` is what the message says was being written.
     """
-
-    def __init__(self, folder: Path, group: dist.ProcessGroup | None = None):
-        self._folder, self._group = folder, group
-
-    def __enter__(self) -> "together":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
         about = None if error is None else (f"{type(error).__name__}: {error}", is_disk_error(error))
-        failed = {rank: theirs for rank, theirs in enumerate(gather(about, self._group)) if theirs is not None}
-        if not failed:
-            return
+        failed = {rank: theirs for rank, theirs in enumerate(gather(about, group)) if theirs is not None}
         reasons = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in failed.items())
-        if all(of_the_disk for _, of_the_disk in failed.values()):
+        if failed and all(of_the_disk for _, of_the_disk in failed.values()):
             raise SaveError(
-                f"{self._folder} could not be written ({reasons}); what was saved before is untouched. Make room, or "
+                f"{folder} could not be written ({reasons}); what was saved before is untouched. Make room, or "
                 "choose another --output_dir."
             ) from error
-        if error is None:  # else it goes on by itself
-            raise RuntimeError(f"{self._folder} could not be written ({reasons})")
+        if failed and error is None:  # else it goes on by itself
+            raise RuntimeError(f"{folder} could not be written ({reasons})")
 
 
 def describe_files(

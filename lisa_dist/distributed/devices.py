@@ -9,7 +9,6 @@ from torch import distributed as dist
 
 from lisa_dist.distributed.allocator import use_expandable_segments
 from lisa_dist.errors import UserError
-from lisa_dist.presets import reserved_bytes
 
 
 def prepare_device() -> None:
@@ -38,15 +37,6 @@ def check_accelerator() -> None:
             f"DeepSpeed has found an accelerator of the kind {name} here, and training is on GPUs, by CUDA or ROCm, or "
             "on CPUs: export DS_ACCELERATOR=cpu."
         )
-
-
-def gpu_bytes_at_start(device: torch.device) -> int:
-    """Bytes that this process's tensors may take of a GPU, before a step has shown it.
-
-    Of what others and CUDA's context leave free a reserve is kept back.
-    """
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, free + torch.cuda.memory_reserved(device) - reserved_bytes(total))
 
 
 def gpu_bytes_for_tensors(device: torch.device) -> int:

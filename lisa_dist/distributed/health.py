@@ -17,7 +17,8 @@ from lisa_dist.distributed.collectives import gather
 from lisa_dist.distributed.ranks import GLOO_INTERFACE, gloo_group, interface_to
 from lisa_dist.errors import UserError
 
-SLOW = 1.2  # times the median of all ranks
+_SLOW = 1.2  # times the median of all ranks
+_SLOW_LOGS = 3  # in so many logs one after another a rank must be slow to be named
 _MANY_SPANS = 8192
 
 
@@ -102,6 +103,7 @@ class ComputeTime:
         self._begun: Any = None
         self._spans: list[tuple[Any, Any]] = []  # since the last log, not yet in _seconds
         self._seconds = 0.0
+        self._slow_rank, self._times_in_a_row = -1, 0
         timed = [module for module in model.modules() if isinstance(module, torch.nn.Linear)] if waits else [model]
         self._hooks = [module.register_forward_pre_hook(self._begin) for module in timed]
         self._hooks += [module.register_forward_hook(self._end, prepend=True) for module in timed]
@@ -143,12 +145,20 @@ class ComputeTime:
         """
         self._add_up()
         mine, self._seconds = self._seconds, 0.0
-        every = [torch.zeros(1, dtype=torch.float64) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, torch.tensor([mine], dtype=torch.float64), group=self._group)
-        times = torch.cat(every).tolist()
+        times = gather(mine, self._group)
         typical = median_low(times)
         slowest = max(range(len(times)), key=times.__getitem__)
         return slowest, times[slowest] / typical if typical else 1.0, self._hosts[slowest]
+
+    def metrics(self) -> tuple[dict[str, float], str | None]:
+        """`slowest` for a log, and a warning where a rank is slow for the third time in a row."""
+        rank, ratio, host = self.slowest()
+        self._times_in_a_row = (self._times_in_a_row + 1 if rank == self._slow_rank else 1) if ratio > _SLOW else 0
+        self._slow_rank = rank if ratio > _SLOW else -1
+        warning = None
+        if self._times_in_a_row >= _SLOW_LOGS:
+            warning = f"rank {rank} on host {host} computes {ratio:.2f} times as long as the median rank"
+        return {"lisa/slowest_rank": rank, "lisa/slowest_rank_times_median": ratio}, warning
 
 
 def _interconnect() -> str:

@@ -112,13 +112,10 @@ def _pass_on(launcher: int, number: int) -> None:
     """Send a signal to all ranks of a launcher, an interrupt as SIGTERM; while there are none, end the launcher."""
     number = signal.SIGTERM if number == signal.SIGINT else number
     below = psutil.Process(launcher).children(recursive=True)
-    ranks = [process for process in below if _is_rank(process)]
+    ranks = []
+    for process in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            ranks += [process] if process.cmdline()[1:4] == _RANK else []
     for process in ranks or [psutil.Process(launcher), *below]:
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended in between
             process.send_signal(number if ranks else signal.SIGTERM)
-
-
-def _is_rank(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.cmdline()[1:4] == _RANK
-    return False

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ _APPEARS = 10.0  # seconds for a file that one host has written to be seen on an
 _SAMPLE = 1 << 26  # bytes that are written to learn how fast the folder is
 
 
+@dataclass
 class HostCheck:
     """One host's checks, and its part of the comparison.
 
@@ -41,21 +43,15 @@ class HostCheck:
     its verdict, so that rank 0 alone reports a host that does not come, with all else that is wrong.
     """
 
-    def __init__(
-        self,
-        host: str,
-        folder: Path,
-        *,
-        gpus: int = 0,
-        files: Sequence[tuple[str, str]] = (),
-        meet_within: float = 60.0,
-        save_within: float = 0.0,
-        checkpoint_bytes: Callable[[], tuple[int, int]],
-    ):
-        self._host, self._folder = host, folder
-        self._gpus_wanted, self._files = gpus, files
-        self._meet_within, self._save_within = meet_within, save_within
-        self._checkpoint_bytes = checkpoint_bytes
+    host: str
+    folder: Path
+    gpus: int
+    files: Sequence[tuple[str, str]]
+    meet_within: float
+    save_within: float
+    checkpoint_bytes: Callable[[], tuple[int, int]]
+
+    def __post_init__(self) -> None:
         self._rank, self._world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
     def problems(self) -> list[str]:
@@ -66,10 +62,10 @@ class HostCheck:
             speed = self._write()
         except OSError as error:
             problems.append(
-                f"--output_dir {self._folder} cannot be written ({error.strerror or error}): mount it there, or give "
+                f"--output_dir {self.folder} cannot be written ({error.strerror or error}): mount it there, or give "
                 "another one"
             )
-        mine = {"host": self._host, "folder": str(self._folder), "problems": problems, "has": self._has()}
+        mine = {"host": self.host, "folder": str(self.folder), "problems": problems, "has": self._has()}
         try:
             socket.getaddrinfo(address, port)
             return self._compare(address, port, mine | {"bytes_a_second": speed})
@@ -80,25 +76,25 @@ class HostCheck:
                 f"nobody answers at MASTER_ADDR {address}, port {port}: the first host's check has not started, or the "
                 "port is closed between them; export another MASTER_ADDR or MASTER_PORT"
             )
-        return [f"host {self._host}: {problem}" for problem in problems]
+        return [f"host {self.host}: {problem}" for problem in problems]
 
     def _gpus(self) -> list[str]:
         if why := why_no_gpu():
             return [why]
-        wanted, found = self._gpus_wanted, torch.cuda.device_count()
+        if (found := torch.cuda.device_count()) >= self.gpus:
+            return []
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         about = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
-        few = (
-            f"{found} GPUs are visible, not {wanted} (--gpus_per_node){about}: ask the scheduler for more, by "
+        return [
+            f"{found} GPUs are visible, not {self.gpus} (--gpus_per_node){about}: ask the scheduler for more, by "
             "--gpus-per-node, or give fewer"
-        )
-        return [few] if found < wanted else []
+        ]
 
     def _write(self) -> float:
         """Bytes a second that this host writes to the output folder; OSError where it cannot."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"tmp-check-{uuid.uuid4().hex}"
-        size = _SAMPLE if self._save_within else 2**20
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"tmp-check-{uuid.uuid4().hex}"
+        size = _SAMPLE if self.save_within else 2**20
         try:
             with path.open("wb") as file:
                 started = time.monotonic()
@@ -113,18 +109,18 @@ class HostCheck:
         """What must be the same everywhere."""
         has = {"Python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
         has["the code of lisa_dist"] = _digest(sorted(Path(__file__).parents[1].rglob("*.py")))
-        for flag, path in self._files:
+        for flag, path in self.files:
             is_model_of_hub = flag == "--model_name_or_path" and not Path(path).exists()
             missing = "not here" if is_model_of_hub else "no such file"
             has[f"{flag} {path}"] = _digest([Path(path)]) if Path(path).is_file() else missing
         return has
 
     def _compare(self, address: str, port: int, mine: dict) -> list[str]:
-        meets_until = time.monotonic() + self._meet_within
-        patience = timedelta(seconds=self._meet_within)
+        meets_until = time.monotonic() + self.meet_within
+        patience = timedelta(seconds=self.meet_within)
         store = dist.TCPStore(address, port, self._world_size, self._rank == 0, patience, wait_for_workers=False)
-        store.set_timeout(timedelta(seconds=self._meet_within + 2 * _APPEARS))
-        token = self._folder / f"tmp-check-{os.environ['MASTER_PORT']}-shared"
+        store.set_timeout(timedelta(seconds=self.meet_within + 2 * _APPEARS))
+        token = self.folder / f"tmp-check-{os.environ['MASTER_PORT']}-shared"
         if self._rank == 0:
             if not mine["problems"]:
                 token.touch()
@@ -161,7 +157,7 @@ class HostCheck:
 
     def _why_no_gloo(self, store: dist.TCPStore) -> str:
         """Why no group over gloo can be made, as every run has one; nothing where it can."""
-        patience = timedelta(seconds=min(self._meet_within, _APPEARS))
+        patience = timedelta(seconds=min(self.meet_within, _APPEARS))
         try:
             group: Any = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), self._rank, self._world_size, patience)
             group.barrier().wait()
@@ -175,7 +171,7 @@ class HostCheck:
         hosts = expand_hosts(os.environ.get("SLURM_STEP_NODELIST", ""))  # one task on each, of a step of SLURM
         problems = [
             f"rank {rank}{f', host {hosts[rank]},' if rank < len(hosts) else ''} has not come within "
-            f"{self._meet_within:.0f} s (--meet_within): it is down, or MASTER_ADDR is another one there"
+            f"{self.meet_within:.0f} s (--meet_within): it is down, or MASTER_ADDR is another one there"
             for rank in missing
         ]
         ours = reports[0]["has"]
@@ -183,16 +179,16 @@ class HostCheck:
             found, theirs = list(report["problems"]), report["has"]
             if not report["sees"]:
                 found.append(
-                    f"--output_dir {report['folder']} is another one: what host {self._host} writes is not seen there; "
+                    f"--output_dir {report['folder']} is another one: what host {self.host} writes is not seen there; "
                     "give a folder on a file system that all share"
                 )
             found += [
-                f"{name} is {theirs.get(name, 'not there')}, on host {self._host} {ours.get(name, 'not there')}"
+                f"{name} is {theirs.get(name, 'not there')}, on host {self.host} {ours.get(name, 'not there')}"
                 for name in {**ours, **theirs}
                 if theirs.get(name) != ours.get(name)
             ]
             problems += [f"host {report['host']}: {text}" for text in found]
-        if not problems and self._save_within:
+        if not problems and self.save_within:
             problems = self._time_to_save([report["bytes_a_second"] for report in reports])
         if not problems:
             names = ", ".join(report["host"] for report in reports)
@@ -201,9 +197,9 @@ class HostCheck:
 
     def _time_to_save(self, bytes_a_second: list[float]) -> list[str]:
         """What is wrong with the time for a save."""
-        within = self._save_within
+        within = self.save_within
         try:
-            nbytes = sum(self._checkpoint_bytes())
+            nbytes = sum(self.checkpoint_bytes())
         except UserError as error:
             return [str(error)]
         seconds = seconds_to_save(nbytes, bytes_a_second)

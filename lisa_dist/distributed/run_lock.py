@@ -11,7 +11,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -29,16 +29,7 @@ _held: dict[str, "_Lock"] = {}  # the locks of this process, by their paths
 
 @contextlib.contextmanager
 def one_run_in(folder: str | Path, silence: float = _SILENCE) -> Iterator[None]:
-    """No other run has `folder` while the body runs; all ranks enter it. Raises as `hold_folder` does."""
-    release = hold_folder(folder, silence)
-    try:
-        yield
-    finally:
-        release()
-
-
-def hold_folder(folder: str | Path, silence: float = _SILENCE) -> Callable[[], None]:
-    """Take a folder for this run, and return what gives it back; all ranks call it, and rank 0 holds the lock.
+    """No other run has `folder` while the body runs; all ranks enter it, and rank 0 holds the lock.
 
     A process may hold a folder several times over. Raises SharedError, which names the run that has the folder, and
     waits up to `silence` seconds to see whether a run on another host lives.
@@ -46,7 +37,8 @@ def hold_folder(folder: str | Path, silence: float = _SILENCE) -> Callable[[], N
     folder, problem = Path(folder), None
     if dist.is_initialized() and dist.get_rank() != 0:
         raise_shared(None)
-        return lambda: None
+        yield
+        return
     key, lock = os.path.realpath(folder), None
     try:
         lock = _held[key] = _held[key] if is_held(folder) else _Lock(folder, silence)
@@ -57,20 +49,19 @@ def hold_folder(folder: str | Path, silence: float = _SILENCE) -> Callable[[], N
     raise_shared(problem)
     assert lock is not None
     lock.holders += 1
-    return functools.partial(_release, key, lock)
+    try:
+        yield
+    finally:
+        lock.holders -= 1
+        if lock.holders == 0 and lock.process == os.getpid():  # no child of a fork
+            del _held[key]
+            lock.end()
 
 
 def is_held(folder: Path) -> bool:
     """Whether this process holds a folder."""
     lock = _held.get(os.path.realpath(folder))
     return lock is not None and lock.process == os.getpid()
-
-
-def _release(key: str, lock: "_Lock") -> None:
-    lock.holders -= 1
-    if lock.holders == 0 and lock.process == os.getpid():  # no child of a fork
-        del _held[key]
-        lock.end()
 
 
 class _Lock:

@@ -84,10 +84,8 @@ class StopSignals:
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
     """In the body a signal ends the process at once, as if nobody caught it: in a wait before there is what to save."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught = [number for number in _SIGNALS if signal.getsignal(number) is _receive]
+    in_main_thread = threading.current_thread() is threading.main_thread()  # no other can set a handler
+    caught = [number for number in _SIGNALS if in_main_thread and signal.getsignal(number) is _receive]
     for number in caught:
         signal.signal(number, signal.SIG_DFL)
     try:

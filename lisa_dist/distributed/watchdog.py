@@ -81,8 +81,15 @@ class Watchdog:
         dist.barrier()  # nobody needs rank 0's store any more
 
     def _fail(self, error: BaseException) -> None:
+        """The main thread has raised: tell the others, and say which rank is behind it, if another one is."""
         self._failure = f"{type(error).__name__}: {error}"
-        self._explain()
+        others = self._failed_ranks()  # those that raised first
+        time.sleep(4 * _INTERVAL)
+        silent = self._silent_ranks(3 * _INTERVAL)
+        if silent:
+            self._say(f"rank(s) {silent} no longer answer: they were killed or have stopped")
+        elif others and self._failure not in others:
+            self._say(others)
         self._done.set()
 
     def _connect(self) -> dist.TCPStore:
@@ -146,16 +153,6 @@ class Watchdog:
 
     def _failed_ranks(self) -> str:
         return "; ".join(f"rank {rank} has {sign}" for rank, sign in enumerate(self._signs) if sign.startswith(_FAILED))
-
-    def _explain(self) -> None:
-        """The main thread has raised: tell the others, and say which rank is behind it, if another one is."""
-        others = self._failed_ranks()  # those that raised first
-        time.sleep(4 * _INTERVAL)
-        silent = self._silent_ranks(3 * _INTERVAL)
-        if silent:
-            self._say(f"rank(s) {silent} no longer answer: they were killed or have stopped")
-        elif others and str(self._failure) not in others:
-            self._say(others)
 
     def _end(self, reason: str) -> None:
         self._say(reason)

@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def write_comparison(folders: Sequence[str | Path], page: Path) -> Path:
         ("eval_loss", "Held-out loss", "At every evaluation.", False),
         ("grad_norm", "Gradient norm", "Before clipping, smoothed.", True),
     ):
-        sections += _plot_section(entry, title, caption, plot_of_runs(runs, entry, smooth))
+        sections += _plot_section(entry, title, caption, partial(plot_of_runs, runs, entry, smooth))
     flags = [{name: format_value(value) for name, value in run.run.get("flags", {}).items()} for run in runs.values()]
     answers = [{answer["prompt"]: answer["answer"] for answer in run.answers} for run in runs.values()]
     differing = [row for row in _side_by_side(flags) if len(set(row[1:])) > 1]
@@ -184,29 +185,23 @@ def figures_of(run: RunFiles) -> dict[str, str]:
     losses, held_out = run.series("loss")[1], run.series("eval_loss")[1]
     speeds, peaks = sorted(run.series("tokens_per_second")[1]), run.series("memory_bytes")[1]
     seconds = run.series("train_runtime")[1]
-    found = {"steps": str(run.last_step)}
-    if losses:
-        found["last loss"] = f"{losses[-1]:.4f}"
-    if len(held_out) > 1:
-        found["held-out loss, first to last"] = f"{held_out[0]:.4f} → {held_out[-1]:.4f}"
-    elif held_out:
-        found["held-out loss"] = f"{held_out[-1]:.4f}"
-    if seconds:
-        duration = "time since the last resume" if run.run.get("resumed") else "time"
-        found[duration] = str(timedelta(seconds=round(seconds[-1])))
-    if speeds:
-        found["tokens / s, median"] = f"{speeds[len(speeds) // 2]:,.0f}"
-    if peaks:
-        found["peak memory of a rank's GPU, or process"] = format_bytes(int(max(peaks)))
-    if run.run.get("parameters"):
-        found["parameters"] = format_count(run.run["parameters"])
-    if run.periods:
-        found["periods"] = str(len(run.periods))
-    if states := [period["state_bytes_per_rank"] for period in run.periods if period.get("state_bytes_per_rank")]:
-        found["optimizer states per rank"] = format_bytes(states[-1])
-    if switches := [period["seconds"] for period in run.periods[1:] if period.get("seconds") is not None]:
-        found["seconds per switch, mean"] = f"{sum(switches) / len(switches):.3f}"
-    return found
+    states = [period["state_bytes_per_rank"] for period in run.periods if period.get("state_bytes_per_rank")]
+    switches = [period["seconds"] for period in run.periods[1:] if period.get("seconds") is not None]
+    evaluated = "held-out loss, first to last" if len(held_out) > 1 else "held-out loss"
+    duration = "time since the last resume" if run.run.get("resumed") else "time"
+    found = {
+        "steps": str(run.last_step),
+        "last loss": losses and f"{losses[-1]:.4f}",
+        evaluated: " → ".join(f"{loss:.4f}" for loss in held_out[:: max(1, len(held_out) - 1)]),  # the two ends
+        duration: seconds and str(timedelta(seconds=round(seconds[-1]))),
+        "tokens / s, median": speeds and f"{speeds[len(speeds) // 2]:,.0f}",
+        "peak memory of a rank's GPU, or process": peaks and format_bytes(int(max(peaks))),
+        "parameters": run.run.get("parameters") and format_count(run.run["parameters"]),
+        "periods": run.periods and str(len(run.periods)),
+        "optimizer states per rank": states and format_bytes(states[-1]),
+        "seconds per switch, mean": switches and f"{sum(switches) / len(switches):.3f}",
+    }
+    return {name: str(figure) for name, figure in found.items() if figure}
 
 
 def format_value(value: object) -> str:

@@ -12,15 +12,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lisa_dist.errors import UserError
 from lisa_dist.files import replacing
 from lisa_dist.run_folder import NORMS, NORMS_NAME, PRODUCT, RUN_NAME
 from lisa_dist.text import format_columns
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # The title of each quantity in the table and in the figure.
 QUANTITIES = {
@@ -175,7 +172,7 @@ def plot_norms(runs: Sequence[RunNorms], path: Path) -> None:
             figure.savefig(new, dpi=150, format="png")
 
 
-def _draw(axes: "Axes", runs: Sequence[RunNorms], quantity: str) -> None:
+def _draw(axes: Any, runs: Sequence[RunNorms], quantity: str) -> None:
     """Draw one panel. "rest" is not adjacent to the head in the model, so it is a separate point."""
     blocks, layers = _all_blocks(runs), runs[0].layers
     values = [[run.blocks.get(block, {}).get(quantity, math.nan) for block in blocks] for run in runs]

@@ -162,20 +162,16 @@ PLOTS: tuple[tuple[str, str, str, Callable[[RunFiles, Figure], None], bool], ...
 )
 
 
-def plot_of_runs(runs: Mapping[str, RunFiles], entry: str, smooth: bool) -> Callable[[Figure], None]:
-    """A plot of one entry of the logs of several runs, by their names."""
-
-    def plot(figure: Figure) -> None:
-        shown = {name: run.series(entry) for name, run in runs.items() if run.series(entry)[0]}
-        if not shown:
-            return
-        axes = new_axes(figure, "optimizer step", "norm" if entry == "grad_norm" else "loss")
-        for place, (name, (steps, values)) in enumerate(shown.items()):
-            how: Any = {"color": _COLORS[place % len(_COLORS)], "marker": None if smooth else "o", "label": name}
-            axes.plot(steps, smoothed(values) if smooth else values, linewidth=1.6, markersize=3, **how)
-        axes.legend(frameon=False)
-
-    return plot
+def plot_of_runs(runs: Mapping[str, RunFiles], entry: str, smooth: bool, figure: Figure) -> None:
+    """One entry of the logs of several runs, by their names."""
+    shown = {name: run.series(entry) for name, run in runs.items() if run.series(entry)[0]}
+    if not shown:
+        return
+    axes = new_axes(figure, "optimizer step", "norm" if entry == "grad_norm" else "loss")
+    for place, (name, (steps, values)) in enumerate(shown.items()):
+        how: Any = {"color": _COLORS[place % len(_COLORS)], "marker": None if smooth else "o", "label": name}
+        axes.plot(steps, smoothed(values) if smooth else values, linewidth=1.6, markersize=3, **how)
+    axes.legend(frameon=False)
 
 
 def with_style(plot: Callable[[Figure], None], narrow: bool = False) -> Figure:

@@ -47,7 +47,6 @@ from lisa_dist.text import in_one_line, no_such_model
 from lisa_dist.train.attention import packs_documents
 from lisa_dist.train.checks import (
     check_compile,
-    check_compiled_layers,
     check_parallelism,
     check_precision,
     precision_of_arguments,
@@ -99,12 +98,11 @@ def _check_flags(config: RunConfig) -> None:
     if strategy != "no" and not (config.data.eval_rows or config.data.eval_dataset_name):
         way_out = "give --eval_rows 100, or --eval_dataset_name"
         raise UserError(f"--eval_strategy {strategy}: there are no rows to evaluate; {way_out}.")
-    check_compile(training, ds_config, switches=method == "lisa")
+    check_compile(training, ds_config, config.lisa if method == "lisa" else None)
     check_eval_frozen_bits(config.run.eval_frozen_bits, config.lisa)
     if method != "lisa":
         _check_other_method(config)
         return
-    check_compiled_layers(training, config.lisa)
     check_parallelism(training)
     check_auto_layers(config)
     prepare_ds_config(ds_config, config.lisa, training.optim, precision_of_arguments(training))

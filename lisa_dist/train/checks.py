@@ -60,8 +60,12 @@ def check_parallelism(args: TrainingArguments) -> None:
             )
 
 
-def check_compile(args: TrainingArguments, ds_config: dict[str, Any], switches: bool) -> None:
-    """Raise UserError where decoder layers cannot be compiled; `switches`: layers are frozen and activated, by LISA."""
+def check_compile(args: TrainingArguments, ds_config: dict[str, Any], lisa_config: LisaConfig | None) -> None:
+    """Raise UserError where decoder layers cannot be compiled, each by itself.
+
+    Under LISA, whose `lisa_config` is given, nor where two graphs do not serve all periods: for modules, and for
+    weights made whole in a pass.
+    """
     if not args.torch_compile:
         return
     backend, mode = str(args.torch_compile_backend), args.torch_compile_mode
@@ -77,16 +81,26 @@ def check_compile(args: TrainingArguments, ds_config: dict[str, Any], switches: 
     known = [name for name in torch.compiler.list_backends(exclude_tags=()) if name.upper() in DynamoBackend.list()]
     if backend not in known:
         raise UserError(f"--torch_compile_backend {backend}: unknown; choose one of {', '.join(known)}.")
-    if switches and backend == "cudagraphs":
+    if lisa_config is not None and backend == "cudagraphs":
         raise UserError(f"--torch_compile_backend cudagraphs: {_MOVED}; use inductor.")
     if mode is not None and backend != "inductor":
         raise UserError(f"--torch_compile_mode {mode}: is for inductor, not --torch_compile_backend {backend}.")
+    if lisa_config is not None and lisa_config.by_module:
+        raise UserError(
+            "--torch_compile True with --lisa_unit module: a layer has a graph for each set of its modules; give one "
+            "of the two."
+        )
+    if lisa_config is not None and lisa_config.frozen_flags:
+        raise UserError(
+            f"--torch_compile True with {lisa_config.frozen_flags[0]}: a graph ends where a pass gets the weights of "
+            "frozen layers; give one of the two."
+        )
     if backend != "inductor":
         return
     modes = torch._inductor.list_mode_options()
     if mode is not None and mode not in modes:
         raise UserError(f"--torch_compile_mode {mode}: unknown; choose one of {', '.join(modes)}.")
-    if switches and mode is not None and modes[mode].get("triton.cudagraphs"):
+    if lisa_config is not None and mode is not None and modes[mode].get("triton.cudagraphs"):
         raise UserError(f"--torch_compile_mode {mode}: {_MOVED}; use default or max-autotune-no-cudagraphs.")
     if args.use_cpu:
         compiler = os.environ.get("CXX", "g++")
@@ -95,20 +109,6 @@ def check_compile(args: TrainingArguments, ds_config: dict[str, Any], switches: 
         missing = why_no_compiler()
     if missing:
         raise UserError(f"--torch_compile True: {missing}, or leave the flag out.")
-
-
-def check_compiled_layers(args: TrainingArguments, lisa_config: LisaConfig) -> None:
-    """Raise UserError where two graphs do not serve all periods: for modules, and for weights made whole in a pass."""
-    if args.torch_compile and lisa_config.by_module:
-        raise UserError(
-            "--torch_compile True with --lisa_unit module: a layer has a graph for each set of its modules; give one "
-            "of the two."
-        )
-    if args.torch_compile and lisa_config.frozen_flags:
-        raise UserError(
-            f"--torch_compile True with {lisa_config.frozen_flags[0]}: a graph ends where a pass gets the weights of "
-            "frozen layers; give one of the two."
-        )
 
 
 def check_trainer(
@@ -134,8 +134,7 @@ def check_trainer(
             "--deepspeed."
         )
     check_precision(args)
-    check_compile(args, ds_config, switches=True)
-    check_compiled_layers(args, lisa_config)
+    check_compile(args, ds_config, lisa_config)
     check_parallelism(args)
     prepare_ds_config(ds_config, lisa_config, optim, precision_of_arguments(args))
     if optimizer is not None:

@@ -22,7 +22,6 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-from torch import distributed as dist
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -33,13 +32,12 @@ from transformers import (
 )
 
 from lisa_dist.core.controller import LisaController
-from lisa_dist.distributed.health import SLOW, ComputeTime
+from lisa_dist.distributed.collectives import gather
 from lisa_dist.patches import patch
 from lisa_dist.run_folder import hide_secrets
 from lisa_dist.text import format_bytes
 from lisa_dist.zero.parameters import parameter_numel
 
-_SLOW_LOGS = 3  # in so many logs one after another a rank must be slow to be named
 # Entries of a log, in the order in which they are shown.
 _SHOWN = {
     "loss": lambda value: f"loss {value:.4f}",
@@ -134,24 +132,6 @@ class MonitoredMixin(_TrainerClass):
         super().log(logs, *args, **kwargs)
 
 
-class SlowRanks:
-    """The rank that computes longest, for the logs; a warning where it is the same one several times in a row."""
-
-    def __init__(self, compute_time: ComputeTime):
-        self._compute_time = compute_time
-        self._rank, self._times_in_a_row = -1, 0
-
-    def measure(self) -> tuple[dict[str, float], str | None]:
-        """Metrics since the last call and a warning, if there is one; all ranks call it."""
-        rank, ratio, host = self._compute_time.slowest()
-        self._times_in_a_row = (self._times_in_a_row + 1 if rank == self._rank else 1) if ratio > SLOW else 0
-        self._rank = rank if ratio > SLOW else -1
-        warning = None
-        if self._times_in_a_row >= _SLOW_LOGS:
-            warning = f"rank {rank} on host {host} computes {ratio:.2f} times as long as the median rank"
-        return {"lisa/slowest_rank": rank, "lisa/slowest_rank_times_median": ratio}, warning
-
-
 class SpeedMeter(TrainerCallback):
     """Tokens, seconds and memory between two logs."""
 
@@ -186,12 +166,7 @@ class SpeedMeter(TrainerCallback):
         now = time.perf_counter()
         passed = now - (now if self._since is None else self._since) - self._elsewhere
         counted = [int(self._tokens), passed, self._note_peak(), self._rows, self._positions]
-        mine = torch.tensor(counted, dtype=torch.float64, device=self._device)
-        every = [mine]
-        if dist.is_initialized():
-            every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-            dist.all_gather(every, mine)
-        tokens, seconds, peaks, rows, positions = torch.stack(every).unbind(1)
+        tokens, seconds, peaks, rows, positions = torch.tensor(gather(counted), dtype=torch.float64).unbind(1)
         batch = None
         if self._rows and not self._has_told:
             batch = (tokens.sum() / rows.sum()).item(), 1 - (tokens.sum() / positions.sum()).item()

@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from lisa_dist.distributed.collectives import gather
-from lisa_dist.distributed.devices import gpu_bytes_at_start
 from lisa_dist.loss.label_logits import uses_triton
 from lisa_dist.memory.workload import CHUNKED, LOGITS, OWN, RATIO, SCORE, Workload
+from lisa_dist.presets import reserved_bytes
 
 # By trainer: how its loss is computed, None where the run chooses; and the sequences of an example.
 _OF_TRAINER: dict[str, tuple[str | None, int]] = {
@@ -62,5 +62,11 @@ class StepWorkload:
 
 
 def bytes_of_any_gpu(device: torch.device) -> int | None:
-    """Bytes that tensors may take of every rank's GPU before the first step; None on CPUs. All ranks call it."""
-    return min(gather(gpu_bytes_at_start(device))) if device.type == "cuda" else None
+    """Bytes that tensors may take of every rank's GPU before the first step; None on CPUs. All ranks call it.
+
+    Of what others and CUDA's context leave free a reserve is kept back.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return min(gather(max(0, free + torch.cuda.memory_reserved(device) - reserved_bytes(total))))

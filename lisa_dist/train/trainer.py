@@ -49,7 +49,7 @@ from lisa_dist.train.checks import check_numbers_of_examples, check_trainer
 from lisa_dist.train.compiled_layers import CompiledLayers
 from lisa_dist.train.deepspeed_arguments import begin_deepspeed
 from lisa_dist.train.model_header import describe_training
-from lisa_dist.train.monitoring import MonitoredMixin, SlowRanks, lisa_metrics
+from lisa_dist.train.monitoring import MonitoredMixin, lisa_metrics
 from lisa_dist.train.step_memory import StepWorkload, bytes_of_any_gpu
 from lisa_dist.zero.parameters import local_tensors
 
@@ -95,7 +95,7 @@ class LisaMixin(MonitoredMixin):
         self._layers_are_planned = layers_are_planned
         self.memory: RunMemory | None = None
         self._ranks: list[tuple[str, str]] = []
-        self._slow_ranks: SlowRanks | None = None
+        self._compute_time: ComputeTime | None = None
         self._begins = resume.Beginning()
         self._saved_step: int | None = None
         self._save_async = save_async
@@ -206,8 +206,8 @@ class LisaMixin(MonitoredMixin):
         if self.args.world_size > 1:
             partitions: Any = self._controller.partitions
             waits = partitions.weights_are_sharded
-            timed = ComputeTime(self._engine.module, self.args.device, waits)
-            self._slow_ranks, self._controller.at_close = SlowRanks(timed), timed.close
+            self._compute_time = ComputeTime(self._engine.module, self.args.device, waits)
+            self._controller.at_close = self._compute_time.close
 
     def _plan_memory(self) -> None:
         """Set how many layers are checkpointed."""
@@ -357,8 +357,8 @@ class LisaMixin(MonitoredMixin):
         """Add lisa/... to every training log, so that each tracker has them; all ranks log a loss, or none."""
         if "loss" in logs and self.lisa is not None and self.lisa.records:
             logs = logs | lisa_metrics(self.lisa)
-            if self._slow_ranks is not None:
-                metrics, warning = self._slow_ranks.measure()
+            if self._compute_time is not None:
+                metrics, warning = self._compute_time.metrics()
                 logs |= metrics
                 self._print(warning)
         super().log(logs, *args, **kwargs)

@@ -123,14 +123,6 @@ def test_real_templates_without_marks_count_what_trls_versions_mark(tokenizer, n
     assert sum(label != IGNORED for label in labels) > len("Two, !Four")
 
 
-def test_trls_version_of_a_template_that_it_knows_is_taken(tokenizer):
-    tokenizer.chat_template = (TRL_TEMPLATES / "qwen3.jinja").read_text(encoding="utf-8")
-    assert Encoder(tokenizer, True).marked_template == (TRL_TEMPLATES / "qwen3_training.jinja").read_text(
-        encoding="utf-8"
-    )
-    assert Encoder(tokenizer, False).marked_template is None
-
-
 def test_a_template_that_changes_what_was_said_is_refused(tokenizer):
     with pytest.raises(ExampleError, match="renders turn 2 differently once later turns follow"):
         pieces(tokenizer, TURNS, FORGETFUL)
@@ -187,9 +179,14 @@ def test_tools_and_tool_calls_reach_the_template(tokenizer, tmp_path):
     assert encoder.describe(encoded[1]["input_ids"], encoded[1]["labels"]) == expected
 
 
-def test_tool_calls_of_a_template_with_marks(tokenizer):
+def test_trls_version_of_a_template_that_it_knows_is_taken(tokenizer):
+    """With marks, by which tool calls count too."""
     turns, tools = to_turns(TOOL_ROW, "messages"), TOOL_ROW["tools"]
-    tokenizer.chat_template = (TRL_TEMPLATES / "qwen3.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template, marked = (
+        (TRL_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8") for name in ("qwen3", "qwen3_training")
+    )
+    assert Encoder(tokenizer, True).marked_template == marked
+    assert Encoder(tokenizer, False).marked_template is None
     found = pieces(tokenizer, turns, tools=tools)
     assert '"name": "add"' in found[0][0]
     counted = [text for text, has_labels in found if has_labels]
@@ -379,13 +376,6 @@ def test_long_conversations_are_cut_where_something_is_left_to_learn(tokenizer):
     assert lines == ["3 examples have more than 8 tokens (row 4 has 16): 2 truncated, 1 dropped, as no label was left"]
     with pytest.raises(ValueError, match="rows: none of 1 examples can be used: 1 examples have more than 8 tokens"):
         encode(tokenizer, rows_of(pair(20, 2)), 8)
-
-
-def test_a_row_of_two_megabytes(tokenizer):
-    rows = rows_of([{"role": "text", "content": "x" * 2_000_000}], text(8))
-    lengths, lines = encode(tokenizer, rows, 1024, "truncate")
-    assert lengths == [1024, 8]
-    assert lines == ["1 examples have more than 1024 tokens (row 1 has 2000001): 1 truncated"]
 
 
 def test_rows_that_a_template_refuses_are_named_or_left_out(tokenizer):

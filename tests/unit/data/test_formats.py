@@ -9,8 +9,6 @@ from lisa_dist.data.formats import ExampleError, describe_columns, detect, to_tu
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
 HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
-
-
 Q, A = {"instruction": "q", "output": "a"}, {"question": "q", "answer": "a"}
 
 

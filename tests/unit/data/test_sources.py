@@ -120,12 +120,6 @@ def test_what_the_hubs_library_refuses_is_said_of_the_flag(monkeypatch):
         load("someone/rows")
 
 
-def test_half_of_a_character_is_named(tmp_path):
-    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + '\n{"question": "q", "answer": "\\ud800"}\n')
-    with pytest.raises(ValueError, match=r"line 2 has half of a character"):
-        load(str(tmp_path / "rows.jsonl"))
-
-
 def test_a_sample_and_a_weight_are_drawn_by_the_seed(tmp_path):
     name = write(tmp_path / "rows.jsonl", [{"question": str(n), "answer": "a"} for n in range(100)])
     found, told = load(f"{name}#10")
@@ -227,6 +221,7 @@ BAD_ROWS = [
     (b"question,answer\na,b\nc\n", ".csv", "row 2 does not have the 2 fields of the first line"),
     (b"question,answer\na,b\nc,d,e\n", ".csv", "row 2 does not have the 2 fields of the first line"),
     (b"a\n\xff\n", ".txt", "line 2 is not UTF-8"),
+    (b'{"text": "a"}\n{"text": "\\ud800"}\n', ".jsonl", "line 2 has half of a character"),
 ]
 
 

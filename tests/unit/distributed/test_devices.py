@@ -13,7 +13,8 @@ from models import tiny_llama
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.controller import LisaController
 from lisa_dist.distributed.allocator import use_expandable_segments
-from lisa_dist.distributed.devices import free_gpu_bytes, gpu_bytes_at_start, gpu_bytes_for_tensors
+from lisa_dist.distributed.devices import free_gpu_bytes, gpu_bytes_for_tensors
+from lisa_dist.train.step_memory import bytes_of_any_gpu
 
 ROOT = Path(__file__).parents[3]
 GIB = 2**30
@@ -51,7 +52,7 @@ def memory(monkeypatch):
 )
 def test_before_a_step_a_reserve_is_kept_back(memory, free, total, reserved, expected):
     memory(free, total, reserved)
-    assert gpu_bytes_at_start(torch.device("cuda", 0)) == pytest.approx(expected * GIB)
+    assert bytes_of_any_gpu(torch.device("cuda", 0)) == pytest.approx(expected * GIB)
 
 
 def test_what_others_hold_of_a_gpu_is_not_for_tensors(memory):

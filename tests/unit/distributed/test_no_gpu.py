@@ -42,54 +42,36 @@ def torch_says(monkeypatch):
     return say
 
 
+NO_GPU, NAMED = "No CUDA GPUs are available", "this host has no such GPU, nvidia-smi -L lists those that it has"
+NO_DRIVER = "Found no NVIDIA driver on your system. Please check"
+NOT_BEGUN = "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"
+
+
 @pytest.mark.parametrize(
-    ("error", "counted", "said"),
+    ("variables", "error", "counted", "said"),
     [
-        (TOO_OLD, 2, SAID),
-        (TOO_OLD, -1, SAID),  # NVML cannot be loaded
-        ("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized\nat:", 2,
-         "torch cannot use the GPUs of this host (Unexpected error from cudaGetDeviceCount(). Error 802: system not "
-         "yet initialized): see that nvidia-smi"),
-        ("Found no NVIDIA driver on your system. Please check", -1, ""),
-        ("No CUDA GPUs are available", 2, ""),
+        ({}, TOO_OLD, 2, SAID),
+        ({}, TOO_OLD, -1, SAID),  # NVML cannot be loaded
+        ({"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}, TOO_OLD, 2, SAID),  # torch counts GPUs alone, and says there are some
+        ({"CUDA_VISIBLE_DEVICES": ""}, TOO_OLD, 2, ""),  # a run that wants no GPU, as is the next
+        ({"DS_ACCELERATOR": "cpu"}, TOO_OLD, 2, ""),
+        ({}, f"{NOT_BEGUN}\nat:", 2, f"torch cannot use the GPUs of this host ({NOT_BEGUN}): see that nvidia-smi"),
+        ({}, NO_DRIVER, -1, ""),
+        ({}, NO_GPU, 2, ""),  # for this job
+        ({"CUDA_VISIBLE_DEVICES": "GPU-5a2e"}, NO_GPU, 0, f"CUDA_VISIBLE_DEVICES=GPU-5a2e: {NAMED}"),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-77c1"}, NO_GPU, 0, f"CUDA_VISIBLE_DEVICES=MIG-77c1: {NAMED}"),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, NO_GPU, 0, ""),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-5a2e"}, NO_DRIVER, 0, ""),
     ],
-    ids=["old", "old, no NVML", "not initialized", "no driver", "no GPU for this job"],
-)  # fmt: skip
-def test_why_torch_does_not_begin(torch_says, error, counted, said):
+)
+def test_why_torch_does_not_begin(torch_says, monkeypatch, variables, error, counted, said):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     torch_says(error, counted)
+    assert torch.cuda.is_available() == ("PYTORCH_NVML_BASED_CUDA_CHECK" in variables)
     assert why_no_gpu().startswith(said)
     assert "\n" not in why_no_gpu()
     assert bool(why_no_gpu()) == bool(said)
-
-
-@pytest.mark.parametrize(
-    ("visible", "error", "is_told"),
-    [
-        ("GPU-5a2e", "No CUDA GPUs are available", True),
-        ("MIG-77c1", "No CUDA GPUs are available", True),
-        ("0", "No CUDA GPUs are available", False),
-        ("GPU-5a2e", "Found no NVIDIA driver on your system. Please check", False),
-    ],
-)
-def test_a_gpu_that_is_named_and_not_there(torch_says, monkeypatch, visible, error, is_told):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    torch_says(error, 0)
-    said = f"CUDA_VISIBLE_DEVICES={visible}: this host has no such GPU, nvidia-smi -L lists those that it has"
-    assert why_no_gpu() == (said if is_told else "")
-
-
-def test_where_gpus_are_only_counted_torch_says_that_there_are_some(torch_says, monkeypatch):
-    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    torch_says(TOO_OLD)
-    assert torch.cuda.is_available()
-    assert why_no_gpu().startswith(SAID)
-
-
-@pytest.mark.parametrize(("name", "value"), [("CUDA_VISIBLE_DEVICES", ""), ("DS_ACCELERATOR", "cpu")])
-def test_a_run_that_wants_no_gpu_hears_nothing(torch_says, monkeypatch, name, value):
-    torch_says(TOO_OLD)
-    monkeypatch.setenv(name, value)
-    assert why_no_gpu() == ""
 
 
 def test_a_run_ends_by_one_line_before_the_model_is_looked_for(torch_says, tmp_path, capsys):

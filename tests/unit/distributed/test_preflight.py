@@ -194,12 +194,6 @@ def test_flags_of_the_run_win_over_its_recipe(tmp_path):
     assert flags_of_run(arguments, words) == flags_of_recipe | changed
 
 
-def test_a_folder_is_asked_for():
-    with pytest.raises(SystemExit) as ended:
-        main(["--gpus_per_node", "0"])
-    assert ended.value.code == 2
-
-
 def test_a_file_with_a_blank_in_its_name_is_compared():
     files = compared_files(None, {"dataset_name": "my rows.jsonl", "eval_dataset_name": ["a.jsonl", "b c.jsonl"]})
     assert [path for _, path in files] == ["my rows.jsonl", "a.jsonl", "b c.jsonl"]

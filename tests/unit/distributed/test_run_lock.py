@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import PATIENCE
 
-from lisa_dist.distributed.run_lock import LOCK_NAME, hold_folder, is_held, one_run_in
+from lisa_dist.distributed.run_lock import LOCK_NAME, is_held, one_run_in
 from lisa_dist.errors import UserError
 
 AT_ONCE = 0.3  # seconds to wait for a sign of life of what gives none
@@ -57,17 +57,17 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path, start):
     process, other = start(tmp_path)
     assert other.recv()
     holder = json.loads((tmp_path / LOCK_NAME).read_text())
-    with pytest.raises(UserError) as error:
-        hold_folder(tmp_path)
-    said = str(error.value)
-    assert (
-        f"run {holder['run']} on host {holder['host']}, process {process.pid}, has it since {holder['since']}" in said
-    )
-    assert "\n" not in said
+    for received in (signal.SIGSTOP, signal.SIGCONT):  # one that was stopped still has it
+        os.kill(process.pid, received)
+        with pytest.raises(UserError) as error, one_run_in(tmp_path, AT_ONCE):
+            pass
+        said = str(error.value)
+        has = f"run {holder['run']} on host {holder['host']}, process {process.pid}, has it since {holder['since']}"
+        assert has in said
+        assert "\n" not in said
     other.send("end")
     process.join(PATIENCE)
     assert not list(tmp_path.iterdir()), "it is released at the end"
-    hold_folder(tmp_path)()
 
 
 def test_a_killed_run_is_taken_over_at_once(tmp_path, start):
@@ -83,14 +83,6 @@ def test_a_killed_run_is_taken_over_at_once(tmp_path, start):
     write_lock(tmp_path, **holder | {"run": "0123abcd", "started": str(int(holder["started"]) - 1)})
     with one_run_in(tmp_path, silence=PATIENCE):
         assert json.loads((tmp_path / LOCK_NAME).read_text()) == holder | {"since": ANY}
-
-
-def test_a_stopped_process_still_has_its_folder(tmp_path, start):
-    process, other = start(tmp_path)
-    assert other.recv()
-    os.kill(process.pid, signal.SIGSTOP)
-    with pytest.raises(UserError, match=f"process {process.pid}"):
-        hold_folder(tmp_path, AT_ONCE)
 
 
 @pytest.mark.parametrize("hours", [-24, 0, 24])
@@ -109,8 +101,9 @@ def test_a_run_elsewhere_lives_as_long_as_its_heartbeat_changes(tmp_path, hours,
 
     beating = threading.Thread(target=beat, daemon=True)
     beating.start()
-    with pytest.raises(UserError, match="run 0123abcd on host node7, process 1, has it since Monday"):
-        hold_folder(tmp_path, PATIENCE)
+    said = "run 0123abcd on host node7, process 1, has it since Monday"
+    with pytest.raises(UserError, match=said), one_run_in(tmp_path, PATIENCE):
+        pass
     done.set()
     beating.join()
     assert "waiting up to" in capsys.readouterr().out
@@ -131,12 +124,11 @@ def test_of_many_runs_one_takes_over(tmp_path, start):
 
 
 def test_a_process_may_hold_a_folder_twice(tmp_path):
-    outer = hold_folder(tmp_path)
-    with one_run_in(tmp_path / "."):
-        pass
-    assert (tmp_path / LOCK_NAME).is_file()
-    assert is_held(tmp_path)
-    outer()
+    with one_run_in(tmp_path):
+        with one_run_in(tmp_path / "."):
+            pass
+        assert (tmp_path / LOCK_NAME).is_file()
+        assert is_held(tmp_path)
     assert not is_held(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -157,5 +149,6 @@ def test_a_planted_link_is_not_followed(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=f"--output_dir {tmp_path / 'file' / 'out'} cannot be written"):
-        hold_folder(tmp_path / "file" / "out")
+    out = tmp_path / "file" / "out"
+    with pytest.raises(UserError, match=f"--output_dir {out} cannot be written"), one_run_in(out):
+        pass

@@ -43,8 +43,6 @@ from lisa_dist.train.attention import choose_attention, documents_see_each_other
 
 LENGTHS = (5, 1, 7)
 TURING, AMPERE, HOPPER, BLACKWELL = (7, 5), (8, 0), (9, 0), (10, 0)
-
-
 FP32, BF16 = torch.float32, torch.bfloat16
 IMPLEMENTATIONS = [("sdpa", FP32), ("sdpa", BF16), ("flash_attention_3", BF16), ("flash_attention_2", BF16)]
 
@@ -164,8 +162,6 @@ def device(monkeypatch):
 
 
 BOTH = ("flash-attn", "flash-attn-3")
-
-
 BLOOM = LlamaConfig(architectures=["BloomForCausalLM"])
 WITH_FLASH_3, WITH_FLASH_2 = "flash-attn-3 is installed", "flash-attn is installed; flash-attn-3 "
 WIDE = "flash-attn takes heads of at most 256, and the model's are 512"

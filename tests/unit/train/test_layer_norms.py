@@ -13,12 +13,12 @@ from datasets import Dataset
 from models import tiny_gpt2, tiny_llama, token_batches
 from peft import LoraConfig, get_peft_model
 from ranks import run_ranks
-from runs import ROOT, flags_for, run_alone, save_tiny_run
+from runs import ROOT
 from torch import distributed as dist
 from trainers import Shuffled, cpu_arguments, rows_of
 from transformers import Trainer, TrainerCallback
 
-from lisa_dist import LisaConfig, cli
+from lisa_dist import LisaConfig
 from lisa_dist.run.arguments import RunArguments
 from lisa_dist.train.layer_norms import LayerNorms
 from lisa_dist.zero.parameters import local_shard
@@ -247,16 +247,3 @@ def test_what_cannot_be_looked_at_is_refused(tmp_path):
     absent.ds_tensor.status = type("Status", (), {"name": "AVAILABLE"})
     with pytest.raises(ValueError, match="keeps weights on NVMe"):
         local_shard(absent)
-
-
-@pytest.mark.full
-@pytest.mark.usefixtures("cpu_ops")
-def test_a_run_with_the_flag_writes_what_the_verb_reads(tmp_path, monkeypatch, capsys):
-    flags = flags_for(save_tiny_run(tmp_path), tmp_path / "out", method="lora", max_steps=2, layer_norms=1)
-    status, said = run_alone(flags, tmp_path / "said.txt")
-    assert status == 0, said[-3000:]
-    monkeypatch.setattr(
-        cli.sys, "argv", ["lisa-dist", "norms", str(tmp_path / "out"), "--out", str(tmp_path / "norms")]
-    )
-    cli.main()
-    assert re.search(r"^adapter product +lora +0 ", capsys.readouterr().out, re.M)
