@@ -145,7 +145,9 @@ class ComputeTime:
         """
         self._add_up()
         mine, self._seconds = self._seconds, 0.0
-        times = gather(mine, self._group)
+        every = [torch.zeros(1, dtype=torch.float64) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, torch.tensor([mine], dtype=torch.float64), group=self._group)
+        times = torch.cat(every).tolist()
         typical = median_low(times)
         slowest = max(range(len(times)), key=times.__getitem__)
         return slowest, times[slowest] / typical if typical else 1.0, self._hosts[slowest]

@@ -22,6 +22,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+from torch import distributed as dist
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -32,7 +33,6 @@ from transformers import (
 )
 
 from lisa_dist.core.controller import LisaController
-from lisa_dist.distributed.collectives import gather
 from lisa_dist.patches import patch
 from lisa_dist.run_folder import hide_secrets
 from lisa_dist.text import format_bytes
@@ -166,7 +166,12 @@ class SpeedMeter(TrainerCallback):
         now = time.perf_counter()
         passed = now - (now if self._since is None else self._since) - self._elsewhere
         counted = [int(self._tokens), passed, self._note_peak(), self._rows, self._positions]
-        tokens, seconds, peaks, rows, positions = torch.tensor(gather(counted), dtype=torch.float64).unbind(1)
+        mine = torch.tensor(counted, dtype=torch.float64, device=self._device)
+        every = [mine]
+        if dist.is_initialized():
+            every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(every, mine)
+        tokens, seconds, peaks, rows, positions = torch.stack(every).unbind(1)
         batch = None
         if self._rows and not self._has_told:
             batch = (tokens.sum() / rows.sum()).item(), 1 - (tokens.sum() / positions.sum()).item()

@@ -78,7 +78,7 @@ def test_a_live_line_in_a_terminal(width, capsys):
 def clock(monkeypatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(monitoring.time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(monitoring.dist, "is_initialized", lambda: False)
     return clock
 
 
