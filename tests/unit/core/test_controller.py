@@ -116,8 +116,8 @@ def miss_a_switch(how: str) -> str:
     if how == "step":  # of a model as from_pretrained gives it, which nobody has put in training mode
         engine.eval()
     with pytest.raises(RuntimeError) as error:
-        if how == "call":
-            engine.global_steps = 5
+        if how.startswith("call at "):
+            engine.global_steps = int(how.removeprefix("call at "))
             lisa.on_step_begin()
         for tokens in BATCHES[4:6]:
             micro_step(engine, tokens)
@@ -125,7 +125,7 @@ def miss_a_switch(how: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize(("how", "step"), [("forward", 2), ("step", 2), ("call", 5)])
+@pytest.mark.parametrize(("how", "step"), [("forward", 2), ("step", 2), ("call at 3", 3), ("call at 4", 4)])
 def test_a_missed_switch_is_an_error(how, step):
     message = run_ranks(miss_a_switch, 2, how)[0]
     assert message.startswith(f"step {step} is in period {step // 2}")

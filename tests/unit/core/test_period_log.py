@@ -85,6 +85,13 @@ def test_the_sample_of_a_large_block_has_no_period():
     assert len(set(numpy.diff(positions))) > 4
 
 
+def test_the_norm_of_a_sample_is_that_of_the_block():
+    whole = {"bias": torch.linspace(-1, 1, 7), "weight": torch.full((512, 4 * SAMPLE // 512), 0.5)}
+    sample = _BlockSample(Block("embed", whole))
+    expected = torch.cat([value.view(-1) for value in whole.values()]).norm().item()
+    assert sample.norm(sample.of(list(whole.values()), rank=0).numpy()) == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("ds_config", [full("zero2"), "zero3"])
 def test_movement_is_that_of_whole_copies(tmp_path, ds_config):
     lines = run_ranks(check_against_copies, 2, ds_config, str(tmp_path))[0]
