@@ -48,8 +48,8 @@ _REFUSED = (
     ("tensor_parallel.autotp_size", (0, 1), _SPLIT),
     ("expert_parallel.enabled", (False,), _SPLIT),
     ("sequence_parallel_size", (0, 1), _SPLIT),
-    ("zero_optimization.zero_hpz_partition_size", (1,), "secondary partitions are not moved at a switch; use 1."),
 )
+_HPZ = "zero_hpz_partition_size"
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
 
 
@@ -124,6 +124,11 @@ def check_ds_config(config: dict) -> None:
         )
     if zero.get("zenflow"):
         raise UserError('the DeepSpeed config has a "zenflow" section: it picks parameters itself; remove it.')
+    if zero.get(_HPZ) not in (None, 0, 1) and (zero.get("stage") != 3 or zero.get("offload_param")):
+        raise UserError(
+            f"the DeepSpeed config has {_HPZ} = {json.dumps(zero[_HPZ])}: weights are gathered on stage 3 alone, from "
+            "GPUs of the same host and not from its memory; remove it, or use stage 3 without offload_param."
+        )
     for name, allowed, why in _REFUSED:
         found: Any = config
         for key in name.split("."):
@@ -131,6 +136,26 @@ def check_ds_config(config: dict) -> None:
         if found not in (None, *allowed):
             shown = name.removeprefix("zero_optimization.")
             raise UserError(f"the DeepSpeed config has {shown} = {json.dumps(found)}: {why}")
+
+
+def fill_secondary_partitions(config: dict, ranks_of_hosts: Sequence[int]) -> None:
+    """Put a number in the place of zero_hpz_partition_size "auto": a host's ranks where there are several, else 1.
+
+    Frozen layers are then gathered from the ranks of a host alone. `ranks_of_hosts`: one after the other, as ranks are
+    numbered. Raises UserError for another number, and hosts with different numbers of ranks.
+    """
+    zero = config.get("zero_optimization") or {}
+    size, here = zero.get(_HPZ, 1), set(ranks_of_hosts)
+    if size == "auto":
+        zero[_HPZ] = size = max(here) if len(ranks_of_hosts) > 1 and zero.get("stage") == 3 and len(here) == 1 else 1
+    if size in (0, 1):
+        return
+    if here != {size}:
+        listed = ", ".join(map(str, ranks_of_hosts))
+        raise UserError(
+            f"the DeepSpeed config has {_HPZ} = {size}: the ranks of a host share a copy of the weights, and the hosts "
+            f'have {listed} ranks; make it the number of each host\'s ranks, or "auto".'
+        )
 
 
 def uses_optimizer_offload(config: dict) -> bool:

@@ -10,9 +10,10 @@ import torch
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_checks import prepare_ds_config
+from lisa_dist.distributed.health import ranks_of_hosts
 from lisa_dist.distributed.ranks import join_ranks
 from lisa_dist.distributed.run_lock import one_run_in
-from lisa_dist.ds_config import load_ds_config, precision_of, uses_optimizer_offload
+from lisa_dist.ds_config import fill_secondary_partitions, load_ds_config, precision_of, uses_optimizer_offload
 from lisa_dist.optim.build import build_optimizer
 from lisa_dist.zero.cpu_ops import guard_builds
 from lisa_dist.zero.partitions import remove_forward_hooks
@@ -50,6 +51,7 @@ def initialize(
     offload = uses_optimizer_offload(filled)
     guard_builds()
     join_ranks()  # those of a host share the originals of frozen layers
+    fill_secondary_partitions(filled, ranks_of_hosts())
     lisa = LisaController(model, config)
     groups = lisa.param_groups(weight_decay)
     optimizer = build_optimizer(groups, optim, lr=lr, offload=offload, seed=config.lisa_seed)

@@ -27,6 +27,11 @@ def host_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def ranks_of_hosts() -> list[int]:
+    """How many ranks each host has, in the order of ranks; a host that comes twice is two. All ranks call it."""
+    return [len(list(ranks)) for _, ranks in groupby(gather(host_name()))]
+
+
 def version_of(package: str) -> str:
     """The installed version of a package, or that there is none."""
     try:

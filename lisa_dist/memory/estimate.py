@@ -158,9 +158,9 @@ class StepPlan:
             activations=self._trace.activations,
             logits=self._trace.logits,
             gathered=self._gathered(None),
-            gradients=gradients,
+            gradients=gradients + self._shared_weights(trained=True),  # which go with them, after the step
             peak_backward=static + peak.total,
-            peak_step=static + step_peak,
+            peak_step=static + step_peak + self._shared_weights(trained=True),
             gradients_by_then=peak.gradients,
             buckets_by_then=peak.buckets,
             pool=self._pool(peak, step_peak),
@@ -323,7 +323,8 @@ class StepPlan:
         if self._stage == 3:
             numels = [] if self._shares_are_whole else [parameter.numel() for parameter in self.run.model.parameters()]
             persistent = sum(numel for numel in numels if numel <= self.settings.persistence_threshold) * self._element
-            return self._bucket_bytes + persistent + (0 if self._offloads else self._partition_bytes) + tables
+            partitions = 0 if self._offloads else self._partition_bytes
+            return self._bucket_bytes + persistent + self._shared_weights(trained=False) + partitions + tables
         return (self._largest_gradient if self._offloads else 0) + tables
 
     # Stage 3: whole weights
@@ -333,12 +334,23 @@ class StepPlan:
         """A rank that is alone has all of each parameter and takes it where it is; from the host it is sent."""
         return self.world_size == 1 and (self.on_cpu or not self.settings.offload_param)
 
+    def _shared_weights(self, trained: bool) -> int:
+        """Bytes of this rank's part of what its host has of all weights, for what trains between forward and step."""
+        ranks, ours = self.settings.sharing_ranks, {id(parameter) for parameter in self._trained}
+        if ranks == 1:
+            return 0
+        parameters = [one for one in self.run.model.parameters() if (id(one) in ours) == trained]
+        shares = sum(share_numel(parameter.numel(), self.world_size) for parameter in parameters)
+        return shares * self.world_size // ranks * self._element
+
     @cached_property
     def _gathered(self) -> Callable[[Arrival | None], int]:
         if self._stage < 3 or self._shares_are_whole:
             return lambda arrival: 0
         settings = self.settings
-        return gathered_weights(self.run, self._trained, settings.persistence_threshold, settings.max_reuse_distance)
+        threshold, distance = settings.persistence_threshold, settings.max_reuse_distance
+        share = 0.0 if settings.sharing_ranks == 1 else 1 / settings.sharing_ranks
+        return gathered_weights(self.run, self._trained, threshold, distance, share)
 
     # Peaks
 

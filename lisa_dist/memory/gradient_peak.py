@@ -208,36 +208,49 @@ def _most_copied(owned: Sequence[tuple[int, int]], bucket_numel: int) -> int:
 
 
 def gathered_weights(
-    run: FakeRun, trained: Sequence[torch.nn.Parameter], persistence_threshold: int, max_reuse_distance: int
+    run: FakeRun,
+    trained: Sequence[torch.nn.Parameter],
+    persistence_threshold: int,
+    max_reuse_distance: int,
+    share: float = 0.0,
 ) -> Callable[[Arrival | None], int]:
     """Bytes of whole weights, as a function of the gradient that arrives.
 
     None, the end of the forward pass: those that the backward pass needs again within `max_reuse_distance` elements.
     When a gradient arrives: at most those that the backward pass has not passed. Parameters of up to
-    `persistence_threshold` elements are whole all the time and not counted.
+    `persistence_threshold` elements are whole all the time and not counted. `share` is this rank's of what its host has
+    of a trained parameter once it is let go.
     """
-    blocks, element = run.blocks, run.workload.dtype.itemsize
-    order = _blocks_in_forward_order(run, {id(parameter) for parameter in trained})
+    blocks, element, ours = run.blocks, run.workload.dtype.itemsize, {id(parameter) for parameter in trained}
+    order = _blocks_in_forward_order(run, ours)
     not_passed: dict[int, int] = {}  # by parameter: elements of its block and of the blocks before it
-    numel_so_far = 0
+    active_not_passed: dict[int, int] = {}  # of them those that train
+    numel_so_far = active_so_far = 0
     for block in order:
-        numels = [parameter.numel() for parameter in block.parameters.values()]
-        numel_so_far += sum(numel for numel in numels if numel > persistence_threshold)
-        not_passed |= dict.fromkeys(map(id, block.parameters.values()), numel_so_far)
+        numels = {id(parameter): parameter.numel() for parameter in block.parameters.values()}
+        numel_so_far += sum(numel for numel in numels.values() if numel > persistence_threshold)
+        active_so_far += sum(numel for key, numel in numels.items() if key in ours)
+        not_passed |= dict.fromkeys(numels, numel_so_far)
+        active_not_passed |= dict.fromkeys(numels, active_so_far)
     if blocks.tied:  # the backward pass begins and ends with the tied matrix
         matrix = sum(parameter.numel() for parameter in blocks.embed.parameters.values())
         not_passed = {key: numel + matrix for key, numel in not_passed.items()}
         not_passed |= {id(parameter): matrix for parameter in blocks.embed.parameters.values()}
     gathered = distance = 0
-    for numel in reversed([parameter.numel() for block in order for parameter in block.parameters.values()]):
+    let_go = active = sum(parameter.numel() for parameter in trained)
+    for parameter in reversed([parameter for block in order for parameter in block.parameters.values()]):
         if 2 * distance >= max_reuse_distance:
             break
-        distance += numel
+        distance += (numel := parameter.numel())
         gathered += numel if numel > persistence_threshold else 0
+        let_go -= numel if id(parameter) in ours else 0
 
     def gathered_at(arrival: Arrival | None) -> int:
-        left = gathered if arrival is None else not_passed.get(id(arrival.parameter), gathered)
-        return element * min(gathered, left)
+        if arrival is None:
+            return element * (gathered + int(share * let_go))
+        key = id(arrival.parameter)
+        passed = max(let_go, active - active_not_passed.get(key, 0))
+        return element * (min(gathered, not_passed.get(key, gathered)) + int(share * passed))
 
     return gathered_at
 

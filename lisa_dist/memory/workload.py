@@ -102,6 +102,7 @@ class StageSettings:
     overlap_comm: bool
     persistence_threshold: int
     max_reuse_distance: int
+    sharing_ranks: int = 1  # of a host, which have a copy of all weights between them
     plain_sums: bool = True  # gradients are added up in the dtype of the weights, and divided by the ranks afterwards
 
     @classmethod
@@ -126,6 +127,7 @@ class StageSettings:
             persistence_threshold=elements(
                 "stage3_param_persistence_threshold", 10 * hidden_size, _PERSISTENCE_THRESHOLD
             ),
+            sharing_ranks=max(1, elements("zero_hpz_partition_size", 1, 1)),
             plain_sums=not any(ds_config.get(key) for key in _OTHER_SUMS) and not data_types.get("grad_accum_dtype"),
             max_reuse_distance=elements("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE, _MAX_REUSE_DISTANCE),
         )

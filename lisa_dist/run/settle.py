@@ -26,7 +26,8 @@ from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS
 from lisa_dist.core.activation_checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.distributed.collectives import gather, sharing_errors
-from lisa_dist.ds_config import given_ds_config, uses_optimizer_offload
+from lisa_dist.distributed.health import ranks_of_hosts
+from lisa_dist.ds_config import fill_secondary_partitions, given_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError
 from lisa_dist.loss.chunked import choose_loss_kernels
@@ -119,6 +120,7 @@ def _set_what_flags_stand_for(config: RunConfig, model_config: PretrainedConfig)
     method, training = config.run.method, config.training
     if training.deepspeed:  # transformers loads models by the config that was set last, as long as it is alive
         set_hf_deepspeed_config(training.hf_deepspeed_config)
+        fill_secondary_partitions(training.hf_deepspeed_config.config, ranks_of_hosts())
     checkpointed = parse_checkpointed_layers(config.run.checkpointed_layers)
     if method != "lisa" and checkpointed is not None:  # all or none; which layers fit is planned for LISA alone
         # TRL reads the old name, the Trainer the new one, which it has set by the old before this.

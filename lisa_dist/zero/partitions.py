@@ -136,12 +136,13 @@ class ZeroPartitions:
         return self._stage.number, world_size, self._stage.alignment(self._zero)
 
     def gathered_bytes(self) -> int:
-        """Bytes of the parameters that stage 3 holds whole right now, next to this rank's parts of them."""
+        """Bytes that stage 3 has of parameters for this step alone: whole ones, and a host's parts of active ones."""
         sharded: list[Any] = list(self.engine.module.parameters()) if self._stage.is_stage_3 else []
         gathered = [parameter for parameter in sharded if not parameter.ds_persist]
         by_place = {parameter.data.untyped_storage().data_ptr(): parameter for parameter in gathered}
         parts = {parameter.ds_tensor.untyped_storage().data_ptr() for parameter in by_place.values()}
-        return sum(
+        of_hosts = [parameter.ds_secondary_tensor for parameter in sharded if parameter.requires_grad]
+        return sum(part.nbytes for part in of_hosts if part is not None) + sum(
             parameter.data.nbytes
             for place, parameter in by_place.items()
             if parameter.data.numel() == parameter.ds_numel and place not in parts

@@ -1,0 +1,104 @@
+"""Weights that the ranks of a host share (zero_hpz_partition_size): the same run, with less between the hosts."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import deepspeed
+import pytest
+import torch
+from engines import full_weights, train_step
+from models import tiny_llama, token_batches
+from ranks import run_ranks
+from torch import distributed as dist
+
+import lisa_dist
+from lisa_dist.checkpoint.resume import load_checkpoint
+from lisa_dist.checkpoint.save import save_checkpoint
+from lisa_dist.ds_config import fill_secondary_partitions, read_ds_config
+from lisa_dist.zero.parameters import parameter_numel
+
+STEPS, INTERVAL, SAVED = 12, 3, 7  # three switches, and a checkpoint in the middle of a period
+
+
+def config_of(size: int | str | None) -> dict:
+    """Of ZeRO-3, by which every matrix is gathered for itself, and released after its module's pass."""
+    config = read_ds_config("zero3")
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    config["zero_optimization"] |= {} if size is None else {"zero_hpz_partition_size": size}
+    return config
+
+
+def count_gathers(counts: Counter) -> None:
+    """From now on, elements of what is gathered by so many ranks."""
+    backend = deepspeed.comm.comm.cdb
+    original = backend.all_gather_into_tensor
+
+    def counting(*, output_tensor, input_tensor, **options):
+        if output_tensor.is_floating_point():
+            counts[output_tensor.numel() // input_tensor.numel()] += output_tensor.numel()
+        return original(output_tensor=output_tensor, input_tensor=input_tensor, **options)
+
+    backend.all_gather_into_tensor = counting
+
+
+def run(folder: str, size: int | str | None, resumes: bool = False) -> dict:
+    """Four ranks on two hosts; `resumes` from the checkpoint after one step of its own, whose weights go."""
+    os.environ["SLURMD_NODENAME"] = f"host{dist.get_rank() // 2}"
+    config = lisa_dist.LisaConfig(lisa_activated_layers=2, lisa_interval_steps=INTERVAL, lisa_debug=True)
+    engine, lisa = lisa_dist.initialize(tiny_llama(seed=99 * resumes), config_of(size), config, lr=1e-2)
+    batches, losses, counts, of_steps = token_batches(STEPS, rows=4), [], Counter(), []
+    checkpoint = Path(folder) / f"checkpoint-{size}"
+    if resumes:
+        with torch.no_grad():  # after which each host has the weights of another model
+            engine(input_ids=batches[0, 0], labels=batches[0, 0])
+        load_checkpoint(lisa, checkpoint)
+    count_gathers(counts)
+    for micro_batches in batches[engine.global_steps :]:
+        counts.clear()
+        losses.append(train_step(engine, lisa, micro_batches))
+        of_steps.append(dict(counts))
+        if engine.global_steps == SAVED and not resumes:
+            save_checkpoint(lisa, checkpoint)
+    active = sum(parameter_numel(parameter) for group in lisa.param_groups() for parameter in group["params"])
+    found = {"losses": losses, "weights": full_weights(engine), "gathered": of_steps, "active": active}
+    engine.destroy()
+    return found
+
+
+@pytest.mark.usefixtures("cpu_ops")
+def test_a_run_is_the_same_and_gathers_frozen_layers_from_its_host(tmp_path):
+    plain, shared = (run_ranks(run, 4, str(tmp_path), size)[0] for size in (None, "auto"))
+    assert plain["losses"] == shared["losses"]
+    assert all(torch.equal(plain["weights"][name], value) for name, value in shared["weights"].items())
+    total = sum(value.numel() for value in tiny_llama().parameters())
+    for step in (1, 2, 4, 5):  # without a switch
+        assert set(plain["gathered"][step]) == {4}
+        assert shared["gathered"][step][4] == shared["active"], "once, in the forward pass"
+        assert shared["gathered"][step][2] >= total - shared["active"]
+    resumed = run_ranks(run, 4, str(tmp_path), "auto", True)[0]
+    assert resumed["losses"] == shared["losses"][SAVED:]
+    assert all(torch.equal(resumed["weights"][name], value) for name, value in shared["weights"].items())
+
+
+@pytest.mark.parametrize(
+    ("size", "hosts", "filled"),
+    [
+        ("auto", [2, 2], 2),
+        ("auto", [8], 1),
+        ("auto", [4, 2], 1),
+        ("auto", [1, 1, 1, 1], 1),
+        (8, [8, 8], 8),
+        (1, [3], 1),
+    ],
+)
+def test_a_host_s_ranks_are_filled_in(size, hosts, filled):
+    fill_secondary_partitions(config := config_of(size), hosts)
+    assert config["zero_optimization"]["zero_hpz_partition_size"] == filled
+
+
+@pytest.mark.parametrize(("size", "hosts"), [(3, [4, 4]), (4, [8, 8]), (16, [8, 8]), (4, [4, 2]), (2, [1, 1, 1, 1])])
+def test_other_numbers_than_a_host_s_ranks_are_refused(size, hosts):
+    listed = ", ".join(map(str, hosts))
+    with pytest.raises(ValueError, match=rf"zero_hpz_partition_size = {size}: .* have {listed} ranks; make it"):
+        fill_secondary_partitions(config_of(size), hosts)
