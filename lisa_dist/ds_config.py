@@ -49,7 +49,7 @@ _REFUSED = (
     ("expert_parallel.enabled", (False,), _SPLIT),
     ("sequence_parallel_size", (0, 1), _SPLIT),
 )
-_HPZ = "zero_hpz_partition_size"
+_HPZ = "zero_hpz_partition_size"  # ranks that have a copy of all weights between them
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
 
 
@@ -195,12 +195,14 @@ def load_ds_config(
     micro_batch_size: int = 1,
     gradient_accumulation_steps: int = 1,
     max_grad_norm: float = 1.0,
+    ranks_of_hosts: Sequence[int] = (1,),
 ) -> dict:
     """The config with every "auto" filled in, ready for `deepspeed.initialize`.
 
     Batch sizes in examples: `micro_batch_size` a GPU and step. They, the clipping and the precision, which is that of
     the model's parameters, are filled in where they are missing too; bucket sizes, in elements, follow the model's
-    hidden size as the Hugging Face integration has them. Raises ValueError for a config that contradicts the arguments.
+    hidden size as the Hugging Face integration has them; `ranks_of_hosts` decide on zero_hpz_partition_size. Raises
+    ValueError for a config that contradicts the arguments.
     """
     config = read_ds_config(name_or_path) if isinstance(name_or_path, str) else json.loads(json.dumps(name_or_path))
     precision = str(next(model.parameters()).dtype)
@@ -234,4 +236,5 @@ def load_ds_config(
         config["bf16" if precision == "torch.bfloat16" else "fp16"] = {"enabled": True}
     if config.get("train_batch_size") == "auto":
         del config["train_batch_size"]  # DeepSpeed derives it from the other two and the world size
+    fill_secondary_partitions(config, ranks_of_hosts)
     return config

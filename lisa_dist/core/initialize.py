@@ -13,7 +13,7 @@ from lisa_dist.core.engine_checks import prepare_ds_config
 from lisa_dist.distributed.health import ranks_of_hosts
 from lisa_dist.distributed.ranks import join_ranks
 from lisa_dist.distributed.run_lock import one_run_in
-from lisa_dist.ds_config import fill_secondary_partitions, load_ds_config, precision_of, uses_optimizer_offload
+from lisa_dist.ds_config import load_ds_config, precision_of, uses_optimizer_offload
 from lisa_dist.optim.build import build_optimizer
 from lisa_dist.zero.cpu_ops import guard_builds
 from lisa_dist.zero.partitions import remove_forward_hooks
@@ -39,19 +39,19 @@ def initialize(
     before every step.
     Until `lisa.close()`, or the end of the controller, no other run may have `output_dir`, where the logs go.
     """
+    guard_builds()
+    join_ranks()  # those of a host share the originals of frozen layers, and weights of stage 3
     filled = load_ds_config(
         ds_config,
         model=model,
         micro_batch_size=micro_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
         max_grad_norm=max_grad_norm,
+        ranks_of_hosts=ranks_of_hosts(),
     )
     config = config or LisaConfig()
     prepare_ds_config(filled, config, optim, precision_of(filled))
     offload = uses_optimizer_offload(filled)
-    guard_builds()
-    join_ranks()  # those of a host share the originals of frozen layers
-    fill_secondary_partitions(filled, ranks_of_hosts())
     lisa = LisaController(model, config)
     groups = lisa.param_groups(weight_decay)
     optimizer = build_optimizer(groups, optim, lr=lr, offload=offload, seed=config.lisa_seed)

@@ -28,7 +28,8 @@ from lisa_dist.text import BYTE_UNITS, format_columns, no_such_model, parse_byte
 METHODS = ("lisa", "full", "lora")
 NO_DATA = "DATA"  # what `--dataset_name` is where none is given
 # From the fastest to the slowest: with offload a step waits for the host, and stage 3 gathers every weight twice.
-WAYS = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+SHARING = "zero3_hpz"  # of several hosts
+WAYS = ("zero1", "zero2", SHARING, "zero3", "zero2_offload", "zero3_offload")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -141,6 +142,12 @@ class PlanArguments:
         return has_it and self.method != "lora" and not self.precompute_ref_log_probs
 
     @property
+    def ranks_of_hosts(self) -> list[int]:
+        """How many ranks each host has; the last may have fewer."""
+        whole, rest = divmod(self.gpus, self.gpus_per_host)
+        return [self.gpus_per_host] * whole + ([rest] if rest else [])
+
+    @property
     def budget(self) -> int:
         """Bytes of a GPU that a run may take."""
         return parse_bytes("--gpu_memory", self.gpu_memory) - parse_bytes("--reserve", self.reserve)
@@ -148,7 +155,7 @@ class PlanArguments:
     @property
     def host_budget(self) -> int:
         """Bytes of a host for each rank on it."""
-        return parse_bytes("--host_memory", self.host_memory) // min(self.gpus, self.gpus_per_host)
+        return parse_bytes("--host_memory", self.host_memory) // max(self.ranks_of_hosts)
 
 
 @dataclass(frozen=True)
@@ -329,7 +336,7 @@ def command_for(plan: Plan, arguments: PlanArguments, learning_rate: float | Non
         flags |= given_settings(plan.lisa_config)
     flags["learning_rate"] = learning_rate
     words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
-    hosts = -(-arguments.gpus // arguments.gpus_per_host)
+    hosts = len(arguments.ranks_of_hosts)
     if hosts == 1:
         return f"lisa-dist train --gpus {arguments.gpus} {words}"
     several = f"--hostfile hostfile --num_nodes {hosts} --num_gpus {arguments.gpus_per_host}"

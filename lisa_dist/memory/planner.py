@@ -18,11 +18,11 @@ from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.engine_checks import prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.weight_store import HOST
-from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
+from lisa_dist.ds_config import fill_secondary_partitions, read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import why_no_label_logits
 from lisa_dist.memory.estimate import StepEstimate, bus_and_products, kept_states, stored_bytes
-from lisa_dist.memory.plan import DTYPES, WAYS, Plan, PlanArguments
+from lisa_dist.memory.plan import DTYPES, SHARING, WAYS, Plan, PlanArguments
 from lisa_dist.memory.trace import FakeRun, FakeRuns
 from lisa_dist.memory.workload import CHUNKED, LOGITS, RATIO, SCORE, StageSettings, Workload
 from lisa_dist.optim.build import LISA_ADAMW, TORCH_ADAMW
@@ -88,6 +88,7 @@ class Planner:
         arguments, lisa = self._arguments, self._lisa
         content = copy.deepcopy(ds_config) if isinstance(ds_config, dict) else read_ds_config(ds_config)
         prepare_ds_config(content, lisa, arguments.optim, arguments.precision)
+        fill_secondary_partitions(content, arguments.ranks_of_hosts)
         settings = StageSettings.of(content, self._config.get_text_config().hidden_size)
         workload = Workload(
             arguments.seq_length,
@@ -109,7 +110,7 @@ class Planner:
                 parts = parts.with_more("reference", share)
         if lisa.lisa_state == "keep":
             host = host | {"kept states": kept_states(run, lisa, settings.stage, arguments.gpus, arguments.optim)}
-        on_a_host = min(arguments.gpus, arguments.gpus_per_host)
+        on_a_host = max(arguments.ranks_of_hosts)
         has_originals = bool(lisa.frozen_flags) and lisa.lisa_frozen_store == HOST
         originals = sum(stored_bytes(run, 16)) if has_originals else 0
         codes = sum(stored_bytes(run, lisa.frozen_form)) if lisa.streams and lisa.frozen_form != 16 else 0
@@ -336,7 +337,8 @@ def make_plans(
     if lisa_config.lisa_activated_layers not in PLANNED_LAYERS:
         Planner(config, arguments, lisa_config, runs=runs)  # raises what no way would change
     refused: UserError | None = None
-    ways = [arguments.deepspeed] if arguments.deepspeed else list(ways)
+    shares = len(arguments.ranks_of_hosts) > 1
+    ways = [arguments.deepspeed] if arguments.deepspeed else [way for way in ways if shares or way != SHARING]
     if lisa_config.offloaded and not arguments.deepspeed:  # the flag says what is offloaded, whatever a config says
         ways = [way for way in ways if not uses_optimizer_offload(read_ds_config(way))]
     plans = []
@@ -445,6 +447,7 @@ def first_that_fits(
             if stages == ("zero3",) and tried.frozen_flags:
                 continue
             ways = [name for name in WAYS if name.endswith("_offload") == fallback.offloads and name.startswith(stages)]
+            ways = [way for way in ways if way != SHARING or len(arguments.ranks_of_hosts) > 1]
             tell(f"trying {', '.join(ways)}: {fallback.name}")
             try:
                 plan = what_fits(make_plans(config, asked, tried, ways, runs), asked)

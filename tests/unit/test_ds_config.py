@@ -10,7 +10,7 @@ from models import tiny_llama
 
 from lisa_dist.ds_config import check_ds_config, find_ds_config, load_ds_config, read_ds_config, shipped_ds_configs
 
-SHIPPED = ["zero1", "zero2", "zero2_offload", "zero3", "zero3_nvme", "zero3_offload"]
+SHIPPED = ["zero1", "zero2", "zero2_offload", "zero3", "zero3_hpz", "zero3_nvme", "zero3_offload"]
 
 
 def test_the_shipped_configs_are_all_there():
@@ -85,7 +85,16 @@ def test_a_broken_file_is_named(tmp_path, text, said):
         ({}, {"bf16": {"bf16_master_weights_and_grads": True}}, "remove it; --lisa_master bf16_sr with --optim lisa_"),
         ({"zenflow": {"topk_ratio": 0.1}}, {}, 'a "zenflow" section'),
         ({"zero_quantized_nontrainable_weights": True}, {}, "zero_quantized_nontrainable_weights = true: a switch le"),
-        ({"zero_hpz_partition_size": 2}, {}, "zero_hpz_partition_size = 2"),
+        (
+            {"stage": 2, "zero_hpz_partition_size": 2},
+            {},
+            "zero_hpz_partition_size = 2: weights are gathered on stage 3",
+        ),
+        (
+            {"zero_hpz_partition_size": "auto", "offload_param": {"device": "cpu"}},
+            {},
+            'size = "auto": weights are gath',
+        ),
         ({"zero_quantized_weights": True}, {}, "zero_quantized_weights = true"),
         ({"zero_quantized_gradients": True}, {}, "zero_quantized_gradients = true"),
         ({}, {"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size = 2"),
