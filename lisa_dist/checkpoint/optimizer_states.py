@@ -85,7 +85,8 @@ class StateFiles:
         self._files = [safe_open(path, framework="pt") for path in paths]
         self._names = [set(file.keys()) for file in self._files]
         self._partitions = [json.loads(file.metadata()["partitions"]) for file in self._files]
-        self._dequantized = functools.lru_cache(1)(self._dequantize)  # pieces of one partition are read one by one
+        # Pieces of one partition are read one after the other.
+        self._dequantized = functools.lru_cache(1)(functools.partial(_dequantize, self._files))
         self._sources: dict[str, list[tuple[int, int, Piece]]] = {}
         for file, partitions in enumerate(self._partitions):
             for index, partition in enumerate(partitions):
@@ -155,9 +156,6 @@ class StateFiles:
         begins = source.offset - source.start
         return self._dequantized(field, file, index)[begins + first : begins + last]
 
-    def _dequantize(self, moment: str, file: int, index: int) -> torch.Tensor:
-        return dequantize(*(self._files[file].get_tensor(f"{index}:{field}") for field in BITSANDBYTES[moment]))
-
     def _coded(self, name: str, file: int, source: Piece, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes of elements [first, last) of a parameter, and the scales of the blocks that they are in."""
         begins = source.start // BLOCK
@@ -217,3 +215,7 @@ class StateFiles:
             for name, value in {"row_sq": rows, **of_matrix}.items():
                 by_field[name].append(value)
         return {factored.WIDTHS: tuple(widths)} | {name: torch.cat(values) for name, values in by_field.items()}
+
+
+def _dequantize(files: list[Any], moment: str, file: int, index: int) -> torch.Tensor:
+    return dequantize(*(files[file].get_tensor(f"{index}:{field}") for field in BITSANDBYTES[moment]))

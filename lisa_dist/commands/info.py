@@ -40,7 +40,7 @@ def describe() -> str:
 
         config = LlamaConfig()
     attention, why_attention = choose_attention(None, half_precision=True, config=config)
-    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count() if on_gpu else 0)]
     of_gpus = ", ".join(f"{gpu.name} ({format_bytes(gpu.total_memory)})" for gpu in gpus)
     rows = [
         ("lisa_dist", version_of("lisa_dist")),

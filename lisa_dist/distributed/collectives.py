@@ -124,7 +124,7 @@ def sharing_errors(*others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        problem = str(error)
+        problem = str(error) or type(error).__name__
     raise_shared(problem)
 
 

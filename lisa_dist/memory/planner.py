@@ -123,14 +123,17 @@ class Planner:
         return self._plans[key]
 
     def _copies_to_load(self, run: FakeRun, settings: StageSettings, on_a_host: int) -> int:
-        """Bytes of the copies of the model that a host's ranks make; files of the same dtype are mapped as they are."""
-        is_mapped = (self._config.dtype or torch.bfloat16) == run.workload.dtype and not hasattr(
-            self._config, "quantization_config"
-        )
-        if is_mapped or settings.stage == 3:  # which reads one tensor after the other
+        """Bytes of the copies of the model that a host's ranks make: none of files that are mapped as they are.
+
+        Those are of the same dtype, and not of a mixture, whose experts come one by one and are stacked.
+        """
+        is_packed = getattr(self._config, "quantization_config", None) is not None
+        is_stacked = not all(matrix.is_linear for layer in run.matrices for matrix in layer)
+        if (self._config.dtype or torch.bfloat16) == run.workload.dtype and not (is_packed or is_stacked):
             return 0
-        one_loads = self._lisa.frozen_flags and self._arguments.task == SFT
-        return sum(parameter.nbytes for parameter in run.model.parameters()) * (1 if one_loads else on_a_host)
+        one_loads = settings.stage == 3 or (self._lisa.frozen_flags and self._arguments.task == SFT)
+        models = (1 if one_loads else on_a_host) * (1 + self._arguments.has_reference)
+        return models * sum(parameter.nbytes for parameter in run.model.parameters())
 
     def peak(self, ds_config: str | dict, loss: str) -> int:
         """Bytes of a GPU with the checkpointed layers that were given; with all, where it was left to the plans."""

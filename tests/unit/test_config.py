@@ -43,6 +43,7 @@ from lisa_dist import LisaConfig
             "--lisa_unit module: head would be sampled in the place of layers",
         ),
         ({"lisa_lr_scale": "embed=0"}, "--lisa_lr_scale embed=0: embed has 0; a scale is above 0, and finite; what"),
+        ({"lisa_lr_scale": "embed=1,layers=-1"}, "layers has -1; a scale is above 0"),
         ({"lisa_lr_scale": "head=inf"}, "head has inf; a scale is above 0, and finite"),
         ({"lisa_lr_scale": "head=nan"}, "head has nan; a scale is above 0, and finite"),
         ({"lisa_lr_scale": "norms=2"}, "unknown block 'norms'; choose from embed, head, rest, layers"),

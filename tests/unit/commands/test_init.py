@@ -233,6 +233,8 @@ def test_shipped_models_have_their_place_on_the_hub():
         "a #b",
         "null",
         "2024-01-01",
+        "yes",
+        "1:30",
         "1e5",
         "",
         '"',

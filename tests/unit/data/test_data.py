@@ -8,6 +8,7 @@ from models import save_tiny_llama
 from transformers import AutoTokenizer
 
 from lisa_dist.data.dataset import DataArguments, describe_examples, load_data
+from lisa_dist.data.encoding import IGNORED, set_chat_template
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,43 @@ def test_rows_are_held_out_by_number_or_part(tokenizer, names, eval_rows, number
     assert describe_examples(again.held_out) == describe_examples(data.held_out)
     other = load(tokenizer, dataset_name=names[0], eval_rows=eval_rows, seed=1)
     assert describe_examples(other.held_out) != describe_examples(data.held_out)
+
+
+def in_every_form(row: dict) -> dict[str, dict]:
+    """A question and its answer as each format has them."""
+    question, answer = row["question"], row["answer"]
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {
+        "alpaca": {"instruction": question, "input": "", "output": answer},
+        "sharegpt": {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
+        "messages": {"messages": turns},
+        "prompt_completion": {"prompt": turns[:1], "completion": turns[1:]},
+    }
+
+
+OWN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("template", [None, OWN])
+def test_real_rows_give_the_same_tokens_and_labels_in_every_form(data_dir, tmp_path, template):
+    """300 rows of GSM8K, with a chat template and with the plain one that a model without any gets."""
+    lines = (data_dir / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:300]
+    rows = [in_every_form(json.loads(line)) for line in lines]
+    tokenizer = AutoTokenizer.from_pretrained(data_dir / "models" / "stories260k-hf")
+    tokenizer.chat_template = template
+    set_chat_template(tokenizer, None)
+    found = []
+    for form in rows[0]:
+        path = tmp_path / f"{form}.jsonl"
+        path.write_text("\n".join(json.dumps(row[form]) for row in rows), encoding="utf-8")
+        data = load(tokenizer, dataset_name=str(path), max_length=512)
+        assert data.lines[0].startswith(f"{path}: {form} (")
+        found.append(data.train.to_list())
+    assert all(one == found[0] for one in found)
+    assert len(found[0]) == 300 - sum("dropped" in line for line in data.lines)
+    for row in found[0]:
+        assert 0 < sum(label != IGNORED for label in row["labels"]) < len(row["input_ids"])
 
 
 def test_held_out_rows_of_a_file(tokenizer, names):

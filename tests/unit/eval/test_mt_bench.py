@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lisa_dist.commands import eval as eval_command
 from lisa_dist.errors import UserError
 from lisa_dist.eval import judge
-from lisa_dist.eval.answers import AnswerFile, SampleByTemperature
+from lisa_dist.eval.answers import TEMPERATURES, AnswerFile, SampleByTemperature
 from lisa_dist.eval.judge import Judge, JudgeError, judge_answers, parse_rating
 from lisa_dist.eval.model import describe_weights
 from lisa_dist.eval.mt_bench import MTBench
@@ -302,6 +302,12 @@ def test_draws_have_the_probabilities_of_their_temperature():
     counts = torch.bincount(torch.stack(chosen)[:, 0], minlength=4) / len(chosen)
     assert torch.allclose(counts, torch.softmax(logits / 0.7, dim=0), atol=0.012)
     assert {int(rows[1]) for rows in chosen} == {0}
+
+
+def test_temperatures_are_the_benchmarks():
+    warm = {name: value for name, value in TEMPERATURES.items() if value}
+    assert warm == {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+    assert TEMPERATURES.keys() - warm.keys() == {"reasoning", "math", "coding", "extraction"}
 
 
 def test_a_run_that_was_cut_goes_on(tiny, files, capsys):

@@ -270,17 +270,28 @@ def test_frozen_layers_in_fewer_bits_are_planned():
         ({"lisa_frozen_bits": 4}, torch.float32, 1.0),
         ({"lisa_frozen_bits": 4, "lisa_offload": "frozen"}, torch.float32, 1.0 + 0.87 * 4.13 / 16),
         ({"lisa_frozen_bits": 4, "lisa_frozen_store": "/tmp"}, torch.bfloat16, 0.0),
+        ({"task": "dpo", "lisa_frozen_bits": 4}, torch.float32, 8.0),
     ],
 )
 def test_host_bytes_of_a_start_are_planned(settings, stored, expected):
+    settings, task = dict(settings), settings.get("task", "sft")
+    settings.pop("task", None)
     config = load_model_config("llama3.1-8b")
     config.dtype = stored
     arguments = PlanArguments("llama3.1-8b", checkpointed_layers="all", gpus=4, deepspeed="zero2", host_memory="58GiB")
+    arguments = replace(arguments, task=task)
     asked = lisa_dist.LisaConfig(lisa_activated_layers=2, **settings)
     plan = Planner(config, arguments, asked).plan("zero2", 32, "logits")
     model = 8_030_261_248 * 2
     assert plan.start == pytest.approx(model * expected / 4, rel=0.01)
-    assert (plan.lacks(arguments)[1] > 0) == (expected == 4.0)
+    assert (plan.lacks(arguments)[1] > 0) == (expected >= 4.0)
+
+
+@pytest.mark.parametrize(("model", "stacked"), [("qwen3-30b-a3b", True), ("gpt-oss-20b", True), ("qwen3-8b", False)])
+def test_experts_that_are_stacked_are_copies(model, stacked):
+    arguments = PlanArguments(model, checkpointed_layers="all", gpus=2, deepspeed="zero2")
+    plan = Planner(load_model_config(model), arguments, lisa_dist.LisaConfig()).plan("zero2", 0, "logits")
+    assert (plan.start > plan.gpu.weights * 0.9) == stacked
 
 
 @pytest.mark.parametrize(

@@ -396,6 +396,7 @@ QUANTIZED = {"quantization_config": {"quant_method": "fp8"}}
             QUANTIZED,
             "its weights are quantized (quant_method fp8), and they are what trains; give a model in b",
         ),
+        ("full", QUANTIZED, "its weights are quantized (quant_method fp8)"),
         ("lora", QUANTIZED, None),
     ],
 )
