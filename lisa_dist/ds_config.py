@@ -124,7 +124,7 @@ def check_ds_config(config: dict) -> None:
         )
     if zero.get("zenflow"):
         raise UserError('the DeepSpeed config has a "zenflow" section: it picks parameters itself; remove it.')
-    if zero.get(_HPZ) not in (None, 0, 1) and (zero.get("stage") != 3 or zero.get("offload_param")):
+    if zero.get(_HPZ) not in (None, 0, 1, "auto") and (zero["stage"] != 3 or offloads_parameters(config)):
         raise UserError(
             f"the DeepSpeed config has {_HPZ} = {json.dumps(zero[_HPZ])}: weights are gathered on stage 3 alone, from "
             "GPUs of the same host and not from its memory; remove it, or use stage 3 without offload_param."
@@ -138,24 +138,34 @@ def check_ds_config(config: dict) -> None:
             raise UserError(f"the DeepSpeed config has {shown} = {json.dumps(found)}: {why}")
 
 
-def fill_secondary_partitions(config: dict, ranks_of_hosts: Sequence[int]) -> None:
+def fill_secondary_partitions(config: dict, ranks_of_hosts: Sequence[int], has_reference: bool = False) -> None:
     """Put a number in the place of zero_hpz_partition_size "auto": a host's ranks where there are several, else 1.
 
     Frozen layers are then gathered from the ranks of a host alone. `ranks_of_hosts`: one after the other, as ranks are
-    numbered. Raises UserError for another number, and hosts with different numbers of ranks.
+    numbered. `has_reference`: a second model is loaded, for which DeepSpeed would make the groups of ranks again, and
+    fails. Raises UserError for another number, and for hosts with different numbers of ranks.
     """
     zero = config.get("zero_optimization") or {}
-    size, here = zero.get(_HPZ, 1), set(ranks_of_hosts)
+    here, size = set(ranks_of_hosts), zero.get(_HPZ) or 1
     if size == "auto":
-        zero[_HPZ] = size = max(here) if len(ranks_of_hosts) > 1 and zero.get("stage") == 3 and len(here) == 1 else 1
-    if size in (0, 1):
+        shares = zero.get("stage") == 3 and len(ranks_of_hosts) > 1 and len(here) == 1
+        zero[_HPZ] = size = max(here) if shares and not (has_reference or offloads_parameters(config)) else 1
+    if size == 1:
         return
-    if here != {size}:
+    if has_reference:
+        raise UserError(f"the DeepSpeed config has {_HPZ} = {size}: not with a reference model; make it 1.")
+    if here != {size} or len(ranks_of_hosts) == 1:
         listed = ", ".join(map(str, ranks_of_hosts))
         raise UserError(
-            f"the DeepSpeed config has {_HPZ} = {size}: the ranks of a host share a copy of the weights, and the hosts "
-            f'have {listed} ranks; make it the number of each host\'s ranks, or "auto".'
+            f"the DeepSpeed config has {_HPZ} = {json.dumps(size)}: the ranks of a host share a copy of the weights, "
+            f'and the hosts have {listed} ranks; make it the number of each of several hosts\' ranks, or "auto".'
         )
+
+
+def offloads_parameters(config: dict) -> bool:
+    """Whether ZeRO-3 keeps the weights on the host."""
+    offload = (config.get("zero_optimization") or {}).get("offload_param") or {}
+    return offload.get("device", "none") != "none"
 
 
 def uses_optimizer_offload(config: dict) -> bool:
@@ -169,7 +179,7 @@ def offload_by_block(config: dict, offloaded: Sequence[str]) -> None:
     zero = config.get("zero_optimization") or {}
     if not offloaded:
         return
-    if (zero.get("offload_param") or {}).get("device", "none") != "none":
+    if offloads_parameters(config):
         raise UserError(
             f"--lisa_offload {','.join(offloaded)} with offload_param in the DeepSpeed config: DeepSpeed offloads "
             "parameters only together with all optimizer states; leave one of them out."

@@ -68,6 +68,12 @@ def check_rewards_given(task: str, rewards: Sequence[str] | None) -> None:
             _check_function(given, path, name)
 
 
+def has_reference(task: str, method: str, beta: float | None, is_precomputed: bool) -> bool:
+    """Whether the model as it was stands beside the one that trains; with adapters it is the one without them."""
+    has_it = task in WITH_REFERENCE or (task == GRPO and bool(beta))
+    return has_it and method != "lora" and not is_precomputed
+
+
 def split_reward(given: str) -> tuple[Path | None, str]:
     """The file and the function of `rewards.py:name`; None and the word itself where it names no file."""
     file, mark, name = given.rpartition(":")

@@ -17,6 +17,7 @@ from lisa_dist.ds_config import load_ds_config, precision_of, uses_optimizer_off
 from lisa_dist.optim.build import build_optimizer
 from lisa_dist.zero.cpu_ops import guard_builds
 from lisa_dist.zero.partitions import remove_forward_hooks
+from lisa_dist.zero.stage3 import forget_sharing_ranks
 
 
 def initialize(
@@ -57,6 +58,7 @@ def initialize(
     optimizer = build_optimizer(groups, optim, lr=lr, offload=offload, seed=config.lisa_seed)
     with contextlib.ExitStack() as undone:  # where something is wrong the model is given back
         undone.callback(lisa.blocks.give_back)
+        forget_sharing_ranks(model)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=filled)
         undone.callback(engine.destroy)
         undone.callback(remove_forward_hooks, engine)

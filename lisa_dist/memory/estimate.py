@@ -157,7 +157,7 @@ class StepPlan:
             buffers=buffers,
             activations=self._trace.activations,
             logits=self._trace.logits,
-            gathered=self._gathered(None),
+            gathered=self._gathered(is_first=True)(None),
             gradients=gradients + self._shared_weights(trained=True),  # which go with them, after the step
             peak_backward=static + peak.total,
             peak_step=static + step_peak + self._shared_weights(trained=True),
@@ -343,14 +343,14 @@ class StepPlan:
         shares = sum(share_numel(parameter.numel(), self.world_size) for parameter in parameters)
         return shares * self.world_size // ranks * self._element
 
-    @cached_property
-    def _gathered(self) -> Callable[[Arrival | None], int]:
+    def _gathered(self, is_first: bool) -> Callable[[Arrival | None], int]:
+        """As `gathered_weights` has it, in the first micro-batch of a step or in another."""
         if self._stage < 3 or self._shares_are_whole:
             return lambda arrival: 0
         settings = self.settings
         threshold, distance = settings.persistence_threshold, settings.max_reuse_distance
         share = 0.0 if settings.sharing_ranks == 1 else 1 / settings.sharing_ranks
-        return gathered_weights(self.run, self._trained, threshold, distance, share)
+        return gathered_weights(self.run, self._trained, threshold, distance, share, not is_first)
 
     # Peaks
 
@@ -370,7 +370,7 @@ class StepPlan:
             "bucket_numel": 0 if self._stay_in_place else self.settings.reduce_bucket,
             "send_scratch": self._norm_scratch if self._offloads else None,
             "on_cpu": self.on_cpu,
-            "gathered": self._gathered,
+            "gathered": self._gathered(is_first=not self.accumulates),
         }
         if self._stage == 3:
             return backward_peak(self._trace, Reduction(**sizes))

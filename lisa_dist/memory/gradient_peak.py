@@ -213,13 +213,14 @@ def gathered_weights(
     persistence_threshold: int,
     max_reuse_distance: int,
     share: float = 0.0,
+    shared_before: bool = False,
 ) -> Callable[[Arrival | None], int]:
     """Bytes of whole weights, as a function of the gradient that arrives.
 
     None, the end of the forward pass: those that the backward pass needs again within `max_reuse_distance` elements.
     When a gradient arrives: at most those that the backward pass has not passed. Parameters of up to
     `persistence_threshold` elements are whole all the time and not counted. `share` is this rank's of what its host has
-    of a trained parameter once it is let go.
+    of a trained parameter once it is let go, or `shared_before`, of an earlier micro-batch.
     """
     blocks, element, ours = run.blocks, run.workload.dtype.itemsize, {id(parameter) for parameter in trained}
     order = _blocks_in_forward_order(run, ours)
@@ -244,6 +245,8 @@ def gathered_weights(
         distance += (numel := parameter.numel())
         gathered += numel if numel > persistence_threshold else 0
         let_go -= numel if id(parameter) in ours else 0
+
+    let_go = active if shared_before else let_go
 
     def gathered_at(arrival: Arrival | None) -> int:
         if arrival is None:

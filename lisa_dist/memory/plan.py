@@ -22,7 +22,7 @@ from lisa_dist.memory.workload import LOGITS, MemoryParts, Workload
 from lisa_dist.model_names import is_tuned, name_or_folder, nearest_name, shipped_model_configs, shipped_name
 from lisa_dist.presets import check_preset, choose_preset, reserved_bytes
 from lisa_dist.run_folder import PLANNED_PARTS, REFERENCE
-from lisa_dist.tasks import GRPO, KTO, PAIRED, REWARD, SFT, WITH_REFERENCE, check_task
+from lisa_dist.tasks import GRPO, KTO, PAIRED, REWARD, SFT, WITH_REFERENCE, check_task, has_reference
 from lisa_dist.text import BYTE_UNITS, format_columns, no_such_model, parse_bytes
 
 METHODS = ("lisa", "full", "lora")
@@ -137,9 +137,8 @@ class PlanArguments:
 
     @property
     def has_reference(self) -> bool:
-        """Whether the model as it was stands beside the one that trains; with adapters it is the one without them."""
-        has_it = self.task in WITH_REFERENCE or (self.task == GRPO and bool(self.beta))
-        return has_it and self.method != "lora" and not self.precompute_ref_log_probs
+        """Whether the model as it was stands beside the one that trains."""
+        return has_reference(self.task, self.method, self.beta, self.precompute_ref_log_probs)
 
     @property
     def ranks_of_hosts(self) -> list[int]:

@@ -88,7 +88,7 @@ class Planner:
         arguments, lisa = self._arguments, self._lisa
         content = copy.deepcopy(ds_config) if isinstance(ds_config, dict) else read_ds_config(ds_config)
         prepare_ds_config(content, lisa, arguments.optim, arguments.precision)
-        fill_secondary_partitions(content, arguments.ranks_of_hosts)
+        fill_secondary_partitions(content, arguments.ranks_of_hosts, arguments.has_reference)
         settings = StageSettings.of(content, self._config.get_text_config().hidden_size)
         workload = Workload(
             arguments.seq_length,
@@ -340,8 +340,7 @@ def make_plans(
     if lisa_config.lisa_activated_layers not in PLANNED_LAYERS:
         Planner(config, arguments, lisa_config, runs=runs)  # raises what no way would change
     refused: UserError | None = None
-    shares = len(arguments.ranks_of_hosts) > 1
-    ways = [arguments.deepspeed] if arguments.deepspeed else [way for way in ways if shares or way != SHARING]
+    ways = [arguments.deepspeed] if arguments.deepspeed else ways_of(arguments, ways)
     if lisa_config.offloaded and not arguments.deepspeed:  # the flag says what is offloaded, whatever a config says
         ways = [way for way in ways if not uses_optimizer_offload(read_ds_config(way))]
     plans = []
@@ -357,6 +356,13 @@ def make_plans(
         assert refused is not None
         raise refused
     return plans
+
+
+def ways_of(arguments: PlanArguments, ways: Sequence[str]) -> list[str]:
+    """Those of `ways` that are something of their own for these hosts."""
+    hosts = arguments.ranks_of_hosts
+    shares = len(hosts) > 1 and len(set(hosts)) == 1 < hosts[0] and not arguments.has_reference
+    return [way for way in ways if shares or way != SHARING]
 
 
 def _slowness(plan: Plan) -> tuple[int, int]:
@@ -450,7 +456,7 @@ def first_that_fits(
             if stages == ("zero3",) and tried.frozen_flags:
                 continue
             ways = [name for name in WAYS if name.endswith("_offload") == fallback.offloads and name.startswith(stages)]
-            ways = [way for way in ways if way != SHARING or len(arguments.ranks_of_hosts) > 1]
+            ways = ways_of(arguments, ways)
             tell(f"trying {', '.join(ways)}: {fallback.name}")
             try:
                 plan = what_fits(make_plans(config, asked, tried, ways, runs), asked)

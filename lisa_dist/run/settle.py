@@ -43,7 +43,7 @@ from lisa_dist.presets import PRESETS, choose_preset
 from lisa_dist.run.arguments import ALL_LINEAR, RunConfig, model_config_of
 from lisa_dist.run.task_configs import LisaOptimizerNames
 from lisa_dist.run_folder import check_state
-from lisa_dist.tasks import GRPO, SFT
+from lisa_dist.tasks import GRPO, SFT, has_reference
 from lisa_dist.text import format_bytes
 from lisa_dist.train.attention import choose_attention, packs_documents
 from lisa_dist.train.checks import precision_of_arguments
@@ -120,7 +120,9 @@ def _set_what_flags_stand_for(config: RunConfig, model_config: PretrainedConfig)
     method, training = config.run.method, config.training
     if training.deepspeed:  # transformers loads models by the config that was set last, as long as it is alive
         set_hf_deepspeed_config(training.hf_deepspeed_config)
-        fill_secondary_partitions(training.hf_deepspeed_config.config, ranks_of_hosts())
+        others = getattr(training, "beta", None), getattr(training, "precompute_ref_log_probs", False)
+        loads_two = has_reference(config.run.task, method, *others)
+        fill_secondary_partitions(training.hf_deepspeed_config.config, ranks_of_hosts(), loads_two)
     checkpointed = parse_checkpointed_layers(config.run.checkpointed_layers)
     if method != "lisa" and checkpointed is not None:  # all or none; which layers fit is planned for LISA alone
         # TRL reads the old name, the Trainer the new one, which it has set by the old before this.
@@ -313,6 +315,7 @@ def _plan_arguments(config: RunConfig, loss: str, gpu_bytes: int | None, bounded
     return PlanArguments(
         str(config.model.model_name_or_path),
         gpus=training.world_size,
+        gpus_per_host=int(os.environ.get("LOCAL_SIZE", training.world_size)),
         gpu_memory=f"{1 << 60 if budget is None else budget}B",
         reserve="0",
         seq_length=training.max_length,

@@ -12,8 +12,7 @@ from transformers import TrainingArguments
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.engine_checks import prepare_ds_config
-from lisa_dist.distributed.health import check_same_everywhere, ranks_of_hosts
-from lisa_dist.ds_config import fill_secondary_partitions
+from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.errors import UserError
 from lisa_dist.optim.ops import why_no_compiler
 
@@ -138,7 +137,6 @@ def check_trainer(
     check_compile(args, ds_config, lisa_config)
     check_parallelism(args)
     prepare_ds_config(ds_config, lisa_config, optim, precision_of_arguments(args))
-    fill_secondary_partitions(ds_config, ranks_of_hosts())
     if optimizer is not None:
         raise UserError("LISA builds the optimizer from its own blocks: pass no optimizers=(...) to the Trainer.")
     how: Any = args.gradient_checkpointing_kwargs or {}

@@ -12,8 +12,9 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from lisa_dist.distributed.devices import check_accelerator
+from lisa_dist.distributed.health import ranks_of_hosts
 from lisa_dist.distributed.ranks import set_rank
-from lisa_dist.ds_config import find_ds_config
+from lisa_dist.ds_config import fill_secondary_partitions, find_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.zero.cpu_ops import guard_builds, start_deepspeed
 
@@ -38,6 +39,8 @@ def begin_deepspeed(arguments: Iterable[Any], given: str | dict | None) -> None:
     if dist.is_initialized() and not comm.is_initialized():
         # Accelerate has started gloo for CPU ranks, but DeepSpeed must know of it before it loads a model in parts.
         start_deepspeed()
+    if (ours := getattr(args, "hf_deepspeed_config", None)) is not None:  # by which the Trainer may load its model
+        fill_secondary_partitions(ours.config, ranks_of_hosts())
 
 
 def _use_deepspeed(args: Any, given: str | dict | None) -> None:

@@ -42,9 +42,9 @@ def describe_training(
     def named(names: list[str]) -> str:
         return ", ".join(f"{name} {format_count(numel[name])}" for name in names) or "nothing"
 
-    zero = ds_config["zero_optimization"]
-    sharing = zero.get("zero_hpz_partition_size", 1)
-    of_hosts = f"; the {sharing} of each host have a copy of all weights between them" if sharing > 1 else ""
+    sharing: Any = getattr(next(model.parameters()), "ds_zero_param_process_group", None)
+    of_host = 1 if sharing is None else torch.distributed.get_world_size(sharing)
+    of_hosts = f"; the {of_host} of each host have a copy of all weights between them" if of_host > 1 else ""
     rows = [
         ("model", f"{type(model).__name__}, {format_count(total)} parameters"),
         ("decoder layers", _describe_layers(lisa)),
@@ -60,7 +60,7 @@ def describe_training(
         ("period", f"{config.lisa_interval_steps} steps with {trained}, {config.lisa_sampler}"),
         *([("scales of it", config.lisa_lr_scale)] if config.lr_scales else []),
         *ranks,
-        ("ZeRO", f"stage {zero['stage']} on {world_size} rank(s){of_hosts}"),
+        ("ZeRO", f"stage {ds_config['zero_optimization']['stage']} on {world_size} rank(s){of_hosts}"),
         ("optimizer", _describe_optimizer(optim, ds_config, engine.device.type)),
         ("states per rank", f"{format_count(sum(state.numel for state in states))} elements each of {kept}"),
         *([] if lisa.frozen_layers is None else [("frozen layers", lisa.frozen_layers.describe())]),

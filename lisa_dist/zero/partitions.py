@@ -142,11 +142,13 @@ class ZeroPartitions:
         by_place = {parameter.data.untyped_storage().data_ptr(): parameter for parameter in gathered}
         parts = {parameter.ds_tensor.untyped_storage().data_ptr() for parameter in by_place.values()}
         of_hosts = [parameter.ds_secondary_tensor for parameter in sharded if parameter.requires_grad]
-        return sum(part.nbytes for part in of_hosts if part is not None) + sum(
+        whole: int = sum(
             parameter.data.nbytes
             for place, parameter in by_place.items()
             if parameter.data.numel() == parameter.ds_numel and place not in parts
         )
+        of_active: int = sum(part.nbytes for part in of_hosts if part is not None)
+        return whole + of_active
 
     def close(self) -> None:
         """Give the model back as any trainer finds one, without a hook or an attribute of ours or of DeepSpeed's.

@@ -9,6 +9,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+from deepspeed.utils import groups
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # The decoder layer of each module, of all models in the process.
@@ -71,6 +72,15 @@ def forget_module_order(engine: deepspeed.DeepSpeedEngine) -> None:
         coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
+
+
+def forget_sharing_ranks(model: torch.nn.Module) -> None:
+    """Have the next engine make its own group of ranks that share weights, or none, as its config says.
+
+    DeepSpeed keeps the first one of a process. A model that it has cut already has its group.
+    """
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
 def drop_prefetched(engine: deepspeed.DeepSpeedEngine) -> None:

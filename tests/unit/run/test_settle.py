@@ -15,6 +15,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.flags import task_of
 from lisa_dist.memory.plan import PlanArguments, load_model_config, preset_settings, with_accumulation
 from lisa_dist.memory.planner import first_that_fits
+from lisa_dist.run import settle as settling
 from lisa_dist.run.arguments import RunConfig, model_config_of, parse_arguments, run_parser
 from lisa_dist.run.check_run import check_config
 from lisa_dist.run.settle import apply_preset, describe_preset, settle, settle_layers
@@ -168,6 +169,18 @@ def test_a_gpu_that_others_have_taken_is_told(folder):
     config = settled(folder, ["--lisa_activated_layers", "auto"])
     with pytest.raises(ValueError, match=r"auto: the GPU has less free than the 1.5 GiB, or 6%, .* \(nvidia-smi\)"):
         settle_layers(config, model_config_of(config), None, gpu_bytes=0)
+
+
+@pytest.mark.parametrize(("hosts", "filled"), [([2, 2], 2), ([4], 1)])
+def test_weights_are_shared_by_a_host_s_ranks_and_planned_so(folder, tmp_path, monkeypatch, hosts, filled):
+    words = {"deepspeed": "zero3_hpz", "lisa_activated_layers": "auto", "gpu_memory": "1GiB"}
+    config = parse_arguments(flags_for(folder, tmp_path / "out", **words))
+    monkeypatch.setattr(settling, "ranks_of_hosts", lambda: hosts)
+    monkeypatch.setattr(type(config.training), "world_size", sum(hosts))
+    monkeypatch.setenv("LOCAL_SIZE", str(hosts[0]))
+    settled = settle(config, None)
+    assert settled.config.lisa.lisa_activated_layers == 6
+    assert settled.config.training.hf_deepspeed_config.config["zero_optimization"]["zero_hpz_partition_size"] == filled
 
 
 def test_a_model_that_is_stored_in_mxfp4_is_loaded_in_16_bits(folder, tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """Weights that the ranks of a host share (zero_hpz_partition_size): the same run, with less between the hosts."""
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
+from unittest.mock import patch
 
 import deepspeed
 import pytest
@@ -17,14 +19,15 @@ from lisa_dist.checkpoint.resume import load_checkpoint
 from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.ds_config import fill_secondary_partitions, read_ds_config
 from lisa_dist.zero.parameters import parameter_numel
+from lisa_dist.zero.stage3 import drop_prefetched
 
 STEPS, INTERVAL, SAVED = 12, 3, 7  # three switches, and a checkpoint in the middle of a period
 
 
-def config_of(size: int | str | None) -> dict:
+def config_of(size: int | str | None, **zero) -> dict:
     """Of ZeRO-3, by which every matrix is gathered for itself, and released after its module's pass."""
     config = read_ds_config("zero3")
-    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0} | zero
     config["zero_optimization"] |= {} if size is None else {"zero_hpz_partition_size": size}
     return config
 
@@ -44,9 +47,9 @@ def count_gathers(counts: Counter) -> None:
 
 def run(folder: str, size: int | str | None, resumes: bool = False) -> dict:
     """Four ranks on two hosts; `resumes` from the checkpoint after one step of its own, whose weights go."""
-    os.environ["SLURMD_NODENAME"] = f"host{dist.get_rank() // 2}"
     config = lisa_dist.LisaConfig(lisa_activated_layers=2, lisa_interval_steps=INTERVAL, lisa_debug=True)
-    engine, lisa = lisa_dist.initialize(tiny_llama(seed=99 * resumes), config_of(size), config, lr=1e-2)
+    with patch.dict(os.environ, {"SLURMD_NODENAME": f"host{dist.get_rank() // 2}"}):
+        engine, lisa = lisa_dist.initialize(tiny_llama(seed=99 * resumes), config_of(size), config, lr=1e-2)
     batches, losses, counts, of_steps = token_batches(STEPS, rows=4), [], Counter(), []
     checkpoint = Path(folder) / f"checkpoint-{size}"
     if resumes:
@@ -68,7 +71,7 @@ def run(folder: str, size: int | str | None, resumes: bool = False) -> dict:
 
 @pytest.mark.usefixtures("cpu_ops")
 def test_a_run_is_the_same_and_gathers_frozen_layers_from_its_host(tmp_path):
-    plain, shared = (run_ranks(run, 4, str(tmp_path), size)[0] for size in (None, "auto"))
+    shared, plain = (run_ranks(run, 4, str(tmp_path), size)[0] for size in ("auto", None))
     assert plain["losses"] == shared["losses"]
     assert all(torch.equal(plain["weights"][name], value) for name, value in shared["weights"].items())
     total = sum(value.numel() for value in tiny_llama().parameters())
@@ -79,6 +82,32 @@ def test_a_run_is_the_same_and_gathers_frozen_layers_from_its_host(tmp_path):
     resumed = run_ranks(run, 4, str(tmp_path), "auto", True)[0]
     assert resumed["losses"] == shared["losses"][SAVED:]
     assert all(torch.equal(resumed["weights"][name], value) for name, value in shared["weights"].items())
+
+
+def run_otherwise(size: int | str | None) -> dict:
+    """Small weights stay whole, a step has two micro-batches, and steps are followed by evaluations."""
+    settings = {"lisa_state": "keep", "lisa_master": "bf16_sr", "lisa_always_on": "rest"}
+    config = lisa_dist.LisaConfig(lisa_interval_steps=2, lisa_debug=True, **settings)
+    model, options = tiny_llama().to(torch.bfloat16), {"optim": "lisa_adamw", "gradient_accumulation_steps": 2}
+    ds_config = config_of(size, stage3_param_persistence_threshold=640)
+    with patch.dict(os.environ, {"SLURMD_NODENAME": f"host{dist.get_rank() // 2}"}):
+        engine, lisa = lisa_dist.initialize(model, ds_config, config, lr=1e-2, **options)
+    losses = []
+    for micro_batches in token_batches(STEPS, rows=4, micro_batches=2):
+        losses.append(train_step(engine, lisa, micro_batches))
+        with torch.no_grad():
+            losses.append(engine(input_ids=micro_batches[0], labels=micro_batches[0]).loss.item())
+    drop_prefetched(engine)  # of a backward pass that never came
+    found = {"losses": losses, "weights": full_weights(engine)}
+    engine.destroy()
+    return found
+
+
+@pytest.mark.usefixtures("cpu_ops")
+def test_small_weights_micro_batches_and_evaluations_are_the_same_too():
+    shared, plain = (run_ranks(run_otherwise, 4, size)[0] for size in ("auto", None))
+    assert plain["losses"] == shared["losses"]
+    assert all(torch.equal(plain["weights"][name], value) for name, value in shared["weights"].items())
 
 
 @pytest.mark.parametrize(
@@ -97,8 +126,20 @@ def test_a_host_s_ranks_are_filled_in(size, hosts, filled):
     assert config["zero_optimization"]["zero_hpz_partition_size"] == filled
 
 
-@pytest.mark.parametrize(("size", "hosts"), [(3, [4, 4]), (4, [8, 8]), (16, [8, 8]), (4, [4, 2]), (2, [1, 1, 1, 1])])
+def test_no_second_model_is_cut_for_a_host():
+    """DeepSpeed makes the groups of ranks once, as a model is cut, and a reference model is cut too."""
+    fill_secondary_partitions(config := config_of("auto"), [2, 2], has_reference=True)
+    assert config["zero_optimization"]["zero_hpz_partition_size"] == 1
+    with pytest.raises(ValueError, match="zero_hpz_partition_size = 2: not with a reference model; make it 1"):
+        fill_secondary_partitions(config_of(2), [2, 2], has_reference=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "hosts"), [(3, [4, 4]), (4, [8, 8]), (16, [8, 8]), (4, [4, 2]), (2, [1, 1]), (8, [8]), ("8", [8, 8])]
+)
 def test_other_numbers_than_a_host_s_ranks_are_refused(size, hosts):
     listed = ", ".join(map(str, hosts))
-    with pytest.raises(ValueError, match=rf"zero_hpz_partition_size = {size}: .* have {listed} ranks; make it"):
+    with pytest.raises(
+        ValueError, match=rf"zero_hpz_partition_size = {json.dumps(size)}: .* have {listed} ranks; make it"
+    ):
         fill_secondary_partitions(config_of(size), hosts)
